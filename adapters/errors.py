@@ -1,0 +1,27 @@
+"""What can go wrong with an adapter. Raised where it is known; server/api/errors.py maps each to HTTP, once."""
+
+from __future__ import annotations
+
+
+class AdapterError(Exception):
+    """Base of all adapter errors; `str(error)` is fit for the caller: what was found, what was expected, what to do."""
+
+
+class AdapterNotFound(AdapterError):
+    """No adapter of that name is registered, or its folder does not exist."""
+
+
+class AdapterExists(AdapterError):
+    """The name is taken."""
+
+
+class AdapterRefused(AdapterError):
+    """The adapter was found but cannot be served: damaged, for another base, of an unsupported kind, or without effect.
+
+    `code` is a stable machine-readable reason: "missing_file", "bad_config", "bad_file", "unsupported_kind",
+    "unsupported_option", "unmatched_tensor", "missing_tensor", "shape_mismatch", "not_finite", "no_effect", "too_large".
+    """
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code

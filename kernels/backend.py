@@ -1,0 +1,134 @@
+"""The ops every backend has, and the only place that knows device names.
+
+A backend owns where results live: ops return tensors of its choosing, so that a step can later be recorded over fixed
+buffers without touching the model. Ops ending in `_` work in place. Exact formulas: the `Semantics:` blocks here;
+reference.py is those blocks as code.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from loraplex.kernels.metadata import AdapterSegments, AttentionMeta, AttentionParams, KVLayer, Site, TileTable
+
+
+class BackendUnavailable(RuntimeError):
+    """The backend asked for cannot run here. There is no silent fallback."""
+
+
+class PackedLinear(Protocol):
+    """A base weight as one backend wants it: opaque to the model. One copy in memory."""
+
+    in_features: int
+    out_features: int
+
+
+class Backend(Protocol):
+    """Pure ops on tensors. T tokens, H hidden, all floating tensors in the compute dtype unless said otherwise."""
+
+    name: str
+    device: torch.device
+
+    def pack_linear(self, weight: Tensor) -> PackedLinear:
+        """Take over a weight [out, in]; the caller drops its own reference."""
+        ...
+
+    def embed(self, ids: Tensor, table: Tensor, scale: float | None) -> Tensor:
+        """ids [T] int64, table [vocab, H] -> [T, H].
+
+        Semantics: y[t] = table[ids[t]] * scale, scale rounded to the compute dtype first (Gemma).
+        """
+        ...
+
+    def rms_norm(
+        self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, offset: float
+    ) -> tuple[Tensor, Tensor]:
+        """x [T, H] (or [T, heads, D]), weight [H] -> (normed, residual).
+
+        Semantics: r = x if residual is None else x + residual (rounded to the compute dtype)
+                   y = r / sqrt(mean(r^2) + eps), in fp32
+                   offset == 0: y = weight * round(y)          (Llama: rounded to the compute dtype before the weight)
+                   offset == 1: y = round(y * (1 + weight))    (Gemma: all in fp32)
+        """
+        ...
+
+    def linear(self, x: Tensor, weight: PackedLinear, start: int = 0, stop: int | None = None) -> Tensor:
+        """x [T, in] -> [T, stop - start].
+
+        Semantics: y = x @ W[start:stop].T, accumulated in fp32, rounded once. The bias is apart (add_bias_).
+        """
+        ...
+
+    def add_bias_(self, y: Tensor, bias: Tensor) -> Tensor:
+        """Semantics: y += bias, bias [out]."""
+        ...
+
+    def adapter_add_(
+        self, y: Tensor, x: Tensor, arena: Tensor, table: TileTable, layer: int, site: Site, segments: AdapterSegments
+    ) -> Tensor:
+        """y [T, out_of_site], x [T, in] -> y. arena [num_pages, page_bytes] uint8.
+
+        Semantics: for each segment s and token t in it:
+                     acc = 0 (fp32, [out])
+                     for (slot, w) in mixes[s], in order; for tile in tiles(slot, layer, site), in order:
+                       u = round(A x[t]) to the compute dtype, accumulated in fp32   (bias tile: u = 1)
+                       acc[out_start : out_start + out_len] += w * (u @ B)
+                     y[t] = round(y[t] + acc)
+                   Tokens past the last segment are not touched.
+        """
+        ...
+
+    def rope_store_kv(
+        self,
+        qkv: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        layer: KVLayer,
+        store_index: Tensor,
+        params: AttentionParams,
+        q_norm: Tensor | None,
+        k_norm: Tensor | None,
+        norm_eps: float,
+        norm_offset: float,
+    ) -> Tensor:
+        """qkv [T, (num_heads + 2 * num_kv_heads) * head_dim] -> q [T, num_heads, head_dim]; K and V go to the cache.
+
+        cos, sin [T, rotary_dim] in fp32, already gathered by position; rotary_dim <= head_dim (partial rotary: the
+        first rotary_dim elements are rotated, the rest pass).
+        Semantics: q, k, v = split(qkv); q, k = rms_norm over head_dim with q_norm, k_norm where given;
+                   rotate_half(x) = [-x[d/2:], x[:d/2]]; q = q * cos + rotate_half(q) * sin, k alike;
+                   layer.k[p, :, o] = k[t], layer.v[p, :, o] = v[t] with (p, o) = divmod(store_index[t], block_size).
+        """
+        ...
+
+    def attention(self, q: Tensor, layer: KVLayer, meta: AttentionMeta, params: AttentionParams) -> Tensor:
+        """q [T, num_heads, head_dim] -> [T, num_heads * head_dim]. Keys and values of this step are already stored.
+
+        Semantics: sequence i has queries at positions kv_len - n .. kv_len - 1 (n its query count); each attends to
+                   the keys at positions <= its own and > its own - window, found through its group's block table;
+                   head h reads kv head h // (num_heads / num_kv_heads); softmax in fp32.
+        """
+        ...
+
+    def act_mul(self, gate_up: Tensor, activation: str) -> Tensor:
+        """gate_up [T, 2 * F] -> [T, F]. Semantics: act(gate) * up; activation "silu" or "gelu_tanh"."""
+        ...
+
+
+def load_backend(name: str, device: str = "auto") -> Backend:
+    """The backend called `name` on `device` ("auto" | "cpu" | "cuda"). Chosen once at start-up and injected.
+
+    Raises BackendUnavailable when it cannot run here, ValueError for a name nobody has.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise BackendUnavailable("device 'cuda' was asked for but torch sees no GPU here; use --device cpu")
+    if name == "reference":
+        from loraplex.kernels.reference import ReferenceBackend
+
+        return ReferenceBackend(torch.device(device))
+    raise ValueError(f"unknown backend {name!r}; there is: reference")

@@ -1,0 +1,135 @@
+"""Records handed to the ops: plain, frozen, shapes beside the fields. Imports nothing of ours.
+
+Memory layout (docs/architecture.md, "One arena"):
+
+    arena      [num_pages, page_bytes] uint8, 64-byte aligned; a page belongs to no layer and no type
+    KV page    [group_layers, 2, kv_heads, block_size, head_dim] in the KV dtype
+    adapter    tiles packed end to end in pages, each tile start padded to 64 bytes
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+ALIGN = 64
+"""Bytes. Unit of every tile offset, alignment of every tile: one cache line, one AVX-512 register."""
+
+TILE_RANKS = 16
+"""Most ranks in a tile."""
+
+BLOCK_SIZE = 16
+"""Tokens in a KV page."""
+
+
+class Site(IntEnum):
+    """A place in the decoder where adapters act: the input and output of one fused base linear (or table)."""
+
+    QKV = 0
+    O = 1  # noqa: E741  the projection's name in every checkpoint
+    GATE_UP = 2
+    DOWN = 3
+    EMBED = 4  # one per model: stored under layer 0
+    HEAD = 5  # one per model: stored under layer 0
+
+
+NUM_SITES = len(Site)
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One linear of the checkpoint and where its output lies inside the fused output of its site."""
+
+    name: str  # path inside a layer: "self_attn.q_proj"; Phi-3: "self_attn.qkv_proj"
+    site: Site
+    in_features: int
+    out_start: int  # first column of its output within the site's output, elements
+    out_features: int
+    has_bias: bool  # of the base linear
+
+
+@dataclass(frozen=True)
+class TileTable:
+    """Where the tiles of every resident adapter lie: a CSR over (slot, layer, site).
+
+    A row of `tiles` is (a_off, b_off, n, out_start, out_len):
+        A = arena[a_off * 64 :] as [n, in_features] of the compute dtype, row major
+        B = arena[b_off * 64 :] as [n, out_len]: row k is the output direction of rank k (PEFT's lora_B transposed),
+            alpha/r already folded in
+        y[:, out_start : out_start + out_len] += weight * (x @ A.T) @ B
+    a_off == -1 marks a bias: n is 1, there is no A, and x @ A.T is replaced by the constant one.
+    Several tiles may share an A (a B cut into pieces) and an A may be followed by its B on another page.
+    """
+
+    ranges: Tensor  # [num_slots, num_layers, NUM_SITES, 2] int32: first and past-the-last row of `tiles`
+    tiles: Tensor  # [capacity, 5] int32
+    ranges_host: Tensor  # the same on the host (the same object on CPU)
+    tiles_host: Tensor
+
+
+@dataclass(frozen=True)
+class AdapterSegments:
+    """Token ranges of a step and the mix of adapters each wears.
+
+    Segment s covers tokens [indptr[s], indptr[s + 1]) and adds sum over m in [mix_ptr[s], mix_ptr[s + 1]) of
+    mix_weight[m] * (adapter in slot mix_slot[m]). Tokens from indptr[S] on are base-only and cost nothing.
+    The first `num_decode_segments` segments hold decode rows (bgmv), the others prefill chunks (sgmv): the choice
+    is the token's own role and never depends on its neighbours, so neither does its result.
+    """
+
+    indptr: Tensor  # [S + 1] int32
+    mix_ptr: Tensor  # [S + 1] int32
+    mix_slot: Tensor  # [M] int32
+    mix_weight: Tensor  # [M] float32
+    bounds: tuple[int, ...]  # indptr on the host
+    mixes: tuple[tuple[tuple[int, float], ...], ...]  # per segment: ((slot, weight), ...) on the host
+    num_decode_segments: int
+
+
+@dataclass(frozen=True)
+class KVLayer:
+    """One layer's keys and values: views into the arena, page by page (strided: a page holds all layers of its group)."""
+
+    k: Tensor  # [num_pages, kv_heads, block_size, head_dim]
+    v: Tensor  # [num_pages, kv_heads, block_size, head_dim]
+    group: int  # index into AttentionMeta.groups
+
+
+@dataclass(frozen=True)
+class KVGroup:
+    """Page tables of one KV group for one step. Layers with the same window share a group (see kv_groups)."""
+
+    block_table: Tensor  # [num_seqs, max_blocks] int32: page of each block of 16 tokens; -1 where freed past the window or absent
+    store_index: Tensor  # [num_tokens] int64: page * block_size + offset where this step's token is written
+
+
+@dataclass(frozen=True)
+class AttentionMeta:
+    """The sequences of one step. Sequence i owns tokens [query_bounds[i], query_bounds[i + 1])."""
+
+    query_ptr: Tensor  # [num_seqs + 1] int32
+    kv_lens: Tensor  # [num_seqs] int32: tokens in the cache after this step's are stored
+    query_bounds: tuple[int, ...]  # query_ptr on the host
+    kv_lens_host: tuple[int, ...]
+    is_decode: tuple[bool, ...]  # per sequence: a decode row (one token) or a prefill chunk (which may be one token)
+    groups: tuple[KVGroup, ...]
+
+
+@dataclass(frozen=True)
+class AttentionParams:
+    """What a layer's attention is, constant over the run."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    window: int | None  # a query at position p sees keys p - window + 1 .. p; None: all of the past
+    softcap: float | None  # scores = softcap * tanh(scores / softcap)
+
+
+def element_bytes(dtype: torch.dtype) -> int:
+    """Bytes of one element of `dtype`."""
+    return torch.empty(0, dtype=dtype).element_size()
