@@ -22,8 +22,11 @@ class BackendUnavailable(RuntimeError):
 class PackedLinear(Protocol):
     """A base weight as one backend wants it: opaque to the model. One copy in memory."""
 
-    in_features: int
-    out_features: int
+    @property
+    def in_features(self) -> int: ...
+
+    @property
+    def out_features(self) -> int: ...
 
 
 class Backend(Protocol):
@@ -114,7 +117,10 @@ class Backend(Protocol):
         ...
 
     def act_mul(self, gate_up: Tensor, activation: str) -> Tensor:
-        """gate_up [T, 2 * F] -> [T, F]. Semantics: act(gate) * up; activation "silu" or "gelu_tanh"."""
+        """gate_up [T, 2 * F] -> [T, F].
+
+        Semantics: act(gate) * up in fp32, rounded once; activation "silu" or "gelu_tanh".
+        """
         ...
 
 

@@ -1,0 +1,224 @@
+"""Every op in plain PyTorch: the semantics other backends are tested against, on any device torch has.
+
+Clear before fast. What speed there is comes from large library calls: one GEMM per linear, one gather of a sequence's
+pages, query heads grouped on their kv head so that decode attention is a matrix product. Sums that the Semantics want
+in fp32 are taken in fp32 and rounded once.
+
+Library GEMMs may sum in another order for another number of rows, so a row's last bits can depend on its neighbours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812  its usual name
+
+from loraplex.kernels.backend import Backend, PackedLinear
+from loraplex.kernels.metadata import (
+    ALIGN,
+    AdapterSegments,
+    AttentionMeta,
+    AttentionParams,
+    KVLayer,
+    Site,
+    TileTable,
+    element_bytes,
+)
+
+QUERY_BLOCK = 128
+"""Queries attended at once: bounds the score matrix to heads * 128 * kv_len fp32 (151 MB at 9 heads and 32k keys)."""
+
+
+@dataclass(frozen=True)
+class ReferenceLinear:
+    """A base weight as it stands in the checkpoint; may share memory with the embedding table (tied heads)."""
+
+    weight: Tensor  # [out, in]
+
+    @property
+    def in_features(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.shape[0]
+
+
+class ReferenceBackend(Backend):
+    """The ops of backend.py; the formulas are its `Semantics:` blocks."""
+
+    name = "reference"
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def pack_linear(self, weight: Tensor) -> PackedLinear:
+        return ReferenceLinear(weight)
+
+    def embed(self, ids: Tensor, table: Tensor, scale: float | None) -> Tensor:
+        y = F.embedding(ids, table)
+        if scale is not None:
+            y *= torch.tensor(scale, dtype=table.dtype).item()
+        return y
+
+    def rms_norm(
+        self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, offset: float
+    ) -> tuple[Tensor, Tensor]:
+        r = x if residual is None else x + residual
+        r32 = r.float()
+        y32 = r32 * torch.rsqrt(r32.square().mean(-1, keepdim=True) + eps)
+        if offset == 0.0:
+            return weight * y32.to(r.dtype), r
+        return (y32 * (offset + weight.float())).to(r.dtype), r
+
+    def linear(self, x: Tensor, weight: PackedLinear, start: int = 0, stop: int | None = None) -> Tensor:
+        assert isinstance(weight, ReferenceLinear), f"{type(weight).__name__} was packed by another backend"
+        return F.linear(x, weight.weight[start:stop])
+
+    def add_bias_(self, y: Tensor, bias: Tensor) -> Tensor:
+        return y.add_(bias)
+
+    def adapter_add_(
+        self, y: Tensor, x: Tensor, arena: Tensor, table: TileTable, layer: int, site: Site, segments: AdapterSegments
+    ) -> Tensor:
+        elements = arena.view(-1).view(y.dtype)
+        ranges = table.ranges_host[:, layer, site]  # [num_slots, 2]
+        for s, mix in enumerate(segments.mixes):
+            start, stop = segments.bounds[s], segments.bounds[s + 1]
+            tiles: list[tuple[float, list[int]]] = []
+            for slot, w in mix:
+                first, last = ranges[slot].tolist()
+                tiles += [(w, tile) for tile in table.tiles_host[first:last].tolist()]
+            if tiles and stop > start:
+                _add_tiles_(y[start:stop], x[start:stop], elements, tiles)
+        return y
+
+    def rope_store_kv(
+        self,
+        qkv: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        layer: KVLayer,
+        store_index: Tensor,
+        params: AttentionParams,
+        q_norm: Tensor | None,
+        k_norm: Tensor | None,
+        norm_eps: float,
+        norm_offset: float,
+    ) -> Tensor:
+        heads, kv_heads = params.num_heads, params.num_kv_heads
+        q, k, v = qkv.view(qkv.shape[0], heads + 2 * kv_heads, params.head_dim).split([heads, kv_heads, kv_heads], 1)
+        if q_norm is not None:
+            q, _ = self.rms_norm(q, q_norm, norm_eps, None, norm_offset)
+        if k_norm is not None:
+            k, _ = self.rms_norm(k, k_norm, norm_eps, None, norm_offset)
+        page = store_index // layer.k.shape[2]
+        offset = store_index % layer.k.shape[2]
+        layer.k[page, :, offset] = _rotate(k, cos, sin).to(layer.k.dtype)
+        layer.v[page, :, offset] = v.to(layer.v.dtype)
+        return _rotate(q, cos, sin)
+
+    def attention(self, q: Tensor, layer: KVLayer, meta: AttentionMeta, params: AttentionParams) -> Tensor:
+        out = torch.empty_like(q)
+        block_table = meta.groups[layer.group].block_table
+        for i, kv_len in enumerate(meta.kv_lens_host):
+            start, stop = meta.query_bounds[i], meta.query_bounds[i + 1]
+            if stop > start:
+                _attend(q[start:stop], layer, block_table[i], kv_len, params, out[start:stop])
+        return out.view(q.shape[0], params.num_heads * params.head_dim)
+
+    def act_mul(self, gate_up: Tensor, activation: str) -> Tensor:
+        gate, up = gate_up.float().chunk(2, -1)
+        if activation == "silu":
+            y = F.silu(gate)
+        elif activation == "gelu_tanh":
+            y = F.gelu(gate, approximate="tanh")
+        else:
+            raise ValueError(f"unknown activation {activation!r}; there are: silu, gelu_tanh")
+        return (y * up).to(gate_up.dtype)
+
+
+def _add_tiles_(y: Tensor, x: Tensor, elements: Tensor, tiles: list[tuple[float, list[int]]]) -> None:
+    """y [n, out] += the weighted tiles applied to x [n, in]. `elements` is the arena in y's dtype, flat.
+
+    Touches only the hull of the tiles' columns.
+    """
+    unit = ALIGN // element_bytes(y.dtype)
+    lo = min(tile[3] for _, tile in tiles)
+    hi = max(tile[3] + tile[4] for _, tile in tiles)
+    acc = torch.zeros(y.shape[0], hi - lo, dtype=torch.float32, device=y.device)
+    u_of = (-1, 0)  # (a_off, n) of the u at hand: the pieces of a cut B share it
+    u = acc
+    for w, (a_off, b_off, n, out_start, out_len) in tiles:
+        b = elements.as_strided((n, out_len), (out_len, 1), b_off * unit).float()
+        columns = acc[:, out_start - lo : out_start - lo + out_len]
+        if a_off == -1:
+            columns.add_(b, alpha=w)
+            continue
+        if u_of != (a_off, n):
+            a = elements.as_strided((n, x.shape[1]), (x.shape[1], 1), a_off * unit)
+            u = F.linear(x, a).float()
+            u_of = (a_off, n)
+        columns.addmm_(u, b, alpha=w)
+    columns = y[:, lo:hi]
+    columns.copy_(acc.add_(columns))
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [T, heads, D]; cos, sin [T, rotary_dim] fp32. Rotates the first rotary_dim elements of every head in fp32."""
+    rotary_dim = cos.shape[-1]
+    part = x[..., :rotary_dim].float()
+    first, second = part.chunk(2, -1)
+    turned = part * cos.unsqueeze(1) + torch.cat((-second, first), -1) * sin.unsqueeze(1)
+    if rotary_dim == x.shape[-1]:
+        return turned.to(x.dtype)
+    return torch.cat((turned.to(x.dtype), x[..., rotary_dim:]), -1)
+
+
+def _attend(q: Tensor, layer: KVLayer, blocks: Tensor, kv_len: int, params: AttentionParams, out: Tensor) -> None:
+    """One sequence: q [n, num_heads, D] at positions kv_len - n .. kv_len - 1 -> out, alike. blocks [max_blocks]."""
+    n, heads, head_dim = q.shape
+    kv_heads, group = params.num_kv_heads, heads // params.num_kv_heads
+    first = kv_len - n
+    oldest = 0 if params.window is None else max(0, first - params.window + 1)
+    k = _gather(layer.k, blocks, oldest, kv_len)
+    v = _gather(layer.v, blocks, oldest, kv_len)
+    for start in range(0, n, QUERY_BLOCK):
+        m = min(QUERY_BLOCK, n - start)
+        begin = 0 if params.window is None else max(0, first + start - params.window + 1)
+        end = first + start + m
+        keys, values = k[:, begin - oldest : end - oldest], v[:, begin - oldest : end - oldest]
+        # Heads of one kv head side by side, [kv_heads, group * m, D]: decode becomes a matrix product too.
+        queries = q[start : start + m].float().view(m, kv_heads, group, head_dim).permute(1, 2, 0, 3)
+        scores = queries.reshape(kv_heads, group * m, head_dim) @ keys.transpose(1, 2)
+        scores *= params.scale
+        if params.softcap is not None:
+            scores = params.softcap * torch.tanh(scores / params.softcap)
+        if m > 1:
+            hidden = _hidden(first + start, m, begin, end, params.window, q.device)
+            scores.view(kv_heads, group, m, end - begin).masked_fill_(hidden, -torch.inf)
+        mixed = torch.softmax(scores, -1) @ values
+        out[start : start + m].view(m, kv_heads, group, head_dim).copy_(
+            mixed.view(kv_heads, group, m, head_dim).permute(2, 0, 1, 3)
+        )
+
+
+def _gather(pages: Tensor, blocks: Tensor, start: int, stop: int) -> Tensor:
+    """Positions start .. stop - 1 of one sequence: [kv_heads, stop - start, D] fp32. Reads no other block."""
+    _, kv_heads, block_size, head_dim = pages.shape
+    first = start // block_size
+    last = -(-stop // block_size)
+    found = pages.index_select(0, blocks[first:last])  # [blocks, kv_heads, block_size, D]
+    flat = found.transpose(0, 1).to(torch.float32, memory_format=torch.contiguous_format)
+    flat = flat.reshape(kv_heads, (last - first) * block_size, head_dim)
+    return flat[:, start - first * block_size : stop - first * block_size]
+
+
+def _hidden(first: int, m: int, begin: int, end: int, window: int | None, device: torch.device) -> Tensor:
+    """[m, end - begin] bool: True where the query at position first + row may not see the key at begin + column."""
+    query = torch.arange(first, first + m, device=device).unsqueeze(1)
+    key = torch.arange(begin, end, device=device)
+    hidden = key > query
+    return hidden if window is None else hidden | (key <= query - window)

@@ -1,0 +1,318 @@
+"""adapter_add_ against fp64: mixed ranks, cut tiles, mixes and every popularity, in an arena that is NaN elsewhere.
+
+The arena and the tile table are written here tile by tile, apart from the code that packs adapters.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from support.rounding import assert_near, exact, rounded
+from torch import Tensor
+
+from loraplex.kernels.backend import Backend
+from loraplex.kernels.metadata import ALIGN, NUM_SITES, AdapterSegments, Site, TileTable
+
+LAYERS = 3
+PAGE_BYTES = 131072
+
+
+@dataclass
+class _LowRank:
+    a: Tensor  # [r, in]
+    b: Tensor  # [r, out_len]
+    out_start: int
+
+
+@dataclass
+class _Bias:
+    delta: Tensor  # [out_len]
+    out_start: int
+
+
+_Adapter = list[_LowRank | _Bias]  # what one slot does at one (layer, site)
+
+
+class _Arena:
+    """Writes tiles to random places; whatever is not a tile is NaN, and so is what pads a tile to 64 bytes."""
+
+    def __init__(self, dtype: torch.dtype, num_pages: int, seed: int) -> None:
+        self.dtype = dtype
+        self.pages = torch.full((num_pages, PAGE_BYTES), 0xFF, dtype=torch.uint8)
+        self._rng = np.random.default_rng(seed)
+        self._next = [page * PAGE_BYTES for page in self._rng.permutation(num_pages).tolist()]
+        self._room = [PAGE_BYTES] * num_pages
+
+    def put(self, strip: Tensor) -> int:
+        """Returns the strip's offset in 64-byte units."""
+        flat = strip.to(self.dtype).contiguous().view(-1).view(torch.uint8)
+        size = -(-flat.numel() // ALIGN) * ALIGN
+        candidates = [i for i, room in enumerate(self._room) if room >= size]
+        i = candidates[int(self._rng.integers(len(candidates)))]
+        offset = self._next[i]
+        self.pages.view(-1)[offset : offset + flat.numel()] = flat
+        self._next[i] += size
+        self._room[i] -= size
+        return offset // ALIGN
+
+
+def _rows_of(part: _LowRank | _Bias, arena: _Arena, rng: np.random.Generator) -> list[tuple[int, ...]]:
+    """Rows of TileTable.tiles for one part, cut at random: ranks at most 16 at once, and sometimes B by columns."""
+    if isinstance(part, _Bias):
+        return [(-1, arena.put(part.delta), 1, part.out_start, len(part.delta))]
+    rows = []
+    rank, out = part.b.shape
+    first = 0
+    while first < rank:
+        n = int(min(rank - first, rng.integers(1, 17)))
+        a_off = arena.put(part.a[first : first + n])
+        cuts = sorted({0, out, *rng.integers(0, out + 1, size=int(rng.integers(0, 3))).tolist()})
+        for begin, end in pairwise(cuts):
+            b_off = arena.put(part.b[first : first + n, begin:end])
+            rows.append((a_off, b_off, n, part.out_start + begin, end - begin))
+        first += n
+    return rows
+
+
+@dataclass
+class _World:
+    arena: Tensor
+    table: TileTable
+    adapters: dict[int, _Adapter]  # by slot, at (LAYER, SITE)
+
+
+LAYER, SITE = 1, Site.GATE_UP
+
+
+def _world(backend: Backend, dtype: torch.dtype, adapters: dict[int, _Adapter], num_slots: int, seed: int) -> _World:
+    rng = np.random.default_rng(seed)
+    arena = _Arena(dtype, 40, seed)
+    ranges = np.zeros((num_slots, LAYERS, NUM_SITES, 2), dtype=np.int32)
+    rows: list[tuple[int, ...]] = [(2**31 - 1, 2**31 - 1, 1, 0, 1)] * 3  # nobody's rows: reading one would crash
+    for slot in rng.permutation(sorted(adapters)).tolist():
+        begin = len(rows)
+        for part in adapters[slot]:
+            rows += _rows_of(part, arena, rng)
+        ranges[slot, LAYER, SITE] = begin, len(rows)
+    tiles = torch.tensor(rows, dtype=torch.int32)
+    table = TileTable(
+        torch.from_numpy(ranges).to(backend.device), tiles.to(backend.device), torch.from_numpy(ranges), tiles
+    )
+    return _World(arena.pages.to(backend.device), table, adapters)
+
+
+def _segments(
+    backend: Backend, segments: list[tuple[int, tuple[tuple[int, float], ...]]], num_decode: int
+) -> AdapterSegments:
+    """From (tokens, mix) per segment."""
+
+    def tensor(values: list[int] | list[float], dtype: torch.dtype) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=backend.device)
+
+    bounds = [0, *np.cumsum([n for n, _ in segments]).tolist()]
+    return AdapterSegments(
+        indptr=tensor(bounds, torch.int32),
+        mix_ptr=tensor([0, *np.cumsum([len(mix) for _, mix in segments]).tolist()], torch.int32),
+        mix_slot=tensor([slot for _, mix in segments for slot, _ in mix], torch.int32),
+        mix_weight=tensor([w for _, mix in segments for _, w in mix], torch.float32),
+        bounds=tuple(bounds),
+        mixes=tuple(mix for _, mix in segments),
+        num_decode_segments=num_decode,
+    )
+
+
+def _check(
+    backend: Backend,
+    dtype: torch.dtype,
+    world: _World,
+    segments: list[tuple[int, tuple[tuple[int, float], ...]]],
+    shape: tuple[int, int],
+    base_rows: int = 3,
+    num_decode: int = 0,
+) -> None:
+    """Runs the op and compares every row with the formula in fp64; rows of no segment must keep their bits."""
+    n_in, n_out = shape
+    generator = torch.Generator().manual_seed(7)
+    tokens = sum(n for n, _ in segments) + base_rows
+    x = torch.randn(tokens, n_in, generator=generator).to(dtype)
+    y = torch.randn(tokens, n_out, generator=generator).to(dtype)
+    y[-1, 0] = -0.0
+    expected, terms, wobble = exact(y), np.zeros((tokens, n_out)), np.zeros((tokens, n_out))
+    touched = np.zeros((tokens, n_out), dtype=bool)
+    first = 0
+    for n, mix in segments:
+        rows = slice(first, first + n)
+        first += n
+        for slot, w in mix:
+            w32 = float(np.float32(w))
+            for part in world.adapters[slot]:
+                if isinstance(part, _Bias):
+                    columns = slice(part.out_start, part.out_start + len(part.delta))
+                    added = np.broadcast_to(w32 * exact(part.delta.to(dtype)), (n, len(part.delta)))
+                    terms[rows, columns] += np.abs(added)
+                else:
+                    columns = slice(part.out_start, part.out_start + part.b.shape[1])
+                    a, b = exact(part.a.to(dtype)), exact(part.b.to(dtype))
+                    u = rounded(exact(x[rows]) @ a.T, dtype)
+                    added = w32 * (u @ b)
+                    terms[rows, columns] += abs(w32) * (np.abs(exact(x[rows])) @ np.abs(a).T @ np.abs(b))
+                    # An element of u that is rounded the other way: at most one in a few, so a tenth of all at once.
+                    wobble[rows, columns] += 0.1 * abs(w32) * (np.abs(u) @ np.abs(b))
+                expected[rows, columns] += added
+                touched[rows, columns] = True
+    before = y.clone()
+    result = y.to(backend.device)
+    out = backend.adapter_add_(
+        result, x.to(backend.device), world.arena, world.table, LAYER, SITE, _segments(backend, segments, num_decode)
+    )
+    assert out.data_ptr() == result.data_ptr(), "not in place"
+    assert_near(out, expected, terms, wobble)
+    same = (out.cpu().view(torch.uint8) == before.view(torch.uint8)).view(tokens, n_out, -1).all(-1).numpy()
+    assert bool(same[~touched.any(1)].all()), "a row without tiles has changed"
+    assert bool((exact(out)[~touched] == exact(before)[~touched]).all()), "a column without tiles has changed"
+
+
+def _low_rank(rng: np.random.Generator, rank: int, n_in: int, out_len: int, out_start: int = 0) -> _LowRank:
+    a = torch.from_numpy(rng.standard_normal((rank, n_in)) / np.sqrt(n_in))
+    b = torch.from_numpy(rng.standard_normal((rank, out_len)))
+    return _LowRank(a, b, out_start)
+
+
+def _one(slot: int) -> tuple[tuple[int, float], ...]:
+    return ((slot, 1.0),)
+
+
+SHAPES = [(64, 96), (33, 7), (576, 1536), (100, 3), (1, 1), (130, 257)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("rank", [1, 2, 8, 16, 17, 64])
+def test_ranks_and_shapes(backend: Backend, dtype: torch.dtype, shape: tuple[int, int], rank: int) -> None:
+    rng = np.random.default_rng(rank)
+    world = _world(backend, dtype, {2: [_low_rank(rng, rank, *shape)]}, 4, seed=rank)
+    _check(backend, dtype, world, [(1, _one(2)), (5, _one(2))], shape, num_decode=1)
+
+
+POPULARITY = ["identical", "distinct", "uniform", "zipf", "skewed"]
+
+
+def _slots_of(popularity: str, rows: int, rng: np.random.Generator) -> list[int]:
+    if popularity == "identical":
+        return [3] * rows
+    if popularity == "distinct":
+        return list(range(rows))
+    if popularity == "uniform":
+        return rng.integers(0, 5, rows).tolist()
+    if popularity == "zipf":
+        return (np.minimum(rng.zipf(1.5, rows), rows) - 1).tolist()
+    return [0] * (rows // 2) + list(range(1, rows - rows // 2 + 1))
+
+
+@pytest.mark.parametrize("popularity", POPULARITY)
+def test_popularity_with_mixed_ranks(backend: Backend, dtype: torch.dtype, popularity: str) -> None:
+    """Decode rows merged into one segment per adapter, then prefill chunks, then base rows."""
+    rng = np.random.default_rng(11)
+    rows, shape = 24, (96, 160)
+    ranks = [1, 2, 4, 8, 16, 24, 32, 64]
+    adapters: dict[int, _Adapter] = {
+        slot: [_low_rank(rng, ranks[int(rng.integers(8))], *shape)] for slot in range(rows)
+    }
+    world = _world(backend, dtype, adapters, 32, seed=11)
+    decode = sorted(_slots_of(popularity, rows, rng))
+    segments = [(decode.count(slot), _one(slot)) for slot in sorted(set(decode))]
+    chunks = [(int(rng.integers(1, 40)), _one(slot)) for slot in _slots_of(popularity, 4, rng)]
+    _check(backend, dtype, world, segments + chunks, shape, num_decode=len(segments))
+
+
+def test_projections_keep_their_columns_of_a_fused_site(backend: Backend, dtype: torch.dtype) -> None:
+    """q and v of a fused qkv: the columns of k stay as they are, and ranks may differ."""
+    rng = np.random.default_rng(3)
+    adapters: dict[int, _Adapter] = {
+        0: [_low_rank(rng, 8, 64, 64, 0), _low_rank(rng, 20, 64, 32, 96)],
+        1: [_low_rank(rng, 4, 64, 32, 64)],
+        2: [_low_rank(rng, 16, 64, 128, 0)],  # one B over the whole range, as fused checkpoints have
+    }
+    world = _world(backend, dtype, adapters, 3, seed=3)
+    segments = [(2, _one(0)), (1, _one(1)), (4, _one(2)), (3, _one(0))]
+    _check(backend, dtype, world, segments, (64, 128), num_decode=2)
+
+
+def test_mixes_are_weighted_sums(backend: Backend, dtype: torch.dtype) -> None:
+    rng = np.random.default_rng(4)
+    shape = (64, 48)
+    adapters: dict[int, _Adapter] = {slot: [_low_rank(rng, 2 + 5 * slot, *shape)] for slot in range(4)}
+    adapters[1].append(_Bias(torch.from_numpy(rng.standard_normal(20)), 9))
+    world = _world(backend, dtype, adapters, 4, seed=4)
+    segments = [
+        (2, ((0, 0.5), (1, 0.25), (2, -1.5))),
+        (1, ((3, 1.0), (3, 1.0))),
+        (3, ((1, 0.3),)),
+        (5, ((2, 1.0), (0, 1.0))),
+    ]
+    _check(backend, dtype, world, segments, shape, num_decode=2)
+
+
+def test_biases(backend: Backend, dtype: torch.dtype) -> None:
+    """Alone, beside a low rank, and cut in two."""
+    rng = np.random.default_rng(5)
+
+    def bias(n: int, start: int) -> _Bias:
+        return _Bias(torch.from_numpy(rng.standard_normal(n)), start)
+
+    adapters: dict[int, _Adapter] = {
+        0: [bias(48, 0)],
+        1: [_low_rank(rng, 8, 64, 48), bias(48, 0)],
+        2: [bias(30, 0), bias(18, 30)],
+    }
+    world = _world(backend, dtype, adapters, 3, seed=5)
+    _check(backend, dtype, world, [(2, _one(0)), (3, _one(1)), (1, _one(2))], (64, 48), num_decode=1)
+
+
+def test_nothing_to_do_changes_no_bit(backend: Backend, dtype: torch.dtype) -> None:
+    """Empty segments, mixes of nobody, slots without tiles here: -0.0 and NaN keep their bits."""
+    rng = np.random.default_rng(6)
+    world = _world(backend, dtype, {0: [_low_rank(rng, 4, 16, 24)], 1: []}, 3, seed=6)
+    y = torch.randn(6, 24).to(backend.device, dtype)
+    y[0], y[1] = -0.0, torch.nan
+    before = y.clone()
+    x = torch.full((6, 16), torch.nan, device=backend.device, dtype=dtype)
+    cases: list[list[tuple[int, tuple[tuple[int, float], ...]]]] = [
+        [],
+        [(0, _one(0)), (3, _one(1)), (0, _one(0))],
+        [(2, ()), (2, _one(2)), (2, ((1, 0.5), (2, 1.0)))],
+    ]
+    for segments in cases:
+        backend.adapter_add_(y, x, world.arena, world.table, LAYER, SITE, _segments(backend, segments, 0))
+        assert torch.equal(y.view(torch.uint8), before.view(torch.uint8))
+    for layer, site in ((0, SITE), (2, SITE), (LAYER, Site.DOWN)):  # the adapter has tiles, but not there
+        backend.adapter_add_(y, x, world.arena, world.table, layer, site, _segments(backend, [(6, _one(0))], 0))
+        assert torch.equal(y.view(torch.uint8), before.view(torch.uint8))
+
+
+def test_terms_that_cancel_are_summed_before_rounding(backend: Backend, dtype: torch.dtype) -> None:
+    """1000 - 1000 + 1/8 in fp32 is 1/8; with a rounding in between, the 16-bit dtypes lose it."""
+    ones = torch.ones(1, 1)
+    adapters: dict[int, _Adapter] = {
+        0: [_LowRank(ones, torch.full((1, 4), 1000.0), 0)],
+        1: [_LowRank(ones, torch.full((1, 4), 0.125), 0)],
+    }
+    world = _world(backend, dtype, adapters, 2, seed=8)
+    y = torch.zeros(1, 4, device=backend.device, dtype=dtype)
+    x = torch.ones(1, 1, device=backend.device, dtype=dtype)
+    segments = _segments(backend, [(1, ((0, 1.0), (1, 1.0), (0, -1.0)))], 1)
+    backend.adapter_add_(y, x, world.arena, world.table, LAYER, SITE, segments)
+    assert np.array_equal(exact(y), np.full((1, 4), 0.125))
+
+
+def test_u_is_rounded_to_the_compute_dtype(backend: Backend) -> None:
+    """u = 1 + 2^-9 is 1 in bf16: it must be rounded there on every backend, for all to agree."""
+    adapters: dict[int, _Adapter] = {0: [_LowRank(torch.ones(1, 2), torch.full((1, 4), 256.0), 0)]}
+    world = _world(backend, torch.bfloat16, adapters, 1, seed=9)
+    x = torch.tensor([[1.0, 2.0**-9]], dtype=torch.bfloat16, device=backend.device)
+    y = torch.full((1, 4), -256.0, dtype=torch.bfloat16, device=backend.device)
+    backend.adapter_add_(y, x, world.arena, world.table, LAYER, SITE, _segments(backend, [(1, _one(0))], 1))
+    assert np.array_equal(exact(y), np.zeros((1, 4)))
