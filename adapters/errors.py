@@ -15,6 +15,10 @@ class AdapterExists(AdapterError):
     """The name is taken."""
 
 
+class InvalidAdapterName(AdapterError):
+    """The name cannot be used for an adapter, whatever its files hold."""
+
+
 class AdapterRefused(AdapterError):
     """The adapter was found but cannot be served: damaged, for another base, of an unsupported kind, or without effect.
 
