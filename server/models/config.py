@@ -1,0 +1,289 @@
+"""What a base model is: about two dozen numbers and switches, read from a checkpoint's config.json.
+
+transformers normalises old and new config.json styles; the families differ only in the fields of ModelConfig, never in
+code paths of their own. A base that cannot be served is refused here with one error, before any weight is read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loraplex.kernels.metadata import AttentionParams, Projection, Site
+from loraplex.server.models.rotary import RopeConfig
+
+SUPPORTED = {  # architecture: model_type of its config.json
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "Gemma2ForCausalLM": "gemma2",
+    "Gemma3ForCausalLM": "gemma3_text",
+    "Phi3ForCausalLM": "phi3",
+}
+
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+"""transformers' name: the ops' name."""
+
+
+class UnsupportedModel(Exception):
+    """The folder is no base that can be served; the message says what was found and what is supported."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The parameters of the decoder."""
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position: int  # tokens the model was made for
+    rms_norm_eps: float
+    tie_word_embeddings: bool
+    activation: str  # "silu" | "gelu_tanh"
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    qk_norm: bool  # an RMS norm over each query and key head (Qwen3, Gemma 3)
+    norm_offset: float  # 1.0: norms multiply by 1 + weight (Gemma)
+    sandwich_norm: bool  # also a norm after attention and after the MLP (Gemma)
+    embed_scale: float | None
+    attn_scale: float
+    attn_softcap: float | None
+    final_softcap: float | None
+    windows: tuple[int | None, ...]  # per layer; None: attends to all of the past
+    ropes: tuple[RopeConfig, ...]
+    rope_of_layer: tuple[int, ...]  # index into ropes
+    fused_checkpoint: bool  # one qkv_proj and one gate_up_proj in the checkpoint (Phi-3)
+
+    @classmethod
+    def from_hf(cls, path: str | Path) -> ModelConfig:
+        """Read `path`/config.json. Raises UnsupportedModel, also for a missing or damaged file."""
+        raw = _read_json(Path(path) / "config.json")
+        architecture = _supported_architecture(raw)
+        try:
+            config = _normalise(raw, SUPPORTED[architecture])
+            result = _from_transformers(cls, architecture, config)
+        except UnsupportedModel:
+            raise
+        except (
+            Exception
+        ) as error:  # transformers raises many types here; all of them mean a config.json nobody can serve
+            reason = " ".join(str(error).split())
+            raise UnsupportedModel(f"{path}/config.json does not describe a {architecture}: {reason}") from error
+        return result
+
+    @property
+    def rope_switch(self) -> int | None:
+        """Known tokens past which a sequence must be computed anew (longrope); None: never."""
+        return min((rope.switch for rope in self.ropes if rope.switch is not None), default=None)
+
+    def attention_params(self, layer: int) -> AttentionParams:
+        return AttentionParams(
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            scale=self.attn_scale,
+            window=self.windows[layer],
+            softcap=self.attn_softcap,
+        )
+
+    def projections(self) -> tuple[Projection, ...]:
+        """The linears of every layer as the checkpoint names them, by site and then by place in its output."""
+        hidden, inner = self.hidden_size, self.intermediate_size
+        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        qkv: tuple[Projection, ...]
+        gate_up: tuple[Projection, ...]
+        if self.fused_checkpoint:
+            qkv = (Projection("self_attn.qkv_proj", Site.QKV, hidden, 0, q + 2 * kv, self.qkv_bias),)
+            gate_up = (Projection("mlp.gate_up_proj", Site.GATE_UP, hidden, 0, 2 * inner, self.mlp_bias),)
+        else:
+            qkv = (
+                Projection("self_attn.q_proj", Site.QKV, hidden, 0, q, self.qkv_bias),
+                Projection("self_attn.k_proj", Site.QKV, hidden, q, kv, self.qkv_bias),
+                Projection("self_attn.v_proj", Site.QKV, hidden, q + kv, kv, self.qkv_bias),
+            )
+            gate_up = (
+                Projection("mlp.gate_proj", Site.GATE_UP, hidden, 0, inner, self.mlp_bias),
+                Projection("mlp.up_proj", Site.GATE_UP, hidden, inner, inner, self.mlp_bias),
+            )
+        o = Projection("self_attn.o_proj", Site.O, q, 0, hidden, self.o_bias)
+        down = Projection("mlp.down_proj", Site.DOWN, inner, 0, hidden, self.mlp_bias)
+        return (*qkv, o, *gate_up, down)
+
+    def longest_row(self) -> int:
+        """Elements of the longest row an adapter's A can have: the largest in_features."""
+        return max(projection.in_features for projection in self.projections())
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UnsupportedModel(f"{path} is missing: expected a model folder in the Hugging Face format") from None
+    except (OSError, ValueError) as error:
+        raise UnsupportedModel(f"{path} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise UnsupportedModel(f"{path} holds a {type(value).__name__}, expected a JSON object")
+    return value
+
+
+def _supported_architecture(raw: dict[str, Any]) -> str:
+    """The architecture, judged from the raw file so that one transformers has never heard of is named as well."""
+    named = raw.get("architectures")
+    if isinstance(named, list) and len(named) == 1:
+        found = str(named[0])
+    elif not named:  # some exports leave it out; the model type says the same
+        found = next((a for a, t in SUPPORTED.items() if t == raw.get("model_type")), repr(raw.get("model_type")))
+    else:
+        found = str(named)
+    if found not in SUPPORTED:
+        hint = ""
+        if found == "Gemma3ForConditionalGeneration":
+            hint = " (this checkpoint also takes images; the text-only Gemma 3 checkpoints are Gemma3ForCausalLM)"
+        raise UnsupportedModel(f"architecture {found} is not supported{hint}; supported: {', '.join(SUPPORTED)}")
+    if raw.get("quantization_config"):
+        method = dict(raw["quantization_config"]).get("quant_method", "unknown method")
+        raise UnsupportedModel(
+            f"the checkpoint is quantised ({method}), which is not supported; use its bf16, fp16 or fp32 original"
+        )
+    return found
+
+
+def _normalise(raw: dict[str, Any], model_type: str) -> Any:
+    """The transformers config object, with today's names for what older files called otherwise."""
+    from transformers import CONFIG_MAPPING
+
+    raw = dict(raw)
+    scaling = raw.get("rope_scaling")
+    if isinstance(scaling, dict) and "su" in (scaling.get("type"), scaling.get("rope_type")):
+        # longrope's first name; transformers translates it only after asking for a field it had yet to fill in
+        raw["rope_scaling"] = {**scaling, "type": "longrope", "rope_type": "longrope"}
+    return CONFIG_MAPPING[model_type].from_dict(raw)
+
+
+def _from_transformers(make: Callable[..., ModelConfig], architecture: str, config: Any) -> ModelConfig:
+    family = config.model_type
+    gemma = family in ("gemma2", "gemma3_text")
+    activation = config.hidden_activation if gemma else config.hidden_act
+    if activation not in ACTIVATIONS:
+        raise UnsupportedModel(f"activation {activation!r} is not supported; supported: {', '.join(ACTIVATIONS)}")
+    if getattr(config, "use_bidirectional_attention", None):
+        raise UnsupportedModel("use_bidirectional_attention is set: an encoder cannot generate text")
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    if heads % kv_heads:
+        raise UnsupportedModel(f"{heads} query heads do not divide evenly over {kv_heads} key-value heads")
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    attention_bias = bool(getattr(config, "attention_bias", False)) and family not in ("mistral", "qwen2", "phi3")
+    ropes, rope_of_layer = _ropes(config, head_dim)
+    return make(
+        architecture=architecture,
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_layers=config.num_hidden_layers,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        max_position=config.max_position_embeddings,
+        rms_norm_eps=config.rms_norm_eps,
+        tie_word_embeddings=bool(config.tie_word_embeddings),
+        activation=ACTIVATIONS[activation],
+        qkv_bias=family == "qwen2" or attention_bias,
+        o_bias=attention_bias,
+        mlp_bias=family == "llama" and bool(config.mlp_bias),
+        qk_norm=family in ("qwen3", "gemma3_text"),
+        norm_offset=1.0 if gemma else 0.0,
+        sandwich_norm=gemma,
+        embed_scale=config.hidden_size**0.5 if gemma else None,
+        attn_scale=(config.query_pre_attn_scalar if gemma else head_dim) ** -0.5,
+        attn_softcap=config.attn_logit_softcapping if family == "gemma2" else None,  # Gemma 3's field has no effect
+        final_softcap=config.final_logit_softcapping if gemma else None,
+        windows=_windows(config),
+        ropes=ropes,
+        rope_of_layer=rope_of_layer,
+        fused_checkpoint=family == "phi3",
+    )
+
+
+def _windows(config: Any) -> tuple[int | None, ...]:
+    """Sliding window of each layer. Llama's config may carry the fields of one, its model has none."""
+    window = None if config.model_type == "llama" else config.sliding_window
+    if config.model_type in ("mistral", "phi3", "llama"):
+        return (window,) * config.num_hidden_layers
+    return tuple(window if kind == "sliding_attention" else None for kind in _layer_types(config))
+
+
+def _layer_types(config: Any) -> list[str]:
+    types = list(config.layer_types)
+    unknown = set(types) - {"sliding_attention", "full_attention"}
+    if unknown or len(types) != config.num_hidden_layers:
+        raise UnsupportedModel(
+            f"layer_types names {len(types)} layers of kinds {sorted(set(types))}; expected one of full_attention or "
+            f"sliding_attention for each of {config.num_hidden_layers} layers"
+        )
+    return types
+
+
+def _ropes(config: Any, head_dim: int) -> tuple[tuple[RopeConfig, ...], tuple[int, ...]]:
+    """The distinct rotations and which of them each layer uses: one, but for Gemma 3 one per kind of layer."""
+    num_layers, parameters = config.num_hidden_layers, config.rope_parameters
+    if config.model_type == "gemma3_text":
+        kinds = _layer_types(config)
+        names = sorted(set(kinds))
+        of_layer = tuple(names.index(kind) for kind in kinds)
+        per_name = [parameters[name] for name in names]
+    else:
+        of_layer, per_name = (0,) * num_layers, [parameters]
+    for each in per_name:
+        if not each:
+            raise UnsupportedModel("rope_parameters are missing: every layer needs rotary positions")
+        partial = each.get("partial_rotary_factor", 1.0)
+        if partial != 1.0 and config.model_type != "phi3":
+            raise UnsupportedModel(f"partial_rotary_factor {partial} is supported for Phi3ForCausalLM only")
+    return tuple(RopeConfig.from_hf(each, head_dim, config.max_position_embeddings) for each in per_name), of_layer
+
+
+@dataclass(frozen=True)
+class GenerationDefaults:
+    """What the checkpoint's authors say about generating; None where they say nothing."""
+
+    eos_token_ids: tuple[int, ...]
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+
+    @classmethod
+    def from_hf(cls, path: str | Path) -> GenerationDefaults:
+        """Read `path`/generation_config.json; without it (or its eos_token_id) the eos of config.json counts.
+
+        Raises UnsupportedModel for damaged files.
+        """
+        folder = Path(path)
+        file = folder / "generation_config.json"
+        raw = _read_json(file) if file.exists() else {}
+        eos = raw.get("eos_token_id")
+        if eos is None:
+            eos = _read_json(folder / "config.json").get("eos_token_id")
+        ids = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
+        if not all(isinstance(token, int) for token in ids):
+            raise UnsupportedModel(f"{folder}: eos_token_id is {eos!r}, expected a number or a list of numbers")
+        numbers: dict[str, Any] = {}
+        for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"):
+            value = raw.get(name)
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise UnsupportedModel(f"{file}: {name} is {value!r}, expected a number")
+            numbers[name] = int(value) if name == "top_k" else float(value)
+        return cls(ids, **numbers)

@@ -1,0 +1,182 @@
+"""config.json and generation_config.json of every family, old style and new; what cannot be served is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loraplex.kernels.metadata import Site
+from loraplex.server.models.config import SUPPORTED, GenerationDefaults, ModelConfig, UnsupportedModel
+from support.tiny import FAMILIES, make_tiny_model, tiny_hf_model
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 100,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+
+
+def write(folder: Path, fields: dict[str, Any], name: str = "config.json") -> Path:
+    (folder / name).write_text(json.dumps(fields))
+    return folder
+
+
+def llama(**fields: Any) -> dict[str, Any]:
+    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **SMALL, **fields}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_projections_are_the_checkpoints_linears(tmp_path: Path, family: str) -> None:
+    """Names, shapes and biases of a layer's linears, as torch modules have them."""
+    import torch
+
+    config = ModelConfig.from_hf(make_tiny_model(family, tmp_path))
+    layer = tiny_hf_model(family).model.layers[0]
+    linears = {name: m for name, m in layer.named_modules() if isinstance(m, torch.nn.Linear)}
+    found = {p.name: ((p.out_features, p.in_features), p.has_bias) for p in config.projections()}
+    assert found == {name: (tuple(m.weight.shape), m.bias is not None) for name, m in linears.items()}
+    assert config.longest_row() == max(m.in_features for m in linears.values())
+    for site in (Site.QKV, Site.O, Site.GATE_UP, Site.DOWN):
+        covered = 0
+        for projection in config.projections():
+            if projection.site is site:
+                assert projection.out_start == covered
+                covered += projection.out_features
+        assert covered > 0
+
+
+def test_every_architecture_has_a_tiny_model() -> None:
+    assert {model_class for _, model_class, _ in FAMILIES.values()} == set(SUPPORTED)
+
+
+def test_old_and_new_style_are_one(tmp_path: Path) -> None:
+    scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    old = llama(rope_theta=500000.0, rope_scaling={"type": "llama3", **scaling})
+    new = llama(rope_parameters={"rope_type": "llama3", "rope_theta": 500000.0, **scaling})
+    assert ModelConfig.from_hf(write(tmp_path, old)) == ModelConfig.from_hf(write(tmp_path, new))
+
+
+def test_longropes_first_name(tmp_path: Path) -> None:
+    """Phi-3-mini-128k's first config.json said "su"."""
+    fields = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    phi = {**SMALL, "architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "original_max_position_embeddings": 32}
+    su = ModelConfig.from_hf(write(tmp_path, {**phi, "rope_scaling": {"type": "su", **fields}}))
+    longrope = ModelConfig.from_hf(write(tmp_path, {**phi, "rope_scaling": {"type": "longrope", **fields}}))
+    assert su == longrope
+    assert su.rope_switch == 32
+
+
+def test_remote_code_is_not_needed(tmp_path: Path) -> None:
+    """Phi's repositories carry code of their own; ours never runs it."""
+    phi = {**SMALL, "architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "num_key_value_heads": 4}
+    write(tmp_path, {**phi, "auto_map": {"AutoConfig": "configuration_phi3.Phi3Config"}})
+    (tmp_path / "configuration_phi3.py").write_text("raise SystemExit('ran')")
+    assert ModelConfig.from_hf(tmp_path).fused_checkpoint
+
+
+def test_architecture_may_be_left_out(tmp_path: Path) -> None:
+    fields = llama()
+    del fields["architectures"]
+    assert ModelConfig.from_hf(write(tmp_path, fields)).architecture == "LlamaForCausalLM"
+
+
+def test_llama_has_no_window(tmp_path: Path) -> None:
+    assert ModelConfig.from_hf(write(tmp_path, llama(sliding_window=8))).windows == (None, None)
+
+
+REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "mixture of experts": (
+        {**SMALL, "architectures": ["MixtralForCausalLM"], "model_type": "mixtral"},
+        ["MixtralForCausalLM", *SUPPORTED],
+    ),
+    "unheard of": ({"architectures": ["NewForCausalLM"], "model_type": "new"}, ["NewForCausalLM", *SUPPORTED]),
+    "no architecture": ({"model_type": "bert"}, ["'bert'", *SUPPORTED]),
+    "a classifier": (llama(architectures=["LlamaForSequenceClassification"]), ["LlamaForSequenceClassification"]),
+    "images": (
+        {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3"},
+        ["Gemma3ForConditionalGeneration", "images", "Gemma3ForCausalLM"],
+    ),
+    "quantised": (llama(quantization_config={"quant_method": "gptq", "bits": 4}), ["quantised (gptq)"]),
+    "rope type": (
+        llama(rope_scaling={"type": "spiral", "factor": 2.0}),
+        ["'spiral'", "default, linear, dynamic, yarn, longrope, llama3"],
+    ),
+    "rope without its factor": (llama(rope_scaling={"type": "linear"}), ["factor"]),
+    "partial rotary": (llama(partial_rotary_factor=0.5), ["partial_rotary_factor 0.5", "Phi3ForCausalLM"]),
+    "activation": (llama(hidden_act="relu2"), ["'relu2'", "silu"]),
+    "uneven heads": (llama(num_key_value_heads=3), ["4 query heads", "3 key-value heads"]),
+    "wrong type": (llama(hidden_size="wide"), ["hidden_size"]),
+    "longrope of another length": (
+        {
+            **SMALL,
+            "architectures": ["Phi3ForCausalLM"],
+            "model_type": "phi3",
+            "original_max_position_embeddings": 32,
+            "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 7},
+        },
+        ["long_factor"],
+    ),
+    "an encoder": (
+        {
+            **SMALL,
+            "architectures": ["Gemma3ForCausalLM"],
+            "model_type": "gemma3_text",
+            "head_dim": 16,
+            "use_bidirectional_attention": True,
+        },
+        ["use_bidirectional_attention"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(tmp_path: Path, name: str) -> None:
+    fields, said = REFUSED[name]
+    with pytest.raises(UnsupportedModel) as refusal:
+        ModelConfig.from_hf(write(tmp_path, fields))
+    message = str(refusal.value)
+    assert "\n" not in message
+    for part in said:
+        assert part in message
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", b"\xff\xfe"])
+def test_no_config(tmp_path: Path, content: str | bytes | None) -> None:
+    if content is not None:
+        (tmp_path / "config.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UnsupportedModel, match=r"config\.json"):
+        ModelConfig.from_hf(tmp_path)
+
+
+def test_generation_defaults(tmp_path: Path) -> None:
+    write(tmp_path, llama(eos_token_id=2))
+    assert GenerationDefaults.from_hf(tmp_path) == GenerationDefaults((2,))
+    said = {"eos_token_id": [5, 7], "do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 20, "min_p": 0}
+    write(tmp_path, {**said, "repetition_penalty": 1.1, "max_length": 4096}, "generation_config.json")
+    assert GenerationDefaults.from_hf(tmp_path) == GenerationDefaults((5, 7), 0.6, 0.9, 20, 0.0, 1.1)
+    write(tmp_path, {"temperature": 1, "top_p": None}, "generation_config.json")
+    assert GenerationDefaults.from_hf(tmp_path) == GenerationDefaults((2,), 1.0)
+    write(tmp_path, llama(eos_token_id=[3, 4]))
+    assert GenerationDefaults.from_hf(tmp_path).eos_token_ids == (3, 4)
+    write(tmp_path, llama())
+    assert GenerationDefaults.from_hf(tmp_path).eos_token_ids == ()
+
+
+def test_generation_defaults_as_transformers_writes_them(tmp_path: Path) -> None:
+    path = make_tiny_model("llama3", tmp_path, generation={"do_sample": True, "temperature": 0.7, "top_k": 5})
+    assert GenerationDefaults.from_hf(path) == GenerationDefaults((1, 3), temperature=0.7, top_k=5)
+
+
+@pytest.mark.parametrize("fields", [{"temperature": "hot"}, {"eos_token_id": "</s>"}, {"top_k": True}])
+def test_damaged_generation_defaults(tmp_path: Path, fields: dict[str, Any]) -> None:
+    write(tmp_path, llama())
+    write(tmp_path, fields, "generation_config.json")
+    with pytest.raises(UnsupportedModel, match=next(iter(fields))):
+        GenerationDefaults.from_hf(tmp_path)

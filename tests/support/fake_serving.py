@@ -1,0 +1,185 @@
+"""A server without a model: a scripted engine and adapters that are only names, behind the real routes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from loraplex.adapters.errors import AdapterNotFound, AdapterRefused
+from loraplex.adapters.registry import AdapterVersion, Registry
+from loraplex.server.api.parts import Base, Parts
+from loraplex.server.engine.request import FinishReason, GenerationRequest, TokenEvent
+from loraplex.server.engine.tokenizer import Tokenizer
+from loraplex.server.metrics import Limits, Metrics
+from tests.support.tiny import VOCAB_SIZE
+
+MAX_MODEL_LEN = 64
+EOS_ID = 1
+
+
+@dataclass(frozen=True)
+class Defaults:
+    eos_token_ids: tuple[int, ...] = (EOS_ID,)
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+
+
+@dataclass
+class Stats:
+    running: int = 0
+    waiting: int = 0
+    kv_usage: float = 0.0
+    adapter_usage: float = 0.0
+    running_adapters: tuple[str, ...] = ()
+    waiting_adapters: tuple[str, ...] = ()
+    resident_adapters: tuple[str, ...] = ()
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    preemptions: int = 0
+    adapter_loads: int = 0
+    adapter_evictions: int = 0
+    steps: int = 0
+
+
+Script = Callable[[GenerationRequest], Sequence[TokenEvent]]
+
+
+class FakeEvents:
+    """Plays a script; `aclose` before its end is an abort."""
+
+    def __init__(self, engine: FakeEngine, request: GenerationRequest, script: Sequence[TokenEvent]) -> None:
+        self._engine, self._request, self._script = engine, request, list(script)
+        self._open = True
+
+    def __aiter__(self) -> AsyncIterator[TokenEvent]:
+        return self
+
+    async def __anext__(self) -> TokenEvent:
+        if not self._open:
+            raise StopAsyncIteration
+        await asyncio.sleep(0)
+        await self._engine.gate.wait()
+        event = self._script.pop(0)
+        if event.finish is not None:
+            self._end()
+        return event
+
+    async def aclose(self) -> None:
+        if self._open:
+            self._engine.aborted.append(self._request.request_id)
+            self._end()
+
+    def _end(self) -> None:
+        self._open = False
+        self._engine.open.discard(self._request.request_id)
+        for lease, _ in self._request.mix:
+            lease.release()
+
+
+class FakeEngine:
+    """Says "the answer" to everything, or what `script` says. `gate` holds all tokens back while it is not set."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.alive = True
+        self.failure: BaseException | None = None
+        self.requests: list[GenerationRequest] = []
+        self.open: set[str] = set()
+        self.aborted: list[str] = []
+        self.refusal: Exception | None = None
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.current = Stats()
+        self.script: Script = lambda request: say(tokenizer, "the answer", request)
+
+    def submit(self, request: GenerationRequest) -> FakeEvents:
+        self.requests.append(request)
+        if self.refusal is not None:
+            for lease, _ in request.mix:
+                lease.release()
+            raise self.refusal
+        self.open.add(request.request_id)
+        return FakeEvents(self, request, self.script(request))
+
+    def stats(self) -> Stats:
+        return self.current
+
+
+def say(tokenizer: Tokenizer, text: str, request: GenerationRequest, *, stop: bool = True) -> list[TokenEvent]:
+    """Tokens of `text` and an end-of-sequence token, cut at max_tokens as an engine does, with made-up logprobs."""
+    ids = tokenizer.encode(text, add_special_tokens=False) + ([EOS_ID] if stop else [])
+    ids = ids[: request.params.max_tokens]
+    events = []
+    for i, token_id in enumerate(ids):
+        finish = None
+        if token_id in request.params.stop_token_ids:
+            finish = FinishReason.STOP
+        elif i == len(ids) - 1:
+            finish = FinishReason.LENGTH
+        k = request.params.logprobs
+        top = tuple((other, -0.5 * (rank + 1)) for rank, other in enumerate(range(10, 10 + (k or 0))))
+        events.append(TokenEvent(request.request_id, token_id, None if k is None else -0.25 * (i + 1), top, finish))
+        if finish is not None:
+            break
+    return events
+
+
+class FakeAdapters:
+    """The real registry; a source is good unless its name says "missing" or "bad"."""
+
+    def __init__(self) -> None:
+        self.registry = Registry()
+
+    async def register(self, name: str, source: str, *, replace: bool = False) -> AdapterVersion:
+        await asyncio.sleep(0)
+        if "missing" in source:
+            raise AdapterNotFound(f"{source}: no such folder")
+        if "bad" in source:
+            raise AdapterRefused("shape_mismatch", f"{source}: lora_A of layer 0 is [8, 63], expected [8, 64]")
+        return self.registry.register(
+            name,
+            digest=f"digest-of-{source}",
+            source=source,
+            rank=8,
+            targets=("self_attn.q_proj",),
+            num_pages=2,
+            nbytes=4096,
+            replace=replace,
+        )
+
+    def unregister(self, name: str) -> AdapterVersion:
+        return self.registry.unregister(name)
+
+
+@dataclass
+class FakeServer:
+    """Parts made of fakes; build the application with create_app(server.parts)."""
+
+    tokenizer: Tokenizer
+    engine: FakeEngine
+    adapters: FakeAdapters = field(default_factory=FakeAdapters)
+    defaults: Defaults = field(default_factory=Defaults)
+
+    @property
+    def parts(self) -> Parts:
+        limits = Limits("base", MAX_MODEL_LEN, block_size=16, num_pages=100, max_adapters=4)
+        registry = self.adapters.registry
+        return Parts(
+            base=Base(("base", "alias"), "/models/base", VOCAB_SIZE, MAX_MODEL_LEN, created=1_700_000_000),
+            engine=self.engine,
+            adapters=self.adapters,
+            tokenizer=self.tokenizer,
+            defaults=self.defaults,
+            metrics=Metrics(limits, self.engine.stats, lambda: [(v.name, v.digest) for v in registry.list()]),
+            max_body_bytes=100_000,
+        )
+
+
+def make_fake_server(folder: Path) -> FakeServer:
+    """With the tokenizer in `folder`. Call inside a running loop."""
+    tokenizer = Tokenizer(folder)
+    return FakeServer(tokenizer, FakeEngine(tokenizer))

@@ -1,0 +1,198 @@
+"""Adapters made and computed by PEFT itself: the oracle for how a file is read and what it does to the base.
+
+    adapter = make_peft_adapter(base, folder, r=4, target_modules=["q_proj"])   # random weights, saved in `folder`
+    adapter.logits(ids)                                                         # PEFT's own forward, fp32
+
+`base` is a transformers model and is left alone: PEFT works on a copy.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loraplex.adapters.tiles import BaseLayout
+from loraplex.kernels.metadata import Projection, Site
+
+SITES = {
+    **{f"self_attn.{name}": Site.QKV for name in ("q_proj", "k_proj", "v_proj", "qkv_proj")},
+    "self_attn.o_proj": Site.O,
+    **{f"mlp.{name}": Site.GATE_UP for name in ("gate_proj", "up_proj", "gate_up_proj")},
+    "mlp.down_proj": Site.DOWN,
+}
+"""In the order their outputs lie in the site's."""
+
+
+BASES: dict[str, dict[str, Any]] = {
+    "llama": {"num_hidden_layers": 3},
+    "llama_biased": {},
+    "qwen2": {},
+    "phi3": {},
+    "gemma3": {},
+}
+"""Families of tiny models, with what differs from the family's own config."""
+
+QV = ["q_proj", "v_proj"]
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "plain": ("llama", {"r": 4, "lora_alpha": 8, "target_modules": QV}),
+    "alpha below rank": ("llama", {"r": 8, "lora_alpha": 3, "target_modules": QV}),
+    "rslora": ("llama", {"r": 8, "lora_alpha": 4, "target_modules": QV, "use_rslora": True}),
+    **{f"only {name}": ("llama", {"r": 2, "target_modules": [name]}) for name in ALL},
+    "all seven": ("llama", {"r": 16, "target_modules": ALL}),
+    "more ranks than a tile": ("llama", {"r": 37, "target_modules": ALL}),
+    "all-linear": ("llama", {"r": 3, "target_modules": "all-linear"}),
+    "rank_pattern": (
+        "llama",
+        {"r": 4, "target_modules": ALL, "rank_pattern": {"q_proj": 2, "layers.1.mlp.up_proj": 7, r"2\..*\.v_proj": 5}},
+    ),
+    "alpha_pattern": (
+        "llama",
+        {"r": 4, "target_modules": ALL, "alpha_pattern": {"mlp.down_proj": 2, "^model.layers.0.self_attn.k_proj": 32}},
+    ),
+    "both patterns, rslora": (
+        "llama",
+        {
+            "r": 4,
+            "target_modules": ALL,
+            "rank_pattern": {".*_proj": 6, "q_proj": 2},
+            "alpha_pattern": {"(gate|up)_proj": 5, "layers.*.v_proj": 9},
+            "use_rslora": True,
+        },
+    ),
+    "pattern as a part of a name is no match": ("llama", {"target_modules": QV, "rank_pattern": {"proj": 2, "v": 3}}),
+    "layers_to_transform": ("llama", {"target_modules": QV, "layers_to_transform": [0, 2]}),
+    "one layer": ("llama", {"target_modules": ALL, "layers_to_transform": 1}),
+    "layers_pattern": ("llama", {"target_modules": QV, "layers_to_transform": [2], "layers_pattern": "layers"}),
+    "layers_patterns": ("llama", {"target_modules": QV, "layers_to_transform": [1], "layers_pattern": ["h", "layers"]}),
+    "exclude names": ("llama", {"target_modules": ALL, "exclude_modules": ["k_proj", "layers.1.mlp.up_proj"]}),
+    "exclude pattern": ("llama", {"target_modules": ALL, "exclude_modules": r".*layers\.[01]\..*"}),
+    "all-linear but": ("llama", {"target_modules": "all-linear", "exclude_modules": ["o_proj"]}),
+    "regex": ("llama", {"target_modules": r"model\.layers\.\d+\.(self_attn\.(q|k)|mlp\.up)_proj"}),
+    "regex, lookahead": ("llama", {"target_modules": r"^(?!.*(o_proj|lm_head|down)).*_proj$"}),
+    "whole paths": ("llama", {"target_modules": ["model.layers.0.self_attn.q_proj", "layers.2.mlp.down_proj"]}),
+    "whole paths beat layers_to_transform": (
+        "llama",
+        {"target_modules": ["model.layers.0.self_attn.q_proj", "v_proj"], "layers_to_transform": [1]},
+    ),
+    "fan_in_fan_out": ("llama", {"target_modules": ALL, "fan_in_fan_out": True}),
+    "dropout": ("llama", {"target_modules": QV, "lora_dropout": 0.5}),
+    "lora_bias": ("llama", {"r": 4, "lora_alpha": 12, "target_modules": ALL, "lora_bias": True}),
+    "lora_bias, base biases": ("llama_biased", {"r": 4, "lora_alpha": 12, "target_modules": QV, "lora_bias": True}),
+    "bias all, base without": ("llama", {"target_modules": QV, "bias": "all"}),
+    "bias lora_only": ("qwen2", {"target_modules": ["q_proj", "up_proj"], "bias": "lora_only"}),
+    "bias all": ("qwen2", {"target_modules": ["q_proj", "up_proj"], "bias": "all"}),
+    "bias all everywhere": ("llama_biased", {"target_modules": ["k_proj", "down_proj"], "bias": "all"}),
+    "bias all and lora_bias": (
+        "qwen2",
+        {"r": 2, "lora_alpha": 7, "target_modules": ALL, "bias": "all", "lora_bias": True},
+    ),
+    "fused qkv": ("phi3", {"r": 4, "target_modules": ["qkv_proj"]}),
+    "fused gate_up": ("phi3", {"r": 4, "target_modules": ["gate_up_proj", "o_proj"]}),
+    "fused, all-linear": ("phi3", {"r": 4, "target_modules": "all-linear", "rank_pattern": {"qkv_proj": 9}}),
+    "gemma3": ("gemma3", {"r": 4, "target_modules": ALL}),
+    "init gaussian": ("llama", {"target_modules": QV, "init_lora_weights": "gaussian"}),
+    "init orthogonal": ("llama", {"target_modules": QV, "init_lora_weights": "orthogonal"}),
+    "init mica": ("llama", {"target_modules": QV, "init_lora_weights": "mica"}),
+    "init off": ("llama", {"target_modules": QV, "init_lora_weights": False}),
+    "float16 file": ("llama", {"target_modules": ALL, "dtype": torch.float16}),
+    "bfloat16 file": ("llama", {"target_modules": ALL, "dtype": torch.bfloat16}),
+    "bfloat16 file with biases": (
+        "qwen2",
+        {"target_modules": QV, "bias": "all", "lora_bias": True, "dtype": torch.bfloat16},
+    ),
+}
+"""Every LoRA option: base, arguments of make_peft_adapter."""
+
+
+@dataclass
+class PeftAdapter:
+    """A PEFT model with one random adapter, saved in `folder`."""
+
+    model: Any  # peft.PeftModel, eval mode
+    folder: Path
+
+    def logits(self, ids: list[int]) -> Tensor:
+        """[len(ids), vocab] fp32, computed alone."""
+        with torch.no_grad():
+            return self.model(torch.tensor([ids])).logits[0].float()
+
+    def modules(self) -> dict[str, Any]:
+        """The LoRA layers by path, as "model.layers.0.self_attn.q_proj"."""
+        from peft.tuners.lora import LoraLayer
+
+        named = self.model.get_base_model().named_modules()
+        return {name: module for name, module in named if isinstance(module, LoraLayer)}
+
+
+def make_peft_adapter(
+    base: Any, folder: Path, *, seed: int = 1, dtype: torch.dtype = torch.float32, strength: float = 0.5, **options: Any
+) -> PeftAdapter:
+    """A random adapter with the options of peft.LoraConfig, its file in `dtype`, as PEFT saves it.
+
+    A and B are drawn so that each module's own output changes by `strength` of its size before scaling; biases that the
+    config trains get values of their own.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(copy.deepcopy(base), LoraConfig(task_type="CAUSAL_LM", **options)).eval()
+    randomise_adapter(model, seed, dtype, strength)
+    save_adapter(model, folder, dtype)
+    return PeftAdapter(model, folder)
+
+
+def randomise_adapter(model: Any, seed: int, dtype: torch.dtype, strength: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if ".lora_A." in name:
+                std = weight.shape[1] ** -0.5
+            elif ".lora_B." in name and name.endswith("weight"):
+                std = strength * weight.shape[1] ** -0.5
+            elif ".lora_B." in name or (weight.requires_grad and name.endswith(".bias")):
+                std = strength
+            else:
+                continue
+            drawn = torch.randn(weight.shape, generator=generator) * std
+            weight.copy_(drawn.to(dtype))  # what the file will hold, exactly
+
+
+def save_adapter(model: Any, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Save as PEFT does; for other dtypes than fp32, convert what it wrote tensor by tensor."""
+    import safetensors.torch
+
+    model.save_pretrained(folder)
+    if dtype != torch.float32:
+        file = folder / "adapter_model.safetensors"
+        tensors = safetensors.torch.load_file(file)
+        # loaded tensors are views of the mapped file, which is about to be written
+        safetensors.torch.save_file({name: tensor.to(dtype).clone() for name, tensor in tensors.items()}, file)
+
+
+def layout_of(model: Any, *, dtype: torch.dtype = torch.float32, page_bytes: int = 4096) -> BaseLayout:
+    """What an adapter of this transformers model must fit, read off its modules."""
+    layers = model.model.layers
+    modules = dict(layers[0].named_modules())
+    projections = []
+    ends: dict[Site, int] = {}
+    for name, site in SITES.items():
+        if name in modules:
+            linear = modules[name]
+            start = ends.get(site, 0)
+            ends[site] = start + linear.out_features
+            projections.append(
+                Projection(name, site, linear.in_features, start, linear.out_features, linear.bias is not None)
+            )
+    return BaseLayout("tiny", len(layers), tuple(projections), page_bytes, dtype)
+
+
+def base_bias_of(model: Any) -> Any:
+    """(layer, projection name) -> the bias of this transformers model, or None."""
+    layers = model.model.layers
+    return lambda layer, name: layers[layer].get_submodule(name).bias
