@@ -151,7 +151,8 @@ def _supported_architecture(raw: dict[str, Any]) -> str:
             hint = " (this checkpoint also takes images; the text-only Gemma 3 checkpoints are Gemma3ForCausalLM)"
         raise UnsupportedModel(f"architecture {found} is not supported{hint}; supported: {', '.join(SUPPORTED)}")
     if raw.get("quantization_config"):
-        method = dict(raw["quantization_config"]).get("quant_method", "unknown method")
+        quantisation = raw["quantization_config"]
+        method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation
         raise UnsupportedModel(
             f"the checkpoint is quantised ({method}), which is not supported; use its bf16, fp16 or fp32 original"
         )
@@ -162,7 +163,7 @@ def _normalise(raw: dict[str, Any], model_type: str) -> Any:
     """The transformers config object, with today's names for what older files called otherwise."""
     from transformers import CONFIG_MAPPING
 
-    raw = dict(raw)
+    raw = {**raw, "model_type": model_type}  # the architecture decides; derivatives invent types of their own
     scaling = raw.get("rope_scaling")
     if isinstance(scaling, dict) and "su" in (scaling.get("type"), scaling.get("rope_type")):
         # longrope's first name; transformers translates it only after asking for a field it had yet to fill in
@@ -171,7 +172,7 @@ def _normalise(raw: dict[str, Any], model_type: str) -> Any:
 
 
 def _from_transformers(make: Callable[..., ModelConfig], architecture: str, config: Any) -> ModelConfig:
-    family = config.model_type
+    family = SUPPORTED[architecture]
     gemma = family in ("gemma2", "gemma3_text")
     activation = config.hidden_activation if gemma else config.hidden_act
     if activation not in ACTIVATIONS:
@@ -183,7 +184,7 @@ def _from_transformers(make: Callable[..., ModelConfig], architecture: str, conf
         raise UnsupportedModel(f"{heads} query heads do not divide evenly over {kv_heads} key-value heads")
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     attention_bias = bool(getattr(config, "attention_bias", False)) and family not in ("mistral", "qwen2", "phi3")
-    ropes, rope_of_layer = _ropes(config, head_dim)
+    ropes, rope_of_layer = _ropes(config, family, head_dim)
     return make(
         architecture=architecture,
         vocab_size=config.vocab_size,
@@ -207,17 +208,17 @@ def _from_transformers(make: Callable[..., ModelConfig], architecture: str, conf
         attn_scale=(config.query_pre_attn_scalar if gemma else head_dim) ** -0.5,
         attn_softcap=config.attn_logit_softcapping if family == "gemma2" else None,  # Gemma 3's field has no effect
         final_softcap=config.final_logit_softcapping if gemma else None,
-        windows=_windows(config),
+        windows=_windows(config, family),
         ropes=ropes,
         rope_of_layer=rope_of_layer,
         fused_checkpoint=family == "phi3",
     )
 
 
-def _windows(config: Any) -> tuple[int | None, ...]:
+def _windows(config: Any, family: str) -> tuple[int | None, ...]:
     """Sliding window of each layer. Llama's config may carry the fields of one, its model has none."""
-    window = None if config.model_type == "llama" else config.sliding_window
-    if config.model_type in ("mistral", "phi3", "llama"):
+    window = None if family == "llama" else config.sliding_window
+    if family in ("mistral", "phi3", "llama"):
         return (window,) * config.num_hidden_layers
     return tuple(window if kind == "sliding_attention" else None for kind in _layer_types(config))
 
@@ -233,10 +234,10 @@ def _layer_types(config: Any) -> list[str]:
     return types
 
 
-def _ropes(config: Any, head_dim: int) -> tuple[tuple[RopeConfig, ...], tuple[int, ...]]:
+def _ropes(config: Any, family: str, head_dim: int) -> tuple[tuple[RopeConfig, ...], tuple[int, ...]]:
     """The distinct rotations and which of them each layer uses: one, but for Gemma 3 one per kind of layer."""
     num_layers, parameters = config.num_hidden_layers, config.rope_parameters
-    if config.model_type == "gemma3_text":
+    if family == "gemma3_text":
         kinds = _layer_types(config)
         names = sorted(set(kinds))
         of_layer = tuple(names.index(kind) for kind in kinds)
@@ -247,7 +248,7 @@ def _ropes(config: Any, head_dim: int) -> tuple[tuple[RopeConfig, ...], tuple[in
         if not each:
             raise UnsupportedModel("rope_parameters are missing: every layer needs rotary positions")
         partial = each.get("partial_rotary_factor", 1.0)
-        if partial != 1.0 and config.model_type != "phi3":
+        if partial != 1.0 and family != "phi3":
             raise UnsupportedModel(f"partial_rotary_factor {partial} is supported for Phi3ForCausalLM only")
     return tuple(RopeConfig.from_hf(each, head_dim, config.max_position_embeddings) for each in per_name), of_layer
 

@@ -87,6 +87,12 @@ def test_architecture_may_be_left_out(tmp_path: Path) -> None:
     assert ModelConfig.from_hf(write(tmp_path, fields)).architecture == "LlamaForCausalLM"
 
 
+def test_the_architecture_decides(tmp_path: Path) -> None:
+    """Derivatives keep Llama's architecture under a model type of their own."""
+    named = ModelConfig.from_hf(write(tmp_path, llama(model_type="vicuna")))
+    assert named == ModelConfig.from_hf(write(tmp_path, llama()))
+
+
 def test_llama_has_no_window(tmp_path: Path) -> None:
     assert ModelConfig.from_hf(write(tmp_path, llama(sliding_window=8))).windows == (None, None)
 

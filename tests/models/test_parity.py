@@ -167,6 +167,7 @@ ODD_SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3 with biases": ("qwen3", {"attention_bias": True}),
     "gemma3 with biases": ("gemma3", {"attention_bias": True}),
     "gemma3 with a final cap": ("gemma3", {"final_logit_softcapping": 3.0}),
+    "gemma3 ignores the attention cap": ("gemma3", {"attn_logit_softcapping": 3.0}),
     "gemma2 without caps": ("gemma2", {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
     "qwen2 with windows": (
         "qwen2",
