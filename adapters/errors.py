@@ -23,7 +23,8 @@ class AdapterRefused(AdapterError):
     """The adapter was found but cannot be served: damaged, for another base, of an unsupported kind, or without effect.
 
     `code` is a stable machine-readable reason: "missing_file", "bad_config", "bad_file", "unsupported_kind",
-    "unsupported_option", "unmatched_tensor", "missing_tensor", "shape_mismatch", "not_finite", "no_effect", "too_large".
+    "unsupported_option", "unmatched_tensor", "missing_tensor", "shape_mismatch", "not_finite", "no_effect",
+    "too_large".
     """
 
     def __init__(self, code: str, message: str) -> None:

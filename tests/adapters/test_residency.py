@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import Tensor
 
 from loraplex.adapters.pages import PagePool
@@ -26,7 +26,7 @@ _NUM_PAGES = 40
 
 
 def _image(seed: int) -> AdapterImage:
-    """An adapter of 1 to 9 layers and projections, rank 1 to 40: 1 to 60 pages of 2 KiB."""
+    """An adapter on some layers and projections, rank 1 to 40: 2 to 22 pages of 2 KiB, 3 to 32 tiles."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(limit: int) -> int:
@@ -91,14 +91,19 @@ class _Model:
 
 
 class ResidencyMachine(RuleBasedStateMachine):
-    @initialize(num_slots=st.integers(1, 6))
-    def start(self, num_slots: int) -> None:
+    @initialize(num_slots=st.integers(2, 6), digests=st.permutations(sorted(_IMAGES)), pinned=st.integers(0, 3))
+    def start(self, num_slots: int, digests: list[str], pinned: int) -> None:
+        """Begin with work to do: a few adapters, some of them pinned."""
         self.num_slots = num_slots
         self.pool = PagePool(_NUM_PAGES)
         self.arena = torch.full((_NUM_PAGES, _LAYOUT.page_bytes), 0xFF, dtype=torch.uint8)
         self.residency = Residency(self.arena, self.pool, _LAYOUT, num_slots)
         self.model: dict[str, _Model] = {}  # least recently used first
         self.kv: list[int] = []
+        for digest in digests[:num_slots]:
+            self.load(digest)
+        for digest in list(self.model)[:pinned]:
+            self.pin_it(digest)
 
     def _touch(self, digest: str) -> _Model:
         self.model[digest] = self.model.pop(digest)
@@ -125,34 +130,37 @@ class ResidencyMachine(RuleBasedStateMachine):
         else:
             assert self.pool.num_free == free
 
+    def pin_it(self, digest: str) -> None:
+        self.residency.pin(digest)
+        self._touch(digest).pins += 1
+
+    @precondition(lambda self: self.model)
     @rule(data=st.data())
     def pin(self, data: st.DataObject) -> None:
-        if self.model:
-            digest = data.draw(st.sampled_from(sorted(self.model)))
-            self.residency.pin(digest)
-            self._touch(digest).pins += 1
+        self.pin_it(data.draw(st.sampled_from(sorted(self.model))))
 
+    @precondition(lambda self: any(state.pins for state in self.model.values()))
     @rule(data=st.data())
     def unpin(self, data: st.DataObject) -> None:
-        pinned = sorted(digest for digest, state in self.model.items() if state.pins)
-        if pinned:
-            digest = data.draw(st.sampled_from(pinned))
-            self.residency.unpin(digest)
-            state = self._touch(digest)
-            state.pins -= 1
-            if state.doomed and not state.pins:
-                del self.model[digest]
+        digest = data.draw(st.sampled_from(sorted(digest for digest, state in self.model.items() if state.pins)))
+        self.residency.unpin(digest)
+        state = self._touch(digest)
+        state.pins -= 1
+        if state.doomed and not state.pins:
+            del self.model[digest]
 
-    @rule(digest=st.sampled_from(sorted(_IMAGES)))
-    def drop(self, digest: str) -> None:
+    @precondition(lambda self: self.model)
+    @rule(data=st.data())
+    def drop(self, data: st.DataObject) -> None:
+        digest = data.draw(st.sampled_from(sorted(self.model)))
         self.residency.drop(digest)
-        state = self.model.get(digest)
-        if state is not None and state.pins:
-            state.doomed = True
+        if self.model[digest].pins:
+            self.model[digest].doomed = True
         else:
-            self.model.pop(digest, None)
+            del self.model[digest]
 
-    @rule(pages=st.integers(0, 45))
+    @precondition(lambda self: self._idle())
+    @rule(pages=st.integers(0, 20))
     def evict_idle(self, pages: int) -> None:
         freed, free = 0, self.pool.num_free
         assert self.residency.idle_pages == sum(len(_IMAGES[digest].pages) for digest in self._idle())
@@ -167,6 +175,7 @@ class ResidencyMachine(RuleBasedStateMachine):
         for digest in gone:
             del self.model[digest]
 
+    @precondition(lambda self: len(self.model) == self.num_slots)
     @rule()
     def evict_one(self) -> None:
         idle = self._idle()
@@ -181,6 +190,7 @@ class ResidencyMachine(RuleBasedStateMachine):
             self.arena[pages] = 0xAB
             self.kv += pages
 
+    @precondition(lambda self: self.kv)
     @rule(data=st.data())
     def kv_shrinks(self, data: st.DataObject) -> None:
         n = data.draw(st.integers(0, len(self.kv)))
@@ -275,12 +285,29 @@ def test_a_dropped_adapter_stays_while_pinned_and_may_be_asked_for_again() -> No
 
 def test_pins_protect_from_eviction() -> None:
     residency, _ = _residency()
+    residency.drop("digest-0")  # not there: nothing happens
     for digest in ("digest-0", "digest-1"):
         assert residency.load(digest, _IMAGES[digest])
     residency.pin("digest-0")
     assert residency.evict_idle(10**6) == len(_IMAGES["digest-1"].pages)
     assert not residency.evict_one()
     assert residency.loaded() == ("digest-0",)
+
+
+@pytest.mark.parametrize("use", ["load", "pin", "unpin"])
+def test_every_use_makes_an_adapter_the_last_to_go(use: str) -> None:
+    residency, _ = _residency()
+    for digest in ("digest-0", "digest-1"):
+        assert residency.load(digest, _IMAGES[digest])
+        if use == "unpin":
+            residency.pin(digest)
+    if use == "load":
+        assert residency.load("digest-0", _IMAGES["digest-0"])
+    elif use == "pin":
+        residency.pin("digest-0")
+    else:
+        residency.unpin("digest-0")
+    assert residency.loaded() == ("digest-1", "digest-0")
 
 
 def test_misuse_is_refused() -> None:

@@ -1,0 +1,254 @@
+"""Which adapters there are by name: a name points at an immutable version, and a lease keeps a version alive.
+
+A version is what a source held when it was registered. A request leases it at admission and releases it after its last
+token; unregistering or re-pointing a name takes effect for new requests at once, while those in flight finish on the
+version they started with. A version whose name is gone and whose leases are all released has drained: `on_drained`
+tells whoever keeps its bytes. Free of torch; safe from any thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+
+from loraplex.adapters.errors import AdapterExists, AdapterNotFound, AdapterRefused, InvalidAdapterName
+
+logger = logging.getLogger(__name__)
+
+MAX_NAME = 200
+"""Characters. Names travel in URLs, metric labels and logs."""
+
+_NAME = re.compile(r"(?:[A-Za-z0-9._-]+/)?[A-Za-z0-9._-]+")
+
+
+@dataclass(frozen=True)
+class AdapterVersion:
+    """One immutable state of an adapter, as registered under a name."""
+
+    name: str
+    digest: str  # of the files; two names may share it, and what is resident is keyed by it
+    uid: int  # never reused, also when the name is
+    source: str  # path or Hub id as the caller gave it
+    rank: int  # the largest of its modules
+    targets: tuple[str, ...]
+    num_pages: int  # when resident on the device
+    nbytes: int  # of its tiles
+    created: int  # unix seconds
+
+
+class AdapterLease:
+    """The right to run one version until `release()`. Made by `Registry.lease`; also a context manager."""
+
+    __slots__ = ("_registry", "_released", "version")
+
+    def __init__(self, registry: Registry, version: AdapterVersion) -> None:
+        self.version = version
+        self._registry = registry
+        self._released = False  # guarded by the registry's lock
+
+    def release(self) -> None:
+        """Give the lease back. Further calls do nothing. May run `on_drained` in this thread."""
+        self._registry._release(self)
+
+    def share(self) -> AdapterLease:
+        """A further lease of the same version, also when the name points elsewhere by now.
+
+        Raises ValueError when this lease is released already.
+        """
+        return self._registry._share(self)
+
+    def __enter__(self) -> AdapterLease:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.release()
+
+    def __repr__(self) -> str:
+        return f"AdapterLease({self.version.name!r}, uid={self.version.uid})"
+
+
+class Registry:
+    """Name -> version, the leases of each version, and the names that were found but refused.
+
+    `on_drained(version)` is called exactly once for each version whose name is gone (or points elsewhere), at the
+    release of its last lease, or at once when it has none. It runs in the thread of that call, outside the lock, so it
+    may use the registry; `uses(version.digest)` says whether another version still needs the same bytes.
+    """
+
+    def __init__(self, on_drained: Callable[[AdapterVersion], None] | None = None) -> None:
+        self.on_drained = on_drained
+        self._lock = threading.Lock()
+        self._current: dict[str, AdapterVersion] = {}
+        self._draining: dict[int, AdapterVersion] = {}  # uid -> version whose name is gone but whose leases are not
+        self._leases: dict[int, int] = {}  # uid -> leases not released, for every version not drained
+        self._refused: dict[str, AdapterRefused] = {}
+        self._next_uid = 1
+
+    def register(
+        self,
+        name: str,
+        *,
+        digest: str,
+        source: str,
+        rank: int,
+        targets: tuple[str, ...],
+        num_pages: int,
+        nbytes: int,
+        replace: bool = False,
+    ) -> AdapterVersion:
+        """Point `name` at a new version. With `replace`, a version the name pointed at drains.
+
+        Raises InvalidAdapterName, and AdapterExists when the name is taken and `replace` is false.
+        """
+        check_name(name)
+        with self._lock:
+            old = self._current.get(name)
+            if old is not None and not replace:
+                raise AdapterExists(
+                    f"adapter {name!r} is already loaded, from {old.source!r}; unload it first, or ask to replace it"
+                )
+            version = AdapterVersion(
+                name=name,
+                digest=digest,
+                uid=self._next_uid,
+                source=source,
+                rank=rank,
+                targets=targets,
+                num_pages=num_pages,
+                nbytes=nbytes,
+                created=int(time.time()),
+            )
+            self._next_uid += 1
+            self._current[name] = version
+            self._leases[version.uid] = 0
+            self._refused.pop(name, None)
+            drained = self._retire(old) if old is not None else None
+        self._notify(drained)
+        return version
+
+    def lease(self, name: str) -> AdapterLease:
+        """The version `name` points at now, kept alive until released. Lookup and increment are one atomic step.
+
+        Raises AdapterNotFound, or the AdapterRefused that the name was marked with.
+        """
+        with self._lock:
+            version = self._current.get(name)
+            if version is None:
+                raise self._absent(name)
+            self._leases[version.uid] += 1
+            return AdapterLease(self, version)
+
+    def get(self, name: str) -> AdapterVersion | None:
+        """The version `name` points at now, without a lease: for listings and metrics."""
+        with self._lock:
+            return self._current.get(name)
+
+    def unregister(self, name: str) -> AdapterVersion:
+        """Take the name away: no new lease from now on, those in flight finish. Also forgets a refusal of that name.
+
+        Raises AdapterNotFound.
+        """
+        with self._lock:
+            version = self._current.pop(name, None)
+            refused = self._refused.pop(name, None)
+            if version is None:
+                why = f"it was refused: {refused}" if refused is not None else "nothing to unload"
+                raise AdapterNotFound(f"no adapter {name!r} is loaded; {why}")
+            drained = self._retire(version)
+        self._notify(drained)
+        return version
+
+    def mark_refused(self, name: str, error: AdapterRefused) -> None:
+        """Remember why `name` cannot be served. A version that the name already points at goes on being served."""
+        check_name(name)
+        with self._lock:
+            self._refused[name] = error
+
+    def clear_refused(self, name: str) -> None:
+        """Forget the refusal of `name`, if there is one (its folder is gone, say)."""
+        with self._lock:
+            self._refused.pop(name, None)
+
+    @property
+    def refused(self) -> dict[str, AdapterRefused]:
+        """Names found but refused, with the reason: a copy."""
+        with self._lock:
+            return dict(self._refused)
+
+    def list(self) -> tuple[AdapterVersion, ...]:
+        """The versions that can be leased, by name."""
+        with self._lock:
+            return tuple(self._current[name] for name in sorted(self._current))
+
+    def draining(self) -> tuple[AdapterVersion, ...]:
+        """Versions whose name is gone but which requests in flight still wear, oldest first."""
+        with self._lock:
+            return tuple(self._draining[uid] for uid in sorted(self._draining))
+
+    def leases(self, version: AdapterVersion) -> int:
+        """Leases of `version` not yet released."""
+        with self._lock:
+            return self._leases.get(version.uid, 0)
+
+    def uses(self, digest: str) -> int:
+        """How many versions not drained have this digest: bytes with 0 uses may be dropped."""
+        with self._lock:
+            return sum(v.digest == digest for v in (*self._current.values(), *self._draining.values()))
+
+    def _absent(self, name: str) -> AdapterNotFound | AdapterRefused:
+        refused = self._refused.get(name)
+        if refused is not None:  # a fresh one: raising one instance from many threads would chain their tracebacks
+            return AdapterRefused(refused.code, f"adapter {name!r} was refused: {refused}")
+        return AdapterNotFound(f"no adapter {name!r} is loaded; GET /v1/models lists the names there are")
+
+    def _retire(self, version: AdapterVersion) -> AdapterVersion | None:
+        """`version` has lost its name (lock held): it drains now, and is returned, or when its last lease goes."""
+        if self._leases[version.uid] == 0:
+            del self._leases[version.uid]
+            return version
+        self._draining[version.uid] = version
+        return None
+
+    def _release(self, lease: AdapterLease) -> None:
+        drained = None
+        with self._lock:
+            if lease._released:
+                return
+            lease._released = True
+            uid = lease.version.uid
+            self._leases[uid] -= 1
+            if self._leases[uid] == 0 and uid in self._draining:
+                del self._leases[uid]
+                drained = self._draining.pop(uid)
+        self._notify(drained)
+
+    def _share(self, lease: AdapterLease) -> AdapterLease:
+        with self._lock:
+            if lease._released:
+                raise ValueError(f"{lease!r} is released and cannot be shared")
+            self._leases[lease.version.uid] += 1
+            return AdapterLease(self, lease.version)
+
+    def _notify(self, drained: AdapterVersion | None) -> None:
+        if drained is None or self.on_drained is None:
+            return
+        try:
+            self.on_drained(drained)
+        except Exception:  # who releases a lease has nothing to do with what the listener got wrong
+            logger.exception("on_drained failed for adapter %r (uid %d)", drained.name, drained.uid)
+
+
+def check_name(name: str) -> None:
+    """Raise InvalidAdapterName unless `name` is letters, digits, `.`, `_`, `-`, after at most one `tenant/`."""
+    usable = len(name) <= MAX_NAME and _NAME.fullmatch(name) is not None
+    if not usable or any(part.strip(".") == "" for part in name.split("/")):  # "." and ".." are no names
+        shown = name if len(name) <= MAX_NAME else name[:MAX_NAME] + "..."
+        raise InvalidAdapterName(
+            f"adapter name {shown!r} cannot be used: expected letters, digits, '.', '_' and '-', optionally after one "
+            f"'tenant/' prefix, at most {MAX_NAME} characters"
+        )

@@ -1,0 +1,327 @@
+"""Adapters saved by PEFT, read, packed, loaded into the arena and run by our decoder: the logits are PEFT's own, fp32.
+
+Every LoRA option alone; then all of a base's in one batch with rows of the base, chunks and decode rows mixed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from loraplex.adapters.peft_format import load_image
+from loraplex.adapters.residency import Residency
+from loraplex.adapters.tiles import BaseLayout
+from loraplex.kernels.metadata import AdapterSegments
+from loraplex.server.models.weights import BaseBiases
+from support.harness import Harness, Sequence
+from support.peft_adapters import ALL, BASES, CASES, QV, PeftAdapter, make_peft_adapter, randomise_adapter
+from support.tiny import VOCAB_SIZE, load_oracle, make_tiny_model
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT warns of much that is meant here
+
+TOLERANCE = 2e-4
+"""Logits have a spread of two and more; fp32 in another order of summing stays under 5e-5."""
+
+VISIBLE = 0.1
+"""By how much an adapter must move some logit, or the comparison shows nothing."""
+
+LENGTH = 23
+
+Mix = tuple[tuple[str, float], ...]
+"""(digest, weight), ...; empty: the base."""
+
+
+class Pool:
+    """The pages of a harness that were set aside for adapters, as Residency wants them."""
+
+    def __init__(self, num_pages: int, free: list[int]) -> None:
+        self.num_pages = num_pages
+        self._all = len(free)
+        self._free = free
+
+    def alloc(self, n: int, owner: str) -> list[int] | None:
+        if n > len(self._free):
+            return None
+        return [self._free.pop() for _ in range(n)]
+
+    def free(self, pages: list[int]) -> None:
+        self._free += pages
+
+    def used_by(self, owner: str) -> int:
+        return self._all - len(self._free)
+
+
+@dataclass
+class Request:
+    """Known tokens that are computed `chunk` at a time up to `prompt` and one by one after it."""
+
+    ids: list[int]
+    mix: Mix = ()
+    prompt: int = LENGTH - 5
+    chunk: int = LENGTH
+    start: int = 0  # the step it joins at
+    sequence: Sequence | None = None
+    logits: list[Tensor] = field(default_factory=list)
+
+    def next_tokens(self) -> int:
+        assert self.sequence is not None
+        done = self.sequence.computed
+        return 1 if done >= self.prompt else min(self.chunk, self.prompt - done)
+
+    def decodes(self) -> bool:
+        assert self.sequence is not None
+        return self.sequence.computed >= self.prompt
+
+
+class Server:
+    """A base and the adapters loaded beside it."""
+
+    def __init__(self, path: Path, page_bytes: int = 2048) -> None:
+        pages = 900
+        self.harness = Harness(path, num_pages=pages, page_bytes=page_bytes)
+        harness = self.harness
+        pool = Pool(pages, harness.take_pages(700))
+        projections = harness.config.projections()
+        self.layout = BaseLayout(path.name, harness.config.num_layers, projections, harness.page_bytes, torch.float32)
+        self.residency = Residency(harness.arena, pool, self.layout)  # type: ignore[arg-type]
+        self._base_bias = BaseBiases(harness.config, harness.weights).get
+
+    def load(self, folder: Path) -> str:
+        """Read and load an adapter; its digest."""
+        parsed, image = load_image(folder, self.layout, self._base_bias)
+        assert self.residency.load(parsed.digest, image)
+        self.residency.check_integrity()
+        return parsed.digest
+
+    def run(self, requests: list[Request], *, adapters: bool = True) -> None:
+        """Compute all requests to their end, together; without `adapters` as if nobody wore any."""
+        for request in requests:
+            request.sequence = self.harness.sequence(request.ids)
+            request.sequence.prompt_len = request.prompt
+            request.logits = []
+        step = 0
+        while True:
+            left = [r for r in requests if r.sequence is not None and r.sequence.computed < len(r.ids)]
+            if not left:
+                break
+            work = [request for request in left if request.start <= step]
+            step += 1
+            # who wears adapters first, decode rows before chunks, equal mixes side by side
+            work.sort(key=lambda request: (not request.mix, not request.decodes(), request.mix))
+            counts = [(request.sequence, request.next_tokens()) for request in work if request.sequence is not None]
+            segments = self._segments(work) if adapters else None
+            found = self.harness.step(counts, segments, self.residency.table) if counts else []
+            for request, logits in zip(work, found, strict=True):
+                request.logits.append(logits)
+        for request in requests:
+            assert request.sequence is not None
+            self.harness.reset(request.sequence)
+
+    def _segments(self, work: list[Request]) -> AdapterSegments | None:
+        bounds, mixes, num_decode = [0], [], 0
+        last: tuple[Mix, bool] | None = None
+        for request in work:
+            if not request.mix:
+                break
+            end = bounds[-1] + request.next_tokens()
+            if last == (request.mix, request.decodes()):
+                bounds[-1] = end
+            else:
+                bounds.append(end)
+                mixes.append(tuple((self._slot(digest), weight) for digest, weight in request.mix))
+                num_decode += request.decodes()
+            last = (request.mix, request.decodes())
+        if not mixes:
+            return None
+        members = [member for mix in mixes for member in mix]
+        mix_ptr = torch.tensor([0] + [len(mix) for mix in mixes]).cumsum(0)
+        return AdapterSegments(
+            indptr=torch.tensor(bounds, dtype=torch.int32),
+            mix_ptr=mix_ptr.int(),
+            mix_slot=torch.tensor([slot for slot, _ in members], dtype=torch.int32),
+            mix_weight=torch.tensor([weight for _, weight in members], dtype=torch.float32),
+            bounds=tuple(bounds),
+            mixes=tuple(mixes),
+            num_decode_segments=num_decode,
+        )
+
+    def _slot(self, digest: str) -> int:
+        slot = self.residency.slot_of(digest)
+        assert slot is not None
+        return slot
+
+
+@dataclass
+class Base:
+    """One tiny base, on our side and on transformers', and the adapters of all cases made for it."""
+
+    hf: Any
+    path: Path
+    adapters: dict[str, PeftAdapter]
+
+    def logits(self, ids: list[int]) -> Tensor:
+        with torch.no_grad():
+            return self.hf(torch.tensor([ids])).logits[0].float()
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Base]:
+    root = tmp_path_factory.mktemp("bases")
+    made = {}
+    for family, fields in BASES.items():
+        path = make_tiny_model(family, root / family, **fields)
+        hf = load_oracle(path)
+        adapters = {
+            case: make_peft_adapter(hf, root / f"{family}-{i}", seed=i, **options)
+            for i, (case, (of, options)) in enumerate(CASES.items(), 1)
+            if of == family
+        }
+        made[family] = Base(hf, path, adapters)
+    return made
+
+
+@pytest.fixture
+def servers(bases: dict[str, Base]) -> dict[str, Server]:
+    """Fresh ones for every test, made when asked for."""
+
+    class Lazy(dict[str, Server]):
+        def __missing__(self, family: str) -> Server:
+            self[family] = Server(bases[family].path)
+            return self[family]
+
+    return Lazy()
+
+
+def tokens(seed: int, count: int = LENGTH) -> list[int]:
+    return torch.randint(VOCAB_SIZE, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def assert_same(request: Request, wanted: Tensor, what: str) -> None:
+    found = torch.cat(request.logits)
+    assert wanted.std() > 0.5, "the oracle's logits are too flat to tell anything"
+    worst = float((found - wanted).abs().max())
+    assert worst < TOLERANCE, f"{what}: logits are off by {worst}"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_alone(bases: dict[str, Base], servers: dict[str, Server], case: str) -> None:
+    """In one prefill, and again in small chunks and decode steps."""
+    base = bases[CASES[case][0]]
+    server = servers[CASES[case][0]]
+    mix = ((server.load(base.adapters[case].folder), 1.0),)
+    whole = Request(tokens(1), mix, prompt=LENGTH)
+    pieces = Request(tokens(1), mix, prompt=LENGTH - 6, chunk=5)
+    wanted = base.adapters[case].logits(tokens(1))
+    assert float((wanted - base.logits(tokens(1))).abs().max()) > VISIBLE, "PEFT's own answer is the base's"
+    for request in (whole, pieces):
+        server.run([request])
+        assert_same(request, wanted, case)
+
+
+@pytest.mark.parametrize("family", BASES)
+def test_all_mixed_in_one_batch(bases: dict[str, Base], servers: dict[str, Server], family: str) -> None:
+    """All of a base's adapters at once, two sequences for some, rows of the base between; they join at different steps,
+    so that chunks of some stand beside decode rows of others. Every row is what PEFT computes for it alone, and the
+    base's rows are bit for bit what the same batch gives when nobody wears an adapter."""
+    base, server = bases[family], servers[family]
+    requests = {}
+    for i, (case, adapter) in enumerate(base.adapters.items()):
+        digest = server.load(adapter.folder)
+        for twin in range(1 + i % 2):
+            ids = tokens(100 + 2 * i + twin, LENGTH - i % 4)
+            prompt = len(ids) - 3 - i % 5
+            requests[case, twin] = Request(ids, ((digest, 1.0),), prompt, chunk=4 + i % 7, start=i % 6)
+    for i in range(4):
+        requests["base", i] = Request(tokens(500 + i), (), LENGTH - 4, chunk=9 - 2 * i, start=2 * i)
+    server.run(list(requests.values()))
+    for (case, _), request in requests.items():
+        oracle = base if case == "base" else base.adapters[case]
+        assert_same(request, oracle.logits(request.ids), case)
+    with_adapters = [torch.cat(requests["base", i].logits) for i in range(4)]
+    server.run(list(requests.values()), adapters=False)
+    for i in range(4):
+        assert torch.equal(torch.cat(requests["base", i].logits), with_adapters[i])
+
+
+def test_adapters_come_and_go(bases: dict[str, Base], servers: dict[str, Server]) -> None:
+    """An adapter loaded again into other pages and another slot is the same; those beside it do not notice."""
+    base, server = bases["llama"], servers["llama"]
+    first, second, third = (base.adapters[case] for case in ("all seven", "rank_pattern", "only v_proj"))
+    digests = [server.load(adapter.folder) for adapter in (first, second)]
+    place = server.residency.slot_of(digests[0])
+    server.residency.drop(digests[0])
+    digests.append(server.load(third.folder))
+    digests[0] = server.load(first.folder)
+    assert server.residency.slot_of(digests[0]) != place
+    requests = [Request(tokens(7), ((digest, 1.0),)) for digest in digests]
+    server.run(requests)
+    for request, adapter in zip(requests, (first, second, third), strict=True):
+        assert_same(request, adapter.logits(request.ids), "reloaded")
+
+
+@dataclass
+class Pair:
+    """Two adapters of different shape in one PEFT model, and their weighted sum made by PEFT."""
+
+    model: Any
+    folders: tuple[Path, Path]
+
+    def logits(self, name: str, ids: list[int]) -> Tensor:
+        self.model.set_adapter(name)
+        with torch.no_grad():
+            return self.model(torch.tensor([ids])).logits[0].float()
+
+
+WEIGHTS = (0.7, 1.6)
+
+
+@pytest.fixture(scope="module")
+def pair(bases: dict[str, Base], tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    from peft import LoraConfig, get_peft_model
+
+    root = tmp_path_factory.mktemp("pair")
+    hf = load_oracle(bases["llama"].path)
+    model = get_peft_model(hf, LoraConfig(r=4, lora_alpha=6, target_modules=QV), adapter_name="one").eval()
+    model.add_adapter("two", LoraConfig(r=19, lora_alpha=9, target_modules=ALL, use_rslora=True))
+    randomise_adapter(model, 5, torch.float32, 0.5)
+    model.save_pretrained(root)
+    model.add_weighted_adapter(["one", "two"], list(WEIGHTS), "sum", combination_type="cat")
+    return Pair(model, (root / "one", root / "two"))
+
+
+def test_a_weighted_mix_is_pefts_weighted_sum(bases: dict[str, Base], servers: dict[str, Server], pair: Pair) -> None:
+    """Also beside requests that wear the two alone, scaled, in the other order, and none."""
+    server = servers["llama"]
+    one, two = (server.load(folder) for folder in pair.folders)
+    ids = tokens(9)
+    mixed = Request(ids, ((one, WEIGHTS[0]), (two, WEIGHTS[1])), chunk=6)
+    swapped = Request(ids, ((two, WEIGHTS[1]), (one, WEIGHTS[0])), start=1)
+    alone = {
+        name: Request(tokens(i), ((digest, 1.0),)) for i, (name, digest) in enumerate((("one", one), ("two", two)))
+    }
+    halves = Request(ids, ((one, WEIGHTS[0] / 2), (two, WEIGHTS[1]), (one, WEIGHTS[0] / 2)), start=2, chunk=3)
+    nobody = Request(ids)
+    server.run([mixed, swapped, *alone.values(), halves, nobody])
+    wanted = pair.logits("sum", ids)
+    for request in (mixed, swapped, halves):
+        assert_same(request, wanted, "mix")
+    for name, request in alone.items():
+        assert_same(request, pair.logits(name, request.ids), name)
+        assert float((pair.logits(name, ids) - wanted).abs().max()) > VISIBLE
+    assert_same(nobody, bases["llama"].logits(ids), "base")
+
+
+def test_a_wrong_adapter_would_show(bases: dict[str, Base], servers: dict[str, Server]) -> None:
+    """The tolerance tells any two adapters of a base apart: a mix-up of rows cannot pass."""
+    for base in bases.values():
+        answers = {case: adapter.logits(tokens(3)) for case, adapter in base.adapters.items()}
+        answers["base"] = base.logits(tokens(3))
+        names = list(answers)
+        for i, case in enumerate(names):
+            for other in names[:i]:
+                assert float((answers[case] - answers[other]).abs().max()) > 100 * TOLERANCE, f"{case} is {other}"
