@@ -91,7 +91,7 @@ class AdapterSegments:
 
 @dataclass(frozen=True)
 class KVLayer:
-    """One layer's keys and values: views into the arena, page by page (strided: a page holds all layers of its group)."""
+    """One layer's keys and values: views into the arena, page by page (strided: a page holds its group's layers)."""
 
     k: Tensor  # [num_pages, kv_heads, block_size, head_dim]
     v: Tensor  # [num_pages, kv_heads, block_size, head_dim]
@@ -102,7 +102,7 @@ class KVLayer:
 class KVGroup:
     """Page tables of one KV group for one step. Layers with the same window share a group (see kv_groups)."""
 
-    block_table: Tensor  # [num_seqs, max_blocks] int32: page of each block of 16 tokens; -1 where freed past the window or absent
+    block_table: Tensor  # [num_seqs, max_blocks] int32: page of each block of 16 tokens; -1: past the window or absent
     store_index: Tensor  # [num_tokens] int64: page * block_size + offset where this step's token is written
 
 

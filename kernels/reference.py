@@ -123,10 +123,13 @@ class ReferenceBackend(Backend):
     def attention(self, q: Tensor, layer: KVLayer, meta: AttentionMeta, params: AttentionParams) -> Tensor:
         out = torch.empty_like(q)
         block_table = meta.groups[layer.group].block_table
+        # One buffer for all sequences: fresh memory for each is paged in anew, and doubles decode at 1k keys.
+        longest = max(meta.kv_lens_host, default=0) + layer.k.shape[2]
+        found = q.new_empty((2, longest * params.num_kv_heads * params.head_dim), dtype=torch.float32)
         for i, kv_len in enumerate(meta.kv_lens_host):
             start, stop = meta.query_bounds[i], meta.query_bounds[i + 1]
             if stop > start:
-                _attend(q[start:stop], layer, block_table[i], kv_len, params, out[start:stop])
+                _attend(q[start:stop], layer, block_table[i], kv_len, params, found, out[start:stop])
         return out.view(q.shape[0], params.num_heads * params.head_dim)
 
     def act_mul(self, gate_up: Tensor, activation: str) -> Tensor:
@@ -177,14 +180,19 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((turned.to(x.dtype), x[..., rotary_dim:]), -1)
 
 
-def _attend(q: Tensor, layer: KVLayer, blocks: Tensor, kv_len: int, params: AttentionParams, out: Tensor) -> None:
-    """One sequence: q [n, num_heads, D] at positions kv_len - n .. kv_len - 1 -> out, alike. blocks [max_blocks]."""
+def _attend(
+    q: Tensor, layer: KVLayer, blocks: Tensor, kv_len: int, params: AttentionParams, found: Tensor, out: Tensor
+) -> None:
+    """One sequence: q [n, num_heads, D] at positions kv_len - n .. kv_len - 1 -> out, alike.
+
+    blocks [max_blocks]: its row of the block table; found [2, enough]: room for its keys and values.
+    """
     n, heads, head_dim = q.shape
     kv_heads, group = params.num_kv_heads, heads // params.num_kv_heads
     first = kv_len - n
     oldest = 0 if params.window is None else max(0, first - params.window + 1)
-    k = _gather(layer.k, blocks, oldest, kv_len)
-    v = _gather(layer.v, blocks, oldest, kv_len)
+    k = _gather(layer.k, blocks, oldest, kv_len, found[0])
+    v = _gather(layer.v, blocks, oldest, kv_len, found[1])
     for start in range(0, n, QUERY_BLOCK):
         m = min(QUERY_BLOCK, n - start)
         begin = 0 if params.window is None else max(0, first + start - params.window + 1)
@@ -205,15 +213,14 @@ def _attend(q: Tensor, layer: KVLayer, blocks: Tensor, kv_len: int, params: Atte
         )
 
 
-def _gather(pages: Tensor, blocks: Tensor, start: int, stop: int) -> Tensor:
-    """Positions start .. stop - 1 of one sequence: [kv_heads, stop - start, D] fp32. Reads no other block."""
+def _gather(pages: Tensor, blocks: Tensor, start: int, stop: int, out: Tensor) -> Tensor:
+    """Positions start .. stop - 1 of one sequence: [kv_heads, stop - start, D] fp32, in `out`. Reads no other block."""
     _, kv_heads, block_size, head_dim = pages.shape
     first = start // block_size
-    last = -(-stop // block_size)
-    found = pages.index_select(0, blocks[first:last])  # [blocks, kv_heads, block_size, D]
-    flat = found.transpose(0, 1).to(torch.float32, memory_format=torch.contiguous_format)
-    flat = flat.reshape(kv_heads, (last - first) * block_size, head_dim)
-    return flat[:, start - first * block_size : stop - first * block_size]
+    n = -(-stop // block_size) - first
+    found = out[: kv_heads * n * block_size * head_dim].view(kv_heads, n, block_size, head_dim)
+    found.copy_(pages.index_select(0, blocks[first : first + n]).transpose(0, 1))
+    return found.view(kv_heads, n * block_size, head_dim)[:, start - first * block_size : stop - first * block_size]
 
 
 def _hidden(first: int, m: int, begin: int, end: int, window: int | None, device: torch.device) -> Tensor:
