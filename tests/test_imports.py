@@ -31,11 +31,12 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("server.engine", ("server.engine", "server.models", "adapters", "kernels")),
     ("server.api", ("server.api", "server.engine", "adapters", *SHARED)),
     *((name, ("server.engine", "adapters", *SHARED)) for name in SHARED),
-    ("server.app", EVERYTHING),  # the two that put the parts together
+    ("server.app", EVERYTHING),  # the three that put the parts together
+    ("server.launch", EVERYTHING),
     ("server.cli", EVERYTHING),
     ("benchmarks", EVERYTHING),
 )
-COMPOSERS = ("server.app", "server.cli")
+COMPOSERS = ("server.app", "server.launch", "server.cli")
 
 # Policy: no torch, by whatever road, so that it can be tested in microseconds and read without tensors in mind.
 TORCH_FREE = frozenset(

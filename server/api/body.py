@@ -1,0 +1,99 @@
+"""From the bytes of a request to a checked record. Every fault is a 400 (413 for the size) that names the field."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+from starlette.requests import ClientDisconnect, Request
+
+from loraplex.server.api.errors import ApiError, ClientGone, InvalidField
+from loraplex.server.api.fields import check_unknown
+from loraplex.server.api.schemas import ChatRequest, GenerationFields, Incoming
+
+T = TypeVar("T", bound=Incoming)
+
+
+async def read_record(request: Request, kind: type[T], limit: int) -> T:
+    """The body as a `kind`, whatever its content type says (curl -d says it is a form). `limit` in bytes.
+
+    Raises ApiError, ClientGone.
+    """
+    body = await _read_bytes(request, limit)
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        raise _explain(error.errors(include_url=False)[0]) from None
+
+
+def ignored_fields(record: GenerationFields) -> list[str]:
+    """Fields nobody knows, as paths: they are ignored and named. Raises UnsupportedField where they may not be."""
+    ignored = check_unknown(record.model_extra or {})
+    if record.stream_options is not None:
+        ignored += [f"stream_options.{name}" for name in record.stream_options.model_extra or {}]
+    if isinstance(record, ChatRequest):
+        for i, message in enumerate(record.messages):
+            ignored += _message_extras(message.model_extra or {}, f"messages[{i}]")
+    return ignored
+
+
+def body_schema(kind: type[BaseModel]) -> dict[str, Any]:
+    """`openapi_extra` of a route that reads a `kind`."""
+    schema = kind.model_json_schema()
+    parts = schema.pop("$defs", {})
+
+    def inline(node: Any) -> Any:
+        """References count from the document's root, where a route's own definitions cannot be."""
+        if isinstance(node, list):
+            return [inline(item) for item in node]
+        if not isinstance(node, dict):
+            return node
+        if "$ref" in node:
+            return inline(parts[node["$ref"].rpartition("/")[2]])
+        return {key: inline(value) for key, value in node.items()}
+
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": inline(schema)}}}}
+
+
+def _message_extras(extras: dict[str, Any], where: str) -> list[str]:
+    for name in ("tool_calls", "function_call", "audio"):
+        if extras.get(name):
+            raise InvalidField(f"{where}.{name}", f"{where}.{name}: tool calls and audio are not supported yet")
+    return [f"{where}.{name}" for name, value in extras.items() if value is not None]
+
+
+async def _read_bytes(request: Request, limit: int) -> bytes:
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and int(declared) > limit:
+        raise _too_large(limit)
+    chunks = bytearray()
+    try:
+        async for chunk in request.stream():
+            chunks += chunk
+            if len(chunks) > limit:
+                raise _too_large(limit)
+    except ClientDisconnect:
+        raise ClientGone from None
+    return bytes(chunks)
+
+
+def _too_large(limit: int) -> ApiError:
+    return ApiError(413, f"the body is larger than {limit} bytes", code="request_too_large")
+
+
+def _explain(error: ErrorDetails) -> ApiError:
+    """One of pydantic's errors in the caller's terms: path, what was wrong, what was found."""
+    if error["type"] == "json_invalid":
+        return ApiError(400, f"the body is not valid JSON: {error['ctx']['error']}", code="invalid_json")
+    if not error["loc"]:
+        return ApiError(400, "the body must be a JSON object", code="invalid_json")
+    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"])[1:]
+    path = path[:200]  # keys of objects are the caller's and may be anything
+    if error["type"] == "missing":
+        return InvalidField(path, f"{path}: this field is required", code="missing_required_parameter")
+    message = error["msg"].removeprefix("Value error, ")
+    found = error["input"]
+    shown = f" (found {found!r})" if isinstance(found, int | float | str) and len(repr(found)) <= 40 else ""
+    code = "invalid_type" if error["type"].endswith("_type") else "invalid_value"
+    return InvalidField(path, f"{path}: {message[0].lower()}{message[1:]}{shown}", code=code)

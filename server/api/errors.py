@@ -1,0 +1,142 @@
+"""Domain errors to HTTP, in one place. Handlers raise; nobody else builds an error answer.
+
+Every error body is OpenAI's {"error": {"message", "type", "param", "code"}}. The adapter routes speak vLLM's dialect:
+its types ("InvalidUserInput", "NotFoundError"), and the same fields once more at the top level, where the controllers
+that were written for older vLLM look for them.
+"""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from loraplex.adapters.errors import AdapterError, AdapterExists, AdapterNotFound, AdapterRefused, InvalidAdapterName
+from loraplex.server.engine.request import ContextTooLong, EngineDead, EngineError, Overloaded
+
+INVALID = "invalid_request_error"
+SERVER = "server_error"
+
+
+class ApiError(Exception):
+    """An answer with an error in it: status, OpenAI's four fields, and headers."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        type: str = INVALID,
+        param: str | None = None,
+        code: str | int | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.type = type
+        self.param = param
+        self.code = code
+        self.headers = headers or {}
+
+    def fields(self) -> dict[str, Any]:
+        """The object under "error"."""
+        return {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
+
+
+class InvalidField(ApiError):
+    """A field of the request that cannot be; `param` names it as a path: "messages[0].content"."""
+
+    def __init__(self, param: str, message: str, code: str | None = "invalid_value") -> None:
+        super().__init__(400, message, param=param, code=code)
+
+
+class UnsupportedField(ApiError):
+    """A field that would change the answer and that this server does not have: better no answer than another one."""
+
+    def __init__(self, param: str, message: str) -> None:
+        super().__init__(400, message, param=param, code="unsupported_parameter")
+
+
+class ClientGone(Exception):
+    """The client closed the connection before its answer was ready; nobody reads what is returned."""
+
+
+def to_api_error(error: Exception, prompt_param: str | None = None) -> ApiError:
+    """What the caller is told about `error` on an inference route; `prompt_param` is its field for the prompt."""
+    match error:
+        case ApiError():
+            return error
+        case AdapterNotFound():
+            return ApiError(404, str(error), param="model", code="model_not_found")
+        case AdapterRefused():
+            return ApiError(400, str(error), param="model", code=error.code)
+        case AdapterError():
+            return ApiError(400, str(error), param="model")
+        case ContextTooLong():
+            return ApiError(400, str(error), param=prompt_param, code="context_length_exceeded")
+        case Overloaded():
+            retry = {"Retry-After": str(max(1, round(error.retry_after)))}
+            return ApiError(429, str(error), type="rate_limit_error", code="overloaded", headers=retry)
+        case EngineDead():
+            return ApiError(503, str(error), type=SERVER, code="engine_dead")
+        case EngineError():
+            return ApiError(500, str(error), type=SERVER)
+        case HTTPException():
+            return ApiError(error.status_code, _http_message(error), headers=dict(error.headers or {}))
+    return ApiError(500, "the server failed on this request; its log says why", type=SERVER)
+
+
+def to_adapter_route_error(error: Exception) -> ApiError:
+    """The same for /v1/load_lora_adapter and /v1/unload_lora_adapter, in vLLM's words."""
+    match error:
+        case AdapterNotFound():
+            return _vllm(404, str(error), "NotFoundError")
+        case AdapterExists() | InvalidAdapterName():
+            return _vllm(400, str(error), "InvalidUserInput")
+        case AdapterRefused():
+            return _vllm(400, str(error), "BadRequestError")
+        case ApiError() if error.status == 400:
+            return _vllm(400, error.message, "InvalidUserInput", error.param)
+        case _:
+            known = to_api_error(error)
+            return _vllm(known.status, known.message, "InternalServerError" if known.status >= 500 else known.type)
+
+
+def _vllm(status: int, message: str, type: str, param: str | None = None) -> ApiError:
+    return ApiError(status, message, type=type, param=param, code=status)
+
+
+def error_response(error: ApiError, *, both_shapes: bool = False) -> JSONResponse:
+    """`both_shapes` repeats the fields at the top level."""
+    body: dict[str, Any] = {"error": error.fields()}
+    if both_shapes:
+        body = {"object": "error", **error.fields(), **body}
+    return JSONResponse(body, status_code=error.status, headers=error.headers)
+
+
+def install(app: FastAPI) -> None:
+    """Answer whatever a handler raises. A bug is told without its traceback, which starlette then lets uvicorn log."""
+
+    async def answer(_: Request, error: Exception) -> Response:
+        return error_response(to_api_error(error))
+
+    async def nobody_there(_: Request, __: Exception) -> Response:
+        return Response(status_code=499)  # nginx's number for it, for whatever counts statuses on the way
+
+    for kind in (ApiError, AdapterError, EngineError, HTTPException):
+        app.add_exception_handler(kind, answer)
+    app.add_exception_handler(ClientGone, nobody_there)
+    app.add_exception_handler(Exception, answer)
+
+
+def _http_message(error: HTTPException) -> str:
+    if error.status_code == HTTPStatus.NOT_FOUND:
+        return "no such route; GET /openapi.json lists them"
+    if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        return "this route has another method; see the Allow header"
+    return str(error.detail)

@@ -1,0 +1,134 @@
+"""Fields of a request that this server does not have: most are ignored and named, some must be refused.
+
+Ignoring a field is fine where the answer stays what was asked for. A field that would change the answer (a grammar, a
+beam search, another way to name an adapter) is refused unless its value asks for nothing: answering 200 with something
+else is the one thing worse than an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from loraplex.server.api.errors import UnsupportedField
+
+IGNORED_HEADER = "x-ignored-fields"
+
+_STRUCTURED = "structured output is not supported yet"
+_TOOLS = "tool calling is not supported yet"
+_BEAM = "only sampling and greedy decoding are supported"
+_ADAPTER = "name the adapter in 'model' instead; GET /v1/models lists the names"
+_TEXT_ONLY = "only text goes in and out"
+_SAMPLER = "this way of sampling is not supported"
+_PROMPT = "the prompt is taken as it is"
+_REASONING = "the base has no such control"
+
+# field: (values that ask for nothing, beside null and empty ones; why it is refused otherwise)
+UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
+    # structured output
+    "response_format": (({"type": "text"},), _STRUCTURED),
+    "guided_json": ((), _STRUCTURED),
+    "guided_regex": ((), _STRUCTURED),
+    "guided_choice": ((), _STRUCTURED),
+    "guided_grammar": ((), _STRUCTURED),
+    "guided_decoding_backend": ((), _STRUCTURED),
+    "guided_whitespace_pattern": ((), _STRUCTURED),
+    "structured_outputs": ((), _STRUCTURED),
+    "structural_tag": ((), _STRUCTURED),
+    "json_schema": ((), _STRUCTURED),
+    "grammar": ((), _STRUCTURED),
+    "regex": ((), _STRUCTURED),
+    "ebnf": ((), _STRUCTURED),
+    # tools
+    "tools": ((), _TOOLS),
+    "tool_choice": (("none", "auto"), _TOOLS),
+    "functions": ((), _TOOLS),
+    "function_call": (("none", "auto"), _TOOLS),
+    "web_search_options": ((), _TOOLS),
+    # another search
+    "use_beam_search": ((False,), _BEAM),
+    "best_of": ((1,), _BEAM),
+    "num_beams": ((1,), _BEAM),
+    "length_penalty": ((1,), _BEAM),
+    "early_stopping": ((False,), _BEAM),
+    "do_sample": ((True,), "use temperature 0 for greedy decoding"),
+    # other samplers
+    "typical_p": ((1,), _SAMPLER),
+    "top_a": ((0,), _SAMPLER),
+    "tfs": ((1,), _SAMPLER),
+    "tfs_z": ((1,), _SAMPLER),
+    "epsilon_cutoff": ((0,), _SAMPLER),
+    "eta_cutoff": ((0,), _SAMPLER),
+    "mirostat": ((0,), _SAMPLER),
+    "mirostat_mode": ((0,), _SAMPLER),
+    "dynatemp_range": ((0,), _SAMPLER),
+    "smoothing_factor": ((0,), _SAMPLER),
+    "xtc_probability": ((0,), _SAMPLER),
+    "dry_multiplier": ((0,), _SAMPLER),
+    "no_repeat_ngram_size": ((0,), _SAMPLER),
+    "penalty_alpha": ((0,), _SAMPLER),
+    "watermark": ((False,), _SAMPLER),
+    "logits_processors": ((), _SAMPLER),
+    "custom_logit_processor": ((), _SAMPLER),
+    "vllm_xargs": ((), _SAMPLER),
+    "bad_words": ((), _SAMPLER),
+    "allowed_token_ids": ((), _SAMPLER),
+    "stop_regex": ((), _SAMPLER),
+    # what goes in
+    "echo": ((False,), "the answer holds generated text only"),
+    "suffix": ((), "inserting before a suffix is not supported"),
+    "prompt_embeds": ((), _TEXT_ONLY),
+    "truncate": ((), _PROMPT),
+    "truncate_prompt_tokens": ((), _PROMPT),
+    "chat_template": ((), "the base's own chat template is used"),
+    "continue_final_message": ((False,), "put the beginning of the answer into a prompt for /v1/completions"),
+    "documents": ((), _PROMPT),
+    "add_special_tokens": ((False,), "the chat template writes the special tokens"),  # completions have it
+    # what comes out
+    "prompt_logprobs": ((False,), "log probabilities are given for generated tokens only"),
+    "return_tokens_as_token_ids": ((False,), "tokens are given as text"),
+    "return_token_ids": ((False,), "tokens are given as text"),
+    "audio": ((), _TEXT_ONLY),
+    "modalities": ((["text"],), _TEXT_ONLY),
+    "mm_processor_kwargs": ((), _TEXT_ONLY),
+    # reasoning models
+    "reasoning_effort": ((), _REASONING),
+    "verbosity": ((), _REASONING),
+    "thinking_token_budget": ((), _REASONING),
+    # other servers' ways to name an adapter
+    "adapter_id": ((), _ADAPTER),
+    "adapter_source": ((), _ADAPTER),
+    "merged_adapters": ((), _ADAPTER),
+    "lora": ((), _ADAPTER),
+    "lora_name": ((), _ADAPTER),
+    "lora_path": ((), _ADAPTER),
+    "lora_request": ((), _ADAPTER),
+}
+
+MAX_NAMED = 32
+"""Ignored fields named in the header; and characters of each: a header has to stay small and clean."""
+
+
+def check_unknown(unknown: Mapping[str, Any]) -> list[str]:
+    """Names of the fields in `unknown` that are ignored. Raises UnsupportedField for the first that may not be."""
+    ignored = []
+    for name, value in unknown.items():
+        neutral, reason = UNSUPPORTED.get(name, (None, ""))
+        if neutral is None:
+            ignored.append(name)
+        elif not _asks_for_nothing(value, neutral):
+            raise UnsupportedField(name, f"{name!r} is not supported: {reason}. Leave it out to go on without.")
+    return ignored
+
+
+def ignored_header(names: Iterable[str]) -> dict[str, str]:
+    """The response header that names ignored fields; {} when there are none."""
+    shown = ["".join(c if (c.isalnum() and c.isascii()) or c in "_-.[]" else "?" for c in n[:64]) for n in names]
+    if not shown:
+        return {}
+    more = [f"and {len(shown) - MAX_NAMED} more"] if len(shown) > MAX_NAMED else []
+    return {IGNORED_HEADER: ", ".join(shown[:MAX_NAMED] + more)}
+
+
+def _asks_for_nothing(value: Any, neutral: tuple[Any, ...]) -> bool:
+    return value is None or value in ("", [], {}) or value in neutral

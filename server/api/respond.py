@@ -1,0 +1,85 @@
+"""A Generation to an answer, in one piece or as a stream; the two routes differ in their Rendering only."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Iterable
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from loraplex.server.api.generation import Delta, Generation, ScoredToken
+from loraplex.server.api.schemas import GenerationFields, Usage, Wire
+from loraplex.server.api.sse import SseResponse, answer_or_disconnect
+
+
+@dataclass
+class Collected:
+    """All deltas of one choice."""
+
+    text: str = ""
+    tokens: list[ScoredToken] = field(default_factory=list)
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+    def add(self, delta: Delta) -> None:
+        self.text += delta.text
+        self.tokens += delta.tokens
+        self.finish_reason = delta.finish_reason
+        self.stop_reason = delta.stop_reason
+
+
+class Rendering(Protocol):
+    """How one route writes its answers."""
+
+    def opening(self, num_choices: int) -> Iterable[Wire]:
+        """Chunks before the first delta's."""
+        ...
+
+    def chunk(self, delta: Delta) -> Wire:
+        """The chunk of one delta."""
+        ...
+
+    def usage_chunk(self, usage: Usage) -> Wire:
+        """The chunk after all others, where it was asked for."""
+        ...
+
+    def whole(self, choices: list[Collected], usage: Usage) -> Wire:
+        """The answer in one piece; choices in the order of their index."""
+        ...
+
+
+async def respond(
+    request: Request, record: GenerationFields, generation: Generation, rendering: Rendering, headers: dict[str, str]
+) -> Response:
+    """The response to `request`. Raises what Generation.deltas raises, and ClientGone."""
+    if record.stream:
+        include_usage = record.stream_options is not None and bool(record.stream_options.include_usage)
+        return SseResponse(_chunks(generation, rendering, include_usage), headers)
+    whole = await answer_or_disconnect(request, _collect(generation, rendering))
+    return Response(whole.model_dump_json(), media_type="application/json", headers=headers)
+
+
+async def _chunks(generation: Generation, rendering: Rendering, include_usage: bool) -> AsyncGenerator[str, None]:
+    hidden = None if include_usage else {"usage"}  # where it was asked for, chunks before the last say null
+    opened = False
+    async with aclosing(generation.deltas()) as deltas:
+        async for delta in deltas:
+            if not opened:
+                opened = True
+                for chunk in rendering.opening(generation.num_choices):
+                    yield chunk.model_dump_json(exclude=hidden)
+            if delta.text or delta.tokens or delta.finish_reason is not None:
+                yield rendering.chunk(delta).model_dump_json(exclude=hidden)
+    if include_usage:
+        yield rendering.usage_chunk(generation.usage()).model_dump_json()
+
+
+async def _collect(generation: Generation, rendering: Rendering) -> Wire:
+    choices: dict[int, Collected] = {}
+    async with aclosing(generation.deltas()) as deltas:
+        async for delta in deltas:
+            choices.setdefault(delta.index, Collected()).add(delta)
+    return rendering.whole([choices[index] for index in sorted(choices)], generation.usage())

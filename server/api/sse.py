@@ -1,0 +1,98 @@
+"""Server-sent events: a response whose status waits for the first event and which ends when its reader is gone."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncGenerator, Coroutine
+from contextlib import suppress
+from typing import Any, TypeVar
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from loraplex.server.api.errors import ApiError, ClientGone, to_api_error
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+DONE = "[DONE]"
+
+
+class SseResponse(Response):
+    """Sends each string of `events` as one event, then [DONE].
+
+    Nothing is sent before the first event is there, so what fails until then is an ordinary error answer with its
+    status. What fails later is an event {"error": ...}, since the status is out. `events` is closed in any case, at
+    once when the client disconnects: its `finally` blocks are where work is given up.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[str, None], headers: dict[str, str] | None = None) -> None:
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **(headers or {})})
+        del self.headers["content-length"]  # of the empty body that Response counted
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI. Raises what the first event raises."""
+        with suppress(ClientGone):
+            await until_disconnect(receive, self._send_all(send))
+
+    async def _send_all(self, send: Send) -> None:
+        try:
+            first = await anext(self._events, None)
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            if first is not None:
+                await _send_event(send, first)
+            try:
+                async for event in self._events:
+                    await _send_event(send, event)
+            except Exception as error:
+                await _send_event(send, json.dumps({"error": _explain(error).fields()}))
+            await _send_event(send, DONE)
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            await self._events.aclose()
+
+
+async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """Run `work`; cancel it, wait for its end and raise ClientGone when the client disconnects first.
+
+    The body must have been read: what is received from here on can only be the disconnect.
+    """
+    task = asyncio.ensure_future(work)
+    watch = asyncio.ensure_future(_disconnect(receive))
+    try:
+        await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientGone
+    finally:
+        for each in (task, watch):
+            each.cancel()
+        await asyncio.gather(task, watch, return_exceptions=True)
+
+
+async def answer_or_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """`until_disconnect` for a handler whose answer is sent in one piece."""
+    return await until_disconnect(request.receive, work)
+
+
+async def _disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _send_event(send: Send, data: str) -> None:
+    await send({"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": True})
+
+
+def _explain(error: Exception) -> ApiError:
+    known = to_api_error(error)
+    if known.status == 500:
+        logger.error("a stream failed", exc_info=error)
+    return known

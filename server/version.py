@@ -1,0 +1,13 @@
+"""The version of this installation."""
+
+from __future__ import annotations
+
+from importlib import metadata
+
+
+def version() -> str:
+    """As the installed distribution has it; "unknown" when run from files that were never installed."""
+    try:
+        return metadata.version("loraplex")
+    except metadata.PackageNotFoundError:
+        return "unknown"

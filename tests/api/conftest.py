@@ -1,0 +1,30 @@
+"""Every test gets a fresh server of fakes and a client that talks to it in-process."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from loraplex.server.app import create_app
+from tests.support.fake_serving import FakeServer, make_fake_server
+from tests.support.tiny import make_tiny_tokenizer
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture
+async def server(tokenizer_folder: Path) -> FakeServer:
+    return make_fake_server(tokenizer_folder)
+
+
+@pytest.fixture
+async def client(server: FakeServer) -> AsyncIterator[httpx.AsyncClient]:
+    transport = httpx.ASGITransport(create_app(server.parts), raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        yield client

@@ -1,0 +1,119 @@
+"""A client that goes away: its work is given up at once, wherever it stands."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+
+from loraplex.server.app import create_app
+from tests.support.fake_serving import FakeServer, say
+
+
+class RawClient:
+    """One request at the level of ASGI messages, so that the test says when the client leaves."""
+
+    def __init__(self, server: FakeServer, path: str, body: dict[str, Any]) -> None:
+        self.sent: list[dict[str, Any]] = []
+        self._gone = asyncio.Event()
+        self._body: list[bytes] = [json.dumps(body).encode()]
+        scope = {
+            "type": "http",
+            "asgi": {"version": "3.0", "spec_version": "2.3"},
+            "http_version": "1.1",
+            "method": "POST",
+            "path": path,
+            "raw_path": path.encode(),
+            "query_string": b"",
+            "headers": [],
+            "scheme": "http",
+            "server": ("test", 80),
+            "client": ("test", 1),
+        }
+        self.task = asyncio.create_task(create_app(server.parts)(scope, self._receive, self._send))  # type: ignore[arg-type]
+
+    def leave(self) -> None:
+        self._gone.set()
+
+    def text(self) -> str:
+        return b"".join(m.get("body", b"") for m in self.sent).decode()
+
+    async def _receive(self) -> dict[str, Any]:
+        if self._body:
+            return {"type": "http.request", "body": self._body.pop(), "more_body": False}
+        await self._gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def _send(self, message: dict[str, Any]) -> None:
+        self.sent.append(message)
+
+
+async def until(condition: Any) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+def body(route: str, **fields: Any) -> dict[str, Any]:
+    prompt = {"messages": [{"role": "user", "content": "hi"}]} if "chat" in route else {"prompt": "hi"}
+    return {"model": "pirate", **prompt, **fields}
+
+
+@pytest.mark.parametrize("route", ["/v1/chat/completions", "/v1/completions"])
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("n", [1, 3])
+async def test_before_the_first_token(server: FakeServer, route: str, stream: bool, n: int) -> None:
+    version = await server.adapters.register("pirate", "/adapters/pirate")
+    server.engine.gate.clear()  # the engine is busy with others: nothing comes
+    client = RawClient(server, route, body(route, stream=stream, n=n))
+    await until(lambda: len(server.engine.open) == n)
+    assert server.adapters.registry.leases(version) == n
+    client.leave()
+    await asyncio.wait_for(client.task, 10)
+    assert len(server.engine.aborted) == n
+    assert not server.engine.open
+    assert server.adapters.registry.leases(version) == 0
+    assert not any(message.get("status") == 200 for message in client.sent)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+async def test_in_the_middle_of_a_stream(server: FakeServer, n: int) -> None:
+    version = await server.adapters.register("pirate", "/adapters/pirate")
+    server.engine.script = lambda request: say(server.tokenizer, "one two three " * 3, request)
+    route = "/v1/chat/completions"
+    client = RawClient(server, route, body(route, stream=True, n=n))
+    await until(lambda: '"content":"' in client.text().replace('"content":""', ""))
+    server.engine.gate.clear()
+    still_open = len(server.engine.open)
+    client.leave()
+    await asyncio.wait_for(client.task, 10)
+    assert len(server.engine.aborted) == still_open > 0
+    assert server.adapters.registry.leases(version) == 0
+    assert "[DONE]" not in client.text()
+
+
+async def test_a_client_that_stays_aborts_nothing(server: FakeServer) -> None:
+    await server.adapters.register("pirate", "/adapters/pirate")
+    client = RawClient(server, "/v1/completions", body("/v1/completions", stream=True))
+    await asyncio.wait_for(client.task, 10)
+    assert client.text().endswith("data: [DONE]\n\n")
+    assert server.engine.aborted == []
+
+
+async def test_one_failing_choice_ends_the_others(server: FakeServer) -> None:
+    await server.adapters.register("pirate", "/adapters/pirate")
+    calls = iter(range(3))
+
+    def script(request: Any) -> Any:
+        if next(calls) == 1:
+            raise RuntimeError("submit failed")
+        return say(server.tokenizer, "fine", request)
+
+    server.engine.script = script
+    client = RawClient(server, "/v1/completions", body("/v1/completions", n=3))
+    with pytest.raises(RuntimeError):  # starlette hands bugs on to the server's log
+        await asyncio.wait_for(client.task, 10)
+    assert client.sent[0]["status"] == 500
+    assert len(server.engine.aborted) == 1

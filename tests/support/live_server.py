@@ -1,0 +1,44 @@
+"""A whole server on a free loopback port, in a thread of the test's process: real engine, real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from loraplex.server.config import HttpConfig, ServeConfig
+from loraplex.server.engine.build import EngineConfig, EngineParts, build_engine
+from loraplex.server.engine.tokenizer import Tokenizer
+from loraplex.server.launch import bind, make_app, make_server
+
+
+@dataclass(frozen=True)
+class LiveServer:
+    url: str
+    parts: EngineParts
+    tokenizer: Tokenizer
+
+
+@contextmanager
+def live_server(base: Path, name: str, engine: EngineConfig) -> Iterator[LiveServer]:
+    """Serve the checkpoint in `base` as `name` while the block runs."""
+    config = ServeConfig(str(base), (name,), engine, http=HttpConfig(shutdown_seconds=1))
+    parts, tokenizer = build_engine(engine, base, name), Tokenizer(base)
+    held = bind("127.0.0.1", 0)
+    listening = threading.Event()
+    server = make_server(make_app(config, parts, tokenizer), config.http, lambda port: listening.set())
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[held])))
+    parts.engine.start()
+    thread.start()
+    try:
+        assert listening.wait(30)
+        yield LiveServer(f"http://127.0.0.1:{held.getsockname()[1]}", parts, tokenizer)
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        parts.engine.stop()
+        parts.adapters.close()
+        held.close()
