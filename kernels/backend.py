@@ -7,6 +7,7 @@ reference.py is those blocks as code.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -29,21 +30,62 @@ class PackedLinear(Protocol):
     def out_features(self) -> int: ...
 
 
+class Program(Protocol):
+    """A recorded forward pass: run() does one step of it, whatever the step's size up to the recorded one."""
+
+    def run(
+        self,
+        ids: Tensor,
+        logit_rows: Tensor,
+        rotations: Sequence[tuple[Tensor, Tensor]],
+        attention: AttentionMeta,
+        arena: Tensor,
+        tiles: TileTable,
+        adapters: AdapterSegments | None,
+    ) -> None:
+        """ids [T] int64, logit_rows [L] int64, rotations: (cos, sin) [T, rotary_dim] fp32 per rotary kind."""
+        ...
+
+
+class Recorder(Protocol):
+    """Watches the model run through its ops once."""
+
+    @property
+    def ops(self) -> Backend:
+        """Ops that note themselves; their results are workspace, filled whenever the program runs."""
+        ...
+
+    def program(self) -> Program:
+        """What was noted so far."""
+        ...
+
+
 class Backend(Protocol):
     """Pure ops on tensors. T tokens, H hidden, all floating tensors in the compute dtype unless said otherwise."""
 
     name: str
     device: torch.device
 
+    def recorder(self, dtype: torch.dtype, cosines: Sequence[Tensor]) -> Recorder | None:
+        """For recording a forward pass in `dtype`. None: this backend runs its ops one by one.
+
+        cosines: the tensors that stand for the step's cosines while recording, one per rotary kind.
+        """
+        ...
+
     def pack_linear(self, weight: Tensor) -> PackedLinear:
         """Take over a weight [out, in]; the caller drops its own reference."""
         ...
 
-    def embed(self, ids: Tensor, table: Tensor, scale: float | None) -> Tensor:
-        """ids [T] int64, table [vocab, H] -> [T, H].
+    def embed(self, ids: Tensor, table: PackedLinear, scale: float | None) -> Tensor:
+        """ids [T] int64, table packed from [vocab, H] (a tied head's own copy) -> [T, H].
 
         Semantics: y[t] = table[ids[t]] * scale, scale rounded to the compute dtype first (Gemma).
         """
+        ...
+
+    def take_rows(self, x: Tensor, rows: Tensor) -> Tensor:
+        """x [T, H], rows [L] int64 -> [L, H]. Semantics: y[i] = x[rows[i]]."""
         ...
 
     def rms_norm(
@@ -58,11 +100,15 @@ class Backend(Protocol):
         """
         ...
 
-    def linear(self, x: Tensor, weight: PackedLinear, start: int = 0, stop: int | None = None) -> Tensor:
-        """x [T, in] -> [T, stop - start].
+    def linear(self, x: Tensor, weight: PackedLinear) -> Tensor:
+        """x [T, in] -> [T, out].
 
-        Semantics: y = x @ W[start:stop].T, accumulated in fp32, rounded once. The bias is apart (add_bias_).
+        Semantics: y = x @ W.T, accumulated in fp32, rounded once. The bias is apart (add_bias_).
         """
+        ...
+
+    def logits(self, x: Tensor, weight: PackedLinear) -> Tensor:
+        """x [L, H] -> [L, vocab] fp32. Semantics: as linear; rounded to the compute dtype at most."""
         ...
 
     def add_bias_(self, y: Tensor, bias: Tensor) -> Tensor:
@@ -127,14 +173,24 @@ class Backend(Protocol):
 def load_backend(name: str, device: str = "auto") -> Backend:
     """The backend called `name` on `device` ("auto" | "cpu" | "cuda"). Chosen once at start-up and injected.
 
+    "auto" is the C++ kernels on the CPU and the reference ops on a GPU.
+
     Raises BackendUnavailable when it cannot run here, ValueError for a name nobody has.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise BackendUnavailable("device 'cuda' was asked for but torch sees no GPU here; use --device cpu")
+    if name == "auto":
+        name = "cpu" if device == "cpu" else "reference"
     if name == "reference":
         from loraplex.kernels.reference import ReferenceBackend
 
         return ReferenceBackend(torch.device(device))
-    raise ValueError(f"unknown backend {name!r}; there is: reference")
+    if name == "cpu":
+        from loraplex.kernels.cpu.backend import CpuBackend
+
+        if device != "cpu":
+            raise BackendUnavailable(f"the backend 'cpu' was asked for on device {device!r}; it runs on cpu only")
+        return CpuBackend()
+    raise ValueError(f"unknown backend {name!r}; there are: auto, cpu, reference")

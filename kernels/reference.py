@@ -9,6 +9,7 @@ Library GEMMs may sum in another order for another number of rows, so a row's la
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,14 +55,20 @@ class ReferenceBackend(Backend):
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
+    def recorder(self, dtype: torch.dtype, cosines: Sequence[Tensor]) -> None:
+        return None
+
     def pack_linear(self, weight: Tensor) -> PackedLinear:
         return ReferenceLinear(weight)
 
-    def embed(self, ids: Tensor, table: Tensor, scale: float | None) -> Tensor:
-        y = F.embedding(ids, table)
+    def embed(self, ids: Tensor, table: PackedLinear, scale: float | None) -> Tensor:
+        y = F.embedding(ids, _weight(table))
         if scale is not None:
-            y *= torch.tensor(scale, dtype=table.dtype).item()
+            y *= torch.tensor(scale, dtype=y.dtype).item()
         return y
+
+    def take_rows(self, x: Tensor, rows: Tensor) -> Tensor:
+        return x.index_select(0, rows)
 
     def rms_norm(
         self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, offset: float
@@ -73,9 +80,11 @@ class ReferenceBackend(Backend):
             return weight * y32.to(r.dtype), r
         return (y32 * (offset + weight.float())).to(r.dtype), r
 
-    def linear(self, x: Tensor, weight: PackedLinear, start: int = 0, stop: int | None = None) -> Tensor:
-        assert isinstance(weight, ReferenceLinear), f"{type(weight).__name__} was packed by another backend"
-        return F.linear(x, weight.weight[start:stop])
+    def linear(self, x: Tensor, weight: PackedLinear) -> Tensor:
+        return F.linear(x, _weight(weight))
+
+    def logits(self, x: Tensor, weight: PackedLinear) -> Tensor:
+        return F.linear(x, _weight(weight)).float()
 
     def add_bias_(self, y: Tensor, bias: Tensor) -> Tensor:
         return y.add_(bias)
@@ -141,6 +150,11 @@ class ReferenceBackend(Backend):
         else:
             raise ValueError(f"unknown activation {activation!r}; there are: silu, gelu_tanh")
         return (y * up).to(gate_up.dtype)
+
+
+def _weight(packed: PackedLinear) -> Tensor:
+    assert isinstance(packed, ReferenceLinear), f"{type(packed).__name__} was packed by another backend"
+    return packed.weight
 
 
 def _add_tiles_(y: Tensor, x: Tensor, elements: Tensor, tiles: list[tuple[float, list[int]]]) -> None:

@@ -26,8 +26,10 @@ class Decoder:
         if len(kv_layers) != config.num_layers:
             raise ValueError(f"{len(kv_layers)} KV layers for a model of {config.num_layers} layers")
         self.config = config
-        self._weights = weights
-        self._ops = ops
+        self.weights = weights
+        self.ops = ops
+        self.kv_layers = tuple(kv_layers)
+        self.arena = arena
         self._ropes = [RotaryTable(rope, ops.device) for rope in config.ropes]
         self._layers = [
             DecoderLayer(index, config, layer, ops, kv, arena)
@@ -36,23 +38,29 @@ class Decoder:
 
     def forward(self, batch: ForwardBatch) -> Tensor:
         """The final hidden states [L, H], normed, of the tokens in batch.logit_rows."""
-        config, ops = self.config, self._ops
+        return self.hidden(batch, self.rotations(batch))
+
+    def rotations(self, batch: ForwardBatch) -> list[tuple[Tensor, Tensor]]:
+        """cos and sin [T, rotary_dim] fp32 of the step's tokens, per rotary kind of the config."""
         bounds = batch.attention.query_bounds
-        rotations = [rope.gather(batch.positions, bounds, batch.rope_lens) for rope in self._ropes]
-        x = ops.embed(batch.input_ids, self._weights.embedding, config.embed_scale)
+        return [rope.gather(batch.positions, bounds, batch.rope_lens) for rope in self._ropes]
+
+    def hidden(self, batch: ForwardBatch, rotations: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """forward() with the angles given. Ops alone touch tensors here, so that a backend can record it."""
+        config, ops = self.config, self.ops
+        x = ops.embed(batch.input_ids, self.weights.embedding, config.embed_scale)
         residual: Tensor | None = None
         for layer in self._layers:
             cos, sin = rotations[layer.rope]
             x, residual = layer.forward(x, residual, cos, sin, batch)
-        rows = batch.logit_rows
-        x = x.index_select(0, rows)
+        x = ops.take_rows(x, batch.logit_rows)
         if residual is not None:
-            residual = residual.index_select(0, rows)
-        hidden, _ = ops.rms_norm(x, self._weights.norm, config.rms_norm_eps, residual, config.norm_offset)
+            residual = ops.take_rows(residual, batch.logit_rows)
+        hidden, _ = ops.rms_norm(x, self.weights.norm, config.rms_norm_eps, residual, config.norm_offset)
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [L, H] of forward() -> [L, vocab] fp32, soft-capped where the model says so."""
-        logits = self._ops.linear(hidden, self._weights.head).float()
+        logits = self.ops.logits(hidden, self.weights.head)
         cap = self.config.final_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)

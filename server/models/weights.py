@@ -63,10 +63,10 @@ class LayerWeights:
 class ModelWeights:
     """All weights of a base, in the compute dtype on the backend's device."""
 
-    embedding: Tensor  # [vocab, hidden]
+    embedding: PackedLinear  # [vocab, hidden]
     layers: tuple[LayerWeights, ...]
     norm: Tensor  # [hidden]
-    head: PackedLinear  # [vocab, hidden]; tied: packed from the embedding
+    head: PackedLinear  # [vocab, hidden]; tied: the embedding itself
     dtype: torch.dtype
 
 
@@ -154,13 +154,13 @@ class _Loader:
 
     def load(self) -> ModelWeights:
         config = self._config
-        embedding = self._tensor(EMBED)
+        embedding = self._ops.pack_linear(self._tensor(EMBED))
         tied = config.tie_word_embeddings and self._checkpoint.head_is_embedding()
         return ModelWeights(
             embedding=embedding,
             layers=tuple(self._layer(index) for index in range(config.num_layers)),
             norm=self._tensor(NORM),
-            head=self._ops.pack_linear(embedding if tied else self._tensor(HEAD)),
+            head=embedding if tied else self._ops.pack_linear(self._tensor(HEAD)),
             dtype=self._dtype,
         )
 

@@ -1,4 +1,4 @@
-"""The same tests run over every backend that can run here."""
+"""The same tests run over every backend that can run here, the CPU one over every instruction set this machine has."""
 
 from __future__ import annotations
 
@@ -6,17 +6,30 @@ import pytest
 import torch
 
 from loraplex.kernels.backend import Backend, load_backend
+from loraplex.kernels.cpu import abi
+from loraplex.kernels.cpu.backend import CpuBackend
 
-BACKENDS = ["reference-cpu"] + (["reference-cuda"] if torch.cuda.is_available() else [])
+CPU = [f"cpu-{isa}" for isa in abi.ISAS if abi.library().loraplex_isa(isa.encode()) >= 0]
+BACKENDS = ["reference-cpu", *CPU] + (["reference-cuda"] if torch.cuda.is_available() else [])
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.fixture(params=BACKENDS, scope="session")
 def backend(request: pytest.FixtureRequest) -> Backend:
-    name, device = request.param.rsplit("-", 1)
-    return load_backend(name, device)
+    name, rest = request.param.split("-", 1)
+    return CpuBackend(isa=rest) if name == "cpu" else load_backend(name, rest)
 
 
 @pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The CPU backend computes in bf16 and fp32 alone: there is nothing to skip, those cases do not exist."""
+    items[:] = [item for item in items if not _is_cpu_float16(item)]
+
+
+def _is_cpu_float16(item: pytest.Item) -> bool:
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    return str(params.get("backend", "")).startswith("cpu-") and params.get("dtype") is torch.float16

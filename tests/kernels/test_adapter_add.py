@@ -11,11 +11,11 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from support.rounding import assert_near, exact, rounded
 from torch import Tensor
 
 from loraplex.kernels.backend import Backend
 from loraplex.kernels.metadata import ALIGN, NUM_SITES, AdapterSegments, Site, TileTable
+from support.rounding import assert_near, exact, rounded
 
 LAYERS = 3
 PAGE_BYTES = 131072

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from support.rounding import Exact, assert_near, exact, rounded
 from torch import Tensor
 
 from loraplex.kernels.backend import Backend
 from loraplex.kernels.metadata import BLOCK_SIZE, AttentionMeta, AttentionParams, KVGroup, KVLayer, element_bytes
+from support.rounding import Exact, assert_near, exact, rounded
 
 GROUP_LAYERS = 3
 LAYER = 1  # of the group: its views start and end inside a page

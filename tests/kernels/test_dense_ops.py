@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from support.rounding import assert_near, exact, rounded, share_equal
 
 from loraplex.kernels.backend import Backend, BackendUnavailable, load_backend
+from support.rounding import assert_near, exact, rounded, share_equal
 
 
 def _randn(backend: Backend, dtype: torch.dtype, *shape: int, seed: int = 0) -> torch.Tensor:
@@ -18,9 +18,10 @@ def _randn(backend: Backend, dtype: torch.dtype, *shape: int, seed: int = 0) -> 
 @pytest.mark.parametrize("scale", [None, 1152**0.5])
 def test_embed_rounds_the_scale_before_it_is_used(backend: Backend, dtype: torch.dtype, scale: float | None) -> None:
     table = _randn(backend, dtype, 50, 24)
+    packed = backend.pack_linear(table)
     before = table.clone()
     ids = torch.tensor([0, 49, 7, 7, 31], device=backend.device)
-    y = backend.embed(ids, table, scale)
+    y = backend.embed(ids, packed, scale)
     factor = 1.0 if scale is None else float(torch.tensor(scale, dtype=dtype))
     expected = rounded(exact(table)[[0, 49, 7, 7, 31]] * factor, dtype)
     assert np.array_equal(exact(y), expected)
@@ -51,8 +52,8 @@ def test_rms_norm(
     assert torch.equal(x, kept)
 
 
-@pytest.mark.parametrize(("tokens", "n_in", "n_out"), [(1, 64, 48), (4, 33, 7), (17, 576, 192), (129, 96, 100)])
-def test_linear_by_output_range(backend: Backend, dtype: torch.dtype, tokens: int, n_in: int, n_out: int) -> None:
+@pytest.mark.parametrize(("tokens", "n_in", "n_out"), [(1, 64, 48), (4, 34, 7), (17, 576, 192), (129, 96, 100)])
+def test_linear_and_logits(backend: Backend, dtype: torch.dtype, tokens: int, n_in: int, n_out: int) -> None:
     x = _randn(backend, dtype, tokens, n_in)
     weight = _randn(backend, dtype, n_out, n_in, seed=1)
     x64, w64 = exact(x), exact(weight)
@@ -62,9 +63,15 @@ def test_linear_by_output_range(backend: Backend, dtype: torch.dtype, tokens: in
     y = backend.linear(x, packed)
     assert y.dtype == dtype
     assert_near(y, expected, terms)
-    start, stop = n_out // 3, n_out - 2
-    assert_near(backend.linear(x, packed, start, stop), expected[:, start:stop], terms[:, start:stop])
-    assert_near(backend.linear(x, packed, start), expected[:, start:], terms[:, start:])
+    logits = backend.logits(x, packed)
+    assert logits.dtype == torch.float32
+    assert_near(logits.to(dtype), expected, terms, ulps=2.0)
+
+
+def test_take_rows(backend: Backend, dtype: torch.dtype) -> None:
+    x = _randn(backend, dtype, 9, 21)
+    rows = torch.tensor([8, 0, 0, 5], device=backend.device)
+    assert torch.equal(backend.take_rows(x, rows), x[rows])
 
 
 def test_long_sums_are_taken_in_fp32(backend: Backend, dtype: torch.dtype) -> None:
@@ -101,7 +108,7 @@ def test_act_mul_refuses_what_it_does_not_know(backend: Backend) -> None:
 
 def test_backends_are_asked_for_by_name() -> None:
     assert load_backend("reference", "cpu").device == torch.device("cpu")
-    with pytest.raises(ValueError, match="there is: reference"):
+    with pytest.raises(ValueError, match="there are: auto, cpu, reference"):
         load_backend("abacus")
 
 

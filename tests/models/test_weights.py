@@ -60,7 +60,7 @@ def test_shards_hold_what_one_file_holds(tmp_path: Path, ops: Backend, family: s
     sharded = make_tiny_model(family, tmp_path / "shards", max_shard_size="50KB")
     assert len(list(sharded.glob("*.safetensors"))) > 3
     parts = load(sharded, ops)
-    assert torch.equal(parts.embedding, whole.embedding)
+    assert torch.equal(parts.embedding.weight, whole.embedding.weight)
     for ours, theirs in zip(parts.layers, whole.layers, strict=True):
         for name in ("qkv", "o", "gate_up", "down"):
             assert torch.equal(getattr(ours, name).weight.weight, getattr(theirs, name).weight.weight)
@@ -92,7 +92,7 @@ def test_nothing_kept_is_the_mapped_file(tmp_path: Path, ops: Backend) -> None:
     """Overwriting the file after loading must not reach the weights."""
     path = make_tiny_model("smollm2", tmp_path)
     weights = load(path, ops)
-    before = [weights.embedding.clone(), weights.norm.clone(), weights.layers[0].down.weight.weight.clone()]
+    before = [weights.embedding.weight.clone(), weights.norm.clone(), weights.layers[0].down.weight.weight.clone()]
     size = (path / "model.safetensors").stat().st_size
     with open(path / "model.safetensors", "r+b") as file:
         file.write(b"\x7f" * size)

@@ -34,6 +34,7 @@ from loraplex.kernels.metadata import (
 from loraplex.server.models.config import ModelConfig
 from loraplex.server.models.decoder import Decoder
 from loraplex.server.models.inputs import ForwardBatch
+from loraplex.server.models.recorded import RecordedDecoder
 from loraplex.server.models.weights import ModelWeights, load_weights
 
 POISON = 0xFF
@@ -110,7 +111,7 @@ class Harness:
         self.page_bytes = -(-max(kv_bytes, page_bytes) // 64) * 64
         self.arena = torch.full((num_pages, self.page_bytes), POISON, dtype=torch.uint8, device=self.ops.device)
         self.kv_layers = self._views(dtype, slab)
-        self.decoder = Decoder(config, self.weights, self.ops, self.kv_layers, self.arena)
+        self.decoder: Decoder | RecordedDecoder = Decoder(config, self.weights, self.ops, self.kv_layers, self.arena)
         self._pages = _Pages(list(range(num_pages)), random.Random(seed))
         self._free_past_window = free_past_window
         self._tiles = no_tiles(config.num_layers)

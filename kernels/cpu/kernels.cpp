@@ -1,0 +1,35 @@
+// Compiled once per instruction set with -DLORAPLEX_ISA=<name> (see setup.py); library.cpp picks one at run time.
+#include "attention.h"
+
+namespace LORAPLEX_ISA {
+
+template <class T>
+static void dispatch(const Op& op, const Step& step, int phase, int tid, int threads) {
+    int64_t rows = op.rows == -1 ? step.tokens : op.rows == -2 ? step.logit_rows : op.rows;
+    switch (op.code) {
+        case kEmbed: return embed<T>(op, step, rows, tid, threads);
+        case kRmsNorm: return rms_norm<T>(op, rows, tid, threads);
+        case kLinear:
+            if (op.i0)  // fp32 output: logits
+                return linear(rows, (const T*)op.x, op.in, (const T*)op.w, op.out, (float*)op.y, tid, threads);
+            return linear(rows, (const T*)op.x, op.in, (const T*)op.w, op.out, (T*)op.y, tid, threads);
+        case kBias: return add_bias<T>(op, rows, tid, threads);
+        case kAdapter:
+            bgmv<T>(op, step, phase, tid, threads);
+            if (phase) sgmv<T>(op, step, tid, threads);
+            return;
+        case kRope: return rope_store<T>(op, step, rows, tid, threads);
+        case kAttention: return attention<T>(op, step, tid, threads);
+        case kActMul: return act_mul<T>(op, rows, tid, threads);
+        case kGather: return gather<T>(op, step, rows, tid, threads);
+        case kArgmax: return argmax(op, rows, tid, threads);
+        case kPack: return pack_linear((const T*)op.x, op.out, op.in, (T*)op.y, tid, threads);
+        default: return;
+    }
+}
+
+void run(const Op& op, const Step& step, int dtype, int phase, int tid, int threads) {
+    dtype ? dispatch<float>(op, step, phase, tid, threads) : dispatch<bf16>(op, step, phase, tid, threads);
+}
+
+}  // namespace LORAPLEX_ISA

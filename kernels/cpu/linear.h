@@ -1,0 +1,117 @@
+// y[m, n] = sum_k x[m, k] W[n, k], fp32 accumulation in ascending k, one rounding.
+//
+// W is packed once into panels of 64 output columns: [K / P][64][P], P = 2 for bf16 (the pairs vdpbf16ps wants) and 1
+// for fp32; the last panel may be 16, 32 or 48 wide, padded with zeros. One layout serves every row count: a panel is one
+// contiguous stream (74 KB at K = 576, so it stays in L2 while all row tiles pass), a tile is up to 6 rows x 4 vectors
+// (24 accumulators of 32 registers). Each output is one accumulator whatever the number of rows: bits never depend on it.
+#pragma once
+#include "vec.h"
+
+namespace LORAPLEX_ISA {
+
+template <class T> struct Pack;
+template <> struct Pack<bf16> { static constexpr int P = 2; };
+template <> struct Pack<float> { static constexpr int P = 1; };
+
+INLINE f32x16 mac(f32x16 acc, const bf16* x, u32x16 w) { return dot_pairs(acc, splat_pair(x), w); }
+INLINE f32x16 mac(f32x16 acc, const float* x, f32x16 w) { return acc + splat(*x) * w; }
+INLINE u32x16 load_w(const bf16* p) { return load_pairs(p); }
+INLINE f32x16 load_w(const float* p) { return load(p); }
+
+// M rows x V vectors. `step` is the panel's elements per k step (its width times P).
+template <int M, int V, class T>
+INLINE void accumulate(f32x16 (&acc)[M][V], const T* x, int64_t ldx, const T* w, int64_t step, int64_t k_steps) {
+    constexpr int P = Pack<T>::P;
+    for (int64_t k = 0; k < k_steps; k++, w += step) {
+        decltype(load_w(w)) b[V];
+#pragma GCC unroll 4
+        for (int v = 0; v < V; v++) b[v] = load_w(w + v * 16 * P);
+#pragma GCC unroll 8
+        for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
+            for (int v = 0; v < V; v++) acc[m][v] = mac(acc[m][v], x + m * ldx + k * P, b[v]);
+    }
+}
+
+template <int M, int V, class T, class O>
+static void tile(const T* x, int64_t ldx, const T* w, int64_t step, int64_t k_steps, O* y, int64_t ldy, int cols) {
+    f32x16 acc[M][V] = {};
+    accumulate<M, V>(acc, x, ldx, w, step, k_steps);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; v++) {
+            int n = cols - v * 16;
+            if (n > 0) store_n(y + m * ldy + v * 16, acc[m][v], n);
+        }
+}
+
+template <int V, class T, class O>
+static void rows_by_tile(int m, const T* x, int64_t ldx, const T* w, int64_t step, int64_t ks, O* y, int64_t ldy, int cols) {
+    switch (m) {
+        case 6: return tile<6, V>(x, ldx, w, step, ks, y, ldy, cols);
+        case 5: return tile<5, V>(x, ldx, w, step, ks, y, ldy, cols);
+        case 4: return tile<4, V>(x, ldx, w, step, ks, y, ldy, cols);
+        case 3: return tile<3, V>(x, ldx, w, step, ks, y, ldy, cols);
+        case 2: return tile<2, V>(x, ldx, w, step, ks, y, ldy, cols);
+        default: return tile<1, V>(x, ldx, w, step, ks, y, ldy, cols);
+    }
+}
+
+// All rows against `vectors` vectors of one panel.
+template <class T, class O>
+static void panel_rows(int vectors, int64_t rows, const T* x, int64_t ldx, const T* w, int64_t step, int64_t ks, O* y, int64_t ldy,
+                       int cols) {
+    int64_t tiles = (rows + 5) / 6, done = 0;
+    for (int64_t i = 0; i < tiles; i++) {
+        int m = (int)((rows - done + tiles - i - 1) / (tiles - i));  // even tiles: 8 rows are 4 + 4, not 6 + 2
+        const T* xi = x + done * ldx;
+        O* yi = y + done * ldy;
+        switch (vectors) {
+            case 4: rows_by_tile<4>(m, xi, ldx, w, step, ks, yi, ldy, cols); break;
+            case 3: rows_by_tile<3>(m, xi, ldx, w, step, ks, yi, ldy, cols); break;
+            case 2: rows_by_tile<2>(m, xi, ldx, w, step, ks, yi, ldy, cols); break;
+            default: rows_by_tile<1>(m, xi, ldx, w, step, ks, yi, ldy, cols); break;
+        }
+        done += m;
+    }
+}
+
+INLINE int64_t round_up(int64_t n, int64_t m) { return (n + m - 1) / m * m; }
+
+// Threads share the columns in units of 16.
+template <class T, class O>
+static void linear(int64_t rows, const T* x, int64_t in, const T* packed, int64_t out, O* y, int tid, int threads) {
+    constexpr int P = Pack<T>::P;
+    int64_t units = (out + 15) / 16, ks = in / P;
+    int64_t first = units * tid / threads * 16, last = min2(units * (tid + 1) / threads * 16, out);
+    for (int64_t n = first; n < last;) {
+        int64_t panel = n / 64, base = panel * 64, width = round_up(out - base, 16);
+        if (width > 64) width = 64;
+        int64_t end = base + 64 < last ? base + 64 : last;
+        int vectors = (int)((end - n + 15) / 16);
+        const T* w = packed + base * in + (n - base) * P;
+        panel_rows(vectors, rows, x, in, w, width * P, ks, y + n, out, (int)(end - n));
+        n = end;
+    }
+}
+
+// Row-major [out, in] -> panels. Threads share the panels.
+template <class T>
+static void pack_linear(const T* w, int64_t out, int64_t in, T* packed, int tid, int threads) {
+    constexpr int P = Pack<T>::P;
+    int64_t panels = (out + 63) / 64;
+    for (int64_t p = panels * tid / threads; p < panels * (tid + 1) / threads; p++) {
+        int64_t base = p * 64, width = round_up(out - base, 16);
+        if (width > 64) width = 64;
+        T* dst = packed + base * in;
+        for (int64_t n = 0; n < width; n++)
+            for (int64_t k = 0; k < in; k++) {
+                T v{};
+                if (base + n < out) v = w[(base + n) * in + k];
+                dst[(k / P * width + n) * P + k % P] = v;
+            }
+    }
+}
+
+}  // namespace LORAPLEX_ISA

@@ -1,0 +1,104 @@
+"""A forward pass recorded once and run by one C call per step.
+
+30 layers x 13 ops called one by one spend more time in Python than a small model spends in kernels. The recorder is a
+CpuBackend whose ops note themselves and return workspace; the model runs through it once with tensors of the largest
+step. What changes from step to step (tokens, tables, adapters, angles) the kernels read from the Step record.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from loraplex.kernels.cpu.abi import ALL_TOKENS, LOGIT_ROWS, MAX_GROUPS, MAX_ROPES, Op, Step
+from loraplex.kernels.cpu.backend import CpuBackend, adapter_step, attention_step
+from loraplex.kernels.metadata import AdapterSegments, AttentionMeta, TileTable
+
+
+class CpuRecorder(CpuBackend):
+    """Ops append to `noted`; their results are workspace.
+
+    A result's memory is taken again once the model has dropped the tensor: the program runs in the order it was
+    recorded in, so whoever gets it next writes after the last reader.
+    """
+
+    def __init__(self, backend: CpuBackend, dtype: torch.dtype, cosines: Sequence[Tensor]) -> None:
+        """cosines: the stand-ins for the step's cosines, one per rotary kind, in the step's order."""
+        super().__init__(backend.isa, backend.threads)
+        if len(cosines) > MAX_ROPES:
+            raise ValueError(f"{len(cosines)} rotary kinds; the CPU backend has room for {MAX_ROPES}")
+        self.noted: list[Op] = []
+        self.workspace: list[Tensor] = []
+        self.dtype = dtype
+        self._backend = backend
+        self._cosines = {id(tensor): index for index, tensor in enumerate(cosines)}
+        self._free: dict[tuple[int, torch.dtype], list[Tensor]] = {}
+        self._rows = ALL_TOKENS
+
+    @property
+    def ops(self) -> CpuBackend:
+        return self
+
+    def program(self) -> CpuProgram:
+        return CpuProgram(self._backend, self)
+
+    def emit(self, op: Op, dtype: torch.dtype, step: Step | None = None) -> None:
+        op.rows = self._rows
+        self.noted.append(op)
+
+    def new(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        count = torch.Size(shape).numel()
+        free = self._free.setdefault((count, dtype), [])
+        if not free:
+            free.append(torch.zeros(count, dtype=dtype))
+            self.workspace.append(free[0])
+        buffer = free.pop()
+        result = buffer.view(shape)
+        weakref.finalize(result, free.append, buffer)
+        return result
+
+    def take_rows(self, x: Tensor, rows: Tensor) -> Tensor:
+        self._rows = LOGIT_ROWS  # what follows works on the taken rows alone
+        return super().take_rows(x, rows)
+
+    def rope_kind(self, cos: Tensor) -> int:
+        return self._cosines[id(cos)]
+
+
+class CpuProgram:
+    """The recorded ops and their workspace."""
+
+    def __init__(self, backend: CpuBackend, recorder: CpuRecorder) -> None:
+        self._backend = backend
+        self._workspace = recorder.workspace
+        self._ops = (Op * len(recorder.noted))(*recorder.noted)
+        self._dtype = recorder.dtype
+
+    @property
+    def workspace_bytes(self) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in self._workspace)
+
+    def run(
+        self,
+        ids: Tensor,
+        logit_rows: Tensor,
+        rotations: Sequence[tuple[Tensor, Tensor]],
+        attention: AttentionMeta,
+        arena: Tensor,
+        tiles: TileTable,
+        adapters: AdapterSegments | None,
+    ) -> None:
+        if len(attention.groups) > MAX_GROUPS:
+            raise ValueError(f"{len(attention.groups)} KV groups; the CPU backend has room for {MAX_GROUPS}")
+        step = Step(tokens=ids.shape[0], logit_rows=logit_rows.shape[0], ids=ids.data_ptr(), rows=logit_rows.data_ptr())
+        attention_step(step, attention)
+        for index, (cos, sin) in enumerate(rotations):
+            step.cos[index], step.sin[index] = cos.data_ptr(), sin.data_ptr()
+        scratch = None
+        if adapters is not None:
+            _, scratch = adapter_step(arena, tiles, adapters, step)
+        self._backend.run(self._ops, step, self._dtype)
+        del scratch

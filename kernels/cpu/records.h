@@ -1,0 +1,42 @@
+// What Python hands over: plain C structs, mirrored by abi.py. Pointers are owned by the caller.
+#pragma once
+#include <cstdint>
+
+constexpr int kMaxGroups = 8, kMaxRopes = 4;
+
+// One step: the same address for every step of a recorded program; only the contents change.
+struct Step {
+    int32_t tokens, seqs, segments, decode_segments;
+    int32_t logit_rows, num_layers;
+    const int64_t* ids;          // [tokens]
+    const int64_t* rows;         // [logit_rows]: tokens whose logits are wanted
+    const int32_t* query_ptr;    // [seqs + 1]
+    const int32_t* kv_lens;      // [seqs]
+    const int32_t* block_table[kMaxGroups];  // [seqs, max_blocks]
+    const int64_t* store_index[kMaxGroups];  // [tokens]
+    int64_t max_blocks[kMaxGroups];
+    const float* cos[kMaxRopes];  // [tokens, rotary_dim]
+    const float* sin[kMaxRopes];
+    const int32_t* indptr;     // [segments + 1]
+    const int32_t* mix_ptr;    // [segments + 1]
+    const int32_t* mix_slot;   // [mixes]
+    const float* mix_weight;   // [mixes]
+    const int32_t* ranges;     // [slots, num_layers, sites, 2]
+    const int32_t* tiles;      // [capacity, 5]
+    uint8_t* arena;
+    float* ranks;              // [decode rows * tiles a row, 16]: scratch of the shrink
+};
+
+enum OpCode : int32_t { kEmbed, kRmsNorm, kLinear, kBias, kAdapter, kRope, kAttention, kActMul, kGather, kArgmax, kPack };
+
+// One op. Rows are contiguous; `rows` < 0 means step->tokens, -2 step->logit_rows.
+struct Op {
+    int32_t code, rows;
+    const void *x, *w;   // input, weight (packed for kLinear)
+    void *y, *z;         // output, second output or in-place residual
+    const void *aux, *aux2;
+    int64_t in, out;     // columns of x and y
+    int64_t page;        // elements from KV page to KV page
+    float f0, f1;
+    int32_t i0, i1, i2, i3, i4, i5;
+};

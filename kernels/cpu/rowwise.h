@@ -1,0 +1,182 @@
+// Ops that work row by row: embedding, norms, rotary with KV store, activation, bias, gather, argmax.
+#pragma once
+#include "linear.h"
+#include "records.h"
+
+namespace LORAPLEX_ISA {
+
+struct Range {
+    int64_t first, last;
+};
+INLINE Range share(int64_t n, int tid, int threads) { return {n * tid / threads, n * (tid + 1) / threads}; }
+
+// Mean of squares in fp32, 16 partial sums, fixed order.
+template <class T>
+INLINE float inverse_rms(const T* x, int64_t n, float eps) {
+    f32x16 s{};
+    for (int64_t i = 0; i < n; i += 16) {
+        f32x16 v = load_n(x + i, (int)(n - i < 16 ? n - i : 16));
+        s += v * v;
+    }
+    return 1.f / std::sqrt(sum(s) / (float)n + eps);
+}
+
+// y = weight * round(r * scale)  (offset 0)  or  round(r * scale * (1 + weight))  (offset 1)
+template <class T>
+INLINE void scale_row(const T* r, const T* weight, float scale, float offset, T* y, int64_t n) {
+    for (int64_t i = 0; i < n; i += 16) {
+        int m = (int)(n - i < 16 ? n - i : 16);
+        f32x16 v = load_n(r + i, m) * scale, w = load_n(weight + i, m);
+        if (offset == 0.f) {
+            T tmp[16];
+            store(tmp, v);
+            v = load(tmp) * w;
+        } else {
+            v = v * (w + offset);
+        }
+        store_n(y + i, v, m);
+    }
+}
+
+template <class T>
+static void rms_norm(const Op& op, int64_t rows, int tid, int threads) {
+    int64_t n = op.in;
+    Range range = share(rows, tid, threads);
+    for (int64_t t = range.first; t < range.last; t++) {
+        const T* r = (const T*)op.x + t * n;
+        if (op.aux) {  // the residual stream, updated in place: r = round(x + residual)
+            T* res = (T*)op.z + t * n;
+            const T* old = (const T*)op.aux + t * n;
+            for (int64_t i = 0; i < n; i += 16) {
+                int m = (int)(n - i < 16 ? n - i : 16);
+                store_n(res + i, load_n(r + i, m) + load_n(old + i, m), m);
+            }
+            r = res;
+        }
+        scale_row(r, (const T*)op.w, inverse_rms(r, n, op.f0), op.f1, (T*)op.y + t * n, n);
+    }
+}
+
+// Rows of a packed table (linear.h): the head's own copy serves a tied embedding. in: rows of the table, out: columns.
+template <class T>
+static void embed(const Op& op, const Step& step, int64_t rows, int tid, int threads) {
+    constexpr int P = Pack<T>::P;
+    Range range = share(rows, tid, threads);
+    for (int64_t t = range.first; t < range.last; t++) {
+        int64_t id = step.ids[t], base = id / 64 * 64, width = min2<int64_t>(64, round_up(op.in - base, 16));
+        const T* panel = (const T*)op.w + base * op.out + (id - base) * P;
+        T* y = (T*)op.y + t * op.out;
+        for (int64_t k = 0; k < op.out; k += P) memcpy((void*)(y + k), panel + k * width, P * sizeof(T));
+        if (op.f0 == 1.f) continue;
+        for (int64_t i = 0; i < op.out; i += 16) {
+            int m = (int)(op.out - i < 16 ? op.out - i : 16);
+            store_n(y + i, load_n(y + i, m) * op.f0, m);
+        }
+    }
+}
+
+template <class T>
+static void add_bias(const Op& op, int64_t rows, int tid, int threads) {
+    Range range = share(rows, tid, threads);
+    for (int64_t t = range.first; t < range.last; t++) {
+        T* y = (T*)op.y + t * op.out;
+        for (int64_t i = 0; i < op.out; i += 16) {
+            int m = (int)(op.out - i < 16 ? op.out - i : 16);
+            store_n(y + i, load_n(y + i, m) + load_n((const T*)op.w + i, m), m);
+        }
+    }
+}
+
+INLINE f32x16 silu(f32x16 x) { return x / (vexp(-x) + 1.f); }
+INLINE f32x16 gelu_tanh(f32x16 x) {  // x * sigmoid(2 u) is 0.5 x (1 + tanh(u))
+    f32x16 u = (x + x * x * x * 0.044715f) * 0.7978845608028654f;
+    return x / (vexp(u * -2.f) + 1.f);
+}
+
+template <class T>
+static void act_mul(const Op& op, int64_t rows, int tid, int threads) {  // i0: 0 silu, 1 gelu_tanh
+    Range range = share(rows, tid, threads);
+    int64_t n = op.out;
+    for (int64_t t = range.first; t < range.last; t++) {
+        const T *gate = (const T*)op.x + t * 2 * n, *up = gate + n;
+        T* y = (T*)op.y + t * n;
+        for (int64_t i = 0; i < n; i += 16) {
+            int m = (int)(n - i < 16 ? n - i : 16);
+            f32x16 g = load_n(gate + i, m);
+            store_n(y + i, (op.i0 ? gelu_tanh(g) : silu(g)) * load_n(up + i, m), m);
+        }
+    }
+}
+
+// One head: optional norm, rotation of the first `rotary` elements, written to dst.
+template <class T>
+INLINE void rotate_head(const T* x, const T* norm, float eps, float offset, const float* cos, const float* sin, int dim, int rotary,
+                        T* dst) {
+    alignas(64) T normed[256];
+    if (norm) {
+        scale_row(x, norm, inverse_rms(x, dim, eps), offset, normed, dim);
+        x = normed;
+    }
+    int half = rotary / 2;
+    for (int i = 0; i < half; i += 16) {
+        int m = half - i < 16 ? half - i : 16;
+        f32x16 a = load_n(x + i, m), b = load_n(x + half + i, m);
+        store_n(dst + i, a * load_n(cos + i, m) - b * load_n(sin + i, m), m);
+        store_n(dst + half + i, b * load_n(cos + half + i, m) + a * load_n(sin + half + i, m), m);
+    }
+    memcpy(dst + rotary, x + rotary, (dim - rotary) * sizeof(T));
+}
+
+// i0 heads, i1 kv heads, i2 head_dim, i3 rotary_dim, i4 KV group, i5 rope kind; w/aux: q and k norm; z: k of the layer,
+// aux2: v; page: elements from page to page. f0 eps, f1 norm offset.
+template <class T>
+static void rope_store(const Op& op, const Step& step, int64_t rows, int tid, int threads) {
+    int heads = op.i0, kv = op.i1, dim = op.i2, rotary = op.i3;
+    int64_t width = (int64_t)(heads + 2 * kv) * dim;
+    Range range = share(rows, tid, threads);
+    for (int64_t t = range.first; t < range.last; t++) {
+        const T* x = (const T*)op.x + t * width;
+        const float *cos = step.cos[op.i5] + t * rotary, *sin = step.sin[op.i5] + t * rotary;
+        int64_t at = step.store_index[op.i4][t], page = at / 16, slot = at % 16;
+        for (int h = 0; h < heads; h++)
+            rotate_head(x + h * dim, (const T*)op.w, op.f0, op.f1, cos, sin, dim, rotary, (T*)op.y + (t * heads + h) * dim);
+        for (int h = 0; h < kv; h++) {
+            int64_t to = page * op.page + ((int64_t)h * 16 + slot) * dim;
+            rotate_head(x + (heads + h) * dim, (const T*)op.aux, op.f0, op.f1, cos, sin, dim, rotary, (T*)op.z + to);
+            memcpy((T*)op.aux2 + to, x + (heads + kv + h) * dim, dim * sizeof(T));
+        }
+    }
+}
+
+template <class T>
+static void gather(const Op& op, const Step& step, int64_t rows, int tid, int threads) {
+    Range range = share(rows, tid, threads);
+    for (int64_t t = range.first; t < range.last; t++)
+        memcpy((T*)op.y + t * op.in, (const T*)op.x + step.rows[t] * op.in, op.in * sizeof(T));
+}
+
+// y [rows] int64: index of the largest fp32 logit, lowest index on ties. Rows are few and long: threads share rows.
+static inline void argmax(const Op& op, int64_t rows, int tid, int threads) {
+    Range range = share(rows, tid, threads);
+    for (int64_t t = range.first; t < range.last; t++) {
+        const float* x = (const float*)op.x + t * op.in;
+        f32x16 best = splat(-INFINITY);
+        i32x16 index{}, at = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+        int64_t i = 0;
+        for (; i + 16 <= op.in; i += 16, at += 16) {
+            f32x16 v = load(x + i);
+            i32x16 more = v > best;
+            best = more ? v : best;
+            index = more ? at : index;
+        }
+        float top = -INFINITY;
+        int64_t where = 0;
+        for (int l = 0; l < 16; l++)
+            if (best[l] > top || (best[l] == top && index[l] < where)) top = best[l], where = index[l];
+        for (; i < op.in; i++)
+            if (x[i] > top) top = x[i], where = i;
+        ((int64_t*)op.y)[t] = where;
+    }
+}
+
+}  // namespace LORAPLEX_ISA

@@ -1,0 +1,51 @@
+"""Builds the CPU kernels: one shared library, kernels.cpp in it once per instruction set."""
+
+import platform
+import sys
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+FOLDER = "kernels/cpu"
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"]
+ISAS = {"generic": []}
+if platform.machine() in ("x86_64", "AMD64"):
+    ISAS |= {"avx2": ["-mavx2", "-mfma"], "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512bf16"]}
+# No standard-library templates cross instruction sets (vec.h says why), so no exceptions and no RTTI either.
+FLAGS = ["-std=c++17", "-fPIC", "-Wall", "-Wno-psabi"]
+KERNELS = ["-O3", "-fno-exceptions", "-fno-rtti", "-fno-math-errno"]
+
+
+class BuildKernels(build_ext):
+    """Compiles kernels.cpp per instruction set, in parallel, and links them with library.cpp."""
+
+    def build_extension(self, ext: Extension) -> None:
+        from concurrent.futures import ThreadPoolExecutor
+
+        def compile_one(job: tuple[str, str, list[str]]) -> list[str]:
+            name, source, flags = job
+            return self.compiler.compile(
+                [source], output_dir=f"{self.build_temp}/{name}", extra_postargs=[*FLAGS, *flags], depends=ext.depends
+            )
+
+        jobs = [
+            (isa, f"{FOLDER}/kernels.cpp", [*KERNELS, f"-DLORAPLEX_ISA={isa}", *flags]) for isa, flags in ISAS.items()
+        ]
+        jobs.append(("library", f"{FOLDER}/library.cpp", ["-O2", "-fopenmp"]))
+        with ThreadPoolExecutor() as pool:
+            objects = [path for paths in pool.map(compile_one, jobs) for path in paths]
+        self.compiler.link_shared_object(
+            objects, self.get_ext_fullpath(ext.name), libraries=["stdc++", "m"], extra_postargs=["-fopenmp"]
+        )
+
+
+HEADERS = [f"{FOLDER}/{name}.h" for name in ("vec", "records", "linear", "rowwise", "adapter", "attention")]
+SOURCES = [f"{FOLDER}/kernels.cpp", f"{FOLDER}/library.cpp"]
+
+if sys.platform != "linux":
+    sys.exit("loraplex builds its CPU kernels with g++ on Linux only")
+
+setup(
+    ext_modules=[Extension("loraplex.kernels.cpu._kernels", SOURCES, depends=HEADERS)],
+    cmdclass={"build_ext": BuildKernels},
+)
