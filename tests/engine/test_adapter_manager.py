@@ -1,0 +1,122 @@
+"""Adding, replacing and removing adapters by name, over a loader whose parser reads a number from a file."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from loraplex.adapters.errors import (
+    AdapterExists,
+    AdapterNotFound,
+    AdapterRefused,
+    InvalidAdapterName,
+)
+from loraplex.adapters.loader import Loader, ParsedImage
+from loraplex.adapters.registry import Registry
+from loraplex.server.engine.adapter_manager import AdapterManager
+
+
+class Images:
+    """A host store without a bound."""
+
+    def __init__(self) -> None:
+        self.images: dict[str, object] = {}
+
+    def put(self, key: str, image: object) -> None:
+        self.images[key] = image
+
+    def get(self, key: str) -> object | None:
+        return self.images.get(key)
+
+
+def parse(source: str) -> ParsedImage:
+    assert threading.current_thread() is not threading.main_thread(), "reading is the background's work"
+    path = Path(source) / "adapter_config.json"
+    if not path.exists():
+        raise AdapterNotFound(f"there is no folder {source!r}")
+    text = path.read_text()
+    if not text.isdecimal():
+        raise AdapterRefused("bad_config", f"{source}: {text!r} is no number")
+    return ParsedImage(f"digest-{text}", 4, ("q_proj",), int(text), 100, object())
+
+
+@pytest.fixture
+def manager() -> Iterator[AdapterManager]:
+    result = AdapterManager(Registry(), Loader(parse, Images()), max_pages=10)
+    yield result
+    result.close()
+
+
+def adapter(folder: Path, name: str, text: str = "3") -> str:
+    (folder / name).mkdir(exist_ok=True)
+    (folder / name / "adapter_config.json").write_text(text)
+    return str(folder / name)
+
+
+async def test_register_and_unregister(manager: AdapterManager, tmp_path: Path) -> None:
+    source = adapter(tmp_path, "a")
+    version = await manager.register("tenant/a", source)
+    assert (version.name, version.digest, version.source, version.num_pages) == ("tenant/a", "digest-3", source, 3)
+    assert manager.registry.list() == (version,)
+    assert manager.unregister("tenant/a") == version
+    assert manager.registry.list() == ()
+    with pytest.raises(AdapterNotFound):
+        manager.unregister("tenant/a")
+
+
+async def test_a_taken_name(manager: AdapterManager, tmp_path: Path) -> None:
+    first = await manager.register("a", adapter(tmp_path, "a", "3"))
+    other = adapter(tmp_path, "b", "4")
+    with pytest.raises(AdapterExists, match="'a' is already loaded"):
+        await manager.register("a", other)
+    assert manager.registry.get("a") == first
+    assert (await manager.register("a", other, replace=True)).digest == "digest-4"
+
+
+async def test_replacing_reads_the_files_again(manager: AdapterManager, tmp_path: Path) -> None:
+    await manager.register("a", adapter(tmp_path, "a", "3"))
+    version = await manager.register("a", adapter(tmp_path, "a", "5"), replace=True)
+    assert version.digest == "digest-5"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "error"),
+    [("a", "not a number", AdapterRefused), ("a", "11", AdapterRefused), ("no spaces", "3", InvalidAdapterName)],
+)
+async def test_nothing_is_registered_when_it_is_refused(
+    manager: AdapterManager, tmp_path: Path, name: str, text: str, error: type[Exception]
+) -> None:
+    with pytest.raises(error):
+        await manager.register(name, adapter(tmp_path, "folder", text))
+    assert manager.registry.list() == ()
+
+
+async def test_too_large_for_the_arena(manager: AdapterManager, tmp_path: Path) -> None:
+    with pytest.raises(AdapterRefused, match="takes 11 pages, but only 10") as caught:
+        await manager.register("a", adapter(tmp_path, "a", "11"))
+    assert caught.value.code == "too_large"
+
+
+async def test_a_missing_folder(manager: AdapterManager, tmp_path: Path) -> None:
+    with pytest.raises(AdapterNotFound):
+        await manager.register("a", str(tmp_path / "nowhere"))
+
+
+async def test_a_folder_of_adapters(manager: AdapterManager, tmp_path: Path) -> None:
+    for name, text in (("b", "2"), ("a", "1"), ("bad", "x"), ("huge", "99"), ("no name", "1")):
+        adapter(tmp_path, name, text)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "file.txt").write_text("hello")
+    versions = await manager.register_folder(tmp_path)
+    assert [version.name for version in versions] == ["a", "b"]
+    assert {name: error.code for name, error in manager.registry.refused.items()} == {
+        "bad": "bad_config",
+        "huge": "too_large",
+    }
+    with pytest.raises(AdapterRefused, match="is no number"):
+        manager.registry.lease("bad")
+    assert await manager.register_folder(tmp_path) == (), "those there are stay as they are"
+    assert [version.name for version in manager.registry.list()] == ["a", "b"]

@@ -1,0 +1,403 @@
+"""The engine thread and its border, over a real scheduler and a model that draws by arithmetic."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+
+import pytest
+
+from loraplex.adapters.errors import AdapterRefused
+from loraplex.server.engine.engine import Engine, EventStream
+from loraplex.server.engine.request import (
+    ContextTooLong,
+    EngineDead,
+    FinishReason,
+    GenerationRequest,
+    Overloaded,
+    TokenEvent,
+)
+from loraplex.server.engine.scheduler import Scheduler, StepPlan
+from support.scheduling import Draw, FakePlacement, Requests, draws, make_scheduler, next_token
+
+
+@dataclass
+class FakeRunner:
+    """Draws by arithmetic. While `gate` is clear a step waits in the middle; `before` runs at its start."""
+
+    gate: threading.Event = field(default_factory=threading.Event)
+    entered: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    before: Callable[[StepPlan], None] | None = None
+    plans: list[list[str]] = field(default_factory=list)
+
+    def execute(self, plan: StepPlan) -> list[Draw]:
+        self.plans.append([entry.seq.request.request_id for entry in plan.entries])
+        if self.before is not None:
+            self.before(plan)
+        self.entered.release()
+        assert self.gate.wait(60)
+        return draws(plan)
+
+    async def step_begins(self) -> None:
+        """Wait until the next step is in the middle."""
+        await asyncio.to_thread(self.entered.acquire, timeout=60)
+
+
+@dataclass
+class Rig:
+    engine: Engine
+    scheduler: Scheduler
+    placement: FakePlacement
+    runner: FakeRunner
+    requests: Requests
+
+    def leases(self) -> int:
+        return sum(self.requests.registry.leases(version) for version in self.requests.registry.list())
+
+
+@pytest.fixture
+def rig() -> Iterator[Rig]:
+    scheduler, placement = make_scheduler(60, token_budget=32, max_num_seqs=4, max_model_len=200)
+    runner = FakeRunner()
+    runner.gate.set()
+    engine = Engine(scheduler, runner, placement, max_waiting=5)
+    engine.start()
+    yield Rig(engine, scheduler, placement, runner, Requests())
+    runner.gate.set()
+    engine.stop()
+    if engine.failure is None:
+        scheduler.check_integrity()
+        assert scheduler.kv.pool.used_by("kv") == 0 or scheduler.num_open, "what has ended holds no page"
+
+
+async def collect(stream: EventStream) -> list[TokenEvent]:
+    return [event async for event in stream]
+
+
+def alone(request: GenerationRequest) -> list[int]:
+    tokens = list(request.prompt_ids)
+    for _ in range(request.params.max_tokens):
+        tokens.append(next_token(tokens))
+    return tokens[len(request.prompt_ids) :]
+
+
+async def test_a_stream_ends_with_its_reason(rig: Rig) -> None:
+    request = rig.requests.make(5, 7)
+    events = await collect(rig.engine.submit(request))
+    assert [event.token_id for event in events] == alone(request)
+    assert [event.finish for event in events] == [None] * 6 + [FinishReason.LENGTH]
+
+
+async def test_many_at_once_each_get_their_own(rig: Rig) -> None:
+    requests = [rig.requests.make(3 + n, 4 + n) for n in range(5)]
+    streams = [rig.engine.submit(request) for request in requests]
+    for request, events in zip(requests, await asyncio.gather(*map(collect, streams)), strict=True):
+        assert [event.token_id for event in events] == alone(request)
+
+
+async def test_one_wakeup_of_the_loop_per_step(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = asyncio.get_running_loop()
+    calls = 0
+    original = loop.call_soon_threadsafe
+
+    def counting(callback: Callable[..., object], *args: object, **kwargs: object) -> asyncio.Handle:
+        nonlocal calls
+        if threading.current_thread().name == "engine":
+            calls += 1
+        return original(callback, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(loop, "call_soon_threadsafe", counting)
+    streams = [rig.engine.submit(rig.requests.make(2, 20)) for _ in range(4)]
+    events = await asyncio.gather(*map(collect, streams))
+    assert sum(map(len, events)) == 80
+    assert 20 <= calls <= rig.engine.stats().steps < 80
+
+
+async def test_two_loops_get_their_own_events(rig: Rig) -> None:
+    request = rig.requests.make(4, 9)
+
+    async def elsewhere() -> tuple[list[TokenEvent], int]:
+        return await collect(rig.engine.submit(request)), threading.get_ident()
+
+    here = rig.requests.make(6, 9)
+    mine, (theirs, thread) = await asyncio.gather(
+        collect(rig.engine.submit(here)), asyncio.to_thread(asyncio.run, elsewhere())
+    )
+    assert thread != threading.get_ident()
+    assert [event.token_id for event in mine] == alone(here)
+    assert [event.token_id for event in theirs] == alone(request)
+
+
+async def test_idle_means_idle(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    await collect(rig.engine.submit(rig.requests.make(2, 2)))
+    count = 0
+    schedule = rig.scheduler.schedule
+
+    def counting() -> StepPlan:
+        nonlocal count
+        count += 1
+        return schedule()
+
+    monkeypatch.setattr(rig.scheduler, "schedule", counting)
+    rig.engine.wake()  # the one look that finds nothing to do
+    while not count:
+        await asyncio.sleep(0.001)
+    await asyncio.sleep(0.1)
+    assert count == 1
+
+
+class TestLeaving:
+    """However a client leaves, its pages are free before the next step is planned."""
+
+    @pytest.mark.parametrize("how", ["aclose", "cancel", "drop", "abort"])
+    async def test_pages_are_free_within_one_step(self, rig: Rig, how: str) -> None:
+        rig.requests.adapter("a")
+        rig.runner.gate.clear()
+        leaving: EventStream | None = rig.engine.submit(rig.requests.make(30, 50, "a"))
+        await rig.runner.step_begins()  # 30 of its tokens are in this step
+        assert rig.scheduler.kv.pool.used_by("kv") == 8
+        staying = rig.engine.submit(rig.requests.make(3, 9))
+        assert leaving is not None
+        if how == "aclose":
+            await leaving.aclose()
+        elif how == "cancel":
+            task = asyncio.ensure_future(leaving.__anext__())
+            await asyncio.sleep(0)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        elif how == "abort":
+            rig.engine.abort(leaving.request_id)
+        leaving_id = leaving.request_id
+        if how == "drop":
+            leaving = None
+            gc.collect()
+        used: list[int] = []
+        rig.runner.before = lambda plan: used.append(rig.scheduler.kv.pool.used_by("kv"))
+        rig.runner.gate.set()
+        events = await collect(staying)
+        assert len(events) == 9
+        assert rig.runner.plans[0] == [leaving_id]
+        assert all(leaving_id not in plan for plan in rig.runner.plans[1:])
+        assert used[0] == 1, "the very next step has the page of the other request only"
+        assert not rig.placement.pins
+        assert rig.leases() == 0
+        if how == "abort":
+            assert leaving is not None
+            assert [event.finish for event in await collect(leaving)] == [None, FinishReason.ABORT]
+
+    async def test_closing_after_the_end_changes_nothing(self, rig: Rig) -> None:
+        stream = rig.engine.submit(rig.requests.make(2, 1))
+        await collect(stream)
+        await stream.aclose()
+        assert await collect(stream) == []
+        assert rig.engine._inbox.empty()
+
+    async def test_leaving_while_queued(self, rig: Rig) -> None:
+        rig.placement.away.add("digest-a")
+        stream = rig.engine.submit(rig.requests.make(3, 3, rig.requests.adapter("a")))
+        await stream.aclose()
+        await collect(rig.engine.submit(rig.requests.make(2, 2)))
+        assert rig.scheduler.num_open == 0
+        assert rig.leases() == 0
+
+    async def test_an_unknown_id_is_nobodys(self, rig: Rig) -> None:
+        rig.engine.abort("nobody")
+        assert len(await collect(rig.engine.submit(rig.requests.make(2, 2)))) == 2
+
+    def test_a_loop_that_is_gone_harms_nobody(self, rig: Rig) -> None:
+        async def leave() -> EventStream:
+            rig.runner.gate.clear()
+            return rig.engine.submit(rig.requests.make(2, 50))
+
+        stream = asyncio.run(leave())  # its loop is closed before the first event
+        rig.runner.gate.set()
+        assert len(asyncio.run(self._ask(rig))) == 3
+        while rig.scheduler.num_open:  # the engine notices by itself
+            threading.Event().wait(0.001)
+        assert rig.engine.alive
+        del stream
+
+    async def _ask(self, rig: Rig) -> list[TokenEvent]:
+        return await collect(rig.engine.submit(rig.requests.make(2, 3)))
+
+
+class TestRefusing:
+    async def test_what_could_never_fit(self, rig: Rig) -> None:
+        rig.requests.adapter("a")
+        with pytest.raises(ContextTooLong, match="the context holds 200"):
+            rig.engine.submit(rig.requests.make(150, 51, "a"))
+        assert rig.leases() == 0
+
+    async def test_a_full_queue(self, rig: Rig) -> None:
+        rig.requests.adapter("a")
+        rig.runner.gate.clear()
+        streams = [rig.engine.submit(rig.requests.make(2, 5))]
+        await rig.runner.step_begins()
+        streams += [rig.engine.submit(rig.requests.make(2, 5)) for _ in range(5)]
+        with pytest.raises(Overloaded, match="5 requests are waiting") as caught:
+            rig.engine.submit(rig.requests.make(2, 5, "a"))
+        assert 1 <= caught.value.retry_after <= 60
+        assert rig.leases() == 0
+        rig.runner.gate.set()
+        assert [len(events) for events in await asyncio.gather(*map(collect, streams))] == [5] * 6
+        assert len(await collect(rig.engine.submit(rig.requests.make(2, 5)))) == 5, "there is room again"
+
+    async def test_an_id_in_use(self, rig: Rig) -> None:
+        rig.runner.gate.clear()
+        request = rig.requests.make(2, 2)
+        stream = rig.engine.submit(request)
+        with pytest.raises(ValueError, match="is open already"):
+            rig.engine.submit(request)
+        rig.runner.gate.set()
+        assert len(await collect(stream)) == 2
+        assert len(await collect(rig.engine.submit(request))) == 2, "free again after its end"
+
+    def test_without_a_loop(self, rig: Rig) -> None:
+        with pytest.raises(RuntimeError, match="no running event loop"):
+            rig.engine.submit(rig.requests.make(2, 2))
+
+
+class TestAdapters:
+    async def test_a_failed_load_ends_that_request_alone(self, rig: Rig) -> None:
+        rig.placement.broken.add("digest-bad")
+        bad = rig.engine.submit(rig.requests.make(2, 5, rig.requests.adapter("bad")))
+        good = rig.engine.submit(rig.requests.make(2, 5))
+        (event,) = await collect(bad)
+        assert event.finish is FinishReason.ERROR
+        assert isinstance(event.error, AdapterRefused)
+        assert len(await collect(good)) == 5
+        assert rig.engine.alive
+        assert rig.leases() == 0
+
+    async def test_an_arriving_adapter_wakes_the_engine(self, rig: Rig) -> None:
+        rig.placement.away.add("digest-a")
+        stream = rig.engine.submit(rig.requests.make(2, 3, rig.requests.adapter("a")))
+        assert len(await collect(rig.engine.submit(rig.requests.make(2, 3)))) == 3
+        assert rig.engine.stats().waiting_adapters == ("a",)
+        rig.placement.away.clear()
+        rig.engine.wake()
+        assert len(await collect(stream)) == 3
+
+    async def test_leases_go_before_the_client_knows(self, rig: Rig) -> None:
+        rig.requests.adapter("a")
+        rig.runner.gate.clear()
+        stream = rig.engine.submit(rig.requests.make(2, 1, "a"))
+        assert rig.leases() == 1
+        rig.runner.gate.set()
+        assert (await stream.__anext__()).finish is FinishReason.LENGTH
+        assert rig.leases() == 0
+
+    async def test_a_drained_adapter_is_forgotten(self, rig: Rig) -> None:
+        rig.requests.adapter("a")
+        rig.requests.registry.on_drained = rig.engine.forget_adapter
+        stream = rig.engine.submit(rig.requests.make(2, 4, "a"))
+        rig.requests.registry.unregister("a")
+        assert rig.placement.forgotten == []
+        assert len(await collect(stream)) == 4
+        await collect(rig.engine.submit(rig.requests.make(1, 1)))
+        assert rig.placement.forgotten == ["digest-a"]
+
+
+class TestEnds:
+    async def test_stop_ends_everybody(self, rig: Rig) -> None:
+        rig.requests.adapter("a")
+        rig.placement.away.add("digest-b")
+        rig.runner.gate.clear()
+        streams = [
+            rig.engine.submit(rig.requests.make(2, 50, "a")),
+            rig.engine.submit(rig.requests.make(2, 50, rig.requests.adapter("b"))),
+        ]
+        await rig.runner.step_begins()
+        rig.runner.gate.set()
+        rig.engine.stop()
+        for stream in streams:
+            assert (await collect(stream))[-1].finish is FinishReason.ABORT
+        assert not rig.engine.alive
+        assert rig.engine.failure is None
+        assert rig.leases() == 0
+        with pytest.raises(EngineDead, match="it was shut down"):
+            rig.engine.submit(rig.requests.make(2, 2, "a"))
+        assert rig.leases() == 0
+        rig.engine.stop()
+
+    async def test_a_crash_reaches_everybody(self, rig: Rig) -> None:
+        def crash(plan: StepPlan) -> None:
+            if len(plan.entries) == 2:
+                raise FloatingPointError("the model has burnt down")
+
+        rig.requests.adapter("a")
+        rig.runner.before = crash
+        rig.runner.gate.clear()
+        streams = [rig.engine.submit(rig.requests.make(2, 50, "a"))]
+        await rig.runner.step_begins()
+        streams.append(rig.engine.submit(rig.requests.make(2, 50)))
+        rig.runner.gate.set()
+        for stream in streams:
+            last = (await collect(stream))[-1]
+            assert last.finish is FinishReason.ERROR
+            assert isinstance(last.error, EngineDead)
+            assert "burnt down" in str(last.error)
+        assert not rig.engine.alive
+        assert isinstance(rig.engine.failure, FloatingPointError)
+        assert rig.leases() == 0
+        with pytest.raises(EngineDead, match="burnt down"):
+            rig.engine.submit(rig.requests.make(2, 2))
+
+    async def test_not_started(self) -> None:
+        scheduler, placement = make_scheduler()
+        engine = Engine(scheduler, FakeRunner(), placement, max_waiting=5)
+        with pytest.raises(EngineDead):
+            engine.submit(Requests().make(2, 2))
+        engine.stop()
+
+
+async def test_stats(rig: Rig) -> None:
+    rig.placement.away.add("digest-slow")
+    rig.requests.adapter("quick", pages=3)
+    rig.requests.adapter("slow")
+    rig.runner.gate.clear()
+    streams = [
+        rig.engine.submit(rig.requests.make(8, 5, "quick")),
+        rig.engine.submit(rig.requests.make(8, 5, "slow")),
+    ]
+    await rig.runner.step_begins()
+    rig.runner.gate.set()
+    for _ in range(5):
+        await streams[0].__anext__()
+    rig.placement.away.clear()
+    rig.engine.wake()
+    await collect(streams[1])
+    stats = rig.engine.stats()
+    assert (stats.prompt_tokens, stats.generation_tokens) == (16, 10)
+    assert (stats.running, stats.waiting, stats.preemptions) == (0, 0, 0)
+    assert stats.kv_usage == 0
+    assert stats.adapter_usage == 4 / 60
+    assert stats.resident_adapters == ("digest-quick", "digest-slow")
+    assert stats.adapter_loads == 2
+    assert stats.steps == len(rig.runner.plans) == 10
+    assert rig.engine.num_pages == 60
+    assert rig.engine.max_model_len == 200
+
+
+async def test_stats_in_the_middle(rig: Rig) -> None:
+    rig.placement.away.add("digest-slow")
+    rig.requests.adapter("quick")
+    rig.requests.adapter("slow")
+    rig.runner.gate.clear()
+    streams = [
+        rig.engine.submit(replace(rig.requests.make(8, 5, name), request_id=f"{name}{n}"))
+        for n, name in enumerate(("slow", "quick", "quick"))
+    ]
+    await rig.runner.step_begins()
+    await asyncio.sleep(0)
+    stats = rig.engine.stats()
+    assert stats.running + stats.waiting <= 3  # what is still in the inbox is in neither
+    assert set(stats.running_adapters) <= {"quick"}
+    assert set(stats.waiting_adapters) <= {"slow"}
+    assert stats.kv_usage == stats.running * 2 / 60
+    for stream in streams:
+        await stream.aclose()
