@@ -13,7 +13,7 @@ if platform.machine() in ("x86_64", "AMD64"):
     ISAS |= {"avx2": ["-mavx2", "-mfma"], "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512bf16"]}
 # No standard-library templates cross instruction sets (vec.h says why), so no exceptions and no RTTI either.
 FLAGS = ["-std=c++17", "-fPIC", "-Wall", "-Wno-psabi"]
-KERNELS = ["-O3", "-fno-exceptions", "-fno-rtti", "-fno-math-errno"]
+KERNELS = ["-O2", "-fno-exceptions", "-fno-rtti", "-fno-math-errno"]
 
 
 class BuildKernels(build_ext):
