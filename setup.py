@@ -39,7 +39,7 @@ class BuildKernels(build_ext):
         )
 
 
-HEADERS = [f"{FOLDER}/{name}.h" for name in ("vec", "records", "linear", "rowwise", "adapter", "attention")]
+HEADERS = [f"{FOLDER}/{name}.h" for name in ("vec", "records", "linear", "rowwise", "tiles", "bgmv", "sgmv", "attention")]
 SOURCES = [f"{FOLDER}/kernels.cpp", f"{FOLDER}/library.cpp"]
 
 if sys.platform != "linux":

@@ -1,5 +1,7 @@
 // Compiled once per instruction set with -DLORAPLEX_ISA=<name> (see setup.py); library.cpp picks one at run time.
 #include "attention.h"
+#include "rowwise.h"
+#include "sgmv.h"
 
 namespace LORAPLEX_ISA {
 

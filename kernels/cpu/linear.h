@@ -96,6 +96,49 @@ static void linear(int64_t rows, const T* x, int64_t in, const T* packed, int64_
     }
 }
 
+// One butterfly stage of a 16 x 16 transpose: pairs of vectors W apart trade lanes.
+template <int W>
+INLINE void exchange(u32x16 (&r)[16], u32x16 low, u32x16 high) {
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++)
+        if (!(i & W)) {
+            u32x16 a = r[i], b = r[i + W];
+            r[i] = __builtin_shuffle(a, b, low);
+            r[i + W] = __builtin_shuffle(a, b, high);
+        }
+}
+// 16 dwords of each of 16 rows -> 16 vectors of 16 rows.
+INLINE void transpose16(u32x16 (&r)[16]) {
+    exchange<1>(r, u32x16{0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30},
+                u32x16{1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31});
+    exchange<2>(r, u32x16{0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29},
+                u32x16{2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31});
+    exchange<4>(r, u32x16{0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27},
+                u32x16{4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31});
+    exchange<8>(r, u32x16{0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23},
+                u32x16{8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31});
+}
+
+// n rows of `in` elements, row stride ld -> [in / P][16][P] with `step` elements from one 16 to the next; rows past n zero.
+template <class T>
+static void interleave_rows(const T* a, int n, int64_t ld, int64_t in, T* out, int64_t step = 16 * Pack<T>::P) {
+    constexpr int P = Pack<T>::P;
+    int64_t words = in / P, d = 0;
+    for (; d + 16 <= words; d += 16) {
+        u32x16 r[16];
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; i++) r[i] = i < n ? load_pairs(a + i * ld + d * P) : u32x16{};
+        transpose16(r);
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; i++) *(u32x16_u*)(out + (d + i) * step) = r[i];
+    }
+    for (; d < words; d++)
+        for (int i = 0; i < 16; i++) {
+            T* to = out + d * step + i * P;
+            i < n ? memcpy((void*)to, a + i * ld + d * P, 4) : memset((void*)to, 0, 4);
+        }
+}
+
 // Row-major [out, in] -> panels. Threads share the panels.
 template <class T>
 static void pack_linear(const T* w, int64_t out, int64_t in, T* packed, int tid, int threads) {

@@ -1,0 +1,149 @@
+// Adapters of prefill segments: y[rows] += sum over tiles of weight * round(x A^T) B, two small GEMMs a tile.
+//
+// A tile's A is interleaved once per block of rows to a panel of 16 columns (linear.h), its B 64 columns at a time to pairs of
+// ranks; both stay in L1 or L2 while all rows of the block pass. The sum over tiles is fp32 in registers, y is rounded once.
+#pragma once
+#include "bgmv.h"
+
+namespace LORAPLEX_ISA {
+
+// Rows of B, columns [c, c + 16): pairs of ranks side by side -> out [16 / P][16][P] with a step of `ld` elements; ranks past n zero.
+INLINE void interleave_ranks(const bf16* b, int n, int64_t len, int cols, bf16* out, int64_t ld) {
+    for (int k = 0; k < 16; k += 2) {
+        u16x16 lo{}, hi{};
+        if (k < n) memcpy(&lo, b + k * len, cols * 2);
+        if (k + 1 < n) memcpy(&hi, b + (k + 1) * len, cols * 2);
+        u32x16 w = __builtin_convertvector(lo, u32x16) | (__builtin_convertvector(hi, u32x16) << 16);
+        *(u32x16_u*)(out + k / 2 * ld) = w;
+    }
+}
+INLINE void interleave_ranks(const float* b, int n, int64_t len, int cols, float* out, int64_t ld) {
+    for (int k = 0; k < 16; k++) store(out + k * ld, k < n ? load_n(b + k * len, cols) : f32x16{});
+}
+
+// M rows x V vectors of y += sum over tiles of weight * (u @ B). b: per tile [16 / P][V * 16][P].
+template <int M, int V, class T>
+static void expand_tile(const T* u, int64_t ldu, const T* b, const float* weight, const int* which, int tiles, T* y, int64_t ldy, int cols) {
+    constexpr int P = Pack<T>::P;
+    f32x16 acc[M][V] = {};
+    for (int i = 0; i < tiles; i++) {
+        const T* bi = b + (int64_t)i * 16 * V * 16;
+        if (weight[i] == 1.f) {
+            accumulate<M, V>(acc, u + which[i] * 16, ldu, bi, V * 16 * P, 16 / P);
+        } else {
+            f32x16 part[M][V] = {};
+            accumulate<M, V>(part, u + which[i] * 16, ldu, bi, V * 16 * P, 16 / P);
+            for (int m = 0; m < M; m++)
+                for (int v = 0; v < V; v++) acc[m][v] += part[m][v] * weight[i];
+        }
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; v++) {
+            int n = cols - v * 16;
+            if (n > 0) store_n(y + m * ldy + v * 16, load_n(y + m * ldy + v * 16, n) + acc[m][v], n);
+        }
+}
+
+template <class T>
+struct SegmentScratch {
+    Scratch<T> a, u, b;
+    Scratch<int> which;
+    Scratch<float> weight;
+    TileList<T> tiles;
+};
+
+// u [rows, tiles * 16] = round(A x) for every tile; A is interleaved to pairs once per block of rows.
+template <class T>
+static T* segment_shrink(SegmentScratch<T>& s, const T* x, int64_t in, int64_t rows) {
+    constexpr int P = Pack<T>::P;
+    int64_t ldu = (int64_t)s.tiles.count * 16;
+    T *u = s.u.get(rows * ldu), *a = s.a.get(in * 16 + 256);
+    for (int i = 0; i < s.tiles.count; i++) {
+        const Tile<T>& t = s.tiles[i];
+        if (t.a && in % P) {  // no pairs at the end of a row: one row at a time
+            float r[16];
+            for (int64_t m = 0; m < rows; m++) {
+                memset((void*)(u + m * ldu + i * 16), 0, 16 * sizeof(T));
+                shrink(Shrink<T>{t.a, x + m * in, r, t.n, 1.f}, in, Ahead{});
+                for (int k = 0; k < t.n; k++) from_float(r[k], u + m * ldu + i * 16 + k);
+            }
+            continue;
+        }
+        if (t.a) {
+            interleave_rows(t.a, t.n, in, in, a);
+            panel_rows(1, rows, x, in, a, 16 * P, in / P, u + i * 16, ldu, 16);
+            continue;
+        }
+        for (int64_t m = 0; m < rows; m++) {  // a bias: u is one
+            memset((void*)(u + m * ldu + i * 16), 0, 16 * sizeof(T));
+            from_float(1.f, u + m * ldu + i * 16);
+        }
+    }
+    return u;
+}
+
+// y[:, col, col + n) += the covering tiles' part, n <= 64.
+template <int V, class T>
+static void segment_expand(SegmentScratch<T>& s, const T* u, int64_t rows, int covers, int col, int n, T* y, int64_t ldy) {
+    constexpr int P = Pack<T>::P;
+    T* b = s.b.get((int64_t)covers * 16 * V * 16);
+    for (int i = 0; i < covers; i++) {
+        const Tile<T>& t = s.tiles[s.which.data[i]];
+        for (int v = 0; v < V; v++) {
+            int m = min2(16, n - v * 16);
+            interleave_ranks(t.b + (col - t.start) + v * 16, m > 0 ? t.n : 0, t.len, m, b + (int64_t)i * 16 * V * 16 + v * 16 * P,
+                             V * 16 * P);
+        }
+    }
+    int64_t ldu = (int64_t)s.tiles.count * 16, m = 0;
+    for (; m + 6 <= rows; m += 6)
+        expand_tile<6, V>(u + m * ldu, ldu, b, s.weight.data, s.which.data, covers, y + m * ldy, ldy, n);
+    for (; m < rows; m++) expand_tile<1, V>(u + m * ldu, ldu, b, s.weight.data, s.which.data, covers, y + m * ldy, ldy, n);
+}
+
+template <class T>
+static void segment_rows(const Op& op, SegmentScratch<T>& s, int64_t row, int64_t rows) {
+    T* u = segment_shrink(s, (const T*)op.x + row * op.in, op.in, rows);
+    column_cuts(s.tiles);
+    int* which = s.which.get(s.tiles.count);
+    float* weight = s.weight.get(s.tiles.count);
+    for (int c = 0; c + 1 < s.tiles.num_cuts; c++) {
+        int from = s.tiles.cuts.data[c], to = s.tiles.cuts.data[c + 1], covers = 0;
+        for (int i = 0; i < s.tiles.count; i++)
+            if (s.tiles[i].start <= from && s.tiles[i].start + s.tiles[i].len >= to)
+                which[covers] = i, weight[covers++] = s.tiles[i].weight;
+        if (!covers) continue;
+        for (int col = from; col < to; col += 64) {
+            int n = min2(64, to - col);
+            T* y = (T*)op.y + row * op.out + col;
+            if (n > 32)
+                segment_expand<4>(s, u, rows, covers, col, n, y, op.out);
+            else
+                segment_expand<2>(s, u, rows, covers, col, n, y, op.out);
+        }
+    }
+}
+
+// Prefill segments: blocks of at most 128 rows, at least two a thread where there are rows enough. A row's bits do not
+// depend on the block it falls into.
+template <class T>
+static void sgmv(const Op& op, const Step& step, int tid, int threads) {
+    static thread_local SegmentScratch<T> scratch;
+    int64_t rows = 0;
+    for (int s = step.decode_segments; s < step.segments; s++) rows += step.indptr[s + 1] - step.indptr[s];
+    if (!rows) return;
+    int64_t first = rows * tid / threads, last = rows * (tid + 1) / threads, at = 0;
+    for (int s = step.decode_segments; s < step.segments; s++) {
+        int64_t begin = step.indptr[s], n = step.indptr[s + 1] - begin;
+        int64_t from = max2<int64_t>(first - at, 0), to = min2<int64_t>(last - at, n);
+        at += n;
+        if (from >= to) continue;
+        mix_tiles(step, s, op.i0, op.i1, scratch.tiles);
+        if (!scratch.tiles.count) continue;
+        for (int64_t r = from; r < to; r += 128) segment_rows(op, scratch, begin + r, min2<int64_t>(128, to - r));
+    }
+}
+
+}  // namespace LORAPLEX_ISA

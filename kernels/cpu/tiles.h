@@ -1,0 +1,65 @@
+// The tiles of a mix at one site, looked up in the tile table (kernels/metadata.py).
+//
+// A tile is A [n, in] and B [n, out_len], n <= 16, row major, read where it lies in the arena; y += weight * B^T A x. The out
+// ranges of a row's tiles (q, k and v have their own; pages cut some) are cut into intervals over which the list of tiles is
+// constant, so that bgmv.h and sgmv.h read and write y once whatever the tiles are.
+#pragma once
+#include "linear.h"
+#include "records.h"
+#include "rowwise.h"
+
+namespace LORAPLEX_ISA {
+
+constexpr int kSites = 6;
+
+template <class T>
+struct Tile {
+    const T *a, *b;  // a null: a bias, u is the constant one
+    int n, start, len;
+    float weight;
+};
+
+template <class T>
+struct TileList {
+    Scratch<Tile<T>> tiles;
+    Scratch<int> cuts;
+    int count = 0, num_cuts = 0;
+    Tile<T>& operator[](int i) { return tiles.data[i]; }
+};
+
+template <class T>
+static void mix_tiles(const Step& step, int segment, int layer, int site, TileList<T>& list) {
+    int64_t most = 0;
+    for (int m = step.mix_ptr[segment]; m < step.mix_ptr[segment + 1]; m++) {
+        const int32_t* range = step.ranges + (((int64_t)step.mix_slot[m] * step.num_layers + layer) * kSites + site) * 2;
+        most += range[1] - range[0];
+    }
+    Tile<T>* out = list.tiles.get(most);
+    list.count = 0;
+    for (int m = step.mix_ptr[segment]; m < step.mix_ptr[segment + 1]; m++) {
+        const int32_t* range = step.ranges + (((int64_t)step.mix_slot[m] * step.num_layers + layer) * kSites + site) * 2;
+        for (int i = range[0]; i < range[1]; i++) {
+            const int32_t* r = step.tiles + (int64_t)i * 5;
+            out[list.count++] = {r[0] < 0 ? nullptr : (const T*)(step.arena + (int64_t)r[0] * 64),
+                                 (const T*)(step.arena + (int64_t)r[1] * 64), r[2], r[3], r[4], step.mix_weight[m]};
+        }
+    }
+}
+
+// Sorted, disjoint ranges of columns between which no tile starts or ends.
+template <class T>
+static void column_cuts(TileList<T>& list) {
+    int* cuts = list.cuts.get(list.count * 2 + 1);
+    int n = 0;
+    for (int i = 0; i < list.count * 2; i++) {  // insertion into a sorted list: there are a handful
+        int cut = i & 1 ? list[i / 2].start + list[i / 2].len : list[i / 2].start, at = n;
+        while (at > 0 && cuts[at - 1] > cut) at--;
+        if (at > 0 && cuts[at - 1] == cut) continue;
+        for (int j = n; j > at; j--) cuts[j] = cuts[j - 1];
+        cuts[at] = cut;
+        n++;
+    }
+    list.num_cuts = n;
+}
+
+}  // namespace LORAPLEX_ISA
