@@ -12,7 +12,7 @@ ISAS = {"generic": []}
 if platform.machine() in ("x86_64", "AMD64"):
     ISAS |= {"avx2": ["-mavx2", "-mfma"], "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512bf16"]}
 # No standard-library templates cross instruction sets (vec.h says why), so no exceptions and no RTTI either.
-FLAGS = ["-std=c++17", "-fPIC", "-Wall", "-Wno-psabi"]
+FLAGS = ["-std=c++20", "-fPIC", "-Wall", "-Wno-psabi"]
 KERNELS = ["-O2", "-fno-exceptions", "-fno-rtti", "-fno-math-errno"]
 
 

@@ -3,7 +3,6 @@
 // The team is an OpenMP parallel region around the whole list, so a step costs one fork and one join; ops inside are
 // separated by a barrier of our own. libgomp is the one torch has loaded already (same SONAME), so there is one pool.
 #include <omp.h>
-#include <sched.h>
 
 #include <atomic>
 #include <cstdlib>
@@ -35,23 +34,26 @@ static const Isa kIsas[] = {
     {"generic", generic::run, [] { return true; }},
 };
 
-// Sense-reversing barrier. It spins a while (ops are microseconds apart), then yields so that another process's turn on
-// this core is not waited for in vain.
+// Sense-reversing barrier. It spins some 25 microseconds (ops take less), then sleeps: the core it leaves free is where the
+// scheduler can put the thread that is waited for, when another process has taken that one's core.
 struct Barrier {
+    static constexpr int kSpins = 2000;
     std::atomic<int> arrived{0}, sense{0};
     void wait(int threads) {
         int mine = sense.load(std::memory_order_relaxed);
         if (arrived.fetch_add(1, std::memory_order_acq_rel) == threads - 1) {
             arrived.store(0, std::memory_order_relaxed);
             sense.store(mine + 1, std::memory_order_release);
+            sense.notify_all();
             return;
         }
-        for (int spin = 0; sense.load(std::memory_order_acquire) == mine; spin++) {
-            if (spin > 2000) sched_yield();
+        for (int spin = 0; spin < kSpins; spin++) {
+            if (sense.load(std::memory_order_acquire) != mine) return;
 #ifdef __x86_64__
             __builtin_ia32_pause();
 #endif
         }
+        sense.wait(mine, std::memory_order_acquire);
     }
 };
 
