@@ -139,21 +139,14 @@ static void interleave_rows(const T* a, int n, int64_t ld, int64_t in, T* out, i
         }
 }
 
-// Row-major [out, in] -> panels. Threads share the panels.
+// Row-major [out, in] -> panels. Threads share the columns in units of 16.
 template <class T>
 static void pack_linear(const T* w, int64_t out, int64_t in, T* packed, int tid, int threads) {
-    constexpr int P = Pack<T>::P;
-    int64_t panels = (out + 63) / 64;
-    for (int64_t p = panels * tid / threads; p < panels * (tid + 1) / threads; p++) {
-        int64_t base = p * 64, width = round_up(out - base, 16);
-        if (width > 64) width = 64;
-        T* dst = packed + base * in;
-        for (int64_t n = 0; n < width; n++)
-            for (int64_t k = 0; k < in; k++) {
-                T v{};
-                if (base + n < out) v = w[(base + n) * in + k];
-                dst[(k / P * width + n) * P + k % P] = v;
-            }
+    int64_t units = (out + 15) / 16;
+    for (int64_t c = units * tid / threads * 16; c < units * (tid + 1) / threads * 16; c += 16) {
+        int64_t base = c / 64 * 64, width = min2<int64_t>(64, round_up(out - base, 16));
+        T* to = packed + base * in + (c - base) * Pack<T>::P;
+        interleave_rows(w + c * in, (int)min2<int64_t>(16, out - c), in, in, to, width * Pack<T>::P);
     }
 }
 
