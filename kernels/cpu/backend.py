@@ -17,7 +17,10 @@ from loraplex.kernels.backend import Backend, BackendUnavailable, PackedLinear, 
 from loraplex.kernels.cpu import abi
 from loraplex.kernels.cpu.abi import Op, OpCode, Step
 from loraplex.kernels.hugepages import huge_zeros
-from loraplex.kernels.metadata import AdapterSegments, AttentionMeta, AttentionParams, KVLayer, Site, TileTable
+from loraplex.kernels.metadata import ALIGN, AdapterSegments, AttentionMeta, AttentionParams, KVLayer, Site, TileTable
+
+REGION = 64 << 20
+"""Bytes of huge pages taken at a time for weights; resident only as far as they are written."""
 
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 
@@ -50,6 +53,7 @@ class CpuBackend(Backend):
         self.device = torch.device("cpu")
         self.threads = threads or torch.get_num_threads()
         self._run = abi.library().loraplex_run
+        self._region = torch.empty(0, dtype=torch.uint8)  # what the next weights are packed into
 
     def run(self, ops: ctypes.Array[Op], step: Step, dtype: torch.dtype) -> None:
         """Run the ops in order on the team of threads; returns when the last is done."""
@@ -68,11 +72,19 @@ class CpuBackend(Backend):
 
         return CpuRecorder(self, dtype, cosines)
 
+    def _take(self, nbytes: int) -> Tensor:
+        """[nbytes] uint8 for a weight, one behind the other: huge pages of their own would cost it 1 MiB on average."""
+        nbytes = -(-nbytes // ALIGN) * ALIGN
+        if nbytes > self._region.numel():
+            self._region = huge_zeros(max(nbytes, REGION))
+        taken, self._region = self._region[:nbytes], self._region[nbytes:]
+        return taken
+
     def pack_linear(self, weight: Tensor) -> PackedLinear:
         out, columns = weight.shape
         if columns % 2:
             raise ValueError(f"a weight of {columns} input features; the CPU backend packs them in pairs")
-        packed = huge_zeros(-(-out // 16) * 16 * columns * weight.element_size()).view(weight.dtype)
+        packed = self._take(-(-out // 16) * 16 * columns * weight.element_size()).view(weight.dtype)
         op = Op(
             code=OpCode.PACK,
             x=weight.contiguous().data_ptr(),

@@ -1,0 +1,67 @@
+"""A server nobody talks to leaves the machine alone."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from support.tiny import make_tiny_model, make_tiny_tokenizer
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc here")
+
+SECONDS = 5.0
+MOST = 0.02  # of one core
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[tuple[int, str]]:
+    """(process id, URL) of the real command, serving."""
+    make_tiny_model("llama", tmp_path / "tiny")
+    make_tiny_tokenizer(tmp_path / "tiny")
+    command = [sys.executable, "-c", "from loraplex.server.cli import main; main()"]
+    command += ["serve", str(tmp_path / "tiny"), "--port", "0", "--memory", "64M"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert process.stdout is not None
+    deadline = threading.Timer(90, process.kill)
+    deadline.start()
+    try:
+        said = ""
+        for line in process.stdout:
+            said += line
+            if found := re.search(r"http://127\.0\.0\.1:\d+", line):
+                break
+        else:
+            pytest.fail(said)
+        threading.Thread(target=process.stdout.read, daemon=True).start()  # a full pipe would block the server
+        yield process.pid, found[0]
+    finally:
+        deadline.cancel()
+        process.terminate()
+        process.wait(30)
+
+
+def cpu_seconds(pid: int) -> float:
+    """User and system time of all threads of the process."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def test_idle_server_uses_no_core(server: tuple[int, str]) -> None:
+    """CPU time, so other processes do not matter; after a request, so that threads which spin when done are found."""
+    pid, url = server
+    answer = httpx.post(f"{url}/v1/completions", json={"model": "tiny", "prompt": "hello", "max_tokens": 8}, timeout=30)
+    assert answer.status_code == 200, answer.text
+    time.sleep(1.0)  # what the request left behind
+    before = cpu_seconds(pid)
+    time.sleep(SECONDS)
+    used = cpu_seconds(pid) - before
+    assert used / SECONDS < MOST, f"{used:.2f} s of CPU time in {SECONDS:.0f} idle seconds"

@@ -1,0 +1,271 @@
+// Runs the C kernels through their ABI and compares with plain scalar code in double: built for aarch64 and run under
+// qemu-user by test_arm64.py. `check NAME` runs one check, in bf16 and in fp32; the exit status is the number of faults.
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <functional>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "records.h"
+
+extern "C" int loraplex_isa(const char* name);
+extern "C" void loraplex_run(int isa, const Op* ops, int count, const Step* step, int dtype, int threads);
+
+struct bf16 {
+    uint16_t bits;
+};
+static double wide(float v) { return v; }
+static double wide(bf16 v) {
+    uint32_t u = (uint32_t)v.bits << 16;
+    float f;
+    memcpy(&f, &u, 4);
+    return f;
+}
+template <class T> T narrow(double v);
+template <> float narrow(double v) { return (float)v; }
+template <> bf16 narrow(double v) {  // to nearest, ties to even; through float as the kernels do
+    float f = (float)v;
+    uint32_t u;
+    memcpy(&u, &f, 4);
+    return {(uint16_t)((u + 0x7fff + ((u >> 16) & 1)) >> 16)};
+}
+template <class T> double rounded(double v) { return wide(narrow<T>(v)); }
+template <class T> constexpr double kEps = sizeof(T) == 4 ? 1.2e-7 : 7.9e-3;  // of one rounding
+template <class T> constexpr int kDtype = sizeof(T) == 4 ? 1 : 0;
+
+static uint64_t state = 1;
+static double uniform() {  // -1 .. 1
+    state = state * 6364136223846793005u + 1442695040888963407u;
+    return (double)(int64_t)(state >> 11) / (double)(1ull << 52) - 1.0;
+}
+template <class T> std::vector<T> noise(size_t n, double scale = 1.0) {
+    std::vector<T> out(n);
+    for (auto& v : out) v = narrow<T>(uniform() * scale);
+    return out;
+}
+
+static int faults = 0, compared = 0;
+// One element: `terms` is the sum of absolute terms, `wobble` magnitudes of values rounded on the way.
+template <class T> void near(const char* what, double got, double want, double terms, double wobble = 0) {
+    compared++;
+    double bound = kEps<T> * (std::fabs(want) + wobble) + 1e-6 * terms + 1e-30;
+    if (!(std::fabs(got - want) <= bound) && faults++ < 10) printf("%s: %.9g, expected %.9g within %.3g\n", what, got, want, bound);
+}
+template <class T> void run(Op op, const Step& step = {}) {
+    for (int threads : {1, 2}) loraplex_run(loraplex_isa(nullptr), &op, 1, &step, kDtype<T>, threads);
+}
+// In-place ops run once.
+template <class T> void run_once(Op op, const Step& step, int threads) {
+    loraplex_run(loraplex_isa(nullptr), &op, 1, &step, kDtype<T>, threads);
+}
+
+template <class T> void linear(int rows, int in, int out) {
+    auto w = noise<T>(out * in), x = noise<T>(rows * in);
+    std::vector<T> packed((out + 15) / 16 * 16 * in), y(rows * out);
+    Op pack{};
+    pack.code = kPack, pack.x = w.data(), pack.y = packed.data(), pack.in = in, pack.out = out;
+    run<T>(pack);
+    Op op{};
+    op.code = kLinear, op.rows = rows, op.x = x.data(), op.w = packed.data(), op.y = y.data(), op.in = in, op.out = out;
+    run<T>(op);
+    for (int r = 0; r < rows; r++)
+        for (int o = 0; o < out; o++) {
+            double sum = 0, terms = 0;
+            for (int k = 0; k < in; k++) {
+                double term = wide(x[r * in + k]) * wide(w[o * in + k]);
+                sum += term, terms += std::fabs(term);
+            }
+            near<T>("linear", wide(y[r * out + o]), sum, terms);
+        }
+}
+
+struct Part {  // of slot: A [n, in] and B [n, len] at column `start`; without A a bias
+    int slot, n, start, len;
+    bool bias;
+};
+
+// Three decode rows, a prefill chunk of 9 and one base row; slot 0 in two cut tiles, slot 1 with a bias, mixed at 0.5.
+template <class T> void adapter(int in, int out) {
+    const std::vector<Part> parts = {{0, 16, 0, out / 2, false}, {0, 5, out / 2, out - out / 2, false}, {1, 8, 0, out, false}, {1, 1, 3, 4, true}};
+    std::vector<T> arena(64 / sizeof(T));
+    std::vector<int32_t> tiles, ranges(2 * 6 * 2);
+    std::vector<size_t> at_a, at_b;
+    auto put = [&](size_t n) {
+        size_t at = arena.size();
+        auto strip = noise<T>(n, 0.3);
+        arena.insert(arena.end(), strip.begin(), strip.end());
+        arena.resize((arena.size() * sizeof(T) + 63) / 64 * 64 / sizeof(T));
+        return at;
+    };
+    const int site = 2;
+    for (const Part& p : parts) {
+        at_a.push_back(p.bias ? 0 : put(p.n * in));
+        at_b.push_back(put(p.n * p.len));
+        int32_t row = (int32_t)tiles.size() / 5, *range = &ranges[(p.slot * 6 + site) * 2];
+        if (range[1] == 0) range[0] = row;
+        range[1] = row + 1;
+        for (int32_t v : {p.bias ? -1 : (int32_t)(at_a.back() * sizeof(T) / 64), (int32_t)(at_b.back() * sizeof(T) / 64), p.n, p.start, p.len})
+            tiles.push_back(v);
+    }
+    const int rows = 13;
+    const std::vector<int32_t> indptr = {0, 2, 3, 12}, mix_ptr = {0, 1, 3, 5}, mix_slot = {0, 0, 1, 1, 0};
+    const std::vector<float> weight = {1.f, 0.5f, -1.5f, 1.f, 0.5f};
+    auto x = noise<T>(rows * in), before = noise<T>(rows * out);
+    std::vector<float> ranks(64 * 16 * 4);
+    Step step{};
+    step.segments = 3, step.decode_segments = 2, step.num_layers = 1;
+    step.indptr = indptr.data(), step.mix_ptr = mix_ptr.data(), step.mix_slot = mix_slot.data(), step.mix_weight = weight.data();
+    step.ranges = ranges.data(), step.tiles = tiles.data(), step.arena = (uint8_t*)arena.data(), step.ranks = ranks.data();
+    for (int threads : {1, 2}) {
+        auto y = before;
+        Op op{};
+        op.code = kAdapter, op.rows = rows, op.x = x.data(), op.y = y.data(), op.in = in, op.out = out, op.i0 = 0, op.i1 = site;
+        run_once<T>(op, step, threads);
+        for (int r = 0; r < rows; r++) {
+            std::vector<double> want(out), terms(out), wobble(out);
+            for (int c = 0; c < out; c++) want[c] = wide(before[r * out + c]), terms[c] = std::fabs(want[c]);
+            for (int s = 0; s < 3; s++)
+                for (int m = mix_ptr[s]; m < mix_ptr[s + 1] && indptr[s] <= r && r < indptr[s + 1]; m++)
+                    for (size_t i = 0; i < parts.size(); i++)
+                        for (int k = 0; k < parts[i].n && parts[i].slot == mix_slot[m]; k++) {
+                            double u = parts[i].bias ? 1 : 0;
+                            for (int j = 0; j < in && !parts[i].bias; j++) u += wide(x[r * in + j]) * wide(arena[at_a[i] + k * in + j]);
+                            u = weight[m] * rounded<T>(u);
+                            for (int c = 0; c < parts[i].len; c++) {
+                                double term = u * wide(arena[at_b[i] + k * parts[i].len + c]);
+                                want[parts[i].start + c] += term;
+                                terms[parts[i].start + c] += std::fabs(term) * 8;
+                                wobble[parts[i].start + c] += std::fabs(term) * 0.1;
+                            }
+                        }
+            for (int c = 0; c < out; c++) near<T>("adapter", wide(y[r * out + c]), want[c], terms[c], wobble[c]);
+        }
+    }
+}
+
+template <class T> void attention(int heads, int kv, int dim, int window) {
+    const std::vector<int32_t> query_ptr = {0, 1, 6, 7}, kv_lens = {37, 21, 1}, table = {2, 5, 1, 4, 0, -1, 3, -1, -1};
+    const int pages = 6, tokens = 7, page = kv * 16 * dim * 2 + 32;  // elements; keys, values, padding
+    auto cache = noise<T>(pages * page), q = noise<T>(tokens * heads * dim, 2.0);
+    std::vector<T> y(tokens * heads * dim);
+    Step step{};
+    step.seqs = 3, step.tokens = tokens, step.query_ptr = query_ptr.data(), step.kv_lens = kv_lens.data();
+    step.block_table[1] = table.data(), step.max_blocks[1] = 3;
+    Op op{};
+    op.code = kAttention, op.rows = tokens, op.x = q.data(), op.w = cache.data(), op.aux = cache.data() + kv * 16 * dim, op.y = y.data();
+    op.page = page, op.f0 = 1.f / std::sqrt((float)dim), op.i0 = heads, op.i1 = kv, op.i2 = dim, op.i3 = window, op.i4 = 1;
+    run<T>(op, step);
+    for (int s = 0; s < 3; s++)
+        for (int t = query_ptr[s]; t < query_ptr[s + 1]; t++)
+            for (int h = 0; h < heads; h++) {
+                int at = kv_lens[s] - (query_ptr[s + 1] - t), first = window && at - window + 1 > 0 ? at - window + 1 : 0;
+                auto key = [&](int p) { return &cache[table[s * 3 + p / 16] * page + ((h / (heads / kv)) * 16 + p % 16) * dim]; };
+                std::vector<double> score, out(dim), terms(dim);
+                double top = -1e300, total = 0;
+                for (int p = first; p <= at; p++) {
+                    double dot = 0;
+                    for (int d = 0; d < dim; d++) dot += wide(q[(t * heads + h) * dim + d]) * wide(key(p)[d]);
+                    score.push_back(dot * op.f0);
+                    top = std::fmax(top, score.back());
+                }
+                for (int p = first; p <= at; p++) {
+                    double e = std::exp(score[p - first] - top);
+                    total += e;
+                    for (int d = 0; d < dim; d++) {
+                        double term = e * wide(key(p)[kv * 16 * dim + d]);
+                        out[d] += term, terms[d] += 8 * std::fabs(term);
+                    }
+                }
+                for (int d = 0; d < dim; d++) near<T>("attention", wide(y[(t * heads + h) * dim + d]), out[d] / total, terms[d] / total);
+            }
+}
+
+template <class T> void rms_norm(int n, float offset) {
+    const int rows = 5;
+    auto x = noise<T>(rows * n, 3.0), residual = noise<T>(rows * n), weight = noise<T>(n);
+    std::vector<T> y(rows * n), sum(rows * n);
+    Op op{};
+    op.code = kRmsNorm, op.rows = rows, op.x = x.data(), op.aux = residual.data(), op.z = sum.data(), op.w = weight.data(), op.y = y.data();
+    op.in = n, op.f0 = 1e-5f, op.f1 = offset;
+    run<T>(op);
+    for (int r = 0; r < rows; r++) {
+        double squares = 0;
+        std::vector<double> total(n);
+        for (int i = 0; i < n; i++) {
+            total[i] = rounded<T>(wide(x[r * n + i]) + wide(residual[r * n + i]));
+            near<T>("residual", wide(sum[r * n + i]), total[i], 0);
+            squares += total[i] * total[i];
+        }
+        for (int i = 0; i < n; i++) {
+            double normed = total[i] / std::sqrt(squares / n + 1e-5), w = wide(weight[i]);
+            double want = offset == 0.f ? w * rounded<T>(normed) : normed * (1 + w);
+            near<T>("rms_norm", wide(y[r * n + i]), want, std::fabs(want) * 4, 2 * std::fabs(want));
+        }
+    }
+}
+
+template <class T> void rope(int dim, int rotary) {
+    const int heads = 3, kv = 1, tokens = 4, page = 2 * kv * 16 * dim, width = (heads + 2 * kv) * dim;
+    auto qkv = noise<T>(tokens * width);
+    std::vector<T> q(tokens * heads * dim), cache(3 * page);
+    std::vector<float> cos(tokens * rotary), sin(tokens * rotary);
+    for (int i = 0; i < tokens * rotary; i++) cos[i] = (float)std::cos(i * 0.7), sin[i] = (float)std::sin(i * 0.7);
+    const std::vector<int64_t> store = {16, 5, 47, 33};
+    Step step{};
+    step.tokens = tokens, step.cos[0] = cos.data(), step.sin[0] = sin.data(), step.store_index[0] = store.data();
+    Op op{};
+    op.code = kRope, op.rows = tokens, op.x = qkv.data(), op.y = q.data(), op.z = cache.data(), op.aux2 = cache.data() + kv * 16 * dim;
+    op.page = page, op.i0 = heads, op.i1 = kv, op.i2 = dim, op.i3 = rotary;
+    run<T>(op, step);
+    for (int t = 0; t < tokens; t++)
+        for (int h = 0; h < heads + kv; h++)
+            for (int d = 0; d < dim; d++) {
+                const T* x = &qkv[t * width + h * dim];
+                int half = rotary / 2;
+                double other = d < half ? -wide(x[d + half]) : d < rotary ? wide(x[d - half]) : 0;
+                double c = d < rotary ? cos[t * rotary + d] : 1, s = d < rotary ? sin[t * rotary + d] : 0, want = wide(x[d]) * c + other * s;
+                const T* slot = &cache[store[t] / 16 * page + store[t] % 16 * dim];
+                near<T>("rope", wide(h < heads ? q[(t * heads + h) * dim + d] : slot[d]), want, 4);
+                if (h == heads) near<T>("value", wide(slot[16 * dim + d]), wide(qkv[t * width + (heads + kv) * dim + d]), 0);
+            }
+}
+
+template <class T> void act_mul(int n) {
+    const int rows = 3;
+    auto x = noise<T>(rows * 2 * n, 6.0);
+    std::vector<T> y(rows * n);
+    Op op{};
+    op.code = kActMul, op.rows = rows, op.x = x.data(), op.y = y.data(), op.out = n;
+    run<T>(op);
+    for (int r = 0; r < rows; r++)
+        for (int i = 0; i < n; i++) {
+            double gate = wide(x[r * 2 * n + i]), want = gate / (1 + std::exp(-gate)) * wide(x[r * 2 * n + n + i]);
+            near<T>("act_mul", wide(y[r * n + i]), want, std::fabs(want) * 4);
+        }
+}
+
+template <class T> void all(const std::string& name) {
+    if (name == "linear")
+        for (int rows : {1, 4, 7, 13}) linear<T>(rows, 64, 48), linear<T>(rows, 34, 7), linear<T>(rows, 576, 100);
+    else if (name == "adapter")
+        adapter<T>(64, 96), adapter<T>(34, 11), adapter<T>(576, 200);
+    else if (name == "attention")
+        attention<T>(6, 2, 64, 0), attention<T>(7, 1, 96, 9), attention<T>(2, 2, 128, 0), attention<T>(1, 1, 256, 16);
+    else if (name == "rms_norm")
+        rms_norm<T>(576, 0.f), rms_norm<T>(33, 0.f), rms_norm<T>(64, 1.f);
+    else if (name == "rope")
+        rope<T>(64, 64), rope<T>(96, 96), rope<T>(128, 96);
+    else if (name == "act_mul")
+        act_mul<T>(64), act_mul<T>(39);
+}
+
+int main(int argc, char** argv) {
+    if (argc < 2) return 100;
+    all<bf16>(argv[1]);
+    all<float>(argv[1]);
+    printf("%s: %d values compared, %d wrong\n", argv[1], compared, faults);
+    return compared == 0 ? 101 : faults > 99 ? 99 : faults;
+}

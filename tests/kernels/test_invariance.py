@@ -1,0 +1,225 @@
+"""Bits of a row never depend on the rows beside it, on how a prefill is cut into chunks, nor on the number of threads.
+
+The oracle is the row computed alone by one thread. Over every instruction set of the CPU backend; what the results are
+worth is asked elsewhere.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from loraplex.adapters.pages import PagePool
+from loraplex.adapters.residency import Residency
+from loraplex.adapters.tiles import BaseLayout, LowRank, pack
+from loraplex.kernels.cpu import abi
+from loraplex.kernels.cpu.backend import CpuBackend
+from loraplex.kernels.metadata import (
+    BLOCK_SIZE,
+    AdapterSegments,
+    AttentionMeta,
+    AttentionParams,
+    KVGroup,
+    KVLayer,
+    Projection,
+    Site,
+    element_bytes,
+)
+
+ISAS = [isa for isa in abi.ISAS if abi.library().loraplex_isa(isa.encode()) >= 0]
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+HIDDEN = (576, 640, 896, 4096)
+
+pytestmark = [pytest.mark.parametrize("isa", ISAS), pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)]
+
+
+def teams(isa: str) -> list[CpuBackend]:
+    return [CpuBackend(isa, threads) for threads in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("hidden", HIDDEN)
+def test_linear(isa: str, dtype: torch.dtype, hidden: int) -> None:
+    generator = torch.Generator().manual_seed(hidden)
+    x = torch.randn(37, hidden, generator=generator).to(dtype)
+    w = torch.randn(136, hidden, generator=generator).to(dtype)  # two panels and half a vector
+    single, *others = teams(isa)
+    packed = single.pack_linear(w)
+    alone = torch.cat([single.linear(row, packed) for row in x.split(1)])
+    logits = torch.cat([single.logits(row, packed) for row in x.split(1)])
+    assert len({tuple(row) for row in alone.tolist()}) == len(x)
+    for ops in (single, *others):
+        for rows in (1, 2, 3, 5, 6, 7, 8, 16, 31, 32, 37):
+            assert torch.equal(ops.linear(x[:rows], packed), alone[:rows]), f"{rows} rows, {ops.threads} threads"
+        assert torch.equal(ops.logits(x, packed), logits)
+
+
+# ---- adapters -------------------------------------------------------------------------------------------------------
+
+RANKS = (16, 8, 33, 1, 256)
+
+Segment = tuple[int, tuple[tuple[int, float], ...]]  # tokens, mix
+
+
+class _Adapters:
+    """One adapter of each of RANKS, in slots of the same number, on a site of two projections."""
+
+    def __init__(self, hidden: int, dtype: torch.dtype) -> None:
+        outs = (hidden, 136)
+        self.width = sum(outs)
+        projections = tuple(
+            Projection(name, Site.QKV, hidden, start, out, False)
+            for name, start, out in zip("qk", (0, hidden), outs, strict=True)
+        )
+        page = -(-hidden * element_bytes(dtype) * 40 // 64) * 64  # several to an adapter: B is cut
+        layout = BaseLayout("base", 1, projections, page, dtype)
+        generator = torch.Generator().manual_seed(hidden)
+        images = []
+        for rank in RANKS:
+            parts = [
+                LowRank(
+                    0,
+                    p,
+                    torch.randn(rank, hidden, generator=generator) * hidden**-0.5,
+                    torch.randn(p.out_features, rank, generator=generator),
+                    1.0,
+                )
+                for p in projections
+            ]
+            images.append(pack(parts, layout))
+        pages = sum(len(image.pages) for image in images)
+        self.arena = torch.zeros(pages, page, dtype=torch.uint8)
+        residency = Residency(self.arena, PagePool(pages), layout)
+        self.slots = []
+        for index, image in enumerate(images):
+            assert residency.load(str(index), image)
+            slot = residency.slot_of(str(index))
+            assert slot is not None
+            self.slots.append(slot)
+        self.table = residency.table
+
+    def one(self, index: int) -> tuple[tuple[int, float], ...]:
+        return ((self.slots[index], 1.0),)
+
+    def add(self, ops: CpuBackend, y: Tensor, x: Tensor, segments: list[Segment], decode: int) -> Tensor:
+        bounds, mixes = [0], []
+        for tokens, mix in segments:
+            bounds.append(bounds[-1] + tokens)
+            mixes.append(mix)
+        ends = [0]
+        for mix in mixes:
+            ends.append(ends[-1] + len(mix))
+        meta = AdapterSegments(
+            indptr=torch.tensor(bounds, dtype=torch.int32),
+            mix_ptr=torch.tensor(ends, dtype=torch.int32),
+            mix_slot=torch.tensor([slot for mix in mixes for slot, _ in mix], dtype=torch.int32),
+            mix_weight=torch.tensor([weight for mix in mixes for _, weight in mix]),
+            bounds=tuple(bounds),
+            mixes=tuple(mixes),
+            num_decode_segments=decode,
+        )
+        return ops.adapter_add_(y.clone(), x, self.arena, self.table, 0, Site.QKV, meta)
+
+
+@pytest.mark.parametrize("hidden", HIDDEN)
+def test_decode_rows_of_adapters(isa: str, dtype: torch.dtype, hidden: int) -> None:
+    """Rows of all ranks, of one adapter together, and of a mix; then in another order."""
+    adapters = _Adapters(hidden, dtype)
+    mix = ((adapters.slots[1], 0.5), (adapters.slots[4], -1.25))
+    segments = [(3, adapters.one(0)), *((1, adapters.one(index)) for index in range(1, len(RANKS))), (2, mix)]
+    wearing = [mix for tokens, mix in segments for _ in range(tokens)]
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(len(wearing) + 1, hidden, generator=generator).to(dtype)  # the last wears none
+    y = torch.randn(len(wearing) + 1, adapters.width, generator=generator).to(dtype)
+    single = CpuBackend(isa, 1)
+    rows = [
+        adapters.add(single, y[i : i + 1], x[i : i + 1], [(1, worn)] if worn else [], bool(worn))
+        for i, worn in enumerate([*wearing, ()])
+    ]
+    alone = torch.cat(rows)
+    assert not torch.equal(alone, y)
+    back = list(range(len(wearing)))[::-1]
+    for ops in teams(isa):
+        assert torch.equal(adapters.add(ops, y, x, segments, len(segments)), alone)
+        found = adapters.add(ops, y[back], x[back], [(1, wearing[i]) for i in back], len(back))
+        assert torch.equal(found, alone[back])
+
+
+@pytest.mark.parametrize("hidden", HIDDEN)
+def test_prefill_rows_of_adapters(isa: str, dtype: torch.dtype, hidden: int) -> None:
+    """70 tokens in one chunk, in chunks of any size, beside decode rows and another adapter's chunk."""
+    adapters = _Adapters(hidden, dtype)
+    tokens = 70
+    mixes = [adapters.one(4), ((adapters.slots[2], 0.75), (adapters.slots[1], 1.0))]
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(tokens, hidden, generator=generator).to(dtype)
+    y = torch.randn(tokens, adapters.width, generator=generator).to(dtype)
+    single, *others = teams(isa)
+    for mix in mixes:
+        alone = torch.cat(
+            [adapters.add(single, y[i : i + 1], x[i : i + 1], [(1, mix)], 0) for i in range(0, tokens, 7)]
+        )
+        for ops in (single, *others):
+            whole = adapters.add(ops, y, x, [(tokens, mix)], 0)
+            assert torch.equal(whole[::7], alone)
+            cuts = [0, 1, 6, 19, 64, tokens]
+            chunks = [adapters.add(ops, y[a:b], x[a:b], [(b - a, mix)], 0) for a, b in pairwise(cuts)]
+            assert torch.equal(torch.cat(chunks), whole)
+            beside = [(1, adapters.one(1)), (9, adapters.one(3)), (tokens - 10, mix)]
+            assert torch.equal(adapters.add(ops, y, x, beside, 1)[10:], whole[10:])
+
+
+# ---- attention ------------------------------------------------------------------------------------------------------
+
+
+class _Cache:
+    """One sequence's keys and values of one layer, in pages in reverse order."""
+
+    def __init__(self, params: AttentionParams, length: int, dtype: torch.dtype) -> None:
+        self.params = params
+        blocks = -(-length // BLOCK_SIZE)
+        generator = torch.Generator().manual_seed(3)
+        shape = (blocks, params.num_kv_heads, BLOCK_SIZE, params.head_dim)
+        k, v = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
+        self.layer = KVLayer(k, v, 0)
+        self.table = torch.arange(blocks, dtype=torch.int32).flip(0)
+        self.q = torch.randn(length, params.num_heads, params.head_dim, generator=generator).to(dtype)
+
+    def attend(self, ops: CpuBackend, chunks: list[tuple[int, int]]) -> list[Tensor]:
+        """Queries at positions [first, last) per chunk, each as a sequence of its own in one step."""
+        bounds = [0]
+        for first, last in chunks:
+            bounds.append(bounds[-1] + last - first)
+        lens = [last for _, last in chunks]
+        meta = AttentionMeta(
+            query_ptr=torch.tensor(bounds, dtype=torch.int32),
+            kv_lens=torch.tensor(lens, dtype=torch.int32),
+            query_bounds=tuple(bounds),
+            kv_lens_host=tuple(lens),
+            is_decode=tuple(last - first == 1 for first, last in chunks),
+            groups=(KVGroup(self.table.expand(len(chunks), -1).contiguous(), torch.zeros(0, dtype=torch.int64)),),
+        )
+        q = torch.cat([self.q[first:last] for first, last in chunks])
+        out = ops.attention(q, self.layer, meta, self.params)
+        return list(out.split([last - first for first, last in chunks]))
+
+
+HEADS = [(1, 1, 64), (4, 2, 64), (3, 1, 96), (8, 2, 128), (7, 1, 64), (2, 1, 256)]  # groups of 1, 2, 3, 4, 7
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), HEADS)
+@pytest.mark.parametrize("window", [None, 21])
+def test_attention(isa: str, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, window: int | None) -> None:
+    length = 100
+    cache = _Cache(AttentionParams(heads, kv_heads, head_dim, head_dim**-0.5, window, None), length, dtype)
+    single, *others = teams(isa)
+    alone = torch.cat([cache.attend(single, [(at, at + 1)])[0] for at in range(length)])
+    for ops in (single, *others):
+        for size in (1, 5, 8, 64, length):
+            chunks = [(first, min(first + size, length)) for first in range(0, length, size)]
+            assert torch.equal(torch.cat(cache.attend(ops, chunks)), alone), f"chunks of {size}, {ops.threads} threads"
+        uneven = [(90, 100), (3, 4), (99, 100), (0, 40)]
+        for (first, last), found in zip(uneven, cache.attend(ops, uneven), strict=True):
+            assert torch.equal(found, alone[first:last])
