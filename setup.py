@@ -39,7 +39,8 @@ class BuildKernels(build_ext):
         )
 
 
-HEADERS = [f"{FOLDER}/{name}.h" for name in ("vec", "records", "linear", "rowwise", "tiles", "bgmv", "sgmv", "attention")]
+PARTS = ("vec", "records", "linear", "rowwise", "tiles", "bgmv", "sgmv", "attention")
+HEADERS = [f"{FOLDER}/{part}.h" for part in PARTS]
 SOURCES = [f"{FOLDER}/kernels.cpp", f"{FOLDER}/library.cpp"]
 
 if sys.platform != "linux":
