@@ -7,6 +7,7 @@ reference.py is those blocks as code.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -173,7 +174,7 @@ class Backend(Protocol):
 def load_backend(name: str, device: str = "auto") -> Backend:
     """The backend called `name` on `device` ("auto" | "cpu" | "cuda"). Chosen once at start-up and injected.
 
-    "auto" is the C++ kernels on the CPU and the reference ops on a GPU.
+    "auto" is the C++ kernels on the CPU and the Triton kernels on a GPU.
 
     Raises BackendUnavailable when it cannot run here, ValueError for a name nobody has.
     """
@@ -182,7 +183,7 @@ def load_backend(name: str, device: str = "auto") -> Backend:
     if device == "cuda" and not torch.cuda.is_available():
         raise BackendUnavailable("device 'cuda' was asked for but torch sees no GPU here; use --device cpu")
     if name == "auto":
-        name = "cpu" if device == "cpu" else "reference"
+        name = "cpu" if device == "cpu" else "triton"
     if name == "reference":
         from loraplex.kernels.reference import ReferenceBackend
 
@@ -193,4 +194,19 @@ def load_backend(name: str, device: str = "auto") -> Backend:
         if device != "cpu":
             raise BackendUnavailable(f"the backend 'cpu' was asked for on device {device!r}; it runs on cpu only")
         return CpuBackend()
-    raise ValueError(f"unknown backend {name!r}; there are: auto, cpu, reference")
+    if name == "triton":
+        if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise BackendUnavailable(
+                "the backend 'triton' was asked for on device 'cpu'; it needs a GPU (TRITON_INTERPRET=1 interprets its "
+                "kernels on a CPU, for tests alone)"
+            )
+        try:
+            from loraplex.kernels.gpu.backend import TritonBackend
+        except ModuleNotFoundError as error:
+            if error.name != "triton":
+                raise
+            raise BackendUnavailable(
+                "the backend 'triton' was asked for but triton is not installed: pip install triton"
+            ) from None
+        return TritonBackend(torch.device(device))
+    raise ValueError(f"unknown backend {name!r}; there are: auto, cpu, reference, triton")

@@ -157,6 +157,16 @@ def serve(
 
 
 @app.command()
+def selfcheck(
+    device: Annotated[Device, typer.Option(metavar="auto|cpu|cuda", help="What to check.")] = Device.auto,
+) -> None:
+    """Say what works on this machine's device: ops, an answer end to end, a short benchmark."""
+    from loraplex.server.selfcheck import selfcheck as check
+
+    raise typer.Exit(check(device.value))
+
+
+@app.command()
 def version() -> None:
     """Print the version."""
     print(installed_version())

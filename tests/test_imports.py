@@ -31,12 +31,13 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("server.engine", ("server.engine", "server.models", "adapters", "kernels")),
     ("server.api", ("server.api", "server.engine", "adapters", *SHARED)),
     *((name, ("server.engine", "adapters", *SHARED)) for name in SHARED),
-    ("server.app", EVERYTHING),  # the three that put the parts together
+    ("server.app", EVERYTHING),  # the four that put the parts together
     ("server.launch", EVERYTHING),
     ("server.cli", EVERYTHING),
+    ("server.selfcheck", EVERYTHING),
     ("benchmarks", EVERYTHING),
 )
-COMPOSERS = ("server.app", "server.launch", "server.cli")
+COMPOSERS = ("server.app", "server.launch", "server.cli", "server.selfcheck")
 
 # Policy: no torch, by whatever road, so that it can be tested in microseconds and read without tensors in mind.
 TORCH_FREE = frozenset(

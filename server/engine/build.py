@@ -36,7 +36,8 @@ from loraplex.server.engine.runner import ModelRunner
 from loraplex.server.engine.scheduler import Scheduler, SchedulerLimits
 from loraplex.server.models.config import GenerationDefaults, ModelConfig
 from loraplex.server.models.decoder import Decoder
-from loraplex.server.models.recorded import record
+from loraplex.server.models.graphs import GraphedDecoder
+from loraplex.server.models.recorded import RecordedDecoder, record
 from loraplex.server.models.weights import BaseBiases, load_weights, weights_bytes
 
 logger = logging.getLogger(__name__)
@@ -125,7 +126,7 @@ def build_engine(config: EngineConfig, model_path: Path, base_name: str) -> Engi
         rope_switch=model_config.rope_switch,
     )
     decoder = Decoder(model_config, weights, ops, kv_layers(arena, model_config, dtype, memory.groups), arena)
-    model = record(decoder, config.token_budget, config.max_num_seqs)
+    model = _fastest(decoder, config)
     engine = Engine(
         Scheduler(kv, placement, limits), ModelRunner(model, kv, residency, device), placement, config.max_waiting
     )
@@ -140,6 +141,13 @@ def build_engine(config: EngineConfig, model_path: Path, base_name: str) -> Engi
         memory=memory,
         max_model_len=memory.max_model_len,
     )
+
+
+def _fastest(decoder: Decoder, config: EngineConfig) -> Decoder | RecordedDecoder | GraphedDecoder:
+    """The decoder as the backend runs it best: recorded on the CPU, decode steps as CUDA graphs on a GPU."""
+    if decoder.ops.name == "triton" and decoder.ops.device.type == "cuda":
+        return GraphedDecoder(decoder)
+    return record(decoder, config.token_budget, config.max_num_seqs)
 
 
 def _parser(layout: BaseLayout, base_bias: BaseBias) -> Callable[[str], ParsedImage]:

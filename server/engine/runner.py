@@ -11,6 +11,7 @@ from loraplex.server.engine.kv_cache import KVCache
 from loraplex.server.engine.sampler import Sampled, SampleRow, sample
 from loraplex.server.engine.scheduler import StepPlan
 from loraplex.server.models.decoder import Decoder
+from loraplex.server.models.graphs import GraphedDecoder
 from loraplex.server.models.recorded import RecordedDecoder
 
 
@@ -18,7 +19,11 @@ class ModelRunner:
     """Executes plans. Holds no state of its own."""
 
     def __init__(
-        self, decoder: Decoder | RecordedDecoder, kv: KVCache, residency: Residency, device: torch.device
+        self,
+        decoder: Decoder | RecordedDecoder | GraphedDecoder,
+        kv: KVCache,
+        residency: Residency,
+        device: torch.device,
     ) -> None:
         self._decoder = decoder
         self._kv = kv

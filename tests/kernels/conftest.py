@@ -1,6 +1,11 @@
-"""The same tests run over every backend that can run here, the CPU one over every instruction set this machine has."""
+"""The same tests run over every backend that can run here, the CPU one over every instruction set this machine has.
+
+Under TRITON_INTERPRET=1 they run over the Triton kernels alone, in the interpreter (gpu/test_interpreter.py does that).
+"""
 
 from __future__ import annotations
+
+import os
 
 import pytest
 import torch
@@ -9,8 +14,15 @@ from loraplex.kernels.backend import Backend, load_backend
 from loraplex.kernels.cpu import abi
 from loraplex.kernels.cpu.backend import CpuBackend
 
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 CPU = [f"cpu-{isa}" for isa in abi.ISAS if abi.library().loraplex_isa(isa.encode()) >= 0]
-BACKENDS = ["reference-cpu", *CPU] + (["reference-cuda"] if torch.cuda.is_available() else [])
+BACKENDS = ["reference-cpu", *CPU] + (["reference-cuda", "triton-cuda"] if torch.cuda.is_available() else [])
+if INTERPRET:
+    from support import triton_bf16
+
+    triton_bf16.apply()
+    BACKENDS = ["triton-cpu"]
+    collect_ignore = ["test_arm64.py", "test_hugepages.py", "test_invariance.py"]  # the CPU backend's own
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 

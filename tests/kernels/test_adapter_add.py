@@ -228,6 +228,20 @@ def test_popularity_with_mixed_ranks(backend: Backend, dtype: torch.dtype, popul
     _check(backend, dtype, world, segments + chunks, shape, num_decode=len(segments))
 
 
+def test_ranks_from_1_to_256_in_one_call(backend: Backend, dtype: torch.dtype) -> None:
+    """With empty segments between them, and segments of one row on both paths."""
+    rng = np.random.default_rng(12)
+    shape = (80, 72)
+    adapters: dict[int, _Adapter] = {
+        slot: [_low_rank(rng, rank, *shape)] for slot, rank in enumerate((1, 3, 16, 33, 128, 256))
+    }
+    world = _world(backend, dtype, adapters, 6, seed=12)
+    order = [5, 0, 3, 4, 1, 2]
+    decode = [(n, _one(slot)) for slot, n in zip(order, (1, 2, 0, 1, 1, 3), strict=True)]
+    chunks = [(n, _one(slot)) for slot, n in zip(order, (1, 40, 0, 7, 1, 20), strict=True)]
+    _check(backend, dtype, world, decode + chunks, shape, num_decode=len(decode))
+
+
 def test_projections_keep_their_columns_of_a_fused_site(backend: Backend, dtype: torch.dtype) -> None:
     """q and v of a fused qkv: the columns of k stay as they are, and ranks may differ."""
     rng = np.random.default_rng(3)

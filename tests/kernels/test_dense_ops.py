@@ -115,5 +115,12 @@ def test_backends_are_asked_for_by_name() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_missing_gpu_is_an_error_not_a_fallback() -> None:
     assert load_backend("reference").device == torch.device("cpu")  # auto
-    with pytest.raises(BackendUnavailable, match="no GPU"):
-        load_backend("reference", "cuda")
+    for name in ("reference", "triton", "auto"):
+        with pytest.raises(BackendUnavailable, match="no GPU"):
+            load_backend(name, "cuda")
+
+
+def test_triton_on_a_cpu_is_for_tests_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(BackendUnavailable, match="needs a GPU"):
+        load_backend("triton", "cpu")

@@ -1,0 +1,217 @@
+"""The shapes the GPU kernels are compiled for and measured at: one layer of known models, a step each of both kinds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from loraplex.kernels.backend import Backend
+from loraplex.kernels.metadata import (
+    ALIGN,
+    BLOCK_SIZE,
+    NUM_SITES,
+    TILE_RANKS,
+    AdapterSegments,
+    AttentionMeta,
+    AttentionParams,
+    KVGroup,
+    KVLayer,
+    Site,
+    TileTable,
+    element_bytes,
+)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What of a model the kernels' variants depend on."""
+
+    name: str
+    hidden: int
+    inner: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    activation: str = "silu"
+    offset: float = 0.0  # of norm weights
+    qk_norm: bool = False
+    bias: bool = False
+    window: int | None = None
+    softcap: float | None = None
+
+    @property
+    def qkv(self) -> int:
+        return (self.heads + 2 * self.kv_heads) * self.head_dim
+
+    def sites(self) -> dict[Site, tuple[int, tuple[int, ...]]]:
+        """(in_features, out_features of each projection) per site."""
+        return {
+            Site.QKV: (self.hidden, (self.heads * self.head_dim, *(self.kv_heads * self.head_dim,) * 2)),
+            Site.O: (self.heads * self.head_dim, (self.hidden,)),
+            Site.GATE_UP: (self.hidden, (self.inner, self.inner)),
+            Site.DOWN: (self.inner, (self.hidden,)),
+        }
+
+
+SMOLLM2 = Shape("SmolLM2-135M", 576, 1536, 9, 3, 64)
+LLAMA3 = Shape("Llama-3.1-8B", 4096, 14336, 32, 8, 128)
+SHAPES = (
+    SMOLLM2,
+    LLAMA3,
+    Shape("Qwen2.5-0.5B", 896, 4864, 14, 2, 64, bias=True),
+    Shape("Qwen3-0.6B", 1024, 3072, 16, 8, 128, qk_norm=True),
+    Shape("Gemma-2-2B", 2304, 9216, 8, 4, 256, "gelu_tanh", 1.0, window=4096, softcap=50.0),
+    Shape("Gemma-3-1B", 1152, 6912, 4, 1, 256, "gelu_tanh", 1.0, qk_norm=True, window=512),
+    Shape("Phi-3-mini", 3072, 8192, 32, 32, 96, window=2047),
+)
+
+
+@dataclass(frozen=True)
+class Work:
+    """The tensors of one layer's ops in one step. Equal seeds make equal work on any backend."""
+
+    shape: Shape
+    dtype: torch.dtype
+    table: TileTable
+    arena: Tensor
+    segments: AdapterSegments
+    meta: AttentionMeta
+    kv: KVLayer
+    tokens: int
+    inputs: dict[tuple[int, ...], Tensor] = field(default_factory=dict)  # made once: a repeated run is the ops alone
+
+
+def make_work(
+    ops: Backend, shape: Shape, dtype: torch.dtype, decode: int, prefill: tuple[int, ...], rank: int = 16, kv: int = 64
+) -> Work:
+    """`decode` rows and prefill chunks of the given lengths, each with an adapter of its own on every projection.
+
+    kv: tokens in the cache before the step, of each sequence.
+    """
+    device = ops.device
+    generator = torch.Generator().manual_seed(0)
+    counts = [*(1 for _ in range(decode)), *prefill]
+    lens = [kv + n for n in counts]
+    bounds = [0]
+    for n in counts:
+        bounds.append(bounds[-1] + n)
+    arena, table = _adapters(shape, dtype, len(counts), rank, generator)
+    segments = AdapterSegments(
+        indptr=torch.tensor(bounds, dtype=torch.int32, device=device),
+        mix_ptr=torch.arange(len(counts) + 1, dtype=torch.int32, device=device),
+        mix_slot=torch.arange(len(counts), dtype=torch.int32, device=device),
+        mix_weight=torch.ones(len(counts), device=device),
+        bounds=tuple(bounds),
+        mixes=tuple(((slot, 1.0),) for slot in range(len(counts))),
+        num_decode_segments=decode,
+    )
+    blocks = -(-max(lens) // BLOCK_SIZE)
+    blocks_of = torch.randperm(len(counts) * blocks, generator=generator).view(len(counts), blocks).int()
+    page = 2 * shape.kv_heads * BLOCK_SIZE * shape.head_dim
+    pages = torch.randn(len(counts) * blocks, page, generator=generator).to(device, dtype)
+    planes = pages.view(-1, 2, shape.kv_heads, BLOCK_SIZE, shape.head_dim)
+    places = [
+        int(blocks_of[i, position // BLOCK_SIZE]) * BLOCK_SIZE + position % BLOCK_SIZE
+        for i, n in enumerate(counts)
+        for position in range(lens[i] - n, lens[i])
+    ]
+    meta = AttentionMeta(
+        query_ptr=segments.indptr,
+        kv_lens=torch.tensor(lens, dtype=torch.int32, device=device),
+        query_bounds=tuple(bounds),
+        kv_lens_host=tuple(lens),
+        is_decode=tuple(i < decode for i in range(len(counts))),
+        groups=(KVGroup(blocks_of.to(device), torch.tensor(places, device=device)),),
+    )
+    on_device = TileTable(table.ranges.to(device), table.tiles.to(device), table.ranges_host, table.tiles_host)
+    kv_layer = KVLayer(planes[:, 0], planes[:, 1], 0)
+    return Work(shape, dtype, on_device, arena.to(device), segments, meta, kv_layer, bounds[-1])
+
+
+def _adapters(
+    shape: Shape, dtype: torch.dtype, slots: int, rank: int, generator: torch.Generator
+) -> tuple[Tensor, TileTable]:
+    """Adapters of one layer, tile behind tile: [1, bytes] uint8 and the table, on the CPU."""
+    ranges = torch.zeros(slots, 1, NUM_SITES, 2, dtype=torch.int32)
+    rows: list[tuple[int, ...]] = []
+    strips: list[Tensor] = []
+    end = 0
+
+    def put(n: int, columns: int) -> int:
+        nonlocal end
+        length = -(-n * columns * element_bytes(dtype) // ALIGN) * ALIGN // element_bytes(dtype)
+        strips.append((torch.randn(length, generator=generator) / columns**0.5).to(dtype))
+        begin, end = end, end + length * element_bytes(dtype) // ALIGN
+        return begin
+
+    for slot in range(slots):
+        for site, (n_in, outs) in shape.sites().items():
+            first, start = len(rows), 0
+            for out in outs:
+                for at in range(0, rank, TILE_RANKS):
+                    n = min(TILE_RANKS, rank - at)
+                    rows.append((put(n, n_in), put(n, out), n, start, out))
+                start += out
+            ranges[slot, 0, site] = torch.tensor([first, len(rows)])
+    tiles = torch.tensor(rows, dtype=torch.int32)
+    return torch.cat(strips).view(torch.uint8).unsqueeze(0), TileTable(ranges, tiles, ranges, tiles)
+
+
+def run_adapters(ops: Backend, work: Work) -> list[Tensor]:
+    """adapter_add_ at the four sites: the new outputs."""
+    outputs = []
+    for site, (n_in, outs) in work.shape.sites().items():
+        x, y = _randn(ops, work, work.tokens, n_in), _randn(ops, work, work.tokens, sum(outs), seed=10 + site)
+        outputs.append(ops.adapter_add_(y, x, work.arena, work.table, 0, site, work.segments))
+    return outputs
+
+
+def run_attention(ops: Backend, work: Work) -> list[Tensor]:
+    """rope_store_kv and attention, without a window and with the model's."""
+    shape, tokens = work.shape, work.tokens
+    qkv = _randn(ops, work, tokens, shape.qkv)
+    angles = _randn(ops, work, tokens, shape.head_dim, seed=2).float()
+    norm = _randn(ops, work, shape.head_dim) if shape.qk_norm else None
+    store = work.meta.groups[0].store_index
+    outputs = []
+    for window in dict.fromkeys((None, shape.window)):
+        params = AttentionParams(
+            shape.heads, shape.kv_heads, shape.head_dim, shape.head_dim**-0.5, window, shape.softcap
+        )
+        q = ops.rope_store_kv(qkv, angles.cos(), angles.sin(), work.kv, store, params, norm, norm, 1e-6, shape.offset)
+        outputs += [q, ops.attention(q, work.kv, work.meta, params)]
+    return outputs
+
+
+def run_rowwise(ops: Backend, work: Work) -> list[Tensor]:
+    """Norms, activation, bias and gathering of rows."""
+    shape, tokens = work.shape, work.tokens
+    x, residual = _randn(ops, work, tokens, shape.hidden), _randn(ops, work, tokens, shape.hidden, seed=1)
+    weight = _randn(ops, work, shape.hidden, seed=2)
+    rows = torch.arange(tokens - 1, -1, -1, device=ops.device)
+    outputs = [
+        *ops.rms_norm(x, weight, 1e-6, None, shape.offset),
+        *ops.rms_norm(x, weight, 1e-6, residual, shape.offset),
+        ops.act_mul(_randn(ops, work, tokens, 2 * shape.inner), shape.activation),
+        ops.take_rows(x, rows),
+        ops.embed(rows, ops.pack_linear(x), 2.0 if shape.offset else None),
+    ]
+    if shape.bias:
+        outputs.append(
+            ops.add_bias_(_randn(ops, work, tokens, shape.qkv, seed=20), _randn(ops, work, shape.qkv, seed=3))
+        )
+    return outputs
+
+
+def run_all(ops: Backend, work: Work) -> list[Tensor]:
+    """Every op but the base linears, which are a library's."""
+    return [*run_adapters(ops, work), *run_attention(ops, work), *run_rowwise(ops, work)]
+
+
+def _randn(ops: Backend, work: Work, *shape: int, seed: int = 0) -> Tensor:
+    if (*shape, seed) not in work.inputs:
+        drawn = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+        work.inputs[*shape, seed] = drawn.to(ops.device, work.dtype)
+    return work.inputs[*shape, seed]

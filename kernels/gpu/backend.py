@@ -1,0 +1,153 @@
+"""The GPU backend: the ops of kernels/backend.py as Triton kernels, the base linears as cuBLAS through torch.
+
+Works on NVIDIA and AMD alike. Under TRITON_INTERPRET=1 the same kernels run on CPU tensors in Triton's interpreter, for
+tests: thousands of times slower, and wrong in bfloat16 arithmetic that is not widened first.
+
+No op waits for the device or reads from it, and all grids follow from host-known bounds: any sequence of ops can be
+captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812  its usual name
+
+from loraplex.kernels.backend import Backend, PackedLinear
+from loraplex.kernels.gpu import attention, bgmv, rowwise, sgmv
+from loraplex.kernels.metadata import AdapterSegments, AttentionMeta, AttentionParams, KVLayer, Site, TileTable
+
+
+@dataclass(frozen=True)
+class TritonLinear:
+    """A base weight as it stands in the checkpoint; may share memory with the embedding table (tied heads)."""
+
+    weight: Tensor  # [out, in]
+
+    @property
+    def in_features(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.shape[0]
+
+
+@dataclass(frozen=True)
+class _MostTiles:
+    """Most tiles of any segment's mix at each [layer][site], of one step's segments."""
+
+    segments: AdapterSegments
+    ranges: Tensor  # of the table, on the host
+    decode: list[list[int]]
+    prefill: list[list[int]]
+
+
+class TritonBackend(Backend):
+    """bf16, fp16 and fp32.
+
+    A row's bits do not depend on the rows beside it in any op but linear() and logits(): cuBLAS picks its kernel, and
+    with it the order of its sums, by the number of rows.
+    """
+
+    name = "triton"
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._most: _MostTiles | None = None
+
+    def recorder(self, dtype: torch.dtype, cosines: Sequence[Tensor]) -> None:
+        return None  # CUDA graphs record: server/models/graphs.py
+
+    def pack_linear(self, weight: Tensor) -> PackedLinear:
+        return TritonLinear(weight)
+
+    def embed(self, ids: Tensor, table: PackedLinear, scale: float | None) -> Tensor:
+        weight = _weight(table)
+        if scale is not None:
+            scale = torch.tensor(scale, dtype=weight.dtype).item()
+        return rowwise.gather(weight, ids, scale)
+
+    def take_rows(self, x: Tensor, rows: Tensor) -> Tensor:
+        return rowwise.gather(x, rows, None)
+
+    def rms_norm(
+        self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, offset: float
+    ) -> tuple[Tensor, Tensor]:
+        return rowwise.rms_norm(x, weight, eps, residual, offset)
+
+    def linear(self, x: Tensor, weight: PackedLinear) -> Tensor:
+        return F.linear(x, _weight(weight))
+
+    def logits(self, x: Tensor, weight: PackedLinear) -> Tensor:
+        return F.linear(x, _weight(weight)).float()
+
+    def add_bias_(self, y: Tensor, bias: Tensor) -> Tensor:
+        rowwise.add_bias_(y, bias)
+        return y
+
+    def adapter_add_(
+        self, y: Tensor, x: Tensor, arena: Tensor, table: TileTable, layer: int, site: Site, segments: AdapterSegments
+    ) -> Tensor:
+        most = self._most_tiles(table, segments)
+        decode, prefill = most.decode[layer][site], most.prefill[layer][site]
+        first_prefill = segments.bounds[segments.num_decode_segments]
+        elements = arena.view(-1).view(y.dtype)
+        if decode and first_prefill:
+            bgmv.add_(y, x, elements, table, layer, site, segments, decode)
+        if prefill and segments.bounds[-1] > first_prefill:
+            sgmv.add_(y, x, elements, table, layer, site, segments, prefill)
+        return y
+
+    def rope_store_kv(
+        self,
+        qkv: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        layer: KVLayer,
+        store_index: Tensor,
+        params: AttentionParams,
+        q_norm: Tensor | None,
+        k_norm: Tensor | None,
+        norm_eps: float,
+        norm_offset: float,
+    ) -> Tensor:
+        return rowwise.rope_store_kv(qkv, cos, sin, layer, store_index, params, q_norm, k_norm, norm_eps, norm_offset)
+
+    def attention(self, q: Tensor, layer: KVLayer, meta: AttentionMeta, params: AttentionParams) -> Tensor:
+        return attention.attention(q, layer, meta, params)
+
+    def act_mul(self, gate_up: Tensor, activation: str) -> Tensor:
+        return rowwise.act_mul(gate_up, activation)
+
+    def _most_tiles(self, table: TileTable, segments: AdapterSegments) -> _MostTiles:
+        """From the host's copies, once a step: a step's segments are one object, and the table rests meanwhile."""
+        most = self._most
+        if most is None or most.segments is not segments or most.ranges is not table.ranges_host:
+            count = segments.num_decode_segments
+            most = self._most = _MostTiles(
+                segments,
+                table.ranges_host,
+                _most_tiles(table.ranges_host, segments.mixes[:count]),
+                _most_tiles(table.ranges_host, segments.mixes[count:]),
+            )
+        return most
+
+
+def _most_tiles(ranges: Tensor, mixes: Sequence[tuple[tuple[int, float], ...]]) -> list[list[int]]:
+    """ranges [num_slots, num_layers, NUM_SITES, 2] on the host -> [num_layers][NUM_SITES]."""
+    counts = ranges[..., 1] - ranges[..., 0]
+    most = torch.zeros_like(counts[0])
+    if alone := list({mix[0][0] for mix in mixes if len(mix) == 1}):
+        most = counts[alone].amax(0)
+    for slots in {tuple(slot for slot, _ in mix) for mix in mixes if len(mix) > 1}:
+        most = torch.maximum(most, counts[list(slots)].sum(0))
+    return [[int(n) for n in layer] for layer in most.tolist()]
+
+
+def _weight(packed: PackedLinear) -> Tensor:
+    assert isinstance(packed, TritonLinear), f"{type(packed).__name__} was packed by another backend"
+    return packed.weight

@@ -1,0 +1,210 @@
+"""Adapters of decode rows: two launches per site, every row with a mix of its own.
+
+shrink   one program per (row, tile, SHRINK_SPLIT input columns) writes 16 partial dot products in fp32
+expand   one program per (row, EXPAND_BLOCK columns of y) adds the parts up in order, walks the mix and writes y once
+
+No atomics: who adds what to what is fixed by the shapes of the site alone. All projections fused in a site are tiles
+of the same launch. Rows without adapters lie behind the grid, or leave at once.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from loraplex.kernels.gpu import tuning
+from loraplex.kernels.gpu.tiles import RANKS, load_b, segment_of, shrink_tile, tile_range
+from loraplex.kernels.metadata import ALIGN, NUM_SITES, AdapterSegments, Site, TileTable
+
+_COUNTS = ["splits", "slot_stride", "cell", "num_segments", "most_tiles"]
+"""Arguments that vary between calls: no compilation may hang on their values."""
+
+
+def add_(
+    y: Tensor,
+    x: Tensor,
+    elements: Tensor,
+    table: TileTable,
+    layer: int,
+    site: Site,
+    segments: AdapterSegments,
+    most_tiles: int,
+) -> None:
+    """adapter_add_ for the decode segments. y [T, out], x [T, in], elements: the arena, flat, in their dtype.
+
+    most_tiles: at least the tiles of any decode segment's mix at this layer and site.
+    """
+    count = segments.num_decode_segments
+    rows, n_in, n_out = segments.bounds[count], x.shape[1], y.shape[1]
+    splits = triton.cdiv(n_in, tuning.SHRINK_SPLIT)
+    partial = torch.empty(rows, most_tiles, splits, RANKS, dtype=torch.float32, device=y.device)
+    slot_stride = table.ranges.shape[1] * NUM_SITES * 2
+    cell = (layer * NUM_SITES + site) * 2
+    unit = ALIGN // y.element_size()
+    _shrink[(rows, most_tiles, splits)](
+        x,
+        elements,
+        table.ranges,
+        table.tiles,
+        segments.indptr,
+        segments.mix_ptr,
+        segments.mix_slot,
+        partial,
+        n_in,
+        splits,
+        slot_stride,
+        cell,
+        count,
+        most_tiles,
+        unit=unit,
+        split=tuning.SHRINK_SPLIT,
+        block=tuning.SHRINK_BLOCK,
+        ranks=RANKS,
+        num_warps=tuning.SHRINK_WARPS,
+    )
+    _expand[(rows, triton.cdiv(n_out, tuning.EXPAND_BLOCK))](
+        y,
+        elements,
+        table.ranges,
+        table.tiles,
+        segments.indptr,
+        segments.mix_ptr,
+        segments.mix_slot,
+        segments.mix_weight,
+        partial,
+        n_out,
+        splits,
+        slot_stride,
+        cell,
+        count,
+        most_tiles,
+        unit=unit,
+        splits_pad=triton.next_power_of_2(splits),
+        block=tuning.EXPAND_BLOCK,
+        ranks=RANKS,
+        num_warps=tuning.EXPAND_WARPS,
+    )
+
+
+@triton.jit(do_not_specialize=_COUNTS)
+def _shrink(
+    x,
+    elements,
+    ranges,
+    tiles,
+    indptr,
+    mix_ptr,
+    mix_slot,
+    partial,
+    n_in,
+    splits,
+    slot_stride,
+    cell,
+    num_segments,
+    most_tiles,
+    unit: tl.constexpr,
+    split: tl.constexpr,
+    block: tl.constexpr,
+    ranks: tl.constexpr,
+):
+    """Grid (row, tile j of the row's mix, split of the columns).
+
+    Semantics: partial[row, j, s] = sum over k in [s * split, (s + 1) * split) of A_j[:, k] * x[row, k], in fp32.
+    """
+    row = tl.program_id(0)
+    j = tl.program_id(1)
+    s = tl.program_id(2)
+    segment = segment_of(indptr, 0, num_segments, row)
+    if segment >= num_segments:
+        return
+    begin = tl.load(mix_ptr + segment)
+    end = tl.load(mix_ptr + segment + 1)
+    a_off, n = shrink_tile(tiles, ranges, mix_slot, begin, end, slot_stride, cell, j)
+    if n == 0:
+        return
+    rank = tl.arange(0, ranks)
+    a = elements + a_off.to(tl.int64) * unit
+    x_row = x + row.to(tl.int64) * n_in
+    total = tl.zeros((ranks, block), dtype=tl.float32)
+    for start in tl.static_range(0, split, block):
+        k = s * split + start + tl.arange(0, block)
+        inside = k < n_in
+        xs = tl.load(x_row + k, mask=inside, other=0.0).to(tl.float32)
+        weights = tl.load(a + rank[:, None] * n_in + k[None, :], mask=(rank < n)[:, None] & inside[None, :], other=0.0)
+        total += weights.to(tl.float32) * xs[None, :]
+    at = ((row.to(tl.int64) * most_tiles + j) * splits + s) * ranks
+    tl.store(partial + at + rank, tl.sum(total, axis=1))
+
+
+@triton.jit(do_not_specialize=_COUNTS)
+def _expand(
+    y,
+    elements,
+    ranges,
+    tiles,
+    indptr,
+    mix_ptr,
+    mix_slot,
+    mix_weight,
+    partial,
+    n_out,
+    splits,
+    slot_stride,
+    cell,
+    num_segments,
+    most_tiles,
+    unit: tl.constexpr,
+    splits_pad: tl.constexpr,
+    block: tl.constexpr,
+    ranks: tl.constexpr,
+):
+    """Grid (row, block of y's columns).
+
+    Semantics: acc = sum over the mix, over its tiles, in order, of weight * (u @ B) in fp32, with u = the sum of the
+               tile's parts, rounded to the compute dtype (bias: one); y = round(y + acc) in the tiles' columns.
+    """
+    row = tl.program_id(0)
+    segment = segment_of(indptr, 0, num_segments, row)
+    if segment >= num_segments:
+        return
+    low = tl.program_id(1) * block
+    columns = low + tl.arange(0, block)
+    rank = tl.arange(0, ranks)
+    part = tl.arange(0, splits_pad)
+    acc = tl.zeros((block,), dtype=tl.float32)
+    touched = tl.zeros((block,), dtype=tl.int32)
+    j = tl.full((), 0, tl.int32)
+    u_at = tl.full((), 0, tl.int32)
+    for m in range(tl.load(mix_ptr + segment), tl.load(mix_ptr + segment + 1)):
+        start, stop = tile_range(ranges, mix_slot, m, slot_stride, cell)
+        weight = tl.load(mix_weight + m)
+        a_before = tl.full((), -1, tl.int32)
+        n_before = tl.full((), 0, tl.int32)
+        for tile in range(start, stop):
+            entry = tiles + tile * 5
+            a_off = tl.load(entry)
+            n = tl.load(entry + 2)
+            out_start = tl.load(entry + 3)
+            out_len = tl.load(entry + 4)
+            u_at = tl.where((a_off == a_before) & (n == n_before), u_at, j)
+            a_before = a_off
+            n_before = n
+            j += 1
+            if (out_start < low + block) & (out_start + out_len > low):
+                at = (row.to(tl.int64) * most_tiles + u_at) * splits
+                parts = tl.load(
+                    partial + (at + part)[:, None] * ranks + rank[None, :],
+                    mask=(part < tl.where(a_off >= 0, splits, 0))[:, None],
+                    other=0.0,
+                )
+                u = tl.sum(parts, axis=0).to(y.dtype.element_ty).to(tl.float32)
+                u = tl.where(rank < tl.where(a_off < 0, 1, 0), 1.0, u)
+                b = load_b(elements, tl.load(entry + 1), n, out_start, out_len, columns, rank, unit).to(tl.float32)
+                acc += weight * tl.sum(u[:, None] * b, axis=0)
+                touched += ((columns >= out_start) & (columns < out_start + out_len)).to(tl.int32)
+    at = y + row.to(tl.int64) * n_out + columns
+    mine = (touched > 0) & (columns < n_out)
+    before = tl.load(at, mask=mine, other=0.0).to(tl.float32)
+    tl.store(at, (before + acc).to(y.dtype.element_ty), mask=mine)

@@ -1,0 +1,217 @@
+"""Adapters of prefill chunks: ragged segments cut into tiles of SGMV_ROWS tokens, matrix units over 16 ranks at a time.
+
+shrink   one program per (tile of tokens, tile of the mix): u = x A^T over all columns, rounded once
+expand   one program per (tile of tokens, block of columns): walks the mix, accumulates in fp32, writes y once
+
+A tile of tokens that holds the end of one segment and the start of the next takes them in turn, each under its mask, so
+the grid follows from the number of tokens alone. A row of a matrix product does not depend on the rows beside it.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from loraplex.kernels.gpu import tuning
+from loraplex.kernels.gpu.tiles import RANKS, load_b, segment_of, shrink_tile, tile_range
+from loraplex.kernels.metadata import ALIGN, NUM_SITES, AdapterSegments, Site, TileTable
+
+_COUNTS = ["slot_stride", "cell", "first_segment", "num_segments", "first_row", "most_tiles"]
+
+
+def add_(
+    y: Tensor,
+    x: Tensor,
+    elements: Tensor,
+    table: TileTable,
+    layer: int,
+    site: Site,
+    segments: AdapterSegments,
+    most_tiles: int,
+) -> None:
+    """adapter_add_ for the prefill segments. y [T, out], x [T, in], elements: the arena, flat, in their dtype.
+
+    most_tiles: at least the tiles of any prefill segment's mix at this layer and site.
+    """
+    first_segment, count = segments.num_decode_segments, len(segments.mixes)
+    first_row = segments.bounds[first_segment]
+    rows, n_in, n_out = segments.bounds[count] - first_row, x.shape[1], y.shape[1]
+    row_tiles = triton.cdiv(rows, tuning.SGMV_ROWS)
+    u = torch.empty(rows, most_tiles, RANKS, dtype=y.dtype, device=y.device)
+    slot_stride = table.ranges.shape[1] * NUM_SITES * 2
+    cell = (layer * NUM_SITES + site) * 2
+    unit = ALIGN // y.element_size()
+    _shrink[(row_tiles, most_tiles)](
+        x,
+        elements,
+        table.ranges,
+        table.tiles,
+        segments.indptr,
+        segments.mix_ptr,
+        segments.mix_slot,
+        u,
+        n_in,
+        slot_stride,
+        cell,
+        first_segment,
+        count,
+        first_row,
+        most_tiles,
+        unit=unit,
+        block_rows=tuning.SGMV_ROWS,
+        depth=tuning.SGMV_DEPTH,
+        ranks=RANKS,
+        num_warps=tuning.SGMV_WARPS,
+    )
+    _expand[(row_tiles, triton.cdiv(n_out, tuning.SGMV_COLUMNS))](
+        y,
+        elements,
+        table.ranges,
+        table.tiles,
+        segments.indptr,
+        segments.mix_ptr,
+        segments.mix_slot,
+        segments.mix_weight,
+        u,
+        n_out,
+        slot_stride,
+        cell,
+        first_segment,
+        count,
+        first_row,
+        most_tiles,
+        unit=unit,
+        block_rows=tuning.SGMV_ROWS,
+        block=tuning.SGMV_COLUMNS,
+        ranks=RANKS,
+        num_warps=tuning.SGMV_WARPS,
+    )
+
+
+@triton.jit(do_not_specialize=_COUNTS)
+def _shrink(
+    x,
+    elements,
+    ranges,
+    tiles,
+    indptr,
+    mix_ptr,
+    mix_slot,
+    u,
+    n_in,
+    slot_stride,
+    cell,
+    first_segment,
+    num_segments,
+    first_row,
+    most_tiles,
+    unit: tl.constexpr,
+    block_rows: tl.constexpr,
+    depth: tl.constexpr,
+    ranks: tl.constexpr,
+):
+    """Grid (tile of tokens, tile j of a mix).
+
+    Semantics: u[t - first_row, j] = round(A_j x[t]), accumulated in fp32, for the tokens t whose mix has a tile j.
+    """
+    low = first_row + tl.program_id(0) * block_rows
+    j = tl.program_id(1)
+    rows = low + tl.arange(0, block_rows)
+    rank = tl.arange(0, ranks)
+    first = segment_of(indptr, first_segment, num_segments, low)
+    last = segment_of(indptr, first_segment, num_segments, low + block_rows - 1)
+    for segment in range(first, tl.minimum(last + 1, num_segments)):
+        mine = (rows >= tl.load(indptr + segment)) & (rows < tl.load(indptr + segment + 1))
+        begin = tl.load(mix_ptr + segment)
+        end = tl.load(mix_ptr + segment + 1)
+        a_off, n = shrink_tile(tiles, ranges, mix_slot, begin, end, slot_stride, cell, j)
+        if n > 0:
+            a = elements + a_off.to(tl.int64) * unit
+            total = tl.zeros((block_rows, ranks), dtype=tl.float32)
+            for start in range(0, n_in, depth):
+                k = start + tl.arange(0, depth)
+                inside = k < n_in
+                at = rows.to(tl.int64)[:, None] * n_in + k[None, :]
+                xs = tl.load(x + at, mask=mine[:, None] & inside[None, :], other=0.0)
+                at = rank[:, None] * n_in + k[None, :]
+                weights = tl.load(a + at, mask=(rank < n)[:, None] & inside[None, :], other=0.0)
+                total = tl.dot(xs, tl.trans(weights), total, input_precision="ieee")
+            at = ((rows - first_row).to(tl.int64) * most_tiles + j) * ranks
+            tl.store(u + at[:, None] + rank[None, :], total.to(u.dtype.element_ty), mask=mine[:, None])
+
+
+@triton.jit(do_not_specialize=_COUNTS)
+def _expand(
+    y,
+    elements,
+    ranges,
+    tiles,
+    indptr,
+    mix_ptr,
+    mix_slot,
+    mix_weight,
+    u,
+    n_out,
+    slot_stride,
+    cell,
+    first_segment,
+    num_segments,
+    first_row,
+    most_tiles,
+    unit: tl.constexpr,
+    block_rows: tl.constexpr,
+    block: tl.constexpr,
+    ranks: tl.constexpr,
+):
+    """Grid (tile of tokens, block of y's columns).
+
+    Semantics: per token, acc = sum over its mix, over its tiles, in order, of weight * (u @ B) in fp32 (bias: u = 1);
+               y = round(y + acc) in the tiles' columns. Another segment's weights never meet a row, be they infinite.
+    """
+    top = first_row + tl.program_id(0) * block_rows
+    rows = top + tl.arange(0, block_rows)
+    left = tl.program_id(1) * block
+    columns = left + tl.arange(0, block)
+    rank = tl.arange(0, ranks)
+    acc = tl.zeros((block_rows, block), dtype=tl.float32)
+    touched = tl.zeros((block_rows, block), dtype=tl.int1)
+    first = segment_of(indptr, first_segment, num_segments, top)
+    last = segment_of(indptr, first_segment, num_segments, top + block_rows - 1)
+    for segment in range(first, tl.minimum(last + 1, num_segments)):
+        mine = (rows >= tl.load(indptr + segment)) & (rows < tl.load(indptr + segment + 1))
+        j = tl.full((), 0, tl.int32)
+        u_at = tl.full((), 0, tl.int32)
+        for m in range(tl.load(mix_ptr + segment), tl.load(mix_ptr + segment + 1)):
+            start, stop = tile_range(ranges, mix_slot, m, slot_stride, cell)
+            weight = tl.load(mix_weight + m)
+            a_before = tl.full((), -1, tl.int32)
+            n_before = tl.full((), 0, tl.int32)
+            for tile in range(start, stop):
+                entry = tiles + tile * 5
+                a_off = tl.load(entry)
+                n = tl.load(entry + 2)
+                out_start = tl.load(entry + 3)
+                out_len = tl.load(entry + 4)
+                u_at = tl.where((a_off == a_before) & (n == n_before), u_at, j)
+                a_before = a_off
+                n_before = n
+                j += 1
+                if (out_start < left + block) & (out_start + out_len > left):
+                    at = ((rows - first_row).to(tl.int64) * most_tiles + u_at) * ranks
+                    shrunk = tl.load(
+                        u + at[:, None] + rank[None, :],
+                        mask=mine[:, None] & (rank < tl.where(a_off >= 0, n, 0))[None, :],
+                        other=0.0,
+                    )
+                    one = mine[:, None] & (rank < tl.where(a_off < 0, 1, 0))[None, :]
+                    shrunk = tl.where(one, 1.0, shrunk.to(tl.float32)).to(u.dtype.element_ty)
+                    b = load_b(elements, tl.load(entry + 1), n, out_start, out_len, columns, rank, unit)
+                    here = mine[:, None] & ((columns >= out_start) & (columns < out_start + out_len))[None, :]
+                    acc = tl.where(here, acc + weight * tl.dot(shrunk, b, input_precision="ieee"), acc)
+                    touched |= here
+    at = y + rows.to(tl.int64)[:, None] * n_out + columns[None, :]
+    touched &= (columns < n_out)[None, :]
+    before = tl.load(at, mask=touched, other=0.0).to(tl.float32)
+    tl.store(at, (before + acc).to(y.dtype.element_ty), mask=touched)

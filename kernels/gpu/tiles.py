@@ -1,0 +1,73 @@
+"""What the adapter kernels share: how a program finds its segment, a mix's tiles, and the elements of a tile's B.
+
+All of them run inside a kernel. Offsets of tiles are in units of 64 bytes; `unit` is that in elements.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+RANKS = 16
+"""metadata.TILE_RANKS, and the smallest size a matrix unit takes."""
+
+
+@triton.jit
+def segment_of(indptr, first, last, row):
+    """Semantics: the segment in [first, last) that holds token `row`; `last` for tokens behind all of them."""
+    found = first
+    for start in range(first, last, 128):
+        segment = start + tl.arange(0, 128)
+        ends = tl.load(indptr + 1 + segment, mask=segment < last, other=2147483647)
+        found += tl.sum((ends <= row).to(tl.int32), axis=0)
+    return found
+
+
+@triton.jit
+def tile_range(ranges, mix_slot, m, slot_stride, cell):
+    """Semantics: first and past-the-last row in the tile table of entry `m` of the mixes, at one layer and site."""
+    at = ranges + tl.load(mix_slot + m).to(tl.int64) * slot_stride + cell
+    return tl.load(at), tl.load(at + 1)
+
+
+@triton.jit
+def shrink_tile(tiles, ranges, mix_slot, begin, end, slot_stride, cell, j):
+    """The tile whose u is kept under number `j` of a mix [begin, end), as (a_off, n).
+
+    Semantics: tiles count through the mix in order. n == 0 where there is nothing to compute: no such tile, a bias,
+               or the A of the tile before (a B cut into pieces), whose u is read again.
+    """
+    tile = tl.full((), -1, tl.int32)
+    first = tl.full((), 0, tl.int32)
+    for m in range(begin, end):
+        start, stop = tile_range(ranges, mix_slot, m, slot_stride, cell)
+        here = (j >= 0) & (j < stop - start)
+        tile = tl.where(here, start + j, tile)
+        first = tl.where(here, start, first)
+        j -= stop - start
+    row = tiles + tile.to(tl.int64) * 5
+    a_off = tl.load(row, mask=tile >= 0, other=-1)
+    n = tl.load(row + 2, mask=tile >= 0, other=0)
+    a_before = tl.load(row - 5, mask=tile > first, other=-1)
+    n_before = tl.load(row - 3, mask=tile > first, other=0)
+    return a_off, tl.where((a_off < 0) | ((a_off == a_before) & (n == n_before)), 0, n)
+
+
+@triton.jit
+def load_b(elements, b_off, n, out_start, out_len, columns, ranks, unit: tl.constexpr):
+    """Semantics: [ranks, columns] of B in the compute dtype, columns counted in y; zero where the tile has none.
+
+    Nearly all tiles begin and end at multiples of 8 columns; saying so lets 16 bytes be loaded at once.
+    """
+    base = elements + b_off.to(tl.int64) * unit
+    if ((out_start % 8) | (out_len % 8)) == 0:
+        start = tl.multiple_of(out_start, 8)
+        length = tl.multiple_of(out_len, 8)
+        inside = (columns >= start) & (columns < start + length)
+        at = ranks[:, None] * length + (columns - start)[None, :]
+        b = tl.load(base + at, mask=(ranks < n)[:, None] & inside[None, :], other=0.0)
+    else:
+        inside = (columns >= out_start) & (columns < out_start + out_len)
+        at = ranks[:, None] * out_len + (columns - out_start)[None, :]
+        b = tl.load(base + at, mask=(ranks < n)[:, None] & inside[None, :], other=0.0)
+    return b

@@ -1,0 +1,201 @@
+"""Decode steps as CUDA graphs: one launch a step instead of hundreds. Made of the same ops; GPU only.
+
+A graph is captured the first time a step needs it and kept. What a step is, rounded up to powers of two, picks it: its
+rows, its longest sequence, and the tiles of its adapters, none for a step whose rows are all base-only. A step with a
+prefill chunk runs the ops one by one. Rows that fill a graph up have no query, no adapter and no place in the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loraplex.kernels.metadata import BLOCK_SIZE, NUM_SITES, AdapterSegments, AttentionMeta, KVGroup, TileTable
+from loraplex.server.models.decoder import Decoder
+from loraplex.server.models.inputs import ForwardBatch
+
+MIN_KEYS = 256
+"""Keys of the smallest graph; below it there is nothing to save."""
+
+Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], object], Tensor]]
+"""From work to (what repeats it, where its result then lies)."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a graph is captured for: the most of everything, each a power of two; no adapters: tiles and mix are 0."""
+
+    rows: int
+    keys: int  # of the longest sequence
+    tiles: int  # of any row's mix at any layer and site
+    mix: int  # adapters in any row's mix
+
+    @classmethod
+    def of(cls, batch: ForwardBatch) -> Size:
+        keys = max(MIN_KEYS, _power_of_two(max(batch.attention.kv_lens_host)))
+        rows = _power_of_two(batch.input_ids.shape[0])
+        if batch.adapters is None:
+            return cls(rows, keys, 0, 0)
+        ranges = batch.tiles.ranges_host
+        most = (ranges[..., 1] - ranges[..., 0]).amax((1, 2)).tolist()  # per slot
+        mixes = batch.adapters.mixes
+        tiles = max(sum(most[slot] for slot, _ in mix) for mix in mixes)
+        return cls(rows, keys, _power_of_two(max(1, tiles)), _power_of_two(max(1, *map(len, mixes))))
+
+
+class GraphedDecoder:
+    """The same calls and results as the Decoder it was made from.
+
+    forward() of a decode step returns workspace: it holds until the next step.
+    """
+
+    def __init__(self, decoder: Decoder, capture: Capture | None = None) -> None:
+        """capture: by default into a CUDA graph, all graphs in one memory pool."""
+        self.config = decoder.config
+        self._decoder = decoder
+        self._capture = capture or _CudaCapture()
+        self._steps: dict[Size, _Step] = {}
+        self._table: TileTable | None = None  # whose memory the graphs read
+
+    def forward(self, batch: ForwardBatch) -> Tensor:
+        """The final hidden states [L, H], normed, of the tokens in batch.logit_rows."""
+        if not all(batch.attention.is_decode):
+            return self._decoder.forward(batch)
+        table = self._table
+        if table is None or table.ranges is not batch.tiles.ranges or table.tiles is not batch.tiles.tiles:
+            self._steps.clear()  # the table has grown into new memory
+            self._table = batch.tiles
+        size = Size.of(batch)
+        step = self._steps.get(size)
+        if step is None:
+            step = self._steps[size] = _Step(self._decoder, batch, size)
+            step.load(batch)
+            step.record(self._capture)
+        else:
+            step.load(batch)
+        return step.run()[: batch.logit_rows.shape[0]]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """As Decoder.logits."""
+        return self._decoder.logits(hidden)
+
+
+class _Step:
+    """Buffers of one size, and the graph over them."""
+
+    def __init__(self, decoder: Decoder, like: ForwardBatch, size: Size) -> None:
+        self._decoder = decoder
+        rows, device = size.rows, like.input_ids.device
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.zeros(*shape, dtype=dtype, device=device)
+
+        groups = tuple(
+            KVGroup(zeros(rows, size.keys // BLOCK_SIZE), zeros(rows, dtype=torch.int64)) for _ in like.attention.groups
+        )
+        self._batch = ForwardBatch(
+            input_ids=zeros(rows, dtype=torch.int64),
+            positions=zeros(rows, dtype=torch.int64),
+            rope_lens=(size.keys,) * rows,
+            attention=AttentionMeta(
+                query_ptr=zeros(rows + 1),
+                kv_lens=zeros(rows),
+                query_bounds=tuple(range(rows + 1)),
+                kv_lens_host=(size.keys,) * rows,
+                is_decode=(True,) * rows,
+                groups=groups,
+            ),
+            adapters=_segments(size, device) if size.tiles else None,
+            tiles=_table(like.tiles, size.tiles),
+            logit_rows=zeros(rows, dtype=torch.int64),
+        )
+        # Angles depend on lengths the host knows: they are computed outside the graph.
+        self._rotations = [
+            (torch.zeros_like(cos), torch.zeros_like(sin)) for cos, sin in decoder.rotations(self._batch)
+        ]
+        self._repeat: Callable[[], object] | None = None
+        self._hidden: Tensor | None = None
+
+    def load(self, batch: ForwardBatch) -> None:
+        """Copy a step in, on the device; fill the rest up."""
+        mine, meta = self._batch, batch.attention
+        _fill(mine.input_ids, batch.input_ids, 0)
+        _fill(mine.logit_rows, batch.logit_rows, 0)
+        for (cos, sin), (new_cos, new_sin) in zip(self._rotations, self._decoder.rotations(batch), strict=True):
+            _fill(cos, new_cos, 0)
+            _fill(sin, new_sin, 0)
+        _fill(mine.attention.query_ptr, meta.query_ptr, meta.query_bounds[-1])  # no query
+        _fill(mine.attention.kv_lens, meta.kv_lens, 0)
+        for group, new in zip(mine.attention.groups, meta.groups, strict=True):
+            blocks = min(group.block_table.shape[1], new.block_table.shape[1])  # beyond the longest none is read
+            group.block_table[: new.block_table.shape[0], :blocks] = new.block_table[:, :blocks]
+            _fill(group.store_index, new.store_index, -1)  # not stored
+        if mine.adapters is not None and batch.adapters is not None:
+            ours, theirs = mine.adapters, batch.adapters
+            _fill(ours.indptr, theirs.indptr, theirs.bounds[-1])  # segments without tokens
+            _fill(ours.mix_ptr, theirs.mix_ptr, theirs.mix_slot.shape[0])
+            _fill(ours.mix_slot, theirs.mix_slot, 0)
+            _fill(ours.mix_weight, theirs.mix_weight, 0)
+
+    def record(self, capture: Capture) -> None:
+        """What is loaded is computed too: a first run outside the graph compiles and sets up what ops need."""
+        self._repeat, self._hidden = capture(lambda: self._decoder.hidden(self._batch, self._rotations))
+
+    def run(self) -> Tensor:
+        """[rows, H]"""
+        assert self._repeat is not None
+        assert self._hidden is not None
+        self._repeat()
+        return self._hidden
+
+
+class _CudaCapture:
+    """Captures work as a CUDA graph; all of them share memory, since only one runs at a time."""
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, work: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            work()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            hidden = work()
+        return graph.replay, hidden
+
+
+def _fill(buffer: Tensor, values: Tensor, rest: float) -> None:
+    n = values.shape[0]
+    buffer[:n] = values
+    buffer[n:] = rest
+
+
+def _segments(size: Size, device: torch.device) -> AdapterSegments:
+    """As many segments as rows; the host's copies say the most there can be, which is all that ops use them for."""
+    rows, entries = size.rows, size.rows * size.mix
+    return AdapterSegments(
+        indptr=torch.zeros(rows + 1, dtype=torch.int32, device=device),
+        mix_ptr=torch.zeros(rows + 1, dtype=torch.int32, device=device),
+        mix_slot=torch.zeros(entries, dtype=torch.int32, device=device),
+        mix_weight=torch.zeros(entries, device=device),
+        bounds=tuple(range(rows + 1)),
+        mixes=(((0, 1.0),),) * rows,
+        num_decode_segments=rows,
+    )
+
+
+def _table(table: TileTable, tiles: int) -> TileTable:
+    """The table on the device, and on the host one that has `tiles` tiles everywhere."""
+    ranges = torch.zeros(1, table.ranges.shape[1], NUM_SITES, 2, dtype=torch.int32)
+    ranges[..., 1] = tiles
+    return TileTable(table.ranges, table.tiles, ranges, table.tiles_host)
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()

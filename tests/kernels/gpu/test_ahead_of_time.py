@@ -1,0 +1,80 @@
+"""The kernels for GPUs that are not here: they compile, spill nothing, fit, and are compiled once, not per step."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from loraplex.benchmarks.kernels.aot_report import compile_for
+from loraplex.benchmarks.kernels.gpu_work import SHAPES, SMOLLM2, Shape, Work, make_work, run_all
+from loraplex.kernels.gpu import ahead
+from loraplex.kernels.gpu.backend import TritonBackend
+from loraplex.kernels.metadata import Site
+
+KERNELS = {
+    "attention._decode_combine",
+    "attention._decode_split",
+    "attention._prefill_tile",
+    "bgmv._expand",
+    "bgmv._shrink",
+    "rowwise._act_mul",
+    "rowwise._add_bias",
+    "rowwise._gather",
+    "rowwise._rms_norm",
+    "rowwise._rope_store_kv",
+    "sgmv._expand",
+    "sgmv._shrink",
+}
+
+
+@pytest.fixture(scope="module")
+def ops() -> TritonBackend:
+    return TritonBackend(torch.device("cpu"))  # launches are noted, never run
+
+
+@pytest.mark.timeout(900)
+def test_every_variant_compiles_spills_nothing_and_fits() -> None:
+    rows = compile_for(ahead.TARGETS)
+    assert {row.kernel for row in rows} == KERNELS
+    assert [row for row in rows if row.fault] == []
+    assert all(row.registers > 0 and row.warps > 0 for row in rows)  # the tools' output was understood
+    assert any(row.shared_bytes > 0 for row in rows)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
+def test_steady_state_compiles_nothing(ops: TritonBackend, shape: Shape) -> None:
+    """Any number of rows, tokens, tiles, keys and adapters is served by what the first step compiled."""
+    steps = [(1, (), 1, 0), (2, (3,), 16, 1), (3, (1, 16), 40, 5), (1, (129,), 4, 300), (17, (), 2, 1025)]
+
+    def run(step: tuple[int, tuple[int, ...], int, int]) -> None:
+        decode, prefill, rank, kv = step
+        run_all(ops, make_work(ops, shape, torch.bfloat16, decode, prefill, rank, kv))
+
+    with ahead.noted(ahead.TARGETS["sm_90"]) as variants:
+        run((2, (3, 5), 16, 64))
+        first = set(variants)
+        assert {variants[key].kernel for key in first} >= KERNELS - {"rowwise._add_bias"}
+        for step in steps:
+            run(step)
+            assert {variants[key].label for key in set(variants) - first} == set()
+
+
+def test_layers_and_slots_share_a_variant(ops: TritonBackend) -> None:
+    """Offsets into the tile table are even, odd, one and multiples of 16 in turn; none of them is compiled in."""
+    work = make_work(ops, SMOLLM2, torch.bfloat16, 2, (3,))
+    with ahead.noted(ahead.TARGETS["sm_90"]) as variants:
+        for layers in (1, 2, 8, 30):
+            _run_last_layer(ops, work, layers)
+    assert sorted(variant.kernel for variant in variants.values()) == sorted(
+        ["bgmv._shrink", "bgmv._expand", "sgmv._shrink", "sgmv._expand"]
+    )
+
+
+def _run_last_layer(ops: TritonBackend, work: Work, layers: int) -> None:
+    ranges = work.table.ranges.expand(-1, layers, -1, -1).contiguous()
+    table = replace(work.table, ranges=ranges, ranges_host=ranges)
+    x = torch.zeros(work.tokens, SMOLLM2.hidden, dtype=work.dtype)
+    y = torch.zeros(work.tokens, SMOLLM2.qkv, dtype=work.dtype)
+    ops.adapter_add_(y, x, work.arena, table, layers - 1, Site.QKV, work.segments)
