@@ -319,7 +319,7 @@ class TestEnds:
         assert not rig.engine.alive
         assert rig.engine.failure is None
         assert rig.leases() == 0
-        with pytest.raises(EngineDead, match="it was shut down"):
+        with pytest.raises(EngineDead, match="was shut down"):
             rig.engine.submit(rig.requests.make(2, 2, "a"))
         assert rig.leases() == 0
         rig.engine.stop()
@@ -340,11 +340,12 @@ class TestEnds:
             last = (await collect(stream))[-1]
             assert last.finish is FinishReason.ERROR
             assert isinstance(last.error, EngineDead)
-            assert "burnt down" in str(last.error)
+            assert "has crashed" in str(last.error)
+            assert "burnt down" not in str(last.error)  # the cause may quote what is not the client's
         assert not rig.engine.alive
         assert isinstance(rig.engine.failure, FloatingPointError)
         assert rig.leases() == 0
-        with pytest.raises(EngineDead, match="burnt down"):
+        with pytest.raises(EngineDead, match="has crashed"):
             rig.engine.submit(rig.requests.make(2, 2))
 
     async def test_not_started(self) -> None:
