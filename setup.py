@@ -39,7 +39,7 @@ class BuildKernels(build_ext):
         )
 
 
-PARTS = ("vec", "records", "linear", "rowwise", "tiles", "bgmv", "sgmv", "attention")
+PARTS = ("vec", "records", "linear", "rowwise", "sampling", "tiles", "bgmv", "sgmv", "attention")
 HEADERS = [f"{FOLDER}/{part}.h" for part in PARTS]
 SOURCES = [f"{FOLDER}/kernels.cpp", f"{FOLDER}/library.cpp"]
 

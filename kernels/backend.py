@@ -8,7 +8,7 @@ reference.py is those blocks as code.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -77,6 +77,10 @@ class Backend(Protocol):
     def pack_linear(self, weight: Tensor) -> PackedLinear:
         """Take over a weight [out, in]; the caller drops its own reference."""
         ...
+
+    def packed_bytes(self, shapes: Iterable[tuple[int, int]], dtype: torch.dtype) -> int:
+        """Most bytes that weights of these shapes [out, in], packed in this order, take with all their padding."""
+        return sum(out * columns for out, columns in shapes) * dtype.itemsize
 
     def embed(self, ids: Tensor, table: PackedLinear, scale: float | None) -> Tensor:
         """ids [T] int64, table packed from [vocab, H] (a tied head's own copy) -> [T, H].
@@ -170,11 +174,41 @@ class Backend(Protocol):
         """
         ...
 
+    def argmax(self, logits: Tensor) -> Tensor:
+        """logits [N, V] fp32 -> [N] int64.
 
-def load_backend(name: str, device: str = "auto") -> Backend:
+        Semantics: the lowest id of the largest logits; the first NaN where there is one.
+        """
+        ...
+
+    def sample(
+        self,
+        logits: Tensor,
+        temperature: Sequence[float],
+        top_k: Sequence[int],
+        top_p: Sequence[float],
+        min_p: Sequence[float],
+        uniform: Sequence[float],
+    ) -> tuple[Tensor, Tensor]:
+        """logits [N, V] fp32, unchanged; a number of each kind per row -> (ids [N] int64, log-probabilities [N] fp32).
+
+        The log-probability is the drawn token's under softmax(logits): temperature and truncation do not count.
+        Semantics, row by row: temperature 0, or a largest logit that is not finite: id as argmax. Else
+                   kept = all tokens; top_k in 1..V-1: those with logits >= the k-th largest (all that equal it)
+                   w = exp((logits - largest) / max(temperature, 1e-6)) of the kept
+                   top_p < 1: the fewest, likeliest first and then by id, that make up top_p of the weight kept so far
+                   min_p > 0: those with w >= min_p, so relative to the likeliest
+                   the first, by id, whose cumulative weight in fp64 is above uniform * total weight; uniform in [0, 1)
+        """
+        ...
+
+
+def load_backend(name: str, device: str = "auto", batch_invariant: bool = False) -> Backend:
     """The backend called `name` on `device` ("auto" | "cpu" | "cuda"). Chosen once at start-up and injected.
 
-    "auto" is the C++ kernels on the CPU and the Triton kernels on a GPU.
+    "auto" is the C++ kernels on the CPU and the Triton kernels on a GPU. batch_invariant: a token's results are the
+    same bits whatever is computed beside it, however its prompt is cut into chunks, and whether it is computed as part
+    of a prompt or as the next token of an answer. Slower: no library GEMM, and decode rows take the prefill kernels.
 
     Raises BackendUnavailable when it cannot run here, ValueError for a name nobody has.
     """
@@ -185,15 +219,15 @@ def load_backend(name: str, device: str = "auto") -> Backend:
     if name == "auto":
         name = "cpu" if device == "cpu" else "triton"
     if name == "reference":
-        from loraplex.kernels.reference import ReferenceBackend
+        from loraplex.kernels.reference import ReferenceBackend, RowByRow
 
-        return ReferenceBackend(torch.device(device))
+        return (RowByRow if batch_invariant else ReferenceBackend)(torch.device(device))
     if name == "cpu":
         from loraplex.kernels.cpu.backend import CpuBackend
 
         if device != "cpu":
             raise BackendUnavailable(f"the backend 'cpu' was asked for on device {device!r}; it runs on cpu only")
-        return CpuBackend()
+        return CpuBackend(batch_invariant=batch_invariant)
     if name == "triton":
         if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
             raise BackendUnavailable(
@@ -208,5 +242,5 @@ def load_backend(name: str, device: str = "auto") -> Backend:
             raise BackendUnavailable(
                 "the backend 'triton' was asked for but triton is not installed: pip install triton"
             ) from None
-        return TritonBackend(torch.device(device))
+        return TritonBackend(torch.device(device), batch_invariant)
     raise ValueError(f"unknown backend {name!r}; there are: auto, cpu, reference, triton")

@@ -4,13 +4,15 @@ Clear before fast. What speed there is comes from large library calls: one GEMM 
 pages, query heads grouped on their kv head so that decode attention is a matrix product. Sums that the Semantics want
 in fp32 are taken in fp32 and rounded once.
 
-Library GEMMs may sum in another order for another number of rows, so a row's last bits can depend on its neighbours.
+Library GEMMs may sum in another order for another number of rows, so a row's last bits can depend on its neighbours;
+RowByRow computes every row by itself instead.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -27,6 +29,7 @@ from loraplex.kernels.metadata import (
     TileTable,
     element_bytes,
 )
+from loraplex.kernels.sampling import TorchSampling
 
 QUERY_BLOCK = 128
 """Queries attended at once: bounds the score matrix to heads * 128 * kv_len fp32 (151 MB at 9 heads and 32k keys)."""
@@ -47,7 +50,7 @@ class ReferenceLinear:
         return self.weight.shape[0]
 
 
-class ReferenceBackend(Backend):
+class ReferenceBackend(TorchSampling, Backend):
     """The ops of backend.py; the formulas are its `Semantics:` blocks."""
 
     name = "reference"
@@ -150,6 +153,56 @@ class ReferenceBackend(Backend):
         else:
             raise ValueError(f"unknown activation {activation!r}; there are: silu, gelu_tanh")
         return (y * up).to(gate_up.dtype)
+
+
+class RowByRow(ReferenceBackend):
+    """Batch-invariant: the library is never asked for more than one row, at a fresh address.
+
+    Matrix products choose their order of sums by the number of rows and by where in a cache line a row begins;
+    activations their code by how many elements are left at the end of a tensor (torch 2.13 gave a third of 40 rows of
+    silu other bits than each of them alone).
+    """
+
+    def rms_norm(
+        self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, offset: float
+    ) -> tuple[Tensor, Tensor]:
+        summed = x if residual is None else x + residual
+        return torch.cat(
+            [super(RowByRow, self).rms_norm(row, weight, eps, None, offset)[0] for row in _rows(summed)]
+        ), summed
+
+    def linear(self, x: Tensor, weight: PackedLinear) -> Tensor:
+        return torch.cat([super(RowByRow, self).linear(row, weight) for row in _rows(x)])
+
+    def logits(self, x: Tensor, weight: PackedLinear) -> Tensor:
+        return torch.cat([super(RowByRow, self).logits(row, weight) for row in _rows(x)])
+
+    def adapter_add_(
+        self, y: Tensor, x: Tensor, arena: Tensor, table: TileTable, layer: int, site: Site, segments: AdapterSegments
+    ) -> Tensor:
+        for (start, stop), mix in zip(pairwise(segments.bounds), segments.mixes, strict=True):
+            one = replace(segments, bounds=(0, 1), mixes=(mix,))
+            for row, x_row in zip(y[start:stop], _rows(x[start:stop]), strict=True):
+                row.copy_(super().adapter_add_(row.unsqueeze(0).clone(), x_row, arena, table, layer, site, one)[0])
+        return y
+
+    def attention(self, q: Tensor, layer: KVLayer, meta: AttentionMeta, params: AttentionParams) -> Tensor:
+        out = []
+        rows = iter(_rows(q))
+        for i, (kv_len, (start, stop)) in enumerate(zip(meta.kv_lens_host, pairwise(meta.query_bounds), strict=True)):
+            groups = tuple(replace(group, block_table=group.block_table[i : i + 1]) for group in meta.groups)
+            for seen in range(kv_len - (stop - start) + 1, kv_len + 1):
+                one = replace(meta, query_bounds=(0, 1), kv_lens_host=(seen,), groups=groups)
+                out.append(super().attention(next(rows), layer, one, params))
+        return torch.cat(out)
+
+    def act_mul(self, gate_up: Tensor, activation: str) -> Tensor:
+        return torch.cat([super(RowByRow, self).act_mul(row, activation) for row in _rows(gate_up)])
+
+
+def _rows(x: Tensor) -> list[Tensor]:
+    """Each row as a tensor [1, ...] of its own memory; where there is none, `x`."""
+    return [row.clone() for row in x.split(1)]
 
 
 def _weight(packed: PackedLinear) -> Tensor:

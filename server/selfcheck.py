@@ -1,30 +1,37 @@
 """`loraplex selfcheck`: what works on this machine's device, in a minute: ops, an answer end to end, a benchmark.
 
-The ops are compared with the reference backend on the CPU in fp32, at the shapes of models people serve; an answer is
-that of a random model of two layers, made on the spot, with an adapter and without.
+The ops are compared with the reference backend on the CPU, at the shapes of models people serve and adapters of ranks 1
+to 256; an answer is that of a random model of two layers, made on the spot, with an adapter and without. On a GPU the
+project's own kernel tests are run as well, where they and pytest are there: in a checkout.
 """
 
 from __future__ import annotations
 
 import asyncio
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from loraplex.benchmarks.kernels.gpu_work import (
     LLAMA3,
     SHAPES,
     SMOLLM2,
+    Shape,
     make_work,
     run_adapters,
     run_all,
     run_attention,
+    run_linears,
+    run_sampling,
 )
 from loraplex.benchmarks.random_adapters import make_adapters
 from loraplex.kernels.backend import Backend, BackendUnavailable, load_backend
@@ -34,6 +41,11 @@ from loraplex.server.engine.request import GenerationRequest, SamplingParams
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 """Largest error of an op, relative to its largest output: what rounding and another order of sums may do."""
+
+RANKS = (1, 7, 16, 33, 128, 256)
+
+KERNEL_TESTS = Path(__file__).parents[1] / "tests" / "kernels"
+"""In a checkout; an installed package has no tests."""
 
 TOKENS = 12
 """Of each answer of the end-to-end check."""
@@ -78,36 +90,63 @@ def describe(device: torch.device) -> str:
 
 
 def op_checks(ops: Backend) -> list[tuple[str, Callable[[], str]]]:
-    """One per model shape and dtype the backend computes in."""
-    dtypes = [torch.float32, torch.bfloat16] + ([torch.float16] if ops.device.type == "cuda" else [])
-    # Large shapes only where there is something to run them on.
-    shapes = SHAPES if ops.device.type == "cuda" else (SMOLLM2,)
+    """One per model shape and dtype the backend computes in, one per dtype over ranks; on a GPU the kernel tests."""
+    on_gpu = ops.device.type == "cuda"
+    dtypes = [torch.float32, torch.bfloat16] + ([torch.float16] if on_gpu else [])
+    # The largest shape only where there is something to run it on.
+    shapes = [shape for shape in SHAPES if on_gpu or shape is not LLAMA3]
+    checks: list[tuple[str, Callable[[], str]]] = []
+    for dtype in dtypes:
+        name = str(dtype).removeprefix("torch.")
+        checks += [(f"ops, {shape.name}, {name}", partial(compare_ops, ops, shape, dtype)) for shape in shapes]
+        checks.append((f"adapters of ranks {RANKS[0]} to {RANKS[-1]}, {name}", partial(compare_ranks, ops, dtype)))
+    if on_gpu and KERNEL_TESTS.is_dir() and find_spec("pytest") is not None:
+        checks.append(("kernel tests", partial(kernel_tests, KERNEL_TESTS, f"{ops.name}-{ops.device.type}")))
+    return checks
 
-    def check(index: int, dtype: torch.dtype) -> Callable[[], str]:
-        return lambda: compare_ops(ops, index, dtype)
 
-    return [
-        (f"ops, {shape.name}, {str(dtype).removeprefix('torch.')}", check(SHAPES.index(shape), dtype))
-        for shape in shapes
-        for dtype in dtypes
-    ]
+def compare_ops(ops: Backend, shape: Shape, dtype: torch.dtype) -> str:
+    """Every op at a shape beside the reference on the CPU. Raises AssertionError with what is wrong."""
+    return _compare(ops, dtype, partial(_every_op, shape, dtype))
 
 
-def compare_ops(ops: Backend, index: int, dtype: torch.dtype) -> str:
-    """Every op at SHAPES[index] beside the reference on the CPU. Raises AssertionError with what is wrong."""
-    results = []
-    for backend in (ops, ReferenceBackend(torch.device("cpu"))):
-        with torch.inference_mode():
-            work = make_work(backend, SHAPES[index], dtype, decode=5, prefill=(1, 33), rank=24, kv=300)
-            results.append(run_all(backend, work))
+def compare_ranks(ops: Backend, dtype: torch.dtype) -> str:
+    """adapter_add_ for decode rows and prefill chunks. Raises AssertionError with what is wrong."""
+
+    def run(backend: Backend) -> list[Tensor]:
+        works = (make_work(backend, SMOLLM2, dtype, decode=3, prefill=(1, 17), rank=rank) for rank in RANKS)
+        return [output for work in works for output in run_adapters(backend, work)]
+
+    return _compare(ops, dtype, run)
+
+
+def _every_op(shape: Shape, dtype: torch.dtype, backend: Backend) -> list[Tensor]:
+    work = make_work(backend, shape, dtype, decode=5, prefill=(1, 33), rank=24, kv=300)
+    return [*run_all(backend, work), *run_linears(backend, work), *run_sampling(backend, work)]
+
+
+def _compare(ops: Backend, dtype: torch.dtype, run: Callable[[Backend], list[Tensor]]) -> str:
+    with torch.inference_mode():
+        found_all, expected_all = run(ops), run(ReferenceBackend(torch.device("cpu")))
     worst = 0.0
-    for number, (found, expected) in enumerate(zip(*results, strict=True)):
+    for number, (found, expected) in enumerate(zip(found_all, expected_all, strict=True)):
         error = float((found.cpu().float() - expected.float()).abs().max() / expected.float().abs().max())
         if not error <= TOLERANCE[dtype]:  # NaN too
             allowed = f"{TOLERANCE[dtype]:.0e} allowed"
             raise AssertionError(f"output {number} is off by {error:.2e} of its largest value, {allowed}")
         worst = max(worst, error)
     return f"largest error {worst:.1e}"
+
+
+def kernel_tests(folder: Path, chosen: str) -> str:
+    """Run the tests in `folder` whose names contain `chosen`. Raises AssertionError with the end of what they say."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, str(folder)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder.parents[1])
+    last = result.stdout.strip().rpartition("\n")[2]
+    if result.returncode:
+        failed = [line for line in result.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+        raise AssertionError("; ".join([last, *failed[:5]]))
+    return last
 
 
 def end_to_end(ops: Backend) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -27,7 +29,9 @@ def test_the_report_on_a_cpu(capsys: pytest.CaptureFixture[str], monkeypatch: py
     assert "ok   ops, SmolLM2-135M, bfloat16" in report
     assert "ok   end to end" in report
     assert "32 decode rows, 32 adapters" in report
-    assert report.endswith("3 of 3 checks passed\n")
+    assert "ok   ops, Phi-3-mini, float32" in report
+    assert "ok   adapters of ranks 1 to 256, bfloat16" in report
+    assert report.endswith("15 of 15 checks passed\n")
 
 
 def test_a_wrong_op_fails_the_report_and_is_named(
@@ -40,10 +44,24 @@ def test_a_wrong_op_fails_the_report_and_is_named(
     monkeypatch.setattr(selfcheck, "load_backend", lambda name, device: _Wrong(torch.device("cpu")))
     monkeypatch.setattr(selfcheck, "benchmarks", lambda ops: [])
     monkeypatch.setattr(selfcheck, "end_to_end", lambda ops: "")
+    monkeypatch.setattr(selfcheck, "SHAPES", (selfcheck.SMOLLM2,))
+    monkeypatch.setattr(selfcheck, "RANKS", (16,))
     assert selfcheck.selfcheck("cpu") == 1
     report = capsys.readouterr().out
     assert "FAIL ops, SmolLM2-135M, float32" in report
     assert "is off by" in report
+
+
+def test_the_kernel_tests_are_run_and_their_failures_named(tmp_path: Path) -> None:
+    assert (selfcheck.KERNEL_TESTS / "conftest.py").exists()
+    tests = tmp_path / "tests" / "kernels"
+    tests.mkdir(parents=True)
+    (tests / "test_some.py").write_text(
+        "import pytest\n@pytest.mark.parametrize('b', ['cuda', 'cpu'])\ndef test_some(b):\n    assert b == 'cuda'\n"
+    )
+    assert selfcheck.kernel_tests(tests, "cuda").startswith("1 passed")
+    with pytest.raises(AssertionError, match=r"1 failed.*FAILED .*test_some\[cpu\]"):
+        selfcheck.kernel_tests(tests, "cpu")
 
 
 def test_seconds_measures() -> None:

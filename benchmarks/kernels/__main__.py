@@ -2,9 +2,10 @@
 
     python -m loraplex.benchmarks.kernels
 
-A module here answers one question at more shapes: bgmv, sgmv, step (--profile: op by op), linear. The last column of
-linear is the time over that of the better peer: oneDNN with weights packed ahead, or F.linear. A row that other
-processes disturbed says so: run it again on a quieter machine, or with OMP_NUM_THREADS=1 where somebody keeps a core.
+A module here answers one question at more shapes: bgmv, sgmv, step (--profile: op by op), serving (a step of the
+engine, and what of it is outside the kernels), linear. The last column of linear is the time over that of the better
+peer: oneDNN with weights packed ahead, or F.linear. A row that other processes disturbed says so: run it again on a
+quieter machine, or with OMP_NUM_THREADS=1 where somebody keeps a core.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from loraplex.benchmarks.kernels import bgmv, linear, sgmv, step
+from loraplex.benchmarks.kernels import bgmv, linear, serving, sgmv, step
 from loraplex.benchmarks.kernels.machine import Limits, Others, limits
+from loraplex.benchmarks.kernels.model import ROWS, make_model
 
 DISTURBED = 0.1
 """Share of the CPUs that others may take before a row says so."""
@@ -54,16 +56,29 @@ def _sgmv(machine: Limits) -> Rows:
 
 
 def _step(machine: Limits) -> Rows:
-    model = step.make_model()
+    model = make_model()
     for adapters in (False, True):
-        for rows in step.ROWS:
+        for rows in ROWS:
             result = step.measure_step(model, rows, adapters, machine)
             what = f"step, {rows} rows, {f'{rows} adapters' if adapters else 'base'}"
-            outside = (
-                f"{result.outside * 1e6:.0f} us ({result.outside / result.seconds:.1%}) around {result.calls} calls"
-            )
-            figures = f"{result.seconds * 1e3:8.2f} ms  least {result.least * 1e3:.2f}; {outside}"
+            figures = f"{result.seconds * 1e3:8.2f} ms  least {result.least * 1e3:.2f}"
+            figures += f" at {result.machine.read / 1e9:.0f} GB/s"
             yield what, figures, result.ratio, Target("<=", 1.6, "times the least") if adapters else None
+    for adapters in (False, True):
+        for rows in (1, 16):
+            engine = serving.run(model, rows, adapters)
+            what = f"engine step, {rows} rows, {f'{rows} adapters' if adapters else 'base'}"
+            timing = engine.timing
+            figures = (
+                f"{timing.total * 1e3:8.2f} ms  {timing.calls:.0f} calls, outside {timing.outside * 1e6:.0f} us: "
+                f"schedule {timing.schedule * 1e6:.0f}, batch {timing.batch * 1e6:.0f}"
+            )
+            yield what, figures, engine.share, Target("<=", 0.05, "of the step")
+    for rows in ROWS:
+        linears = linear.run_step(machine, model, rows)
+        figures = f"{linears.seconds * 1e3:8.2f} ms  oneDNN's {linears.prepacked * 1e3:.2f}, our whole step"
+        figures += f" {linears.step * 1e3:.2f}"
+        yield f"linears of a step, {rows} rows", figures, linears.seconds / linears.prepacked, None
 
 
 def _linear(machine: Limits) -> Rows:

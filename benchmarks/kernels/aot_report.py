@@ -21,7 +21,7 @@ from multiprocessing import get_context
 
 import torch
 
-from loraplex.benchmarks.kernels.gpu_work import LLAMA3, SHAPES, SMOLLM2, make_work, run_all
+from loraplex.benchmarks.kernels.gpu_work import LLAMA3, SHAPES, SMOLLM2, make_work, run_all, run_linears
 
 FLOAT16 = (SMOLLM2, LLAMA3, SHAPES[-1])
 """Models compiled for float16 too; the others, were they served in it, share these kernels or overflow."""
@@ -48,10 +48,14 @@ def compile_all(name: str) -> list[Row]:
 
     target, ops = ahead.TARGETS[name], TritonBackend(torch.device("cpu"))
 
+    invariant = TritonBackend(torch.device("cpu"), batch_invariant=True)
+
     def work() -> None:
         for dtype, shapes in ((torch.bfloat16, SHAPES), (torch.float16, FLOAT16)):
             for shape in shapes:
                 run_all(ops, make_work(ops, shape, dtype, decode=2, prefill=(3, 5)))
+            # The other kernels of a batch-invariant backend are among those above.
+            run_linears(invariant, make_work(invariant, SMOLLM2, dtype, decode=2, prefill=(3,)))
 
     rows = []
     for variant in ahead.variants_of(work, target):

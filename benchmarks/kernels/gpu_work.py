@@ -63,7 +63,7 @@ SHAPES = (
     Shape("Qwen2.5-0.5B", 896, 4864, 14, 2, 64, bias=True),
     Shape("Qwen3-0.6B", 1024, 3072, 16, 8, 128, qk_norm=True),
     Shape("Gemma-2-2B", 2304, 9216, 8, 4, 256, "gelu_tanh", 1.0, window=4096, softcap=50.0),
-    Shape("Gemma-3-1B", 1152, 6912, 4, 1, 256, "gelu_tanh", 1.0, qk_norm=True, window=512),
+    Shape("Gemma-3-270M", 640, 2048, 4, 1, 256, "gelu_tanh", 1.0, qk_norm=True, window=512),
     Shape("Phi-3-mini", 3072, 8192, 32, 32, 96, window=2047),
 )
 
@@ -205,8 +205,26 @@ def run_rowwise(ops: Backend, work: Work) -> list[Tensor]:
     return outputs
 
 
+def run_linears(ops: Backend, work: Work) -> list[Tensor]:
+    """The base linears of the four sites, and logits."""
+    outputs = []
+    for n_in, outs in work.shape.sites().values():
+        weight = ops.pack_linear(_randn(ops, work, sum(outs), n_in, seed=30))
+        outputs.append(ops.linear(_randn(ops, work, work.tokens, n_in), weight))
+    return [*outputs, ops.logits(_randn(ops, work, work.tokens, n_in), weight)]
+
+
+def run_sampling(ops: Backend, work: Work) -> list[Tensor]:
+    """argmax and sample of a row of logits for every token."""
+    logits = _randn(ops, work, work.tokens, 5000).float() * 4
+    kinds = [(0.0, 0, 1.0, 0.0, 0.5), (1.0, 0, 1.0, 0.0, 0.2), (0.7, 40, 0.9, 0.0, 0.6), (1.3, 0, 0.8, 0.05, 0.99)]
+    columns = zip(*(kinds[i % len(kinds)] for i in range(work.tokens)), strict=True)
+    temperature, top_k, top_p, min_p, uniform = (list(column) for column in columns)
+    return [ops.argmax(logits), *ops.sample(logits, temperature, [int(k) for k in top_k], top_p, min_p, uniform)]
+
+
 def run_all(ops: Backend, work: Work) -> list[Tensor]:
-    """Every op but the base linears, which are a library's."""
+    """Every op but the base linears, which are a library's unless batch invariance is asked for."""
     return [*run_adapters(ops, work), *run_attention(ops, work), *run_rowwise(ops, work)]
 
 

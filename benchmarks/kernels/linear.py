@@ -2,7 +2,8 @@
 
     python -m loraplex.benchmarks.kernels.linear
 
-oneDNN packs for one row count; ours serves all from one copy.
+oneDNN packs for one row count; ours serves all from one copy. Shape by shape, then all linears of a decode step of
+SmolLM2-135M as it runs them, with our whole step (attention, norms and all) beside.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ import torch
 from torch import Tensor
 
 from loraplex.benchmarks.kernels.machine import Limits, limits, measure
+from loraplex.benchmarks.kernels.model import ROWS as STEP_ROWS
+from loraplex.benchmarks.kernels.model import Model, make_batch, make_model
+from loraplex.benchmarks.kernels.step import recorded, take_step
 from loraplex.kernels.backend import PackedLinear
 from loraplex.kernels.cpu.abi import Op, OpCode, Step
 from loraplex.kernels.cpu.backend import CpuBackend, CpuLinear
@@ -102,12 +106,58 @@ def _program(packed: list[PackedLinear], x: Tensor, y: Tensor) -> ctypes.Array[O
     )
 
 
+@dataclass(frozen=True)
+class StepResult:
+    """All linears of a step of `rows` base rows, and the step."""
+
+    rows: int
+    seconds: float
+    prepacked: float
+    step: float
+
+    def __str__(self) -> str:
+        return (
+            f"linears of a step, {self.rows:3} rows: {self.seconds * 1e3:.2f} ms; oneDNN prepacked takes "
+            f"{self.prepacked / self.seconds:.2f} times as long, our whole step {self.step / self.seconds:.2f} times: "
+            f"{self.step / self.prepacked:.2f} of oneDNN's linears alone"
+        )
+
+
+@torch.inference_mode()
+def run_step(machine: Limits, model: Model, rows: int, seconds: float = 1.0) -> StepResult:
+    """Raises RuntimeError where torch has no oneDNN."""
+    if not torch.backends.mkldnn.is_available():
+        raise RuntimeError("this torch was built without oneDNN; there is no peer to compare with")
+    batch = make_batch(model, rows, adapters=False)
+    ops, step, head = recorded(model, batch)
+    linears = [op for op in (*ops, head) if op.code == OpCode.LINEAR]
+    y = torch.empty(rows, head.columns_out)
+    linears[-1].y = y.data_ptr()
+    program = (Op * len(linears))(*linears)
+    inputs = {n: torch.randn(rows, n).to(DTYPE) for n in {op.columns_in for op in linears}}
+    weights = []
+    for op in linears:
+        weight = torch.full((op.columns_out, op.columns_in), op.columns_in**-0.5, dtype=DTYPE)
+        weights.append((inputs[op.columns_in], torch.ops.mkldnn._reorder_linear_weight(weight, rows)))
+
+    def onednn() -> None:
+        for x, weight in weights:
+            torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+    runs = [lambda: CpuBackend.run(model.ops, program, step, DTYPE), onednn, lambda: take_step(model, batch)]
+    (ours, peer, whole), _ = measure(runs, machine, seconds)
+    return StepResult(rows, ours, peer, whole)
+
+
 def main() -> None:
     machine = limits()
     print(machine)
     for n_in, n_out in SHAPES:
         for rows in ROWS:
             print(run(machine, n_in, n_out, rows))
+    model = make_model(adapters=0)
+    for rows in STEP_ROWS:
+        print(run_step(machine, model, rows))
 
 
 if __name__ == "__main__":

@@ -127,7 +127,8 @@ def adapter_program(world: World, x: Tensor, y: Tensor, counts: Sequence[int], d
         mixes=tuple(((slot, 1.0),) for slot in range(len(counts))),
         num_decode_segments=len(counts) if decode else 0,
     )
-    step, scratch = adapter_step(world.arena, world.table, segments)
+    step = Step()
+    adapter_step(step, world.arena, world.table, segments)
     program = (Op * world.sets)(
         *(
             Op(
@@ -143,4 +144,4 @@ def adapter_program(world: World, x: Tensor, y: Tensor, counts: Sequence[int], d
             for layer in range(world.sets)
         )
     )
-    return AdapterProgram(ops, program, step, (segments, scratch, world, x, y))
+    return AdapterProgram(ops, program, step, (segments, world, x, y))

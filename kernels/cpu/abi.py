@@ -25,7 +25,7 @@ class OpCode(IntEnum):
     ATTENTION = 6
     ACT_MUL = 7
     GATHER = 8
-    ARGMAX = 9
+    SAMPLE = 9
     PACK = 10
 
 
@@ -55,7 +55,7 @@ class Step(ctypes.Structure):
         ("ranges", _Pointer),
         ("tiles", _Pointer),
         ("arena", _Pointer),
-        ("ranks", _Pointer),
+        ("ranks", _Pointer),  # scratch of the library
     ]
 
 
@@ -109,11 +109,11 @@ def library() -> ctypes.CDLL:
     lib.loraplex_isa.argtypes = [ctypes.c_char_p]
     lib.loraplex_run.argtypes = [ctypes.c_int, _Pointer, ctypes.c_int, _Pointer, ctypes.c_int, ctypes.c_int]
     lib.loraplex_run.restype = None
-    sizes = lib.loraplex_struct_sizes()
-    expected = ctypes.sizeof(Op) * 10000 + ctypes.sizeof(Step)
-    if sizes != expected:
+    layout = getattr(lib, "loraplex_layout", int)()
+    expected = (len(OpCode) * 1000 + ctypes.sizeof(Op)) * 10000 + ctypes.sizeof(Step)
+    if layout != expected:
         raise LibraryMissing(
-            f"{path.name} was built from another version (structs {sizes}, expected {expected}); install again"
+            f"{path.name} was built from another version (layout {layout}, expected {expected}); install again"
         )
     return lib
 

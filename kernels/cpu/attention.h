@@ -12,6 +12,7 @@
 namespace LORAPLEX_ISA {
 
 constexpr int kQueries = 8, kMaxDim = 256, kBlock = 16, kSpan = 64;
+constexpr int kDirect = 4;  // rows up to which values are not widened first
 
 struct AttentionArgs {
     int heads, kv_heads, dim, group, window;
@@ -20,10 +21,14 @@ struct AttentionArgs {
 };
 
 template <class T>
+struct AttentionUnit;
+
+template <class T>
 struct AttentionScratch {
     alignas(64) T k[kSpan * kMaxDim];
     alignas(64) float v[kSpan * kMaxDim];
     Scratch<float> acc, max, sum, scores;
+    Scratch<AttentionUnit<T>> units;
 };
 
 INLINE f32x16 vtanh(f32x16 x) {
@@ -37,30 +42,68 @@ struct Span {
     int64_t begin, end, first, last;
 };
 
-// 16 rows of one page, before their turn comes: pages lie far from each other, where no hardware prefetcher looks.
+// `queries` queries from position first_pos on of `heads` heads each, which share a kv head.
 template <class T>
-INLINE void prefetch_rows(const T* rows, int dim) {
-    for (int64_t i = 0; i < kBlock * dim; i += 64 / (int64_t)sizeof(T)) __builtin_prefetch(rows + i, 0, 2);
+struct AttentionUnit {
+    const T *q, *k, *v;  // q, y: of the first query and head; k, v: of the kv head in page 0
+    T* y;
+    const int32_t* table;
+    int64_t first_pos, begin;  // some query sees positions [begin, first_pos + queries)
+    int queries;
+    int64_t first_block() const { return begin / kBlock; }
+    int64_t last_block() const { return (first_pos + queries + kBlock - 1) / kBlock; }
+};
+
+// Fetches a thread's pages in the order it will want them, over the ends of units: pages lie far from each other, where no
+// hardware prefetcher looks, and at 256 tokens a quarter of them are the first of a unit. Keys and values of a page by turns:
+// fetching both at once fills the line buffers that other loads need.
+template <class T>
+struct PageFetch {
+    const AttentionUnit<T>*unit, *end;
+    int64_t block, page_stride;
+    int dim;
+    bool values;
+    void half_page() {
+        if (unit == end) return;
+        const T* rows = (values ? unit->v : unit->k) + unit->table[block] * page_stride;
+        for (int64_t i = 0; i < kBlock * dim; i += 64 / (int64_t)sizeof(T)) __builtin_prefetch(rows + i, 0, 2);
+        values = !values;
+        if (values || ++block < unit->last_block()) return;
+        if (++unit != end) block = unit->first_block();
+    }
+};
+
+// The span's keys to a panel; as many pages are fetched for later.
+template <class T>
+static void load_keys(const AttentionArgs& a, const AttentionUnit<T>& unit, const Span& span, PageFetch<T>& fetch, T* keys) {
+    for (int64_t block = span.first; block < span.last; block++) {
+        fetch.half_page();
+        interleave_rows(unit.k + unit.table[block] * a.page_stride, kBlock, a.dim, a.dim, keys + block * kBlock % kSpan * Pack<T>::P,
+                        kSpan * Pack<T>::P);
+    }
 }
 
-// The span's keys to a panel, its values to fp32; the span after it is fetched meanwhile, `ahead` blocks of it.
+// The span's values to fp32. Slots that no query sees may hold anything, even NaN: they count as zero (scores are masked).
 template <class T>
-static void load_span(const AttentionArgs& a, const int32_t* table, const T* k, const T* v, const Span& span, int64_t ahead,
-                      AttentionScratch<T>& s) {
-    int dim = a.dim, ld = (int)round_up(dim, 16);
-    for (int64_t block = span.first; block < span.last; block++) {
-        int64_t page = table[block] * a.page_stride, at = block * kBlock % kSpan;
-        bool fetch = block + kSpan / kBlock < ahead;
-        int64_t next = fetch ? table[block + kSpan / kBlock] * a.page_stride : 0;
-        if (fetch) prefetch_rows(k + next, dim);
-        interleave_rows(k + page, kBlock, dim, dim, s.k + at * Pack<T>::P, kSpan * Pack<T>::P);
-        if (fetch) prefetch_rows(v + next, dim);
-        // Slots that no query sees may hold anything, even NaN: their values count as zero (their scores are masked).
-        for (int i = 0; i < kBlock; i++) {
-            bool seen = block * kBlock + i >= span.begin && block * kBlock + i < span.end;
-            for (int c = 0; c < dim; c += 16)
-                store(s.v + (at + i) * ld + c, seen ? load_n(v + page + i * dim + c, min2(16, dim - c)) : f32x16{});
-        }
+static void load_values(const AttentionArgs& a, const AttentionUnit<T>& unit, const Span& span, PageFetch<T>& fetch, float* values, int ld) {
+    for (int64_t at = span.first * kBlock; at < span.last * kBlock; at++) {
+        if (at % kBlock == 0) fetch.half_page();
+        const T* v = unit.v + unit.table[at / kBlock] * a.page_stride + at % kBlock * a.dim;
+        bool seen = at >= span.begin && at < span.end;
+        for (int c = 0; c < a.dim; c += 16)
+            store(values + at % kSpan * ld + c, seen ? load_n(v + c, min2(16, a.dim - c)) : f32x16{});
+    }
+}
+
+// scores[heads, tokens] = q[heads, dim] @ the panel
+template <class T>
+static void span_scores(int tokens, int heads, const T* q, int dim, const T* keys, float* scores) {
+    constexpr int P = Pack<T>::P;
+    switch (tokens / 16) {
+        case 4: return panel_rows<4>(heads, q, dim, keys, kSpan * P, dim / P, scores, kSpan, tokens);
+        case 3: return panel_rows<3>(heads, q, dim, keys, kSpan * P, dim / P, scores, kSpan, tokens);
+        case 2: return panel_rows<2>(heads, q, dim, keys, kSpan * P, dim / P, scores, kSpan, tokens);
+        default: return panel_rows<1>(heads, q, dim, keys, kSpan * P, dim / P, scores, kSpan, tokens);
     }
 }
 
@@ -115,36 +158,87 @@ static void values(const float* p, int rows, const float* v, int64_t step, int64
     if (rows == 1) values_tile<1, V>(p, v, step, tokens, acc, ld);
 }
 
-// `queries` queries from position first_pos on, `heads` heads each; q, y: of the first query and head; k, v: of the kv head
-// in page 0.
+// The same sums from the pages, for so few rows that a value is used a time or two; columns in the order of load_pair.
+template <int M, int V, class T>
+static void page_values(const AttentionArgs& a, const AttentionUnit<T>& unit, const Span& span, PageFetch<T>& fetch, const float* p, int c,
+                        float* acc, int64_t ld) {
+    f32x16 o[M][V];
+    for (int m = 0; m < M; m++)
+        for (int w = 0; w < V; w++) o[m][w] = load(acc + m * ld + w * 16);
+    for (int64_t block = span.first; block < span.last; block++) {
+        if (c == 0) fetch.half_page();
+        int64_t first = max2(span.begin, block * kBlock), last = min2(span.end, (block + 1) * kBlock);
+        const T* v = unit.v + unit.table[block] * a.page_stride + first % kBlock * a.dim + c;
+        const float* weight = p + first % kSpan;
+        for (int64_t n = last - first; n > 0; n--, v += a.dim, weight++) {
+            f32x16 b[V];
+            if constexpr (V == 1)
+                b[0] = load_n(v, min2(16, a.dim - c));
+            else
+#pragma GCC unroll 4
+                for (int w = 0; w < V; w += 2) load_pair(v + w * 16, b[w], b[w + 1]);
+#pragma GCC unroll 4
+            for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
+                for (int w = 0; w < V; w++) o[m][w] = mac(o[m][w], weight + m * kSpan, b[w]);
+        }
+    }
+    for (int m = 0; m < M; m++)
+        for (int w = 0; w < V; w++) store(acc + m * ld + w * 16, o[m][w]);
+}
+template <int V, class T>
+static void page_values(const AttentionArgs& a, const AttentionUnit<T>& unit, const Span& span, PageFetch<T>& fetch, const float* p, int rows,
+                        int c, float* acc, int64_t ld) {
+    if (rows == 4) page_values<4, V>(a, unit, span, fetch, p, c, acc, ld);
+    if (rows == 3) page_values<3, V>(a, unit, span, fetch, p, c, acc, ld);
+    if (rows == 2) page_values<2, V>(a, unit, span, fetch, p, c, acc, ld);
+    if (rows == 1) page_values<1, V>(a, unit, span, fetch, p, c, acc, ld);
+}
+
+// acc[dim] / total, rounded.
 template <class T>
-static void attend(const AttentionArgs& a, const T* q, int64_t stride, int heads, int queries, int64_t first_pos, const int32_t* table,
-                   const T* k, const T* v, T* y, AttentionScratch<T>& s) {
+INLINE void take_row(const float* acc, float total, int dim, bool paired, T* y) {
+    float inv = 1.f / total;
+    for (int c = 0; c < dim;) {
+        if (paired && dim - c >= 64) {
+            for (int i = 0; i < 64; i += 32) store_pair(y + c + i, load(acc + c + i) * inv, load(acc + c + i + 16) * inv);
+            c += 64;
+        } else {
+            store_n(y + c, load(acc + c) * inv, min2(16, dim - c));
+            c += 16;
+        }
+    }
+}
+
+template <class T>
+static void attend(const AttentionArgs& a, const AttentionUnit<T>& unit, PageFetch<T>& fetch, AttentionScratch<T>& s) {
     constexpr int P = Pack<T>::P;
-    int rows = queries * heads, dim = a.dim, ld = (int)round_up(dim, 16);  // sums are padded to whole vectors
+    int heads = a.heads / a.kv_heads, rows = unit.queries * heads, dim = a.dim, ld = (int)round_up(dim, 16);  // whole vectors
+    int64_t stride = (int64_t)a.heads * dim, end = unit.first_pos + unit.queries;
     float *acc = s.acc.get((int64_t)rows * ld), *top = s.max.get(rows), *total = s.sum.get(rows), *scores = s.scores.get(rows * kSpan);
     memset(acc, 0, sizeof(float) * rows * ld);
     for (int r = 0; r < rows; r++) top[r] = -INFINITY, total[r] = 0.f;
-    int64_t end = first_pos + queries, begin = a.window > 0 ? max2<int64_t>(first_pos - a.window + 1, 0) : 0;
-    int64_t last_block = (end + kBlock - 1) / kBlock;
-    for (int64_t origin = begin / kSpan * kSpan; origin < end; origin += kSpan) {
-        Span span{begin, end, max2(begin, origin) / kBlock, min2(last_block, (origin + kSpan) / kBlock)};
-        load_span(a, table, k, v, span, last_block, s);
+    for (int64_t origin = unit.begin / kSpan * kSpan; origin < end; origin += kSpan) {
+        Span span{unit.begin, end, max2(unit.begin, origin) / kBlock, min2(unit.last_block(), (origin + kSpan) / kBlock)};
         int64_t from = span.first * kBlock - origin, tokens = (span.last - span.first) * kBlock;
-        for (int i = 0; i < queries; i++)
-            panel_rows((int)(tokens / 16), heads, q + i * stride, dim, s.k + from * P, kSpan * P, dim / P,
-                       scores + (int64_t)i * heads * kSpan + from, kSpan, (int)tokens);
+        load_keys(a, unit, span, fetch, s.k);
+        for (int i = 0; i < unit.queries; i++)
+            span_scores((int)tokens, heads, unit.q + i * stride, dim, s.k + from * P, scores + (int64_t)i * heads * kSpan + from);
         for (int r = 0; r < rows; r++)
-            softmax_row(a, span, (int32_t)(first_pos + r / heads), scores + r * kSpan, top + r, total + r, acc + (int64_t)r * ld, ld);
-        for (int c = 0; c < ld; c += ld - c >= 64 ? 64 : 16)
-            ld - c >= 64 ? values<4>(scores + from, rows, s.v + from * ld + c, ld, tokens, acc + c, ld)
-                         : values<1>(scores + from, rows, s.v + from * ld + c, ld, tokens, acc + c, ld);
+            softmax_row(a, span, (int32_t)(unit.first_pos + r / heads), scores + r * kSpan, top + r, total + r, acc + (int64_t)r * ld, ld);
+        if (rows > kDirect) load_values(a, unit, span, fetch, s.v, ld);
+        for (int c = 0, n; c < ld; c += n) {
+            n = dim - c >= 64 ? 64 : 16;
+            if (rows <= kDirect)
+                n == 64 ? page_values<4>(a, unit, span, fetch, scores, rows, c, acc + c, ld)
+                        : page_values<1>(a, unit, span, fetch, scores, rows, c, acc + c, ld);
+            else
+                n == 64 ? values<4>(scores + from, rows, s.v + from * ld + c, ld, tokens, acc + c, ld)
+                        : values<1>(scores + from, rows, s.v + from * ld + c, ld, tokens, acc + c, ld);
+        }
     }
-    for (int r = 0; r < rows; r++) {
-        float inv = 1.f / total[r];
-        T* out = y + r / heads * stride + (int64_t)(r % heads) * dim;
-        for (int c = 0; c < dim; c += 16) store_n(out + c, load(acc + (int64_t)r * ld + c) * inv, min2(16, dim - c));
-    }
+    for (int r = 0; r < rows; r++)
+        take_row(acc + (int64_t)r * ld, total[r], dim, rows <= kDirect, unit.y + r / heads * stride + (int64_t)(r % heads) * dim);
 }
 
 // x: q [tokens, heads, dim]; w, aux: k and v of the layer; page: elements from page to page; i0 heads, i1 kv heads, i2 dim,
@@ -154,27 +248,32 @@ static void attention(const Op& op, const Step& step, int tid, int threads) {
     static thread_local AttentionScratch<T> scratch;
     AttentionArgs a{op.i0, op.i1, op.i2, op.i4, op.i3, op.f0, op.f1, op.page};
     int heads = a.heads / a.kv_heads;
-    int64_t width = (int64_t)a.heads * a.dim, total = 0;
-    for (int pass = 0; pass < 2; pass++) {  // pass 0 counts the work, pass 1 does this thread's share of it
-        int64_t first = total * tid / threads, last = total * (tid + 1) / threads, unit = 0;
+    int64_t width = (int64_t)a.heads * a.dim, total = 0, count = 0, mine = 0;
+    AttentionUnit<T>* units = nullptr;
+    for (int pass = 0; pass < 2; pass++) {  // pass 0 counts the work, pass 1 takes this thread's share of it
+        int64_t first = total * tid / threads, last = total * (tid + 1) / threads, at = 0;
+        if (pass) units = scratch.units.get(count);
         for (int s = 0; s < step.seqs; s++) {
             int64_t begin = step.query_ptr[s], n = step.query_ptr[s + 1] - begin, start = step.kv_lens[s] - n;
             const int32_t* table = step.block_table[a.group] + s * step.max_blocks[a.group];
             for (int64_t i = 0; i < n; i += kQueries) {
                 int queries = (int)min2<int64_t>(kQueries, n - i);
-                int64_t seen = start + i + queries;
-                if (a.window > 0) seen = min2<int64_t>(seen, a.window + queries);
-                int64_t cost = (seen / kBlock + 1) * (queries * heads + 8);
-                for (int h = 0; h < a.kv_heads; h++, unit += cost) {
-                    if (!pass || unit + cost / 2 < first || unit + cost / 2 >= last) continue;
-                    int64_t at = (begin + i) * width + (int64_t)h * heads * a.dim, plane = (int64_t)h * kBlock * a.dim;
-                    attend(a, (const T*)op.x + at, width, heads, queries, start + i, table, (const T*)op.w + plane,
-                           (const T*)op.aux + plane, (T*)op.y + at, scratch);
+                int64_t pos = start + i, from = a.window > 0 ? max2<int64_t>(pos - a.window + 1, 0) : 0;
+                int64_t cost = ((pos + queries - from) / kBlock + 1) * (queries * heads + 8);
+                for (int h = 0; h < a.kv_heads; h++, at += cost, count++) {
+                    if (!pass || at + cost / 2 < first || at + cost / 2 >= last) continue;
+                    int64_t row = (begin + i) * width + (int64_t)h * heads * a.dim, plane = (int64_t)h * kBlock * a.dim;
+                    units[mine++] = {(const T*)op.x + row, (const T*)op.w + plane, (const T*)op.aux + plane, (T*)op.y + row, table,
+                                     pos, from, queries};
                 }
             }
         }
-        if (!pass) total = unit;
+        if (!pass) total = at;
     }
+    if (!mine) return;
+    PageFetch<T> fetch{units, units + mine, units->first_block(), a.page_stride, a.dim, false};
+    for (int i = 0; i < kSpan / kBlock * 2; i++) fetch.half_page();
+    for (int64_t i = 0; i < mine; i++) attend(a, units[i], fetch, scratch);
 }
 
 }  // namespace LORAPLEX_ISA

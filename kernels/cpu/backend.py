@@ -7,8 +7,8 @@ Python; program.py records a whole forward pass once and runs it by a single cal
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from loraplex.kernels.backend import Backend, BackendUnavailable, PackedLinear, Recorder
 from loraplex.kernels.cpu import abi
 from loraplex.kernels.cpu.abi import Op, OpCode, Step
-from loraplex.kernels.hugepages import huge_zeros
+from loraplex.kernels.hugepages import HUGE_PAGE, huge_zeros
 from loraplex.kernels.metadata import ALIGN, AdapterSegments, AttentionMeta, AttentionParams, KVLayer, Site, TileTable
 
 REGION = 64 << 20
@@ -41,8 +41,11 @@ class CpuBackend(Backend):
 
     name = "cpu"
 
-    def __init__(self, isa: str | None = None, threads: int | None = None) -> None:
+    def __init__(self, isa: str | None = None, threads: int | None = None, batch_invariant: bool = False) -> None:
         """isa: one of abi.ISAS; the default is LORAPLEX_ISA or the best this CPU has. threads: torch's by default.
+
+        batch_invariant: adapters of decode rows take the prefill kernel too, whose sums are in another order (one
+        element in thousands is then rounded the other way), so that a preempted answer is recomputed to the bit.
 
         Raises BackendUnavailable when the library is missing or the CPU lacks what was asked for.
         """
@@ -52,6 +55,7 @@ class CpuBackend(Backend):
             raise BackendUnavailable(str(error)) from None
         self.device = torch.device("cpu")
         self.threads = threads or torch.get_num_threads()
+        self.batch_invariant = batch_invariant
         self._run = abi.library().loraplex_run
         self._region = torch.empty(0, dtype=torch.uint8)  # what the next weights are packed into
 
@@ -79,6 +83,16 @@ class CpuBackend(Backend):
             self._region = huge_zeros(max(nbytes, REGION))
         taken, self._region = self._region[:nbytes], self._region[nbytes:]
         return taken
+
+    def packed_bytes(self, shapes: Iterable[tuple[int, int]], dtype: torch.dtype) -> int:
+        total = used = room = 0
+        for out, columns in shapes:
+            nbytes = -(-(-(-out // 16) * 16 * columns * dtype.itemsize) // ALIGN) * ALIGN
+            if nbytes > room:  # as _take: what is left of a region is never written
+                total += -(-used // HUGE_PAGE) * HUGE_PAGE
+                used, room = 0, max(nbytes, REGION)
+            used, room = used + nbytes, room - nbytes
+        return total + -(-used // HUGE_PAGE) * HUGE_PAGE
 
     def pack_linear(self, weight: Tensor) -> PackedLinear:
         out, columns = weight.shape
@@ -180,10 +194,14 @@ class CpuBackend(Backend):
             i0=layer,
             i1=site,
         )
-        step, scratch = adapter_step(arena, table, segments)
+        step = Step()
+        adapter_step(step, arena, table, self.roles(segments))
         self.emit(op, x.dtype, step)
-        del scratch
         return y
+
+    def roles(self, segments: AdapterSegments) -> AdapterSegments:
+        """The segments with the kernel that each is computed by: batch-invariant, that of prefill for all."""
+        return replace(segments, num_decode_segments=0) if self.batch_invariant else segments
 
     def rope_store_kv(
         self,
@@ -198,6 +216,8 @@ class CpuBackend(Backend):
         norm_eps: float,
         norm_offset: float,
     ) -> Tensor:
+        if cos.shape[-1] > params.head_dim:
+            raise ValueError(f"{cos.shape[-1]} elements of a head are to be rotated, but it has {params.head_dim}")
         q = self.new(qkv.shape[0], params.num_heads, params.head_dim, dtype=qkv.dtype)
         op = Op(
             code=OpCode.ROPE,
@@ -266,6 +286,43 @@ class CpuBackend(Backend):
         self.emit(op, gate_up.dtype)
         return y
 
+    def argmax(self, logits: Tensor) -> Tensor:
+        ids = torch.empty(logits.shape[0], dtype=torch.int64)
+        self._sample(logits, ids)
+        return ids
+
+    def sample(
+        self,
+        logits: Tensor,
+        temperature: Sequence[float],
+        top_k: Sequence[int],
+        top_p: Sequence[float],
+        min_p: Sequence[float],
+        uniform: Sequence[float],
+    ) -> tuple[Tensor, Tensor]:
+        ids = torch.empty(logits.shape[0], dtype=torch.int64)
+        logprobs = torch.empty(logits.shape[0], dtype=torch.float32)
+        draws = torch.tensor(
+            list(zip(temperature, top_k, top_p, min_p, uniform, strict=True)), dtype=torch.float64
+        )  # [N, 5]: struct Draw of sampling.h
+        if draws.shape[0] != logits.shape[0]:
+            raise ValueError(f"{logits.shape[0]} rows of logits and {draws.shape[0]} of sampling parameters")
+        self._sample(logits, ids, draws, logprobs)
+        return ids, logprobs
+
+    def _sample(self, logits: Tensor, ids: Tensor, draws: Tensor | None = None, logprobs: Tensor | None = None) -> None:
+        logits = logits.contiguous()
+        op = Op(
+            code=OpCode.SAMPLE,
+            rows=logits.shape[0],
+            x=logits.data_ptr(),
+            w=None if draws is None else draws.data_ptr(),
+            y=ids.data_ptr(),
+            z=None if logprobs is None else logprobs.data_ptr(),
+            columns_in=logits.shape[1],
+        )
+        CpuBackend.emit(self, op, torch.float32)
+
 
 def attention_step(step: Step, meta: AttentionMeta) -> None:
     """Fill in the sequences and their page tables."""
@@ -277,34 +334,13 @@ def attention_step(step: Step, meta: AttentionMeta) -> None:
         step.store_index[index] = group.store_index.data_ptr()
 
 
-def adapter_step(
-    arena: Tensor, table: TileTable, segments: AdapterSegments, step: Step | None = None
-) -> tuple[Step, Tensor]:
-    """Fill in the adapters. The tensor is scratch that has to live until the step has run."""
-    step = step or Step()
+def adapter_step(step: Step, arena: Tensor, table: TileTable, segments: AdapterSegments) -> None:
+    """Fill in the adapters."""
     step.segments, step.decode_segments = len(segments.mixes), segments.num_decode_segments
     step.num_layers = table.ranges.shape[1]
     step.indptr, step.mix_ptr = segments.indptr.data_ptr(), segments.mix_ptr.data_ptr()
     step.mix_slot, step.mix_weight = segments.mix_slot.data_ptr(), segments.mix_weight.data_ptr()
     step.ranges, step.tiles, step.arena = table.ranges.data_ptr(), table.tiles.data_ptr(), arena.data_ptr()
-    scratch = torch.empty(_rank_rows(table, segments), 16)
-    step.ranks = scratch.data_ptr()
-    return step, scratch
-
-
-def _rank_rows(table: TileTable, segments: AdapterSegments) -> int:
-    """Most (decode row, tile) pairs at any one layer and site."""
-    rows = 0
-    most: dict[int, int] = {}
-    for s in range(segments.num_decode_segments):
-        tiles = 0
-        for slot, _ in segments.mixes[s]:
-            if slot not in most:
-                ranges = table.ranges_host[slot]  # [layers, sites, 2]
-                most[slot] = int((ranges[..., 1] - ranges[..., 0]).max())
-            tiles += most[slot]
-        rows += tiles * (segments.bounds[s + 1] - segments.bounds[s])
-    return max(1, rows)
 
 
 def _code(dtype: torch.dtype) -> int:

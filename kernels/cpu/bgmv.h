@@ -1,24 +1,56 @@
 // Adapters of decode rows: y += sum over tiles of weight * B^T round(A x).
 //
 // Bound by reading the tiles: 16 ranks of 576 -> 1536 are 68 KB a row. Phase 0 shrinks every (row, tile); after a barrier
-// phase 1 expands every (row, interval of columns). Threads share the units by their size. A tile is read strictly in the order
-// it lies in, one rank after the other: one stream reads 37 GB/s on a Zen 5 core, two or more at once 19. While it is read the
-// next unit's tile is fetched at the same pace, 31 against 23 GB/s where tiles are scattered.
+// phase 1 expands every (row, interval of columns). Threads share the units by their size. Memory is read strictly in the order
+// a tile lies in, one rank or two after the other: one stream reads 37 GB/s on a Zen 5 core, two or more at once 19. Tiles are
+// scattered, so a thread fetches its own stretches of memory itself, kFetchAhead before it wants them, over the ends of tiles.
 #pragma once
 #include "tiles.h"
 
 namespace LORAPLEX_ISA {
 
-// What to fetch while something else is read, a line for a line. At its end the last line is asked for again, which costs
-// less than asking whether there is one.
-struct Ahead {
+constexpr int64_t kFetchAhead = 16384;  // bytes: with 4096 a fifth slower, with 24576 a tenth
+
+// `rows` of `width` bytes, `stride` bytes apart.
+struct Run {
+    const char* at;
+    int64_t width, stride, rows;
+};
+
+// Fetches runs, line by line, for L1 alone: they are read once.
+struct Fetcher {
+    const Run *run = nullptr, *end = nullptr;
     const char* at = nullptr;
-    const char* end = nullptr;
+    int64_t left = 0, rows = 0;  // bytes of the row, rows of the run with this one
+
+    void start(const Run* first, int64_t count) {
+        run = first, end = first + count;
+        if (count) at = run->at, left = run->width, rows = run->rows;
+        for (int64_t i = 0; i < kFetchAhead; i += 64) line();
+    }
     template <int Lines>
-    inline __attribute__((always_inline)) void fetch() {
+    inline __attribute__((always_inline)) void lines() {
+        if (left < Lines * 64) {
+            for (int i = 0; i < Lines && run != end; i++) line();
+            return;
+        }
 #pragma GCC unroll 4
-        for (int i = 0; i < Lines; i++) __builtin_prefetch(at + i * 64, 0, 2);
-        at = min2(at + Lines * 64, end);
+        for (int i = 0; i < Lines; i++) __builtin_prefetch(at + i * 64, 0, 0);
+        at += Lines * 64, left -= Lines * 64;
+    }
+    void line() {
+        if (left <= 0) {
+            if (run == end) return;
+            if (--rows > 0) {
+                at += left + run->stride - run->width, left = run->width;
+            } else if (++run != end) {
+                at = run->at, left = run->width, rows = run->rows;
+            } else {
+                return;
+            }
+        }
+        __builtin_prefetch(at, 0, 0);
+        at += 64, left -= 64;
     }
 };
 
@@ -32,26 +64,29 @@ struct Shrink {
     float weight;
 };
 
-INLINE float dot_row(const bf16* a, const bf16* x, int64_t n, Ahead& ahead) {
+INLINE float dot_row(const bf16* a, const bf16* x, int64_t n, Fetcher& fetch) {
     f32x16 s0{}, s1{}, s2{}, s3{};
     int64_t i = 0;
     for (; i + 128 <= n; i += 128) {
-        ahead.fetch<4>();
+        fetch.lines<4>();
         s0 = dot_pairs(s0, load_pairs(a + i), load_pairs(x + i));
         s1 = dot_pairs(s1, load_pairs(a + i + 32), load_pairs(x + i + 32));
         s2 = dot_pairs(s2, load_pairs(a + i + 64), load_pairs(x + i + 64));
         s3 = dot_pairs(s3, load_pairs(a + i + 96), load_pairs(x + i + 96));
     }
-    for (; i + 32 <= n; i += 32) s0 = dot_pairs(s0, load_pairs(a + i), load_pairs(x + i));
+    for (; i + 32 <= n; i += 32) {
+        fetch.lines<1>();
+        s0 = dot_pairs(s0, load_pairs(a + i), load_pairs(x + i));
+    }
     float r = sum((s0 + s1) + (s2 + s3));
     for (; i < n; i++) r += to_float(a[i]) * to_float(x[i]);
     return r;
 }
-INLINE float dot_row(const float* a, const float* x, int64_t n, Ahead& ahead) {
+INLINE float dot_row(const float* a, const float* x, int64_t n, Fetcher& fetch) {
     f32x16 s{};
     int64_t i = 0;
     for (; i + 16 <= n; i += 16) {
-        ahead.fetch<1>();
+        fetch.lines<1>();
         s += load(a + i) * load(x + i);
     }
     float r = sum(s);
@@ -60,14 +95,14 @@ INLINE float dot_row(const float* a, const float* x, int64_t n, Ahead& ahead) {
 }
 
 template <class T>
-static void shrink(const Shrink<T>& s, int64_t in, Ahead ahead) {
+static void shrink(const Shrink<T>& s, int64_t in, Fetcher& fetch) {
     if (!s.a) {
         s.u[0] = s.weight;
         return;
     }
     for (int k = 0; k < s.n; k++) {
         T r;
-        from_float(dot_row(s.a + k * in, s.x, in, ahead), &r);
+        from_float(dot_row(s.a + k * in, s.x, in, fetch), &r);
         s.u[k] = s.weight * to_float(r);
     }
 }
@@ -87,53 +122,49 @@ struct Expand {
     int columns, first_part, parts;
 };
 
-// acc[0, n) += u * b[0, n). Of each 32 columns of bf16 the even ones are summed first, then the odd ones: two shifts and masks
-// widen them, and take_sums puts them in order once per unit.
-INLINE void add_rank(const bf16* b, float u, float* acc, int n, Ahead& ahead) {
+// acc[0, n) += sum over K ranks of u B; of each 32 columns in the order of load_pair.
+template <int K, class T>
+INLINE void add_ranks(const T* b, int64_t len, const float* u, float* acc, int n, Fetcher& fetch) {
+    f32x16 weight[K];
+#pragma GCC unroll 4
+    for (int k = 0; k < K; k++) weight[k] = splat(u[k]);
     int c = 0;
     for (; c + 32 <= n; c += 32) {
-        ahead.fetch<1>();
-        u32x16 pairs = load_pairs(b + c);
-        store(acc + c, load(acc + c) + splat(u) * (f32x16)(pairs << 16));
-        store(acc + c + 16, load(acc + c + 16) + splat(u) * (f32x16)(pairs & 0xffff0000u));
+        fetch.lines<K * (int)sizeof(T) / 2>();
+        f32x16 first = load(acc + c), second = load(acc + c + 16), even, odd;
+#pragma GCC unroll 4
+        for (int k = 0; k < K; k++) {
+            load_pair(b + k * len + c, even, odd);
+            first += weight[k] * even, second += weight[k] * odd;
+        }
+        store(acc + c, first);
+        store(acc + c + 16, second);
     }
-    for (; c < n; c++) acc[c] += u * to_float(b[c]);
-}
-INLINE void add_rank(const float* b, float u, float* acc, int n, Ahead& ahead) {
-    int c = 0;
-    for (; c + 16 <= n; c += 16) {
-        ahead.fetch<1>();
-        store(acc + c, load(acc + c) + splat(u) * load(b + c));
-    }
-    for (; c < n; c++) acc[c] += u * b[c];
+    for (; c < n; c++)
+        for (int k = 0; k < K; k++) acc[c] += u[k] * to_float(b[k * len + c]);
 }
 
-INLINE void take_sums(const float* acc, int n, bf16* y) {
+template <class T>
+INLINE void take_sums(const float* acc, int n, T* y) {
     int c = 0;
     for (; c + 32 <= n; c += 32) {
-        u32x16 pairs = load_pairs(y + c);
-        bf16 even[16], odd[16];
-        store(even, load(acc + c) + (f32x16)(pairs << 16));
-        store(odd, load(acc + c + 16) + (f32x16)(pairs & 0xffff0000u));
-        *(u32x16_u*)(y + c) = __builtin_convertvector(*(const u16x16_u*)even, u32x16) | (__builtin_convertvector(*(const u16x16_u*)odd, u32x16) << 16);
+        f32x16 first, second;
+        load_pair(y + c, first, second);
+        store_pair(y + c, first + load(acc + c), second + load(acc + c + 16));
     }
     for (; c < n; c++) from_float(to_float(y[c]) + acc[c], y + c);
-}
-INLINE void take_sums(const float* acc, int n, float* y) {
-    for (int c = 0; c < n; c++) y[c] += acc[c];
 }
 
 constexpr int kColumns = 4096;  // most of a unit: its fp32 sums stay in L1
 
 template <class T>
-static void expand(const Expand<T>& e, const Part<T>* parts, int left) {
+static void expand(const Expand<T>& e, const Part<T>* parts, Fetcher& fetch) {
     alignas(64) float acc[kColumns];
     memset(acc, 0, sizeof(float) * e.columns);
-    for (int i = 0; i < e.parts; i++) {
-        const Part<T>& p = parts[i];
-        Ahead ahead;
-        if (i + 1 < left) ahead = {(const char*)parts[i + 1].b, (const char*)(parts[i + 1].b + parts[i + 1].n * parts[i + 1].len)};
-        for (int k = 0; k < p.n; k++) add_rank(p.b + k * p.len, p.u[k], acc, e.columns, ahead);
+    for (const Part<T>* p = parts; p < parts + e.parts; p++) {
+        int k = 0;
+        for (; k + 2 <= p->n; k += 2) add_ranks<2>(p->b + k * p->len, p->len, p->u + k, acc, e.columns, fetch);
+        for (; k < p->n; k++) add_ranks<1>(p->b + k * p->len, p->len, p->u + k, acc, e.columns, fetch);
     }
     take_sums(acc, e.columns, e.y);
 }
@@ -146,6 +177,7 @@ struct Units {
     Scratch<Shrink<T>> shrinks;
     Scratch<Expand<T>> expands;
     Scratch<Part<T>> parts;
+    Scratch<Run> runs;
 };
 
 // Calls visit(tiles, row, u) for every decode row that wears something; u: its scratch, 16 floats a tile.
@@ -171,11 +203,13 @@ static void bgmv_shrink(const Op& op, const Step& step, Units<T>& units, int tid
             if (at >= first && at < last) list[count++] = {t.a, (const T*)op.x + row * op.in, u + i * 16, t.n, t.weight};
         }
     });
-    for (int64_t i = 0; i < count; i++) {
-        Ahead ahead;
-        if (i + 1 < count && list[i + 1].a) ahead = {(const char*)list[i + 1].a, (const char*)(list[i + 1].a + list[i + 1].n * op.in)};
-        shrink(list[i], op.in, ahead);
-    }
+    Run* runs = units.runs.get(count);
+    int64_t num_runs = 0;
+    for (int64_t i = 0; i < count; i++)
+        if (list[i].a) runs[num_runs++] = {(const char*)list[i].a, (int64_t)(list[i].n * op.in * sizeof(T)), 0, 1};
+    Fetcher fetch;
+    fetch.start(runs, num_runs);
+    for (int64_t i = 0; i < count; i++) shrink(list[i], op.in, fetch);
 }
 
 // Units of at most kColumns columns of one interval. An interval weighs its columns times its tiles; a thread's share starts
@@ -213,7 +247,15 @@ static void bgmv_expand(const Op& op, const Step& step, Units<T>& units, int tid
             }
         }
     });
-    for (int64_t i = 0; i < count; i++) expand(list[i], parts + list[i].first_part, (int)num_parts - list[i].first_part);
+    Run* runs = units.runs.get(num_parts);
+    for (int64_t i = 0; i < count; i++)
+        for (int p = list[i].first_part; p < list[i].first_part + list[i].parts; p++) {
+            int64_t width = list[i].columns * (int64_t)sizeof(T), stride = parts[p].len * (int64_t)sizeof(T);
+            runs[p] = width == stride ? Run{(const char*)parts[p].b, width * parts[p].n, 0, 1} : Run{(const char*)parts[p].b, width, stride, parts[p].n};
+        }
+    Fetcher fetch;
+    fetch.start(runs, num_parts);
+    for (int64_t i = 0; i < count; i++) expand(list[i], parts + list[i].first_part, fetch);
 }
 
 template <class T>

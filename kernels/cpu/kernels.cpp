@@ -1,6 +1,7 @@
 // Compiled once per instruction set with -DLORAPLEX_ISA=<name> (see setup.py); library.cpp picks one at run time.
 #include "attention.h"
 #include "rowwise.h"
+#include "sampling.h"
 #include "sgmv.h"
 
 namespace LORAPLEX_ISA {
@@ -24,7 +25,7 @@ static void dispatch(const Op& op, const Step& step, int phase, int tid, int thr
         case kAttention: return attention<T>(op, step, tid, threads);
         case kActMul: return act_mul<T>(op, rows, tid, threads);
         case kGather: return gather<T>(op, step, rows, tid, threads);
-        case kArgmax: return argmax(op, rows, tid, threads);
+        case kSample: return sample(op, rows, tid, threads);
         case kPack: return pack_linear((const T*)op.x, op.out, op.in, (T*)op.y, tid, threads);
         default: return;
     }

@@ -4,6 +4,7 @@
 // has loaded already (same SONAME), so there is one pool.
 #include <omp.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -59,6 +60,29 @@ struct Phase {
 
 constexpr int kChunks = 2;  // a thread
 
+// Room for 16 floats per decode row and tile, at whichever layer and site has most of them.
+static float* rank_scratch(const Step& step) {
+    static thread_local std::unique_ptr<float[]> scratch;
+    static thread_local int64_t size = 0;
+    int64_t rows = 0;
+    for (int s = 0; s < step.decode_segments; s++) {
+        int64_t tiles = 0;
+        for (int m = step.mix_ptr[s]; m < step.mix_ptr[s + 1]; m++) {
+            int64_t places = (int64_t)step.num_layers * kSites;
+            const int32_t* range = step.ranges + step.mix_slot[m] * places * 2;
+            int most = 0;
+            for (int64_t i = 0; i < places; i++) most = std::max(most, range[i * 2 + 1] - range[i * 2]);
+            tiles += most;
+        }
+        rows += tiles * (step.indptr[s + 1] - step.indptr[s]);
+    }
+    if (rows * 16 > size) {
+        size = rows * 32;
+        scratch.reset(new float[size]);
+    }
+    return scratch.get();
+}
+
 extern "C" {
 
 // Index of the instruction set to run, or -1: `name` null takes the best this CPU has.
@@ -68,10 +92,13 @@ int loraplex_isa(const char* name) {
     return -1;
 }
 const char* loraplex_isa_name(int isa) { return kIsas[isa].name; }
-int loraplex_struct_sizes() { return (int)(sizeof(Op) * 10000 + sizeof(Step)); }
+// What abi.py must agree with.
+int loraplex_layout() { return (int)((kCodes * 1000 + sizeof(Op)) * 10000 + sizeof(Step)); }
 
-void loraplex_run(int isa, const Op* ops, int count, const Step* step, int dtype, int threads) {
+void loraplex_run(int isa, const Op* ops, int count, const Step* given, int dtype, int threads) {
     Run run = kIsas[isa].run;
+    Step own = *given, *step = &own;
+    own.ranks = rank_scratch(own);
     std::unique_ptr<Phase[]> phases(new Phase[count * 2]);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {

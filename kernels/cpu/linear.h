@@ -1,9 +1,10 @@
 // y[m, n] = sum_k x[m, k] W[n, k], fp32 accumulation in ascending k, one rounding.
 //
 // W is packed once into panels of 64 output columns: [K / P][64][P], P = 2 for bf16 (the pairs vdpbf16ps wants) and 1
-// for fp32; the last panel may be 16, 32 or 48 wide, padded with zeros. One layout serves every row count: a panel is one
-// contiguous stream (74 KB at K = 576, so it stays in L2 while all row tiles pass), a tile is up to 6 rows x 4 vectors
-// (24 accumulators of 32 registers). Each output is one accumulator whatever the number of rows: bits never depend on it.
+// for fp32; the last panel may be 16, 32 or 48 wide, padded with zeros. One layout serves every row count. A tile is up to 6
+// rows x 4 vectors (24 accumulators of 32 registers), and all tiles of rows take a stretch of a panel before any takes the
+// next, so that memory and arithmetic are both busy all the time. Each output is one accumulator, in registers or at rest
+// between stretches, whatever the number of rows: bits never depend on it.
 #pragma once
 #include "vec.h"
 
@@ -58,41 +59,105 @@ static void rows_by_tile(int m, const T* x, int64_t ldx, const T* w, int64_t ste
     }
 }
 
-// All rows against `vectors` vectors of one panel.
-template <class T, class O>
-static void panel_rows(int vectors, int64_t rows, const T* x, int64_t ldx, const T* w, int64_t step, int64_t ks, O* y, int64_t ldy,
-                       int cols) {
+// All rows against V vectors of one panel that is in a near cache.
+template <int V, class T, class O>
+static void panel_rows(int64_t rows, const T* x, int64_t ldx, const T* w, int64_t step, int64_t ks, O* y, int64_t ldy, int cols) {
     int64_t tiles = (rows + 5) / 6, done = 0;
     for (int64_t i = 0; i < tiles; i++) {
         int m = (int)((rows - done + tiles - i - 1) / (tiles - i));  // even tiles: 8 rows are 4 + 4, not 6 + 2
-        const T* xi = x + done * ldx;
-        O* yi = y + done * ldy;
-        switch (vectors) {
-            case 4: rows_by_tile<4>(m, xi, ldx, w, step, ks, yi, ldy, cols); break;
-            case 3: rows_by_tile<3>(m, xi, ldx, w, step, ks, yi, ldy, cols); break;
-            case 2: rows_by_tile<2>(m, xi, ldx, w, step, ks, yi, ldy, cols); break;
-            default: rows_by_tile<1>(m, xi, ldx, w, step, ks, yi, ldy, cols); break;
-        }
+        rows_by_tile<V>(m, x + done * ldx, ldx, w, step, ks, y + done * ldy, ldy, cols);
         done += m;
     }
 }
 
+// ---- panels from memory ----
+//
+// With one pass over a panel per tile of rows, the first pass waits for memory and the others leave it idle: 16 rows of all
+// linears of SmolLM2-135M took 1.55 times the larger of both needs, 32 rows 1.4; in stretches they take 1.15 and 1.1.
+
+constexpr int kRowBlock = 36;  // rows whose sums rest in L1 between stretches; more are bound by arithmetic
+constexpr int kStretch = 24;   // k steps, 6 KB: with 16 the resting sums cost more, with 32 L1 is too small
+constexpr int kAhead = 8192;   // bytes from a weight to the one fetched meanwhile: 4096 are too few, 12288 too many
+
+// After every `every` k steps of whichever tile, the lines of `steps` k steps are fetched, in the order they lie in.
+struct Fetch {
+    const char* at;
+    int64_t every, steps;
+};
+
+template <int M, int V, bool Once, class T>
+INLINE void stretch_tile(f32x16* sums, const T* x, int64_t ldx, const T* w, int64_t step, int64_t k_steps, Fetch& fetch) {
+    f32x16 acc[M][V];
+#pragma GCC unroll 24
+    for (int i = 0; i < M * V; i++) acc[i / V][i % V] = sums[i];
+    for (int64_t k = 0; k < k_steps; k += fetch.every) {
+        for (int64_t i = 0; i < fetch.steps; i++, fetch.at += step * sizeof(T))
+#pragma GCC unroll 4
+            for (int v = 0; v < V; v++) Once ? __builtin_prefetch(fetch.at + v * 64, 0, 0) : __builtin_prefetch(fetch.at + v * 64);
+        accumulate<M, V>(acc, x + k * Pack<T>::P, ldx, w + k * step, step, min2(fetch.every, k_steps - k));
+    }
+#pragma GCC unroll 24
+    for (int i = 0; i < M * V; i++) sums[i] = acc[i / V][i % V];
+}
+
+template <int V, bool Once, class T>
+static void stretch_rows(int m, f32x16* sums, const T* x, int64_t ldx, const T* w, int64_t step, int64_t ks, Fetch& fetch) {
+    switch (m) {
+        case 6: return stretch_tile<6, V, Once>(sums, x, ldx, w, step, ks, fetch);
+        case 5: return stretch_tile<5, V, Once>(sums, x, ldx, w, step, ks, fetch);
+        case 4: return stretch_tile<4, V, Once>(sums, x, ldx, w, step, ks, fetch);
+        case 3: return stretch_tile<3, V, Once>(sums, x, ldx, w, step, ks, fetch);
+        case 2: return stretch_tile<2, V, Once>(sums, x, ldx, w, step, ks, fetch);
+        default: return stretch_tile<1, V, Once>(sums, x, ldx, w, step, ks, fetch);
+    }
+}
+
+// Up to kRowBlock rows against V vectors of one panel. Once: nobody reads it again, so it need not push other things out of L2
+// and L3 (2% of a step of 16 rows): it is fetched for L1 alone.
+template <int V, bool Once, class T, class O>
+static void stream_rows(int64_t rows, const T* x, int64_t ldx, const T* w, int64_t step, int64_t ks, O* y, int64_t ldy, int cols) {
+    f32x16 sums[kRowBlock * V];
+    memset(sums, 0, sizeof(f32x16) * rows * V);
+    int64_t tiles = (rows + 5) / 6, stretch = tiles == 1 ? ks : kStretch;  // a single tile has none to take turns with
+    for (int64_t k = 0; k < ks; k += stretch) {
+        Fetch fetch{(const char*)(w + k * step) + kAhead, tiles == 1 ? 2 : tiles, tiles == 1 ? 2 : 1};  // in all what is read
+        for (int64_t i = 0, done = 0; i < tiles; i++) {
+            int m = (int)((rows - done + tiles - i - 1) / (tiles - i));
+            stretch_rows<V, Once>(m, sums + done * V, x + done * ldx + k * Pack<T>::P, ldx, w + k * step, step, min2(stretch, ks - k), fetch);
+            done += m;
+        }
+    }
+    for (int64_t m = 0; m < rows; m++)
+        for (int v = 0; v * 16 < cols; v++) store_n(y + m * ldy + v * 16, sums[m * V + v], min2(16, cols - v * 16));
+}
+
 INLINE int64_t round_up(int64_t n, int64_t m) { return (n + m - 1) / m * m; }
 
-// Threads share the columns in units of 16.
+template <int V, class T, class O>
+static void linear_columns(int64_t rows, const T* x, int64_t in, const T* w, int64_t step, O* y, int64_t out, int cols) {
+    int64_t ks = in / Pack<T>::P, first = kRowBlock;
+    if (rows <= first) return stream_rows<V, true>(rows, x, in, w, step, ks, y, out, cols);
+    stream_rows<V, false>(first, x, in, w, step, ks, y, out, cols);
+    panel_rows<V>(rows - first, x + first * in, in, w, step, ks, y + first * out, out, cols);  // it lies in L2 by now
+}
+
+// Threads share the panels (a half of one at the end of a share cost more than the better balance gave, even at 9 panels), or
+// single vectors of columns where there are fewer panels than shares.
 template <class T, class O>
 static void linear(int64_t rows, const T* x, int64_t in, const T* packed, int64_t out, O* y, int tid, int threads) {
     constexpr int P = Pack<T>::P;
-    int64_t units = (out + 15) / 16, ks = in / P;
-    int64_t first = units * tid / threads * 16, last = min2(units * (tid + 1) / threads * 16, out);
-    for (int64_t n = first; n < last;) {
-        int64_t panel = n / 64, base = panel * 64, width = round_up(out - base, 16);
-        if (width > 64) width = 64;
-        int64_t end = base + 64 < last ? base + 64 : last;
-        int vectors = (int)((end - n + 15) / 16);
+    int64_t unit = (out + 63) / 64 >= threads ? 64 : 16, units = (out + unit - 1) / unit;
+    int64_t n = units * tid / threads * unit, end = min2(units * (tid + 1) / threads * unit, out);
+    while (n < end) {
+        int64_t base = n / 64 * 64, width = min2<int64_t>(round_up(out - base, 16), 64);
         const T* w = packed + base * in + (n - base) * P;
-        panel_rows(vectors, rows, x, in, w, width * P, ks, y + n, out, (int)(end - n));
-        n = end;
+        if (n == base && width == 64 && end - n > 48) {
+            linear_columns<4>(rows, x, in, w, width * P, y + n, out, (int)min2<int64_t>(64, end - n));
+            n += 64;
+        } else {
+            linear_columns<1>(rows, x, in, w, width * P, y + n, out, (int)min2<int64_t>(16, end - n));
+            n += 16;
+        }
     }
 }
 
@@ -119,6 +184,41 @@ INLINE void transpose16(u32x16 (&r)[16]) {
                 u32x16{8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31});
 }
 
+// 16 rows of 64 bytes, `ld` bytes apart, transposed as 32-bit words.
+INLINE void load_transposed(const char* rows, int64_t ld, u32x16 (&r)[16]) {
+#if defined(__AVX512F__)
+    // Half of the first two stages is done by loads, which have ports of their own: 48 shuffles are left of 64.
+    const u32x16 low1{0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29}, high1 = low1 + 2;
+    const u64x8 low2{0, 8, 2, 10, 4, 12, 6, 14}, high2 = low2 + 1;  // in words of 64 bits they are unpacks too
+    auto join = [](u32x16 f, u32x16 g, u64x8 order) { return (u32x16)__builtin_shuffle((u64x8)f, (u64x8)g, order); };
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; half++) {
+        auto two = [&](int row) {  // half of `row` and of the fourth after it
+            auto part = [&](int i) { return _mm256_loadu_si256((const __m256i*)(rows + i * ld + half * 32)); };
+            return (u32x16)_mm512_mask_broadcast_i64x4(_mm512_castsi256_si512(part(row)), 0xf0, part(row + 4));
+        };
+        u32x16 t[2][4];
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) {
+            u32x16 a = two(i), b = two(i + 8);
+            t[0][i] = __builtin_shuffle(a, b, u32x16{0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27});
+            t[1][i] = __builtin_shuffle(a, b, u32x16{4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31});
+        }
+#pragma GCC unroll 2
+        for (int q = 0; q < 2; q++) {
+            u32x16 a = __builtin_shuffle(t[q][0], t[q][1], low1), b = __builtin_shuffle(t[q][0], t[q][1], high1);
+            u32x16 d = __builtin_shuffle(t[q][2], t[q][3], low1), e = __builtin_shuffle(t[q][2], t[q][3], high1);
+            u32x16* to = r + half * 8 + q * 4;
+            to[0] = join(a, d, low2), to[1] = join(a, d, high2), to[2] = join(b, e, low2), to[3] = join(b, e, high2);
+        }
+    }
+#else
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) r[i] = load_pairs(rows + i * ld);
+    transpose16(r);
+#endif
+}
+
 // n rows of `in` elements, row stride ld -> [in / P][16][P] with `step` elements from one 16 to the next; rows past n zero.
 template <class T>
 static void interleave_rows(const T* a, int n, int64_t ld, int64_t in, T* out, int64_t step = 16 * Pack<T>::P) {
@@ -126,9 +226,13 @@ static void interleave_rows(const T* a, int n, int64_t ld, int64_t in, T* out, i
     int64_t words = in / P, d = 0;
     for (; d + 16 <= words; d += 16) {
         u32x16 r[16];
+        if (n == 16) {
+            load_transposed((const char*)(a + d * P), ld * sizeof(T), r);
+        } else {
 #pragma GCC unroll 16
-        for (int i = 0; i < 16; i++) r[i] = i < n ? load_pairs(a + i * ld + d * P) : u32x16{};
-        transpose16(r);
+            for (int i = 0; i < 16; i++) r[i] = i < n ? load_pairs(a + i * ld + d * P) : u32x16{};
+            transpose16(r);
+        }
 #pragma GCC unroll 16
         for (int i = 0; i < 16; i++) *(u32x16_u*)(out + (d + i) * step) = r[i];
     }

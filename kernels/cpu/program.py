@@ -97,8 +97,6 @@ class CpuProgram:
         attention_step(step, attention)
         for index, (cos, sin) in enumerate(rotations):
             step.cos[index], step.sin[index] = cos.data_ptr(), sin.data_ptr()
-        scratch = None
         if adapters is not None:
-            _, scratch = adapter_step(arena, tiles, adapters, step)
+            adapter_step(step, arena, tiles, self._backend.roles(adapters))
         self._backend.run(self._ops, step, self._dtype)
-        del scratch

@@ -2,7 +2,7 @@
 #pragma once
 #include <cstdint>
 
-constexpr int kMaxGroups = 8, kMaxRopes = 4;
+constexpr int kMaxGroups = 8, kMaxRopes = 4, kSites = 6;
 
 // One step: the same address for every step of a recorded program; only the contents change.
 struct Step {
@@ -24,10 +24,10 @@ struct Step {
     const int32_t* ranges;     // [slots, num_layers, sites, 2]
     const int32_t* tiles;      // [capacity, 5]
     uint8_t* arena;
-    float* ranks;              // [decode rows * tiles a row, 16]: scratch of the shrink
+    float* ranks;              // [decode rows * tiles a row, 16]: scratch of the shrink, loraplex_run's own
 };
 
-enum OpCode : int32_t { kEmbed, kRmsNorm, kLinear, kBias, kAdapter, kRope, kAttention, kActMul, kGather, kArgmax, kPack };
+enum OpCode : int32_t { kEmbed, kRmsNorm, kLinear, kBias, kAdapter, kRope, kAttention, kActMul, kGather, kSample, kPack, kCodes };
 
 // One op. Rows are contiguous; `rows` < 0 means step->tokens, -2 step->logit_rows.
 struct Op {

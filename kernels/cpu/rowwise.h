@@ -1,4 +1,4 @@
-// Ops that work row by row: embedding, norms, rotary with KV store, activation, bias, gather, argmax.
+// Ops that work row by row: embedding, norms, rotary with KV store, activation, bias, gather.
 #pragma once
 #include "linear.h"
 #include "records.h"
@@ -153,30 +153,6 @@ static void gather(const Op& op, const Step& step, int64_t rows, int tid, int th
     Range range = share(rows, tid, threads);
     for (int64_t t = range.first; t < range.last; t++)
         memcpy((T*)op.y + t * op.in, (const T*)op.x + step.rows[t] * op.in, op.in * sizeof(T));
-}
-
-// y [rows] int64: index of the largest fp32 logit, lowest index on ties. Rows are few and long: threads share rows.
-static inline void argmax(const Op& op, int64_t rows, int tid, int threads) {
-    Range range = share(rows, tid, threads);
-    for (int64_t t = range.first; t < range.last; t++) {
-        const float* x = (const float*)op.x + t * op.in;
-        f32x16 best = splat(-INFINITY);
-        i32x16 index{}, at = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-        int64_t i = 0;
-        for (; i + 16 <= op.in; i += 16, at += 16) {
-            f32x16 v = load(x + i);
-            i32x16 more = v > best;
-            best = more ? v : best;
-            index = more ? at : index;
-        }
-        float top = -INFINITY;
-        int64_t where = 0;
-        for (int l = 0; l < 16; l++)
-            if (best[l] > top || (best[l] == top && index[l] < where)) top = best[l], where = index[l];
-        for (; i < op.in; i++)
-            if (x[i] > top) top = x[i], where = i;
-        ((int64_t*)op.y)[t] = where;
-    }
 }
 
 }  // namespace LORAPLEX_ISA

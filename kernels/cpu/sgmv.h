@@ -64,16 +64,17 @@ static T* segment_shrink(SegmentScratch<T>& s, const T* x, int64_t in, int64_t r
         const Tile<T>& t = s.tiles[i];
         if (t.a && in % P) {  // no pairs at the end of a row: one row at a time
             float r[16];
+            Fetcher none;
             for (int64_t m = 0; m < rows; m++) {
                 memset((void*)(u + m * ldu + i * 16), 0, 16 * sizeof(T));
-                shrink(Shrink<T>{t.a, x + m * in, r, t.n, 1.f}, in, Ahead{});
+                shrink(Shrink<T>{t.a, x + m * in, r, t.n, 1.f}, in, none);
                 for (int k = 0; k < t.n; k++) from_float(r[k], u + m * ldu + i * 16 + k);
             }
             continue;
         }
         if (t.a) {
             interleave_rows(t.a, t.n, in, in, a);
-            panel_rows(1, rows, x, in, a, 16 * P, in / P, u + i * 16, ldu, 16);
+            panel_rows<1>(rows, x, in, a, 16 * P, in / P, u + i * 16, ldu, 16);
             continue;
         }
         for (int64_t m = 0; m < rows; m++) {  // a bias: u is one

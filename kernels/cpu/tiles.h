@@ -10,8 +10,6 @@
 
 namespace LORAPLEX_ISA {
 
-constexpr int kSites = 6;
-
 template <class T>
 struct Tile {
     const T *a, *b;  // a null: a bias, u is the constant one

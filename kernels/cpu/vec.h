@@ -19,6 +19,7 @@ namespace LORAPLEX_ISA {
 typedef float f32x16 __attribute__((vector_size(64)));
 typedef int32_t i32x16 __attribute__((vector_size(64)));
 typedef uint32_t u32x16 __attribute__((vector_size(64)));
+typedef uint64_t u64x8 __attribute__((vector_size(64)));
 typedef uint16_t u16x16 __attribute__((vector_size(32)));
 typedef float f32x16_u __attribute__((vector_size(64), aligned(4), may_alias));
 typedef uint32_t u32x16_u __attribute__((vector_size(64), aligned(2), may_alias));
@@ -97,14 +98,13 @@ INLINE float max_lane(f32x16 v) {
     return v[0];
 }
 
-// exp in fp32, 2 ulp in [-87, 88]; below: 0. (Cephes expf's polynomial.)
+// exp in fp32, 2 ulp in [-87.3, 88.3]; below: 0, above: as at 88.37. (Cephes expf's polynomial.)
 INLINE f32x16 vexp(f32x16 x) {
+    const float magic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer, which stands in the low bits
     i32x16 under = x < splat(-87.3f);
     x = x > splat(88.37f) ? splat(88.37f) : x;
-    x = x < splat(-87.3f) ? splat(-87.3f) : x;
-    f32x16 z = x * 1.44269504088896341f;
-    i32x16 n = __builtin_convertvector(z + (z < splat(0.f) ? splat(-0.5f) : splat(0.5f)), i32x16);
-    f32x16 fn = __builtin_convertvector(n, f32x16);
+    f32x16 shifted = x * 1.44269504088896341f + magic;
+    f32x16 fn = shifted - magic;
     f32x16 r = x - fn * 0.693359375f - fn * -2.12194440e-4f;
     f32x16 p = splat(1.9875691500E-4f);
     p = p * r + 1.3981999507E-3f;
@@ -112,8 +112,8 @@ INLINE f32x16 vexp(f32x16 x) {
     p = p * r + 4.1665795894E-2f;
     p = p * r + 1.6666665459E-1f;
     p = p * r + 5.0000001201E-1f;
-    f32x16 y = p * r * r + r + 1.f;
-    f32x16 scaled = (f32x16)((i32x16)y + (n << 23));
+    f32x16 y = p * (r * r) + (r + 1.f);
+    f32x16 scaled = (f32x16)((i32x16)y + ((i32x16)shifted << 23));
     return under ? f32x16{} : scaled;
 }
 
@@ -133,6 +133,21 @@ INLINE u32x16 splat_pair(const void* p) {
     memcpy(&u, p, 4);
     return u32x16{} + u;
 }
+
+// 32 columns as two vectors: of bf16 the even ones and the odd ones, which two shifts and masks widen (in order it takes
+// shuffles, which are twice as slow). float: in order.
+INLINE void load_pair(const bf16* p, f32x16& even, f32x16& odd) {
+    u32x16 pairs = load_pairs(p);
+    even = (f32x16)(pairs << 16), odd = (f32x16)(pairs & 0xffff0000u);
+}
+INLINE void load_pair(const float* p, f32x16& first, f32x16& second) { first = load(p), second = load(p + 16); }
+INLINE void store_pair(bf16* p, f32x16 even, f32x16 odd) {
+    bf16 low[16], high[16];
+    store(low, even);
+    store(high, odd);
+    *(u32x16_u*)p = __builtin_convertvector(*(const u16x16_u*)low, u32x16) | (__builtin_convertvector(*(const u16x16_u*)high, u32x16) << 16);
+}
+INLINE void store_pair(float* p, f32x16 first, f32x16 second) { store(p, first), store(p + 16, second); }
 
 template <class A>
 INLINE A min2(A a, A b) { return a < b ? a : b; }

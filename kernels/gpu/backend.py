@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812  its usual name
 
 from loraplex.kernels.backend import Backend, PackedLinear
-from loraplex.kernels.gpu import attention, bgmv, rowwise, sgmv
+from loraplex.kernels.gpu import attention, bgmv, linear, rowwise, sgmv
 from loraplex.kernels.metadata import AdapterSegments, AttentionMeta, AttentionParams, KVLayer, Site, TileTable
+from loraplex.kernels.sampling import TorchSampling
 
 
 @dataclass(frozen=True)
@@ -46,17 +47,19 @@ class _MostTiles:
     prefill: list[list[int]]
 
 
-class TritonBackend(Backend):
+class TritonBackend(TorchSampling, Backend):
     """bf16, fp16 and fp32.
 
     A row's bits do not depend on the rows beside it in any op but linear() and logits(): cuBLAS picks its kernel, and
-    with it the order of its sums, by the number of rows.
+    with it the order of its sums, by the number of rows. Batch-invariant, those two are a kernel of one shape, and all
+    rows take the kernels of prefill, so that a preempted answer is recomputed to the bit.
     """
 
     name = "triton"
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, batch_invariant: bool = False) -> None:
         self.device = device
+        self.batch_invariant = batch_invariant
         self._most: _MostTiles | None = None
 
     def recorder(self, dtype: torch.dtype, cosines: Sequence[Tensor]) -> None:
@@ -80,9 +83,13 @@ class TritonBackend(Backend):
         return rowwise.rms_norm(x, weight, eps, residual, offset)
 
     def linear(self, x: Tensor, weight: PackedLinear) -> Tensor:
+        if self.batch_invariant:
+            return linear.linear(x, _weight(weight), x.dtype)
         return F.linear(x, _weight(weight))
 
     def logits(self, x: Tensor, weight: PackedLinear) -> Tensor:
+        if self.batch_invariant:
+            return linear.linear(x, _weight(weight), torch.float32)
         return F.linear(x, _weight(weight)).float()
 
     def add_bias_(self, y: Tensor, bias: Tensor) -> Tensor:
@@ -94,13 +101,17 @@ class TritonBackend(Backend):
     ) -> Tensor:
         most = self._most_tiles(table, segments)
         decode, prefill = most.decode[layer][site], most.prefill[layer][site]
-        first_prefill = segments.bounds[segments.num_decode_segments]
+        first = self._first_prefill(segments)
         elements = arena.view(-1).view(y.dtype)
-        if decode and first_prefill:
+        if decode and segments.bounds[first]:
             bgmv.add_(y, x, elements, table, layer, site, segments, decode)
-        if prefill and segments.bounds[-1] > first_prefill:
-            sgmv.add_(y, x, elements, table, layer, site, segments, prefill)
+        if prefill and segments.bounds[-1] > segments.bounds[first]:
+            sgmv.add_(y, x, elements, table, layer, site, segments, first, prefill)
         return y
+
+    def _first_prefill(self, segments: AdapterSegments) -> int:
+        """The first segment that takes the kernels of prefill."""
+        return 0 if self.batch_invariant else segments.num_decode_segments
 
     def rope_store_kv(
         self,
@@ -118,7 +129,8 @@ class TritonBackend(Backend):
         return rowwise.rope_store_kv(qkv, cos, sin, layer, store_index, params, q_norm, k_norm, norm_eps, norm_offset)
 
     def attention(self, q: Tensor, layer: KVLayer, meta: AttentionMeta, params: AttentionParams) -> Tensor:
-        return attention.attention(q, layer, meta, params)
+        is_decode = (False,) * len(meta.is_decode) if self.batch_invariant else meta.is_decode
+        return attention.attention(q, layer, meta, params, is_decode)
 
     def act_mul(self, gate_up: Tensor, activation: str) -> Tensor:
         return rowwise.act_mul(gate_up, activation)
@@ -127,7 +139,7 @@ class TritonBackend(Backend):
         """From the host's copies, once a step: a step's segments are one object, and the table rests meanwhile."""
         most = self._most
         if most is None or most.segments is not segments or most.ranges is not table.ranges_host:
-            count = segments.num_decode_segments
+            count = self._first_prefill(segments)
             most = self._most = _MostTiles(
                 segments,
                 table.ranges_host,

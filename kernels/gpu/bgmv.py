@@ -15,8 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from loraplex.kernels.gpu import tuning
-from loraplex.kernels.gpu.tiles import RANKS, load_b, segment_of, shrink_tile, tile_range
-from loraplex.kernels.metadata import ALIGN, NUM_SITES, AdapterSegments, Site, TileTable
+from loraplex.kernels.gpu.tiles import RANKS, load_b, lookup, next_tile, segment_of, shrink_tile, tile_range
+from loraplex.kernels.metadata import ALIGN, AdapterSegments, Site, TileTable
 
 _COUNTS = ["splits", "slot_stride", "cell", "num_segments", "most_tiles"]
 """Arguments that vary between calls: no compilation may hang on their values."""
@@ -40,17 +40,12 @@ def add_(
     rows, n_in, n_out = segments.bounds[count], x.shape[1], y.shape[1]
     splits = triton.cdiv(n_in, tuning.SHRINK_SPLIT)
     partial = torch.empty(rows, most_tiles, splits, RANKS, dtype=torch.float32, device=y.device)
-    slot_stride = table.ranges.shape[1] * NUM_SITES * 2
-    cell = (layer * NUM_SITES + site) * 2
+    tables, slot_stride, cell = lookup(table, segments, layer, site)
     unit = ALIGN // y.element_size()
     _shrink[(rows, most_tiles, splits)](
         x,
         elements,
-        table.ranges,
-        table.tiles,
-        segments.indptr,
-        segments.mix_ptr,
-        segments.mix_slot,
+        *tables,
         partial,
         n_in,
         splits,
@@ -67,11 +62,7 @@ def add_(
     _expand[(rows, triton.cdiv(n_out, tuning.EXPAND_BLOCK))](
         y,
         elements,
-        table.ranges,
-        table.tiles,
-        segments.indptr,
-        segments.mix_ptr,
-        segments.mix_slot,
+        *tables,
         segments.mix_weight,
         partial,
         n_out,
@@ -183,12 +174,7 @@ def _expand(
         a_before = tl.full((), -1, tl.int32)
         n_before = tl.full((), 0, tl.int32)
         for tile in range(start, stop):
-            entry = tiles + tile * 5
-            a_off = tl.load(entry)
-            n = tl.load(entry + 2)
-            out_start = tl.load(entry + 3)
-            out_len = tl.load(entry + 4)
-            u_at = tl.where((a_off == a_before) & (n == n_before), u_at, j)
+            a_off, b_off, n, out_start, out_len, u_at = next_tile(tiles, tile, a_before, n_before, u_at, j)
             a_before = a_off
             n_before = n
             j += 1
@@ -201,7 +187,7 @@ def _expand(
                 )
                 u = tl.sum(parts, axis=0).to(y.dtype.element_ty).to(tl.float32)
                 u = tl.where(rank < tl.where(a_off < 0, 1, 0), 1.0, u)
-                b = load_b(elements, tl.load(entry + 1), n, out_start, out_len, columns, rank, unit).to(tl.float32)
+                b = load_b(elements, b_off, n, out_start, out_len, columns, rank, unit).to(tl.float32)
                 acc += weight * tl.sum(u[:, None] * b, axis=0)
                 touched += ((columns >= out_start) & (columns < out_start + out_len)).to(tl.int32)
     at = y + row.to(tl.int64) * n_out + columns

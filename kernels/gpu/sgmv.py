@@ -15,8 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from loraplex.kernels.gpu import tuning
-from loraplex.kernels.gpu.tiles import RANKS, load_b, segment_of, shrink_tile, tile_range
-from loraplex.kernels.metadata import ALIGN, NUM_SITES, AdapterSegments, Site, TileTable
+from loraplex.kernels.gpu.tiles import RANKS, load_b, lookup, next_tile, segment_of, shrink_tile, tile_range
+from loraplex.kernels.metadata import ALIGN, AdapterSegments, Site, TileTable
 
 _COUNTS = ["slot_stride", "cell", "first_segment", "num_segments", "first_row", "most_tiles"]
 
@@ -29,28 +29,25 @@ def add_(
     layer: int,
     site: Site,
     segments: AdapterSegments,
+    first_segment: int,
     most_tiles: int,
 ) -> None:
-    """adapter_add_ for the prefill segments. y [T, out], x [T, in], elements: the arena, flat, in their dtype.
+    """adapter_add_ for the segments from `first_segment` on.
 
-    most_tiles: at least the tiles of any prefill segment's mix at this layer and site.
+    y [T, out], x [T, in], elements: the arena, flat, in their dtype.
+    most_tiles: at least the tiles of any of these segments' mixes at this layer and site.
     """
-    first_segment, count = segments.num_decode_segments, len(segments.mixes)
+    count = len(segments.mixes)
     first_row = segments.bounds[first_segment]
     rows, n_in, n_out = segments.bounds[count] - first_row, x.shape[1], y.shape[1]
     row_tiles = triton.cdiv(rows, tuning.SGMV_ROWS)
     u = torch.empty(rows, most_tiles, RANKS, dtype=y.dtype, device=y.device)
-    slot_stride = table.ranges.shape[1] * NUM_SITES * 2
-    cell = (layer * NUM_SITES + site) * 2
+    tables, slot_stride, cell = lookup(table, segments, layer, site)
     unit = ALIGN // y.element_size()
     _shrink[(row_tiles, most_tiles)](
         x,
         elements,
-        table.ranges,
-        table.tiles,
-        segments.indptr,
-        segments.mix_ptr,
-        segments.mix_slot,
+        *tables,
         u,
         n_in,
         slot_stride,
@@ -68,11 +65,7 @@ def add_(
     _expand[(row_tiles, triton.cdiv(n_out, tuning.SGMV_COLUMNS))](
         y,
         elements,
-        table.ranges,
-        table.tiles,
-        segments.indptr,
-        segments.mix_ptr,
-        segments.mix_slot,
+        *tables,
         segments.mix_weight,
         u,
         n_out,
@@ -189,12 +182,7 @@ def _expand(
             a_before = tl.full((), -1, tl.int32)
             n_before = tl.full((), 0, tl.int32)
             for tile in range(start, stop):
-                entry = tiles + tile * 5
-                a_off = tl.load(entry)
-                n = tl.load(entry + 2)
-                out_start = tl.load(entry + 3)
-                out_len = tl.load(entry + 4)
-                u_at = tl.where((a_off == a_before) & (n == n_before), u_at, j)
+                a_off, b_off, n, out_start, out_len, u_at = next_tile(tiles, tile, a_before, n_before, u_at, j)
                 a_before = a_off
                 n_before = n
                 j += 1
@@ -207,7 +195,7 @@ def _expand(
                     )
                     one = mine[:, None] & (rank < tl.where(a_off < 0, 1, 0))[None, :]
                     shrunk = tl.where(one, 1.0, shrunk.to(tl.float32)).to(u.dtype.element_ty)
-                    b = load_b(elements, tl.load(entry + 1), n, out_start, out_len, columns, rank, unit)
+                    b = load_b(elements, b_off, n, out_start, out_len, columns, rank, unit)
                     here = mine[:, None] & ((columns >= out_start) & (columns < out_start + out_len))[None, :]
                     acc = tl.where(here, acc + weight * tl.dot(shrunk, b, input_precision="ieee"), acc)
                     touched |= here

@@ -1,15 +1,24 @@
 """What the adapter kernels share: how a program finds its segment, a mix's tiles, and the elements of a tile's B.
 
-All of them run inside a kernel. Offsets of tiles are in units of 64 bytes; `unit` is that in elements.
+All but lookup() run inside a kernel. Offsets of tiles are in units of 64 bytes; `unit` is that in elements.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from loraplex.kernels.metadata import NUM_SITES, AdapterSegments, Site, TileTable
 
 RANKS = 16
 """metadata.TILE_RANKS, and the smallest size a matrix unit takes."""
+
+
+def lookup(table: TileTable, segments: AdapterSegments, layer: int, site: Site) -> tuple[tuple[Tensor, ...], int, int]:
+    """What every kernel looks tiles up with: (ranges, tiles, indptr, mix_ptr, mix_slot), slot_stride, cell."""
+    tables = (table.ranges, table.tiles, segments.indptr, segments.mix_ptr, segments.mix_slot)
+    return tables, table.ranges.shape[1] * NUM_SITES * 2, (layer * NUM_SITES + site) * 2
 
 
 @triton.jit
@@ -51,6 +60,20 @@ def shrink_tile(tiles, ranges, mix_slot, begin, end, slot_stride, cell, j):
     a_before = tl.load(row - 5, mask=tile > first, other=-1)
     n_before = tl.load(row - 3, mask=tile > first, other=0)
     return a_off, tl.where((a_off < 0) | ((a_off == a_before) & (n == n_before)), 0, n)
+
+
+@triton.jit
+def next_tile(tiles, tile, a_before, n_before, u_at, j):
+    """Row `tile` of the table while walking a mix: (a_off, b_off, n, out_start, out_len, u_at).
+
+    Semantics: u_at is the number whose u the tile reads: its own, j, or that of the tile before where that has the same
+               A (a B cut into pieces; see shrink_tile).
+    """
+    entry = tiles + tile * 5
+    a_off = tl.load(entry)
+    n = tl.load(entry + 2)
+    u_at = tl.where((a_off == a_before) & (n == n_before), u_at, j)
+    return a_off, tl.load(entry + 1), n, tl.load(entry + 3), tl.load(entry + 4), u_at
 
 
 @triton.jit

@@ -23,6 +23,13 @@ SGMV_DEPTH = 128
 SGMV_COLUMNS = 64
 SGMV_WARPS = 4
 
+LINEAR_ROWS = 64
+"""Of a base linear without a library: what a Hopper matrix unit takes at once, for a decode step as for a prompt."""
+
+LINEAR_COLUMNS = 64
+LINEAR_DEPTH = 64
+LINEAR_WARPS = 4
+
 KV_SPLIT = 256
 """Keys one program of decode attention reads, counted from position 0: never from the batch."""
 

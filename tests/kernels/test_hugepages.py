@@ -52,6 +52,19 @@ def test_memory_costs_nothing_until_it_is_written() -> None:
     assert int(arena[32 << 20 :: 4096].max()) == 0
 
 
+@pytest.mark.parametrize("nbytes", [100_000, HUGE_PAGE - 1, HUGE_PAGE, 3 * HUGE_PAGE + 100_000])
+def test_a_tensor_takes_its_bytes_and_no_more(nbytes: int) -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    before = resident()
+    tensor = huge_zeros(nbytes)
+    tensor[:] = 1
+    assert nbytes <= resident() - before <= nbytes + 200_000
+    del tensor
+    assert resident() - before <= 200_000, "and gives them back"
+
+
 @pytest.mark.parametrize("shape", [(3072, 576), (960, 576)])
 def test_packed_weights(shape: tuple[int, int]) -> None:
     ops = CpuBackend()

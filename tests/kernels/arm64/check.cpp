@@ -249,7 +249,7 @@ template <class T> void act_mul(int n) {
 
 template <class T> void all(const std::string& name) {
     if (name == "linear")
-        for (int rows : {1, 4, 7, 13}) linear<T>(rows, 64, 48), linear<T>(rows, 34, 7), linear<T>(rows, 576, 100);
+        for (int rows : {1, 4, 7, 13, 40}) linear<T>(rows, 64, 48), linear<T>(rows, 34, 7), linear<T>(rows, 576, 100);
     else if (name == "adapter")
         adapter<T>(64, 96), adapter<T>(34, 11), adapter<T>(576, 200);
     else if (name == "attention")

@@ -8,17 +8,18 @@ import pytest
 import torch
 
 from loraplex.benchmarks.kernels.aot_report import compile_for
-from loraplex.benchmarks.kernels.gpu_work import SHAPES, SMOLLM2, Shape, Work, make_work, run_all
+from loraplex.benchmarks.kernels.gpu_work import SHAPES, SMOLLM2, Shape, Work, make_work, run_all, run_linears
 from loraplex.kernels.gpu import ahead
 from loraplex.kernels.gpu.backend import TritonBackend
 from loraplex.kernels.metadata import Site
 
 KERNELS = {
-    "attention._decode_combine",
-    "attention._decode_split",
-    "attention._prefill_tile",
     "bgmv._expand",
     "bgmv._shrink",
+    "decode_attention._combine",
+    "decode_attention._split",
+    "linear._tile",
+    "prefill_attention._tile",
     "rowwise._act_mul",
     "rowwise._add_bias",
     "rowwise._gather",
@@ -55,10 +56,19 @@ def test_steady_state_compiles_nothing(ops: TritonBackend, shape: Shape) -> None
     with ahead.noted(ahead.TARGETS["sm_90"]) as variants:
         run((2, (3, 5), 16, 64))
         first = set(variants)
-        assert {variants[key].kernel for key in first} >= KERNELS - {"rowwise._add_bias"}
+        assert {variants[key].kernel for key in first} >= KERNELS - {"rowwise._add_bias", "linear._tile"}
         for step in steps:
             run(step)
             assert {variants[key].label for key in set(variants) - first} == set()
+
+
+def test_linears_of_any_number_of_rows_share_a_variant() -> None:
+    invariant = TritonBackend(torch.device("cpu"), batch_invariant=True)
+    with ahead.noted(ahead.TARGETS["sm_90"]) as variants:
+        for rows in (1, 2, 16, 33, 129):
+            run_linears(invariant, make_work(invariant, SMOLLM2, torch.bfloat16, rows, ()))
+    # Results in bf16 and, for logits, in fp32.
+    assert [variant.kernel for variant in variants.values()] == ["linear._tile"] * 2
 
 
 def test_layers_and_slots_share_a_variant(ops: TritonBackend) -> None:

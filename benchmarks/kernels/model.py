@@ -1,0 +1,199 @@
+"""SmolLM2-135M with random bf16 weights, recorded for decode, and adapters of rank 16 on all its linears.
+
+Made by the server's own code: arena, pages, residency, decoder. What step.py and serving.py measure.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loraplex.adapters.eviction import Reclaimer
+from loraplex.adapters.pages import PagePool
+from loraplex.adapters.residency import Residency
+from loraplex.adapters.tiles import BaseLayout, LowRank, pack
+from loraplex.kernels.cpu.abi import Op, Step
+from loraplex.kernels.cpu.backend import CpuBackend
+from loraplex.kernels.metadata import BLOCK_SIZE, AdapterSegments, AttentionMeta, KVGroup, Site
+from loraplex.server.engine.arena import allocate_arena, kv_layers
+from loraplex.server.engine.kv_cache import KVCache
+from loraplex.server.engine.memory import Demand, plan_memory
+from loraplex.server.models.config import ModelConfig
+from loraplex.server.models.decoder import Decoder
+from loraplex.server.models.inputs import ForwardBatch
+from loraplex.server.models.recorded import RecordedDecoder, record
+from loraplex.server.models.rotary import RopeConfig
+from loraplex.server.models.weights import LayerWeights, Linear, ModelWeights, weights_bytes
+
+DTYPE = torch.bfloat16
+CONTEXT, RANK = 256, 16  # tokens in the cache of every row, rank of every adapter
+ROWS = (1, 8, 16, 32)
+MODEL_LEN = 2 * CONTEXT
+
+SMOLLM2 = ModelConfig(
+    architecture="LlamaForCausalLM",
+    vocab_size=49152,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_layers=30,
+    num_heads=9,
+    num_kv_heads=3,
+    head_dim=64,
+    max_position=8192,
+    rms_norm_eps=1e-5,
+    tie_word_embeddings=True,
+    activation="silu",
+    qkv_bias=False,
+    o_bias=False,
+    mlp_bias=False,
+    qk_norm=False,
+    norm_offset=0.0,
+    sandwich_norm=False,
+    embed_scale=None,
+    attn_scale=0.125,
+    attn_softcap=None,
+    final_softcap=None,
+    windows=(None,) * 30,
+    ropes=(RopeConfig("default", 100000.0, 64, 8192),),
+    rope_of_layer=(0,) * 30,
+    fused_checkpoint=False,
+)
+
+
+class TimedBackend(CpuBackend):
+    """Keeps what it was asked to run last, and the seconds spent inside the C++ library."""
+
+    inside = 0.0
+    calls = 0
+    last: tuple[ctypes.Array[Op], Step] | None = None
+
+    def run(self, ops: ctypes.Array[Op], step: Step, dtype: torch.dtype) -> None:
+        self.last = ops, step
+        self.calls += 1
+        start = time.perf_counter()
+        super().run(ops, step, dtype)
+        self.inside += time.perf_counter() - start
+
+
+@dataclass(frozen=True)
+class Model:
+    """SmolLM2 recorded for decode, and adapters ad0, ad1, ... in its arena; the rest of the arena is `kv`'s.
+
+    In `kv`, key -1 - i is row i of make_batch.
+    """
+
+    config: ModelConfig
+    ops: TimedBackend
+    decoder: RecordedDecoder
+    residency: Residency
+    kv: KVCache
+    arena: Tensor
+
+    def touch(self, key: int) -> None:
+        """Write a sequence's pages, so that reading them reads memory."""
+        for table in self.kv.tables(key):
+            self.arena[list(table)] = 0
+
+
+def make_model(adapters: int = max(ROWS), config: ModelConfig = SMOLLM2) -> Model:
+    ops = TimedBackend()
+    demand = Demand(max_model_len=MODEL_LEN, max_num_seqs=max(ROWS), token_budget=max(ROWS))
+    plan = plan_memory(config, DTYPE, 2 << 30, weights_bytes(config, DTYPE), demand, 4 << 30)
+    arena = allocate_arena(plan, ops.device)
+    layout = BaseLayout("smollm2", config.num_layers, config.projections(), plan.page_bytes, DTYPE)
+    pool, reclaimer = PagePool(plan.num_pages), Reclaimer()
+    residency = Residency(arena, pool, layout, reclaimer=reclaimer)
+    for index in range(adapters):
+        if not residency.load(f"ad{index}", pack(_random_adapter(config, index), layout)):
+            raise RuntimeError(f"adapter {index} has no room in {plan}")
+        residency.pin(f"ad{index}")
+    layers = kv_layers(arena, config, DTYPE, plan.groups)
+    decoder = record(Decoder(config, _random_weights(config, ops), ops, layers, arena), max(ROWS), max(ROWS))
+    assert isinstance(decoder, RecordedDecoder)
+    model = Model(config, ops, decoder, residency, KVCache(pool, plan.groups, BLOCK_SIZE, reclaimer), arena)
+    for row in range(max(ROWS)):
+        if not model.kv.grow(-1 - row, 0, CONTEXT):
+            raise RuntimeError(f"row {row} has no room in {plan}")
+        model.touch(-1 - row)
+    return model
+
+
+def _random_adapter(config: ModelConfig, seed: int) -> list[LowRank]:
+    noise = torch.randn(1 << 20, generator=torch.Generator().manual_seed(seed)).mul_(0.02).to(DTYPE)
+
+    def matrix(rows: int, columns: int) -> Tensor:
+        return noise[: rows * columns].view(rows, columns)
+
+    return [
+        LowRank(layer, p, matrix(RANK, p.in_features), matrix(p.out_features, RANK), 1.0)
+        for layer in range(config.num_layers)
+        for p in config.projections()
+    ]
+
+
+def _random_weights(config: ModelConfig, ops: CpuBackend) -> ModelWeights:
+    generator = torch.Generator().manual_seed(0)
+
+    def linear(site: Site) -> Linear:
+        parts = [p for p in config.projections() if p.site is site]
+        n_in, n_out = parts[0].in_features, sum(p.out_features for p in parts)
+        weight = torch.randn(n_out, n_in, generator=generator).mul_(n_in**-0.5).to(DTYPE)
+        return Linear(ops.pack_linear(weight), None)
+
+    norm = torch.ones(config.hidden_size, dtype=DTYPE)
+    layers = [
+        LayerWeights(
+            attention_norm=norm.clone(),
+            qkv=linear(Site.QKV),
+            q_norm=None,
+            k_norm=None,
+            o=linear(Site.O),
+            attention_out_norm=None,
+            mlp_norm=norm.clone(),
+            gate_up=linear(Site.GATE_UP),
+            down=linear(Site.DOWN),
+            mlp_out_norm=None,
+        )
+        for _ in range(config.num_layers)
+    ]
+    table = torch.randn(config.vocab_size, config.hidden_size, generator=generator).to(DTYPE)
+    embedding = ops.pack_linear(table)
+    return ModelWeights(embedding, tuple(layers), norm, embedding, DTYPE)
+
+
+def make_batch(model: Model, rows: int, adapters: bool) -> ForwardBatch:
+    """Decode rows at CONTEXT tokens; row i wears ad<i>."""
+    table = torch.tensor([list(model.kv.tables(-1 - row)[0]) for row in range(rows)], dtype=torch.int32)
+    last = CONTEXT - 1
+    store = table[:, last // BLOCK_SIZE].long() * BLOCK_SIZE + last % BLOCK_SIZE
+    bounds = torch.arange(rows + 1, dtype=torch.int32)
+    slots = [model.residency.slot_of(f"ad{i}") or 0 for i in range(rows)]
+    segments = AdapterSegments(
+        indptr=bounds,
+        mix_ptr=bounds,
+        mix_slot=torch.tensor(slots, dtype=torch.int32),
+        mix_weight=torch.ones(rows),
+        bounds=tuple(range(rows + 1)),
+        mixes=tuple(((slot, 1.0),) for slot in slots),
+        num_decode_segments=rows,
+    )
+    return ForwardBatch(
+        input_ids=torch.arange(rows) * 7,
+        positions=torch.full((rows,), last),
+        rope_lens=(CONTEXT,) * rows,
+        attention=AttentionMeta(
+            query_ptr=bounds,
+            kv_lens=torch.full((rows,), CONTEXT, dtype=torch.int32),
+            query_bounds=tuple(range(rows + 1)),
+            kv_lens_host=(CONTEXT,) * rows,
+            is_decode=(True,) * rows,
+            groups=(KVGroup(table, store),),
+        ),
+        adapters=segments if adapters else None,
+        tiles=model.residency.table,
+        logit_rows=torch.arange(rows),
+    )
