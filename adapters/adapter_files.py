@@ -1,8 +1,8 @@
 """The two files of a PEFT adapter's folder, read without trusting them.
 
-The weights are read once into memory and everything, the digest included, comes from those bytes: a file that someone
-is rewriting meanwhile can be refused, but neither mixed up nor (as a mapped file cut short would) kill the process.
-Pickles are never opened.
+The header of the weights can be read alone, which is all that registration needs; the rest is read once into memory
+and everything, the digest included, comes from those bytes: a file that someone is rewriting meanwhile can be refused,
+but neither mixed up nor (as a mapped file cut short would) kill the process. Pickles are never opened.
 """
 
 from __future__ import annotations
@@ -11,21 +11,32 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
+from typing import Any
 
-import safetensors
 import torch
 from torch import Tensor
 
 from loraplex.adapters.errors import AdapterRefused
+from loraplex.kernels.hugepages import huge_zeros
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
 MAX_CONFIG_BYTES = 1 << 20
 """Hundreds of full module names in target_modules are some 50 KB."""
+
+MAX_HEADER_BYTES = 100_000_000
+"""The format's own limit."""
+
+SLICE_BYTES = 1 << 20
+"""Read and hashed at a time: 0.6 ms from the page cache with SHA instructions."""
+
+SETTLED_SECONDS = 2.0
+"""A file changed less than this before it was looked at may change again within the same tick of its clock."""
 
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -37,88 +48,224 @@ class TensorInfo:
 
     dtype: torch.dtype
     shape: tuple[int, ...]
+    offset: int  # bytes from the start of the data, which the header precedes
 
 
 @dataclass(frozen=True)
-class AdapterFiles:
-    """An adapter's folder before any weight is read."""
+class Stamp:
+    """What tells that a file was changed: of both files, (device, inode, bytes, modified ns, changed ns)."""
+
+    config: tuple[int, ...]
+    weights: tuple[int, ...]
+
+    @property
+    def latest(self) -> float:
+        """When one of them was changed last, in unix seconds."""
+        return max(*self.config[3:], *self.weights[3:]) / 1e9
+
+    def is_settled(self, now: float) -> bool:
+        """Whether a change after `now` is sure to show."""
+        return now - self.latest > SETTLED_SECONDS
+
+
+@dataclass(frozen=True)
+class AdapterHead:
+    """An adapter's files but for the data."""
 
     config: bytes
-    weights: Path
-    size: int  # bytes of the weights' file
-    header: Mapping[str, TensorInfo]  # by tensor name; float32, float16 and bfloat16 only
+    header: bytes  # the JSON of the safetensors file
+    data_bytes: int  # behind it
+    stamp: Stamp
+
+    @property
+    def start(self) -> int:
+        """Where in the file the data begins."""
+        return 8 + len(self.header)
 
 
-def open_files(folder: Path) -> AdapterFiles:
-    """Read the config and the header of the weights.
+@dataclass(frozen=True)
+class AdapterBytes:
+    """An adapter's files whole."""
 
-    Raises AdapterRefused: "missing_file", "too_large" (the config), "bad_file" (damaged, or of other dtypes).
+    head: AdapterHead
+    data: Tensor  # [data_bytes] uint8
+    digest: str  # sha256 over the config's bytes followed by the weights' bytes, in hex
+
+
+class ChangedMeanwhile(AdapterRefused):
+    """The files were written to while they were read."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "bad_file", f"{WEIGHTS_FILE} changed while it was read; load it again once it is complete, or put complete "
+            "files in place by renaming"
+        )  # fmt: skip
+
+
+def read_head(folder: Path) -> AdapterHead:
+    """Read the config and the header. Raises AdapterRefused: "missing_file", "too_large" (the config), "bad_file"."""
+    config, config_stamp = _read_config(folder)
+    with _open_weights(folder) as file:
+        try:
+            return _read_head(file, config, config_stamp)
+        except (OSError, ValueError) as error:
+            raise _damaged(folder / WEIGHTS_FILE, error) from error
+
+
+def read_bytes(folder: Path, breathe: Callable[[], None]) -> AdapterBytes:
+    """Read all of both files, calling `breathe` between slices.
+
+    Raises as read_head() does, and ChangedMeanwhile.
     """
+    config, config_stamp = _read_config(folder)
+    with _open_weights(folder) as file:
+        try:
+            head = _read_head(file, config, config_stamp)
+            digest = hashlib.sha256(config)
+            digest.update(len(head.header).to_bytes(8, "little"))
+            digest.update(head.header)
+            data = _read_data(file, head.stamp, head.start, breathe, digest.update)
+        except (OSError, ValueError) as error:
+            raise _damaged(folder / WEIGHTS_FILE, error) from error
+    if data is None:
+        raise ChangedMeanwhile
+    return AdapterBytes(head, data, digest.hexdigest())
+
+
+def read_data(folder: Path, stamp: Stamp, start: int, breathe: Callable[[], None]) -> Tensor | None:
+    """The weights' file from byte `start` on, [n] uint8; None when the files are not those of `stamp`."""
+    try:
+        if _stamp_of(os.stat(folder / CONFIG_FILE)) != stamp.config:
+            return None
+        with _open_weights(folder) as file:
+            file.seek(start)
+            return _read_data(file, stamp, start, breathe, lambda _: None)
+    except (OSError, AdapterRefused):
+        return None
+
+
+def look(folder: Path) -> Stamp | None:
+    """The files' stamp now; None when one is missing."""
+    try:
+        return Stamp(_stamp_of(os.stat(folder / CONFIG_FILE)), _stamp_of(os.stat(folder / WEIGHTS_FILE)))
+    except OSError:
+        return None
+
+
+def parse_header(head: AdapterHead) -> dict[str, TensorInfo]:
+    """The tensors by name; float32, float16 and bfloat16 only, one after the other with no byte between.
+
+    Raises AdapterRefused("bad_file").
+    """
+    try:
+        raw = json.loads(head.header)
+        found = [(d["data_offsets"], name, d["dtype"], d["shape"]) for name, d in _entries(raw)]
+        tensors = {}
+        at = 0
+        for offsets, name, dtype, shape in sorted(found):
+            if dtype not in _DTYPES:
+                raise AdapterRefused(
+                    "bad_file", f"{WEIGHTS_FILE}: {name} is {dtype}; expected {', '.join(_DTYPES)}; convert it"
+                )
+            info = TensorInfo(_DTYPES[dtype], tuple(shape), at)
+            if not all(type(n) is int and n >= 0 for n in (*shape, *offsets)):
+                raise ValueError(f"{name} has shape {shape} at {offsets}")
+            end = at + math.prod(shape) * info.dtype.itemsize
+            if offsets != [at, end]:
+                raise ValueError(f"{name} of shape {shape} lies at bytes {offsets}, expected {[at, end]}")
+            tensors[name] = info
+            at = end
+        if at != head.data_bytes:
+            raise ValueError(f"the tensors take {at} bytes and the file holds {head.data_bytes} for them")
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise _bad_file(f"{type(error).__name__}: {error}" if isinstance(error, LookupError) else error) from error
+    return tensors
+
+
+def view_tensors(data: Tensor, header: Mapping[str, TensorInfo]) -> dict[str, Tensor]:
+    """The tensors of `header` as views of `data`, wherever they start."""
+    buffer = data.numpy()
+    return {
+        name: torch.frombuffer(buffer, dtype=info.dtype, count=math.prod(info.shape), offset=info.offset).reshape(
+            info.shape
+        )
+        for name, info in header.items()
+    }
+
+
+def _entries(raw: Any) -> list[tuple[str, Any]]:
+    return [(name, described) for name, described in raw.items() if name != "__metadata__"]
+
+
+def _read_head(file: FileIO, config: bytes, config_stamp: tuple[int, ...]) -> AdapterHead:
+    """Raises OSError, and ValueError for a file that is no safetensors file at its very start."""
+    stamp = Stamp(config_stamp, _stamp_of(os.fstat(file.fileno())))
+    size = stamp.weights[2]
+    start = _read_exactly(file, 8)
+    length = int.from_bytes(start, "little")
+    if length > min(size - 8, MAX_HEADER_BYTES):
+        raise ValueError(f"its header is to have {length} bytes, and the file has {size}")
+    return AdapterHead(config, _read_exactly(file, length), size - 8 - length, stamp)
+
+
+def _read_exactly(file: FileIO, count: int) -> bytes:
+    data = bytearray(count)
+    if file.readinto(data) != count:
+        raise ValueError(f"it ends within the first {count} bytes of its header")
+    return bytes(data)
+
+
+def _read_data(
+    file: FileIO, stamp: Stamp, start: int, breathe: Callable[[], None], take: Callable[[memoryview], None]
+) -> Tensor | None:
+    """The rest of the file, each slice given to `take`; None when it is not (any more) the file of `stamp`."""
+    size = stamp.weights[2] - start
+    data = huge_zeros(size)
+    view = data.numpy().data
+    at = 0
+    while at < size:
+        count = file.readinto(view[at : at + SLICE_BYTES])
+        if not count:
+            return None
+        take(view[at : at + count])
+        at += count
+        breathe()
+    return data if _stamp_of(os.fstat(file.fileno())) == stamp.weights else None
+
+
+def _read_config(folder: Path) -> tuple[bytes, tuple[int, ...]]:
     if not folder.is_dir():
         raise AdapterRefused(
             "missing_file", f"no such folder; expected one that holds {CONFIG_FILE} and {WEIGHTS_FILE}"
         )
-    config = _read_config(folder / CONFIG_FILE)
-    weights = folder / WEIGHTS_FILE
-    if not weights.is_file():
-        raise _no_weights(folder)
-    return AdapterFiles(config, weights, weights.stat().st_size, _read_header(weights))
-
-
-def read_tensors(files: AdapterFiles) -> tuple[dict[str, Tensor], str]:
-    """All tensors by name, and the digest: sha256 over the config's bytes followed by the weights' bytes, in hex.
-
-    The tensors are views of the bytes read: safetensors' own reader would copy them once more, and hold the GIL (the
-    engine) meanwhile. Raises AdapterRefused("bad_file"), also when the file is not the one whose header was read.
-    """
-    changed = AdapterRefused("bad_file", f"{WEIGHTS_FILE} changed while it was read; load it again once it is complete")
-    try:
-        with files.weights.open("rb") as file:
-            if os.fstat(file.fileno()).st_size != files.size:
-                raise changed
-            data = bytearray(files.size)
-            if file.readinto(data) != files.size:
-                raise changed
-        tensors = _views(data, files.header)
-    except OSError as error:
-        raise _damaged(files.weights, error) from error
-    if tensors is None:
-        raise changed
-    digest = hashlib.sha256(files.config)
-    digest.update(data)
-    return tensors, digest.hexdigest()
-
-
-def _views(data: bytearray, header: Mapping[str, TensorInfo]) -> dict[str, Tensor] | None:
-    """The tensors in the bytes of a safetensors file; None when its header does not say what `header` does."""
-    start = 8 + int.from_bytes(data[:8], "little")
-    try:
-        described = {name: info for name, info in json.loads(data[8:start]).items() if name != "__metadata__"}
-        if {name: TensorInfo(_DTYPES[d["dtype"]], tuple(d["shape"])) for name, d in described.items()} != header:
-            return None
-        return {
-            name: torch.frombuffer(
-                data, dtype=info.dtype, count=math.prod(info.shape), offset=start + described[name]["data_offsets"][0]
-            ).reshape(info.shape)
-            for name, info in header.items()
-        }
-    except (ValueError, TypeError, LookupError, AttributeError):  # frombuffer looks at the bounds
-        return None
-
-
-def _read_config(path: Path) -> bytes:
+    path = folder / CONFIG_FILE
     if not path.is_file():
         raise AdapterRefused(
             "missing_file", f"there is no {CONFIG_FILE}; is this the folder PEFT's save_pretrained wrote?"
         )
     try:
         with path.open("rb") as file:
+            stamp = _stamp_of(os.fstat(file.fileno()))
             data = file.read(MAX_CONFIG_BYTES + 1)
     except OSError as error:
         raise AdapterRefused("bad_file", f"{CONFIG_FILE} cannot be read: {error.strerror}") from error
     if len(data) > MAX_CONFIG_BYTES:
         raise AdapterRefused("too_large", f"{CONFIG_FILE} has more than {MAX_CONFIG_BYTES} bytes")
-    return data
+    return data, stamp
+
+
+def _open_weights(folder: Path) -> FileIO:
+    path = folder / WEIGHTS_FILE
+    if not path.is_file():
+        raise _no_weights(folder)
+    try:
+        return path.open("rb", buffering=0)
+    except OSError as error:
+        raise _damaged(path, error) from error
+
+
+def _stamp_of(info: os.stat_result) -> tuple[int, ...]:
+    return info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns
 
 
 def _no_weights(folder: Path) -> AdapterRefused:
@@ -135,23 +282,6 @@ def _no_weights(folder: Path) -> AdapterRefused:
     return AdapterRefused("missing_file", f"there is no {WEIGHTS_FILE}; the folder holds {found}")
 
 
-def _read_header(path: Path) -> dict[str, TensorInfo]:
-    header = {}
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118  not a dict
-                info = file.get_slice(name)
-                dtype = info.get_dtype()
-                if dtype not in _DTYPES:
-                    raise AdapterRefused(
-                        "bad_file", f"{WEIGHTS_FILE}: {name} is {dtype}; expected {', '.join(_DTYPES)}; convert it"
-                    )
-                header[name] = TensorInfo(_DTYPES[dtype], tuple(info.get_shape()))
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
-        raise _damaged(path, error) from error
-    return header
-
-
 def _damaged(path: Path, error: Exception) -> AdapterRefused:
     try:
         with path.open("rb") as file:
@@ -160,6 +290,10 @@ def _damaged(path: Path, error: Exception) -> AdapterRefused:
         start = b""
     if start.startswith(b"version https://git-lfs"):
         return AdapterRefused("bad_file", f"{WEIGHTS_FILE} is a Git LFS pointer, not the weights; run git lfs pull")
+    return _bad_file(error)
+
+
+def _bad_file(why: object) -> AdapterRefused:
     return AdapterRefused(
-        "bad_file", f"{WEIGHTS_FILE} is damaged or cut short: {' '.join(str(error).split())}; copy or save it again"
+        "bad_file", f"{WEIGHTS_FILE} is damaged or cut short: {' '.join(str(why).split())}; copy or save it again"
     )

@@ -11,6 +11,10 @@ class AdapterNotFound(AdapterError):
     """No adapter of that name is registered, or its folder does not exist."""
 
 
+class AdapterUnavailable(AdapterError):
+    """Its source cannot be reached at present, is too slow, or broke off: trying again later may help."""
+
+
 class AdapterExists(AdapterError):
     """The name is taken."""
 
@@ -24,7 +28,8 @@ class AdapterRefused(AdapterError):
 
     `code` is a stable machine-readable reason: "missing_file", "bad_config", "bad_file", "unsupported_kind",
     "unsupported_option", "unmatched_tensor", "missing_tensor", "shape_mismatch", "not_finite", "no_effect",
-    "too_large".
+    "too_large", "changed" (the files are other ones than when the request came in), "forbidden" (a path or an address
+    that callers may not reach), "missing_extra" (a library is not installed).
     """
 
     def __init__(self, code: str, message: str) -> None:

@@ -1,29 +1,60 @@
 """Background threads that bring adapters from their source into the host store.
 
-Parsing and packing are injected (`parse`), so this file knows threads, waiting and failures and nothing of formats; it
-imports no torch. Several callers that want the same source share one reading of it, and its failure reaches all of
-them. A load that a request waits for (`ensure`) goes before those nobody waits for yet (`load`).
+Reading, checking and packing are injected (`read`), so this file knows threads, waiting and failures and nothing of
+formats; it imports no torch. Callers that want the same source share one reading of it, and its failure reaches all of
+them. What a request could use at once goes before what queued requests will want, and that before everything else; a
+source whose last caller has cancelled is given up.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections import deque
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import Any, Protocol
 
-from loraplex.adapters.errors import AdapterError, AdapterRefused
-from loraplex.adapters.registry import AdapterVersion
+from loraplex.adapters.durations import Durations, DurationStats
+from loraplex.adapters.errors import AdapterError
+from loraplex.adapters.pace import Breath, lower_priority
+from loraplex.adapters.registry import AdapterVersion, Registry
+from loraplex.adapters.settle import changed, renew, settle
 
 logger = logging.getLogger(__name__)
+
+SLOW_SECONDS = 1.0
+"""A reading that has taken longer waits for a disk or a network: its thread no longer counts as one of the pool's."""
+
+MAX_SLOW = 32
+"""Threads beyond the pool's that slow readings may hold."""
+
+FAIRNESS = 8
+"""Every so many readings begin with the longest waiting one, whatever its priority: none waits for ever."""
+
+
+class Priority(IntEnum):
+    """How soon a load is wanted; the least first."""
+
+    URGENT = 0  # a request could use it now
+    LOOKAHEAD = 1  # a queued request will
+    BULK = 2  # nobody's request
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What `read` is asked for."""
+
+    source: str
+    fresh: bool  # trust nothing known from earlier readings: a Hub id is looked up again, all is checked
+    breathe: Callable[[], None]  # to be called between small pieces of work; raises LoadCancelled
 
 
 @dataclass(frozen=True)
 class ParsedImage:
-    """What `parse(source)` returns: an adapter read, validated and packed, and what the store keeps of it."""
+    """What `read` returns: an adapter read, validated and packed, and what the store keeps of it."""
 
     digest: str
     rank: int
@@ -31,11 +62,12 @@ class ParsedImage:
     num_pages: int
     nbytes: int
     image: Any  # an AdapterImage; opaque here
+    bytes_read: int = 0  # of the source
 
 
 @dataclass(frozen=True)
 class LoadedAdapter:
-    """What a load tells those who waited for it. The image itself is in the host store under `digest`."""
+    """What a load tells those who waited for it. The image is in the host store, too, unless others are held there."""
 
     source: str
     digest: str
@@ -43,6 +75,19 @@ class LoadedAdapter:
     targets: tuple[str, ...]
     num_pages: int
     nbytes: int
+    image: Any = field(default=None, repr=False, compare=False)  # whoever keeps this keeps the image
+
+
+@dataclass(frozen=True)
+class LoaderStats:
+    """Counted since the start, but for `pending`. Failures are refusals and whatever else went wrong."""
+
+    loads: int
+    failures: int
+    cancelled: int
+    durations: DurationStats  # of a clock on the wall, reading and packing; of loads and failures
+    bytes_read: int
+    pending: int  # sources queued or being read now
 
 
 class ImageStore(Protocol):
@@ -57,92 +102,129 @@ class LoaderClosed(AdapterError):
     """The loader was shut down before this load was done."""
 
 
-@dataclass
+class LoadCancelled(AdapterError):
+    """Nobody waits for this load any more."""
+
+
+@dataclass(eq=False)
 class _Waiter:
     future: Future[LoadedAdapter]  # one for each caller: a caller that cancels its own leaves the others alone
-    digest: str | None  # what the caller needs the source to hold; None: whatever it holds
+    version: AdapterVersion | None  # what the caller needs the source to hold; None: whatever it holds
 
 
-@dataclass
+@dataclass(eq=False)
 class _Job:
     source: str
-    urgent: bool
+    priority: Priority
+    number: int  # in order of arrival
+    fresh: bool
     waiters: list[_Waiter] = field(default_factory=list)
-    queued: bool = True  # False once a thread has begun to parse
+    began: float | None = None  # clock, when a thread has begun to read
+
+    @property
+    def is_wanted(self) -> bool:
+        return not all(waiter.future.cancelled() for waiter in tuple(self.waiters))
+
+    def check_wanted(self) -> None:
+        if not self.is_wanted:
+            raise LoadCancelled(f"nobody waits for adapter {self.source!r} any more")
 
 
 class Loader:
-    """Loads adapters in `threads` background threads (daemons: they never keep the process alive)."""
+    """Loads adapters in `threads` background threads (daemons: they never keep the process alive).
 
-    def __init__(self, parse: Callable[[str], ParsedImage], store: ImageStore, threads: int = 1) -> None:
-        """`parse(source)` may be called from several threads at once when `threads` > 1."""
+    One of them is kept for urgent loads when there are several. A reading slower than `slow_after` seconds (a hanging
+    disk, a download) costs the pool no thread: another takes its place.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[Reading], ParsedImage],
+        store: ImageStore,
+        registry: Registry,
+        threads: int = 2,
+        slow_after: float = SLOW_SECONDS,
+    ) -> None:
+        """`read` is called from several threads at once. Digests found, and files that changed, go to `registry`."""
         if threads < 1:
             raise ValueError(f"threads is {threads}; expected at least 1")
-        self._parse = parse
+        self._read = read
         self._store = store
+        self._registry = registry
+        self._width = threads
+        self._slow_after = slow_after
         self._changed = threading.Condition()
         self._jobs: dict[str, _Job] = {}  # by source; from the call that makes it until its futures are set
-        self._urgent: deque[_Job] = deque()
-        self._bulk: deque[_Job] = deque()
+        self._queue: list[_Job] = []
+        self._reading: list[_Job] = []
+        self._threads: list[threading.Thread] = []
+        self._idle = 0  # threads waiting for a job, or about to
+        self._picks = 0  # jobs begun
+        self._next_number = 0
         self._closed = False
-        self._threads = [
-            threading.Thread(target=self._run, name=f"adapter-loader-{i}", daemon=True) for i in range(threads)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._loads = self._failures = self._cancelled = self._bytes_read = 0
+        self._durations = Durations()
+        with self._changed:
+            self._spawn()
 
     def load(self, source: str) -> Future[LoadedAdapter]:
-        """Read `source` afresh and put its image into the store.
+        """Read `source` afresh, check all of it, and put its image into the store.
 
         The future fails with AdapterRefused or AdapterNotFound (the adapter's fault), with LoaderClosed, or with what
-        else `parse` raised.
+        else `read` raised. Cancelling it is free.
         """
-        return self._submit(source, None, urgent=False)
+        return self._submit(source, None, Priority.BULK)
 
-    def ensure(self, version: AdapterVersion) -> Future[LoadedAdapter]:
-        """Have the image of `version` in the store: done at once when it is there, read again from its source if not.
+    def ensure(self, version: AdapterVersion, priority: Priority = Priority.URGENT) -> Future[LoadedAdapter]:
+        """Have the image of `version`: done at once when the store has it, read again from its source if not.
 
-        The future fails as that of `load` does, and with AdapterRefused when the source no longer holds what was
-        registered.
+        Settles the version's digest. The future fails as that of `load` does, and with AdapterRefused ("changed") when
+        the source no longer holds what it did: the registry then points the version's name at a new version.
         """
-        if self._store.get(version.digest) is not None:
-            done: Future[LoadedAdapter] = Future()
-            done.set_result(
-                LoadedAdapter(
-                    source=version.source,
-                    digest=version.digest,
-                    rank=version.rank,
-                    targets=version.targets,
-                    num_pages=version.num_pages,
-                    nbytes=version.nbytes,
-                )
+        digest = version.digest
+        image = None if digest is None else self._store.get(digest)
+        if digest is None or image is None:
+            return self._submit(version.source, version, priority)
+        done: Future[LoadedAdapter] = Future()
+        done.set_result(
+            LoadedAdapter(
+                version.source, digest, version.rank, version.targets, version.num_pages, version.nbytes, image
             )
-            return done
-        return self._submit(version.source, version.digest, urgent=True)
+        )
+        return done
 
     def pending(self) -> int:
         """Sources queued or being read."""
         with self._changed:
             return len(self._jobs)
 
+    def stats(self) -> LoaderStats:
+        with self._changed:
+            return LoaderStats(
+                self._loads, self._failures, self._cancelled, self._durations.stats(), self._bytes_read, len(self._jobs)
+            )
+
     def shutdown(self, timeout: float | None = 5.0) -> None:
         """Take no more work, fail what is queued with LoaderClosed, wait up to `timeout` s for what is being read."""
         with self._changed:
             self._closed = True
-            dropped = [job for job in self._jobs.values() if job.queued]
+            dropped = self._queue
+            self._queue = []
             for job in dropped:
-                job.queued = False
-                del self._jobs[job.source]
-            self._urgent.clear()
-            self._bulk.clear()
+                self._forget(job)
+            threads = tuple(self._threads)
             self._changed.notify_all()
         for job in dropped:
             self._finish(job, LoaderClosed(f"adapter {job.source!r} was not loaded: the server is shutting down"))
-        for thread in self._threads:
-            thread.join(timeout)
+        end = None if timeout is None else time.monotonic() + timeout
+        for thread in threads:
+            thread.join(None if end is None else max(0.0, end - time.monotonic()))
 
-    def _submit(self, source: str, digest: str | None, *, urgent: bool) -> Future[LoadedAdapter]:
-        waiter = _Waiter(Future(), digest)
+    # -- the queue -----------------------------------------------------------------------------------------------------
+
+    def _submit(self, source: str, version: AdapterVersion | None, priority: Priority) -> Future[LoadedAdapter]:
+        waiter = _Waiter(Future(), version)
+        fresh = version is None
         with self._changed:
             if self._closed:
                 waiter.future.set_exception(
@@ -150,75 +232,146 @@ class Loader:
                 )
                 return waiter.future
             job = self._jobs.get(source)
-            if job is None or (not job.queued and digest is None):
-                # A reading already begun may have seen the files before the caller wrote them: `load` wants a new one.
-                job = self._jobs[source] = _Job(source, urgent)
-                (self._urgent if urgent else self._bulk).append(job)
-                self._changed.notify()
-            elif urgent and job.queued and not job.urgent:
-                job.urgent = True
-                self._bulk.remove(job)
-                self._urgent.append(job)
+            # A reading already begun may have seen the files before the caller wrote them: `load` wants a new one.
+            if job is None or (job.began is not None and (fresh or not job.is_wanted)):
+                job = self._jobs[source] = _Job(source, priority, self._next_number, fresh)
+                self._next_number += 1
+                self._queue.append(job)
+            job.priority = min(job.priority, priority)
+            job.fresh = job.fresh or fresh
             job.waiters.append(waiter)
+            self._changed.notify_all()
         return waiter.future
 
-    def _run(self) -> None:
-        while (job := self._next()) is not None:
-            outcome: LoadedAdapter | BaseException
-            try:
-                outcome = self._read(job)
-            except AdapterError as error:
-                outcome = error
-            except BaseException as error:  # nothing a file holds may end this thread
-                logger.exception("loading adapter %r failed unexpectedly", job.source)
-                outcome = error
-            self._close(job)
-            self._finish(job, outcome)
+    def _spawn(self) -> None:
+        """Keep one thread idle: it looks whether a reading has become slow (lock held)."""
+        if self._idle == 0 and len(self._threads) < self._width + MAX_SLOW and not self._closed:
+            thread = threading.Thread(target=self._run, name=f"adapter-loader-{self._picks}", daemon=True)
+            self._threads.append(thread)
+            self._idle += 1
+            thread.start()
 
     def _next(self) -> _Job | None:
+        """The next job, for an idle thread. None: it shall end."""
         with self._changed:
-            while not (self._urgent or self._bulk):
-                if self._closed:
-                    return None
-                self._changed.wait()
-            job = (self._urgent or self._bulk).popleft()
-            job.queued = False
-            return job
+            while not self._closed and self._idle <= self._width + 1:
+                job = self._choose()
+                if job is not None:
+                    self._picks += 1
+                    job.began = time.monotonic()
+                    self._queue.remove(job)
+                    self._reading.append(job)
+                    self._idle -= 1
+                    self._spawn()
+                    return job
+                self._changed.wait(self._until_slow())
+            self._idle -= 1
+            self._threads.remove(threading.current_thread())
+            return None
 
-    def _read(self, job: _Job) -> LoadedAdapter:
-        parsed = self._parse(job.source)
-        self._close(job)
-        if any(waiter.digest in (None, parsed.digest) for waiter in job.waiters):
-            self._store.put(parsed.digest, parsed.image)  # else the files changed, and nobody wants the new ones
-        return LoadedAdapter(
-            source=job.source,
-            digest=parsed.digest,
-            rank=parsed.rank,
-            targets=parsed.targets,
-            num_pages=parsed.num_pages,
-            nbytes=parsed.nbytes,
-        )
+    def _choose(self) -> _Job | None:
+        """What may be begun now (lock held)."""
+        for job in [job for job in self._queue if not job.is_wanted]:
+            self._queue.remove(job)
+            self._forget(job)
+            self._cancelled += 1
+        now = time.monotonic()
+        room = self._width - sum(now - (job.began or now) < self._slow_after for job in self._reading)
+        if not self._queue or room < 1:
+            return None
+        oldest = self._picks % FAIRNESS == FAIRNESS - 1
+        job = min(self._queue, key=lambda job: (0 if oldest else job.priority, job.number))
+        if room == 1 < self._width and not oldest and job.priority != Priority.URGENT:
+            return None  # the last thread is kept for who cannot wait
+        return job
 
-    def _close(self, job: _Job) -> None:
-        """Let nobody join `job` any more: its waiters are final."""
-        with self._changed:
-            if self._jobs.get(job.source) is job:
-                del self._jobs[job.source]
+    def _until_slow(self) -> float | None:
+        """Seconds after which _choose() may answer otherwise with nobody telling (lock held)."""
+        now = time.monotonic()
+        ends = [(job.began or now) + self._slow_after - now for job in self._reading]
+        left = [end for end in ends if end > 0]
+        return min(max(min(left), 0.01), 60.0) if left and self._queue else None
 
-    def _finish(self, job: _Job, outcome: LoadedAdapter | BaseException) -> None:
-        """Tell every waiter of a closed job."""
-        for waiter in job.waiters:
+    # -- a thread ------------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        lower_priority()
+        while (job := self._next()) is not None:
+            outcome: ParsedImage | BaseException
+            try:
+                outcome = self._read(Reading(job.source, job.fresh, Breath(job.check_wanted)))
+            except AdapterError as error:
+                outcome = _bare(error)
+            except BaseException as error:  # nothing a file holds may end this thread
+                logger.exception("loading adapter %r failed unexpectedly", job.source)
+                outcome = _bare(error)
+            with self._changed:  # its waiters are final from here on
+                self._forget(job)
+                self._count(job, outcome)
+            self._finish(job, outcome)
+            with self._changed:
+                self._reading.remove(job)
+                self._changed.notify_all()
+                self._idle += 1
+            del job, outcome  # an idle thread holds no image
+
+    def _forget(self, job: _Job) -> None:
+        """Let nobody join `job` any more (lock held)."""
+        if self._jobs.get(job.source) is job:
+            del self._jobs[job.source]
+
+    def _count(self, job: _Job, outcome: ParsedImage | BaseException) -> None:
+        if isinstance(outcome, LoadCancelled):
+            self._cancelled += 1
+            return
+        self._durations.observe(time.monotonic() - (job.began or 0.0))
+        if isinstance(outcome, ParsedImage):
+            self._loads += 1
+            self._bytes_read += outcome.bytes_read
+        else:
+            self._failures += 1
+
+    def _finish(self, job: _Job, outcome: ParsedImage | BaseException) -> None:
+        """Tell every waiter of a job that nobody joins any more."""
+        answers: list[LoadedAdapter | BaseException]
+        if isinstance(outcome, ParsedImage):
+            try:
+                answers = self._settle(job, outcome)
+            except AdapterError as error:  # it is larger than the store
+                answers = [error] * len(job.waiters)
+            except Exception as error:
+                logger.exception("adapter %r was read but could not be kept", job.source)
+                answers = [error] * len(job.waiters)
+        else:
+            answers = [outcome] * len(job.waiters)
+        for waiter, answer in zip(job.waiters, answers, strict=True):
             if not waiter.future.set_running_or_notify_cancel():
                 continue
-            if isinstance(outcome, BaseException):
-                waiter.future.set_exception(outcome)
-            elif waiter.digest in (None, outcome.digest):
-                waiter.future.set_result(outcome)
+            if isinstance(answer, BaseException):
+                waiter.future.set_exception(answer)
             else:
-                waiter.future.set_exception(
-                    AdapterRefused(
-                        "bad_file",
-                        f"the files at {job.source!r} have changed since the adapter was loaded (found digest "
-                        f"{outcome.digest[:12]}, expected {waiter.digest[:12]}); load it again to serve the new ones",
-                    )
-                )
+                waiter.future.set_result(answer)
+
+    def _settle(self, job: _Job, parsed: ParsedImage) -> list[LoadedAdapter | BaseException]:
+        """Store what was read, where anybody has a use for it, and what each waiter gets. Raises AdapterRefused."""
+        loaded = LoadedAdapter(
+            job.source, parsed.digest, parsed.rank, parsed.targets, parsed.num_pages, parsed.nbytes, parsed.image
+        )
+        answers: list[LoadedAdapter | BaseException] = []
+        wanted = False
+        for version in [waiter.version for waiter in job.waiters]:
+            if version is None or settle(self._registry, version, parsed):
+                answers.append(loaded)
+                wanted = True
+                continue
+            answers.append(changed(version, parsed))
+            wanted |= renew(self._registry, version, parsed)
+        if wanted:
+            self._store.put(parsed.digest, parsed.image)
+        return answers
+
+
+def _bare(error: BaseException) -> BaseException:
+    """Without the frames it came through: they hold the file's bytes, and a failure may be kept for long."""
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)

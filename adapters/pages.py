@@ -1,6 +1,7 @@
 """PagePool: which page of the arena belongs to whom. Integers only; the bytes are the arena's.
 
-One pool serves adapters ("adapter") and the KV cache ("kv"), so memory goes to whichever needs it.
+One pool serves adapters ("adapter"), the KV cache of sequences ("kv") and cached prefixes nobody uses at the moment
+("prefix"), so memory goes to whichever needs it.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ class PagePool:
         self._free = list(range(num_pages - 1, -1, -1))  # a stack: the last freed page is the warmest in cache
         self._owner: list[str | None] = [None] * num_pages
         self._used: dict[str, int] = {}
+        self.reached = 0  # pages 0 to reached - 1 have been handed out at some time; the others never
 
     @property
     def num_free(self) -> int:
@@ -43,6 +45,7 @@ class PagePool:
         del self._free[-n:]
         for page in pages:
             self._owner[page] = owner
+        self.reached = max(self.reached, max(pages) + 1)
         self._used[owner] = self._used.get(owner, 0) + n
         return pages
 
@@ -65,6 +68,16 @@ class PagePool:
             self._used[owner] -= 1
             self._owner[page] = None
             self._free.append(page)
+
+    def assign(self, pages: Iterable[int], owner: str) -> None:
+        """Hand pages that somebody owns to `owner`. Raises ValueError for a page that is free or foreign."""
+        for page in pages:
+            before = self._owner[page] if 0 <= page < self.num_pages else None
+            if before is None:
+                raise ValueError(f"page {page} is nobody's and cannot be handed on; expected one that is owned")
+            self._owner[page] = owner
+            self._used[before] -= 1
+            self._used[owner] = self._used.get(owner, 0) + 1
 
     def check_integrity(self) -> None:
         """Raises AssertionError unless every page is either free or owned, once, and the counts agree."""

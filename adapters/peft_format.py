@@ -1,7 +1,7 @@
-"""Read a PEFT LoRA adapter from its folder and check it against the base, whole: nothing is left out or guessed.
+"""A PEFT LoRA adapter's config and the names and shapes in its file, against the base: nothing is left out or guessed.
 
 Every tensor of the file is used or named in a refusal, every module the config targets is there with A and B, and every
-shape fits.
+shape fits. What the tensors hold is peft_values.py's.
 
     adapter_model.safetensors                                        what it becomes
     base_model.model.<layers>.N.<projection>.lora_A.weight [r, in]   LowRank.a
@@ -16,22 +16,17 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from loraplex.adapters.adapter_files import TensorInfo, open_files, read_tensors
+from loraplex.adapters.adapter_files import TensorInfo
 from loraplex.adapters.errors import AdapterRefused
-from loraplex.adapters.peft_config import LoraConfig, ModulePlan, parse_config, plan_modules
-from loraplex.adapters.tiles import AdapterImage, BaseLayout, BiasDelta, LowRank, pack
+from loraplex.adapters.peft_config import LoraConfig, ModulePlan, plan_modules
+from loraplex.adapters.tiles import BaseLayout, PartShape
 from loraplex.kernels.metadata import Projection, Site
 
 BaseBias = Callable[[int, str], Tensor | None]
 """(layer, projection name) -> the base's own bias [out], or None where it has none."""
-
-MAX_MESSAGE = 800
-"""Characters of a refusal."""
 
 _PREFIX = "base_model.model."
 _LAYERS = (
@@ -49,19 +44,39 @@ _ODD_NAMES = {  # part of a tensor's name: what it belongs to
     "modules_to_save": "modules_to_save",
     "lora_magnitude_vector": "use_dora",
 }
-_CANCELLED = 2.0**-20  # B A smaller than this beside A and B is what rounding leaves of equal terms
 
 
 @dataclass(frozen=True)
-class ParsedAdapter:
-    """An adapter read and found fit for the base."""
+class AdapterModule:
+    """One projection of one layer as an adapter has it; the tensors by their names in the file, None: not there."""
 
-    parts: tuple[LowRank | BiasDelta, ...]
+    layer: int
+    projection: Projection
+    rank: int  # 0: no A and B
+    scaling: float  # alpha / r, or alpha / sqrt(r) with rsLoRA
+    a: str | None
+    b: str | None
+    b_bias: str | None
+    bias: str | None  # trained: not a difference to the base's
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """An adapter that is fit for the base by its config and header; any number of adapters may share one."""
+
+    modules: tuple[AdapterModule, ...]  # in the base's order
+    header: Mapping[str, TensorInfo]
     rank: int  # the largest of its modules
     targets: tuple[str, ...]  # last names of the projections it acts on: "q_proj", ...
-    kind: str  # "lora"
-    base_model: str | None  # as its config names it. Not compared: names differ between machines, shapes decide
-    digest: str  # sha256 over adapter_config.json followed by adapter_model.safetensors, hex
+
+    def shapes(self) -> list[PartShape]:
+        """Of the parts it can come to at most, a module's bias before its A and B."""
+        return [
+            PartShape(module.layer, module.projection, rank)
+            for module in self.modules
+            for rank, there in ((0, module.bias or module.b_bias), (module.rank, module.a))
+            if there
+        ]
 
 
 @dataclass
@@ -74,46 +89,32 @@ class _Module:
     tensors: dict[str, str] = field(default_factory=dict)  # "A", "B", "B bias", "bias" -> name in the file
 
 
-def load_image(path: Path, layout: BaseLayout, base_bias: BaseBias) -> tuple[ParsedAdapter, AdapterImage]:
-    """Read the adapter in the folder `path` and pack it for the device. Raises AdapterRefused."""
-    parsed = read_adapter(path, layout, base_bias)
-    return parsed, pack(parsed.parts, layout)
+def draw_blueprint(
+    config: LoraConfig, header: Mapping[str, TensorInfo], layout: BaseLayout, base_bias: BaseBias
+) -> Blueprint:
+    """Check config and header against the base.
 
-
-def read_adapter(path: Path, layout: BaseLayout, base_bias: BaseBias) -> ParsedAdapter:
-    """Read the adapter in the folder `path` and check it against the base.
-
-    Modules whose A or B is zero have no effect and make no part. Raises AdapterRefused, whose message names the tensor
-    or option, what was found and what was expected.
+    Raises AdapterRefused, whose message names the tensor or option, what was found and what was expected.
     """
-    try:
-        return _read(path, layout, base_bias)
-    except AdapterRefused as error:
-        message = " ".join(str(error).split())  # one line, whatever a stranger's file puts into names
-        raise AdapterRefused(error.code, f"{path}: {message[:MAX_MESSAGE]}") from error
-    except OSError as error:
-        raise AdapterRefused("missing_file", f"{path} cannot be read: {error}") from error
-
-
-def _read(path: Path, layout: BaseLayout, base_bias: BaseBias) -> ParsedAdapter:
-    files = open_files(path)
-    config = parse_config(files.config)
-    prefix, modules = _match_names(files.header, layout)
+    prefix, modules = _match_names(header, layout)
     plans = plan_modules(config, modules, (f"{prefix.removesuffix('layers.')}embed_tokens", "lm_head"))
     _check_complete(modules, plans, config, base_bias)
-    _check_shapes(files.header, modules, plans, config, layout)
-    tensors, digest = read_tensors(files)
-    _check_finite(tensors)
+    _check_shapes(header, modules, plans, config, layout)
     found = [module for module in modules.values() if module.tensors]
     names = {module.projection.name for module in found}
-    return ParsedAdapter(
-        parts=_parts(found, plans, tensors, layout, base_bias),
+    return Blueprint(
+        modules=tuple(_adapter_module(module, plans.get(module.path)) for module in found),
+        header=header,
         rank=max(plan.rank for plan in plans.values()),
         targets=tuple(p.name.rpartition(".")[2] for p in layout.projections if p.name in names),
-        kind="lora",
-        base_model=config.base_model,
-        digest=digest,
     )
+
+
+def _adapter_module(module: _Module, plan: ModulePlan | None) -> AdapterModule:
+    get = module.tensors.get
+    rank = plan.rank if plan is not None and "A" in module.tensors else 0
+    scaling = plan.scaling if plan is not None else 0.0
+    return AdapterModule(module.layer, module.projection, rank, scaling, get("A"), get("B"), get("B bias"), get("bias"))
 
 
 def _match_names(names: Iterable[str], layout: BaseLayout) -> tuple[str, dict[str, _Module]]:
@@ -243,98 +244,3 @@ def _likely_base(kind: str, site: Site, found: tuple[int, ...], expected: tuple[
     if (kind == "A") == reads_hidden:
         return f"; the adapter looks made for a base of hidden size {found[axis]}{named}"
     return f"; the adapter looks made for another base{named}"
-
-
-def _check_finite(tensors: Mapping[str, Tensor]) -> None:
-    for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            bad = int((~tensor.isfinite()).sum())
-            raise AdapterRefused(
-                "not_finite", f"{name} has {bad} values of {tensor.numel()} that are NaN or infinite; expected none"
-            )
-
-
-def _parts(
-    modules: Iterable[_Module],
-    plans: Mapping[str, ModulePlan],
-    tensors: Mapping[str, Tensor],
-    layout: BaseLayout,
-    base_bias: BaseBias,
-) -> tuple[LowRank | BiasDelta, ...]:
-    """What the adapter adds, without what adds nothing. Raises AdapterRefused("no_effect") when that is all of it."""
-    parts: list[LowRank | BiasDelta] = []
-    idle: dict[str, None] = {}  # reasons, each once, in order
-    effective = False
-    for module in modules:
-        delta = _bias_delta(module, plans, tensors, layout, base_bias)
-        if delta is not None:
-            parts.append(delta)
-            effective = True
-        if "A" not in module.tensors:
-            continue
-        a, b = tensors[module.tensors["A"]], tensors[module.tensors["B"]]
-        part = LowRank(module.layer, module.projection, a, b, plans[module.path].scaling)
-        reason = _check_rounded(part, module, layout)
-        if reason is not None:
-            idle[reason] = None
-            continue
-        parts.append(part)
-        effective = effective or not _cancels(part)  # one that does not is enough: the products are never all formed
-    if not effective:
-        why = "; ".join([*idle, *(["B A cancels out to zero"] if parts else [])])
-        raise AdapterRefused(
-            "no_effect",
-            f"the adapter changes nothing in any module ({why}); it would answer as the base does. Was it saved before "
-            "it was trained?",
-        )
-    return tuple(parts)
-
-
-def _check_rounded(part: LowRank, module: _Module, layout: BaseLayout) -> str | None:
-    """Why the part has no effect once rounded to the compute dtype, or None. Refuses values beyond that dtype."""
-    if part.scaling == 0:
-        return "lora_alpha is 0"
-    dtype = str(layout.dtype).removeprefix("torch.")
-    folded = part.b.float() * part.scaling
-    for kind, exact, what in (("A", part.a, "it"), ("B", folded, f"it times {part.scaling:.4g}")):
-        name = module.tensors[kind]
-        rounded = exact.to(layout.dtype)
-        if not rounded.isfinite().all():
-            raise AdapterRefused(
-                "not_finite",
-                f"{name}: {what} reaches {float(exact.float().abs().max()):.4g}, more than {dtype}, in which the base "
-                f"runs, can hold ({torch.finfo(layout.dtype).max:.5g})",
-            )
-        if not rounded.any():
-            return f"lora_{kind} vanishes in {dtype}" if exact.any() else f"lora_{kind} is zero"
-    return None
-
-
-def _cancels(part: LowRank) -> bool:
-    """Whether B A is zero though neither is (an adapter that is the difference of two equal ones)."""
-    a, b = part.a.float(), part.b.float()
-    least = _CANCELLED * float(a.abs().max()) * float(b.abs().max())
-    return all(float((rows @ a).abs().max()) <= least for rows in b.split(256))
-
-
-def _bias_delta(
-    module: _Module,
-    plans: Mapping[str, ModulePlan],
-    tensors: Mapping[str, Tensor],
-    layout: BaseLayout,
-    base_bias: BaseBias,
-) -> BiasDelta | None:
-    """The sum of lora_B's bias, scaled as B is, and of how far the file's bias is from the base's."""
-    delta = torch.zeros(module.projection.out_features)
-    if "B bias" in module.tensors:
-        delta += plans[module.path].scaling * tensors[module.tensors["B bias"]].float()
-    if "bias" in module.tensors:
-        own = base_bias(module.layer, module.projection.name)
-        assert own is not None, "_check_complete lets no bias through where the base has none"
-        delta += tensors[module.tensors["bias"]].float() - own.float().cpu()
-    if not delta.to(layout.dtype).isfinite().all():
-        name = module.tensors.get("bias") or module.tensors["B bias"]
-        raise AdapterRefused(
-            "not_finite", f"{name}: as an addition to the base's bias it is more than {layout.dtype} holds"
-        )
-    return BiasDelta(module.layer, module.projection, delta) if delta.any() else None

@@ -1,9 +1,10 @@
 """Which adapters there are by name: a name points at an immutable version, and a lease keeps a version alive.
 
-A version is what a source held when it was registered. A request leases it at admission and releases it after its last
-token; unregistering or re-pointing a name takes effect for new requests at once, while those in flight finish on the
-version they started with. A version whose name is gone and whose leases are all released has drained: `on_drained`
-tells whoever keeps its bytes. Free of torch; safe from any thread.
+A version is one content of a source. Registration looks at the config and the header of the weights alone; which bytes
+a version stands for, its digest, is settled by the first load. A request leases a version on arrival and releases it
+after its last token; unregistering or re-pointing a name takes effect for new requests at once, while those in flight
+finish on the version they started with. A version whose name is gone and whose leases are all released has drained:
+`on_drained` tells whoever keeps its bytes. Free of torch; safe from any thread.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import re
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 
 from loraplex.adapters.errors import AdapterExists, AdapterNotFound, AdapterRefused, InvalidAdapterName
@@ -26,28 +27,46 @@ MAX_NAME = 200
 _NAME = re.compile(r"(?:[A-Za-z0-9._-]+/)?[A-Za-z0-9._-]+")
 
 
+class _Identity:
+    """The one thing about a version that comes later."""
+
+    __slots__ = ("digest",)
+
+    def __init__(self) -> None:
+        self.digest: str | None = None
+
+
 @dataclass(frozen=True)
 class AdapterVersion:
     """One immutable state of an adapter, as registered under a name."""
 
     name: str
-    digest: str  # of the files; two names may share it, and what is resident is keyed by it
     uid: int  # never reused, also when the name is
     source: str  # path or Hub id as the caller gave it
     rank: int  # the largest of its modules
     targets: tuple[str, ...]
-    num_pages: int  # when resident on the device
-    nbytes: int  # of its tiles
+    num_pages: int  # at most, when resident on the device: fewer only if modules turn out to be zero
+    nbytes: int  # of its tiles, at most
     created: int  # unix seconds
+    _identity: _Identity = field(default_factory=_Identity, repr=False, compare=False)
+
+    @property
+    def digest(self) -> str | None:
+        """Of the files' content; None until they are read first, the same ever after (Registry.identify).
+
+        Two names may share it. What is resident, in host memory or cached is keyed by it.
+        """
+        return self._identity.digest
 
 
 class AdapterLease:
     """The right to run one version until `release()`. Made by `Registry.lease`; also a context manager."""
 
-    __slots__ = ("_registry", "_released", "version")
+    __slots__ = ("_registry", "_released", "exact", "version")
 
-    def __init__(self, registry: Registry, version: AdapterVersion) -> None:
+    def __init__(self, registry: Registry, version: AdapterVersion, *, exact: bool = False) -> None:
         self.version = version
+        self.exact = exact  # this very version was asked for, not whichever the name points at
         self._registry = registry
         self._released = False  # guarded by the registry's lock
 
@@ -93,17 +112,18 @@ class Registry:
         self,
         name: str,
         *,
-        digest: str,
         source: str,
         rank: int,
         targets: tuple[str, ...],
         num_pages: int,
         nbytes: int,
+        digest: str | None = None,
         replace: bool = False,
     ) -> AdapterVersion:
         """Point `name` at a new version. With `replace`, a version the name pointed at drains.
 
-        Raises InvalidAdapterName, and AdapterExists when the name is taken and `replace` is false.
+        `digest` is None for files not read yet. Raises InvalidAdapterName, and AdapterExists when the name is taken and
+        `replace` is false.
         """
         check_name(name)
         with self._lock:
@@ -112,22 +132,40 @@ class Registry:
                 raise AdapterExists(
                     f"adapter {name!r} is already loaded, from {old.source!r}; unload it first, or ask to replace it"
                 )
-            version = AdapterVersion(
-                name=name,
-                digest=digest,
-                uid=self._next_uid,
-                source=source,
-                rank=rank,
-                targets=targets,
-                num_pages=num_pages,
-                nbytes=nbytes,
-                created=int(time.time()),
-            )
-            self._next_uid += 1
-            self._current[name] = version
-            self._leases[version.uid] = 0
-            self._refused.pop(name, None)
-            drained = self._retire(old) if old is not None else None
+            version = AdapterVersion(name, self._next_uid, source, rank, targets, num_pages, nbytes, int(time.time()))
+            version._identity.digest = digest
+            drained = self._point(version)
+        self._notify(drained)
+        return version
+
+    def identify(self, version: AdapterVersion, digest: str) -> bool:
+        """Settle what `version` stands for, unless that is settled. Returns whether it stands for `digest` now."""
+        with self._lock:
+            if version._identity.digest is None:
+                version._identity.digest = digest
+            return version._identity.digest == digest
+
+    def renew(
+        self,
+        old: AdapterVersion,
+        *,
+        digest: str,
+        rank: int,
+        targets: tuple[str, ...],
+        num_pages: int,
+        nbytes: int,
+    ) -> AdapterVersion | None:
+        """The source of `old` holds something else by now: point its name at a new version, and `old` drains.
+
+        Returns the new version; None, and nothing changed, when the name does not point at `old` any more.
+        """
+        with self._lock:
+            if self._current.get(old.name) is not old:
+                return None
+            created = int(time.time())
+            version = AdapterVersion(old.name, self._next_uid, old.source, rank, targets, num_pages, nbytes, created)
+            version._identity.digest = digest
+            drained = self._point(version)
         self._notify(drained)
         return version
 
@@ -142,6 +180,26 @@ class Registry:
                 raise self._absent(name)
             self._leases[version.uid] += 1
             return AdapterLease(self, version)
+
+    def lease_version(self, name: str, digest: str) -> AdapterLease:
+        """The version of `name`, current or draining, whose digest begins with `digest`.
+
+        Raises AdapterNotFound when none does or several do, naming those there are.
+        """
+        with self._lock:
+            current = self._current.get(name)
+            known = [version for version in self._draining.values() if version.name == name]
+            known += [current] if current is not None else []
+            if not known:
+                raise self._absent(name)
+            found = {v.digest: v for v in known if v.digest is not None and v.digest.startswith(digest)}
+            if len(found) != 1:
+                there = ", ".join(v.digest[:12] if v.digest else "one that is not read yet" for v in known)
+                why = "no version of it begins so" if not found else "several versions of it begin so"
+                raise AdapterNotFound(f"adapter {name!r} is there, but with @{digest!r} {why}; there is {there}")
+            (version,) = found.values()
+            self._leases[version.uid] += 1
+            return AdapterLease(self, version, exact=True)
 
     def get(self, name: str) -> AdapterVersion | None:
         """The version `name` points at now, without a lease: for listings and metrics."""
@@ -206,6 +264,15 @@ class Registry:
             return AdapterRefused(refused.code, f"adapter {name!r} was refused: {refused}")
         return AdapterNotFound(f"no adapter {name!r} is loaded; GET /v1/models lists the names there are")
 
+    def _point(self, version: AdapterVersion) -> AdapterVersion | None:
+        """Give `version` its name (lock held). Returns the one that drained by it."""
+        old = self._current.get(version.name)
+        self._next_uid += 1
+        self._current[version.name] = version
+        self._leases[version.uid] = 0
+        self._refused.pop(version.name, None)
+        return self._retire(old) if old is not None else None
+
     def _retire(self, version: AdapterVersion) -> AdapterVersion | None:
         """`version` has lost its name (lock held): it drains now, and is returned, or when its last lease goes."""
         if self._leases[version.uid] == 0:
@@ -232,7 +299,7 @@ class Registry:
             if lease._released:
                 raise ValueError(f"{lease!r} is released and cannot be shared")
             self._leases[lease.version.uid] += 1
-            return AdapterLease(self, lease.version)
+            return AdapterLease(self, lease.version, exact=lease.exact)
 
     def _notify(self, drained: AdapterVersion | None) -> None:
         if drained is None or self.on_drained is None:

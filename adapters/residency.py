@@ -1,43 +1,64 @@
-"""Which adapters are on the device: their slots, pages and rows of the tile table. The one writer of all three.
+"""Which adapters are on the device: their slots, pages and rows of the tile table (tile_rows.py).
 
-Used by the engine thread alone, between steps. Adapters are known by the digest of their version.
+An adapter comes in slices: begin() takes slot and pages, advance() copies some bytes, and with the last byte its tiles
+enter the table. Until then its slot's ranges are empty, so what computes with it adds nothing. What nobody pins is idle
+and the Reclaimer's to evict. Used by the engine thread alone, between steps. Adapters are known by the digest of their
+version.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from time import perf_counter
 
 import torch
 from torch import Tensor
 
+from loraplex.adapters.durations import Durations
+from loraplex.adapters.eviction import Frequency, Reclaimer
 from loraplex.adapters.pages import PagePool
+from loraplex.adapters.tile_rows import TileRows
 from loraplex.adapters.tiles import AdapterImage, BaseLayout
-from loraplex.kernels.metadata import ALIGN, NUM_SITES, TileTable
+from loraplex.kernels.metadata import ALIGN, TileTable
 
 OWNER = "adapter"
-"""Our name in the page pool."""
+"""Our name in the page pool and at the Reclaimer."""
 
-_FIRST_ROWS = 1024
-"""Rows of a new tile table: 16 KiB, a handful of adapters on every linear; it doubles as needed."""
+_GUESSED_SECONDS = 2e-9
+"""Per byte that a load takes, until loads are measured: half a gigabyte a second."""
 
 
 @dataclass
 class _Resident:
-    """An adapter on the device."""
+    """An adapter on the device, or on its way there."""
 
     slot: int
     pages: list[int]
-    rows: slice  # of the tile table
+    image: AdapterImage  # without its pages once they are copied
+    seconds: float  # that bringing it took so far
+    copied: int = 0  # bytes
+    copying: float = 0.0  # seconds of copying alone
+    rows: slice | None = None  # of the tile table; None: still being copied
     pins: int = 0
     doomed: bool = False  # to be dropped at the last unpin
 
 
 class Residency:
-    """Loads, pins and evicts adapters. Never evicts on its own: who needs room decides (evict_idle, evict_one)."""
+    """Copies adapters to the device and keeps them there while somebody pins them, and for as long as there is room."""
 
-    def __init__(self, arena: Tensor, pool: PagePool, layout: BaseLayout, num_slots: int = 256) -> None:
-        """arena [num_pages, page_bytes] uint8, contiguous; `pool` hands out its pages, also to others."""
+    def __init__(
+        self,
+        arena: Tensor,
+        pool: PagePool,
+        layout: BaseLayout,
+        num_slots: int = 256,
+        reclaimer: Reclaimer | None = None,
+    ) -> None:
+        """arena [num_pages, page_bytes] uint8, contiguous; `pool` hands out its pages, also to others.
+
+        `reclaimer` evicts idle adapters, and other owners' things; None: one for these adapters alone.
+        """
         num_pages, page_bytes = arena.shape
         if page_bytes != layout.page_bytes or num_pages != pool.num_pages:
             raise ValueError(
@@ -46,15 +67,26 @@ class Residency:
             )
         if num_pages * page_bytes // ALIGN > torch.iinfo(torch.int32).max:
             raise ValueError(f"the arena has {num_pages * page_bytes} bytes; tile offsets reach {ALIGN} * 2**31")
-        self._arena = arena
-        self._pool = pool
-        self._layout = layout
-        self._residents: OrderedDict[str, _Resident] = OrderedDict()  # least recently used first
-        self._free_slots = list(range(num_slots - 1, -1, -1))
-        self._tiles = _TileRows(num_slots, layout, arena.device)
-        self.loads = 0
+        self.on_evict: Callable[[str], None] = lambda digest: None
+        """Called with what is about to be evicted, while it can still be read back."""
+        self.reclaimer = reclaimer or Reclaimer()
+        self.loads = 0  # copies that were completed
         self.evictions = 0
         self.bytes_loaded = 0
+        self.durations = Durations()  # of these copies, without what bringing them to host memory took
+        self._arena = arena
+        on_cpu = arena.device.type == "cpu"
+        self._memory = arena.view(-1).numpy().data if on_cpu else None  # [num_pages * page_bytes]
+        self._pool = pool
+        self._layout = layout
+        self._residents: dict[str, _Resident] = {}
+        self._copying: dict[str, None] = {}  # in the order of begin()
+        self._forever: set[str] = set()
+        self._free_slots = list(range(num_slots - 1, -1, -1))
+        self._tiles = TileRows(num_slots, layout, arena.device)
+        self._idle = self.reclaimer.owner(OWNER, self._evict)
+        self._frequency = Frequency()
+        self._measured = (_GUESSED_SECONDS * 2**20, float(2**20))  # seconds and bytes of loads, older ones fading
 
     @property
     def table(self) -> TileTable:
@@ -62,40 +94,62 @@ class Residency:
         return self._tiles.table
 
     @property
+    def page_bytes(self) -> int:
+        """Of the arena's pages, and of images'."""
+        return self._layout.page_bytes
+
+    @property
     def num_free_slots(self) -> int:
         """Adapters that fit beside those loaded, as far as slots go."""
         return len(self._free_slots)
 
     @property
-    def idle_pages(self) -> int:
-        """Pages evict_idle could free now."""
-        return sum(len(resident.pages) for resident in self._residents.values() if not resident.pins)
+    def is_copying(self) -> bool:
+        """Whether any adapter still has bytes to be copied."""
+        return bool(self._copying)
+
+    @property
+    def seconds_per_byte(self) -> float:
+        """What loads have taken lately, from asking the source (or host memory) to the last byte on the device."""
+        seconds, nbytes = self._measured
+        return seconds / nbytes
 
     def is_resident(self, digest: str) -> bool:
-        """Whether the adapter is on the device."""
+        """Whether the adapter has its slot and pages; is_ready() says whether it can be used."""
         return digest in self._residents
 
+    def is_ready(self, digest: str) -> bool:
+        """Whether the adapter is on the device with all its bytes."""
+        resident = self._residents.get(digest)
+        return resident is not None and resident.rows is not None
+
     def slot_of(self, digest: str) -> int | None:
-        """The adapter's slot; None when it is not on the device."""
+        """The adapter's slot; None when it has none."""
         resident = self._residents.get(digest)
         return None if resident is None else resident.slot
 
     def loaded(self) -> tuple[str, ...]:
-        """Digests of all adapters on the device, least recently used first."""
+        """Digests of all adapters that have a slot. Safe from any thread."""
         return tuple(self._residents)
 
+    def is_pinned_forever(self, digest: str) -> bool:
+        """Whether the operator wants it to stay."""
+        return digest in self._forever
+
     def pages_needed(self, image: AdapterImage) -> int:
-        """Pages `load` will take for `image`."""
+        """Pages begin() will take for `image`."""
         return image.pages.shape[0]
 
-    def load(self, digest: str, image: AdapterImage) -> bool:
-        """Copy `image` to the device, unpinned. False, and nothing changed, when no slot or too few pages are free.
+    # -- coming --------------------------------------------------------------------------------------------------------
 
-        An adapter that is there already stays, most recently used now, and is not dropped at its last unpin.
+    def begin(self, digest: str, image: AdapterImage, seconds: float = 0.0) -> bool:
+        """Take slot and pages for `image`, unpinned; advance() copies it. False, nothing changed: there are not enough.
+
+        An adapter that is there already stays, and is not dropped at its last unpin. `seconds`: what bringing the
+        image to host memory took, 0 where it was there.
         """
         if digest in self._residents:
             self._residents[digest].doomed = False
-            self._residents.move_to_end(digest)
             return True
         if image.pages.shape[1:] != (self._layout.page_bytes,):
             raise ValueError(f"{digest}: packed into pages of {image.pages.shape[1]} bytes, not of this base's layout")
@@ -104,21 +158,55 @@ class Residency:
         pages = self._pool.alloc(self.pages_needed(image), OWNER)
         if pages is None:
             return False
-        left = image.extent
-        for source, page in zip(image.pages, pages, strict=True):
-            n = min(left, self._layout.page_bytes)  # the last page may be used in part
-            self._arena[page, :n].copy_(source[:n])
-            left -= n
-        slot = self._free_slots.pop()
-        self._residents[digest] = _Resident(slot, pages, self._tiles.write(slot, image, pages))
-        self.loads += 1
-        self.bytes_loaded += image.extent
+        self._residents[digest] = _Resident(self._free_slots.pop(), pages, image, seconds)
+        self._copying[digest] = None
+        self._reprice(digest)
         return True
+
+    def advance(self, max_bytes: int | None = None) -> int:
+        """Copy up to `max_bytes` of what has begun, first come first served; None: all. Returns the bytes copied.
+
+        On a GPU the copies are queued before whatever is computed next on the current stream, and need no waiting.
+        """
+        done = 0
+        while self._copying and (max_bytes is None or done < max_bytes):
+            began = perf_counter()
+            digest = next(iter(self._copying))
+            resident = self._residents[digest]
+            left = resident.image.extent - resident.copied
+            done += self._copy(resident, left if max_bytes is None else min(left, max_bytes - done))
+            if resident.copied == resident.image.extent:
+                self._complete(digest, resident)
+            seconds = perf_counter() - began
+            resident.seconds += seconds
+            resident.copying += seconds
+            if resident.rows is not None:
+                self.durations.observe(resident.copying)
+                self._measure(resident)
+        return done
+
+    def load(self, digest: str, image: AdapterImage) -> bool:
+        """begin() and all the copying there is to do. False, and nothing changed: no slot, or too few pages."""
+        if not self.begin(digest, image):
+            return False
+        self.advance()
+        return True
+
+    def read_back(self, digest: str) -> AdapterImage:
+        """The adapter as it was given to begin(), with its pages in new host memory. Raises KeyError."""
+        resident = self._residents[digest]
+        image = resident.image
+        if resident.rows is None:
+            return image
+        pages = self._arena[resident.pages].cpu()
+        return AdapterImage(pages=pages, tiles=image.tiles, nbytes=image.nbytes, extent=image.extent)
+
+    # -- staying and going ---------------------------------------------------------------------------------------------
 
     def pin(self, digest: str) -> None:
         """Keep the adapter on the device until as many unpins. Raises KeyError when it is not there."""
         self._residents[digest].pins += 1
-        self._residents.move_to_end(digest)
+        self._idle.remove(digest)
 
     def unpin(self, digest: str) -> None:
         """Undo one pin; the last one drops the adapter if that was asked for. Raises ValueError when not pinned."""
@@ -126,28 +214,49 @@ class Residency:
         if resident.pins == 0:
             raise ValueError(f"{digest} is unpinned more often than it was pinned")
         resident.pins -= 1
-        self._residents.move_to_end(digest)
         if resident.doomed and not resident.pins:
             self._remove(digest)
+        else:
+            self._reprice(digest)
 
-    def evict_idle(self, pages: int) -> int:
-        """Evict unpinned adapters, least recently used first, until `pages` are freed. Returns how many were."""
-        freed = 0
-        for digest, resident in list(self._residents.items()):
-            if freed >= pages:
-                break
-            if not resident.pins:
-                freed += len(resident.pages)
-                self._evict(digest)
-        return freed
+    def pin_forever(self, digest: str) -> None:
+        """Never evict the adapter, from now on or from when it comes. Dropping it is still possible."""
+        self._forever.add(digest)
+        self._idle.remove(digest)
+
+    def may_pin_forever(self, digest: str, pages: int) -> bool:
+        """Whether one more of so many pages leaves half of the pages, and a slot, for what comes and goes."""
+        pinned = self._forever - {digest}
+        held = sum(len(self._residents[other].pages) for other in pinned if other in self._residents)
+        return (
+            len(pinned) + 1 < len(self._free_slots) + len(self._residents) and held + pages <= self._pool.num_pages / 2
+        )
+
+    def unpin_forever(self, digest: str) -> None:
+        """Let the adapter be evicted again when it is idle."""
+        self._forever.discard(digest)
+        self._reprice(digest)
+
+    def count_use(self, digest: str, uses: int = 1) -> None:
+        """The adapter is wanted, by so many requests; what is often wanted is kept longer. It need not be there."""
+        self._frequency.count(digest, uses)
+        self._reprice(digest)
+
+    def make_room(self, pages: int) -> bool:
+        """Have so many pages free, by evicting what is idle. False, with less evicted than could be: there are not."""
+        short = pages - self._pool.num_free
+        if short > self.reclaimer.idle_pages:
+            return False
+        if short > 0:
+            self.reclaimer.reclaim(short)
+        return self._pool.num_free >= pages
 
     def evict_one(self) -> bool:
-        """Evict the least recently used unpinned adapter, for its slot. False when all are pinned."""
-        for digest, resident in self._residents.items():
-            if not resident.pins:
-                self._evict(digest)
-                return True
-        return False
+        """Evict the cheapest idle adapter, for its slot. False when none is idle."""
+        if not self._idle:
+            return False
+        self._idle.evict_first()
+        return True
 
     def drop(self, digest: str) -> None:
         """Remove the adapter if it is there: at once, or at its last unpin while it is pinned."""
@@ -167,110 +276,80 @@ class Residency:
         assert len(pages) == self._pool.used_by(OWNER), f"{len(pages)} pages held, pool: {self._pool.used_by(OWNER)}"
         slots = [resident.slot for resident in residents] + self._free_slots
         assert sorted(slots) == list(range(self.table.ranges_host.shape[0])), "a slot is lost or taken twice"
-        self._tiles.check_integrity([(resident.slot, resident.rows, resident.pages) for resident in residents])
+        ready = [(r.slot, r.rows, r.pages) for r in residents if r.rows is not None]
+        self._tiles.check_integrity(ready)
+        copying = {digest for digest, resident in self._residents.items() if resident.rows is None}
+        assert copying == set(self._copying), "an adapter is neither ready nor being copied"
+        for digest, resident in self._residents.items():
+            idle = not resident.pins and digest not in self._forever
+            assert (digest in self._idle) == idle, f"{digest} has {resident.pins} pins and its eviction is wrongly set"
+            assert resident.pins or not resident.doomed, f"{digest} is to be dropped and nobody holds it"
+        assert len(self._idle) <= len(self._residents), "an adapter that is gone can be evicted"
 
-    def _evict(self, digest: str) -> None:
-        self._remove(digest)
+    # -- parts ---------------------------------------------------------------------------------------------------------
+
+    def _copy(self, resident: _Resident, nbytes: int) -> int:
+        """Copy the next `nbytes`; the image's end is not passed."""
+        first, last = resident.copied, resident.copied + nbytes
+        if self._memory is None:
+            self._copy_to_gpu(resident, first, last)
+        else:
+            # memcpy with the GIL held: torch would wake its threads for it, and torch and numpy let go of the GIL at
+            # each page and wait for it behind the loader's threads.
+            source = resident.image.pages.reshape(-1).numpy().data
+            for start, stop, target in self._spans(resident, first, last):
+                self._memory[target : target + stop - start] = source[start:stop]
+        resident.copied = last
+        self.bytes_loaded += nbytes
+        return nbytes
+
+    def _copy_to_gpu(self, resident: _Resident, first: int, last: int) -> None:
+        """Queued before whatever is computed next on the current stream."""
+        source, arena = resident.image.pages.view(-1), self._arena.view(-1)
+        for start, stop, target in self._spans(resident, first, last):
+            arena[target : target + stop - start].copy_(source[start:stop], non_blocking=True)
+
+    def _spans(self, resident: _Resident, first: int, last: int) -> Iterator[tuple[int, int, int]]:
+        """Bytes `first` to `last` of the image, page by page: from, to, and where in the arena."""
+        size = self._layout.page_bytes
+        while first < last:
+            index, start = divmod(first, size)
+            stop = min(last, first + size - start)
+            yield first, stop, resident.pages[index] * size + start
+            first = stop
+
+    def _complete(self, digest: str, resident: _Resident) -> None:
+        """All bytes are there: its tiles enter the table, and the host's bytes are let go."""
+        image = resident.image
+        resident.rows = self._tiles.write(resident.slot, image, resident.pages)
+        resident.image = AdapterImage(image.pages.new_empty(0, 0), image.tiles, image.nbytes, image.extent)
+        del self._copying[digest]
+        self.loads += 1
+
+    def _measure(self, resident: _Resident) -> None:
+        """Take a load into the mean; those before count a tenth less each time."""
+        seconds, nbytes = self._measured
+        self._measured = (0.9 * seconds + resident.seconds, 0.9 * nbytes + resident.image.extent)
+
+    def _reprice(self, digest: str) -> None:
+        """Tell the Reclaimer what the adapter is worth, if it is idle."""
+        resident = self._residents.get(digest)
+        if resident is not None and not resident.pins and digest not in self._forever:
+            cost = resident.image.extent * self.seconds_per_byte
+            self._idle.add(digest, len(resident.pages), cost, max(1.0, self._frequency.of(digest)))
+
+    def _evict(self, digest: str) -> int:
+        """For the Reclaimer."""
+        self.on_evict(digest)
         self.evictions += 1
+        return self._remove(digest)
 
-    def _remove(self, digest: str) -> None:
+    def _remove(self, digest: str) -> int:
         resident = self._residents.pop(digest)
+        self._idle.remove(digest)
+        self._copying.pop(digest, None)
         self._pool.free(resident.pages)
         self._free_slots.append(resident.slot)
-        self._tiles.clear(resident.slot, resident.rows)
-
-
-class _TileRows:
-    """The tile table and which of its rows are free."""
-
-    def __init__(self, num_slots: int, layout: BaseLayout, device: torch.device) -> None:
-        self._shape = (layout.num_layers, NUM_SITES, 2)  # of one slot's ranges
-        self._page_units = layout.page_bytes // ALIGN
-        self._free = [(0, _FIRST_ROWS)]  # spans (first, past the last), ascending, never touching
-        ranges_host = torch.zeros(num_slots, *self._shape, dtype=torch.int32)
-        tiles_host = torch.zeros(_FIRST_ROWS, 5, dtype=torch.int32)
-        # On CPU .to() returns the tensor itself: table and mirror are one.
-        self.table = TileTable(ranges_host.to(device), tiles_host.to(device), ranges_host, tiles_host)
-
-    def write(self, slot: int, image: AdapterImage, pages: list[int]) -> slice:
-        """Write the image's tiles with their offsets in `pages`, and `slot`'s ranges. Returns the rows taken."""
-        num_rows = image.tiles.shape[0]
-        first = self._take(num_rows)
-        units = torch.tensor(pages, dtype=torch.int32) * self._page_units
-        tiles = image.tiles[:, 2:].clone()
-        for offset in (tiles[:, 0], tiles[:, 1]):  # A's and B's: within the image; -1 where there is no A
-            real = offset >= 0
-            offset[real] = units[offset[real] // self._page_units] + offset[real] % self._page_units
-        keys = image.tiles[:, 0].long() * NUM_SITES + image.tiles[:, 1]
-        counts = torch.bincount(keys, minlength=self._shape[0] * NUM_SITES)
-        ends = first + counts.cumsum(0)
-        ranges = torch.stack((ends - counts, ends), -1) * (counts > 0).unsqueeze(-1)
-        rows = slice(first, first + num_rows)
-        self.table.tiles_host[rows] = tiles
-        self.table.ranges_host[slot] = ranges.view(self._shape)
-        self._publish(slot, rows)
-        return rows
-
-    def clear(self, slot: int, rows: slice) -> None:
-        """Forget `slot` and give its rows back."""
-        self._give(rows.start, rows.stop)
-        self.table.ranges_host[slot] = 0
-        self._publish(slot, slice(0, 0))
-
-    def check_integrity(self, residents: list[tuple[int, slice, list[int]]]) -> None:
-        """Against (slot, rows, pages) of every adapter there is."""
-        table = self.table
-        spans = sorted(self._free + [(rows.start, rows.stop) for _, rows, _ in residents if rows.start < rows.stop])
-        starts = [first for first, _ in spans] + [table.tiles_host.shape[0]]
-        ends = [0] + [last for _, last in spans]
-        assert starts == ends, f"rows of the tile table overlap or are lost: {spans}"
-        empty = torch.ones(table.ranges_host.shape[0], dtype=torch.bool)
-        empty[[slot for slot, _, _ in residents]] = False
-        assert not table.ranges_host[empty].any(), "a slot without an adapter has tiles"
-        assert torch.equal(table.ranges.cpu(), table.ranges_host), "the device's ranges differ from the host's"
-        for slot, rows, pages in residents:
-            row = rows.start
-            ranges = table.ranges_host[slot].view(-1, 2)
-            for first, last in ranges[ranges[:, 1] > 0].tolist():  # by layer and site: one after the other
-                assert first == row < last, f"slot {slot}: rows {first} to {last} do not follow row {row}"
-                row = last
-            assert row == rows.stop, f"slot {slot}: {rows.stop - row} tiles are in no range"
-            tiles = table.tiles_host[rows]
-            assert torch.equal(table.tiles[rows].cpu(), tiles), "the device's tiles differ from the host's"
-            touched = set((tiles[:, :2][tiles[:, :2] >= 0] // self._page_units).tolist())
-            assert touched == set(pages), f"slot {slot}: tiles lie in pages {touched}; its own are {pages}"
-
-    def _publish(self, slot: int, rows: slice) -> None:
-        """Bring the device's copy up to date."""
-        table = self.table
-        if table.ranges is not table.ranges_host:
-            table.tiles[rows] = table.tiles_host[rows].to(table.tiles.device)
-            table.ranges[slot] = table.ranges_host[slot].to(table.ranges.device)
-
-    def _take(self, n: int) -> int:
-        """First of `n` consecutive rows, from the first free span that is long enough; the table grows if none is."""
-        if n == 0:
-            return 0
-        while True:
-            for i, (first, last) in enumerate(self._free):
-                if last - first >= n:
-                    self._free[i : i + 1] = [(first + n, last)] if first + n < last else []
-                    return first
-            self._grow()
-
-    def _give(self, first: int, last: int) -> None:
-        spans: list[tuple[int, int]] = []
-        for begin, end in sorted([*self._free, (first, last)]):
-            if spans and spans[-1][1] == begin:
-                spans[-1] = (spans[-1][0], end)
-            elif begin < end:
-                spans.append((begin, end))
-        self._free = spans
-
-    def _grow(self) -> None:
-        """Twice the rows, in new tensors: a step under way keeps the old ones."""
-        old = self.table
-        capacity = old.tiles_host.shape[0]
-        tiles_host = torch.cat((old.tiles_host, torch.zeros_like(old.tiles_host)))
-        self.table = TileTable(old.ranges, tiles_host.to(old.tiles.device), old.ranges_host, tiles_host)
-        self._give(capacity, 2 * capacity)
+        if resident.rows is not None:
+            self._tiles.clear(resident.slot, resident.rows)
+        return len(resident.pages)

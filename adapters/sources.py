@@ -1,55 +1,197 @@
-"""Where adapters come from: a name the caller gives -> a local folder."""
+"""Where an adapter is to come from, as a caller writes it: read, checked, and free of secrets from then on.
+
+    adapters/sql, /srv/sql           a local folder, also as file://; before a Hub repository of the same name
+    org/name, org/name@revision      the Hub; also with hf:// or huggingface:// before it
+    s3://bucket/path                 and gs://: a folder there, or a .tar, .tar.gz or .tgz
+    https://host/path                likewise: <path>/adapter_config.json and <path>/adapter_model.safetensors
+
+Free of torch.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import re
-from pathlib import Path
+import secrets
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from urllib.parse import SplitResult, urlsplit, urlunsplit
 
 from loraplex.adapters.errors import AdapterNotFound, AdapterRefused
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
+ARCHIVES = (".tar", ".tar.gz", ".tgz")
+
+KINDS = "a local folder, a Hub repository as org/name or org/name@revision, s3://, gs:// or https://"
+
+MAX_SOURCE = 4096
+"""Characters; a signed URL of S3 with a session token has some 1,500."""
+
+_HUB_ID = re.compile(
+    r"(?P<repo>[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*)(?:@(?P<revision>[A-Za-z0-9][A-Za-z0-9._/-]*))?"
+)
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_HUB_SCHEMES = ("hf", "huggingface")
 
-HUB_FILES = ("adapter_config.json", "*.safetensors")
-"""What is downloaded of a Hub repository: never a pickle, never code."""
+_TAG_KEY = secrets.token_bytes(32)
+"""So that what is shown in place of a secret tells nothing about it."""
 
 
-def resolve(source: str) -> Path:
-    """The local folder of `source`: itself where it is one, else the Hub repository `org/name`, downloaded.
+@dataclass(frozen=True)
+class Access:
+    """With whose rights a source is read."""
 
-    Raises AdapterNotFound when neither exists, AdapterRefused ("unsupported_kind") for a kind of source not known.
+    token: str | None = field(default=None, repr=False)  # the caller's own, for the Hub
+    ambient: bool = True  # without one: with what the server's own environment gives; False: as anybody could
+
+
+OPERATOR = Access()
+"""With the server's own credentials."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One place to get an adapter from. The same text always stands for the same place and the same rights."""
+
+    text: str  # fit for logs, answers and the registry: no secrets
+    kind: str  # "local", "hub", "s3", "gs", "https" or "http"
+    place: str = field(repr=False)  # a path, org/name, bucket/path, or a URL with all its secrets
+    revision: str | None = None  # of the Hub
+    access: Access = OPERATOR
+
+    @property
+    def is_remote(self) -> bool:
+        return self.kind != "local"
+
+    @property
+    def is_archive(self) -> bool:
+        """Whether it is one file that holds the two."""
+        path = urlsplit(self.place).path if self.kind in ("https", "http") else self.place
+        return self.kind != "hub" and path.lower().endswith(ARCHIVES)
+
+    @property
+    def host(self) -> str:
+        """Whom its bytes are asked of, as far as the source itself says; for sharing out connections."""
+        return urlsplit(self.place).hostname or "" if self.kind in ("https", "http") else self.kind
+
+
+def parse_source(text: str, access: Access = OPERATOR) -> Source:
+    """Raises AdapterNotFound for what is no source, AdapterRefused ("unsupported_kind") for a kind not known.
+
+    A local folder need not exist; find_folder() looks.
     """
-    scheme = _SCHEME.match(source)
-    if scheme is not None:
-        raise AdapterRefused(
-            "unsupported_kind",
-            f"adapter source {source!r} cannot be read: {scheme[1]}:// is not supported; give a local folder or a Hub "
-            "repository as org/name",
-        )
-    if not source.strip() or "\0" in source:
-        raise AdapterNotFound(
-            f"adapter source {source!r} is no path; give a local folder or a Hub repository as org/name"
-        )
-    path = Path(source).expanduser()
+    if not text.strip() or "\0" in text or len(text) > MAX_SOURCE:
+        raise AdapterNotFound(f"adapter source {_short(text)!r} is no path; give {KINDS}")
+    scheme = _SCHEME.match(text)
+    if scheme is None:
+        path = Path(text).expanduser()
+        if path.exists() or _HUB_ID.fullmatch(text) is None:
+            return Source(text, "local", text)
+        return _hub(text, access)
+    name, rest = scheme[1].lower(), text[scheme.end() :]
+    if name == "file":
+        return Source(rest, "local", rest)
+    if name in _HUB_SCHEMES:
+        if _HUB_ID.fullmatch(rest) is None:
+            raise AdapterNotFound(f"adapter source {_short(text)!r}: expected hf://org/name or hf://org/name@revision")
+        return _hub(rest, access)
+    if name in ("s3", "gs"):
+        return _bucket(name, rest, access)
+    if name in ("https", "http"):
+        return _url(name, text, access)
+    raise AdapterRefused("unsupported_kind", f"adapter source {name}:// is not supported; give {KINDS}")
+
+
+def find_folder(text: str) -> Path:
+    """The local folder `text`. Raises AdapterNotFound."""
+    path = Path(text).expanduser()
     if path.is_dir():
         return path
     if path.exists():
         raise AdapterNotFound(
-            f"adapter source {source!r} is a file; give the folder that holds adapter_config.json and "
+            f"adapter source {text!r} is a file; give the folder that holds adapter_config.json and "
             "adapter_model.safetensors"
         )
-    if _HUB_ID.fullmatch(source) is None:
-        raise AdapterNotFound(f"there is no folder {source!r}; give a local folder or a Hub repository as org/name")
-    return _download(source)
+    raise AdapterNotFound(f"there is no folder {_short(text)!r}; give {KINDS}")
 
 
-def _download(repo: str) -> Path:
-    from huggingface_hub import snapshot_download  # slow import
+def resolve(text: str) -> Path:
+    """The folder of a source where nothing is downloaded. Raises AdapterNotFound, AdapterRefused."""
+    source = parse_source(text)
+    if source.is_remote:
+        raise AdapterNotFound(f"there is no folder {_short(text)!r}, and nothing is downloaded here")
+    return find_folder(source.place)
 
+
+def redact(url: str) -> str:
+    """`url` without user, password and the values of its query."""
     try:
-        return Path(snapshot_download(repo, allow_patterns=list(HUB_FILES)))
-    except Exception as error:  # the Hub client has a dozen kinds: no such repository, gated, offline, no space, ...
-        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-        raise AdapterNotFound(
-            f"there is no folder {repo!r}, and the Hub could not give it either: {type(error).__name__}: {reason}"
-        ) from error
+        parts = urlsplit(url)
+        host = _netloc(parts)
+    except ValueError:
+        return "a malformed URL"
+    return (
+        urlunsplit((parts.scheme, host, parts.path, "...", ""))
+        if parts.query
+        else f"{parts.scheme}://{host}{parts.path}"
+    )
+
+
+def _hub(text: str, access: Access) -> Source:
+    found = _HUB_ID.fullmatch(text)
+    assert found is not None
+    if ".." in text:
+        raise AdapterNotFound(f"{_short(text)!r} is no repository of the Hub; expected org/name or org/name@revision")
+    shown = f"hf://{text}{_tag(access, '')}"
+    return Source(shown, "hub", found["repo"], found["revision"], access)
+
+
+def _bucket(kind: str, rest: str, access: Access) -> Source:
+    """Hub tokens say nothing to buckets, and are left out."""
+    bucket, _, path = rest.partition("/")
+    path = path.strip("/")
+    if _BUCKET.fullmatch(bucket) is None or not path or _climbs(path) or "?" in path or "#" in path:
+        raise AdapterNotFound(f"adapter source {_short(f'{kind}://{rest}')!r}: expected {kind}://bucket/path")
+    access = Access(ambient=access.ambient)
+    return Source(f"{kind}://{bucket}/{path}{_tag(access, '')}", kind, f"{bucket}/{path}", None, access)
+
+
+def _url(kind: str, text: str, access: Access) -> Source:
+    try:
+        parts = urlsplit(text)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host, port = None, None
+    if not host or port == 0 or any(ord(char) <= 32 or ord(char) == 127 for char in text) or _climbs(parts.path):
+        raise AdapterNotFound(f"adapter source {redact(text)!r}: expected {kind}://host/path, with spaces as %20")
+    path = parts.path.rstrip("/")
+    place = urlunsplit((kind, parts.netloc, path, parts.query, ""))
+    hidden = place if parts.query or "@" in parts.netloc else ""
+    access = Access(ambient=access.ambient)
+    return Source(redact(place) + _tag(OPERATOR, hidden), kind, place, None, access)
+
+
+def _climbs(path: str) -> bool:
+    return ".." in PurePosixPath(path).parts or "%2e%2e" in path.lower()
+
+
+def _netloc(parts: SplitResult) -> str:
+    host = parts.hostname or ""
+    host = f"[{host}]" if ":" in host else host
+    return f"{host}:{parts.port}" if parts.port is not None else host
+
+
+def _tag(access: Access, hidden: str) -> str:
+    """What tells two sources apart that differ in secrets or rights alone."""
+    if access.token is not None or hidden:
+        secret = f"{access.token or ''}\0{hidden}".encode()
+        return "#" + hmac.new(_TAG_KEY, secret, hashlib.sha256).hexdigest()[:16]
+    return "" if access.ambient else "#anonymous"
+
+
+def _short(text: str) -> str:
+    """For messages; never what could be a secret of a URL."""
+    if "://" in text and ("@" in text or "?" in text):
+        text = redact(text)
+    return text if len(text) <= 200 else text[:200] + "..."

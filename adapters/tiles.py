@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from loraplex.adapters.errors import AdapterRefused
+from loraplex.kernels.hugepages import huge_zeros
 from loraplex.kernels.metadata import ALIGN, TILE_RANKS, Projection, element_bytes
 
 
@@ -53,6 +54,47 @@ class BiasDelta:
 
 
 @dataclass(frozen=True)
+class PartShape:
+    """What decides where a LowRank, or (rank 0) a BiasDelta, is placed."""
+
+    layer: int
+    projection: Projection
+    rank: int
+
+
+@dataclass(frozen=True)
+class Strip:
+    """Rows of one factor that lie together in the image."""
+
+    first: int  # rank
+    last: int  # past the last
+    begin: int  # column; A's rows are never cut
+    end: int  # past the last
+    position: int  # bytes from the image's start
+
+
+@dataclass(frozen=True)
+class PartPlace:
+    """Where the rows of one part go: row r of a strip is `a_row` or `b_row` bytes, a multiple of 64, after r - 1."""
+
+    a_row: int  # 0: no A
+    b_row: int
+    a: tuple[Strip, ...]
+    b: tuple[Strip, ...]
+
+
+@dataclass(frozen=True)
+class ImagePlan:
+    """An image before its values: the same for all adapters of the same shapes."""
+
+    places: tuple[PartPlace, ...]  # of each shape given, in that order
+    tiles: Tensor  # as in AdapterImage
+    nbytes: int
+    extent: int
+    num_pages: int
+
+
+@dataclass(frozen=True)
 class AdapterImage:
     """An adapter as it will lie on the device, but for the numbers of its pages."""
 
@@ -70,16 +112,39 @@ def pack(parts: Sequence[LowRank | BiasDelta], layout: BaseLayout) -> AdapterIma
     fit the projection or the page, AdapterRefused("not_finite") for values that overflow layout.dtype.
     """
     _check(parts, layout)
-    parts = sorted(parts, key=lambda part: (part.layer, part.projection.site, part.projection.out_start))
-    placements = [_Placement.of(part, element_bytes(layout.dtype)) for part in parts]
-    extent, nbytes = _place(placements, layout.page_bytes)
-    pages = torch.zeros(-(-extent // layout.page_bytes), layout.page_bytes, dtype=torch.uint8)
+    plan = plan_image([shape_of(part) for part in parts], layout)
+    pages = huge_zeros(plan.num_pages * layout.page_bytes).view(plan.num_pages, layout.page_bytes)
     elements = pages.view(-1).view(layout.dtype)
-    for part, placement in zip(parts, placements, strict=True):
-        _write(part, placement, elements)
-    rows = [row for part, placement in zip(parts, placements, strict=True) for row in _tiles(part, placement)]
-    tiles = torch.tensor(rows, dtype=torch.int32).reshape(len(rows), 7)
-    return AdapterImage(pages, tiles, nbytes, extent)
+    for part, place in zip(parts, plan.places, strict=True):
+        _write(part, place, elements)
+    return AdapterImage(pages, plan.tiles, plan.nbytes, plan.extent)
+
+
+def plan_image(shapes: Sequence[PartShape], layout: BaseLayout) -> ImagePlan:
+    """Cut parts of these shapes into tiles and lay them into pages; shapes that fit the projection and the page.
+
+    Fewer parts never take more pages.
+    """
+    order = sorted(range(len(shapes)), key=lambda i: _order(shapes[i]))
+    placements = [_Placement.of(shapes[i], element_bytes(layout.dtype)) for i in order]
+    extent, nbytes = _place(placements, layout.page_bytes)
+    rows = [row for i, placement in zip(order, placements, strict=True) for row in _tiles(shapes[i], placement)]
+    places = dict(zip(order, (placement.place() for placement in placements), strict=True))
+    return ImagePlan(
+        places=tuple(places[i] for i in range(len(shapes))),
+        tiles=torch.tensor(rows, dtype=torch.int32).reshape(len(rows), 7),
+        nbytes=nbytes,
+        extent=extent,
+        num_pages=-(-extent // layout.page_bytes),
+    )
+
+
+def shape_of(part: LowRank | BiasDelta) -> PartShape:
+    return PartShape(part.layer, part.projection, 0 if isinstance(part, BiasDelta) else part.a.shape[0])
+
+
+def _order(shape: PartShape) -> tuple[int, int, int]:
+    return shape.layer, shape.projection.site, shape.projection.out_start
 
 
 def _check(parts: Sequence[LowRank | BiasDelta], layout: BaseLayout) -> None:
@@ -122,6 +187,7 @@ class _Placement:
     b_row: int
     item: int  # bytes of an element
     step: int  # most ranks of a tile
+    wide: int  # elements of a row of A
     a_strips: list[tuple[int, int, int]] = field(default_factory=list)
     # first rank, past the last, position
     b_strips: list[tuple[int, int, int, int, int]] = field(default_factory=list)
@@ -130,17 +196,22 @@ class _Placement:
     column: int = 0  # and its first column
 
     @staticmethod
-    def of(part: LowRank | BiasDelta, item: int) -> _Placement:
-        out = part.projection.out_features
+    def of(shape: PartShape, item: int) -> _Placement:
+        out = shape.projection.out_features
         b_row = _padded(out * item)
-        if isinstance(part, BiasDelta):
-            return _Placement(1, out, 0, b_row, item, 1)
-        a_bytes = part.projection.in_features * item
+        if shape.rank == 0:
+            return _Placement(1, out, 0, b_row, item, 1, 0)
+        a_bytes = shape.projection.in_features * item
         a_row = _padded(a_bytes)
         # A tile's rows are contiguous and its start aligned. Where a row is no multiple of 64 bytes, only tiles of one
         # rank can start anywhere. Hidden sizes in use are multiples of 32 and never get here.
         even = a_row == a_bytes and b_row == out * item
-        return _Placement(part.a.shape[0], out, a_row, b_row, item, TILE_RANKS if even else 1)
+        return _Placement(shape.rank, out, a_row, b_row, item, TILE_RANKS if even else 1, shape.projection.in_features)
+
+    def place(self) -> PartPlace:
+        """Once all is placed."""
+        a = tuple(Strip(first, last, 0, self.wide, at) for first, last, at in self.a_strips)
+        return PartPlace(self.a_row, self.b_row, a, tuple(Strip(*strip) for strip in self.b_strips))
 
 
 class _Cursor:
@@ -210,19 +281,22 @@ def _place_b(placement: _Placement, cursor: _Cursor) -> bool:
     return False
 
 
-def _write(part: LowRank | BiasDelta, placement: _Placement, elements: Tensor) -> None:
+def _write(part: LowRank | BiasDelta, place: PartPlace, elements: Tensor) -> None:
     """Copy a part's values to their positions in the image, `elements` being the image in the compute dtype, flat."""
-    folded = part.delta.unsqueeze(0) if isinstance(part, BiasDelta) else _folded(part)
-    item = placement.item
-    for first, last, position in placement.a_strips:
-        assert isinstance(part, LowRank)
-        strip = elements.as_strided((last - first, part.a.shape[1]), (placement.a_row // item, 1), position // item)
-        strip.copy_(part.a[first:last])
-        _check_finite(strip, part, "A")
-    for first, last, begin, end, position in placement.b_strips:
-        strip = elements.as_strided((last - first, end - begin), (placement.b_row // item, 1), position // item)
-        strip.copy_(folded[first:last, begin:end])
-        _check_finite(strip, part, "bias" if isinstance(part, BiasDelta) else "scaling * B")
+    item = elements.element_size()
+
+    def write(values: Tensor, row: int, strips: tuple[Strip, ...], what: str) -> None:
+        for strip in strips:
+            found = values[strip.first : strip.last, strip.begin : strip.end]
+            target = elements.as_strided(found.shape, (row // item, 1), strip.position // item)
+            target.copy_(found)
+            _check_finite(target, part, what)
+
+    if isinstance(part, BiasDelta):
+        write(part.delta.unsqueeze(0), place.b_row, place.b, "bias")
+    else:
+        write(part.a, place.a_row, place.a, "A")
+        write(_folded(part), place.b_row, place.b, "scaling * B")
 
 
 def _folded(part: LowRank) -> Tensor:
@@ -239,12 +313,12 @@ def _check_finite(strip: Tensor, part: LowRank | BiasDelta, what: str) -> None:
         )
 
 
-def _tiles(part: LowRank | BiasDelta, placement: _Placement) -> list[tuple[int, int, int, int, int, int, int]]:
+def _tiles(shape: PartShape, placement: _Placement) -> list[tuple[int, int, int, int, int, int, int]]:
     """Rows of AdapterImage.tiles: ranks are cut where A is, where B is, and every `step`."""
     rows = []
-    head = (part.layer, int(part.projection.site))
+    head = (shape.layer, int(shape.projection.site))
     for first, last, begin, end, b_position in placement.b_strips:
-        out = (part.projection.out_start + begin, end - begin)
+        out = (shape.projection.out_start + begin, end - begin)
         if not placement.a_row:
             rows.append((*head, -1, b_position // ALIGN, 1, *out))
         for a_first, a_last, a_position in placement.a_strips:

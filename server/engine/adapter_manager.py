@@ -1,79 +1,214 @@
-"""Adapters by name, as the API manages them: load in the background, then register. Free of torch."""
+"""Adapters by name, as the API manages them: checked in the background, then registered. Free of torch."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Protocol
 
-from loraplex.adapters.errors import AdapterError, AdapterExists, AdapterRefused
-from loraplex.adapters.loader import Loader
+from loraplex.adapters.downloads import Downloads
+from loraplex.adapters.errors import AdapterError, AdapterExists, AdapterNotFound, AdapterRefused
+from loraplex.adapters.loader import LoadedAdapter, Loader
 from loraplex.adapters.registry import AdapterVersion, Registry, check_name
+from loraplex.adapters.settle import renew
+from loraplex.adapters.sources import OPERATOR, Access, parse_source
+from loraplex.server.engine.arrivals import Arrivals, when_done
 
 logger = logging.getLogger(__name__)
 
 
+class Info(Protocol):
+    """What can be told of an adapter by its config and header."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def targets(self) -> tuple[str, ...]: ...
+    @property
+    def num_pages(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+
+
+class Examiner(Protocol):
+    """The part of AdapterReader that is needed here."""
+
+    def examine(self, source: str) -> Info:
+        """Check config and header. Raises AdapterNotFound, AdapterRefused."""
+        ...
+
+
+class Pinner(Protocol):
+    """The part of the engine that is needed here."""
+
+    def pin_adapter(self, version: AdapterVersion, pinned: bool) -> None: ...
+
+
 class AdapterManager:
-    """What the API calls to add, replace and remove adapters."""
+    """What the API calls to add, replace and remove adapters. Safe from any thread."""
 
-    def __init__(self, registry: Registry, loader: Loader, max_pages: int) -> None:
-        """max_pages: what an adapter may take so that one sequence still fits beside it."""
+    def __init__(
+        self,
+        registry: Registry,
+        loader: Loader,
+        examiner: Examiner,
+        downloads: Downloads | None = None,
+        pinner: Pinner | None = None,
+    ) -> None:
+        """Without `downloads` there are only local sources; without `pinner` nothing is pinned."""
         self.registry = registry
-        self._loader = loader
-        self._max_pages = max_pages
+        self.loader = loader
+        self.downloads = downloads
+        self._examiner = examiner
+        self._pinner = pinner
+        self._arrivals = Arrivals()
 
-    async def register(self, name: str, source: str, *, replace: bool = False) -> AdapterVersion:
-        """Read `source` (local folder or Hub id) in the background and give it `name`.
+    async def register(
+        self, name: str, source: str, *, replace: bool = False, access: Access = OPERATOR
+    ) -> AdapterVersion:
+        """Fetch and read all of `source` (see sources.py) in the background and give it `name`.
 
         Raises InvalidAdapterName, AdapterExists (name taken and not `replace`), AdapterNotFound (no such folder or
-        repository), AdapterRefused (damaged, for another base, unsupported, too large for this server's memory).
-        Nothing is registered when it raises.
+        repository), AdapterRefused (damaged, for another base, unsupported, too large for this server's memory),
+        AdapterUnavailable (its source cannot be reached). Nothing is registered when it raises.
         """
-        check_name(name)
-        if not replace:
-            self._check_free(name)  # before minutes of download; register() below decides
-        loaded = await asyncio.wrap_future(self._loader.load(source))
-        if loaded.num_pages > self._max_pages:
-            raise AdapterRefused(
-                "too_large",
-                f"adapter {source!r} takes {loaded.num_pages} pages, but only {self._max_pages} can be had beside one "
-                "sequence; give the server more memory (--memory)",
-            )
-        return self.registry.register(
-            name,
-            digest=loaded.digest,
-            source=source,
-            rank=loaded.rank,
-            targets=loaded.targets,
-            num_pages=loaded.num_pages,
-            nbytes=loaded.nbytes,
-            replace=replace,
-        )
+        return await asyncio.wrap_future(self.begin(name, source, replace=replace, access=access))
+
+    def begin(
+        self, name: str, source: str, *, replace: bool = False, access: Access = OPERATOR, stale: bool = False
+    ) -> Future[AdapterVersion]:
+        """register() without waiting: the future fails as it raises. Once cancelled, nothing is registered.
+
+        stale: where the source is out of reach, take what was fetched of it earlier.
+        """
+        outcome: Future[AdapterVersion] = Future()
+        try:
+            check_name(name)
+            if not replace:
+                self._check_free(name)  # before minutes of download; register() below decides
+            found = parse_source(source, access)
+        except AdapterError as error:
+            outcome.set_exception(error)
+            return outcome
+
+        def load() -> None:
+            when_done(self.loader.load(found.text), outcome, enter)
+
+        def enter(loaded: LoadedAdapter) -> None:
+            if outcome.set_running_or_notify_cancel():
+                outcome.set_result(
+                    self.registry.register(
+                        name,
+                        digest=loaded.digest,
+                        source=found.text,
+                        rank=loaded.rank,
+                        targets=loaded.targets,
+                        num_pages=loaded.num_pages,
+                        nbytes=loaded.nbytes,
+                        replace=replace,
+                    )
+                )
+
+        if not found.is_remote:
+            load()
+        elif self.downloads is None:
+            outcome.set_exception(AdapterNotFound(f"{found.text} is not here, and nothing is downloaded"))
+        else:
+            when_done(self.downloads.fetch(found, stale=stale), outcome, lambda _: load())
+        return outcome
+
+    def expect(self, name: str, coming: Future[AdapterVersion]) -> None:
+        """Requests for `name` wait until `coming` is done (see arrival)."""
+        self._arrivals.expect(name, coming)
+
+    async def arrival(self, name: str) -> None:
+        """Return once `name` is not on its way any more: it is registered then, or refused, or unknown as before."""
+        waiter = self._arrivals.waiter(name)
+        if waiter is not None:
+            await asyncio.wrap_future(waiter)
+
+    def pin(self, version: AdapterVersion, pinned: bool) -> None:
+        """Have `version` on the device from soon on and never evicted, or let it be evicted again."""
+        if self._pinner is not None:
+            self._pinner.pin_adapter(version, pinned)
 
     async def register_folder(self, directory: Path) -> tuple[AdapterVersion, ...]:
         """Register every sub-folder that holds an adapter_config.json under its folder's name.
 
-        A refused one is kept in registry.refused (its name then answers with the reason) and the others go on; a name
-        that is taken already, or cannot be one, is logged and left out. Raises OSError if `directory` cannot be listed.
+        Only config and header are looked at; what the weights hold is checked when they are first wanted. A refused one
+        is kept in registry.refused (its name then answers with the reason) and the others go on; a name that is taken
+        already, or cannot be one, is logged and left out. Raises OSError if `directory` cannot be listed.
         """
-        versions = []
-        for folder in sorted(path.parent for path in directory.glob("*/adapter_config.json")):
-            try:
-                versions.append(await self.register(folder.name, str(folder)))
-            except AdapterRefused as error:
-                logger.warning("adapter %r is refused: %s", folder.name, error)
-                self.registry.mark_refused(folder.name, error)
-            except AdapterError as error:
-                logger.warning("adapter folder %s is left out: %s", folder, error)
-        return tuple(versions)
+        return await asyncio.to_thread(self._register_folder, directory)
 
     def unregister(self, name: str) -> AdapterVersion:
         """Take the name away at once; requests that hold a lease finish. Raises AdapterNotFound."""
         return self.registry.unregister(name)
 
     def close(self) -> None:
-        """Stop the loader's threads."""
-        self._loader.shutdown()
+        """Stop the loader's threads and take no more downloads."""
+        if self.downloads is not None:
+            self.downloads.close()
+        self.loader.shutdown()
+
+    def _register_folder(self, directory: Path) -> tuple[AdapterVersion, ...]:
+        folders = sorted(path.parent for path in directory.glob("*/adapter_config.json"))
+        return tuple(version for folder in folders if (version := self.register_unread(folder)) is not None)
+
+    def register_unread(self, folder: Path) -> AdapterVersion | None:
+        """Register one folder as register_folder() does; None when it is refused or left out."""
+        name = folder.name
+        try:
+            check_name(name)
+            self._check_free(name)
+            return self._enter_unread(name, str(folder), replace=False)
+        except AdapterRefused as error:
+            logger.warning("adapter %r is refused: %s", name, error)
+            self.registry.mark_refused(name, error)
+        except AdapterError as error:
+            logger.warning("adapter folder %s is left out: %s", folder, error)
+        return None
+
+    def refresh(self, version: AdapterVersion) -> None:
+        """The local files of `version` have changed: what they hold now gets its name.
+
+        One that nobody has used is only looked at; another is read again, in the background. Whatever is wrong with the
+        new files, what is in memory of the old ones is served on.
+        """
+        if version.digest is not None:
+            self.loader.load(version.source).add_done_callback(lambda loading: self._renew(version, loading))
+            return
+        try:
+            self._enter_unread(version.name, version.source, replace=True)
+        except AdapterRefused as error:
+            logger.warning("adapter %r has changed and is refused: %s", version.name, error)
+            self.registry.unregister(version.name)
+            self.registry.mark_refused(version.name, error)
+        except AdapterError as error:
+            logger.warning("adapter %r has changed and cannot be read: %s", version.name, error)
+
+    def _renew(self, version: AdapterVersion, loading: Future[LoadedAdapter]) -> None:
+        """In a loader's thread."""
+        error = loading.exception()
+        if isinstance(error, AdapterRefused):
+            logger.warning("adapter %r has changed and is refused: %s", version.name, error)
+            self.registry.mark_refused(version.name, error)
+        elif error is None and (loaded := loading.result()).digest != version.digest:
+            renew(self.registry, version, loaded)
+
+    def _enter_unread(self, name: str, source: str, replace: bool) -> AdapterVersion:
+        info = self._examiner.examine(source)
+        return self.registry.register(
+            name,
+            source=source,
+            rank=info.rank,
+            targets=info.targets,
+            num_pages=info.num_pages,
+            nbytes=info.nbytes,
+            replace=replace,
+        )
 
     def _check_free(self, name: str) -> None:
         taken = self.registry.get(name)

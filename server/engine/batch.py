@@ -1,26 +1,31 @@
-"""StepPlan -> ForwardBatch: rows put in the order the ops want, tables laid out, each array converted once.
+"""StepPlan -> ForwardBatch: rows put in the order the ops want, tables laid out, all integers moved at once.
 
 rows    | adapter decode, equal mixes adjacent | adapter prefill, alike | base decode | base prefill |
 segments|   s0   |   s1   |        s2          |   s3   |      s4       |  none: base tokens cost nothing
+
+Plain lists and two tensors that are cut up: a step has streamed all weights through the caches, so that each library
+function used here is read from memory anew; with a tensor and some NumPy for each array it took twice as long.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as ListLike
-from itertools import groupby
+from itertools import accumulate, groupby
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from loraplex.kernels.metadata import AdapterSegments, AttentionMeta, KVGroup, TileTable
 from loraplex.server.engine.kv_cache import KVCache
-from loraplex.server.engine.scheduler import PlanEntry, StepPlan
+from loraplex.server.engine.plan import PlanEntry, StepPlan
 from loraplex.server.models.inputs import ForwardBatch
 
 Mix = tuple[tuple[int, float], ...]  # ((slot, weight), ...), in the order of the adapters' digests
+
+ALIGN = 16
+"""Bytes at which every tensor starts: what a GPU kernel is compiled for depends on it."""
 
 
 def build_batch(
@@ -28,45 +33,112 @@ def build_batch(
 ) -> ForwardBatch:
     """The tensors of one step. The plan's sequences have their pages and their adapters are on the device.
 
-    logit_rows is in the order of the plan's sampling entries, whatever the order of the rows.
+    logit_rows is in the order of the plan's sampling entries, whatever the order of the rows; behind them come the
+    entries' prompt_rows, in the plan's order too.
     """
     mixes = [_mix(entry, slot_of) for entry in plan.entries]
     # Stable, so equal mixes keep the plan's order. Digests would sort as well as slots; slots are shorter.
     order = sorted(range(len(mixes)), key=lambda i: (not mixes[i], not plan.entries[i].is_decode, mixes[i]))
     entries = [plan.entries[i] for i in order]
-    counts = np.array([entry.num_tokens for entry in entries], dtype=np.int64)
-    starts = np.array([entry.seq.num_computed for entry in entries], dtype=np.int64)
-    bounds = np.zeros(len(entries) + 1, dtype=np.int64)
-    np.cumsum(counts, out=bounds[1:])
-    seq_of_token = np.repeat(np.arange(len(entries)), counts)
-    positions = np.arange(bounds[-1]) + (starts - bounds[:-1])[seq_of_token]
-    row_of = {index: row for row, index in enumerate(order)}
-    ends = [bounds[row_of[i] + 1] - 1 for i, entry in enumerate(plan.entries) if entry.samples]
+    bounds = (0, *accumulate(entry.num_tokens for entry in entries))
+    start_of = dict(zip(order, bounds, strict=False))  # of the plan's entries
+    logit_rows = [start_of[i] + entry.num_tokens - 1 for i, entry in enumerate(plan.entries) if entry.samples]
+    logit_rows += [start_of[i] + row for i, entry in enumerate(plan.entries) for row in entry.prompt_rows]
+    kv_lens = tuple(entry.seq.num_computed + entry.num_tokens for entry in entries)
+    tables = [kv.tables(entry.seq.number) for entry in entries]
+    most = max(len(table[0]) for table in tables)  # a sequence's tables are of one length in all groups
 
-    def tensor(values: NDArray[np.int32] | NDArray[np.int64]) -> Tensor:
-        return torch.from_numpy(values).to(device)
-
-    kv_lens = starts + counts
-    attention = AttentionMeta(
-        query_ptr=tensor(bounds.astype(np.int32)),
-        kv_lens=tensor(kv_lens.astype(np.int32)),
-        query_bounds=tuple(bounds.tolist()),
-        kv_lens_host=tuple(kv_lens.tolist()),
-        is_decode=tuple(entry.is_decode for entry in entries),
-        groups=tuple(
-            KVGroup(tensor(table), tensor(_store_index(table, seq_of_token, positions, kv.block_size)))
-            for table in _block_tables(entries, kv)
-        ),
-    )
+    longs, ints = _Packer("q", torch.int64), _Packer("i", torch.int32)
+    longs.add(_input_ids(entries))
+    longs.add(_positions(entries))
+    longs.add(logit_rows)
+    ints.add(bounds)
+    ints.add(kv_lens)
+    for group in range(len(kv.groups)):
+        longs.add(_store_index(entries, [table[group] for table in tables], kv.block_size))
+        ints.add(page for table in tables for page in (*table[group], *(-1,) * (most - len(table[group]))))
+    segments = _Segments([(entry, mixes[i]) for entry, i in zip(entries, order, strict=True)])
+    segments.pack(ints)
+    input_ids, positions, logits, *stores = longs.tensors(device)
+    query_ptr, lens, *rest = ints.tensors(device)
+    blocks = [table.view(len(entries), most) for table in rest[: len(kv.groups)]]
     return ForwardBatch(
-        input_ids=tensor(_input_ids(entries, int(bounds[-1]))),
-        positions=tensor(positions),
+        input_ids=input_ids,
+        positions=positions,
         rope_lens=tuple(entry.seq.num_tokens for entry in entries),
-        attention=attention,
-        adapters=_segments(entries, [mixes[i] for i in order], device),
+        attention=AttentionMeta(
+            query_ptr=query_ptr,
+            kv_lens=lens,
+            query_bounds=bounds,
+            kv_lens_host=kv_lens,
+            is_decode=tuple(entry.is_decode for entry in entries),
+            groups=tuple(KVGroup(table, store) for table, store in zip(blocks, stores, strict=True)),
+        ),
+        adapters=segments.unpack(rest[len(kv.groups) :]),
         tiles=tiles,
-        logit_rows=tensor(np.array(ends, dtype=np.int64)),
+        logit_rows=logits,
     )
+
+
+class _Packer:
+    """Arrays of one type in one buffer, which becomes one tensor on the device."""
+
+    def __init__(self, code: str, dtype: torch.dtype) -> None:
+        self._values = array(code)
+        self._dtype = dtype
+        self._sizes: list[int] = []  # of an array, of the padding behind it, and so on
+
+    def add(self, values: Iterable[int]) -> None:
+        start, each = len(self._values), ALIGN // self._values.itemsize
+        self._values.extend(values)
+        count = len(self._values) - start
+        padding = -count % each
+        self._values.extend((0,) * padding)
+        self._sizes += (count, padding)
+
+    def tensors(self, device: torch.device) -> list[Tensor]:
+        """In the order in which they were added; they share memory."""
+        packed = torch.frombuffer(self._values, dtype=self._dtype)
+        if device.type != "cpu":
+            packed = packed.to(device)
+        return list(packed.split_with_sizes(self._sizes)[::2])
+
+
+class _Segments:
+    """Neighbours of equal mix and role; base rows come last and have none."""
+
+    def __init__(self, rows: ListLike[tuple[PlanEntry, Mix]]) -> None:
+        bounds, mixes, decode = [0], [], 0
+        for (is_decode, mix), members in groupby(rows, key=lambda row: (row[0].is_decode, row[1])):
+            if not mix:
+                break
+            bounds.append(bounds[-1] + sum(entry.num_tokens for entry, _ in members))
+            mixes.append(mix)
+            decode += is_decode
+        self._bounds, self._mixes, self._decode = tuple(bounds), tuple(mixes), decode
+
+    def pack(self, ints: _Packer) -> None:
+        if self._mixes:
+            ints.add(self._bounds)
+            ints.add(accumulate((len(mix) for mix in self._mixes), initial=0))
+            ints.add(slot for mix in self._mixes for slot, _ in mix)
+            weights = array("f", (weight for mix in self._mixes for _, weight in mix))
+            ints.add(memoryview(weights).cast("B").cast("i"))
+
+    def unpack(self, tensors: ListLike[Tensor]) -> AdapterSegments | None:
+        """None when nobody wears an adapter."""
+        if not self._mixes:
+            return None
+        indptr, mix_ptr, mix_slot, weights = tensors
+        return AdapterSegments(
+            indptr=indptr,
+            mix_ptr=mix_ptr,
+            mix_slot=mix_slot,
+            mix_weight=weights.view(torch.float32),
+            bounds=self._bounds,
+            mixes=self._mixes,
+            num_decode_segments=self._decode,
+        )
 
 
 def _mix(entry: PlanEntry, slot_of: Callable[[str], int | None]) -> Mix:
@@ -78,57 +150,33 @@ def _mix(entry: PlanEntry, slot_of: Callable[[str], int | None]) -> Mix:
     return tuple(mix)
 
 
-def _input_ids(entries: ListLike[PlanEntry], total: int) -> NDArray[np.int64]:
+def _input_ids(entries: ListLike[PlanEntry]) -> list[int]:
     ids: list[int] = []
     for entry in entries:
         start = entry.seq.num_computed
         ids += entry.seq.tokens[start : start + entry.num_tokens]
-    assert len(ids) == total
-    return np.array(ids, dtype=np.int64)
+    assert len(ids) == sum(entry.num_tokens for entry in entries)
+    return ids
 
 
-def _block_tables(entries: ListLike[PlanEntry], kv: KVCache) -> list[NDArray[np.int32]]:
-    """Per group: [num_seqs, max_blocks] int32, -1 where there is no page."""
-    per_seq = [kv.tables(entry.seq.number) for entry in entries]
-    most = max(len(tables[0]) for tables in per_seq)  # a sequence's tables are of one length in all groups
-    result = []
-    for group in range(len(kv.groups)):
-        table = np.full((len(entries), most), -1, dtype=np.int32)
-        for row, tables in enumerate(per_seq):
-            table[row, : len(tables[group])] = tables[group]
-        result.append(table)
-    return result
+def _positions(entries: ListLike[PlanEntry]) -> list[int]:
+    positions: list[int] = []
+    for entry in entries:
+        start = entry.seq.num_computed
+        positions += range(start, start + entry.num_tokens)
+    return positions
 
 
-def _store_index(
-    table: NDArray[np.int32], seq_of_token: NDArray[np.int64], positions: NDArray[np.int64], block_size: int
-) -> NDArray[np.int64]:
-    """[num_tokens] int64: page * block_size + offset of each token."""
-    pages = table[seq_of_token, positions // block_size].astype(np.int64)
-    assert (pages >= 0).all(), "a token has no page to go to"
-    return pages * block_size + positions % block_size
-
-
-def _segments(entries: ListLike[PlanEntry], mixes: ListLike[Mix], device: torch.device) -> AdapterSegments | None:
-    """Neighbours of equal mix and role become one segment. None when nobody wears an adapter."""
-    bounds, segment_mixes, decode = [0], [], 0
-    for (is_decode, mix), members in groupby(
-        zip(entries, mixes, strict=True), key=lambda pair: (pair[0].is_decode, pair[1])
-    ):
-        if not mix:
-            break  # adapters come first
-        bounds.append(bounds[-1] + sum(entry.num_tokens for entry, _ in members))
-        segment_mixes.append(mix)
-        decode += is_decode
-    if not segment_mixes:
-        return None
-    sizes = [len(mix) for mix in segment_mixes]
-    return AdapterSegments(
-        indptr=torch.tensor(bounds, dtype=torch.int32, device=device),
-        mix_ptr=torch.tensor(np.cumsum([0, *sizes]), dtype=torch.int32, device=device),
-        mix_slot=torch.tensor([slot for mix in segment_mixes for slot, _ in mix], dtype=torch.int32, device=device),
-        mix_weight=torch.tensor([w for mix in segment_mixes for _, w in mix], dtype=torch.float32, device=device),
-        bounds=tuple(bounds),
-        mixes=tuple(segment_mixes),
-        num_decode_segments=decode,
-    )
+def _store_index(entries: ListLike[PlanEntry], tables: ListLike[array[int]], block_size: int) -> list[int]:
+    """Of each token page * block_size + offset."""
+    index: list[int] = []
+    for entry, table in zip(entries, tables, strict=True):
+        position = entry.seq.num_computed
+        end = position + entry.num_tokens
+        while position < end:
+            block, offset = divmod(position, block_size)
+            page, count = table[block], min(block_size - offset, end - position)
+            assert page >= 0, f"{entry.seq!r} has no page for token {position}"
+            index += range(page * block_size + offset, page * block_size + offset + count)
+            position += count
+    return index

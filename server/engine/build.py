@@ -4,41 +4,68 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
+from loraplex.adapters.addresses import Reach
+from loraplex.adapters.downloads import DownloadConfig, Downloads
+from loraplex.adapters.eviction import Reclaimer
 from loraplex.adapters.host_store import HostStore
-from loraplex.adapters.loader import Loader, ParsedImage
+from loraplex.adapters.loader import Loader
 from loraplex.adapters.pages import PagePool
-from loraplex.adapters.peft_format import BaseBias, load_image
+from loraplex.adapters.reader import AdapterReader
 from loraplex.adapters.registry import Registry
 from loraplex.adapters.residency import Residency
-from loraplex.adapters.sources import resolve
 from loraplex.adapters.tiles import BaseLayout
+from loraplex.adapters.workspace import Workspace
 from loraplex.kernels.backend import Backend, BackendUnavailable, load_backend
 from loraplex.kernels.metadata import BLOCK_SIZE
 from loraplex.server.engine.adapter_manager import AdapterManager
-from loraplex.server.engine.arena import (
-    Demand,
-    MemoryPlan,
-    allocate_arena,
-    available_memory,
-    kv_layers,
-    plan_memory,
+from loraplex.server.engine.arena import allocate_arena, kv_layers
+from loraplex.server.engine.calibrate import (
+    DEVICE_COST,
+    LEAST_BUDGET,
+    SCRATCH_PAGES,
+    StepCost,
+    calibrate,
+    default_budget,
 )
 from loraplex.server.engine.engine import Engine
-from loraplex.server.engine.kv_cache import KVCache
+from loraplex.server.engine.kv_cache import KVCache, kv_groups
+from loraplex.server.engine.memory import (
+    GROWTH_BYTES,
+    WAITING_TOKEN_BYTES,
+    Demand,
+    MemoryPlan,
+    NotEnoughMemory,
+    Surroundings,
+    available_memory,
+    give_back_freed,
+    page_bytes,
+    plan_memory,
+    resident_memory,
+)
 from loraplex.server.engine.placement import AdapterPlacement
+from loraplex.server.engine.prefault import Prefault
 from loraplex.server.engine.runner import ModelRunner
 from loraplex.server.engine.scheduler import Scheduler, SchedulerLimits
+from loraplex.server.engine.stats import AdapterPlace
 from loraplex.server.models.config import GenerationDefaults, ModelConfig
 from loraplex.server.models.decoder import Decoder
+from loraplex.server.models.demo import default_cache_dir
 from loraplex.server.models.graphs import GraphedDecoder
 from loraplex.server.models.recorded import RecordedDecoder, record
-from loraplex.server.models.weights import BaseBiases, load_weights, weights_bytes
+from loraplex.server.models.weights import (
+    BaseBiases,
+    ModelWeights,
+    load_weights,
+    loading_bytes,
+    resident_bytes,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -52,25 +79,36 @@ class EngineConfig:
     device: str = "auto"  # "auto" | "cpu" | "cuda"
     dtype: str = "auto"  # "auto": the checkpoint's, but bfloat16 for float16 on the CPU; or a key of DTYPES
     backend: str = "auto"  # see load_backend
+    batch_invariant: bool = False  # see load_backend
     max_model_len: int | None = None  # tokens of a sequence; None: the model's own limit, less where memory is short
-    memory_bytes: int | None = None  # weights + arena + scratch; None: what could be used, up to half of what is free
+    memory_bytes: int | None = None  # in all (see MemoryPlan); None: what could be used, up to half of what is free
+    memory_fraction: float | None = None  # the same, as a share of what is free
+    count_process: bool = False  # the memory given is also for this process without the engine (CPU)
     max_num_seqs: int = 32  # running at once
-    token_budget: int = 512  # tokens of a step
+    token_budget: int | None = None  # tokens of a step; None: as many as take 100 ms (calibrate)
     num_slots: int = 256  # adapters on the device at once
-    host_store_bytes: int = 2 << 30
+    host_store_bytes: int | None = None  # None: a little on the CPU, which has one memory; 2 GiB beside a GPU
     max_waiting: int = 1024  # requests queued beyond those running
-    loader_threads: int = 1
+    max_waiting_tokens: int = 1 << 19  # of their prompts together
+    loader_threads: int = 2
+    downloads: DownloadConfig = field(default_factory=DownloadConfig)
 
     def __post_init__(self) -> None:
         if self.device not in ("auto", "cpu", "cuda"):
             raise ValueError(f"device is {self.device!r}; expected auto, cpu or cuda")
         if self.dtype != "auto" and self.dtype not in DTYPES:
             raise ValueError(f"dtype is {self.dtype!r}; expected auto, {', '.join(DTYPES)}")
-        names = ("max_num_seqs", "token_budget", "num_slots", "host_store_bytes", "max_waiting", "loader_threads")
-        for name in (*names, "max_model_len", "memory_bytes"):
+        for name in (
+            *("max_model_len", "memory_bytes", "max_num_seqs", "token_budget", "num_slots", "host_store_bytes"),
+            *("max_waiting", "max_waiting_tokens", "loader_threads"),
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; expected at least 1")
+        if self.memory_fraction is not None and not 0.0 < self.memory_fraction <= 1.0:
+            raise ValueError(f"memory_fraction is {self.memory_fraction}; expected more than 0 and at most 1")
+        if self.memory_fraction is not None and self.memory_bytes is not None:
+            raise ValueError("memory_bytes and memory_fraction are both given; expected one of them")
 
 
 @dataclass(frozen=True)
@@ -78,12 +116,18 @@ class EngineParts:
     """What build_engine returns; `engine` is not started yet. Stop: engine.stop(), then adapters.close()."""
 
     engine: Engine
+    prefault: Prefault | None  # on the CPU; not started either, and nobody has to
     adapters: AdapterManager
+    places: Callable[[], list[AdapterPlace]]  # where the registered adapters are that are in memory; from any thread
+    placement: AdapterPlacement
     model_config: ModelConfig
     defaults: GenerationDefaults
     dtype: torch.dtype  # of weights, adapters and KV cache
     memory: MemoryPlan
     max_model_len: int
+    token_budget: int  # tokens of a step
+    cost: StepCost
+    startup: tuple[tuple[str, float], ...]  # what was done, and the seconds it took
 
 
 def build_engine(config: EngineConfig, model_path: Path, base_name: str) -> EngineParts:
@@ -91,73 +135,187 @@ def build_engine(config: EngineConfig, model_path: Path, base_name: str) -> Engi
 
     Raises UnsupportedModel, WeightsError, BackendUnavailable, NotEnoughMemory, OSError, ValueError (no such backend).
     """
+    watch = _Stopwatch()
     model_config = ModelConfig.from_hf(model_path)
     defaults = GenerationDefaults.from_hf(model_path)
-    ops = load_backend(config.backend, config.device)
-    device = ops.device
+    ops = load_backend(config.backend, config.device, config.batch_invariant)
     dtype = _dtype(config.dtype, model_path, ops)
-    memory = plan_memory(
-        model_config,
-        dtype,
-        config.memory_bytes,
-        weights_bytes(model_config, dtype),
-        Demand(config.max_model_len, config.max_num_seqs, config.token_budget),
-        available_memory(device),
-    )
-    logger.info("%s on %s in %s, %s", base_name, device, dtype, memory)
-    arena = allocate_arena(memory, device)
+    watch.lap("configuration")
+    memory = _Memory(config, model_config, dtype, ops, model_path)
+    memory.plan(config.token_budget or LEAST_BUDGET, not model_config.tie_word_embeddings)  # refuse before reading
     weights = load_weights(model_path, model_config, ops, dtype)
-
-    layout = BaseLayout(base_name, model_config.num_layers, model_config.projections(), memory.page_bytes, dtype)
-    pool = PagePool(memory.num_pages)
-    residency = Residency(arena, pool, layout, config.num_slots)
-    store = HostStore(config.host_store_bytes)
-    loader = Loader(_parser(layout, BaseBiases(model_config, weights).get), store, config.loader_threads)
-    registry = Registry()
-    placement = AdapterPlacement(residency, store, loader, registry)
-
-    kv = KVCache(pool, memory.groups, BLOCK_SIZE)
-    limits = SchedulerLimits(
-        max_model_len=memory.max_model_len,
-        max_num_seqs=config.max_num_seqs,
-        token_budget=config.token_budget,
-        num_slots=config.num_slots,
-        vocab_size=model_config.vocab_size,
-        rope_switch=model_config.rope_switch,
+    give_back_freed()
+    watch.lap("weights")
+    cost = _calibrated(model_config, weights, ops)
+    token_budget = config.token_budget or default_budget(cost)
+    watch.lap("calibration")
+    own_head = weights.head is not weights.embedding
+    try:
+        plan = memory.plan(token_budget, own_head)
+    except NotEnoughMemory:
+        if config.token_budget is not None:
+            raise
+        token_budget = LEAST_BUDGET
+        plan = memory.plan(token_budget, own_head)
+    logger.info("%s on %s in %s, steps of %d tokens", base_name, ops.device, dtype, token_budget)
+    if plan.max_model_len < (config.max_model_len or model_config.max_position):
+        logger.warning(
+            "context cut from %d to %d tokens by the memory there is", model_config.max_position, plan.max_model_len
+        )
+    engine, adapters, placement, prefault = _assemble(
+        config, model_config, weights, ops, plan, token_budget, cost, base_name
     )
-    decoder = Decoder(model_config, weights, ops, kv_layers(arena, model_config, dtype, memory.groups), arena)
-    model = _fastest(decoder, config)
-    engine = Engine(
-        Scheduler(kv, placement, limits), ModelRunner(model, kv, residency, device), placement, config.max_waiting
-    )
-    placement.on_ready = engine.wake
-    registry.on_drained = engine.forget_adapter
+    watch.lap("arena")
     return EngineParts(
         engine=engine,
-        adapters=AdapterManager(registry, loader, max_pages=memory.num_pages - len(memory.groups)),
+        prefault=prefault,
+        adapters=adapters,
+        places=placement.places,
+        placement=placement,
         model_config=model_config,
         defaults=defaults,
         dtype=dtype,
-        memory=memory,
-        max_model_len=memory.max_model_len,
+        memory=plan,
+        max_model_len=plan.max_model_len,
+        token_budget=token_budget,
+        cost=cost,
+        startup=watch.laps,
     )
 
 
-def _fastest(decoder: Decoder, config: EngineConfig) -> Decoder | RecordedDecoder | GraphedDecoder:
+def _assemble(
+    config: EngineConfig,
+    model_config: ModelConfig,
+    weights: ModelWeights,
+    ops: Backend,
+    plan: MemoryPlan,
+    token_budget: int,
+    cost: StepCost,
+    base_name: str,
+) -> tuple[Engine, AdapterManager, AdapterPlacement, Prefault | None]:
+    """Allocate the arena and put everything around it together."""
+    device, dtype = ops.device, weights.dtype
+    arena = allocate_arena(plan, device)
+    layout = BaseLayout(base_name, model_config.num_layers, model_config.projections(), plan.page_bytes, dtype)
+    pool = PagePool(plan.num_pages)
+    reclaimer = Reclaimer()
+    residency = Residency(arena, pool, layout, config.num_slots, reclaimer)
+    store = HostStore(plan.images_bytes, exclusive=plan.shared)
+    registry = Registry()
+    downloads = _downloads(config.downloads, registry)
+    reader = AdapterReader(
+        layout,
+        BaseBiases(model_config, weights).get,
+        max_pages=plan.num_pages - len(plan.groups),
+        workspace=Workspace(plan.loading_bytes),
+        locate=downloads.locate,
+    )
+    loader = Loader(reader.read, store, registry, config.loader_threads)
+    placement = AdapterPlacement(residency, store, loader, registry)
+
+    kv = KVCache(pool, plan.groups, BLOCK_SIZE, reclaimer)
+    kv.token_seconds = cost.token_seconds
+    limits = SchedulerLimits(
+        max_model_len=plan.max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        token_budget=token_budget,
+        num_slots=config.num_slots,
+        vocab_size=model_config.vocab_size,
+        rope_switch=model_config.rope_switch,
+        prefix_cache=all(rope.kind != "dynamic" for rope in model_config.ropes),  # its keys depend on the length
+    )
+    decoder = Decoder(model_config, weights, ops, kv_layers(arena, model_config, dtype, plan.groups), arena)
+    model = _fastest(decoder, token_budget, config.max_num_seqs)
+    engine = Engine(
+        Scheduler(kv, placement, limits),
+        ModelRunner(model, kv, residency, device),
+        placement,
+        config.max_waiting,
+        config.max_waiting_tokens,
+    )
+    placement.on_ready = engine.wake
+    registry.on_drained = engine.forget_adapter
+    prefault = Prefault(arena, pool) if plan.shared else None
+    return engine, AdapterManager(registry, loader, reader, downloads, engine), placement, prefault
+
+
+def _downloads(config: DownloadConfig, registry: Registry) -> Downloads:
+    """The files of every adapter that is registered, or still in use, are kept."""
+
+    def in_use() -> set[str]:
+        return {version.source for version in (*registry.list(), *registry.draining())}
+
+    folder = config.folder or default_cache_dir() / "downloads"
+    return Downloads(folder, config.limits, Reach(config.allowed_hosts), in_use)
+
+
+class _Memory:
+    """The memory there is, for plans of several token budgets."""
+
+    def __init__(
+        self, config: EngineConfig, model_config: ModelConfig, dtype: torch.dtype, ops: Backend, path: Path
+    ) -> None:
+        device = ops.device
+        shared = device.type == "cpu"
+        process = resident_memory() + config.max_waiting_tokens * WAITING_TOKEN_BYTES + GROWTH_BYTES
+        self._config, self._model_config, self._dtype, self._ops = config, model_config, dtype, ops
+        self._available = available_memory(device)
+        self._given = config.memory_bytes
+        if config.memory_fraction is not None:  # what the process has is not free any more, but its own
+            own = resident_memory() if shared and config.count_process else 0
+            self._given = int(config.memory_fraction * (self._available + own))
+        self._around = Surroundings(
+            shared=shared,
+            process_bytes=process if config.count_process else 0,
+            loading_bytes=loading_bytes(path, model_config, dtype),
+            threads=torch.get_num_threads(),
+            lean=ops.name == "cpu",
+        )
+
+    def plan(self, token_budget: int, own_head: bool) -> MemoryPlan:
+        """Raises NotEnoughMemory."""
+        config = self._config
+        return plan_memory(
+            self._model_config,
+            self._dtype,
+            self._given,
+            resident_bytes(self._model_config, self._dtype, self._ops, own_head),
+            Demand(config.max_model_len, config.max_num_seqs, token_budget, config.host_store_bytes),
+            self._available,
+            self._around,
+        )
+
+
+class _Stopwatch:
+    """Where the time of the start goes."""
+
+    def __init__(self) -> None:
+        self.laps: tuple[tuple[str, float], ...] = ()
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """What was done since the last lap."""
+        now = time.perf_counter()
+        self.laps += ((name, now - self._last),)
+        self._last = now
+
+
+def _calibrated(model_config: ModelConfig, weights: ModelWeights, ops: Backend) -> StepCost:
+    """Measured in an arena of its own: how large the real one is depends on the outcome."""
+    if ops.device.type != "cpu":
+        return DEVICE_COST
+    groups = kv_groups(model_config.windows)
+    page = page_bytes(model_config, weights.dtype, groups)
+    arena = torch.zeros(SCRATCH_PAGES * len(groups), page, dtype=torch.uint8)
+    views = kv_layers(arena, model_config, weights.dtype, groups)
+    return calibrate(Decoder(model_config, weights, ops, views, arena))
+
+
+def _fastest(decoder: Decoder, token_budget: int, max_num_seqs: int) -> Decoder | RecordedDecoder | GraphedDecoder:
     """The decoder as the backend runs it best: recorded on the CPU, decode steps as CUDA graphs on a GPU."""
     if decoder.ops.name == "triton" and decoder.ops.device.type == "cuda":
         return GraphedDecoder(decoder)
-    return record(decoder, config.token_budget, config.max_num_seqs)
-
-
-def _parser(layout: BaseLayout, base_bias: BaseBias) -> Callable[[str], ParsedImage]:
-    """What the loader's threads do with a source: resolve, read, check, pack."""
-
-    def parse(source: str) -> ParsedImage:
-        parsed, image = load_image(resolve(source), layout, base_bias)
-        return ParsedImage(parsed.digest, parsed.rank, parsed.targets, image.pages.shape[0], image.nbytes, image)
-
-    return parse
+    return record(decoder, token_budget, max_num_seqs + token_budget)  # rows: all of a prompt's may be wanted
 
 
 def _dtype(name: str, model_path: Path, ops: Backend) -> torch.dtype:

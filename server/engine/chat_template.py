@@ -43,8 +43,9 @@ class ChatTemplate:
         messages: Sequence[Mapping[str, Any]],
         add_generation_prompt: bool = True,
         extra: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
-        """The prompt text of `messages`. `extra` are further template variables.
+        """The prompt text of `messages`. `extra` are further template variables, `tools` functions as OpenAI has them.
 
         A "developer" message is shown to templates that do not know the role as "system", which it renames.
         Raises ChatTemplateError.
@@ -53,7 +54,7 @@ class ChatTemplate:
         if "developer" not in self.source:
             chat = [{**m, "role": "system"} if m["role"] == "developer" else m for m in chat]
         variables = {**self._special_tokens, **(extra or {})}
-        variables.update(messages=chat, tools=None, documents=None, add_generation_prompt=add_generation_prompt)
+        variables.update(messages=chat, tools=tools, documents=None, add_generation_prompt=add_generation_prompt)
         try:
             return self._template.render(variables)
         except jinja2.TemplateError as error:

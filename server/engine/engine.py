@@ -14,22 +14,33 @@ import asyncio
 import logging
 import threading
 import time
-from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Protocol
 
 from loraplex.adapters.registry import AdapterVersion
-from loraplex.server.engine.request import EngineDead, FinishReason, GenerationRequest, Overloaded, TokenEvent
+from loraplex.server.engine.door import Door
+from loraplex.server.engine.fair_queue import ClientKey, client_of
+from loraplex.server.engine.request import (
+    DeadlineExceeded,
+    EngineDead,
+    FinishReason,
+    GenerationRequest,
+    Overloaded,
+    TokenEvent,
+)
 from loraplex.server.engine.scheduler import Placement, SampledToken, Scheduler, StepPlan
 from loraplex.server.engine.sequence import Sequence
+from loraplex.server.engine.stats import EngineStats, StepSizes, TierStats
+from loraplex.server.engine.streams import EventStream, Mailbox, put_all
+
+__all__ = ["DeviceAdapters", "Engine", "EngineStats", "EventStream", "Runner", "TierStats"]
 
 logger = logging.getLogger(__name__)
 
-RETRY_AFTER = (1.0, 60.0)
-"""Seconds: least and most that a refused client is told to wait."""
+PAGE_OWNERS = ("kv", "prefix", "adapter")
 
 
 class Runner(Protocol):
@@ -45,88 +56,32 @@ class DeviceAdapters(Placement, Protocol):
     def loads(self) -> int: ...
     @property
     def evictions(self) -> int: ...
+    @property
+    def stall_seconds(self) -> float: ...
+
+    def tiers(self) -> Mapping[str, TierStats]:
+        """What each tier of adapter memory has done so far. Safe from any thread."""
+        ...
 
     def loaded(self) -> tuple[str, ...]: ...
 
     def forget(self, version: AdapterVersion) -> None: ...
 
+    def pin_forever(self, version: AdapterVersion, pinned: bool) -> None: ...
 
-@dataclass(frozen=True)
-class EngineStats:
-    """A snapshot, cheap enough for every scrape. Counters only grow."""
-
-    running: int
-    waiting: int  # queued or preempted
-    kv_usage: float  # 0..1: KV pages in use / all pages of the arena
-    adapter_usage: float  # 0..1: adapter pages in use / all pages of the arena
-    running_adapters: tuple[str, ...]  # names, sorted, each once
-    waiting_adapters: tuple[str, ...]
-    resident_adapters: tuple[str, ...]  # digests on the device
-    prompt_tokens: int  # counter: prompt tokens of admitted requests
-    generation_tokens: int  # counter: tokens sampled
-    preemptions: int  # counter
-    adapter_loads: int  # counter: copies host -> device
-    adapter_evictions: int  # counter
-    steps: int  # counter
+    def check_integrity(self) -> None:
+        """Raises AssertionError unless its books agree."""
+        ...
 
 
-class EventStream:
-    """Events of one request: an async iterator that ends after the event with `finish` set.
+@dataclass
+class _Open:
+    """A request between submit() and its last event."""
 
-    `aclose()`, cancelling the task that waits in it, or dropping it aborts the request if it has not ended. One
-    consumer, in the loop that submitted.
-    """
-
-    def __init__(self, engine: Engine, request_id: str, mailbox: _Mailbox) -> None:
-        self.request_id = request_id
-        self._engine = engine
-        self._mailbox = mailbox
-        self._ended = False
-
-    def __aiter__(self) -> EventStream:
-        return self
-
-    async def __anext__(self) -> TokenEvent:
-        if self._ended:
-            raise StopAsyncIteration
-        try:
-            event = await self._mailbox.get()
-        except asyncio.CancelledError:
-            self._abort()
-            raise
-        self._ended = event.finish is not None
-        return event
-
-    async def aclose(self) -> None:
-        self._abort()
-
-    def __del__(self) -> None:
-        self._abort()
-
-    def _abort(self) -> None:
-        if not self._ended:
-            self._ended = True
-            self._engine.abort(self.request_id)
-
-
-class _Mailbox:
-    """Events on their way to one stream; touched on the loop's thread only."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.loop = loop
-        self._events: deque[TokenEvent] = deque()
-        self._waiter: asyncio.Future[None] | None = None
-
-    def put(self, event: TokenEvent) -> None:
-        self._events.append(event)
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-    async def get(self) -> TokenEvent:
-        while not self._events:
-            self._waiter = self.loop.create_future()
-            await self._waiter
-        return self._events.popleft()
+    request: GenerationRequest
+    mailbox: Mailbox
+    client: ClientKey
+    output: int = 0  # tokens delivered
 
 
 @dataclass(frozen=True)
@@ -145,6 +100,12 @@ class _Forget:
 
 
 @dataclass(frozen=True)
+class _Pin:
+    version: AdapterVersion
+    pinned: bool
+
+
+@dataclass(frozen=True)
 class _Wake:
     pass
 
@@ -154,29 +115,46 @@ class _Stop:
     pass
 
 
-_Message = _Submit | _Abort | _Forget | _Wake | _Stop
+_Message = _Submit | _Abort | _Forget | _Pin | _Wake | _Stop
 
 
 CRASHED = "the engine has crashed; the server's log says why"
 """All that clients are told."""
 
+QUIET = 5.0
+"""Seconds without work after which the books are checked, once: 4 ms at 600 cached blocks, too long between steps."""
+
 
 class Engine:
     """Made by build.build_engine. All methods are thread-safe unless said otherwise."""
 
-    def __init__(self, scheduler: Scheduler, runner: Runner, adapters: DeviceAdapters, max_waiting: int) -> None:
-        self.max_waiting = max_waiting
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        adapters: DeviceAdapters,
+        max_waiting: int,
+        max_waiting_tokens: int = 1 << 19,
+    ) -> None:
+        """max_waiting, max_waiting_tokens: see Door."""
         self._scheduler = scheduler
         self._runner = runner
         self._adapters = adapters
+        self._door = Door(max_waiting, max_waiting_tokens)
         self._inbox: SimpleQueue[_Message] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._lock = threading.Lock()  # guards _alive and _open
+        self._lock = threading.Lock()  # guards _alive, _open and _door
         self._alive = False
-        self._open: dict[str, tuple[GenerationRequest, _Mailbox]] = {}
+        self._open: dict[str, _Open] = {}
         self._failure: BaseException | None = None
         self._steps = 0
-        self._finish_times: deque[float] = deque(maxlen=64)
+        self._unchecked = False  # whether steps have run since the books were checked
+        self._refused = 0
+        self._expired = 0
+        self._step_sizes = StepSizes()
+        self._adapter_wait = 0.0
+        self.on_crash: Callable[[], None] = lambda: None
+        """Called in the engine's thread when it has died and everybody has been told."""
 
     @property
     def max_model_len(self) -> int:
@@ -218,16 +196,22 @@ class Engine:
         Raises ContextTooLong (could never fit), Overloaded (queue full), EngineDead, ValueError (request_id in use).
         """
         try:
-            mailbox = _Mailbox(asyncio.get_running_loop())
+            mailbox = Mailbox(asyncio.get_running_loop())
             self._scheduler.check(request)
+            client = client_of(request)
             with self._lock:
                 self._check_open(request)
-                self._open[request.request_id] = (request, mailbox)
+                try:
+                    self._door.enter(client, request, self._scheduler.running_of(client))
+                except Overloaded:
+                    self._refused += 1
+                    raise
+                self._open[request.request_id] = _Open(request, mailbox, client)
                 self._inbox.put(_Submit(request))
         except BaseException:
             _release(request)
             raise
-        return EventStream(self, request.request_id, mailbox)
+        return EventStream(request.request_id, mailbox, self.abort)
 
     def abort(self, request_id: str) -> None:
         """End a request with FinishReason.ABORT; its pages are free before the next step is planned. Unknown: no-op."""
@@ -237,27 +221,50 @@ class Engine:
         """The registry's `on_drained`: its bytes leave device and host unless another version has the same ones."""
         self._inbox.put(_Forget(version))
 
+    def pin_adapter(self, version: AdapterVersion, pinned: bool) -> None:
+        """Bring `version` to the device as soon as there is room, and never evict it; or let it be evicted again."""
+        self._inbox.put(_Pin(version, pinned))
+
     def wake(self) -> None:
         """An adapter that somebody waits for has come to host memory, or failed to."""
         self._inbox.put(_Wake())
 
     def stats(self) -> EngineStats:
-        scheduler, pool = self._scheduler, self._scheduler.kv.pool
+        scheduler, adapters = self._scheduler, self._adapters
+        kv, pool = scheduler.kv, scheduler.kv.pool
         running, waiting = tuple(scheduler.running), tuple(scheduler.waiting)
+        pages = {owner: pool.used_by(owner) for owner in PAGE_OWNERS}
+        now = time.monotonic()
+        wait = scheduler.adapter_wait + sum(seq.waited(now) for seq in (*running, *waiting))
+        self._adapter_wait = max(self._adapter_wait, wait)  # one that closes meanwhile may be missed: it never shrinks
         return EngineStats(
             running=len(running),
             waiting=len(waiting),
-            kv_usage=pool.used_by("kv") / pool.num_pages,
-            adapter_usage=pool.used_by("adapter") / pool.num_pages,
+            kv_usage=pages["kv"] / pool.num_pages,
+            adapter_usage=pages["adapter"] / pool.num_pages,
             running_adapters=_names(running),
             waiting_adapters=_names(waiting),
-            resident_adapters=self._adapters.loaded(),
+            resident_adapters=adapters.loaded(),
             prompt_tokens=scheduler.prompt_tokens,
             generation_tokens=scheduler.generation_tokens,
             preemptions=scheduler.preemptions,
-            adapter_loads=self._adapters.loads,
-            adapter_evictions=self._adapters.evictions,
+            adapter_loads=adapters.loads,
+            adapter_evictions=adapters.evictions,
             steps=self._steps,
+            queued_tokens=sum(seq.num_prompt for seq in waiting),
+            clients=scheduler.waiting.num_clients,
+            fairness_spread=scheduler.waiting.spread,
+            prefix_hits=kv.hits,
+            prefix_queries=kv.queries,
+            stall_seconds=adapters.stall_seconds,
+            refused=self._refused,
+            expired=self._expired,
+            waiting_for_adapters=sum(seq.stalled is not None for seq in waiting),
+            adapter_wait=self._adapter_wait,
+            step_counts=self._step_sizes.counts(),
+            step_tokens=self._step_sizes.tokens,
+            pages={**pages, "free": pool.num_free},
+            tiers=adapters.tiers(),
         )
 
     def _check_open(self, request: GenerationRequest) -> None:
@@ -266,18 +273,6 @@ class Engine:
             raise EngineDead(CRASHED if self._failure else "the engine was shut down")
         if request.request_id in self._open:
             raise ValueError(f"request {request.request_id!r} is open already; request ids are unique")
-        waiting = len(self._open) - len(self._scheduler.running)
-        if waiting >= self.max_waiting:
-            retry_after = self._drain_time(waiting)
-            raise Overloaded(f"{waiting} requests are waiting already; try again in {retry_after:.0f} s", retry_after)
-
-    def _drain_time(self, waiting: int) -> float:
-        """Seconds in which `waiting` requests get done at the latest rate."""
-        least, most = RETRY_AFTER
-        times = tuple(self._finish_times)
-        if len(times) < 2:
-            return least
-        return min(most, max(least, waiting * (time.monotonic() - times[0]) / len(times)))
 
     # -- the engine thread ---------------------------------------------------------------------------------------------
 
@@ -286,17 +281,27 @@ class Engine:
             busy = False
             while self._receive(block=not busy):
                 busy = self._step()
+                self._unchecked = self._unchecked or busy
         except BaseException as error:
             logger.exception("the engine has crashed")
             self._failure = error
         self._end_all()
+        if self._failure is not None:
+            self.on_crash()
 
     def _receive(self, block: bool) -> bool:
-        """Act on every message there is, waiting for the first if `block`. False: stop."""
+        """Act on every message there is, waiting for the first if `block`, but no longer than the scheduler can.
+
+        False: stop.
+        """
+        timeout = self._scheduler.idle_seconds() if block else None
+        checks = block and timeout is None and self._unchecked
         while True:
             try:
-                message = self._inbox.get(block)
+                message = self._inbox.get(block, QUIET if checks else timeout)
             except Empty:
+                if checks:
+                    self._check_integrity()
                 return True
             block = False
             match message:
@@ -307,34 +312,55 @@ class Engine:
                     self._deliver([event] if event else [])
                 case _Forget(version):
                     self._adapters.forget(version)
+                case _Pin(version, pinned):
+                    self._adapters.pin_forever(version, pinned)
                 case _Stop():
                     return False
 
+    def _check_integrity(self) -> None:
+        """Every page has one owner and all counts agree, or the engine stops: wrong pages would be wrong answers."""
+        self._scheduler.check_integrity()
+        self._adapters.check_integrity()
+        self._unchecked = False
+
     def _step(self) -> bool:
         """Plan, compute, deliver. False when there is nothing to compute until a message comes."""
+        began = time.monotonic()
         plan = self._scheduler.schedule()
         self._deliver(plan.failed)
         if not plan.entries:
             return False
-        sampled = self._runner.execute(plan)
+        try:
+            sampled = self._runner.execute(plan)
+        except Exception as error:
+            if not _is_out_of_memory(error):
+                raise
+            logger.warning("a step of %d tokens ran out of memory: %s", plan.num_tokens, error)
+            self._deliver(self._scheduler.shed(plan))
+            return True
         self._steps += 1
-        self._deliver(self._scheduler.commit(plan, sampled))
+        self._step_sizes.observe(plan.num_tokens)
+        events = self._scheduler.commit(plan, sampled)
+        self._door.drained(plan.num_tokens, time.monotonic() - began)
+        self._deliver(events)
         return True
 
     def _deliver(self, events: Iterable[TokenEvent]) -> None:
         """Hand events to the streams' loops, with one wake-up for each loop."""
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Mailbox, TokenEvent]]] = {}
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Mailbox, TokenEvent]]] = {}
         for event in events:
-            request, mailbox = self._open[event.request_id]
+            opened = self._open[event.request_id]
+            opened.output += event.token_id is not None
             if event.finish is not None:
-                self._finish_times.append(time.monotonic())
+                self._expired += isinstance(event.error, DeadlineExceeded)
                 with self._lock:
                     del self._open[event.request_id]
-                _release(request)  # before the client can know: what it does next may count on it
-            by_loop.setdefault(mailbox.loop, []).append((mailbox, event))
+                    self._door.leave(opened.client, opened.request, opened.output)
+                _release(opened.request)  # before the client can know: what it does next may count on it
+            by_loop.setdefault(opened.mailbox.loop, []).append((opened.mailbox, event))
         for loop, mail in by_loop.items():
             try:
-                loop.call_soon_threadsafe(_put_all, mail)
+                loop.call_soon_threadsafe(put_all, mail)
             except RuntimeError:  # the loop is closed: nobody reads any more
                 for _, event in mail:
                     self.abort(event.request_id)
@@ -351,9 +377,10 @@ class Engine:
             self._deliver([TokenEvent(request_id, None, finish=FinishReason.ERROR, error=EngineDead(CRASHED))])
 
 
-def _put_all(mail: ListLike[tuple[_Mailbox, TokenEvent]]) -> None:
-    for mailbox, event in mail:
-        mailbox.put(event)
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether it is Python's, a device allocator's of torch, or torch's on the CPU, which has no type of its own."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return bool(names & {"MemoryError", "OutOfMemoryError"}) or "can't allocate memory" in str(error)
 
 
 def _release(request: GenerationRequest) -> None:

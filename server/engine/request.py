@@ -2,10 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from loraplex.adapters.registry import AdapterLease
+
+
+class Constraint(Protocol):
+    """What holds one request to a form (see grammar.TokenMask)."""
+
+    def allowed(self, output: Sequence[int]) -> NDArray[np.uint8]:
+        """[ceil(vocab / 8)]: a bit for each token, lowest bit first, 1 where it may follow `output`, which is all that
+        was generated so far. Never all 0.
+        """
+        ...
+
+    @property
+    def failure(self) -> str | None:
+        """Why it gave up, which ends the request; None as long as it holds."""
+        ...
+
+
+Pooling = Literal["last", "mean"]
+"""Of a prompt's hidden states: its last token's, or the mean of all."""
+
+TokenScore = tuple[float, tuple[tuple[int, float], ...]]
+"""A token's log-probability, and the likeliest tokens of its place with theirs, likeliest first."""
 
 
 class FinishReason(Enum):
@@ -30,6 +57,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0  # over prompt and generated tokens
     logit_bias: tuple[tuple[int, float], ...] = ()
     logprobs: int | None = None  # None: none; k: the sampled token's and the k most likely ones'
+    prompt_logprobs: int | None = None  # the same for the prompt's tokens but the first; its cached prefix is not used
     stop_token_ids: frozenset[int] = frozenset()  # end-of-sequence ids and the caller's own
     min_tokens: int = 0  # stop tokens are forbidden before
 
@@ -42,6 +70,22 @@ class GenerationRequest:
     mix: tuple[tuple[AdapterLease, float], ...] = ()  # adapters and their weights; empty: the base
     tenant: str = ""
     arrival: float = 0.0  # time.monotonic()
+    priority: int = 0  # lower goes first
+    deadline: float | None = None  # time.monotonic(); the request ends with DeadlineExceeded then
+    weight: float = 1.0  # the tenant's: twice the weight, twice the share
+    cache_salt: str = ""  # only requests of the same tenant and salt share cached prefixes
+    constraint: Constraint | None = None  # this request's own: it follows its tokens
+    pooling: Pooling | None = None  # the prompt's final hidden states are wanted as one vector
+
+
+@dataclass(frozen=True)
+class Phases:
+    """What a request went through before its first token; times are time.monotonic()."""
+
+    admitted: float  # it left the queue, for the first time
+    ready: float  # its adapters were on the device: the prompt could be computed
+    load: tuple[float, float] | None  # first and last moment that nothing but an adapter was missing; None: none was
+    cached_tokens: int  # of the prompt, found in the prefix cache
 
 
 @dataclass(frozen=True)
@@ -54,6 +98,9 @@ class TokenEvent:
     top_logprobs: tuple[tuple[int, float], ...] = field(default=())
     finish: FinishReason | None = None
     error: Exception | None = None  # set when finish is ERROR
+    prompt_logprobs: tuple[TokenScore, ...] = ()  # with the first token: one a prompt token but the first
+    embedding: NDArray[np.float32] | None = field(default=None, compare=False)  # [H], with the first token
+    phases: Phases | None = field(default=None, compare=False)  # with the first token
 
 
 class EngineError(Exception):
@@ -70,6 +117,22 @@ class Overloaded(EngineError):
     def __init__(self, message: str, retry_after: float) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+
+
+class ShuttingDown(EngineError):
+    """The server is told to stop; in `retry_after` seconds another one may be there."""
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class DeadlineExceeded(EngineError):
+    """The time that the request was given is over; what was generated until then has been delivered."""
+
+
+class OutOfMemory(EngineError):
+    """A step of this request alone needed more memory than could be allocated."""
 
 
 class EngineDead(EngineError):

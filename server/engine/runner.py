@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from loraplex.adapters.residency import Residency
-from loraplex.server.engine.arena import logit_rows
 from loraplex.server.engine.batch import build_batch
+from loraplex.server.engine.grammar import MaskPool
 from loraplex.server.engine.kv_cache import KVCache
-from loraplex.server.engine.sampler import Sampled, SampleRow, sample
-from loraplex.server.engine.scheduler import StepPlan
+from loraplex.server.engine.memory import logit_rows
+from loraplex.server.engine.plan import PlanEntry, StepPlan
+from loraplex.server.engine.sampler import Sampled, SampleRow, sample, score
 from loraplex.server.models.decoder import Decoder
 from loraplex.server.models.graphs import GraphedDecoder
 from loraplex.server.models.recorded import RecordedDecoder
 
 
 class ModelRunner:
-    """Executes plans. Holds no state of its own."""
+    """Executes plans. Holds no state of its own; the masks of grammars are computed beside the forward pass."""
 
     def __init__(
         self,
@@ -30,18 +32,54 @@ class ModelRunner:
         self._residency = residency
         self._device = device
         self._slice = logit_rows(decoder.config.vocab_size)
+        self._masks = MaskPool()
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> list[Sampled]:
         """Compute the plan's tokens; the draws of its sampling entries, in their order. The plan is not empty."""
         batch = build_batch(plan, self._kv, self._residency.table, self._residency.slot_of, self._device)
+        sampling = [entry.seq for entry in plan.entries if entry.samples]
+        masks = self._masks.begin([(seq.request.constraint, seq.output) for seq in sampling])
         hidden = self._decoder.forward(batch)  # [L, H]
         rows = [
-            SampleRow(seq.request.params, seq.num_tokens, seq.request.prompt_ids, seq.output)
-            for seq in (entry.seq for entry in plan.entries if entry.samples)
+            SampleRow(seq.request.params, seq.num_tokens, seq.request.prompt_ids, seq.output, mask)
+            for seq, mask in zip(sampling, masks, strict=True)
         ]
         sampled: list[Sampled] = []
         for start in range(0, len(rows), self._slice):  # a vocabulary of 256k costs 1 MB a row
-            logits = self._decoder.logits(hidden[start : start + self._slice])
-            sampled += sample(logits, rows[start : start + self._slice])
+            logits = self._decoder.logits(hidden[start : min(start + self._slice, len(rows))])
+            sampled += sample(logits, rows[start : start + self._slice], self._decoder.ops)
+        self._read_prompts(plan, hidden[len(rows) :])
         return sampled
+
+    def _read_prompts(self, plan: StepPlan, hidden: Tensor) -> None:
+        """hidden [sum of prompt_rows, H]: what is wanted of the prompts themselves, into their sequences."""
+        start = 0
+        for entry in plan.entries:
+            if count := len(entry.prompt_rows):
+                rows = hidden[start : start + count]
+                start += count
+                if entry.seq.request.pooling is not None:
+                    _pool(entry, rows)
+                else:
+                    self._score(entry, rows)
+
+    def _score(self, entry: PlanEntry, hidden: Tensor) -> None:
+        """hidden [n, H] of prompt tokens: the log-probability of the one after each."""
+        seq, k = entry.seq, entry.seq.request.params.prompt_logprobs or 0
+        first = seq.num_computed + 1
+        for start in range(0, hidden.shape[0], self._slice):
+            logits = self._decoder.logits(hidden[start : start + self._slice])
+            following = seq.tokens[first + start : first + start + logits.shape[0]]
+            seq.prompt_scores += score(logits, following, k)
+
+
+def _pool(entry: PlanEntry, hidden: Tensor) -> None:
+    """hidden [n, H] of prompt tokens, into one vector for all of them."""
+    seq = entry.seq
+    total = hidden.float().sum(0).cpu().numpy()
+    if seq.pooled is not None:
+        total += seq.pooled
+    if entry.samples and seq.request.pooling == "mean":
+        total /= seq.num_prompt
+    seq.pooled = total

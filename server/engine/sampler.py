@@ -6,16 +6,17 @@ on the rows beside it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from loraplex.server.engine.request import SamplingParams
-
-_COLDEST = 1e-6
-"""Lower temperatures draw as this one does, which is greedily but for near-equal logits; in fp32 they would be 0."""
+from loraplex.kernels.backend import Backend
+from loraplex.server.engine.request import SamplingParams, TokenScore
 
 _MASK = (1 << 64) - 1
 
@@ -28,6 +29,7 @@ class SampleRow:
     position: int  # of the token being drawn, counted from the prompt's start
     prompt_ids: Sequence[int]
     output_ids: Sequence[int]  # generated so far
+    mask: Callable[[], NDArray[np.uint8]] | None = None  # waits for a grammar's (see Constraint.allowed)
 
 
 @dataclass(frozen=True)
@@ -39,22 +41,47 @@ class Sampled:
     top_logprobs: tuple[tuple[int, float], ...] = ()  # (id, log-probability), most likely first
 
 
-def sample(logits: Tensor, rows: Sequence[SampleRow]) -> list[Sampled]:
+def sample(logits: Tensor, rows: Sequence[SampleRow], ops: Backend) -> list[Sampled]:
     """One token per row. logits [N, vocab] fp32, left as they are; len(rows) == N.
 
-    In order: logit_bias, repetition penalty (prompt and output), presence and frequency penalties (output), min_tokens,
-    temperature, top_k, top_p, min_p, draw. Greedy rows (temperature 0) take the largest after min_tokens; of equal ones
-    the lowest id.
+    In order: what a grammar forbids, logit_bias, repetition penalty (prompt and output), presence and frequency
+    penalties (output), min_tokens, temperature, top_k, top_p, min_p, draw; from temperature on it is the backend's
+    sample(). Greedy rows (temperature 0) take the largest after min_tokens; of equal ones the lowest id.
     """
-    plain = [i for i, row in enumerate(rows) if _is_plain(row)]
-    sampled: dict[int, Sampled] = {}
-    if plain:
-        best = (logits if len(plain) == len(rows) else logits[plain]).argmax(-1)
-        sampled = {i: Sampled(token) for i, token in zip(plain, best.tolist(), strict=True)}
-    for i, row in enumerate(rows):
-        if i not in sampled:
-            sampled[i] = _sample_row(logits[i], row)
-    return [sampled[i] for i in range(len(rows))]
+    adjusted = _allowed(logits, rows)
+    changed = [i for i, row in enumerate(rows) if _changes_logits(row)]
+    if changed and adjusted is logits:
+        adjusted = logits.clone()
+    for i in changed:
+        _adjust_(adjusted[i], rows[i])
+    params = [row.params for row in rows]
+    if all(wanted.temperature == 0.0 for wanted in params):
+        ids = ops.argmax(adjusted)
+    else:
+        ids, _ = ops.sample(
+            adjusted,
+            [wanted.temperature for wanted in params],
+            [wanted.top_k for wanted in params],
+            [wanted.top_p for wanted in params],
+            [wanted.min_p for wanted in params],
+            [uniform(row.params.seed, row.position) for row in rows],
+        )
+    return [_sampled(token, raw, row.params) for token, raw, row in zip(ids.tolist(), logits, rows, strict=True)]
+
+
+def score(logits: Tensor, ids: Sequence[int], k: int) -> list[TokenScore]:
+    """Log-probabilities of given tokens. logits [N, vocab] fp32, left as they are; ids[i] stands at row i's place."""
+    norms = logits.logsumexp(1, keepdim=True)
+    wanted = torch.tensor(ids, dtype=torch.int64, device=logits.device).unsqueeze(1)
+    own = (logits.gather(1, wanted) - norms).squeeze(1).tolist()
+    values, tokens = logits.topk(min(k, logits.shape[1]), dim=1)
+    tops = zip(tokens.tolist(), (values - norms).tolist(), strict=True)
+    return [(logprob, _ordered(*top)) for logprob, top in zip(own, tops, strict=True)]
+
+
+def _ordered(ids: Sequence[int], logprobs: Sequence[float]) -> tuple[tuple[int, float], ...]:
+    """Likeliest first, then by id."""
+    return tuple(sorted(zip(ids, logprobs, strict=True), key=lambda entry: (-entry[1], entry[0])))
 
 
 def uniform(seed: int, position: int) -> float:
@@ -68,11 +95,6 @@ def _mix(x: int) -> int:
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
     x = (x ^ (x >> 27)) * 0x94D049BB133111EB & _MASK
     return x ^ (x >> 31)
-
-
-def _is_plain(row: SampleRow) -> bool:
-    """Greedy on the logits as they are, and nothing else asked for."""
-    return row.params.temperature == 0.0 and row.params.logprobs is None and not _changes_logits(row)
 
 
 def _changes_logits(row: SampleRow) -> bool:
@@ -89,27 +111,10 @@ def _forbids_stopping(row: SampleRow) -> bool:
     return len(row.output_ids) < row.params.min_tokens and bool(row.params.stop_token_ids)
 
 
-def _sample_row(raw: Tensor, row: SampleRow) -> Sampled:
-    """raw [vocab] fp32."""
+def _adjust_(logits: Tensor, row: SampleRow) -> None:
+    """Bias, penalties and min_tokens on logits [vocab]. Ids outside the vocabulary have no effect."""
     params = row.params
-    logits = _adjusted(raw, row) if _changes_logits(row) else raw
-    if params.temperature == 0.0:
-        token = int(logits.argmax())
-    else:
-        token = _draw(logits, params, uniform(params.seed, row.position))
-    if params.logprobs is None:
-        return Sampled(token)
-    norm = raw.logsumexp(0)
-    values, ids = raw.topk(min(params.logprobs, raw.shape[0]))
-    top = sorted(zip(ids.tolist(), (values - norm).tolist(), strict=True), key=lambda entry: (-entry[1], entry[0]))
-    return Sampled(token, float(raw[token] - norm), tuple(top))
-
-
-def _adjusted(raw: Tensor, row: SampleRow) -> Tensor:
-    """The logits after bias, penalties and min_tokens, in a new tensor. Ids outside the vocabulary have no effect."""
-    params = row.params
-    logits = raw.clone()
-    vocab, device = raw.shape[0], raw.device
+    vocab, device = logits.shape[0], logits.device
     bias = [(token, value) for token, value in params.logit_bias if 0 <= token < vocab]
     if bias:
         ids, values = zip(*bias, strict=True)
@@ -124,50 +129,41 @@ def _adjusted(raw: Tensor, row: SampleRow) -> Tensor:
         logits[ids] -= params.presence_penalty + params.frequency_penalty * counts
     if _forbids_stopping(row):
         stops = [token for token in params.stop_token_ids if 0 <= token < vocab]
-        logits[torch.tensor(stops, dtype=torch.int64, device=device)] = -torch.inf
-    return logits
+        without = logits.index_fill(0, torch.tensor(stops, dtype=torch.int64, device=device), -torch.inf)
+        if row.mask is None or without.max() > -torch.inf:  # a finished grammar leaves nothing but to stop
+            logits.copy_(without)
 
 
-def _draw(logits: Tensor, params: SamplingParams, u: float) -> int:
-    """Truncate, then walk the tokens left in order of ids to where their cumulative probability passes u.
+def _allowed(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
+    """The logits, those that a grammar forbids at -inf; themselves where there is no grammar.
 
-    top_k keeps every token that equals the k-th; min_p is relative to the likeliest.
+    Eight tokens are looked up by a byte of the mask: 0.2 ms for 16 rows of 49,152, where filling by a mask of booleans
+    takes 0.1 ms a row.
     """
-    top = logits.max()
-    if not top.isfinite():  # NaN, or everything is forbidden: there is nothing to draw from
-        return int(logits.argmax())
-    ids = None
-    if 0 < params.top_k < logits.shape[0]:  # first, so that the rest is about k tokens and not the vocabulary
-        ids = (logits >= logits.topk(params.top_k, sorted=False).values.min()).nonzero().squeeze(1)
-        logits = logits[ids]
-    # 1 for the likeliest: no overflow at any temperature.
-    weights = ((logits - top) / max(params.temperature, _COLDEST)).exp_()
-    if params.top_p < 1.0:
-        weights.masked_fill_(~_nucleus(weights, params.top_p), 0.0)
-    if params.min_p > 0.0:
-        weights.masked_fill_(weights < params.min_p, 0.0)
-    cumulative = weights.cumsum(0, dtype=torch.float64)
-    # The first that is above, so never a token whose own weight is 0.
-    index = int(torch.searchsorted(cumulative, u * float(cumulative[-1]), right=True))
-    index = min(index, cumulative.shape[0] - 1)
-    return index if ids is None else int(ids[index])
+    held = [(i, row.mask()) for i, row in enumerate(rows) if row.mask is not None]
+    if not held:
+        return logits
+    table = _penalties(logits.device)
+    masks = torch.from_numpy(np.stack([mask for _, mask in held])).to(logits.device)
+    added = torch.nn.functional.embedding(masks.int(), table).view(len(held), -1)[:, : logits.shape[1]]
+    if len(held) == len(rows):
+        return logits + added
+    result = logits.clone()
+    result[[i for i, _ in held]] += added
+    return result
 
 
-def _nucleus(weights: Tensor, top_p: float) -> Tensor:
-    """[vocab] bool: the fewest tokens, likeliest first and then by id, that make up `top_p` of all weight.
+@cache
+def _penalties(device: torch.device) -> Tensor:
+    """[256, 8] fp32: what the bits of a byte of a mask add to the logits of their tokens."""
+    bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
+    return torch.from_numpy(np.where(bits, 0.0, -np.inf).astype(np.float32)).to(device)
 
-    Weights in [0, 1] are put into 16,257 bins by the upper half of their bits, which orders them; only the bin where
-    the sum is reached is sorted: 0.2 ms for 49,152 tokens on one CPU core, where sorting them takes 8 ms.
-    """
-    bins = weights.view(torch.int32) >> 16
-    mass = torch.bincount(bins, weights.double()).flip(0).cumsum(0)  # from the likeliest bin down
-    goal = top_p * float(mass[-1])
-    reached = min(int(torch.searchsorted(mass, goal)), mass.shape[0] - 1)
-    edge = mass.shape[0] - 1 - reached
-    keep = bins > edge
-    ids = (bins == edge).nonzero().squeeze(1)
-    values, order = weights[ids].sort(descending=True, stable=True)
-    within = values.cumsum(0, dtype=torch.float64)
-    missing = goal - (float(mass[reached - 1]) if reached else 0.0)
-    keep[ids[order[: int(torch.searchsorted(within, missing)) + 1]]] = True
-    return keep
+
+def _sampled(token: int, raw: Tensor, params: SamplingParams) -> Sampled:
+    """raw [vocab] fp32: the model's own logits."""
+    if params.logprobs is None:
+        return Sampled(token)
+    norm = raw.logsumexp(0)
+    values, ids = raw.topk(min(params.logprobs, raw.shape[0]))
+    return Sampled(token, float(raw[token] - norm), _ordered(ids.tolist(), (values - norm).tolist()))

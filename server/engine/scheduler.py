@@ -1,195 +1,95 @@
 """Which tokens the next step computes, and whose pages make room for them. Policy only: integers, free of torch.
 
-Every step has one token budget. It goes to running sequences that miss one token (decode rows), then to running
-sequences that miss more (prefill chunks), then to newly admitted ones, the oldest first each time. A sequence's age is
-its arrival: the oldest running one always gets its pages, from idle adapters first and the youngest running sequences
-next, so something always moves forward; what could never fit is refused on arrival.
+Every step has one token budget. It goes to running sequences that miss one token (decode rows), then to those that miss
+more (prefill chunks), the newly admitted among them. Who is admitted, and whose chunk comes first, is the fair queue's
+order; of a step's tokens each client is sure of its share, its decode rows included, however long others' prompts are.
+
+    door.py        who may queue at all     fair_queue.py  whose turn it is      admission.py  waiting -> running
+    lookahead.py   what is fetched early    running.py     who gives way         chunks.py     a step's tokens
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
-from collections.abc import Iterator
+import time
+from collections.abc import Callable
 from collections.abc import Sequence as ListLike
-from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
 from operator import attrgetter
-from typing import Protocol
 
-from loraplex.adapters.registry import AdapterVersion
+from loraplex.server.engine.admission import Admission, Round
+from loraplex.server.engine.chunks import ChunkOrder, share_out
+from loraplex.server.engine.door import Running, check_fits
+from loraplex.server.engine.fair_queue import NEVER, OUTPUT_TOKEN, PROMPT_TOKEN, Client, ClientKey, FairQueue
 from loraplex.server.engine.kv_cache import KVCache
-from loraplex.server.engine.request import ContextTooLong, FinishReason, GenerationRequest, TokenEvent
+from loraplex.server.engine.lookahead import Lookahead
+from loraplex.server.engine.plan import Placement, PlanEntry, SampledToken, SchedulerLimits, StepPlan
+from loraplex.server.engine.request import (
+    ContextTooLong,
+    DeadlineExceeded,
+    FinishReason,
+    GenerationRequest,
+    OutOfMemory,
+    TokenEvent,
+)
+from loraplex.server.engine.running import RunningSet
 from loraplex.server.engine.sequence import Sequence
 
+__all__ = ["Placement", "PlanEntry", "SampledToken", "Scheduler", "SchedulerLimits", "StepPlan"]
 
-class Placement(Protocol):
-    """The adapters as the scheduler sees them: where an adapter is, and moving it to the device and off it."""
-
-    def request(self, version: AdapterVersion) -> None:
-        """Start bringing it into host memory unless it is there or on the device. Never blocks."""
-        ...
-
-    def missing_pages(self, versions: ListLike[AdapterVersion]) -> list[int] | None:
-        """Pages each would take: 0 for what is on the device already. None: one is on its way from its source.
-
-        Raises what kept one from being read. Those in host memory stay there until the next call.
-        """
-        ...
-
-    def load(self, version: AdapterVersion) -> bool:
-        """One of those missing_pages() was asked about: host memory to device.
-
-        False when there is no page or no slot for it; evicts nothing.
-        """
-        ...
-
-    def pin(self, digest: str) -> None:
-        """Keep it on the device until as many unpin()s."""
-        ...
-
-    def unpin(self, digest: str) -> None: ...
-
-    def idle_pages(self) -> int:
-        """Pages of the adapters on the device that nobody pins."""
-        ...
-
-    def evict_idle(self, pages: int) -> int:
-        """Evict unpinned adapters, least recently used first, until `pages` are freed or none is left."""
-        ...
-
-    def evict_one(self) -> bool:
-        """Evict the least recently used unpinned adapter. False when there is none."""
-        ...
-
-
-class SampledToken(Protocol):
-    """What the runner draws for one sequence."""
-
-    @property
-    def token_id(self) -> int: ...
-    @property
-    def logprob(self) -> float | None: ...
-    @property
-    def top_logprobs(self) -> tuple[tuple[int, float], ...]: ...
-
-
-@dataclass(frozen=True)
-class SchedulerLimits:
-    max_model_len: int  # tokens of a sequence, prompt and generated
-    max_num_seqs: int  # running at once
-    token_budget: int  # tokens of a step
-    num_slots: int  # adapters on the device at once
-    vocab_size: int
-    rope_switch: int | None = None  # longrope: a longer sequence is recomputed with the long factors, once
-
-    def __post_init__(self) -> None:
-        for name in ("max_model_len", "max_num_seqs", "token_budget", "num_slots", "vocab_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
-
-
-@dataclass(frozen=True)
-class PlanEntry:
-    """`num_tokens` tokens of `seq`, from seq.num_computed on."""
-
-    seq: Sequence
-    num_tokens: int
-    is_decode: bool
-    samples: bool  # they are all it misses: the next token is drawn after them
-
-
-@dataclass(frozen=True)
-class StepPlan:
-    entries: tuple[PlanEntry, ...]
-    failed: tuple[TokenEvent, ...] = ()  # requests that ended while planning: their adapter could not be read
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(entry.num_tokens for entry in self.entries)
-
-
-_age = attrgetter("number")
-
-
-class WaitingQueue:
-    """Who is admitted next: by arrival. A preempted sequence takes its old place again.
-
-    The order of iteration is the whole of the admission order; a fairer one goes here.
-    """
-
-    def __init__(self) -> None:
-        self._seqs: list[Sequence] = []
-
-    def add(self, seq: Sequence) -> None:
-        insort(self._seqs, seq, key=_age)
-
-    def remove(self, seq: Sequence) -> None:
-        _remove(self._seqs, seq)
-
-    def __iter__(self) -> Iterator[Sequence]:
-        return iter(tuple(self._seqs))
-
-    def __len__(self) -> int:
-        return len(self._seqs)
+PATIENCE = 1.0
+POLL = 0.001
+"""Seconds after which a scheduler with nothing to plan wants to be asked again: something waits, or is being copied."""
 
 
 class Scheduler:
     """schedule() plans a step, commit() takes its results in; add() and abort() come between steps. One thread only."""
 
-    def __init__(self, kv: KVCache, adapters: Placement, limits: SchedulerLimits) -> None:
+    def __init__(
+        self, kv: KVCache, adapters: Placement, limits: SchedulerLimits, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """`clock` in seconds, the one that requests' deadlines are of."""
         self.kv = kv
         self.adapters = adapters
         self.limits = limits
-        self.waiting = WaitingQueue()
-        self.running: list[Sequence] = []  # oldest first
+        self.waiting = FairQueue(limits.ageing, limits.max_num_seqs)
         self.prompt_tokens = 0  # counters
         self.generation_tokens = 0
         self.preemptions = 0
         self.finished = 0
+        self.adapter_wait = 0.0  # seconds of closed requests, see Sequence.waited
+        self._running = RunningSet(self.waiting, limits.max_num_seqs)
+        self._lookahead = Lookahead(self.waiting, adapters, limits.max_num_seqs)
+        self._admission = Admission(kv, adapters, limits, self.waiting, self._running, self._lookahead, self)
+        self._clock = clock
         self._pool = kv.pool
         self._open: dict[str, Sequence] = {}
+        self._deadlines: list[tuple[float, int, Sequence]] = []  # a heap; of closed ones too
         self._next_number = 0
         self._plan: dict[Sequence, PlanEntry] = {}  # the step being planned
+        self._failed: list[TokenEvent] = []  # in it
         self._budget = 0  # its tokens not given out yet
+        self._copying = False  # adapters are on their way to the device
+        self._full = False  # memory ran out in a step: nobody comes in until somebody has left
 
     # -- requests come and go ------------------------------------------------------------------------------------------
 
     def check(self, request: GenerationRequest) -> None:
         """Raises ContextTooLong unless `request` could be served by a server with nothing else to do. Thread-safe.
 
-        Raises ValueError for one without tokens, or with tokens that are none: it would bring down the whole step.
+        Raises ValueError for one that nobody could serve: it would bring down the whole step.
         """
-        prompt, wanted = len(request.prompt_ids), request.params.max_tokens
-        if prompt < 1 or wanted < 1:
-            raise ValueError(f"{prompt} prompt tokens and max_tokens {wanted}; expected at least 1 of each")
-        if not 0 <= min(request.prompt_ids) <= max(request.prompt_ids) < self.limits.vocab_size:
-            raise ValueError(f"the prompt has token ids outside 0..{self.limits.vocab_size - 1}")
-        if prompt + wanted > self.limits.max_model_len:
-            raise ContextTooLong(
-                f"{prompt} prompt tokens and max_tokens {wanted} make {prompt + wanted} tokens, but the context holds "
-                f"{self.limits.max_model_len}; shorten the prompt or lower max_tokens"
-            )
-        versions = {lease.version.digest: lease.version for lease, _ in request.mix}
-        if len(versions) > self.limits.num_slots:
-            raise ContextTooLong(
-                f"{len(versions)} adapters in one request, but there are {self.limits.num_slots} slots"
-            )
-        kv_pages = self.kv.peak_pages(prompt + wanted - 1, self.limits.token_budget)  # the last token is never computed
-        adapter_pages = sum(version.num_pages for version in versions.values())
-        if kv_pages + adapter_pages > self._pool.num_pages:
-            raise ContextTooLong(
-                f"{prompt} prompt tokens and max_tokens {wanted} take {kv_pages} pages, and the request's adapters "
-                f"{adapter_pages}, but the arena has {self._pool.num_pages}; lower max_tokens or give the server more "
-                "memory (--memory)"
-            )
+        check_fits(request, self.limits, self.kv)
 
     def add(self, request: GenerationRequest) -> Sequence:
-        """Queue a request that check() has passed; its adapters start on their way to host memory."""
+        """Queue a request that check() has passed; if its turn is near, its adapters start on their way."""
+        now = self._clock()
         seq = Sequence(self._next_number, request)
         self._next_number += 1
         self._open[request.request_id] = seq
-        self.waiting.add(seq)
-        for version in seq.versions:
-            self.adapters.request(version)
+        if request.deadline is not None:
+            heappush(self._deadlines, (request.deadline, seq.number, seq))
+        self.waiting.open(seq, now)
+        self._lookahead.waits(seq, now)
         return seq
 
     def abort(self, request_id: str) -> TokenEvent | None:
@@ -201,159 +101,230 @@ class Scheduler:
         return TokenEvent(request_id, None, finish=FinishReason.ABORT)
 
     @property
+    def running(self) -> list[Sequence]:
+        """Those that hold places, oldest first. Read only."""
+        return self._running.seqs
+
+    @property
     def num_open(self) -> int:
         return len(self._open)
+
+    def running_of(self, client: ClientKey) -> Running:
+        """What has left the queue, of all clients and of this one. Safe from any thread, and then a snapshot."""
+        requests, tokens = self.waiting.running_of(client)
+        return Running(len(self._running), self._running.tokens, requests, tokens)
+
+    def idle_seconds(self) -> float | None:
+        """Time in which schedule() has something to do though nothing happens meanwhile; None: it never has."""
+        now = self._clock()
+        while self._deadlines and self._is_closed(self._deadlines[0][2]):
+            heappop(self._deadlines)
+        times = [self._deadlines[0][0] - now] if self._deadlines else []
+        if self._open:
+            times.append(POLL if self._copying else PATIENCE)
+        return max(0.0, min(times)) if times else None
 
     # -- a step --------------------------------------------------------------------------------------------------------
 
     def schedule(self) -> StepPlan:
         """Plan the next step and take its pages. No entries: everybody waits for an adapter from its source."""
-        self._plan, self._budget = {}, self.limits.token_budget
+        now = self._clock()
+        self._plan, self._failed, self._budget = {}, [], self.limits.token_budget
         preemptions = self.preemptions
-        for decode in (True, False):
-            for seq in tuple(self.running):
-                if seq.is_decode == decode and self._is_running(seq):  # an older one may have preempted it by now
-                    self._plan_running(seq)
-        # What was preempted a moment ago would only be preempted again.
-        failed = self._admit() if self.preemptions == preemptions else ()
-        plan = StepPlan(tuple(self._plan.values()), tuple(failed))
-        self._plan = {}
+        self._expire(now)
+        self._copy(busy=any(seq.is_ready and seq.is_decode for seq in self._running.seqs))
+        self._plan_decodes()
+        if len(self.waiting) and not self._full:
+            self._lookahead.look(now)
+            # What was preempted a moment ago would only be preempted again.
+            self._admit(now, takers_only=self.preemptions > preemptions)
+        self._plan_prefills(now)
+        if not self._plan and self._running.seqs:  # admitted ones are being copied, and nobody else is there to wait
+            self._copy(busy=False)
+            self._plan_decodes()
+            self._plan_prefills(now)
+        plan = StepPlan(tuple(self._plan.values()), tuple(self._failed))
+        self._plan, self._failed = {}, []
         return plan
 
     def commit(self, plan: StepPlan, sampled: ListLike[SampledToken]) -> list[TokenEvent]:
         """Take in what the step computed: `sampled[i]` belongs to the plan's i-th entry that samples."""
+        now = self._clock()
+        kv, charge = self.kv, self.waiting.charge
         events: list[TokenEvent] = []
         draws = iter(sampled)
         for entry in plan.entries:
             seq = entry.seq
-            seq.num_computed += entry.num_tokens
+            before = seq.num_computed
+            seq.num_computed = computed = before + entry.num_tokens
+            tokens = OUTPUT_TOKEN if entry.samples else 0.0
+            if seq.charged < seq.num_prompt:  # what is computed again is not charged again
+                known = min(computed, seq.num_prompt)
+                tokens += PROMPT_TOKEN * max(0, known - max(before, seq.charged))
+                seq.charged = max(known, seq.charged)
+            charge(seq, tokens, now)
+            if seq.cache_root is not None:
+                kv.publish(seq.number, seq.cache_root, seq.tokens, computed)
             if entry.samples:
                 events.append(self._take(seq, next(draws)))
                 if events[-1].finish is not None:
                     self._close(seq)
                     continue
             if seq.num_computed:
-                self.kv.trim(seq.number, seq.num_computed)
+                kv.trim(seq.number, computed)
         assert next(draws, None) is None, "more tokens were sampled than the plan asked for"
         return events
+
+    def shed(self, plan: StepPlan) -> list[TokenEvent]:
+        """Instead of commit(), where the step ran out of memory: preempt its youngest, or end the only one there is.
+
+        Nobody is admitted before one of those running has left.
+        """
+        seqs = [entry.seq for entry in plan.entries]
+        youngest = max(seqs, key=attrgetter("number"))
+        if len(seqs) > 1:
+            self.preempt(youngest)
+            self._full = True
+            return []
+        count = plan.num_tokens
+        error = OutOfMemory(f"a step of {count} tokens of this request alone needs more memory than can be allocated")
+        return [self._fail(youngest, error)]
 
     def check_integrity(self) -> None:
         """Raises AssertionError unless the books agree: for tests, and for a server with nothing to do."""
         self.kv.check_integrity()
-        waiting = tuple(self.waiting)
-        for seqs in (tuple(self.running), waiting):
-            ages = [seq.number for seq in seqs]
-            assert ages == sorted(set(ages)), f"not in the order of arrival: {ages}"
-        everyone = {seq.request.request_id for seq in (*self.running, *waiting)}
-        assert len(everyone) == len(self.running) + len(waiting), "a request is both running and waiting"
+        self.waiting.check_integrity()
+        self._running.check_integrity()
+        running, waiting = self._running.seqs, tuple(self.waiting)
+        everyone = {seq.request.request_id for seq in (*running, *waiting)}
+        assert len(everyone) == len(running) + len(waiting), "a request is both running and waiting"
         assert everyone == self._open.keys(), "a request is open but neither running nor waiting"
-        assert len(self.running) <= self.limits.max_num_seqs
         assert all(not self.kv.held(seq.number) and not seq.num_computed for seq in waiting), "a waiting one has pages"
-        held = sum(self.kv.held(seq.number) for seq in self.running)
-        assert held == self._pool.used_by("kv"), f"running sequences hold {held} pages, the pool counts otherwise"
+        held, used = sum(self.kv.held(seq.number) for seq in running), self._pool.used_by("kv")
+        assert used <= held, f"running sequences hold {held} pages, the pool counts {used} in use"
 
     # -- parts of schedule() -------------------------------------------------------------------------------------------
 
-    def _plan_running(self, seq: Sequence) -> None:
-        """Give a running sequence its tokens of this step, preempting younger ones (or itself) for the pages."""
-        count = min(seq.num_missing, self._budget)
+    def _copy(self, busy: bool) -> None:
+        """Go on with the copies of adapters."""
+        self._copying = self.adapters.start_step(busy)
+        for seq in self._running.seqs:
+            if not seq.is_ready and all(map(self.adapters.is_ready, seq.versions)):
+                seq.is_ready, seq.ready = True, self._clock()
+                seq.adapters_came(seq.ready)
+
+    def _expire(self, now: float) -> None:
+        """End the requests whose time is over."""
+        while self._deadlines and self._deadlines[0][0] <= now:
+            seq = heappop(self._deadlines)[2]
+            request = seq.request
+            if not self._is_closed(seq):
+                given = (request.deadline or now) - request.arrival
+                done = f"{len(seq.output)} of at most {request.params.max_tokens} tokens were generated"
+                self._failed.append(self._fail(seq, DeadlineExceeded(f"the request's {given:.3g} s are over: {done}")))
+
+    def _plan_decodes(self) -> None:
+        rows = [seq for seq in self._running.seqs if seq.is_ready and seq.is_decode and seq not in self._plan]
+        if len(rows) > self._budget:  # not all of them: whoever was served least
+            rows.sort(key=lambda seq: (seq.urgency, seq.flow.client.counter, seq.number))
+        preemptions = self.preemptions
+        for seq in rows:
+            if self.preemptions == preemptions or seq in self._running:  # another may have preempted it by now
+                self._plan_running(seq, min(1, self._budget))
+
+    def _plan_prefills(self, now: float) -> None:
+        """Give what is left of the budget to those that miss more than one token."""
+        seqs = [seq for seq in self._running.seqs if seq.is_ready and not seq.is_decode and seq not in self._plan]
+        wanted = sum(seq.num_missing for seq in seqs)
+        if not seqs or self._budget == 0:
+            return
+        chunks = {seq: seq.num_missing for seq in seqs}
+        if wanted > self._budget:
+            chunks = share_out(seqs, self._plan, self.limits.token_budget, self._budget, self._chunk_order(now))
+        for seq, count in chunks.items():
+            if seq in self._running:
+                self._plan_running(seq, min(count, self._budget))
+
+    def _chunk_order(self, now: float) -> ChunkOrder:
+        """Urgency, the client's counter, age."""
+
+        def order(seq: Sequence) -> tuple[float, float, int]:
+            urgency = NEVER if self.waiting.is_overdue(seq, now) else seq.urgency
+            return urgency, seq.flow.client.counter, seq.number
+
+        return order
+
+    def _plan_running(self, seq: Sequence, count: int) -> None:
+        """Give a running sequence `count` tokens of this step, preempting others (or itself) for the pages."""
         if count == 0:
             return
         target = seq.num_computed + count
         while not self._room(self.kv.missing(seq.number, seq.num_computed, target)):
-            victim = self.running[-1]
-            if victim is seq and len(self.running) == 1:
-                raise RuntimeError(f"{seq!r} has the server for itself and {self._pool.num_free} pages are not enough")
-            self._preempt(victim)
+            if len(self._running) == 1:  # pinned adapters hold what it was promised at the door
+                error = ContextTooLong(
+                    f"{target} tokens need more pages than pinned adapters leave; unpin one or give the server more "
+                    "memory (--memory)"
+                )
+                self._failed.append(self._fail(seq, error))
+                return
+            victim = self._running.growth_victim()
+            self.preempt(victim)
             if victim is seq:
                 return
-        self._enter(seq, count)
-
-    def _admit(self) -> list[TokenEvent]:
-        """Start waiting sequences while tokens, places and pages last. Returns the ends of those that cannot be."""
-        failed: list[TokenEvent] = []
-        for seq in self.waiting:
-            if self._budget == 0 or len(self.running) == self.limits.max_num_seqs:
-                break
-            try:
-                adapter_pages = self.adapters.missing_pages(seq.versions)
-            except Exception as error:  # whatever it is, it is this request's own
-                self._close(seq)
-                failed.append(TokenEvent(seq.request.request_id, None, finish=FinishReason.ERROR, error=error))
-                continue
-            if adapter_pages is None:
-                continue  # passed over until its adapter is in host memory
-            if not self._start(seq, adapter_pages):
-                break  # letting younger ones by could keep it out for ever
-        return failed
-
-    def _start(self, seq: Sequence, adapter_pages: ListLike[int]) -> bool:
-        """Admit `seq` if its adapters and all its known tokens fit beside what the running ones are sure to need.
-
-        Its first chunk alone would be enough to start, but a sequence that is then preempted half way has computed
-        for nothing. Nothing running: nothing to spare for, so what passed check() fits.
-        """
-        pinned: list[str] = []
-        count = min(seq.num_missing, self._budget)
-        if self._fits(seq, count, adapter_pages, pinned):
-            self.waiting.remove(seq)
-            insort(self.running, seq, key=_age)
-            if not seq.preemptions:
-                self.prompt_tokens += seq.num_prompt
-            self._enter(seq, count)
-            return True
-        for digest in pinned:
-            self.adapters.unpin(digest)
-        return False
-
-    def _fits(self, seq: Sequence, count: int, adapter_pages: ListLike[int], pinned: list[str]) -> bool:
-        """Make room for the first `count` tokens of `seq` and put its adapters on the device, pinned (and named so)."""
-        for version, pages in zip(seq.versions, adapter_pages, strict=True):
-            if pages == 0:  # first of all: room is not to be made by evicting what it wears
-                self.adapters.pin(version.digest)
-                pinned.append(version.digest)
-        known = self.kv.peak_pages(seq.num_tokens, self.limits.token_budget)
-        need = sum(adapter_pages) + known + self._reserve()
-        if need > self._pool.num_free + self.adapters.idle_pages():
-            return False
-        if not self._room(sum(adapter_pages) + self.kv.missing(seq.number, 0, count)):
-            return False
-        for version, pages in zip(seq.versions, adapter_pages, strict=True):
-            if pages:
-                if not self._load(version):
-                    return False
-                self.adapters.pin(version.digest)
-                pinned.append(version.digest)
-        return True
-
-    def _load(self, version: AdapterVersion) -> bool:
-        """To the device, where its pages are free already; a missing slot costs an idle adapter its own."""
-        while not self.adapters.load(version):
-            if not self.adapters.evict_one():
-                return False
-        return True
-
-    def _enter(self, seq: Sequence, count: int) -> None:
-        """Put `count` tokens of `seq` into the plan; their pages are known to be free."""
-        grown = self.kv.grow(seq.number, seq.num_computed, seq.num_computed + count)
+        grown = self.kv.grow(seq.number, seq.num_computed, target)
         assert grown, f"pages for {seq!r} were free a moment ago"
-        self._plan[seq] = PlanEntry(seq, count, seq.is_decode, samples=count == seq.num_missing)
+        self._plan[seq] = PlanEntry(seq, count, seq.is_decode, count == seq.num_missing)
         self._budget -= count
 
-    def _room(self, pages: int) -> bool:
-        """Whether `pages` are free, if need be after idle adapters are evicted."""
-        short = pages - self._pool.num_free
-        return short <= 0 or self.adapters.evict_idle(short) >= short
+    def _admit(self, now: float, takers_only: bool) -> None:
+        prefills: dict[Client, int] = {}
+        for seq in self._running.seqs:
+            if seq.is_ready and seq not in self._plan:
+                prefills[seq.flow.client] = prefills.get(seq.flow.client, 0) + seq.num_missing
+        step = Round(now, self._budget, prefills, takers_only, self._copying)
+        self._admission.admit(step)
+        for seq, error in step.failed:
+            self._failed.append(self._fail(seq, error))
 
-    def _reserve(self) -> int:
-        """Pages the running sequences are sure to want soon: for their known tokens and one block more."""
-        limits, kv = self.limits, self.kv
-        return sum(
-            max(0, kv.peak_pages(seq.num_tokens + kv.block_size, limits.token_budget) - kv.held(seq.number))
-            for seq in self.running
-        )
+    def _room(self, pages: int) -> bool:
+        """Whether `pages` are free, if need be after something idle is evicted."""
+        short = pages - self._pool.num_free
+        return short <= 0 or self.kv.reclaimer.reclaim(short) >= short
+
+    def reserve(self) -> int:
+        """Pages the running sequences are sure to want soon."""
+        return sum(map(self._admission.wanted_soon, self._running.seqs))
 
     # -- changes of state ----------------------------------------------------------------------------------------------
+
+    def enter(self, seq: Sequence, urgency: float, now: float) -> None:
+        """A waiting sequence that has adopted what it could and whose adapters are pinned: it runs."""
+        self.waiting.remove(seq)
+        self.waiting.admitted(seq, now)
+        self._running.add(seq)
+        self._lookahead.admitted(seq)
+        seq.urgency = urgency
+        seq.is_ready = all(map(self.adapters.is_ready, seq.versions))
+        if not seq.is_ready:
+            seq.wait_for_adapters(now)
+        if seq.admitted is None:
+            seq.admitted, seq.ready, seq.cached_tokens = now, now, seq.num_computed
+            self.prompt_tokens += seq.num_prompt
+
+    def preempt(self, seq: Sequence) -> None:
+        """Back to the queue: tokens are kept, keys and values are computed anew."""
+        entry = self._plan.pop(seq, None)
+        if entry is not None:
+            self._budget += entry.num_tokens
+        self._stop_running(seq)
+        seq.num_computed = 0
+        seq.prompt_scores.clear()
+        seq.pooled = None
+        seq.preemptions += 1
+        self.preemptions += 1
+        now = self._clock()
+        self.waiting.add(seq, now)
+        self._lookahead.waits(seq, now)
 
     def _take(self, seq: Sequence, draw: SampledToken) -> TokenEvent:
         """Append a drawn token."""
@@ -364,38 +335,50 @@ class Scheduler:
             # From here on its positions are turned by other angles: what is cached no longer agrees with them.
             self.kv.free(seq.number)
             seq.num_computed = 0
-        return TokenEvent(seq.request.request_id, draw.token_id, draw.logprob, draw.top_logprobs, finish)
+            if seq.cache_root is not None:
+                seq.share_prefix(self.limits.rope_switch)
+        first = len(seq.output) == 1
+        return TokenEvent(
+            seq.request.request_id,
+            draw.token_id,
+            draw.logprob,
+            draw.top_logprobs,
+            finish,
+            prompt_logprobs=tuple(seq.prompt_scores) if first else (),
+            embedding=seq.pooled if first else None,
+            phases=seq.phases() if first else None,
+        )
 
-    def _preempt(self, seq: Sequence) -> None:
-        """Back to the queue: tokens are kept, keys and values are computed anew."""
-        self._plan.pop(seq, None)
-        self._stop_running(seq)
-        seq.num_computed = 0
-        seq.preemptions += 1
-        self.preemptions += 1
-        self.waiting.add(seq)
+    def _fail(self, seq: Sequence, error: Exception) -> TokenEvent:
+        """End a request with the reason."""
+        self._close(seq)
+        return TokenEvent(seq.request.request_id, None, finish=FinishReason.ERROR, error=error)
 
     def _close(self, seq: Sequence) -> None:
         """The request has ended, wherever it was."""
         del self._open[seq.request.request_id]
         self.finished += 1
-        if self._is_running(seq):
+        seq.adapters_came(self._clock())
+        self.adapter_wait += seq.adapter_wait
+        if seq in self._running:
+            self._plan.pop(seq, None)
             self._stop_running(seq)
+            self._full = False
         else:
             self.waiting.remove(seq)
+        self.waiting.close(seq)
+        self._lookahead.closed(seq)
+        if len(self._deadlines) > 2 * len(self._open) + 64:  # mostly of closed ones
+            self._deadlines = [entry for entry in self._deadlines if not self._is_closed(entry[2])]
+            heapify(self._deadlines)
+
+    def _is_closed(self, seq: Sequence) -> bool:
+        return self._open.get(seq.request.request_id) is not seq
 
     def _stop_running(self, seq: Sequence) -> None:
-        _remove(self.running, seq)
+        self._running.remove(seq)
+        seq.is_ready = False
+        seq.adapters_came(self._clock())
         self.kv.free(seq.number)
-        for version in seq.versions:
-            self.adapters.unpin(version.digest)
-
-    def _is_running(self, seq: Sequence) -> bool:
-        index = bisect_left(self.running, seq.number, key=_age)
-        return index < len(self.running) and self.running[index] is seq
-
-
-def _remove(seqs: list[Sequence], seq: Sequence) -> None:
-    index = bisect_left(seqs, seq.number, key=_age)
-    assert seqs[index] is seq
-    del seqs[index]
+        for digest, _ in seq.mix:
+            self.adapters.unpin(digest)

@@ -80,11 +80,12 @@ class Tokenizer:
         messages: Sequence[Mapping[str, Any]],
         add_generation_prompt: bool = True,
         extra: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
         """The prompt text of a conversation: [{"role": ..., "content": ...}, ...]. Raises ChatTemplateError."""
         if isinstance(self._template, ChatTemplateError):
             raise ChatTemplateError(str(self._template))
-        return self._template.render(messages, add_generation_prompt, extra)
+        return self._template.render(messages, add_generation_prompt, extra, tools)
 
     def chat(
         self,
@@ -115,14 +116,41 @@ class Tokenizer:
             return bytes([int(match[1], 16)])
         return token.replace("▁", " ").encode()
 
+    def is_special(self, token_id: int) -> bool:
+        """Whether it is one of the tokens that structure a prompt and are no text."""
+        return token_id in self._special_ids
+
+    def encode_offsets(self, text: str, add_special_tokens: bool = True) -> list[tuple[int, str, int, int]]:
+        """Of each token its id, how the vocabulary writes it, and where in `text` it begins and ends, in characters."""
+        (found,) = self._fast.encode_batch([text], add_special_tokens=add_special_tokens)
+        return [(i, token, *span) for i, token, span in zip(found.ids, found.tokens, found.offsets, strict=True)]
+
+    def to_json(self) -> str:
+        """What a tokenizer.json would hold."""
+        return str(self._fast.to_str())
+
+    def token_id(self, token: str) -> int | None:
+        """The id of the one token that reads `token`; None when there is none."""
+        found: int | None = self._fast.token_to_id(token)
+        return found
+
     @property
     def has_chat_template(self) -> bool:
         """Whether `chat` can work at all."""
         return isinstance(self._template, ChatTemplate)
 
+    @property
+    def template_source(self) -> str | None:
+        """The chat template's own text; None without one."""
+        return self._template.source if isinstance(self._template, ChatTemplate) else None
+
     @cached_property
     def _added_ids(self) -> frozenset[int]:
         return frozenset(self._fast.get_added_tokens_decoder())
+
+    @cached_property
+    def _special_ids(self) -> frozenset[int]:
+        return frozenset(i for i, token in self._fast.get_added_tokens_decoder().items() if token.special)
 
     @cached_property
     def _is_byte_level(self) -> bool:

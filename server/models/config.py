@@ -10,9 +10,11 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from loraplex.kernels.metadata import AttentionParams, Projection, Site
+from loraplex.server.models.normalise import normalise
 from loraplex.server.models.rotary import RopeConfig
 
 SUPPORTED = {  # architecture: model_type of its config.json
@@ -70,7 +72,7 @@ class ModelConfig:
         raw = _read_json(Path(path) / "config.json")
         architecture = _supported_architecture(raw)
         try:
-            config = _normalise(raw, SUPPORTED[architecture])
+            config = SimpleNamespace(**normalise(raw, SUPPORTED[architecture]))
             result = _from_transformers(cls, architecture, config)
         except UnsupportedModel:
             raise
@@ -157,18 +159,6 @@ def _supported_architecture(raw: dict[str, Any]) -> str:
             f"the checkpoint is quantised ({method}), which is not supported; use its bf16, fp16 or fp32 original"
         )
     return found
-
-
-def _normalise(raw: dict[str, Any], model_type: str) -> Any:
-    """The transformers config object, with today's names for what older files called otherwise."""
-    from transformers import CONFIG_MAPPING
-
-    raw = {**raw, "model_type": model_type}  # the architecture decides; derivatives invent types of their own
-    scaling = raw.get("rope_scaling")
-    if isinstance(scaling, dict) and "su" in (scaling.get("type"), scaling.get("rope_type")):
-        # longrope's first name; transformers translates it only after asking for a field it had yet to fill in
-        raw["rope_scaling"] = {**scaling, "type": "longrope", "rope_type": "longrope"}
-    return CONFIG_MAPPING[model_type].from_dict(raw)
 
 
 def _from_transformers(make: Callable[..., ModelConfig], architecture: str, config: Any) -> ModelConfig:

@@ -37,11 +37,13 @@ def ensure_demo_base(cache_dir: Path | None = None) -> Path:
     """Folder of the embedded base, converted on the first call and verified by checksum on every call.
 
     Args:
-        cache_dir: where to keep it; default_cache_dir() when None.
+        cache_dir: where to keep it; when None, $LORAPLEX_DEMO is the folder itself (a container image has it where
+            nothing can be written), or else default_cache_dir() holds it.
     Raises:
         DemoError: the package is missing or damaged, or the cache cannot be written.
     """
-    target = (cache_dir or default_cache_dir()) / "demo" / BASE_NAME
+    built_in = os.environ.get("LORAPLEX_DEMO") if cache_dir is None else None
+    target = Path(built_in) if built_in else (cache_dir or default_cache_dir()) / "demo" / BASE_NAME
     return ensure_converted(find_source(), target)
 
 

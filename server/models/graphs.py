@@ -55,6 +55,7 @@ class GraphedDecoder:
     def __init__(self, decoder: Decoder, capture: Capture | None = None) -> None:
         """capture: by default into a CUDA graph, all graphs in one memory pool."""
         self.config = decoder.config
+        self.ops = decoder.ops
         self._decoder = decoder
         self._capture = capture or _CudaCapture()
         self._steps: dict[Size, _Step] = {}

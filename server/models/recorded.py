@@ -32,6 +32,7 @@ class RecordedDecoder:
     def __init__(self, decoder: Decoder, hidden: Tensor, program: Program) -> None:
         """hidden [max_rows, H]: where `program` leaves its result."""
         self.config = decoder.config
+        self.ops = decoder.ops
         self._decoder = decoder
         self._hidden = hidden
         self._program = program

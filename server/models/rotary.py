@@ -10,7 +10,7 @@ The formulas are those of transformers' modeling_rope_utils, which tests/models/
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -161,7 +161,7 @@ class RotaryTable:
         self._config = config
         self._device = device
         lengths = (0,) if config.switch is None else (0, config.switch + 1)
-        self._variants = torch.stack([inv_freq(config, n) for n in lengths]).to(device)  # [1 or 2, rotary_dim / 2]
+        self._variants = self._both_halves(lengths)  # [1 or 2, rotary_dim]
 
     def gather(
         self, positions: Tensor, query_bounds: tuple[int, ...], rope_lens: tuple[int, ...]
@@ -171,22 +171,26 @@ class RotaryTable:
         query_bounds [B + 1] and rope_lens [B]: which tokens belong to which sequence, and its known length.
         """
         angles = positions.unsqueeze(1) * self._frequencies(query_bounds, rope_lens)
-        angles = torch.cat((angles, angles), -1)
         cos, sin = angles.cos(), angles.sin()
         if self._config.attention_scaling != 1.0:
             cos *= self._config.attention_scaling
             sin *= self._config.attention_scaling
         return cos, sin
 
+    def _both_halves(self, lengths: Sequence[int]) -> Tensor:
+        """[len(lengths), rotary_dim]: element i and i + rotary_dim / 2 turn together."""
+        variants = torch.stack([inv_freq(self._config, n) for n in lengths])
+        return torch.cat((variants, variants), -1).to(self._device)
+
     def _frequencies(self, query_bounds: tuple[int, ...], rope_lens: tuple[int, ...]) -> Tensor:
-        """[T, rotary_dim / 2], or [1, rotary_dim / 2] where all tokens share them."""
+        """[T, rotary_dim], or [1, rotary_dim] where all tokens share them."""
         config, variants = self._config, self._variants
         if config.kind == "longrope":
             rows = [int(known > config.original_max_position) for known in rope_lens]
         elif config.kind == "dynamic" and max(rope_lens, default=0) > config.max_position:
             lengths = sorted({max(known, config.max_position) for known in rope_lens})
             rows = [lengths.index(max(known, config.max_position)) for known in rope_lens]
-            variants = torch.stack([inv_freq(config, n) for n in lengths]).to(self._device)
+            variants = self._both_halves(lengths)
         else:
             return variants
         if len(set(rows)) == 1:

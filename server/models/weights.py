@@ -27,8 +27,8 @@ EMBED, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.w
 IGNORED = ("rotary_emb.inv_freq",)
 """Ends of names that old checkpoints carry and nobody needs: buffers that are computed."""
 
-FLOATS = ("F32", "F16", "BF16", "F64")
-"""safetensors' names of the types a weight may have in the file."""
+WIDTHS = {"F32": 4, "F16": 2, "BF16": 2, "F64": 8}
+"""safetensors' names of the types a weight may have in the file: bytes of an element."""
 
 
 class WeightsError(Exception):
@@ -110,6 +110,34 @@ def weights_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
             elements *= size
         total += elements
     return total * element_bytes(dtype)
+
+
+def packed_shapes(config: ModelConfig, own_head: bool) -> list[tuple[int, int]]:
+    """[out, in] of what is packed, in the order it is packed in. own_head: the head is not the embedding."""
+    sizes: dict[Site, list[int]] = {}
+    for projection in config.projections():
+        out, _ = sizes.setdefault(projection.site, [0, projection.in_features])
+        sizes[projection.site][0] = out + projection.out_features
+    layer = [(sizes[site][0], sizes[site][1]) for site in (Site.QKV, Site.O, Site.GATE_UP, Site.DOWN)]
+    table = (config.vocab_size, config.hidden_size)
+    return [table, *(layer * config.num_layers), *([table] if own_head else [])]
+
+
+def resident_bytes(config: ModelConfig, dtype: torch.dtype, ops: Backend, own_head: bool) -> int:
+    """Most bytes that loaded weights take: linears as `ops` packs them, norms and biases as they are."""
+    linears = {EMBED, HEAD} | {name for name in expected_shapes(config) if name.endswith("_proj.weight")}
+    vectors = [shape for name, shape in expected_shapes(config).items() if name not in linears]
+    small = sum(-(-shape[0] * element_bytes(dtype) // 64) * 64 + 64 for shape in vectors)  # malloc's own beside each
+    return ops.packed_bytes(packed_shapes(config, own_head), dtype) + small
+
+
+def loading_bytes(path: str | Path, config: ModelConfig, dtype: torch.dtype) -> int:
+    """Most bytes that loading takes beside the packed weights: one linear, and what of its file is mapped.
+
+    Raises WeightsError as load_weights does.
+    """
+    element = element_bytes(dtype) + _Checkpoint(Path(path)).widest
+    return max(out * columns for out, columns in packed_shapes(config, own_head=False)) * element
 
 
 class BaseBiases:
@@ -210,6 +238,7 @@ class _Checkpoint:
         self._folder = folder
         self._files: dict[str, Path] = {}  # tensor name: the file it lies in
         self._shapes: dict[str, tuple[int, ...]] = {}
+        self.widest = 0  # bytes of an element, of the widest type there is
         for file in self._shard_files():
             self._index(file)
 
@@ -243,11 +272,12 @@ class _Checkpoint:
                     view = shard.get_slice(name)
                     if name in self._files:
                         raise WeightsError(f"tensor {name} is both in {self._files[name].name} and in {file.name}")
-                    if view.get_dtype() not in FLOATS and not name.endswith(IGNORED):
+                    if view.get_dtype() not in WIDTHS and not name.endswith(IGNORED):
                         raise WeightsError(
-                            f"tensor {name} of {file} is {view.get_dtype()}, expected one of {', '.join(FLOATS)}"
+                            f"tensor {name} of {file} is {view.get_dtype()}, expected one of {', '.join(WIDTHS)}"
                         )
                     self._files[name] = file
+                    self.widest = max(self.widest, WIDTHS.get(view.get_dtype(), 0))
                     self._shapes[name] = tuple(view.get_shape())
         except (SafetensorError, OSError) as error:
             raise WeightsError(f"{file} is damaged or cut short: {error}; download it again") from error

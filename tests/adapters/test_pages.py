@@ -40,6 +40,14 @@ class PoolMachine(RuleBasedStateMachine):
         self.pool.free(pages)
         self.held[owner] -= set(pages)
 
+    @rule(data=st.data(), before=st.sampled_from(["adapter", "kv"]), after=st.sampled_from(["adapter", "kv"]))
+    def assign(self, data: st.DataObject, before: str, after: str) -> None:
+        pages = data.draw(st.sets(st.sampled_from(sorted(self.held[before]) or [0])))
+        pages &= self.held[before]
+        self.pool.assign(pages, after)
+        self.held[before] -= pages
+        self.held[after] |= pages
+
     @rule(data=st.data())
     def misuse(self, data: st.DataObject) -> None:
         """A page that is free, foreign or named twice is refused, and nothing of that call is freed."""
@@ -77,6 +85,16 @@ def test_what_was_freed_last_is_handed_out_first() -> None:
     assert pages is not None
     pool.free([pages[1]])
     assert pool.alloc(1, "adapter") == [pages[1]]
+
+
+def test_only_owned_pages_can_be_handed_on() -> None:
+    pool = PagePool(3)
+    pages = pool.alloc(1, "kv")
+    assert pages is not None
+    for bad in (-1, 3, next(page for page in range(3) if page not in pages)):
+        with pytest.raises(ValueError, match=f"page {bad} "):
+            pool.assign([bad], "prefix")
+    pool.check_integrity()
 
 
 def test_negative_numbers_are_refused() -> None:

@@ -13,8 +13,8 @@ import safetensors.torch
 import torch
 
 from loraplex.adapters.errors import AdapterRefused
-from loraplex.adapters.peft_format import ParsedAdapter, load_image, read_adapter
 from loraplex.adapters.tiles import BiasDelta, LowRank
+from support.adapter_reading import ParsedAdapter, read_adapter
 from support.peft_adapters import (
     BASES,
     CASES,
@@ -109,8 +109,9 @@ def test_what_is_told_of_an_adapter(bases: dict[str, Any], tmp_path: Path) -> No
     adapter = make_peft_adapter(
         bases["llama"], tmp_path, r=4, target_modules=["up_proj", "q_proj"], rank_pattern={"up_proj": 6}
     )
-    parsed, image = load_image(adapter.folder, layout_of(bases["llama"]), base_bias_of(bases["llama"]))
-    assert (parsed.rank, parsed.targets, parsed.kind) == (6, ("q_proj", "up_proj"), "lora")
+    parsed = read(bases["llama"], adapter.folder)
+    image = parsed.image
+    assert (parsed.rank, parsed.targets) == (6, ("q_proj", "up_proj"))
     files = [(tmp_path / name).read_bytes() for name in ("adapter_config.json", "adapter_model.safetensors")]
     assert parsed.digest == hashlib.sha256(b"".join(files)).hexdigest()
     elements = 3 * (4 * (64 + 64) + 6 * (64 + 96))  # layers, ranks, in + out of q_proj and up_proj

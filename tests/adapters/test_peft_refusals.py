@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import os
 import pickle
 import re
 import struct
@@ -18,11 +20,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from loraplex.adapters import adapter_files, peft_config, peft_format
-from loraplex.adapters.errors import AdapterRefused
-from loraplex.adapters.peft_format import ParsedAdapter, read_adapter
+from loraplex.adapters import adapter_files, peft_config, reader
+from loraplex.adapters.errors import AdapterNotFound, AdapterRefused
+from loraplex.adapters.reader import AdapterReader
 from loraplex.adapters.tiles import BaseLayout, BiasDelta, LowRank
 from loraplex.kernels.metadata import Projection, Site
+from support.adapter_reading import ParsedAdapter, read_adapter
 
 HIDDEN, INNER, LAYERS, RANK = 32, 48, 2, 4
 PROJECTIONS = (
@@ -83,12 +86,22 @@ class Folder:
         return read_adapter(self.path, layout(dtype), base_bias)
 
     def refused(self, code: str, *patterns: str, dtype: torch.dtype = torch.float32, write: bool = True) -> str:
-        """Read it and check that it is refused with `code` and a message of one line that matches the patterns."""
+        """Read it and check that it is refused with `code` and a message of one line that matches the patterns.
+
+        All but what is wrong with the values must be found without reading them.
+        """
         if write:
             self.write()
         with pytest.raises(AdapterRefused) as caught:
             self.read(dtype)
         message = str(caught.value)
+        own = AdapterReader(layout(dtype), base_bias, 1 << 30)
+        if code in ("not_finite", "no_effect"):
+            assert own.examine(str(self.path)).num_pages > 0
+        else:
+            with pytest.raises(AdapterRefused, match=re.escape(message)) as examined:
+                own.examine(str(self.path))
+            assert examined.value.code == code
         assert caught.value.code == code, message
         assert message.startswith(f"{self.path}: ")
         assert "\n" not in message
@@ -107,14 +120,16 @@ def test_the_adapter_all_others_are_made_from_is_good(folder: Folder) -> None:
     folder.write()
     parsed = folder.read()
     assert len(parsed.parts) == 4
-    assert parsed.base_model == "acme/other-base"
 
 
 # files
 
 
 def test_no_folder(folder: Folder) -> None:
-    folder.refused("missing_file", "no such folder", "adapter_config.json", write=False)
+    with pytest.raises(AdapterNotFound, match="no folder"):
+        folder.read()
+    with pytest.raises(AdapterRefused, match=r"no such folder.*adapter_config\.json"):
+        adapter_files.read_head(folder.path)  # gone a moment later
 
 
 def test_no_config(folder: Folder) -> None:
@@ -233,54 +248,78 @@ def test_other_dtypes(folder: Folder, dtype: torch.dtype) -> None:
     folder.refused("bad_file", re.escape(f"{Q0}.lora_A.weight"), "expected F32, F16, BF16")
 
 
-@pytest.mark.parametrize("change", ["shape", "name", "dtype", "cut", "longer", "garbage", "offsets", "gone"])
-def test_a_file_that_changes_while_it_is_read(folder: Folder, monkeypatch: pytest.MonkeyPatch, change: str) -> None:
-    """Between the look at its header and the reading of its data."""
+def test_a_file_written_to_while_it_is_read(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In its middle, again and again: neither half is believed."""
     folder.write()
-    name = f"{Q0}.lora_A.weight"
     data = folder.weights.read_bytes()
-    moved = re.sub(rb"\[0,(\d+)\]", lambda m: b"[9," + m[1] + b"]", data)
+    real = adapter_files._read_exactly
+    written = 0
+
+    def read_exactly(file: Any, count: int) -> bytes:
+        nonlocal written
+        read = real(file, count)
+        if count == 8:
+            written += 1
+            folder.weights.write_bytes(data)
+            os.utime(folder.weights, ns=(written, written))  # a clock may tick more slowly than this test runs
+        return read
+
+    monkeypatch.setattr(adapter_files, "_read_exactly", read_exactly)
+    monkeypatch.setattr(reader, "CHANGED_WAIT", 0.0)
+    with pytest.raises(AdapterRefused, match=r"changed while it was read.*renaming") as caught:
+        folder.read()
+    assert caught.value.code == "bad_file"
+    assert written == reader.CHANGED_RETRIES
+
+
+@pytest.mark.parametrize("change", ["header", "shorter", "longer", "garbage", "gone", "values"])
+def test_a_file_that_is_written_anew_after_its_header_was_read(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    """It is read again, and what it holds then is what counts."""
+    folder.write()
+    data = folder.weights.read_bytes()
+    name = f"{Q0}.lora_A.weight"
     changed = {
-        "shape": safetensors.torch.save({**folder.tensors, name: folder.tensors[name].T.contiguous()}),
-        "name": data.replace(b"q_proj", b"v_proj"),
-        "dtype": data.replace(b'"F32"', b'"I32"'),
-        "cut": data[:-4],
+        "header": safetensors.torch.save({**folder.tensors, name: folder.tensors[name].T.contiguous()}),
+        "shorter": data[:-4],
         "longer": data + b"more",
         "garbage": b"\xff" * len(data),
-        "offsets": moved.replace(b"[9,", b"[%d," % len(data))[: len(data)],
+        "values": safetensors.torch.save({**folder.tensors, name: folder.tensors[name] + 1}),
     }
     assert all(content != data for content in changed.values())
-    real = peft_format.read_tensors
+    real = adapter_files._read_exactly
+    pending = [change]
 
-    def read_tensors(files: Any) -> Any:
-        if change == "gone":
-            folder.weights.unlink()
-        else:
-            folder.weights.write_bytes(changed[change])
-        return real(files)
+    def read_exactly(file: Any, count: int) -> bytes:
+        read = real(file, count)
+        if count > 8 and pending:
+            if pending.pop() == "gone":
+                folder.weights.unlink()
+            else:
+                folder.weights.write_bytes(changed[change])
+        return read
 
-    monkeypatch.setattr(peft_format, "read_tensors", read_tensors)
-    folder.refused("bad_file", "adapter_model.safetensors", write=False)
+    monkeypatch.setattr(adapter_files, "_read_exactly", read_exactly)
+    monkeypatch.setattr(reader, "CHANGED_WAIT", 0.0)
+    if change == "values":
+        part = folder.read().parts[0]
+        assert isinstance(part, LowRank)
+        assert torch.equal(part.a, folder.tensors[name] + 1)
+        return
+    with pytest.raises(AdapterRefused, match="has shape" if change == "header" else "adapter_model.safetensors"):
+        folder.read()
+    assert not pending
 
 
-def test_a_file_changed_to_other_values_is_read_whole(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The digest is of the bytes that were used."""
+def test_the_digest_is_of_the_bytes_used(folder: Folder) -> None:
     folder.write()
     before = folder.read().digest
-    real = peft_format.read_tensors
-
-    def read_tensors(files: Any) -> Any:
-        folder.tensors[f"{Q0}.lora_A.weight"] += 1
-        folder.write()
-        return real(files)
-
-    monkeypatch.setattr(peft_format, "read_tensors", read_tensors)
+    folder.tensors[f"{Q0}.lora_A.weight"] += 1
+    folder.write()
     changed = folder.read()
-    monkeypatch.undo()
-    assert changed.digest == folder.read().digest != before
-    part = changed.parts[0]
-    assert isinstance(part, LowRank)
-    assert torch.equal(part.a, folder.tensors[f"{Q0}.lora_A.weight"])
+    files = (folder.path / "adapter_config.json", folder.weights)
+    assert changed.digest == hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest() != before
 
 
 # the config

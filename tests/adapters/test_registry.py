@@ -45,6 +45,62 @@ def test_a_version_is_what_was_registered() -> None:
     assert registry.list() == (version,)
 
 
+def test_a_digest_is_settled_once() -> None:
+    registry = Registry()
+    version = registry.register("sql", source="s", rank=8, targets=("q_proj",), num_pages=3, nbytes=1000)
+    assert version.digest is None
+    assert registry.uses("d0") == 0
+    assert registry.identify(version, "d0")
+    assert version.digest == "d0"
+    assert registry.identify(version, "d0")
+    assert not registry.identify(version, "d1")
+    assert version.digest == "d0"
+    assert registry.uses("d0") == 1
+    assert registry.get("sql") is version
+    assert "d0" not in repr(version), "what is printed before and after should not differ"
+
+
+def test_threads_settle_one_digest() -> None:
+    registry = Registry()
+    versions = [
+        registry.register(f"a{i}", source="s", rank=8, targets=(), num_pages=3, nbytes=1000) for i in range(200)
+    ]
+
+    def settle(number: int) -> list[bool]:
+        return [registry.identify(version, f"d{number}") for version in versions]
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(settle, range(8)))
+    for i, version in enumerate(versions):
+        assert [f"d{number}" for number in range(8) if answers[number][i]] == [version.digest]
+
+
+def renew(registry: Registry, old: AdapterVersion, digest: str) -> AdapterVersion | None:
+    return registry.renew(old, digest=digest, rank=16, targets=("v_proj",), num_pages=5, nbytes=2000)
+
+
+def test_renewing_points_the_name_at_what_the_source_holds_now() -> None:
+    drained: list[AdapterVersion] = []
+    registry = Registry(drained.append)
+    old = register(registry)
+    lease = registry.lease("sql")
+    registry.mark_refused("sql", AdapterRefused("bad_file", "at some time"))
+    new = renew(registry, old, "d1")
+    assert new is not None
+    assert registry.get("sql") is new
+    assert (new.digest, new.source, new.rank, new.num_pages) == ("d1", old.source, 16, 5)
+    assert new.uid > old.uid
+    assert registry.refused == {}
+    assert renew(registry, old, "d2") is None, "it has lost its name already"
+    assert registry.get("sql") is new
+    assert drained == []
+    lease.release()
+    assert drained == [old]
+    registry.unregister("sql")
+    assert renew(registry, new, "d2") is None
+    assert registry.list() == ()
+
+
 def test_listing_is_by_name() -> None:
     registry = Registry()
     for name in ("b", "a", "t/c"):

@@ -86,6 +86,7 @@ def _check_on_device(residency: Residency, arena: Tensor, digest: str) -> None:
 
 @dataclass
 class _Model:
+    left: int  # bytes to be copied
     pins: int = 0
     doomed: bool = False
 
@@ -98,41 +99,63 @@ class ResidencyMachine(RuleBasedStateMachine):
         self.pool = PagePool(_NUM_PAGES)
         self.arena = torch.full((_NUM_PAGES, _LAYOUT.page_bytes), 0xFF, dtype=torch.uint8)
         self.residency = Residency(self.arena, self.pool, _LAYOUT, num_slots)
-        self.model: dict[str, _Model] = {}  # least recently used first
+        self.residency.on_evict = self.sees_eviction
+        self.evicted: list[str] = []
+        self.forever: set[str] = set()
+        self.model: dict[str, _Model] = {}  # in the order of begin()
         self.kv: list[int] = []
         for digest in digests[:num_slots]:
             self.load(digest)
         for digest in list(self.model)[:pinned]:
             self.pin_it(digest)
 
-    def _touch(self, digest: str) -> _Model:
-        self.model[digest] = self.model.pop(digest)
-        return self.model[digest]
+    def sees_eviction(self, digest: str) -> None:
+        """Called while it is still all there."""
+        image, found = _IMAGES[digest], self.residency.read_back(digest)
+        assert found.pages.view(-1)[: image.extent].equal(image.pages.view(-1)[: image.extent])
+        assert found.tiles.equal(image.tiles)
+        assert (found.nbytes, found.extent) == (image.nbytes, image.extent)
+        self.evicted.append(digest)
 
-    def _idle(self) -> list[str]:
-        return [digest for digest, state in self.model.items() if not state.pins]
+    def _idle(self) -> set[str]:
+        return {d for d, state in self.model.items() if not state.pins and d not in self.forever}
 
     @rule(digest=st.sampled_from(sorted(_IMAGES)))
     def load(self, digest: str) -> None:
+        self.begin(digest)
+        self.advance(None)
+
+    @rule(digest=st.sampled_from(sorted(_IMAGES)))
+    def begin(self, digest: str) -> None:
         image = _IMAGES[digest]
         free = self.pool.num_free
         needed = self.residency.pages_needed(image)
         assert needed == len(image.pages)
         fits = digest in self.model or (len(self.model) < self.num_slots and needed <= free)
-        done = self.residency.load(digest, image)
+        done = self.residency.begin(digest, image)
         assert done == fits
         if digest in self.model:
-            self._touch(digest).doomed = False
+            self.model[digest].doomed = False
             assert self.pool.num_free == free
         elif done:
-            self.model[digest] = _Model()
+            self.model[digest] = _Model(image.extent)
             assert self.pool.num_free == free - needed
         else:
             assert self.pool.num_free == free
 
+    @rule(nbytes=st.none() | st.integers(0, 9000))
+    def advance(self, nbytes: int | None) -> None:
+        """First begun, first copied; never more bytes than allowed."""
+        copied = 0
+        for state in self.model.values():
+            part = state.left if nbytes is None else min(state.left, nbytes - copied)
+            state.left -= part
+            copied += part
+        assert self.residency.advance(nbytes) == copied
+
     def pin_it(self, digest: str) -> None:
         self.residency.pin(digest)
-        self._touch(digest).pins += 1
+        self.model[digest].pins += 1
 
     @precondition(lambda self: self.model)
     @rule(data=st.data())
@@ -144,10 +167,23 @@ class ResidencyMachine(RuleBasedStateMachine):
     def unpin(self, data: st.DataObject) -> None:
         digest = data.draw(st.sampled_from(sorted(digest for digest, state in self.model.items() if state.pins)))
         self.residency.unpin(digest)
-        state = self._touch(digest)
+        state = self.model[digest]
         state.pins -= 1
         if state.doomed and not state.pins:
             del self.model[digest]
+
+    @rule(digest=st.sampled_from(sorted(_IMAGES)))
+    def operator(self, digest: str) -> None:
+        """Pins for good, and undoes it; the adapter need not be there."""
+        if digest in self.forever:
+            self.residency.unpin_forever(digest)
+        else:
+            self.residency.pin_forever(digest)
+        self.forever ^= {digest}
+
+    @rule(digest=st.sampled_from(sorted(_IMAGES)))
+    def count_use(self, digest: str) -> None:
+        self.residency.count_use(digest)
 
     @precondition(lambda self: self.model)
     @rule(data=st.data())
@@ -159,29 +195,35 @@ class ResidencyMachine(RuleBasedStateMachine):
         else:
             del self.model[digest]
 
-    @precondition(lambda self: self._idle())
     @rule(pages=st.integers(0, 20))
-    def evict_idle(self, pages: int) -> None:
-        freed, free = 0, self.pool.num_free
-        assert self.residency.idle_pages == sum(len(_IMAGES[digest].pages) for digest in self._idle())
-        gone = []
-        for digest in self._idle():
-            if freed < pages:
-                freed += len(_IMAGES[digest].pages)
-                gone.append(digest)
+    def reclaim(self, pages: int) -> None:
+        """Who goes first is the Reclaimer's affair (test_eviction.py); here: nobody in use, and no more than needed."""
+        idle, free = self._idle(), self.pool.num_free
+        assert self.residency.reclaimer.idle_pages == sum(len(_IMAGES[digest].pages) for digest in idle)
         evictions = self.residency.evictions
-        assert self.residency.evict_idle(pages) == freed == self.pool.num_free - free
+        freed = self.residency.reclaimer.reclaim(pages)
+        gone = [digest for digest in self.evicted if digest in self.model]
+        sizes = [len(_IMAGES[digest].pages) for digest in gone]
+        assert set(gone) <= idle
+        assert freed == sum(sizes) == self.pool.num_free - free
+        assert freed >= pages or set(gone) == idle
+        assert sum(sizes[:-1]) < max(pages, 1), "the last one had to go, too"
         assert self.residency.evictions == evictions + len(gone)
-        for digest in gone:
-            del self.model[digest]
+        self._forget_evicted()
 
     @precondition(lambda self: len(self.model) == self.num_slots)
     @rule()
     def evict_one(self) -> None:
         idle = self._idle()
         assert self.residency.evict_one() == bool(idle)
-        if idle:
-            del self.model[idle[0]]
+        assert len(self.evicted) == bool(idle)
+        assert set(self.evicted) <= idle
+        self._forget_evicted()
+
+    def _forget_evicted(self) -> None:
+        for digest in self.evicted:
+            del self.model[digest]
+        self.evicted.clear()
 
     @rule(n=st.integers(1, 12))
     def kv_grows(self, n: int) -> None:
@@ -200,15 +242,21 @@ class ResidencyMachine(RuleBasedStateMachine):
     @invariant()
     def agrees(self) -> None:
         self.residency.check_integrity()
+        self.residency.reclaimer.check_integrity()
         self.pool.check_integrity()
-        assert self.residency.loaded() == tuple(self.model)
+        assert set(self.residency.loaded()) == self.model.keys()
         assert self.residency.num_free_slots == self.num_slots - len(self.model)
+        assert self.residency.is_copying == any(state.left for state in self.model.values())
         assert bool((self.arena[self.kv] == 0xAB).all()), "a page of the KV cache was written to"
         for digest in _IMAGES:
             assert self.residency.is_resident(digest) == (digest in self.model)
             assert (self.residency.slot_of(digest) is None) == (digest not in self.model)
-        for digest in self.model:
-            _check_on_device(self.residency, self.arena, digest)
+            assert self.residency.is_ready(digest) == (digest in self.model and not self.model[digest].left)
+        for digest, state in self.model.items():
+            if state.left:
+                assert not self.residency.table.ranges[self.residency.slot_of(digest)].any(), "half an adapter is used"
+            else:
+                _check_on_device(self.residency, self.arena, digest)
 
 
 TestResidency = ResidencyMachine.TestCase
@@ -289,25 +337,79 @@ def test_pins_protect_from_eviction() -> None:
     for digest in ("digest-0", "digest-1"):
         assert residency.load(digest, _IMAGES[digest])
     residency.pin("digest-0")
-    assert residency.evict_idle(10**6) == len(_IMAGES["digest-1"].pages)
+    assert residency.reclaimer.reclaim(10**6) == len(_IMAGES["digest-1"].pages)
     assert not residency.evict_one()
     assert residency.loaded() == ("digest-0",)
 
 
-@pytest.mark.parametrize("use", ["load", "pin", "unpin"])
-def test_every_use_makes_an_adapter_the_last_to_go(use: str) -> None:
+def test_operator_pins_hold_before_and_after_the_adapter_comes() -> None:
     residency, _ = _residency()
+    residency.pin_forever("digest-0")
     for digest in ("digest-0", "digest-1"):
         assert residency.load(digest, _IMAGES[digest])
-        if use == "unpin":
-            residency.pin(digest)
-    if use == "load":
-        assert residency.load("digest-0", _IMAGES["digest-0"])
-    elif use == "pin":
-        residency.pin("digest-0")
-    else:
-        residency.unpin("digest-0")
-    assert residency.loaded() == ("digest-1", "digest-0")
+        residency.pin(digest)
+        residency.unpin(digest)
+    residency.pin_forever("digest-1")
+    assert residency.reclaimer.idle_pages == 0
+    assert not residency.evict_one()
+    residency.unpin_forever("digest-1")
+    assert residency.evict_one()
+    assert residency.loaded() == ("digest-0",)
+    residency.drop("digest-0")  # unloading it is the operator's own wish
+    assert residency.loaded() == ()
+    residency.check_integrity()
+
+
+def test_what_is_wanted_more_often_stays() -> None:
+    residency, _ = _residency()
+    for digest, uses in (("digest-0", 1), ("digest-1", 5), ("digest-2", 3)):
+        residency.count_use(digest, uses)  # by requests that came before it was there
+        assert residency.load(digest, _IMAGES[digest])
+    gone: list[str] = []
+    residency.on_evict = gone.append
+    residency.reclaimer.reclaim(1)
+    residency.count_use("digest-2", 9)  # while it is idle
+    assert residency.load("digest-0", _IMAGES["digest-0"])
+    residency.count_use("digest-0", 50)
+    residency.reclaimer.reclaim(1)
+    residency.reclaimer.reclaim(1)
+    assert gone == ["digest-0", "digest-1", "digest-2"]
+
+
+def test_a_copy_under_way_can_be_dropped_but_not_evicted_while_pinned() -> None:
+    residency, _ = _residency()
+    image = _IMAGES["digest-0"]
+    assert residency.begin("a", image)
+    assert residency.advance(100) == 100
+    residency.pin("a")
+    assert residency.reclaimer.reclaim(1000) == 0
+    residency.drop("a")
+    assert residency.advance(100) == 100
+    residency.unpin("a")  # nobody wants it any more: gone, half copied
+    residency.check_integrity()
+    assert not residency.is_copying
+    assert residency.loads == 0
+    assert residency.begin("a", image)
+    assert residency.advance() == image.extent, "from the start again"
+    assert residency.is_ready("a")
+    assert residency.begin("b", _IMAGES["digest-1"])
+    assert residency.advance(10) == 10
+    assert residency.reclaimer.reclaim(1000) == len(image.pages) + len(_IMAGES["digest-1"].pages)
+    residency.check_integrity()
+    assert residency.advance() == 0
+
+
+def test_a_load_costs_what_loads_have_taken() -> None:
+    residency, _ = _residency()
+    image = _IMAGES["digest-0"]
+    for number in range(60):
+        assert residency.begin("a", image, seconds=2.0)  # the source's share; the copy's own is measured, microseconds
+        residency.advance()
+        residency.drop("a")
+        assert residency.loads == number + 1
+    assert residency.seconds_per_byte == pytest.approx(2.0 / image.extent, rel=0.2)
+    assert residency.bytes_loaded == 60 * image.extent
+    assert 0 < residency.durations.stats().seconds < 60
 
 
 def test_misuse_is_refused() -> None:
@@ -329,13 +431,13 @@ def test_an_adapter_without_tiles_takes_a_slot_and_no_page() -> None:
     assert residency.load("a", pack([], _LAYOUT))
     residency.check_integrity()
     assert not residency.load("b", _IMAGES["digest-0"])  # no slot
-    assert residency.evict_idle(0) == 0  # no page was asked for,
+    assert residency.reclaimer.reclaim(0) == 0  # no page was asked for,
     assert residency.evict_one()  # but a slot can be
     assert residency.load("b", _IMAGES["digest-0"])
 
 
 def test_integrity_check_sees_damage() -> None:
-    for damage in ("range", "tile", "page"):
+    for damage in ("range", "tile", "page", "idle", "copying"):
         residency, _ = _residency()
         assert residency.load("a", _IMAGES["digest-0"])
         residency.check_integrity()
@@ -343,7 +445,11 @@ def test_integrity_check_sees_damage() -> None:
             residency.table.ranges_host[3, 0, 0, 1] = 5
         elif damage == "tile":
             residency.table.tiles_host[0, 1] += 399 * _LAYOUT.page_bytes // ALIGN
-        else:
+        elif damage == "page":
             residency._pool.alloc(1, "adapter")
+        elif damage == "idle":
+            residency._idle.remove("a")
+        else:
+            residency._copying["a"] = None
         with pytest.raises(AssertionError):
             residency.check_integrity()

@@ -1,61 +1,96 @@
-"""From what a caller writes to a local folder. The Hub is played by a stand-in: no network."""
+"""From what a caller writes to a source: kinds, names for the same thing, and nothing secret in what is shown."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-import huggingface_hub
 import pytest
 
 from loraplex.adapters.errors import AdapterNotFound, AdapterRefused
-from loraplex.adapters.sources import resolve
+from loraplex.adapters.sources import Access, find_folder, parse_source, redact, resolve
 
 
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, Any]]:
-    """Calls of snapshot_download; the repository acme/sql exists, no other."""
-    calls: list[tuple[str, Any]] = []
-
-    def snapshot_download(repo: str, allow_patterns: Any) -> str:
-        calls.append((repo, allow_patterns))
-        if repo != "acme/sql":
-            raise OSError("404 Client Error.\nRepository not found")
-        return str(tmp_path)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    return calls
-
-
-def test_a_folder_is_itself(tmp_path: Path, hub: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_is_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "org" / "name"
     folder.mkdir(parents=True)
-    assert resolve(str(folder)) == folder
+    for text in (str(folder), f"file://{folder}"):
+        source = parse_source(text)
+        assert (source.text, source.is_remote) == (str(folder), False)
+        assert resolve(text) == folder
     monkeypatch.chdir(tmp_path)
     assert resolve("org/name") == Path("org/name")  # a folder comes before a repository of the same name
     monkeypatch.setenv("HOME", str(tmp_path))
     assert resolve("~/org") == tmp_path / "org"
-    assert hub == []
 
 
-def test_a_hub_repository_is_downloaded_without_pickles_and_code(hub: list[Any], tmp_path: Path) -> None:
-    assert resolve("acme/sql") == tmp_path
-    ((repo, patterns),) = hub
-    assert repo == "acme/sql"
-    assert set(patterns) == {"adapter_config.json", "*.safetensors"}
+@pytest.mark.parametrize("text", ["acme/sql", "hf://acme/sql", "huggingface://acme/sql", "HF://acme/sql"])
+def test_one_repository_has_one_name(text: str) -> None:
+    source = parse_source(text)
+    assert (source.text, source.kind, source.place, source.revision) == ("hf://acme/sql", "hub", "acme/sql", None)
+    with pytest.raises(AdapterNotFound, match="no folder"):
+        resolve(text)
 
 
-@pytest.mark.parametrize("source", ["./nowhere", "/nowhere/at/all", "nowhere", "a/b/c", "../x/y", "", " ", "a\0b"])
-def test_what_is_neither_is_not_found(source: str, hub: list[Any]) -> None:
-    with pytest.raises(AdapterNotFound, match="org/name"):
-        resolve(source)
-    assert hub == []
+@pytest.mark.parametrize("revision", ["main", "v1.0", "refs/pr/3", "0123456789abcdef0123456789abcdef01234567"])
+def test_revisions(revision: str) -> None:
+    source = parse_source(f"acme/sql@{revision}")
+    assert (source.text, source.revision) == (f"hf://acme/sql@{revision}", revision)
 
 
-def test_an_unknown_repository_is_not_found_in_one_line(hub: list[Any]) -> None:
-    with pytest.raises(AdapterNotFound, match=r"'acme/nothing'.*Hub.*404") as caught:
-        resolve("acme/nothing")
+@pytest.mark.parametrize(
+    ("text", "kind", "place", "archive"),
+    [
+        ("s3://models/a/b", "s3", "models/a/b", False),
+        ("s3://models/a/b/", "s3", "models/a/b", False),
+        ("gs://models/a.tar.gz", "gs", "models/a.tar.gz", True),
+        ("https://example.org/a/", "https", "https://example.org/a", False),
+        ("https://example.org/a.TGZ?x=1", "https", "https://example.org/a.TGZ?x=1", True),
+        ("acme/sql.tar", "hub", "acme/sql.tar", False),
+    ],
+)
+def test_kinds(text: str, kind: str, place: str, archive: bool) -> None:
+    source = parse_source(text)
+    assert (source.kind, source.place, source.is_archive) == (kind, place, archive)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "./nowhere",
+        "/nowhere/at/all",
+        "nowhere",
+        "a/b/c",
+        "../x/y",
+        "",
+        " ",
+        "a\0b",
+        "x" * 5000,
+        "s3://bucket",
+        "s3:///a",
+        *("s3://bucket/../x", "https://", "https:///a", "https://a b/c", "https://h:0/x", "https://h/%2e%2e/x"),
+        *(
+            "https://[::1/x",
+            "https://h:port/x",
+            "hf://acme",
+            "hf://acme/sql@",
+            "hf://../x",
+            "acme/sql@../../x",
+            "gs://b/",
+        ),
+    ],
+)
+def test_what_is_no_source_is_not_found(text: str) -> None:
+    with pytest.raises(AdapterNotFound) as caught:
+        find_folder(parse_source(text).text)
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("scheme", ["ftp", "gopher", "ssh", "data", "az"])
+def test_other_schemes_are_refused_by_name(scheme: str) -> None:
+    with pytest.raises(AdapterRefused, match=rf"{scheme}:// is not supported; give .*s3://") as caught:
+        parse_source(f"{scheme}://host/x")
+    assert caught.value.code == "unsupported_kind"
 
 
 def test_a_file_is_not_a_folder(tmp_path: Path) -> None:
@@ -64,8 +99,33 @@ def test_a_file_is_not_a_folder(tmp_path: Path) -> None:
         resolve(str(tmp_path / "adapter_model.safetensors"))
 
 
-@pytest.mark.parametrize("source", ["s3://bucket/adapter", "https://host/x", "hf://acme/sql"])
-def test_other_schemes_are_refused_by_name(source: str, hub: list[Any]) -> None:
-    with pytest.raises(AdapterRefused, match=r"(s3|https|hf):// is not supported"):
-        resolve(source)
-    assert hub == []
+SECRETS = ["hunter2", "AKIA123", "f00dcafe", "hf_token"]
+URL = "https://user:hunter2@example.org:8443/a/sql.tar?X-Amz-Credential=AKIA123&X-Amz-Signature=f00dcafe"
+
+
+def test_secrets_are_never_shown() -> None:
+    assert redact(URL) == "https://example.org:8443/a/sql.tar?..."
+    sources = [parse_source(URL), parse_source("acme/sql", Access("hf_token")), parse_source("acme/sql", Access("x"))]
+    for source in sources:
+        shown = f"{source.text} {source!r} {source}"
+        assert not any(secret in shown for secret in SECRETS)
+    assert sources[0].text.startswith("https://example.org:8443/a/sql.tar?...#")
+    assert sources[0].place.endswith("f00dcafe")
+    for text in (
+        f"https://user:hunter2@/x?{URL}",
+        "s3://user:hunter2@bucket/a?sig=f00dcafe",
+        "ftp://u:hunter2@h/f00dcafe",
+    ):
+        with pytest.raises((AdapterNotFound, AdapterRefused)) as caught:
+            parse_source(text)
+        assert not any(secret in str(caught.value) for secret in SECRETS)
+
+
+def test_what_differs_in_secrets_or_rights_is_another_source() -> None:
+    accesses = [Access(), Access("a"), Access("b"), Access(ambient=False)]
+    texts = [parse_source("acme/sql", access).text for access in accesses]
+    texts += [parse_source(url).text for url in (URL, URL + "0", "https://example.org/a", "https://example.org/b")]
+    texts += [parse_source("s3://b/a").text, parse_source("s3://b/a", Access(ambient=False)).text]
+    assert len(set(texts)) == len(texts)
+    assert [parse_source("acme/sql", access).text for access in accesses] == texts[:4]
+    assert parse_source("s3://b/a", Access("a")).text == "s3://b/a", "a bucket is told nothing of tokens for the Hub"

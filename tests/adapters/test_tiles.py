@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from loraplex.adapters.errors import AdapterRefused
-from loraplex.adapters.tiles import AdapterImage, BaseLayout, BiasDelta, LowRank, pack
+from loraplex.adapters.tiles import AdapterImage, BaseLayout, BiasDelta, LowRank, pack, plan_image, shape_of
 from loraplex.kernels.metadata import ALIGN, TILE_RANKS, Projection, Site, element_bytes
 
 Parts = list[LowRank | BiasDelta]
@@ -164,6 +164,19 @@ def test_the_smallest_pages_still_serve(case: tuple[Parts, BaseLayout], more: in
     parts, layout = case
     row = max(p.in_features for p in layout.projections) * element_bytes(layout.dtype)
     _check(parts, replace(layout, page_bytes=_padded(row) + more * ALIGN))
+
+
+@settings(max_examples=200, deadline=None)
+@given(_adapters(ragged=False) | _adapters(ragged=True), st.data(), st.booleans())
+def test_fewer_parts_never_take_more_pages(case: tuple[Parts, BaseLayout], data: st.DataObject, smallest: bool) -> None:
+    """What registration tells by the header alone is an upper bound."""
+    parts, layout = case
+    if smallest:
+        row = max(_padded(p.in_features * element_bytes(layout.dtype)) for p in layout.projections)
+        layout = replace(layout, page_bytes=row)
+    shapes = [shape_of(part) for part in parts]
+    left = [shape for shape in shapes if data.draw(st.booleans())]
+    assert plan_image(left, layout).num_pages <= plan_image(shapes, layout).num_pages
 
 
 _Q = Projection("self_attn.q_proj", Site.QKV, 576, 0, 576, False)

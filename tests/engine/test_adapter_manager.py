@@ -1,7 +1,8 @@
-"""Adding, replacing and removing adapters by name, over a loader whose parser reads a number from a file."""
+"""Adding, replacing and removing adapters by name, over a reader that finds a number in a file."""
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,8 @@ from loraplex.adapters.errors import (
     AdapterRefused,
     InvalidAdapterName,
 )
-from loraplex.adapters.loader import Loader, ParsedImage
+from loraplex.adapters.loader import Loader, ParsedImage, Reading
+from loraplex.adapters.reader import AdapterInfo
 from loraplex.adapters.registry import Registry
 from loraplex.server.engine.adapter_manager import AdapterManager
 
@@ -32,20 +34,41 @@ class Images:
         return self.images.get(key)
 
 
-def parse(source: str) -> ParsedImage:
-    assert threading.current_thread() is not threading.main_thread(), "reading is the background's work"
-    path = Path(source) / "adapter_config.json"
-    if not path.exists():
-        raise AdapterNotFound(f"there is no folder {source!r}")
-    text = path.read_text()
-    if not text.isdecimal():
-        raise AdapterRefused("bad_config", f"{source}: {text!r} is no number")
-    return ParsedImage(f"digest-{text}", 4, ("q_proj",), int(text), 100, object())
+class Reader:
+    """The number is the pages of the adapter; up to 10 can be had. Those that end with 7 have bad values."""
+
+    def __init__(self) -> None:
+        self.read_whole: list[str] = []
+
+    def examine(self, source: str) -> AdapterInfo:
+        assert threading.current_thread() is not threading.main_thread(), "files are the background's work"
+        path = Path(source) / "adapter_config.json"
+        if not path.exists():
+            raise AdapterNotFound(f"there is no folder {source!r}")
+        text = path.read_text()
+        if not text.isdecimal():
+            raise AdapterRefused("bad_config", f"{source}: {text!r} is no number")
+        if int(text) > 10:
+            raise AdapterRefused("too_large", f"{source} takes {text} pages, but only 10 can be had")
+        return AdapterInfo(4, ("q_proj",), int(text), 100)
+
+    def read(self, reading: Reading) -> ParsedImage:
+        self.read_whole.append(Path(reading.source).name)
+        info = self.examine(reading.source)
+        if info.num_pages == 7:
+            raise AdapterRefused("not_finite", f"{reading.source} has NaN")
+        return ParsedImage(f"digest-{info.num_pages}", info.rank, info.targets, info.num_pages, info.nbytes, object())
 
 
 @pytest.fixture
-def manager() -> Iterator[AdapterManager]:
-    result = AdapterManager(Registry(), Loader(parse, Images()), max_pages=10)
+def reader() -> Reader:
+    return Reader()
+
+
+@pytest.fixture
+def manager(reader: Reader) -> Iterator[AdapterManager]:
+    registry = Registry()
+    result = AdapterManager(registry, Loader(reader.read, Images(), registry), reader)
     yield result
     result.close()
 
@@ -84,7 +107,12 @@ async def test_replacing_reads_the_files_again(manager: AdapterManager, tmp_path
 
 @pytest.mark.parametrize(
     ("name", "text", "error"),
-    [("a", "not a number", AdapterRefused), ("a", "11", AdapterRefused), ("no spaces", "3", InvalidAdapterName)],
+    [
+        ("a", "not a number", AdapterRefused),
+        ("a", "11", AdapterRefused),
+        ("a", "7", AdapterRefused),
+        ("no spaces", "3", InvalidAdapterName),
+    ],
 )
 async def test_nothing_is_registered_when_it_is_refused(
     manager: AdapterManager, tmp_path: Path, name: str, text: str, error: type[Exception]
@@ -105,13 +133,15 @@ async def test_a_missing_folder(manager: AdapterManager, tmp_path: Path) -> None
         await manager.register("a", str(tmp_path / "nowhere"))
 
 
-async def test_a_folder_of_adapters(manager: AdapterManager, tmp_path: Path) -> None:
-    for name, text in (("b", "2"), ("a", "1"), ("bad", "x"), ("huge", "99"), ("no name", "1")):
+async def test_a_folder_of_adapters(manager: AdapterManager, reader: Reader, tmp_path: Path) -> None:
+    for name, text in (("b", "2"), ("a", "1"), ("bad", "x"), ("huge", "99"), ("no name", "1"), ("nan", "7")):
         adapter(tmp_path, name, text)
     (tmp_path / "notes").mkdir()
     (tmp_path / "file.txt").write_text("hello")
     versions = await manager.register_folder(tmp_path)
-    assert [version.name for version in versions] == ["a", "b"]
+    assert [version.name for version in versions] == ["a", "b", "nan"]
+    assert [version.digest for version in versions] == [None, None, None]
+    assert reader.read_whole == [], "a folder of thousands is not read"
     assert {name: error.code for name, error in manager.registry.refused.items()} == {
         "bad": "bad_config",
         "huge": "too_large",
@@ -119,4 +149,16 @@ async def test_a_folder_of_adapters(manager: AdapterManager, tmp_path: Path) -> 
     with pytest.raises(AdapterRefused, match="is no number"):
         manager.registry.lease("bad")
     assert await manager.register_folder(tmp_path) == (), "those there are stay as they are"
-    assert [version.name for version in manager.registry.list()] == ["a", "b"]
+    assert [version.name for version in manager.registry.list()] == ["a", "b", "nan"]
+
+
+async def test_what_is_wrong_with_the_values_fails_who_wants_them(
+    manager: AdapterManager, reader: Reader, tmp_path: Path
+) -> None:
+    source = adapter(tmp_path, "nan", "7")
+    (version,) = await manager.register_folder(tmp_path)
+    with pytest.raises(AdapterRefused, match="NaN"):
+        await asyncio.wrap_future(manager.loader.ensure(version))
+    with pytest.raises(AdapterRefused, match="NaN"):
+        await manager.register("other", source)
+    assert [version.name for version in manager.registry.list()] == ["nan"]

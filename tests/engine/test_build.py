@@ -9,10 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from loraplex.kernels.backend import BackendUnavailable
-from loraplex.server.engine.arena import NotEnoughMemory
+from loraplex.server.engine import build
 from loraplex.server.engine.build import EngineConfig, build_engine
+from loraplex.server.engine.calibrate import StepCost
+from loraplex.server.engine.memory import NotEnoughMemory
 from loraplex.server.engine.request import FinishReason, GenerationRequest, SamplingParams
 from loraplex.server.models.config import UnsupportedModel
 from support.tiny import make_tiny_model
@@ -63,11 +66,60 @@ def test_dtype(tmp_path: Path, base: Path, asked: str, checkpoint: str, expected
     parts.adapters.close()
 
 
-def test_too_little_memory_is_refused_before_the_weights_are_read(base: Path, tmp_path: Path) -> None:
-    for name in ("config.json", "generation_config.json"):  # no weights here
-        (tmp_path / name).write_bytes((base / name).read_bytes())
+def test_too_little_memory_is_refused_before_the_weights_are_read(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "load_weights", None)
     with pytest.raises(NotEnoughMemory, match=r"976\.6 KiB of memory are too little"):
-        build_engine(EngineConfig(**{**SMALL, "memory_bytes": 1_000_000, "max_model_len": 512}), tmp_path, "tiny")
+        build_engine(EngineConfig(**{**SMALL, "memory_bytes": 1_000_000, "max_model_len": 512}), base, "tiny")
+
+
+def test_a_head_of_its_own_is_counted(base: Path, tmp_path: Path) -> None:
+    """The config ties it to the embedding, the file says otherwise: more weights than planned, so fewer pages."""
+    path = make_tiny_model("smollm2", tmp_path / "tied")
+    config = EngineConfig(**SMALL, backend="reference")  # which pads nothing
+    parts = build_engine(config, path, "tied")
+    parts.adapters.close()
+    file = path / "model.safetensors"
+    tensors = load_file(file)
+    save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"] + 1}, file, {"format": "pt"})
+    apart = build_engine(config, path, "apart")
+    apart.adapters.close()
+    assert apart.memory.weights_bytes - parts.memory.weights_bytes == tensors["model.embed_tokens.weight"].nbytes
+    assert apart.memory.num_pages < parts.memory.num_pages
+    assert apart.memory.total_bytes <= 64 << 20
+
+
+def test_the_token_budget_is_calibrated_or_as_given(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A budget left open is what takes 100 ms here; where its scratch does not fit, the least there is."""
+    slow = StepCost(fixed_seconds=0.02, token_seconds=0.0005, decode_seconds=0.02)
+    monkeypatch.setattr(build, "calibrate", lambda decoder: slow)
+    given, left_open = EngineConfig(**SMALL), EngineConfig(**{**SMALL, "token_budget": None})
+    for config, expected in ((given, 32), (left_open, 160)):
+        parts = build_engine(config, base, "tiny")
+        parts.adapters.close()
+        assert parts.token_budget == parts.engine._scheduler.limits.token_budget == expected
+        assert parts.engine._scheduler.kv.token_seconds == slow.token_seconds
+    with pytest.raises(NotEnoughMemory) as caught:
+        build_engine(EngineConfig(**{**SMALL, "memory_bytes": 1 << 20, "token_budget": 64}), base, "tiny")
+    least = int(str(caught.value).split("--memory ")[1].split(",")[0])
+    parts = build_engine(EngineConfig(**{**SMALL, "memory_bytes": least, "token_budget": None}), base, "tiny")
+    parts.adapters.close()
+    assert parts.token_budget == 64
+
+
+def test_memory_as_a_share_of_what_is_free(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "available_memory", lambda device: 1 << 30)
+    config = {**SMALL, "memory_bytes": None, "memory_fraction": 0.25}
+    parts = build_engine(EngineConfig(**config), base, "tiny")
+    parts.adapters.close()
+    assert (1 << 28) - parts.memory.page_bytes < parts.memory.total_bytes <= 1 << 28
+
+
+def test_the_process_is_counted_where_asked(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "resident_memory", lambda: 300 << 20)
+    parts = build_engine(EngineConfig(**{**SMALL, "memory_bytes": 1 << 29, "count_process": True}), base, "tiny")
+    parts.adapters.close()
+    assert parts.memory.process_bytes > 300 << 20
+    assert (1 << 29) - parts.memory.page_bytes < parts.memory.total_bytes <= 1 << 29
 
 
 def test_float16_on_the_cpu_is_refused_when_asked_for(base: Path) -> None:
@@ -92,6 +144,9 @@ def test_no_model(tmp_path: Path) -> None:
         ("num_slots", 0),
         ("host_store_bytes", 0),
         ("max_waiting", 0),
+        ("max_waiting_tokens", 0),
+        ("memory_fraction", 0.0),
+        ("memory_fraction", 1.5),
         ("loader_threads", 0),
     ],
 )

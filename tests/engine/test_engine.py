@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
@@ -14,9 +15,11 @@ from loraplex.adapters.errors import AdapterRefused
 from loraplex.server.engine.engine import Engine, EventStream
 from loraplex.server.engine.request import (
     ContextTooLong,
+    DeadlineExceeded,
     EngineDead,
     FinishReason,
     GenerationRequest,
+    OutOfMemory,
     Overloaded,
     TokenEvent,
 )
@@ -63,7 +66,7 @@ def rig() -> Iterator[Rig]:
     scheduler, placement = make_scheduler(60, token_budget=32, max_num_seqs=4, max_model_len=200)
     runner = FakeRunner()
     runner.gate.set()
-    engine = Engine(scheduler, runner, placement, max_waiting=5)
+    engine = Engine(scheduler, runner, placement, max_waiting=5, max_waiting_tokens=200)
     engine.start()
     yield Rig(engine, scheduler, placement, runner, Requests())
     runner.gate.set()
@@ -261,6 +264,134 @@ class TestRefusing:
             rig.engine.submit(rig.requests.make(2, 2))
 
 
+class TestTheDoor:
+    async def test_too_many_tokens(self, rig: Rig) -> None:
+        rig.runner.gate.clear()
+        streams = [rig.engine.submit(rig.requests.make(2, 5))]
+        await rig.runner.step_begins()
+        streams += [rig.engine.submit(rig.requests.make(100, 5)), rig.engine.submit(rig.requests.make(90, 5))]
+        with pytest.raises(Overloaded, match="190 prompt tokens are waiting already; the limit is 200"):
+            rig.engine.submit(rig.requests.make(11, 5))
+        assert rig.engine.stats().refused == 1
+        rig.runner.gate.set()
+        assert [len(events) for events in await asyncio.gather(*map(collect, streams))] == [5, 5, 5]
+
+    async def test_one_client_leaves_room_for_another(self) -> None:
+        scheduler, placement = make_scheduler(60, max_num_seqs=1)
+        runner = FakeRunner()
+        engine = Engine(scheduler, runner, placement, max_waiting=18)
+        engine.start()
+        requests = Requests()
+        greedy = [engine.submit(replace(requests.make(2, 2), tenant="greedy"))]
+        await runner.step_begins()
+        greedy += [engine.submit(replace(requests.make(2, 2), tenant="greedy")) for _ in range(16)]
+        with pytest.raises(Overloaded, match="16 requests are waiting already, 16 of them of this client"):
+            engine.submit(replace(requests.make(2, 2), tenant="greedy"))
+        modest = [engine.submit(replace(requests.make(2, 2), tenant="modest")) for _ in range(2)]
+        with pytest.raises(Overloaded, match="18 requests are waiting already; the limit is 18"):
+            engine.submit(replace(requests.make(2, 2), tenant="late"))
+        runner.gate.set()
+        assert [len(events) for events in await asyncio.gather(*map(collect, greedy + modest))] == [2] * 19
+        engine.stop()
+
+
+class TestDeadlines:
+    async def test_while_running(self, rig: Rig) -> None:
+        rig.requests.adapter("a")
+        now = time.monotonic()
+        request = replace(rig.requests.make(2, 150, "a"), arrival=now, deadline=now + 0.2)
+        seen = threading.Event()
+        rig.runner.before = lambda plan: seen.wait(0.01) and None  # 150 steps of 10 ms
+        events = await collect(rig.engine.submit(request))
+        assert events[-1].finish is FinishReason.ERROR
+        assert isinstance(events[-1].error, DeadlineExceeded)
+        assert 1 <= len(events) < 150
+        assert f"{len(events) - 1} of at most 150 tokens" in str(events[-1].error)
+        assert rig.leases() == 0
+        assert rig.engine.stats().expired == 1
+
+    async def test_while_nothing_else_happens(self, rig: Rig) -> None:
+        """The engine wakes up for it by itself."""
+        rig.requests.adapter("a")
+        rig.placement.away.add("digest-a")
+        now = time.monotonic()
+        request = replace(rig.requests.make(2, 5, "a"), arrival=now, deadline=now + 0.05)
+        (event,) = await asyncio.wait_for(collect(rig.engine.submit(request)), 30)
+        assert isinstance(event.error, DeadlineExceeded)
+        assert rig.scheduler.num_open == 0
+        assert not rig.placement.wanted
+
+    async def test_in_time(self, rig: Rig) -> None:
+        now = time.monotonic()
+        request = replace(rig.requests.make(2, 5), arrival=now, deadline=now + 60)
+        assert len(await collect(rig.engine.submit(request))) == 5
+
+
+class TestMemory:
+    """A step that runs out of memory costs its youngest request some time, and not the server its life."""
+
+    @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("[enforce fail] can't allocate memory: 9 bytes")])
+    async def test_too_many_at_once(self, rig: Rig, error: Exception) -> None:
+        sizes = []
+
+        def allocate(plan: StepPlan) -> None:
+            sizes.append(len(plan.entries))
+            if len(plan.entries) > 2:
+                raise error
+
+        rig.runner.before = allocate
+        requests = [rig.requests.make(2, 9) for _ in range(4)]
+        streams = [rig.engine.submit(request) for request in requests]
+        for request, events in zip(requests, await asyncio.gather(*map(collect, streams)), strict=True):
+            assert [event.token_id for event in events] == alone(request)
+        assert rig.engine.stats().preemptions >= 2
+        assert rig.engine.alive
+        assert max(sizes) > 2
+
+    async def test_one_alone_is_too_much(self, rig: Rig) -> None:
+        def allocate(plan: StepPlan) -> None:
+            if any(entry.num_tokens == 30 for entry in plan.entries):
+                raise MemoryError
+
+        rig.runner.before = allocate
+        small, large = rig.engine.submit(rig.requests.make(2, 9)), rig.engine.submit(rig.requests.make(30, 9))
+        assert len(await collect(small)) == 9
+        (event,) = await collect(large)
+        assert isinstance(event.error, OutOfMemory)
+        assert rig.engine.alive
+
+    async def test_anything_else_is_a_crash(self, rig: Rig) -> None:
+        def fail(plan: StepPlan) -> None:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+        rig.runner.before = fail
+        (event,) = await collect(rig.engine.submit(rig.requests.make(2, 9)))
+        assert isinstance(event.error, EngineDead)
+
+
+class TestIntegrity:
+    async def test_the_books_are_checked_once_when_there_is_nothing_to_do(
+        self, rig: Rig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("loraplex.server.engine.engine.QUIET", 0.01)
+        checked = threading.Semaphore(0)
+        original = rig.scheduler.check_integrity
+        monkeypatch.setattr(rig.scheduler, "check_integrity", lambda: (original(), checked.release()))
+        for _ in range(2):
+            await collect(rig.engine.submit(rig.requests.make(5, 3)))
+            assert await asyncio.to_thread(checked.acquire, timeout=60), "not checked after work"
+            assert not checked.acquire(timeout=0.1), "checked again though nothing has happened"
+
+    async def test_books_that_do_not_agree_stop_the_engine(self, rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("loraplex.server.engine.engine.QUIET", 0.01)
+        await collect(rig.engine.submit(rig.requests.make(5, 3)))
+        rig.scheduler.kv.pool.alloc(1, "kv")  # a page that no table names
+        rig.engine.wake()
+        await collect(rig.engine.submit(rig.requests.make(5, 3)))
+        await asyncio.to_thread(rig.engine._thread.join, 60)
+        assert isinstance(rig.engine.failure, AssertionError)
+
+
 class TestAdapters:
     async def test_a_failed_load_ends_that_request_alone(self, rig: Rig) -> None:
         rig.placement.broken.add("digest-bad")
@@ -380,6 +511,9 @@ async def test_stats(rig: Rig) -> None:
     assert stats.resident_adapters == ("digest-quick", "digest-slow")
     assert stats.adapter_loads == 2
     assert stats.steps == len(rig.runner.plans) == 10
+    assert stats.pages == {"kv": 0, "prefix": 0, "adapter": 4, "free": 56}
+    assert (stats.clients, stats.queued_tokens, stats.fairness_spread, stats.refused, stats.expired) == (0, 0, 0, 0, 0)
+    assert stats.tiers["device"].loads == 2
     assert rig.engine.num_pages == 60
     assert rig.engine.max_model_len == 200
 

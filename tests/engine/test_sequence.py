@@ -29,9 +29,12 @@ def test_the_mix_is_in_one_order_however_it_was_asked_for() -> None:
         requests.adapter(name)
     there = requests.make(2, 2, "z", "a", "m")
     back = replace(there, mix=there.mix[::-1])
-    assert Sequence(0, there).mix == Sequence(1, back).mix
-    assert [digest for digest, _ in Sequence(0, there).mix] == ["digest-a", "digest-m", "digest-z"]
-    assert [version.name for version in Sequence(0, back).versions] == ["a", "m", "z"]
+    first, second = Sequence(0, there), Sequence(1, back)
+    first.bind()
+    second.bind()
+    assert first.mix == second.mix
+    assert [digest for digest, _ in first.mix] == ["digest-a", "digest-m", "digest-z"]
+    assert [version.name for version in second.versions] == ["a", "m", "z"]
 
 
 def test_ends() -> None:

@@ -123,6 +123,17 @@ def test_renders_templates_as_transformers(folder: Path, tmp_path: Path, name: s
         assert ours.chat(conversation, generation_prompt) == ids
 
 
+def test_tools_reach_the_template_as_in_transformers(folder: Path, tmp_path: Path) -> None:
+    template = "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}{{ messages | tojson }}"
+    path = _copy_with(folder, tmp_path / "t", drop=("chat_template.jinja",), chat_template=template)
+    function = {"name": "f", "parameters": {"type": "object", "properties": {"a": {"type": "string"}}}}
+    tools = [{"type": "function", "function": function}]
+    for passed in (tools, None):
+        expected = _oracle(path).apply_chat_template(CONVERSATION, tools=passed, tokenize=False)
+        assert Tokenizer(path).render_chat(CONVERSATION, False, tools=passed) == expected
+    assert Tokenizer(path).template_source == template
+
+
 def test_template_variables_reach_the_template(folder: Path, tmp_path: Path) -> None:
     path = _copy_with(folder, tmp_path / "t", drop=("chat_template.jinja",), chat_template=TEMPLATES["extra_variable"])
     expected = _oracle(path).apply_chat_template(CONVERSATION, tokenize=False, enable_thinking=False)

@@ -10,9 +10,10 @@ import torch
 
 from loraplex.kernels.backend import Backend
 from loraplex.kernels.cpu.backend import CpuBackend
-from loraplex.kernels.metadata import TILE_RANKS, AdapterSegments, Site, TileTable
+from loraplex.kernels.metadata import AdapterSegments
 from loraplex.server.models.recorded import RecordedDecoder, record
 from support.harness import Harness
+from support.harness_adapters import wearing, write_adapters
 from support.tiny import FAMILIES, make_tiny_model
 
 
@@ -24,29 +25,7 @@ class _World:
         if recorded:
             self.harness.decoder = record(self.harness.decoder, max_tokens=64, max_rows=64)
             assert isinstance(self.harness.decoder, RecordedDecoder)
-        self.tiles = self._adapter(dtype)
-
-    def _adapter(self, dtype: torch.dtype) -> TileTable:
-        """A random tile on the whole of every qkv and down site, in slot 0."""
-        harness, config = self.harness, self.harness.config
-        generator = torch.Generator().manual_seed(5)
-        ranges = torch.zeros(1, config.num_layers, 6, 2, dtype=torch.int32)
-        rows = []
-        for layer in range(config.num_layers):
-            for site in (Site.QKV, Site.DOWN):
-                parts = [p for p in config.projections() if p.site is site]
-                n_in, n_out = parts[0].in_features, sum(p.out_features for p in parts)
-                at = []
-                for width in (n_in, n_out):
-                    page = harness.take_pages(1)[0]
-                    matrix = torch.randn(TILE_RANKS, width, generator=generator).mul_(0.1).to(dtype)
-                    raw = matrix.view(torch.uint8).flatten()
-                    harness.arena[page, : raw.numel()] = raw
-                    at.append(page * harness.page_bytes // 64)
-                ranges[0, layer, site] = torch.tensor([len(rows), len(rows) + 1])
-                rows.append([*at, TILE_RANKS, 0, n_out])
-        tiles = torch.tensor(rows, dtype=torch.int32)
-        return TileTable(ranges, tiles, ranges, tiles)
+        self.tiles = write_adapters(self.harness, 1)
 
     def run(self) -> list[torch.Tensor]:
         """Prefill, chunked prefill beside decode, decode; with and without adapters. The logits of every step."""
@@ -64,17 +43,8 @@ class _World:
 def _segments(counts: tuple[int, int]) -> AdapterSegments:
     """Slot 0 at weight 1 for the first tokens as decode rows, at weight 0.5 for the next as a prefill chunk."""
     decode, prefill = counts
-    bounds = (0, decode) if not prefill else (0, decode, decode + prefill)
-    mixes = (((0, 1.0),), ((0, 0.5),))[: len(bounds) - 1]
-    return AdapterSegments(
-        indptr=torch.tensor(bounds, dtype=torch.int32),
-        mix_ptr=torch.arange(len(bounds), dtype=torch.int32),
-        mix_slot=torch.zeros(len(mixes), dtype=torch.int32),
-        mix_weight=torch.tensor([w for ((_, w),) in mixes]),
-        bounds=bounds,
-        mixes=mixes,
-        num_decode_segments=1,
-    )
+    chunk = [(prefill, ((0, 0.5),))] if prefill else []
+    return wearing([(decode, ((0, 1.0),)), *chunk], num_decode=1)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,0 +1,308 @@
+"""From an adapter's source to its image: what the loader's threads do, and what they remember from time to time.
+
+    examine   config and header only                                         registration: 0.1 ms, 3 ms for a new shape
+    read      all of the files: hashed, checked, packed                      first load of 4 MB: 5 ms
+              the same files again, by their stamps: read and converted      1 ms
+
+Adapters of the same config and header share their blueprint and their recipe; what is remembered of each single one is
+its stamp and digest, or why it was refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from loraplex.adapters.adapter_files import (
+    WEIGHTS_FILE,
+    AdapterBytes,
+    AdapterHead,
+    ChangedMeanwhile,
+    Stamp,
+    look,
+    parse_header,
+    read_bytes,
+    read_data,
+    read_head,
+    view_tensors,
+)
+from loraplex.adapters.errors import AdapterRefused
+from loraplex.adapters.loader import ParsedImage, Reading
+from loraplex.adapters.peft_config import parse_config
+from loraplex.adapters.peft_format import BaseBias, Blueprint, draw_blueprint
+from loraplex.adapters.peft_values import check_values
+from loraplex.adapters.recipe import Recipe, is_for
+from loraplex.adapters.sources import resolve
+from loraplex.adapters.tiles import AdapterImage, BaseLayout, BiasDelta, pack, plan_image
+from loraplex.adapters.workspace import Workspace
+
+V = TypeVar("V")
+
+MAX_MESSAGE = 800
+"""Characters of a refusal."""
+
+MAX_BLUEPRINTS = 32
+"""Some 250 KB each. A folder of thousands has a handful."""
+
+MAX_RECIPES = 128
+"""Some 50 KB each, 150 KB on all linears."""
+
+MAX_REMEMBERED = 16_384
+"""Sources, some 1 KB each."""
+
+CHANGED_WAIT = 0.05
+"""Seconds. Someone who copies a file into place writes more often; a file system's clock ticks every 4 ms, often less,
+so that within a tick a change does not show."""
+
+CHANGED_RETRIES = 10
+"""Times that is waited for them: copying a large adapter may take half a second."""
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """What the config and the header tell of an adapter."""
+
+    rank: int
+    targets: tuple[str, ...]
+    num_pages: int  # at most: fewer if modules turn out to be zero
+    nbytes: int  # of its tiles, at most
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """A blueprint and what an image of it takes at most."""
+
+    key: Hashable
+    blueprint: Blueprint
+    info: AdapterInfo
+
+
+@dataclass(frozen=True)
+class _Remembered:
+    """Of a source, from its last reading. Holds as long as the stamp does."""
+
+    folder: Path
+    stamp: Stamp
+    start: int  # of the data
+    digest: str = ""
+    info: AdapterInfo | None = None
+    recipe: Hashable = None  # its key; None: it has to be packed part by part
+    refusal: AdapterRefused | None = None
+
+
+class AdapterReader:
+    """`read` is the loader's. Safe from any thread."""
+
+    def __init__(
+        self,
+        layout: BaseLayout,
+        base_bias: BaseBias,
+        max_pages: int,
+        workspace: Workspace | None = None,
+        locate: Callable[[str], Path] = resolve,
+    ) -> None:
+        """max_pages: what an adapter may take so that one sequence still fits beside it.
+
+        workspace: bounds what all loads under way take together; None: nothing does. locate: a source's folder.
+        """
+        self._locate = locate
+        self._workspace = workspace
+        self._layout = layout
+        self._base_bias = base_bias
+        self._max_pages = max_pages
+        self._blueprints: _Latest[_Drawn] = _Latest(MAX_BLUEPRINTS)
+        self._recipes: _Latest[Recipe] = _Latest(MAX_RECIPES)
+        self._remembered: _Latest[_Remembered] = _Latest(MAX_REMEMBERED)
+
+    def examine(self, source: str) -> AdapterInfo:
+        """Check what can be checked without the weights' values. Reads only config and header.
+
+        Raises AdapterNotFound, and AdapterRefused with the folder's path before the reason.
+        """
+        folder = self._locate(source)
+        with _named(folder):
+            return self._draw(read_head(folder), lambda: None).info
+
+    def read(self, reading: Reading) -> ParsedImage:
+        """Read, check and pack an adapter. Raises as examine() does, and what reading.breathe() raises.
+
+        Files that have the stamp they had are neither parsed, nor checked, nor hashed again, unless reading.fresh.
+        """
+        known = None if reading.fresh else self._remembered.get(reading.source)
+        folder = known.folder if known is not None and known.folder.is_dir() else self._locate(reading.source)
+        with _named(folder), self._room(folder, known, reading.breathe):
+            return (known and self._repeat(known, reading)) or self._read_whole(folder, reading)
+
+    def _room(
+        self, folder: Path, known: _Remembered | None, breathe: Callable[[], None]
+    ) -> AbstractContextManager[None]:
+        """For the file's bytes and what they are converted to, and then that and its image.
+
+        Raises what refuses the header.
+        """
+        if self._workspace is None or (known is not None and known.refusal is not None):
+            return nullcontext()
+        info = known.info if known is not None else None
+        if info is None:
+            info = self._draw(read_head(folder), breathe).info
+        file, image = (folder / WEIGHTS_FILE).stat().st_size, info.num_pages * self._layout.page_bytes
+        return self._workspace.room(max(file, info.nbytes) + image, breathe)
+
+    def _repeat(self, known: _Remembered, reading: Reading) -> ParsedImage | None:
+        """Do again what was done at the last reading. None: the files have changed, or it is not known how."""
+        recipe = self._recipes.get(known.recipe)
+        if known.refusal is not None:
+            head = read_head(known.folder)
+            if head.stamp != known.stamp:
+                return None
+            raise AdapterRefused(known.refusal.code, str(known.refusal))
+        if recipe is None or known.info is None:
+            return None
+        data = read_data(known.folder, known.stamp, known.start, reading.breathe)
+        if data is None:
+            return None
+        stream = recipe.convert(data, reading.breathe)
+        nbytes = data.numel()
+        _let_go(data)
+        return _parsed(known.digest, known.info, recipe.lay_out(stream), nbytes)
+
+    def _read_whole(self, folder: Path, reading: Reading) -> ParsedImage:
+        files, began = _read_quietly(folder, reading.breathe)
+        head = files.head
+        settled = head.stamp.is_settled(began)
+        try:
+            drawn = self._draw(head, reading.breathe)
+            image, recipe = self._make(drawn, files, reading.breathe)
+        except AdapterRefused as error:
+            if settled:
+                refusal = AdapterRefused(error.code, str(error))  # without the frames, which hold the file's bytes
+                self._remembered.put(reading.source, _Remembered(folder, head.stamp, head.start, refusal=refusal))
+            raise
+        if settled:
+            known = _Remembered(folder, head.stamp, head.start, files.digest, drawn.info, recipe)
+            self._remembered.put(reading.source, known)
+        return _parsed(files.digest, drawn.info, image, head.data_bytes)
+
+    def _draw(self, head: AdapterHead, breathe: Callable[[], None]) -> _Drawn:
+        config = parse_config(head.config)
+        key = (replace(config, base_model=None), hashlib.sha256(head.header).digest(), head.data_bytes)
+        drawn = self._blueprints.get(key)
+        if drawn is None:
+            breathe()
+            header = parse_header(head)
+            breathe()
+            blueprint = draw_blueprint(config, header, self._layout, self._base_bias)
+            breathe()
+            plan = plan_image(blueprint.shapes(), self._layout)
+            info = AdapterInfo(blueprint.rank, blueprint.targets, plan.num_pages, plan.nbytes)
+            drawn = _Drawn(key, blueprint, info)
+            self._blueprints.put(key, drawn)
+        if drawn.info.num_pages > self._max_pages:
+            raise AdapterRefused(
+                "too_large",
+                f"the adapter takes {drawn.info.num_pages} pages, but only {self._max_pages} can be had beside one "
+                "sequence; give the server more memory (--memory)",
+            )
+        return drawn
+
+    def _make(
+        self, drawn: _Drawn, files: AdapterBytes, breathe: Callable[[], None]
+    ) -> tuple[AdapterImage, Hashable | None]:
+        """The image and the key of its recipe, if it has one."""
+        modules = drawn.blueprint.modules
+        if is_for(modules, drawn.blueprint):
+            key = (drawn.key, None)
+            recipe = self._recipes.get(key) or self._recipes.put(key, Recipe(modules, drawn.blueprint, self._layout))
+            stream = recipe.convert(files.data, breathe)
+            if recipe.is_sound(files.data, stream, breathe):
+                _let_go(files.data)
+                return recipe.lay_out(stream), key
+            del stream
+        tensors = view_tensors(files.data, drawn.blueprint.header)
+        parts = check_values(drawn.blueprint, tensors, self._layout, self._base_bias, breathe)
+        left = frozenset((part.layer, part.projection.name) for part in parts)
+        some = [module for module in modules if (module.layer, module.projection.name) in left]
+        if is_for(some, drawn.blueprint) and not any(isinstance(part, BiasDelta) for part in parts):
+            some_key = (drawn.key, left)
+            recipe = self._recipes.get(some_key) or self._recipes.put(
+                some_key, Recipe(some, drawn.blueprint, self._layout)
+            )
+            stream = recipe.convert(files.data, breathe)
+            _let_go(files.data)
+            return recipe.lay_out(stream), some_key
+        return pack(parts, self._layout), None
+
+
+class _Latest(Generic[V]):
+    """The `size` most recently used values by key. Thread-safe."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._lock = threading.Lock()
+        self._values: OrderedDict[Hashable, V] = OrderedDict()
+
+    def get(self, key: Hashable) -> V | None:
+        with self._lock:
+            if key not in self._values:
+                return None
+            self._values.move_to_end(key)
+            return self._values[key]
+
+    def put(self, key: Hashable, value: V) -> V:
+        with self._lock:
+            self._values[key] = value
+            self._values.move_to_end(key)
+            if len(self._values) > self._size:
+                self._values.popitem(last=False)
+        return value
+
+
+def _read_quietly(folder: Path, breathe: Callable[[], None]) -> tuple[AdapterBytes, float]:
+    """The files while nobody writes to them, and when their reading began, in unix seconds. Raises ChangedMeanwhile."""
+    for _ in range(CHANGED_RETRIES):
+        began = time.time()
+        try:
+            files = read_bytes(folder, breathe)
+        except ChangedMeanwhile:
+            time.sleep(CHANGED_WAIT)
+            breathe()
+            continue
+        if began - files.head.stamp.latest >= CHANGED_WAIT:
+            return files, began
+        time.sleep(CHANGED_WAIT)  # whoever is still writing shows by now
+        breathe()
+        if look(folder) == files.head.stamp:
+            return files, began
+    raise ChangedMeanwhile
+
+
+def _let_go(data: Tensor) -> None:
+    """Free the bytes of `data`, whoever still refers to the tensor: nothing is left in it."""
+    data.set_(torch.UntypedStorage(0))
+
+
+def _parsed(digest: str, info: AdapterInfo, image: AdapterImage, bytes_read: int) -> ParsedImage:
+    num_pages = image.pages.shape[0]
+    return ParsedImage(digest, info.rank, info.targets, num_pages, image.nbytes, image, bytes_read)
+
+
+@contextmanager
+def _named(folder: Path) -> Iterator[None]:
+    """Refusals say which folder they are about, in one line, whatever a stranger's file puts into names."""
+    try:
+        yield
+    except AdapterRefused as error:
+        message = " ".join(str(error).split()).encode("utf-8", "backslashreplace").decode()
+        raise AdapterRefused(error.code, f"{folder}: {message[:MAX_MESSAGE]}") from error
+    except OSError as error:
+        raise AdapterRefused("missing_file", f"{folder} cannot be read: {error}") from error

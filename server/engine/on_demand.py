@@ -1,0 +1,208 @@
+"""Adapters that requests bring with them: loaded on first use, or made of others. Free of torch.
+
+    name                     what it is                                               whose
+    local/<folder>-<hash>    a source that a request named, registered by itself      anybody's who may use it
+    private/<folder>-<hash>  the same, fetched with a caller's token                  those who bring that token
+    merged/<key>             several adapters merged; the key is of their content     those who ask for the same merge
+
+All are registered like any other adapter and served like it; the last two cannot be named by requests. The least
+recently used idle ones are taken off again, so that requests cannot fill the registry or the disk. Event loop only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import re
+import shutil
+import tempfile
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from loraplex.adapters.errors import AdapterRefused
+from loraplex.adapters.merge_plan import MergePlan
+from loraplex.adapters.registry import AdapterLease, AdapterVersion, Registry
+from loraplex.adapters.sources import OPERATOR, Access, Source, parse_source
+from loraplex.server.engine.request import Overloaded
+
+logger = logging.getLogger(__name__)
+
+MERGED, PRIVATE = "merged/", "private/"
+"""Begin the names that no request may name."""
+
+MAX_FIRST_USE = 1024
+"""Names; some 2 KB each beside what the files take."""
+
+MAX_MERGED = 32
+"""LoRAX keeps as many. Each is a file of the size of one of its adapters in float32."""
+
+MAX_MERGING = 2
+"""At once: each has all of its adapters in memory."""
+
+RETRY_AFTER = 5.0  # seconds
+
+Merger = Callable[[Sequence[AdapterVersion], MergePlan, Path], str]
+"""Merges the versions' files into a new folder under the path given, named by MergePlan.key; the digests' key."""
+
+
+class Adapters(Protocol):
+    """The part of AdapterManager that is needed here."""
+
+    @property
+    def registry(self) -> Registry: ...
+    async def register(
+        self, name: str, source: str, *, replace: bool = False, access: Access = OPERATOR
+    ) -> AdapterVersion: ...
+
+
+class OnDemand:
+    """Names that come and go with the requests that want them."""
+
+    def __init__(
+        self, adapters: Adapters, merge: Merger, max_first_use: int = MAX_FIRST_USE, max_merged: int = MAX_MERGED
+    ) -> None:
+        """`merge` is called in a thread: adapters/merging.merge_versions."""
+        self._adapters = adapters
+        self._merge = merge
+        self._sources = _Names(adapters.registry, max_first_use)
+        self._merges = _Names(adapters.registry, max_merged)
+        self._under_way: dict[object, asyncio.Task[str]] = {}  # what is loaded or merged now -> its name to be
+        self._merging = asyncio.Semaphore(MAX_MERGING)
+        self._known: OrderedDict[object, str] = OrderedDict()  # (uids, plan) -> name, of merges made
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+
+    async def lease(self, source: str, access: Access = OPERATOR) -> AdapterLease:
+        """The adapter at `source`, loaded and registered unless it is. However many ask at once, it is fetched once.
+
+        Raises AdapterError, Overloaded.
+        """
+        name = first_use_name(parse_source(source, access))
+        if self._adapters.registry.get(name) is None:
+            await self._once(name, lambda: self._load(name, source, access))
+        self._sources.used(name)
+        return self._adapters.registry.lease(name)
+
+    async def merge(self, leases: Sequence[AdapterLease], plan: MergePlan) -> AdapterLease:
+        """The adapters of `leases` merged by `plan`, made unless it is there. The leases stay the caller's.
+
+        Raises AdapterRefused where they do not go together, Overloaded.
+        """
+        versions = [lease.version for lease in leases]
+        key = (tuple(version.uid for version in versions), plan)
+        name = self._known.get(key)
+        if name is None or self._adapters.registry.get(name) is None:
+            name = await self._once(key, lambda: self._make(versions, plan))
+            self._known[key] = name
+            if len(self._known) > MAX_FIRST_USE:
+                self._known.popitem(last=False)
+        self._merges.used(name)
+        return self._adapters.registry.lease(name)
+
+    async def _once(self, key: object, work: Callable[[], Awaitable[str]]) -> str:
+        """Run `work` unless it is under way; whoever leaves, it goes on for the others."""
+
+        async def run() -> str:
+            try:
+                return await work()
+            finally:
+                del self._under_way[key]
+
+        task = self._under_way.get(key)
+        if task is None:
+            task = self._under_way[key] = asyncio.create_task(run())
+            task.add_done_callback(lambda done: done.cancelled() or done.exception())  # all may have left: no warning
+        return await asyncio.shield(task)
+
+    async def _load(self, name: str, source: str, access: Access) -> str:
+        self._sources.make_room()
+        version = await self._adapters.register(name, source, access=access)
+        logger.info("adapter %s loaded on first use: rank %d, %d pages", name, version.rank, version.num_pages)
+        return name
+
+    async def _make(self, versions: Sequence[AdapterVersion], plan: MergePlan) -> str:
+        """Keep the folder for as long as the name: the device may give the adapter up and want it again."""
+        async with self._merging:
+            for gone in self._merges.make_room():
+                shutil.rmtree(self._root / gone.removeprefix(MERGED), ignore_errors=True)
+            key = await asyncio.to_thread(self._merge, versions, plan, self._root)
+            name = f"{MERGED}{key}"
+            if self._adapters.registry.get(name) is None:
+                try:
+                    version = await self._adapters.register(name, str(self._root / key))
+                except AdapterRefused as error:
+                    shutil.rmtree(self._root / key, ignore_errors=True)
+                    raise AdapterRefused(error.code, f"merged, the adapters cannot be served: {error}") from None
+                logger.info("adapter %s merged by %s: rank %d", name, plan.strategy, version.rank)
+        return name
+
+    @property
+    def _root(self) -> Path:
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="loraplex-merged-", ignore_cleanup_errors=True)
+        return Path(self._folder.name)
+
+
+class _Names:
+    """Registered names, the least recently used first."""
+
+    def __init__(self, registry: Registry, limit: int) -> None:
+        self._registry = registry
+        self._limit = limit
+        self._names: OrderedDict[str, None] = OrderedDict()
+
+    def used(self, name: str) -> None:
+        self._names[name] = None
+        self._names.move_to_end(name)
+
+    def make_room(self) -> list[str]:
+        """For one more: unregister idle ones, which are returned. Raises Overloaded when all are in use."""
+        gone = [name for name in self._names if self._registry.get(name) is None]  # an operator unloaded them
+        for name in tuple(self._names):
+            if len(self._names) - len(gone) < self._limit:
+                break
+            version = self._registry.get(name)
+            if version is not None and not self._registry.leases(version):
+                self._registry.unregister(name)
+                gone.append(name)
+        for name in gone:
+            del self._names[name]
+        if len(self._names) >= self._limit:
+            raise Overloaded(
+                f"{self._limit} adapters that were loaded or merged for requests are in use; try again in "
+                f"{RETRY_AFTER:.0f} s",
+                RETRY_AFTER,
+            )
+        return gone
+
+
+def is_hidden(name: str) -> bool:
+    """Whether an adapter of this name is for those alone who asked for it in full."""
+    return name.startswith((MERGED, PRIVATE))
+
+
+def first_use_name(source: Source) -> str:
+    """The name an adapter gets that nobody gave one: readable, and one for each place and rights."""
+    last = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(source.text).name)[:64].strip(".") or "adapter"
+    kind = PRIVATE if source.access.token is not None and source.is_remote else f"{source.kind}/"
+    return f"{kind}{last}-{hashlib.sha256(source.text.encode()).hexdigest()[:12]}"
+
+
+def source_of(origin: str, adapter_id: str) -> str:
+    """LoRAX's adapter_source ("hub", "local", "s3") and adapter_id as one source, the same for the same files.
+
+    Raises AdapterRefused("unsupported_kind") for an id that cannot be of that origin.
+    """
+    if origin == "local":
+        return str(Path(adapter_id).expanduser().absolute())
+    if origin == "s3":
+        return adapter_id if adapter_id.startswith("s3://") else f"s3://{adapter_id}"
+    if Path(adapter_id).expanduser().exists() or adapter_id.count("/") != 1:  # a folder here is never a Hub's answer
+        raise AdapterRefused(
+            "unsupported_kind",
+            f"adapter_source is 'hub', and {adapter_id[:200]!r} is no id of a repository there, as org/name; give "
+            "adapter_source 'local' for a folder",
+        )
+    return adapter_id

@@ -1,0 +1,83 @@
+"""What the engine tells about itself: snapshots, cheap enough for every scrape. Free of torch."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from loraplex.adapters.durations import NONE, DurationStats
+
+
+@dataclass(frozen=True)
+class TierStats:
+    """One tier of adapter memory ("device", "host", "source"). Counters."""
+
+    hits: int = 0  # an adapter was found in it when a request came
+    misses: int = 0
+    loads: int = 0  # adapters brought into it; of the source: read from it
+    evictions: int = 0
+    durations: DurationStats = NONE  # of the loads
+
+
+@dataclass(frozen=True)
+class AdapterPlace:
+    """A registered adapter whose bytes are in memory."""
+
+    name: str
+    on_device: bool  # else in host memory
+    pinned: bool  # by the operator: it stays on the device
+
+
+STEP_BOUNDS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+"""Tokens of a step: upper ends of the buckets, but for the last, which has none."""
+
+
+class StepSizes:
+    """How many tokens steps had. Written by one thread; counts() may be called by any."""
+
+    def __init__(self) -> None:
+        self.tokens = 0  # of all together
+        self._counts = [0] * (len(STEP_BOUNDS) + 1)
+
+    def observe(self, tokens: int) -> None:
+        """One more step."""
+        self._counts[bisect_left(STEP_BOUNDS, tokens)] += 1
+        self.tokens += tokens
+
+    def counts(self) -> tuple[int, ...]:
+        """Of each bucket, len(STEP_BOUNDS) + 1."""
+        return tuple(self._counts)
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """Counters only grow."""
+
+    running: int
+    waiting: int  # queued or preempted
+    kv_usage: float  # 0..1: KV pages in use / all pages of the arena
+    adapter_usage: float  # 0..1: adapter pages in use / all pages of the arena
+    running_adapters: tuple[str, ...]  # names, sorted, each once
+    waiting_adapters: tuple[str, ...]
+    resident_adapters: tuple[str, ...]  # digests on the device
+    prompt_tokens: int  # counter: prompt tokens of admitted requests
+    generation_tokens: int  # counter: tokens sampled
+    preemptions: int  # counter
+    adapter_loads: int  # counter: copies host -> device
+    adapter_evictions: int  # counter
+    steps: int  # counter
+    queued_tokens: int  # prompt tokens of waiting requests
+    clients: int  # tenants, and mixes of adapters without one, that have open requests
+    fairness_spread: float  # virtual tokens between the client served most and the one served least, of these
+    prefix_hits: int  # counter: prompt tokens found in the prefix cache
+    prefix_queries: int  # counter: prompt tokens looked up in it
+    stall_seconds: float  # counter: that copies of adapters have taken from steps in which streams decode
+    refused: int  # counter: requests answered with 429
+    expired: int  # counter: requests whose time was over
+    waiting_for_adapters: int = 0  # of those waiting: they could go on if their adapters were there
+    adapter_wait: float = 0.0  # counter: seconds that requests have waited so
+    step_counts: tuple[int, ...] = ()  # steps by their tokens, see STEP_BOUNDS
+    step_tokens: int = 0  # counter: of all steps together
+    pages: Mapping[str, int] = field(default_factory=dict)  # of the arena, by owner: kv, prefix, adapter, free
+    tiers: Mapping[str, TierStats] = field(default_factory=dict)  # by name of the tier

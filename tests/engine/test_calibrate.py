@@ -1,0 +1,104 @@
+"""Calibration: the arithmetic on a machine whose speed is known, and that it measures the real decoder's steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loraplex.kernels.backend import load_backend
+from loraplex.server.engine.arena import kv_layers
+from loraplex.server.engine.calibrate import SCRATCH_PAGES, StepCost, calibrate, default_budget, measure
+from loraplex.server.engine.kv_cache import kv_groups
+from loraplex.server.engine.memory import page_bytes
+from loraplex.server.models.config import ModelConfig
+from loraplex.server.models.decoder import Decoder
+from loraplex.server.models.weights import load_weights
+from support.tiny import make_tiny_model
+
+
+class Machine:
+    """Steps take what `seconds(tokens)` says, on a clock of their own."""
+
+    def __init__(self, seconds: Callable[[int], float]) -> None:
+        self.now = 0.0
+        self.steps: list[int] = []
+        self._seconds = seconds
+
+    def run_step(self, tokens: int) -> None:
+        self.steps.append(tokens)
+        self.now += self._seconds(tokens)
+
+    def clock(self) -> float:
+        return self.now
+
+    def cost(self) -> StepCost:
+        return measure(self.run_step, self.clock)
+
+
+def test_a_line_is_found_again() -> None:
+    cost = Machine(lambda tokens: 0.004 + tokens * 0.0003).cost()
+    assert cost.fixed_seconds == pytest.approx(0.004)
+    assert cost.token_seconds == pytest.approx(0.0003)
+    assert cost.decode_seconds == pytest.approx(0.0043)
+    assert default_budget(cost) == 320  # (0.1 - 0.004) / 0.0003
+
+
+def test_what_others_take_of_the_machine_does_not_count() -> None:
+    calls = 0
+
+    def seconds(tokens: int) -> float:
+        nonlocal calls
+        calls += 1
+        return 0.002 + tokens * 0.0002 + (0.004 if calls % 3 else 0.0)
+
+    assert default_budget(Machine(seconds).cost()) == 480
+
+
+def test_a_slow_machine_is_measured_by_two_small_steps() -> None:
+    machine = Machine(lambda tokens: 0.5 + tokens * 0.1)
+    cost = machine.cost()
+    assert max(machine.steps) == 16
+    assert len(machine.steps) == 3, "warmed up, and once each"
+    assert cost.token_seconds == pytest.approx(0.1)
+    assert default_budget(cost) == 64
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.floats(0.0, 1.0), st.floats(1e-7, 0.1))
+def test_time_and_budget_are_bounded(fixed: float, token: float) -> None:
+    machine = Machine(lambda tokens: fixed + tokens * token)
+    budget = default_budget(machine.cost())
+    assert 64 <= budget <= 2048
+    assert budget % 16 == 0
+    if 64 < budget < 2048:
+        assert fixed + budget * token <= 0.1 + 1e-9
+        assert fixed + (budget + 16) * token > 0.1 - 1e-9
+    assert machine.now <= 0.35 + 2 * (fixed + token) + (fixed + 16 * token) + 1e-9, "and two steps at least"
+
+
+@given(st.lists(st.floats(0.0, 1.0), min_size=20, max_size=20))
+def test_any_times_at_all_make_a_budget(times: list[float]) -> None:
+    left = iter(times)
+    assert 64 <= default_budget(Machine(lambda tokens: next(left)).cost()) <= 2048
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "phi4mini"])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_a_real_decoder(tmp_path: Path, family: str, backend: str) -> None:
+    path = make_tiny_model(family, tmp_path)
+    config, ops = ModelConfig.from_hf(path), load_backend(backend, "cpu")
+    groups = kv_groups(config.windows)
+    arena = torch.zeros(SCRATCH_PAGES * len(groups), page_bytes(config, torch.float32, groups), dtype=torch.uint8)
+    views = kv_layers(arena, config, torch.float32, groups)
+    cost = calibrate(Decoder(config, load_weights(path, config, ops, torch.float32), ops, views, arena))
+    assert 0.0 <= cost.fixed_seconds < 5.0
+    assert 0.0 < cost.token_seconds < 1.0
+    assert 0.0 < cost.decode_seconds < 5.0
+    for layer in views:  # the largest step measured wrote its 256 tokens to every layer
+        own = slice(layer.group * SCRATCH_PAGES, (layer.group + 1) * SCRATCH_PAGES)
+        assert layer.k[own].abs().amax((1, 3)).all()
