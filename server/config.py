@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +16,7 @@ if TYPE_CHECKING:  # importing it loads torch, which the command line does only 
 DEMO = "demo"
 """The base that comes with the project."""
 
+_SHARE = re.compile(r"(\d+(?:\.\d+)?)\s*%|(0?\.\d+|1\.0+)")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 _UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
@@ -29,15 +32,55 @@ class HttpConfig:
     host: str = "127.0.0.1"
     port: int = 8000  # 0: any free one
     max_body_bytes: int = 16 << 20
-    shutdown_seconds: int = 10  # that answers in flight get to end once the server is told to stop
+    grace_seconds: float = 30.0  # that answers in flight get to end once the server is told to stop
+    state_dir: Path | None = None  # where it is kept what was loaded over the API; None: nowhere
+
+
+@dataclass(frozen=True)
+class SeeingConfig:
+    """What is told of requests, beside the log's lines."""
+
+    max_series: int = 100  # adapters, and tenants, with metrics of their own
+    otlp_endpoint: str | None = None  # a collector for traces; None: there are none
+
+
+@dataclass(frozen=True)
+class AuthConfig:
+    """Who may ask."""
+
+    keys_file: Path | None = None
+    api_keys: tuple[str, ...] = field(default=(), repr=False)  # each may do everything
+    no_auth: bool = False  # whoever reaches the address may do everything
+    open_metrics: bool = False  # /metrics needs no key
+    cors_origins: tuple[str, ...] = ()  # of web pages that may ask; "*": all
+    allowed_paths: tuple[Path, ...] = ()  # with a keys file: where requests may load adapters from
+
+    @property
+    def asks_for_keys(self) -> bool:
+        return self.keys_file is not None or bool(self.api_keys)
+
+    def check(self, address: str) -> None:
+        """`address` is the one bound. Raises ConfigError for settings that contradict, and for a server open to all."""
+        if self.keys_file is not None and self.api_keys:
+            raise ConfigError("--api-key and --api-keys: give one of them; a key that may do everything is an admin's")
+        if self.no_auth and self.asks_for_keys:
+            raise ConfigError("--no-auth: there are keys; leave it or them out")
+        if any(not key.strip() for key in self.api_keys):
+            raise ConfigError("--api-key: it is empty")
+        if self.asks_for_keys or self.no_auth or ip_address(address).is_loopback:
+            return
+        raise ConfigError(
+            f"--host {address}: other machines could use this server without a key; give --api-keys FILE or --api-key "
+            "KEY, or --no-auth where everybody may do everything"
+        )
 
 
 @dataclass(frozen=True)
 class NamedAdapter:
-    """An adapter to load at the start; if it cannot be, the server does not start."""
+    """An adapter to load at the start; if it is a folder and cannot be loaded, the server does not start."""
 
     name: str
-    source: str  # folder or Hub id
+    source: str  # see adapters/sources.py
 
     @classmethod
     def parse(cls, text: str) -> NamedAdapter:
@@ -47,13 +90,33 @@ class NamedAdapter:
             raise ConfigError(f"--adapter {text!r}: expected NAME=PATH, as in pirate=adapters/pirate")
         return cls(name, source)
 
+    @classmethod
+    def parse_module(cls, text: str) -> NamedAdapter:
+        """Of vLLM's --lora-modules: "NAME=PATH", or JSON with name and path. Raises ConfigError."""
+        found: dict[str, object] = {}
+        if text.lstrip().startswith("{"):
+            try:
+                found = json.loads(text)
+            except ValueError as error:
+                raise ConfigError(f"--lora-modules {text!r}: not valid JSON: {error}") from None
+        else:
+            found["name"], _, found["path"] = text.partition("=")
+        name, path = found.get("name"), found.get("path")
+        if not (isinstance(name, str) and name and isinstance(path, str) and path):
+            raise ConfigError(
+                f'--lora-modules {text!r}: expected NAME=PATH or {{"name": NAME, "path": PATH}}, as in '
+                "pirate=adapters/pirate"
+            )
+        return cls(name, path)
+
 
 @dataclass(frozen=True)
 class AdaptersConfig:
-    """Which adapters to load at the start."""
+    """Which adapters there shall be."""
 
     named: tuple[NamedAdapter, ...] = ()
     directory: Path | None = None  # each folder in it that is an adapter; those that cannot be served are left out
+    list_file: Path | None = None  # see adapter_list.py
 
     def check(self, taken: tuple[str, ...]) -> None:
         """Raises ConfigError where names collide, with each other or the base's, or the directory is none."""
@@ -65,6 +128,8 @@ class AdaptersConfig:
             seen.add(adapter.name)
         if self.directory is not None and not self.directory.is_dir():
             raise ConfigError(f"--adapter-dir {self.directory}: there is no such folder")
+        if self.list_file is not None and not self.list_file.is_file():
+            raise ConfigError(f"--adapters-file {self.list_file}: there is no such file")
 
 
 @dataclass(frozen=True)
@@ -76,6 +141,8 @@ class ServeConfig:
     engine: EngineConfig
     adapters: AdaptersConfig = field(default_factory=AdaptersConfig)
     http: HttpConfig = field(default_factory=HttpConfig)
+    seeing: SeeingConfig = field(default_factory=SeeingConfig)
+    auth: AuthConfig = field(default_factory=AuthConfig)
 
 
 def base_names(base: str, served: Iterable[str]) -> tuple[str, ...]:
@@ -91,3 +158,14 @@ def parse_size(text: str) -> int:
     if size <= 0:
         raise ConfigError(f"{text!r} is no size: expected bytes, or a number with K, M, G or T, as in 4G")
     return size
+
+
+def parse_memory(text: str) -> int | float:
+    """Bytes (int) as parse_size, or the share (float, at most 1.0) of "0.5" or "50%". Raises ConfigError."""
+    found = _SHARE.fullmatch(text.strip())
+    if found is None:
+        return parse_size(text)
+    share = float(found[1]) / 100 if found[1] else float(found[2])
+    if not 0.0 < share <= 1.0:
+        raise ConfigError(f"{text!r} is no share of the memory: expected more than 0% and at most 100%")
+    return share

@@ -7,29 +7,42 @@ adapters with it, and only then the server listens: whoever can connect gets an 
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import logging
 import math
 import os
 import signal
 import socket
+import sys
 import time
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
-from loraplex.server.config import DEMO, HttpConfig, ServeConfig
+from loraplex.server.config import DEMO, AuthConfig, ServeConfig
+from loraplex.server.drain import EXIT_SECONDS, TOLD_SECONDS, Drain, Shutdown, end_process_after
 
 if TYPE_CHECKING:
-    import uvicorn
     from fastapi import FastAPI
 
+    from loraplex.server.access import Access
+    from loraplex.server.api.parts import Adapters
     from loraplex.server.engine.build import EngineParts
+    from loraplex.server.engine.follower import Follower
     from loraplex.server.engine.tokenizer import Tokenizer
+    from loraplex.server.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
 BASE_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
 """What is downloaded of a base's Hub repository: never a pickle, never code."""
+
+M_ARENA_MAX = -8
+"""malloc.h's."""
 
 Ready = Callable[[ServeConfig, "EngineParts", "Tokenizer", int], None]
 """Called once the server listens, with the port."""
@@ -58,6 +71,13 @@ def prepare_environment(environ: MutableMapping[str, str]) -> None:
         environ.setdefault(name, value)
 
 
+def bound_malloc() -> None:
+    """Call before threads are started: two arenas for all of them. Each keeps what was freed in it, up to 64 MiB."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # glibc
+        libc.mallopt(M_ARENA_MAX, 2)
+
+
 def usable_cpus() -> int:
     """Cores this process may use: its affinity, less where a container's quota is smaller."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -79,11 +99,33 @@ def bind(host: str, port: int) -> socket.socket:
         raise StartError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
     try:
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        notice_dead_peers(held)
         held.bind(address)
         return held
     except OSError as error:
         held.close()
         raise StartError(f"cannot listen on {host}:{port}: {error.strerror or error}; --port moves it") from error
+
+
+def notice_dead_peers(held: socket.socket) -> None:
+    """Have the kernel end connections whose peer is gone or does not read; those accepted on `held` inherit it.
+
+    A peer that has vanished without a word is otherwise noticed after two hours, or never.
+    """
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (
+        ("TCP_KEEPIDLE", 30),
+        ("TCP_KEEPINTVL", 10),
+        ("TCP_KEEPCNT", 3),
+        ("TCP_USER_TIMEOUT", 60_000),  # ms that what was sent may stay unacknowledged, or unsent for want of a reader
+    ):
+        if hasattr(socket, name):  # not all systems have all
+            held.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+def end_on_sigterm() -> None:
+    """Until the server handles signals itself: the first process of a container would otherwise not hear of it."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
 
 
 def find_base(base: str) -> Path:
@@ -111,27 +153,48 @@ def find_base(base: str) -> Path:
         raise StartError(f"there is no folder {base!r}, and the Hub could not give it either: {reason}") from error
 
 
-def run(config: ServeConfig, held: socket.socket, folder: Path, ready: Ready) -> None:
-    """Load the base in `folder`, serve on `held` until told to stop, and stop everything. Raises StartError."""
+def run(config: ServeConfig, held: socket.socket, folder: Path, ready: Ready) -> int:
+    """Load the base in `folder`, serve on `held` until told to stop, and stop everything. Raises StartError.
+
+    Returns the exit code: 0, or 1 where the engine crashed.
+    """
+    start = time.perf_counter()
+    bound_malloc()
+    for name in ("uvicorn", "loraplex.server.app", "loraplex.server.engine.build"):
+        import_module(name)  # before the weights: what the process takes for itself is counted between them
     from loraplex.server.engine.tokenizer import Tokenizer, TokenizerError
 
+    imported = time.perf_counter()
     try:
         tokenizer = Tokenizer(folder)
     except TokenizerError as error:
         raise StartError(error) from error
+    laps: tuple[tuple[str, float], ...] = (("imports", imported - start), ("tokenizer", time.perf_counter() - imported))
     parts = _build(config, folder)
+    laps += parts.startup
+    logger.info(
+        "loaded in %.1f s: %s", time.perf_counter() - start, ", ".join(f"{name} {lap:.1f}" for name, lap in laps)
+    )
+    # A thread that wants the GIL asks for it after this long. At the default of 5 ms the engine, whose steps take 5 to
+    # 20 ms, waits behind whoever parses an adapter or a request: p99 between tokens 40 ms beside loads, 34 with this.
+    sys.setswitchinterval(0.0005)
+    if parts.prefault is not None:
+        parts.prefault.start()
     parts.engine.start()
     try:
         asyncio.run(_serve(config, parts, tokenizer, held, ready))
     finally:
         parts.engine.stop()
         parts.adapters.close()
+        if parts.prefault is not None:
+            parts.prefault.stop()
+    return 1 if parts.engine.failure is not None else 0
 
 
 def _build(config: ServeConfig, folder: Path) -> EngineParts:
     from loraplex.kernels.backend import BackendUnavailable
-    from loraplex.server.engine.arena import NotEnoughMemory
     from loraplex.server.engine.build import build_engine
+    from loraplex.server.engine.memory import NotEnoughMemory
     from loraplex.server.models.config import UnsupportedModel
     from loraplex.server.models.weights import WeightsError
 
@@ -148,36 +211,98 @@ def _build(config: ServeConfig, folder: Path) -> EngineParts:
 async def _serve(
     config: ServeConfig, parts: EngineParts, tokenizer: Tokenizer, held: socket.socket, ready: Ready
 ) -> None:
-    await _load_adapters(config, parts)
-    server = make_server(
-        make_app(config, parts, tokenizer), config.http, lambda port: ready(config, parts, tokenizer, port)
+    follower = await _load_adapters(config, parts)
+    more = open_extras(config, parts)
+    app, drain = make_app(config, parts, tokenizer, more), more.drain
+    server = make_server(app, lambda port: ready(config, parts, tokenizer, port))
+    shutdown = Shutdown(
+        drain, config.http.grace_seconds, parts.engine.stop, lambda code: end_process_after(EXIT_SECONDS, code)
     )
-    # uvicorn stops at these, puts back the handlers it found and raises the signal once more, to end the process as the
-    # signal would have. Here the process goes on to stop the engine and ends well.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: None)
-    await server.serve(sockets=[held])
+    shutdown.handle_signals()
+    parts.engine.on_crash = shutdown.crash
+    if parts.engine.failure is not None:
+        shutdown.crash()
+    ending = asyncio.create_task(shutdown.run(server.close))
+    try:
+        await server.serve(sockets=[held])
+    finally:
+        ending.cancel()
+        follower.stop()
+        if more.tracing is not None:
+            await asyncio.to_thread(more.tracing.flush)
 
 
-async def _load_adapters(config: ServeConfig, parts: EngineParts) -> None:
+async def _load_adapters(config: ServeConfig, parts: EngineParts) -> Follower:
+    """What is local and named is there or the server does not start; the rest comes, and is followed from then on."""
     from loraplex.adapters.errors import AdapterError
+    from loraplex.adapters.registry import check_name
+    from loraplex.adapters.sources import parse_source
+    from loraplex.server.engine.adapter_list import AdapterListError, Wish
+    from loraplex.server.engine.follower import Follower
 
+    distant = []
     for adapter in config.adapters.named:
+        try:
+            if parse_source(adapter.source).is_remote:
+                check_name(adapter.name)
+                distant.append(Wish(adapter.name, adapter.source, enforced=False))
+                continue
+        except AdapterError as error:
+            raise StartError(f"--adapter {adapter.name}: {error}") from error
         try:
             version = await parts.adapters.register(adapter.name, adapter.source)
         except AdapterError as error:
             raise StartError(f"--adapter {adapter.name}={adapter.source}: {error}") from error
         logger.info("adapter %s: rank %d, %d pages", version.name, version.rank, version.num_pages)
-    if config.adapters.directory is not None:
-        found = await parts.adapters.register_folder(config.adapters.directory)
-        logger.info("%d adapters from %s", len(found), config.adapters.directory)
+    directory, list_file = config.adapters.directory, config.adapters.list_file
+    try:
+        follower = Follower(parts.adapters, directory=directory, list_file=list_file, named=distant)
+    except AdapterListError as error:
+        raise StartError(f"--adapters-file {error}") from error
+    await asyncio.to_thread(follower.start)
+    if directory is not None:
+        logger.info("%d adapters, those of %s among them", len(parts.adapters.registry.list()), directory)
+    return follower
 
 
-def make_server(app: FastAPI, http: HttpConfig, on_listening: Callable[[int], None]) -> uvicorn.Server:
+def open_access(auth: AuthConfig) -> Access | None:
+    """The keys; None where none are asked for. Raises StartError."""
+    from loraplex.server.access import Access
+    from loraplex.server.keys_file import KeysError, KeysFile
+    from loraplex.server.tenants import owners_keyring
+
+    if auth.keys_file is not None:
+        try:
+            return Access(KeysFile(auth.keys_file), open_metrics=auth.open_metrics)
+        except KeysError as error:
+            raise StartError(error) from error
+    if auth.api_keys:
+        return Access(owners_keyring(auth.api_keys), open_metrics=True)  # as vLLM has it: nobody's but the owner's
+    return None
+
+
+class ListeningServer(Protocol):
+    """What make_server returns: a uvicorn.Server."""
+
+    async def serve(self, sockets: list[socket.socket]) -> None: ...
+
+    def close(self) -> None:
+        """Have serve() close the listener, let answers end that are being sent, and return. From any thread."""
+        ...
+
+
+def make_server(app: FastAPI, on_listening: Callable[[int], None]) -> ListeningServer:
     """A server for `serve(sockets=[bind(...)])`; `on_listening(port)` is called once it answers."""
     import uvicorn
 
     class Server(uvicorn.Server):
+        @contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            yield  # they are handled here (drain.Shutdown)
+
+        def close(self) -> None:
+            self.should_exit = True
+
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
             on_listening(self.servers[0].sockets[0].getsockname()[1])
@@ -190,29 +315,90 @@ def make_server(app: FastAPI, http: HttpConfig, on_listening: Callable[[int], No
             server_header=False,
             lifespan="off",
             timeout_keep_alive=75,  # longer than clients keep theirs, or they send into a closing connection
-            timeout_graceful_shutdown=http.shutdown_seconds,
+            timeout_graceful_shutdown=math.ceil(TOLD_SECONDS),  # by then all answers are written, if not all read
         )
     )
 
 
-def make_app(config: ServeConfig, parts: EngineParts, tokenizer: Tokenizer) -> FastAPI:
+@dataclass(frozen=True)
+class Extras:
+    """What a server has beside its engine."""
+
+    adapters: Adapters
+    drain: Drain = field(default_factory=Drain)
+    tracing: Tracing | None = None
+
+
+def open_extras(config: ServeConfig, parts: EngineParts) -> Extras:
+    """Traces, and what was loaded before. Raises StartError."""
+    from loraplex.server.state import Remembering, StateError, StateFile
+    from loraplex.server.tracing import TracingUnavailable, start_tracing
+
+    endpoint, folder = config.seeing.otlp_endpoint, config.http.state_dir
+    adapters: Adapters = parts.adapters
+    try:
+        tracing = None if endpoint is None else start_tracing(endpoint)
+        if folder is not None:
+            remembering = Remembering(parts.adapters, StateFile(folder))
+            remembering.restore()
+            adapters = remembering
+    except (TracingUnavailable, StateError) as error:
+        raise StartError(error) from error
+    return Extras(adapters, tracing=tracing)
+
+
+def make_app(config: ServeConfig, parts: EngineParts, tokenizer: Tokenizer, extras: Extras | None = None) -> FastAPI:
     """The application around a loaded base."""
+    from loraplex.adapters.merging import merge_versions
     from loraplex.kernels.metadata import BLOCK_SIZE
     from loraplex.server.api.parts import Base, Parts
     from loraplex.server.app import create_app
+    from loraplex.server.engine.grammar import Grammars
+    from loraplex.server.engine.on_demand import OnDemand
     from loraplex.server.metrics import Limits, Metrics
 
     names, engine = config.base_names, parts.engine
-    limits = Limits(names[0], parts.max_model_len, BLOCK_SIZE, engine.num_pages, config.engine.num_slots)
-    registry = parts.adapters.registry
+    downloads = parts.adapters.downloads
+    merge = merge_versions if downloads is None else partial(merge_versions, locate=downloads.locate)
+    model = parts.model_config
+    base = Base(
+        names=names,
+        root=config.base,
+        vocab_size=model.vocab_size,
+        max_model_len=parts.max_model_len,
+        created=int(time.time()),
+        dtype=str(parts.dtype).removeprefix("torch."),
+        device="cpu" if parts.memory.shared else "cuda",
+        max_requests=config.engine.max_num_seqs + config.engine.max_waiting,
+        cache_tokens=engine.num_pages * BLOCK_SIZE,
+    )
+    folders = (*config.auth.allowed_paths, *([config.adapters.directory] if config.adapters.directory else []))
+    extras = extras or Extras(parts.adapters)
+    limits = Limits(
+        names[0],
+        parts.max_model_len,
+        BLOCK_SIZE,
+        engine.num_pages,
+        config.engine.num_slots,
+        config.seeing.max_series,
+    )
+    metrics = Metrics(limits, engine.stats, parts.places)
+    parts.placement.watch = metrics.adapters
     return create_app(
         Parts(
-            base=Base(names, config.base, parts.model_config.vocab_size, parts.max_model_len, int(time.time())),
+            base=base,
             engine=engine,
-            adapters=parts.adapters,
+            adapters=extras.adapters,
             tokenizer=tokenizer,
+            grammars=Grammars(tokenizer, model.vocab_size, parts.defaults.eos_token_ids),
             defaults=parts.defaults,
-            metrics=Metrics(limits, engine.stats, lambda: [(v.name, v.digest) for v in registry.list()]),
+            metrics=metrics,
+            drain=extras.drain,
+            tracing=extras.tracing,
             max_body_bytes=config.http.max_body_bytes,
+            on_demand=OnDemand(parts.adapters, merge),
+            access=open_access(config.auth),
+            local_sources=folders if config.auth.keys_file is not None else None,
+            cors_origins=config.auth.cors_origins,
         )
     )

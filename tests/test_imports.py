@@ -1,7 +1,7 @@
 """Which part may import which: read from the sources, so that nothing has to run and no import can hide in a function.
 
     server/api -> server/engine -> server/models -> kernels
-    server/api, server/engine -> adapters -> kernels/metadata
+    server/api, server/engine -> adapters -> kernels/metadata, kernels/hugepages
 
 `violations` is the law; its own tests below break each article once.
 """
@@ -21,12 +21,26 @@ ROOT = Path(__file__).parent.parent
 PARTS = ("server", "kernels", "adapters", "benchmarks")
 
 # What each layer may import of ours, longest prefix first. Everything under a name is meant.
-SHARED = ("server.config", "server.metrics", "server.tenants", "server.tracing", "server.version")
+SHARED = (
+    "server.config",
+    "server.metrics",
+    "server.tenants",
+    "server.keys_file",
+    "server.access",
+    "server.rate_limits",
+    "server.drain",
+    "server.exchange",
+    "server.logs",
+    "server.state",
+    "server.tracing",
+    "server.usage",
+    "server.version",
+)
 EVERYTHING = PARTS
 LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("kernels.metadata", ()),
     ("kernels", ("kernels",)),
-    ("adapters", ("adapters", "kernels.metadata")),
+    ("adapters", ("adapters", "kernels.metadata", "kernels.hugepages")),
     ("server.models", ("server.models", "kernels")),
     ("server.engine", ("server.engine", "server.models", "adapters", "kernels")),
     ("server.api", ("server.api", "server.engine", "adapters", *SHARED)),
@@ -42,7 +56,19 @@ COMPOSERS = ("server.app", "server.launch", "server.cli", "server.selfcheck")
 # Policy: no torch, by whatever road, so that it can be tested in microseconds and read without tensors in mind.
 TORCH_FREE = frozenset(
     [f"server.engine.{name}" for name in ("scheduler", "sequence", "request", "kv_cache", "tokenizer", "detokenizer")]
-    + [f"adapters.{name}" for name in ("pages", "registry", "errors", "loader", "sources")]
+    + [
+        f"server.engine.{name}"
+        for name in ("plan", "fair_queue", "running", "admission", "lookahead", "door", "chunks")
+    ]
+    + [f"server.engine.{name}" for name in ("engine", "streams", "stats", "prefix_cache", "grammar", "chat_template")]
+    + [f"server.{name}" for name in ("tenants", "keys_file", "access", "rate_limits")]
+    + [f"server.{name}" for name in ("drain", "exchange", "logs", "state", "tracing", "usage")]
+    + ["server.engine.on_demand", "adapters.merge_plan"]
+    + [f"adapters.{name}" for name in ("pages", "eviction", "registry", "errors")]
+    + [f"adapters.{name}" for name in ("addresses", "archive", "download_cache", "downloads", "fetch", "http_client")]
+    + [f"adapters.{name}" for name in ("hub", "object_stores", "remote", "watch", "web_files")]
+    + [f"server.engine.{name}" for name in ("adapter_list", "adapter_manager", "arrivals", "follower")]
+    + [f"adapters.{name}" for name in ("loader", "pace", "settle", "sources", "durations", "workspace")]
 )
 
 

@@ -9,10 +9,14 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
 from loraplex.adapters.errors import AdapterExists, AdapterNotFound
+from loraplex.adapters.sources import Access
 from loraplex.server.api.body import body_schema, read_record
 from loraplex.server.api.errors import ClientGone, InvalidField, error_response, to_adapter_route_error
+from loraplex.server.api.manage import check_may_load, check_may_unload, check_source
 from loraplex.server.api.parts import Parts
 from loraplex.server.api.schemas import LoadAdapterRequest, UnloadAdapterRequest
+from loraplex.server.engine.on_demand import is_hidden
+from loraplex.server.tenants import current_key
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +30,7 @@ def make_router(parts: Parts) -> APIRouter:
         """Load an adapter from a folder or Hub id and give it a name."""
         try:
             record = await read_record(request, LoadAdapterRequest, parts.max_body_bytes)
-            await _load(parts, record)
+            await load(parts, record)
         except ClientGone:
             raise
         except Exception as error:
@@ -38,7 +42,7 @@ def make_router(parts: Parts) -> APIRouter:
         """Take an adapter's name away; requests that wear it finish."""
         try:
             record = await read_record(request, UnloadAdapterRequest, parts.max_body_bytes)
-            _unload(parts, record)
+            unload(parts, record)
         except ClientGone:
             raise
         except Exception as error:
@@ -48,7 +52,8 @@ def make_router(parts: Parts) -> APIRouter:
     return router
 
 
-async def _load(parts: Parts, record: LoadAdapterRequest) -> None:
+async def load(parts: Parts, record: LoadAdapterRequest) -> None:
+    """Read an adapter in full and give it its name. Raises ApiError, AdapterError."""
     name = record.lora_name
     if not name or not record.lora_path:
         missing = "lora_path" if name else "lora_name"
@@ -57,8 +62,15 @@ async def _load(parts: Parts, record: LoadAdapterRequest) -> None:
         raise InvalidField("is_3d_lora_weight", "is_3d_lora_weight: adapters of expert layers are not supported")
     if name in parts.base.names:
         raise InvalidField("lora_name", f"The lora adapter name '{name}' is the base's own; choose another.")
+    if is_hidden(name):
+        raise InvalidField("lora_name", f"The lora adapter name '{name}' is of the server's own kind; choose another.")
+    check_may_load(name)
+    check_source(parts, record.lora_path)
+    access = Access(ambient=current_key().admin)  # tenants fetch nothing with the operator's credentials
     try:
-        version = await parts.adapters.register(name, record.lora_path, replace=bool(record.load_inplace))
+        version = await parts.adapters.register(
+            name, record.lora_path, replace=bool(record.load_inplace), access=access
+        )
     except AdapterExists:
         raise AdapterExists(
             f"The lora adapter '{name}' has already been loaded. If you want to load the adapter in place, set "
@@ -67,10 +79,12 @@ async def _load(parts: Parts, record: LoadAdapterRequest) -> None:
     logger.info("adapter %s loaded: rank %d, %d pages", version.name, version.rank, version.num_pages)
 
 
-def _unload(parts: Parts, record: UnloadAdapterRequest) -> None:
+def unload(parts: Parts, record: UnloadAdapterRequest) -> None:
+    """Take a name away. Raises ApiError, AdapterError."""
     if not record.lora_name:
         raise InvalidField("lora_name", "'lora_name' needs to be provided to unload a LoRA adapter.")
     try:
+        check_may_unload(record.lora_name)
         parts.adapters.unregister(record.lora_name)
     except AdapterNotFound:
         raise AdapterNotFound(f"The lora adapter '{record.lora_name}' cannot be found.") from None

@@ -8,9 +8,10 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 from starlette.requests import ClientDisconnect, Request
 
+from loraplex.server.api.chat_schemas import ChatRequest
 from loraplex.server.api.errors import ApiError, ClientGone, InvalidField
 from loraplex.server.api.fields import check_unknown
-from loraplex.server.api.schemas import ChatRequest, GenerationFields, Incoming
+from loraplex.server.api.schemas import GenerationFields, Incoming
 
 T = TypeVar("T", bound=Incoming)
 
@@ -20,7 +21,11 @@ async def read_record(request: Request, kind: type[T], limit: int) -> T:
 
     Raises ApiError, ClientGone.
     """
-    body = await _read_bytes(request, limit)
+    return parse_record(await read_bytes(request, limit), kind)
+
+
+def parse_record(body: bytes, kind: type[T]) -> T:
+    """Raises ApiError."""
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
@@ -35,6 +40,9 @@ def ignored_fields(record: GenerationFields) -> list[str]:
     if isinstance(record, ChatRequest):
         for i, message in enumerate(record.messages):
             ignored += _message_extras(message.model_extra or {}, f"messages[{i}]")
+        for i, tool in enumerate(record.tools or ()):
+            ignored += [f"tools[{i}].{name}" for name in tool.model_extra or {}]
+            ignored += [f"tools[{i}].function.{name}" for name in tool.function.model_extra or {}]
     return ignored
 
 
@@ -57,13 +65,15 @@ def body_schema(kind: type[BaseModel]) -> dict[str, Any]:
 
 
 def _message_extras(extras: dict[str, Any], where: str) -> list[str]:
-    for name in ("tool_calls", "function_call", "audio"):
-        if extras.get(name):
-            raise InvalidField(f"{where}.{name}", f"{where}.{name}: tool calls and audio are not supported yet")
+    if extras.get("function_call"):
+        raise InvalidField(f"{where}.function_call", f"{where}.function_call: use tool_calls, which replaced it")
+    if extras.get("audio"):
+        raise InvalidField(f"{where}.audio", f"{where}.audio: only text goes in and out")
     return [f"{where}.{name}" for name, value in extras.items() if value is not None]
 
 
-async def _read_bytes(request: Request, limit: int) -> bytes:
+async def read_bytes(request: Request, limit: int) -> bytes:
+    """The body, of at most `limit` bytes. Raises ApiError (413), ClientGone."""
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared) > limit:
         raise _too_large(limit)

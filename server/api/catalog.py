@@ -1,63 +1,42 @@
-"""Which names the field `model` may hold, and the cards that list them."""
+"""The cards of what is served: the base and the adapters."""
 
 from __future__ import annotations
 
-from loraplex.adapters.errors import AdapterNotFound
-from loraplex.adapters.registry import AdapterLease, AdapterVersion
-from loraplex.server.api.errors import ApiError
+from loraplex.adapters.registry import AdapterVersion
+from loraplex.server.api.names import not_found, strip_base
 from loraplex.server.api.parts import Base, Parts
 from loraplex.server.api.schemas import ModelCard, ModelPermission
-
-HOW_TO_LIST = "GET /v1/models lists the names served here"
-
-
-def adapter_name(base: Base, model: str) -> str | None:
-    """The adapter that `model` names, as itself or as "base:adapter"; None for the base."""
-    if model in base.names:
-        return None
-    for name in base.names:
-        if model.startswith(f"{name}:"):
-            return model[len(name) + 1 :]
-    return model
-
-
-def lease_model(parts: Parts, model: str) -> AdapterLease | None:
-    """A lease of the adapter that `model` names; None for the base.
-
-    Raises ApiError (404) for a name nobody has, AdapterRefused for one whose adapter could not be loaded.
-    """
-    name = adapter_name(parts.base, model)
-    if name is None:
-        return None
-    try:
-        return parts.adapters.registry.lease(name)
-    except AdapterNotFound:
-        raise _not_found(model) from None
+from loraplex.server.engine.on_demand import is_hidden
+from loraplex.server.tenants import current_key
 
 
 def list_cards(parts: Parts) -> list[ModelCard]:
-    """The base under each of its names, then the adapters."""
+    """The base under each of its names, then the adapters: what the caller may use of them."""
+    names = parts.base.names if current_key().may_use_base else ()
     return [
-        *(_base_card(parts.base, name) for name in parts.base.names),
-        *(_adapter_card(parts.base, version) for version in parts.adapters.registry.list()),
+        *(_base_card(parts.base, name) for name in names),
+        *(_adapter_card(parts.base, version) for version in visible_adapters(parts)),
     ]
 
 
+def visible_adapters(parts: Parts) -> list[AdapterVersion]:
+    """The adapters that the caller may know of, by name."""
+    key = current_key()
+    return [v for v in parts.adapters.registry.list() if not is_hidden(v.name) and key.may_use(v.name)]
+
+
 def find_card(parts: Parts, model: str) -> ModelCard:
-    """The card of one name. Raises ApiError (404)."""
-    name = adapter_name(parts.base, model)
+    """The card of one name. Raises ApiError (404), also for what the caller may not use."""
+    key = current_key()
+    name = strip_base(parts.base, model)
     if name is None:
+        if not key.may_use_base:
+            raise not_found(model)
         return _base_card(parts.base, model)
     version = parts.adapters.registry.get(name)
-    if version is None:
-        raise _not_found(model)
+    if version is None or is_hidden(name) or not key.may_use(name):
+        raise not_found(model)
     return _adapter_card(parts.base, version)
-
-
-def _not_found(model: str) -> ApiError:
-    shown = model if len(model) <= 200 else model[:200] + "..."
-    message = f"The model `{shown}` does not exist; {HOW_TO_LIST}."
-    return ApiError(404, message, param="model", code="model_not_found")
 
 
 def _base_card(base: Base, name: str) -> ModelCard:

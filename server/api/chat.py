@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
 from loraplex.server.api.body import body_schema, ignored_fields, read_record
-from loraplex.server.api.errors import InvalidField
-from loraplex.server.api.fields import ignored_header
-from loraplex.server.api.generation import Delta, Generation, PromptSource, ScoredToken
-from loraplex.server.api.logprobs import chat_logprobs
-from loraplex.server.api.parts import Parts
-from loraplex.server.api.respond import Collected, respond
-from loraplex.server.api.schemas import (
+from loraplex.server.api.call_objects import CallArguments, CallStart, Text
+from loraplex.server.api.chat_schemas import (
     ChatChoice,
     ChatChunk,
     ChatChunkChoice,
@@ -24,9 +20,21 @@ from loraplex.server.api.schemas import (
     ChatLogprobs,
     ChatMessage,
     ChatRequest,
-    Usage,
+    FunctionCall,
+    ToolCall,
+    ToolCallDelta,
 )
-from loraplex.server.engine.chat_template import RESERVED, ChatTemplateError
+from loraplex.server.api.choice import Delta, ScoredToken, Wanted
+from loraplex.server.api.conversation import Conversation, read_toolbox
+from loraplex.server.api.errors import InvalidField, UnsupportedField
+from loraplex.server.api.fields import ignored_header
+from loraplex.server.api.generation import Generation, PromptSource
+from loraplex.server.api.logprobs import chat_logprobs
+from loraplex.server.api.message_parser import MessageParser, Part, Thinking, joined
+from loraplex.server.api.parts import Parts
+from loraplex.server.api.respond import Collected, respond
+from loraplex.server.api.schemas import Usage
+from loraplex.server.api.structured import read_structured
 from loraplex.server.engine.tokenizer import Tokenizer
 
 
@@ -39,16 +47,42 @@ def make_router(parts: Parts) -> APIRouter:
         """Answer a conversation."""
         record = await read_record(request, ChatRequest, parts.max_body_bytes)
         headers = ignored_header(ignored_fields(record))
-        generation = Generation(
-            parts,
-            record,
-            _prompt_source(parts.tokenizer, record),
-            max_tokens=record.max_completion_tokens or record.max_tokens,
-            logprobs=_logprobs(record),
+        toolbox = read_toolbox(record.tools, record.tool_choice, record.parallel_tool_calls)
+        conversation = Conversation(
+            parts.tokenizer,
+            record.messages,
+            toolbox,
+            template_values=template_values(parts.tokenizer, record.reasoning_effort)
+            | (record.chat_template_kwargs or {}),
+            add_generation_prompt=record.add_generation_prompt is not False,
         )
-        return await respond(request, record, generation, _ChatRendering(parts, record, generation), headers)
+        wanted = Wanted(
+            max_tokens=record.max_completion_tokens or record.max_tokens,
+            num_choices=record.n or 1,
+            logprobs=_logprobs(record),
+            grammar=conversation.grammar(read_structured(record)),
+            show_special=conversation.show_special,
+        )
+        generation = Generation(parts, record, prompt_source(conversation), wanted)
+        rendering = _ChatRendering(parts, record, generation, conversation)
+        return await respond(request, record, generation, rendering, headers)
 
     return router
+
+
+def template_values(tokenizer: Tokenizer, reasoning_effort: str | None) -> dict[str, Any]:
+    """Of the fields that only some templates have. Raises UnsupportedField."""
+    if reasoning_effort is None:
+        return {}
+    if "reasoning_effort" not in (tokenizer.template_source or ""):
+        raise UnsupportedField(
+            "reasoning_effort", "'reasoning_effort' is not supported: the base's chat template has no such control."
+        )
+    return {"reasoning_effort": reasoning_effort}
+
+
+def prompt_source(conversation: Conversation) -> PromptSource:
+    return PromptSource(conversation.param, conversation.size, lambda: [conversation.prompt()])
 
 
 def _logprobs(record: ChatRequest) -> int | None:
@@ -59,71 +93,101 @@ def _logprobs(record: ChatRequest) -> int | None:
     return None
 
 
-def _prompt_source(tokenizer: Tokenizer, record: ChatRequest) -> PromptSource:
-    extra = record.chat_template_kwargs or {}
-    if taken := RESERVED.intersection(extra):
-        raise InvalidField(
-            "chat_template_kwargs", f"chat_template_kwargs: {min(taken)!r} is set by the request's own fields"
-        )
-    messages = [
-        message.model_dump(include={"role", "content", "name", "reasoning_content"}) for message in record.messages
-    ]
+class _Answer:
+    """A streamed choice so far."""
 
-    def tokenize() -> list[Sequence[int]]:
-        try:
-            return [tokenizer.chat(messages, record.add_generation_prompt is not False, extra)]
-        except ChatTemplateError as error:
-            raise InvalidField("messages", f"messages: {error}") from error
-
-    return PromptSource("messages", sum(len(message.content) for message in record.messages), tokenize)
+    def __init__(self, parser: MessageParser) -> None:
+        self.parser = parser
+        self.num_calls = 0
 
 
 class _ChatRendering:
-    def __init__(self, parts: Parts, record: ChatRequest, generation: Generation) -> None:
+    def __init__(self, parts: Parts, record: ChatRequest, generation: Generation, conversation: Conversation) -> None:
         self._tokenizer = parts.tokenizer
         self._model = record.model
         self._wants_logprobs = bool(record.logprobs)
+        self._generation = generation
+        self._conversation = conversation
         self._id = f"chatcmpl-{generation.key}"
-        self._created = generation.created
+        self._answers: dict[int, _Answer] = {}
 
     def opening(self, num_choices: int) -> Iterator[ChatChunk]:
         for index in range(num_choices):
-            yield self._chunk(ChatChunkChoice(index=index, delta=ChatDelta(role="assistant", content="")))
+            yield self._chunk(ChatChunkChoice(index=index, delta=ChatDelta(role="assistant", content="")), None)
 
-    def chunk(self, delta: Delta) -> ChatChunk:
-        return self._chunk(
-            ChatChunkChoice(
+    def chunks(self, delta: Delta, usage: Usage | None) -> Iterable[ChatChunk]:
+        answer = self._answers.get(delta.index)
+        if answer is None:
+            answer = self._answers[delta.index] = _Answer(self._conversation.parser(self._generation.thought))
+        ended = delta.finish_reason is not None
+        parts = answer.parser.feed(delta.text)
+        if ended:
+            parts += answer.parser.end()
+        deltas = [self._delta(answer, part) for part in joined(parts)]
+        if not deltas and (delta.tokens or ended):
+            deltas = [ChatDelta()]
+        for i, message in enumerate(deltas):
+            last = i == len(deltas) - 1
+            choice = ChatChunkChoice(
                 index=delta.index,
-                delta=ChatDelta(content=delta.text or None),
-                logprobs=self._logprobs(delta.tokens) if delta.tokens else None,
-                finish_reason=delta.finish_reason,
-                stop_reason=delta.stop_reason,
+                delta=message,
+                logprobs=self._logprobs(delta.tokens) if delta.tokens and i == 0 else None,
+                finish_reason=_finish(delta.finish_reason, answer.num_calls) if last else None,
+                stop_reason=delta.stop_reason if last else None,
             )
-        )
+            yield self._chunk(choice, usage)
 
     def usage_chunk(self, usage: Usage) -> ChatChunk:
-        return ChatChunk(id=self._id, created=self._created, model=self._model, choices=[], usage=usage)
+        return ChatChunk(id=self._id, created=self._generation.created, model=self._model, choices=[], usage=usage)
 
     def whole(self, choices: list[Collected], usage: Usage) -> ChatCompletion:
         return ChatCompletion(
             id=self._id,
-            created=self._created,
+            created=self._generation.created,
             model=self._model,
-            choices=[
-                ChatChoice(
-                    index=index,
-                    message=ChatMessage(content=choice.text),
-                    logprobs=self._logprobs(choice.tokens),
-                    finish_reason=choice.finish_reason,
-                    stop_reason=choice.stop_reason,
-                )
-                for index, choice in enumerate(choices)
-            ],
+            choices=[self._choice(index, choice) for index, choice in enumerate(choices)],
             usage=usage,
         )
 
-    def _chunk(self, choice: ChatChunkChoice) -> ChatChunk:
-        return ChatChunk(id=self._id, created=self._created, model=self._model, choices=[choice])
+    def _choice(self, index: int, choice: Collected) -> ChatChoice:
+        message = self._conversation.read(choice.text, self._generation.thought)
+        calls = [
+            ToolCall(id=call.id, function=FunctionCall(name=call.name, arguments=call.arguments))
+            for call in message.calls
+        ]
+        return ChatChoice(
+            index=index,
+            message=ChatMessage(
+                content=message.text if message.text or not calls else None,
+                reasoning_content=message.thought or None,
+                tool_calls=calls or None,
+            ),
+            logprobs=self._logprobs(choice.tokens),
+            finish_reason=_finish(choice.finish_reason, len(calls)),
+            stop_reason=choice.stop_reason,
+        )
+
+    def _delta(self, answer: _Answer, part: Part) -> ChatDelta:
+        match part:
+            case Text(text):
+                return ChatDelta(content=text)
+            case Thinking(text):
+                return ChatDelta(reasoning_content=text)
+            case CallStart(name):
+                answer.num_calls += 1
+                call = ToolCallDelta(index=answer.num_calls - 1, id=self._conversation.format.new_id(), name=name)
+                return ChatDelta(tool_calls=[call])
+            case CallArguments(text):
+                return ChatDelta(tool_calls=[ToolCallDelta(index=answer.num_calls - 1, arguments=text)])
+
+    def _chunk(self, choice: ChatChunkChoice, usage: Usage | None) -> ChatChunk:
+        return ChatChunk(
+            id=self._id, created=self._generation.created, model=self._model, choices=[choice], usage=usage
+        )
 
     def _logprobs(self, tokens: Sequence[ScoredToken]) -> ChatLogprobs | None:
         return chat_logprobs(tokens, self._tokenizer) if self._wants_logprobs else None
+
+
+def _finish(reason: str | None, num_calls: int) -> str | None:
+    return "tool_calls" if reason == "stop" and num_calls else reason

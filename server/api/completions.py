@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
 from loraplex.server.api.body import body_schema, ignored_fields, read_record
+from loraplex.server.api.choice import Delta, Prompt, ScoredToken, Wanted
+from loraplex.server.api.errors import InvalidField
 from loraplex.server.api.fields import ignored_header
-from loraplex.server.api.generation import Delta, Generation, PromptSource, ScoredToken
+from loraplex.server.api.generation import Generation, PromptSource
 from loraplex.server.api.logprobs import completion_logprobs
 from loraplex.server.api.parts import Parts
 from loraplex.server.api.respond import Collected, respond
 from loraplex.server.api.schemas import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest, Usage
+from loraplex.server.api.structured import read_structured
 from loraplex.server.engine.tokenizer import Tokenizer
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
@@ -29,31 +32,53 @@ def make_router(parts: Parts) -> APIRouter:
         """Continue one or more texts."""
         record = await read_record(request, CompletionRequest, parts.max_body_bytes)
         headers = ignored_header(ignored_fields(record))
-        generation = Generation(
-            parts,
-            record,
-            _prompt_source(parts.tokenizer, record),
-            max_tokens=record.max_tokens or max(DEFAULT_MAX_TOKENS, record.min_tokens or 0),
-            logprobs=record.logprobs,
-        )
+        generation = Generation(parts, record, _prompt_source(parts.tokenizer, record), _wanted(record))
         return await respond(request, record, generation, _CompletionRendering(parts, record, generation), headers)
 
     return router
 
 
+def _wanted(record: CompletionRequest) -> Wanted:
+    n, best_of = record.n or 1, record.best_of or record.n or 1
+    if best_of < n:
+        raise InvalidField("best_of", f"best_of: found {best_of}, less than n ({n})")
+    if best_of > n and record.stream:
+        raise InvalidField("best_of", "best_of: the best is known only at the end, so not with stream: true")
+    if record.max_tokens == 0 and not record.echo:
+        raise InvalidField("max_tokens", "max_tokens: found 0, which only makes sense with echo: true")
+    return Wanted(
+        max_tokens=_max_tokens(record),
+        num_choices=best_of,
+        logprobs=0 if record.logprobs is None and best_of > n else record.logprobs,
+        grammar=read_structured(record),
+        echo=bool(record.echo),
+        prompt_only=record.max_tokens == 0,
+    )
+
+
+def _max_tokens(record: CompletionRequest) -> int:
+    if record.max_tokens is None:
+        return max(DEFAULT_MAX_TOKENS, record.min_tokens or 0)
+    return max(1, record.max_tokens)  # the engine draws one where only the prompt is wanted
+
+
 def _prompt_source(tokenizer: Tokenizer, record: CompletionRequest) -> PromptSource:
     special = record.add_special_tokens is not False
 
-    def tokenize() -> list[Sequence[int]]:
-        return [tokenizer.encode(p, special) if isinstance(p, str) else p for p in record.prompt]
+    def read() -> list[Prompt]:
+        return [
+            Prompt(tokenizer.encode(p, special), text=p) if isinstance(p, str) else Prompt(p) for p in record.prompt
+        ]
 
-    return PromptSource("prompt", sum(len(p) for p in record.prompt if isinstance(p, str)), tokenize)
+    return PromptSource("prompt", sum(len(p) for p in record.prompt if isinstance(p, str)), read)
 
 
 class _CompletionRendering:
     def __init__(self, parts: Parts, record: CompletionRequest, generation: Generation) -> None:
         self._tokenizer = parts.tokenizer
         self._model = record.model
+        self._n = record.n or 1
+        self._best_of = record.best_of or self._n
         self._wants_logprobs = record.logprobs is not None
         self._id = f"cmpl-{generation.key}"
         self._created = generation.created
@@ -61,16 +86,19 @@ class _CompletionRendering:
     def opening(self, num_choices: int) -> tuple[Completion, ...]:
         return ()
 
-    def chunk(self, delta: Delta) -> Completion:
-        choice = Collected()
-        choice.add(delta)
-        return self._completion([self._choice(delta.index, choice)])
+    def chunks(self, delta: Delta, usage: Usage | None) -> Iterable[Completion]:
+        if delta.text or delta.tokens or delta.finish_reason is not None:
+            choice = Collected()
+            choice.add(delta)
+            yield self._completion([self._choice(delta.index, choice)], usage)
 
     def usage_chunk(self, usage: Usage) -> Completion:
         return self._completion([], usage)
 
     def whole(self, choices: list[Collected], usage: Usage) -> Completion:
-        return self._completion([self._choice(index, choice) for index, choice in enumerate(choices)], usage)
+        groups = (choices[start : start + self._best_of] for start in range(0, len(choices), self._best_of))
+        kept = [best for group in groups for best in _best(group, self._n)]
+        return self._completion([self._choice(index, choice) for index, choice in enumerate(kept)], usage)
 
     def _completion(self, choices: list[CompletionChoice], usage: Usage | None = None) -> Completion:
         return Completion(id=self._id, created=self._created, model=self._model, choices=choices, usage=usage)
@@ -86,3 +114,15 @@ class _CompletionRendering:
 
     def _logprobs(self, tokens: Sequence[ScoredToken]) -> CompletionLogprobs | None:
         return completion_logprobs(tokens, self._tokenizer) if self._wants_logprobs else None
+
+
+def _best(choices: Sequence[Collected], n: int) -> Sequence[Collected]:
+    """The n likeliest by token, the best first; all as they are where none is to be left out."""
+    if len(choices) == n:
+        return choices
+
+    def score(choice: Collected) -> float:
+        known = [token.logprob for token in choice.tokens if token.logprob is not None]
+        return sum(known) / len(known) if known else 0.0
+
+    return sorted(choices, key=score, reverse=True)[:n]

@@ -7,6 +7,7 @@ that were written for older vLLM look for them.
 
 from __future__ import annotations
 
+import math
 from http import HTTPStatus
 from typing import Any
 
@@ -15,8 +16,24 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from loraplex.adapters.errors import AdapterError, AdapterExists, AdapterNotFound, AdapterRefused, InvalidAdapterName
-from loraplex.server.engine.request import ContextTooLong, EngineDead, EngineError, Overloaded
+from loraplex.adapters.errors import (
+    AdapterError,
+    AdapterExists,
+    AdapterNotFound,
+    AdapterRefused,
+    AdapterUnavailable,
+    InvalidAdapterName,
+)
+from loraplex.server.engine.request import (
+    ContextTooLong,
+    DeadlineExceeded,
+    EngineDead,
+    EngineError,
+    OutOfMemory,
+    Overloaded,
+    ShuttingDown,
+)
+from loraplex.server.rate_limits import RateLimited
 
 INVALID = "invalid_request_error"
 SERVER = "server_error"
@@ -75,13 +92,26 @@ def to_api_error(error: Exception, prompt_param: str | None = None) -> ApiError:
             return ApiError(404, str(error), param="model", code="model_not_found")
         case AdapterRefused():
             return ApiError(400, str(error), param="model", code=error.code)
+        case AdapterUnavailable():
+            return ApiError(503, str(error), type=SERVER, param="model", code="adapter_unavailable")
         case AdapterError():
             return ApiError(400, str(error), param="model")
         case ContextTooLong():
             return ApiError(400, str(error), param=prompt_param, code="context_length_exceeded")
+        case RateLimited():
+            wait = {"Retry-After": str(math.ceil(error.retry_after)), **error.hint()}
+            return ApiError(429, str(error), type="rate_limit_error", code="rate_limit_exceeded", headers=wait)
         case Overloaded():
             retry = {"Retry-After": str(max(1, round(error.retry_after)))}
             return ApiError(429, str(error), type="rate_limit_error", code="overloaded", headers=retry)
+        case ShuttingDown():
+            later = {"Retry-After": str(max(1, round(error.retry_after)))}
+            return ApiError(503, str(error), type=SERVER, code="shutting_down", headers=later)
+        case DeadlineExceeded():  # the official clients would ask again by themselves
+            never = {"x-should-retry": "false"}
+            return ApiError(504, str(error), type="timeout_error", param="timeout", code="timeout", headers=never)
+        case OutOfMemory():
+            return ApiError(503, str(error), type=SERVER, code="out_of_memory")
         case EngineDead():
             return ApiError(503, str(error), type=SERVER, code="engine_dead")
         case EngineError():
@@ -120,7 +150,7 @@ def error_response(error: ApiError, *, both_shapes: bool = False) -> JSONRespons
 
 
 def install(app: FastAPI) -> None:
-    """Answer whatever a handler raises. A bug is told without its traceback, which starlette then lets uvicorn log."""
+    """Answer whatever a handler raises. A bug is told without its traceback, which the log gets (api/observe.py)."""
 
     async def answer(_: Request, error: Exception) -> Response:
         return error_response(to_api_error(error))

@@ -14,8 +14,8 @@ from loraplex.server.api.errors import UnsupportedField
 
 IGNORED_HEADER = "x-ignored-fields"
 
-_STRUCTURED = "structured output is not supported yet"
-_TOOLS = "tool calling is not supported yet"
+_STRUCTURED = "use response_format"
+_TOOLS = "use tools and tool_choice, which replaced it"
 _BEAM = "only sampling and greedy decoding are supported"
 _ADAPTER = "name the adapter in 'model' instead; GET /v1/models lists the names"
 _TEXT_ONLY = "only text goes in and out"
@@ -26,28 +26,15 @@ _REASONING = "the base has no such control"
 # field: (values that ask for nothing, beside null and empty ones; why it is refused otherwise)
 UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     # structured output
-    "response_format": (({"type": "text"},), _STRUCTURED),
-    "guided_json": ((), _STRUCTURED),
-    "guided_regex": ((), _STRUCTURED),
-    "guided_choice": ((), _STRUCTURED),
-    "guided_grammar": ((), _STRUCTURED),
-    "guided_decoding_backend": ((), _STRUCTURED),
-    "guided_whitespace_pattern": ((), _STRUCTURED),
-    "structured_outputs": ((), _STRUCTURED),
     "structural_tag": ((), _STRUCTURED),
     "json_schema": ((), _STRUCTURED),
-    "grammar": ((), _STRUCTURED),
-    "regex": ((), _STRUCTURED),
     "ebnf": ((), _STRUCTURED),
     # tools
-    "tools": ((), _TOOLS),
-    "tool_choice": (("none", "auto"), _TOOLS),
     "functions": ((), _TOOLS),
     "function_call": (("none", "auto"), _TOOLS),
-    "web_search_options": ((), _TOOLS),
+    "web_search_options": ((), "the server itself searches nothing"),
     # another search
     "use_beam_search": ((False,), _BEAM),
-    "best_of": ((1,), _BEAM),
     "num_beams": ((1,), _BEAM),
     "length_penalty": ((1,), _BEAM),
     "early_stopping": ((False,), _BEAM),
@@ -75,7 +62,6 @@ UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "allowed_token_ids": ((), _SAMPLER),
     "stop_regex": ((), _SAMPLER),
     # what goes in
-    "echo": ((False,), "the answer holds generated text only"),
     "suffix": ((), "inserting before a suffix is not supported"),
     "prompt_embeds": ((), _TEXT_ONLY),
     "truncate": ((), _PROMPT),
@@ -85,23 +71,22 @@ UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "documents": ((), _PROMPT),
     "add_special_tokens": ((False,), "the chat template writes the special tokens"),  # completions have it
     # what comes out
-    "prompt_logprobs": ((False,), "log probabilities are given for generated tokens only"),
+    "prompt_logprobs": ((False,), "completions give them with echo and logprobs"),
     "return_tokens_as_token_ids": ((False,), "tokens are given as text"),
     "return_token_ids": ((False,), "tokens are given as text"),
     "audio": ((), _TEXT_ONLY),
     "modalities": ((["text"],), _TEXT_ONLY),
     "mm_processor_kwargs": ((), _TEXT_ONLY),
     # reasoning models
-    "reasoning_effort": ((), _REASONING),
-    "verbosity": ((), _REASONING),
+    "verbosity": (("medium",), _REASONING),
     "thinking_token_budget": ((), _REASONING),
     # other servers' ways to name an adapter
-    "adapter_id": ((), _ADAPTER),
-    "adapter_source": ((), _ADAPTER),
-    "merged_adapters": ((), _ADAPTER),
+    "best_of": ((1,), "only completions have it"),
+    "echo": ((False,), "only completions have it"),
+    "tools": ((), "only chats have them"),
+    "tool_choice": (("none", "auto"), "only chats have it"),
     "lora": ((), _ADAPTER),
     "lora_name": ((), _ADAPTER),
-    "lora_path": ((), _ADAPTER),
     "lora_request": ((), _ADAPTER),
 }
 

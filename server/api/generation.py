@@ -9,53 +9,26 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from contextlib import aclosing, nullcontext
-from dataclasses import dataclass
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import TypeVar
 
-from loraplex.adapters.registry import AdapterLease
-from loraplex.server.api.catalog import lease_model
+from loraplex.server.api.choice import Choice, Delta, Echo, Prompt, Wanted
 from loraplex.server.api.errors import ApiError, InvalidField, to_api_error
-from loraplex.server.api.parts import Events, Parts
+from loraplex.server.api.names import Mix, leased
+from loraplex.server.api.parts import Base, Parts
 from loraplex.server.api.sampling import SamplingSpec
 from loraplex.server.api.schemas import MAX_SEQUENCES, GenerationFields, Usage
 from loraplex.server.engine.detokenizer import Detokenizer
-from loraplex.server.engine.request import (
-    ContextTooLong,
-    EngineDead,
-    EngineError,
-    FinishReason,
-    GenerationRequest,
-    TokenEvent,
-)
+from loraplex.server.engine.grammar import Grammar, GrammarRefused, Thought
+from loraplex.server.engine.request import ContextTooLong, GenerationRequest
 from loraplex.server.engine.tokenizer import Tokenizer
-from loraplex.server.metrics import Metrics
+from loraplex.server.exchange import current_exchange
+from loraplex.server.tenants import current_caller
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class ScoredToken:
-    """One token of an answer and how likely it was."""
-
-    token_id: int
-    logprob: float
-    top: tuple[tuple[int, float], ...]  # (token id, logprob), likeliest first
-    offset: int  # characters of the answer before it
-
-
-@dataclass(frozen=True)
-class Delta:
-    """What a step adds to one choice: text that is certain by now (often none), and its tokens if they are scored."""
-
-    index: int
-    text: str
-    tokens: tuple[ScoredToken, ...] = ()
-    finish_reason: str | None = None  # "stop" | "length"; set in the last delta of the choice
-    stop_reason: int | str | None = None
 
 
 @dataclass(frozen=True)
@@ -64,195 +37,201 @@ class PromptSource:
 
     param: str
     size: int
-    tokenize: Callable[[], list[Sequence[int]]]
+    read: Callable[[], list[Prompt]]
 
 
 class Generation:
     """All choices of one request."""
 
-    def __init__(
-        self,
-        parts: Parts,
-        record: GenerationFields,
-        source: PromptSource,
-        *,
-        max_tokens: int | None,
-        logprobs: int | None,
-    ) -> None:
-        """`max_tokens` None: up to the context's end. `logprobs`: see SamplingParams. Raises InvalidField."""
+    def __init__(self, parts: Parts, record: GenerationFields, source: PromptSource, wanted: Wanted) -> None:
+        """Raises InvalidField, ShuttingDown."""
+        parts.drain.check()
         self._parts = parts
         self._record = record
         self._source = source
-        self._spec = SamplingSpec.build(record, parts.defaults, parts.base.vocab_size, max_tokens, logprobs)
+        self._wanted = wanted
+        self._spec = SamplingSpec.build(
+            record,
+            parts.defaults,
+            parts.base.vocab_size,
+            wanted.max_tokens,
+            wanted.logprobs,
+            prompt_logprobs=wanted.logprobs if wanted.echo else None,
+            bound=wanted.grammar is not None,
+        )
         self._arrival = time.monotonic()
+        self._caller = current_caller()
+        self._charged = 0  # generated tokens that the caller has paid for
+        self._choices: list[Choice] = []
         self.key = secrets.token_hex(16)  # unique; part of ids on the wire
+        self.client_id: str | None = None  # the client's own name for it, to abort it by
         self.created = int(time.time())
-        self.num_choices = 0  # prompts times n; known with the first delta
+        self.thought: Thought = "none"  # of the first prompt; known with the first delta
         self.prompt_tokens = 0
-        self.completion_tokens = 0
+        self.submitted = self._arrival  # time.monotonic(); then: adapters leased, prompts read, all queued
+
+    @property
+    def num_choices(self) -> int:
+        """Prompts times choices of each; known with the first delta."""
+        return len(self._choices)
+
+    def tokens_of(self, index: int) -> int:
+        """Generated so far by choice `index`."""
+        return self._choices[index].num_tokens
 
     def usage(self) -> Usage:
         """Counted so far: final once the deltas have ended."""
-        total = self.prompt_tokens + self.completion_tokens
-        return Usage(prompt_tokens=self.prompt_tokens, completion_tokens=self.completion_tokens, total_tokens=total)
+        answered = 0 if self._wanted.prompt_only else sum(choice.num_tokens for choice in self._choices)
+        total = self.prompt_tokens + answered
+        return Usage(prompt_tokens=self.prompt_tokens, completion_tokens=answered, total_tokens=total)
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
         """Deltas of all choices as they come. Raises ApiError, AdapterError, EngineError."""
-        choices: list[_Choice] = []
-        try:
-            with lease_model(self._parts, self._record.model) or nullcontext() as lease:
-                prompts = await self._prompts()
-                for request in self._requests(prompts, lease):
-                    choices.append(self._submit(request, len(choices)))
-            self.num_choices = len(choices)
-            for ids in prompts:
-                self._parts.metrics.prompt(len(ids), self._record.n or 1)
-            async with aclosing(merge([choice.deltas() for choice in choices])) as deltas:
-                async for delta in deltas:
-                    yield delta
-        finally:
-            for choice in choices:
-                await choice.close()
-                self.completion_tokens += choice.num_tokens
-                self._parts.metrics.choice_ended(
-                    choice.finish_reason, time.monotonic() - self._arrival, choice.num_tokens, choice.params.max_tokens
-                )
+        choices = self._choices
+        with self._parts.drain.at_work(), self._noted():
+            try:
+                async with leased(self._parts, self._record) as mix:
+                    self._note_model()
+                    prompts = await self._prompts()
+                    self._caller.pay_prompt(self.prompt_tokens)
+                    grammar = await self._grammar(prompts[0].thought)
+                    for prompt, request in self._requests(prompts, grammar, mix):
+                        choices.append(self._submit(request, prompt, len(choices)))
+                self.submitted = time.monotonic()
+                for prompt in prompts:
+                    self._parts.metrics.prompt(len(prompt.ids), self._wanted.num_choices)
+                names = [name for name in (self.key, self._record.rid, self.client_id) if name]
+                owner = self._caller.key.tenant
+                with self._caller.at_work(), self._parts.open_answers.known_as(owner, names, self.abort):
+                    async with aclosing(merge([choice.deltas() for choice in choices])) as deltas:
+                        async for delta in deltas:
+                            self._charge()
+                            yield delta
+            finally:
+                self._charge()
+                await self._end()
 
-    async def _prompts(self) -> list[Sequence[int]]:
+    def abort(self) -> None:
+        """End all choices where they are."""
+        for choice in self._choices:
+            choice.abort()
+
+    @contextmanager
+    def _noted(self) -> Iterator[None]:
+        """The exchange goes on for as long, and then knows what was asked for."""
+        exchange = current_exchange()
+        if exchange is None:
+            yield
+            return
+        exchange.tenant = self._caller.key.tenant
+        with exchange.held():
+            try:
+                yield
+            finally:
+                exchange.prompt_tokens += self.prompt_tokens
+
+    def _note_model(self) -> None:
+        """Only now: what is no name that is served may be anything, also a prompt, and is not logged."""
+        exchange = current_exchange()
+        if exchange is not None:
+            exchange.model = self._record.model
+
+    async def _end(self) -> None:
+        """Close all choices and tell of them."""
+        exchange = current_exchange()
+        for choice in self._choices:
+            await choice.close()
+            times = choice.times()
+            self._parts.metrics.choice_ended(
+                times, self._caller.key.tenant, times.ended - self._arrival, choice.params.max_tokens
+            )
+            if exchange is not None:
+                exchange.add(times)
+
+    def _charge(self) -> None:
+        """Let the caller pay for what was generated since."""
+        total = 0 if self._wanted.prompt_only else sum(choice.num_tokens for choice in self._choices)
+        self._caller.pay_answer(total - self._charged)
+        self._charged = total
+
+    async def _prompts(self) -> list[Prompt]:
         base, param = self._parts.base, self._source.param
         long = self._source.size >= Tokenizer.LONG_TEXT
-        prompts = await asyncio.to_thread(self._source.tokenize) if long else self._source.tokenize()
-        n = self._record.n or 1
+        prompts = await asyncio.to_thread(self._source.read) if long else self._source.read()
+        n = self._wanted.num_choices
         if len(prompts) * n > MAX_SEQUENCES:
             raise InvalidField(
                 "n", f"n: {len(prompts)} prompts times {n} choices are more than {MAX_SEQUENCES} sequences"
             )
-        for ids in prompts:
-            if not ids:
-                raise InvalidField(param, f"{param}: found an empty prompt, expected at least one token")
-            if not 0 <= min(ids) <= max(ids) < base.vocab_size:
-                raise InvalidField(param, f"{param}: token ids must be 0 to {base.vocab_size - 1} on this base")
-            if len(ids) >= base.max_model_len:
-                raise ApiError(
-                    400,
-                    f"{param}: {len(ids)} tokens are too long: this server's context is {base.max_model_len} tokens, "
-                    "prompt and answer together; shorten the prompt",
-                    param=param,
-                    code="context_length_exceeded",
-                )
-        self.prompt_tokens = sum(map(len, prompts))
+        for prompt in prompts:
+            check_prompt(prompt.ids, base, param)
+        self.prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
+        self.thought = prompts[0].thought
         return prompts
 
-    def _requests(self, prompts: list[Sequence[int]], lease: AdapterLease | None) -> Iterator[GenerationRequest]:
-        """One a choice, each with a lease of its own, taken only when the request is asked for."""
-        for number, (ids, choice) in enumerate(product(prompts, range(self._record.n or 1))):
-            params = self._spec.params(self._parts.base.max_model_len - len(ids), choice)
-            yield GenerationRequest(
-                request_id=f"{self.key}-{number}",
-                prompt_ids=tuple(ids),
-                params=params,
-                mix=((lease.share(), 1.0),) if lease is not None else (),
-                arrival=self._arrival,
-            )
+    async def _grammar(self, thought: Thought) -> Grammar | None:
+        if self._wanted.grammar is None:
+            return None
+        param, spec = self._wanted.grammar
+        try:
+            return await self._parts.grammars.get(replace(spec, thought=thought))
+        except GrammarRefused as error:
+            raise InvalidField(param, f"{param}: {error}", code="invalid_grammar") from error
 
-    def _submit(self, request: GenerationRequest, index: int) -> _Choice:
-        record = self._record
-        skip_special = record.skip_special_tokens is not False
+    def _requests(
+        self, prompts: list[Prompt], grammar: Grammar | None, mix: Mix
+    ) -> Iterator[tuple[Prompt, GenerationRequest]]:
+        """One a choice, each with leases of its own, taken only when the request is asked for."""
+        for number, (prompt, choice) in enumerate(product(prompts, range(self._wanted.num_choices))):
+            params = self._spec.params(self._parts.base.max_model_len - len(prompt.ids), choice)
+            request = GenerationRequest(
+                request_id=f"{self.key}-{number}",
+                prompt_ids=tuple(prompt.ids),
+                params=params,
+                mix=tuple((lease.share(), weight) for lease, weight in mix),
+                tenant=self._caller.key.tenant,
+                weight=self._caller.key.weight,
+                arrival=self._arrival,
+                priority=self._record.priority or 0,
+                deadline=self._arrival + self._record.timeout if self._record.timeout is not None else None,
+                cache_salt=self._record.cache_salt or "",
+                constraint=grammar.start() if grammar is not None else None,
+                pooling=self._wanted.pooling,
+            )
+            yield prompt, request
+
+    def _submit(self, request: GenerationRequest, prompt: Prompt, index: int) -> Choice:
+        record, wanted = self._record, self._wanted
+        echo = Echo.build(self._parts.tokenizer, prompt, scored=wanted.logprobs is not None) if wanted.echo else None
         detokenizer = Detokenizer(
             self._parts.tokenizer,
             request.prompt_ids,
             stop=record.stop,
             include_stop=bool(record.include_stop_str_in_output),
             min_tokens=request.params.min_tokens,
-            skip_special_tokens=skip_special,
+            skip_special_tokens=record.skip_special_tokens is not False and not wanted.show_special,
         )
         try:
             events = self._parts.engine.submit(request)  # owns the lease from here on, also when it raises
         except ContextTooLong as error:
             raise to_api_error(error, self._source.param) from error
-        eos = self._parts.defaults.eos_token_ids
-        return _Choice(index, request, events, detokenizer, frozenset(eos), self._parts.metrics)
+        return Choice(index, request, events, detokenizer, self._parts, echo, wanted)
 
 
-class _Choice:
-    """One choice: its engine request, and its tokens becoming text."""
-
-    def __init__(
-        self,
-        index: int,
-        request: GenerationRequest,
-        events: Events,
-        detokenizer: Detokenizer,
-        eos_ids: frozenset[int],
-        metrics: Metrics,
-    ) -> None:
-        self.params = request.params
-        self.num_tokens = 0
-        self.finish_reason = "abort"  # unless it comes to an end of its own
-        self._index = index
-        self._events = events
-        self._detokenizer = detokenizer
-        self._eos_ids = eos_ids
-        self._metrics = metrics
-        self._last_time = request.arrival
-        self._unreleased: deque[ScoredToken] = deque()  # tokens whose text is not out yet
-
-    async def deltas(self) -> AsyncGenerator[Delta, None]:
-        try:
-            async for event in self._events:
-                delta = self._take(event)
-                yield delta
-                if delta.finish_reason is not None:
-                    return
-        finally:
-            await self.close()
-
-    async def close(self) -> None:
-        """Let go of the engine request. Idempotent."""
-        await self._events.aclose()
-
-    def _take(self, event: TokenEvent) -> Delta:
-        text = ""
-        stop_reason: int | str | None = None
-        if event.token_id is not None:
-            self._count()
-            if event.finish is FinishReason.STOP:
-                stop_reason = None if event.token_id in self._eos_ids else event.token_id
-            else:  # the token that stops is no part of the answer
-                text = self._show(event.token_id, event)
-        if event.finish is FinishReason.ERROR:
-            self.finish_reason = "error"
-            raise event.error or EngineError("the request failed")
-        if event.finish is FinishReason.ABORT:
-            raise EngineDead("the server is shutting down")
-        finish = event.finish.value if event.finish is not None else None
-        if finish is not None:
-            text += self._detokenizer.finish()
-        if self._detokenizer.stopped_by is not None:
-            finish, stop_reason = "stop", self._detokenizer.stopped_by
-        if finish is not None:
-            self.finish_reason = finish
-        return Delta(self._index, text, self._release(finish is not None), finish, stop_reason)
-
-    def _show(self, token_id: int, event: TokenEvent) -> str:
-        if event.logprob is not None:
-            offset = self._detokenizer.decoded
-            self._unreleased.append(ScoredToken(token_id, event.logprob, event.top_logprobs, offset))
-        return self._detokenizer.push(token_id)
-
-    def _release(self, ended: bool) -> tuple[ScoredToken, ...]:
-        """Scored tokens whose text is out. At the end all, but for those that a stop string cut off."""
-        out = []
-        everything = ended and self._detokenizer.stopped_by is None
-        while self._unreleased and (everything or self._unreleased[0].offset < self._detokenizer.released):
-            out.append(self._unreleased.popleft())
-        return tuple(out)
-
-    def _count(self) -> None:
-        self.num_tokens += 1
-        now = time.monotonic()
-        self._metrics.token(now - self._last_time, first=self.num_tokens == 1)
-        self._last_time = now
+def check_prompt(ids: Sequence[int], base: Base, param: str) -> None:
+    """Raises InvalidField, ApiError unless `ids` are tokens of the base that leave room for an answer."""
+    if not ids:
+        raise InvalidField(param, f"{param}: found an empty prompt, expected at least one token")
+    if not 0 <= min(ids) <= max(ids) < base.vocab_size:
+        raise InvalidField(param, f"{param}: token ids must be 0 to {base.vocab_size - 1} on this base")
+    if len(ids) >= base.max_model_len:
+        raise ApiError(
+            400,
+            f"{param}: {len(ids)} tokens are too long: this server's context is {base.max_model_len} tokens, "
+            "prompt and answer together; shorten the prompt",
+            param=param,
+            code="context_length_exceeded",
+        )
 
 
 async def merge(sources: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from loraplex.server.api.generation import ScoredToken
-from loraplex.server.api.schemas import ChatLogprobs, CompletionLogprobs, TokenLogprob, TopLogprob
+from loraplex.server.api.chat_schemas import ChatLogprobs, TokenLogprob, TopLogprob
+from loraplex.server.api.choice import ScoredToken
+from loraplex.server.api.schemas import CompletionLogprobs
 from loraplex.server.engine.tokenizer import Tokenizer
 
 LOWEST = -9999.0
@@ -15,9 +16,10 @@ LOWEST = -9999.0
 def chat_logprobs(tokens: Sequence[ScoredToken], tokenizer: Tokenizer) -> ChatLogprobs:
     """One entry a token, each with the likeliest of its place. The entries' `bytes`, joined, are the text's."""
 
-    def entry(token_id: int, logprob: float) -> TopLogprob:
+    def entry(token_id: int, logprob: float | None) -> TopLogprob:
         own = tokenizer.token_bytes(token_id)
-        return TopLogprob(token=own.decode(errors="replace"), logprob=max(logprob, LOWEST), bytes=list(own))
+        shown = LOWEST if logprob is None else max(logprob, LOWEST)
+        return TopLogprob(token=own.decode(errors="replace"), logprob=shown, bytes=list(own))
 
     return ChatLogprobs(
         content=[
@@ -33,11 +35,15 @@ def completion_logprobs(tokens: Sequence[ScoredToken], tokenizer: Tokenizer) -> 
     for token in tokens:
         text = tokenizer.token_text(token.token_id)
         result.tokens.append(text)
+        result.text_offset.append(token.offset)
+        if token.logprob is None:  # nothing predicts a prompt's first token
+            result.token_logprobs.append(None)
+            result.top_logprobs.append(None)
+            continue
         result.token_logprobs.append(max(token.logprob, LOWEST))
         # Where two tokens read the same (parts of characters do), the likelier one stays
         top: dict[str, float] = {}
         for token_id, logprob in (*token.top, (token.token_id, token.logprob)):
             top.setdefault(tokenizer.token_text(token_id), max(logprob, LOWEST))
         result.top_logprobs.append(top)
-        result.text_offset.append(token.offset)
     return result

@@ -1,4 +1,4 @@
-"""What operators and their machines ask: /health, /ping, /metrics, /version."""
+"""What operators and their machines ask: /health, /ready, /ping, /load, /metrics, /version."""
 
 from __future__ import annotations
 
@@ -23,6 +23,14 @@ def make_router(parts: Parts) -> APIRouter:
             raise ApiError(503, f"the engine does not run: {reason}", type=SERVER, code="engine_dead")
         return Response(status_code=200)
 
+    @router.get("/ready")
+    async def ready() -> Response:
+        """200 while new requests are taken; 503 while the server is stopping, though what runs goes on."""
+        drain = parts.drain
+        state = "draining" if drain.is_draining else "ready" if parts.engine.alive else "dead"
+        body = {"state": state, "open": drain.num_open, "seconds_left": round(drain.seconds_left, 1)}
+        return JSONResponse(body, status_code=200 if state == "ready" else 503)
+
     @router.post("/ping", include_in_schema=False)
     @router.get("/ping")
     async def ping() -> Response:
@@ -33,6 +41,11 @@ def make_router(parts: Parts) -> APIRouter:
     async def metrics() -> Response:
         """Prometheus' text format, under vLLM's names."""
         return Response(parts.metrics.render(), media_type=CONTENT_TYPE)
+
+    @router.get("/load")
+    async def load() -> Response:
+        """Requests that are open, as vLLM tells its load balancers."""
+        return JSONResponse({"server_load": parts.drain.num_open})
 
     @router.get("/version")
     async def show_version() -> Response:

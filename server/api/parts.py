@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 from loraplex.adapters.registry import AdapterVersion, Registry
+from loraplex.adapters.sources import OPERATOR
+from loraplex.adapters.sources import Access as SourceAccess
+from loraplex.server.access import Access
+from loraplex.server.api.abort import OpenAnswers
+from loraplex.server.drain import Drain
+from loraplex.server.engine.grammar import Grammars
+from loraplex.server.engine.on_demand import OnDemand
 from loraplex.server.engine.request import GenerationRequest, TokenEvent
 from loraplex.server.engine.tokenizer import Tokenizer
 from loraplex.server.metrics import Metrics
+from loraplex.server.tracing import Tracing
 
 
 class Events(Protocol):
@@ -27,6 +36,7 @@ class Engine(Protocol):
     @property
     def failure(self) -> BaseException | None: ...
     def submit(self, request: GenerationRequest) -> Events: ...
+    def abort(self, request_id: str) -> None: ...
 
 
 class Adapters(Protocol):
@@ -34,7 +44,10 @@ class Adapters(Protocol):
 
     @property
     def registry(self) -> Registry: ...
-    async def register(self, name: str, source: str, *, replace: bool = False) -> AdapterVersion: ...
+    async def register(
+        self, name: str, source: str, *, replace: bool = False, access: SourceAccess = OPERATOR
+    ) -> AdapterVersion: ...
+    async def arrival(self, name: str) -> None: ...
     def unregister(self, name: str) -> AdapterVersion: ...
 
 
@@ -64,6 +77,10 @@ class Base:
     vocab_size: int
     max_model_len: int  # tokens, prompt and answer
     created: int  # unix seconds
+    dtype: str = "float32"  # these are for information
+    device: str = "cpu"
+    max_requests: int = 0  # running and queued
+    cache_tokens: int = 0  # that have room in the KV cache together
 
 
 @dataclass(frozen=True)
@@ -74,6 +91,14 @@ class Parts:
     engine: Engine
     adapters: Adapters
     tokenizer: Tokenizer
+    grammars: Grammars
     defaults: SamplingDefaults
     metrics: Metrics
     max_body_bytes: int
+    on_demand: OnDemand
+    access: Access | None = None  # None: no keys are asked for
+    local_sources: tuple[Path, ...] | None = None  # folders that requests may load adapters from; None: any
+    cors_origins: tuple[str, ...] = ()  # of web pages that may ask; "*": of all
+    open_answers: OpenAnswers = field(default_factory=OpenAnswers)
+    drain: Drain = field(default_factory=Drain)
+    tracing: Tracing | None = None  # None: no traces

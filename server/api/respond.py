@@ -1,4 +1,4 @@
-"""A Generation to an answer, in one piece or as a stream; the two routes differ in their Rendering only."""
+"""A Generation to an answer, in one piece or as a stream; routes differ in their Rendering only."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import Protocol
 from starlette.requests import Request
 from starlette.responses import Response
 
-from loraplex.server.api.generation import Delta, Generation, ScoredToken
-from loraplex.server.api.schemas import GenerationFields, Usage, Wire
+from loraplex.server.api.choice import Delta, ScoredToken
+from loraplex.server.api.generation import Generation
+from loraplex.server.api.schemas import GenerationFields, StreamOptions, Usage, Wire
 from loraplex.server.api.sse import SseResponse, answer_or_disconnect
 
 
@@ -38,8 +39,8 @@ class Rendering(Protocol):
         """Chunks before the first delta's."""
         ...
 
-    def chunk(self, delta: Delta) -> Wire:
-        """The chunk of one delta."""
+    def chunks(self, delta: Delta, usage: Usage | None) -> Iterable[Wire]:
+        """The chunks of one delta, often none; `usage` is the counts so far where they are wanted in every chunk."""
         ...
 
     def usage_chunk(self, usage: Usage) -> Wire:
@@ -55,15 +56,25 @@ async def respond(
     request: Request, record: GenerationFields, generation: Generation, rendering: Rendering, headers: dict[str, str]
 ) -> Response:
     """The response to `request`. Raises what Generation.deltas raises, and ClientGone."""
+    generation.client_id = request.headers.get("x-request-id")
     if record.stream:
-        include_usage = record.stream_options is not None and bool(record.stream_options.include_usage)
-        return SseResponse(_chunks(generation, rendering, include_usage), headers)
-    whole = await answer_or_disconnect(request, _collect(generation, rendering))
+        return SseResponse(_chunks(generation, rendering, record.stream_options or StreamOptions()), headers)
+    whole = await answer_or_disconnect(request, collect(generation, rendering))
     return Response(whole.model_dump_json(), media_type="application/json", headers=headers)
 
 
-async def _chunks(generation: Generation, rendering: Rendering, include_usage: bool) -> AsyncGenerator[str, None]:
-    hidden = None if include_usage else {"usage"}  # where it was asked for, chunks before the last say null
+async def collect(generation: Generation, rendering: Rendering) -> Wire:
+    """The answer in one piece."""
+    choices: dict[int, Collected] = {}
+    async with aclosing(generation.deltas()) as deltas:
+        async for delta in deltas:
+            choices.setdefault(delta.index, Collected()).add(delta)
+    return rendering.whole([choices[index] for index in sorted(choices)], generation.usage())
+
+
+async def _chunks(generation: Generation, rendering: Rendering, options: StreamOptions) -> AsyncGenerator[str, None]:
+    last, always = bool(options.include_usage), bool(options.continuous_usage_stats)
+    hidden = None if last or always else {"usage"}  # where it was asked for, chunks before the last say null
     opened = False
     async with aclosing(generation.deltas()) as deltas:
         async for delta in deltas:
@@ -71,15 +82,7 @@ async def _chunks(generation: Generation, rendering: Rendering, include_usage: b
                 opened = True
                 for chunk in rendering.opening(generation.num_choices):
                     yield chunk.model_dump_json(exclude=hidden)
-            if delta.text or delta.tokens or delta.finish_reason is not None:
-                yield rendering.chunk(delta).model_dump_json(exclude=hidden)
-    if include_usage:
+            for chunk in rendering.chunks(delta, generation.usage() if always else None):
+                yield chunk.model_dump_json(exclude=hidden)
+    if last:
         yield rendering.usage_chunk(generation.usage()).model_dump_json()
-
-
-async def _collect(generation: Generation, rendering: Rendering) -> Wire:
-    choices: dict[int, Collected] = {}
-    async with aclosing(generation.deltas()) as deltas:
-        async for delta in deltas:
-            choices.setdefault(delta.index, Collected()).add(delta)
-    return rendering.whole([choices[index] for index in sorted(choices)], generation.usage())

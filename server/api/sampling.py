@@ -34,13 +34,18 @@ class SamplingSpec:
         vocab_size: int,
         max_tokens: int | None,
         logprobs: int | None,
+        *,
+        prompt_logprobs: int | None = None,
+        bound: bool = False,
     ) -> SamplingSpec:
-        """The caller's values, else the checkpoint's, else neutral ones. Raises InvalidField."""
+        """The caller's values, else the checkpoint's, else neutral ones; `bound` by a grammar. Raises InvalidField."""
         min_tokens = record.min_tokens or 0
         if max_tokens is not None and min_tokens > max_tokens:
             raise InvalidField("min_tokens", f"min_tokens: found {min_tokens}, more than max_tokens ({max_tokens})")
         if record.stream_options is not None and not record.stream:
             raise InvalidField("stream_options", "stream_options: only possible with stream: true")
+        if bound and record.ignore_eos:
+            raise InvalidField("ignore_eos", "ignore_eos: a structured answer has an end of its own")
         temperature = _first(record.temperature, defaults.temperature, 1.0)
         return cls(
             base=SamplingParams(
@@ -55,6 +60,7 @@ class SamplingSpec:
                 repetition_penalty=_first(record.repetition_penalty, defaults.repetition_penalty, 1.0),
                 logit_bias=_logit_bias(record.logit_bias or {}, vocab_size),
                 logprobs=logprobs,
+                prompt_logprobs=prompt_logprobs,
                 stop_token_ids=_stop_tokens(record, defaults, vocab_size),
                 min_tokens=min_tokens,
             ),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_serializer
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from loraplex.server.api.errors import InvalidField
 
@@ -20,6 +20,11 @@ MAX_LOGPROBS = 20
 MAX_CHOICES = 128
 MAX_SEQUENCES = 1024
 """Prompts times choices of one request."""
+MAX_TERMS = 8
+"""Adapters that one request may combine: each is a slot, its pages, and one more pass over its rows."""
+
+MAX_WEIGHT = 100.0
+"""Beyond it nothing of the base is left; far beyond it, activations overflow."""
 
 
 class Wire(BaseModel):
@@ -42,7 +47,7 @@ def _read_stop(value: Any) -> tuple[str, ...]:
     if stops is None:
         return ()
     if not isinstance(stops, list | tuple) or not all(isinstance(stop, str) for stop in stops):
-        raise InvalidField("stop", f"stop: expected a string or a list of strings, found {_kind(value)}")
+        raise InvalidField("stop", f"stop: expected a string or a list of strings, found {kind_of(value)}")
     if len(stops) > MAX_STOPS:
         raise InvalidField("stop", f"stop: found {len(stops)} strings, at most {MAX_STOPS} are possible")
     for i, stop in enumerate(stops):
@@ -53,27 +58,32 @@ def _read_stop(value: Any) -> tuple[str, ...]:
     return tuple(stops)
 
 
-Prompt = str | tuple[int, ...]
+PromptText = str | tuple[int, ...]
+PromptTexts = tuple[PromptText, ...]
 
 
-def _read_prompts(value: Any) -> tuple[Prompt, ...]:
-    """One text, one list of token ids, or a list of either."""
+def read_prompts(value: Any, where: str) -> PromptTexts:
+    """The field `where`: one text, one list of token ids, or a list of either. Raises InvalidField."""
     if isinstance(value, str) or _all(value, int):
-        return (_one_prompt(value, "prompt"),)
+        return (_one_prompt(value, where),)
     if isinstance(value, list) and value:
         if len(value) > MAX_SEQUENCES:
-            raise InvalidField("prompt", f"prompt: found {len(value)} prompts, at most {MAX_SEQUENCES} are possible")
-        return tuple(_one_prompt(item, f"prompt[{i}]") for i, item in enumerate(value))
+            raise InvalidField(where, f"{where}: found {len(value)} prompts, at most {MAX_SEQUENCES} are possible")
+        return tuple(_one_prompt(item, f"{where}[{i}]") for i, item in enumerate(value))
     expected = "a string, a list of strings, a list of token ids, or a list of lists of token ids"
-    raise InvalidField("prompt", f"prompt: expected {expected}, found {_kind(value)}")
+    raise InvalidField(where, f"{where}: expected {expected}, found {kind_of(value)}")
 
 
-def _one_prompt(value: Any, where: str) -> Prompt:
+def _read_prompts(value: Any) -> PromptTexts:
+    return read_prompts(value, "prompt")
+
+
+def _one_prompt(value: Any, where: str) -> PromptText:
     if isinstance(value, str):
         return value
     if _all(value, int):
         return tuple(value)
-    raise InvalidField(where, f"{where}: expected a string or a non-empty list of token ids, found {_kind(value)}")
+    raise InvalidField(where, f"{where}: expected a string or a non-empty list of token ids, found {kind_of(value)}")
 
 
 def _all(value: Any, kind: type) -> bool:
@@ -85,7 +95,7 @@ def _all(value: Any, kind: type) -> bool:
     )
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
     """What `value` is, in JSON's words."""
     names = {str: "a string", bool: "a boolean", int: "a number", float: "a number", dict: "an object"}
     if isinstance(value, list):
@@ -100,12 +110,45 @@ class StreamOptions(Incoming):
     """`stream_options`."""
 
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None  # vLLM's: the counts so far with every chunk
 
 
-class GenerationFields(Incoming):
-    """What completions and chat completions share."""
+Token = Annotated[str, Field(max_length=4096)]
+Weight = Annotated[float, Field(ge=-MAX_WEIGHT, le=MAX_WEIGHT, allow_inf_nan=False)]
+
+
+class WeightedAdapter(Incoming):
+    """One term of `adapters`: its weight multiplies what the adapter adds."""
+
+    name: Annotated[str, Field(min_length=1)]
+    weight: Weight = 1.0
+
+
+class MergedAdapters(Incoming):
+    """`merged_adapters`, LoRAX's."""
+
+    ids: Annotated[list[str], Field(min_length=1, max_length=MAX_TERMS)]
+    weights: Annotated[list[Weight], Field(min_length=1, max_length=MAX_TERMS)]
+    merge_strategy: Literal["linear", "ties", "dare_linear", "dare_ties"] | None = None  # null: linear
+    density: Annotated[float, Field(ge=0, le=1)] | None = None  # linear needs none
+    majority_sign_method: Literal["total", "frequency"] | None = None  # null: total
+
+
+class AdapterFields(Incoming):
+    """Every way to name what a request wears; api/names.py reads them."""
 
     model: Annotated[str, Field(min_length=1)]
+    adapters: Annotated[list[WeightedAdapter], Field(max_length=MAX_TERMS)] | None = None
+    adapter_id: str | None = None  # LoRAX's; "": the base
+    adapter_source: Literal["hub", "local", "s3", "pbase"] | None = None  # of an adapter_id that is not known here
+    api_token: Annotated[Token | None, Field(repr=False)] = None  # the caller's, for that source
+    merged_adapters: MergedAdapters | None = None
+    lora_path: str | None = None  # SGLang's: a name
+
+
+class GenerationFields(AdapterFields):
+    """What completions and chat completions share."""
+
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
@@ -123,8 +166,21 @@ class GenerationFields(Incoming):
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
+    response_format: dict[str, Any] | None = None  # this and the next: see api/structured.py
+    guided_json: Any = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    guided_whitespace_pattern: str | None = None
+    structured_outputs: dict[str, Any] | None = None
+    grammar: str | None = None
+    regex: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None  # vLLM's: lower goes first
+    timeout: Annotated[float, Field(gt=0, le=86_400)] | None = None  # seconds the whole answer may take
+    cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None  # vLLM's: who may share a prefix
+    rid: Annotated[str, Field(min_length=1, max_length=256)] | None = None  # SGLang's: an id to abort it by
     user: str | None = None
     metadata: dict[str, Any] | None = None
 
@@ -132,47 +188,12 @@ class GenerationFields(Incoming):
 class CompletionRequest(GenerationFields):
     """POST /v1/completions."""
 
-    prompt: Annotated[tuple[Prompt, ...], BeforeValidator(_read_prompts)]
+    prompt: Annotated[PromptTexts, BeforeValidator(_read_prompts)]
+    max_tokens: Annotated[int, Field(ge=0)] | None = None  # 0: with echo only
+    best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    echo: bool | None = None
     add_special_tokens: bool | None = None  # null: true
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-
-
-def _read_content(value: Any) -> str:
-    """A message's text: a string, or parts of type "text", which are joined by newlines."""
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list):
-        raise ValueError(f"expected a string or a list of parts, found {_kind(value)}")
-    texts = []
-    for i, part in enumerate(value):
-        if not isinstance(part, dict) or not isinstance(part.get("type"), str):
-            raise ValueError(f'part {i}: expected {{"type": "text", "text": ...}}, found {_kind(part)}')
-        if part["type"] != "text":
-            raise ValueError(f"part {i} is of type {part['type'][:40]!r}: only text goes in and out")
-        if not isinstance(part.get("text"), str):
-            raise ValueError(f"part {i}: expected a string in 'text', found {_kind(part.get('text'))}")
-        texts.append(part["text"])
-    return "\n".join(texts)
-
-
-class Message(Incoming):
-    """One message of a conversation."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(_read_content)]
-    name: str | None = None
-    reasoning_content: str | None = None
-
-
-class ChatRequest(GenerationFields):
-    """POST /v1/chat/completions."""
-
-    messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None  # wins over max_tokens
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    add_generation_prompt: bool | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
 
 
 class LoadAdapterRequest(Incoming):
@@ -182,6 +203,13 @@ class LoadAdapterRequest(Incoming):
     lora_path: str = ""
     load_inplace: bool | None = None
     is_3d_lora_weight: bool | None = None
+
+
+class AbortRequest(Incoming):
+    """POST /abort_request, SGLang's body."""
+
+    rid: str = ""
+    abort_all: bool | None = None
 
 
 class UnloadAdapterRequest(Incoming):
@@ -201,89 +229,13 @@ class Usage(Wire):
     total_tokens: int
 
 
-class TopLogprob(Wire):
-    """A token that could have been drawn; `bytes` are its own, which may be part of a character."""
-
-    token: str
-    logprob: float
-    bytes: list[int]
-
-
-class TokenLogprob(TopLogprob):
-    """A token that was drawn, and the likeliest ones of its place."""
-
-    top_logprobs: list[TopLogprob]
-
-
-class ChatLogprobs(Wire):
-    """Chat's form of log probabilities."""
-
-    content: list[TokenLogprob]
-    refusal: None = None
-
-
 class CompletionLogprobs(Wire):
-    """Completions' older form: parallel lists, one entry a token; offsets count characters of the answer."""
+    """Completions' older form: parallel lists, one entry a token; offsets count characters of the text."""
 
     tokens: list[str] = Field(default_factory=list)
-    token_logprobs: list[float] = Field(default_factory=list)
-    top_logprobs: list[dict[str, float]] = Field(default_factory=list)
+    token_logprobs: list[float | None] = Field(default_factory=list)  # null: the first token of a prompt has none
+    top_logprobs: list[dict[str, float] | None] = Field(default_factory=list)
     text_offset: list[int] = Field(default_factory=list)
-
-
-class ChatMessage(Wire):
-    """The answer of one choice."""
-
-    role: Literal["assistant"] = "assistant"
-    content: str
-    refusal: None = None
-
-
-class ChatChoice(Wire):
-    index: int
-    message: ChatMessage
-    logprobs: ChatLogprobs | None
-    finish_reason: str | None
-    stop_reason: int | str | None = None  # vLLM's: the stop string or stop token that ended it
-
-
-class ChatCompletion(Wire):
-    id: str
-    object: Literal["chat.completion"] = "chat.completion"
-    created: int
-    model: str
-    choices: list[ChatChoice]
-    usage: Usage
-    system_fingerprint: None = None
-
-
-class ChatDelta(Wire):
-    """What a chunk adds to the message. Absent is not null here: clients append what is present."""
-
-    role: Literal["assistant"] | None = None
-    content: str | None = None
-
-    @model_serializer
-    def _present(self) -> dict[str, str]:
-        return {name: value for name, value in (("role", self.role), ("content", self.content)) if value is not None}
-
-
-class ChatChunkChoice(Wire):
-    index: int
-    delta: ChatDelta
-    logprobs: ChatLogprobs | None = None
-    finish_reason: str | None = None
-    stop_reason: int | str | None = None
-
-
-class ChatChunk(Wire):
-    id: str
-    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
-    created: int
-    model: str
-    choices: list[ChatChunkChoice]
-    usage: Usage | None = None
-    system_fingerprint: None = None
 
 
 class CompletionChoice(Wire):

@@ -23,7 +23,9 @@ DONE = "[DONE]"
 
 
 class SseResponse(Response):
-    """Sends each string of `events` as one event, then [DONE].
+    """Sends each string of `events`, JSON, as one event, then [DONE] unless `done` is False.
+
+    `named`: the dialect of /v1/responses, where each event is named after the type it holds.
 
     Nothing is sent before the first event is there, so what fails until then is an ordinary error answer with its
     status. What fails later is an event {"error": ...}, since the status is out. `events` is closed in any case, at
@@ -32,10 +34,19 @@ class SseResponse(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[str, None], headers: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        events: AsyncGenerator[str, None],
+        headers: dict[str, str] | None = None,
+        *,
+        done: bool = True,
+        named: bool = False,
+    ) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **(headers or {})})
         del self.headers["content-length"]  # of the empty body that Response counted
         self._events = events
+        self._done = done
+        self._named = named
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI. Raises what the first event raises."""
@@ -47,16 +58,21 @@ class SseResponse(Response):
             first = await anext(self._events, None)
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             if first is not None:
-                await _send_event(send, first)
+                await self._send_event(send, first)
             try:
                 async for event in self._events:
-                    await _send_event(send, event)
+                    await self._send_event(send, event)
             except Exception as error:
-                await _send_event(send, json.dumps({"error": _explain(error).fields()}))
-            await _send_event(send, DONE)
+                await self._send_event(send, json.dumps({"error": _explain(error).fields()}))
+            if self._done:
+                await self._send_event(send, DONE)
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             await self._events.aclose()
+
+    async def _send_event(self, send: Send, data: str) -> None:
+        name = "" if not self._named else f"event: {json.loads(data)['type']}\n"
+        await send({"type": "http.response.body", "body": f"{name}data: {data}\n\n".encode(), "more_body": True})
 
 
 async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
@@ -85,10 +101,6 @@ async def answer_or_disconnect(request: Request, work: Coroutine[Any, Any, T]) -
 async def _disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-async def _send_event(send: Send, data: str) -> None:
-    await send({"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": True})
 
 
 def _explain(error: Exception) -> ApiError:

@@ -8,7 +8,6 @@ from pathlib import Path
 import httpx
 import pytest
 
-from loraplex.server.app import create_app
 from tests.support.fake_serving import FakeServer, make_fake_server
 from tests.support.tiny import make_tiny_tokenizer
 
@@ -25,6 +24,13 @@ async def server(tokenizer_folder: Path) -> FakeServer:
 
 @pytest.fixture
 async def client(server: FakeServer) -> AsyncIterator[httpx.AsyncClient]:
-    transport = httpx.ASGITransport(create_app(server.parts), raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+    async with server.client() as client:
+        yield client
+
+
+@pytest.fixture
+async def roomy(server: FakeServer) -> AsyncIterator[httpx.AsyncClient]:
+    """The same with a context that tools fit in."""
+    server.max_model_len = 2048
+    async with server.client() as client:
         yield client

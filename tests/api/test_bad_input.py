@@ -97,8 +97,36 @@ BAD_FIELDS = [  # field, value, what is named
     ("stream_options", [], "stream_options"),
     ("user", 5, "user"),
     ("metadata", "x", "metadata"),
+    ("response_format", "json", "response_format"),
+    ("response_format", {"type": "xml"}, "response_format.type"),
+    ("response_format", {"type": "json_schema"}, "response_format.schema"),
+    ("response_format", {"type": "json_schema", "json_schema": {"name": "x"}}, "response_format.json_schema.schema"),
+    ("response_format", {"type": "json_schema", "json_schema": 5}, "response_format.json_schema"),
+    ("response_format", {"type": "json_schema", "json_schema": {"schema": 5}}, "response_format.json_schema.schema"),
+    ("response_format", {"type": "json_schema", "json_schema": {"schema": {"type": "x"}}}, "response_format"),
+    ("response_format", {"type": "json_schema", "json_schema": {"schema": {"not": {}}}}, "response_format"),
+    ("response_format", {"type": "regex"}, "response_format.regex"),
+    ("response_format", {"type": "regex", "regex": "("}, "response_format"),
+    ("response_format", {"type": "grammar", "grammar": ""}, "response_format.grammar"),
+    ("guided_json", 5, "guided_json"),
+    ("guided_json", "{", "guided_json"),
+    ("guided_json", {"description": "x" * 65_536}, "guided_json"),
+    ("guided_regex", 5, "guided_regex"),
+    ("guided_regex", "x" * 65_537, "guided_regex"),
+    ("guided_choice", [], "guided_choice"),
+    ("guided_choice", [""], "guided_choice"),
+    ("guided_choice", ["x"] * 1025, "guided_choice"),
+    ("guided_choice", "ab", "guided_choice"),
+    ("guided_grammar", "start: nobody", "guided_grammar"),
+    ("guided_whitespace_pattern", " ", "guided_whitespace_pattern"),  # without a schema
+    ("structured_outputs", {"structural_tag": "x"}, "structured_outputs.structural_tag"),
+    ("structured_outputs", {"json": {}, "regex": "a"}, "structured_outputs.regex"),
+    ("structured_outputs", {"json": {}, "whitespace_pattern": 5}, "structured_outputs.whitespace_pattern"),
+    ("structured_outputs", "json", "structured_outputs"),
 ]
 
+TOOL = {"type": "function", "function": {"name": "f"}}
+CALL = {"id": "x", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 IMAGE = {"type": "image_url", "image_url": {"url": "data:,"}}
 
 BAD_CHATS = [
@@ -109,7 +137,9 @@ BAD_CHATS = [
     ("messages", ["hi"], "messages[0]"),
     ("messages", [{"content": "hi"}], "messages[0].role"),
     ("messages", [{"role": "king", "content": "hi"}], "messages[0].role"),
-    ("messages", [{"role": "tool", "content": "hi", "tool_call_id": "x"}], "messages[0].role"),
+    ("messages", [{"role": "function", "content": "hi", "name": "f"}], "messages[0].role"),
+    ("messages", [{"role": "user", "content": "hi", "tool_call_id": "x"}], "messages[0].tool_call_id"),
+    ("messages", [{"role": "tool", "tool_call_id": "x"}], "messages[0].content"),
     ("messages", [{"role": "user"}], "messages[0].content"),
     ("messages", [{"role": "user", "content": None}], "messages[0].content"),
     ("messages", [{"role": "user", "content": 5}], "messages[0].content"),
@@ -120,7 +150,27 @@ BAD_CHATS = [
         [{"role": "user", "content": [IMAGE]}],
         "messages[0].content",
     ),
-    ("messages", [{"role": "assistant", "content": "a", "tool_calls": [{}]}], "messages[0].tool_calls"),
+    ("messages", [{"role": "assistant", "content": "a", "tool_calls": [{}]}], "messages[0].tool_calls[0].function"),
+    ("messages", [{"role": "user", "content": "a", "tool_calls": [CALL]}], "messages[0].tool_calls"),
+    ("messages", [{"role": "assistant", "content": "a", "function_call": {"name": "f"}}], "messages[0].function_call"),
+    ("messages", [{"role": "assistant", "content": "a", "audio": {"id": "x"}}], "messages[0].audio"),
+    ("tools", {}, "tools"),
+    ("tools", [{"type": "custom", "custom": {"name": "f"}}], "tools[0].type"),
+    ("tools", [{"type": "function"}], "tools[0].function"),
+    ("tools", [{"type": "function", "function": {}}], "tools[0].function.name"),
+    ("tools", [{"type": "function", "function": {"name": "a b"}}], "tools[0].function.name"),
+    ("tools", [{"type": "function", "function": {"name": "f", "parameters": "x"}}], "tools[0].function.parameters"),
+    ("tools", [TOOL, TOOL], "tools[1].function.name"),
+    ("tools", [TOOL] * 129, "tools"),
+    ("tools", [{"type": "function", "function": {"name": "f", "description": "x" * 70_000}}], "tools"),
+    ("tool_choice", "required", "tool_choice"),
+    ("tool_choice", "sometimes", "tool_choice"),
+    ("tool_choice", {"type": "function", "function": {"name": "nobody"}}, "tool_choice"),
+    ("tool_choice", {"type": "function"}, "tool_choice"),
+    ("tool_choice", {"type": "allowed_tools", "mode": "auto", "tools": [{}]}, "tool_choice"),
+    ("tool_choice", 5, "tool_choice"),
+    ("parallel_tool_calls", "no", "parallel_tool_calls"),
+    ("reasoning_effort", "high", "reasoning_effort"),  # the template has no such control
     ("messages", [{"role": "user", "content": "x" * MAX_MODEL_LEN}], "messages"),
     ("logprobs", 5, "logprobs"),
     ("top_logprobs", 21, "top_logprobs"),
@@ -151,6 +201,11 @@ BAD_COMPLETIONS = [
     ("logprobs", True, "logprobs"),
     ("logprobs", 21, "logprobs"),
     ("logprobs", -1, "logprobs"),
+    ("suffix", "the end", "suffix"),
+    ("echo", "yes", "echo"),
+    ("best_of", 0, "best_of"),
+    ("best_of", 129, "best_of"),
+    ("tools", [TOOL], "tools"),
 ]
 
 
@@ -180,6 +235,27 @@ async def test_bad_completions(
 ) -> None:
     for stream in (False, True):
         await assert_refused(client, server, COMPLETIONS, completion(**{field: value}, stream=stream), 400, param)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"n": 3, "best_of": 2}, "best_of"),
+        ({"best_of": 2, "stream": True}, "best_of"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"guided_regex": "a", "response_format": {"type": "json_object"}}, "guided_regex"),
+        ({"guided_regex": "a", "ignore_eos": True}, "ignore_eos"),
+    ],
+)
+async def test_fields_that_do_not_go_together(
+    client: httpx.AsyncClient, server: FakeServer, fields: dict[str, Any], param: str
+) -> None:
+    await assert_refused(client, server, COMPLETIONS, completion(**fields), 400, param)
+
+
+async def test_a_call_and_a_form_do_not_go_together(client: httpx.AsyncClient, server: FakeServer) -> None:
+    body = chat(tools=[TOOL], tool_choice="required", response_format={"type": "json_object"})
+    await assert_refused(client, server, CHAT, body, 400, "tool_choice")
 
 
 @pytest.mark.parametrize(
@@ -240,10 +316,8 @@ async def test_a_body_over_the_limit(client: httpx.AsyncClient, server: FakeServ
 
 # a value that asks for something, for fields whose neutral values make "x" fit badly
 ASKING: dict[str, Any] = {
-    "response_format": {"type": "json_object"},
     "tools": [{"type": "function", "function": {"name": "f"}}],
     "modalities": ["text", "audio"],
-    "best_of": 2,
     "do_sample": False,
 }
 
@@ -253,7 +327,8 @@ async def test_fields_that_would_change_the_answer_are_refused(
     client: httpx.AsyncClient, server: FakeServer, name: str
 ) -> None:
     neutral, _ = UNSUPPORTED[name]
-    route, body = (CHAT, chat()) if name == "add_special_tokens" else (COMPLETIONS, completion())
+    only_completions = ("add_special_tokens", "best_of", "echo")
+    route, body = (CHAT, chat()) if name in only_completions else (COMPLETIONS, completion())
     error = await assert_refused(client, server, route, {**body, name: ASKING.get(name, 17)}, 400, name)
     assert error["code"] == "unsupported_parameter"
     assert "not supported" in error["message"]
@@ -264,15 +339,15 @@ async def test_fields_that_would_change_the_answer_are_refused(
 
 
 async def test_unknown_fields_are_ignored_and_named(client: httpx.AsyncClient) -> None:
-    body = chat(service_tier="auto", priority=3, messages=[{"role": "user", "content": "hi", "mood": "good"}])
+    body = chat(service_tier="auto", prediction=3, messages=[{"role": "user", "content": "hi", "mood": "good"}])
     for stream in (False, True):
         response = await client.post(CHAT, json={**body, "stream": stream})
         assert response.status_code == 200
-        assert response.headers["x-ignored-fields"] == "service_tier, priority, messages[0].mood"
+        assert response.headers["x-ignored-fields"] == "service_tier, prediction, messages[0].mood"
     response = await client.post(
-        COMPLETIONS, json=completion(stream=True, stream_options={"continuous_usage_stats": True})
+        COMPLETIONS, json=completion(stream=True, stream_options={"include_obfuscation": True})
     )
-    assert response.headers["x-ignored-fields"] == "stream_options.continuous_usage_stats"
+    assert response.headers["x-ignored-fields"] == "stream_options.include_obfuscation"
     assert "x-ignored-fields" not in (await client.post(CHAT, json=chat())).headers
 
 

@@ -114,6 +114,7 @@ async def test_null_means_not_given(client: httpx.AsyncClient, server: FakeServe
         *("max_tokens", "n", "temperature", "top_p", "top_k", "min_p", "seed", "presence_penalty", "stream", "stop"),
         *("frequency_penalty", "repetition_penalty", "logit_bias", "stop_token_ids", "ignore_eos", "min_tokens"),
         *("logprobs", "top_logprobs", "stream_options", "user", "metadata", "response_format", "tools", "best_of"),
+        *("echo", "suffix", "tool_choice", "parallel_tool_calls", "guided_json", "structured_outputs", "grammar"),
     ]
     response = await client.post(route, json={**body, **dict.fromkeys(names)})
     assert response.status_code == 200, response.text
@@ -317,6 +318,23 @@ async def test_an_error_after_the_first_token_is_an_event(client: httpx.AsyncCli
     whole = await client.post(CHAT, json=chat())
     assert whole.status_code == 500
     assert "secret" not in whole.text
+
+
+async def test_a_grammar_that_gives_up_is_told(client: httpx.AsyncClient, server: FakeServer) -> None:
+    """Its answer has ended where it should not: no one may take it for whole."""
+
+    def give_up(request: Any) -> list[TokenEvent]:
+        request.constraint.allowed([5, 5])  # not what it allows
+        return say(server.tokenizer, "ab", request)
+
+    server.engine.script = give_up
+    body = completion(guided_regex="[ab]+")
+    whole = await client.post(COMPLETIONS, json=body)
+    assert (whole.status_code, whole.json()["error"]["code"]) == (400, "grammar_failed")
+    assert whole.json()["error"]["param"] == "guided_regex"
+    events = events_of(await client.post(COMPLETIONS, json={**body, "stream": True}))
+    assert events[-1]["error"]["code"] == "grammar_failed"
+    assert not any(event["choices"][0]["finish_reason"] for event in events[:-1])
 
 
 # -------------------------------------------------------------------------------------------------------- logprobs

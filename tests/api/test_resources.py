@@ -6,10 +6,9 @@ from typing import Any
 
 import httpx
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
 from loraplex.server.version import version
-from tests.support.fake_serving import MAX_MODEL_LEN, FakeServer, Stats
+from tests.support.fake_serving import MAX_MODEL_LEN, FakeServer
 
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
 
@@ -128,72 +127,3 @@ async def test_the_openapi_document_is_whole(client: httpx.AsyncClient) -> None:
 
 async def test_version(client: httpx.AsyncClient) -> None:
     assert (await client.get("/version")).json() == {"version": version()}
-
-
-async def samples(client: httpx.AsyncClient) -> dict[str, list[tuple[dict[str, str], float]]]:
-    response = await client.get("/metrics")
-    assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
-    found: dict[str, list[tuple[dict[str, str], float]]] = {}
-    for family in text_string_to_metric_families(response.text):
-        for sample in family.samples:
-            found.setdefault(sample.name, []).append((sample.labels, sample.value))
-    return found
-
-
-async def test_engine_metrics_are_read_when_scraped(client: httpx.AsyncClient, server: FakeServer) -> None:
-    await server.adapters.register("pirate", "/adapters/pirate")
-    server.engine.current = Stats(
-        running=3,
-        waiting=2,
-        kv_usage=0.25,
-        running_adapters=("a", "b"),
-        waiting_adapters=("c",),
-        resident_adapters=("digest-of-/adapters/pirate",),
-        prompt_tokens=70,
-        generation_tokens=50,
-        preemptions=1,
-    )
-    found = await samples(client)
-    labels = {"model_name": "base", "engine": "0"}
-    for name, value in [
-        ("vllm:num_requests_running", 3),
-        ("vllm:num_requests_waiting", 2),
-        ("vllm:kv_cache_usage_perc", 0.25),
-        ("vllm:gpu_cache_usage_perc", 0.25),
-        ("vllm:prompt_tokens_total", 70),
-        ("vllm:generation_tokens_total", 50),
-        ("vllm:num_preemptions_total", 1),
-        ("vllm:num_gpu_loaded_lora_adapters", 1),
-        ("vllm:max_gpu_lora_adapters", 4),
-    ]:
-        assert found[name] == [(labels, value)], name
-    assert found["vllm:cache_config_info"] == [({"block_size": "16", "num_gpu_blocks": "100"}, 1)]
-    loaded = {"adapter_name": "pirate", "level": "gpu", "pinned": "false"}
-    assert found["vllm:lora_adapter_loaded"] == [(loaded, 1)]
-    [(info, value)] = found["vllm:lora_requests_info"]
-    assert info == {"max_lora": "4", "running_lora_adapters": "a,b", "waiting_lora_adapters": "c"}
-    assert value > 1_700_000_000  # routers take the series with the largest value as the newest
-    server.engine.current = Stats(running_adapters=("b",))
-    [(info, _)] = (await samples(client))["vllm:lora_requests_info"]  # the old labels are gone
-    assert info["running_lora_adapters"] == "b"
-
-
-async def test_request_metrics(client: httpx.AsyncClient, server: FakeServer) -> None:
-    body = {"model": "base", "prompt": "hi", "max_tokens": 2}
-    await client.post("/v1/completions", json=body)
-    await client.post("/v1/completions", json={**body, "n": 2, "max_tokens": 16})
-    await client.post("/v1/completions", json={**body, "stop": "the"})
-    found = await samples(client)
-    ended = {labels["finished_reason"]: value for labels, value in found["vllm:request_success_total"]}
-    assert ended == {"stop": 3, "length": 1, "abort": 0, "error": 0}
-    answer = len(server.tokenizer.encode("the answer", False)) + 1
-    stopped = next(
-        i for i in range(1, 9) if "the" in server.tokenizer.decode(server.tokenizer.encode("the answer", False)[:i])
-    )
-    totals = {name: values[0][1] for name, values in found.items() if name.endswith(("_count", "_sum"))}
-    assert totals["vllm:time_to_first_token_seconds_count"] == 4
-    assert totals["vllm:inter_token_latency_seconds_count"] == 1 + 2 * (answer - 1) + stopped - 1
-    assert totals["vllm:e2e_request_latency_seconds_count"] == 4
-    assert totals["vllm:request_generation_tokens_sum"] == 2 + 2 * answer + stopped
-    assert totals["vllm:request_prompt_tokens_count"] == 3
-    assert totals["vllm:request_params_n_sum"] == 1 + 2 + 1

@@ -12,8 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,10 @@ import httpx
 import pytest
 
 from loraplex.server import cli, launch
-from loraplex.server.config import ConfigError, NamedAdapter, base_names, parse_size
+from loraplex.server.config import ConfigError, NamedAdapter, base_names, parse_memory, parse_size
+from tests.support.command import serving
 from tests.support.peft_adapters import make_peft_adapter
 from tests.support.tiny import load_oracle, make_tiny_model, make_tiny_tokenizer
-
-LORAPLEX = [sys.executable, "-c", "from loraplex.server.cli import main; main()"]
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +92,10 @@ def assert_one_line(result: tuple[Any, str, str], *words: str) -> None:
         (["serve", "x", "--max-model-len", "-5"], ["--max-model-len"]),
         (["serve", "x", "--memory", "4X"], ["--memory", "4X"]),
         (["serve", "x", "--memory", "0"], ["--memory"]),
+        (["serve", "x", "--memory", "101%"], ["--memory", "101%"]),
+        (["serve", "x", "--memory", "0.0"], ["--memory", "0.0"]),
+        (["serve", "x", "--host-memory", "50%"], ["--host-memory", "50%"]),
+        (["serve", "x", "--max-loras", "0"], ["--max-loras"]),
         (["serve", "x", "--adapter", "pirate"], ["--adapter", "NAME=PATH"]),
         (["serve", "x", "--adapter", "=path"], ["--adapter", "NAME=PATH"]),
         (["serve", "x", "--adapter", "x=p"], ["x=p", "base's"]),
@@ -131,7 +133,7 @@ def test_bases_that_cannot_be_served(run_main: Run, base: Path, tmp_path: Path) 
 
 
 def test_a_context_longer_than_the_models(run_main: Run, base: Path) -> None:
-    start = ["serve", str(base), "--port", "0", "--memory", "32M", "--device", "cpu"]
+    start = ["serve", str(base), "--port", "0", "--memory", "2G", "--device", "cpu"]
     assert_one_line(run_main(*start, "--max-model-len", "513"), "--max-model-len 513", "512")
 
 
@@ -144,7 +146,7 @@ def test_memory_and_device_that_are_not_there(run_main: Run, base: Path) -> None
 
 
 def test_named_adapters_that_cannot_be_served(run_main: Run, base: Path, adapters: Path) -> None:
-    start = ["serve", str(base), "--port", "0", "--memory", "32M", "--device", "cpu"]
+    start = ["serve", str(base), "--port", "0", "--memory", "2G", "--device", "cpu"]
     assert_one_line(run_main(*start, "--adapter", "a=/nowhere/at/all"), "--adapter a=/nowhere/at/all")
     damaged = f"a={adapters / 'damaged'}"
     assert_one_line(run_main(*start, "--adapter", damaged), damaged, "adapter_model.safetensors")
@@ -170,7 +172,8 @@ assert not heavy, heavy
         shown[arguments[0]] = done.stdout
     for flag in (
         *("--adapter", "--adapter-dir", "--served-model-name", "--host", "--port", "--device", "--dtype"),
-        *("--max-model-len", "--memory", "--max-num-seqs", "--token-budget", "NAME=PATH", "BASE"),
+        *("--max-model-len", "--memory", "--host-memory", "--max-loras", "--max-num-seqs", "--token-budget"),
+        *("--max-waiting", "--max-waiting-tokens", "--loader-threads", "NAME=PATH", "BASE"),
     ):
         assert flag in shown["serve"]
     assert "serve" in shown["--help"]
@@ -178,26 +181,6 @@ assert not heavy, heavy
 
 
 # ------------------------------------------------------------------------------------------------------------ serving
-
-
-@contextmanager
-def serving(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], list[str]]]:
-    """The command in a process of its own, once it says it serves: (process, what it printed)."""
-    command = [*LORAPLEX, "serve", *arguments, "--port", "0", "--memory", "32M", "--device", "cpu"]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    assert process.stdout is not None
-    lines: list[str] = []
-    try:
-        while len([line for line in lines if "curl" in line]) < 3:
-            line = process.stdout.readline()
-            assert line, process.stderr.read() if process.stderr else ""
-            lines.append(line.strip())
-        yield process, lines
-    finally:
-        process.kill()
-        process.communicate()
 
 
 def run_curl(line: str) -> httpx.Response:
@@ -302,6 +285,21 @@ def test_sizes(text: str, size: int) -> None:
 def test_sizes_that_are_none(text: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(repr(text))):
         parse_size(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "memory"),
+    [("0.5", 0.5), (".25", 0.25), ("1.0", 1.0), ("50%", 0.5), ("7.5 %", 0.075), ("1", 1), ("2G", 2 << 30)],
+)
+def test_memory_is_bytes_or_a_share(text: str, memory: float) -> None:
+    assert parse_memory(text) == memory
+    assert isinstance(parse_memory(text), type(memory))
+
+
+@pytest.mark.parametrize("text", ["0.0", "0%", "100.1%", "-50%", "0.5%%", "half"])
+def test_memory_that_is_none(text: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(repr(text))):
+        parse_memory(text)
 
 
 def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ def server(tmp_path: Path) -> Iterator[tuple[int, str]]:
     make_tiny_model("llama", tmp_path / "tiny")
     make_tiny_tokenizer(tmp_path / "tiny")
     command = [sys.executable, "-c", "from loraplex.server.cli import main; main()"]
-    command += ["serve", str(tmp_path / "tiny"), "--port", "0", "--memory", "64M"]
+    command += ["serve", str(tmp_path / "tiny"), "--port", "0", "--memory", "768M"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout is not None
     deadline = threading.Timer(90, process.kill)

@@ -324,16 +324,16 @@ def test_errors_are_the_clients_own(served: Served) -> None:
         )
     assert (long.value.param, long.value.code) == ("messages", "context_length_exceeded")
     with pytest.raises(openai.BadRequestError) as guided:
-        served.client.completions.create(model="tiny", prompt="the", extra_body={"guided_regex": "a+"})
+        served.client.completions.create(model="tiny", prompt="the", extra_body={"guided_regex": "(a"})
     assert guided.value.param == "guided_regex"
     assert_idle(served)
 
 
 def test_ignored_fields_are_named(served: Served) -> None:
     raw = served.client.chat.completions.with_raw_response.create(
-        model="tiny", messages=MESSAGES, max_tokens=1, store=False, extra_body={"cache_salt": "x"}
+        model="tiny", messages=MESSAGES, max_tokens=1, store=False, extra_body={"mood": "x"}
     )
-    assert raw.headers["x-ignored-fields"] == "store, cache_salt"
+    assert raw.headers["x-ignored-fields"] == "store, mood"
     assert raw.parse().choices[0].finish_reason is not None
 
 

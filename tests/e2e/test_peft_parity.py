@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from loraplex.adapters.peft_format import load_image
+from loraplex.adapters.loader import Reading
+from loraplex.adapters.reader import AdapterReader
 from loraplex.adapters.residency import Residency
 from loraplex.adapters.tiles import BaseLayout
 from loraplex.kernels.metadata import AdapterSegments
@@ -93,8 +94,9 @@ class Server:
 
     def load(self, folder: Path) -> str:
         """Read and load an adapter; its digest."""
-        parsed, image = load_image(folder, self.layout, self._base_bias)
-        assert self.residency.load(parsed.digest, image)
+        reader = AdapterReader(self.layout, self._base_bias, max_pages=1 << 30)
+        parsed = reader.read(Reading(str(folder), True, lambda: None))
+        assert self.residency.load(parsed.digest, parsed.image)
         self.residency.check_integrity()
         return parsed.digest
 

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import httpx
+
 from loraplex.adapters.errors import AdapterNotFound, AdapterRefused
+from loraplex.adapters.merge_plan import MergePlan
 from loraplex.adapters.registry import AdapterVersion, Registry
+from loraplex.adapters.sources import OPERATOR, Access
 from loraplex.server.api.parts import Base, Parts
+from loraplex.server.app import create_app
+from loraplex.server.engine.chat_template import ChatTemplate
+from loraplex.server.engine.grammar import Grammars
+from loraplex.server.engine.on_demand import OnDemand
 from loraplex.server.engine.request import FinishReason, GenerationRequest, TokenEvent
+from loraplex.server.engine.stats import AdapterPlace, TierStats
 from loraplex.server.engine.tokenizer import Tokenizer
 from loraplex.server.metrics import Limits, Metrics
 from tests.support.tiny import VOCAB_SIZE
@@ -44,6 +54,20 @@ class Stats:
     adapter_loads: int = 0
     adapter_evictions: int = 0
     steps: int = 0
+    queued_tokens: int = 0
+    clients: int = 0
+    fairness_spread: float = 0.0
+    prefix_hits: int = 0
+    prefix_queries: int = 0
+    stall_seconds: float = 0.0
+    refused: int = 0
+    expired: int = 0
+    waiting_for_adapters: int = 0
+    adapter_wait: float = 0.0
+    step_counts: tuple[int, ...] = ()
+    step_tokens: int = 0
+    pages: Mapping[str, int] = field(default_factory=dict)
+    tiers: Mapping[str, TierStats] = field(default_factory=dict)
 
 
 Script = Callable[[GenerationRequest], Sequence[TokenEvent]]
@@ -65,6 +89,8 @@ class FakeEvents:
         await asyncio.sleep(0)
         await self._engine.gate.wait()
         event = self._script.pop(0)
+        if self._request.request_id in self._engine.stopped:
+            event = TokenEvent(self._request.request_id, None, finish=FinishReason.ABORT)
         if event.finish is not None:
             self._end()
         return event
@@ -89,11 +115,13 @@ class FakeEngine:
         self.failure: BaseException | None = None
         self.requests: list[GenerationRequest] = []
         self.open: set[str] = set()
-        self.aborted: list[str] = []
+        self.aborted: list[str] = []  # by closing their events
+        self.stopped: set[str] = set()  # by id
         self.refusal: Exception | None = None
         self.gate = asyncio.Event()
         self.gate.set()
         self.current = Stats()
+        self.places: list[AdapterPlace] = []
         self.script: Script = lambda request: say(tokenizer, "the answer", request)
 
     def submit(self, request: GenerationRequest) -> FakeEvents:
@@ -104,6 +132,9 @@ class FakeEngine:
             raise self.refusal
         self.open.add(request.request_id)
         return FakeEvents(self, request, self.script(request))
+
+    def abort(self, request_id: str) -> None:
+        self.stopped.add(request_id)
 
     def stats(self) -> Stats:
         return self.current
@@ -134,7 +165,9 @@ class FakeAdapters:
     def __init__(self) -> None:
         self.registry = Registry()
 
-    async def register(self, name: str, source: str, *, replace: bool = False) -> AdapterVersion:
+    async def register(
+        self, name: str, source: str, *, replace: bool = False, access: Access = OPERATOR
+    ) -> AdapterVersion:
         await asyncio.sleep(0)
         if "missing" in source:
             raise AdapterNotFound(f"{source}: no such folder")
@@ -151,6 +184,9 @@ class FakeAdapters:
             replace=replace,
         )
 
+    async def arrival(self, name: str) -> None:
+        """Nothing is ever on its way."""
+
     def unregister(self, name: str) -> AdapterVersion:
         return self.registry.unregister(name)
 
@@ -163,19 +199,38 @@ class FakeServer:
     engine: FakeEngine
     adapters: FakeAdapters = field(default_factory=FakeAdapters)
     defaults: Defaults = field(default_factory=Defaults)
+    max_model_len: int = MAX_MODEL_LEN  # this and the template: of clients made from here on
+    on_demand: OnDemand = field(init=False)
+
+    def __post_init__(self) -> None:
+        def merge(versions: Sequence[AdapterVersion], plan: MergePlan, root: Path) -> str:
+            return plan.key([version.digest or "" for version in versions])
+
+        self.on_demand = OnDemand(self.adapters, merge)
+
+    def use_template(self, source: str) -> None:
+        """Another chat template."""
+        self.tokenizer = copy(self.tokenizer)
+        self.tokenizer._template = ChatTemplate(source, {})
+
+    def client(self) -> httpx.AsyncClient:
+        """Talks to a new application of these parts, in-process."""
+        transport = httpx.ASGITransport(create_app(self.parts), raise_app_exceptions=False)
+        return httpx.AsyncClient(transport=transport, base_url="http://test")
 
     @property
     def parts(self) -> Parts:
         limits = Limits("base", MAX_MODEL_LEN, block_size=16, num_pages=100, max_adapters=4)
-        registry = self.adapters.registry
         return Parts(
-            base=Base(("base", "alias"), "/models/base", VOCAB_SIZE, MAX_MODEL_LEN, created=1_700_000_000),
+            base=Base(("base", "alias"), "/models/base", VOCAB_SIZE, self.max_model_len, created=1_700_000_000),
             engine=self.engine,
             adapters=self.adapters,
             tokenizer=self.tokenizer,
+            grammars=Grammars(self.tokenizer, VOCAB_SIZE, self.defaults.eos_token_ids),
             defaults=self.defaults,
-            metrics=Metrics(limits, self.engine.stats, lambda: [(v.name, v.digest) for v in registry.list()]),
+            metrics=Metrics(limits, self.engine.stats, lambda: self.engine.places),
             max_body_bytes=100_000,
+            on_demand=self.on_demand,
         )
 
 

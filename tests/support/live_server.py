@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from loraplex.server.config import HttpConfig, ServeConfig
+from loraplex.server.config import AuthConfig, HttpConfig, ServeConfig
 from loraplex.server.engine.build import EngineConfig, EngineParts, build_engine
 from loraplex.server.engine.tokenizer import Tokenizer
 from loraplex.server.launch import bind, make_app, make_server
@@ -23,13 +23,13 @@ class LiveServer:
 
 
 @contextmanager
-def live_server(base: Path, name: str, engine: EngineConfig) -> Iterator[LiveServer]:
+def live_server(base: Path, name: str, engine: EngineConfig, auth: AuthConfig | None = None) -> Iterator[LiveServer]:
     """Serve the checkpoint in `base` as `name` while the block runs."""
-    config = ServeConfig(str(base), (name,), engine, http=HttpConfig(shutdown_seconds=1))
+    config = ServeConfig(str(base), (name,), engine, http=HttpConfig(grace_seconds=1), auth=auth or AuthConfig())
     parts, tokenizer = build_engine(engine, base, name), Tokenizer(base)
     held = bind("127.0.0.1", 0)
     listening = threading.Event()
-    server = make_server(make_app(config, parts, tokenizer), config.http, lambda port: listening.set())
+    server = make_server(make_app(config, parts, tokenizer), lambda port: listening.set())
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[held])))
     parts.engine.start()
     thread.start()
@@ -37,7 +37,7 @@ def live_server(base: Path, name: str, engine: EngineConfig) -> Iterator[LiveSer
         assert listening.wait(30)
         yield LiveServer(f"http://127.0.0.1:{held.getsockname()[1]}", parts, tokenizer)
     finally:
-        server.should_exit = True
+        server.close()
         thread.join(30)
         parts.engine.stop()
         parts.adapters.close()

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import time
+from collections.abc import Callable
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass, field
 
 from loraplex.adapters.errors import AdapterRefused
+from loraplex.adapters.eviction import IdleSet, Reclaimer
 from loraplex.adapters.pages import PagePool
 from loraplex.adapters.registry import AdapterLease, AdapterVersion, Registry
 from loraplex.server.engine.kv_cache import GroupSpec, KVCache
 from loraplex.server.engine.request import GenerationRequest, SamplingParams
 from loraplex.server.engine.scheduler import Scheduler, SchedulerLimits, StepPlan
+from loraplex.server.engine.stats import TierStats
 
 FULL = (GroupSpec((0,), None),)
 
@@ -25,82 +28,142 @@ class Draw:
 
 @dataclass
 class FakePlacement:
-    """Adapters as page counts. By default all are in host memory; `away` ones arrive when arrive() says so."""
+    """Adapters as page counts. By default all are in host memory; `away` ones arrive when they are taken out of it.
+
+    A copy to the device takes `copy_steps` steps of a busy server, and none of an idle one.
+    """
 
     pool: PagePool
+    reclaimer: Reclaimer = field(default_factory=Reclaimer)
     num_slots: int = 8
+    copy_steps: int = 0
     away: set[str] = field(default_factory=set)
     broken: set[str] = field(default_factory=set)
-    requested: list[str] = field(default_factory=list)
+    forever: set[str] = field(default_factory=set)  # pinned by the operator
     pins: dict[str, int] = field(default_factory=dict)
+    wanted: dict[str, int] = field(default_factory=dict)  # requested and not cancelled
+    requested: list[str] = field(default_factory=list)
     forgotten: list[str] = field(default_factory=list)
     loads: int = 0
     evictions: int = 0
+    stall_seconds: float = 0.0
+    registry: Registry | None = None  # where versions that were never read get their digests
 
     def __post_init__(self) -> None:
-        self.device: OrderedDict[str, list[int]] = OrderedDict()  # least recently used first
-        self._asked: tuple[str, ...] = ()
+        self.device: dict[str, list[int]] = {}
+        self._copying: dict[str, int] = {}  # steps still to go
+        self._idle: IdleSet[str] = self.reclaimer.owner("adapter", self._evict)
+        self._asked: tuple[str | None, ...] = ()
 
     def request(self, version: AdapterVersion) -> None:
-        self.requested.append(version.digest)
+        self.wanted[version.name] = self.wanted.get(version.name, 0) + 1
+        self.requested.append(version.name)
+
+    def check_integrity(self) -> None:
+        assert sum(map(len, self.device.values())) == self.pool.used_by("adapter")
+
+    def cancel(self, version: AdapterVersion) -> None:
+        self.wanted[version.name] -= 1
+        if not self.wanted[version.name]:
+            del self.wanted[version.name]
 
     def missing_pages(self, versions: ListLike[AdapterVersion]) -> list[int] | None:
-        self._asked = tuple(version.digest for version in versions)
+        assert all(version.name in self.wanted for version in versions), "asked about without a request"
         for version in versions:
-            if version.digest in self.broken and version.digest not in self.device:
-                raise AdapterRefused("bad_file", f"{version.digest} is broken")
-        if any(v.digest in self.away and v.digest not in self.device for v in versions):
+            if digest_of(version) in self.broken and version.digest not in self.device:
+                raise AdapterRefused("bad_file", f"{version.name} is broken")
+        if any(digest_of(v) in self.away and v.digest not in self.device for v in versions):
             return None
+        for version in versions:
+            if version.digest is None and self.registry is not None:
+                self.registry.identify(version, digest_of(version))
+        self._asked = tuple(version.digest for version in versions)
         return [0 if v.digest in self.device else v.num_pages for v in versions]
 
     def load(self, version: AdapterVersion) -> bool:
-        assert version.digest in self._asked, "loaded without having asked"
-        assert version.digest not in self.device, "loaded twice"
+        digest = version.digest
+        assert digest is not None
+        assert digest in self._asked, "loaded without having asked"
+        assert digest not in self.device, "loaded twice"
         if len(self.device) == self.num_slots:
             return False
         pages = self.pool.alloc(version.num_pages, "adapter")
         if pages is None:
             return False
-        self.device[version.digest] = pages
+        self.device[digest] = pages
+        self._set_idle(digest)
+        if self.copy_steps:
+            self._copying[digest] = self.copy_steps
         self.loads += 1
         return True
+
+    def is_ready(self, version: AdapterVersion) -> bool:
+        return version.digest in self.device and version.digest not in self._copying
+
+    def start_step(self, busy: bool) -> bool:
+        for digest in tuple(self._copying):
+            self._copying[digest] -= 1
+            if not busy or self._copying[digest] == 0:
+                del self._copying[digest]
+        return bool(self._copying)
 
     def pin(self, digest: str) -> None:
         assert digest in self.device, "pinned what is not on the device"
         self.pins[digest] = self.pins.get(digest, 0) + 1
-        self.device.move_to_end(digest)
+        self._idle.remove(digest)
 
     def unpin(self, digest: str) -> None:
         assert self.pins[digest] > 0, "unpinned once too often"
         self.pins[digest] -= 1
         if not self.pins[digest]:
             del self.pins[digest]
+            self._set_idle(digest)
 
-    def idle_pages(self) -> int:
-        return sum(len(pages) for digest, pages in self.device.items() if digest not in self.pins)
-
-    def evict_idle(self, pages: int) -> int:
-        freed = 0
-        while freed < pages:
-            before = self.pool.num_free
-            if not self.evict_one():
-                break
-            freed += self.pool.num_free - before
-        return freed
-
-    def evict_one(self) -> bool:
-        idle = next((digest for digest in self.device if digest not in self.pins), None)
-        if idle is None:
+    def evict_for_slot(self) -> bool:
+        if not len(self._idle):
             return False
-        self.pool.free(self.device.pop(idle))
-        self.evictions += 1
+        self._idle.evict_first()
         return True
+
+    def evict_all(self) -> None:
+        while self.evict_for_slot():
+            pass
 
     def loaded(self) -> tuple[str, ...]:
         return tuple(self.device)
 
+    def tiers(self) -> dict[str, TierStats]:
+        return {"device": TierStats(loads=self.loads, evictions=self.evictions)}
+
     def forget(self, version: AdapterVersion) -> None:
-        self.forgotten.append(version.digest)
+        self.forgotten.append(str(version.digest))
+
+    def _set_idle(self, digest: str) -> None:
+        if digest not in self.forever:
+            self._idle.add(digest, len(self.device[digest]), 1.0, 1.0)
+
+    def _evict(self, digest: str) -> int:
+        assert digest not in self.pins, "evicted in use"
+        pages = self.device.pop(digest)
+        self.pool.free(pages)
+        self._copying.pop(digest, None)
+        self.evictions += 1
+        return len(pages)
+
+
+def digest_of(version: AdapterVersion) -> str:
+    """What the version's digest is, or will be."""
+    return version.digest or f"digest-{version.name}"
+
+
+class Clock:
+    """Time that passes when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
 
 
 class Requests:
@@ -110,9 +173,15 @@ class Requests:
         self.registry = Registry()
         self._count = 0
 
-    def adapter(self, name: str, pages: int = 1) -> str:
+    def adapter(self, name: str, pages: int = 1, *, is_read: bool = True) -> str:
         self.registry.register(
-            name, digest=f"digest-{name}", source=name, rank=1, targets=("q_proj",), num_pages=pages, nbytes=pages * 100
+            name,
+            digest=f"digest-{name}" if is_read else None,
+            source=name,
+            rank=1,
+            targets=("q_proj",),
+            num_pages=pages,
+            nbytes=pages * 100,
         )
         return name
 
@@ -139,11 +208,27 @@ def make_scheduler(
     max_model_len: int = 1000,
     num_slots: int = 8,
     rope_switch: int | None = None,
+    prefix_cache: bool = False,
+    ageing: float = 30.0,
+    copy_steps: int = 0,
+    clock: Callable[[], float] | None = None,
 ) -> tuple[Scheduler, FakePlacement]:
+    """Without a cache of prefixes unless it is asked for: the prompts of `Requests` begin alike."""
     pool = PagePool(pages)
-    placement = FakePlacement(pool, num_slots)
-    limits = SchedulerLimits(max_model_len, max_num_seqs, token_budget, num_slots, 1000, rope_switch)
-    return Scheduler(KVCache(pool, groups, block_size), placement, limits), placement
+    reclaimer = Reclaimer()
+    placement = FakePlacement(pool, reclaimer, num_slots, copy_steps)
+    limits = SchedulerLimits(
+        max_model_len,
+        max_num_seqs,
+        token_budget,
+        num_slots,
+        vocab_size=1000,
+        rope_switch=rope_switch,
+        prefix_cache=prefix_cache,
+        ageing=ageing,
+    )
+    kv = KVCache(pool, groups, block_size, reclaimer)
+    return Scheduler(kv, placement, limits, clock or time.monotonic), placement
 
 
 def draws(plan: StepPlan) -> list[Draw]:

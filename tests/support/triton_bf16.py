@@ -7,6 +7,8 @@ interpreter's private classes, so triton is pinned in constraints.txt; apply() b
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -56,3 +58,28 @@ def apply() -> None:
 
     builder.cast_impl, builder.create_fp_to_fp = cast_impl, create_fp_to_fp
     builder.create_dot, builder.binary_op = create_dot, binary_op
+
+
+@contextmanager
+def dots_in_order() -> Iterator[None]:
+    """Matrix products summed one element of K after the other, as by one thread of a GPU.
+
+    The interpreter hands them to BLAS, where the order hangs on a row's place in its tile. After apply().
+    """
+    builder = interpreter.InterpreterBuilder
+    before = builder.create_dot
+
+    def create_dot(self: Any, a: Any, b: Any, acc: Any, *_: Any) -> Any:
+        total = acc.data.astype(np.float32)
+        left, right = (
+            (widened(x.data) if x.dtype.scalar == tl.bfloat16 else x.data.astype(np.float32)) for x in (a, b)
+        )
+        for k in range(left.shape[1]):
+            total += left[:, k : k + 1] * right[k : k + 1]
+        return interpreter.TensorHandle(total, acc.dtype.scalar)
+
+    builder.create_dot = create_dot
+    try:
+        yield
+    finally:
+        builder.create_dot = before

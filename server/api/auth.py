@@ -1,0 +1,109 @@
+"""Who may come in: every request but those for OPEN routes brings a key, once the server has any.
+
+A middleware around all routes, so that a new route is closed until it is named here. It knows the caller from the
+headers alone, before a byte of the body is read, and answers 401 and 429 in the shape of the API that was called.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from loraplex.server.access import Access
+from loraplex.server.api.errors import ApiError, error_response, to_api_error
+from loraplex.server.exchange import current_exchange
+from loraplex.server.rate_limits import RateLimited
+from loraplex.server.tenants import Caller, calling
+
+OPEN = frozenset({"/", "/health", "/ready", "/startup", "/ping", "/version", "/load"})
+"""What load balancers, kubelets and routers ask: GET, and /ping also POST. They tell nothing of any tenant."""
+
+METRICS = "/metrics"
+
+LORAX = frozenset({"/", "/generate", "/generate_stream", "/info", "/embed", "/classify", "/classify_batch"})
+"""Routes that tell errors as LoRAX does."""
+
+UNCOUNTED = ("/abort_request", "/v1/unload_lora_adapter", "/unload_lora_adapter", "/cancel")
+"""Ends of the paths of POSTs that only give something back: a key at its limits may still do that."""
+
+MAX_KEY = 512
+"""Characters; nothing longer is hashed."""
+
+
+class KeyMiddleware:
+    """ASGI middleware: nobody without a key, and nobody beyond what their key allows."""
+
+    def __init__(self, app: ASGIApp, access: Access) -> None:
+        self._app = app
+        self._access = access
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] != "http" or self._is_open(scope["method"], scope["path"]):
+            await self._app(scope, receive, send)
+            return
+        caller = await self._access.find(given_keys(Headers(scope=scope)))
+        if caller is None:
+            await refusal(scope["path"], _unauthorized())(scope, receive, send)
+            return
+        if (exchange := current_exchange()) is not None:
+            exchange.tenant = caller.key.tenant
+        with calling(caller):
+            await self._pass(caller, scope, receive, send)
+
+    async def _pass(self, caller: Caller, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope["path"]
+        if path == METRICS and not caller.key.may_scrape:
+            error = ApiError(403, "this key may not read metrics", type="permission_error", code="forbidden")
+            await refusal(path, error)(scope, receive, send)
+            return
+        if scope["method"] != "POST" or path.endswith(UNCOUNTED):
+            await self._app(scope, receive, send)
+            return
+
+        async def send_limits(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(caller.limit_headers())
+            await send(message)
+
+        try:
+            caller.admit()
+        except RateLimited as error:
+            await refusal(path, to_api_error(error))(scope, receive, send_limits)
+            return
+        with caller.at_work():
+            await self._app(scope, receive, send_limits)
+
+    def _is_open(self, method: str, path: str) -> bool:
+        if path == METRICS:
+            return self._access.open_metrics
+        return path in OPEN and (method in ("GET", "HEAD") or path == "/ping")
+
+
+def given_keys(headers: Headers) -> list[str]:
+    """What may be a key: x-api-key, and the token of a Bearer header. One that is known is enough."""
+    found = headers.getlist("x-api-key")
+    for value in headers.getlist("authorization"):
+        scheme, _, token = value.partition(" ")
+        if scheme.lower() == "bearer":
+            found.append(token)
+    stripped = [value.strip() for value in found[:4]]  # nobody tries a thousand keys with one request
+    return [value for value in stripped if 0 < len(value) <= MAX_KEY]
+
+
+def refusal(path: str, error: ApiError) -> Response:
+    """An error in the words of the API that `path` belongs to."""
+    if path in LORAX:
+        kind = "overloaded" if error.status == 429 else "authentication"
+        body: dict[str, Any] = {"error": error.message, "error_type": kind}
+        return JSONResponse(body, status_code=error.status, headers=error.headers)
+    return error_response(error, both_shapes=path.endswith("load_lora_adapter"))
+
+
+def _unauthorized() -> ApiError:
+    """Nothing of what was given is repeated: a mistyped key is nearly a key."""
+    message = "no known API key was given; send yours as 'Authorization: Bearer KEY' or 'x-api-key: KEY'"
+    return ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})

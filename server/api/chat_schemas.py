@@ -1,0 +1,213 @@
+"""The wire format of chat: messages, tools, and the answers."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_serializer
+
+from loraplex.server.api.schemas import MAX_LOGPROBS, GenerationFields, Incoming, Usage, Wire, kind_of
+
+MAX_TOOLS = 128
+MAX_TOOL_CHARS = 65_536
+"""Of all tools' descriptions and schemas together, as JSON."""
+
+# ---------------------------------------------------------------------------------------------------------- requests
+
+
+def read_content(value: Any) -> str | None:
+    """A message's text: a string, or parts that hold text, which are joined by newlines."""
+    if value is None or isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise ValueError(f"expected a string or a list of parts, found {kind_of(value)}")
+    return "\n".join(_read_part(i, part) for i, part in enumerate(value))
+
+
+def _read_part(i: int, part: Any) -> str:
+    if not isinstance(part, dict) or not isinstance(part.get("type"), str):
+        raise ValueError(f'part {i}: expected {{"type": "text", "text": ...}}, found {kind_of(part)}')
+    key = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}.get(part["type"])
+    if key is None:
+        raise ValueError(f"part {i} is of type {part['type'][:40]!r}: only text goes in and out")
+    if not isinstance(part.get(key), str):
+        raise ValueError(f"part {i}: expected a string in '{key}', found {kind_of(part.get(key))}")
+    return str(part[key])
+
+
+FunctionName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+
+
+class CalledFunction(Incoming):
+    """What an earlier answer called."""
+
+    name: str
+    arguments: str
+
+
+class PastCall(Incoming):
+    """A tool call in an assistant's message."""
+
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class Message(Incoming):
+    """One message of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Annotated[str | None, BeforeValidator(read_content)] = None
+    name: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[PastCall] | None = None
+    tool_call_id: str | None = None
+
+
+class FunctionSpec(Incoming):
+    """A function the model may call."""
+
+    name: FunctionName
+    description: str | None = None
+    parameters: dict[str, Any] | None = None  # a JSON schema
+    strict: bool | None = None  # true: arguments are held to the schema even where the call is the model's own idea
+
+
+class Tool(Incoming):
+    """One of `tools`."""
+
+    type: Literal["function"]
+    function: FunctionSpec
+
+
+class ChatRequest(GenerationFields):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None  # wins over max_tokens
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: Any = None  # see api/conversation.py
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: str | None = None  # for templates that have it
+    add_generation_prompt: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+# ----------------------------------------------------------------------------------------------------------- answers
+
+
+class TopLogprob(Wire):
+    """A token that could have been drawn; `bytes` are its own, which may be part of a character."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprob(TopLogprob):
+    """A token that was drawn, and the likeliest ones of its place."""
+
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(Wire):
+    """Chat's form of log probabilities."""
+
+    content: list[TokenLogprob]
+    refusal: None = None
+
+
+class FunctionCall(Wire):
+    name: str
+    arguments: str  # JSON, unless the answer was cut short
+
+
+class ToolCall(Wire):
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class ChatMessage(Wire):
+    """The answer of one choice."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str | None
+    refusal: None = None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCall] | None = None
+
+    @model_serializer
+    def _present(self) -> dict[str, Any]:
+        """Clients tell by the presence of these two whether there are any."""
+        optional = {"reasoning_content": self.reasoning_content, "tool_calls": self.tool_calls}
+        fixed = {"role": self.role, "content": self.content, "refusal": self.refusal}
+        return fixed | {name: value for name, value in optional.items() if value is not None}
+
+
+class ChatChoice(Wire):
+    index: int
+    message: ChatMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: str | None
+    stop_reason: int | str | None = None  # vLLM's: the stop string or stop token that ended it
+
+
+class ChatCompletion(Wire):
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    system_fingerprint: None = None
+
+
+class ToolCallDelta(Wire):
+    """A part of a call. The first one of each `index` has id, type and name, the others only arguments to append."""
+
+    index: int
+    id: str | None = None
+    name: str | None = None
+    arguments: str = ""
+
+    @model_serializer
+    def _present(self) -> dict[str, Any]:
+        if self.id is None:
+            return {"index": self.index, "function": {"arguments": self.arguments}}
+        function = {"name": self.name, "arguments": self.arguments}
+        return {"index": self.index, "id": self.id, "type": "function", "function": function}
+
+
+class ChatDelta(Wire):
+    """What a chunk adds to the message. Absent is not null here: clients append what is present."""
+
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
+
+    @model_serializer
+    def _present(self) -> dict[str, Any]:
+        names = ("role", "content", "reasoning_content", "tool_calls")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+
+class ChatChunkChoice(Wire):
+    index: int
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+
+class ChatChunk(Wire):
+    id: str
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | None = None
+    system_fingerprint: None = None

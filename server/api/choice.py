@@ -1,0 +1,282 @@
+"""One choice of an answer: tokens of its engine request becoming text, with the prompt in front where it is echoed."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loraplex.adapters.errors import AdapterRefused
+from loraplex.server.api.errors import InvalidField
+from loraplex.server.api.parts import Events, Parts
+from loraplex.server.engine.detokenizer import Detokenizer
+from loraplex.server.engine.grammar import GrammarSpec, Thought
+from loraplex.server.engine.request import (
+    EngineError,
+    FinishReason,
+    GenerationRequest,
+    Phases,
+    Pooling,
+    ShuttingDown,
+    TokenEvent,
+    TokenScore,
+)
+from loraplex.server.engine.tokenizer import Tokenizer
+from loraplex.server.exchange import ChoiceTimes
+from loraplex.server.usage import GAPS, Buckets
+
+
+@dataclass(frozen=True)
+class ScoredToken:
+    """One token and how likely it was."""
+
+    token_id: int
+    logprob: float | None  # None: the first one of a prompt
+    top: tuple[tuple[int, float], ...]  # (token id, logprob), likeliest first
+    offset: int  # characters of the choice's text before it
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What a step adds to one choice: text that is certain by now (often none), and its tokens if they are scored."""
+
+    index: int
+    text: str
+    tokens: tuple[ScoredToken, ...] = ()
+    finish_reason: str | None = None  # "stop" | "length"; set in the last delta of the choice
+    stop_reason: int | str | None = None
+    embedding: NDArray[np.float32] | None = None  # [H], where it was asked for
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt; `text` is what an echo of it says, `thought` where it leaves a model that thinks aloud."""
+
+    ids: Sequence[int]
+    thought: Thought = "none"
+    text: str | None = None
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a route asks for beyond the fields that all of them have."""
+
+    max_tokens: int | None  # None: up to the context's end
+    num_choices: int  # of each prompt
+    logprobs: int | None = None  # see SamplingParams
+    grammar: tuple[str, GrammarSpec] | None = None  # the field that asked, and what the answer is held to
+    show_special: bool = False  # whatever the request says
+    whole_tokens: bool = (
+        False  # scored tokens come when all of their text is out; the one that stops, without text, too
+    )
+    echo: bool = False  # the prompt comes before the answer, with its own log probabilities if there are any
+    prompt_only: bool = False  # nothing of the answer is shown
+    pooling: Pooling | None = None  # the prompt as one vector
+
+
+@dataclass(frozen=True)
+class Echo:
+    """A prompt as the beginning of an answer; `offsets` are empty where its tokens are not scored."""
+
+    text: str
+    offsets: tuple[int, ...]
+
+    @classmethod
+    def build(cls, tokenizer: Tokenizer, prompt: Prompt, scored: bool) -> Echo:
+        text = prompt.text if prompt.text is not None else tokenizer.decode(prompt.ids)
+        if not scored:
+            return cls(text, ())
+        offsets, reader = [], Detokenizer(tokenizer)
+        for token_id in prompt.ids:
+            offsets.append(min(reader.decoded, len(text)))
+            reader.push(token_id)
+        return cls(text, tuple(offsets))
+
+    def tokens(self, ids: Sequence[int], scores: Sequence[TokenScore]) -> tuple[ScoredToken, ...]:
+        """`scores` are those of all ids but the first, which nothing predicts."""
+        if not self.offsets:
+            return ()
+        everything = ((None, ()), *scores)
+        return tuple(
+            ScoredToken(token_id, logprob, top, offset)
+            for token_id, (logprob, top), offset in zip(ids, everything, self.offsets, strict=True)
+        )
+
+
+class Choice:
+    """One choice: its engine request, and its tokens becoming text."""
+
+    def __init__(
+        self,
+        index: int,
+        request: GenerationRequest,
+        events: Events,
+        detokenizer: Detokenizer,
+        parts: Parts,
+        echo: Echo | None,
+        wanted: Wanted,
+    ) -> None:
+        self.params = request.params
+        self.num_tokens = 0
+        self.finish_reason = "abort"  # unless it comes to an end of its own
+        self._index = index
+        self._request = request
+        self._events = events
+        self._detokenizer = detokenizer
+        self._eos_ids = frozenset(parts.defaults.eos_token_ids)
+        self._metrics = parts.metrics
+        self._engine = parts.engine
+        self._registry = parts.adapters.registry
+        self._anew = False
+        self._aborted = False
+        self._echo = echo  # until it was said
+        self._wanted = wanted
+        self._shift = len(echo.text) if echo is not None else 0
+        self._submitted = time.monotonic()
+        self._last_time = request.arrival
+        self._first_time: float | None = None
+        self._gaps = Buckets(GAPS)
+        self._phases: Phases | None = None
+        self._unreleased: deque[ScoredToken] = deque()  # tokens whose text is not out yet
+
+    async def deltas(self) -> AsyncGenerator[Delta, None]:
+        try:
+            while True:
+                outdated = False
+                async for event in self._events:
+                    outdated = self._is_outdated(event)
+                    if outdated:
+                        break
+                    delta = self._take(event)
+                    yield delta
+                    if delta.finish_reason is not None:
+                        return
+                if not outdated:
+                    return
+                self._submit_anew()
+        finally:
+            await self.close()
+
+    def abort(self) -> None:
+        """End it here, with what there is."""
+        self._aborted = True
+        self._engine.abort(self._request.request_id)
+
+    async def close(self) -> None:
+        """Let go of the engine request. Idempotent."""
+        await self._events.aclose()
+
+    def times(self) -> ChoiceTimes:
+        """What there is to tell of it once it is closed."""
+        worn = [(lease.version, weight) for lease, weight in self._request.mix]
+        return ChoiceTimes(
+            adapters=tuple((version.name, version.digest, weight) for version, weight in worn),
+            submitted=self._submitted,
+            phases=self._phases,
+            first_token=self._first_time,
+            ended=time.monotonic(),
+            prompt_tokens=len(self._request.prompt_ids),
+            tokens=self.num_tokens,
+            gaps=self._gaps,
+            finish_reason=self.finish_reason,
+        )
+
+    def _is_outdated(self, event: TokenEvent) -> bool:
+        """Whether it ended before it began, because an adapter's files turned out to be other ones by now.
+
+        Its name stands for the new ones since then: they answer, once; unless this very version was asked for.
+        """
+        refused = isinstance(event.error, AdapterRefused) and event.error.code == "changed"
+        mix = self._request.mix
+        return refused and not self.num_tokens and not self._anew and not any(lease.exact for lease, _ in mix)
+
+    def _submit_anew(self) -> None:
+        """With what the adapters' names point at now. Raises AdapterError, EngineError."""
+        self._anew = True
+        mix = tuple((self._registry.lease(lease.version.name), weight) for lease, weight in self._request.mix)
+        self._request = replace(self._request, mix=mix)
+        self._events = self._engine.submit(self._request)
+
+    def _take(self, event: TokenEvent) -> Delta:
+        text = ""
+        stop_reason: int | str | None = None
+        if event.token_id is not None:
+            self._count(event)
+            if event.finish is FinishReason.STOP:
+                stop_reason = None if event.token_id in self._eos_ids else event.token_id
+                if self._wanted.whole_tokens:
+                    self._score(event.token_id, event)
+            elif not self._wanted.prompt_only:  # the token that stops is no part of the answer
+                text = self._show(event.token_id, event)
+        if event.finish is FinishReason.ERROR:
+            self.finish_reason = "error"
+            raise event.error or EngineError("the request failed")
+        if event.finish is FinishReason.ABORT and not self._aborted:
+            raise ShuttingDown("the server is shutting down, and the time for answers to end is over; ask again", 1.0)
+        finish = event.finish.value if event.finish is not None else None
+        if finish is not None:
+            text += self._detokenizer.finish()
+            self._check_constraint()
+        if self._detokenizer.stopped_by is not None:
+            finish, stop_reason = "stop", self._detokenizer.stopped_by
+        if self._wanted.prompt_only:
+            finish, stop_reason = "length", None
+        if finish is not None:
+            self.finish_reason = finish
+        tokens = self._release(finish is not None)
+        if self._echo is not None:
+            text = self._echo.text + text
+            tokens = self._echo.tokens(self._request.prompt_ids, event.prompt_logprobs) + tokens
+            self._echo = None
+        return Delta(self._index, text, tokens, finish, stop_reason, event.embedding)
+
+    def _check_constraint(self) -> None:
+        """Raises ApiError where the grammar gave up: the answer ends where it should not."""
+        constraint = self._request.constraint
+        if constraint is not None and constraint.failure is not None and self._wanted.grammar is not None:
+            self.finish_reason = "error"
+            param = self._wanted.grammar[0]
+            raise InvalidField(
+                param,
+                f"{param}: the grammar failed after {self.num_tokens} tokens: {constraint.failure}",
+                "grammar_failed",
+            )
+
+    def _show(self, token_id: int, event: TokenEvent) -> str:
+        self._score(token_id, event)
+        return self._detokenizer.push(token_id)
+
+    def _score(self, token_id: int, event: TokenEvent) -> None:
+        if event.logprob is not None:
+            offset = self._shift + self._detokenizer.decoded
+            self._unreleased.append(ScoredToken(token_id, event.logprob, event.top_logprobs, offset))
+
+    def _release(self, ended: bool) -> tuple[ScoredToken, ...]:
+        """Scored tokens whose text is out. At the end all, but for those that a stop string cut off."""
+        out = []
+        everything = ended and self._detokenizer.stopped_by is None
+        while self._unreleased and (everything or self._is_out(ended)):
+            out.append(self._unreleased.popleft())
+        return tuple(out)
+
+    def _is_out(self, ended: bool) -> bool:
+        """Whether the text of the oldest unreleased token is out, or the beginning of it."""
+        tokens, released = self._unreleased, self._shift + self._detokenizer.released
+        if ended or not self._wanted.whole_tokens:
+            return tokens[0].offset < released
+        return (tokens[1].offset if len(tokens) > 1 else self._shift + self._detokenizer.decoded) <= released
+
+    def _count(self, event: TokenEvent) -> None:
+        self.num_tokens += 1
+        now = time.monotonic()
+        first = self._first_time is None
+        self._metrics.token(now - self._last_time, first=first)
+        if first:
+            self._first_time, self._phases = now, event.phases
+        else:
+            self._gaps.observe(now - self._last_time)
+        self._last_time = now

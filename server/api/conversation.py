@@ -1,0 +1,220 @@
+"""A conversation and its tools, checked, to what a chat template is given and to what the answer is held to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from loraplex.server.api.chat_schemas import MAX_TOOL_CHARS, Message, Tool
+from loraplex.server.api.choice import Prompt
+from loraplex.server.api.errors import InvalidField
+from loraplex.server.api.message_parser import MessageParser, WholeMessage
+from loraplex.server.api.schemas import kind_of
+from loraplex.server.api.tool_formats import GENERIC, ToolFormat, describe_tools, find_format
+from loraplex.server.engine.chat_template import RESERVED, ChatTemplateError
+from loraplex.server.engine.grammar import GrammarSpec, Thought
+from loraplex.server.engine.tokenizer import Tokenizer
+
+Choice = Literal["none", "auto", "required"]
+
+
+@dataclass(frozen=True)
+class Toolbox:
+    """The tools of one request and what the answer may do with them."""
+
+    tools: tuple[Tool, ...]  # those the answer may call; none: what looks like a call is text
+    required: bool  # the answer is a call, or several
+    parallel: bool  # more than one
+
+    @property
+    def binds(self) -> bool:
+        """Whether calls are held to their schemas while they are written."""
+        return self.required or any(tool.function.strict for tool in self.tools)
+
+
+def read_toolbox(tools: Sequence[Tool] | None, choice: Any, parallel: bool | None) -> Toolbox:
+    """Of `tools`, `tool_choice` and `parallel_tool_calls`. Raises InvalidField."""
+    given = tuple(tools or ())
+    names = [tool.function.name for tool in given]
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            raise InvalidField(f"tools[{i}].function.name", f"tools[{i}].function.name: {name!r} is there already")
+    size = sum(len(tool.model_dump_json()) for tool in given)
+    if size > MAX_TOOL_CHARS:
+        raise InvalidField("tools", f"tools: {size} characters of JSON, at most {MAX_TOOL_CHARS} are possible")
+    mode, allowed = _read_choice(choice)
+    if mode is None:
+        mode = "auto" if given else "none"
+    for name in allowed or ():
+        if name not in names:
+            raise InvalidField("tool_choice", f"tool_choice: there is no tool {name[:64]!r} in tools")
+    if mode == "required" and not given:
+        raise InvalidField("tool_choice", "tool_choice: a call is required, but there are no tools")
+    usable = tuple(tool for tool in given if allowed is None or tool.function.name in allowed)
+    named = isinstance(choice, dict) and choice.get("type") == "function"
+    return Toolbox(
+        tools=usable if mode != "none" else (),
+        required=mode == "required",
+        parallel=parallel is not False and not named,
+    )
+
+
+def _read_choice(choice: Any) -> tuple[Choice | None, list[str] | None]:
+    """The mode (None: not given) and the names that may be called (None: all)."""
+    match choice:
+        case None:
+            return None, None
+        case "none" | "auto" | "required":
+            return choice, None
+        case {"type": "function", "function": {"name": str(name)}} | {"type": "function", "name": str(name)}:
+            return "required", [name]
+        case {"type": "allowed_tools", "allowed_tools": dict(inner)}:
+            return _read_choice({**inner, "type": "allowed_tools"})
+        case {"type": "allowed_tools", "mode": ("auto" | "required") as mode, "tools": list(tools)}:
+            return mode, [_tool_name(tool) for tool in tools]
+    shown = repr(choice)[:60] if isinstance(choice, str) else kind_of(choice)
+    raise InvalidField(
+        "tool_choice",
+        'tool_choice: expected \'none\', \'auto\', \'required\', {"type": "function", "function": {"name": ...}} or '
+        f"allowed_tools, found {shown}",
+    )
+
+
+def _tool_name(tool: Any) -> str:
+    match tool:
+        case {"function": {"name": str(name)}} | {"name": str(name)}:
+            return name
+    raise InvalidField(
+        "tool_choice", f"tool_choice: expected the names of functions in allowed_tools, found {tool!r:.60}"
+    )
+
+
+class Conversation:
+    """One request's messages and tools on one base."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        messages: Sequence[Message],
+        toolbox: Toolbox,
+        *,
+        template_values: Mapping[str, Any],
+        add_generation_prompt: bool = True,
+        param: str = "messages",
+    ) -> None:
+        """`param` is the field the messages came in. Raises InvalidField."""
+        if taken := RESERVED.intersection(template_values):
+            message = f"chat_template_kwargs: {min(taken)!r} is set by the request's own fields"
+            raise InvalidField("chat_template_kwargs", message)
+        self.param = param
+        self.toolbox = toolbox
+        self._tokenizer = tokenizer
+        template = tokenizer.template_source or ""
+        self._thinks = "<think>" in template
+        self._format = find_format(template)
+        self._template_values = dict(template_values)
+        self._add_generation_prompt = add_generation_prompt
+        self._messages = [_template_message(message, f"{param}[{i}]") for i, message in enumerate(messages)]
+        self.size = sum(len(message.content or "") for message in messages)
+
+    @property
+    def format(self) -> ToolFormat:
+        return self._format
+
+    @property
+    def show_special(self) -> bool:
+        """Whether the answer can only be read with its special tokens."""
+        return bool(self.toolbox.tools) and self._format.show_special
+
+    def prompt(self) -> Prompt:
+        """Rendered and encoded. Raises InvalidField."""
+        tools = [tool.model_dump(exclude_none=True) for tool in self.toolbox.tools]
+        messages: list[dict[str, Any]] = self._messages
+        if self._format is GENERIC:
+            messages = describe_tools(messages, tools)
+        try:
+            text = self._tokenizer.render_chat(
+                messages,
+                self._add_generation_prompt,
+                self._template_values,
+                tools=tools if tools and self._format.native else None,
+            )
+        except ChatTemplateError as error:
+            raise InvalidField(self.param, f"{self.param}: {error}") from error
+        return Prompt(self._tokenizer.encode(text, add_special_tokens=False), self._thought(text))
+
+    def grammar(self, structured: tuple[str, GrammarSpec] | None) -> tuple[str, GrammarSpec] | None:
+        """What the answer is held to and the field that asked: the form in `structured`, or calls, or either.
+
+        Raises InvalidField where one rules the other out.
+        """
+        if structured is None:
+            return ("tools", GrammarSpec("lark", self._calls(self.toolbox.required))) if self.toolbox.binds else None
+        param, spec = structured
+        if self.toolbox.required:
+            raise InvalidField("tool_choice", f"tool_choice: the answer cannot be a call and hold to {param} as well")
+        return param, replace(spec, alternative=self._calls(required=True)) if self.toolbox.tools else spec
+
+    def _calls(self, required: bool) -> str:
+        return self._format.grammar(
+            [tool.function.model_dump(exclude_none=True) for tool in self.toolbox.tools],
+            required=required,
+            parallel=self.toolbox.parallel,
+            token_id=self._tokenizer.token_id,
+        )
+
+    def parser(self, thought: Thought) -> MessageParser:
+        """For one answer to the prompt, which left the model in `thought`."""
+        return MessageParser(thought, self._format.make_parser() if self.toolbox.tools else None)
+
+    def read(self, text: str, thought: Thought) -> WholeMessage:
+        """A whole answer taken apart."""
+        parser, message = self.parser(thought), WholeMessage(self._format.new_id)
+        message.add(parser.feed(text))
+        message.add(parser.end())
+        return message
+
+    def _thought(self, prompt: str) -> Thought:
+        if not self._thinks:
+            return "none"
+        opened, closed = prompt.rfind("<think>"), prompt.rfind("</think>")
+        if opened > closed and not prompt[opened + len("<think>") :].strip():
+            return "open"
+        # with thinking turned off, templates end the prompt with an empty thought
+        return "none" if closed >= 0 and not prompt[closed + len("</think>") :].strip() else "possible"
+
+
+def _template_message(message: Message, where: str) -> dict[str, Any]:
+    """As chat templates expect it: arguments of calls are objects. Raises InvalidField."""
+    calls = message.tool_calls or []
+    if calls and message.role != "assistant":
+        raise InvalidField(f"{where}.tool_calls", f"{where}.tool_calls: only the assistant calls, not {message.role!r}")
+    if message.tool_call_id is not None and message.role != "tool":
+        found = f"{where}.tool_call_id: only messages of role 'tool' have one, this is {message.role!r}"
+        raise InvalidField(f"{where}.tool_call_id", found)
+    if message.content is None and not calls:
+        raise InvalidField(f"{where}.content", f"{where}.content: this field is required", "missing_required_parameter")
+    result = message.model_dump(
+        include={"role", "content", "name", "reasoning_content", "tool_call_id"}, exclude_none=True
+    )
+    if calls:
+        result["tool_calls"] = [
+            {
+                **({"id": call.id} if call.id is not None else {}),
+                "type": "function",
+                "function": {"name": call.function.name, "arguments": _arguments(call.function.arguments)},
+            }
+            for call in calls
+        ]
+    return result
+
+
+def _arguments(text: str) -> Any:
+    """Parsed, or as they are where an earlier answer was no JSON."""
+    try:
+        value = json.loads(text or "{}")
+    except ValueError:
+        return text
+    return value if isinstance(value, dict) else text

@@ -1,0 +1,234 @@
+"""What a request wears: every way to name an adapter, or several with weights, to leases. The one lookup there is.
+
+    model            "sql", "base:sql", "sql@3fa9c1" (a version still known), "sql*0.7+pirate*0.3"
+    adapters         [{"name": "sql", "weight": 0.7}, {"name": "pirate", "weight": 0.3}]
+    adapter_id       LoRAX's, with an adapter_source an adapter not known here is loaded on first use
+    merged_adapters  LoRAX's: linear is the same as `adapters`, the other strategies make an adapter of their own
+    lora_path        SGLang's
+
+Each value of each field is read alike: a name of the base, then "base:", "@" and the mix. Names that are registered
+cannot hold ":", "@", "*" or "+", so no reading of a text hides another. Several adapters are computed in one launch,
+each with its weight: exactly the sum, with nothing merged.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import AsyncIterator
+from contextlib import ExitStack, asynccontextmanager
+from dataclasses import dataclass, replace
+
+from loraplex.adapters.errors import AdapterNotFound
+from loraplex.adapters.merge_plan import MergePlan
+from loraplex.adapters.registry import AdapterLease
+from loraplex.adapters.sources import Access
+from loraplex.server.api.errors import ApiError, InvalidField, UnsupportedField
+from loraplex.server.api.manage import check_source
+from loraplex.server.api.parts import Base, Parts
+from loraplex.server.api.schemas import MAX_TERMS, MAX_WEIGHT, AdapterFields, MergedAdapters
+from loraplex.server.engine.on_demand import is_hidden, source_of
+from loraplex.server.tenants import current_key
+
+HOW_TO_LIST = "GET /v1/models lists the names served here"
+
+LORAX_BASE = "__base_model__"
+"""What LoRAX calls the base where it wants an adapter's id."""
+
+Mix = tuple[tuple[AdapterLease, float], ...]
+"""What one request wears; empty: the base alone."""
+
+_TERM = re.compile(r"(?P<name>[^*]+)(?:\*\s*(?P<weight>-?(?:\d+\.?\d*|\.\d+)(?:[eE]-?\d+)?))?")
+
+
+@dataclass(frozen=True)
+class Term:
+    """One adapter as the caller names it."""
+
+    param: str  # the field that names it
+    text: str
+    weight: float = 1.0
+    origin: str | None = None  # adapter_source, where the field may have one
+
+
+@dataclass(frozen=True)
+class Wish:
+    """All that a request wants to wear, read but not looked up."""
+
+    terms: tuple[Term, ...]
+    merge: MergePlan | None = None  # the terms become one adapter by it
+
+
+@asynccontextmanager
+async def leased(parts: Parts, record: AdapterFields) -> AsyncIterator[Mix]:
+    """The adapters `record` asks for, leased for the block; what they were loaded or merged for first is done by then.
+
+    Raises ApiError (400; 404 for a name nobody has), AdapterError for one that cannot be loaded or merged.
+    """
+    wish = read_wish(parts.base, record)
+    if not wish.terms and not current_key().may_use_base:
+        raise not_found(record.model)
+    with ExitStack() as held:
+        leases = [held.enter_context(await _lease(parts, term, record.api_token)) for term in wish.terms]
+        if wish.merge is not None:
+            leases = [held.enter_context(await parts.on_demand.merge(leases, wish.merge))]
+        yield tuple(zip(leases, (1.0,) if wish.merge is not None else (t.weight for t in wish.terms), strict=True))
+
+
+def check_model(parts: Parts, model: str) -> None:
+    """Raises ApiError (404) unless `model` could be worn now."""
+    terms = _read_text(parts.base, "model", model, None)
+    if not terms and not current_key().may_use_base:
+        raise not_found(model)
+    for term in terms:
+        with _find(parts, term):
+            pass
+
+
+def strip_base(base: Base, text: str) -> str | None:
+    """`text` without "base:"; None where it names the base itself."""
+    if text in base.names:
+        return None
+    for name in base.names:
+        if text.startswith(f"{name}:"):
+            return text[len(name) + 1 :]
+    return text
+
+
+def read_wish(base: Base, record: AdapterFields) -> Wish:
+    """What `record` asks for. Raises InvalidField where two fields ask for different things."""
+    wishes = [Wish(_read_text(base, "model", record.model, record.adapter_source))]
+    if record.adapters:
+        wishes.append(Wish(_read_terms(base, record)))
+    if record.adapter_id not in (None, "", LORAX_BASE):
+        wishes.append(Wish(_read_text(base, "adapter_id", record.adapter_id or "", record.adapter_source)))
+    if record.merged_adapters is not None:
+        wishes.append(_read_merged(base, record.merged_adapters, record.adapter_source))
+    if record.lora_path:
+        wishes.append(Wish(_read_text(base, "lora_path", record.lora_path, None)))
+    asked = [wish for wish in wishes if wish.terms]
+    for other in asked[1:]:
+        if _same(asked[0]) != _same(other):
+            first, second = asked[0].terms[0], other.terms[0]
+            field = second.param.partition(".")[0].partition("[")[0]
+            raise InvalidField(
+                field,
+                f"{field}: it names {_show(second.text)!r}, but {first.param} names {_show(first.text)!r} already; "
+                "give one of them (several adapters together: adapters, or a mix in model)",
+            )
+    return asked[0] if asked else Wish(())
+
+
+def not_found(model: str, param: str = "model") -> ApiError:
+    """The answer for a name that is not there, or not for this caller: they cannot be told apart."""
+    message = f"The model `{_show(model)}` does not exist; {HOW_TO_LIST}."
+    return ApiError(404, message, param=param, code="model_not_found")
+
+
+def _same(wish: Wish) -> object:
+    return sorted((term.text, term.weight) for term in wish.terms), wish.merge
+
+
+def _read_text(base: Base, param: str, text: str, origin: str | None) -> tuple[Term, ...]:
+    """A name, "base:name", "name@version" or a mix of them; () for the base."""
+    if origin is not None and text not in base.names and not any(text.startswith(f"{name}:") for name in base.names):
+        return (Term(param, text, origin=origin),)  # a path may hold anything
+    rest = strip_base(base, text)
+    if rest is None:
+        return ()
+    if "*" not in rest and "+" not in rest:
+        return (Term(param, rest),)
+    parts = [part.strip() for part in rest.split("+")]
+    if len(parts) > MAX_TERMS:
+        raise InvalidField(param, f"{param}: found a mix of {len(parts)} adapters, at most {MAX_TERMS} are possible")
+    return tuple(_read_part(base, param, part, rest) for part in parts)
+
+
+def _read_part(base: Base, param: str, part: str, whole: str) -> Term:
+    found = _TERM.fullmatch(part)
+    if found is None:
+        raise InvalidField(
+            param,
+            f"{param}: {_show(part)!r} is no part of a mix (in {_show(whole)!r}); expected NAME or NAME*WEIGHT, joined "
+            "by '+', as in sql*0.7+pirate*0.3",
+        )
+    weight = float(found["weight"] or 1.0)
+    if not (math.isfinite(weight) and abs(weight) <= MAX_WEIGHT):
+        raise InvalidField(param, f"{param}: the weight {found['weight']} is beyond {MAX_WEIGHT:g}")
+    return _one(base, Term(param, found["name"].strip(), weight))
+
+
+def _read_terms(base: Base, record: AdapterFields) -> tuple[Term, ...]:
+    return tuple(
+        _one(base, Term(f"adapters[{i}].name", given.name, given.weight))
+        for i, given in enumerate(record.adapters or ())
+    )
+
+
+def _read_merged(base: Base, merged: MergedAdapters, origin: str | None) -> Wish:
+    where = "merged_adapters"
+    if len(merged.ids) != len(merged.weights):
+        raise InvalidField(
+            f"{where}.weights", f"{where}.weights: found {len(merged.weights)} weights for {len(merged.ids)} ids"
+        )
+    pairs = zip(merged.ids, merged.weights, strict=True)
+    terms = tuple(_one(base, Term(f"{where}.ids[{i}]", name, weight, origin)) for i, (name, weight) in enumerate(pairs))
+    strategy = merged.merge_strategy or "linear"
+    if strategy == "linear":
+        return Wish(terms)
+    if not merged.density:
+        raise InvalidField(
+            f"{where}.density", f"{where}.density: {strategy} keeps this share of the values; give it, more than 0"
+        )
+    plan = MergePlan(strategy, tuple(merged.weights), merged.density, merged.majority_sign_method or "total")
+    return Wish(terms, plan)
+
+
+def _one(base: Base, term: Term) -> Term:
+    """A term of several. Raises InvalidField for the base, which is there anyhow."""
+    rest = strip_base(base, term.text)
+    if rest is None:
+        raise InvalidField(
+            term.param, f"{term.param}: {_show(term.text)!r} is the base, which is always there in full; leave it out"
+        )
+    return replace(term, text=rest)
+
+
+async def _lease(parts: Parts, term: Term, token: str | None) -> AdapterLease:
+    """What is registered wins, or is on its way; then a source, where there is one. Raises ApiError, AdapterError."""
+    name = term.text.partition("@")[0]
+    if current_key().may_use(name):
+        await parts.adapters.arrival(name)
+    try:
+        return _find(parts, term)
+    except ApiError as error:
+        if error.status != 404 or term.origin is None:
+            raise
+    if not current_key().load_on_use:
+        raise not_found(term.text, term.param)
+    if term.origin == "pbase":
+        raise UnsupportedField(
+            "adapter_source", "'adapter_source' is not supported as pbase: expected hub, local or s3"
+        )
+    source = source_of(term.origin, term.text)
+    check_source(parts, source)
+    # without keys everybody is the operator; with them, nobody fetches with the operator's credentials but who may
+    return await parts.on_demand.lease(source, Access(token, ambient=current_key().admin))
+
+
+def _find(parts: Parts, term: Term) -> AdapterLease:
+    """A lease of what is registered. Raises ApiError (404), AdapterRefused."""
+    name, at, version = term.text.partition("@")
+    registry = parts.adapters.registry
+    if is_hidden(name) or not current_key().may_use(name):
+        raise not_found(term.text, term.param)
+    try:
+        return registry.lease_version(name, version) if at else registry.lease(name)
+    except AdapterNotFound as error:
+        if at and registry.get(name) is not None:
+            raise ApiError(404, f"{term.param}: {error}", param=term.param, code="model_not_found") from None
+        raise not_found(term.text, term.param) from None
+
+
+def _show(text: str) -> str:
+    return text if len(text) <= 200 else text[:200] + "..."

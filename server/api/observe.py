@@ -1,0 +1,56 @@
+"""The outermost middleware: every request gets an id, a line in the log and, where they are on, a trace."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from loraplex.server.api.errors import error_response, to_api_error
+from loraplex.server.exchange import Exchange, exchanging, request_id
+from loraplex.server.logs import log_access
+
+if TYPE_CHECKING:
+    from loraplex.server.tracing import Tracing
+
+logger = logging.getLogger(__name__)
+
+HEADER = "x-request-id"
+
+
+class ObserveMiddleware:
+    """ASGI middleware."""
+
+    def __init__(self, app: ASGIApp, tracing: Tracing | None = None) -> None:
+        self._app = app
+        self._tracing = tracing
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI. What a handler raises before it has answered is answered here, where the id is known."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        exchange = Exchange(request_id(headers.get(HEADER)), scope["method"], scope["path"], on_end=log_access)
+        if headers.get(HEADER) != exchange.request_id:  # further in there is only the one it has
+            others = [(name, value) for name, value in scope["headers"] if name != HEADER.encode()]
+            scope = {**scope, "headers": [*others, (HEADER.encode(), exchange.request_id.encode())]}
+        if self._tracing is not None:
+            self._tracing.begin(exchange, headers)
+
+        async def send_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                exchange.status = message["status"]
+                MutableHeaders(scope=message)[HEADER] = exchange.request_id
+            await send(message)
+
+        with exchanging(exchange):
+            try:
+                await self._app(scope, receive, send_id)
+            except Exception as error:
+                if exchange.status:  # half an answer is out: the connection has to break
+                    raise
+                logger.exception("%s %s failed", exchange.method, exchange.path[:200])
+                await error_response(to_api_error(error))(scope, receive, send_id)

@@ -1,0 +1,318 @@
+"""SGLang's routes: POST /generate (shared with LoRAX), /load_lora_adapter, /unload_lora_adapter; llama.cpp's listing.
+
+Both servers have a POST /generate. Who sends `inputs` means LoRAX's; who sends `text` or `input_ids`, SGLang's.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Annotated, Any
+
+from fastapi import APIRouter
+from pydantic import BeforeValidator, Field
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from loraplex.server.api import lorax
+from loraplex.server.api.adapters import load, unload
+from loraplex.server.api.body import body_schema, parse_record, read_bytes, read_record
+from loraplex.server.api.catalog import visible_adapters
+from loraplex.server.api.choice import Delta, Prompt, ScoredToken, Wanted
+from loraplex.server.api.errors import ClientGone, InvalidField, to_adapter_route_error
+from loraplex.server.api.fields import check_unknown, ignored_header
+from loraplex.server.api.generation import Generation, PromptSource, merge
+from loraplex.server.api.parts import Parts
+from loraplex.server.api.respond import Collected
+from loraplex.server.api.schemas import (
+    MAX_CHOICES,
+    MAX_LOGPROBS,
+    MAX_SEQUENCES,
+    GenerationFields,
+    Incoming,
+    LoadAdapterRequest,
+    PromptText,
+    PromptTexts,
+    UnloadAdapterRequest,
+    read_prompts,
+)
+from loraplex.server.api.sse import SseResponse, answer_or_disconnect
+from loraplex.server.api.structured import read_structured
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_MAX_TOKENS = 128  # SGLang's
+
+
+def _read_text(value: Any) -> PromptTexts | None:
+    return None if value is None else read_prompts(value, "text")
+
+
+def _read_ids(value: Any) -> PromptTexts | None:
+    return None if value is None else read_prompts(value, "input_ids")
+
+
+class SglangSampling(Incoming):
+    """`sampling_params`: what is not here is read as the fields of the same names in completions are."""
+
+    max_new_tokens: Annotated[int, Field(ge=1)] | None = None
+    min_new_tokens: Annotated[int, Field(ge=0)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    sampling_seed: Annotated[int, Field(ge=0, lt=2**64)] | None = None
+    no_stop_trim: bool | None = None
+    json_schema: str | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    repetition_penalty: float | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    regex: str | None = None
+
+
+_SAME = tuple(SglangSampling.model_fields)[6:]
+
+
+class SglangRequest(Incoming):
+    """POST /generate, SGLang's body."""
+
+    text: Annotated[PromptTexts | None, BeforeValidator(_read_text)] = None
+    input_ids: Annotated[PromptTexts | None, BeforeValidator(_read_ids)] = None
+    sampling_params: SglangSampling | None = None
+    lora_path: str | list[str | None] | None = None  # a list has one a prompt; null: the base
+    return_logprob: bool | None = None
+    top_logprobs_num: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    logprob_start_len: Annotated[int, Field(ge=-1)] | None = None  # -1 or null: the answer alone
+    stream: bool | None = None
+    rid: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
+    adapters: list[dict[str, Any]] | None = None
+
+
+class SglangLoadRequest(Incoming):
+    """POST /load_lora_adapter."""
+
+    lora_name: str = ""
+    lora_path: str = ""
+    pinned: bool | None = None
+
+
+def make_router(parts: Parts) -> APIRouter:
+    """The routes, working with `parts`."""
+    router = APIRouter()
+
+    @router.post("/generate", openapi_extra=body_schema(SglangRequest))
+    async def generate(request: Request) -> Response:
+        """SGLang's generation, or LoRAX's where the body has `inputs`."""
+        body = await read_bytes(request, parts.max_body_bytes)
+        if _is_lorax(body):
+            return await lorax.answer(parts, request, body, as_list=False, streams=False)
+        return await _answer(parts, request, parse_record(body, SglangRequest))
+
+    @router.post("/load_lora_adapter", openapi_extra=body_schema(SglangLoadRequest))
+    async def load_lora_adapter(request: Request) -> Response:
+        """Load an adapter, with SGLang's answers."""
+        try:
+            record = await read_record(request, SglangLoadRequest, parts.max_body_bytes)
+            if record.pinned:
+                raise InvalidField("pinned", "pinned: adapters are kept by use here, none is pinned by request")
+            await load(parts, LoadAdapterRequest(lora_name=record.lora_name, lora_path=record.lora_path))
+        except ClientGone:
+            raise
+        except Exception as error:
+            return _outcome(parts, error)
+        return _outcome(parts)
+
+    @router.post("/unload_lora_adapter", openapi_extra=body_schema(UnloadAdapterRequest))
+    async def unload_lora_adapter(request: Request) -> Response:
+        """Take an adapter's name away, with SGLang's answers."""
+        try:
+            unload(parts, await read_record(request, UnloadAdapterRequest, parts.max_body_bytes))
+        except ClientGone:
+            raise
+        except Exception as error:
+            return _outcome(parts, error)
+        return _outcome(parts)
+
+    @router.get("/lora-adapters")
+    async def list_lora_adapters() -> Response:
+        """The adapters as llama.cpp lists its own; which one a request wears is the request's to say."""
+        listed = enumerate(visible_adapters(parts))
+        return JSONResponse([{"id": i, "name": v.name, "path": v.source, "scale": 0.0} for i, v in listed])
+
+    return router
+
+
+def _is_lorax(body: bytes) -> bool:
+    try:
+        found = json.loads(body)
+    except ValueError:  # parse_record says what is wrong with it
+        return False
+    return isinstance(found, dict) and "inputs" in found
+
+
+def _outcome(parts: Parts, error: Exception | None = None) -> Response:
+    """SGLang's answer to loading and unloading: all adapters there are now."""
+    loaded = {
+        version.name: {"lora_id": str(version.uid), "lora_name": version.name, "lora_path": version.source}
+        for version in visible_adapters(parts)
+    }
+    if error is None:
+        return JSONResponse({"success": True, "error_message": "", "loaded_adapters": loaded})
+    known = to_adapter_route_error(error)
+    if known.status >= 500:
+        logger.error("an adapter could not be loaded or unloaded", exc_info=error)
+    answer = {"success": False, "error_message": known.message, "loaded_adapters": loaded}
+    return JSONResponse(answer, status_code=500 if known.status >= 500 else 400)
+
+
+# ---------------------------------------------------------------------------------------------------------- generating
+
+
+async def _answer(parts: Parts, request: Request, record: SglangRequest) -> Response:
+    """Raises ApiError, AdapterError, EngineError, ClientGone."""
+    work = [_Prompt(parts, record, number, prompt) for number, prompt in enumerate(_prompts(record))]
+    headers = ignored_header(_ignored(record))
+    is_batch = isinstance(record.lora_path, list) or len(work) > 1 or (work[0].n > 1)
+    if record.stream:
+        return SseResponse(_events(work, is_batch), headers)
+    answers = await answer_or_disconnect(request, _collect(work))
+    return JSONResponse(answers if is_batch else answers[0], headers=headers)
+
+
+def _prompts(record: SglangRequest) -> PromptTexts:
+    if (record.text is None) == (record.input_ids is None):
+        raise InvalidField("text", "text: give either text or input_ids (or inputs, for LoRAX's form of this route)")
+    found = record.text if record.text is not None else record.input_ids
+    assert found is not None
+    names = record.lora_path
+    if isinstance(names, list) and len(names) != len(found):
+        raise InvalidField("lora_path", f"lora_path: found {len(names)} names for {len(found)} prompts")
+    n = record.sampling_params.n or 1 if record.sampling_params is not None else 1
+    if len(found) * n > MAX_SEQUENCES:
+        raise InvalidField("text", f"text: {len(found)} prompts times n {n} are more than {MAX_SEQUENCES} sequences")
+    return found
+
+
+def _ignored(record: SglangRequest) -> list[str]:
+    inner = record.sampling_params.model_extra if record.sampling_params is not None else None
+    return check_unknown(record.model_extra or {}) + [f"sampling_params.{n}" for n in check_unknown(inner or {})]
+
+
+class _Prompt:
+    """One prompt of a request, with the adapter it wears: a Generation of its own."""
+
+    def __init__(self, parts: Parts, record: SglangRequest, number: int, prompt: PromptText) -> None:
+        """Raises ApiError."""
+        params = record.sampling_params or SglangSampling()
+        self.n = params.n or 1
+        self.number = number
+        self._parts = parts
+        self._scored = bool(record.return_logprob)
+        self._echo = self._scored and record.logprob_start_len not in (None, -1)
+        fields = _fields(parts, record, params, number)
+        wanted = Wanted(
+            max_tokens=params.max_new_tokens or DEFAULT_MAX_TOKENS,
+            num_choices=self.n,
+            logprobs=(record.top_logprobs_num or 0) if self._scored else None,
+            grammar=read_structured(fields),
+            echo=self._echo,
+        )
+
+        def read() -> list[Prompt]:
+            return [Prompt(parts.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt, text="")]
+
+        source = PromptSource("text", len(prompt) if isinstance(prompt, str) else 0, read)
+        self._start = record.logprob_start_len or 0
+        self.generation = Generation(parts, fields, source, wanted)
+
+    def render(self, delta: Delta, so_far: Collected) -> dict[str, Any]:
+        """The answer of one choice so far."""
+        meta: dict[str, Any] = {
+            "id": f"{self.generation.key}-{delta.index}",
+            "finish_reason": self._finish(so_far),
+            "prompt_tokens": self.generation.prompt_tokens,
+            "completion_tokens": self.generation.tokens_of(delta.index),
+        }
+        if self._scored:
+            before = self.generation.prompt_tokens if self._echo else 0
+            if self._echo:
+                meta["input_token_logprobs"] = [_scored(token) for token in so_far.tokens[self._start : before]]
+                meta["input_top_logprobs"] = [_tops(token) for token in so_far.tokens[self._start : before]]
+            meta["output_token_logprobs"] = [_scored(token) for token in so_far.tokens[before:]]
+            meta["output_top_logprobs"] = [_tops(token) for token in so_far.tokens[before:]]
+        return {"text": so_far.text, "meta_info": meta}
+
+    def _finish(self, so_far: Collected) -> dict[str, Any] | None:
+        match so_far.finish_reason:
+            case None:
+                return None
+            case "stop":
+                ends = self._parts.defaults.eos_token_ids
+                matched = so_far.stop_reason if so_far.stop_reason is not None else next(iter(ends), None)
+                return {"type": "stop", "matched": matched}
+            case "length":
+                return {"type": "length", "length": max(map(self.generation.tokens_of, range(self.n)))}
+            case other:
+                return {"type": other}
+
+
+def _fields(parts: Parts, record: SglangRequest, params: SglangSampling, number: int) -> GenerationFields:
+    names = record.lora_path
+    given = {
+        "model": parts.base.names[0],
+        "lora_path": names[number] if isinstance(names, list) else names,
+        "adapters": record.adapters,
+        "rid": record.rid,
+        "priority": record.priority,
+        "seed": secrets.randbits(63) if params.sampling_seed is None else params.sampling_seed,
+        "min_tokens": params.min_new_tokens,
+        "include_stop_str_in_output": params.no_stop_trim,
+        "guided_json": params.json_schema,
+        **{name: getattr(params, name) for name in _SAME},
+    }
+    return parse_record(json.dumps(given).encode(), GenerationFields)
+
+
+async def _choices(work: list[_Prompt]) -> AsyncGenerator[tuple[int, dict[str, Any]], None]:
+    """(prompt times choice, its answer so far) as they come."""
+
+    async def one(prompt: _Prompt) -> AsyncGenerator[tuple[int, dict[str, Any]], None]:
+        found: dict[int, Collected] = {}
+        async with aclosing(prompt.generation.deltas()) as deltas:
+            async for delta in deltas:
+                so_far = found.setdefault(delta.index, Collected())
+                so_far.add(delta)
+                yield prompt.number * prompt.n + delta.index, prompt.render(delta, so_far)
+
+    async with aclosing(merge([one(prompt) for prompt in work])) as found:
+        async for each in found:
+            yield each
+
+
+async def _collect(work: list[_Prompt]) -> list[dict[str, Any]]:
+    async with aclosing(_choices(work)) as found:
+        last = {index: answer async for index, answer in found}
+    return [last[index] for index in sorted(last)]
+
+
+async def _events(work: list[_Prompt], is_batch: bool) -> AsyncGenerator[str, None]:
+    async with aclosing(_choices(work)) as found:
+        async for index, answer in found:
+            yield json.dumps({**answer, "index": index} if is_batch else answer, ensure_ascii=False)
+
+
+def _scored(token: ScoredToken) -> list[Any]:
+    return [token.logprob, token.token_id, None]
+
+
+def _tops(token: ScoredToken) -> list[list[Any]] | None:
+    return [[logprob, token_id, None] for token_id, logprob in token.top] or None

@@ -1,0 +1,148 @@
+"""Structured output: the many fields that ask for it, to one GrammarSpec.
+
+response_format     OpenAI's text, json_object, json_schema; of our own: regex, grammar
+guided_*            vLLM's older fields                 structured_outputs   vLLM's newer one
+grammar, regex      SGLang's and llama.cpp's
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from loraplex.server.api.errors import InvalidField
+from loraplex.server.api.schemas import GenerationFields, kind_of
+from loraplex.server.engine.grammar import GrammarSpec
+
+MAX_GRAMMAR_CHARS = 65_536
+"""Of a schema, regular expression or grammar: compiling takes a few ms per 1,000 characters of a dense one."""
+
+MAX_OPTIONS = 1024
+"""Of a choice."""
+
+ANY_OBJECT = '{"type":"object"}'
+
+_KNOWN_OUTPUTS = ("json", "json_object", "regex", "choice", "grammar")
+
+
+def read_structured(record: GenerationFields) -> tuple[str, GrammarSpec] | None:
+    """The one thing asked for and the field that asked; None for free text. Raises InvalidField."""
+    found = list(_asked(record))
+    if len(found) > 1:
+        first, second = found[0][0], found[1][0]
+        raise InvalidField(second, f"{second}: {first} asks for another form of the same answer; give one of them")
+    if record.guided_whitespace_pattern and not (found and found[0][1].kind == "json_schema"):
+        raise InvalidField("guided_whitespace_pattern", "guided_whitespace_pattern: only possible with guided_json")
+    return found[0] if found else None
+
+
+def read_format(value: dict[str, Any], where: str) -> GrammarSpec | None:
+    """`response_format`, and the same as `text.format` of a response, where a schema stands beside the type."""
+    match value.get("type"):
+        case "text":
+            return None
+        case "json_object":  # with a schema it is LoRAX's
+            given = value.get("schema")
+            return GrammarSpec("json_schema", ANY_OBJECT) if given is None else _schema(given, f"{where}.schema")
+        case "json_schema":
+            holder, path = (value["json_schema"], f"{where}.json_schema") if "json_schema" in value else (value, where)
+            if not isinstance(holder, dict):
+                raise InvalidField(path, f"{path}: expected an object, found {kind_of(holder)}")
+            if "schema" not in holder:
+                raise InvalidField(f"{path}.schema", f"{path}.schema: this field is required")
+            return _schema(holder["schema"], f"{path}.schema", lenient=holder.get("strict") is False)
+        case "regex":
+            return _text("regex", value.get("regex", value.get("pattern")), f"{where}.regex")
+        case "grammar":
+            return _text("lark", value.get("grammar"), f"{where}.grammar")
+        case other:
+            expected = "text, json_object, json_schema, regex or grammar"
+            raise InvalidField(f"{where}.type", f"{where}.type: expected {expected}, found {str(other)[:40]!r}")
+
+
+def _asked(record: GenerationFields) -> Iterator[tuple[str, GrammarSpec]]:
+    if record.response_format and (spec := read_format(record.response_format, "response_format")):
+        yield "response_format", spec
+    if record.guided_json is not None:
+        yield "guided_json", _schema(record.guided_json, "guided_json", record.guided_whitespace_pattern)
+    if record.guided_choice is not None:
+        yield "guided_choice", _choice(record.guided_choice, "guided_choice")
+    texts = (
+        ("guided_regex", "regex", record.guided_regex),
+        ("regex", "regex", record.regex),
+        ("guided_grammar", "lark", record.guided_grammar),
+        ("grammar", "lark", record.grammar),
+    )
+    for name, kind, text in texts:
+        if text:
+            yield name, _text(kind, text, name)
+    if record.structured_outputs:
+        yield from _outputs({k: v for k, v in record.structured_outputs.items() if v not in (None, False)})
+
+
+def _outputs(fields: dict[str, Any]) -> Iterator[tuple[str, GrammarSpec]]:
+    """vLLM's `structured_outputs`."""
+    whitespace = fields.pop("whitespace_pattern", None)
+    if whitespace is not None and not isinstance(whitespace, str):
+        where = "structured_outputs.whitespace_pattern"
+        raise InvalidField(where, f"{where}: expected a string, found {kind_of(whitespace)}")
+    if fields.pop("disable_any_whitespace", False):
+        whitespace = "[ ]?"
+    for name in ("disable_fallback", "disable_additional_properties", "_backend"):  # of vLLM's backends
+        fields.pop(name, None)
+    for name, value in fields.items():
+        where = f"structured_outputs.{name}"
+        match name:
+            case "json":
+                yield where, _schema(value, where, whitespace)
+            case "json_object":
+                yield where, GrammarSpec("json_schema", ANY_OBJECT, whitespace)
+            case "regex":
+                yield where, _text("regex", value, where)
+            case "choice":
+                yield where, _choice(value, where)
+            case "grammar":
+                yield where, _text("lark", value, where)
+            case _:
+                raise InvalidField(where, f"{where} is not supported; expected one of {', '.join(_KNOWN_OUTPUTS)}")
+
+
+def _schema(value: Any, where: str, whitespace: str | None = None, lenient: bool = False) -> GrammarSpec:
+    """A JSON schema, as an object or as its text."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise InvalidField(where, f"{where}: the text is not valid JSON: {error}") from None
+    if not isinstance(value, dict | bool):
+        raise InvalidField(where, f"{where}: expected a JSON schema, found {kind_of(value)}")
+    text = json.dumps(value, ensure_ascii=False)
+    _check_size(text, where)
+    return GrammarSpec("json_schema", text, whitespace, lenient)
+
+
+def _text(kind: Any, value: Any, where: str) -> GrammarSpec:
+    if not isinstance(value, str) or not value:
+        raise InvalidField(where, f"{where}: expected a non-empty string, found {kind_of(value)}")
+    _check_size(value, where)
+    return GrammarSpec(kind, value)
+
+
+def _choice(value: Any, where: str) -> GrammarSpec:
+    if not isinstance(value, list) or not value or not all(isinstance(v, str) and v for v in value):
+        raise InvalidField(where, f"{where}: expected a list of non-empty strings, found {kind_of(value)}")
+    if len(value) > MAX_OPTIONS:
+        raise InvalidField(where, f"{where}: found {len(value)} strings, at most {MAX_OPTIONS} are possible")
+    text = json.dumps(value, ensure_ascii=False)
+    _check_size(text, where)
+    return GrammarSpec("choice", text)
+
+
+def _check_size(text: str, where: str) -> None:
+    if len(text) > MAX_GRAMMAR_CHARS:
+        raise InvalidField(
+            where,
+            f"{where}: found {len(text)} characters, at most {MAX_GRAMMAR_CHARS} are possible",
+            "schema_too_large",
+        )

@@ -1,0 +1,119 @@
+"""An adapter that proves bad at its first load: its own requests fail with a status of their own, streamed or not."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import httpx
+import pytest
+
+from loraplex.adapters.errors import AdapterRefused
+from loraplex.server.engine.request import FinishReason, GenerationRequest, TokenEvent
+from tests.support.fake_serving import FakeServer, say
+
+CHAT = "/v1/chat/completions"
+COMPLETIONS = "/v1/completions"
+
+
+def body(route: str, **fields: Any) -> dict[str, Any]:
+    prompt = {"messages": [{"role": "user", "content": "hi"}]} if route == CHAT else {"prompt": "hi"}
+    return {"model": "bad", **prompt, **fields}
+
+
+@pytest.fixture
+async def failing(server: FakeServer) -> FakeServer:
+    """The adapter "bad" is registered; its weights hold a NaN, which nobody has seen yet."""
+    server.adapters.registry.register("bad", source="/a/bad", rank=8, targets=(), num_pages=2, nbytes=4096)
+    error = AdapterRefused("not_finite", "/a/bad: layer 3 q_proj lora_B holds NaN")
+    good = server.engine.script
+
+    def script(request: GenerationRequest) -> Any:
+        if request.mix:
+            return [TokenEvent(request.request_id, None, finish=FinishReason.ERROR, error=error)]
+        return good(request)
+
+    server.engine.script = script
+    return server
+
+
+@pytest.mark.parametrize("route", [CHAT, COMPLETIONS])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_first_load_that_fails(
+    failing: FakeServer, client: httpx.AsyncClient, route: str, stream: bool
+) -> None:
+    response = await client.post(route, json=body(route, stream=stream))
+    assert response.status_code == 400
+    assert response.headers["content-type"] == "application/json"
+    error = response.json()["error"]
+    assert (error["type"], error["param"], error["code"]) == ("invalid_request_error", "model", "not_finite")
+    assert "lora_B holds NaN" in error["message"]
+    (version,) = failing.adapters.registry.list()
+    assert failing.adapters.registry.leases(version) == 0
+    assert (await client.post(route, json={**body(route), "model": "base"})).status_code == 200
+
+
+async def test_one_of_several_choices_is_enough(failing: FakeServer, client: httpx.AsyncClient) -> None:
+    response = await client.post(COMPLETIONS, json=body(COMPLETIONS, n=3, stream=True))
+    assert response.status_code == 400
+    assert failing.engine.open == set()
+
+
+async def test_after_the_first_byte_it_is_an_event(failing: FakeServer, client: httpx.AsyncClient) -> None:
+    """A sequence that was preempted, and whose adapter cannot be had again."""
+    error = AdapterRefused("changed", "the files have changed")
+
+    def script(request: GenerationRequest) -> Any:
+        tokens = say(failing.tokenizer, "the answer", request, stop=False)[:1]
+        return [*tokens, TokenEvent(request.request_id, None, finish=FinishReason.ERROR, error=error)]
+
+    failing.engine.script = script
+    response = await client.post(COMPLETIONS, json=body(COMPLETIONS, stream=True, max_tokens=5))
+    assert response.status_code == 200
+    events = [line.removeprefix("data: ") for line in response.text.splitlines() if line]
+    assert events[-1] == "[DONE]"
+    assert json.loads(events[-2])["error"]["code"] == "changed"
+
+
+class TestFilesThatAreOthersByNow:
+    """The engine finds out when it reads them, and points the name at the new version: that one answers."""
+
+    @staticmethod
+    def _changes(server: FakeServer, times: int) -> None:
+        """The first `times` requests end as outdated."""
+
+        def script(request: GenerationRequest) -> Any:
+            if len(server.engine.requests) > times:
+                return say(server.tokenizer, "the answer", request)
+            registry = server.adapters.registry
+            (old,) = registry.list()
+            registry.renew(old, digest=f"{times}" * 64, rank=8, targets=("q_proj",), num_pages=1, nbytes=64)
+            error = AdapterRefused("changed", "the files have changed")
+            return [TokenEvent(request.request_id, None, finish=FinishReason.ERROR, error=error)]
+
+        server.engine.script = script
+
+    async def test_the_new_ones_answer(self, failing: FakeServer, client: httpx.AsyncClient) -> None:
+        self._changes(failing, 1)
+        response = await client.post(COMPLETIONS, json=body(COMPLETIONS))
+        assert (response.status_code, response.json()["choices"][0]["text"]) == (200, "the answer")
+        first, second = (request.mix[0][0].version for request in failing.engine.requests)
+        assert first.uid != second.uid
+        assert [failing.adapters.registry.leases(version) for version in (first, second)] == [0, 0]
+        assert failing.engine.open == set()
+
+    async def test_once_only(self, failing: FakeServer, client: httpx.AsyncClient) -> None:
+        self._changes(failing, 2)
+        response = await client.post(COMPLETIONS, json=body(COMPLETIONS))
+        assert (response.status_code, response.json()["error"]["code"]) == (400, "changed")
+        assert len(failing.engine.requests) == 2
+
+    async def test_not_where_that_very_version_was_asked_for(
+        self, failing: FakeServer, client: httpx.AsyncClient
+    ) -> None:
+        (version,) = failing.adapters.registry.list()
+        failing.adapters.registry.identify(version, "ab" * 32)
+        self._changes(failing, 1)
+        response = await client.post(COMPLETIONS, json=body(COMPLETIONS, model=f"{version.name}@abab"))
+        assert (response.status_code, response.json()["error"]["code"]) == (400, "changed")
+        assert len(failing.engine.requests) == 1

@@ -1,0 +1,434 @@
+"""Two tenants before the real routes: who gets in, what they see, and what they can do to each other."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from starlette.routing import Route
+
+from loraplex.adapters.errors import AdapterRefused
+from loraplex.server.access import Access
+from loraplex.server.app import create_app
+from loraplex.server.rate_limits import Limits
+from loraplex.server.tenants import Key, Keyring, digest_of
+from tests.support.fake_serving import FakeServer
+from tests.test_rate_limits import Clock
+
+ALICE, BOB, ROOT, PROMETHEUS = "lpx_alice-secret", "lpx_bob-secret", "lpx_root-secret", "lpx_prometheus-secret"
+KEYS = {
+    ALICE: Key("alice", "acme", ("acme/*", "shared"), weight=2.0),
+    BOB: Key("bob", "byte", ("byte/*", "shared"), base=False),
+    ROOT: Key("root", "ops", admin=True),
+    PROMETHEUS: Key("prometheus", "ops", (), base=False, metrics=True),
+}
+ADAPTERS = ("acme/sql", "byte/poet", "shared", "private")
+
+
+@dataclass
+class Guarded:
+    """The application of a FakeServer, with keys."""
+
+    server: FakeServer
+    clock: Clock
+    access: Access
+    stack: AsyncExitStack
+    parts: dict[str, Any] = field(default_factory=dict)
+
+    def app(self) -> Any:
+        return create_app(replace(self.server.parts, access=self.access, **self.parts))
+
+    async def client(self, secret: str | None, app: Any = None) -> httpx.AsyncClient:
+        headers = {"Authorization": f"Bearer {secret}"} if secret is not None else {}
+        transport = httpx.ASGITransport(app or self.app(), raise_app_exceptions=False)
+        client = httpx.AsyncClient(transport=transport, base_url="http://test", headers=headers)
+        return await self.stack.enter_async_context(client)
+
+    async def clients(self, *secrets: str | None) -> list[httpx.AsyncClient]:
+        """Of one application."""
+        app = self.app()
+        return [await self.client(secret, app) for secret in secrets]
+
+
+@pytest.fixture
+async def guarded(server: FakeServer) -> AsyncIterator[Guarded]:
+    for name in ADAPTERS:
+        await server.adapters.register(name, f"/adapters/{name}")
+    clock = Clock()
+    access = Access(Keyring({digest_of(secret): key for secret, key in KEYS.items()}), clock=clock)
+    async with AsyncExitStack() as stack:
+        yield Guarded(server, clock, access, stack)
+
+
+def chat(model: str, **fields: Any) -> dict[str, Any]:
+    return {"model": model, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4, **fields}
+
+
+def routes_of(app: Any) -> Iterator[Route]:
+    for route in app.routes:
+        yield from route.original_router.routes if hasattr(route, "original_router") else [route]
+
+
+# ---- at the door ----------------------------------------------------------------------------------------------------
+
+
+async def test_every_route_is_closed_but_those_that_machines_ask(guarded: Guarded) -> None:
+    app = guarded.app()
+    client = await guarded.client(None, app)
+    opened, paths = set(), set()
+    for route in routes_of(app):
+        paths.add(route.path)
+        for method in route.methods or ():
+            path = route.path.replace("{model:path}", "x").replace("{response_id}", "x")
+            answer = await client.request(method, path, content=b"{}" if method == "POST" else None)
+            if answer.status_code != 401:
+                opened.add(f"{method} {route.path}")
+    expected = {
+        *(f"GET {path}" for path in paths & {"/", "/health", "/ready", "/startup", "/ping", "/version", "/load"}),
+        "POST /ping",
+    }
+    assert opened == expected
+    assert {"/health", "/version", "/v1/chat/completions", "/generate_stream", "/metrics"} <= paths
+    assert (await client.get("/no/such/route")).status_code == 401
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"Authorization": ALICE},
+        {"Authorization": f"Basic {ALICE}"},
+        {"Authorization": "Bearer"},
+        {"Authorization": "Bearer "},
+        {"Authorization": f"Bearer {ALICE}x"},
+        {"Authorization": f"Bearer {ALICE} {ALICE}"},
+        {"Authorization": f"Bearer {digest_of(ALICE).hex()}"},
+        {"Authorization": "Bearer " + "k" * 60_000},
+        {"Authorization": b"Bearer \xff\xfe\x00"},
+        {"x-api-key": ""},
+        {"x-api-key": "Bearer " + ALICE},
+    ],
+)
+async def test_without_a_known_key_nobody_gets_in(guarded: Guarded, headers: dict[str, Any]) -> None:
+    client = await guarded.client(None)
+    answer = await client.post("/v1/chat/completions", json=chat("base"), headers=headers)
+    assert answer.status_code == 401
+    assert answer.headers["www-authenticate"] == "Bearer"
+    error = answer.json()["error"]
+    assert (error["type"], error["code"], error["param"]) == ("invalid_request_error", "invalid_api_key", None)
+    assert "lpx" not in answer.text
+    assert "kkk" not in answer.text
+    assert guarded.server.engine.requests == []
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Authorization": f"Bearer {ALICE}"},
+        {"authorization": f"bearer   {ALICE} "},
+        {"x-api-key": ALICE},
+        {"x-api-key": ALICE, "Authorization": "Basic cHJveHk6eA=="},
+        {"x-api-key": ALICE, "Authorization": "Bearer hf_of-the-hub"},
+        {"x-api-key": "something-of-a-proxy", "Authorization": f"Bearer {ALICE}"},
+    ],
+)
+async def test_a_key_is_known_from_either_header(guarded: Guarded, headers: dict[str, str]) -> None:
+    client = await guarded.client(None)
+    answer = await client.post("/v1/chat/completions", json=chat("acme/sql"), headers=headers)
+    assert answer.status_code == 200
+    (request,) = guarded.server.engine.requests
+    assert (request.tenant, request.weight) == ("acme", 2.0)
+
+
+async def test_a_body_is_not_read_for_strangers(guarded: Guarded) -> None:
+    read = False
+
+    async def body() -> AsyncIterator[bytes]:
+        nonlocal read
+        read = True
+        yield b"{}"
+
+    client = await guarded.client(None)
+    assert (await client.post("/v1/completions", content=body())).status_code == 401
+    assert not read
+
+
+async def test_lorax_routes_and_adapter_routes_refuse_in_their_own_words(guarded: Guarded) -> None:
+    client = await guarded.client("wrong")
+    lorax = await client.post("/generate", json={"inputs": "hi"})
+    assert lorax.status_code == 401
+    assert set(lorax.json()) == {"error", "error_type"}
+    assert lorax.json()["error_type"] == "authentication"
+    vllm = await client.post("/v1/load_lora_adapter", json={"lora_name": "x", "lora_path": "/x"})
+    assert vllm.status_code == 401
+    assert vllm.json()["object"] == "error"
+    assert vllm.json()["error"]["code"] == "invalid_api_key"
+
+
+async def test_metrics_are_for_admins_and_those_it_is_given_to(guarded: Guarded) -> None:
+    stranger, alice, root, prometheus = await guarded.clients(None, ALICE, ROOT, PROMETHEUS)
+    answers = [await client.get("/metrics") for client in (stranger, alice, root, prometheus)]
+    assert [answer.status_code for answer in answers] == [401, 403, 200, 200]
+    assert "loraplex:api_keys 4.0" in answers[2].text
+    assert "loraplex:unauthorized_total 1.0" in answers[2].text
+    assert "lpx_" not in answers[2].text
+    guarded.access.open_metrics = True
+    assert (await stranger.get("/metrics")).status_code == 200
+
+
+async def test_a_server_without_keys_asks_nobody(guarded: Guarded) -> None:
+    async with guarded.server.client() as client:
+        assert (await client.post("/v1/chat/completions", json=chat("private"))).status_code == 200
+        assert (await client.get("/metrics")).status_code == 200
+        request = guarded.server.engine.requests[0]
+        assert (request.tenant, request.weight) == ("", 1.0)
+
+
+# ---- what a key sees ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("secret", "names"),
+    [
+        (ALICE, ["base", "alias", "acme/sql", "shared"]),
+        (BOB, ["byte/poet", "shared"]),
+        (ROOT, ["base", "alias", "acme/sql", "byte/poet", "private", "shared"]),
+        (PROMETHEUS, []),
+    ],
+)
+async def test_the_list_shows_what_a_key_may_use_and_it_may_use_what_is_shown(
+    guarded: Guarded, secret: str, names: list[str]
+) -> None:
+    client = await guarded.client(secret)
+    shown = [card["id"] for card in (await client.get("/v1/models")).json()["data"]]
+    assert shown == names
+    for name in ("base", "alias", *ADAPTERS):
+        status = 200 if name in names else 404
+        assert (await client.get(f"/v1/models/{name}")).status_code == status
+        assert (await client.post("/v1/chat/completions", json=chat(name))).status_code == status
+
+
+Ask = Callable[[httpx.AsyncClient, str], Any]
+ASKS: dict[str, Ask] = {
+    "chat": lambda c, m: c.post("/v1/chat/completions", json=chat(m)),
+    "stream": lambda c, m: c.post("/v1/chat/completions", json=chat(m, stream=True)),
+    "completion": lambda c, m: c.post("/v1/completions", json={"model": m, "prompt": "hi"}),
+    "response": lambda c, m: c.post("/v1/responses", json={"model": m, "input": "hi"}),
+    "embedding": lambda c, m: c.post("/v1/embeddings", json={"model": m, "input": "hi"}),
+    "tokenize": lambda c, m: c.post("/tokenize", json={"model": m, "prompt": "hi"}),
+    "card": lambda c, m: c.get(f"/v1/models/{m}"),
+    "prefixed": lambda c, m: c.post("/v1/completions", json={"model": f"base:{m}", "prompt": "hi"}),
+    "version": lambda c, m: c.post("/v1/completions", json={"model": f"{m}@0123abcd", "prompt": "hi"}),
+    "mix": lambda c, m: c.post("/v1/completions", json={"model": f"shared+{m}*0.5", "prompt": "hi"}),
+    "adapters": lambda c, m: c.post(
+        "/v1/completions", json={"model": "base", "prompt": "hi", "adapters": [{"name": "shared"}, {"name": m}]}
+    ),
+    "lora_path": lambda c, m: c.post("/v1/completions", json={"model": "base", "prompt": "hi", "lora_path": m}),
+    "source": lambda c, m: c.post(
+        "/v1/completions", json={"model": "base", "prompt": "hi", "adapter_id": m, "adapter_source": "hub"}
+    ),
+    "unload": lambda c, m: c.post("/v1/unload_lora_adapter", json={"lora_name": m}),
+    "sglang": lambda c, m: c.post("/generate", json={"text": "hi", "lora_path": m}),
+    "sglang_unload": lambda c, m: c.post("/unload_lora_adapter", json={"lora_name": m}),
+    "lorax": lambda c, m: c.post("/generate", json={"inputs": "hi", "parameters": {"adapter_id": m}}),
+}
+
+
+@pytest.mark.parametrize("ask", ASKS)
+@pytest.mark.parametrize("forbidden", ["acme/sql", "acme/bad", "private"])
+async def test_a_forbidden_adapter_and_one_that_is_not_there_cannot_be_told_apart(
+    guarded: Guarded, ask: str, forbidden: str
+) -> None:
+    """acme/bad was refused when it was read, which its own tenant is told."""
+    guarded.server.adapters.registry.mark_refused("acme/bad", AdapterRefused("shape_mismatch", "it does not fit"))
+    unknown = forbidden[:-1] + "_"
+    bob, alice = await guarded.clients(BOB, ALICE)
+    there, absent = await ASKS[ask](bob, forbidden), await ASKS[ask](bob, unknown)
+    assert there.status_code == absent.status_code >= 400
+    assert there.text.replace(forbidden, "NAME") == absent.text.replace(unknown, "NAME")
+    assert {**there.headers, "x-request-id": ""} == {**absent.headers, "x-request-id": ""}
+    if ask in ("chat", "stream", "completion", "response", "card", "mix"):
+        assert there.status_code == 404
+    if ask == "chat" and forbidden == "acme/bad":
+        assert (await ASKS[ask](alice, forbidden)).status_code == 400
+    assert guarded.server.engine.requests == []
+
+
+async def test_no_route_tells_a_tenant_of_anothers_adapters(guarded: Guarded) -> None:
+    app = guarded.app()
+    bob = await guarded.client(BOB, app)
+    ask = {"model": "shared", "prompt": "hi", "inputs": "hi"}
+    bodies = (ask, {"lora_name": "byte/x", "lora_path": "/x"})
+    told = set()
+    for route in routes_of(app):
+        for method in route.methods or ():
+            path = route.path.replace("{model:path}", "shared").replace("{response_id}", "x")
+            for body in bodies if method == "POST" else (None,):
+                answer = await bob.request(method, path, json=body)
+                assert answer.status_code != 401
+                assert "acme" not in answer.text
+                assert "private" not in answer.text
+                told |= {route.path} if "shared" in answer.text else set()
+    assert {"/v1/models", "/v1/completions", "/lora-adapters"} <= told
+
+
+async def test_the_base_is_as_absent_to_those_who_may_not_use_it(guarded: Guarded) -> None:
+    bob = await guarded.client(BOB)
+    for ask in ("chat", "completion", "response", "card", "tokenize"):
+        there, absent = await ASKS[ask](bob, "base"), await ASKS[ask](bob, "bose")
+        assert there.status_code == absent.status_code == 404
+        assert there.text.replace("base", "bose") == absent.text
+    assert (await bob.post("/v1/chat/completions", json=chat("byte/poet"))).status_code == 200
+
+
+# ---- management -----------------------------------------------------------------------------------------------------
+
+
+def load(name: str, path: str = "/adapters/new", **fields: Any) -> dict[str, Any]:
+    return {"lora_name": name, "lora_path": path, **fields}
+
+
+async def test_tenants_manage_their_own_namespace_and_admins_all(guarded: Guarded) -> None:
+    alice, bob, root = await guarded.clients(ALICE, BOB, ROOT)
+    registry = guarded.server.adapters.registry
+    assert (await alice.post("/v1/load_lora_adapter", json=load("acme/new"))).status_code == 200
+    assert (await alice.post("/v1/chat/completions", json=chat("acme/new"))).status_code == 200
+    for name in ("byte/new", "byte/poet", "new", "acme", "shared"):
+        answer = await alice.post("/v1/load_lora_adapter", json=load(name, load_inplace=True))
+        assert answer.status_code == 403
+        assert (answer.json()["type"], answer.json()["error"]["code"]) == ("permission_error", 403)
+    assert registry.get("byte/new") is None
+    poet = registry.get("byte/poet")
+    assert poet is not None
+    assert poet.source == "/adapters/byte/poet"
+    assert (await bob.post("/v1/unload_lora_adapter", json={"lora_name": "acme/new"})).status_code == 404
+    assert (await bob.post("/v1/unload_lora_adapter", json={"lora_name": "shared"})).status_code == 403
+    assert registry.get("acme/new")
+    assert registry.get("shared")
+    assert (await alice.post("/v1/unload_lora_adapter", json={"lora_name": "acme/new"})).status_code == 200
+    assert (await root.post("/v1/load_lora_adapter", json=load("new"))).status_code == 200
+    assert (await root.post("/v1/unload_lora_adapter", json={"lora_name": "byte/poet"})).status_code == 200
+
+
+async def test_requests_may_name_local_folders_only_where_the_operator_says(guarded: Guarded, tmp_path: Path) -> None:
+    (tmp_path / "in/side").mkdir(parents=True)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "in/link").symlink_to(tmp_path / "out")
+    guarded.parts = {"local_sources": (tmp_path / "in",)}
+    root = await guarded.client(ROOT)
+    statuses = {}
+    for source in ("in/side", "in/absent", "out", "absent", "in/../out", "in/link"):
+        body = load(f"a-{len(statuses)}", f"{tmp_path}/{source}")
+        statuses[source] = (await root.post("/v1/load_lora_adapter", json=body)).status_code
+    assert statuses == {
+        "in/side": 200, "in/absent": 200, "out": 400, "absent": 400, "in/../out": 400, "in/link": 400
+    }  # fmt: skip
+    for source, status in (
+        ("org/name", 200),
+        ("s3://bucket/x", 200),
+        ("file:///etc", 400),
+        ("/etc", 400),
+        ("~", 400),
+        ("~nobody-of-that-name/x", 400),
+    ):
+        body = load(f"b-{source[:2].strip('/~:')}{status}x", source)
+        assert (await root.post("/v1/load_lora_adapter", json=body)).status_code == status, source
+
+
+async def test_loading_on_first_use_is_for_keys_that_may(guarded: Guarded) -> None:
+    guarded.access._keyring = Keyring(
+        {digest_of("may"): replace(KEYS[BOB], load_on_use=True), digest_of("not"): KEYS[BOB]}
+    )
+    may, may_not = await guarded.clients("may", "not")
+    body = {"model": "base", "prompt": "hi", "adapter_id": "org/name", "adapter_source": "hub", "max_tokens": 3}
+    refused = await may_not.post("/v1/completions", json=body)
+    assert refused.status_code == 404
+    assert (await may.post("/v1/completions", json=body)).status_code == 200
+
+
+# ---- what belongs to others -----------------------------------------------------------------------------------------
+
+
+async def test_stored_responses_are_their_tenants(guarded: Guarded) -> None:
+    alice, bob = await guarded.clients(ALICE, BOB)
+    body = {"model": "shared", "input": "hi", "max_output_tokens": 3}
+    made = (await alice.post("/v1/responses", json=body)).json()["id"]
+    for method, path in (("GET", ""), ("GET", "/input_items"), ("POST", "/cancel"), ("DELETE", "")):
+        answer = await bob.request(method, f"/v1/responses/{made}{path}")
+        absent = await bob.request(method, f"/v1/responses/resp_none{path}")
+        assert answer.status_code == absent.status_code == 404
+        assert answer.text.replace(made, "resp_none") == absent.text
+    follow = {**body, "previous_response_id": made}
+    assert (await bob.post("/v1/responses", json=follow)).status_code == 400
+    assert (await alice.get(f"/v1/responses/{made}")).status_code == 200
+
+
+async def test_nobody_aborts_the_answers_of_others(guarded: Guarded) -> None:
+    alice, bob = await guarded.clients(ALICE, BOB)
+    engine = guarded.server.engine
+    engine.gate.clear()
+    answer = asyncio.create_task(alice.post("/v1/completions", json={"model": "shared", "prompt": "a", "rid": "mine"}))
+    while not engine.requests:
+        await asyncio.sleep(0.001)
+    assert (await bob.post("/abort_request", json={"rid": "mine"})).json() == {"aborted": 0}
+    assert engine.stopped == set()
+    assert (await alice.post("/abort_request", json={"rid": "mine"})).json() == {"aborted": 1}
+    engine.gate.set()
+    assert (await answer).json()["choices"][0]["finish_reason"] == "abort"
+
+
+async def test_tenants_are_told_to_the_engine_for_shares_and_cached_prefixes(guarded: Guarded) -> None:
+    alice, bob = await guarded.clients(ALICE, BOB)
+    for client in (alice, bob):
+        assert (await client.post("/v1/chat/completions", json=chat("shared", cache_salt="s"))).status_code == 200
+    told = [(request.tenant, request.weight, request.cache_salt) for request in guarded.server.engine.requests]
+    assert told == [("acme", 2.0, "s"), ("byte", 1.0, "s")]
+
+
+# ---- browsers, and the official client ------------------------------------------------------------------------------
+
+
+async def test_web_pages_may_ask_only_where_the_operator_says(guarded: Guarded) -> None:
+    preflight = {"Origin": "https://ours.example", "Access-Control-Request-Method": "POST"}
+    closed = await guarded.client(None)
+    assert "access-control-allow-origin" not in (await closed.options("/v1/models", headers=preflight)).headers
+    guarded.parts = {"cors_origins": ("https://ours.example",)}
+    browser, alice = await guarded.clients(None, ALICE)
+    allowed = await browser.options("/v1/models", headers=preflight)
+    assert (allowed.status_code, allowed.headers["access-control-allow-origin"]) == (200, "https://ours.example")
+    other = await browser.options("/v1/models", headers={**preflight, "Origin": "https://other.example"})
+    assert other.status_code == 400
+    refused = await browser.get("/v1/models", headers={"Origin": "https://ours.example"})
+    assert refused.status_code == 401
+    assert refused.headers["access-control-allow-origin"] == "https://ours.example"  # else pages cannot read it
+    assert (await alice.get("/v1/models", headers={"Origin": "https://ours.example"})).status_code == 200
+
+
+async def test_the_official_client_raises_what_it_raises_at_openai(guarded: Guarded) -> None:
+    guarded.access._keyring = Keyring({digest_of("k"): replace(KEYS[ALICE], limits=Limits(requests_per_minute=2))})
+    transport = httpx.ASGITransport(guarded.app())
+
+    def official(secret: str) -> openai.AsyncOpenAI:
+        http = httpx.AsyncClient(transport=transport)
+        return openai.AsyncOpenAI(api_key=secret, base_url="http://test/v1", http_client=http, max_retries=0)
+
+    with pytest.raises(openai.AuthenticationError) as unknown:
+        await official("other").chat.completions.create(**chat("shared"))
+    assert unknown.value.code == "invalid_api_key"
+    known = official("k")
+    with pytest.raises(openai.NotFoundError):
+        await known.chat.completions.create(**chat("byte/poet"))
+    raw = await known.chat.completions.with_raw_response.create(**chat("shared"))
+    assert raw.headers["x-ratelimit-limit-requests"] == "2"
+    assert raw.headers["x-ratelimit-remaining-requests"] == "0"
+    with pytest.raises(openai.RateLimitError) as limited:
+        await known.chat.completions.create(**chat("shared"))
+    assert limited.value.code == "rate_limit_exceeded"
+    assert limited.value.response.headers["retry-after"] == "30"

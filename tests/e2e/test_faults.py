@@ -1,0 +1,309 @@
+"""What goes wrong around a server, done to a whole one over HTTP: it answers, it says why, and others go on."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+
+from loraplex.adapters.downloads import DownloadConfig, DownloadLimits
+from loraplex.server.engine.build import EngineConfig
+from tests.support.command import address, serving
+from tests.support.live_server import LiveServer, live_server
+from tests.support.peft_adapters import make_peft_adapter
+from tests.support.tiny import load_oracle, make_tiny_model, make_tiny_tokenizer
+from tests.support.web_server import Page, WebServer, web_server
+
+FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = make_tiny_model("llama", tmp_path_factory.mktemp("models") / "tiny")
+    return make_tiny_tokenizer(path)
+
+
+@pytest.fixture(scope="module")
+def adapters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("adapters")
+    for seed, name in enumerate(("one", "two", "three")):
+        make_peft_adapter(load_oracle(base), folder / name, seed=seed, r=2, target_modules=["q_proj", "v_proj"])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def web() -> Iterator[WebServer]:
+    with web_server(secure=False) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def live(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    downloads = DownloadConfig(
+        tmp_path_factory.mktemp("downloads"), DownloadLimits(max_seconds=2.0), allowed_hosts=("127.0.0.1",)
+    )
+    config = EngineConfig(device="cpu", memory_bytes=32 << 20, max_num_seqs=8, downloads=downloads)
+    with live_server(base, "tiny", config) as server:
+        yield server
+
+
+def publish(web: WebServer, folder: Path, at: str, **fields: Any) -> str:
+    """The adapter in `folder` as pages; `fields` are those of its weights'. Returns its source."""
+    for name in FILES:
+        page = Page((folder / name).read_bytes(), **(fields if name == FILES[1] else {}))
+        web.pages[f"{at}/{name}"] = page
+    return web.url(at, host="127.0.0.1")
+
+
+def ask(url: str, model: str = "tiny", tokens: int = 20, **fields: Any) -> httpx.Response:
+    body = {"model": model, "prompt": "the", "max_tokens": tokens, "ignore_eos": True, "temperature": 0, **fields}
+    return httpx.post(f"{url}/v1/completions", json=body, timeout=60)
+
+
+def text_of(answer: httpx.Response) -> str:
+    assert answer.status_code == 200, answer.text
+    return str(answer.json()["choices"][0]["text"])
+
+
+def load(url: str, name: str, source: str) -> httpx.Response:
+    return httpx.post(f"{url}/v1/load_lora_adapter", json={"lora_name": name, "lora_path": source}, timeout=60)
+
+
+def names(url: str) -> set[str]:
+    return {card["id"] for card in httpx.get(f"{url}/v1/models").json()["data"]}
+
+
+def wait_for(found: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not found():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+# ---- sources --------------------------------------------------------------------------------------------------------
+
+
+def test_a_disk_that_fills_up_while_downloading(
+    live: LiveServer, web: WebServer, adapters: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = publish(web, adapters / "one", "/disk")
+    write, full = os.write, threading.Event()
+
+    def into_little_room(handle: int, data: Any) -> int:
+        if "downloads" in os.readlink(f"/proc/self/fd/{handle}"):
+            if full.is_set():
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            full.set()
+            return write(handle, data[: len(data) // 2])  # as the kernel does with what still fits
+        return write(handle, data)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "write", into_little_room)
+        answer = load(live.url, "disk", source)
+        assert full.is_set()
+    assert 400 <= answer.status_code < 600
+    assert "No space left" in answer.json()["message"]
+    assert "disk" not in names(live.url)
+    assert ask(live.url).status_code == 200
+    assert load(live.url, "disk", source).status_code == 200  # there is room again
+    assert text_of(ask(live.url, "disk")) != text_of(ask(live.url))
+
+
+def test_a_source_that_hangs(live: LiveServer, web: WebServer, adapters: Path) -> None:
+    """Others go on meanwhile, and whoever waits is told in the time that downloads may take."""
+    gate = threading.Event()
+    source = publish(web, adapters / "two", "/hangs", gate=gate)
+    with ThreadPoolExecutor(1) as pool:
+        begun = time.monotonic()
+        loading = pool.submit(load, live.url, "hangs", source)
+        wait_for(lambda: web.count(f"/hangs/{FILES[1]}") > 0)
+        answered = 0
+        while not loading.done():
+            assert ask(live.url, tokens=4).status_code == 200
+            answered += 1
+        assert answered > 3
+        answer = loading.result()
+    assert answer.status_code >= 400
+    assert "--download-timeout" in answer.json()["message"]
+    assert time.monotonic() - begun < 20
+    gate.set()
+    assert load(live.url, "hangs", source).status_code == 200
+
+
+def test_a_source_that_vanishes_before_it_was_read(live: LiveServer, adapters: Path, tmp_path: Path) -> None:
+    """Registered by its config and header alone; its bytes are wanted only now, and gone."""
+    for name in ("here", "gone"):
+        shutil.copytree(adapters / "one", tmp_path / name)
+    found = asyncio.run(live.parts.adapters.register_folder(tmp_path))
+    assert [version.name for version in found] == ["gone", "here"]
+    shutil.rmtree(tmp_path / "gone")
+    answer = ask(live.url, "gone")
+    assert 400 <= answer.status_code < 500
+    assert "gone" in answer.json()["error"]["message"]
+    assert ask(live.url, "here").status_code == 200
+    assert httpx.get(f"{live.url}/health").status_code == 200
+
+
+def test_a_source_that_vanishes_while_it_is_in_use(live: LiveServer, adapters: Path, tmp_path: Path) -> None:
+    """What is on the device is served on, byte for byte."""
+    shutil.copytree(adapters / "three", tmp_path / "used")
+    assert load(live.url, "used", str(tmp_path / "used")).status_code == 200
+    before = text_of(ask(live.url, "used"))
+    shutil.rmtree(tmp_path / "used")
+    assert text_of(ask(live.url, "used")) == before
+
+
+# ---- clients --------------------------------------------------------------------------------------------------------
+
+
+def connect(live: LiveServer, body: bytes, *, length: int | None = None, room: int | None = None) -> socket.socket:
+    """A raw client that has sent `body` as a completion, and reads nothing; `room`: of its receive buffer."""
+    where = urlsplit(live.url)
+    client = socket.socket()
+    if room is not None:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, room)
+    client.connect((where.hostname, where.port))
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {length or len(body)}\r\n\r\n"
+    client.sendall(head.encode() + body)
+    return client
+
+
+def test_a_client_that_reads_nothing_stalls_nobody(live: LiveServer) -> None:
+    """Its tokens are computed and wait for it, at most max_tokens of them; the engine is free for others."""
+    body = b'{"model": "tiny", "prompt": "the", "max_tokens": 400, "ignore_eos": true, "stream": true, "logprobs": 20}'
+    deaf = [connect(live, body, room=4096) for _ in range(8)]  # as many as may run at once
+    try:
+        alone = text_of(ask(live.url))
+        with ThreadPoolExecutor(4) as pool:
+            assert {text_of(answer) for answer in pool.map(lambda _: ask(live.url), range(8))} == {alone}
+        wait_for(lambda: live.parts.engine.stats().running == 0)  # nothing is held for those who do not read
+    finally:
+        for client in deaf:
+            client.close()
+    assert ask(live.url).status_code == 200
+
+
+def test_half_open_connections_hold_nothing(live: LiveServer) -> None:
+    peers = [connect(live, b'{"model": "ti', length=200) for _ in range(30)]
+    try:
+        assert ask(live.url).status_code == 200
+        assert live.parts.engine.stats().running == 0
+    finally:
+        for peer in peers:
+            peer.close()
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="Linux's")
+def test_the_kernel_ends_connections_whose_peer_is_gone() -> None:
+    """A peer that vanishes without a word cannot be played here; that accepted sockets have the options can be seen."""
+    from loraplex.server.launch import bind
+
+    with bind("127.0.0.1", 0) as held:
+        held.listen()
+        with socket.create_connection(held.getsockname()):
+            accepted, _ = held.accept()
+            with accepted:
+                assert accepted.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+                assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 30
+                assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 60_000
+
+
+# ---- the machine ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("jump", [-30 * 86400.0, 30 * 86400.0], ids=["back", "forward"])
+def test_the_clock_on_the_wall_jumps(live: LiveServer, monkeypatch: pytest.MonkeyPatch, jump: float) -> None:
+    """In the middle of a stream with a deadline: nothing expires, nothing is measured wrong, nothing waits for it."""
+    expected = text_of(ask(live.url, tokens=200))
+    real, real_ns = time.time, time.time_ns
+    body = {"model": "tiny", "prompt": "the", "max_tokens": 200, "ignore_eos": True, "temperature": 0, "timeout": 50}
+    with httpx.stream("POST", f"{live.url}/v1/completions", json={**body, "stream": True}, timeout=60) as response:
+        lines = response.iter_lines()
+        next(lines)
+        monkeypatch.setattr(time, "time", lambda: real() + jump)
+        monkeypatch.setattr(time, "time_ns", lambda: real_ns() + int(jump * 1e9))
+        rest = list(lines)
+    assert [line for line in rest if line][-1] == "data: [DONE]"
+    assert text_of(ask(live.url, tokens=200, timeout=50)) == expected
+    scraped = httpx.get(f"{live.url}/metrics").text
+    for name in ("e2e_request_latency_seconds", "request_queue_time_seconds", "time_to_first_token_seconds"):
+        [line] = [line for line in scraped.splitlines() if line.startswith(f"vllm:{name}_sum")]
+        assert 0 <= float(line.split()[-1]) < 3600
+
+
+def test_a_step_that_memory_runs_out_in(live: LiveServer) -> None:
+    """The youngest of the step is computed again; nobody's answer changes, and the server goes on."""
+    alone = text_of(ask(live.url, tokens=60))
+    runner, failures = live.parts.engine._runner, 0
+    execute = runner.execute
+
+    def short(plan: Any) -> Any:
+        nonlocal failures
+        if failures < 3 and len(plan.entries) > 1:
+            failures += 1
+            raise MemoryError("cannot allocate")
+        return execute(plan)
+
+    runner.execute = short  # type: ignore[method-assign]
+    try:
+        with ThreadPoolExecutor(6) as pool:
+            answers = list(pool.map(lambda _: ask(live.url, tokens=60), range(6)))
+    finally:
+        runner.execute = execute  # type: ignore[method-assign]
+    assert failures > 0
+    assert {text_of(answer) for answer in answers} == {alone}
+    assert httpx.get(f"{live.url}/health").status_code == 200
+
+
+# ---- kill -9 --------------------------------------------------------------------------------------------------------
+
+
+def test_killed_during_a_load_and_started_again(base: Path, adapters: Path, web: WebServer, tmp_path: Path) -> None:
+    """What was acknowledged is there again, with the same answers; what was half there is not, and can be loaded."""
+    arguments = [str(base), "--state-dir", str(tmp_path / "state"), "--download-dir", str(tmp_path / "downloads")]
+    arguments += ["--allow-host", "127.0.0.1"]
+    distant = publish(web, adapters / "two", "/kept")
+    weights = (adapters / "three" / FILES[1]).read_bytes()
+    half = publish(web, adapters / "three", "/half", cuts=[len(weights) // 2] * 50)
+    with serving(*arguments) as (process, lines):
+        url = address(lines)
+        assert load(url, "local", str(adapters / "one")).status_code == 200
+        assert load(url, "distant", distant).status_code == 200
+        before = {name: text_of(ask(url, name)) for name in ("tiny", "local", "distant")}
+        assert len(set(before.values())) == 3
+        with ThreadPoolExecutor(1) as pool:
+            loading = pool.submit(load, url, "half", half)
+            partial = tmp_path / "downloads" / "partial"
+            wait_for(lambda: any(path.stat().st_size for path in partial.glob(f"*/{FILES[1]}")))
+            process.kill()
+            with pytest.raises(httpx.HTTPError):
+                loading.result()
+    for name in FILES:
+        web.pages[f"/kept/{name}"] = Page(status=503)  # out of reach; its files are here
+    web.pages[f"/half/{FILES[1]}"].cuts.clear()
+    with serving(*arguments) as (process, lines):
+        url = address(lines)
+        assert {name: text_of(ask(url, name)) for name in before} == before
+        assert names(url) == {"tiny", "local", "distant"}
+        assert ask(url, "half").status_code == 404
+        assert load(url, "half", half).status_code == 200
+        assert text_of(ask(url, "half")) not in before.values()
+        unloaded = httpx.post(f"{url}/v1/unload_lora_adapter", json={"lora_name": "local"})
+        assert unloaded.status_code == 200
+        process.kill()
+    with serving(*arguments) as (_, lines):
+        url = address(lines)
+        assert ask(url, "half").status_code == 200
+        assert names(url) == {"tiny", "distant", "half"}

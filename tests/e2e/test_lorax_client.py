@@ -1,0 +1,287 @@
+"""The real lorax-client against a live server with a tiny model; PEFT says what adapters, mixes and merges answer."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from peft.utils import merge_utils
+
+from loraplex.server.engine.build import EngineConfig
+from tests.support.live_server import LiveServer, live_server
+from tests.support.peft_adapters import make_peft_adapter
+from tests.support.tiny import load_oracle, make_tiny_model, make_tiny_tokenizer
+
+lorax = pytest.importorskip("lorax", reason="lorax-client is not installed")
+from lorax import AsyncClient, Client  # noqa: E402
+from lorax.errors import GenerationError, ValidationError  # noqa: E402
+from lorax.types import MergedAdapters  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+PROMPT = "the other one, and the end of it"
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "one": {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"]},
+    "two": {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"]},
+    "wide": {"r": 8, "target_modules": "all-linear"},
+}
+CLOSE = 2e-4
+"""Log-probabilities in fp32, summed in another order."""
+
+
+@dataclass(frozen=True)
+class Served:
+    live: LiveServer
+    client: Any
+    base: Any  # transformers' model
+    folders: dict[str, Path]
+
+    def oracle(self, weights: dict[str, float]) -> Any:
+        """PEFT's model of the base wearing the sum of adapters with these weights: their factors side by side."""
+        from peft import PeftModel
+
+        first, *others = weights
+        model = PeftModel.from_pretrained(copy.deepcopy(self.base), str(self.folders[first]), adapter_name=first)
+        for name in others:
+            model.load_adapter(str(self.folders[name]), adapter_name=name)
+        model.add_weighted_adapter(list(weights), list(weights.values()), "sum", combination_type="cat")
+        model.set_adapter("sum")
+        return model.eval()
+
+    def greedy(self, model: Any, tokens: int) -> tuple[list[int], list[float]]:
+        """What the model says after PROMPT, and the log-probability of each token."""
+        ids = self.live.tokenizer.encode(PROMPT)
+        logprobs = []
+        with torch.no_grad():
+            for _ in range(tokens):
+                row = model(torch.tensor([ids])).logits[0, -1].float().log_softmax(-1)
+                ids.append(int(row.argmax()))
+                logprobs.append(float(row.max()))
+        return ids[-tokens:], logprobs
+
+    def check(self, answer: Any, model: Any, tokens: int = 12) -> None:
+        """That `answer` is the model's greedy one, token by token."""
+        ids, logprobs = self.greedy(model, tokens)
+        assert [token.id for token in answer.details.tokens] == ids
+        assert [token.logprob for token in answer.details.tokens] == pytest.approx(logprobs, abs=CLOSE)
+        assert answer.generated_text == self.live.tokenizer.decode(ids)
+
+    def idle(self) -> None:
+        """That no lease is held."""
+        registry = self.live.parts.adapters.registry
+        assert {version.name: registry.leases(version) for version in registry.list()} == {
+            version.name: 0 for version in registry.list()
+        }
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    base = tmp_path_factory.mktemp("base")
+    make_tiny_model("llama", base)
+    make_tiny_tokenizer(base)
+    model = load_oracle(base)
+    engine = EngineConfig(device="cpu", dtype="float32", memory_bytes=64 << 20, max_num_seqs=16, token_budget=64)
+    folders = {}
+    with live_server(base, "tiny", engine) as live:
+        for seed, (name, options) in enumerate(ADAPTERS.items()):
+            folders[name] = tmp_path_factory.mktemp(name)
+            make_peft_adapter(model, folders[name], seed=seed, **options)
+        for name in ("one", "two"):  # the other is loaded on first use
+            body = {"lora_name": name, "lora_path": str(folders[name])}
+            assert httpx.post(f"{live.url}/v1/load_lora_adapter", json=body).status_code == 200
+        yield Served(live, Client(live.url), model, folders)
+
+
+def ask(served: Served, **parameters: Any) -> Any:
+    return served.client.generate(PROMPT, max_new_tokens=12, ignore_eos_token=True, **parameters)
+
+
+def test_the_base_and_an_adapter(served: Served) -> None:
+    served.check(ask(served), served.base)
+    one = served.oracle({"one": 1.0})
+    served.check(ask(served, adapter_id="one"), one)
+    served.check(ask(served, adapter_id="tiny:one", adapter_source="local"), one)
+    assert served.greedy(one, 12) != served.greedy(served.base, 12)  # or all of this shows little
+    served.idle()
+
+
+def test_streams(served: Served) -> None:
+    one = served.oracle({"one": 1.0})
+    events = list(
+        served.client.generate_stream(PROMPT, adapter_id="one", max_new_tokens=12, ignore_eos_token=True, details=True)
+    )
+    ids, logprobs = served.greedy(one, 12)
+    assert [event.token.id for event in events] == ids
+    assert [event.token.logprob for event in events] == pytest.approx(logprobs, abs=CLOSE)
+    text = served.live.tokenizer.decode(ids)
+    assert events[-1].generated_text == text
+    assert "".join(event.token.text for event in events if not event.token.special) == text
+    assert events[-1].details.finish_reason == "length"
+    assert events[-1].details.generated_tokens == 12
+
+
+def test_the_async_client(served: Served) -> None:
+    client = AsyncClient(served.live.url)
+
+    async def both() -> tuple[Any, list[Any]]:
+        whole = await client.generate(PROMPT, adapter_id="two", max_new_tokens=12, ignore_eos_token=True)
+        stream = client.generate_stream(PROMPT, adapter_id="two", max_new_tokens=12, ignore_eos_token=True)
+        return whole, [event async for event in stream]
+
+    whole, events = asyncio.run(both())
+    served.check(whole, served.oracle({"two": 1.0}))
+    assert events[-1].generated_text == whole.generated_text
+
+
+def test_details(served: Served) -> None:
+    answer = ask(served, adapter_id="one", decoder_input_details=True, return_k_alternatives=3, return_full_text=True)
+    prompt = served.live.tokenizer.encode(PROMPT)
+    with torch.no_grad():
+        rows = served.oracle({"one": 1.0})(torch.tensor([prompt])).logits[0].float().log_softmax(-1)
+    expected = [float(rows[i, token]) for i, token in enumerate(prompt[1:])]
+    assert [token.id for token in answer.details.prefill] == prompt
+    assert answer.details.prefill[0].logprob is None
+    assert [token.logprob for token in answer.details.prefill[1:]] == pytest.approx(expected, abs=CLOSE)
+    top = rows[-1].topk(3)
+    first = answer.details.tokens[0].alternative_tokens
+    assert [token.id for token in first] == top.indices.tolist()
+    assert [token.logprob for token in first] == pytest.approx(top.values.tolist(), abs=CLOSE)
+    assert answer.generated_text.startswith(PROMPT)
+
+
+def test_best_of_and_seeds(served: Served) -> None:
+    answer = ask(served, best_of=3, do_sample=True, temperature=2.0)
+    every = [answer.details, *answer.details.best_of_sequences]
+    means = [sum(token.logprob for token in each.tokens) / 12 for each in every]
+    assert len(every) == 3
+    assert means[0] == max(means)
+    again = [ask(served, do_sample=True, temperature=2.0, seed=5) for _ in range(2)]
+    assert again[0] == again[1]
+    assert again[0].details.seed == 5
+
+
+def test_structured_output(served: Served) -> None:
+    schema = {"type": "object", "properties": {"n": {"type": "integer", "minimum": 0, "maximum": 9}}, "required": ["n"]}
+    schema["additionalProperties"] = False  # type: ignore[assignment]
+    answer = served.client.generate(
+        PROMPT, adapter_id="one", max_new_tokens=40, response_format={"type": "json_object", "schema": schema}
+    )
+    assert answer.generated_text[0] == "{"
+    assert '"n"' in answer.generated_text
+
+
+def test_errors(served: Served) -> None:
+    with pytest.raises(GenerationError, match="`nobody` does not exist"):
+        ask(served, adapter_id="nobody")
+    with pytest.raises(GenerationError, match="there is no folder"):
+        ask(served, adapter_id="/nowhere/at-all", adapter_source="local")
+    with pytest.raises(ValidationError, match="`watermark` is not supported"):
+        ask(served, watermark=True)
+    with pytest.raises(GenerationError, match="`nobody` does not exist"):
+        list(served.client.generate_stream(PROMPT, adapter_id="nobody"))
+    served.idle()
+
+
+def test_first_use_loads_once_for_all(served: Served) -> None:
+    loads = served.live.parts.adapters.loader.stats().loads
+    folder = str(served.folders["wide"])
+    with ThreadPoolExecutor(16) as pool:
+        clients = [Client(served.live.url) for _ in range(16)]
+        answers = list(
+            pool.map(
+                lambda client: client.generate(
+                    PROMPT, adapter_id=folder, adapter_source="local", max_new_tokens=12, ignore_eos_token=True
+                ),
+                clients,
+            )
+        )
+    assert served.live.parts.adapters.loader.stats().loads - loads == 1
+    wide = served.oracle({"wide": 1.0})
+    for answer in answers:
+        served.check(answer, wide)
+    served.idle()
+
+
+def test_linear_merges_are_exact_sums(served: Served) -> None:
+    """Of adapters of different ranks and targets, too, which a merge of their factors could not be."""
+    folders = [str(served.folders[name]) for name in ("one", "wide")]
+    merged = MergedAdapters(ids=folders, weights=[0.7, -0.4], merge_strategy="linear", density=0.0)
+    expected = served.oracle({"one": 0.7, "wide": -0.4})
+    served.check(ask(served, merged_adapters=merged, adapter_source="local"), expected)
+    for model in ("one*0.7+two*0.3", "tiny:two*0.3+one*0.7"):
+        served.check(ask(served, adapter_id=model), served.oracle({"one": 0.7, "two": 0.3}))
+    served.idle()
+
+
+def test_mixes_have_prefixes_of_their_own(served: Served) -> None:
+    """The same prompt with other weights, other adapters and none, in turns: what is cached of one helps no other."""
+    long = PROMPT * 4
+    stats = served.live.parts.engine.stats
+    models = ["one*0.5+two*0.5", "one*0.5+two*0.6", "one", "tiny", "two*0.5+one*0.5"]
+
+    def complete(model: str) -> Any:
+        body = {"model": model, "prompt": long, "max_tokens": 6, "temperature": 0, "logprobs": 0, "ignore_eos": True}
+        return httpx.post(f"{served.live.url}/v1/completions", json=body).json()["choices"][0]
+
+    first = [complete(model) for model in models]
+    before = stats().prefix_hits
+    again = [complete(model) for model in models]
+    assert stats().prefix_hits > before
+    for old, new in zip(first, again, strict=True):
+        assert old["text"] == new["text"]
+        assert old["logprobs"]["token_logprobs"] == pytest.approx(new["logprobs"]["token_logprobs"], abs=CLOSE)
+    logprobs = [choice["logprobs"]["token_logprobs"] for choice in first]
+    assert logprobs[0] == pytest.approx(logprobs[4], abs=CLOSE)  # the order does not count
+    for other in logprobs[1:4]:
+        assert logprobs[0] != pytest.approx(other, abs=10 * CLOSE)
+    served.idle()
+
+
+def test_ties_is_served_as_peft_merges_the_factors(served: Served) -> None:
+    from peft.tuners.lora import LoraLayer
+
+    weights, density = [1.0, 0.5], 0.6
+    merged = MergedAdapters(ids=["one", "two"], weights=weights, merge_strategy="ties", density=density)
+    answers = [ask(served, merged_adapters=merged) for _ in range(2)]
+    oracle = served.oracle({"one": 1.0, "two": 1.0})  # alpha / r is the same for both
+    oracle.set_adapter("one")
+    with torch.no_grad():
+        for layer in oracle.modules():
+            if isinstance(layer, LoraLayer):
+                for factors in (layer.lora_A, layer.lora_B):
+                    tensors = [factors[name].weight.data.clone() for name in ("one", "two")]
+                    factors["one"].weight.copy_(merge_utils.ties(tensors, torch.tensor(weights), density))
+    for answer in answers:
+        served.check(answer, oracle)
+    assert served.greedy(oracle, 12) != served.greedy(served.oracle({"one": 1.0, "two": 0.5}), 12)
+    served.idle()
+
+
+@pytest.mark.parametrize("strategy", ["dare_linear", "dare_ties"])
+def test_dare_is_made_once_and_served(served: Served, strategy: str) -> None:
+    merged = MergedAdapters(ids=["one", "two"], weights=[1.0, 1.0], merge_strategy=strategy, density=0.5)
+    loads = served.live.parts.adapters.loader.stats().loads
+    first, second = (ask(served, merged_adapters=merged) for _ in range(2))
+    assert served.live.parts.adapters.loader.stats().loads - loads == 1
+    assert first == second
+    assert first.generated_text != ask(served).generated_text
+    different = MergedAdapters(ids=["one", "missing"], weights=[1.0, 1.0], merge_strategy=strategy, density=0.5)
+    with pytest.raises(GenerationError, match="`missing` does not exist"):
+        ask(served, merged_adapters=different)
+    served.idle()
+
+
+def test_ranks_that_differ_are_not_merged(served: Served) -> None:
+    folders = [str(served.folders[name]) for name in ("one", "wide")]
+    merged = MergedAdapters(ids=folders, weights=[1.0, 1.0], merge_strategy="ties", density=0.5)
+    with pytest.raises(GenerationError, match="needs adapters of equal ranks"):
+        ask(served, merged_adapters=merged, adapter_source="local")
+    served.idle()

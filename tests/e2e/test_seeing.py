@@ -1,0 +1,46 @@
+"""What a whole server tells of single adapters while they push each other off the device."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from pathlib import Path
+
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
+
+from loraplex.server.engine.build import EngineConfig
+from tests.support.live_server import live_server
+from tests.support.peft_adapters import make_peft_adapter
+from tests.support.tiny import load_oracle, make_tiny_model, make_tiny_tokenizer
+
+
+def test_adapters_that_take_turns(tmp_path: Path) -> None:
+    base = make_tiny_tokenizer(make_tiny_model("llama", tmp_path / "tiny"))
+    for seed, name in enumerate(("one", "two")):
+        make_peft_adapter(load_oracle(base), tmp_path / "adapters" / name, seed=seed, r=2, target_modules=["q_proj"])
+    config = EngineConfig(device="cpu", memory_bytes=32 << 20, num_slots=1)
+    with live_server(base, "tiny", config) as server:
+        asyncio.run(server.parts.adapters.register_folder(tmp_path / "adapters"))
+        for name in ("one", "two", "one", "two", "two"):
+            body = {"model": name, "prompt": "the", "max_tokens": 3, "ignore_eos": True}
+            assert httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).status_code == 200
+        text = httpx.get(f"{server.url}/metrics").text
+    families = list(text_string_to_metric_families(text))
+    assert max(Counter(family.name for family in families).values()) == 1
+    found = {
+        (sample.name, sample.labels.get("adapter_name")): sample.value
+        for family in families
+        for sample in family.samples
+    }
+    told = {
+        name: [found[f"loraplex:by_adapter_{what}", name] for what in ("requests_total", "misses_total")]
+        + [found[f"loraplex:by_adapter_{what}", name] for what in ("load_seconds_count", "evictions_total")]
+        for name in ("one", "two", "other")
+    }
+    assert told == {"one": [2, 2, 2, 2], "two": [3, 2, 2, 1], "other": [0, 0, 0, 0]}
+    assert 0 < found["loraplex:by_adapter_load_seconds_sum", "one"] < 60
+    assert found["loraplex:by_adapter_generation_tokens_total", "two"] == 9
+    assert found["loraplex:adapter_wait_seconds_total", None] > 0
+    assert found["vllm:iteration_tokens_total_count", None] == 15
+    assert found["vllm:request_queue_time_seconds_count", None] == 5

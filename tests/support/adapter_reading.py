@@ -1,0 +1,102 @@
+"""Reading an adapter's folder in every way there is, and checking that they agree."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from unittest.mock import patch
+
+import safetensors.torch
+import torch
+
+from loraplex.adapters import adapter_files
+from loraplex.adapters.adapter_files import parse_header, read_bytes, view_tensors
+from loraplex.adapters.loader import ParsedImage, Reading
+from loraplex.adapters.peft_config import parse_config
+from loraplex.adapters.peft_format import BaseBias, draw_blueprint
+from loraplex.adapters.peft_values import Part, check_values
+from loraplex.adapters.reader import AdapterReader
+from loraplex.adapters.tiles import AdapterImage, BaseLayout, pack
+
+
+@dataclass(frozen=True)
+class ParsedAdapter:
+    parts: tuple[Part, ...]
+    rank: int
+    targets: tuple[str, ...]
+    digest: str
+    image: AdapterImage
+
+
+def no_breath() -> None:
+    """Reading.breathe of a reading that nobody cancels."""
+
+
+def read(reader: AdapterReader, folder: Path, *, fresh: bool = False) -> ParsedImage:
+    return reader.read(Reading(str(folder), fresh, no_breath))
+
+
+def same_image(one: AdapterImage, other: AdapterImage) -> bool:
+    return (
+        torch.equal(one.pages, other.pages)
+        and torch.equal(one.tiles, other.tiles)
+        and (one.nbytes, one.extent) == (other.nbytes, other.extent)
+    )
+
+
+def read_adapter(folder: Path, layout: BaseLayout, base_bias: BaseBias) -> ParsedAdapter:
+    """What AdapterReader makes of it: first and again, and the same as packing part by part.
+
+    The parts come from the way that looks at module after module. Raises AdapterRefused as AdapterReader.read does.
+    """
+    reader = AdapterReader(layout, base_bias, 1 << 30)
+    with patch.object(adapter_files, "SETTLED_SECONDS", -math.inf):
+        first = read(reader, folder)
+        again = read(reader, folder)
+    files = read_bytes(folder, no_breath)
+    blueprint = draw_blueprint(parse_config(files.head.config), parse_header(files.head), layout, base_bias)
+    tensors = view_tensors(files.data, blueprint.header)
+    parts = check_values(blueprint, tensors, layout, base_bias, no_breath)
+    info = reader.examine(str(folder))
+    assert same_image(first.image, again.image)
+    assert first.digest == again.digest == files.digest
+    assert same_image(first.image, pack(parts, layout))
+    assert (first.rank, first.targets) == (info.rank, info.targets)
+    assert first.num_pages == len(first.image.pages) <= info.num_pages
+    assert first.nbytes == first.image.nbytes <= info.nbytes
+    return ParsedAdapter(tuple(parts), first.rank, first.targets, first.digest, first.image)
+
+
+def write_adapter(
+    folder: Path,
+    layout: BaseLayout,
+    *,
+    rank: int = 4,
+    seed: int = 1,
+    dtype: torch.dtype = torch.float32,
+    alpha: float = 8,
+) -> Path:
+    """A random adapter on every projection of the layout's base; by renaming, so that it is there at once."""
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for layer in range(layout.num_layers):
+        for projection in layout.projections:
+            name = f"base_model.model.model.layers.{layer}.{projection.name}"
+            a = torch.randn(rank, projection.in_features, generator=generator)
+            b = torch.randn(projection.out_features, rank, generator=generator)
+            tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = a.to(dtype), b.to(dtype)
+    targets = sorted({projection.name.rpartition(".")[2] for projection in layout.projections})
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": targets}
+    put(folder / "adapter_config.json", json.dumps(config).encode())
+    put(folder / "adapter_model.safetensors", safetensors.torch.save(tensors))
+    return folder
+
+
+def put(file: Path, content: bytes) -> None:
+    """Replace a file as a whole: its inode changes, and with it its stamp."""
+    other = file.with_name(f"{file.name}.new")
+    other.write_bytes(content)
+    other.replace(file)

@@ -1,0 +1,86 @@
+"""What the files below deploy/ name, and what there is: flags, routes, metrics."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import typer.main
+from prometheus_client.parser import text_string_to_metric_families
+
+from loraplex.adapters.durations import Durations
+from loraplex.server.app import create_app
+from loraplex.server.cli import app as cli
+from loraplex.server.engine.stats import AdapterPlace, TierStats
+from tests.support.fake_serving import FakeServer, Stats
+
+ROOT = Path(__file__).parent.parent.parent
+DEPLOY = ROOT / "deploy"
+
+
+def serve_flags() -> set[str]:
+    """Every --flag of `loraplex serve`."""
+    command = typer.main.get_command(cli).commands["serve"]  # type: ignore[attr-defined]
+    return {option for parameter in command.params for option in parameter.opts if option.startswith("--")}
+
+
+def flags_in(arguments: Iterable[str]) -> set[str]:
+    """The flags of a command line, without their values."""
+    return {argument.split("=", 1)[0] for argument in arguments if argument.startswith("--")}
+
+
+def parse_command_line(arguments: list[str]) -> dict[str, object]:
+    """What `loraplex ARGUMENTS` would be told, by parameter. Raises click's usage errors."""
+    command = typer.main.get_command(cli).commands[arguments[0]]  # type: ignore[attr-defined]
+    context = command.make_context(arguments[0], list(arguments[1:]))
+    return dict(context.params)
+
+
+def routes(server: FakeServer) -> set[str]:
+    """The paths of the application that answer a GET."""
+    paths = create_app(server.parts).openapi()["paths"]
+    return {path for path, methods in paths.items() if "get" in methods}
+
+
+def exported(server: FakeServer) -> dict[str, set[str]]:
+    """The labels of every series that a server with something in every tier exports, by the series' name."""
+    durations = Durations()
+    durations.observe(0.01)
+    tier = TierStats(hits=1, misses=1, loads=1, evictions=1, durations=durations.stats())
+    server.engine.current = Stats(
+        running=1,
+        pages={"kv": 1, "prefix": 1, "adapter": 1, "free": 1},
+        tiers={"device": tier, "host": tier, "source": tier},
+    )
+    server.engine.places = [AdapterPlace("sql", on_device=True, pinned=False)]
+    found: dict[str, set[str]] = {}
+    for family in text_string_to_metric_families(server.parts.metrics.render().decode()):
+        for sample in family.samples:
+            found.setdefault(sample.name, set()).update(sample.labels)
+    return found
+
+
+_NOT_METRICS = re.compile(r'"[^"]*"|\[[^\]]*\]|\$\w+|\b(?:by|on|without|ignoring)\s*\([^)]*\)')
+_SELECTOR = re.compile(r"([a-zA-Z_:][\w:]*)\s*\{([^}]*)\}")
+_NAME = re.compile(r"(?<![\w:.])([a-zA-Z_][\w:]*)(?!\s*\(|[\w:])")
+_WORDS = {"and", "or", "unless", "bool", "offset", "by", "on", "without", "group_left", "group_right", "inf", "nan"}
+
+
+def series_in(expression: str) -> dict[str, set[str]]:
+    """The series that a PromQL expression reads, and the labels it selects each one by."""
+    found: dict[str, set[str]] = {}
+    for name, matchers in _SELECTOR.findall(expression):
+        labels = re.findall(r"(\w+)\s*(?:=~|!~|!=|=)", re.sub(r'"[^"]*"', "", matchers))
+        found.setdefault(name, set()).update(labels)
+    rest = _NOT_METRICS.sub(" ", re.sub(r"\{[^}]*\}", " ", expression))
+    for name in _NAME.findall(rest):
+        if name not in _WORDS:
+            found.setdefault(name, set())
+    return found
+
+
+def grouped_by(expression: str) -> set[str]:
+    """The labels that a PromQL expression groups or joins by."""
+    lists = re.findall(r"\b(?:by|on)\s*\(([^)]*)\)", expression)
+    return {label.strip() for labels in lists for label in labels.split(",")}

@@ -1,0 +1,58 @@
+"""Random adapters written into a harness's arena tile by tile, apart from the code that packs adapters.
+
+tiles = write_adapters(harness, slots=2)
+harness.step([(a, 5), (b, 1)], adapters=wearing([(5, ((0, 1.0),)), (1, ((1, 0.5),))]), tiles=tiles)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+
+from loraplex.kernels.metadata import NUM_SITES, TILE_RANKS, AdapterSegments, Site, TileTable
+from support.harness import Harness
+
+Mix = tuple[tuple[int, float], ...]
+
+
+def write_adapters(harness: Harness, slots: int) -> TileTable:
+    """Tiles on the whole of every qkv and down site: one in slot 0, two in slot 1, and so on."""
+    config, dtype = harness.config, harness.weights.dtype
+    generator = torch.Generator().manual_seed(5)
+    ranges = torch.zeros(slots, config.num_layers, NUM_SITES, 2, dtype=torch.int32)
+    rows: list[list[int]] = []
+    for slot in range(slots):
+        for layer in range(config.num_layers):
+            for site in (Site.QKV, Site.DOWN):
+                parts = [p for p in config.projections() if p.site is site]
+                n_in, n_out = parts[0].in_features, sum(p.out_features for p in parts)
+                first = len(rows)
+                for _ in range(slot + 1):
+                    at = []
+                    for width in (n_in, n_out):
+                        page = harness.take_pages(1)[0]
+                        matrix = torch.randn(TILE_RANKS, width, generator=generator).mul_(0.1).to(dtype)
+                        raw = matrix.view(torch.uint8).flatten()
+                        harness.arena[page, : raw.numel()] = raw
+                        at.append(page * harness.page_bytes // 64)
+                    rows.append([*at, TILE_RANKS, 0, n_out])
+                ranges[slot, layer, site] = torch.tensor([first, len(rows)])
+    tiles = torch.tensor(rows, dtype=torch.int32)
+    return TileTable(ranges, tiles, ranges, tiles)
+
+
+def wearing(segments: Sequence[tuple[int, Mix]], num_decode: int = 0) -> AdapterSegments:
+    """Segments of (tokens, mix) from the step's first token on; the first `num_decode` of them are decode rows."""
+    bounds = tuple(accumulate((tokens for tokens, _ in segments), initial=0))
+    mixes = tuple(mix for _, mix in segments)
+    return AdapterSegments(
+        indptr=torch.tensor(bounds, dtype=torch.int32),
+        mix_ptr=torch.tensor(list(accumulate(map(len, mixes), initial=0)), dtype=torch.int32),
+        mix_slot=torch.tensor([slot for mix in mixes for slot, _ in mix], dtype=torch.int32),
+        mix_weight=torch.tensor([weight for mix in mixes for _, weight in mix]),
+        bounds=bounds,
+        mixes=mixes,
+        num_decode_segments=num_decode,
+    )

@@ -1,0 +1,214 @@
+"""A scheduler in a world that goes wrong: whoever serves it is checked for every promise, step by step.
+
+What is kept in the pages is simulated as well: each token's place holds the hash of all that its keys and values depend
+on, so a block that is shared, recomputed or freed wrongly is read as what it is not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from loraplex.server.engine.kv_cache import FREED, GroupSpec
+from loraplex.server.engine.request import ContextTooLong, FinishReason, GenerationRequest, TokenEvent
+from loraplex.server.engine.scheduler import StepPlan
+from loraplex.server.engine.sequence import Sequence
+from support.scheduling import Clock, Requests, draws, make_scheduler, next_token
+
+STEP_SECONDS = 0.1
+ADAPTERS = ("a", "b", "c", "d")
+GROUPS = {
+    "full": (GroupSpec((0,), None),),
+    "two windows": (GroupSpec((0,), None), GroupSpec((1,), 5)),
+    "window": (GroupSpec((0,), 7),),
+}
+STOP = 3
+
+
+@dataclass(frozen=True)
+class Setting:
+    pages: int
+    budget: int
+    seqs: int
+    slots: int
+    groups: str = "full"
+    switch: int | None = None
+    copy_steps: int = 0
+    ageing: float = 5.0
+    prefix_cache: bool = True
+    clock: Clock = field(default_factory=Clock)
+
+
+class SchedulerWorld:
+    """All that can happen to a scheduler, as methods; every one leaves the promises checked."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+        self.clock = setting.clock
+        self.scheduler, self.placement = make_scheduler(
+            setting.pages,
+            groups=GROUPS[setting.groups],
+            max_num_seqs=setting.seqs,
+            token_budget=setting.budget,
+            num_slots=setting.slots,
+            max_model_len=60,
+            rope_switch=setting.switch,
+            prefix_cache=setting.prefix_cache,
+            ageing=setting.ageing,
+            copy_steps=setting.copy_steps,
+            clock=self.clock,
+        )
+        self.requests = Requests()
+        self.placement.registry = self.requests.registry
+        for count, name in enumerate(ADAPTERS, start=1):
+            self.requests.adapter(name, pages=count, is_read=count % 2 == 0)
+        self.sent: dict[str, GenerationRequest] = {}
+        self.open: dict[str, float] = {}  # request -> when it was sent
+        self.tokens: dict[str, list[int]] = {}
+        self.ended: dict[str, FinishReason] = {}
+        self.steps = 0
+        self.longest_wait = 0.0  # seconds that a client with something to run went without service
+        self._unserved: dict[str, float] = {}
+        self._memory: dict[tuple[int, int], int] = {}  # (page, offset) -> what is stored
+
+    def submit(self, prompt: tuple[int, ...], max_tokens: int, adapters: tuple[str, ...], **fields: object) -> bool:
+        """False: refused at the door, as what could never fit is."""
+        request = self.requests.make(1, max_tokens, *adapters, stop_token_ids=frozenset({STOP}))
+        request = replace(request, prompt_ids=prompt, arrival=self.clock.now, **fields)  # type: ignore[arg-type]
+        try:
+            self.scheduler.check(request)
+        except ContextTooLong:
+            return False
+        self.scheduler.add(request)
+        self.sent[request.request_id] = request
+        self.open[request.request_id] = self.clock.now
+        self.tokens[request.request_id] = []
+        return True
+
+    def abort(self, request_id: str) -> None:
+        event = self.scheduler.abort(request_id)
+        assert event is not None
+        self._note(event)
+
+    def step(self, *, out_of_memory: bool = False) -> bool:
+        """False: nothing was planned and nobody ended."""
+        now = self.clock.now
+        late = {name for name in self.open if (deadline := self.sent[name].deadline) is not None and deadline <= now}
+        plan = self.scheduler.schedule()
+        assert late <= {event.request_id for event in plan.failed}, "a request goes on after its time"
+        self._check_plan(plan)
+        self.steps += 1
+        self.clock.now += STEP_SECONDS
+        for event in plan.failed:
+            assert event.error is not None
+            self._note(event)
+        if out_of_memory and plan.entries:
+            for event in self.scheduler.shed(plan):
+                self._note(event)
+            return True
+        for entry in plan.entries:
+            self._compute(entry.seq, entry.num_tokens)
+        for event in self.scheduler.commit(plan, draws(plan)):
+            assert event.token_id is not None
+            self.tokens[event.request_id].append(event.token_id)
+            self._note(event)
+        self._watch(plan)
+        return bool(plan.entries or plan.failed)
+
+    def check(self) -> None:
+        """The books agree."""
+        self.scheduler.check_integrity()
+        pins: dict[str, int] = {}
+        for seq in self.scheduler.running:
+            for digest, _ in seq.mix:
+                pins[digest] = pins.get(digest, 0) + 1
+        assert pins == self.placement.pins, "an adapter is pinned by exactly the running sequences that wear it"
+        assert self.open.keys() == self.scheduler._open.keys(), "a request is lost, or ended and open"
+        wanted: dict[str, int] = {}
+        for request_id in self.open:
+            seq = self.scheduler._open[request_id]
+            for version in seq.wanted if seq.requested is not None else ():
+                wanted[version.name] = wanted.get(version.name, 0) + 1
+        assert wanted == self.placement.wanted, "what was asked for is not taken back, or twice"
+
+    def finish(self, most: int = 20_000) -> None:
+        """Nothing new comes, all sources answer: everything ends and every page is free."""
+        self.placement.away.clear()
+        for _ in range(most):
+            if not self.open:
+                break
+            assert self.step(), "nothing runs although every adapter is there"
+        assert not self.open, "not everything ends"
+        self.check()
+        assert self.ended.keys() == self.sent.keys()
+        assert not self.placement.wanted
+        self.scheduler.kv.reclaimer.reclaim(self.setting.pages)
+        assert self.scheduler.kv.pool.num_free == self.setting.pages, "a page is leaked"
+
+    # -- parts ---------------------------------------------------------------------------------------------------------
+
+    def _check_plan(self, plan: StepPlan) -> None:
+        limits = self.scheduler.limits
+        assert plan.num_tokens <= limits.token_budget
+        assert len({entry.seq for entry in plan.entries}) == len(plan.entries) <= limits.max_num_seqs
+        for entry in plan.entries:
+            seq = entry.seq
+            assert 1 <= entry.num_tokens <= seq.num_missing
+            assert entry.samples == (entry.num_tokens == seq.num_missing)
+            assert not entry.is_decode or entry.num_tokens == 1
+            assert all(map(self.placement.is_ready, seq.versions)), "its adapters are there, to the last byte"
+            for table in self.scheduler.kv.tables(seq.number):
+                assert len(table) * 4 >= seq.num_computed + entry.num_tokens, "its tokens have a page to go to"
+        waiting = {seq.request.request_id for seq in self.scheduler.waiting}
+        assert not waiting & {entry.seq.request.request_id for entry in plan.entries}
+
+    def _compute(self, seq: Sequence, count: int) -> None:
+        """Store keys and values of `count` tokens, after looking at all that their queries see."""
+        start, end = seq.num_computed, seq.num_computed + count
+        is_long = self.setting.switch is not None and seq.num_tokens > self.setting.switch
+        request = seq.request
+        state = hash((request.tenant, request.cache_salt, seq.mix, is_long))
+        states = [state := hash((state, token)) for token in seq.tokens[:end]]
+        for group, table in zip(self.scheduler.kv.groups, self.scheduler.kv.tables(seq.number), strict=True):
+            for position in range(start, end):
+                self._memory[table[position // 4], position % 4] = states[position]
+            first = 0 if group.window is None else max(0, start - group.window + 1)
+            for position in range(first, start):
+                assert table[position // 4] != FREED, "a page was freed that is still seen"
+                stored = self._memory[table[position // 4], position % 4]
+                assert stored == states[position], f"{seq!r} reads another's keys and values at {position}"
+
+    def _watch(self, plan: StepPlan) -> None:
+        """How long clients wait that could run: one whose adapters are away, broken or being copied could not."""
+        served = {entry.seq.request.request_id for entry in plan.entries}
+        clients: dict[str, bool] = {}  # client -> whether it was served
+        for request_id in self.open:
+            request = self.sent[request_id]
+            name = request.tenant or ",".join(lease.version.name for lease, _ in request.mix)
+            clients[name] = clients.get(name, False) or request_id in served
+        for name in self._unserved.keys() - clients.keys():
+            del self._unserved[name]
+        for name, was_served in clients.items():
+            if was_served:
+                self._unserved[name] = self.clock.now
+            waited = self.clock.now - self._unserved.setdefault(name, self.clock.now)
+            self.longest_wait = max(self.longest_wait, waited)
+
+    def _note(self, event: TokenEvent) -> None:
+        request_id, finish = event.request_id, event.finish
+        assert request_id in self.open, "an event of a request that is not open"
+        if finish is None:
+            return
+        del self.open[request_id]
+        self.ended[request_id] = finish
+        request, tokens = self.sent[request_id], self.tokens[request_id]
+        known = list(request.prompt_ids)
+        for token in tokens:  # what it would get alone
+            assert token == next_token(known)
+            known.append(token)
+        if finish is FinishReason.LENGTH:
+            assert len(tokens) == request.params.max_tokens
+        if finish is FinishReason.STOP:
+            assert tokens[-1] == STOP
+            assert STOP not in tokens[:-1]
+        for lease, _ in request.mix:
+            lease.release()

@@ -1,0 +1,221 @@
+"""The keys file: what may be in it, and how changes arrive."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from loraplex.server.access import Access
+from loraplex.server.keys_file import CHECK_SECONDS, KeysError, KeysFile, new_key, parse_keys
+from loraplex.server.rate_limits import Limits, RateLimited
+from loraplex.server.tenants import Keyring
+from tests.test_rate_limits import Clock
+
+DIGEST = hashlib.sha256(b"secret").hexdigest()
+
+
+def document(**changes: Any) -> str:
+    entry = {"name": "ci", "sha256": DIGEST, "tenant": "acme", **changes}
+    return yaml.safe_dump({"keys": [{field: value for field, value in entry.items() if value is not ...}]})
+
+
+def test_an_entry_in_full_and_one_with_defaults() -> None:
+    text = document(
+        adapters=["sql", "acme/*"],
+        base=False,
+        admin=True,
+        metrics=True,
+        load_on_use=True,
+        weight=2.5,
+        requests_per_minute=1,
+        tokens_per_minute=2,
+        max_concurrent=3,
+    )
+    ((digest, key),) = parse_keys(text).keys.items()
+    assert digest.hex() == DIGEST
+    assert (key.name, key.tenant, key.adapters, key.weight) == ("ci", "acme", ("sql", "acme/*"), 2.5)
+    assert (key.base, key.admin, key.metrics, key.load_on_use) == (False, True, True, True)
+    assert key.limits == Limits(1, 2, 3)
+    ((_, plain),) = parse_keys(document()).keys.items()
+    assert (plain.adapters, plain.weight, plain.limits) == (("acme/*",), 1.0, Limits())
+    assert (plain.base, plain.admin, plain.metrics, plain.load_on_use) == (True, False, False, False)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", "expected a list under 'keys:'"),
+        ("[]", "expected a list"),
+        ("keys: 3", "expected a list"),
+        ("keys: []\nmore: 1", "nothing else"),
+        ("keys: [3]", "keys[0]: expected name"),
+        ("keys:\n  - {name: a\n  secret-in-broken-yaml", "not YAML at line"),
+        ("keys: !!python/object/apply:os.system ['true']", "not YAML"),
+        (document(name=...), "keys[0].name"),
+        (document(name="a b"), "keys[0].name"),
+        (document(tenant=""), "keys[0].tenant"),
+        (document(tenant=".."), "keys[0].tenant"),
+        (document(tenant="a/b"), "keys[0].tenant"),
+        (document(tenant="hub"), "namespace of adapters loaded on first use"),
+        (document(tenant=7), "keys[0].tenant: it is missing, or no text"),
+        (document(sha256="secret"), "keys[0].sha256"),
+        (document(sha256=DIGEST.upper()), "keys[0].sha256"),
+        (document(key="secret"), "a field that is not known"),
+        (document(secret=1), "a field that is not known"),
+        (document(admin="yes"), "keys[0].admin: expected true or false"),
+        (document(weight=0), "keys[0].weight"),
+        (document(weight=True), "keys[0].weight"),
+        (document(weight=float("nan")), "keys[0].weight"),
+        (document(adapters="*"), "keys[0].adapters"),
+        (document(adapters=["a b"]), "keys[0].adapters"),
+        (document(requests_per_minute=0), "keys[0].requests_per_minute"),
+        (document(tokens_per_minute=1.5), "keys[0].tokens_per_minute"),
+        (document(max_concurrent=True), "keys[0].max_concurrent"),
+    ],
+)
+def test_what_is_wrong_is_named_and_nothing_secret_with_it(text: str, told: str) -> None:
+    with pytest.raises(KeysError) as found:
+        parse_keys(text)
+    assert told in str(found.value)
+    assert "secret" not in str(found.value)
+    assert "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize(
+    ("second", "told"),
+    [
+        ({"name": "b"}, "the same sha256 as 'ci'"),
+        ({"sha256": "0" * 64}, "'ci' is there twice"),
+        ({"name": "b", "sha256": "0" * 64, "weight": 2}, "tenant 'acme' has weight 1 with another key"),
+    ],
+)
+def test_keys_that_contradict_each_other(second: dict[str, Any], told: str) -> None:
+    first = yaml.safe_load(document())["keys"]
+    with pytest.raises(KeysError, match=told):
+        parse_keys(yaml.safe_dump({"keys": [*first, {**first[0], **second}]}))
+
+
+def test_a_new_key_fits_its_entry_and_its_entry_does_not_hold_it() -> None:
+    made = [new_key("ci", "acme", adapters=["*"], admin=True, weight=None) for _ in range(2)]
+    assert made[0][0] != made[1][0]
+    secret, entry = made[0]
+    assert secret.startswith("lpx_")
+    assert len(secret) == 4 + 43
+    assert secret not in entry
+    assert "weight" not in entry
+    found = parse_keys("keys:\n" + entry).find(secret)
+    assert found is not None
+    assert found[1].admin
+    assert found[1].adapters == ("*",)
+    with pytest.raises(KeysError, match=r"key\.tenant"):
+        new_key("ci", "a/b")
+
+
+def write(path: Path, *names: str, **fields: Any) -> None:
+    """Keys called `names`, the secret of each being its name."""
+    entries = [
+        {"name": name, "sha256": hashlib.sha256(name.encode()).hexdigest(), "tenant": "t", **fields} for name in names
+    ]
+    path.write_text(yaml.safe_dump({"keys": entries}))
+
+
+@pytest.fixture
+def followed(tmp_path: Path) -> tuple[Path, Clock, Callable[[], None]]:
+    path, clock = tmp_path / "keys.yaml", Clock()
+    write(path, "one", "two")
+
+    def later() -> None:
+        clock.now += CHECK_SECONDS + 0.01
+
+    return path, clock, later
+
+
+async def test_changes_arrive_within_the_interval(followed: tuple[Path, Clock, Callable[[], None]]) -> None:
+    path, clock, later = followed
+    access = Access(KeysFile(path, clock), clock=clock)
+    write(path, "two", "three")
+    assert await access.find(["one"]) is not None  # not looked at yet
+    later()
+    assert await access.find(["one"]) is None
+    assert await access.find(["wrong", "three"]) is not None
+    assert access.num_refused == 1
+
+
+async def test_a_wrong_file_changes_nothing_and_is_said_once(
+    followed: tuple[Path, Clock, Callable[[], None]], caplog: pytest.LogCaptureFixture
+) -> None:
+    path, clock, later = followed
+    file = KeysFile(path, clock)
+    access = Access(file, clock=clock)
+
+    async def states() -> list[tuple[bool, bool]]:
+        found = []
+        for _ in range(2):
+            later()
+            found.append((await access.find(["one"]) is not None, file.is_current))
+        return found
+
+    with caplog.at_level(logging.DEBUG):
+        path.write_text("keys: [{lpx_pasted-by-mistake: 1}]")
+        assert await states() == [(True, False)] * 2
+        path.unlink()
+        assert await states() == [(True, False)] * 2
+    errors = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
+    assert len(errors) == 2
+    assert "not known" in errors[0]
+    assert "cannot be read" in errors[1]
+    assert "lpx_" not in caplog.text
+    write(path, "one")
+    assert await states() == [(True, True)] * 2
+    assert file.num_reloads == 1
+    write(path, "two")
+    assert await states() == [(False, True)] * 2
+
+
+async def test_all_who_come_while_it_is_read_wait_for_the_new_keys(
+    followed: tuple[Path, Clock, Callable[[], None]],
+) -> None:
+    path, clock, later = followed
+    file = KeysFile(path, clock)
+    access = Access(file, clock=clock)
+    write(path, "two")
+    later()
+    assert await asyncio.gather(*(access.find(["one"]) for _ in range(20))) == [None] * 20
+    assert file.num_reloads == 1
+
+
+async def test_what_a_key_has_used_outlives_a_change(followed: tuple[Path, Clock, Callable[[], None]]) -> None:
+    path, clock, later = followed
+    write(path, "one", requests_per_minute=2)
+    access = Access(KeysFile(path, clock), clock=clock)
+
+    async def admit() -> None:
+        caller = await access.find(["one"])
+        assert caller is not None
+        caller.admit()
+
+    await admit()
+    await admit()
+    write(path, "one", "two", requests_per_minute=3)
+    later()
+    await admit()  # 2 of 3 are used
+    with pytest.raises(RateLimited):
+        await admit()
+
+
+def test_a_file_that_cannot_be_used_at_the_start(tmp_path: Path) -> None:
+    path = tmp_path / "keys.yaml"
+    with pytest.raises(KeysError, match="cannot be read: No such file"):
+        KeysFile(path)
+    path.write_bytes(b"keys: [\xff]")
+    with pytest.raises(KeysError, match="not UTF-8"):
+        KeysFile(path)
+    path.write_text("keys: []")
+    assert isinstance(KeysFile(path).keyring, Keyring)

@@ -1,0 +1,145 @@
+"""Log lines: JSON that parses, text that stays on its line, and nothing in them that is nobody's business."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from typing import Any
+
+import pytest
+
+from loraplex.server.exchange import ChoiceTimes, Exchange, exchanging, request_id
+from loraplex.server.logs import JsonFormatter, access_fields, log_access
+from loraplex.server.usage import GAPS, Buckets
+
+
+def choice(reason: str, *, first: float | None, tokens: int, adapter: str = "sql") -> ChoiceTimes:
+    return ChoiceTimes(((adapter, "d1", 1.0),), 100.0, None, first, 103.0, 12, tokens, Buckets(GAPS), reason)
+
+
+def exchange() -> Exchange:
+    made = Exchange("req-1", "POST", "/v1/completions", began=100.0, began_ns=0)
+    made.status, made.model, made.tenant, made.prompt_tokens, made.ended = 200, "sql", "acme", 12, 103.25
+    made.add(choice("stop", first=100.5, tokens=7))
+    made.add(choice("length", first=100.25, tokens=9))
+    made.add(choice("length", first=None, tokens=0))
+    return made
+
+
+def formatted(record: logging.LogRecord) -> dict[str, Any]:
+    line = JsonFormatter().format(record)
+    assert "\n" not in line
+    return json.loads(line)
+
+
+def test_what_is_told_of_a_request() -> None:
+    assert access_fields(exchange()) == {
+        "request_id": "req-1",
+        "method": "POST",
+        "path": "/v1/completions",
+        "status": 200,
+        "duration": 3.25,
+        "tenant": "acme",
+        "model": "sql",
+        "adapters": ["sql"],
+        "prompt_tokens": 12,
+        "completion_tokens": 16,
+        "finish_reason": "stop,length",
+        "ttft": 0.25,  # of the first choice that had one
+    }
+
+
+def test_a_line_of_json(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "loraplex"):
+        log_access(exchange())
+    [record] = caplog.records
+    line = formatted(record)
+    assert line.items() >= access_fields(exchange()).items()
+    assert line["level"] == "INFO"
+    assert line["logger"] == "loraplex.access"
+    assert line["time"].endswith("+00:00")
+
+
+def test_a_line_of_text(caplog: pytest.LogCaptureFixture) -> None:
+    made = exchange()
+    made.model = "x y\nERROR forged\x1b[31m"
+    with caplog.at_level(logging.INFO, "loraplex"):
+        log_access(made)
+    [record] = caplog.records
+    text = record.getMessage()
+    assert text.startswith("POST /v1/completions 200 in 3.25 s request_id=req-1 ")
+    assert "model=x?y?ERROR?forged?[31m" in text
+    assert text.isprintable()
+
+
+@pytest.mark.parametrize(("path", "status", "told"), [("/health", 200, 0), ("/health", 503, 1), ("/v1/models", 200, 1)])
+def test_probes_are_told_of_when_they_fail(path: str, status: int, told: int, caplog: pytest.LogCaptureFixture) -> None:
+    made = Exchange("r", "GET", path)
+    made.status, made.ended = status, made.began
+    with caplog.at_level(logging.INFO, "loraplex"):
+        log_access(made)
+    assert len(caplog.records) == told
+
+
+async def test_every_line_about_a_request_has_its_id() -> None:
+    def line(message: str) -> dict[str, Any]:
+        return formatted(logging.LogRecord("loraplex.x", logging.WARNING, "", 0, message, (), None))
+
+    async def work(name: str) -> dict[str, Any]:
+        with exchanging(Exchange(name, "GET", "/")):
+            await asyncio.sleep(0)
+            return await asyncio.create_task(later(name))
+
+    async def later(name: str) -> dict[str, Any]:
+        await asyncio.sleep(0)
+        return line(f"about {name}")
+
+    a, b = await asyncio.gather(work("a"), work("b"))
+    assert (a["request_id"], a["message"]) == ("a", "about a")
+    assert (b["request_id"], b["message"]) == ("b", "about b")
+    assert "request_id" not in line("outside")
+
+
+def test_a_traceback_is_one_line_of_json() -> None:
+    try:
+        raise ValueError("of two\nlines")
+    except ValueError as error:
+        record = logging.LogRecord(
+            "x", logging.ERROR, "", 0, "it %s", ("failed",), (type(error), error, error.__traceback__)
+        )
+    line = formatted(record)
+    assert line["message"] == "it failed"
+    assert "ValueError: of two\nlines" in line["exception"]
+
+
+async def test_an_exchange_ends_with_the_last_that_holds_it() -> None:
+    ended: list[int] = []
+    made = Exchange("r", "POST", "/", on_end=lambda exchange: ended.append(exchange.tokens))
+
+    async def in_background() -> None:
+        with made.held():
+            await asyncio.sleep(0.02)
+            made.add(choice("stop", first=None, tokens=5))
+
+    with exchanging(made):
+        task = asyncio.create_task(in_background())  # it has not run when the response is out
+    await asyncio.sleep(0.005)
+    assert ended == []
+    await task
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert ended == [5]
+
+
+@pytest.mark.parametrize("given", ["a", "req-123", "01H.z_9:/+=@-", "x" * 128])
+def test_sane_ids_are_kept(given: str) -> None:
+    assert request_id(given) == given
+
+
+@pytest.mark.parametrize("given", [None, "", "x" * 129, "a b", "a\nb", "é", '"', "-a", "a;b", "${x}"])
+def test_other_ids_are_replaced(given: str | None) -> None:
+    made = request_id(given)
+    assert made != given
+    assert request_id(made) == made
+    assert made != request_id(given)

@@ -1,0 +1,189 @@
+"""What was loaded over the API survives the process, whatever state its file is left in."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import subprocess
+import sys
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loraplex.adapters.errors import AdapterNotFound, AdapterRefused
+from loraplex.adapters.registry import AdapterVersion, Registry
+from loraplex.adapters.sources import OPERATOR, Access
+from loraplex.server.state import FILE, Remembered, Remembering, StateError, StateFile
+
+
+class Manager:
+    """Registers anything but what is called missing."""
+
+    def __init__(self) -> None:
+        self.registry = Registry()
+        self.begun: list[tuple[str, str, Access, bool]] = []
+        self.expected: list[str] = []
+
+    async def register(
+        self, name: str, source: str, *, replace: bool = False, access: Access = OPERATOR
+    ) -> AdapterVersion:
+        if "missing" in source:
+            raise AdapterNotFound(f"{source}: no such folder")
+        return self.registry.register(
+            name, source=source, rank=8, targets=(), num_pages=1, nbytes=1, digest=source, replace=replace
+        )
+
+    def begin(
+        self, name: str, source: str, *, replace: bool = False, access: Access = OPERATOR, stale: bool = False
+    ) -> Future[AdapterVersion]:
+        self.begun.append((name, source, access, stale))
+        coming: Future[AdapterVersion] = Future()
+        try:
+            coming.set_result(asyncio.run(self.register(name, source, replace=replace)))
+        except Exception as error:
+            coming.set_exception(error)
+        return coming
+
+    def expect(self, name: str, coming: Future[AdapterVersion]) -> None:
+        self.expected.append(name)
+
+    async def arrival(self, name: str) -> None: ...
+
+    def unregister(self, name: str) -> AdapterVersion:
+        return self.registry.unregister(name)
+
+
+def restored(folder: Path) -> Manager:
+    """A new process on the same folder."""
+    manager = Manager()
+    Remembering(manager, StateFile(folder)).restore()
+    return manager
+
+
+names = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.dictionaries(names, st.builds(Remembered, names, st.booleans()), max_size=6))
+def test_what_is_written_is_read(tmp_path_factory: pytest.TempPathFactory, adapters: dict[str, Remembered]) -> None:
+    state = StateFile(tmp_path_factory.mktemp("state"))
+    state.write(adapters)
+    assert state.read() == adapters
+
+
+async def test_names_come_back_after_a_restart(tmp_path: Path) -> None:
+    remembering = Remembering(Manager(), StateFile(tmp_path / "made"))
+    await remembering.register("sql", "/adapters/sql")
+    await remembering.register("poet", "org/poet", access=Access(token="hf_secret", ambient=False))
+    await remembering.register("gone", "/adapters/gone")
+    await remembering.register("sql", "/adapters/sql2", replace=True)
+    remembering.unregister("gone")
+    assert "hf_secret" not in (tmp_path / "made" / FILE).read_text()
+    assert (tmp_path / "made" / FILE).stat().st_mode & 0o077 == 0
+    manager = await asyncio.to_thread(restored, tmp_path / "made")
+    assert {v.name: v.source for v in manager.registry.list()} == {"sql": "/adapters/sql2", "poet": "org/poet"}
+    assert ("poet", "org/poet", Access(ambient=False), True) in manager.begun  # no more rights than it had
+    assert sorted(manager.expected) == ["poet", "sql"]
+
+
+async def test_what_failed_to_load_is_not_remembered(tmp_path: Path) -> None:
+    remembering = Remembering(Manager(), StateFile(tmp_path))
+    with pytest.raises(AdapterNotFound):
+        await remembering.register("x", "/missing")
+    assert StateFile(tmp_path).read() == {}
+
+
+async def test_a_source_that_vanished_is_kept_and_its_name_says_why(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    kept = {"a": Remembered("/missing/a"), "b": Remembered("/adapters/b")}
+    StateFile(tmp_path).write(kept)
+    manager = await asyncio.to_thread(restored, tmp_path)
+    assert [version.name for version in manager.registry.list()] == ["b"]
+    with pytest.raises(AdapterRefused, match="no such folder"):
+        manager.registry.lease("a")
+    assert "adapter a" in caplog.text
+    remembering = Remembering(Manager(), StateFile(tmp_path))
+    await asyncio.to_thread(remembering.restore)
+    await remembering.register("c", "/adapters/c")
+    assert StateFile(tmp_path).read().keys() == {"a", "b", "c"}  # the folder may be there again next time
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(b"", b"{", b"[]", b"null", b'{"version": 2, "adapters": []}', b'{"version": 1, "adapters": {}}'),
+        *(b'{"version": 1, "adapters": [{"name": 1, "source": "x", "ambient": true}]}', b"\xff\xfe"),
+        b'{"version": 1, "adapters": [{"name": "x"}]}',
+    ],
+)
+def test_a_damaged_file_is_put_aside(tmp_path: Path, text: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / FILE).write_bytes(text)
+    state = StateFile(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        assert state.read() == {}
+    [record] = caplog.records
+    assert "damaged" in record.getMessage()
+    assert "\n" not in record.getMessage()
+    [aside] = tmp_path.glob(f"{FILE}.damaged-*")
+    assert aside.read_bytes() == text
+    state.write({"a": Remembered("/a")})
+    assert state.read() == {"a": Remembered("/a")}
+
+
+def test_a_process_killed_while_writing_leaves_a_whole_file(tmp_path: Path) -> None:
+    """It writes without end and is killed at a moment of the test's choosing, again and again."""
+    script = f"""
+from pathlib import Path
+from loraplex.server.state import Remembered, StateFile
+state = StateFile(Path({str(tmp_path)!r}))
+n = 0
+while True:
+    n += 1
+    state.write({{f"adapter-{{i}}": Remembered("x" * 50 + str(n)) for i in range(500)}})
+    if n == 1:
+        print("writing", flush=True)
+"""
+    for delay in (0.0, 0.011, 0.023, 0.037, 0.05):
+        process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"writing\n"
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(delay)
+        process.kill()
+        process.communicate()
+        found = StateFile(tmp_path).read()
+        assert len(found) == 500
+        assert len({kept.source for kept in found.values()}) == 1  # of one write, not of two
+        assert not list(tmp_path.glob("*damaged*"))
+
+
+async def test_a_full_disk_does_not_take_the_adapter_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    manager = Manager()
+    remembering = Remembering(manager, StateFile(tmp_path))
+    await remembering.register("a", "/a")
+
+    def full(number: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        await remembering.register("b", "/b")
+    assert "No space left" in caplog.text
+    assert json.loads((tmp_path / FILE).read_text())["adapters"] == [{"name": "a", "source": "/a", "ambient": True}]
+    assert [version.name for version in manager.registry.list()] == ["a", "b"]
+    await remembering.register("c", "/c")  # there is room again: nothing is missing
+    assert StateFile(tmp_path).read().keys() == {"a", "b", "c"}
+
+
+def test_a_folder_that_cannot_be_written_stops_the_start(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StateError, match="--state-dir"):
+        StateFile(tmp_path / "file" / "state")

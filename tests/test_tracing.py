@@ -1,0 +1,108 @@
+"""Setting traces up: only where they are asked for, and one line where it fails. Spans: tests/api/test_observe.py."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+from loraplex.server.engine.request import Phases
+from loraplex.server.exchange import ChoiceTimes, Exchange
+from loraplex.server.tracing import TracingUnavailable, phases_of, start_tracing
+from loraplex.server.usage import GAPS, Buckets
+
+
+class Collector(HTTPServer):
+    """Takes OTLP over HTTP."""
+
+    def __init__(self) -> None:
+        self.got: list[tuple[str, bytes]] = []
+        collector = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                if self.headers.get("Content-Encoding") == "gzip":
+                    import gzip
+
+                    body = gzip.decompress(body)
+                collector.got.append((self.path, body))
+                self.send_response(200)
+                self.end_headers()
+
+            def log_message(self, format: str, *args: object) -> None: ...
+
+        super().__init__(("127.0.0.1", 0), Handler)
+
+
+@pytest.fixture
+def collector() -> Iterator[Collector]:
+    server = Collector()
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_spans_reach_a_collector(collector: Collector, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "k8s.pod.name=pod-1")
+    tracing = start_tracing(f"http://127.0.0.1:{collector.server_port}")
+    exchange = Exchange("r", "POST", "/v1/completions")
+    tracing.begin(exchange, {})
+    exchange.status, exchange.ended = 200, exchange.began + 0.25
+    exchange.on_end(exchange)
+    tracing.flush()
+    [(path, body)] = collector.got
+    assert path == "/v1/traces"
+    [resource] = ExportTraceServiceRequest.FromString(body).resource_spans
+    told = {attribute.key: attribute.value.string_value for attribute in resource.resource.attributes}
+    assert (told["service.name"], told["k8s.pod.name"]) == ("loraplex", "pod-1")
+    [span] = resource.scope_spans[0].spans
+    assert span.end_time_unix_nano - span.start_time_unix_nano == 250_000_000
+
+
+@pytest.mark.parametrize("endpoint", ["collector:4318", "grpc://x", "", "http://"])
+def test_an_endpoint_that_is_none(endpoint: str) -> None:
+    with pytest.raises(TracingUnavailable, match="--otlp-endpoint"):
+        start_tracing(endpoint)
+
+
+def test_without_the_library_it_says_what_to_install() -> None:
+    script = """
+import sys
+sys.modules["opentelemetry.exporter"] = None
+from loraplex.server.tracing import TracingUnavailable, start_tracing
+try:
+    start_tracing("http://127.0.0.1:4318")
+except TracingUnavailable as error:
+    print(error)
+"""
+    said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert "pip install 'loraplex[otel]'" in said
+    assert said.count("\n") == 1
+
+
+def test_the_library_is_not_loaded_where_traces_are_off() -> None:
+    script = "import sys, loraplex.server.app; sys.exit(any(m.startswith('opentelemetry.sdk') for m in sys.modules))"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+def choice(phases: Phases | None, first: float | None, tokens: int) -> ChoiceTimes:
+    return ChoiceTimes((), 1.0, phases, first, 9.0, 3, tokens, Buckets(GAPS), "stop")
+
+
+def test_phases() -> None:
+    full = Phases(2.0, 4.0, (1.5, 4.0), 0)
+    assert phases_of(choice(full, 5.0, 3)) == [
+        *(("queue", 1.0, 2.0), ("load", 1.5, 4.0)),
+        *(("prefill", 4.0, 5.0), ("decode", 5.0, 9.0)),
+    ]
+    assert phases_of(choice(Phases(2.0, 2.0, None, 0), 5.0, 1)) == [("queue", 1.0, 2.0), ("prefill", 2.0, 5.0)]
+    assert phases_of(choice(None, None, 0)) == [("queue", 1.0, 9.0)]  # it never had its turn
