@@ -18,11 +18,12 @@ PARTS := server kernels adapters $(if $(wildcard benchmarks/*.py),benchmarks)
 TEST_ORDER := $(sort $(wildcard tests/test_*.py)) $(wildcard $(addprefix tests/,kernels adapters engine models api e2e))
 TESTS := $(TEST_ORDER) $(filter-out $(TEST_ORDER) tests/support tests/__pycache__,$(patsubst %/,%,$(wildcard tests/*/)))
 
-.PHONY: help serve test lint format install install-dev clean
+.PHONY: help serve bench test lint format install install-dev clean
 
 help:
 	@echo 'make serve    talk to the demo base and the example adapters on http://$(HOST):$(PORT) (HOST=, PORT=, SERVE_FLAGS=)'
 	@echo 'make test     lint, then every test (PYTEST_FLAGS=)'
+	@echo 'make bench    the figures of README, measured here in under ten minutes'
 	@echo 'make lint     ruff and mypy'
 	@echo 'make format   ruff, writing'
 	@echo 'make clean    remove what these made, $(VENV) too'
@@ -30,6 +31,11 @@ help:
 
 serve: install
 	@exec $(BIN)/loraplex serve demo --adapter-dir examples/adapters --host $(HOST) --port $(PORT) $(SERVE_FLAGS)
+
+# Under ten minutes on two cores that nobody else uses; README's tables are written from what it measures.
+bench: install
+	$(BIN)/python -m loraplex.benchmarks.short
+	$(BIN)/python -m loraplex.benchmarks.readme
 
 test: lint
 	$(BIN)/pytest $(PYTEST_FLAGS) $(TESTS)
@@ -73,6 +79,7 @@ $(VENV)/.installed: $(VENV)/.created pyproject.toml constraints.txt
 
 $(VENV)/.installed-dev: $(VENV)/.created pyproject.toml constraints.txt
 	$(call install,[dev])
+	$(PIP) --no-deps lorax-client
 	@touch $(VENV)/.installed $@
 
 clean:

@@ -1,4 +1,4 @@
-"""A closed loop of streaming requests: `streams` of them at any time, each waiting for its last token.
+"""A client that streams completions over HTTP: what came of each request and when, to the event.
 
 Plain asyncio sockets: on two cores a comfortable client would be a third of what is measured.
 """
@@ -7,98 +7,284 @@ from __future__ import annotations
 
 import asyncio
 import json
+import ssl
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+NO_ANSWER = 120.0
+"""Seconds after which a request is given up: nothing here takes a tenth of it."""
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a server listens."""
+
+    host: str
+    port: int
+    prefix: str = ""  # of all paths, before /v1
+    tls: bool = False
+    api_key: str = field(default="", repr=False)
+
+    @classmethod
+    def of(cls, url: str, api_key: str = "") -> Address:
+        """Of a base URL, with or without its /v1. Raises ValueError."""
+        parts = urlsplit(url if "//" in url else f"http://{url}")
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"{url!r} is no base URL such as http://127.0.0.1:8000 or https://host/v1")
+        tls = parts.scheme == "https"
+        prefix = parts.path.rstrip("/").removesuffix("/v1")
+        return cls(parts.hostname, parts.port or (443 if tls else 80), prefix, tls, api_key)
 
 
 @dataclass(frozen=True)
 class Request:
+    """A completion: greedy, end of sequence ignored, streamed; `fields` of the body say otherwise."""
+
     model: str
     prompt: str | Sequence[int]
     max_tokens: int
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    chat: bool = False  # the prompt, a text, is a user's message to /v1/chat/completions
+
+    @property
+    def path(self) -> str:
+        return "/v1/chat/completions" if self.chat else "/v1/completions"
+
+    def content(self) -> dict[str, Any]:
+        """The body as JSON."""
+        prompt = {"messages": [{"role": "user", "content": self.prompt}]} if self.chat else {"prompt": self.prompt}
+        whole = {
+            "model": self.model,
+            **prompt,
+            "max_tokens": self.max_tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": True,
+            **self.fields,
+        }
+        if whole["stream"]:
+            whole["stream_options"] = {"include_usage": True}
+        return whole
+
+    def body(self) -> bytes:
+        return json.dumps(self.content()).encode()
 
 
 @dataclass
-class Timing:
-    """Seconds, from sending the request."""
+class Reply:
+    """What came of a request. Times are time.perf_counter()'s."""
 
-    first: float = 0.0
-    end: float = 0.0
-    tokens: int = 0
-    gaps: list[float] = field(default_factory=list)
+    model: str
+    sent: float
+    status: int = 0  # HTTP's; 0: the connection ended before there was one
+    retry_after: str = ""  # the header
+    arrivals: list[float] = field(default_factory=list)  # of each event with a part of the answer
+    finishes: list[str] = field(default_factory=list)  # every finish_reason that came; exactly one where all is well
+    error: str = ""  # the body of an answer that is not 200, or a stream's error event, or the connection's end
+    done: bool = False  # the server said that this is all
+    cut: bool = False  # the client closed the connection before
+    tokens: int = 0  # the server's count
+    prompt_tokens: int = 0  # likewise
+    text: list[str] = field(default_factory=list)  # of an answer in one piece
+
+    @property
+    def ok(self) -> bool:
+        return self.status == 200 and self.done and not self.error
+
+    @property
+    def first(self) -> float:
+        """Seconds to the first token."""
+        return self.arrivals[0] - self.sent if self.arrivals else 0.0
+
+    @property
+    def gaps(self) -> list[float]:
+        """Seconds between events."""
+        return [later - earlier for earlier, later in zip(self.arrivals, self.arrivals[1:], strict=False)]
 
 
 @dataclass(frozen=True)
 class Outcome:
     seconds: float
-    timings: Sequence[Timing]
+    replies: Sequence[Reply]
 
     @property
     def tokens_per_second(self) -> float:
-        return sum(timing.tokens for timing in self.timings) / self.seconds
+        return sum(reply.tokens for reply in self.replies) / self.seconds
 
-    def first_token(self, quantile: float) -> float:
-        return _quantile([timing.first for timing in self.timings], quantile)
+    def first_token(self, share: float) -> float:
+        return quantile([reply.first for reply in self.replies], share)
 
-    def gap(self, quantile: float) -> float:
-        return _quantile([gap for timing in self.timings for gap in timing.gaps], quantile)
+    def gap(self, share: float) -> float:
+        return quantile([gap for reply in self.replies for gap in reply.gaps], share)
 
 
-def _quantile(values: list[float], quantile: float) -> float:
+def quantile(values: Sequence[float], share: float) -> float:
+    """The value that `share` of them do not exceed; 0 of none."""
     ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(quantile * len(ordered)))] if ordered else 0.0
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else 0.0
 
 
-async def closed_loop(host: str, port: int, requests: Sequence[Request], streams: int) -> Outcome:
-    """Send all requests, `streams` at a time, greedy and without end-of-sequence. Raises RuntimeError on any error."""
+async def closed_loop(address: Address, requests: Sequence[Request], streams: int) -> Outcome:
+    """Send all requests, `streams` at a time, each waiting for its last token. Raises RuntimeError on any error."""
     queue = list(reversed(requests))
-    timings: list[Timing] = []
+    start = time.perf_counter()
+    replies = await keep_streaming(address, lambda: queue.pop() if queue else None, streams)
+    return Outcome(time.perf_counter() - start, replies)
+
+
+async def keep_streaming(address: Address, draw: Callable[[], Request | None], streams: int) -> list[Reply]:
+    """`streams` requests at any time, until `draw` gives None; those running then are waited for.
+
+    Raises RuntimeError on any error.
+    """
+    replies: list[Reply] = []
 
     async def stream() -> None:
-        while queue:
-            timings.append(await _one(host, port, queue.pop()))
+        while (request := draw()) is not None:
+            reply = await send(address, request)
+            if not reply.ok:
+                raise RuntimeError(f"{request.model}: status {reply.status} {reply.error or 'and no end'}")
+            replies.append(reply)
 
-    start = time.perf_counter()
-    await asyncio.gather(*(stream() for _ in range(streams)))
-    return Outcome(time.perf_counter() - start, timings)
+    async with asyncio.TaskGroup() as group:
+        for _ in range(streams):
+            group.create_task(stream())
+    return replies
 
 
-async def _one(host: str, port: int, request: Request) -> Timing:
-    body = json.dumps(
-        {
-            "model": request.model,
-            "prompt": request.prompt,
-            "max_tokens": request.max_tokens,
-            "temperature": 0,
-            "ignore_eos": True,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
-    ).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nConnection: close\r\n"
-    timing = Timing()
-    start = last = time.perf_counter()
-    reader, writer = await asyncio.open_connection(host, port)
+async def send(
+    address: Address,
+    request: Request,
+    enough: Callable[[Reply], bool] = lambda _: False,
+    limit: float = NO_ANSWER,
+) -> Reply:
+    """Send a request and read all of its answer; or close the connection once there is `enough` of it.
+
+    That is asked when the request is out and after every event. `limit` is in seconds, for all of it. Raises nothing
+    that a server could cause: see Reply.status, .error and .done.
+    """
+    reply = Reply(request.model, time.perf_counter())
     try:
-        writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-        status = await reader.readline()
-        if b" 200 " not in status:
-            raise RuntimeError(f"{request.model}: {status!r} {(await reader.read(2000)).decode(errors='replace')}")
-        usage = b""
-        async for line in reader:
-            if not line.startswith(b"data: {"):
-                continue
-            now = time.perf_counter()
-            if b'"usage":{' in line:
-                usage = line
-            elif timing.first == 0.0:
-                timing.first = now - start
-            else:
-                timing.gaps.append(now - last)
-            last = now
-        timing.end = last - start
-        timing.tokens = json.loads(usage[6:])["usage"]["completion_tokens"]
+        async with asyncio.timeout(limit):
+            await _exchange(address, request, reply, enough)
+    except TimeoutError:
+        reply.error = f"no end after {limit:.0f} s"
+    except (OSError, EOFError, ValueError, LookupError) as error:  # refused, reset, broken off, not HTTP, not ours
+        reply.error = f"{type(error).__name__}: {error}"
+    return reply
+
+
+async def _exchange(address: Address, request: Request, reply: Reply, enough: Callable[[Reply], bool]) -> None:
+    reader, writer = await _open(address, "POST", request.path, request.body())
+    try:
+        await writer.drain()
+        if enough(reply):
+            reply.cut = True
+            return
+        reply.status, headers = await _read_head(reader)
+        reply.retry_after = headers.get("retry-after", "")
+        if reply.status != 200 or "event-stream" not in headers.get("content-type", ""):
+            _read_whole(reply, await _whole(reader, headers))
+            return
+        async for line in _lines(reader, headers):
+            if line.startswith(b"data: "):
+                _read_event(reply, line)
+                if not reply.done and enough(reply):
+                    reply.cut = True
+                    return
     finally:
         writer.close()
-    return timing
+
+
+def _read_event(reply: Reply, line: bytes) -> None:
+    """One event of a stream. What comes first in a chat, a role without a word, is no part of the answer."""
+    now = time.perf_counter()
+    if line.startswith(b"data: [DONE]"):
+        reply.done = True
+        return
+    event = json.loads(line[6:])
+    if error := event.get("error"):
+        reply.error = (error.get("message") if isinstance(error, Mapping) else str(error)) or "no reason given"
+        return
+    if usage := event.get("usage"):
+        reply.tokens, reply.prompt_tokens = usage["completion_tokens"], usage.get("prompt_tokens", 0)
+    choices = event.get("choices") or ()
+    if any("text" in choice or any(_said(choice)) for choice in choices):
+        reply.arrivals.append(now)
+    reply.finishes += [choice["finish_reason"] for choice in choices if choice.get("finish_reason")]
+
+
+def _said(choice: Mapping[str, Any]) -> tuple[object, ...]:
+    """What a chat's choice adds to the answer; reasoning models answer in more than one field."""
+    delta = choice.get("delta") or {}
+    return tuple(delta.get(name) for name in ("content", "reasoning_content", "reasoning", "tool_calls"))
+
+
+def _read_whole(reply: Reply, content: bytes) -> None:
+    """An answer in one piece: an error, or one that was asked for so."""
+    if reply.status != 200:
+        reply.error = content.decode(errors="replace") or "no reason given"
+        return
+    answer = json.loads(content)
+    reply.arrivals.append(time.perf_counter())
+    reply.finishes = [choice["finish_reason"] for choice in answer["choices"]]
+    reply.text = [choice["text"] if "text" in choice else choice["message"]["content"] for choice in answer["choices"]]
+    reply.tokens, reply.prompt_tokens = answer["usage"]["completion_tokens"], answer["usage"].get("prompt_tokens", 0)
+    reply.done = True
+
+
+async def call(address: Address, method: str, path: str, body: Mapping[str, Any] | None = None) -> tuple[int, str]:
+    """Any other route: status and content. Raises OSError, TimeoutError."""
+    content = b"" if body is None else json.dumps(body).encode()
+    async with asyncio.timeout(NO_ANSWER):
+        reader, writer = await _open(address, method, path, content)
+        try:
+            status, headers = await _read_head(reader)
+            return status, (await _whole(reader, headers)).decode(errors="replace")
+        finally:
+            writer.close()
+
+
+async def _open(
+    address: Address, method: str, path: str, content: bytes
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    # HTTP/1.0: the answer ends with the connection and comes without chunk sizes between its lines
+    head = f"{method} {address.prefix}{path} HTTP/1.0\r\nHost: {address.host}\r\nContent-Type: application/json\r\n"
+    if address.api_key:
+        head += f"Authorization: Bearer {address.api_key}\r\n"
+    context = ssl.create_default_context() if address.tls else None
+    reader, writer = await asyncio.open_connection(address.host, address.port, ssl=context)
+    writer.write(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
+    return reader, writer
+
+
+async def _read_head(reader: asyncio.StreamReader) -> tuple[int, dict[str, str]]:
+    lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
+    headers = (line.partition(":") for line in lines[1:] if line)
+    return int(lines[0].split()[1]), {name.lower(): value.strip() for name, _, value in headers}
+
+
+async def _parts(reader: asyncio.StreamReader, headers: Mapping[str, str]) -> AsyncIterator[bytes]:
+    """An answer's content as it comes; also of a server that sends chunks to whoever asks."""
+    if "chunked" not in headers.get("transfer-encoding", ""):
+        while part := await reader.read(1 << 16):
+            yield part
+        return
+    while size := int((await reader.readuntil(b"\r\n")).split(b";")[0], 16):
+        yield (await reader.readexactly(size + 2))[:-2]
+
+
+async def _lines(reader: asyncio.StreamReader, headers: Mapping[str, str]) -> AsyncIterator[bytes]:
+    rest = b""
+    async for part in _parts(reader, headers):
+        *lines, rest = (rest + part).split(b"\n")
+        for line in lines:
+            yield line
+    yield rest
+
+
+async def _whole(reader: asyncio.StreamReader, headers: Mapping[str, str]) -> bytes:
+    return b"".join([part async for part in _parts(reader, headers)])

@@ -1,0 +1,64 @@
+"""What is measured side by side: the loads, and what a server under measurement looks like from outside."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from loraplex.benchmarks.load import Address, Request
+from loraplex.benchmarks.many.served import serve
+
+PROMPT_TOKENS, OUTPUT_TOKENS = 96, 64
+
+
+class Skipped(Exception):
+    """A peer cannot be measured here; the message says why."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """A row of the table: a closed loop of streams over adapters in turn."""
+
+    name: str
+    streams: int
+    adapters: int  # 0: the base
+    requests: int
+
+    def prompts(self, seed: int) -> list[list[int]]:
+        """Token ids, equal for every server and different from round to round."""
+        rng = random.Random(seed)
+        return [[rng.randrange(100, 40000) for _ in range(PROMPT_TOKENS)] for _ in range(self.requests)]
+
+
+LOADS = (
+    Load("base, 1 stream", 1, 0, 4),
+    Load("base, 16 streams", 16, 0, 48),
+    Load("1 adapter, 1 stream", 1, 1, 4),
+    Load("32 adapters round-robin, 16 streams", 16, 32, 64),
+)
+
+
+@dataclass(frozen=True)
+class Served:
+    """A server that runs; `ask` makes a request of a prompt and an adapter's number, None for the base."""
+
+    address: Address
+    ask: Callable[[Sequence[int], int | None], Request]
+
+    def requests(self, load: Load, seed: int) -> list[Request]:
+        """One round of `load`."""
+        return [self.ask(p, i % load.adapters if load.adapters else None) for i, p in enumerate(load.prompts(seed))]
+
+
+@contextmanager
+def ours(adapters: Path) -> Iterator[Served]:
+    """loraplex with the demo base and every adapter of the folder. Raises served.NotStarted."""
+
+    def ask(prompt: Sequence[int], adapter: int | None) -> Request:
+        return Request("demo" if adapter is None else f"ad{adapter}", prompt, OUTPUT_TOKENS)
+
+    with serve("demo", "--adapter-dir", str(adapters), "--memory", "3G") as server:
+        yield Served(server.address, ask)
