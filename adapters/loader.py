@@ -15,6 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import IntEnum
+from functools import partial
 from typing import Any, Protocol
 
 from loraplex.adapters.durations import Durations, DurationStats
@@ -124,10 +125,6 @@ class _Job:
     @property
     def is_wanted(self) -> bool:
         return not all(waiter.future.cancelled() for waiter in tuple(self.waiters))
-
-    def check_wanted(self) -> None:
-        if not self.is_wanted:
-            raise LoadCancelled(f"nobody waits for adapter {self.source!r} any more")
 
 
 class Loader:
@@ -299,7 +296,7 @@ class Loader:
         while (job := self._next()) is not None:
             outcome: ParsedImage | BaseException
             try:
-                outcome = self._read(Reading(job.source, job.fresh, Breath(job.check_wanted)))
+                outcome = self._read(Reading(job.source, job.fresh, Breath(partial(self._check_wanted, job))))
             except AdapterError as error:
                 outcome = _bare(error)
             except BaseException as error:  # nothing a file holds may end this thread
@@ -314,6 +311,16 @@ class Loader:
                 self._changed.notify_all()
                 self._idle += 1
             del job, outcome  # an idle thread holds no image
+
+    def _check_wanted(self, job: _Job) -> None:
+        """Raises LoadCancelled when nobody waits for `job`.
+
+        With the lock held: a caller joins, and only then cancels what it had before. Without it, a look at the waiters
+        of before the joining may see them cancelled after it.
+        """
+        with self._changed:
+            if not job.is_wanted:
+                raise LoadCancelled(f"nobody waits for adapter {job.source!r} any more")
 
     def _forget(self, job: _Job) -> None:
         """Let nobody join `job` any more (lock held)."""
