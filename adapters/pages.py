@@ -6,7 +6,7 @@ One pool serves adapters ("adapter"), the KV cache of sequences ("kv") and cache
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 
 class PagePool:
@@ -23,6 +23,7 @@ class PagePool:
         self._owner: list[str | None] = [None] * num_pages
         self._used: dict[str, int] = {}
         self.reached = 0  # pages 0 to reached - 1 have been handed out at some time; the others never
+        self.on_reached: Callable[[], None] = lambda: None  # called when it has grown
 
     @property
     def num_free(self) -> int:
@@ -45,7 +46,10 @@ class PagePool:
         del self._free[-n:]
         for page in pages:
             self._owner[page] = owner
-        self.reached = max(self.reached, max(pages) + 1)
+        last = max(pages) + 1
+        if last > self.reached:
+            self.reached = last
+            self.on_reached()
         self._used[owner] = self._used.get(owner, 0) + n
         return pages
 

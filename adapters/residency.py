@@ -294,8 +294,8 @@ class Residency:
         if self._memory is None:
             self._copy_to_gpu(resident, first, last)
         else:
-            # memcpy with the GIL held: torch would wake its threads for it, and torch and numpy let go of the GIL at
-            # each page and wait for it behind the loader's threads.
+            # memcpy with the GIL held, 0.2 ms for 3.7 MB: torch would wake its threads (5 ms, median, beside a busy
+            # process), and torch and numpy let go of the GIL at each page.
             source = resident.image.pages.reshape(-1).numpy().data
             for start, stop, target in self._spans(resident, first, last):
                 self._memory[target : target + stop - start] = source[start:stop]

@@ -461,3 +461,38 @@ def test_many_callers_from_many_threads(loader: Loader, sources: Sources, store:
     assert all(loaded.source == source for source, loaded in answers)
     assert len(store) == 10
     assert loader.pending() == 0
+
+
+def test_who_joins_while_the_first_one_leaves(sources: Sources, loader: Loader) -> None:
+    """A caller that wants it sooner joins with a second future, and only then cancels its first one.
+
+    All of that happens while the reading looks whether its only waiter, the first, has cancelled.
+    """
+    wanted = version("a")
+    sources.gate.clear()
+    first = loader.ensure(wanted, Priority.LOOKAHEAD)
+    assert sources.reading.acquire(timeout=SOON)
+    joined: list[Future[LoadedAdapter]] = []
+    cancelled = first.cancelled
+
+    def join() -> None:
+        joined.append(loader.ensure(wanted, Priority.URGENT))
+        first.cancel()
+
+    joining = threading.Thread(target=join)
+
+    def look() -> bool:
+        if threading.current_thread() is not joining and not joining.is_alive() and not joined:
+            joining.start()
+            joining.join(0.2)  # it gets through where the look does not keep it out
+        return cancelled()
+
+    first.cancelled = look  # type: ignore[method-assign]
+    sources.gate.set()
+    for _ in range(int(SOON / 0.01)):
+        if joined:
+            break
+        threading.Event().wait(0.01)
+    assert joined[0].result(SOON).source == "a"
+    joining.join(SOON)
+    assert sources.read == ["a"], "one reading for both"
