@@ -382,7 +382,7 @@ def make_app(config: ServeConfig, parts: EngineParts, tokenizer: Tokenizer, extr
         config.engine.num_slots,
         config.seeing.max_series,
     )
-    metrics = Metrics(limits, engine.stats, parts.places)
+    metrics = Metrics(limits, engine.stats, parts.placement.places)
     parts.placement.watch = metrics.adapters
     return create_app(
         Parts(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -53,7 +52,6 @@ from loraplex.server.engine.placement import AdapterPlacement
 from loraplex.server.engine.prefault import Prefault
 from loraplex.server.engine.runner import ModelRunner
 from loraplex.server.engine.scheduler import Scheduler, SchedulerLimits
-from loraplex.server.engine.stats import AdapterPlace
 from loraplex.server.models.config import GenerationDefaults, ModelConfig
 from loraplex.server.models.decoder import Decoder
 from loraplex.server.models.demo import default_cache_dir
@@ -118,7 +116,6 @@ class EngineParts:
     engine: Engine
     prefault: Prefault | None  # on the CPU; not started either, and nobody has to
     adapters: AdapterManager
-    places: Callable[[], list[AdapterPlace]]  # where the registered adapters are that are in memory; from any thread
     placement: AdapterPlacement
     model_config: ModelConfig
     defaults: GenerationDefaults
@@ -170,7 +167,6 @@ def build_engine(config: EngineConfig, model_path: Path, base_name: str) -> Engi
         engine=engine,
         prefault=prefault,
         adapters=adapters,
-        places=placement.places,
         placement=placement,
         model_config=model_config,
         defaults=defaults,

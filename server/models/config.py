@@ -121,10 +121,6 @@ class ModelConfig:
         down = Projection("mlp.down_proj", Site.DOWN, inner, 0, hidden, self.mlp_bias)
         return (*qkv, o, *gate_up, down)
 
-    def longest_row(self) -> int:
-        """Elements of the longest row an adapter's A can have: the largest in_features."""
-        return max(projection.in_features for projection in self.projections())
-
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:

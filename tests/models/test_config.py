@@ -42,7 +42,6 @@ def test_projections_are_the_checkpoints_linears(tmp_path: Path, family: str) ->
     linears = {name: m for name, m in layer.named_modules() if isinstance(m, torch.nn.Linear)}
     found = {p.name: ((p.out_features, p.in_features), p.has_bias) for p in config.projections()}
     assert found == {name: (tuple(m.weight.shape), m.bias is not None) for name, m in linears.items()}
-    assert config.longest_row() == max(m.in_features for m in linears.values())
     for site in (Site.QKV, Site.O, Site.GATE_UP, Site.DOWN):
         covered = 0
         for projection in config.projections():
