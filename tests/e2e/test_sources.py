@@ -138,12 +138,13 @@ async def test_a_list_is_fetched_at_once_and_pinned(
             assert (await load(client, name, str(made / name))).status_code == 200
             await ask(client, name)
         deadline = time.monotonic() + 30
-        while not any(place.name == "a" and place.pinned and place.on_device for place in live.parts.placement.places()):
+        places = live.parts.placement.places
+        while not any(place.name == "a" and place.pinned and place.on_device for place in places()):
             assert time.monotonic() < deadline
             await asyncio.sleep(0.01)
         for name in "bcd":
             await ask(client, name)
-        assert any(place.name == "a" and place.on_device for place in live.parts.placement.places())
+        assert any(place.name == "a" and place.on_device for place in places())
         assert answers == {await ask(client, "a")}
         listed.write_text("ensureAbsent: [a]")
         while "a" in [card["id"] for card in (await client.get("/v1/models")).json()["data"]]:
