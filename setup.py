@@ -32,6 +32,7 @@ class BuildKernels(build_ext):
             (isa, f"{FOLDER}/kernels.cpp", [*KERNELS, f"-DLORAPLEX_ISA={isa}", *flags]) for isa, flags in ISAS.items()
         ]
         jobs.append(("library", f"{FOLDER}/library.cpp", ["-O2", "-fopenmp"]))
+        jobs.append(("packing", f"{FOLDER}/packing.cpp", ["-O3"]))
         with ThreadPoolExecutor() as pool:
             objects = [path for paths in pool.map(compile_one, jobs) for path in paths]
         self.compiler.link_shared_object(
@@ -41,7 +42,7 @@ class BuildKernels(build_ext):
 
 PARTS = ("vec", "records", "linear", "rowwise", "sampling", "tiles", "bgmv", "sgmv", "attention")
 HEADERS = [f"{FOLDER}/{part}.h" for part in PARTS]
-SOURCES = [f"{FOLDER}/kernels.cpp", f"{FOLDER}/library.cpp"]
+SOURCES = [f"{FOLDER}/{name}.cpp" for name in ("kernels", "library", "packing")]
 
 if sys.platform != "linux":
     sys.exit("loraplex builds its CPU kernels with g++ on Linux only")

@@ -11,7 +11,8 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -112,8 +113,8 @@ def read_head(folder: Path) -> AdapterHead:
             raise _damaged(folder / WEIGHTS_FILE, error) from error
 
 
-def read_bytes(folder: Path, breathe: Callable[[], None]) -> AdapterBytes:
-    """Read all of both files, calling `breathe` between slices.
+def read_bytes(folder: Path, breathe: Callable[[], None], memory: Callable[[int], Tensor] = huge_zeros) -> AdapterBytes:
+    """Read all of both files, calling `breathe` between slices; `memory` gives so many bytes to read the data into.
 
     Raises as read_head() does, and ChangedMeanwhile.
     """
@@ -124,24 +125,32 @@ def read_bytes(folder: Path, breathe: Callable[[], None]) -> AdapterBytes:
             digest = hashlib.sha256(config)
             digest.update(len(head.header).to_bytes(8, "little"))
             digest.update(head.header)
-            data = _read_data(file, head.stamp, head.start, breathe, digest.update)
+            data = memory(head.data_bytes)
+            whole = _read_data(file, data.numpy().data, breathe, digest.update)
         except (OSError, ValueError) as error:
             raise _damaged(folder / WEIGHTS_FILE, error) from error
-    if data is None:
-        raise ChangedMeanwhile
+        if not whole or _stamp_of(os.fstat(file.fileno())) != head.stamp.weights:
+            raise ChangedMeanwhile
     return AdapterBytes(head, data, digest.hexdigest())
 
 
-def read_data(folder: Path, stamp: Stamp, start: int, breathe: Callable[[], None]) -> Tensor | None:
-    """The weights' file from byte `start` on, [n] uint8; None when the files are not those of `stamp`."""
+@contextmanager
+def known_weights(folder: Path, stamp: Stamp) -> Iterator[int]:
+    """The descriptor of the weights' file. Raises ChangedMeanwhile unless both files have `stamp`, before and after."""
     try:
         if _stamp_of(os.stat(folder / CONFIG_FILE)) != stamp.config:
-            return None
-        with _open_weights(folder) as file:
-            file.seek(start)
-            return _read_data(file, stamp, start, breathe, lambda _: None)
-    except (OSError, AdapterRefused):
-        return None
+            raise ChangedMeanwhile
+        descriptor = os.open(folder / WEIGHTS_FILE, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise ChangedMeanwhile from error
+    try:
+        if _stamp_of(os.fstat(descriptor)) != stamp.weights:
+            raise ChangedMeanwhile
+        yield descriptor
+        if _stamp_of(os.fstat(descriptor)) != stamp.weights:
+            raise ChangedMeanwhile
+    finally:
+        os.close(descriptor)
 
 
 def look(folder: Path) -> Stamp | None:
@@ -215,22 +224,17 @@ def _read_exactly(file: FileIO, count: int) -> bytes:
     return bytes(data)
 
 
-def _read_data(
-    file: FileIO, stamp: Stamp, start: int, breathe: Callable[[], None], take: Callable[[memoryview], None]
-) -> Tensor | None:
-    """The rest of the file, each slice given to `take`; None when it is not (any more) the file of `stamp`."""
-    size = stamp.weights[2] - start
-    data = huge_zeros(size)
-    view = data.numpy().data
+def _read_data(file: FileIO, view: memoryview, breathe: Callable[[], None], take: Callable[[memoryview], None]) -> bool:
+    """Fill `view` with what follows in the file, each slice given to `take`. False: the file ends before."""
     at = 0
-    while at < size:
+    while at < len(view):
         count = file.readinto(view[at : at + SLICE_BYTES])
         if not count:
-            return None
+            return False
         take(view[at : at + count])
         at += count
         breathe()
-    return data if _stamp_of(os.fstat(file.fileno())) == stamp.weights else None
+    return True
 
 
 def _read_config(folder: Path) -> tuple[bytes, tuple[int, ...]]:

@@ -14,13 +14,12 @@ import hashlib
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Generic, TypeVar
 
-import torch
 from torch import Tensor
 
 from loraplex.adapters.adapter_files import (
@@ -29,22 +28,24 @@ from loraplex.adapters.adapter_files import (
     AdapterHead,
     ChangedMeanwhile,
     Stamp,
+    known_weights,
     look,
     parse_header,
     read_bytes,
-    read_data,
     read_head,
     view_tensors,
 )
 from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.loader import ParsedImage, Reading
 from loraplex.adapters.peft_config import parse_config
-from loraplex.adapters.peft_format import BaseBias, Blueprint, draw_blueprint
+from loraplex.adapters.peft_format import AdapterModule, BaseBias, Blueprint, draw_blueprint
 from loraplex.adapters.peft_values import check_values
 from loraplex.adapters.recipe import Recipe, is_for
 from loraplex.adapters.sources import resolve
 from loraplex.adapters.tiles import AdapterImage, BaseLayout, BiasDelta, pack, plan_image
 from loraplex.adapters.workspace import Workspace
+from loraplex.kernels.hugepages import Region, huge_zeros
+from loraplex.kernels.packing import OpenFile
 
 V = TypeVar("V")
 
@@ -108,7 +109,7 @@ class AdapterReader:
         layout: BaseLayout,
         base_bias: BaseBias,
         max_pages: int,
-        workspace: Workspace | None = None,
+        workspace: Workspace[Region] | None = None,
         locate: Callable[[str], Path] = resolve,
     ) -> None:
         """max_pages: what an adapter may take so that one sequence still fits beside it.
@@ -140,23 +141,23 @@ class AdapterReader:
         """
         known = None if reading.fresh else self._remembered.get(reading.source)
         folder = known.folder if known is not None and known.folder.is_dir() else self._locate(reading.source)
-        with _named(folder), self._room(folder, known, reading.breathe):
-            return (known and self._repeat(known, reading)) or self._read_whole(folder, reading)
+        with _named(folder):
+            if known is not None:
+                parsed = self._repeat(known, reading)
+                if parsed is not None:
+                    return parsed
+            with self._room(self._whole_bytes(folder, reading.breathe), reading.breathe):
+                return self._read_whole(folder, reading)
 
-    def _room(
-        self, folder: Path, known: _Remembered | None, breathe: Callable[[], None]
-    ) -> AbstractContextManager[None]:
-        """For the file's bytes and what they are converted to, and then that and its image.
+    def _whole_bytes(self, folder: Path, breathe: Callable[[], None]) -> int:
+        """What the file and its image take. Raises what refuses the header."""
+        if self._workspace is None:
+            return 0
+        info = self._draw(read_head(folder), breathe).info
+        return (folder / WEIGHTS_FILE).stat().st_size + info.num_pages * self._layout.page_bytes
 
-        Raises what refuses the header.
-        """
-        if self._workspace is None or (known is not None and known.refusal is not None):
-            return nullcontext()
-        info = known.info if known is not None else None
-        if info is None:
-            info = self._draw(read_head(folder), breathe).info
-        file, image = (folder / WEIGHTS_FILE).stat().st_size, info.num_pages * self._layout.page_bytes
-        return self._workspace.room(max(file, info.nbytes) + image, breathe)
+    def _room(self, nbytes: int, breathe: Callable[[], None]) -> AbstractContextManager[None]:
+        return nullcontext() if self._workspace is None else self._workspace.room(nbytes, breathe)
 
     def _repeat(self, known: _Remembered, reading: Reading) -> ParsedImage | None:
         """Do again what was done at the last reading. None: the files have changed, or it is not known how."""
@@ -168,16 +169,19 @@ class AdapterReader:
             raise AdapterRefused(known.refusal.code, str(known.refusal))
         if recipe is None or known.info is None:
             return None
-        data = read_data(known.folder, known.stamp, known.start, reading.breathe)
-        if data is None:
+        try:
+            with (
+                self._room(recipe.nbytes, reading.breathe),
+                known_weights(known.folder, known.stamp) as descriptor,
+            ):
+                file = OpenFile(descriptor, known.start)
+                image = recipe.read(file, self._memory(recipe.nbytes), reading.breathe)
+        except (ChangedMeanwhile, EOFError, OSError):
             return None
-        stream = recipe.convert(data, reading.breathe)
-        nbytes = data.numel()
-        _let_go(data)
-        return _parsed(known.digest, known.info, recipe.lay_out(stream), nbytes)
+        return _parsed(known.digest, known.info, image, known.stamp.weights[2] - known.start)
 
     def _read_whole(self, folder: Path, reading: Reading) -> ParsedImage:
-        files, began = _read_quietly(folder, reading.breathe)
+        files, began = _read_quietly(folder, reading.breathe, self._memory)
         head = files.head
         settled = head.stamp.is_settled(began)
         try:
@@ -221,26 +225,31 @@ class AdapterReader:
         """The image and the key of its recipe, if it has one."""
         modules = drawn.blueprint.modules
         if is_for(modules, drawn.blueprint):
-            key = (drawn.key, None)
-            recipe = self._recipes.get(key) or self._recipes.put(key, Recipe(modules, drawn.blueprint, self._layout))
-            stream = recipe.convert(files.data, breathe)
-            if recipe.is_sound(files.data, stream, breathe):
-                _let_go(files.data)
-                return recipe.lay_out(stream), key
-            del stream
+            key: Hashable = (drawn.key, None)
+            recipe = self._recipe(key, modules, drawn.blueprint)
+            image, sound = recipe.make(files.data, self._memory(recipe.nbytes), breathe)
+            if sound:
+                return image, key
         tensors = view_tensors(files.data, drawn.blueprint.header)
         parts = check_values(drawn.blueprint, tensors, self._layout, self._base_bias, breathe)
         left = frozenset((part.layer, part.projection.name) for part in parts)
         some = [module for module in modules if (module.layer, module.projection.name) in left]
         if is_for(some, drawn.blueprint) and not any(isinstance(part, BiasDelta) for part in parts):
-            some_key = (drawn.key, left)
-            recipe = self._recipes.get(some_key) or self._recipes.put(
-                some_key, Recipe(some, drawn.blueprint, self._layout)
-            )
-            stream = recipe.convert(files.data, breathe)
-            _let_go(files.data)
-            return recipe.lay_out(stream), some_key
+            key = (drawn.key, left)
+            recipe = self._recipe(key, some, drawn.blueprint)
+            image, _ = recipe.make(files.data, self._memory(recipe.nbytes), breathe)
+            return image, key
         return pack(parts, self._layout), None
+
+    def _recipe(self, key: Hashable, modules: Sequence[AdapterModule], blueprint: Blueprint) -> Recipe:
+        return self._recipes.get(key) or self._recipes.put(key, Recipe(modules, blueprint, self._layout))
+
+    def _memory(self, nbytes: int) -> Tensor:
+        """[nbytes] uint8 holding anything: what an earlier load has left, if there is such."""
+        if self._workspace is None or not nbytes:
+            return huge_zeros(nbytes)
+        region = self._workspace.find(nbytes) or Region(nbytes)
+        return region.tensor(nbytes, self._workspace.leave)
 
 
 class _Latest(Generic[V]):
@@ -267,12 +276,14 @@ class _Latest(Generic[V]):
         return value
 
 
-def _read_quietly(folder: Path, breathe: Callable[[], None]) -> tuple[AdapterBytes, float]:
+def _read_quietly(
+    folder: Path, breathe: Callable[[], None], memory: Callable[[int], Tensor]
+) -> tuple[AdapterBytes, float]:
     """The files while nobody writes to them, and when their reading began, in unix seconds. Raises ChangedMeanwhile."""
     for _ in range(CHANGED_RETRIES):
         began = time.time()
         try:
-            files = read_bytes(folder, breathe)
+            files = read_bytes(folder, breathe, memory)
         except ChangedMeanwhile:
             time.sleep(CHANGED_WAIT)
             breathe()
@@ -284,11 +295,6 @@ def _read_quietly(folder: Path, breathe: Callable[[], None]) -> tuple[AdapterByt
         if look(folder) == files.head.stamp:
             return files, began
     raise ChangedMeanwhile
-
-
-def _let_go(data: Tensor) -> None:
-    """Free the bytes of `data`, whoever still refers to the tensor: nothing is left in it."""
-    data.set_(torch.UntypedStorage(0))
 
 
 def _parsed(digest: str, info: AdapterInfo, image: AdapterImage, bytes_read: int) -> ParsedImage:

@@ -10,7 +10,10 @@ import ctypes
 import logging
 import mmap
 import sys
+import weakref
+from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +24,33 @@ _MADV_POPULATE_WRITE = 23
 logger = logging.getLogger(__name__)
 
 
+class Region:
+    """Memory of its own for one tensor, on huge pages where the kernel has them; zero before its first use."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self._mapping = mmap.mmap(-1, nbytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._skip = -np.frombuffer(self._mapping, dtype=np.uint8).ctypes.data % HUGE_PAGE
+        whole = nbytes // HUGE_PAGE * HUGE_PAGE
+        try:
+            if whole:
+                self._mapping.madvise(mmap.MADV_HUGEPAGE, self._skip, whole)
+        except OSError as error:  # kernels without them
+            logger.info("no huge pages: %s", error)
+
+    def tensor(self, nbytes: int, when_freed: Callable[[Region], None] | None = None) -> Tensor:
+        """[nbytes] uint8, aligned to 2 MiB; `nbytes` of at most the region's. One at a time.
+
+        `when_freed` is called with the region once nothing refers to the tensor's memory any more, in whatever thread
+        lets go last; a region that it does not keep goes back to the system.
+        """
+        # Not a slice of the whole: ops take strided views by offset, which is their storage's offset too.
+        array = np.frombuffer(self._mapping, dtype=np.uint8, count=nbytes, offset=self._skip)
+        if when_freed is not None:
+            weakref.finalize(array, when_freed, self).atexit = False
+        return torch.from_numpy(array)  # keeps the array, which keeps the mapping
+
+
 def huge_zeros(nbytes: int) -> Tensor:
     """[nbytes] uint8, zero, aligned to 2 MiB; taken as it is first written, in huge pages where the kernel has them.
 
@@ -28,16 +58,7 @@ def huge_zeros(nbytes: int) -> Tensor:
     """
     if not nbytes or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.zeros(nbytes, dtype=torch.uint8)
-    region = mmap.mmap(-1, nbytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    skip = -torch.frombuffer(region, dtype=torch.uint8).data_ptr() % HUGE_PAGE
-    whole = nbytes // HUGE_PAGE * HUGE_PAGE
-    try:
-        if whole:
-            region.madvise(mmap.MADV_HUGEPAGE, skip, whole)
-    except OSError as error:  # kernels without them
-        logger.info("no huge pages: %s", error)
-    # Not a slice of the whole: ops take strided views by offset, which is their storage's offset too.
-    return torch.frombuffer(region, dtype=torch.uint8, count=nbytes, offset=skip)  # keeps the mapping alive
+    return Region(nbytes).tensor(nbytes)
 
 
 def populate(tensor: Tensor, start: int, stop: int) -> bool:

@@ -44,9 +44,9 @@ def whole_readings(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     calls: list[Path] = []
     real = adapter_files.read_bytes
 
-    def read_bytes(folder: Path, breathe: Any) -> Any:
+    def read_bytes(folder: Path, *rest: Any) -> Any:
         calls.append(folder)
-        return real(folder, breathe)
+        return real(folder, *rest)
 
     monkeypatch.setattr(reader, "read_bytes", read_bytes)
     return calls
@@ -254,7 +254,7 @@ def test_a_reading_can_be_given_up_anywhere(folder: Path) -> None:
         calls += 1
 
     expected = make_reader().read(Reading(str(folder), False, count))
-    assert calls > 10
+    assert calls > 4
     for last in range(calls):
         left = [last]
 

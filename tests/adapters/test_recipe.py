@@ -17,11 +17,13 @@ from torch import Tensor
 
 from loraplex.adapters import recipe
 from loraplex.adapters.adapter_files import TensorInfo, parse_header, read_head
+from loraplex.adapters.loader import Reading
 from loraplex.adapters.peft_config import parse_config
 from loraplex.adapters.peft_format import Blueprint, draw_blueprint
 from loraplex.adapters.reader import AdapterReader
-from loraplex.adapters.recipe import GRAIN, Recipe, is_for
+from loraplex.adapters.recipe import Recipe, is_for
 from loraplex.adapters.tiles import BaseLayout
+from loraplex.adapters.workspace import Workspace
 from loraplex.kernels.metadata import Projection, Site, element_bytes
 from support.adapter_reading import read_adapter, write_adapter
 
@@ -44,24 +46,6 @@ def test_dtypes_and_ranks(tmp_path: Path, stored: torch.dtype, dtype: torch.dtyp
     for alpha in (rank, 3 * rank):  # with and without a scale
         folder = write_adapter(tmp_path / f"a{alpha}", LAYOUT, rank=rank, dtype=stored, alpha=alpha)
         assert len(read_adapter(folder, replace(LAYOUT, dtype=dtype), lambda *_: None).parts) == 3 * 23
-
-
-def test_layers_go_together(tmp_path: Path) -> None:
-    """23 layers, which the file has in the order 0, 1, 10, ..., 19, 2, 20, ..., 22, 3, ..., 9."""
-    folder = write_adapter(tmp_path, LAYOUT)
-    own = Recipe(blueprint_of(folder, LAYOUT).modules, blueprint_of(folder, LAYOUT), LAYOUT)
-    assert len(own._converts) <= 3 * 2 * 6
-
-
-def test_no_call_is_large_enough_for_torchs_threads(tmp_path: Path) -> None:
-    wide = Projection("mlp.up_proj", Site.GATE_UP, 2048, 0, 5000, False)
-    layout = BaseLayout("tiny", 3, (wide,), 1 << 16, torch.bfloat16)
-    for rank in (1, 9, 64):
-        folder = write_adapter(tmp_path / str(rank), layout, rank=rank)
-        blueprint = blueprint_of(folder, layout)
-        own = Recipe(blueprint.modules, blueprint, layout)
-        assert max(a * b * c for a, b, c in (step.shape for step in own._converts)) <= GRAIN
-        read_adapter(folder, layout, lambda *_: None)
 
 
 def write_tensors(folder: Path, tensors: dict[str, Tensor], order: list[str]) -> None:
@@ -93,9 +77,7 @@ def test_tensors_at_odd_addresses(tmp_path: Path) -> None:
     write_tensors(folder, tensors, names)
     blueprint = blueprint_of(folder, layout)
     assert blueprint.header[names[1]].offset % 4 == 2
-    assert not is_for(blueprint.modules, blueprint)
-    with pytest.raises(ValueError, match="odd addresses"):
-        Recipe(blueprint.modules, blueprint, layout)
+    assert is_for(blueprint.modules, blueprint)
     assert len(read_adapter(folder, layout, lambda *_: None).parts) == 2
 
 
@@ -149,8 +131,7 @@ def test_any_adapter_and_the_pages_promised_at_registration(
         assert (len(parsed.image.pages), parsed.image.nbytes) == (info.num_pages, info.nbytes)
 
 
-def test_uneven_distances_are_not_taken_for_even(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ranks that differ from layer to layer, and a file in reverse order, where distances are negative."""
+def test_ranks_that_differ_and_a_file_in_reverse_order(tmp_path: Path) -> None:
     folder = write_adapter(tmp_path, LAYOUT)
     tensors = safetensors.torch.load((folder / "adapter_model.safetensors").read_bytes())
     write_tensors(folder, tensors, sorted(tensors, reverse=True))
@@ -194,7 +175,7 @@ def test_what_is_sound_is_said_without_looking_at_single_modules(tmp_path: Path)
     def is_sound() -> bool:
         raw = safetensors.torch.save(tensors)
         data = torch.frombuffer(bytearray(raw[8 + struct.unpack("<Q", raw[:8])[0] :]), dtype=torch.uint8)
-        return own.is_sound(data, own.convert(data, lambda: None), lambda: None)
+        return own.make(data, torch.empty(own.nbytes, dtype=torch.uint8), lambda: None)[1]
 
     assert is_sound()
     for name in [f"base_model.model.model.layers.17.mlp.up_proj.lora_{factor}.weight" for factor in "AB"]:
@@ -212,6 +193,29 @@ def test_what_is_sound_is_said_without_looking_at_single_modules(tmp_path: Path)
 
 def test_infinities_as_integers() -> None:
     for dtype, bits in recipe._INFINITY.items():
-        as_int = torch.tensor([bits, bits - 1], dtype=recipe._INT[dtype]).view(dtype)
+        whole = torch.int32 if dtype.itemsize == 4 else torch.int16
+        as_int = torch.tensor([bits, bits - 1], dtype=whole).view(dtype)
         assert as_int[0] == float("inf")
         assert as_int[1] == torch.finfo(dtype).max
+
+
+def test_memory_is_used_again_and_holds_nothing_of_what_it_held(tmp_path: Path) -> None:
+    """Ragged widths, so that rows and pages have gaps; images of other adapters were there before."""
+    projections = (
+        Projection("self_attn.q_proj", Site.QKV, 33, 0, 31, False),
+        Projection("mlp.down_proj", Site.DOWN, 90, 0, 17, False),
+    )
+    layout = BaseLayout("tiny", 5, projections, 1024, torch.bfloat16)
+    workspace = Workspace(1 << 24)
+    own, fresh = (AdapterReader(layout, lambda *_: None, 1 << 30, workspace=space) for space in (workspace, None))
+    folders = [write_adapter(tmp_path / str(seed), layout, rank=3, seed=seed) for seed in range(3)]
+    for turn in range(3):
+        for folder in folders:
+            image = own.read(Reading(str(folder), False, lambda: None)).image
+            expected = fresh.read(Reading(str(folder), True, lambda: None)).image
+            assert torch.equal(image.pages, expected.pages)
+            del image
+            assert workspace.left_bytes > 0
+        if turn == 0:
+            left = workspace.left_bytes
+    assert workspace.left_bytes <= left, "later loads took what the first ones had left"

@@ -9,7 +9,7 @@ import pytest
 
 from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.loader import LoadCancelled
-from loraplex.adapters.workspace import Workspace
+from loraplex.adapters.workspace import SLACK, Workspace
 
 
 def test_many_threads_stay_within_it() -> None:
@@ -67,3 +67,37 @@ def test_who_waits_can_be_cancelled() -> None:
 def test_no_room_at_all() -> None:
     with pytest.raises(ValueError, match="capacity_bytes is 0"):
         Workspace(0)
+
+
+class Left:
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+
+
+def test_what_loads_leave_is_found_by_those_it_fits() -> None:
+    workspace = Workspace(10 * SLACK)
+    small, large = Left(SLACK), Left(3 * SLACK)
+    workspace.leave(small)
+    workspace.leave(large)
+    assert workspace.left_bytes == 4 * SLACK
+    assert workspace.find(3 * SLACK + 1) is None
+    assert workspace.find(2 * SLACK - 1) is None  # it would waste more than that
+    assert workspace.find(2 * SLACK) is large
+    assert workspace.find(2 * SLACK) is None
+    assert workspace.find(1) is small
+    assert workspace.left_bytes == 0
+
+
+def test_what_is_left_gives_way_to_loads_the_oldest_first() -> None:
+    workspace = Workspace(10)
+    first, second = Left(4), Left(5)
+    workspace.leave(first)
+    workspace.leave(second)
+    with workspace.room(2, lambda: None):
+        assert workspace.left_bytes == 5
+        third = Left(4)
+        workspace.leave(third)  # 2 in use, and no room for both
+        assert workspace.find(4) is third
+    with workspace.room(10, lambda: None):
+        workspace.leave(third)
+        assert workspace.left_bytes == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from loraplex.kernels.cpu.backend import CpuBackend, CpuLinear
-from loraplex.kernels.hugepages import HUGE_PAGE, huge_zeros
+from loraplex.kernels.hugepages import HUGE_PAGE, Region, huge_zeros
 
 MODES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
@@ -72,3 +73,26 @@ def test_packed_weights(shape: tuple[int, int]) -> None:
     for weight in weights:
         assert isinstance(weight, CpuLinear)
         assert_on_huge_pages(weight.packed)
+
+
+def test_a_region_comes_back_when_its_tensor_is_gone() -> None:
+    """And only then: views, numpy arrays and records that hold them count."""
+    back: list[Region] = []
+    region = Region(3 * HUGE_PAGE + 5)
+    tensor = region.tensor(HUGE_PAGE, back.append)
+    assert tensor.data_ptr() % HUGE_PAGE == 0
+    view, array = tensor[100:].view(torch.uint8), tensor.numpy()
+    tensor.fill_(7)
+    del tensor
+    gc.collect()
+    assert not back
+    del array
+    assert int(view[0]) == 7
+    assert not back
+    del view
+    assert back == [region]
+    again = back.pop().tensor(3 * HUGE_PAGE + 5, back.append)
+    assert int(again[HUGE_PAGE - 1]) == 7, "the same memory"
+    assert int(again[-1]) == 0
+    del again
+    assert back == [region]
