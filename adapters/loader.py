@@ -337,6 +337,7 @@ class Loader:
             self._bytes_read += outcome.bytes_read
         else:
             self._failures += 1
+            self._registry.refusals.count(outcome)
 
     def _finish(self, job: _Job, outcome: ParsedImage | BaseException) -> None:
         """Tell every waiter of a job that nobody joins any more."""
@@ -345,6 +346,7 @@ class Loader:
             try:
                 answers = self._settle(job, outcome)
             except AdapterError as error:  # it is larger than the store
+                self._registry.refusals.count(error)
                 answers = [error] * len(job.waiters)
             except Exception as error:
                 logger.exception("adapter %r was read but could not be kept", job.source)

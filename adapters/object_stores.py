@@ -1,7 +1,7 @@
 """s3:// and gs:// sources through fsspec: a folder of the two files, or an archive. Free of torch.
 
-Their libraries are extras. Where they connect to is the operator's environment (AWS_ENDPOINT_URL and the like), never
-what a caller writes.
+Their libraries are extras. Where they connect to is the operator's environment (AWS_ENDPOINT_URL and
+STORAGE_EMULATOR_HOST), never what a caller writes.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from loraplex.adapters.sources import Source
 PART_BYTES = 8 << 20
 """Asked for at a time: what is in memory of a download, and what is lost when a connection breaks."""
 
-EXTRAS = {"s3": ("s3fs", "S3FileSystem"), "gs": ("gcsfs", "GCSFileSystem")}
-"""kind -> module and class; the extra is named like the kind."""
+EXTRAS = {"s3": ("s3fs", "S3FileSystem"), "gs": ("gcsfs.core", "GCSFileSystem")}
+"""kind -> module and class; the extra is named like the kind. gcsfs's own default asks by gRPC for a bucket's kind
+before it reads: rights that a reader of objects may not have, and minutes where only the JSON API can be reached."""
 
 _MD5 = re.compile(r"[0-9a-f]{32}")
 _NOT_THERE = ("FileNotFoundError", "PermissionError", "NoSuchKey", "NoSuchBucket")
@@ -44,7 +45,8 @@ def _file_system(source: Source) -> Any:
     except ImportError:
         raise AdapterRefused(
             "missing_extra",
-            f"{source.kind}:// sources need {module}, which is not installed: pip install 'loraplex[{source.kind}]'",
+            f"{source.kind}:// sources need {module.partition('.')[0]}, which is not installed: pip install "
+            f"'loraplex[{source.kind}]'",
         ) from None
     own = {"use_listings_cache": False, "skip_instance_cache": True}
     if source.kind == "gs":
@@ -56,7 +58,7 @@ def _file_system(source: Source) -> Any:
 def _file(system: Any, source: Source, name: str, path: str, deadline: Deadline) -> RemoteFile:
     deadline.left()
     with _told(source, path):
-        found = _S3(system, path) if source.kind == "s3" else _Generic(system, path)
+        found = _S3(system, path) if source.kind == "s3" else _Gcs(system, path)
         size, mark, hashes = found.look()
     return RemoteFile(name, _opener(source, path, found, size), size, mark, hashes)
 
@@ -96,27 +98,27 @@ class _S3:
         return bytes(sync(self._system.loop, get, timeout=4 * STALL_SECONDS))
 
 
-class _Generic:
-    """One object, as fsspec has it for every store."""
+class _Gcs:
+    """One object of Google's store, as gcsfs has it: a generation is one content of it."""
 
     def __init__(self, system: Any, path: str) -> None:
         self._system = system
         self._path = path
-        self._mark = ""
+        self._generation = ""
 
     def look(self) -> tuple[int, str, tuple[tuple[str, str], ...]]:
         """Size, mark and hashes."""
         info = self._system.info(self._path)
-        self._mark = str(info.get("generation") or info.get("etag") or info.get("ETag") or info.get("mtime") or "")
-        md5 = info.get("md5Hash")
-        return info["size"], self._mark, (("md5", base64.b64decode(md5).hex()),) if md5 else ()
+        self._generation = str(info["generation"])
+        md5 = info.get("md5Hash")  # composite objects have none
+        return info["size"], self._generation, (("md5", base64.b64decode(md5).hex()),) if md5 else ()
 
     def read(self, start: int, end: int) -> bytes:
         """Bytes start to end (not included)."""
-        return bytes(self._system.cat_file(self._path, start=start, end=end))
+        return bytes(self._system.cat_file(self._path, start=start, end=end, generation=self._generation))
 
 
-def _opener(source: Source, path: str, found: _S3 | _Generic, size: int) -> Open:
+def _opener(source: Source, path: str, found: _S3 | _Gcs, size: int) -> Open:
     @contextmanager
     def begin(offset: int, deadline: Deadline) -> Iterator[Opened]:
         yield Opened(offset, chunks(offset, deadline))

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 NICE = 10
-"""Of the threads, on Linux: a tenth of a busy core's time (a load is 3 ms, so it ends), and all of an idle one's."""
+"""Of the threads, on Linux: a tenth of a busy core's time (a load is 2 to 7 ms: it ends), and all of an idle one's."""
 
 SLICE_SECONDS = 1e-3
 """Work between two breaths."""

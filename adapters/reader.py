@@ -1,8 +1,8 @@
 """From an adapter's source to its image: what the loader's threads do, and what they remember from time to time.
 
     examine   config and header only                                         registration: 0.1 ms, 3 ms for a new shape
-    read      all of the files: hashed, checked, packed                      first load of 4 MB: 5 ms
-              the same files again, by their stamps: read and converted      1 ms
+    read      all of the files: hashed, checked, packed                      first load of 4 MB: 7 ms
+              the same files again, by their stamps: read and packed         2 ms
 
 Adapters of the same config and header share their blueprint and their recipe; what is remembered of each single one is
 its stamp and digest, or why it was refused.

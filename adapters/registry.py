@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 
 from loraplex.adapters.errors import AdapterExists, AdapterNotFound, AdapterRefused, InvalidAdapterName
+from loraplex.adapters.refusals import Refusals
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +102,7 @@ class Registry:
 
     def __init__(self, on_drained: Callable[[AdapterVersion], None] | None = None) -> None:
         self.on_drained = on_drained
+        self.refusals = Refusals()
         self._lock = threading.Lock()
         self._current: dict[str, AdapterVersion] = {}
         self._draining: dict[int, AdapterVersion] = {}  # uid -> version whose name is gone but whose leases are not

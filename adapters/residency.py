@@ -132,6 +132,14 @@ class Residency:
         """Digests of all adapters that have a slot. Safe from any thread."""
         return tuple(self._residents)
 
+    def page_owners(self) -> tuple[str | None, ...]:
+        """Of the pool, others' pages included. Safe from any thread."""
+        return self._pool.owners()
+
+    def held_pages(self) -> dict[str, list[int]]:
+        """Digest -> pages, of all adapters that have a slot. Safe from any thread."""
+        return {digest: resident.pages for digest, resident in self._residents.copy().items()}
+
     def is_pinned_forever(self, digest: str) -> bool:
         """Whether the operator wants it to stay."""
         return digest in self._forever

@@ -103,6 +103,11 @@ def parse_source(text: str, access: Access = OPERATOR) -> Source:
     raise AdapterRefused("unsupported_kind", f"adapter source {name}:// is not supported; give {KINDS}")
 
 
+def is_hub_id(text: str) -> bool:
+    """Whether `text` could name a repository of the Hub, whatever folders there are here."""
+    return _HUB_ID.fullmatch(text) is not None and ".." not in text
+
+
 def find_folder(text: str) -> Path:
     """The local folder `text`. Raises AdapterNotFound."""
     path = Path(text).expanduser()

@@ -116,7 +116,9 @@ class AdapterManager:
         elif self.downloads is None:
             outcome.set_exception(AdapterNotFound(f"{found.text} is not here, and nothing is downloaded"))
         else:
-            when_done(self.downloads.fetch(found, stale=stale), outcome, lambda _: load())
+            fetching = self.downloads.fetch(found, stale=stale)
+            fetching.add_done_callback(self._count_refusal)
+            when_done(fetching, outcome, lambda _: load())
         return outcome
 
     def expect(self, name: str, coming: Future[AdapterVersion]) -> None:
@@ -198,8 +200,16 @@ class AdapterManager:
         elif error is None and (loaded := loading.result()).digest != version.digest:
             renew(self.registry, version, loaded)
 
+    def _count_refusal(self, fetching: Future[Path]) -> None:
+        if not fetching.cancelled():
+            self.registry.refusals.count(fetching.exception())
+
     def _enter_unread(self, name: str, source: str, replace: bool) -> AdapterVersion:
-        info = self._examiner.examine(source)
+        try:
+            info = self._examiner.examine(source)
+        except AdapterRefused as error:
+            self.registry.refusals.count(error)
+            raise
         return self.registry.register(
             name,
             source=source,

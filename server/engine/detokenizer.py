@@ -24,6 +24,10 @@ class Decoder(Protocol):
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
 
+    def lone_text(self, token_id: int) -> str | None:
+        """What a token adds to a text wherever it stands; None: it has to be decoded with those before it."""
+        ...
+
 
 class Detokenizer:
     """Of one request: `push` every token, then `finish`; the texts returned, joined, are the answer.
@@ -64,6 +68,9 @@ class Detokenizer:
         if self.stopped_by is not None:
             return ""
         self._tokens += 1
+        if self._read == len(self._ids) and (text := self._decoder.lone_text(token_id)):  # nearly always
+            self._ids, self._read, self._prefix = [token_id], 1, text
+            return self._release(text)
         self._ids.append(token_id)
         return self._release(self._advance(final=False))
 

@@ -16,14 +16,16 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from loraplex.server.engine.request import Constraint
+from loraplex.server.engine.schema_bounds import end_numbers
 from loraplex.server.engine.tokenizer import Tokenizer
 
 WHITESPACE = r"(\n[ \t]{0,32}|[ ])?"
@@ -148,8 +150,11 @@ class Grammars:
         import llguidance
 
         limits = llguidance.LLParserLimits(max_lexer_states=MAX_STATES, verbose_errors=False)
-        matcher = llguidance.LLMatcher(tokenizer, _source(spec), log_level=0, limits=limits)
-        if matcher.is_error():
+        for source in _sources(spec):
+            matcher = llguidance.LLMatcher(tokenizer, source, log_level=0, limits=limits)
+            if not matcher.is_error():
+                break
+        else:
             raise GrammarRefused(_one_line(matcher.get_error()))
         grammar = Grammar(matcher, self._vocab_size, self._eos_ids)
         with self._lock:
@@ -178,28 +183,45 @@ class MaskPool:
     """Threads that compute masks beside the engine's. One for four cores: they share the cores with the model."""
 
     def __init__(self) -> None:
-        workers = min(8, max(1, (os.cpu_count() or 1) // 4))
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="grammar")  # starts a thread when there is work
+        self._workers = min(8, max(1, (os.cpu_count() or 1) // 4))
+        self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="grammar")  # starts a thread for work only
 
     def begin(
         self, rows: Sequence[tuple[Constraint | None, Sequence[int]]]
     ) -> list[Callable[[], NDArray[np.uint8]] | None]:
         """Start on the mask of each (constraint, its request's output); what is returned waits for it.
 
-        None where there is no constraint. The outputs stay as they are until then.
+        None where there is no constraint. The outputs stay as they are until then. A thread takes all of its rows at
+        once: woken for each of 16, it would take the interpreter from the engine's thread just when a step begins.
         """
-        return [
-            self._pool.submit(constraint.allowed, output).result if constraint is not None else None
-            for constraint, output in rows
-        ]
+        held = [(i, constraint, output) for i, (constraint, output) in enumerate(rows) if constraint is not None]
+        found: list[Callable[[], NDArray[np.uint8]] | None] = [None] * len(rows)
+        for share in (held[worker :: self._workers] for worker in range(min(self._workers, len(held)))):
+            masks = self._pool.submit(_masks, [(constraint, output) for _, constraint, output in share])
+            for place, (i, _, _) in enumerate(share):
+                found[i] = partial(_wait_for, masks, place)
+        return found
 
 
-def _source(spec: GrammarSpec) -> str:
-    """`spec` in llguidance's own form. Raises GrammarRefused."""
+def _masks(rows: Sequence[tuple[Constraint, Sequence[int]]]) -> list[NDArray[np.uint8]]:
+    return [constraint.allowed(output) for constraint, output in rows]
+
+
+def _wait_for(masks: Future[list[NDArray[np.uint8]]], place: int) -> NDArray[np.uint8]:
+    return masks.result()[place]
+
+
+def _sources(spec: GrammarSpec) -> list[str]:
+    """`spec` in llguidance's own form: the first that compiles is taken. Raises GrammarRefused."""
     try:
-        answer = _answer(spec)
+        answers = _answers(spec)
     except Exception as error:  # the converter of GBNF raises its own kinds
         raise GrammarRefused(_one_line(str(error))) from error
+    return [_around(answer, spec) for answer in answers]
+
+
+def _around(answer: dict[str, Any], spec: GrammarSpec) -> str:
+    """An answer's grammar with what may stand before or instead of it."""
     before, rules = _BEFORE[spec.thought]
     start = f"start: {before}(@answer | @alternative)" if spec.alternative else f"start: {before}@answer"
     grammars = [{"name": "start", "lark_grammar": f"{start}\n{rules}"}, {"name": "answer", **answer}]
@@ -208,8 +230,8 @@ def _source(spec: GrammarSpec) -> str:
     return json.dumps({"grammars": grammars})
 
 
-def _answer(spec: GrammarSpec) -> dict[str, Any]:
-    """One of llguidance's grammars."""
+def _answers(spec: GrammarSpec) -> list[dict[str, Any]]:
+    """Of llguidance's grammars one, and another that is to be taken where it cannot be compiled."""
     from llguidance import regex_to_lark
     from llguidance.gbnf_to_lark import any_to_lark
 
@@ -222,14 +244,16 @@ def _answer(spec: GrammarSpec) -> dict[str, Any]:
                 "whitespace_pattern": WHITESPACE if spec.whitespace is None else spec.whitespace,
                 "lenient": spec.lenient,
             }
-            return {"json_schema": {**schema, "x-guidance": options}}
+            ended = end_numbers(schema)
+            schemas = [schema] if ended == schema else [ended, schema]
+            return [{"json_schema": {**each, "x-guidance": options}} for each in schemas]
         case "regex":
-            return {"lark_grammar": f"start: /{regex_to_lark(spec.text, '')}/"}
+            return [{"lark_grammar": f"start: /{regex_to_lark(spec.text, '')}/"}]
         case "choice":
             choices = (json.dumps(choice, ensure_ascii=False) for choice in json.loads(spec.text))
-            return {"lark_grammar": "start: " + " | ".join(choices)}
+            return [{"lark_grammar": "start: " + " | ".join(choices)}]
         case "lark":
-            return {"lark_grammar": any_to_lark(spec.text)}
+            return [{"lark_grammar": any_to_lark(spec.text)}]
 
 
 def _one_line(text: str) -> str:

@@ -16,16 +16,16 @@ import hashlib
 import logging
 import re
 import shutil
-import tempfile
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from loraplex.adapters.errors import AdapterRefused
+from loraplex.adapters.merge_folder import MergeFolder, remove_stale
 from loraplex.adapters.merge_plan import MergePlan
 from loraplex.adapters.registry import AdapterLease, AdapterVersion, Registry
-from loraplex.adapters.sources import OPERATOR, Access, Source, parse_source
+from loraplex.adapters.sources import OPERATOR, Access, Source, is_hub_id, parse_source
 from loraplex.server.engine.request import Overloaded
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ class OnDemand:
     def __init__(
         self, adapters: Adapters, merge: Merger, max_first_use: int = MAX_FIRST_USE, max_merged: int = MAX_MERGED
     ) -> None:
-        """`merge` is called in a thread: adapters/merging.merge_versions."""
+        """`merge` is called in a thread: adapters/merging.merge_versions. Folders of killed servers are removed."""
         self._adapters = adapters
         self._merge = merge
         self._sources = _Names(adapters.registry, max_first_use)
@@ -72,7 +72,8 @@ class OnDemand:
         self._under_way: dict[object, asyncio.Task[str]] = {}  # what is loaded or merged now -> its name to be
         self._merging = asyncio.Semaphore(MAX_MERGING)
         self._known: OrderedDict[object, str] = OrderedDict()  # (uids, plan) -> name, of merges made
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._folder: MergeFolder | None = None
+        remove_stale()
 
     async def lease(self, source: str, access: Access = OPERATOR) -> AdapterLease:
         """The adapter at `source`, loaded and registered unless it is. However many ask at once, it is fetched once.
@@ -141,8 +142,8 @@ class OnDemand:
     @property
     def _root(self) -> Path:
         if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="loraplex-merged-", ignore_cleanup_errors=True)
-        return Path(self._folder.name)
+            self._folder = MergeFolder()
+        return self._folder.path
 
 
 class _Names:
@@ -199,10 +200,10 @@ def source_of(origin: str, adapter_id: str) -> str:
         return str(Path(adapter_id).expanduser().absolute())
     if origin == "s3":
         return adapter_id if adapter_id.startswith("s3://") else f"s3://{adapter_id}"
-    if Path(adapter_id).expanduser().exists() or adapter_id.count("/") != 1:  # a folder here is never a Hub's answer
+    if not is_hub_id(adapter_id):
         raise AdapterRefused(
             "unsupported_kind",
             f"adapter_source is 'hub', and {adapter_id[:200]!r} is no id of a repository there, as org/name; give "
             "adapter_source 'local' for a folder",
         )
-    return adapter_id
+    return f"hf://{adapter_id}"  # a folder here is never a Hub's answer, and nobody learns whether there is one

@@ -22,6 +22,7 @@ from loraplex.adapters.loader import LoadedAdapter, Loader, Priority
 from loraplex.adapters.registry import AdapterVersion, Registry
 from loraplex.adapters.residency import Residency
 from loraplex.adapters.tiles import AdapterImage
+from loraplex.server.engine.page_map import PageOwners
 from loraplex.server.engine.stats import AdapterPlace, TierStats
 
 logger = logging.getLogger(__name__)
@@ -127,6 +128,10 @@ class AdapterPlacement:
             if version.digest is not None and (version.digest in device or version.digest in host)
         ]
         return sorted(found, key=lambda place: not place.on_device)
+
+    def page_owners(self) -> PageOwners:
+        """Whose the arena's pages are. Safe from any thread."""
+        return PageOwners(self._residency.page_owners(), self._residency.held_pages())
 
     # -- requests come and go ------------------------------------------------------------------------------------------
 

@@ -66,7 +66,10 @@ class SampledToken(Protocol):
     """What the runner draws for one sequence."""
 
     @property
-    def token_id(self) -> int: ...
+    def token_id(self) -> int | None:
+        """None: the model computed no numbers to draw from."""
+        ...
+
     @property
     def logprob(self) -> float | None: ...
     @property

@@ -51,6 +51,7 @@ class SamplingParams:
     top_p: float = 1.0
     top_k: int = 0  # 0: off
     min_p: float = 0.0
+    typical_p: float = 1.0  # 1: off
     seed: int = 0  # 64 bits; the API draws one where the caller gave none
     presence_penalty: float = 0.0  # over generated tokens
     frequency_penalty: float = 0.0  # over generated tokens
@@ -133,6 +134,10 @@ class DeadlineExceeded(EngineError):
 
 class OutOfMemory(EngineError):
     """A step of this request alone needed more memory than could be allocated."""
+
+
+class NotANumber(EngineError):
+    """What the model computed of this request is NaN or infinite."""
 
 
 class EngineDead(EngineError):

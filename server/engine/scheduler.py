@@ -28,6 +28,7 @@ from loraplex.server.engine.request import (
     DeadlineExceeded,
     FinishReason,
     GenerationRequest,
+    NotANumber,
     OutOfMemory,
     TokenEvent,
 )
@@ -166,7 +167,11 @@ class Scheduler:
             if seq.cache_root is not None:
                 kv.publish(seq.number, seq.cache_root, seq.tokens, computed)
             if entry.samples:
-                events.append(self._take(seq, next(draws)))
+                draw = next(draws)
+                if draw.token_id is None:
+                    events.append(self._fail(seq, _not_a_number(seq)))
+                    continue
+                events.append(self._take(seq, draw, draw.token_id))
                 if events[-1].finish is not None:
                     self._close(seq)
                     continue
@@ -326,11 +331,11 @@ class Scheduler:
         self.waiting.add(seq, now)
         self._lookahead.waits(seq, now)
 
-    def _take(self, seq: Sequence, draw: SampledToken) -> TokenEvent:
+    def _take(self, seq: Sequence, draw: SampledToken, token_id: int) -> TokenEvent:
         """Append a drawn token."""
-        seq.append(draw.token_id)
+        seq.append(token_id)
         self.generation_tokens += 1
-        finish = seq.finish_after(draw.token_id)
+        finish = seq.finish_after(token_id)
         if self.limits.rope_switch is not None and seq.num_tokens == self.limits.rope_switch + 1 and finish is None:
             # From here on its positions are turned by other angles: what is cached no longer agrees with them.
             self.kv.free(seq.number)
@@ -340,7 +345,7 @@ class Scheduler:
         first = len(seq.output) == 1
         return TokenEvent(
             seq.request.request_id,
-            draw.token_id,
+            token_id,
             draw.logprob,
             draw.top_logprobs,
             finish,
@@ -382,3 +387,13 @@ class Scheduler:
         self.kv.free(seq.number)
         for digest, _ in seq.mix:
             self.adapters.unpin(digest)
+
+
+def _not_a_number(seq: Sequence) -> NotANumber:
+    names = ", ".join(repr(lease.version.name) for lease, _ in seq.request.mix)
+    worn = f"with adapter {names}" if names else "of the base"
+    advice = "ask for the base, or load a working adapter" if names else "the checkpoint is damaged"
+    return NotANumber(
+        f"the logits {worn} are NaN or infinite after {seq.num_tokens} tokens, and no token was drawn: some value in "
+        f"the model overflows; {advice}"
+    )

@@ -22,11 +22,15 @@ class Mailbox:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    async def get(self) -> TokenEvent:
+    def take(self) -> TokenEvent | None:
+        """The oldest event; None where there is none."""
+        return self._events.popleft() if self._events else None
+
+    async def arrival(self) -> None:
+        """Wait until there is an event."""
         while not self._events:
             self._waiter = self.loop.create_future()
             await self._waiter
-        return self._events.popleft()
 
 
 def put_all(mail: Iterable[tuple[Mailbox, TokenEvent]]) -> None:
@@ -54,11 +58,12 @@ class EventStream:
     async def __anext__(self) -> TokenEvent:
         if self._ended:
             raise StopAsyncIteration
-        try:
-            event = await self._mailbox.get()
-        except asyncio.CancelledError:
-            self._abort()
-            raise
+        while (event := self._mailbox.take()) is None:
+            try:
+                await self._mailbox.arrival()
+            except asyncio.CancelledError:
+                self._abort()
+                raise
         self._ended = event.finish is not None
         return event
 

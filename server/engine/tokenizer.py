@@ -99,6 +99,16 @@ class Tokenizer:
         """
         return self.encode(self.render_chat(messages, add_generation_prompt, extra), add_special_tokens=False)
 
+    def lone_text(self, token_id: int) -> str | None:
+        """What a token adds to a text wherever it stands in it.
+
+        None where that depends on its neighbours (parts of characters, other kinds of vocabularies), and for tokens
+        that were added to the vocabulary, which may not show at all.
+        """
+        if token_id not in self._lone_texts:
+            self._lone_texts[token_id] = self._read_lone(token_id)
+        return self._lone_texts[token_id]
+
     def token_text(self, token_id: int) -> str:
         """One token as text, special ones included: U+FFFD where it is a part of a character."""
         return self.token_bytes(token_id).decode("utf-8", errors="replace")
@@ -140,9 +150,27 @@ class Tokenizer:
         return isinstance(self._template, ChatTemplate)
 
     @property
+    def special_tokens(self) -> Mapping[str, str]:
+        """What tokenizer_config.json calls them ("bos_token", ...) -> text."""
+        return self._special
+
+    @property
     def template_source(self) -> str | None:
         """The chat template's own text; None without one."""
         return self._template.source if isinstance(self._template, ChatTemplate) else None
+
+    def _read_lone(self, token_id: int) -> str | None:
+        token: str | None = self._fast.id_to_token(token_id)
+        if token is None or token_id in self._added_ids or not self._is_only_byte_level:
+            return None
+        try:
+            return bytes([_BYTE_OF[char] for char in token]).decode()
+        except (KeyError, UnicodeDecodeError):
+            return None
+
+    @cached_property
+    def _lone_texts(self) -> dict[int, str | None]:
+        return {}  # 5 MB where each of 49,152 tokens has been seen
 
     @cached_property
     def _added_ids(self) -> frozenset[int]:
@@ -153,10 +181,17 @@ class Tokenizer:
         return frozenset(i for i, token in self._fast.get_added_tokens_decoder().items() if token.special)
 
     @cached_property
-    def _is_byte_level(self) -> bool:
+    def _decoder_steps(self) -> list[str | None]:
         decoder = json.loads(self._fast.to_str()).get("decoder") or {}
-        steps = decoder.get("decoders", [decoder])
-        return any(step.get("type") == "ByteLevel" for step in steps)
+        return [step.get("type") for step in decoder.get("decoders", [decoder])]
+
+    @property
+    def _is_byte_level(self) -> bool:
+        return "ByteLevel" in self._decoder_steps
+
+    @property
+    def _is_only_byte_level(self) -> bool:
+        return self._decoder_steps == ["ByteLevel"]
 
 
 def _byte_characters() -> dict[str, int]:

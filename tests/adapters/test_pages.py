@@ -63,6 +63,7 @@ class PoolMachine(RuleBasedStateMachine):
         self.pool.check_integrity()
         for owner, pages in self.held.items():
             assert self.pool.used_by(owner) == len(pages)
+            assert {page for page, name in enumerate(self.pool.owners()) if name == owner} == pages
         assert self.pool.num_free == self.num_pages - sum(map(len, self.held.values()))
 
 

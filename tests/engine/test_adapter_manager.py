@@ -162,3 +162,17 @@ async def test_what_is_wrong_with_the_values_fails_who_wants_them(
     with pytest.raises(AdapterRefused, match="NaN"):
         await manager.register("other", source)
     assert [version.name for version in manager.registry.list()] == ["nan"]
+
+
+async def test_each_refusal_is_counted_once_by_its_reason(manager: AdapterManager, tmp_path: Path) -> None:
+    for text in ("not a number", "11", "7"):  # by its config, by its size, by its values
+        with pytest.raises(AdapterRefused):
+            await manager.register("a", adapter(tmp_path, "a", text))
+    adapter(tmp_path, "b", "12")
+    (version,) = await manager.register_folder(tmp_path)  # "a" by its header alone; "b" is refused
+    with pytest.raises(AdapterRefused):
+        await asyncio.wrap_future(manager.loader.ensure(version))
+    with pytest.raises(AdapterNotFound):
+        await manager.register("c", str(tmp_path / "nowhere"))
+    counts = {reason: count for reason, count in manager.registry.refusals.counts().items() if count}
+    assert counts == {"bad_config": 1, "too_large": 2, "not_finite": 2}

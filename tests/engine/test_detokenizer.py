@@ -45,6 +45,20 @@ def test_any_tokens_join_to_their_decoding(byte_level: Tokenizer, ids: list[int]
     assert "".join(texts) == byte_level.decode(ids, skip_special_tokens=skip)
 
 
+@given(ids=st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=40))
+@FIXTURE
+def test_lone_texts_are_what_tokens_add(byte_level: Tokenizer, ids: list[int]) -> None:
+    """Tokens that are whole characters are not decoded again with those before them."""
+    lone = [token_id for token_id in ids if byte_level.lone_text(token_id) is not None]
+    assert "".join(byte_level.lone_text(token_id) or "" for token_id in lone) == byte_level.decode(lone)
+    for token_id in set(ids) - set(lone):  # parts of characters, and special tokens
+        assert byte_level.is_special(token_id) or "\ufffd" in byte_level.token_text(token_id)
+
+
+def test_no_lone_texts_where_neighbours_matter(byte_fallback: Tokenizer) -> None:
+    assert all(byte_fallback.lone_text(token_id) is None for token_id in range(300))
+
+
 @given(text=st.text(max_size=40), chunk=st.integers(1, 5))
 @FIXTURE
 def test_characters_are_never_split(byte_level: Tokenizer, text: str, chunk: int) -> None:
@@ -94,6 +108,9 @@ def test_garbage_is_shown_in_bounded_time(byte_level: Tokenizer) -> None:
         def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
             asked.append(len(ids))
             return byte_level.decode(ids, skip_special_tokens)
+
+        def lone_text(self, token_id: int) -> str | None:
+            return byte_level.lone_text(token_id)
 
     texts = stream(Detokenizer(Counting()), [stray] * 1000)
     assert "".join(texts) == "\ufffd" * 1000
@@ -154,6 +171,9 @@ def test_stop_strings_inside_one_token(words: list[str], stops: list[str], inclu
     class Words:
         def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
             return "".join(words[i] for i in ids)
+
+        def lone_text(self, token_id: int) -> str | None:
+            return None
 
     detokenizer = Detokenizer(Words(), stop=stops, include_stop=include)
     shown = "".join(stream(detokenizer, range(len(words))))

@@ -153,9 +153,9 @@ def test_sources_of_loraxs_kinds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir(tmp_path)
     assert source_of("local", "a/b") == str(tmp_path / "a" / "b")
     assert source_of("s3", "bucket/a") == source_of("s3", "s3://bucket/a") == "s3://bucket/a"
-    assert source_of("hub", "org/name") == "org/name"
     (tmp_path / "org" / "name").mkdir(parents=True)
-    for wrong in ("org/name", "/srv/a", "name", "a/b/c"):  # the Hub's answer is never a folder's
+    assert source_of("hub", "org/name") == "hf://org/name", "the Hub's answer is never a folder's"
+    for wrong in ("/srv/a", "name", "a/b/c", "../name", "a/..", "~/a"):
         with pytest.raises(AdapterRefused, match="adapter_source is 'hub'"):
             source_of("hub", wrong)
 

@@ -89,6 +89,12 @@ TRUNCATIONS: list[dict[str, Any]] = [
     {"top_p": 0.95, "min_p": 0.1},
     {"temperature": 0.7, "top_k": 20, "top_p": 0.9, "min_p": 0.02},
     {"temperature": 1.5, "top_k": 30, "top_p": 0.6},
+    {"typical_p": 0.05},
+    {"typical_p": 0.4},
+    {"typical_p": 0.95},
+    {"typical_p": 0.999999},
+    {"temperature": 0.6, "typical_p": 0.5},
+    {"temperature": 1.4, "typical_p": 0.7, "top_k": 12, "top_p": 0.8},
 ]
 
 
@@ -97,6 +103,8 @@ def test_the_distribution_is_that_of_transformers(monkeypatch: pytest.MonkeyPatc
     from transformers.generation import logits_process as hf
 
     processors: list[Any] = [hf.TemperatureLogitsWarper(params.get("temperature", 1.0))]
+    if "typical_p" in params:
+        processors.append(hf.TypicalLogitsWarper(params["typical_p"]))
     if "top_k" in params:
         processors.append(hf.TopKLogitsWarper(params["top_k"]))
     if "top_p" in params:
@@ -105,6 +113,14 @@ def test_the_distribution_is_that_of_transformers(monkeypatch: pytest.MonkeyPatc
         processors.append(hf.MinPLogitsWarper(params["min_p"]))
     logits = _logits(VOCAB, seed=3)
     _assert_shares(_shares(monkeypatch, logits, _row(**params)), _expected(logits, *processors))
+
+
+def test_typical_p_leaves_out_the_likeliest_where_it_is_no_surprise() -> None:
+    """Not a truncation from below like the others: half of the weight on one token, much less expected."""
+    logits = torch.cat([torch.tensor([6.0]), torch.zeros(VOCAB * 9 - 1)])
+    drawn = {sample(logits.unsqueeze(0), [_row(seed=i, typical_p=0.2)])[0].token_id for i in range(20)}
+    assert 0 not in drawn
+    assert sample(logits.unsqueeze(0), [_row(temperature=0.0, typical_p=0.2)])[0].token_id == 0, "greedy stays greedy"
 
 
 @pytest.mark.parametrize("penalty", [1.3, 0.8])
@@ -337,7 +353,7 @@ def test_logits_are_left_as_they_are() -> None:
 
 
 def test_rows_without_anything_to_draw_from_harm_nobody() -> None:
-    """NaN, all forbidden, an infinite logit: some token of the vocabulary, and the neighbours' as ever."""
+    """NaN, an infinite logit: no token; all forbidden: one of the vocabulary; and the neighbours' as ever."""
     logits = _logits(5, 50, seed=14)
     alone = sample(logits[4:], [_row(seed=4)])
     logits[0, 3] = torch.nan
@@ -346,10 +362,35 @@ def test_rows_without_anything_to_draw_from_harm_nobody() -> None:
     logits[3, 7] = torch.inf
     for kind in ({}, {"top_p": 0.5}, {"top_k": 3}, {"min_p": 0.5}, {"temperature": 0.0}, {"logprobs": 2}):
         sampled = sample(logits, [*(_row(seed=i, **kind) for i in range(4)), _row(seed=4)])
-        assert all(0 <= s.token_id < 50 for s in sampled)
-        assert sampled[3].token_id == 7
+        assert [sampled[i].token_id for i in (0, 1, 3)] == [None] * 3
+        assert sampled[2].token_id in range(50)
         assert sampled[4] == alone[0]
 
 
 def test_no_rows() -> None:
     assert sample(torch.zeros(0, 10), []) == []
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "kind",
+    [{"temperature": 0.0}, {"temperature": 0.8}, {"top_k": 3, "top_p": 0.9, "min_p": 0.01}, {"logprobs": 2}],
+    ids=str,
+)
+def test_no_token_is_made_up_where_there_are_no_numbers(bad: float, kind: dict[str, Any]) -> None:
+    """Wherever in a row it stands; the rows beside it draw what they draw without it."""
+    logits = _logits(5, 49_157, seed=12)
+    rows = [_row(seed=i, **kind) for i in range(5)]
+    sound = sample(logits, rows)
+    for i, at in ((1, 0), (2, 49_156), (4, 20_000)):
+        logits[i, at] = bad
+    drawn = sample(logits, rows)
+    assert [drawn[i].token_id for i in (1, 2, 4)] == [None] * 3
+    assert [drawn[i] for i in (0, 3)] == [sound[0], sound[3]]
+
+
+def test_minus_infinity_is_a_number() -> None:
+    """It is how tokens are forbidden: also by the model."""
+    logits = torch.full((1, 500), -torch.inf)
+    logits[0, 7] = -1e30
+    assert sample(logits, [_row()])[0].token_id == 7

@@ -41,6 +41,7 @@ def check(emulator: str, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     sources = {
         KERNELS / "kernels.cpp": [*flags("KERNELS"), "-DLORAPLEX_ISA=generic"],
         KERNELS / "library.cpp": ["-O2", "-fopenmp"],
+        KERNELS / "packing.cpp": ["-O3"],
         Path(__file__).parent / "arm64" / "check.cpp": ["-O1", f"-I{KERNELS}"],
     }
 

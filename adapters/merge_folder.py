@@ -1,0 +1,50 @@
+"""Where merged adapters lie: a temporary folder for each process, locked while it lives. Free of torch.
+
+A process that is killed, or told twice to stop, leaves its folder behind; the lock goes with the process, and the next
+one that starts removes what nobody holds.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import shutil
+import tempfile
+import weakref
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+PREFIX = "loraplex-merged-"
+
+
+class MergeFolder:
+    """One of this process's own; it goes with the object, or with the process if that ends by itself."""
+
+    def __init__(self) -> None:
+        """Raises OSError where no temporary folder can be made."""
+        self._folder = tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True)
+        self.path = Path(self._folder.name)
+        handle = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        weakref.finalize(self, os.close, handle)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        # Another process may have seen it before it was locked, and removed it: whoever writes makes its parents.
+
+
+def remove_stale() -> None:
+    """Remove the folders of this user that no process holds."""
+    for path in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+        try:
+            handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError:  # gone by now, or not ours
+            continue
+        try:
+            if os.fstat(handle).st_uid == os.getuid():
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path, ignore_errors=True)
+                logger.info("%s is removed: the server that merged adapters there was killed", path)
+        except BlockingIOError:  # its process lives
+            continue
+        finally:
+            os.close(handle)

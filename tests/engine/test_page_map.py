@@ -1,0 +1,50 @@
+"""Runs of pages, against the pool that they were read from."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loraplex.adapters.pages import PagePool
+from loraplex.server.engine.page_map import FREE, KV, OTHER, PREFIX, PageOwners, page_runs
+
+
+def decode(runs: list[int]) -> list[int]:
+    """Owner of each page."""
+    return [owner for owner, pages in zip(runs[::2], runs[1::2], strict=True) for _ in range(pages)]
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_runs_are_the_pools_truth(data: st.DataObject) -> None:
+    """Pages are taken and given back in any order; each has to come out with who had it last."""
+    pool = PagePool(data.draw(st.integers(0, 60)))
+    truth: dict[int, int] = {}
+    adapters: dict[str, list[int]] = {}
+    told = {"sql": 0, "pirate": 1}
+    for owner, number in data.draw(
+        st.lists(st.sampled_from([("kv", KV), ("prefix", PREFIX), ("sql", 4), ("pirate", 5), ("secret", OTHER)]))
+    ):
+        is_adapter = number >= OTHER
+        pages = pool.alloc(data.draw(st.integers(0, 9)), "adapter" if is_adapter else owner)
+        if pages is None:
+            continue
+        truth |= dict.fromkeys(pages, number)
+        if is_adapter:
+            adapters.setdefault(owner, []).extend(pages)
+        gone = data.draw(st.lists(st.sampled_from(sorted(truth)), unique=True)) if truth else []
+        pool.free(gone)
+        for page in gone:
+            del truth[page]
+        adapters = {name: [page for page in pages if page not in gone] for name, pages in adapters.items()}
+    runs = page_runs(PageOwners(pool.owners(), adapters), told)
+    assert decode(runs) == [truth.get(page, FREE) for page in range(pool.num_pages)]
+    assert all(a != b for a, b in pairwise(runs[::2]))  # no longer than it has to be
+    assert all(runs[1::2])
+
+
+def test_a_page_that_changed_hands_between_the_looks_is_its_last_owners() -> None:
+    found = PageOwners(("adapter", "kv", None), {"sql": [0, 1, 2]})
+    assert decode(page_runs(found, {"sql": 0, "gone": 1})) == [OTHER + 1, KV, FREE]
