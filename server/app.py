@@ -12,12 +12,15 @@ from loraplex.server.api import (
     completions,
     embeddings,
     errors,
+    fleet,
     lorax,
     models,
+    openapi,
     ops,
     responses,
     sglang,
     tokenize,
+    ui,
 )
 from loraplex.server.api.auth import KeyMiddleware
 from loraplex.server.api.observe import ObserveMiddleware
@@ -29,6 +32,7 @@ def create_app(parts: Parts) -> FastAPI:
     """An application for one server. `parts` are used as they are: starting and stopping them is the caller's."""
     app = FastAPI(title="loraplex", version=version(), docs_url=None, redoc_url=None)
     errors.install(app)
+    openapi.install(app)
     if parts.access is not None:
         app.add_middleware(KeyMiddleware, access=parts.access)
         parts.metrics.add(parts.access.collector())
@@ -37,6 +41,20 @@ def create_app(parts: Parts) -> FastAPI:
             CORSMiddleware, allow_origins=parts.cors_origins, allow_methods=["*"], allow_headers=["*"], max_age=600
         )
     app.add_middleware(ObserveMiddleware, tracing=parts.tracing)  # around all others: whatever happens has its line
-    for resource in (chat, completions, responses, embeddings, tokenize, models, adapters, lorax, sglang, abort, ops):
+    for resource in (
+        chat,
+        completions,
+        responses,
+        embeddings,
+        tokenize,
+        models,
+        adapters,
+        lorax,
+        sglang,
+        fleet,
+        abort,
+        ops,
+        ui,
+    ):
         app.include_router(resource.make_router(parts))
     return app

@@ -27,13 +27,26 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class HttpConfig:
-    """Where to listen and what to take."""
+    """Where to listen and how long to go on."""
 
     host: str = "127.0.0.1"
     port: int = 8000  # 0: any free one
-    max_body_bytes: int = 16 << 20
     grace_seconds: float = 30.0  # that answers in flight get to end once the server is told to stop
     state_dir: Path | None = None  # where it is kept what was loaded over the API; None: nowhere
+
+
+@dataclass(frozen=True)
+class RequestLimits:
+    """What one request may ask for; more is refused with a 4xx that names the field."""
+
+    max_body_bytes: int = 16 << 20
+    max_prompts: int = 1024  # times the answers to each: sequences
+    max_n: int = 128  # n, and best_of
+    max_stops: int = 16  # strings
+    max_logit_bias: int = 1024  # tokens
+    max_tools: int = 128
+    max_schema_bytes: int = 65_536  # of a schema, grammar or expression; a dense one takes ms per 1,000 to compile
+    max_schema_depth: int = 64  # objects and lists in each other; two make a level of what the schema describes
 
 
 @dataclass(frozen=True)
@@ -143,6 +156,7 @@ class ServeConfig:
     http: HttpConfig = field(default_factory=HttpConfig)
     seeing: SeeingConfig = field(default_factory=SeeingConfig)
     auth: AuthConfig = field(default_factory=AuthConfig)
+    limits: RequestLimits = field(default_factory=RequestLimits)
 
 
 def base_names(base: str, served: Iterable[str]) -> tuple[str, ...]:

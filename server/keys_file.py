@@ -14,7 +14,9 @@
         tokens_per_minute: 100000
         max_concurrent: 16
 
-Patterns are those of tenants.py. A file that cannot be read or is wrong leaves the keys as they were. Free of torch.
+Patterns are those of tenants.py. A file that cannot be read or is wrong leaves the keys as they were. A key that is
+taken away gets nothing new; answers under way end by themselves. Weights tell where requests wait for a place in the
+batch: those that have one go on at the same pace. Free of torch.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import logging
 import os
 import re
 import secrets
+import stat
 import time
 from dataclasses import fields
 from pathlib import Path
@@ -52,6 +55,8 @@ _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _PATTERN = re.compile(r"[A-Za-z0-9._*?-]+(?:/[A-Za-z0-9._*?-]+)?")
 _MAX_WEIGHT = 1000.0
+_LIST = re.compile(r"^keys:[^\n]*\n(?:\s*(?:#[^\n]*)?\n)*([ ]*)-", re.MULTILINE)
+_EMPTY = re.compile(r"^keys:[ ]*\[\][ ]*$", re.MULTILINE)
 
 RESERVED = frozenset({"merged", "private", "hub", "local", "s3", "gs", "http", "https"})
 """Namespaces of adapters that requests bring with them (engine/on_demand.py): no tenant's."""
@@ -221,6 +226,33 @@ def new_key(name: str, tenant: str, **settings: Any) -> tuple[str, str]:
     entry |= {field: value for field, value in settings.items() if value is not None}
     _parse_key(entry, "key")
     return secret, yaml.safe_dump([entry], sort_keys=False, default_flow_style=False)
+
+
+def add_entry(path: Path, entry: str) -> None:
+    """Put new_key()'s entry into the file at `path`, which is made unless it is there: for its owner alone.
+
+    What else is in the file stays as it is written. A server that follows it sees the old file or the new one. Raises
+    KeysError where the file cannot be read or written, is wrong, or would be with the entry; it is as it was then.
+    """
+    try:
+        old = path.read_text(encoding="utf-8") if path.exists() else "keys:\n"
+        text = old if old.endswith("\n") else f"{old}\n"
+        where = _LIST.search(text)
+        indent = where[1] if where is not None else ""
+        text = _EMPTY.sub("keys:", text) + "".join(f"{indent}{line}" for line in entry.splitlines(keepends=True))
+        parse_keys(text)
+        target = path.resolve()  # a link stays one
+        new = target.with_name(f".{target.name}.new")
+        mode = stat.S_IMODE(target.stat().st_mode) if target.exists() else 0o600
+        with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(new, target)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise KeysError(f"keys file {path}: {reason or error}") from None
+    except KeysError as error:
+        by_hand = "without --to the entry is printed, to be put there by hand"
+        raise KeysError(f"keys file {path}, with the new entry: {error}; {by_hand}") from None
 
 
 def _stamp(found: os.stat_result) -> Stamp:

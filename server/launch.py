@@ -7,24 +7,21 @@ adapters with it, and only then the server listens: whoever can connect gets an 
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import logging
-import math
-import os
-import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, MutableMapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
-from loraplex.server.config import DEMO, AuthConfig, ServeConfig
-from loraplex.server.drain import EXIT_SECONDS, TOLD_SECONDS, Drain, Shutdown, end_process_after
+from loraplex.server.config import AuthConfig, ServeConfig
+from loraplex.server.drain import EXIT_SECONDS, Drain, Shutdown, end_process_after
+from loraplex.server.listening import make_server
+from loraplex.server.startup import StartError, bound_malloc
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -38,119 +35,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-BASE_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
-"""What is downloaded of a base's Hub repository: never a pickle, never code."""
-
-M_ARENA_MAX = -8
-"""malloc.h's."""
-
 Ready = Callable[[ServeConfig, "EngineParts", "Tokenizer", int], None]
 """Called once the server listens, with the port."""
-
-
-class StartError(Exception):
-    """The server cannot start; the message is one line that says why and what to do."""
-
-    def __init__(self, reason: object) -> None:
-        super().__init__(" ".join(str(reason).split()))
-
-
-def prepare_environment(environ: MutableMapping[str, str]) -> None:
-    """Settings that libraries read when they are loaded: call before torch is imported. The user's own are kept.
-
-    Waiting OpenMP threads sleep: spinning, they would take the cores from the API's thread and, in containers, from
-    the quota. tokenizers gets no pool of its own beside torch's.
-    """
-    settings = {
-        "OMP_NUM_THREADS": str(usable_cpus()),
-        "OMP_WAIT_POLICY": "passive",
-        "GOMP_SPINCOUNT": "0",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    for name, value in settings.items():
-        environ.setdefault(name, value)
-
-
-def bound_malloc() -> None:
-    """Call before threads are started: two arenas for all of them. Each keeps what was freed in it, up to 64 MiB."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):  # glibc
-        libc.mallopt(M_ARENA_MAX, 2)
-
-
-def usable_cpus() -> int:
-    """Cores this process may use: its affinity, less where a container's quota is smaller."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return max(1, min(cores, math.ceil(int(quota) / int(period))))
-    except (OSError, ValueError):  # no cgroup v2 here, or the quota is "max"
-        return cores
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """A socket that holds the port but does not listen yet. Raises StartError."""
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        # "localhost" is both: clients that try one only try the older
-        family, kind, proto, _, address = min(found, key=lambda each: each[0] != socket.AF_INET)
-        held = socket.socket(family, kind, proto)
-    except OSError as error:
-        raise StartError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
-    try:
-        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        notice_dead_peers(held)
-        held.bind(address)
-        return held
-    except OSError as error:
-        held.close()
-        raise StartError(f"cannot listen on {host}:{port}: {error.strerror or error}; --port moves it") from error
-
-
-def notice_dead_peers(held: socket.socket) -> None:
-    """Have the kernel end connections whose peer is gone or does not read; those accepted on `held` inherit it.
-
-    A peer that has vanished without a word is otherwise noticed after two hours, or never.
-    """
-    held.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in (
-        ("TCP_KEEPIDLE", 30),
-        ("TCP_KEEPINTVL", 10),
-        ("TCP_KEEPCNT", 3),
-        ("TCP_USER_TIMEOUT", 60_000),  # ms that what was sent may stay unacknowledged, or unsent for want of a reader
-    ):
-        if hasattr(socket, name):  # not all systems have all
-            held.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-
-
-def end_on_sigterm() -> None:
-    """Until the server handles signals itself: the first process of a container would otherwise not hear of it."""
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-
-
-def find_base(base: str) -> Path:
-    """The folder of the base `base`: made ("demo"), local, or downloaded. Raises StartError."""
-    if base == DEMO:
-        from loraplex.server.models.demo import DemoError, ensure_demo_base
-
-        try:
-            return ensure_demo_base()
-        except DemoError as error:
-            raise StartError(error) from error
-    path = Path(base).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise StartError(f"the base {base!r} is a file; give the folder that holds config.json and the safetensors")
-    if base.count("/") != 1 or base.startswith(("/", ".", "~")):
-        raise StartError(f"there is no folder {base!r}; give a folder, a Hub id such as org/name, or {DEMO!r}")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(base, allow_patterns=list(BASE_FILES)))
-    except Exception as error:  # the Hub client fails in a dozen ways
-        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-        raise StartError(f"there is no folder {base!r}, and the Hub could not give it either: {reason}") from error
 
 
 def run(config: ServeConfig, held: socket.socket, folder: Path, ready: Ready) -> int:
@@ -281,45 +167,6 @@ def open_access(auth: AuthConfig) -> Access | None:
     return None
 
 
-class ListeningServer(Protocol):
-    """What make_server returns: a uvicorn.Server."""
-
-    async def serve(self, sockets: list[socket.socket]) -> None: ...
-
-    def close(self) -> None:
-        """Have serve() close the listener, let answers end that are being sent, and return. From any thread."""
-        ...
-
-
-def make_server(app: FastAPI, on_listening: Callable[[int], None]) -> ListeningServer:
-    """A server for `serve(sockets=[bind(...)])`; `on_listening(port)` is called once it answers."""
-    import uvicorn
-
-    class Server(uvicorn.Server):
-        @contextmanager
-        def capture_signals(self) -> Iterator[None]:
-            yield  # they are handled here (drain.Shutdown)
-
-        def close(self) -> None:
-            self.should_exit = True
-
-        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-            await super().startup(sockets)
-            on_listening(self.servers[0].sockets[0].getsockname()[1])
-
-    return Server(
-        uvicorn.Config(
-            app,
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            lifespan="off",
-            timeout_keep_alive=75,  # longer than clients keep theirs, or they send into a closing connection
-            timeout_graceful_shutdown=math.ceil(TOLD_SECONDS),  # by then all answers are written, if not all read
-        )
-    )
-
-
 @dataclass(frozen=True)
 class Extras:
     """What a server has beside its engine."""
@@ -351,11 +198,12 @@ def make_app(config: ServeConfig, parts: EngineParts, tokenizer: Tokenizer, extr
     """The application around a loaded base."""
     from loraplex.adapters.merging import merge_versions
     from loraplex.kernels.metadata import BLOCK_SIZE
-    from loraplex.server.api.parts import Base, Parts
+    from loraplex.server.api.parts import Base, Inside, LocalSources, Parts
     from loraplex.server.app import create_app
     from loraplex.server.engine.grammar import Grammars
     from loraplex.server.engine.on_demand import OnDemand
-    from loraplex.server.metrics import Limits, Metrics
+    from loraplex.server.engine_metrics import Limits
+    from loraplex.server.metrics import Metrics
 
     names, engine = config.base_names, parts.engine
     downloads = parts.adapters.downloads
@@ -372,7 +220,7 @@ def make_app(config: ServeConfig, parts: EngineParts, tokenizer: Tokenizer, extr
         max_requests=config.engine.max_num_seqs + config.engine.max_waiting,
         cache_tokens=engine.num_pages * BLOCK_SIZE,
     )
-    folders = (*config.auth.allowed_paths, *([config.adapters.directory] if config.adapters.directory else []))
+    local_sources = LocalSources(config.auth.allowed_paths, config.adapters.directory)
     extras = extras or Extras(parts.adapters)
     limits = Limits(
         names[0],
@@ -382,7 +230,7 @@ def make_app(config: ServeConfig, parts: EngineParts, tokenizer: Tokenizer, extr
         config.engine.num_slots,
         config.seeing.max_series,
     )
-    metrics = Metrics(limits, engine.stats, parts.placement.places)
+    metrics = Metrics(limits, engine.stats, parts.placement.places, parts.adapters.registry)
     parts.placement.watch = metrics.adapters
     return create_app(
         Parts(
@@ -395,10 +243,19 @@ def make_app(config: ServeConfig, parts: EngineParts, tokenizer: Tokenizer, extr
             metrics=metrics,
             drain=extras.drain,
             tracing=extras.tracing,
-            max_body_bytes=config.http.max_body_bytes,
+            limits=config.limits,
             on_demand=OnDemand(parts.adapters, merge),
+            inside=Inside(
+                engine.stats,
+                parts.placement.places,
+                parts.placement.page_owners,
+                parts.memory.page_bytes,
+                config.engine.max_num_seqs,
+                config.engine.num_slots,
+                tuple(parts.memory.parts()),
+            ),
             access=open_access(config.auth),
-            local_sources=folders if config.auth.keys_file is not None else None,
+            local_sources=local_sources if config.auth.keys_file is not None else None,
             cors_origins=config.auth.cors_origins,
         )
     )

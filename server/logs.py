@@ -16,7 +16,9 @@ from loraplex.server.exchange import Exchange, current_exchange
 
 access_logger = logging.getLogger("loraplex.access")
 
-QUIET_PATHS = frozenset({"/", "/health", "/ready", "/startup", "/ping", "/metrics", "/version", "/load"})
+QUIET_PATHS = frozenset(
+    {"/", "/health", "/ready", "/startup", "/ping", "/metrics", "/version", "/load", "/get_load", "/ui/overview"}
+)
 """What machines ask every few seconds: told of only where it goes wrong."""
 
 MAX_NAME = 200

@@ -15,7 +15,7 @@ import os
 import threading
 import time
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -35,6 +35,7 @@ class Remembered:
 
     source: str  # as the caller gave it
     ambient: bool = True  # see sources.Access; a caller's own token is not kept
+    pinned: bool = False
 
 
 class Adapters(Protocol):
@@ -51,6 +52,7 @@ class Adapters(Protocol):
     def expect(self, name: str, coming: Future[AdapterVersion]) -> None: ...
     async def arrival(self, name: str) -> None: ...
     def unregister(self, name: str) -> AdapterVersion: ...
+    def pin(self, version: AdapterVersion, pinned: bool) -> None: ...
 
 
 class StateError(Exception):
@@ -92,7 +94,7 @@ class StateFile:
 
     def write(self, adapters: dict[str, Remembered]) -> None:
         """Replace the file. It is whole, the old one or the new one, whenever the process dies. Raises OSError."""
-        entries = [{"name": name, "source": a.source, "ambient": a.ambient} for name, a in sorted(adapters.items())]
+        entries = [{"name": name, **asdict(kept)} for name, kept in sorted(adapters.items())]
         text = json.dumps({"version": VERSION, "adapters": entries}, indent=1)
         new = self._path.with_name(f".{FILE}.new")
         # for the owner alone: a source may hold a login
@@ -143,6 +145,14 @@ class Remembering:
             self._save()
         return self._adapters.unregister(name)
 
+    def pin(self, version: AdapterVersion, pinned: bool) -> None:
+        """As AdapterManager.pin; on disk when it returns."""
+        known = self._known.get(version.name)
+        if known is not None and known.pinned != pinned:
+            self._known[version.name] = replace(known, pinned=pinned)
+            self._save()
+        self._adapters.pin(version, pinned)
+
     def restore(self) -> None:
         """Begin to load what is on disk: requests for it wait. What fails is kept there, and its name says why.
 
@@ -158,8 +168,13 @@ class Remembering:
 
     def _restored(self, name: str, done: Future[AdapterVersion]) -> None:
         """In whatever thread."""
-        error = None if done.cancelled() else done.exception()
-        if isinstance(error, AdapterExists):
+        if done.cancelled():
+            return
+        error = done.exception()
+        known = self._known.get(name)
+        if error is None and known is not None and known.pinned:
+            self._adapters.pin(done.result(), True)
+        elif isinstance(error, AdapterExists):
             logger.info("adapter %s was loaded over the API before; what is named elsewhere goes first", name)
         elif error is not None:
             logger.warning("adapter %s, loaded over the API before, does not come back: %s", name, error)
@@ -184,7 +199,7 @@ def _parse(text: bytes) -> dict[str, Remembered]:
     for entry in found["adapters"]:
         match entry:
             case {"name": str(name), "source": str(source), "ambient": bool(ambient)}:
-                known[name] = Remembered(source, ambient)
+                known[name] = Remembered(source, ambient, entry.get("pinned") is True)
             case _:
                 raise ValueError("an entry without name, source or ambient")
     return known

@@ -97,6 +97,15 @@ ADAPTER_HISTOGRAMS = (
 )
 
 
+@dataclass(frozen=True)
+class Totals:
+    """What one name has used, without the latencies."""
+
+    requests: int = 0
+    tokens: int = 0  # generated
+    loads: int = 0
+
+
 class UsageTable:
     """All names of one kind. Safe from any thread."""
 
@@ -116,6 +125,14 @@ class UsageTable:
         with self._lock:
             for name in names:
                 self._find(name).add(used)
+
+    def totals_of(self, name: str) -> Totals | None:
+        """None: it is among the others, who are not told apart."""
+        with self._lock:
+            used = self._named.get(name)
+            if used is None:
+                return Totals() if name != OTHER and len(self._named) < self._limit else None
+            return Totals(used.requests, used.generation_tokens, sum(used.loads.counts))
 
     # what the placement tells (engine thread)
 

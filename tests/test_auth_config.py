@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from loraplex.server import cli
-from loraplex.server.config import AuthConfig, ConfigError
-from loraplex.server.keys_file import parse_keys
+from loraplex.server.config import AuthConfig, ConfigError, ServeConfig
+from loraplex.server.engine.build import EngineConfig
+from loraplex.server.greeting import greet
+from loraplex.server.keys_file import KeysFile, parse_keys
 
 KEYS = AuthConfig(api_keys=("k",))
 FILE = AuthConfig(keys_file=Path("keys.yaml"))
@@ -73,6 +77,36 @@ def test_keys_new_prints_the_key_and_an_entry_that_fits(
     assert (key.name, key.tenant, key.adapters, key.base, key.weight) == ("ci", "acme", ("acme/*", "sql"), False, 2.0)
     assert key.limits.tokens_per_minute == 9
     assert key.limits.max_concurrent is None
+
+
+def test_keys_new_adds_its_entry_to_a_file(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "keys.yaml"
+    made = []
+    for tenant in ("acme", "byte"):
+        assert run(monkeypatch, "keys", "new", tenant, "--tenant", tenant, "--to", str(path)) == 0
+        made += re.findall(r"lpx_\S+", capsys.readouterr().out)
+    ring = KeysFile(path).keyring
+    assert [ring.find(secret)[1].tenant for secret in made] == ["acme", "byte"]  # type: ignore[index]
+    assert not any(secret in path.read_text() for secret in made)
+    assert run(monkeypatch, "keys", "new", "acme", "--tenant", "acme", "--to", str(path)) == cli.MISUSED
+    refused = capsys.readouterr()
+    assert "there twice" in refused.err
+    assert "lpx_" not in refused.out, "no key that no file has"
+
+
+def test_what_is_there_to_try_has_a_place_for_the_key(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = SimpleNamespace(parts=list, shared=True, total_bytes=1, max_model_len=64)
+    registry = SimpleNamespace(list=lambda: [SimpleNamespace(name="sql")])
+    parts = SimpleNamespace(memory=plan, token_budget=8, adapters=SimpleNamespace(registry=registry))
+    for auth in (NOBODY, FILE):
+        config = ServeConfig("demo", ("demo",), EngineConfig(), auth=auth)
+        greet(config, parts, SimpleNamespace(has_chat_template=True), 8000)  # type: ignore[arg-type]
+        lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines() if line.startswith("  curl")]
+        assert len(lines) == 3
+        wanted = ["Authorization: Bearer $LORAPLEX_API_KEY"] if auth is FILE else []
+        assert all([word for word in line if word.startswith("Authorization")] == wanted for line in lines)
 
 
 @pytest.mark.parametrize(

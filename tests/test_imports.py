@@ -1,7 +1,7 @@
 """Which part may import which: read from the sources, so that nothing has to run and no import can hide in a function.
 
     server/api -> server/engine -> server/models -> kernels
-    server/api, server/engine -> adapters -> kernels/metadata, kernels/hugepages
+    server/api, server/engine -> adapters -> kernels/metadata, kernels/hugepages, kernels/packing
 
 `violations` is the law; its own tests below break each article once.
 """
@@ -23,11 +23,13 @@ PARTS = ("server", "kernels", "adapters", "benchmarks")
 # What each layer may import of ours, longest prefix first. Everything under a name is meant.
 SHARED = (
     "server.config",
+    "server.engine_metrics",
     "server.metrics",
     "server.tenants",
     "server.keys_file",
     "server.access",
     "server.rate_limits",
+    "server.recent",
     "server.drain",
     "server.exchange",
     "server.logs",
@@ -40,7 +42,7 @@ EVERYTHING = PARTS
 LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("kernels.metadata", ()),
     ("kernels", ("kernels",)),
-    ("adapters", ("adapters", "kernels.metadata", "kernels.hugepages")),
+    ("adapters", ("adapters", "kernels.metadata", "kernels.hugepages", "kernels.packing")),
     ("server.models", ("server.models", "kernels")),
     ("server.engine", ("server.engine", "server.models", "adapters", "kernels")),
     ("server.api", ("server.api", "server.engine", "adapters", *SHARED)),
@@ -48,10 +50,12 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("server.app", EVERYTHING),  # the four that put the parts together
     ("server.launch", EVERYTHING),
     ("server.cli", EVERYTHING),
+    *((f"server.{name}", EVERYTHING) for name in ("greeting", "startup", "listening")),
+    *((f"server.{name}", EVERYTHING) for name in ("option_groups", "engine_options", "serve_options")),
     ("server.selfcheck", EVERYTHING),
     ("benchmarks", EVERYTHING),
 )
-COMPOSERS = ("server.app", "server.launch", "server.cli", "server.selfcheck")
+COMPOSERS = ("server.app", "server.launch", "server.cli", "server.selfcheck", "benchmarks.api.inside")
 
 # Policy: no torch, by whatever road, so that it can be tested in microseconds and read without tensors in mind.
 TORCH_FREE = frozenset(
@@ -60,11 +64,18 @@ TORCH_FREE = frozenset(
         f"server.engine.{name}"
         for name in ("plan", "fair_queue", "running", "admission", "lookahead", "door", "chunks")
     ]
-    + [f"server.engine.{name}" for name in ("engine", "streams", "stats", "prefix_cache", "grammar", "chat_template")]
+    + [f"server.engine.{name}" for name in ("engine", "streams", "stats", "prefix_cache", "grammar", "schema_bounds")]
+    + ["server.engine.chat_template"]
     + [f"server.{name}" for name in ("tenants", "keys_file", "access", "rate_limits")]
     + [f"server.{name}" for name in ("drain", "exchange", "logs", "state", "tracing", "usage")]
-    + ["server.engine.on_demand", "adapters.merge_plan"]
-    + [f"adapters.{name}" for name in ("pages", "eviction", "registry", "errors")]
+    + [
+        "server.engine.on_demand",
+        "server.engine.page_map",
+        "server.recent",
+        "adapters.merge_plan",
+        "adapters.merge_folder",
+    ]
+    + [f"adapters.{name}" for name in ("pages", "eviction", "registry", "errors", "refusals")]
     + [f"adapters.{name}" for name in ("addresses", "archive", "download_cache", "downloads", "fetch", "http_client")]
     + [f"adapters.{name}" for name in ("hub", "object_stores", "remote", "watch", "web_files")]
     + [f"server.engine.{name}" for name in ("adapter_list", "adapter_manager", "arrivals", "follower")]

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from loraplex.server.access import Access
-from loraplex.server.keys_file import CHECK_SECONDS, KeysError, KeysFile, new_key, parse_keys
+from loraplex.server.keys_file import CHECK_SECONDS, KeysError, KeysFile, add_entry, new_key, parse_keys
 from loraplex.server.rate_limits import Limits, RateLimited
 from loraplex.server.tenants import Keyring
 from tests.test_rate_limits import Clock
@@ -219,3 +219,61 @@ def test_a_file_that_cannot_be_used_at_the_start(tmp_path: Path) -> None:
         KeysFile(path)
     path.write_text("keys: []")
     assert isinstance(KeysFile(path).keyring, Keyring)
+
+
+FILES = {
+    "none": None,
+    "empty list": "keys: []\n",
+    "no list": "keys:\n",
+    "as yaml writes it": document(),
+    "indented, with comments, no newline": f"# ours\nkeys:  # all\n\n  # first\n  - name: ci\n    sha256: {DIGEST}\n"
+    "    tenant: acme  # them",
+    "in one line": f"keys:\n    - {{name: ci, sha256: {DIGEST}, tenant: acme}}\n",
+}
+
+
+@pytest.mark.parametrize("text", FILES.values(), ids=FILES)
+def test_an_entry_is_added_and_the_rest_stays(tmp_path: Path, text: str | None) -> None:
+    path = tmp_path / "keys.yaml"
+    if text is not None:
+        path.write_text(text)
+        path.chmod(0o640)
+    secrets = []
+    for name in ("one", "two"):
+        secret, entry = new_key(name, "acme", adapters=["acme/*", "sql"], max_concurrent=3)
+        add_entry(path, entry)
+        secrets.append(secret)
+    ring = KeysFile(path).keyring
+    assert [found[1].name for secret in secrets if (found := ring.find(secret))] == ["one", "two"]
+    had = text is not None and "ci" in text
+    assert len(ring) == 2 + had
+    assert not had or path.read_text().startswith((text or "").rstrip("\n"))
+    assert path.stat().st_mode & 0o777 == (0o600 if text is None else 0o640)
+    assert [each.name for each in tmp_path.iterdir()] == ["keys.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("keys: [{}]", "by hand"),
+        ("{keys: []}", "by hand"),
+        (document(name="new"), "there twice"),
+        ("x: 1\n", "by hand"),
+    ],
+)
+def test_a_file_that_would_be_wrong_stays_as_it_was(tmp_path: Path, text: str, told: str) -> None:
+    path = tmp_path / "keys.yaml"
+    path.write_text(text)
+    with pytest.raises(KeysError, match=told):
+        add_entry(path, new_key("new", "acme")[1])
+    assert path.read_text() == text
+    with pytest.raises(KeysError, match="No such file"):
+        add_entry(tmp_path / "no/folder", new_key("new", "acme")[1])
+
+
+def test_a_link_to_the_file_stays_one(tmp_path: Path) -> None:
+    (tmp_path / "real").write_text(document())
+    (tmp_path / "link").symlink_to("real")
+    add_entry(tmp_path / "link", new_key("new", "acme")[1])
+    assert (tmp_path / "link").is_symlink()
+    assert len(KeysFile(tmp_path / "real").keyring) == 2

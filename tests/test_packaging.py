@@ -177,6 +177,9 @@ def test_wheel_holds_every_module_and_nothing_else(pyproject: dict[str, Any], tm
     code = {name for name in names if name.endswith(".py")}
     expected = {path.relative_to(ROOT).as_posix() for part in PARTS for path in (ROOT / part).rglob("*.py")}
     assert code == {f"loraplex/{path}" for path in expected}
+    page = {f"loraplex/server/ui/{path.name}" for path in (ROOT / "server" / "ui").iterdir()}
+    assert page == {name for name in names if name.startswith("loraplex/server/ui/")}
+    assert "loraplex/benchmarks/results/steps.json" in names  # `loraplex bench simulate` without a file of one's own
 
 
 # ---- the text -------------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ class Manager:
         self.registry = Registry()
         self.begun: list[tuple[str, str, Access, bool]] = []
         self.expected: list[str] = []
+        self.pins: list[tuple[str, bool]] = []
 
     async def register(
         self, name: str, source: str, *, replace: bool = False, access: Access = OPERATOR
@@ -57,6 +58,9 @@ class Manager:
     def unregister(self, name: str) -> AdapterVersion:
         return self.registry.unregister(name)
 
+    def pin(self, version: AdapterVersion, pinned: bool) -> None:
+        self.pins.append((version.name, pinned))
+
 
 def restored(folder: Path) -> Manager:
     """A new process on the same folder."""
@@ -69,11 +73,22 @@ names = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=2
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.dictionaries(names, st.builds(Remembered, names, st.booleans()), max_size=6))
+@given(st.dictionaries(names, st.builds(Remembered, names, st.booleans(), st.booleans()), max_size=6))
 def test_what_is_written_is_read(tmp_path_factory: pytest.TempPathFactory, adapters: dict[str, Remembered]) -> None:
     state = StateFile(tmp_path_factory.mktemp("state"))
     state.write(adapters)
     assert state.read() == adapters
+
+
+async def test_what_was_pinned_is_pinned_again(tmp_path: Path) -> None:
+    remembering = Remembering(Manager(), StateFile(tmp_path))
+    for name in ("kept", "loose", "let-go"):
+        version = await remembering.register(name, f"/adapters/{name}")
+        if name != "loose":
+            remembering.pin(version, True)
+        if name == "let-go":
+            remembering.pin(version, False)
+    assert (await asyncio.to_thread(restored, tmp_path)).pins == [("kept", True)]
 
 
 async def test_names_come_back_after_a_restart(tmp_path: Path) -> None:
@@ -177,7 +192,7 @@ async def test_a_full_disk_does_not_take_the_adapter_away(
         patched.setattr(os, "fsync", full)
         await remembering.register("b", "/b")
     assert "No space left" in caplog.text
-    assert json.loads((tmp_path / FILE).read_text())["adapters"] == [{"name": "a", "source": "/a", "ambient": True}]
+    assert [each["name"] for each in json.loads((tmp_path / FILE).read_text())["adapters"]] == ["a"]
     assert [version.name for version in manager.registry.list()] == ["a", "b"]
     await remembering.register("c", "/c")  # there is room again: nothing is missing
     assert StateFile(tmp_path).read().keys() == {"a", "b", "c"}

@@ -4,67 +4,36 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from loraplex.server.engine.request import Phases
 from loraplex.server.exchange import ChoiceTimes, Exchange
 from loraplex.server.tracing import TracingUnavailable, phases_of, start_tracing
 from loraplex.server.usage import GAPS, Buckets
-
-
-class Collector(HTTPServer):
-    """Takes OTLP over HTTP."""
-
-    def __init__(self) -> None:
-        self.got: list[tuple[str, bytes]] = []
-        collector = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers["Content-Length"]))
-                if self.headers.get("Content-Encoding") == "gzip":
-                    import gzip
-
-                    body = gzip.decompress(body)
-                collector.got.append((self.path, body))
-                self.send_response(200)
-                self.end_headers()
-
-            def log_message(self, format: str, *args: object) -> None: ...
-
-        super().__init__(("127.0.0.1", 0), Handler)
+from tests.support.otlp_collector import Collector, otlp_collector
 
 
 @pytest.fixture
 def collector() -> Iterator[Collector]:
-    server = Collector()
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with otlp_collector() as server:
+        yield server
 
 
 def test_spans_reach_a_collector(collector: Collector, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "k8s.pod.name=pod-1")
-    tracing = start_tracing(f"http://127.0.0.1:{collector.server_port}")
+    tracing = start_tracing(collector.endpoint)
     exchange = Exchange("r", "POST", "/v1/completions")
     tracing.begin(exchange, {})
     exchange.status, exchange.ended = 200, exchange.began + 0.25
     exchange.on_end(exchange)
     tracing.flush()
-    [(path, body)] = collector.got
-    assert path == "/v1/traces"
-    [resource] = ExportTraceServiceRequest.FromString(body).resource_spans
+    assert [path for path, _ in collector.got] == ["/v1/traces"]
+    [resource] = collector.resources
     told = {attribute.key: attribute.value.string_value for attribute in resource.resource.attributes}
     assert (told["service.name"], told["k8s.pod.name"]) == ("loraplex", "pod-1")
-    [span] = resource.scope_spans[0].spans
+    [span] = collector.spans
     assert span.end_time_unix_nano - span.start_time_unix_nano == 250_000_000
 
 

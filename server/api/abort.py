@@ -12,6 +12,7 @@ from starlette.responses import JSONResponse, Response
 
 from loraplex.server.api.body import body_schema, read_record
 from loraplex.server.api.errors import InvalidField
+from loraplex.server.api.openapi import CHANGE, Aborted, answers
 from loraplex.server.api.schemas import AbortRequest
 from loraplex.server.tenants import current_key
 
@@ -55,10 +56,10 @@ def make_router(parts: Parts) -> APIRouter:
     """The route, working with `parts`."""
     router = APIRouter()
 
-    @router.post("/abort_request", openapi_extra=body_schema(AbortRequest))
+    @router.post("/abort_request", openapi_extra=body_schema(AbortRequest), **answers(Aborted, errors=CHANGE))
     async def abort_request(request: Request) -> Response:
         """End the answers of this id, finish_reason "abort". Also 200 when there is none: it may just have ended."""
-        record = await read_record(request, AbortRequest, parts.max_body_bytes)
+        record = await read_record(request, AbortRequest, parts.limits)
         if record.abort_all:
             raise InvalidField("abort_all", "abort_all: other clients' answers cannot be aborted; give an id in 'rid'")
         return JSONResponse({"aborted": parts.open_answers.abort(current_key().tenant, record.rid)})

@@ -9,10 +9,12 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
 from loraplex.adapters.errors import AdapterExists, AdapterNotFound
+from loraplex.adapters.registry import AdapterVersion
 from loraplex.adapters.sources import Access
 from loraplex.server.api.body import body_schema, read_record
 from loraplex.server.api.errors import ClientGone, InvalidField, error_response, to_adapter_route_error
-from loraplex.server.api.manage import check_may_load, check_may_unload, check_source
+from loraplex.server.api.manage import check_may_load, check_may_unload, permitted_source
+from loraplex.server.api.openapi import MANAGE, AdapterErrorAnswer, answers
 from loraplex.server.api.parts import Parts
 from loraplex.server.api.schemas import LoadAdapterRequest, UnloadAdapterRequest
 from loraplex.server.engine.on_demand import is_hidden
@@ -20,16 +22,18 @@ from loraplex.server.tenants import current_key
 
 logger = logging.getLogger(__name__)
 
+TOLD = answers("text/plain", errors=MANAGE, error_shape=AdapterErrorAnswer)
+
 
 def make_router(parts: Parts) -> APIRouter:
     """The routes, working with `parts`."""
     router = APIRouter()
 
-    @router.post("/v1/load_lora_adapter", openapi_extra=body_schema(LoadAdapterRequest))
+    @router.post("/v1/load_lora_adapter", openapi_extra=body_schema(LoadAdapterRequest), **TOLD)
     async def load_lora_adapter(request: Request) -> Response:
         """Load an adapter from a folder or Hub id and give it a name."""
         try:
-            record = await read_record(request, LoadAdapterRequest, parts.max_body_bytes)
+            record = await read_record(request, LoadAdapterRequest, parts.limits)
             await load(parts, record)
         except ClientGone:
             raise
@@ -37,11 +41,11 @@ def make_router(parts: Parts) -> APIRouter:
             return _refuse("load", error)
         return PlainTextResponse(f"Success: LoRA adapter '{record.lora_name}' added successfully.")
 
-    @router.post("/v1/unload_lora_adapter", openapi_extra=body_schema(UnloadAdapterRequest))
+    @router.post("/v1/unload_lora_adapter", openapi_extra=body_schema(UnloadAdapterRequest), **TOLD)
     async def unload_lora_adapter(request: Request) -> Response:
         """Take an adapter's name away; requests that wear it finish."""
         try:
-            record = await read_record(request, UnloadAdapterRequest, parts.max_body_bytes)
+            record = await read_record(request, UnloadAdapterRequest, parts.limits)
             unload(parts, record)
         except ClientGone:
             raise
@@ -52,7 +56,7 @@ def make_router(parts: Parts) -> APIRouter:
     return router
 
 
-async def load(parts: Parts, record: LoadAdapterRequest) -> None:
+async def load(parts: Parts, record: LoadAdapterRequest) -> AdapterVersion:
     """Read an adapter in full and give it its name. Raises ApiError, AdapterError."""
     name = record.lora_name
     if not name or not record.lora_path:
@@ -65,18 +69,17 @@ async def load(parts: Parts, record: LoadAdapterRequest) -> None:
     if is_hidden(name):
         raise InvalidField("lora_name", f"The lora adapter name '{name}' is of the server's own kind; choose another.")
     check_may_load(name)
-    check_source(parts, record.lora_path)
+    source = permitted_source(parts, record.lora_path)
     access = Access(ambient=current_key().admin)  # tenants fetch nothing with the operator's credentials
     try:
-        version = await parts.adapters.register(
-            name, record.lora_path, replace=bool(record.load_inplace), access=access
-        )
+        version = await parts.adapters.register(name, source, replace=bool(record.load_inplace), access=access)
     except AdapterExists:
         raise AdapterExists(
             f"The lora adapter '{name}' has already been loaded. If you want to load the adapter in place, set "
             "'load_inplace' to True."
         ) from None
     logger.info("adapter %s loaded: rank %d, %d pages", version.name, version.rank, version.num_pages)
+    return version
 
 
 def unload(parts: Parts, record: UnloadAdapterRequest) -> None:

@@ -14,12 +14,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from loraplex.server.access import Access
 from loraplex.server.api.errors import ApiError, error_response, to_api_error
+from loraplex.server.api.ui import page_files
 from loraplex.server.exchange import current_exchange
 from loraplex.server.rate_limits import RateLimited
 from loraplex.server.tenants import Caller, calling
 
-OPEN = frozenset({"/", "/health", "/ready", "/startup", "/ping", "/version", "/load"})
-"""What load balancers, kubelets and routers ask: GET, and /ping also POST. They tell nothing of any tenant."""
+OPEN = frozenset({"/", "/health", "/ready", "/startup", "/ping", "/version", "/load", "/get_load", *page_files()})
+"""What load balancers, kubelets and routers ask, and the files of the page: GET, and /ping also POST. They tell nothing
+of any tenant."""
 
 METRICS = "/metrics"
 
@@ -104,6 +106,6 @@ def refusal(path: str, error: ApiError) -> Response:
 
 
 def _unauthorized() -> ApiError:
-    """Nothing of what was given is repeated: a mistyped key is nearly a key."""
-    message = "no known API key was given; send yours as 'Authorization: Bearer KEY' or 'x-api-key: KEY'"
+    """Nothing that was given is repeated: a mistyped key is nearly a key. Clients know OpenAI's first words."""
+    message = "Incorrect API key provided, or none; send yours as 'Authorization: Bearer KEY' or 'x-api-key: KEY'"
     return ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})

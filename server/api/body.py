@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any, TypeVar, Union
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -11,25 +11,30 @@ from starlette.requests import ClientDisconnect, Request
 from loraplex.server.api.chat_schemas import ChatRequest
 from loraplex.server.api.errors import ApiError, ClientGone, InvalidField
 from loraplex.server.api.fields import check_unknown
+from loraplex.server.api.limits import check_limits
+from loraplex.server.api.openapi import inlined
 from loraplex.server.api.schemas import GenerationFields, Incoming
+from loraplex.server.config import RequestLimits
 
 T = TypeVar("T", bound=Incoming)
 
 
-async def read_record(request: Request, kind: type[T], limit: int) -> T:
-    """The body as a `kind`, whatever its content type says (curl -d says it is a form). `limit` in bytes.
+async def read_record(request: Request, kind: type[T], limits: RequestLimits) -> T:
+    """The body as a `kind`, whatever its content type says (curl -d says it is a form).
 
     Raises ApiError, ClientGone.
     """
-    return parse_record(await read_bytes(request, limit), kind)
+    return parse_record(await read_bytes(request, limits), kind, limits)
 
 
-def parse_record(body: bytes, kind: type[T]) -> T:
+def parse_record(body: bytes, kind: type[T], limits: RequestLimits) -> T:
     """Raises ApiError."""
     try:
-        return kind.model_validate_json(body)
+        record = kind.model_validate_json(body)
     except ValidationError as error:
         raise _explain(error.errors(include_url=False)[0]) from None
+    check_limits(record, limits)
+    return record
 
 
 def ignored_fields(record: GenerationFields) -> list[str]:
@@ -46,22 +51,10 @@ def ignored_fields(record: GenerationFields) -> list[str]:
     return ignored
 
 
-def body_schema(kind: type[BaseModel]) -> dict[str, Any]:
-    """`openapi_extra` of a route that reads a `kind`."""
-    schema = kind.model_json_schema()
-    parts = schema.pop("$defs", {})
-
-    def inline(node: Any) -> Any:
-        """References count from the document's root, where a route's own definitions cannot be."""
-        if isinstance(node, list):
-            return [inline(item) for item in node]
-        if not isinstance(node, dict):
-            return node
-        if "$ref" in node:
-            return inline(parts[node["$ref"].rpartition("/")[2]])
-        return {key: inline(value) for key, value in node.items()}
-
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": inline(schema)}}}}
+def body_schema(*kinds: type[BaseModel]) -> dict[str, Any]:
+    """`openapi_extra` of a route that reads one of `kinds`."""
+    schema = inlined(Union[kinds], "validation")  # noqa: UP007 (there is no operator for a list of types)
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
 def _message_extras(extras: dict[str, Any], where: str) -> list[str]:
@@ -72,24 +65,26 @@ def _message_extras(extras: dict[str, Any], where: str) -> list[str]:
     return [f"{where}.{name}" for name, value in extras.items() if value is not None]
 
 
-async def read_bytes(request: Request, limit: int) -> bytes:
-    """The body, of at most `limit` bytes. Raises ApiError (413), ClientGone."""
+async def read_bytes(request: Request, limits: RequestLimits) -> bytes:
+    """The body. Raises ApiError (413), ClientGone."""
+    limit = limits.max_body_bytes
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared) > limit:
-        raise _too_large(limit)
+        raise _too_large(f"{declared} bytes", limit)
     chunks = bytearray()
     try:
         async for chunk in request.stream():
             chunks += chunk
             if len(chunks) > limit:
-                raise _too_large(limit)
+                raise _too_large(f"more than {limit} bytes", limit)
     except ClientDisconnect:
         raise ClientGone from None
     return bytes(chunks)
 
 
-def _too_large(limit: int) -> ApiError:
-    return ApiError(413, f"the body is larger than {limit} bytes", code="request_too_large")
+def _too_large(found: str, limit: int) -> ApiError:
+    message = f"the body has {found}, at most {limit} are taken here (--max-body); send it in several requests"
+    return ApiError(413, message, code="request_too_large")
 
 
 def _explain(error: ErrorDetails) -> ApiError:

@@ -31,6 +31,7 @@ from loraplex.server.api.fields import ignored_header
 from loraplex.server.api.generation import Generation, PromptSource
 from loraplex.server.api.logprobs import chat_logprobs
 from loraplex.server.api.message_parser import MessageParser, Part, Thinking, joined
+from loraplex.server.api.openapi import answers
 from loraplex.server.api.parts import Parts
 from loraplex.server.api.respond import Collected, respond
 from loraplex.server.api.schemas import Usage
@@ -42,12 +43,14 @@ def make_router(parts: Parts) -> APIRouter:
     """The route, working with `parts`."""
     router = APIRouter()
 
-    @router.post("/v1/chat/completions", openapi_extra=body_schema(ChatRequest))
+    @router.post(
+        "/v1/chat/completions", openapi_extra=body_schema(ChatRequest), **answers(ChatCompletion, streams=ChatChunk)
+    )
     async def chat_completions(request: Request) -> Response:
         """Answer a conversation."""
-        record = await read_record(request, ChatRequest, parts.max_body_bytes)
+        record = await read_record(request, ChatRequest, parts.limits)
         headers = ignored_header(ignored_fields(record))
-        toolbox = read_toolbox(record.tools, record.tool_choice, record.parallel_tool_calls)
+        toolbox = read_toolbox(record.tools, record.tool_choice, record.parallel_tool_calls, parts.limits)
         conversation = Conversation(
             parts.tokenizer,
             record.messages,
@@ -60,7 +63,7 @@ def make_router(parts: Parts) -> APIRouter:
             max_tokens=record.max_completion_tokens or record.max_tokens,
             num_choices=record.n or 1,
             logprobs=_logprobs(record),
-            grammar=conversation.grammar(read_structured(record)),
+            grammar=conversation.grammar(read_structured(record, parts.limits)),
             show_special=conversation.show_special,
         )
         generation = Generation(parts, record, prompt_source(conversation), wanted)
@@ -136,6 +139,11 @@ class _ChatRendering:
                 stop_reason=delta.stop_reason if last else None,
             )
             yield self._chunk(choice, usage)
+
+    def is_plain(self, delta: Delta) -> bool:
+        answer = self._answers.get(delta.index)
+        known = answer is not None and answer.parser.is_plain
+        return known and not delta.tokens and delta.finish_reason is None
 
     def usage_chunk(self, usage: Usage) -> ChatChunk:
         return ChatChunk(id=self._id, created=self._generation.created, model=self._model, choices=[], usage=usage)

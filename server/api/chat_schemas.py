@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NotRequired, cast
 
-from pydantic import BeforeValidator, Field, model_serializer
+from pydantic import BeforeValidator, Field, GetJsonSchemaHandler, model_serializer
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
+from typing_extensions import TypedDict  # pydantic reads no other before Python 3.12
 
 from loraplex.server.api.schemas import MAX_LOGPROBS, GenerationFields, Incoming, Usage, Wire, kind_of
-
-MAX_TOOLS = 128
-MAX_TOOL_CHARS = 65_536
-"""Of all tools' descriptions and schemas together, as JSON."""
 
 # ---------------------------------------------------------------------------------------------------------- requests
 
@@ -35,6 +34,8 @@ def _read_part(i: int, part: Any) -> str:
     return str(part[key])
 
 
+ContentInput = str | list[dict[str, Any]] | None  # how it is sent
+
 FunctionName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
 
 
@@ -57,7 +58,7 @@ class Message(Incoming):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[str | None, BeforeValidator(read_content)] = None
+    content: Annotated[str | None, BeforeValidator(read_content, json_schema_input_type=ContentInput)] = None
     name: str | None = None
     reasoning_content: str | None = None
     tool_calls: list[PastCall] | None = None
@@ -87,7 +88,7 @@ class ChatRequest(GenerationFields):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None  # wins over max_tokens
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tools: list[Tool] | None = None
     tool_choice: Any = None  # see api/conversation.py
     parallel_tool_calls: bool | None = None
     reasoning_effort: str | None = None  # for templates that have it
@@ -130,7 +131,15 @@ class ToolCall(Wire):
     function: FunctionCall
 
 
-class ChatMessage(Wire):
+class Selective(Wire):
+    """A record that leaves fields out: its JSON schema is that of the fields all the same."""
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return handler(cast(CoreSchema, {name: part for name, part in schema.items() if name != "serialization"}))
+
+
+class ChatMessage(Selective):
     """The answer of one choice."""
 
     role: Literal["assistant"] = "assistant"
@@ -165,6 +174,20 @@ class ChatCompletion(Wire):
     system_fingerprint: None = None
 
 
+class FunctionPart(TypedDict):
+    name: NotRequired[str | None]
+    arguments: str
+
+
+class ToolCallPart(TypedDict):
+    """A ToolCallDelta as it is sent."""
+
+    index: int
+    id: NotRequired[str]
+    type: NotRequired[Literal["function"]]
+    function: FunctionPart
+
+
 class ToolCallDelta(Wire):
     """A part of a call. The first one of each `index` has id, type and name, the others only arguments to append."""
 
@@ -174,14 +197,14 @@ class ToolCallDelta(Wire):
     arguments: str = ""
 
     @model_serializer
-    def _present(self) -> dict[str, Any]:
+    def _present(self) -> ToolCallPart:
         if self.id is None:
             return {"index": self.index, "function": {"arguments": self.arguments}}
-        function = {"name": self.name, "arguments": self.arguments}
+        function: FunctionPart = {"name": self.name, "arguments": self.arguments}
         return {"index": self.index, "id": self.id, "type": "function", "function": function}
 
 
-class ChatDelta(Wire):
+class ChatDelta(Selective):
     """What a chunk adds to the message. Absent is not null here: clients append what is present."""
 
     role: Literal["assistant"] | None = None

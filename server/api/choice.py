@@ -161,6 +161,11 @@ class Choice:
         finally:
             await self.close()
 
+    @property
+    def cached_tokens(self) -> int:
+        """Of the prompt, found in the prefix cache; known with the first delta."""
+        return self._phases.cached_tokens if self._phases is not None else 0
+
     def abort(self) -> None:
         """End it here, with what there is."""
         self._aborted = True

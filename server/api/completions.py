@@ -14,10 +14,12 @@ from loraplex.server.api.errors import InvalidField
 from loraplex.server.api.fields import ignored_header
 from loraplex.server.api.generation import Generation, PromptSource
 from loraplex.server.api.logprobs import completion_logprobs
+from loraplex.server.api.openapi import answers
 from loraplex.server.api.parts import Parts
 from loraplex.server.api.respond import Collected, respond
 from loraplex.server.api.schemas import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest, Usage
 from loraplex.server.api.structured import read_structured
+from loraplex.server.config import RequestLimits
 from loraplex.server.engine.tokenizer import Tokenizer
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
@@ -27,18 +29,20 @@ def make_router(parts: Parts) -> APIRouter:
     """The route, working with `parts`."""
     router = APIRouter()
 
-    @router.post("/v1/completions", openapi_extra=body_schema(CompletionRequest))
+    told = answers(Completion, streams=Completion)
+
+    @router.post("/v1/completions", openapi_extra=body_schema(CompletionRequest), **told)
     async def completions(request: Request) -> Response:
         """Continue one or more texts."""
-        record = await read_record(request, CompletionRequest, parts.max_body_bytes)
+        record = await read_record(request, CompletionRequest, parts.limits)
         headers = ignored_header(ignored_fields(record))
-        generation = Generation(parts, record, _prompt_source(parts.tokenizer, record), _wanted(record))
+        generation = Generation(parts, record, _prompt_source(parts.tokenizer, record), _wanted(record, parts.limits))
         return await respond(request, record, generation, _CompletionRendering(parts, record, generation), headers)
 
     return router
 
 
-def _wanted(record: CompletionRequest) -> Wanted:
+def _wanted(record: CompletionRequest, limits: RequestLimits) -> Wanted:
     n, best_of = record.n or 1, record.best_of or record.n or 1
     if best_of < n:
         raise InvalidField("best_of", f"best_of: found {best_of}, less than n ({n})")
@@ -50,7 +54,7 @@ def _wanted(record: CompletionRequest) -> Wanted:
         max_tokens=_max_tokens(record),
         num_choices=best_of,
         logprobs=0 if record.logprobs is None and best_of > n else record.logprobs,
-        grammar=read_structured(record),
+        grammar=read_structured(record, limits),
         echo=bool(record.echo),
         prompt_only=record.max_tokens == 0,
     )
@@ -91,6 +95,9 @@ class _CompletionRendering:
             choice = Collected()
             choice.add(delta)
             yield self._completion([self._choice(delta.index, choice)], usage)
+
+    def is_plain(self, delta: Delta) -> bool:
+        return not delta.tokens and delta.finish_reason is None and not self._wants_logprobs
 
     def usage_chunk(self, usage: Usage) -> Completion:
         return self._completion([], usage)

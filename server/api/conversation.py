@@ -7,12 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from loraplex.server.api.chat_schemas import MAX_TOOL_CHARS, Message, Tool
+from loraplex.server.api.chat_schemas import Message, Tool
 from loraplex.server.api.choice import Prompt
 from loraplex.server.api.errors import InvalidField
+from loraplex.server.api.limits import check_schema
 from loraplex.server.api.message_parser import MessageParser, WholeMessage
 from loraplex.server.api.schemas import kind_of
 from loraplex.server.api.tool_formats import GENERIC, ToolFormat, describe_tools, find_format
+from loraplex.server.config import RequestLimits
 from loraplex.server.engine.chat_template import RESERVED, ChatTemplateError
 from loraplex.server.engine.grammar import GrammarSpec, Thought
 from loraplex.server.engine.tokenizer import Tokenizer
@@ -34,16 +36,15 @@ class Toolbox:
         return self.required or any(tool.function.strict for tool in self.tools)
 
 
-def read_toolbox(tools: Sequence[Tool] | None, choice: Any, parallel: bool | None) -> Toolbox:
+def read_toolbox(tools: Sequence[Tool] | None, choice: Any, parallel: bool | None, limits: RequestLimits) -> Toolbox:
     """Of `tools`, `tool_choice` and `parallel_tool_calls`. Raises InvalidField."""
     given = tuple(tools or ())
     names = [tool.function.name for tool in given]
     for i, name in enumerate(names):
         if name in names[:i]:
             raise InvalidField(f"tools[{i}].function.name", f"tools[{i}].function.name: {name!r} is there already")
-    size = sum(len(tool.model_dump_json()) for tool in given)
-    if size > MAX_TOOL_CHARS:
-        raise InvalidField("tools", f"tools: {size} characters of JSON, at most {MAX_TOOL_CHARS} are possible")
+    if given:
+        check_schema(f"[{','.join(tool.model_dump_json() for tool in given)}]", "tools", limits)
     mode, allowed = _read_choice(choice)
     if mode is None:
         mode = "auto" if given else "none"

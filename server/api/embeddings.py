@@ -18,8 +18,9 @@ from loraplex.server.api.choice import Prompt, Wanted
 from loraplex.server.api.errors import InvalidField
 from loraplex.server.api.fields import check_unknown, ignored_header
 from loraplex.server.api.generation import Generation, PromptSource
+from loraplex.server.api.openapi import answers
 from loraplex.server.api.parts import Parts
-from loraplex.server.api.schemas import AdapterFields, GenerationFields, PromptTexts, Wire, read_prompts
+from loraplex.server.api.schemas import AdapterFields, GenerationFields, PromptInput, PromptTexts, Wire, read_prompts
 from loraplex.server.api.sse import answer_or_disconnect
 from loraplex.server.engine.tokenizer import Tokenizer
 
@@ -31,7 +32,7 @@ def _read_input(value: object) -> PromptTexts:
 class EmbeddingRequest(AdapterFields):
     """POST /v1/embeddings."""
 
-    input: Annotated[PromptTexts, BeforeValidator(_read_input)]
+    input: Annotated[PromptTexts, BeforeValidator(_read_input, json_schema_input_type=PromptInput)]
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Annotated[int, Field(ge=1)] | None = None  # the first ones, for bases trained for that
     user: str | None = None
@@ -62,10 +63,10 @@ def make_router(parts: Parts) -> APIRouter:
     """The route, working with `parts`."""
     router = APIRouter()
 
-    @router.post("/v1/embeddings", openapi_extra=body_schema(EmbeddingRequest))
+    @router.post("/v1/embeddings", openapi_extra=body_schema(EmbeddingRequest), **answers(EmbeddingList))
     async def embeddings(request: Request) -> Response:
         """One vector a text."""
-        record = await read_record(request, EmbeddingRequest, parts.max_body_bytes)
+        record = await read_record(request, EmbeddingRequest, parts.limits)
         headers = ignored_header(check_unknown(record.model_extra or {}))
         wanted = Wanted(max_tokens=1, num_choices=1, prompt_only=True, pooling=record.pooling or "last")
         worn = {name: getattr(record, name) for name in AdapterFields.model_fields}

@@ -12,6 +12,7 @@ from http import HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -116,6 +117,9 @@ def to_api_error(error: Exception, prompt_param: str | None = None) -> ApiError:
             return ApiError(503, str(error), type=SERVER, code="engine_dead")
         case EngineError():
             return ApiError(500, str(error), type=SERVER)
+        case RequestValidationError():
+            where, what = error.errors()[0]["loc"][-1], error.errors()[0]["msg"]
+            return InvalidField(str(where), f"{where}: {what[0].lower()}{what[1:]}")
         case HTTPException():
             return ApiError(error.status_code, _http_message(error), headers=dict(error.headers or {}))
     return ApiError(500, "the server failed on this request; its log says why", type=SERVER)
@@ -158,7 +162,7 @@ def install(app: FastAPI) -> None:
     async def nobody_there(_: Request, __: Exception) -> Response:
         return Response(status_code=499)  # nginx's number for it, for whatever counts statuses on the way
 
-    for kind in (ApiError, AdapterError, EngineError, HTTPException):
+    for kind in (ApiError, AdapterError, EngineError, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, answer)
     app.add_exception_handler(ClientGone, nobody_there)
     app.add_exception_handler(Exception, answer)

@@ -40,7 +40,6 @@ UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "early_stopping": ((False,), _BEAM),
     "do_sample": ((True,), "use temperature 0 for greedy decoding"),
     # other samplers
-    "typical_p": ((1,), _SAMPLER),
     "top_a": ((0,), _SAMPLER),
     "tfs": ((1,), _SAMPLER),
     "tfs_z": ((1,), _SAMPLER),

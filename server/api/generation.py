@@ -17,10 +17,11 @@ from typing import TypeVar
 
 from loraplex.server.api.choice import Choice, Delta, Echo, Prompt, Wanted
 from loraplex.server.api.errors import ApiError, InvalidField, to_api_error
+from loraplex.server.api.limits import check_sequences
 from loraplex.server.api.names import Mix, leased
 from loraplex.server.api.parts import Base, Parts
 from loraplex.server.api.sampling import SamplingSpec
-from loraplex.server.api.schemas import MAX_SEQUENCES, GenerationFields, Usage
+from loraplex.server.api.schemas import GenerationFields, PromptDetails, Usage
 from loraplex.server.engine.detokenizer import Detokenizer
 from loraplex.server.engine.grammar import Grammar, GrammarRefused, Thought
 from loraplex.server.engine.request import ContextTooLong, GenerationRequest
@@ -79,11 +80,26 @@ class Generation:
         """Generated so far by choice `index`."""
         return self._choices[index].num_tokens
 
+    def cached_of(self, index: int) -> int:
+        """Prompt tokens that choice `index` found in the prefix cache."""
+        return self._choices[index].cached_tokens
+
     def usage(self) -> Usage:
         """Counted so far: final once the deltas have ended."""
         answered = 0 if self._wanted.prompt_only else sum(choice.num_tokens for choice in self._choices)
         total = self.prompt_tokens + answered
-        return Usage(prompt_tokens=self.prompt_tokens, completion_tokens=answered, total_tokens=total)
+        return Usage(
+            prompt_tokens=self.prompt_tokens,
+            completion_tokens=answered,
+            total_tokens=total,
+            prompt_tokens_details=PromptDetails(cached_tokens=self.cached_tokens()),
+        )
+
+    def cached_tokens(self) -> int:
+        """Of the prompts, found in the prefix cache by all of a prompt's choices: what nobody computed for this."""
+        n = self._wanted.num_choices
+        groups = (self._choices[start : start + n] for start in range(0, len(self._choices), n))
+        return sum(min(choice.cached_tokens for choice in group) for group in groups)
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
         """Deltas of all choices as they come. Raises ApiError, AdapterError, EngineError."""
@@ -103,7 +119,9 @@ class Generation:
                 names = [name for name in (self.key, self._record.rid, self.client_id) if name]
                 owner = self._caller.key.tenant
                 with self._caller.at_work(), self._parts.open_answers.known_as(owner, names, self.abort):
-                    async with aclosing(merge([choice.deltas() for choice in choices])) as deltas:
+                    sources = [choice.deltas() for choice in choices]
+                    # nearly always there is one: no tasks, no queue
+                    async with aclosing(sources[0] if len(sources) == 1 else merge(sources)) as deltas:
                         async for delta in deltas:
                             self._charge()
                             yield delta
@@ -150,7 +168,7 @@ class Generation:
 
     def _charge(self) -> None:
         """Let the caller pay for what was generated since."""
-        total = 0 if self._wanted.prompt_only else sum(choice.num_tokens for choice in self._choices)
+        total = 0 if self._wanted.prompt_only else sum([choice.num_tokens for choice in self._choices])
         self._caller.pay_answer(total - self._charged)
         self._charged = total
 
@@ -159,10 +177,7 @@ class Generation:
         long = self._source.size >= Tokenizer.LONG_TEXT
         prompts = await asyncio.to_thread(self._source.read) if long else self._source.read()
         n = self._wanted.num_choices
-        if len(prompts) * n > MAX_SEQUENCES:
-            raise InvalidField(
-                "n", f"n: {len(prompts)} prompts times {n} choices are more than {MAX_SEQUENCES} sequences"
-            )
+        check_sequences(len(prompts), n, "n", self._parts.limits)
         for prompt in prompts:
             check_prompt(prompt.ids, base, param)
         self.prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
@@ -227,8 +242,9 @@ def check_prompt(ids: Sequence[int], base: Base, param: str) -> None:
     if len(ids) >= base.max_model_len:
         raise ApiError(
             400,
-            f"{param}: {len(ids)} tokens are too long: this server's context is {base.max_model_len} tokens, "
-            "prompt and answer together; shorten the prompt",
+            # LiteLLM, for one, knows the error by OpenAI's words and not by its code
+            f"{param}: found {len(ids)} tokens, but this model's maximum context length is {base.max_model_len} "
+            "tokens, prompt and answer together; shorten the prompt",
             param=param,
             code="context_length_exceeded",
         )
@@ -236,11 +252,6 @@ def check_prompt(ids: Sequence[int], base: Base, param: str) -> None:
 
 async def merge(sources: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:
     """Items of all `sources` as they come; the first exception ends it. Closes the sources, however it ends."""
-    if len(sources) == 1:  # nearly always: no tasks, no queue
-        async with aclosing(sources[0]) as only:
-            async for item in only:
-                yield item
-        return
     queue: asyncio.Queue[tuple[tuple[T, ...], Exception | None]] = asyncio.Queue()
 
     async def pump(source: AsyncGenerator[T, None]) -> None:

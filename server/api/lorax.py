@@ -1,7 +1,7 @@
 """LoRAX's routes: POST /, /generate_stream and /embed, GET /, /startup and /info. /generate is in api/sglang.py.
 
-What differs from LoRAX: log-probabilities are the model's own, before temperature and penalties. No token is sampled by
-typical_p and none is watermarked: these are refused by name.
+What differs from LoRAX: log-probabilities are the model's own, before temperature and penalties; typical_p comes before
+top_k and top_p. No token is watermarked: that is refused by name.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from functools import partial
 
 from fastapi import APIRouter
 from starlette.requests import Request
@@ -27,15 +28,18 @@ from loraplex.server.api.errors import ClientGone, InvalidField, UnsupportedFiel
 from loraplex.server.api.fields import check_unknown, ignored_header
 from loraplex.server.api.generation import Generation, PromptSource
 from loraplex.server.api.lorax_schemas import (
+    LoraxAnswer,
     LoraxEmbedding,
     LoraxEmbedRequest,
     LoraxInfo,
     LoraxParameters,
     LoraxRequest,
+    StreamToken,
 )
 from loraplex.server.api.lorax_writer import Sequence, Style, dump, whole_answer
+from loraplex.server.api.openapi import LORAX, READ, LoraxErrorAnswer, answers, failures
 from loraplex.server.api.parts import Parts
-from loraplex.server.api.schemas import MAX_CHOICES, MAX_STOPS, GenerationFields
+from loraplex.server.api.schemas import GenerationFields
 from loraplex.server.api.sse import SseResponse, answer_or_disconnect
 from loraplex.server.api.structured import read_format
 from loraplex.server.version import version
@@ -45,40 +49,43 @@ logger = logging.getLogger(__name__)
 _ADAPTER_FIELDS = ("adapter_id", "adapter_source", "merged_adapters", "api_token")
 _SAME_FIELDS = ("frequency_penalty", "presence_penalty")
 
+_told = partial(answers, errors=LORAX, error_shape=LoraxErrorAnswer)
+
 
 def make_router(parts: Parts) -> APIRouter:
     """The routes, working with `parts`."""
     router = APIRouter()
 
-    @router.post("/", openapi_extra=body_schema(LoraxRequest))
+    @router.post("/", openapi_extra=body_schema(LoraxRequest), **_told(list[LoraxAnswer], streams=StreamToken))
     async def compat_generate(request: Request) -> Response:
         """LoRAX's generation: a list of one answer, or a stream."""
         return await answer(parts, request, await _body(parts, request), as_list=True, streams=None)
 
-    @router.post("/generate_stream", openapi_extra=body_schema(LoraxRequest))
+    @router.post("/generate_stream", openapi_extra=body_schema(LoraxRequest), **_told(None, streams=StreamToken))
     async def generate_stream(request: Request) -> Response:
         """LoRAX's generation as a stream."""
         return await answer(parts, request, await _body(parts, request), as_list=False, streams=True)
 
-    @router.post("/embed", openapi_extra=body_schema(LoraxEmbedRequest))
+    @router.post("/embed", openapi_extra=body_schema(LoraxEmbedRequest), **_told(LoraxEmbedding))
     async def embed(request: Request) -> Response:
         """LoRAX's embedding: the last token's final hidden state, as it is."""
         try:
-            return await _embed(parts, request, parse_record(await _body(parts, request), LoraxEmbedRequest))
+            record = parse_record(await _body(parts, request), LoraxEmbedRequest, parts.limits)
+            return await _embed(parts, request, record)
         except ClientGone:
             raise
         except Exception as error:
             return error_response(error)
 
-    @router.get("/")
-    @router.get("/startup")
+    @router.get("/", **answers(None, errors=(503,), error_shape=LoraxErrorAnswer))
+    @router.get("/startup", **answers(None, errors=(503,), error_shape=LoraxErrorAnswer))
     async def health() -> Response:
         """200 while the engine runs."""
         if not parts.engine.alive:
             return JSONResponse({"error": "unhealthy", "error_type": "healthcheck"}, status_code=503)
         return Response(status_code=200)
 
-    @router.get("/info")
+    @router.get("/info", responses=failures(READ, LoraxErrorAnswer))
     async def info() -> LoraxInfo:
         """What is served, in LoRAX's words."""
         base = parts.base
@@ -89,8 +96,8 @@ def make_router(parts: Parts) -> APIRouter:
             model_device_type=base.device,
             model_pipeline_tag="text-generation",
             max_concurrent_requests=base.max_requests,
-            max_best_of=MAX_CHOICES,
-            max_stop_sequences=MAX_STOPS,
+            max_best_of=parts.limits.max_n,
+            max_stop_sequences=parts.limits.max_stops,
             max_input_length=base.max_model_len - 1,
             max_total_tokens=base.max_model_len,
             waiting_served_ratio=0.0,  # a prompt joins the next step, whoever waits
@@ -111,7 +118,7 @@ async def answer(parts: Parts, request: Request, body: bytes, *, as_list: bool, 
     """The answer to a LoraxRequest; `streams` None: the body says. Raises ClientGone alone."""
     start = time.monotonic()
     try:
-        record = parse_record(body, LoraxRequest)
+        record = parse_record(body, LoraxRequest, parts.limits)
         if record.parameters is not None and record.parameters.api_token is None and parts.access is None:
             record.parameters.api_token = _bearer(request)
         work = _Work(parts, record, start, bool(record.stream) if streams is None else streams)
@@ -151,7 +158,7 @@ def _explain(error: Exception) -> tuple[int, dict[str, str]]:
 
 
 async def _body(parts: Parts, request: Request) -> bytes:
-    return await read_bytes(request, parts.max_body_bytes)
+    return await read_bytes(request, parts.limits)
 
 
 class _Work:
@@ -176,7 +183,7 @@ class _Work:
             prefill=bool(params.decoder_input_details),
             details=bool(params.details or params.decoder_input_details),
         )
-        spec = read_format(params.response_format, "response_format") if params.response_format else None
+        spec = read_format(params.response_format, "response_format", parts.limits) if params.response_format else None
         wanted = Wanted(
             max_tokens=params.max_new_tokens,
             num_choices=params.best_of or 1,
@@ -247,21 +254,19 @@ def _samples(params: LoraxParameters) -> bool:
     if params.temperature == 0:
         return False
     changes = params.temperature not in (None, 1.0) or params.top_k is not None
-    return bool(params.do_sample or changes or (params.top_p or 1.0) < 1)
+    return bool(params.do_sample or changes or min(params.top_p or 1.0, params.typical_p or 1.0) < 1)
 
 
 def _check(params: LoraxParameters, stream: bool) -> None:
     """What spans fields. Raises ApiError."""
-    if params.typical_p is not None and params.typical_p < 1:
-        raise UnsupportedField("typical_p", "`typical_p` is not supported; leave it out, or use `top_p`")
     if params.watermark:
-        raise UnsupportedField("watermark", "`watermark` is not supported; leave it out")
+        raise UnsupportedField("watermark", "`watermark` is not supported: no answer is marked here; leave it out")
     if params.adapter_id and params.merged_adapters is not None:
         raise InvalidField("adapter_id", "at most one of `adapter_id` or `merged_adapters` may be provided")
     if (params.best_of or 1) > 1:
         if stream:
             raise InvalidField("best_of", "`best_of` != 1 is not supported when streaming tokens")
-        asked = (params.do_sample or None, params.temperature, params.top_k, params.top_p)
+        asked = (params.do_sample or None, params.temperature, params.top_k, params.top_p, params.typical_p)
         if all(value is None for value in asked):
             raise InvalidField("best_of", "you must use sampling when `best_of` is > 1")
         if params.seed is not None:
@@ -284,6 +289,7 @@ def _fields(parts: Parts, params: LoraxParameters, seed: int | None, sampled: bo
         top_p=params.top_p or 1.0,
         top_k=params.top_k or 0,
         min_p=0.0,
+        typical_p=params.typical_p,
         repetition_penalty=params.repetition_penalty or 1.0,
         seed=seed,
         stop=tuple(params.stop or ()),
@@ -297,7 +303,11 @@ def _prompt_source(parts: Parts, record: LoraxRequest, params: LoraxParameters) 
     if params.apply_chat_template:
         said = [Message(role="user", content=record.inputs)]
         conversation = Conversation(
-            tokenizer, said, read_toolbox(None, None, None), template_values={}, add_generation_prompt=True
+            tokenizer,
+            said,
+            read_toolbox(None, None, None, parts.limits),
+            template_values={},
+            add_generation_prompt=True,
         )
 
     def read() -> list[Prompt]:

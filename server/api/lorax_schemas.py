@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from loraplex.server.api.schemas import MAX_CHOICES, MAX_LOGPROBS, Incoming, MergedAdapters, Token, Wire
+from loraplex.server.api.schemas import MAX_LOGPROBS, Incoming, MergedAdapters, Token, Wire
 
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 
@@ -18,7 +18,7 @@ class LoraxParameters(Incoming):
     adapter_source: Literal["hub", "local", "s3", "pbase"] | None = None
     merged_adapters: MergedAdapters | None = None
     api_token: Annotated[Token | None, Field(repr=False)] = None
-    best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    best_of: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
     frequency_penalty: Penalty | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from loraplex.adapters.errors import AdapterNotFound, AdapterRefused
-from loraplex.adapters.sources import parse_source
+from loraplex.adapters.sources import is_hub_id, parse_source
 from loraplex.server.api.errors import ApiError
 from loraplex.server.api.parts import Parts
 from loraplex.server.tenants import current_key
@@ -33,23 +33,25 @@ def check_may_unload(name: str) -> None:
         check_may_load(name)
 
 
-def check_source(parts: Parts, source: str) -> None:
-    """Raises AdapterRefused for a local folder outside of those that requests may name.
+def permitted_source(parts: Parts, source: str) -> str:
+    """`source`, as it may be loaded for the caller. Raises AdapterRefused for a local folder that is not for requests.
 
-    What is outside cannot be told from what is not there. Links are followed before looking.
+    That are those outside of --allowed-path and --adapter-dir, and those of the latter whose name the caller may not
+    use: by its path an adapter is no more the caller's than by its name. What is forbidden cannot be told from what is
+    not there. Links are followed before looking.
     """
     if parts.local_sources is None:
-        return
+        return source
     try:
         found = parse_source(source)
-        if found.is_remote:
-            return
-        real = Path(found.place).expanduser().resolve()
-        inside = any(real.is_relative_to(folder.expanduser().resolve()) for folder in parts.local_sources)
+        if found.is_remote or parts.local_sources.permit(Path(found.place).expanduser().resolve()):
+            return source
     except (OSError, RuntimeError):  # a loop of links, no such user
-        inside = False
-    if not inside:
-        raise AdapterRefused(
-            "forbidden",
-            f"adapters are not read from {source[:200]!r} here: only from under --adapter-dir and --allowed-path",
-        )
+        pass
+    if is_hub_id(source):  # as where there is no folder of that name
+        return f"hf://{source}"
+    raise AdapterRefused(
+        "forbidden",
+        f"adapters are not read from {source[:200]!r} here: only from under --allowed-path, and what this key may use "
+        "of --adapter-dir",
+    )

@@ -32,6 +32,11 @@ class MessageParser:
         self._begun = False  # has thought something: the lines before are dropped
         self._thought = False  # has thought, and not answered yet: the lines between are dropped
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether all that comes from here on is text, as it comes."""
+        return self._state == "none" and not self._thought and self._calls is None
+
     def feed(self, text: str) -> list[Part]:
         """What `text` adds, as far as it is certain."""
         if self._state == "none" and not self._thought:

@@ -24,7 +24,7 @@ from loraplex.adapters.merge_plan import MergePlan
 from loraplex.adapters.registry import AdapterLease
 from loraplex.adapters.sources import Access
 from loraplex.server.api.errors import ApiError, InvalidField, UnsupportedField
-from loraplex.server.api.manage import check_source
+from loraplex.server.api.manage import permitted_source
 from loraplex.server.api.parts import Base, Parts
 from loraplex.server.api.schemas import MAX_TERMS, MAX_WEIGHT, AdapterFields, MergedAdapters
 from loraplex.server.engine.on_demand import is_hidden, source_of
@@ -210,8 +210,7 @@ async def _lease(parts: Parts, term: Term, token: str | None) -> AdapterLease:
         raise UnsupportedField(
             "adapter_source", "'adapter_source' is not supported as pbase: expected hub, local or s3"
         )
-    source = source_of(term.origin, term.text)
-    check_source(parts, source)
+    source = permitted_source(parts, source_of(term.origin, term.text))
     # without keys everybody is the operator; with them, nobody fetches with the operator's credentials but who may
     return await parts.on_demand.lease(source, Access(token, ambient=current_key().admin))
 

@@ -6,6 +6,7 @@ from fastapi import APIRouter
 from starlette.responses import JSONResponse, Response
 
 from loraplex.server.api.errors import SERVER, ApiError
+from loraplex.server.api.openapi import Readiness, ServerLoad, ServerVersion, answers
 from loraplex.server.api.parts import Parts
 from loraplex.server.metrics import CONTENT_TYPE
 from loraplex.server.version import version
@@ -15,7 +16,7 @@ def make_router(parts: Parts) -> APIRouter:
     """The routes, working with `parts`."""
     router = APIRouter()
 
-    @router.get("/health")
+    @router.get("/health", **answers(None, errors=(503,)))
     async def health() -> Response:
         """200 while the engine runs, 503 once it has stopped."""
         if not parts.engine.alive:
@@ -23,7 +24,7 @@ def make_router(parts: Parts) -> APIRouter:
             raise ApiError(503, f"the engine does not run: {reason}", type=SERVER, code="engine_dead")
         return Response(status_code=200)
 
-    @router.get("/ready")
+    @router.get("/ready", **answers(Readiness, errors=(503,), error_shape=Readiness))
     async def ready() -> Response:
         """200 while new requests are taken; 503 while the server is stopping, though what runs goes on."""
         drain = parts.drain
@@ -31,23 +32,23 @@ def make_router(parts: Parts) -> APIRouter:
         body = {"state": state, "open": drain.num_open, "seconds_left": round(drain.seconds_left, 1)}
         return JSONResponse(body, status_code=200 if state == "ready" else 503)
 
-    @router.post("/ping", include_in_schema=False)
-    @router.get("/ping")
+    @router.post("/ping", **answers(None, errors=(503,)))
+    @router.get("/ping", **answers(None, errors=(503,)))
     async def ping() -> Response:
         """The same, under SageMaker's name."""
         return await health()
 
-    @router.get("/metrics")
+    @router.get("/metrics", **answers("text/plain", errors=(401, 403)))
     async def metrics() -> Response:
         """Prometheus' text format, under vLLM's names."""
         return Response(parts.metrics.render(), media_type=CONTENT_TYPE)
 
-    @router.get("/load")
+    @router.get("/load", **answers(ServerLoad, errors=()))
     async def load() -> Response:
         """Requests that are open, as vLLM tells its load balancers."""
         return JSONResponse({"server_load": parts.drain.num_open})
 
-    @router.get("/version")
+    @router.get("/version", **answers(ServerVersion, errors=()))
     async def show_version() -> Response:
         """The version of this server."""
         return JSONResponse({"version": version()})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -12,12 +12,17 @@ from loraplex.adapters.sources import OPERATOR
 from loraplex.adapters.sources import Access as SourceAccess
 from loraplex.server.access import Access
 from loraplex.server.api.abort import OpenAnswers
+from loraplex.server.config import RequestLimits
 from loraplex.server.drain import Drain
 from loraplex.server.engine.grammar import Grammars
 from loraplex.server.engine.on_demand import OnDemand
+from loraplex.server.engine.page_map import PageOwners
 from loraplex.server.engine.request import GenerationRequest, TokenEvent
+from loraplex.server.engine.stats import AdapterPlace
 from loraplex.server.engine.tokenizer import Tokenizer
+from loraplex.server.engine_metrics import EngineStats
 from loraplex.server.metrics import Metrics
+from loraplex.server.tenants import current_key
 from loraplex.server.tracing import Tracing
 
 
@@ -49,6 +54,7 @@ class Adapters(Protocol):
     ) -> AdapterVersion: ...
     async def arrival(self, name: str) -> None: ...
     def unregister(self, name: str) -> AdapterVersion: ...
+    def pin(self, version: AdapterVersion, pinned: bool) -> None: ...
 
 
 class SamplingDefaults(Protocol):
@@ -84,6 +90,36 @@ class Base:
 
 
 @dataclass(frozen=True)
+class Inside:
+    """What the page at /ui shows of the engine. The calls take copies: any thread may make them, at any time."""
+
+    stats: Callable[[], EngineStats]
+    places: Callable[[], Sequence[AdapterPlace]]  # of the registered adapters that are in memory
+    page_owners: Callable[[], PageOwners]
+    page_bytes: int
+    max_running: int  # requests
+    max_adapters: int  # on the device
+    memory: tuple[tuple[str, int, str], ...] = ()  # name, bytes and a remark of each part
+
+
+@dataclass(frozen=True)
+class LocalSources:
+    """Where requests may load adapters from, once there are tenants."""
+
+    allowed: tuple[Path, ...]  # by all who may load
+    named: Path | None = None  # each folder in it is an adapter: by those who may use its name
+
+    def permit(self, real: Path) -> bool:
+        """Whether the current key may load from `real`, a path without links. Raises OSError, RuntimeError."""
+        if any(real.is_relative_to(folder.expanduser().resolve()) for folder in self.allowed):
+            return True
+        root = self.named.expanduser().resolve() if self.named is not None else None
+        if root is None or not real.is_relative_to(root) or real == root:
+            return False
+        return current_key().may_use(real.relative_to(root).parts[0])
+
+
+@dataclass(frozen=True)
 class Parts:
     """One server."""
 
@@ -94,10 +130,11 @@ class Parts:
     grammars: Grammars
     defaults: SamplingDefaults
     metrics: Metrics
-    max_body_bytes: int
     on_demand: OnDemand
+    inside: Inside
+    limits: RequestLimits = field(default_factory=RequestLimits)
     access: Access | None = None  # None: no keys are asked for
-    local_sources: tuple[Path, ...] | None = None  # folders that requests may load adapters from; None: any
+    local_sources: LocalSources | None = None  # folders that requests may load adapters from; None: any
     cors_origins: tuple[str, ...] = ()  # of web pages that may ask; "*": of all
     open_answers: OpenAnswers = field(default_factory=OpenAnswers)
     drain: Drain = field(default_factory=Drain)

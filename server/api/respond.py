@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from json.encoder import encode_basestring
 from typing import Protocol
 
 from starlette.requests import Request
@@ -32,6 +34,25 @@ class Collected:
         self.stop_reason = delta.stop_reason
 
 
+@dataclass(frozen=True)
+class TextFrame:
+    """The JSON around the text of a choice's plain chunks: nearly all chunks there are; 0.2 us, pydantic takes 6."""
+
+    before: str
+    after: str
+
+    @classmethod
+    def of(cls, rendering: Rendering, index: int, hidden: set[str] | None) -> TextFrame:
+        """Cut out of a chunk with a text that stands nowhere else."""
+        mark = secrets.token_hex(16)
+        (chunk,) = rendering.chunks(Delta(index, mark), None)
+        return cls(*chunk.model_dump_json(exclude=hidden).split(f'"{mark}"'))
+
+    def around(self, text: str) -> str:
+        """As pydantic writes it: no more is escaped than has to be."""
+        return f"{self.before}{encode_basestring(text)}{self.after}"
+
+
 class Rendering(Protocol):
     """How one route writes its answers."""
 
@@ -41,6 +62,11 @@ class Rendering(Protocol):
 
     def chunks(self, delta: Delta, usage: Usage | None) -> Iterable[Wire]:
         """The chunks of one delta, often none; `usage` is the counts so far where they are wanted in every chunk."""
+        ...
+
+    def is_plain(self, delta: Delta) -> bool:
+        """Whether chunks() of `delta` is one that adds its text, differs from others of the choice in nothing else,
+        and leaves no trace here."""
         ...
 
     def usage_chunk(self, usage: Usage) -> Wire:
@@ -75,6 +101,7 @@ async def collect(generation: Generation, rendering: Rendering) -> Wire:
 async def _chunks(generation: Generation, rendering: Rendering, options: StreamOptions) -> AsyncGenerator[str, None]:
     last, always = bool(options.include_usage), bool(options.continuous_usage_stats)
     hidden = None if last or always else {"usage"}  # where it was asked for, chunks before the last say null
+    frames: dict[int, TextFrame] = {}
     opened = False
     async with aclosing(generation.deltas()) as deltas:
         async for delta in deltas:
@@ -82,6 +109,12 @@ async def _chunks(generation: Generation, rendering: Rendering, options: StreamO
                 opened = True
                 for chunk in rendering.opening(generation.num_choices):
                     yield chunk.model_dump_json(exclude=hidden)
+            if delta.text and not always and rendering.is_plain(delta):
+                frame = frames.get(delta.index)
+                if frame is None:
+                    frame = frames[delta.index] = TextFrame.of(rendering, delta.index, hidden)
+                yield frame.around(delta.text)
+                continue
             for chunk in rendering.chunks(delta, generation.usage() if always else None):
                 yield chunk.model_dump_json(exclude=hidden)
     if last:

@@ -17,6 +17,7 @@ from loraplex.server.api.logprobs import chat_logprobs
 from loraplex.server.api.message_parser import MessageParser, Part, Thinking, joined
 from loraplex.server.api.responses_schemas import (
     FunctionCallItem,
+    InputDetails,
     OutputDetails,
     OutputItem,
     OutputMessage,
@@ -99,6 +100,7 @@ class ResponseWriter:
         thought = len(self._tokenizer.encode(self._thought, add_special_tokens=False)) if self._thought else 0
         self.response.usage = ResponseUsage(
             input_tokens=usage.prompt_tokens,
+            input_tokens_details=InputDetails(cached_tokens=usage.prompt_tokens_details.cached_tokens),
             output_tokens=usage.completion_tokens,
             output_tokens_details=OutputDetails(reasoning_tokens=thought),
             total_tokens=usage.total_tokens,

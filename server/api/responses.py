@@ -24,6 +24,7 @@ from loraplex.server.api.conversation import Conversation, read_toolbox
 from loraplex.server.api.errors import ApiError, InvalidField, UnsupportedField, to_api_error
 from loraplex.server.api.fields import check_unknown, ignored_header
 from loraplex.server.api.generation import Generation
+from loraplex.server.api.openapi import ResponseDeleted, answers, failures
 from loraplex.server.api.parts import Parts
 from loraplex.server.api.response_store import ResponseStore, StoredResponse
 from loraplex.server.api.response_writer import ResponseWriter
@@ -38,6 +39,7 @@ from loraplex.server.api.responses_schemas import (
 )
 from loraplex.server.api.sse import SseResponse, answer_or_disconnect
 from loraplex.server.api.structured import read_format, read_structured
+from loraplex.server.config import RequestLimits
 
 logger = logging.getLogger(__name__)
 
@@ -50,10 +52,12 @@ def make_router(parts: Parts) -> APIRouter:
     router = APIRouter()
     store = ResponseStore()
 
-    @router.post("/v1/responses", openapi_extra=body_schema(ResponsesRequest))
+    told = answers(ResponseObject, streams=dict[str, Any])
+
+    @router.post("/v1/responses", openapi_extra=body_schema(ResponsesRequest), **told)
     async def create_response(request: Request) -> Response:
         """Answer a conversation, given whole or as what follows an earlier response."""
-        record = await read_record(request, ResponsesRequest, parts.max_body_bytes)
+        record = await read_record(request, ResponsesRequest, parts.limits)
         headers = ignored_header(_ignored(record))
         work = _Work.begin(parts, store, record)
         if record.background:
@@ -63,14 +67,14 @@ def make_router(parts: Parts) -> APIRouter:
         await answer_or_disconnect(request, work.run())
         return Response(work.response.model_dump_json(), media_type="application/json", headers=headers)
 
-    @router.get("/v1/responses/{response_id}")
+    @router.get("/v1/responses/{response_id}", **answers(ResponseObject, errors=(400, 401, 404)))
     async def get_response(response_id: str, stream: bool = False) -> Response:
         """A stored response, as far as it is."""
         if stream:
             raise UnsupportedField("stream", "'stream' is not supported here: a stream is sent once, when it is made.")
         return JSONResponse(_find(store, response_id).response.model_dump())
 
-    @router.delete("/v1/responses/{response_id}")
+    @router.delete("/v1/responses/{response_id}", **answers(ResponseDeleted, errors=(401, 404)))
     async def delete_response(response_id: str) -> Response:
         """Forget a response; one at work is cancelled."""
         stored = _find(store, response_id)
@@ -78,7 +82,7 @@ def make_router(parts: Parts) -> APIRouter:
         store.pop(response_id)
         return JSONResponse({"id": response_id, "object": "response", "deleted": True})
 
-    @router.post("/v1/responses/{response_id}/cancel")
+    @router.post("/v1/responses/{response_id}/cancel", **answers(ResponseObject, errors=(400, 401, 404)))
     async def cancel_response(response_id: str) -> Response:
         """Stop the work on a response in the background; one that has ended stays as it is."""
         stored = _find(store, response_id)
@@ -87,7 +91,7 @@ def make_router(parts: Parts) -> APIRouter:
         await _cancel(stored)
         return JSONResponse(stored.response.model_dump())
 
-    @router.get("/v1/responses/{response_id}/input_items")
+    @router.get("/v1/responses/{response_id}/input_items", responses=failures((401, 404)))
     async def list_input_items(response_id: str) -> ItemList:
         """What was said to it, the latest first."""
         items = _find(store, response_id).items[::-1]
@@ -128,7 +132,7 @@ class _Work:
         messages = [*earlier, *read_items(record.input)]
         instructions = [Message(role="system", content=record.instructions)] if record.instructions else []
         tools = read_tools(record.tools or ())
-        toolbox = read_toolbox(tools, record.tool_choice, record.parallel_tool_calls)
+        toolbox = read_toolbox(tools, record.tool_choice, record.parallel_tool_calls, parts.limits)
         conversation = Conversation(
             parts.tokenizer,
             [*instructions, *messages],
@@ -141,7 +145,7 @@ class _Work:
             max_tokens=record.max_output_tokens,
             num_choices=1,
             logprobs=(record.top_logprobs or 0) if wants_logprobs else None,
-            grammar=conversation.grammar(_structured(record)),
+            grammar=conversation.grammar(_structured(record, parts.limits)),
             show_special=conversation.show_special,
         )
         generation = Generation(parts, record, prompt_source(conversation), wanted)
@@ -262,10 +266,10 @@ def _earlier(record: ResponsesRequest, store: ResponseStore) -> list[Message]:
     return list(stored.messages)
 
 
-def _structured(record: ResponsesRequest) -> Any:
+def _structured(record: ResponsesRequest, limits: RequestLimits) -> Any:
     asked = record.text.format if record.text is not None else None
-    spec = read_format(asked, "text.format") if asked else None
-    other = read_structured(record)
+    spec = read_format(asked, "text.format", limits) if asked else None
+    other = read_structured(record, limits)
     if spec is not None and other is not None:
         raise InvalidField(other[0], f"{other[0]}: text.format asks for another form of the same answer; give one")
     return ("text.format", spec) if spec is not None else other

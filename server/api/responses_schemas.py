@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError
 
-from loraplex.server.api.chat_schemas import MAX_TOOLS, CalledFunction, Message, PastCall, TokenLogprob, Tool
+from loraplex.server.api.chat_schemas import CalledFunction, Message, PastCall, TokenLogprob, Tool
 from loraplex.server.api.errors import ApiError, InvalidField
 from loraplex.server.api.schemas import MAX_LOGPROBS, GenerationFields, Incoming, Wire, kind_of
 
@@ -52,7 +52,7 @@ class ResponsesRequest(GenerationFields):
     previous_response_id: str | None = None
     store: bool | None = None  # null: true
     background: bool | None = None
-    tools: Annotated[list[dict[str, Any]], Field(max_length=MAX_TOOLS)] | None = None
+    tools: list[dict[str, Any]] | None = None
     tool_choice: Any = None  # see api/conversation.py
     parallel_tool_calls: bool | None = None
     text: TextConfig | None = None

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from loraplex.server.api.errors import InvalidField
 from loraplex.server.api.parts import SamplingDefaults
-from loraplex.server.api.schemas import MAX_LOGIT_BIASES, GenerationFields
+from loraplex.server.api.schemas import GenerationFields
 from loraplex.server.engine.request import SamplingParams
 
 GREEDY_BELOW = 1e-5
@@ -54,6 +54,7 @@ class SamplingSpec:
                 top_p=_first(record.top_p, defaults.top_p, 1.0),
                 top_k=min(max(0, _first(record.top_k, defaults.top_k, 0)), vocab_size),
                 min_p=_first(record.min_p, defaults.min_p, 0.0),
+                typical_p=_first(record.typical_p, None, 1.0),
                 seed=(secrets.randbits(64) if record.seed is None else record.seed) & _SEED_MASK,
                 presence_penalty=record.presence_penalty or 0.0,
                 frequency_penalty=record.frequency_penalty or 0.0,
@@ -88,10 +89,6 @@ def _first(given: T | None, default: T | None, neutral: T) -> T:
 
 
 def _logit_bias(biases: dict[str, float], vocab_size: int) -> tuple[tuple[int, float], ...]:
-    if len(biases) > MAX_LOGIT_BIASES:
-        raise InvalidField(
-            "logit_bias", f"logit_bias: found {len(biases)} entries, at most {MAX_LOGIT_BIASES} are possible"
-        )
     found = {}
     for key, bias in biases.items():
         if not (key.isascii() and key.isdecimal() and len(key) <= 10 and int(key) < vocab_size):

@@ -12,14 +12,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from loraplex.server.api.errors import InvalidField
 
-MAX_STOPS = 16
 MAX_STOP_CHARS = 1024
 MAX_STOP_TOKENS = 128
-MAX_LOGIT_BIASES = 1024
 MAX_LOGPROBS = 20
-MAX_CHOICES = 128
-MAX_SEQUENCES = 1024
-"""Prompts times choices of one request."""
 MAX_TERMS = 8
 """Adapters that one request may combine: each is a slot, its pages, and one more pass over its rows."""
 
@@ -48,8 +43,6 @@ def _read_stop(value: Any) -> tuple[str, ...]:
         return ()
     if not isinstance(stops, list | tuple) or not all(isinstance(stop, str) for stop in stops):
         raise InvalidField("stop", f"stop: expected a string or a list of strings, found {kind_of(value)}")
-    if len(stops) > MAX_STOPS:
-        raise InvalidField("stop", f"stop: found {len(stops)} strings, at most {MAX_STOPS} are possible")
     for i, stop in enumerate(stops):
         if not 0 < len(stop) <= MAX_STOP_CHARS:
             raise InvalidField(
@@ -61,14 +54,18 @@ def _read_stop(value: Any) -> tuple[str, ...]:
 PromptText = str | tuple[int, ...]
 PromptTexts = tuple[PromptText, ...]
 
+# How they are sent
+TokenIds = Annotated[list[int], Field(min_length=1)]
+PromptInput = str | TokenIds | Annotated[list[str | TokenIds], Field(min_length=1)]
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
+StopInput = StopString | list[StopString] | None
+
 
 def read_prompts(value: Any, where: str) -> PromptTexts:
     """The field `where`: one text, one list of token ids, or a list of either. Raises InvalidField."""
     if isinstance(value, str) or _all(value, int):
         return (_one_prompt(value, where),)
     if isinstance(value, list) and value:
-        if len(value) > MAX_SEQUENCES:
-            raise InvalidField(where, f"{where}: found {len(value)} prompts, at most {MAX_SEQUENCES} are possible")
         return tuple(_one_prompt(item, f"{where}[{i}]") for i, item in enumerate(value))
     expected = "a string, a list of strings, a list of token ids, or a list of lists of token ids"
     raise InvalidField(where, f"{where}: expected {expected}, found {kind_of(value)}")
@@ -151,17 +148,18 @@ class GenerationFields(AdapterFields):
 
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None
-    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    n: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None  # -1 and 0: off
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    typical_p: Annotated[float, Field(gt=0, le=1)] | None = None  # LoRAX's and TGI's; before the other three
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
-    stop: Annotated[tuple[str, ...], BeforeValidator(_read_stop)] = ()
+    stop: Annotated[tuple[str, ...], BeforeValidator(_read_stop, json_schema_input_type=StopInput)] = ()
     stop_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MAX_STOP_TOKENS)] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
@@ -188,9 +186,9 @@ class GenerationFields(AdapterFields):
 class CompletionRequest(GenerationFields):
     """POST /v1/completions."""
 
-    prompt: Annotated[PromptTexts, BeforeValidator(_read_prompts)]
+    prompt: Annotated[PromptTexts, BeforeValidator(_read_prompts, json_schema_input_type=PromptInput)]
     max_tokens: Annotated[int, Field(ge=0)] | None = None  # 0: with echo only
-    best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    best_of: Annotated[int, Field(ge=1)] | None = None
     echo: bool | None = None
     add_special_tokens: bool | None = None  # null: true
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
@@ -221,12 +219,19 @@ class UnloadAdapterRequest(Incoming):
 # ----------------------------------------------------------------------------------------------------------- answers
 
 
+class PromptDetails(Wire):
+    """`prompt_tokens_details`."""
+
+    cached_tokens: int  # found in the prefix cache, so not computed
+
+
 class Usage(Wire):
     """Token counts of one request, over all of its choices."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptDetails
 
 
 class CompletionLogprobs(Wire):

@@ -25,15 +25,29 @@ from loraplex.server.api.choice import Delta, Prompt, ScoredToken, Wanted
 from loraplex.server.api.errors import ClientGone, InvalidField, to_adapter_route_error
 from loraplex.server.api.fields import check_unknown, ignored_header
 from loraplex.server.api.generation import Generation, PromptSource, merge
+from loraplex.server.api.limits import check_sequences
+from loraplex.server.api.lorax_schemas import LoraxAnswer, LoraxRequest
+from loraplex.server.api.openapi import (
+    GENERATE,
+    LORAX,
+    MANAGE,
+    READ,
+    AdapterErrorAnswer,
+    AdapterOutcome,
+    ErrorAnswer,
+    ListedAdapter,
+    LoraxErrorAnswer,
+    SglangAnswer,
+    answers,
+)
 from loraplex.server.api.parts import Parts
 from loraplex.server.api.respond import Collected
 from loraplex.server.api.schemas import (
-    MAX_CHOICES,
     MAX_LOGPROBS,
-    MAX_SEQUENCES,
     GenerationFields,
     Incoming,
     LoadAdapterRequest,
+    PromptInput,
     PromptText,
     PromptTexts,
     UnloadAdapterRequest,
@@ -41,10 +55,19 @@ from loraplex.server.api.schemas import (
 )
 from loraplex.server.api.sse import SseResponse, answer_or_disconnect
 from loraplex.server.api.structured import read_structured
+from loraplex.server.tenants import current_key
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_TOKENS = 128  # SGLang's
+
+GENERATED = answers(
+    SglangAnswer | list[SglangAnswer] | LoraxAnswer,
+    streams=SglangAnswer,
+    errors=(*GENERATE, *LORAX),
+    error_shape=ErrorAnswer | LoraxErrorAnswer,
+)
+MANAGED = answers(AdapterOutcome, errors=MANAGE, error_shape=AdapterOutcome | AdapterErrorAnswer)
 
 
 def _read_text(value: Any) -> PromptTexts | None:
@@ -60,7 +83,7 @@ class SglangSampling(Incoming):
 
     max_new_tokens: Annotated[int, Field(ge=1)] | None = None
     min_new_tokens: Annotated[int, Field(ge=0)] | None = None
-    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    n: Annotated[int, Field(ge=1)] | None = None
     sampling_seed: Annotated[int, Field(ge=0, lt=2**64)] | None = None
     no_stop_trim: bool | None = None
     json_schema: str | None = None
@@ -84,8 +107,10 @@ _SAME = tuple(SglangSampling.model_fields)[6:]
 class SglangRequest(Incoming):
     """POST /generate, SGLang's body."""
 
-    text: Annotated[PromptTexts | None, BeforeValidator(_read_text)] = None
-    input_ids: Annotated[PromptTexts | None, BeforeValidator(_read_ids)] = None
+    text: Annotated[PromptTexts | None, BeforeValidator(_read_text, json_schema_input_type=PromptInput | None)] = None
+    input_ids: Annotated[PromptTexts | None, BeforeValidator(_read_ids, json_schema_input_type=PromptInput | None)] = (
+        None
+    )
     sampling_params: SglangSampling | None = None
     lora_path: str | list[str | None] | None = None  # a list has one a prompt; null: the base
     return_logprob: bool | None = None
@@ -102,47 +127,50 @@ class SglangLoadRequest(Incoming):
 
     lora_name: str = ""
     lora_path: str = ""
-    pinned: bool | None = None
+    pinned: bool | None = None  # on the device from soon on, and never evicted
 
 
 def make_router(parts: Parts) -> APIRouter:
     """The routes, working with `parts`."""
     router = APIRouter()
 
-    @router.post("/generate", openapi_extra=body_schema(SglangRequest))
+    @router.post("/generate", openapi_extra=body_schema(SglangRequest, LoraxRequest), **GENERATED)
     async def generate(request: Request) -> Response:
         """SGLang's generation, or LoRAX's where the body has `inputs`."""
-        body = await read_bytes(request, parts.max_body_bytes)
+        body = await read_bytes(request, parts.limits)
         if _is_lorax(body):
             return await lorax.answer(parts, request, body, as_list=False, streams=False)
-        return await _answer(parts, request, parse_record(body, SglangRequest))
+        return await _answer(parts, request, parse_record(body, SglangRequest, parts.limits))
 
-    @router.post("/load_lora_adapter", openapi_extra=body_schema(SglangLoadRequest))
+    @router.post("/load_lora_adapter", openapi_extra=body_schema(SglangLoadRequest), **MANAGED)
     async def load_lora_adapter(request: Request) -> Response:
         """Load an adapter, with SGLang's answers."""
         try:
-            record = await read_record(request, SglangLoadRequest, parts.max_body_bytes)
+            record = await read_record(request, SglangLoadRequest, parts.limits)
+            if record.pinned and not current_key().admin:
+                raise InvalidField("pinned", "pinned: it takes memory from everybody, so only an admin's key may pin")
+            wanted = LoadAdapterRequest(lora_name=record.lora_name, lora_path=record.lora_path)
+            version = await load(parts, wanted)
             if record.pinned:
-                raise InvalidField("pinned", "pinned: adapters are kept by use here, none is pinned by request")
-            await load(parts, LoadAdapterRequest(lora_name=record.lora_name, lora_path=record.lora_path))
+                parts.adapters.pin(version, True)  # until it is unloaded
         except ClientGone:
             raise
         except Exception as error:
             return _outcome(parts, error)
         return _outcome(parts)
 
-    @router.post("/unload_lora_adapter", openapi_extra=body_schema(UnloadAdapterRequest))
+    @router.post("/unload_lora_adapter", openapi_extra=body_schema(UnloadAdapterRequest), **MANAGED)
     async def unload_lora_adapter(request: Request) -> Response:
         """Take an adapter's name away, with SGLang's answers."""
         try:
-            unload(parts, await read_record(request, UnloadAdapterRequest, parts.max_body_bytes))
+            unload(parts, await read_record(request, UnloadAdapterRequest, parts.limits))
         except ClientGone:
             raise
         except Exception as error:
             return _outcome(parts, error)
         return _outcome(parts)
 
-    @router.get("/lora-adapters")
+    @router.get("/lora-adapters", **answers(list[ListedAdapter], errors=READ))
     async def list_lora_adapters() -> Response:
         """The adapters as llama.cpp lists its own; which one a request wears is the request's to say."""
         listed = enumerate(visible_adapters(parts))
@@ -154,7 +182,7 @@ def make_router(parts: Parts) -> APIRouter:
 def _is_lorax(body: bytes) -> bool:
     try:
         found = json.loads(body)
-    except ValueError:  # parse_record says what is wrong with it
+    except (ValueError, RecursionError):  # parse_record says what is wrong with it
         return False
     return isinstance(found, dict) and "inputs" in found
 
@@ -179,7 +207,7 @@ def _outcome(parts: Parts, error: Exception | None = None) -> Response:
 
 async def _answer(parts: Parts, request: Request, record: SglangRequest) -> Response:
     """Raises ApiError, AdapterError, EngineError, ClientGone."""
-    work = [_Prompt(parts, record, number, prompt) for number, prompt in enumerate(_prompts(record))]
+    work = [_Prompt(parts, record, number, prompt) for number, prompt in enumerate(_prompts(parts, record))]
     headers = ignored_header(_ignored(record))
     is_batch = isinstance(record.lora_path, list) or len(work) > 1 or (work[0].n > 1)
     if record.stream:
@@ -188,7 +216,7 @@ async def _answer(parts: Parts, request: Request, record: SglangRequest) -> Resp
     return JSONResponse(answers if is_batch else answers[0], headers=headers)
 
 
-def _prompts(record: SglangRequest) -> PromptTexts:
+def _prompts(parts: Parts, record: SglangRequest) -> PromptTexts:
     if (record.text is None) == (record.input_ids is None):
         raise InvalidField("text", "text: give either text or input_ids (or inputs, for LoRAX's form of this route)")
     found = record.text if record.text is not None else record.input_ids
@@ -197,8 +225,7 @@ def _prompts(record: SglangRequest) -> PromptTexts:
     if isinstance(names, list) and len(names) != len(found):
         raise InvalidField("lora_path", f"lora_path: found {len(names)} names for {len(found)} prompts")
     n = record.sampling_params.n or 1 if record.sampling_params is not None else 1
-    if len(found) * n > MAX_SEQUENCES:
-        raise InvalidField("text", f"text: {len(found)} prompts times n {n} are more than {MAX_SEQUENCES} sequences")
+    check_sequences(len(found), n, "text", parts.limits)
     return found
 
 
@@ -223,7 +250,7 @@ class _Prompt:
             max_tokens=params.max_new_tokens or DEFAULT_MAX_TOKENS,
             num_choices=self.n,
             logprobs=(record.top_logprobs_num or 0) if self._scored else None,
-            grammar=read_structured(fields),
+            grammar=read_structured(fields, parts.limits),
             echo=self._echo,
         )
 
@@ -241,6 +268,7 @@ class _Prompt:
             "finish_reason": self._finish(so_far),
             "prompt_tokens": self.generation.prompt_tokens,
             "completion_tokens": self.generation.tokens_of(delta.index),
+            "cached_tokens": self.generation.cached_of(delta.index),
         }
         if self._scored:
             before = self.generation.prompt_tokens if self._echo else 0
@@ -279,7 +307,7 @@ def _fields(parts: Parts, record: SglangRequest, params: SglangSampling, number:
         "guided_json": params.json_schema,
         **{name: getattr(params, name) for name in _SAME},
     }
-    return parse_record(json.dumps(given).encode(), GenerationFields)
+    return parse_record(json.dumps(given).encode(), GenerationFields, parts.limits)
 
 
 async def _choices(work: list[_Prompt]) -> AsyncGenerator[tuple[int, dict[str, Any]], None]:

@@ -12,11 +12,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from loraplex.server.api.errors import InvalidField
+from loraplex.server.api.limits import check_schema, check_text
 from loraplex.server.api.schemas import GenerationFields, kind_of
+from loraplex.server.config import RequestLimits
 from loraplex.server.engine.grammar import GrammarSpec
-
-MAX_GRAMMAR_CHARS = 65_536
-"""Of a schema, regular expression or grammar: compiling takes a few ms per 1,000 characters of a dense one."""
 
 MAX_OPTIONS = 1024
 """Of a choice."""
@@ -26,9 +25,11 @@ ANY_OBJECT = '{"type":"object"}'
 _KNOWN_OUTPUTS = ("json", "json_object", "regex", "choice", "grammar")
 
 
-def read_structured(record: GenerationFields) -> tuple[str, GrammarSpec] | None:
+def read_structured(record: GenerationFields, limits: RequestLimits) -> tuple[str, GrammarSpec] | None:
     """The one thing asked for and the field that asked; None for free text. Raises InvalidField."""
     found = list(_asked(record))
+    for where, spec in found:
+        _check_size(spec, where, limits)
     if len(found) > 1:
         first, second = found[0][0], found[1][0]
         raise InvalidField(second, f"{second}: {first} asks for another form of the same answer; give one of them")
@@ -37,8 +38,18 @@ def read_structured(record: GenerationFields) -> tuple[str, GrammarSpec] | None:
     return found[0] if found else None
 
 
-def read_format(value: dict[str, Any], where: str) -> GrammarSpec | None:
-    """`response_format`, and the same as `text.format` of a response, where a schema stands beside the type."""
+def read_format(value: dict[str, Any], where: str, limits: RequestLimits) -> GrammarSpec | None:
+    """`response_format`, and the same as `text.format` of a response, where a schema stands beside the type.
+
+    Raises InvalidField.
+    """
+    spec = _read_format(value, where)
+    if spec is not None:
+        _check_size(spec, where, limits)
+    return spec
+
+
+def _read_format(value: dict[str, Any], where: str) -> GrammarSpec | None:
     match value.get("type"):
         case "text":
             return None
@@ -62,7 +73,7 @@ def read_format(value: dict[str, Any], where: str) -> GrammarSpec | None:
 
 
 def _asked(record: GenerationFields) -> Iterator[tuple[str, GrammarSpec]]:
-    if record.response_format and (spec := read_format(record.response_format, "response_format")):
+    if record.response_format and (spec := _read_format(record.response_format, "response_format")):
         yield "response_format", spec
     if record.guided_json is not None:
         yield "guided_json", _schema(record.guided_json, "guided_json", record.guided_whitespace_pattern)
@@ -113,19 +124,18 @@ def _schema(value: Any, where: str, whitespace: str | None = None, lenient: bool
     if isinstance(value, str):
         try:
             value = json.loads(value)
+        except RecursionError:  # far beyond any --max-schema-depth
+            raise InvalidField(where, f"{where}: the schema is nested too deeply", "schema_too_large") from None
         except ValueError as error:
             raise InvalidField(where, f"{where}: the text is not valid JSON: {error}") from None
     if not isinstance(value, dict | bool):
         raise InvalidField(where, f"{where}: expected a JSON schema, found {kind_of(value)}")
-    text = json.dumps(value, ensure_ascii=False)
-    _check_size(text, where)
-    return GrammarSpec("json_schema", text, whitespace, lenient)
+    return GrammarSpec("json_schema", json.dumps(value, ensure_ascii=False), whitespace, lenient)
 
 
 def _text(kind: Any, value: Any, where: str) -> GrammarSpec:
     if not isinstance(value, str) or not value:
         raise InvalidField(where, f"{where}: expected a non-empty string, found {kind_of(value)}")
-    _check_size(value, where)
     return GrammarSpec(kind, value)
 
 
@@ -134,15 +144,12 @@ def _choice(value: Any, where: str) -> GrammarSpec:
         raise InvalidField(where, f"{where}: expected a list of non-empty strings, found {kind_of(value)}")
     if len(value) > MAX_OPTIONS:
         raise InvalidField(where, f"{where}: found {len(value)} strings, at most {MAX_OPTIONS} are possible")
-    text = json.dumps(value, ensure_ascii=False)
-    _check_size(text, where)
-    return GrammarSpec("choice", text)
+    return GrammarSpec("choice", json.dumps(value, ensure_ascii=False))
 
 
-def _check_size(text: str, where: str) -> None:
-    if len(text) > MAX_GRAMMAR_CHARS:
-        raise InvalidField(
-            where,
-            f"{where}: found {len(text)} characters, at most {MAX_GRAMMAR_CHARS} are possible",
-            "schema_too_large",
-        )
+def _check_size(spec: GrammarSpec, where: str, limits: RequestLimits) -> None:
+    if spec.kind == "json_schema":
+        check_schema(spec.text, where, limits)
+        check_text(spec.whitespace or "", where, limits)
+    else:
+        check_text(spec.text, where, limits)

@@ -1,4 +1,4 @@
-"""POST /tokenize and /detokenize, as vLLM has them."""
+"""POST /tokenize and /detokenize, GET /tokenizer_info, as vLLM has them."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from loraplex.server.api.body import body_schema, read_record
-from loraplex.server.api.chat_schemas import MAX_TOOLS, Message, Tool
+from loraplex.server.api.chat_schemas import Message, Tool
 from loraplex.server.api.conversation import Conversation, read_toolbox
 from loraplex.server.api.errors import InvalidField
 from loraplex.server.api.fields import check_unknown, ignored_header
 from loraplex.server.api.lorax_schemas import SimpleToken
 from loraplex.server.api.names import check_model
+from loraplex.server.api.openapi import READ, answers, failures
 from loraplex.server.api.parts import Parts
 from loraplex.server.api.schemas import Incoming, Wire
 from loraplex.server.engine.tokenizer import Tokenizer
@@ -32,7 +33,7 @@ class TokenizeRequest(Incoming):
     prompt: str | None = None
     inputs: str | None = None  # LoRAX's: the answer is LoRAX's, too
     messages: Annotated[list[Message], Field(min_length=1)] | None = None
-    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tools: list[Tool] | None = None
     add_special_tokens: bool | None = None  # null: true for a text; a conversation has those of its template
     add_generation_prompt: bool | None = None  # null: true
     chat_template_kwargs: dict[str, Any] | None = None
@@ -51,6 +52,17 @@ class DetokenizeRequest(Incoming):
     tokens: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=MAX_TOKENS)]
 
 
+class TokenizerInfo(Wire):
+    """What a client needs to encode and to render chats by itself, in the words of tokenizer_config.json."""
+
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+    unk_token: str | None
+    chat_template: str | None
+    model_max_length: int
+
+
 class DetokenizeAnswer(Wire):
     prompt: str
 
@@ -59,17 +71,17 @@ def make_router(parts: Parts) -> APIRouter:
     """The routes, working with `parts`."""
     router = APIRouter()
 
-    @router.post("/tokenize", openapi_extra=body_schema(TokenizeRequest))
+    @router.post("/tokenize", openapi_extra=body_schema(TokenizeRequest), **answers(TokenizeAnswer | list[SimpleToken]))
     async def tokenize(request: Request) -> Response:
         """The token ids of a text or of a conversation."""
-        record = await read_record(request, TokenizeRequest, parts.max_body_bytes)
+        record = await read_record(request, TokenizeRequest, parts.limits)
         headers = ignored_header(check_unknown(record.model_extra or {}))
         _check_model(parts, record.model)
         if record.inputs is not None:
             return await _as_lorax(parts.tokenizer, record.inputs, record.add_special_tokens is not False, headers)
         if (record.prompt is None) == (record.messages is None):
             raise InvalidField("prompt", "prompt: give either a prompt or messages")
-        ids = await asyncio.to_thread(_encode, parts.tokenizer, record)
+        ids = await asyncio.to_thread(_encode, parts, record)
         answer = TokenizeAnswer(
             count=len(ids),
             max_model_len=parts.base.max_model_len,
@@ -78,15 +90,28 @@ def make_router(parts: Parts) -> APIRouter:
         )
         return Response(answer.model_dump_json(), media_type="application/json", headers=headers)
 
-    @router.post("/detokenize", openapi_extra=body_schema(DetokenizeRequest))
+    @router.post("/detokenize", openapi_extra=body_schema(DetokenizeRequest), **answers(DetokenizeAnswer))
     async def detokenize(request: Request) -> Response:
         """The text of token ids."""
-        record = await read_record(request, DetokenizeRequest, parts.max_body_bytes)
+        record = await read_record(request, DetokenizeRequest, parts.limits)
         headers = ignored_header(check_unknown(record.model_extra or {}))
         _check_model(parts, record.model)
         text = await asyncio.to_thread(parts.tokenizer.decode, record.tokens, False)
         answer = DetokenizeAnswer(prompt=text)
         return Response(answer.model_dump_json(), media_type="application/json", headers=headers)
+
+    @router.get("/tokenizer_info", responses=failures(READ))
+    async def tokenizer_info() -> TokenizerInfo:
+        """The tokenizer's special tokens and chat template."""
+        special = parts.tokenizer.special_tokens
+        return TokenizerInfo(
+            bos_token=special.get("bos_token"),
+            eos_token=special.get("eos_token"),
+            pad_token=special.get("pad_token"),
+            unk_token=special.get("unk_token"),
+            chat_template=parts.tokenizer.template_source,
+            model_max_length=parts.base.max_model_len,
+        )
 
     return router
 
@@ -104,13 +129,14 @@ def _check_model(parts: Parts, model: str | None) -> None:
         check_model(parts, model)
 
 
-def _encode(tokenizer: Tokenizer, record: TokenizeRequest) -> list[int]:
+def _encode(parts: Parts, record: TokenizeRequest) -> list[int]:
+    tokenizer = parts.tokenizer
     if record.prompt is not None:
         return tokenizer.encode(record.prompt, record.add_special_tokens is not False)
     conversation = Conversation(
         tokenizer,
         record.messages or [],
-        read_toolbox(record.tools, None, None),
+        read_toolbox(record.tools, None, None, parts.limits),
         template_values=record.chat_template_kwargs or {},
         add_generation_prompt=record.add_generation_prompt is not False,
     )

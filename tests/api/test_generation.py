@@ -56,6 +56,7 @@ async def test_chat_answer(client: httpx.AsyncClient, server: FakeServer) -> Non
             "prompt_tokens": len(request.prompt_ids),
             "completion_tokens": len(server.tokenizer.encode("the answer", False)) + 1,
             "total_tokens": len(request.prompt_ids) + len(server.tokenizer.encode("the answer", False)) + 1,
+            "prompt_tokens_details": {"cached_tokens": 0},
         },
     }
     assert list(request.prompt_ids) == server.tokenizer.chat([{"role": "user", "content": "hi"}])

@@ -16,6 +16,8 @@ from starlette.routing import Route
 
 from loraplex.adapters.errors import AdapterRefused
 from loraplex.server.access import Access
+from loraplex.server.api.parts import LocalSources
+from loraplex.server.api.ui import page_files
 from loraplex.server.app import create_app
 from loraplex.server.rate_limits import Limits
 from loraplex.server.tenants import Key, Keyring, digest_of
@@ -91,8 +93,9 @@ async def test_every_route_is_closed_but_those_that_machines_ask(guarded: Guarde
             if answer.status_code != 401:
                 opened.add(f"{method} {route.path}")
     expected = {
-        *(f"GET {path}" for path in paths & {"/", "/health", "/ready", "/startup", "/ping", "/version", "/load"}),
+        *(f"GET {path}" for path in ("/", "/health", "/ready", "/startup", "/ping", "/version", "/load", "/get_load")),
         "POST /ping",
+        *(f"{method} {path}" for path in page_files() for method in ("GET", "HEAD")),
     }
     assert opened == expected
     assert {"/health", "/version", "/v1/chat/completions", "/generate_stream", "/metrics"} <= paths
@@ -321,7 +324,7 @@ async def test_requests_may_name_local_folders_only_where_the_operator_says(guar
     (tmp_path / "in/side").mkdir(parents=True)
     (tmp_path / "out").mkdir()
     (tmp_path / "in/link").symlink_to(tmp_path / "out")
-    guarded.parts = {"local_sources": (tmp_path / "in",)}
+    guarded.parts = {"local_sources": LocalSources((tmp_path / "in",))}
     root = await guarded.client(ROOT)
     statuses = {}
     for source in ("in/side", "in/absent", "out", "absent", "in/../out", "in/link"):
@@ -340,6 +343,90 @@ async def test_requests_may_name_local_folders_only_where_the_operator_says(guar
     ):
         body = load(f"b-{source[:2].strip('/~:')}{status}x", source)
         assert (await root.post("/v1/load_lora_adapter", json=body)).status_code == status, source
+
+
+async def test_a_path_gives_nobody_more_than_the_name_does(guarded: Guarded, tmp_path: Path) -> None:
+    """Folders of --adapter-dir are adapters by their names: by its path, too, one is for those who may use it."""
+    for name in ("shared", "private", "private/checkpoint-9"):
+        (tmp_path / "named" / name).mkdir(parents=True)
+    (tmp_path / "named/mine").symlink_to(tmp_path / "named/private")
+    guarded.parts = {"local_sources": LocalSources((), tmp_path / "named")}
+    guarded.access._keyring = Keyring(
+        {digest_of("k"): replace(KEYS[BOB], load_on_use=True), digest_of(ROOT): KEYS[ROOT]}
+    )
+    bob, root = await guarded.clients("k", ROOT)
+    answers: dict[str, tuple[int, int, str]] = {}
+    for place in ("shared", "private", "private/checkpoint-9", "absent", "mine", ".", "../named"):
+        body = load(f"byte/a{len(answers)}", f"{tmp_path}/named/{place}")
+        loaded = await bob.post("/v1/load_lora_adapter", json=body)
+        use = {"model": "shared", "prompt": "hi", "adapter_id": body["lora_path"], "adapter_source": "local"}
+        used = await bob.post("/v1/completions", json={**use, "model": "base"})
+        told = loaded.text.replace(place, "PLACE") + used.text.replace(place, "PLACE")
+        answers[place] = (loaded.status_code, used.status_code, told)
+    assert answers["shared"][:2] == (200, 200)
+    assert {answer[:2] for place, answer in answers.items() if place != "shared"} == {(400, 400)}
+    assert answers["private"][2] == answers["absent"][2] == answers["mine"][2]
+    assert (await root.post("/v1/load_lora_adapter", json=load("x", f"{tmp_path}/named/private"))).status_code == 200
+
+
+@pytest.mark.parametrize("route", ["/v1/load_lora_adapter", "/v1/completions"])
+async def test_nobody_learns_which_folders_there_are(
+    guarded: Guarded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, route: str
+) -> None:
+    """What could be a folder here or a repository of the Hub is the Hub's for tenants, whatever is here."""
+    (tmp_path / "work/org/here1").mkdir(parents=True)
+    (tmp_path / "here1").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    guarded.parts = {"local_sources": LocalSources(())}
+    guarded.access._keyring = Keyring({digest_of("k"): replace(KEYS[BOB], load_on_use=True)})
+    bob = await guarded.client("k")
+    answers = []
+    for name in ("here1", "gone1"):
+        for text in (f"org/{name}", f"../{name}", f"{tmp_path}/{name}", f"~/{name}"):
+            body = {"model": "base", "prompt": "hi", "adapter_id": text, "adapter_source": "hub"}
+            if route.startswith("/v1/load"):
+                body = load(f"byte/{len(answers)}", text)
+            answer = await bob.post(route, json=body)
+            told = answer.json()["error"]["message"].replace(name, "NAME") if answer.status_code != 200 else ""
+            answers.append((answer.status_code, told))
+    assert answers[:4] == answers[4:]
+    assert [status for status, _ in answers[:4]] == [200, 400, 400, 400]
+    sources = {version.source for version in guarded.server.adapters.registry.list()}
+    assert {s.removeprefix("hf://") for s in sources if "org" in s} == {"org/here1", "org/gone1"}
+    assert "org/here1" not in sources, "with its scheme, so that the folder is not read"
+
+
+async def test_a_callers_token_is_for_that_caller_alone(guarded: Guarded, caplog: pytest.LogCaptureFixture) -> None:
+    """Neither another token nor none gets at what it fetched, no listing names it, and no log has it."""
+    guarded.access._keyring = Keyring(
+        {digest_of(s): replace(KEYS[k], load_on_use=True, adapters=("**",)) for s, k in (("a", ALICE), ("b", BOB))}
+    )
+    accesses: list[Any] = []
+    register = guarded.server.adapters.register
+
+    async def noted(name: str, source: str, **fields: Any) -> Any:
+        accesses.append((name, fields["access"].token, fields["access"].ambient))
+        return await register(name, source, **fields)
+
+    guarded.server.adapters.register = noted  # type: ignore[method-assign]
+    alice, bob = await guarded.clients("a", "b")
+    body = {"model": "base", "prompt": "hi", "adapter_id": "org/hush", "adapter_source": "hub", "max_tokens": 3}
+    with caplog.at_level("DEBUG"):
+        for client, token in ((alice, "hf_alices"), (bob, "hf_bobs"), (bob, None), (alice, "hf_alices")):
+            answer = await client.post("/v1/completions", json={**body, "api_token": token})
+            assert answer.status_code == 200
+    assert [(token, ambient) for _, token, ambient in accesses] == [
+        ("hf_alices", False), ("hf_bobs", False), (None, False)
+    ]  # fmt: skip
+    names = [name for name, _, _ in accesses]
+    assert len(set(names)) == 3
+    assert "hf_" not in caplog.text
+    for client in (alice, bob):
+        listed = {card["id"] for card in (await client.get("/v1/models")).json()["data"]}
+        assert listed & set(names) == {names[2]}
+        for hidden in names[:2]:
+            asked = await client.post("/v1/completions", json={"model": hidden, "prompt": "hi"})
+            assert asked.status_code == 404
 
 
 async def test_loading_on_first_use_is_for_keys_that_may(guarded: Guarded) -> None:

@@ -242,7 +242,7 @@ INVALID: dict[str, tuple[Json, str]] = {
     "both": ({"adapter_id": "a", "merged_adapters": {"ids": ["a"], "weights": [1]}}, "at most one of `adapter_id`"),
     "best_of without sampling": ({"best_of": 2}, "you must use sampling when `best_of` is > 1"),
     "best_of with a seed": ({"best_of": 2, "do_sample": True, "seed": 1}, "`seed` must not be set when `best_of` > 1"),
-    "typical_p": ({"typical_p": 0.5}, "`typical_p` is not supported"),
+    "typical_p": ({"typical_p": 1.5}, "parameters.typical_p"),
     "watermark": ({"watermark": True}, "`watermark` is not supported"),
     "temperature": ({"temperature": -1}, "parameters.temperature"),
     "top_k": ({"top_k": 0}, "parameters.top_k"),
@@ -251,7 +251,7 @@ INVALID: dict[str, tuple[Json, str]] = {
     "strategy": ({"merged_adapters": {"ids": ["a"], "weights": [1], "merge_strategy": "svd"}}, "merge_strategy"),
     "stop": ({"stop": ["a"] * 17}, "at most 16"),
     "format": ({"response_format": {"type": "xml"}}, "response_format.type"),
-    "too long": ({"max_new_tokens": 3, "inputs": "a" * 400}, "too long"),
+    "too long": ({"max_new_tokens": 3, "inputs": "a" * 400}, "maximum context length is 64"),
     "empty": ({"inputs": ""}, "inputs"),
 }
 

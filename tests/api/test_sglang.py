@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import httpx
 import pytest
 
+from loraplex.server.access import Access
+from loraplex.server.app import create_app
+from loraplex.server.engine.request import Phases
+from loraplex.server.tenants import Key, Keyring, digest_of
 from tests.support.fake_serving import EOS_ID, FakeServer
 
 Json = dict[str, Any]
@@ -110,7 +115,6 @@ async def test_loading_and_unloading(client: httpx.AsyncClient, server: FakeServ
         ({"lora_name": "sql", "lora_path": "/a/sql"}, "already been loaded"),
         ({"lora_name": "x", "lora_path": "/missing"}, "no such folder"),
         ({"lora_name": "x"}, "must be provided"),
-        ({"lora_name": "x", "lora_path": "/x", "pinned": True}, "pinned"),
         ({"lora_name": "merged/x", "lora_path": "/x"}, "of the server's own kind"),
     ):
         refused = await client.post("/load_lora_adapter", json=body)
@@ -123,3 +127,29 @@ async def test_loading_and_unloading(client: httpx.AsyncClient, server: FakeServ
     assert (gone.status_code, gone.json()["loaded_adapters"]) == (200, {})
     again = await client.post("/unload_lora_adapter", json={"lora_name": "sql"})
     assert (again.status_code, again.json()["success"]) == (400, False)
+
+
+async def test_pinned_adapters_stay(client: httpx.AsyncClient, server: FakeServer) -> None:
+    for name, pinned in (("kept", True), ("loose", False), ("missing", True)):
+        await client.post("/load_lora_adapter", json={"lora_name": name, "lora_path": f"/a/{name}", "pinned": pinned})
+    assert server.adapters.pins == [("kept", True)]
+
+
+async def test_nobody_pins_but_an_admin(server: FakeServer) -> None:
+    keys = {"t": Key("tenant", "acme"), "a": Key("root", "ops", admin=True)}
+    access = Access(Keyring({digest_of(secret): key for secret, key in keys.items()}))
+    transport = httpx.ASGITransport(create_app(replace(server.parts, access=access)), raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        for secret, status in (("t", 400), ("a", 200)):
+            body = {"lora_name": "acme/x", "lora_path": "/a/x", "pinned": True}
+            answer = await client.post("/load_lora_adapter", json=body, headers={"x-api-key": secret})
+            assert answer.status_code == status, answer.text
+    assert server.adapters.pins == [("acme/x", True)]
+
+
+async def test_tokens_found_in_the_prefix_cache(client: httpx.AsyncClient, server: FakeServer) -> None:
+    said = server.engine.script
+    phases = Phases(admitted=0.0, ready=0.0, load=None, cached_tokens=2)
+    server.engine.script = lambda request: [replace(event, phases=phases) for event in said(request)]
+    found = await generate(client, sampling_params={"n": 2})
+    assert [each["meta_info"]["cached_tokens"] for each in found] == [2, 2]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -10,9 +11,11 @@ import typer.main
 from prometheus_client.parser import text_string_to_metric_families
 
 from loraplex.adapters.durations import Durations
+from loraplex.server.access import Access
 from loraplex.server.app import create_app
 from loraplex.server.cli import app as cli
 from loraplex.server.engine.stats import AdapterPlace, TierStats
+from loraplex.server.keys_file import KeysFile, new_key
 from tests.support.fake_serving import FakeServer, Stats
 
 ROOT = Path(__file__).parent.parent.parent
@@ -44,7 +47,7 @@ def routes(server: FakeServer) -> set[str]:
 
 
 def exported(server: FakeServer) -> dict[str, set[str]]:
-    """The labels of every series that a server with something in every tier exports, by the series' name."""
+    """The labels of every series that a server with keys and something in every tier exports, by the series' name."""
     durations = Durations()
     durations.observe(0.01)
     tier = TierStats(hits=1, misses=1, loads=1, evictions=1, durations=durations.stats())
@@ -55,10 +58,22 @@ def exported(server: FakeServer) -> dict[str, set[str]]:
     )
     server.engine.places = [AdapterPlace("sql", on_device=True, pinned=False)]
     found: dict[str, set[str]] = {}
-    for family in text_string_to_metric_families(server.parts.metrics.render().decode()):
+    metrics = server.parts.metrics
+    metrics.add(_keys_in_use().collector())
+    for family in text_string_to_metric_families(metrics.render().decode()):
         for sample in family.samples:
             found.setdefault(sample.name, set()).update(sample.labels)
     return found
+
+
+def _keys_in_use() -> Access:
+    """Of a file, with a tenant who has gone beyond a limit."""
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        file.write("keys:\n" + new_key("ci", "acme")[1])
+        file.flush()
+        access = Access(KeysFile(Path(file.name)))
+    access.limited["acme", "requests_per_minute"] = 1
+    return access
 
 
 _NOT_METRICS = re.compile(r'"[^"]*"|\[[^\]]*\]|\$\w+|\b(?:by|on|without|ignoring)\s*\([^)]*\)')

@@ -14,15 +14,18 @@ from loraplex.adapters.errors import AdapterNotFound, AdapterRefused
 from loraplex.adapters.merge_plan import MergePlan
 from loraplex.adapters.registry import AdapterVersion, Registry
 from loraplex.adapters.sources import OPERATOR, Access
-from loraplex.server.api.parts import Base, Parts
+from loraplex.server.api.parts import Base, Inside, Parts
 from loraplex.server.app import create_app
+from loraplex.server.config import RequestLimits
 from loraplex.server.engine.chat_template import ChatTemplate
 from loraplex.server.engine.grammar import Grammars
 from loraplex.server.engine.on_demand import OnDemand
+from loraplex.server.engine.page_map import PageOwners
 from loraplex.server.engine.request import FinishReason, GenerationRequest, TokenEvent
 from loraplex.server.engine.stats import AdapterPlace, TierStats
 from loraplex.server.engine.tokenizer import Tokenizer
-from loraplex.server.metrics import Limits, Metrics
+from loraplex.server.engine_metrics import Limits
+from loraplex.server.metrics import Metrics
 from tests.support.tiny import VOCAB_SIZE
 
 MAX_MODEL_LEN = 64
@@ -122,6 +125,7 @@ class FakeEngine:
         self.gate.set()
         self.current = Stats()
         self.places: list[AdapterPlace] = []
+        self.page_owners = PageOwners((), {})
         self.script: Script = lambda request: say(tokenizer, "the answer", request)
 
     def submit(self, request: GenerationRequest) -> FakeEvents:
@@ -164,6 +168,7 @@ class FakeAdapters:
 
     def __init__(self) -> None:
         self.registry = Registry()
+        self.pins: list[tuple[str, bool]] = []
 
     async def register(
         self, name: str, source: str, *, replace: bool = False, access: Access = OPERATOR
@@ -189,6 +194,9 @@ class FakeAdapters:
 
     def unregister(self, name: str) -> AdapterVersion:
         return self.registry.unregister(name)
+
+    def pin(self, version: AdapterVersion, pinned: bool) -> None:
+        self.pins.append((version.name, pinned))
 
 
 @dataclass
@@ -228,9 +236,18 @@ class FakeServer:
             tokenizer=self.tokenizer,
             grammars=Grammars(self.tokenizer, VOCAB_SIZE, self.defaults.eos_token_ids),
             defaults=self.defaults,
-            metrics=Metrics(limits, self.engine.stats, lambda: self.engine.places),
-            max_body_bytes=100_000,
+            metrics=Metrics(limits, self.engine.stats, lambda: self.engine.places, self.adapters.registry),
+            limits=RequestLimits(max_body_bytes=100_000),
             on_demand=self.on_demand,
+            inside=Inside(
+                self.engine.stats,
+                lambda: self.engine.places,
+                lambda: self.engine.page_owners,
+                page_bytes=4096,
+                max_running=8,
+                max_adapters=4,
+                memory=(("weights", 3 << 20, ""), ("arena", 4096 * 100, "100 pages")),
+            ),
         )
 
 

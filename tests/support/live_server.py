@@ -12,7 +12,8 @@ from pathlib import Path
 from loraplex.server.config import AuthConfig, HttpConfig, ServeConfig
 from loraplex.server.engine.build import EngineConfig, EngineParts, build_engine
 from loraplex.server.engine.tokenizer import Tokenizer
-from loraplex.server.launch import bind, make_app, make_server
+from loraplex.server.launch import make_app
+from loraplex.server.listening import bind, make_server
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,9 @@ class Stub:
     chunked: bool = False
     seen: list[dict[str, Any]] = field(default_factory=list)  # bodies, and the headers under "_headers"
     port: int = 0
+    dies_after: int | None = None  # answers: then connections break, and no more are taken
+    answered: int = 0
+    writers: set[asyncio.StreamWriter] = field(default_factory=set)  # of requests under way
 
     @property
     def url(self) -> str:
@@ -30,6 +33,7 @@ class Stub:
 
     async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One request a connection."""
+        self.writers.add(writer)
         try:
             head = (await reader.readuntil(b"\r\n\r\n")).decode()
             path = head.split()[1]
@@ -42,12 +46,16 @@ class Stub:
                 asked = json.loads(body)
                 self.seen.append({**asked, "_headers": headers, "_path": path})
                 await self._complete(writer, asked, "chat" in path)
+                self.answered += 1
+                if self.answered == self.dies_after:
+                    self.die()
             else:
                 self._reply(writer, 404, "{}")
             await writer.drain()
         except (ConnectionError, asyncio.IncompleteReadError):
             pass
         finally:
+            self.writers.discard(writer)
             writer.close()
 
     def _reply(self, writer: asyncio.StreamWriter, status: int, content: str) -> None:
@@ -95,9 +103,19 @@ class Stub:
         self.places = asyncio.Semaphore(self.at_once or 1 << 30)
         server = await asyncio.start_server(self.answer, "127.0.0.1", 0, backlog=1024)
         self.port = server.sockets[0].getsockname()[1]
+        self.die = lambda: self._fall_over(server)
         ready.set()
         await ended.wait()
+        self._fall_over(server)
+        rest = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in rest:
+            task.cancel()
+        await asyncio.gather(*rest, return_exceptions=True)
+
+    def _fall_over(self, server: asyncio.Server) -> None:
         server.close()
+        for writer in self.writers:
+            writer.transport.abort()
 
 
 @contextmanager

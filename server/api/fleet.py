@@ -1,0 +1,84 @@
+"""What SGLang's router asks a server about itself: its load, and what it serves.
+
+/health and /ready, which they ask most, are in ops.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.responses import JSONResponse, Response
+
+from loraplex.server.api.parts import Parts
+from loraplex.server.version import version
+
+
+def make_router(parts: Parts) -> APIRouter:
+    """The routes, working with `parts`."""
+    router = APIRouter()
+
+    @router.get("/get_load")
+    async def get_load() -> Response:
+        """Work that is there, one record per engine: the power-of-two policy sends to whom has fewer tokens."""
+        return JSONResponse([_load(parts)])
+
+    @router.get("/server_info")
+    @router.get("/get_server_info")
+    async def server_info() -> Response:
+        """What is served, and how much of it at once. Routers know a worker by its served_model_name."""
+        return JSONResponse(_server_info(parts))
+
+    @router.get("/model_info")
+    @router.get("/get_model_info")
+    async def model_info() -> Response:
+        """The base."""
+        return JSONResponse(_model_info(parts))
+
+    return router
+
+
+def _load(parts: Parts) -> dict[str, Any]:
+    """As SGLang counts: tokens in the KV cache and of prompts that wait; its num_reqs has the waiting ones too."""
+    stats = parts.inside.stats()
+    return {
+        "dp_rank": 0,
+        "num_reqs": stats.running + stats.waiting,
+        "num_waiting_reqs": stats.waiting,
+        "num_tokens": round(stats.kv_usage * parts.base.cache_tokens) + stats.queued_tokens,
+    }
+
+
+def _server_info(parts: Parts) -> dict[str, Any]:
+    base = parts.base
+    return {
+        "model_path": base.root,
+        "tokenizer_path": base.root,
+        "served_model_name": base.names[0],
+        "dtype": base.dtype,
+        "device": base.device,
+        "tp_size": 1,
+        "dp_size": 1,
+        "enable_lora": True,
+        "max_loaded_loras": None,  # any number
+        "max_loras_per_batch": parts.inside.max_adapters,
+        "max_running_requests": parts.inside.max_running,
+        "max_total_num_tokens": base.cache_tokens,
+        "max_req_input_len": base.max_model_len - 1,
+        "internal_states": [_load(parts)],
+        "version": version(),
+    }
+
+
+def _model_info(parts: Parts) -> dict[str, Any]:
+    return {
+        "model_path": parts.base.root,
+        "tokenizer_path": parts.base.root,
+        "is_generation": True,
+        "preferred_sampling_params": None,
+        "weight_version": "default",
+        "has_image_understanding": False,
+        "has_audio_understanding": False,
+        "model_type": None,
+        "architectures": None,
+    }

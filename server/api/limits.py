@@ -1,0 +1,99 @@
+"""How much one request may ask for: RequestLimits, held against every body that is read (api/body.py)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+from pydantic import BaseModel
+
+from loraplex.server.api.errors import InvalidField
+from loraplex.server.config import RequestLimits
+
+
+@dataclass(frozen=True)
+class _Bound:
+    """Of one field."""
+
+    limit: Callable[[RequestLimits], int]
+    flag: str
+    what: str  # is counted
+    advice: str
+
+    def check(self, found: int, where: str, limits: RequestLimits, code: str = "invalid_value") -> None:
+        most = self.limit(limits)
+        if found > most:
+            message = (
+                f"{where}: found {found}{self.what}, at most {most} are possible here ({self.flag}); {self.advice}"
+            )
+            raise InvalidField(where, message, code)
+
+
+_ANSWERS = _Bound(lambda limits: limits.max_n, "--max-n", "", "ask for the others in another request")
+_PROMPTS = _Bound(lambda limits: limits.max_prompts, "--max-prompts", " prompts", "send them in several requests")
+_SEQUENCES = _Bound(
+    lambda limits: limits.max_prompts, "--max-prompts", " sequences (prompts times answers)", "ask for fewer at once"
+)
+_STOPS = _Bound(lambda limits: limits.max_stops, "--max-stops", " strings", "give those that matter")
+_BIASES = _Bound(lambda limits: limits.max_logit_bias, "--max-logit-bias", " tokens", "give those that matter")
+_TOOLS = _Bound(lambda limits: limits.max_tools, "--max-tools", " functions", "give those that matter")
+_BYTES = _Bound(lambda limits: limits.max_schema_bytes, "--max-schema", " bytes", "make it smaller")
+_DEPTH = _Bound(
+    lambda limits: limits.max_schema_depth, "--max-schema-depth", " levels of objects and lists", "make it flatter"
+)
+
+_FIELDS = {
+    "n": _ANSWERS,
+    "best_of": _ANSWERS,
+    "stop": _STOPS,
+    "logit_bias": _BIASES,
+    "tools": _TOOLS,
+    **dict.fromkeys(("prompt", "input", "text", "input_ids"), _PROMPTS),
+}
+_STRING, _NO_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*"'), re.compile(r"[^\[\]{}]")
+
+_INNER = ("parameters", "sampling_params")
+"""LoRAX's and SGLang's holders of the same fields."""
+
+
+def check_limits(record: BaseModel, limits: RequestLimits, path: str = "") -> None:
+    """Of a body that has been read. Raises InvalidField."""
+    for name, value in record:
+        if name in _INNER and isinstance(value, BaseModel):
+            check_limits(value, limits, f"{path}{name}.")
+        elif (bound := _FIELDS.get(name)) is not None and (found := _count(bound, value)) is not None:
+            bound.check(found, f"{path}{name}", limits)
+
+
+def check_sequences(prompts: int, answers: int, where: str, limits: RequestLimits) -> None:
+    """Of one request, each is at work by itself. Raises InvalidField."""
+    _SEQUENCES.check(prompts * answers, where, limits)
+
+
+def check_text(text: str, where: str, limits: RequestLimits) -> None:
+    """Of a grammar, a regular expression, a schema, or tools, as text. Raises InvalidField."""
+    _BYTES.check(len(text.encode("utf-8", "surrogatepass")), where, limits, "schema_too_large")
+
+
+def check_schema(text: str, where: str, limits: RequestLimits) -> None:
+    """The same for JSON, whose depth counts too: compilers of schemas recurse."""
+    check_text(text, where, limits)
+    _DEPTH.check(_depth(text), where, limits, "schema_too_large")
+
+
+def _count(bound: _Bound, value: Any) -> int | None:
+    """None: there is nothing to count, or the field is another of the same name."""
+    if bound is _ANSWERS:
+        return value if isinstance(value, int) else None
+    if bound is _PROMPTS:
+        return len(value) if isinstance(value, tuple) else None  # see schemas.read_prompts
+    return len(value) if isinstance(value, list | tuple | dict) else None
+
+
+def _depth(text: str) -> int:
+    """Objects and lists in each other in valid JSON. Nothing recurses here, whatever the text."""
+    brackets = _NO_BRACKET.sub("", _STRING.sub("", text))
+    return max(accumulate(1 if bracket in "{[" else -1 for bracket in brackets), default=0)

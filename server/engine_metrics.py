@@ -1,0 +1,282 @@
+"""What the engine and the adapters tell when somebody scrapes: nothing is polled, and no gauge can go stale."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import accumulate, islice
+from typing import Protocol
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from loraplex.adapters.durations import BOUNDS, DurationStats
+from loraplex.adapters.refusals import reason_of
+from loraplex.adapters.registry import Registry
+from loraplex.server.engine.stats import STEP_BOUNDS, AdapterPlace
+
+LABELS = ("model_name", "engine")
+
+MAX_NAMES = 256
+"""Most adapters that are told of by name in one scrape, those on the device first: a thousand names and their labels
+would be more text than all else together."""
+
+
+class Tier(Protocol):
+    """One tier of adapter memory: "device", "host" or "source"; see server/engine/stats.py."""
+
+    @property
+    def hits(self) -> int: ...
+    @property
+    def misses(self) -> int: ...
+    @property
+    def loads(self) -> int: ...
+    @property
+    def evictions(self) -> int: ...
+    @property
+    def durations(self) -> DurationStats: ...
+
+
+class EngineStats(Protocol):
+    """See server/engine/engine.py; counters only grow."""
+
+    @property
+    def running(self) -> int: ...
+    @property
+    def waiting(self) -> int: ...
+    @property
+    def kv_usage(self) -> float: ...
+    @property
+    def adapter_usage(self) -> float: ...
+    @property
+    def running_adapters(self) -> tuple[str, ...]: ...
+    @property
+    def waiting_adapters(self) -> tuple[str, ...]: ...
+    @property
+    def resident_adapters(self) -> tuple[str, ...]: ...
+    @property
+    def prompt_tokens(self) -> int: ...
+    @property
+    def generation_tokens(self) -> int: ...
+    @property
+    def preemptions(self) -> int: ...
+    @property
+    def adapter_loads(self) -> int: ...
+    @property
+    def adapter_evictions(self) -> int: ...
+    @property
+    def steps(self) -> int: ...
+    @property
+    def queued_tokens(self) -> int: ...
+    @property
+    def clients(self) -> int: ...
+    @property
+    def fairness_spread(self) -> float: ...
+    @property
+    def prefix_hits(self) -> int: ...
+    @property
+    def prefix_queries(self) -> int: ...
+    @property
+    def stall_seconds(self) -> float: ...
+    @property
+    def refused(self) -> int: ...
+    @property
+    def expired(self) -> int: ...
+    @property
+    def waiting_for_adapters(self) -> int: ...
+    @property
+    def adapter_wait(self) -> float: ...
+    @property
+    def step_counts(self) -> tuple[int, ...]: ...
+    @property
+    def step_tokens(self) -> int: ...
+    @property
+    def pages(self) -> Mapping[str, int]: ...
+    @property
+    def tiers(self) -> Mapping[str, Tier]: ...
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What does not change while the server runs."""
+
+    model_name: str  # label: the base's first name
+    max_model_len: int  # tokens
+    block_size: int  # tokens in a KV page
+    num_pages: int
+    max_adapters: int  # on the device at once
+    max_series: int = 100  # adapters, and tenants, that have series of their own
+
+
+class EngineCollector(Collector):
+    """Reads the engine and the adapters at scrape time."""
+
+    def __init__(
+        self,
+        limits: Limits,
+        stats: Callable[[], EngineStats],
+        places: Callable[[], Iterable[AdapterPlace]],
+        adapters: Registry,
+    ) -> None:
+        """See Metrics."""
+        self._registry = adapters
+        self._limits = limits
+        self._stats = stats
+        self._places = places
+
+    def describe(self) -> Iterable[Metric]:
+        return ()  # registering must not ask an engine that may not run yet
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._stats()
+        yield from self._load(stats)
+        yield from self._memory(stats)
+        yield from self._adapters(stats)
+        yield from self._refusals()
+
+    def _load(self, stats: EngineStats) -> Iterator[Metric]:
+        """What there is to do, and what was done."""
+        yield self._gauge("vllm:num_requests_running", "Requests in the running batch.", stats.running)
+        yield self._gauge("vllm:num_requests_waiting", "Requests queued or preempted.", stats.waiting)
+        waiting = GaugeMetricFamily(
+            "vllm:num_requests_waiting_by_reason",
+            "Requests waiting for capacity, and those deferred: for their adapters.",
+            labels=(*LABELS, "reason"),
+        )
+        deferred = min(stats.waiting_for_adapters, stats.waiting)
+        for reason, count in (("capacity", stats.waiting - deferred), ("deferred", deferred)):
+            waiting.add_metric((self._limits.model_name, "0", reason), count)
+        yield waiting
+        yield self._step_sizes(stats)
+        yield self._gauge("loraplex:queued_tokens", "Prompt tokens of waiting requests.", stats.queued_tokens)
+        yield self._gauge("loraplex:clients", "Tenants, or adapters without one, with open requests.", stats.clients)
+        yield self._gauge(
+            "loraplex:fairness_spread_tokens",
+            "Weighted tokens between the client served most and the one served least, of these.",
+            stats.fairness_spread,
+        )
+        yield self._counter("loraplex:requests_refused", "Requests answered with 429.", stats.refused)
+        yield self._counter("loraplex:requests_expired", "Requests whose deadline passed.", stats.expired)
+        yield self._counter("vllm:prompt_tokens", "Prompt tokens of admitted requests.", stats.prompt_tokens)
+        yield self._counter("vllm:generation_tokens", "Tokens generated.", stats.generation_tokens)
+        yield self._counter("vllm:num_preemptions", "Requests preempted.", stats.preemptions)
+        yield self._counter("loraplex:steps", "Steps run.", stats.steps)
+
+    def _memory(self, stats: EngineStats) -> Iterator[Metric]:
+        """The arena and what is found in it again."""
+        limits = self._limits
+        yield self._gauge("vllm:kv_cache_usage_perc", "Pages holding KV, of all; 1 is full.", stats.kv_usage)
+        yield self._gauge("vllm:gpu_cache_usage_perc", "Older name of kv_cache_usage_perc.", stats.kv_usage)
+        yield self._gauge("loraplex:adapter_usage_perc", "Pages holding adapters, of all.", stats.adapter_usage)
+        pages = GaugeMetricFamily(
+            "loraplex:pages", "Pages of the arena by owner; those of prefix are idle.", labels=(*LABELS, "owner")
+        )
+        for owner, count in stats.pages.items():
+            pages.add_metric((limits.model_name, "0", owner), count)
+        yield pages
+        for prefix, text in (("vllm:", "{}"), ("vllm:gpu_", "Older name: {}")):
+            queries, hits = text.format("prompt tokens looked up."), text.format("prompt tokens found computed.")
+            yield self._counter(f"{prefix}prefix_cache_queries", queries, stats.prefix_queries)
+            yield self._counter(f"{prefix}prefix_cache_hits", hits, stats.prefix_hits)
+        rate = stats.prefix_hits / stats.prefix_queries if stats.prefix_queries else 0.0
+        yield self._gauge("vllm:gpu_prefix_cache_hit_rate", "Of all prompt tokens so far.", rate)
+        yield self._info(
+            "vllm:cache_config_info",
+            "Layout of the cache.",
+            {"block_size": str(limits.block_size), "num_gpu_blocks": str(limits.num_pages)},
+            1,
+        )
+
+    def _adapters(self, stats: EngineStats) -> Iterator[Metric]:
+        """Which are where, and what moving them costs."""
+        # Routers take the series with the largest value (a time), split the lists at commas and do not trim
+        yield self._info(
+            "vllm:lora_requests_info",
+            "Adapters of running and waiting requests; the value is the time.",
+            {
+                "max_lora": str(self._limits.max_adapters),
+                "waiting_lora_adapters": ",".join(stats.waiting_adapters[:MAX_NAMES]),
+                "running_lora_adapters": ",".join(stats.running_adapters[:MAX_NAMES]),
+            },
+            time.time(),
+        )
+        loaded = GaugeMetricFamily(
+            "vllm:lora_adapter_loaded",
+            f"1 for an adapter in memory; at most {MAX_NAMES}, those on the device (gpu) first.",
+            labels=("adapter_name", "level", "pinned"),
+        )
+        for place in islice(self._places(), MAX_NAMES):
+            level = "gpu" if place.on_device else "cpu"  # the two words that routers know, whatever the device is
+            loaded.add_metric((place.name, level, str(place.pinned).lower()), 1)
+        yield loaded
+        on_device = len(stats.resident_adapters)
+        yield self._gauge("vllm:num_gpu_loaded_lora_adapters", "Adapters on the device.", on_device)
+        yield self._gauge("vllm:max_gpu_lora_adapters", "Adapters the device can hold.", self._limits.max_adapters)
+        yield self._counter("loraplex:adapter_loads", "Adapters copied to the device.", stats.adapter_loads)
+        yield self._counter("loraplex:adapter_evictions", "Adapters evicted from it.", stats.adapter_evictions)
+        yield self._counter(
+            "loraplex:decode_stall_seconds", "That copies of adapters took from streams.", stats.stall_seconds
+        )
+        yield self._counter(
+            "loraplex:adapter_wait_seconds", "That requests have waited for nothing but an adapter.", stats.adapter_wait
+        )
+        yield from self._tiers(stats.tiers)
+
+    def _refusals(self) -> Iterator[Metric]:
+        """Adapters that were wanted and cannot be served. All reasons from the start: what is absent has no rate."""
+        labels = (*LABELS, "reason")
+        now = GaugeMetricFamily("loraplex:refused_adapters", "Names that answer why they are not there.", labels=labels)
+        ever = CounterMetricFamily("loraplex:adapters_refused", "Times an adapter was refused.", labels=labels)
+        counts = self._registry.refusals.counts()
+        names = Counter(map(reason_of, self._registry.refused.values()))
+        for reason, count in counts.items():
+            now.add_metric((self._limits.model_name, "0", reason), names[reason])
+            ever.add_metric((self._limits.model_name, "0", reason), count)
+        yield from (now, ever)
+
+    def _step_sizes(self, stats: EngineStats) -> Metric:
+        family = HistogramMetricFamily("vllm:iteration_tokens_total", "Tokens of a step.", labels=LABELS)
+        ends = [*(str(float(bound)) for bound in STEP_BOUNDS), "+Inf"]
+        buckets = list(zip(ends, accumulate(stats.step_counts or (0,) * len(ends)), strict=True))
+        family.add_metric((self._limits.model_name, "0"), buckets, stats.step_tokens)
+        return family
+
+    def _tiers(self, tiers: Mapping[str, Tier]) -> Iterator[Metric]:
+        """Device, host, source: an adapter missed in one is looked for in the next."""
+        labels = (*LABELS, "tier")
+        families = [
+            CounterMetricFamily(f"loraplex:tier_{what}", text, labels=labels)
+            for what, text in (
+                ("hits", "Times an adapter was found in the tier."),
+                ("misses", "Times it was not."),
+                ("loads", "Adapters brought into the tier; of the source: read."),
+                ("evictions", "Adapters pushed out of it."),
+            )
+        ]
+        seconds = HistogramMetricFamily("loraplex:tier_load_seconds", "What a load took.", labels=labels)
+        for name, tier in tiers.items():
+            values = (self._limits.model_name, "0", name)
+            for family, value in zip(families, (tier.hits, tier.misses, tier.loads, tier.evictions), strict=True):
+                family.add_metric(values, value)
+            counts = accumulate(tier.durations.counts)
+            ends = [*map(str, BOUNDS), "+Inf"]
+            seconds.add_metric(values, list(zip(ends, counts, strict=True)), tier.durations.seconds)
+        yield from families
+        yield seconds
+
+    def _gauge(self, name: str, text: str, value: float) -> Metric:
+        family = GaugeMetricFamily(name, text, labels=LABELS)
+        family.add_metric((self._limits.model_name, "0"), value)
+        return family
+
+    def _counter(self, name: str, text: str, value: float) -> Metric:
+        family = CounterMetricFamily(name, text, labels=LABELS)  # the text format appends _total
+        family.add_metric((self._limits.model_name, "0"), value)
+        return family
+
+    def _info(self, name: str, text: str, labels: dict[str, str], value: float) -> Metric:
+        family = GaugeMetricFamily(name, text, labels=tuple(labels))
+        family.add_metric(tuple(labels.values()), value)
+        return family

@@ -1,0 +1,89 @@
+"""Before a base is loaded: what the process is set to, and where the base is."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import signal
+import sys
+from collections.abc import MutableMapping
+from pathlib import Path
+
+from loraplex.server.config import DEMO
+
+BASE_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
+"""What is downloaded of a base's Hub repository: never a pickle, never code."""
+
+M_ARENA_MAX = -8
+"""malloc.h's."""
+
+
+class StartError(Exception):
+    """The server cannot start; the message is one line that says why and what to do."""
+
+    def __init__(self, reason: object) -> None:
+        super().__init__(" ".join(str(reason).split()))
+
+
+def prepare_environment(environ: MutableMapping[str, str]) -> None:
+    """Settings that libraries read when they are loaded: call before torch is imported. The user's own are kept.
+
+    Waiting OpenMP threads sleep: spinning, they would take the cores from the API's thread and, in containers, from
+    the quota. tokenizers gets no pool of its own beside torch's.
+    """
+    settings = {
+        "OMP_NUM_THREADS": str(usable_cpus()),
+        "OMP_WAIT_POLICY": "passive",
+        "GOMP_SPINCOUNT": "0",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    for name, value in settings.items():
+        environ.setdefault(name, value)
+
+
+def bound_malloc() -> None:
+    """Call before threads are started: two arenas for all of them. Each keeps what was freed in it, up to 64 MiB."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # glibc
+        libc.mallopt(M_ARENA_MAX, 2)
+
+
+def usable_cpus() -> int:
+    """Cores this process may use: its affinity, less where a container's quota is smaller."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(cores, math.ceil(int(quota) / int(period))))
+    except (OSError, ValueError):  # no cgroup v2 here, or the quota is "max"
+        return cores
+
+
+def end_on_sigterm() -> None:
+    """Until the server handles signals itself: the first process of a container would otherwise not hear of it."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+
+
+def find_base(base: str) -> Path:
+    """The folder of the base `base`: made ("demo"), local, or downloaded. Raises StartError."""
+    if base == DEMO:
+        from loraplex.server.models.demo import DemoError, ensure_demo_base
+
+        try:
+            return ensure_demo_base()
+        except DemoError as error:
+            raise StartError(error) from error
+    path = Path(base).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise StartError(f"the base {base!r} is a file; give the folder that holds config.json and the safetensors")
+    if base.count("/") != 1 or base.startswith(("/", ".", "~")):
+        raise StartError(f"there is no folder {base!r}; give a folder, a Hub id such as org/name, or {DEMO!r}")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(base, allow_patterns=list(BASE_FILES)))
+    except Exception as error:  # the Hub client fails in a dozen ways
+        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        raise StartError(f"there is no folder {base!r}, and the Hub could not give it either: {reason}") from error
