@@ -11,18 +11,23 @@ TORCH_INDEX ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
+ROUTERS := .venv-routers
+CLIENT_ENVS := .venv-clients
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
 
 PARTS := server kernels adapters $(if $(wildcard benchmarks/*.py),benchmarks)
 # Quick tests first, so that what is broken shows early; folders without a place in the order come last.
 TEST_ORDER := $(sort $(wildcard tests/test_*.py)) $(wildcard $(addprefix tests/,kernels adapters engine models api e2e))
-TESTS := $(TEST_ORDER) $(filter-out $(TEST_ORDER) tests/support tests/__pycache__,$(patsubst %/,%,$(wildcard tests/*/)))
+TESTS := $(TEST_ORDER) $(filter-out $(TEST_ORDER) tests/support tests/routers tests/clients tests/__pycache__,$(patsubst %/,%,$(wildcard tests/*/)))
 
-.PHONY: help serve bench test lint format install install-dev clean
+.PHONY: help serve bench test test-routers test-clients lint format install install-dev clean
 
 help:
 	@echo 'make serve    talk to the demo base and the example adapters on http://$(HOST):$(PORT) (HOST=, PORT=, SERVE_FLAGS=)'
+	@echo '              HOST=0.0.0.0 lets others in: it needs SERVE_FLAGS="--api-keys FILE", or --no-auth for everybody'
 	@echo 'make test     lint, then every test (PYTEST_FLAGS=)'
+	@echo 'make test-routers  two servers behind the routers of SGLang and vLLM, and under Ray Serve'
+	@echo 'make test-clients  LangChain, LiteLLM, lm-eval, lorax-client and schemathesis against a server (CLIENTS=)'
 	@echo 'make bench    the figures of README, measured here in under ten minutes'
 	@echo 'make lint     ruff and mypy'
 	@echo 'make format   ruff, writing'
@@ -39,6 +44,30 @@ bench: install
 
 test: lint
 	$(BIN)/pytest $(PYTEST_FLAGS) $(TESTS)
+
+# Servers from here behind routers from PyPI, and as a Ray Serve application.
+test-routers: install-dev $(ROUTERS)/.installed
+	$(BIN)/pytest $(PYTEST_FLAGS) tests/routers
+
+$(ROUTERS)/.installed: $(wildcard tests/routers/*.txt)
+	@for list in $^; do \
+	    folder=$(ROUTERS)/$$(basename $$list .txt); \
+	    $(PYTHON) -m venv $$folder && $$folder/bin/pip --disable-pip-version-check install --quiet -r $$list || exit 1; \
+	done
+	@touch $@
+
+# Clients as they install, each in an environment of its own: what they pin contradicts what we do, and each other.
+CLIENTS ?= $(notdir $(patsubst %/requirements.txt,%,$(wildcard tests/clients/*/requirements.txt)))
+
+test-clients: install-dev $(CLIENTS:%=$(CLIENT_ENVS)/%/.installed)
+	PYTHONPATH=tests $(BIN)/python -m tests.clients.run $(CLIENT_ENVS) $(CLIENTS)
+
+# Their files are compiled when they are first imported: most never are.
+$(CLIENT_ENVS)/%/.installed: tests/clients/%/requirements.txt
+	rm -rf $(@D)
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip --disable-pip-version-check -qq install --no-compile --requirement $<
+	@touch $@
 
 lint: install-dev
 	$(BIN)/ruff check .
@@ -83,5 +112,5 @@ $(VENV)/.installed-dev: $(VENV)/.created pyproject.toml constraints.txt
 	@touch $(VENV)/.installed $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(ROUTERS) $(CLIENT_ENVS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
