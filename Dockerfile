@@ -37,7 +37,7 @@ USER 10001:10001
 VOLUME /state
 EXPOSE 8000
 # Another --port: set LORAPLEX_HEALTH_URL, too.
-HEALTHCHECK --interval=10s --timeout=5s --start-period=5m --start-interval=2s --retries=3 \
+HEALTHCHECK --interval=5s --timeout=4s --start-period=5m --retries=3 \
     CMD ["python", "/opt/loraplex/healthcheck.py"]
 # No init: the server handles SIGTERM as process 1 and starts no processes of its own.
 ENTRYPOINT ["loraplex"]

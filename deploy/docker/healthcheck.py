@@ -10,6 +10,6 @@ URL = os.environ.get("LORAPLEX_HEALTH_URL", "http://127.0.0.1:8000/health")
 
 try:
     # No proxy from the environment: the server is right here.
-    urllib.request.build_opener(urllib.request.ProxyHandler({})).open(URL, timeout=4).close()
+    urllib.request.build_opener(urllib.request.ProxyHandler({})).open(URL, timeout=3).close()
 except OSError as error:  # refused, timed out, or a status that is not 200: all are OSErrors
     sys.exit(f"{URL}: {error}")

@@ -55,11 +55,12 @@ demo() {
     rm "$folder.lock"
 }
 
-# Headers and tools for building on torch, and its own tests: 200 MB.
+# Headers and tools for building on torch, and its own tests: 200 MB. Importing torch looks for torch_shm_manager.
 slim() {
     local site
     for site in "$1"/lib/python3*/site-packages; do
-        rm -rf "$site"/torch/{include,test,bin,share}
+        rm -rf "$site"/torch/{include,test,share}
+        find "$site"/torch/bin -type f ! -name torch_shm_manager -delete
     done
 }
 

@@ -273,6 +273,8 @@ def test_a_volume_for_each_replica_keeps_the_state_too(rendered: dict[str, list[
     mounts = {mount["mountPath"]: mount for mount in container(rendered["statefulset"])["volumeMounts"]}
     assert mounts["/state"]["name"] == mounts["/adapters"]["name"] == "adapters"
     assert mounts["/state"]["subPath"] != mounts["/adapters"]["subPath"]
+    told = parse_command_line(container(rendered["statefulset"])["args"])
+    assert [str(told[kept]).split("/")[1] for kept in ("state_dir", "download_dir")] == ["state", "state"]
     (claim,) = workload(rendered["statefulset"])["spec"]["volumeClaimTemplates"]
     assert claim["spec"] == {
         "accessModes": ["ReadWriteOnce"],

@@ -46,6 +46,8 @@ def test_the_server_takes_its_command(services: dict[str, dict[str, Any]]) -> No
     assert flags_in(server["command"]) <= serve_flags()
     assert str(told["adapter_dir"]) in mounts(server)
     assert str(told["port"]) == PORTS["server"]
+    for kept in ("state_dir", "download_dir"):  # in the volume, so that a restart finds them
+        assert mounts(server)["/" + Path(str(told[kept])).parts[1]] == "state"
     seconds = re.fullmatch(r"(\d+)s", server["stop_grace_period"])
     assert seconds is not None
     assert float(seconds[1]) > told["grace_seconds"]  # type: ignore[operator]

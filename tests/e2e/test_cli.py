@@ -19,7 +19,7 @@ from typing import Any
 import httpx
 import pytest
 
-from loraplex.server import cli, launch
+from loraplex.server import cli, startup
 from loraplex.server.config import ConfigError, NamedAdapter, base_names, parse_memory, parse_size
 from tests.support.command import serving
 from tests.support.peft_adapters import make_peft_adapter
@@ -54,7 +54,7 @@ Run = Callable[..., tuple[Any, str, str]]
 @pytest.fixture
 def run_main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """The command in this process: (exit code, stdout, stderr)."""
-    monkeypatch.setattr(launch, "prepare_environment", lambda environ: None)
+    monkeypatch.setattr(startup, "prepare_environment", lambda environ: None)
 
     def run(*arguments: str) -> tuple[Any, str, str]:
         monkeypatch.setattr(sys, "argv", ["loraplex", *arguments])
@@ -174,8 +174,10 @@ assert not heavy, heavy
         *("--adapter", "--adapter-dir", "--served-model-name", "--host", "--port", "--device", "--dtype"),
         *("--max-model-len", "--memory", "--host-memory", "--max-loras", "--max-num-seqs", "--token-budget"),
         *("--max-waiting", "--max-waiting-tokens", "--loader-threads", "NAME=PATH", "BASE"),
+        *("--max-body", "--max-prompts", "--max-n", "--max-stops", "--max-logit-bias", "--max-tools", "--max-schema"),
     ):
         assert flag in shown["serve"]
+    assert "loraplex[otel]" in shown["serve"], "rich takes [otel] for a colour unless it is told otherwise"
     assert "serve" in shown["--help"]
     assert re.fullmatch(r"\d+\.\d+\.\d+\S*\n", shown["version"])
 
@@ -250,11 +252,11 @@ def test_interrupted_while_loading(base: Path, tmp_path: Path) -> None:
     ready = tmp_path / "ready"
     script = f"""
 import pathlib, time
-from loraplex.server import launch
+from loraplex.server import startup
 def slow(base):
     pathlib.Path({str(ready)!r}).touch()
     time.sleep(60)
-launch.find_base = slow
+startup.find_base = slow
 from loraplex.server.cli import main
 main()
 """
@@ -315,9 +317,9 @@ def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_users_own_environment_is_kept() -> None:
     own = {"OMP_WAIT_POLICY": "active", "OMP_NUM_THREADS": "7"}
     environ = dict(own)
-    launch.prepare_environment(environ)
+    startup.prepare_environment(environ)
     assert own.items() <= environ.items()
     fresh: dict[str, str] = {}
-    launch.prepare_environment(fresh)
+    startup.prepare_environment(fresh)
     assert fresh["OMP_WAIT_POLICY"] == "passive"
     assert 1 <= int(fresh["OMP_NUM_THREADS"]) <= (os.cpu_count() or 1)

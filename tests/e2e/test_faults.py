@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
+from safetensors.torch import load_file, save_file
 
 from loraplex.adapters.downloads import DownloadConfig, DownloadLimits
 from loraplex.server.engine.build import EngineConfig
@@ -165,6 +166,24 @@ def test_a_source_that_vanishes_while_it_is_in_use(live: LiveServer, adapters: P
     assert text_of(ask(live.url, "used")) == before
 
 
+def test_an_adapter_whose_values_overflow(live: LiveServer, adapters: Path, tmp_path: Path) -> None:
+    """Its weights are numbers, and what they compute is none: no token is made up, and its neighbours answer."""
+    shutil.copytree(adapters / "one", tmp_path / "loud")
+    weights = tmp_path / "loud" / FILES[1]
+    save_file({name: tensor * 1e20 for name, tensor in load_file(weights).items()}, weights)
+    assert load(live.url, "loud", str(tmp_path / "loud")).status_code == 200
+    alone = text_of(ask(live.url))
+    with ThreadPoolExecutor(6) as pool:
+        asked = ["tiny", "loud"] * 6
+        answers = list(pool.map(lambda name: ask(live.url, name), asked))
+    assert {text_of(answer) for name, answer in zip(asked, answers, strict=True) if name == "tiny"} == {alone}
+    for refused in (answer for name, answer in zip(asked, answers, strict=True) if name == "loud"):
+        assert refused.status_code == 500
+        assert "'loud' are NaN or infinite" in refused.json()["error"]["message"]
+    assert ask(live.url, "loud", stream=True).status_code == 500  # known before the first event
+    assert httpx.get(f"{live.url}/health").status_code == 200
+
+
 # ---- clients --------------------------------------------------------------------------------------------------------
 
 
@@ -208,7 +227,7 @@ def test_half_open_connections_hold_nothing(live: LiveServer) -> None:
 @pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="Linux's")
 def test_the_kernel_ends_connections_whose_peer_is_gone() -> None:
     """A peer that vanishes without a word cannot be played here; that accepted sockets have the options can be seen."""
-    from loraplex.server.launch import bind
+    from loraplex.server.listening import bind
 
     with bind("127.0.0.1", 0) as held:
         held.listen()

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections import Counter
 from pathlib import Path
 
 import httpx
+import torch
 from prometheus_client.parser import text_string_to_metric_families
+from safetensors.torch import load_file, save_file
 
+from loraplex.adapters.refusals import OTHER, REASONS
 from loraplex.server.engine.build import EngineConfig
 from tests.support.live_server import live_server
 from tests.support.peft_adapters import make_peft_adapter
@@ -44,3 +48,33 @@ def test_adapters_that_take_turns(tmp_path: Path) -> None:
     assert found["loraplex:adapter_wait_seconds_total", None] > 0
     assert found["vllm:iteration_tokens_total_count", None] == 15
     assert found["vllm:request_queue_time_seconds_count", None] == 5
+
+
+def test_refused_adapters_are_counted_by_reason(tmp_path: Path) -> None:
+    """One of a folder, by its config; one over the API, by its weights. What names no place is its caller's mistake."""
+    base = make_tiny_tokenizer(make_tiny_model("llama", tmp_path / "tiny"))
+    for name in ("folder/kind", "values"):
+        make_peft_adapter(load_oracle(base), tmp_path / name, r=2, target_modules=["q_proj"])
+    config = tmp_path / "folder/kind/adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"peft_type": "IA3"}))
+    weights = tmp_path / "values/adapter_model.safetensors"
+    save_file({name: torch.full_like(tensor, torch.nan) for name, tensor in load_file(weights).items()}, weights)
+    with live_server(base, "tiny", EngineConfig(device="cpu", memory_bytes=32 << 20)) as server:
+        asyncio.run(server.parts.adapters.register_folder(tmp_path / "folder"))
+        for source in (str(tmp_path / "values"), "ftp://nowhere"):
+            body = {"lora_name": "x", "lora_path": source}
+            assert httpx.post(f"{server.url}/v1/load_lora_adapter", json=body, timeout=60).status_code >= 400
+        text = httpx.get(f"{server.url}/metrics").text
+    found = {
+        (sample.name, sample.labels["reason"]): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if "refused" in sample.name and "reason" in sample.labels
+    }
+    assert {key for key, value in found.items() if value} == {
+        ("loraplex:adapters_refused_total", "unsupported_kind"),
+        ("loraplex:adapters_refused_total", "not_finite"),
+        ("loraplex:refused_adapters", "unsupported_kind"),
+    }
+    assert {reason for _, reason in found} == {*REASONS, OTHER}
+    assert set(found.values()) == {0, 1}

@@ -182,11 +182,11 @@ def test_told_to_stop_before_it_serves(base: Path, tmp_path: Path) -> None:
     ready = tmp_path / "ready"
     script = f"""
 import pathlib, time
-from loraplex.server import launch
+from loraplex.server import startup
 def slow(base):
     pathlib.Path({str(ready)!r}).touch()
     time.sleep(60)
-launch.find_base = slow
+startup.find_base = slow
 from loraplex.server.cli import main
 main()
 """
