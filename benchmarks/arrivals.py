@@ -7,9 +7,13 @@ a metronome; 4 and more are bursts with silence between them.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+
+LEAST_CV, MOST_CV = 1e-3, 1e3
+"""Beyond, the Gamma distribution's parameters leave what floating point can draw from."""
 
 
 @dataclass(frozen=True)
@@ -20,10 +24,10 @@ class Arrivals:
     cv: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.rate > 0:
-            raise ValueError(f"a rate of {self.rate:g} requests per second; it has to be above 0")
-        if not self.cv >= 0:
-            raise ValueError(f"a coefficient of variation of {self.cv:g}; it has to be 0 or above")
+        if not 0 < self.rate < math.inf:
+            raise ValueError(f"a rate of {self.rate:g} requests per second; it has to be above 0 and finite")
+        if self.cv != 0 and not LEAST_CV <= self.cv <= MOST_CV:
+            raise ValueError(f"a coefficient of variation of {self.cv:g}; expected 0, or {LEAST_CV:g} to {MOST_CV:g}")
 
     def times(self, rng: random.Random) -> Iterator[float]:
         """Seconds from the start, endless; the first request comes after a gap like the others."""

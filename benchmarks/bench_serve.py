@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -16,9 +17,9 @@ from rich.table import Table
 
 from loraplex.benchmarks.arrivals import Arrivals
 from loraplex.benchmarks.drive import Run, Sample, closed_loop, open_loop
-from loraplex.benchmarks.export import FORMATS
+from loraplex.benchmarks.export import FORMATS, url
 from loraplex.benchmarks.html_report import ms, render, spreads
-from loraplex.benchmarks.load import Address, call
+from loraplex.benchmarks.load import NOT_AN_ANSWER, Address, call
 from loraplex.benchmarks.measures import Figures, Objective, measure
 from loraplex.benchmarks.provenance import Provenance
 from loraplex.benchmarks.traces import BadTrace, read_trace
@@ -62,32 +63,52 @@ class Options:
     export: str | None
 
 
-def run(options: Options) -> int:
-    """Returns how many requests failed. Raises Misused."""
+@dataclass(frozen=True)
+class Ended:
+    """How a run went."""
+
+    failed: int  # requests
+    stopped: bool = False  # by the user, with a report of what there was
+
+
+def run(options: Options) -> Ended:
+    """Raises Misused."""
     console = Console()
     try:
+        for file in (options.json_file, options.html_file):
+            _check_writable(file)
         address = Address.of(options.base_url, options.api_key)
         models = asyncio.run(_models(address, options))
         planned = plan(_spec(options, models), options.requests, options.seconds)
         if options.export:
             print(_export(options.export, planned, address))
-            return 0
+            return Ended(0)
+        if options.streams is None and planned[-1].at < options.warmup:
+            raise ValueError(f"the last request is due at {planned[-1].at:.1f} s, and the warm-up is longer")
         objective = Objective(*(limit / 1e3 if limit is not None else None for limit in options.objective_ms))
         done = asyncio.run(_drive(address, options, planned))
         figures = measure(done, objective, options.warmup)
     except (ValueError, BadTrace, OSError) as error:
-        raise Misused(str(error)) from None
+        raise Misused(str(error) or type(error).__name__) from None
     settings = _settings(options, models)
+    if done.stopped:
+        settings["Stopped"] = f"after {done.seconds:.1f} s; requests under way then count as failed"
     _show(console, settings, figures, objective)
     if options.json_file:
         options.json_file.write_text(json.dumps(_as_json(options, models, done, figures), indent=1) + "\n")
     if options.html_file:
         options.html_file.write_text(render(settings, done, figures, objective, options.warmup))
-    return figures.failed
+    return Ended(figures.failed, done.stopped)
+
+
+def _check_writable(file: Path | None) -> None:
+    """Before an hour's run, not after it. Raises ValueError."""
+    if file is not None and (file.is_dir() or not os.access(file.absolute().parent, os.W_OK)):
+        raise ValueError(f"{file} cannot be written: it is a folder, or lies in none that can be written to")
 
 
 async def _models(address: Address, options: Options) -> list[str]:
-    """What is asked for. Raises ValueError, OSError."""
+    """What is asked for. Raises ValueError."""
     if options.models is None:
         names = await served_models(address)
     elif "{}" in options.models:
@@ -103,13 +124,20 @@ async def _models(address: Address, options: Options) -> list[str]:
 
 
 async def served_models(address: Address) -> list[str]:
-    """The adapters that a server names, or all of its models where none has a parent. Raises ValueError, OSError."""
-    status, content = await call(address, "GET", "/v1/models")
+    """The adapters that a server names, or all of its models where none has a parent. Raises ValueError."""
+    where = f"{url(address)}/v1/models"
+    try:
+        status, content = await call(address, "GET", "/v1/models")
+    except NOT_AN_ANSWER as error:
+        raise ValueError(f"nothing answers at {where}: {error or type(error).__name__}") from None
     if status != 200:
-        raise ValueError(f"/v1/models answered {status}: {content[:200]}")
-    cards: list[dict[str, Any]] = json.loads(content)["data"]
-    adapters = [card["id"] for card in cards if card.get("parent")]
-    return adapters or [card["id"] for card in cards]
+        raise ValueError(f"{where} answered {status}: {content[:200]}")
+    try:
+        cards: list[dict[str, Any]] = json.loads(content)["data"]
+        adapters = [str(card["id"]) for card in cards if card.get("parent")]
+        return adapters or [str(card["id"]) for card in cards]
+    except NOT_AN_ANSWER:
+        raise ValueError(f"{where} answered no list of models: {content[:200]!r}; --models names them") from None
 
 
 def _spec(options: Options, models: Sequence[str]) -> Spec:

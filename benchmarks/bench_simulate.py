@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from loraplex.benchmarks.arrivals import Arrivals
 from loraplex.benchmarks.html_report import ms
-from loraplex.benchmarks.popularity import popularity
+from loraplex.benchmarks.popularity import popularity, shares
 from loraplex.benchmarks.replica import Job, ReplicaSpec
 from loraplex.benchmarks.routing import ROUTERS
 from loraplex.benchmarks.simulator import Result, simulate
@@ -23,8 +24,14 @@ from loraplex.benchmarks.workload import Lengths
 UTILISATION = 0.7
 """Of what the replicas could do with full batches, where no rate is given."""
 
-WARMUP = 0.2
-"""Share of the time simulated."""
+WARMUP = 0.5
+"""Share of the time simulated: 256 slots take hundreds of requests a replica to fill."""
+
+REQUESTS = 1500
+"""Of a replica, where no seconds are given, and 60 to 600 seconds."""
+
+FULL = 0.95
+"""Of the slots; with fewer filled at the warm-up's end the hits are those of a start."""
 
 
 class Misused(Exception):
@@ -43,10 +50,11 @@ class Options:
     alpha: float
     prompt: str
     output: str
-    seconds: float
+    seconds: float | None
     routing: tuple[str, ...]
     slots: int | None
     calibration: Path | None
+    paper: bool  # Llama-3.1-8B on an H100, instead
     objective: float  # seconds to the first token
     seed: int
     json_file: Path | None
@@ -57,21 +65,35 @@ def run(options: Options) -> None:
     if unknown := [name for name in options.routing if name not in ROUTERS]:
         raise Misused(f"{unknown[0]!r} is no routing; there are {', '.join(ROUTERS)}")
     try:
-        calibration = read(options.calibration or DEFAULT)
+        calibration = _calibration(options)
         spec = calibration.spec if options.slots is None else replace(calibration.spec, slots=options.slots)
         rate = options.rate or UTILISATION * capacity(spec, options)
-        results = [_simulate(options, spec, name, rate) for name in options.routing]
+        seconds = options.seconds or min(600.0, max(60.0, REQUESTS * options.replicas / rate))
+        results = [_simulate(options, spec, name, (rate, seconds)) for name in options.routing]
     except (ValueError, BadCalibration) as error:
         raise Misused(str(error)) from None
-    _show(options, calibration, spec, rate, results)
+    _show(options, calibration, (rate, seconds), results)
+    _show_needs(options, calibration, spec, (rate, seconds), results)
     if options.json_file:
         content = {
             "options": {**asdict(options), "calibration": str(options.calibration or DEFAULT), "json_file": None},
             "replica": asdict(spec),
             "rate": rate,
+            "seconds": seconds,
             "results": [asdict(result) for result in results],
         }
         options.json_file.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _calibration(options: Options) -> Calibration:
+    """Raises ValueError, BadCalibration."""
+    if not options.paper:
+        return read(options.calibration or DEFAULT)
+    if options.calibration:
+        raise ValueError("--paper and --calibration are two sources of step times; give one of them")
+    from loraplex.benchmarks.paper import replica
+
+    return replica()
 
 
 def capacity(spec: ReplicaSpec, options: Options) -> float:
@@ -92,32 +114,23 @@ def traffic(options: Options, rate: float) -> Iterator[Job]:
         yield Job(due, draw(), prompt.draw(lengths), output.draw(lengths))
 
 
-def _simulate(options: Options, spec: ReplicaSpec, routing: str, rate: float) -> Result:
-    warmup = WARMUP * options.seconds
-    jobs = traffic(options, rate)
-    return simulate(spec, options.replicas, routing, jobs, options.seconds, warmup, options.objective, options.seed)
+def _simulate(options: Options, spec: ReplicaSpec, routing: str, load: tuple[float, float]) -> Result:
+    """`load`: requests per second, and seconds."""
+    rate, seconds = load
+    jobs, warmup = traffic(options, rate), WARMUP * seconds
+    return simulate(spec, options.replicas, routing, jobs, seconds, warmup, options.objective, options.seed)
 
 
-def _show(options: Options, calibration: Calibration, spec: ReplicaSpec, rate: float, results: list[Result]) -> None:
-    nbytes = calibration.adapter_bytes
+def _show(options: Options, calibration: Calibration, load: tuple[float, float], results: list[Result]) -> None:
+    rate, seconds = load
     print(
         f"{options.replicas:,} replicas, {options.adapters:,} adapters ({options.popularity} {options.alpha:g}), "
-        f"{rate:,.1f} requests/s for {options.seconds:g} s; the step times' fit misses by up to {calibration.worst:.0%}"
+        f"{rate:,.1f} requests/s for {seconds:.0f} s, of which the first {WARMUP:.0%} are warm-up"
     )
-    table = Table(box=None, pad_edge=False)
-    table.add_column("routing")
-    for head in (
-        "requests/s",
-        "tokens/s",
-        "first p50",
-        "p99",
-        "per token p50",
-        "in time",
-        "busy",
-        "hits",
-        "loads/s",
-        "MB/s",
-    ):
+    print(f"step times: {calibration.what}; the fit misses by up to {calibration.worst:.0%}\n")
+    heads = ("requests/s", "tokens/s", "first p50", "p99", "per token p50", "in time", "busy", "hits", "loads/s")
+    table = Table("routing", box=None, pad_edge=False)
+    for head in heads:
         table.add_column(head, justify="right")
     for result in results:
         table.add_row(
@@ -131,18 +144,45 @@ def _show(options: Options, calibration: Calibration, spec: ReplicaSpec, rate: f
             f"{result.busy:.0%}",
             f"{result.hits:.1%}",
             f"{result.loads_per_second:.2f}",
-            f"{result.loads_per_second * nbytes / 1e6:.1f}",
         )
     Console(width=160).print(table)
     print(
-        "hits, loads/s and MB/s (of adapters read) are of one replica; in time: first token within "
-        f"{ms(options.objective)}"
+        "hits: requests that found their adapter on the device; loads/s of one replica; "
+        f"in time: first token within {ms(options.objective)}"
     )
-    print(f"\nWhat {options.replicas:,} replicas and {options.adapters:,} adapters need:")
-    print(f"  storage of all adapters: {options.adapters * nbytes / 1e9:,.1f} GB at {nbytes / 1e6:.1f} MB each")
-    print(f"  device memory of {spec.slots:,} slots: {spec.slots * nbytes / 1e9:,.2f} GB a replica")
+
+
+def _show_needs(
+    options: Options, calibration: Calibration, spec: ReplicaSpec, load: tuple[float, float], results: list[Result]
+) -> None:
+    rate, seconds = load
+    nbytes, replicas = calibration.adapter_bytes, options.replicas
+    print(f"\nWhat {replicas:,} replicas and {options.adapters:,} adapters of {nbytes / 1e6:.1f} MB need:")
+    print(f"  disk for all adapters, of a store that all share or of each replica: {_size(options.adapters * nbytes)}")
+    print(
+        f"  device memory for the {spec.slots:,} adapters that a replica's slots hold: {_size(spec.slots * nbytes)} "
+        f"each, {_size(replicas * spec.slots * nbytes)} in all"
+    )
+    asked = asked_in(3600, rate / replicas, options)
+    print(
+        f"  host memory that keeps what a replica is asked for in an hour, routed at random: {asked:,.0f} adapters, "
+        f"{_size(asked * nbytes)} each"
+    )
     for result in results:
         print(
-            f"  {result.routing}: a replica meets {result.adapters_per_replica:,.0f} of {result.adapters:,} adapters "
-            f"asked for; to hold these in host memory: {result.adapters_per_replica * nbytes / 1e9:,.2f} GB"
+            f"  {result.routing}: each replica reads {_size(result.loads_per_second * nbytes)}/s of adapters, all of "
+            f"them {_size(replicas * result.loads_per_second * nbytes)}/s; it met {result.adapters_per_replica:,.0f} "
+            f"different ones in {(1 - WARMUP) * seconds:.0f} s"
         )
+        if result.filled < FULL and result.hits < FULL and options.adapters > spec.slots:
+            print(f"    only {result.filled:.0%} of the slots were filled by then: more --seconds would show more hits")
+
+
+def asked_in(seconds: float, rate: float, options: Options) -> float:
+    """Different adapters, expected, of a Poisson stream of `rate` requests per second."""
+    each = shares(options.popularity, options.alpha, options.adapters)
+    return float(-np.expm1(-seconds * rate * each).sum())
+
+
+def _size(nbytes: float) -> str:
+    return f"{nbytes / 1e9:,.1f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:,.1f} MB"

@@ -1,14 +1,31 @@
-"""Plots as SVG text that stands alone: no script, no font, no address. Colours are the page's: html_report.STYLE."""
+"""Plots as SVG text: no script, no font, nothing loaded. A page that shows them has PLOT_STYLE; `page` makes a file."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 640, 300
 LEFT, RIGHT, TOP, BOTTOM = 62, 16, 14, 42
+
+FEW = 12
+"""Points of a line that are marked one by one, if there are no more."""
+
+CAPTION = 26
+"""Pixels above a plot in a file of plots."""
+
+PLOT_STYLE = """
+:root { --ink: #1b1f24; --dim: #667079; --rule: #e3e6e9; --c0: #2563b0; --c1: #c2571a; --c2: #2c8a4b; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6e9ec; --dim: #98a2ab; --rule: #2d333a; --c0: #6aa5ec; --c1: #ec9459; --c2: #6cc68a; }
+}
+.grid { stroke: var(--rule); } .tick, .axis, .legend { font-size: 11px; fill: var(--dim); }
+.s0, .s1, .s2 { fill: none; stroke-width: 2; stroke-linejoin: round; } .dot { opacity: .55; }
+.s0 { stroke: var(--c0); } .s1 { stroke: var(--c1); } .s2 { stroke: var(--c2); }
+.f0 { fill: var(--c0); } .f1 { fill: var(--c1); } .f2 { fill: var(--c2); }
+"""
 
 Point = tuple[float, float]
 
@@ -111,21 +128,24 @@ def _plot(series: Sequence[Series], x: Axis, y: Axis, draw: Callable[[int, list[
         placed = [(across(point[0]), up(point[1])) for point in each.points]
         parts.append(f"<g><title>{escape(each.name)}</title>{draw(number, placed)}</g>")
     if len(series) > 1:
-        parts += [_legend(number, each.name) for number, each in enumerate(series)]
+        begins = [up(each.points[0][1]) for each in series if each.points]
+        high = bool(begins) and sum(begins) / len(begins) < (TOP + HEIGHT - BOTTOM) / 2  # there the legend is not
+        top = HEIGHT - BOTTOM - 16 * len(series) - 8 if high else TOP + 8
+        parts += [_legend(top + 16 * number, number, each.name) for number, each in enumerate(series)]
     return _svg(parts)
 
 
 def _line(number: int, points: list[Point]) -> str:
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-    return f'<polyline points="{path}" class="s{number}"/>'
+    marks = _cloud(number, points).replace(" dot", "") if len(points) <= FEW else ""
+    return f'<polyline points="{path}" class="s{number}"/>{marks}'
 
 
 def _cloud(number: int, points: list[Point]) -> str:
     return "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2" class="f{number} dot"/>' for x, y in points)
 
 
-def _legend(number: int, name: str) -> str:
-    y = TOP + 8 + 16 * number
+def _legend(y: float, number: int, name: str) -> str:
     key = f'<rect x="{LEFT + 12}" y="{y - 7}" width="12" height="4" rx="2" class="f{number}"/>'
     return f'{key}<text x="{LEFT + 30}" y="{y - 1}" class="legend">{escape(name)}</text>'
 
@@ -153,3 +173,19 @@ def _y_axis(scale: Scale, axis: Axis) -> str:
 def _svg(parts: Sequence[str]) -> str:
     # the namespace is left out: inside of an HTML page it is understood
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img">{"".join(parts)}</svg>'
+
+
+def page(plots: Mapping[str, str]) -> str:
+    """Plots by caption, one under the other, as the content of an .svg file."""
+    each = CAPTION + HEIGHT
+    parts = [
+        f'<text x="{LEFT}" y="{number * each + 18}" class="caption">{escape(caption)}</text>'
+        f'<svg y="{number * each + CAPTION}" height="{HEIGHT}" {plot.removeprefix("<svg ")}'
+        for number, (caption, plot) in enumerate(plots.items())
+    ]
+    style = (
+        PLOT_STYLE + "text { font-family: system-ui, sans-serif; } .caption { font-size: 14px; fill: var(--ink); }\n"
+    )
+    size = f'width="{WIDTH}" height="{each * len(plots)}" viewBox="0 0 {WIDTH} {each * len(plots)}"'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size}><style>{style}</style>'
+    return head + "".join(parts) + "</svg>\n"

@@ -20,6 +20,9 @@ app = typer.Typer(
 MISUSED = 2
 """Exit code: the command cannot be run as it was given."""
 
+STOPPED = 130
+"""Exit code: the user interrupted it."""
+
 _TARGET, _LOAD, _MODELS, _LENGTHS, _RESULT = "Target", "Load", "Adapters", "Lengths", "Result"
 
 
@@ -143,7 +146,8 @@ def serve(
     """Load a server and report what its users would have seen.
 
     Open loop ([b]--rate[/b] or a trace's own times): requests come when they come, and their times count from then,
-    however far the server is behind. Closed loop ([b]--streams[/b]): each stream waits for its answers.
+    however far the server is behind. Closed loop ([b]--streams[/b]): each stream waits for its answers. Control-C ends
+    it with a report of what there is. Exit codes: 1 where a request failed, 130 after Control-C, 2 for what cannot run.
     """
     from loraplex.benchmarks import bench_serve
 
@@ -175,10 +179,10 @@ def serve(
             html_file=html_file,
             export=export,
         )
-        failed = bench_serve.run(options)
+        ended = bench_serve.run(options)
     except bench_serve.Misused as error:
         _give_up(str(error))
-    raise typer.Exit(1 if failed else 0)
+    raise typer.Exit(STOPPED if ended.stopped else 1 if ended.failed else 0)
 
 
 @app.command()
@@ -194,7 +198,15 @@ def simulate(
     alpha: Annotated[float, typer.Option(metavar="A", help="The law's parameter.")] = 1.0,
     prompt: Annotated[str, typer.Option(metavar="LOW:HIGH", help="Tokens of a prompt.")] = "8:512",
     output: Annotated[str, typer.Option(metavar="LOW:HIGH", help="Tokens of an answer.")] = "8:512",
-    seconds: Annotated[float, typer.Option(metavar="S", min=1, help="Simulated; the first fifth is warm-up.")] = 120.0,
+    seconds: Annotated[
+        float | None,
+        typer.Option(
+            metavar="S",
+            min=1,
+            show_default="1500 requests a replica, 60 to 600 s",
+            help="Simulated; the first half is warm-up.",
+        ),
+    ] = None,
     routing: Annotated[
         str, typer.Option(metavar="NAMES", help="random, least-loaded, affine; commas between.")
     ] = "random,least-loaded,affine",
@@ -203,6 +215,9 @@ def simulate(
         Path | None,
         typer.Option(metavar="FILE", show_default="benchmarks/results/steps.json", help="Measured step times."),
     ] = None,
+    paper: Annotated[
+        bool, typer.Option("--paper", help="Step times of Llama-3.1-8B on an H100 at their least, on paper.")
+    ] = False,
     slo_first: Annotated[float, typer.Option(metavar="MS", help="Objective: first token.")] = 1000.0,
     seed: Annotated[int, typer.Option(metavar="N", help="Same seed, same traffic.")] = 0,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all figures.")] = None,
@@ -223,6 +238,7 @@ def simulate(
         tuple(routing.split(",")),
         slots,
         calibration,
+        paper,
         slo_first / 1e3,
         seed,
         json_file,

@@ -6,6 +6,8 @@ moments at which the server kept up (coordinated omission). How late requests we
 where it is large the client is the bottleneck, and the figures say more about it than about the server.
 
 In a closed loop a request is due when its stream's last one has ended, by definition.
+
+A run that is cancelled ends with what there is: requests under way then count as failed, those to come do not count.
 """
 
 from __future__ import annotations
@@ -13,11 +15,15 @@ from __future__ import annotations
 import asyncio
 import resource
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from loraplex.benchmarks.load import Address, Reply, Request, send
 from loraplex.benchmarks.workload import Planned
+
+STOPPED = "stopped while under way"
+"""The error of a request that was under way when its run was cancelled."""
 
 NO_ANSWER = 600.0
 """Seconds after which a request is given up: servers under more load than they can carry answer late, but they do."""
@@ -61,10 +67,11 @@ class Sample:
 
 @dataclass(frozen=True)
 class Run:
-    """All of a workload, in the order in which it was planned."""
+    """All of a workload that was sent, in the order in which it was planned."""
 
     samples: Sequence[Sample]
     seconds: float  # from the start to the last end
+    stopped: bool = False  # by being cancelled
 
 
 async def open_loop(
@@ -73,17 +80,22 @@ async def open_loop(
     """Send each request when it is due. `notify` hears of each as it ends. Raises nothing a server could cause."""
     allow_connections(len(planned))
     start = time.perf_counter()
-    tasks = []
-    async with asyncio.TaskGroup() as group:
-        for each in planned:
-            due = start + each.at
-            if (wait := due - time.perf_counter()) > 0:
-                await asyncio.sleep(wait)
-            else:
-                await asyncio.sleep(0)  # those already due get under way one after the other
-            tasks.append(group.create_task(_send(address, each, start, due, notify, limit)))
-    samples = [task.result() for task in tasks]
-    return Run(samples, max(sample.ended for sample in samples))
+    found: dict[int, Sample] = {}
+
+    async def one(number: int, each: Planned, due: float) -> None:
+        found[number] = await _send(address, each, start, due, notify, limit)
+
+    async def all_of_them() -> None:
+        async with asyncio.TaskGroup() as group:
+            for number, each in enumerate(planned):
+                due = start + each.at
+                if (wait := due - time.perf_counter()) > 0:
+                    await asyncio.sleep(wait)
+                else:
+                    await asyncio.sleep(0)  # those already due get under way one after the other
+                group.create_task(one(number, each, due))
+
+    return await _collect(all_of_them(), found)
 
 
 async def closed_loop(
@@ -110,13 +122,29 @@ async def closed_loop(
         while (seconds is None or due - start < seconds) and (nth := next(numbered, None)) is not None:
             number, each = nth
             found[number] = await _send(address, each, start, due, notify, limit)
+            if found[number].error == STOPPED:
+                return
             due = time.perf_counter()
 
-    async with asyncio.TaskGroup() as group:
-        for _ in range(streams):
-            group.create_task(stream())
+    async def all_of_them() -> None:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(streams):
+                group.create_task(stream())
+
+    return await _collect(all_of_them(), found)
+
+
+async def _collect(sending: Coroutine[Any, Any, None], found: Mapping[int, Sample]) -> Run:
+    """The run whose samples `sending` puts into `found`, however it ends."""
+    stopped = False
+    try:
+        await sending
+    except asyncio.CancelledError:
+        stopped = True
+        if task := asyncio.current_task():
+            task.uncancel()
     samples = [found[number] for number in sorted(found)]
-    return Run(samples, max(sample.ended for sample in samples))
+    return Run(samples, max((sample.ended for sample in samples), default=0.0), stopped)
 
 
 def allow_connections(count: int) -> None:
@@ -129,7 +157,11 @@ def allow_connections(count: int) -> None:
 
 
 async def _send(address: Address, each: Planned, start: float, due: float, notify: Notify, limit: float) -> Sample:
-    reply = await send(address, each.request, limit=limit)
+    sent = time.perf_counter()
+    try:
+        reply = await send(address, each.request, limit=limit)
+    except asyncio.CancelledError:
+        reply = Reply(each.request.model, sent, error=STOPPED)
     ended = reply.arrivals[-1] if reply.ok and reply.arrivals else time.perf_counter()
     sample = _sample(each.request, reply, each.prompt_tokens, start, due, ended)
     notify(sample)
@@ -138,6 +170,8 @@ async def _send(address: Address, each: Planned, start: float, due: float, notif
 
 def _sample(request: Request, reply: Reply, prompt_tokens: int, start: float, due: float, ended: float) -> Sample:
     error = "" if reply.ok else f"{reply.status or 'no'} answer: {reply.error or 'the stream ended without [DONE]'}"
+    if reply.error == STOPPED:
+        error = STOPPED
     if not error and not reply.arrivals:
         error = "an answer without a token"
     return Sample(

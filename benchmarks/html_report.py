@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from loraplex.benchmarks.charts import Axis, Series, bars, dots, lines
+from loraplex.benchmarks.charts import PLOT_STYLE, Axis, Series, bars, dots, lines
 from loraplex.benchmarks.drive import Run, Sample
 from loraplex.benchmarks.measures import Figures, Objective, Spread
 
@@ -15,12 +15,11 @@ MOST_POINTS = 2000
 MOST_ADAPTERS = 60
 """Shown one by one; the JSON has all."""
 
-STYLE = """
-:root { --ink: #1b1f24; --dim: #667079; --rule: #e3e6e9; --paper: #fff; --c0: #2563b0; --c1: #c2571a; --c2: #2c8a4b; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e6e9ec; --dim: #98a2ab; --rule: #2d333a; --paper: #14171a; --c0: #6aa5ec; --c1: #ec9459;
-    --c2: #6cc68a; }
-}
+STYLE = (
+    PLOT_STYLE
+    + """
+:root { --paper: #fff; }
+@media (prefers-color-scheme: dark) { :root { --paper: #14171a; } }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 2rem auto;
   padding: 0 1rem; max-width: 1360px; }
 h1 { font-size: 1.4rem; margin: 0; } h2 { font-size: 1.05rem; margin: 2rem 0 .5rem; }
@@ -30,12 +29,9 @@ th, td { padding: .2rem .9rem .2rem 0; text-align: right; border-bottom: 1px sol
 th { font-weight: 500; color: var(--dim); } th:first-child, td:first-child { text-align: left; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 520px), 1fr)); gap: 1.5rem; }
 figure { margin: 0; } figcaption { font-weight: 500; margin-bottom: .3rem; } svg { width: 100%; height: auto; }
-.grid { stroke: var(--rule); } .tick, .axis, .legend { font-size: 11px; fill: var(--dim); }
-.s0, .s1, .s2 { fill: none; stroke-width: 2; stroke-linejoin: round; } .dot { opacity: .55; }
-.s0 { stroke: var(--c0); } .s1 { stroke: var(--c1); } .s2 { stroke: var(--c2); }
-.f0 { fill: var(--c0); } .f1 { fill: var(--c1); } .f2 { fill: var(--c2); }
 .wide { overflow-x: auto; }
 """
+)
 
 
 def render(settings: Mapping[str, str], run: Run, figures: Figures, objective: Objective, warmup: float = 0.0) -> str:

@@ -18,6 +18,14 @@ NO_ANSWER = 120.0
 """Seconds after which a request is given up: nothing here takes a tenth of it."""
 
 
+NOT_AN_ANSWER = (
+    *(OSError, EOFError),  # refused, reset, broken off
+    *(ValueError, LookupError, asyncio.LimitOverrunError),  # not HTTP, not JSON
+    *(TypeError, AttributeError),  # JSON of another kind
+)
+"""What reading an answer raises where a server answers otherwise than it should."""
+
+
 @dataclass(frozen=True)
 class Address:
     """Where a server listens."""
@@ -32,11 +40,15 @@ class Address:
     def of(cls, url: str, api_key: str = "") -> Address:
         """Of a base URL, with or without its /v1. Raises ValueError."""
         parts = urlsplit(url if "//" in url else f"http://{url}")
+        try:
+            port = parts.port
+        except ValueError as error:
+            raise ValueError(f"{url!r} is no base URL: {error}") from None
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"{url!r} is no base URL such as http://127.0.0.1:8000 or https://host/v1")
         tls = parts.scheme == "https"
         prefix = parts.path.rstrip("/").removesuffix("/v1")
-        return cls(parts.hostname, parts.port or (443 if tls else 80), prefix, tls, api_key)
+        return cls(parts.hostname, port or (443 if tls else 80), prefix, tls, api_key)
 
 
 @dataclass(frozen=True)
@@ -149,9 +161,12 @@ async def keep_streaming(address: Address, draw: Callable[[], Request | None], s
                 raise RuntimeError(f"{request.model}: status {reply.status} {reply.error or 'and no end'}")
             replies.append(reply)
 
-    async with asyncio.TaskGroup() as group:
-        for _ in range(streams):
-            group.create_task(stream())
+    try:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(streams):
+                group.create_task(stream())
+    except ExceptionGroup as errors:  # `stream` raises nothing else, but all streams may
+        raise errors.exceptions[0] from None
     return replies
 
 
@@ -172,7 +187,7 @@ async def send(
             await _exchange(address, request, reply, enough)
     except TimeoutError:
         reply.error = f"no end after {limit:.0f} s"
-    except (OSError, EOFError, ValueError, LookupError) as error:  # refused, reset, broken off, not HTTP, not ours
+    except NOT_AN_ANSWER as error:
         reply.error = f"{type(error).__name__}: {error}"
     return reply
 
@@ -237,7 +252,7 @@ def _read_whole(reply: Reply, content: bytes) -> None:
 
 
 async def call(address: Address, method: str, path: str, body: Mapping[str, Any] | None = None) -> tuple[int, str]:
-    """Any other route: status and content. Raises OSError, TimeoutError."""
+    """Any other route: status and content. Raises OSError (TimeoutError too), and others of NOT_AN_ANSWER."""
     content = b"" if body is None else json.dumps(body).encode()
     async with asyncio.timeout(NO_ANSWER):
         reader, writer = await _open(address, method, path, content)

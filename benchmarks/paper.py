@@ -12,7 +12,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from loraplex.benchmarks.kernels.gpu_work import LLAMA3, Shape
+from loraplex.benchmarks.kernels.gpu_work import LLAMA3, SMOLLM2, Shape
+from loraplex.benchmarks.replica import ReplicaSpec, StepTimes
+from loraplex.benchmarks.steps import Calibration
+
+CONTEXT = 390
+"""Tokens of a decoding row for `replica`, mean: a prompt and half an answer of the lengths that are simulated."""
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 ELEMENT = 2  # bytes of bf16
@@ -55,6 +60,7 @@ class Base:
 
 
 LLAMA_8B = Base(LLAMA3, 32, 128256)
+SMOLLM2_135M = Base(SMOLLM2, 30, 49152)
 
 
 @dataclass(frozen=True)
@@ -83,14 +89,45 @@ class Step:
 
 def step(base: Base, rows: int, rank: int = 16, context: int = 1024) -> Step:
     """Of `rows` rows with `context` tokens each and as many adapters."""
+    return mixed_step(base, rows, rows, base.adapter(rank), context)
+
+
+def mixed_step(base: Base, rows: int, adapters: int, elements: int, context: int) -> Step:
+    """Of `rows` rows with `context` tokens each, which wear `adapters` distinct adapters of so many `elements`."""
     attention = 4 * base.layers * context * base.shape.heads * base.shape.head_dim
+    worn = 2 * elements if adapters else 0
     return Step(
         rows=rows,
         weight_bytes=ELEMENT * base.weights,
-        adapter_bytes=ELEMENT * rows * base.adapter(rank),
+        adapter_bytes=ELEMENT * adapters * elements,
         kv_bytes=ELEMENT * rows * base.kv(context),
-        flops=rows * (2 * base.weights + 2 * base.adapter(rank) + attention),
+        flops=rows * (2 * base.weights + worn + attention),
     )
+
+
+def replica(base: Base = LLAMA_8B, device: Device = H100, rank: int = 16) -> Calibration:
+    """A server whose steps take their least: what the cluster simulator makes of a GPU that nobody has measured.
+
+    90 % of 80 GB hold the weights, 256 adapters and, in the rest, keys and values; adapters come over PCIe at 25 GB/s.
+    """
+    slots, adapter, memory = 256, ELEMENT * base.adapter(rank), 0.9 * 80e9
+    kv = ELEMENT * base.kv(1)
+    steps = StepTimes(
+        fixed=ELEMENT * base.weights / device.read,
+        per_row=CONTEXT * kv / device.read,
+        per_adapter=adapter / device.read,
+        per_prefill_token=2 * (base.weights + base.adapter(rank)) / device.bf16,
+    )
+    embedding = ELEMENT * base.vocab * base.shape.hidden
+    spec = ReplicaSpec(
+        steps=steps,
+        rows=128,
+        slots=slots,
+        kv_tokens=int((memory - ELEMENT * base.weights - embedding - slots * adapter) / kv),
+        load_seconds=adapter / 25e9,
+        prefill_budget=2048,
+    )
+    return Calibration(spec, adapter, 0.0, f"{base.shape.name} on {device.name}, at its least on paper")
 
 
 def table(base: Base = LLAMA_8B, device: Device = H100, rank: int = 16, context: int = 1024) -> list[str]:

@@ -10,14 +10,28 @@ Two laws go by the name of power law, and their alpha means different things:
 
 from __future__ import annotations
 
+import math
 import random
 from bisect import bisect
 from collections.abc import Callable
 from itertools import accumulate
 
+import numpy as np
+from numpy.typing import NDArray
+
 LAWS = ("uniform", "zipf", "power")
 
 Draw = Callable[[], int]
+
+
+def shares(law: str, parameter: float, count: int) -> NDArray[np.float64]:
+    """Of requests, by adapter, float64 [count]; what `popularity` draws from. Raises ValueError as it does."""
+    popularity(law, parameter, count, random.Random(0))
+    ranks = np.arange(1.0, count + 1)
+    if law == "power":
+        return np.diff((np.arange(count + 1) / count) ** parameter)
+    weights = ranks**-parameter if law == "zipf" else np.ones(count)
+    return np.asarray(weights / weights.sum())
 
 
 def popularity(law: str, parameter: float, count: int, rng: random.Random) -> Draw:
@@ -30,13 +44,13 @@ def popularity(law: str, parameter: float, count: int, rng: random.Random) -> Dr
     if law == "uniform":
         return lambda: rng.randrange(count)
     if law == "zipf":
-        if parameter < 0:
-            raise ValueError(f"Zipf's exponent is {parameter:g}; it has to be 0 or above")
+        if not 0 <= parameter < math.inf:
+            raise ValueError(f"Zipf's exponent is {parameter:g}; it has to be 0 or above, and finite")
         weights = list(accumulate((k + 1) ** -parameter for k in range(count)))
         return lambda: min(bisect(weights, rng.random() * weights[-1]), count - 1)
     if law == "power":
-        if parameter <= 0:
-            raise ValueError(f"alpha is {parameter:g}; it has to be above 0 (1: uniform)")
+        if not 0 < parameter < math.inf:
+            raise ValueError(f"alpha is {parameter:g}; it has to be above 0 (1: uniform), and finite")
         # the distribution function is u^alpha, and a uniform number through its inverse has that distribution
         return lambda: min(int(rng.random() ** (1 / parameter) * count), count - 1)
     raise ValueError(f"{law!r} is no law of popularity; there are {', '.join(LAWS)}")

@@ -81,19 +81,19 @@ def make_adapters(
 def write_adapter(path: Path, modules: Sequence[Module], rank: int, seed: int) -> None:
     """A PEFT folder at `path`: A of standard deviation in^-0.5, B of 0.02, drawn in one piece from `seed`."""
     tensors: dict[str, object] = {}
-    sizes, deviations, end = [], [], 0
+    parts, end = [], 0
     for module in modules:
         for name, shape, deviation in (
             ("lora_A", [rank, module.n_in], module.n_in**-0.5),
             ("lora_B", [module.n_out, rank], 0.02),
         ):
-            sizes.append(shape[0] * shape[1])
-            deviations.append(deviation)
-            start, end = end, end + 2 * sizes[-1]
+            start, end = end, end + 2 * shape[0] * shape[1]
+            parts.append((start // 2, end // 2, deviation))
             name = f"base_model.model.{module.path}.{name}.weight"
             tensors[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
-    values = torch.randn(sum(sizes), generator=torch.Generator().manual_seed(seed))
-    values *= torch.repeat_interleave(torch.tensor(deviations), torch.tensor(sizes))
+    values = torch.randn(end // 2, generator=torch.Generator().manual_seed(seed))
+    for first, last, deviation in parts:
+        values[first:last] *= deviation
     header = json.dumps(tensors).encode()
     header += b" " * (-len(header) % 8)
     path.mkdir(parents=True, exist_ok=True)

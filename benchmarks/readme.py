@@ -1,9 +1,11 @@
-"""README's tables of figures, out of the file that `make bench` wrote; by hand none is typed.
+"""README's figures, out of the file that `make bench` wrote; by hand none is typed.
 
     python -m loraplex.benchmarks.readme [--check]
 
-A table stands between <!-- figures: NAME --> and <!-- /figures -->; NAME is serve, slora or machine. With --check
-nothing is written, and the exit code says whether anything would be.
+They stand in README.md and docs/benchmarks.md between <!-- figures: NAME --> and <!-- /figures -->; NAME is machine,
+serve (a table), adapters (a sentence), slora (a table and its plot, docs/slora.svg) or peers, which stays as it is
+until `python -m loraplex.benchmarks.peers --out benchmarks/results/peers.json` has run. With --check nothing is
+written, and the exit code says whether anything would be.
 """
 
 from __future__ import annotations
@@ -12,14 +14,18 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from loraplex.benchmarks import serve, slora
+from loraplex.benchmarks.peers import report
 from loraplex.benchmarks.short import DEFAULT
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+PEERS = DEFAULT.with_name("peers.json")
+ROOT = Path(__file__).resolve().parent.parent
+TEXTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+PLOT = ROOT / "docs" / "slora.svg"
 _PLACE = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- /figures -->)", re.DOTALL)
 
 
@@ -29,17 +35,49 @@ class NoFigures(Exception):
 
 def tables(results: Mapping[str, Any]) -> dict[str, str]:
     """By name, Markdown that ends with a newline."""
-    measured, found = results["measured"], {}
-    found["machine"] = (
-        f"{measured['cpus']} CPUs of {measured['cpu']} ({measured['instructions']}), {measured['system']}, "
-        f"torch {measured['versions']['torch']}, commit {measured['commit']}, {results['date']}, "
-        f"medians of {results['rounds']} rounds.\n"
+    served, over = [serve.Row(**row) for row in results["serve"]], [slora.Row(**row) for row in results["slora"]]
+    shown = f"![Throughput and first token over the number of adapters]({PLOT.name})"
+    return {
+        "machine": _machine(results),
+        "serve": "\n".join(serve.format_rows(served)) + "\n",
+        "adapters": f"{_adapters(over)}\n",
+        "slora": "\n".join([*slora.format_rows(over), "", shown]) + "\n",
+    }
+
+
+def peers_table(results: Mapping[str, Any]) -> str:
+    """Markdown of what benchmarks.peers wrote; it ends with a newline."""
+    measured, rows = results["measured"], [report.Row.from_json(row) for row in results["rows"]]
+    rounds = max(len(runs) for row in rows for runs in row.rounds.values())
+    versions = [f"{name} {', '.join(map(' '.join, found.items()))}" for name, found in results["peers"].items()]
+    left_out = [f"{name} is left out: {why}" for name, why in results["left_out"].items()]
+    said = [f"{measured['cpus']} CPUs of {measured['cpu']}", *versions, f"commit {measured['commit']}", results["date"]]
+    said += [f"medians of {rounds} rounds", *left_out]
+    return "\n".join([*report.table(rows), "", f"{'; '.join(said)}."]) + "\n"
+
+
+def _adapters(rows: Sequence[slora.Row]) -> str:
+    few, many = rows[0], rows[-1]
+    line = (
+        f"Over {many.adapters:,} adapters it answers {many.requests_per_second:.1f} requests/s, {many.relative:.3f} of "
+        f"what it does over {few.adapters}; {many.on_device:.0%} of them found their adapter on the device. At six "
+        f"tenths of the load the first token takes {many.first_mean * 1e3:.0f} ms on average, "
+        f"{many.relative_first:.2f} times as long."
     )
-    if "serve" in results:
-        found["serve"] = "\n".join(serve.format_rows([serve.Row(**row) for row in results["serve"]])) + "\n"
-    if "slora" in results:
-        found["slora"] = "\n".join(slora.format_rows([slora.Row(**row) for row in results["slora"]])) + "\n"
-    return found
+    if many.paper_relative is None or many.paper_relative_first is None:
+        return line
+    return f"{line} The paper has {many.paper_relative:.3f} and {many.paper_relative_first:.2f} for the same counts."
+
+
+def _machine(results: Mapping[str, Any]) -> str:
+    measured, limits = results["measured"], results["limits"]
+    others = max(row["others"] for row in results["serve"])
+    return (
+        f"{measured['cpus']} CPUs of {measured['cpu']} ({measured['instructions']}), {measured['system']}, "
+        f"{limits['read'] / 1e9:.0f} GB/s read from memory, {limits['bf16'] / 1e9:,.0f} GFLOP/s in bf16; "
+        f"torch {measured['versions']['torch']}, commit {measured['commit']}, {results['date']}; medians of "
+        f"{results['rounds']} rounds, other processes took up to {others:.0%} of the CPUs.\n"
+    )
 
 
 def fill(text: str, found: Mapping[str, str]) -> str:
@@ -47,11 +85,22 @@ def fill(text: str, found: Mapping[str, str]) -> str:
 
     def table(place: re.Match[str]) -> str:
         start, name, end = place.groups()
+        if name == "peers" and name not in found:
+            return place[0]
         if name not in found:
-            raise NoFigures(f"the README wants a table {name!r}, and the results have {', '.join(sorted(found))}")
+            raise NoFigures(f"the text wants a table {name!r}, and the results have {', '.join(sorted(found))}")
         return f"{start}\n{found[name]}\n{end}"
 
     return _PLACE.sub(table, text)
+
+
+def wanted(results: Mapping[str, Any]) -> dict[Path, str]:
+    """What every file that shows figures should hold. Raises NoFigures."""
+    found = tables(results)
+    if PEERS.exists():
+        found["peers"] = peers_table(json.loads(PEERS.read_text(encoding="utf-8")))
+    texts = {path: fill(path.read_text(encoding="utf-8"), found) for path in TEXTS}
+    return {**texts, PLOT: slora.plot([slora.Row(**row) for row in results["slora"]])}
 
 
 def main() -> None:
@@ -59,11 +108,14 @@ def main() -> None:
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--results", type=Path, default=DEFAULT)
     arguments = parser.parse_args()
-    text = README.read_text(encoding="utf-8")
-    filled = fill(text, tables(json.loads(arguments.results.read_text(encoding="utf-8"))))
+    files = wanted(json.loads(arguments.results.read_text(encoding="utf-8")))
+    changed = [p for p, text in files.items() if not p.exists() or p.read_text(encoding="utf-8") != text]
     if arguments.check:
-        sys.exit("README.md differs from the results: make bench, or this without --check" if filled != text else 0)
-    README.write_text(filled, encoding="utf-8")
+        differ = ", ".join(path.name for path in changed)
+        sys.exit(f"{differ}: not what the results say; make bench, or this without --check" if changed else 0)
+    for path in changed:
+        path.write_text(files[path], encoding="utf-8")
+        print(path)
 
 
 if __name__ == "__main__":

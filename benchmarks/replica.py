@@ -174,6 +174,11 @@ class Replica:
             return self._clock + self._planned * self._each
         return self._loading[1] if self._loading else None
 
+    @property
+    def filled(self) -> float:
+        """Share of the slots that hold an adapter."""
+        return (len(self._in_use) + len(self._idle)) / self.spec.slots
+
     # ---- admission --------------------------------------------------------------------------------------------------
 
     def _admit(self) -> None:

@@ -1,9 +1,10 @@
-"""Served tokens per second over HTTP with streaming, the table of README and docs/kernels.md.
+"""Served tokens per second over HTTP with streaming beside the most that the machine allows, the table of README.
 
     python -m loraplex.benchmarks.serve [--rounds 3]
 
 SmolLM2-135M in bf16; prompts of 96 tokens, 64 tokens out, greedy, end of sequence ignored, closed loop; adapters of
-rank 16 on all seven linears, random weights. Rows alternate; medians over the rounds.
+rank 16 on all seven linears, random weights. Rows alternate; medians over the rounds. Before each row, while the server
+is idle, the machine's bandwidth and arithmetic are measured; least.py says what they allow.
 """
 
 from __future__ import annotations
@@ -16,12 +17,16 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from loraplex.benchmarks.load import Address, Outcome, Request, closed_loop
-from loraplex.benchmarks.many.served import serve
+from loraplex.benchmarks.kernels.machine import limits
+from loraplex.benchmarks.least import Load, device, most_tokens
+from loraplex.benchmarks.load import Outcome, Request, closed_loop
+from loraplex.benchmarks.many.served import Others, Server, serve
+from loraplex.benchmarks.paper import SMOLLM2_135M
 from loraplex.benchmarks.random_adapters import make_adapters
 from loraplex.server.models.demo import default_cache_dir, ensure_demo_base
 
-PROMPT_TOKENS, OUTPUT_TOKENS = 96, 64
+PROMPT_TOKENS, OUTPUT_TOKENS, RANK = 96, 64, 16
+LIMITS_SECONDS = 0.4
 ROWS = (  # name, streams, adapters, requests
     ("base, 1 stream", 1, 0, 4),
     ("base, 16 streams", 16, 0, 48),
@@ -39,6 +44,17 @@ class Row:
     first: float  # p50
     gap: float  # p50
     gap_p99: float
+    of_limit: float  # share of the tokens per second that the machine allows
+    others: float  # share of the CPUs that other processes took, the most of any round
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One row in one round."""
+
+    outcome: Outcome
+    most: float  # tokens per second
+    others: float
 
 
 def main() -> None:
@@ -48,56 +64,68 @@ def main() -> None:
 
 
 def run(rounds: int) -> list[Row]:
-    """Measure and print. Raises served.NotStarted, DemoError, DiskFull."""
+    """Measure and print. Raises served.NotStarted, DemoError, DiskFull, RuntimeError (a request that failed)."""
     base = ensure_demo_base()
     adapters = default_cache_dir() / "benchmarks" / "r16"
-    make_adapters(base, adapters, 32)
+    make_adapters(base, adapters, 32, ranks=(RANK,))
     with serve("demo", "--adapter-dir", str(adapters), "--memory", "3G") as server:
-        outcomes = asyncio.run(_measure(server.address, rounds))
-    rows = [_row(name, runs) for name, runs in outcomes.items()]
-    print(f"{os.cpu_count()} CPUs; medians of {rounds} rounds")
-    print("\n".join(format_rows(rows)))
+        turns = asyncio.run(_measure(server, rounds))
+    rows = [_row(name, runs) for name, runs in turns.items()]
+    print(f"{os.cpu_count()} CPUs; medians of {rounds} rounds; others took up to {max(r.others for r in rows):.0%}")
+    print("\n".join(format_rows(rows)), flush=True)
     return rows
 
 
-async def _measure(address: Address, rounds: int) -> dict[str, list[Outcome]]:
+async def _measure(server: Server, rounds: int) -> dict[str, list[Turn]]:
     rng = random.Random(0)
-    outcomes: dict[str, list[Outcome]] = {name: [] for name, *_ in ROWS}
+    turns: dict[str, list[Turn]] = {name: [] for name, *_ in ROWS}
     warm = [_request(rng, f"ad{i}") for i in range(32)]
-    await closed_loop(address, warm, 16)
+    await closed_loop(server.address, warm, 16)
     for _ in range(rounds):
         for name, streams, adapters, count in ROWS:
             models = ["demo"] if not adapters else [f"ad{i}" for i in range(adapters)]
             requests = [_request(rng, models[i % len(models)]) for i in range(count)]
-            outcomes[name].append(await closed_loop(address, requests, streams))
-    return outcomes
+            most = _most(streams, adapters)
+            others = Others(server)
+            outcome = await closed_loop(server.address, requests, streams)
+            turns[name].append(Turn(outcome, most, others.share()))
+    return turns
+
+
+def _most(streams: int, adapters: int) -> float:
+    load = Load(streams, min(streams, adapters), SMOLLM2_135M.adapter(RANK), PROMPT_TOKENS, OUTPUT_TOKENS)
+    return most_tokens(SMOLLM2_135M, load, device(limits(LIMITS_SECONDS)))
 
 
 def _request(rng: random.Random, model: str) -> Request:
     return Request(model, [rng.randrange(100, 40000) for _ in range(PROMPT_TOKENS)], OUTPUT_TOKENS)
 
 
-def _row(name: str, runs: list[Outcome]) -> Row:
+def _row(name: str, turns: list[Turn]) -> Row:
+    runs = [turn.outcome for turn in turns]
     return Row(
         name,
         statistics.median(run.tokens_per_second for run in runs),
         statistics.median(run.first_token(0.5) for run in runs),
-        *(statistics.median(run.gap(share) for run in runs) for share in (0.5, 0.99)),
+        statistics.median(run.gap(0.5) for run in runs),
+        statistics.median(run.gap(0.99) for run in runs),
+        of_limit=statistics.median(turn.outcome.tokens_per_second / turn.most for turn in turns),
+        others=max(turn.others for turn in turns),
     )
 
 
 def format_rows(rows: Sequence[Row]) -> list[str]:
     """A Markdown table."""
     lines = [
-        "| load | tokens/s | first token, median | between tokens, median | p99 |",
-        "| --- | ---: | ---: | ---: | ---: |",
+        "| load | tokens/s | of the machine's limit | first token, median | between tokens, median | p99 |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:
         first, gap, most = (
             f"{seconds * 1e3:.{digits}f} ms"
             for seconds, digits in zip((row.first, row.gap, row.gap_p99), (0, 1, 1), strict=True)
         )
-        lines.append(f"| {row.name} | {row.tokens_per_second:.0f} | {first} | {gap} | {most} |")
+        lines.append(f"| {row.name} | {row.tokens_per_second:.0f} | {row.of_limit:.0%} | {first} | {gap} | {most} |")
     return lines
 
 

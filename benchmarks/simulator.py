@@ -17,13 +17,13 @@ from loraplex.benchmarks.routing import ROUTERS
 
 @dataclass(frozen=True)
 class Result:
-    """Of the requests due after the warm-up that ended within the time simulated. Seconds."""
+    """Of what happened after the warm-up. Seconds, of requests due then that ended within the time simulated."""
 
     routing: str
     requests: int  # due after the warm-up
     unended: int  # of them
-    requests_per_second: float  # ended
-    tokens_per_second: float
+    requests_per_second: float  # ended after the warm-up, whenever they were due
+    tokens_per_second: float  # likewise
     first: Spread
     per_token: Spread
     whole: Spread
@@ -31,6 +31,7 @@ class Result:
     hits: float  # share that found their adapter in a slot
     loads_per_second: float  # of a replica, mean
     busy: float  # share of the time that replicas computed, mean
+    filled: float  # share of the slots that held an adapter when the warm-up ended, mean
     adapters: int  # distinct ones asked for
     adapters_per_replica: float  # distinct ones that a replica was asked for, mean
 
@@ -51,7 +52,8 @@ def simulate(
     asked: list[set[int]] = [set() for _ in cluster]
     wakes: list[float | None] = [None] * replicas
     events: list[tuple[float, int]] = []
-    done: list[Job] = []
+    sent: list[Job] = []
+    filled = 0.0
 
     def schedule(number: int, at: float | None) -> None:
         wakes[number] = at
@@ -71,17 +73,18 @@ def simulate(
         run_until(job.due)
         if warm is None and job.due >= warmup:
             warm = _moved(cluster)
+            filled = sum(replica.filled for replica in cluster) / replicas
         number = router.pick(job.adapter, job.due)
         at = cluster[number].arrive(job)
         planned = wakes[number]
         if at is not None and (planned is None or at < planned):
             schedule(number, at)
+        sent.append(job)
         if job.due >= warmup:
-            done.append(job)
             asked[number].add(job.adapter)
     run_until(seconds)
     loads, busy = (now - then for now, then in zip(_moved(cluster), warm or (0, 0.0), strict=True))
-    return _result(routing, done, asked, loads, busy, seconds - warmup, objective)
+    return _result(routing, sent, asked, (loads, busy, filled), (warmup, seconds), objective)
 
 
 def _moved(cluster: Sequence[Replica]) -> tuple[int, float]:
@@ -89,15 +92,23 @@ def _moved(cluster: Sequence[Replica]) -> tuple[int, float]:
 
 
 def _result(
-    routing: str, jobs: list[Job], asked: list[set[int]], loads: float, busy: float, span: float, objective: float
+    routing: str,
+    sent: list[Job],
+    asked: list[set[int]],
+    moved: tuple[float, float, float],
+    window: tuple[float, float],
+    objective: float,
 ) -> Result:
+    (loads, busy, filled), span = moved, window[1] - window[0]
+    jobs = [job for job in sent if job.due >= window[0]]
     ended = [job for job in jobs if job.ended]
+    answered = [job for job in sent if job.ended >= max(window[0], 1e-12)]
     return Result(
         routing=routing,
         requests=len(jobs),
         unended=len(jobs) - len(ended),
-        requests_per_second=len(ended) / span,
-        tokens_per_second=sum(job.output_tokens for job in ended) / span,
+        requests_per_second=len(answered) / span,
+        tokens_per_second=sum(job.output_tokens for job in answered) / span,
         first=Spread.of(job.first - job.due for job in ended),
         per_token=Spread.of((j.ended - j.first) / (j.output_tokens - 1) for j in ended if j.output_tokens > 1),
         whole=Spread.of(job.ended - job.due for job in ended),
@@ -105,6 +116,7 @@ def _result(
         hits=sum(job.hit for job in jobs) / max(1, len(jobs)),
         loads_per_second=loads / span / len(asked),
         busy=busy / span / len(asked),
+        filled=filled,
         adapters=len(set().union(*asked)),
         adapters_per_replica=sum(map(len, asked)) / len(asked),
     )

@@ -1,12 +1,15 @@
 """S-LoRA's settings S1 to S4, scaled to the demo base and this machine: what more adapters cost.
 
-    python -m loraplex.benchmarks.slora [--settings S1] [--counts 5,100,1000,2000] [--seconds 60] [--rounds 1]
+    python -m loraplex.benchmarks.slora [--settings S1] [--counts 5,100,1000,2000] [--seconds 20] [--rounds 2]
 
 As in the paper (arXiv 2311.03285, its repository's "a100-80-table" suite): Poisson arrivals (cv 1), adapters alike
-popular (alpha 1), prompts and answers of uniform lengths, more requests offered than can be served (10 a second, of
-which the A100 served 8), throughput as all requests over all the time until the last one ended. Scaled: SmolLM2-135M
-for Llama-7B and 13B, adapters on q and v instead of all of attention, lengths of 8 to 64 tokens instead of 8 to 512.
-Every adapter has weights of its own. Counts whose adapters would take more than --disk are left out.
+popular (alpha 1), prompts and answers of uniform lengths. Scaled: SmolLM2-135M for Llama-7B and 13B, adapters on q and
+v instead of all of attention, lengths of 8 to 64 tokens instead of 8 to 512. Every adapter has weights of its own.
+
+Each count of adapters is measured twice in a round. Throughput: with a quarter more requests than a batch can serve,
+all requests over all the time until the last one ended. First token: with six tenths of what it can serve, since that
+of a server that is offered too much is its queue. Rounds go up the counts and down in turn. Counts whose adapters would
+take more than --disk are left out: S1 to 2000 adapters are 1.8 GB, S2 6.9 GB, S3 3.7 GB, S4 8.6 GB.
 """
 
 from __future__ import annotations
@@ -15,59 +18,80 @@ import argparse
 import asyncio
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from loraplex.benchmarks.arrivals import Arrivals
+from loraplex.benchmarks.charts import Axis, Series, lines, page
 from loraplex.benchmarks.drive import closed_loop, open_loop
+from loraplex.benchmarks.kernels.machine import limits
+from loraplex.benchmarks.least import Load, device, most_tokens
 from loraplex.benchmarks.load import Address
-from loraplex.benchmarks.many.served import serve
+from loraplex.benchmarks.many import pagecache
+from loraplex.benchmarks.many.served import Others, Server, serve
 from loraplex.benchmarks.measures import Figures, Objective, measure
-from loraplex.benchmarks.random_adapters import adapter_bytes, make_adapters, modules_of
+from loraplex.benchmarks.paper import ELEMENT, SMOLLM2_135M
+from loraplex.benchmarks.random_adapters import WEIGHTS, adapter_bytes, make_adapters, modules_of
 from loraplex.benchmarks.workload import Lengths, Spec, plan
 from loraplex.server.models.demo import default_cache_dir, ensure_demo_base
 
 TARGETS = ("q_proj", "v_proj")
 COUNTS = (5, 100, 1000, 2000)
 LENGTHS = Lengths(8, 64)
-OFFERED = 1.25
-"""Of what is served: the paper's 10 requests a second over the 8 that were."""
+FULL, EASY = 1.25, 0.6
+"""Offered, of what a closed loop of a batch is served."""
 
 STREAMS = 32
 """Of the closed loop that finds what can be served: the batch's rows."""
 
 RANKS = {"S1": (8,), "S2": (64, 32, 16, 8), "S3": (16,), "S4": (64, 32, 16)}
 
-PAPER = {  # requests per second, by the number of adapters
-    "S1": {5: 8.05, 100: 7.99, 1000: 7.64, 2000: 7.61},
-    "S2": {5: 7.49, 100: 7.29, 1000: 6.69, 2000: 6.73},
-    "S4": {2: 4.49, 5: 4.43, 100: 4.28, 1000: 3.90},
+PAPER = {  # by the number of adapters: requests per second, mean seconds to the first token
+    "S1": {5: (8.05, 0.599), 100: (7.99, 0.619), 1000: (7.64, 1.898), 2000: (7.61, 2.019)},
+    "S2": {5: (7.49, 2.661), 100: (7.29, 4.212), 1000: (6.69, 10.544), 2000: (6.73, 10.652)},
+    "S4": {2: (4.49, 50.538), 5: (4.43, 54.809), 100: (4.28, 58.556), 1000: (3.90, 72.070)},
 }
-"""From the raw results in the paper's repository, A100 80 GB."""
+"""From the raw results in the paper's repository, A100 80 GB, 10 requests a second offered for 120 s."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One count of adapters of one setting; medians over the rounds."""
+    """One count of adapters of one setting; medians over the rounds, seconds."""
 
     setting: str
     adapters: int
     requests_per_second: float
     tokens_per_second: float
+    first_mean: float  # of six tenths of the load, as the other two
     first_p50: float
-    first_mean: float
-    failed: int
+    first_p99: float
+    failed: int  # of all rounds
+    on_device: float  # share of requests that found their adapter there
+    of_limit: float  # of the tokens per second that the machine allows
     relative: float  # throughput over that of the least adapters
+    relative_first: float  # mean first token likewise
     paper_relative: float | None  # the paper's for the same counts
+    paper_relative_first: float | None
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One count of adapters in one round."""
+
+    full: Figures
+    easy: Figures
+    on_device: float  # while it was full, as the next two
+    most: float  # tokens per second that the machine allows
+    others: float  # share of the CPUs that other processes took
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--settings", default="S1", help="of S1, S2, S3, S4; commas between")
     parser.add_argument("--counts", default=",".join(map(str, COUNTS)), help="of adapters; commas between")
-    parser.add_argument("--seconds", type=float, default=60, help="during which requests are sent")
-    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=20, help="during which requests are sent, twice")
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--disk", type=float, default=3.0, help="GB of adapters at most, of each setting")
     parser.add_argument("--json", type=Path, help="write the rows here")
     arguments = parser.parse_args()
@@ -80,7 +104,7 @@ def main() -> None:
 
 
 def run(
-    setting: str, counts: Sequence[int] = COUNTS, seconds: float = 60, rounds: int = 1, disk: float = 3e9
+    setting: str, counts: Sequence[int] = COUNTS, seconds: float = 20, rounds: int = 2, disk: float = 3e9
 ) -> list[Row]:
     """Measure one setting and print it. Raises KeyError (no such setting), DiskFull, NotStarted."""
     base, ranks = ensure_demo_base(), RANKS[setting]
@@ -91,17 +115,26 @@ def run(
     if not fitting:
         return []
     folder = default_cache_dir() / "benchmarks" / f"slora-{'-'.join(map(str, ranks))}"
-    make_adapters(base, folder, max(fitting), ranks=ranks, targets=TARGETS)
-    figures: dict[int, list[Figures]] = {count: [] for count in fitting}
+    for path in make_adapters(base, folder, max(fitting), ranks=ranks, targets=TARGETS):
+        pagecache.fill(path / WEIGHTS)  # as in the paper all adapters are in memory: here in the page cache
+    turns: dict[int, list[Turn]] = {count: [] for count in fitting}
     flags = ("--adapter-dir", str(folder), "--memory", "3G", "--max-model-len", "512")
     with serve("demo", *flags) as server:
-        rate = OFFERED * asyncio.run(_served(server.address, fitting[0], seconds / 4))
+        served = asyncio.run(_served(server.address, fitting[0], seconds / 2))
         for number in range(rounds):
             for count in fitting if number % 2 == 0 else reversed(fitting):
-                figures[count].append(asyncio.run(_offer(server.address, count, rate, seconds, number)))
-    rows = [_row(setting, count, figures) for count in fitting]
-    print(f"{setting}: ranks {ranks} on q and v, {rate:.1f} requests/s offered for {seconds:g} s, medians of {rounds}")
-    print("\n".join(format_rows(rows)))
+                turns[count].append(asyncio.run(_turn(server, count, served, seconds, number, mean)))
+                print(
+                    f"{setting}, {count} adapters: {turns[count][-1].full.requests_per_second:.2f} requests/s",
+                    flush=True,
+                )
+    rows = [_row(setting, count, turns) for count in fitting]
+    others = max(turn.others for each in turns.values() for turn in each)
+    print(
+        f"{setting}: ranks {ranks} on q and v; {FULL * served:.1f} requests/s offered for {seconds:g} s and "
+        f"{EASY * served:.1f} for {seconds / 2:g} s; medians of {rounds}; others took up to {others:.0%} of the CPUs"
+    )
+    print("\n".join(format_rows(rows)), flush=True)
     return rows
 
 
@@ -117,41 +150,96 @@ async def _served(address: Address, count: int, seconds: float) -> float:
     return measure(run, Objective()).requests_per_second
 
 
+async def _turn(server: Server, count: int, served: float, seconds: float, seed: int, nbytes: float) -> Turn:
+    """All counts of a round get the same prompts at the same times, and the two loads different ones."""
+    mean = (LENGTHS.low + LENGTHS.high) // 2
+    load = Load(STREAMS, round(_distinct(count)), round(nbytes / ELEMENT), mean, mean)
+    most = most_tokens(SMOLLM2_135M, load, device(limits(0.4)))
+    easy = await _offer(server.address, count, EASY * served, seconds / 2, 2 * seed)
+    others, before = Others(server), await server.metrics()
+    full = await _offer(server.address, count, FULL * served, seconds, 2 * seed + 1)
+    loads = (await server.metrics())["loraplex:adapter_loads_total"] - before["loraplex:adapter_loads_total"]
+    return Turn(full, easy, max(0.0, 1 - loads / full.requests), most, others.share())
+
+
+def _distinct(count: int) -> float:
+    """Expected number of adapters in a full batch."""
+    return count * (1 - (1 - 1 / count) ** STREAMS)
+
+
 async def _offer(address: Address, count: int, rate: float, seconds: float, seed: int) -> Figures:
     return measure(await open_loop(address, plan(spec(count, rate, seed), seconds=seconds)), Objective())
 
 
-def _row(setting: str, count: int, figures: dict[int, list[Figures]]) -> Row:
-    def median(of: str, count: int = count) -> float:
-        return statistics.median(getattr(each, of) for each in figures[count])
+def _row(setting: str, count: int, turns: dict[int, list[Turn]]) -> Row:
+    def median(of: Callable[[Turn], float], count: int = count) -> float:
+        return statistics.median(map(of, turns[count]))
 
-    least, paper = min(figures), PAPER.get(setting, {})
+    least, paper = min(turns), PAPER.get(setting, {})
+    of_paper = (
+        [here / there for here, there in zip(paper[count], paper[least], strict=True)]
+        if {count, least} <= paper.keys()
+        else [None, None]
+    )
     return Row(
         setting,
         count,
-        median("requests_per_second"),
-        median("tokens_per_second"),
-        statistics.median(each.first.p50 for each in figures[count]),
-        statistics.median(each.first.mean for each in figures[count]),
-        sum(each.failed for each in figures[count]),
-        median("requests_per_second") / median("requests_per_second", least),
-        paper[count] / paper[least] if count in paper and least in paper else None,
+        median(_rate),
+        median(lambda turn: turn.full.tokens_per_second),
+        median(_first),
+        median(lambda turn: turn.easy.first.p50),
+        median(lambda turn: turn.easy.first.p99),
+        sum(turn.full.failed + turn.easy.failed for turn in turns[count]),
+        median(lambda turn: turn.on_device),
+        median(lambda turn: turn.full.tokens_per_second / turn.most),
+        median(_rate) / median(_rate, least),
+        median(_first) / median(_first, least),
+        *of_paper,
     )
+
+
+def _rate(turn: Turn) -> float:
+    return turn.full.requests_per_second
+
+
+def _first(turn: Turn) -> float:
+    return turn.easy.first.mean
 
 
 def format_rows(rows: Sequence[Row]) -> list[str]:
     """A Markdown table."""
-    lines = [
-        "| setting | adapters | requests/s | tokens/s | first token, median | relative | S-LoRA's own, relative |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
+    heads = (
+        *("setting", "adapters", "requests/s", "relative", "S-LoRA's", "first token, mean", "relative", "S-LoRA's"),
+        *("on the device", "of the machine's limit"),
+    )
+    table = [f"| {' | '.join(heads)} |", f"| --- |{' ---: |' * (len(heads) - 1)}"]
     for row in rows:
-        paper = f"{row.paper_relative:.3f}" if row.paper_relative is not None else ""
-        lines.append(
-            f"| {row.setting} | {row.adapters:,} | {row.requests_per_second:.2f} | {row.tokens_per_second:.0f} | "
-            f"{row.first_p50 * 1e3:.0f} ms | {row.relative:.3f} | {paper} |"
+        paper, paper_first = (
+            "" if value is None else f"{value:.{digits}f}"
+            for value, digits in ((row.paper_relative, 3), (row.paper_relative_first, 2))
         )
-    return lines
+        table.append(
+            f"| {row.setting} | {row.adapters:,} | {row.requests_per_second:.2f} | {row.relative:.3f} | {paper} | "
+            f"{row.first_mean * 1e3:.0f} ms | {row.relative_first:.2f} | {paper_first} | {row.on_device:.0%} | "
+            f"{row.of_limit:.0%} |"
+        )
+    return table
+
+
+def plot(rows: Sequence[Row]) -> str:
+    """An SVG file of one setting: throughput and first token over the number of adapters, and the paper's, relative."""
+    x = Axis("adapters", log=True, show=lambda value: f"{value:,.0f}")
+    named = {}
+    for caption, ours, theirs in (
+        ("Requests/s, of those over the fewest adapters", "relative", "paper_relative"),
+        ("Mean time to the first token, likewise", "relative_first", "paper_relative_first"),
+    ):
+        series = [
+            Series(name, [(row.adapters, getattr(row, of)) for row in rows if getattr(row, of) is not None])
+            for name, of in (("loraplex, SmolLM2-135M on this machine", ours), ("S-LoRA's paper, A100", theirs))
+        ]
+        named[caption] = lines(series, x, Axis("relative", show=lambda value: f"{value:.1f}"))
+    return page(named)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ Measures decode steps of SmolLM2-135M at 1 to 32 rows with and without adapters 
 about half a minute, and writes them with the machine they were measured on. The file's form, for other models and GPUs:
 
     {"points": [{"rows": 16, "adapters": 16, "prefill_tokens": 0, "seconds": 0.0182}, ...],
-     "rows": 32, "slots": 256, "kv_tokens": 40000, "load_seconds": 0.01, "prefill_budget": 512,
+     "model": "SmolLM2-135M", "rows": 32, "slots": 256, "kv_tokens": 40000, "load_seconds": 0.01, "prefill_budget": 512,
      "adapter_bytes": 9768960}
 
 Only `points` are measured here; the rest says what a replica of the demo base holds, and is there to be edited.
@@ -49,6 +49,7 @@ class Calibration:
     spec: ReplicaSpec
     adapter_bytes: int
     worst: float  # the largest relative difference between a measured step and its fit
+    what: str  # was measured
 
 
 def fit(points: Sequence[Point]) -> tuple[StepTimes, float]:
@@ -80,7 +81,9 @@ def read(path: Path = DEFAULT) -> Calibration:
         points = [Point(p["rows"], p["adapters"], p["prefill_tokens"], p["seconds"]) for p in found["points"]]
         times, worst = fit(points)
         limits = {name: found[name] for name in ("rows", "slots", "kv_tokens", "load_seconds", "prefill_budget")}
-        return Calibration(ReplicaSpec(times, **limits), found["adapter_bytes"], worst)
+        machine = found.get("measured", {})
+        what = f"{found.get('model', path.name)} on {machine['cpus']} CPUs" if "cpus" in machine else path.name
+        return Calibration(ReplicaSpec(times, **limits), found["adapter_bytes"], worst, what)
     except FileNotFoundError:
         how = "python -m loraplex.benchmarks.steps FILE measures this machine's"
         raise BadCalibration(f"no step times at {path}; {how}") from None
@@ -109,9 +112,10 @@ def measure(seconds: float = 1.0) -> list[Point]:
     return [*points, *(Point(1, 0, n, cost.fixed_seconds + n * cost.token_seconds) for n in (64, 256))]
 
 
-def replica() -> dict[str, float]:
+def replica() -> dict[str, float | str]:
     """What a server of the demo base with 3 GB holds: bytes are exact, a load's seconds are a round number."""
     return {
+        "model": "SmolLM2-135M",
         "rows": 32,
         "slots": 256,
         "kv_tokens": 40_000,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ from typing import Any
 AZURE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 MOONCAKE_BLOCK = 512
 """Tokens of one of Mooncake's hash ids."""
+
+MOST_TOKENS = 10_000_000
+"""Of a prompt or an answer: more than any model takes."""
 
 _FRACTION = re.compile(r"\.(\d+)")
 
@@ -40,13 +44,16 @@ class TraceRow:
 
 def read_trace(path: Path) -> list[TraceRow]:
     """A trace in either format, known by its first line; by time, from 0. Raises BadTrace, OSError."""
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        first = file.readline()
-        file.seek(0)
-        if first.lstrip().startswith("{"):
-            rows = [_mooncake(path, number, line) for number, line in enumerate(file, 1) if line.strip()]
-        else:
-            rows = _azure(path, csv.DictReader(file))
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            first = file.readline()
+            file.seek(0)
+            if first.lstrip().startswith("{"):
+                rows = [_mooncake(path, number, line) for number, line in enumerate(file, 1) if line.strip()]
+            else:
+                rows = _azure(path, csv.DictReader(file))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise BadTrace(f"{path}: no text of a trace: {error}") from None
     if not rows:
         raise BadTrace(f"{path}: no requests in it")
     rows.sort(key=lambda row: row.at)
@@ -87,12 +94,14 @@ def _mooncake(path: Path, number: int, line: str) -> TraceRow:
         return _row(found["timestamp"] / 1000, int(found["input_length"]), int(found["output_length"]), blocks)
     except KeyError as error:
         raise BadTrace(f"{path}:{number}: no {error}; expected timestamp, input_length, output_length") from None
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise BadTrace(f"{path}:{number}: {error}") from None
 
 
 def _row(at: float, prompt: int, output: int, blocks: Iterable[int] = ()) -> TraceRow:
     """A recorded answer may have been empty; one token is the least that can be asked for."""
-    if prompt < 0 or output < 0:
-        raise ValueError(f"{prompt} prompt tokens and {output} output tokens; they have to be 0 or more")
+    if not (0 <= prompt <= MOST_TOKENS and 0 <= output <= MOST_TOKENS):
+        raise ValueError(f"{prompt} prompt tokens and {output} output tokens; expected 0 to {MOST_TOKENS:,}")
+    if not math.isfinite(at):
+        raise ValueError(f"a time of {at}")
     return TraceRow(at, max(1, prompt), max(1, output), tuple(blocks))

@@ -1,47 +1,52 @@
 """Served tokens per second beside other servers, on one machine, turn by turn.
 
-    python -m loraplex.benchmarks.peers [--rounds 3] [--loads 1,2,3,4] [--peers llama.cpp,peft] [--folder DIR]
+    python -m loraplex.benchmarks.peers [--rounds 2] [--loads 1,2,3,4] [--peers llama.cpp,vllm,peft] [--out FILE]
 
 SmolLM2-135M in bf16; prompts of 96 tokens, 64 tokens out, greedy, end of sequence ignored, streamed over HTTP, closed
-loop; adapters of rank 16 on all seven linears, random weights. In every round ours and theirs run one after the other,
-and the ratio is the median over the rounds of the two rates of a round: a machine that others use slows both. A peer
-that cannot run here is left out with the reason. llama.cpp is built once, ten minutes of one core, into --folder.
+loop; adapters of rank 16 on all seven linears, random weights. In every round all run one after the other, in an order
+that turns from round to round, and a ratio is the median over the rounds of the two rates of a round: a machine that
+others use slows both. Two rounds take nine minutes of two cores. A peer that cannot run here is left out with the
+reason. llama.cpp is built once, ten minutes of one core, and vLLM is installed once, 3.4 GB, both in --folder.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
+import json
 import os
-import statistics
-from collections.abc import Sequence
+import signal
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
-from loraplex.benchmarks.load import Outcome, closed_loop, send
-from loraplex.benchmarks.peers import peft_batch
-from loraplex.benchmarks.peers.llamacpp import convert, install, llamacpp
-from loraplex.benchmarks.peers.peer import LOADS, Load, Served, Skipped, ours
+from loraplex.benchmarks.peers import llamacpp, peft_batch, vllm_cpu
+from loraplex.benchmarks.peers.peer import LOADS, Figures, Load, Peer, Running, Skipped, ours
+from loraplex.benchmarks.peers.report import OURS, Row, table
+from loraplex.benchmarks.provenance import Provenance
 from loraplex.benchmarks.random_adapters import make_adapters
 from loraplex.server.models.demo import default_cache_dir, ensure_demo_base
 
-ALL_PEERS = ("llama.cpp", "peft")
-PEFT_ROWS = 16
+ALL_PEERS = ("llama.cpp", "vllm", "peft")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--loads", default="1,2,3,4", help="which rows, comma separated")
     parser.add_argument("--peers", default=",".join(ALL_PEERS), help="comma separated")
     parser.add_argument("--requests", type=int, help="of each load and round; fewer for a quick look")
     parser.add_argument(
-        "--folder", type=Path, default=default_cache_dir() / "peers", help="what is built and converted"
+        "--folder", type=Path, default=default_cache_dir() / "peers", help="what is built, installed and converted"
     )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="of building llama.cpp")
+    parser.add_argument("--out", type=Path, help="a JSON file of every round, with the machine and all versions")
     arguments = parser.parse_args()
-    peers = arguments.peers.split(",")
-    if unknown := set(peers) - set(ALL_PEERS):
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as on Ctrl-C, what was started is stopped
+    wanted = arguments.peers.split(",")
+    if unknown := set(wanted) - set(ALL_PEERS):
         parser.error(f"unknown peers {', '.join(sorted(unknown))}; there are: {', '.join(ALL_PEERS)}")
     loads = [LOADS[int(number) - 1] for number in arguments.loads.split(",")]
     if arguments.requests:
@@ -50,50 +55,61 @@ def main() -> None:
     base = ensure_demo_base()
     folder = default_cache_dir() / "benchmarks" / "r16"
     adapters = make_adapters(base, folder, max(load.adapters for load in LOADS))
-    print(f"{os.cpu_count()} CPUs; medians of {arguments.rounds} rounds")
-    if "llama.cpp" in peers:
+    makers: dict[str, Callable[[], Peer]] = {
+        "llama.cpp": lambda: llamacpp.peer(arguments.folder, base, adapters, arguments.jobs),
+        "vllm": lambda: vllm_cpu.peer(arguments.folder, base, adapters),
+        "peft": lambda: peft_batch.peer(base, adapters),
+    }
+    peers, missing = prepare({name: makers[name] for name in wanted})
+    with ours(folder) as mine:
+        rows = [measure(load, mine, peers, arguments.rounds) for load in loads]
+    print("\n".join(["", *table(rows)]))
+    if arguments.out:
+        content = {
+            "measured": Provenance.here().as_json(),
+            "date": datetime.now(UTC).date().isoformat(),
+            "peers": {peer.name: dict(peer.versions) for peer in peers},
+            "left_out": missing,
+            "rows": [row.as_json() for row in rows],
+        }
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def prepare(makers: Mapping[str, Callable[[], Peer]]) -> tuple[list[Peer], dict[str, str]]:
+    """Those that can run here, and of the others by name why not."""
+    peers, missing = [], {}
+    for name, make in makers.items():
         try:
-            program = install(arguments.folder, arguments.jobs)
-            model, converted = convert(arguments.folder / "gguf", base, adapters)
-            print(f"{'':38}{'ours':>8}{'llama.cpp':>11}{'ratio':>7}   first token p50, ours and theirs")
-            with ours(folder) as mine:
-                for load in loads:
-                    with llamacpp(program, model, converted[: load.adapters], load.streams) as theirs:
-                        _report(load, asyncio.run(_alternate([mine, theirs], load, arguments.rounds)))
+            peers.append(make())
         except Skipped as reason:
-            print(f"llama.cpp is left out: {reason}")
-    if "peft" in peers:
-        _peft(base, adapters[:PEFT_ROWS], arguments.rounds)
+            missing[name] = str(reason)
+            print(f"{name} is left out: {reason}", flush=True)
+    return peers, missing
 
 
-async def _alternate(servers: Sequence[Served], load: Load, rounds: int) -> list[list[Outcome]]:
-    """Per server, an outcome a round."""
-    for server in servers:  # what is loaded and compiled on first use
-        for request in server.requests(replace(load, requests=max(1, load.adapters)), seed=-1):
-            await send(server.address, replace(request, max_tokens=2))
-    outcomes: list[list[Outcome]] = [[] for _ in servers]
-    for seed in range(rounds):
-        for server, mine in zip(servers, outcomes, strict=True):
-            mine.append(await closed_loop(server.address, server.requests(load, seed), load.streams))
-    return outcomes
-
-
-def _report(load: Load, outcomes: list[list[Outcome]]) -> None:
-    mine, theirs = outcomes
-    ratio = statistics.median(a.tokens_per_second / b.tokens_per_second for a, b in zip(mine, theirs, strict=True))
-    rates = [statistics.median(run.tokens_per_second for run in runs) for runs in outcomes]
-    firsts = [statistics.median(run.first_token(0.5) for run in runs) for runs in outcomes]
-    shown = ", ".join(f"{1e3 * first:.0f} ms" for first in firsts)
-    print(f"{load.name:38}{rates[0]:8.1f}{rates[1]:11.1f}{ratio:7.2f}   {shown}", flush=True)
-
-
-def _peft(base: Path, adapters: Sequence[Path], rounds: int) -> None:
-    try:
-        rate = statistics.median(peft_batch.measure(base, adapters, rounds))
-    except Skipped as reason:
-        print(f"peft is left out: {reason}")
-        return
-    print(f"peft, one batch of {len(adapters)} rows and adapters, no server: {rate:.1f} tokens/s")
+def measure(load: Load, mine: Running, peers: Sequence[Peer], rounds: int) -> Row:
+    """All that can run `load`, warmed up, in turns; who does not start is left out."""
+    with ExitStack() as stack:
+        running = {OURS: mine}
+        for peer in peers:
+            if load.name not in peer.loads:
+                continue
+            try:
+                running[peer.name] = stack.enter_context(peer.start(load))
+            except Skipped as reason:
+                print(f"{load.name}: {peer.name} is left out: {reason}", flush=True)
+        for program in running.values():
+            program.warm(load)
+        found: dict[str, list[Figures]] = {name: [] for name in running}
+        names = list(running)
+        for seed in range(rounds):
+            turn = seed % len(names)
+            for name in names[turn:] + names[:turn]:
+                found[name].append(running[name].measure(load, seed))
+                shown = found[name][-1].tokens_per_second
+                print(f"{load.name}, round {seed + 1}: {name} {shown:.1f} tokens/s", flush=True)
+    return Row(load.name, found)
 
 
 if __name__ == "__main__":

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
-import subprocess
 import sys
 import tarfile
 import tempfile
-import time
-import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from loraplex.benchmarks.load import Address, Request
+from loraplex.benchmarks.load import Request
 from loraplex.benchmarks.peers.gguf_files import write_adapter, write_base
-from loraplex.benchmarks.peers.peer import OUTPUT_TOKENS, PROMPT_TOKENS, Served, Skipped
+from loraplex.benchmarks.peers.peer import LOADS, OUTPUT_TOKENS, PROMPT_TOKENS, Load, Peer, Served, Skipped
+from loraplex.benchmarks.peers.processes import free_port, run, started
 from loraplex.server.models.config import ModelConfig
 from loraplex.server.models.demo import find_source
 
@@ -45,32 +42,17 @@ def install(folder: Path, jobs: int) -> Path:
             raise Skipped(f"{tool} is not installed, which building llama.cpp takes")
     home.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
-        pip = [
-            sys.executable,
-            "-m",
-            "pip",
-            "--disable-pip-version-check",
-            "download",
-            "--no-deps",
-            "--no-binary",
-            ":all:",
-        ]
-        _run([*pip, "--dest", scratch, f"{PACKAGE}=={VERSION}"], home / "download.log")
+        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--no-deps"]
+        pip += ["--no-binary", ":all:"]
+        run([*pip, "--dest", scratch, f"{PACKAGE}=={VERSION}"], home / "download.log")
         with tarfile.open(next(Path(scratch).glob("*.tar.gz"))) as archive:
             archive.extractall(scratch, filter="data")
         shutil.rmtree(home / "source", ignore_errors=True)
         shutil.move(next(Path(scratch).glob("*/vendor/llama.cpp")), home / "source")
-    _run(["cmake", "-S", str(home / "source"), "-B", str(home / "build"), *CONFIGURE], home / "configure.log")
+    run(["cmake", "-S", str(home / "source"), "-B", str(home / "build"), *CONFIGURE], home / "configure.log")
     build = ["nice", "-n", "19", "cmake", "--build", str(home / "build"), "--target", "llama-server", f"-j{jobs}"]
-    _run(build, home / "build.log")
+    run(build, home / "build.log")
     return program
-
-
-def _run(command: Sequence[str], log: Path) -> None:
-    with log.open("wb") as file:
-        if subprocess.run(command, stdout=file, stderr=file, check=False).returncode:
-            last = log.read_text(errors="replace").strip().rpartition("\n")[2]
-            raise Skipped(f"{command[0]} failed, see {log}: {last}")
 
 
 def convert(folder: Path, base: Path, adapters: Sequence[Path]) -> tuple[Path, list[Path]]:
@@ -90,50 +72,37 @@ def convert(folder: Path, base: Path, adapters: Sequence[Path]) -> tuple[Path, l
     return model, files
 
 
-@contextmanager
-def llamacpp(program: Path, model: Path, adapters: Sequence[Path], streams: int) -> Iterator[Served]:
-    """The server with `adapters` loaded and a slot for each stream. Raises Skipped where it does not start.
-
-    Only what a load needs is loaded: with adapters at hand that nobody asks for, the base is several times slower.
-    """
-    with socket.create_server(("127.0.0.1", 0)) as held:
-        port = held.getsockname()[1]
+def command(program: Path, model: Path, adapters: Sequence[Path], streams: int, port: int) -> list[str]:
+    """The server's, with a slot for each stream; continuous batching and flash attention are its defaults."""
     cores = str(len(os.sched_getaffinity(0)))
     slot = PROMPT_TOKENS + OUTPUT_TOKENS + 32
-    command = [str(program), "-m", str(model), "--host", "127.0.0.1", "--port", str(port), "-t", cores, "-tb", cores]
-    command += ["-np", str(streams), "-c", str(slot * streams), "-ub", "512", "--no-webui"]
+    line = [str(program), "-m", str(model), "--host", "127.0.0.1", "--port", str(port), "-t", cores, "-tb", cores]
+    line += ["-np", str(streams), "-c", str(slot * streams), "-ub", "512", "--no-webui"]
     # Prompts never repeat: copying them into a cache would only cost.
-    command += ["--cache-ram", "0", "--no-cache-prompt", "--slot-prompt-similarity", "0"]
+    line += ["--cache-ram", "0", "--no-cache-prompt", "--slot-prompt-similarity", "0"]
     if adapters:
-        command += ["--lora", ",".join(map(str, adapters)), "--lora-init-without-apply"]
+        line += ["--lora", ",".join(map(str, adapters)), "--lora-init-without-apply"]
+    return line
+
+
+def peer(folder: Path, base: Path, adapters: Sequence[Path], jobs: int) -> Peer:
+    """Built under `folder`. Raises Skipped.
+
+    Only what a load needs is loaded: with adapters at hand that nobody asks for, its base is several times slower.
+    Requests that wear different adapters are never in one batch of it: its documentation says so.
+    """
+    program = install(folder, jobs)
+    model, converted = convert(folder / "gguf", base, adapters)
 
     def ask(prompt: Sequence[int], adapter: int | None) -> Request:
         fields = {} if adapter is None else {"lora": [{"id": adapter, "scale": 1.0}]}
         return Request("base", prompt, OUTPUT_TOKENS, fields)
 
-    with tempfile.NamedTemporaryFile(prefix="llama-server-", suffix=".log") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log)
-        try:
-            _wait(process, port, Path(log.name))
-            yield Served(Address("127.0.0.1", port), ask)
-        finally:
-            process.terminate()
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+    @contextmanager
+    def start(load: Load) -> Iterator[Served]:
+        port = free_port()
+        line = command(program, model, converted[: load.adapters], load.streams, port)
+        with started("llama-server", line, port, START_LIMIT) as address:
+            yield Served(address, ask)
 
-
-def _wait(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
-    """Until it is ready."""
-    deadline = time.monotonic() + START_LIMIT
-    while True:
-        try:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2).close()
-            return
-        except OSError:
-            if process.poll() is not None or time.monotonic() > deadline:
-                last = log.read_text(errors="replace").strip()[-500:]
-                raise Skipped(f"llama-server did not start: {last}") from None
-            time.sleep(0.2)
+    return Peer("llama.cpp", {PACKAGE: VERSION}, start, [load.name for load in LOADS])

