@@ -32,7 +32,7 @@ ADAPTERS = tuple(f"adapter-{number}" for number in range(16))
 PROMPT = "the"
 STEP = 0.02  # seconds: long enough that a request is seen running, short enough for dozens of them a second
 TOKENS = 12
-START_SECONDS = 120.0  # on a machine with other work
+START_SECONDS = 240.0  # on a machine with much other work
 
 SLOWED = f"""
 import time
