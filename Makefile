@@ -20,7 +20,7 @@ PARTS := server kernels adapters $(if $(wildcard benchmarks/*.py),benchmarks)
 TEST_ORDER := $(sort $(wildcard tests/test_*.py)) $(wildcard $(addprefix tests/,kernels adapters engine models api e2e))
 TESTS := $(TEST_ORDER) $(filter-out $(TEST_ORDER) tests/support tests/routers tests/clients tests/__pycache__,$(patsubst %/,%,$(wildcard tests/*/)))
 
-.PHONY: help serve bench test test-routers test-clients lint format install install-dev clean
+.PHONY: help serve bench test test-routers test-clients test-aiperf lint format install install-dev clean
 
 help:
 	@echo 'make serve    talk to the demo base and the example adapters on http://$(HOST):$(PORT) (HOST=, PORT=, SERVE_FLAGS=)'
@@ -28,6 +28,7 @@ help:
 	@echo 'make test     lint, then every test (PYTEST_FLAGS=)'
 	@echo 'make test-routers  two servers behind the routers of SGLang and vLLM, and under Ray Serve'
 	@echo 'make test-clients  LangChain, LiteLLM, lm-eval, lorax-client and schemathesis against a server (CLIENTS=)'
+	@echo 'make test-aiperf   the load harness beside aiperf, on a machine that nobody else uses'
 	@echo 'make bench    the figures of README, measured here in under ten minutes'
 	@echo 'make lint     ruff and mypy'
 	@echo 'make format   ruff, writing'
@@ -65,6 +66,15 @@ test-clients: install-dev $(CLIENTS:%=$(CLIENT_ENVS)/%/.installed)
 # Their files are compiled when they are first imported: most never are.
 $(CLIENT_ENVS)/%/.installed: tests/clients/%/requirements.txt
 	rm -rf $(@D)
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip --disable-pip-version-check -qq install --no-compile --requirement $<
+	@touch $@
+
+# The load harness beside aiperf. Their figures are times, which a busy machine blurs: not part of the gate.
+test-aiperf: install-dev $(CLIENT_ENVS)/aiperf/.installed
+	LORAPLEX_AIPERF=$(CURDIR)/$(CLIENT_ENVS)/aiperf/bin/aiperf $(BIN)/pytest $(PYTEST_FLAGS) tests/benchmarks/test_export.py
+
+$(CLIENT_ENVS)/aiperf/.installed: tests/benchmarks/aiperf.txt
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip --disable-pip-version-check -qq install --no-compile --requirement $<
 	@touch $@

@@ -1,7 +1,7 @@
 """Workloads for other load generators: the files say what ours does, and aiperf measures what we do.
 
-The last test runs aiperf where there is one: on the PATH, or named by LORAPLEX_AIPERF. To have one, in an environment
-of its own, since it pins what we do not: python -m venv V && V/bin/pip install aiperf==0.13.0 (1.2 GB).
+The last test runs aiperf where there is one: on the PATH, or named by LORAPLEX_AIPERF. `make test-aiperf` brings one,
+in an environment of its own, since it pins what we do not (1.2 GB).
 """
 
 from __future__ import annotations
