@@ -178,7 +178,7 @@ def test_a_store_that_is_gone(s3: Any, tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_library_that_is_missing_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str, module: str
 ) -> None:
-    monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setitem(sys.modules, object_stores.EXTRAS[scheme][0], None)
     with pytest.raises(AdapterRefused, match=rf"need {module}.*pip install 'loraplex\[{scheme}\]'") as caught:
         get(Downloads(tmp_path), f"{scheme}://models/sql")
     assert caught.value.code == "missing_extra"
