@@ -73,7 +73,7 @@ def environment(home: Path, cores: Sequence[int]) -> dict[str, str]:
     preloaded = [library for library in (allocator, str(openmp) if openmp.exists() else None) if library]
     return {
         "VLLM_TARGET_DEVICE": "cpu",
-        # A core kept for the server itself, as it likes to have it, would be one of two: 34 tokens/s instead of 72.
+        # A core kept for the server itself, as it likes to have it, would be one of two.
         "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
         "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
         "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB: 46,000 tokens, ten times what 16 streams hold

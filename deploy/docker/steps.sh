@@ -60,7 +60,7 @@ slim() {
     local site
     for site in "$1"/lib/python3*/site-packages; do
         rm -rf "$site"/torch/{include,test,share}
-        find "$site"/torch/bin -type f ! -name torch_shm_manager -delete
+        find "$site" -path "$site/torch/bin/*" -type f ! -name torch_shm_manager -delete
     done
 }
 
