@@ -12,8 +12,13 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-NICE = 10
-"""Of the threads, on Linux: a tenth of a busy core's time (a load is 2 to 7 ms: it ends), and all of an idle one's."""
+NICE = 5
+"""Of the threads, on Linux: a quarter of a busy core's time, and all of an idle one's.
+
+Lower ones do more harm than good: whoever holds the GIL while it waits for a core makes the engine wait as well. Beside
+ten loads a second, p99 between tokens was 33 ms at 10, the longest 43; 29 and 32 at 0, which would let a large adapter
+take half a core for seconds.
+"""
 
 SLICE_SECONDS = 1e-3
 """Work between two breaths."""
