@@ -149,7 +149,7 @@ def _adjust_(logits: Tensor, row: SampleRow) -> None:
 def _keep_typical_(logits: Tensor, params: SamplingParams) -> None:
     """Forbids all but the tokens whose surprise is nearest to the one expected, the nearest first, up to typical_p.
 
-    Meister et al. 2022, "Locally Typical Sampling". logits [vocab]; sorting them takes 3 ms for 49,152.
+    Meister et al. 2022, "Locally Typical Sampling". logits [vocab]; sorting them takes 3.5 ms for 49,152.
     """
     logprobs = (logits / params.temperature).log_softmax(0)
     probs = logprobs.exp()
