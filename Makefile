@@ -28,7 +28,7 @@ help:
 	@echo 'make test     lint, then every test (PYTEST_FLAGS=)'
 	@echo 'make test-routers  two servers behind the routers of SGLang and vLLM, and under Ray Serve'
 	@echo 'make test-clients  LangChain, LiteLLM, lm-eval, lorax-client and schemathesis against a server (CLIENTS=)'
-	@echo 'make test-aiperf   the load harness beside aiperf, on a machine that nobody else uses'
+	@echo 'make test-aiperf   the load harness beside aiperf'
 	@echo 'make bench    the figures of README, measured here in under ten minutes'
 	@echo 'make lint     ruff and mypy'
 	@echo 'make format   ruff, writing'
@@ -64,20 +64,22 @@ test-clients: install-dev $(CLIENTS:%=$(CLIENT_ENVS)/%/.installed)
 	PYTHONPATH=tests $(BIN)/python -m tests.clients.run $(CLIENT_ENVS) $(CLIENTS)
 
 # Their files are compiled when they are first imported: most never are.
-$(CLIENT_ENVS)/%/.installed: tests/clients/%/requirements.txt
+define client_env
 	rm -rf $(@D)
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip --disable-pip-version-check -qq install --no-compile --requirement $<
 	@touch $@
+endef
 
-# The load harness beside aiperf. Their figures are times, which a busy machine blurs: not part of the gate.
+$(CLIENT_ENVS)/%/.installed: tests/clients/%/requirements.txt
+	$(client_env)
+
+# The load harness beside aiperf, on the same workload against the same server.
 test-aiperf: install-dev $(CLIENT_ENVS)/aiperf/.installed
 	LORAPLEX_AIPERF=$(CURDIR)/$(CLIENT_ENVS)/aiperf/bin/aiperf $(BIN)/pytest $(PYTEST_FLAGS) tests/benchmarks/test_export.py
 
 $(CLIENT_ENVS)/aiperf/.installed: tests/benchmarks/aiperf.txt
-	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip --disable-pip-version-check -qq install --no-compile --requirement $<
-	@touch $@
+	$(client_env)
 
 lint: install-dev
 	$(BIN)/ruff check .

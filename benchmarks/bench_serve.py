@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,48 +19,15 @@ from loraplex.benchmarks.arrivals import Arrivals
 from loraplex.benchmarks.drive import Run, Sample, closed_loop, open_loop
 from loraplex.benchmarks.export import FORMATS, url
 from loraplex.benchmarks.html_report import ms, render, spreads
-from loraplex.benchmarks.load import NOT_AN_ANSWER, Address, call
+from loraplex.benchmarks.load import NOT_AN_ANSWER, Address, call, spoken
 from loraplex.benchmarks.measures import Figures, Objective, measure
+from loraplex.benchmarks.options import LoadOptions, Misused, ModelOptions, ResultOptions, ServeOptions
 from loraplex.benchmarks.provenance import Provenance
 from loraplex.benchmarks.traces import BadTrace, read_trace
 from loraplex.benchmarks.workload import Lengths, Planned, Popularity, Spec, plan
 
 LATE = 0.1
 """Share of the median first token that the send lag's p99 may reach before a warning says so."""
-
-
-class Misused(Exception):
-    """The options cannot be run as they were given."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """As on the command line; None: not given."""
-
-    base_url: str
-    api_key: str
-    chat: bool
-    text: bool
-    rate: float | None
-    cv: float
-    streams: int | None
-    requests: int | None
-    seconds: float | None
-    warmup: float
-    seed: int
-    models: str | None
-    adapters: int | None
-    popularity: str
-    alpha: float
-    prompt: str
-    output: str
-    trace: Path | None
-    trace_speed: float
-    eos: bool
-    objective_ms: tuple[float | None, float | None, float | None]
-    json_file: Path | None
-    html_file: Path | None
-    export: str | None
 
 
 @dataclass(frozen=True)
@@ -71,34 +38,39 @@ class Ended:
     stopped: bool = False  # by the user, with a report of what there was
 
 
-def run(options: Options) -> Ended:
+def run(options: ServeOptions) -> Ended:
     """Raises Misused."""
-    console = Console()
+    console, load, result = Console(), options.load, options.result
     try:
-        for file in (options.json_file, options.html_file):
+        for file in (result.json_file, result.html_file):
             _check_writable(file)
-        address = Address.of(options.base_url, options.api_key)
-        models = asyncio.run(_models(address, options))
-        planned = plan(_spec(options, models), options.requests, options.seconds)
-        if options.export:
-            print(_export(options.export, planned, address))
+        address = Address.of(options.target.base_url, options.target.api_key)
+        models = asyncio.run(_models(address, options.models))
+        planned = plan(_spec(options, models), load.requests, load.seconds)
+        if result.export:
+            print(_export(result.export, planned, address))
             return Ended(0)
-        if options.streams is None and planned[-1].at < options.warmup:
+        if load.streams is None and planned[-1].at < load.warmup:
             raise ValueError(f"the last request is due at {planned[-1].at:.1f} s, and the warm-up is longer")
-        objective = Objective(*(limit / 1e3 if limit is not None else None for limit in options.objective_ms))
-        done = asyncio.run(_drive(address, options, planned))
-        figures = measure(done, objective, options.warmup)
+        objective = _objective(result)
+        done = asyncio.run(_drive(address, load, planned))
+        figures = measure(done, objective, load.warmup)
     except (ValueError, BadTrace, OSError) as error:
         raise Misused(str(error) or type(error).__name__) from None
     settings = _settings(options, models)
     if done.stopped:
         settings["Stopped"] = f"after {done.seconds:.1f} s; requests under way then count as failed"
     _show(console, settings, figures, objective)
-    if options.json_file:
-        options.json_file.write_text(json.dumps(_as_json(options, models, done, figures), indent=1) + "\n")
-    if options.html_file:
-        options.html_file.write_text(render(settings, done, figures, objective, options.warmup))
+    if result.json_file:
+        result.json_file.write_text(json.dumps(_as_json(options, models, done, figures), indent=1) + "\n")
+    if result.html_file:
+        result.html_file.write_text(render(settings, done, figures, objective, load.warmup))
     return Ended(figures.failed, done.stopped)
+
+
+def _objective(result: ResultOptions) -> Objective:
+    limits = (result.slo_first, result.slo_token, result.slo_whole)
+    return Objective(*(limit / 1e3 if limit is not None else None for limit in limits))
 
 
 def _check_writable(file: Path | None) -> None:
@@ -107,7 +79,7 @@ def _check_writable(file: Path | None) -> None:
         raise ValueError(f"{file} cannot be written: it is a folder, or lies in none that can be written to")
 
 
-async def _models(address: Address, options: Options) -> list[str]:
+async def _models(address: Address, options: ModelOptions) -> list[str]:
     """What is asked for. Raises ValueError."""
     if options.models is None:
         names = await served_models(address)
@@ -127,7 +99,7 @@ async def served_models(address: Address) -> list[str]:
     """The adapters that a server names, or all of its models where none has a parent. Raises ValueError."""
     where = f"{url(address)}/v1/models"
     try:
-        status, content = await call(address, "GET", "/v1/models")
+        status, content = await call(await spoken(address), "GET", "/v1/models")
     except NOT_AN_ANSWER as error:
         raise ValueError(f"nothing answers at {where}: {error or type(error).__name__}") from None
     if status != 200:
@@ -140,25 +112,26 @@ async def served_models(address: Address) -> list[str]:
         raise ValueError(f"{where} answered no list of models: {content[:200]!r}; --models names them") from None
 
 
-def _spec(options: Options, models: Sequence[str]) -> Spec:
-    if options.rate is not None and options.streams is not None:
+def _spec(options: ServeOptions, models: Sequence[str]) -> Spec:
+    load, lengths = options.load, options.lengths
+    if load.rate is not None and load.streams is not None:
         raise ValueError("--rate is an open loop and --streams a closed one; give one of them")
-    if options.rate is None and options.streams is None and options.trace is None:
+    if load.rate is None and load.streams is None and lengths.trace is None:
         raise ValueError("give --rate (open loop), --streams (closed loop) or --trace (its own times)")
-    if options.streams is not None and options.requests is None and options.seconds is not None:
+    if load.streams is not None and load.requests is None and load.seconds is not None:
         raise ValueError("a closed loop of --seconds also needs --requests, the most it may send")
     return Spec(
         models=models,
-        popularity=Popularity(options.popularity, options.alpha),
-        arrivals=Arrivals(options.rate, options.cv) if options.rate is not None else None,
-        prompt=Lengths.parse(options.prompt),
-        output=Lengths.parse(options.output),
-        trace=read_trace(options.trace) if options.trace else (),
-        trace_speed=options.trace_speed,
-        chat=options.chat,
-        text=options.text,
-        ignore_eos=not options.eos,
-        seed=options.seed,
+        popularity=Popularity(options.models.popularity, options.models.alpha),
+        arrivals=Arrivals(load.rate, load.cv) if load.rate is not None else None,
+        prompt=Lengths.parse(lengths.prompt),
+        output=Lengths.parse(lengths.output),
+        trace=read_trace(lengths.trace) if lengths.trace else (),
+        trace_speed=lengths.trace_speed,
+        chat=options.target.chat,
+        text=options.target.text,
+        ignore_eos=not lengths.eos,
+        seed=load.seed,
     )
 
 
@@ -169,9 +142,9 @@ def _export(wanted: str, planned: Sequence[Planned], address: Address) -> str:
     return FORMATS[tool](planned, Path(file), address)
 
 
-async def _drive(address: Address, options: Options, planned: Sequence[Planned]) -> Run:
+async def _drive(address: Address, load: LoadOptions, planned: Sequence[Planned]) -> Run:
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    failed = 0
+    address, failed = await spoken(address), 0
     # ten times a second: on two cores a livelier bar is felt by what is measured
     with Progress(*columns, console=Console(stderr=True), refresh_per_second=10, transient=True) as progress:
         task = progress.add_task("", total=len(planned))
@@ -181,32 +154,33 @@ async def _drive(address: Address, options: Options, planned: Sequence[Planned])
             failed += not sample.ok
             progress.update(task, advance=1, description=f"{failed} failed" if failed else "")
 
-        if options.streams is not None:
-            return await closed_loop(address, planned, options.streams, notify, options.seconds)
+        if load.streams is not None:
+            return await closed_loop(address, planned, load.streams, notify, load.seconds)
         return await open_loop(address, planned, notify)
 
 
-def _settings(options: Options, models: Sequence[str]) -> dict[str, str]:
+def _settings(options: ServeOptions, models: Sequence[str]) -> dict[str, str]:
     """What was run, in words."""
-    if options.streams is not None:
-        load = f"closed loop of {options.streams} streams"
-    elif options.rate is not None:
-        load = f"open loop, {options.rate:g} requests/s, variation {options.cv:g}"
+    load, lengths = options.load, options.lengths
+    if load.streams is not None:
+        shown = f"closed loop of {load.streams} streams"
+    elif load.rate is not None:
+        shown = f"open loop, {load.rate:g} requests/s, variation {load.cv:g}"
     else:
-        load = f"open loop at the trace's times, {options.trace_speed:g} times as fast"
-    lengths = f"{Lengths.parse(options.prompt)} tokens in, {Lengths.parse(options.output)} out"
-    names = f"{len(models):,} models" if len(models) > 1 else models[0]
+        shown = f"open loop at the trace's times, {lengths.trace_speed:g} times as fast"
+    ranges = f"{Lengths.parse(lengths.prompt)} tokens in, {Lengths.parse(lengths.output)} out"
+    popularity = Popularity(options.models.popularity, options.models.alpha)
     return {
-        "Target": options.base_url,
-        "Load": f"{load}; seed {options.seed}; {options.warmup:g} s of warm-up left out",
-        "Lengths": f"{options.trace.name}" if options.trace else lengths,
-        "Models": f"{names}, {Popularity(options.popularity, options.alpha)}" if len(models) > 1 else names,
+        "Target": options.target.base_url,
+        "Load": f"{shown}; seed {load.seed}; {load.warmup:g} s of warm-up left out",
+        "Lengths": lengths.trace.name if lengths.trace else ranges,
+        "Models": f"{len(models):,} models, {popularity}" if len(models) > 1 else models[0],
     }
 
 
-def _as_json(options: Options, models: Sequence[str], done: Run, figures: Figures) -> dict[str, Any]:
+def _as_json(options: ServeOptions, models: Sequence[str], done: Run, figures: Figures) -> dict[str, Any]:
     """Everything, down to each request; the key that was sent is not in it."""
-    given = {f.name: getattr(options, f.name) for f in fields(options) if f.name != "api_key"}
+    given = {name: value for group in asdict(options).values() for name, value in group.items() if name != "api_key"}
     return {
         "options": {name: str(value) if isinstance(value, Path) else value for name, value in given.items()},
         "client": Provenance.here().as_json(),

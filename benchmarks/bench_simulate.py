@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, replace
 
 import numpy as np
 from rich.console import Console
@@ -14,6 +13,7 @@ from rich.table import Table
 
 from loraplex.benchmarks.arrivals import Arrivals
 from loraplex.benchmarks.html_report import ms
+from loraplex.benchmarks.options import Misused, SimulateOptions
 from loraplex.benchmarks.popularity import popularity, shares
 from loraplex.benchmarks.replica import Job, ReplicaSpec
 from loraplex.benchmarks.routing import ROUTERS
@@ -34,42 +34,17 @@ FULL = 0.95
 """Of the slots; with fewer filled at the warm-up's end the hits are those of a start."""
 
 
-class Misused(Exception):
-    """The options cannot be run as they were given."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """As on the command line; None: not given."""
-
-    replicas: int
-    adapters: int
-    rate: float | None
-    cv: float
-    popularity: str
-    alpha: float
-    prompt: str
-    output: str
-    seconds: float | None
-    routing: tuple[str, ...]
-    slots: int | None
-    calibration: Path | None
-    paper: bool  # Llama-3.1-8B on an H100, instead
-    objective: float  # seconds to the first token
-    seed: int
-    json_file: Path | None
-
-
-def run(options: Options) -> None:
+def run(options: SimulateOptions) -> None:
     """Raises Misused."""
-    if unknown := [name for name in options.routing if name not in ROUTERS]:
+    routings = options.routing.split(",")
+    if unknown := [name for name in routings if name not in ROUTERS]:
         raise Misused(f"{unknown[0]!r} is no routing; there are {', '.join(ROUTERS)}")
     try:
         calibration = _calibration(options)
         spec = calibration.spec if options.slots is None else replace(calibration.spec, slots=options.slots)
         rate = options.rate or UTILISATION * capacity(spec, options)
         seconds = options.seconds or min(600.0, max(60.0, REQUESTS * options.replicas / rate))
-        results = [_simulate(options, spec, name, (rate, seconds)) for name in options.routing]
+        results = [_simulate(options, spec, name, (rate, seconds)) for name in routings]
     except (ValueError, BadCalibration) as error:
         raise Misused(str(error)) from None
     _show(options, calibration, (rate, seconds), results)
@@ -85,7 +60,7 @@ def run(options: Options) -> None:
         options.json_file.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def _calibration(options: Options) -> Calibration:
+def _calibration(options: SimulateOptions) -> Calibration:
     """Raises ValueError, BadCalibration."""
     if not options.paper:
         return read(options.calibration or DEFAULT)
@@ -96,7 +71,7 @@ def _calibration(options: Options) -> Calibration:
     return replica()
 
 
-def capacity(spec: ReplicaSpec, options: Options) -> float:
+def capacity(spec: ReplicaSpec, options: SimulateOptions) -> float:
     """Requests per second of all replicas with full batches of distinct adapters: what they do at most."""
     prompt, output = Lengths.parse(options.prompt), Lengths.parse(options.output)
     tokens, answer = (prompt.low + prompt.high) / 2, (output.low + output.high) / 2
@@ -105,7 +80,7 @@ def capacity(spec: ReplicaSpec, options: Options) -> float:
     return options.replicas * rows / (batch + rows * tokens * spec.steps.per_prefill_token)
 
 
-def traffic(options: Options, rate: float) -> Iterator[Job]:
+def traffic(options: SimulateOptions, rate: float) -> Iterator[Job]:
     """Endless; the same for every routing."""
     times, models, lengths = (random.Random(f"{options.seed} {name}") for name in ("times", "models", "lengths"))
     prompt, output = Lengths.parse(options.prompt), Lengths.parse(options.output)
@@ -114,14 +89,15 @@ def traffic(options: Options, rate: float) -> Iterator[Job]:
         yield Job(due, draw(), prompt.draw(lengths), output.draw(lengths))
 
 
-def _simulate(options: Options, spec: ReplicaSpec, routing: str, load: tuple[float, float]) -> Result:
+def _simulate(options: SimulateOptions, spec: ReplicaSpec, routing: str, load: tuple[float, float]) -> Result:
     """`load`: requests per second, and seconds."""
     rate, seconds = load
     jobs, warmup = traffic(options, rate), WARMUP * seconds
-    return simulate(spec, options.replicas, routing, jobs, seconds, warmup, options.objective, options.seed)
+    objective = options.slo_first / 1e3
+    return simulate(spec, options.replicas, routing, jobs, seconds, warmup, objective, options.seed)
 
 
-def _show(options: Options, calibration: Calibration, load: tuple[float, float], results: list[Result]) -> None:
+def _show(options: SimulateOptions, calibration: Calibration, load: tuple[float, float], results: list[Result]) -> None:
     rate, seconds = load
     print(
         f"{options.replicas:,} replicas, {options.adapters:,} adapters ({options.popularity} {options.alpha:g}), "
@@ -148,12 +124,16 @@ def _show(options: Options, calibration: Calibration, load: tuple[float, float],
     Console(width=160).print(table)
     print(
         "hits: requests that found their adapter on the device; loads/s of one replica; "
-        f"in time: first token within {ms(options.objective)}"
+        f"in time: first token within {ms(options.slo_first / 1e3)}"
     )
 
 
 def _show_needs(
-    options: Options, calibration: Calibration, spec: ReplicaSpec, load: tuple[float, float], results: list[Result]
+    options: SimulateOptions,
+    calibration: Calibration,
+    spec: ReplicaSpec,
+    load: tuple[float, float],
+    results: list[Result],
 ) -> None:
     rate, seconds = load
     nbytes, replicas = calibration.adapter_bytes, options.replicas
@@ -178,9 +158,9 @@ def _show_needs(
             print(f"    only {result.filled:.0%} of the slots were filled by then: more --seconds would show more hits")
 
 
-def asked_in(seconds: float, rate: float, options: Options) -> float:
+def asked_in(seconds: float, rate: float, options: SimulateOptions) -> float:
     """Different adapters, expected, of a Poisson stream of `rate` requests per second."""
-    each = shares(options.popularity, options.alpha, options.adapters)
+    each = np.array(shares(options.popularity, options.alpha, options.adapters))
     return float(-np.expm1(-seconds * rate * each).sum())
 
 

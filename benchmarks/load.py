@@ -10,7 +10,7 @@ import json
 import ssl
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -35,6 +35,7 @@ class Address:
     prefix: str = ""  # of all paths, before /v1
     tls: bool = False
     api_key: str = field(default="", repr=False)
+    http: str = "1.0"  # an answer then ends with the connection and comes without chunk sizes between its lines
 
     @classmethod
     def of(cls, url: str, api_key: str = "") -> Address:
@@ -53,7 +54,7 @@ class Address:
 
 @dataclass(frozen=True)
 class Request:
-    """A completion: greedy, end of sequence ignored, streamed; `fields` of the body say otherwise."""
+    """A completion: greedy, end of sequence ignored, streamed; `fields` say otherwise, and None leaves one out."""
 
     model: str
     prompt: str | Sequence[int]
@@ -79,7 +80,7 @@ class Request:
         }
         if whole["stream"]:
             whole["stream_options"] = {"include_usage": True}
-        return whole
+        return {name: value for name, value in whole.items() if value is not None}
 
     def body(self) -> bytes:
         return json.dumps(self.content()).encode()
@@ -205,8 +206,8 @@ async def _exchange(address: Address, request: Request, reply: Reply, enough: Ca
             _read_whole(reply, await _whole(reader, headers))
             return
         async for line in _lines(reader, headers):
-            if line.startswith(b"data: "):
-                _read_event(reply, line)
+            if line.startswith(b"data:"):  # a space may follow, says the standard
+                _read_event(reply, line[5:].lstrip())
                 if not reply.done and enough(reply):
                     reply.cut = True
                     return
@@ -214,13 +215,13 @@ async def _exchange(address: Address, request: Request, reply: Reply, enough: Ca
         writer.close()
 
 
-def _read_event(reply: Reply, line: bytes) -> None:
+def _read_event(reply: Reply, content: bytes) -> None:
     """One event of a stream. What comes first in a chat, a role without a word, is no part of the answer."""
     now = time.perf_counter()
-    if line.startswith(b"data: [DONE]"):
+    if content.startswith(b"[DONE]"):
         reply.done = True
         return
-    event = json.loads(line[6:])
+    event = json.loads(content)
     if error := event.get("error"):
         reply.error = (error.get("message") if isinstance(error, Mapping) else str(error)) or "no reason given"
         return
@@ -263,11 +264,20 @@ async def call(address: Address, method: str, path: str, body: Mapping[str, Any]
             writer.close()
 
 
+async def spoken(address: Address) -> Address:
+    """The address, with HTTP/1.1 where 1.0 is refused, as Envoy and the gateways made of it do."""
+    try:
+        status, _ = await call(address, "GET", "/v1/models")
+    except NOT_AN_ANSWER:
+        return address  # whoever asks next is told
+    return replace(address, http="1.1") if status in (426, 505) else address
+
+
 async def _open(
     address: Address, method: str, path: str, content: bytes
 ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    # HTTP/1.0: the answer ends with the connection and comes without chunk sizes between its lines
-    head = f"{method} {address.prefix}{path} HTTP/1.0\r\nHost: {address.host}\r\nContent-Type: application/json\r\n"
+    head = f"{method} {address.prefix}{path} HTTP/{address.http}\r\nHost: {address.host}\r\nConnection: close\r\n"
+    head += "Content-Type: application/json\r\n"
     if address.api_key:
         head += f"Authorization: Bearer {address.api_key}\r\n"
     context = ssl.create_default_context() if address.tls else None

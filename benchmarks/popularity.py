@@ -14,24 +14,28 @@ import math
 import random
 from bisect import bisect
 from collections.abc import Callable
-from itertools import accumulate
-
-import numpy as np
-from numpy.typing import NDArray
-
-LAWS = ("uniform", "zipf", "power")
+from enum import StrEnum
+from itertools import accumulate, pairwise
 
 Draw = Callable[[], int]
 
 
-def shares(law: str, parameter: float, count: int) -> NDArray[np.float64]:
-    """Of requests, by adapter, float64 [count]; what `popularity` draws from. Raises ValueError as it does."""
+class Law(StrEnum):
+    """By its name on the command line."""
+
+    uniform = "uniform"
+    zipf = "zipf"
+    power = "power"
+
+
+def shares(law: str, parameter: float, count: int) -> list[float]:
+    """Of requests, by adapter; what `popularity` draws from. Raises ValueError as it does."""
     popularity(law, parameter, count, random.Random(0))
-    ranks = np.arange(1.0, count + 1)
-    if law == "power":
-        return np.diff((np.arange(count + 1) / count) ** parameter)
-    weights = ranks**-parameter if law == "zipf" else np.ones(count)
-    return np.asarray(weights / weights.sum())
+    if law == Law.power:
+        return [upper - lower for lower, upper in pairwise((k / count) ** parameter for k in range(count + 1))]
+    weights = [(k + 1) ** -parameter if law == Law.zipf else 1.0 for k in range(count)]
+    total = math.fsum(weights)
+    return [weight / total for weight in weights]
 
 
 def popularity(law: str, parameter: float, count: int, rng: random.Random) -> Draw:
@@ -41,16 +45,16 @@ def popularity(law: str, parameter: float, count: int, rng: random.Random) -> Dr
     """
     if count < 1:
         raise ValueError("no adapters to draw from")
-    if law == "uniform":
+    if law == Law.uniform:
         return lambda: rng.randrange(count)
-    if law == "zipf":
+    if law == Law.zipf:
         if not 0 <= parameter < math.inf:
             raise ValueError(f"Zipf's exponent is {parameter:g}; it has to be 0 or above, and finite")
         weights = list(accumulate((k + 1) ** -parameter for k in range(count)))
         return lambda: min(bisect(weights, rng.random() * weights[-1]), count - 1)
-    if law == "power":
+    if law == Law.power:
         if not 0 < parameter < math.inf:
             raise ValueError(f"alpha is {parameter:g}; it has to be above 0 (1: uniform), and finite")
         # the distribution function is u^alpha, and a uniform number through its inverse has that distribution
         return lambda: min(int(rng.random() ** (1 / parameter) * count), count - 1)
-    raise ValueError(f"{law!r} is no law of popularity; there are {', '.join(LAWS)}")
+    raise ValueError(f"{law!r} is no law of popularity; there are {', '.join(Law)}")

@@ -12,27 +12,20 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
-import random
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from loraplex.benchmarks import least
 from loraplex.benchmarks.kernels.machine import limits
-from loraplex.benchmarks.least import Load, device, most_tokens
-from loraplex.benchmarks.load import Outcome, Request, closed_loop
+from loraplex.benchmarks.load import Outcome, closed_loop
 from loraplex.benchmarks.many.served import Others, Server, serve
 from loraplex.benchmarks.paper import SMOLLM2_135M
 from loraplex.benchmarks.random_adapters import make_adapters
+from loraplex.benchmarks.readme_loads import LOADS, OUTPUT_TOKENS, PROMPT_TOKENS, RANK, Load, ask_ours
 from loraplex.server.models.demo import default_cache_dir, ensure_demo_base
 
-PROMPT_TOKENS, OUTPUT_TOKENS, RANK = 96, 64, 16
 LIMITS_SECONDS = 0.4
-ROWS = (  # name, streams, adapters, requests
-    ("base, 1 stream", 1, 0, 4),
-    ("base, 16 streams", 16, 0, 48),
-    ("1 adapter, 1 stream", 1, 1, 4),
-    ("32 adapters round-robin, 16 streams", 16, 32, 64),
-)
 
 
 @dataclass(frozen=True)
@@ -67,7 +60,7 @@ def run(rounds: int) -> list[Row]:
     """Measure and print. Raises served.NotStarted, DemoError, DiskFull, RuntimeError (a request that failed)."""
     base = ensure_demo_base()
     adapters = default_cache_dir() / "benchmarks" / "r16"
-    make_adapters(base, adapters, 32, ranks=(RANK,))
+    make_adapters(base, adapters, max(load.adapters for load in LOADS), ranks=(RANK,))
     with serve("demo", "--adapter-dir", str(adapters), "--memory", "3G") as server:
         turns = asyncio.run(_measure(server, rounds))
     rows = [_row(name, runs) for name, runs in turns.items()]
@@ -77,28 +70,22 @@ def run(rounds: int) -> list[Row]:
 
 
 async def _measure(server: Server, rounds: int) -> dict[str, list[Turn]]:
-    rng = random.Random(0)
-    turns: dict[str, list[Turn]] = {name: [] for name, *_ in ROWS}
-    warm = [_request(rng, f"ad{i}") for i in range(32)]
-    await closed_loop(server.address, warm, 16)
-    for _ in range(rounds):
-        for name, streams, adapters, count in ROWS:
-            models = ["demo"] if not adapters else [f"ad{i}" for i in range(adapters)]
-            requests = [_request(rng, models[i % len(models)]) for i in range(count)]
-            most = _most(streams, adapters)
+    turns: dict[str, list[Turn]] = {load.name: [] for load in LOADS}
+    warm = replace(LOADS[-1], requests=LOADS[-1].adapters)
+    await closed_loop(server.address, warm.asked(ask_ours, seed=-1), warm.streams)
+    for number in range(rounds):
+        for load in LOADS:
+            most = _most(load)
             others = Others(server)
-            outcome = await closed_loop(server.address, requests, streams)
-            turns[name].append(Turn(outcome, most, others.share()))
+            outcome = await closed_loop(server.address, load.asked(ask_ours, number), load.streams)
+            turns[load.name].append(Turn(outcome, most, others.share()))
     return turns
 
 
-def _most(streams: int, adapters: int) -> float:
-    load = Load(streams, min(streams, adapters), SMOLLM2_135M.adapter(RANK), PROMPT_TOKENS, OUTPUT_TOKENS)
-    return most_tokens(SMOLLM2_135M, load, device(limits(LIMITS_SECONDS)))
-
-
-def _request(rng: random.Random, model: str) -> Request:
-    return Request(model, [rng.randrange(100, 40000) for _ in range(PROMPT_TOKENS)], OUTPUT_TOKENS)
+def _most(load: Load) -> float:
+    distinct = min(load.streams, load.adapters)
+    under_way = least.Load(load.streams, distinct, SMOLLM2_135M.adapter(RANK), PROMPT_TOKENS, OUTPUT_TOKENS)
+    return least.most_tokens(SMOLLM2_135M, under_way, least.device(limits(LIMITS_SECONDS)))
 
 
 def _row(name: str, turns: list[Turn]) -> Row:

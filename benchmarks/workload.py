@@ -115,7 +115,7 @@ def _draw(spec: Spec) -> Iterator[Planned]:
     prompts = _prompts(spec, rngs["prompts"])
     for at, row in zip(times, lengths, strict=False):
         prompt = prompts(row)
-        fields = {} if spec.ignore_eos else {"ignore_eos": False}
+        fields = {} if spec.ignore_eos else {"ignore_eos": None}  # which OpenAI's own servers refuse
         request = Request(spec.models[model()], prompt, row.output_tokens, fields, spec.chat)
         yield Planned(at, request, row.prompt_tokens)
 

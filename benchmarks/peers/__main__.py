@@ -5,8 +5,8 @@
 SmolLM2-135M in bf16; prompts of 96 tokens, 64 tokens out, greedy, end of sequence ignored, streamed over HTTP, closed
 loop; adapters of rank 16 on all seven linears, random weights. In every round all run one after the other, in an order
 that turns from round to round, and a ratio is the median over the rounds of the two rates of a round: a machine that
-others use slows both. Two rounds take nine minutes of two cores. A peer that cannot run here is left out with the
-reason. llama.cpp is built once, ten minutes of one core, and vLLM is installed once, 3.4 GB, both in --folder.
+others use slows both. A round takes ten minutes of two cores. A peer that cannot run here is left out with the reason.
+llama.cpp is built once, ten minutes of one core, and vLLM is installed once, 3.4 GB, both in --folder.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from loraplex.benchmarks.peers import llamacpp, peft_batch, vllm_cpu
-from loraplex.benchmarks.peers.peer import LOADS, Figures, Load, Peer, Running, Skipped, ours
+from loraplex.benchmarks.peers.peer import Figures, Peer, Running, Skipped, ours
 from loraplex.benchmarks.peers.report import OURS, Row, table
 from loraplex.benchmarks.provenance import Provenance
 from loraplex.benchmarks.random_adapters import make_adapters
+from loraplex.benchmarks.readme_loads import LOADS, Load
 from loraplex.server.models.demo import default_cache_dir, ensure_demo_base
 
 ALL_PEERS = ("llama.cpp", "vllm", "peft")

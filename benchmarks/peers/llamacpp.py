@@ -13,8 +13,9 @@ from pathlib import Path
 
 from loraplex.benchmarks.load import Request
 from loraplex.benchmarks.peers.gguf_files import write_adapter, write_base
-from loraplex.benchmarks.peers.peer import LOADS, OUTPUT_TOKENS, PROMPT_TOKENS, Load, Peer, Served, Skipped
+from loraplex.benchmarks.peers.peer import Peer, Served, Skipped
 from loraplex.benchmarks.peers.processes import free_port, run, started
+from loraplex.benchmarks.readme_loads import LOADS, OUTPUT_TOKENS, PROMPT_TOKENS, Load
 from loraplex.server.models.config import ModelConfig
 from loraplex.server.models.demo import find_source
 

@@ -1,46 +1,21 @@
-"""What is measured side by side: the loads, and what a server under measurement looks like from outside."""
+"""What is measured side by side: what a server under measurement looks like from outside."""
 
 from __future__ import annotations
 
 import asyncio
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from loraplex.benchmarks.load import Address, Request, closed_loop, send
+from loraplex.benchmarks.load import Address, closed_loop, send
 from loraplex.benchmarks.many.served import serve
-
-PROMPT_TOKENS, OUTPUT_TOKENS = 96, 64
+from loraplex.benchmarks.readme_loads import Ask, Load, ask_ours
 
 
 class Skipped(Exception):
     """A peer cannot be measured here; the message says why."""
-
-
-@dataclass(frozen=True)
-class Load:
-    """A row of the table: a closed loop of streams over adapters in turn."""
-
-    name: str
-    streams: int
-    adapters: int  # 0: the base
-    requests: int
-
-    def prompts(self, seed: int) -> list[list[int]]:
-        """Token ids, equal for every server and different from round to round."""
-        rng = random.Random(seed)
-        return [[rng.randrange(100, 40000) for _ in range(PROMPT_TOKENS)] for _ in range(self.requests)]
-
-
-LOADS = (
-    Load("base, 1 stream", 1, 0, 4),
-    Load("base, 16 streams", 16, 0, 48),
-    Load("1 adapter, 1 stream", 1, 1, 4),
-    Load("32 adapters round-robin, 16 streams", 16, 32, 48),
-)
 
 
 @dataclass(frozen=True)
@@ -73,38 +48,30 @@ class Peer:
 
 @dataclass(frozen=True)
 class Served:
-    """A server that runs; `ask` makes a request of a prompt and an adapter's number, None for the base."""
+    """A server that runs, and how it is asked."""
 
     address: Address
-    ask: Callable[[Sequence[int], int | None], Request]
-
-    def requests(self, load: Load, seed: int) -> list[Request]:
-        """One round of `load`."""
-        return [self.ask(p, i % load.adapters if load.adapters else None) for i, p in enumerate(load.prompts(seed))]
+    ask: Ask
 
     def warm(self, load: Load) -> None:
         """A short answer of each adapter, then all streams at once."""
         asyncio.run(self._warm(load))
 
     async def _warm(self, load: Load) -> None:
-        each = self.requests(replace(load, requests=max(1, load.adapters)), seed=-1)
+        each = replace(load, requests=max(1, load.adapters)).asked(self.ask, seed=-1)
         for request in each:
             await send(self.address, replace(request, max_tokens=2))
-        batch = self.requests(replace(load, requests=load.streams), seed=-2)
+        batch = replace(load, requests=load.streams).asked(self.ask, seed=-2)
         await closed_loop(self.address, [replace(request, max_tokens=2) for request in batch], load.streams)
 
     def measure(self, load: Load, seed: int) -> Figures:
         """A closed loop over HTTP, streamed."""
-        outcome = asyncio.run(closed_loop(self.address, self.requests(load, seed), load.streams))
+        outcome = asyncio.run(closed_loop(self.address, load.asked(self.ask, seed), load.streams))
         return Figures(outcome.tokens_per_second, outcome.first_token(0.5))
 
 
 @contextmanager
 def ours(adapters: Path) -> Iterator[Served]:
     """loraplex with the demo base and every adapter of the folder. Raises served.NotStarted."""
-
-    def ask(prompt: Sequence[int], adapter: int | None) -> Request:
-        return Request("demo" if adapter is None else f"ad{adapter}", prompt, OUTPUT_TOKENS)
-
     with serve("demo", "--adapter-dir", str(adapters), "--memory", "3G") as server:
-        yield Served(server.address, ask)
+        yield Served(server.address, ask_ours)

@@ -20,7 +20,8 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
-from loraplex.benchmarks.peers.peer import LOADS, OUTPUT_TOKENS, Figures, Load, Peer, Skipped
+from loraplex.benchmarks.peers.peer import Figures, Peer, Skipped
+from loraplex.benchmarks.readme_loads import LOADS, OUTPUT_TOKENS, Load
 
 
 class Batch:

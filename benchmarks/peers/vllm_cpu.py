@@ -17,8 +17,9 @@ from ctypes.util import find_library
 from pathlib import Path
 
 from loraplex.benchmarks.load import Request
-from loraplex.benchmarks.peers.peer import LOADS, OUTPUT_TOKENS, PROMPT_TOKENS, Load, Peer, Served, Skipped
+from loraplex.benchmarks.peers.peer import Peer, Served, Skipped
 from loraplex.benchmarks.peers.processes import free_port, run, started
+from loraplex.benchmarks.readme_loads import LOADS, OUTPUT_TOKENS, PROMPT_TOKENS, Load
 
 VERSION = "0.32.0"
 

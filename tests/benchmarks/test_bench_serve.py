@@ -105,6 +105,26 @@ def test_words_for_chats_and_chunks() -> None:
     assert {asked["model"] for asked in stub.seen} <= {"ad0", "ad1"}
 
 
+def test_a_proxy_that_refuses_http_1_0() -> None:
+    with serving(Stub(0.01, 0.0, models=CARDS, chunked=True, modern=True)) as stub:
+        code, told = bench(
+            *("serve", "--base-url", stub.url, "--rate", "50", "--requests", "6", "--output", "5"),
+        )
+    assert code == 0, told
+    assert len(stub.seen) == 6
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_a_server_that_knows_openais_fields_alone(ends: bool) -> None:
+    """With --eos nothing is sent that OpenAI's reference does not have."""
+    with serving(Stub(0.0, 0.0, models=CARDS)) as stub:
+        bench("serve", "--base-url", stub.url, "--streams", "1", "--requests", "2", *(["--eos"] if ends else []))
+    for asked in stub.seen:
+        sent = {name for name in asked if not name.startswith("_")}
+        theirs = {"model", "prompt", "max_tokens", "temperature", "stream", "stream_options"}
+        assert sent == (theirs if ends else {*theirs, "ignore_eos"})
+
+
 async def test_a_chats_role_is_no_token() -> None:
     with serving(Stub(0.05, 0.0)) as stub:
         reply = await send(Address.of(stub.url), Request("m", "hello", 3, chat=True))
@@ -269,6 +289,21 @@ async def test_events_that_are_none_of_a_completions(event: bytes) -> None:
         sent = await send(Address("127.0.0.1", server.sockets[0].getsockname()[1]), Request("m", [1], 1))
     assert not sent.ok
     assert sent.error
+
+
+async def test_events_as_the_standard_lets_them_be() -> None:
+    """No space after the colon, lines that end in CR LF, comments and names of events between."""
+    events = b': hello\r\n\r\nevent: x\r\ndata:{"choices": [{"text": "a"}]}\r\n\r\ndata:[DONE]\r\n\r\n'
+
+    async def reply(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"}}")  # the body's end
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n" + events)
+        writer.close()
+
+    async with await asyncio.start_server(reply, "127.0.0.1", 0) as server:
+        sent = await send(Address("127.0.0.1", server.sockets[0].getsockname()[1]), Request("m", [1], 1))
+    assert sent.ok
+    assert len(sent.arrivals) == 1
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,10 @@ from safetensors.torch import load_file
 
 from loraplex.benchmarks.peers import __main__ as command
 from loraplex.benchmarks.peers import gguf_files, llamacpp, peft_batch, processes, vllm_cpu
-from loraplex.benchmarks.peers.peer import LOADS, Figures, Load, Peer, Skipped
+from loraplex.benchmarks.peers.peer import Figures, Peer, Skipped
 from loraplex.benchmarks.peers.report import Row, table
 from loraplex.benchmarks.random_adapters import make_adapters
+from loraplex.benchmarks.readme_loads import LOADS, Load, ask_ours
 from loraplex.server.models.config import ModelConfig
 from loraplex.server.models.gguf_convert import _half_rotation
 from support.tiny import make_tiny_model
@@ -67,11 +68,20 @@ def test_a_base_as_gguf(tmp_path: Path) -> None:
     assert np.array_equal(tensors["output_norm.weight"].data, vector[0])
 
 
-def test_rounds_differ_and_servers_get_the_same() -> None:
+def test_servers_get_the_same_and_no_prompt_twice() -> None:
+    """Rounds, warm-ups (below 0) and loads: a prompt that came before would be read from a prefix cache."""
     load = Load("some", 2, 3, 5)
-    assert load.prompts(0) == load.prompts(0) != load.prompts(1)
+    assert load.prompts(0) == load.prompts(0)
     assert [len(prompt) for prompt in load.prompts(0)] == [96] * 5
-    assert max(load.adapters for load in LOADS) == 32
+    begins = [tuple(prompt[:16]) for load in LOADS for seed in range(-2, 3) for prompt in load.prompts(seed)]
+    assert len(set(begins)) == len(begins)
+
+
+def test_adapters_take_turns() -> None:
+    asked = Load("some", 2, 3, 5).asked(ask_ours, 0)
+    assert [request.model for request in asked] == ["ad0", "ad1", "ad2", "ad0", "ad1"]
+    assert [request.prompt for request in asked] == Load("some", 2, 3, 5).prompts(0)
+    assert {request.model for request in Load("none", 1, 0, 2).asked(ask_ours, 0)} == {"demo"}
 
 
 def test_without_tools_llamacpp_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

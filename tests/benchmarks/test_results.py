@@ -176,7 +176,11 @@ def test_a_step_is_bound_by_memory_until_there_are_hundreds_of_rows() -> None:
         assert found.adapters_cost(H100) == pytest.approx(found.nbytes / with_none - 1)
     many = step(LLAMA_8B, 4096, context=1)
     assert many.flops / H100.bf16 > (many.weight_bytes + many.kv_bytes) / H100.read
+
+
+def test_the_table_on_paper_is_the_documents() -> None:
     assert len(table()) == 2 + 8
+    assert "\n".join(table()) in (readme.ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
 
 
 COUNTED = """

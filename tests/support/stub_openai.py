@@ -21,7 +21,8 @@ class Stub:
     models: Sequence[Mapping[str, Any]] = ({"id": "base"},)
     fail: Sequence[str] = ()  # models whose requests are answered with 500
     chunked: bool = False
-    seen: list[dict[str, Any]] = field(default_factory=list)  # bodies, and the headers under "_headers"
+    modern: bool = False  # HTTP/1.0 is refused
+    seen: list[dict[str, Any]] = field(default_factory=list)  # bodies, and what `answer` adds to them
     port: int = 0
     dies_after: int | None = None  # answers: then connections break, and no more are taken
     answered: int = 0
@@ -40,12 +41,15 @@ class Stub:
             lines = (line.partition(": ") for line in head.split("\r\n")[1:])
             headers = {name.lower(): value for name, _, value in lines if name}
             body = await reader.readexactly(int(headers.get("content-length", 0)))
-            if path.endswith("/models"):
+            if self.modern and head.split()[2] == "HTTP/1.0":
+                self._reply(writer, 426, "")
+            elif path.endswith("/models"):
                 self._reply(writer, 200, json.dumps({"object": "list", "data": list(self.models)}))
             elif path.endswith("/completions"):
                 asked = json.loads(body)
-                self.seen.append({**asked, "_headers": headers, "_path": path})
-                await self._complete(writer, asked, "chat" in path)
+                times = [asyncio.get_running_loop().time()]  # when it came; further ones when a token was sent
+                self.seen.append({**asked, "_headers": headers, "_path": path, "_times": times})
+                await self._complete(writer, self.seen[-1])
                 self.answered += 1
                 if self.answered == self.dies_after:
                     self.die()
@@ -62,7 +66,8 @@ class Stub:
         head = f"HTTP/1.1 {status} X\r\nContent-Type: application/json\r\nConnection: close\r\n"
         writer.write(f"{head}Content-Length: {len(content)}\r\n\r\n{content}".encode())
 
-    async def _complete(self, writer: asyncio.StreamWriter, asked: Mapping[str, Any], chat: bool) -> None:
+    async def _complete(self, writer: asyncio.StreamWriter, asked: Mapping[str, Any]) -> None:
+        chat = "chat" in asked["_path"]
         if asked["model"] in self.fail:
             self._reply(writer, 500, '{"error": {"message": "out of luck"}}')
             return
@@ -80,6 +85,7 @@ class Stub:
                 word = {"delta": {"content": " x"}} if chat else {"text": " x"}
                 choice = {"index": 0, **word, "finish_reason": "length" if last else None}
                 self._event(writer, {"choices": [choice], "usage": None})
+                asked["_times"].append(asyncio.get_running_loop().time())
         prompt = asked.get("prompt", "")
         usage = {"prompt_tokens": len(prompt), "completion_tokens": asked["max_tokens"]}
         usage["total_tokens"] = sum(usage.values())
