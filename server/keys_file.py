@@ -13,6 +13,7 @@
         requests_per_minute: 600
         tokens_per_minute: 100000
         max_concurrent: 16
+        max_adapters: 50         # the tenant may have here at a time (engine/holdings.py); one for all keys of a tenant
 
 Patterns are those of tenants.py. A file that cannot be read or is wrong leaves the keys as they were. A key that is
 taken away gets nothing new; answers under way end by themselves. Weights tell where requests wait for a place in the
@@ -144,6 +145,7 @@ def parse_keys(text: str) -> Keyring:
     keys: dict[bytes, Key] = {}
     names: set[str] = set()
     weights: dict[str, float] = {}
+    bounds: dict[str, int | None] = {}
     for i, entry in enumerate(document["keys"]):
         where = f"keys[{i}]"
         digest, key = _parse_key(entry, where)
@@ -156,6 +158,11 @@ def parse_keys(text: str) -> Keyring:
                 f"{where}.weight: tenant {key.tenant!r} has weight {weights[key.tenant]:g} with another key; "
                 "give all its keys one"
             )
+        if not key.admin and bounds.setdefault(key.tenant, key.max_adapters) != key.max_adapters:
+            raise KeysError(
+                f"{where}.max_adapters: tenant {key.tenant!r} may have {bounds[key.tenant] or 'any number'} with "
+                "another key; give all its keys one"
+            )
         keys[digest] = key
         names.add(key.name)
     return Keyring(keys)
@@ -163,7 +170,7 @@ def parse_keys(text: str) -> Keyring:
 
 _KINDS: dict[str, type] = {"base": bool, "admin": bool, "metrics": bool, "load_on_use": bool}
 _LIMITS = tuple(each.name for each in fields(Limits))
-_FIELDS = ("name", "sha256", "tenant", "adapters", "weight", *_KINDS, *_LIMITS)
+_FIELDS = ("name", "sha256", "tenant", "adapters", "weight", *_KINDS, *_LIMITS, "max_adapters")
 
 
 def _parse_key(entry: Any, where: str) -> tuple[bytes, Key]:
@@ -196,6 +203,7 @@ def _parse_key(entry: Any, where: str) -> tuple[bytes, Key]:
         metrics=entry.get("metrics", False),
         load_on_use=entry.get("load_on_use", False),
         weight=float(weight),
+        max_adapters=_parse_limit(entry.get("max_adapters"), f"{where}.max_adapters"),
         limits=Limits(**{name: _parse_limit(entry.get(name), f"{where}.{name}") for name in _LIMITS}),
     )
     return bytes.fromhex(entry["sha256"]), key

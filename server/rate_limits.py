@@ -34,7 +34,7 @@ class RateLimited(Overloaded):
 
     def __init__(self, message: str, retry_after: float, limit: str) -> None:
         super().__init__(message, retry_after)
-        self.limit = limit  # "requests", "tokens" or "concurrent"
+        self.limit = limit  # "requests", "tokens", "concurrent" or "adapters"
 
     def hint(self) -> dict[str, str]:
         """Headers for clients that try again by themselves."""

@@ -32,6 +32,7 @@ class Key:
     metrics: bool = False
     load_on_use: bool = False
     weight: float = 1.0
+    max_adapters: int | None = None  # that its tenant may have here; None: any number
     limits: Limits = field(default_factory=Limits)
 
     def may_use(self, adapter: str) -> bool:
@@ -71,7 +72,7 @@ class Caller:
 
     def admit(self) -> None:
         """Count the request. Raises RateLimited."""
-        with self._counted():
+        with self.counted():
             self._account.admit()
 
     @contextmanager
@@ -87,7 +88,7 @@ class Caller:
 
     def pay_prompt(self, tokens: int) -> None:
         """Prompt tokens are to be computed. Raises RateLimited."""
-        with self._counted():
+        with self.counted():
             self._account.pay_prompt(tokens)
 
     def pay_answer(self, tokens: int) -> None:
@@ -99,7 +100,8 @@ class Caller:
         return self._account.headers()
 
     @contextmanager
-    def _counted(self) -> Iterator[None]:
+    def counted(self) -> Iterator[None]:
+        """A limit that is reached in the block is counted, for the metrics."""
         try:
             yield
         except RateLimited as error:

@@ -66,7 +66,7 @@ def test_keys_new_prints_the_key_and_an_entry_that_fits(
 ) -> None:
     options = [
         *("--tenant", "acme", "--adapters", "acme/*", "--adapters", "sql", "--no-base"),
-        *("--weight", "2", "--tokens-per-minute", "9"),
+        *("--weight", "2", "--tokens-per-minute", "9", "--max-adapters", "5"),
     ]
     assert run(monkeypatch, "keys", "new", "ci", *options) == 0
     printed = capsys.readouterr().out
@@ -77,6 +77,7 @@ def test_keys_new_prints_the_key_and_an_entry_that_fits(
     assert (key.name, key.tenant, key.adapters, key.base, key.weight) == ("ci", "acme", ("acme/*", "sql"), False, 2.0)
     assert key.limits.tokens_per_minute == 9
     assert key.limits.max_concurrent is None
+    assert key.max_adapters == 5
 
 
 def test_keys_new_adds_its_entry_to_a_file(

@@ -1,7 +1,7 @@
 """Which part may import which: read from the sources, so that nothing has to run and no import can hide in a function.
 
     server/api -> server/engine -> server/models -> kernels
-    server/api, server/engine -> adapters -> kernels/metadata, kernels/hugepages, kernels/packing
+    server/api, server/engine -> adapters -> kernels/metadata, hugepages, hashing, packing
 
 `violations` is the law; its own tests below break each article once.
 """
@@ -42,7 +42,7 @@ EVERYTHING = PARTS
 LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("kernels.metadata", ()),
     ("kernels", ("kernels",)),
-    ("adapters", ("adapters", "kernels.metadata", "kernels.hugepages", "kernels.packing")),
+    ("adapters", ("adapters", "kernels.metadata", "kernels.hugepages", "kernels.hashing", "kernels.packing")),
     ("server.models", ("server.models", "kernels")),
     ("server.engine", ("server.engine", "server.models", "adapters", "kernels")),
     ("server.api", ("server.api", "server.engine", "adapters", *SHARED)),
@@ -69,6 +69,7 @@ TORCH_FREE = frozenset(
     + [f"server.{name}" for name in ("tenants", "keys_file", "access", "rate_limits")]
     + [f"server.{name}" for name in ("drain", "exchange", "logs", "state", "tracing", "usage")]
     + [
+        "server.engine.holdings",
         "server.engine.on_demand",
         "server.engine.page_map",
         "server.recent",
@@ -79,7 +80,7 @@ TORCH_FREE = frozenset(
     + [f"adapters.{name}" for name in ("addresses", "archive", "download_cache", "downloads", "fetch", "http_client")]
     + [f"adapters.{name}" for name in ("hub", "object_stores", "remote", "watch", "web_files")]
     + [f"server.engine.{name}" for name in ("adapter_list", "adapter_manager", "arrivals", "follower")]
-    + [f"adapters.{name}" for name in ("loader", "pace", "settle", "sources", "durations", "workspace")]
+    + [f"adapters.{name}" for name in ("load_queue", "loader", "pace", "settle", "sources", "durations", "workspace")]
 )
 
 

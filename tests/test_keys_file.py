@@ -37,14 +37,16 @@ def test_an_entry_in_full_and_one_with_defaults() -> None:
         requests_per_minute=1,
         tokens_per_minute=2,
         max_concurrent=3,
+        max_adapters=4,
     )
     ((digest, key),) = parse_keys(text).keys.items()
     assert digest.hex() == DIGEST
     assert (key.name, key.tenant, key.adapters, key.weight) == ("ci", "acme", ("sql", "acme/*"), 2.5)
     assert (key.base, key.admin, key.metrics, key.load_on_use) == (False, True, True, True)
-    assert key.limits == Limits(1, 2, 3)
+    assert (key.limits, key.max_adapters) == (Limits(1, 2, 3), 4)
     ((_, plain),) = parse_keys(document()).keys.items()
     assert (plain.adapters, plain.weight, plain.limits) == (("acme/*",), 1.0, Limits())
+    assert plain.max_adapters is None
     assert (plain.base, plain.admin, plain.metrics, plain.load_on_use) == (True, False, False, False)
 
 
@@ -78,6 +80,7 @@ def test_an_entry_in_full_and_one_with_defaults() -> None:
         (document(requests_per_minute=0), "keys[0].requests_per_minute"),
         (document(tokens_per_minute=1.5), "keys[0].tokens_per_minute"),
         (document(max_concurrent=True), "keys[0].max_concurrent"),
+        (document(max_adapters=0), "keys[0].max_adapters: expected a whole number from 1 on"),
     ],
 )
 def test_what_is_wrong_is_named_and_nothing_secret_with_it(text: str, told: str) -> None:
@@ -94,12 +97,22 @@ def test_what_is_wrong_is_named_and_nothing_secret_with_it(text: str, told: str)
         ({"name": "b"}, "the same sha256 as 'ci'"),
         ({"sha256": "0" * 64}, "'ci' is there twice"),
         ({"name": "b", "sha256": "0" * 64, "weight": 2}, "tenant 'acme' has weight 1 with another key"),
+        ({"name": "b", "sha256": "0" * 64, "max_adapters": 2}, "tenant 'acme' may have any number with another key"),
     ],
 )
 def test_keys_that_contradict_each_other(second: dict[str, Any], told: str) -> None:
     first = yaml.safe_load(document())["keys"]
     with pytest.raises(KeysError, match=told):
         parse_keys(yaml.safe_dump({"keys": [*first, {**first[0], **second}]}))
+
+
+def test_an_admins_key_of_a_tenant_needs_no_bound() -> None:
+    first = yaml.safe_load(document(max_adapters=2))["keys"]
+    others = [{"name": "b", "sha256": "0" * 64, "max_adapters": 2}, {"name": "c", "sha256": "1" * 64, "admin": True}]
+    keys = parse_keys(
+        yaml.safe_dump({"keys": [*first, *({**first[0], "max_adapters": None} | each for each in others)]})
+    )
+    assert [key.max_adapters for key in keys.keys.values()] == [2, 2, None]
 
 
 def test_a_new_key_fits_its_entry_and_its_entry_does_not_hold_it() -> None:

@@ -13,7 +13,7 @@ from loraplex.adapters.registry import AdapterVersion
 from loraplex.adapters.sources import Access
 from loraplex.server.api.body import body_schema, read_record
 from loraplex.server.api.errors import ClientGone, InvalidField, error_response, to_adapter_route_error
-from loraplex.server.api.manage import check_may_load, check_may_unload, permitted_source
+from loraplex.server.api.manage import check_may_load, check_may_unload, counting_adapters, permitted_source
 from loraplex.server.api.openapi import MANAGE, AdapterErrorAnswer, answers
 from loraplex.server.api.parts import Parts
 from loraplex.server.api.schemas import LoadAdapterRequest, UnloadAdapterRequest
@@ -57,7 +57,7 @@ def make_router(parts: Parts) -> APIRouter:
 
 
 async def load(parts: Parts, record: LoadAdapterRequest) -> AdapterVersion:
-    """Read an adapter in full and give it its name. Raises ApiError, AdapterError."""
+    """Read an adapter in full and give it its name. Raises ApiError, AdapterError, RateLimited."""
     name = record.lora_name
     if not name or not record.lora_path:
         missing = "lora_path" if name else "lora_name"
@@ -72,7 +72,8 @@ async def load(parts: Parts, record: LoadAdapterRequest) -> AdapterVersion:
     source = permitted_source(parts, record.lora_path)
     access = Access(ambient=current_key().admin)  # tenants fetch nothing with the operator's credentials
     try:
-        version = await parts.adapters.register(name, source, replace=bool(record.load_inplace), access=access)
+        with counting_adapters() as holder, parts.on_demand.holdings.loading(holder, name):
+            version = await parts.adapters.register(name, source, replace=bool(record.load_inplace), access=access)
     except AdapterExists:
         raise AdapterExists(
             f"The lora adapter '{name}' has already been loaded. If you want to load the adapter in place, set "

@@ -76,6 +76,7 @@ class Wanted:
     echo: bool = False  # the prompt comes before the answer, with its own log probabilities if there are any
     prompt_only: bool = False  # nothing of the answer is shown
     pooling: Pooling | None = None  # the prompt as one vector
+    watermark: bool = False  # see SamplingParams
 
 
 @dataclass(frozen=True)

@@ -138,7 +138,8 @@ def to_adapter_route_error(error: Exception) -> ApiError:
             return _vllm(400, error.message, "InvalidUserInput", error.param)
         case _:
             known = to_api_error(error)
-            return _vllm(known.status, known.message, "InternalServerError" if known.status >= 500 else known.type)
+            kind = "InternalServerError" if known.status >= 500 else known.type
+            return ApiError(known.status, known.message, type=kind, code=known.status, headers=known.headers)
 
 
 def _vllm(status: int, message: str, type: str, param: str | None = None) -> ApiError:

@@ -53,7 +53,7 @@ UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "dry_multiplier": ((0,), _SAMPLER),
     "no_repeat_ngram_size": ((0,), _SAMPLER),
     "penalty_alpha": ((0,), _SAMPLER),
-    "watermark": ((False,), _SAMPLER),
+    "watermark": ((False,), "only LoRAX's routes mark answers, by `parameters.watermark`"),
     "logits_processors": ((), _SAMPLER),
     "custom_logit_processor": ((), _SAMPLER),
     "vllm_xargs": ((), _SAMPLER),

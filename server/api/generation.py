@@ -59,6 +59,7 @@ class Generation:
             wanted.logprobs,
             prompt_logprobs=wanted.logprobs if wanted.echo else None,
             bound=wanted.grammar is not None,
+            watermark=wanted.watermark,
         )
         self._arrival = time.monotonic()
         self._caller = current_caller()

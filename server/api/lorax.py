@@ -1,7 +1,8 @@
 """LoRAX's routes: POST /, /generate_stream and /embed, GET /, /startup and /info. /generate is in api/sglang.py.
 
 What differs from LoRAX: log-probabilities are the model's own, before temperature and penalties; typical_p comes before
-top_k and top_p. No token is watermarked: that is refused by name.
+top_k and top_p. `watermark` is drawn by the CPU's generator on every device, as LoRAX does without a GPU: transformers'
+WatermarkDetector finds it with device "cpu", greenlist_ratio 0.5, bias 2.0 and else its defaults.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from loraplex.server.api.chat_schemas import Message
 from loraplex.server.api.choice import Prompt, Wanted
 from loraplex.server.api.conversation import Conversation, read_toolbox
 from loraplex.server.api.embeddings import collect_vectors
-from loraplex.server.api.errors import ClientGone, InvalidField, UnsupportedField, to_api_error
+from loraplex.server.api.errors import ClientGone, InvalidField, to_api_error
 from loraplex.server.api.fields import check_unknown, ignored_header
 from loraplex.server.api.generation import Generation, PromptSource
 from loraplex.server.api.lorax_schemas import (
@@ -191,6 +192,7 @@ class _Work:
             grammar=("response_format", spec) if spec is not None else None,
             whole_tokens=True,
             echo=self._style.prefill,
+            watermark=bool(params.watermark),
         )
         fields = _fields(parts, params, seed if sampled else 0, sampled)
         self.generation = Generation(parts, fields, _prompt_source(parts, record, params), wanted)
@@ -259,8 +261,6 @@ def _samples(params: LoraxParameters) -> bool:
 
 def _check(params: LoraxParameters, stream: bool) -> None:
     """What spans fields. Raises ApiError."""
-    if params.watermark:
-        raise UnsupportedField("watermark", "`watermark` is not supported: no answer is marked here; leave it out")
     if params.adapter_id and params.merged_adapters is not None:
         raise InvalidField("adapter_id", "at most one of `adapter_id` or `merged_adapters` may be provided")
     if (params.best_of or 1) > 1:

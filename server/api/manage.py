@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from loraplex.adapters.errors import AdapterNotFound, AdapterRefused
 from loraplex.adapters.sources import is_hub_id, parse_source
 from loraplex.server.api.errors import ApiError
 from loraplex.server.api.parts import Parts
-from loraplex.server.tenants import current_key
+from loraplex.server.engine.holdings import Holder, TooManyAdapters
+from loraplex.server.rate_limits import RateLimited
+from loraplex.server.tenants import current_caller, current_key
 
 
 def check_may_load(name: str) -> None:
@@ -31,6 +35,28 @@ def check_may_unload(name: str) -> None:
         if not key.may_use(name):
             raise AdapterNotFound(f"no adapter {name[:200]!r} is loaded")
         check_may_load(name)
+
+
+class AllPlacesTaken(RateLimited):
+    """A tenant has loaded as many adapters as it may: no waiting helps."""
+
+    def hint(self) -> dict[str, str]:
+        return {"x-should-retry": "false"}
+
+
+@contextmanager
+def counting_adapters() -> Iterator[Holder | None]:
+    """Who has what is loaded or merged in the block; None: an admin, or anybody on a server without keys.
+
+    Too many are a limit of the key like the others: 429, counted with them. Raises RateLimited.
+    """
+    caller = current_caller()
+    with caller.counted():
+        try:
+            yield None if caller.key.admin else Holder(caller.key.tenant, caller.key.max_adapters)
+        except TooManyAdapters as error:
+            kind = RateLimited if error.passes else AllPlacesTaken
+            raise kind(str(error), error.retry_after, "adapters") from None
 
 
 def permitted_source(parts: Parts, source: str) -> str:

@@ -24,7 +24,7 @@ from loraplex.adapters.merge_plan import MergePlan
 from loraplex.adapters.registry import AdapterLease
 from loraplex.adapters.sources import Access
 from loraplex.server.api.errors import ApiError, InvalidField, UnsupportedField
-from loraplex.server.api.manage import permitted_source
+from loraplex.server.api.manage import counting_adapters, permitted_source
 from loraplex.server.api.parts import Base, Parts
 from loraplex.server.api.schemas import MAX_TERMS, MAX_WEIGHT, AdapterFields, MergedAdapters
 from loraplex.server.engine.on_demand import is_hidden, source_of
@@ -63,7 +63,8 @@ class Wish:
 async def leased(parts: Parts, record: AdapterFields) -> AsyncIterator[Mix]:
     """The adapters `record` asks for, leased for the block; what they were loaded or merged for first is done by then.
 
-    Raises ApiError (400; 404 for a name nobody has), AdapterError for one that cannot be loaded or merged.
+    Raises ApiError (400; 404 for a name nobody has), AdapterError for one that cannot be loaded or merged, Overloaded
+    where there is no room for it, or no more for this caller.
     """
     wish = read_wish(parts.base, record)
     if not wish.terms and not current_key().may_use_base:
@@ -71,7 +72,8 @@ async def leased(parts: Parts, record: AdapterFields) -> AsyncIterator[Mix]:
     with ExitStack() as held:
         leases = [held.enter_context(await _lease(parts, term, record.api_token)) for term in wish.terms]
         if wish.merge is not None:
-            leases = [held.enter_context(await parts.on_demand.merge(leases, wish.merge))]
+            with counting_adapters() as holder:
+                leases = [held.enter_context(await parts.on_demand.merge(leases, wish.merge, holder))]
         yield tuple(zip(leases, (1.0,) if wish.merge is not None else (t.weight for t in wish.terms), strict=True))
 
 
@@ -212,7 +214,8 @@ async def _lease(parts: Parts, term: Term, token: str | None) -> AdapterLease:
         )
     source = permitted_source(parts, source_of(term.origin, term.text))
     # without keys everybody is the operator; with them, nobody fetches with the operator's credentials but who may
-    return await parts.on_demand.lease(source, Access(token, ambient=current_key().admin))
+    with counting_adapters() as holder:
+        return await parts.on_demand.lease(source, Access(token, ambient=current_key().admin), holder)
 
 
 def _find(parts: Parts, term: Term) -> AdapterLease:

@@ -37,6 +37,7 @@ class SamplingSpec:
         *,
         prompt_logprobs: int | None = None,
         bound: bool = False,
+        watermark: bool = False,
     ) -> SamplingSpec:
         """The caller's values, else the checkpoint's, else neutral ones; `bound` by a grammar. Raises InvalidField."""
         min_tokens = record.min_tokens or 0
@@ -64,6 +65,7 @@ class SamplingSpec:
                 prompt_logprobs=prompt_logprobs,
                 stop_token_ids=_stop_tokens(record, defaults, vocab_size),
                 min_tokens=min_tokens,
+                watermark=watermark,
             ),
             max_tokens=max_tokens,
         )

@@ -131,6 +131,10 @@ class AdapterManager:
         if waiter is not None:
             await asyncio.wrap_future(waiter)
 
+    def coming(self) -> tuple[str, ...]:
+        """Names that requests wait for: they are not registered yet."""
+        return self._arrivals.names()
+
     def pin(self, version: AdapterVersion, pinned: bool) -> None:
         """Have `version` on the device from soon on and never evicted, or let it be evicted again."""
         if self._pinner is not None:

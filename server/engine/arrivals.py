@@ -56,6 +56,11 @@ class Arrivals:
             waiters.append(waiter)
             return waiter
 
+    def names(self) -> tuple[str, ...]:
+        """Those on their way now."""
+        with self._lock:
+            return tuple(self._waiters)
+
     def _arrived(self, name: str) -> None:
         with self._lock:
             waiters = self._waiters.pop(name, [])

@@ -6,7 +6,8 @@
     merged/<key>             several adapters merged; the key is of their content     those who ask for the same merge
 
 All are registered like any other adapter and served like it; the last two cannot be named by requests. The least
-recently used idle ones are taken off again, so that requests cannot fill the registry or the disk. Event loop only.
+recently used idle ones are taken off again, so that requests cannot fill the registry or the disk, nor those of one
+tenant more than its share of it (holdings.py). Event loop only.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import logging
 import re
 import shutil
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -26,6 +27,7 @@ from loraplex.adapters.merge_folder import MergeFolder, remove_stale
 from loraplex.adapters.merge_plan import MergePlan
 from loraplex.adapters.registry import AdapterLease, AdapterVersion, Registry
 from loraplex.adapters.sources import OPERATOR, Access, Source, is_hub_id, parse_source
+from loraplex.server.engine.holdings import RETRY_AFTER, Holder, Holdings, Key
 from loraplex.server.engine.request import Overloaded
 
 logger = logging.getLogger(__name__)
@@ -42,8 +44,6 @@ MAX_MERGED = 32
 MAX_MERGING = 2
 """At once: each has all of its adapters in memory."""
 
-RETRY_AFTER = 5.0  # seconds
-
 Merger = Callable[[Sequence[AdapterVersion], MergePlan, Path], str]
 """Merges the versions' files into a new folder under the path given, named by MergePlan.key; the digests' key."""
 
@@ -53,6 +53,7 @@ class Adapters(Protocol):
 
     @property
     def registry(self) -> Registry: ...
+    def coming(self) -> Collection[str]: ...
     async def register(
         self, name: str, source: str, *, replace: bool = False, access: Access = OPERATOR
     ) -> AdapterVersion: ...
@@ -67,42 +68,45 @@ class OnDemand:
         """`merge` is called in a thread: adapters/merging.merge_versions. Folders of killed servers are removed."""
         self._adapters = adapters
         self._merge = merge
-        self._sources = _Names(adapters.registry, max_first_use)
-        self._merges = _Names(adapters.registry, max_merged)
-        self._under_way: dict[object, asyncio.Task[str]] = {}  # what is loaded or merged now -> its name to be
+        self.holdings = Holdings(adapters.registry, adapters.coming, self._name_of)
+        self._sources = _Names(adapters.registry, self.holdings, max_first_use)
+        self._merges = _Names(adapters.registry, self.holdings, max_merged)
+        self._under_way: dict[Key, asyncio.Task[str]] = {}  # what is loaded or merged now -> its name to be
         self._merging = asyncio.Semaphore(MAX_MERGING)
-        self._known: OrderedDict[object, str] = OrderedDict()  # (uids, plan) -> name, of merges made
+        self._known: OrderedDict[Key, str] = OrderedDict()  # (uids, plan) -> name, of merges made
         self._folder: MergeFolder | None = None
         remove_stale()
 
-    async def lease(self, source: str, access: Access = OPERATOR) -> AdapterLease:
+    async def lease(self, source: str, access: Access = OPERATOR, holder: Holder | None = None) -> AdapterLease:
         """The adapter at `source`, loaded and registered unless it is. However many ask at once, it is fetched once.
 
-        Raises AdapterError, Overloaded.
+        holder: who has it then; None: nobody whose number is bounded. Raises AdapterError, Overloaded (TooManyAdapters
+        where the holder has as many as it may, all in use).
         """
         name = first_use_name(parse_source(source, access))
-        if self._adapters.registry.get(name) is None:
-            await self._once(name, lambda: self._load(name, source, access))
-        self._sources.used(name)
-        return self._adapters.registry.lease(name)
+        with self.holdings.bringing(holder, name):
+            if self._adapters.registry.get(name) is None:
+                await self._once(name, lambda: self._load(name, source, access))
+            self._sources.used(name)
+            return self._adapters.registry.lease(name)
 
-    async def merge(self, leases: Sequence[AdapterLease], plan: MergePlan) -> AdapterLease:
+    async def merge(
+        self, leases: Sequence[AdapterLease], plan: MergePlan, holder: Holder | None = None
+    ) -> AdapterLease:
         """The adapters of `leases` merged by `plan`, made unless it is there. The leases stay the caller's.
 
-        Raises AdapterRefused where they do not go together, Overloaded.
+        Raises AdapterRefused where they do not go together, Overloaded as lease() does.
         """
         versions = [lease.version for lease in leases]
         key = (tuple(version.uid for version in versions), plan)
-        name = self._known.get(key)
-        if name is None or self._adapters.registry.get(name) is None:
-            name = await self._once(key, lambda: self._make(versions, plan))
-            self._known[key] = name
-            if len(self._known) > MAX_FIRST_USE:
-                self._known.popitem(last=False)
-        self._merges.used(name)
-        return self._adapters.registry.lease(name)
+        with self.holdings.bringing(holder, key):
+            name = self._known.get(key)
+            if name is None or self._adapters.registry.get(name) is None:
+                name = await self._once(key, lambda: self._make(key, versions, plan))
+            self._merges.used(name)
+            return self._adapters.registry.lease(name)
 
-    async def _once(self, key: object, work: Callable[[], Awaitable[str]]) -> str:
+    async def _once(self, key: Key, work: Callable[[], Awaitable[str]]) -> str:
         """Run `work` unless it is under way; whoever leaves, it goes on for the others."""
 
         async def run() -> str:
@@ -111,19 +115,29 @@ class OnDemand:
             finally:
                 del self._under_way[key]
 
+        def ended(task: asyncio.Task[str]) -> None:
+            self.holdings.work_ended(key)
+            if not task.cancelled():
+                task.exception()  # all may have left: no warning
+
         task = self._under_way.get(key)
         if task is None:
+            self.holdings.work_began(key)
             task = self._under_way[key] = asyncio.create_task(run())
-            task.add_done_callback(lambda done: done.cancelled() or done.exception())  # all may have left: no warning
+            task.add_done_callback(ended)
         return await asyncio.shield(task)
 
+    def _name_of(self, key: Key) -> str | None:
+        """A source's key is its name; a merge has one once it is made."""
+        return key if isinstance(key, str) else self._known.get(key)
+
     async def _load(self, name: str, source: str, access: Access) -> str:
-        self._sources.make_room()
+        self._sources.make_room(name)
         version = await self._adapters.register(name, source, access=access)
         logger.info("adapter %s loaded on first use: rank %d, %d pages", name, version.rank, version.num_pages)
         return name
 
-    async def _make(self, versions: Sequence[AdapterVersion], plan: MergePlan) -> str:
+    async def _make(self, known_as: Key, versions: Sequence[AdapterVersion], plan: MergePlan) -> str:
         """Keep the folder for as long as the name: the device may give the adapter up and want it again."""
         async with self._merging:
             for gone in self._merges.make_room():
@@ -137,6 +151,10 @@ class OnDemand:
                     shutil.rmtree(self._root / key, ignore_errors=True)
                     raise AdapterRefused(error.code, f"merged, the adapters cannot be served: {error}") from None
                 logger.info("adapter %s merged by %s: rank %d", name, plan.strategy, version.rank)
+        self._merges.used(name)
+        self._known[known_as] = name
+        if len(self._known) > MAX_FIRST_USE:
+            self._known.popitem(last=False)
         return name
 
     @property
@@ -149,8 +167,9 @@ class OnDemand:
 class _Names:
     """Registered names, the least recently used first."""
 
-    def __init__(self, registry: Registry, limit: int) -> None:
+    def __init__(self, registry: Registry, holdings: Holdings, limit: int) -> None:
         self._registry = registry
+        self._holdings = holdings
         self._limit = limit
         self._names: OrderedDict[str, None] = OrderedDict()
 
@@ -158,14 +177,21 @@ class _Names:
         self._names[name] = None
         self._names.move_to_end(name)
 
-    def make_room(self) -> list[str]:
-        """For one more: unregister idle ones, which are returned. Raises Overloaded when all are in use."""
-        gone = [name for name in self._names if self._registry.get(name) is None]  # an operator unloaded them
+    def make_room(self, coming: str | None = None) -> list[str]:
+        """For one more: unregister idle ones, which are returned. Raises Overloaded when all are in use.
+
+        coming: its name, which takes its place from now on, so that many that come at once have room for all.
+        """
+        if coming is not None:
+            self._names.pop(coming, None)
+        wanted = self._holdings.wanted_names()
+        # those made room for others, were unloaded, or never came
+        gone = [name for name in self._names if name not in wanted and self._registry.get(name) is None]
         for name in tuple(self._names):
             if len(self._names) - len(gone) < self._limit:
                 break
             version = self._registry.get(name)
-            if version is not None and not self._registry.leases(version):
+            if version is not None and name not in wanted and not self._registry.leases(version):
                 self._registry.unregister(name)
                 gone.append(name)
         for name in gone:
@@ -176,6 +202,8 @@ class _Names:
                 f"{RETRY_AFTER:.0f} s",
                 RETRY_AFTER,
             )
+        if coming is not None:
+            self.used(coming)
         return gone
 
 

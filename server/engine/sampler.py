@@ -19,6 +19,15 @@ from torch import Tensor
 from loraplex.kernels.backend import Backend
 from loraplex.server.engine.request import SamplingParams, TokenScore
 
+WATERMARK_KEY = 15_485_863
+"""Times the previous token: the seed of its green list. No secret: others can find the mark, and imitate it."""
+
+WATERMARK_SHARE = 0.5
+"""Of the vocabulary that is green; gamma in the paper."""
+
+WATERMARK_BIAS = 2.0
+"""What is added to the logits of green tokens; delta in the paper."""
+
 _MASK = (1 << 64) - 1
 
 
@@ -45,10 +54,10 @@ class Sampled:
 def sample(logits: Tensor, rows: Sequence[SampleRow], ops: Backend) -> list[Sampled]:
     """One token per row. logits [N, vocab] fp32, left as they are; len(rows) == N.
 
-    In order: what a grammar forbids, logit_bias, repetition penalty (prompt and output), presence and frequency
-    penalties (output), min_tokens, typical_p (at the temperature), temperature, top_k, top_p, min_p, draw; from
-    temperature on it is the backend's sample(). Greedy rows (temperature 0) take the largest after min_tokens; of equal
-    ones the lowest id.
+    In order: what a grammar forbids, the watermark, logit_bias, repetition penalty (prompt and output), presence and
+    frequency penalties (output), min_tokens, typical_p (at the temperature), temperature, top_k, top_p, min_p, draw;
+    from temperature on it is the backend's sample(). Greedy rows (temperature 0) take the largest after min_tokens; of
+    equal ones the lowest id.
     """
     adjusted = _allowed(logits, rows)
     changed = [i for i, row in enumerate(rows) if _changes_logits(row)]
@@ -105,7 +114,8 @@ def _mix(x: int) -> int:
 def _changes_logits(row: SampleRow) -> bool:
     params = row.params
     return bool(
-        params.logit_bias
+        params.watermark
+        or params.logit_bias
         or params.repetition_penalty != 1.0
         or ((params.presence_penalty or params.frequency_penalty) and row.output_ids)
         or _forbids_stopping(row)
@@ -122,8 +132,10 @@ def _forbids_stopping(row: SampleRow) -> bool:
 
 
 def _adjust_(logits: Tensor, row: SampleRow) -> None:
-    """Bias, penalties, min_tokens and typical_p on logits [vocab]. Ids outside the vocabulary have no effect."""
+    """Watermark, bias, penalties, min_tokens and typical_p on logits [vocab]. Ids outside it have no effect."""
     params = row.params
+    if params.watermark:
+        _mark_(logits, (row.output_ids or row.prompt_ids)[-1])
     vocab, device = logits.shape[0], logits.device
     bias = [(token, value) for token, value in params.logit_bias if 0 <= token < vocab]
     if bias:
@@ -144,6 +156,19 @@ def _adjust_(logits: Tensor, row: SampleRow) -> None:
             logits.copy_(without)
     if _is_typical(params):
         _keep_typical_(logits, params)
+
+
+def _mark_(logits: Tensor, previous: int) -> None:
+    """Makes the green half of the vocabulary, which the token before this one chooses, likelier. logits [vocab].
+
+    Kirchenbauer et al. 2023, "A Watermark for Large Language Models", algorithm 2, with the numbers of LoRAX and TGI.
+    Who knows them counts green tokens: about half of a text without the mark. The order is drawn on the CPU whatever
+    the device, so that one detector is right for all servers. 0.2 ms a row for 49,152 tokens, 1 ms for 151,936.
+    """
+    generator = torch.Generator().manual_seed(WATERMARK_KEY * previous)
+    order = torch.randperm(logits.shape[0], generator=generator)
+    green = order[: int(WATERMARK_SHARE * logits.shape[0])].to(logits.device)
+    logits.index_add_(0, green, torch.full(green.shape, WATERMARK_BIAS, device=logits.device))
 
 
 def _keep_typical_(logits: Tensor, params: SamplingParams) -> None:

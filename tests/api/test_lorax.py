@@ -156,6 +156,21 @@ async def test_parameters_reach_the_engine(client: httpx.AsyncClient, server: Fa
     params = server.engine.requests[0].params
     assert {name: getattr(params, name) for name in given} == given
     assert (params.presence_penalty, params.max_tokens, params.stop_token_ids) == (-0.5, 9, frozenset())
+    assert not params.watermark
+
+
+async def test_watermarks_are_loraxs_alone(client: httpx.AsyncClient, server: FakeServer) -> None:
+    for route in ("/", "/generate", "/generate_stream"):
+        assert (await client.post(route, json=ask(watermark=True))).status_code == 200
+    await answer(client, watermark=True, best_of=2, do_sample=True)
+    assert [request.params.watermark for request in server.engine.requests] == [True] * 5
+    for body in ({"model": "base", "prompt": "hi"}, {"model": "base", "prompt": "hi", "watermark": False}):
+        assert (await client.post("/v1/completions", json=body)).status_code == 200
+        assert not server.engine.requests[-1].params.watermark
+    for route, body in (("/v1/completions", {"model": "base", "prompt": "hi"}), ("/generate", {"text": "hi"})):
+        refused = await client.post(route, json={**body, "watermark": True})
+        assert refused.status_code == 400
+        assert "only LoRAX's routes mark answers" in refused.json()["error"]["message"]
 
 
 # ---------------------------------------------------------------------------------------------------------- streams
@@ -243,7 +258,7 @@ INVALID: dict[str, tuple[Json, str]] = {
     "best_of without sampling": ({"best_of": 2}, "you must use sampling when `best_of` is > 1"),
     "best_of with a seed": ({"best_of": 2, "do_sample": True, "seed": 1}, "`seed` must not be set when `best_of` > 1"),
     "typical_p": ({"typical_p": 1.5}, "parameters.typical_p"),
-    "watermark": ({"watermark": True}, "`watermark` is not supported"),
+    "watermark": ({"watermark": 1}, "parameters.watermark"),
     "temperature": ({"temperature": -1}, "parameters.temperature"),
     "top_k": ({"top_k": 0}, "parameters.top_k"),
     "top_p": ({"top_p": 1.5}, "parameters.top_p"),

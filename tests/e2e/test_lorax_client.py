@@ -168,6 +168,43 @@ def test_best_of_and_seeds(served: Served) -> None:
     assert again[0].details.seed == 5
 
 
+def test_watermarks(served: Served) -> None:
+    """Greedy: what transformers' watermark leads to, token by token, beside streams without one. Drawn: transformers'
+    detector finds it, and finds none without it. The prompt takes several steps."""
+    from transformers import WatermarkDetector, WatermarkingConfig
+
+    prompt = PROMPT * 8
+    ids = served.live.tokenizer.encode(prompt)
+    assert len(ids) > 64  # token_budget
+    config = WatermarkingConfig(greenlist_ratio=0.5, bias=2.0)
+    processor = config.construct_processor(served.base.config.vocab_size, "cpu")
+
+    def expected(mark: bool) -> list[int]:
+        text = torch.tensor([ids])
+        with torch.no_grad():
+            for _ in range(48):
+                row = served.base(text).logits[:, -1].float()
+                row = processor(text, row) if mark else row
+                text = torch.cat([text, row.argmax(-1, keepdim=True)], 1)
+        return text[0, len(ids) :].tolist()
+
+    marked, plain = expected(True), expected(False)
+    assert marked != plain
+
+    def tokens(client: Any, **parameters: Any) -> list[int]:
+        answer = client.generate(prompt, ignore_eos_token=True, **{"max_new_tokens": 48, **parameters})
+        return [token.id for token in answer.details.tokens]
+
+    with ThreadPoolExecutor(4) as pool:
+        marks = [True, False, True, False]
+        answers = list(pool.map(lambda mark: tokens(Client(served.live.url), watermark=mark), marks))
+    assert answers == [marked, plain, marked, plain]
+    detector = WatermarkDetector(served.base.config, "cpu", config)
+    drawn = [tokens(served.client, watermark=m, do_sample=True, seed=4, max_new_tokens=150) for m in (True, False)]
+    assert [bool(detector(torch.tensor([text]))[0]) for text in drawn] == [True, False]
+    served.idle()
+
+
 def test_structured_output(served: Served) -> None:
     schema = {"type": "object", "properties": {"n": {"type": "integer", "minimum": 0, "maximum": 9}}, "required": ["n"]}
     schema["additionalProperties"] = False  # type: ignore[assignment]
@@ -183,8 +220,8 @@ def test_errors(served: Served) -> None:
         ask(served, adapter_id="nobody")
     with pytest.raises(GenerationError, match="there is no folder"):
         ask(served, adapter_id="/nowhere/at-all", adapter_source="local")
-    with pytest.raises(ValidationError, match="`watermark` is not supported"):
-        ask(served, watermark=True)
+    with pytest.raises(ValidationError, match="you must use sampling when `best_of` is > 1"):
+        ask(served, best_of=2)
     with pytest.raises(GenerationError, match="`nobody` does not exist"):
         list(served.client.generate_stream(PROMPT, adapter_id="nobody"))
     served.idle()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from loraplex.adapters.errors import (
 )
 from loraplex.adapters.loader import Loader, ParsedImage, Reading
 from loraplex.adapters.reader import AdapterInfo
-from loraplex.adapters.registry import Registry
+from loraplex.adapters.registry import AdapterVersion, Registry
 from loraplex.server.engine.adapter_manager import AdapterManager
 
 
@@ -97,6 +98,19 @@ async def test_a_taken_name(manager: AdapterManager, tmp_path: Path) -> None:
         await manager.register("a", other)
     assert manager.registry.get("a") == first
     assert (await manager.register("a", other, replace=True)).digest == "digest-4"
+
+
+async def test_what_is_expected_is_on_its_way_until_it_is_there_or_fails(
+    manager: AdapterManager, tmp_path: Path
+) -> None:
+    coming: list[Future[AdapterVersion]] = [Future(), Future()]
+    for name, future in zip(("acme/a", "acme/b"), coming, strict=True):
+        manager.expect(name, future)
+    assert set(manager.coming()) == {"acme/a", "acme/b"}
+    coming[0].set_result(await manager.register("acme/a", adapter(tmp_path, "a")))
+    assert manager.coming() == ("acme/b",)
+    coming[1].set_exception(AdapterNotFound("gone"))
+    assert manager.coming() == ()
 
 
 async def test_replacing_reads_the_files_again(manager: AdapterManager, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from loraplex.adapters.errors import AdapterNotFound, AdapterRefused
 from loraplex.adapters.merge_plan import MergePlan
 from loraplex.adapters.registry import AdapterVersion, Registry
 from loraplex.adapters.sources import OPERATOR, Access, parse_source
+from loraplex.server.engine.holdings import Holder, TooManyAdapters
 from loraplex.server.engine.on_demand import OnDemand, first_use_name, is_hidden, source_of
 from loraplex.server.engine.request import Overloaded
 
@@ -28,6 +29,9 @@ class Adapters:
         self.gate = asyncio.Event()
         self.gate.set()
         self.failure: Exception | None = None
+
+    def coming(self) -> tuple[str, ...]:
+        return ()
 
     async def register(
         self, name: str, source: str, *, replace: bool = False, access: Access = OPERATOR
@@ -96,6 +100,85 @@ async def test_the_least_recently_used_idle_one_makes_room() -> None:
     (await on_demand.lease("/srv/d")).release()
     assert [version.source for version in adapters.registry.list()] == ["/srv/c", "/srv/d"]
     also.release()
+
+
+async def test_many_at_once_have_room_for_no_more_than_there_is() -> None:
+    adapters = Adapters()
+    adapters.gate.clear()
+    on_demand = OnDemand(adapters, Merger(), max_first_use=3)
+    asked = [asyncio.create_task(on_demand.lease(f"/srv/{i}")) for i in range(100)]
+    await asyncio.sleep(0.01)
+    adapters.gate.set()
+    found = await asyncio.gather(*asked, return_exceptions=True)
+    assert sum(isinstance(each, Overloaded) for each in found) == 97
+    assert len(adapters.registry.list()) == 3
+
+
+async def test_what_somebody_is_about_to_wear_makes_no_room() -> None:
+    on_demand = OnDemand(Adapters(), Merger(), max_first_use=1)
+    (await on_demand.lease("/srv/a")).release()
+    with on_demand.holdings.bringing(None, first_use_name(parse_source("/srv/a"))), pytest.raises(Overloaded):
+        await on_demand.lease("/srv/b")
+    (await on_demand.lease("/srv/b")).release()
+
+
+async def test_what_is_loaded_for_those_who_left_makes_room_too() -> None:
+    adapters = Adapters()
+    on_demand = OnDemand(adapters, Merger(), max_first_use=2)
+    for i in range(5):
+        adapters.gate.clear()
+        asked = asyncio.create_task(on_demand.lease(f"/srv/{i}"))
+        await asyncio.sleep(0.001)
+        asked.cancel()
+        adapters.gate.set()
+        await asyncio.sleep(0.001)
+    assert [version.source for version in adapters.registry.list()] == ["/srv/3", "/srv/4"]
+
+
+async def test_a_tenant_brings_as_many_as_it_may_however_many_it_asks_for_at_once() -> None:
+    adapters = Adapters()
+    adapters.gate.clear()
+    on_demand = OnDemand(adapters, Merger())
+    acme, byte = Holder("acme", 3), Holder("byte", 3)
+    asked = [asyncio.create_task(on_demand.lease(f"/srv/{i}", OPERATOR, acme)) for i in range(100)]
+    await asyncio.sleep(0)
+    other = asyncio.create_task(on_demand.lease("/srv/99", OPERATOR, byte))
+    for task in asked[:2]:  # who leaves has it all the same: the load goes on
+        task.cancel()
+    await asyncio.sleep(0.001)
+    with pytest.raises(TooManyAdapters):
+        await on_demand.lease("/srv/new", OPERATOR, acme)
+    adapters.gate.set()
+    found = await asyncio.gather(*asked, return_exceptions=True)
+    assert sum(isinstance(each, TooManyAdapters) for each in found) == 97
+    assert sorted(adapters.loaded) == ["/srv/0", "/srv/1", "/srv/2", "/srv/99"]
+    (await other).release()
+    (await on_demand.lease("/srv/new", OPERATOR, acme)).release()
+    assert {version.source for version in adapters.registry.list()} == {"/srv/1", "/srv/2", "/srv/99", "/srv/new"}
+
+
+async def test_what_could_not_be_loaded_or_merged_takes_no_place() -> None:
+    adapters, merger = Adapters(), Merger()
+    on_demand = OnDemand(adapters, merger)
+    acme = Holder("acme", 3)
+    leases = [await on_demand.lease(f"/srv/{name}", OPERATOR, acme) for name in "ab"]
+    adapters.failure = AdapterRefused("no_effect", "it is zero")
+    for _ in range(2):
+        with pytest.raises(AdapterRefused):
+            await on_demand.lease("/srv/c", OPERATOR, acme)
+        with pytest.raises(AdapterRefused):
+            await on_demand.merge(leases, PLAN, acme)
+    adapters.failure = None
+    merged = await on_demand.merge(leases, PLAN, acme)
+    with pytest.raises(
+        TooManyAdapters, match="0 under 'acme/', which can be unloaded, and 3 that its requests brought"
+    ):
+        await on_demand.lease("/srv/c", OPERATOR, acme)
+    merged.release()
+    (await on_demand.lease("/srv/c", OPERATOR, acme)).release()
+    assert not any(is_hidden(version.name) for version in adapters.registry.list())
+    again = await on_demand.merge(leases, PLAN, acme)
+    assert Path(again.version.source).is_dir()
 
 
 async def test_what_an_operator_unloaded_is_loaded_again() -> None:

@@ -151,6 +151,85 @@ def test_presence_and_frequency_penalties_are_openais(
     _assert_shares(_shares(monkeypatch, logits, row), _expected(torch.tensor(mu)))
 
 
+WATERMARKED: list[dict[str, Any]] = [
+    {},
+    {"temperature": 0.7, "top_k": 20, "top_p": 0.9, "min_p": 0.02},
+    {"repetition_penalty": 1.7},
+    {"temperature": 1.4, "typical_p": 0.7},
+]
+
+
+@pytest.mark.parametrize("params", WATERMARKED, ids=str)
+@pytest.mark.parametrize("output", [(), (5, 9)], ids=["after the prompt", "after an answer's token"])
+def test_the_watermark_is_that_of_transformers(
+    monkeypatch: pytest.MonkeyPatch, params: dict[str, Any], output: tuple[int, ...]
+) -> None:
+    """On the logits as the model gives them, before all else: as LoRAX and TGI have it, with their numbers."""
+    from transformers.generation import logits_process as hf
+
+    prompt = (7, 3, 11)
+    logits = _logits(VOCAB + 1, seed=21)  # an odd number of tokens
+    processors: list[Any] = [hf.WatermarkLogitsProcessor(VOCAB + 1, "cpu", greenlist_ratio=0.5, bias=2.0)]
+    if "repetition_penalty" in params:
+        processors.append(hf.RepetitionPenaltyLogitsProcessor(params["repetition_penalty"]))
+    processors.append(hf.TemperatureLogitsWarper(params.get("temperature", 1.0)))
+    if "typical_p" in params:
+        processors.append(hf.TypicalLogitsWarper(params["typical_p"]))
+    if "top_k" in params:
+        processors += [hf.TopKLogitsWarper(20), hf.TopPLogitsWarper(0.9), hf.MinPLogitsWarper(0.02)]
+    expected = _expected(logits, *processors, ids=prompt + output)
+    _assert_shares(_shares(monkeypatch, logits, _row(prompt, output, watermark=True, **params)), expected)
+    greedy = _row(prompt, output, watermark=True, temperature=0.0)
+    marked = processors[0](torch.tensor([prompt + output]), logits.unsqueeze(0))
+    assert sample(logits.unsqueeze(0), [greedy])[0].token_id == int(marked.argmax())
+
+
+def test_a_detector_tells_marked_text_from_other_text() -> None:
+    """transformers' own; texts of 200 tokens in one batch, of which every other one is marked."""
+    from transformers import PretrainedConfig
+    from transformers.generation.watermarking import WatermarkDetector
+
+    vocab = 500
+    texts: list[tuple[int, ...]] = [()] * 6
+    for position in range(200):
+        logits = _logits(1, vocab, seed=position).expand(6, -1)
+        kinds = [{"temperature": 0.0} if i < 2 else {"top_p": 0.95, "seed": i} for i in range(6)]
+        rows = [_row((i,), text, watermark=i % 2 == 1, **kinds[i]) for i, text in enumerate(texts)]
+        drawn = sample(logits, rows)
+        assert drawn[1::2] == sample(logits[1::2], rows[1::2]), "whatever its neighbours"
+        assert position + 1 == rows[0].position
+        texts = [(*text, sampled.token_id or 0) for text, sampled in zip(texts, drawn, strict=True)]
+    settings = {"greenlist_ratio": 0.5, "bias": 2.0, "hashing_key": 15485863, "seeding_scheme": "lefthash"}
+    detector = WatermarkDetector(
+        PretrainedConfig(vocab_size=vocab, bos_token_id=-1), "cpu", {**settings, "context_width": 1}
+    )
+    told = detector(torch.tensor(texts), z_threshold=4.0)
+    assert told.tolist() == [False, True] * 3
+
+
+def test_the_mark_is_a_function_of_the_token_before_alone() -> None:
+    """Where a prompt ends and an answer begins does not matter: an answer may be computed again as a prompt."""
+    logits = _logits(1, 4096, seed=22, scale=0.5)
+    rows = [
+        _row(prompt, output, watermark=True, seed=3, position=9)
+        for prompt, output in (((1, 2, 3), ()), ((1, 2), (3,)), ((8,), (9, 3)), ((3,), ()))
+    ]
+    others = [_row((1, token), (), watermark=True, seed=3, position=9) for token in range(20)]
+    assert len(set(sample(logits.expand(4, -1), rows))) == 1
+    assert len(set(sample(logits.expand(20, -1), others))) > 1
+
+
+def test_nobody_else_pays_for_the_mark(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = _logits(3, VOCAB, seed=23)
+    calls: list[int] = []
+    real = torch.randperm
+    monkeypatch.setattr(torch, "randperm", lambda n, **how: calls.append(n) or real(n, **how))
+    sample(logits, [_row(), _row(temperature=0.0), _row(repetition_penalty=1.2)])
+    assert calls == []
+    sample(logits, [_row(), _row(temperature=0.0, watermark=True), _row(repetition_penalty=1.2)])
+    assert calls == [VOCAB]
+
+
 def test_everything_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bias, repetition, presence and frequency, min_tokens, temperature, top_k, top_p: any other order differs."""
     from transformers.generation import logits_process as hf
@@ -254,6 +333,8 @@ _KINDS: list[dict[str, Any]] = [
     {"frequency_penalty": 0.5, "presence_penalty": 0.5, "logprobs": 0},
     {"logit_bias": ((5, 4.0), (900, -3.0)), "logprobs": 5},
     {"min_tokens": 9, "stop_token_ids": frozenset({1, 2, 3}), "temperature": 0.0},
+    {"watermark": True, "temperature": 0.0, "logprobs": 2},
+    {"watermark": True, "top_p": 0.9},
 ]
 
 

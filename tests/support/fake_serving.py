@@ -189,6 +189,9 @@ class FakeAdapters:
             replace=replace,
         )
 
+    def coming(self) -> tuple[str, ...]:
+        return ()
+
     async def arrival(self, name: str) -> None:
         """Nothing is ever on its way."""
 

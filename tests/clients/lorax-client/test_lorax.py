@@ -50,8 +50,14 @@ def test_merged_adapters(client: Client) -> None:
     assert answer.generated_text == client.generate(PROMPT, adapter_id="pirate", max_new_tokens=24).generated_text
 
 
+def test_a_watermark_changes_the_answer_and_is_the_same_each_time(client: Client) -> None:
+    plain, *marked = (client.generate(PROMPT, max_new_tokens=24, watermark=mark) for mark in (False, True, True))
+    assert marked[0] == marked[1]
+    assert marked[0].generated_text != plain.generated_text
+
+
 def test_errors(client: Client) -> None:
     with pytest.raises(GenerationError, match="does not exist"):
         client.generate(PROMPT, adapter_id="nobody")
     with pytest.raises(ValidationError):
-        client.generate(PROMPT, watermark=True)
+        client.generate(PROMPT, best_of=2)
