@@ -20,6 +20,7 @@ from loraplex.adapters.eviction import Frequency, Reclaimer
 from loraplex.adapters.pages import PagePool
 from loraplex.adapters.tile_rows import TileRows
 from loraplex.adapters.tiles import AdapterImage, BaseLayout
+from loraplex.kernels.hugepages import huge_zeros
 from loraplex.kernels.metadata import ALIGN, TileTable
 
 OWNER = "adapter"
@@ -94,14 +95,9 @@ class Residency:
         return self._tiles.table
 
     @property
-    def page_bytes(self) -> int:
-        """Of the arena's pages, and of images'."""
-        return self._layout.page_bytes
-
-    @property
-    def num_free_slots(self) -> int:
-        """Adapters that fit beside those loaded, as far as slots go."""
-        return len(self._free_slots)
+    def layout(self) -> BaseLayout:
+        """What its adapters are for."""
+        return self._layout
 
     @property
     def is_copying(self) -> bool:
@@ -127,6 +123,10 @@ class Residency:
         """The adapter's slot; None when it has none."""
         resident = self._residents.get(digest)
         return None if resident is None else resident.slot
+
+    def pins(self, digest: str) -> int:
+        """How often it is pinned. Raises KeyError when it is not there."""
+        return self._residents[digest].pins
 
     def loaded(self) -> tuple[str, ...]:
         """Digests of all adapters that have a slot. Safe from any thread."""
@@ -200,13 +200,20 @@ class Residency:
         self.advance()
         return True
 
+    def host_bytes(self, digest: str) -> int:
+        """What read_back() takes of host memory. Raises KeyError."""
+        resident = self._residents[digest]
+        return len(resident.pages) * self._layout.page_bytes + resident.image.tiles.nbytes
+
     def read_back(self, digest: str) -> AdapterImage:
         """The adapter as it was given to begin(), with its pages in new host memory. Raises KeyError."""
         resident = self._residents[digest]
         image = resident.image
         if resident.rows is None:
             return image
-        pages = self._arena[resident.pages].cpu()
+        pages = huge_zeros(len(resident.pages) * self._layout.page_bytes).view(len(resident.pages), -1)
+        for target, page in zip(pages, resident.pages, strict=True):
+            target.copy_(self._arena[page])
         return AdapterImage(pages=pages, tiles=image.tiles, nbytes=image.nbytes, extent=image.extent)
 
     # -- staying and going ---------------------------------------------------------------------------------------------

@@ -77,10 +77,6 @@ class CpuProgram:
         self._ops = (Op * len(recorder.noted))(*recorder.noted)
         self._dtype = recorder.dtype
 
-    @property
-    def workspace_bytes(self) -> int:
-        return sum(tensor.numel() * tensor.element_size() for tensor in self._workspace)
-
     def run(
         self,
         ids: Tensor,

@@ -7,6 +7,7 @@ them too; the pages of others are there, but nobody's by name.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from loraplex.adapters.registry import AdapterVersion
 from loraplex.server.api.errors import InvalidField
 from loraplex.server.api.parts import Parts
 from loraplex.server.engine.on_demand import is_hidden
-from loraplex.server.engine.page_map import page_runs
+from loraplex.server.engine.page_map import json_of, page_runs
 from loraplex.server.engine.stats import AdapterPlace
 from loraplex.server.recent import Quantiles
 from loraplex.server.tenants import Key, current_key
@@ -56,8 +57,8 @@ class View:
         return cls(query.get("filter", "").lower(), level, sort, order == "desc", offset, min(limit, MAX_ROWS))
 
 
-def overview(parts: Parts, view: View) -> dict[str, Any]:
-    """The whole answer, for the current caller."""
+def overview(parts: Parts, view: View) -> bytes:
+    """The whole answer, for the current caller, in JSON."""
     key, inside = current_key(), parts.inside
     stats = inside.stats()
     registered = parts.adapters.registry.list()
@@ -65,7 +66,7 @@ def overview(parts: Parts, view: View) -> dict[str, Any]:
     places = {place.name: place for place in inside.places()}
     minute = parts.metrics.recent.minute()
     drain = parts.drain
-    return {
+    answer = {
         "server": {
             "version": version(),
             "base": parts.base.names[0],
@@ -89,28 +90,29 @@ def overview(parts: Parts, view: View) -> dict[str, Any]:
             "first_token": _quantiles(minute.first_token),
             "next_token": _quantiles(minute.next_token),
         },
-        "arena": _arena(parts, adapters, places),
         "memory": [{"name": name, "bytes": size, "remark": remark} for name, size, remark in inside.memory],
         "adapters": _table(parts, key, adapters, places, view),
     }
+    return _json(answer)[:-1] + b',"arena":' + _arena(parts, adapters, places) + b"}"
 
 
-def _arena(parts: Parts, adapters: list[AdapterVersion], places: Mapping[str, AdapterPlace]) -> dict[str, Any]:
-    """Pages and slots. `names` are the adapters that `runs` tells apart, see page_runs."""
+def _arena(parts: Parts, adapters: list[AdapterVersion], places: Mapping[str, AdapterPlace]) -> bytes:
+    """Pages and slots, in JSON. `names` are the adapters that `runs` tells apart, see page_runs."""
     told: dict[str, AdapterVersion] = {}
     for each in adapters:
         if each.digest is not None and each.name in places and places[each.name].on_device:
             told.setdefault(each.digest, each)
     found = parts.inside.page_owners()
-    return {
+    arena = {
         "num_pages": len(found.owners),
         "page_bytes": parts.inside.page_bytes,
         "slots": len(found.adapters),
         "max_slots": parts.inside.max_adapters,
         "names": [each.name for each in told.values()],
         "uids": [each.uid for each in told.values()],
-        "runs": page_runs(found, {digest: i for i, digest in enumerate(told)}),
     }
+    runs = page_runs(found, {digest: i for i, digest in enumerate(told)})
+    return _json(arena)[:-1] + b',"runs":' + json_of(runs) + b"}"
 
 
 def _table(
@@ -168,6 +170,10 @@ def _value(parts: Parts, key: Key, each: AdapterVersion, level: str, column: str
         return parts.adapters.registry.leases(each)
     used = parts.metrics.adapters.totals_of(each.name)
     return None if used is None else int(getattr(used, column))
+
+
+def _json(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
 
 
 def _level(place: AdapterPlace | None) -> str:

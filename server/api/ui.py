@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fastapi import APIRouter
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from loraplex.server.api.overview import View, overview
 from loraplex.server.api.parts import Parts
@@ -50,7 +50,8 @@ def make_router(parts: Parts) -> APIRouter:
     @router.get("/ui/overview", include_in_schema=False)  # the page's own: it changes with the page
     async def show_overview(request: Request) -> Response:
         """What the page shows: adapters, pages, the last minute. Query: filter, level, sort, order, offset, limit."""
-        return JSONResponse(overview(parts, View.read(request.query_params)), headers={"Cache-Control": "no-store"})
+        found = overview(parts, View.read(request.query_params))
+        return Response(found, media_type="application/json", headers={"Cache-Control": "no-store"})
 
     return router
 

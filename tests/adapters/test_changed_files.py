@@ -13,7 +13,7 @@ import torch
 
 from loraplex.adapters import reader
 from loraplex.adapters.errors import AdapterRefused
-from loraplex.adapters.host_store import HostStore
+from loraplex.adapters.host_store import HostStore, host_bytes
 from loraplex.adapters.loader import Loader, Priority
 from loraplex.adapters.reader import AdapterReader
 from loraplex.adapters.registry import AdapterVersion, Registry
@@ -97,7 +97,7 @@ def test_exchanged_files_are_served_to_new_requests_and_old_ones_keep_what_was_h
     lease = rig.registry.lease("a")
     before = rig.image(old)
     assert old.digest is not None
-    rig.store.hold(old.digest)
+    assert rig.store.hold(old.digest) is before
     write_adapter(folder, LAYOUT, seed=2, rank=8)
     assert rig.image(rig.current("a")) is before, "nobody has read the files since"
 
@@ -110,8 +110,8 @@ def test_exchanged_files_are_served_to_new_requests_and_old_ones_keep_what_was_h
     assert (new.rank, new.digest) == (8, read(rig.reader, folder, fresh=True).digest)
     assert rig.loader.ensure(new).done(), "it has been read already"
 
-    rig.store.hold(old.digest)
-    rig.store.put(old.digest, before)  # as who takes it off the device does
+    assert rig.store.reserve(host_bytes(before))
+    rig.store.keep(old.digest, before, host_bytes(before))  # as who takes it off the device does
     assert same_image(rig.image(old), before)
     rig.store.release(old.digest)
     lease.release()

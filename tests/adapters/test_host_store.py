@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loraplex.adapters.errors import AdapterRefused
-from loraplex.adapters.host_store import HostStats, HostStore
-from loraplex.adapters.tiles import AdapterImage
+from loraplex.adapters.host_store import HostStats, HostStore, most_bytes
+from loraplex.adapters.tiles import AdapterImage, BaseLayout, PartShape, plan_image
+from loraplex.kernels.metadata import Projection, Site
 
 
 def _image(nbytes: int) -> AdapterImage:
@@ -32,13 +33,15 @@ def test_the_least_recently_used_goes_first() -> None:
     assert store.get("b") is None
 
 
-def test_putting_a_key_again_replaces_it() -> None:
+def test_an_image_that_is_there_stays() -> None:
+    """Of one key all are alike, and somebody may hold the one that is there."""
     store = HostStore(300)
+    first = _image(200)
+    store.put("a", first)
+    store.put("b", _image(50))
     store.put("a", _image(200))
-    smaller = _image(50)
-    store.put("a", smaller)
-    assert store.get("a") is smaller
-    assert store.used_bytes == 50
+    assert store.get("a") is first
+    assert store.used_bytes == 250
 
 
 def test_discard() -> None:
@@ -64,8 +67,8 @@ def test_an_image_larger_than_the_store_is_refused_and_pushes_nothing_out() -> N
 def test_what_is_held_is_never_pushed_out() -> None:
     store = HostStore(300)
     store.put("old", _image(200))
-    store.hold("old")
-    store.hold("old")
+    assert store.hold("old") is not None
+    assert store.hold("old") is not None
     store.put("b", _image(100))
     store.put("c", _image(100))
     assert store.get("old") is not None
@@ -82,17 +85,32 @@ def test_what_is_held_is_never_pushed_out() -> None:
     assert store.get("old") is None
     with pytest.raises(ValueError, match="old is released more often"):
         store.release("old")
-    assert not store.is_held("old")
+    assert store.hold("old") is None, "there is nothing to hold"
+    with pytest.raises(ValueError, match="old is released more often"):
+        store.release("old")
 
 
-def test_a_hold_may_come_before_the_image() -> None:
+def test_room_is_reserved_before_there_is_an_image() -> None:
     store = HostStore(300)
-    store.hold("a")
-    assert store.is_held("a")
-    store.put("a", _image(200))
-    store.put("b", _image(200))
-    assert store.get("a") is not None
-    assert store.get("b") is None
+    store.put("old", _image(100))
+    store.put("new", _image(100))
+    assert store.reserve(150)
+    assert store.keys() == {"new"}, "the least recently used made room"
+    assert not store.reserve(151), "there would be room without what is reserved"
+    assert store.keys() == {"new"}, "nothing is pushed out in vain"
+    store.put("a", _image(150))
+    assert store.keys() == {"new"}, "who waits for it has reserved the room, and nothing is pushed out for it"
+    with pytest.raises(ValueError, match="a takes 151 bytes, and 150 were reserved"):
+        store.keep("a", _image(151), 150)
+    image = _image(140)
+    assert store.keep("a", image, 150) is image
+    store.check_integrity()
+    assert (store.used_bytes, store.stats().held_bytes, store.free_bytes) == (240, 140, 160)
+    assert store.reserve(150)
+    assert store.keep("a", _image(140), 150) is image, "the one that is there"
+    assert store.stats().reserved_bytes == 0
+    with pytest.raises(ValueError, match="1 bytes are given back, and 0 are reserved"):
+        store.unreserve(1)
 
 
 def test_an_exclusive_store_gives_up_what_the_device_has() -> None:
@@ -110,15 +128,33 @@ def test_an_exclusive_store_gives_up_what_the_device_has() -> None:
     assert store.used_bytes == 0
 
 
-def test_what_is_put_back_after_it_was_taken_stays_at_its_release() -> None:
+@pytest.mark.parametrize("how", ["left", "put", "keep"])
+def test_what_comes_back_after_it_was_taken_stays_at_its_release(how: str) -> None:
     """Evicted from the device meanwhile: it is nowhere else any more."""
     store = HostStore(300, exclusive=True)
+    store.put("a", _image(100))
     store.hold("a")
-    store.put("a", _image(100))
     store.taken("a")
-    store.put("a", _image(100))
+    if how == "left":
+        store.left("a")
+    elif how == "put":
+        store.put("a", _image(100))
+    else:
+        assert store.reserve(100)
+        store.keep("a", _image(100), 100)
+        store.release("a")
     store.release("a")
     assert store.get("a") is not None
+
+
+def test_what_is_discarded_while_it_is_held_goes_at_its_release() -> None:
+    store = HostStore(300)
+    store.put("a", _image(100))
+    store.hold("a")
+    store.discard("a")
+    assert store.used_bytes == 100, "somebody has it in hand"
+    store.release("a")
+    assert store.used_bytes == 0
 
 
 def test_an_inclusive_store_keeps_what_the_device_has() -> None:
@@ -136,7 +172,15 @@ def test_statistics() -> None:
     store.peek("a")
     store.put("b", _image(250))
     assert store.stats() == HostStats(
-        images=1, used_bytes=250, held_bytes=0, capacity_bytes=300, hits=1, misses=1, evictions=1, overflows=0
+        images=1,
+        used_bytes=250,
+        held_bytes=0,
+        reserved_bytes=0,
+        capacity_bytes=300,
+        hits=1,
+        misses=1,
+        evictions=1,
+        overflows=0,
     )
 
 
@@ -149,57 +193,129 @@ def test_a_peek_is_no_use() -> None:
     assert store.peek("a") is None
 
 
-_ACTIONS = st.sampled_from(["put", "get", "discard", "hold", "release", "taken"])
-_STEP = st.tuples(_ACTIONS, st.integers(0, 5), st.integers(29, 120))
+_ACTIONS = st.sampled_from(["put", "get", "discard", "hold", "release", "taken", "reserve", "unreserve", "keep"])
+_STEP = st.tuples(_ACTIONS, st.integers(0, 5))
+_SIZES = st.lists(st.integers(29, 120), min_size=6, max_size=6)
+
+
+class _Model:
+    """The store as a plain list: (key, bytes) pairs, least recently used first."""
+
+    def __init__(self, exclusive: bool) -> None:
+        self.exclusive = exclusive
+        self.images: list[tuple[str, int]] = []
+        self.held: list[str] = []  # as often as they are
+        self.leaving: set[str] = set()
+        self.rooms: list[int] = []  # reserved
+
+    @property
+    def held_bytes(self) -> int:
+        return sum(nbytes for key, nbytes in self.images if key in self.held)
+
+    def total(self) -> int:
+        return sum(nbytes for _, nbytes in self.images) + sum(self.rooms)
+
+    def push_out(self, nbytes: int) -> None:
+        while self.total() + nbytes > 200:
+            self.images.remove(next(entry for entry in self.images if entry[0] not in self.held))
+
+    def remove(self, key: str) -> None:
+        self.images = [entry for entry in self.images if entry[0] != key]
+        self.leaving.discard(key)
+
+    def leave(self, key: str) -> None:
+        if key in self.held:
+            self.leaving.add(key)
+        else:
+            self.remove(key)
+
+    def use(self, key: str, nbytes: int) -> None:
+        self.images = [entry for entry in self.images if entry[0] != key] + [(key, nbytes)]
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(_STEP, max_size=40), st.booleans())
-def test_against_a_plain_list(steps: list[tuple[str, int, int]], exclusive: bool) -> None:
-    """The model: (key, bytes) pairs, least recently used first; the keys held, as often as they are; those taken."""
-    store, model = HostStore(200, exclusive), list[tuple[str, int]]()
-    held: list[str] = []
-    taken: set[str] = set()
-    for action, number, size in steps:
-        key = str(number)
-        sizes = dict(model)
+@given(st.lists(_STEP, max_size=60), _SIZES, st.booleans())
+def test_against_a_plain_list(steps: list[tuple[str, int]], sizes: list[int], exclusive: bool) -> None:
+    store, model = HostStore(200, exclusive), _Model(exclusive)
+    for action, number in steps:
+        key, size = str(number), sizes[number]
+        there = key in dict(model.images)
         if action == "put":
             store.put(key, _image(size))
-            model = [entry for entry in model if entry[0] != key]
-            taken.discard(key)
-            if sum(nbytes for other, nbytes in model if other in held) + size > 200:
-                continue
-            while sum(nbytes for _, nbytes in model) + size > 200:
-                model.remove(next(entry for entry in model if entry[0] not in held))
-            model.append((key, size))
+            room = model.total() if model.rooms else model.held_bytes
+            if there:
+                model.use(key, size)
+                model.leaving.discard(key)
+            elif room + size <= 200:
+                model.push_out(size)
+                model.images.append((key, size))
         elif action == "hold":
-            store.hold(key)
-            held.append(key)
-        elif action == "release" and key not in held:
+            assert (store.hold(key) is not None) == there
+            model.held += [key] * there
+        elif action == "release" and key not in model.held:
             with pytest.raises(ValueError, match=key):
                 store.release(key)
         elif action == "release":
             store.release(key)
-            held.remove(key)
-            if key in taken and key not in held:
-                model = [entry for entry in model if entry[0] != key]
-                taken.discard(key)
+            model.held.remove(key)
+            if key in model.leaving and key not in model.held:
+                model.remove(key)
         elif action == "taken":
             store.taken(key)
-            if exclusive and key in held:
-                taken |= {key} & sizes.keys()
-            elif exclusive:
-                model = [entry for entry in model if entry[0] != key]
-        elif action == "get":
-            assert (store.get(key) is None) == (key not in sizes)
-            if key in sizes:
-                model = [entry for entry in model if entry[0] != key] + [(key, sizes[key])]
-        else:
+            if exclusive:
+                model.leave(key)
+        elif action == "discard":
             store.discard(key)
-            model = [entry for entry in model if entry[0] != key]
-            taken.discard(key)
-        assert all(store.is_held(str(i)) == (str(i) in held) for i in range(6))
-        assert store.used_bytes == sum(nbytes for _, nbytes in model) <= 200
+            model.leave(key)
+        elif action == "get":
+            assert (store.get(key) is not None) == there
+            if there:
+                model.use(key, size)
+        elif action == "reserve":
+            assert store.reserve(size) == (model.held_bytes + sum(model.rooms) + size <= 200)
+            if model.held_bytes + sum(model.rooms) + size <= 200:
+                model.push_out(size)
+                model.rooms.append(size)
+        elif action == "unreserve" and model.rooms:
+            store.unreserve(model.rooms.pop())
+        elif action == "keep" and size in model.rooms:
+            store.keep(key, _image(size), size)
+            model.rooms.remove(size)
+            model.images += [] if there else [(key, size)]
+            model.held.append(key)
+            model.leaving.discard(key)
+        store.check_integrity()
+        assert store.keys() == dict(model.images).keys()
+        assert store.used_bytes + store.stats().reserved_bytes == model.total() <= 200
+        assert store.stats().held_bytes == model.held_bytes
+
+
+_PROJECTIONS = st.builds(
+    Projection,
+    st.just("p"),
+    st.just(Site.QKV),
+    st.integers(1, 40).map(lambda n: 8 * n),
+    st.just(0),
+    st.integers(1, 40).map(lambda n: 8 * n),
+    st.just(False),
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.integers(1, 3), st.lists(_PROJECTIONS, min_size=1, max_size=3), st.integers(1, 40), st.integers(1, 20), st.data()
+)
+def test_the_bound_on_an_image_that_is_not_there_yet(
+    layers: int, projections: list[Projection], rank: int, pages: int, data: st.DataObject
+) -> None:
+    least = max(4 * projection.in_features for projection in projections)
+    page_bytes = -(-least // 64) * 64 + 64 * (pages - 1)
+    layout = BaseLayout("b", layers, tuple(projections), page_bytes, torch.float32)
+    places = [(layer, projection) for layer in range(layers) for projection in projections]
+    shapes = [PartShape(*place, rank=data.draw(st.integers(1, rank))) for place in places]
+    shapes += [PartShape(*place, rank=0) for place in data.draw(st.lists(st.sampled_from(places), unique=True))]
+    plan = plan_image(shapes, layout)
+    assert plan.num_pages * page_bytes + plan.tiles.nbytes <= most_bytes(layout, plan.num_pages, rank)
 
 
 def test_many_threads_at_once() -> None:

@@ -245,7 +245,6 @@ class ResidencyMachine(RuleBasedStateMachine):
         self.residency.reclaimer.check_integrity()
         self.pool.check_integrity()
         assert set(self.residency.loaded()) == self.model.keys()
-        assert self.residency.num_free_slots == self.num_slots - len(self.model)
         assert self.residency.is_copying == any(state.left for state in self.model.values())
         assert bool((self.arena[self.kv] == 0xAB).all()), "a page of the KV cache was written to"
         for digest in _IMAGES:
