@@ -32,17 +32,18 @@ class BuildKernels(build_ext):
             (isa, f"{FOLDER}/kernels.cpp", [*KERNELS, f"-DLORAPLEX_ISA={isa}", *flags]) for isa, flags in ISAS.items()
         ]
         jobs.append(("library", f"{FOLDER}/library.cpp", ["-O2", "-fopenmp"]))
-        jobs.append(("packing", f"{FOLDER}/packing.cpp", ["-O3"]))
+        jobs += [(name, f"{FOLDER}/{name}.cpp", ["-O3", "-pthread"]) for name in LOADING]
         with ThreadPoolExecutor() as pool:
             objects = [path for paths in pool.map(compile_one, jobs) for path in paths]
         self.compiler.link_shared_object(
-            objects, self.get_ext_fullpath(ext.name), libraries=["stdc++", "m"], extra_postargs=["-fopenmp"]
+            objects, self.get_ext_fullpath(ext.name), libraries=["stdc++", "m"], extra_postargs=["-fopenmp", "-pthread"]
         )
 
 
 PARTS = ("vec", "records", "linear", "rowwise", "sampling", "tiles", "bgmv", "sgmv", "attention")
-HEADERS = [f"{FOLDER}/{part}.h" for part in PARTS]
-SOURCES = [f"{FOLDER}/{name}.cpp" for name in ("kernels", "library", "packing")]
+HEADERS = [f"{FOLDER}/{part}.h" for part in (*PARTS, "background")]
+LOADING = ("packing", "hashing")
+SOURCES = [f"{FOLDER}/{name}.cpp" for name in ("kernels", "library", *LOADING)]
 
 if sys.platform != "linux":
     sys.exit("loraplex builds its CPU kernels with g++ on Linux only")

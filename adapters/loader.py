@@ -2,8 +2,7 @@
 
 Reading, checking and packing are injected (`read`), so this file knows threads, waiting and failures and nothing of
 formats; it imports no torch. Callers that want the same source share one reading of it, and its failure reaches all of
-them. What a request could use at once goes before what queued requests will want, and that before everything else; a
-source whose last caller has cancelled is given up.
+them. Which is read next is load_queue.py's to say; a source whose last caller has cancelled is given up.
 """
 
 from __future__ import annotations
@@ -13,16 +12,27 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
-from enum import IntEnum
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
 from loraplex.adapters.durations import Durations, DurationStats
 from loraplex.adapters.errors import AdapterError
-from loraplex.adapters.pace import Breath, lower_priority
+from loraplex.adapters.load_queue import Job, LoadedAdapter, LoadQueue, Priority, Waiter
+from loraplex.adapters.pace import Breath
 from loraplex.adapters.registry import AdapterVersion, Registry
 from loraplex.adapters.settle import changed, renew, settle
+
+__all__ = [
+    "LoadCancelled",
+    "LoadedAdapter",
+    "Loader",
+    "LoaderClosed",
+    "LoaderStats",
+    "ParsedImage",
+    "Priority",
+    "Reading",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -31,17 +41,6 @@ SLOW_SECONDS = 1.0
 
 MAX_SLOW = 32
 """Threads beyond the pool's that slow readings may hold."""
-
-FAIRNESS = 8
-"""Every so many readings begin with the longest waiting one, whatever its priority: none waits for ever."""
-
-
-class Priority(IntEnum):
-    """How soon a load is wanted; the least first."""
-
-    URGENT = 0  # a request could use it now
-    LOOKAHEAD = 1  # a queued request will
-    BULK = 2  # nobody's request
 
 
 @dataclass(frozen=True)
@@ -64,19 +63,6 @@ class ParsedImage:
     nbytes: int
     image: Any  # an AdapterImage; opaque here
     bytes_read: int = 0  # of the source
-
-
-@dataclass(frozen=True)
-class LoadedAdapter:
-    """What a load tells those who waited for it. The image is in the host store, too, unless others are held there."""
-
-    source: str
-    digest: str
-    rank: int
-    targets: tuple[str, ...]
-    num_pages: int
-    nbytes: int
-    image: Any = field(default=None, repr=False, compare=False)  # whoever keeps this keeps the image
 
 
 @dataclass(frozen=True)
@@ -107,26 +93,6 @@ class LoadCancelled(AdapterError):
     """Nobody waits for this load any more."""
 
 
-@dataclass(eq=False)
-class _Waiter:
-    future: Future[LoadedAdapter]  # one for each caller: a caller that cancels its own leaves the others alone
-    version: AdapterVersion | None  # what the caller needs the source to hold; None: whatever it holds
-
-
-@dataclass(eq=False)
-class _Job:
-    source: str
-    priority: Priority
-    number: int  # in order of arrival
-    fresh: bool
-    waiters: list[_Waiter] = field(default_factory=list)
-    began: float | None = None  # clock, when a thread has begun to read
-
-    @property
-    def is_wanted(self) -> bool:
-        return not all(waiter.future.cancelled() for waiter in tuple(self.waiters))
-
-
 class Loader:
     """Loads adapters in `threads` background threads (daemons: they never keep the process alive).
 
@@ -149,15 +115,10 @@ class Loader:
         self._store = store
         self._registry = registry
         self._width = threads
-        self._slow_after = slow_after
         self._changed = threading.Condition()
-        self._jobs: dict[str, _Job] = {}  # by source; from the call that makes it until its futures are set
-        self._queue: list[_Job] = []
-        self._reading: list[_Job] = []
+        self._queue = LoadQueue(threads, slow_after)
         self._threads: list[threading.Thread] = []
         self._idle = 0  # threads waiting for a job, or about to
-        self._picks = 0  # jobs begun
-        self._next_number = 0
         self._closed = False
         self._loads = self._failures = self._cancelled = self._bytes_read = 0
         self._durations = Durations()
@@ -193,22 +154,24 @@ class Loader:
     def pending(self) -> int:
         """Sources queued or being read."""
         with self._changed:
-            return len(self._jobs)
+            return len(self._queue)
 
     def stats(self) -> LoaderStats:
         with self._changed:
             return LoaderStats(
-                self._loads, self._failures, self._cancelled, self._durations.stats(), self._bytes_read, len(self._jobs)
+                loads=self._loads,
+                failures=self._failures,
+                cancelled=self._cancelled + self._queue.cancelled,
+                durations=self._durations.stats(),
+                bytes_read=self._bytes_read,
+                pending=len(self._queue),
             )
 
     def shutdown(self, timeout: float | None = 5.0) -> None:
         """Take no more work, fail what is queued with LoaderClosed, wait up to `timeout` s for what is being read."""
         with self._changed:
             self._closed = True
-            dropped = self._queue
-            self._queue = []
-            for job in dropped:
-                self._forget(job)
+            dropped = self._queue.clear()
             threads = tuple(self._threads)
             self._changed.notify_all()
         for job in dropped:
@@ -220,79 +183,42 @@ class Loader:
     # -- the queue -----------------------------------------------------------------------------------------------------
 
     def _submit(self, source: str, version: AdapterVersion | None, priority: Priority) -> Future[LoadedAdapter]:
-        waiter = _Waiter(Future(), version)
-        fresh = version is None
+        waiter = Waiter(Future(), version)
         with self._changed:
             if self._closed:
                 waiter.future.set_exception(
                     LoaderClosed(f"adapter {source!r} is not loaded: the server is shutting down")
                 )
                 return waiter.future
-            job = self._jobs.get(source)
-            # A reading already begun may have seen the files before the caller wrote them: `load` wants a new one.
-            if job is None or (job.began is not None and (fresh or not job.is_wanted)):
-                job = self._jobs[source] = _Job(source, priority, self._next_number, fresh)
-                self._next_number += 1
-                self._queue.append(job)
-            job.priority = min(job.priority, priority)
-            job.fresh = job.fresh or fresh
-            job.waiters.append(waiter)
+            self._queue.join(source, waiter, priority)
             self._changed.notify_all()
         return waiter.future
 
     def _spawn(self) -> None:
         """Keep one thread idle: it looks whether a reading has become slow (lock held)."""
         if self._idle == 0 and len(self._threads) < self._width + MAX_SLOW and not self._closed:
-            thread = threading.Thread(target=self._run, name=f"adapter-loader-{self._picks}", daemon=True)
+            thread = threading.Thread(target=self._run, name=f"adapter-loader-{self._queue.picks}", daemon=True)
             self._threads.append(thread)
             self._idle += 1
             thread.start()
 
-    def _next(self) -> _Job | None:
+    def _next(self) -> Job | None:
         """The next job, for an idle thread. None: it shall end."""
         with self._changed:
             while not self._closed and self._idle <= self._width + 1:
-                job = self._choose()
+                job = self._queue.begin()
                 if job is not None:
-                    self._picks += 1
-                    job.began = time.monotonic()
-                    self._queue.remove(job)
-                    self._reading.append(job)
                     self._idle -= 1
                     self._spawn()
                     return job
-                self._changed.wait(self._until_slow())
+                self._changed.wait(self._queue.until_slow())
             self._idle -= 1
             self._threads.remove(threading.current_thread())
             return None
 
-    def _choose(self) -> _Job | None:
-        """What may be begun now (lock held)."""
-        for job in [job for job in self._queue if not job.is_wanted]:
-            self._queue.remove(job)
-            self._forget(job)
-            self._cancelled += 1
-        now = time.monotonic()
-        room = self._width - sum(now - (job.began or now) < self._slow_after for job in self._reading)
-        if not self._queue or room < 1:
-            return None
-        oldest = self._picks % FAIRNESS == FAIRNESS - 1
-        job = min(self._queue, key=lambda job: (0 if oldest else job.priority, job.number))
-        if room == 1 < self._width and not oldest and job.priority != Priority.URGENT:
-            return None  # the last thread is kept for who cannot wait
-        return job
-
-    def _until_slow(self) -> float | None:
-        """Seconds after which _choose() may answer otherwise with nobody telling (lock held)."""
-        now = time.monotonic()
-        ends = [(job.began or now) + self._slow_after - now for job in self._reading]
-        left = [end for end in ends if end > 0]
-        return min(max(min(left), 0.01), 60.0) if left and self._queue else None
-
     # -- a thread ------------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        lower_priority()
         while (job := self._next()) is not None:
             outcome: ParsedImage | BaseException
             try:
@@ -303,16 +229,16 @@ class Loader:
                 logger.exception("loading adapter %r failed unexpectedly", job.source)
                 outcome = _bare(error)
             with self._changed:  # its waiters are final from here on
-                self._forget(job)
+                self._queue.forget(job)
                 self._count(job, outcome)
             self._finish(job, outcome)
             with self._changed:
-                self._reading.remove(job)
+                self._queue.end(job)
                 self._changed.notify_all()
                 self._idle += 1
             del job, outcome  # an idle thread holds no image
 
-    def _check_wanted(self, job: _Job) -> None:
+    def _check_wanted(self, job: Job) -> None:
         """Raises LoadCancelled when nobody waits for `job`.
 
         With the lock held: a caller joins, and only then cancels what it had before. Without it, a look at the waiters
@@ -322,12 +248,7 @@ class Loader:
             if not job.is_wanted:
                 raise LoadCancelled(f"nobody waits for adapter {job.source!r} any more")
 
-    def _forget(self, job: _Job) -> None:
-        """Let nobody join `job` any more (lock held)."""
-        if self._jobs.get(job.source) is job:
-            del self._jobs[job.source]
-
-    def _count(self, job: _Job, outcome: ParsedImage | BaseException) -> None:
+    def _count(self, job: Job, outcome: ParsedImage | BaseException) -> None:
         if isinstance(outcome, LoadCancelled):
             self._cancelled += 1
             return
@@ -339,7 +260,7 @@ class Loader:
             self._failures += 1
             self._registry.refusals.count(outcome)
 
-    def _finish(self, job: _Job, outcome: ParsedImage | BaseException) -> None:
+    def _finish(self, job: Job, outcome: ParsedImage | BaseException) -> None:
         """Tell every waiter of a job that nobody joins any more."""
         answers: list[LoadedAdapter | BaseException]
         if isinstance(outcome, ParsedImage):
@@ -361,7 +282,7 @@ class Loader:
             else:
                 waiter.future.set_result(answer)
 
-    def _settle(self, job: _Job, parsed: ParsedImage) -> list[LoadedAdapter | BaseException]:
+    def _settle(self, job: Job, parsed: ParsedImage) -> list[LoadedAdapter | BaseException]:
         """Store what was read, where anybody has a use for it, and what each waiter gets. Raises AdapterRefused."""
         loaded = LoadedAdapter(
             job.source, parsed.digest, parsed.rank, parsed.targets, parsed.num_pages, parsed.nbytes, parsed.image

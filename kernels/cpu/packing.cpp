@@ -1,5 +1,5 @@
 // An adapter's factors on their way from a safetensors file to an image: read, converted, scaled, transposed and looked at in
-// one pass, on the caller's thread, which holds no lock of Python's meanwhile. kernels/packing.py says what a strip is.
+// one pass. kernels/packing.py says what a strip is.
 //
 // What is read goes through a buffer of one tensor, which stays in the cache, and nothing but the image is written to memory.
 #include <errno.h>
@@ -10,6 +10,8 @@
 #include <cstring>
 #include <memory>
 #include <type_traits>
+
+#include "background.h"
 
 struct Strip {
     int64_t src, src_row, src_col;  // bytes from the data's start; elements from row to row and from column to column
@@ -136,18 +138,20 @@ int loraplex_strip_bytes() { return (int)sizeof(Strip); }
 // error that reading met, or -1 where the file ends early. `peaks` (or null): the largest magnitude of each factor, as an
 // integer of its bits.
 int loraplex_pack(const Strip* strips, int64_t count, const uint8_t* data, int fd, int64_t start, uint8_t* image, int dtype,
-                  int32_t* peaks) {
-    File file{fd, start};
-    for (const Strip* strip = strips; strip < strips + count; strip++) {
-        const uint8_t* src = data ? data + strip->src : nullptr;
-        if (!data && strip->cols) {
-            int64_t last = (strip->rows - 1) * strip->src_row + (strip->cols - 1) * strip->src_col + 1;
-            if (int error = file.fetch(strip->src, strip->src + last * bytes_of(strip->dtype))) return error;
-            src = file.bytes.get() + (strip->src - file.begin);
+                  int32_t* peaks, int nice) {
+    return in_background(nice, [=] {
+        File file{fd, start};
+        for (const Strip* strip = strips; strip < strips + count; strip++) {
+            const uint8_t* src = data ? data + strip->src : nullptr;
+            if (!data && strip->cols) {
+                int64_t last = (strip->rows - 1) * strip->src_row + (strip->cols - 1) * strip->src_col + 1;
+                if (int error = file.fetch(strip->src, strip->src + last * bytes_of(strip->dtype))) return error;
+                src = file.bytes.get() + (strip->src - file.begin);
+            }
+            writer(strip->dtype, dtype)(*strip, src, image, peaks);
         }
-        writer(strip->dtype, dtype)(*strip, src, image, peaks);
-    }
-    return 0;
+        return 0;
+    });
 }
 
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import sys
 import threading
 from collections.abc import Iterator
@@ -13,8 +12,8 @@ from typing import Any
 import pytest
 
 from loraplex.adapters.errors import AdapterRefused
+from loraplex.adapters.load_queue import FAIRNESS
 from loraplex.adapters.loader import (
-    FAIRNESS,
     MAX_SLOW,
     LoadedAdapter,
     Loader,
@@ -23,7 +22,6 @@ from loraplex.adapters.loader import (
     Priority,
     Reading,
 )
-from loraplex.adapters.pace import NICE
 from loraplex.adapters.registry import AdapterVersion, Registry
 
 SOON = 10.0
@@ -52,13 +50,11 @@ class Sources:
         self.hanging: dict[str, threading.Event] = {}  # sources that hang until their event
         self.ranks: dict[str, int] = {}
         self.fresh: list[bool] = []
-        self.niceness: set[int] = set()
 
     def parse(self, reading: Reading) -> ParsedImage:
         source = reading.source
         self.read.append(source)
         self.fresh.append(reading.fresh)
-        self.niceness.add(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
         digest = self.digests.get(source, f"digest of {source}")
         self.reading.release()
         assert self.hanging.get(source, self.gate).wait(SOON)
@@ -408,13 +404,6 @@ def test_statistics(loader: Loader, sources: Sources) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only on Linux a thread has a priority of its own")
-def test_the_threads_yield_to_the_engine(loader: Loader, sources: Sources) -> None:
-    own = os.getpriority(os.PRIO_PROCESS, 0)
-    loader.load("a").result(SOON)
-    assert sources.niceness == {min(19, own + NICE)} != {own}
-    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == own
-
-
 def test_shutdown_fails_what_is_queued_and_finishes_what_is_read(sources: Sources, store: Store) -> None:
     loader = Loader(sources.parse, store, Registry(), threads=1, slow_after=math.inf)
     begun = begin(sources, loader, "a")

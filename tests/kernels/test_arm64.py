@@ -42,6 +42,7 @@ def check(emulator: str, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         KERNELS / "kernels.cpp": [*flags("KERNELS"), "-DLORAPLEX_ISA=generic"],
         KERNELS / "library.cpp": ["-O2", "-fopenmp"],
         KERNELS / "packing.cpp": ["-O3"],
+        KERNELS / "hashing.cpp": ["-O3"],
         Path(__file__).parent / "arm64" / "check.cpp": ["-O1", f"-I{KERNELS}"],
     }
 
@@ -60,7 +61,7 @@ def check(emulator: str, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [emulator, str(program)]
 
 
-@pytest.mark.parametrize("name", ["linear", "adapter", "attention", "rms_norm", "rope", "act_mul"])
+@pytest.mark.parametrize("name", ["linear", "adapter", "attention", "rms_norm", "rope", "act_mul", "hash"])
 def test_kernels_on_arm64(check: list[str], name: str) -> None:
     result = subprocess.run([*check, name], capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 0, result.stdout + result.stderr

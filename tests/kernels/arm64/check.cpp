@@ -247,6 +247,30 @@ template <class T> void act_mul(int n) {
         }
 }
 
+extern "C" {
+int loraplex_hash_bytes();
+void loraplex_hash_begin(void* hash, int native);
+void loraplex_hash_take(void* hash, const uint8_t* data, int64_t count);
+void loraplex_hash_end(void* hash, uint8_t* digest);
+}
+
+// NIST's example of a million times "a" (FIPS 180-4's test vectors), in pieces of odd lengths.
+static void hash(int native) {
+    const char* want = "cdc76e5c9914fb9281a1c7e284d73e67f1809a48a497200e046d39ccc7112cd0";
+    std::vector<uint8_t> state(loraplex_hash_bytes()), data(1000000, 'a');
+    loraplex_hash_begin(state.data(), native);
+    for (int64_t at = 0, size = 1; at < 1000000; at += size, size = size * 3 % 1009)
+        loraplex_hash_take(state.data(), data.data() + at, std::min(size, 1000000 - at));
+    uint8_t digest[32];
+    loraplex_hash_end(state.data(), digest);
+    for (int i = 0; i < 32; i++) {
+        char hex[3];
+        snprintf(hex, sizeof hex, "%02x", digest[i]);
+        compared++;
+        faults += std::string(hex) != std::string(want + 2 * i, 2);
+    }
+}
+
 template <class T> void all(const std::string& name) {
     if (name == "linear")
         for (int rows : {1, 4, 7, 13, 40}) linear<T>(rows, 64, 48), linear<T>(rows, 34, 7), linear<T>(rows, 576, 100);
@@ -260,6 +284,8 @@ template <class T> void all(const std::string& name) {
         rope<T>(64, 64), rope<T>(96, 96), rope<T>(128, 96);
     else if (name == "act_mul")
         act_mul<T>(64), act_mul<T>(39);
+    else if (name == "hash")
+        hash(true), hash(false);
 }
 
 int main(int argc, char** argv) {

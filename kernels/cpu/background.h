@@ -1,0 +1,24 @@
+// Work that must not hold up a step: on a thread of its own at a lower priority, while the caller waits.
+//
+// Not on the caller's thread: a thread of Python's that is short of processor time makes whoever gives up the GIL to it wait
+// until it runs. This one never asks for the GIL.
+#pragma once
+
+#include <sys/resource.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <thread>
+
+// Raises std::system_error where there can be no more threads.
+template <class Work> auto in_background(int nice, Work work) {
+    if (nice <= 0) return work();
+    decltype(work()) result{};
+    std::thread([&] {
+        id_t self = (id_t)syscall(SYS_gettid);  // on Linux a thread has a priority of its own
+        setpriority(PRIO_PROCESS, self, std::min(19, getpriority(PRIO_PROCESS, self) + nice));
+        result = work();
+    }).join();
+    return result;
+}
