@@ -7,6 +7,8 @@ Eight streams decode; beside them, ten times a second:
     loads      the same with another adapter each time: each is loaded, and evicts one
     register   an adapter is read, checked whole and registered by /v1/load_lora_adapter, and its name taken away again
 
+The arena is full from the start, as it is in a server that has run for a while: each load takes another's place.
+
 A request has work of its own (a prompt, one more row, its answer), so loads are judged against requests, and register,
 which computes nothing, against quiet.
 """
@@ -60,6 +62,7 @@ def run(world: World, report: Report, rounds: int = 3, seconds: float = 20.0) ->
     memory = fit_memory(world, world.pages(STREAMS, PROMPT_TOKENS + MOST_TOKENS, RESIDENT), *FLAGS)
     with serve(world.base, *FLAGS, "--memory", str(memory), "--adapter-dir", str(world.folder)) as server:
         kinds = kinds_of(world, server.address)
+        asyncio.run(_fill(server, kinds["loads"]))
         runs: dict[str, list[Run]] = {kind: [] for kind in kinds}
         for _ in range(rounds):
             for kind, event in kinds.items():
@@ -67,10 +70,20 @@ def run(world: World, report: Report, rounds: int = 3, seconds: float = 20.0) ->
         _report(report, runs)
 
 
-def kinds_of(world: World, address: Address) -> dict[str, Event | None]:
+async def _fill(server: Server, load: Event) -> None:
+    """Load adapters until one has to go for the next."""
+    before = await server.metrics()
+    while not (await server.metrics()).since(before).get("loraplex:adapter_evictions_total"):
+        await asyncio.gather(*(load() for _ in range(STREAMS)))
+
+
+def kinds_of(world: World, address: Address) -> dict[str, Event]:
     # The first eight are the streams', the next is the one that stays
     other = cycle(range(STREAMS + 1, world.count))
     rng, numbers = random.Random(0), count()
+
+    async def nothing() -> None:
+        pass
 
     async def ask(model: str) -> None:
         reply = await send(address, world.request(rng, model, SHORT_PROMPT, 1))
@@ -91,10 +104,10 @@ def kinds_of(world: World, address: Address) -> dict[str, Event | None]:
             raise RuntimeError(f"load_lora_adapter: {status} {text}")
         await call(address, "POST", "/v1/unload_lora_adapter", {"lora_name": name})
 
-    return {"quiet": None, "requests": request, "loads": load, "register": register}
+    return {"quiet": nothing, "requests": request, "loads": load, "register": register}
 
 
-async def measure(world: World, server: Server, event: Event | None, seconds: float, ramp: float = RAMP) -> Run:
+async def measure(world: World, server: Server, event: Event, seconds: float, ramp: float = RAMP) -> Run:
     rng, ended = random.Random(1), asyncio.Event()
     streams = [
         asyncio.create_task(
@@ -108,7 +121,7 @@ async def measure(world: World, server: Server, event: Event | None, seconds: fl
     ]
     await asyncio.sleep(ramp)
     others, before, start = Others(server), await server.metrics(), time.perf_counter()
-    late = await _pace(event, round(seconds * PER_SECOND)) if event is not None else 0.0
+    late = await _pace(event, round(seconds * PER_SECOND))
     await asyncio.sleep(start + seconds - time.perf_counter())
     end, after, share = time.perf_counter(), await server.metrics(), others.share()
     ended.set()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -35,11 +37,15 @@ class ModelRunner:
         self._masks = MaskPool()
 
     @torch.inference_mode()
-    def execute(self, plan: StepPlan) -> list[Sampled]:
-        """Compute the plan's tokens; the draws of its sampling entries, in their order. The plan is not empty."""
+    def execute(self, plan: StepPlan, on_launch: Callable[[], None] = lambda: None) -> list[Sampled]:
+        """Compute the plan's tokens; the draws of its sampling entries, in their order. The plan is not empty.
+
+        `on_launch` is called when all is prepared, right before the forward pass.
+        """
         batch = build_batch(plan, self._kv, self._residency.table, self._residency.slot_of, self._device)
         sampling = [entry.seq for entry in plan.entries if entry.samples]
         masks = self._masks.begin([(seq.request.constraint, seq.output) for seq in sampling])
+        on_launch()
         hidden = self._decoder.forward(batch)  # [L, H]
         rows = [
             SampleRow(seq.request.params, seq.num_tokens, seq.request.prompt_ids, seq.output, mask)

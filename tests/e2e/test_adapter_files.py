@@ -49,9 +49,9 @@ class Server:
             asked.append(ensure(*args))
             return asked[-1]
 
-        def late(plan: Any) -> Any:
+        def late(plan: Any, on_launch: Any) -> Any:
             wait(asked, 60)
-            return execute(plan)
+            return execute(plan, on_launch)
 
         loader.ensure = noted  # type: ignore[method-assign]
         runner.execute = late  # type: ignore[method-assign]

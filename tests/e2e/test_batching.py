@@ -96,12 +96,12 @@ class Watch:
     on_plan: Callable[[StepPlan], None] = lambda plan: None
     plans: list[tuple[str, ...]] = field(default_factory=list)
 
-    def execute(self, plan: StepPlan) -> Any:
+    def execute(self, plan: StepPlan, on_launch: Callable[[], None]) -> Any:
         self.plans.append(tuple(entry.seq.request.request_id for entry in plan.entries))
         self.on_plan(plan)
         self.entered.set()
         assert self.gate.wait(120)
-        return self.runner.execute(plan)
+        return self.runner.execute(plan, on_launch)
 
 
 @dataclass

@@ -36,8 +36,9 @@ class FakeRunner:
     before: Callable[[StepPlan], None] | None = None
     plans: list[list[str]] = field(default_factory=list)
 
-    def execute(self, plan: StepPlan) -> list[Draw]:
+    def execute(self, plan: StepPlan, on_launch: Callable[[], None]) -> list[Draw]:
         self.plans.append([entry.seq.request.request_id for entry in plan.entries])
+        on_launch()
         if self.before is not None:
             self.before(plan)
         self.entered.release()
