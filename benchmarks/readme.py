@@ -3,9 +3,14 @@
     python -m loraplex.benchmarks.readme [--check]
 
 They stand in README.md and docs/benchmarks.md between <!-- figures: NAME --> and <!-- /figures -->; NAME is machine,
-serve (a table), adapters (a sentence), slora (a table and its plot, docs/slora.svg) or peers, which stays as it is
-until `python -m loraplex.benchmarks.peers --out benchmarks/results/peers.json` has run. With --check nothing is
-written, and the exit code says whether anything would be.
+serve (a table), adapters (a sentence), slora (a table and its plot, docs/slora.svg), or one of those that stay as they
+are until what takes longer has run (`python -m loraplex.benchmarks.X ...`):
+
+    peers     peers --out benchmarks/results/peers.json
+    settings  slora --settings S2,S3,S4 --disk 9 --json benchmarks/results/slora.json
+    thousand  many throughput cold stall startup --json benchmarks/results/many.json
+
+With --check nothing is written, and the exit code says whether anything would be.
 """
 
 from __future__ import annotations
@@ -14,7 +19,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +28,8 @@ from loraplex.benchmarks.peers import report
 from loraplex.benchmarks.short import DEFAULT
 
 PEERS = DEFAULT.with_name("peers.json")
+SETTINGS = DEFAULT.with_name("slora.json")
+THOUSAND = DEFAULT.with_name("many.json")
 ROOT = Path(__file__).resolve().parent.parent
 TEXTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
 PLOT = ROOT / "docs" / "slora.svg"
@@ -47,13 +54,50 @@ def tables(results: Mapping[str, Any]) -> dict[str, str]:
 
 def peers_table(results: Mapping[str, Any]) -> str:
     """Markdown of what benchmarks.peers wrote; it ends with a newline."""
-    measured, rows = results["measured"], [report.Row.from_json(row) for row in results["rows"]]
+    rows = [report.Row.from_json(row) for row in results["rows"]]
     rounds = max(len(runs) for row in rows for runs in row.rounds.values())
     versions = [f"{name} {', '.join(map(' '.join, found.items()))}" for name, found in results["peers"].items()]
     left_out = [f"{name} is left out: {why}" for name, why in results["left_out"].items()]
+    return "\n".join([*report.table(rows), "", _measured_on(results, rounds, versions, left_out)]) + "\n"
+
+
+def settings_table(results: Mapping[str, Any]) -> str:
+    """Markdown of what benchmarks.slora wrote; it ends with a newline."""
+    rows = [slora.Row(**row) for row in results["slora"]]
+    return "\n".join([*slora.format_rows(rows), "", _measured_on(results, results["rounds"])]) + "\n"
+
+
+def thousand(results: Mapping[str, Any]) -> str:
+    """What benchmarks.many found, as sentences; they end with a newline."""
+    found, count = results["figures"], results["adapters"]
+    zipf, uniform = (found[f"{law} over {count}, against five"] for law in ("zipf", "uniform"))
+    host, disk = (found[f"{tier}, against warm"] for tier in ("host", "disk 1st"))
+    stall, later = found["p99 beside loads, against requests"], found[f"{count} adapters, all: seconds more"]
+    return (
+        f"Over all of them, drawn by Zipf's law, it generates {zipf:.2f} of the tokens/s that it does over five, drawn "
+        f"uniformly {uniform:.2f}. The first token of a prompt of 96 tokens takes {host:.2f} times as long where the "
+        f"adapter is not on the device, {disk:.2f} times where it has never been read and comes from disk. Ten loads a "
+        "second, each in another adapter's place, make the p99 between tokens of 8 streams "
+        f"{stall:.2f} times what as many requests without loads do. The server is ready {later:.1f} s later than "
+        f"without adapters. {_measured_on(results, results['rounds'])}\n"
+    )
+
+
+def _measured_on(
+    results: Mapping[str, Any], rounds: int, versions: Sequence[str] = (), left_out: Sequence[str] = ()
+) -> str:
+    measured = results["measured"]
     said = [f"{measured['cpus']} CPUs of {measured['cpu']}", *versions, f"commit {measured['commit']}", results["date"]]
-    said += [f"medians of {rounds} rounds", *left_out]
-    return "\n".join([*report.table(rows), "", f"{'; '.join(said)}."]) + "\n"
+    said += ["one round" if rounds == 1 else f"medians of {rounds} rounds", *left_out]
+    return f"{'; '.join(said)}."
+
+
+LATER: Mapping[str, tuple[Path, Callable[[Mapping[str, Any]], str]]] = {
+    "peers": (PEERS, peers_table),
+    "settings": (SETTINGS, settings_table),
+    "thousand": (THOUSAND, thousand),
+}
+"""What is not part of `make bench`."""
 
 
 def _adapters(rows: Sequence[slora.Row]) -> str:
@@ -85,7 +129,7 @@ def fill(text: str, found: Mapping[str, str]) -> str:
 
     def table(place: re.Match[str]) -> str:
         start, name, end = place.groups()
-        if name == "peers" and name not in found:
+        if name in LATER and name not in found:
             return place[0]
         if name not in found:
             raise NoFigures(f"the text wants a table {name!r}, and the results have {', '.join(sorted(found))}")
@@ -97,8 +141,9 @@ def fill(text: str, found: Mapping[str, str]) -> str:
 def wanted(results: Mapping[str, Any]) -> dict[Path, str]:
     """What every file that shows figures should hold. Raises NoFigures."""
     found = tables(results)
-    if PEERS.exists():
-        found["peers"] = peers_table(json.loads(PEERS.read_text(encoding="utf-8")))
+    for name, (path, table) in LATER.items():
+        if path.exists():
+            found[name] = table(json.loads(path.read_text(encoding="utf-8")))
     texts = {path: fill(path.read_text(encoding="utf-8"), found) for path in TEXTS}
     return {**texts, PLOT: slora.plot([slora.Row(**row) for row in results["slora"]])}
 

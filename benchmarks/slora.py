@@ -20,6 +20,7 @@ import json
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 from loraplex.benchmarks.arrivals import Arrivals
@@ -32,6 +33,7 @@ from loraplex.benchmarks.many import pagecache
 from loraplex.benchmarks.many.served import Others, Server, serve
 from loraplex.benchmarks.measures import Figures, Objective, measure
 from loraplex.benchmarks.paper import ELEMENT, SMOLLM2_135M
+from loraplex.benchmarks.provenance import Provenance
 from loraplex.benchmarks.random_adapters import WEIGHTS, adapter_bytes, make_adapters, modules_of
 from loraplex.benchmarks.workload import Lengths, Spec, plan
 from loraplex.server.models.demo import default_cache_dir, ensure_demo_base
@@ -93,14 +95,20 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20, help="during which requests are sent, twice")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--disk", type=float, default=3.0, help="GB of adapters at most, of each setting")
-    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--json", type=Path, help="write the rows here, and what they were measured on")
     arguments = parser.parse_args()
     counts = [int(count) for count in arguments.counts.split(",")]
     rows = []
     for setting in arguments.settings.split(","):
         rows += run(setting, counts, arguments.seconds, arguments.rounds, arguments.disk * 1e9)
     if arguments.json:
-        arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+        content = {
+            "measured": Provenance.here().as_json(),
+            "date": datetime.now(UTC).date().isoformat(),
+            "rounds": arguments.rounds,
+            "slora": [asdict(row) for row in rows],
+        }
+        arguments.json.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def run(

@@ -84,10 +84,11 @@ class Target:
 
 
 class Report:
-    """Prints what was measured as it comes, and remembers what fell short."""
+    """Prints what was measured as it comes, and remembers it, and what fell short."""
 
     def __init__(self) -> None:
         self.missed: list[str] = []
+        self.figures: dict[str, float] = {}
 
     def say(self, text: str) -> None:
         print(text, flush=True)
@@ -95,12 +96,14 @@ class Report:
     def judge(self, what: str, found: float, target: Target) -> None:
         """A figure with a target."""
         met = target.met(found)
+        self.figures[what.strip()] = found
         if not met:
             self.missed.append(what)
         self.say(f"  {what:66} {found:8.3f}  {target.sign} {target.value:g}: {'met' if met else 'MISSED'}")
 
     def note(self, what: str, found: float) -> None:
         """A figure without one."""
+        self.figures[what.strip()] = found
         self.say(f"  {what:66} {found:8.3f}")
 
     def fail(self, what: str) -> None:

@@ -50,12 +50,14 @@ def test_readmes_figures_are_the_results() -> None:
             assert path.read_text(encoding="utf-8") == text, f"{path}: python -m loraplex.benchmarks.readme writes it"
         return
     for path in readme.TEXTS:
-        assert not re.search(r"<!-- figures: (?!peers)\w+ -->\n[^<]", path.read_text(encoding="utf-8")), path
+        assert not re.search(
+            r"<!-- figures: (?!peers|settings|thousand)\w+ -->\n[^<]", path.read_text(encoding="utf-8")
+        ), path
 
 
 def test_every_figure_has_a_place() -> None:
     texts = "".join(path.read_text(encoding="utf-8") for path in readme.TEXTS)
-    assert set(re.findall(r"<!-- figures: (\w+) -->", texts)) == {*readme.tables(RESULTS), "peers"}
+    assert set(re.findall(r"<!-- figures: (\w+) -->", texts)) == {*readme.tables(RESULTS), *readme.LATER}
 
 
 def test_the_peers_table() -> None:
@@ -77,6 +79,30 @@ def test_the_peers_table() -> None:
     kept = "<!-- figures: peers -->\nby hand\n<!-- /figures -->"
     assert readme.fill(kept, readme.tables(RESULTS)) == kept
     assert "by hand" not in readme.fill(kept, {"peers": text})
+
+
+MEASURED = {"measured": {"cpus": 2, "cpu": "X", "commit": "abc"}, "date": "2026-01-01"}
+
+
+def test_the_table_of_settings() -> None:
+    text = readme.settings_table({**MEASURED, "rounds": 2, "slora": RESULTS["slora"]})
+    assert "| S1 | 2,000 | 19.00 | 0.950 | 0.945 |" in text
+    assert text.endswith("\n\n2 CPUs of X; commit abc; 2026-01-01; medians of 2 rounds.\n")
+
+
+def test_the_sentences_of_a_thousand() -> None:
+    figures = {
+        "zipf over 1000, against five": 0.943,
+        "uniform over 1000, against five": 0.974,
+        "host, against warm": 1.05,
+        "disk 1st, against warm": 1.25,
+        "p99 beside loads, against requests": 1.131,
+        "1000 adapters, all: seconds more": 0.62,
+    }
+    text = readme.thousand({**MEASURED, "rounds": 1, "adapters": 1000, "figures": figures})
+    for said in ("generates 0.94 of", "uniformly 0.97.", "takes 1.05 times", "1.25 times", "1.13 times", "0.6 s later"):
+        assert said in text
+    assert text.endswith("2 CPUs of X; commit abc; 2026-01-01; one round.\n")
 
 
 def test_tables_take_their_places_and_nothing_else_changes() -> None:
