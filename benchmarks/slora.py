@@ -95,20 +95,24 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20, help="during which requests are sent, twice")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--disk", type=float, default=3.0, help="GB of adapters at most, of each setting")
-    parser.add_argument("--json", type=Path, help="write the rows here, and what they were measured on")
+    parser.add_argument("--json", type=Path, help="write the rows here after each setting")
     arguments = parser.parse_args()
     counts = [int(count) for count in arguments.counts.split(",")]
-    rows = []
+    rows: list[Row] = []
     for setting in arguments.settings.split(","):
         rows += run(setting, counts, arguments.seconds, arguments.rounds, arguments.disk * 1e9)
-    if arguments.json:
-        content = {
-            "measured": Provenance.here().as_json(),
-            "date": datetime.now(UTC).date().isoformat(),
-            "rounds": arguments.rounds,
-            "slora": [asdict(row) for row in rows],
-        }
-        arguments.json.write_text(json.dumps(content, indent=1) + "\n")
+        if arguments.json:
+            _write(arguments.json, rows, arguments.rounds)
+
+
+def _write(path: Path, rows: Sequence[Row], rounds: int) -> None:
+    content = {
+        "measured": Provenance.here().as_json(),
+        "date": datetime.now(UTC).date().isoformat(),
+        "rounds": rounds,
+        "slora": [asdict(row) for row in rows],
+    }
+    path.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def run(
