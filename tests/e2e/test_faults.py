@@ -268,12 +268,12 @@ def test_a_step_that_memory_runs_out_in(live: LiveServer) -> None:
     runner, failures = live.parts.engine._runner, 0
     execute = runner.execute
 
-    def short(plan: Any) -> Any:
+    def short(plan: Any, on_launch: Any) -> Any:
         nonlocal failures
         if failures < 3 and len(plan.entries) > 1:
             failures += 1
             raise MemoryError("cannot allocate")
-        return execute(plan)
+        return execute(plan, on_launch)
 
     runner.execute = short  # type: ignore[method-assign]
     try:

@@ -112,9 +112,9 @@ def test_under_load_it_says_who_runs_and_who_waits(live: LiveServer) -> None:
     steps, go_on = live.parts.engine._runner, threading.Event()
     execute = steps.execute
 
-    def held(plan: object) -> object:
+    def held(plan: object, on_launch: object) -> object:
         go_on.wait(0.02)  # slow enough to be looked at
-        return execute(plan)  # type: ignore[arg-type]
+        return execute(plan, on_launch)  # type: ignore[arg-type]
 
     def ask(name: str) -> int:
         body = {"model": name, "prompt": "the", "max_tokens": 12, "ignore_eos": True}

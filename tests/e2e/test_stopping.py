@@ -26,11 +26,11 @@ SLOWED = """
 import os, time
 from loraplex.server.engine.runner import ModelRunner
 execute = ModelRunner.execute
-def late(self, plan):
+def late(self, plan, on_launch):
     time.sleep(0.02)
     if os.path.exists(os.environ["CRASH"]):
         raise RuntimeError("a wire is loose")
-    return execute(self, plan)
+    return execute(self, plan, on_launch)
 ModelRunner.execute = late
 from loraplex.server.cli import main
 main()

@@ -38,9 +38,9 @@ SLOWED = f"""
 import time
 from loraplex.server.engine.runner import ModelRunner
 execute = ModelRunner.execute
-def late(self, plan):
+def late(self, plan, on_launch):
     time.sleep({STEP})
-    return execute(self, plan)
+    return execute(self, plan, on_launch)
 ModelRunner.execute = late
 from loraplex.server.cli import main
 main()
