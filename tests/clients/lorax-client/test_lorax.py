@@ -51,7 +51,8 @@ def test_merged_adapters(client: Client) -> None:
 
 
 def test_a_watermark_changes_the_answer_and_is_the_same_each_time(client: Client) -> None:
-    plain, *marked = (client.generate(PROMPT, max_new_tokens=24, watermark=mark) for mark in (False, True, True))
+    prompt = "Write a story about a dog."  # of which the base is sure of no word
+    plain, *marked = (client.generate(prompt, max_new_tokens=24, watermark=mark) for mark in (False, True, True))
     assert marked[0] == marked[1]
     assert marked[0].generated_text != plain.generated_text
 
