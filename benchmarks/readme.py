@@ -78,7 +78,7 @@ def thousand(results: Mapping[str, Any]) -> str:
         f"uniformly {uniform:.2f}. The first token of a prompt of 96 tokens takes {host:.2f} times as long where the "
         f"adapter is not on the device, {disk:.2f} times where it has never been read and comes from disk. Ten loads a "
         "second, each in another adapter's place, make the p99 between tokens of 8 streams "
-        f"{stall:.2f} times what as many requests without loads do. The server is ready {later:.1f} s later than "
+        f"{stall:.2f} times what as many requests without loads do. The server is ready {max(0.0, later):.1f} s later than "
         f"without adapters. {_measured_on(results, results['rounds'])}\n"
     )
 
