@@ -72,13 +72,14 @@ def thousand(results: Mapping[str, Any]) -> str:
     found, count = results["figures"], results["adapters"]
     zipf, uniform = (found[f"{law} over {count}, against five"] for law in ("zipf", "uniform"))
     host, disk = (found[f"{tier}, against warm"] for tier in ("host", "disk 1st"))
-    stall, later = found["p99 beside loads, against requests"], found[f"{count} adapters, all: seconds more"]
+    stall = found["p99 beside loads, against requests"]
+    later = max(0.0, found[f"{count} adapters, all: seconds more"])
     return (
         f"Over all of them, drawn by Zipf's law, it generates {zipf:.2f} of the tokens/s that it does over five, drawn "
         f"uniformly {uniform:.2f}. The first token of a prompt of 96 tokens takes {host:.2f} times as long where the "
         f"adapter is not on the device, {disk:.2f} times where it has never been read and comes from disk. Ten loads a "
         "second, each in another adapter's place, make the p99 between tokens of 8 streams "
-        f"{stall:.2f} times what as many requests without loads do. The server is ready {max(0.0, later):.1f} s later than "
+        f"{stall:.2f} times what as many requests without loads do. The server is ready {later:.1f} s later than "
         f"without adapters. {_measured_on(results, results['rounds'])}\n"
     )
 
