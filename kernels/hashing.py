@@ -15,7 +15,10 @@ from loraplex.kernels.packing import OpenFile, check
 
 
 class Hash:
-    """Of all bytes taken, in their order. One thread at a time."""
+    """Of all bytes taken, in their order. One thread at a time.
+
+    Semantics: hexdigest() = hashlib.sha256(all bytes taken).hexdigest() (FIPS 180-4).
+    """
 
     def __init__(self, native: bool = True) -> None:
         """native: with the processor's instructions for it, if it has them; a fifth of the time."""

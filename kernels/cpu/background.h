@@ -9,16 +9,23 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <system_error>
 #include <thread>
 
-// Raises std::system_error where there can be no more threads.
+// On the caller's thread after all where there can be no more threads (a container's limit, no room for a stack).
 template <class Work> auto in_background(int nice, Work work) {
     if (nice <= 0) return work();
     decltype(work()) result{};
-    std::thread([&] {
-        id_t self = (id_t)syscall(SYS_gettid);  // on Linux a thread has a priority of its own
-        setpriority(PRIO_PROCESS, self, std::min(19, getpriority(PRIO_PROCESS, self) + nice));
-        result = work();
-    }).join();
+    std::thread thread;
+    try {
+        thread = std::thread([&] {
+            id_t self = (id_t)syscall(SYS_gettid);  // on Linux a thread has a priority of its own
+            setpriority(PRIO_PROCESS, self, std::min(19, getpriority(PRIO_PROCESS, self) + nice));
+            result = work();
+        });
+    } catch (const std::system_error&) {  // it may not leave this library: Python could not catch it
+        return work();
+    }
+    thread.join();
     return result;
 }

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <new>
 #include <type_traits>
 
 #include "background.h"
@@ -117,7 +118,8 @@ struct File {
         if (from >= begin && to <= end) return 0;
         if (to - from > room) {
             room = to - from;
-            bytes.reset(new uint8_t[room]);
+            bytes.reset(new (std::nothrow) uint8_t[room]);
+            if (!bytes) return room = begin = end = 0, ENOMEM;
         }
         begin = end = from;
         while (end < to) {

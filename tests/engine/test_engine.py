@@ -38,9 +38,9 @@ class FakeRunner:
 
     def execute(self, plan: StepPlan, on_launch: Callable[[], None]) -> list[Draw]:
         self.plans.append([entry.seq.request.request_id for entry in plan.entries])
-        on_launch()
         if self.before is not None:
             self.before(plan)
+        on_launch()
         self.entered.release()
         assert self.gate.wait(60)
         return draws(plan)
@@ -118,6 +118,29 @@ async def test_one_wakeup_of_the_loop_per_step(rig: Rig, monkeypatch: pytest.Mon
     events = await asyncio.gather(*map(collect, streams))
     assert sum(map(len, events)) == 80
     assert 20 <= calls <= rig.engine.stats().steps < 80
+
+
+async def test_tokens_come_while_the_next_step_is_computed(rig: Rig) -> None:
+    """Neither before it, when it is being planned, nor after it; the last ones, with no step to follow, at once."""
+    prepared, launch = threading.Semaphore(0), threading.Semaphore(0)
+
+    def hold(plan: StepPlan) -> None:
+        prepared.release()
+        assert launch.acquire(timeout=60)
+
+    rig.runner.before = hold
+    stream = rig.engine.submit(rig.requests.make(3, 2))
+    launch.release()
+    assert await asyncio.to_thread(prepared.acquire, timeout=60)  # the first step
+    await rig.runner.step_begins()
+    assert await asyncio.to_thread(prepared.acquire, timeout=60)  # the second is planned
+    await asyncio.sleep(0.05)
+    assert stream._mailbox.take() is None
+    rig.runner.gate.clear()
+    launch.release()
+    assert (await anext(stream)).finish is None  # it is in its middle
+    rig.runner.gate.set()
+    assert (await anext(stream)).finish is not None
 
 
 async def test_two_loops_get_their_own_events(rig: Rig) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -63,6 +65,26 @@ def test_what_keeps_it_from_reading(file: tuple[int, bytes], tmp_path: Path, nic
     with pytest.raises(IsADirectoryError):
         Hash().read(OpenFile(folder, 0), torch.zeros(8, dtype=torch.uint8), nice)
     os.close(folder)
+
+
+WITHOUT_THREADS = """
+import os, resource, sys
+import torch
+from loraplex.kernels.hashing import Hash
+from loraplex.kernels.packing import OpenFile
+memory, digest = torch.zeros(1000, dtype=torch.uint8), Hash()
+file = OpenFile(os.open("/dev/zero", os.O_RDONLY), 0)
+with open("/proc/self/statm") as sizes:
+    size = int(sizes.read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (size + (1 << 20), -1))  # no thread's stack fits
+digest.read(file, memory, 10)
+print(digest.hexdigest())
+"""
+
+
+def test_where_there_can_be_no_more_threads() -> None:
+    done = subprocess.run([sys.executable, "-c", WITHOUT_THREADS], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == hashlib.sha256(bytes(1000)).hexdigest(), done.stderr
 
 
 def priorities() -> set[int]:
