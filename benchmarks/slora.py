@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from loraplex.benchmarks import of_limit
 from loraplex.benchmarks.arrivals import Arrivals
 from loraplex.benchmarks.charts import Axis, Series, lines, page
 from loraplex.benchmarks.drive import closed_loop, open_loop
@@ -233,7 +234,7 @@ def format_rows(rows: Sequence[Row]) -> list[str]:
         table.append(
             f"| {row.setting} | {row.adapters:,} | {row.requests_per_second:.2f} | {row.relative:.3f} | {paper} | "
             f"{row.first_mean * 1e3:.0f} ms | {row.relative_first:.2f} | {paper_first} | {row.on_device:.0%} | "
-            f"{row.of_limit:.0%} |"
+            f"{of_limit.percent(row.of_limit)} |"
         )
     return table
 

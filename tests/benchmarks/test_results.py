@@ -240,7 +240,7 @@ def test_adapters_bytes_are_the_kernels_own() -> None:
 def test_what_make_bench_runs_fills_every_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The two commands of the Makefile, with measuring replaced by what it would have returned."""
     rows = [slora.Row(**row) for row in RESULTS["slora"]]
-    monkeypatch.setattr(short, "limits", lambda: Limits(2, 47.6e9, 849e9, 467e9))
+    monkeypatch.setattr(short, "limits", lambda: Limits(2, 47.6e9, 849e9, 467e9, "AVX2", "fp32", 400e9))
     monkeypatch.setattr(serve, "run", lambda rounds: [serve.Row(**row) for row in RESULTS["serve"]])
     monkeypatch.setattr(slora, "run", lambda setting, seconds, rounds: rows)
     results, texts = tmp_path / "results" / "short.json", (tmp_path / "README.md", tmp_path / "benchmarks.md")
