@@ -8,12 +8,13 @@ from setuptools.command.build_ext import build_ext
 
 FOLDER = "kernels/cpu"
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"]
-ISAS = {"generic": []}
-if platform.machine() in ("x86_64", "AMD64"):
-    ISAS |= {"avx2": ["-mavx2", "-mfma"], "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512bf16"]}
+X86 = {"avx2": ["-mavx2", "-mfma"], "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512bf16"]}
+ARM = {"neonbf16": ["-march=armv8.2-a+bf16"]}
+ISAS = {"generic": [], **{"x86_64": X86, "aarch64": ARM}.get(platform.machine(), {})}
 # No standard-library templates cross instruction sets (vec.h says why), so no exceptions and no RTTI either.
 FLAGS = ["-std=c++20", "-fPIC", "-Wall", "-Wno-psabi"]
-KERNELS = ["-O2", "-fno-exceptions", "-fno-rtti", "-fno-math-errno"]
+# Scheduled before registers are given out (GCC does it on arm64), tiles that fill the registers keep sums on the stack.
+KERNELS = ["-O2", "-fno-schedule-insns", "-fno-exceptions", "-fno-rtti", "-fno-math-errno"]
 
 
 class BuildKernels(build_ext):

@@ -88,7 +88,7 @@ class Op(ctypes.Structure):
 ALL_TOKENS = -1
 LOGIT_ROWS = -2
 
-ISAS = ("avx512bf16", "avx512", "avx2", "generic")
+ISAS = ("avx512bf16", "avx512", "avx2", "neonbf16", "generic")
 
 
 class LibraryMissing(RuntimeError):

@@ -66,8 +66,9 @@ struct PageFetch {
     int64_t block, page_stride;
     int dim;
     bool values;
+    int due;  // half pages to fetch during this span, a tile each: all at once they would fill the line buffers
     void half_page() {
-        if (unit == end) return;
+        if (due-- <= 0 || unit == end) return;
         const T* rows = (values ? unit->v : unit->k) + unit->table[block] * page_stride;
         for (int64_t i = 0; i < kBlock * dim; i += 64 / (int64_t)sizeof(T)) __builtin_prefetch(rows + i, 0, 2);
         values = !values;
@@ -78,7 +79,7 @@ struct PageFetch {
 
 // scores[M, count * 16] = q[M, dim] @ the keys of `count` pages, as many at a time as fill a tile.
 template <int M, int V, class T>
-INLINE void score_pages(const Operand<T>* q, int dim, const T* const*& keys, int64_t& count, float*& scores) {
+INLINE void score_pages(const Operand<T>* q, int dim, const T* const*& keys, int64_t& count, float*& scores, PageFetch<T>& fetch) {
     constexpr int N = 16 / kLanes, G = V > N ? V / N : 1;  // registers of a page's columns, pages of a tile
     for (; count >= G; count -= G, keys += G, scores += G * 16)
         for (int c = 0; c < G * 16; c += V * kLanes) {
@@ -86,19 +87,20 @@ INLINE void score_pages(const Operand<T>* q, int dim, const T* const*& keys, int
 #pragma GCC unroll 4
             for (int g = 0; g < G; g++) from[g] = keys[g] + c * Pack<T>::P;
             fvec acc[M][V] = {};
+            fetch.half_page();
             accumulate<M, V>(acc, q, dim, from, kBlock * Pack<T>::P, dim / Pack<T>::P);
             store_sums<M, V>(acc, scores + c, kSpan);
         }
 }
 template <class T>
-static void span_scores(int64_t rows, const Operand<T>* q, int dim, const T* const* keys, int64_t count, float* scores) {
-    each_tile(rows, [&](auto tile, int64_t row) {
+static void span_scores(int64_t rows, const Operand<T>* q, int dim, const T* const* keys, int64_t count, float* scores, PageFetch<T>& fetch) {
+    each_tile<Operand<T>>(rows, [&](auto tile, int64_t row) {
         constexpr int M = tile.count, V = tile_vecs(M);
         const T* const* from = keys;
         int64_t left = count;
         float* to = scores + row * kSpan;
-        score_pages<M, V>(q + row * dim, dim, from, left, to);
-        if constexpr (V > kLeastVecs) score_pages<M, kLeastVecs>(q + row * dim, dim, from, left, to);
+        score_pages<M, V>(q + row * dim, dim, from, left, to, fetch);
+        if constexpr (V > kLeastVecs) score_pages<M, kLeastVecs>(q + row * dim, dim, from, left, to, fetch);
     });
 }
 
@@ -168,9 +170,10 @@ static int span_values(const AttentionUnit<T>& unit, int64_t page_stride, int64_
 
 // acc[M, columns] += p[M, tokens] @ the parts' values
 template <int M, int V, class T>
-INLINE void add_values(const float* p, const Values<T>* parts, int count, int64_t step, int64_t offset, float*& acc, int64_t ld, int& columns) {
+INLINE void add_values(const float* p, const Values<T>* parts, int count, int64_t step, int64_t offset, float*& acc, int64_t ld, int& columns, PageFetch<T>& fetch) {
     for (; columns >= V * kLanes; columns -= V * kLanes, acc += V * kLanes, offset += V * kLanes * Pack<T>::P) {
         fvec sums[M][V];
+        fetch.half_page();
         load_sums<M, V>(sums, acc, ld);
         for (const Values<T>* part = parts; part < parts + count; part++) {
             const T* from[] = {part->at + offset};
@@ -180,14 +183,14 @@ INLINE void add_values(const float* p, const Values<T>* parts, int count, int64_
     }
 }
 template <class T>
-static void span_output(int64_t rows, const float* p, const Values<T>* parts, int count, float* acc, int ld) {
+static void span_output(int64_t rows, const float* p, const Values<T>* parts, int count, float* acc, int ld, PageFetch<T>& fetch) {
     constexpr int P = Pack<T>::P;
-    each_tile(rows, [&](auto tile, int64_t row) {
+    each_tile<float>(rows, [&](auto tile, int64_t row) {
         constexpr int M = tile.count, V = tile_vecs(M);
         float* to = acc + row * ld;
         int left = ld;
-        add_values<M, V>(p + row * kSpan, parts, count, ld * P, 0, to, ld, left);
-        if constexpr (V > kLeastVecs) add_values<M, kLeastVecs>(p + row * kSpan, parts, count, ld * P, (ld - left) * P, to, ld, left);
+        add_values<M, V>(p + row * kSpan, parts, count, ld * P, 0, to, ld, left, fetch);
+        if constexpr (V > kLeastVecs) add_values<M, kLeastVecs>(p + row * kSpan, parts, count, ld * P, (ld - left) * P, to, ld, left, fetch);
     });
 }
 
@@ -206,15 +209,14 @@ static void attend(const AttentionArgs& a, const AttentionUnit<T>& unit, PageFet
         int from = (int)(first * kBlock - origin), to = (int)(last * kBlock - origin);
         const T* keys[kSpan / kBlock];
         Values<T> parts[10];
-        for (int64_t block = first; block < last; block++) {
-            keys[block - first] = unit.k + unit.table[block] * a.page_stride;
-            fetch.half_page(), fetch.half_page();
-        }
-        span_scores(rows, q, dim, keys, last - first, scores + from);
+        for (int64_t block = first; block < last; block++) keys[block - first] = unit.k + unit.table[block] * a.page_stride;
+        fetch.due = (int)(last - first) * 2;
+        span_scores(rows, q, dim, keys, last - first, scores + from, fetch);
         for (int r = 0; r < rows; r++)
             softmax_row(a, origin, from, to, unit.first_pos + r / heads, scores + r * kSpan, top + r, total + r, acc + (int64_t)r * ld, ld);
         int count = span_values(unit, a.page_stride, first, last, dim, ld, copies, parts);
-        span_output(rows, scores, parts, count, acc, ld);
+        span_output(rows, scores, parts, count, acc, ld, fetch);
+        while (fetch.due > 0) fetch.half_page();
     }
     for (int r = 0; r < rows; r++) {
         T* y = unit.y + r / heads * stride + (int64_t)(r % heads) * dim;
@@ -253,8 +255,8 @@ static void attention(const Op& op, const Step& step, int tid, int threads) {
         if (!pass) total = at;
     }
     if (!mine) return;
-    PageFetch<T> fetch{units, units + mine, units->first_block(), a.page_stride, a.dim, false};
-    for (int i = 0; i < kSpan / kBlock * 2; i++) fetch.half_page();
+    PageFetch<T> fetch{units, units + mine, units->first_block(), a.page_stride, a.dim, false, kSpan / kBlock * 4};
+    while (fetch.due > 0) fetch.half_page();
     for (int64_t i = 0; i < mine; i++) attend(a, units[i], fetch, scratch);
 }
 

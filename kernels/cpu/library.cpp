@@ -3,6 +3,12 @@
 // The team is an OpenMP parallel region around the whole list, so a step costs one fork and one join. libgomp is the one torch
 // has loaded already (same SONAME), so there is one pool.
 #include <omp.h>
+#ifdef __aarch64__
+#include <sys/auxv.h>
+#ifndef HWCAP2_BF16
+#define HWCAP2_BF16 (1 << 14)  // of the kernel's headers since 5.6
+#endif
+#endif
 
 #include <algorithm>
 #include <atomic>
@@ -18,6 +24,8 @@ DECLARE(generic)
 DECLARE(avx2)
 DECLARE(avx512)
 DECLARE(avx512bf16)
+#elif defined(__aarch64__)
+DECLARE(neonbf16)
 #endif
 
 using Run = void (*)(const Op&, const Step&, int, int, int, int);
@@ -32,6 +40,8 @@ static const Isa kIsas[] = {
     {"avx512bf16", avx512bf16::run, [] { return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq"); }},
     {"avx512", avx512::run, [] { return __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq"); }},
     {"avx2", avx2::run, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
+#elif defined(__aarch64__)
+    {"neonbf16", neonbf16::run, [] { return (getauxval(AT_HWCAP2) & HWCAP2_BF16) != 0; }},
 #endif
     {"generic", generic::run, [] { return true; }},
 };

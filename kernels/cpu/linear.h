@@ -24,71 +24,81 @@ template <> struct OperandOf<bf16> { using Type = bf16; };
 #endif
 template <class T> using Operand = typename OperandOf<T>::Type;
 
-// The largest tile, and registers of columns of a tile of one row.
+// Registers of columns of the largest tile, of two rows and of one, and rows of the largest tile: its sums leave what weights, x and a mask
+// need, or GCC 12 keeps some of them on the stack.
 #if defined(__AVX512F__)
-constexpr int kTileRows = 6, kTileVecs = 4, kRowVecs = 4;  // 24 sums of 32 registers
+constexpr int kTileVecs = 4, kPairVecs = 4, kRowVecs = 4, kFloatRows = 5;
 #elif defined(__AVX2__)
-constexpr int kTileRows = 5, kTileVecs = 2, kRowVecs = 8;  // 12 sums, 2 weights, x and the mask: all 16
+constexpr int kTileVecs = 2, kPairVecs = 4, kRowVecs = 8, kFloatRows = 5;
 #elif defined(__aarch64__)
-constexpr int kTileRows = 6, kTileVecs = 4, kRowVecs = 16;  // 24 of 32
+constexpr int kTileVecs = 4, kPairVecs = 8, kRowVecs = 16, kFloatRows = 5;
 #else
-constexpr int kTileRows = 4, kTileVecs = 2, kRowVecs = 8;  // without multiply-add a product takes a register, too
+constexpr int kTileVecs = 2, kPairVecs = 2, kRowVecs = 4, kFloatRows = 3;  // without multiply-add a product takes a register, too
 #endif
-constexpr int kPairVecs = kTileVecs * kLanes < 64 ? 2 * kTileVecs : kTileVecs;  // of two rows
+template <class X>
+constexpr int kTileRows = sizeof(X) == 2 ? 6 : kFloatRows;  // pairs need no mask
 constexpr int tile_vecs(int64_t rows) { return rows == 1 ? kRowVecs : rows == 2 ? kPairVecs : kTileVecs; }
 constexpr int kLeastVecs = min2(kTileVecs, 16 / kLanes);  // all columns are multiples of 16
 constexpr int kPanel = 64;
+
+INLINE fvec multiply_add(fvec acc, uvec a, uvec b) { return dot_pairs(acc, a, b); }
+INLINE fvec multiply_add(fvec acc, fvec a, fvec b) {
+#if defined(__FMA__)
+    asm("vfmadd231ps %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));  // GCC 12 likes to overwrite a or b, and then spills sums
+    return acc;
+#else
+    return acc + a * b;
+#endif
+}
 
 // Where V registers of columns lie: equal parts at G places.
 template <int V, int G, class T>
 INLINE const T* part(const T* const (&w)[G], int v) { return w[v / (V / G)] + v % (V / G) * kLanes * Pack<T>::P; }
 
 // acc += x w, M rows x V registers. `step` is w's elements per k step (a panel's width times P).
-template <int M, int V, int G>
-INLINE void accumulate(fvec (&acc)[M][V], const bf16* x, int64_t ldx, const bf16* const (&w)[G], int64_t step, int64_t k_steps) {
-    for (int64_t k = 0, at = 0; k < k_steps; k++, at += step, x += 2) {
-        uvec b[V];
+// acc[m] += a(m) * b(v). What is kept in registers is the smaller of both: of one or two rows x, else the columns.
+template <int M, int V, class A, class B>
+INLINE void add_products(fvec (&acc)[M][V], A a, B b) {
+    if constexpr (M <= 2) {
+        decltype(a(0)) x[M];
+#pragma GCC unroll 2
+        for (int m = 0; m < M; m++) x[m] = a(m);
 #pragma GCC unroll 16
-        for (int v = 0; v < V; v++) b[v] = load_pairs(part<V>(w, v) + at);
+        for (int v = 0; v < V; v++) {
+            auto w = b(v);
+#pragma GCC unroll 2
+            for (int m = 0; m < M; m++) acc[m][v] = multiply_add(acc[m][v], x[m], w);
+        }
+    } else {
+        decltype(b(0)) w[V];
+#pragma GCC unroll 16
+        for (int v = 0; v < V; v++) w[v] = b(v);
 #pragma GCC unroll 8
         for (int m = 0; m < M; m++) {
-            uvec a = splat_pair(x + m * ldx);
+            auto x = a(m);
 #pragma GCC unroll 16
-            for (int v = 0; v < V; v++) acc[m][v] = dot_pairs(acc[m][v], a, b[v]);
+            for (int v = 0; v < V; v++) acc[m][v] = multiply_add(acc[m][v], x, w[v]);
         }
     }
 }
-template <int M, int V>
-INLINE void add_products(fvec (&acc)[M][V], const float* x, int64_t ldx, const fvec (&b)[V]) {
-#pragma GCC unroll 8
-    for (int m = 0; m < M; m++) {
-        fvec a = splat(x[m * ldx]);
-#pragma GCC unroll 16
-        for (int v = 0; v < V; v++) acc[m][v] += a * b[v];
-    }
+template <int M, int V, int G>
+INLINE void accumulate(fvec (&acc)[M][V], const bf16* x, int64_t ldx, const bf16* const (&w)[G], int64_t step, int64_t k_steps) {
+    for (int64_t k = 0, at = 0; k < k_steps; k++, at += step, x += 2)
+        add_products<M, V>(acc, [&](int m) { return splat_pair(x + m * ldx); }, [&](int v) { return load_pairs(part<V>(w, v) + at); });
 }
 template <int M, int V, int G>
 INLINE void accumulate(fvec (&acc)[M][V], const float* x, int64_t ldx, const bf16* const (&w)[G], int64_t step, int64_t k_steps) {
     for (int64_t k = 0, at = 0; k < k_steps; k++, at += step, x += 2) {
-        fvec b[V];
         int64_t again = at;
         asm("" : "+r"(again));  // the pairs are loaded twice: kept between their halves they would take V registers more
-#pragma GCC unroll 16
-        for (int v = 0; v < V; v++) b[v] = high_half(load_pairs(part<V>(w, v) + at));
-        add_products<M, V>(acc, x + 1, ldx, b);
-#pragma GCC unroll 16
-        for (int v = 0; v < V; v++) b[v] = low_half(load_pairs(part<V>(w, v) + again));
-        add_products<M, V>(acc, x, ldx, b);
+        add_products<M, V>(acc, [&](int m) { return splat(x[m * ldx + 1]); }, [&](int v) { return high_half(load_pairs(part<V>(w, v) + at)); });
+        add_products<M, V>(acc, [&](int m) { return splat(x[m * ldx]); }, [&](int v) { return low_half(load_pairs(part<V>(w, v) + again)); });
     }
 }
 template <int M, int V, int G>
 INLINE void accumulate(fvec (&acc)[M][V], const float* x, int64_t ldx, const float* const (&w)[G], int64_t step, int64_t k_steps) {
-    for (int64_t k = 0, at = 0; k < k_steps; k++, at += step, x++) {
-        fvec b[V];
-#pragma GCC unroll 16
-        for (int v = 0; v < V; v++) b[v] = load(part<V>(w, v) + at);
-        add_products<M, V>(acc, x, ldx, b);
-    }
+    for (int64_t k = 0, at = 0; k < k_steps; k++, at += step, x++)
+        add_products<M, V>(acc, [&](int m) { return splat(x[m * ldx]); }, [&](int v) { return load(part<V>(w, v) + at); });
 }
 template <int M, int V>
 INLINE void load_sums(fvec (&acc)[M][V], const float* sums, int64_t ld) {
@@ -144,12 +154,12 @@ INLINE void with_rows(int m, int64_t first, F& run) {
     if constexpr (M > 1) with_rows<M - 1>(m, first, run);
 }
 // Calls run(Rows<M>, first row) for each tile of rows. Tiles are even: 8 rows are 4 + 4, not 5 + 3.
-template <class F>
+template <class X, class F>
 INLINE void each_tile(int64_t rows, F run) {
-    int64_t tiles = (rows + kTileRows - 1) / kTileRows, first = 0;
+    int64_t tiles = (rows + kTileRows<X> - 1) / kTileRows<X>, first = 0;
     for (int64_t i = tiles; i > 0; i--) {
         int m = (int)((rows - first + i - 1) / i);
-        with_rows<kTileRows>(m, first, run);
+        with_rows<kTileRows<X>>(m, first, run);
         first += m;
     }
 }
@@ -157,7 +167,7 @@ INLINE void each_tile(int64_t rows, F run) {
 // sums[rows, columns] += x w; columns is a multiple of 16.
 template <class X, class T>
 static void add_rows(int64_t rows, float* sums, int64_t ld, const X* x, int64_t ldx, const T* w, int64_t step, int64_t ks, int columns, Fetch& fetch) {
-    each_tile(rows, [&](auto tile, int64_t row) {
+    each_tile<X>(rows, [&](auto tile, int64_t row) {
         constexpr int M = tile.count, V = tile_vecs(M);
         float* to = sums + row * ld;
         const T* from = w;
@@ -184,7 +194,7 @@ static void stream_rows(int64_t rows, const X* x, int64_t ldx, const T* w, int64
     alignas(64) float sums[kRowBlock * kPanel];
     int padded = (int)round_up(columns, 16);
     memset(sums, 0, sizeof(float) * rows * kPanel);
-    int64_t turns = (rows + kTileRows - 1) / kTileRows * max2(padded / (tile_vecs(rows) * kLanes), 1);
+    int64_t turns = (rows + kTileRows<X> - 1) / kTileRows<X> * max2(padded / (tile_vecs(rows) * kLanes), 1);
     int64_t stretch = turns == 1 ? ks : kStretch;  // a single tile has none to take turns with
     int64_t batch = max2<int64_t>(kBatch / turns, 1);
     for (int64_t k = 0; k < ks; k += stretch) {
@@ -217,13 +227,14 @@ INLINE const Operand<T>* operands(const T* x, int64_t n, Scratch<Operand<T>>& sc
 
 constexpr int64_t kWidened = 512 << 10;  // bytes of x widened at a time: they stay in L2 beside a panel
 
-// Threads share the panels (a half of one at the end of a share cost more than the better balance gave, even at 9 panels), or
-// 16 columns of one where there are fewer panels than shares.
+// Threads share the panels while they are bound by memory (a half of one at the end of a share cost more than the better balance
+// gave, even at 9 panels), else units of 16 columns: 64 rows of 576 -> 576 took a tenth less; and where there are fewer panels
+// than shares.
 template <class T, class O>
 static void linear(int64_t rows, const T* x, int64_t in, const T* packed, int64_t out, O* y, int tid, int threads) {
     static thread_local Scratch<Operand<T>> scratch;
     constexpr int P = Pack<T>::P;
-    int64_t unit = (out + 63) / 64 >= threads ? 64 : 16, units = (out + unit - 1) / unit;
+    int64_t unit = (out + 63) / 64 >= threads && (kDots || rows <= kFloatRows) ? 64 : 16, units = (out + unit - 1) / unit;
     int64_t first = units * tid / threads * unit, end = min2(units * (tid + 1) / threads * unit, out);
     if (first >= end) return;
     bool widened = sizeof(T) != sizeof(Operand<T>);

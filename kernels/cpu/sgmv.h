@@ -23,33 +23,6 @@ INLINE void interleave_ranks(const float* b, int n, int64_t len, int cols, float
         for (int c = 0; c < 16; c += kLanes) store(out + k * ld + c, k < n && c < cols ? load_n(b + k * len + c, min2(kLanes, cols - c)) : fvec{});
 }
 
-// M rows x V registers of y += sum over tiles of weight * (u @ B). b: per tile [16 / P][width][P].
-template <int M, int V, class T>
-INLINE void expand_tile(const Operand<T>* u, int64_t ldu, const T* b, int width, const float* weight, const int* which, int tiles, T* y, int64_t ldy, int cols) {
-    constexpr int P = Pack<T>::P;
-    fvec acc[M][V] = {};
-    for (int i = 0; i < tiles; i++) {
-        const T* from[] = {b + (int64_t)i * 16 * width};
-        if (weight[i] == 1.f) {
-            accumulate<M, V>(acc, u + which[i] * 16, ldu, from, width * P, 16 / P);
-        } else {
-            fvec part[M][V] = {};
-            accumulate<M, V>(part, u + which[i] * 16, ldu, from, width * P, 16 / P);
-#pragma GCC unroll 8
-            for (int m = 0; m < M; m++)
-#pragma GCC unroll 16
-                for (int v = 0; v < V; v++) acc[m][v] += part[m][v] * weight[i];
-        }
-    }
-#pragma GCC unroll 8
-    for (int m = 0; m < M; m++)
-#pragma GCC unroll 16
-        for (int v = 0; v < V; v++) {
-            int n = cols - v * kLanes;
-            if (n > 0) store_n(y + m * ldy + v * kLanes, load_n(y + m * ldy + v * kLanes, n) + acc[m][v], n);
-        }
-}
-
 template <class T>
 struct SegmentScratch {
     Scratch<T> a, u, b;
@@ -109,11 +82,21 @@ static void segment_expand(SegmentScratch<T>& s, const Operand<T>* u, int64_t ro
             interleave_ranks(t.b + (col - t.start) + c, c < n ? t.n : 0, t.len, max2(min2(16, n - c), 0), b + (int64_t)i * 16 * width + c * P, width * P);
     }
     int64_t ldu = (int64_t)s.tiles.count * 16;
-    each_tile(rows, [&](auto tile, int64_t row) {
-        constexpr int M = tile.count, V = min2(kTileVecs, 32 / kLanes);
-        for (int c = 0; c < n; c += V * kLanes)
-            expand_tile<M, V>(u + row * ldu, ldu, b + c * P, width, s.weight.data, s.which.data, covers, y + row * ldy + c, ldy, n - c);
-    });
+    float *sums = s.sums.get(2 * rows * width), *part = sums + rows * width;
+    memset(sums, 0, sizeof(float) * rows * width);
+    for (int i = 0; i < covers; i++) {
+        bool whole = s.weight.data[i] == 1.f;
+        if (!whole) memset(part, 0, sizeof(float) * rows * width);
+        Fetch none;
+        add_rows(rows, whole ? sums : part, width, u + s.which.data[i] * 16, ldu, b + (int64_t)i * 16 * width, width * P, 16 / P, width, none);
+        if (!whole)
+            for (int64_t j = 0; j < rows * width; j += kLanes) store(sums + j, load(sums + j) + load(part + j) * s.weight.data[i]);
+    }
+    for (int64_t m = 0; m < rows; m++)
+        for (int c = 0; c < n; c += kLanes) {
+            int lanes = lanes_left(n - c);
+            store_n(y + m * ldy + c, load_n(y + m * ldy + c, lanes) + load(sums + m * width + c), lanes);
+        }
 }
 
 template <class T>

@@ -122,21 +122,30 @@ INLINE float max_lane(fvec v) {
     return v[0];
 }
 
+// Constants of vexp, whole registers in memory: broadcast before a loop, those that find no register lie on the stack in it.
+#define ALL_LANES(v) ((v) - fvec{})
+enum { kUnder, kOver, kLog2E, kMagic, kLn2High, kLn2Low, kHalf, kOne, kExpPoly };
+alignas(64) static const fvec kExp[] = {
+    ALL_LANES(-87.3f), ALL_LANES(88.37f), ALL_LANES(1.44269504088896341f),
+    ALL_LANES(12582912.f),  // 1.5 * 2^23: adding it rounds to an integer, which stands in the low bits
+    ALL_LANES(0.693359375f), ALL_LANES(-2.12194440e-4f), ALL_LANES(5.0000001201E-1f), ALL_LANES(1.f),
+    ALL_LANES(1.9875691500E-4f), ALL_LANES(1.3981999507E-3f), ALL_LANES(8.3334519073E-3f), ALL_LANES(4.1665795894E-2f), ALL_LANES(1.6666665459E-1f),
+};
+
 // exp in fp32, 2 ulp in [-87.3, 88.3]; below: 0, above: as at 88.37. (Cephes expf's polynomial.)
 INLINE fvec vexp(fvec x) {
-    const float magic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer, which stands in the low bits
-    ivec under = x < splat(-87.3f);
-    x = x > splat(88.37f) ? splat(88.37f) : x;
-    fvec shifted = x * 1.44269504088896341f + magic;
-    fvec fn = shifted - magic;
-    fvec r = x - fn * 0.693359375f - fn * -2.12194440e-4f;
-    fvec p = splat(1.9875691500E-4f);
-    p = p * r + 1.3981999507E-3f;
-    p = p * r + 8.3334519073E-3f;
-    p = p * r + 4.1665795894E-2f;
-    p = p * r + 1.6666665459E-1f;
-    p = p * r + 5.0000001201E-1f;
-    fvec y = p * (r * r) + (r + 1.f);
+    const fvec* c = kExp;
+    asm volatile("" : "+r"(c));  // read where they are used
+    ivec under = x < c[kUnder];
+    x = x > c[kOver] ? c[kOver] : x;
+    fvec shifted = x * c[kLog2E] + c[kMagic];
+    fvec fn = shifted - c[kMagic];
+    fvec r = x - fn * c[kLn2High] - fn * c[kLn2Low];
+    fvec p = c[kExpPoly];
+#pragma GCC unroll 4
+    for (int i = 1; i < 5; i++) p = p * r + c[kExpPoly + i];
+    p = p * r + c[kHalf];
+    fvec y = p * (r * r) + (r + c[kOne]);
     fvec scaled = (fvec)((ivec)y + ((ivec)shifted << 23));
     return under ? fvec{} : scaled;
 }
@@ -149,7 +158,14 @@ INLINE uvec splat_pair(const void* p) {
     return uvec{} + u;
 }
 INLINE fvec low_half(uvec pairs) { return (fvec)(pairs << 16); }
-INLINE fvec high_half(uvec pairs) { return (fvec)(pairs & 0xffff0000u); }
+INLINE fvec high_half(uvec pairs) {
+#if defined(__SSE2__) && !defined(__AVX2__)
+    asm("psrld $16, %0" : "+x"(pairs));  // a mask would take a register, and there are 16 small ones
+    return (fvec)(pairs << 16);
+#else
+    return (fvec)(pairs & 0xffff0000u);
+#endif
+}
 
 // acc[i] += a[2i] * b[2i] + a[2i+1] * b[2i+1]
 INLINE fvec dot_pairs(fvec acc, uvec a, uvec b) {

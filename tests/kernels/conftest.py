@@ -6,6 +6,7 @@ Under TRITON_INTERPRET=1 they run over the Triton kernels alone, in the interpre
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import torch
 from loraplex.kernels.backend import Backend, load_backend
 from loraplex.kernels.cpu import abi
 from loraplex.kernels.cpu.backend import CpuBackend
+from support.kernel_builds import compile_arm64_kernels, missing_compiler
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 CPU = [f"cpu-{isa}" for isa in abi.ISAS if abi.library().loraplex_isa(isa.encode()) >= 0]
@@ -23,7 +25,14 @@ if INTERPRET:
     triton_bf16.apply()
     BACKENDS = ["triton-cpu"]
     # The CPU backend's own; and what the Triton backend leaves to torch.
-    collect_ignore = ["test_arm64.py", "test_hugepages.py", "test_invariance.py", "test_nucleus.py", "test_sampling.py"]
+    collect_ignore = [
+        "test_arm64.py",
+        "test_hugepages.py",
+        "test_inner_loops.py",
+        "test_invariance.py",
+        "test_nucleus.py",
+        "test_sampling.py",
+    ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -31,6 +40,14 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 def backend(request: pytest.FixtureRequest) -> Backend:
     name, rest = request.param.split("-", 1)
     return CpuBackend(isa=rest) if name == "cpu" else load_backend(name, rest)
+
+
+@pytest.fixture(scope="session")
+def arm64_kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """kernels.cpp as an object file for each instruction set of arm64."""
+    if reason := missing_compiler():
+        pytest.skip(reason)
+    return compile_arm64_kernels(tmp_path_factory.mktemp("arm64"))
 
 
 @pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))

@@ -12,6 +12,7 @@
 #include "records.h"
 
 extern "C" int loraplex_isa(const char* name);
+static const char* isa;  // what is checked
 extern "C" void loraplex_run(int isa, const Op* ops, int count, const Step* step, int dtype, int threads);
 
 struct bf16 {
@@ -55,11 +56,11 @@ template <class T> void near(const char* what, double got, double want, double t
     if (!(std::fabs(got - want) <= bound) && faults++ < 10) printf("%s: %.9g, expected %.9g within %.3g\n", what, got, want, bound);
 }
 template <class T> void run(Op op, const Step& step = {}) {
-    for (int threads : {1, 2}) loraplex_run(loraplex_isa(nullptr), &op, 1, &step, kDtype<T>, threads);
+    for (int threads : {1, 2}) loraplex_run(loraplex_isa(isa), &op, 1, &step, kDtype<T>, threads);
 }
 // In-place ops run once.
 template <class T> void run_once(Op op, const Step& step, int threads) {
-    loraplex_run(loraplex_isa(nullptr), &op, 1, &step, kDtype<T>, threads);
+    loraplex_run(loraplex_isa(isa), &op, 1, &step, kDtype<T>, threads);
 }
 
 template <class T> void linear(int rows, int in, int out) {
@@ -146,6 +147,11 @@ template <class T> void adapter(int in, int out) {
     }
 }
 
+// Where element d of the token in `slot` lies in a page of one head: keys are [dim / P][16][P], values [16 / P][dim][P], P
+// elements of 32 bits.
+template <class T> int key_at(int slot, int d) { const int p = 4 / sizeof(T); return d / p * 16 * p + slot * p + d % p; }
+template <class T> int value_at(int slot, int d, int dim) { const int p = 4 / sizeof(T); return slot / p * dim * p + d * p + slot % p; }
+
 template <class T> void attention(int heads, int kv, int dim, int window) {
     const std::vector<int32_t> query_ptr = {0, 1, 6, 7}, kv_lens = {37, 21, 1}, table = {2, 5, 1, 4, 0, -1, 3, -1, -1};
     const int pages = 6, tokens = 7, page = kv * 16 * dim * 2 + 32;  // elements; keys, values, padding
@@ -162,12 +168,12 @@ template <class T> void attention(int heads, int kv, int dim, int window) {
         for (int t = query_ptr[s]; t < query_ptr[s + 1]; t++)
             for (int h = 0; h < heads; h++) {
                 int at = kv_lens[s] - (query_ptr[s + 1] - t), first = window && at - window + 1 > 0 ? at - window + 1 : 0;
-                auto key = [&](int p) { return &cache[table[s * 3 + p / 16] * page + ((h / (heads / kv)) * 16 + p % 16) * dim]; };
+                auto keys = [&](int p) { return &cache[table[s * 3 + p / 16] * page + h / (heads / kv) * 16 * dim]; };
                 std::vector<double> score, out(dim), terms(dim);
                 double top = -1e300, total = 0;
                 for (int p = first; p <= at; p++) {
                     double dot = 0;
-                    for (int d = 0; d < dim; d++) dot += wide(q[(t * heads + h) * dim + d]) * wide(key(p)[d]);
+                    for (int d = 0; d < dim; d++) dot += wide(q[(t * heads + h) * dim + d]) * wide(keys(p)[key_at<T>(p % 16, d)]);
                     score.push_back(dot * op.f0);
                     top = std::fmax(top, score.back());
                 }
@@ -175,7 +181,7 @@ template <class T> void attention(int heads, int kv, int dim, int window) {
                     double e = std::exp(score[p - first] - top);
                     total += e;
                     for (int d = 0; d < dim; d++) {
-                        double term = e * wide(key(p)[kv * 16 * dim + d]);
+                        double term = e * wide(keys(p)[kv * 16 * dim + value_at<T>(p % 16, d, dim)]);
                         out[d] += term, terms[d] += 8 * std::fabs(term);
                     }
                 }
@@ -227,9 +233,9 @@ template <class T> void rope(int dim, int rotary) {
                 int half = rotary / 2;
                 double other = d < half ? -wide(x[d + half]) : d < rotary ? wide(x[d - half]) : 0;
                 double c = d < rotary ? cos[t * rotary + d] : 1, s = d < rotary ? sin[t * rotary + d] : 0, want = wide(x[d]) * c + other * s;
-                const T* slot = &cache[store[t] / 16 * page + store[t] % 16 * dim];
-                near<T>("rope", wide(h < heads ? q[(t * heads + h) * dim + d] : slot[d]), want, 4);
-                if (h == heads) near<T>("value", wide(slot[16 * dim + d]), wide(qkv[t * width + (heads + kv) * dim + d]), 0);
+                const T* keys = &cache[store[t] / 16 * page];
+                near<T>("rope", wide(h < heads ? q[(t * heads + h) * dim + d] : keys[key_at<T>(store[t] % 16, d)]), want, 4);
+                if (h == heads) near<T>("value", wide(keys[16 * dim + value_at<T>(store[t] % 16, d, dim)]), wide(qkv[t * width + (heads + kv) * dim + d]), 0);
             }
 }
 
@@ -289,7 +295,7 @@ template <class T> void all(const std::string& name) {
 }
 
 int main(int argc, char** argv) {
-    if (argc < 2) return 100;
+    if (argc < 3 || loraplex_isa(isa = argv[2]) < 0) return 100;
     all<bf16>(argv[1]);
     all<float>(argv[1]);
     printf("%s: %d values compared, %d wrong\n", argv[1], compared, faults);

@@ -1,0 +1,54 @@
+"""The CPU kernels compiled for arm64, with the flags of setup.py, on whatever machine the tests run."""
+
+from __future__ import annotations
+
+import ast
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from loraplex.kernels.cpu import abi
+
+KERNELS = Path(abi.__file__).parent
+SETUP = Path(__file__).parents[2] / "setup.py"
+COMPILER = "aarch64-linux-gnu-g++"
+
+
+def setting(name: str) -> Any:
+    """What is assigned to `name` in setup.py, which builds as soon as it is imported."""
+    for node in ast.parse(SETUP.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name:
+            return ast.literal_eval(node.value)
+    raise LookupError(f"setup.py assigns nothing to {name}")
+
+
+def arm64_isas() -> dict[str, list[str]]:
+    """The instruction sets of an arm64 build and the flags of each."""
+    return {"generic": [], **setting("ARM")}
+
+
+def missing_compiler() -> str | None:
+    """Why nothing can be compiled for arm64 here, if so."""
+    return None if shutil.which(COMPILER) else f"{COMPILER} is missing: apt install g++-aarch64-linux-gnu"
+
+
+def compile_arm64(folder: Path, source: Path, name: str, flags: list[str]) -> Path:
+    """Compile one source file to `folder`/`name`.o; AssertionError with the compiler's words if it says anything."""
+    output = folder / f"{name}.o"
+    command = [COMPILER, *setting("FLAGS"), *flags, "-c", str(source), "-o", str(output)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0 and "warning" not in result.stderr, result.stderr
+    return output
+
+
+def compile_arm64_kernels(folder: Path) -> dict[str, Path]:
+    """kernels.cpp as an object file for each instruction set."""
+
+    def compile_one(isa: str) -> Path:
+        flags = [*setting("KERNELS"), f"-DLORAPLEX_ISA={isa}", *arm64_isas()[isa]]
+        return compile_arm64(folder, KERNELS / "kernels.cpp", isa, flags)
+
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(arm64_isas(), pool.map(compile_one, arm64_isas()), strict=True))
