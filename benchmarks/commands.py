@@ -62,8 +62,12 @@ def limits(
     """Measure what this machine allows and how near a decode step comes; on paper, Llama-3.1-8B on an H100."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from loraplex.benchmarks import bench_limits
+    from loraplex.benchmarks.kernels.probes import NotBuilt
 
-    bench_limits.run(paper)
+    try:
+        bench_limits.run(paper)
+    except NotBuilt as error:
+        _give_up(str(error))
 
 
 def _give_up(reason: str) -> NoReturn:

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from loraplex.benchmarks import least, of_limit
-from loraplex.benchmarks.kernels.machine import limits
+from loraplex.benchmarks.kernels.machine import Limits, limits, steadied
 from loraplex.benchmarks.load import Outcome, closed_loop
 from loraplex.benchmarks.many.served import Others, Server, serve
 from loraplex.benchmarks.paper import SMOLLM2_135M
@@ -46,7 +46,7 @@ class Turn:
     """One row in one round."""
 
     outcome: Outcome
-    most: float  # tokens per second
+    machine: Limits  # as it was before the load
     others: float
 
 
@@ -63,7 +63,8 @@ def run(rounds: int) -> list[Row]:
     make_adapters(base, adapters, max(load.adapters for load in LOADS), ranks=(RANK,))
     with serve("demo", "--adapter-dir", str(adapters), "--memory", "3G") as server:
         turns = asyncio.run(_measure(server, rounds))
-    rows = [_row(name, runs) for name, runs in turns.items()]
+    machines = [turn.machine for runs in turns.values() for turn in runs]
+    rows = [_row(load, turns[load.name], machines) for load in LOADS]
     print(f"{os.cpu_count()} CPUs; medians of {rounds} rounds; others took up to {max(r.others for r in rows):.0%}")
     print("\n".join(format_rows(rows)), flush=True)
     return rows
@@ -75,28 +76,31 @@ async def _measure(server: Server, rounds: int) -> dict[str, list[Turn]]:
     await closed_loop(server.address, warm.asked(ask_ours, seed=-1), warm.streams)
     for number in range(rounds):
         for load in LOADS:
-            most = _most(load)
+            machine = limits(LIMITS_SECONDS)
             others = Others(server)
             outcome = await closed_loop(server.address, load.asked(ask_ours, number), load.streams)
-            turns[load.name].append(Turn(outcome, most, others.share()))
+            turns[load.name].append(Turn(outcome, machine, others.share()))
     return turns
 
 
-def _most(load: Load) -> float:
+def _most(load: Load, machine: Limits) -> float:
+    """Tokens per second."""
     distinct = min(load.streams, load.adapters)
     under_way = least.Load(load.streams, distinct, SMOLLM2_135M.adapter(RANK), PROMPT_TOKENS, OUTPUT_TOKENS)
-    return least.most_tokens(SMOLLM2_135M, under_way, least.device(limits(LIMITS_SECONDS)))
+    return least.most_tokens(SMOLLM2_135M, under_way, least.device(machine))
 
 
-def _row(name: str, turns: list[Turn]) -> Row:
+def _row(load: Load, turns: list[Turn], machines: Sequence[Limits]) -> Row:
     runs = [turn.outcome for turn in turns]
     return Row(
-        name,
+        load.name,
         statistics.median(run.tokens_per_second for run in runs),
         statistics.median(run.first_token(0.5) for run in runs),
         statistics.median(run.gap(0.5) for run in runs),
         statistics.median(run.gap(0.99) for run in runs),
-        of_limit=statistics.median(turn.outcome.tokens_per_second / turn.most for turn in turns),
+        of_limit=statistics.median(
+            turn.outcome.tokens_per_second / _most(load, steadied(turn.machine, machines)) for turn in turns
+        ),
         others=max(turn.others for turn in turns),
     )
 

@@ -24,7 +24,7 @@ from loraplex.benchmarks import kept, of_limit
 from loraplex.benchmarks.arrivals import Arrivals
 from loraplex.benchmarks.charts import Axis, Series, lines, page
 from loraplex.benchmarks.drive import closed_loop, open_loop
-from loraplex.benchmarks.kernels.machine import limits
+from loraplex.benchmarks.kernels.machine import Limits, limits, steadied
 from loraplex.benchmarks.least import Load, device, most_tokens
 from loraplex.benchmarks.load import Address
 from loraplex.benchmarks.many import pagecache
@@ -81,7 +81,8 @@ class Turn:
     full: Figures
     easy: Figures
     on_device: float  # while it was full, as the next two
-    most: float  # tokens per second that the machine allows
+    load: Load  # of a full batch
+    machine: Limits  # as it was before
     others: float  # share of the CPUs that other processes took
 
 
@@ -154,12 +155,12 @@ async def _turn(server: Server, count: int, served: float, seconds: float, seed:
     """All counts of a round get the same prompts at the same times, and the two loads different ones."""
     mean = (LENGTHS.low + LENGTHS.high) // 2
     load = Load(STREAMS, round(_distinct(count)), round(nbytes / ELEMENT), mean, mean)
-    most = most_tokens(SMOLLM2_135M, load, device(limits(0.4)))
+    machine = limits(0.4)
     easy = await _offer(server.address, count, EASY * served, seconds / 2, 2 * seed)
     others, before = Others(server), await server.metrics()
     full = await _offer(server.address, count, FULL * served, seconds, 2 * seed + 1)
     loads = (await server.metrics())["loraplex:adapter_loads_total"] - before["loraplex:adapter_loads_total"]
-    return Turn(full, easy, max(0.0, 1 - loads / full.requests), most, others.share())
+    return Turn(full, easy, max(0.0, 1 - loads / full.requests), load, machine, others.share())
 
 
 def _distinct(count: int) -> float:
@@ -174,6 +175,12 @@ async def _offer(address: Address, count: int, rate: float, seconds: float, seed
 def _row(setting: str, count: int, turns: dict[int, list[Turn]]) -> Row:
     def median(of: Callable[[Turn], float], count: int = count) -> float:
         return statistics.median(map(of, turns[count]))
+
+    machines = [turn.machine for each in turns.values() for turn in each]
+
+    def share(turn: Turn) -> float:
+        machine = steadied(turn.machine, machines)
+        return turn.full.tokens_per_second / most_tokens(SMOLLM2_135M, turn.load, device(machine))
 
     least, paper = min(turns), PAPER.get(setting, {})
     of_paper = (
@@ -191,7 +198,7 @@ def _row(setting: str, count: int, turns: dict[int, list[Turn]]) -> Row:
         median(lambda turn: turn.easy.first.p99),
         sum(turn.full.failed + turn.easy.failed for turn in turns[count]),
         median(lambda turn: turn.on_device),
-        median(lambda turn: turn.full.tokens_per_second / turn.most),
+        median(share),
         median(_rate) / median(_rate, least),
         median(_first) / median(_first, least),
         *of_paper,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import cycle
@@ -29,6 +29,9 @@ where memory gives 50)."""
 
 ROUNDS = 400_000
 """Of the loops in registers: under a millisecond, so that many samples are undisturbed."""
+
+OFTEN = 8
+"""Times that a loop in registers runs in a round of limits(): on a busy machine few of these short runs are alone."""
 
 PRODUCT = 1024
 """Rows, columns and depth of the library's products: 11 ms on two cores of AVX2, and out of the second-level caches."""
@@ -79,31 +82,35 @@ def limits(seconds: float = 1.0) -> Limits:
     """Measure this machine with torch's number of threads. Raises probes.NotBuilt.
 
     A limit is the larger of the loop in registers and torch's own product, which may have instructions that the loop
-    has not (AMX, bfmmla): a limit below what a library reaches is none.
+    has not (AMX, bfmmla): a limit below what a library reaches is none. Arithmetic counts by its best sample, which no
+    luck makes faster than the CPU is; memory's by its decile, since a neighbour's idle moment is one.
     """
     fp32, product = torch.ones(PRODUCT, PRODUCT), 2 * PRODUCT**3
-    runs: dict[Callable[[], object], int] = {
-        read_memory: READ_BYTES,
-        _multiply_bf16: _multiply_bf16(),
-        _multiply_fp32: _multiply_fp32(),
-        lambda: fp32 @ fp32: product,
-    }
+    runs = [read_memory, *[_multiply_bf16] * OFTEN, *[_multiply_fp32] * OFTEN, lambda: fp32 @ fp32]
     if multiplies_bf16():
         bf16 = fp32.bfloat16()
-        runs[lambda: bf16 @ bf16] = product
-    times = in_turns(list(runs), seconds)
-    read, of_bf16, of_fp32, *library = (done / taken for done, taken in zip(runs.values(), times, strict=True))
+        runs.append(lambda: bf16 @ bf16)
+    reading, *multiplying = samples(runs, seconds)
+    best = [min(each) for each in multiplying]
+    of_bf16, of_fp32 = _multiply_bf16() / min(best[:OFTEN]), _multiply_fp32() / min(best[OFTEN : 2 * OFTEN])
+    library = [product / taken for taken in best[2 * OFTEN :]]
     by = probes().bf16_by
     widened = max(of_fp32, library[0], of_bf16 if by == "fp32" else 0.0)  # what is there for bf16 on any CPU
     return Limits(
         torch.get_num_threads(),
-        read=read,
+        read=READ_BYTES / decile(reading),
         bf16=max(of_bf16, widened, *library),
         fp32=widened,
         instructions=probes().instructions,
         bf16_by=by,
         library=library[0],
     )
+
+
+def steadied(found: Limits, run: Iterable[Limits]) -> Limits:
+    """`found` with the best arithmetic of a whole run: that is the CPU's, while bandwidth drifts with neighbours."""
+    of = [found, *run]
+    return replace(found, bf16=max(each.bf16 for each in of), fp32=max(each.fp32 for each in of))
 
 
 def multiplies_bf16() -> bool:
@@ -146,7 +153,12 @@ def decile(samples: Sequence[float]) -> float:
 
 
 def in_turns(runs: Sequence[Callable[[], object]], seconds: float = 0.5) -> list[float]:
-    """Seconds of each (decile); they take turns for about `seconds` in all, at least 5 rounds."""
+    """Seconds of each, the decile of samples()."""
+    return [decile(mine) for mine in samples(runs, seconds)]
+
+
+def samples(runs: Sequence[Callable[[], object]], seconds: float) -> list[list[float]]:
+    """Seconds of each run, time after time: they take turns for about `seconds` in all, at least 5 rounds."""
     for run in runs:
         run()
     times: list[list[float]] = [[] for _ in runs]
@@ -156,7 +168,7 @@ def in_turns(runs: Sequence[Callable[[], object]], seconds: float = 0.5) -> list
             start = time.perf_counter()
             run()
             mine.append(time.perf_counter() - start)
-    return [decile(mine) for mine in times]
+    return times
 
 
 def measure(runs: Sequence[Callable[[], object]], machine: Limits, seconds: float = 0.5) -> tuple[list[float], Limits]:

@@ -14,7 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from loraplex.benchmarks import bench_limits
+from loraplex.benchmarks.commands import MISUSED, app
 from loraplex.benchmarks.kernels import probes
 from support.inner_loops import STACK, inner_loops
 
@@ -117,3 +120,13 @@ def test_a_compiler_that_is_not_there_is_named(tmp_path: Path) -> None:
         probes.build(tmp_path / "x.so", compiler="g-minus-minus")
     with pytest.raises(probes.NotBuilt, match="march"):
         probes.build(tmp_path / "x.so", ("-march=the-next-one",))
+
+
+def test_the_command_says_why_there_are_no_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    def cannot(paper: bool) -> None:
+        raise probes.NotBuilt("g++ is not there")
+
+    monkeypatch.setattr(bench_limits, "run", cannot)
+    result = CliRunner().invoke(app, ["limits"])
+    assert result.exit_code == MISUSED
+    assert "loraplex: g++ is not there" in result.output
