@@ -93,8 +93,8 @@ class AdapterSegments:
 class KVLayer:
     """One layer's keys and values: views into the arena, page by page (strided: a page holds its group's layers).
 
-    Where a head's elements lie inside a page is the backend's own: as the shapes say on the reference and the GPU, in the
-    order of the kernels' tiles on the CPU (kernels/cpu/attention.h). Everybody else moves whole pages.
+    Where a head's elements lie inside a page is the backend's own: as the shapes say on the reference and the GPU, in
+    the order of the kernels' tiles on the CPU (kernels/cpu/attention.h). Everybody else moves whole pages.
     """
 
     k: Tensor  # [num_pages, kv_heads, block_size, head_dim]

@@ -7,8 +7,8 @@ import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
-STACK = re.compile(r"\(%r[sb]p|\[sp\b|\[x29\b")
-"""An operand on the stack, of x86 or arm64."""
+STACK = re.compile(r"\(%rsp|-0x[0-9a-f]+\(%rbp\)|\[sp\b|\[x29\b")
+"""An operand on the stack, of x86 or arm64. %rbp may be a register like others: rarely with negative offsets."""
 
 _FUNCTION = re.compile(r"^[0-9a-f]+ <([^>]+)>:$", re.MULTILINE)
 _INSTRUCTION = re.compile(r"^ *([0-9a-f]+):\s+(\S.*)$", re.MULTILINE)

@@ -39,7 +39,8 @@ def compile_arm64(folder: Path, source: Path, name: str, flags: list[str]) -> Pa
     output = folder / f"{name}.o"
     command = [COMPILER, *setting("FLAGS"), *flags, "-c", str(source), "-o", str(output)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 0 and "warning" not in result.stderr, result.stderr
+    assert result.returncode == 0, result.stderr
+    assert "warning" not in result.stderr, result.stderr
     return output
 
 
