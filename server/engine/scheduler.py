@@ -1,8 +1,8 @@
 """Which tokens the next step computes, and whose pages make room for them. Policy only: integers, free of torch.
 
 Every step has one token budget. It goes to running sequences that miss one token (decode rows), then to those that miss
-more (prefill chunks), the newly admitted among them. Who is admitted, and whose chunk comes first, is the fair queue's
-order; of a step's tokens each client is sure of its share, its decode rows included, however long others' prompts are.
+more (prefill chunks), the newly admitted among them. Who is admitted is the fair queue's order; prompts are computed
+whole, one after the other, so that half of those that come together need not wait for all.
 
     door.py        who may queue at all     fair_queue.py  whose turn it is      admission.py  waiting -> running
     lookahead.py   what is fetched early    running.py     who gives way         chunks.py     a step's tokens
@@ -17,7 +17,7 @@ from heapq import heapify, heappop, heappush
 from operator import attrgetter
 
 from loraplex.server.engine.admission import Admission, Round
-from loraplex.server.engine.chunks import ChunkOrder, share_out
+from loraplex.server.engine.chunks import share_out
 from loraplex.server.engine.door import Running, check_fits
 from loraplex.server.engine.fair_queue import NEVER, OUTPUT_TOKEN, PROMPT_TOKEN, Client, ClientKey, FairQueue
 from loraplex.server.engine.kv_cache import KVCache
@@ -245,19 +245,13 @@ class Scheduler:
             return
         chunks = {seq: seq.num_missing for seq in seqs}
         if wanted > self._budget:
-            chunks = share_out(seqs, self._plan, self.limits.token_budget, self._budget, self._chunk_order(now))
+            chunks = share_out(seqs, self._plan, self._budget, lambda seq: self._urgency(seq, now))
         for seq, count in chunks.items():
             if seq in self._running:
                 self._plan_running(seq, min(count, self._budget))
 
-    def _chunk_order(self, now: float) -> ChunkOrder:
-        """Urgency, the client's counter, age."""
-
-        def order(seq: Sequence) -> tuple[float, float, int]:
-            urgency = NEVER if self.waiting.is_overdue(seq, now) else seq.urgency
-            return urgency, seq.flow.client.counter, seq.number
-
-        return order
+    def _urgency(self, seq: Sequence, now: float) -> float:
+        return NEVER if self.waiting.is_overdue(seq, now) else seq.urgency
 
     def _plan_running(self, seq: Sequence, count: int) -> None:
         """Give a running sequence `count` tokens of this step, preempting others (or itself) for the pages."""
