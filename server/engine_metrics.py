@@ -93,6 +93,10 @@ class EngineStats(Protocol):
     @property
     def step_tokens(self) -> int: ...
     @property
+    def token_budget(self) -> int: ...
+    @property
+    def token_seconds(self) -> float: ...
+    @property
     def pages(self) -> Mapping[str, int]: ...
     @property
     def tiers(self) -> Mapping[str, Tier]: ...
@@ -150,6 +154,8 @@ class EngineCollector(Collector):
             waiting.add_metric((self._limits.model_name, "0", reason), count)
         yield waiting
         yield self._step_sizes(stats)
+        yield self._gauge("loraplex:token_budget", "Tokens that a step may have.", stats.token_budget)
+        yield self._gauge("loraplex:token_seconds", "Of a full step, for each token.", stats.token_seconds)
         yield self._gauge("loraplex:queued_tokens", "Prompt tokens of waiting requests.", stats.queued_tokens)
         yield self._gauge("loraplex:clients", "Tenants, or adapters without one, with open requests.", stats.clients)
         yield self._gauge(

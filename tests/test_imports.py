@@ -62,7 +62,7 @@ TORCH_FREE = frozenset(
     [f"server.engine.{name}" for name in ("scheduler", "sequence", "request", "kv_cache", "tokenizer", "detokenizer")]
     + [
         f"server.engine.{name}"
-        for name in ("plan", "fair_queue", "running", "admission", "lookahead", "door", "chunks")
+        for name in ("plan", "fair_queue", "running", "admission", "lookahead", "door", "chunks", "budget")
     ]
     + [f"server.engine.{name}" for name in ("engine", "streams", "stats", "prefix_cache", "grammar", "schema_bounds")]
     + ["server.engine.chat_template"]

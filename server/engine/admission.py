@@ -51,6 +51,9 @@ class Round:
 class Steps(Protocol):
     """The scheduler, which alone changes what runs."""
 
+    @property
+    def token_budget(self) -> int: ...
+
     def enter(self, seq: Sequence, urgency: float, now: float) -> None: ...
     def preempt(self, seq: Sequence) -> None: ...
     def reserve(self) -> int: ...
@@ -235,7 +238,7 @@ class Admission:
 
     def _need(self, seq: Sequence, pages: tuple[int, ...]) -> int:
         """Pages for its adapters and all its known tokens, beside those it has adopted."""
-        known = self._kv.peak_pages(seq.num_tokens, self._limits.token_budget) - self._kv.held(seq.number)
+        known = self._kv.peak_pages(seq.num_tokens, self._steps.token_budget) - self._kv.held(seq.number)
         return sum(pages) + max(0, known)
 
     def _available(self) -> int:
@@ -250,7 +253,7 @@ class Admission:
 
     def wanted_soon(self, seq: Sequence) -> int:
         """Pages that a running sequence is sure to want: for its known tokens and one block more."""
-        known = self._kv.peak_pages(seq.num_tokens + self._kv.block_size, self._limits.token_budget)
+        known = self._kv.peak_pages(seq.num_tokens + self._kv.block_size, self._steps.token_budget)
         return max(0, known - self._kv.held(seq.number))
 
     def _pages_by_client(self) -> dict[Client, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,14 +26,8 @@ from loraplex.kernels.backend import Backend, BackendUnavailable, load_backend
 from loraplex.kernels.metadata import BLOCK_SIZE
 from loraplex.server.engine.adapter_manager import AdapterManager
 from loraplex.server.engine.arena import allocate_arena, kv_layers
-from loraplex.server.engine.calibrate import (
-    DEVICE_COST,
-    LEAST_BUDGET,
-    SCRATCH_PAGES,
-    StepCost,
-    calibrate,
-    default_budget,
-)
+from loraplex.server.engine.budget import LEAST_BUDGET, MOST_BUDGET, StepCost, TokenBudget, default_budget
+from loraplex.server.engine.calibrate import DEVICE_COST, SCRATCH_PAGES, calibrate
 from loraplex.server.engine.engine import Engine
 from loraplex.server.engine.kv_cache import KVCache, kv_groups
 from loraplex.server.engine.memory import (
@@ -83,7 +78,7 @@ class EngineConfig:
     memory_fraction: float | None = None  # the same, as a share of what is free
     count_process: bool = False  # the memory given is also for this process without the engine (CPU)
     max_num_seqs: int = 32  # running at once
-    token_budget: int | None = None  # tokens of a step; None: as many as take 100 ms (calibrate)
+    token_budget: int | None = None  # tokens of a step; None: as many as take 100 ms (budget.py)
     num_slots: int = 256  # adapters on the device at once
     host_store_bytes: int | None = None  # None: a little on the CPU, which has one memory; 2 GiB beside a GPU
     max_waiting: int = 1024  # requests queued beyond those running
@@ -122,7 +117,7 @@ class EngineParts:
     dtype: torch.dtype  # of weights, adapters and KV cache
     memory: MemoryPlan
     max_model_len: int
-    token_budget: int  # tokens of a step
+    token_budget: int  # tokens of a step, at first
     cost: StepCost
     startup: tuple[tuple[str, float], ...]  # what was done, and the seconds it took
 
@@ -147,6 +142,7 @@ def build_engine(config: EngineConfig, model_path: Path, base_name: str) -> Engi
     token_budget = config.token_budget or default_budget(cost)
     watch.lap("calibration")
     own_head = weights.head is not weights.embedding
+    learns = config.token_budget is None and ops.device.type == "cpu"
     try:
         plan = memory.plan(token_budget, own_head)
     except NotEnoughMemory:
@@ -154,14 +150,16 @@ def build_engine(config: EngineConfig, model_path: Path, base_name: str) -> Engi
             raise
         token_budget = LEAST_BUDGET
         plan = memory.plan(token_budget, own_head)
+    most = token_budget
+    if learns:
+        most, plan = memory.with_room(token_budget, plan, own_head)
+    budget = TokenBudget(token_budget, most if learns else None, cost.fixed_seconds / token_budget + cost.token_seconds)
     logger.info("%s on %s in %s, steps of %d tokens", base_name, ops.device, dtype, token_budget)
     if plan.max_model_len < (config.max_model_len or model_config.max_position):
         logger.warning(
             "context cut from %d to %d tokens by the memory there is", model_config.max_position, plan.max_model_len
         )
-    engine, adapters, placement, prefault = _assemble(
-        config, model_config, weights, ops, plan, token_budget, cost, base_name
-    )
+    engine, adapters, placement, prefault = _assemble(config, model_config, weights, ops, plan, budget, most, base_name)
     watch.lap("arena")
     return EngineParts(
         engine=engine,
@@ -185,11 +183,11 @@ def _assemble(
     weights: ModelWeights,
     ops: Backend,
     plan: MemoryPlan,
-    token_budget: int,
-    cost: StepCost,
+    budget: TokenBudget,
+    most: int,
     base_name: str,
 ) -> tuple[Engine, AdapterManager, AdapterPlacement, Prefault | None]:
-    """Allocate the arena and put everything around it together."""
+    """Allocate the arena and put everything around it together. most: tokens of a step."""
     device, dtype = ops.device, weights.dtype
     arena = allocate_arena(plan, device)
     layout = BaseLayout(base_name, model_config.num_layers, model_config.projections(), plan.page_bytes, dtype)
@@ -210,20 +208,20 @@ def _assemble(
     placement = AdapterPlacement(residency, store, loader, registry)
 
     kv = KVCache(pool, plan.groups, BLOCK_SIZE, reclaimer)
-    kv.token_seconds = cost.token_seconds
+    kv.token_seconds = budget.token_seconds
     limits = SchedulerLimits(
         max_model_len=plan.max_model_len,
         max_num_seqs=config.max_num_seqs,
-        token_budget=token_budget,
+        token_budget=most,
         num_slots=config.num_slots,
         vocab_size=model_config.vocab_size,
         rope_switch=model_config.rope_switch,
         prefix_cache=all(rope.kind != "dynamic" for rope in model_config.ropes),  # its keys depend on the length
     )
     decoder = Decoder(model_config, weights, ops, kv_layers(arena, model_config, dtype, plan.groups), arena)
-    model = _fastest(decoder, token_budget, config.max_num_seqs)
+    model = _fastest(decoder, most, config.max_num_seqs)
     engine = Engine(
-        Scheduler(kv, placement, limits),
+        Scheduler(kv, placement, limits, budget=budget),
         ModelRunner(model, kv, residency, device),
         placement,
         config.max_waiting,
@@ -281,6 +279,21 @@ class _Memory:
             self._around,
         )
 
+    def with_room(self, token_budget: int, plan: MemoryPlan, own_head: bool) -> tuple[int, MemoryPlan]:
+        """The most tokens that a step may come to have, and the plan for them, where `plan` is for `token_budget`.
+
+        As many as cost no context and no more than a sixteenth of the arena: a budget that is measured too low, or on a
+        machine that becomes faster, may grow.
+        """
+        most = MOST_BUDGET
+        while most > token_budget:
+            with suppress(NotEnoughMemory):
+                larger = self.plan(most, own_head)
+                if larger.max_model_len == plan.max_model_len and 16 * larger.num_pages >= 15 * plan.num_pages:
+                    return most, larger
+            most //= 2
+        return token_budget, plan
+
 
 class _Stopwatch:
     """Where the time of the start goes."""
@@ -307,11 +320,11 @@ def _calibrated(model_config: ModelConfig, weights: ModelWeights, ops: Backend) 
     return calibrate(Decoder(model_config, weights, ops, views, arena))
 
 
-def _fastest(decoder: Decoder, token_budget: int, max_num_seqs: int) -> Decoder | RecordedDecoder | GraphedDecoder:
+def _fastest(decoder: Decoder, most: int, max_num_seqs: int) -> Decoder | RecordedDecoder | GraphedDecoder:
     """The decoder as the backend runs it best: recorded on the CPU, decode steps as CUDA graphs on a GPU."""
     if decoder.ops.name == "triton" and decoder.ops.device.type == "cuda":
         return GraphedDecoder(decoder)
-    return record(decoder, token_budget, max_num_seqs + token_budget)  # rows: all of a prompt's may be wanted
+    return record(decoder, most, max_num_seqs + most)  # rows: all of a prompt's may be wanted
 
 
 def _dtype(name: str, model_path: Path, ops: Backend) -> torch.dtype:

@@ -1,28 +1,20 @@
-"""What a step costs on this machine, measured before the engine starts; from it, how many tokens a step should have.
+"""What a step costs on this machine, measured before the engine starts: where the token budget begins (budget.py).
 
-A step of n prefill tokens takes about fixed + n * token seconds. Streams wait for a whole step before their next token,
-so the default budget is what takes 100 ms: longer prompts are cut into pieces, and no next token is later than that.
-The same two numbers price what eviction loses: a cached block costs the prefill of its tokens.
+A step of n prefill tokens takes about fixed + n * token seconds.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
 from loraplex.kernels.metadata import BLOCK_SIZE, NUM_SITES, AttentionMeta, KVGroup, TileTable
+from loraplex.server.engine.budget import StepCost
 from loraplex.server.models.decoder import Decoder
 from loraplex.server.models.inputs import ForwardBatch
 from loraplex.server.models.recorded import record
-
-STEP_SECONDS = 0.1
-"""Of a step with the default budget."""
-
-LEAST_BUDGET, MOST_BUDGET = 64, 2048
-"""Tokens. Below, a prompt takes very many steps; above, larger products are no faster."""
 
 SIZES = (1, 16, 64, 256)
 """Tokens of the steps measured: what a decode step reads, and three sizes of prefill as far as the time allows."""
@@ -36,23 +28,8 @@ MEASURING_SECONDS = 0.35
 REPEATS = 3
 
 
-@dataclass(frozen=True)
-class StepCost:
-    """Seconds of a step without adapters: fixed_seconds + prefill tokens * token_seconds."""
-
-    fixed_seconds: float
-    token_seconds: float
-    decode_seconds: float  # of a step with a single row
-
-
 DEVICE_COST = StepCost(0.02, 1e-4, 0.02)
 """On a GPU, unmeasured: its first steps compile kernels. Only the ratio of prices of evicted things depends on it."""
-
-
-def default_budget(cost: StepCost) -> int:
-    """Tokens of a step of STEP_SECONDS, in whole blocks."""
-    tokens = (STEP_SECONDS - cost.fixed_seconds) / cost.token_seconds
-    return int(min(max(tokens, LEAST_BUDGET), MOST_BUDGET)) // BLOCK_SIZE * BLOCK_SIZE
 
 
 def measure(run_step: Callable[[int], object], clock: Callable[[], float] = time.perf_counter) -> StepCost:
@@ -90,7 +67,7 @@ def _fitted(found: dict[int, float]) -> StepCost:
     return StepCost(fixed, max(token, 1e-9), found[min(found)])
 
 
-def calibrate(decoder: Decoder) -> StepCost:
+def calibrate(decoder: Decoder, clock: Callable[[], float] = time.perf_counter) -> StepCost:
     """Measure `decoder`, whose arena has SCRATCH_PAGES pages for each KV group, and nothing in them that is needed."""
     model = record(decoder, SIZES[-1], 1)
     batches = {tokens: _prompt(decoder, tokens) for tokens in SIZES}
@@ -99,7 +76,7 @@ def calibrate(decoder: Decoder) -> StepCost:
         model.logits(model.forward(batches[tokens])).argmax(-1).tolist()
 
     with torch.inference_mode():
-        return measure(run_step)
+        return measure(run_step, clock)
 
 
 def _prompt(decoder: Decoder, tokens: int) -> ForwardBatch:

@@ -266,6 +266,8 @@ class Engine:
             adapter_wait=self._adapter_wait,
             step_counts=self._step_sizes.counts(),
             step_tokens=self._step_sizes.tokens,
+            token_budget=scheduler.token_budget,
+            token_seconds=scheduler.budget.token_seconds,
             pages={**pages, "free": pool.num_free},
             tiers=adapters.tiers(),
         )
@@ -338,6 +340,7 @@ class Engine:
         if not plan.entries:
             self._deliver()
             return False
+        planned = time.monotonic()
         try:
             sampled = self._runner.execute(plan, self._deliver)
         except Exception as error:
@@ -346,6 +349,7 @@ class Engine:
             logger.warning("a step of %d tokens ran out of memory: %s", plan.num_tokens, error)
             self._outbox += self._scheduler.shed(plan)
             return True
+        self._scheduler.took(plan, time.monotonic() - planned)
         self._steps += 1
         self._step_sizes.observe(plan.num_tokens)
         self._outbox += self._scheduler.commit(plan, sampled)

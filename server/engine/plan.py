@@ -80,7 +80,7 @@ class SampledToken(Protocol):
 class SchedulerLimits:
     max_model_len: int  # tokens of a sequence, prompt and generated
     max_num_seqs: int  # running at once
-    token_budget: int  # tokens of a step
+    token_budget: int  # tokens of a step at most; fewer where it is learned (budget.py)
     num_slots: int  # adapters on the device at once
     vocab_size: int
     rope_switch: int | None = None  # longrope: a longer sequence is recomputed with the long factors, once

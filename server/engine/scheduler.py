@@ -1,8 +1,8 @@
 """Which tokens the next step computes, and whose pages make room for them. Policy only: integers, free of torch.
 
 Every step has one token budget. It goes to running sequences that miss one token (decode rows), then to those that miss
-more (prefill chunks), the newly admitted among them. Who is admitted, and whose chunk comes first, is the fair queue's
-order; of a step's tokens each client is sure of its share, its decode rows included, however long others' prompts are.
+more (prefill chunks), the newly admitted among them. Who is admitted is the fair queue's order; prompts are computed
+whole, one after the other, so that half of those that come together need not wait for all.
 
     door.py        who may queue at all     fair_queue.py  whose turn it is      admission.py  waiting -> running
     lookahead.py   what is fetched early    running.py     who gives way         chunks.py     a step's tokens
@@ -17,7 +17,8 @@ from heapq import heapify, heappop, heappush
 from operator import attrgetter
 
 from loraplex.server.engine.admission import Admission, Round
-from loraplex.server.engine.chunks import ChunkOrder, share_out
+from loraplex.server.engine.budget import TokenBudget
+from loraplex.server.engine.chunks import share_out
 from loraplex.server.engine.door import Running, check_fits
 from loraplex.server.engine.fair_queue import NEVER, OUTPUT_TOKEN, PROMPT_TOKEN, Client, ClientKey, FairQueue
 from loraplex.server.engine.kv_cache import KVCache
@@ -46,13 +47,19 @@ class Scheduler:
     """schedule() plans a step, commit() takes its results in; add() and abort() come between steps. One thread only."""
 
     def __init__(
-        self, kv: KVCache, adapters: Placement, limits: SchedulerLimits, clock: Callable[[], float] = time.monotonic
+        self,
+        kv: KVCache,
+        adapters: Placement,
+        limits: SchedulerLimits,
+        clock: Callable[[], float] = time.monotonic,
+        budget: TokenBudget | None = None,
     ) -> None:
-        """`clock` in seconds, the one that requests' deadlines are of."""
+        """`clock` in seconds, the one that requests' deadlines are of. budget: a step's; None: limits.token_budget."""
         self.kv = kv
         self.adapters = adapters
         self.limits = limits
         self.waiting = FairQueue(limits.ageing, limits.max_num_seqs)
+        self.budget = budget or TokenBudget(limits.token_budget, None, kv.token_seconds)
         self.prompt_tokens = 0  # counters
         self.generation_tokens = 0
         self.preemptions = 0
@@ -110,6 +117,11 @@ class Scheduler:
     def num_open(self) -> int:
         return len(self._open)
 
+    @property
+    def token_budget(self) -> int:
+        """Tokens of the next step."""
+        return self.budget.tokens
+
     def running_of(self, client: ClientKey) -> Running:
         """What has left the queue, of all clients and of this one. Safe from any thread, and then a snapshot."""
         requests, tokens = self.waiting.running_of(client)
@@ -130,7 +142,7 @@ class Scheduler:
     def schedule(self) -> StepPlan:
         """Plan the next step and take its pages. No entries: everybody waits for an adapter from its source."""
         now = self._clock()
-        self._plan, self._failed, self._budget = {}, [], self.limits.token_budget
+        self._plan, self._failed, self._budget = {}, [], self.token_budget
         preemptions = self.preemptions
         self._expire(now)
         self._copy(busy=any(seq.is_ready and seq.is_decode for seq in self._running.seqs))
@@ -179,6 +191,12 @@ class Scheduler:
                 kv.trim(seq.number, computed)
         assert next(draws, None) is None, "more tokens were sampled than the plan asked for"
         return events
+
+    def took(self, plan: StepPlan, seconds: float) -> None:
+        """Learn from how long computing `plan` took: the next budget, and what eviction costs."""
+        rows = sum(entry.is_decode for entry in plan.entries)
+        self.budget.observe(plan.num_tokens - rows, rows, seconds)
+        self.kv.token_seconds = self.budget.token_seconds
 
     def shed(self, plan: StepPlan) -> list[TokenEvent]:
         """Instead of commit(), where the step ran out of memory: preempt its youngest, or end the only one there is.
@@ -245,19 +263,13 @@ class Scheduler:
             return
         chunks = {seq: seq.num_missing for seq in seqs}
         if wanted > self._budget:
-            chunks = share_out(seqs, self._plan, self.limits.token_budget, self._budget, self._chunk_order(now))
+            chunks = share_out(seqs, self._plan, self._budget, lambda seq: self._urgency(seq, now))
         for seq, count in chunks.items():
             if seq in self._running:
                 self._plan_running(seq, min(count, self._budget))
 
-    def _chunk_order(self, now: float) -> ChunkOrder:
-        """Urgency, the client's counter, age."""
-
-        def order(seq: Sequence) -> tuple[float, float, int]:
-            urgency = NEVER if self.waiting.is_overdue(seq, now) else seq.urgency
-            return urgency, seq.flow.client.counter, seq.number
-
-        return order
+    def _urgency(self, seq: Sequence, now: float) -> float:
+        return NEVER if self.waiting.is_overdue(seq, now) else seq.urgency
 
     def _plan_running(self, seq: Sequence, count: int) -> None:
         """Give a running sequence `count` tokens of this step, preempting others (or itself) for the pages."""

@@ -79,5 +79,7 @@ class EngineStats:
     adapter_wait: float = 0.0  # counter: seconds that requests have waited so
     step_counts: tuple[int, ...] = ()  # steps by their tokens, see STEP_BOUNDS
     step_tokens: int = 0  # counter: of all steps together
+    token_budget: int = 0  # tokens that the next step may have
+    token_seconds: float = 0.0  # what each of a full step's tokens takes, as learned
     pages: Mapping[str, int] = field(default_factory=dict)  # of the arena, by owner: kv, prefix, adapter, free
     tiers: Mapping[str, TierStats] = field(default_factory=dict)  # by name of the tier

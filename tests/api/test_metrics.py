@@ -93,6 +93,8 @@ async def test_memory_and_fairness(client: httpx.AsyncClient, server: FakeServer
         expired=2,
         adapter_loads=40,
         adapter_evictions=8,
+        token_budget=320,
+        token_seconds=0.0003,
         pages={"kv": 10, "prefix": 20, "adapter": 30, "free": 40},
     )
     found = await samples(client)
@@ -100,6 +102,8 @@ async def test_memory_and_fairness(client: httpx.AsyncClient, server: FakeServer
         ("loraplex:queued_tokens", 900),
         ("loraplex:clients", 3),
         ("loraplex:fairness_spread_tokens", 12.5),
+        ("loraplex:token_budget", 320),
+        ("loraplex:token_seconds", 0.0003),
         ("loraplex:requests_refused_total", 7),
         ("loraplex:requests_expired_total", 2),
         ("loraplex:decode_stall_seconds_total", 0.75),

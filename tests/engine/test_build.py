@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from loraplex.kernels.backend import BackendUnavailable
 from loraplex.server.engine import build
+from loraplex.server.engine.budget import StepCost
 from loraplex.server.engine.build import EngineConfig, build_engine
-from loraplex.server.engine.calibrate import StepCost
 from loraplex.server.engine.memory import NotEnoughMemory
 from loraplex.server.engine.request import FinishReason, GenerationRequest, SamplingParams
 from loraplex.server.models.config import UnsupportedModel
@@ -89,21 +90,43 @@ def test_a_head_of_its_own_is_counted(base: Path, tmp_path: Path) -> None:
 
 
 def test_the_token_budget_is_calibrated_or_as_given(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A budget left open is what takes 100 ms here; where its scratch does not fit, the least there is."""
+    """One left open is what takes 100 ms here, and may grow; where its scratch does not fit, the least there is."""
     slow = StepCost(fixed_seconds=0.02, token_seconds=0.0005, decode_seconds=0.02)
     monkeypatch.setattr(build, "calibrate", lambda decoder: slow)
     given, left_open = EngineConfig(**SMALL), EngineConfig(**{**SMALL, "token_budget": None})
     for config, expected in ((given, 32), (left_open, 160)):
         parts = build_engine(config, base, "tiny")
         parts.adapters.close()
-        assert parts.token_budget == parts.engine._scheduler.limits.token_budget == expected
-        assert parts.engine._scheduler.kv.token_seconds == slow.token_seconds
+        scheduler = parts.engine._scheduler
+        assert parts.token_budget == scheduler.token_budget == expected
+        assert scheduler.limits.token_budget == (512 if config is left_open else expected), "what memory is planned for"
+        assert scheduler.kv.token_seconds == pytest.approx(slow.token_seconds + slow.fixed_seconds / expected)
+        for _ in range(9):
+            scheduler.budget.observe(expected, 0, 1e-3)
+        assert (scheduler.token_budget > expected) == (config is left_open)
     with pytest.raises(NotEnoughMemory) as caught:
         build_engine(EngineConfig(**{**SMALL, "memory_bytes": 1 << 20, "token_budget": 64}), base, "tiny")
     least = int(str(caught.value).split("--memory ")[1].split(",")[0])
     parts = build_engine(EngineConfig(**{**SMALL, "memory_bytes": least, "token_budget": None}), base, "tiny")
     parts.adapters.close()
-    assert parts.token_budget == 64
+    assert parts.token_budget == parts.engine._scheduler.limits.token_budget == 64
+
+
+def test_room_for_a_larger_budget_costs_little(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No context, and a sixteenth of the arena at most: with less memory the budget may grow less."""
+    monkeypatch.setattr(build, "calibrate", lambda decoder: StepCost(0.0, 0.1 / 64, 0.02))
+    most = []
+    for nbytes in (16 << 20, 64 << 20, 256 << 20):
+        config = EngineConfig(**{**SMALL, "memory_bytes": nbytes, "token_budget": None})
+        given, left_open = (build_engine(c, base, "tiny") for c in (replace(config, token_budget=64), config))
+        for parts in (given, left_open):
+            parts.adapters.close()
+        assert left_open.max_model_len == given.max_model_len
+        assert 16 * left_open.memory.num_pages >= 15 * given.memory.num_pages
+        assert left_open.memory.total_bytes <= nbytes
+        most.append(left_open.engine._scheduler.limits.token_budget)
+    assert most == sorted(most)
+    assert most[0] < most[-1] == 2048
 
 
 def test_memory_as_a_share_of_what_is_free(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:

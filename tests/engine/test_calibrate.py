@@ -11,12 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loraplex.kernels.backend import load_backend
+from loraplex.server.engine import calibrate as calibration
 from loraplex.server.engine.arena import kv_layers
-from loraplex.server.engine.calibrate import SCRATCH_PAGES, StepCost, calibrate, default_budget, measure
+from loraplex.server.engine.budget import StepCost, default_budget
+from loraplex.server.engine.calibrate import SCRATCH_PAGES, calibrate, measure
 from loraplex.server.engine.kv_cache import kv_groups
 from loraplex.server.engine.memory import page_bytes
 from loraplex.server.models.config import ModelConfig
 from loraplex.server.models.decoder import Decoder
+from loraplex.server.models.inputs import ForwardBatch
+from loraplex.server.models.recorded import RecordedDecoder, record
 from loraplex.server.models.weights import load_weights
 from support.tiny import make_tiny_model
 
@@ -87,18 +91,43 @@ def test_any_times_at_all_make_a_budget(times: list[float]) -> None:
     assert 64 <= default_budget(Machine(lambda tokens: next(left)).cost()) <= 2048
 
 
+class TimedDecoder:
+    """A decoder whose forward passes take `machine`'s time and, beside that, are computed."""
+
+    def __init__(self, inner: Decoder | RecordedDecoder, machine: Machine) -> None:
+        self._inner = inner
+        self._machine = machine
+
+    def forward(self, batch: ForwardBatch) -> torch.Tensor:
+        self._machine.run_step(batch.input_ids.shape[0])
+        return self._inner.forward(batch)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        logits = self._inner.logits(hidden)
+        assert torch.isfinite(logits).all()
+        return logits
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3", "phi4mini"])
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_a_real_decoder(tmp_path: Path, family: str, backend: str) -> None:
+def test_a_real_decoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, backend: str) -> None:
+    """Its own forward passes, of all sizes and nothing else, are what is timed: their line is found again."""
     path = make_tiny_model(family, tmp_path)
     config, ops = ModelConfig.from_hf(path), load_backend(backend, "cpu")
     groups = kv_groups(config.windows)
     arena = torch.zeros(SCRATCH_PAGES * len(groups), page_bytes(config, torch.float32, groups), dtype=torch.uint8)
     views = kv_layers(arena, config, torch.float32, groups)
-    cost = calibrate(Decoder(config, load_weights(path, config, ops, torch.float32), ops, views, arena))
-    assert 0.0 <= cost.fixed_seconds < 5.0
-    assert 0.0 < cost.token_seconds < 1.0
-    assert 0.0 < cost.decode_seconds < 5.0
+    machine = Machine(lambda tokens: 0.004 + tokens * 0.0001)
+
+    def timed(decoder: Decoder, tokens: int, rows: int) -> TimedDecoder:
+        return TimedDecoder(record(decoder, tokens, rows), machine)
+
+    monkeypatch.setattr(calibration, "record", timed)
+    cost = calibrate(Decoder(config, load_weights(path, config, ops, torch.float32), ops, views, arena), machine.clock)
+    assert cost.fixed_seconds == pytest.approx(0.004)
+    assert cost.token_seconds == pytest.approx(0.0001)
+    assert cost.decode_seconds == pytest.approx(0.0041)
+    assert machine.steps == [1, *(tokens for tokens in (1, 16, 64, 256) for _ in range(3))]
     for layer in views:  # the largest step measured wrote its 256 tokens to every layer
         own = slice(layer.group * SCRATCH_PAGES, (layer.group + 1) * SCRATCH_PAGES)
         assert layer.k[own].abs().amax((1, 3)).all()

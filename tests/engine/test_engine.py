@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 import pytest
 
 from loraplex.adapters.errors import AdapterRefused
+from loraplex.server.engine.budget import TokenBudget
 from loraplex.server.engine.engine import Engine, EventStream
 from loraplex.server.engine.request import (
     ContextTooLong,
@@ -100,6 +101,15 @@ async def test_many_at_once_each_get_their_own(rig: Rig) -> None:
     streams = [rig.engine.submit(request) for request in requests]
     for request, events in zip(requests, await asyncio.gather(*map(collect, streams)), strict=True):
         assert [event.token_id for event in events] == alone(request)
+
+
+async def test_the_budget_learns_from_its_steps(rig: Rig) -> None:
+    """Whatever they take here, it is less than an hour a token."""
+    rig.scheduler.budget = TokenBudget(32, 2048, 3600.0)
+    await collect(rig.engine.submit(rig.requests.make(100, 2)))
+    stats = rig.engine.stats()
+    assert stats.token_seconds <= 0.96 * 3600.0
+    assert stats.token_budget == rig.scheduler.token_budget == 64, "the least there is"
 
 
 async def test_one_wakeup_of_the_loop_per_step(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:

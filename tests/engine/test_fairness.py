@@ -166,6 +166,78 @@ class TestHotAndCold:
             assert world.until_first(cold, 2 * ceil(320 / 64) + 1)
 
 
+class TestWholePrompts:
+    """Prompts longer than a step, of many clients: one after the other, and nobody is passed over."""
+
+    def world(self, **limits: object) -> World:
+        return World(pages=6000, **{"max_num_seqs": 32, "num_slots": 64, "token_budget": 64, **limits})
+
+    @pytest.mark.parametrize("clients", [4, 16])
+    @pytest.mark.parametrize("prompt", [96, 500])
+    def test_half_of_equal_ones_are_done_in_half_of_the_time(self, clients: int, prompt: int) -> None:
+        world = self.world()
+        sent = world.clock.now
+        requests = [world.send(f"a{n}", prompt, 1) for n in range(clients)]
+        seconds = []
+        while world.scheduler.num_open:
+            before = len(world.ended)
+            world.step()
+            seconds += [world.clock.now - sent] * (len(world.ended) - before)
+        assert len(seconds) == len(requests)
+        last = ceil(clients * prompt / 64) * 0.1
+        assert seconds[-1] == pytest.approx(last), "not a token of any step is wasted"
+        assert seconds[clients // 2 - 1] <= 0.55 * last + 0.1
+        assert seconds[0] <= 0.1 * (ceil(prompt / (64 - 64 // clients)) + 1)
+
+    def test_few_are_under_way_at_once(self) -> None:
+        world = self.world()
+        for n in range(16):
+            world.send(f"a{n}", 200, 1)
+        while world.scheduler.num_open:
+            world.step()
+            assert sum(0 < seq.num_computed < seq.num_prompt for seq in world.scheduler.running) <= 3
+
+    @pytest.mark.parametrize("prompt", [10, 64, 150])
+    @pytest.mark.parametrize("warm_up", [1, 9, 30])
+    def test_a_short_one_waits_for_nobodys_long_one(self, prompt: int, warm_up: int) -> None:
+        """However many clients have long ones: as beside a single one."""
+        world = self.world()
+        for n in range(15):
+            world.send(f"a{n}", 800, 3)
+        for _ in range(warm_up):
+            world.step()
+        short = world.send("short", prompt, 1)
+        assert world.until_first(short, 2 * ceil(prompt / 64) + 1)
+
+    def test_a_very_long_one_goes_on_beside_short_ones_without_end(self) -> None:
+        """Each of a client of its own with less to its account, and together they could fill every step."""
+        world = self.world()
+        long = world.send("long", 900, 1)
+        for n in range(200):  # in pieces for all it took 216 steps
+            world.step()
+            world.send(f"new{n}", 64, 1)
+        assert long.request_id in world.first
+
+    def test_many_long_ones_of_a_tenant_take_no_more_than_its_part(self) -> None:
+        world = self.world()
+        for _ in range(30):
+            world.send("", 600, 1, tenant="greedy")
+        for _ in range(10):
+            world.step()
+        for _ in range(6):
+            modest = world.send("a", 128, 1, tenant="modest")
+            assert world.until_first(modest, 2 * ceil(128 / 64) + 1)
+        assert len(world.ended) > 6, "and it goes on meanwhile"
+
+    def test_a_heavier_client_goes_first(self) -> None:
+        world = self.world()
+        light, heavy = world.send("a", 300, 1, weight=1.0), world.send("b", 300, 1, weight=3.0)
+        while world.scheduler.num_open:
+            world.step()
+        assert world.first[heavy.request_id] <= ceil(300 / 48) + 1
+        assert world.first[light.request_id] == ceil(600 / 64)
+
+
 class TestShares:
     def test_equal_clients_get_equal_parts(self) -> None:
         world = World(max_num_seqs=8)

@@ -69,6 +69,8 @@ class Stats:
     adapter_wait: float = 0.0
     step_counts: tuple[int, ...] = ()
     step_tokens: int = 0
+    token_budget: int = 64
+    token_seconds: float = 1e-3
     pages: Mapping[str, int] = field(default_factory=dict)
     tiers: Mapping[str, TierStats] = field(default_factory=dict)
 

@@ -1,0 +1,79 @@
+"""How many tokens a step should have: as many as take STEP_SECONDS, learned from the steps themselves. Torch and clocks
+stay outside.
+
+Streams wait for a whole step before their next token, so longer prompts are cut into pieces, and no next token is later
+than that. What a start finds out in a third of a second (calibrate.py) is only where this begins: another server may be
+starting on the same machine at that moment, and later the machine may become slower or faster.
+
+One number is learned: seconds per token of a full step, its fixed part included. Full steps do not tell the two apart,
+and need not: a step that costs fixed + n * token seconds comes to the budget of STEP_SECONDS without ever passing it,
+while a line drawn on to sizes never seen could ask for anything.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import exp, log
+
+STEP_SECONDS = 0.1
+"""Of a full step."""
+
+LEAST_BUDGET, MOST_BUDGET = 64, 2048
+"""Tokens. Below, a prompt takes very many steps; above, larger products are no faster."""
+
+GRAIN = 16
+"""Tokens of which budgets are multiples."""
+
+RATE = 0.1
+"""Of what a step says otherwise, believed: noise of 20 % in steps becomes 5 %."""
+
+MOST_CHANGE = 0.05
+"""Of the estimate by a single step, however long a page fault or a neighbour held it up; off by three, it takes about
+30 full steps."""
+
+FULL = 0.75
+"""Of the budget: a step of fewer tokens says little about a full one's price per token but that it is no higher."""
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Seconds of a step without adapters: fixed_seconds + prefill tokens * token_seconds."""
+
+    fixed_seconds: float
+    token_seconds: float
+    decode_seconds: float  # of a step with a single row
+
+
+def default_budget(cost: StepCost) -> int:
+    """Tokens of a step of STEP_SECONDS."""
+    return _bounded((STEP_SECONDS - cost.fixed_seconds) / cost.token_seconds, MOST_BUDGET)
+
+
+class TokenBudget:
+    """`tokens` of the next step. One thread writes; any may read."""
+
+    def __init__(self, tokens: int, most: int | None, token_seconds: float) -> None:
+        """token_seconds: of a step of `tokens`, for each of them. most: up to which `tokens` may be learned, as memory
+        is planned for that many; None: nothing is learned."""
+        self.tokens = tokens
+        self.token_seconds = token_seconds
+        self._most = most
+
+    def observe(self, prompt_tokens: int, decode_rows: int, seconds: float) -> None:
+        """A step of this many computed tokens took `seconds`."""
+        count = prompt_tokens + decode_rows
+        if self._most is None or prompt_tokens <= decode_rows:
+            return
+        change = RATE * log(max(seconds, 1e-6) / count / self.token_seconds)
+        is_full = count >= FULL * self.tokens or (count >= LEAST_BUDGET and seconds > STEP_SECONDS)
+        if change > 0 and not is_full:
+            return
+        self.token_seconds *= exp(min(max(change, -MOST_CHANGE), MOST_CHANGE))
+        exact = STEP_SECONDS / self.token_seconds
+        margin = GRAIN / 2  # or noise would move it to and fro
+        if not self.tokens - margin <= exact < self.tokens + GRAIN + margin:
+            self.tokens = _bounded(exact, self._most)
+
+
+def _bounded(tokens: float, most: int) -> int:
+    return int(min(max(tokens, LEAST_BUDGET), most)) // GRAIN * GRAIN
