@@ -55,7 +55,8 @@ class ModelRunner:
         for start in range(0, len(rows), self._slice):  # a vocabulary of 256k costs 1 MB a row
             logits = self._decoder.logits(hidden[start : min(start + self._slice, len(rows))])
             sampled += sample(logits, rows[start : start + self._slice], self._decoder.ops)
-        self._read_prompts(plan, hidden[len(rows) :])
+        if hidden.shape[0] > len(rows):
+            self._read_prompts(plan, hidden[len(rows) :])
         return sampled
 
     def _read_prompts(self, plan: StepPlan, hidden: Tensor) -> None:
