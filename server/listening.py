@@ -64,6 +64,8 @@ def make_server(app: FastAPI, on_listening: Callable[[int], None]) -> ListeningS
     """A server for `serve(sockets=[bind(...)])`; `on_listening(port)` is called once it answers."""
     import uvicorn
 
+    from loraplex.server.api.direct import offer_direct_body
+
     class Server(uvicorn.Server):
         @contextmanager
         def capture_signals(self) -> Iterator[None]:
@@ -78,7 +80,7 @@ def make_server(app: FastAPI, on_listening: Callable[[int], None]) -> ListeningS
 
     return Server(
         uvicorn.Config(
-            app,
+            offer_direct_body(app),
             http="httptools",
             log_config=None,
             access_log=False,

@@ -25,6 +25,7 @@ from loraplex.server.engine.request import (
     TokenEvent,
     TokenScore,
 )
+from loraplex.server.engine.streams import Shortcut
 from loraplex.server.engine.tokenizer import Tokenizer
 from loraplex.server.exchange import ChoiceTimes
 from loraplex.server.usage import GAPS, Buckets
@@ -166,6 +167,26 @@ class Choice:
     def cached_tokens(self) -> int:
         """Of the prompt, found in the prefix cache; known with the first delta."""
         return self._phases.cached_tokens if self._phases is not None else 0
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether its tokens after the first are text and nothing else, but for the one that ends it."""
+        wanted = self._wanted
+        return not self._detokenizer.has_stops and wanted.logprobs is None and not wanted.prompt_only
+
+    def divert(self, shortcut: Shortcut) -> None:
+        """See EventStream.divert: what `shortcut` takes is not among the deltas."""
+        self._events.divert(shortcut)
+
+    def take_plain(self, events: Sequence[TokenEvent]) -> list[str]:
+        """The texts, some of them "", of the first `events` up to one that ends it, which is not taken. It is_plain."""
+        texts = []
+        for event in events:
+            if event.token_id is None or event.finish is not None:
+                break
+            self._count(event)
+            texts.append(self._detokenizer.push(event.token_id))
+        return texts
 
     def abort(self) -> None:
         """End it here, with what there is."""

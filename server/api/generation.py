@@ -16,6 +16,7 @@ from itertools import product
 from typing import TypeVar
 
 from loraplex.server.api.choice import Choice, Delta, Echo, Prompt, Wanted
+from loraplex.server.api.direct import DirectBody
 from loraplex.server.api.errors import ApiError, InvalidField, to_api_error
 from loraplex.server.api.limits import check_sequences
 from loraplex.server.api.names import Mix, leased
@@ -24,7 +25,7 @@ from loraplex.server.api.sampling import SamplingSpec
 from loraplex.server.api.schemas import GenerationFields, PromptDetails, Usage
 from loraplex.server.engine.detokenizer import Detokenizer
 from loraplex.server.engine.grammar import Grammar, GrammarRefused, Thought
-from loraplex.server.engine.request import ContextTooLong, GenerationRequest
+from loraplex.server.engine.request import ContextTooLong, GenerationRequest, TokenEvent
 from loraplex.server.engine.tokenizer import Tokenizer
 from loraplex.server.exchange import current_exchange
 from loraplex.server.tenants import current_caller
@@ -129,6 +130,27 @@ class Generation:
             finally:
                 self._charge()
                 await self._end()
+
+    def divert(self, body: DirectBody, chunk: Callable[[str], bytes]) -> None:
+        """Have tokens that are text and nothing else written to `body`, as `chunk`s, when the engine delivers them.
+
+        Everything else comes as deltas as before, and all of it where there are several choices, or tokens are scored
+        or may be the beginning of a stop string, or while the reader does not keep up. In the first deltas' turn.
+        """
+        if len(self._choices) > 1 or not self._choices[0].is_plain:
+            return
+        [choice] = self._choices
+
+        def shortcut(events: Sequence[TokenEvent]) -> int:
+            if not body.is_ready:
+                return 0
+            texts = choice.take_plain(events)
+            if content := b"".join([chunk(text) for text in texts if text]):
+                body.write(content)
+            self._charge()
+            return len(texts)
+
+        choice.divert(shortcut)
 
     def abort(self) -> None:
         """End all choices where they are."""

@@ -19,6 +19,7 @@ from loraplex.server.engine.on_demand import OnDemand
 from loraplex.server.engine.page_map import PageOwners
 from loraplex.server.engine.request import GenerationRequest, TokenEvent
 from loraplex.server.engine.stats import AdapterPlace
+from loraplex.server.engine.streams import Shortcut
 from loraplex.server.engine.tokenizer import Tokenizer
 from loraplex.server.engine_metrics import EngineStats
 from loraplex.server.metrics import Metrics
@@ -30,6 +31,7 @@ class Events(Protocol):
     """Events of one request; the last has `finish` set. `aclose` aborts the request if it has not ended."""
 
     def __aiter__(self) -> AsyncIterator[TokenEvent]: ...
+    def divert(self, shortcut: Shortcut) -> None: ...
     async def aclose(self) -> None: ...
 
 

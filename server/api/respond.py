@@ -13,9 +13,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from loraplex.server.api.choice import Delta, ScoredToken
+from loraplex.server.api.direct import DirectBody, direct_body
 from loraplex.server.api.generation import Generation
 from loraplex.server.api.schemas import GenerationFields, StreamOptions, Usage, Wire
-from loraplex.server.api.sse import SseResponse, answer_or_disconnect
+from loraplex.server.api.sse import SseResponse, answer_or_disconnect, encode_event
 
 
 @dataclass
@@ -52,6 +53,10 @@ class TextFrame:
         """As pydantic writes it: no more is escaped than has to be."""
         return f"{self.before}{encode_basestring(text)}{self.after}"
 
+    def event(self, text: str) -> bytes:
+        """The chunk as SseResponse sends it."""
+        return encode_event(self.around(text))
+
 
 class Rendering(Protocol):
     """How one route writes its answers."""
@@ -84,7 +89,8 @@ async def respond(
     """The response to `request`. Raises what Generation.deltas raises, and ClientGone."""
     generation.client_id = request.headers.get("x-request-id")
     if record.stream:
-        return SseResponse(_chunks(generation, rendering, record.stream_options or StreamOptions()), headers)
+        chunks = _chunks(generation, rendering, record.stream_options or StreamOptions(), direct_body(request.scope))
+        return SseResponse(chunks, headers)
     whole = await answer_or_disconnect(request, collect(generation, rendering))
     return Response(whole.model_dump_json(), media_type="application/json", headers=headers)
 
@@ -98,7 +104,9 @@ async def collect(generation: Generation, rendering: Rendering) -> Wire:
     return rendering.whole([choices[index] for index in sorted(choices)], generation.usage())
 
 
-async def _chunks(generation: Generation, rendering: Rendering, options: StreamOptions) -> AsyncGenerator[str, None]:
+async def _chunks(
+    generation: Generation, rendering: Rendering, options: StreamOptions, direct: DirectBody | None
+) -> AsyncGenerator[str, None]:
     last, always = bool(options.include_usage), bool(options.continuous_usage_stats)
     hidden = None if last or always else {"usage"}  # where it was asked for, chunks before the last say null
     frames: dict[int, TextFrame] = {}
@@ -113,6 +121,8 @@ async def _chunks(generation: Generation, rendering: Rendering, options: StreamO
                 frame = frames.get(delta.index)
                 if frame is None:
                     frame = frames[delta.index] = TextFrame.of(rendering, delta.index, hidden)
+                    if direct is not None:
+                        generation.divert(direct, frame.event)
                 yield frame.around(delta.text)
                 continue
             for chunk in rendering.chunks(delta, generation.usage() if always else None):

@@ -64,15 +64,19 @@ class SseResponse(Response):
                     await self._send_event(send, event)
             except Exception as error:
                 await self._send_event(send, json.dumps({"error": _explain(error).fields()}))
-            if self._done:
-                await self._send_event(send, DONE)
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+            end = encode_event(DONE) if self._done else b""
+            await send({"type": "http.response.body", "body": end, "more_body": False})
         finally:
             await self._events.aclose()
 
     async def _send_event(self, send: Send, data: str) -> None:
         name = "" if not self._named else f"event: {json.loads(data)['type']}\n"
-        await send({"type": "http.response.body", "body": f"{name}data: {data}\n\n".encode(), "more_body": True})
+        await send({"type": "http.response.body", "body": name.encode() + encode_event(data), "more_body": True})
+
+
+def encode_event(data: str) -> bytes:
+    """An event without a name."""
+    return f"data: {data}\n\n".encode()
 
 
 async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:

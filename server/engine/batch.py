@@ -24,14 +24,43 @@ from loraplex.server.models.inputs import ForwardBatch
 
 Mix = tuple[tuple[int, float], ...]  # ((slot, weight), ...), in the order of the adapters' digests
 
+Shape = tuple[int, ...]
+
 ALIGN = 16
 """Bytes at which every tensor starts: what a GPU kernel is compiled for depends on it."""
 
 
+class Kept:
+    """On the CPU the tensors of the last batch, for the next one where all its arrays have the same sizes.
+
+    A decode step mostly has those of the one before it: it then costs a copy, and no call of torch.
+    """
+
+    def __init__(self) -> None:
+        self._last: dict[str, tuple[list[Shape], array[int], list[Tensor]]] = {}
+
+    def tensors(self, values: array[int], shapes: list[Shape], cut: Callable[[], list[Tensor]]) -> list[Tensor]:
+        """Tensors of these shapes that hold `values`: the last ones of this type, or what `cut` makes."""
+        last = self._last.get(values.typecode)
+        if last is not None and last[0] == shapes:
+            last[1][:] = values
+            return last[2]
+        made = cut()
+        self._last[values.typecode] = shapes, values, made
+        return made
+
+
 def build_batch(
-    plan: StepPlan, kv: KVCache, tiles: TileTable, slot_of: Callable[[str], int | None], device: torch.device
+    plan: StepPlan,
+    kv: KVCache,
+    tiles: TileTable,
+    slot_of: Callable[[str], int | None],
+    device: torch.device,
+    kept: Kept | None = None,
 ) -> ForwardBatch:
     """The tensors of one step. The plan's sequences have their pages and their adapters are on the device.
+
+    With `kept` a batch holds until the next one is built.
 
     logit_rows is in the order of the plan's sampling entries, whatever the order of the rows; behind them come the
     entries' prompt_rows, in the plan's order too.
@@ -56,12 +85,12 @@ def build_batch(
     ints.add(kv_lens)
     for group in range(len(kv.groups)):
         longs.add(_store_index(entries, [table[group] for table in tables], kv.block_size))
-        ints.add(page for table in tables for page in (*table[group], *(-1,) * (most - len(table[group]))))
+        pages = (page for table in tables for page in (*table[group], *(-1,) * (most - len(table[group]))))
+        ints.add(pages, (len(entries), most))
     segments = _Segments([(entry, mixes[i]) for entry, i in zip(entries, order, strict=True)])
     segments.pack(ints)
-    input_ids, positions, logits, *stores = longs.tensors(device)
-    query_ptr, lens, *rest = ints.tensors(device)
-    blocks = [table.view(len(entries), most) for table in rest[: len(kv.groups)]]
+    input_ids, positions, logits, *stores = longs.tensors(device, kept)
+    query_ptr, lens, *rest = ints.tensors(device, kept)
     return ForwardBatch(
         input_ids=input_ids,
         positions=positions,
@@ -72,9 +101,9 @@ def build_batch(
             query_bounds=bounds,
             kv_lens_host=kv_lens,
             is_decode=tuple(entry.is_decode for entry in entries),
-            groups=tuple(KVGroup(table, store) for table, store in zip(blocks, stores, strict=True)),
+            groups=tuple(KVGroup(table, store) for table, store in zip(rest, stores, strict=False)),
         ),
-        adapters=segments.unpack(rest[len(kv.groups) :]),
+        adapters=segments.unpack(rest[len(stores) :]),
         tiles=tiles,
         logit_rows=logits,
     )
@@ -87,21 +116,29 @@ class _Packer:
         self._values = array(code)
         self._dtype = dtype
         self._sizes: list[int] = []  # of an array, of the padding behind it, and so on
+        self._shapes: list[Shape] = []
 
-    def add(self, values: Iterable[int]) -> None:
+    def add(self, values: Iterable[int], shape: Shape | None = None) -> None:
         start, each = len(self._values), ALIGN // self._values.itemsize
         self._values.extend(values)
         count = len(self._values) - start
         padding = -count % each
         self._values.extend((0,) * padding)
         self._sizes += (count, padding)
+        self._shapes.append(shape or (count,))
 
-    def tensors(self, device: torch.device) -> list[Tensor]:
+    def tensors(self, device: torch.device, kept: Kept | None) -> list[Tensor]:
         """In the order in which they were added; they share memory."""
+        if kept is not None and device.type == "cpu":
+            return kept.tensors(self._values, self._shapes, lambda: self._cut(device))
+        return self._cut(device)
+
+    def _cut(self, device: torch.device) -> list[Tensor]:
         packed = torch.frombuffer(self._values, dtype=self._dtype)
         if device.type != "cpu":
             packed = packed.to(device)
-        return list(packed.split_with_sizes(self._sizes)[::2])
+        parts = packed.split_with_sizes(self._sizes)[::2]
+        return [part if len(shape) == 1 else part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
 
 
 class _Segments:

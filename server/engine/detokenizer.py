@@ -63,6 +63,11 @@ class Detokenizer:
         if self._prefix.endswith(UNFINISHED):  # a prompt of token ids may end anywhere
             self._ids, self._read, self._prefix = [], 0, ""
 
+    @property
+    def has_stops(self) -> bool:
+        """Whether a stop string may end the text."""
+        return bool(self._stop)
+
     def push(self, token_id: int) -> str:
         """Take one token; returns the text that is now certain. After a stop string (`stopped_by`) there is no more."""
         if self.stopped_by is not None:

@@ -359,7 +359,7 @@ class Engine:
     def _deliver(self) -> None:
         """Hand the outbox to the streams' loops, with one wake-up for each loop."""
         events, self._outbox = self._outbox, []
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Mailbox, TokenEvent]]] = {}
+        by_loop: dict[asyncio.AbstractEventLoop, dict[Mailbox, list[TokenEvent]]] = {}
         for event in events:
             opened = self._open[event.request_id]
             opened.output += event.token_id is not None
@@ -369,13 +369,13 @@ class Engine:
                     del self._open[event.request_id]
                     self._door.leave(opened.client, opened.request, opened.output)
                 _release(opened.request)  # before the client can know: what it does next may count on it
-            by_loop.setdefault(opened.mailbox.loop, []).append((opened.mailbox, event))
+            by_loop.setdefault(opened.mailbox.loop, {}).setdefault(opened.mailbox, []).append(event)
         for loop, mail in by_loop.items():
             try:
-                loop.call_soon_threadsafe(put_all, mail)
+                loop.call_soon_threadsafe(put_all, mail.items())
             except RuntimeError:  # the loop is closed: nobody reads any more
-                for _, event in mail:
-                    self.abort(event.request_id)
+                for unread in mail.values():
+                    self.abort(unread[0].request_id)
 
     def _end_all(self) -> None:
         """Deliver what is done, and tell everybody else that the engine is gone."""

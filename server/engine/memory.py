@@ -23,6 +23,7 @@ from loraplex.kernels.metadata import ALIGN, BLOCK_SIZE, element_bytes
 from loraplex.server.engine.kv_cache import GroupSpec, group_layers, kv_groups, peak_pages
 from loraplex.server.engine.request import EngineError
 from loraplex.server.models.config import ModelConfig
+from loraplex.server.models.rotary import table_positions
 
 LOGIT_BYTES, LOGIT_ROWS = 32 << 20, 64
 """Most bytes (fp32) and rows of one slice of logits: 64 rows up to 128k tokens of vocabulary, 32 at 256k. More rows
@@ -233,6 +234,7 @@ def scratch_bytes(
         activations = tokens * (4 * hidden + 2 * (q + 2 * kv) + 4 * inner) * max(4, element)  # ops work on fp32 copies
         activations += 2 * config.num_heads * min(tokens, 128) * length * 4 + 4 * kv * length * 4  # scores; KV gathered
     angles = tokens * config.head_dim * 4 * (2 * len(config.ropes) + 2)
+    angles += sum(8 * rope.rotary_dim * table_positions(rope) for rope in config.ropes)
     blocks = -(-length // BLOCK_SIZE) * demand.max_num_seqs * 4 * len(kv_groups(config.windows))
     tables = 2 * blocks + tokens * 64 + demand.max_num_seqs * 4096
     rows = demand.max_num_seqs + tokens  # that logits are wanted of: all of a prompt's may be

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from loraplex.adapters.residency import Residency
-from loraplex.server.engine.batch import build_batch
+from loraplex.server.engine.batch import Kept, build_batch
 from loraplex.server.engine.grammar import MaskPool
 from loraplex.server.engine.kv_cache import KVCache
 from loraplex.server.engine.memory import logit_rows
@@ -35,6 +35,7 @@ class ModelRunner:
         self._device = device
         self._slice = logit_rows(decoder.config.vocab_size)
         self._masks = MaskPool()
+        self._kept = Kept()
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan, on_launch: Callable[[], None] = lambda: None) -> list[Sampled]:
@@ -42,7 +43,8 @@ class ModelRunner:
 
         `on_launch` is called when all is prepared, right before the forward pass.
         """
-        batch = build_batch(plan, self._kv, self._residency.table, self._residency.slot_of, self._device)
+        table, slot_of = self._residency.table, self._residency.slot_of
+        batch = build_batch(plan, self._kv, table, slot_of, self._device, self._kept)
         sampling = [entry.seq for entry in plan.entries if entry.samples]
         masks = self._masks.begin([(seq.request.constraint, seq.output) for seq in sampling])
         on_launch()
@@ -55,7 +57,8 @@ class ModelRunner:
         for start in range(0, len(rows), self._slice):  # a vocabulary of 256k costs 1 MB a row
             logits = self._decoder.logits(hidden[start : min(start + self._slice, len(rows))])
             sampled += sample(logits, rows[start : start + self._slice], self._decoder.ops)
-        self._read_prompts(plan, hidden[len(rows) :])
+        if hidden.shape[0] > len(rows):
+            self._read_prompts(plan, hidden[len(rows) :])
         return sampled
 
     def _read_prompts(self, plan: StepPlan, hidden: Tensor) -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from loraplex.server.engine.request import TokenEvent
+
+Shortcut = Callable[[Sequence[TokenEvent]], int]
+"""Deals with the first of the events it is given, as many as it says. What it raises is raised in the stream."""
 
 
 class Mailbox:
@@ -14,13 +17,25 @@ class Mailbox:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
+        self.shortcut: Shortcut | None = None
+        """Asked first whenever the stream waits for events and there are none: then it comes before nobody."""
         self._events: deque[TokenEvent] = deque()
         self._waiter: asyncio.Future[None] | None = None
 
-    def put(self, event: TokenEvent) -> None:
-        self._events.append(event)
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+    def put(self, events: Sequence[TokenEvent]) -> None:
+        """The next events; none of them come after the one with `finish`."""
+        waiter = self._waiter
+        if waiter is not None and not waiter.done():
+            if self.shortcut is not None:
+                try:
+                    events = events[self.shortcut(events) :]
+                except Exception as error:
+                    waiter.set_exception(error)
+                    return
+                if not events:
+                    return
+            waiter.set_result(None)
+        self._events += events
 
     def take(self) -> TokenEvent | None:
         """The oldest event; None where there is none."""
@@ -33,10 +48,10 @@ class Mailbox:
             await self._waiter
 
 
-def put_all(mail: Iterable[tuple[Mailbox, TokenEvent]]) -> None:
+def put_all(mail: Iterable[tuple[Mailbox, Sequence[TokenEvent]]]) -> None:
     """Events to their mailboxes, of one loop."""
-    for mailbox, event in mail:
-        mailbox.put(event)
+    for mailbox, events in mail:
+        mailbox.put(events)
 
 
 class EventStream:
@@ -67,7 +82,15 @@ class EventStream:
         self._ended = event.finish is not None
         return event
 
+    def divert(self, shortcut: Shortcut) -> None:
+        """From now on `shortcut` is asked first, on the loop's thread, whenever the consumer waits for an event.
+
+        It is not asked any more once the stream is closed.
+        """
+        self._mailbox.shortcut = shortcut
+
     async def aclose(self) -> None:
+        self._mailbox.shortcut = None
         self._abort()
 
     def __del__(self) -> None:

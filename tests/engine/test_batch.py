@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loraplex.kernels.metadata import TileTable
-from loraplex.server.engine.batch import build_batch
+from loraplex.server.engine.batch import Kept, build_batch
 from loraplex.server.engine.kv_cache import GroupSpec, KVCache
 from loraplex.server.engine.scheduler import PlanEntry, StepPlan
 from loraplex.server.models.inputs import ForwardBatch
@@ -126,11 +126,29 @@ def test_every_step_of_random_histories(wanted: list[tuple[int, int, list[str]]]
         weighted = tuple((lease, 0.25 * (place + index % 2 + 1)) for place, (lease, _) in enumerate(request.mix))
         request = replace(request, mix=weighted)
         scheduler.add(request)
+    kept = Kept()
     while scheduler.num_open:
         plan = scheduler.schedule()
         slot_of = slots(placement)
-        check(build_batch(plan, scheduler.kv, TILES, slot_of.get, CPU), plan, scheduler.kv, slot_of)
+        for each in (None, kept):
+            check(build_batch(plan, scheduler.kv, TILES, slot_of.get, CPU, each), plan, scheduler.kv, slot_of)
         scheduler.commit(plan, draws(plan))
+
+
+def test_a_step_of_the_same_sizes_makes_no_tensors() -> None:
+    scheduler, placement = make_scheduler(60, token_budget=16)
+    requests, kept, addresses = Requests(), Kept(), list[int]()
+    requests.adapter("a")
+    for adapters in ((), ("a",)):
+        scheduler.add(requests.make(4, 20, *adapters))
+    for _ in range(6):  # blocks of 4: the prompts, the second block, the first token of the third
+        plan = scheduler.schedule()
+        batch = build_batch(plan, scheduler.kv, TILES, slots(placement).get, CPU, kept)
+        addresses.append(batch.attention.groups[0].block_table.data_ptr())
+        scheduler.commit(plan, draws(plan))
+    assert scheduler.kv.block_size == 4
+    assert len(set(addresses[1:5])) == 1
+    assert addresses[5] != addresses[4]
 
 
 def test_an_example_by_hand() -> None:

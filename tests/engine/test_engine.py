@@ -6,7 +6,7 @@ import asyncio
 import gc
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -25,6 +25,7 @@ from loraplex.server.engine.request import (
     TokenEvent,
 )
 from loraplex.server.engine.scheduler import Scheduler, StepPlan
+from loraplex.server.engine.streams import Mailbox, put_all
 from support.scheduling import Draw, FakePlacement, Requests, draws, make_scheduler, next_token
 
 
@@ -260,6 +261,78 @@ class TestLeaving:
 
     async def _ask(self, rig: Rig) -> list[TokenEvent]:
         return await collect(rig.engine.submit(rig.requests.make(2, 3)))
+
+
+class TestShortcut:
+    """What is asked first while the consumer waits; the rest, and all of it otherwise, goes to the consumer."""
+
+    async def test_it_takes_what_it_wants(self, rig: Rig) -> None:
+        request = rig.requests.make(3, 12)
+        stream, taken = rig.engine.submit(request), list[TokenEvent]()
+
+        def shortcut(events: Sequence[TokenEvent]) -> int:
+            [event] = events
+            if event.finish is not None or len(taken) == 4:
+                return 0
+            taken.append(event)
+            return 1
+
+        stream.divert(shortcut)
+        rest = await collect(stream)
+        assert [event.token_id for event in taken] == alone(request)[:4]
+        assert [event.token_id for event in rest] == alone(request)[4:]
+        assert rest[-1].finish is FinishReason.LENGTH
+
+    async def test_nothing_passes_what_waits(self) -> None:
+        """A consumer that is busy gets its events in their order; asked is only when it has none and wants one."""
+        mailbox, asked = Mailbox(asyncio.get_running_loop()), list[int]()
+        stream = EventStream("r", mailbox, lambda request_id: None)
+        stream.divert(lambda events: asked.append(len(events)) or 1)
+        one, two, three, four, end = [TokenEvent("r", n) for n in range(4)] + [
+            TokenEvent("r", None, finish=FinishReason.STOP)
+        ]
+        mailbox.put([one, two])  # nobody waits yet
+        assert await anext(stream) is one
+        mailbox.put([three])  # behind the second
+        assert (await anext(stream), await anext(stream)) == (two, three)
+        assert not asked
+        waiting = asyncio.ensure_future(anext(stream))
+        await asyncio.sleep(0)
+        mailbox.put([four])
+        assert asked == [1]
+        mailbox.put([four, end])  # one is taken
+        assert await waiting is end
+        assert asked == [1, 2]
+
+    async def test_what_it_raises_ends_that_stream_alone(self) -> None:
+        loop, aborted = asyncio.get_running_loop(), list[str]()
+        mailboxes = [Mailbox(loop) for _ in range(2)]
+        streams = [EventStream(str(n), mailbox, aborted.append) for n, mailbox in enumerate(mailboxes)]
+
+        def fail(events: Sequence[TokenEvent]) -> int:
+            raise ValueError("broken")
+
+        streams[0].divert(fail)
+        waiting = [asyncio.ensure_future(anext(stream)) for stream in streams]
+        await asyncio.sleep(0)
+        put_all([(mailbox, [TokenEvent("", 7)]) for mailbox in mailboxes])
+        with pytest.raises(ValueError, match="broken"):
+            await waiting[0]
+        assert (await waiting[1]).token_id == 7
+        await streams[0].aclose()
+        assert aborted == ["0"]
+
+    async def test_closing_ends_it(self) -> None:
+        mailbox = Mailbox(asyncio.get_running_loop())
+        stream = EventStream("r", mailbox, lambda request_id: None)
+        stream.divert(lambda events: pytest.fail("asked"))
+        waiting = asyncio.ensure_future(anext(stream))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        mailbox.put([TokenEvent("r", 1)])  # the cancelled consumer has not run yet
+        await asyncio.gather(waiting, return_exceptions=True)
+        await stream.aclose()
+        mailbox.put([TokenEvent("r", 2)])
 
 
 class TestRefusing:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from loraplex.server.models import rotary as module
 from loraplex.server.models.config import ModelConfig
 from loraplex.server.models.rotary import RotaryTable, inv_freq
 
@@ -138,6 +139,20 @@ def test_tables_are_transformers(tmp_path: Path, name: str) -> None:
         atol = 2e-3 if rope.kind == "dynamic" else 1e-6
         torch.testing.assert_close(cos, wanted_cos, atol=atol, rtol=0)
         torch.testing.assert_close(sin, wanted_sin, atol=atol, rtol=0)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_is_kept_is_what_is_computed(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the bit, one token or many, on both sides of the last position that is kept."""
+    (rope,) = read(tmp_path, CONFIGS[name]).ropes
+    keeping = RotaryTable(rope, torch.device("cpu"))
+    monkeypatch.setattr(module, "TABLE_BYTES", 0)
+    computing = RotaryTable(rope, torch.device("cpu"))
+    for positions in ([0], [99], [7, 3, 99, 4], [*range(100)], [4095], [8190, 8191], [8192]):
+        arguments = torch.tensor(positions), (0, len(positions)), (max(positions) + 1,)
+        for kept, computed in zip(keeping.gather(*arguments), computing.gather(*arguments), strict=True):
+            assert torch.equal(kept, computed)
+            assert kept.is_contiguous()
 
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name != "dynamic"])

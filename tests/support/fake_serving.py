@@ -23,6 +23,7 @@ from loraplex.server.engine.on_demand import OnDemand
 from loraplex.server.engine.page_map import PageOwners
 from loraplex.server.engine.request import FinishReason, GenerationRequest, TokenEvent
 from loraplex.server.engine.stats import AdapterPlace, TierStats
+from loraplex.server.engine.streams import Shortcut
 from loraplex.server.engine.tokenizer import Tokenizer
 from loraplex.server.engine_metrics import Limits
 from loraplex.server.metrics import Metrics
@@ -84,6 +85,7 @@ class FakeEvents:
     def __init__(self, engine: FakeEngine, request: GenerationRequest, script: Sequence[TokenEvent]) -> None:
         self._engine, self._request, self._script = engine, request, list(script)
         self._open = True
+        self._shortcut: Shortcut | None = None
 
     def __aiter__(self) -> AsyncIterator[TokenEvent]:
         return self
@@ -91,14 +93,23 @@ class FakeEvents:
     async def __anext__(self) -> TokenEvent:
         if not self._open:
             raise StopAsyncIteration
-        await asyncio.sleep(0)
-        await self._engine.gate.wait()
+        taken = 1
+        while taken:
+            await asyncio.sleep(0)
+            await self._engine.gate.wait()
+            delivery = self._script[: self._engine.together]
+            stopped = self._request.request_id in self._engine.stopped
+            taken = self._shortcut(delivery) if self._shortcut is not None and not stopped else 0
+            del self._script[:taken]
         event = self._script.pop(0)
         if self._request.request_id in self._engine.stopped:
             event = TokenEvent(self._request.request_id, None, finish=FinishReason.ABORT)
         if event.finish is not None:
             self._end()
         return event
+
+    def divert(self, shortcut: Shortcut) -> None:
+        self._shortcut = shortcut
 
     async def aclose(self) -> None:
         if self._open:
@@ -123,6 +134,7 @@ class FakeEngine:
         self.aborted: list[str] = []  # by closing their events
         self.stopped: set[str] = set()  # by id
         self.refusal: Exception | None = None
+        self.together = 1  # events that a shortcut is given at once
         self.gate = asyncio.Event()
         self.gate.set()
         self.current = Stats()
