@@ -267,7 +267,7 @@ class ResidencyMachine(RuleBasedStateMachine):
 
 
 TestResidency = ResidencyMachine.TestCase
-TestResidency.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+TestResidency.settings = settings(max_examples=40, stateful_step_count=30)
 
 
 def _residency(num_slots: int = 4, num_pages: int = 400) -> tuple[Residency, Tensor]:

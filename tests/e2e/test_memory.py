@@ -124,7 +124,7 @@ async def flood(url: str) -> list[str]:
             {"temperature": 0.8, "top_k": 20, "min_p": 0.01, "presence_penalty": 0.5, "repetition_penalty": 1.1},
         ]
         bodies.append({**body, **rng.choice(ways)})
-    async with httpx.AsyncClient(timeout=120, limits=httpx.Limits(max_connections=STREAMS)) as client:
+    async with httpx.AsyncClient(timeout=None, limits=httpx.Limits(max_connections=STREAMS)) as client:
         answers = await asyncio.gather(*(client.post(f"{url}/v1/completions", json=body) for body in bodies))
     return [answer.text for answer in answers if answer.status_code != 200]
 

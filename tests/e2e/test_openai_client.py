@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from loraplex.server.engine.build import EngineConfig
 from tests.support.live_server import LiveServer, live_server
 from tests.support.peft_adapters import PeftAdapter, make_peft_adapter
 from tests.support.tiny import EOS, load_oracle, make_tiny_model, make_tiny_tokenizer
+from tests.support.waiting import wait_for
 
 MESSAGES: list[Any] = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is the end, é?"}]
 ADAPTERS = {
@@ -76,17 +76,10 @@ def async_client(served: Served) -> openai.AsyncOpenAI:
     return openai.AsyncOpenAI(base_url=f"{served.live.url}/v1", api_key="none", max_retries=0)
 
 
-def until(condition: Callable[[], bool], seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-
-
 def assert_idle(served: Served) -> None:
     """Nobody runs and no page is held for keys and values."""
-    until(lambda: served.live.parts.engine.stats().running == 0)
-    until(lambda: served.live.parts.engine.stats().kv_usage == 0)
+    wait_for(lambda: served.live.parts.engine.stats().running == 0)
+    wait_for(lambda: served.live.parts.engine.stats().kv_usage == 0)
 
 
 @pytest.mark.parametrize("name", ["tiny", *ADAPTERS, "tiny:wide"])
@@ -307,7 +300,7 @@ def test_unloading_lets_a_stream_finish(served: Served, tmp_path: Path) -> None:
     pieces += [chunk.choices[0].text for chunk in stream]
     expected = Served(served.live, served.client, {"brief": adapter.model}).greedy("brief", prompt, 60)
     assert "".join(pieces) == served.text(expected)
-    until(lambda: served.live.parts.adapters.registry.draining() == ())
+    wait_for(lambda: served.live.parts.adapters.registry.draining() == ())
 
 
 # ------------------------------------------------------------------------------------------------------------ errors
@@ -349,7 +342,7 @@ def test_a_client_that_leaves_frees_its_pages(served: Served, stream: bool) -> N
     connection.request("POST", "/v1/completions", json.dumps(body))
     if stream:
         connection.getresponse().read(1)
-    until(lambda: stats().generation_tokens > before)
+    wait_for(lambda: stats().generation_tokens > before)
     connection.close()
     assert_idle(served)
     assert stats().waiting == 0

@@ -300,7 +300,7 @@ class HostMemory(RuleBasedStateMachine):
 
 
 TestHostMemory = HostMemory.TestCase
-TestHostMemory.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestHostMemory.settings = settings(max_examples=150, stateful_step_count=40)
 
 
 @pytest.fixture

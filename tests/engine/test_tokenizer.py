@@ -102,7 +102,7 @@ def _copy_with(folder: Path, target: Path, *, drop: tuple[str, ...] = (), **conf
 
 
 @given(text=st.text(max_size=60))
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 def test_encodes_and_decodes_as_transformers(tokenizer: Tokenizer, oracle: Any, text: str) -> None:
     ids = tokenizer.encode(text)
     assert ids == oracle(text)["input_ids"]
@@ -187,7 +187,7 @@ def test_truncation_and_padding_stored_in_the_file_do_not_act(folder: Path, tmp_
 
 
 @given(text=st.text(alphabet=st.sampled_from("aé€😀 \n�the"), max_size=30))
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 def test_token_bytes_join_to_the_text(tokenizer: Tokenizer, text: str) -> None:
     ids = tokenizer.encode(text, add_special_tokens=False)
     assert b"".join(map(tokenizer.token_bytes, ids)) == text.encode()

@@ -33,8 +33,8 @@ from tests.support.replicas import (
     make_base,
     requests_of,
     running,
-    wait_for,
 )
+from tests.support.waiting import wait_for
 
 RAY = Path(__file__).parents[2] / ".venv-routers" / "ray" / "bin"
 

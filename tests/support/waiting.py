@@ -10,11 +10,11 @@ LIMIT = 240.0
 """Seconds. pytest ends a test after 300, without telling what was waited for."""
 
 
-def wait_for(found: Callable[[], bool], what: str = "it") -> None:
-    """Until it is so. Raises AssertionError, with `what` did not come, after LIMIT seconds."""
+def wait_for(found: Callable[[], bool], wrong: str = "still not so") -> None:
+    """Until it is so. Raises AssertionError, with what is wrong then, after LIMIT seconds."""
     deadline = time.monotonic() + LIMIT
     while not found():
-        assert time.monotonic() < deadline, f"after {LIMIT:g} s: {what} did not come"
+        assert time.monotonic() < deadline, f"after {LIMIT:g} s: {wrong}"
         time.sleep(0.005)
 
 
