@@ -3,8 +3,9 @@
 In processes of their own: triton reads TRITON_INTERPRET when it is imported, and one process cannot compile as well.
 Two at once: they wait for nothing but a core.
 
-By default a part of their cases, which goes through the same lines and branches of kernels/gpu as all of them; with
-CI_FULL=1 all, which takes three times as long.
+By default a part of their cases, with CI_FULL=1 all, which takes three times as long. The part has every value of every
+parameter and goes through every line and branch of every kernel (coverage says so; what it leaves out of kernels/gpu is
+the guards for tensors without elements).
 """
 
 from __future__ import annotations
