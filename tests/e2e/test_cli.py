@@ -192,7 +192,7 @@ def run_curl(line: str) -> httpx.Response:
     assert words[0] == "curl"
     body = words[words.index("-d") + 1] if "-d" in words else None
     if body is None:
-        return httpx.get(words[1])
+        return httpx.get(words[1], timeout=LIMIT)
     assert words[words.index("-H") + 1] == "Content-Type: application/json"
     return httpx.post(words[1], content=body, headers={"Content-Type": "application/json"}, timeout=LIMIT)
 
@@ -211,7 +211,7 @@ def test_serve_adapters_and_stop(base: Path, adapters: Path) -> None:
         answer = run_curl(adapted)
         assert (answer.status_code, answer.json()["model"]) == (200, "good")
         url = address.split(" at ")[1]
-        refused = httpx.post(f"{url}/v1/completions", json={"model": "damaged", "prompt": "x"})
+        refused = httpx.post(f"{url}/v1/completions", json={"model": "damaged", "prompt": "x"}, timeout=LIMIT)
         assert refused.status_code == 400
         assert "adapter_model.safetensors" in refused.json()["error"]["message"]
         process.send_signal(signal.SIGTERM)

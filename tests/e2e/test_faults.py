@@ -84,7 +84,7 @@ def load(url: str, name: str, source: str) -> httpx.Response:
 
 
 def names(url: str) -> set[str]:
-    return {card["id"] for card in httpx.get(f"{url}/v1/models").json()["data"]}
+    return {card["id"] for card in httpx.get(f"{url}/v1/models", timeout=LIMIT).json()["data"]}
 
 
 # ---- sources --------------------------------------------------------------------------------------------------------
@@ -146,7 +146,7 @@ def test_a_source_that_vanishes_before_it_was_read(live: LiveServer, adapters: P
     assert 400 <= answer.status_code < 500
     assert "gone" in answer.json()["error"]["message"]
     assert ask(live.url, "here").status_code == 200
-    assert httpx.get(f"{live.url}/health").status_code == 200
+    assert httpx.get(f"{live.url}/health", timeout=LIMIT).status_code == 200
 
 
 def test_a_source_that_vanishes_while_it_is_in_use(live: LiveServer, adapters: Path, tmp_path: Path) -> None:
@@ -173,7 +173,7 @@ def test_an_adapter_whose_values_overflow(live: LiveServer, adapters: Path, tmp_
         assert refused.status_code == 500
         assert "'loud' are NaN or infinite" in refused.json()["error"]["message"]
     assert ask(live.url, "loud", stream=True).status_code == 500  # known before the first event
-    assert httpx.get(f"{live.url}/health").status_code == 200
+    assert httpx.get(f"{live.url}/health", timeout=LIMIT).status_code == 200
 
 
 # ---- clients --------------------------------------------------------------------------------------------------------
@@ -248,7 +248,7 @@ def test_the_clock_on_the_wall_jumps(live: LiveServer, monkeypatch: pytest.Monke
         rest = list(lines)
     assert [line for line in rest if line][-1] == "data: [DONE]"
     assert text_of(ask(live.url, tokens=200, timeout=LIMIT)) == expected
-    scraped = httpx.get(f"{live.url}/metrics").text
+    scraped = httpx.get(f"{live.url}/metrics", timeout=LIMIT).text
     for name in ("e2e_request_latency_seconds", "request_queue_time_seconds", "time_to_first_token_seconds"):
         [line] = [line for line in scraped.splitlines() if line.startswith(f"vllm:{name}_sum")]
         assert 0 <= float(line.split()[-1]) < 3600
@@ -275,7 +275,7 @@ def test_a_step_that_memory_runs_out_in(live: LiveServer) -> None:
         runner.execute = execute  # type: ignore[method-assign]
     assert failures > 0
     assert {text_of(answer) for answer in answers} == {alone}
-    assert httpx.get(f"{live.url}/health").status_code == 200
+    assert httpx.get(f"{live.url}/health", timeout=LIMIT).status_code == 200
 
 
 # ---- kill -9 --------------------------------------------------------------------------------------------------------
@@ -311,7 +311,7 @@ def test_killed_during_a_load_and_started_again(base: Path, adapters: Path, web:
         assert ask(url, "half").status_code == 404
         assert load(url, "half", half).status_code == 200
         assert text_of(ask(url, "half")) not in before.values()
-        unloaded = httpx.post(f"{url}/v1/unload_lora_adapter", json={"lora_name": "local"})
+        unloaded = httpx.post(f"{url}/v1/unload_lora_adapter", json={"lora_name": "local"}, timeout=LIMIT)
         assert unloaded.status_code == 200
         process.kill()
     with serving(*arguments) as (_, lines):

@@ -17,6 +17,7 @@ import pytest
 
 from loraplex.benchmarks.random_adapters import make_adapters
 from tests.support.tiny import make_tiny_model, make_tiny_tokenizer
+from tests.support.waiting import LIMIT
 
 MIB = 1 << 20
 ADAPTERS, STREAMS, REQUESTS = 40, 48, 120
@@ -74,7 +75,7 @@ class Server:
         return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))) * 1024
 
     def pages(self) -> dict[str, float]:
-        text = httpx.get(f"{self.url}/metrics").text
+        text = httpx.get(f"{self.url}/metrics", timeout=LIMIT).text
         return {owner: float(n) for owner, n in re.findall(r'loraplex:pages\{.*owner="(\w+)"\} (\S+)', text)}
 
 

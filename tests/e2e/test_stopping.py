@@ -109,11 +109,13 @@ def test_a_running_stream_ends_and_new_work_goes_elsewhere(slow: Callable[..., A
         server.stream(tokens=200)
         server.hold.touch()
         server.process.send_signal(number)
-        wait_for(lambda: httpx.get(f"{server.url}/ready").status_code == 503)  # a new connection: it still listens
+        wait_for(
+            lambda: httpx.get(f"{server.url}/ready", timeout=LIMIT).status_code == 503
+        )  # a new connection: it still listens
         refused = server.ask()
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
         assert 1 <= int(refused.headers["retry-after"]) <= 60
-        assert httpx.get(f"{server.url}/health").status_code == 200
+        assert httpx.get(f"{server.url}/health", timeout=LIMIT).status_code == 200
         assert not server.ended
         server.hold.unlink()
         code, err = server.end()
@@ -145,7 +147,7 @@ def test_a_second_signal_ends_it_at_once(slow: Callable[..., Any]) -> None:
         server.stream(tokens=450)
         server.hold.touch()
         server.process.send_signal(signal.SIGTERM)
-        wait_for(lambda: httpx.get(f"{server.url}/ready").status_code == 503)
+        wait_for(lambda: httpx.get(f"{server.url}/ready", timeout=LIMIT).status_code == 503)
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(LIMIT) == 128 + signal.SIGTERM
         server._reader.join(LIMIT)
