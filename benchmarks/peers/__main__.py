@@ -1,6 +1,6 @@
 """Served tokens per second beside other servers, on one machine, turn by turn.
 
-    python -m loraplex.benchmarks.peers [--rounds 2] [--loads 1,2,3,4] [--peers llama.cpp,vllm,peft] [--out FILE]
+    python -m loraplex.benchmarks.peers [--rounds 2] [--loads 1,2,3,4] [--peers llama.cpp,vllm,peft] [--out [FOLDER]]
 
 SmolLM2-135M in bf16; prompts of 96 tokens, 64 tokens out, greedy, end of sequence ignored, streamed over HTTP, closed
 loop; adapters of rank 16 on all seven linears, random weights. In every round all run one after the other, in an order
@@ -12,20 +12,18 @@ llama.cpp is built once, ten minutes of one core, and vLLM is installed once, 3.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 
+from loraplex.benchmarks import kept
 from loraplex.benchmarks.peers import llamacpp, peft_batch, vllm_cpu
 from loraplex.benchmarks.peers.peer import Figures, Peer, Running, Skipped, ours
 from loraplex.benchmarks.peers.report import OURS, Row, table
-from loraplex.benchmarks.provenance import Provenance
 from loraplex.benchmarks.random_adapters import make_adapters
 from loraplex.benchmarks.readme_loads import LOADS, Load
 from loraplex.server.models.demo import default_cache_dir, ensure_demo_base
@@ -43,7 +41,7 @@ def main() -> None:
         "--folder", type=Path, default=default_cache_dir() / "peers", help="what is built, installed and converted"
     )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="of building llama.cpp")
-    parser.add_argument("--out", type=Path, help="a JSON file of every round, with the machine and all versions")
+    kept.add_option(parser)
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as on Ctrl-C, what was started is stopped
     wanted = arguments.peers.split(",")
@@ -67,14 +65,11 @@ def main() -> None:
     print("\n".join(["", *table(rows)]))
     if arguments.out:
         content = {
-            "measured": Provenance.here().as_json(),
-            "date": datetime.now(UTC).date().isoformat(),
             "peers": {peer.name: dict(peer.versions) for peer in peers},
             "left_out": missing,
             "rows": [row.as_json() for row in rows],
         }
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(content, indent=1) + "\n")
+        kept.write("peers", content, arguments.out)
 
 
 def prepare(makers: Mapping[str, Callable[[], Peer]]) -> tuple[list[Peer], dict[str, str]]:
