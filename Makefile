@@ -5,6 +5,7 @@ HOST ?= 127.0.0.1
 PORT ?= 8000
 SERVE_FLAGS ?=
 PYTEST_FLAGS ?=
+JOBS ?= 2
 
 # An extra package index for torch alone: PyPI's Linux build brings gigabytes of CUDA; PyTorch's own CPU index has one without.
 TORCH_INDEX ?=
@@ -25,7 +26,7 @@ TESTS := $(TEST_ORDER) $(filter-out $(TEST_ORDER) tests/support tests/routers te
 help:
 	@echo 'make serve    talk to the demo base and the example adapters on http://$(HOST):$(PORT) (HOST=, PORT=, SERVE_FLAGS=)'
 	@echo '              HOST=0.0.0.0 lets others in: it needs SERVE_FLAGS="--api-keys FILE", or --no-auth for everybody'
-	@echo 'make test     lint, then every test (PYTEST_FLAGS=)'
+	@echo 'make test     lint, then every test, JOBS=2 at a time (PYTEST_FLAGS=)'
 	@echo 'make test-routers  two servers behind the routers of SGLang and vLLM, and under Ray Serve'
 	@echo 'make test-clients  LangChain, LiteLLM, lm-eval, lorax-client and schemathesis against a server (CLIENTS=)'
 	@echo 'make test-aiperf   the load harness beside aiperf'
@@ -43,8 +44,9 @@ bench: install
 	$(BIN)/python -m loraplex.benchmarks.short
 	$(BIN)/python -m loraplex.benchmarks.readme
 
+# Side by side, file by file and in order: most tests keep one core busy, or wait for a process to start.
 test: lint
-	$(BIN)/pytest $(PYTEST_FLAGS) $(TESTS)
+	$(BIN)/pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_FLAGS) $(TESTS)
 
 # Servers from here behind routers from PyPI, and as a Ray Serve application.
 test-routers: install-dev $(ROUTERS)/.installed

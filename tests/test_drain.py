@@ -11,6 +11,7 @@ import pytest
 from loraplex.server import drain as drain_module
 from loraplex.server.drain import Drain, Shutdown
 from loraplex.server.engine.request import ShuttingDown
+from tests.support.waiting import LIMIT, turns, until
 
 
 class World:
@@ -59,10 +60,10 @@ async def test_running_answers_finish_before_anything_is_stopped() -> None:
     answer = asyncio.create_task(world.answer(done))
     await asyncio.sleep(0)
     world.shutdown.ask()
-    await asyncio.sleep(0.05)
+    await turns()
     assert (world.events, world.drain.is_draining, world.drain.num_open) == ([], True, 1)
     done.set()
-    await asyncio.wait_for(world.task, 5)
+    await asyncio.wait_for(world.task, LIMIT)
     assert await answer == "finished"
     assert world.events == ["exit 0", "engine stopped", "close"]
 
@@ -72,7 +73,7 @@ async def test_who_outlasts_the_grace_time_is_told() -> None:
     answers = [asyncio.create_task(world.answer(asyncio.Event())) for _ in range(3)]
     await asyncio.sleep(0)
     world.shutdown.ask()
-    await asyncio.wait_for(world.task, 5)
+    await asyncio.wait_for(world.task, LIMIT)
     assert [await answer for answer in answers] == ["told why"] * 3
     assert world.events == ["exit 0", "engine stopped", "close"]
 
@@ -81,7 +82,7 @@ async def test_an_idle_server_ends_at_once() -> None:
     world = World(grace=60.0)
     await asyncio.sleep(0)
     world.shutdown.ask()
-    await asyncio.wait_for(world.task, 5)
+    await asyncio.wait_for(world.task, LIMIT)
     assert world.events == ["exit 0", "engine stopped", "close"]
 
 
@@ -90,12 +91,12 @@ async def test_a_crash_waits_for_no_grace_time() -> None:
     answer = asyncio.create_task(world.answer(asyncio.Event()))
     await asyncio.sleep(0)
     world.shutdown.ask()  # also one in the middle of a drain
-    await asyncio.sleep(0.02)
+    await until(lambda: world.drain.is_draining)
     await asyncio.to_thread(world.shutdown.crash)  # from the engine's thread, as it is
-    await asyncio.sleep(0.02)
+    await until(lambda: world.events != [])
     assert world.events == ["exit 1"]
     world.cut_off.set()  # the dying engine has told everybody
-    await asyncio.wait_for(world.task, 5)
+    await asyncio.wait_for(world.task, LIMIT)
     assert await answer == "told why"
     assert world.events == ["exit 1", "close"]
 
@@ -105,7 +106,7 @@ async def test_an_answer_that_never_ends_does_not_keep_the_server(monkeypatch: p
     world = World(grace=0.0)
     with world.drain.at_work():
         world.shutdown.ask()
-        await asyncio.wait_for(world.task, 5)
+        await asyncio.wait_for(world.task, LIMIT)
     assert world.events[-1] == "close"
 
 
@@ -116,7 +117,7 @@ async def test_a_second_signal_ends_the_process(monkeypatch: pytest.MonkeyPatch)
     with world.drain.at_work():
         await asyncio.sleep(0)
         world.shutdown.ask(signal.SIGTERM)
-        await asyncio.sleep(0.02)
+        await until(lambda: world.drain.is_draining)
         assert codes == []
         world.shutdown.ask(signal.SIGINT)
         assert codes == [130]

@@ -12,6 +12,7 @@ import pytest
 from loraplex.server.exchange import ChoiceTimes, Exchange, exchanging, request_id
 from loraplex.server.logs import JsonFormatter, access_fields, log_access
 from loraplex.server.usage import GAPS, Buckets
+from tests.support.waiting import turns
 
 
 def choice(reason: str, *, first: float | None, tokens: int, adapter: str = "sql") -> ChoiceTimes:
@@ -115,20 +116,21 @@ def test_a_traceback_is_one_line_of_json() -> None:
 
 async def test_an_exchange_ends_with_the_last_that_holds_it() -> None:
     ended: list[int] = []
+    go_on = asyncio.Event()
     made = Exchange("r", "POST", "/", on_end=lambda exchange: ended.append(exchange.tokens))
 
     async def in_background() -> None:
         with made.held():
-            await asyncio.sleep(0.02)
+            await go_on.wait()
             made.add(choice("stop", first=None, tokens=5))
 
     with exchanging(made):
         task = asyncio.create_task(in_background())  # it has not run when the response is out
-    await asyncio.sleep(0.005)
+    await turns()
     assert ended == []
+    go_on.set()
     await task
-    await asyncio.sleep(0)
-    await asyncio.sleep(0)
+    await turns()
     assert ended == [5]
 
 

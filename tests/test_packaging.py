@@ -18,6 +18,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from tests.support.waiting import LIMIT
+
 ROOT = Path(__file__).parent.parent
 PARTS = ("server", "kernels", "adapters", "benchmarks")
 
@@ -165,7 +167,7 @@ def test_wheel_holds_every_module_and_nothing_else(pyproject: dict[str, Any], tm
             shutil.copytree(ROOT / part, source / part, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index"]
     result = subprocess.run(
-        [*command, "--wheel-dir", tmp_path, source], capture_output=True, text=True, timeout=120, check=False
+        [*command, "--wheel-dir", tmp_path, source], capture_output=True, text=True, timeout=LIMIT, check=False
     )
     assert result.returncode == 0, result.stderr
 

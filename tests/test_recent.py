@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from loraplex.server.recent import SECONDS, Recent
@@ -18,7 +18,6 @@ class Clock:
         return self.now
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 3 * SECONDS), st.booleans(), st.integers(1, 500)), max_size=80))
 def test_each_second_has_what_was_counted_in_it(events: list[tuple[int, bool, int]]) -> None:
     clock = Clock()

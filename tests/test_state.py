@@ -72,7 +72,7 @@ def restored(folder: Path) -> Manager:
 names = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.dictionaries(names, st.builds(Remembered, names, st.booleans(), st.booleans()), max_size=6))
 def test_what_is_written_is_read(tmp_path_factory: pytest.TempPathFactory, adapters: dict[str, Remembered]) -> None:
     state = StateFile(tmp_path_factory.mktemp("state"))

@@ -65,7 +65,7 @@ def test_names_that_callers_made_up_cannot_break_the_format() -> None:
     assert read(table)["tenant_requests_total"] == {name: 1, OTHER: 0}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.tuples(st.integers(0, 30), st.integers(1, 5)), max_size=300),
     st.integers(0, 5),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -54,6 +55,9 @@ class Shape:
             Site.DOWN: (self.inner, (self.hidden,)),
         }
 
+
+PERIOD = 262_147
+"""Numbers drawn before they come again: a prime, so that no two rows of a tensor and no two tiles are alike."""
 
 SMOLLM2 = Shape("SmolLM2-135M", 576, 1536, 9, 3, 64)
 LLAMA3 = Shape("Llama-3.1-8B", 4096, 14336, 32, 8, 128)
@@ -110,7 +114,7 @@ def make_work(
     blocks = -(-max(lens) // BLOCK_SIZE)
     blocks_of = torch.randperm(len(counts) * blocks, generator=generator).view(len(counts), blocks).int()
     page = 2 * shape.kv_heads * BLOCK_SIZE * shape.head_dim
-    pages = torch.randn(len(counts) * blocks, page, generator=generator).to(device, dtype)
+    pages = _normal(len(counts) * blocks * page, generator).to(dtype).to(device)
     planes = pages.view(-1, 2, shape.kv_heads, BLOCK_SIZE, shape.head_dim)
     places = [
         int(blocks_of[i, position // BLOCK_SIZE]) * BLOCK_SIZE + position % BLOCK_SIZE
@@ -142,7 +146,7 @@ def _adapters(
     def put(n: int, columns: int) -> int:
         nonlocal end
         length = -(-n * columns * element_bytes(dtype) // ALIGN) * ALIGN // element_bytes(dtype)
-        strips.append((torch.randn(length, generator=generator) / columns**0.5).to(dtype))
+        strips.append((_normal(length, generator) / columns**0.5).to(dtype))
         begin, end = end, end + length * element_bytes(dtype) // ALIGN
         return begin
 
@@ -230,6 +234,12 @@ def run_all(ops: Backend, work: Work) -> list[Tensor]:
 
 def _randn(ops: Backend, work: Work, *shape: int, seed: int = 0) -> Tensor:
     if (*shape, seed) not in work.inputs:
-        drawn = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+        drawn = _normal(math.prod(shape), torch.Generator().manual_seed(seed)).view(shape)
         work.inputs[*shape, seed] = drawn.to(ops.device, work.dtype)
     return work.inputs[*shape, seed]
+
+
+def _normal(count: int, generator: torch.Generator) -> Tensor:
+    """[count] fp32. Long ones repeat themselves: drawing the weights of Phi-3-mini would take longer than all ops."""
+    drawn = torch.randn(min(count, PERIOD), generator=generator)
+    return drawn if count <= PERIOD else drawn.repeat(-(-count // PERIOD))[:count]

@@ -124,7 +124,7 @@ def test_archives_without_one_adapter(tmp_path: Path, files: dict[str, bytes], m
         attempt(tmp_path, tar(files))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_damage_is_refused_or_harmless(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     whole = tar({name: content[:3000] for name, content in FILES.items()})

@@ -20,8 +20,8 @@ from loraplex.adapters.registry import AdapterVersion, Registry
 from loraplex.adapters.tiles import AdapterImage, BaseLayout
 from loraplex.kernels.metadata import Projection, Site
 from support.adapter_reading import put, read, same_image, write_adapter
+from tests.support.waiting import LIMIT
 
-SOON = 30.0
 WEIGHTS = "adapter_model.safetensors"
 Q = Projection("self_attn.q_proj", Site.QKV, 64, 0, 64, False)
 LAYOUT = BaseLayout("tiny-base", 6, (Q,), 1024, torch.bfloat16)
@@ -49,7 +49,7 @@ class Rig:
         )
 
     def image(self, version: AdapterVersion) -> AdapterImage:
-        image = self.loader.ensure(version).result(SOON).image
+        image = self.loader.ensure(version).result(LIMIT).image
         assert isinstance(image, AdapterImage)
         return image
 
@@ -64,7 +64,7 @@ def rig(monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
     monkeypatch.setattr(reader, "CHANGED_WAIT", 1e-3)
     rig = Rig()
     yield rig
-    rig.loader.shutdown(SOON)
+    rig.loader.shutdown(LIMIT)
 
 
 def spoil(folder: Path) -> None:
@@ -80,10 +80,10 @@ def test_a_bad_adapter_fails_alone_and_works_once_repaired(rig: Rig, tmp_path: P
     spoil(bad_folder)
     bad = rig.register(bad_folder)
     waiting = [rig.loader.ensure(bad), rig.loader.ensure(good), rig.loader.ensure(bad, Priority.LOOKAHEAD)]
-    assert waiting[1].result(SOON).digest == good.digest
+    assert waiting[1].result(LIMIT).digest == good.digest
     for future in (waiting[0], waiting[2], rig.loader.ensure(bad)):
         with pytest.raises(AdapterRefused, match="NaN") as caught:
-            future.result(SOON)
+            future.result(LIMIT)
         assert caught.value.code == "not_finite"
     assert bad.digest is None
     write_adapter(bad_folder, LAYOUT, seed=3)
@@ -156,7 +156,7 @@ def test_files_rewritten_under_load(rig: Rig, tmp_path: Path, in_place: bool) ->
     turns = threading.Semaphore(0)
 
     def write() -> None:
-        while turns.acquire(timeout=SOON) and not stop.is_set():
+        while turns.acquire(timeout=LIMIT) and not stop.is_set():
             content = contents[written[0] % len(contents)]
             written[0] += 1
             if in_place:
@@ -175,7 +175,7 @@ def test_files_rewritten_under_load(rig: Rig, tmp_path: Path, in_place: bool) ->
                 turns.release()
             with rig.registry.lease("a") as lease:
                 try:
-                    loaded = rig.loader.ensure(lease.version).result(SOON)
+                    loaded = rig.loader.ensure(lease.version).result(LIMIT)
                 except AdapterRefused as error:
                     codes.add(error.code)
                     continue
@@ -198,10 +198,10 @@ def test_files_rewritten_under_load(rig: Rig, tmp_path: Path, in_place: bool) ->
     for thread in (writer, *servers):
         thread.start()
     for thread in servers:
-        thread.join(120)
+        thread.join(LIMIT)
     stop.set()
     turns.release()
-    writer.join(SOON)
+    writer.join(LIMIT)
     assert failures == []
     assert len(set(served)) > 1
     assert codes <= {"changed", "bad_file"} if in_place else codes <= {"changed"}

@@ -27,6 +27,7 @@ from loraplex.adapters.errors import AdapterNotFound, AdapterRefused, AdapterUna
 from loraplex.adapters.sources import Source, parse_source
 from support.web_server import Page, WebServer, web_server
 from tests.adapters.test_archive import tar
+from tests.support.waiting import LIMIT, wait_for
 
 CONFIG, WEIGHTS = b'{"peft_type": "LORA"}', os.urandom(900_000)
 WEIGHTS_PATH = "/sql/adapter_model.safetensors"
@@ -77,7 +78,7 @@ def put(web: WebServer, path: str, weights: bytes = WEIGHTS, config: bytes = CON
 
 def get(downloads: Downloads, source: Source | str, *, stale: bool = False) -> Path:
     found = parse_source(source) if isinstance(source, str) else source
-    return downloads.fetch(found, stale=stale).result(30)
+    return downloads.fetch(found, stale=stale).result(LIMIT)
 
 
 def content(folder: Path) -> tuple[bytes, bytes]:
@@ -201,7 +202,7 @@ def test_a_download_ends_in_time(make: Make, web: WebServer, drip: bool) -> None
     began = time.monotonic()
     with pytest.raises(AdapterUnavailable, match=r"--download-timeout|does not answer"):
         get(make(max_seconds=0.6, stall_seconds=30.0), web.url("/sql"))
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 60  # the whole of it would take hours
 
 
 def test_a_silent_server_is_given_up(make: Make, web: WebServer) -> None:
@@ -285,7 +286,7 @@ def test_a_hundred_who_ask_for_one_have_it_fetched_once(make: Make, web: WebServ
     for each in asked[:50]:
         each.cancel()
     gate.set()
-    folders = {each.result(30) for each in asked[50:]}
+    folders = {each.result(LIMIT) for each in asked[50:]}
     assert len(folders) == 1
     assert web.count(WEIGHTS_PATH) == 1
     assert downloads.stats().fetched == 1
@@ -304,7 +305,7 @@ def test_hosts_that_hang_keep_nobody_waiting(
         assert len(threads) == downloads_module.PER_HOST
         assert not any(each.done() for each in stuck)
         gate.set()
-        assert len(wait(stuck, 60).done) == 40
+        assert len(wait(stuck, LIMIT).done) == 40
 
 
 def test_too_many_that_wait_are_refused(make: Make, web: WebServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -313,10 +314,10 @@ def test_too_many_that_wait_are_refused(make: Make, web: WebServer, monkeypatch:
     downloads = make()
     asked = [downloads.fetch(parse_source(web.url(f"/sql?{i}"))) for i in range(downloads_module.PER_HOST + 4)]
     with pytest.raises(AdapterUnavailable, match="3 downloads wait already"):
-        asked[-1].result(5)
+        asked[-1].result(LIMIT)
     downloads.close()
     with pytest.raises(AdapterUnavailable, match="shutting down"):
-        asked[-2].result(5)
+        asked[-2].result(LIMIT)
     gate.set()
 
 
@@ -349,11 +350,10 @@ def test_several_processes_share_a_folder(make: Make, web: WebServer) -> None:
     one, other = make(), make()
     gate = web.pages[WEIGHTS_PATH].gate = threading.Event()
     futures: list[Future[Path]] = [each.fetch(parse_source(web.url("/sql"))) for each in (one, other)]
-    while web.count(WEIGHTS_PATH) == 0:
-        time.sleep(0.01)
-    time.sleep(0.05)
+    wait_for(lambda: web.count(WEIGHTS_PATH) > 0)
+    time.sleep(0.05)  # for one that would not wait; nothing hangs on it
     gate.set()
-    assert len({each.result(30) for each in futures}) == 1
+    assert len({each.result(LIMIT) for each in futures}) == 1
     assert web.count(WEIGHTS_PATH) == 1
 
 
@@ -379,10 +379,8 @@ def test_kill_in_the_middle_leaves_nothing_that_is_served(make: Make, web: WebSe
         [sys.executable, "-c", KILLED, str(tmp_path / "cache"), web.url("/sql"), str(certificate)]
     )
     try:
-        deadline = time.monotonic() + 30
-        while not any(path.stat().st_size for path in (tmp_path / "cache").glob("partial/*/*.safetensors")):
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        partial = tmp_path / "cache" / "partial"
+        wait_for(lambda: any(path.stat().st_size for path in partial.glob("*/*.safetensors")))
     finally:
         process.kill()
         process.wait()

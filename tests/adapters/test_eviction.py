@@ -110,7 +110,7 @@ class ReclaimerMachine(RuleBasedStateMachine):
 
 
 TestReclaimer = ReclaimerMachine.TestCase
-TestReclaimer.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestReclaimer.settings = settings(max_examples=150, stateful_step_count=40)
 
 
 def test_an_old_popular_thing_leaves_at_last() -> None:

@@ -19,6 +19,7 @@ from loraplex.adapters.downloads import Downloads
 from loraplex.adapters.errors import AdapterNotFound, AdapterRefused, AdapterUnavailable
 from loraplex.adapters.sources import Access, parse_source
 from tests.adapters.test_archive import tar
+from tests.support.waiting import LIMIT
 
 CONFIG, WEIGHTS = b'{"peft_type": "LORA"}', os.urandom(700_000)
 
@@ -44,7 +45,7 @@ def put(server: str, monkeypatch: pytest.MonkeyPatch) -> Put:
     def upload(name: str, data: bytes) -> None:
         url = f"{server}/upload/storage/v1/b/models/o?uploadType=media&name={name}"
         headers = {"Content-Type": "application/octet-stream"}
-        urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=10).close()
+        urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=LIMIT).close()
 
     upload("sql/adapter_config.json", CONFIG)
     upload("sql/adapter_model.safetensors", WEIGHTS)

@@ -233,7 +233,7 @@ class _Model:
         self.images = [entry for entry in self.images if entry[0] != key] + [(key, nbytes)]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(_STEP, max_size=60), _SIZES, st.booleans())
 def test_against_a_plain_list(steps: list[tuple[str, int]], sizes: list[int], exclusive: bool) -> None:
     store, model = HostStore(200, exclusive), _Model(exclusive)
@@ -301,7 +301,7 @@ _PROJECTIONS = st.builds(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.integers(1, 3), st.lists(_PROJECTIONS, min_size=1, max_size=3), st.integers(1, 40), st.integers(1, 20), st.data()
 )

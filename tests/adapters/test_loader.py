@@ -23,9 +23,7 @@ from loraplex.adapters.loader import (
     Reading,
 )
 from loraplex.adapters.registry import AdapterVersion, Registry
-
-SOON = 10.0
-"""Seconds: how long a test waits for something that takes microseconds before it fails."""
+from tests.support.waiting import LIMIT, wait_for
 
 
 class Store(dict[str, Any]):
@@ -57,7 +55,7 @@ class Sources:
         self.fresh.append(reading.fresh)
         digest = self.digests.get(source, f"digest of {source}")
         self.reading.release()
-        assert self.hanging.get(source, self.gate).wait(SOON)
+        assert self.hanging.get(source, self.gate).wait(LIMIT)
         reading.breathe()
         if source in self.errors:
             raise self.errors[source]
@@ -84,7 +82,7 @@ def loader(sources: Sources, store: Store, registry: Registry) -> Iterator[Loade
     loader = Loader(sources.parse, store, registry, threads=1, slow_after=math.inf)
     yield loader
     sources.gate.set()
-    loader.shutdown(SOON)
+    loader.shutdown(LIMIT)
 
 
 def version(source: str) -> AdapterVersion:
@@ -101,12 +99,12 @@ def begin(sources: Sources, loader: Loader, source: str) -> Future[LoadedAdapter
     """Load `source` with the gate shut; returns once its reading has begun."""
     sources.gate.clear()
     future = loader.load(source)
-    assert sources.reading.acquire(timeout=SOON)
+    assert sources.reading.acquire(timeout=LIMIT)
     return future
 
 
 def test_load_puts_the_image_into_the_store(loader: Loader, store: Store) -> None:
-    loaded = loader.load("a").result(SOON)
+    loaded = loader.load("a").result(LIMIT)
     assert loaded == LoadedAdapter("a", "digest of a", 8, ("q_proj",), 3, 1000)
     assert store == {"digest of a": "image of a"}
     assert loader.pending() == 0
@@ -117,7 +115,7 @@ def test_callers_of_one_source_share_a_reading(loader: Loader, sources: Sources)
     futures = [loader.load("a") for _ in range(5)]
     assert loader.pending() == 2
     sources.gate.set()
-    assert len({future.result(SOON) for future in futures}) == 1
+    assert len({future.result(LIMIT) for future in futures}) == 1
     assert sources.read == ["other", "a"]
 
 
@@ -127,8 +125,8 @@ def test_a_load_after_a_reading_has_begun_reads_again(loader: Loader, sources: S
     sources.digests["a"] = "new"
     second, third = loader.load("a"), loader.load("a")
     sources.gate.set()
-    assert first.result(SOON).digest == "digest of a"
-    assert second.result(SOON).digest == third.result(SOON).digest == "new"
+    assert first.result(LIMIT).digest == "digest of a"
+    assert second.result(LIMIT).digest == third.result(LIMIT).digest == "new"
     assert sources.read == ["a", "a"]
 
 
@@ -140,12 +138,12 @@ def test_a_failure_reaches_all_who_wait_and_nobody_else(loader: Loader, sources:
     sources.gate.set()
     for future in failing:
         with pytest.raises(AdapterRefused, match="x has NaN") as caught:
-            future.result(SOON)
+            future.result(LIMIT)
         assert caught.value.code == "not_finite"
-    assert good.result(SOON).digest == "digest of good"
+    assert good.result(LIMIT).digest == "digest of good"
     assert set(store) == {"digest of other", "digest of good"}
     del sources.errors["bad"]
-    assert loader.load("bad").result(SOON).digest == "digest of bad"
+    assert loader.load("bad").result(LIMIT).digest == "digest of bad"
 
 
 def test_a_failure_holds_none_of_what_was_read(loader: Loader, sources: Sources) -> None:
@@ -153,7 +151,7 @@ def test_a_failure_holds_none_of_what_was_read(loader: Loader, sources: Sources)
     for error in (AdapterRefused("not_finite", "x has NaN"), RuntimeError("a bug")):
         error.__cause__ = ValueError("within")
         sources.errors["bad"] = error
-        found = loader.load("bad").exception(SOON)
+        found = loader.load("bad").exception(LIMIT)
         assert found is error
         assert (found.__traceback__, found.__cause__, found.__context__) == (None, None, None)
 
@@ -164,14 +162,14 @@ def test_no_failure_ends_the_thread(
 ) -> None:
     sources.errors["bad"] = error
     with pytest.raises(type(error)):
-        loader.load("bad").result(SOON)
-    assert loader.load("good").result(SOON).source == "good"
+        loader.load("bad").result(LIMIT)
+    assert loader.load("good").result(LIMIT).source == "good"
     assert "'bad'" in caplog.text
 
 
 def test_what_the_store_refuses_fails_the_load(loader: Loader) -> None:
     with pytest.raises(AdapterRefused, match="no room"):
-        loader.load("enormous").result(SOON)
+        loader.load("enormous").result(LIMIT)
 
 
 def test_ensure_is_done_at_once_when_the_store_has_it(loader: Loader, sources: Sources, store: Store) -> None:
@@ -183,14 +181,14 @@ def test_ensure_is_done_at_once_when_the_store_has_it(loader: Loader, sources: S
 
 
 def test_ensure_reads_again_what_the_store_has_dropped(loader: Loader, store: Store) -> None:
-    loader.ensure(version("a")).result(SOON)
+    loader.ensure(version("a")).result(LIMIT)
     assert store == {"digest of a": "image of a"}
 
 
 def test_ensure_refuses_files_that_changed(loader: Loader, sources: Sources, store: Store) -> None:
     sources.digests["a"] = "f00d"
     with pytest.raises(AdapterRefused, match=r"'a' have changed.*f00d.*send it again") as caught:
-        loader.ensure(version("a")).result(SOON)
+        loader.ensure(version("a")).result(LIMIT)
     assert caught.value.code == "changed"
     assert store == {}, "the changed files were kept though nobody asked for them"
 
@@ -201,7 +199,7 @@ def test_ensure_refuses_files_that_changed(loader: Loader, sources: Sources, sto
 def test_the_first_load_settles_the_digest(loader: Loader, registry: Registry, sources: Sources, store: Store) -> None:
     unread = register(registry, "a")
     assert unread.digest is None
-    loaded = loader.ensure(unread).result(SOON)
+    loaded = loader.ensure(unread).result(LIMIT)
     assert unread.digest == loaded.digest == "digest of a"
     assert registry.get("a") is unread
     assert store == {"digest of a": "image of a"}
@@ -213,23 +211,23 @@ def test_the_first_load_that_fails_settles_nothing(loader: Loader, registry: Reg
     unread = register(registry, "a")
     sources.errors["a"] = AdapterRefused("not_finite", "x has NaN")
     with pytest.raises(AdapterRefused, match="NaN"):
-        loader.ensure(unread).result(SOON)
+        loader.ensure(unread).result(LIMIT)
     assert unread.digest is None
     assert registry.get("a") is unread
     del sources.errors["a"]
-    assert loader.ensure(unread).result(SOON).digest == "digest of a"
+    assert loader.ensure(unread).result(LIMIT).digest == "digest of a"
 
 
 def test_files_that_changed_are_a_new_version_under_the_same_name(
     loader: Loader, registry: Registry, sources: Sources, store: Store
 ) -> None:
     old = register(registry, "a")
-    loader.ensure(old).result(SOON)
+    loader.ensure(old).result(LIMIT)
     lease = registry.lease("a")
     store.clear()
     sources.digests["a"] = "f00d"
     with pytest.raises(AdapterRefused, match="changed"):
-        loader.ensure(old).result(SOON)
+        loader.ensure(old).result(LIMIT)
     new = registry.get("a")
     assert new is not None
     assert (new.digest, new.uid > old.uid, new.source) == ("f00d", True, "a")
@@ -248,7 +246,7 @@ def test_a_name_that_points_elsewhere_by_now_is_left_alone(
     other = registry.register("a", source="b", rank=1, targets=(), num_pages=1, nbytes=1, digest="of b", replace=True)
     sources.digests["a"] = "f00d"
     with pytest.raises(AdapterRefused, match="changed"):
-        loader.ensure(old).result(SOON)
+        loader.ensure(old).result(LIMIT)
     assert registry.get("a") is other
     assert store == {}
     lease.release()
@@ -259,11 +257,11 @@ def test_files_exchanged_before_they_were_read_once(loader: Loader, registry: Re
     unread = register(registry, "a")
     sources.ranks["a"] = 16
     with pytest.raises(AdapterRefused, match="expected another rank"):
-        loader.ensure(unread).result(SOON)
+        loader.ensure(unread).result(LIMIT)
     new = registry.get("a")
     assert new is not None
     assert (new.rank, new.digest, unread.digest) == (16, "digest of a", None)
-    assert loader.ensure(new).result(SOON).rank == 16
+    assert loader.ensure(new).result(LIMIT).rank == 16
 
 
 def test_two_names_of_one_source_are_settled_together(loader: Loader, registry: Registry, sources: Sources) -> None:
@@ -272,7 +270,7 @@ def test_two_names_of_one_source_are_settled_together(loader: Loader, registry: 
     two = registry.register("b", source="a", rank=8, targets=("q_proj",), num_pages=3, nbytes=1000)
     futures = [loader.ensure(one), loader.ensure(two)]
     sources.gate.set()
-    assert len({future.result(SOON).digest for future in futures}) == 1
+    assert len({future.result(LIMIT).digest for future in futures}) == 1
     assert one.digest == two.digest == "digest of a"
     assert sources.read == ["other", "a"]
 
@@ -288,8 +286,8 @@ def test_one_reading_serves_who_wants_the_new_files_and_refuses_who_wants_the_ol
     old, new = loader.ensure(version("a")), loader.load("a")
     sources.gate.set()
     with pytest.raises(AdapterRefused, match="changed"):
-        old.result(SOON)
-    assert new.result(SOON).digest == "new"
+        old.result(LIMIT)
+    assert new.result(LIMIT).digest == "new"
     assert "new" in store
     assert sources.read == ["other", "a"]
 
@@ -298,7 +296,7 @@ def test_ensure_joins_a_reading_begun(loader: Loader, sources: Sources) -> None:
     load = begin(sources, loader, "a")
     ensured = loader.ensure(version("a"))
     sources.gate.set()
-    assert ensured.result(SOON) == load.result(SOON)
+    assert ensured.result(LIMIT) == load.result(LIMIT)
     assert sources.read == ["a"]
 
 
@@ -309,7 +307,7 @@ def test_what_a_request_waits_for_goes_first(loader: Loader, sources: Sources) -
     futures += [loader.ensure(version("urgent")), loader.ensure(version("bulk 3")), loader.ensure(version("soon 2"))]
     sources.gate.set()
     for future in futures:
-        future.result(SOON)
+        future.result(LIMIT)
     assert sources.read == ["first", "bulk 3", "soon 2", "urgent", "soon 1", "bulk 1", "bulk 2"]
 
 
@@ -320,7 +318,7 @@ def test_nothing_waits_for_ever(loader: Loader, sources: Sources) -> None:
     futures = [loader.ensure(version(f"urgent {i}")) for i in range(2 * FAIRNESS)]
     sources.gate.set()
     for future in [patient, *futures]:
-        future.result(SOON)
+        future.result(LIMIT)
     assert sources.read.index("patient") <= FAIRNESS
 
 
@@ -329,9 +327,9 @@ def test_one_caller_giving_up_leaves_the_others_alone(loader: Loader, sources: S
     leaver, stayer = loader.load("a"), loader.load("a")
     assert leaver.cancel()
     sources.gate.set()
-    assert stayer.result(SOON).source == "a"
+    assert stayer.result(LIMIT).source == "a"
     with pytest.raises(CancelledError):
-        leaver.result(SOON)
+        leaver.result(LIMIT)
 
 
 def test_what_nobody_waits_for_any_more_is_not_read(loader: Loader, sources: Sources, store: Store) -> None:
@@ -340,7 +338,7 @@ def test_what_nobody_waits_for_any_more_is_not_read(loader: Loader, sources: Sou
     assert all(future.cancel() for future in gone)
     last = loader.load("b")
     sources.gate.set()
-    last.result(SOON)
+    last.result(LIMIT)
     assert sources.read == ["other", "b"]
     assert loader.pending() == 0
     assert loader.stats().cancelled == 1
@@ -351,11 +349,11 @@ def test_a_reading_that_nobody_waits_for_any_more_ends_at_its_next_slice(
 ) -> None:
     sources.gate.clear()
     begun = loader.ensure(version("a"))
-    assert sources.reading.acquire(timeout=SOON)
+    assert sources.reading.acquire(timeout=LIMIT)
     assert begun.cancel()
     again = loader.ensure(version("a"))  # of which the dying one is no part
     sources.gate.set()
-    assert again.result(SOON).digest == "digest of a"
+    assert again.result(LIMIT).digest == "digest of a"
     assert sources.read == ["a", "a"]
     stats = loader.stats()
     assert (stats.loads, stats.cancelled, stats.failures) == (1, 1, 0)
@@ -366,15 +364,15 @@ def test_several_threads_read_at_once_and_the_last_one_is_for_the_urgent(sources
     sources.gate.clear()
     futures = [loader.load(source) for source in "abcde"]
     for _ in range(2):
-        assert sources.reading.acquire(timeout=SOON)
+        assert sources.reading.acquire(timeout=LIMIT)
     futures.append(loader.ensure(version("urgent")))
-    assert sources.reading.acquire(timeout=SOON)
+    assert sources.reading.acquire(timeout=LIMIT)
     futures.append(loader.ensure(version("no room")))
     assert not sources.reading.acquire(blocking=False)
     assert sorted(sources.read) == ["a", "b", "urgent"]
     sources.gate.set()
-    assert [future.result(SOON).source for future in futures] == [*"abcde", "urgent", "no room"]
-    loader.shutdown(SOON)
+    assert [future.result(LIMIT).source for future in futures] == [*"abcde", "urgent", "no room"]
+    loader.shutdown(LIMIT)
 
 
 def test_sources_that_hang_cost_no_thread(sources: Sources, store: Store) -> None:
@@ -382,21 +380,21 @@ def test_sources_that_hang_cost_no_thread(sources: Sources, store: Store) -> Non
     sources.hanging = {f"hangs {i}": threading.Event() for i in range(MAX_SLOW + 5)}
     loader = Loader(sources.parse, store, Registry(), threads=1, slow_after=0.0)
     hanging = [loader.load(source) for source in sources.hanging]
-    assert loader.ensure(version("good")).result(SOON).source == "good"
+    assert loader.ensure(version("good")).result(LIMIT).source == "good"
     for _ in range(MAX_SLOW + 1):
-        assert sources.reading.acquire(timeout=SOON)
+        assert sources.reading.acquire(timeout=LIMIT)
     for event in sources.hanging.values():
         event.set()
-    assert [future.result(SOON).source for future in hanging] == list(sources.hanging)
+    assert [future.result(LIMIT).source for future in hanging] == list(sources.hanging)
     assert len([t for t in threading.enumerate() if t.name.startswith("adapter-loader")]) <= 1 + MAX_SLOW
-    loader.shutdown(SOON)
+    loader.shutdown(LIMIT)
 
 
 def test_statistics(loader: Loader, sources: Sources) -> None:
     sources.errors["bad"] = AdapterRefused("bad_file", "no")
     futures = [loader.load("a"), loader.load("bad")]
     with pytest.raises(AdapterRefused):
-        futures[1].result(SOON)
+        futures[1].result(LIMIT)
     stats = loader.stats()
     assert (stats.loads, stats.failures, stats.cancelled, stats.bytes_read, stats.pending) == (1, 1, 0, 500, 0)
     assert stats.durations.seconds > 0
@@ -414,14 +412,14 @@ def test_shutdown_fails_what_is_queued_and_finishes_what_is_read(sources: Source
     closer = threading.Thread(target=loader.shutdown)
     closer.start()
     with pytest.raises(LoaderClosed, match=r"'b'.*shutting down"):
-        queued.result(SOON)
+        queued.result(LIMIT)
     sources.gate.set()
-    assert begun.result(SOON).source == "a"
-    closer.join(SOON)
+    assert begun.result(LIMIT).source == "a"
+    closer.join(LIMIT)
     assert not closer.is_alive()
     assert not any(thread.is_alive() for thread in threads)
     with pytest.raises(LoaderClosed):
-        loader.load("c").result(SOON)
+        loader.load("c").result(LIMIT)
     loader.shutdown()
     assert sources.read == ["a"]
 
@@ -439,7 +437,7 @@ def test_many_callers_from_many_threads(loader: Loader, sources: Sources, store:
         for i in range(60):
             source = f"s{(i * 7 + offset) % 10}"
             future = loader.load(source) if i % 2 else loader.ensure(version(source))
-            answers.append((source, future.result(SOON)))
+            answers.append((source, future.result(LIMIT)))
 
     threads = [threading.Thread(target=call, args=(offset,)) for offset in range(6)]
     for thread in threads:
@@ -460,7 +458,7 @@ def test_who_joins_while_the_first_one_leaves(sources: Sources, loader: Loader) 
     wanted = version("a")
     sources.gate.clear()
     first = loader.ensure(wanted, Priority.LOOKAHEAD)
-    assert sources.reading.acquire(timeout=SOON)
+    assert sources.reading.acquire(timeout=LIMIT)
     joined: list[Future[LoadedAdapter]] = []
     cancelled = first.cancelled
 
@@ -478,9 +476,6 @@ def test_who_joins_while_the_first_one_leaves(sources: Sources, loader: Loader) 
 
     first.cancelled = look  # type: ignore[method-assign]
     sources.gate.set()
-    for _ in range(int(SOON / 0.01)):
-        if joined:
-            break
-        threading.Event().wait(0.01)
-    assert joined[0].result(SOON).source == "a"
-    joining.join(SOON)
+    wait_for(lambda: joined != [])
+    assert joined[0].result(LIMIT).source == "a"
+    joining.join(LIMIT)

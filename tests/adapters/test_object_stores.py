@@ -8,7 +8,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,8 +22,17 @@ from loraplex.adapters.downloads import Downloads
 from loraplex.adapters.errors import AdapterNotFound, AdapterRefused, AdapterUnavailable
 from loraplex.adapters.sources import Access, parse_source
 from tests.adapters.test_archive import tar
+from tests.support.waiting import LIMIT, wait_for
 
 CONFIG, WEIGHTS = b'{"peft_type": "LORA"}', os.urandom(700_000)
+
+
+def answers(url: str) -> bool:
+    try:
+        urllib.request.urlopen(url, timeout=LIMIT).close()
+    except OSError:
+        return False
+    return True
 
 
 @pytest.fixture(scope="module")
@@ -38,14 +46,7 @@ def server() -> Iterator[str]:
     )
     url = f"http://127.0.0.1:{port}"
     try:
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                urllib.request.urlopen(f"{url}/moto-api/data.json", timeout=1).close()
-                break
-            except OSError:
-                assert time.monotonic() < deadline
-                time.sleep(0.05)
+        wait_for(lambda: answers(f"{url}/moto-api/data.json"))
         yield url
     finally:
         process.kill()
@@ -67,7 +68,7 @@ def s3(server: str, monkeypatch: pytest.MonkeyPatch) -> Any:
         "AWS_EC2_METADATA_DISABLED": "true",
     }.items():
         monkeypatch.setenv(name, value)
-    urllib.request.urlopen(urllib.request.Request(f"{server}/moto-api/reset", method="POST"), timeout=10).close()
+    urllib.request.urlopen(urllib.request.Request(f"{server}/moto-api/reset", method="POST"), timeout=LIMIT).close()
     client = boto3.client("s3", endpoint_url=server, region_name="us-east-1")
     client.create_bucket(Bucket="models")
     client.put_object(Bucket="models", Key="sql/adapter_config.json", Body=CONFIG)

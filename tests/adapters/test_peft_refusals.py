@@ -726,7 +726,7 @@ KEYS = st.sampled_from(
 )
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(changes=st.dictionaries(KEYS, JSON, min_size=1, max_size=4))
 def test_any_config_is_read_or_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
     folder = Folder(tmp_path / "adapter")
@@ -739,7 +739,7 @@ def test_any_config_is_read_or_refused(tmp_path: Path, changes: dict[str, Any]) 
         assert "\n" not in str(error)  # noqa: PT017
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(place=st.floats(0, 1, exclude_max=True), value=st.integers(0, 255), header=st.booleans())
 def test_any_byte_changed_is_read_or_refused(tmp_path: Path, place: float, value: int, header: bool) -> None:
     folder = Folder(tmp_path / "adapter")

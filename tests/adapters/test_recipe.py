@@ -112,7 +112,7 @@ def _cases(draw: st.DrawFn) -> tuple[BaseLayout, dict[str, Tensor], list[str], i
     return layout, tensors, order, rank
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(_cases())
 def test_any_adapter_and_the_pages_promised_at_registration(
     tmp_path: Path, case: tuple[BaseLayout, dict[str, Tensor], list[str], int]

@@ -389,7 +389,7 @@ class RegistryMachine(RuleBasedStateMachine):
         assert {version.uid for version in self.registry.draining()} == {v.uid for v in alive} - current
 
 
-RegistryMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+RegistryMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40)
 test_registry_against_its_model = RegistryMachine.TestCase
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -15,6 +16,7 @@ from loraplex.adapters.pages import PagePool
 from loraplex.adapters.residency import Residency
 from loraplex.adapters.tiles import AdapterImage, BaseLayout, BiasDelta, LowRank, pack
 from loraplex.kernels.metadata import ALIGN, NUM_SITES, Projection, Site
+from tests.support.counted_clock import counted_clock
 
 _PROJECTIONS = (
     Projection("self_attn.q_proj", Site.QKV, 64, 0, 64, False),
@@ -43,6 +45,12 @@ def _image(seed: int) -> AdapterImage:
             if draw(6) == 0:
                 parts.append(BiasDelta(layer, projection, torch.randn(projection.out_features, generator=generator)))
     return pack(parts, _LAYOUT)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def clock() -> Iterator[None]:
+    with counted_clock("loraplex.adapters.residency"):
+        yield
 
 
 _IMAGES = {f"digest-{seed}": _image(seed) for seed in range(9)}
@@ -259,7 +267,7 @@ class ResidencyMachine(RuleBasedStateMachine):
 
 
 TestResidency = ResidencyMachine.TestCase
-TestResidency.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+TestResidency.settings = settings(max_examples=40, stateful_step_count=30)
 
 
 def _residency(num_slots: int = 4, num_pages: int = 400) -> tuple[Residency, Tensor]:

@@ -139,7 +139,7 @@ def _adapters(draw: st.DrawFn, ragged: bool) -> tuple[Parts, BaseLayout]:
     return parts, BaseLayout("base", layers, projections, page_bytes, dtype)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(_adapters(ragged=False))
 def test_an_adapter_takes_its_bytes_in_pages_and_at_most_one_more(case: tuple[Parts, BaseLayout]) -> None:
     parts, layout = case
@@ -149,7 +149,7 @@ def test_an_adapter_takes_its_bytes_in_pages_and_at_most_one_more(case: tuple[Pa
     assert len(image.pages) <= -(-nbytes // layout.page_bytes) + 1
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(_adapters(ragged=True))
 def test_ragged_rows_are_padded_and_otherwise_alike(case: tuple[Parts, BaseLayout]) -> None:
     parts, layout = case
@@ -157,7 +157,7 @@ def test_ragged_rows_are_padded_and_otherwise_alike(case: tuple[Parts, BaseLayou
     assert len(image.pages) <= -(-image.nbytes // layout.page_bytes) + 1
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(_adapters(ragged=False), st.integers(0, 3))
 def test_the_smallest_pages_still_serve(case: tuple[Parts, BaseLayout], more: int) -> None:
     """One row of A per page, and rows of B longer than a page: more pages, and still the adapter."""
@@ -166,7 +166,7 @@ def test_the_smallest_pages_still_serve(case: tuple[Parts, BaseLayout], more: in
     _check(parts, replace(layout, page_bytes=_padded(row) + more * ALIGN))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(_adapters(ragged=False) | _adapters(ragged=True), st.data(), st.booleans())
 def test_fewer_parts_never_take_more_pages(case: tuple[Parts, BaseLayout], data: st.DataObject, smallest: bool) -> None:
     """What registration tells by the header alone is an upper bound."""

@@ -12,6 +12,7 @@ import pytest
 
 from loraplex.server.engine.request import DeadlineExceeded, FinishReason, OutOfMemory, TokenEvent
 from tests.support.fake_serving import FakeServer, say
+from tests.support.waiting import until
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -23,9 +24,7 @@ def body(route: str, **fields: Any) -> dict[str, Any]:
 
 
 async def until_open(server: FakeServer, count: int) -> None:
-    async with asyncio.timeout(10):
-        while len(server.engine.open) < count:
-            await asyncio.sleep(0.001)
+    await until(lambda: len(server.engine.open) >= count)
 
 
 def chunks(response: httpx.Response) -> list[Any]:

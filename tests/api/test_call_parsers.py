@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from loraplex.server.api.call_objects import CallArguments, CallStart, Text
@@ -103,7 +103,6 @@ CASES: list[tuple[Callable[[], CallParser], str, str, list[tuple[str, str]]]] = 
 
 
 @pytest.mark.parametrize(("make", "answer", "text", "calls"), CASES)
-@settings(deadline=None)
 @given(data=st.data())
 def test_however_the_pieces_fall(
     make: Callable[[], CallParser], answer: str, text: str, calls: list[tuple[str, str]], data: st.DataObject
@@ -120,7 +119,6 @@ JSON = st.recursive(
 )
 
 
-@settings(deadline=None)
 @given(
     arguments=st.dictionaries(st.text(max_size=5), JSON, max_size=4),
     indent=st.sampled_from([None, 0, 2]),
@@ -146,7 +144,6 @@ def test_arguments_are_not_kept_to_the_end() -> None:
     assert parser.feed('": 1') == [CallArguments('": 1')]
 
 
-@settings(deadline=None)
 @given(st.text(alphabet='<tool_ca>{}[]"\\,: name\n;()=TOLCARGS_', max_size=60), st.integers(1, 5))
 @pytest.mark.parametrize("make", [hermes, llama, mistral, NamedCalls, PythonicCalls])
 def test_nothing_breaks_a_parser(make: Callable[[], CallParser], answer: str, size: int) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
 from loraplex.server.app import create_app
 from tests.support.fake_serving import FakeServer, say
+from tests.support.waiting import LIMIT, until
 
 
 class RawClient:
@@ -50,10 +51,16 @@ class RawClient:
         self.sent.append(message)
 
 
-async def until(condition: Any) -> None:
-    async with asyncio.timeout(10):
-        while not condition():
-            await asyncio.sleep(0.001)
+class Turnstile(asyncio.Event):
+    """In place of an engine's gate: lets so many tokens through, and holds all others back."""
+
+    def __init__(self, places: int) -> None:
+        super().__init__()
+        self._places = places
+
+    async def wait(self) -> Literal[True]:
+        self._places -= 1
+        return await super().wait() if self._places < 0 else True
 
 
 def body(route: str, **fields: Any) -> dict[str, Any]:
@@ -71,7 +78,7 @@ async def test_before_the_first_token(server: FakeServer, route: str, stream: bo
     await until(lambda: len(server.engine.open) == n)
     assert server.adapters.registry.leases(version) == n
     client.leave()
-    await asyncio.wait_for(client.task, 10)
+    await asyncio.wait_for(client.task, LIMIT)
     assert len(server.engine.aborted) == n
     assert not server.engine.open
     assert server.adapters.registry.leases(version) == 0
@@ -82,14 +89,14 @@ async def test_before_the_first_token(server: FakeServer, route: str, stream: bo
 async def test_in_the_middle_of_a_stream(server: FakeServer, n: int) -> None:
     version = await server.adapters.register("pirate", "/adapters/pirate")
     server.engine.script = lambda request: say(server.tokenizer, "one two three " * 3, request)
+    server.engine.gate = Turnstile(2 * n)
     route = "/v1/chat/completions"
     client = RawClient(server, route, body(route, stream=True, n=n))
     await until(lambda: '"content":"' in client.text().replace('"content":""', ""))
-    server.engine.gate.clear()
-    still_open = len(server.engine.open)
+    assert len(server.engine.open) == n
     client.leave()
-    await asyncio.wait_for(client.task, 10)
-    assert len(server.engine.aborted) == still_open > 0
+    await asyncio.wait_for(client.task, LIMIT)
+    assert len(server.engine.aborted) == n
     assert server.adapters.registry.leases(version) == 0
     assert "[DONE]" not in client.text()
 
@@ -97,7 +104,7 @@ async def test_in_the_middle_of_a_stream(server: FakeServer, n: int) -> None:
 async def test_a_client_that_stays_aborts_nothing(server: FakeServer) -> None:
     await server.adapters.register("pirate", "/adapters/pirate")
     client = RawClient(server, "/v1/completions", body("/v1/completions", stream=True))
-    await asyncio.wait_for(client.task, 10)
+    await asyncio.wait_for(client.task, LIMIT)
     assert client.text().endswith("data: [DONE]\n\n")
     assert server.engine.aborted == []
 
@@ -113,7 +120,7 @@ async def test_one_failing_choice_ends_the_others(server: FakeServer, caplog: py
 
     server.engine.script = script
     client = RawClient(server, "/v1/completions", body("/v1/completions", n=3))
-    await asyncio.wait_for(client.task, 10)
+    await asyncio.wait_for(client.task, LIMIT)
     assert client.sent[0]["status"] == 500
     assert "submit failed" not in client.text()
     assert "RuntimeError: submit failed" in caplog.text  # bugs are for the server's log

@@ -22,6 +22,7 @@ from loraplex.server.app import create_app
 from loraplex.server.rate_limits import Limits
 from loraplex.server.tenants import Key, Keyring, digest_of
 from tests.support.fake_serving import FakeServer
+from tests.support.waiting import until
 from tests.test_rate_limits import Clock
 
 ALICE, BOB, ROOT, PROMETHEUS = "lpx_alice-secret", "lpx_bob-secret", "lpx_root-secret", "lpx_prometheus-secret"
@@ -462,8 +463,7 @@ async def test_nobody_aborts_the_answers_of_others(guarded: Guarded) -> None:
     engine = guarded.server.engine
     engine.gate.clear()
     answer = asyncio.create_task(alice.post("/v1/completions", json={"model": "shared", "prompt": "a", "rid": "mine"}))
-    while not engine.requests:
-        await asyncio.sleep(0.001)
+    await until(lambda: bool(engine.requests))
     assert (await bob.post("/abort_request", json={"rid": "mine"})).json() == {"aborted": 0}
     assert engine.stopped == set()
     assert (await alice.post("/abort_request", json={"rid": "mine"})).json() == {"aborted": 1}

@@ -16,6 +16,7 @@ from loraplex.server.access import Access
 from loraplex.server.app import create_app
 from loraplex.server.tenants import Key, Keyring, digest_of
 from tests.support.fake_serving import FakeServer
+from tests.support.waiting import until
 
 KEYS = {
     "acme": Key("acme", "acme", ("**",), load_on_use=True, max_adapters=3),
@@ -154,8 +155,7 @@ async def test_what_streams_wear_is_not_taken_from_them(bounded: Server) -> None
     engine = bounded.fakes.engine
     engine.gate.clear()
     asked = [asyncio.create_task(use(acme, f"org/{i}")) for i in range(100)]
-    while len(engine.requests) < 3:
-        await asyncio.sleep(0.001)
+    await until(lambda: len(engine.requests) >= 3)
     other = asyncio.create_task(use(byte, "org/3"))
     refused = await use(acme, "org/new")
     assert refused.status_code == 429

@@ -20,6 +20,7 @@ from loraplex.server.keys_file import KeysFile
 from loraplex.server.rate_limits import Limits
 from loraplex.server.tenants import Key, Keyring, digest_of
 from tests.support.fake_serving import FakeServer
+from tests.support.waiting import turns, until
 from tests.test_rate_limits import Clock
 
 PROMPT = list(range(10, 20))  # 10 tokens
@@ -135,8 +136,7 @@ async def test_at_most_so_many_at_once_and_a_place_comes_free_however_a_request_
     engine.gate.clear()
     whole = asyncio.create_task(ask(client))
     stream = asyncio.create_task(ask(client, stream=True))
-    while len(engine.requests) < 2:
-        await asyncio.sleep(0.001)
+    await until(lambda: len(engine.requests) >= 2)
     refused = await ask(client)
     assert refused.status_code == 429
     assert "2 requests open" in refused.json()["error"]["message"]
@@ -162,13 +162,11 @@ async def test_work_in_the_background_is_open_until_it_ends(limited: Limited) ->
         "/v1/responses", json={"model": "base", "input": "hi", "background": True, "max_output_tokens": 3}
     )
     assert begun.status_code == 200
-    while not limited.server.engine.requests:
-        await asyncio.sleep(0.001)
+    await until(lambda: bool(limited.server.engine.requests))
     assert (await ask(client)).status_code == 429
     limited.server.engine.gate.set()
-    while limited.server.engine.open:
-        await asyncio.sleep(0.001)
-    await asyncio.sleep(0.01)
+    await until(lambda: not limited.server.engine.open)
+    await turns()
     assert (await ask(client)).status_code == 200
 
 
@@ -204,15 +202,13 @@ async def test_requests_under_way_outlive_their_key(limited: Limited, tmp_path: 
     engine = limited.server.engine
     engine.gate.clear()
     answer = asyncio.create_task(ask(client))
-    while not engine.requests:
-        await asyncio.sleep(0.001)
+    await until(lambda: bool(engine.requests))
     write("new")
     limited.clock.now += 2
     assert (await ask(client)).status_code == 401
     new = client.post("/v1/completions", json=body(), headers={"x-api-key": "new"})
     second = asyncio.create_task(new)
-    while len(engine.requests) < 2:
-        await asyncio.sleep(0.001)
+    await until(lambda: len(engine.requests) >= 2)
     write("k", "new")
     limited.clock.now += 2
     engine.gate.set()

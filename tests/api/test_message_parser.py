@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from loraplex.server.api.call_objects import CallArguments, CallStart, Text
@@ -31,7 +31,6 @@ CASES: list[tuple[Thought, str, list[Part]]] = [
 
 
 @pytest.mark.parametrize(("thought", "answer", "parts"), CASES)
-@settings(deadline=None)
 @given(data=st.data())
 def test_however_the_pieces_fall(thought: Thought, answer: str, parts: list[Part], data: st.DataObject) -> None:
     cuts = sorted(data.draw(st.sets(st.integers(1, len(answer) - 1), max_size=12)))

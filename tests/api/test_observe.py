@@ -9,6 +9,7 @@ import re
 import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -19,9 +20,10 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from loraplex.server.api.parts import Parts
 from loraplex.server.app import create_app
 from loraplex.server.drain import Drain
-from loraplex.server.engine.request import FinishReason, GenerationRequest, Phases, TokenEvent
+from loraplex.server.engine.request import FinishReason, GenerationRequest, TokenEvent
 from loraplex.server.tracing import Tracing, make_provider
 from tests.support.fake_serving import FakeServer, say
+from tests.support.waiting import turns, until
 
 BODY = {"model": "base", "prompt": "secret prompt", "max_tokens": 8}
 
@@ -79,7 +81,7 @@ async def test_a_request_has_a_line(
     headers = {"x-request-id": "mine-3", "authorization": "Bearer sk-secret-key"}
     body = {**BODY, "model": "sql", "n": 2, "stream": stream}
     await client.post("/v1/completions", json=body, headers=headers)
-    await asyncio.sleep(0.01)
+    await until(lambda: lines(caplog) != [])
     [line] = lines(caplog)
     assert line["request_id"] == "mine-3"
     assert (line["method"], line["path"], line["status"]) == ("POST", "/v1/completions", 200)
@@ -99,10 +101,10 @@ async def test_a_background_response_is_told_of_when_it_is_done(
     caplog.set_level(logging.INFO, "loraplex")
     server.engine.gate.clear()
     await client.post("/v1/responses", json={"model": "base", "input": "hi", "background": True})
-    await asyncio.sleep(0.02)
+    await turns()
     assert lines(caplog) == []
     server.engine.gate.set()
-    await asyncio.sleep(0.05)
+    await until(lambda: lines(caplog) != [])
     [line] = lines(caplog)
     assert line["completion_tokens"] > 0
 
@@ -112,7 +114,7 @@ async def test_a_background_response_is_told_of_when_it_is_done(
 
 @pytest.fixture
 async def draining(server: FakeServer) -> AsyncIterator[tuple[Drain, httpx.AsyncClient]]:
-    drain = Drain()
+    drain = Drain(lambda: 1000.0)
     async with client_of(replace(server.parts, drain=drain)) as client:
         yield drain, client
 
@@ -122,12 +124,11 @@ async def test_ready_until_told_to_stop(draining: tuple[Drain, httpx.AsyncClient
     assert (await client.get("/ready")).json() == {"state": "ready", "open": 0, "seconds_left": 0.0}
     server.engine.gate.clear()
     running = asyncio.create_task(client.post("/v1/completions", json=BODY))
-    while not server.engine.open:
-        await asyncio.sleep(0)
+    await until(lambda: bool(server.engine.open))
     drain.begin(30.0)
     ready = await client.get("/ready")
     assert (ready.status_code, ready.json()["state"], ready.json()["open"]) == (503, "draining", 1)
-    assert 29 < ready.json()["seconds_left"] <= 30
+    assert ready.json()["seconds_left"] == 30
     assert (await client.get("/health")).status_code == 200  # it is well, and must not be killed
     server.engine.gate.set()
     assert (await running).status_code == 200
@@ -192,7 +193,7 @@ class Traced:
         self.client = client_of(replace(server.parts, tracing=tracing))
 
     async def spans(self) -> dict[str, ReadableSpan]:
-        await asyncio.sleep(0.01)
+        await turns()
         return {span.name: span for span in self.exporter.get_finished_spans()}
 
 
@@ -206,12 +207,17 @@ async def traced(server: FakeServer) -> AsyncIterator[Traced]:
 async def test_a_request_is_one_trace_down_to_its_phases(traced: Traced, server: FakeServer) -> None:
     await server.adapters.register("sql", "/adapters/sql")
 
+    loop, phases = asyncio.get_running_loop(), SimpleNamespace(cached_tokens=5)
+
+    def begin() -> None:
+        at = time.monotonic()
+        phases.admitted, phases.ready, phases.load = at + 0.002, at + 0.003, (at + 0.001, at + 0.003)
+        loop.call_later(0.02, server.engine.gate.set)  # the phases take as long as they say
+
     def script(request: GenerationRequest) -> list[TokenEvent]:
         first, *others = say(server.tokenizer, "the answer", request)
-        server.engine.gate.clear()  # the phases take as long as they say
-        asyncio.get_running_loop().call_later(0.02, server.engine.gate.set)
-        at = time.monotonic()
-        phases = Phases(at + 0.002, at + 0.003, (at + 0.001, at + 0.003), cached_tokens=5)
+        server.engine.gate.clear()
+        loop.call_soon(begin)  # it has been submitted
         return [replace(first, phases=phases), *others]
 
     server.engine.script = script
@@ -254,7 +260,7 @@ async def test_a_request_without_a_parent_begins_a_trace(
     caplog.set_level(logging.INFO, "loraplex")
     for broken in (None, "00-zz-1-01", "garbage"):
         await traced.client.post("/v1/completions", json=BODY, headers={"traceparent": broken} if broken else {})
-    await asyncio.sleep(0.01)
+    await turns()
     roots = [span for span in traced.exporter.get_finished_spans() if span.parent is None]
     assert len({span.context.trace_id for span in roots}) == 3
     assert [line["trace_id"] for line in lines(caplog)] == [format(span.context.trace_id, "032x") for span in roots]

@@ -10,6 +10,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from loraplex.server.api import choice, generation
 from loraplex.server.engine.request import GenerationRequest, Phases, TokenEvent
 from loraplex.server.engine.stats import STEP_BOUNDS, StepSizes
 from tests.support.fake_serving import FakeServer, Stats, say
@@ -25,12 +26,30 @@ async def samples(client: httpx.AsyncClient) -> dict[str, dict[str, float]]:
     return found
 
 
-async def test_phases_of_requests(client: httpx.AsyncClient, server: FakeServer) -> None:
+class Clock:
+    """Goes on by a millisecond whenever it is asked."""
+
+    time = staticmethod(time.time)
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def monotonic(self) -> float:
+        self.now += 0.001
+        return self.now
+
+
+async def test_phases_of_requests(
+    client: httpx.AsyncClient, server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    for module in (choice, generation):
+        monkeypatch.setattr(module, "time", clock)
+
     def script(request: GenerationRequest) -> list[TokenEvent]:
         first, *others = say(server.tokenizer, "the answer", request)
-        server.engine.gate.clear()
-        asyncio.get_running_loop().call_later(0.05, server.engine.gate.set)
-        now = time.monotonic()
+        now = clock.monotonic()
+        asyncio.get_running_loop().call_soon(lambda: setattr(clock, "now", now + 0.05))  # before its first token
         return [replace(first, phases=Phases(now + 0.02, now + 0.03, (now, now + 0.03), 0)), *others]
 
     server.engine.script = script

@@ -17,6 +17,7 @@ from loraplex.server.api.response_store import ResponseStore, StoredResponse
 from loraplex.server.api.responses_schemas import ResponseObject
 from loraplex.server.engine.request import FinishReason, GenerationRequest, TokenEvent
 from tests.support.fake_serving import FakeServer, say
+from tests.support.waiting import LIMIT, until
 
 URL = "/v1/responses"
 EVENTS: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
@@ -184,7 +185,7 @@ async def test_stored_responses_can_be_read_and_deleted(client: httpx.AsyncClien
 
 
 async def wait_for(client: httpx.AsyncClient, response_id: str, *states: str) -> dict[str, Any]:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(LIMIT):
         while (body := (await client.get(f"{URL}/{response_id}")).json())["status"] not in states:
             await asyncio.sleep(0.001)
     OpenAIResponse.model_validate(body)
@@ -203,9 +204,7 @@ async def test_in_the_background(client: httpx.AsyncClient) -> None:
 async def test_cancelling(client: httpx.AsyncClient, server: FakeServer) -> None:
     server.engine.gate.clear()
     first, second = [await create(client, background=True) for _ in range(2)]
-    async with asyncio.timeout(10):
-        while len(server.engine.open) < 2:
-            await asyncio.sleep(0.001)
+    await until(lambda: len(server.engine.open) == 2)
     cancelled = (await client.post(f"{URL}/{first['id']}/cancel")).json()
     assert cancelled["status"] == "cancelled"
     early = await client.post(URL, json=ask(previous_response_id=second["id"]))

@@ -10,7 +10,9 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from loraplex.benchmarks import drive
 from loraplex.benchmarks.arrivals import Arrivals
 from loraplex.benchmarks.bench_serve import served_models
 from loraplex.benchmarks.drive import Run, Sample, closed_loop, open_loop
@@ -27,6 +30,7 @@ from loraplex.benchmarks.measures import Objective, Spread, jain, measure
 from loraplex.benchmarks.workload import Lengths, Planned, Spec, plan
 from loraplex.server.cli import app
 from support.stub_openai import Stub, serving
+from support.waiting import LIMIT
 
 FIRST, GAP = 0.1, 0.02
 CARDS = [{"id": "base", "parent": None}, *({"id": f"ad{n}", "parent": "base"} for n in range(3))]
@@ -39,7 +43,7 @@ def bench(*words: str) -> tuple[int, str]:
 
 
 def test_the_figures_are_the_servers(tmp_path: Path) -> None:
-    """Lower bounds are exact; upper ones leave room for a machine that is busy."""
+    """Lower bounds are exact; upper ones tell seconds from milliseconds on the busiest machine."""
     figures, page = tmp_path / "figures.json", tmp_path / "page.html"
     with serving(Stub(FIRST, GAP, models=CARDS)) as stub:
         code, told = bench(
@@ -64,8 +68,11 @@ def test_the_figures_are_the_servers(tmp_path: Path) -> None:
     assert found["tokens"] == sum(asked["max_tokens"] for asked in stub.seen) == sum(s["tokens"] for s in samples)
     assert found["prompt_tokens"] == sum(len(asked["prompt"]) for asked in stub.seen)
     assert all(len(sample["gaps"]) == sample["tokens"] - 1 for sample in samples)
-    assert FIRST <= found["first"]["p50"] < 4 * FIRST
-    assert 0.75 * GAP < found["per_token"]["p50"] < 4 * GAP  # a late first token makes the rest come faster
+    assert FIRST <= found["first"]["p50"] < 100 * FIRST
+    assert all(s["ended"] - s["due"] >= FIRST + GAP * (s["tokens"] - 1) for s in samples)
+    rest = [(s["ended"] - s["due"] - s["first"]) / (s["tokens"] - 1) for s in samples]
+    assert found["per_token"]["p50"] == pytest.approx(np.median(rest))
+    assert found["per_token"]["p50"] < 100 * GAP
     assert all(s["first"] >= FIRST and s["due"] <= s["sent"] <= s["ended"] for s in samples)
     assert found["whole"]["mean"] == pytest.approx(np.mean([s["ended"] - s["due"] for s in samples]))
     assert found["attained"] == 1
@@ -146,27 +153,34 @@ async def test_times_count_from_when_a_request_was_due() -> None:
         closed = await closed_loop(address, planned, streams=1)
     waits = sorted(sample.first for sample in opened.samples)
     assert all(wait >= (n + 1) * 0.1 for n, wait in enumerate(waits))
-    assert max(sample.first for sample in closed.samples) < 0.25
-    assert [sample.due for sample in closed.samples[1:]] == pytest.approx(
-        [sample.ended for sample in closed.samples[:-1]], abs=0.05
-    )
+    assert sum(sample.first for sample in closed.samples) <= closed.seconds  # these do not overlap
+    for before, after in pairwise(closed.samples):
+        assert before.ended <= after.due <= after.sent
     assert closed.seconds >= 0.4
 
 
-async def test_a_late_client_says_so_and_counts_it() -> None:
-    """The loop is held up for 0.3 s while three requests fall due."""
+async def test_a_late_client_says_so_and_counts_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop is held up for 0.3 s and more while three requests fall due: none of them is sent before its end."""
     loop = asyncio.get_running_loop()
     planned = [Planned(at, Request("m", [1], 1), 1) for at in (0.0, 0.1, 0.15, 0.2)]
+    asked: list[float] = []  # the first is the run's start
+    ends: list[float] = []  # of the hold-up
+
+    def perf_counter() -> float:
+        asked.append(time.perf_counter())
+        return asked[-1]
 
     def hold_up() -> None:
-        time.sleep(0.3)
+        time.sleep(max(0.3, asked[0] + 0.35 - time.perf_counter()))
+        ends.append(time.perf_counter() - asked[0])
 
+    monkeypatch.setattr(drive, "time", SimpleNamespace(perf_counter=perf_counter))
     with serving(Stub(0.01, 0.0)) as stub:
         loop.call_later(0.05, hold_up)
         run = await open_loop(Address.of(stub.url), planned)
-    lags = [sample.lag for sample in run.samples]
     assert [sample.due for sample in run.samples] == pytest.approx([0.0, 0.1, 0.15, 0.2])
-    assert lags[1:] == pytest.approx([0.25, 0.2, 0.15], abs=0.08)
+    assert all(sample.lag >= ends[0] - sample.due for sample in run.samples[1:])
+    assert all(sample.lag == pytest.approx(sample.sent - sample.due) for sample in run.samples)
     assert all(sample.first >= sample.lag + 0.01 for sample in run.samples)
 
 
@@ -238,11 +252,11 @@ def test_control_c_ends_with_a_report(tmp_path: Path, words: list[str]) -> None:
             time.sleep(0.01)
         time.sleep(0.3)
         run.send_signal(signal.SIGINT)
-        told, _ = run.communicate(timeout=60)
+        told, _ = run.communicate(timeout=LIMIT)
     assert run.returncode == 130, told
     found = json.loads(figures.read_text())
     errors = [sample["error"] for sample in found["samples"]]
-    assert 5 <= len(errors) == len(stub.seen) < 1000
+    assert 5 <= len(stub.seen) <= len(errors) <= len(stub.seen) + 1 < 1000  # one may have been on its way
     assert set(errors) <= {"", "stopped while under way"}
     assert 0 < found["figures"]["failed"] == len(errors) - errors.count("")
     assert "Stopped: after" in told

@@ -55,7 +55,7 @@ def test_the_server_is_seen_from_outside(server: Server) -> None:
 
 def test_throughput(world: World, server: Server) -> None:
     draw = throughput.draws(world, "zipf", random.Random(0))
-    row = asyncio.run(throughput.measure(world, server, draw, seconds=1.0, ramp=0.3))
+    row = asyncio.run(throughput.measure(world, server, draw, seconds=3.0, ramp=0.3))
     counted = row.counters["vllm:generation_tokens_total"]
     assert row.rate == pytest.approx(counted, rel=0.25)  # the client's count and the server's, with two scrapes between
     assert 0 < row.distinct <= row.decoding <= throughput.STREAMS

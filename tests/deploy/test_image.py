@@ -14,7 +14,6 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +23,7 @@ import pytest
 from loraplex.server.models.demo import BASE_NAME, default_cache_dir, find_fault
 from tests.support.deployment import DEPLOY, ROOT, flags_in, parse_command_line, routes, serve_flags
 from tests.support.fake_serving import FakeServer
+from tests.support.waiting import LIMIT, wait_for
 
 DOCKERFILE = ROOT / "Dockerfile"
 STEPS = DEPLOY / "docker/steps.sh"
@@ -172,7 +172,7 @@ def image() -> Iterator[Path]:
             env={"PATH": "/usr/bin:/bin", "HOME": f"{folder}/home", "PYTHON": sys.executable, "PIP_NO_INDEX": "1"},
             capture_output=True,
             text=True,
-            timeout=200,
+            timeout=LIMIT,
             check=False,
         )
         assert run.returncode == 0, (step, run.stderr)
@@ -286,10 +286,10 @@ def test_it_serves_without_rights_and_stops_as_process_1(image: Path, home: Path
                 check_confined(server, contained)
             body = json.dumps({"model": "demo", "prompt": "Hello", "max_tokens": 4}).encode()
             request = urllib.request.Request(f"{url}/v1/completions", body, {"Content-Type": "application/json"})
-            with urllib.request.urlopen(request, timeout=60) as answer:
+            with urllib.request.urlopen(request, timeout=LIMIT) as answer:
                 assert json.load(answer)["usage"]["completion_tokens"] == 4
             os.kill(server, signal.SIGTERM)
-            assert process.wait(60) == 0, (tmp_path / "log").read_text()
+            assert process.wait(LIMIT) == 0, (tmp_path / "log").read_text()
         finally:
             process.kill()
             process.wait()
@@ -344,9 +344,8 @@ def child_of(pid: int) -> int:
 
 
 def wait_until_well(process: subprocess.Popen[bytes], check: list[Path], environ: dict[str, str], log: Path) -> None:
-    for _ in range(600):
+    def well() -> bool:
         assert process.poll() is None, log.read_text()
-        if subprocess.run(check, env=environ, capture_output=True, check=False).returncode == 0:
-            return
-        time.sleep(0.2)
-    raise AssertionError(log.read_text())
+        return subprocess.run(check, env=environ, capture_output=True, check=False).returncode == 0
+
+    wait_for(well)

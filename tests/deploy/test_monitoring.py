@@ -14,6 +14,7 @@ import yaml
 
 from tests.support.deployment import DEPLOY, exported, grouped_by, series_in
 from tests.support.fake_serving import FakeServer
+from tests.support.waiting import LIMIT
 
 PROMETHEUS = DEPLOY / "prometheus"
 DASHBOARD = DEPLOY / "grafana/dashboard.json"
@@ -28,7 +29,7 @@ promtool = pytest.mark.skipif(
 
 def run_promtool(*arguments: str | Path) -> None:
     command = ["promtool", *map(str, arguments)]
-    result = subprocess.run(command, cwd=PROMETHEUS, capture_output=True, text=True, timeout=60, check=False)
+    result = subprocess.run(command, cwd=PROMETHEUS, capture_output=True, text=True, timeout=LIMIT, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
 
 
@@ -164,7 +165,9 @@ def test_the_played_series_are_exported(there_are: dict[str, set[str]]) -> None:
 def test_promtool_finds_nothing_to_mend_in_what_is_exported(server: FakeServer) -> None:
     exported(server)
     text = server.parts.metrics.render()
-    result = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, timeout=60, check=False)
+    result = subprocess.run(
+        ["promtool", "check", "metrics"], input=text, capture_output=True, timeout=LIMIT, check=False
+    )
     complaints = [
         line
         for line in result.stderr.decode().splitlines()

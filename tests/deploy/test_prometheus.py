@@ -8,7 +8,7 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from tests.support.deployment import DEPLOY
 from tests.support.live_server import live_server
 from tests.support.peft_adapters import make_peft_adapter
 from tests.support.tiny import load_oracle, make_tiny_model, make_tiny_tokenizer
+from tests.support.waiting import LIMIT, wait_for
 
 pytestmark = pytest.mark.skipif(
     shutil.which("prometheus") is None, reason="prometheus is not installed: apt install prometheus"
@@ -57,18 +58,11 @@ def prometheus(folder: Path, target: str) -> Iterator[httpx.Client]:
     with (folder / "prometheus.log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
         try:
-            with httpx.Client(base_url=f"http://127.0.0.1:{port}/api/v1", timeout=30) as client:
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}/api/v1", timeout=LIMIT) as client:
                 yield client
         finally:
             process.kill()
             process.wait()
-
-
-def wait_for(found: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not found():
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
 
 
 def ask(client: httpx.Client, path: str, **parameters: str) -> Any:
@@ -100,7 +94,7 @@ def test_every_panel_shows_what_happens(tmp_path: Path) -> None:
     auth = AuthConfig(tmp_path / "keys.yaml", open_metrics=True, allowed_paths=(tmp_path,))
     config = EngineConfig(device="cpu", memory_bytes=32 << 20, num_slots=1)
     with live_server(base, "tiny", config, auth) as server, prometheus(tmp_path, server.url[7:]) as client:
-        caller = httpx.Client(base_url=server.url, headers={"Authorization": f"Bearer {secrets[0]}"}, timeout=60)
+        caller = httpx.Client(base_url=server.url, headers={"Authorization": f"Bearer {secrets[0]}"}, timeout=LIMIT)
         slow = {"Authorization": f"Bearer {secrets[1]}"}
         for name in ("one", "two"):
             load = {"lora_name": name, "lora_path": str(tmp_path / "adapters" / name)}

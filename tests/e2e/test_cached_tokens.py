@@ -16,6 +16,7 @@ from loraplex.server.keys_file import new_key
 from tests.support.live_server import live_server
 from tests.support.peft_adapters import make_peft_adapter
 from tests.support.tiny import load_oracle, make_tiny_model, make_tiny_tokenizer
+from tests.support.waiting import LIMIT
 
 PROMPT = list(range(5, 5 + 3 * BLOCK_SIZE + 7))
 WHOLE = 3 * BLOCK_SIZE
@@ -37,7 +38,7 @@ def clients(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, http
             make_peft_adapter(load_oracle(base), folder / name, seed=seed, r=2, target_modules=["q_proj"])
             assert live.parts.adapters.register_unread(folder / name) is not None
         found = {
-            tenant: httpx.Client(base_url=live.url, headers={"x-api-key": secret}, timeout=60)
+            tenant: httpx.Client(base_url=live.url, headers={"x-api-key": secret}, timeout=LIMIT)
             for tenant, (secret, _) in made.items()
         }
         yield found

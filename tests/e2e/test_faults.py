@@ -9,7 +9,7 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from tests.support.command import address, serving
 from tests.support.live_server import LiveServer, live_server
 from tests.support.peft_adapters import make_peft_adapter
 from tests.support.tiny import load_oracle, make_tiny_model, make_tiny_tokenizer
+from tests.support.waiting import LIMIT, wait_for
 from tests.support.web_server import Page, WebServer, web_server
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -53,7 +54,7 @@ def web() -> Iterator[WebServer]:
 @pytest.fixture(scope="module")
 def live(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     downloads = DownloadConfig(
-        tmp_path_factory.mktemp("downloads"), DownloadLimits(max_seconds=2.0), allowed_hosts=("127.0.0.1",)
+        tmp_path_factory.mktemp("downloads"), DownloadLimits(max_seconds=5.0), allowed_hosts=("127.0.0.1",)
     )
     config = EngineConfig(device="cpu", memory_bytes=32 << 20, max_num_seqs=8, downloads=downloads)
     with live_server(base, "tiny", config) as server:
@@ -70,7 +71,7 @@ def publish(web: WebServer, folder: Path, at: str, **fields: Any) -> str:
 
 def ask(url: str, model: str = "tiny", tokens: int = 20, **fields: Any) -> httpx.Response:
     body = {"model": model, "prompt": "the", "max_tokens": tokens, "ignore_eos": True, "temperature": 0, **fields}
-    return httpx.post(f"{url}/v1/completions", json=body, timeout=60)
+    return httpx.post(f"{url}/v1/completions", json=body, timeout=LIMIT)
 
 
 def text_of(answer: httpx.Response) -> str:
@@ -79,18 +80,11 @@ def text_of(answer: httpx.Response) -> str:
 
 
 def load(url: str, name: str, source: str) -> httpx.Response:
-    return httpx.post(f"{url}/v1/load_lora_adapter", json={"lora_name": name, "lora_path": source}, timeout=60)
+    return httpx.post(f"{url}/v1/load_lora_adapter", json={"lora_name": name, "lora_path": source}, timeout=LIMIT)
 
 
 def names(url: str) -> set[str]:
-    return {card["id"] for card in httpx.get(f"{url}/v1/models").json()["data"]}
-
-
-def wait_for(found: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not found():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    return {card["id"] for card in httpx.get(f"{url}/v1/models", timeout=LIMIT).json()["data"]}
 
 
 # ---- sources --------------------------------------------------------------------------------------------------------
@@ -127,7 +121,6 @@ def test_a_source_that_hangs(live: LiveServer, web: WebServer, adapters: Path) -
     gate = threading.Event()
     source = publish(web, adapters / "two", "/hangs", gate=gate)
     with ThreadPoolExecutor(1) as pool:
-        begun = time.monotonic()
         loading = pool.submit(load, live.url, "hangs", source)
         wait_for(lambda: web.count(f"/hangs/{FILES[1]}") > 0)
         answered = 0
@@ -138,7 +131,6 @@ def test_a_source_that_hangs(live: LiveServer, web: WebServer, adapters: Path) -
         answer = loading.result()
     assert answer.status_code >= 400
     assert "--download-timeout" in answer.json()["message"]
-    assert time.monotonic() - begun < 20
     gate.set()
     assert load(live.url, "hangs", source).status_code == 200
 
@@ -154,7 +146,7 @@ def test_a_source_that_vanishes_before_it_was_read(live: LiveServer, adapters: P
     assert 400 <= answer.status_code < 500
     assert "gone" in answer.json()["error"]["message"]
     assert ask(live.url, "here").status_code == 200
-    assert httpx.get(f"{live.url}/health").status_code == 200
+    assert httpx.get(f"{live.url}/health", timeout=LIMIT).status_code == 200
 
 
 def test_a_source_that_vanishes_while_it_is_in_use(live: LiveServer, adapters: Path, tmp_path: Path) -> None:
@@ -181,7 +173,7 @@ def test_an_adapter_whose_values_overflow(live: LiveServer, adapters: Path, tmp_
         assert refused.status_code == 500
         assert "'loud' are NaN or infinite" in refused.json()["error"]["message"]
     assert ask(live.url, "loud", stream=True).status_code == 500  # known before the first event
-    assert httpx.get(f"{live.url}/health").status_code == 200
+    assert httpx.get(f"{live.url}/health", timeout=LIMIT).status_code == 200
 
 
 # ---- clients --------------------------------------------------------------------------------------------------------
@@ -247,16 +239,16 @@ def test_the_clock_on_the_wall_jumps(live: LiveServer, monkeypatch: pytest.Monke
     """In the middle of a stream with a deadline: nothing expires, nothing is measured wrong, nothing waits for it."""
     expected = text_of(ask(live.url, tokens=200))
     real, real_ns = time.time, time.time_ns
-    body = {"model": "tiny", "prompt": "the", "max_tokens": 200, "ignore_eos": True, "temperature": 0, "timeout": 50}
-    with httpx.stream("POST", f"{live.url}/v1/completions", json={**body, "stream": True}, timeout=60) as response:
+    body = {"model": "tiny", "prompt": "the", "max_tokens": 200, "ignore_eos": True, "temperature": 0, "timeout": LIMIT}
+    with httpx.stream("POST", f"{live.url}/v1/completions", json={**body, "stream": True}, timeout=LIMIT) as response:
         lines = response.iter_lines()
         next(lines)
         monkeypatch.setattr(time, "time", lambda: real() + jump)
         monkeypatch.setattr(time, "time_ns", lambda: real_ns() + int(jump * 1e9))
         rest = list(lines)
     assert [line for line in rest if line][-1] == "data: [DONE]"
-    assert text_of(ask(live.url, tokens=200, timeout=50)) == expected
-    scraped = httpx.get(f"{live.url}/metrics").text
+    assert text_of(ask(live.url, tokens=200, timeout=LIMIT)) == expected
+    scraped = httpx.get(f"{live.url}/metrics", timeout=LIMIT).text
     for name in ("e2e_request_latency_seconds", "request_queue_time_seconds", "time_to_first_token_seconds"):
         [line] = [line for line in scraped.splitlines() if line.startswith(f"vllm:{name}_sum")]
         assert 0 <= float(line.split()[-1]) < 3600
@@ -283,7 +275,7 @@ def test_a_step_that_memory_runs_out_in(live: LiveServer) -> None:
         runner.execute = execute  # type: ignore[method-assign]
     assert failures > 0
     assert {text_of(answer) for answer in answers} == {alone}
-    assert httpx.get(f"{live.url}/health").status_code == 200
+    assert httpx.get(f"{live.url}/health", timeout=LIMIT).status_code == 200
 
 
 # ---- kill -9 --------------------------------------------------------------------------------------------------------
@@ -319,7 +311,7 @@ def test_killed_during_a_load_and_started_again(base: Path, adapters: Path, web:
         assert ask(url, "half").status_code == 404
         assert load(url, "half", half).status_code == 200
         assert text_of(ask(url, "half")) not in before.values()
-        unloaded = httpx.post(f"{url}/v1/unload_lora_adapter", json={"lora_name": "local"})
+        unloaded = httpx.post(f"{url}/v1/unload_lora_adapter", json={"lora_name": "local"}, timeout=LIMIT)
         assert unloaded.status_code == 200
         process.kill()
     with serving(*arguments) as (_, lines):

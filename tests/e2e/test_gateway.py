@@ -23,6 +23,7 @@ from loraplex.server.engine.build import EngineConfig
 from tests.support.live_server import LiveServer, live_server
 from tests.support.peft_adapters import make_peft_adapter
 from tests.support.tiny import load_oracle, make_tiny_model, make_tiny_tokenizer
+from tests.support.waiting import LIMIT
 
 NAMES = ("one", "two", "three", "tenant/four")
 PLACES, SLOTS = 2, 2
@@ -77,7 +78,7 @@ class Scrape:
 
 def scrape(url: str) -> Scrape:
     began = time.time()
-    text = httpx.get(f"{url}/metrics", timeout=60).text
+    text = httpx.get(f"{url}/metrics", timeout=LIMIT).text
     return Scrape(text, began, time.time())
 
 
@@ -109,16 +110,16 @@ def test_all_that_is_read_is_there_before_the_first_request(live: LiveServer) ->
 
 def test_under_load_it_says_who_runs_and_who_waits(live: LiveServer) -> None:
     """More adapters than slots, more requests than places: every scrape is consistent, and in the end all is quiet."""
-    steps, go_on = live.parts.engine._runner, threading.Event()
+    steps, looked_at = live.parts.engine._runner, threading.Semaphore(0)
     execute = steps.execute
 
     def held(plan: object, on_launch: object) -> object:
-        go_on.wait(0.02)  # slow enough to be looked at
+        looked_at.acquire(timeout=LIMIT)  # a look a step
         return execute(plan, on_launch)  # type: ignore[arg-type]
 
     def ask(name: str) -> int:
         body = {"model": name, "prompt": "the", "max_tokens": 12, "ignore_eos": True}
-        return httpx.post(f"{live.url}/v1/completions", json=body, timeout=120).status_code
+        return httpx.post(f"{live.url}/v1/completions", json=body, timeout=LIMIT).status_code
 
     scrapes: list[Scrape] = []
     steps.execute = held  # type: ignore[method-assign, assignment]
@@ -127,9 +128,9 @@ def test_under_load_it_says_who_runs_and_who_waits(live: LiveServer) -> None:
             answers = [pool.submit(ask, name) for name in NAMES * 3]
             while not all(answer.done() for answer in answers):
                 scrapes.append(scrape(live.url))
+                looked_at.release()
         assert [answer.result() for answer in answers] == [200] * 12
     finally:
-        go_on.set()
         steps.execute = execute  # type: ignore[method-assign]
     for each in scrapes:
         running, waiting = each.adapters()
@@ -154,4 +155,4 @@ def test_under_load_it_says_who_runs_and_who_waits(live: LiveServer) -> None:
 def test_names_that_would_be_two_are_refused(live: LiveServer, tmp_path: Path) -> None:
     for name in ("a,b", "a b", 'a"b', "a\\b", "a\nb", ""):
         body = {"lora_name": name, "lora_path": str(tmp_path)}
-        assert httpx.post(f"{live.url}/v1/load_lora_adapter", json=body, timeout=60).status_code in (400, 422), name
+        assert httpx.post(f"{live.url}/v1/load_lora_adapter", json=body, timeout=LIMIT).status_code in (400, 422), name

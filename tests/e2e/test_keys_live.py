@@ -18,6 +18,7 @@ from loraplex.server.keys_file import new_key
 from tests.support.live_server import LiveServer, live_server
 from tests.support.peft_adapters import make_peft_adapter
 from tests.support.tiny import load_oracle, make_tiny_model, make_tiny_tokenizer
+from tests.support.waiting import LIMIT
 
 PROMPT = "the quick brown fox jumps over the lazy dog and the other one sits there in the rain, then they both go " * 2
 
@@ -75,7 +76,9 @@ def test_cached_prefixes_are_shared_within_a_tenant_and_with_no_other(served: Se
 def test_a_tenants_own_adapter_from_load_to_use(served: Served) -> None:
     def manage(name: str, action: str, **body: str) -> int:
         headers = {"Authorization": f"Bearer {served.keys[name]}"}
-        return httpx.post(f"{served.live.url}/v1/{action}_lora_adapter", json=body, headers=headers).status_code
+        return httpx.post(
+            f"{served.live.url}/v1/{action}_lora_adapter", json=body, headers=headers, timeout=LIMIT
+        ).status_code
 
     path = str(served.adapters / "one")
     assert manage("bob", "load", lora_name="acme/one", lora_path=path) == 403
@@ -108,7 +111,7 @@ def test_errors_are_the_official_clients(served: Served, caplog: pytest.LogCaptu
 @pytest.mark.parametrize("size", [100_000, 1_000_000])
 def test_headers_beyond_all_bounds_harm_nobody(served: Served, size: int) -> None:
     try:
-        status = httpx.get(f"{served.live.url}/v1/models", headers={"x-api-key": "k" * size}).status_code
+        status = httpx.get(f"{served.live.url}/v1/models", headers={"x-api-key": "k" * size}, timeout=LIMIT).status_code
     except httpx.TransportError:  # closed while it was still being sent
         status = 400
     assert status in (400, 401, 431)

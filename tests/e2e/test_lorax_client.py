@@ -19,6 +19,7 @@ from loraplex.server.engine.build import EngineConfig
 from tests.support.live_server import LiveServer, live_server
 from tests.support.peft_adapters import make_peft_adapter
 from tests.support.tiny import load_oracle, make_tiny_model, make_tiny_tokenizer
+from tests.support.waiting import LIMIT
 
 lorax = pytest.importorskip("lorax", reason="lorax-client is not installed")
 from lorax import AsyncClient, Client  # noqa: E402
@@ -96,7 +97,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
             make_peft_adapter(model, folders[name], seed=seed, **options)
         for name in ("one", "two"):  # the other is loaded on first use
             body = {"lora_name": name, "lora_path": str(folders[name])}
-            assert httpx.post(f"{live.url}/v1/load_lora_adapter", json=body).status_code == 200
+            assert httpx.post(f"{live.url}/v1/load_lora_adapter", json=body, timeout=LIMIT).status_code == 200
         yield Served(live, Client(live.url), model, folders)
 
 
@@ -266,7 +267,7 @@ def test_mixes_have_prefixes_of_their_own(served: Served) -> None:
 
     def complete(model: str) -> Any:
         body = {"model": model, "prompt": long, "max_tokens": 6, "temperature": 0, "logprobs": 0, "ignore_eos": True}
-        return httpx.post(f"{served.live.url}/v1/completions", json=body).json()["choices"][0]
+        return httpx.post(f"{served.live.url}/v1/completions", json=body, timeout=LIMIT).json()["choices"][0]
 
     first = [complete(model) for model in models]
     before = stats().prefix_hits

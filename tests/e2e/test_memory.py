@@ -17,6 +17,7 @@ import pytest
 
 from loraplex.benchmarks.random_adapters import make_adapters
 from tests.support.tiny import make_tiny_model, make_tiny_tokenizer
+from tests.support.waiting import LIMIT
 
 MIB = 1 << 20
 ADAPTERS, STREAMS, REQUESTS = 40, 48, 120
@@ -74,7 +75,7 @@ class Server:
         return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))) * 1024
 
     def pages(self) -> dict[str, float]:
-        text = httpx.get(f"{self.url}/metrics").text
+        text = httpx.get(f"{self.url}/metrics", timeout=LIMIT).text
         return {owner: float(n) for owner, n in re.findall(r'loraplex:pages\{.*owner="(\w+)"\} (\S+)', text)}
 
 
@@ -124,7 +125,7 @@ async def flood(url: str) -> list[str]:
             {"temperature": 0.8, "top_k": 20, "min_p": 0.01, "presence_penalty": 0.5, "repetition_penalty": 1.1},
         ]
         bodies.append({**body, **rng.choice(ways)})
-    async with httpx.AsyncClient(timeout=120, limits=httpx.Limits(max_connections=STREAMS)) as client:
+    async with httpx.AsyncClient(timeout=None, limits=httpx.Limits(max_connections=STREAMS)) as client:
         answers = await asyncio.gather(*(client.post(f"{url}/v1/completions", json=body) for body in bodies))
     return [answer.text for answer in answers if answer.status_code != 200]
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from loraplex.server.engine.build import EngineConfig
 from tests.support.live_server import LiveServer, live_server
 from tests.support.peft_adapters import PeftAdapter, make_peft_adapter
 from tests.support.tiny import EOS, load_oracle, make_tiny_model, make_tiny_tokenizer
+from tests.support.waiting import LIMIT, wait_for
 
 MESSAGES: list[Any] = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is the end, é?"}]
 ADAPTERS = {
@@ -65,7 +65,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
             adapter: PeftAdapter = make_peft_adapter(model, folder, seed=seed, **options)
             oracles[name] = adapter.model
             body = {"lora_name": name, "lora_path": str(folder)}
-            response = httpx.post(f"{live.url}/v1/load_lora_adapter", json=body)
+            response = httpx.post(f"{live.url}/v1/load_lora_adapter", json=body, timeout=LIMIT)
             assert response.status_code == 200, response.text
         with openai.OpenAI(base_url=f"{live.url}/v1", api_key="none", max_retries=0) as client:
             yield Served(live, client, oracles)
@@ -76,17 +76,10 @@ def async_client(served: Served) -> openai.AsyncOpenAI:
     return openai.AsyncOpenAI(base_url=f"{served.live.url}/v1", api_key="none", max_retries=0)
 
 
-def until(condition: Callable[[], bool], seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-
-
 def assert_idle(served: Served) -> None:
     """Nobody runs and no page is held for keys and values."""
-    until(lambda: served.live.parts.engine.stats().running == 0)
-    until(lambda: served.live.parts.engine.stats().kv_usage == 0)
+    wait_for(lambda: served.live.parts.engine.stats().running == 0)
+    wait_for(lambda: served.live.parts.engine.stats().kv_usage == 0)
 
 
 @pytest.mark.parametrize("name", ["tiny", *ADAPTERS, "tiny:wide"])
@@ -279,12 +272,14 @@ def test_a_damaged_adapter_is_refused_and_others_go_on(served: Served, tmp_path:
     file = folder / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     response = httpx.post(
-        f"{served.live.url}/v1/load_lora_adapter", json={"lora_name": "damaged", "lora_path": str(folder)}
+        f"{served.live.url}/v1/load_lora_adapter",
+        json={"lora_name": "damaged", "lora_path": str(folder)},
+        timeout=LIMIT,
     )
     assert response.status_code == 400
     assert response.json()["type"] == response.json()["error"]["type"] == "BadRequestError"
     missing = {"lora_name": "damaged", "lora_path": str(tmp_path / "nothing")}
-    assert httpx.post(f"{served.live.url}/v1/load_lora_adapter", json=missing).status_code == 404
+    assert httpx.post(f"{served.live.url}/v1/load_lora_adapter", json=missing, timeout=LIMIT).status_code == 404
     with pytest.raises(openai.NotFoundError):
         served.client.completions.create(model="damaged", prompt="the", max_tokens=1)
     test_completions_continue_text_and_token_ids(served)
@@ -294,20 +289,20 @@ def test_unloading_lets_a_stream_finish(served: Served, tmp_path: Path) -> None:
     adapter = make_peft_adapter(served.oracles["tiny"], tmp_path / "a", r=4, target_modules=["o_proj"])
     url = f"{served.live.url}/v1"
     assert httpx.post(
-        f"{url}/load_lora_adapter", json={"lora_name": "brief", "lora_path": str(adapter.folder)}
+        f"{url}/load_lora_adapter", json={"lora_name": "brief", "lora_path": str(adapter.folder)}, timeout=LIMIT
     ).is_success
     prompt = served.live.tokenizer.encode("the")
     stream = served.client.completions.create(
         model="brief", prompt=prompt, temperature=0, max_tokens=60, stream=True, extra_body={"ignore_eos": True}
     )
     pieces = [next(stream).choices[0].text]
-    assert httpx.post(f"{url}/unload_lora_adapter", json={"lora_name": "brief"}).is_success
+    assert httpx.post(f"{url}/unload_lora_adapter", json={"lora_name": "brief"}, timeout=LIMIT).is_success
     with pytest.raises(openai.NotFoundError):
         served.client.completions.create(model="brief", prompt="the")
     pieces += [chunk.choices[0].text for chunk in stream]
     expected = Served(served.live, served.client, {"brief": adapter.model}).greedy("brief", prompt, 60)
     assert "".join(pieces) == served.text(expected)
-    until(lambda: served.live.parts.adapters.registry.draining() == ())
+    wait_for(lambda: served.live.parts.adapters.registry.draining() == ())
 
 
 # ------------------------------------------------------------------------------------------------------------ errors
@@ -349,7 +344,7 @@ def test_a_client_that_leaves_frees_its_pages(served: Served, stream: bool) -> N
     connection.request("POST", "/v1/completions", json.dumps(body))
     if stream:
         connection.getresponse().read(1)
-    until(lambda: stats().generation_tokens > before)
+    wait_for(lambda: stats().generation_tokens > before)
     connection.close()
     assert_idle(served)
     assert stats().waiting == 0
@@ -357,7 +352,7 @@ def test_a_client_that_leaves_frees_its_pages(served: Served, stream: bool) -> N
 
 
 def test_health_and_metrics(served: Served) -> None:
-    assert httpx.get(f"{served.live.url}/health").status_code == 200
-    text = httpx.get(f"{served.live.url}/metrics").text
+    assert httpx.get(f"{served.live.url}/health", timeout=LIMIT).status_code == 200
+    text = httpx.get(f"{served.live.url}/metrics", timeout=LIMIT).text
     assert 'vllm:generation_tokens_total{engine="0",model_name="tiny"}' in text
     assert 'vllm:lora_adapter_loaded{adapter_name="wide",level="gpu",pinned="false"} 1.0' in text

@@ -23,6 +23,7 @@ from loraplex.server.engine.build import EngineConfig
 from tests.support.live_server import LiveServer, live_server
 from tests.support.peft_adapters import make_peft_adapter
 from tests.support.tiny import load_oracle, make_tiny_model, make_tiny_tokenizer
+from tests.support.waiting import LIMIT
 
 ASK: list[Any] = [{"role": "user", "content": "the fox"}]
 NAMES = ("tiny", "wide")
@@ -72,7 +73,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     with live_server(base, "tiny", engine) as live:
         adapter = make_peft_adapter(model, tmp_path_factory.mktemp("wide"), r=8, target_modules="all-linear")
         body = {"lora_name": "wide", "lora_path": str(adapter.folder)}
-        assert httpx.post(f"{live.url}/v1/load_lora_adapter", json=body).is_success
+        assert httpx.post(f"{live.url}/v1/load_lora_adapter", json=body, timeout=LIMIT).is_success
         with openai.OpenAI(base_url=f"{live.url}/v1", api_key="none", max_retries=0) as client:
             yield Served(live, client, {"tiny": model, "wide": adapter.model})
 
@@ -314,7 +315,7 @@ def test_best_of(served: Served) -> None:
 
 
 def test_tokenize_and_back(served: Served) -> None:
-    post = lambda route, **body: httpx.post(f"{served.live.url}/{route}", json=body).json()  # noqa: E731
+    post = lambda route, **body: httpx.post(f"{served.live.url}/{route}", json=body, timeout=LIMIT).json()  # noqa: E731
     text = "the fox é"
     found = post("tokenize", model="wide", prompt=text, return_token_strs=True)
     assert found["tokens"] == served.live.tokenizer.encode(text)

@@ -17,6 +17,7 @@ from loraplex.server.engine.build import EngineConfig
 from tests.support.live_server import live_server
 from tests.support.peft_adapters import make_peft_adapter
 from tests.support.tiny import load_oracle, make_tiny_model, make_tiny_tokenizer
+from tests.support.waiting import LIMIT
 
 
 def test_adapters_that_take_turns(tmp_path: Path) -> None:
@@ -28,8 +29,8 @@ def test_adapters_that_take_turns(tmp_path: Path) -> None:
         asyncio.run(server.parts.adapters.register_folder(tmp_path / "adapters"))
         for name in ("one", "two", "one", "two", "two"):
             body = {"model": name, "prompt": "the", "max_tokens": 3, "ignore_eos": True}
-            assert httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).status_code == 200
-        text = httpx.get(f"{server.url}/metrics").text
+            assert httpx.post(f"{server.url}/v1/completions", json=body, timeout=LIMIT).status_code == 200
+        text = httpx.get(f"{server.url}/metrics", timeout=LIMIT).text
     families = list(text_string_to_metric_families(text))
     assert max(Counter(family.name for family in families).values()) == 1
     found = {
@@ -63,8 +64,8 @@ def test_refused_adapters_are_counted_by_reason(tmp_path: Path) -> None:
         asyncio.run(server.parts.adapters.register_folder(tmp_path / "folder"))
         for source in (str(tmp_path / "values"), "ftp://nowhere"):
             body = {"lora_name": "x", "lora_path": source}
-            assert httpx.post(f"{server.url}/v1/load_lora_adapter", json=body, timeout=60).status_code >= 400
-        text = httpx.get(f"{server.url}/metrics").text
+            assert httpx.post(f"{server.url}/v1/load_lora_adapter", json=body, timeout=LIMIT).status_code >= 400
+        text = httpx.get(f"{server.url}/metrics", timeout=LIMIT).text
     found = {
         (sample.name, sample.labels["reason"]): sample.value
         for family in text_string_to_metric_families(text)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from support.fake_hub import FakeHub, Repo, fake_hub
 from support.live_server import LiveServer, live_server
 from support.peft_adapters import ALL, make_peft_adapter
 from support.tiny import load_oracle, make_tiny_model, make_tiny_tokenizer
+from support.waiting import LIMIT, until
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -62,7 +62,7 @@ def live(base: Path, hub: FakeHub, tmp_path: Path) -> Iterator[LiveServer]:
 
 @pytest.fixture
 async def client(live: LiveServer) -> AsyncIterator[httpx.AsyncClient]:
-    async with httpx.AsyncClient(base_url=live.url, timeout=60, limits=httpx.Limits(max_connections=300)) as made:
+    async with httpx.AsyncClient(base_url=live.url, timeout=LIMIT, limits=httpx.Limits(max_connections=300)) as made:
         yield made
 
 
@@ -103,8 +103,7 @@ async def test_a_source_that_hangs_harms_nobody_else(client: httpx.AsyncClient, 
         lines = stream.aiter_lines()
         await anext(lines)
         stuck = [asyncio.create_task(load(client, f"s{i}", hub.web.url(f"/slow?{i}"))) for i in range(20)]
-        while hub.web.count("/slow/adapter_config.json") < 4:
-            await asyncio.sleep(0.01)
+        await until(lambda: hub.web.count("/slow/adapter_config.json") >= 4)
         assert (await load(client, "near", str(made / "b"))).status_code == 200
         assert (await load(client, "far", "acme/b")).status_code == 200
         assert await ask(client, "far") == await ask(client, "near")
@@ -137,18 +136,15 @@ async def test_a_list_is_fetched_at_once_and_pinned(
         for name in "bcd":
             assert (await load(client, name, str(made / name))).status_code == 200
             await ask(client, name)
-        deadline = time.monotonic() + 30
         places = live.parts.placement.places
-        while not any(place.name == "a" and place.pinned and place.on_device for place in places()):
-            assert time.monotonic() < deadline
-            await asyncio.sleep(0.01)
+        await until(lambda: any(place.name == "a" and place.pinned and place.on_device for place in places()))
         for name in "bcd":
             await ask(client, name)
         assert any(place.name == "a" and place.on_device for place in places())
         assert answers == {await ask(client, "a")}
         listed.write_text("ensureAbsent: [a]")
-        while "a" in [card["id"] for card in (await client.get("/v1/models")).json()["data"]]:
-            assert time.monotonic() < deadline
-            await asyncio.sleep(0.01)
+        async with asyncio.timeout(LIMIT):
+            while "a" in [card["id"] for card in (await client.get("/v1/models")).json()["data"]]:
+                await asyncio.sleep(0.01)
     finally:
         follower.stop()

@@ -61,7 +61,6 @@ def draw_schemas(count: int) -> list[Schema]:
         max_examples=3 * count,
         derandomize=True,
         database=None,
-        deadline=None,
         phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
     )
@@ -91,7 +90,7 @@ async def ask_all(url: str, schemas: list[Schema]) -> list[Answer]:
         ids = [token["id"] for token in details["tokens"]]
         return Answer(schema, content["generated_text"], ids, details["finish_reason"])
 
-    async with httpx.AsyncClient(timeout=300) as client, asyncio.TaskGroup() as group:
+    async with httpx.AsyncClient(timeout=None) as client, asyncio.TaskGroup() as group:
         tasks = [group.create_task(ask(client, i, schema)) for i, schema in enumerate(schemas)]
     return [task.result() for task in tasks]
 

@@ -14,6 +14,7 @@ from tests.support.command import address, serving
 from tests.support.otlp_collector import otlp_collector
 from tests.support.peft_adapters import make_peft_adapter
 from tests.support.tiny import load_oracle, make_tiny_model, make_tiny_tokenizer
+from tests.support.waiting import LIMIT
 
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
@@ -38,10 +39,10 @@ def test_a_request_is_a_tree_of_spans(tmp_path: Path) -> None:
         with serving(*arguments) as (process, lines):
             body = {"model": "sql", "prompt": "the secret", "max_tokens": 5, "ignore_eos": True, "n": 2}
             headers = {"traceparent": PARENT, "x-request-id": "mine"}
-            answer = httpx.post(f"{address(lines)}/v1/completions", json=body, headers=headers, timeout=60)
+            answer = httpx.post(f"{address(lines)}/v1/completions", json=body, headers=headers, timeout=LIMIT)
             assert answer.status_code == 200, answer.text
             process.send_signal(signal.SIGTERM)
-            process.communicate(timeout=60)
+            process.communicate(timeout=LIMIT)
             assert process.returncode == 0
         spans = {span.span_id: span for span in collector.spans if span.trace_id.hex() == PARENT.split("-")[1]}
     [root] = [span for span in spans.values() if span.parent_span_id.hex() == PARENT.split("-")[2]]

@@ -18,6 +18,7 @@ from tests.support.browser import Browser, chromium
 from tests.support.live_server import LiveServer, live_server
 from tests.support.peft_adapters import make_peft_adapter
 from tests.support.tiny import load_oracle, make_tiny_model, make_tiny_tokenizer
+from tests.support.waiting import LIMIT
 
 PROMPT = "the quick brown fox jumps over the lazy dog"
 NASTY = '<img src="x" onerror="document.title=1"><b>'
@@ -31,7 +32,7 @@ class Served:
 
     def ask(self, method: str, path: str, key: str = "root", **fields: Any) -> httpx.Response:
         headers = {"Authorization": f"Bearer {self.keys[key]}"}
-        answer = httpx.request(method, f"{self.live.url}{path}", headers=headers, timeout=60, **fields)
+        answer = httpx.request(method, f"{self.live.url}{path}", headers=headers, timeout=LIMIT, **fields)
         assert answer.status_code == 200, answer.text
         return answer
 

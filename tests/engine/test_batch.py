@@ -114,7 +114,7 @@ REQUEST = st.tuples(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(REQUEST, min_size=1, max_size=10), st.integers(3, 40))
 def test_every_step_of_random_histories(wanted: list[tuple[int, int, list[str]]], budget: int) -> None:
     scheduler, placement = make_scheduler(60, groups=GROUPS, token_budget=budget, max_num_seqs=6)

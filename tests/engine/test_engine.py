@@ -27,6 +27,7 @@ from loraplex.server.engine.request import (
 from loraplex.server.engine.scheduler import Scheduler, StepPlan
 from loraplex.server.engine.streams import Mailbox, put_all
 from support.scheduling import Draw, FakePlacement, Requests, draws, make_scheduler, next_token
+from tests.support.waiting import LIMIT
 
 
 @dataclass
@@ -44,12 +45,12 @@ class FakeRunner:
             self.before(plan)
         on_launch()
         self.entered.release()
-        assert self.gate.wait(60)
+        assert self.gate.wait(LIMIT)
         return draws(plan)
 
     async def step_begins(self) -> None:
         """Wait until the next step is in the middle."""
-        await asyncio.to_thread(self.entered.acquire, timeout=60)
+        await asyncio.to_thread(self.entered.acquire, timeout=LIMIT)
 
 
 @dataclass
@@ -137,14 +138,14 @@ async def test_tokens_come_while_the_next_step_is_computed(rig: Rig) -> None:
 
     def hold(plan: StepPlan) -> None:
         prepared.release()
-        assert launch.acquire(timeout=60)
+        assert launch.acquire(timeout=LIMIT)
 
     rig.runner.before = hold
     stream = rig.engine.submit(rig.requests.make(3, 2))
     launch.release()
-    assert await asyncio.to_thread(prepared.acquire, timeout=60)  # the first step
+    assert await asyncio.to_thread(prepared.acquire, timeout=LIMIT)  # the first step
     await rig.runner.step_begins()
-    assert await asyncio.to_thread(prepared.acquire, timeout=60)  # the second is planned
+    assert await asyncio.to_thread(prepared.acquire, timeout=LIMIT)  # the second is planned
     await asyncio.sleep(0.05)
     assert stream._mailbox.take() is None
     rig.runner.gate.clear()
@@ -423,7 +424,7 @@ class TestDeadlines:
         rig.placement.away.add("digest-a")
         now = time.monotonic()
         request = replace(rig.requests.make(2, 5, "a"), arrival=now, deadline=now + 0.05)
-        (event,) = await asyncio.wait_for(collect(rig.engine.submit(request)), 30)
+        (event,) = await asyncio.wait_for(collect(rig.engine.submit(request)), LIMIT)
         assert isinstance(event.error, DeadlineExceeded)
         assert rig.scheduler.num_open == 0
         assert not rig.placement.wanted
@@ -486,7 +487,7 @@ class TestIntegrity:
         monkeypatch.setattr(rig.scheduler, "check_integrity", lambda: (original(), checked.release()))
         for _ in range(2):
             await collect(rig.engine.submit(rig.requests.make(5, 3)))
-            assert await asyncio.to_thread(checked.acquire, timeout=60), "not checked after work"
+            assert await asyncio.to_thread(checked.acquire, timeout=LIMIT), "not checked after work"
             assert not checked.acquire(timeout=0.1), "checked again though nothing has happened"
 
     async def test_books_that_do_not_agree_stop_the_engine(self, rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -21,6 +20,7 @@ from loraplex.server.engine.adapter_list import AdapterListError, Wish, parse_li
 from loraplex.server.engine.adapter_manager import AdapterManager
 from loraplex.server.engine.follower import Follower
 from tests.engine.test_adapter_manager import Images, Reader
+from tests.support.waiting import LIMIT, wait_for
 
 Until = Callable[[Callable[[], bool]], None]
 
@@ -126,11 +126,11 @@ def world(tmp_path: Path) -> Iterator[World]:
 
 
 def until(follower: Follower, condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
+    def found() -> bool:
         follower.tick()
-        time.sleep(0.005)
+        return condition()
+
+    wait_for(found)
 
 
 # ---- the folder ------------------------------------------------------------------------------------------------------
@@ -292,11 +292,11 @@ async def test_requests_wait_for_what_is_on_its_way(world: World) -> None:
     assert world.sources.asked == ["hf://acme/sql"]
     waiting = [asyncio.create_task(world.manager.arrival("sql")) for _ in range(100)]
     gone = asyncio.create_task(world.manager.arrival("sql"))
-    await asyncio.wait_for(world.manager.arrival("other"), 5)  # nobody else waits
+    await asyncio.wait_for(world.manager.arrival("other"), LIMIT)  # nobody else waits
     await asyncio.sleep(0)
     gone.cancel()
     world.sources.waiting["hf://acme/sql"].set_result(world.folder)
-    await asyncio.wait_for(asyncio.gather(*waiting), 20)
+    await asyncio.wait_for(asyncio.gather(*waiting), LIMIT)
     with world.registry.lease("sql") as lease:
         assert lease.version.source == "hf://acme/sql"
     world.manager.unregister("sql")
@@ -312,7 +312,7 @@ async def test_a_source_that_fails_is_tried_again_and_requests_are_told(world: W
     waiting = asyncio.create_task(world.manager.arrival("sql"))
     await asyncio.sleep(0)
     world.sources.waiting["hf://acme/sql"].set_exception(AdapterUnavailable("the Hub cannot be reached"))
-    await asyncio.wait_for(waiting, 20)
+    await asyncio.wait_for(waiting, LIMIT)
     with pytest.raises(AdapterRefused, match="cannot be reached") as caught:
         world.registry.lease("sql")
     assert caught.value.code == "unavailable"
@@ -323,7 +323,7 @@ async def test_a_source_that_fails_is_tried_again_and_requests_are_told(world: W
         follower.tick()
         if len(world.sources.asked) > len(times) + 1:
             times.append(second)
-            await asyncio.wait_for(world.manager.arrival("sql"), 5)  # from now on requests are told at once
+            await asyncio.wait_for(world.manager.arrival("sql"), LIMIT)  # from now on requests are told at once
             world.sources.waiting["hf://acme/sql"].set_exception(AdapterNotFound("gone"))
             follower.tick()
     assert times == [5, 15, 35]
@@ -352,9 +352,6 @@ def test_the_thread_follows_by_itself(world: World) -> None:
     follower.start()
     try:
         world.adapter("a")
-        deadline = time.monotonic() + 20
-        while world.names() != ["a"]:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_for(lambda: world.names() == ["a"])
     finally:
         follower.stop()

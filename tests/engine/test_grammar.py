@@ -71,7 +71,7 @@ def accepts(grammars: Grammars, tokenizer: Tokenizer, spec: GrammarSpec, text: s
     return True
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(schema=bounded_schemas(), seed=st.integers(0, 99))
 def test_whatever_is_drawn_is_valid(
     grammars: Grammars, tokenizer: Tokenizer, schema: dict[str, Any], seed: int

@@ -247,5 +247,5 @@ class Tenants(RuleBasedStateMachine):
         assert brought <= set(self.here.holdings._tenants), "nobody's"
 
 
-Tenants.TestCase.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
+Tenants.TestCase.settings = settings(max_examples=60, stateful_step_count=25)
 TestTenants = Tenants.TestCase

@@ -27,9 +27,18 @@ from loraplex.adapters.tiles import AdapterImage, LowRank, pack
 from loraplex.kernels.metadata import Site
 from loraplex.server.engine.placement import AdapterPlacement
 from tests.engine.test_placement import IMAGE, LAYOUT, Q
+from tests.support.counted_clock import counted_clock
 
 NAMES = ("1-a", "2-b", "3-c", "2-d", "3-e", "3-f")
 """Rank and letter: so many pages each."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def clock() -> Iterator[None]:
+    with counted_clock(
+        "loraplex.adapters.residency", "loraplex.server.engine.placement", "loraplex.server.engine.fetches"
+    ):
+        yield
 
 
 class Count:
@@ -291,7 +300,7 @@ class HostMemory(RuleBasedStateMachine):
 
 
 TestHostMemory = HostMemory.TestCase
-TestHostMemory.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestHostMemory.settings = settings(max_examples=150, stateful_step_count=40)
 
 
 @pytest.fixture

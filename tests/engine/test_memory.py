@@ -81,7 +81,7 @@ class TestTotals:
         plan = plan_memory(SMOLLM2, BF16, None, WEIGHTS, DEMAND, available_bytes=2 * GIB)
         assert GIB - plan.page_bytes < plan.total_bytes <= GIB
 
-    @settings(max_examples=200, deadline=None)
+    @settings(max_examples=200)
     @given(
         st.integers(WEIGHTS, 8 * GIB),
         st.integers(1, 64),
@@ -177,7 +177,7 @@ class TestCounts:
         weights = load_weights(path, config, ops, dtype)
         assert shapes == packed_shapes(config, weights.head is not weights.embedding)
 
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     @given(st.lists(st.tuples(st.integers(1, 300), st.integers(1, 20).map(lambda n: 2 * n)), min_size=1, max_size=30))
     def test_regions_and_padding(self, shapes: list[tuple[int, int]]) -> None:
         """The bytes of the huge pages that packed weights touch, with regions so small that many are needed."""

@@ -15,6 +15,7 @@ from loraplex.adapters.sources import OPERATOR, Access, parse_source
 from loraplex.server.engine.holdings import Holder, TooManyAdapters
 from loraplex.server.engine.on_demand import OnDemand, first_use_name, is_hidden, source_of
 from loraplex.server.engine.request import Overloaded
+from tests.support.waiting import turns
 
 PLAN = MergePlan("ties", (1.0, 1.0), 0.5)
 
@@ -107,7 +108,7 @@ async def test_many_at_once_have_room_for_no_more_than_there_is() -> None:
     adapters.gate.clear()
     on_demand = OnDemand(adapters, Merger(), max_first_use=3)
     asked = [asyncio.create_task(on_demand.lease(f"/srv/{i}")) for i in range(100)]
-    await asyncio.sleep(0.01)
+    await turns()
     adapters.gate.set()
     found = await asyncio.gather(*asked, return_exceptions=True)
     assert sum(isinstance(each, Overloaded) for each in found) == 97
@@ -128,10 +129,10 @@ async def test_what_is_loaded_for_those_who_left_makes_room_too() -> None:
     for i in range(5):
         adapters.gate.clear()
         asked = asyncio.create_task(on_demand.lease(f"/srv/{i}"))
-        await asyncio.sleep(0.001)
+        await turns()
         asked.cancel()
         adapters.gate.set()
-        await asyncio.sleep(0.001)
+        await turns()
     assert [version.source for version in adapters.registry.list()] == ["/srv/3", "/srv/4"]
 
 
@@ -145,7 +146,7 @@ async def test_a_tenant_brings_as_many_as_it_may_however_many_it_asks_for_at_onc
     other = asyncio.create_task(on_demand.lease("/srv/99", OPERATOR, byte))
     for task in asked[:2]:  # who leaves has it all the same: the load goes on
         task.cancel()
-    await asyncio.sleep(0.001)
+    await turns()
     with pytest.raises(TooManyAdapters):
         await on_demand.lease("/srv/new", OPERATOR, acme)
     adapters.gate.set()

@@ -6,7 +6,7 @@ import json
 from itertools import groupby, pairwise
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -19,7 +19,6 @@ def decode(runs: NDArray[np.int64]) -> list[int]:
     return [owner for owner, pages in runs.tolist() for _ in range(pages)]
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_runs_are_the_pools_truth(data: st.DataObject) -> None:
     """Pages are taken and given back in any order; each has to come out with who had it last."""
@@ -57,7 +56,6 @@ def test_a_page_that_changed_hands_between_the_looks_is_its_last_owners() -> Non
 _OWNERS = st.sampled_from([None, "kv", "prefix", "adapter", "adapter"])
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_any_two_looks_against_a_plain_reading_of_them(data: st.DataObject) -> None:
     """Whatever the pool and the adapters said, page by page; two adapters may have had the same page."""

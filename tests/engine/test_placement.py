@@ -19,13 +19,12 @@ from loraplex.adapters.residency import Residency
 from loraplex.adapters.tiles import BaseLayout, LowRank, pack
 from loraplex.kernels.metadata import Projection, Site
 from loraplex.server.engine.placement import AdapterPlacement
+from tests.support.waiting import LIMIT
 
 Q = Projection("self_attn.q_proj", Site.QKV, 32, 0, 32, False)
 LAYOUT = BaseLayout("tiny", 1, (Q,), 256, torch.float32)
 IMAGE = 256 + 28
 """Bytes of host memory that a rank takes: a page, and a row of the tile table."""
-
-SOON = 10.0
 
 
 @dataclass
@@ -77,7 +76,7 @@ class Rig:
 
     def wait(self, times: int = 1) -> None:
         for _ in range(times):
-            assert self.come.acquire(timeout=SOON)
+            assert self.come.acquire(timeout=LIMIT)
 
     def bring_to_host(self, version: AdapterVersion) -> list[int]:
         """Wanted, and read. Returns the pages it takes."""
@@ -285,11 +284,11 @@ def test_an_image_asked_about_is_held_until_it_is_on_the_device(rig: Rig) -> Non
     rig.wait()
     assert rig.placement.missing_pages([version]) == [2]
     for other in ("7", "6", "5"):  # each alone would push it out
-        rig.loader.load(other).result(SOON)
+        rig.loader.load(other).result(LIMIT)
     assert rig.store.peek("digest-2-1.0") is not None
     assert rig.placement.load(version)
     assert rig.store.stats().held_bytes == 0
-    rig.loader.load("9").result(SOON)
+    rig.loader.load("9").result(LIMIT)
     assert rig.store.peek("digest-2-1.0") is None
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import mmap
 import time
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 from loraplex.adapters.pages import PagePool
 from loraplex.kernels.hugepages import HUGE_PAGE, huge_zeros, populate
 from loraplex.server.engine.prefault import Prefault
+from tests.support.waiting import LIMIT, wait_for
 
 PAGE = 256 << 10
 NUM_PAGES = 64  # 16 MiB
@@ -27,13 +27,6 @@ def resident(arena: Tensor) -> int:
     states = (ctypes.c_ubyte * count)()
     assert ctypes.CDLL(None).mincore(ctypes.c_void_p(arena.data_ptr()), ctypes.c_size_t(arena.nbytes), states) == 0
     return sum(state & 1 for state in states) * mmap.PAGESIZE
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def test_memory_keeps_ahead_of_the_pages_in_use() -> None:
@@ -59,7 +52,7 @@ def test_it_ends_when_all_is_there() -> None:
     arena, pool = huge_zeros(PAGE * NUM_PAGES + PAGE).view(NUM_PAGES + 1, PAGE), PagePool(NUM_PAGES + 1)
     thread = Prefault(arena, pool, margin=1 << 30)
     thread.start()
-    thread.join(30)
+    thread.join(LIMIT)
     assert not thread.is_alive()
     assert resident(arena) == arena.nbytes
 

@@ -228,7 +228,7 @@ class PrefixMachine(RuleBasedStateMachine):
 
 
 TestPrefixCache = PrefixMachine.TestCase
-TestPrefixCache.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
+TestPrefixCache.settings = settings(max_examples=150, stateful_step_count=50)
 
 
 def _cache(pages: int = 64, groups: tuple[GroupSpec, ...] = GROUPS["full"], size: int = 4) -> KVCache:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from loraplex.kernels.backend import load_backend
@@ -28,7 +28,6 @@ def row(allowed: list[int] | None, **params: Any) -> SampleRow:
 TOKENS = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=VOCAB, unique=True)
 
 
-@settings(deadline=None)
 @given(rows=st.lists(st.none() | TOKENS, min_size=1, max_size=6), seed=st.integers(0, 1000), greedy=st.booleans())
 def test_only_what_is_allowed_is_drawn(rows: list[list[int] | None], seed: int, greedy: bool) -> None:
     """Whatever else bends the logits, and without a change for the rows that have no grammar."""

@@ -89,9 +89,7 @@ class Serving(RuleBasedStateMachine):
 
 
 TestServing = Serving.TestCase
-TestServing.settings = settings(
-    max_examples=80, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
-)
+TestServing.settings = settings(max_examples=80, stateful_step_count=40, suppress_health_check=list(HealthCheck))
 
 
 def _setting(rng: random.Random) -> Setting:

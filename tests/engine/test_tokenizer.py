@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,7 @@ def _copy_with(folder: Path, target: Path, *, drop: tuple[str, ...] = (), **conf
 
 
 @given(text=st.text(max_size=60))
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 def test_encodes_and_decodes_as_transformers(tokenizer: Tokenizer, oracle: Any, text: str) -> None:
     ids = tokenizer.encode(text)
     assert ids == oracle(text)["input_ids"]
@@ -187,7 +188,7 @@ def test_truncation_and_padding_stored_in_the_file_do_not_act(folder: Path, tmp_
 
 
 @given(text=st.text(alphabet=st.sampled_from("aé€😀 \n�the"), max_size=30))
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 def test_token_bytes_join_to_the_text(tokenizer: Tokenizer, text: str) -> None:
     ids = tokenizer.encode(text, add_special_tokens=False)
     assert b"".join(map(tokenizer.token_bytes, ids)) == text.encode()
@@ -266,18 +267,30 @@ def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
 
 
 def test_long_texts_leave_the_interpreter_to_others(tokenizer: Tokenizer) -> None:
-    """While one thread encodes, this one goes on: the encoder must let go of the interpreter lock."""
+    """While one thread encodes, this one goes on: the encoder must let go of the interpreter lock.
+
+    Nothing else makes it let go here. On a busy machine this thread may come too late a few times.
+    """
     text = "the quick brown fox and the other 😀 " * 10_000
-    done = threading.Event()
 
-    def work() -> None:
-        tokenizer.encode(text)
-        done.set()
+    def goes_on_meanwhile() -> bool:
+        begun, done = threading.Event(), threading.Event()
 
-    thread = threading.Thread(target=work)
-    thread.start()
-    turns = 0
-    while not done.wait(0.001):
-        turns += 1
-    thread.join()
-    assert turns > 20
+        def work() -> None:
+            begun.set()
+            tokenizer.encode(text)
+            done.set()
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        begun.wait()
+        meanwhile = not done.is_set()
+        thread.join()
+        return meanwhile
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(3600)
+    try:
+        assert any(goes_on_meanwhile() for _ in range(20))
+    finally:
+        sys.setswitchinterval(interval)

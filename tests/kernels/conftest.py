@@ -1,6 +1,7 @@
 """The same tests run over every backend that can run here, the CPU one over every instruction set this machine has.
 
-Under TRITON_INTERPRET=1 they run over the Triton kernels alone, in the interpreter (gpu/test_interpreter.py does that).
+Under TRITON_INTERPRET=1 they run over the Triton kernels alone, in the interpreter (gpu/test_interpreter.py does that),
+and of each slow test no more cases than it takes to meet every value of every parameter; with CI_FULL=1 all of them.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from loraplex.kernels.backend import Backend, load_backend
 from loraplex.kernels.cpu import abi
 from loraplex.kernels.cpu.backend import CpuBackend
+from support.covering import covering
 from support.kernel_builds import compile_arm64_kernels, missing_compiler
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
@@ -33,6 +35,7 @@ if INTERPRET:
         "test_nucleus.py",
         "test_sampling.py",
     ]
+QUICK = ("test_dense_ops.py",)  # a second in the interpreter, with all cases
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -55,9 +58,13 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
 
 
+@pytest.hookimpl(trylast=True)  # of what -k has left
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The CPU backend computes in bf16 and fp32 alone: there is nothing to skip, those cases do not exist."""
     items[:] = [item for item in items if not _is_cpu_float16(item)]
+    if INTERPRET and os.environ.get("CI_FULL") != "1":
+        few = set(covering([item for item in items if item.path.name not in QUICK]))
+        items[:] = [item for item in items if item in few or item.path.name in QUICK]
 
 
 def _is_cpu_float16(item: pytest.Item) -> bool:

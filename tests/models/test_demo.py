@@ -28,6 +28,7 @@ from tokenizers import Tokenizer
 
 from loraplex.server.models import demo, gguf_convert
 from loraplex.server.models.demo import DemoError, ensure_converted, ensure_demo_base
+from tests.support.waiting import LIMIT
 
 HIDDEN, HEADS, KV_HEADS, FFN, LAYERS = 64, 4, 2, 96, 2
 CHAT_TEMPLATE = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
@@ -273,7 +274,7 @@ def stop(*args, **kwargs):
     if "{stage}" == "writing":
         Path(args[1]).write_bytes(b"half a file")
     print("here", flush=True)
-    time.sleep(60)
+    time.sleep(3600)
 setattr(*target, stop)
 demo.ensure_converted(Path(sys.argv[1]), Path(sys.argv[2]))
 """
@@ -288,7 +289,7 @@ def kill_while(stage: str, source: Path, target: Path, *, how: signal.Signals = 
         assert child.stdout is not None
         assert child.stdout.readline() == "here\n"
         child.send_signal(how)
-        assert child.wait(timeout=60) == -how
+        assert child.wait(timeout=LIMIT) == -how
         child.stdout.close()
     finally:
         child.kill()
@@ -330,7 +331,7 @@ def test_processes_starting_together_convert_once(source: Path, tmp_path: Path) 
     script += "ensure_converted(*map(pathlib.Path, sys.argv[1:]))"
     command = [sys.executable, "-c", script, source, tmp_path / "base"]
     children = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(3)]
-    said = "".join(child.communicate(timeout=120)[1] for child in children)
+    said = "".join(child.communicate(timeout=LIMIT)[1] for child in children)
     assert [child.returncode for child in children] == [0, 0, 0]
     assert said.count("Converting") == 1
     assert demo.find_fault(tmp_path / "base", source) is None
@@ -485,7 +486,7 @@ ANY_CHARACTER = st.one_of(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(text=st.text(ANY_CHARACTER))
 def test_real_tokenizer_equals_llama_cpp_on_any_text(
     fast_tokenizer: Tokenizer, llama_cpp: LlamaCppTokenizer, text: str

@@ -28,8 +28,8 @@ from tests.support.replicas import (
     replicas,
     running,
     spread,
-    wait_for,
 )
+from tests.support.waiting import wait_for
 
 ENVIRONMENTS = Path(__file__).parents[2] / ".venv-routers"
 

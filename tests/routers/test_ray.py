@@ -33,8 +33,8 @@ from tests.support.replicas import (
     make_base,
     requests_of,
     running,
-    wait_for,
 )
+from tests.support.waiting import LIMIT, wait_for
 
 RAY = Path(__file__).parents[2] / ".venv-routers" / "ray" / "bin"
 
@@ -151,7 +151,9 @@ def test_the_same_answers_whole_and_streamed(url: str, expected: dict[str, str])
         assert len(lines) > 2, "it was not streamed"
     homes = homes_of(url, before)
     assert [sum(counts.values()) for counts in homes.values()] == [2] * len(ADAPTERS)
-    assert httpx.post(f"{url}/v1/completions", json={"model": "nobody", "prompt": "x"}).status_code == 404
+    assert (
+        httpx.post(f"{url}/v1/completions", json={"model": "nobody", "prompt": "x"}, timeout=LIMIT).status_code == 404
+    )
 
 
 def test_adapters_are_spread_and_stay(url: str, expected: dict[str, str]) -> None:
@@ -210,7 +212,7 @@ def test_a_stream_that_has_begun_is_not_begun_again(url: str, model: tuple[Path,
         with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as answer:
             for line in filter(None, answer.iter_lines()):
                 if not lines:
-                    [home] = [s for s in servers(url) if httpx.get(f"{s}/load").json()["server_load"]]
+                    [home] = [s for s in servers(url) if httpx.get(f"{s}/load", timeout=LIMIT).json()["server_load"]]
                     [pid] = [p for p in processes(model[1]) if is_listening(p, httpx.URL(home).port or 0)]
                     os.kill(pid, signal.SIGKILL)
                 lines.append(line)

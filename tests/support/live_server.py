@@ -14,6 +14,7 @@ from loraplex.server.engine.build import EngineConfig, EngineParts, build_engine
 from loraplex.server.engine.tokenizer import Tokenizer
 from loraplex.server.launch import make_app
 from loraplex.server.listening import bind, make_server
+from tests.support.waiting import LIMIT
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,11 @@ def live_server(base: Path, name: str, engine: EngineConfig, auth: AuthConfig | 
     parts.engine.start()
     thread.start()
     try:
-        assert listening.wait(30)
+        assert listening.wait(LIMIT)
         yield LiveServer(f"http://127.0.0.1:{held.getsockname()[1]}", parts, tokenizer)
     finally:
         server.close()
-        thread.join(30)
+        thread.join(LIMIT)
         parts.engine.stop()
         parts.adapters.close()
         held.close()

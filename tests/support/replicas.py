@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import cycle, islice
@@ -27,12 +27,12 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.support.peft_adapters import make_peft_adapter
 from tests.support.tiny import load_oracle, make_tiny_model, make_tiny_tokenizer
+from tests.support.waiting import wait_for
 
 ADAPTERS = tuple(f"adapter-{number}" for number in range(16))
 PROMPT = "the"
 STEP = 0.02  # seconds: long enough that a request is seen running, short enough for dozens of them a second
 TOKENS = 12
-START_SECONDS = 240.0  # on a machine with much other work
 
 SLOWED = f"""
 import time
@@ -60,14 +60,6 @@ def free_port() -> int:
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
         return int(held.getsockname()[1])
-
-
-def wait_for(found: Callable[[], bool], what: str, seconds: float = START_SECONDS) -> None:
-    """Until it is so. Raises AssertionError, with `what` did not come, after `seconds`."""
-    deadline = time.monotonic() + seconds
-    while not found():
-        assert time.monotonic() < deadline, f"after {seconds:g} s: {what}"
-        time.sleep(0.05)
 
 
 def answers(url: str) -> bool:

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from support.waiting import LIMIT
+
 
 @dataclass
 class Stub:
@@ -131,10 +133,10 @@ def serving(stub: Stub) -> Iterator[Stub]:
     ended = asyncio.Event()
     thread = threading.Thread(target=lambda: loop.run_until_complete(stub.serve(ready, ended)), daemon=True)
     thread.start()
-    assert ready.wait(10)
+    assert ready.wait(LIMIT)
     try:
         yield stub
     finally:
         loop.call_soon_threadsafe(ended.set)
-        thread.join(10)
+        thread.join(LIMIT)
         loop.close()
