@@ -6,11 +6,15 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
+from loraplex.benchmarks.peers.mistral_rs import QUANTIZED
 from loraplex.benchmarks.peers.openvino_ir import WEIGHT_FORMATS
 from loraplex.benchmarks.peers.peer import Figures
 from loraplex.benchmarks.readme_loads import CONTEXTS, LOADS
 
 OURS = "loraplex"
+
+WITHOUT_HTTP = (*WEIGHT_FORMATS, *QUANTIZED, "PEFT")
+"""Peers that are asked in their own process."""
 
 Of = Callable[[Figures], float | None]
 
@@ -115,7 +119,8 @@ def table(rows: Sequence[Row]) -> list[str]:
 
 def _table(rows: Sequence[Row], cell: Callable[[Row, str], str]) -> list[str]:
     names = [OURS, *dict.fromkeys(name for row in rows for name in row.rounds if name != OURS)]
-    lines = [f"| load | {' | '.join(names)} |", f"| --- |{' ---: |' * len(names)}"]
+    heads = [f"{name} (no HTTP)" if name in WITHOUT_HTTP else name for name in names]
+    lines = [f"| load | {' | '.join(heads)} |", f"| --- |{' ---: |' * len(names)}"]
     for row in rows:
         cells = (cell(row, name) if name in row.rounds else "-" for name in names)
         lines.append(f"| {row.load} | {' | '.join(cells)} |")

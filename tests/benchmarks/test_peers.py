@@ -383,13 +383,13 @@ def test_the_table_and_the_file() -> None:
     rounds = {
         "loraplex": [Figures(100.0, 0.1), Figures(10.0, 0.3), Figures(80.0, 0.2)],
         "one": [Figures(50.0, 0.01), Figures(2.0, 0.02), Figures(100.0, 0.03)],
-        "two": [Figures(4.0, None), Figures(2.0, None), Figures(1.0, None)],
+        "PEFT": [Figures(4.0, None), Figures(2.0, None), Figures(1.0, None)],
     }
     rows = [Row("x", {name: rounds[name] for name in ("loraplex", "one")}), Row("y", rounds)]
     long = {name: [replace(run, decode=run.tokens_per_second) for run in rounds[name]] for name in ("loraplex", "one")}
     rows.append(Row(CONTEXTS[0].name, long))
     assert table(rows) == [
-        "| load | loraplex | one | two |",
+        "| load | loraplex | one | PEFT (no HTTP) |",
         "| --- | ---: | ---: | ---: |",
         "| x | 80, 200 ms | 50, 20 ms (2.00) | - |",
         "| y | 80, 200 ms | 50, 20 ms (2.00) | 2 (25.00) |",
