@@ -43,14 +43,13 @@ def makers(folder: Path, base: Path, adapters: Sequence[Path], jobs: int) -> dic
         found[name] = partial(llamacpp.peer, name, folder, base, adapters, jobs)
     for name in openvino_ir.WEIGHT_FORMATS:
         found[name] = partial(openvino_ir.peer, name, folder, base, adapters)
-    for name in mistral_rs.QUANTIZED:
-        found[name] = partial(mistral_rs.peer, name, folder, base, adapters)
+    found[mistral_rs.NAME] = partial(mistral_rs.peer, folder, base, adapters)
     found["vLLM"] = partial(vllm_cpu.peer, folder, base, adapters)
     found["PEFT"] = partial(peft_batch.peer, base, adapters)
     return found
 
 
-ALL_PEERS = (*llamacpp.WEIGHTS, *openvino_ir.WEIGHT_FORMATS, *mistral_rs.QUANTIZED, "vLLM", "PEFT")
+ALL_PEERS = (*llamacpp.WEIGHTS, *openvino_ir.WEIGHT_FORMATS, mistral_rs.NAME, "vLLM", "PEFT")
 
 
 def main() -> None:

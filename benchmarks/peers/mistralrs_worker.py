@@ -1,7 +1,6 @@
 """mistral.rs over closed loops; run by its own environment's Python, by path.
 
-    python mistralrs_worker.py '{"model": DIR, "adapters": ["adapter", ...], "quantized": null or "Q8_0", "streams": n,
-                                 "template": FILE}'
+    python mistralrs_worker.py '{"model": DIR, "adapters": ["adapter", ...], "streams": n, "template": FILE}'
 
 It says "ready", and then answers every line {"requests": [{"prompt": text, "adapter": 0 or null}], "tokens": n,
 "streams": n} with {"seconds": s, "replies": [{"sent": t, "arrivals": [t], "tokens": n}]}.
@@ -31,7 +30,6 @@ def runner(options: dict[str, Any]) -> Any:
         which,
         max_seqs=options["streams"],
         prefix_cache_n=0,
-        in_situ_quant=options["quantized"],
         jinja_explicit=options["template"],
         token_source="none",
     )

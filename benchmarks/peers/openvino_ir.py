@@ -38,8 +38,8 @@ WEIGHT_FORMATS = {
 }
 """By the peer's name, what optimum-cli is told."""
 
-BATCHED_TOKENS = 256
-"""Tokens of one step, prompts and answers: the pipeline's default."""
+BATCHED_TOKENS = 2048
+"""Of one step, prompts and answers. 16 prompts of 96 at once take 5 % less of the CPU than in its default of 256."""
 
 WORKER = Path(__file__).with_name("openvino_worker.py")
 

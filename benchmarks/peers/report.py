@@ -6,14 +6,14 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
-from loraplex.benchmarks.peers.mistral_rs import QUANTIZED
+from loraplex.benchmarks.peers import mistral_rs
 from loraplex.benchmarks.peers.openvino_ir import WEIGHT_FORMATS
 from loraplex.benchmarks.peers.peer import Figures
 from loraplex.benchmarks.readme_loads import CONTEXTS, LOADS
 
 OURS = "loraplex"
 
-WITHOUT_HTTP = (*WEIGHT_FORMATS, *QUANTIZED, "PEFT")
+WITHOUT_HTTP = (*WEIGHT_FORMATS, mistral_rs.NAME, "PEFT")
 """Peers that are asked in their own process."""
 
 Of = Callable[[Figures], float | None]

@@ -327,12 +327,11 @@ def test_what_openvino_is_started_with(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_what_mistralrs_is_started_with(tmp_path: Path) -> None:
-    line = mistral_rs.command(tmp_path, tmp_path / "base", [tmp_path / "ad0"], "Q8_0", 16)
+    line = mistral_rs.command(tmp_path, tmp_path / "base", [tmp_path / "ad0"], 16)
     assert line[1] == "-P"
     assert json.loads(line[-1]) == {
         "model": str(tmp_path / "base"),
         "adapters": [str(tmp_path / "ad0")],
-        "quantized": "Q8_0",
         "streams": 16,
         "template": str(tmp_path / "plain.jinja"),
     }
