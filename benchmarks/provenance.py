@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 PACKAGES = ("loraplex", "torch", "transformers", "numpy")
@@ -24,6 +25,7 @@ class Provenance:
     python: str
     versions: dict[str, str]
     commit: str  # "unknown" outside of a checkout; ends in "+" where files differ from it
+    committed: str  # when, in UTC and ISO 8601; "" outside of a checkout
 
     @classmethod
     def here(cls) -> Provenance:
@@ -34,8 +36,9 @@ class Provenance:
             memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
             system=f"{platform.system()} {platform.machine()}",
             python=platform.python_version(),
-            versions={name: importlib.metadata.version(name) for name in PACKAGES},
+            versions={name: version for name in PACKAGES if (version := _version(name))},
             commit=commit(),
+            committed=committed(),
         )
 
     def as_json(self) -> dict[str, object]:
@@ -51,12 +54,29 @@ def commit(folder: Path = Path(__file__).resolve().parent) -> str:
         return "unknown"
 
 
+def committed(folder: Path = Path(__file__).resolve().parent) -> str:
+    """When the commit was made that commit() names."""
+    try:
+        seconds = int(_git(folder, "show", "--no-patch", "--format=%ct", "HEAD"))
+        return datetime.fromtimestamp(seconds, UTC).isoformat()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None  # a server that is loaded from elsewhere needs no torch
+
+
 def _git(folder: Path, *words: str) -> str:
     command = ["git", "-C", str(folder), *words]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def _cpu_lines() -> dict[str, str]:
+def cpu_lines() -> dict[str, str]:
+    """What /proc/cpuinfo says of the first CPU; nothing where there is none."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -66,10 +86,11 @@ def _cpu_lines() -> dict[str, str]:
 
 
 def _cpu() -> str:
-    return _cpu_lines().get("model name") or platform.processor() or platform.machine()
+    return cpu_lines().get("model name") or platform.processor() or platform.machine()
 
 
 def _instructions() -> str:
-    flags = _cpu_lines().get("flags", "").split()
-    names = {"avx512_bf16": "AVX-512 BF16", "avx512f": "AVX-512", "avx2": "AVX2"}
+    lines = cpu_lines()
+    flags = lines.get("flags", lines.get("Features", "")).split()
+    names = {"avx512_bf16": "AVX-512 BF16", "avx512f": "AVX-512", "avx2": "AVX2", "bf16": "NEON BF16", "asimd": "NEON"}
     return next((name for flag, name in names.items() if flag in flags), "portable")

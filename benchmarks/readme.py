@@ -1,14 +1,14 @@
-"""README's figures, out of the file that `make bench` wrote; by hand none is typed.
+"""README's figures, out of the files that the benchmarks keep (kept.py); by hand none is typed.
 
     python -m loraplex.benchmarks.readme [--check]
 
-They stand in README.md and docs/benchmarks.md between <!-- figures: NAME --> and <!-- /figures -->; NAME is machine,
-serve (a table), adapters (a sentence), slora (a table and its plot, docs/slora.svg), or one of those that stay as they
-are until what takes longer has run (`python -m loraplex.benchmarks.X ...`):
+They stand in README.md and docs/benchmarks.md between <!-- figures: NAME --> and <!-- /figures -->, each kind of CPU
+apart and with its commit. NAME is machine, serve, adapters or slora (with its plots, docs/slora-<kind>.svg), which
+`make bench` measures, or one of those that stay as they are until what takes longer has run:
 
-    peers     peers --out benchmarks/results/peers.json
-    settings  slora --settings S2,S3,S4 --disk 9 --json benchmarks/results/slora.json
-    thousand  many throughput cold stall startup --json benchmarks/results/many.json
+    peers     peers --out
+    settings  slora --settings S2,S3,S4 --disk 9 --out
+    thousand  many throughput cold stall startup --out
 
 With --check nothing is written, and the exit code says whether anything would be.
 """
@@ -16,93 +16,72 @@ With --check nothing is written, and the exit code says whether anything would b
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from loraplex.benchmarks import serve, slora
+from loraplex.benchmarks import kept, serve, slora
+from loraplex.benchmarks.kept import Results, Section
+from loraplex.benchmarks.kind import Kind
 from loraplex.benchmarks.peers import report
-from loraplex.benchmarks.short import DEFAULT
 
-PEERS = DEFAULT.with_name("peers.json")
-SETTINGS = DEFAULT.with_name("slora.json")
-THOUSAND = DEFAULT.with_name("many.json")
 ROOT = Path(__file__).resolve().parent.parent
 TEXTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
-PLOT = ROOT / "docs" / "slora.svg"
+PLOTS = ROOT / "docs"
 _PLACE = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- /figures -->)", re.DOTALL)
+
+OLD = " (older than the code here)"
+"""Said of figures where others are of a newer commit, and of those that are marked so."""
 
 
 class NoFigures(Exception):
-    """A table is wanted that the results do not have; the message names both."""
+    """A place is wanted that there is no table for; the message names both."""
 
 
-def tables(results: Mapping[str, Any]) -> dict[str, str]:
-    """By name, Markdown that ends with a newline."""
-    served, over = [serve.Row(**row) for row in results["serve"]], [slora.Row(**row) for row in results["slora"]]
-    shown = f"![Throughput and first token over the number of adapters]({PLOT.name})"
-    return {
-        "machine": _machine(results),
-        "serve": "\n".join(serve.format_rows(served)) + "\n",
-        "adapters": f"{_adapters(over)}\n",
-        "slora": "\n".join([*slora.format_rows(over), "", shown]) + "\n",
-    }
+@dataclass(frozen=True)
+class Table:
+    """What stands in the places of one name: for every kind of CPU the Markdown of a section."""
+
+    section: str  # of kept.SECTIONS
+    of: Callable[[Section, Results], list[str]]  # lines
+    rounds: Callable[[Section], int]
+    inline: bool = False  # a sentence, in a list of kinds; else a table below its kind
 
 
-def peers_table(results: Mapping[str, Any]) -> str:
-    """Markdown of what benchmarks.peers wrote; it ends with a newline."""
-    rows = [report.Row.from_json(row) for row in results["rows"]]
-    rounds = max(len(runs) for row in rows for runs in row.rounds.values())
-    versions = [f"{name} {', '.join(map(' '.join, found.items()))}" for name, found in results["peers"].items()]
-    left_out = [f"{name} is left out: {why}" for name, why in results["left_out"].items()]
-    return "\n".join([*report.table(rows), "", _measured_on(results, rounds, versions, left_out)]) + "\n"
+def _serve(found: Section, of: Results) -> list[str]:
+    return serve.format_rows([serve.Row(**row) for row in found["serve"]])
 
 
-def settings_table(results: Mapping[str, Any]) -> str:
-    """Markdown of what benchmarks.slora wrote; it ends with a newline."""
-    rows = [slora.Row(**row) for row in results["slora"]]
-    return "\n".join([*slora.format_rows(rows), "", _measured_on(results, results["rounds"])]) + "\n"
+def _slora(found: Section, of: Results) -> list[str]:
+    shown = f"![Throughput and first token over the number of adapters on {of.kind}]({plot_path(of.kind).name})"
+    return [*slora.format_rows(_rows(found)), "", shown]
 
 
-def thousand(results: Mapping[str, Any]) -> str:
-    """What benchmarks.many found, as sentences; they end with a newline."""
-    found, count = results["figures"], results["adapters"]
-    zipf, uniform = (found[f"{law} over {count}, against five"] for law in ("zipf", "uniform"))
-    host, disk = (found[f"{tier}, against warm"] for tier in ("host", "disk 1st"))
-    stall = found["p99 beside loads, against requests"]
-    later = max(0.0, found[f"{count} adapters, all: seconds more"])
-    return (
-        f"Over all of them, drawn by Zipf's law, it generates {zipf:.2f} of the tokens/s that it does over five, drawn "
-        f"uniformly {uniform:.2f}. The first token of a prompt of 96 tokens takes {host:.2f} times as long where the "
-        f"adapter is not on the device, {disk:.2f} times where it has never been read and comes from disk. Ten loads a "
-        "second, each in another adapter's place, make the p99 between tokens of 8 streams "
-        f"{stall:.2f} times what as many requests without loads do. The server is ready {later:.1f} s later than "
-        f"without adapters. {_measured_on(results, results['rounds'])}\n"
-    )
+def _settings(found: Section, of: Results) -> list[str]:
+    return slora.format_rows(_rows(found))
 
 
-def _measured_on(
-    results: Mapping[str, Any], rounds: int, versions: Sequence[str] = (), left_out: Sequence[str] = ()
-) -> str:
-    measured = results["measured"]
-    said = [f"{measured['cpus']} CPUs of {measured['cpu']}", *versions, f"commit {measured['commit']}", results["date"]]
-    said += ["one round" if rounds == 1 else f"medians of {rounds} rounds", *left_out]
-    return f"{'; '.join(said)}."
+def _rows(found: Section) -> list[slora.Row]:
+    return [slora.Row(**row) for row in found["slora"]]
 
 
-LATER: Mapping[str, tuple[Path, Callable[[Mapping[str, Any]], str]]] = {
-    "peers": (PEERS, peers_table),
-    "settings": (SETTINGS, settings_table),
-    "thousand": (THOUSAND, thousand),
-}
-"""What is not part of `make bench`."""
+def _rounds(name: str) -> Callable[[Section], int]:
+    return lambda found: int(found[name])
 
 
-def _adapters(rows: Sequence[slora.Row]) -> str:
-    few, many = rows[0], rows[-1]
+def _peers_rounds(found: Section) -> int:
+    return max(len(runs) for row in found["rows"] for runs in row["rounds"].values())
+
+
+def plot_path(kind: Kind) -> Path:
+    """Of S1's plot."""
+    return PLOTS / f"slora-{kind.slug}.svg"
+
+
+def _adapters(found: Section, of: Results) -> list[str]:
+    few, *_, many = _rows(found)
     line = (
         f"Over {many.adapters:,} adapters it answers {many.requests_per_second:.1f} requests/s, {many.relative:.3f} of "
         f"what it does over {few.adapters}; {many.on_device:.0%} of them found their adapter on the device. At six "
@@ -110,51 +89,109 @@ def _adapters(rows: Sequence[slora.Row]) -> str:
         f"{many.relative_first:.2f} times as long."
     )
     if many.paper_relative is None or many.paper_relative_first is None:
-        return line
-    return f"{line} The paper has {many.paper_relative:.3f} and {many.paper_relative_first:.2f} for the same counts."
+        return [line]
+    return [f"{line} The paper has {many.paper_relative:.3f} and {many.paper_relative_first:.2f} for the same counts."]
 
 
-def _machine(results: Mapping[str, Any]) -> str:
-    measured, limits = results["measured"], results["limits"]
-    others = max(row["others"] for row in results["serve"])
-    return (
-        f"{measured['cpus']} CPUs of {measured['cpu']} ({measured['instructions']}), {measured['system']}, "
-        f"{limits['read'] / 1e9:.0f} GB/s read from memory, {limits['bf16'] / 1e9:,.0f} GFLOP/s in bf16; "
-        f"torch {measured['versions']['torch']}, commit {measured['commit']}, {results['date']}; medians of "
-        f"{results['rounds']} rounds, other processes took up to {others:.0%} of the CPUs.\n"
+def _machine(found: Section, of: Results) -> list[str]:
+    measured, limits = found["measured"], found["limits"]
+    others = max(row["others"] for row in found["serve"])
+    by = f" by loops in {limits['instructions']}" if "instructions" in limits else ""
+    line = (
+        f"{measured['cpus']} CPUs of {measured['cpu']}, {measured['system']}, {limits['read'] / 1e9:.0f} GB/s read "
+        f"from memory, {limits['bf16'] / 1e9:,.0f} GFLOP/s in bf16{by}; torch {measured['versions']['torch']}; other "
+        f"processes took up to {others:.0%} of the CPUs."
     )
+    return [line, *of.notes]
+
+
+def _peers(found: Section, of: Results) -> list[str]:
+    versions = [f"{name} {', '.join(map(' '.join, each.items()))}" for name, each in found["peers"].items()]
+    left_out = [f"{name} is left out: {why}" for name, why in found["left_out"].items()]
+    table = report.table([report.Row.from_json(row) for row in found["rows"]])
+    return [*table, "", f"{'; '.join([*versions, *left_out])}."]
+
+
+def _thousand(found: Section, of: Results) -> list[str]:
+    figures, count = found["figures"], found["adapters"]
+    zipf, uniform = (figures[f"{law} over {count}, against five"] for law in ("zipf", "uniform"))
+    host, disk = (figures[f"{tier}, against warm"] for tier in ("host", "disk 1st"))
+    stall = figures["p99 beside loads, against requests"]
+    later = max(0.0, figures[f"{count} adapters, all: seconds more"])
+    line = (
+        f"Over all of them, drawn by Zipf's law, it generates {zipf:.2f} of the tokens/s that it does over five, drawn "
+        f"uniformly {uniform:.2f}. The first token of a prompt of 96 tokens takes {host:.2f} times as long where the "
+        f"adapter is not on the device, {disk:.2f} times where it has never been read and comes from disk. Ten loads a "
+        "second, each in another adapter's place, make the p99 between tokens of 8 streams "
+        f"{stall:.2f} times what as many requests without loads do. The server is ready {later:.1f} s later than "
+        "without adapters."
+    )
+    return [line]
+
+
+TABLES: Mapping[str, Table] = {
+    "serve": Table("bench", _serve, _rounds("rounds")),
+    "adapters": Table("bench", _adapters, _rounds("slora_rounds"), inline=True),
+    "machine": Table("bench", _machine, _rounds("rounds"), inline=True),
+    "slora": Table("bench", _slora, _rounds("slora_rounds")),
+    "settings": Table("settings", _settings, _rounds("rounds")),
+    "peers": Table("peers", _peers, _peers_rounds),
+    "thousand": Table("thousand", _thousand, _rounds("rounds"), inline=True),
+}
+
+
+def tables(results: Sequence[Results]) -> dict[str, str]:
+    """By name, Markdown that ends with a newline; without those that no kind of CPU has been measured for."""
+    newest = max((kept.committed(section) for each in results for section in each.sections.values()), default="")
+    found = {}
+    for name, table in TABLES.items():
+        parts = [_part(table, each, newest) for each in results if table.section in each.sections]
+        if parts:
+            found[name] = ("\n" if table.inline else "\n\n").join(parts) + "\n"
+    return found
+
+
+def _part(table: Table, of: Results, newest: str) -> str:
+    """A kind's part of a table, with what it was measured on; `newest`: when the newest commit of all was made."""
+    section = of.sections[table.section]
+    outdated = kept.committed(section) < newest or section.get("outdated", False)
+    commit, rounds = section["measured"]["commit"] + (OLD if outdated else ""), table.rounds(section)
+    said = f"**{of.kind}**, commit {commit}, {section['date']}, "
+    said += "one round" if rounds == 1 else f"medians of {rounds} rounds"
+    lines = table.of(section, of)
+    return f"- {said}: {' '.join(lines)}" if table.inline else "\n".join([f"{said}:", "", *lines])
 
 
 def fill(text: str, found: Mapping[str, str]) -> str:
-    """`text` with its tables replaced. Raises NoFigures."""
+    """`text` with its tables replaced, those that nothing was measured for as they were. Raises NoFigures."""
 
     def table(place: re.Match[str]) -> str:
         start, name, end = place.groups()
-        if name in LATER and name not in found:
-            return place[0]
+        if name not in TABLES:
+            raise NoFigures(f"the text wants a table {name!r}, and there are {', '.join(TABLES)}")
         if name not in found:
-            raise NoFigures(f"the text wants a table {name!r}, and the results have {', '.join(sorted(found))}")
+            return place[0]
         return f"{start}\n{found[name]}\n{end}"
 
     return _PLACE.sub(table, text)
 
 
-def wanted(results: Mapping[str, Any]) -> dict[Path, str]:
+def wanted(results: Sequence[Results]) -> dict[Path, str]:
     """What every file that shows figures should hold. Raises NoFigures."""
     found = tables(results)
-    for name, (path, table) in LATER.items():
-        if path.exists():
-            found[name] = table(json.loads(path.read_text(encoding="utf-8")))
     texts = {path: fill(path.read_text(encoding="utf-8"), found) for path in TEXTS}
-    return {**texts, PLOT: slora.plot([slora.Row(**row) for row in results["slora"]])}
+    plots = {
+        plot_path(each.kind): slora.plot(_rows(each.sections["bench"])) for each in results if "bench" in each.sections
+    }
+    return {**texts, **plots}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
-    parser.add_argument("--results", type=Path, default=DEFAULT)
+    parser.add_argument("--results", type=Path, default=kept.FOLDER, help="the folder of the kinds' files")
     arguments = parser.parse_args()
-    files = wanted(json.loads(arguments.results.read_text(encoding="utf-8")))
+    files = wanted(kept.read_all(arguments.results))
     changed = [p for p, text in files.items() if not p.exists() or p.read_text(encoding="utf-8") != text]
     if arguments.check:
         differ = ", ".join(path.name for path in changed)

@@ -16,7 +16,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from loraplex.benchmarks import least
+from loraplex.benchmarks import least, of_limit
 from loraplex.benchmarks.kernels.machine import limits
 from loraplex.benchmarks.load import Outcome, closed_loop
 from loraplex.benchmarks.many.served import Others, Server, serve
@@ -112,7 +112,8 @@ def format_rows(rows: Sequence[Row]) -> list[str]:
             f"{seconds * 1e3:.{digits}f} ms"
             for seconds, digits in zip((row.first, row.gap, row.gap_p99), (0, 1, 1), strict=True)
         )
-        lines.append(f"| {row.name} | {row.tokens_per_second:.0f} | {row.of_limit:.0%} | {first} | {gap} | {most} |")
+        share = of_limit.percent(row.of_limit)
+        lines.append(f"| {row.name} | {row.tokens_per_second:.0f} | {share} | {first} | {gap} | {most} |")
     return lines
 
 

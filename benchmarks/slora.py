@@ -16,13 +16,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from pathlib import Path
 
+from loraplex.benchmarks import kept, of_limit
 from loraplex.benchmarks.arrivals import Arrivals
 from loraplex.benchmarks.charts import Axis, Series, lines, page
 from loraplex.benchmarks.drive import closed_loop, open_loop
@@ -33,7 +31,6 @@ from loraplex.benchmarks.many import pagecache
 from loraplex.benchmarks.many.served import Others, Server, serve
 from loraplex.benchmarks.measures import Figures, Objective, measure
 from loraplex.benchmarks.paper import ELEMENT, SMOLLM2_135M
-from loraplex.benchmarks.provenance import Provenance
 from loraplex.benchmarks.random_adapters import WEIGHTS, adapter_bytes, make_adapters, modules_of
 from loraplex.benchmarks.workload import Lengths, Spec, plan
 from loraplex.server.models.demo import default_cache_dir, ensure_demo_base
@@ -95,24 +92,15 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20, help="during which requests are sent, twice")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--disk", type=float, default=3.0, help="GB of adapters at most, of each setting")
-    parser.add_argument("--json", type=Path, help="write the rows here after each setting")
+    kept.add_option(parser)
     arguments = parser.parse_args()
     counts = [int(count) for count in arguments.counts.split(",")]
     rows: list[Row] = []
     for setting in arguments.settings.split(","):
         rows += run(setting, counts, arguments.seconds, arguments.rounds, arguments.disk * 1e9)
-        if arguments.json:
-            _write(arguments.json, rows, arguments.rounds)
-
-
-def _write(path: Path, rows: Sequence[Row], rounds: int) -> None:
-    content = {
-        "measured": Provenance.here().as_json(),
-        "date": datetime.now(UTC).date().isoformat(),
-        "rounds": rounds,
-        "slora": [asdict(row) for row in rows],
-    }
-    path.write_text(json.dumps(content, indent=1) + "\n")
+        if arguments.out:  # after each setting: all of them take hours
+            content = {"rounds": arguments.rounds, "slora": [asdict(row) for row in rows]}
+            kept.write("settings", content, arguments.out)
 
 
 def run(
@@ -233,7 +221,7 @@ def format_rows(rows: Sequence[Row]) -> list[str]:
         table.append(
             f"| {row.setting} | {row.adapters:,} | {row.requests_per_second:.2f} | {row.relative:.3f} | {paper} | "
             f"{row.first_mean * 1e3:.0f} ms | {row.relative_first:.2f} | {paper_first} | {row.on_device:.0%} | "
-            f"{row.of_limit:.0%} |"
+            f"{of_limit.percent(row.of_limit)} |"
         )
     return table
 

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from loraplex.benchmarks.kind import Kind
 from loraplex.benchmarks.replica import ReplicaSpec, StepTimes
 
 DEFAULT = Path(__file__).resolve().parent / "results" / "steps.json"
@@ -81,8 +82,8 @@ def read(path: Path = DEFAULT) -> Calibration:
         points = [Point(p["rows"], p["adapters"], p["prefill_tokens"], p["seconds"]) for p in found["points"]]
         times, worst = fit(points)
         limits = {name: found[name] for name in ("rows", "slots", "kv_tokens", "load_seconds", "prefill_budget")}
-        machine = found.get("measured", {})
-        what = f"{found.get('model', path.name)} on {machine['cpus']} CPUs" if "cpus" in machine else path.name
+        model = found.get("model", path.name)
+        what = f"{model} on {Kind.from_json(found['kind'])}" if "kind" in found else path.name
         return Calibration(ReplicaSpec(times, **limits), found["adapter_bytes"], worst, what)
     except FileNotFoundError:
         how = "python -m loraplex.benchmarks.steps FILE measures this machine's"
@@ -135,7 +136,8 @@ def main() -> None:
     points = measure()
     times, worst = fit(points)
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"measured": Provenance.here().as_json(), "points": [asdict(point) for point in points], **replica()}
+    where = {"kind": Kind.here().as_json(), "measured": Provenance.here().as_json()}
+    content = {**where, "points": [asdict(point) for point in points], **replica()}
     path.write_text(json.dumps(content, indent=1) + "\n")
     print(f"{path}: {len(points)} steps; {times}; the fit misses by up to {worst:.0%}")
 

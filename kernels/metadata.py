@@ -91,7 +91,11 @@ class AdapterSegments:
 
 @dataclass(frozen=True)
 class KVLayer:
-    """One layer's keys and values: views into the arena, page by page (strided: a page holds its group's layers)."""
+    """One layer's keys and values: views into the arena, page by page (strided: a page holds its group's layers).
+
+    Where a head's elements lie inside a page is the backend's own: as the shapes say on the reference and the GPU, in the
+    order of the kernels' tiles on the CPU (kernels/cpu/attention.h). Everybody else moves whole pages.
+    """
 
     k: Tensor  # [num_pages, kv_heads, block_size, head_dim]
     v: Tensor  # [num_pages, kv_heads, block_size, head_dim]

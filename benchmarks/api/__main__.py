@@ -22,7 +22,6 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from loraplex.benchmarks.api.host import Host, serve_host
@@ -140,10 +139,10 @@ def http_kinds(host: Host, load: Load) -> dict[str, Kind]:
 
     def alone(seed: int) -> Run:
         requests = [(prompt, load.tokens) for prompt in prompts(load.requests, seed, "alone")]
-        before, machine = host.cpu_seconds(), _machine_seconds()
+        before, start = host.cpu_seconds(), host.reading()
         seconds, tokens = host.alone(requests, load.streams)
         server = host.cpu_seconds() - before
-        return Run(seconds, tokens, 0.0, server, _others(_machine_seconds() - machine - server, seconds))
+        return Run(seconds, tokens, 0.0, server, host.reading().others_since(start))
 
     def kind(stream: bool) -> Kind:
         def measure(seed: int) -> Run:
@@ -158,27 +157,14 @@ def http_kinds(host: Host, load: Load) -> dict[str, Kind]:
 
 def over_http(host: Host, requests: Sequence[Request], streams: int) -> Run:
     """Raises RuntimeError on any error, also where an answer has not as many tokens as were asked for."""
-    server, client, machine = host.cpu_seconds(), time.process_time(), _machine_seconds()
+    server, client, start = host.cpu_seconds(), time.process_time(), host.reading()
     outcome = asyncio.run(closed_loop(host.address, requests, streams))
     client, server = time.process_time() - client, host.cpu_seconds() - server
-    others = _others(_machine_seconds() - machine - server - client, outcome.seconds)
+    others = host.reading().others_since(start)
     tokens = sum(reply.tokens for reply in outcome.replies)
     if tokens != sum(request.max_tokens for request in requests):
         raise RuntimeError(f"{tokens} tokens came of {sum(request.max_tokens for request in requests)} asked for")
     return Run(outcome.seconds, tokens, client, server, others)
-
-
-def _machine_seconds() -> float:
-    """Of CPU that everybody has taken so far; 0 where the system does not tell."""
-    try:
-        fields = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
-    except OSError:
-        return 0.0
-    return (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")  # without idle and iowait
-
-
-def _others(cpu_seconds: float, seconds: float) -> float:
-    return max(0.0, cpu_seconds / (seconds * (os.cpu_count() or 1)))
 
 
 def report_masks(report: Report, runs: Mapping[str, Sequence[Run]]) -> None:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO, Any
 
+from loraplex.benchmarks import cpu_time
 from loraplex.benchmarks.load import Address
 from loraplex.benchmarks.many.served import NotStarted
 
@@ -32,8 +31,11 @@ class Host:
 
     def cpu_seconds(self) -> float:
         """What it has taken so far."""
-        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        return cpu_time.process(self.process.pid)
+
+    def reading(self) -> cpu_time.Reading:
+        """Now, this process and that one watched."""
+        return cpu_time.read([self.process.pid])
 
     def _ask(self, question: dict[str, Any]) -> dict[str, Any]:
         assert self.process.stdin is not None

@@ -13,6 +13,7 @@ import torch
 
 from loraplex.benchmarks.kernels.machine import READ_BYTES, Limits, limits, measure
 from loraplex.benchmarks.kernels.world import DTYPE, Shape, World, adapter_program, make_world
+from loraplex.benchmarks.of_limit import fraction
 
 CASES = ((16, 32), (8, 32), (64, 32), (16, 8), (16, 1))  # rank, rows
 
@@ -34,7 +35,7 @@ class Result:
     def __str__(self) -> str:
         return (
             f"bgmv {self.shape}, {self.rows} rows x {self.rows} adapters: {self.seconds * 1e6:.1f} us, "
-            f"{self.rate / 1e9:.1f} GB/s of {self.machine.read / 1e9:.1f} = {self.share:.2f}; "
+            f"{self.rate / 1e9:.1f} GB/s of {self.machine.read / 1e9:.1f} = {fraction(self.share)}; "
             f"torch {self.torch_seconds / self.seconds:.1f} times as long"
         )
 

@@ -13,6 +13,7 @@ import torch
 
 from loraplex.benchmarks.kernels.machine import Limits, limits, measure
 from loraplex.benchmarks.kernels.world import DTYPE, Shape, World, adapter_program, make_world
+from loraplex.benchmarks.of_limit import fraction
 
 TOKENS, ADAPTERS, RANK = 512, 4, 16
 SHAPES = (
@@ -39,9 +40,10 @@ class Result:
 
     def __str__(self) -> str:
         rate = self.flops / self.seconds
+        of_peak = fraction(rate / self.machine.bf16)
         return (
             f"sgmv {self.shape}, {TOKENS} tokens over {ADAPTERS} adapters: {self.seconds * 1e6:.0f} us, "
-            f"{self.ratio:.2f} times torch's matmuls; {rate / 1e9:.0f} GFLOP/s = {rate / self.machine.bf16:.2f} of peak"
+            f"{self.ratio:.2f} times torch's matmuls; {rate / 1e9:.0f} GFLOP/s = {of_peak} of peak"
         )
 
 

@@ -18,6 +18,7 @@ import torch
 
 from loraplex.benchmarks.kernels.machine import Limits, Others, limits, measure
 from loraplex.benchmarks.kernels.model import CONTEXT, DTYPE, RANK, ROWS, SMOLLM2, Model, make_batch, make_model
+from loraplex.benchmarks.of_limit import times_least
 from loraplex.kernels.cpu.abi import Op, OpCode, Step
 from loraplex.kernels.cpu.backend import CpuBackend
 from loraplex.kernels.metadata import Projection, Site
@@ -140,14 +141,15 @@ def profile(model: Model, rows: int, adapters: bool, machine: Limits, seconds: f
 
 def format_profile(rows: int, adapters: bool, step: StepResult, kinds: Sequence[KindResult]) -> str:
     head = f"{rows} rows, {f'{rows} adapters r={RANK}' if adapters else 'base'}: step {step.seconds * 1e3:.2f} ms"
-    least = f"least {step.least * 1e3:.2f} ms at {step.machine.read / 1e9:.0f} GB/s, ratio {step.ratio:.2f}"
+    least = f"least {step.least * 1e3:.2f} ms at {step.machine.read / 1e9:.0f} GB/s, ratio {times_least(step.ratio)}"
     lines = [f"{head}, {least}"]
     if not kinds:
         return lines[0]
-    lines.append(f"  {'op':22}{'count':>6}{'ms':>9}{'least':>9}{'ratio':>8}{'GB/s':>8}{'GFLOP/s':>9}{'lost ms':>9}")
+    lines.append(f"  {'op':22}{'count':>6}{'ms':>9}{'least':>9}{'GB/s':>8}{'GFLOP/s':>9}{'lost ms':>9}   ratio")
     lines += [
-        f"  {k.name:22}{k.count:6}{k.seconds * 1e3:9.3f}{k.least * 1e3:9.3f}{k.seconds / k.least:8.2f}"
+        f"  {k.name:22}{k.count:6}{k.seconds * 1e3:9.3f}{k.least * 1e3:9.3f}"
         f"{k.nbytes / k.seconds / 1e9:8.1f}{k.flops / k.seconds / 1e9:9.0f}{(k.seconds - k.least) * 1e3:9.3f}"
+        f"   {times_least(k.seconds / k.least)}"
         for k in sorted(kinds, key=lambda k: k.least - k.seconds)
     ]
     total = sum(k.seconds for k in kinds)

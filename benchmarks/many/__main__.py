@@ -1,6 +1,6 @@
 """A thousand adapters in a small memory, over HTTP: what they cost in speed, waiting, memory and trust.
 
-    python -m loraplex.benchmarks.many [throughput|cold|stall|startup|soak ...] [--rounds 3] [--json FILE]
+    python -m loraplex.benchmarks.many [throughput|cold|stall|startup|soak ...] [--rounds 3] [--out [FOLDER]]
 
 Without a word all of them run, and each figure stands beside its target. Every benchmark starts the servers it needs on
 a free loopback port and stops them. The adapters, 1,000 on the attention projections of the demo base with random
@@ -10,16 +10,13 @@ weights (ranks 8, 16 and 32; 4.3 GB), are made once and kept in the cache folder
 from __future__ import annotations
 
 import argparse
-import json
 import signal
 import sys
-from datetime import UTC, datetime
-from pathlib import Path
 
+from loraplex.benchmarks import kept
 from loraplex.benchmarks.many import cold, soak, stall, startup, throughput
 from loraplex.benchmarks.many.figures import Report
 from loraplex.benchmarks.many.world import World
-from loraplex.benchmarks.provenance import Provenance
 
 PARTS = ("throughput", "cold", "stall", "startup", "soak")
 
@@ -30,7 +27,7 @@ def main() -> None:
     parser.add_argument("--adapters", type=int, default=1000, help="how many there are")
     parser.add_argument("--rounds", type=int, default=3, help="of throughput, stall and startup; medians are told")
     parser.add_argument("--minutes", type=float, default=30, help="that soak takes")
-    parser.add_argument("--json", type=Path, help="write the figures here, and what they were measured on")
+    kept.add_option(parser)
     arguments = parser.parse_args()
     unknown = [part for part in arguments.parts if part not in PARTS]
     if unknown:
@@ -48,16 +45,9 @@ def main() -> None:
     for part in arguments.parts or PARTS:
         report.say(f"\n{part}")
         runs[part]()
-    if arguments.json:
-        content = {
-            "measured": Provenance.here().as_json(),
-            "date": datetime.now(UTC).date().isoformat(),
-            "rounds": rounds,
-            "adapters": world.count,
-            "figures": report.figures,
-            "missed": report.missed,
-        }
-        arguments.json.write_text(json.dumps(content, indent=1) + "\n")
+    if arguments.out:
+        found = {"rounds": rounds, "adapters": world.count, "figures": report.figures, "missed": report.missed}
+        kept.write("thousand", found, arguments.out)
     if report.missed:
         sys.exit(f"missed: {'; '.join(report.missed)}")
 

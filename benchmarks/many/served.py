@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from loraplex.benchmarks import cpu_time
 from loraplex.benchmarks.load import Address, call
 
 COMMAND = (sys.executable, "-c", "from loraplex.server.cli import main; main()")
@@ -58,7 +59,8 @@ class Server:
         """What the process holds now."""
         status = Path(f"/proc/{self.pid}/status").read_text()
         found = {name: int(value) << 10 for name, value in re.findall(r"(\w+):\s+(\d+) kB", status)}
-        return Memory(found["VmRSS"], found["RssAnon"], len(os.listdir(f"/proc/{self.pid}/fd")))
+        # kernels that do not tell what of it is anonymous have the whole for it
+        return Memory(found["VmRSS"], found.get("RssAnon", found["VmRSS"]), len(os.listdir(f"/proc/{self.pid}/fd")))
 
     def told(self, pattern: str) -> list[str]:
         """Lines of its log that contain `pattern`."""
@@ -157,17 +159,9 @@ class Others:
     """The share of the machine's CPU time that others than this process and the server took: how far to trust a run."""
 
     def __init__(self, server: Server) -> None:
-        self._pid = server.pid
-        self._start = self._read()
+        self._pids = (server.pid,)
+        self._start = cpu_time.read(self._pids)
 
     def share(self) -> float:
         """Since this was made."""
-        total, ours, wall = (now - then for now, then in zip(self._read(), self._start, strict=True))
-        return max(0.0, (total - ours) / (wall * (os.cpu_count() or 1)))
-
-    def _read(self) -> tuple[float, float, float]:
-        tick = os.sysconf("SC_CLK_TCK")
-        machine = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
-        server = Path(f"/proc/{self._pid}/stat").read_text().rpartition(")")[2].split()
-        busy = (sum(machine) - machine[3] - machine[4]) / tick  # without idle and iowait
-        return busy, (int(server[11]) + int(server[12])) / tick + time.process_time(), time.monotonic()
+        return cpu_time.read(self._pids).others_since(self._start)

@@ -1,6 +1,6 @@
 """Served tokens per second beside other programs, on one machine, turn by turn.
 
-    python -m loraplex.benchmarks.peers [--rounds 2] [--loads 1,2,3,4,5,6] [--peers NAMES] [--minutes 25] [--out FILE]
+    python -m loraplex.benchmarks.peers [--rounds 2] [--loads 1,2,3] [--peers NAMES] [--minutes 25] [--out [FOLDER]]
 
 SmolLM2-135M; prompts of 96 tokens (rows 1 to 4), 4,096 (5) and 16,384 (6), 64 tokens out, greedy, end of sequence
 ignored, closed loop, ours streamed over HTTP; adapters of rank 16 on all seven linears, random weights. In every round
@@ -13,7 +13,6 @@ What is missing is built or installed first, in --folder: llama.cpp in ten minut
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import signal
 import sys
@@ -21,14 +20,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
+from loraplex.benchmarks import kept
 from loraplex.benchmarks.peers import llamacpp, mistral_rs, openvino_ir, peft_batch, vllm_cpu
 from loraplex.benchmarks.peers.peer import Figures, Peer, Running, Skipped, base_for, ours
 from loraplex.benchmarks.peers.report import OURS, Row, table, targets
-from loraplex.benchmarks.provenance import Provenance
 from loraplex.benchmarks.random_adapters import make_adapters
 from loraplex.benchmarks.readme_loads import CONTEXTS, LOADS, Load
 from loraplex.server.models.demo import default_cache_dir, ensure_demo_base
@@ -64,7 +62,7 @@ def main() -> None:
         "--folder", type=Path, default=default_cache_dir() / "peers", help="what is built, installed and converted"
     )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="of building llama.cpp")
-    parser.add_argument("--out", type=Path, help="a JSON file of every round, with the machine and all versions")
+    kept.add_option(parser)
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as on Ctrl-C, what was started is stopped
     wanted = arguments.peers.split(",")
@@ -94,10 +92,8 @@ def main() -> None:
 
 
 def save(out: Path, rows: Sequence[Row], peers: Sequence[Peer], missing: Mapping[str, str]) -> None:
-    """Everything that was found, and where and with what."""
+    """Everything that was found, and with what, into the file of this kind of CPU in the folder `out`."""
     content = {
-        "measured": Provenance.here().as_json(),
-        "date": datetime.now(UTC).date().isoformat(),
         "peers": {peer.name: dict(peer.versions) for peer in peers},
         "settings": {peer.name: peer.settings for peer in peers},
         "left_out": missing,
@@ -106,8 +102,7 @@ def save(out: Path, rows: Sequence[Row], peers: Sequence[Peer], missing: Mapping
             {"text": each.text, "wanted": each.wanted, "found": each.found, "met": each.met} for each in targets(rows)
         ],
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(content, indent=1) + "\n")
+    kept.write("peers", content, out)
 
 
 def prepare(makers: Mapping[str, Callable[[], Peer]]) -> tuple[list[Peer], dict[str, str]]:

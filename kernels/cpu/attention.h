@@ -1,18 +1,21 @@
 // Paged attention, one path for decode rows and prefill chunks: a decode row is a chunk of one query.
 //
+// Pages hold what the tiles of linear.h want: a head's keys are a panel of 16 columns, [dim / P][16][P], its values one of dim
+// columns, [16 / P][dim][P], pairs of tokens side by side. So scores are q times the keys' panels and the output is the
+// probabilities times the values', with nothing to transpose or widen.
+//
 // Unit of work: (sequence, kv head, up to kQueries queries): all heads of the group share each page's keys and values, so a
-// sequence's KV is read once. Pages are taken four at a time, as spans of 64 tokens that start at multiples of 64: keys are
-// transposed in registers to a panel like a weight's (linear.h), [dim / P][64][P], values are widened to fp32, and scores and
-// products are register tiles over both. Softmax is online over spans, ascending, in fp32, and probabilities stay fp32.
-// A row's bits depend on its own position and cache alone.
+// sequence's KV is read once. Pages are taken up to four at a time, as spans of 64 tokens that start at multiples of 64.
+// Softmax is online over spans, ascending, in fp32, and probabilities stay fp32. A row's bits depend on its own position and
+// cache alone.
 #pragma once
 #include "linear.h"
 #include "records.h"
+#include "rowwise.h"
 
 namespace LORAPLEX_ISA {
 
-constexpr int kQueries = 8, kMaxDim = 256, kBlock = 16, kSpan = 64;
-constexpr int kDirect = 4;  // rows up to which values are not widened first
+constexpr int kQueries = 8, kSpan = 64;
 
 struct AttentionArgs {
     int heads, kv_heads, dim, group, window;
@@ -20,27 +23,11 @@ struct AttentionArgs {
     int64_t page_stride;  // elements from page to page
 };
 
-template <class T>
-struct AttentionUnit;
-
-template <class T>
-struct AttentionScratch {
-    alignas(64) T k[kSpan * kMaxDim];
-    alignas(64) float v[kSpan * kMaxDim];
-    Scratch<float> acc, max, sum, scores;
-    Scratch<AttentionUnit<T>> units;
-};
-
-INLINE f32x16 vtanh(f32x16 x) {
-    f32x16 q = x * x;  // near zero the quotient cancels: the series to x^9 is within 1e-7 of it below 0.3
-    f32x16 series = x + x * q * (q * (q * (q * (62.f / 2835.f) - 17.f / 315.f) + 2.f / 15.f) - 1.f / 3.f);
+INLINE fvec vtanh(fvec x) {
+    fvec q = x * x;  // near zero the quotient cancels: the series to x^9 is within 1e-7 of it below 0.3
+    fvec series = x + x * q * (q * (q * (q * (62.f / 2835.f) - 17.f / 315.f) + 2.f / 15.f) - 1.f / 3.f);
     return q < splat(0.09f) ? series : 1.f - 2.f / (vexp(x * 2.f) + 1.f);
 }
-
-// Positions [begin, end) that some query of the unit sees, in blocks [first, last) of one span.
-struct Span {
-    int64_t begin, end, first, last;
-};
 
 // `queries` queries from position first_pos on of `heads` heads each, which share a kv head.
 template <class T>
@@ -48,10 +35,26 @@ struct AttentionUnit {
     const T *q, *k, *v;  // q, y: of the first query and head; k, v: of the kv head in page 0
     T* y;
     const int32_t* table;
-    int64_t first_pos, begin;  // some query sees positions [begin, first_pos + queries)
+    int64_t first_pos, begin;  // some query sees positions [begin, end())
     int queries;
+    int64_t end() const { return first_pos + queries; }
     int64_t first_block() const { return begin / kBlock; }
-    int64_t last_block() const { return (first_pos + queries + kBlock - 1) / kBlock; }
+    int64_t last_block() const { return (end() + kBlock - 1) / kBlock; }
+};
+
+// Values of some tokens of a span: `steps` pairs (fp32: tokens) from token `first` of the span on.
+template <class T>
+struct Values {
+    const T* at;
+    int64_t first, steps;
+};
+
+template <class T>
+struct AttentionScratch {
+    Scratch<Operand<T>> q;
+    Scratch<float> acc, max, sum, scores;
+    Scratch<T> edges;
+    Scratch<AttentionUnit<T>> units;
 };
 
 // Fetches a thread's pages in the order it will want them, over the ends of units: pages lie far from each other, where no
@@ -73,172 +76,151 @@ struct PageFetch {
     }
 };
 
-// The span's keys to a panel; as many pages are fetched for later.
+// scores[M, count * 16] = q[M, dim] @ the keys of `count` pages, as many at a time as fill a tile.
+template <int M, int V, class T>
+INLINE void score_pages(const Operand<T>* q, int dim, const T* const*& keys, int64_t& count, float*& scores) {
+    constexpr int N = 16 / kLanes, G = V > N ? V / N : 1;  // registers of a page's columns, pages of a tile
+    for (; count >= G; count -= G, keys += G, scores += G * 16)
+        for (int c = 0; c < G * 16; c += V * kLanes) {
+            const T* from[G];
+#pragma GCC unroll 4
+            for (int g = 0; g < G; g++) from[g] = keys[g] + c * Pack<T>::P;
+            fvec acc[M][V] = {};
+            accumulate<M, V>(acc, q, dim, from, kBlock * Pack<T>::P, dim / Pack<T>::P);
+            store_sums<M, V>(acc, scores + c, kSpan);
+        }
+}
 template <class T>
-static void load_keys(const AttentionArgs& a, const AttentionUnit<T>& unit, const Span& span, PageFetch<T>& fetch, T* keys) {
-    for (int64_t block = span.first; block < span.last; block++) {
-        fetch.half_page();
-        interleave_rows(unit.k + unit.table[block] * a.page_stride, kBlock, a.dim, a.dim, keys + block * kBlock % kSpan * Pack<T>::P,
-                        kSpan * Pack<T>::P);
-    }
+static void span_scores(int64_t rows, const Operand<T>* q, int dim, const T* const* keys, int64_t count, float* scores) {
+    each_tile(rows, [&](auto tile, int64_t row) {
+        constexpr int M = tile.count, V = tile_vecs(M);
+        const T* const* from = keys;
+        int64_t left = count;
+        float* to = scores + row * kSpan;
+        score_pages<M, V>(q + row * dim, dim, from, left, to);
+        if constexpr (V > kLeastVecs) score_pages<M, kLeastVecs>(q + row * dim, dim, from, left, to);
+    });
 }
 
-// The span's values to fp32. Slots that no query sees may hold anything, even NaN: they count as zero (scores are masked).
-template <class T>
-static void load_values(const AttentionArgs& a, const AttentionUnit<T>& unit, const Span& span, PageFetch<T>& fetch, float* values, int ld) {
-    for (int64_t at = span.first * kBlock; at < span.last * kBlock; at++) {
-        if (at % kBlock == 0) fetch.half_page();
-        const T* v = unit.v + unit.table[at / kBlock] * a.page_stride + at % kBlock * a.dim;
-        bool seen = at >= span.begin && at < span.end;
-        for (int c = 0; c < a.dim; c += 16)
-            store(values + at % kSpan * ld + c, seen ? load_n(v + c, min2(16, a.dim - c)) : f32x16{});
-    }
-}
-
-// scores[heads, tokens] = q[heads, dim] @ the panel
-template <class T>
-static void span_scores(int tokens, int heads, const T* q, int dim, const T* keys, float* scores) {
-    constexpr int P = Pack<T>::P;
-    switch (tokens / 16) {
-        case 4: return panel_rows<4>(heads, q, dim, keys, kSpan * P, dim / P, scores, kSpan, tokens);
-        case 3: return panel_rows<3>(heads, q, dim, keys, kSpan * P, dim / P, scores, kSpan, tokens);
-        case 2: return panel_rows<2>(heads, q, dim, keys, kSpan * P, dim / P, scores, kSpan, tokens);
-        default: return panel_rows<1>(heads, q, dim, keys, kSpan * P, dim / P, scores, kSpan, tokens);
-    }
-}
-
-// One row's scores in the span to probabilities, in place; its sums so far are rescaled where the maximum rises.
-INLINE void softmax_row(const AttentionArgs& a, const Span& span, int32_t at, float* x, float* top, float* total, float* acc, int ld) {
-    constexpr int V = kSpan / 16;
-    i32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}, seen[V];
-    f32x16 score[V], most = splat(-INFINITY);
-    int32_t origin = (int32_t)(span.first * kBlock / kSpan * kSpan);
-    int first = (int)(span.first * kBlock - origin) / 16, last = (int)(span.last * kBlock - origin) / 16;
-    for (int j = first; j < last; j++) {
-        i32x16 pos = lane + (origin + j * 16);
-        seen[j] = pos <= at;
-        if (a.window > 0) seen[j] &= pos > at - a.window;
-        score[j] = load(x + j * 16) * a.scale;
-        if (a.softcap > 0.f) score[j] = vtanh(score[j] / a.softcap) * a.softcap;
-        score[j] = seen[j] ? score[j] : splat(-INFINITY);
-        most = vmax(most, score[j]);
+// One row's scores of positions [origin + from, origin + to) to probabilities, in place; its sums so far are rescaled where the
+// maximum rises. The row sees positions up to `at`.
+INLINE void softmax_row(const AttentionArgs& a, int64_t origin, int from, int to, int64_t at, float* x, float* top, float* total, float* acc, int ld) {
+    int32_t last = (int32_t)(at - origin), first = a.window > 0 ? (int32_t)max2<int64_t>(at - a.window + 1 - origin, 0) : 0;
+    fvec most = splat(-INFINITY);
+    for (int j = from; j < to; j += kLanes) {
+        ivec pos = kIota + j;
+        fvec score = load(x + j) * a.scale;
+        if (a.softcap > 0.f) score = vtanh(score / a.softcap) * a.softcap;
+        score = (pos <= last) & (pos >= first) ? score : splat(-INFINITY);
+        store(x + j, score);
+        most = vmax(most, score);
     }
     float high = max_lane(most);
     if (high > *top) {
         float shrink = *top == -INFINITY ? 0.f : std::exp(*top - high);
         *top = high;
         *total *= shrink;
-        for (int c = 0; c < ld; c += 16) store(acc + c, load(acc + c) * shrink);
+        for (int c = 0; c < ld; c += kLanes) store(acc + c, load(acc + c) * shrink);
     }
-    f32x16 sums{};
-    for (int j = first; j < last; j++) {
-        f32x16 p = seen[j] ? vexp(score[j] - *top) : f32x16{};
-        store(x + j * 16, p);
+    float base = *top == -INFINITY ? 0.f : *top;  // nothing seen yet: all are zero
+    fvec sums{};
+    for (int j = from; j < to; j += kLanes) {
+        fvec p = vexp(load(x + j) - base);
+        store(x + j, p);
         sums += p;
     }
     *total += sum(sums);
 }
 
-template <int M, int V>
-INLINE void values_tile(const float* p, const float* v, int64_t step, int64_t tokens, float* acc, int64_t ld) {
-    f32x16 o[M][V];
-    for (int m = 0; m < M; m++)
-        for (int w = 0; w < V; w++) o[m][w] = load(acc + m * ld + w * 16);
-    accumulate<M, V>(o, p, kSpan, v, step, tokens);
-    for (int m = 0; m < M; m++)
-        for (int w = 0; w < V; w++) store(acc + m * ld + w * 16, o[m][w]);
-}
-
-// acc[rows, V * 16] += p[rows, tokens] @ v[tokens, V * 16]
-template <int V>
-static void values(const float* p, int rows, const float* v, int64_t step, int64_t tokens, float* acc, int64_t ld) {
-    for (; rows >= 4; rows -= 4, p += 4 * kSpan, acc += 4 * ld) values_tile<4, V>(p, v, step, tokens, acc, ld);
-    if (rows == 3) values_tile<3, V>(p, v, step, tokens, acc, ld);
-    if (rows == 2) values_tile<2, V>(p, v, step, tokens, acc, ld);
-    if (rows == 1) values_tile<1, V>(p, v, step, tokens, acc, ld);
-}
-
-// The same sums from the pages, for so few rows that a value is used a time or two; columns in the order of load_pair.
-template <int M, int V, class T>
-static void page_values(const AttentionArgs& a, const AttentionUnit<T>& unit, const Span& span, PageFetch<T>& fetch, const float* p, int c,
-                        float* acc, int64_t ld) {
-    f32x16 o[M][V];
-    for (int m = 0; m < M; m++)
-        for (int w = 0; w < V; w++) o[m][w] = load(acc + m * ld + w * 16);
-    for (int64_t block = span.first; block < span.last; block++) {
-        if (c == 0) fetch.half_page();
-        int64_t first = max2(span.begin, block * kBlock), last = min2(span.end, (block + 1) * kBlock);
-        const T* v = unit.v + unit.table[block] * a.page_stride + first % kBlock * a.dim + c;
-        const float* weight = p + first % kSpan;
-        for (int64_t n = last - first; n > 0; n--, v += a.dim, weight++) {
-            f32x16 b[V];
-            if constexpr (V == 1)
-                b[0] = load_n(v, min2(16, a.dim - c));
-            else
-#pragma GCC unroll 4
-                for (int w = 0; w < V; w += 2) load_pair(v + w * 16, b[w], b[w + 1]);
-#pragma GCC unroll 4
-            for (int m = 0; m < M; m++)
-#pragma GCC unroll 4
-                for (int w = 0; w < V; w++) o[m][w] = mac(o[m][w], weight + m * kSpan, b[w]);
-        }
-    }
-    for (int m = 0; m < M; m++)
-        for (int w = 0; w < V; w++) store(acc + m * ld + w * 16, o[m][w]);
-}
-template <int V, class T>
-static void page_values(const AttentionArgs& a, const AttentionUnit<T>& unit, const Span& span, PageFetch<T>& fetch, const float* p, int rows,
-                        int c, float* acc, int64_t ld) {
-    if (rows == 4) page_values<4, V>(a, unit, span, fetch, p, c, acc, ld);
-    if (rows == 3) page_values<3, V>(a, unit, span, fetch, p, c, acc, ld);
-    if (rows == 2) page_values<2, V>(a, unit, span, fetch, p, c, acc, ld);
-    if (rows == 1) page_values<1, V>(a, unit, span, fetch, p, c, acc, ld);
-}
-
-// acc[dim] / total, rounded.
+// Pairs of tokens of a page, from `first` on, copied to rows of `ld` columns: what no query sees may be anything, even NaN, and
+// becomes zero, as do columns past the head's.
 template <class T>
-INLINE void take_row(const float* acc, float total, int dim, bool paired, T* y) {
-    float inv = 1.f / total;
-    for (int c = 0; c < dim;) {
-        if (paired && dim - c >= 64) {
-            for (int i = 0; i < 64; i += 32) store_pair(y + c + i, load(acc + c + i) * inv, load(acc + c + i + 16) * inv);
-            c += 64;
-        } else {
-            store_n(y + c, load(acc + c) * inv, min2(16, dim - c));
-            c += 16;
+static void copy_values(const AttentionUnit<T>& unit, int64_t token, int64_t count, const T* from, int dim, int ld, T* to) {
+    constexpr int P = Pack<T>::P;
+    memset((void*)to, 0, count * ld * sizeof(T));
+    for (int64_t i = 0; i < count; i++)
+        if (token + i >= unit.begin && token + i < unit.end())
+            for (int c = 0; c < dim; c++) to[(i / P * ld + c) * P + i % P] = from[(i / P * dim + c) * P + i % P];
+}
+
+// The values that some query sees in blocks [first, last) of a span: in place but for pairs of which one is unseen, and for
+// heads that do not fill registers. Returns how many parts there are, ten at the most.
+template <class T>
+static int span_values(const AttentionUnit<T>& unit, int64_t page_stride, int64_t first, int64_t last, int dim, int ld, T* copies, Values<T>* parts) {
+    constexpr int P = Pack<T>::P;
+    int count = 0;
+    for (int64_t block = first; block < last; block++) {
+        const T* page = unit.v + unit.table[block] * page_stride;
+        int64_t from = max2(unit.begin, block * kBlock), end = min2(unit.end(), (block + 1) * kBlock);
+        while (from < end) {
+            int64_t token = from / P * P, n = (end - token) / P * P;  // whole pairs, if the first is whole
+            bool copied = ld != dim || token != from || n == 0;
+            if (copied) n = ld != dim ? round_up(end - token, P) : P;
+            const T* at = page + token % kBlock * dim;
+            if (copied) copy_values(unit, token, n, at, dim, ld, copies);
+            parts[count++] = {copied ? copies : at, token % kSpan, n / P};
+            if (copied) copies += n * ld;
+            from = token + n;
         }
     }
+    return count;
+}
+
+// acc[M, columns] += p[M, tokens] @ the parts' values
+template <int M, int V, class T>
+INLINE void add_values(const float* p, const Values<T>* parts, int count, int64_t step, int64_t offset, float*& acc, int64_t ld, int& columns) {
+    for (; columns >= V * kLanes; columns -= V * kLanes, acc += V * kLanes, offset += V * kLanes * Pack<T>::P) {
+        fvec sums[M][V];
+        load_sums<M, V>(sums, acc, ld);
+        for (const Values<T>* part = parts; part < parts + count; part++) {
+            const T* from[] = {part->at + offset};
+            accumulate<M, V>(sums, p + part->first, kSpan, from, step, part->steps);
+        }
+        store_sums<M, V>(sums, acc, ld);
+    }
+}
+template <class T>
+static void span_output(int64_t rows, const float* p, const Values<T>* parts, int count, float* acc, int ld) {
+    constexpr int P = Pack<T>::P;
+    each_tile(rows, [&](auto tile, int64_t row) {
+        constexpr int M = tile.count, V = tile_vecs(M);
+        float* to = acc + row * ld;
+        int left = ld;
+        add_values<M, V>(p + row * kSpan, parts, count, ld * P, 0, to, ld, left);
+        if constexpr (V > kLeastVecs) add_values<M, kLeastVecs>(p + row * kSpan, parts, count, ld * P, (ld - left) * P, to, ld, left);
+    });
 }
 
 template <class T>
 static void attend(const AttentionArgs& a, const AttentionUnit<T>& unit, PageFetch<T>& fetch, AttentionScratch<T>& s) {
-    constexpr int P = Pack<T>::P;
-    int heads = a.heads / a.kv_heads, rows = unit.queries * heads, dim = a.dim, ld = (int)round_up(dim, 16);  // whole vectors
-    int64_t stride = (int64_t)a.heads * dim, end = unit.first_pos + unit.queries;
+    int heads = a.heads / a.kv_heads, rows = unit.queries * heads, dim = a.dim, ld = (int)round_up(dim, 16);
+    int64_t stride = (int64_t)a.heads * dim;
+    Operand<T>* q = s.q.get((int64_t)rows * dim + kLanes);
     float *acc = s.acc.get((int64_t)rows * ld), *top = s.max.get(rows), *total = s.sum.get(rows), *scores = s.scores.get(rows * kSpan);
+    T* copies = s.edges.get((int64_t)kSpan * ld + 4 * ld);
+    for (int i = 0; i < unit.queries; i++) to_operands(unit.q + i * stride, (int64_t)heads * dim, q + (int64_t)i * heads * dim);
     memset(acc, 0, sizeof(float) * rows * ld);
     for (int r = 0; r < rows; r++) top[r] = -INFINITY, total[r] = 0.f;
-    for (int64_t origin = unit.begin / kSpan * kSpan; origin < end; origin += kSpan) {
-        Span span{unit.begin, end, max2(unit.begin, origin) / kBlock, min2(unit.last_block(), (origin + kSpan) / kBlock)};
-        int64_t from = span.first * kBlock - origin, tokens = (span.last - span.first) * kBlock;
-        load_keys(a, unit, span, fetch, s.k);
-        for (int i = 0; i < unit.queries; i++)
-            span_scores((int)tokens, heads, unit.q + i * stride, dim, s.k + from * P, scores + (int64_t)i * heads * kSpan + from);
-        for (int r = 0; r < rows; r++)
-            softmax_row(a, span, (int32_t)(unit.first_pos + r / heads), scores + r * kSpan, top + r, total + r, acc + (int64_t)r * ld, ld);
-        if (rows > kDirect) load_values(a, unit, span, fetch, s.v, ld);
-        for (int c = 0, n; c < ld; c += n) {
-            n = dim - c >= 64 ? 64 : 16;
-            if (rows <= kDirect)
-                n == 64 ? page_values<4>(a, unit, span, fetch, scores, rows, c, acc + c, ld)
-                        : page_values<1>(a, unit, span, fetch, scores, rows, c, acc + c, ld);
-            else
-                n == 64 ? values<4>(scores + from, rows, s.v + from * ld + c, ld, tokens, acc + c, ld)
-                        : values<1>(scores + from, rows, s.v + from * ld + c, ld, tokens, acc + c, ld);
+    for (int64_t origin = unit.begin / kSpan * kSpan; origin < unit.end(); origin += kSpan) {
+        int64_t first = max2(unit.begin, origin) / kBlock, last = min2(unit.last_block(), (origin + kSpan) / kBlock);
+        int from = (int)(first * kBlock - origin), to = (int)(last * kBlock - origin);
+        const T* keys[kSpan / kBlock];
+        Values<T> parts[10];
+        for (int64_t block = first; block < last; block++) {
+            keys[block - first] = unit.k + unit.table[block] * a.page_stride;
+            fetch.half_page(), fetch.half_page();
         }
+        span_scores(rows, q, dim, keys, last - first, scores + from);
+        for (int r = 0; r < rows; r++)
+            softmax_row(a, origin, from, to, unit.first_pos + r / heads, scores + r * kSpan, top + r, total + r, acc + (int64_t)r * ld, ld);
+        int count = span_values(unit, a.page_stride, first, last, dim, ld, copies, parts);
+        span_output(rows, scores, parts, count, acc, ld);
     }
-    for (int r = 0; r < rows; r++)
-        take_row(acc + (int64_t)r * ld, total[r], dim, rows <= kDirect, unit.y + r / heads * stride + (int64_t)(r % heads) * dim);
+    for (int r = 0; r < rows; r++) {
+        T* y = unit.y + r / heads * stride + (int64_t)(r % heads) * dim;
+        float inverse = 1.f / total[r];
+        for (int c = 0; c < dim; c += kLanes) store_n(y + c, load(acc + (int64_t)r * ld + c) * inverse, lanes_left(dim - c));
+    }
 }
 
 // x: q [tokens, heads, dim]; w, aux: k and v of the layer; page: elements from page to page; i0 heads, i1 kv heads, i2 dim,

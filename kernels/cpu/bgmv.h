@@ -64,33 +64,27 @@ struct Shrink {
     float weight;
 };
 
-INLINE float dot_row(const bf16* a, const bf16* x, int64_t n, Fetcher& fetch) {
-    f32x16 s0{}, s1{}, s2{}, s3{};
+INLINE fvec dot(fvec acc, const bf16* a, const bf16* x) { return dot_pairs(acc, load_pairs(a), load_pairs(x)); }
+INLINE fvec dot(fvec acc, const float* a, const float* x) { return acc + load(a) * load(x); }
+
+template <class T>
+INLINE float dot_row(const T* a, const T* x, int64_t n, Fetcher& fetch) {
+    constexpr int V = kLanes * Pack<T>::P;  // elements of a register
+    fvec s0{}, s1{}, s2{}, s3{};
     int64_t i = 0;
-    for (; i + 128 <= n; i += 128) {
-        fetch.lines<4>();
-        s0 = dot_pairs(s0, load_pairs(a + i), load_pairs(x + i));
-        s1 = dot_pairs(s1, load_pairs(a + i + 32), load_pairs(x + i + 32));
-        s2 = dot_pairs(s2, load_pairs(a + i + 64), load_pairs(x + i + 64));
-        s3 = dot_pairs(s3, load_pairs(a + i + 96), load_pairs(x + i + 96));
+    for (; i + 4 * V <= n; i += 4 * V) {
+        fetch.lines<kLanes * 16 / 64>();
+        s0 = dot(s0, a + i, x + i);
+        s1 = dot(s1, a + i + V, x + i + V);
+        s2 = dot(s2, a + i + 2 * V, x + i + 2 * V);
+        s3 = dot(s3, a + i + 3 * V, x + i + 3 * V);
     }
-    for (; i + 32 <= n; i += 32) {
-        fetch.lines<1>();
-        s0 = dot_pairs(s0, load_pairs(a + i), load_pairs(x + i));
+    for (; i + V <= n; i += V) {
+        if (i * (int64_t)sizeof(T) % 64 == 0) fetch.lines<1>();
+        s0 = dot(s0, a + i, x + i);
     }
     float r = sum((s0 + s1) + (s2 + s3));
     for (; i < n; i++) r += to_float(a[i]) * to_float(x[i]);
-    return r;
-}
-INLINE float dot_row(const float* a, const float* x, int64_t n, Fetcher& fetch) {
-    f32x16 s{};
-    int64_t i = 0;
-    for (; i + 16 <= n; i += 16) {
-        fetch.lines<1>();
-        s += load(a + i) * load(x + i);
-    }
-    float r = sum(s);
-    for (; i < n; i++) r += a[i] * x[i];
     return r;
 }
 
@@ -122,23 +116,26 @@ struct Expand {
     int columns, first_part, parts;
 };
 
-// acc[0, n) += sum over K ranks of u B; of each 32 columns in the order of load_pair.
+// acc[0, n) += sum over K ranks of u B; of each 2 * kLanes columns in the order of load_pair.
 template <int K, class T>
 INLINE void add_ranks(const T* b, int64_t len, const float* u, float* acc, int n, Fetcher& fetch) {
-    f32x16 weight[K];
+    fvec weight[K];
 #pragma GCC unroll 4
     for (int k = 0; k < K; k++) weight[k] = splat(u[k]);
     int c = 0;
     for (; c + 32 <= n; c += 32) {
         fetch.lines<K * (int)sizeof(T) / 2>();
-        f32x16 first = load(acc + c), second = load(acc + c + 16), even, odd;
 #pragma GCC unroll 4
-        for (int k = 0; k < K; k++) {
-            load_pair(b + k * len + c, even, odd);
-            first += weight[k] * even, second += weight[k] * odd;
+        for (int i = c; i < c + 32; i += 2 * kLanes) {
+            fvec first = load(acc + i), second = load(acc + i + kLanes), even, odd;
+#pragma GCC unroll 4
+            for (int k = 0; k < K; k++) {
+                load_pair(b + k * len + i, even, odd);
+                first += weight[k] * even, second += weight[k] * odd;
+            }
+            store(acc + i, first);
+            store(acc + i + kLanes, second);
         }
-        store(acc + c, first);
-        store(acc + c + 16, second);
     }
     for (; c < n; c++)
         for (int k = 0; k < K; k++) acc[c] += u[k] * to_float(b[k * len + c]);
@@ -147,11 +144,13 @@ INLINE void add_ranks(const T* b, int64_t len, const float* u, float* acc, int n
 template <class T>
 INLINE void take_sums(const float* acc, int n, T* y) {
     int c = 0;
-    for (; c + 32 <= n; c += 32) {
-        f32x16 first, second;
-        load_pair(y + c, first, second);
-        store_pair(y + c, first + load(acc + c), second + load(acc + c + 16));
-    }
+    for (; c + 32 <= n; c += 32)
+#pragma GCC unroll 4
+        for (int i = c; i < c + 32; i += 2 * kLanes) {
+            fvec first, second;
+            load_pair(y + i, first, second);
+            store_pair(y + i, first + load(acc + i), second + load(acc + i + kLanes));
+        }
     for (; c < n; c++) from_float(to_float(y[c]) + acc[c], y + c);
 }
 

@@ -1,10 +1,13 @@
 // y[m, n] = sum_k x[m, k] W[n, k], fp32 accumulation in ascending k, one rounding.
 //
 // W is packed once into panels of 64 output columns: [K / P][64][P], P = 2 for bf16 (the pairs vdpbf16ps wants) and 1
-// for fp32; the last panel may be 16, 32 or 48 wide, padded with zeros. One layout serves every row count. A tile is up to 6
-// rows x 4 vectors (24 accumulators of 32 registers), and all tiles of rows take a stretch of a panel before any takes the
-// next, so that memory and arithmetic are both busy all the time. Each output is one accumulator, in registers or at rest
-// between stretches, whatever the number of rows: bits never depend on it.
+// for fp32; the last panel may be 16, 32 or 48 wide, padded with zeros. One layout serves every row count and instruction set.
+// A tile is M rows x V registers of columns whose sums fill the registers (kTileRows, kTileVecs); all tiles of up to kRowBlock
+// rows take a stretch of a panel before any takes the next, so that memory and arithmetic are both busy all the time. Each
+// output is one accumulator, in registers or at rest between stretches, whatever the number of rows: bits never depend on it.
+//
+// Where the CPU does not multiply bf16, a pair's two weights are widened by a mask and a shift, one after the other through the
+// same register, and x is widened to fp32 once, before the panels.
 #pragma once
 #include "vec.h"
 
@@ -14,60 +17,154 @@ template <class T> struct Pack;
 template <> struct Pack<bf16> { static constexpr int P = 2; };
 template <> struct Pack<float> { static constexpr int P = 1; };
 
-INLINE f32x16 mac(f32x16 acc, const bf16* x, u32x16 w) { return dot_pairs(acc, splat_pair(x), w); }
-INLINE f32x16 mac(f32x16 acc, const float* x, f32x16 w) { return acc + splat(*x) * w; }
-INLINE u32x16 load_w(const bf16* p) { return load_pairs(p); }
-INLINE f32x16 load_w(const float* p) { return load(p); }
+// What rows of T are multiplied as: themselves, or widened to fp32.
+template <class T> struct OperandOf { using Type = float; };
+#if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+template <> struct OperandOf<bf16> { using Type = bf16; };
+#endif
+template <class T> using Operand = typename OperandOf<T>::Type;
 
-// M rows x V vectors. `step` is the panel's elements per k step (its width times P).
-template <int M, int V, class T>
-INLINE void accumulate(f32x16 (&acc)[M][V], const T* x, int64_t ldx, const T* w, int64_t step, int64_t k_steps) {
-    constexpr int P = Pack<T>::P;
-    for (int64_t k = 0; k < k_steps; k++, w += step) {
-        decltype(load_w(w)) b[V];
-#pragma GCC unroll 4
-        for (int v = 0; v < V; v++) b[v] = load_w(w + v * 16 * P);
+// The largest tile, and registers of columns of a tile of one row.
+#if defined(__AVX512F__)
+constexpr int kTileRows = 6, kTileVecs = 4, kRowVecs = 4;  // 24 sums of 32 registers
+#elif defined(__AVX2__)
+constexpr int kTileRows = 5, kTileVecs = 2, kRowVecs = 8;  // 12 sums, 2 weights, x and the mask: all 16
+#elif defined(__aarch64__)
+constexpr int kTileRows = 6, kTileVecs = 4, kRowVecs = 16;  // 24 of 32
+#else
+constexpr int kTileRows = 4, kTileVecs = 2, kRowVecs = 8;  // without multiply-add a product takes a register, too
+#endif
+constexpr int kPairVecs = kTileVecs * kLanes < 64 ? 2 * kTileVecs : kTileVecs;  // of two rows
+constexpr int tile_vecs(int64_t rows) { return rows == 1 ? kRowVecs : rows == 2 ? kPairVecs : kTileVecs; }
+constexpr int kLeastVecs = min2(kTileVecs, 16 / kLanes);  // all columns are multiples of 16
+constexpr int kPanel = 64;
+
+// Where V registers of columns lie: equal parts at G places.
+template <int V, int G, class T>
+INLINE const T* part(const T* const (&w)[G], int v) { return w[v / (V / G)] + v % (V / G) * kLanes * Pack<T>::P; }
+
+// acc += x w, M rows x V registers. `step` is w's elements per k step (a panel's width times P).
+template <int M, int V, int G>
+INLINE void accumulate(fvec (&acc)[M][V], const bf16* x, int64_t ldx, const bf16* const (&w)[G], int64_t step, int64_t k_steps) {
+    for (int64_t k = 0, at = 0; k < k_steps; k++, at += step, x += 2) {
+        uvec b[V];
+#pragma GCC unroll 16
+        for (int v = 0; v < V; v++) b[v] = load_pairs(part<V>(w, v) + at);
 #pragma GCC unroll 8
-        for (int m = 0; m < M; m++)
-#pragma GCC unroll 4
-            for (int v = 0; v < V; v++) acc[m][v] = mac(acc[m][v], x + m * ldx + k * P, b[v]);
+        for (int m = 0; m < M; m++) {
+            uvec a = splat_pair(x + m * ldx);
+#pragma GCC unroll 16
+            for (int v = 0; v < V; v++) acc[m][v] = dot_pairs(acc[m][v], a, b[v]);
+        }
     }
 }
-
-template <int M, int V, class T, class O>
-static void tile(const T* x, int64_t ldx, const T* w, int64_t step, int64_t k_steps, O* y, int64_t ldy, int cols) {
-    f32x16 acc[M][V] = {};
-    accumulate<M, V>(acc, x, ldx, w, step, k_steps);
+template <int M, int V>
+INLINE void add_products(fvec (&acc)[M][V], const float* x, int64_t ldx, const fvec (&b)[V]) {
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) {
+        fvec a = splat(x[m * ldx]);
+#pragma GCC unroll 16
+        for (int v = 0; v < V; v++) acc[m][v] += a * b[v];
+    }
+}
+template <int M, int V, int G>
+INLINE void accumulate(fvec (&acc)[M][V], const float* x, int64_t ldx, const bf16* const (&w)[G], int64_t step, int64_t k_steps) {
+    for (int64_t k = 0, at = 0; k < k_steps; k++, at += step, x += 2) {
+        fvec b[V];
+        int64_t again = at;
+        asm("" : "+r"(again));  // the pairs are loaded twice: kept between their halves they would take V registers more
+#pragma GCC unroll 16
+        for (int v = 0; v < V; v++) b[v] = high_half(load_pairs(part<V>(w, v) + at));
+        add_products<M, V>(acc, x + 1, ldx, b);
+#pragma GCC unroll 16
+        for (int v = 0; v < V; v++) b[v] = low_half(load_pairs(part<V>(w, v) + again));
+        add_products<M, V>(acc, x, ldx, b);
+    }
+}
+template <int M, int V, int G>
+INLINE void accumulate(fvec (&acc)[M][V], const float* x, int64_t ldx, const float* const (&w)[G], int64_t step, int64_t k_steps) {
+    for (int64_t k = 0, at = 0; k < k_steps; k++, at += step, x++) {
+        fvec b[V];
+#pragma GCC unroll 16
+        for (int v = 0; v < V; v++) b[v] = load(part<V>(w, v) + at);
+        add_products<M, V>(acc, x, ldx, b);
+    }
+}
+template <int M, int V>
+INLINE void load_sums(fvec (&acc)[M][V], const float* sums, int64_t ld) {
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++)
-#pragma GCC unroll 4
-        for (int v = 0; v < V; v++) {
-            int n = cols - v * 16;
-            if (n > 0) store_n(y + m * ldy + v * 16, acc[m][v], n);
+#pragma GCC unroll 16
+        for (int v = 0; v < V; v++) acc[m][v] = load(sums + m * ld + v * kLanes);
+}
+template <int M, int V>
+INLINE void store_sums(const fvec (&acc)[M][V], float* sums, int64_t ld) {
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++)
+#pragma GCC unroll 16
+        for (int v = 0; v < V; v++) store(sums + m * ld + v * kLanes, acc[m][v]);
+}
+
+// What is read next from memory: after every `every` k steps of whichever tile, the lines of `steps` k steps of
+// `width` bytes, `stride` bytes apart, in the order they lie in. once: nobody reads them again, so they need not push other things out of L2 and L3 (2% of a step
+// of 16 rows) and are fetched for L1 alone.
+struct Fetch {
+    const char* at = nullptr;
+    int64_t every = INT64_MAX, steps = 0, stride = 0, width = 0;
+    bool once = false;
+    inline __attribute__((always_inline)) void next() {
+        for (int64_t i = 0; i < steps; i++, at += stride)
+            for (int64_t c = 0; c < width; c += 64) once ? __builtin_prefetch(at + c, 0, 0) : __builtin_prefetch(at + c);
+    }
+};
+
+// sums[M, columns] += x w in tiles of V registers, as long as there are so many columns.
+template <int M, int V, class X, class T>
+INLINE void tile_columns(float*& sums, int64_t ld, const X* x, int64_t ldx, const T*& w, int64_t step, int64_t ks, int& columns, Fetch& fetch) {
+    for (; columns >= V * kLanes; columns -= V * kLanes, sums += V * kLanes, w += V * kLanes * Pack<T>::P) {
+        fvec acc[M][V];
+        load_sums<M, V>(acc, sums, ld);
+        for (int64_t k = 0, n; k < ks; k += n) {
+            n = min2(fetch.every, ks - k);
+            fetch.next();
+            const T* from[] = {w + k * step};
+            accumulate<M, V>(acc, x + k * Pack<T>::P, ldx, from, step, n);
         }
-}
-
-template <int V, class T, class O>
-static void rows_by_tile(int m, const T* x, int64_t ldx, const T* w, int64_t step, int64_t ks, O* y, int64_t ldy, int cols) {
-    switch (m) {
-        case 6: return tile<6, V>(x, ldx, w, step, ks, y, ldy, cols);
-        case 5: return tile<5, V>(x, ldx, w, step, ks, y, ldy, cols);
-        case 4: return tile<4, V>(x, ldx, w, step, ks, y, ldy, cols);
-        case 3: return tile<3, V>(x, ldx, w, step, ks, y, ldy, cols);
-        case 2: return tile<2, V>(x, ldx, w, step, ks, y, ldy, cols);
-        default: return tile<1, V>(x, ldx, w, step, ks, y, ldy, cols);
+        store_sums<M, V>(acc, sums, ld);
     }
 }
 
-// All rows against V vectors of one panel that is in a near cache.
-template <int V, class T, class O>
-static void panel_rows(int64_t rows, const T* x, int64_t ldx, const T* w, int64_t step, int64_t ks, O* y, int64_t ldy, int cols) {
-    int64_t tiles = (rows + 5) / 6, done = 0;
-    for (int64_t i = 0; i < tiles; i++) {
-        int m = (int)((rows - done + tiles - i - 1) / (tiles - i));  // even tiles: 8 rows are 4 + 4, not 6 + 2
-        rows_by_tile<V>(m, x + done * ldx, ldx, w, step, ks, y + done * ldy, ldy, cols);
-        done += m;
+template <int M>
+struct Rows {
+    static constexpr int count = M;
+};
+template <int M, class F>
+INLINE void with_rows(int m, int64_t first, F& run) {
+    if (m == M) return run(Rows<M>{}, first);
+    if constexpr (M > 1) with_rows<M - 1>(m, first, run);
+}
+// Calls run(Rows<M>, first row) for each tile of rows. Tiles are even: 8 rows are 4 + 4, not 5 + 3.
+template <class F>
+INLINE void each_tile(int64_t rows, F run) {
+    int64_t tiles = (rows + kTileRows - 1) / kTileRows, first = 0;
+    for (int64_t i = tiles; i > 0; i--) {
+        int m = (int)((rows - first + i - 1) / i);
+        with_rows<kTileRows>(m, first, run);
+        first += m;
     }
+}
+
+// sums[rows, columns] += x w; columns is a multiple of 16.
+template <class X, class T>
+static void add_rows(int64_t rows, float* sums, int64_t ld, const X* x, int64_t ldx, const T* w, int64_t step, int64_t ks, int columns, Fetch& fetch) {
+    each_tile(rows, [&](auto tile, int64_t row) {
+        constexpr int M = tile.count, V = tile_vecs(M);
+        float* to = sums + row * ld;
+        const T* from = w;
+        int left = columns;
+        tile_columns<M, V>(to, ld, x + row * ldx, ldx, from, step, ks, left, fetch);
+        if constexpr (V > kLeastVecs) tile_columns<M, kLeastVecs>(to, ld, x + row * ldx, ldx, from, step, ks, left, fetch);
+    });
 }
 
 // ---- panels from memory ----
@@ -75,167 +172,153 @@ static void panel_rows(int64_t rows, const T* x, int64_t ldx, const T* w, int64_
 // With one pass over a panel per tile of rows, the first pass waits for memory and the others leave it idle: 16 rows of all
 // linears of SmolLM2-135M took 1.55 times the larger of both needs, 32 rows 1.4; in stretches they take 1.15 and 1.1.
 
-constexpr int kRowBlock = 36;  // rows whose sums rest in L1 between stretches; more are bound by arithmetic
+constexpr int kRowBlock = 36;  // rows whose sums rest in L1 between stretches
 constexpr int kStretch = 24;   // k steps, 6 KB: with 16 the resting sums cost more, with 32 L1 is too small
+
+constexpr int kBatch = 2;     // k steps fetched at a time, least: with 8 three rows took 12% longer
 constexpr int kAhead = 8192;   // bytes from a weight to the one fetched meanwhile: 4096 are too few, 12288 too many
 
-// After every `every` k steps of whichever tile, the lines of `steps` k steps are fetched, in the order they lie in.
-struct Fetch {
-    const char* at;
-    int64_t every, steps;
-};
-
-template <int M, int V, bool Once, class T>
-INLINE void stretch_tile(f32x16* sums, const T* x, int64_t ldx, const T* w, int64_t step, int64_t k_steps, Fetch& fetch) {
-    f32x16 acc[M][V];
-#pragma GCC unroll 24
-    for (int i = 0; i < M * V; i++) acc[i / V][i % V] = sums[i];
-    for (int64_t k = 0; k < k_steps; k += fetch.every) {
-        for (int64_t i = 0; i < fetch.steps; i++, fetch.at += step * sizeof(T))
-#pragma GCC unroll 4
-            for (int v = 0; v < V; v++) Once ? __builtin_prefetch(fetch.at + v * 64, 0, 0) : __builtin_prefetch(fetch.at + v * 64);
-        accumulate<M, V>(acc, x + k * Pack<T>::P, ldx, w + k * step, step, min2(fetch.every, k_steps - k));
-    }
-#pragma GCC unroll 24
-    for (int i = 0; i < M * V; i++) sums[i] = acc[i / V][i % V];
-}
-
-template <int V, bool Once, class T>
-static void stretch_rows(int m, f32x16* sums, const T* x, int64_t ldx, const T* w, int64_t step, int64_t ks, Fetch& fetch) {
-    switch (m) {
-        case 6: return stretch_tile<6, V, Once>(sums, x, ldx, w, step, ks, fetch);
-        case 5: return stretch_tile<5, V, Once>(sums, x, ldx, w, step, ks, fetch);
-        case 4: return stretch_tile<4, V, Once>(sums, x, ldx, w, step, ks, fetch);
-        case 3: return stretch_tile<3, V, Once>(sums, x, ldx, w, step, ks, fetch);
-        case 2: return stretch_tile<2, V, Once>(sums, x, ldx, w, step, ks, fetch);
-        default: return stretch_tile<1, V, Once>(sums, x, ldx, w, step, ks, fetch);
-    }
-}
-
-// Up to kRowBlock rows against V vectors of one panel. Once: nobody reads it again, so it need not push other things out of L2
-// and L3 (2% of a step of 16 rows): it is fetched for L1 alone.
-template <int V, bool Once, class T, class O>
-static void stream_rows(int64_t rows, const T* x, int64_t ldx, const T* w, int64_t step, int64_t ks, O* y, int64_t ldy, int cols) {
-    f32x16 sums[kRowBlock * V];
-    memset(sums, 0, sizeof(f32x16) * rows * V);
-    int64_t tiles = (rows + 5) / 6, stretch = tiles == 1 ? ks : kStretch;  // a single tile has none to take turns with
+// Up to kRowBlock rows against `columns` of one panel. once: as for Fetch.
+template <class X, class T, class O>
+static void stream_rows(int64_t rows, const X* x, int64_t ldx, const T* w, int64_t step, int64_t ks, O* y, int64_t ldy, int columns, bool once) {
+    alignas(64) float sums[kRowBlock * kPanel];
+    int padded = (int)round_up(columns, 16);
+    memset(sums, 0, sizeof(float) * rows * kPanel);
+    int64_t turns = (rows + kTileRows - 1) / kTileRows * max2(padded / (tile_vecs(rows) * kLanes), 1);
+    int64_t stretch = turns == 1 ? ks : kStretch;  // a single tile has none to take turns with
+    int64_t batch = max2<int64_t>(kBatch / turns, 1);
     for (int64_t k = 0; k < ks; k += stretch) {
-        Fetch fetch{(const char*)(w + k * step) + kAhead, tiles == 1 ? 2 : tiles, tiles == 1 ? 2 : 1};  // in all what is read
-        for (int64_t i = 0, done = 0; i < tiles; i++) {
-            int m = (int)((rows - done + tiles - i - 1) / (tiles - i));
-            stretch_rows<V, Once>(m, sums + done * V, x + done * ldx + k * Pack<T>::P, ldx, w + k * step, step, min2(stretch, ks - k), fetch);
-            done += m;
-        }
+        Fetch fetch{(const char*)(w + k * step) + kAhead, batch * turns, batch, step * (int64_t)sizeof(T), padded * 4, once};
+        add_rows(rows, sums, kPanel, x + k * Pack<T>::P, ldx, w + k * step, step, min2(stretch, ks - k), padded, fetch);
     }
     for (int64_t m = 0; m < rows; m++)
-        for (int v = 0; v * 16 < cols; v++) store_n(y + m * ldy + v * 16, sums[m * V + v], min2(16, cols - v * 16));
+        for (int c = 0; c < columns; c += kLanes) store_n(y + m * ldy + c, load(sums + m * kPanel + c), min2(kLanes, columns - c));
 }
 
-INLINE int64_t round_up(int64_t n, int64_t m) { return (n + m - 1) / m * m; }
-
-template <int V, class T, class O>
-static void linear_columns(int64_t rows, const T* x, int64_t in, const T* w, int64_t step, O* y, int64_t out, int cols) {
-    int64_t ks = in / Pack<T>::P, first = kRowBlock;
-    if (rows <= first) return stream_rows<V, true>(rows, x, in, w, step, ks, y, out, cols);
-    stream_rows<V, false>(first, x, in, w, step, ks, y, out, cols);
-    panel_rows<V>(rows - first, x + first * in, in, w, step, ks, y + first * out, out, cols);  // it lies in L2 by now
+// n elements as the operands of a product.
+template <class T>
+INLINE void to_operands(const T* x, int64_t n, Operand<T>* out) {
+    if constexpr (sizeof(T) == sizeof(Operand<T>))
+        memcpy((void*)out, x, n * sizeof(T));
+    else
+        for (int64_t i = 0; i < n; i += kLanes) store_n(out + i, load_n(x + i, (int)min2<int64_t>(kLanes, n - i)), (int)min2<int64_t>(kLanes, n - i));
 }
+// The same where they need not be copied if they are operands already.
+template <class T>
+INLINE const Operand<T>* operands(const T* x, int64_t n, Scratch<Operand<T>>& scratch) {
+    if constexpr (sizeof(T) == sizeof(Operand<T>)) {
+        return x;
+    } else {
+        Operand<T>* wide = scratch.get(n);
+        to_operands(x, n, wide);
+        return wide;
+    }
+}
+
+constexpr int64_t kWidened = 512 << 10;  // bytes of x widened at a time: they stay in L2 beside a panel
 
 // Threads share the panels (a half of one at the end of a share cost more than the better balance gave, even at 9 panels), or
-// single vectors of columns where there are fewer panels than shares.
+// 16 columns of one where there are fewer panels than shares.
 template <class T, class O>
 static void linear(int64_t rows, const T* x, int64_t in, const T* packed, int64_t out, O* y, int tid, int threads) {
+    static thread_local Scratch<Operand<T>> scratch;
     constexpr int P = Pack<T>::P;
     int64_t unit = (out + 63) / 64 >= threads ? 64 : 16, units = (out + unit - 1) / unit;
-    int64_t n = units * tid / threads * unit, end = min2(units * (tid + 1) / threads * unit, out);
-    while (n < end) {
-        int64_t base = n / 64 * 64, width = min2<int64_t>(round_up(out - base, 16), 64);
-        const T* w = packed + base * in + (n - base) * P;
-        if (n == base && width == 64 && end - n > 48) {
-            linear_columns<4>(rows, x, in, w, width * P, y + n, out, (int)min2<int64_t>(64, end - n));
-            n += 64;
-        } else {
-            linear_columns<1>(rows, x, in, w, width * P, y + n, out, (int)min2<int64_t>(16, end - n));
-            n += 16;
+    int64_t first = units * tid / threads * unit, end = min2(units * (tid + 1) / threads * unit, out);
+    if (first >= end) return;
+    bool widened = sizeof(T) != sizeof(Operand<T>);
+    int64_t block = widened ? max2<int64_t>(kWidened / 4 / in / kRowBlock, 1) * kRowBlock : rows;
+    for (int64_t row = 0; row < rows; row += block) {
+        int64_t here = min2(block, rows - row);
+        const Operand<T>* xs = operands(x + row * in, here * in, scratch);
+        for (int64_t n = first, columns; n < end; n += columns) {
+            int64_t base = n / 64 * 64, width = min2<int64_t>(64, round_up(out - base, 16));
+            columns = min2(base + width, end) - n;
+            const T* w = packed + base * in + (n - base) * P;
+            for (int64_t m = 0; m < here; m += kRowBlock)
+                stream_rows(min2<int64_t>(kRowBlock, here - m), xs + m * in, in, w, width * P, in / P, y + (row + m) * out + n, out, (int)min2(columns, out - n), rows <= kRowBlock);
         }
     }
 }
 
-// One butterfly stage of a 16 x 16 transpose: pairs of vectors W apart trade lanes.
+// ---- packing ----
+
+// One butterfly stage of a transpose of kLanes x kLanes words: pairs of vectors W apart trade lanes.
 template <int W>
-INLINE void exchange(u32x16 (&r)[16], u32x16 low, u32x16 high) {
+INLINE void exchange(uvec (&r)[kLanes]) {
+    constexpr ivec upper = (kIota & W) != 0;  // lanes that stand W further on
+    constexpr ivec low = upper ? kIota - W + kLanes : kIota, high = upper ? kIota + kLanes : kIota + W;
 #pragma GCC unroll 16
-    for (int i = 0; i < 16; i++)
+    for (int i = 0; i < kLanes; i++)
         if (!(i & W)) {
-            u32x16 a = r[i], b = r[i + W];
+            uvec a = r[i], b = r[i + W];
             r[i] = __builtin_shuffle(a, b, low);
             r[i + W] = __builtin_shuffle(a, b, high);
         }
 }
-// 16 dwords of each of 16 rows -> 16 vectors of 16 rows.
-INLINE void transpose16(u32x16 (&r)[16]) {
-    exchange<1>(r, u32x16{0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30},
-                u32x16{1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31});
-    exchange<2>(r, u32x16{0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29},
-                u32x16{2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31});
-    exchange<4>(r, u32x16{0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27},
-                u32x16{4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31});
-    exchange<8>(r, u32x16{0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23},
-                u32x16{8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31});
+INLINE void transpose(uvec (&r)[kLanes]) {
+    exchange<1>(r);
+    exchange<2>(r);
+    if constexpr (kLanes > 4) exchange<4>(r);
+    if constexpr (kLanes > 8) exchange<8>(r);
 }
 
-// 16 rows of 64 bytes, `ld` bytes apart, transposed as 32-bit words.
-INLINE void load_transposed(const char* rows, int64_t ld, u32x16 (&r)[16]) {
+// kLanes words of kLanes rows, `ld` bytes apart, transposed.
+INLINE void load_transposed(const char* rows, int64_t ld, uvec (&r)[kLanes]) {
 #if defined(__AVX512F__)
+    typedef uint64_t qvec __attribute__((vector_size(64)));
     // Half of the first two stages is done by loads, which have ports of their own: 48 shuffles are left of 64.
-    const u32x16 low1{0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29}, high1 = low1 + 2;
-    const u64x8 low2{0, 8, 2, 10, 4, 12, 6, 14}, high2 = low2 + 1;  // in words of 64 bits they are unpacks too
-    auto join = [](u32x16 f, u32x16 g, u64x8 order) { return (u32x16)__builtin_shuffle((u64x8)f, (u64x8)g, order); };
+    const uvec low1{0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29}, high1 = low1 + 2;
+    const qvec low2{0, 8, 2, 10, 4, 12, 6, 14}, high2 = low2 + 1;  // in words of 64 bits they are unpacks too
+    auto join = [](uvec f, uvec g, qvec order) { return (uvec)__builtin_shuffle((qvec)f, (qvec)g, order); };
 #pragma GCC unroll 2
     for (int half = 0; half < 2; half++) {
         auto two = [&](int row) {  // half of `row` and of the fourth after it
             auto part = [&](int i) { return _mm256_loadu_si256((const __m256i*)(rows + i * ld + half * 32)); };
-            return (u32x16)_mm512_mask_broadcast_i64x4(_mm512_castsi256_si512(part(row)), 0xf0, part(row + 4));
+            return (uvec)_mm512_mask_broadcast_i64x4(_mm512_castsi256_si512(part(row)), 0xf0, part(row + 4));
         };
-        u32x16 t[2][4];
+        uvec t[2][4];
 #pragma GCC unroll 4
         for (int i = 0; i < 4; i++) {
-            u32x16 a = two(i), b = two(i + 8);
-            t[0][i] = __builtin_shuffle(a, b, u32x16{0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27});
-            t[1][i] = __builtin_shuffle(a, b, u32x16{4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31});
+            uvec a = two(i), b = two(i + 8);
+            t[0][i] = __builtin_shuffle(a, b, uvec{0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27});
+            t[1][i] = __builtin_shuffle(a, b, uvec{4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31});
         }
 #pragma GCC unroll 2
         for (int q = 0; q < 2; q++) {
-            u32x16 a = __builtin_shuffle(t[q][0], t[q][1], low1), b = __builtin_shuffle(t[q][0], t[q][1], high1);
-            u32x16 d = __builtin_shuffle(t[q][2], t[q][3], low1), e = __builtin_shuffle(t[q][2], t[q][3], high1);
-            u32x16* to = r + half * 8 + q * 4;
+            uvec a = __builtin_shuffle(t[q][0], t[q][1], low1), b = __builtin_shuffle(t[q][0], t[q][1], high1);
+            uvec d = __builtin_shuffle(t[q][2], t[q][3], low1), e = __builtin_shuffle(t[q][2], t[q][3], high1);
+            uvec* to = r + half * 8 + q * 4;
             to[0] = join(a, d, low2), to[1] = join(a, d, high2), to[2] = join(b, e, low2), to[3] = join(b, e, high2);
         }
     }
 #else
 #pragma GCC unroll 16
-    for (int i = 0; i < 16; i++) r[i] = load_pairs(rows + i * ld);
-    transpose16(r);
+    for (int i = 0; i < kLanes; i++) r[i] = load_pairs(rows + i * ld);
+    transpose(r);
 #endif
 }
 
-// n rows of `in` elements, row stride ld -> [in / P][16][P] with `step` elements from one 16 to the next; rows past n zero.
+// n (up to 16) rows of `in` elements, row stride ld -> [in / P][16][P] with `step` elements from one 16 to the next; rows past n
+// zero.
 template <class T>
 static void interleave_rows(const T* a, int n, int64_t ld, int64_t in, T* out, int64_t step = 16 * Pack<T>::P) {
     constexpr int P = Pack<T>::P;
     int64_t words = in / P, d = 0;
-    for (; d + 16 <= words; d += 16) {
-        u32x16 r[16];
-        if (n == 16) {
-            load_transposed((const char*)(a + d * P), ld * sizeof(T), r);
-        } else {
+    for (; d + kLanes <= words; d += kLanes)
+        for (int base = 0; base < 16; base += kLanes) {
+            uvec r[kLanes];
+            const T* from = a + base * ld + d * P;
+            if (n >= base + kLanes) {
+                load_transposed((const char*)from, ld * sizeof(T), r);
+            } else {
 #pragma GCC unroll 16
-            for (int i = 0; i < 16; i++) r[i] = i < n ? load_pairs(a + i * ld + d * P) : u32x16{};
-            transpose16(r);
+                for (int i = 0; i < kLanes; i++) r[i] = base + i < n ? load_pairs(from + i * ld) : uvec{};
+                transpose(r);
+            }
+#pragma GCC unroll 16
+            for (int i = 0; i < kLanes; i++) *(uvec_u*)(out + (d + i) * step + base * P) = r[i];
         }
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; i++) *(u32x16_u*)(out + (d + i) * step) = r[i];
-    }
     for (; d < words; d++)
         for (int i = 0; i < 16; i++) {
             T* to = out + d * step + i * P;

@@ -5,17 +5,21 @@
 
 namespace LORAPLEX_ISA {
 
+constexpr int kMaxDim = 256, kBlock = 16;  // elements of a head, tokens of a KV page
+
 struct Range {
     int64_t first, last;
 };
 INLINE Range share(int64_t n, int tid, int threads) { return {n * tid / threads, n * (tid + 1) / threads}; }
 
-// Mean of squares in fp32, 16 partial sums, fixed order.
+INLINE int lanes_left(int64_t n) { return (int)min2<int64_t>(n, kLanes); }
+
+// Mean of squares in fp32, a partial sum a lane, fixed order.
 template <class T>
 INLINE float inverse_rms(const T* x, int64_t n, float eps) {
-    f32x16 s{};
-    for (int64_t i = 0; i < n; i += 16) {
-        f32x16 v = load_n(x + i, (int)(n - i < 16 ? n - i : 16));
+    fvec s{};
+    for (int64_t i = 0; i < n; i += kLanes) {
+        fvec v = load_n(x + i, lanes_left(n - i));
         s += v * v;
     }
     return 1.f / std::sqrt(sum(s) / (float)n + eps);
@@ -24,11 +28,11 @@ INLINE float inverse_rms(const T* x, int64_t n, float eps) {
 // y = weight * round(r * scale)  (offset 0)  or  round(r * scale * (1 + weight))  (offset 1)
 template <class T>
 INLINE void scale_row(const T* r, const T* weight, float scale, float offset, T* y, int64_t n) {
-    for (int64_t i = 0; i < n; i += 16) {
-        int m = (int)(n - i < 16 ? n - i : 16);
-        f32x16 v = load_n(r + i, m) * scale, w = load_n(weight + i, m);
+    for (int64_t i = 0; i < n; i += kLanes) {
+        int m = lanes_left(n - i);
+        fvec v = load_n(r + i, m) * scale, w = load_n(weight + i, m);
         if (offset == 0.f) {
-            T tmp[16];
+            T tmp[kLanes];
             store(tmp, v);
             v = load(tmp) * w;
         } else {
@@ -47,8 +51,8 @@ static void rms_norm(const Op& op, int64_t rows, int tid, int threads) {
         if (op.aux) {  // the residual stream, updated in place: r = round(x + residual)
             T* res = (T*)op.z + t * n;
             const T* old = (const T*)op.aux + t * n;
-            for (int64_t i = 0; i < n; i += 16) {
-                int m = (int)(n - i < 16 ? n - i : 16);
+            for (int64_t i = 0; i < n; i += kLanes) {
+                int m = lanes_left(n - i);
                 store_n(res + i, load_n(r + i, m) + load_n(old + i, m), m);
             }
             r = res;
@@ -68,8 +72,8 @@ static void embed(const Op& op, const Step& step, int64_t rows, int tid, int thr
         T* y = (T*)op.y + t * op.out;
         for (int64_t k = 0; k < op.out; k += P) memcpy((void*)(y + k), panel + k * width, P * sizeof(T));
         if (op.f0 == 1.f) continue;
-        for (int64_t i = 0; i < op.out; i += 16) {
-            int m = (int)(op.out - i < 16 ? op.out - i : 16);
+        for (int64_t i = 0; i < op.out; i += kLanes) {
+            int m = lanes_left(op.out - i);
             store_n(y + i, load_n(y + i, m) * op.f0, m);
         }
     }
@@ -80,16 +84,16 @@ static void add_bias(const Op& op, int64_t rows, int tid, int threads) {
     Range range = share(rows, tid, threads);
     for (int64_t t = range.first; t < range.last; t++) {
         T* y = (T*)op.y + t * op.out;
-        for (int64_t i = 0; i < op.out; i += 16) {
-            int m = (int)(op.out - i < 16 ? op.out - i : 16);
+        for (int64_t i = 0; i < op.out; i += kLanes) {
+            int m = lanes_left(op.out - i);
             store_n(y + i, load_n(y + i, m) + load_n((const T*)op.w + i, m), m);
         }
     }
 }
 
-INLINE f32x16 silu(f32x16 x) { return x / (vexp(-x) + 1.f); }
-INLINE f32x16 gelu_tanh(f32x16 x) {  // x * sigmoid(2 u) is 0.5 x (1 + tanh(u))
-    f32x16 u = (x + x * x * x * 0.044715f) * 0.7978845608028654f;
+INLINE fvec silu(fvec x) { return x / (vexp(-x) + 1.f); }
+INLINE fvec gelu_tanh(fvec x) {  // x * sigmoid(2 u) is 0.5 x (1 + tanh(u))
+    fvec u = (x + x * x * x * 0.044715f) * 0.7978845608028654f;
     return x / (vexp(u * -2.f) + 1.f);
 }
 
@@ -100,9 +104,9 @@ static void act_mul(const Op& op, int64_t rows, int tid, int threads) {  // i0: 
     for (int64_t t = range.first; t < range.last; t++) {
         const T *gate = (const T*)op.x + t * 2 * n, *up = gate + n;
         T* y = (T*)op.y + t * n;
-        for (int64_t i = 0; i < n; i += 16) {
-            int m = (int)(n - i < 16 ? n - i : 16);
-            f32x16 g = load_n(gate + i, m);
+        for (int64_t i = 0; i < n; i += kLanes) {
+            int m = lanes_left(n - i);
+            fvec g = load_n(gate + i, m);
             store_n(y + i, (op.i0 ? gelu_tanh(g) : silu(g)) * load_n(up + i, m), m);
         }
     }
@@ -112,19 +116,32 @@ static void act_mul(const Op& op, int64_t rows, int tid, int threads) {  // i0: 
 template <class T>
 INLINE void rotate_head(const T* x, const T* norm, float eps, float offset, const float* cos, const float* sin, int dim, int rotary,
                         T* dst) {
-    alignas(64) T normed[256];
+    alignas(64) T normed[kMaxDim];
     if (norm) {
         scale_row(x, norm, inverse_rms(x, dim, eps), offset, normed, dim);
         x = normed;
     }
     int half = rotary / 2;
-    for (int i = 0; i < half; i += 16) {
-        int m = half - i < 16 ? half - i : 16;
-        f32x16 a = load_n(x + i, m), b = load_n(x + half + i, m);
+    for (int i = 0; i < half; i += kLanes) {
+        int m = lanes_left(half - i);
+        fvec a = load_n(x + i, m), b = load_n(x + half + i, m);
         store_n(dst + i, a * load_n(cos + i, m) - b * load_n(sin + i, m), m);
         store_n(dst + half + i, b * load_n(cos + half + i, m) + a * load_n(sin + half + i, m), m);
     }
     memcpy(dst + rotary, x + rotary, (dim - rotary) * sizeof(T));
+}
+
+// The places of a token in a page of one head: of its keys in [dim / P][16][P], of its values in [16 / P][dim][P].
+template <class T>
+INLINE void store_key(const T* x, int dim, int64_t slot, T* page) {
+    constexpr int P = Pack<T>::P;
+    for (int d = 0; d < dim; d += P) memcpy((void*)(page + d * kBlock + slot * P), x + d, P * sizeof(T));
+}
+template <class T>
+INLINE void store_value(const T* x, int dim, int64_t slot, T* page) {
+    constexpr int P = Pack<T>::P;
+    T* to = page + slot / P * dim * P + slot % P;
+    for (int d = 0; d < dim; d++) to[d * P] = x[d];
 }
 
 // i0 heads, i1 kv heads, i2 head_dim, i3 rotary_dim, i4 KV group, i5 rope kind; w/aux: q and k norm; z: k of the layer,
@@ -137,13 +154,15 @@ static void rope_store(const Op& op, const Step& step, int64_t rows, int tid, in
     for (int64_t t = range.first; t < range.last; t++) {
         const T* x = (const T*)op.x + t * width;
         const float *cos = step.cos[op.i5] + t * rotary, *sin = step.sin[op.i5] + t * rotary;
-        int64_t at = step.store_index[op.i4][t], page = at / 16, slot = at % 16;
+        int64_t at = step.store_index[op.i4][t], page = at / kBlock, slot = at % kBlock;
         for (int h = 0; h < heads; h++)
             rotate_head(x + h * dim, (const T*)op.w, op.f0, op.f1, cos, sin, dim, rotary, (T*)op.y + (t * heads + h) * dim);
         for (int h = 0; h < kv; h++) {
-            int64_t to = page * op.page + ((int64_t)h * 16 + slot) * dim;
-            rotate_head(x + (heads + h) * dim, (const T*)op.aux, op.f0, op.f1, cos, sin, dim, rotary, (T*)op.z + to);
-            memcpy((T*)op.aux2 + to, x + (heads + kv + h) * dim, dim * sizeof(T));
+            T key[kMaxDim];
+            int64_t to = page * op.page + (int64_t)h * kBlock * dim;
+            rotate_head(x + (heads + h) * dim, (const T*)op.aux, op.f0, op.f1, cos, sin, dim, rotary, key);
+            store_key(key, dim, slot, (T*)op.z + to);
+            store_value(x + (heads + kv + h) * dim, dim, slot, (T*)op.aux2 + to);
         }
     }
 }

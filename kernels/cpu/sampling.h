@@ -10,7 +10,8 @@
 
 namespace LORAPLEX_ISA {
 
-typedef double f64x16 __attribute__((vector_size(128)));
+typedef float half_fvec __attribute__((vector_size(2 * kLanes), aligned(4), may_alias));
+typedef double dvec __attribute__((vector_size(4 * kLanes)));  // half the lanes of fvec
 
 struct Draw {  // one row of what backend.py hands over
     double temperature, top_k, top_p, min_p, uniform;
@@ -35,30 +36,32 @@ struct Candidates {
 };
 
 // Bit i: v[i] >= bound.
-INLINE uint32_t at_least(f32x16 v, float bound) {
+INLINE uint32_t at_least(fvec v, float bound) {
 #if defined(__AVX512F__)
     return _mm512_cmp_ps_mask((__m512)v, _mm512_set1_ps(bound), _CMP_GE_OQ);
+#elif defined(__AVX2__)
+    return _mm256_movemask_ps(_mm256_cmp_ps((__m256)v, _mm256_set1_ps(bound), _CMP_GE_OQ));
 #else
     uint32_t bits = 0;
-    for (int i = 0; i < 16; i++) bits |= (uint32_t)(v[i] >= bound) << i;
+    for (int i = 0; i < kLanes; i++) bits |= (uint32_t)(v[i] >= bound) << i;
     return bits;
 #endif
 }
 
 // The largest of x and where it first stands; where there is a NaN, the first one (torch's order). maxima, if given: of the
-// n / 256 * 16 groups.
+// n / (kGroup * kLanes) * kLanes groups.
 struct Top {
     float value;
     int64_t at;
 };
 static Top largest(const float* x, int64_t n, float* maxima) {
-    f32x16 best = splat(-INFINITY);
-    i32x16 nan{};
+    fvec best = splat(-INFINITY);
+    ivec nan{};
     int64_t i = 0;
-    for (; i + kGroup * 16 <= n; i += kGroup * 16) {
-        f32x16 a = load(x + i), b = load(x + i + 16);
+    for (; i + kGroup * kLanes <= n; i += kGroup * kLanes) {
+        fvec a = load(x + i), b = load(x + i + kLanes);
         for (int j = 0; j < kGroup; j += 2) {
-            f32x16 c = load(x + i + j * 16), d = load(x + i + j * 16 + 16);
+            fvec c = load(x + i + j * kLanes), d = load(x + i + j * kLanes + kLanes);
             nan |= (c != c) | (d != d);
             a = vmax(a, c), b = vmax(b, d);
         }
@@ -67,13 +70,13 @@ static Top largest(const float* x, int64_t n, float* maxima) {
     }
     float top = max_lane(best);
     bool strange = false;
-    for (int l = 0; l < 16; l++) strange |= nan[l] != 0;
+    for (int l = 0; l < kLanes; l++) strange |= nan[l] != 0;
     for (; i < n; i++) top = x[i] > top ? x[i] : top, strange |= x[i] != x[i];
     if (strange) {
         for (i = 0; x[i] == x[i];) i++;
         return {x[i], i};
     }
-    for (i = 0; i + 16 <= n; i += 16)
+    for (i = 0; i + kLanes <= n; i += kLanes)
         if (uint32_t found = at_least(load(x + i), top)) return {top, i + __builtin_ctz(found)};
     while (i < n && x[i] != top) i++;
     return {top, i};
@@ -158,11 +161,11 @@ static Candidates at_least(const Candidates& c, float bound, float* w, int32_t* 
         w[n] = c.w[at];
         ids[n++] = c.ids ? c.ids[at] : (int32_t)at;
     };
-    for (; i + 16 <= c.n; i += 16) {
+    for (; i + kLanes <= c.n; i += kLanes) {
         uint32_t found = at_least(load(c.w + i), bound);
         if (!found) continue;
 #if defined(__AVX512F__)
-        i32x16 at = i32x16{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} + (int32_t)i;
+        ivec at = kIota + (int32_t)i;
         __m512i kept = c.ids ? _mm512_loadu_si512(c.ids + i) : (__m512i)at;
         _mm512_storeu_ps(w + n, _mm512_maskz_compress_ps((__mmask16)found, (__m512)load(c.w + i)));
         _mm512_storeu_si512(ids + n, _mm512_maskz_compress_epi32((__mmask16)found, kept));
@@ -177,18 +180,21 @@ static Candidates at_least(const Candidates& c, float bound, float* w, int32_t* 
 }
 
 static double sum_weights(const float* w, int64_t n) {
-    f64x16 sum{};
+    dvec sums[4] = {};
     int64_t i = 0;
-    for (; i + 16 <= n; i += 16) sum += __builtin_convertvector(load(w + i), f64x16);
+    for (; i + 2 * kLanes <= n; i += 2 * kLanes)
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) sums[j] += __builtin_convertvector(*(const half_fvec*)(w + i + j * kLanes / 2), dvec);
+    dvec sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
     double total = 0;
-    for (int l = 0; l < 16; l++) total += sum[l];
+    for (int l = 0; l < kLanes / 2; l++) total += sum[l];
     for (; i < n; i++) total += w[i];
     return total;
 }
 
 // The logits that are at least the k-th largest.
 static Candidates top_k(const float* x, int64_t n, int64_t k, SampleScratch& s) {
-    int64_t groups = n / (kGroup * 16) * 16;
+    int64_t groups = n / (kGroup * kLanes) * kLanes;
     float bound = k <= groups ? kth_largest(s.maxima.data, groups, k, s.bits) : -INFINITY;
     Candidates all{(float*)x, nullptr, n}, c = at_least(all, bound, s.weights.get(n + 16), s.ids.get(n + 16));
     if (c.n > k) c = at_least(c, kth_largest(c.w, c.n, k, s.bits), c.w, c.ids);
@@ -241,8 +247,8 @@ static int64_t sample_row(const float* x, int64_t n, const Draw& d, SampleScratc
         logits = c.w;
     }
     float temperature = max2((float)d.temperature, kColdest), min_p = (float)d.min_p;
-    for (int64_t i = 0; i < c.n; i += 16) {  // 1 for the likeliest: no overflow at any temperature
-        int m = (int)min2<int64_t>(16, c.n - i);
+    for (int64_t i = 0; i < c.n; i += kLanes) {  // 1 for the likeliest: no overflow at any temperature
+        int m = lanes_left(c.n - i);
         store_n(c.w + i, vexp((load_n(logits + i, m) - top->value) / temperature), m);
     }
     if (d.top_p < 1.) top_p(c, d.top_p, s);
@@ -255,12 +261,12 @@ static int64_t sample_row(const float* x, int64_t n, const Draw& d, SampleScratc
 static double log_sum(const float* x, int64_t n, float top) {
     double sum = 0;
     for (int64_t from = 0; from < n; from += kSumBlock) {
-        f32x16 part{};
-        for (int64_t i = from; i < min2(from + kSumBlock, n); i += 16) {
-            int m = (int)min2<int64_t>(16, n - i);
-            f32x16 e = vexp(load_n(x + i, m) - top);
-            if (m < 16)
-                for (int l = m; l < 16; l++) e[l] = 0.f;
+        fvec part{};
+        for (int64_t i = from; i < min2(from + kSumBlock, n); i += kLanes) {
+            int m = lanes_left(n - i);
+            fvec e = vexp(load_n(x + i, m) - top);
+            if (m < kLanes)
+                for (int l = m; l < kLanes; l++) e[l] = 0.f;
             part += e;
         }
         sum += LORAPLEX_ISA::sum(part);

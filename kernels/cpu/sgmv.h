@@ -10,45 +10,51 @@ namespace LORAPLEX_ISA {
 // Rows of B, columns [c, c + 16): pairs of ranks side by side -> out [16 / P][16][P] with a step of `ld` elements; ranks past n zero.
 INLINE void interleave_ranks(const bf16* b, int n, int64_t len, int cols, bf16* out, int64_t ld) {
     for (int k = 0; k < 16; k += 2) {
-        u16x16 lo{}, hi{};
-        if (k < n) memcpy(&lo, b + k * len, cols * 2);
-        if (k + 1 < n) memcpy(&hi, b + (k + 1) * len, cols * 2);
-        u32x16 w = __builtin_convertvector(lo, u32x16) | (__builtin_convertvector(hi, u32x16) << 16);
-        *(u32x16_u*)(out + k / 2 * ld) = w;
+        uint16_t rows[2][16] = {};
+        for (int i = 0; i < 2; i++)
+            if (k + i < n) memcpy(rows[i], b + (k + i) * len, cols * 2);
+        for (int c = 0; c < 16; c += kLanes)
+            *(uvec_u*)(out + k / 2 * ld + c * 2) =
+                __builtin_convertvector(*(const hvec_u*)(rows[0] + c), uvec) | (__builtin_convertvector(*(const hvec_u*)(rows[1] + c), uvec) << 16);
     }
 }
 INLINE void interleave_ranks(const float* b, int n, int64_t len, int cols, float* out, int64_t ld) {
-    for (int k = 0; k < 16; k++) store(out + k * ld, k < n ? load_n(b + k * len, cols) : f32x16{});
+    for (int k = 0; k < 16; k++)
+        for (int c = 0; c < 16; c += kLanes) store(out + k * ld + c, k < n && c < cols ? load_n(b + k * len + c, min2(kLanes, cols - c)) : fvec{});
 }
 
-// M rows x V vectors of y += sum over tiles of weight * (u @ B). b: per tile [16 / P][V * 16][P].
+// M rows x V registers of y += sum over tiles of weight * (u @ B). b: per tile [16 / P][width][P].
 template <int M, int V, class T>
-static void expand_tile(const T* u, int64_t ldu, const T* b, const float* weight, const int* which, int tiles, T* y, int64_t ldy, int cols) {
+INLINE void expand_tile(const Operand<T>* u, int64_t ldu, const T* b, int width, const float* weight, const int* which, int tiles, T* y, int64_t ldy, int cols) {
     constexpr int P = Pack<T>::P;
-    f32x16 acc[M][V] = {};
+    fvec acc[M][V] = {};
     for (int i = 0; i < tiles; i++) {
-        const T* bi = b + (int64_t)i * 16 * V * 16;
+        const T* from[] = {b + (int64_t)i * 16 * width};
         if (weight[i] == 1.f) {
-            accumulate<M, V>(acc, u + which[i] * 16, ldu, bi, V * 16 * P, 16 / P);
+            accumulate<M, V>(acc, u + which[i] * 16, ldu, from, width * P, 16 / P);
         } else {
-            f32x16 part[M][V] = {};
-            accumulate<M, V>(part, u + which[i] * 16, ldu, bi, V * 16 * P, 16 / P);
+            fvec part[M][V] = {};
+            accumulate<M, V>(part, u + which[i] * 16, ldu, from, width * P, 16 / P);
+#pragma GCC unroll 8
             for (int m = 0; m < M; m++)
+#pragma GCC unroll 16
                 for (int v = 0; v < V; v++) acc[m][v] += part[m][v] * weight[i];
         }
     }
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++)
-#pragma GCC unroll 4
+#pragma GCC unroll 16
         for (int v = 0; v < V; v++) {
-            int n = cols - v * 16;
-            if (n > 0) store_n(y + m * ldy + v * 16, load_n(y + m * ldy + v * 16, n) + acc[m][v], n);
+            int n = cols - v * kLanes;
+            if (n > 0) store_n(y + m * ldy + v * kLanes, load_n(y + m * ldy + v * kLanes, n) + acc[m][v], n);
         }
 }
 
 template <class T>
 struct SegmentScratch {
     Scratch<T> a, u, b;
+    Scratch<Operand<T>> x, wide;
+    Scratch<float> sums;
     Scratch<int> which;
     Scratch<float> weight;
     TileList<T> tiles;
@@ -56,10 +62,12 @@ struct SegmentScratch {
 
 // u [rows, tiles * 16] = round(A x) for every tile; A is interleaved to pairs once per block of rows.
 template <class T>
-static T* segment_shrink(SegmentScratch<T>& s, const T* x, int64_t in, int64_t rows) {
+static const Operand<T>* segment_shrink(SegmentScratch<T>& s, const T* x, int64_t in, int64_t rows) {
     constexpr int P = Pack<T>::P;
     int64_t ldu = (int64_t)s.tiles.count * 16;
     T *u = s.u.get(rows * ldu), *a = s.a.get(in * 16 + 256);
+    const Operand<T>* xs = in % P ? nullptr : operands(x, rows * in, s.x);
+    float* sums = s.sums.get(rows * 16);
     for (int i = 0; i < s.tiles.count; i++) {
         const Tile<T>& t = s.tiles[i];
         if (t.a && in % P) {  // no pairs at the end of a row: one row at a time
@@ -74,7 +82,11 @@ static T* segment_shrink(SegmentScratch<T>& s, const T* x, int64_t in, int64_t r
         }
         if (t.a) {
             interleave_rows(t.a, t.n, in, in, a);
-            panel_rows<1>(rows, x, in, a, 16 * P, in / P, u + i * 16, ldu, 16);
+            Fetch none;
+            memset(sums, 0, sizeof(float) * rows * 16);
+            add_rows(rows, sums, 16, xs, in, a, 16 * P, in / P, 16, none);
+            for (int64_t m = 0; m < rows; m++)
+                for (int c = 0; c < 16; c += kLanes) store(u + m * ldu + i * 16 + c, load(sums + m * 16 + c));
             continue;
         }
         for (int64_t m = 0; m < rows; m++) {  // a bias: u is one
@@ -82,31 +94,31 @@ static T* segment_shrink(SegmentScratch<T>& s, const T* x, int64_t in, int64_t r
             from_float(1.f, u + m * ldu + i * 16);
         }
     }
-    return u;
+    return operands(u, rows * ldu, s.wide);
 }
 
 // y[:, col, col + n) += the covering tiles' part, n <= 64.
-template <int V, class T>
-static void segment_expand(SegmentScratch<T>& s, const T* u, int64_t rows, int covers, int col, int n, T* y, int64_t ldy) {
+template <class T>
+static void segment_expand(SegmentScratch<T>& s, const Operand<T>* u, int64_t rows, int covers, int col, int n, T* y, int64_t ldy) {
     constexpr int P = Pack<T>::P;
-    T* b = s.b.get((int64_t)covers * 16 * V * 16);
+    int width = n > 32 ? 64 : 32;
+    T* b = s.b.get((int64_t)covers * 16 * width);
     for (int i = 0; i < covers; i++) {
         const Tile<T>& t = s.tiles[s.which.data[i]];
-        for (int v = 0; v < V; v++) {
-            int m = min2(16, n - v * 16);
-            interleave_ranks(t.b + (col - t.start) + v * 16, m > 0 ? t.n : 0, t.len, m, b + (int64_t)i * 16 * V * 16 + v * 16 * P,
-                             V * 16 * P);
-        }
+        for (int c = 0; c < width; c += 16)
+            interleave_ranks(t.b + (col - t.start) + c, c < n ? t.n : 0, t.len, max2(min2(16, n - c), 0), b + (int64_t)i * 16 * width + c * P, width * P);
     }
-    int64_t ldu = (int64_t)s.tiles.count * 16, m = 0;
-    for (; m + 6 <= rows; m += 6)
-        expand_tile<6, V>(u + m * ldu, ldu, b, s.weight.data, s.which.data, covers, y + m * ldy, ldy, n);
-    for (; m < rows; m++) expand_tile<1, V>(u + m * ldu, ldu, b, s.weight.data, s.which.data, covers, y + m * ldy, ldy, n);
+    int64_t ldu = (int64_t)s.tiles.count * 16;
+    each_tile(rows, [&](auto tile, int64_t row) {
+        constexpr int M = tile.count, V = min2(kTileVecs, 32 / kLanes);
+        for (int c = 0; c < n; c += V * kLanes)
+            expand_tile<M, V>(u + row * ldu, ldu, b + c * P, width, s.weight.data, s.which.data, covers, y + row * ldy + c, ldy, n - c);
+    });
 }
 
 template <class T>
 static void segment_rows(const Op& op, SegmentScratch<T>& s, int64_t row, int64_t rows) {
-    T* u = segment_shrink(s, (const T*)op.x + row * op.in, op.in, rows);
+    const Operand<T>* u = segment_shrink(s, (const T*)op.x + row * op.in, op.in, rows);
     column_cuts(s.tiles);
     int* which = s.which.get(s.tiles.count);
     float* weight = s.weight.get(s.tiles.count);
@@ -119,10 +131,7 @@ static void segment_rows(const Op& op, SegmentScratch<T>& s, int64_t row, int64_
         for (int col = from; col < to; col += 64) {
             int n = min2(64, to - col);
             T* y = (T*)op.y + row * op.out + col;
-            if (n > 32)
-                segment_expand<4>(s, u, rows, covers, col, n, y, op.out);
-            else
-                segment_expand<2>(s, u, rows, covers, col, n, y, op.out);
+            segment_expand(s, u, rows, covers, col, n, y, op.out);
         }
     }
 }

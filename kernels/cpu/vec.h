@@ -1,6 +1,7 @@
-// Vectors of 16 fp32 lanes in GCC's vector extension: one source, compiled once per instruction set (build.py).
-// AVX-512 holds a vector in one register, AVX2 in two, NEON and SSE2 in four. Only what the extension cannot say
-// well (bf16 dot product, bf16 rounding) has an intrinsic beside its portable form.
+// Vectors as wide as a register of the instruction set, in GCC's vector extension: one source, compiled once per instruction
+// set (setup.py). A vector wider than a register would live in memory: GCC 12 left 892 of 1260 multiply-adds of AVX2 with a
+// stack operand, and a step of 16 rows took three times as long. Only what the extension cannot say well (bf16 dot product,
+// bf16 rounding) has an intrinsic beside its portable form.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -8,6 +9,8 @@
 #include <cstring>
 #if defined(__AVX2__) || defined(__AVX512F__)
 #include <immintrin.h>
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#include <arm_neon.h>
 #endif
 
 // All kernel code lives in a namespace of its instruction set and uses no templates of the standard library: the linker
@@ -16,22 +19,43 @@
 
 namespace LORAPLEX_ISA {
 
-typedef float f32x16 __attribute__((vector_size(64)));
-typedef int32_t i32x16 __attribute__((vector_size(64)));
-typedef uint32_t u32x16 __attribute__((vector_size(64)));
-typedef uint64_t u64x8 __attribute__((vector_size(64)));
-typedef uint16_t u16x16 __attribute__((vector_size(32)));
-typedef float f32x16_u __attribute__((vector_size(64), aligned(4), may_alias));
-typedef uint32_t u32x16_u __attribute__((vector_size(64), aligned(2), may_alias));
-typedef uint16_t u16x16_u __attribute__((vector_size(32), aligned(2), may_alias));
+// kLanes fp32 lanes fill a register. kDots: the CPU multiplies pairs of bf16 (AVX512_BF16, FEAT_BF16).
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+#if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+constexpr bool kDots = true;
+#else
+constexpr bool kDots = false;
+#endif
+
+typedef float fvec __attribute__((vector_size(4 * kLanes)));
+typedef int32_t ivec __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t uvec __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t hvec __attribute__((vector_size(2 * kLanes)));
+typedef float fvec_u __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+typedef uint32_t uvec_u __attribute__((vector_size(4 * kLanes), aligned(2), may_alias));
+typedef uint16_t hvec_u __attribute__((vector_size(2 * kLanes), aligned(2), may_alias));
+
+#if defined(__AVX512F__)
+constexpr ivec kIota = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+#elif defined(__AVX2__)
+constexpr ivec kIota = {0, 1, 2, 3, 4, 5, 6, 7};
+#else
+constexpr ivec kIota = {0, 1, 2, 3};
+#endif
 
 struct bf16 {
     uint16_t bits;
 };
 
-INLINE f32x16 splat(float v) { return f32x16{} + v; }
-INLINE f32x16 load(const float* p) { return *(const f32x16_u*)p; }
-INLINE void store(float* p, f32x16 v) { *(f32x16_u*)p = v; }
+INLINE fvec splat(float v) { return v - fvec{}; }  // 0 + v would be an addition: v may be -0
+INLINE fvec load(const float* p) { return *(const fvec_u*)p; }
+INLINE void store(float* p, fvec v) { *(fvec_u*)p = v; }
 
 INLINE float to_float(float v) { return v; }
 INLINE float to_float(bf16 v) {
@@ -47,112 +71,112 @@ INLINE void from_float(float f, bf16* out) {
     out->bits = f != f ? (uint16_t)((u >> 16) | 0x40) : (uint16_t)((u + 0x7fff + ((u >> 16) & 1)) >> 16);
 }
 
-INLINE f32x16 load(const bf16* p) {
-    return (f32x16)(__builtin_convertvector(*(const u16x16_u*)p, u32x16) << 16);
+// bf16 in the upper halves, to nearest even; NaN stays NaN.
+INLINE uvec round_bf16(fvec v) {
+    uvec u = (uvec)v, nan = (uvec)(v != v);
+    return ((u + 0x7fff + ((u >> 16) & 1)) & ~nan) | ((u | 0x400000) & nan);
 }
-INLINE void store(bf16* p, f32x16 v) {  // round to nearest even; NaN stays NaN
-#ifdef __AVX512BF16__
+INLINE fvec load(const bf16* p) { return (fvec)(__builtin_convertvector(*(const hvec_u*)p, uvec) << 16); }
+INLINE void store(bf16* p, fvec v) {
+#if defined(__AVX512BF16__)
     _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)v));
 #else
-    u32x16 u = (u32x16)v;
-    u32x16 rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-    u32x16 nan = (u >> 16) | 0x40;
-    u32x16 mask = (u32x16)(v != v);
-    *(u16x16_u*)p = __builtin_convertvector((rounded & ~mask) | (nan & mask), u16x16);
+    *(hvec_u*)p = __builtin_convertvector(round_bf16(v) >> 16, hvec);
 #endif
 }
 
-// The first n (1..16) lanes; the rest read as zero, are not written.
+// The first n (1..kLanes) lanes; the rest read as zero, are not written.
 template <class T>
-INLINE f32x16 load_n(const T* p, int n) {
-    if (n >= 16) return load(p);
-    float tmp[16] = {};
+INLINE fvec load_n(const T* p, int n) {
+    if (n >= kLanes) return load(p);
+    float tmp[kLanes] = {};
     for (int i = 0; i < n; i++) tmp[i] = to_float(p[i]);
     return load(tmp);
 }
 template <class T>
-INLINE void store_n(T* p, f32x16 v, int n) {
-    if (n >= 16) return store(p, v);
-    T tmp[16];
+INLINE void store_n(T* p, fvec v, int n) {
+    if (n >= kLanes) return store(p, v);
+    T tmp[kLanes];
     store(tmp, v);
-    memcpy(p, tmp, n * sizeof(T));
+    for (int i = 0; i < n; i++) p[i] = tmp[i];
 }
 
-INLINE f32x16 vmax(f32x16 a, f32x16 b) { return a > b ? a : b; }
-INLINE f32x16 fold8(f32x16 v) { return __builtin_shuffle(v, i32x16{8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7}); }
-INLINE f32x16 fold4(f32x16 v) { return __builtin_shuffle(v, i32x16{4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11}); }
-INLINE f32x16 fold2(f32x16 v) { return __builtin_shuffle(v, i32x16{2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13}); }
-INLINE f32x16 fold1(f32x16 v) { return __builtin_shuffle(v, i32x16{1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14}); }
-INLINE float sum(f32x16 v) {  // fixed tree: the same order on every instruction set
-    v += fold8(v);
-    v += fold4(v);
-    v += fold2(v);
-    v += fold1(v);
+INLINE fvec vmax(fvec a, fvec b) { return a > b ? a : b; }
+template <int W>
+INLINE fvec swap_lanes(fvec v) {  // lanes W apart
+    return __builtin_shuffle(v, kIota ^ W);
+}
+// Fixed trees: halves first.
+INLINE float sum(fvec v) {
+    if constexpr (kLanes > 8) v += swap_lanes<8>(v);
+    if constexpr (kLanes > 4) v += swap_lanes<4>(v);
+    v += swap_lanes<2>(v);
+    v += swap_lanes<1>(v);
     return v[0];
 }
-INLINE float max_lane(f32x16 v) {
-    v = vmax(v, fold8(v));
-    v = vmax(v, fold4(v));
-    v = vmax(v, fold2(v));
-    v = vmax(v, fold1(v));
+INLINE float max_lane(fvec v) {
+    if constexpr (kLanes > 8) v = vmax(v, swap_lanes<8>(v));
+    if constexpr (kLanes > 4) v = vmax(v, swap_lanes<4>(v));
+    v = vmax(v, swap_lanes<2>(v));
+    v = vmax(v, swap_lanes<1>(v));
     return v[0];
 }
 
 // exp in fp32, 2 ulp in [-87.3, 88.3]; below: 0, above: as at 88.37. (Cephes expf's polynomial.)
-INLINE f32x16 vexp(f32x16 x) {
+INLINE fvec vexp(fvec x) {
     const float magic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer, which stands in the low bits
-    i32x16 under = x < splat(-87.3f);
+    ivec under = x < splat(-87.3f);
     x = x > splat(88.37f) ? splat(88.37f) : x;
-    f32x16 shifted = x * 1.44269504088896341f + magic;
-    f32x16 fn = shifted - magic;
-    f32x16 r = x - fn * 0.693359375f - fn * -2.12194440e-4f;
-    f32x16 p = splat(1.9875691500E-4f);
+    fvec shifted = x * 1.44269504088896341f + magic;
+    fvec fn = shifted - magic;
+    fvec r = x - fn * 0.693359375f - fn * -2.12194440e-4f;
+    fvec p = splat(1.9875691500E-4f);
     p = p * r + 1.3981999507E-3f;
     p = p * r + 8.3334519073E-3f;
     p = p * r + 4.1665795894E-2f;
     p = p * r + 1.6666665459E-1f;
     p = p * r + 5.0000001201E-1f;
-    f32x16 y = p * (r * r) + (r + 1.f);
-    f32x16 scaled = (f32x16)((i32x16)y + ((i32x16)shifted << 23));
-    return under ? f32x16{} : scaled;
+    fvec y = p * (r * r) + (r + 1.f);
+    fvec scaled = (fvec)((ivec)y + ((ivec)shifted << 23));
+    return under ? fvec{} : scaled;
 }
 
-// acc[i] += a[2i] * b[2i] + a[2i+1] * b[2i+1] for 16 pairs of bf16 packed in 32 bits.
-INLINE f32x16 dot_pairs(f32x16 acc, u32x16 a, u32x16 b) {
-#ifdef __AVX512BF16__
-    return (f32x16)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
-#else
-    f32x16 ah = (f32x16)(a & 0xffff0000u), bh = (f32x16)(b & 0xffff0000u);
-    f32x16 al = (f32x16)(a << 16), bl = (f32x16)(b << 16);
-    return acc + ah * bh + al * bl;
-#endif
-}
-INLINE u32x16 load_pairs(const void* p) { return *(const u32x16_u*)p; }
-INLINE u32x16 splat_pair(const void* p) {
+// Pairs of bf16, one in each 32-bit lane.
+INLINE uvec load_pairs(const void* p) { return *(const uvec_u*)p; }
+INLINE uvec splat_pair(const void* p) {
     uint32_t u;
     memcpy(&u, p, 4);
-    return u32x16{} + u;
+    return uvec{} + u;
+}
+INLINE fvec low_half(uvec pairs) { return (fvec)(pairs << 16); }
+INLINE fvec high_half(uvec pairs) { return (fvec)(pairs & 0xffff0000u); }
+
+// acc[i] += a[2i] * b[2i] + a[2i+1] * b[2i+1]
+INLINE fvec dot_pairs(fvec acc, uvec a, uvec b) {
+#if defined(__AVX512BF16__)
+    return (fvec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+    return vbfdotq_f32(acc, (bfloat16x8_t)a, (bfloat16x8_t)b);
+#else
+    return acc + high_half(a) * high_half(b) + low_half(a) * low_half(b);
+#endif
 }
 
-// 32 columns as two vectors: of bf16 the even ones and the odd ones, which two shifts and masks widen (in order it takes
+// 2 * kLanes columns as two vectors: of bf16 the even ones and the odd ones, which a shift and a mask widen (in order it takes
 // shuffles, which are twice as slow). float: in order.
-INLINE void load_pair(const bf16* p, f32x16& even, f32x16& odd) {
-    u32x16 pairs = load_pairs(p);
-    even = (f32x16)(pairs << 16), odd = (f32x16)(pairs & 0xffff0000u);
+INLINE void load_pair(const bf16* p, fvec& even, fvec& odd) {
+    uvec pairs = load_pairs(p);
+    even = low_half(pairs), odd = high_half(pairs);
 }
-INLINE void load_pair(const float* p, f32x16& first, f32x16& second) { first = load(p), second = load(p + 16); }
-INLINE void store_pair(bf16* p, f32x16 even, f32x16 odd) {
-    bf16 low[16], high[16];
-    store(low, even);
-    store(high, odd);
-    *(u32x16_u*)p = __builtin_convertvector(*(const u16x16_u*)low, u32x16) | (__builtin_convertvector(*(const u16x16_u*)high, u32x16) << 16);
-}
-INLINE void store_pair(float* p, f32x16 first, f32x16 second) { store(p, first), store(p + 16, second); }
+INLINE void load_pair(const float* p, fvec& first, fvec& second) { first = load(p), second = load(p + kLanes); }
+INLINE void store_pair(bf16* p, fvec even, fvec odd) { *(uvec_u*)p = (round_bf16(even) >> 16) | (round_bf16(odd) & 0xffff0000u); }
+INLINE void store_pair(float* p, fvec first, fvec second) { store(p, first), store(p + kLanes, second); }
 
 template <class A>
-INLINE A min2(A a, A b) { return a < b ? a : b; }
+constexpr INLINE A min2(A a, A b) { return a < b ? a : b; }
 template <class A>
-INLINE A max2(A a, A b) { return a > b ? a : b; }
+constexpr INLINE A max2(A a, A b) { return a > b ? a : b; }
+INLINE int64_t round_up(int64_t n, int64_t m) { return (n + m - 1) / m * m; }
 
 // A scratch array that only grows; one per thread and use.
 template <class A>

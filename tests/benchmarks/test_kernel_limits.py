@@ -3,22 +3,95 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 
-from loraplex.benchmarks.kernels import bgmv, step
+from loraplex.benchmarks import of_limit
+from loraplex.benchmarks.kernels import bgmv, linear, machine, probes, step
+from loraplex.benchmarks.kernels.__main__ import Row, Target
 from loraplex.benchmarks.kernels.machine import Limits, decile
 from loraplex.benchmarks.kernels.world import DTYPE, Shape, adapter_program, make_world
 from loraplex.kernels.cpu.abi import Op, OpCode
 from loraplex.kernels.metadata import Site
 
+MACHINE = Limits(2, read=50e9, bf16=400e9, fp32=200e9, instructions="AVX2", bf16_by="fp32", library=180e9)
+
 
 def test_the_least_time_is_the_slower_of_moving_and_computing() -> None:
-    machine = Limits(threads=2, read=50e9, bf16=400e9, fp32=200e9)
-    assert machine.seconds(50e9, 1e9) == 1.0
-    assert machine.seconds(1e9, 800e9) == 2.0
-    assert machine.seconds(1e9, 800e9, torch.float32) == 4.0
+    assert MACHINE.seconds(50e9, 1e9) == 1.0
+    assert MACHINE.seconds(1e9, 800e9) == 2.0
+    assert MACHINE.seconds(1e9, 800e9, torch.float32) == 4.0
+
+
+def test_limits_say_what_they_were_measured_by() -> None:
+    assert str(MACHINE) == (
+        "AVX2, 2 threads: reads 50.0 GB/s from memory, computes 400 GFLOP/s in bf16 (widened to fp32), 200 in fp32, of "
+        "which torch's product of 1024 x 1024 reaches 90%"
+    )
+    assert "(by vdpbf16ps)" in str(replace(MACHINE, bf16_by="vdpbf16ps"))
+
+
+@pytest.mark.parametrize("has_bf16", [False, True])
+def test_no_limit_is_below_what_the_library_reaches(monkeypatch: pytest.MonkeyPatch, has_bf16: bool) -> None:
+    """As with a probe that spills: a second for what the library does in half of one."""
+    product = 2 * machine.PRODUCT**3
+    monkeypatch.setattr(machine, "_multiply_bf16", lambda: product)
+    monkeypatch.setattr(machine, "_multiply_fp32", lambda: product)
+    monkeypatch.setattr(machine, "multiplies_bf16", lambda: has_bf16)
+    monkeypatch.setattr(machine, "in_turns", lambda runs, seconds: [1.0, 1.0, 1.0, 0.5, 0.25][: len(runs)])
+    found = machine.limits()
+    assert found.read == machine.READ_BYTES
+    assert found.fp32 == found.library == 2 * product
+    assert found.bf16 == (4 * product if has_bf16 else 2 * product)
+    assert found.instructions == probes.probes().instructions
+
+
+def test_nothing_above_a_limit_is_shown_without_saying_so() -> None:
+    wrong = " (the limit is wrong)"
+    assert of_limit.percent(0.706) == "71%"
+    assert of_limit.percent(1.004) == "100%"
+    assert of_limit.percent(1.01) == "101%" + wrong
+    assert of_limit.fraction(0.5) == "0.50"
+    assert of_limit.fraction(1.2) == "1.20" + wrong
+    assert of_limit.times_least(1.27) == "1.27"
+    assert of_limit.times_least(0.55) == "0.55" + wrong
+    target = Target("<=", 1.6, "times the least")
+    assert str(Row("step", "", 1.5, target, of_limit=1 / 1.5)).endswith("1.50 <= 1.6 times the least: met")
+    assert str(Row("step", "", 1.7, target, of_limit=1 / 1.7)).endswith("1.70 <= 1.6 times the least: MISSED")
+    assert str(Row("step", "", 0.55, target, of_limit=1 / 0.55)).endswith("0.55 the limit is wrong")
+
+
+REFUSED = "bf16 path needs the cpu support avx512bw"
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_a_peer_that_the_cpu_refuses_is_absent_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], refused: bool
+) -> None:
+    def cannot(*_: object) -> None:
+        raise RuntimeError(REFUSED + "\nException raised from somewhere")
+
+    class Ops:
+        _reorder_linear_weight = staticmethod(cannot if refused else lambda weight, rows: weight)
+        _linear_pointwise = staticmethod(lambda x, weight, *_: torch.nn.functional.linear(x, weight))
+
+    monkeypatch.setattr(torch.ops, "mkldnn", Ops, raising=False)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(linear, "WEIGHT_BYTES", 1)
+    found = linear.run(MACHINE, 64, 128, 4, seconds=0.0)
+    linear.tell_absent([found, found])
+    told = capsys.readouterr().out
+    if refused:
+        assert found.prepacked == linear.Absent(REFUSED)
+        assert found.best_peer == found.functional
+        assert "oneDNN prepacked takes - times ours" in str(found)
+        assert told == f"- oneDNN prepacked cannot run here: {REFUSED}\n"
+    else:
+        assert isinstance(found.prepacked, float)
+        assert found.best_peer == min(found.prepacked, found.functional)
+        assert told == ""
 
 
 def test_decile() -> None:

@@ -446,7 +446,7 @@ def test_what_is_left_out_and_why(
     monkeypatch.setattr(command, "ensure_demo_base", lambda: make_tiny_model("llama", tmp_path / "base"))
     monkeypatch.setattr(command, "make_adapters", lambda base, folder, count: [folder] * count)
     monkeypatch.setattr(peft_batch, "find_spec", lambda name: None)
-    out = tmp_path / "results" / "peers.json"
+    out = tmp_path / "results"
     line = ["peers", "--peers", "llama.cpp,PEFT", "--loads", "1", "--rounds", "3", "--out", str(out)]
     monkeypatch.setattr(sys, "argv", line)
     command.main()
@@ -454,7 +454,8 @@ def test_what_is_left_out_and_why(
     assert "llama.cpp is left out: cmake is not installed" in told
     assert "PEFT is left out: peft is not installed" in told
     assert "| base, 1 stream | 10, 10 ms |" in told
-    content = json.loads(out.read_text())
+    (path,) = out.iterdir()
+    content = json.loads(path.read_text())["peers"]
     assert content["left_out"].keys() == {"llama.cpp", "PEFT"}
     assert content["measured"].keys() >= {"cpu", "cpus", "versions", "commit"}
     assert Row.from_json(content["rows"][0]).median("loraplex", speed) == 10.0

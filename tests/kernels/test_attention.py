@@ -11,6 +11,7 @@ from torch import Tensor
 
 from loraplex.kernels.backend import Backend
 from loraplex.kernels.metadata import BLOCK_SIZE, AttentionMeta, AttentionParams, KVGroup, KVLayer, element_bytes
+from support.kv_pages import read_tokens, write_tokens
 from support.rounding import Exact, assert_near, exact, rounded
 
 GROUP_LAYERS = 3
@@ -68,9 +69,9 @@ def _case(
             page = table[i, block] = free.pop()
             start, stop = block * BLOCK_SIZE, min((block + 1) * BLOCK_SIZE, kv_len)
             start = max(start, visible)  # nor may a stale key beside the window be mixed in
-            inside = slice(start - block * BLOCK_SIZE, stop - block * BLOCK_SIZE)
-            layer.k[page, :, inside] = k[:, start:stop].to(backend.device)
-            layer.v[page, :, inside] = v[:, start:stop].to(backend.device)
+            slots = torch.arange(start, stop, device=backend.device) % BLOCK_SIZE
+            pages = torch.full_like(slots, page)
+            write_tokens(backend, layer, pages, slots, k[:, start:stop].swapaxes(0, 1), v[:, start:stop].swapaxes(0, 1))
     bounds = [0, *np.cumsum([n for n, _ in lens]).tolist()]
     q = torch.from_numpy(rng.standard_normal((bounds[-1], params.num_heads, params.head_dim)))
     nobody = torch.zeros(0, dtype=torch.int64, device=backend.device)
@@ -206,19 +207,20 @@ def test_rope_store_kv(
     q = backend.rope_store_kv(qkv, cos, sin, layer, store_index, params, q_norm, k_norm, 1e-6, qk_norm or 0.0)
 
     page, offset = store_index // BLOCK_SIZE, store_index % BLOCK_SIZE
+    keys, values = read_tokens(backend, layer, page, offset)
     heads = exact(kept).reshape(tokens, 10, head_dim)
     assert q.shape == (tokens, 6, head_dim)
-    for found, x, norm in ((q, heads[:, :6], q_norm), (layer.k[page, :, offset], heads[:, 6:8], k_norm)):
+    for found, x, norm in ((q, heads[:, :6], q_norm), (keys, heads[:, 6:8], k_norm)):
         x = _normed(x, norm, qk_norm or 0.0, dtype)
         terms = np.abs(x)
         terms[..., :rotary_dim] += np.roll(terms[..., :rotary_dim], rotary_dim // 2, -1)
         # A norm that is rounded the other way moves both elements of a pair.
         wobble = 0.0 if qk_norm is None else terms
         assert_near(found, _rotated(x, exact(cos), exact(sin)), terms, wobble)
-    assert np.array_equal(exact(layer.v[page, :, offset]), heads[:, 8:])
+    assert np.array_equal(exact(values), heads[:, 8:])
 
-    layer.k[page, :, offset] = torch.nan  # now all is NaN again: nothing else was written
-    layer.v[page, :, offset] = torch.nan
+    nan = torch.full_like(keys, torch.nan)
+    write_tokens(backend, layer, page, offset, nan, nan)  # now all is NaN again: nothing else was written
     assert bool(arena.view(-1).view(dtype).isnan().all())
 
 

@@ -1,0 +1,40 @@
+"""Loops of compiled code, as objdump shows them: what is in the innermost ones decides how fast they are."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+STACK = re.compile(r"\(%r[sb]p|\[sp\b|\[x29\b")
+"""An operand on the stack, of x86 or arm64."""
+
+_FUNCTION = re.compile(r"^[0-9a-f]+ <([^>]+)>:$", re.MULTILINE)
+_INSTRUCTION = re.compile(r"^ *([0-9a-f]+):\s+(\S.*)$", re.MULTILINE)
+_JUMP = re.compile(r"^(?:j\w+|b\.?\w*|cbn?z|tbn?z)\s.*?\b([0-9a-f]+) <")
+
+
+def inner_loops(library: Path, objdump: str = "objdump") -> Mapping[str, list[list[str]]]:
+    """By function, the instructions of each of its loops that has no other inside."""
+    command = [objdump, "-d", "--no-show-raw-insn", str(library)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    _, *parts = _FUNCTION.split(text)
+    return {name: _loops(body) for name, body in zip(parts[::2], parts[1::2], strict=True)}
+
+
+def _loops(body: str) -> list[list[str]]:
+    code = [(int(address, 16), shown.strip()) for address, shown in _INSTRUCTION.findall(body)]
+    places = {address: place for place, (address, _) in enumerate(code)}
+    spans = []
+    for place, (_, shown) in enumerate(code):
+        jump = _JUMP.match(shown)
+        start = places.get(int(jump[1], 16), place + 1) if jump else place + 1
+        if start <= place:
+            spans.append((start, place))
+    inner = [
+        (start, end)
+        for start, end in spans
+        if not any((a, b) != (start, end) and start <= a and b <= end for a, b in spans)
+    ]
+    return [[shown for _, shown in code[start : end + 1]] for start, end in inner]
