@@ -113,6 +113,13 @@ class Reply:
         return self.arrivals[0] - self.sent if self.arrivals else 0.0
 
     @property
+    def decode_rate(self) -> float | None:
+        """Tokens per second after the first; None of an answer in one piece."""
+        if len(self.arrivals) < 2:
+            return None
+        return (self.tokens - 1) / (self.arrivals[-1] - self.arrivals[0])
+
+    @property
     def gaps(self) -> list[float]:
         """Seconds between events."""
         return [later - earlier for earlier, later in zip(self.arrivals, self.arrivals[1:], strict=False)]
@@ -140,24 +147,26 @@ def quantile(values: Sequence[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else 0.0
 
 
-async def closed_loop(address: Address, requests: Sequence[Request], streams: int) -> Outcome:
+async def closed_loop(address: Address, requests: Sequence[Request], streams: int, limit: float = NO_ANSWER) -> Outcome:
     """Send all requests, `streams` at a time, each waiting for its last token. Raises RuntimeError on any error."""
     queue = list(reversed(requests))
     start = time.perf_counter()
-    replies = await keep_streaming(address, lambda: queue.pop() if queue else None, streams)
+    replies = await keep_streaming(address, lambda: queue.pop() if queue else None, streams, limit)
     return Outcome(time.perf_counter() - start, replies)
 
 
-async def keep_streaming(address: Address, draw: Callable[[], Request | None], streams: int) -> list[Reply]:
+async def keep_streaming(
+    address: Address, draw: Callable[[], Request | None], streams: int, limit: float = NO_ANSWER
+) -> list[Reply]:
     """`streams` requests at any time, until `draw` gives None; those running then are waited for.
 
-    Raises RuntimeError on any error.
+    `limit` is in seconds, of each request. Raises RuntimeError on any error.
     """
     replies: list[Reply] = []
 
     async def stream() -> None:
         while (request := draw()) is not None:
-            reply = await send(address, request)
+            reply = await send(address, request, limit=limit)
             if not reply.ok:
                 raise RuntimeError(f"{request.model}: status {reply.status} {reply.error or 'and no end'}")
             replies.append(reply)

