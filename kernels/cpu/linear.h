@@ -225,7 +225,8 @@ INLINE const Operand<T>* operands(const T* x, int64_t n, Scratch<Operand<T>>& sc
     }
 }
 
-constexpr int64_t kWidened = 512 << 10;  // bytes of x widened at a time: they stay in L2 beside a panel
+constexpr int64_t kWidened = 512 << 10;  // bytes of x widened at a time, if that is a block of rows: they stay in L2 beside a panel
+INLINE int64_t widened_rows(int64_t in) { return max2<int64_t>(kWidened / 4 / in / kRowBlock, 1) * kRowBlock; }
 
 // Threads share the panels while they are bound by memory (a half of one at the end of a share cost more than the better balance
 // gave, even at 9 panels), else units of 16 columns: 64 rows of 576 -> 576 took a tenth less; and where there are fewer panels
@@ -237,8 +238,7 @@ static void linear(int64_t rows, const T* x, int64_t in, const T* packed, int64_
     int64_t unit = (out + 63) / 64 >= threads && (kDots || rows <= kFloatRows) ? 64 : 16, units = (out + unit - 1) / unit;
     int64_t first = units * tid / threads * unit, end = min2(units * (tid + 1) / threads * unit, out);
     if (first >= end) return;
-    bool widened = sizeof(T) != sizeof(Operand<T>);
-    int64_t block = widened ? max2<int64_t>(kWidened / 4 / in / kRowBlock, 1) * kRowBlock : rows;
+    int64_t block = sizeof(T) == sizeof(Operand<T>) ? rows : widened_rows(in);
     for (int64_t row = 0; row < rows; row += block) {
         int64_t here = min2(block, rows - row);
         const Operand<T>* xs = operands(x + row * in, here * in, scratch);

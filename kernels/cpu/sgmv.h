@@ -135,7 +135,8 @@ static void sgmv(const Op& op, const Step& step, int tid, int threads) {
         if (from >= to) continue;
         mix_tiles(step, s, op.i0, op.i1, scratch.tiles);
         if (!scratch.tiles.count) continue;
-        for (int64_t r = from; r < to; r += 128) segment_rows(op, scratch, begin + r, min2<int64_t>(128, to - r));
+        int64_t block = min2<int64_t>(widened_rows(op.in), 128);
+        for (int64_t r = from; r < to; r += block) segment_rows(op, scratch, begin + r, min2(block, to - r));
     }
 }
 

@@ -228,8 +228,9 @@ def scratch_bytes(
     if around.lean:
         # Workspace of the recorded step: results live until their last reader, six of the stream at once at most.
         activations = tokens * (6 * hidden + 3 * q + 2 * kv + 3 * inner) * element
-        # A thread's own: packed keys, values and sums of attention, a prefill tile's rows, sampling's candidates.
-        activations += around.threads * ((1 << 20) + 512 * max(hidden, inner, q) + 32 * vocab)
+        # A thread's own: attention's sums; rows widened to fp32 for the linears and for the adapters (kWidened, or a
+        # block of rows where that is more, and half as much again: Scratch); sampling's candidates.
+        activations += around.threads * ((5 << 19) + 1024 * max(hidden, inner, q) + 32 * vocab)
     else:
         activations = tokens * (4 * hidden + 2 * (q + 2 * kv) + 4 * inner) * max(4, element)  # ops work on fp32 copies
         activations += 2 * config.num_heads * min(tokens, 128) * length * 4 + 4 * kv * length * 4  # scores; KV gathered
