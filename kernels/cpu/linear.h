@@ -26,9 +26,9 @@ template <class T> using Operand = typename OperandOf<T>::Type;
 
 // Registers of columns of the largest tile, of two rows and of one, and rows of the largest tile: its sums leave what weights, x and a mask
 // need, or GCC 12 keeps some of them on the stack.
-#if defined(__AVX512F__)
+#if LORAPLEX_LANES == 16
 constexpr int kTileVecs = 4, kPairVecs = 4, kRowVecs = 4, kFloatRows = 5;
-#elif defined(__AVX2__)
+#elif LORAPLEX_LANES == 8
 constexpr int kTileVecs = 2, kPairVecs = 4, kRowVecs = 8, kFloatRows = 5;
 #elif defined(__aarch64__)
 constexpr int kTileVecs = 4, kPairVecs = 8, kRowVecs = 16, kFloatRows = 5;

@@ -19,14 +19,18 @@
 
 namespace LORAPLEX_ISA {
 
-// kLanes fp32 lanes fill a register. kDots: the CPU multiplies pairs of bf16 (AVX512_BF16, FEAT_BF16).
+// kLanes fp32 lanes fill a register; tests set LORAPLEX_LANES to run what AVX-512 runs where there is none. kDots: the CPU
+// multiplies pairs of bf16 (AVX512_BF16, FEAT_BF16).
+#if !defined(LORAPLEX_LANES)
 #if defined(__AVX512F__)
-constexpr int kLanes = 16;
+#define LORAPLEX_LANES 16
 #elif defined(__AVX2__)
-constexpr int kLanes = 8;
+#define LORAPLEX_LANES 8
 #else
-constexpr int kLanes = 4;
+#define LORAPLEX_LANES 4
 #endif
+#endif
+constexpr int kLanes = LORAPLEX_LANES;
 #if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
 constexpr bool kDots = true;
 #else
@@ -41,9 +45,9 @@ typedef float fvec_u __attribute__((vector_size(4 * kLanes), aligned(4), may_ali
 typedef uint32_t uvec_u __attribute__((vector_size(4 * kLanes), aligned(2), may_alias));
 typedef uint16_t hvec_u __attribute__((vector_size(2 * kLanes), aligned(2), may_alias));
 
-#if defined(__AVX512F__)
+#if LORAPLEX_LANES == 16
 constexpr ivec kIota = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-#elif defined(__AVX2__)
+#elif LORAPLEX_LANES == 8
 constexpr ivec kIota = {0, 1, 2, 3, 4, 5, 6, 7};
 #else
 constexpr ivec kIota = {0, 1, 2, 3};

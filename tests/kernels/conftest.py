@@ -47,7 +47,7 @@ def backend(request: pytest.FixtureRequest) -> Backend:
 
 @pytest.fixture(scope="session")
 def arm64_kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """kernels.cpp as an object file for each instruction set of arm64."""
+    """kernels.cpp as an object file for each instruction set of arm64, and with AVX-512's vectors."""
     if reason := missing_compiler():
         pytest.skip(reason)
     return compile_arm64_kernels(tmp_path_factory.mktemp("arm64"))

@@ -44,12 +44,17 @@ def compile_arm64(folder: Path, source: Path, name: str, flags: list[str]) -> Pa
     return output
 
 
-def compile_arm64_kernels(folder: Path) -> dict[str, Path]:
-    """kernels.cpp as an object file for each instruction set."""
+WIDE = "generic of 16 lanes"
+"""The portable code with AVX-512's vectors and tiles: what it computes can be seen anywhere, how fast it is nowhere."""
 
-    def compile_one(isa: str) -> Path:
-        flags = [*setting("KERNELS"), f"-DLORAPLEX_ISA={isa}", *arm64_isas()[isa]]
-        return compile_arm64(folder, KERNELS / "kernels.cpp", isa, flags)
+
+def compile_arm64_kernels(folder: Path) -> dict[str, Path]:
+    """kernels.cpp as an object file for each instruction set, and WIDE."""
+    builds = {isa: [f"-DLORAPLEX_ISA={isa}", *flags] for isa, flags in arm64_isas().items()}
+    builds[WIDE] = ["-DLORAPLEX_ISA=generic", "-DLORAPLEX_LANES=16"]
+
+    def compile_one(name: str) -> Path:
+        return compile_arm64(folder, KERNELS / "kernels.cpp", name, [*setting("KERNELS"), *builds[name]])
 
     with ThreadPoolExecutor() as pool:
-        return dict(zip(arm64_isas(), pool.map(compile_one, arm64_isas()), strict=True))
+        return dict(zip(builds, pool.map(compile_one, builds), strict=True))

@@ -295,9 +295,9 @@ template <class T> void all(const std::string& name) {
 }
 
 int main(int argc, char** argv) {
-    if (argc < 3 || loraplex_isa(isa = argv[2]) < 0) return 100;
-    all<bf16>(argv[1]);
-    all<float>(argv[1]);
-    printf("%s: %d values compared, %d wrong\n", argv[1], compared, faults);
+    if (argc < 3 || loraplex_isa(isa = argv[1]) < 0) return 100;
+    all<bf16>(argv[2]);
+    all<float>(argv[2]);
+    printf("%s: %d values compared, %d wrong\n", argv[2], compared, faults);
     return compared == 0 ? 101 : faults > 99 ? 99 : faults;
 }
