@@ -29,7 +29,7 @@ template <class T> using Operand = typename OperandOf<T>::Type;
 #if LORAPLEX_LANES == 16
 constexpr int kTileVecs = 4, kPairVecs = 4, kRowVecs = 4, kFloatRows = 5;
 #elif LORAPLEX_LANES == 8
-constexpr int kTileVecs = 2, kPairVecs = 4, kRowVecs = 8, kFloatRows = 5;
+constexpr int kTileVecs = 2, kPairVecs = 4, kRowVecs = 8, kFloatRows = 6;
 #elif defined(__aarch64__)
 constexpr int kTileVecs = 4, kPairVecs = 8, kRowVecs = 16, kFloatRows = 5;
 #else
@@ -55,7 +55,6 @@ INLINE fvec multiply_add(fvec acc, fvec a, fvec b) {
 template <int V, int G, class T>
 INLINE const T* part(const T* const (&w)[G], int v) { return w[v / (V / G)] + v % (V / G) * kLanes * Pack<T>::P; }
 
-// acc += x w, M rows x V registers. `step` is w's elements per k step (a panel's width times P).
 // acc[m] += a(m) * b(v). What is kept in registers is the smaller of both: of one or two rows x, else the columns.
 template <int M, int V, class A, class B>
 INLINE void add_products(fvec (&acc)[M][V], A a, B b) {
@@ -81,6 +80,7 @@ INLINE void add_products(fvec (&acc)[M][V], A a, B b) {
         }
     }
 }
+// acc += x w, M rows x V registers. `step` is w's elements per k step (a panel's width times P).
 template <int M, int V, int G>
 INLINE void accumulate(fvec (&acc)[M][V], const bf16* x, int64_t ldx, const bf16* const (&w)[G], int64_t step, int64_t k_steps) {
     for (int64_t k = 0, at = 0; k < k_steps; k++, at += step, x += 2)

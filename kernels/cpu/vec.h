@@ -163,8 +163,11 @@ INLINE uvec splat_pair(const void* p) {
 }
 INLINE fvec low_half(uvec pairs) { return (fvec)(pairs << 16); }
 INLINE fvec high_half(uvec pairs) {
-#if defined(__SSE2__) && !defined(__AVX2__)
-    asm("psrld $16, %0" : "+x"(pairs));  // a mask would take a register, and there are 16 small ones
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    asm("vpsrld $16, %0, %0" : "+x"(pairs));  // a mask would take a register, and there are 16
+    return (fvec)(pairs << 16);
+#elif defined(__SSE2__) && !defined(__AVX2__)
+    asm("psrld $16, %0" : "+x"(pairs));
     return (fvec)(pairs << 16);
 #else
     return (fvec)(pairs & 0xffff0000u);
