@@ -26,6 +26,7 @@ from loraplex.benchmarks.kernels.gpu_work import (
     SHAPES,
     SMOLLM2,
     Shape,
+    fill_cache,
     make_work,
     run_adapters,
     run_all,
@@ -122,6 +123,7 @@ def compare_ranks(ops: Backend, dtype: torch.dtype) -> str:
 
 def _every_op(shape: Shape, dtype: torch.dtype, backend: Backend) -> list[Tensor]:
     work = make_work(backend, shape, dtype, decode=5, prefill=(1, 33), rank=24, kv=300)
+    fill_cache(backend, work)
     return [*run_all(backend, work), *run_linears(backend, work), *run_sampling(backend, work)]
 
 

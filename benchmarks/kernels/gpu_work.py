@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -161,6 +162,25 @@ def _adapters(
             ranges[slot, 0, site] = torch.tensor([first, len(rows)])
     tiles = torch.tensor(rows, dtype=torch.int32)
     return torch.cat(strips).view(torch.uint8).unsqueeze(0), TileTable(ranges, tiles, ranges, tiles)
+
+
+def fill_cache(ops: Backend, work: Work) -> None:
+    """Store the tokens before the step as `ops` stores them: where their elements lie in a page is its own affair.
+
+    Without it the cache holds numbers that mean different keys and values to different backends.
+    """
+    shape, counts = work.shape, [stop - start for start, stop in pairwise(work.meta.query_bounds)]
+    group = work.meta.groups[0]
+    places = [
+        int(blocks[position // BLOCK_SIZE]) * BLOCK_SIZE + position % BLOCK_SIZE
+        for blocks, kv_len, count in zip(group.block_table.tolist(), work.meta.kv_lens_host, counts, strict=True)
+        for position in range(kv_len - count)
+    ]
+    qkv = _randn(ops, work, len(places), shape.qkv, seed=4)
+    cos = torch.ones(len(places), shape.head_dim, device=ops.device)
+    params = AttentionParams(shape.heads, shape.kv_heads, shape.head_dim, shape.head_dim**-0.5, None, None)
+    index = torch.tensor(places, device=ops.device)
+    ops.rope_store_kv(qkv, cos, torch.zeros_like(cos), work.kv, index, params, None, None, 1e-6, shape.offset)
 
 
 def run_adapters(ops: Backend, work: Work) -> list[Tensor]:
