@@ -1,6 +1,6 @@
 """OpenVINO GenAI's ContinuousBatchingPipeline over closed loops; run by its own environment's Python, by path.
 
-    python openvino_worker.py MODEL '{"cores": 2, "adapters": ["a.safetensors", ...], "batched": 256}'
+    python openvino_worker.py MODEL '{"cores": 2, "adapters": ["a.safetensors", ...], "batched": 2048}'
 
 It says "ready", and then answers every line {"requests": [{"prompt": [ids], "adapter": 0 or null}], "tokens": n,
 "streams": n} with {"seconds": s, "replies": [{"sent": t, "arrivals": [t], "tokens": n}]}. Where there are adapters, one
@@ -29,7 +29,6 @@ def pipeline(model: str, options: dict[str, Any]) -> tuple[Any, list[Any]]:
         "PERFORMANCE_HINT": "LATENCY",
         "NUM_STREAMS": "1",
         "INFERENCE_NUM_THREADS": options["cores"],
-        **options.get("properties", {}),
     }
     adapters = [genai.Adapter(path) for path in options["adapters"]]
     if adapters:
@@ -53,7 +52,7 @@ def settings(tokens: int, adapter: Any) -> Any:
 
 def answer(pipe: Any, worn: list[Any], asked: dict[str, Any]) -> dict[str, Any]:
     """What a line asks for."""
-    return (in_turn if worn else closed_loop)(pipe, worn, asked)
+    return in_turn(pipe, worn, asked) if worn else closed_loop(pipe, asked)
 
 
 def tensor(request: dict[str, Any]) -> Any:
@@ -64,7 +63,7 @@ def tensor(request: dict[str, Any]) -> Any:
     return Tensor(np.array([request["prompt"]], dtype=np.int64))
 
 
-def closed_loop(pipe: Any, worn: list[Any], asked: dict[str, Any]) -> dict[str, Any]:
+def closed_loop(pipe: Any, asked: dict[str, Any]) -> dict[str, Any]:
     """`streams` requests at any time; one is sent when the one before it on its stream is done."""
     queue = list(enumerate(asked["requests"]))[::-1]
     replies: list[dict[str, Any]] = [{} for _ in queue]
