@@ -87,8 +87,7 @@ def command(home: Path, model: Path, adapters: Sequence[Path]) -> list[str]:
 def peer(name: str, folder: Path, base: Path, adapters: Sequence[Path]) -> Peer:
     """The one of WEIGHT_FORMATS, installed and converted under `folder`. Raises Skipped.
 
-    Loads with adapters are run on 16-bit weights alone. A batch of it wears one set of adapters, so that requests which
-    wear different ones come after each other.
+    Loads with adapters are run on 16-bit weights alone, one request after the other: a batch of it wears one set.
     """
     home = install(folder)
     model = convert(home, base, name)

@@ -1,10 +1,10 @@
 """OpenVINO GenAI's ContinuousBatchingPipeline over closed loops; run by its own environment's Python, by path.
 
-    python openvino_worker.py MODEL '{"cores": 2, "adapters": ["a.safetensors", ...], "batched": 256}'
+    python openvino_worker.py MODEL '{"cores": 2, "adapters": ["a.safetensors", ...], "batched": 2048}'
 
 It says "ready", and then answers every line {"requests": [{"prompt": [ids], "adapter": 0 or null}], "tokens": n,
-"streams": n} with {"seconds": s, "replies": [{"sent": t, "arrivals": [t], "tokens": n}]}. All requests of a batch must
-wear the same adapter, says the pipeline: one that wears another waits until those under way are done.
+"streams": n} with {"seconds": s, "replies": [{"sent": t, "arrivals": [t], "tokens": n}]}. Where there are adapters, one
+request is answered after the other: add_request pays no heed to them, and generate takes one set of them for its batch.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ def pipeline(model: str, options: dict[str, Any]) -> tuple[Any, list[Any]]:
         "PERFORMANCE_HINT": "LATENCY",
         "NUM_STREAMS": "1",
         "INFERENCE_NUM_THREADS": options["cores"],
-        **options.get("properties", {}),
     }
     adapters = [genai.Adapter(path) for path in options["adapters"]]
     if adapters:
@@ -51,31 +50,31 @@ def settings(tokens: int, adapter: Any) -> Any:
     return config
 
 
-def closed_loop(pipe: Any, worn: list[Any], asked: dict[str, Any]) -> dict[str, Any]:
-    """`streams` requests at any time; one is sent when the one before it on its stream is done."""
+def answer(pipe: Any, worn: list[Any], asked: dict[str, Any]) -> dict[str, Any]:
+    """What a line asks for."""
+    return in_turn(pipe, worn, asked) if worn else closed_loop(pipe, asked)
+
+
+def tensor(request: dict[str, Any]) -> Any:
+    """A request's prompt."""
     import numpy as np
     from openvino import Tensor
 
+    return Tensor(np.array([request["prompt"]], dtype=np.int64))
+
+
+def closed_loop(pipe: Any, asked: dict[str, Any]) -> dict[str, Any]:
+    """`streams` requests at any time; one is sent when the one before it on its stream is done."""
     queue = list(enumerate(asked["requests"]))[::-1]
     replies: list[dict[str, Any]] = [{} for _ in queue]
-    waiting: list[int] = []
     running: dict[int, Any] = {}
-    worn_now: int | None = None
+    config = settings(asked["tokens"], None)
     start = time.perf_counter()
-    while queue or waiting or running:
-        while queue and len(waiting) + len(running) < asked["streams"]:
-            number, _ = queue.pop()
+    while queue or running:
+        while queue and len(running) < asked["streams"]:
+            number, request = queue.pop()
             replies[number] = {"sent": time.perf_counter(), "arrivals": [], "tokens": 0}
-            waiting.append(number)
-        for number in list(waiting):
-            request = asked["requests"][number]
-            if running and request["adapter"] != worn_now:
-                break
-            worn_now = request["adapter"]
-            config = settings(asked["tokens"], None if worn_now is None else worn[worn_now])
-            prompt = Tensor(np.array([request["prompt"]], dtype=np.int64))
-            running[number] = pipe.add_request(number, prompt, config)
-            waiting.remove(number)
+            running[number] = pipe.add_request(number, tensor(request), config)
         pipe.step()
         for number, handle in list(running.items()):
             while handle.can_read():
@@ -89,6 +88,35 @@ def closed_loop(pipe: Any, worn: list[Any], asked: dict[str, Any]) -> dict[str, 
     return {"seconds": time.perf_counter() - start, "replies": replies}
 
 
+def in_turn(pipe: Any, worn: list[Any], asked: dict[str, Any]) -> dict[str, Any]:
+    """Likewise, of requests that wait for each other: each counts from when the one `streams` before it was done."""
+    import openvino_genai as genai
+
+    class Watch(genai.StreamerBase):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.arrivals: list[float] = []
+
+        def write(self, token: Any) -> Any:
+            self.arrivals += [time.perf_counter()] * (len(token) if isinstance(token, list) else 1)
+            return genai.StreamingStatus.RUNNING
+
+        def end(self) -> None:
+            pass
+
+    replies: list[dict[str, Any]] = []
+    ended = [time.perf_counter()] * asked["streams"]
+    start = ended[0]
+    for request in asked["requests"]:
+        adapter = genai.AdapterConfig() if request["adapter"] is None else worn[request["adapter"]]
+        watch = Watch()
+        (result,) = pipe.generate([tensor(request)], [settings(asked["tokens"], adapter)], watch)
+        tokens = len(result.m_generation_ids[0])
+        replies.append({"sent": ended[-asked["streams"]], "arrivals": watch.arrivals, "tokens": tokens})
+        ended.append(time.perf_counter())
+    return {"seconds": ended[-1] - start, "replies": replies}
+
+
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what the library says there is no answer
@@ -96,7 +124,7 @@ def main() -> None:
     pipe, worn = pipeline(model, options)
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
-        print(json.dumps(closed_loop(pipe, worn, json.loads(line))), file=answers, flush=True)
+        print(json.dumps(answer(pipe, worn, json.loads(line))), file=answers, flush=True)
 
 
 if __name__ == "__main__":

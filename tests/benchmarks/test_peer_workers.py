@@ -16,33 +16,42 @@ from loraplex.benchmarks.readme_loads import OUTPUT_TOKENS, Load
 
 
 class Pipe:
-    """As OpenVINO GenAI's: a token of every request a step; no step may have requests that wear different adapters."""
+    """As OpenVINO GenAI's: a token of every request a step; add_request knows no adapters, generate takes one set."""
 
     def __init__(self) -> None:
         self.running: list[Handle] = []
         self.most = 0
         self.prompts: list[list[int]] = []
+        self.worn: list[str] = []
 
     def add_request(self, number: int, prompt: Any, config: Any) -> Handle:
+        assert not hasattr(config, "adapters")
         self.prompts.append(prompt)
-        self.running.append(Handle(config.max_new_tokens, getattr(config, "adapters", None)))
+        self.running.append(Handle(config.max_new_tokens))
         return self.running[-1]
 
     def has_non_finished_requests(self) -> bool:
         return bool(self.running)
 
     def step(self) -> None:
-        assert len({handle.adapter for handle in self.running}) == 1
         self.most = max(self.most, len(self.running))
         for handle in self.running:
             handle.unread += 1
             handle.left -= 1
         self.running = [handle for handle in self.running if handle.left]
 
+    def generate(self, prompts: list[Any], configs: list[Any], streamer: Any) -> list[Any]:
+        (prompt,), (config,) = prompts, configs
+        self.prompts.append(prompt)
+        self.worn.append(config.adapters)
+        for _ in range(config.max_new_tokens):
+            assert streamer.write(7) == "running"
+        return [SimpleNamespace(m_generation_ids=[[7] * config.max_new_tokens])]
+
 
 class Handle:
-    def __init__(self, left: int, adapter: str | None) -> None:
-        self.left, self.adapter, self.unread = left, adapter, 0
+    def __init__(self, left: int) -> None:
+        self.left, self.unread = left, 0
 
     def can_read(self) -> bool:
         return self.unread > 0
@@ -54,8 +63,13 @@ class Handle:
 
 @pytest.fixture
 def genai(monkeypatch: pytest.MonkeyPatch) -> None:
-    modules = {
-        "openvino_genai": {"GenerationConfig": SimpleNamespace},
+    modules: dict[str, dict[str, Any]] = {
+        "openvino_genai": {
+            "GenerationConfig": SimpleNamespace,
+            "AdapterConfig": lambda: "none",
+            "StreamerBase": object,
+            "StreamingStatus": SimpleNamespace(RUNNING="running"),
+        },
         "openvino": {"Tensor": lambda values: values.tolist()[0]},
     }
     for name, content in modules.items():
@@ -72,7 +86,7 @@ def asked(adapters: list[int | None], streams: int, tokens: int = 3) -> dict[str
 @pytest.mark.usefixtures("genai")
 def test_openvinos_streams() -> None:
     pipe = Pipe()
-    told = openvino_worker.closed_loop(pipe, [], asked([None] * 5, 2))
+    told = openvino_worker.answer(pipe, [], asked([None] * 5, 2))
     assert pipe.most == 2
     assert pipe.prompts == [[n, 5] for n in range(5)]
     assert [reply["tokens"] for reply in told["replies"]] == [3] * 5
@@ -82,16 +96,17 @@ def test_openvinos_streams() -> None:
 
 
 @pytest.mark.usefixtures("genai")
-def test_openvinos_batches_wear_one_adapter() -> None:
-    """The pipeline refuses others (Pipe.step); neighbours that wear the same still share one."""
+def test_openvino_wears_one_adapter_at_a_time() -> None:
+    """A request waits for those before it, and is on its way from when its stream was free."""
     pipe = Pipe()
-    told = openvino_worker.closed_loop(pipe, ["a", "b"], asked([0, 0, 1, 0], 3))
-    assert pipe.most == 2
+    told = openvino_worker.answer(pipe, ["a", "b"], asked([0, 1, None, 0], 2))
+    assert pipe.worn == ["a", "b", "none", "a"]
     assert [prompt[0] for prompt in pipe.prompts] == [0, 1, 2, 3]
-    sent = [reply["sent"] for reply in told["replies"]]
-    ended = [reply["arrivals"][-1] for reply in told["replies"]]
-    assert sent[2] < ended[0]  # it is asked from the start, and waits
-    assert told["replies"][2]["arrivals"][0] > ended[1]
+    replies = told["replies"]
+    assert [(reply["tokens"], len(reply["arrivals"])) for reply in replies] == [(3, 3)] * 4
+    assert replies[0]["sent"] == replies[1]["sent"] < replies[0]["arrivals"][-1]
+    for reply, before, next_before in zip(replies[2:], replies, replies[1:], strict=False):
+        assert before["arrivals"][-1] <= reply["sent"] <= next_before["arrivals"][0]
 
 
 class Engine:
