@@ -116,6 +116,7 @@ class Choice:
         self,
         index: int,
         request: GenerationRequest,
+        submitted: float,
         events: Events,
         detokenizer: Detokenizer,
         parts: Parts,
@@ -138,7 +139,7 @@ class Choice:
         self._echo = echo  # until it was said
         self._wanted = wanted
         self._shift = len(echo.text) if echo is not None else 0
-        self._submitted = time.monotonic()
+        self._submitted = submitted  # time.monotonic()
         self._last_time = request.arrival
         self._first_time: float | None = None
         self._gaps = Buckets(GAPS)

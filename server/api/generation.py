@@ -250,10 +250,11 @@ class Generation:
             skip_special_tokens=record.skip_special_tokens is not False and not wanted.show_special,
         )
         try:
+            submitted = time.monotonic()  # before, or the engine's thread may have begun earlier
             events = self._parts.engine.submit(request)  # owns the lease from here on, also when it raises
         except ContextTooLong as error:
             raise to_api_error(error, self._source.param) from error
-        return Choice(index, request, events, detokenizer, self._parts, echo, wanted)
+        return Choice(index, request, submitted, events, detokenizer, self._parts, echo, wanted)
 
 
 def check_prompt(ids: Sequence[int], base: Base, param: str) -> None:
