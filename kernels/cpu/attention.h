@@ -111,7 +111,7 @@ INLINE void score_pages(const Operand<T>* q, int dim, const T* const*& keys, int
 }
 template <class T>
 static void span_scores(int64_t rows, const Operand<T>* q, int dim, const T* const* keys, int64_t count, float* scores, PageFetch<T>& fetch) {
-    each_tile<Operand<T>>(rows, [&](auto tile, int64_t row) {
+    each_tile<Operand<T>>(rows, [&](auto tile, int64_t row) NOINLINE {
         constexpr int M = tile.count, V = tile_vecs(M);
         const T* const* from = keys;
         int64_t left = count;
@@ -202,7 +202,7 @@ INLINE void add_values(const float* p, const Values<T>* parts, int count, int64_
 template <class T>
 static void span_output(int64_t rows, const float* p, const Values<T>* parts, int count, float* acc, int ld, PageFetch<T>& fetch) {
     constexpr int P = Pack<T>::P;
-    each_tile<float>(rows, [&](auto tile, int64_t row) {
+    each_tile<float>(rows, [&](auto tile, int64_t row) NOINLINE {
         constexpr int M = tile.count, V = tile_vecs(M);
         float* to = acc + row * ld;
         int left = ld;

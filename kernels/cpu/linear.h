@@ -167,7 +167,7 @@ INLINE void each_tile(int64_t rows, F run) {
 // sums[rows, columns] += x w; columns is a multiple of 16.
 template <class X, class T>
 static void add_rows(int64_t rows, float* sums, int64_t ld, const X* x, int64_t ldx, const T* w, int64_t step, int64_t ks, int columns, Fetch& fetch) {
-    each_tile<X>(rows, [&](auto tile, int64_t row) {
+    each_tile<X>(rows, [&](auto tile, int64_t row) NOINLINE {
         constexpr int M = tile.count, V = tile_vecs(M);
         float* to = sums + row * ld;
         const T* from = w;
@@ -188,17 +188,20 @@ constexpr int kStretch = 24;   // k steps, 6 KB: with 16 the resting sums cost m
 constexpr int kBatch = 2;     // k steps fetched at a time, least: with 8 three rows took 12% longer
 constexpr int kAhead = 8192;   // bytes from a weight to the one fetched meanwhile: 4096 are too few, 12288 too many
 
-// Up to kRowBlock rows against `columns` of one panel. once: as for Fetch.
+// Up to kRowBlock rows against `columns` of one panel. once: as for Fetch. near: it lies in L2, since other rows have met it; where
+// pairs are multiplied, sums then leave their registers once and not every stretch.
 template <class X, class T, class O>
-static void stream_rows(int64_t rows, const X* x, int64_t ldx, const T* w, int64_t step, int64_t ks, O* y, int64_t ldy, int columns, bool once) {
+static void stream_rows(int64_t rows, const X* x, int64_t ldx, const T* w, int64_t step, int64_t ks, O* y, int64_t ldy, int columns, bool once, bool near) {
     alignas(64) float sums[kRowBlock * kPanel];
     int padded = (int)round_up(columns, 16);
     memset(sums, 0, sizeof(float) * rows * kPanel);
     int64_t turns = (rows + kTileRows<X> - 1) / kTileRows<X> * max2(padded / (tile_vecs(rows) * kLanes), 1);
-    int64_t stretch = turns == 1 ? ks : kStretch;  // a single tile has none to take turns with
+    bool whole = turns == 1 || (near && sizeof(X) == 2);
+    int64_t stretch = whole ? ks : kStretch;  // a single tile has none to take turns with
     int64_t batch = max2<int64_t>(kBatch / turns, 1);
     for (int64_t k = 0; k < ks; k += stretch) {
         Fetch fetch{(const char*)(w + k * step) + kAhead, batch * turns, batch, step * (int64_t)sizeof(T), padded * 4, once};
+        if (near && whole) fetch = Fetch{};
         add_rows(rows, sums, kPanel, x + k * Pack<T>::P, ldx, w + k * step, step, min2(stretch, ks - k), padded, fetch);
     }
     for (int64_t m = 0; m < rows; m++)
@@ -247,7 +250,7 @@ static void linear(int64_t rows, const T* x, int64_t in, const T* packed, int64_
             columns = min2(base + width, end) - n;
             const T* w = packed + base * in + (n - base) * P;
             for (int64_t m = 0; m < here; m += kRowBlock)
-                stream_rows(min2<int64_t>(kRowBlock, here - m), xs + m * in, in, w, width * P, in / P, y + (row + m) * out + n, out, (int)min2(columns, out - n), rows <= kRowBlock);
+                stream_rows(min2<int64_t>(kRowBlock, here - m), xs + m * in, in, w, width * P, in / P, y + (row + m) * out + n, out, (int)min2(columns, out - n), rows <= kRowBlock, row + m > 0);
         }
     }
 }

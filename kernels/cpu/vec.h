@@ -16,6 +16,7 @@
 // All kernel code lives in a namespace of its instruction set and uses no templates of the standard library: the linker
 // merges equal template instances, and one compiled for AVX-512 must never be the copy that runs on an older CPU.
 #define INLINE static inline __attribute__((always_inline))
+#define NOINLINE __attribute__((noinline))  // a tile's registers are given out without regard to what is around it
 
 namespace LORAPLEX_ISA {
 
