@@ -9,6 +9,7 @@ it and fp32 elsewhere, keys and values in 8 bits, activations of int8 and int4 w
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -25,7 +26,13 @@ from loraplex.benchmarks.readme_loads import CONTEXTS, LOADS, Load
 
 VERSION = "2026.4.1.0"
 
-PACKAGES = (f"openvino-genai=={VERSION}", "optimum-intel==2.2.0", "nncf==3.4.0", "torch")
+
+def torch_version() -> str:
+    """Ours: wherever pip found one without CUDA, it finds it again."""
+    return importlib.metadata.version("torch").partition("+")[0]
+
+
+PACKAGES = (f"openvino-genai=={VERSION}", "optimum-intel==2.2.0", "nncf==3.4.0", f"torch=={torch_version()}")
 """The last three convert; pip's configuration or PIP_EXTRA_INDEX_URL says where a torch without CUDA is."""
 
 UNUSED = ("torchvision",)
