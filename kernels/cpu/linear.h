@@ -6,8 +6,8 @@
 // rows take a stretch of a panel before any takes the next, so that memory and arithmetic are both busy all the time. Each
 // output is one accumulator, in registers or at rest between stretches, whatever the number of rows: bits never depend on it.
 //
-// Where the CPU does not multiply bf16, a pair's two weights are widened by a mask and a shift, one after the other through the
-// same register, and x is widened to fp32 once, before the panels.
+// Where the CPU does not multiply bf16, a pair's two weights are widened one after the other, through the same register, and x is
+// widened to fp32 once, before the panels.
 #pragma once
 #include "vec.h"
 
@@ -18,14 +18,12 @@ template <> struct Pack<bf16> { static constexpr int P = 2; };
 template <> struct Pack<float> { static constexpr int P = 1; };
 
 // What rows of T are multiplied as: themselves, or widened to fp32.
-template <class T> struct OperandOf { using Type = float; };
-#if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
-template <> struct OperandOf<bf16> { using Type = bf16; };
-#endif
-template <class T> using Operand = typename OperandOf<T>::Type;
+template <class T, bool Dots> struct OperandOf { using Type = float; };
+template <> struct OperandOf<bf16, true> { using Type = bf16; };
+template <class T> using Operand = typename OperandOf<T, kDots>::Type;
 
-// Registers of columns of the largest tile, of two rows and of one, and rows of the largest tile: its sums leave what weights, x and a mask
-// need, or GCC 12 keeps some of them on the stack.
+// Registers of columns of the largest tile, of two rows and of one, and rows of the largest tile: its sums leave what weights, x
+// and a mask need, or GCC 12 keeps some of them on the stack.
 #if LORAPLEX_LANES == 16
 constexpr int kTileVecs = 4, kPairVecs = 4, kRowVecs = 4, kFloatRows = 5;
 #elif LORAPLEX_LANES == 8
@@ -115,9 +113,9 @@ INLINE void store_sums(const fvec (&acc)[M][V], float* sums, int64_t ld) {
         for (int v = 0; v < V; v++) store(sums + m * ld + v * kLanes, acc[m][v]);
 }
 
-// What is read next from memory: after every `every` k steps of whichever tile, the lines of `steps` k steps of
-// `width` bytes, `stride` bytes apart, in the order they lie in. once: nobody reads them again, so they need not push other things out of L2 and L3 (2% of a step
-// of 16 rows) and are fetched for L1 alone.
+// What is read next from memory: after every `every` k steps of whichever tile, the lines of `steps` k steps of `width` bytes,
+// `stride` bytes apart, in the order they lie in. once: nobody reads them again, so they need not push other things out of L2
+// and L3 (2% of a step of 16 rows on Zen 5) and are fetched for L1 alone.
 struct Fetch {
     const char* at = nullptr;
     int64_t every = INT64_MAX, steps = 0, stride = 0, width = 0;
@@ -180,12 +178,11 @@ static void add_rows(int64_t rows, float* sums, int64_t ld, const X* x, int64_t 
 // ---- panels from memory ----
 //
 // With one pass over a panel per tile of rows, the first pass waits for memory and the others leave it idle: 16 rows of all
-// linears of SmolLM2-135M took 1.55 times the larger of both needs, 32 rows 1.4; in stretches they take 1.15 and 1.1.
+// linears of SmolLM2-135M took 1.55 times the larger of both needs on Zen 5, 32 rows 1.4; in stretches they take 1.15 and 1.1.
 
 constexpr int kRowBlock = 36;  // rows whose sums rest in L1 between stretches
 constexpr int kStretch = 24;   // k steps, 6 KB: with 16 the resting sums cost more, with 32 L1 is too small
-
-constexpr int kBatch = 2;     // k steps fetched at a time, least: with 8 three rows took 12% longer
+constexpr int kBatch = 2;      // k steps fetched at a time, least: with 8 three rows took 12% longer on Zen 4 with AVX2
 constexpr int kAhead = 8192;   // bytes from a weight to the one fetched meanwhile: 4096 are too few, 12288 too many
 
 // Up to kRowBlock rows against `columns` of one panel. once: as for Fetch. near: it lies in L2, since other rows have met it; where
@@ -214,7 +211,7 @@ INLINE void to_operands(const T* x, int64_t n, Operand<T>* out) {
     if constexpr (sizeof(T) == sizeof(Operand<T>))
         memcpy((void*)out, x, n * sizeof(T));
     else
-        for (int64_t i = 0; i < n; i += kLanes) store_n(out + i, load_n(x + i, (int)min2<int64_t>(kLanes, n - i)), (int)min2<int64_t>(kLanes, n - i));
+        for (int64_t i = 0; i < n; i += kLanes) store_n(out + i, load_n(x + i, lanes_left(n - i)), lanes_left(n - i));
 }
 // The same where they need not be copied if they are operands already.
 template <class T>
@@ -232,8 +229,8 @@ constexpr int64_t kWidened = 512 << 10;  // bytes of x widened at a time, if tha
 INLINE int64_t widened_rows(int64_t in) { return max2<int64_t>(kWidened / 4 / in / kRowBlock, 1) * kRowBlock; }
 
 // Threads share the panels while they are bound by memory (a half of one at the end of a share cost more than the better balance
-// gave, even at 9 panels), else units of 16 columns: 64 rows of 576 -> 576 took a tenth less; and where there are fewer panels
-// than shares.
+// gave, even at 9 panels), else units of 16 columns: 64 rows of 576 -> 576 took a tenth less on Zen 4 with AVX2; and where there
+// are fewer panels than shares.
 template <class T, class O>
 static void linear(int64_t rows, const T* x, int64_t in, const T* packed, int64_t out, O* y, int tid, int threads) {
     static thread_local Scratch<Operand<T>> scratch;

@@ -12,8 +12,6 @@ struct Range {
 };
 INLINE Range share(int64_t n, int tid, int threads) { return {n * tid / threads, n * (tid + 1) / threads}; }
 
-INLINE int lanes_left(int64_t n) { return (int)min2<int64_t>(n, kLanes); }
-
 // Mean of squares in fp32, a partial sum a lane, fixed order.
 template <class T>
 INLINE float inverse_rms(const T* x, int64_t n, float eps) {

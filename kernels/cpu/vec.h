@@ -200,6 +200,7 @@ template <class A>
 constexpr INLINE A min2(A a, A b) { return a < b ? a : b; }
 template <class A>
 constexpr INLINE A max2(A a, A b) { return a > b ? a : b; }
+INLINE int lanes_left(int64_t n) { return (int)min2<int64_t>(n, kLanes); }
 INLINE int64_t round_up(int64_t n, int64_t m) { return (n + m - 1) / m * m; }
 
 // A scratch array that only grows; one per thread and use.
