@@ -16,14 +16,13 @@ import json
 import os
 import random
 import re
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from loraplex.benchmarks.peers.peer import Peer, base_for
 from loraplex.benchmarks.peers.piped import Piped, worker
-from loraplex.benchmarks.peers.processes import run
+from loraplex.benchmarks.peers.processes import make_environment
 from loraplex.benchmarks.readme_loads import CONTEXTS, LOADS, Load
 
 PACKAGE, VERSION = "mistralrs", "0.9.5"
@@ -42,10 +41,7 @@ def install(folder: Path) -> Path:
     template = home / "plain.jinja"
     if template.exists():
         return home
-    home.mkdir(parents=True, exist_ok=True)
-    run([sys.executable, "-m", "venv", "--clear", str(home / "venv")], home / "venv.log")
-    pip = [str(home / "venv/bin/python"), "-m", "pip", "--disable-pip-version-check"]
-    run([*pip, "install", f"{PACKAGE}=={VERSION}"], home / "install.log")
+    make_environment(home, [f"{PACKAGE}=={VERSION}"])
     template.write_text(TEMPLATE)
     return home
 

@@ -12,15 +12,13 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from loraplex.benchmarks.peers.peer import Peer, Skipped
 from loraplex.benchmarks.peers.piped import Piped, worker
-from loraplex.benchmarks.peers.processes import run
+from loraplex.benchmarks.peers.processes import make_environment, run
 from loraplex.benchmarks.random_adapters import WEIGHTS
 from loraplex.benchmarks.readme_loads import CONTEXTS, LOADS, Load
 
@@ -57,14 +55,9 @@ def install(folder: Path) -> Path:
     whole = home / "installed.json"
     if whole.exists():
         return home
-    home.mkdir(parents=True, exist_ok=True)
-    run([sys.executable, "-m", "venv", "--clear", str(home / "venv")], home / "venv.log")
-    pip = [str(home / "venv/bin/python"), "-m", "pip", "--disable-pip-version-check"]
-    run([*pip, "install", *PACKAGES], home / "install.log")
-    run([*pip, "uninstall", "--yes", *UNUSED], home / "uninstall.log")
-    listed = json.loads(subprocess.check_output([*pip, "list", "--format", "json"]))
+    found = make_environment(home, PACKAGES, UNUSED)
     wanted = ("openvino", "openvino-genai", "optimum-intel", "nncf")
-    whole.write_text(json.dumps({each["name"]: each["version"] for each in listed if each["name"] in wanted}))
+    whole.write_text(json.dumps({name: found[name] for name in wanted if name in found}))
     return home
 
 

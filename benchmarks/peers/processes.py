@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 import urllib.request
@@ -36,6 +38,21 @@ def run(command: Sequence[str], log: Path) -> None:
             raise Skipped(f"{command[0]} cannot be run: {error}") from error
     if code:
         raise Skipped(f"{command[0]} failed, see {log}: {_end(log)}")
+
+
+def make_environment(home: Path, packages: Sequence[str], unused: Sequence[str] = ()) -> dict[str, str]:
+    """Make a virtual environment in `home`/venv with `packages` and without `unused`; return versions by name.
+
+    Raises Skipped where pip cannot, with the log in `home`.
+    """
+    home.mkdir(parents=True, exist_ok=True)
+    run([sys.executable, "-m", "venv", "--clear", str(home / "venv")], home / "venv.log")
+    pip = [str(home / "venv/bin/python"), "-m", "pip", "--disable-pip-version-check"]
+    run([*pip, "install", *packages], home / "install.log")
+    if unused:
+        run([*pip, "uninstall", "--yes", *unused], home / "uninstall.log")
+    listed = json.loads(subprocess.check_output([*pip, "list", "--format", "json"]))
+    return {each["name"]: each["version"] for each in listed}
 
 
 @contextmanager

