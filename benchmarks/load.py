@@ -137,6 +137,10 @@ class Outcome:
     def first_token(self, share: float) -> float:
         return quantile([reply.first for reply in self.replies], share)
 
+    def per_token(self, share: float) -> float:
+        """Of the answers: seconds per token after the first. Tokens may come by the handful, whose gaps are none."""
+        return quantile([1 / rate for reply in self.replies if (rate := reply.decode_rate)], share)
+
     def gap(self, share: float) -> float:
         return quantile([gap for reply in self.replies for gap in reply.gaps], share)
 

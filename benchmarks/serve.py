@@ -35,8 +35,8 @@ class Row:
     name: str
     tokens_per_second: float
     first: float  # p50
-    gap: float  # p50
-    gap_p99: float
+    gap: float  # an answer's per token after the first, p50
+    gap_p99: float  # of all single ones
     of_limit: float  # share of the tokens per second that the machine allows
     others: float  # share of the CPUs that other processes took, the most of any round
 
@@ -96,7 +96,7 @@ def _row(load: Load, turns: list[Turn], machines: Sequence[Limits]) -> Row:
         load.name,
         statistics.median(run.tokens_per_second for run in runs),
         statistics.median(run.first_token(0.5) for run in runs),
-        statistics.median(run.gap(0.5) for run in runs),
+        statistics.median(run.per_token(0.5) for run in runs),
         statistics.median(run.gap(0.99) for run in runs),
         of_limit=statistics.median(
             turn.outcome.tokens_per_second / _most(load, steadied(turn.machine, machines)) for turn in turns
@@ -108,7 +108,7 @@ def _row(load: Load, turns: list[Turn], machines: Sequence[Limits]) -> Row:
 def format_rows(rows: Sequence[Row]) -> list[str]:
     """A Markdown table."""
     lines = [
-        "| load | tokens/s | of the machine's limit | first token, median | between tokens, median | p99 |",
+        "| load | tokens/s | of the machine's limit | first token, median | each further one, median | p99 |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:

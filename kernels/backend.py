@@ -7,8 +7,10 @@ reference.py is those blocks as code.
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -31,6 +33,24 @@ class PackedLinear(Protocol):
     def out_features(self) -> int: ...
 
 
+@dataclass(frozen=True)
+class DecodeSteps:
+    """Up to `most` steps of L decode rows, one after the other: each computes the tokens that the one before drew.
+
+    No step follows one that drew a token of `stops`, or whose logits are not finite, or after `halt` has become other
+    than 0, which any thread may see to.
+    """
+
+    most: int
+    hidden: Tensor  # [L or more, H]: where the program leaves its result
+    head: PackedLinear
+    draws: (
+        Tensor | None
+    )  # [most, L, 5] float64: temperature, top_k, top_p, min_p, uniform as for sample(); None: argmax
+    stops: Tensor  # [n] int64
+    halt: ctypes.c_int32
+
+
 class Program(Protocol):
     """A recorded forward pass: run() does one step of it, whatever the step's size up to the recorded one."""
 
@@ -45,6 +65,25 @@ class Program(Protocol):
         adapters: AdapterSegments | None,
     ) -> None:
         """ids [T] int64, logit_rows [L] int64, rotations: (cos, sin) [T, rotary_dim] fp32 per rotary kind."""
+        ...
+
+    def decode(
+        self,
+        ids: Tensor,
+        logit_rows: Tensor,
+        rotations: Sequence[tuple[Tensor, Tensor]],
+        attention: AttentionMeta,
+        arena: Tensor,
+        tiles: TileTable,
+        adapters: AdapterSegments | None,
+        steps: DecodeSteps,
+    ) -> tuple[Tensor, Tensor]:
+        """As run() of steps.most steps, whose rows lie one step behind the other: T = steps.most * L.
+
+        Of `ids` the first L are given, and the others are filled in. Block tables, logit_rows and adapters are one
+        step's. Returns the tokens [steps done, L] int64 in the order of logit_rows, and the last step's logits
+        [L, vocab] fp32.
+        """
         ...
 
 

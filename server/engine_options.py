@@ -92,6 +92,12 @@ class LoadOptions:
         int | None,
         Option(metavar="N", min=1, show_default="as many as take 100 ms", help="Tokens computed in one step."),
     ] = None
+    decode_steps: Annotated[
+        int,
+        Option(
+            metavar="N", min=1, help="Tokens of each stream that may be delivered together, on the CPU (up to 80 ms)."
+        ),
+    ] = 4
     max_waiting: Annotated[
         int, Option(metavar="N", min=1, help="Requests in the queue; further ones are answered with 429.")
     ] = 1024
@@ -121,6 +127,7 @@ class EngineOptions:
             count_process=True,
             max_num_seqs=self.load.max_num_seqs,
             token_budget=self.load.token_budget,
+            decode_steps=self.load.decode_steps,
             num_slots=self.memory.max_loras,
             host_store_bytes=self.memory.host_memory,
             max_waiting=self.load.max_waiting,

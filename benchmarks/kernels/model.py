@@ -16,7 +16,7 @@ from loraplex.adapters.eviction import Reclaimer
 from loraplex.adapters.pages import PagePool
 from loraplex.adapters.residency import Residency
 from loraplex.adapters.tiles import BaseLayout, LowRank, pack
-from loraplex.kernels.cpu.abi import Op, Step
+from loraplex.kernels.cpu.abi import Op, Step, Steps
 from loraplex.kernels.cpu.backend import CpuBackend
 from loraplex.kernels.metadata import BLOCK_SIZE, AdapterSegments, AttentionMeta, KVGroup, Site
 from loraplex.server.engine.arena import allocate_arena, kv_layers
@@ -71,12 +71,13 @@ class TimedBackend(CpuBackend):
     calls = 0
     last: tuple[ctypes.Array[Op], Step] | None = None
 
-    def run(self, ops: ctypes.Array[Op], step: Step, dtype: torch.dtype) -> None:
+    def run(self, ops: ctypes.Array[Op], step: Step, dtype: torch.dtype, steps: Steps | None = None) -> int:
         self.last = ops, step
         self.calls += 1
         start = time.perf_counter()
-        super().run(ops, step, dtype)
+        done = super().run(ops, step, dtype, steps)
         self.inside += time.perf_counter() - start
+        return done
 
 
 @dataclass(frozen=True)

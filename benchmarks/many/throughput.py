@@ -43,7 +43,7 @@ class Row:
     requests: float  # per second
     loads: float  # per second
     first: float  # seconds, median
-    gaps: tuple[float, float]  # seconds, median and p99
+    gaps: tuple[float, float]  # seconds: an answer's per token after the first, median; between two, p99
     counters: dict[str, float]  # of the server, per second
     others: float  # share of the CPUs
 
@@ -119,7 +119,7 @@ def _row(world: World, replies: list[Reply], window: Span, counters: dict[str, f
         requests=len(begun) / length,
         loads=counters.get("loraplex:adapter_loads_total", 0.0),
         first=quantile([reply.first for reply in begun], 0.5),
-        gaps=(quantile(gaps, 0.5), quantile(gaps, 0.99)),
+        gaps=(quantile([1 / rate for reply in begun if (rate := reply.decode_rate)], 0.5), quantile(gaps, 0.99)),
         counters=counters,
         others=others,
     )

@@ -55,7 +55,23 @@ class Step(ctypes.Structure):
         ("ranges", _Pointer),
         ("tiles", _Pointer),
         ("arena", _Pointer),
+        ("draws", _Pointer),
+        ("drawn", _Pointer),
         ("ranks", _Pointer),  # scratch of the library
+    ]
+
+
+class Steps(ctypes.Structure):
+    """`struct Steps` of records.h: decode steps that follow one another."""
+
+    _fields_ = [
+        ("most", ctypes.c_int32),
+        ("num_stops", ctypes.c_int32),
+        ("stops", _Pointer),
+        ("logits", _Pointer),
+        ("vocab", ctypes.c_int64),
+        ("halt", _Pointer),
+        ("turns", ctypes.c_int64 * MAX_ROPES),
     ]
 
 
@@ -107,10 +123,11 @@ def library() -> ctypes.CDLL:
         )
     lib = ctypes.CDLL(str(path))
     lib.loraplex_isa.argtypes = [ctypes.c_char_p]
-    lib.loraplex_run.argtypes = [ctypes.c_int, _Pointer, ctypes.c_int, _Pointer, ctypes.c_int, ctypes.c_int]
-    lib.loraplex_run.restype = None
+    number = ctypes.c_int
+    lib.loraplex_run.argtypes = [number, _Pointer, number, _Pointer, number, number, _Pointer]
+    lib.loraplex_run.restype = number
     layout = getattr(lib, "loraplex_layout", int)()
-    expected = (len(OpCode) * 1000 + ctypes.sizeof(Op)) * 10000 + ctypes.sizeof(Step)
+    expected = (len(OpCode) * 1000 + ctypes.sizeof(Op)) * 10000 + ctypes.sizeof(Step) + ctypes.sizeof(Steps)
     if layout != expected:
         raise LibraryMissing(
             f"{path.name} was built from another version (layout {layout}, expected {expected}); install again"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from loraplex.kernels.backend import Backend, BackendUnavailable, PackedLinear, Recorder
 from loraplex.kernels.cpu import abi
-from loraplex.kernels.cpu.abi import Op, OpCode, Step
+from loraplex.kernels.cpu.abi import Op, OpCode, Step, Steps
 from loraplex.kernels.hugepages import HUGE_PAGE, huge_zeros
 from loraplex.kernels.metadata import ALIGN, AdapterSegments, AttentionMeta, AttentionParams, KVLayer, Site, TileTable
 
@@ -59,9 +59,14 @@ class CpuBackend(Backend):
         self._run = abi.library().loraplex_run
         self._region = torch.empty(0, dtype=torch.uint8)  # what the next weights are packed into
 
-    def run(self, ops: ctypes.Array[Op], step: Step, dtype: torch.dtype) -> None:
-        """Run the ops in order on the team of threads; returns when the last is done."""
-        self._run(self._isa, ops, len(ops), ctypes.byref(step), _code(dtype), self.threads)
+    def run(self, ops: ctypes.Array[Op], step: Step, dtype: torch.dtype, steps: Steps | None = None) -> int:
+        """Run the ops in order on the team of threads, once or for as many of `steps` as come about.
+
+        Returns how many steps those were when the last is done.
+        """
+        following = None if steps is None else ctypes.byref(steps)
+        done: int = self._run(self._isa, ops, len(ops), ctypes.byref(step), _code(dtype), self.threads, following)
+        return done
 
     def emit(self, op: Op, dtype: torch.dtype, step: Step | None = None) -> None:
         """Run one op now. The recorder's version only notes it."""
@@ -155,19 +160,8 @@ class CpuBackend(Backend):
         return self._linear(x, weight, torch.float32)
 
     def _linear(self, x: Tensor, weight: PackedLinear, dtype: torch.dtype) -> Tensor:
-        assert isinstance(weight, CpuLinear), f"{type(weight).__name__} was packed by another backend"
         y = self.new(x.shape[0], weight.out_features, dtype=dtype)
-        op = Op(
-            code=OpCode.LINEAR,
-            rows=x.shape[0],
-            x=x.data_ptr(),
-            w=weight.packed.data_ptr(),
-            y=y.data_ptr(),
-            columns_in=weight.in_features,
-            columns_out=weight.out_features,
-            i0=int(dtype == torch.float32 and x.dtype != torch.float32),
-        )
-        self.emit(op, x.dtype)
+        self.emit(linear_op(x, weight, y), x.dtype)
         return y
 
     def add_bias_(self, y: Tensor, bias: Tensor) -> Tensor:
@@ -302,9 +296,7 @@ class CpuBackend(Backend):
     ) -> tuple[Tensor, Tensor]:
         ids = torch.empty(logits.shape[0], dtype=torch.int64)
         logprobs = torch.empty(logits.shape[0], dtype=torch.float32)
-        draws = torch.tensor(
-            list(zip(temperature, top_k, top_p, min_p, uniform, strict=True)), dtype=torch.float64
-        )  # [N, 5]: struct Draw of sampling.h
+        draws = torch.tensor(list(zip(temperature, top_k, top_p, min_p, uniform, strict=True)), dtype=torch.float64)
         if draws.shape[0] != logits.shape[0]:
             raise ValueError(f"{logits.shape[0]} rows of logits and {draws.shape[0]} of sampling parameters")
         self._sample(logits, ids, draws, logprobs)
@@ -312,16 +304,30 @@ class CpuBackend(Backend):
 
     def _sample(self, logits: Tensor, ids: Tensor, draws: Tensor | None = None, logprobs: Tensor | None = None) -> None:
         logits = logits.contiguous()
-        op = Op(
-            code=OpCode.SAMPLE,
-            rows=logits.shape[0],
-            x=logits.data_ptr(),
-            w=None if draws is None else draws.data_ptr(),
-            y=ids.data_ptr(),
-            z=None if logprobs is None else logprobs.data_ptr(),
-            columns_in=logits.shape[1],
-        )
-        CpuBackend.emit(self, op, torch.float32)
+        op = sample_op(logits)
+        op.z = None if logprobs is None else logprobs.data_ptr()
+        step = Step(draws=None if draws is None else draws.data_ptr(), drawn=ids.data_ptr())
+        self.emit(op, torch.float32, step)
+
+
+def linear_op(x: Tensor, weight: PackedLinear, y: Tensor) -> Op:
+    """x [T, in] -> y [T, out] in x's dtype, or in fp32."""
+    assert isinstance(weight, CpuLinear), f"{type(weight).__name__} was packed by another backend"
+    return Op(
+        code=OpCode.LINEAR,
+        rows=x.shape[0],
+        x=x.data_ptr(),
+        w=weight.packed.data_ptr(),
+        y=y.data_ptr(),
+        columns_in=weight.in_features,
+        columns_out=weight.out_features,
+        i0=int(y.dtype == torch.float32 and x.dtype != torch.float32),
+    )
+
+
+def sample_op(logits: Tensor) -> Op:
+    """From logits [N, V] fp32 to the step's `drawn`."""
+    return Op(code=OpCode.SAMPLE, rows=logits.shape[0], x=logits.data_ptr(), columns_in=logits.shape[1])
 
 
 def attention_step(step: Step, meta: AttentionMeta) -> None:

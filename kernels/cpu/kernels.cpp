@@ -25,7 +25,7 @@ static void dispatch(const Op& op, const Step& step, int phase, int tid, int thr
         case kAttention: return attention<T>(op, step, tid, threads);
         case kActMul: return act_mul<T>(op, rows, tid, threads);
         case kGather: return gather<T>(op, step, rows, tid, threads);
-        case kSample: return sample(op, rows, tid, threads);
+        case kSample: return sample(op, step, rows, tid, threads);
         case kPack: return pack_linear((const T*)op.x, op.out, op.in, (T*)op.y, tid, threads);
         default: return;
     }

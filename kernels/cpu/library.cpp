@@ -12,6 +12,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -93,6 +94,36 @@ static float* rank_scratch(const Step& step) {
     return scratch.get();
 }
 
+static void run_ops(Run run, const Op* ops, int count, const Step& step, int dtype, int chunks, Phase* phases) {
+    for (int i = 0; i < count; i++) {
+        bool adapter = ops[i].code == kAdapter;
+        if (adapter && !step.segments) continue;
+        for (int phase = adapter && !step.decode_segments; phase < 1 + adapter; phase++)
+            phases[i * 2 + phase].work(chunks, [&](int chunk) { run(ops[i], step, dtype, phase, chunk, chunks); });
+    }
+}
+
+// Makes `step` the one after it, unless the last has been.
+static bool go_on(Step& step, const Steps& steps) {
+    if (*steps.halt) return false;
+    for (int i = 0; i < step.logit_rows; i++) {
+        int64_t id = step.drawn[i];
+        if (!(steps.logits[i * steps.vocab + id] < INFINITY) || std::find(steps.stops, steps.stops + steps.num_stops, id) != steps.stops + steps.num_stops)
+            return false;
+    }
+    int64_t* next = const_cast<int64_t*>(step.ids) + step.tokens;
+    for (int i = 0; i < step.logit_rows; i++) next[step.rows[i]] = step.drawn[i];
+    step.ids = next;
+    step.drawn += step.logit_rows;
+    if (step.draws) step.draws += step.logit_rows * kDraw;
+    step.kv_lens += step.seqs;
+    for (const int64_t*& store : step.store_index)
+        if (store) store += step.tokens;
+    for (int i = 0; i < kMaxRopes; i++)
+        if (step.cos[i]) step.cos[i] += step.tokens * steps.turns[i], step.sin[i] += step.tokens * steps.turns[i];
+    return true;
+}
+
 extern "C" {
 
 // Index of the instruction set to run, or -1: `name` null takes the best this CPU has.
@@ -103,22 +134,27 @@ int loraplex_isa(const char* name) {
 }
 const char* loraplex_isa_name(int isa) { return kIsas[isa].name; }
 // What abi.py must agree with.
-int loraplex_layout() { return (int)((kCodes * 1000 + sizeof(Op)) * 10000 + sizeof(Step)); }
+int loraplex_layout() { return (int)((kCodes * 1000 + sizeof(Op)) * 10000 + sizeof(Step) + sizeof(Steps)); }
 
-void loraplex_run(int isa, const Op* ops, int count, const Step* given, int dtype, int threads) {
+// Runs the ops, `steps->most` times unless something ends it before; null: once. Returns how many times.
+int loraplex_run(int isa, const Op* ops, int count, const Step* given, int dtype, int threads, const Steps* steps) {
     Run run = kIsas[isa].run;
     Step own = *given, *step = &own;
     own.ranks = rank_scratch(own);
-    std::unique_ptr<Phase[]> phases(new Phase[count * 2]);
+    int most = steps ? steps->most : 1, each = count * 2 + 1, done = 1;
+    std::unique_ptr<Phase[]> phases(new Phase[each * most]);
+    std::unique_ptr<bool[]> goes_on(new bool[most]);  // by step: a thread that was held up may be steps behind
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         int chunks = omp_get_num_threads() > 1 ? omp_get_num_threads() * kChunks : 1;
-        for (int i = 0; i < count; i++) {
-            bool adapter = ops[i].code == kAdapter;
-            if (adapter && !step->segments) continue;
-            for (int phase = adapter && !step->decode_segments; phase < 1 + adapter; phase++)
-                phases[i * 2 + phase].work(chunks, [&](int chunk) { run(ops[i], *step, dtype, phase, chunk, chunks); });
+        for (int s = 0;; s++) {
+            Phase* phase = &phases[s * each];
+            run_ops(run, ops, count, *step, dtype, chunks, phase);
+            if (s + 1 == most) break;
+            phase[count * 2].work(1, [&](int) { done += goes_on[s] = go_on(own, *steps); });
+            if (!goes_on[s]) break;
         }
     }
+    return done;
 }
 }

@@ -7,14 +7,16 @@ step. What changes from step to step (tokens, tables, adapters, angles) the kern
 
 from __future__ import annotations
 
+import ctypes
 import weakref
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from loraplex.kernels.cpu.abi import ALL_TOKENS, LOGIT_ROWS, MAX_GROUPS, MAX_ROPES, Op, Step
-from loraplex.kernels.cpu.backend import CpuBackend, adapter_step, attention_step
+from loraplex.kernels.backend import DecodeSteps
+from loraplex.kernels.cpu.abi import ALL_TOKENS, LOGIT_ROWS, MAX_GROUPS, MAX_ROPES, Op, Step, Steps
+from loraplex.kernels.cpu.backend import CpuBackend, adapter_step, attention_step, linear_op, sample_op
 from loraplex.kernels.metadata import AdapterSegments, AttentionMeta, TileTable
 
 
@@ -75,6 +77,7 @@ class CpuProgram:
         self._backend = backend
         self._workspace = recorder.workspace
         self._ops = (Op * len(recorder.noted))(*recorder.noted)
+        self._decode_ops = (Op * (len(recorder.noted) + 2))(*recorder.noted)  # the last two are set by decode()
         self._dtype = recorder.dtype
 
     def run(
@@ -87,6 +90,51 @@ class CpuProgram:
         tiles: TileTable,
         adapters: AdapterSegments | None,
     ) -> None:
+        step = self._step(ids, logit_rows, rotations, attention, arena, tiles, adapters)
+        self._backend.run(self._ops, step, self._dtype)
+
+    def decode(
+        self,
+        ids: Tensor,
+        logit_rows: Tensor,
+        rotations: Sequence[tuple[Tensor, Tensor]],
+        attention: AttentionMeta,
+        arena: Tensor,
+        tiles: TileTable,
+        adapters: AdapterSegments | None,
+        steps: DecodeSteps,
+    ) -> tuple[Tensor, Tensor]:
+        step = self._step(ids, logit_rows, rotations, attention, arena, tiles, adapters)
+        rows = step.tokens = step.seqs = logit_rows.shape[0]
+        hidden = steps.hidden[:rows]
+        logits = torch.empty(rows, steps.head.out_features, dtype=torch.float32)
+        drawn = torch.empty(steps.most, rows, dtype=torch.int64)
+        step.draws, step.drawn = None if steps.draws is None else steps.draws.data_ptr(), drawn.data_ptr()
+        self._decode_ops[-2] = linear_op(hidden, steps.head, logits)
+        self._decode_ops[-1] = sample_op(logits)
+        following = Steps(
+            most=steps.most,
+            num_stops=steps.stops.shape[0],
+            stops=steps.stops.data_ptr(),
+            logits=logits.data_ptr(),
+            vocab=logits.shape[1],
+            halt=ctypes.addressof(steps.halt),
+        )
+        for index, (cos, _) in enumerate(rotations):
+            following.turns[index] = cos.shape[1]
+        done = self._backend.run(self._decode_ops, step, self._dtype, following)
+        return drawn[:done], logits
+
+    def _step(
+        self,
+        ids: Tensor,
+        logit_rows: Tensor,
+        rotations: Sequence[tuple[Tensor, Tensor]],
+        attention: AttentionMeta,
+        arena: Tensor,
+        tiles: TileTable,
+        adapters: AdapterSegments | None,
+    ) -> Step:
         if len(attention.groups) > MAX_GROUPS:
             raise ValueError(f"{len(attention.groups)} KV groups; the CPU backend has room for {MAX_GROUPS}")
         step = Step(tokens=ids.shape[0], logit_rows=logit_rows.shape[0], ids=ids.data_ptr(), rows=logit_rows.data_ptr())
@@ -95,4 +143,4 @@ class CpuProgram:
             step.cos[index], step.sin[index] = cos.data_ptr(), sin.data_ptr()
         if adapters is not None:
             adapter_step(step, arena, tiles, self._backend.roles(adapters))
-        self._backend.run(self._ops, step, self._dtype)
+        return step

@@ -2,7 +2,7 @@
 #pragma once
 #include <cstdint>
 
-constexpr int kMaxGroups = 8, kMaxRopes = 4, kSites = 6;
+constexpr int kMaxGroups = 8, kMaxRopes = 4, kSites = 6, kDraw = 5;
 
 // One step: the same address for every step of a recorded program; only the contents change.
 struct Step {
@@ -24,7 +24,21 @@ struct Step {
     const int32_t* ranges;     // [slots, num_layers, sites, 2]
     const int32_t* tiles;      // [capacity, 5]
     uint8_t* arena;
+    const double* draws;       // [logit_rows, kDraw]: struct Draw of sampling.h; null takes the largest
+    int64_t* drawn;            // [logit_rows]
     float* ranks;              // [decode rows * tiles a row, 16]: scratch of the shrink, loraplex_run's own
+};
+
+// Decode steps that follow one another: what each draws is what the next computes. Of a Step's arrays ids, store_index, kv_lens,
+// cos, sin, draws and drawn lie one behind the other, one for each step, and seqs = tokens = logit_rows; all else is as it was.
+struct Steps {
+    int32_t most;                  // at least 1
+    int32_t num_stops;
+    const int64_t* stops;          // [num_stops]: tokens after which nothing more is computed
+    const float* logits;           // [logit_rows, vocab]: what the last op drew from; no step follows one that is not finite
+    int64_t vocab;
+    const volatile int32_t* halt;  // not 0: somebody wants to come in, and no further step begins
+    int64_t turns[kMaxRopes];      // rotary_dim of cos and sin
 };
 
 enum OpCode : int32_t { kEmbed, kRmsNorm, kLinear, kBias, kAdapter, kRope, kAttention, kActMul, kGather, kSample, kPack, kCodes };

@@ -16,6 +16,7 @@ typedef double dvec __attribute__((vector_size(4 * kLanes)));  // half the lanes
 struct Draw {  // one row of what backend.py hands over
     double temperature, top_k, top_p, min_p, uniform;
 };
+static_assert(sizeof(Draw) == kDraw * sizeof(double));
 
 constexpr int kGroup = 16;           // vectors that share a maximum, lane by lane
 constexpr int kSumBlock = 256;       // weights to a partial sum
@@ -274,17 +275,17 @@ static double log_sum(const float* x, int64_t n, float top) {
     return std::log(sum);
 }
 
-// x [rows, in] fp32 -> y [rows] int64; z [rows] fp32, if given: log-probability of the token under the row as it is; w: Draw
-// a row, null takes the largest.
-static void sample(const Op& op, int64_t rows, int tid, int threads) {
+// x [rows, in] fp32 -> step.drawn [rows] by step.draws; z [rows] fp32, if given: log-probability of the token under the row as
+// it is.
+static void sample(const Op& op, const Step& step, int64_t rows, int tid, int threads) {
     static thread_local SampleScratch scratch;
     Range range = share(rows, tid, threads);
     for (int64_t t = range.first; t < range.last; t++) {
         const float* x = (const float*)op.x + t * op.in;
-        int64_t& id = ((int64_t*)op.y)[t];
+        int64_t& id = step.drawn[t];
         Top top;
-        if (op.w)
-            id = sample_row(x, op.in, ((const Draw*)op.w)[t], scratch, &top);
+        if (step.draws)
+            id = sample_row(x, op.in, ((const Draw*)step.draws)[t], scratch, &top);
         else
             top = largest(x, op.in, nullptr), id = top.at;
         if (op.z)

@@ -143,6 +143,8 @@ class Choice:
         self._last_time = request.arrival
         self._first_time: float | None = None
         self._gaps = Buckets(GAPS)
+        self._gap = 0.0  # of the tokens coming in
+        self._handful = 0  # of them still to come
         self._phases: Phases | None = None
         self._unreleased: deque[ScoredToken] = deque()  # tokens whose text is not out yet
 
@@ -300,11 +302,15 @@ class Choice:
 
     def _count(self, event: TokenEvent) -> None:
         self.num_tokens += 1
-        now = time.monotonic()
         first = self._first_time is None
-        self._metrics.token(now - self._last_time, first=first)
+        if self._handful == 0:  # tokens that come together share the time since the last ones
+            now = time.monotonic()
+            self._handful = event.handful
+            self._gap = (now - self._last_time) / event.handful
+            self._last_time = now
+        self._handful -= 1
+        self._metrics.token(self._gap, first=first)
         if first:
-            self._first_time, self._phases = now, event.phases
+            self._first_time, self._phases = self._last_time, event.phases
         else:
-            self._gaps.observe(now - self._last_time)
-        self._last_time = now
+            self._gaps.observe(self._gap)

@@ -57,8 +57,11 @@ def build_batch(
     slot_of: Callable[[str], int | None],
     device: torch.device,
     kept: Kept | None = None,
+    steps: int = 1,
 ) -> ForwardBatch:
-    """The tensors of one step. The plan's sequences have their pages and their adapters are on the device.
+    """The tensors of one step, or of several of decode rows, whose tokens after the first are not known yet.
+
+    The plan's sequences have their pages and their adapters are on the device.
 
     With `kept` a batch holds until the next one is built.
 
@@ -73,18 +76,21 @@ def build_batch(
     start_of = dict(zip(order, bounds, strict=False))  # of the plan's entries
     logit_rows = [start_of[i] + entry.num_tokens - 1 for i, entry in enumerate(plan.entries) if entry.samples]
     logit_rows += [start_of[i] + row for i, entry in enumerate(plan.entries) for row in entry.prompt_rows]
-    kv_lens = tuple(entry.seq.num_computed + entry.num_tokens for entry in entries)
+    ahead = range(steps)
+    kv_lens = tuple(entry.seq.num_computed + entry.num_tokens + step for step in ahead for entry in entries)
     tables = [kv.tables(entry.seq.number) for entry in entries]
     most = max(len(table[0]) for table in tables)  # a sequence's tables are of one length in all groups
 
     longs, ints = _Packer("q", torch.int64), _Packer("i", torch.int32)
-    longs.add(_input_ids(entries))
-    longs.add(_positions(entries))
+    ids = _input_ids(entries)
+    longs.add(ids + [0] * (len(ids) * (steps - 1)))
+    longs.add(position for step in ahead for position in _positions(entries, step))
     longs.add(logit_rows)
     ints.add(bounds)
     ints.add(kv_lens)
     for group in range(len(kv.groups)):
-        longs.add(_store_index(entries, [table[group] for table in tables], kv.block_size))
+        own = [table[group] for table in tables]
+        longs.add(index for step in ahead for index in _store_index(entries, own, kv.block_size, step))
         pages = (page for table in tables for page in (*table[group], *(-1,) * (most - len(table[group]))))
         ints.add(pages, (len(entries), most))
     segments = _Segments([(entry, mixes[i]) for entry, i in zip(entries, order, strict=True)])
@@ -94,18 +100,19 @@ def build_batch(
     return ForwardBatch(
         input_ids=input_ids,
         positions=positions,
-        rope_lens=tuple(entry.seq.num_tokens for entry in entries),
+        rope_lens=tuple(entry.seq.num_tokens + step for step in ahead for entry in entries),
         attention=AttentionMeta(
             query_ptr=query_ptr,
             kv_lens=lens,
-            query_bounds=bounds,
+            query_bounds=bounds if steps == 1 else tuple(range(len(kv_lens) + 1)),
             kv_lens_host=kv_lens,
-            is_decode=tuple(entry.is_decode for entry in entries),
+            is_decode=tuple(entry.is_decode for entry in entries) * steps,
             groups=tuple(KVGroup(table, store) for table, store in zip(rest, stores, strict=False)),
         ),
         adapters=segments.unpack(rest[len(stores) :]),
         tiles=tiles,
         logit_rows=logits,
+        steps=steps,
     )
 
 
@@ -196,19 +203,19 @@ def _input_ids(entries: ListLike[PlanEntry]) -> list[int]:
     return ids
 
 
-def _positions(entries: ListLike[PlanEntry]) -> list[int]:
+def _positions(entries: ListLike[PlanEntry], step: int) -> list[int]:
     positions: list[int] = []
     for entry in entries:
-        start = entry.seq.num_computed
+        start = entry.seq.num_computed + step
         positions += range(start, start + entry.num_tokens)
     return positions
 
 
-def _store_index(entries: ListLike[PlanEntry], tables: ListLike[array[int]], block_size: int) -> list[int]:
+def _store_index(entries: ListLike[PlanEntry], tables: ListLike[array[int]], block_size: int, step: int) -> list[int]:
     """Of each token page * block_size + offset."""
     index: list[int] = []
     for entry, table in zip(entries, tables, strict=True):
-        position = entry.seq.num_computed
+        position = entry.seq.num_computed + step
         end = position + entry.num_tokens
         while position < end:
             block, offset = divmod(position, block_size)

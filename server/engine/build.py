@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 import time
@@ -79,6 +80,7 @@ class EngineConfig:
     count_process: bool = False  # the memory given is also for this process without the engine (CPU)
     max_num_seqs: int = 32  # running at once
     token_budget: int | None = None  # tokens of a step; None: as many as take 100 ms (budget.py)
+    decode_steps: int = 4  # that may follow one another before the scheduler is asked again (CPU)
     num_slots: int = 256  # adapters on the device at once
     host_store_bytes: int | None = None  # None: a little on the CPU, which has one memory; 2 GiB beside a GPU
     max_waiting: int = 1024  # requests queued beyond those running
@@ -93,7 +95,7 @@ class EngineConfig:
             raise ValueError(f"dtype is {self.dtype!r}; expected auto, {', '.join(DTYPES)}")
         for name in (
             *("max_model_len", "memory_bytes", "max_num_seqs", "token_budget", "num_slots", "host_store_bytes"),
-            *("max_waiting", "max_waiting_tokens", "loader_threads"),
+            *("max_waiting", "max_waiting_tokens", "loader_threads", "decode_steps"),
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -209,23 +211,27 @@ def _assemble(
 
     kv = KVCache(pool, plan.groups, BLOCK_SIZE, reclaimer)
     kv.token_seconds = budget.token_seconds
+    decoder = Decoder(model_config, weights, ops, kv_layers(arena, model_config, dtype, plan.groups), arena)
+    model = _fastest(decoder, most, config.max_num_seqs)
+    follows_up = isinstance(model, RecordedDecoder) and model.follows_up
     limits = SchedulerLimits(
         max_model_len=plan.max_model_len,
         max_num_seqs=config.max_num_seqs,
         token_budget=most,
         num_slots=config.num_slots,
         vocab_size=model_config.vocab_size,
+        decode_steps=config.decode_steps if follows_up else 1,
         rope_switch=model_config.rope_switch,
         prefix_cache=all(rope.kind != "dynamic" for rope in model_config.ropes),  # its keys depend on the length
     )
-    decoder = Decoder(model_config, weights, ops, kv_layers(arena, model_config, dtype, plan.groups), arena)
-    model = _fastest(decoder, most, config.max_num_seqs)
+    halt = ctypes.c_int32()
     engine = Engine(
         Scheduler(kv, placement, limits, budget=budget),
-        ModelRunner(model, kv, residency, device),
+        ModelRunner(model, kv, residency, device, halt),
         placement,
         config.max_waiting,
         config.max_waiting_tokens,
+        halt,
     )
     placement.on_ready = engine.wake
     registry.on_drained = engine.forget_adapter

@@ -11,6 +11,7 @@ torch: the runner is injected.
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import logging
 import threading
 import time
@@ -137,13 +138,15 @@ class Engine:
         adapters: DeviceAdapters,
         max_waiting: int,
         max_waiting_tokens: int = 1 << 19,
+        halt: ctypes.c_int32 | None = None,
     ) -> None:
-        """max_waiting, max_waiting_tokens: see Door."""
+        """max_waiting, max_waiting_tokens: see Door. halt: other than 0 while a message waits for the end of a step."""
         self._scheduler = scheduler
         self._runner = runner
         self._adapters = adapters
         self._door = Door(max_waiting, max_waiting_tokens)
         self._inbox: SimpleQueue[_Message] = SimpleQueue()
+        self._halt = halt or ctypes.c_int32()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._lock = threading.Lock()  # guards _alive, _open and _door
         self._alive = False
@@ -187,7 +190,7 @@ class Engine:
     def stop(self) -> None:
         """End every open request with FinishReason.ABORT and join the thread. Idempotent; waits for a step at most."""
         if self._thread.is_alive():
-            self._inbox.put(_Stop())
+            self._post(_Stop())
             self._thread.join()
         self._alive = False
 
@@ -210,7 +213,7 @@ class Engine:
                     self._refused += 1
                     raise
                 self._open[request.request_id] = _Open(request, mailbox, client)
-                self._inbox.put(_Submit(request))
+                self._post(_Submit(request))
         except BaseException:
             _release(request)
             raise
@@ -218,19 +221,23 @@ class Engine:
 
     def abort(self, request_id: str) -> None:
         """End a request with FinishReason.ABORT; its pages are free before the next step is planned. Unknown: no-op."""
-        self._inbox.put(_Abort(request_id))  # takes no lock: finalisers call it
+        self._post(_Abort(request_id))  # takes no lock: finalisers call it
 
     def forget_adapter(self, version: AdapterVersion) -> None:
         """The registry's `on_drained`: its bytes leave device and host unless another version has the same ones."""
-        self._inbox.put(_Forget(version))
+        self._post(_Forget(version))
 
     def pin_adapter(self, version: AdapterVersion, pinned: bool) -> None:
         """Bring `version` to the device as soon as there is room, and never evict it; or let it be evicted again."""
-        self._inbox.put(_Pin(version, pinned))
+        self._post(_Pin(version, pinned))
 
     def wake(self) -> None:
         """An adapter that somebody waits for has come to host memory, or failed to."""
-        self._inbox.put(_Wake())
+        self._post(_Wake())
+
+    def _post(self, message: _Message) -> None:
+        self._inbox.put(message)
+        self._halt.value = 1  # after the message: whoever sets it back looks for messages next
 
     def stats(self) -> EngineStats:
         scheduler, adapters = self._scheduler, self._adapters
@@ -299,6 +306,7 @@ class Engine:
 
         False: stop.
         """
+        self._halt.value = 0  # before looking: a message that comes from now on sets it again
         timeout = self._scheduler.idle_seconds() if block else None
         checks = block and timeout is None and self._unchecked
         while True:
@@ -349,11 +357,13 @@ class Engine:
             logger.warning("a step of %d tokens ran out of memory: %s", plan.num_tokens, error)
             self._outbox += self._scheduler.shed(plan)
             return True
-        self._scheduler.took(plan, time.monotonic() - planned)
-        self._steps += 1
-        self._step_sizes.observe(plan.num_tokens)
+        steps = plan.steps_of(sampled)
+        self._scheduler.took(plan, (time.monotonic() - planned) / steps)
+        self._steps += steps
+        for _ in range(steps):
+            self._step_sizes.observe(plan.num_tokens)
         self._outbox += self._scheduler.commit(plan, sampled)
-        self._door.drained(plan.num_tokens, time.monotonic() - began)
+        self._door.drained(plan.num_tokens * steps, time.monotonic() - began)
         return True
 
     def _deliver(self) -> None:

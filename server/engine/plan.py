@@ -86,9 +86,10 @@ class SchedulerLimits:
     rope_switch: int | None = None  # longrope: a longer sequence is recomputed with the long factors, once
     prefix_cache: bool = True  # False where keys depend on the sequence's length (dynamic NTK), or nobody wants it
     ageing: float = 30.0  # seconds without service after which a client's next request comes before all others
+    decode_steps: int = 1  # that may follow one another without coming back (multi_step.py)
 
     def __post_init__(self) -> None:
-        for name in ("max_model_len", "max_num_seqs", "token_budget", "num_slots", "vocab_size"):
+        for name in ("max_model_len", "max_num_seqs", "token_budget", "num_slots", "vocab_size", "decode_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
         if not self.ageing > 0:
@@ -121,7 +122,13 @@ class PlanEntry:
 class StepPlan:
     entries: tuple[PlanEntry, ...]
     failed: tuple[TokenEvent, ...] = ()  # requests that ended while planning: out of time, or without their adapter
+    steps: int = 1  # of decode rows: further ones may follow the first, each of the tokens that the one before drew
+
+    def steps_of(self, sampled: ListLike[SampledToken]) -> int:
+        """How many steps drew these."""
+        return len(sampled) // len(self.entries) if self.steps > 1 else 1
 
     @property
     def num_tokens(self) -> int:
+        """Of one step."""
         return sum(entry.num_tokens for entry in self.entries)

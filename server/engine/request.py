@@ -63,6 +63,26 @@ class SamplingParams:
     min_tokens: int = 0  # stop tokens are forbidden before
     watermark: bool = False  # tokens that show a detector where the text is from (see sampler)
 
+    def changes_logits(self, generated: int) -> bool:
+        """Whether logits are adjusted before temperature, after `generated` tokens."""
+        return bool(
+            self.watermark
+            or self.logit_bias
+            or self.repetition_penalty != 1.0
+            or ((self.presence_penalty or self.frequency_penalty) and generated)
+            or self.forbids_stopping(generated)
+            or self.is_typical
+        )
+
+    def forbids_stopping(self, generated: int) -> bool:
+        """Whether the next token may be none of stop_token_ids."""
+        return generated < self.min_tokens and bool(self.stop_token_ids)
+
+    @property
+    def is_typical(self) -> bool:
+        """Whether typical_p does anything."""
+        return self.typical_p < 1.0 and self.temperature > 0.0
+
 
 @dataclass(frozen=True)
 class GenerationRequest:
@@ -103,6 +123,7 @@ class TokenEvent:
     prompt_logprobs: tuple[TokenScore, ...] = ()  # with the first token: one a prompt token but the first
     embedding: NDArray[np.float32] | None = field(default=None, compare=False)  # [H], with the first token
     phases: Phases | None = field(default=None, compare=False)  # with the first token
+    handful: int = field(default=1, compare=False)  # tokens of this request that are delivered with it, itself included
 
 
 class EngineError(Exception):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 
 import torch
@@ -13,9 +14,10 @@ from loraplex.server.engine.grammar import MaskPool
 from loraplex.server.engine.kv_cache import KVCache
 from loraplex.server.engine.memory import logit_rows
 from loraplex.server.engine.plan import PlanEntry, StepPlan
-from loraplex.server.engine.sampler import Sampled, SampleRow, sample, score
+from loraplex.server.engine.sampler import Sampled, SampleRow, draws_ahead, sample, sampled_ahead, score
 from loraplex.server.models.decoder import Decoder
 from loraplex.server.models.graphs import GraphedDecoder
+from loraplex.server.models.inputs import ForwardBatch
 from loraplex.server.models.recorded import RecordedDecoder
 
 
@@ -28,7 +30,10 @@ class ModelRunner:
         kv: KVCache,
         residency: Residency,
         device: torch.device,
+        halt: ctypes.c_int32 | None = None,
     ) -> None:
+        """halt: other than 0 while somebody waits for the end of the step; those after it are not begun then."""
+        self._halt = halt or ctypes.c_int32()
         self._decoder = decoder
         self._kv = kv
         self._residency = residency
@@ -41,18 +46,23 @@ class ModelRunner:
     def execute(self, plan: StepPlan, on_launch: Callable[[], None] = lambda: None) -> list[Sampled]:
         """Compute the plan's tokens; the draws of its sampling entries, in their order. The plan is not empty.
 
+        Where the plan allows several steps and the decoder can, the draws of as many as came about, step after step.
+
         `on_launch` is called when all is prepared, right before the forward pass.
         """
         table, slot_of = self._residency.table, self._residency.slot_of
-        batch = build_batch(plan, self._kv, table, slot_of, self._device, self._kept)
+        steps = plan.steps if len(plan.entries) <= self._slice else 1
+        batch = build_batch(plan, self._kv, table, slot_of, self._device, self._kept, steps)
         sampling = [entry.seq for entry in plan.entries if entry.samples]
         masks = self._masks.begin([(seq.request.constraint, seq.output) for seq in sampling])
-        on_launch()
-        hidden = self._decoder.forward(batch)  # [L, H]
         rows = [
             SampleRow(seq.request.params, seq.num_tokens, seq.request.prompt_ids, seq.output, mask)
             for seq, mask in zip(sampling, masks, strict=True)
         ]
+        if steps > 1:
+            return self._follow_up(batch, rows, on_launch)
+        on_launch()
+        hidden = self._decoder.forward(batch)  # [L, H]
         sampled: list[Sampled] = []
         for start in range(0, len(rows), self._slice):  # a vocabulary of 256k costs 1 MB a row
             logits = self._decoder.logits(hidden[start : min(start + self._slice, len(rows))])
@@ -60,6 +70,14 @@ class ModelRunner:
         if hidden.shape[0] > len(rows):
             self._read_prompts(plan, hidden[len(rows) :])
         return sampled
+
+    def _follow_up(self, batch: ForwardBatch, rows: list[SampleRow], on_launch: Callable[[], None]) -> list[Sampled]:
+        """Several steps of nothing but decode rows."""
+        assert isinstance(self._decoder, RecordedDecoder), "steps follow one another where the pass is recorded"
+        draws = draws_ahead(rows, batch.steps)
+        stops = torch.tensor(sorted(frozenset().union(*(row.params.stop_token_ids for row in rows))), dtype=torch.int64)
+        on_launch()
+        return sampled_ahead(*self._decoder.decode(batch, draws, stops, self._halt))
 
     def _read_prompts(self, plan: StepPlan, hidden: Tensor) -> None:
         """hidden [sum of prompt_rows, H]: what is wanted of the prompts themselves, into their sequences."""

@@ -7,6 +7,7 @@ on the rows beside it.
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -60,7 +61,7 @@ def sample(logits: Tensor, rows: Sequence[SampleRow], ops: Backend) -> list[Samp
     equal ones the lowest id.
     """
     adjusted = _allowed(logits, rows)
-    changed = [i for i, row in enumerate(rows) if _changes_logits(row)]
+    changed = [i for i, row in enumerate(rows) if row.params.changes_logits(len(row.output_ids))]
     if changed and adjusted is logits:
         adjusted = logits.clone()
     for i in changed:
@@ -77,10 +78,40 @@ def sample(logits: Tensor, rows: Sequence[SampleRow], ops: Backend) -> list[Samp
             [wanted.min_p for wanted in params],
             [uniform(row.params.seed, row.position) for row in rows],
         )
-    # Where there is a NaN, or infinity, it is what was taken (see Backend): one look a row tells, and not 49,152.
-    taken = _values(adjusted, ids)
-    tokens = [token if logit < math.inf else None for token, logit in zip(ids.tolist(), taken, strict=True)]
+    tokens = _numbers(adjusted, ids)
     return [_sampled(token, logits, i, row.params) for i, (token, row) in enumerate(zip(tokens, rows, strict=True))]
+
+
+def draws_ahead(rows: Sequence[SampleRow], steps: int) -> Tensor | None:
+    """What several decode steps draw by, DecodeSteps.draws; None where all rows are greedy.
+
+    Of rows whose logits nothing changes and whose log-probabilities nobody wants.
+    """
+    params = [row.params for row in rows]
+    if all(wanted.temperature == 0.0 for wanted in params):
+        return None
+    fixed = [(wanted.temperature, wanted.top_k, wanted.top_p, wanted.min_p) for wanted in params]
+    draws = array("d")
+    for step in range(steps):
+        for row, numbers in zip(rows, fixed, strict=True):
+            draws.extend((*numbers, uniform(row.params.seed, row.position + step)))
+    return torch.frombuffer(draws, dtype=torch.float64).view(steps, len(rows), -1)
+
+
+def sampled_ahead(ids: Tensor, logits: Tensor) -> list[Sampled]:
+    """ids [steps, N] that were drawn, the last of them from logits [N, vocab]: the draws, step after step."""
+    *known, last = ids
+    tokens = [token for step in known for token in step.tolist()]
+    return [Sampled(token) for token in (*tokens, *_numbers(logits, last))]
+
+
+def _numbers(logits: Tensor, ids: Tensor) -> list[int | None]:
+    """ids [N] drawn from logits [N, vocab]; None where these are no numbers.
+
+    Where there is a NaN, or infinity, it is what was taken (see Backend): one look a row tells, and not 49,152.
+    """
+    taken = _values(logits, ids)
+    return [token if logit < math.inf else None for token, logit in zip(ids.tolist(), taken, strict=True)]
 
 
 def _values(logits: Tensor, ids: Tensor) -> list[float]:
@@ -120,26 +151,6 @@ def _mix(x: int) -> int:
     return x ^ (x >> 31)
 
 
-def _changes_logits(row: SampleRow) -> bool:
-    params = row.params
-    return bool(
-        params.watermark
-        or params.logit_bias
-        or params.repetition_penalty != 1.0
-        or ((params.presence_penalty or params.frequency_penalty) and row.output_ids)
-        or _forbids_stopping(row)
-        or _is_typical(params)
-    )
-
-
-def _is_typical(params: SamplingParams) -> bool:
-    return params.typical_p < 1.0 and params.temperature > 0.0
-
-
-def _forbids_stopping(row: SampleRow) -> bool:
-    return len(row.output_ids) < row.params.min_tokens and bool(row.params.stop_token_ids)
-
-
 def _adjust_(logits: Tensor, row: SampleRow) -> None:
     """Watermark, bias, penalties, min_tokens and typical_p on logits [vocab]. Ids outside it have no effect."""
     params = row.params
@@ -158,12 +169,12 @@ def _adjust_(logits: Tensor, row: SampleRow) -> None:
         output = torch.tensor([*row.output_ids], dtype=torch.int64, device=device)
         ids, counts = torch.unique(output, return_counts=True)
         logits[ids] -= params.presence_penalty + params.frequency_penalty * counts
-    if _forbids_stopping(row):
+    if params.forbids_stopping(len(row.output_ids)):
         stops = [token for token in params.stop_token_ids if 0 <= token < vocab]
         without = logits.index_fill(0, torch.tensor(stops, dtype=torch.int64, device=device), -torch.inf)
         if row.mask is None or without.max() > -torch.inf:  # a finished grammar leaves nothing but to stop
             logits.copy_(without)
-    if _is_typical(params):
+    if params.is_typical:
         _keep_typical_(logits, params)
 
 

@@ -10,6 +10,7 @@ whole, one after the other, so that half of those that come together need not wa
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as ListLike
@@ -23,6 +24,7 @@ from loraplex.server.engine.door import Running, check_fits
 from loraplex.server.engine.fair_queue import NEVER, OUTPUT_TOKEN, PROMPT_TOKEN, Client, ClientKey, FairQueue
 from loraplex.server.engine.kv_cache import KVCache
 from loraplex.server.engine.lookahead import Lookahead
+from loraplex.server.engine.multi_step import steps_in_a_row
 from loraplex.server.engine.plan import Placement, PlanEntry, SampledToken, SchedulerLimits, StepPlan
 from loraplex.server.engine.request import (
     ContextTooLong,
@@ -77,6 +79,7 @@ class Scheduler:
         self._failed: list[TokenEvent] = []  # in it
         self._budget = 0  # its tokens not given out yet
         self._copying = False  # adapters are on their way to the device
+        self._decode_seconds = math.inf  # what the last step of nothing but decode rows took
         self._full = False  # memory ran out in a step: nobody comes in until somebody has left
 
     # -- requests come and go ------------------------------------------------------------------------------------------
@@ -156,17 +159,20 @@ class Scheduler:
             self._copy(busy=False)
             self._plan_decodes()
             self._plan_prefills(now)
-        plan = StepPlan(tuple(self._plan.values()), tuple(self._failed))
+        entries = tuple(self._plan.values())
+        steps = 1 if self._copying or self.preemptions > preemptions else self._steps_ahead(entries)
+        plan = StepPlan(entries, tuple(self._failed), steps)
         self._plan, self._failed = {}, []
         return plan
 
     def commit(self, plan: StepPlan, sampled: ListLike[SampledToken]) -> list[TokenEvent]:
-        """Take in what the step computed: `sampled[i]` belongs to the plan's i-th entry that samples."""
+        """Take in what was computed: `sampled[i]` belongs to the plan's i-th entry that samples, step after step."""
         now = self._clock()
         kv, charge = self.kv, self.waiting.charge
         events: list[TokenEvent] = []
         draws = iter(sampled)
-        for entry in plan.entries:
+        steps = plan.steps_of(sampled)
+        for entry in plan.entries * steps:
             seq = entry.seq
             before = seq.num_computed
             seq.num_computed = computed = before + entry.num_tokens
@@ -183,7 +189,7 @@ class Scheduler:
                 if draw.token_id is None:
                     events.append(self._fail(seq, _not_a_number(seq)))
                     continue
-                events.append(self._take(seq, draw, draw.token_id))
+                events.append(self._take(seq, draw, draw.token_id, steps))
                 if events[-1].finish is not None:
                     self._close(seq)
                     continue
@@ -193,8 +199,10 @@ class Scheduler:
         return events
 
     def took(self, plan: StepPlan, seconds: float) -> None:
-        """Learn from how long computing `plan` took: the next budget, and what eviction costs."""
+        """Learn from how long computing a step of `plan` took: the next budget, and what eviction costs."""
         rows = sum(entry.is_decode for entry in plan.entries)
+        if rows == len(plan.entries):
+            self._decode_seconds = seconds
         self.budget.observe(plan.num_tokens - rows, rows, seconds)
         self.kv.token_seconds = self.budget.token_seconds
 
@@ -267,6 +275,19 @@ class Scheduler:
         for seq, count in chunks.items():
             if seq in self._running:
                 self._plan_running(seq, min(count, self._budget))
+
+    def _steps_ahead(self, entries: ListLike[PlanEntry]) -> int:
+        """How many steps like this one may follow one another from it on. Takes their pages, but from nobody."""
+        if not entries or not all(entry.is_decode for entry in entries):
+            return 1
+        steps = steps_in_a_row((entry.seq for entry in entries), self.limits, self._decode_seconds)
+        wanted = [(entry.seq.number, entry.seq.num_computed, entry.seq.num_computed + steps) for entry in entries]
+        if steps == 1 or not self._room(sum(self.kv.missing(*want) for want in wanted)):
+            return 1
+        for want in wanted:
+            grown = self.kv.grow(*want)
+            assert grown, "pages were free a moment ago"
+        return steps
 
     def _urgency(self, seq: Sequence, now: float) -> float:
         return NEVER if self.waiting.is_overdue(seq, now) else seq.urgency
@@ -343,7 +364,7 @@ class Scheduler:
         self.waiting.add(seq, now)
         self._lookahead.waits(seq, now)
 
-    def _take(self, seq: Sequence, draw: SampledToken, token_id: int) -> TokenEvent:
+    def _take(self, seq: Sequence, draw: SampledToken, token_id: int, handful: int) -> TokenEvent:
         """Append a drawn token."""
         seq.append(token_id)
         self.generation_tokens += 1
@@ -364,6 +385,7 @@ class Scheduler:
             prompt_logprobs=tuple(seq.prompt_scores) if first else (),
             embedding=seq.pooled if first else None,
             phases=seq.phases() if first else None,
+            handful=handful,
         )
 
     def _fail(self, seq: Sequence, error: Exception) -> TokenEvent:

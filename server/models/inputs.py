@@ -15,6 +15,9 @@ class ForwardBatch:
 
     Order (server/engine/batch.py): sequences wearing adapters first, decode rows before prefill chunks, equal mixes
     adjacent; then base-only decode rows, then base-only prefill chunks.
+
+    Where several steps of decode rows follow one another, T and B count the rows of all of them, step behind step: of
+    input_ids only the first step's are known, and block tables, adapters and logit_rows are one step's.
     """
 
     input_ids: Tensor  # [T] int64
@@ -24,3 +27,4 @@ class ForwardBatch:
     adapters: AdapterSegments | None  # None: nobody wears one
     tiles: TileTable
     logit_rows: Tensor  # [L] int64: tokens whose logits are wanted, in the order of the plan
+    steps: int = 1

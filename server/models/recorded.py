@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 from torch import Tensor
 
-from loraplex.kernels.backend import Program
+from loraplex.kernels.backend import DecodeSteps, Program
 from loraplex.kernels.metadata import NUM_SITES, AdapterSegments, AttentionMeta, KVGroup, TileTable
 from loraplex.server.models.decoder import Decoder
 from loraplex.server.models.inputs import ForwardBatch
@@ -49,6 +51,29 @@ class RecordedDecoder:
             batch.adapters,
         )
         return self._hidden[: batch.logit_rows.shape[0]]
+
+    @property
+    def follows_up(self) -> bool:
+        """Whether there is decode(): it draws from logits as the head leaves them."""
+        return self.config.final_softcap is None
+
+    def decode(
+        self, batch: ForwardBatch, draws: Tensor | None, stops: Tensor, halt: ctypes.c_int32
+    ) -> tuple[Tensor, Tensor]:
+        """Up to batch.steps steps of decode rows, each of the tokens that the one before drew (see DecodeSteps).
+
+        Returns those [steps done, L] int64 in the order of logit_rows, and the last step's logits [L, vocab] fp32.
+        """
+        return self._program.decode(
+            batch.input_ids,
+            batch.logit_rows,
+            self._decoder.rotations(batch),
+            batch.attention,
+            self._decoder.arena,
+            batch.tiles,
+            batch.adapters,
+            DecodeSteps(batch.steps, self._hidden, self._decoder.weights.head, draws, stops, halt),
+        )
 
     def logits(self, hidden: Tensor) -> Tensor:
         """As Decoder.logits."""

@@ -68,6 +68,27 @@ async def test_phases_of_requests(
     assert found["loraplex:by_adapter_queue_time_seconds_sum"]["base"] == pytest.approx(queue)
 
 
+async def test_tokens_that_come_together_share_the_time_since_the_last_ones(
+    client: httpx.AsyncClient, server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    for module in (choice, generation):
+        monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(clock, "monotonic", lambda: setattr(clock, "now", clock.now + 0.06) or clock.now)
+
+    def script(request: GenerationRequest) -> list[TokenEvent]:
+        first, *others = say(server.tokenizer, "all the answers of it", request)
+        return [first, *(replace(event, handful=3) for event in others[:3]), *others[3:]]
+
+    server.engine.script = script
+    await client.post("/v1/completions", json={"model": "base", "prompt": "hi", "max_tokens": 6})
+    found = await samples(client)
+    assert found["vllm:inter_token_latency_seconds_count"] == {"": 5}
+    assert found["vllm:inter_token_latency_seconds_sum"][""] == pytest.approx(3 * 0.06), "of three, one and one"
+    buckets = found["vllm:inter_token_latency_seconds_bucket"]
+    assert (buckets["0.01"], buckets["0.025"], buckets["0.05"], buckets["0.075"]) == (0, 3, 3, 5)
+
+
 async def test_a_request_that_had_no_token_has_no_phases(client: httpx.AsyncClient, server: FakeServer) -> None:
     server.engine.refusal = RuntimeError("a bug")
     await client.post("/v1/completions", json={"model": "base", "prompt": "hi"})

@@ -6,6 +6,7 @@ Pages a window has left behind are filled with NaN as soon as they are free: one
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from loraplex.server.engine.request import GenerationRequest, SamplingParams
 from loraplex.server.engine.scheduler import Scheduler, SchedulerLimits
 from loraplex.server.models.config import ModelConfig
 from loraplex.server.models.decoder import Decoder
+from loraplex.server.models.inputs import ForwardBatch
+from loraplex.server.models.recorded import RecordedDecoder, record
 from loraplex.server.models.weights import load_weights
 from support.scheduling import FakePlacement
 from support.tiny import load_oracle, make_tiny_model
@@ -52,10 +55,22 @@ class PoisonedPool(PagePool):
             self.arena[pages] = 0xFF
 
 
-def generate(path: Path, prompts: list[list[int]], answers: list[int], pages: int, budget: int) -> tuple[Any, ...]:
-    """Greedy answers, the scheduler, and the most KV pages in use."""
+def generate(
+    path: Path,
+    prompts: list[list[int]],
+    answers: list[int],
+    pages: int,
+    budget: int,
+    *,
+    decode_steps: int = 1,
+    params: SamplingParams | None = None,
+) -> tuple[Any, ...]:
+    """Answers, greedy unless `params` say otherwise, the scheduler, and the most KV pages in use.
+
+    On the reference backend, or with decode_steps on the C++ kernels, which may take several steps at a time.
+    """
     config = ModelConfig.from_hf(path)
-    ops = load_backend("reference", "cpu")
+    ops = load_backend("cpu" if decode_steps > 1 else "reference", "cpu")
     demand = Demand(256, 8, budget)
     plan = plan_memory(config, torch.float32, 1 << 28, 0, demand, 0)
     plan = type(plan)(**{**plan.__dict__, "num_pages": pages})
@@ -66,12 +81,14 @@ def generate(path: Path, prompts: list[list[int]], answers: list[int], pages: in
     kv = KVCache(pool, plan.groups, BLOCK_SIZE)
     layers = kv_layers(arena, config, torch.float32, plan.groups)
     decoder = Decoder(config, load_weights(path, config, ops, torch.float32), ops, layers, arena)
-    model_runner = runner.ModelRunner(decoder, kv, NoAdapters(), CPU)  # type: ignore[arg-type]
-    limits = SchedulerLimits(256, 8, budget, 1, config.vocab_size, config.rope_switch)
+    model = decoder if decode_steps == 1 else record(decoder, budget, 8 + budget)
+    model_runner = runner.ModelRunner(model, kv, NoAdapters(), CPU)  # type: ignore[arg-type]
+    limits = SchedulerLimits(256, 8, budget, 1, config.vocab_size, config.rope_switch, decode_steps=decode_steps)
     scheduler = Scheduler(kv, FakePlacement(pool), limits)
     result: dict[str, list[int]] = {}
     for index, (prompt, count) in enumerate(zip(prompts, answers, strict=True)):
-        request = GenerationRequest(str(index), tuple(prompt), SamplingParams(count, temperature=0.0))
+        sampling = replace(params or SamplingParams(count, temperature=0.0), max_tokens=count)
+        request = GenerationRequest(str(index), tuple(prompt), sampling)
         scheduler.check(request)
         scheduler.add(request)
         result[str(index)] = []
@@ -79,7 +96,10 @@ def generate(path: Path, prompts: list[list[int]], answers: list[int], pages: in
     while scheduler.num_open:
         step = scheduler.schedule()
         most = max(most, pool.used_by("kv"))
-        for event in scheduler.commit(step, model_runner.execute(step)):
+        sampled = model_runner.execute(step)
+        scheduler.took(step, 0.001)
+        assert step.steps_of(sampled) <= step.steps <= decode_steps
+        for event in scheduler.commit(step, sampled):
             assert event.token_id is not None
             result[event.request_id].append(event.token_id)
         scheduler.check_integrity()
@@ -132,6 +152,35 @@ def test_as_transformers_generates_with_too_few_pages(case: tuple[Any, ...], mon
     assert found == wanted
     assert most <= least
     assert scheduler.preemptions > 1
+
+
+def test_several_steps_at_a_time_are_as_transformers_generates(
+    case: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, path, prompts, answers, wanted = case
+    calls: list[int] = []
+    decode = RecordedDecoder.decode
+
+    def counting(model: RecordedDecoder, batch: ForwardBatch, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        drawn, logits = decode(model, batch, *rest)
+        calls.append(drawn.shape[0])
+        return drawn, logits
+
+    monkeypatch.setattr(RecordedDecoder, "decode", counting)
+    found, scheduler, _ = generate(path, prompts, answers, 300, 512, decode_steps=4)
+    assert found == wanted
+    assert scheduler.preemptions == 0
+    assert sum(calls) > 40, "most of the longest answer"
+    assert max(calls) == 4
+
+
+def test_several_steps_at_a_time_draw_as_single_ones_do(case: tuple[Any, ...]) -> None:
+    _, path, prompts, answers, _ = case
+    params = SamplingParams(1, temperature=0.9, top_k=40, top_p=0.9, seed=11)
+    single, several, most = (
+        generate(path, prompts, answers, 300, 512, decode_steps=n, params=params)[0] for n in (2, 3, 8)
+    )
+    assert single == several == most
 
 
 def test_logits_come_in_slices(case: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> None:

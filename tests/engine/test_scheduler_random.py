@@ -40,6 +40,7 @@ class Serving(RuleBasedStateMachine):
             copy_steps=st.integers(0, 3),
             ageing=st.sampled_from((0.2, 3.0, 100.0)),
             prefix_cache=st.booleans(),
+            decode_steps=st.sampled_from((1, 3, 8)),
         )
     )
     def start(self, setting: Setting) -> None:
@@ -128,7 +129,7 @@ def test_two_thousand_steps_under_load(seed: int) -> None:
     that may hold what it waits for (23 tokens of prompt and 35 generated).
     """
     rng = random.Random(seed)
-    world = SchedulerWorld(_setting(rng))
+    world = SchedulerWorld(replace(_setting(rng), decode_steps=(1, 4)[seed % 2]))
     aborts, others = 0, 0
     while world.steps < 2000:
         while len(world.open) < 25:
@@ -144,6 +145,7 @@ def test_two_thousand_steps_under_load(seed: int) -> None:
     assert world.longest_wait <= world.setting.ageing + others * longest
     assert aborts > 10
     world.finish()
+    assert (world.many > 0) == (world.setting.decode_steps > 1)
 
 
 @pytest.mark.parametrize("seed", range(10))

@@ -35,6 +35,7 @@ class Setting:
     copy_steps: int = 0
     ageing: float = 5.0
     prefix_cache: bool = True
+    decode_steps: int = 1
     clock: Clock = field(default_factory=Clock)
 
 
@@ -55,6 +56,7 @@ class SchedulerWorld:
             prefix_cache=setting.prefix_cache,
             ageing=setting.ageing,
             copy_steps=setting.copy_steps,
+            decode_steps=setting.decode_steps,
             clock=self.clock,
         )
         self.requests = Requests()
@@ -66,6 +68,7 @@ class SchedulerWorld:
         self.tokens: dict[str, list[int]] = {}
         self.ended: dict[str, FinishReason] = {}
         self.steps = 0
+        self.many = 0  # of them in which several decode steps followed one another
         self.longest_wait = 0.0  # seconds that a client with something to run went without service
         self._unserved: dict[str, float] = {}
         self._memory: dict[tuple[int, int], int] = {}  # (page, offset) -> what is stored
@@ -105,9 +108,14 @@ class SchedulerWorld:
             for event in self.scheduler.shed(plan):
                 self._note(event)
             return True
-        for entry in plan.entries:
-            self._compute(entry.seq, entry.num_tokens)
-        for event in self.scheduler.commit(plan, draws(plan)):
+        sampled = draws(plan, most=1 + self.steps % 5)  # somebody wants in, at one time or another
+        for number in range(plan.steps_of(sampled)):
+            for index, entry in enumerate(plan.entries):
+                own = [draw.token_id for draw in sampled[index :: len(plan.entries)]] if plan.steps > 1 else []
+                self._compute(entry.seq, entry.num_tokens, own[:number])
+        self.many += plan.steps_of(sampled) > 1
+        self.scheduler.took(plan, 0.001)
+        for event in self.scheduler.commit(plan, sampled):
             assert event.token_id is not None
             self.tokens[event.request_id].append(event.token_id)
             self._note(event)
@@ -149,6 +157,7 @@ class SchedulerWorld:
     def _check_plan(self, plan: StepPlan) -> None:
         limits = self.scheduler.limits
         assert plan.num_tokens <= limits.token_budget
+        assert plan.steps == 1 or all(entry.is_decode for entry in plan.entries)
         assert len({entry.seq for entry in plan.entries}) == len(plan.entries) <= limits.max_num_seqs
         for entry in plan.entries:
             seq = entry.seq
@@ -157,17 +166,22 @@ class SchedulerWorld:
             assert not entry.is_decode or entry.num_tokens == 1
             assert all(map(self.placement.is_ready, seq.versions)), "its adapters are there, to the last byte"
             for table in self.scheduler.kv.tables(seq.number):
-                assert len(table) * 4 >= seq.num_computed + entry.num_tokens, "its tokens have a page to go to"
+                stored = seq.num_computed + entry.num_tokens + plan.steps - 1
+                assert len(table) * 4 >= stored, "its tokens have a page to go to"
         waiting = {seq.request.request_id for seq in self.scheduler.waiting}
         assert not waiting & {entry.seq.request.request_id for entry in plan.entries}
 
-    def _compute(self, seq: Sequence, count: int) -> None:
-        """Store keys and values of `count` tokens, after looking at all that their queries see."""
-        start, end = seq.num_computed, seq.num_computed + count
-        is_long = self.setting.switch is not None and seq.num_tokens > self.setting.switch
+    def _compute(self, seq: Sequence, count: int, drawn: list[int]) -> None:
+        """Store keys and values of `count` tokens, after looking at all that their queries see.
+
+        drawn: in this plan's earlier steps.
+        """
+        start, end = seq.num_computed + len(drawn), seq.num_computed + len(drawn) + count
+        tokens = seq.tokens + drawn
+        is_long = self.setting.switch is not None and len(tokens) > self.setting.switch
         request = seq.request
         state = hash((request.tenant, request.cache_salt, seq.mix, is_long))
-        states = [state := hash((state, token)) for token in seq.tokens[:end]]
+        states = [state := hash((state, token)) for token in tokens[:end]]
         for group, table in zip(self.scheduler.kv.groups, self.scheduler.kv.tables(seq.number), strict=True):
             for position in range(start, end):
                 self._memory[table[position // 4], position % 4] = states[position]

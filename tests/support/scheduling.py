@@ -211,6 +211,7 @@ def make_scheduler(
     prefix_cache: bool = False,
     ageing: float = 30.0,
     copy_steps: int = 0,
+    decode_steps: int = 1,
     clock: Callable[[], float] | None = None,
 ) -> tuple[Scheduler, FakePlacement]:
     """Without a cache of prefixes unless it is asked for: the prompts of `Requests` begin alike."""
@@ -226,14 +227,28 @@ def make_scheduler(
         rope_switch=rope_switch,
         prefix_cache=prefix_cache,
         ageing=ageing,
+        decode_steps=decode_steps,
     )
     kv = KVCache(pool, groups, block_size, reclaimer)
     return Scheduler(kv, placement, limits, clock or time.monotonic), placement
 
 
-def draws(plan: StepPlan) -> list[Draw]:
-    """One token for each entry that samples: a function of the sequence's tokens so far, as greedy decoding is."""
-    return [Draw(next_token(entry.seq.tokens)) for entry in plan.entries if entry.samples]
+def draws(plan: StepPlan, most: int = 1000) -> list[Draw]:
+    """One token for each entry that samples: a function of the sequence's tokens so far, as greedy decoding is.
+
+    Where the plan allows several steps: of up to `most`, and of none after a stop token.
+    """
+    seqs = [entry.seq for entry in plan.entries if entry.samples]
+    known = [list(seq.tokens) for seq in seqs]
+    drawn: list[Draw] = []
+    for _ in range(min(plan.steps, most)):
+        tokens = [next_token(each) for each in known]
+        drawn += map(Draw, tokens)
+        if any(token in seq.request.params.stop_token_ids for token, seq in zip(tokens, seqs, strict=True)):
+            break
+        for each, token in zip(known, tokens, strict=True):
+            each.append(token)
+    return drawn
 
 
 def next_token(tokens: list[int]) -> int:
