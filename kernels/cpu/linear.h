@@ -114,15 +114,14 @@ INLINE void store_sums(const fvec (&acc)[M][V], float* sums, int64_t ld) {
 }
 
 // What is read next from memory: after every `every` k steps of whichever tile, the lines of `steps` k steps of `width` bytes,
-// `stride` bytes apart, in the order they lie in. once: nobody reads them again, so they need not push other things out of L2
-// and L3 (2% of a step of 16 rows on Zen 5) and are fetched for L1 alone.
+// `stride` bytes apart, in the order they lie in: for L2, or for L1 alone where they are used at once and never again.
 struct Fetch {
     const char* at = nullptr;
     int64_t every = INT64_MAX, steps = 0, stride = 0, width = 0;
-    bool once = false;
+    bool l1_alone = false;
     inline __attribute__((always_inline)) void next() {
         for (int64_t i = 0; i < steps; i++, at += stride)
-            for (int64_t c = 0; c < width; c += 64) once ? __builtin_prefetch(at + c, 0, 0) : __builtin_prefetch(at + c);
+            for (int64_t c = 0; c < width; c += 64) l1_alone ? __builtin_prefetch(at + c, 0, 0) : __builtin_prefetch(at + c, 0, 2);
     }
 };
 
@@ -181,11 +180,14 @@ static void add_rows(int64_t rows, float* sums, int64_t ld, const X* x, int64_t 
 // linears of SmolLM2-135M took 1.55 times the larger of both needs on Zen 5, 32 rows 1.4; in stretches they take 1.15 and 1.1.
 
 constexpr int kRowBlock = 36;  // rows whose sums rest in L1 between stretches
-constexpr int kStretch = 24;   // k steps, 6 KB: with 16 the resting sums cost more, with 32 L1 is too small
+constexpr int kStretch = 4 * kLanes;  // k steps of 256 bytes: all linears at 16 and 32 rows took 5% longer with 24 (Zen 4, 16 lanes)
 constexpr int kBatch = 2;      // k steps fetched at a time, least: with 8 three rows took 12% longer on Zen 4 with AVX2
-constexpr int kAhead = 8192;   // bytes from a weight to the one fetched meanwhile: 4096 are too few, 12288 too many
+// Bytes from a weight to the one fetched meanwhile. A tile alone uses it at once, and fetches for L1; where tiles take turns it
+// would be pushed out of L1 again, and is fetched for L2 (8 and 16 rows on Zen 4, AVX-512 BF16: 15% and 11% less, with kStretch).
+constexpr int kAhead = 8192, kAheadInL2 = 16384;
 
-// Up to kRowBlock rows against `columns` of one panel. once: as for Fetch. near: it lies in L2, since other rows have met it; where
+// Up to kRowBlock rows against `columns` of one panel. once: nobody reads it again, so that it need not push other things out of
+// L2 and L3 (2% of a step of 16 rows on Zen 5). near: it lies in L2, since other rows have met it; where
 // pairs are multiplied, sums then leave their registers once and not every stretch.
 template <class X, class T, class O>
 static void stream_rows(int64_t rows, const X* x, int64_t ldx, const T* w, int64_t step, int64_t ks, O* y, int64_t ldy, int columns, bool once, bool near) {
@@ -197,7 +199,8 @@ static void stream_rows(int64_t rows, const X* x, int64_t ldx, const T* w, int64
     int64_t stretch = whole ? ks : kStretch;  // a single tile has none to take turns with
     int64_t batch = max2<int64_t>(kBatch / turns, 1);
     for (int64_t k = 0; k < ks; k += stretch) {
-        Fetch fetch{(const char*)(w + k * step) + kAhead, batch * turns, batch, step * (int64_t)sizeof(T), padded * 4, once};
+        bool l1_alone = turns == 1 && once;
+        Fetch fetch{(const char*)(w + k * step) + (l1_alone ? kAhead : kAheadInL2), batch * turns, batch, step * (int64_t)sizeof(T), padded * 4, l1_alone};
         if (near && whole) fetch = Fetch{};
         add_rows(rows, sums, kPanel, x + k * Pack<T>::P, ldx, w + k * step, step, min2(stretch, ks - k), padded, fetch);
     }
@@ -229,26 +232,36 @@ constexpr int64_t kWidened = 512 << 10;  // bytes of x widened at a time, if tha
 INLINE int64_t widened_rows(int64_t in) { return max2<int64_t>(kWidened / 4 / in / kRowBlock, 1) * kRowBlock; }
 
 // Threads share the panels while they are bound by memory (a half of one at the end of a share cost more than the better balance
-// gave, even at 9 panels), else units of 16 columns: 64 rows of 576 -> 576 took a tenth less on Zen 4 with AVX2; and where there
-// are fewer panels than shares.
+// gave, even at 9 panels). Else they share units of 16 columns (64 rows of 576 -> 576 took a tenth less on Zen 4 with AVX2), but
+// where pairs are multiplied, whose tiles are as wide as a panel, the tiles of rows of each panel.
 template <class T, class O>
 static void linear(int64_t rows, const T* x, int64_t in, const T* packed, int64_t out, O* y, int tid, int threads) {
     static thread_local Scratch<Operand<T>> scratch;
-    constexpr int P = Pack<T>::P;
-    int64_t unit = (out + 63) / 64 >= threads && (kDots || rows <= kFloatRows) ? 64 : 16, units = (out + unit - 1) / unit;
-    int64_t first = units * tid / threads * unit, end = min2(units * (tid + 1) / threads * unit, out);
-    if (first >= end) return;
-    int64_t block = sizeof(T) == sizeof(Operand<T>) ? rows : widened_rows(in);
+    constexpr int P = Pack<T>::P, R = kTileRows<Operand<T>>;
+    bool narrow = (out + 63) / 64 < threads || (!kDots && rows > kFloatRows), by_rows = !narrow && rows > kRowBlock;
+    int64_t unit = narrow ? 16 : 64, tiles = by_rows ? (rows + R - 1) / R : 1, units = (out + unit - 1) / unit * tiles;
+    int64_t first = units * tid / threads, last = units * (tid + 1) / threads;
+    if (first >= last) return;
+    auto run = [&](int64_t n, int64_t end, const Operand<T>* xs, int64_t row, int64_t here) {  // columns from n on, to a panel's end
+        int64_t base = n / 64 * 64, width = min2<int64_t>(64, round_up(out - base, 16)), columns = min2(base + width, end) - n;
+        const T* w = packed + base * in + (n - base) * P;
+        for (int64_t m = 0; m < here; m += kRowBlock)
+            stream_rows(min2<int64_t>(kRowBlock, here - m), xs + m * in, in, w, width * P, in / P, y + (row + m) * out + n, out, (int)min2(columns, out - n), rows <= kRowBlock, m > 0 || (row > 0 && !by_rows));
+        return columns;
+    };
+    if (by_rows) {
+        for (int64_t u = first, step; u < last; u += step) {
+            int64_t row = u % tiles * R;
+            step = min2(tiles - u % tiles, last - u);
+            run(u / tiles * 64, out, (const Operand<T>*)x + row * in, row, min2(step * R, rows - row));
+        }
+        return;
+    }
+    int64_t block = sizeof(T) == sizeof(Operand<T>) ? rows : widened_rows(in), end = min2(last * unit, out);
     for (int64_t row = 0; row < rows; row += block) {
         int64_t here = min2(block, rows - row);
         const Operand<T>* xs = operands(x + row * in, here * in, scratch);
-        for (int64_t n = first, columns; n < end; n += columns) {
-            int64_t base = n / 64 * 64, width = min2<int64_t>(64, round_up(out - base, 16));
-            columns = min2(base + width, end) - n;
-            const T* w = packed + base * in + (n - base) * P;
-            for (int64_t m = 0; m < here; m += kRowBlock)
-                stream_rows(min2<int64_t>(kRowBlock, here - m), xs + m * in, in, w, width * P, in / P, y + (row + m) * out + n, out, (int)min2(columns, out - n), rows <= kRowBlock, row + m > 0);
-        }
+        for (int64_t n = first * unit; n < end;) n += run(n, end, xs, row, here);
     }
 }
 
