@@ -57,7 +57,8 @@ class Step(ctypes.Structure):
         ("arena", _Pointer),
         ("draws", _Pointer),
         ("drawn", _Pointer),
-        ("ranks", _Pointer),  # scratch of the library
+        ("ranks", _Pointer),  # scratch of the library, both
+        ("partials", _Pointer),
     ]
 
 

@@ -6,8 +6,9 @@
 //
 // Unit of work: (sequence, kv head, up to kQueries queries): all heads of the group share each page's keys and values, so a
 // sequence's KV is read once. Pages are taken up to four at a time, as spans of 64 tokens that start at multiples of 64.
-// Softmax is online over spans, ascending, in fp32, and probabilities stay fp32. A row's bits depend on its own position and
-// cache alone.
+// Softmax is online over the spans of a range of kKeyRange tokens, ascending, in fp32, and probabilities stay fp32; the ranges
+// are merged one after the other. So a few long sequences can be shared by many threads: a unit is then one range, and a second
+// phase merges. A row's bits depend on its own position and cache alone.
 #pragma once
 #include "linear.h"
 #include "records.h"
@@ -15,7 +16,7 @@
 
 namespace LORAPLEX_ISA {
 
-constexpr int kQueries = 8, kSpan = 64;
+constexpr int kSpan = 64;
 constexpr int kLines = 4;  // fetched at a time: half a page at once took 10% longer at 4096 tokens (Zen 4)
 
 struct AttentionArgs {
@@ -36,11 +37,11 @@ struct AttentionUnit {
     const T *q, *k, *v;  // q, y: of the first query and head; k, v: of the kv head in page 0
     T* y;
     const int32_t* table;
-    int64_t first_pos, begin;  // some query sees positions [begin, end())
+    int64_t first_pos, begin, end;  // some query sees positions [begin, end)
     int queries;
-    int64_t end() const { return first_pos + queries; }
+    float* partials;  // [queries * heads, partial_floats]: where a unit of one range leaves it; null: y is complete
     int64_t first_block() const { return begin / kBlock; }
-    int64_t last_block() const { return (end() + kBlock - 1) / kBlock; }
+    int64_t last_block() const { return (end + kBlock - 1) / kBlock; }
 };
 
 // Values of some tokens of a span: `steps` pairs (fp32: tokens) from token `first` of the span on.
@@ -158,7 +159,7 @@ static void copy_values(const AttentionUnit<T>& unit, int64_t token, int64_t cou
     constexpr int P = Pack<T>::P;
     memset((void*)to, 0, count * ld * sizeof(T));
     for (int64_t i = 0; i < count; i++)
-        if (token + i >= unit.begin && token + i < unit.end())
+        if (token + i >= unit.begin && token + i < unit.end)
             for (int c = 0; c < dim; c++) to[(i / P * ld + c) * P + i % P] = from[(i / P * dim + c) * P + i % P];
 }
 
@@ -170,7 +171,7 @@ static int span_values(const AttentionUnit<T>& unit, int64_t page_stride, int64_
     int count = 0;
     for (int64_t block = first; block < last; block++) {
         const T* page = unit.v + unit.table[block] * page_stride;
-        int64_t from = max2(unit.begin, block * kBlock), end = min2(unit.end(), (block + 1) * kBlock);
+        int64_t from = max2(unit.begin, block * kBlock), end = min2(unit.end, (block + 1) * kBlock);
         while (from < end) {
             int64_t token = from / P * P, n = (end - token) / P * P;  // whole pairs, if the first is whole
             bool copied = ld != dim || token != from || n == 0;
@@ -211,18 +212,33 @@ static void span_output(int64_t rows, const float* p, const Values<T>* parts, in
     });
 }
 
+// What a row has of the keys so far: sums of values [ld] by weight, the largest score, and the weights' total.
+struct RowSums {
+    float *acc, *top, *total;
+};
+// A further range's. Never inlined: both who merge must get the same bits.
+NOINLINE static void merge_row(const RowSums& into, const float* acc, float top, float total, int ld) {
+    float high = max2(*into.top, top), mine = *into.top == -INFINITY ? 0.f : std::exp(*into.top - high), other = top == -INFINITY ? 0.f : std::exp(top - high);
+    for (int c = 0; c < ld; c += kLanes) store(into.acc + c, load(into.acc + c) * mine + load(acc + c) * other);
+    *into.total = *into.total * mine + total * other;
+    *into.top = high;
+}
 template <class T>
-static void attend(const AttentionArgs& a, const AttentionUnit<T>& unit, PageFetch<T>& fetch, AttentionScratch<T>& s) {
+INLINE void finish_row(const RowSums& row, T* y, int dim) {
+    float inverse = 1.f / *row.total;
+    for (int c = 0; c < dim; c += kLanes) store_n(y + c, load(row.acc + c) * inverse, lanes_left(dim - c));
+}
+
+// The rows' sums over positions [begin, end) of one range.
+template <class T>
+static void attend_range(const AttentionArgs& a, const AttentionUnit<T>& unit, int64_t begin, int64_t end, const Operand<T>* q, float* acc, float* top, float* total, PageFetch<T>& fetch, AttentionScratch<T>& s) {
     int heads = a.heads / a.kv_heads, rows = unit.queries * heads, dim = a.dim, ld = (int)round_up(dim, 16);
-    int64_t stride = (int64_t)a.heads * dim;
-    Operand<T>* q = s.q.get((int64_t)rows * dim + kLanes);
-    float *acc = s.acc.get((int64_t)rows * ld), *top = s.max.get(rows), *total = s.sum.get(rows), *scores = s.scores.get(rows * kSpan);
+    float* scores = s.scores.get(rows * kSpan);
     T* copies = s.edges.get((int64_t)kSpan * ld + 4 * ld);
-    for (int i = 0; i < unit.queries; i++) to_operands(unit.q + i * stride, (int64_t)heads * dim, q + (int64_t)i * heads * dim);
     memset(acc, 0, sizeof(float) * rows * ld);
     for (int r = 0; r < rows; r++) top[r] = -INFINITY, total[r] = 0.f;
-    for (int64_t origin = unit.begin / kSpan * kSpan; origin < unit.end(); origin += kSpan) {
-        int64_t first = max2(unit.begin, origin) / kBlock, last = min2(unit.last_block(), (origin + kSpan) / kBlock);
+    for (int64_t origin = begin / kSpan * kSpan; origin < end; origin += kSpan) {
+        int64_t first = max2(begin, origin) / kBlock, last = min2((end + kBlock - 1) / kBlock, (origin + kSpan) / kBlock);
         int from = (int)(first * kBlock - origin), to = (int)(last * kBlock - origin);
         const T* keys[kSpan / kBlock];
         Values<T> parts[10];
@@ -235,46 +251,114 @@ static void attend(const AttentionArgs& a, const AttentionUnit<T>& unit, PageFet
         span_output(rows, scores, parts, count, acc, ld, fetch);
         fetch.lines(fetch.due);
     }
+}
+
+template <class T>
+static void attend(const AttentionArgs& a, const AttentionUnit<T>& unit, PageFetch<T>& fetch, AttentionScratch<T>& s) {
+    int heads = a.heads / a.kv_heads, rows = unit.queries * heads, dim = a.dim, ld = (int)round_up(dim, 16);
+    int64_t stride = (int64_t)a.heads * dim, size = (int64_t)rows * ld;
+    Operand<T>* q = s.q.get((int64_t)rows * dim + kLanes);
+    float *acc = s.acc.get(2 * size), *top = s.max.get(2 * rows), *total = s.sum.get(2 * rows);  // so far, and of the next range
+    for (int i = 0; i < unit.queries; i++) to_operands(unit.q + i * stride, (int64_t)heads * dim, q + (int64_t)i * heads * dim);
+    for (int64_t begin = unit.begin, end; begin < unit.end; begin = end) {
+        end = min2((begin / kKeyRange + 1) * kKeyRange, unit.end);
+        int next = begin > unit.begin;
+        attend_range(a, unit, begin, end, q, acc + next * size, top + next * rows, total + next * rows, fetch, s);
+        for (int r = 0; next && r < rows; r++) merge_row({acc + (int64_t)r * ld, top + r, total + r}, acc + size + (int64_t)r * ld, top[rows + r], total[rows + r], ld);
+    }
     for (int r = 0; r < rows; r++) {
-        T* y = unit.y + r / heads * stride + (int64_t)(r % heads) * dim;
-        float inverse = 1.f / total[r];
-        for (int c = 0; c < dim; c += kLanes) store_n(y + c, load(acc + (int64_t)r * ld + c) * inverse, lanes_left(dim - c));
+        float* from = acc + (int64_t)r * ld;
+        if (!unit.partials) {
+            finish_row({from, top + r, total + r}, unit.y + r / heads * stride + (int64_t)(r % heads) * dim, dim);
+            continue;
+        }
+        float* to = unit.partials + r * partial_floats(dim);
+        memcpy(to, from, sizeof(float) * ld);
+        to[ld] = top[r], to[ld + 1] = total[r];
     }
 }
+
+// Up to kQueries queries of a sequence: what they see, in how many units by ranges, and where those leave their rows.
+struct Chunk {
+    int64_t token, first_pos, begin;  // token: of the step; begin: the first position that one of them sees
+    int seq, queries;
+    int64_t ranges;
+    float* partials;  // [ranges, kv_heads, queries * heads of a kv head, partial_floats]; null: ranges is 1
+};
+template <class F>
+INLINE void each_chunk(const AttentionArgs& a, const Step& step, F run) {
+    float* partials = step.partials;
+    for (int s = 0; s < step.seqs; s++) {
+        int64_t token = step.query_ptr[s], n = step.query_ptr[s + 1] - token, start = step.kv_lens[s] - n;
+        for (int64_t i = 0; i < n; i += kQueries) {
+            int64_t pos = start + i;
+            Chunk chunk{token + i, pos, a.window > 0 ? max2<int64_t>(pos - a.window + 1, 0) : 0, s, (int)min2<int64_t>(kQueries, n - i), 1, nullptr};
+            if (partials && n <= kQueries) {
+                chunk.ranges = (pos + n - 1) / kKeyRange - chunk.begin / kKeyRange + 1;
+                if (chunk.ranges > 1) chunk.partials = partials, partials += chunk.ranges * n * a.heads * partial_floats(a.dim);
+            }
+            run(chunk);
+        }
+    }
+}
+INLINE AttentionArgs attention_args(const Op& op) { return {op.i0, op.i1, op.i2, op.i4, op.i3, op.f0, op.f1, op.page}; }
 
 // x: q [tokens, heads, dim]; w, aux: k and v of the layer; page: elements from page to page; i0 heads, i1 kv heads, i2 dim,
 // i3 window (0: none), i4 KV group; f0 scale, f1 softcap (0: none).
 template <class T>
 static void attention(const Op& op, const Step& step, int tid, int threads) {
     static thread_local AttentionScratch<T> scratch;
-    AttentionArgs a{op.i0, op.i1, op.i2, op.i4, op.i3, op.f0, op.f1, op.page};
+    AttentionArgs a = attention_args(op);
     int heads = a.heads / a.kv_heads;
-    int64_t width = (int64_t)a.heads * a.dim, total = 0, count = 0, mine = 0;
+    int64_t total = 0, count = 0, mine = 0;
     AttentionUnit<T>* units = nullptr;
     for (int pass = 0; pass < 2; pass++) {  // pass 0 counts the work, pass 1 takes this thread's share of it
         int64_t first = total * tid / threads, last = total * (tid + 1) / threads, at = 0;
         if (pass) units = scratch.units.get(count);
-        for (int s = 0; s < step.seqs; s++) {
-            int64_t begin = step.query_ptr[s], n = step.query_ptr[s + 1] - begin, start = step.kv_lens[s] - n;
-            const int32_t* table = step.block_table[a.group] + s * step.max_blocks[a.group];
-            for (int64_t i = 0; i < n; i += kQueries) {
-                int queries = (int)min2<int64_t>(kQueries, n - i);
-                int64_t pos = start + i, from = a.window > 0 ? max2<int64_t>(pos - a.window + 1, 0) : 0;
-                int64_t cost = ((pos + queries - from) / kBlock + 1) * (queries * heads + 8);
+        each_chunk(a, step, [&](const Chunk& chunk) {
+            const int32_t* table = step.block_table[a.group] + chunk.seq * step.max_blocks[a.group];
+            int64_t rows = chunk.queries * heads, end = chunk.first_pos + chunk.queries;
+            for (int64_t r = 0, from = chunk.begin, to; r < chunk.ranges; r++, from = to) {
+                to = r + 1 < chunk.ranges ? (from / kKeyRange + 1) * kKeyRange : end;
+                int64_t cost = ((to - from) / kBlock + 1) * (rows + 8);
                 for (int h = 0; h < a.kv_heads; h++, at += cost, count++) {
                     if (!pass || at + cost / 2 < first || at + cost / 2 >= last) continue;
-                    int64_t row = (begin + i) * width + (int64_t)h * heads * a.dim, plane = (int64_t)h * kBlock * a.dim;
+                    int64_t row = (chunk.token * a.heads + h * heads) * a.dim, plane = (int64_t)h * kBlock * a.dim;
+                    float* partials = chunk.partials ? chunk.partials + (r * a.kv_heads + h) * rows * partial_floats(a.dim) : nullptr;
                     units[mine++] = {(const T*)op.x + row, (const T*)op.w + plane, (const T*)op.aux + plane, (T*)op.y + row, table,
-                                     pos, from, queries};
+                                     chunk.first_pos, from, to, chunk.queries, partials};
                 }
             }
-        }
+        });
         if (!pass) total = at;
     }
     if (!mine) return;
     PageFetch<T> fetch{units, units + mine, units->first_block(), a.page_stride, a.dim, false, 2 * kSpan * 2 * a.dim * (int64_t)sizeof(T) / 64};
     fetch.lines(fetch.due);
     for (int64_t i = 0; i < mine; i++) attend(a, units[i], fetch, scratch);
+}
+
+// The second phase: rows whose ranges were units of their own. Threads share them.
+template <class T>
+static void merge_partials(const Op& op, const Step& step, int tid, int threads) {
+    AttentionArgs a = attention_args(op);
+    int heads = a.heads / a.kv_heads, ld = (int)round_up(a.dim, 16);
+    int64_t stride = partial_floats(a.dim), at = 0;
+    each_chunk(a, step, [&](const Chunk& chunk) {
+        if (!chunk.partials) return;
+        int64_t rows = (int64_t)chunk.queries * heads;
+        for (int h = 0; h < a.kv_heads; h++)
+            for (int64_t r = 0; r < rows; r++, at++) {
+                if (at % threads != tid) continue;
+                float* row = chunk.partials + (h * rows + r) * stride;
+                RowSums sums{row, row + ld, row + ld + 1};
+                for (int64_t range = 1; range < chunk.ranges; range++) {
+                    const float* next = row + range * a.kv_heads * rows * stride;
+                    merge_row(sums, next, next[ld], next[ld + 1], ld);
+                }
+                finish_row(sums, (T*)op.y + ((chunk.token + r / heads) * a.heads + h * heads + r % heads) * a.dim, a.dim);
+            }
+    });
 }
 
 }  // namespace LORAPLEX_ISA

@@ -22,7 +22,7 @@ static void dispatch(const Op& op, const Step& step, int phase, int tid, int thr
             if (phase) sgmv<T>(op, step, tid, threads);
             return;
         case kRope: return rope_store<T>(op, step, rows, tid, threads);
-        case kAttention: return attention<T>(op, step, tid, threads);
+        case kAttention: return phase ? merge_partials<T>(op, step, tid, threads) : attention<T>(op, step, tid, threads);
         case kActMul: return act_mul<T>(op, rows, tid, threads);
         case kGather: return gather<T>(op, step, rows, tid, threads);
         case kSample: return sample(op, step, rows, tid, threads);

@@ -94,11 +94,34 @@ static float* rank_scratch(const Step& step) {
     return scratch.get();
 }
 
+// Room for what attention leaves of each range of keys, for `most` steps; null where threads have enough to share without, or no
+// sequence is that long. Results are the same bits either way.
+static float* partial_scratch(const Step& step, const Op* ops, int count, int threads, int most) {
+    static thread_local std::unique_ptr<float[]> scratch;
+    static thread_local int64_t size = 0;
+    const Op* op = std::find_if(ops, ops + count, [](const Op& each) { return each.code == kAttention; });
+    if (op == ops + count) return nullptr;
+    int64_t units = 0, rows = 0;
+    bool longer = false;
+    for (int s = 0; s < step.seqs; s++) {
+        int64_t n = step.query_ptr[s + 1] - step.query_ptr[s], ranges = (step.kv_lens[s] + most - 1) / kKeyRange + 1;
+        units += (n + kQueries - 1) / kQueries * op->i1;
+        if (n <= kQueries) rows += ranges * n * op->i0, longer |= ranges > 1;
+    }
+    if (!longer || units >= 4 * threads) return nullptr;
+    int64_t wanted = rows * partial_floats(op->i2);
+    if (wanted > size) {
+        size = wanted * 2;
+        scratch.reset(new float[size]);
+    }
+    return scratch.get();
+}
+
 static void run_ops(Run run, const Op* ops, int count, const Step& step, int dtype, int chunks, Phase* phases) {
     for (int i = 0; i < count; i++) {
-        bool adapter = ops[i].code == kAdapter;
+        bool adapter = ops[i].code == kAdapter, two = adapter || (ops[i].code == kAttention && step.partials);
         if (adapter && !step.segments) continue;
-        for (int phase = adapter && !step.decode_segments; phase < 1 + adapter; phase++)
+        for (int phase = adapter && !step.decode_segments; phase < 1 + two; phase++)
             phases[i * 2 + phase].work(chunks, [&](int chunk) { run(ops[i], step, dtype, phase, chunk, chunks); });
     }
 }
@@ -140,8 +163,9 @@ int loraplex_layout() { return (int)((kCodes * 1000 + sizeof(Op)) * 10000 + size
 int loraplex_run(int isa, const Op* ops, int count, const Step* given, int dtype, int threads, const Steps* steps) {
     Run run = kIsas[isa].run;
     Step own = *given, *step = &own;
-    own.ranks = rank_scratch(own);
     int most = steps ? steps->most : 1, each = count * 2 + 1, done = 1;
+    own.ranks = rank_scratch(own);
+    own.partials = threads > 1 ? partial_scratch(own, ops, count, threads, most) : nullptr;
     std::unique_ptr<Phase[]> phases(new Phase[each * most]);
     std::unique_ptr<bool[]> goes_on(new bool[most]);  // by step: a thread that was held up may be steps behind
 #pragma omp parallel num_threads(threads) if (threads > 1)

@@ -3,6 +3,8 @@
 #include <cstdint>
 
 constexpr int kMaxGroups = 8, kMaxRopes = 4, kSites = 6, kDraw = 5;
+constexpr int kQueries = 8, kKeyRange = 512;  // of a unit of attention
+constexpr int64_t partial_floats(int64_t dim) { return (dim + 15) / 16 * 16 + 2; }  // a row's sums, largest score, total weight
 
 // One step: the same address for every step of a recorded program; only the contents change.
 struct Step {
@@ -27,6 +29,7 @@ struct Step {
     const double* draws;       // [logit_rows, kDraw]: struct Draw of sampling.h; null takes the largest
     int64_t* drawn;            // [logit_rows]
     float* ranks;              // [decode rows * tiles a row, 16]: scratch of the shrink, loraplex_run's own
+    float* partials;           // scratch of attention where key ranges are shared by threads (attention.h), loraplex_run's own
 };
 
 // Decode steps that follow one another: what each draws is what the next computes. Of a Step's arrays ids, store_index, kv_lens,

@@ -147,6 +147,16 @@ def test_a_long_prefill_chunk_is_attended_in_blocks(backend: Backend, window: in
     _check(backend, torch.float32, _params(3, 1, 64, window=window), [(300, 310), (1, 65), (129, 129)])
 
 
+LONG = [(1, 512), (1, 513), (1, 1100), (3, 1026)]
+"""Around the ranges of 512 keys that the CPU's threads share."""
+
+
+@pytest.mark.parametrize("window", [None, 600])
+def test_long_sequences(backend: Backend, dtype: torch.dtype, window: int | None) -> None:
+    for lens in ([LONG[2]], LONG[:2], LONG):
+        _check(backend, dtype, _params(6, 2, 64, window=window), lens)
+
+
 def test_a_row_does_not_depend_on_its_neighbours(backend: Backend, dtype: torch.dtype) -> None:
     params = _params(4, 2, 64)
     case = _case(backend, dtype, params, MIXED)

@@ -43,15 +43,15 @@ def teams(isa: str) -> list[CpuBackend]:
 @pytest.mark.parametrize("hidden", HIDDEN)
 def test_linear(isa: str, dtype: torch.dtype, hidden: int) -> None:
     generator = torch.Generator().manual_seed(hidden)
-    x = torch.randn(37, hidden, generator=generator).to(dtype)
-    w = torch.randn(136, hidden, generator=generator).to(dtype)  # two panels and half a vector
+    x = torch.randn(80, hidden, generator=generator).to(dtype)
+    w = torch.randn(328, hidden, generator=generator).to(dtype)  # five panels and half a vector
     single, *others = teams(isa)
     packed = single.pack_linear(w)
     alone = torch.cat([single.linear(row, packed) for row in x.split(1)])
     logits = torch.cat([single.logits(row, packed) for row in x.split(1)])
     assert len({tuple(row) for row in alone.tolist()}) == len(x)
     for ops in (single, *others):
-        for rows in (1, 2, 3, 5, 6, 7, 8, 16, 31, 32, 37):
+        for rows in (1, 2, 3, 5, 6, 7, 8, 16, 31, 32, 37, 80):
             assert torch.equal(ops.linear(x[:rows], packed), alone[:rows]), f"{rows} rows, {ops.threads} threads"
         assert torch.equal(ops.logits(x, packed), logits)
 
@@ -223,3 +223,24 @@ def test_attention(isa: str, dtype: torch.dtype, heads: int, kv_heads: int, head
         uneven = [(90, 100), (3, 4), (99, 100), (0, 40)]
         for (first, last), found in zip(uneven, cache.attend(ops, uneven), strict=True):
             assert torch.equal(found, alone[first:last])
+
+
+@pytest.mark.parametrize("window", [None, 700])
+def test_attention_whose_ranges_of_keys_are_shared(isa: str, dtype: torch.dtype, window: int | None) -> None:
+    """A few long rows are cut at every 512 keys where threads are short of work; on one thread, or among many, not."""
+    length = 1300
+    cache = _Cache(AttentionParams(3, 1, 64, 0.125, window, None), length, dtype)
+    single, *others = teams(isa)
+    places = (0, 511, 512, 513, 700, 1023, 1024, 1211, 1212, 1299)
+    alone = [cache.attend(single, [(at, at + 1)])[0] for at in places]
+    for ops in others:
+        for at, expected in zip(places, alone, strict=True):
+            assert torch.equal(cache.attend(ops, [(at, at + 1)])[0], expected), f"{at}, {ops.threads} threads"
+        for found, expected in zip(cache.attend(ops, [(at, at + 1) for at in places[2:]]), alone[2:], strict=True):
+            assert torch.equal(found, expected)
+        few = [(1290, 1297), (1020, 1028), (600, 601)]  # of the same chunks as a prompt's, whole or in parts
+        for (first, last), found in zip(few, cache.attend(ops, few), strict=True):
+            assert torch.equal(found, torch.cat([cache.attend(single, [(at, at + 1)])[0] for at in range(first, last)]))
+        prompt = cache.attend(ops, [(0, length)])[0]
+        for at, expected in zip(places, alone, strict=True):
+            assert torch.equal(prompt[at : at + 1], expected)

@@ -13,7 +13,7 @@
 
 extern "C" int loraplex_isa(const char* name);
 static const char* isa;  // what is checked
-extern "C" void loraplex_run(int isa, const Op* ops, int count, const Step* step, int dtype, int threads);
+extern "C" int loraplex_run(int isa, const Op* ops, int count, const Step* step, int dtype, int threads, const Steps* steps);
 
 struct bf16 {
     uint16_t bits;
@@ -56,11 +56,11 @@ template <class T> void near(const char* what, double got, double want, double t
     if (!(std::fabs(got - want) <= bound) && faults++ < 10) printf("%s: %.9g, expected %.9g within %.3g\n", what, got, want, bound);
 }
 template <class T> void run(Op op, const Step& step = {}) {
-    for (int threads : {1, 2}) loraplex_run(loraplex_isa(isa), &op, 1, &step, kDtype<T>, threads);
+    for (int threads : {1, 2}) loraplex_run(loraplex_isa(isa), &op, 1, &step, kDtype<T>, threads, nullptr);
 }
 // In-place ops run once.
 template <class T> void run_once(Op op, const Step& step, int threads) {
-    loraplex_run(loraplex_isa(isa), &op, 1, &step, kDtype<T>, threads);
+    loraplex_run(loraplex_isa(isa), &op, 1, &step, kDtype<T>, threads, nullptr);
 }
 
 template <class T> void linear(int rows, int in, int out) {
