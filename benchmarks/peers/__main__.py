@@ -118,7 +118,7 @@ def prepare(makers: Mapping[str, Callable[[], Peer]]) -> tuple[list[Peer], dict[
 
 
 def measure(load: Load, mine: Running, peers: Sequence[Peer], rounds: int, deadline: float = float("inf")) -> Row:
-    """All that can run `load`, warmed up, in turns; who does not start is left out.
+    """All that can run `load`, warmed up, in turns; a peer that does not start, or fails, is left out.
 
     One round at least; no further one is begun after `deadline`, of time.monotonic().
     """
@@ -129,10 +129,11 @@ def measure(load: Load, mine: Running, peers: Sequence[Peer], rounds: int, deadl
                 continue
             try:
                 running[peer.name] = stack.enter_context(peer.start(load))
-            except Skipped as reason:
+                running[peer.name].warm(load)
+            except (Skipped, RuntimeError) as reason:
                 print(f"{load.name}: {peer.name} is left out: {reason}", flush=True)
-        for program in running.values():
-            program.warm(load)
+                running.pop(peer.name, None)
+        mine.warm(load)
         found: dict[str, list[Figures]] = {name: [] for name in running}
         names = list(running)
         for seed in range(rounds):

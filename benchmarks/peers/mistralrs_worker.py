@@ -3,7 +3,7 @@
     python mistralrs_worker.py '{"model": DIR, "adapters": ["adapter", ...], "streams": n, "template": FILE}'
 
 It says "ready", and then answers every line {"requests": [{"prompt": text, "adapter": 0 or null}], "tokens": n,
-"streams": n} with {"seconds": s, "replies": [{"sent": t, "arrivals": [t], "tokens": n}]}.
+"streams": n} with {"seconds": s, "replies": [{"sent": t, "arrivals": [t], "tokens": n} or {"error": text}]}.
 """
 
 from __future__ import annotations
@@ -69,7 +69,10 @@ def closed_loop(engine: Any, asked: dict[str, Any]) -> dict[str, Any]:
                 number, request = queue.pop()
             except IndexError:
                 return
-            replies[number] = answer(engine, request, asked["tokens"])
+            try:
+                replies[number] = answer(engine, request, asked["tokens"])
+            except Exception as error:  # whatever the library raises
+                replies[number] = {"error": f"{type(error).__name__}: {error}"}
 
     threads = [threading.Thread(target=stream) for _ in range(asked["streams"])]
     start = time.perf_counter()

@@ -90,6 +90,8 @@ class Piped:
             for n, prompt in enumerate(load.prompts(seed))
         ]
         answer = self.worker.ask({"requests": requests, "tokens": tokens, "streams": load.streams})
+        if errors := [reply["error"] for reply in answer["replies"] if "error" in reply]:
+            raise RuntimeError(f"{self.worker.name} failed {len(errors)} of {len(requests)} requests: {errors[0]}")
         replies = [
             Reply("", reply["sent"], arrivals=reply["arrivals"], tokens=reply["tokens"]) for reply in answer["replies"]
         ]
