@@ -124,6 +124,7 @@ def measure(load: Load, mine: Running, peers: Sequence[Peer], rounds: int, deadl
     """
     with ExitStack() as stack:
         running = {OURS: mine}
+        mine.warm(load)
         for peer in peers:
             if load.name not in peer.loads:
                 continue
@@ -133,7 +134,6 @@ def measure(load: Load, mine: Running, peers: Sequence[Peer], rounds: int, deadl
             except (Skipped, RuntimeError) as reason:
                 print(f"{load.name}: {peer.name} is left out: {reason}", flush=True)
                 running.pop(peer.name, None)
-        mine.warm(load)
         found: dict[str, list[Figures]] = {name: [] for name in running}
         names = list(running)
         for seed in range(rounds):

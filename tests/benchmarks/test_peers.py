@@ -281,13 +281,23 @@ def test_all_are_warm_first_and_who_begins_turns() -> None:
         raise Skipped("no")
         yield
 
+    class Broken(Recorded):
+        def warm(self, load: Load) -> None:
+            raise RuntimeError("it failed 1 of 16 requests")
+
+    @contextmanager
+    def breaks(load: Load) -> Iterator[Recorded]:
+        yield Broken("d", 2.0, said)
+        said.append("stopped d")
+
     peers = [
         Peer("a", {}, works, [load.name]),
         Peer("b", {}, fails, [load.name]),
         Peer("c", {}, works, [LOADS[1].name]),
+        Peer("d", {}, breaks, [load.name]),
     ]
     row = command.measure(load, Recorded("us", 6.0, said), peers, 2)
-    assert said == ["warm us", "warm a", "us0", "a0", "a1", "us1", "stopped a"]
+    assert said == ["warm us", "warm a", "us0", "a0", "a1", "us1", "stopped d", "stopped a"]
     assert list(row.rounds) == ["loraplex", "a"]
     assert row.ratio("a", speed) == 3.0
 
