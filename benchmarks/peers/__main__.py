@@ -141,8 +141,16 @@ def measure(load: Load, mine: Running, peers: Sequence[Peer], rounds: int, deadl
                 break
             turn = seed % len(names)
             for name in names[turn:] + names[:turn]:
-                found[name].append(running[name].measure(load, seed))
+                try:
+                    found[name].append(running[name].measure(load, seed))
+                except RuntimeError as reason:
+                    if name == OURS:
+                        raise
+                    print(f"{load.name}: {name} is left out: {reason}", flush=True)
+                    del found[name]
+                    continue
                 print(f"{load.name}, round {seed + 1}: {name} {_said(found[name][-1])}", flush=True)
+            names = list(found)
     return Row(load.name, found)
 
 

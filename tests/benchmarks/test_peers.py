@@ -285,6 +285,15 @@ def test_all_are_warm_first_and_who_begins_turns() -> None:
         def warm(self, load: Load) -> None:
             raise RuntimeError("it failed 1 of 16 requests")
 
+    class Failing(Recorded):
+        def measure(self, load: Load, seed: int) -> Figures:
+            raise RuntimeError("it failed 1 of 16 requests")
+
+    @contextmanager
+    def falls(load: Load) -> Iterator[Recorded]:
+        yield Failing("e", 2.0, said)
+        said.append("stopped e")
+
     @contextmanager
     def breaks(load: Load) -> Iterator[Recorded]:
         yield Broken("d", 2.0, said)
@@ -295,9 +304,10 @@ def test_all_are_warm_first_and_who_begins_turns() -> None:
         Peer("b", {}, fails, [load.name]),
         Peer("c", {}, works, [LOADS[1].name]),
         Peer("d", {}, breaks, [load.name]),
+        Peer("e", {}, falls, [load.name]),
     ]
     row = command.measure(load, Recorded("us", 6.0, said), peers, 2)
-    assert said == ["warm us", "warm a", "us0", "a0", "a1", "us1", "stopped d", "stopped a"]
+    assert said == ["warm us", "warm a", "warm e", "us0", "a0", "a1", "us1", "stopped e", "stopped d", "stopped a"]
     assert list(row.rounds) == ["loraplex", "a"]
     assert row.ratio("a", speed) == 3.0
 
