@@ -237,7 +237,8 @@ def _read_config(folder: Path) -> tuple[bytes, tuple[int, ...]]:
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise AdapterRefused(
-            "missing_file", f"there is no {CONFIG_FILE}; is this the folder PEFT's save_pretrained wrote?"
+            "missing_file",
+            f"there is no {CONFIG_FILE}; is this the folder PEFT's save_pretrained wrote?{_where_adapters_are(folder)}",
         )
     try:
         with path.open("rb") as file:
@@ -248,6 +249,19 @@ def _read_config(folder: Path) -> tuple[bytes, tuple[int, ...]]:
     if len(data) > MAX_CONFIG_BYTES:
         raise AdapterRefused("too_large", f"{CONFIG_FILE} has more than {MAX_CONFIG_BYTES} bytes")
     return data, stamp
+
+
+def _where_adapters_are(folder: Path) -> str:
+    """Below the folder of a training run: its checkpoints, the latest first, and adapters saved by name."""
+    try:
+        found = [path.parent.name for path in folder.glob(f"*/{CONFIG_FILE}")]
+    except OSError:
+        return ""
+    if not found:
+        return ""
+    numbered = sorted(found, key=lambda name: (-int("".join(filter(str.isdecimal, name)) or -1), name))
+    shown = ", ".join(numbered[:4]) + (f" and {len(found) - 4} more" if len(found) > 4 else "")
+    return f" There are adapters in its folders {shown}: give one of them, as in {folder.name}/{numbered[0]}"
 
 
 def _open_weights(folder: Path) -> FileIO:

@@ -33,7 +33,11 @@ _LAYERS = (
     "model.layers.",
     "model.language_model.layers.",  # the text part of a multimodal model
     "language_model.model.layers.",  # the same, as older transformers named it
+    "language_model.layers.",  # and these two as AutoModel has them, without a head (task FEATURE_EXTRACTION)
+    "layers.",
 )
+_COMPILED = "_orig_mod."
+"""What torch.compile() puts into the names of what it has wrapped; nothing else is called so."""
 _LEAF = re.compile(  # after the layer's number; a name of the adapter may stand behind lora_A
     r"(?P<module>.+?)\.(?:(?P<factor>lora_[AB])(?:\.[^.]+)?\.(?P<kind>weight|bias)|(?:base_layer\.)?bias)"
 )
@@ -123,16 +127,16 @@ def _match_names(names: Iterable[str], layout: BaseLayout) -> tuple[str, dict[st
     Returns how the file names the path to the layers ("model.layers."), and all modules of the base by their path
     under it, in order, each with the tensors the file has for it.
     """
-    names = sorted(names)
-    prefix = next((p for p in _LAYERS if any(name.startswith(_PREFIX + p) for name in names)), _LAYERS[0])
+    plain = {name: name.replace(_COMPILED, "") for name in sorted(names)}
+    prefix = next((p for p in _LAYERS if any(name.startswith(_PREFIX + p) for name in plain.values())), _LAYERS[0])
     modules = {
         module.path: module
         for layer in range(layout.num_layers)
         for projection in layout.projections
         for module in [_Module(layer, projection, f"{prefix}{layer}.{projection.name}")]
     }
-    for name in names:
-        leaf = _LEAF.fullmatch(name.removeprefix(_PREFIX)) if name.startswith(_PREFIX) else None
+    for name, known in plain.items():
+        leaf = _LEAF.fullmatch(known.removeprefix(_PREFIX)) if known.startswith(_PREFIX) else None
         module = modules.get(leaf["module"]) if leaf is not None else None
         if leaf is None or module is None:
             raise _unmatched(name, prefix, layout)
@@ -151,8 +155,9 @@ def _unmatched(name: str, prefix: str, layout: BaseLayout) -> AdapterRefused:
     for part, owner in _ODD_NAMES.items():
         if part in name:
             return AdapterRefused("unsupported_option", f"{name} belongs to {owner}, which is not supported")
-    layer = re.match(r"([0-9]{1,9})\.", name.removeprefix(_PREFIX + prefix))
-    if not name.startswith(_PREFIX + prefix) or layer is None:
+    plain = name.replace(_COMPILED, "")
+    layer = re.match(r"([0-9]{1,9})\.", plain.removeprefix(_PREFIX + prefix))
+    if not plain.startswith(_PREFIX + prefix) or layer is None:
         expected = " or ".join(f"{_PREFIX}{p}N." for p in _LAYERS)
         why = f"expected names that begin with {expected} (one of them in all of the file)"
     elif int(layer[1]) >= layout.num_layers:

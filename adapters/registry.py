@@ -13,7 +13,7 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from types import TracebackType
 
@@ -100,8 +100,10 @@ class Registry:
     may use the registry; `uses(version.digest)` says whether another version still needs the same bytes.
     """
 
-    def __init__(self, on_drained: Callable[[AdapterVersion], None] | None = None) -> None:
+    def __init__(self, on_drained: Callable[[AdapterVersion], None] | None = None, taken: Iterable[str] = ()) -> None:
+        """taken: names that no adapter may have, as they are the base's."""
         self.on_drained = on_drained
+        self._taken = frozenset(taken)
         self.refusals = Refusals()
         self._lock = threading.Lock()
         self._current: dict[str, AdapterVersion] = {}
@@ -127,7 +129,7 @@ class Registry:
         `digest` is None for files not read yet. Raises InvalidAdapterName, and AdapterExists when the name is taken and
         `replace` is false.
         """
-        check_name(name)
+        self.check_name(name)
         with self._lock:
             old = self._current.get(name)
             if old is not None and not replace:
@@ -139,6 +141,12 @@ class Registry:
             drained = self._point(version)
         self._notify(drained)
         return version
+
+    def check_name(self, name: str) -> None:
+        """Raise InvalidAdapterName unless an adapter may be called `name` here: the base's names are its own."""
+        check_name(name)
+        if name in self._taken:
+            raise InvalidAdapterName(f"the adapter name {name!r} is the base's own; choose another")
 
     def identify(self, version: AdapterVersion, digest: str) -> bool:
         """Settle what `version` stands for, unless that is settled. Returns whether it stands for `digest` now."""
@@ -225,7 +233,7 @@ class Registry:
 
     def mark_refused(self, name: str, error: AdapterRefused) -> None:
         """Remember why `name` cannot be served. A version that the name already points at goes on being served."""
-        check_name(name)
+        self.check_name(name)
         with self._lock:
             self._refused[name] = error
 

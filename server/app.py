@@ -23,6 +23,7 @@ from loraplex.server.api import (
     ui,
 )
 from loraplex.server.api.auth import KeyMiddleware
+from loraplex.server.api.head import HeadMiddleware
 from loraplex.server.api.observe import ObserveMiddleware
 from loraplex.server.api.parts import Parts
 from loraplex.server.version import version
@@ -33,6 +34,7 @@ def create_app(parts: Parts) -> FastAPI:
     app = FastAPI(title="loraplex", version=version(), docs_url=None, redoc_url=None)
     errors.install(app)
     openapi.install(app)
+    app.add_middleware(HeadMiddleware)
     if parts.access is not None:
         app.add_middleware(KeyMiddleware, access=parts.access)
         parts.metrics.add(parts.access.collector())

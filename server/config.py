@@ -33,6 +33,8 @@ class HttpConfig:
     port: int = 8000  # 0: any free one
     grace_seconds: float = 30.0  # that answers in flight get to end once the server is told to stop
     state_dir: Path | None = None  # where it is kept what was loaded over the API; None: nowhere
+    keep_alive: float = 620.0  # seconds that an idle connection stays open
+    sse_keep_alive: float = 15.0  # see Parts
 
 
 @dataclass(frozen=True)

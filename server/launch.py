@@ -85,7 +85,7 @@ def _build(config: ServeConfig, folder: Path) -> EngineParts:
     from loraplex.server.models.weights import WeightsError
 
     try:
-        parts = build_engine(config.engine, folder, config.base_names[0])
+        parts = build_engine(config.engine, folder, *config.base_names)
     except (UnsupportedModel, WeightsError, BackendUnavailable, NotEnoughMemory, OSError) as error:
         raise StartError(error) from error
     limit = parts.model_config.max_position
@@ -100,7 +100,7 @@ async def _serve(
     follower = await _load_adapters(config, parts)
     more = open_extras(config, parts)
     app, drain = make_app(config, parts, tokenizer, more), more.drain
-    server = make_server(app, lambda port: ready(config, parts, tokenizer, port))
+    server = make_server(app, lambda port: ready(config, parts, tokenizer, port), config.http.keep_alive)
     shutdown = Shutdown(
         drain, config.http.grace_seconds, parts.engine.stop, lambda code: end_process_after(EXIT_SECONDS, code)
     )
@@ -257,5 +257,6 @@ def make_app(config: ServeConfig, parts: EngineParts, tokenizer: Tokenizer, extr
             access=open_access(config.auth),
             local_sources=local_sources if config.auth.keys_file is not None else None,
             cors_origins=config.auth.cors_origins,
+            sse_keep_alive=config.http.sse_keep_alive,
         )
     )

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
+from loraplex.server.config import HttpConfig
 from loraplex.server.drain import TOLD_SECONDS
 from loraplex.server.startup import StartError
 
@@ -60,7 +61,9 @@ class ListeningServer(Protocol):
         ...
 
 
-def make_server(app: FastAPI, on_listening: Callable[[int], None]) -> ListeningServer:
+def make_server(
+    app: FastAPI, on_listening: Callable[[int], None], keep_alive: float = HttpConfig.keep_alive
+) -> ListeningServer:
     """A server for `serve(sockets=[bind(...)])`; `on_listening(port)` is called once it answers."""
     import uvicorn
 
@@ -86,7 +89,9 @@ def make_server(app: FastAPI, on_listening: Callable[[int], None]) -> ListeningS
             access_log=False,
             server_header=False,
             lifespan="off",
-            timeout_keep_alive=75,  # longer than clients keep theirs, or they send into a closing connection
+            timeout_keep_alive=math.ceil(
+                keep_alive
+            ),  # longer than clients keep theirs, or they send into a closing one
             timeout_graceful_shutdown=math.ceil(TOLD_SECONDS),  # by then all answers are written, if not all read
         )
     )

@@ -25,6 +25,7 @@ from loraplex.server.option_groups import option_type
 
 size = option_type(parse_size)
 REQUEST = RequestLimits()
+HTTP = HttpConfig()
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,17 @@ class ListenOptions:
 
     host: Annotated[str, Option(metavar="H", help="Address.")] = "127.0.0.1"
     port: Annotated[int, Option(metavar="P", min=0, max=65535, help="Port; 0 takes any free one.")] = 8000
+    keep_alive: Annotated[
+        float,
+        Option(
+            metavar="S",
+            min=1,
+            help="Seconds that an idle connection stays open: longer than whoever stands before it keeps its own.",
+        ),
+    ] = HTTP.keep_alive
+    sse_keep_alive: Annotated[
+        float, Option(metavar="S", min=0, help="Seconds of silence in a stream before a comment is sent; 0: none is.")
+    ] = HTTP.sse_keep_alive
 
 
 @dataclass(frozen=True)
@@ -260,5 +272,10 @@ class ServeOptions:
 
     def http(self) -> HttpConfig:
         return HttpConfig(
-            self.listen.host, self.listen.port, grace_seconds=self.run.grace_seconds, state_dir=self.run.state_dir
+            self.listen.host,
+            self.listen.port,
+            grace_seconds=self.run.grace_seconds,
+            state_dir=self.run.state_dir,
+            keep_alive=self.listen.keep_alive,
+            sse_keep_alive=self.listen.sse_keep_alive,
         )

@@ -64,7 +64,7 @@ TORCH_FREE = frozenset(
         f"server.engine.{name}"
         for name in ("plan", "fair_queue", "running", "admission", "lookahead", "door", "chunks", "budget")
     ]
-    + [f"server.engine.{name}" for name in ("engine", "streams", "stats", "prefix_cache", "grammar", "schema_bounds")]
+    + [f"server.engine.{name}" for name in ("engine", "streams", "stats", "prefix_cache", "grammar", "schema_ends")]
     + ["server.engine.chat_template"]
     + [f"server.{name}" for name in ("tenants", "keys_file", "access", "rate_limits")]
     + [f"server.{name}" for name in ("drain", "exchange", "logs", "state", "tracing", "usage")]

@@ -9,6 +9,7 @@ from pydantic_core import ErrorDetails
 from starlette.requests import ClientDisconnect, Request
 
 from loraplex.server.api.chat_schemas import ChatRequest
+from loraplex.server.api.encodings import BodyDecoder, too_large
 from loraplex.server.api.errors import ApiError, ClientGone, InvalidField
 from loraplex.server.api.fields import check_unknown
 from loraplex.server.api.limits import check_limits
@@ -66,25 +67,22 @@ def _message_extras(extras: dict[str, Any], where: str) -> list[str]:
 
 
 async def read_bytes(request: Request, limits: RequestLimits) -> bytes:
-    """The body. Raises ApiError (413), ClientGone."""
+    """The body, decoded. Raises ApiError (413, 415, and 400 where it is not in its Content-Encoding), ClientGone."""
     limit = limits.max_body_bytes
+    decoder = BodyDecoder(request.headers.get("content-encoding", ""), limit)
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared) > limit:
-        raise _too_large(f"{declared} bytes", limit)
+        raise too_large(f"{declared} bytes", limit)
     chunks = bytearray()
     try:
         async for chunk in request.stream():
-            chunks += chunk
+            chunks += decoder.feed(chunk)
             if len(chunks) > limit:
-                raise _too_large(f"more than {limit} bytes", limit)
+                raise too_large(f"more than {limit} bytes", limit)
     except ClientDisconnect:
         raise ClientGone from None
+    decoder.end()
     return bytes(chunks)
-
-
-def _too_large(found: str, limit: int) -> ApiError:
-    message = f"the body has {found}, at most {limit} are taken here (--max-body); send it in several requests"
-    return ApiError(413, message, code="request_too_large")
 
 
 def _explain(error: ErrorDetails) -> ApiError:

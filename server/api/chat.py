@@ -107,7 +107,7 @@ class _Answer:
 class _ChatRendering:
     def __init__(self, parts: Parts, record: ChatRequest, generation: Generation, conversation: Conversation) -> None:
         self._tokenizer = parts.tokenizer
-        self._model = record.model
+        self._model = record.model or parts.base.names[0]
         self._wants_logprobs = bool(record.logprobs)
         self._generation = generation
         self._conversation = conversation

@@ -59,6 +59,7 @@ class Message(Incoming):
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[str | None, BeforeValidator(read_content, json_schema_input_type=ContentInput)] = None
+    refusal: str | None = None  # an earlier answer's, in the place of its content
     name: str | None = None
     reasoning_content: str | None = None
     tool_calls: list[PastCall] | None = None

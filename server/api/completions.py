@@ -80,7 +80,7 @@ def _prompt_source(tokenizer: Tokenizer, record: CompletionRequest) -> PromptSou
 class _CompletionRendering:
     def __init__(self, parts: Parts, record: CompletionRequest, generation: Generation) -> None:
         self._tokenizer = parts.tokenizer
-        self._model = record.model
+        self._model = record.model or parts.base.names[0]
         self._n = record.n or 1
         self._best_of = record.best_of or self._n
         self._wants_logprobs = record.logprobs is not None

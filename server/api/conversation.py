@@ -13,7 +13,7 @@ from loraplex.server.api.errors import InvalidField
 from loraplex.server.api.limits import check_schema
 from loraplex.server.api.message_parser import MessageParser, WholeMessage
 from loraplex.server.api.schemas import kind_of
-from loraplex.server.api.tool_formats import GENERIC, ToolFormat, describe_tools, find_format
+from loraplex.server.api.tool_formats import GENERIC, ToolFormat, describe_tools, find_format, fit_strict
 from loraplex.server.config import RequestLimits
 from loraplex.server.engine.chat_template import RESERVED, ChatTemplateError
 from loraplex.server.engine.grammar import GrammarSpec, Thought
@@ -104,8 +104,12 @@ class Conversation:
         template_values: Mapping[str, Any],
         add_generation_prompt: bool = True,
         param: str = "messages",
+        instructed: bool = False,
     ) -> None:
-        """`param` is the field the messages came in. Raises InvalidField."""
+        """`param` is the field the messages came in; instructed: a system message is none of the caller's own.
+
+        Raises InvalidField.
+        """
         if taken := RESERVED.intersection(template_values):
             message = f"chat_template_kwargs: {min(taken)!r} is set by the request's own fields"
             raise InvalidField("chat_template_kwargs", message)
@@ -118,6 +122,7 @@ class Conversation:
         self._template_values = dict(template_values)
         self._add_generation_prompt = add_generation_prompt
         self._messages = [_template_message(message, f"{param}[{i}]") for i, message in enumerate(messages)]
+        self._is_rewritten = instructed or bool(toolbox.tools) or any(message.role == "tool" for message in messages)
         self.size = sum(len(message.content or "") for message in messages)
 
     @property
@@ -135,16 +140,22 @@ class Conversation:
         messages: list[dict[str, Any]] = self._messages
         if self._format is GENERIC:
             messages = describe_tools(messages, tools)
+        native = tools if tools and self._format.native else None
         try:
-            text = self._tokenizer.render_chat(
-                messages,
-                self._add_generation_prompt,
-                self._template_values,
-                tools=tools if tools and self._format.native else None,
-            )
+            text = self._render(messages, native)
         except ChatTemplateError as error:
-            raise InvalidField(self.param, f"{self.param}: {error}") from error
+            # what it refuses (a system message, two user turns in a row) may be of our making
+            try:
+                text = self._render(fit_strict(messages), native) if self._is_rewritten else ""
+            except ChatTemplateError:
+                text = ""
+            if not text:
+                raise InvalidField(self.param, f"{self.param}: {error}") from error
         return Prompt(self._tokenizer.encode(text, add_special_tokens=False), self._thought(text))
+
+    def _render(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> str:
+        """Raises ChatTemplateError."""
+        return self._tokenizer.render_chat(messages, self._add_generation_prompt, self._template_values, tools=tools)
 
     def grammar(self, structured: tuple[str, GrammarSpec] | None) -> tuple[str, GrammarSpec] | None:
         """What the answer is held to and the field that asked: the form in `structured`, or calls, or either.
@@ -195,11 +206,12 @@ def _template_message(message: Message, where: str) -> dict[str, Any]:
     if message.tool_call_id is not None and message.role != "tool":
         found = f"{where}.tool_call_id: only messages of role 'tool' have one, this is {message.role!r}"
         raise InvalidField(f"{where}.tool_call_id", found)
-    if message.content is None and not calls:
+    content = message.content if message.content is not None else message.refusal
+    if content is None and not calls:
         raise InvalidField(f"{where}.content", f"{where}.content: this field is required", "missing_required_parameter")
-    result = message.model_dump(
-        include={"role", "content", "name", "reasoning_content", "tool_call_id"}, exclude_none=True
-    )
+    result = message.model_dump(include={"role", "name", "reasoning_content", "tool_call_id"}, exclude_none=True)
+    if content is not None:
+        result["content"] = content
     if calls:
         result["tool_calls"] = [
             {
@@ -213,9 +225,11 @@ def _template_message(message: Message, where: str) -> dict[str, Any]:
 
 
 def _arguments(text: str) -> Any:
-    """Parsed, or as they are where an earlier answer was no JSON."""
+    """Parsed, "null" as no arguments, or as they are where an earlier answer was no JSON."""
     try:
         value = json.loads(text or "{}")
     except ValueError:
         return text
+    if value is None:
+        return {}
     return value if isinstance(value, dict) else text

@@ -84,6 +84,35 @@ UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "echo": ((False,), "only completions have it"),
     "tools": ((), "only chats have them"),
     "tool_choice": (("none", "auto"), "only chats have it"),
+    # what LoRAX, TGI, SGLang, llama.cpp and transformers call what has another name here
+    "max_new_tokens": ((), "use max_tokens"),
+    "max_length": ((), "use max_tokens"),
+    "n_predict": ((-1,), "use max_tokens"),
+    "num_predict": ((-1,), "use max_tokens"),
+    "min_new_tokens": ((0,), "use min_tokens"),
+    "min_length": ((0,), "use min_tokens"),
+    "num_return_sequences": ((1,), "use n"),
+    "stop_sequences": ((), "use stop"),
+    "eos_token_id": ((), "use stop_token_ids"),
+    "ignore_eos_token": ((False,), "use ignore_eos"),
+    "no_stop_trim": ((False,), "use include_stop_str_in_output"),
+    "repeat_penalty": ((1,), "use repetition_penalty"),
+    "sampling_seed": ((), "use seed"),
+    "inputs": ((), "use prompt"),
+    "parameters": ((), "its fields stand beside the others here"),
+    "sampling_params": ((), "its fields stand beside the others here"),
+    "options": ((), "its fields stand beside the others here"),
+    "extra_body": ((), "its fields stand beside the others here"),
+    "format": ((), _STRUCTURED),
+    "return_full_text": ((False,), "use echo of completions"),
+    "apply_chat_template": ((), "use /v1/chat/completions"),
+    "decoder_input_details": ((False,), "completions give them with echo and logprobs"),
+    "return_logprob": ((False,), "use logprobs"),
+    "top_logprobs_num": ((0,), "use logprobs"),
+    "top_n_tokens": ((0,), "use logprobs"),
+    "n_probs": ((0,), "use logprobs"),
+    "return_k_alternatives": ((0,), "use logprobs"),
+    "details": ((False,), "use logprobs"),
     "lora": ((), _ADAPTER),
     "lora_name": ((), _ADAPTER),
     "lora_request": ((), _ADAPTER),
@@ -93,11 +122,13 @@ MAX_NAMED = 32
 """Ignored fields named in the header; and characters of each: a header has to stay small and clean."""
 
 
-def check_unknown(unknown: Mapping[str, Any]) -> list[str]:
+def check_unknown(
+    unknown: Mapping[str, Any], table: Mapping[str, tuple[tuple[Any, ...], str]] = UNSUPPORTED
+) -> list[str]:
     """Names of the fields in `unknown` that are ignored. Raises UnsupportedField for the first that may not be."""
     ignored = []
     for name, value in unknown.items():
-        neutral, reason = UNSUPPORTED.get(name, (None, ""))
+        neutral, reason = table.get(name, (None, ""))
         if neutral is None:
             ignored.append(name)
         elif not _asks_for_nothing(value, neutral):
@@ -115,4 +146,6 @@ def ignored_header(names: Iterable[str]) -> dict[str, str]:
 
 
 def _asks_for_nothing(value: Any, neutral: tuple[Any, ...]) -> bool:
-    return value is None or value in ("", [], {}) or value in neutral
+    if value is None or value in ("", [], {}):
+        return True
+    return any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in neutral)  # 0 is False

@@ -74,6 +74,11 @@ class Generation:
         self.submitted = self._arrival  # time.monotonic(); then: adapters leased, prompts read, all queued
 
     @property
+    def keep_alive(self) -> float:
+        """Seconds of silence in a stream after which it says that it is alive."""
+        return self._parts.sse_keep_alive
+
+    @property
     def num_choices(self) -> int:
         """Prompts times choices of each; known with the first delta."""
         return len(self._choices)
@@ -175,7 +180,7 @@ class Generation:
         """Only now: what is no name that is served may be anything, also a prompt, and is not logged."""
         exchange = current_exchange()
         if exchange is not None:
-            exchange.model = self._record.model
+            exchange.model = self._record.model or self._parts.base.names[0]
 
     async def _end(self) -> None:
         """Close all choices and tell of them."""
@@ -248,6 +253,7 @@ class Generation:
             include_stop=bool(record.include_stop_str_in_output),
             min_tokens=request.params.min_tokens,
             skip_special_tokens=record.skip_special_tokens is not False and not wanted.show_special,
+            stop_tokens=self._parts.tokenizer.special_ids(record.stop),
         )
         try:
             submitted = time.monotonic()  # before, or the engine's thread may have begun earlier

@@ -26,9 +26,10 @@ from loraplex.server.api.choice import Prompt, Wanted
 from loraplex.server.api.conversation import Conversation, read_toolbox
 from loraplex.server.api.embeddings import collect_vectors
 from loraplex.server.api.errors import ClientGone, InvalidField, to_api_error
-from loraplex.server.api.fields import check_unknown, ignored_header
+from loraplex.server.api.fields import UNSUPPORTED, check_unknown, ignored_header
 from loraplex.server.api.generation import Generation, PromptSource
 from loraplex.server.api.lorax_schemas import (
+    OTHER_NAMES,
     LoraxAnswer,
     LoraxEmbedding,
     LoraxEmbedRequest,
@@ -40,15 +41,33 @@ from loraplex.server.api.lorax_schemas import (
 from loraplex.server.api.lorax_writer import Sequence, Style, dump, whole_answer
 from loraplex.server.api.openapi import LORAX, READ, LoraxErrorAnswer, answers, failures
 from loraplex.server.api.parts import Parts
-from loraplex.server.api.schemas import GenerationFields
+from loraplex.server.api.schemas import GenerationFields, SharedFields
 from loraplex.server.api.sse import SseResponse, answer_or_disconnect
-from loraplex.server.api.structured import read_format
+from loraplex.server.api.structured import read_structured
 from loraplex.server.version import version
 
 logger = logging.getLogger(__name__)
 
 _ADAPTER_FIELDS = ("adapter_id", "adapter_source", "merged_adapters", "api_token")
 _SAME_FIELDS = ("frequency_penalty", "presence_penalty")
+
+_OTHERS = UNSUPPORTED | {
+    "model": ((), "name an adapter in adapter_id"),
+    "adapters": ((), "use adapter_id, or merged_adapters"),
+    "lora_path": ((), "use adapter_id"),
+    "n": ((1,), "use best_of"),
+    "logprobs": ((False, 0), "use details"),
+    "top_logprobs": ((0,), "use return_k_alternatives"),
+    "top_n_tokens": ((0,), "use return_k_alternatives"),
+    "echo": ((False,), "use return_full_text"),
+    "messages": ((), "use /v1/chat/completions"),
+    "prompt": ((), "use inputs"),
+    "stream": ((False,), "it stands beside parameters"),
+}
+"""Fields of other dialects that `parameters` does not have."""
+
+_BESIDE = _OTHERS | dict.fromkeys({*LoraxParameters.model_fields, *OTHER_NAMES}, ((False,), "it stands in parameters"))
+"""The same beside `parameters`, whose own are no fields there."""
 
 _told = partial(answers, errors=LORAX, error_shape=LoraxErrorAnswer)
 
@@ -125,7 +144,7 @@ async def answer(parts: Parts, request: Request, body: bytes, *, as_list: bool, 
         work = _Work(parts, record, start, bool(record.stream) if streams is None else streams)
         work.generation.client_id = request.headers.get("x-request-id")
         if work.stream:
-            return SseResponse(work.events(), work.headers, done=False)
+            return SseResponse(work.events(), work.headers, done=False, keep_alive=parts.sse_keep_alive)
         text = await answer_or_disconnect(request, work.whole())
     except ClientGone:
         raise
@@ -184,12 +203,11 @@ class _Work:
             prefill=bool(params.decoder_input_details),
             details=bool(params.details or params.decoder_input_details),
         )
-        spec = read_format(params.response_format, "response_format", parts.limits) if params.response_format else None
         wanted = Wanted(
             max_tokens=params.max_new_tokens,
             num_choices=params.best_of or 1,
             logprobs=(k or 0) if scored else None,
-            grammar=("response_format", spec) if spec is not None else None,
+            grammar=read_structured(params, parts.limits),
             whole_tokens=True,
             echo=self._style.prefill,
             watermark=bool(params.watermark),
@@ -280,7 +298,11 @@ def _check(params: LoraxParameters, stream: bool) -> None:
 def _fields(parts: Parts, params: LoraxParameters, seed: int | None, sampled: bool) -> GenerationFields:
     """LoRAX has no checkpoint's defaults: what is not given is neutral. Raises InvalidField."""
     worn = {name: getattr(params, name) for name in _ADAPTER_FIELDS}
-    same = {name: getattr(params, name) for name in _SAME_FIELDS}
+    same = {name: getattr(params, name) for name in (*_SAME_FIELDS, *SharedFields.model_fields)}
+    if same["include_stop_str_in_output"] is None:
+        same["include_stop_str_in_output"] = True  # as LoRAX does
+    if same["min_p"] is None:
+        same["min_p"] = 0.0
     return GenerationFields(
         model=parts.base.names[0],
         **worn,
@@ -288,12 +310,10 @@ def _fields(parts: Parts, params: LoraxParameters, seed: int | None, sampled: bo
         temperature=(1.0 if params.temperature is None else params.temperature) if sampled else 0.0,
         top_p=params.top_p or 1.0,
         top_k=params.top_k or 0,
-        min_p=0.0,
         typical_p=params.typical_p,
         repetition_penalty=params.repetition_penalty or 1.0,
         seed=seed,
         stop=tuple(params.stop or ()),
-        include_stop_str_in_output=True,  # as LoRAX does
         ignore_eos=bool(params.ignore_eos_token),
     )
 
@@ -327,8 +347,8 @@ def _static_headers(parts: Parts, record: LoraxRequest, params: LoraxParameters)
     if any(worn):
         headers["x-adapter-id"] = _printable(",".join(worn))
         headers["x-adapter-source"] = params.adapter_source or "hub"
-    names = [*(record.model_extra or {}), *(f"parameters.{name}" for name in params.model_extra or {})]
-    check_unknown(params.model_extra or {})
+    names = check_unknown(record.model_extra or {}, _BESIDE)
+    names += [f"parameters.{name}" for name in check_unknown(params.model_extra or {}, _OTHERS)]
     return headers | ignored_header(names)
 
 

@@ -4,15 +4,38 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from loraplex.server.api.schemas import MAX_LOGPROBS, Incoming, MergedAdapters, Token, Wire
+from loraplex.server.api.schemas import MAX_LOGPROBS, Incoming, MergedAdapters, SharedFields, Token, Wire
 
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
-class LoraxParameters(Incoming):
+OTHER_NAMES = {
+    "max_tokens": "max_new_tokens",
+    "max_completion_tokens": "max_new_tokens",
+    "stop_sequences": "stop",
+    "ignore_eos": "ignore_eos_token",
+}
+"""What OpenAI, TGI and vLLM call fields of LoRAX's own."""
+
+
+class LoraxParameters(SharedFields):
     """`parameters`; null is the same as leaving a field out."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rename(cls, given: Any) -> Any:
+        """Fields by other dialects' names, unless LoRAX's own says something else."""
+        if not isinstance(given, dict):
+            return given
+        for other, own in OTHER_NAMES.items():
+            if given.get(other) is None:
+                continue
+            if given.get(own) is not None and given[own] != given[other]:
+                raise ValueError(f"{other} and {own} say different things; give one of them")
+            given = {**{name: value for name, value in given.items() if name != other}, own: given[other]}
+        return given
 
     adapter_id: str | None = None
     adapter_source: Literal["hub", "local", "s3", "pbase"] | None = None
@@ -38,7 +61,6 @@ class LoraxParameters(Incoming):
     return_k_alternatives: Annotated[int, Field(ge=1, le=MAX_LOGPROBS)] | None = None
     apply_chat_template: bool | None = None
     seed: Annotated[int, Field(ge=0, lt=2**64)] | None = None
-    response_format: dict[str, Any] | None = None
 
 
 class LoraxRequest(Incoming):

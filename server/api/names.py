@@ -1,6 +1,6 @@
 """What a request wears: every way to name an adapter, or several with weights, to leases. The one lookup there is.
 
-    model            "sql", "base:sql", "sql@3fa9c1" (a version still known), "sql*0.7+pirate*0.3"
+    model            "" (the base), "sql", "base:sql", "sql@3fa9c1" (a version still known), "sql*0.7+pirate*0.3"
     adapters         [{"name": "sql", "weight": 0.7}, {"name": "pirate", "weight": 0.3}]
     adapter_id       LoRAX's, with an adapter_source an adapter not known here is loaded on first use
     merged_adapters  LoRAX's: linear is the same as `adapters`, the other strategies make an adapter of their own
@@ -133,10 +133,15 @@ def _same(wish: Wish) -> object:
 
 def _read_text(base: Base, param: str, text: str, origin: str | None) -> tuple[Term, ...]:
     """A name, "base:name", "name@version" or a mix of them; () for the base."""
-    if origin is not None and text not in base.names and not any(text.startswith(f"{name}:") for name in base.names):
+    if (
+        origin is not None
+        and text
+        and text not in base.names
+        and not any(text.startswith(f"{name}:") for name in base.names)
+    ):
         return (Term(param, text, origin=origin),)  # a path may hold anything
     rest = strip_base(base, text)
-    if rest is None:
+    if rest is None or not text:
         return ()
     if "*" not in rest and "+" not in rest:
         return (Term(param, rest),)

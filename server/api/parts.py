@@ -141,3 +141,4 @@ class Parts:
     open_answers: OpenAnswers = field(default_factory=OpenAnswers)
     drain: Drain = field(default_factory=Drain)
     tracing: Tracing | None = None  # None: no traces
+    sse_keep_alive: float = 15.0  # seconds of silence in a stream after which it says that it is alive; 0: never

@@ -90,7 +90,7 @@ async def respond(
     generation.client_id = request.headers.get("x-request-id")
     if record.stream:
         chunks = _chunks(generation, rendering, record.stream_options or StreamOptions(), direct_body(request.scope))
-        return SseResponse(chunks, headers)
+        return SseResponse(chunks, headers, keep_alive=generation.keep_alive)
     whole = await answer_or_disconnect(request, collect(generation, rendering))
     return Response(whole.model_dump_json(), media_type="application/json", headers=headers)
 

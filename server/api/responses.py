@@ -63,7 +63,7 @@ def make_router(parts: Parts) -> APIRouter:
         if record.background:
             return JSONResponse(work.in_background(), headers=headers)
         if record.stream:
-            return SseResponse(work.stream(), headers, done=False, named=True)
+            return SseResponse(work.stream(), headers, done=False, named=True, keep_alive=parts.sse_keep_alive)
         await answer_or_disconnect(request, work.run())
         return Response(work.response.model_dump_json(), media_type="application/json", headers=headers)
 
@@ -139,6 +139,7 @@ class _Work:
             toolbox,
             template_values=template_values(parts.tokenizer, record.reasoning.effort if record.reasoning else None),
             param="input",
+            instructed=bool(instructions),
         )
         wants_logprobs = LOGPROBS in (record.include or ()) or record.top_logprobs is not None
         wanted = Wanted(

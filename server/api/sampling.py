@@ -47,12 +47,17 @@ class SamplingSpec:
             raise InvalidField("stream_options", "stream_options: only possible with stream: true")
         if bound and record.ignore_eos:
             raise InvalidField("ignore_eos", "ignore_eos: a structured answer has an end of its own")
-        temperature = _first(record.temperature, defaults.temperature, 1.0)
+        temperature, top_p = (
+            _first(record.temperature, defaults.temperature, 1.0),
+            _first(record.top_p, defaults.top_p, 1.0),
+        )
+        if top_p == 0.0:  # the likeliest token alone
+            temperature, top_p = 0.0, 1.0
         return cls(
             base=SamplingParams(
                 max_tokens=0,
                 temperature=temperature if temperature >= GREEDY_BELOW else 0.0,
-                top_p=_first(record.top_p, defaults.top_p, 1.0),
+                top_p=top_p,
                 top_k=min(max(0, _first(record.top_k, defaults.top_k, 0)), vocab_size),
                 min_p=_first(record.min_p, defaults.min_p, 0.0),
                 typical_p=_first(record.typical_p, None, 1.0),

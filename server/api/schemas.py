@@ -134,7 +134,7 @@ class MergedAdapters(Incoming):
 class AdapterFields(Incoming):
     """Every way to name what a request wears; api/names.py reads them."""
 
-    model: Annotated[str, Field(min_length=1)]
+    model: str  # "": the base
     adapters: Annotated[list[WeightedAdapter], Field(max_length=MAX_TERMS)] | None = None
     adapter_id: str | None = None  # LoRAX's; "": the base
     adapter_source: Literal["hub", "local", "s3", "pbase"] | None = None  # of an adapter_id that is not known here
@@ -143,26 +143,14 @@ class AdapterFields(Incoming):
     lora_path: str | None = None  # SGLang's: a name
 
 
-class GenerationFields(AdapterFields):
-    """What completions and chat completions share."""
+class SharedFields(Incoming):
+    """Fields of vLLM's, SGLang's and our own that every dialect has under the same name."""
 
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None
-    n: Annotated[int, Field(ge=1)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None  # -1 and 0: off
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    typical_p: Annotated[float, Field(gt=0, le=1)] | None = None  # LoRAX's and TGI's; before the other three
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
-    stop: Annotated[tuple[str, ...], BeforeValidator(_read_stop, json_schema_input_type=StopInput)] = ()
     stop_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MAX_STOP_TOKENS)] | None = None
     include_stop_str_in_output: bool | None = None
-    ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     response_format: dict[str, Any] | None = None  # this and the next: see api/structured.py
     guided_json: Any = None
@@ -171,16 +159,33 @@ class GenerationFields(AdapterFields):
     guided_grammar: str | None = None
     guided_whitespace_pattern: str | None = None
     structured_outputs: dict[str, Any] | None = None
-    grammar: str | None = None
+    grammar: str | dict[str, Any] | None = None  # SGLang's and llama.cpp's text; TGI's type and value
     regex: str | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None  # vLLM's: lower goes first
     timeout: Annotated[float, Field(gt=0, le=86_400)] | None = None  # seconds the whole answer may take
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None  # vLLM's: who may share a prefix
     rid: Annotated[str, Field(min_length=1, max_length=256)] | None = None  # SGLang's: an id to abort it by
     user: str | None = None
     metadata: dict[str, Any] | None = None
+
+
+class GenerationFields(AdapterFields, SharedFields):
+    """What completions and chat completions share."""
+
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    n: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None  # 0: greedy
+    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None  # -1 and 0: off
+    typical_p: Annotated[float, Field(gt=0, le=1)] | None = None  # LoRAX's and TGI's; before the other three
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    stop: Annotated[tuple[str, ...], BeforeValidator(_read_stop, json_schema_input_type=StopInput)] = ()
+    ignore_eos: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
 
 
 class CompletionRequest(GenerationFields):

@@ -211,7 +211,7 @@ async def _answer(parts: Parts, request: Request, record: SglangRequest) -> Resp
     headers = ignored_header(_ignored(record))
     is_batch = isinstance(record.lora_path, list) or len(work) > 1 or (work[0].n > 1)
     if record.stream:
-        return SseResponse(_events(work, is_batch), headers)
+        return SseResponse(_events(work, is_batch), headers, keep_alive=parts.sse_keep_alive)
     answers = await answer_or_disconnect(request, _collect(work))
     return JSONResponse(answers if is_batch else answers[0], headers=headers)
 

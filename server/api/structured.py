@@ -1,8 +1,8 @@
 """Structured output: the many fields that ask for it, to one GrammarSpec.
 
-response_format     OpenAI's text, json_object, json_schema; of our own: regex, grammar
+response_format     OpenAI's text, json_object, json_schema; TGI's json; of our own: regex, grammar
 guided_*            vLLM's older fields                 structured_outputs   vLLM's newer one
-grammar, regex      SGLang's and llama.cpp's
+grammar, regex      SGLang's and llama.cpp's; TGI's grammar is an object with type and value
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from typing import Any
 
 from loraplex.server.api.errors import InvalidField
 from loraplex.server.api.limits import check_schema, check_text
-from loraplex.server.api.schemas import GenerationFields, kind_of
+from loraplex.server.api.schemas import SharedFields, kind_of
 from loraplex.server.config import RequestLimits
 from loraplex.server.engine.grammar import GrammarSpec
+from loraplex.server.engine.schema_ends import close_objects, open_objects
 
 MAX_OPTIONS = 1024
 """Of a choice."""
@@ -25,7 +26,7 @@ ANY_OBJECT = '{"type":"object"}'
 _KNOWN_OUTPUTS = ("json", "json_object", "regex", "choice", "grammar")
 
 
-def read_structured(record: GenerationFields, limits: RequestLimits) -> tuple[str, GrammarSpec] | None:
+def read_structured(record: SharedFields, limits: RequestLimits) -> tuple[str, GrammarSpec] | None:
     """The one thing asked for and the field that asked; None for free text. Raises InvalidField."""
     found = list(_asked(record))
     for where, spec in found:
@@ -57,14 +58,19 @@ def _read_format(value: dict[str, Any], where: str) -> GrammarSpec | None:
             given = value.get("schema")
             return GrammarSpec("json_schema", ANY_OBJECT) if given is None else _schema(given, f"{where}.schema")
         case "json_schema":
-            holder, path = (value["json_schema"], f"{where}.json_schema") if "json_schema" in value else (value, where)
+            inner = next((key for key in ("json_schema", "value") if key in value), None)  # the latter is TGI's
+            holder, path = (value, where) if inner is None else (value[inner], f"{where}.{inner}")
             if not isinstance(holder, dict):
                 raise InvalidField(path, f"{path}: expected an object, found {kind_of(holder)}")
             if "schema" not in holder:
                 raise InvalidField(f"{path}.schema", f"{path}.schema: this field is required")
-            return _schema(holder["schema"], f"{path}.schema", lenient=holder.get("strict") is False)
+            strict = holder.get("strict")
+            return _schema(holder["schema"], f"{path}.schema", lenient=strict is False, strict=strict is True)
+        case "json":  # TGI's
+            return _schema(value.get("value"), f"{where}.value")
         case "regex":
-            return _text("regex", value.get("regex", value.get("pattern")), f"{where}.regex")
+            key = next((key for key in ("pattern", "value") if key in value), "regex")
+            return _text("regex", value.get(key), f"{where}.{key}")
         case "grammar":
             return _text("lark", value.get("grammar"), f"{where}.grammar")
         case other:
@@ -72,7 +78,7 @@ def _read_format(value: dict[str, Any], where: str) -> GrammarSpec | None:
             raise InvalidField(f"{where}.type", f"{where}.type: expected {expected}, found {str(other)[:40]!r}")
 
 
-def _asked(record: GenerationFields) -> Iterator[tuple[str, GrammarSpec]]:
+def _asked(record: SharedFields) -> Iterator[tuple[str, GrammarSpec]]:
     if record.response_format and (spec := _read_format(record.response_format, "response_format")):
         yield "response_format", spec
     if record.guided_json is not None:
@@ -83,11 +89,13 @@ def _asked(record: GenerationFields) -> Iterator[tuple[str, GrammarSpec]]:
         ("guided_regex", "regex", record.guided_regex),
         ("regex", "regex", record.regex),
         ("guided_grammar", "lark", record.guided_grammar),
-        ("grammar", "lark", record.grammar),
+        ("grammar", "lark", record.grammar if isinstance(record.grammar, str) else None),
     )
     for name, kind, text in texts:
         if text:
             yield name, _text(kind, text, name)
+    if isinstance(record.grammar, dict) and (spec := _read_format(record.grammar, "grammar")):
+        yield "grammar", spec
     if record.structured_outputs:
         yield from _outputs({k: v for k, v in record.structured_outputs.items() if v not in (None, False)})
 
@@ -100,13 +108,14 @@ def _outputs(fields: dict[str, Any]) -> Iterator[tuple[str, GrammarSpec]]:
         raise InvalidField(where, f"{where}: expected a string, found {kind_of(whitespace)}")
     if fields.pop("disable_any_whitespace", False):
         whitespace = "[ ]?"
-    for name in ("disable_fallback", "disable_additional_properties", "_backend"):  # of vLLM's backends
+    closed = bool(fields.pop("disable_additional_properties", False))
+    for name in ("disable_fallback", "_backend"):  # of vLLM's backends
         fields.pop(name, None)
     for name, value in fields.items():
         where = f"structured_outputs.{name}"
         match name:
             case "json":
-                yield where, _schema(value, where, whitespace)
+                yield where, _schema(value, where, whitespace, closed=closed)
             case "json_object":
                 yield where, GrammarSpec("json_schema", ANY_OBJECT, whitespace)
             case "regex":
@@ -119,8 +128,20 @@ def _outputs(fields: dict[str, Any]) -> Iterator[tuple[str, GrammarSpec]]:
                 raise InvalidField(where, f"{where} is not supported; expected one of {', '.join(_KNOWN_OUTPUTS)}")
 
 
-def _schema(value: Any, where: str, whitespace: str | None = None, lenient: bool = False) -> GrammarSpec:
-    """A JSON schema, as an object or as its text."""
+def _schema(
+    value: Any,
+    where: str,
+    whitespace: str | None = None,
+    *,
+    lenient: bool = False,
+    closed: bool = False,
+    strict: bool = False,
+) -> GrammarSpec:
+    """A JSON schema, as an object or as its text.
+
+    closed: objects that say nothing of further properties have none, also beside patternProperties (vLLM's
+    disable_additional_properties). strict: and none may say that it has (OpenAI's).
+    """
     if isinstance(value, str):
         try:
             value = json.loads(value)
@@ -130,6 +151,13 @@ def _schema(value: Any, where: str, whitespace: str | None = None, lenient: bool
             raise InvalidField(where, f"{where}: the text is not valid JSON: {error}") from None
     if not isinstance(value, dict | bool):
         raise InvalidField(where, f"{where}: expected a JSON schema, found {kind_of(value)}")
+    if strict and (found := next(open_objects(value), None)):
+        raise InvalidField(
+            where,
+            f"{where}: strict: true allows no additionalProperties, found at {found[:100]}; leave one of them out",
+        )
+    if closed or strict:
+        value = close_objects(value, patterns=True)
     return GrammarSpec("json_schema", json.dumps(value, ensure_ascii=False), whitespace, lenient)
 
 

@@ -34,6 +34,7 @@ class TokenizeRequest(Incoming):
     inputs: str | None = None  # LoRAX's: the answer is LoRAX's, too
     messages: Annotated[list[Message], Field(min_length=1)] | None = None
     tools: list[Tool] | None = None
+    tool_choice: Any = None
     add_special_tokens: bool | None = None  # null: true for a text; a conversation has those of its template
     add_generation_prompt: bool | None = None  # null: true
     chat_template_kwargs: dict[str, Any] | None = None
@@ -136,7 +137,7 @@ def _encode(parts: Parts, record: TokenizeRequest) -> list[int]:
     conversation = Conversation(
         tokenizer,
         record.messages or [],
-        read_toolbox(record.tools, None, None, parts.limits),
+        read_toolbox(record.tools, record.tool_choice, None, parts.limits),
         template_values=record.chat_template_kwargs or {},
         add_generation_prompt=record.add_generation_prompt is not False,
     )

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from loraplex.server.api.call_parsers import CallParser, NamedCalls, PythonicCalls, TaggedCalls, WholeCalls
-from loraplex.server.engine.grammar import WHITESPACE
+from loraplex.server.engine.grammar import COMPACT
+from loraplex.server.engine.schema_ends import close_objects, end_numbers
 
 MAX_CALLS = 32
 """Calls one answer may be made to hold; without a bound a small model may go on for ever."""
@@ -94,7 +95,8 @@ def _closed(tool: dict[str, Any]) -> dict[str, Any]:
         "oneOf",
     } & set(schema):
         schema = {"type": "object", **schema, "additionalProperties": False}
-    return {**schema, "x-guidance": {"whitespace_pattern": WHITESPACE, "lenient": tool.get("strict") is not True}}
+    schema = end_numbers(close_objects(schema))
+    return {**schema, "x-guidance": {**COMPACT, "lenient": tool.get("strict") is not True}}
 
 
 def _tagged() -> CallParser:
@@ -147,6 +149,25 @@ def describe_tools(messages: list[dict[str, Any]], tools: Sequence[dict[str, Any
     if plain and plain[0]["role"] in ("system", "developer"):
         return [{**plain[0], "content": f"{plain[0].get('content') or ''}\n\n{text}".lstrip()}, *plain[1:]]
     return [{"role": "system", "content": text}, *plain]
+
+
+def fit_strict(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`messages` in the roles that the strictest templates know: user and assistant in turns, the user first.
+
+    What a system message says comes before what the first user turn does, and neighbouring user turns are one.
+    """
+    said = [str(m.get("content") or "") for m in messages if m["role"] in ("system", "developer")]
+    turns = [m for m in messages if m["role"] not in ("system", "developer")]
+    if any(said):
+        turns = [{"role": "user", "content": "\n\n".join(filter(None, said))}, *turns]
+    fitted: list[dict[str, Any]] = []
+    for turn in turns:
+        if fitted and fitted[-1]["role"] == turn["role"] == "user":
+            joined = f"{fitted[-1].get('content') or ''}\n\n{turn.get('content') or ''}"
+            fitted[-1] = {**fitted[-1], "content": joined}
+        else:
+            fitted.append(turn)
+    return fitted
 
 
 def _plain(message: dict[str, Any]) -> dict[str, Any]:

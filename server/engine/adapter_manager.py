@@ -11,7 +11,7 @@ from typing import Protocol
 from loraplex.adapters.downloads import Downloads
 from loraplex.adapters.errors import AdapterError, AdapterExists, AdapterNotFound, AdapterRefused
 from loraplex.adapters.loader import LoadedAdapter, Loader
-from loraplex.adapters.registry import AdapterVersion, Registry, check_name
+from loraplex.adapters.registry import AdapterVersion, Registry
 from loraplex.adapters.settle import renew
 from loraplex.adapters.sources import OPERATOR, Access, parse_source
 from loraplex.server.engine.arrivals import Arrivals, when_done
@@ -85,7 +85,7 @@ class AdapterManager:
         """
         outcome: Future[AdapterVersion] = Future()
         try:
-            check_name(name)
+            self.registry.check_name(name)
             if not replace:
                 self._check_free(name)  # before minutes of download; register() below decides
             found = parse_source(source, access)
@@ -167,7 +167,7 @@ class AdapterManager:
         """Register one folder as register_folder() does; None when it is refused or left out."""
         name = folder.name
         try:
-            check_name(name)
+            self.registry.check_name(name)
             self._check_free(name)
             return self._enter_unread(name, str(folder), replace=False)
         except AdapterRefused as error:

@@ -124,8 +124,10 @@ class EngineParts:
     startup: tuple[tuple[str, float], ...]  # what was done, and the seconds it took
 
 
-def build_engine(config: EngineConfig, model_path: Path, base_name: str) -> EngineParts:
-    """Load the base in the folder `model_path` and lay out its memory. `base_name` is what messages call it.
+def build_engine(config: EngineConfig, model_path: Path, *base_names: str) -> EngineParts:
+    """Load the base in the folder `model_path` and lay out its memory.
+
+    base_names: what requests call it, at least one: messages do by the first, and no adapter may have any of them.
 
     Raises UnsupportedModel, WeightsError, BackendUnavailable, NotEnoughMemory, OSError, ValueError (no such backend).
     """
@@ -156,12 +158,14 @@ def build_engine(config: EngineConfig, model_path: Path, base_name: str) -> Engi
     if learns:
         most, plan = memory.with_room(token_budget, plan, own_head)
     budget = TokenBudget(token_budget, most if learns else None, cost.fixed_seconds / token_budget + cost.token_seconds)
-    logger.info("%s on %s in %s, steps of %d tokens", base_name, ops.device, dtype, token_budget)
+    logger.info("%s on %s in %s, steps of %d tokens", base_names[0], ops.device, dtype, token_budget)
     if plan.max_model_len < (config.max_model_len or model_config.max_position):
         logger.warning(
             "context cut from %d to %d tokens by the memory there is", model_config.max_position, plan.max_model_len
         )
-    engine, adapters, placement, prefault = _assemble(config, model_config, weights, ops, plan, budget, most, base_name)
+    engine, adapters, placement, prefault = _assemble(
+        config, model_config, weights, ops, plan, budget, most, base_names
+    )
     watch.lap("arena")
     return EngineParts(
         engine=engine,
@@ -187,17 +191,17 @@ def _assemble(
     plan: MemoryPlan,
     budget: TokenBudget,
     most: int,
-    base_name: str,
+    base_names: tuple[str, ...],
 ) -> tuple[Engine, AdapterManager, AdapterPlacement, Prefault | None]:
     """Allocate the arena and put everything around it together. most: tokens of a step."""
     device, dtype = ops.device, weights.dtype
     arena = allocate_arena(plan, device)
-    layout = BaseLayout(base_name, model_config.num_layers, model_config.projections(), plan.page_bytes, dtype)
+    layout = BaseLayout(base_names[0], model_config.num_layers, model_config.projections(), plan.page_bytes, dtype)
     pool = PagePool(plan.num_pages)
     reclaimer = Reclaimer()
     residency = Residency(arena, pool, layout, config.num_slots, reclaimer)
     store = HostStore(plan.images_bytes, exclusive=plan.shared)
-    registry = Registry()
+    registry = Registry(taken=base_names)
     downloads = _downloads(config.downloads, registry)
     reader = AdapterReader(
         layout,

@@ -6,7 +6,7 @@ come yet (the decoder shows it as U+FFFD at the end), and a text that may turn o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 UNFINISHED = "\ufffd"
@@ -44,11 +44,16 @@ class Detokenizer:
         include_stop: bool = False,
         min_tokens: int = 0,
         skip_special_tokens: bool = True,
+        stop_tokens: Mapping[int, str] | None = None,
     ) -> None:
-        """Stop strings (none empty) count from token `min_tokens` + 1 on; `include_stop` leaves the found one in."""
+        """Stop strings (none empty) count from token `min_tokens` + 1 on; `include_stop` leaves the found one in.
+
+        stop_tokens: those of them that are a single token which may not show in the text, by its id.
+        """
         self._decoder = decoder
         self._skip_special = skip_special_tokens
         self._stop = tuple(stop)
+        self._stop_tokens = stop_tokens or {}
         self._include_stop = include_stop
         self._min_tokens = min_tokens
         self._tokens = 0
@@ -73,6 +78,12 @@ class Detokenizer:
         if self.stopped_by is not None:
             return ""
         self._tokens += 1
+        if token_id in self._stop_tokens and self._tokens > self._min_tokens:
+            last = self.finish()  # which may find another stop string in what was held back
+            if self.stopped_by is None:
+                self.stopped_by = self._stop_tokens[token_id]
+                last += self._stop_tokens[token_id] if self._include_stop else ""
+            return last
         if self._read == len(self._ids) and (text := self._decoder.lone_text(token_id)):  # nearly always
             self._ids, self._read, self._prefix = [token_id], 1, text
             return self._release(text)

@@ -146,7 +146,7 @@ class Engine:
         self._adapters = adapters
         self._door = Door(max_waiting, max_waiting_tokens)
         self._inbox: SimpleQueue[_Message] = SimpleQueue()
-        self._halt = halt or ctypes.c_int32()
+        self._halt = halt if halt is not None else ctypes.c_int32()  # one of 0 is false
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._lock = threading.Lock()  # guards _alive, _open and _door
         self._alive = False

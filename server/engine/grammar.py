@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -25,12 +26,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loraplex.server.engine.request import Constraint
-from loraplex.server.engine.schema_bounds import end_numbers
+from loraplex.server.engine.schema_ends import close_objects, end_numbers, is_endless
 from loraplex.server.engine.tokenizer import Tokenizer
 
-WHITESPACE = r"(\n[ \t]{0,32}|[ ])?"
-"""Between the parts of JSON: none, a space, or a new line and its indentation. Bounded, since small models like to fill
-the rest of their answer with it."""
+COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+"""JSON on one line, as json.dumps writes it: small models like to fill the rest of their answer with white space."""
 
 KEPT = 64
 """Compiled grammars kept for the next request that brings the same one; kilobytes each, compiled in about 1 ms."""
@@ -52,6 +52,10 @@ _BEFORE = {
 """What stands before the answer in the start rule, and the rules it needs."""
 
 
+_INLINED = re.compile(r"^(\s*)\?(?=[a-z_][a-z0-9_]*\s*:)", re.MULTILINE)
+"""Lark's mark of rules that leave no node in its tree: here there is none."""
+
+
 class GrammarRefused(ValueError):
     """The grammar cannot be compiled, or not within its limits; the message says why."""
 
@@ -62,7 +66,9 @@ class GrammarSpec:
 
     kind: Literal["json_schema", "regex", "lark", "choice"]
     text: str  # a JSON schema, a regular expression, Lark (or GBNF) rules, or a JSON list of strings
-    whitespace: str | None = None  # json_schema: a regular expression; None: WHITESPACE
+    whitespace: str | None = (
+        None  # json_schema: a regular expression of what may stand between any parts; None: COMPACT
+    )
     lenient: bool = False  # json_schema: leave out what cannot be enforced, where it would be refused
     thought: Thought = "none"  # what may come before
     alternative: str = ""  # Lark rules of another answer that is as good
@@ -240,12 +246,15 @@ def _answers(spec: GrammarSpec) -> list[dict[str, Any]]:
             schema = json.loads(spec.text)
             if isinstance(schema, bool):
                 schema = {} if schema else {"not": {}}
-            options = {
-                "whitespace_pattern": WHITESPACE if spec.whitespace is None else spec.whitespace,
-                "lenient": spec.lenient,
-            }
-            ended = end_numbers(schema)
-            schemas = [schema] if ended == schema else [ended, schema]
+            between = COMPACT if spec.whitespace is None else {"whitespace_pattern": spec.whitespace}
+            options = {**between, "lenient": spec.lenient}
+            if is_endless(schema):
+                raise GrammarRefused(
+                    "no text can hold to it: the schema refers to itself, and what it needs has no end"
+                )
+            closed = close_objects(schema)
+            ended = end_numbers(closed)
+            schemas = [closed] if ended == closed else [ended, closed]
             return [{"json_schema": {**each, "x-guidance": options}} for each in schemas]
         case "regex":
             return [{"lark_grammar": f"start: /{regex_to_lark(spec.text, '')}/"}]
@@ -253,7 +262,8 @@ def _answers(spec: GrammarSpec) -> list[dict[str, Any]]:
             choices = (json.dumps(choice, ensure_ascii=False) for choice in json.loads(spec.text))
             return [{"lark_grammar": "start: " + " | ".join(choices)}]
         case "lark":
-            return [{"lark_grammar": any_to_lark(spec.text)}]
+            text = spec.text if "::=" not in spec.text else any_to_lark(spec.text)  # GBNF defines by it, Lark by ":"
+            return [{"lark_grammar": _INLINED.sub(r"\1", text)}]
 
 
 def _one_line(text: str) -> str:

@@ -33,7 +33,7 @@ class ModelRunner:
         halt: ctypes.c_int32 | None = None,
     ) -> None:
         """halt: other than 0 while somebody waits for the end of the step; those after it are not begun then."""
-        self._halt = halt or ctypes.c_int32()
+        self._halt = halt if halt is not None else ctypes.c_int32()  # one of 0 is false
         self._decoder = decoder
         self._kv = kv
         self._residency = residency

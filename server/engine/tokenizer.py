@@ -130,6 +130,11 @@ class Tokenizer:
         """Whether it is one of the tokens that structure a prompt and are no text."""
         return token_id in self._special_ids
 
+    def special_ids(self, texts: Iterable[str]) -> dict[int, str]:
+        """Of the texts that are a special token each, by its id."""
+        found = {self.token_id(text): text for text in texts}
+        return {i: text for i, text in found.items() if i is not None and self.is_special(i)}
+
     def encode_offsets(self, text: str, add_special_tokens: bool = True) -> list[tuple[int, str, int, int]]:
         """Of each token its id, how the vocabulary writes it, and where in `text` it begins and ends, in characters."""
         (found,) = self._fast.encode_batch([text], add_special_tokens=add_special_tokens)

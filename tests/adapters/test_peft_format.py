@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -23,6 +24,7 @@ from support.peft_adapters import (
     base_bias_of,
     layout_of,
     make_peft_adapter,
+    randomise_adapter,
     save_adapter,
 )
 from support.tiny import tiny_hf_model
@@ -144,6 +146,9 @@ def rename(folder: Path, old: str, new: str) -> None:
     [
         ("model.model.layers", "model.model.language_model.layers"),
         ("model.model.layers", "model.language_model.model.layers"),
+        ("model.model.layers", "model.language_model.layers"),
+        ("model.model.layers", "model._orig_mod.model.layers"),  # torch.compile()
+        (".self_attn.", "._orig_mod.self_attn."),
         (".lora_A.", ".lora_A.default."),
         (".lora_B.", ".lora_B.my-adapter_2."),
         (".base_layer.bias", ".bias"),  # older PEFT, whose LoRA layers were linears themselves
@@ -155,6 +160,23 @@ def test_names_seen_in_the_wild(bases: dict[str, Any], tmp_path: Path, old: str,
     rename(tmp_path, old, new)
     after = check_against_peft(bases["qwen2"], adapter)
     assert [(p.layer, p.projection) for p in before.parts] == [(p.layer, p.projection) for p in after.parts]
+
+
+def test_saved_over_auto_model(bases: dict[str, Any], tmp_path: Path) -> None:
+    """Without a head, as embedding models are trained: the layers' names begin one step later, all else is the same."""
+    from peft import LoraConfig, get_peft_model
+
+    base = bases["llama"]
+    adapters = []
+    for model, task, first in ((base.model, "FEATURE_EXTRACTION", ""), (base, "CAUSAL_LM", "model.")):
+        pattern = {f"^{first}layers.1.self_attn.q_proj": 2}
+        config = LoraConfig(task_type=task, r=4, target_modules=QV, rank_pattern=pattern)
+        adapters.append(get_peft_model(copy.deepcopy(model), config).eval())
+        randomise_adapter(adapters[-1], 1, torch.float32, 0.5)
+    save_adapter(adapters[0], tmp_path)
+    names = safetensors.torch.load_file(tmp_path / "adapter_model.safetensors")
+    assert all(name.startswith("base_model.model.layers.") for name in names)
+    check_against_peft(base, PeftAdapter(adapters[1], tmp_path))
 
 
 def test_patterns_see_the_names_of_a_multimodal_model(bases: dict[str, Any], tmp_path: Path) -> None:
@@ -305,3 +327,15 @@ def test_variants_saved_by_peft_are_refused_by_name(bases: dict[str, Any], tmp_p
         with pytest.raises(AdapterRefused, match=name.split()[0]) as caught:
             read(base, adapter.folder)
         assert caught.value.code == "unsupported_option", name
+
+
+def test_a_runs_folder_says_where_its_adapters_are(bases: dict[str, Any], tmp_path: Path) -> None:
+    for name in ("checkpoint-100", "checkpoint-90", "best", "checkpoint-1000"):
+        make_peft_adapter(bases["llama"], tmp_path / "run" / name, target_modules=QV)
+    with pytest.raises(
+        AdapterRefused, match=r"checkpoint-1000, checkpoint-100, checkpoint-90, best: .*run/checkpoint-1000"
+    ):
+        read(bases["llama"], tmp_path / "run")
+    with pytest.raises(AdapterRefused) as refusal:
+        read(bases["llama"], tmp_path)
+    assert "folders" not in str(refusal.value)

@@ -48,7 +48,6 @@ async def assert_refused(
 
 BAD_FIELDS = [  # field, value, what is named
     ("model", None, "model"),
-    ("model", "", "model"),
     ("model", 3, "model"),
     ("max_tokens", -1, "max_tokens"),
     ("max_tokens", 0, "max_tokens"),
@@ -63,7 +62,7 @@ BAD_FIELDS = [  # field, value, what is named
     ("temperature", -0.1, "temperature"),
     ("temperature", "hot", "temperature"),
     ("temperature", True, "temperature"),
-    ("top_p", 0, "top_p"),
+    ("top_p", -0.1, "top_p"),
     ("top_p", 1.1, "top_p"),
     ("top_k", -2, "top_k"),
     ("top_k", 2**40, "top_k"),

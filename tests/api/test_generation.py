@@ -419,3 +419,63 @@ async def test_leases_are_given_back_whatever_fails(client: httpx.AsyncClient, s
     assert (response.status_code, response.json()["error"]["param"]) == (400, "messages")
     assert server.adapters.registry.leases(version) == 0
     assert not server.engine.open
+
+
+# ------------------------------------------------------------------------------- what clients send in so many forms
+
+
+async def test_top_p_of_nothing_is_greedy(client: httpx.AsyncClient, server: FakeServer) -> None:
+    """OpenAI's range includes 0."""
+    for route, body in ((COMPLETIONS, completion(top_p=0, temperature=1.5)), (CHAT, chat(top_p=0.0))):
+        assert (await client.post(route, json=body)).status_code == 200
+    assert [(r.params.temperature, r.params.top_p) for r in server.engine.requests] == [(0.0, 1.0)] * 2
+
+
+@pytest.mark.parametrize("route", [CHAT, COMPLETIONS])
+async def test_no_name_is_the_base(client: httpx.AsyncClient, server: FakeServer, route: str) -> None:
+    body = (chat if route == CHAT else completion)(model="")
+    answer = (await client.post(route, json=body)).json()
+    assert answer["model"] == "base"
+    assert server.engine.requests[0].mix == ()
+    await server.adapters.register("sql", "/adapters/sql")
+    assert (await client.post(route, json={**body, "adapter_id": "sql"})).status_code == 200
+    [(lease, _)] = server.engine.requests[1].mix
+    assert lease.version.name == "sql"
+
+
+async def test_a_stop_string_that_is_a_special_token(client: httpx.AsyncClient, server: FakeServer) -> None:
+    """It is skipped in the text, and still ends it."""
+    server.engine.script = lambda request: say(server.tokenizer, "one<|im_end|>two three", request)
+    for more, text in (({}, "one"), ({"include_stop_str_in_output": True}, "one<|im_end|>")):
+        answer = await client.post(COMPLETIONS, json=completion(stop=["STOP", "<|im_end|>"], max_tokens=40, **more))
+        [choice] = answer.json()["choices"]
+        assert (choice["text"], choice["finish_reason"], choice["stop_reason"]) == (text, "stop", "<|im_end|>")
+    assert len(server.engine.aborted) == 2
+    shown = await client.post(COMPLETIONS, json=completion(stop="<|im_end|>", max_tokens=40, skip_special_tokens=False))
+    assert shown.json()["choices"][0]["text"] == "one"
+
+
+async def test_what_earlier_answers_may_hold(client: httpx.AsyncClient, server: FakeServer) -> None:
+    call = {"id": "c1", "type": "function", "function": {"name": "now", "arguments": "null"}}
+    messages = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": None, "refusal": "I will not."},
+        {"role": "user", "content": "the time"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+    ]
+    answer = await client.post("/tokenize", json={"model": "base", "messages": messages})
+    assert answer.status_code == 200, answer.text
+    said = {"role": "assistant", "content": "I will not."}
+    empty = {**call, "function": {"name": "now", "arguments": "{}"}}
+    same = [messages[0], said, messages[2], {**messages[3], "tool_calls": [empty]}]
+    assert answer.json()["tokens"] == (await client.post("/tokenize", json={"messages": same})).json()["tokens"]
+
+
+async def test_tools_that_may_not_be_called_are_not_counted(client: httpx.AsyncClient) -> None:
+    tool = {"type": "function", "function": {"name": "now", "parameters": {"type": "object"}}}
+    body = {"model": "base", "messages": [{"role": "user", "content": "hi"}]}
+    plain, with_tool, none = [
+        (await client.post("/tokenize", json={**body, **more})).json()["count"]
+        for more in ({}, {"tools": [tool]}, {"tools": [tool], "tool_choice": "none"})
+    ]
+    assert plain == none < with_tool

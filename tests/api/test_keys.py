@@ -268,8 +268,7 @@ async def test_a_forbidden_adapter_and_one_that_is_not_there_cannot_be_told_apar
 async def test_no_route_tells_a_tenant_of_anothers_adapters(guarded: Guarded) -> None:
     app = guarded.app()
     bob = await guarded.client(BOB, app)
-    ask = {"model": "shared", "prompt": "hi", "inputs": "hi"}
-    bodies = (ask, {"lora_name": "byte/x", "lora_path": "/x"})
+    bodies = ({"model": "shared", "prompt": "hi"}, {"inputs": "hi"}, {"lora_name": "byte/x", "lora_path": "/x"})
     told = set()
     for route in routes_of(app):
         for method in route.methods or ():

@@ -320,6 +320,85 @@ async def test_bodies_that_are_none(client: httpx.AsyncClient) -> None:
         assert (response.status_code, response.json()["error_type"]) == (422, "validation")
 
 
+async def test_words_of_other_dialects(client: httpx.AsyncClient, server: FakeServer) -> None:
+    """TGI's, vLLM's and OpenAI's, wherever LoRAX has the same under another name, or nothing against it."""
+    await answer(
+        client,
+        max_tokens=7,
+        min_tokens=2,
+        min_p=0.25,
+        temperature=0.5,
+        stop_token_ids=[9],
+        stop_sequences=["STOP"],
+        ignore_eos=True,
+        logit_bias={"5": -3.0},
+        priority=3,
+    )
+    request = server.engine.requests[0]
+    assert (request.params.max_tokens, request.params.min_tokens, request.params.min_p) == (7, 2, 0.25)
+    assert request.params.stop_token_ids == {9}
+    assert request.params.logit_bias == ((5, -3.0),)
+    assert request.priority == 3
+    assert (await answer(client, stop_sequences=["ans"]))["generated_text"] == "the ans"
+    response = await client.post("/generate", json=ask(max_tokens=3, max_new_tokens=4))
+    assert response.status_code == 422
+    assert "max_new_tokens" in response.json()["error"]
+
+
+FORM = {"type": "object", "properties": {"a": {"const": 1}}, "required": ["a"]}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"grammar": {"type": "json", "value": FORM}},
+        {"grammar": {"type": "json", "value": json.dumps(FORM)}},
+        {"grammar": {"type": "json_schema", "value": {"name": "form", "schema": FORM}}},
+        {"grammar": {"type": "regex", "value": "[ab]+"}},
+        {"grammar": "start: /[ab]+/"},
+        {"guided_json": FORM},
+        {"guided_choice": ["a", "b"]},
+        {"structured_outputs": {"regex": "[ab]+"}},
+        {"response_format": {"type": "json_object", "schema": FORM}},
+    ],
+    ids=lambda fields: f"{next(iter(fields))} {str(next(iter(fields.values())))[:20]}",
+)
+async def test_every_way_to_ask_for_a_form(
+    client: httpx.AsyncClient, server: FakeServer, fields: dict[str, Any]
+) -> None:
+    response = await client.post("/generate", json=ask(max_new_tokens=5, **fields))
+    assert server.engine.requests, response.text
+    assert server.engine.requests[0].constraint is not None
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({"parameters": {"n": 2}}, "n"),
+        ({"parameters": {"logprobs": True}}, "logprobs"),
+        ({"parameters": {"top_n_tokens": 3}}, "top_n_tokens"),
+        ({"parameters": {"model": "sql"}}, "model"),
+        ({"parameters": {"bad_words": ["x"]}}, "bad_words"),
+        ({"parameters": {"messages": [{}]}}, "messages"),
+        ({"parameters": {"grammar": {"type": "json"}}}, "grammar.value"),
+        ({"max_new_tokens": 5}, "max_new_tokens"),
+        ({"max_tokens": 5}, "max_tokens"),
+        ({"adapter_id": "sql"}, "adapter_id"),
+        ({"model": "sql"}, "model"),
+        ({"temperature": 0.0}, "temperature"),
+    ],
+    ids=str,
+)
+async def test_what_would_change_the_answer_is_refused(
+    client: httpx.AsyncClient, server: FakeServer, body: dict[str, Any], field: str
+) -> None:
+    for route in ("/", "/generate", "/generate_stream"):
+        response = await client.post(route, json={"inputs": "hi", **body})
+        assert (response.status_code, response.json()["error_type"]) == (422, "validation")
+        assert field in response.json()["error"]
+    assert not server.engine.requests
+
+
 async def test_unknown_parameters_are_named(client: httpx.AsyncClient) -> None:
     response = await client.post("/generate", json=ask(mood="good"))
     assert response.headers["x-ignored-fields"] == "parameters.mood"

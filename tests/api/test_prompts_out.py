@@ -153,7 +153,6 @@ BAD_EMBEDDINGS = [
     ("encoding_format", "hex", "encoding_format"),
     ("pooling", "cls", "pooling"),
     ("normalize", "yes", "normalize"),
-    ("model", "", "model"),
 ]
 
 

@@ -54,6 +54,47 @@ def prompt_of(server: FakeServer, number: int = -1) -> str:
     return server.tokenizer.decode(server.engine.requests[number].prompt_ids, skip_special_tokens=False)
 
 
+STRICT = """{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}
+{%- for m in messages %}
+{%- if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}
+{{- '<' ~ m.role ~ '>' ~ m.content }}
+{%- endfor %}"""
+"""As Gemma's: no system message, and turns that alternate."""
+
+
+async def test_rewriting_fits_a_strict_template(roomy: httpx.AsyncClient, server: FakeServer) -> None:
+    server.use_template(STRICT)
+    async with server.client() as client:
+        call = {"id": "c", "type": "function", "function": {"name": "hunt", "arguments": "{}"}}
+        messages = [
+            {"role": "user", "content": "hi"},
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "c", "content": "a hen"},
+            {"role": "user", "content": "and now?"},
+        ]
+        answer = await client.post(CHAT, json=chat(messages=messages, tools=[HUNT], max_tokens=4))
+        assert answer.status_code == 200, answer.text
+        prompt = prompt_of(server)
+        assert prompt.startswith("<user># Tools")
+        assert prompt.index('"hunt"') < prompt.index("hi<assistant><tool_call>")
+        assert prompt.endswith("<user><tool_response>\na hen\n</tool_response>\n\nand now?")
+        answer = await client.post("/v1/responses", json={"model": "base", "input": "hi", "instructions": "Be brief."})
+        assert answer.status_code == 200, answer.text
+        assert prompt_of(server) == "<user>Be brief.\n\nhi"
+
+
+async def test_what_the_caller_sent_itself_is_refused_by_a_strict_template(server: FakeServer) -> None:
+    server.use_template(STRICT)
+    async with server.client() as client:
+        for messages, why in (
+            ([{"role": "system", "content": "s"}, {"role": "user", "content": "hi"}], "System role not supported"),
+            ([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}], "must alternate"),
+        ):
+            answer = await client.post(CHAT, json=chat(messages=messages))
+            assert answer.status_code == 400
+            assert why in answer.json()["error"]["message"]
+
+
 async def test_an_answer_with_calls(roomy: httpx.AsyncClient, server: FakeServer) -> None:
     server.engine.script = lambda request: say(server.tokenizer, f"I will.\n\n{CALL}\n{CALL}", request)
     [choice] = (await roomy.post(CHAT, json=chat(tools=[HUNT]))).json()["choices"]

@@ -7,18 +7,20 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from loraplex.kernels.backend import BackendUnavailable
-from loraplex.server.engine import build
+from loraplex.server.engine import build, multi_step
 from loraplex.server.engine.budget import StepCost
 from loraplex.server.engine.build import EngineConfig, build_engine
 from loraplex.server.engine.memory import NotEnoughMemory
 from loraplex.server.engine.request import FinishReason, GenerationRequest, SamplingParams
 from loraplex.server.models.config import UnsupportedModel
+from loraplex.server.models.recorded import RecordedDecoder
 from support.tiny import make_tiny_model
 
 SMALL = {"device": "cpu", "memory_bytes": 64 << 20, "max_num_seqs": 4, "token_budget": 32}
@@ -42,6 +44,28 @@ async def test_a_folder_becomes_an_engine(base: Path) -> None:
     events = [event async for event in parts.engine.submit(request)]
     assert len(events) == 4
     assert events[-1].finish is FinishReason.LENGTH
+    parts.engine.stop()
+    parts.adapters.close()
+
+
+async def test_a_message_halts_steps_that_follow_one_another(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(multi_step, "HANDFUL_SECONDS", 1e9)
+    parts = build_engine(EngineConfig(**SMALL, decode_steps=8), base, "tiny")
+    parts.engine.start()
+    decode = RecordedDecoder.decode
+
+    def called_for(model: RecordedDecoder, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        parts.engine.wake()  # while the kernels are about to begin
+        return decode(model, *rest)
+
+    handfuls = []
+    for number in range(2):
+        request = GenerationRequest(f"r{number}", (5, 6, 7), SamplingParams(40, temperature=0.0))
+        handfuls.append([event.handful async for event in parts.engine.submit(request)])
+        monkeypatch.setattr(RecordedDecoder, "decode", called_for)
+    assert max(handfuls[0]) == 8
+    assert set(handfuls[1]) == {1}
+    assert all(map(len, handfuls))
     parts.engine.stop()
     parts.adapters.close()
 

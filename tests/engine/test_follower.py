@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from loraplex.adapters.downloads import Downloads
-from loraplex.adapters.errors import AdapterNotFound, AdapterRefused, AdapterUnavailable
+from loraplex.adapters.errors import AdapterNotFound, AdapterRefused, AdapterUnavailable, InvalidAdapterName
 from loraplex.adapters.loader import Loader
 from loraplex.adapters.registry import AdapterVersion, Registry
 from loraplex.adapters.sources import Source
@@ -182,6 +182,22 @@ def test_names_of_others_are_left_alone(world: World) -> None:
     for _ in range(4):
         follower.tick()
     assert world.registry.get("a").source == str(other)  # type: ignore[union-attr]
+
+
+def test_no_door_gives_an_adapter_the_bases_name(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    """Through the folder, the list and a registration alike: it would be listed, and the base would answer."""
+    world.registry._taken = frozenset({"base", "alias"})
+    for name in ("base", "a"):
+        world.adapter(name)
+    elsewhere = world.adapter("b", "3", world.folder)
+    world.write_list(f"ensurePresent: [{{name: alias, source: {elsewhere}}}, {{name: c, source: {elsewhere}}}]")
+    follower = world.follow()
+    until(follower, lambda: world.names() == ["a", "c"])
+    with pytest.raises(InvalidAdapterName, match="is the base's own"):
+        asyncio.run(world.manager.register("base", str(elsewhere), replace=True))
+    assert "'base' is the base's own" in caplog.text
+    assert "'alias' is the base's own" in caplog.text
+    assert not world.registry.refused, "nor is it listed as refused"
 
 
 def test_what_somebody_unloads_stays_unloaded_until_it_changes(world: World) -> None:
