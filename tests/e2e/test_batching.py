@@ -141,7 +141,7 @@ async def tokens(stream: EventStream) -> list[int]:
 
 @asynccontextmanager
 async def serving(base: Path, adapters: dict[str, PeftAdapter], config: EngineConfig) -> AsyncIterator[Server]:
-    parts = build_engine(config, base, "tiny")
+    parts = build_engine(config, base, "base")
     watch = Watch(parts.engine._runner)
     watch.gate.set()
     parts.engine._runner = watch
@@ -162,7 +162,7 @@ async def serving(base: Path, adapters: dict[str, PeftAdapter], config: EngineCo
 
 def memory_of(base: Path, pages: int, config: EngineConfig) -> int:
     """Bytes that leave exactly `pages` pages."""
-    parts = build_engine(config, base, "tiny")
+    parts = build_engine(config, base, "base")
     parts.adapters.close()
     return parts.memory.total_bytes - (parts.memory.num_pages - pages) * parts.memory.page_bytes
 

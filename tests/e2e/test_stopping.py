@@ -97,7 +97,8 @@ def slow(base: Path, tmp_path: Path) -> Callable[..., Any]:
     def start(*arguments: str) -> Iterator[Slow]:
         crash, hold = tmp_path / "crash", tmp_path / "hold"
         environ, command = {"CRASH": str(crash), "HOLD": str(hold)}, [sys.executable, "-c", SLOWED]
-        with serving(str(base), *arguments, environ=environ, command=command) as (process, lines):
+        single = ("--decode-steps", "1")
+        with serving(str(base), *single, *arguments, environ=environ, command=command) as (process, lines):
             yield Slow(process, address(lines), crash, hold)
 
     return start

@@ -94,6 +94,7 @@ class Replica:
         self.log = log
         self._command = [sys.executable, "-c", SLOWED, "serve", str(base), "--served-model-name", "tiny"]
         self._command += ["--adapter-dir", str(adapters), "--port", str(self.port), "--memory", "512M"]
+        self._command += ["--decode-steps", "1"]  # so that each step is as slow as SLOWED says
         self._command += ["--device", "cpu", "--batch-invariant"]  # an answer's bits do not depend on the load
         self._process: subprocess.Popen[bytes] | None = None
 
