@@ -54,9 +54,11 @@ def _read_format(value: dict[str, Any], where: str) -> GrammarSpec | None:
     match value.get("type"):
         case "text":
             return None
-        case "json_object":  # with a schema it is LoRAX's
-            given = value.get("schema")
-            return GrammarSpec("json_schema", ANY_OBJECT) if given is None else _schema(given, f"{where}.schema")
+        case (
+            "json_object"
+        ):  # with a schema it is LoRAX's, with a value what huggingface_hub's client makes of json_schema
+            key = next((key for key in ("schema", "value") if value.get(key) is not None), None)
+            return GrammarSpec("json_schema", ANY_OBJECT) if key is None else _schema(value[key], f"{where}.{key}")
         case "json_schema":
             inner = next((key for key in ("json_schema", "value") if key in value), None)  # the latter is TGI's
             holder, path = (value, where) if inner is None else (value[inner], f"{where}.{inner}")
