@@ -44,9 +44,7 @@ class DecodeSteps:
     most: int
     hidden: Tensor  # [L or more, H]: where the program leaves its result
     head: PackedLinear
-    draws: (
-        Tensor | None
-    )  # [most, L, 5] float64: temperature, top_k, top_p, min_p, uniform as for sample(); None: argmax
+    draws: Tensor | None  # [most, L, 5] float64, of sample(): temperature, top_k, top_p, min_p, uniform; None: argmax
     stops: Tensor  # [n] int64
     halt: ctypes.c_int32
 

@@ -66,9 +66,7 @@ class GrammarSpec:
 
     kind: Literal["json_schema", "regex", "lark", "choice"]
     text: str  # a JSON schema, a regular expression, Lark (or GBNF) rules, or a JSON list of strings
-    whitespace: str | None = (
-        None  # json_schema: a regular expression of what may stand between any parts; None: COMPACT
-    )
+    whitespace: str | None = None  # json_schema: an expression of what may stand between parts; None: COMPACT
     lenient: bool = False  # json_schema: leave out what cannot be enforced, where it would be refused
     thought: Thought = "none"  # what may come before
     alternative: str = ""  # Lark rules of another answer that is as good
