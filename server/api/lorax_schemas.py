@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from loraplex.server.api.schemas import MAX_LOGPROBS, Incoming, MergedAdapters, SharedFields, Token, Wire
+from loraplex.server.api.schemas import MAX_LOGPROBS, Incoming, MergedAdapters, SharedFields, Token, Wire, by_own_names
 
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 
@@ -26,16 +26,7 @@ class LoraxParameters(SharedFields):
     @model_validator(mode="before")
     @classmethod
     def _rename(cls, given: Any) -> Any:
-        """Fields by other dialects' names, unless LoRAX's own says something else."""
-        if not isinstance(given, dict):
-            return given
-        for other, own in OTHER_NAMES.items():
-            if given.get(other) is None:
-                continue
-            if given.get(own) is not None and given[own] != given[other]:
-                raise ValueError(f"{other} and {own} say different things; give one of them")
-            given = {**{name: value for name, value in given.items() if name != other}, own: given[other]}
-        return given
+        return by_own_names(given, OTHER_NAMES)
 
     adapter_id: str | None = None
     adapter_source: Literal["hub", "local", "s3", "pbase"] | None = None

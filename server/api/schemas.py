@@ -6,6 +6,7 @@ Fields nobody declared here land in `model_extra`, for api/fields.py to judge.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -101,6 +102,19 @@ def kind_of(value: Any) -> str:
         kinds = list(dict.fromkeys(names.get(type(item), "null" if item is None else "a list") for item in value))
         return f"a list of {' and '.join(kinds[:3])}"
     return names.get(type(value), "null" if value is None else type(value).__name__)
+
+
+def by_own_names(given: Any, others: Mapping[str, str]) -> Any:
+    """A record's fields, those that have another dialect's name (`others`) under this one's. Raises ValueError."""
+    if not isinstance(given, dict):
+        return given
+    for other, own in others.items():
+        if given.get(other) is None:
+            continue
+        if given.get(own) is not None and given[own] != given[other]:
+            raise ValueError(f"{other} and {own} say different things; give one of them")
+        given = {**{name: value for name, value in given.items() if name != other}, own: given[other]}
+    return given
 
 
 class StreamOptions(Incoming):

@@ -13,7 +13,7 @@ from contextlib import aclosing
 from typing import Annotated, Any
 
 from fastapi import APIRouter
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -23,7 +23,7 @@ from loraplex.server.api.body import body_schema, parse_record, read_bytes, read
 from loraplex.server.api.catalog import visible_adapters
 from loraplex.server.api.choice import Delta, Prompt, ScoredToken, Wanted
 from loraplex.server.api.errors import ClientGone, InvalidField, to_adapter_route_error
-from loraplex.server.api.fields import check_unknown, ignored_header
+from loraplex.server.api.fields import UNSUPPORTED, check_unknown, ignored_header
 from loraplex.server.api.generation import Generation, PromptSource, merge
 from loraplex.server.api.limits import check_sequences
 from loraplex.server.api.lorax_schemas import LoraxAnswer, LoraxRequest
@@ -50,7 +50,9 @@ from loraplex.server.api.schemas import (
     PromptInput,
     PromptText,
     PromptTexts,
+    SharedFields,
     UnloadAdapterRequest,
+    by_own_names,
     read_prompts,
 )
 from loraplex.server.api.sse import SseResponse, answer_or_disconnect
@@ -78,8 +80,13 @@ def _read_ids(value: Any) -> PromptTexts | None:
     return None if value is None else read_prompts(value, "input_ids")
 
 
-class SglangSampling(Incoming):
-    """`sampling_params`: what is not here is read as the fields of the same names in completions are."""
+class SglangSampling(SharedFields):
+    """`sampling_params`; OpenAI's and vLLM's fields count in it by their own names, too."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rename(cls, given: Any) -> Any:
+        return by_own_names(given, OTHER_NAMES)
 
     max_new_tokens: Annotated[int, Field(ge=1)] | None = None
     min_new_tokens: Annotated[int, Field(ge=0)] | None = None
@@ -101,7 +108,25 @@ class SglangSampling(Incoming):
     regex: str | None = None
 
 
-_SAME = tuple(SglangSampling.model_fields)[6:]
+OTHER_NAMES = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens", "seed": "sampling_seed"}
+"""What OpenAI and vLLM call fields of SGLang's own."""
+
+_SAME = tuple(name for name in SglangSampling.model_fields if name in GenerationFields.model_fields and name != "n")
+_TOLD_ELSEWHERE = {
+    **dict.fromkeys(("model", "adapter_id", "merged_adapters", "adapter_source"), ((), "use lora_path")),
+    **dict.fromkeys(("logprobs", "top_logprobs"), ((False, 0), "use return_logprob beside sampling_params")),
+    "echo": ((False,), "use logprob_start_len beside sampling_params"),
+    "best_of": ((1,), "use n"),
+    "messages": ((), "use /v1/chat/completions"),
+    "prompt": ((), "use text"),
+    "stream": ((False,), "it stands beside sampling_params"),
+}
+_OTHERS = UNSUPPORTED | _TOLD_ELSEWHERE
+"""Fields of other dialects that `sampling_params` does not have."""
+
+_INSIDE = ((False,), "it stands in sampling_params")
+_BESIDE = _OTHERS | dict.fromkeys({*SglangSampling.model_fields, *OTHER_NAMES}, _INSIDE)
+"""The same beside `sampling_params`, whose own are no fields there."""
 
 
 class SglangRequest(Incoming):
@@ -231,7 +256,8 @@ def _prompts(parts: Parts, record: SglangRequest) -> PromptTexts:
 
 def _ignored(record: SglangRequest) -> list[str]:
     inner = record.sampling_params.model_extra if record.sampling_params is not None else None
-    return check_unknown(record.model_extra or {}) + [f"sampling_params.{n}" for n in check_unknown(inner or {})]
+    outer = check_unknown(record.model_extra or {}, _BESIDE)
+    return outer + [f"sampling_params.{name}" for name in check_unknown(inner or {}, _OTHERS)]
 
 
 class _Prompt:
@@ -295,7 +321,7 @@ class _Prompt:
 
 def _fields(parts: Parts, record: SglangRequest, params: SglangSampling, number: int) -> GenerationFields:
     names = record.lora_path
-    given = {
+    own = {
         "model": parts.base.names[0],
         "lora_path": names[number] if isinstance(names, list) else names,
         "adapters": record.adapters,
@@ -305,8 +331,8 @@ def _fields(parts: Parts, record: SglangRequest, params: SglangSampling, number:
         "min_tokens": params.min_new_tokens,
         "include_stop_str_in_output": params.no_stop_trim,
         "guided_json": params.json_schema,
-        **{name: getattr(params, name) for name in _SAME},
     }
+    given = {name: getattr(params, name) for name in _SAME} | {k: v for k, v in own.items() if v is not None}
     return parse_record(json.dumps(given).encode(), GenerationFields, parts.limits)
 
 

@@ -45,6 +45,41 @@ async def test_sampling_parameters_reach_the_engine(client: httpx.AsyncClient, s
     assert second.temperature == 1.0
 
 
+async def test_words_of_other_dialects(client: httpx.AsyncClient, server: FakeServer) -> None:
+    """OpenAI's and vLLM's, wherever SGLang has the same under another name, or nothing against it."""
+    params = {"max_tokens": 3, "seed": 9, "min_tokens": 2, "logit_bias": {"5": -3.0}, "guided_regex": "[ab]+"}
+    await generate(client, sampling_params=params, priority=2)
+    request = server.engine.requests[0]
+    assert (request.params.max_tokens, request.params.seed, request.params.min_tokens) == (3, 9, 2)
+    assert request.params.logit_bias == ((5, -3.0),)
+    assert request.constraint is not None
+    assert request.priority == 2
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({"sampling_params": {"logprobs": 3}}, "logprobs"),
+        ({"sampling_params": {"best_of": 3}}, "best_of"),
+        ({"sampling_params": {"model": "sql"}}, "model"),
+        ({"sampling_params": {"ebnf": "root ::= [ab]"}}, "ebnf"),
+        ({"sampling_params": {"max_tokens": 3, "max_new_tokens": 4}}, "sampling_params"),
+        ({"max_new_tokens": 5}, "max_new_tokens"),
+        ({"max_tokens": 5}, "max_tokens"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"adapter_id": "sql"}, "adapter_id"),
+    ],
+    ids=str,
+)
+async def test_what_would_change_the_answer_is_refused(
+    client: httpx.AsyncClient, server: FakeServer, body: Json, field: str
+) -> None:
+    response = await client.post("/generate", json={"text": "hi", **body})
+    assert response.status_code == 400
+    assert field in response.json()["error"]["message"]
+    assert not server.engine.requests
+
+
 async def test_batches_wear_an_adapter_a_prompt(client: httpx.AsyncClient, server: FakeServer) -> None:
     for name in ("sql", "pirate"):
         await server.adapters.register(name, f"/adapters/{name}")
