@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from loraplex.server.api.call_parsers import CallParser, NamedCalls, PythonicCalls, TaggedCalls, WholeCalls
 from loraplex.server.engine.grammar import COMPACT
-from loraplex.server.engine.schema_ends import close_objects, end_numbers
+from loraplex.server.engine.schema_ends import close_objects, end_numbers, real_dates
 
 MAX_CALLS = 32
 """Calls one answer may be made to hold; without a bound a small model may go on for ever."""
@@ -95,7 +95,7 @@ def _closed(tool: dict[str, Any]) -> dict[str, Any]:
         "oneOf",
     } & set(schema):
         schema = {"type": "object", **schema, "additionalProperties": False}
-    schema = end_numbers(close_objects(schema))
+    schema = end_numbers(real_dates(close_objects(schema)))
     return {**schema, "x-guidance": {**COMPACT, "lenient": tool.get("strict") is not True}}
 
 

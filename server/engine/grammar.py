@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loraplex.server.engine.request import Constraint
-from loraplex.server.engine.schema_ends import close_objects, end_numbers, is_endless
+from loraplex.server.engine.schema_ends import close_objects, end_numbers, is_endless, real_dates
 from loraplex.server.engine.tokenizer import Tokenizer
 
 COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -250,7 +250,7 @@ def _answers(spec: GrammarSpec) -> list[dict[str, Any]]:
                 raise GrammarRefused(
                     "no text can hold to it: the schema refers to itself, and what it needs has no end"
                 )
-            closed = close_objects(schema)
+            closed = real_dates(close_objects(schema))
             ended = end_numbers(closed)
             schemas = [closed] if ended == closed else [ended, closed]
             return [{"json_schema": {**each, "x-guidance": options}} for each in schemas]

@@ -8,6 +8,7 @@ What is left out are instances; none that is no instance comes in. Free of torch
     end_numbers     a number has at most nine decimals, and fifteen digits before them where it has no bound: a small
                     model at temperature 0 likes to add digits until its tokens are used up.
 
+    real_dates      a date is one of the calendar's.
     is_endless      a schema that needs itself again, so that no answer could ever hold to it, is refused.
 
 What stands beside enum, const, $ref or allOf is left as it is: numbers are told there, or bounds meet others.
@@ -15,7 +16,7 @@ What stands beside enum, const, $ref or allOf is left as it is: numbers are told
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 DECIMALS = 1e-9
@@ -26,6 +27,14 @@ LEAST_SPAN = 1e-3
 
 MOST = 10**15 - 1
 """Of an unbounded number, and beyond a single bound: a double counts all integers up to nine times as many."""
+
+_FOURS = "(0[48]|[2468][048]|[13579][26])"  # two digits that four divides, but 00
+DATE = (
+    f"^(([0-9][0-9]{_FOURS}|{_FOURS}00)-02-29"
+    "|([0-9]{3}[1-9]|[0-9]{2}[1-9][0-9]|[0-9][1-9][0-9]{2}|[1-9][0-9]{3})"
+    "-((0[13578]|1[02])-(0[1-9]|[12][0-9]|3[01])|(0[469]|11)-(0[1-9]|[12][0-9]|30)|02-(0[1-9]|1[0-9]|2[0-8])))$"
+)
+"""RFC 3339's full-date, from the year 1 on."""
 
 MOST_LOOKS = 50_000
 """At parts of a schema, 20 ms: references to references would take for ever."""
@@ -189,17 +198,29 @@ def end_numbers(schema: Any) -> Any:
     """A schema of those instances whose numbers end. It may be one that cannot be compiled, where `schema` can."""
     if not isinstance(schema, Mapping):
         return schema
-    found = {key: _inside(key, value) for key, value in schema.items()}
+    found = {key: _inside(key, value, end_numbers) for key, value in schema.items()}
     return found | _ends(schema)
 
 
-def _inside(key: str, value: Any) -> Any:
+def real_dates(schema: Any) -> Any:
+    """The schema with the calendar in the place of `"format": "date"`, of which llguidance has no more than the digits:
+    29 February in every year, and the year 0."""
+    if not isinstance(schema, Mapping):
+        return schema
+    found = {key: _inside(key, value, real_dates) for key, value in schema.items()}
+    if found.get("format") == "date" and "pattern" not in found:
+        del found["format"]
+        found["pattern"] = DATE
+    return found
+
+
+def _inside(key: str, value: Any, narrow: Callable[[Any], Any]) -> Any:
     """Of one keyword."""
     if key in _NAMED and isinstance(value, Mapping):
-        return {name: end_numbers(each) for name, each in value.items()}
+        return {name: narrow(each) for name, each in value.items()}
     if key in ("anyOf", "oneOf", "prefixItems") and isinstance(value, Sequence):
-        return [end_numbers(each) for each in value]
-    return end_numbers(value) if key in ("items", "additionalProperties") else value
+        return [narrow(each) for each in value]
+    return narrow(value) if key in ("items", "additionalProperties") else value
 
 
 def _ends(schema: Mapping[str, Any]) -> dict[str, Any]:

@@ -78,7 +78,6 @@ def test_whatever_is_drawn_is_valid(
     spec = GrammarSpec("json_schema", json.dumps(schema))
     text = write(grammars, tokenizer, spec, seed)
     assert text is not None, "bounded schemas end"
-    text = re.sub(r'"\d{4}-02-29"', '"2024-02-29"', text)  # llguidance has one in every year
     checker = jsonschema.Draft202012Validator.FORMAT_CHECKER
     jsonschema.Draft202012Validator(schema, format_checker=checker).validate(json.loads(text))
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
+import itertools
 import json
+import re
 import time
 from typing import Any
 
@@ -12,7 +15,16 @@ from hypothesis import given
 
 from loraplex.server.engine import grammar
 from loraplex.server.engine.grammar import GrammarRefused, Grammars, GrammarSpec
-from loraplex.server.engine.schema_ends import DECIMALS, MOST, close_objects, end_numbers, is_endless, open_objects
+from loraplex.server.engine.schema_ends import (
+    DATE,
+    DECIMALS,
+    MOST,
+    close_objects,
+    end_numbers,
+    is_endless,
+    open_objects,
+    real_dates,
+)
 from loraplex.server.engine.tokenizer import Tokenizer
 from tests.engine.test_grammar import accepts
 from tests.support.schemas import bounded_schemas
@@ -138,6 +150,29 @@ def test_objects_that_list_their_properties_have_no_others(schema: Any, expected
 )
 def test_those_that_say_otherwise_stay_open(schema: Any) -> None:
     assert close_objects(schema) == schema
+
+
+def test_dates_are_the_calendars(tokenizer: Tokenizer) -> None:
+    """datetime.date is the judge, over all days of some years and what is no day."""
+    pattern = re.compile(DATE)
+    for year in (1, 4, 99, 100, 400, 1900, 1999, 2000, 2023, 2024, 2100, 9999):
+        for month, day in itertools.product(range(14), range(33)):
+            text = f"{year:04}-{month:02}-{day:02}"
+            try:
+                datetime.date(year, month, day)
+            except ValueError:
+                assert not pattern.search(text), text
+            else:
+                assert pattern.search(text), text
+    assert not pattern.search("0000-01-01")
+    assert not pattern.search("x2024-02-29")
+    day = {"type": "string", "format": "date"}
+    real = {"type": "string", "pattern": DATE}
+    assert real_dates({"properties": {"a": day}, "items": day}) == {"properties": {"a": real}, "items": real}
+    spec = GrammarSpec("json_schema", json.dumps(day))
+    grammars = Grammars(tokenizer, VOCAB_SIZE, (1,))
+    assert accepts(grammars, tokenizer, spec, '"2024-02-29"')
+    assert not accepts(grammars, tokenizer, spec, '"2023-02-29"')
 
 
 def test_pattern_properties_are_closed_on_request() -> None:
