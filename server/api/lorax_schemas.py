@@ -34,7 +34,7 @@ class LoraxParameters(SharedFields):
     api_token: Annotated[Token | None, Field(repr=False)] = None
     best_of: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     frequency_penalty: Penalty | None = None
     presence_penalty: Penalty | None = None
     top_k: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None

@@ -195,7 +195,7 @@ class GenerationFields(AdapterFields, SharedFields):
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     stop: Annotated[tuple[str, ...], BeforeValidator(_read_stop, json_schema_input_type=StopInput)] = ()
     ignore_eos: bool | None = None
     stream: bool | None = None

@@ -73,6 +73,7 @@ BAD_FIELDS = [  # field, value, what is named
     ("presence_penalty", 2.1, "presence_penalty"),
     ("frequency_penalty", -3, "frequency_penalty"),
     ("repetition_penalty", 0, "repetition_penalty"),
+    ("repetition_penalty", 5e-324, "repetition_penalty"),
     ("logit_bias", {str(VOCAB_SIZE): 1}, "logit_bias"),
     ("logit_bias", {"-1": 1}, "logit_bias"),
     ("logit_bias", {"the": 1}, "logit_bias"),
