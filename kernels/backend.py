@@ -49,36 +49,28 @@ class DecodeSteps:
     halt: ctypes.c_int32
 
 
+@dataclass(frozen=True)
+class StepInputs:
+    """What a recorded forward pass is run on."""
+
+    ids: Tensor  # [T] int64
+    logit_rows: Tensor  # [L] int64
+    rotations: Sequence[tuple[Tensor, Tensor]]  # (cos, sin) [T, rotary_dim] fp32 per rotary kind
+    attention: AttentionMeta
+    arena: Tensor
+    tiles: TileTable
+    adapters: AdapterSegments | None
+
+
 class Program(Protocol):
     """A recorded forward pass: run() does one step of it, whatever the step's size up to the recorded one."""
 
-    def run(
-        self,
-        ids: Tensor,
-        logit_rows: Tensor,
-        rotations: Sequence[tuple[Tensor, Tensor]],
-        attention: AttentionMeta,
-        arena: Tensor,
-        tiles: TileTable,
-        adapters: AdapterSegments | None,
-    ) -> None:
-        """ids [T] int64, logit_rows [L] int64, rotations: (cos, sin) [T, rotary_dim] fp32 per rotary kind."""
-        ...
+    def run(self, inputs: StepInputs) -> None: ...
 
-    def decode(
-        self,
-        ids: Tensor,
-        logit_rows: Tensor,
-        rotations: Sequence[tuple[Tensor, Tensor]],
-        attention: AttentionMeta,
-        arena: Tensor,
-        tiles: TileTable,
-        adapters: AdapterSegments | None,
-        steps: DecodeSteps,
-    ) -> tuple[Tensor, Tensor]:
+    def decode(self, inputs: StepInputs, steps: DecodeSteps) -> tuple[Tensor, Tensor]:
         """As run() of steps.most steps, whose rows lie one step behind the other: T = steps.most * L.
 
-        Of `ids` the first L are given, and the others are filled in. Block tables, logit_rows and adapters are one
+        Of inputs.ids the first L are given, and the others are filled in. Block tables, logit_rows and adapters are one
         step's. Returns the tokens [steps done, L] int64 in the order of logit_rows, and the last step's logits
         [L, vocab] fp32.
         """

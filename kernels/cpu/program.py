@@ -14,10 +14,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from loraplex.kernels.backend import DecodeSteps
+from loraplex.kernels.backend import DecodeSteps, StepInputs
 from loraplex.kernels.cpu.abi import ALL_TOKENS, LOGIT_ROWS, MAX_GROUPS, MAX_ROPES, Op, Step, Steps
 from loraplex.kernels.cpu.backend import CpuBackend, adapter_step, attention_step, linear_op, sample_op
-from loraplex.kernels.metadata import AdapterSegments, AttentionMeta, TileTable
 
 
 class CpuRecorder(CpuBackend):
@@ -80,32 +79,12 @@ class CpuProgram:
         self._decode_ops = (Op * (len(recorder.noted) + 2))(*recorder.noted)  # the last two are set by decode()
         self._dtype = recorder.dtype
 
-    def run(
-        self,
-        ids: Tensor,
-        logit_rows: Tensor,
-        rotations: Sequence[tuple[Tensor, Tensor]],
-        attention: AttentionMeta,
-        arena: Tensor,
-        tiles: TileTable,
-        adapters: AdapterSegments | None,
-    ) -> None:
-        step = self._step(ids, logit_rows, rotations, attention, arena, tiles, adapters)
-        self._backend.run(self._ops, step, self._dtype)
+    def run(self, inputs: StepInputs) -> None:
+        self._backend.run(self._ops, self._step(inputs), self._dtype)
 
-    def decode(
-        self,
-        ids: Tensor,
-        logit_rows: Tensor,
-        rotations: Sequence[tuple[Tensor, Tensor]],
-        attention: AttentionMeta,
-        arena: Tensor,
-        tiles: TileTable,
-        adapters: AdapterSegments | None,
-        steps: DecodeSteps,
-    ) -> tuple[Tensor, Tensor]:
-        step = self._step(ids, logit_rows, rotations, attention, arena, tiles, adapters)
-        rows = step.tokens = step.seqs = logit_rows.shape[0]
+    def decode(self, inputs: StepInputs, steps: DecodeSteps) -> tuple[Tensor, Tensor]:
+        step, rows = self._step(inputs), inputs.logit_rows.shape[0]
+        step.tokens = step.seqs = rows
         hidden = steps.hidden[:rows]
         logits = torch.empty(rows, steps.head.out_features, dtype=torch.float32)
         drawn = torch.empty(steps.most, rows, dtype=torch.int64)
@@ -120,27 +99,19 @@ class CpuProgram:
             vocab=logits.shape[1],
             halt=ctypes.addressof(steps.halt),
         )
-        for index, (cos, _) in enumerate(rotations):
+        for index, (cos, _) in enumerate(inputs.rotations):
             following.turns[index] = cos.shape[1]
         done = self._backend.run(self._decode_ops, step, self._dtype, following)
         return drawn[:done], logits
 
-    def _step(
-        self,
-        ids: Tensor,
-        logit_rows: Tensor,
-        rotations: Sequence[tuple[Tensor, Tensor]],
-        attention: AttentionMeta,
-        arena: Tensor,
-        tiles: TileTable,
-        adapters: AdapterSegments | None,
-    ) -> Step:
+    def _step(self, inputs: StepInputs) -> Step:
+        ids, rows, attention = inputs.ids, inputs.logit_rows, inputs.attention
         if len(attention.groups) > MAX_GROUPS:
             raise ValueError(f"{len(attention.groups)} KV groups; the CPU backend has room for {MAX_GROUPS}")
-        step = Step(tokens=ids.shape[0], logit_rows=logit_rows.shape[0], ids=ids.data_ptr(), rows=logit_rows.data_ptr())
+        step = Step(tokens=ids.shape[0], logit_rows=rows.shape[0], ids=ids.data_ptr(), rows=rows.data_ptr())
         attention_step(step, attention)
-        for index, (cos, sin) in enumerate(rotations):
+        for index, (cos, sin) in enumerate(inputs.rotations):
             step.cos[index], step.sin[index] = cos.data_ptr(), sin.data_ptr()
-        if adapters is not None:
-            adapter_step(step, arena, tiles, self._backend.roles(adapters))
+        if inputs.adapters is not None:
+            adapter_step(step, inputs.arena, inputs.tiles, self._backend.roles(inputs.adapters))
         return step

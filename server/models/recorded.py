@@ -7,7 +7,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from loraplex.kernels.backend import DecodeSteps, Program
+from loraplex.kernels.backend import DecodeSteps, Program, StepInputs
 from loraplex.kernels.metadata import NUM_SITES, AdapterSegments, AttentionMeta, KVGroup, TileTable
 from loraplex.server.models.decoder import Decoder
 from loraplex.server.models.inputs import ForwardBatch
@@ -41,15 +41,7 @@ class RecordedDecoder:
 
     def forward(self, batch: ForwardBatch) -> Tensor:
         """The final hidden states [L, H], normed, of the tokens in batch.logit_rows."""
-        self._program.run(
-            batch.input_ids,
-            batch.logit_rows,
-            self._decoder.rotations(batch),
-            batch.attention,
-            self._decoder.arena,
-            batch.tiles,
-            batch.adapters,
-        )
+        self._program.run(self._inputs(batch))
         return self._hidden[: batch.logit_rows.shape[0]]
 
     @property
@@ -64,7 +56,15 @@ class RecordedDecoder:
 
         Returns those [steps done, L] int64 in the order of logit_rows, and the last step's logits [L, vocab] fp32.
         """
-        return self._program.decode(
+        steps = DecodeSteps(batch.steps, self._hidden, self._decoder.weights.head, draws, stops, halt)
+        return self._program.decode(self._inputs(batch), steps)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """As Decoder.logits."""
+        return self._decoder.logits(hidden)
+
+    def _inputs(self, batch: ForwardBatch) -> StepInputs:
+        return StepInputs(
             batch.input_ids,
             batch.logit_rows,
             self._decoder.rotations(batch),
@@ -72,12 +72,7 @@ class RecordedDecoder:
             self._decoder.arena,
             batch.tiles,
             batch.adapters,
-            DecodeSteps(batch.steps, self._hidden, self._decoder.weights.head, draws, stops, halt),
         )
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """As Decoder.logits."""
-        return self._decoder.logits(hidden)
 
 
 def _stand_in(decoder: Decoder, max_tokens: int, max_rows: int) -> ForwardBatch:
