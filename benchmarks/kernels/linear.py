@@ -23,7 +23,7 @@ from loraplex.benchmarks.kernels.step import recorded, take_step
 from loraplex.benchmarks.of_limit import times_least
 from loraplex.kernels.backend import PackedLinear
 from loraplex.kernels.cpu.abi import Op, OpCode, Step
-from loraplex.kernels.cpu.backend import CpuBackend, CpuLinear
+from loraplex.kernels.cpu.backend import CpuBackend, CpuLinear, linear_op
 
 DTYPE = torch.bfloat16
 SHAPES = ((576, 960), (576, 576), (576, 3072), (1536, 576), (576, 49152))  # SmolLM2's: qkv, o, gate_up, down, head
@@ -125,20 +125,7 @@ def prepack(products: Sequence[tuple[Tensor, Tensor]]) -> Callable[[], None] | A
 
 def _program(packed: list[PackedLinear], x: Tensor, y: Tensor) -> ctypes.Array[Op]:
     weights = [weight for weight in packed if isinstance(weight, CpuLinear)]
-    return (Op * len(weights))(
-        *(
-            Op(
-                code=OpCode.LINEAR,
-                rows=x.shape[0],
-                x=x.data_ptr(),
-                w=weight.packed.data_ptr(),
-                y=y.data_ptr(),
-                columns_in=weight.in_features,
-                columns_out=weight.out_features,
-            )
-            for weight in weights
-        )
-    )
+    return (Op * len(weights))(*(linear_op(x, weight, y) for weight in weights))
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ class SseResponse(Response):
             except Exception as error:
                 if not self._is_started:
                     raise
-                await self._send_event(send, json.dumps({"error": _explain(error).fields()}))
+                await self._send_event(send, json.dumps(self._failure(_explain(error))))
             await self._start(send)
             silence.cancel()
             end = encode_event(DONE) if self._done else b""
@@ -82,6 +82,18 @@ class SseResponse(Response):
         finally:
             silence.cancel()
             await self._events.aclose()
+
+    def _failure(self, error: ApiError) -> dict[str, Any]:
+        """The event of it; OpenAI's ResponseErrorEvent where events are named."""
+        if not self._named:
+            return {"error": error.fields()}
+        return {
+            "type": "error",
+            "code": error.code,
+            "message": error.message,
+            "param": error.param,
+            "sequence_number": 0,
+        }
 
     async def _start(self, send: Send) -> None:
         if not self._is_started:

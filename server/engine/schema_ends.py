@@ -7,7 +7,6 @@ What is left out are instances; none that is no instance comes in. Free of torch
                     say it, and models go on inventing keys until their tokens are used up.
     end_numbers     a number has at most nine decimals, and fifteen digits before them where it has no bound: a small
                     model at temperature 0 likes to add digits until its tokens are used up.
-
     real_dates      a date is one of the calendar's.
     is_endless      a schema that needs itself again, so that no answer could ever hold to it, is refused.
 
@@ -42,7 +41,6 @@ MOST_LOOKS = 50_000
 _NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 _LISTED = ("anyOf", "oneOf", "allOf", "prefixItems")
 _SINGLE = ("items", "additionalProperties", "unevaluatedProperties", "contains", "not", "if", "then", "else")
-_DEFINITIONS = ("$defs", "definitions")
 
 _JOINS = ("$ref", "allOf", "anyOf", "oneOf", "if", "dependentSchemas")
 """What may name further properties of the same object."""
@@ -54,40 +52,49 @@ def close_objects(schema: Any, *, patterns: bool = False) -> Any:
     patterns: where it has patternProperties as well. Objects whose properties are told in several places (allOf; $ref
     or anyOf beside properties) stay as they are: closing one place would shut out the others'.
     """
-    joined = frozenset(_joined_refs(schema))
-    return _close(schema, "#", "#" in joined, joined, patterns)
+    joined, new = set[str](), set(_joined_refs(schema))
+    while new:  # what a part of an object refers to in turn is a part of it
+        joined |= new
+        new = {ref for part in new for ref in _refs_of_part(_target(schema, part))} - joined
+    return _close(schema, "#", False, joined, patterns)
 
 
-def _close(schema: Any, pointer: str | None, is_joined: bool, joined: frozenset[str], patterns: bool) -> Any:
-    """pointer: where a reference could point at this; None: nowhere that is looked at."""
+def _close(schema: Any, pointer: str, is_part: bool, joined: set[str], patterns: bool) -> Any:
+    """pointer: by which a reference points at this. is_part: of an object whose other properties are told elsewhere."""
     if not isinstance(schema, Mapping):
         return schema
-    beside = _is_object(schema) or is_joined
+    is_part = is_part or pointer in joined
+    beside = _is_object(schema) or is_part
     found: dict[str, Any] = {}
     for key, value in schema.items():
-        if key in _DEFINITIONS and isinstance(value, Mapping):
-            at = f"{pointer}/{key}" if pointer is not None else None
-            found[key] = {
-                name: _close(each, f"{at}/{name}", f"{at}/{name}" in joined, joined, patterns)
-                for name, each in value.items()
-            }
-        elif key in _NAMED and isinstance(value, Mapping):
+        at = f"{pointer}/{key}"
+        if key in _NAMED and isinstance(value, Mapping):
             inner = key == "dependentSchemas"
-            found[key] = {name: _close(each, None, inner, joined, patterns) for name, each in value.items()}
+            found[key] = {name: _close(each, f"{at}/{name}", inner, joined, patterns) for name, each in value.items()}
         elif key in _LISTED and isinstance(value, Sequence) and not isinstance(value, str):
             inner = key != "prefixItems" and (beside or (key == "allOf" and len(value) > 1))
-            found[key] = [_close(each, None, inner, joined, patterns) for each in value]
+            found[key] = [_close(each, f"{at}/{i}", inner, joined, patterns) for i, each in enumerate(value)]
         elif key in ("not", "if"):
             found[key] = value  # narrower there is wider here
         elif key in _SINGLE:
-            found[key] = _close(value, None, key in ("then", "else"), joined, patterns)
+            found[key] = _close(value, at, key in ("then", "else"), joined, patterns)
         else:
             found[key] = value
     said = ("additionalProperties", "unevaluatedProperties", *(() if patterns else ("patternProperties",)))
     lists = isinstance(schema.get("properties"), Mapping)
-    if lists and not is_joined and not any(key in schema for key in (*said, *_JOINS)):
+    if lists and not is_part and not any(key in schema for key in (*said, *_JOINS)):
         found["additionalProperties"] = False
     return found
+
+
+def _refs_of_part(schema: Any) -> Iterator[str]:
+    """The references of a part of an object that lead to further parts."""
+    if isinstance(schema, Mapping):
+        if isinstance(schema.get("$ref"), str):
+            yield schema["$ref"]
+        for key in ("allOf", "anyOf", "oneOf"):
+            for each in schema[key] if isinstance(schema.get(key), list) else ():
+                yield from _refs_of_part(each)
 
 
 def _is_object(schema: Mapping[str, Any]) -> bool:

@@ -10,14 +10,27 @@ from typing import Any
 
 import httpx
 import pytest
+from openai.types.responses import ResponseErrorEvent
 
 from loraplex.server.api import sse
 from loraplex.server.api.sse import COMMENT, SseResponse, encode_event
 from loraplex.server.app import create_app
-from loraplex.server.engine.request import EngineError
+from loraplex.server.engine.request import EngineError, FinishReason, TokenEvent
 from tests.support.fake_serving import FakeServer, say
 
 SEPARATORS = "a\u2028b\u2029c\x85d"
+
+
+def text_of(events: list[dict[str, Any]], route: str) -> str:
+    """What the events of a route's stream say together."""
+    match route:
+        case "/v1/completions":
+            return "".join(event["choices"][0]["text"] for event in events)
+        case "/generate_stream":
+            return str(events[-1]["generated_text"])
+        case "/generate":
+            return str(events[-1]["text"])
+    return "".join(event["delta"] for event in events if event["type"] == "response.output_text.delta")
 
 
 async def test_httpx_reads_text_with_separators_whole(client: httpx.AsyncClient, server: FakeServer) -> None:
@@ -32,8 +45,7 @@ async def test_httpx_reads_text_with_separators_whole(client: httpx.AsyncClient,
             lines = [line async for line in response.aiter_lines()]
         events = [json.loads(line[5:]) for line in lines if line.startswith("data:") and "[DONE]" not in line]
         assert all(line.startswith(("data:", "event:")) or not line for line in lines), route
-        texts = [event["choices"][0]["text"] for event in events if event.get("choices")]
-        assert not texts or "".join(texts) == SEPARATORS
+        assert text_of(events, route) == SEPARATORS
 
 
 def test_an_event_is_one_line_whatever_it_says() -> None:
@@ -108,19 +120,54 @@ async def test_what_fails_at_once_has_its_status(client: httpx.AsyncClient) -> N
     assert response.status_code == 404
 
 
+def watch_heads(monkeypatch: pytest.MonkeyPatch) -> asyncio.Event:
+    """Set once a stream's head is out."""
+    begun = asyncio.Event()
+    start = SseResponse._start
+
+    async def seen(response: SseResponse, send: Any) -> None:
+        await start(response, send)
+        begun.set()
+
+    monkeypatch.setattr(SseResponse, "_start", seen)
+    return begun
+
+
 async def test_a_queued_stream_has_its_head(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sse, "HEAD_SECONDS", 0.01)
+    begun = watch_heads(monkeypatch)
     server.engine.gate.clear()
     transport = httpx.ASGITransport(create_app(replace(server.parts, sse_keep_alive=0.01)))
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
         body = {"model": "base", "prompt": "hi", "stream": True}
         asking = asyncio.create_task(client.post("/v1/completions", json=body))
-        await asyncio.sleep(0.1)
+        await begun.wait()
         server.engine.gate.set()
         response = await asking
     assert response.status_code == 200
     assert response.text.startswith(": keep-alive\n\n")
     assert response.text.endswith("data: [DONE]\n\n")
+
+
+async def test_a_response_that_fails_after_its_head_says_so(
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OpenAI's client knows the event by its type."""
+    monkeypatch.setattr(sse, "HEAD_SECONDS", 0.0)
+    begun = watch_heads(monkeypatch)
+    server.engine.gate.clear()
+    server.engine.script = lambda request: [
+        TokenEvent(request.request_id, None, finish=FinishReason.ERROR, error=EngineError("no"))
+    ]
+    async with server.client() as client:
+        body = {"model": "base", "input": "hi", "stream": True}
+        asking = asyncio.create_task(client.post("/v1/responses", json=body))
+        await begun.wait()
+        server.engine.gate.set()
+        text = (await asking).text
+    [data] = [line[6:] for line in text.splitlines() if line.startswith("data: ")]
+    assert "event: error\n" in text
+    assert ResponseErrorEvent.model_validate_json(data).type == "error"
 
 
 @pytest.mark.parametrize("route", ["/", "/health", "/v1/models", "/metrics", "/ui/"])
