@@ -12,7 +12,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from loraplex.benchmarks.load import Address
@@ -86,11 +86,11 @@ def _wait(name: str, process: subprocess.Popen[bytes], port: int, log: Path, dea
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
     process.terminate()
-    try:
+    with suppress(subprocess.TimeoutExpired):
         process.wait(STOP_LIMIT)
-    except subprocess.TimeoutExpired:
+    with suppress(ProcessLookupError):  # what it has started may outlive one that ended by itself
         os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    process.wait()
 
 
 def _end(log: Path) -> str:

@@ -6,7 +6,7 @@ import json
 import sys
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -29,6 +29,7 @@ from loraplex.server.models.config import ModelConfig
 from loraplex.server.models.demo import ensure_demo_base
 from loraplex.server.models.gguf_convert import _half_rotation
 from support.tiny import make_tiny_model
+from tests.support.waiting import wait_for
 
 
 def test_an_adapter_as_gguf(tmp_path: Path) -> None:
@@ -195,6 +196,15 @@ signal.pause()
 """
 
 
+def running_with(argument: str) -> list[str]:
+    """Processes that have `argument` as their last."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            found += [path.parent.name] if path.read_bytes().endswith(f"\0{argument}\0".encode()) else []
+    return found
+
+
 def test_a_server_is_waited_for_and_stopped() -> None:
     port = processes.free_port()
     line = [sys.executable, "-c", SERVER, str(port)]
@@ -202,6 +212,7 @@ def test_a_server_is_waited_for_and_stopped() -> None:
         assert urllib.request.urlopen(f"http://127.0.0.1:{address.port}/health").status == 200
     with pytest.raises(OSError, match="refused"):
         urllib.request.urlopen(f"http://127.0.0.1:{port}/health")
+    wait_for(lambda: not running_with(str(port)))
 
 
 def test_a_server_that_does_not_start_is_left_out() -> None:
