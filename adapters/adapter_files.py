@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraplex.adapters import pace
+from loraplex.adapters import pace, tokenizer_files
 from loraplex.adapters.errors import AdapterRefused
 from loraplex.kernels.hashing import Hash
 from loraplex.kernels.hugepages import huge_zeros
@@ -56,15 +56,16 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Stamp:
-    """What tells that a file was changed: of both files, (device, inode, bytes, modified ns, changed ns)."""
+    """What tells that a file was changed: of the two files, (device, inode, bytes, modified ns, changed ns)."""
 
     config: tuple[int, ...]
     weights: tuple[int, ...]
+    tokenizer: tuple[tuple[int, ...], ...] = ()  # tokenizer_files.stamps
 
     @property
     def latest(self) -> float:
-        """When one of them was changed last, in unix seconds."""
-        return max(*self.config[3:], *self.weights[3:]) / 1e9
+        """When one of all was changed last, in unix seconds."""
+        return max(*self.config[3:], *self.weights[3:], *(ns for each in self.tokenizer for ns in each[3:])) / 1e9
 
     def is_settled(self, now: float) -> bool:
         """Whether a change after `now` is sure to show."""
@@ -110,7 +111,7 @@ def read_head(folder: Path) -> AdapterHead:
     config, config_stamp = _read_config(folder)
     with _open_weights(folder) as file:
         try:
-            return _read_head(file, config, config_stamp)
+            return _read_head(file, folder, config, config_stamp)
         except (OSError, ValueError) as error:
             raise _damaged(folder / WEIGHTS_FILE, error) from error
 
@@ -123,7 +124,7 @@ def read_bytes(folder: Path, breathe: Callable[[], None], memory: Callable[[int]
     config, config_stamp = _read_config(folder)
     with _open_weights(folder) as file:
         try:
-            head = _read_head(file, config, config_stamp)
+            head = _read_head(file, folder, config, config_stamp)
             digest = Hash()
             digest.take(config + len(head.header).to_bytes(8, "little") + head.header)
             data = memory(head.data_bytes)
@@ -143,7 +144,8 @@ def read_bytes(folder: Path, breathe: Callable[[], None], memory: Callable[[int]
 def known_weights(folder: Path, stamp: Stamp) -> Iterator[int]:
     """The descriptor of the weights' file. Raises ChangedMeanwhile unless both files have `stamp`, before and after."""
     try:
-        if _stamp_of(os.stat(folder / CONFIG_FILE)) != stamp.config:
+        config = _stamp_of(os.stat(folder / CONFIG_FILE))
+        if (config, tokenizer_files.stamps(folder)) != (stamp.config, stamp.tokenizer):
             raise ChangedMeanwhile
         descriptor = os.open(folder / WEIGHTS_FILE, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
@@ -161,7 +163,8 @@ def known_weights(folder: Path, stamp: Stamp) -> Iterator[int]:
 def look(folder: Path) -> Stamp | None:
     """The files' stamp now; None when one is missing."""
     try:
-        return Stamp(_stamp_of(os.stat(folder / CONFIG_FILE)), _stamp_of(os.stat(folder / WEIGHTS_FILE)))
+        config, weights = (_stamp_of(os.stat(folder / name)) for name in (CONFIG_FILE, WEIGHTS_FILE))
+        return Stamp(config, weights, tokenizer_files.stamps(folder))
     except OSError:
         return None
 
@@ -211,9 +214,9 @@ def _entries(raw: Any) -> list[tuple[str, Any]]:
     return [(name, described) for name, described in raw.items() if name != "__metadata__"]
 
 
-def _read_head(file: FileIO, config: bytes, config_stamp: tuple[int, ...]) -> AdapterHead:
+def _read_head(file: FileIO, folder: Path, config: bytes, config_stamp: tuple[int, ...]) -> AdapterHead:
     """Raises OSError, and ValueError for a file that is no safetensors file at its very start."""
-    stamp = Stamp(config_stamp, _stamp_of(os.fstat(file.fileno())))
+    stamp = Stamp(config_stamp, _stamp_of(os.fstat(file.fileno())), tokenizer_files.stamps(folder))
     size = stamp.weights[2]
     start = _read_exactly(file, 8)
     length = int.from_bytes(start, "little")

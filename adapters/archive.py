@@ -1,6 +1,6 @@
-"""The two files of an adapter out of a tar that a stranger made. Free of torch.
+"""The files of an adapter out of a tar that a stranger made. Free of torch.
 
-Nothing is written but those two, under their own names; what else the archive holds is passed over, and one that tries
+Nothing is written but those, under their own names; what else the archive holds is passed over, and one that tries
 anything (a path that climbs, a link, a device) is refused whole. It is read through a gate that bounds what it may
 unpack to, and what the header of a member may have read into memory.
 """
@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, cast
 
+from loraplex.adapters import tokenizer_files
 from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.remote import CONFIG_FILE, FILES, WEIGHTS_FILE
 
@@ -27,7 +28,7 @@ _GZIP = b"\x1f\x8b"
 
 
 def unpack(archive: Path, folder: Path, max_bytes: int, breathe: Callable[[], object]) -> None:
-    """Write the config and the weights that `archive` (tar, gzipped or not) holds into `folder`.
+    """Write the adapter's files that `archive` (tar, gzipped or not) holds into `folder`.
 
     max_bytes bounds what the whole archive unpacks to; `breathe` is called between pieces and may raise. Raises
     AdapterRefused: "too_large", "bad_file", "missing_file", "forbidden".
@@ -46,27 +47,41 @@ def unpack(archive: Path, folder: Path, max_bytes: int, breathe: Callable[[], ob
 
 def _unpack(tar: tarfile.TarFile, folder: Path, breathe: Callable[[], object]) -> None:
     found: dict[str, PurePosixPath] = {}
+    beside: dict[PurePosixPath, Path] = {}  # files of tokenizers, wherever: those beside the adapter's stay
     for count, member in enumerate(tar):
         breathe()
         if count >= MAX_MEMBERS:
             raise AdapterRefused("too_large", f"the archive has more than {MAX_MEMBERS} members")
         path = _checked(member)
-        if path.name not in FILES or not member.isreg():
+        if not member.isreg() or path.name not in (*FILES, *tokenizer_files.FILES):
             continue
-        if path.name in found:
+        if path.name in found or path in beside:
             raise AdapterRefused("bad_file", f"the archive has {path.name} twice; expected one adapter in it")
-        found[path.name] = path.parent
-        content = tar.extractfile(member)
-        assert content is not None  # a regular file has content
-        with (folder / path.name).open("xb") as file:
-            while chunk := content.read(READ_BYTES >> 2):
-                file.write(chunk)
-                breathe()
+        if path.name in FILES:
+            found[path.name] = path.parent
+            target = folder / path.name
+        else:
+            target = beside[path] = folder / f"{len(beside)}.{path.name}"
+        _write(tar, member, target, breathe)
     for name in FILES:
         if name not in found:
             raise AdapterRefused("missing_file", f"the archive has no {name}")
     if found[CONFIG_FILE] != found[WEIGHTS_FILE]:
         raise AdapterRefused("bad_file", f"the archive has {CONFIG_FILE} and {WEIGHTS_FILE} in different folders")
+    for path, written in beside.items():
+        if path.parent == found[CONFIG_FILE]:
+            written.rename(folder / path.name)
+        else:
+            written.unlink()
+
+
+def _write(tar: tarfile.TarFile, member: tarfile.TarInfo, target: Path, breathe: Callable[[], object]) -> None:
+    content = tar.extractfile(member)
+    assert content is not None  # a regular file has content
+    with target.open("xb") as file:
+        while chunk := content.read(READ_BYTES >> 2):
+            file.write(chunk)
+            breathe()
 
 
 def _checked(member: tarfile.TarInfo) -> PurePosixPath:

@@ -1,6 +1,6 @@
 """Folders of downloaded adapters on disk: what is complete, what is half there, what has to go. Free of torch.
 
-    <root>/ready/<key>/<mark>/   the two files; comes into being by a rename, so whatever is there is whole
+    <root>/ready/<key>/<mark>/   an adapter's files; comes into being by a rename, so whatever is there is whole
     <root>/partial/<key>/        being downloaded, or left by a process that died; never read from but to go on with it
     <root>/partial/<key>.lock    held while someone writes there, in whatever process
 
@@ -84,9 +84,9 @@ class DownloadCache:
             os.close(handle)
 
     def publish(self, key: str, mark: str, folder: Path) -> Path:
-        """Make the two files in `folder` the complete ones of `key`; older ones go, and so does what was partial."""
-        for name in FILES:
-            _sync(folder / name)
+        """Make the files in `folder` the complete ones of `key`; older ones go, and so does what was partial."""
+        for path in folder.iterdir():
+            _sync(path)
         _sync(folder)
         (self._ready / key).mkdir(exist_ok=True)
         target = self._ready / key / mark

@@ -35,7 +35,7 @@ class _Hash(Protocol):
 def fetch(listing: Listing, folder: Path, max_bytes: int, deadline: Deadline) -> Path:
     """Bring the listing's files into `folder`, where what an earlier fetch() of the same content left is used.
 
-    Returns a folder below it with the two files of an adapter and nothing else. Raises AdapterRefused ("too_large",
+    Returns a folder below it with the files of an adapter and nothing else. Raises AdapterRefused ("too_large",
     "bad_file", and what unpack() raises), AdapterUnavailable, and what the files' `open` raises.
     """
     _begin(listing, folder)

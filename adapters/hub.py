@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from loraplex.adapters import tokenizer_files
 from loraplex.adapters.errors import AdapterNotFound, AdapterUnavailable
 from loraplex.adapters.http_client import CHUNK_BYTES, STALL_SECONDS, Deadline, HttpClient
 from loraplex.adapters.remote import FILES, Listing, Open, Opened, RemoteFile, missing_file
@@ -36,7 +37,7 @@ def list_hub(http: HttpClient, source: Source, deadline: Deadline) -> Listing:
     secret = {"Authorization": f"Bearer {token}"} if token else None
     plain = urlsplit(endpoint).netloc if endpoint.startswith("http:") else None
     files = []
-    for name in FILES:
+    for name in (*FILES, *(name for name in tokenizer_files.FILES if name in found)):
         url = huggingface_hub.hf_hub_url(source.place, name, revision=info.sha, endpoint=endpoint)
         sha256, blob = (found[name].lfs or {}).get("sha256"), found[name].blob_id
         hashes = (("sha256", sha256),) if sha256 else (("git", blob),) if blob else ()
@@ -88,8 +89,9 @@ def _list_cached(source: Source) -> Listing:
     missing = [name for name in FILES if not (folder / name).is_file()]
     if missing:
         raise missing_file(source, missing[0], sorted(path.name for path in folder.iterdir()))
-    sizes = {name: (folder / name).stat().st_size for name in FILES}
-    return Listing(tuple(RemoteFile(name, _reader(folder / name), sizes[name], folder.name) for name in FILES))
+    names = (*FILES, *(name for name in tokenizer_files.FILES if (folder / name).is_file()))
+    sizes = {name: (folder / name).stat().st_size for name in names}
+    return Listing(tuple(RemoteFile(name, _reader(folder / name), sizes[name], folder.name) for name in names))
 
 
 def _reader(path: Path) -> Open:

@@ -13,6 +13,7 @@ from enum import IntEnum
 from typing import Any
 
 from loraplex.adapters.registry import AdapterVersion
+from loraplex.adapters.tokenizer_files import NOTHING, TokenizerFiles
 
 FAIRNESS = 8
 """Every so many readings begin with the longest waiting one, whatever its priority: none waits for ever."""
@@ -37,6 +38,7 @@ class LoadedAdapter:
     num_pages: int
     nbytes: int
     image: Any = field(default=None, repr=False, compare=False)  # whoever keeps this keeps the image
+    tokenizer: TokenizerFiles = NOTHING
 
 
 @dataclass(eq=False)

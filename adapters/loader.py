@@ -22,6 +22,7 @@ from loraplex.adapters.load_queue import Job, LoadedAdapter, LoadQueue, Priority
 from loraplex.adapters.pace import Breath
 from loraplex.adapters.registry import AdapterVersion, Registry
 from loraplex.adapters.settle import changed, renew, settle
+from loraplex.adapters.tokenizer_files import NOTHING, TokenizerFiles
 
 __all__ = [
     "LoadCancelled",
@@ -63,6 +64,7 @@ class ParsedImage:
     nbytes: int
     image: Any  # an AdapterImage; opaque here
     bytes_read: int = 0  # of the source
+    tokenizer: TokenizerFiles = NOTHING
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,14 @@ class Loader:
         done: Future[LoadedAdapter] = Future()
         done.set_result(
             LoadedAdapter(
-                version.source, digest, version.rank, version.targets, version.num_pages, version.nbytes, image
+                version.source,
+                digest,
+                version.rank,
+                version.targets,
+                version.num_pages,
+                version.nbytes,
+                image,
+                version.tokenizer,
             )
         )
         return done
@@ -285,7 +294,14 @@ class Loader:
     def _settle(self, job: Job, parsed: ParsedImage) -> list[LoadedAdapter | BaseException]:
         """Store what was read, where anybody has a use for it, and what each waiter gets. Raises AdapterRefused."""
         loaded = LoadedAdapter(
-            job.source, parsed.digest, parsed.rank, parsed.targets, parsed.num_pages, parsed.nbytes, parsed.image
+            job.source,
+            parsed.digest,
+            parsed.rank,
+            parsed.targets,
+            parsed.num_pages,
+            parsed.nbytes,
+            parsed.image,
+            parsed.tokenizer,
         )
         answers: list[LoadedAdapter | BaseException] = []
         wanted = False

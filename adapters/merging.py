@@ -131,7 +131,7 @@ def _merge_factor(
 
 def _read(version: AdapterVersion, folder: Path) -> AdapterBytes:
     files = read_bytes(folder, lambda: None)
-    if version.digest not in (None, files.digest):
+    if version.digest is not None and version.digest != version.tokenizer.mark(files.digest):
         raise AdapterRefused(
             "changed", f"the files of adapter {version.name!r} have changed since it was loaded; load it again"
         )

@@ -1,4 +1,4 @@
-"""s3:// and gs:// sources through fsspec: a folder of the two files, or an archive. Free of torch.
+"""s3:// and gs:// sources through fsspec: a folder of an adapter's files, or an archive. Free of torch.
 
 Their libraries are extras. Where they connect to is the operator's environment (AWS_ENDPOINT_URL and
 STORAGE_EMULATOR_HOST), never what a caller writes.
@@ -14,7 +14,7 @@ from typing import Any
 
 from loraplex.adapters.errors import AdapterError, AdapterNotFound, AdapterRefused, AdapterUnavailable
 from loraplex.adapters.http_client import STALL_SECONDS, Deadline, Interrupted
-from loraplex.adapters.remote import ARCHIVE, FILES, Listing, Open, Opened, RemoteFile
+from loraplex.adapters.remote import ARCHIVE, Listing, Open, Opened, RemoteFile, list_each
 from loraplex.adapters.sources import Source
 
 PART_BYTES = 8 << 20
@@ -33,7 +33,7 @@ def list_bucket(source: Source, deadline: Deadline) -> Listing:
     system = _file_system(source)
     if source.is_archive:
         return Listing((_file(system, source, ARCHIVE, source.place, deadline),))
-    return Listing(tuple(_file(system, source, name, f"{source.place}/{name}", deadline) for name in FILES))
+    return list_each(lambda name: _file(system, source, name, f"{source.place}/{name}", deadline))
 
 
 def _file_system(source: Source) -> Any:

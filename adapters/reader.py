@@ -43,6 +43,7 @@ from loraplex.adapters.peft_values import check_values
 from loraplex.adapters.recipe import Recipe, is_for
 from loraplex.adapters.sources import resolve
 from loraplex.adapters.tiles import AdapterImage, BaseLayout, BiasDelta, pack, plan_image
+from loraplex.adapters.tokenizer_files import NOTHING, TokenizerFiles, read_tokenizer_files
 from loraplex.adapters.workspace import Workspace
 from loraplex.kernels.hugepages import Region, huge_zeros
 from loraplex.kernels.packing import OpenFile
@@ -57,6 +58,9 @@ MAX_BLUEPRINTS = 32
 
 MAX_RECIPES = 128
 """Some 50 KB each, 150 KB on all linears."""
+
+MAX_TOKENIZERS = 256
+"""Some 10 KB each, a template mostly."""
 
 MAX_REMEMBERED = 16_384
 """Sources, some 1 KB each."""
@@ -77,6 +81,7 @@ class AdapterInfo:
     targets: tuple[str, ...]
     num_pages: int  # at most: fewer if modules turn out to be zero
     nbytes: int  # of its tiles, at most
+    tokenizer: TokenizerFiles = NOTHING
 
 
 @dataclass(frozen=True)
@@ -111,11 +116,14 @@ class AdapterReader:
         max_pages: int,
         workspace: Workspace[Region] | None = None,
         locate: Callable[[str], Path] = resolve,
+        check_tokenizer: Callable[[TokenizerFiles], None] = lambda files: None,
     ) -> None:
         """max_pages: what an adapter may take so that one sequence still fits beside it.
 
         workspace: bounds what all loads under way take together; None: nothing does. locate: a source's folder.
+        check_tokenizer: raises AdapterRefused for tokenizer files that the base cannot go with.
         """
+        self._check_tokenizer = check_tokenizer
         self._locate = locate
         self._workspace = workspace
         self._layout = layout
@@ -123,6 +131,7 @@ class AdapterReader:
         self._max_pages = max_pages
         self._blueprints: _Latest[_Drawn] = _Latest(MAX_BLUEPRINTS)
         self._recipes: _Latest[Recipe] = _Latest(MAX_RECIPES)
+        self._tokenizers: _Latest[TokenizerFiles] = _Latest(MAX_TOKENIZERS)
         self._remembered: _Latest[_Remembered] = _Latest(MAX_REMEMBERED)
 
     def examine(self, source: str) -> AdapterInfo:
@@ -132,7 +141,8 @@ class AdapterReader:
         """
         folder = self._locate(source)
         with _named(folder):
-            return self._draw(read_head(folder), lambda: None).info
+            info = self._draw(read_head(folder), lambda: None).info
+            return replace(info, tokenizer=self._tokenizer(folder))
 
     def read(self, reading: Reading) -> ParsedImage:
         """Read, check and pack an adapter. Raises as examine() does, and what reading.breathe() raises.
@@ -187,15 +197,28 @@ class AdapterReader:
         try:
             drawn = self._draw(head, reading.breathe)
             image, recipe = self._make(drawn, files, reading.breathe)
+            tokenizer = self._tokenizer(folder)  # read after its stamp: a change meanwhile shows at the next look
         except AdapterRefused as error:
             if settled:
                 refusal = AdapterRefused(error.code, str(error))  # without the frames, which hold the file's bytes
                 self._remembered.put(reading.source, _Remembered(folder, head.stamp, head.start, refusal=refusal))
             raise
+        info, digest = replace(drawn.info, tokenizer=tokenizer), tokenizer.mark(files.digest)
         if settled:
-            known = _Remembered(folder, head.stamp, head.start, files.digest, drawn.info, recipe)
+            known = _Remembered(folder, head.stamp, head.start, digest, info, recipe)
             self._remembered.put(reading.source, known)
-        return _parsed(files.digest, drawn.info, image, head.data_bytes)
+        return _parsed(digest, info, image, head.data_bytes)
+
+    def _tokenizer(self, folder: Path) -> TokenizerFiles:
+        """Equal ones are one object: a folder of thousands has the same file in each. Raises AdapterRefused."""
+        found = read_tokenizer_files(folder)
+        if found == NOTHING:
+            return NOTHING
+        known = self._tokenizers.get(found)
+        if known is None:
+            self._check_tokenizer(found)
+            known = self._tokenizers.put(found, found)
+        return known
 
     def _draw(self, head: AdapterHead, breathe: Callable[[], None]) -> _Drawn:
         config = parse_config(head.config)
@@ -299,7 +322,7 @@ def _read_quietly(
 
 def _parsed(digest: str, info: AdapterInfo, image: AdapterImage, bytes_read: int) -> ParsedImage:
     num_pages = image.pages.shape[0]
-    return ParsedImage(digest, info.rank, info.targets, num_pages, image.nbytes, image, bytes_read)
+    return ParsedImage(digest, info.rank, info.targets, num_pages, image.nbytes, image, bytes_read, info.tokenizer)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from types import TracebackType
 
 from loraplex.adapters.errors import AdapterExists, AdapterNotFound, AdapterRefused, InvalidAdapterName
 from loraplex.adapters.refusals import Refusals
+from loraplex.adapters.tokenizer_files import NOTHING, TokenizerFiles
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ class AdapterVersion:
     num_pages: int  # at most, when resident on the device: fewer only if modules turn out to be zero
     nbytes: int  # of its tiles, at most
     created: int  # unix seconds
+    tokenizer: TokenizerFiles = field(default=NOTHING, repr=False)
     _identity: _Identity = field(default_factory=_Identity, repr=False, compare=False)
 
     @property
@@ -121,6 +123,7 @@ class Registry:
         targets: tuple[str, ...],
         num_pages: int,
         nbytes: int,
+        tokenizer: TokenizerFiles = NOTHING,
         digest: str | None = None,
         replace: bool = False,
     ) -> AdapterVersion:
@@ -136,7 +139,9 @@ class Registry:
                 raise AdapterExists(
                     f"adapter {name!r} is already loaded, from {old.source!r}; unload it first, or ask to replace it"
                 )
-            version = AdapterVersion(name, self._next_uid, source, rank, targets, num_pages, nbytes, int(time.time()))
+            version = AdapterVersion(
+                name, self._next_uid, source, rank, targets, num_pages, nbytes, int(time.time()), tokenizer
+            )
             version._identity.digest = digest
             drained = self._point(version)
         self._notify(drained)
@@ -164,6 +169,7 @@ class Registry:
         targets: tuple[str, ...],
         num_pages: int,
         nbytes: int,
+        tokenizer: TokenizerFiles = NOTHING,
     ) -> AdapterVersion | None:
         """The source of `old` holds something else by now: point its name at a new version, and `old` drains.
 
@@ -173,7 +179,9 @@ class Registry:
             if self._current.get(old.name) is not old:
                 return None
             created = int(time.time())
-            version = AdapterVersion(old.name, self._next_uid, old.source, rank, targets, num_pages, nbytes, created)
+            version = AdapterVersion(
+                old.name, self._next_uid, old.source, rank, targets, num_pages, nbytes, created, tokenizer
+            )
             version._identity.digest = digest
             drained = self._point(version)
         self._notify(drained)

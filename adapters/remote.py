@@ -1,7 +1,7 @@
 """What a remote source holds, file by file: the types that the kinds of sources share.
 
-A Listing says what the files are before a byte of them is read; a file's `open` gives its bytes. Only the config and
-the safetensors are ever asked for, or one archive of them. Free of torch.
+A Listing says what the files are before a byte of them is read; a file's `open` gives its bytes. Only the config, the
+safetensors and the tokenizer's files are ever asked for, or one archive of them. Free of torch.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
-from loraplex.adapters.errors import AdapterRefused
+from loraplex.adapters import tokenizer_files
+from loraplex.adapters.errors import AdapterNotFound, AdapterRefused
 from loraplex.adapters.http_client import Deadline
 from loraplex.adapters.sources import Source
 
@@ -41,7 +42,7 @@ Open = Callable[[int, Deadline], AbstractContextManager[Opened]]
 class RemoteFile:
     """One file of a source."""
 
-    name: str  # CONFIG_FILE, WEIGHTS_FILE or ARCHIVE
+    name: str  # CONFIG_FILE, WEIGHTS_FILE, one of tokenizer_files.FILES, or ARCHIVE
     open: Open
     size: int | None = None  # bytes; None: the source does not tell
     mark: str = ""  # another one when the content is another; "": the source does not tell
@@ -61,6 +62,21 @@ class Listing:
             return ""
         told = "\0".join(f"{file.name}\0{file.mark}\0{file.size}" for file in self.files)
         return hashlib.sha256(told.encode()).hexdigest()[:32]
+
+
+def list_each(find: Callable[[str], RemoteFile]) -> Listing:
+    """What a source holds that has to be asked for each file by its name.
+
+    `find` raises AdapterNotFound for one that is not there, which those of the tokenizer need not be.
+    """
+    files = [find(name) for name in FILES]
+    for name in tokenizer_files.FILES:
+        try:
+            files.append(find(name))
+        except AdapterNotFound:
+            if name == tokenizer_files.CONFIG_FILE:  # whatever saves a tokenizer writes it
+                break
+    return Listing(tuple(files))
 
 
 def missing_file(source: Source, name: str, found: Sequence[str]) -> AdapterRefused:

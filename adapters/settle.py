@@ -7,6 +7,7 @@ from typing import Protocol
 
 from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.registry import AdapterVersion, Registry
+from loraplex.adapters.tokenizer_files import TokenizerFiles
 
 logger = logging.getLogger(__name__)
 
@@ -24,15 +25,18 @@ class Content(Protocol):
     def num_pages(self) -> int: ...
     @property
     def nbytes(self) -> int: ...
+    @property
+    def tokenizer(self) -> TokenizerFiles: ...
 
 
 def settle(registry: Registry, version: AdapterVersion, found: Content) -> bool:
     """Whether `found` is what `version` stands for; if that is open, it is from now on.
 
-    Not where its rank, targets or pages differ from what was registered: the files were exchanged before anybody read
-    them, and requests were admitted by the old numbers.
+    Not where its rank, targets, pages or tokenizer differ from what was registered: the files were exchanged before
+    anybody read them, and requests were admitted by the old numbers and written by the old tokenizer.
     """
-    unlike = (version.rank, version.targets) != (found.rank, found.targets) or found.num_pages > version.num_pages
+    registered = (version.rank, version.targets, version.tokenizer)
+    unlike = registered != (found.rank, found.targets, found.tokenizer) or found.num_pages > version.num_pages
     if version.digest is None and unlike:
         return False
     return registry.identify(version, found.digest)
@@ -47,6 +51,7 @@ def renew(registry: Registry, version: AdapterVersion, found: Content) -> bool:
         targets=found.targets,
         num_pages=found.num_pages,
         nbytes=found.nbytes,
+        tokenizer=found.tokenizer,
     )
     if renewed is not None:
         logger.info("adapter %r has new files: version %s from now on", version.name, found.digest[:12])

@@ -1,4 +1,4 @@
-"""https:// sources: a folder of the two files, or an archive. Free of torch."""
+"""https:// sources: a folder of an adapter's files, or an archive. Free of torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from loraplex.adapters.errors import AdapterNotFound, AdapterUnavailable
 from loraplex.adapters.http_client import Answer, Deadline, HttpClient, Interrupted
-from loraplex.adapters.remote import ARCHIVE, FILES, Listing, Open, Opened, RemoteFile
+from loraplex.adapters.remote import ARCHIVE, Listing, Open, Opened, RemoteFile, list_each
 from loraplex.adapters.sources import Source
 
 _RANGE = re.compile(r"bytes (\d+)-")
@@ -23,8 +23,11 @@ def list_web(http: HttpClient, source: Source, deadline: Deadline) -> Listing:
     parts = urlsplit(source.place)
     if source.is_archive:
         return Listing((_head(http, ARCHIVE, source.place, deadline),))
-    urls = {name: urlunsplit(parts._replace(path=f"{parts.path}/{name}")) for name in FILES}
-    return Listing(tuple(_head(http, name, url, deadline) for name, url in urls.items()))
+
+    def find(name: str) -> RemoteFile:
+        return _head(http, name, urlunsplit(parts._replace(path=f"{parts.path}/{name}")), deadline)
+
+    return list_each(find)
 
 
 def web_opener(

@@ -69,6 +69,7 @@ def serve(
             options.run.seeing(),
             auth,
             options.limits.config(),
+            options.base.chat_template,
         )
         code = launch.run(config, held, folder, greet)
     except (startup.StartError, ConfigError) as error:

@@ -159,6 +159,7 @@ class ServeConfig:
     seeing: SeeingConfig = field(default_factory=SeeingConfig)
     auth: AuthConfig = field(default_factory=AuthConfig)
     limits: RequestLimits = field(default_factory=RequestLimits)
+    chat_template: Path | None = None  # a file instead of the base's own
 
 
 def base_names(base: str, served: Iterable[str]) -> tuple[str, ...]:

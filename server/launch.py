@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from loraplex.server.engine.build import EngineParts
     from loraplex.server.engine.follower import Follower
     from loraplex.server.engine.tokenizer import Tokenizer
+    from loraplex.server.engine.tokenizers import Tokenizers
     from loraplex.server.tracing import Tracing
 
 logger = logging.getLogger(__name__)
@@ -48,15 +49,10 @@ def run(config: ServeConfig, held: socket.socket, folder: Path, ready: Ready) ->
     bound_malloc()
     for name in ("uvicorn", "loraplex.server.app", "loraplex.server.engine.build"):
         import_module(name)  # before the weights: what the process takes for itself is counted between them
-    from loraplex.server.engine.tokenizer import Tokenizer, TokenizerError
-
     imported = time.perf_counter()
-    try:
-        tokenizer = Tokenizer(folder)
-    except TokenizerError as error:
-        raise StartError(error) from error
+    tokenizers = read_tokenizers(folder, config.chat_template)
     laps: tuple[tuple[str, float], ...] = (("imports", imported - start), ("tokenizer", time.perf_counter() - imported))
-    parts = _build(config, folder)
+    parts = _build(config, folder, tokenizers)
     laps += parts.startup
     logger.info(
         "loaded in %.1f s: %s", time.perf_counter() - start, ", ".join(f"{name} {lap:.1f}" for name, lap in laps)
@@ -68,16 +64,31 @@ def run(config: ServeConfig, held: socket.socket, folder: Path, ready: Ready) ->
         parts.prefault.start()
     parts.engine.start()
     try:
-        asyncio.run(_serve(config, parts, tokenizer, held, ready))
+        asyncio.run(_serve(config, parts, tokenizers, held, ready))
     finally:
         parts.engine.stop()
+        tokenizers.close()
         parts.adapters.close()
         if parts.prefault is not None:
             parts.prefault.stop()
     return 1 if parts.engine.failure is not None else 0
 
 
-def _build(config: ServeConfig, folder: Path) -> EngineParts:
+def read_tokenizers(folder: Path, chat_template: Path | None = None) -> Tokenizers:
+    """The tokenizers of the base in `folder`; chat_template: a file instead of the base's own. Raises StartError."""
+    from loraplex.server.engine.tokenizer import Tokenizer, TokenizerError
+    from loraplex.server.engine.tokenizers import Tokenizers
+    from loraplex.server.models.config import GenerationDefaults, ModelConfig, UnsupportedModel
+
+    try:
+        tokenizer = Tokenizer.read(folder, chat_template)
+        rows, eos_ids = ModelConfig.from_hf(folder).vocab_size, GenerationDefaults.from_hf(folder).eos_token_ids
+        return Tokenizers(tokenizer, rows, eos_ids)
+    except (TokenizerError, UnsupportedModel) as error:
+        raise StartError(error) from error
+
+
+def _build(config: ServeConfig, folder: Path, tokenizers: Tokenizers) -> EngineParts:
     from loraplex.kernels.backend import BackendUnavailable
     from loraplex.server.engine.build import build_engine
     from loraplex.server.engine.memory import NotEnoughMemory
@@ -85,7 +96,7 @@ def _build(config: ServeConfig, folder: Path) -> EngineParts:
     from loraplex.server.models.weights import WeightsError
 
     try:
-        parts = build_engine(config.engine, folder, *config.base_names)
+        parts = build_engine(config.engine, folder, *config.base_names, check_tokenizer=tokenizers.check)
     except (UnsupportedModel, WeightsError, BackendUnavailable, NotEnoughMemory, OSError) as error:
         raise StartError(error) from error
     limit = parts.model_config.max_position
@@ -95,12 +106,12 @@ def _build(config: ServeConfig, folder: Path) -> EngineParts:
 
 
 async def _serve(
-    config: ServeConfig, parts: EngineParts, tokenizer: Tokenizer, held: socket.socket, ready: Ready
+    config: ServeConfig, parts: EngineParts, tokenizers: Tokenizers, held: socket.socket, ready: Ready
 ) -> None:
     follower = await _load_adapters(config, parts)
     more = open_extras(config, parts)
-    app, drain = make_app(config, parts, tokenizer, more), more.drain
-    server = make_server(app, lambda port: ready(config, parts, tokenizer, port), config.http.keep_alive)
+    app, drain = make_app(config, parts, tokenizers, more), more.drain
+    server = make_server(app, lambda port: ready(config, parts, tokenizers.base, port), config.http.keep_alive)
     shutdown = Shutdown(
         drain, config.http.grace_seconds, parts.engine.stop, lambda code: end_process_after(EXIT_SECONDS, code)
     )
@@ -194,7 +205,7 @@ def open_extras(config: ServeConfig, parts: EngineParts) -> Extras:
     return Extras(adapters, tracing=tracing)
 
 
-def make_app(config: ServeConfig, parts: EngineParts, tokenizer: Tokenizer, extras: Extras | None = None) -> FastAPI:
+def make_app(config: ServeConfig, parts: EngineParts, tokenizers: Tokenizers, extras: Extras | None = None) -> FastAPI:
     """The application around a loaded base."""
     from loraplex.adapters.merging import merge_versions
     from loraplex.kernels.metadata import BLOCK_SIZE
@@ -237,8 +248,8 @@ def make_app(config: ServeConfig, parts: EngineParts, tokenizer: Tokenizer, extr
             base=base,
             engine=engine,
             adapters=extras.adapters,
-            tokenizer=tokenizer,
-            grammars=Grammars(tokenizer, model.vocab_size, parts.defaults.eos_token_ids),
+            tokenizers=tokenizers,
+            grammars=Grammars(tokenizers.base, model.vocab_size, parts.defaults.eos_token_ids),
             defaults=parts.defaults,
             metrics=metrics,
             drain=extras.drain,

@@ -30,12 +30,16 @@ HTTP = HttpConfig()
 
 @dataclass(frozen=True)
 class BaseOptions:
-    """What requests call the base."""
+    """What requests call the base, and how conversations with it are written."""
 
     served_model_name: Annotated[
         list[str],
         Option(metavar="NAME", show_default="after BASE", help="What requests call the base; may be given again."),
     ] = field(default_factory=list)
+    chat_template: Annotated[
+        Path | None,
+        Option(metavar="FILE", show_default="the base's", help="A chat template; an adapter's own goes before it."),
+    ] = None
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from loraplex.adapters.registry import AdapterVersion
+from loraplex.adapters.tokenizer_files import NOTHING
 from loraplex.server.api.names import not_found, strip_base
 from loraplex.server.api.parts import Base, Parts
-from loraplex.server.api.schemas import ModelCard, ModelPermission
+from loraplex.server.api.schemas import AdapterReceipt, ModelCard, ModelPermission, TokenizerReceipt
 from loraplex.server.engine.on_demand import is_hidden
 from loraplex.server.tenants import current_key
 
@@ -33,10 +34,38 @@ def find_card(parts: Parts, model: str) -> ModelCard:
         if not key.may_use_base:
             raise not_found(model)
         return _base_card(parts.base, model)
+    return _adapter_card(parts.base, _find(parts, name, model))
+
+
+def find_receipt(parts: Parts, name: str) -> AdapterReceipt:
+    """What is known of an adapter. Raises ApiError (404), also for what the caller may not use."""
+    version = _find(parts, name, name)
+    tokenizers, files = parts.tokenizers, version.tokenizer
+    difference = tokenizers.difference(files)
+    own = tokenizers.of([files])
+    return AdapterReceipt(
+        id=version.name,
+        created=version.created,
+        source=version.source,
+        digest=version.digest,
+        rank=version.rank,
+        targets=list(version.targets),
+        pages=version.num_pages,
+        tokenizer=TokenizerReceipt(
+            files=files != NOTHING,
+            chat_template="adapter" if difference.template else "base" if own.has_chat_template else None,
+            eos_tokens=list(difference.eos),
+            special_tokens=dict(difference.special),
+            added_tokens={token.text: token.id for token in difference.added},
+        ),
+    )
+
+
+def _find(parts: Parts, name: str, asked: str) -> AdapterVersion:
     version = parts.adapters.registry.get(name)
-    if version is None or is_hidden(name) or not key.may_use(name):
-        raise not_found(model)
-    return _adapter_card(parts.base, version)
+    if version is None or is_hidden(name) or not current_key().may_use(name):
+        raise not_found(asked)
+    return version
 
 
 def _base_card(base: Base, name: str) -> ModelCard:

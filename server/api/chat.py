@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 from fastapi import APIRouter
 from starlette.requests import Request
@@ -25,10 +24,10 @@ from loraplex.server.api.chat_schemas import (
     ToolCallDelta,
 )
 from loraplex.server.api.choice import Delta, ScoredToken, Wanted
-from loraplex.server.api.conversation import Conversation, read_toolbox
-from loraplex.server.api.errors import InvalidField, UnsupportedField
+from loraplex.server.api.conversation import Conversation, Dialogue, read_toolbox
+from loraplex.server.api.errors import InvalidField
 from loraplex.server.api.fields import ignored_header
-from loraplex.server.api.generation import Generation, PromptSource
+from loraplex.server.api.generation import Generation
 from loraplex.server.api.logprobs import chat_logprobs
 from loraplex.server.api.message_parser import MessageParser, Part, Thinking, joined
 from loraplex.server.api.openapi import answers
@@ -36,7 +35,6 @@ from loraplex.server.api.parts import Parts
 from loraplex.server.api.respond import Collected, respond
 from loraplex.server.api.schemas import Usage
 from loraplex.server.api.structured import read_structured
-from loraplex.server.engine.tokenizer import Tokenizer
 
 
 def make_router(parts: Parts) -> APIRouter:
@@ -52,40 +50,23 @@ def make_router(parts: Parts) -> APIRouter:
         headers = ignored_header(ignored_fields(record))
         toolbox = read_toolbox(record.tools, record.tool_choice, record.parallel_tool_calls, parts.limits)
         conversation = Conversation(
-            parts.tokenizer,
             record.messages,
             toolbox,
-            template_values=template_values(parts.tokenizer, record.reasoning_effort)
-            | (record.chat_template_kwargs or {}),
+            template_values=record.chat_template_kwargs,
+            reasoning_effort=record.reasoning_effort,
             add_generation_prompt=record.add_generation_prompt is not False,
         )
         wanted = Wanted(
             max_tokens=record.max_completion_tokens or record.max_tokens,
             num_choices=record.n or 1,
             logprobs=_logprobs(record),
-            grammar=conversation.grammar(read_structured(record, parts.limits)),
-            show_special=conversation.show_special,
+            grammar=read_structured(record, parts.limits),
         )
-        generation = Generation(parts, record, prompt_source(conversation), wanted)
+        generation = Generation(parts, record, conversation.source(), wanted)
         rendering = _ChatRendering(parts, record, generation, conversation)
         return await respond(request, record, generation, rendering, headers)
 
     return router
-
-
-def template_values(tokenizer: Tokenizer, reasoning_effort: str | None) -> dict[str, Any]:
-    """Of the fields that only some templates have. Raises UnsupportedField."""
-    if reasoning_effort is None:
-        return {}
-    if "reasoning_effort" not in (tokenizer.template_source or ""):
-        raise UnsupportedField(
-            "reasoning_effort", "'reasoning_effort' is not supported: the base's chat template has no such control."
-        )
-    return {"reasoning_effort": reasoning_effort}
-
-
-def prompt_source(conversation: Conversation) -> PromptSource:
-    return PromptSource(conversation.param, conversation.size, lambda: [conversation.prompt()])
 
 
 def _logprobs(record: ChatRequest) -> int | None:
@@ -106,7 +87,6 @@ class _Answer:
 
 class _ChatRendering:
     def __init__(self, parts: Parts, record: ChatRequest, generation: Generation, conversation: Conversation) -> None:
-        self._tokenizer = parts.tokenizer
         self._model = record.model or parts.base.names[0]
         self._wants_logprobs = bool(record.logprobs)
         self._generation = generation
@@ -121,7 +101,7 @@ class _ChatRendering:
     def chunks(self, delta: Delta, usage: Usage | None) -> Iterable[ChatChunk]:
         answer = self._answers.get(delta.index)
         if answer is None:
-            answer = self._answers[delta.index] = _Answer(self._conversation.parser(self._generation.thought))
+            answer = self._answers[delta.index] = _Answer(self._dialogue.parser(self._generation.thought))
         ended = delta.finish_reason is not None
         parts = answer.parser.feed(delta.text)
         if ended:
@@ -157,8 +137,13 @@ class _ChatRendering:
             usage=usage,
         )
 
+    @property
+    def _dialogue(self) -> Dialogue:
+        """From the first delta on."""
+        return self._conversation.on(self._generation.tokenizer)
+
     def _choice(self, index: int, choice: Collected) -> ChatChoice:
-        message = self._conversation.read(choice.text, self._generation.thought)
+        message = self._dialogue.read(choice.text, self._generation.thought)
         calls = [
             ToolCall(id=call.id, function=FunctionCall(name=call.name, arguments=call.arguments))
             for call in message.calls
@@ -183,7 +168,7 @@ class _ChatRendering:
                 return ChatDelta(reasoning_content=text)
             case CallStart(name):
                 answer.num_calls += 1
-                call = ToolCallDelta(index=answer.num_calls - 1, id=self._conversation.format.new_id(), name=name)
+                call = ToolCallDelta(index=answer.num_calls - 1, id=self._dialogue.format.new_id(), name=name)
                 return ChatDelta(tool_calls=[call])
             case CallArguments(text):
                 return ChatDelta(tool_calls=[ToolCallDelta(index=answer.num_calls - 1, arguments=text)])
@@ -194,7 +179,7 @@ class _ChatRendering:
         )
 
     def _logprobs(self, tokens: Sequence[ScoredToken]) -> ChatLogprobs | None:
-        return chat_logprobs(tokens, self._tokenizer) if self._wants_logprobs else None
+        return chat_logprobs(tokens, self._generation.tokenizer) if self._wants_logprobs else None
 
 
 def _finish(reason: str | None, num_calls: int) -> str | None:

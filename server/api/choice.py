@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -80,6 +80,20 @@ class Wanted:
     watermark: bool = False  # see SamplingParams
 
 
+def _as_it_is(tokenizer: Tokenizer, wanted: Wanted) -> Wanted:
+    return wanted
+
+
+@dataclass(frozen=True)
+class PromptSource:
+    """Where the prompts come from, once the tokenizer is known: that of the adapters which the request wears."""
+
+    param: str  # the field they come in
+    size: int  # of its texts, in characters
+    read: Callable[[Tokenizer], list[Prompt]]  # may take long
+    refine: Callable[[Tokenizer, Wanted], Wanted] = _as_it_is  # what else the tokenizer decides. Raises ApiError
+
+
 @dataclass(frozen=True)
 class Echo:
     """A prompt as the beginning of an answer; `offsets` are empty where its tokens are not scored."""
@@ -122,6 +136,7 @@ class Choice:
         parts: Parts,
         echo: Echo | None,
         wanted: Wanted,
+        eos_ids: frozenset[int],
     ) -> None:
         self.params = request.params
         self.num_tokens = 0
@@ -130,7 +145,7 @@ class Choice:
         self._request = request
         self._events = events
         self._detokenizer = detokenizer
-        self._eos_ids = frozenset(parts.defaults.eos_token_ids)
+        self._eos_ids = eos_ids
         self._metrics = parts.metrics
         self._engine = parts.engine
         self._registry = parts.adapters.registry
@@ -151,18 +166,18 @@ class Choice:
     async def deltas(self) -> AsyncGenerator[Delta, None]:
         try:
             while True:
-                outdated = False
+                refusal: AdapterRefused | None = None
                 async for event in self._events:
-                    outdated = self._is_outdated(event)
-                    if outdated:
+                    refusal = self._outdated_by(event)
+                    if refusal is not None:
                         break
                     delta = self._take(event)
                     yield delta
                     if delta.finish_reason is not None:
                         return
-                if not outdated:
+                if refusal is None:
                     return
-                self._submit_anew()
+                self._submit_anew(refusal)
         finally:
             await self.close()
 
@@ -215,19 +230,25 @@ class Choice:
             finish_reason=self.finish_reason,
         )
 
-    def _is_outdated(self, event: TokenEvent) -> bool:
-        """Whether it ended before it began, because an adapter's files turned out to be other ones by now.
+    def _outdated_by(self, event: TokenEvent) -> AdapterRefused | None:
+        """What ended it before it began, because an adapter's files turned out to be other ones by now.
 
         Its name stands for the new ones since then: they answer, once; unless this very version was asked for.
         """
-        refused = isinstance(event.error, AdapterRefused) and event.error.code == "changed"
-        mix = self._request.mix
-        return refused and not self.num_tokens and not self._anew and not any(lease.exact for lease, _ in mix)
+        if not isinstance(event.error, AdapterRefused) or event.error.code != "changed":
+            return None
+        exact = any(lease.exact for lease, _ in self._request.mix)
+        return None if self.num_tokens or self._anew or exact else event.error
 
-    def _submit_anew(self) -> None:
+    def _submit_anew(self, refusal: AdapterRefused) -> None:
         """With what the adapters' names point at now. Raises AdapterError, EngineError."""
         self._anew = True
-        mix = tuple((self._registry.lease(lease.version.name), weight) for lease, weight in self._request.mix)
+        old = self._request.mix
+        mix = tuple((self._registry.lease(lease.version.name), weight) for lease, weight in old)
+        if [lease.version.tokenizer for lease, _ in mix] != [lease.version.tokenizer for lease, _ in old]:
+            for lease, _ in mix:
+                lease.release()
+            raise refusal  # its prompt was written by the old ones
         self._request = replace(self._request, mix=mix)
         self._events = self._engine.submit(self._request)
 

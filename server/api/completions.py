@@ -9,10 +9,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from loraplex.server.api.body import body_schema, ignored_fields, read_record
-from loraplex.server.api.choice import Delta, Prompt, ScoredToken, Wanted
+from loraplex.server.api.choice import Delta, Prompt, PromptSource, ScoredToken, Wanted
 from loraplex.server.api.errors import InvalidField
 from loraplex.server.api.fields import ignored_header
-from loraplex.server.api.generation import Generation, PromptSource
+from loraplex.server.api.generation import Generation
 from loraplex.server.api.logprobs import completion_logprobs
 from loraplex.server.api.openapi import answers
 from loraplex.server.api.parts import Parts
@@ -36,7 +36,7 @@ def make_router(parts: Parts) -> APIRouter:
         """Continue one or more texts."""
         record = await read_record(request, CompletionRequest, parts.limits)
         headers = ignored_header(ignored_fields(record))
-        generation = Generation(parts, record, _prompt_source(parts.tokenizer, record), _wanted(record, parts.limits))
+        generation = Generation(parts, record, _prompt_source(record), _wanted(record, parts.limits))
         return await respond(request, record, generation, _CompletionRendering(parts, record, generation), headers)
 
     return router
@@ -66,10 +66,10 @@ def _max_tokens(record: CompletionRequest) -> int:
     return max(1, record.max_tokens)  # the engine draws one where only the prompt is wanted
 
 
-def _prompt_source(tokenizer: Tokenizer, record: CompletionRequest) -> PromptSource:
+def _prompt_source(record: CompletionRequest) -> PromptSource:
     special = record.add_special_tokens is not False
 
-    def read() -> list[Prompt]:
+    def read(tokenizer: Tokenizer) -> list[Prompt]:
         return [
             Prompt(tokenizer.encode(p, special), text=p) if isinstance(p, str) else Prompt(p) for p in record.prompt
         ]
@@ -79,7 +79,7 @@ def _prompt_source(tokenizer: Tokenizer, record: CompletionRequest) -> PromptSou
 
 class _CompletionRendering:
     def __init__(self, parts: Parts, record: CompletionRequest, generation: Generation) -> None:
-        self._tokenizer = parts.tokenizer
+        self._generation = generation
         self._model = record.model or parts.base.names[0]
         self._n = record.n or 1
         self._best_of = record.best_of or self._n
@@ -120,7 +120,7 @@ class _CompletionRendering:
         )
 
     def _logprobs(self, tokens: Sequence[ScoredToken]) -> CompletionLogprobs | None:
-        return completion_logprobs(tokens, self._tokenizer) if self._wants_logprobs else None
+        return completion_logprobs(tokens, self._generation.tokenizer) if self._wants_logprobs else None
 
 
 def _best(choices: Sequence[Collected], n: int) -> Sequence[Collected]:

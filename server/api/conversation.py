@@ -1,4 +1,8 @@
-"""A conversation and its tools, checked, to what a chat template is given and to what the answer is held to."""
+"""A conversation and its tools, checked, to what a chat template is given and to what the answer is held to.
+
+A Conversation is what the client said. Which template writes it is known when the adapter is leased: `on` then gives
+the Dialogue, the same conversation as one tokenizer writes it.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from loraplex.server.api.chat_schemas import Message, Tool
-from loraplex.server.api.choice import Prompt
-from loraplex.server.api.errors import InvalidField
+from loraplex.server.api.choice import Prompt, PromptSource, Wanted
+from loraplex.server.api.errors import InvalidField, UnsupportedField
 from loraplex.server.api.limits import check_schema
 from loraplex.server.api.message_parser import MessageParser, WholeMessage
 from loraplex.server.api.schemas import kind_of
@@ -93,69 +97,95 @@ def _tool_name(tool: Any) -> str:
 
 
 class Conversation:
-    """One request's messages and tools on one base."""
+    """One request's messages and tools."""
 
     def __init__(
         self,
-        tokenizer: Tokenizer,
         messages: Sequence[Message],
         toolbox: Toolbox,
         *,
-        template_values: Mapping[str, Any],
+        template_values: Mapping[str, Any] | None = None,
+        reasoning_effort: str | None = None,
         add_generation_prompt: bool = True,
         param: str = "messages",
         instructed: bool = False,
     ) -> None:
-        """`param` is the field the messages came in; instructed: a system message is none of the caller's own.
+        """`template_values`: chat_template_kwargs. `param` is the field the messages came in.
 
-        Raises InvalidField.
+        instructed: a system message is none of the caller's own. Raises InvalidField.
         """
-        if taken := RESERVED.intersection(template_values):
+        self.template_values = dict(template_values or {})
+        if taken := RESERVED.intersection(self.template_values):
             message = f"chat_template_kwargs: {min(taken)!r} is set by the request's own fields"
             raise InvalidField("chat_template_kwargs", message)
         self.param = param
         self.toolbox = toolbox
-        self._tokenizer = tokenizer
-        template = tokenizer.template_source or ""
-        self._thinks = "<think>" in template
-        self._format = find_format(template)
-        self._template_values = dict(template_values)
-        self._add_generation_prompt = add_generation_prompt
-        self._messages = [_template_message(message, f"{param}[{i}]") for i, message in enumerate(messages)]
-        self._is_rewritten = instructed or bool(toolbox.tools) or any(message.role == "tool" for message in messages)
+        self.reasoning_effort = reasoning_effort
+        self.add_generation_prompt = add_generation_prompt
+        self.messages = [_template_message(message, f"{param}[{i}]") for i, message in enumerate(messages)]
+        self.is_rewritten = instructed or bool(toolbox.tools) or any(message.role == "tool" for message in messages)
         self.size = sum(len(message.content or "") for message in messages)
+        self._dialogue: Dialogue | None = None
 
-    @property
-    def format(self) -> ToolFormat:
-        return self._format
+    def on(self, tokenizer: Tokenizer) -> Dialogue:
+        """The conversation as `tokenizer` writes it. Raises UnsupportedField."""
+        if self._dialogue is None or self._dialogue.tokenizer is not tokenizer:
+            self._dialogue = Dialogue(self, tokenizer)
+        return self._dialogue
+
+    def source(self) -> PromptSource:
+        """Where a Generation reads the prompt, and what the answer is held to."""
+
+        def refine(tokenizer: Tokenizer, wanted: Wanted) -> Wanted:
+            dialogue = self.on(tokenizer)
+            return replace(wanted, grammar=dialogue.grammar(wanted.grammar), show_special=dialogue.show_special)
+
+        return PromptSource(self.param, self.size, lambda tokenizer: [self.on(tokenizer).prompt()], refine)
+
+
+class Dialogue:
+    """A conversation as one tokenizer writes it."""
+
+    def __init__(self, conversation: Conversation, tokenizer: Tokenizer) -> None:
+        """Raises UnsupportedField."""
+        self.tokenizer = tokenizer
+        self.toolbox = conversation.toolbox
+        template = tokenizer.template_source or ""
+        self.format: ToolFormat = find_format(template)
+        self._conversation = conversation
+        self._thinks = "<think>" in template
+        self._template_values = _effort(template, conversation.reasoning_effort) | conversation.template_values
 
     @property
     def show_special(self) -> bool:
         """Whether the answer can only be read with its special tokens."""
-        return bool(self.toolbox.tools) and self._format.show_special
+        return bool(self.toolbox.tools) and self.format.show_special
 
     def prompt(self) -> Prompt:
         """Rendered and encoded. Raises InvalidField."""
         tools = [tool.model_dump(exclude_none=True) for tool in self.toolbox.tools]
-        messages: list[dict[str, Any]] = self._messages
-        if self._format is GENERIC:
+        conversation = self._conversation
+        messages: list[dict[str, Any]] = conversation.messages
+        if self.format is GENERIC:
             messages = describe_tools(messages, tools)
-        native = tools if tools and self._format.native else None
+        native = tools if tools and self.format.native else None
         try:
             text = self._render(messages, native)
         except ChatTemplateError as error:
             # what it refuses (a system message, two user turns in a row) may be of our making
             try:
-                text = self._render(fit_strict(messages), native) if self._is_rewritten else ""
+                text = self._render(fit_strict(messages), native) if conversation.is_rewritten else ""
             except ChatTemplateError:
                 text = ""
             if not text:
-                raise InvalidField(self.param, f"{self.param}: {error}") from error
-        return Prompt(self._tokenizer.encode(text, add_special_tokens=False), self._thought(text))
+                raise InvalidField(conversation.param, f"{conversation.param}: {error}") from error
+        return Prompt(self.tokenizer.encode(text, add_special_tokens=False), self._thought(text))
 
     def _render(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> str:
         """Raises ChatTemplateError."""
-        return self._tokenizer.render_chat(messages, self._add_generation_prompt, self._template_values, tools=tools)
+        return self.tokenizer.render_chat(
+            messages, self._conversation.add_generation_prompt, self._template_values, tools=tools
+        )
 
     def grammar(self, structured: tuple[str, GrammarSpec] | None) -> tuple[str, GrammarSpec] | None:
         """What the answer is held to and the field that asked: the form in `structured`, or calls, or either.
@@ -170,20 +200,20 @@ class Conversation:
         return param, replace(spec, alternative=self._calls(required=True)) if self.toolbox.tools else spec
 
     def _calls(self, required: bool) -> str:
-        return self._format.grammar(
+        return self.format.grammar(
             [tool.function.model_dump(exclude_none=True) for tool in self.toolbox.tools],
             required=required,
             parallel=self.toolbox.parallel,
-            token_id=self._tokenizer.token_id,
+            token_id=self.tokenizer.token_id,
         )
 
     def parser(self, thought: Thought) -> MessageParser:
         """For one answer to the prompt, which left the model in `thought`."""
-        return MessageParser(thought, self._format.make_parser() if self.toolbox.tools else None)
+        return MessageParser(thought, self.format.make_parser() if self.toolbox.tools else None)
 
     def read(self, text: str, thought: Thought) -> WholeMessage:
         """A whole answer taken apart."""
-        parser, message = self.parser(thought), WholeMessage(self._format.new_id)
+        parser, message = self.parser(thought), WholeMessage(self.format.new_id)
         message.add(parser.feed(text))
         message.add(parser.end())
         return message
@@ -196,6 +226,17 @@ class Conversation:
             return "open"
         # with thinking turned off, templates end the prompt with an empty thought
         return "none" if closed >= 0 and not prompt[closed + len("</think>") :].strip() else "possible"
+
+
+def _effort(template: str, reasoning_effort: str | None) -> dict[str, Any]:
+    """A field that only some templates have. Raises UnsupportedField."""
+    if reasoning_effort is None:
+        return {}
+    if "reasoning_effort" not in template:
+        raise UnsupportedField(
+            "reasoning_effort", "'reasoning_effort' is not supported: the chat template has no such control."
+        )
+    return {"reasoning_effort": reasoning_effort}
 
 
 def _template_message(message: Message, where: str) -> dict[str, Any]:

@@ -14,10 +14,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from loraplex.server.api.body import body_schema, read_record
-from loraplex.server.api.choice import Prompt, Wanted
+from loraplex.server.api.choice import Prompt, PromptSource, Wanted
 from loraplex.server.api.errors import InvalidField
 from loraplex.server.api.fields import check_unknown, ignored_header
-from loraplex.server.api.generation import Generation, PromptSource
+from loraplex.server.api.generation import Generation
 from loraplex.server.api.openapi import answers
 from loraplex.server.api.parts import Parts
 from loraplex.server.api.schemas import AdapterFields, GenerationFields, PromptInput, PromptTexts, Wire, read_prompts
@@ -71,7 +71,7 @@ def make_router(parts: Parts) -> APIRouter:
         wanted = Wanted(max_tokens=1, num_choices=1, prompt_only=True, pooling=record.pooling or "last")
         worn = {name: getattr(record, name) for name in AdapterFields.model_fields}
         fields = GenerationFields(**worn, temperature=0.0)
-        generation = Generation(parts, fields, _prompt_source(parts.tokenizer, record), wanted)
+        generation = Generation(parts, fields, _prompt_source(record), wanted)
         vectors = await answer_or_disconnect(request, collect_vectors(generation))
         tokens = generation.prompt_tokens
         answer = EmbeddingList(
@@ -84,10 +84,10 @@ def make_router(parts: Parts) -> APIRouter:
     return router
 
 
-def _prompt_source(tokenizer: Tokenizer, record: EmbeddingRequest) -> PromptSource:
+def _prompt_source(record: EmbeddingRequest) -> PromptSource:
     special = record.add_special_tokens is not False
 
-    def read() -> list[Prompt]:
+    def read(tokenizer: Tokenizer) -> list[Prompt]:
         return [Prompt(tokenizer.encode(p, special) if isinstance(p, str) else p) for p in record.input]
 
     return PromptSource("input", sum(len(p) for p in record.input if isinstance(p, str)), read)

@@ -11,11 +11,11 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import product
 from typing import TypeVar
 
-from loraplex.server.api.choice import Choice, Delta, Echo, Prompt, Wanted
+from loraplex.server.api.choice import Choice, Delta, Echo, Prompt, PromptSource, Wanted
 from loraplex.server.api.direct import DirectBody
 from loraplex.server.api.errors import ApiError, InvalidField, to_api_error
 from loraplex.server.api.limits import check_sequences
@@ -31,15 +31,6 @@ from loraplex.server.exchange import current_exchange
 from loraplex.server.tenants import current_caller
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class PromptSource:
-    """Where the prompts come from: a function that may take long for `size` characters, and the field it reads."""
-
-    param: str
-    size: int
-    read: Callable[[], list[Prompt]]
 
 
 class Generation:
@@ -59,7 +50,6 @@ class Generation:
             wanted.max_tokens,
             wanted.logprobs,
             prompt_logprobs=wanted.logprobs if wanted.echo else None,
-            bound=wanted.grammar is not None,
             watermark=wanted.watermark,
         )
         self._arrival = time.monotonic()
@@ -69,6 +59,7 @@ class Generation:
         self.key = secrets.token_hex(16)  # unique; part of ids on the wire
         self.client_id: str | None = None  # the client's own name for it, to abort it by
         self.created = int(time.time())
+        self.tokenizer = parts.tokenizers.base  # that of the adapters, once these are leased
         self.thought: Thought = "none"  # of the first prompt; known with the first delta
         self.prompt_tokens = 0
         self.submitted = self._arrival  # time.monotonic(); then: adapters leased, prompts read, all queued
@@ -113,12 +104,14 @@ class Generation:
         choices = self._choices
         with self._parts.drain.at_work(), self._noted():
             try:
-                async with leased(self._parts, self._record) as mix:
+                async with leased(self._parts, self._record) as worn:
                     self._note_model()
+                    self.tokenizer = worn.tokenizer
+                    self._wanted = self._source.refine(self.tokenizer, self._wanted)
                     prompts = await self._prompts()
                     self._caller.pay_prompt(self.prompt_tokens)
                     grammar = await self._grammar(prompts[0].thought)
-                    for prompt, request in self._requests(prompts, grammar, mix):
+                    for prompt, request in self._requests(prompts, grammar, worn.mix):
                         choices.append(self._submit(request, prompt, len(choices)))
                 self.submitted = time.monotonic()
                 for prompt in prompts:
@@ -201,13 +194,13 @@ class Generation:
         self._charged = total
 
     async def _prompts(self) -> list[Prompt]:
-        base, param = self._parts.base, self._source.param
-        long = self._source.size >= Tokenizer.LONG_TEXT
-        prompts = await asyncio.to_thread(self._source.read) if long else self._source.read()
+        base, source, tokenizer = self._parts.base, self._source, self.tokenizer
+        long = source.size >= Tokenizer.LONG_TEXT or tokenizer.renders_slowly
+        prompts = await asyncio.to_thread(source.read, tokenizer) if long else source.read(tokenizer)
         n = self._wanted.num_choices
         check_sequences(len(prompts), n, "n", self._parts.limits)
         for prompt in prompts:
-            check_prompt(prompt.ids, base, param)
+            check_prompt(prompt.ids, base, source.param)
         self.prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
         self.thought = prompts[0].thought
         return prompts
@@ -216,6 +209,8 @@ class Generation:
         if self._wanted.grammar is None:
             return None
         param, spec = self._wanted.grammar
+        if self._record.ignore_eos:
+            raise InvalidField("ignore_eos", "ignore_eos: a structured answer has an end of its own")
         try:
             return await self._parts.grammars.get(replace(spec, thought=thought))
         except GrammarRefused as error:
@@ -226,7 +221,7 @@ class Generation:
     ) -> Iterator[tuple[Prompt, GenerationRequest]]:
         """One a choice, each with leases of its own, taken only when the request is asked for."""
         for number, (prompt, choice) in enumerate(product(prompts, range(self._wanted.num_choices))):
-            params = self._spec.params(self._parts.base.max_model_len - len(prompt.ids), choice)
+            params = self._spec.params(self._parts.base.max_model_len - len(prompt.ids), choice, self.tokenizer.eos_ids)
             request = GenerationRequest(
                 request_id=f"{self.key}-{number}",
                 prompt_ids=tuple(prompt.ids),
@@ -238,29 +233,31 @@ class Generation:
                 priority=self._record.priority or 0,
                 deadline=self._arrival + self._record.timeout if self._record.timeout is not None else None,
                 cache_salt=self._record.cache_salt or "",
-                constraint=grammar.start() if grammar is not None else None,
+                constraint=grammar.start(self.tokenizer.eos_ids) if grammar is not None else None,
                 pooling=self._wanted.pooling,
             )
             yield prompt, request
 
     def _submit(self, request: GenerationRequest, prompt: Prompt, index: int) -> Choice:
         record, wanted = self._record, self._wanted
-        echo = Echo.build(self._parts.tokenizer, prompt, scored=wanted.logprobs is not None) if wanted.echo else None
+        tokenizer = self.tokenizer
+        echo = Echo.build(tokenizer, prompt, scored=wanted.logprobs is not None) if wanted.echo else None
         detokenizer = Detokenizer(
-            self._parts.tokenizer,
+            tokenizer,
             request.prompt_ids,
             stop=record.stop,
             include_stop=bool(record.include_stop_str_in_output),
             min_tokens=request.params.min_tokens,
             skip_special_tokens=record.skip_special_tokens is not False and not wanted.show_special,
-            stop_tokens=self._parts.tokenizer.special_ids(record.stop),
+            stop_tokens=tokenizer.special_ids(record.stop),
         )
         try:
             submitted = time.monotonic()  # before, or the engine's thread may have begun earlier
             events = self._parts.engine.submit(request)  # owns the lease from here on, also when it raises
         except ContextTooLong as error:
             raise to_api_error(error, self._source.param) from error
-        return Choice(index, request, submitted, events, detokenizer, self._parts, echo, wanted)
+        eos_ids = frozenset((*self._parts.defaults.eos_token_ids, *tokenizer.eos_ids))
+        return Choice(index, request, submitted, events, detokenizer, self._parts, echo, wanted, eos_ids)
 
 
 def check_prompt(ids: Sequence[int], base: Base, param: str) -> None:

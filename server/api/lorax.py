@@ -22,12 +22,12 @@ from starlette.responses import JSONResponse, Response
 from loraplex.adapters.errors import AdapterError
 from loraplex.server.api.body import body_schema, parse_record, read_bytes
 from loraplex.server.api.chat_schemas import Message
-from loraplex.server.api.choice import Prompt, Wanted
+from loraplex.server.api.choice import Prompt, PromptSource, Wanted
 from loraplex.server.api.conversation import Conversation, read_toolbox
 from loraplex.server.api.embeddings import collect_vectors
 from loraplex.server.api.errors import ClientGone, InvalidField, to_api_error
 from loraplex.server.api.fields import UNSUPPORTED, check_unknown, ignored_header
-from loraplex.server.api.generation import Generation, PromptSource
+from loraplex.server.api.generation import Generation
 from loraplex.server.api.lorax_schemas import (
     OTHER_NAMES,
     LoraxAnswer,
@@ -44,6 +44,7 @@ from loraplex.server.api.parts import Parts
 from loraplex.server.api.schemas import GenerationFields, SharedFields
 from loraplex.server.api.sse import SseResponse, answer_or_disconnect
 from loraplex.server.api.structured import read_structured
+from loraplex.server.engine.tokenizer import Tokenizer
 from loraplex.server.version import version
 
 logger = logging.getLogger(__name__)
@@ -223,14 +224,14 @@ class _Work:
             async for delta in deltas:
                 self._first = self._first or time.monotonic()
                 if delta.index not in sequences:
-                    sequences[delta.index] = Sequence(self._style, self._parts.tokenizer)
+                    sequences[delta.index] = Sequence(self._style, self.generation)
                 sequences[delta.index].add(delta, self.generation.prompt_tokens)
         self._add_counts()
         return dump(whole_answer([sequences[index] for index in sorted(sequences)]))
 
     async def events(self) -> AsyncGenerator[str, None]:
         """One event a token; an error is an event, too, from the first one on, as LoRAX has it."""
-        sequence = Sequence(self._style, self._parts.tokenizer)
+        sequence = Sequence(self._style, self.generation)
         try:
             async with aclosing(self.generation.deltas()) as deltas:
                 async for delta in deltas:
@@ -319,19 +320,12 @@ def _fields(parts: Parts, params: LoraxParameters, seed: int | None, sampled: bo
 
 
 def _prompt_source(parts: Parts, record: LoraxRequest, params: LoraxParameters) -> PromptSource:
-    tokenizer, last = parts.tokenizer, params.truncate
-    if params.apply_chat_template:
-        said = [Message(role="user", content=record.inputs)]
-        conversation = Conversation(
-            tokenizer,
-            said,
-            read_toolbox(None, None, None, parts.limits),
-            template_values={},
-            add_generation_prompt=True,
-        )
+    last = params.truncate
+    said = [Message(role="user", content=record.inputs)] if params.apply_chat_template else []
+    conversation = Conversation(said, read_toolbox(None, None, None, parts.limits))
 
-    def read() -> list[Prompt]:
-        ids = conversation.prompt().ids if params.apply_chat_template else tokenizer.encode(record.inputs)
+    def read(tokenizer: Tokenizer) -> list[Prompt]:
+        ids = conversation.on(tokenizer).prompt().ids if said else tokenizer.encode(record.inputs)
         return [Prompt(ids[-last:] if last is not None else ids, text="")]
 
     return PromptSource("inputs", len(record.inputs), read)
@@ -367,7 +361,7 @@ async def _embed(parts: Parts, request: Request, record: LoraxEmbedRequest) -> R
     params = record.parameters or LoraxParameters()
     wanted = Wanted(max_tokens=1, num_choices=1, prompt_only=True, pooling="last")
     fields = _fields(parts, params, 0, False)
-    source = PromptSource("inputs", len(record.inputs), lambda: [Prompt(parts.tokenizer.encode(record.inputs))])
+    source = PromptSource("inputs", len(record.inputs), lambda tokenizer: [Prompt(tokenizer.encode(record.inputs))])
     generation = Generation(parts, fields, source, wanted)
     (vector,) = await answer_or_disconnect(request, collect_vectors(generation))
     found = LoraxEmbedding(embeddings=[float(value) for value in vector])

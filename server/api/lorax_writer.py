@@ -8,6 +8,7 @@ from typing import Any
 
 from loraplex.server.api.choice import Delta, ScoredToken
 from loraplex.server.api.errors import ApiError
+from loraplex.server.api.generation import Generation
 from loraplex.server.api.logprobs import LOWEST
 from loraplex.server.api.lorax_schemas import (
     AlternativeToken,
@@ -20,7 +21,6 @@ from loraplex.server.api.lorax_schemas import (
     StreamDetails,
     StreamToken,
 )
-from loraplex.server.engine.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Sequence:
     """One choice so far."""
 
     style: Style
-    tokenizer: Tokenizer
+    generation: Generation
     prompt_tokens: int = 0
     text: str = ""
     tokens: list[LoraxToken] = field(default_factory=list)
@@ -88,14 +88,14 @@ class Sequence:
         return StreamToken(token=token, generated_text=self.generated_text, details=shown)
 
     def _token(self, token: ScoredToken, text: str) -> LoraxToken:
-        special = self.tokenizer.is_special(token.token_id)
+        special = self.generation.tokenizer.is_special(token.token_id)
         others = [
-            AlternativeToken(id=i, text=self.tokenizer.token_text(i), logprob=max(logprob, LOWEST))
+            AlternativeToken(id=i, text=self.generation.tokenizer.token_text(i), logprob=max(logprob, LOWEST))
             for i, logprob in token.top
         ]
         return LoraxToken(
             id=token.token_id,
-            text=text or (self.tokenizer.token_text(token.token_id) if special else ""),
+            text=text or (self.generation.tokenizer.token_text(token.token_id) if special else ""),
             logprob=LOWEST if token.logprob is None else max(token.logprob, LOWEST),
             special=special,
             alternative_tokens=others if self.style.alternatives else None,
@@ -103,7 +103,7 @@ class Sequence:
 
     def _input_token(self, token: ScoredToken) -> InputToken:
         logprob = None if token.logprob is None else max(token.logprob, LOWEST)
-        return InputToken(id=token.token_id, text=self.tokenizer.token_text(token.token_id), logprob=logprob)
+        return InputToken(id=token.token_id, text=self.generation.tokenizer.token_text(token.token_id), logprob=logprob)
 
 
 def whole_answer(sequences: list[Sequence]) -> LoraxAnswer:

@@ -1,13 +1,13 @@
-"""GET /v1/models and /v1/models/{id}."""
+"""GET /v1/models, /v1/models/{id} and /v1/adapters/{name}."""
 
 from __future__ import annotations
 
 from fastapi import APIRouter
 
-from loraplex.server.api.catalog import find_card, list_cards
+from loraplex.server.api.catalog import find_card, find_receipt, list_cards
 from loraplex.server.api.openapi import READ, failures
 from loraplex.server.api.parts import Parts
-from loraplex.server.api.schemas import ModelCard, ModelList
+from loraplex.server.api.schemas import AdapterReceipt, ModelCard, ModelList
 
 
 def make_router(parts: Parts) -> APIRouter:
@@ -23,5 +23,10 @@ def make_router(parts: Parts) -> APIRouter:
     async def get_model(model: str) -> ModelCard:
         """One of them."""
         return find_card(parts, model)
+
+    @router.get("/v1/adapters/{name:path}", responses=failures((401, 404)))
+    async def get_adapter(name: str) -> AdapterReceipt:
+        """What was found in an adapter's files."""
+        return find_receipt(parts, name)
 
     return router

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 
@@ -28,6 +28,8 @@ from loraplex.server.api.manage import counting_adapters, permitted_source
 from loraplex.server.api.parts import Base, Parts
 from loraplex.server.api.schemas import MAX_TERMS, MAX_WEIGHT, AdapterFields, MergedAdapters
 from loraplex.server.engine.on_demand import is_hidden, source_of
+from loraplex.server.engine.tokenizer import Tokenizer
+from loraplex.server.engine.tokenizers import TokenizersDiffer
 from loraplex.server.tenants import current_key
 
 HOW_TO_LIST = "GET /v1/models lists the names served here"
@@ -36,7 +38,16 @@ LORAX_BASE = "__base_model__"
 """What LoRAX calls the base where it wants an adapter's id."""
 
 Mix = tuple[tuple[AdapterLease, float], ...]
-"""What one request wears; empty: the base alone."""
+"""Adapters with their weights; empty: the base alone."""
+
+
+@dataclass(frozen=True)
+class Worn:
+    """What one request wears, and how its texts are written then."""
+
+    mix: Mix
+    tokenizer: Tokenizer
+
 
 _TERM = re.compile(r"(?P<name>[^*]+)(?:\*\s*(?P<weight>-?(?:\d+\.?\d*|\.\d+)(?:[eE]-?\d+)?))?")
 
@@ -60,7 +71,7 @@ class Wish:
 
 
 @asynccontextmanager
-async def leased(parts: Parts, record: AdapterFields) -> AsyncIterator[Mix]:
+async def leased(parts: Parts, record: AdapterFields) -> AsyncIterator[Worn]:
     """The adapters `record` asks for, leased for the block; what they were loaded or merged for first is done by then.
 
     Raises ApiError (400; 404 for a name nobody has), AdapterError for one that cannot be loaded or merged, Overloaded
@@ -71,20 +82,30 @@ async def leased(parts: Parts, record: AdapterFields) -> AsyncIterator[Mix]:
         raise not_found(record.model)
     with ExitStack() as held:
         leases = [held.enter_context(await _lease(parts, term, record.api_token)) for term in wish.terms]
+        tokenizer = _tokenizer(parts, wish, leases)
         if wish.merge is not None:
             with counting_adapters() as holder:
                 leases = [held.enter_context(await parts.on_demand.merge(leases, wish.merge, holder))]
-        yield tuple(zip(leases, (1.0,) if wish.merge is not None else (t.weight for t in wish.terms), strict=True))
+        weights = (1.0,) if wish.merge is not None else (term.weight for term in wish.terms)
+        yield Worn(tuple(zip(leases, weights, strict=True)), tokenizer)
 
 
-def check_model(parts: Parts, model: str) -> None:
-    """Raises ApiError (404) unless `model` could be worn now."""
-    terms = _read_text(parts.base, "model", model, None)
-    if not terms and not current_key().may_use_base:
+def tokenizer_of(parts: Parts, model: str) -> Tokenizer:
+    """How texts for `model` are written. Raises ApiError (404) unless it could be worn now."""
+    wish = Wish(_read_text(parts.base, "model", model, None))
+    if not wish.terms and not current_key().may_use_base:
         raise not_found(model)
-    for term in terms:
-        with _find(parts, term):
-            pass
+    with ExitStack() as held:
+        return _tokenizer(parts, wish, [held.enter_context(_find(parts, term)) for term in wish.terms])
+
+
+def _tokenizer(parts: Parts, wish: Wish, leases: Sequence[AdapterLease]) -> Tokenizer:
+    """Raises InvalidField where the adapters of a mix write texts differently."""
+    try:
+        return parts.tokenizers.of([lease.version.tokenizer for lease in leases])
+    except TokenizersDiffer as error:
+        param = wish.terms[0].param.partition(".")[0].partition("[")[0]
+        raise InvalidField(param, f"{param}: {error}") from None
 
 
 def strip_base(base: Base, text: str) -> str | None:

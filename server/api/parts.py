@@ -20,7 +20,7 @@ from loraplex.server.engine.page_map import PageOwners
 from loraplex.server.engine.request import GenerationRequest, TokenEvent
 from loraplex.server.engine.stats import AdapterPlace
 from loraplex.server.engine.streams import Shortcut
-from loraplex.server.engine.tokenizer import Tokenizer
+from loraplex.server.engine.tokenizers import Tokenizers
 from loraplex.server.engine_metrics import EngineStats
 from loraplex.server.metrics import Metrics
 from loraplex.server.tenants import current_key
@@ -128,7 +128,7 @@ class Parts:
     base: Base
     engine: Engine
     adapters: Adapters
-    tokenizer: Tokenizer
+    tokenizers: Tokenizers
     grammars: Grammars
     defaults: SamplingDefaults
     metrics: Metrics

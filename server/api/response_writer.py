@@ -10,7 +10,7 @@ from typing import Any
 from loraplex.server.api.call_objects import CallArguments, CallStart, Text
 from loraplex.server.api.chat_schemas import CalledFunction, Message, PastCall, TokenLogprob
 from loraplex.server.api.choice import Delta
-from loraplex.server.api.conversation import Conversation
+from loraplex.server.api.conversation import Conversation, Dialogue
 from loraplex.server.api.errors import ApiError
 from loraplex.server.api.generation import Generation
 from loraplex.server.api.logprobs import chat_logprobs
@@ -28,7 +28,6 @@ from loraplex.server.api.responses_schemas import (
     ResponseObject,
     ResponseUsage,
 )
-from loraplex.server.engine.tokenizer import Tokenizer
 
 Event = dict[str, Any]
 
@@ -41,13 +40,11 @@ class ResponseWriter:
         response: ResponseObject,
         generation: Generation,
         conversation: Conversation,
-        tokenizer: Tokenizer,
         wants_logprobs: bool,
     ) -> None:
         self.response = response
         self._generation = generation
         self._conversation = conversation
-        self._tokenizer = tokenizer
         self._wants_logprobs = wants_logprobs
         self._parser: MessageParser | None = None
         self._number = 0
@@ -61,11 +58,11 @@ class ResponseWriter:
     def take(self, delta: Delta) -> Iterator[Event]:
         """What one delta adds."""
         if self._parser is None:
-            self._parser = self._conversation.parser(self._generation.thought)
+            self._parser = self._dialogue.parser(self._generation.thought)
         parts = self._parser.feed(delta.text)
         if delta.finish_reason is not None:
             parts += self._parser.end()
-        scores = chat_logprobs(delta.tokens, self._tokenizer).content if self._wants_logprobs else []
+        scores = chat_logprobs(delta.tokens, self._generation.tokenizer).content if self._wants_logprobs else []
         for part in joined(parts):
             yield from self._take_part(part, scores)
             scores = []
@@ -96,8 +93,8 @@ class ResponseWriter:
 
     def count(self) -> None:
         """Write down the tokens so far."""
-        usage = self._generation.usage()
-        thought = len(self._tokenizer.encode(self._thought, add_special_tokens=False)) if self._thought else 0
+        usage, tokenizer = self._generation.usage(), self._generation.tokenizer
+        thought = len(tokenizer.encode(self._thought, add_special_tokens=False)) if self._thought else 0
         self.response.usage = ResponseUsage(
             input_tokens=usage.prompt_tokens,
             input_tokens_details=InputDetails(cached_tokens=usage.prompt_tokens_details.cached_tokens),
@@ -136,11 +133,16 @@ class ResponseWriter:
                 yield self._about_part("response.reasoning_text.delta", delta=text)
             case CallStart(name):
                 yield from self._close("completed")
-                call_id = self._conversation.format.new_id()
+                call_id = self._dialogue.format.new_id()
                 yield from self._open(FunctionCallItem(id=_new_id("fc"), call_id=call_id, name=name))
             case CallArguments(text):
                 self._last(FunctionCallItem).arguments += text
                 yield self._about_item("response.function_call_arguments.delta", delta=text)
+
+    @property
+    def _dialogue(self) -> Dialogue:
+        """From the first delta on."""
+        return self._conversation.on(self._generation.tokenizer)
 
     def _last(self, kind: Any) -> Any:
         last = self.response.output[-1]

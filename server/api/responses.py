@@ -17,7 +17,6 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from loraplex.server.api.body import body_schema, read_record
-from loraplex.server.api.chat import prompt_source, template_values
 from loraplex.server.api.chat_schemas import Message
 from loraplex.server.api.choice import Wanted
 from loraplex.server.api.conversation import Conversation, read_toolbox
@@ -134,10 +133,9 @@ class _Work:
         tools = read_tools(record.tools or ())
         toolbox = read_toolbox(tools, record.tool_choice, record.parallel_tool_calls, parts.limits)
         conversation = Conversation(
-            parts.tokenizer,
             [*instructions, *messages],
             toolbox,
-            template_values=template_values(parts.tokenizer, record.reasoning.effort if record.reasoning else None),
+            reasoning_effort=record.reasoning.effort if record.reasoning else None,
             param="input",
             instructed=bool(instructions),
         )
@@ -146,15 +144,14 @@ class _Work:
             max_tokens=record.max_output_tokens,
             num_choices=1,
             logprobs=(record.top_logprobs or 0) if wants_logprobs else None,
-            grammar=conversation.grammar(_structured(record, parts.limits)),
-            show_special=conversation.show_special,
+            grammar=_structured(record, parts.limits),
         )
-        generation = Generation(parts, record, prompt_source(conversation), wanted)
+        generation = Generation(parts, record, conversation.source(), wanted)
         response = _response(record, generation)
         return cls(
             response,
             generation,
-            ResponseWriter(response, generation, conversation, parts.tokenizer, wants_logprobs),
+            ResponseWriter(response, generation, conversation, wants_logprobs),
             StoredResponse(response, _input_items(record), messages),
             store if response.store else None,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -25,6 +26,7 @@ class SamplingSpec:
 
     base: SamplingParams  # of choice 0
     max_tokens: int | None  # None: up to the context's end
+    ignore_eos: bool
 
     @classmethod
     def build(
@@ -36,17 +38,14 @@ class SamplingSpec:
         logprobs: int | None,
         *,
         prompt_logprobs: int | None = None,
-        bound: bool = False,
         watermark: bool = False,
     ) -> SamplingSpec:
-        """The caller's values, else the checkpoint's, else neutral ones; `bound` by a grammar. Raises InvalidField."""
+        """The caller's values, else the checkpoint's, else neutral ones. Raises InvalidField."""
         min_tokens = record.min_tokens or 0
         if max_tokens is not None and min_tokens > max_tokens:
             raise InvalidField("min_tokens", f"min_tokens: found {min_tokens}, more than max_tokens ({max_tokens})")
         if record.stream_options is not None and not record.stream:
             raise InvalidField("stream_options", "stream_options: only possible with stream: true")
-        if bound and record.ignore_eos:
-            raise InvalidField("ignore_eos", "ignore_eos: a structured answer has an end of its own")
         temperature, top_p = (
             _first(record.temperature, defaults.temperature, 1.0),
             _first(record.top_p, defaults.top_p, 1.0),
@@ -73,11 +72,13 @@ class SamplingSpec:
                 watermark=watermark,
             ),
             max_tokens=max_tokens,
+            ignore_eos=bool(record.ignore_eos),
         )
 
-    def params(self, room: int, choice: int) -> SamplingParams:
+    def params(self, room: int, choice: int, eos_ids: Sequence[int] = ()) -> SamplingParams:
         """For choice number `choice` of a prompt that leaves `room` tokens of the context (at least 1).
 
+        eos_ids: end the answer beside those of the base, unless these do not either.
         Choices draw from seeds that follow each other, so that one seed gives n different answers, the same each time.
         """
         most = room if self.max_tokens is None else min(room, self.max_tokens)
@@ -85,6 +86,7 @@ class SamplingSpec:
             self.base,
             max_tokens=most,
             min_tokens=min(self.base.min_tokens, most),
+            stop_token_ids=self.base.stop_token_ids | frozenset(() if self.ignore_eos else eos_ids),
             seed=(self.base.seed + choice) & _SEED_MASK,
         )
 

@@ -312,6 +312,30 @@ class ModelCard(Wire):
     permission: list[ModelPermission]
 
 
+class TokenizerReceipt(Wire):
+    """What the tokenizer files beside an adapter change; nothing where they say what the base's do."""
+
+    files: bool  # there are some
+    chat_template: Literal["adapter", "base"] | None  # whose writes conversations
+    eos_tokens: list[str]  # end its answers beside the base's
+    special_tokens: dict[str, str]  # bos_token, ... -> text, where they are others than the base's
+    added_tokens: dict[str, int]  # that the base has not, or under another id
+
+
+class AdapterReceipt(Wire):
+    """What was found in an adapter's files."""
+
+    id: str
+    object: Literal["adapter"] = "adapter"
+    created: int
+    source: str
+    digest: str | None  # null: not read in full yet
+    rank: int
+    targets: list[str]
+    pages: int
+    tokenizer: TokenizerReceipt
+
+
 class ModelList(Wire):
     object: Literal["list"] = "list"
     data: list[ModelCard]

@@ -21,10 +21,10 @@ from loraplex.server.api import lorax
 from loraplex.server.api.adapters import load, unload
 from loraplex.server.api.body import body_schema, parse_record, read_bytes, read_record
 from loraplex.server.api.catalog import visible_adapters
-from loraplex.server.api.choice import Delta, Prompt, ScoredToken, Wanted
+from loraplex.server.api.choice import Delta, Prompt, PromptSource, ScoredToken, Wanted
 from loraplex.server.api.errors import ClientGone, InvalidField, to_adapter_route_error
 from loraplex.server.api.fields import UNSUPPORTED, check_unknown, ignored_header
-from loraplex.server.api.generation import Generation, PromptSource, merge
+from loraplex.server.api.generation import Generation, merge
 from loraplex.server.api.limits import check_sequences
 from loraplex.server.api.lorax_schemas import LoraxAnswer, LoraxRequest
 from loraplex.server.api.openapi import (
@@ -57,6 +57,7 @@ from loraplex.server.api.schemas import (
 )
 from loraplex.server.api.sse import SseResponse, answer_or_disconnect
 from loraplex.server.api.structured import read_structured
+from loraplex.server.engine.tokenizer import Tokenizer
 from loraplex.server.tenants import current_key
 
 logger = logging.getLogger(__name__)
@@ -280,8 +281,8 @@ class _Prompt:
             echo=self._echo,
         )
 
-        def read() -> list[Prompt]:
-            return [Prompt(parts.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt, text="")]
+        def read(tokenizer: Tokenizer) -> list[Prompt]:
+            return [Prompt(tokenizer.encode(prompt) if isinstance(prompt, str) else prompt, text="")]
 
         source = PromptSource("text", len(prompt) if isinstance(prompt, str) else 0, read)
         self._start = record.logprob_start_len or 0
@@ -310,7 +311,7 @@ class _Prompt:
             case None:
                 return None
             case "stop":
-                ends = self._parts.defaults.eos_token_ids
+                ends = (*self.generation.tokenizer.eos_ids, *self._parts.defaults.eos_token_ids)
                 matched = so_far.stop_reason if so_far.stop_reason is not None else next(iter(ends), None)
                 return {"type": "stop", "matched": matched}
             case "length":

@@ -16,8 +16,8 @@ from loraplex.server.api.conversation import Conversation, read_toolbox
 from loraplex.server.api.errors import InvalidField
 from loraplex.server.api.fields import check_unknown, ignored_header
 from loraplex.server.api.lorax_schemas import SimpleToken
-from loraplex.server.api.names import check_model
-from loraplex.server.api.openapi import READ, answers, failures
+from loraplex.server.api.names import tokenizer_of
+from loraplex.server.api.openapi import answers, failures
 from loraplex.server.api.parts import Parts
 from loraplex.server.api.schemas import Incoming, Wire
 from loraplex.server.engine.tokenizer import Tokenizer
@@ -77,17 +77,17 @@ def make_router(parts: Parts) -> APIRouter:
         """The token ids of a text or of a conversation."""
         record = await read_record(request, TokenizeRequest, parts.limits)
         headers = ignored_header(check_unknown(record.model_extra or {}))
-        _check_model(parts, record.model)
+        tokenizer = _tokenizer(parts, record.model)
         if record.inputs is not None:
-            return await _as_lorax(parts.tokenizer, record.inputs, record.add_special_tokens is not False, headers)
+            return await _as_lorax(tokenizer, record.inputs, record.add_special_tokens is not False, headers)
         if (record.prompt is None) == (record.messages is None):
             raise InvalidField("prompt", "prompt: give either a prompt or messages")
-        ids = await asyncio.to_thread(_encode, parts, record)
+        ids = await asyncio.to_thread(_encode, parts, tokenizer, record)
         answer = TokenizeAnswer(
             count=len(ids),
             max_model_len=parts.base.max_model_len,
             tokens=ids,
-            token_strs=[parts.tokenizer.token_text(i) for i in ids] if record.return_token_strs else None,
+            token_strs=[tokenizer.token_text(i) for i in ids] if record.return_token_strs else None,
         )
         return Response(answer.model_dump_json(), media_type="application/json", headers=headers)
 
@@ -96,21 +96,21 @@ def make_router(parts: Parts) -> APIRouter:
         """The text of token ids."""
         record = await read_record(request, DetokenizeRequest, parts.limits)
         headers = ignored_header(check_unknown(record.model_extra or {}))
-        _check_model(parts, record.model)
-        text = await asyncio.to_thread(parts.tokenizer.decode, record.tokens, False)
+        text = await asyncio.to_thread(_tokenizer(parts, record.model).decode, record.tokens, False)
         answer = DetokenizeAnswer(prompt=text)
         return Response(answer.model_dump_json(), media_type="application/json", headers=headers)
 
-    @router.get("/tokenizer_info", responses=failures(READ))
-    async def tokenizer_info() -> TokenizerInfo:
-        """The tokenizer's special tokens and chat template."""
-        special = parts.tokenizer.special_tokens
+    @router.get("/tokenizer_info", responses=failures((400, 401, 404)))
+    async def tokenizer_info(model: str | None = None) -> TokenizerInfo:
+        """The special tokens and the chat template of the base, or of the adapter that `model` names."""
+        tokenizer = _tokenizer(parts, model)
+        special = tokenizer.special_tokens
         return TokenizerInfo(
             bos_token=special.get("bos_token"),
             eos_token=special.get("eos_token"),
             pad_token=special.get("pad_token"),
             unk_token=special.get("unk_token"),
-            chat_template=parts.tokenizer.template_source,
+            chat_template=tokenizer.template_source,
             model_max_length=parts.base.max_model_len,
         )
 
@@ -124,21 +124,18 @@ async def _as_lorax(tokenizer: Tokenizer, text: str, special: bool, headers: dic
     return Response(content, media_type="application/json", headers=headers)
 
 
-def _check_model(parts: Parts, model: str | None) -> None:
-    """All names share the base's tokenizer; one that nobody has is still an error. Raises ApiError."""
-    if model is not None:
-        check_model(parts, model)
+def _tokenizer(parts: Parts, model: str | None) -> Tokenizer:
+    """That of the base, or of the adapters that `model` names. Raises ApiError for a name that nobody has."""
+    return parts.tokenizers.base if model is None else tokenizer_of(parts, model)
 
 
-def _encode(parts: Parts, record: TokenizeRequest) -> list[int]:
-    tokenizer = parts.tokenizer
+def _encode(parts: Parts, tokenizer: Tokenizer, record: TokenizeRequest) -> list[int]:
     if record.prompt is not None:
         return tokenizer.encode(record.prompt, record.add_special_tokens is not False)
     conversation = Conversation(
-        tokenizer,
         record.messages or [],
         read_toolbox(record.tools, record.tool_choice, None, parts.limits),
-        template_values=record.chat_template_kwargs or {},
+        template_values=record.chat_template_kwargs,
         add_generation_prompt=record.add_generation_prompt is not False,
     )
-    return list(conversation.prompt().ids)
+    return list(conversation.on(tokenizer).prompt().ids)

@@ -14,6 +14,7 @@ from loraplex.adapters.loader import LoadedAdapter, Loader
 from loraplex.adapters.registry import AdapterVersion, Registry
 from loraplex.adapters.settle import renew
 from loraplex.adapters.sources import OPERATOR, Access, parse_source
+from loraplex.adapters.tokenizer_files import TokenizerFiles
 from loraplex.server.engine.arrivals import Arrivals, when_done
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,8 @@ class Info(Protocol):
     def num_pages(self) -> int: ...
     @property
     def nbytes(self) -> int: ...
+    @property
+    def tokenizer(self) -> TokenizerFiles: ...
 
 
 class Examiner(Protocol):
@@ -107,6 +110,7 @@ class AdapterManager:
                         targets=loaded.targets,
                         num_pages=loaded.num_pages,
                         nbytes=loaded.nbytes,
+                        tokenizer=loaded.tokenizer,
                         replace=replace,
                     )
                 )
@@ -221,6 +225,7 @@ class AdapterManager:
             targets=info.targets,
             num_pages=info.num_pages,
             nbytes=info.nbytes,
+            tokenizer=info.tokenizer,
             replace=replace,
         )
 

@@ -6,6 +6,7 @@ import ctypes
 import json
 import logging
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ from loraplex.adapters.reader import AdapterReader
 from loraplex.adapters.registry import Registry
 from loraplex.adapters.residency import Residency
 from loraplex.adapters.tiles import BaseLayout
+from loraplex.adapters.tokenizer_files import TokenizerFiles
 from loraplex.adapters.workspace import Workspace
 from loraplex.kernels.backend import Backend, BackendUnavailable, load_backend
 from loraplex.kernels.metadata import BLOCK_SIZE
@@ -124,10 +126,16 @@ class EngineParts:
     startup: tuple[tuple[str, float], ...]  # what was done, and the seconds it took
 
 
-def build_engine(config: EngineConfig, model_path: Path, *base_names: str) -> EngineParts:
+def build_engine(
+    config: EngineConfig,
+    model_path: Path,
+    *base_names: str,
+    check_tokenizer: Callable[[TokenizerFiles], None] = lambda files: None,
+) -> EngineParts:
     """Load the base in the folder `model_path` and lay out its memory.
 
     base_names: what requests call it, at least one: messages do by the first, and no adapter may have any of them.
+    check_tokenizer: see AdapterReader.
 
     Raises UnsupportedModel, WeightsError, BackendUnavailable, NotEnoughMemory, OSError, ValueError (no such backend).
     """
@@ -164,7 +172,7 @@ def build_engine(config: EngineConfig, model_path: Path, *base_names: str) -> En
             "context cut from %d to %d tokens by the memory there is", model_config.max_position, plan.max_model_len
         )
     engine, adapters, placement, prefault = _assemble(
-        config, model_config, weights, ops, plan, budget, most, base_names
+        config, model_config, weights, ops, plan, budget, most, base_names, check_tokenizer
     )
     watch.lap("arena")
     return EngineParts(
@@ -192,6 +200,7 @@ def _assemble(
     budget: TokenBudget,
     most: int,
     base_names: tuple[str, ...],
+    check_tokenizer: Callable[[TokenizerFiles], None],
 ) -> tuple[Engine, AdapterManager, AdapterPlacement, Prefault | None]:
     """Allocate the arena and put everything around it together. most: tokens of a step."""
     device, dtype = ops.device, weights.dtype
@@ -209,6 +218,7 @@ def _assemble(
         max_pages=plan.num_pages - len(plan.groups),
         workspace=Workspace(plan.loading_bytes),
         locate=downloads.locate,
+        check_tokenizer=check_tokenizer,
     )
     loader = Loader(reader.read, store, registry, config.loader_threads)
     placement = AdapterPlacement(residency, store, loader, registry)

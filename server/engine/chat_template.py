@@ -1,6 +1,7 @@
 """Chat templates: Jinja in a sandbox, rendered the way transformers renders them (tests compare the two).
 
 A template comes with a checkpoint and so from anywhere: it sees plain JSON values only, in Jinja's immutable sandbox.
+The base's is rendered here, as the operator chose the base; adapters' are rendered in processes (template_process.py).
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import jinja2
 from jinja2 import nodes
@@ -18,12 +19,33 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
+from loraplex.adapters.tokenizer_files import TEMPLATE_FILE, default_template
+
 RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
 """Template variables with a meaning of their own: chat_template_kwargs cannot set them."""
 
 
 class ChatTemplateError(ValueError):
     """The messages cannot be rendered: no template, a broken one, or it refused them; the message says which."""
+
+
+class Template(Protocol):
+    """What turns conversations into prompts. Safe from any thread."""
+
+    @property
+    def source(self) -> str:
+        """The template's own text."""
+        ...
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        extra: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
+        """See ChatTemplate.render. Raises ChatTemplateError."""
+        ...
 
 
 class ChatTemplate:
@@ -36,7 +58,7 @@ class ChatTemplate:
         try:
             self._template = _environment().from_string(source)
         except jinja2.TemplateError as error:
-            raise ChatTemplateError(f"the base's chat template does not compile: {error}") from error
+            raise ChatTemplateError(f"the chat template does not compile: {error}") from error
 
     def render(
         self,
@@ -65,16 +87,8 @@ class ChatTemplate:
 
 def read_template(folder: Path, tokenizer_config: Mapping[str, Any]) -> str | None:
     """A checkpoint's default template: chat_template.jinja, else tokenizer_config.json's (a string or named ones)."""
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    found = tokenizer_config.get("chat_template")
-    if isinstance(found, list):  # [{"name": ..., "template": ...}, ...]
-        named = {entry["name"]: entry["template"] for entry in found}
-        return named.get("default")
-    if isinstance(found, dict):
-        return found.get("default")
-    return found
+    file = folder / TEMPLATE_FILE
+    return file.read_text(encoding="utf-8") if file.is_file() else default_template(tokenizer_config)
 
 
 def _environment() -> ImmutableSandboxedEnvironment:

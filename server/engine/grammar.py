@@ -81,9 +81,9 @@ class Grammar:
         self._vocab_size = vocab_size
         self._eos_ids = tuple(eos_ids)
 
-    def start(self) -> TokenMask:
-        """A place at the grammar's start, for one request."""
-        return TokenMask(self._matcher.deep_copy(), self._vocab_size, self._eos_ids)
+    def start(self, more_eos_ids: Sequence[int] = ()) -> TokenMask:
+        """A place at the grammar's start, for one request, which may end with `more_eos_ids` as well."""
+        return TokenMask(self._matcher.deep_copy(), self._vocab_size, self._eos_ids, more_eos_ids)
 
 
 class TokenMask:
@@ -93,11 +93,13 @@ class TokenMask:
     the request ends by itself.
     """
 
-    def __init__(self, matcher: Any, vocab_size: int, eos_ids: tuple[int, ...]) -> None:
+    def __init__(self, matcher: Any, vocab_size: int, eos_ids: Sequence[int], more_eos_ids: Sequence[int] = ()) -> None:
+        """more_eos_ids: allowed wherever `eos_ids` are, which alone the matcher knows."""
         self.failure: str | None = None
         self._matcher = matcher
         self._vocab_size = vocab_size
-        self._eos_ids = eos_ids
+        self._ends = self._bits((*eos_ids, *more_eos_ids))
+        self._known_ends = self._bits(eos_ids) if more_eos_ids else None
         self._taken = 0
 
     def allowed(self, output: Sequence[int]) -> NDArray[np.uint8]:
@@ -107,9 +109,7 @@ class TokenMask:
                 return self._next(output)
             except BaseException as error:  # a panic of the Rust side is no Exception; it must cost this request only
                 self.failure = _one_line(str(error)) or type(error).__name__
-        only_eos = np.zeros(self._vocab_size, np.bool_)
-        only_eos[list(self._eos_ids)] = True
-        return np.packbits(only_eos, bitorder="little")
+        return self._ends
 
     def _next(self, output: Sequence[int]) -> NDArray[np.uint8]:
         fresh = list(output[self._taken :])
@@ -119,7 +119,14 @@ class TokenMask:
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         if self._matcher.is_error():
             raise RuntimeError(self._matcher.get_error())
-        return bits[: -(-self._vocab_size // 8)]
+        bits = bits[: -(-self._vocab_size // 8)]
+        may_end = self._known_ends is not None and bool((bits & self._known_ends).any())
+        return bits | self._ends if may_end else bits
+
+    def _bits(self, ids: Sequence[int]) -> NDArray[np.uint8]:
+        chosen = np.zeros(self._vocab_size, np.bool_)
+        chosen[list(ids)] = True
+        return np.packbits(chosen, bitorder="little")
 
 
 class Grammars:

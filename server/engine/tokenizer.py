@@ -16,9 +16,12 @@ from typing import Any
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as FastTokenizer
 
-from loraplex.server.engine.chat_template import ChatTemplate, ChatTemplateError, read_template
+from loraplex.adapters.tokenizer_files import CONFIG_FILE, FAST_FILE, SPECIAL_FILE, special_tokens
+from loraplex.server.engine.chat_template import ChatTemplate, ChatTemplateError, Template, read_template
 
-SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_NO_TOKEN = 2**31 - 1
+"""An id that no vocabulary has."""
+
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -27,52 +30,87 @@ class TokenizerError(ValueError):
 
 
 class Tokenizer:
-    """The tokenizer of a base. Thread-safe. While it encodes `LONG_TEXT` characters or more, other threads run."""
+    """The tokenizer of a base, or as an adapter changed it. Thread-safe.
+
+    While it encodes `LONG_TEXT` characters or more, other threads run.
+    """
 
     LONG_TEXT = 4096
     """Characters, about 2 ms of work: from here on an event loop should hand the call to a thread."""
 
-    def __init__(self, folder: Path) -> None:
-        """Read the tokenizer of the checkpoint in `folder`. Raises TokenizerError."""
-        config = _read_json(folder / "tokenizer_config.json")
-        if (folder / "tokenizer.json").is_file():
+    def __init__(
+        self,
+        fast: FastTokenizer,
+        special: Mapping[str, str],
+        template: Template | ChatTemplateError,
+        *,
+        shown: Mapping[int, int] | None = None,
+        eos_ids: Sequence[int] = (),
+        lone_texts: dict[int, str | None] | None = None,
+    ) -> None:
+        """`special`: bos_token, ... -> text. `template`: an error where chats are impossible, told to who asks for one.
+
+        shown: ids that the model knows by others than `fast` does, as fast's id -> the model's. eos_ids: end an answer
+        beside those of the base. lone_texts: what is known of them already, by a tokenizer of the same vocabulary.
+        """
+        self.fast = fast
+        self.special_tokens = dict(special)
+        self.eos_ids = tuple(eos_ids)
+        self.template = template
+        self.lone_texts = {} if lone_texts is None else lone_texts  # 5 MB where each of 49,152 tokens has been seen
+        self._shown = dict(shown or {})
+        # an id that only `fast` knows means nothing to the model, and no text
+        self._own = dict.fromkeys(self._shown, _NO_TOKEN) | {model: own for own, model in self._shown.items()}
+        self._bos_id = self.token_id(special.get("bos_token", ""))
+
+    @classmethod
+    def read(cls, folder: Path, chat_template: Path | None = None) -> Tokenizer:
+        """Read the tokenizer of the checkpoint in `folder`; chat_template: a file instead of its own.
+
+        Raises TokenizerError.
+        """
+        config = _read_json(folder / CONFIG_FILE)
+        if (folder / FAST_FILE).is_file():
             try:
-                self._fast = FastTokenizer.from_file(str(folder / "tokenizer.json"))
+                fast = FastTokenizer.from_file(str(folder / FAST_FILE))
             except Exception as error:  # the library raises bare Exception
-                raise TokenizerError(f"{folder / 'tokenizer.json'} cannot be read: {error}") from error
-            self._special = _special_tokens(config, folder)
-            _add_declared(self._fast, config, self._special)
+                raise TokenizerError(f"{folder / FAST_FILE} cannot be read: {error}") from error
+            special = special_tokens(config, _read_json(folder / SPECIAL_FILE))
+            _add_declared(fast, config, special)
         else:
-            self._fast, self._special = _through_transformers(folder)
-        self._fast.no_truncation()  # both may be stored in the file, for training
-        self._fast.no_padding()
-        self.vocab_size: int = self._fast.get_vocab_size(with_added_tokens=True)
-        self._bos_id = self._fast.token_to_id(self._special.get("bos_token", ""))
-        source = read_template(folder, config)
-        self._template: ChatTemplate | ChatTemplateError
+            fast, special = _through_transformers(folder)
+        fast.no_truncation()  # both may be stored in the file, for training
+        fast.no_padding()
+        template: Template | ChatTemplateError
         try:
+            source = read_template(folder, config) if chat_template is None else _read_text(chat_template)
             if source is None:
                 raise ChatTemplateError("this base has no chat template; use /v1/completions with a prompt instead")
-            self._template = ChatTemplate(source, self._special)
-        except ChatTemplateError as error:  # completions work without one: told to whoever asks for a chat
-            self._template = error
+            template = ChatTemplate(source, special)
+        except ChatTemplateError as error:
+            template = error
+        return cls(fast, special, template)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`. A text that spells the beginning-of-sequence token itself does not get a second one."""
         # encode() would keep the interpreter lock for all of a long text, encode_batch() does not
         encoding = (
-            self._fast.encode(text, add_special_tokens=add_special_tokens)
+            self.fast.encode(text, add_special_tokens=add_special_tokens)
             if len(text) < self.LONG_TEXT
-            else self._fast.encode_batch([text], add_special_tokens=add_special_tokens)[0]
+            else self.fast.encode_batch([text], add_special_tokens=add_special_tokens)[0]
         )
         ids: list[int] = encoding.ids
+        if self._shown:
+            ids = [self._shown.get(i, i) for i in ids]
         if add_special_tokens and self._bos_id is not None and ids[:2] == [self._bos_id, self._bos_id]:
             return ids[1:]
         return ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of `ids`; bytes that are no UTF-8 become U+FFFD, ids outside of the vocabulary nothing."""
-        text: str = self._fast.decode(ids, skip_special_tokens=skip_special_tokens)
+        if self._own:
+            ids = [self._own.get(i, i) for i in ids]
+        text: str = self.fast.decode(ids, skip_special_tokens=skip_special_tokens)
         return text
 
     def render_chat(
@@ -83,9 +121,9 @@ class Tokenizer:
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
         """The prompt text of a conversation: [{"role": ..., "content": ...}, ...]. Raises ChatTemplateError."""
-        if isinstance(self._template, ChatTemplateError):
-            raise ChatTemplateError(str(self._template))
-        return self._template.render(messages, add_generation_prompt, extra, tools)
+        if isinstance(self.template, ChatTemplateError):
+            raise ChatTemplateError(str(self.template))
+        return self.template.render(messages, add_generation_prompt, extra, tools)
 
     def chat(
         self,
@@ -105,9 +143,11 @@ class Tokenizer:
         None where that depends on its neighbours (parts of characters, other kinds of vocabularies), and for tokens
         that were added to the vocabulary, which may not show at all.
         """
-        if token_id not in self._lone_texts:
-            self._lone_texts[token_id] = self._read_lone(token_id)
-        return self._lone_texts[token_id]
+        if token_id in self._added_ids or not self._is_only_byte_level:
+            return None
+        if token_id not in self.lone_texts:
+            self.lone_texts[token_id] = self._read_lone(token_id)
+        return self.lone_texts[token_id]
 
     def token_text(self, token_id: int) -> str:
         """One token as text, special ones included: U+FFFD where it is a part of a character."""
@@ -115,7 +155,7 @@ class Tokenizer:
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes one token stands for in the middle of a text; several tokens may make up one character."""
-        token: str | None = self._fast.id_to_token(token_id)
+        token = self._token(token_id)
         if token is None:  # models have rows beyond the vocabulary
             return b""
         if token_id in self._added_ids:
@@ -137,57 +177,61 @@ class Tokenizer:
 
     def encode_offsets(self, text: str, add_special_tokens: bool = True) -> list[tuple[int, str, int, int]]:
         """Of each token its id, how the vocabulary writes it, and where in `text` it begins and ends, in characters."""
-        (found,) = self._fast.encode_batch([text], add_special_tokens=add_special_tokens)
-        return [(i, token, *span) for i, token, span in zip(found.ids, found.tokens, found.offsets, strict=True)]
+        (found,) = self.fast.encode_batch([text], add_special_tokens=add_special_tokens)
+        ids = [self._shown.get(i, i) for i in found.ids]
+        return [(i, token, *span) for i, token, span in zip(ids, found.tokens, found.offsets, strict=True)]
 
     def to_json(self) -> str:
         """What a tokenizer.json would hold."""
-        return str(self._fast.to_str())
+        return str(self.fast.to_str())
 
     def token_id(self, token: str) -> int | None:
         """The id of the one token that reads `token`; None when there is none."""
-        found: int | None = self._fast.token_to_id(token)
-        return found
+        found: int | None = self.fast.token_to_id(token)
+        return found if found is None else self._shown.get(found, found)
 
     @property
     def has_chat_template(self) -> bool:
         """Whether `chat` can work at all."""
-        return isinstance(self._template, ChatTemplate)
-
-    @property
-    def special_tokens(self) -> Mapping[str, str]:
-        """What tokenizer_config.json calls them ("bos_token", ...) -> text."""
-        return self._special
+        return not isinstance(self.template, ChatTemplateError)
 
     @property
     def template_source(self) -> str | None:
         """The chat template's own text; None without one."""
-        return self._template.source if isinstance(self._template, ChatTemplate) else None
+        return None if isinstance(self.template, ChatTemplateError) else self.template.source
+
+    @property
+    def renders_slowly(self) -> bool:
+        """Whether an event loop should hand even a short conversation to a thread."""
+        return not isinstance(self.template, ChatTemplate | ChatTemplateError)
+
+    def _token(self, token_id: int) -> str | None:
+        """How the vocabulary writes a token."""
+        token: str | None = self.fast.id_to_token(self._own.get(token_id, token_id))
+        return token
 
     def _read_lone(self, token_id: int) -> str | None:
-        token: str | None = self._fast.id_to_token(token_id)
-        if token is None or token_id in self._added_ids or not self._is_only_byte_level:
-            return None
+        token = self._token(token_id)
         try:
-            return bytes([_BYTE_OF[char] for char in token]).decode()
+            return None if token is None else bytes([_BYTE_OF[char] for char in token]).decode()
         except (KeyError, UnicodeDecodeError):
             return None
 
     @cached_property
-    def _lone_texts(self) -> dict[int, str | None]:
-        return {}  # 5 MB where each of 49,152 tokens has been seen
+    def _added(self) -> dict[int, AddedToken]:
+        return {self._shown.get(i, i): token for i, token in self.fast.get_added_tokens_decoder().items()}
 
     @cached_property
     def _added_ids(self) -> frozenset[int]:
-        return frozenset(self._fast.get_added_tokens_decoder())
+        return frozenset(self._added)
 
     @cached_property
     def _special_ids(self) -> frozenset[int]:
-        return frozenset(i for i, token in self._fast.get_added_tokens_decoder().items() if token.special)
+        return frozenset(i for i, token in self._added.items() if token.special)
 
     @cached_property
     def _decoder_steps(self) -> list[str | None]:
-        decoder = json.loads(self._fast.to_str()).get("decoder") or {}
+        decoder = json.loads(self.fast.decoder.__getstate__()) if self.fast.decoder is not None else {}
         return [step.get("type") for step in decoder.get("decoders", [decoder])]
 
     @property
@@ -209,6 +253,13 @@ def _byte_characters() -> dict[str, int]:
 _BYTE_OF = _byte_characters()
 
 
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise TokenizerError(f"the chat template {path} cannot be read: {error}") from error
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -219,13 +270,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise TokenizerError(f"{path} holds a {type(content).__name__}, expected an object")
     return content
-
-
-def _special_tokens(config: Mapping[str, Any], folder: Path) -> dict[str, str]:
-    """bos_token, eos_token, ... of tokenizer_config.json, or of the older special_tokens_map.json: name -> text."""
-    merged = {**_read_json(folder / "special_tokens_map.json"), **{k: v for k, v in config.items() if v is not None}}
-    found = {name: merged[name] for name in SPECIAL_NAMES if merged.get(name) is not None}
-    return {name: token["content"] if isinstance(token, dict) else str(token) for name, token in found.items()}
 
 
 def _add_declared(fast: FastTokenizer, config: Mapping[str, Any], special: Mapping[str, str]) -> None:

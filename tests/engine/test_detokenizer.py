@@ -19,12 +19,12 @@ PIECES = st.sampled_from(["the ", "end", "é", "€", "😀", "👩‍👩‍�
 
 @pytest.fixture(scope="module")
 def byte_level(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return Tokenizer(make_tiny_tokenizer(tmp_path_factory.mktemp("byte_level")))
+    return Tokenizer.read(make_tiny_tokenizer(tmp_path_factory.mktemp("byte_level")))
 
 
 @pytest.fixture(scope="module")
 def byte_fallback(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return Tokenizer(make_byte_fallback_tokenizer(tmp_path_factory.mktemp("byte_fallback")))
+    return Tokenizer.read(make_byte_fallback_tokenizer(tmp_path_factory.mktemp("byte_fallback")))
 
 
 def stream(detokenizer: Detokenizer, ids: Sequence[int]) -> list[str]:

@@ -35,7 +35,7 @@ EOS_ID = 1
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return Tokenizer(make_tiny_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+    return Tokenizer.read(make_tiny_tokenizer(tmp_path_factory.mktemp("tokenizer")))
 
 
 @pytest.fixture(scope="module")
@@ -245,7 +245,7 @@ async def test_the_latest_are_kept(tokenizer: Tokenizer) -> None:
 
 def test_vocabularies_of_other_kinds(tmp_path: Path) -> None:
     """Byte fallback (Llama 2), and logits with more rows than the vocabulary has tokens."""
-    tokenizer = Tokenizer(make_byte_fallback_tokenizer(tmp_path))
+    tokenizer = Tokenizer.read(make_byte_fallback_tokenizer(tmp_path))
     grammars = Grammars(tokenizer, 300, (2,))
     place, output = grammars.compile(GrammarSpec("choice", '["hello €"]')).start(), list[int]()
     while not (allowed := allowed_by(place, output, 300))[2]:

@@ -241,7 +241,7 @@ def test_narrowing_lets_no_instance_in(schema: dict[str, Any]) -> None:
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return Tokenizer(make_tiny_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+    return Tokenizer.read(make_tiny_tokenizer(tmp_path_factory.mktemp("tokenizer")))
 
 
 def test_zeros_come_to_an_end(tokenizer: Tokenizer) -> None:

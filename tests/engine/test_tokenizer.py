@@ -78,7 +78,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tokenizer(folder: Path) -> Tokenizer:
-    return Tokenizer(folder)
+    return Tokenizer.read(folder)
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ def test_encodes_and_decodes_as_transformers(tokenizer: Tokenizer, oracle: Any, 
 @pytest.mark.parametrize("generation_prompt", [True, False])
 def test_renders_templates_as_transformers(folder: Path, tmp_path: Path, name: str, generation_prompt: bool) -> None:
     path = _copy_with(folder, tmp_path / "t", drop=("chat_template.jinja",), chat_template=TEMPLATES[name])
-    ours, theirs = Tokenizer(path), _oracle(path)
+    ours, theirs = Tokenizer.read(path), _oracle(path)
     for conversation in (CONVERSATION, CONVERSATION[:2], CONVERSATION[1:3], CONVERSATION[1:]):
         expected = theirs.apply_chat_template(conversation, tokenize=False, add_generation_prompt=generation_prompt)
         assert ours.render_chat(conversation, generation_prompt) == expected
@@ -131,24 +131,24 @@ def test_tools_reach_the_template_as_in_transformers(folder: Path, tmp_path: Pat
     tools = [{"type": "function", "function": function}]
     for passed in (tools, None):
         expected = _oracle(path).apply_chat_template(CONVERSATION, tools=passed, tokenize=False)
-        assert Tokenizer(path).render_chat(CONVERSATION, False, tools=passed) == expected
-    assert Tokenizer(path).template_source == template
+        assert Tokenizer.read(path).render_chat(CONVERSATION, False, tools=passed) == expected
+    assert Tokenizer.read(path).template_source == template
 
 
 def test_template_variables_reach_the_template(folder: Path, tmp_path: Path) -> None:
     path = _copy_with(folder, tmp_path / "t", drop=("chat_template.jinja",), chat_template=TEMPLATES["extra_variable"])
     expected = _oracle(path).apply_chat_template(CONVERSATION, tokenize=False, enable_thinking=False)
-    assert Tokenizer(path).render_chat(CONVERSATION, False, {"enable_thinking": False}) == expected
+    assert Tokenizer.read(path).render_chat(CONVERSATION, False, {"enable_thinking": False}) == expected
     assert expected.endswith("False")
 
 
 def test_template_sources(folder: Path, tmp_path: Path) -> None:
     named = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}]
     from_config = _copy_with(folder, tmp_path / "named", drop=("chat_template.jinja",), chat_template=named)
-    assert Tokenizer(from_config).render_chat(CONVERSATION) == "D"
+    assert Tokenizer.read(from_config).render_chat(CONVERSATION) == "D"
     both = _copy_with(folder, tmp_path / "both", chat_template="old")
     (both / "chat_template.jinja").write_text("new")
-    assert Tokenizer(both).render_chat(CONVERSATION) == "new"
+    assert Tokenizer.read(both).render_chat(CONVERSATION) == "new"
 
 
 def test_chat_never_has_two_bos(tokenizer: Tokenizer, oracle: Any) -> None:
@@ -165,13 +165,13 @@ def test_chat_never_has_two_bos(tokenizer: Tokenizer, oracle: Any) -> None:
 def test_bos_and_eos_flags_of_the_config(folder: Path, tmp_path: Path, flags: tuple[bool | None, bool]) -> None:
     given_flags = {k: v for k, v in zip(("add_bos_token", "add_eos_token"), flags, strict=True) if v is not None}
     path = _copy_with(folder, tmp_path / "t", **given_flags)
-    assert Tokenizer(path).encode("an answer") == _oracle(path)("an answer")["input_ids"]
+    assert Tokenizer.read(path).encode("an answer") == _oracle(path)("an answer")["input_ids"]
 
 
 def test_special_tokens_only_the_config_knows(folder: Path, tmp_path: Path) -> None:
     extra = {"320": {"content": "<|late|>", "special": True, "lstrip": False, "rstrip": False, "normalized": False}}
     path = _copy_with(folder, tmp_path / "t", added_tokens_decoder=extra, pad_token="<|pad|>")
-    ours, theirs = Tokenizer(path), _oracle(path)
+    ours, theirs = Tokenizer.read(path), _oracle(path)
     text = "a<|late|>b<|pad|>c" + EOS
     assert ours.encode(text) == theirs(text)["input_ids"]
     assert ours.decode(ours.encode(text)) == "abc"
@@ -184,7 +184,7 @@ def test_truncation_and_padding_stored_in_the_file_do_not_act(folder: Path, tmp_
     padding = {"strategy": {"Fixed": 16}, "direction": "Right", "pad_to_multiple_of": None}
     stored["padding"] = {**padding, "pad_id": 1, "pad_type_id": 0, "pad_token": EOS}
     (path / "tokenizer.json").write_text(json.dumps(stored))
-    assert Tokenizer(path).encode("the quick brown fox") == Tokenizer(folder).encode("the quick brown fox")
+    assert Tokenizer.read(path).encode("the quick brown fox") == Tokenizer.read(folder).encode("the quick brown fox")
 
 
 @given(text=st.text(alphabet=st.sampled_from("aé€😀 \n�the"), max_size=30))
@@ -195,7 +195,7 @@ def test_token_bytes_join_to_the_text(tokenizer: Tokenizer, text: str) -> None:
 
 
 def test_token_bytes_of_sentencepiece_style_vocabularies(tmp_path: Path) -> None:
-    tokenizer = Tokenizer(make_byte_fallback_tokenizer(tmp_path))
+    tokenizer = Tokenizer.read(make_byte_fallback_tokenizer(tmp_path))
     ids = tokenizer.encode("hello hé😀", add_special_tokens=False)
     assert b"".join(map(tokenizer.token_bytes, ids)) == " hello hé😀".encode()
     assert tokenizer.token_text(ids[-1]) == "�"  # the last byte of the emoji
@@ -219,24 +219,24 @@ def test_special_and_unknown_tokens_have_a_text(tokenizer: Tokenizer) -> None:
 )
 def test_template_failures_are_told(folder: Path, tmp_path: Path, template: str, reason: str) -> None:
     path = _copy_with(folder, tmp_path / "t", drop=("chat_template.jinja",), chat_template=template)
-    tokenizer = Tokenizer(path)
+    tokenizer = Tokenizer.read(path)
     with pytest.raises(ChatTemplateError, match=reason):
         tokenizer.chat(CONVERSATION)
     assert tokenizer.encode("still here")
 
 
 def test_without_a_template_only_chat_fails(folder: Path, tmp_path: Path) -> None:
-    tokenizer = Tokenizer(_copy_with(folder, tmp_path / "t", drop=("chat_template.jinja",), chat_template=None))
+    tokenizer = Tokenizer.read(_copy_with(folder, tmp_path / "t", drop=("chat_template.jinja",), chat_template=None))
     with pytest.raises(ChatTemplateError, match="no chat template"):
         tokenizer.chat(CONVERSATION)
 
 
 def test_developer_becomes_system_for_templates_that_do_not_know_it(folder: Path, tmp_path: Path) -> None:
     messages = [{"role": "developer", "content": "x"}]
-    assert "system\nx" in Tokenizer(folder).render_chat(messages)
+    assert "system\nx" in Tokenizer.read(folder).render_chat(messages)
     path = _copy_with(folder, tmp_path / "t")
     (path / "chat_template.jinja").write_text("{% if messages[0].role == 'developer' %}D{% endif %}")
-    assert Tokenizer(path).render_chat(messages) == "D"
+    assert Tokenizer.read(path).render_chat(messages) == "D"
 
 
 def test_without_tokenizer_json_transformers_converts(tmp_path: Path, folder: Path) -> None:
@@ -253,17 +253,17 @@ def test_without_tokenizer_json_transformers_converts(tmp_path: Path, folder: Pa
     (vocab_only / "tokenizer_config.json").write_text(
         json.dumps({"tokenizer_class": "GPT2Tokenizer", "bos_token": BOS, "eos_token": EOS, "unk_token": EOS})
     )
-    tokenizer = Tokenizer(vocab_only)
+    tokenizer = Tokenizer.read(vocab_only)
     assert tokenizer.encode("the other one") == slow("the other one")["input_ids"]
     assert tokenizer.decode(tokenizer.encode("the other one")) == "the other one"
 
 
 def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
     with pytest.raises(TokenizerError, match="no tokenizer"):
-        Tokenizer(tmp_path)
+        Tokenizer.read(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(TokenizerError, match="cannot be read"):
-        Tokenizer(tmp_path)
+        Tokenizer.read(tmp_path)
 
 
 def test_long_texts_leave_the_interpreter_to_others(tokenizer: Tokenizer) -> None:

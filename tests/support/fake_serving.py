@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from loraplex.server.engine.request import FinishReason, GenerationRequest, Toke
 from loraplex.server.engine.stats import AdapterPlace, TierStats
 from loraplex.server.engine.streams import Shortcut
 from loraplex.server.engine.tokenizer import Tokenizer
+from loraplex.server.engine.tokenizers import Tokenizers
 from loraplex.server.engine_metrics import Limits
 from loraplex.server.metrics import Metrics
 from tests.support.tiny import VOCAB_SIZE
@@ -235,8 +235,8 @@ class FakeServer:
 
     def use_template(self, source: str) -> None:
         """Another chat template."""
-        self.tokenizer = copy(self.tokenizer)
-        self.tokenizer._template = ChatTemplate(source, {})
+        base = self.tokenizer
+        self.tokenizer = Tokenizer(base.fast, base.special_tokens, ChatTemplate(source, {}))
 
     def client(self) -> httpx.AsyncClient:
         """Talks to a new application of these parts, in-process."""
@@ -250,7 +250,7 @@ class FakeServer:
             base=Base(("base", "alias"), "/models/base", VOCAB_SIZE, self.max_model_len, created=1_700_000_000),
             engine=self.engine,
             adapters=self.adapters,
-            tokenizer=self.tokenizer,
+            tokenizers=Tokenizers(self.tokenizer, VOCAB_SIZE, self.defaults.eos_token_ids),
             grammars=Grammars(self.tokenizer, VOCAB_SIZE, self.defaults.eos_token_ids),
             defaults=self.defaults,
             metrics=Metrics(limits, self.engine.stats, lambda: self.engine.places, self.adapters.registry),
@@ -270,5 +270,5 @@ class FakeServer:
 
 def make_fake_server(folder: Path) -> FakeServer:
     """With the tokenizer in `folder`. Call inside a running loop."""
-    tokenizer = Tokenizer(folder)
+    tokenizer = Tokenizer.read(folder)
     return FakeServer(tokenizer, FakeEngine(tokenizer))

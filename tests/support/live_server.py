@@ -12,7 +12,7 @@ from pathlib import Path
 from loraplex.server.config import AuthConfig, HttpConfig, ServeConfig
 from loraplex.server.engine.build import EngineConfig, EngineParts, build_engine
 from loraplex.server.engine.tokenizer import Tokenizer
-from loraplex.server.launch import make_app
+from loraplex.server.launch import make_app, read_tokenizers
 from loraplex.server.listening import bind, make_server
 from tests.support.waiting import LIMIT
 
@@ -28,19 +28,21 @@ class LiveServer:
 def live_server(base: Path, name: str, engine: EngineConfig, auth: AuthConfig | None = None) -> Iterator[LiveServer]:
     """Serve the checkpoint in `base` as `name` while the block runs."""
     config = ServeConfig(str(base), (name,), engine, http=HttpConfig(grace_seconds=1), auth=auth or AuthConfig())
-    parts, tokenizer = build_engine(engine, base, name), Tokenizer(base)
+    tokenizers = read_tokenizers(base)
+    parts = build_engine(engine, base, name, check_tokenizer=tokenizers.check)
     held = bind("127.0.0.1", 0)
     listening = threading.Event()
-    server = make_server(make_app(config, parts, tokenizer), lambda port: listening.set())
+    server = make_server(make_app(config, parts, tokenizers), lambda port: listening.set())
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[held])))
     parts.engine.start()
     thread.start()
     try:
         assert listening.wait(LIMIT)
-        yield LiveServer(f"http://127.0.0.1:{held.getsockname()[1]}", parts, tokenizer)
+        yield LiveServer(f"http://127.0.0.1:{held.getsockname()[1]}", parts, tokenizers.base)
     finally:
         server.close()
         thread.join(LIMIT)
         parts.engine.stop()
         parts.adapters.close()
+        tokenizers.close()
         held.close()
