@@ -11,6 +11,7 @@ its stamp and digest, or why it was refused.
 from __future__ import annotations
 
 import hashlib
+import logging
 import threading
 import time
 from collections import OrderedDict
@@ -47,6 +48,8 @@ from loraplex.adapters.tokenizer_files import NOTHING, TokenizerFiles, read_toke
 from loraplex.adapters.workspace import Workspace
 from loraplex.kernels.hugepages import Region, huge_zeros
 from loraplex.kernels.packing import OpenFile
+
+logger = logging.getLogger(__name__)
 
 V = TypeVar("V")
 
@@ -116,12 +119,12 @@ class AdapterReader:
         max_pages: int,
         workspace: Workspace[Region] | None = None,
         locate: Callable[[str], Path] = resolve,
-        check_tokenizer: Callable[[TokenizerFiles], None] = lambda files: None,
+        check_tokenizer: Callable[[TokenizerFiles], str] = lambda files: "",
     ) -> None:
         """max_pages: what an adapter may take so that one sequence still fits beside it.
 
         workspace: bounds what all loads under way take together; None: nothing does. locate: a source's folder.
-        check_tokenizer: raises AdapterRefused for tokenizer files that the base cannot go with.
+        check_tokenizer: what tokenizer files change, in words; raises AdapterRefused for those the base cannot go with.
         """
         self._check_tokenizer = check_tokenizer
         self._locate = locate
@@ -216,7 +219,8 @@ class AdapterReader:
             return NOTHING
         known = self._tokenizers.get(found)
         if known is None:
-            self._check_tokenizer(found)
+            if changes := self._check_tokenizer(found):
+                logger.info("%s has tokenizer files of its own: %s", folder, changes)
             known = self._tokenizers.put(found, found)
         return known
 

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -82,34 +82,39 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles:
     there = [name for name in FILES if (folder / name).is_file()]
     if not there:
         return NOTHING
-    config, older, generation = (
-        _object(_read(folder / name), name) if name in there else {}
-        for name in (CONFIG_FILE, SPECIAL_FILE, GENERATION_FILE)
-    )
     try:
-        template = _text(_read(folder / TEMPLATE_FILE)) if TEMPLATE_FILE in there else default_template(config)
-        added = {token.text: token for token in _declared(config.get("added_tokens_decoder") or {})}
-        if ADDED_FILE in there:
-            pairs = _object(_read(folder / ADDED_FILE), ADDED_FILE).items()
-            added = {text: AddedToken(_id(i), text, special=False) for text, i in pairs} | added
-        if FAST_FILE in there:
-            added |= {token.text: token for token in _head_of(_read(folder / FAST_FILE, whole=False))}
-        eos = generation.get("eos_token_id")
-        found = TokenizerFiles(
-            template,
-            tuple(special_tokens(config, older).items()),
-            tuple(sorted(added.values(), key=lambda token: (token.id, token.text))),
-            tuple(_id(i) for i in (eos if isinstance(eos, list) else () if eos is None else (eos,))),
-        )
+        found = _read_all(folder, there)
     except (TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
         raise AdapterRefused(
             "bad_file",
             f"the tokenizer files ({', '.join(there)}) do not hold what transformers writes there: "
-            f"{type(error).__name__}: {error}; save them again, or remove them to use the base's",
+            f"{type(error).__name__}: {error!s:.200}; save them again, or remove them to use the base's",
         ) from error
-    if template is not None and len(template) > MAX_TEMPLATE:
-        raise AdapterRefused("too_large", f"the chat template has {len(template)} characters, at most {MAX_TEMPLATE}")
+    if found.template is not None and len(found.template) > MAX_TEMPLATE:
+        raise AdapterRefused(
+            "too_large", f"the chat template has {len(found.template)} characters, at most {MAX_TEMPLATE}"
+        )
     return found
+
+
+def _read_all(folder: Path, there: Collection[str]) -> TokenizerFiles:
+    """Of the files that are `there`. Raises as json does, and what a file of another form leads to."""
+    config, older, generation, texts = (
+        _object(_read(folder / name), name) if name in there else {}
+        for name in (CONFIG_FILE, SPECIAL_FILE, GENERATION_FILE, ADDED_FILE)
+    )
+    template = _text(_read(folder / TEMPLATE_FILE)) if TEMPLATE_FILE in there else default_template(config)
+    added = {text: AddedToken(_id(i), text, special=False) for text, i in texts.items()}
+    added |= {token.text: token for token in _declared(config.get("added_tokens_decoder") or {})}
+    if FAST_FILE in there:
+        added |= {token.text: token for token in _head_of(_read(folder / FAST_FILE, whole=False))}
+    eos = generation.get("eos_token_id")
+    return TokenizerFiles(
+        template,
+        tuple(special_tokens(config, older).items()),
+        tuple(sorted(added.values(), key=lambda token: (token.id, token.text))),
+        tuple(_id(i) for i in (eos if isinstance(eos, list) else () if eos is None else (eos,))),
+    )
 
 
 def stamps(folder: str | Path) -> tuple[tuple[int, ...], ...]:

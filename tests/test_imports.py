@@ -65,7 +65,7 @@ TORCH_FREE = frozenset(
         for name in ("plan", "fair_queue", "running", "admission", "lookahead", "door", "chunks", "budget")
     ]
     + [f"server.engine.{name}" for name in ("engine", "streams", "stats", "prefix_cache", "grammar", "schema_ends")]
-    + ["server.engine.chat_template"]
+    + [f"server.engine.{name}" for name in ("chat_template", "tokenizers", "template_process", "template_child")]
     + [f"server.{name}" for name in ("tenants", "keys_file", "access", "rate_limits")]
     + [f"server.{name}" for name in ("drain", "exchange", "logs", "state", "tracing", "usage")]
     + [
@@ -76,7 +76,7 @@ TORCH_FREE = frozenset(
         "adapters.merge_plan",
         "adapters.merge_folder",
     ]
-    + [f"adapters.{name}" for name in ("pages", "eviction", "registry", "errors", "refusals")]
+    + [f"adapters.{name}" for name in ("pages", "eviction", "registry", "errors", "refusals", "tokenizer_files")]
     + [f"adapters.{name}" for name in ("addresses", "archive", "download_cache", "downloads", "fetch", "http_client")]
     + [f"adapters.{name}" for name in ("hub", "object_stores", "remote", "watch", "web_files")]
     + [f"server.engine.{name}" for name in ("adapter_list", "adapter_manager", "arrivals", "follower")]

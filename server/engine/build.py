@@ -130,7 +130,7 @@ def build_engine(
     config: EngineConfig,
     model_path: Path,
     *base_names: str,
-    check_tokenizer: Callable[[TokenizerFiles], None] = lambda files: None,
+    check_tokenizer: Callable[[TokenizerFiles], str] = lambda files: "",
 ) -> EngineParts:
     """Load the base in the folder `model_path` and lay out its memory.
 
@@ -200,7 +200,7 @@ def _assemble(
     budget: TokenBudget,
     most: int,
     base_names: tuple[str, ...],
-    check_tokenizer: Callable[[TokenizerFiles], None],
+    check_tokenizer: Callable[[TokenizerFiles], str],
 ) -> tuple[Engine, AdapterManager, AdapterPlacement, Prefault | None]:
     """Allocate the arena and put everything around it together. most: tokens of a step."""
     device, dtype = ops.device, weights.dtype

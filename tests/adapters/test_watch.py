@@ -50,6 +50,16 @@ def test_come_change_and_go(watch: FolderWatch, tmp_path: Path) -> None:
     assert [look(watch), look(watch)] == [[], [("appeared", "b")]]
 
 
+def test_a_tokenizer_file_is_a_change_too(watch: FolderWatch, tmp_path: Path) -> None:
+    folder = write(tmp_path / "a")
+    assert [look(watch), look(watch)] == [[], [("appeared", "a")]]
+    for content in ("{{ messages }}", "{{ messages[0] }}"):
+        (folder / "chat_template.jinja").write_text(content)
+        assert [look(watch), look(watch)] == [[], [("changed", "a")]]
+    (folder / "chat_template.jinja").unlink()
+    assert [look(watch), look(watch)] == [[], [("changed", "a")]]
+
+
 def test_what_is_being_written_is_left_alone(watch: FolderWatch, tmp_path: Path) -> None:
     folder = write(tmp_path / "a")
     for i in range(5):
