@@ -1,4 +1,4 @@
-"""A fine-tune with its tokenizer files, as trainers leave it, on a live server; transformers and PEFT are the oracle."""
+"""A fine-tune with its tokenizer files on a live server; transformers and PEFT say what is right."""
 
 from __future__ import annotations
 
