@@ -41,6 +41,9 @@ MAX_CONTAINERS = 20_000
 MAX_TEMPLATE = 1 << 18
 """Characters. The longest of known models have some 15,000."""
 
+MAX_TOKEN = 512
+"""Characters of an added token."""
+
 _MODEL = re.compile(rb',\s*"model"\s*:')
 _FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
 
@@ -168,8 +171,8 @@ def _head_of(data: bytes) -> Iterable[AddedToken]:
 
 def _token(token_id: int, entry: Mapping[str, Any]) -> AddedToken:
     text = entry["content"]
-    if not isinstance(text, str) or not text:
-        raise ValueError(f"an added token's content is {text!r:.80}, expected a text")
+    if not isinstance(text, str) or not 0 < len(text) <= MAX_TOKEN:
+        raise ValueError(f"an added token's content is {text!r:.80}, expected a text of up to {MAX_TOKEN} characters")
     flags: dict[str, Any] = {key: bool(entry[key]) for key in _FLAGS if key in entry}
     return replace(AddedToken(token_id, text), **flags)
 

@@ -211,6 +211,7 @@ def make_app(config: ServeConfig, parts: EngineParts, tokenizers: Tokenizers, ex
     from loraplex.kernels.metadata import BLOCK_SIZE
     from loraplex.server.api.parts import Base, Inside, LocalSources, Parts
     from loraplex.server.app import create_app
+    from loraplex.server.engine.fair_pool import TextPools
     from loraplex.server.engine.grammar import Grammars
     from loraplex.server.engine.on_demand import OnDemand
     from loraplex.server.engine_metrics import Limits
@@ -249,6 +250,7 @@ def make_app(config: ServeConfig, parts: EngineParts, tokenizers: Tokenizers, ex
             engine=engine,
             adapters=extras.adapters,
             tokenizers=tokenizers,
+            texts=TextPools(),
             grammars=Grammars(tokenizers.base, model.vocab_size, parts.defaults.eos_token_ids),
             defaults=parts.defaults,
             metrics=metrics,

@@ -89,7 +89,7 @@ class PromptSource:
     """Where the prompts come from, once the tokenizer is known: that of the adapters which the request wears."""
 
     param: str  # the field they come in
-    size: int  # of its texts, in characters
+    sizes: tuple[int, ...]  # of each of its texts, in characters
     read: Callable[[Tokenizer], list[Prompt]]  # may take long
     refine: Callable[[Tokenizer, Wanted], Wanted] = _as_it_is  # what else the tokenizer decides. Raises ApiError
 

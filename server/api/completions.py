@@ -74,7 +74,7 @@ def _prompt_source(record: CompletionRequest) -> PromptSource:
             Prompt(tokenizer.encode(p, special), text=p) if isinstance(p, str) else Prompt(p) for p in record.prompt
         ]
 
-    return PromptSource("prompt", sum(len(p) for p in record.prompt if isinstance(p, str)), read)
+    return PromptSource("prompt", tuple(len(p) for p in record.prompt if isinstance(p, str)), read)
 
 
 class _CompletionRendering:

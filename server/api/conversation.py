@@ -140,7 +140,7 @@ class Conversation:
             dialogue = self.on(tokenizer)
             return replace(wanted, grammar=dialogue.grammar(wanted.grammar), show_special=dialogue.show_special)
 
-        return PromptSource(self.param, self.size, lambda tokenizer: [self.on(tokenizer).prompt()], refine)
+        return PromptSource(self.param, (self.size,), lambda tokenizer: [self.on(tokenizer).prompt()], refine)
 
 
 class Dialogue:

@@ -90,7 +90,7 @@ def _prompt_source(record: EmbeddingRequest) -> PromptSource:
     def read(tokenizer: Tokenizer) -> list[Prompt]:
         return [Prompt(tokenizer.encode(p, special) if isinstance(p, str) else p) for p in record.input]
 
-    return PromptSource("input", sum(len(p) for p in record.input if isinstance(p, str)), read)
+    return PromptSource("input", tuple(len(p) for p in record.input if isinstance(p, str)), read)
 
 
 async def collect_vectors(generation: Generation) -> list[NDArray[np.float32]]:

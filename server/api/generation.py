@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from typing import TypeVar
 
@@ -195,8 +196,13 @@ class Generation:
 
     async def _prompts(self) -> list[Prompt]:
         base, source, tokenizer = self._parts.base, self._source, self.tokenizer
-        long = source.size >= Tokenizer.LONG_TEXT or tokenizer.renders_slowly
-        prompts = await asyncio.to_thread(source.read, tokenizer) if long else source.read(tokenizer)
+        check_length(max(source.sizes, default=0), tokenizer, base, source.param)
+        size, slow = sum(source.sizes), tokenizer.renders_slowly
+        if slow or size >= Tokenizer.LONG_TEXT:
+            read = partial(source.read, tokenizer)
+            prompts = await self._parts.texts.run(self._caller.key.tenant, size, slow, read)
+        else:
+            prompts = source.read(tokenizer)
         n = self._wanted.num_choices
         check_sequences(len(prompts), n, "n", self._parts.limits)
         for prompt in prompts:
@@ -258,6 +264,20 @@ class Generation:
             raise to_api_error(error, self._source.param) from error
         eos_ids = frozenset((*self._parts.defaults.eos_token_ids, *tokenizer.eos_ids))
         return Choice(index, request, submitted, events, detokenizer, self._parts, echo, wanted, eos_ids)
+
+
+def check_length(characters: int, tokenizer: Tokenizer, base: Base, param: str) -> None:
+    """Raises ApiError for a text that is longer than any of as many tokens as the base's context has."""
+    most = tokenizer.max_characters(base.max_model_len)
+    if characters > most:
+        raise ApiError(
+            400,
+            f"{param}: found {characters} characters, but this model's maximum context length is {base.max_model_len} "
+            f"tokens, prompt and answer together, and no text of so many tokens has more than {most} characters; "
+            "shorten the prompt",
+            param=param,
+            code="context_length_exceeded",
+        )
 
 
 def check_prompt(ids: Sequence[int], base: Base, param: str) -> None:

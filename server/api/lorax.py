@@ -328,7 +328,7 @@ def _prompt_source(parts: Parts, record: LoraxRequest, params: LoraxParameters) 
         ids = conversation.on(tokenizer).prompt().ids if said else tokenizer.encode(record.inputs)
         return [Prompt(ids[-last:] if last is not None else ids, text="")]
 
-    return PromptSource("inputs", len(record.inputs), read)
+    return PromptSource("inputs", (len(record.inputs),), read)
 
 
 def _static_headers(parts: Parts, record: LoraxRequest, params: LoraxParameters) -> dict[str, str]:
@@ -361,7 +361,7 @@ async def _embed(parts: Parts, request: Request, record: LoraxEmbedRequest) -> R
     params = record.parameters or LoraxParameters()
     wanted = Wanted(max_tokens=1, num_choices=1, prompt_only=True, pooling="last")
     fields = _fields(parts, params, 0, False)
-    source = PromptSource("inputs", len(record.inputs), lambda tokenizer: [Prompt(tokenizer.encode(record.inputs))])
+    source = PromptSource("inputs", (len(record.inputs),), lambda tokenizer: [Prompt(tokenizer.encode(record.inputs))])
     generation = Generation(parts, fields, source, wanted)
     (vector,) = await answer_or_disconnect(request, collect_vectors(generation))
     found = LoraxEmbedding(embeddings=[float(value) for value in vector])

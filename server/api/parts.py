@@ -14,6 +14,7 @@ from loraplex.server.access import Access
 from loraplex.server.api.abort import OpenAnswers
 from loraplex.server.config import RequestLimits
 from loraplex.server.drain import Drain
+from loraplex.server.engine.fair_pool import TextPools
 from loraplex.server.engine.grammar import Grammars
 from loraplex.server.engine.on_demand import OnDemand
 from loraplex.server.engine.page_map import PageOwners
@@ -129,6 +130,7 @@ class Parts:
     engine: Engine
     adapters: Adapters
     tokenizers: Tokenizers
+    texts: TextPools
     grammars: Grammars
     defaults: SamplingDefaults
     metrics: Metrics

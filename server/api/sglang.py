@@ -284,7 +284,7 @@ class _Prompt:
         def read(tokenizer: Tokenizer) -> list[Prompt]:
             return [Prompt(tokenizer.encode(prompt) if isinstance(prompt, str) else prompt, text="")]
 
-        source = PromptSource("text", len(prompt) if isinstance(prompt, str) else 0, read)
+        source = PromptSource("text", (len(prompt),) if isinstance(prompt, str) else (), read)
         self._start = record.logprob_start_len or 0
         self.generation = Generation(parts, fields, source, wanted)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
-from typing import Annotated, Any
+from collections.abc import Callable
+from functools import partial
+from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter
 from pydantic import Field, TypeAdapter
@@ -15,12 +16,17 @@ from loraplex.server.api.chat_schemas import Message, Tool
 from loraplex.server.api.conversation import Conversation, read_toolbox
 from loraplex.server.api.errors import InvalidField
 from loraplex.server.api.fields import check_unknown, ignored_header
+from loraplex.server.api.generation import check_length
 from loraplex.server.api.lorax_schemas import SimpleToken
 from loraplex.server.api.names import tokenizer_of
 from loraplex.server.api.openapi import answers, failures
 from loraplex.server.api.parts import Parts
 from loraplex.server.api.schemas import Incoming, Wire
+from loraplex.server.api.sse import answer_or_disconnect
 from loraplex.server.engine.tokenizer import Tokenizer
+from loraplex.server.tenants import current_key
+
+T = TypeVar("T")
 
 MAX_TOKENS = 1 << 20
 """Of a list to be made text."""
@@ -79,24 +85,26 @@ def make_router(parts: Parts) -> APIRouter:
         headers = ignored_header(check_unknown(record.model_extra or {}))
         tokenizer = _tokenizer(parts, record.model)
         if record.inputs is not None:
-            return await _as_lorax(tokenizer, record.inputs, record.add_special_tokens is not False, headers)
+            check_length(len(record.inputs), tokenizer, parts.base, "inputs")
+            encode = partial(_as_lorax, tokenizer, record.inputs, record.add_special_tokens is not False)
+            content = await _in_turn(parts, request, tokenizer, len(record.inputs), encode)
+            return Response(content, media_type="application/json", headers=headers)
         if (record.prompt is None) == (record.messages is None):
             raise InvalidField("prompt", "prompt: give either a prompt or messages")
-        ids = await asyncio.to_thread(_encode, parts, tokenizer, record)
-        answer = TokenizeAnswer(
-            count=len(ids),
-            max_model_len=parts.base.max_model_len,
-            tokens=ids,
-            token_strs=[tokenizer.token_text(i) for i in ids] if record.return_token_strs else None,
-        )
-        return Response(answer.model_dump_json(), media_type="application/json", headers=headers)
+        texts = [record.prompt] if record.prompt is not None else [m.content or "" for m in record.messages or ()]
+        size = sum(map(len, texts))
+        check_length(size, tokenizer, parts.base, "prompt" if record.prompt is not None else "messages")
+        answer = await _in_turn(parts, request, tokenizer, size, partial(_encode, parts, tokenizer, record))
+        return Response(answer, media_type="application/json", headers=headers)
 
     @router.post("/detokenize", openapi_extra=body_schema(DetokenizeRequest), **answers(DetokenizeAnswer))
     async def detokenize(request: Request) -> Response:
         """The text of token ids."""
         record = await read_record(request, DetokenizeRequest, parts.limits)
         headers = ignored_header(check_unknown(record.model_extra or {}))
-        text = await asyncio.to_thread(_tokenizer(parts, record.model).decode, record.tokens, False)
+        tokenizer = _tokenizer(parts, record.model)
+        decode = partial(tokenizer.decode, record.tokens, False)
+        text = await _in_turn(parts, request, tokenizer, len(record.tokens), decode)
         answer = DetokenizeAnswer(prompt=text)
         return Response(answer.model_dump_json(), media_type="application/json", headers=headers)
 
@@ -117,11 +125,16 @@ def make_router(parts: Parts) -> APIRouter:
     return router
 
 
-async def _as_lorax(tokenizer: Tokenizer, text: str, special: bool, headers: dict[str, str]) -> Response:
-    found = await asyncio.to_thread(tokenizer.encode_offsets, text, special)
+async def _in_turn(parts: Parts, request: Request, tokenizer: Tokenizer, size: int, work: Callable[[], T]) -> T:
+    """In a thread, when it is the caller's turn, unless the client has left by then. Raises Overloaded, ClientGone."""
+    done = parts.texts.run(current_key().tenant, size, tokenizer.renders_slowly, work)
+    return await answer_or_disconnect(request, done)
+
+
+def _as_lorax(tokenizer: Tokenizer, text: str, special: bool) -> bytes:
+    found = tokenizer.encode_offsets(text, special)
     tokens = [SimpleToken(id=i, text=token, start=start, stop=stop) for i, token, start, stop in found]
-    content = TypeAdapter(list[SimpleToken]).dump_json(tokens)
-    return Response(content, media_type="application/json", headers=headers)
+    return TypeAdapter(list[SimpleToken]).dump_json(tokens)
 
 
 def _tokenizer(parts: Parts, model: str | None) -> Tokenizer:
@@ -129,7 +142,18 @@ def _tokenizer(parts: Parts, model: str | None) -> Tokenizer:
     return parts.tokenizers.base if model is None else tokenizer_of(parts, model)
 
 
-def _encode(parts: Parts, tokenizer: Tokenizer, record: TokenizeRequest) -> list[int]:
+def _encode(parts: Parts, tokenizer: Tokenizer, record: TokenizeRequest) -> str:
+    ids = _ids(parts, tokenizer, record)
+    answer = TokenizeAnswer(
+        count=len(ids),
+        max_model_len=parts.base.max_model_len,
+        tokens=ids,
+        token_strs=[tokenizer.token_text(i) for i in ids] if record.return_token_strs else None,
+    )
+    return answer.model_dump_json()
+
+
+def _ids(parts: Parts, tokenizer: Tokenizer, record: TokenizeRequest) -> list[int]:
     if record.prompt is not None:
         return tokenizer.encode(record.prompt, record.add_special_tokens is not False)
     conversation = Conversation(

@@ -46,18 +46,20 @@ class Tokenizer:
         *,
         shown: Mapping[int, int] | None = None,
         eos_ids: Sequence[int] = (),
-        lone_texts: dict[int, str | None] | None = None,
+        sibling: Tokenizer | None = None,
     ) -> None:
         """`special`: bos_token, ... -> text. `template`: an error where chats are impossible, told to who asks for one.
 
         shown: ids that the model knows by others than `fast` does, as fast's id -> the model's. eos_ids: end an answer
-        beside those of the base. lone_texts: what is known of them already, by a tokenizer of the same vocabulary.
+        beside those of the base. sibling: of the same vocabulary, but for added tokens.
         """
         self.fast = fast
         self.special_tokens = dict(special)
         self.eos_ids = tuple(eos_ids)
         self.template = template
-        self.lone_texts = {} if lone_texts is None else lone_texts  # 5 MB where each of 49,152 tokens has been seen
+        # 5 MB where each of 49,152 tokens has been seen
+        self._lone_texts: dict[int, str | None] = {} if sibling is None else sibling._lone_texts
+        self._longest: int = _longest(fast) if sibling is None else sibling._longest
         self._shown = dict(shown or {})
         # an id that only `fast` knows means nothing to the model, and no text
         self._own = dict.fromkeys(self._shown, _NO_TOKEN) | {model: own for own, model in self._shown.items()}
@@ -97,7 +99,9 @@ class Tokenizer:
         encoding = (
             self.fast.encode(text, add_special_tokens=add_special_tokens)
             if len(text) < self.LONG_TEXT
-            else self.fast.encode_batch([text], add_special_tokens=add_special_tokens)[0]
+            else self.fast.encode_batch_fast([text], add_special_tokens=add_special_tokens)[
+                0
+            ]  # no offsets: less memory
         )
         ids: list[int] = encoding.ids
         if self._shown:
@@ -110,7 +114,10 @@ class Tokenizer:
         """Text of `ids`; bytes that are no UTF-8 become U+FFFD, ids outside of the vocabulary nothing."""
         if self._own:
             ids = [self._own.get(i, i) for i in ids]
-        text: str = self.fast.decode(ids, skip_special_tokens=skip_special_tokens)
+        if len(ids) < self.LONG_TEXT:
+            text: str = self.fast.decode(ids, skip_special_tokens=skip_special_tokens)
+        else:  # as above
+            (text,) = self.fast.decode_batch([ids], skip_special_tokens=skip_special_tokens)
         return text
 
     def render_chat(
@@ -145,9 +152,9 @@ class Tokenizer:
         """
         if token_id in self._added_ids or not self._is_only_byte_level:
             return None
-        if token_id not in self.lone_texts:
-            self.lone_texts[token_id] = self._read_lone(token_id)
-        return self.lone_texts[token_id]
+        if token_id not in self._lone_texts:
+            self._lone_texts[token_id] = self._read_lone(token_id)
+        return self._lone_texts[token_id]
 
     def token_text(self, token_id: int) -> str:
         """One token as text, special ones included: U+FFFD where it is a part of a character."""
@@ -184,6 +191,10 @@ class Tokenizer:
     def to_json(self) -> str:
         """What a tokenizer.json would hold."""
         return str(self.fast.to_str())
+
+    def max_characters(self, tokens: int) -> int:
+        """Characters that no text of so many tokens is longer than."""
+        return tokens * self._longest
 
     def token_id(self, token: str) -> int | None:
         """The id of the one token that reads `token`; None when there is none."""
@@ -241,6 +252,12 @@ class Tokenizer:
     @property
     def _is_only_byte_level(self) -> bool:
         return self._decoder_steps == ["ByteLevel"]
+
+
+def _longest(fast: FastTokenizer) -> int:
+    """Characters of the longest token, as the text it comes from has them."""
+    composed = 1 if fast.normalizer is None else 4  # NFC makes one character of up to four
+    return composed * max(map(len, fast.get_vocab()), default=1)
 
 
 def _byte_characters() -> dict[str, int]:

@@ -149,7 +149,7 @@ class Tokenizers:
             self._template(changes),
             shown=shown,
             eos_ids=[i for i in eos if i is not None],
-            lone_texts=base.lone_texts,
+            sibling=base,
         )
 
     def _template(self, changes: Sequence[tuple[TokenizerFiles, Difference]]) -> Template | ChatTemplateError:

@@ -219,3 +219,38 @@ async def test_tokenize_and_detokenize(client: httpx.AsyncClient, server: FakeSe
 async def test_bad_tokens(client: httpx.AsyncClient, route: str, body: Any, status: int, param: str) -> None:
     response = await client.post(route, json=body)
     assert (response.status_code, response.json()["error"]["param"]) == (status, param)
+
+
+LONG = "a" * 40_000
+"""More characters than 64 tokens of the tiny vocabulary can have."""
+
+
+@pytest.mark.parametrize(
+    ("route", "body", "param"),
+    [
+        (COMPLETIONS, {"model": "base", "prompt": LONG}, "prompt"),
+        (COMPLETIONS, {"model": "base", "prompt": ["short", LONG]}, "prompt"),
+        ("/v1/chat/completions", {"model": "base", "messages": [{"role": "user", "content": LONG}]}, "messages"),
+        ("/v1/responses", {"model": "base", "input": LONG}, "input"),
+        (EMBEDDINGS, {"model": "base", "input": LONG}, "input"),
+        ("/tokenize", {"model": "base", "prompt": LONG}, "prompt"),
+        ("/tokenize", {"inputs": LONG}, "inputs"),
+        ("/tokenize", {"messages": [{"role": "user", "content": LONG}]}, "messages"),
+        ("/generate", {"text": LONG}, "text"),
+        ("/generate", {"inputs": LONG}, None),
+    ],
+)
+async def test_a_text_longer_than_any_context_is_refused_unread(
+    client: httpx.AsyncClient, server: FakeServer, route: str, body: Any, param: str | None
+) -> None:
+    def never(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("it was tokenised")
+
+    server.tokenizer.encode = server.tokenizer.encode_offsets = never  # type: ignore[method-assign]
+    response = await client.post(route, json=body)
+    assert response.status_code == (400 if param else 422), response.text
+    assert "maximum context length" in response.text
+    if param is not None:
+        assert response.json()["error"]["code"] == "context_length_exceeded"
+        assert response.json()["error"]["param"] == param
+    assert not server.engine.requests

@@ -112,6 +112,12 @@ def test_encodes_and_decodes_as_transformers(tokenizer: Tokenizer, oracle: Any, 
     assert tokenizer.decode(ids, skip_special_tokens=False) == oracle.decode(ids, skip_special_tokens=False)
 
 
+@given(text=st.text(max_size=60) | st.text("the quick brown", max_size=200))
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+def test_no_text_is_longer_than_its_tokens_may_be(tokenizer: Tokenizer, oracle: Any, text: str) -> None:
+    assert len(text) <= tokenizer.max_characters(len(oracle(text)["input_ids"]))
+
+
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("generation_prompt", [True, False])
 def test_renders_templates_as_transformers(folder: Path, tmp_path: Path, name: str, generation_prompt: bool) -> None:

@@ -17,6 +17,7 @@ from loraplex.server.api.parts import Base, Inside, Parts
 from loraplex.server.app import create_app
 from loraplex.server.config import RequestLimits
 from loraplex.server.engine.chat_template import ChatTemplate
+from loraplex.server.engine.fair_pool import TextPools
 from loraplex.server.engine.grammar import Grammars
 from loraplex.server.engine.on_demand import OnDemand
 from loraplex.server.engine.page_map import PageOwners
@@ -250,6 +251,7 @@ class FakeServer:
             base=Base(("base", "alias"), "/models/base", VOCAB_SIZE, self.max_model_len, created=1_700_000_000),
             engine=self.engine,
             adapters=self.adapters,
+            texts=TextPools(),
             tokenizers=Tokenizers(self.tokenizer, VOCAB_SIZE, self.defaults.eos_token_ids),
             grammars=Grammars(self.tokenizer, VOCAB_SIZE, self.defaults.eos_token_ids),
             defaults=self.defaults,
