@@ -67,9 +67,7 @@ async def test_work_whose_caller_left_is_not_begun(pool: FairPool, held: Held) -
     assert held.began == ["running", "kept"]
 
 
-async def test_a_caller_that_leaves_while_it_works_frees_its_thread_only_at_the_end(
-    pool: FairPool, held: Held
-) -> None:
+async def test_a_caller_that_leaves_while_it_works_frees_its_thread_only_at_the_end(pool: FairPool, held: Held) -> None:
     running = await _begin(pool, held, "a", "running")
     waiting = await _begin(pool, held, "b", "waiting")
     running.cancel()
