@@ -25,6 +25,7 @@ from loraplex.server.startup import StartError, bound_malloc
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
+    from prometheus_client.registry import Collector
 
     from loraplex.server.access import Access
     from loraplex.server.api.parts import Adapters
@@ -174,6 +175,7 @@ class Extras:
     adapters: Adapters
     drain: Drain = field(default_factory=Drain)
     tracing: Tracing | None = None
+    collectors: tuple[Collector, ...] = ()  # what else metrics tell
 
 
 def open_extras(config: ServeConfig, parts: EngineParts) -> Extras:
@@ -183,15 +185,16 @@ def open_extras(config: ServeConfig, parts: EngineParts) -> Extras:
 
     endpoint, folder = config.seeing.otlp_endpoint, config.http.state_dir
     adapters: Adapters = parts.adapters
+    collectors: tuple[Collector, ...] = ()
     try:
         tracing = None if endpoint is None else start_tracing(endpoint)
         if folder is not None:
             remembering = Remembering(parts.adapters, StateFile(folder))
             remembering.restore()
-            adapters = remembering
+            adapters, collectors = remembering, (remembering.collector(),)
     except (TracingUnavailable, StateError) as error:
         raise StartError(error) from error
-    return Extras(adapters, tracing=tracing)
+    return Extras(adapters, tracing=tracing, collectors=collectors)
 
 
 def make_app(config: ServeConfig, parts: EngineParts, tokenizer: Tokenizer, extras: Extras | None = None) -> FastAPI:
@@ -231,6 +234,8 @@ def make_app(config: ServeConfig, parts: EngineParts, tokenizer: Tokenizer, extr
         config.seeing.max_series,
     )
     metrics = Metrics(limits, engine.stats, parts.placement.places, parts.adapters.registry)
+    for collector in extras.collectors:
+        metrics.add(collector)
     parts.placement.watch = metrics.adapters
     return create_app(
         Parts(

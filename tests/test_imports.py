@@ -37,6 +37,7 @@ SHARED = (
     "server.tracing",
     "server.usage",
     "server.version",
+    "server.whole_file",
 )
 EVERYTHING = PARTS
 LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -67,7 +68,7 @@ TORCH_FREE = frozenset(
     + [f"server.engine.{name}" for name in ("engine", "streams", "stats", "prefix_cache", "grammar", "schema_ends")]
     + ["server.engine.chat_template"]
     + [f"server.{name}" for name in ("tenants", "keys_file", "access", "rate_limits")]
-    + [f"server.{name}" for name in ("drain", "exchange", "logs", "state", "tracing", "usage")]
+    + [f"server.{name}" for name in ("drain", "exchange", "logs", "state", "tracing", "usage", "whole_file")]
     + [
         "server.engine.holdings",
         "server.engine.on_demand",

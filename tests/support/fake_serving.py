@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -17,6 +18,7 @@ from loraplex.adapters.sources import OPERATOR, Access
 from loraplex.server.api.parts import Base, Inside, Parts
 from loraplex.server.app import create_app
 from loraplex.server.config import RequestLimits
+from loraplex.server.engine.adapter_manager import Around
 from loraplex.server.engine.chat_template import ChatTemplate
 from loraplex.server.engine.grammar import Grammars
 from loraplex.server.engine.on_demand import OnDemand
@@ -185,14 +187,22 @@ class FakeAdapters:
         self.pins: list[tuple[str, bool]] = []
 
     async def register(
-        self, name: str, source: str, *, replace: bool = False, access: Access = OPERATOR
+        self,
+        name: str,
+        source: str,
+        *,
+        replace: bool = False,
+        pinned: bool = False,
+        access: Access = OPERATOR,
+        around: Around = lambda point: point(),
     ) -> AdapterVersion:
         await asyncio.sleep(0)
         if "missing" in source:
             raise AdapterNotFound(f"{source}: no such folder")
         if "bad" in source:
             raise AdapterRefused("shape_mismatch", f"{source}: lora_A of layer 0 is [8, 63], expected [8, 64]")
-        return self.registry.register(
+        point = partial(
+            self.registry.register,
             name,
             digest=f"digest-of-{source}",
             source=source,
@@ -202,6 +212,10 @@ class FakeAdapters:
             nbytes=4096,
             replace=replace,
         )
+        version = await asyncio.to_thread(around, point)
+        if pinned:
+            self.pins.append((name, pinned))
+        return version
 
     def coming(self) -> tuple[str, ...]:
         return ()
@@ -209,11 +223,8 @@ class FakeAdapters:
     async def arrival(self, name: str) -> None:
         """Nothing is ever on its way."""
 
-    def unregister(self, name: str) -> AdapterVersion:
+    async def unregister(self, name: str) -> AdapterVersion:
         return self.registry.unregister(name)
-
-    def pin(self, version: AdapterVersion, pinned: bool) -> None:
-        self.pins.append((version.name, pinned))
 
 
 @dataclass
