@@ -50,6 +50,7 @@ def serve(
     """
     from loraplex.server import launch, listening, startup
 
+    startup.hide_arguments(options.keys.api_key)
     try:
         names = base_names(base, options.base.served_model_name)
         adapters, downloads, auth = options.adapters.config(names), options.downloads.config(), options.keys.config()

@@ -5,9 +5,10 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+import re
 import signal
 import sys
-from collections.abc import MutableMapping
+from collections.abc import Iterable, MutableMapping
 from pathlib import Path
 
 from loraplex.server.config import DEMO
@@ -47,6 +48,22 @@ def bound_malloc() -> None:
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):  # glibc
         libc.mallopt(M_ARENA_MAX, 2)
+
+
+def hide_arguments(secrets: Iterable[str]) -> None:
+    """Overwrite those among this process's arguments, where everybody sees them: `ps`, /proc/PID/cmdline.
+
+    Only Linux tells where they lie, in fields 48 and 49 of /proc/self/stat. Until this is called they were to be seen.
+    """
+    try:
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        start, end = int(fields[45]), int(fields[46])
+    except (OSError, ValueError, IndexError):
+        return
+    shown = ctypes.string_at(start, end - start)
+    for secret in filter(None, secrets):
+        for found in re.finditer(rb"(?<=[\0=])" + re.escape(os.fsencode(secret)) + rb"(?=\0)", shown):
+            ctypes.memset(start + found.start(), ord("*"), len(found[0]))
 
 
 def usable_cpus() -> int:

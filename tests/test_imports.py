@@ -38,6 +38,7 @@ SHARED = (
     "server.usage",
     "server.version",
     "server.whole_file",
+    "server.guarded_file",
 )
 EVERYTHING = PARTS
 LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -68,7 +69,10 @@ TORCH_FREE = frozenset(
     + [f"server.engine.{name}" for name in ("engine", "streams", "stats", "prefix_cache", "grammar", "schema_ends")]
     + ["server.engine.chat_template"]
     + [f"server.{name}" for name in ("tenants", "keys_file", "access", "rate_limits")]
-    + [f"server.{name}" for name in ("drain", "exchange", "logs", "state", "tracing", "usage", "whole_file")]
+    + [
+        f"server.{name}"
+        for name in ("drain", "exchange", "logs", "state", "tracing", "usage", "whole_file", "guarded_file")
+    ]
     + [
         "server.engine.holdings",
         "server.engine.on_demand",
