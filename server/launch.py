@@ -80,15 +80,22 @@ def run(config: ServeConfig, held: socket.socket, folder: Path, ready: Ready) ->
 
 def _build(config: ServeConfig, folder: Path) -> EngineParts:
     from loraplex.kernels.backend import BackendUnavailable
+    from loraplex.server.engine.address_space import address_limit, is_refused_mapping
     from loraplex.server.engine.build import build_engine
-    from loraplex.server.engine.memory import NotEnoughMemory
+    from loraplex.server.engine.memory import NotEnoughMemory, size
     from loraplex.server.models.config import UnsupportedModel
     from loraplex.server.models.weights import WeightsError
 
     try:
         parts = build_engine(config.engine, folder, *config.base_names)
-    except (UnsupportedModel, WeightsError, BackendUnavailable, NotEnoughMemory, OSError) as error:
-        raise StartError(error) from error
+    except Exception as error:
+        if is_refused_mapping(error):
+            limit = address_limit()
+            limited = f"; the address space is limited to {size(limit)} (ulimit -v)" if limit > 0 else ""
+            raise StartError(f"{error or 'memory cannot be had'}{limited}") from error
+        if isinstance(error, UnsupportedModel | WeightsError | BackendUnavailable | NotEnoughMemory | OSError):
+            raise StartError(error) from error
+        raise
     limit = parts.model_config.max_position
     if parts.max_model_len > limit:
         raise StartError(f"--max-model-len {parts.max_model_len}: the base was made for at most {limit} tokens")

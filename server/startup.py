@@ -12,9 +12,13 @@ from collections.abc import Iterable, MutableMapping
 from pathlib import Path
 
 from loraplex.server.config import DEMO
+from loraplex.server.engine.address_space import address_limit
 
 BASE_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
 """What is downloaded of a base's Hub repository: never a pickle, never code."""
+
+LEAST_ADDRESSES = 1 << 30
+"""Bytes of address space; Python, torch and their threads map 720 MiB before a base is read."""
 
 M_ARENA_MAX = -8
 """malloc.h's."""
@@ -64,6 +68,16 @@ def hide_arguments(secrets: Iterable[str]) -> None:
     for secret in filter(None, secrets):
         for found in re.finditer(rb"(?<=[\0=])" + re.escape(os.fsencode(secret)) + rb"(?=\0)", shown):
             ctypes.memset(start + found.start(), ord("*"), len(found[0]))
+
+
+def check_address_space() -> None:
+    """Raises StartError where libraries could not even be loaded: they end the process in ways that tell nothing."""
+    limit = address_limit()
+    if 0 <= limit < LEAST_ADDRESSES:
+        raise StartError(
+            f"the address space is limited to {limit >> 20} MiB (ulimit -v), and the process alone takes "
+            f"{LEAST_ADDRESSES >> 20}; raise the limit to that and --memory"
+        )
 
 
 def usable_cpus() -> int:

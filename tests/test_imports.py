@@ -67,7 +67,7 @@ TORCH_FREE = frozenset(
         for name in ("plan", "fair_queue", "running", "admission", "lookahead", "door", "chunks", "budget")
     ]
     + [f"server.engine.{name}" for name in ("engine", "streams", "stats", "prefix_cache", "grammar", "schema_ends")]
-    + ["server.engine.chat_template"]
+    + ["server.engine.chat_template", "server.engine.address_space"]
     + [f"server.{name}" for name in ("tenants", "keys_file", "access", "rate_limits")]
     + [
         f"server.{name}"
