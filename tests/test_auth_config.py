@@ -116,6 +116,19 @@ def test_what_is_there_to_try_has_a_place_for_the_key(capsys: pytest.CaptureFixt
         assert all([word for word in line if word.startswith("Authorization")] == wanted for line in lines)
 
 
+def test_what_cannot_be_printed_keeps_no_server_from_starting(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    plan = SimpleNamespace(parts=list, shared=True, total_bytes=1, max_model_len=64)
+    registry = SimpleNamespace(list=list)
+    parts = SimpleNamespace(memory=plan, token_budget=8, adapters=SimpleNamespace(registry=registry))
+    config = ServeConfig("demo", ("demo",), EngineConfig())
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        greet(config, parts, SimpleNamespace(has_chat_template=True), 8000)  # type: ignore[arg-type]
+    assert "No space left" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
