@@ -6,8 +6,6 @@ import asyncio
 import errno
 import logging
 import os
-import resource
-import signal
 import stat
 import subprocess
 import sys
@@ -27,6 +25,7 @@ from loraplex.adapters.registry import AdapterVersion, Registry
 from loraplex.adapters.sources import OPERATOR, Access
 from loraplex.server.engine.adapter_manager import Around
 from loraplex.server.state import FILE, Remembered, Remembering, StateError, StateFile, StateNotKept
+from tests.support.full_disk import full_disk
 from tests.support.waiting import wait_for
 
 
@@ -194,19 +193,6 @@ while True:
         assert len(found) == 500
         assert len({kept.source for kept in found.values()}) == 1  # of one write, not of two
         assert not list(tmp_path.glob("*damaged*"))
-
-
-@contextmanager
-def full_disk() -> Iterator[None]:
-    """No file of this process may grow: what is made is empty, and what is written to it fails."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 def fails(name: str, number: int) -> Callable[[pytest.MonkeyPatch, Path], AbstractContextManager[None]]:
