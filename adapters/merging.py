@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from loraplex.adapters.adapter_files import (
@@ -38,7 +39,7 @@ from loraplex.adapters.adapter_files import (
     read_bytes,
     view_tensors,
 )
-from loraplex.adapters.errors import AdapterRefused
+from loraplex.adapters.errors import AdapterRefused, AdapterUnavailable
 from loraplex.adapters.merge_plan import MergePlan
 from loraplex.adapters.peft_config import parse_config, plan_modules
 from loraplex.adapters.registry import AdapterVersion
@@ -66,7 +67,8 @@ def merge_versions(
 
     `locate`: the folder of a source. The new folder appears whole or not at all; one that is there already stays.
     Raises AdapterNotFound, and AdapterRefused: "changed" (the files are other ones by now), "unsupported_option" (for
-    biases), "shape_mismatch" (ranks or sizes that differ), and what refuses a file.
+    biases), "shape_mismatch" (ranks or sizes that differ), and what refuses a file; AdapterUnavailable where there is
+    no room for it.
     """
     read = [_read(version, locate(version.source)) for version in versions]
     key = plan.key([files.digest for files in read])
@@ -79,7 +81,11 @@ def merge_versions(
         path: {factor: _merge_factor(path, factor, factors, names, plan, key) for factor in "AB"}
         for path in sorted({path for each in factors for path in each})
     }
-    _write(merged, target)
+    try:
+        _write(merged, target)
+    except (OSError, SafetensorError) as error:
+        told = error.strerror if isinstance(error, OSError) else "it cannot be written"
+        raise AdapterUnavailable(f"the merged adapter cannot be kept on the server's disk: {told}") from error
     return key
 
 

@@ -35,7 +35,9 @@ def serve(options: ServeOptions) -> None:
     it with a report of what there is. Exit codes: 1 where a request failed, 130 after Control-C, 2 for what cannot run.
     """
     from loraplex.benchmarks import bench_serve
+    from loraplex.server.startup import hide_arguments
 
+    hide_arguments([options.target.api_key])
     try:
         ended = bench_serve.run(options)
     except Misused as error:

@@ -50,7 +50,9 @@ def serve(
     """
     from loraplex.server import launch, listening, startup
 
+    startup.hide_arguments(options.keys.api_key)
     try:
+        startup.check_address_space()
         names = base_names(base, options.base.served_model_name)
         adapters, downloads, auth = options.adapters.config(names), options.downloads.config(), options.keys.config()
         held = listening.bind(options.listen.host, options.listen.port)

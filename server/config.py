@@ -77,7 +77,10 @@ class AuthConfig:
     def check(self, address: str) -> None:
         """`address` is the one bound. Raises ConfigError for settings that contradict, and for a server open to all."""
         if self.keys_file is not None and self.api_keys:
-            raise ConfigError("--api-key and --api-keys: give one of them; a key that may do everything is an admin's")
+            raise ConfigError(
+                "--api-key (or its file, LORAPLEX_API_KEY, VLLM_API_KEY) and --api-keys: give one of them; a key that "
+                "may do everything is an admin's"
+            )
         if self.no_auth and self.asks_for_keys:
             raise ConfigError("--no-auth: there are keys; leave it or them out")
         if any(not key.strip() for key in self.api_keys):
@@ -85,8 +88,8 @@ class AuthConfig:
         if self.asks_for_keys or self.no_auth or ip_address(address).is_loopback:
             return
         raise ConfigError(
-            f"--host {address}: other machines could use this server without a key; give --api-keys FILE or --api-key "
-            "KEY, or --no-auth where everybody may do everything"
+            f"--host {address}: other machines could use this server without a key; give --api-keys FILE or "
+            "--api-key-file FILE, or --no-auth where everybody may do everything"
         )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import shlex
 import sys
 from typing import TYPE_CHECKING
@@ -15,9 +17,19 @@ if TYPE_CHECKING:
     from loraplex.server.engine.memory import MemoryPlan
     from loraplex.server.engine.tokenizer import Tokenizer
 
+logger = logging.getLogger(__name__)
+
 
 def greet(config: ServeConfig, parts: EngineParts, tokenizer: Tokenizer, port: int) -> None:
-    """Where the memory goes, the address and three lines to try."""
+    """Where the memory goes, the address and three lines to try. A disk that is full keeps nobody from being served."""
+    try:
+        _greet(config, parts, tokenizer, port)
+    except OSError as error:
+        logger.warning("what is printed at the start cannot be written: %s", error)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left of it would fail at the end
+
+
+def _greet(config: ServeConfig, parts: EngineParts, tokenizer: Tokenizer, port: int) -> None:
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.http.host, config.http.host)
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     names = [adapter.name for adapter in parts.adapters.registry.list()]

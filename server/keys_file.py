@@ -15,9 +15,10 @@
         max_concurrent: 16
         max_adapters: 50         # the tenant may have here at a time (engine/holdings.py); one for all keys of a tenant
 
-Patterns are those of tenants.py. A file that cannot be read or is wrong leaves the keys as they were. A key that is
-taken away gets nothing new; answers under way end by themselves. Weights tell where requests wait for a place in the
-batch: those that have one go on at the same pace. Free of torch.
+Patterns are those of tenants.py. A file that cannot be read, is wrong, or that everybody on the machine may write to
+stops the start, and leaves the keys as they were later on. A key that is taken away gets nothing new; answers under way
+end by themselves. Weights tell where requests wait for a place in the batch: those that have one go on at the same
+pace. Free of torch.
 """
 
 from __future__ import annotations
@@ -29,14 +30,17 @@ import re
 import secrets
 import stat
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from loraplex.server.guarded_file import read_guarded
 from loraplex.server.rate_limits import Clock, Limits
 from loraplex.server.tenants import Key, Keyring, digest_of
+from loraplex.server.whole_file import replace_file
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +84,7 @@ class KeysFile:
         self.is_current = True  # False: the file is wrong now, and an older state in use
         self._clock = clock
         self._lock = asyncio.Lock()
+        self._reader = ThreadPoolExecutor(1, "keys")  # its own: in the pool of all, requests would wait for other work
         self._next_check = clock() + CHECK_SECONDS
         self.keyring, self._stamp = self._read()
 
@@ -93,14 +98,17 @@ class KeysFile:
         async with self._lock:
             if self._clock() < self._next_check:
                 return False
-            changed = self._stamp_now() != self._stamp and await self._reload()
+            changed = await asyncio.get_running_loop().run_in_executor(self._reader, self._reload)
             self._next_check = self._clock() + CHECK_SECONDS
             return changed
 
-    async def _reload(self) -> bool:
-        self._stamp = self._stamp_now()  # a wrong file is not read again until it changes
+    def _reload(self) -> bool:
+        stamp = self._stamp_now()
+        if stamp == self._stamp:
+            return False
+        self._stamp = stamp  # a wrong file is not read again until it changes
         try:
-            self.keyring, self._stamp = await asyncio.to_thread(self._read)
+            self.keyring, self._stamp = self._read()
         except KeysError as error:
             self.is_current = False
             logger.error("%s; the keys stay as they were", error)
@@ -117,19 +125,32 @@ class KeysFile:
             return None
 
     def _read(self) -> tuple[Keyring, Stamp | None]:
+        text, stamp = _read_text("keys file", self.path)
         try:
-            with self.path.open("rb") as file:
-                stamp = _stamp(os.fstat(file.fileno()))  # before reading: what is written meanwhile shows as a change
-                data = file.read(MAX_BYTES + 1)
-            if len(data) > MAX_BYTES:
-                raise KeysError(f"it is larger than {MAX_BYTES} bytes")
-            return parse_keys(data.decode()), stamp
-        except OSError as error:
-            raise KeysError(f"keys file {self.path}: it cannot be read: {error.strerror or error}") from None
-        except UnicodeDecodeError:
-            raise KeysError(f"keys file {self.path}: it is not UTF-8") from None
+            return parse_keys(text), stamp
         except KeysError as error:
             raise KeysError(f"keys file {self.path}: {error}") from None
+
+
+def _read_text(what: str, path: Path) -> tuple[str, Stamp]:
+    """Raises KeysError."""
+    try:
+        data, found = read_guarded(path, MAX_BYTES)
+        return data.decode(), _stamp(found)  # from before it was read: what is written meanwhile shows as a change
+    except OSError as error:
+        raise KeysError(f"{what} {path}: it cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise KeysError(f"{what} {path}: it is not UTF-8") from None
+    except ValueError as error:
+        raise KeysError(f"{what} {path}: {error}") from None
+
+
+def read_owners_keys(path: Path) -> tuple[str, ...]:
+    """The keys of --api-key-file, one a line: each may do everything. Raises KeysError."""
+    found = tuple(_read_text("--api-key-file", path)[0].split())
+    if not found:
+        raise KeysError(f"--api-key-file {path}: it is empty; expected keys, one a line")
+    return found
 
 
 def parse_keys(text: str) -> Keyring:
@@ -250,11 +271,7 @@ def add_entry(path: Path, entry: str) -> None:
         text = _EMPTY.sub("keys:", text) + "".join(f"{indent}{line}" for line in entry.splitlines(keepends=True))
         parse_keys(text)
         target = path.resolve()  # a link stays one
-        new = target.with_name(f".{target.name}.new")
-        mode = stat.S_IMODE(target.stat().st_mode) if target.exists() else 0o600
-        with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(new, target)
+        replace_file(target, text, stat.S_IMODE(target.stat().st_mode) if target.exists() else 0o600)
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise KeysError(f"keys file {path}: {reason or error}") from None

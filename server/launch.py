@@ -25,6 +25,7 @@ from loraplex.server.startup import StartError, bound_malloc
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
+    from prometheus_client.registry import Collector
 
     from loraplex.server.access import Access
     from loraplex.server.api.parts import Adapters
@@ -90,15 +91,22 @@ def read_tokenizers(folder: Path, chat_template: Path | None = None) -> Tokenize
 
 def _build(config: ServeConfig, folder: Path, tokenizers: Tokenizers) -> EngineParts:
     from loraplex.kernels.backend import BackendUnavailable
+    from loraplex.server.engine.address_space import address_limit, is_refused_mapping
     from loraplex.server.engine.build import build_engine
-    from loraplex.server.engine.memory import NotEnoughMemory
+    from loraplex.server.engine.memory import NotEnoughMemory, size
     from loraplex.server.models.config import UnsupportedModel
     from loraplex.server.models.weights import WeightsError
 
     try:
         parts = build_engine(config.engine, folder, *config.base_names, check_tokenizer=tokenizers.check)
-    except (UnsupportedModel, WeightsError, BackendUnavailable, NotEnoughMemory, OSError) as error:
-        raise StartError(error) from error
+    except Exception as error:
+        if is_refused_mapping(error):
+            limit = address_limit()
+            limited = f"; the address space is limited to {size(limit)} (ulimit -v)" if limit > 0 else ""
+            raise StartError(f"{error or 'memory cannot be had'}{limited}") from error
+        if isinstance(error, UnsupportedModel | WeightsError | BackendUnavailable | NotEnoughMemory | OSError):
+            raise StartError(error) from error
+        raise
     limit = parts.model_config.max_position
     if parts.max_model_len > limit:
         raise StartError(f"--max-model-len {parts.max_model_len}: the base was made for at most {limit} tokens")
@@ -185,6 +193,7 @@ class Extras:
     adapters: Adapters
     drain: Drain = field(default_factory=Drain)
     tracing: Tracing | None = None
+    collectors: tuple[Collector, ...] = ()  # what else metrics tell
 
 
 def open_extras(config: ServeConfig, parts: EngineParts) -> Extras:
@@ -194,15 +203,16 @@ def open_extras(config: ServeConfig, parts: EngineParts) -> Extras:
 
     endpoint, folder = config.seeing.otlp_endpoint, config.http.state_dir
     adapters: Adapters = parts.adapters
+    collectors: tuple[Collector, ...] = ()
     try:
         tracing = None if endpoint is None else start_tracing(endpoint)
         if folder is not None:
             remembering = Remembering(parts.adapters, StateFile(folder))
             remembering.restore()
-            adapters = remembering
+            adapters, collectors = remembering, (remembering.collector(),)
     except (TracingUnavailable, StateError) as error:
         raise StartError(error) from error
-    return Extras(adapters, tracing=tracing)
+    return Extras(adapters, tracing=tracing, collectors=collectors)
 
 
 def make_app(config: ServeConfig, parts: EngineParts, tokenizers: Tokenizers, extras: Extras | None = None) -> FastAPI:
@@ -243,6 +253,8 @@ def make_app(config: ServeConfig, parts: EngineParts, tokenizers: Tokenizers, ex
         config.seeing.max_series,
     )
     metrics = Metrics(limits, engine.stats, parts.placement.places, parts.adapters.registry)
+    for collector in extras.collectors:
+        metrics.add(collector)
     parts.placement.watch = metrics.adapters
     return create_app(
         Parts(

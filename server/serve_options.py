@@ -153,8 +153,16 @@ class KeyOptions:
     ] = None
     api_key: Annotated[
         list[str],
-        Option(metavar="KEY", envvar="LORAPLEX_API_KEY", help="A key that may do everything; may be given again."),
+        Option(
+            metavar="KEY",
+            envvar=["LORAPLEX_API_KEY", "VLLM_API_KEY"],
+            help="A key that may do everything; may be given again. Others see command lines: better the next, or a "
+            "variable.",
+        ),
     ] = field(default_factory=list)
+    api_key_file: Annotated[
+        Path | None, Option(metavar="FILE", help="The same from a file, one a line; read once.")
+    ] = None
     no_auth: Annotated[
         bool, Option("--no-auth", help="Listen on an address that other machines reach, and ask nobody for a key.")
     ] = False
@@ -174,9 +182,16 @@ class KeyOptions:
     ] = field(default_factory=list)
 
     def config(self) -> AuthConfig:
-        """Not checked yet: what is possible depends on the address."""
-        origins, paths = tuple(self.cors_origin), tuple(self.allowed_path)
-        return AuthConfig(self.api_keys, tuple(self.api_key), self.no_auth, self.open_metrics, origins, paths)
+        """Not checked yet: what is possible depends on the address. Raises ConfigError."""
+        origins, paths, keys = tuple(self.cors_origin), tuple(self.allowed_path), tuple(self.api_key)
+        if self.api_key_file is not None:
+            from loraplex.server.keys_file import KeysError, read_owners_keys
+
+            try:
+                keys += read_owners_keys(self.api_key_file)
+            except KeysError as error:
+                raise ConfigError(str(error)) from None
+        return AuthConfig(self.api_keys, keys, self.no_auth, self.open_metrics, origins, paths)
 
 
 @dataclass(frozen=True)

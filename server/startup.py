@@ -5,15 +5,20 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+import re
 import signal
 import sys
-from collections.abc import MutableMapping
+from collections.abc import Iterable, MutableMapping
 from pathlib import Path
 
 from loraplex.server.config import DEMO
+from loraplex.server.engine.address_space import address_limit
 
 BASE_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
 """What is downloaded of a base's Hub repository: never a pickle, never code."""
+
+LEAST_ADDRESSES = 1 << 30
+"""Bytes of address space; Python, torch and their threads map 720 MiB before a base is read."""
 
 M_ARENA_MAX = -8
 """malloc.h's."""
@@ -47,6 +52,32 @@ def bound_malloc() -> None:
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):  # glibc
         libc.mallopt(M_ARENA_MAX, 2)
+
+
+def hide_arguments(secrets: Iterable[str]) -> None:
+    """Overwrite those among this process's arguments, where everybody sees them: `ps`, /proc/PID/cmdline.
+
+    Only Linux tells where they lie, in fields 48 and 49 of /proc/self/stat. Until this is called they were to be seen.
+    """
+    try:
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        start, end = int(fields[45]), int(fields[46])
+    except (OSError, ValueError, IndexError):
+        return
+    shown = ctypes.string_at(start, end - start)
+    for secret in filter(None, secrets):
+        for found in re.finditer(rb"(?<=[\0=])" + re.escape(os.fsencode(secret)) + rb"(?=\0)", shown):
+            ctypes.memset(start + found.start(), ord("*"), len(found[0]))
+
+
+def check_address_space() -> None:
+    """Raises StartError where libraries could not even be loaded: they end the process in ways that tell nothing."""
+    limit = address_limit()
+    if 0 <= limit < LEAST_ADDRESSES:
+        raise StartError(
+            f"the address space is limited to {limit >> 20} MiB (ulimit -v), and the process alone takes "
+            f"{LEAST_ADDRESSES >> 20}; raise the limit to that and --memory"
+        )
 
 
 def usable_cpus() -> int:

@@ -2,8 +2,8 @@
 
     STATE_DIR/adapters.json    {"version": 1, "adapters": [{"name": ..., "source": ...}, ...]}
 
-The file is replaced as a whole, by a rename: a process that dies while writing leaves the older one. One that cannot be
-read is put aside and the server starts without it. Adapters themselves are not kept here. Free of torch.
+The file is replaced as a whole, by a rename: a process that dies while writing leaves the older one. One that is
+damaged is put aside and the server starts without it. Adapters themselves are not kept here. Free of torch.
 """
 
 from __future__ import annotations
@@ -12,16 +12,23 @@ import asyncio
 import json
 import logging
 import os
+import tempfile
 import threading
 import time
-from concurrent.futures import Future
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from loraplex.adapters.errors import AdapterError, AdapterExists, AdapterRefused
 from loraplex.adapters.registry import AdapterVersion, Registry
 from loraplex.adapters.sources import OPERATOR, Access
+from loraplex.server.engine.adapter_manager import Around, Point
+from loraplex.server.whole_file import replace_file
 
 logger = logging.getLogger(__name__)
 
@@ -44,15 +51,25 @@ class Adapters(Protocol):
     @property
     def registry(self) -> Registry: ...
     async def register(
-        self, name: str, source: str, *, replace: bool = False, access: Access = OPERATOR
+        self,
+        name: str,
+        source: str,
+        *,
+        replace: bool = False,
+        pinned: bool = False,
+        access: Access = OPERATOR,
+        around: Around = ...,
     ) -> AdapterVersion: ...
     def begin(
         self, name: str, source: str, *, replace: bool = False, access: Access = OPERATOR, stale: bool = False
     ) -> Future[AdapterVersion]: ...
     def expect(self, name: str, coming: Future[AdapterVersion]) -> None: ...
     async def arrival(self, name: str) -> None: ...
-    def unregister(self, name: str) -> AdapterVersion: ...
     def pin(self, version: AdapterVersion, pinned: bool) -> None: ...
+
+
+class StateNotKept(Exception):
+    """A change that could not be written down, and was not made; `str(error)` is fit for the caller."""
 
 
 class StateError(Exception):
@@ -67,9 +84,8 @@ class StateFile:
         self._path = folder / FILE
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            probe = folder / f".{FILE}.{os.getpid()}"
-            probe.write_bytes(b"")
-            probe.unlink()
+            with tempfile.TemporaryFile(dir=folder):
+                pass
         except OSError as error:
             raise StateError(f"--state-dir {folder}: cannot be written: {error.strerror or error}") from error
 
@@ -93,65 +109,83 @@ class StateFile:
             return {}
 
     def write(self, adapters: dict[str, Remembered]) -> None:
-        """Replace the file. It is whole, the old one or the new one, whenever the process dies. Raises OSError."""
+        """Replace the file; see replace_file. Raises OSError."""
         entries = [{"name": name, **asdict(kept)} for name, kept in sorted(adapters.items())]
-        text = json.dumps({"version": VERSION, "adapters": entries}, indent=1)
-        new = self._path.with_name(f".{FILE}.new")
         # for the owner alone: a source may hold a login
-        with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, self._path)
-        folder = os.open(self._path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        replace_file(self._path, json.dumps({"version": VERSION, "adapters": entries}, indent=1))
 
 
 class Remembering:
-    """An AdapterManager whose changes are written down: what the API's own routes are given. Event loop only.
+    """An AdapterManager whose changes are written down: what the API's own routes are given. Safe from any thread.
 
-    What requests load on first use, and what the command line, a list or a folder brings, goes past it and is not kept.
+    A change is on disk before it is made, and one that cannot be written is not made. What requests load on first use,
+    and what the command line, a list or a folder brings, goes past it and is not kept.
     """
 
     def __init__(self, adapters: Adapters, state: StateFile) -> None:
         self._adapters = adapters
         self._state = state
         self._known: dict[str, Remembered] = {}
-        self._writing = threading.Lock()
+        self._changing = threading.Lock()
+        self._writer = ThreadPoolExecutor(1, "state")  # a disk that hangs holds up who changes something, nobody else
+        self.is_written = True  # False: the last attempt failed, and the file may differ from what there is
+        self.num_refused = 0
+        self._trying: Future[None] | None = None
 
     @property
     def registry(self) -> Registry:
         return self._adapters.registry
 
     async def register(
-        self, name: str, source: str, *, replace: bool = False, access: Access = OPERATOR
+        self, name: str, source: str, *, replace: bool = False, pinned: bool = False, access: Access = OPERATOR
     ) -> AdapterVersion:
-        """As AdapterManager.register; on disk when it returns."""
-        version = await self._adapters.register(name, source, replace=replace, access=access)
-        self._known[name] = Remembered(source, access.ambient)
-        await asyncio.to_thread(self._save)
-        return version
+        """As AdapterManager.register; on disk when it returns. Raises StateNotKept, too."""
+
+        def enter(point: Point) -> AdapterVersion:
+            with self._changing:
+                before = self._known
+                if self.registry.get(name) is None or replace:  # else it fails, and whose name it is keeps its entry
+                    self._write({**before, name: Remembered(source, access.ambient, pinned)})
+                try:
+                    return point()
+                except AdapterError:
+                    self._known = before
+                    self._rewrite()
+                    raise
+
+        return await self._adapters.register(name, source, replace=replace, pinned=pinned, access=access, around=enter)
 
     async def arrival(self, name: str) -> None:
         """As AdapterManager.arrival."""
         await self._adapters.arrival(name)
 
-    def unregister(self, name: str) -> AdapterVersion:
-        """As AdapterManager.unregister; on disk when it returns. One that could not be restored is forgotten, too."""
-        if self._known.pop(name, None) is not None:
-            self._save()
-        return self._adapters.unregister(name)
+    async def unregister(self, name: str) -> AdapterVersion:
+        """As AdapterManager.unregister; on disk when it returns. One that could not be restored is forgotten, too.
 
-    def pin(self, version: AdapterVersion, pinned: bool) -> None:
-        """As AdapterManager.pin; on disk when it returns."""
-        known = self._known.get(version.name)
-        if known is not None and known.pinned != pinned:
-            self._known[version.name] = replace(known, pinned=pinned)
-            self._save()
-        self._adapters.pin(version, pinned)
+        Raises StateNotKept, too: nothing is unloaded then, as it would be there again after a restart.
+        """
+
+        def forget() -> AdapterVersion:
+            with self._changing:
+                if name in self._known:
+                    self._write({each: kept for each, kept in self._known.items() if each != name})
+                return self.registry.unregister(name)
+
+        return await asyncio.get_running_loop().run_in_executor(self._writer, forget)
+
+    def collector(self) -> Collector:
+        """For the server's metrics."""
+        return _StateCollector(self)
+
+    def try_again(self) -> None:
+        """In the background, where the file could not be written: there may be room by now."""
+
+        def write() -> None:
+            with self._changing:
+                self._rewrite()
+
+        if not self.is_written and (self._trying is None or self._trying.done()):
+            self._trying = self._writer.submit(write)
 
     def restore(self) -> None:
         """Begin to load what is on disk: requests for it wait. What fails is kept there, and its name says why.
@@ -163,6 +197,7 @@ class Remembering:
             coming = self._adapters.begin(name, kept.source, access=Access(ambient=kept.ambient), stale=True)
             self._adapters.expect(name, coming)
             coming.add_done_callback(lambda done, name=name: self._restored(name, done))  # type: ignore[misc]
+        self._rewrite()  # shows now whether there is room
         if self._known:
             logger.info("%d adapters that were loaded over the API come back", len(self._known))
 
@@ -182,12 +217,48 @@ class Remembering:
                 code = error.code if isinstance(error, AdapterRefused) else "unavailable"
                 self.registry.mark_refused(name, AdapterRefused(code, str(error)))
 
-    def _save(self) -> None:
-        with self._writing:  # what is known is looked at inside: the last to write knows all
-            try:
-                self._state.write(dict(self._known))
-            except OSError as error:
-                logger.error("the state cannot be written, a restart would not know of the last change: %s", error)
+    def _write(self, known: dict[str, Remembered]) -> None:
+        """Raises StateNotKept, and nothing has changed."""
+        try:
+            self._state.write(known)
+        except OSError as error:
+            self.is_written = False
+            self.num_refused += 1
+            reason = error.strerror or type(error).__name__
+            logger.error("a change of the adapters is refused, --state-dir cannot be written: %s", error)
+            raise StateNotKept(
+                f"the change is not made, as it could not be kept for a restart: the server's --state-dir cannot be "
+                f"written ({reason}); try again once it can"
+            ) from None
+        self._known = known
+        self.is_written = True
+
+    def _rewrite(self) -> None:
+        """Have in the file what is known."""
+        try:
+            self._state.write(self._known)
+        except OSError as error:
+            if self.is_written:
+                logger.error("--state-dir cannot be written, changes of the adapters are refused until then: %s", error)
+            self.is_written = False
+        else:
+            if not self.is_written:
+                logger.info("--state-dir can be written again")
+            self.is_written = True
+
+
+class _StateCollector(Collector):
+    def __init__(self, remembering: Remembering) -> None:
+        self._remembering = remembering
+
+    def describe(self) -> Iterable[Metric]:
+        return ()
+
+    def collect(self) -> Iterator[Metric]:
+        kept, text = self._remembering, "0: --state-dir cannot be written, loading and unloading is refused."
+        yield GaugeMetricFamily("loraplex:state_written", text, 1.0 if kept.is_written else 0.0)
+        yield CounterMetricFamily("loraplex:state_refused", "Changes refused for that.", kept.num_refused)
+        kept.try_again()
 
 
 def _parse(text: bytes) -> dict[str, Remembered]:

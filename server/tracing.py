@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from loraplex.server.exchange import ChoiceTimes, Exchange
-from loraplex.server.logs import MAX_NAME
+from loraplex.server.logs import shown
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
@@ -49,7 +49,7 @@ class Tracing:
 
         carrier = {name: headers[name] for name in ("traceparent", "tracestate") if name in headers}
         span = self._tracer.start_span(
-            f"{exchange.method} {exchange.path[:MAX_NAME]}",
+            f"{exchange.method} {shown(exchange.path)}",
             self._propagator.extract(carrier),
             kind=SpanKind.SERVER,
             start_time=exchange.began_ns,
@@ -148,14 +148,14 @@ def _from_environment() -> Any:
 def _request_attributes(exchange: Exchange) -> dict[str, Any]:
     found: dict[str, Any] = {
         "http.request.method": exchange.method,
-        "url.path": exchange.path[:MAX_NAME],
+        "url.path": shown(exchange.path),
         "http.response.status_code": exchange.status,
         "loraplex.request_id": exchange.request_id,
     }
     if exchange.tenant:
         found["loraplex.tenant"] = exchange.tenant
     if exchange.model:
-        found["gen_ai.request.model"] = exchange.model[:MAX_NAME]
+        found["gen_ai.request.model"] = shown(exchange.model)
         found["gen_ai.usage.input_tokens"] = exchange.prompt_tokens
         found["gen_ai.usage.output_tokens"] = exchange.tokens
         found["gen_ai.response.finish_reasons"] = exchange.finish_reasons

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import typer
+from typer.testing import CliRunner
 
 from loraplex.server import cli
 from loraplex.server.config import AuthConfig, ConfigError, ServeConfig
 from loraplex.server.engine.build import EngineConfig
 from loraplex.server.greeting import greet
 from loraplex.server.keys_file import KeysFile, parse_keys
+from loraplex.server.option_groups import grouped
+from loraplex.server.serve_options import KeyOptions
 
 KEYS = AuthConfig(api_keys=("k",))
 FILE = AuthConfig(keys_file=Path("keys.yaml"))
@@ -110,6 +116,19 @@ def test_what_is_there_to_try_has_a_place_for_the_key(capsys: pytest.CaptureFixt
         assert all([word for word in line if word.startswith("Authorization")] == wanted for line in lines)
 
 
+def test_what_cannot_be_printed_keeps_no_server_from_starting(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    plan = SimpleNamespace(parts=list, shared=True, total_bytes=1, max_model_len=64)
+    registry = SimpleNamespace(list=list)
+    parts = SimpleNamespace(memory=plan, token_budget=8, adapters=SimpleNamespace(registry=registry))
+    config = ServeConfig("demo", ("demo",), EngineConfig())
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        greet(config, parts, SimpleNamespace(has_chat_template=True), 8000)  # type: ignore[arg-type]
+    assert "No space left" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
@@ -118,6 +137,8 @@ def test_what_is_there_to_try_has_a_place_for_the_key(capsys: pytest.CaptureFixt
         (("serve", "demo", "--port", "0", "--host", "0.0.0.0"), "--no-auth"),
         (("serve", "demo", "--port", "0", "--api-keys", "/no/such/file"), "cannot be read"),
         (("serve", "demo", "--port", "0", "--api-key", "x", "--no-auth"), "--no-auth: there are keys"),
+        (("serve", "demo", "--port", "0", "--api-key-file", "/no/such/file"), "cannot be read"),
+        (("serve", "demo", "--port", "0", "--api-key-file", "/dev/null"), "/dev/null: "),
     ],
 )
 def test_what_cannot_be_is_one_line(
@@ -128,3 +149,73 @@ def test_what_cannot_be_is_one_line(
     assert printed.out == ""
     assert told in printed.err
     assert printed.err.count("\n") == 1
+
+
+def key_options(*arguments: str, environ: dict[str, str] | None = None) -> AuthConfig:
+    """What these options of `loraplex serve` say about keys."""
+    command = typer.Typer()
+    found = []
+
+    @command.command()
+    @grouped
+    def serve(keys: KeyOptions) -> None:
+        found.append(keys.config())
+
+    result = CliRunner().invoke(command, list(arguments), env=environ, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return found[0]
+
+
+def test_where_an_owners_key_may_come_from(tmp_path: Path) -> None:
+    """Beside the command line, where others see it."""
+    file = tmp_path / "key"
+    file.write_text("one\n\n  two \r\n")
+    assert key_options("--api-key-file", str(file)).api_keys == ("one", "two")
+    assert key_options("--api-key-file", str(file), "--api-key", "three").api_keys == ("three", "one", "two")
+    for name in ("LORAPLEX_API_KEY", "VLLM_API_KEY"):
+        assert key_options(environ={name: "given"}).api_keys == ("given",)
+    assert "two" not in repr(key_options("--api-key-file", str(file)))
+
+
+@pytest.mark.parametrize(
+    ("text", "mode", "told"),
+    [("", 0o600, "it is empty"), ("\xff", 0o600, "not UTF-8"), ("k", 0o602, "may write to it")],
+)
+def test_a_key_file_that_cannot_be_used(tmp_path: Path, text: str, mode: int, told: str) -> None:
+    file = tmp_path / "key"
+    file.write_bytes(text.encode("latin-1"))
+    file.chmod(mode)
+    with pytest.raises(ConfigError, match=told):
+        key_options("--api-key-file", str(file))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells where the arguments lie")
+def test_keys_are_not_to_be_seen_among_the_arguments() -> None:
+    script = """
+import sys
+from pathlib import Path
+from loraplex.server.startup import hide_arguments
+hide_arguments(["", "s3cret", "-x"])
+print(Path("/proc/self/cmdline").read_text().split("\\0")[3:], sys.argv[1:])
+"""
+    given = ["--api-key", "s3cret", "--api-key=s3cret", "s3cret-too", "as3cret", "-xy"]
+    said = subprocess.run([sys.executable, "-c", script, *given], capture_output=True, text=True, check=True).stdout
+    hidden = ["--api-key", "******", "--api-key=******", *given[3:], ""]
+    assert said == f"{hidden} {given}\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells where the arguments lie")
+@pytest.mark.parametrize("command", [["serve", "/no/base"], ["bench", "serve"]])
+def test_the_commands_hide_theirs(command: list[str]) -> None:
+    """They end at once; what the kernel shows of them is read in the last moment."""
+    script = """
+import atexit, sys
+from pathlib import Path
+atexit.register(lambda: print(Path("/proc/self/cmdline").read_text()))
+from loraplex.server.cli import main
+main()
+"""
+    arguments = [*command, "--api-key", "s3cret", *(("--base-url", "http://127.0.0.1:9") if "bench" in command else ())]
+    said = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=False)
+    assert "--api-key" in said.stdout
+    assert "s3cret" not in said.stdout + said.stderr

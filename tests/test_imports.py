@@ -37,6 +37,8 @@ SHARED = (
     "server.tracing",
     "server.usage",
     "server.version",
+    "server.whole_file",
+    "server.guarded_file",
 )
 EVERYTHING = PARTS
 LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -66,8 +68,12 @@ TORCH_FREE = frozenset(
     ]
     + [f"server.engine.{name}" for name in ("engine", "streams", "stats", "prefix_cache", "grammar", "schema_ends")]
     + [f"server.engine.{name}" for name in ("chat_template", "tokenizers", "template_process", "template_child")]
+    + ["server.engine.address_space"]
     + [f"server.{name}" for name in ("tenants", "keys_file", "access", "rate_limits")]
-    + [f"server.{name}" for name in ("drain", "exchange", "logs", "state", "tracing", "usage")]
+    + [
+        f"server.{name}"
+        for name in ("drain", "exchange", "logs", "state", "tracing", "usage", "whole_file", "guarded_file")
+    ]
     + [
         "server.engine.holdings",
         "server.engine.on_demand",

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
 import logging
+import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -232,6 +235,98 @@ def test_a_file_that_cannot_be_used_at_the_start(tmp_path: Path) -> None:
         KeysFile(path)
     path.write_text("keys: []")
     assert isinstance(KeysFile(path).keyring, Keyring)
+
+
+def test_who_else_may_write(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """To the file, or to any folder on the way to it; by links, it is their target that counts."""
+    folder, other = tmp_path / "a" / "b", tmp_path / "links"
+    folder.mkdir(parents=True)
+    other.mkdir()
+    path, link = folder / "keys.yaml", other / "keys.yaml"
+    path.write_text("keys: []")
+    link.symlink_to(path)  # its own mode is 0777
+    for mode in (0o600, 0o644, 0o640, 0o444):
+        path.chmod(mode)
+        KeysFile(link)
+    assert caplog.text == ""
+    path.chmod(0o664)
+    KeysFile(link)
+    assert "its group" in caplog.text
+    path.chmod(0o646)
+    with pytest.raises(KeysError, match="everybody on this machine may write to it"):
+        KeysFile(link)
+    path.chmod(0o600)
+    for open_to_all in (tmp_path / "a", folder, other):
+        open_to_all.chmod(0o777)
+        with pytest.raises(KeysError, match=f"may write to {open_to_all};"):
+            KeysFile(link)
+        open_to_all.chmod(0o1777)  # as /tmp: nobody replaces what is another's; so are Kubernetes' secrets mounted
+        KeysFile(link)
+        open_to_all.chmod(0o755)
+
+
+def test_what_is_mounted_read_only_may_have_any_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A secret with defaultMode: 0777, or a folder of another system in a container: nobody writes to it from here."""
+    path = tmp_path / "keys.yaml"
+    path.write_text("keys: []")
+    path.chmod(0o666)
+    with pytest.raises(KeysError):
+        KeysFile(path)
+    mounted = os.statvfs_result([0] * 8 + [os.ST_RDONLY, 255])
+    monkeypatch.setattr(os, "fstatvfs", lambda handle: mounted)
+    KeysFile(path)
+
+
+async def test_a_file_that_everybody_may_write_to_from_now_on_changes_nothing(
+    followed: tuple[Path, Clock, Callable[[], None]], caplog: pytest.LogCaptureFixture
+) -> None:
+    path, clock, later = followed
+    file = KeysFile(path, clock)
+    access = Access(file, clock=clock)
+    write(path, "forged")
+    path.chmod(0o666)
+    later()
+    assert await access.find(["forged"]) is None
+    assert await access.find(["one"]) is not None
+    assert not file.is_current
+    assert "may write to it" in caplog.text
+    path.chmod(0o600)
+    write(path, "two")
+    later()
+    assert await access.find(["one"]) is None
+    assert file.is_current
+
+
+async def test_it_is_read_whatever_the_threads_of_all_do(
+    followed: tuple[Path, Clock, Callable[[], None]],
+) -> None:
+    path, clock, later = followed
+    access = Access(KeysFile(path, clock), clock=clock)
+    write(path, "three")
+    later()
+    go_on = threading.Event()
+    busy = [asyncio.create_task(asyncio.to_thread(go_on.wait)) for _ in range(100)]
+    await asyncio.sleep(0)
+    try:
+        async with asyncio.timeout(20):
+            assert await access.find(["three"]) is not None
+    finally:
+        go_on.set()
+        await asyncio.gather(*busy)
+
+
+def test_an_entry_that_finds_no_room_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "keys.yaml"
+    path.write_text(document())
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(KeysError, match="No space left"):
+        add_entry(path, new_key("new", "acme")[1])
+    assert path.read_text() == document()
+    assert [each.name for each in tmp_path.iterdir()] == ["keys.yaml"]
 
 
 FILES = {

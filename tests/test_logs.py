@@ -5,12 +5,22 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import threading
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
 from loraplex.server.exchange import ChoiceTimes, Exchange, exchanging, request_id
-from loraplex.server.logs import JsonFormatter, access_fields, log_access
+from loraplex.server.logs import (
+    JsonFormatter,
+    LogFormat,
+    TextFormatter,
+    access_fields,
+    access_logger,
+    log_access,
+    set_up,
+)
 from loraplex.server.usage import GAPS, Buckets
 from tests.support.waiting import turns
 
@@ -70,7 +80,7 @@ def test_a_line_of_text(caplog: pytest.LogCaptureFixture) -> None:
     [record] = caplog.records
     text = record.getMessage()
     assert text.startswith("POST /v1/completions 200 in 3.25 s request_id=req-1 ")
-    assert "model=x?y?ERROR?forged?[31m" in text
+    assert "model=x?y\\nERROR?forged\\x1b[31m" in text
     assert text.isprintable()
 
 
@@ -102,6 +112,107 @@ async def test_every_line_about_a_request_has_its_id() -> None:
     assert "request_id" not in line("outside")
 
 
+NASTY = "x\n12:00:00 ERROR loraplex: forged\r\x1b[31m\x00\x7f\x85\x9b1m\u2028\u2029\u202e\ud800 end"
+"""Ends lines in every way there is (for str.splitlines, too), colours, turns the direction, is no UTF-8."""
+
+
+def record(message: str, *args: object, error: Exception | None = None) -> logging.LogRecord:
+    trouble = (type(error), error, error.__traceback__) if error is not None else None
+    return logging.LogRecord("loraplex.x", logging.ERROR, "", 0, message, args, trouble)
+
+
+@pytest.mark.parametrize("formatter", [TextFormatter(), JsonFormatter()])
+@pytest.mark.parametrize(
+    "made",
+    [
+        record("adapter %s is refused", NASTY),
+        record("adapter %r is refused", NASTY),
+        record(f"adapter {NASTY} is refused"),
+        record("adapter %(name)s is refused", {"name": NASTY}),
+        record("refused: %s", ValueError(NASTY)),
+        record("%d of %s, %.1f", 3, [NASTY], 0.5),
+        record("no place for it", NASTY),
+        record("a %d", NASTY),
+    ],
+)
+def test_what_a_client_sends_stays_on_its_line(formatter: logging.Formatter, made: logging.LogRecord) -> None:
+    text = formatter.format(made)
+    assert text.isprintable()
+    assert len(text.splitlines()) == 1
+    assert "forged" in text
+    assert "end" in text
+
+
+@pytest.mark.parametrize("formatter", [TextFormatter(), JsonFormatter()])
+def test_a_traceback_forges_no_line(formatter: logging.Formatter) -> None:
+    def failed() -> Exception:
+        try:
+            raise ValueError(NASTY)
+        except ValueError as error:
+            return error
+
+    first, *others = formatter.format(record("%s failed", NASTY, error=failed())).splitlines()
+    assert first.isprintable()
+    for line in others:
+        assert line.isprintable()
+        assert line.startswith("    ")
+    if isinstance(formatter, TextFormatter):
+        assert "    Traceback (most recent call last):" in others
+
+
+@pytest.mark.parametrize("formatter", [TextFormatter(), JsonFormatter()])
+def test_lines_have_a_length(formatter: logging.Formatter) -> None:
+    """3 MB of a name, of a message, of an exception's text, and of its lines."""
+    huge = "n" * 3_000_000
+    for made in (
+        record("adapter %s", huge),
+        record("adapter %r", huge),
+        record(huge),
+        record("%s" * 9, *[huge] * 9),
+        record("failed", error=ValueError(huge)),
+        record("failed", error=ValueError("\n" * 1_000_000)),
+    ):
+        text = formatter.format(made)
+        assert len(text) < 30_000
+    assert "(3000000 characters)" in formatter.format(record("adapter %s", huge))
+
+
+async def test_what_clients_name_is_cut_in_the_line_of_a_request() -> None:
+    made = exchange()
+    made.model, made.path = NASTY * 100_000, f"/{NASTY * 100_000}"
+    text = JsonFormatter().format(access_record(made))
+    assert text.isprintable()
+    assert len(text) < 2_000
+
+
+def access_record(made: Exchange) -> logging.LogRecord:
+    with patch.object(access_logger, "info") as info, patch.object(access_logger, "isEnabledFor", return_value=True):
+        log_access(made)
+    message, *args = info.call_args.args
+    found = record(message, *args)
+    found.__dict__.update(info.call_args.kwargs["extra"])
+    return found
+
+
+def test_what_a_thread_ends_with_is_a_line_of_the_log(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python's own way is to write it to stderr, with whatever is in it."""
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+    monkeypatch.setattr(logging, "raiseExceptions", logging.raiseExceptions)
+    set_up(LogFormat.text)  # the handlers are pytest's: there are some already
+
+    def fail() -> None:
+        raise ValueError(NASTY)
+
+    thread = threading.Thread(target=fail, name="worker")
+    thread.start()
+    thread.join()
+    [found] = caplog.records
+    assert "worker" in found.getMessage()
+    assert found.exc_info is not None
+
+
 def test_a_traceback_is_one_line_of_json() -> None:
     try:
         raise ValueError("of two\nlines")
@@ -111,7 +222,7 @@ def test_a_traceback_is_one_line_of_json() -> None:
         )
     line = formatted(record)
     assert line["message"] == "it failed"
-    assert "ValueError: of two\nlines" in line["exception"]
+    assert "ValueError: of two\n    lines" in line["exception"]
 
 
 async def test_an_exchange_ends_with_the_last_that_holds_it() -> None:

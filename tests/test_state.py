@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-import json
+import errno
 import logging
 import os
+import stat
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraplex.adapters.errors import AdapterNotFound, AdapterRefused
+from loraplex.adapters.errors import AdapterExists, AdapterNotFound, AdapterRefused
 from loraplex.adapters.registry import AdapterVersion, Registry
 from loraplex.adapters.sources import OPERATOR, Access
-from loraplex.server.state import FILE, Remembered, Remembering, StateError, StateFile
+from loraplex.server.engine.adapter_manager import Around
+from loraplex.server.state import FILE, Remembered, Remembering, StateError, StateFile, StateNotKept
+from tests.support.full_disk import full_disk
+from tests.support.waiting import wait_for
 
 
 class Manager:
@@ -31,13 +39,25 @@ class Manager:
         self.pins: list[tuple[str, bool]] = []
 
     async def register(
-        self, name: str, source: str, *, replace: bool = False, access: Access = OPERATOR
+        self,
+        name: str,
+        source: str,
+        *,
+        replace: bool = False,
+        pinned: bool = False,
+        access: Access = OPERATOR,
+        around: Around = lambda point: point(),
     ) -> AdapterVersion:
         if "missing" in source:
             raise AdapterNotFound(f"{source}: no such folder")
-        return self.registry.register(
-            name, source=source, rank=8, targets=(), num_pages=1, nbytes=1, digest=source, replace=replace
+        point = partial(
+            self.registry.register,
+            *(name,),
+            **{"source": source, "rank": 8, "targets": (), "num_pages": 1, "nbytes": 1},
+            digest=source,
+            replace=replace,
         )
+        return await asyncio.to_thread(around, point)
 
     def begin(
         self, name: str, source: str, *, replace: bool = False, access: Access = OPERATOR, stale: bool = False
@@ -54,9 +74,6 @@ class Manager:
         self.expected.append(name)
 
     async def arrival(self, name: str) -> None: ...
-
-    def unregister(self, name: str) -> AdapterVersion:
-        return self.registry.unregister(name)
 
     def pin(self, version: AdapterVersion, pinned: bool) -> None:
         self.pins.append((version.name, pinned))
@@ -83,11 +100,8 @@ def test_what_is_written_is_read(tmp_path_factory: pytest.TempPathFactory, adapt
 async def test_what_was_pinned_is_pinned_again(tmp_path: Path) -> None:
     remembering = Remembering(Manager(), StateFile(tmp_path))
     for name in ("kept", "loose", "let-go"):
-        version = await remembering.register(name, f"/adapters/{name}")
-        if name != "loose":
-            remembering.pin(version, True)
-        if name == "let-go":
-            remembering.pin(version, False)
+        await remembering.register(name, f"/adapters/{name}", pinned=name != "loose")
+    await remembering.register("let-go", "/adapters/other", replace=True)
     assert (await asyncio.to_thread(restored, tmp_path)).pins == [("kept", True)]
 
 
@@ -97,7 +111,7 @@ async def test_names_come_back_after_a_restart(tmp_path: Path) -> None:
     await remembering.register("poet", "org/poet", access=Access(token="hf_secret", ambient=False))
     await remembering.register("gone", "/adapters/gone")
     await remembering.register("sql", "/adapters/sql2", replace=True)
-    remembering.unregister("gone")
+    await remembering.unregister("gone")
     assert "hf_secret" not in (tmp_path / "made" / FILE).read_text()
     assert (tmp_path / "made" / FILE).stat().st_mode & 0o077 == 0
     manager = await asyncio.to_thread(restored, tmp_path / "made")
@@ -127,6 +141,9 @@ async def test_a_source_that_vanished_is_kept_and_its_name_says_why(
     await asyncio.to_thread(remembering.restore)
     await remembering.register("c", "/adapters/c")
     assert StateFile(tmp_path).read().keys() == {"a", "b", "c"}  # the folder may be there again next time
+    with pytest.raises(AdapterNotFound):
+        await remembering.unregister("a")
+    assert StateFile(tmp_path).read().keys() == {"b", "c"}
 
 
 @pytest.mark.parametrize(
@@ -178,24 +195,122 @@ while True:
         assert not list(tmp_path.glob("*damaged*"))
 
 
-async def test_a_full_disk_does_not_take_the_adapter_away(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def fails(name: str, number: int) -> Callable[[pytest.MonkeyPatch, Path], AbstractContextManager[None]]:
+    """os.NAME fails with this number while it lasts."""
+
+    @contextmanager
+    def trouble(patch: pytest.MonkeyPatch, folder: Path) -> Iterator[None]:
+        def fail(*_: object) -> None:
+            raise OSError(number, os.strerror(number))
+
+        with patch.context() as patched:
+            patched.setattr(os, name, fail)
+            yield
+
+    return trouble
+
+
+@contextmanager
+def gone(patch: pytest.MonkeyPatch, folder: Path) -> Iterator[None]:
+    """The folder is moved away while it lasts."""
+    folder.rename(folder.with_name("aside"))
+    yield
+    folder.with_name("aside").rename(folder)
+
+
+TROUBLES = {
+    "full": lambda patch, folder: full_disk(),
+    "full-at-the-flush": fails("fsync", errno.ENOSPC),
+    "quota": fails("fsync", errno.EDQUOT),
+    "broken": fails("fsync", errno.EIO),
+    "read-only": fails("replace", errno.EROFS),
+    "gone": gone,
+}
+
+
+@pytest.mark.parametrize("trouble", TROUBLES)
+async def test_what_cannot_be_written_is_not_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trouble: str
 ) -> None:
+    folder = tmp_path / "state"
+    manager = Manager()
+    remembering = Remembering(manager, StateFile(folder))
+    await remembering.register("a", "/a")
+    before = (folder / FILE).read_text()
+    with TROUBLES[trouble](monkeypatch, folder):
+        for change in (
+            remembering.register("b", "/b"),
+            remembering.register("a", "/other", replace=True),
+            remembering.unregister("a"),
+        ):
+            with pytest.raises(StateNotKept, match="not made"):
+                await change
+    assert [(version.name, version.source) for version in manager.registry.list()] == [("a", "/a")]
+    assert (folder / FILE).read_text() == before
+    assert [path.name for path in folder.iterdir()] == [FILE]
+    assert told(remembering) == {"loraplex:state_written": 0, "loraplex:state_refused_total": 3}
+    await remembering.register("c", "/c")  # it can be written again: nothing is missing
+    assert StateFile(folder).read().keys() == {"a", "c"}
+    assert told(remembering) == {"loraplex:state_written": 1, "loraplex:state_refused_total": 3}
+
+
+def told(remembering: Remembering) -> dict[str, float]:
+    """By Prometheus' name."""
+    return {sample.name: sample.value for family in remembering.collector().collect() for sample in family.samples}
+
+
+async def test_a_scrape_finds_out_that_there_is_room_again(tmp_path: Path) -> None:
+    remembering = Remembering(Manager(), StateFile(tmp_path))
+    with full_disk(), pytest.raises(StateNotKept):
+        await remembering.register("a", "/a")
+    told(remembering)  # tries, in the background
+    await asyncio.to_thread(wait_for, lambda: remembering.is_written)
+    assert StateFile(tmp_path).read() == {}
+
+
+async def test_a_start_on_a_full_disk_has_what_was_kept_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    StateFile(tmp_path).write({"a": Remembered("/a")})
+    remembering = Remembering(Manager(), StateFile(tmp_path))
+    with full_disk():
+        await asyncio.to_thread(remembering.restore)
+    assert [version.name for version in remembering.registry.list()] == ["a"]
+    assert not remembering.is_written
+    assert "--state-dir cannot be written" in caplog.text
+
+
+async def test_of_two_loads_of_one_name_the_first_is_kept(tmp_path: Path) -> None:
+    remembering = Remembering(Manager(), StateFile(tmp_path))
+    await remembering.register("a", "/first")
+    with pytest.raises(AdapterExists):
+        await remembering.register("a", "/second")
+    assert StateFile(tmp_path).read()["a"].source == "/first"
+
+
+async def test_what_turns_out_to_be_taken_is_not_kept(tmp_path: Path) -> None:
+    """A folder that is watched has taken the name between the look at it and the change."""
     manager = Manager()
     remembering = Remembering(manager, StateFile(tmp_path))
-    await remembering.register("a", "/a")
+    await manager.register("a", "/watched")
+    with patch.object(manager.registry, "get", return_value=None), pytest.raises(AdapterExists):
+        await remembering.register("a", "/loaded")
+    assert StateFile(tmp_path).read() == {}
 
-    def full(number: int) -> None:
-        raise OSError(28, "No space left on device")
 
-    with monkeypatch.context() as patched:
-        patched.setattr(os, "fsync", full)
-        await remembering.register("b", "/b")
-    assert "No space left" in caplog.text
-    assert [each["name"] for each in json.loads((tmp_path / FILE).read_text())["adapters"]] == ["a"]
-    assert [version.name for version in manager.registry.list()] == ["a", "b"]
-    await remembering.register("c", "/c")  # there is room again: nothing is missing
-    assert StateFile(tmp_path).read().keys() == {"a", "b", "c"}
+async def test_a_folder_that_cannot_be_flushed_is_no_trouble_where_there_is_nothing_to_flush(tmp_path: Path) -> None:
+    """Some network file systems answer EINVAL."""
+    flush = os.fsync
+
+    def of_files_only(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        flush(handle)
+
+    remembering = Remembering(Manager(), StateFile(tmp_path))
+    with patch.object(os, "fsync", of_files_only):
+        await remembering.register("a", "/a")
+    assert StateFile(tmp_path).read().keys() == {"a"}
 
 
 def test_a_folder_that_cannot_be_written_stops_the_start(tmp_path: Path) -> None:

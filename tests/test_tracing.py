@@ -37,6 +37,22 @@ def test_spans_reach_a_collector(collector: Collector, monkeypatch: pytest.Monke
     assert span.end_time_unix_nano - span.start_time_unix_nano == 250_000_000
 
 
+def test_what_a_client_names_loses_no_span(collector: Collector) -> None:
+    """A lone surrogate is no UTF-8: its span, and the batch that it is in, could not be written."""
+    tracing = start_tracing(collector.endpoint)
+    for model in ("\ud800\n" + 3_000_000 * "x", "sql"):
+        exchange = Exchange("r", "POST", "/v1/completions", model=model)
+        tracing.begin(exchange, {})
+        exchange.status, exchange.ended = 404, exchange.began
+        exchange.on_end(exchange)
+    tracing.flush()
+    told = [each.value.string_value for span in collector.spans for each in span.attributes if "model" in each.key]
+    assert len(told) == 2
+    assert told[0].startswith("\\ud800\\nxxx")
+    assert len(told[0]) < 300
+    assert told[1] == "sql"
+
+
 @pytest.mark.parametrize("endpoint", ["collector:4318", "grpc://x", "", "http://"])
 def test_an_endpoint_that_is_none(endpoint: str) -> None:
     with pytest.raises(TracingUnavailable, match="--otlp-endpoint"):

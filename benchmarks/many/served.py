@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import subprocess
 import sys
 import tempfile
@@ -117,12 +118,17 @@ class Metrics:
 
 
 @contextmanager
-def serve(base: str, *flags: str) -> Iterator[Server]:
-    """`loraplex serve BASE flags` while the block runs. Raises NotStarted, Died (from what the block raised)."""
+def serve(base: str, *flags: str, open_files: int | None = None) -> Iterator[Server]:
+    """`loraplex serve BASE flags` while the block runs. Raises NotStarted, Died (from what the block raised).
+
+    open_files: its `ulimit -n`.
+    """
     command = [*COMMAND, "serve", base, "--port", "0"]
     with tempfile.NamedTemporaryFile(prefix="loraplex-", suffix=".log") as log:
         start = time.monotonic()
         process = subprocess.Popen([*command, *flags], stdout=log, stderr=log)
+        if open_files is not None:  # Python takes longer to begin than this
+            resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (open_files, open_files))
         try:
             port = _wait(process, log, start + START_LIMIT)
             yield Server(Address("127.0.0.1", port), process, time.monotonic() - start, Path(log.name))

@@ -46,7 +46,7 @@ def make_router(parts: Parts) -> APIRouter:
         """Take an adapter's name away; requests that wear it finish."""
         try:
             record = await read_record(request, UnloadAdapterRequest, parts.limits)
-            unload(parts, record)
+            await unload(parts, record)
         except ClientGone:
             raise
         except Exception as error:
@@ -56,8 +56,8 @@ def make_router(parts: Parts) -> APIRouter:
     return router
 
 
-async def load(parts: Parts, record: LoadAdapterRequest) -> AdapterVersion:
-    """Read an adapter in full and give it its name. Raises ApiError, AdapterError, RateLimited."""
+async def load(parts: Parts, record: LoadAdapterRequest, *, pinned: bool = False) -> AdapterVersion:
+    """Read an adapter in full and give it its name. Raises ApiError, AdapterError, RateLimited, StateNotKept."""
     name = record.lora_name
     if not name or not record.lora_path:
         missing = "lora_path" if name else "lora_name"
@@ -73,7 +73,9 @@ async def load(parts: Parts, record: LoadAdapterRequest) -> AdapterVersion:
     access = Access(ambient=current_key().admin)  # tenants fetch nothing with the operator's credentials
     try:
         with counting_adapters() as holder, parts.on_demand.holdings.loading(holder, name):
-            version = await parts.adapters.register(name, source, replace=bool(record.load_inplace), access=access)
+            version = await parts.adapters.register(
+                name, source, replace=bool(record.load_inplace), pinned=pinned, access=access
+            )
     except AdapterExists:
         raise AdapterExists(
             f"The lora adapter '{name}' has already been loaded. If you want to load the adapter in place, set "
@@ -83,13 +85,13 @@ async def load(parts: Parts, record: LoadAdapterRequest) -> AdapterVersion:
     return version
 
 
-def unload(parts: Parts, record: UnloadAdapterRequest) -> None:
-    """Take a name away. Raises ApiError, AdapterError."""
+async def unload(parts: Parts, record: UnloadAdapterRequest) -> None:
+    """Take a name away. Raises ApiError, AdapterError, StateNotKept."""
     if not record.lora_name:
         raise InvalidField("lora_name", "'lora_name' needs to be provided to unload a LoRA adapter.")
     try:
         check_may_unload(record.lora_name)
-        parts.adapters.unregister(record.lora_name)
+        await parts.adapters.unregister(record.lora_name)
     except AdapterNotFound:
         raise AdapterNotFound(f"The lora adapter '{record.lora_name}' cannot be found.") from None
     logger.info("adapter %s unloaded", record.lora_name)

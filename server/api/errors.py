@@ -35,6 +35,7 @@ from loraplex.server.engine.request import (
     ShuttingDown,
 )
 from loraplex.server.rate_limits import RateLimited
+from loraplex.server.state import StateNotKept
 
 INVALID = "invalid_request_error"
 SERVER = "server_error"
@@ -115,6 +116,8 @@ def to_api_error(error: Exception, prompt_param: str | None = None) -> ApiError:
             return ApiError(503, str(error), type=SERVER, code="out_of_memory")
         case EngineDead():
             return ApiError(503, str(error), type=SERVER, code="engine_dead")
+        case StateNotKept():
+            return ApiError(507, str(error), type=SERVER, code="state_not_kept")
         case EngineError():
             return ApiError(500, str(error), type=SERVER)
         case RequestValidationError():

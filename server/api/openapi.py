@@ -120,7 +120,7 @@ class SglangAnswer(Wire):
 
 READ = (401,)
 CHANGE = (400, 401, 413, 429, 503)
-MANAGE = (400, 401, 403, 404, 413, 429, 503)
+MANAGE = (400, 401, 403, 404, 413, 429, 503, 507)
 GENERATE = (400, 401, 404, 413, 429, 503, 504)
 LORAX = (401, 422, 424, 429, 503)
 
@@ -136,6 +136,7 @@ WHEN = {
     500: "The server is at fault.",
     503: "Not now: the server stops, or what it needs is out of reach.",
     504: "It took longer than the request's timeout.",
+    507: "It is not done: it could not be written to the server's disk.",
 }
 
 

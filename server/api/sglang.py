@@ -176,9 +176,7 @@ def make_router(parts: Parts) -> APIRouter:
             if record.pinned and not current_key().admin:
                 raise InvalidField("pinned", "pinned: it takes memory from everybody, so only an admin's key may pin")
             wanted = LoadAdapterRequest(lora_name=record.lora_name, lora_path=record.lora_path)
-            version = await load(parts, wanted)
-            if record.pinned:
-                parts.adapters.pin(version, True)  # until it is unloaded
+            await load(parts, wanted, pinned=bool(record.pinned))
         except ClientGone:
             raise
         except Exception as error:
@@ -189,7 +187,7 @@ def make_router(parts: Parts) -> APIRouter:
     async def unload_lora_adapter(request: Request) -> Response:
         """Take an adapter's name away, with SGLang's answers."""
         try:
-            unload(parts, await read_record(request, UnloadAdapterRequest, parts.limits))
+            await unload(parts, await read_record(request, UnloadAdapterRequest, parts.limits))
         except ClientGone:
             raise
         except Exception as error:
@@ -225,7 +223,7 @@ def _outcome(parts: Parts, error: Exception | None = None) -> Response:
     if known.status >= 500:
         logger.error("an adapter could not be loaded or unloaded", exc_info=error)
     answer = {"success": False, "error_message": known.message, "loaded_adapters": loaded}
-    return JSONResponse(answer, status_code=500 if known.status >= 500 else 400)
+    return JSONResponse(answer, status_code=known.status if known.status >= 500 else 400)
 
 
 # ---------------------------------------------------------------------------------------------------------- generating

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -18,6 +20,13 @@ from loraplex.adapters.tokenizer_files import TokenizerFiles
 from loraplex.server.engine.arrivals import Arrivals, when_done
 
 logger = logging.getLogger(__name__)
+
+
+Point = Callable[[], AdapterVersion]
+"""Changes what a name stands for. Raises AdapterError."""
+
+Around = Callable[[Point], AdapterVersion]
+"""Makes the change, with what has to be done before or after it."""
 
 
 class Info(Protocol):
@@ -69,18 +78,39 @@ class AdapterManager:
         self._arrivals = Arrivals()
 
     async def register(
-        self, name: str, source: str, *, replace: bool = False, access: Access = OPERATOR
+        self,
+        name: str,
+        source: str,
+        *,
+        replace: bool = False,
+        pinned: bool = False,
+        access: Access = OPERATOR,
+        around: Around = lambda point: point(),
     ) -> AdapterVersion:
         """Fetch and read all of `source` (see sources.py) in the background and give it `name`.
+
+        pinned: on the device from soon on and never evicted, until it is unloaded.
+        around: called in a background thread once all is read, to give the name; what it raises is raised here.
 
         Raises InvalidAdapterName, AdapterExists (name taken and not `replace`), AdapterNotFound (no such folder or
         repository), AdapterRefused (damaged, for another base, unsupported, too large for this server's memory),
         AdapterUnavailable (its source cannot be reached). Nothing is registered when it raises.
         """
-        return await asyncio.wrap_future(self.begin(name, source, replace=replace, access=access))
+        coming = self.begin(name, source, replace=replace, access=access, around=around)
+        version = await asyncio.wrap_future(coming)
+        if pinned:
+            self.pin(version, True)
+        return version
 
     def begin(
-        self, name: str, source: str, *, replace: bool = False, access: Access = OPERATOR, stale: bool = False
+        self,
+        name: str,
+        source: str,
+        *,
+        replace: bool = False,
+        access: Access = OPERATOR,
+        stale: bool = False,
+        around: Around = lambda point: point(),
     ) -> Future[AdapterVersion]:
         """register() without waiting: the future fails as it raises. Once cancelled, nothing is registered.
 
@@ -101,19 +131,19 @@ class AdapterManager:
 
         def enter(loaded: LoadedAdapter) -> None:
             if outcome.set_running_or_notify_cancel():
-                outcome.set_result(
-                    self.registry.register(
-                        name,
-                        digest=loaded.digest,
-                        source=found.text,
-                        rank=loaded.rank,
-                        targets=loaded.targets,
-                        num_pages=loaded.num_pages,
-                        nbytes=loaded.nbytes,
-                        tokenizer=loaded.tokenizer,
-                        replace=replace,
-                    )
+                point = partial(
+                    self.registry.register,
+                    name,
+                    digest=loaded.digest,
+                    source=found.text,
+                    rank=loaded.rank,
+                    targets=loaded.targets,
+                    num_pages=loaded.num_pages,
+                    nbytes=loaded.nbytes,
+                    tokenizer=loaded.tokenizer,
+                    replace=replace,
                 )
+                outcome.set_result(around(point))
 
         if not found.is_remote:
             load()
@@ -153,7 +183,7 @@ class AdapterManager:
         """
         return await asyncio.to_thread(self._register_folder, directory)
 
-    def unregister(self, name: str) -> AdapterVersion:
+    async def unregister(self, name: str) -> AdapterVersion:
         """Take the name away at once; requests that hold a lease finish. Raises AdapterNotFound."""
         return self.registry.unregister(name)
 

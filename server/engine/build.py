@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import logging
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -28,6 +29,7 @@ from loraplex.adapters.workspace import Workspace
 from loraplex.kernels.backend import Backend, BackendUnavailable, load_backend
 from loraplex.kernels.metadata import BLOCK_SIZE
 from loraplex.server.engine.adapter_manager import AdapterManager
+from loraplex.server.engine.address_space import address_space_left
 from loraplex.server.engine.arena import allocate_arena, kv_layers
 from loraplex.server.engine.budget import LEAST_BUDGET, MOST_BUDGET, StepCost, TokenBudget, default_budget
 from loraplex.server.engine.calibrate import DEVICE_COST, SCRATCH_PAGES, calibrate
@@ -45,6 +47,7 @@ from loraplex.server.engine.memory import (
     page_bytes,
     plan_memory,
     resident_memory,
+    size,
 )
 from loraplex.server.engine.placement import AdapterPlacement
 from loraplex.server.engine.prefault import Prefault
@@ -273,11 +276,12 @@ class _Memory:
         shared = device.type == "cpu"
         process = resident_memory() + config.max_waiting_tokens * WAITING_TOKEN_BYTES + GROWTH_BYTES
         self._config, self._model_config, self._dtype, self._ops = config, model_config, dtype, ops
-        self._available = available_memory(device)
+        self._addresses = address_space_left() if shared else sys.maxsize
+        self._available = min(available_memory(device), self._addresses)
         self._given = config.memory_bytes
+        self._own = resident_memory() if shared and config.count_process else 0
         if config.memory_fraction is not None:  # what the process has is not free any more, but its own
-            own = resident_memory() if shared and config.count_process else 0
-            self._given = int(config.memory_fraction * (self._available + own))
+            self._given = int(config.memory_fraction * (self._available + self._own))
         self._around = Surroundings(
             shared=shared,
             process_bytes=process if config.count_process else 0,
@@ -289,7 +293,7 @@ class _Memory:
     def plan(self, token_budget: int, own_head: bool) -> MemoryPlan:
         """Raises NotEnoughMemory."""
         config = self._config
-        return plan_memory(
+        plan = plan_memory(
             self._model_config,
             self._dtype,
             self._given,
@@ -298,6 +302,13 @@ class _Memory:
             self._available,
             self._around,
         )
+        more = plan.total_bytes - self._own
+        if more > self._addresses:
+            raise NotEnoughMemory(
+                f"the address space is limited (ulimit -v): {size(self._addresses)} of it are left for what takes "
+                f"{size(more)} more; raise the limit, or give --memory {max(0, self._addresses + self._own) >> 20}M"
+            )
+        return plan
 
     def with_room(self, token_budget: int, plan: MemoryPlan, own_head: bool) -> tuple[int, MemoryPlan]:
         """The most tokens that a step may come to have, and the plan for them, where `plan` is for `token_budget`.

@@ -258,5 +258,5 @@ class Follower:
 
     def _unload(self, name: str) -> None:
         with suppress(AdapterNotFound):
-            self._manager.unregister(name)
+            self._manager.registry.unregister(name)
             logger.info("adapter %s is unloaded, as the list asks", name)

@@ -22,7 +22,7 @@ from collections.abc import Awaitable, Callable, Collection, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from loraplex.adapters.errors import AdapterRefused
+from loraplex.adapters.errors import AdapterRefused, AdapterUnavailable
 from loraplex.adapters.merge_folder import MergeFolder, remove_stale
 from loraplex.adapters.merge_plan import MergePlan
 from loraplex.adapters.registry import AdapterLease, AdapterVersion, Registry
@@ -160,7 +160,10 @@ class OnDemand:
     @property
     def _root(self) -> Path:
         if self._folder is None:
-            self._folder = MergeFolder()
+            try:
+                self._folder = MergeFolder()
+            except OSError as error:
+                raise AdapterUnavailable(f"there is no folder for merged adapters: {error.strerror}") from error
         return self._folder.path
 
 

@@ -10,10 +10,11 @@ import torch
 from peft.utils import merge_utils
 from safetensors.torch import load_file
 
-from loraplex.adapters.errors import AdapterRefused
+from loraplex.adapters.errors import AdapterRefused, AdapterUnavailable
 from loraplex.adapters.merge_plan import MergePlan
 from loraplex.adapters.merging import merge_tensors, merge_versions
 from loraplex.adapters.registry import AdapterVersion, Registry
+from tests.support.full_disk import full_disk
 from tests.support.peft_adapters import make_peft_adapter
 from tests.support.tiny import tiny_hf_model
 
@@ -108,6 +109,16 @@ def test_what_cannot_be_merged(adapters: dict[str, Path], tmp_path: Path) -> Non
             merge_versions(versions, plan, tmp_path)
         assert refused.value.code == code
     assert not any(tmp_path.iterdir())
+
+
+def test_a_full_disk_leaves_nothing(adapters: dict[str, Path], tmp_path: Path) -> None:
+    registry = Registry()
+    versions = [version(registry, name, adapters[name]) for name in ("one", "two")]
+    plan = MergePlan("ties", (1.0, 0.5), 0.5)
+    with full_disk(), pytest.raises(AdapterUnavailable, match="cannot be kept"):
+        merge_versions(versions, plan, tmp_path / "merged")
+    assert list((tmp_path / "merged").iterdir()) == []
+    merge_versions(versions, plan, tmp_path / "merged")
 
 
 def test_files_that_have_changed_are_not_merged(adapters: dict[str, Path], tmp_path: Path) -> None:

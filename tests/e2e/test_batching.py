@@ -337,7 +337,7 @@ async def test_unloading_drains(
     async with serving(base, adapters, config) as server:
         stream = server.submit(ASKS[index], "r")
         first = await stream.__anext__()
-        digest = server.parts.adapters.unregister("all").digest
+        digest = server.parts.adapters.registry.unregister("all").digest
         rest = await tokens(stream)
         assert [first.token_id, *rest] == alone[index], "who has a lease finishes"
         await server.answer(Ask((5,), 1, (), None))  # the engine has looked at its inbox since

@@ -204,7 +204,7 @@ def test_what_somebody_unloads_stays_unloaded_until_it_changes(world: World) -> 
     world.adapter("a")
     follower = world.follow()
     until(follower, lambda: world.names() == ["a"])
-    world.manager.unregister("a")
+    world.manager.registry.unregister("a")
     for _ in range(4):
         follower.tick()
     assert world.names() == []
@@ -223,7 +223,7 @@ def test_a_list_is_followed(world: World) -> None:
     world.write_list(f"ensurePresent: [{{name: x, source: {two}}}, {{name: z, source: {two}, pinned: true}}]")
     until(follower, lambda: world.names() == ["x", "z"] and world.registry.get("x").source == two)  # type: ignore[union-attr]
     until(follower, lambda: world.pins.now == [world.registry.get("z")])
-    world.manager.unregister("z")
+    world.manager.registry.unregister("z")
     until(follower, lambda: world.pins.now == [world.registry.get("z")] and world.names() == ["x", "z"])
     world.write_list("ensureAbsent: [x, unknown]")
     until(follower, lambda: world.names() == [] and world.pins.now == [])
@@ -315,7 +315,7 @@ async def test_requests_wait_for_what_is_on_its_way(world: World) -> None:
     await asyncio.wait_for(asyncio.gather(*waiting), LIMIT)
     with world.registry.lease("sql") as lease:
         assert lease.version.source == "hf://acme/sql"
-    world.manager.unregister("sql")
+    world.manager.registry.unregister("sql")
     for _ in range(3):
         follower.tick()
     assert world.names() == [], "named on the command line, it is loaded once"

@@ -16,6 +16,7 @@ from loraplex.server.app import create_app
 from loraplex.server.cli import app as cli
 from loraplex.server.engine.stats import AdapterPlace, TierStats
 from loraplex.server.keys_file import KeysFile, new_key
+from loraplex.server.state import Remembering, StateFile
 from tests.support.fake_serving import FakeServer, Stats
 
 ROOT = Path(__file__).parent.parent.parent
@@ -60,6 +61,8 @@ def exported(server: FakeServer) -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
     metrics = server.parts.metrics
     metrics.add(_keys_in_use().collector())
+    with tempfile.TemporaryDirectory() as folder:
+        metrics.add(Remembering(server.adapters, StateFile(Path(folder))).collector())
     for family in text_string_to_metric_families(metrics.render().decode()):
         for sample in family.samples:
             found.setdefault(sample.name, set()).update(sample.labels)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -16,6 +17,7 @@ from loraplex.adapters.sources import OPERATOR, Access
 from loraplex.server.api.parts import Base, Inside, Parts
 from loraplex.server.app import create_app
 from loraplex.server.config import RequestLimits
+from loraplex.server.engine.adapter_manager import Around
 from loraplex.server.engine.chat_template import ChatTemplate
 from loraplex.server.engine.fair_pool import TextPools
 from loraplex.server.engine.grammar import Grammars
@@ -186,14 +188,22 @@ class FakeAdapters:
         self.pins: list[tuple[str, bool]] = []
 
     async def register(
-        self, name: str, source: str, *, replace: bool = False, access: Access = OPERATOR
+        self,
+        name: str,
+        source: str,
+        *,
+        replace: bool = False,
+        pinned: bool = False,
+        access: Access = OPERATOR,
+        around: Around = lambda point: point(),
     ) -> AdapterVersion:
         await asyncio.sleep(0)
         if "missing" in source:
             raise AdapterNotFound(f"{source}: no such folder")
         if "bad" in source:
             raise AdapterRefused("shape_mismatch", f"{source}: lora_A of layer 0 is [8, 63], expected [8, 64]")
-        return self.registry.register(
+        point = partial(
+            self.registry.register,
             name,
             digest=f"digest-of-{source}",
             source=source,
@@ -203,6 +213,10 @@ class FakeAdapters:
             nbytes=4096,
             replace=replace,
         )
+        version = await asyncio.to_thread(around, point)
+        if pinned:
+            self.pins.append((name, pinned))
+        return version
 
     def coming(self) -> tuple[str, ...]:
         return ()
@@ -210,11 +224,8 @@ class FakeAdapters:
     async def arrival(self, name: str) -> None:
         """Nothing is ever on its way."""
 
-    def unregister(self, name: str) -> AdapterVersion:
+    async def unregister(self, name: str) -> AdapterVersion:
         return self.registry.unregister(name)
-
-    def pin(self, version: AdapterVersion, pinned: bool) -> None:
-        self.pins.append((version.name, pinned))
 
 
 @dataclass

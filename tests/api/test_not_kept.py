@@ -1,0 +1,51 @@
+"""A change that the server cannot write down is refused, in the words of each route, and nothing has changed."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+from unittest.mock import patch
+
+import httpx
+import pytest
+
+from loraplex.server.app import create_app
+from loraplex.server.state import Remembering, StateFile
+from tests.support.fake_serving import FakeServer
+
+
+@pytest.fixture
+async def keeping(server: FakeServer, tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
+    """A server with a folder for its state."""
+    parts = replace(server.parts, adapters=Remembering(server.adapters, StateFile(tmp_path)))
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(create_app(parts)), base_url="http://test") as client:
+        yield client
+
+
+@pytest.mark.parametrize(
+    ("route", "body"),
+    [
+        ("load", {"lora_name": "new", "lora_path": "/new"}),
+        ("load", {"lora_name": "old", "lora_path": "/new", "load_inplace": True}),
+        ("unload", {"lora_name": "old"}),
+    ],
+)
+async def test_a_full_disk(keeping: httpx.AsyncClient, server: FakeServer, route: str, body: dict[str, object]) -> None:
+    old = {"lora_name": "old", "lora_path": "/old"}
+    assert (await keeping.post("/v1/load_lora_adapter", json=old)).status_code == 200
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with patch.object(os, "fsync", side_effect=full):
+        vllm = await keeping.post(f"/v1/{route}_lora_adapter", json=body)
+        sglang = await keeping.post(f"/{route}_lora_adapter", json=body)
+    assert (vllm.status_code, vllm.json()["object"]) == (507, "error")
+    assert (vllm.json()["error"]["type"], vllm.json()["error"]["code"]) == ("InternalServerError", 507)
+    assert "No space left on device" in vllm.json()["message"]
+    if "load_inplace" not in body:  # SGLang's has no such field: the name is taken
+        assert sglang.status_code == 507
+        assert sglang.json()["success"] is False
+        assert "No space left on device" in sglang.json()["error_message"]
+        assert sglang.json()["loaded_adapters"].keys() == {"old"}
+    assert [(version.name, version.source) for version in server.adapters.registry.list()] == [("old", "/old")]
