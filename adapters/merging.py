@@ -38,6 +38,7 @@ from loraplex.adapters.adapter_files import (
     read_bytes,
     view_tensors,
 )
+from loraplex.adapters.beneath import roots_of
 from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.merge_plan import MergePlan
 from loraplex.adapters.peft_config import parse_config, plan_modules
@@ -130,7 +131,7 @@ def _merge_factor(
 
 
 def _read(version: AdapterVersion, folder: Path) -> AdapterBytes:
-    files = read_bytes(folder, lambda: None)
+    files = read_bytes(folder, lambda: None, roots=roots_of(version.source))
     if version.digest not in (None, files.digest):
         raise AdapterRefused(
             "changed", f"the files of adapter {version.name!r} have changed since it was loaded; load it again"

@@ -11,6 +11,7 @@ its stamp and digest, or why it was refused.
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
 import time
 from collections import OrderedDict
@@ -23,7 +24,6 @@ from typing import Generic, TypeVar
 from torch import Tensor
 
 from loraplex.adapters.adapter_files import (
-    WEIGHTS_FILE,
     AdapterBytes,
     AdapterHead,
     ChangedMeanwhile,
@@ -35,8 +35,10 @@ from loraplex.adapters.adapter_files import (
     read_head,
     view_tensors,
 )
+from loraplex.adapters.beneath import roots_of
 from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.loader import ParsedImage, Reading
+from loraplex.adapters.pace import Breath
 from loraplex.adapters.peft_config import parse_config
 from loraplex.adapters.peft_format import AdapterModule, BaseBias, Blueprint, draw_blueprint
 from loraplex.adapters.peft_values import check_values
@@ -51,6 +53,9 @@ V = TypeVar("V")
 
 MAX_MESSAGE = 800
 """Characters of a refusal."""
+
+TENSORS_A_MODULE = 4
+"""At most: A, B, B's bias and the module's own."""
 
 MAX_BLUEPRINTS = 32
 """Some 250 KB each. A folder of thousands has a handful."""
@@ -89,10 +94,18 @@ class _Drawn:
 
 
 @dataclass(frozen=True)
+class _Place:
+    """Where a source's files are, and what they must not be led out of (beneath.py)."""
+
+    folder: Path
+    roots: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
 class _Remembered:
     """Of a source, from its last reading. Holds as long as the stamp does."""
 
-    folder: Path
+    place: _Place
     stamp: Stamp
     start: int  # of the data
     digest: str = ""
@@ -130,9 +143,9 @@ class AdapterReader:
 
         Raises AdapterNotFound, and AdapterRefused with the folder's path before the reason.
         """
-        folder = self._locate(source)
-        with _named(folder):
-            return self._draw(read_head(folder), lambda: None).info
+        place = self._place(source)
+        with _named(place.folder):
+            return self._draw(read_head(place.folder, place.roots), Breath(lambda: None)).info
 
     def read(self, reading: Reading) -> ParsedImage:
         """Read, check and pack an adapter. Raises as examine() does, and what reading.breathe() raises.
@@ -140,21 +153,25 @@ class AdapterReader:
         Files that have the stamp they had are neither parsed, nor checked, nor hashed again, unless reading.fresh.
         """
         known = None if reading.fresh else self._remembered.get(reading.source)
-        folder = known.folder if known is not None and known.folder.is_dir() else self._locate(reading.source)
-        with _named(folder):
+        is_there = known is not None and os.path.isdir(known.place.folder)
+        place = known.place if known is not None and is_there else self._place(reading.source)
+        with _named(place.folder):
             if known is not None:
                 parsed = self._repeat(known, reading)
                 if parsed is not None:
                     return parsed
-            with self._room(self._whole_bytes(folder, reading.breathe), reading.breathe):
-                return self._read_whole(folder, reading)
+            with self._room(self._whole_bytes(place, reading.breathe), reading.breathe):
+                return self._read_whole(place, reading)
 
-    def _whole_bytes(self, folder: Path, breathe: Callable[[], None]) -> int:
+    def _place(self, source: str) -> _Place:
+        return _Place(self._locate(source), roots_of(source))
+
+    def _whole_bytes(self, place: _Place, breathe: Callable[[], None]) -> int:
         """What the file and its image take. Raises what refuses the header."""
         if self._workspace is None:
             return 0
-        info = self._draw(read_head(folder), breathe).info
-        return (folder / WEIGHTS_FILE).stat().st_size + info.num_pages * self._layout.page_bytes
+        head = read_head(place.folder, place.roots)
+        return head.start + head.data_bytes + self._draw(head, breathe).info.num_pages * self._layout.page_bytes
 
     def _room(self, nbytes: int, breathe: Callable[[], None]) -> AbstractContextManager[None]:
         return nullcontext() if self._workspace is None else self._workspace.room(nbytes, breathe)
@@ -163,7 +180,7 @@ class AdapterReader:
         """Do again what was done at the last reading. None: the files have changed, or it is not known how."""
         recipe = self._recipes.get(known.recipe)
         if known.refusal is not None:
-            head = read_head(known.folder)
+            head = read_head(known.place.folder, known.place.roots)
             if head.stamp != known.stamp:
                 return None
             raise AdapterRefused(known.refusal.code, str(known.refusal))
@@ -172,7 +189,7 @@ class AdapterReader:
         try:
             with (
                 self._room(recipe.nbytes, reading.breathe),
-                known_weights(known.folder, known.stamp) as descriptor,
+                known_weights(known.place.folder, known.stamp, known.place.roots) as descriptor,
             ):
                 file = OpenFile(descriptor, known.start)
                 image = recipe.read(file, self._memory(recipe.nbytes), reading.breathe)
@@ -180,8 +197,8 @@ class AdapterReader:
             return None
         return _parsed(known.digest, known.info, image, known.stamp.weights[2] - known.start)
 
-    def _read_whole(self, folder: Path, reading: Reading) -> ParsedImage:
-        files, began = _read_quietly(folder, reading.breathe, self._memory)
+    def _read_whole(self, place: _Place, reading: Reading) -> ParsedImage:
+        files, began = _read_quietly(place, reading.breathe, self._memory)
         head = files.head
         settled = head.stamp.is_settled(began)
         try:
@@ -190,10 +207,10 @@ class AdapterReader:
         except AdapterRefused as error:
             if settled:
                 refusal = AdapterRefused(error.code, str(error))  # without the frames, which hold the file's bytes
-                self._remembered.put(reading.source, _Remembered(folder, head.stamp, head.start, refusal=refusal))
+                self._remembered.put(reading.source, _Remembered(place, head.stamp, head.start, refusal=refusal))
             raise
         if settled:
-            known = _Remembered(folder, head.stamp, head.start, files.digest, drawn.info, recipe)
+            known = _Remembered(place, head.stamp, head.start, files.digest, drawn.info, recipe)
             self._remembered.put(reading.source, known)
         return _parsed(files.digest, drawn.info, image, head.data_bytes)
 
@@ -203,9 +220,9 @@ class AdapterReader:
         drawn = self._blueprints.get(key)
         if drawn is None:
             breathe()
-            header = parse_header(head)
+            header = parse_header(head, TENSORS_A_MODULE * self._layout.num_layers * len(self._layout.projections))
             breathe()
-            blueprint = draw_blueprint(config, header, self._layout, self._base_bias)
+            blueprint = draw_blueprint(config, header, self._layout, self._base_bias, breathe)
             breathe()
             plan = plan_image(blueprint.shapes(), self._layout)
             info = AdapterInfo(blueprint.rank, blueprint.targets, plan.num_pages, plan.nbytes)
@@ -277,13 +294,13 @@ class _Latest(Generic[V]):
 
 
 def _read_quietly(
-    folder: Path, breathe: Callable[[], None], memory: Callable[[int], Tensor]
+    place: _Place, breathe: Callable[[], None], memory: Callable[[int], Tensor]
 ) -> tuple[AdapterBytes, float]:
     """The files while nobody writes to them, and when their reading began, in unix seconds. Raises ChangedMeanwhile."""
     for _ in range(CHANGED_RETRIES):
         began = time.time()
         try:
-            files = read_bytes(folder, breathe, memory)
+            files = read_bytes(place.folder, breathe, memory, place.roots)
         except ChangedMeanwhile:
             time.sleep(CHANGED_WAIT)
             breathe()
@@ -292,7 +309,7 @@ def _read_quietly(
             return files, began
         time.sleep(CHANGED_WAIT)  # whoever is still writing shows by now
         breathe()
-        if look(folder) == files.head.stamp:
+        if look(place.folder, place.roots) == files.head.stamp:
             return files, began
     raise ChangedMeanwhile
 
@@ -311,4 +328,4 @@ def _named(folder: Path) -> Iterator[None]:
         message = " ".join(str(error).split()).encode("utf-8", "backslashreplace").decode()
         raise AdapterRefused(error.code, f"{folder}: {message[:MAX_MESSAGE]}") from error
     except OSError as error:
-        raise AdapterRefused("missing_file", f"{folder} cannot be read: {error}") from error
+        raise AdapterRefused("missing_file", f"{folder} cannot be read: {error.strerror}") from error
