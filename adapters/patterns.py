@@ -20,6 +20,10 @@ from loraplex.adapters.errors import AdapterRefused
 MAX_SIZE = 100_000
 """Characters of all patterns of an adapter, each times the product of its counted repeats: 0.2 s to compile."""
 
+MAX_LENGTH = 24_000
+"""Characters of one pattern; the full names of 80 layers' modules are 23,000. To compile one of 80,000 takes a call of
+0.1 s with the GIL, these 10 ms."""
+
 QUICK_SECONDS = 1e-3
 """A match may hold the GIL for so long. To give it up and wait for it again takes longer than a sane match, of 3 us."""
 
@@ -68,8 +72,12 @@ class Matcher:
         found = self._compiled.get(pattern)
         if found is None:
             self._left -= len(pattern) * _copies(key, pattern)
-            if self._left < 0:
-                raise _bad(key, pattern, f"and all of them, repeats written out, have over {MAX_SIZE} characters")
+            if self._left < 0 or len(pattern) > MAX_LENGTH:
+                raise _bad(
+                    key,
+                    pattern,
+                    f"which has over {MAX_LENGTH} characters, or with the others, repeats written out, over {MAX_SIZE}",
+                )
             try:
                 re.compile(pattern)
                 found = self._compiled[pattern] = regex.compile(pattern, cache_pattern=False)

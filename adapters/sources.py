@@ -32,6 +32,9 @@ KINDS = "a local folder, a Hub repository as org/name or org/name@revision, s3:/
 MAX_SOURCE = 4096
 """Characters; a signed URL of S3 with a session token has some 1,500."""
 
+MAX_HUB_NAME = 96
+"""Characters of an organisation's name and of a repository's, as the Hub has it."""
+
 _HUB_ID = re.compile(
     r"(?P<repo>[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*)(?:@(?P<revision>[A-Za-z0-9][A-Za-z0-9._/-]*))?"
 )
@@ -157,7 +160,7 @@ def redact(url: str) -> str:
 def _hub(text: str, access: Access) -> Source:
     found = _HUB_ID.fullmatch(text)
     assert found is not None
-    if ".." in text:
+    if ".." in text or len(found["repo"]) > 2 * MAX_HUB_NAME:
         raise AdapterNotFound(f"{_short(text)!r} is no repository of the Hub; expected org/name or org/name@revision")
     _check_no_address(f"hf://{text}", text.partition("/")[0])
     shown = f"hf://{text}{_tag(access, '')}"

@@ -166,6 +166,7 @@ def test_a_file_the_server_may_not_read(name: str) -> None:
 def test_a_folder_the_server_may_not_enter(mode: int) -> None:
     with reachable_folder() as place:
         folder = Folder(place / "shut" / "adapter")
+        folder.path.parent.mkdir()
         folder.write()
         folder.path.parent.chmod(mode)
         with ordinary_user(), pytest.raises(AdapterRefused, match="may not be opened") as caught:
