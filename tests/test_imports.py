@@ -75,6 +75,7 @@ TORCH_FREE = frozenset(
         "server.recent",
         "adapters.beneath",
         "adapters.bounded_json",
+        "adapters.bounded_yaml",
         "adapters.merge_plan",
         "adapters.merge_folder",
         "adapters.patterns",
