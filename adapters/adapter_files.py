@@ -7,10 +7,10 @@ but neither mixed up nor (as a mapped file cut short would) kill the process. Pi
 
 from __future__ import annotations
 
-import json
+import errno
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import FileIO
@@ -21,7 +21,11 @@ import torch
 from torch import Tensor
 
 from loraplex.adapters import pace, tokenizer_files
+from loraplex.adapters.beneath import LINKED_OUT, Folder, opened
+from loraplex.adapters.bounded_json import parse_json
 from loraplex.adapters.errors import AdapterRefused
+from loraplex.adapters.peft_config import MAX_BYTES as MAX_CONFIG_BYTES
+from loraplex.adapters.tokenizer_files import TokenizerFiles
 from loraplex.kernels.hashing import Hash
 from loraplex.kernels.hugepages import huge_zeros
 from loraplex.kernels.packing import OpenFile
@@ -29,11 +33,24 @@ from loraplex.kernels.packing import OpenFile
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
-MAX_CONFIG_BYTES = 1 << 20
-"""Hundreds of full module names in target_modules are some 50 KB."""
+MAX_HEADER_BYTES = 8 << 20
+"""What is read of any; parse_header() takes what the tensors that an adapter of the base can have may need."""
 
-MAX_HEADER_BYTES = 100_000_000
-"""The format's own limit."""
+MIN_TENSORS = 4096
+"""Taken in a header whatever the base, so that an adapter for a larger one is told what is wrong with it."""
+
+TENSOR_BYTES = 256
+"""Of a header for each tensor; 80 layers of a multimodal base take 170."""
+
+TENSOR_VALUES = 16
+"""Brackets, colons and commas for each: {"dtype":"F32","shape":[8,64],"data_offsets":[0,2048]}, has 11."""
+
+METADATA_BYTES = 64 << 10
+
+MAX_NAME = 8192
+"""Characters of a tensor's name."""
+
+MAX_DIMENSION = 1 << 40
 
 SLICE_BYTES = 16 << 20
 """Read and hashed between two looks at whether anybody still waits: 11 ms from the page cache with SHA instructions."""
@@ -106,96 +123,107 @@ class ChangedMeanwhile(AdapterRefused):
         )  # fmt: skip
 
 
-def read_head(folder: Path) -> AdapterHead:
-    """Read the config and the header. Raises AdapterRefused: "missing_file", "too_large" (the config), "bad_file"."""
-    config, config_stamp = _read_config(folder)
-    with _open_weights(folder) as file:
-        try:
-            return _read_head(file, folder, config, config_stamp)
-        except (OSError, ValueError) as error:
-            raise _damaged(folder / WEIGHTS_FILE, error) from error
+def read_head(folder: Path, roots: Sequence[Path] = ()) -> AdapterHead:
+    """Read the config and the header; `roots` as beneath.opened() has them.
+
+    Raises AdapterRefused: "missing_file", "too_large" (the config), "bad_file", "forbidden" (a link out of `roots`).
+    """
+    with _folder(folder, roots) as place:
+        config, config_stamp = _read_config(place, folder.name)
+        with _open_weights(place) as file:
+            return _read_head(file, place, config, config_stamp)
 
 
-def read_bytes(folder: Path, breathe: Callable[[], None], memory: Callable[[int], Tensor] = huge_zeros) -> AdapterBytes:
+def read_bytes(
+    folder: Path,
+    breathe: Callable[[], None],
+    memory: Callable[[int], Tensor] = huge_zeros,
+    roots: Sequence[Path] = (),
+) -> AdapterBytes:
     """Read all of both files, calling `breathe` between slices; `memory` gives so many bytes to read the data into.
 
     Raises as read_head() does, and ChangedMeanwhile.
     """
-    config, config_stamp = _read_config(folder)
-    with _open_weights(folder) as file:
-        try:
-            head = _read_head(file, folder, config, config_stamp)
+    with _folder(folder, roots) as place:
+        config, config_stamp = _read_config(place, folder.name)
+        with _open_weights(place) as file:
+            head = _read_head(file, place, config, config_stamp)
             digest = Hash()
             digest.take(config + len(head.header).to_bytes(8, "little") + head.header)
             data = memory(head.data_bytes)
-            for at in range(0, head.data_bytes, SLICE_BYTES):
-                digest.read(OpenFile(file.fileno(), head.start + at), data[at : at + SLICE_BYTES], pace.READING_NICE)
-                breathe()
-        except EOFError:
-            raise ChangedMeanwhile from None
-        except (OSError, ValueError) as error:
-            raise _damaged(folder / WEIGHTS_FILE, error) from error
-        if _stamp_of(os.fstat(file.fileno())) != head.stamp.weights:
-            raise ChangedMeanwhile
+            try:
+                for at in range(0, head.data_bytes, SLICE_BYTES):
+                    digest.read(
+                        OpenFile(file.fileno(), head.start + at), data[at : at + SLICE_BYTES], pace.READING_NICE
+                    )
+                    breathe()
+            except EOFError:
+                raise ChangedMeanwhile from None
+            if _stamp_of(os.fstat(file.fileno())) != head.stamp.weights:
+                raise ChangedMeanwhile
     return AdapterBytes(head, data, digest.hexdigest())
 
 
 @contextmanager
-def known_weights(folder: Path, stamp: Stamp) -> Iterator[int]:
+def known_weights(folder: Path, stamp: Stamp, roots: Sequence[Path] = ()) -> Iterator[int]:
     """The descriptor of the weights' file. Raises ChangedMeanwhile unless both files have `stamp`, before and after."""
     try:
-        config = _stamp_of(os.stat(folder / CONFIG_FILE))
-        if (config, tokenizer_files.stamps(folder)) != (stamp.config, stamp.tokenizer):
-            raise ChangedMeanwhile
-        descriptor = os.open(folder / WEIGHTS_FILE, os.O_RDONLY | os.O_CLOEXEC)
+        with opened(folder, roots) as place, place.open(WEIGHTS_FILE) as descriptor:
+            if _look(place, os.fstat(descriptor)) != stamp:
+                raise ChangedMeanwhile
+            yield descriptor
+            if _stamp_of(os.fstat(descriptor)) != stamp.weights:
+                raise ChangedMeanwhile
     except OSError as error:
         raise ChangedMeanwhile from error
-    try:
-        if _stamp_of(os.fstat(descriptor)) != stamp.weights:
-            raise ChangedMeanwhile
-        yield descriptor
-        if _stamp_of(os.fstat(descriptor)) != stamp.weights:
-            raise ChangedMeanwhile
-    finally:
-        os.close(descriptor)
 
 
-def look(folder: Path) -> Stamp | None:
+def look(folder: Path, roots: Sequence[Path] = ()) -> Stamp | None:
     """The files' stamp now; None when one is missing."""
     try:
-        config, weights = (_stamp_of(os.stat(folder / name)) for name in (CONFIG_FILE, WEIGHTS_FILE))
-        return Stamp(config, weights, tokenizer_files.stamps(folder))
+        with opened(folder, roots) as place:
+            return _look(place, place.stat(WEIGHTS_FILE))
     except OSError:
         return None
 
 
-def parse_header(head: AdapterHead) -> dict[str, TensorInfo]:
+def _look(place: Folder, weights: os.stat_result) -> Stamp:
+    """Raises OSError."""
+    return Stamp(_stamp_of(place.stat(CONFIG_FILE)), _stamp_of(weights), tokenizer_files.stamps(place))
+
+
+def read_tokenizer(folder: Path, roots: Sequence[Path] = ()) -> TokenizerFiles:
+    """Read what the tokenizer files in it say. Raises AdapterRefused: "bad_file", "too_large", "forbidden"."""
+    with _folder(folder, roots) as place:
+        return tokenizer_files.read_tokenizer_files(place)
+
+
+def parse_header(head: AdapterHead, max_tensors: int = MIN_TENSORS) -> dict[str, TensorInfo]:
     """The tensors by name; float32, float16 and bfloat16 only, one after the other with no byte between.
 
-    Raises AdapterRefused("bad_file").
+    max_tensors: that an adapter of the base can have. Raises AdapterRefused("bad_file").
     """
+    bound = max(MIN_TENSORS, max_tensors)
     try:
-        raw = json.loads(head.header)
-        found = [(d["data_offsets"], name, d["dtype"], d["shape"]) for name, d in _entries(raw)]
+        raw = parse_json(head.header, METADATA_BYTES + TENSOR_BYTES * bound, TENSOR_VALUES * bound)
+        found = sorted(_entry(name, described) for name, described in _tensors(raw, bound))
         tensors = {}
         at = 0
-        for offsets, name, dtype, shape in sorted(found):
+        for start, stop, name, dtype, shape in found:
             if dtype not in _DTYPES:
                 raise AdapterRefused(
                     "bad_file", f"{WEIGHTS_FILE}: {name} is {dtype}; expected {', '.join(_DTYPES)}; convert it"
                 )
-            info = TensorInfo(_DTYPES[dtype], tuple(shape), at)
-            if not all(type(n) is int and n >= 0 for n in (*shape, *offsets)):
-                raise ValueError(f"{name} has shape {shape} at {offsets}")
+            info = TensorInfo(_DTYPES[dtype], shape, at)
             end = at + math.prod(shape) * info.dtype.itemsize
-            if offsets != [at, end]:
-                raise ValueError(f"{name} of shape {shape} lies at bytes {offsets}, expected {[at, end]}")
+            if (start, stop) != (at, end):
+                raise ValueError(f"{name} of shape {list(shape)} lies at bytes {[start, stop]}, expected {[at, end]}")
             tensors[name] = info
             at = end
         if at != head.data_bytes:
             raise ValueError(f"the tensors take {at} bytes and the file holds {head.data_bytes} for them")
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        raise _bad_file(f"{type(error).__name__}: {error}" if isinstance(error, LookupError) else error) from error
+    except ValueError as error:
+        raise _bad_file(error) from error
     return tensors
 
 
@@ -210,19 +238,58 @@ def view_tensors(data: Tensor, header: Mapping[str, TensorInfo]) -> dict[str, Te
     }
 
 
-def _entries(raw: Any) -> list[tuple[str, Any]]:
-    return [(name, described) for name, described in raw.items() if name != "__metadata__"]
+def _tensors(raw: Any, most: int) -> list[tuple[str, Any]]:
+    """All that a header describes. Raises ValueError."""
+    if not isinstance(raw, dict):
+        raise ValueError("its header is no JSON object")
+    found = [(name, described) for name, described in raw.items() if name != "__metadata__"]
+    if len(found) > most:
+        raise ValueError(f"its header has {len(found)} tensors; an adapter of this base has {most} at most")
+    return found
 
 
-def _read_head(file: FileIO, folder: Path, config: bytes, config_stamp: tuple[int, ...]) -> AdapterHead:
-    """Raises OSError, and ValueError for a file that is no safetensors file at its very start."""
-    stamp = Stamp(config_stamp, _stamp_of(os.fstat(file.fileno())), tokenizer_files.stamps(folder))
+def _entry(name: str, described: Any) -> tuple[int, int, str, str, tuple[int, ...]]:
+    """(first byte, end, name, dtype, shape) of a tensor, before anything is computed of them. Raises ValueError."""
+    if len(name) > MAX_NAME:
+        raise ValueError(f"a tensor's name has {len(name)} characters, at most {MAX_NAME} are read")
+    match described:
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(start), int(stop)]} if len(
+            shape
+        ) <= 3 and all(type(n) is int and 0 <= n <= MAX_DIMENSION for n in (*shape, start, stop)):
+            return start, stop, name, dtype[:32], tuple(shape)
+    raise ValueError(
+        f"{name} is not described by a dtype, a shape of up to three sizes and two data_offsets, all from 0 to 2 ** 40"
+    )
+
+
+@contextmanager
+def _folder(folder: Path, roots: Sequence[Path]) -> Iterator[Folder]:
+    """It is open in the block, whose errors of the system become ours."""
+    try:
+        with opened(folder, roots) as place:
+            yield place
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR):
+            raise AdapterRefused(
+                "missing_file", f"no such folder; expected one that holds {CONFIG_FILE} and {WEIGHTS_FILE}"
+            ) from error
+        raise _unreadable("the folder", error) from error
+
+
+def _read_head(file: FileIO, place: Folder, config: bytes, config_stamp: tuple[int, ...]) -> AdapterHead:
+    """Raises AdapterRefused where it is no safetensors file at its very start."""
+    stamp = Stamp(config_stamp, _stamp_of(os.fstat(file.fileno())), tokenizer_files.stamps(place))
     size = stamp.weights[2]
-    start = _read_exactly(file, 8)
-    length = int.from_bytes(start, "little")
-    if length > min(size - 8, MAX_HEADER_BYTES):
-        raise ValueError(f"its header is to have {length} bytes, and the file has {size}")
-    return AdapterHead(config, _read_exactly(file, length), size - 8 - length, stamp)
+    try:
+        start = _read_exactly(file, 8)
+        length = int.from_bytes(start, "little")
+        if b"version https://git-lfs".startswith(start):
+            raise AdapterRefused("bad_file", f"{WEIGHTS_FILE} is a Git LFS pointer, not the weights; run git lfs pull")
+        if length > min(size - 8, MAX_HEADER_BYTES):  # not shown: what begins otherwise may be anybody's file
+            raise ValueError(f"it has {size} bytes, and does not begin with the length of a header that fits")
+        return AdapterHead(config, _read_exactly(file, length), size - 8 - length, stamp)
+    except (OSError, ValueError) as error:
+        raise _bad_file(error) from error
 
 
 def _read_exactly(file: FileIO, count: int) -> bytes:
@@ -232,57 +299,58 @@ def _read_exactly(file: FileIO, count: int) -> bytes:
     return bytes(data)
 
 
-def _read_config(folder: Path) -> tuple[bytes, tuple[int, ...]]:
-    if not folder.is_dir():
-        raise AdapterRefused(
-            "missing_file", f"no such folder; expected one that holds {CONFIG_FILE} and {WEIGHTS_FILE}"
-        )
-    path = folder / CONFIG_FILE
-    if not path.is_file():
+def _read_config(place: Folder, called: str) -> tuple[bytes, tuple[int, ...]]:
+    try:
+        with place.open(CONFIG_FILE) as handle, open(handle, "rb", closefd=False) as file:
+            stamp = _stamp_of(os.fstat(handle))
+            data = file.read(MAX_CONFIG_BYTES + 1)
+    except FileNotFoundError:
         raise AdapterRefused(
             "missing_file",
-            f"there is no {CONFIG_FILE}; is this the folder PEFT's save_pretrained wrote?{_where_adapters_are(folder)}",
-        )
-    try:
-        with path.open("rb") as file:
-            stamp = _stamp_of(os.fstat(file.fileno()))
-            data = file.read(MAX_CONFIG_BYTES + 1)
+            f"there is no {CONFIG_FILE}; is this the folder PEFT's save_pretrained wrote?"
+            f"{_where_adapters_are(place, called)}",
+        ) from None
     except OSError as error:
-        raise AdapterRefused("bad_file", f"{CONFIG_FILE} cannot be read: {error.strerror}") from error
+        raise _unreadable(CONFIG_FILE, error) from error
     if len(data) > MAX_CONFIG_BYTES:
         raise AdapterRefused("too_large", f"{CONFIG_FILE} has more than {MAX_CONFIG_BYTES} bytes")
     return data, stamp
 
 
-def _where_adapters_are(folder: Path) -> str:
+def _where_adapters_are(place: Folder, called: str) -> str:
     """Below the folder of a training run: its checkpoints, the latest first, and adapters saved by name."""
-    try:
-        found = [path.parent.name for path in folder.glob(f"*/{CONFIG_FILE}")]
-    except OSError:
-        return ""
+    found = [name for name in _names(place) if place.has(f"{name}/{CONFIG_FILE}")]
     if not found:
         return ""
-    numbered = sorted(found, key=lambda name: (-int("".join(filter(str.isdecimal, name)) or -1), name))
+    numbered = sorted(found, key=lambda name: (-int("".join(filter(str.isdecimal, name[-18:])) or -1), name))
     shown = ", ".join(numbered[:4]) + (f" and {len(found) - 4} more" if len(found) > 4 else "")
-    return f" There are adapters in its folders {shown}: give one of them, as in {folder.name}/{numbered[0]}"
+    return f" There are adapters in its folders {shown}: give one of them, as in {called}/{numbered[0]}"
 
 
-def _open_weights(folder: Path) -> FileIO:
-    path = folder / WEIGHTS_FILE
-    if not path.is_file():
-        raise _no_weights(folder)
+@contextmanager
+def _open_weights(place: Folder) -> Iterator[FileIO]:
     try:
-        return path.open("rb", buffering=0)
+        with place.open(WEIGHTS_FILE) as handle, open(handle, "rb", buffering=0, closefd=False) as file:
+            yield file
+    except FileNotFoundError:
+        raise _no_weights(place) from None
     except OSError as error:
-        raise _damaged(path, error) from error
+        raise _unreadable(WEIGHTS_FILE, error) from error
+
+
+def _names(place: Folder) -> list[str]:
+    try:
+        return place.names()
+    except OSError:
+        return []
 
 
 def _stamp_of(info: os.stat_result) -> tuple[int, ...]:
     return info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns
 
 
-def _no_weights(folder: Path) -> AdapterRefused:
-    names = sorted(entry.name for entry in folder.iterdir())
+def _no_weights(place: Folder) -> AdapterRefused:
+    names = _names(place)
     pickled = next((name for name in names if name.startswith("adapter_model") and name.endswith(_PICKLES)), None)
     if pickled is not None:
         return AdapterRefused(
@@ -295,15 +363,10 @@ def _no_weights(folder: Path) -> AdapterRefused:
     return AdapterRefused("missing_file", f"there is no {WEIGHTS_FILE}; the folder holds {found}")
 
 
-def _damaged(path: Path, error: Exception) -> AdapterRefused:
-    try:
-        with path.open("rb") as file:
-            start = file.read(32)
-    except OSError:
-        start = b""
-    if start.startswith(b"version https://git-lfs"):
-        return AdapterRefused("bad_file", f"{WEIGHTS_FILE} is a Git LFS pointer, not the weights; run git lfs pull")
-    return _bad_file(error)
+def _unreadable(what: str, error: OSError) -> AdapterRefused:
+    if error.errno in (errno.EXDEV, errno.ELOOP):
+        return AdapterRefused("forbidden", f"{what}: {LINKED_OUT}")
+    return AdapterRefused("bad_file", f"{what} cannot be read: {error.strerror}")
 
 
 def _bad_file(why: object) -> AdapterRefused:

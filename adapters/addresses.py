@@ -11,7 +11,7 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from loraplex.adapters.errors import AdapterRefused, AdapterUnavailable
+from loraplex.adapters.errors import AdapterNotFound, AdapterRefused, AdapterUnavailable
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -62,13 +62,15 @@ class Reach:
 def resolve_host(host: str, port: int, reach: Reach) -> list[Endpoint]:
     """The addresses of `host`, at least one.
 
-    Raises AdapterRefused ("forbidden") if any of them is private and not allowed, AdapterUnavailable if there is none.
+    Raises AdapterRefused ("forbidden") if any of them is private and not allowed, AdapterUnavailable if there is none,
+    AdapterNotFound where there can be none.
     """
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is no name"
-        raise AdapterUnavailable(f"the address of {host!r} cannot be found: {reason}") from None
+    except UnicodeError:
+        raise AdapterNotFound(f"{host[:80]!r} cannot be the name of a host") from None
+    except OSError as error:
+        raise AdapterUnavailable(f"the address of {host!r} cannot be found: {error.strerror}") from None
     endpoints = [Endpoint(family, str(address[0]), port) for family, _, _, _, address in found]
     if not reach.names(host):
         check_public(host, [endpoint.address for endpoint in endpoints], reach)

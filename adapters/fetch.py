@@ -14,9 +14,8 @@ from typing import Protocol
 from loraplex.adapters.archive import unpack
 from loraplex.adapters.errors import AdapterRefused, AdapterUnavailable
 from loraplex.adapters.http_client import CHUNK_BYTES, Deadline, Interrupted
+from loraplex.adapters.peft_config import MAX_BYTES as MAX_CONFIG_BYTES
 from loraplex.adapters.remote import ARCHIVE, CONFIG_FILE, Listing, RemoteFile
-
-MAX_CONFIG_BYTES = 1 << 20
 
 ATTEMPTS = 5
 """In a row that may bring nothing new."""

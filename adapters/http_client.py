@@ -55,6 +55,15 @@ class Interrupted(AdapterUnavailable):
     """The connection broke; going on from where it was may work."""
 
 
+class NotGiven(AdapterNotFound):
+    """The host answers that it does not have it, or does not give it."""
+
+    def __init__(self, message: str, code: str) -> None:
+        """code: of its header X-Error-Code, by which the Hub says why."""
+        super().__init__(message)
+        self.code = code
+
+
 @dataclass(frozen=True)
 class Answer:
     """The head of a good answer; `chunks` is read while the connection is open, once."""
@@ -251,8 +260,8 @@ def _check_status(response: http.client.HTTPResponse, shown: str) -> None:
     if status == 416:
         raise Interrupted(what)
     if status in (401, 403):
-        raise AdapterNotFound(f"{what}: it is private, or not there; give a token or a URL that may read it")
-    raise AdapterNotFound(what)
+        what = f"{what}: it is private, or not there; give a token or a URL that may read it"
+    raise NotGiven(what, response.headers.get("X-Error-Code", ""))
 
 
 def _basic(url: str) -> dict[str, str]:

@@ -1,27 +1,33 @@
-"""Hub repositories: their metadata through huggingface_hub, their bytes by our own client. Free of torch."""
+"""Hub repositories, asked by our own client: what is told of one is bounded like all else. Free of torch."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from loraplex.adapters import tokenizer_files
-from loraplex.adapters.errors import AdapterNotFound, AdapterUnavailable
-from loraplex.adapters.http_client import CHUNK_BYTES, STALL_SECONDS, Deadline, HttpClient
+from loraplex.adapters.bounded_json import parse_json
+from loraplex.adapters.errors import AdapterNotFound, AdapterRefused, AdapterUnavailable
+from loraplex.adapters.http_client import CHUNK_BYTES, Deadline, HttpClient, Interrupted, NotGiven
 from loraplex.adapters.remote import FILES, Listing, Open, Opened, RemoteFile, missing_file
 from loraplex.adapters.sources import Source
 from loraplex.adapters.web_files import web_opener
+
+MAX_LISTING_BYTES = 4 << 20
+"""Of what the Hub tells of a commit: some 10,000 files."""
+
+MAX_LISTING_VALUES = 1 << 18
 
 
 def list_hub(http: HttpClient, source: Source, deadline: Deadline) -> Listing:
     """The files of one commit, of which LFS files have their sha256 and the others their git hash.
 
     A token goes to the Hub itself and to nobody it redirects to. Raises AdapterNotFound, AdapterRefused
-    ("missing_file"), AdapterUnavailable.
+    ("missing_file", "too_large", "bad_source"), AdapterUnavailable.
     """
     import huggingface_hub  # slow import
 
@@ -29,51 +35,60 @@ def list_hub(http: HttpClient, source: Source, deadline: Deadline) -> Listing:
         return _list_cached(source)
     endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
     token = source.access.token or (huggingface_hub.get_token() if source.access.ambient else None)
-    info = _model_info(huggingface_hub.HfApi(endpoint=endpoint, token=token or False), source, deadline)
-    found = {sibling.rfilename: sibling for sibling in info.siblings or ()}
+    secret = {"Authorization": f"Bearer {token}"} if token else None
+    plain = urlsplit(endpoint).netloc if endpoint.startswith("http:") else None
+    revision = f"/revision/{quote(source.revision, safe='')}" if source.revision else ""
+    url = f"{endpoint}/api/models/{source.place}{revision}?blobs=True"
+    sha, found = _commit(source, _ask(http, source, url, deadline, secret, plain))
     missing = [name for name in FILES if name not in found]
     if missing:
         raise missing_file(source, missing[0], sorted(found))
-    secret = {"Authorization": f"Bearer {token}"} if token else None
-    plain = urlsplit(endpoint).netloc if endpoint.startswith("http:") else None
     files = []
     for name in (*FILES, *(name for name in tokenizer_files.FILES if name in found)):
-        url = huggingface_hub.hf_hub_url(source.place, name, revision=info.sha, endpoint=endpoint)
-        sha256, blob = (found[name].lfs or {}).get("sha256"), found[name].blob_id
+        url = huggingface_hub.hf_hub_url(source.place, name, revision=sha, endpoint=endpoint)
+        sha256, blob = (found[name].get("lfs") or {}).get("sha256"), found[name].get("blobId")
         hashes = (("sha256", sha256),) if sha256 else (("git", blob),) if blob else ()
         begin = web_opener(http, url, fixed=True, secret=secret, plain=plain)  # a commit's files never change
-        files.append(RemoteFile(name, begin, found[name].size, sha256 or blob or f"{info.sha}", hashes))
+        files.append(RemoteFile(name, begin, found[name].get("size"), sha256 or blob or sha, hashes))
     return Listing(tuple(files))
 
 
-def _model_info(api: Any, source: Source, deadline: Deadline) -> Any:
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    seconds = min(STALL_SECONDS, deadline.left())
+def _ask(
+    http: HttpClient, source: Source, url: str, deadline: Deadline, secret: Mapping[str, str] | None, plain: str | None
+) -> bytes:
     try:
-        return api.model_info(source.place, revision=source.revision, files_metadata=True, timeout=seconds)
-    except GatedRepoError:
-        raise AdapterNotFound(f"{source.text} is gated; ask for access there and give a token that has it") from None
-    except RevisionNotFoundError:
-        raise AdapterNotFound(f"{source.text}: the Hub has no revision {source.revision!r} of it") from None
-    except RepositoryNotFoundError:
-        raise AdapterNotFound(
-            f"{source.text}: the Hub has no such repository, or it is private and needs a token"
-        ) from None
-    except HFValidationError:
-        raise AdapterNotFound(f"{source.text} is no repository's name") from None
-    except HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else 0
-        what = f"{source.text}: the Hub answers {status or 'nothing'}"
-        raise (AdapterNotFound if status in (400, 401, 403, 404) else AdapterUnavailable)(what) from None
-    except Exception as error:  # the client's library has a dozen kinds, none of which we depend on
-        raise AdapterUnavailable(f"{source.text}: the Hub cannot be reached ({type(error).__name__})") from None
+        data = bytearray()
+        with http.open(url, deadline, secret=secret, plain=plain) as answer:
+            for chunk in answer.chunks:
+                data += chunk
+                if len(data) > MAX_LISTING_BYTES:
+                    raise AdapterRefused("too_large", f"{source.text}: the Hub tells of too many files in it")
+        return bytes(data)
+    except NotGiven as error:
+        raise AdapterNotFound(f"{source.text}{_why(source, error.code)}") from None
+    except Interrupted as error:
+        raise AdapterUnavailable(f"{source.text}: the Hub cannot be reached: {error}") from None
+
+
+def _why(source: Source, code: str) -> str:
+    if code == "GatedRepo":
+        return " is gated; ask for access there and give a token that has it"
+    if code == "RevisionNotFound":
+        return f": the Hub has no revision {source.revision!r} of it"
+    return ": the Hub has no such repository, or it is private and needs a token"
+
+
+def _commit(source: Source, told: bytes) -> tuple[str, dict[str, Any]]:
+    """Its hash and its files by name. Raises AdapterRefused, AdapterUnavailable for what is no answer of a Hub's."""
+    try:
+        match parse_json(told, MAX_LISTING_BYTES, MAX_LISTING_VALUES):
+            case {"sha": str(sha), "siblings": [*files]}:
+                return sha, {file["rfilename"]: file for file in files}
+    except ValueError as error:
+        raise AdapterRefused("bad_source", f"{source.text}: what the Hub tells of it is not read: {error}") from None
+    except (TypeError, LookupError):
+        pass
+    raise AdapterUnavailable(f"{source.text}: the Hub's answer is not what a Hub's would be")
 
 
 def _list_cached(source: Source) -> Listing:

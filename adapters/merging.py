@@ -39,6 +39,7 @@ from loraplex.adapters.adapter_files import (
     read_bytes,
     view_tensors,
 )
+from loraplex.adapters.beneath import roots_of
 from loraplex.adapters.errors import AdapterRefused, AdapterUnavailable
 from loraplex.adapters.merge_plan import MergePlan
 from loraplex.adapters.peft_config import parse_config, plan_modules
@@ -136,7 +137,7 @@ def _merge_factor(
 
 
 def _read(version: AdapterVersion, folder: Path) -> AdapterBytes:
-    files = read_bytes(folder, lambda: None)
+    files = read_bytes(folder, lambda: None, roots=roots_of(version.source))
     if version.digest is not None and version.digest != version.tokenizer.mark(files.digest):
         raise AdapterRefused(
             "changed", f"the files of adapter {version.name!r} have changed since it was loaded; load it again"

@@ -2,27 +2,32 @@
 
 Every key is used, known to have no bearing on inference, or refused: a key nobody here knows might change the answer.
 The matching rules are PEFT's own (peft/tuners/tuners_utils.py: check_target_module_exists; peft/utils/other.py:
-get_pattern_key). Patterns come from strangers, so they are matched under a deadline.
+get_pattern_key). Patterns come from strangers, so they are matched within bounds (patterns.py).
 """
 
 from __future__ import annotations
 
 import json
 import math
-import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import regex  # type: ignore[import-untyped]  # re with a time limit
-
+from loraplex.adapters.bounded_json import parse_json
 from loraplex.adapters.errors import AdapterRefused
+from loraplex.adapters.patterns import Matcher
 
 MAX_RANK = 1024
 """Ranks above are no low-rank adapters any more, and one module of them would fill an arena."""
 
 PATTERN_SECONDS = 2.0
 """For all patterns of one adapter over all modules of the base; sane ones take a few milliseconds."""
+
+MAX_BYTES = 1 << 20
+"""Of the file; hundreds of full module names in target_modules are some 50 KB."""
+
+MAX_VALUES = 1 << 16
+"""Of the file: see bounded_json.parse_json()."""
 
 _USED = frozenset(
     {
@@ -100,10 +105,13 @@ def parse_config(data: bytes) -> LoraConfig:
     """
     raw = _read_json(data)
     kind = raw.get("peft_type")
-    if not isinstance(kind, str):
-        raise _bad(f"peft_type is {_show(kind)}, expected 'LORA'; is this the adapter_config.json of a PEFT adapter?")
+    if not isinstance(kind, str):  # nothing in it is shown before it says that it is PEFT's
+        found = "not there" if kind is None else f"a {type(kind).__name__}"
+        raise _bad(f"peft_type is {found}, expected 'LORA'; is this the adapter_config.json of a PEFT adapter?")
     if kind.upper() != "LORA":
-        raise AdapterRefused("unsupported_kind", f"adapter_config.json: peft_type is {kind!r}; supported is 'LORA'")
+        raise AdapterRefused(
+            "unsupported_kind", f"adapter_config.json: peft_type is {kind[:40]!r}; supported is 'LORA'"
+        )
     _refuse_unsupported(raw)
     layers = _layers(raw)
     target_modules = _names(raw, "target_modules")
@@ -132,101 +140,92 @@ def parse_config(data: bytes) -> LoraConfig:
     )
 
 
-def plan_modules(config: LoraConfig, paths: Iterable[str], others: Iterable[str]) -> dict[str, ModulePlan]:
+def plan_modules(
+    config: LoraConfig, paths: Iterable[str], others: Iterable[str], breathe: Callable[[], None] = lambda: None
+) -> dict[str, ModulePlan]:
     """Of the modules `paths` (as PEFT sees them: "model.layers.0.self_attn.q_proj"), those the adapter targets.
 
-    `others` are modules the base has outside its layers, which cannot be targeted yet.
-    Raises AdapterRefused: "unsupported_option" for a target among `others`; "bad_config" for a pattern that is not
-    valid or takes too long, for a name in target_modules that the base does not have, and when nothing is targeted.
+    `others` are modules the base has outside its layers, which cannot be targeted yet. `breathe` is called between
+    pieces of work. Raises AdapterRefused: "unsupported_option" for a target among `others`; "bad_config" for a pattern
+    that is not valid or takes too long, for a name in target_modules that the base does not have, and when nothing is
+    targeted.
     """
     paths, others = tuple(paths), tuple(others)
-    match = _Matcher()
+    match = Matcher(PATTERN_SECONDS, breathe)
+    targets = _Targets(config, match)
     all_linear = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
     for path in others:  # PEFT's "all-linear" leaves the head out, and a table is not linear
-        if not all_linear and _is_target(config, path, match):
+        if not all_linear and targets.have(path):
             raise AdapterRefused(
                 "unsupported_option",
                 f"adapter_config.json: target_modules takes in {path}, which is not supported; train without it",
             )
     if not isinstance(config.target_modules, str):
+        known = {tail for path in paths + others for tail in _tails(path)}
         for name in config.target_modules:
-            if not any(path == name or path.endswith(f".{name}") for path in paths + others):
+            if name not in known:
                 raise _bad(f"target_modules names {name!r}, which the base does not have; it has {_ends(paths)}")
-    plans = {path: _plan(config, path, match) for path in paths if _is_target(config, path, match)}
+    plans = {path: _plan(config, path, match) for path in paths if targets.have(path)}
     if not plans:
         raise _bad(f"target_modules and its kin leave no module of the base, which has {_ends(paths)}")
     return plans
 
 
-def _is_target(config: LoraConfig, path: str, match: _Matcher) -> bool:
-    excluded = config.exclude_modules
-    if isinstance(excluded, str):
-        if match.full("exclude_modules", excluded, path):
+class _Targets:
+    """Which modules target_modules, exclude_modules and layers_to_transform leave."""
+
+    def __init__(self, config: LoraConfig, match: Matcher) -> None:
+        self._config = config
+        self._match = match
+        self._named = frozenset(() if isinstance(config.target_modules, str) else config.target_modules)
+        self._unnamed = frozenset(() if isinstance(config.exclude_modules, str) else config.exclude_modules)
+
+    def have(self, path: str) -> bool:
+        targets, excluded = self._config.target_modules, self._config.exclude_modules
+        if isinstance(excluded, str):
+            if self._match.full("exclude_modules", excluded, path):
+                return False
+        elif not self._unnamed.isdisjoint(_tails(path)):
             return False
-    elif any(path == name or path.endswith(f".{name}") for name in excluded):
-        return False
-    targets = config.target_modules
-    if isinstance(targets, str):
-        return targets.lower() == "all-linear" or match.full("target_modules", targets, path)
-    if path in targets:
-        return True  # a whole path is meant as it stands: PEFT does not look at layers_to_transform then
-    if not any(path.endswith(f".{name}") for name in targets):
-        return False
-    return config.layers is None or _layer_of(config, path, match) in config.layers
+        if isinstance(targets, str):
+            return targets.lower() == "all-linear" or self._match.full("target_modules", targets, path)
+        if path in self._named:
+            return True  # a whole path is meant as it stands: PEFT does not look at layers_to_transform then
+        if self._named.isdisjoint(_tails(path)):
+            return False
+        return self._config.layers is None or self._layer(path) in self._config.layers
+
+    def _layer(self, path: str) -> int | None:
+        if not self._config.layers_pattern:
+            return self._match.index("layers_pattern", r".*?\.[^.]*\.(?P<idx>\d+)\.", path)
+        for pattern in self._config.layers_pattern:
+            layer = self._match.index("layers_pattern", rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\.", path)
+            if layer is not None:
+                return layer
+        return None
 
 
-def _layer_of(config: LoraConfig, path: str, match: _Matcher) -> int | None:
-    if not config.layers_pattern:
-        return match.index("layers_pattern", r".*?\.[^.]*\.(?P<idx>\d+)\.", path)
-    for pattern in config.layers_pattern:
-        layer = match.index("layers_pattern", rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\.", path)
-        if layer is not None:
-            return layer
-    return None
+def _tails(path: str) -> Iterator[str]:
+    """All that a module may be named by: "model.layers.0.mlp", "layers.0.mlp", "0.mlp", "mlp"."""
+    yield path
+    while "." in path:
+        path = path.partition(".")[2]
+        yield path
 
 
-def _plan(config: LoraConfig, path: str, match: _Matcher) -> ModulePlan:
+def _plan(config: LoraConfig, path: str, match: Matcher) -> ModulePlan:
     rank = next((r for key, r in config.rank_pattern if match.end("rank_pattern", key, path)), config.rank)
     alpha = next((a for key, a in config.alpha_pattern if match.end("alpha_pattern", key, path)), config.alpha)
     return ModulePlan(rank, alpha / math.sqrt(rank) if config.rslora else alpha / rank)
 
 
-class _Matcher:
-    """Matches a stranger's patterns: bad ones are refused with the key they stand under, and time is bounded."""
-
-    def __init__(self) -> None:
-        self._deadline = time.monotonic() + PATTERN_SECONDS
-
-    def full(self, key: str, pattern: str, path: str) -> bool:
-        """Whether `pattern`, the value or part of the value of `key`, matches all of `path`."""
-        return self._run(regex.fullmatch, key, pattern, path) is not None
-
-    def end(self, key: str, pattern: str, path: str) -> bool:
-        """Whether `pattern` matches the end of `path`, from some dot (or its start) on."""
-        return self._run(regex.match, key, rf"(.*\.)?({pattern})$", path) is not None
-
-    def index(self, key: str, pattern: str, path: str) -> int | None:
-        """The group `idx` of `pattern` at the start of `path`, as a number."""
-        found = self._run(regex.match, key, pattern, path)
-        return None if found is None else int(found.group("idx"))
-
-    def _run(self, how: Callable[..., Any], key: str, pattern: str, path: str) -> Any:
-        try:
-            # `concurrent` gives up the GIL: a slow pattern delays this thread only
-            return how(pattern, path, timeout=max(self._deadline - time.monotonic(), 1e-3), concurrent=True)
-        except regex.error as error:
-            raise _bad(f"{key} makes the pattern {_show(pattern)}, which is not valid: {error}") from error
-        except TimeoutError as error:
-            raise _bad(f"{key} makes the pattern {_show(pattern)}, which takes too long; write it simpler") from error
-
-
 def _read_json(data: bytes) -> dict[str, Any]:
     try:
-        raw = json.loads(data)
-    except (ValueError, RecursionError) as error:
+        raw = parse_json(data, MAX_BYTES, MAX_VALUES)
+    except ValueError as error:
         raise _bad(f"not valid JSON: {error}") from error
     if not isinstance(raw, dict):
-        raise _bad(f"holds {_show(raw)}, expected an object")
+        raise _bad(f"holds a {type(raw).__name__}, expected an object")
     return raw
 
 

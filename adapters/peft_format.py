@@ -94,14 +94,18 @@ class _Module:
 
 
 def draw_blueprint(
-    config: LoraConfig, header: Mapping[str, TensorInfo], layout: BaseLayout, base_bias: BaseBias
+    config: LoraConfig,
+    header: Mapping[str, TensorInfo],
+    layout: BaseLayout,
+    base_bias: BaseBias,
+    breathe: Callable[[], None] = lambda: None,
 ) -> Blueprint:
-    """Check config and header against the base.
+    """Check config and header against the base, calling `breathe` between pieces of work.
 
     Raises AdapterRefused, whose message names the tensor or option, what was found and what was expected.
     """
     prefix, modules = _match_names(header, layout)
-    plans = plan_modules(config, modules, (f"{prefix.removesuffix('layers.')}embed_tokens", "lm_head"))
+    plans = plan_modules(config, modules, (f"{prefix.removesuffix('layers.')}embed_tokens", "lm_head"), breathe)
     _check_complete(modules, plans, config, base_bias)
     _check_shapes(header, modules, plans, config, layout)
     found = [module for module in modules.values() if module.tensors]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import threading
 import time
 from collections import OrderedDict
@@ -24,7 +25,6 @@ from typing import Generic, TypeVar
 from torch import Tensor
 
 from loraplex.adapters.adapter_files import (
-    WEIGHTS_FILE,
     AdapterBytes,
     AdapterHead,
     ChangedMeanwhile,
@@ -34,17 +34,20 @@ from loraplex.adapters.adapter_files import (
     parse_header,
     read_bytes,
     read_head,
+    read_tokenizer,
     view_tensors,
 )
+from loraplex.adapters.beneath import roots_of
 from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.loader import ParsedImage, Reading
+from loraplex.adapters.pace import Breath
 from loraplex.adapters.peft_config import parse_config
 from loraplex.adapters.peft_format import AdapterModule, BaseBias, Blueprint, draw_blueprint
 from loraplex.adapters.peft_values import check_values
 from loraplex.adapters.recipe import Recipe, is_for
 from loraplex.adapters.sources import resolve
 from loraplex.adapters.tiles import AdapterImage, BaseLayout, BiasDelta, pack, plan_image
-from loraplex.adapters.tokenizer_files import NOTHING, TokenizerFiles, read_tokenizer_files
+from loraplex.adapters.tokenizer_files import NOTHING, TokenizerFiles
 from loraplex.adapters.workspace import Workspace
 from loraplex.kernels.hugepages import Region, huge_zeros
 from loraplex.kernels.packing import OpenFile
@@ -55,6 +58,9 @@ V = TypeVar("V")
 
 MAX_MESSAGE = 800
 """Characters of a refusal."""
+
+TENSORS_A_MODULE = 4
+"""At most: A, B, B's bias and the module's own."""
 
 MAX_BLUEPRINTS = 32
 """Some 250 KB each. A folder of thousands has a handful."""
@@ -97,10 +103,18 @@ class _Drawn:
 
 
 @dataclass(frozen=True)
+class _Place:
+    """Where a source's files are, and what they must not be led out of (beneath.py)."""
+
+    folder: Path
+    roots: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
 class _Remembered:
     """Of a source, from its last reading. Holds as long as the stamp does."""
 
-    folder: Path
+    place: _Place
     stamp: Stamp
     start: int  # of the data
     digest: str = ""
@@ -142,10 +156,10 @@ class AdapterReader:
 
         Raises AdapterNotFound, and AdapterRefused with the folder's path before the reason.
         """
-        folder = self._locate(source)
-        with _named(folder):
-            info = self._draw(read_head(folder), lambda: None).info
-            return replace(info, tokenizer=self._tokenizer(folder))
+        place = self._place(source)
+        with _named(place.folder):
+            info = self._draw(read_head(place.folder, place.roots), Breath(lambda: None)).info
+            return replace(info, tokenizer=self._tokenizer(place))
 
     def read(self, reading: Reading) -> ParsedImage:
         """Read, check and pack an adapter. Raises as examine() does, and what reading.breathe() raises.
@@ -153,21 +167,25 @@ class AdapterReader:
         Files that have the stamp they had are neither parsed, nor checked, nor hashed again, unless reading.fresh.
         """
         known = None if reading.fresh else self._remembered.get(reading.source)
-        folder = known.folder if known is not None and known.folder.is_dir() else self._locate(reading.source)
-        with _named(folder):
+        is_there = known is not None and os.path.isdir(known.place.folder)
+        place = known.place if known is not None and is_there else self._place(reading.source)
+        with _named(place.folder):
             if known is not None:
                 parsed = self._repeat(known, reading)
                 if parsed is not None:
                     return parsed
-            with self._room(self._whole_bytes(folder, reading.breathe), reading.breathe):
-                return self._read_whole(folder, reading)
+            with self._room(self._whole_bytes(place, reading.breathe), reading.breathe):
+                return self._read_whole(place, reading)
 
-    def _whole_bytes(self, folder: Path, breathe: Callable[[], None]) -> int:
+    def _place(self, source: str) -> _Place:
+        return _Place(self._locate(source), roots_of(source))
+
+    def _whole_bytes(self, place: _Place, breathe: Callable[[], None]) -> int:
         """What the file and its image take. Raises what refuses the header."""
         if self._workspace is None:
             return 0
-        info = self._draw(read_head(folder), breathe).info
-        return (folder / WEIGHTS_FILE).stat().st_size + info.num_pages * self._layout.page_bytes
+        head = read_head(place.folder, place.roots)
+        return head.start + head.data_bytes + self._draw(head, breathe).info.num_pages * self._layout.page_bytes
 
     def _room(self, nbytes: int, breathe: Callable[[], None]) -> AbstractContextManager[None]:
         return nullcontext() if self._workspace is None else self._workspace.room(nbytes, breathe)
@@ -176,7 +194,7 @@ class AdapterReader:
         """Do again what was done at the last reading. None: the files have changed, or it is not known how."""
         recipe = self._recipes.get(known.recipe)
         if known.refusal is not None:
-            head = read_head(known.folder)
+            head = read_head(known.place.folder, known.place.roots)
             if head.stamp != known.stamp:
                 return None
             raise AdapterRefused(known.refusal.code, str(known.refusal))
@@ -185,7 +203,7 @@ class AdapterReader:
         try:
             with (
                 self._room(recipe.nbytes, reading.breathe),
-                known_weights(known.folder, known.stamp) as descriptor,
+                known_weights(known.place.folder, known.stamp, known.place.roots) as descriptor,
             ):
                 file = OpenFile(descriptor, known.start)
                 image = recipe.read(file, self._memory(recipe.nbytes), reading.breathe)
@@ -193,34 +211,34 @@ class AdapterReader:
             return None
         return _parsed(known.digest, known.info, image, known.stamp.weights[2] - known.start)
 
-    def _read_whole(self, folder: Path, reading: Reading) -> ParsedImage:
-        files, began = _read_quietly(folder, reading.breathe, self._memory)
+    def _read_whole(self, place: _Place, reading: Reading) -> ParsedImage:
+        files, began = _read_quietly(place, reading.breathe, self._memory)
         head = files.head
         settled = head.stamp.is_settled(began)
         try:
             drawn = self._draw(head, reading.breathe)
             image, recipe = self._make(drawn, files, reading.breathe)
-            tokenizer = self._tokenizer(folder)  # read after its stamp: a change meanwhile shows at the next look
+            tokenizer = self._tokenizer(place)  # read after its stamp: a change meanwhile shows at the next look
         except AdapterRefused as error:
             if settled:
                 refusal = AdapterRefused(error.code, str(error))  # without the frames, which hold the file's bytes
-                self._remembered.put(reading.source, _Remembered(folder, head.stamp, head.start, refusal=refusal))
+                self._remembered.put(reading.source, _Remembered(place, head.stamp, head.start, refusal=refusal))
             raise
         info, digest = replace(drawn.info, tokenizer=tokenizer), tokenizer.mark(files.digest)
         if settled:
-            known = _Remembered(folder, head.stamp, head.start, digest, info, recipe)
+            known = _Remembered(place, head.stamp, head.start, digest, info, recipe)
             self._remembered.put(reading.source, known)
         return _parsed(digest, info, image, head.data_bytes)
 
-    def _tokenizer(self, folder: Path) -> TokenizerFiles:
+    def _tokenizer(self, place: _Place) -> TokenizerFiles:
         """Equal ones are one object: a folder of thousands has the same file in each. Raises AdapterRefused."""
-        found = read_tokenizer_files(folder)
+        found = read_tokenizer(place.folder, place.roots)
         if found == NOTHING:
             return NOTHING
         known = self._tokenizers.get(found)
         if known is None:
             if changes := self._check_tokenizer(found):
-                logger.info("%s has tokenizer files of its own: %s", folder, changes)
+                logger.info("%s has tokenizer files of its own: %s", place.folder, changes)
             known = self._tokenizers.put(found, found)
         return known
 
@@ -230,9 +248,9 @@ class AdapterReader:
         drawn = self._blueprints.get(key)
         if drawn is None:
             breathe()
-            header = parse_header(head)
+            header = parse_header(head, TENSORS_A_MODULE * self._layout.num_layers * len(self._layout.projections))
             breathe()
-            blueprint = draw_blueprint(config, header, self._layout, self._base_bias)
+            blueprint = draw_blueprint(config, header, self._layout, self._base_bias, breathe)
             breathe()
             plan = plan_image(blueprint.shapes(), self._layout)
             info = AdapterInfo(blueprint.rank, blueprint.targets, plan.num_pages, plan.nbytes)
@@ -304,13 +322,13 @@ class _Latest(Generic[V]):
 
 
 def _read_quietly(
-    folder: Path, breathe: Callable[[], None], memory: Callable[[int], Tensor]
+    place: _Place, breathe: Callable[[], None], memory: Callable[[int], Tensor]
 ) -> tuple[AdapterBytes, float]:
     """The files while nobody writes to them, and when their reading began, in unix seconds. Raises ChangedMeanwhile."""
     for _ in range(CHANGED_RETRIES):
         began = time.time()
         try:
-            files = read_bytes(folder, breathe, memory)
+            files = read_bytes(place.folder, breathe, memory, place.roots)
         except ChangedMeanwhile:
             time.sleep(CHANGED_WAIT)
             breathe()
@@ -319,7 +337,7 @@ def _read_quietly(
             return files, began
         time.sleep(CHANGED_WAIT)  # whoever is still writing shows by now
         breathe()
-        if look(folder) == files.head.stamp:
+        if look(place.folder, place.roots) == files.head.stamp:
             return files, began
     raise ChangedMeanwhile
 
@@ -338,4 +356,4 @@ def _named(folder: Path) -> Iterator[None]:
         message = " ".join(str(error).split()).encode("utf-8", "backslashreplace").decode()
         raise AdapterRefused(error.code, f"{folder}: {message[:MAX_MESSAGE]}") from error
     except OSError as error:
-        raise AdapterRefused("missing_file", f"{folder} cannot be read: {error}") from error
+        raise AdapterRefused("missing_file", f"{folder} cannot be read: {error.strerror}") from error

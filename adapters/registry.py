@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from types import TracebackType
 
+from loraplex.adapters.beneath import shown
 from loraplex.adapters.errors import AdapterExists, AdapterNotFound, AdapterRefused, InvalidAdapterName
 from loraplex.adapters.refusals import Refusals
 from loraplex.adapters.tokenizer_files import NOTHING, TokenizerFiles
@@ -44,7 +45,7 @@ class AdapterVersion:
 
     name: str
     uid: int  # never reused, also when the name is
-    source: str  # path or Hub id as the caller gave it
+    source: str  # as sources.parse_source() has it
     rank: int  # the largest of its modules
     targets: tuple[str, ...]
     num_pages: int  # at most, when resident on the device: fewer only if modules turn out to be zero
@@ -60,6 +61,11 @@ class AdapterVersion:
         Two names may share it. What is resident, in host memory or cached is keyed by it.
         """
         return self._identity.digest
+
+    @property
+    def origin(self) -> str:
+        """`source`, to be shown."""
+        return shown(self.source)
 
 
 class AdapterLease:
@@ -137,7 +143,7 @@ class Registry:
             old = self._current.get(name)
             if old is not None and not replace:
                 raise AdapterExists(
-                    f"adapter {name!r} is already loaded, from {old.source!r}; unload it first, or ask to replace it"
+                    f"adapter {name!r} is already loaded, from {old.origin!r}; unload it first, or ask to replace it"
                 )
             version = AdapterVersion(
                 name, self._next_uid, source, rank, targets, num_pages, nbytes, int(time.time()), tokenizer

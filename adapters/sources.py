@@ -1,6 +1,7 @@
 """Where an adapter is to come from, as a caller writes it: read, checked, and free of secrets from then on.
 
-    adapters/sql, /srv/sql           a local folder, also as file://; before a Hub repository of the same name
+    adapters/sql, /srv/sql           a local folder, also as file://; before a Hub repository of the same name; with
+                                     /./ in it what follows that must stay below what is before (beneath.py)
     org/name, org/name@revision      the Hub; also with hf:// or huggingface:// before it
     s3://bucket/path                 and gs://: a folder there, or a .tar, .tar.gz or .tgz
     https://host/path                likewise: <path>/adapter_config.json and <path>/adapter_model.safetensors
@@ -10,14 +11,18 @@ Free of torch.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import hmac
+import os
 import re
 import secrets
+import socket
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from urllib.parse import SplitResult, urlsplit, urlunsplit
 
+from loraplex.adapters.beneath import LINKED_OUT, opened, roots_of, shown
 from loraplex.adapters.errors import AdapterNotFound, AdapterRefused
 
 ARCHIVES = (".tar", ".tar.gz", ".tgz")
@@ -26,6 +31,9 @@ KINDS = "a local folder, a Hub repository as org/name or org/name@revision, s3:/
 
 MAX_SOURCE = 4096
 """Characters; a signed URL of S3 with a session token has some 1,500."""
+
+MAX_HUB_NAME = 96
+"""Characters of an organisation's name and of a repository's, as the Hub has it."""
 
 _HUB_ID = re.compile(
     r"(?P<repo>[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*)(?:@(?P<revision>[A-Za-z0-9][A-Za-z0-9._/-]*))?"
@@ -81,12 +89,11 @@ def parse_source(text: str, access: Access = OPERATOR) -> Source:
 
     A local folder need not exist; find_folder() looks.
     """
-    if not text.strip() or "\0" in text or len(text) > MAX_SOURCE:
-        raise AdapterNotFound(f"adapter source {_short(text)!r} is no path; give {KINDS}")
+    if not text.strip() or "\0" in text or len(text) > MAX_SOURCE or not _is_unicode(text):
+        raise AdapterNotFound(f"adapter source {_short(text)!a} is no path; give {KINDS}")
     scheme = _SCHEME.match(text)
     if scheme is None:
-        path = Path(text).expanduser()
-        if path.exists() or _HUB_ID.fullmatch(text) is None:
+        if _HUB_ID.fullmatch(text) is None or os.path.exists(text):
             return Source(text, "local", text)
         return _hub(text, access)
     name, rest = scheme[1].lower(), text[scheme.end() :]
@@ -109,16 +116,23 @@ def is_hub_id(text: str) -> bool:
 
 
 def find_folder(text: str) -> Path:
-    """The local folder `text`. Raises AdapterNotFound."""
-    path = Path(text).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
+    """The local folder `text`. Raises AdapterNotFound, AdapterRefused for one that may not be looked at."""
+    try:
+        path = Path(text).expanduser()
+        with opened(path, roots_of(text)):
+            return path
+    except NotADirectoryError:
         raise AdapterNotFound(
-            f"adapter source {text!r} is a file; give the folder that holds adapter_config.json and "
+            f"adapter source {shown(_short(text))!r} is a file; give the folder that holds adapter_config.json and "
             "adapter_model.safetensors"
-        )
-    raise AdapterNotFound(f"there is no folder {_short(text)!r}; give {KINDS}")
+        ) from None
+    except (OSError, RuntimeError, ValueError) as error:  # also a name that is too long, no such user
+        code = error.errno if isinstance(error, OSError) else None
+        if code in (errno.EXDEV, errno.ELOOP):
+            raise AdapterRefused("forbidden", f"folder {shown(_short(text))!r}: {LINKED_OUT}") from None
+        if code in (errno.EACCES, errno.EPERM):
+            raise AdapterRefused("missing_file", f"folder {shown(_short(text))!r} may not be opened") from None
+        raise AdapterNotFound(f"there is no folder {shown(_short(text))!r}; give {KINDS}") from None
 
 
 def resolve(text: str) -> Path:
@@ -146,8 +160,9 @@ def redact(url: str) -> str:
 def _hub(text: str, access: Access) -> Source:
     found = _HUB_ID.fullmatch(text)
     assert found is not None
-    if ".." in text:
+    if ".." in text or len(found["repo"]) > 2 * MAX_HUB_NAME:
         raise AdapterNotFound(f"{_short(text)!r} is no repository of the Hub; expected org/name or org/name@revision")
+    _check_no_address(f"hf://{text}", text.partition("/")[0])
     shown = f"hf://{text}{_tag(access, '')}"
     return Source(shown, "hub", found["repo"], found["revision"], access)
 
@@ -158,6 +173,7 @@ def _bucket(kind: str, rest: str, access: Access) -> Source:
     path = path.strip("/")
     if _BUCKET.fullmatch(bucket) is None or not path or _climbs(path) or "?" in path or "#" in path:
         raise AdapterNotFound(f"adapter source {_short(f'{kind}://{rest}')!r}: expected {kind}://bucket/path")
+    _check_no_address(f"{kind}://{rest}", bucket)
     access = Access(ambient=access.ambient)
     return Source(f"{kind}://{bucket}/{path}{_tag(access, '')}", kind, f"{bucket}/{path}", None, access)
 
@@ -175,6 +191,28 @@ def _url(kind: str, text: str, access: Access) -> Source:
     hidden = place if parts.query or "@" in parts.netloc else ""
     access = Access(ambient=access.ambient)
     return Source(redact(place) + _tag(OPERATOR, hidden), kind, place, None, access)
+
+
+def _check_no_address(text: str, name: str) -> None:
+    """Raise AdapterRefused ("forbidden") where an address stands for a bucket's name or an organisation's.
+
+    None is called so; whoever is asked for it is asked for nothing.
+    """
+    try:
+        socket.inet_aton(name if "." in name else "")
+    except OSError:
+        return
+    raise AdapterRefused(
+        "forbidden", f"adapter source {_short(text)!r} has an address in place of a name; give {KINDS}"
+    )
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
+    return True
 
 
 def _climbs(path: str) -> bool:

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import astuple, dataclass, replace
-from pathlib import Path
 from typing import Any
 
+from loraplex.adapters.beneath import Folder
+from loraplex.adapters.bounded_json import parse_json
 from loraplex.adapters.errors import AdapterRefused
 
 TEMPLATE_FILE = "chat_template.jinja"
@@ -80,13 +80,13 @@ class TokenizerFiles:
 NOTHING = TokenizerFiles()
 
 
-def read_tokenizer_files(folder: Path) -> TokenizerFiles:
-    """Read what the files in `folder` say. Raises AdapterRefused: "bad_file", "too_large"; OSError."""
-    there = [name for name in FILES if (folder / name).is_file()]
+def read_tokenizer_files(place: Folder) -> TokenizerFiles:
+    """Read what the files in `place` say. Raises AdapterRefused: "bad_file", "too_large"; OSError."""
+    there = [name for name in FILES if place.has(name)]
     if not there:
         return NOTHING
     try:
-        found = _read_all(folder, there)
+        found = _read_all(place, there)
     except (TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
         raise AdapterRefused(
             "bad_file",
@@ -100,17 +100,17 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles:
     return found
 
 
-def _read_all(folder: Path, there: Collection[str]) -> TokenizerFiles:
+def _read_all(place: Folder, there: Collection[str]) -> TokenizerFiles:
     """Of the files that are `there`. Raises as json does, and what a file of another form leads to."""
     config, older, generation, texts = (
-        _object(_read(folder / name), name) if name in there else {}
+        _object(_read(place, name), name) if name in there else {}
         for name in (CONFIG_FILE, SPECIAL_FILE, GENERATION_FILE, ADDED_FILE)
     )
-    template = _text(_read(folder / TEMPLATE_FILE)) if TEMPLATE_FILE in there else default_template(config)
+    template = _text(_read(place, TEMPLATE_FILE)) if TEMPLATE_FILE in there else default_template(config)
     added = {text: AddedToken(_id(i), text, special=False) for text, i in texts.items()}
     added |= {token.text: token for token in _declared(config.get("added_tokens_decoder") or {})}
     if FAST_FILE in there:
-        added |= {token.text: token for token in _head_of(_read(folder / FAST_FILE, whole=False))}
+        added |= {token.text: token for token in _head_of(_read(place, FAST_FILE, whole=False))}
     eos = generation.get("eos_token_id")
     return TokenizerFiles(
         template,
@@ -120,14 +120,14 @@ def _read_all(folder: Path, there: Collection[str]) -> TokenizerFiles:
     )
 
 
-def stamps(folder: str | Path) -> tuple[tuple[int, ...], ...]:
-    """Of each of FILES what tells that it has come, gone or changed: () of one that is not there.
+def stamps(place: Folder, inner: str = ".") -> tuple[tuple[int, ...], ...]:
+    """Of each of FILES in the folder `inner` of `place` what tells of a change: () of one that is not there.
 
     Else device, inode, bytes, modified ns and changed ns.
     """
     try:
-        there = os.listdir(folder)  # 8 microseconds; looking for each of the files takes 24 where there is none
-        infos = [os.stat(f"{folder}/{name}") if name in there else None for name in FILES]
+        there = place.names(inner)  # 8 microseconds; looking for each of the files takes 24 where there is none
+        infos = [place.stat(f"{inner}/{name}") if name in there else None for name in FILES]
     except OSError:
         return ()
     return tuple(
@@ -184,12 +184,9 @@ def _id(value: Any) -> int:
 
 
 def _object(data: bytes, name: str) -> dict[str, Any]:
-    containers = data.count(b"[") + data.count(b"{")
-    if containers > MAX_CONTAINERS or data.count(b",") > MAX_VALUES:
-        raise AdapterRefused(
-            "too_large", f"{name} holds more than {MAX_CONTAINERS} lists and objects, or {MAX_VALUES} values"
-        )
-    value = json.loads(_text(data))
+    if data.count(b"[") + data.count(b"{") > MAX_CONTAINERS:
+        raise AdapterRefused("too_large", f"{name} holds more than {MAX_CONTAINERS} lists and objects")
+    value = parse_json(data, MAX_BYTES, MAX_VALUES)
     if not isinstance(value, dict):
         raise ValueError(f"{name} holds a {type(value).__name__}, expected an object")
     return value
@@ -199,9 +196,9 @@ def _text(data: bytes) -> str:
     return data.decode("utf-8-sig")
 
 
-def _read(path: Path, whole: bool = True) -> bytes:
-    with path.open("rb") as file:
+def _read(place: Folder, name: str, whole: bool = True) -> bytes:
+    with place.open(name) as handle, open(handle, "rb", closefd=False) as file:
         data = file.read(MAX_BYTES + 1)
     if whole and len(data) > MAX_BYTES:
-        raise AdapterRefused("too_large", f"{path.name} has more than {MAX_BYTES} bytes")
+        raise AdapterRefused("too_large", f"{name} has more than {MAX_BYTES} bytes")
     return data[:MAX_BYTES]

@@ -79,8 +79,13 @@ TORCH_FREE = frozenset(
         "server.engine.on_demand",
         "server.engine.page_map",
         "server.recent",
+        "adapters.beneath",
+        "adapters.bounded_json",
+        "adapters.bounded_yaml",
         "adapters.merge_plan",
         "adapters.merge_folder",
+        "adapters.patterns",
+        "adapters.peft_config",
     ]
     + [f"adapters.{name}" for name in ("pages", "eviction", "registry", "errors", "refusals", "tokenizer_files")]
     + [f"adapters.{name}" for name in ("addresses", "archive", "download_cache", "downloads", "fetch", "http_client")]

@@ -203,7 +203,7 @@ def test_what_a_thread_ends_with_is_a_line_of_the_log(
     set_up(LogFormat.text)  # the handlers are pytest's: there are some already
 
     def fail() -> None:
-        raise ValueError(NASTY)
+        raise ValueError("of two\nlines")
 
     thread = threading.Thread(target=fail, name="worker")
     thread.start()

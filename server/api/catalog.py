@@ -83,7 +83,7 @@ def _adapter_card(base: Base, version: AdapterVersion) -> ModelCard:
     return ModelCard(
         id=version.name,
         created=version.created,
-        root=version.source,
+        root=version.origin,
         parent=base.names[0],
         max_model_len=None,
         permission=[ModelPermission(id=f"modelperm-{version.name}-{version.uid}", created=version.created)],

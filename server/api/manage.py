@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from loraplex.adapters.errors import AdapterNotFound, AdapterRefused
 from loraplex.adapters.sources import is_hub_id, parse_source
@@ -64,14 +63,15 @@ def permitted_source(parts: Parts, source: str) -> str:
 
     That are those outside of --allowed-path and --adapter-dir, and those of the latter whose name the caller may not
     use: by its path an adapter is no more the caller's than by its name. What is forbidden cannot be told from what is
-    not there. Links are followed before looking.
+    not there. Links are followed before looking, and out of nothing that was looked at (adapters/beneath.py).
     """
     if parts.local_sources is None:
         return source
     try:
         found = parse_source(source)
-        if found.is_remote or parts.local_sources.permit(Path(found.place).expanduser().resolve()):
-            return source
+        permitted = source if found.is_remote else parts.local_sources.permit(found.place)
+        if permitted is not None:
+            return permitted
     except (OSError, RuntimeError):  # a loop of links, no such user
         pass
     if is_hub_id(source):  # as where there is no folder of that name

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from loraplex.adapters.beneath import below
 from loraplex.adapters.registry import AdapterVersion, Registry
 from loraplex.adapters.sources import OPERATOR
 from loraplex.adapters.sources import Access as SourceAccess
@@ -111,14 +113,34 @@ class LocalSources:
     allowed: tuple[Path, ...]  # by all who may load
     named: Path | None = None  # each folder in it is an adapter: by those who may use its name
 
-    def permit(self, real: Path) -> bool:
-        """Whether the current key may load from `real`, a path without links. Raises OSError, RuntimeError."""
-        if any(real.is_relative_to(folder.expanduser().resolve()) for folder in self.allowed):
-            return True
-        root = self.named.expanduser().resolve() if self.named is not None else None
-        if root is None or not real.is_relative_to(root) or real == root:
-            return False
-        return current_key().may_use(real.relative_to(root).parts[0])
+    def permit(self, place: str) -> str | None:
+        """The local folder `place` as a source that stays where the current key may load from; None: it may not.
+
+        Links are followed to look, and again when it is opened: below what the source says, and no further, whatever
+        has become of the names meanwhile. Raises OSError, RuntimeError.
+        """
+        given = _absolute(Path(place))
+        real = given.resolve()
+        named = () if self.named is None else (self.named,)
+        for folder in (*self.allowed, *(named if current_key().admin else ())):
+            root = _absolute(folder)
+            if real.is_relative_to(root.resolve()):
+                path, root = next(
+                    ((given, name) for name in (root, root.resolve()) if given.is_relative_to(name)),
+                    (real, root.resolve()),
+                )
+                return below(root, path.relative_to(root))
+        for folder in named:
+            root = _absolute(folder)
+            inner = real.relative_to(root.resolve()) if real.is_relative_to(root.resolve()) else Path()
+            if inner.parts and current_key().may_use(inner.parts[0]):
+                return below(root, inner.parts[0], Path(*inner.parts[1:]))
+        return None
+
+
+def _absolute(path: Path) -> Path:
+    """Without "~" and "..", and with its links. Raises RuntimeError for a user that is not there."""
+    return Path(os.path.abspath(path.expanduser()))
 
 
 @dataclass(frozen=True)

@@ -198,7 +198,7 @@ def make_router(parts: Parts) -> APIRouter:
     async def list_lora_adapters() -> Response:
         """The adapters as llama.cpp lists its own; which one a request wears is the request's to say."""
         listed = enumerate(visible_adapters(parts))
-        return JSONResponse([{"id": i, "name": v.name, "path": v.source, "scale": 0.0} for i, v in listed])
+        return JSONResponse([{"id": i, "name": v.name, "path": v.origin, "scale": 0.0} for i, v in listed])
 
     return router
 
@@ -214,7 +214,7 @@ def _is_lorax(body: bytes) -> bool:
 def _outcome(parts: Parts, error: Exception | None = None) -> Response:
     """SGLang's answer to loading and unloading: all adapters there are now."""
     loaded = {
-        version.name: {"lora_id": str(version.uid), "lora_name": version.name, "lora_path": version.source}
+        version.name: {"lora_id": str(version.uid), "lora_name": version.name, "lora_path": version.origin}
         for version in visible_adapters(parts)
     }
     if error is None:

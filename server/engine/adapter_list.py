@@ -7,16 +7,14 @@ ensureAbsent: [old-sql]
 
 from __future__ import annotations
 
+import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from loraplex.adapters.bounded_yaml import MAX_BYTES, parse_yaml
 from loraplex.adapters.errors import InvalidAdapterName
 from loraplex.adapters.registry import check_name
-
-MAX_BYTES = 16 << 20
 
 
 class AdapterListError(ValueError):
@@ -59,16 +57,15 @@ def read_list(path: Path) -> AdapterList:
 def parse_list(text: str) -> AdapterList:
     """Raises AdapterListError."""
     try:
-        raw = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" (line {mark.line + 1})" if mark is not None else ""
-        raise AdapterListError(f"it is no YAML{where}") from None
+        raw = parse_yaml(text.encode())
+    except ValueError as error:
+        raise AdapterListError(f"no YAML that can be followed: {error}") from None
     found = _mapping({} if raw is None else raw, "the file", ("ensurePresent", "ensureAbsent"))
     present = tuple(_wish(item, i) for i, item in enumerate(_list(found, "ensurePresent")))
-    absent = _list(found, "ensureAbsent")
-    for name in absent:
+    listed = _list(found, "ensureAbsent")
+    for name in listed:
         _check_name(name, "ensureAbsent")
+    absent = frozenset(listed)
     names: set[str] = set()
     for wish in present:
         if wish.name in names:
@@ -76,7 +73,7 @@ def parse_list(text: str) -> AdapterList:
         if wish.name in absent:
             raise AdapterListError(f"{wish.name!r} is in ensurePresent and in ensureAbsent")
         names.add(wish.name)
-    return AdapterList(present, frozenset(absent))
+    return AdapterList(present, absent)
 
 
 def _wish(item: Any, index: int) -> Wish:
@@ -85,9 +82,9 @@ def _wish(item: Any, index: int) -> Wish:
     name, source, pinned = found.get("name"), found.get("source"), found.get("pinned", False)
     _check_name(name, where)
     if not isinstance(source, str) or not source:
-        raise AdapterListError(f"{where}: source is {source!r}; expected a folder, org/name or a URL")
+        raise AdapterListError(f"{where}: source is {reprlib.repr(source)}; expected a folder, org/name or a URL")
     if not isinstance(pinned, bool):
-        raise AdapterListError(f"{where}: pinned is {pinned!r}; expected true or false")
+        raise AdapterListError(f"{where}: pinned is {reprlib.repr(pinned)}; expected true or false")
     return Wish(str(name), source, pinned)
 
 
@@ -96,7 +93,7 @@ def _mapping(raw: Any, where: str, keys: tuple[str, ...]) -> dict[str, Any]:
         raise AdapterListError(f"{where} is a {type(raw).__name__}; expected the keys {', '.join(keys)}")
     unknown = [key for key in raw if key not in keys]
     if unknown:
-        raise AdapterListError(f"{where}: unknown key {unknown[0]!r}; expected {', '.join(keys)}")
+        raise AdapterListError(f"{where}: unknown key {reprlib.repr(unknown[0])}; expected {', '.join(keys)}")
     return raw
 
 
@@ -109,7 +106,7 @@ def _list(raw: dict[str, Any], key: str) -> list[Any]:
 
 def _check_name(name: object, where: str) -> None:
     if not isinstance(name, str):
-        raise AdapterListError(f"{where}: name is {name!r}; expected text")
+        raise AdapterListError(f"{where}: name is {reprlib.repr(name)}; expected text")
     try:
         check_name(name)
     except InvalidAdapterName as error:

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
+from loraplex.adapters.beneath import below
 from loraplex.adapters.downloads import Downloads
 from loraplex.adapters.errors import AdapterError, AdapterExists, AdapterNotFound, AdapterRefused
 from loraplex.adapters.loader import LoadedAdapter, Loader
@@ -198,12 +199,15 @@ class AdapterManager:
         return tuple(version for folder in folders if (version := self.register_unread(folder)) is not None)
 
     def register_unread(self, folder: Path) -> AdapterVersion | None:
-        """Register one folder as register_folder() does; None when it is refused or left out."""
+        """Register one folder as register_folder() does; None when it is refused or left out.
+
+        No link in it is followed out of the folder that it is in.
+        """
         name = folder.name
         try:
             self.registry.check_name(name)
             self._check_free(name)
-            return self._enter_unread(name, str(folder), replace=False)
+            return self._enter_unread(name, below(folder.parent, name), replace=False)
         except AdapterRefused as error:
             logger.warning("adapter %r is refused: %s", name, error)
             self.registry.mark_refused(name, error)
@@ -263,5 +267,5 @@ class AdapterManager:
         taken = self.registry.get(name)
         if taken is not None:
             raise AdapterExists(
-                f"adapter {name!r} is already loaded, from {taken.source!r}; unload it first, or ask to replace it"
+                f"adapter {name!r} is already loaded, from {taken.origin!r}; unload it first, or ask to replace it"
             )

@@ -20,6 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from loraplex.adapters.beneath import below
 from loraplex.adapters.errors import AdapterError, AdapterNotFound, AdapterRefused
 from loraplex.adapters.pace import Breath, lower_priority
 from loraplex.adapters.registry import AdapterVersion
@@ -127,7 +128,7 @@ class Follower:
     def _apply(self, change: Change) -> None:
         registry, folder = self._manager.registry, change.folder
         version = registry.get(folder.name)
-        own = version is not None and version.source == str(folder)
+        own = version is not None and version.source == below(folder.parent, folder.name)
         if change.what is What.VANISHED:
             if own:
                 with suppress(AdapterNotFound):
@@ -142,7 +143,7 @@ class Follower:
         elif own:
             self._manager.refresh(version)
         elif change.what is What.APPEARED:
-            logger.warning("adapter folder %s is left out: the name is that of %s", folder, version.source)
+            logger.warning("adapter folder %s is left out: the name is that of %s", folder, version.origin)
 
     # -- the list ------------------------------------------------------------------------------------------------------
 

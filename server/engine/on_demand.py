@@ -19,6 +19,7 @@ import re
 import shutil
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Collection, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -228,7 +229,9 @@ def source_of(origin: str, adapter_id: str) -> str:
     Raises AdapterRefused("unsupported_kind") for an id that cannot be of that origin.
     """
     if origin == "local":
-        return str(Path(adapter_id).expanduser().absolute())
+        with suppress(RuntimeError, ValueError):  # no such user: there is no such folder then
+            return str(Path(adapter_id).expanduser().absolute())
+        return adapter_id
     if origin == "s3":
         return adapter_id if adapter_id.startswith("s3://") else f"s3://{adapter_id}"
     if not is_hub_id(adapter_id):

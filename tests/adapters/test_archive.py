@@ -5,7 +5,9 @@ from __future__ import annotations
 import gzip
 import io
 import tarfile
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -137,3 +139,49 @@ def test_damage_is_refused_or_harmless(tmp_path_factory: pytest.TempPathFactory,
     except AdapterRefused:
         return
     assert set(found) == set(FILES)
+
+
+@pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
+def test_long_names_in_every_form(tmp_path: Path, form: int) -> None:
+    """As tarfile itself writes them; ustar has room for 255 characters, in two pieces."""
+    buffer = io.BytesIO()
+    folder = "/".join(["a" * 60] * (3 if form == tarfile.USTAR_FORMAT else 9))
+    with tarfile.open(fileobj=buffer, mode="w", format=form, pax_headers={"comment": "7" * 300}) as out:
+        for name, content in FILES.items():
+            info = tarfile.TarInfo(f"{folder}/{name}")
+            info.size = len(content)
+            info.mtime = 0.5 if form == tarfile.PAX_FORMAT else 0  # type: ignore[assignment]
+            out.addfile(info, io.BytesIO(content))
+    assert attempt(tmp_path, buffer.getvalue()) == FILES
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME])
+@pytest.mark.parametrize("body", [b"1" * 60_000, b"60000 path=" + b"1" * 60_000, b"1 " * 30_000, b"0 a=b\n" * 10_000])
+def test_headers_that_take_time_to_read(tmp_path: Path, kind: bytes, body: bytes) -> None:
+    """64 KiB of digits froze the whole process for 8 s, and twice as many for 32: re.search in tarfile."""
+    info = tarfile.TarInfo("x")
+    info.type, info.size = kind, len(body)
+    header = info.tobuf(tarfile.GNU_FORMAT) + body + bytes(-len(body) % 512)
+    began = time.thread_time()
+    with suppress(AdapterRefused):
+        attempt(tmp_path, header * 20 + tar(FILES))
+    assert time.thread_time() - began < 20, "of its own work; it was over 100 s"
+
+
+@pytest.mark.parametrize("record", ["GNU.sparse.major=1", "GNU.sparse.map=0,1", "size=99999999999"])
+def test_sparse_files_by_extended_headers(tmp_path: Path, record: str) -> None:
+    text = f"{len(record) + 4} {record}\n".encode()
+    info = tarfile.TarInfo("x")
+    info.type, info.size = tarfile.XHDTYPE, len(text)
+    with pytest.raises(AdapterRefused) as caught:
+        attempt(tmp_path, info.tobuf(tarfile.GNU_FORMAT) + text + bytes(-len(text) % 512) + tar(FILES))
+    assert caught.value.code == "forbidden"
+
+
+def test_files_of_less_than_nothing(tmp_path: Path) -> None:
+    header = bytearray(tar(FILES)[:512])
+    header[124:136] = b"\xff" * 11 + b"\x00"  # -256, as GNU writes large numbers
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    with pytest.raises(AdapterRefused, match="damaged"):
+        attempt(tmp_path, bytes(header) + bytes(1024))

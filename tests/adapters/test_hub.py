@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from loraplex.adapters import bounded_json
 from loraplex.adapters import fetch as fetch_module
 from loraplex.adapters.addresses import Reach
 from loraplex.adapters.downloads import Downloads
@@ -162,4 +163,40 @@ def test_an_outage(downloads: Downloads, hub: FakeHub) -> None:
     assert get(downloads, "acme/sql", stale=True) == folder
     hub.web.stop()
     with pytest.raises(AdapterUnavailable, match="cannot be reached"):
+        get(downloads, "acme/sql")
+
+
+def test_a_listing_of_any_length_is_not_read(
+    downloads: Downloads, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever has a repository says how many files there are, and what they are called."""
+    parsed: list[int] = []
+    real = bounded_json.json.loads
+    monkeypatch.setattr(bounded_json.json, "loads", lambda text, **k: (parsed.append(len(text)), real(text, **k))[1])
+    many = {f"{'deep/' * 20}file-{i}": b"" for i in range(30_000)}
+    for name, files in (("acme/many", many), ("acme/odd", {**FILES, "[{," * 100_000: b""})):
+        hub.repos[name] = Repo()
+        hub.repos[name].commit(files)
+        with pytest.raises(AdapterRefused, match=r"too many files|values or more") as caught:
+            get(downloads, name)
+        assert caught.value.code in ("too_large", "bad_source")
+    assert parsed == []
+    hub.repos["acme/some"] = Repo()
+    hub.repos["acme/some"].commit({**FILES, **dict(list(many.items())[:5000])})
+    assert weights(get(downloads, "acme/some")) == WEIGHTS
+
+
+@pytest.mark.parametrize(
+    "answer", [b"{}", b"[]", b"<html>", b'{"sha": 1, "siblings": []}', b'{"sha": "a", "siblings": [1]}']
+)
+def test_what_is_no_hub_s_answer(downloads: Downloads, hub: FakeHub, answer: bytes) -> None:
+    hub.web.pages["/api/models/acme/sql?blobs=True"] = hub.web.pages["/api/models/acme/sql"] = Page(answer)
+    with pytest.raises((AdapterUnavailable, AdapterRefused), match="acme/sql: "):
+        get(downloads, "acme/sql")
+
+
+def test_gated_ones_say_so(downloads: Downloads, hub: FakeHub) -> None:
+    page = Page(status=403, headers={"X-Error-Code": "GatedRepo"})
+    hub.web.pages["/api/models/acme/sql?blobs=True"] = hub.web.pages["/api/models/acme/sql"] = page
+    with pytest.raises(AdapterNotFound, match="is gated; ask for access"):
         get(downloads, "acme/sql")

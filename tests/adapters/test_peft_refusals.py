@@ -20,12 +20,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from loraplex.adapters import adapter_files, peft_config, reader
+from loraplex.adapters import adapter_files, beneath, peft_config, reader
 from loraplex.adapters.errors import AdapterNotFound, AdapterRefused
 from loraplex.adapters.reader import AdapterReader
 from loraplex.adapters.tiles import BaseLayout, BiasDelta, LowRank
 from loraplex.kernels.metadata import Projection, Site
 from support.adapter_reading import ParsedAdapter, read_adapter
+from support.ordinary_user import ordinary_user, reachable_folder
 
 HIDDEN, INNER, LAYERS, RANK = 32, 48, 2, 4
 PROJECTIONS = (
@@ -152,28 +153,37 @@ def test_a_folder_in_the_place_of_a_file(folder: Folder) -> None:
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
-def test_a_file_the_server_may_not_read(folder: Folder, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder.write()
-    real = Path.open
+def test_a_file_the_server_may_not_read(name: str) -> None:
+    with reachable_folder() as place:
+        folder = Folder(place / "adapter")
+        folder.write()
+        (folder.path / name).chmod(0)
+        with ordinary_user():
+            folder.refused("bad_file", name, "Permission denied", write=False)
 
-    def deny(self: Path, *args: Any, **kwargs: Any) -> Any:
-        if self.name == name:
-            raise PermissionError(13, "Permission denied")
-        return real(self, *args, **kwargs)
 
-    monkeypatch.setattr(Path, "open", deny)
-    folder.refused("bad_file", name, "Permission denied", write=False)
+@pytest.mark.parametrize("mode", [0o000, 0o444])
+def test_a_folder_the_server_may_not_enter(mode: int) -> None:
+    with reachable_folder() as place:
+        folder = Folder(place / "shut" / "adapter")
+        folder.path.parent.mkdir()
+        folder.write()
+        folder.path.parent.chmod(mode)
+        with ordinary_user(), pytest.raises(AdapterRefused, match="may not be opened") as caught:
+            folder.read()
+        folder.path.parent.chmod(0o755)
+    assert caught.value.code == "missing_file"
 
 
 def test_a_folder_that_goes_away(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     folder.write()
     folder.weights.unlink()
 
-    def gone(self: Path) -> Any:
+    def gone(self: Any) -> Any:
         raise FileNotFoundError(2, "No such file or directory")
 
-    monkeypatch.setattr(Path, "iterdir", gone)
-    with pytest.raises(AdapterRefused, match="cannot be read") as caught:
+    monkeypatch.setattr(beneath.Folder, "names", gone)
+    with pytest.raises(AdapterRefused, match=r"there is no adapter_model\.safetensors") as caught:
         folder.read()
     assert caught.value.code == "missing_file"
 
@@ -194,10 +204,11 @@ def test_pickles_are_never_opened(folder: Folder, name: str, tmp_path: Path, mon
     folder.weights.unlink()
     (folder.path / name).write_bytes(pickle.dumps(Bomb()))
     opened: list[str] = []
-    real = Path.open
-    monkeypatch.setattr(Path, "open", lambda self, *a, **k: (opened.append(self.name), real(self, *a, **k))[1])
+    real = os.open
+    monkeypatch.setattr(os, "open", lambda path, *a, **k: (opened.append(str(path)), real(path, *a, **k))[1])
     folder.refused("missing_file", rf"{name}.*never opened", "save_file", write=False)
-    assert name not in opened
+    assert opened
+    assert not any(path.endswith(name) for path in opened)
     assert not Path(BOMB_MARK).exists()
     pickle.loads((folder.path / name).read_bytes())
     assert Path(BOMB_MARK).exists(), "the bomb is a dud and the test shows nothing"

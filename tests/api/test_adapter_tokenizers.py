@@ -9,7 +9,8 @@ from typing import Any
 import httpx
 import pytest
 
-from loraplex.adapters.tokenizer_files import NOTHING, AddedToken, TokenizerFiles, read_tokenizer_files
+from loraplex.adapters.adapter_files import read_tokenizer
+from loraplex.adapters.tokenizer_files import NOTHING, AddedToken, TokenizerFiles
 from tests.support.fake_serving import FakeServer, say
 from tests.support.tiny import BOS, IM_END, VOCAB_SIZE, make_tiny_tokenizer
 
@@ -37,7 +38,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
 
 @pytest.fixture
 def files(saved: tuple[Path, Any], server: FakeServer) -> TokenizerFiles:
-    found = read_tokenizer_files(saved[0])
+    found = read_tokenizer(saved[0])
     _register(server, "own", found)
     _register(server, "plain", NOTHING)
     return found

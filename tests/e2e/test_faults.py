@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import json
 import os
 import shutil
 import socket
@@ -318,3 +319,56 @@ def test_killed_during_a_load_and_started_again(base: Path, adapters: Path, web:
         url = address(lines)
         assert ask(url, "half").status_code == 200
         assert names(url) == {"tiny", "distant", "half"}
+
+
+PATHS = [
+    "/" + "x" * 300,
+    "x" * 300,
+    "x/" * 2000,
+    "~nosuch/x",
+    "~nosuch",
+    "~\0/x",
+    "~/nowhere",
+    "\ud800",
+    "/\udcff/x",
+    "/dev/null",
+    "/proc/self/mem",
+    "/proc/self/fd/0",
+    "/proc/self/environ/x",
+    "//",
+    ".",
+    "/./././.",
+    "file://" + "y" * 300,
+    "file://~nosuch",
+    "file:///\ud800",
+    "hf://" + "z" * 300 + "/x",
+    "https://\ud800/x",
+    "https://" + "h" * 300 + "/x",
+    "https://[::1]:99999/x",
+    "s3://169.254.169.254/x",
+    "gs://127.0.0.1/x",
+    "s3://0xa9.254.0251.254/x",
+    "hf://169.254.169.254/x",
+    "169.254.169.254/x",
+]
+
+
+@pytest.mark.parametrize("route", ["/v1/load_lora_adapter", "/load_lora_adapter", "/v1/completions", "/generate"])
+def test_paths_that_no_system_takes_are_the_callers_mistake(live: LiveServer, route: str) -> None:
+    """On every route that takes one: no answer is a 500, and nothing is asked of anybody far away."""
+    statuses = {}
+    with httpx.Client(base_url=live.url, timeout=LIMIT) as client:
+        for i, path in enumerate(PATHS):
+            load = {"lora_name": f"odd-{i}", "lora_path": path}
+            for source in ("local", "hub", "s3"):
+                named = {"adapter_id": path, "adapter_source": source}
+                body = {
+                    "/v1/completions": {"model": "tiny", "prompt": "the", "max_tokens": 1, **named},
+                    "/generate": {"inputs": "the", "parameters": {"max_new_tokens": 1, **named}},
+                }.get(route, load)
+                answer = client.post(route, content=json.dumps(body))
+                statuses[path, source] = answer.status_code
+                assert answer.status_code < 500 or answer.status_code in (503, 504), (path, source, answer.text)
+    wrong = {key: status for key, status in statuses.items() if not 400 <= status < 500}
+    assert wrong == {}
+    assert text_of(ask(live.url, tokens=1))

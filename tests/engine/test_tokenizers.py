@@ -12,8 +12,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from loraplex.adapters.adapter_files import read_tokenizer
 from loraplex.adapters.errors import AdapterRefused
-from loraplex.adapters.tokenizer_files import NOTHING, AddedToken, TokenizerFiles, read_tokenizer_files
+from loraplex.adapters.tokenizer_files import NOTHING, AddedToken, TokenizerFiles
 from loraplex.server.engine.chat_template import ChatTemplateError
 from loraplex.server.engine.tokenizer import Tokenizer
 from loraplex.server.engine.tokenizers import MAX_CHANGED, Difference, Tokenizers, TokenizersDiffer
@@ -48,7 +49,7 @@ def save(folder: Path, tmp_path: Path) -> Callable[..., tuple[TokenizerFiles, An
         changed = AutoTokenizer.from_pretrained(folder)
         change(changed)
         changed.save_pretrained(tmp_path / name)
-        return read_tokenizer_files(tmp_path / name), AutoTokenizer.from_pretrained(tmp_path / name)
+        return read_tokenizer(tmp_path / name), AutoTokenizer.from_pretrained(tmp_path / name)
 
     return make
 
@@ -105,7 +106,7 @@ def test_a_reserved_token_under_another_name(tokenizers: Tokenizers, folder: Pat
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         text = (target / name).read_text().replace(IM_END, "<|done|>")
         (target / name).write_text(text)
-    files, oracle = read_tokenizer_files(target), AutoTokenizer.from_pretrained(target)
+    files, oracle = read_tokenizer(target), AutoTokenizer.from_pretrained(target)
     tokenizers.check(files)
     ours = tokenizers.of([files])
     text = f"rest <|done|> and {IM_END} the end"

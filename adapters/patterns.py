@@ -1,0 +1,105 @@
+"""Patterns out of strangers' adapter_config.json, matched within bounds: of their size, their time and their memory.
+
+What PEFT matches with re is matched with regex, which has a time limit; what re would not take is refused. regex writes
+counted repeats out: ((a|b){1000}){1000} took 1.6 s and a third such {1000} all memory there was. Free of torch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import time
+from collections.abc import Callable
+from typing import Any
+
+import regex  # type: ignore[import-untyped]  # re with a time limit
+
+from loraplex.adapters.errors import AdapterRefused
+
+MAX_SIZE = 100_000
+"""Characters of all patterns of an adapter, each times the product of its counted repeats: 0.2 s to compile."""
+
+MAX_LENGTH = 24_000
+"""Characters of one pattern; the full names of 80 layers' modules are 23,000. To compile one of 80,000 takes a call of
+0.1 s with the GIL, these 10 ms."""
+
+QUICK_SECONDS = 1e-3
+"""A match may hold the GIL for so long. To give it up and wait for it again takes longer than a sane match, of 3 us."""
+
+_BRACES = re.compile(r"\{([^{}]*)\}?")
+_REPEAT = re.compile(r"(\d{1,6})?(?:,(\d{1,6})?)?")
+
+
+class Matcher:
+    """Matches a stranger's patterns: bad ones are refused with the key they stand under."""
+
+    def __init__(self, seconds: float, breathe: Callable[[], None]) -> None:
+        """seconds: for all patterns over all paths. `breathe` is called between matches."""
+        self._breathe = breathe
+        self._deadline = time.monotonic() + seconds
+        self._left = MAX_SIZE
+        self._compiled: dict[str, Any] = {}
+
+    def full(self, key: str, pattern: str, path: str) -> bool:
+        """Whether `pattern`, the value or part of the value of `key`, matches all of `path`."""
+        return self._run("fullmatch", key, pattern, path) is not None
+
+    def end(self, key: str, pattern: str, path: str) -> bool:
+        """Whether `pattern` matches the end of `path`, from some dot (or its start) on."""
+        return self._run("match", key, rf"(.*\.)?({pattern})$", path) is not None
+
+    def index(self, key: str, pattern: str, path: str) -> int | None:
+        """The group `idx` of `pattern` at the start of `path`, as a number."""
+        found = self._run("match", key, pattern, path)
+        return None if found is None or found["idx"] is None else int(found["idx"])
+
+    def _run(self, how: str, key: str, pattern: str, path: str) -> Any:
+        self._breathe()
+        match = getattr(self._compile(key, pattern), how)
+        try:
+            try:
+                return match(path, timeout=QUICK_SECONDS, concurrent=False)
+            except TimeoutError:
+                left = max(self._deadline - time.monotonic(), QUICK_SECONDS)
+                return match(path, timeout=left, concurrent=True)  # without the GIL
+        except (TimeoutError, MemoryError) as error:
+            raise _bad(key, pattern, "which takes too long; write it simpler") from error
+
+    def _compile(self, key: str, pattern: str) -> Any:
+        if time.monotonic() > self._deadline:
+            raise _bad(key, pattern, "which takes too long together with the others; write them simpler")
+        found = self._compiled.get(pattern)
+        if found is None:
+            self._left -= len(pattern) * _copies(key, pattern)
+            if self._left < 0 or len(pattern) > MAX_LENGTH:
+                raise _bad(
+                    key,
+                    pattern,
+                    f"which has over {MAX_LENGTH} characters, or with the others, repeats written out, over {MAX_SIZE}",
+                )
+            try:
+                re.compile(pattern)
+                found = self._compiled[pattern] = regex.compile(pattern, cache_pattern=False)
+            except (re.error, regex.error, OverflowError) as error:
+                raise _bad(key, pattern, f"which is not valid: {error}") from error
+            except RecursionError:
+                raise _bad(key, pattern, "which is nested too deeply") from None
+        return found
+
+
+def _copies(key: str, pattern: str) -> int:
+    """How often counted repeats can have part of `pattern` written out, were each inside of all others."""
+    counts = []
+    for inside in _BRACES.findall(pattern):
+        repeat = _REPEAT.fullmatch(inside)
+        if repeat is None or not inside:
+            raise _bad(key, pattern, "in which braces hold no number of repeats")
+        counts.append(max(1, *(int(number) for number in repeat.groups() if number)))
+    return math.prod(counts[:64]) if len(counts) <= 64 else MAX_SIZE + 1
+
+
+def _bad(key: str, pattern: str, why: str) -> AdapterRefused:
+    text = json.dumps(pattern)
+    text = text if len(text) <= 80 else text[:77] + "..."
+    return AdapterRefused("bad_config", f"adapter_config.json: {key} makes the pattern {text}, {why}")
