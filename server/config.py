@@ -35,6 +35,9 @@ class HttpConfig:
     state_dir: Path | None = None  # where it is kept what was loaded over the API; None: nowhere
     keep_alive: float = 620.0  # seconds that an idle connection stays open
     sse_keep_alive: float = 15.0  # see Parts
+    head_bytes: int = 64 << 10  # of a request's head
+    header_count: int = 256  # fields of it
+    max_connections: int | None = None  # at once; None: see door.max_connections
 
 
 @dataclass(frozen=True)

@@ -132,6 +132,22 @@ class ListenOptions:
     sse_keep_alive: Annotated[
         float, Option(metavar="S", min=0, help="Seconds of silence in a stream before a comment is sent; 0: none is.")
     ] = HTTP.sse_keep_alive
+    limit_concurrency: Annotated[
+        int | None,
+        Option(
+            metavar="N",
+            min=1,
+            show_default="4096, or what open files allow",
+            help="Connections at once; beyond it idle ones are closed, and where all are at work the next gets 503.",
+        ),
+    ] = HTTP.max_connections
+    h11_max_incomplete_event_size: Annotated[
+        int,
+        Option(parser=size, metavar="SIZE", show_default="64K", help="Of a request's head; more is answered with 431."),
+    ] = HTTP.head_bytes
+    h11_max_header_count: Annotated[int, Option(metavar="N", min=1, help="Header fields of a request.")] = (
+        HTTP.header_count
+    )
 
 
 @dataclass(frozen=True)
@@ -278,4 +294,7 @@ class ServeOptions:
             state_dir=self.run.state_dir,
             keep_alive=self.listen.keep_alive,
             sse_keep_alive=self.listen.sse_keep_alive,
+            head_bytes=self.listen.h11_max_incomplete_event_size,
+            header_count=self.listen.h11_max_header_count,
+            max_connections=self.listen.limit_concurrency,
         )

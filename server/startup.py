@@ -5,15 +5,20 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+import resource
 import signal
 import sys
 from collections.abc import MutableMapping
+from contextlib import suppress
 from pathlib import Path
 
 from loraplex.server.config import DEMO
 
 BASE_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
 """What is downloaded of a base's Hub repository: never a pickle, never code."""
+
+DESCRIPTORS = 65_536
+"""Open files and connections, more than any limit here asks for."""
 
 M_ARENA_MAX = -8
 """malloc.h's."""
@@ -47,6 +52,21 @@ def bound_malloc() -> None:
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):  # glibc
         libc.mallopt(M_ARENA_MAX, 2)
+
+
+def raise_descriptors() -> None:
+    """Files and connections this process may have open, as far as the system lets it: shells begin with 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(ValueError, OSError):  # macOS says "unlimited" and takes less
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def descriptors() -> int:
+    """Files and connections that this process may have open."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return soft if soft != resource.RLIM_INFINITY else 1 << 20
 
 
 def usable_cpus() -> int:
