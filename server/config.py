@@ -44,7 +44,8 @@ class HttpConfig:
 class RequestLimits:
     """What one request may ask for; more is refused with a 4xx that names the field."""
 
-    max_body_bytes: int = 16 << 20
+    max_body_bytes: int = 4 << 20  # a prompt of 131,072 tokens is 0.5 MB of English; escaped, six times that at most
+    max_values: int = 262_144  # numbers, strings and so on; of keys, objects and lists a 16th
     max_prompts: int = 1024  # times the answers to each: sequences
     max_n: int = 128  # n, and best_of
     max_stops: int = 16  # strings

@@ -7,6 +7,7 @@ adapters with it, and only then the server listens: whoever can connect gets an 
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import socket
 import sys
@@ -101,6 +102,8 @@ async def _serve(
     follower = await _load_adapters(config, parts)
     more = open_extras(config, parts)
     app, drain = make_app(config, parts, tokenizer, more), more.drain
+    gc.collect()
+    gc.freeze()  # what is here stays: looking through all of it again stopped every thread for 0.1 to 0.5 s
     server = make_server(
         app, lambda port: ready(config, parts, tokenizer, port), config.http, config.limits.max_body_bytes
     )

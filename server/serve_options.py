@@ -198,8 +198,14 @@ class LimitOptions:
     PANEL: ClassVar = "Limits of one request"
 
     max_body: Annotated[
-        int, Option(parser=size, metavar="SIZE", show_default="16M", help="Of what is sent; more is answered with 413.")
+        int, Option(parser=size, metavar="SIZE", show_default="4M", help="Of what is sent; more is answered with 413.")
     ] = REQUEST.max_body_bytes
+    max_values: Annotated[
+        int,
+        Option(
+            metavar="N", min=1024, help="JSON values in what is sent, token ids too; of keys, objects, lists: 1/16."
+        ),
+    ] = REQUEST.max_values
     max_prompts: Annotated[
         int, Option(metavar="N", min=1, help="Prompts, each counted once for every answer to it.")
     ] = REQUEST.max_prompts
@@ -223,6 +229,7 @@ class LimitOptions:
     def config(self) -> RequestLimits:
         return RequestLimits(
             self.max_body,
+            self.max_values,
             self.max_prompts,
             self.max_n,
             self.max_stops,
