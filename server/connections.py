@@ -1,4 +1,4 @@
-"""Who is connected: how many at once, who makes room for the next one, and who has let a deadline pass.
+"""Who is connected: how many at once, who makes room for the next one, who lets a deadline pass, and whose turn it is.
 
 The bounds are looked at once a second for all connections together: a timer for each request would cost every request,
 a sweep over 4,000 idle connections takes under a millisecond.
@@ -6,9 +6,10 @@ a sweep over 4,000 idle connections takes under a millisecond.
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections import OrderedDict
-from collections.abc import Iterable
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from loraplex.server.occasional import Occasional
@@ -23,6 +24,11 @@ SPARE_DESCRIPTORS = 192
 
 ACCEPTED_AT_ONCE = 32
 """In one turn of the event loop. Four turns go by until those that make room for them are closed."""
+
+
+STARTS = 4
+"""Requests that begin in one turn of the event loop. One that is refused takes 0.3 ms of it, 3 while the engine keeps
+the processors busy: 300 that come at once stopped everything for a second."""
 
 
 class Connection(Protocol):
@@ -45,6 +51,8 @@ class Connections:
     def __init__(self, most: int) -> None:
         self.most = most
         self.now = 0.0  # the loop's clock, a tenth of a second behind at most
+        self._begun = 0  # in this turn of the loop
+        self._waiting: deque[Callable[[], None]] = deque()
         self._idle: OrderedDict[Connection, None] = OrderedDict()  # without a request at work; longest idle first
         self._full = Occasional(logger, f"{most} connections are open (--limit-concurrency); %d more got 503")
         self.note_refused = Occasional(logger, "%d requests were refused before they had come (size, time, form)")
@@ -67,6 +75,21 @@ class Connections:
     def set_busy(self, connection: Connection) -> None:
         """It has a request that is being answered, or is gone."""
         self._idle.pop(connection, None)
+
+    def begin(self, request: Callable[[], None]) -> None:
+        """Call `request` now, or in a later turn of the event loop where many come at once."""
+        if self._begun == 0:
+            asyncio.get_running_loop().call_soon(self._next_turn)
+        if self._begun < STARTS:
+            self._begun += 1
+            request()
+        else:
+            self._waiting.append(request)
+
+    def _next_turn(self) -> None:
+        self._begun = 0
+        for _ in range(min(STARTS, len(self._waiting))):
+            self.begin(self._waiting.popleft())
 
     def sweep(self, connections: Iterable[Connection]) -> None:
         """Look at those whose moment has come."""

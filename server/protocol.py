@@ -35,6 +35,9 @@ MAX_PIPELINED = 32
 FREE_PIECES, PIECE_BYTES = 4096, 64
 """Chunks of a body, and the mean size of those beyond: each is a call of Python's, 256 KiB of single bytes 40 ms."""
 
+PROBES = frozenset({"/health", "/ready", "/ping", "/startup"})
+"""What is answered before all else: asked for by who would end a server that is slow to answer."""
+
 LINGER_SECONDS, LINGER_BYTES = 2.0, 1 << 20
 """What still comes after the last answer is dropped for so long: closing at once would take the answer with it."""
 
@@ -221,6 +224,13 @@ class BoundedProtocol(HttpToolsProtocol):
         self._in_body = False
         self.due = math.inf
         super().on_message_complete()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        begin = super()._start_asgi_task
+        if cycle.scope["path"] in PROBES and not self._declared:
+            begin(cycle, app)
+        else:  # unless nobody waits any more when its turn has come
+            self._others.begin(lambda: None if cycle.disconnected else begin(cycle, app))
 
     def on_response_complete(self) -> None:
         super().on_response_complete()

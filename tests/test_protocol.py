@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -11,7 +12,7 @@ import uvicorn
 from starlette.types import Receive, Scope, Send
 from uvicorn.server import ServerState
 
-from loraplex.server.connections import Connections
+from loraplex.server.connections import STARTS, Connections
 from loraplex.server.protocol import (
     BODY_RATE,
     BODY_SECONDS,
@@ -369,3 +370,37 @@ async def test_a_reset_leaves_nothing_behind(served: Served) -> None:
     protocol.connection_lost(ConnectionResetError())
     assert timer.cancelled()
     assert not served.state.connections
+
+
+async def test_many_at_once_leave_turns_to_others(served: Served) -> None:
+    """However many requests come together, a few begin in a turn of the loop; a probe begins before all of them."""
+    turn, began = 0, []
+
+    async def count() -> None:
+        nonlocal turn
+        while len(began) < 101:
+            turn += 1
+            await asyncio.sleep(0)
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        began.append((turn, scope["path"]))
+        await send({"type": "http.response.start", "status": 204, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    served.others = Connections(200)
+    served._config = uvicorn.Config(app, interface="asgi3", http="httptools", ws="none", log_config=None)
+    counting = asyncio.create_task(count())
+    left, _ = served.connect()
+    connected = [served.connect() for _ in range(100)]
+    for protocol, _ in connected:
+        protocol.data_received(GET)
+    left.data_received(GET)
+    left.connection_lost(None)
+    probe, _ = served.connect()
+    probe.data_received(b"GET /health HTTP/1.1\r\n\r\n")
+    async with asyncio.timeout(30):
+        await counting
+    assert [path for _, path in began].index("/health") <= STARTS
+    assert len(began) == 101  # and not who had left
+    assert max(Counter(turn for turn, _ in began).values()) <= STARTS + 1
+    assert all(statuses(transport) == [204] for _, transport in connected)
