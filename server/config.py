@@ -35,13 +35,17 @@ class HttpConfig:
     state_dir: Path | None = None  # where it is kept what was loaded over the API; None: nowhere
     keep_alive: float = 620.0  # seconds that an idle connection stays open
     sse_keep_alive: float = 15.0  # see Parts
+    head_bytes: int = 64 << 10  # of a request's head
+    header_count: int = 256  # fields of it
+    max_connections: int | None = None  # at once; None: see door.max_connections
 
 
 @dataclass(frozen=True)
 class RequestLimits:
     """What one request may ask for; more is refused with a 4xx that names the field."""
 
-    max_body_bytes: int = 16 << 20
+    max_body_bytes: int = 4 << 20  # a prompt of 131,072 tokens is 0.5 MB of English; escaped, six times that at most
+    max_values: int = 262_144  # numbers, strings and so on; of keys, objects and lists a 16th
     max_prompts: int = 1024  # times the answers to each: sequences
     max_n: int = 128  # n, and best_of
     max_stops: int = 16  # strings

@@ -7,6 +7,7 @@ adapters with it, and only then the server listens: whoever can connect gets an 
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import socket
 import sys
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING
 from loraplex.server.config import AuthConfig, ServeConfig
 from loraplex.server.drain import EXIT_SECONDS, Drain, Shutdown, end_process_after
 from loraplex.server.listening import make_server
-from loraplex.server.startup import StartError, bound_malloc
+from loraplex.server.startup import StartError, bound_malloc, raise_descriptors
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -48,6 +49,7 @@ def run(config: ServeConfig, held: socket.socket, folder: Path, ready: Ready) ->
     """
     start = time.perf_counter()
     bound_malloc()
+    raise_descriptors()
     for name in ("uvicorn", "loraplex.server.app", "loraplex.server.engine.build"):
         import_module(name)  # before the weights: what the process takes for itself is counted between them
     imported = time.perf_counter()
@@ -119,7 +121,11 @@ async def _serve(
     follower = await _load_adapters(config, parts)
     more = open_extras(config, parts)
     app, drain = make_app(config, parts, tokenizers, more), more.drain
-    server = make_server(app, lambda port: ready(config, parts, tokenizers.base, port), config.http.keep_alive)
+    gc.collect()
+    gc.freeze()  # what is here stays: looking through all of it again stopped every thread for 0.1 to 0.5 s
+    server = make_server(
+        app, lambda port: ready(config, parts, tokenizers.base, port), config.http, config.limits.max_body_bytes
+    )
     shutdown = Shutdown(
         drain, config.http.grace_seconds, parts.engine.stop, lambda code: end_process_after(EXIT_SECONDS, code)
     )

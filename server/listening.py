@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import math
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
 
-from loraplex.server.config import HttpConfig
+from loraplex.server.config import HttpConfig, RequestLimits
+from loraplex.server.connections import ACCEPTED_AT_ONCE, Connections, max_connections
 from loraplex.server.drain import TOLD_SECONDS
-from loraplex.server.startup import StartError
+from loraplex.server.occasional import Occasional
+from loraplex.server.startup import StartError, descriptors
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
+
+logger = logging.getLogger(__name__)
+
+BACKLOG = 2048
+"""Connections that wait in the kernel to be accepted; it takes fewer where net.core.somaxconn says so."""
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -62,12 +72,20 @@ class ListeningServer(Protocol):
 
 
 def make_server(
-    app: FastAPI, on_listening: Callable[[int], None], keep_alive: float = HttpConfig.keep_alive
+    app: FastAPI,
+    on_listening: Callable[[int], None],
+    http: HttpConfig | None = None,
+    max_body_bytes: int = RequestLimits.max_body_bytes,
 ) -> ListeningServer:
     """A server for `serve(sockets=[bind(...)])`; `on_listening(port)` is called once it answers."""
     import uvicorn
 
     from loraplex.server.api.direct import offer_direct_body
+    from loraplex.server.protocol import BoundedProtocol, Bounds
+
+    http = http or HttpConfig()
+    connections = Connections(max_connections(http.max_connections, descriptors()))
+    bounds = Bounds(http.head_bytes, http.header_count, max_body_bytes)
 
     class Server(uvicorn.Server):
         @contextmanager
@@ -78,20 +96,46 @@ def make_server(
             self.should_exit = True
 
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            loop = asyncio.get_running_loop()
+            loop.set_exception_handler(_tell_of_accepts(loop))
+            connections.now = loop.time()
             await super().startup(sockets)
+            for each in sockets or ():  # asyncio listens for as many as it accepts in a turn
+                each.listen(BACKLOG)
             on_listening(self.servers[0].sockets[0].getsockname()[1])
+
+        async def on_tick(self, counter: int) -> bool:
+            connections.now = asyncio.get_running_loop().time()
+            if counter % 10 == 0:
+                connections.sweep(self.server_state.connections)  # type: ignore[arg-type]  # all are BoundedProtocols
+            return await super().on_tick(counter)
 
     return Server(
         uvicorn.Config(
             offer_direct_body(app),
-            http="httptools",
+            http=partial(BoundedProtocol, bounds, connections),  # type: ignore[arg-type]  # uvicorn calls it and no more
+            ws="none",
+            backlog=ACCEPTED_AT_ONCE,
             log_config=None,
             access_log=False,
             server_header=False,
             lifespan="off",
             timeout_keep_alive=math.ceil(
-                keep_alive
+                http.keep_alive
             ),  # longer than clients keep theirs, or they send into a closing one
             timeout_graceful_shutdown=math.ceil(TOLD_SECONDS),  # by then all answers are written, if not all read
         )
     )
+
+
+def _tell_of_accepts(loop: asyncio.AbstractEventLoop) -> Callable[[asyncio.AbstractEventLoop, dict[str, Any]], None]:
+    """An exception handler: asyncio has a traceback for each connection that finds no descriptor."""
+    exhausted = Occasional(logger, "no descriptor was left for a new connection, %d times; see ulimit -n")
+
+    def handle(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        if "socket.accept()" in context.get("message", ""):
+            exhausted()
+        else:
+            loop.default_exception_handler(context)
+
+    return handle

@@ -136,6 +136,22 @@ class ListenOptions:
     sse_keep_alive: Annotated[
         float, Option(metavar="S", min=0, help="Seconds of silence in a stream before a comment is sent; 0: none is.")
     ] = HTTP.sse_keep_alive
+    limit_concurrency: Annotated[
+        int | None,
+        Option(
+            metavar="N",
+            min=1,
+            show_default="4096, or what open files allow",
+            help="Connections at once; beyond it idle ones are closed, and where all are at work the next gets 503.",
+        ),
+    ] = HTTP.max_connections
+    h11_max_incomplete_event_size: Annotated[
+        int,
+        Option(parser=size, metavar="SIZE", show_default="64K", help="Of a request's head; more is answered with 431."),
+    ] = HTTP.head_bytes
+    h11_max_header_count: Annotated[int, Option(metavar="N", min=1, help="Header fields of a request.")] = (
+        HTTP.header_count
+    )
 
 
 @dataclass(frozen=True)
@@ -201,8 +217,14 @@ class LimitOptions:
     PANEL: ClassVar = "Limits of one request"
 
     max_body: Annotated[
-        int, Option(parser=size, metavar="SIZE", show_default="16M", help="Of what is sent; more is answered with 413.")
+        int, Option(parser=size, metavar="SIZE", show_default="4M", help="Of what is sent; more is answered with 413.")
     ] = REQUEST.max_body_bytes
+    max_values: Annotated[
+        int,
+        Option(
+            metavar="N", min=1024, help="JSON values in what is sent, token ids too; of keys, objects, lists: 1/16."
+        ),
+    ] = REQUEST.max_values
     max_prompts: Annotated[
         int, Option(metavar="N", min=1, help="Prompts, each counted once for every answer to it.")
     ] = REQUEST.max_prompts
@@ -226,6 +248,7 @@ class LimitOptions:
     def config(self) -> RequestLimits:
         return RequestLimits(
             self.max_body,
+            self.max_values,
             self.max_prompts,
             self.max_n,
             self.max_stops,
@@ -297,4 +320,7 @@ class ServeOptions:
             state_dir=self.run.state_dir,
             keep_alive=self.listen.keep_alive,
             sse_keep_alive=self.listen.sse_keep_alive,
+            head_bytes=self.listen.h11_max_incomplete_event_size,
+            header_count=self.listen.h11_max_header_count,
+            max_connections=self.listen.limit_concurrency,
         )

@@ -6,9 +6,11 @@ import ctypes
 import math
 import os
 import re
+import resource
 import signal
 import sys
 from collections.abc import Iterable, MutableMapping
+from contextlib import suppress
 from pathlib import Path
 
 from loraplex.server.config import DEMO
@@ -19,6 +21,9 @@ BASE_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.t
 
 LEAST_ADDRESSES = 1 << 30
 """Bytes of address space; Python, torch and their threads map 720 MiB before a base is read."""
+
+DESCRIPTORS = 65_536
+"""Open files and connections, more than any limit here asks for."""
 
 M_ARENA_MAX = -8
 """malloc.h's."""
@@ -78,6 +83,21 @@ def check_address_space() -> None:
             f"the address space is limited to {limit >> 20} MiB (ulimit -v), and the process alone takes "
             f"{LEAST_ADDRESSES >> 20}; raise the limit to that and --memory"
         )
+
+
+def raise_descriptors() -> None:
+    """Files and connections this process may have open, as far as the system lets it: shells begin with 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(ValueError, OSError):  # macOS says "unlimited" and takes less
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def descriptors() -> int:
+    """Files and connections that this process may have open."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return soft if soft != resource.RLIM_INFINITY else 1 << 20
 
 
 def usable_cpus() -> int:

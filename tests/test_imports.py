@@ -25,6 +25,7 @@ SHARED = (
     "server.config",
     "server.engine_metrics",
     "server.metrics",
+    "server.occasional",
     "server.tenants",
     "server.keys_file",
     "server.access",
@@ -52,7 +53,7 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("server.app", EVERYTHING),  # the four that put the parts together
     ("server.launch", EVERYTHING),
     ("server.cli", EVERYTHING),
-    *((f"server.{name}", EVERYTHING) for name in ("greeting", "startup", "listening")),
+    *((f"server.{name}", EVERYTHING) for name in ("greeting", "startup", "listening", "connections", "protocol")),
     *((f"server.{name}", EVERYTHING) for name in ("option_groups", "engine_options", "serve_options")),
     ("server.selfcheck", EVERYTHING),
     ("benchmarks", EVERYTHING),

@@ -10,7 +10,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from loraplex.server.api.body import body_schema, read_record
+from loraplex.server.api.body import NAMES_BODY, body_schema
 from loraplex.server.api.errors import InvalidField
 from loraplex.server.api.openapi import CHANGE, Aborted, answers
 from loraplex.server.api.schemas import AbortRequest
@@ -59,7 +59,7 @@ def make_router(parts: Parts) -> APIRouter:
     @router.post("/abort_request", openapi_extra=body_schema(AbortRequest), **answers(Aborted, errors=CHANGE))
     async def abort_request(request: Request) -> Response:
         """End the answers of this id, finish_reason "abort". Also 200 when there is none: it may just have ended."""
-        record = await read_record(request, AbortRequest, parts.limits)
+        record = await parts.bodies.read(request, AbortRequest, NAMES_BODY)
         if record.abort_all:
             raise InvalidField("abort_all", "abort_all: other clients' answers cannot be aborted; give an id in 'rid'")
         return JSONResponse({"aborted": parts.open_answers.abort(current_key().tenant, record.rid)})

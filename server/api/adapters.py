@@ -11,7 +11,7 @@ from starlette.responses import PlainTextResponse, Response
 from loraplex.adapters.errors import AdapterExists, AdapterNotFound
 from loraplex.adapters.registry import AdapterVersion
 from loraplex.adapters.sources import Access
-from loraplex.server.api.body import body_schema, read_record
+from loraplex.server.api.body import NAMES_BODY, body_schema
 from loraplex.server.api.errors import ClientGone, InvalidField, error_response, to_adapter_route_error
 from loraplex.server.api.manage import check_may_load, check_may_unload, counting_adapters, permitted_source
 from loraplex.server.api.openapi import MANAGE, AdapterErrorAnswer, answers
@@ -33,7 +33,7 @@ def make_router(parts: Parts) -> APIRouter:
     async def load_lora_adapter(request: Request) -> Response:
         """Load an adapter from a folder or Hub id and give it a name."""
         try:
-            record = await read_record(request, LoadAdapterRequest, parts.limits)
+            record = await parts.bodies.read(request, LoadAdapterRequest, NAMES_BODY)
             await load(parts, record)
         except ClientGone:
             raise
@@ -45,7 +45,7 @@ def make_router(parts: Parts) -> APIRouter:
     async def unload_lora_adapter(request: Request) -> Response:
         """Take an adapter's name away; requests that wear it finish."""
         try:
-            record = await read_record(request, UnloadAdapterRequest, parts.limits)
+            record = await parts.bodies.read(request, UnloadAdapterRequest, NAMES_BODY)
             await unload(parts, record)
         except ClientGone:
             raise

@@ -8,7 +8,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from loraplex.server.api.body import body_schema, ignored_fields, read_record
+from loraplex.server.api.body import body_schema, ignored_fields
 from loraplex.server.api.call_objects import CallArguments, CallStart, Text
 from loraplex.server.api.chat_schemas import (
     ChatChoice,
@@ -46,7 +46,7 @@ def make_router(parts: Parts) -> APIRouter:
     )
     async def chat_completions(request: Request) -> Response:
         """Answer a conversation."""
-        record = await read_record(request, ChatRequest, parts.limits)
+        record = await parts.bodies.read(request, ChatRequest)
         headers = ignored_header(ignored_fields(record))
         toolbox = read_toolbox(record.tools, record.tool_choice, record.parallel_tool_calls, parts.limits)
         conversation = Conversation(

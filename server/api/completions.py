@@ -8,7 +8,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from loraplex.server.api.body import body_schema, ignored_fields, read_record
+from loraplex.server.api.body import body_schema, ignored_fields
 from loraplex.server.api.choice import Delta, Prompt, PromptSource, ScoredToken, Wanted
 from loraplex.server.api.errors import InvalidField
 from loraplex.server.api.fields import ignored_header
@@ -34,7 +34,7 @@ def make_router(parts: Parts) -> APIRouter:
     @router.post("/v1/completions", openapi_extra=body_schema(CompletionRequest), **told)
     async def completions(request: Request) -> Response:
         """Continue one or more texts."""
-        record = await read_record(request, CompletionRequest, parts.limits)
+        record = await parts.bodies.read(request, CompletionRequest)
         headers = ignored_header(ignored_fields(record))
         generation = Generation(parts, record, _prompt_source(record), _wanted(record, parts.limits))
         return await respond(request, record, generation, _CompletionRendering(parts, record, generation), headers)

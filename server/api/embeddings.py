@@ -9,11 +9,11 @@ from typing import Annotated, Literal
 import numpy as np
 from fastapi import APIRouter
 from numpy.typing import NDArray
-from pydantic import BeforeValidator, Field
+from pydantic import Field, PlainValidator
 from starlette.requests import Request
 from starlette.responses import Response
 
-from loraplex.server.api.body import body_schema, read_record
+from loraplex.server.api.body import body_schema
 from loraplex.server.api.choice import Prompt, PromptSource, Wanted
 from loraplex.server.api.errors import InvalidField
 from loraplex.server.api.fields import check_unknown, ignored_header
@@ -32,7 +32,7 @@ def _read_input(value: object) -> PromptTexts:
 class EmbeddingRequest(AdapterFields):
     """POST /v1/embeddings."""
 
-    input: Annotated[PromptTexts, BeforeValidator(_read_input, json_schema_input_type=PromptInput)]
+    input: Annotated[PromptTexts, PlainValidator(_read_input, json_schema_input_type=PromptInput)]
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Annotated[int, Field(ge=1)] | None = None  # the first ones, for bases trained for that
     user: str | None = None
@@ -66,7 +66,7 @@ def make_router(parts: Parts) -> APIRouter:
     @router.post("/v1/embeddings", openapi_extra=body_schema(EmbeddingRequest), **answers(EmbeddingList))
     async def embeddings(request: Request) -> Response:
         """One vector a text."""
-        record = await read_record(request, EmbeddingRequest, parts.limits)
+        record = await parts.bodies.read(request, EmbeddingRequest)
         headers = ignored_header(check_unknown(record.model_extra or {}))
         wanted = Wanted(max_tokens=1, num_choices=1, prompt_only=True, pooling=record.pooling or "last")
         worn = {name: getattr(record, name) for name in AdapterFields.model_fields}

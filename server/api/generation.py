@@ -284,8 +284,6 @@ def check_prompt(ids: Sequence[int], base: Base, param: str) -> None:
     """Raises InvalidField, ApiError unless `ids` are tokens of the base that leave room for an answer."""
     if not ids:
         raise InvalidField(param, f"{param}: found an empty prompt, expected at least one token")
-    if not 0 <= min(ids) <= max(ids) < base.vocab_size:
-        raise InvalidField(param, f"{param}: token ids must be 0 to {base.vocab_size - 1} on this base")
     if len(ids) >= base.max_model_len:
         raise ApiError(
             400,
@@ -295,6 +293,8 @@ def check_prompt(ids: Sequence[int], base: Base, param: str) -> None:
             param=param,
             code="context_length_exceeded",
         )
+    if not 0 <= min(ids) <= max(ids) < base.vocab_size:
+        raise InvalidField(param, f"{param}: token ids must be 0 to {base.vocab_size - 1} on this base")
 
 
 async def merge(sources: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:

@@ -20,12 +20,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from loraplex.adapters.errors import AdapterError
-from loraplex.server.api.body import body_schema, parse_record, read_bytes
+from loraplex.server.api.body import body_schema
 from loraplex.server.api.chat_schemas import Message
 from loraplex.server.api.choice import Prompt, PromptSource, Wanted
 from loraplex.server.api.conversation import Conversation, read_toolbox
 from loraplex.server.api.embeddings import collect_vectors
-from loraplex.server.api.errors import ClientGone, InvalidField, to_api_error
+from loraplex.server.api.errors import ApiError, ClientGone, InvalidField, to_api_error
 from loraplex.server.api.fields import UNSUPPORTED, check_unknown, ignored_header
 from loraplex.server.api.generation import Generation
 from loraplex.server.api.lorax_schemas import (
@@ -44,6 +44,7 @@ from loraplex.server.api.parts import Parts
 from loraplex.server.api.schemas import GenerationFields, SharedFields
 from loraplex.server.api.sse import SseResponse, answer_or_disconnect
 from loraplex.server.api.structured import read_structured
+from loraplex.server.engine.request import EngineError
 from loraplex.server.engine.tokenizer import Tokenizer
 from loraplex.server.version import version
 
@@ -80,19 +81,18 @@ def make_router(parts: Parts) -> APIRouter:
     @router.post("/", openapi_extra=body_schema(LoraxRequest), **_told(list[LoraxAnswer], streams=StreamToken))
     async def compat_generate(request: Request) -> Response:
         """LoRAX's generation: a list of one answer, or a stream."""
-        return await answer(parts, request, await _body(parts, request), as_list=True, streams=None)
+        return await answer(parts, request, await _read(parts, request), as_list=True, streams=None)
 
     @router.post("/generate_stream", openapi_extra=body_schema(LoraxRequest), **_told(None, streams=StreamToken))
     async def generate_stream(request: Request) -> Response:
         """LoRAX's generation as a stream."""
-        return await answer(parts, request, await _body(parts, request), as_list=False, streams=True)
+        return await answer(parts, request, await _read(parts, request), as_list=False, streams=True)
 
     @router.post("/embed", openapi_extra=body_schema(LoraxEmbedRequest), **_told(LoraxEmbedding))
     async def embed(request: Request) -> Response:
         """LoRAX's embedding: the last token's final hidden state, as it is."""
         try:
-            record = parse_record(await _body(parts, request), LoraxEmbedRequest, parts.limits)
-            return await _embed(parts, request, record)
+            return await _embed(parts, request, await parts.bodies.read(request, LoraxEmbedRequest))
         except ClientGone:
             raise
         except Exception as error:
@@ -135,11 +135,14 @@ def make_router(parts: Parts) -> APIRouter:
     return router
 
 
-async def answer(parts: Parts, request: Request, body: bytes, *, as_list: bool, streams: bool | None) -> Response:
-    """The answer to a LoraxRequest; `streams` None: the body says. Raises ClientGone alone."""
+async def answer(
+    parts: Parts, request: Request, record: LoraxRequest | Exception, *, as_list: bool, streams: bool | None
+) -> Response:
+    """The answer to a request, or to what was wrong with it; `streams` None: the body says. Raises ClientGone alone."""
     start = time.monotonic()
     try:
-        record = parse_record(body, LoraxRequest, parts.limits)
+        if isinstance(record, Exception):
+            raise record
         if record.parameters is not None and record.parameters.api_token is None and parts.access is None:
             record.parameters.api_token = _bearer(request)
         work = _Work(parts, record, start, bool(record.stream) if streams is None else streams)
@@ -166,6 +169,8 @@ def error_response(error: Exception) -> Response:
 
 def _explain(error: Exception) -> tuple[int, dict[str, str]]:
     known = to_api_error(error)
+    if known.status in (413, 415):
+        return known.status, {"error": known.message, "error_type": "validation"}
     if known.status == 429:
         return 429, {"error": known.message, "error_type": "overloaded"}
     if known.code == "shutting_down":
@@ -178,8 +183,11 @@ def _explain(error: Exception) -> tuple[int, dict[str, str]]:
     return 422, {"error": f"Input validation error: {known.message}", "error_type": "validation"}
 
 
-async def _body(parts: Parts, request: Request) -> bytes:
-    return await read_bytes(request, parts.limits)
+async def _read(parts: Parts, request: Request) -> LoraxRequest | Exception:
+    try:
+        return await parts.bodies.read(request, LoraxRequest)
+    except (ApiError, EngineError) as error:
+        return error
 
 
 class _Work:

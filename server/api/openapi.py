@@ -122,7 +122,7 @@ READ = (401,)
 CHANGE = (400, 401, 413, 429, 503)
 MANAGE = (400, 401, 403, 404, 413, 429, 503, 507)
 GENERATE = (400, 401, 404, 413, 429, 503, 504)
-LORAX = (401, 422, 424, 429, 503)
+LORAX = (401, 413, 422, 424, 429, 503)
 
 WHEN = {
     400: "The request cannot be: the message names the field, what it holds and what it may.",

@@ -14,6 +14,7 @@ from loraplex.adapters.sources import OPERATOR
 from loraplex.adapters.sources import Access as SourceAccess
 from loraplex.server.access import Access
 from loraplex.server.api.abort import OpenAnswers
+from loraplex.server.api.body import Bodies
 from loraplex.server.config import RequestLimits
 from loraplex.server.drain import Drain
 from loraplex.server.engine.fair_pool import TextPools
@@ -165,3 +166,7 @@ class Parts:
     drain: Drain = field(default_factory=Drain)
     tracing: Tracing | None = None  # None: no traces
     sse_keep_alive: float = 15.0  # seconds of silence in a stream after which it says that it is alive; 0: never
+    bodies: Bodies = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "bodies", Bodies(self.limits))

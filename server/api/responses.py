@@ -16,7 +16,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from loraplex.server.api.body import body_schema, read_record
+from loraplex.server.api.body import body_schema
 from loraplex.server.api.chat_schemas import Message
 from loraplex.server.api.choice import Wanted
 from loraplex.server.api.conversation import Conversation, read_toolbox
@@ -56,7 +56,7 @@ def make_router(parts: Parts) -> APIRouter:
     @router.post("/v1/responses", openapi_extra=body_schema(ResponsesRequest), **told)
     async def create_response(request: Request) -> Response:
         """Answer a conversation, given whole or as what follows an earlier response."""
-        record = await read_record(request, ResponsesRequest, parts.limits)
+        record = await parts.bodies.read(request, ResponsesRequest)
         headers = ignored_header(_ignored(record))
         work = _Work.begin(parts, store, record)
         if record.background:

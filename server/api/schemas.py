@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler, PlainValidator
+from pydantic_core import CoreSchema
 
 from loraplex.server.api.errors import InvalidField
 
@@ -29,10 +30,28 @@ class Wire(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
+def _fail_fast(schema: Any) -> None:
+    """In all lists of a schema of pydantic's core."""
+    if isinstance(schema, dict):
+        if schema.get("type") == "list":
+            schema["fail_fast"] = True
+        schema = list(schema.values())
+    if isinstance(schema, list | tuple):
+        for part in schema:
+            _fail_fast(part)
+
+
 class Incoming(BaseModel):
     """Base of the records this server reads."""
 
     model_config = ConfigDict(strict=True, extra="allow")
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """Every list ends at its first wrong item: one is told, and an error costs 2.7 us."""
+        schema = handler(source)
+        _fail_fast(schema)
+        return schema
 
 
 # ---------------------------------------------------------------------------------------------------------- requests
@@ -86,11 +105,7 @@ def _one_prompt(value: Any, where: str) -> PromptText:
 
 def _all(value: Any, kind: type) -> bool:
     # a bool is an int to Python
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(isinstance(v, kind) and v is not True and v is not False for v in value)
-    )
+    return isinstance(value, list) and set(map(type, value)) == {kind}
 
 
 def kind_of(value: Any) -> str:
@@ -99,7 +114,8 @@ def kind_of(value: Any) -> str:
     if isinstance(value, list):
         if not value:
             return "an empty list"
-        kinds = list(dict.fromkeys(names.get(type(item), "null" if item is None else "a list") for item in value))
+        types = dict.fromkeys(map(type, value))
+        kinds = list(dict.fromkeys(names.get(each, "null" if each is type(None) else "a list") for each in types))
         return f"a list of {' and '.join(kinds[:3])}"
     return names.get(type(value), "null" if value is None else type(value).__name__)
 
@@ -122,6 +138,15 @@ class StreamOptions(Incoming):
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None  # vLLM's: the counts so far with every chunk
+
+
+def _first_bad(biases: Any) -> Any:
+    """Only that one, if there is one: each error costs 2.7 us, and one is told."""
+    if isinstance(biases, dict):
+        for token, bias in biases.items():
+            if type(bias) not in (int, float) or not -100 <= bias <= 100:
+                return {token: bias}
+    return biases
 
 
 Token = Annotated[str, Field(max_length=4096)]
@@ -162,7 +187,9 @@ class SharedFields(Incoming):
 
     min_tokens: Annotated[int, Field(ge=0)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]] | None, BeforeValidator(_first_bad)] = (
+        None
+    )
     stop_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MAX_STOP_TOKENS)] | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
@@ -205,7 +232,7 @@ class GenerationFields(AdapterFields, SharedFields):
 class CompletionRequest(GenerationFields):
     """POST /v1/completions."""
 
-    prompt: Annotated[PromptTexts, BeforeValidator(_read_prompts, json_schema_input_type=PromptInput)]
+    prompt: Annotated[PromptTexts, PlainValidator(_read_prompts, json_schema_input_type=PromptInput)]
     max_tokens: Annotated[int, Field(ge=0)] | None = None  # 0: with echo only
     best_of: Annotated[int, Field(ge=1)] | None = None
     echo: bool | None = None

@@ -13,16 +13,16 @@ from contextlib import aclosing
 from typing import Annotated, Any
 
 from fastapi import APIRouter
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, PlainValidator, model_validator
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from loraplex.server.api import lorax
 from loraplex.server.api.adapters import load, unload
-from loraplex.server.api.body import body_schema, parse_record, read_bytes, read_record
+from loraplex.server.api.body import NAMES_BODY, body_schema, parse_record
 from loraplex.server.api.catalog import visible_adapters
 from loraplex.server.api.choice import Delta, Prompt, PromptSource, ScoredToken, Wanted
-from loraplex.server.api.errors import ClientGone, InvalidField, to_adapter_route_error
+from loraplex.server.api.errors import ApiError, ClientGone, InvalidField, to_adapter_route_error
 from loraplex.server.api.fields import UNSUPPORTED, check_unknown, ignored_header
 from loraplex.server.api.generation import Generation, merge
 from loraplex.server.api.limits import check_sequences
@@ -56,7 +56,9 @@ from loraplex.server.api.schemas import (
     read_prompts,
 )
 from loraplex.server.api.sse import SseResponse, answer_or_disconnect
+from loraplex.server.api.structure import check_structure
 from loraplex.server.api.structured import read_structured
+from loraplex.server.config import RequestLimits
 from loraplex.server.engine.tokenizer import Tokenizer
 from loraplex.server.tenants import current_key
 
@@ -133,8 +135,8 @@ _BESIDE = _OTHERS | dict.fromkeys({*SglangSampling.model_fields, *OTHER_NAMES}, 
 class SglangRequest(Incoming):
     """POST /generate, SGLang's body."""
 
-    text: Annotated[PromptTexts | None, BeforeValidator(_read_text, json_schema_input_type=PromptInput | None)] = None
-    input_ids: Annotated[PromptTexts | None, BeforeValidator(_read_ids, json_schema_input_type=PromptInput | None)] = (
+    text: Annotated[PromptTexts | None, PlainValidator(_read_text, json_schema_input_type=PromptInput | None)] = None
+    input_ids: Annotated[PromptTexts | None, PlainValidator(_read_ids, json_schema_input_type=PromptInput | None)] = (
         None
     )
     sampling_params: SglangSampling | None = None
@@ -163,16 +165,16 @@ def make_router(parts: Parts) -> APIRouter:
     @router.post("/generate", openapi_extra=body_schema(SglangRequest, LoraxRequest), **GENERATED)
     async def generate(request: Request) -> Response:
         """SGLang's generation, or LoRAX's where the body has `inputs`."""
-        body = await read_bytes(request, parts.limits)
-        if _is_lorax(body):
-            return await lorax.answer(parts, request, body, as_list=False, streams=False)
-        return await _answer(parts, request, parse_record(body, SglangRequest, parts.limits))
+        record = await parts.bodies.read_as(request, _read_either)
+        if isinstance(record, SglangRequest):
+            return await _answer(parts, request, record)
+        return await lorax.answer(parts, request, record, as_list=False, streams=False)
 
     @router.post("/load_lora_adapter", openapi_extra=body_schema(SglangLoadRequest), **MANAGED)
     async def load_lora_adapter(request: Request) -> Response:
         """Load an adapter, with SGLang's answers."""
         try:
-            record = await read_record(request, SglangLoadRequest, parts.limits)
+            record = await parts.bodies.read(request, SglangLoadRequest, NAMES_BODY)
             if record.pinned and not current_key().admin:
                 raise InvalidField("pinned", "pinned: it takes memory from everybody, so only an admin's key may pin")
             wanted = LoadAdapterRequest(lora_name=record.lora_name, lora_path=record.lora_path)
@@ -187,7 +189,7 @@ def make_router(parts: Parts) -> APIRouter:
     async def unload_lora_adapter(request: Request) -> Response:
         """Take an adapter's name away, with SGLang's answers."""
         try:
-            await unload(parts, await read_record(request, UnloadAdapterRequest, parts.limits))
+            await unload(parts, await parts.bodies.read(request, UnloadAdapterRequest, NAMES_BODY))
         except ClientGone:
             raise
         except Exception as error:
@@ -201,6 +203,18 @@ def make_router(parts: Parts) -> APIRouter:
         return JSONResponse([{"id": i, "name": v.name, "path": v.origin, "scale": 0.0} for i, v in listed])
 
     return router
+
+
+def _read_either(body: bytes, limits: RequestLimits) -> SglangRequest | LoraxRequest | ApiError:
+    """What is wrong with one of LoRAX's is told in LoRAX's words: it is returned. Raises ApiError for SGLang's."""
+    try:
+        if b'"inputs"' in body:  # or else reading all of it twice would cost as much again
+            check_structure(body, limits)
+            if _is_lorax(body):
+                return parse_record(body, LoraxRequest, limits)
+    except ApiError as error:
+        return error
+    return parse_record(body, SglangRequest, limits)
 
 
 def _is_lorax(body: bytes) -> bool:

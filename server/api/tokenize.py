@@ -11,7 +11,7 @@ from pydantic import Field, TypeAdapter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from loraplex.server.api.body import body_schema, read_record
+from loraplex.server.api.body import body_schema
 from loraplex.server.api.chat_schemas import Message, Tool
 from loraplex.server.api.conversation import Conversation, read_toolbox
 from loraplex.server.api.errors import InvalidField
@@ -81,7 +81,7 @@ def make_router(parts: Parts) -> APIRouter:
     @router.post("/tokenize", openapi_extra=body_schema(TokenizeRequest), **answers(TokenizeAnswer | list[SimpleToken]))
     async def tokenize(request: Request) -> Response:
         """The token ids of a text or of a conversation."""
-        record = await read_record(request, TokenizeRequest, parts.limits)
+        record = await parts.bodies.read(request, TokenizeRequest)
         headers = ignored_header(check_unknown(record.model_extra or {}))
         tokenizer = _tokenizer(parts, record.model)
         if record.inputs is not None:
@@ -100,7 +100,7 @@ def make_router(parts: Parts) -> APIRouter:
     @router.post("/detokenize", openapi_extra=body_schema(DetokenizeRequest), **answers(DetokenizeAnswer))
     async def detokenize(request: Request) -> Response:
         """The text of token ids."""
-        record = await read_record(request, DetokenizeRequest, parts.limits)
+        record = await parts.bodies.read(request, DetokenizeRequest)
         headers = ignored_header(check_unknown(record.model_extra or {}))
         tokenizer = _tokenizer(parts, record.model)
         decode = partial(tokenizer.decode, record.tokens, False)

@@ -1,0 +1,302 @@
+"""uvicorn's HTTP/1.1 with bounds: how much may come before anybody looks at it, and how long it may take to come.
+
+uvicorn's parser takes heads of any size and waits for ever. Here a head is refused by its bytes, its fields and its
+target while it is read (431, 414), a body by its pieces, and whoever does not go on is told so (408) and closed. What
+is refused here has no application behind it, so it is answered in plain text.
+
+Trailers are dropped: uvicorn would add them to the fields of a request that is being answered. Cookies, too: nobody
+here reads them, and FastAPI would take them apart for every request.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import httptools
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+
+from loraplex.server.config import HttpConfig, RequestLimits
+from loraplex.server.connections import Connections
+
+MAX_TARGET = 8192
+"""Bytes of a request's target, as Apache and nginx have it."""
+
+HEAD_SECONDS = 10.0
+"""From the first byte of a head, or the connection, to the head's end."""
+
+BODY_SECONDS, BODY_RATE = 10.0, 500
+"""A body brings so many bytes a second, looked at after each of these times. Apache's bound."""
+
+MAX_PIPELINED = 32
+"""Requests that wait behind the one that is answered. 256 KiB that come at once hold 14,000, each 10 us and 2 KB."""
+
+FREE_PIECES, PIECE_BYTES = 4096, 64
+"""Chunks of a body, and the mean size of those beyond: each is a call of Python's, 256 KiB of single bytes 40 ms."""
+
+PROBES = frozenset({"/health", "/ready", "/ping", "/startup"})
+"""What is answered before all else: asked for by who would end a server that is slow to answer."""
+
+LINGER_SECONDS, LINGER_BYTES = 2.0, 1 << 20
+"""What still comes after the last answer is dropped for so long: closing at once would take the answer with it."""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What one request may be before it reaches the application."""
+
+    head_bytes: int = HttpConfig.head_bytes
+    header_count: int = HttpConfig.header_count
+    body_bytes: int = RequestLimits.max_body_bytes
+
+
+class _Refused(Exception):
+    """Raised through the parser, which stops there."""
+
+    def __init__(self, status: int, reason: str) -> None:
+        super().__init__(reason)
+        self.status, self.reason = status, reason
+
+
+class BoundedProtocol(HttpToolsProtocol):
+    """One connection."""
+
+    def __init__(self, bounds: Bounds, others: Connections, **uvicorns: Any) -> None:
+        super().__init__(**uvicorns)
+        self.due = math.inf
+        self._bounds, self._others = bounds, others
+        self._deaf = False  # nothing that comes is read any more
+        self._room = LINGER_BYTES
+        self._clear()
+
+    def _clear(self) -> None:
+        """For the next request."""
+        self._in_head = False
+        self._in_body = False
+        self._declared = 0  # Content-Length
+        self._raw = 0  # bytes of a body that the parser does not read (see on_headers_complete)
+        self._fields = self._head = 0  # fields and their bytes, with the target's and with those of trailers
+        self._body = self._pieces = self._framing = 0  # bytes and pieces of the body, and bytes around them
+        self._unfinished = 0  # bytes of a field that has not ended
+        self._marked = 0  # of the body's bytes, when it was last looked at
+
+    # ------------------------------------------------------------------------------------------------- the connection
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self.due = self._others.now + HEAD_SECONDS
+        if not self._others.admit(self, len(self.connections)):
+            self._tell(503, "This server has as many connections as it may have; try again.")
+            self._hear_no_more()
+            transport.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._others.set_busy(self)
+        self._deaf = True
+        self._unset_keepalive_if_required()  # uvicorn's, which would keep a connection that was reset for so long
+        super().connection_lost(exc)
+
+    def give_way(self) -> None:
+        self.transport.abort()
+
+    def overdue(self, now: float) -> None:
+        if self._deaf:
+            self.transport.abort()
+        elif self._in_body:
+            waits_for_us = self.flow.read_paused or self.cycle.waiting_for_100_continue
+            if not waits_for_us and self._body - self._marked < BODY_SECONDS * BODY_RATE:
+                self._refuse(408, f"The body came too slowly: expected {BODY_RATE} bytes a second.")
+                return
+            self.due, self._marked = now + BODY_SECONDS, self._body
+        elif self._is_answering():
+            self.due = now + HEAD_SECONDS
+        elif self._in_head:
+            self._refuse(408, f"The head did not end within {HEAD_SECONDS:g} seconds.")
+        else:
+            self.transport.close()
+
+    def data_received(self, data: bytes) -> None:
+        if self._deaf:
+            self._room -= len(data)
+            if self._room < 0:
+                self.transport.abort()
+            return
+        self._unset_keepalive_if_required()
+        if self.due == math.inf:  # also what is no head, such as empty lines
+            self.due = self._others.now + HEAD_SECONDS
+        try:
+            self._feed(data)
+        except _Refused as refused:
+            self._refuse(refused.status, refused.reason)
+        except httptools.HttpParserError as error:
+            cause = error.__context__
+            known = cause if isinstance(cause, _Refused) else _Refused(400, "Invalid HTTP request received.")
+            self._refuse(known.status, known.reason)
+
+    def _feed(self, data: bytes) -> None:
+        if self._raw:
+            data = self._feed_raw(data)
+        if not data or self._deaf:
+            return
+        before, self._began = self._body, False
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            self._feed(data[upgrade.args[0] :])
+            return
+        if self._began:  # nobody knows where in `data` that was
+            return
+        if self._in_head:
+            self._unfinished += len(data)
+            if self._unfinished > self._bounds.head_bytes:
+                raise self._too_large()
+        elif self._in_body:
+            self._framing += len(data) - (self._body - before)
+            if self._framing > self._bounds.head_bytes + self._body // 4:
+                raise _Refused(413, "The body is more framing than content: send it in larger chunks.")
+
+    def _feed_raw(self, data: bytes) -> bytes:
+        """What is left of `data` behind the body."""
+        piece, rest = data[: self._raw], data[self._raw :]
+        self._raw -= len(piece)
+        self.on_body(piece)
+        if not self._raw:
+            self.on_message_complete()
+        return rest
+
+    # -------------------------------------------------------------------------------------------- the parser's reports
+
+    def on_message_begin(self) -> None:
+        self._clear()
+        self._in_head = self._began = True
+        self.due = self._others.now + HEAD_SECONDS
+        super().on_message_begin()
+
+    def on_url(self, url: bytes) -> None:
+        self._head += len(url)
+        if self._head > MAX_TARGET:
+            raise _Refused(414, f"The target is longer than {MAX_TARGET} bytes.")
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._fields += 1
+        self._unfinished = 0
+        self._head += len(name) + len(value) + 4
+        if self._fields > self._bounds.header_count or self._head > self._bounds.head_bytes:
+            raise self._too_large()
+        if not self._in_head:
+            return
+        if len(name) == 14 and name.lower() == b"content-length":
+            self._declared = int(value)
+        elif len(name) == 6 and name.lower() == b"cookie":
+            return
+        super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        if len(self.pipeline) >= MAX_PIPELINED:
+            raise _Refused(429, "Too many requests wait on this connection.")  # nobody is told: it just closes
+        if self.parser.should_upgrade() and any(name == b"transfer-encoding" for name, _ in self.headers):
+            raise _Refused(400, "A request to upgrade cannot have a chunked body here.")
+        super().on_headers_complete()
+        self._in_head, self._in_body = False, True
+        self.due = self._others.now + BODY_SECONDS
+        self._others.set_busy(self)
+        if self._declared > self._bounds.body_bytes:
+            self._is_last(self.cycle)
+        if self.parser.should_upgrade():  # there is nothing to upgrade to: the body is a body, which llhttp leaves out
+            self._raw = self._declared
+
+    def on_body(self, body: bytes) -> None:
+        self._body += len(body)
+        self._pieces += 1
+        if self._pieces > FREE_PIECES + self._body // PIECE_BYTES:
+            raise _Refused(413, f"The body comes in pieces of under {PIECE_BYTES} bytes: send it in larger chunks.")
+        if self._body > self._bounds.body_bytes:
+            if self.cycle.response_complete:
+                raise _Refused(413, "The body is too large.")
+            self._is_last(self.cycle)  # whoever reads it says so
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        if self._raw:
+            return
+        self._in_body = False
+        self.due = math.inf
+        super().on_message_complete()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        begin = super()._start_asgi_task
+        if cycle.scope["path"] in PROBES and not self._declared:
+            begin(cycle, app)
+        else:  # unless nobody waits any more when its turn has come
+            self._others.begin(lambda: None if cycle.disconnected else begin(cycle, app))
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if not self._is_answering():
+            self._others.set_idle(self)
+        elif self._deaf:  # until the last answer, since what is dropped is counted
+            self.flow.pause_reading()
+
+    # ------------------------------------------------------------------------------------------------------ the end
+
+    def _is_answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _too_large(self) -> _Refused:
+        bounds = self._bounds
+        return _Refused(431, f"At most {bounds.header_count} header fields of {bounds.head_bytes} bytes are taken.")
+
+    def _refuse(self, status: int, reason: str) -> None:
+        """Answer and end the connection. Where an answer is under way, that one is the last."""
+        self._others.note_refused()
+        cycle = self.cycle
+        if not self._in_body and self._is_answering():
+            self._is_last(cycle)
+            self._hear_no_more()
+            self.flow.pause_reading()
+            return
+        if not self._in_body or not (cycle.response_started or self.pipeline):
+            self._tell(status, reason)
+        if self._in_body:
+            cycle.disconnected = True
+            cycle.message_event.set()
+        self._close()
+
+    def _tell(self, status: int, reason: str) -> None:
+        fields = [(b"content-type", b"text/plain; charset=utf-8"), (b"content-length", b"%d" % len(reason))]
+        fields += [*self.server_state.default_headers, (b"connection", b"close")]
+        head = b"".join(b"%s: %s\r\n" % field for field in fields)
+        self.transport.write(b"%s%s\r\n%s" % (STATUS_LINE[status], head, reason.encode()))
+
+    def _is_last(self, cycle: RequestResponseCycle) -> None:
+        """The connection ends with this answer, though its client may not have ended."""
+        cycle.keep_alive = False
+        cycle.transport = _LastAnswer(self)  # type: ignore[assignment]  # what uvicorn uses of one
+
+    def _hear_no_more(self) -> None:
+        self._deaf = True
+        self.due = math.inf
+        self._unset_keepalive_if_required()
+
+    def _close(self) -> None:
+        """Once all is sent. Drops for a while what still comes: an unread byte would reset the connection."""
+        self._hear_no_more()
+        if self.transport.is_closing():
+            return
+        self.due = self._others.now + LINGER_SECONDS
+        self._others.set_idle(self)
+        self.flow.resume_reading()
+        self.transport.write_eof()
+
+
+class _LastAnswer:
+    """A connection as uvicorn's last answer on it sees it: closing it is the protocol's."""
+
+    def __init__(self, protocol: BoundedProtocol) -> None:
+        self._protocol = protocol
+        self.write = protocol.transport.write
+
+    def close(self) -> None:
+        self._protocol._close()
