@@ -12,7 +12,6 @@ import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
-from itertools import product
 from typing import TypeVar
 
 from loraplex.server.api.choice import Choice, Delta, Echo, Prompt, Wanted
@@ -23,6 +22,7 @@ from loraplex.server.api.names import Mix, leased
 from loraplex.server.api.parts import Base, Parts
 from loraplex.server.api.sampling import SamplingSpec
 from loraplex.server.api.schemas import GenerationFields, PromptDetails, Usage
+from loraplex.server.api.turns import Turn
 from loraplex.server.engine.detokenizer import Detokenizer
 from loraplex.server.engine.grammar import Grammar, GrammarRefused, Thought
 from loraplex.server.engine.request import ContextTooLong, GenerationRequest, TokenEvent
@@ -118,8 +118,7 @@ class Generation:
                     prompts = await self._prompts()
                     self._caller.pay_prompt(self.prompt_tokens)
                     grammar = await self._grammar(prompts[0].thought)
-                    for prompt, request in self._requests(prompts, grammar, mix):
-                        choices.append(self._submit(request, prompt, len(choices)))
+                    await self._submit(prompts, grammar, mix)
                 self.submitted = time.monotonic()
                 for prompt in prompts:
                     self._parts.metrics.prompt(len(prompt.ids), self._wanted.num_choices)
@@ -221,31 +220,37 @@ class Generation:
         except GrammarRefused as error:
             raise InvalidField(param, f"{param}: {error}", code="invalid_grammar") from error
 
-    def _requests(
-        self, prompts: list[Prompt], grammar: Grammar | None, mix: Mix
-    ) -> Iterator[tuple[Prompt, GenerationRequest]]:
-        """One a choice, each with leases of its own, taken only when the request is asked for."""
-        for number, (prompt, choice) in enumerate(product(prompts, range(self._wanted.num_choices))):
-            params = self._spec.params(self._parts.base.max_model_len - len(prompt.ids), choice)
-            request = GenerationRequest(
-                request_id=f"{self.key}-{number}",
-                prompt_ids=tuple(prompt.ids),
-                params=params,
-                mix=tuple((lease.share(), weight) for lease, weight in mix),
-                tenant=self._caller.key.tenant,
-                weight=self._caller.key.weight,
-                arrival=self._arrival,
-                priority=self._record.priority or 0,
-                deadline=self._arrival + self._record.timeout if self._record.timeout is not None else None,
-                cache_salt=self._record.cache_salt or "",
-                constraint=grammar.start() if grammar is not None else None,
-                pooling=self._wanted.pooling,
-            )
-            yield prompt, request
+    async def _submit(self, prompts: list[Prompt], grammar: Grammar | None, mix: Mix) -> None:
+        """Make the choices, a request each; others have their turn meanwhile."""
+        wanted, turn = self._wanted, Turn()
+        for prompt in prompts:
+            ids = tuple(prompt.ids)
+            scored = wanted.logprobs is not None
+            echo = await Echo.build(self._parts.tokenizer, prompt, scored) if wanted.echo else None
+            for choice in range(wanted.num_choices):
+                request = self._request(ids, choice, grammar, mix)
+                self._choices.append(self._choice(request, echo))
+                await turn.take()
 
-    def _submit(self, request: GenerationRequest, prompt: Prompt, index: int) -> Choice:
+    def _request(self, ids: tuple[int, ...], choice: int, grammar: Grammar | None, mix: Mix) -> GenerationRequest:
+        """Choice number `choice` of a prompt, with leases of its own."""
+        return GenerationRequest(
+            request_id=f"{self.key}-{len(self._choices)}",
+            prompt_ids=ids,
+            params=self._spec.params(self._parts.base.max_model_len - len(ids), choice),
+            mix=tuple((lease.share(), weight) for lease, weight in mix),
+            tenant=self._caller.key.tenant,
+            weight=self._caller.key.weight,
+            arrival=self._arrival,
+            priority=self._record.priority or 0,
+            deadline=self._arrival + self._record.timeout if self._record.timeout is not None else None,
+            cache_salt=self._record.cache_salt or "",
+            constraint=grammar.start() if grammar is not None else None,
+            pooling=self._wanted.pooling,
+        )
+
+    def _choice(self, request: GenerationRequest, echo: Echo | None) -> Choice:
         record, wanted = self._record, self._wanted
-        echo = Echo.build(self._parts.tokenizer, prompt, scored=wanted.logprobs is not None) if wanted.echo else None
         detokenizer = Detokenizer(
             self._parts.tokenizer,
             request.prompt_ids,
@@ -260,7 +265,7 @@ class Generation:
             events = self._parts.engine.submit(request)  # owns the lease from here on, also when it raises
         except ContextTooLong as error:
             raise to_api_error(error, self._source.param) from error
-        return Choice(index, request, submitted, events, detokenizer, self._parts, echo, wanted)
+        return Choice(len(self._choices), request, submitted, events, detokenizer, self._parts, echo, wanted)
 
 
 def check_prompt(ids: Sequence[int], base: Base, param: str) -> None:

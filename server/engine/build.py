@@ -164,7 +164,7 @@ def build_engine(config: EngineConfig, model_path: Path, *base_names: str) -> En
             "context cut from %d to %d tokens by the memory there is", model_config.max_position, plan.max_model_len
         )
     engine, adapters, placement, prefault = _assemble(
-        config, model_config, weights, ops, plan, budget, most, base_names
+        config, model_config, weights, ops, plan, budget, most, cost.scoring, base_names
     )
     watch.lap("arena")
     return EngineParts(
@@ -191,9 +191,13 @@ def _assemble(
     plan: MemoryPlan,
     budget: TokenBudget,
     most: int,
+    scoring: float,
     base_names: tuple[str, ...],
 ) -> tuple[Engine, AdapterManager, AdapterPlacement, Prefault | None]:
-    """Allocate the arena and put everything around it together. most: tokens of a step."""
+    """Allocate the arena and put everything around it together. most: tokens of a step.
+
+    scoring: see SchedulerLimits.
+    """
     device, dtype = ops.device, weights.dtype
     arena = allocate_arena(plan, device)
     layout = BaseLayout(base_names[0], model_config.num_layers, model_config.projections(), plan.page_bytes, dtype)
@@ -225,6 +229,7 @@ def _assemble(
         num_slots=config.num_slots,
         vocab_size=model_config.vocab_size,
         decode_steps=config.decode_steps if follows_up else 1,
+        scoring=scoring,
         rope_switch=model_config.rope_switch,
         prefix_cache=all(rope.kind != "dynamic" for rope in model_config.ropes),  # its keys depend on the length
     )

@@ -188,9 +188,9 @@ def test_logits_come_in_slices(case: tuple[Any, ...], monkeypatch: pytest.Monkey
     sizes: list[int] = []
     logits = Decoder.logits
 
-    def counting(decoder: Decoder, hidden: torch.Tensor) -> torch.Tensor:
+    def counting(decoder: Decoder, hidden: torch.Tensor, room: torch.Tensor | None) -> torch.Tensor:
         sizes.append(hidden.shape[0])
-        return logits(decoder, hidden)
+        return logits(decoder, hidden, room)
 
     monkeypatch.setattr(runner, "logit_rows", lambda vocab_size: 3)
     monkeypatch.setattr(Decoder, "logits", counting)
