@@ -30,7 +30,9 @@ if TYPE_CHECKING:
     from loraplex.server.api.parts import Adapters
     from loraplex.server.engine.build import EngineParts
     from loraplex.server.engine.follower import Follower
+    from loraplex.server.engine.grammar import Grammars
     from loraplex.server.engine.tokenizer import Tokenizer
+    from loraplex.server.models.config import GenerationDefaults, ModelConfig
     from loraplex.server.tracing import Tracing
 
 logger = logging.getLogger(__name__)
@@ -56,7 +58,7 @@ def run(config: ServeConfig, held: socket.socket, folder: Path, ready: Ready) ->
     except TokenizerError as error:
         raise StartError(error) from error
     laps: tuple[tuple[str, float], ...] = (("imports", imported - start), ("tokenizer", time.perf_counter() - imported))
-    parts = _build(config, folder)
+    parts, grammars = _build(config, folder, tokenizer)
     laps += parts.startup
     logger.info(
         "loaded in %.1f s: %s", time.perf_counter() - start, ", ".join(f"{name} {lap:.1f}" for name, lap in laps)
@@ -68,7 +70,7 @@ def run(config: ServeConfig, held: socket.socket, folder: Path, ready: Ready) ->
         parts.prefault.start()
     parts.engine.start()
     try:
-        asyncio.run(_serve(config, parts, tokenizer, held, ready))
+        asyncio.run(_serve(config, parts, tokenizer, grammars, held, ready))
     finally:
         parts.engine.stop()
         parts.adapters.close()
@@ -77,22 +79,32 @@ def run(config: ServeConfig, held: socket.socket, folder: Path, ready: Ready) ->
     return 1 if parts.engine.failure is not None else 0
 
 
-def _build(config: ServeConfig, folder: Path) -> EngineParts:
+def _build(config: ServeConfig, folder: Path, tokenizer: Tokenizer) -> tuple[EngineParts, Grammars]:
     from loraplex.kernels.backend import BackendUnavailable
     from loraplex.server.engine.build import build_engine
+    from loraplex.server.engine.grammar import GrammarRefused, Grammars
     from loraplex.server.engine.memory import NotEnoughMemory
     from loraplex.server.models.config import UnsupportedModel
     from loraplex.server.models.weights import WeightsError
 
+    made: list[Grammars] = []
+
+    def prepare(model: ModelConfig, defaults: GenerationDefaults) -> None:
+        made.append(Grammars(tokenizer, model.vocab_size, defaults.eos_token_ids))
+        try:
+            made[0].load()  # not with the first request: it holds the interpreter's lock for 0.8 s
+        except GrammarRefused as error:
+            logger.warning("answers cannot be held to grammars: %s", error)
+
     try:
-        parts = build_engine(config.engine, folder, *config.base_names)
+        parts = build_engine(config.engine, folder, *config.base_names, prepare=prepare)
     except (UnsupportedModel, WeightsError, BackendUnavailable, NotEnoughMemory, OSError) as error:
         raise StartError(error) from error
     _leave_cores_to_kernels()
     limit = parts.model_config.max_position
     if parts.max_model_len > limit:
         raise StartError(f"--max-model-len {parts.max_model_len}: the base was made for at most {limit} tokens")
-    return parts
+    return parts, made[0]
 
 
 def _leave_cores_to_kernels() -> None:
@@ -108,11 +120,16 @@ def _leave_cores_to_kernels() -> None:
 
 
 async def _serve(
-    config: ServeConfig, parts: EngineParts, tokenizer: Tokenizer, held: socket.socket, ready: Ready
+    config: ServeConfig,
+    parts: EngineParts,
+    tokenizer: Tokenizer,
+    grammars: Grammars,
+    held: socket.socket,
+    ready: Ready,
 ) -> None:
     follower = await _load_adapters(config, parts)
     more = open_extras(config, parts)
-    app, drain = make_app(config, parts, tokenizer, more), more.drain
+    app, drain = make_app(config, parts, tokenizer, more, grammars), more.drain
     server = make_server(app, lambda port: ready(config, parts, tokenizer, port), config.http.keep_alive)
     shutdown = Shutdown(
         drain, config.http.grace_seconds, parts.engine.stop, lambda code: end_process_after(EXIT_SECONDS, code)
@@ -207,7 +224,13 @@ def open_extras(config: ServeConfig, parts: EngineParts) -> Extras:
     return Extras(adapters, tracing=tracing)
 
 
-def make_app(config: ServeConfig, parts: EngineParts, tokenizer: Tokenizer, extras: Extras | None = None) -> FastAPI:
+def make_app(
+    config: ServeConfig,
+    parts: EngineParts,
+    tokenizer: Tokenizer,
+    extras: Extras | None = None,
+    grammars: Grammars | None = None,
+) -> FastAPI:
     """The application around a loaded base."""
     from loraplex.adapters.merging import merge_versions
     from loraplex.kernels.metadata import BLOCK_SIZE
@@ -251,7 +274,7 @@ def make_app(config: ServeConfig, parts: EngineParts, tokenizer: Tokenizer, extr
             engine=engine,
             adapters=extras.adapters,
             tokenizer=tokenizer,
-            grammars=Grammars(tokenizer, model.vocab_size, parts.defaults.eos_token_ids),
+            grammars=grammars or Grammars(tokenizer, model.vocab_size, parts.defaults.eos_token_ids),
             defaults=parts.defaults,
             metrics=metrics,
             drain=extras.drain,

@@ -216,7 +216,7 @@ class Generation:
             return None
         param, spec = self._wanted.grammar
         try:
-            return await self._parts.grammars.get(replace(spec, thought=thought))
+            return await self._parts.grammars.get(replace(spec, thought=thought, owner=self._caller.key.tenant))
         except GrammarRefused as error:
             raise InvalidField(param, f"{param}: {error}", code="invalid_grammar") from error
 

@@ -6,6 +6,7 @@ import ctypes
 import json
 import logging
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -124,10 +125,16 @@ class EngineParts:
     startup: tuple[tuple[str, float], ...]  # what was done, and the seconds it took
 
 
-def build_engine(config: EngineConfig, model_path: Path, *base_names: str) -> EngineParts:
+def build_engine(
+    config: EngineConfig,
+    model_path: Path,
+    *base_names: str,
+    prepare: Callable[[ModelConfig, GenerationDefaults], None] = lambda config, defaults: None,
+) -> EngineParts:
     """Load the base in the folder `model_path` and lay out its memory.
 
     base_names: what requests call it, at least one: messages do by the first, and no adapter may have any of them.
+    prepare: called before memory is divided, so what it takes counts as the process's own.
 
     Raises UnsupportedModel, WeightsError, BackendUnavailable, NotEnoughMemory, OSError, ValueError (no such backend).
     """
@@ -137,6 +144,8 @@ def build_engine(config: EngineConfig, model_path: Path, *base_names: str) -> En
     ops = load_backend(config.backend, config.device, config.batch_invariant)
     dtype = _dtype(config.dtype, model_path, ops)
     watch.lap("configuration")
+    prepare(model_config, defaults)
+    watch.lap("grammars")
     memory = _Memory(config, model_config, dtype, ops, model_path)
     memory.plan(config.token_budget or LEAST_BUDGET, not model_config.tie_word_embeddings)  # refuse before reading
     weights = load_weights(model_path, model_config, ops, dtype)
@@ -234,15 +243,16 @@ def _assemble(
         prefix_cache=all(rope.kind != "dynamic" for rope in model_config.ropes),  # its keys depend on the length
     )
     halt = ctypes.c_int32()
+    runner = ModelRunner(model, kv, residency, device, halt)
     engine = Engine(
         Scheduler(kv, placement, limits, budget=budget),
-        ModelRunner(model, kv, residency, device, halt),
+        runner,
         placement,
         config.max_waiting,
         config.max_waiting_tokens,
         halt,
     )
-    placement.on_ready = engine.wake
+    placement.on_ready = runner.masks.wake = engine.wake
     registry.on_drained = engine.forget_adapter
     prefault = Prefault(arena, pool) if plan.shared else None
     return engine, AdapterManager(registry, loader, reader, downloads, engine), placement, prefault

@@ -28,6 +28,13 @@ class Constraint(Protocol):
         """Why it gave up, which ends the request; None as long as it holds."""
         ...
 
+    def give_up(self, reason: str) -> None:
+        """Fail for this reason: from now on nothing but the end is allowed."""
+        ...
+
+    busy: bool
+    """Its next mask is still being computed, and steps go on without its request (see masks.py)."""
+
 
 Pooling = Literal["last", "mean"]
 """Of a prompt's hidden states: its last token's, or the mean of all."""

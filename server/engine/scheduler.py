@@ -175,9 +175,10 @@ class Scheduler:
         steps = plan.steps_of(sampled)
         for entry in plan.entries * steps:
             seq = entry.seq
+            draw = next(draws) if entry.samples else None
             before = seq.num_computed
-            seq.num_computed = computed = before + entry.num_tokens
-            tokens = OUTPUT_TOKEN if entry.samples else 0.0
+            seq.num_computed = computed = before + entry.num_tokens - (draw is not None and draw.is_held)
+            tokens = OUTPUT_TOKEN if draw is not None else 0.0
             if seq.charged < seq.num_prompt:  # what is computed again is not charged again
                 known = min(computed, seq.num_prompt)
                 tokens += PROMPT_TOKEN * seq.cost(max(0, known - max(before, seq.charged)))
@@ -185,8 +186,7 @@ class Scheduler:
             charge(seq, tokens, now)
             if seq.cache_root is not None:
                 kv.publish(seq.number, seq.cache_root, seq.tokens, computed)
-            if entry.samples:
-                draw = next(draws)
+            if draw is not None and not draw.is_held:
                 if draw.token_id is None:
                     events.append(self._fail(seq, _not_a_number(seq)))
                     continue
@@ -256,7 +256,7 @@ class Scheduler:
                 self._failed.append(self._fail(seq, DeadlineExceeded(f"the request's {given:.3g} s are over: {done}")))
 
     def _plan_decodes(self) -> None:
-        rows = [seq for seq in self._running.seqs if seq.is_ready and seq.is_decode and seq not in self._plan]
+        rows = [seq for seq in self._ready() if seq.is_decode]
         if len(rows) > self._budget:  # not all of them: whoever was served least
             rows.sort(key=lambda seq: (seq.urgency, seq.flow.client.counter, seq.number))
         preemptions = self.preemptions
@@ -264,9 +264,13 @@ class Scheduler:
             if self.preemptions == preemptions or seq in self._running:  # another may have preempted it by now
                 self._plan_running(seq, min(1, self._budget))
 
+    def _ready(self) -> list[Sequence]:
+        """Running ones that can be computed and are not planned yet."""
+        return [seq for seq in self._running.seqs if seq.is_ready and not seq.is_held and seq not in self._plan]
+
     def _plan_prefills(self, now: float) -> None:
         """Give what is left of the budget to those that miss more than one token."""
-        seqs = [seq for seq in self._running.seqs if seq.is_ready and not seq.is_decode and seq not in self._plan]
+        seqs = [seq for seq in self._ready() if not seq.is_decode]
         wanted = sum(seq.cost(seq.num_missing) for seq in seqs)
         if not seqs or self._budget == 0:
             return

@@ -144,6 +144,12 @@ class Sequence:
         return self.request.params.prompt_logprobs is not None or self.request.pooling == "mean"
 
     @property
+    def is_held(self) -> bool:
+        """Whether its grammar's mask is still missing: there is nothing to compute for it before that is there."""
+        constraint = self.request.constraint
+        return constraint is not None and constraint.busy
+
+    @property
     def num_tokens(self) -> int:
         """Known tokens."""
         return len(self.tokens)

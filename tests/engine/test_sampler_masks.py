@@ -21,7 +21,7 @@ OPS = load_backend("reference", "cpu")
 def row(allowed: list[int] | None, **params: Any) -> SampleRow:
     bits = np.zeros(VOCAB, np.bool_)
     bits[allowed or []] = True
-    mask = None if allowed is None else lambda: np.packbits(bits, bitorder="little")
+    mask = None if allowed is None else np.packbits(bits, bitorder="little")
     return SampleRow(SamplingParams(max_tokens=8, **params), 0, [1, 2], [], mask)
 
 
