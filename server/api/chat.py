@@ -36,6 +36,7 @@ from loraplex.server.api.parts import Parts
 from loraplex.server.api.respond import Collected, Scores, respond
 from loraplex.server.api.schemas import Usage
 from loraplex.server.api.structured import read_structured
+from loraplex.server.api.turns import aside
 from loraplex.server.engine.tokenizer import Tokenizer
 
 
@@ -63,7 +64,7 @@ def make_router(parts: Parts) -> APIRouter:
             max_tokens=record.max_completion_tokens or record.max_tokens,
             num_choices=record.n or 1,
             logprobs=_logprobs(record),
-            grammar=conversation.grammar(read_structured(record, parts.limits)),
+            grammar=await aside(toolbox.size, lambda: conversation.grammar(read_structured(record, parts.limits))),
             show_special=conversation.show_special,
         )
         generation = Generation(parts, record, prompt_source(conversation), wanted)

@@ -29,6 +29,7 @@ class Toolbox:
     tools: tuple[Tool, ...]  # those the answer may call; none: what looks like a call is text
     required: bool  # the answer is a call, or several
     parallel: bool  # more than one
+    size: int = 0  # characters of the tools as JSON
 
     @property
     def binds(self) -> bool:
@@ -43,8 +44,8 @@ def read_toolbox(tools: Sequence[Tool] | None, choice: Any, parallel: bool | Non
     for i, name in enumerate(names):
         if name in names[:i]:
             raise InvalidField(f"tools[{i}].function.name", f"tools[{i}].function.name: {name!r} is there already")
-    if given:
-        check_schema(f"[{','.join(tool.model_dump_json() for tool in given)}]", "tools", limits)
+    text = f"[{','.join(tool.model_dump_json() for tool in given)}]" if given else ""
+    check_schema(text, "tools", limits)
     mode, allowed = _read_choice(choice)
     if mode is None:
         mode = "auto" if given else "none"
@@ -59,6 +60,7 @@ def read_toolbox(tools: Sequence[Tool] | None, choice: Any, parallel: bool | Non
         tools=usable if mode != "none" else (),
         required=mode == "required",
         parallel=parallel is not False and not named,
+        size=len(text),
     )
 
 
@@ -123,7 +125,9 @@ class Conversation:
         self._add_generation_prompt = add_generation_prompt
         self._messages = [_template_message(message, f"{param}[{i}]") for i, message in enumerate(messages)]
         self._is_rewritten = instructed or bool(toolbox.tools) or any(message.role == "tool" for message in messages)
-        self.size = sum(len(message.content or "") for message in messages)
+        others = [self._template_values, *({**m, "content": None} for m in self._messages)]
+        self.size = sum(len(m.content or "") for m in messages) + toolbox.size + len(str(others))
+        """Characters, about, of all that the prompt is made of."""
 
     @property
     def format(self) -> ToolFormat:

@@ -22,11 +22,10 @@ from loraplex.server.api.names import Mix, leased
 from loraplex.server.api.parts import Base, Parts
 from loraplex.server.api.sampling import SamplingSpec
 from loraplex.server.api.schemas import GenerationFields, PromptDetails, Usage
-from loraplex.server.api.turns import Turn
+from loraplex.server.api.turns import Turn, aside
 from loraplex.server.engine.detokenizer import Detokenizer
 from loraplex.server.engine.grammar import Grammar, GrammarRefused, Thought
 from loraplex.server.engine.request import ContextTooLong, GenerationRequest, TokenEvent
-from loraplex.server.engine.tokenizer import Tokenizer
 from loraplex.server.exchange import current_exchange
 from loraplex.server.tenants import current_caller
 
@@ -201,8 +200,7 @@ class Generation:
 
     async def _prompts(self) -> list[Prompt]:
         base, param = self._parts.base, self._source.param
-        long = self._source.size >= Tokenizer.LONG_TEXT
-        prompts = await asyncio.to_thread(self._source.read) if long else self._source.read()
+        prompts = await aside(self._source.size, self._source.read)
         n = self._wanted.num_choices
         check_sequences(len(prompts), n, "n", self._parts.limits)
         for prompt in prompts:

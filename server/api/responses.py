@@ -39,6 +39,7 @@ from loraplex.server.api.responses_schemas import (
 )
 from loraplex.server.api.sse import SseResponse, answer_or_disconnect
 from loraplex.server.api.structured import read_format, read_structured
+from loraplex.server.api.turns import aside
 from loraplex.server.config import RequestLimits
 
 logger = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ def make_router(parts: Parts) -> APIRouter:
         """Answer a conversation, given whole or as what follows an earlier response."""
         record = await read_record(request, ResponsesRequest, parts.limits)
         headers = ignored_header(_ignored(record))
-        work = _Work.begin(parts, store, record)
+        work = await _Work.begin(parts, store, record)
         if record.background:
             return JSONResponse(work.in_background(), headers=headers)
         if record.stream:
@@ -125,7 +126,7 @@ class _Work:
     store: ResponseStore | None  # None: it is not kept
 
     @classmethod
-    def begin(cls, parts: Parts, store: ResponseStore, record: ResponsesRequest) -> _Work:
+    async def begin(cls, parts: Parts, store: ResponseStore, record: ResponsesRequest) -> _Work:
         """Checks everything that can be checked before the prompt is read. Raises ApiError."""
         _check(record, store)
         earlier = _earlier(record, store)
@@ -146,7 +147,7 @@ class _Work:
             max_tokens=record.max_output_tokens,
             num_choices=1,
             logprobs=(record.top_logprobs or 0) if wants_logprobs else None,
-            grammar=conversation.grammar(_structured(record, parts.limits)),
+            grammar=await aside(toolbox.size, lambda: conversation.grammar(_structured(record, parts.limits))),
             show_special=conversation.show_special,
         )
         generation = Generation(parts, record, prompt_source(conversation), wanted)
