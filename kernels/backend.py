@@ -141,8 +141,11 @@ class Backend(Protocol):
         """
         ...
 
-    def logits(self, x: Tensor, weight: PackedLinear) -> Tensor:
-        """x [L, H] -> [L, vocab] fp32. Semantics: as linear; rounded to the compute dtype at most."""
+    def logits(self, x: Tensor, weight: PackedLinear, room: Tensor | None = None) -> Tensor:
+        """x [L, H] -> [L, vocab] fp32. Semantics: as linear; rounded to the compute dtype at most.
+
+        room: at least as many rows of the same kind, in which the result may be left.
+        """
         ...
 
     def add_bias_(self, y: Tensor, bias: Tensor) -> Tensor:

@@ -86,7 +86,7 @@ class ReferenceBackend(TorchSampling, Backend):
     def linear(self, x: Tensor, weight: PackedLinear) -> Tensor:
         return F.linear(x, _weight(weight))
 
-    def logits(self, x: Tensor, weight: PackedLinear) -> Tensor:
+    def logits(self, x: Tensor, weight: PackedLinear, room: Tensor | None = None) -> Tensor:
         return F.linear(x, _weight(weight)).float()
 
     def add_bias_(self, y: Tensor, bias: Tensor) -> Tensor:
@@ -174,7 +174,7 @@ class RowByRow(ReferenceBackend):
     def linear(self, x: Tensor, weight: PackedLinear) -> Tensor:
         return torch.cat([super(RowByRow, self).linear(row, weight) for row in _rows(x)])
 
-    def logits(self, x: Tensor, weight: PackedLinear) -> Tensor:
+    def logits(self, x: Tensor, weight: PackedLinear, room: Tensor | None = None) -> Tensor:
         return torch.cat([super(RowByRow, self).logits(row, weight) for row in _rows(x)])
 
     def adapter_add_(

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from loraplex.server.api.parts import Adapters
     from loraplex.server.engine.build import EngineParts
     from loraplex.server.engine.follower import Follower
+    from loraplex.server.engine.grammar import Grammars
     from loraplex.server.engine.tokenizer import Tokenizer
     from loraplex.server.engine.tokenizers import Tokenizers
     from loraplex.server.tracing import Tracing
@@ -55,6 +56,7 @@ def run(config: ServeConfig, held: socket.socket, folder: Path, ready: Ready) ->
     imported = time.perf_counter()
     tokenizers = read_tokenizers(folder, config.chat_template)
     laps: tuple[tuple[str, float], ...] = (("imports", imported - start), ("tokenizer", time.perf_counter() - imported))
+    grammars = read_grammars(tokenizers)  # before memory is divided: what it takes is the process's own
     parts = _build(config, folder, tokenizers)
     laps += parts.startup
     logger.info(
@@ -67,7 +69,7 @@ def run(config: ServeConfig, held: socket.socket, folder: Path, ready: Ready) ->
         parts.prefault.start()
     parts.engine.start()
     try:
-        asyncio.run(_serve(config, parts, tokenizers, held, ready))
+        asyncio.run(_serve(config, parts, tokenizers, grammars, held, ready))
     finally:
         parts.engine.stop()
         tokenizers.close()
@@ -91,6 +93,18 @@ def read_tokenizers(folder: Path, chat_template: Path | None = None) -> Tokenize
         raise StartError(error) from error
 
 
+def read_grammars(tokenizers: Tokenizers) -> Grammars:
+    """What holds answers to grammars, its vocabulary read: that takes 0.8 s with the interpreter's lock held."""
+    from loraplex.server.engine.grammar import GrammarRefused, Grammars
+
+    grammars = Grammars(tokenizers.base, tokenizers.rows, tokenizers.eos_ids)
+    try:
+        grammars.load()
+    except GrammarRefused as error:
+        logger.warning("answers cannot be held to grammars: %s", error)
+    return grammars
+
+
 def _build(config: ServeConfig, folder: Path, tokenizers: Tokenizers) -> EngineParts:
     from loraplex.kernels.backend import BackendUnavailable
     from loraplex.server.engine.address_space import address_limit, is_refused_mapping
@@ -109,18 +123,36 @@ def _build(config: ServeConfig, folder: Path, tokenizers: Tokenizers) -> EngineP
         if isinstance(error, UnsupportedModel | WeightsError | BackendUnavailable | NotEnoughMemory | OSError):
             raise StartError(error) from error
         raise
+    _leave_cores_to_kernels()
     limit = parts.model_config.max_position
     if parts.max_model_len > limit:
         raise StartError(f"--max-model-len {parts.max_model_len}: the base was made for at most {limit} tokens")
     return parts
 
 
+def _leave_cores_to_kernels() -> None:
+    """From now on torch works in the thread that calls it; the kernels have their team, and a GPU needs none.
+
+    Torch's threads wait for each other after every operation, 25 times in a logsumexp, and each time for the one whose
+    core somebody else has: the scores of 64 rows took 12 ms on two idle cores, 100 with three other processes on them,
+    and 10 and 38 in one thread.
+    """
+    import torch
+
+    torch.set_num_threads(1)
+
+
 async def _serve(
-    config: ServeConfig, parts: EngineParts, tokenizers: Tokenizers, held: socket.socket, ready: Ready
+    config: ServeConfig,
+    parts: EngineParts,
+    tokenizers: Tokenizers,
+    grammars: Grammars,
+    held: socket.socket,
+    ready: Ready,
 ) -> None:
     follower = await _load_adapters(config, parts)
     more = open_extras(config, parts)
-    app, drain = make_app(config, parts, tokenizers, more), more.drain
+    app, drain = make_app(config, parts, tokenizers, more, grammars), more.drain
     gc.collect()
     gc.freeze()  # what is here stays: looking through all of it again stopped every thread for 0.1 to 0.5 s
     server = make_server(
@@ -221,7 +253,13 @@ def open_extras(config: ServeConfig, parts: EngineParts) -> Extras:
     return Extras(adapters, tracing=tracing, collectors=collectors)
 
 
-def make_app(config: ServeConfig, parts: EngineParts, tokenizers: Tokenizers, extras: Extras | None = None) -> FastAPI:
+def make_app(
+    config: ServeConfig,
+    parts: EngineParts,
+    tokenizers: Tokenizers,
+    extras: Extras | None = None,
+    grammars: Grammars | None = None,
+) -> FastAPI:
     """The application around a loaded base."""
     from loraplex.adapters.merging import merge_versions
     from loraplex.kernels.metadata import BLOCK_SIZE
@@ -269,7 +307,7 @@ def make_app(config: ServeConfig, parts: EngineParts, tokenizers: Tokenizers, ex
             adapters=extras.adapters,
             tokenizers=tokenizers,
             texts=TextPools(),
-            grammars=Grammars(tokenizers.base, model.vocab_size, parts.defaults.eos_token_ids),
+            grammars=grammars or Grammars(tokenizers.base, tokenizers.rows, tokenizers.eos_ids),
             defaults=parts.defaults,
             metrics=metrics,
             drain=extras.drain,

@@ -154,13 +154,14 @@ class CpuBackend(Backend):
         return y, total
 
     def linear(self, x: Tensor, weight: PackedLinear) -> Tensor:
-        return self._linear(x, weight, x.dtype)
+        return self._linear(x, weight, self.new(x.shape[0], weight.out_features, dtype=x.dtype))
 
-    def logits(self, x: Tensor, weight: PackedLinear) -> Tensor:
-        return self._linear(x, weight, torch.float32)
+    def logits(self, x: Tensor, weight: PackedLinear, room: Tensor | None = None) -> Tensor:
+        rows = x.shape[0]
+        y = self.new(rows, weight.out_features, dtype=torch.float32) if room is None else room[:rows]
+        return self._linear(x, weight, y)
 
-    def _linear(self, x: Tensor, weight: PackedLinear, dtype: torch.dtype) -> Tensor:
-        y = self.new(x.shape[0], weight.out_features, dtype=dtype)
+    def _linear(self, x: Tensor, weight: PackedLinear, y: Tensor) -> Tensor:
         self.emit(linear_op(x, weight, y), x.dtype)
         return y
 

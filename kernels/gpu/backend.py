@@ -87,7 +87,7 @@ class TritonBackend(TorchSampling, Backend):
             return linear.linear(x, _weight(weight), x.dtype)
         return F.linear(x, _weight(weight))
 
-    def logits(self, x: Tensor, weight: PackedLinear) -> Tensor:
+    def logits(self, x: Tensor, weight: PackedLinear, room: Tensor | None = None) -> Tensor:
         if self.batch_invariant:
             return linear.linear(x, _weight(weight), torch.float32)
         return F.linear(x, _weight(weight)).float()

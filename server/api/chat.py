@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 from fastapi import APIRouter
 from starlette.requests import Request
@@ -23,16 +23,16 @@ from loraplex.server.api.chat_schemas import (
     ToolCall,
     ToolCallDelta,
 )
-from loraplex.server.api.choice import Delta, ScoredToken, Wanted
+from loraplex.server.api.choice import Delta, Wanted
 from loraplex.server.api.conversation import Conversation, Dialogue, read_toolbox
 from loraplex.server.api.errors import InvalidField
 from loraplex.server.api.fields import ignored_header
 from loraplex.server.api.generation import Generation
-from loraplex.server.api.logprobs import chat_logprobs
+from loraplex.server.api.logprobs import ChatScores
 from loraplex.server.api.message_parser import MessageParser, Part, Thinking, joined
 from loraplex.server.api.openapi import answers
 from loraplex.server.api.parts import Parts
-from loraplex.server.api.respond import Collected, respond
+from loraplex.server.api.respond import Collected, Scores, respond
 from loraplex.server.api.schemas import Usage
 from loraplex.server.api.structured import read_structured
 
@@ -98,7 +98,10 @@ class _ChatRendering:
         for index in range(num_choices):
             yield self._chunk(ChatChunkChoice(index=index, delta=ChatDelta(role="assistant", content="")), None)
 
-    def chunks(self, delta: Delta, usage: Usage | None) -> Iterable[ChatChunk]:
+    def scores(self) -> ChatScores | None:
+        return ChatScores(self._generation.tokenizer) if self._wants_logprobs else None
+
+    def chunks(self, delta: Delta, scores: Scores | None, usage: Usage | None) -> Iterable[ChatChunk]:
         answer = self._answers.get(delta.index)
         if answer is None:
             answer = self._answers[delta.index] = _Answer(self._dialogue.parser(self._generation.thought))
@@ -114,7 +117,7 @@ class _ChatRendering:
             choice = ChatChunkChoice(
                 index=delta.index,
                 delta=message,
-                logprobs=self._logprobs(delta.tokens) if delta.tokens and i == 0 else None,
+                logprobs=_record(scores) if delta.tokens and i == 0 else None,
                 finish_reason=_finish(delta.finish_reason, answer.num_calls) if last else None,
                 stop_reason=delta.stop_reason if last else None,
             )
@@ -155,7 +158,7 @@ class _ChatRendering:
                 reasoning_content=message.thought or None,
                 tool_calls=calls or None,
             ),
-            logprobs=self._logprobs(choice.tokens),
+            logprobs=_record(choice.scores),
             finish_reason=_finish(choice.finish_reason, len(calls)),
             stop_reason=choice.stop_reason,
         )
@@ -178,8 +181,9 @@ class _ChatRendering:
             id=self._id, created=self._generation.created, model=self._model, choices=[choice], usage=usage
         )
 
-    def _logprobs(self, tokens: Sequence[ScoredToken]) -> ChatLogprobs | None:
-        return chat_logprobs(tokens, self._generation.tokenizer) if self._wants_logprobs else None
+
+def _record(scores: Scores | None) -> ChatLogprobs | None:
+    return scores.record if isinstance(scores, ChatScores) else None
 
 
 def _finish(reason: str | None, num_calls: int) -> str | None:

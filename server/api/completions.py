@@ -9,15 +9,15 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from loraplex.server.api.body import body_schema, ignored_fields
-from loraplex.server.api.choice import Delta, Prompt, PromptSource, ScoredToken, Wanted
+from loraplex.server.api.choice import Delta, Prompt, PromptSource, Wanted
 from loraplex.server.api.errors import InvalidField
 from loraplex.server.api.fields import ignored_header
 from loraplex.server.api.generation import Generation
-from loraplex.server.api.logprobs import completion_logprobs
+from loraplex.server.api.logprobs import CompletionScores
 from loraplex.server.api.openapi import answers
 from loraplex.server.api.parts import Parts
-from loraplex.server.api.respond import Collected, respond
-from loraplex.server.api.schemas import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest, Usage
+from loraplex.server.api.respond import Collected, Scores, respond
+from loraplex.server.api.schemas import Completion, CompletionChoice, CompletionRequest, Usage
 from loraplex.server.api.structured import read_structured
 from loraplex.server.config import RequestLimits
 from loraplex.server.engine.tokenizer import Tokenizer
@@ -90,10 +90,12 @@ class _CompletionRendering:
     def opening(self, num_choices: int) -> tuple[Completion, ...]:
         return ()
 
-    def chunks(self, delta: Delta, usage: Usage | None) -> Iterable[Completion]:
-        if delta.text or delta.tokens or delta.finish_reason is not None:
-            choice = Collected()
-            choice.add(delta)
+    def scores(self) -> CompletionScores | None:
+        return CompletionScores(self._generation.tokenizer) if self._wants_logprobs else None
+
+    def chunks(self, delta: Delta, scores: Scores | None, usage: Usage | None) -> Iterable[Completion]:
+        if delta.text or delta.tokens or delta.prompt is not None or delta.finish_reason is not None:
+            choice = Collected(scores, delta.text, delta.finish_reason, delta.stop_reason)
             yield self._completion([self._choice(delta.index, choice)], usage)
 
     def is_plain(self, delta: Delta) -> bool:
@@ -114,13 +116,10 @@ class _CompletionRendering:
         return CompletionChoice(
             index=index,
             text=choice.text,
-            logprobs=self._logprobs(choice.tokens),
+            logprobs=choice.scores.record if isinstance(choice.scores, CompletionScores) else None,
             finish_reason=choice.finish_reason,
             stop_reason=choice.stop_reason,
         )
-
-    def _logprobs(self, tokens: Sequence[ScoredToken]) -> CompletionLogprobs | None:
-        return completion_logprobs(tokens, self._generation.tokenizer) if self._wants_logprobs else None
 
 
 def _best(choices: Sequence[Collected], n: int) -> Sequence[Collected]:
@@ -128,8 +127,7 @@ def _best(choices: Sequence[Collected], n: int) -> Sequence[Collected]:
     if len(choices) == n:
         return choices
 
-    def score(choice: Collected) -> float:
-        known = [token.logprob for token in choice.tokens if token.logprob is not None]
-        return sum(known) / len(known) if known else 0.0
+    def mean(choice: Collected) -> float:
+        return choice.likelihood / choice.tokens if choice.tokens else 0.0
 
-    return sorted(choices, key=score, reverse=True)[:n]
+    return sorted(choices, key=mean, reverse=True)[:n]

@@ -33,6 +33,7 @@ class Toolbox:
     tools: tuple[Tool, ...]  # those the answer may call; none: what looks like a call is text
     required: bool  # the answer is a call, or several
     parallel: bool  # more than one
+    size: int = 0  # characters of the tools as JSON
 
     @property
     def binds(self) -> bool:
@@ -47,8 +48,8 @@ def read_toolbox(tools: Sequence[Tool] | None, choice: Any, parallel: bool | Non
     for i, name in enumerate(names):
         if name in names[:i]:
             raise InvalidField(f"tools[{i}].function.name", f"tools[{i}].function.name: {name!r} is there already")
-    if given:
-        check_schema(f"[{','.join(tool.model_dump_json() for tool in given)}]", "tools", limits)
+    text = f"[{','.join(tool.model_dump_json() for tool in given)}]" if given else ""
+    check_schema(text, "tools", limits)
     mode, allowed = _read_choice(choice)
     if mode is None:
         mode = "auto" if given else "none"
@@ -63,6 +64,7 @@ def read_toolbox(tools: Sequence[Tool] | None, choice: Any, parallel: bool | Non
         tools=usable if mode != "none" else (),
         required=mode == "required",
         parallel=parallel is not False and not named,
+        size=len(text),
     )
 
 
@@ -125,6 +127,8 @@ class Conversation:
         self.messages = [_template_message(message, f"{param}[{i}]") for i, message in enumerate(messages)]
         self.is_rewritten = instructed or bool(toolbox.tools) or any(message.role == "tool" for message in messages)
         self.size = sum(len(message.content or "") for message in messages)
+        others = [self.template_values, *({**message, "content": None} for message in self.messages)]
+        self._rest = toolbox.size + len(str(others))  # characters, about, of what else the prompt is made of
         self._dialogue: Dialogue | None = None
 
     def on(self, tokenizer: Tokenizer) -> Dialogue:
@@ -140,7 +144,10 @@ class Conversation:
             dialogue = self.on(tokenizer)
             return replace(wanted, grammar=dialogue.grammar(wanted.grammar), show_special=dialogue.show_special)
 
-        return PromptSource(self.param, (self.size,), lambda tokenizer: [self.on(tokenizer).prompt()], refine)
+        def read(tokenizer: Tokenizer) -> list[Prompt]:
+            return [self.on(tokenizer).prompt()]
+
+        return PromptSource(self.param, (self.size,), read, refine, self._rest)
 
 
 class Dialogue:

@@ -12,8 +12,6 @@ import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import replace
-from functools import partial
-from itertools import product
 from typing import TypeVar
 
 from loraplex.server.api.choice import Choice, Delta, Echo, Prompt, PromptSource, Wanted
@@ -24,6 +22,7 @@ from loraplex.server.api.names import Mix, leased
 from loraplex.server.api.parts import Base, Parts
 from loraplex.server.api.sampling import SamplingSpec
 from loraplex.server.api.schemas import GenerationFields, PromptDetails, Usage
+from loraplex.server.api.turns import Turn
 from loraplex.server.engine.detokenizer import Detokenizer
 from loraplex.server.engine.grammar import Grammar, GrammarRefused, Thought
 from loraplex.server.engine.request import ContextTooLong, GenerationRequest, TokenEvent
@@ -108,12 +107,10 @@ class Generation:
                 async with leased(self._parts, self._record) as worn:
                     self._note_model()
                     self.tokenizer = worn.tokenizer
-                    self._wanted = self._source.refine(self.tokenizer, self._wanted)
                     prompts = await self._prompts()
                     self._caller.pay_prompt(self.prompt_tokens)
                     grammar = await self._grammar(prompts[0].thought)
-                    for prompt, request in self._requests(prompts, grammar, worn.mix):
-                        choices.append(self._submit(request, prompt, len(choices)))
+                    await self._submit(prompts, grammar, worn.mix)
                 self.submitted = time.monotonic()
                 for prompt in prompts:
                     self._parts.metrics.prompt(len(prompt.ids), self._wanted.num_choices)
@@ -197,12 +194,15 @@ class Generation:
     async def _prompts(self) -> list[Prompt]:
         base, source, tokenizer = self._parts.base, self._source, self.tokenizer
         check_length(max(source.sizes, default=0), tokenizer, base, source.param)
-        size, slow = sum(source.sizes), tokenizer.renders_slowly
+
+        def read() -> tuple[Wanted, list[Prompt]]:
+            return source.refine(tokenizer, self._wanted), source.read(tokenizer)
+
+        size, slow = sum(source.sizes) + source.rest, tokenizer.renders_slowly
         if slow or size >= Tokenizer.LONG_TEXT:
-            read = partial(source.read, tokenizer)
-            prompts = await self._parts.texts.run(self._caller.key.tenant, size, slow, read)
+            self._wanted, prompts = await self._parts.texts.run(self._caller.key.tenant, size, slow, read)
         else:
-            prompts = source.read(tokenizer)
+            self._wanted, prompts = read()
         n = self._wanted.num_choices
         check_sequences(len(prompts), n, "n", self._parts.limits)
         for prompt in prompts:
@@ -218,36 +218,41 @@ class Generation:
         if self._record.ignore_eos:
             raise InvalidField("ignore_eos", "ignore_eos: a structured answer has an end of its own")
         try:
-            return await self._parts.grammars.get(replace(spec, thought=thought))
+            return await self._parts.grammars.get(replace(spec, thought=thought, owner=self._caller.key.tenant))
         except GrammarRefused as error:
             raise InvalidField(param, f"{param}: {error}", code="invalid_grammar") from error
 
-    def _requests(
-        self, prompts: list[Prompt], grammar: Grammar | None, mix: Mix
-    ) -> Iterator[tuple[Prompt, GenerationRequest]]:
-        """One a choice, each with leases of its own, taken only when the request is asked for."""
-        for number, (prompt, choice) in enumerate(product(prompts, range(self._wanted.num_choices))):
-            params = self._spec.params(self._parts.base.max_model_len - len(prompt.ids), choice, self.tokenizer.eos_ids)
-            request = GenerationRequest(
-                request_id=f"{self.key}-{number}",
-                prompt_ids=tuple(prompt.ids),
-                params=params,
-                mix=tuple((lease.share(), weight) for lease, weight in mix),
-                tenant=self._caller.key.tenant,
-                weight=self._caller.key.weight,
-                arrival=self._arrival,
-                priority=self._record.priority or 0,
-                deadline=self._arrival + self._record.timeout if self._record.timeout is not None else None,
-                cache_salt=self._record.cache_salt or "",
-                constraint=grammar.start(self.tokenizer.eos_ids) if grammar is not None else None,
-                pooling=self._wanted.pooling,
-            )
-            yield prompt, request
+    async def _submit(self, prompts: list[Prompt], grammar: Grammar | None, mix: Mix) -> None:
+        """Make the choices, a request each; others have their turn meanwhile."""
+        wanted, turn = self._wanted, Turn()
+        for prompt in prompts:
+            ids = tuple(prompt.ids)
+            scored = wanted.logprobs is not None
+            echo = await Echo.build(self.tokenizer, prompt, scored) if wanted.echo else None
+            for choice in range(wanted.num_choices):
+                request = self._request(ids, choice, grammar, mix)
+                self._choices.append(self._choice(request, echo))
+                await turn.take()
 
-    def _submit(self, request: GenerationRequest, prompt: Prompt, index: int) -> Choice:
-        record, wanted = self._record, self._wanted
-        tokenizer = self.tokenizer
-        echo = Echo.build(tokenizer, prompt, scored=wanted.logprobs is not None) if wanted.echo else None
+    def _request(self, ids: tuple[int, ...], choice: int, grammar: Grammar | None, mix: Mix) -> GenerationRequest:
+        """Choice number `choice` of a prompt, with leases of its own."""
+        return GenerationRequest(
+            request_id=f"{self.key}-{len(self._choices)}",
+            prompt_ids=ids,
+            params=self._spec.params(self._parts.base.max_model_len - len(ids), choice, self.tokenizer.eos_ids),
+            mix=tuple((lease.share(), weight) for lease, weight in mix),
+            tenant=self._caller.key.tenant,
+            weight=self._caller.key.weight,
+            arrival=self._arrival,
+            priority=self._record.priority or 0,
+            deadline=self._arrival + self._record.timeout if self._record.timeout is not None else None,
+            cache_salt=self._record.cache_salt or "",
+            constraint=grammar.start(self.tokenizer.eos_ids) if grammar is not None else None,
+            pooling=self._wanted.pooling,
+        )
+
+    def _choice(self, request: GenerationRequest, echo: Echo | None) -> Choice:
+        record, wanted, tokenizer = self._record, self._wanted, self.tokenizer
         detokenizer = Detokenizer(
             tokenizer,
             request.prompt_ids,
@@ -263,7 +268,7 @@ class Generation:
         except ContextTooLong as error:
             raise to_api_error(error, self._source.param) from error
         eos_ids = frozenset((*self._parts.defaults.eos_token_ids, *tokenizer.eos_ids))
-        return Choice(index, request, submitted, events, detokenizer, self._parts, echo, wanted, eos_ids)
+        return Choice(len(self._choices), request, submitted, events, detokenizer, self._parts, echo, wanted, eos_ids)
 
 
 def check_length(characters: int, tokenizer: Tokenizer, base: Base, param: str) -> None:

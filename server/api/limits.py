@@ -53,7 +53,7 @@ _FIELDS = {
     "tools": _TOOLS,
     **dict.fromkeys(("prompt", "input", "text", "input_ids"), _PROMPTS),
 }
-_STRING, _NO_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*"'), re.compile(r"[^\[\]{}]")
+_STRING, _BRACKET = re.compile(r'"(?:[^"\\]|\\.)*"'), re.compile(r"[\[\]{}]")
 
 _INNER = ("parameters", "sampling_params")
 """LoRAX's and SGLang's holders of the same fields."""
@@ -95,5 +95,5 @@ def _count(bound: _Bound, value: Any) -> int | None:
 
 def _depth(text: str) -> int:
     """Objects and lists in each other in valid JSON. Nothing recurses here, whatever the text."""
-    brackets = _NO_BRACKET.sub("", _STRING.sub("", text))
+    brackets = _BRACKET.findall(_STRING.sub("", text))
     return max(accumulate(1 if bracket in "{[" else -1 for bracket in brackets), default=0)

@@ -233,9 +233,9 @@ class _Work:
                 self._first = self._first or time.monotonic()
                 if delta.index not in sequences:
                     sequences[delta.index] = Sequence(self._style, self.generation)
-                sequences[delta.index].add(delta, self.generation.prompt_tokens)
+                await sequences[delta.index].add(delta, self.generation.prompt_tokens)
         self._add_counts()
-        return dump(whole_answer([sequences[index] for index in sorted(sequences)]))
+        return whole_answer([sequences[index] for index in sorted(sequences)])
 
     async def events(self) -> AsyncGenerator[str, None]:
         """One event a token; an error is an event, too, from the first one on, as LoRAX has it."""
@@ -243,7 +243,7 @@ class _Work:
         try:
             async with aclosing(self.generation.deltas()) as deltas:
                 async for delta in deltas:
-                    tokens = sequence.add(delta, self.generation.prompt_tokens)
+                    tokens = await sequence.add(delta, self.generation.prompt_tokens)
                     for number, token in enumerate(tokens, 1):
                         yield dump(sequence.stream_token(token, number == len(tokens)))
         except ClientGone:

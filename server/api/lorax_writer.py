@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import secrets
 from dataclasses import dataclass, field
 from typing import Any
 
 from loraplex.server.api.choice import Delta, ScoredToken
 from loraplex.server.api.errors import ApiError
 from loraplex.server.api.generation import Generation
-from loraplex.server.api.logprobs import LOWEST
+from loraplex.server.api.logprobs import LOWEST, Written, fill_in, write_prompt
 from loraplex.server.api.lorax_schemas import (
     AlternativeToken,
     BestOfSequence,
@@ -21,6 +22,7 @@ from loraplex.server.api.lorax_schemas import (
     StreamDetails,
     StreamToken,
 )
+from loraplex.server.engine.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,39 @@ class Style:
     details: bool
 
 
+class Prefill:
+    """A prompt's tokens as JSON, see api/logprobs.py."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.record = InputToken(id=0, text=secrets.token_hex(8), logprob=None)
+        self.placeholder = _json(self.record.model_dump())
+        self._tokenizer = tokenizer
+        self._entries: list[str] = []
+
+    def add(self, token: ScoredToken) -> None:
+        logprob = None if token.logprob is None else max(token.logprob, LOWEST)
+        text = self._tokenizer.token_text(token.token_id)
+        self._entries.append(_json({"id": token.token_id, "text": text, "logprob": logprob}))
+
+    def text(self) -> str:
+        return ",".join(self._entries)
+
+
+class Tokens:
+    """An answer's tokens as JSON."""
+
+    def __init__(self) -> None:
+        self.record = LoraxToken(id=0, text=secrets.token_hex(8), logprob=0.0, special=False)
+        self.placeholder = dump(self.record)
+        self._entries: list[str] = []
+
+    def add(self, token: LoraxToken) -> None:
+        self._entries.append(dump(token))
+
+    def text(self) -> str:
+        return ",".join(self._entries)
+
+
 @dataclass
 class Sequence:
     """One choice so far."""
@@ -42,27 +77,34 @@ class Sequence:
     generation: Generation
     prompt_tokens: int = 0
     text: str = ""
-    tokens: list[LoraxToken] = field(default_factory=list)
-    prefill: list[InputToken] = field(default_factory=list)
+    count: int = 0  # of its own tokens
     finish: LoraxFinish | None = None
+    prefill: Prefill = field(init=False)
+    tokens: Tokens = field(init=False)
+    _logprobs: float = 0.0  # added up
     _at: int = 0  # characters of `text` that are in tokens
 
-    def add(self, delta: Delta, prompt_tokens: int) -> list[LoraxToken]:
+    def __post_init__(self) -> None:
+        self.prefill, self.tokens = Prefill(self.generation.tokenizer), Tokens()
+
+    async def add(self, delta: Delta, prompt_tokens: int) -> list[LoraxToken]:
         """The tokens that are complete by it. Raises ApiError for a choice that was ended from outside."""
         self.text += delta.text
-        scored = list(delta.tokens)
-        if self.style.prefill and not self.prompt_tokens:
-            self.prefill = [self._input_token(token) for token in scored[:prompt_tokens]]
-            del scored[:prompt_tokens]
+        if self.style.prefill and delta.prompt is not None:
+            await write_prompt(self.prefill, delta.prompt)
         self.prompt_tokens = prompt_tokens
         if delta.finish_reason is not None:
             self.finish = _finish(delta)
         new = []
-        for number, token in enumerate(scored):
-            end = scored[number + 1].offset if number + 1 < len(scored) else len(self.text)
+        for number, token in enumerate(delta.tokens):
+            end = delta.tokens[number + 1].offset if number + 1 < len(delta.tokens) else len(self.text)
             new.append(self._token(token, self.text[self._at : end]))
             self._at = max(self._at, end)
-        self.tokens += new
+        for written in new:
+            self.count += 1
+            self._logprobs += written.logprob
+            if self.style.details:
+                self.tokens.add(written)
         return new
 
     @property
@@ -72,7 +114,7 @@ class Sequence:
     @property
     def likelihood(self) -> float:
         """Mean log-probability of a token."""
-        return sum(token.logprob for token in self.tokens) / len(self.tokens) if self.tokens else 0.0
+        return self._logprobs / self.count if self.count else 0.0
 
     def stream_token(self, token: LoraxToken, is_last: bool) -> StreamToken:
         """One event."""
@@ -81,7 +123,7 @@ class Sequence:
         details = StreamDetails(
             finish_reason=self.finish,
             prompt_tokens=self.prompt_tokens,
-            generated_tokens=len(self.tokens),
+            generated_tokens=self.count,
             seed=self.style.seed,
         )
         shown = details if self.style.details else None
@@ -101,40 +143,43 @@ class Sequence:
             alternative_tokens=others if self.style.alternatives else None,
         )
 
-    def _input_token(self, token: ScoredToken) -> InputToken:
-        logprob = None if token.logprob is None else max(token.logprob, LOWEST)
-        return InputToken(id=token.token_id, text=self.generation.tokenizer.token_text(token.token_id), logprob=logprob)
 
-
-def whole_answer(sequences: list[Sequence]) -> LoraxAnswer:
+def whole_answer(sequences: list[Sequence]) -> str:
     """The likeliest of one or more choices; the others are in its details."""
     best = max(sequences, key=lambda sequence: sequence.likelihood)
     assert best.finish is not None
     if not best.style.details:
-        return LoraxAnswer(generated_text=best.generated_text)
+        return dump(LoraxAnswer(generated_text=best.generated_text))
     others = [_best_of(sequence) for sequence in sequences if sequence is not best]
     details = LoraxDetails(
         finish_reason=best.finish,
         prompt_tokens=best.prompt_tokens,
-        generated_tokens=len(best.tokens),
+        generated_tokens=best.count,
         seed=best.style.seed,
-        prefill=best.prefill,
-        tokens=best.tokens,
+        prefill=[best.prefill.record],
+        tokens=[best.tokens.record],
         best_of_sequences=others or None,
     )
-    return LoraxAnswer(generated_text=best.generated_text, details=details)
+    content = dump(LoraxAnswer(generated_text=best.generated_text, details=details))
+    written: list[Written] = [part for sequence in sequences for part in (sequence.prefill, sequence.tokens)]
+    return fill_in(content, written)
 
 
-def dump(record: LoraxAnswer | StreamToken) -> str:
+def dump(record: LoraxAnswer | StreamToken | LoraxToken) -> str:
     """JSON without the fields that LoRAX leaves out where they are empty; others say null."""
     raw = record.model_dump()
     details = raw.get("details") or {}
     groups = [details.get("tokens", []), *(s["tokens"] for s in details.get("best_of_sequences") or ())]
-    for token in [token for group in groups for token in group] + ([raw["token"]] if "token" in raw else []):
+    tokens = [token for group in groups for token in group] + ([raw["token"]] if "token" in raw else [])
+    for token in [raw] if isinstance(record, LoraxToken) else tokens:
         _drop_empty(token, "alternative_tokens")
     _drop_empty(details, "best_of_sequences")
     if isinstance(record, LoraxAnswer):
         _drop_empty(raw, "details")
+    return _json(raw)
+
+
+def _json(raw: dict[str, Any]) -> str:
     return json.dumps(raw, ensure_ascii=False, separators=(",", ":"))
 
 
@@ -148,10 +193,10 @@ def _best_of(sequence: Sequence) -> BestOfSequence:
     return BestOfSequence(
         generated_text=sequence.generated_text,
         finish_reason=sequence.finish,
-        generated_tokens=len(sequence.tokens),
+        generated_tokens=sequence.count,
         seed=sequence.style.seed,
-        prefill=sequence.prefill,
-        tokens=sequence.tokens,
+        prefill=[sequence.prefill.record],
+        tokens=[sequence.tokens.record],
     )
 
 

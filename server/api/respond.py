@@ -5,32 +5,43 @@ from __future__ import annotations
 import secrets
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from json.encoder import encode_basestring
 from typing import Protocol
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from loraplex.server.api.choice import Delta, ScoredToken
+from loraplex.server.api.choice import Delta
 from loraplex.server.api.direct import DirectBody, direct_body
 from loraplex.server.api.generation import Generation
+from loraplex.server.api.logprobs import ChatScores, CompletionScores, fill_in, write_prompt
 from loraplex.server.api.schemas import GenerationFields, StreamOptions, Usage, Wire
 from loraplex.server.api.sse import SseResponse, answer_or_disconnect, encode_event
+
+Scores = CompletionScores | ChatScores
 
 
 @dataclass
 class Collected:
     """All deltas of one choice."""
 
+    scores: Scores | None = None  # where they are asked for
     text: str = ""
-    tokens: list[ScoredToken] = field(default_factory=list)
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    likelihood: float = 0.0  # the log-probabilities of its own tokens, added up
+    tokens: int = 0  # these are of
 
-    def add(self, delta: Delta) -> None:
+    async def add(self, delta: Delta) -> None:
+        if self.scores is not None and delta.prompt is not None:
+            await write_prompt(self.scores, delta.prompt)
+        for token in delta.tokens:
+            self.likelihood += token.logprob or 0.0
+            self.tokens += 1
+            if self.scores is not None:
+                self.scores.add(token)
         self.text += delta.text
-        self.tokens += delta.tokens
         self.finish_reason = delta.finish_reason
         self.stop_reason = delta.stop_reason
 
@@ -46,7 +57,7 @@ class TextFrame:
     def of(cls, rendering: Rendering, index: int, hidden: set[str] | None) -> TextFrame:
         """Cut out of a chunk with a text that stands nowhere else."""
         mark = secrets.token_hex(16)
-        (chunk,) = rendering.chunks(Delta(index, mark), None)
+        (chunk,) = rendering.chunks(Delta(index, mark), None, None)
         return cls(*chunk.model_dump_json(exclude=hidden).split(f'"{mark}"'))
 
     def around(self, text: str) -> str:
@@ -65,7 +76,11 @@ class Rendering(Protocol):
         """Chunks before the first delta's."""
         ...
 
-    def chunks(self, delta: Delta, usage: Usage | None) -> Iterable[Wire]:
+    def scores(self) -> Scores | None:
+        """What writes a choice's log-probabilities, for a delta or all of them; None where nobody asked."""
+        ...
+
+    def chunks(self, delta: Delta, scores: Scores | None, usage: Usage | None) -> Iterable[Wire]:
         """The chunks of one delta, often none; `usage` is the counts so far where they are wanted in every chunk."""
         ...
 
@@ -92,16 +107,19 @@ async def respond(
         chunks = _chunks(generation, rendering, record.stream_options or StreamOptions(), direct_body(request.scope))
         return SseResponse(chunks, headers, keep_alive=generation.keep_alive)
     whole = await answer_or_disconnect(request, collect(generation, rendering))
-    return Response(whole.model_dump_json(), media_type="application/json", headers=headers)
+    return Response(whole, media_type="application/json", headers=headers)
 
 
-async def collect(generation: Generation, rendering: Rendering) -> Wire:
+async def collect(generation: Generation, rendering: Rendering) -> str:
     """The answer in one piece."""
     choices: dict[int, Collected] = {}
     async with aclosing(generation.deltas()) as deltas:
         async for delta in deltas:
-            choices.setdefault(delta.index, Collected()).add(delta)
-    return rendering.whole([choices[index] for index in sorted(choices)], generation.usage())
+            if delta.index not in choices:
+                choices[delta.index] = Collected(rendering.scores())
+            await choices[delta.index].add(delta)
+    whole = rendering.whole([choices[index] for index in sorted(choices)], generation.usage())
+    return fill_in(whole.model_dump_json(), (c.scores for c in choices.values() if c.scores is not None))
 
 
 async def _chunks(
@@ -125,7 +143,10 @@ async def _chunks(
                         generation.divert(direct, frame.event)
                 yield frame.around(delta.text)
                 continue
-            for chunk in rendering.chunks(delta, generation.usage() if always else None):
-                yield chunk.model_dump_json(exclude=hidden)
+            choice = Collected(rendering.scores())
+            await choice.add(delta)
+            written = [choice.scores] if choice.scores is not None else []
+            for chunk in rendering.chunks(delta, choice.scores, generation.usage() if always else None):
+                yield fill_in(chunk.model_dump_json(exclude=hidden), written)
     if last:
         yield rendering.usage_chunk(generation.usage()).model_dump_json()

@@ -10,6 +10,7 @@ import logging
 import secrets
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from fastapi import APIRouter
@@ -26,6 +27,7 @@ from loraplex.server.api.errors import ApiError, ClientGone, InvalidField, to_ad
 from loraplex.server.api.fields import UNSUPPORTED, check_unknown, ignored_header
 from loraplex.server.api.generation import Generation, merge
 from loraplex.server.api.limits import check_sequences
+from loraplex.server.api.logprobs import Written, fill_in, number, write_prompt
 from loraplex.server.api.lorax_schemas import LoraxAnswer, LoraxRequest
 from loraplex.server.api.openapi import (
     GENERATE,
@@ -41,7 +43,6 @@ from loraplex.server.api.openapi import (
     answers,
 )
 from loraplex.server.api.parts import Parts
-from loraplex.server.api.respond import Collected
 from loraplex.server.api.schemas import (
     MAX_LOGPROBS,
     GenerationFields,
@@ -251,7 +252,8 @@ async def _answer(parts: Parts, request: Request, record: SglangRequest) -> Resp
     if record.stream:
         return SseResponse(_events(work, is_batch), headers, keep_alive=parts.sse_keep_alive)
     answers = await answer_or_disconnect(request, _collect(work))
-    return JSONResponse(answers if is_batch else answers[0], headers=headers)
+    content = f"[{','.join(answers)}]" if is_batch else answers[0]
+    return Response(content, media_type="application/json", headers=headers)
 
 
 def _prompts(parts: Parts, record: SglangRequest) -> PromptTexts:
@@ -271,6 +273,43 @@ def _ignored(record: SglangRequest) -> list[str]:
     inner = record.sampling_params.model_extra if record.sampling_params is not None else None
     outer = check_unknown(record.model_extra or {}, _BESIDE)
     return outer + [f"sampling_params.{name}" for name in check_unknown(inner or {}, _OTHERS)]
+
+
+class _Tops:
+    """The likeliest tokens of each place as JSON, see api/logprobs.py."""
+
+    def __init__(self) -> None:
+        self.mark = secrets.token_hex(8)
+        self.placeholder = f'"{self.mark}"'
+        self.entries: list[str] = []
+
+    def text(self) -> str:
+        return f"[{','.join(self.entries)}]"
+
+
+class _Scores(_Tops):
+    """Tokens with their log-probabilities, and the likeliest beside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tops = _Tops()
+
+    def add(self, token: ScoredToken) -> None:
+        self.entries.append(_scored(token.token_id, token.logprob))
+        tops = ",".join([_scored(*each) for each in token.top])
+        self.tops.entries.append(f"[{tops}]" if tops else "null")
+
+
+@dataclass
+class _SoFar:
+    """One choice so far."""
+
+    input: _Scores = field(default_factory=_Scores)  # from logprob_start_len on
+    output: _Scores = field(default_factory=_Scores)
+    text: str = ""
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    events: int = 0
 
 
 class _Prompt:
@@ -300,25 +339,41 @@ class _Prompt:
         self._start = record.logprob_start_len or 0
         self.generation = Generation(parts, fields, source, wanted)
 
-    def render(self, delta: Delta, so_far: Collected) -> dict[str, Any]:
-        """The answer of one choice so far."""
+    async def add(self, delta: Delta, so_far: _SoFar) -> None:
+        """Take in what a step added to a choice."""
+        if delta.prompt is not None:
+            await write_prompt(so_far.input, delta.prompt, self._start)
+        for token in delta.tokens:
+            so_far.output.add(token)
+        so_far.text += delta.text
+        so_far.finish_reason, so_far.stop_reason = delta.finish_reason, delta.stop_reason
+        so_far.events += 1
+
+    def render(self, index: int, so_far: _SoFar, place: int | None = None) -> str:
+        """The answer of choice `index` so far, as JSON; with its `place` among all, if given.
+
+        A stream repeats all of it in every event, but a prompt's scores in the first and the last alone: these may be
+        megabytes.
+        """
         meta: dict[str, Any] = {
-            "id": f"{self.generation.key}-{delta.index}",
+            "id": f"{self.generation.key}-{index}",
             "finish_reason": self._finish(so_far),
             "prompt_tokens": self.generation.prompt_tokens,
-            "completion_tokens": self.generation.tokens_of(delta.index),
-            "cached_tokens": self.generation.cached_of(delta.index),
+            "completion_tokens": self.generation.tokens_of(index),
+            "cached_tokens": self.generation.cached_of(index),
         }
+        shown = []
+        if self._echo and (so_far.events == 1 or so_far.finish_reason is not None):
+            shown.append(("input", so_far.input))
         if self._scored:
-            before = self.generation.prompt_tokens if self._echo else 0
-            if self._echo:
-                meta["input_token_logprobs"] = [_scored(token) for token in so_far.tokens[self._start : before]]
-                meta["input_top_logprobs"] = [_tops(token) for token in so_far.tokens[self._start : before]]
-            meta["output_token_logprobs"] = [_scored(token) for token in so_far.tokens[before:]]
-            meta["output_top_logprobs"] = [_tops(token) for token in so_far.tokens[before:]]
-        return {"text": so_far.text, "meta_info": meta}
+            shown.append(("output", so_far.output))
+        for name, scores in shown:
+            meta[f"{name}_token_logprobs"], meta[f"{name}_top_logprobs"] = scores.mark, scores.tops.mark
+        answer = {"text": so_far.text, "meta_info": meta} | ({} if place is None else {"index": place})
+        written: list[Written] = [part for _, scores in shown for part in (scores, scores.tops)]
+        return fill_in(json.dumps(answer, ensure_ascii=False), written)
 
-    def _finish(self, so_far: Collected) -> dict[str, Any] | None:
+    def _finish(self, so_far: _SoFar) -> dict[str, Any] | None:
         match so_far.finish_reason:
             case None:
                 return None
@@ -349,37 +404,33 @@ def _fields(parts: Parts, record: SglangRequest, params: SglangSampling, number:
     return parse_record(json.dumps(given).encode(), GenerationFields, parts.limits)
 
 
-async def _choices(work: list[_Prompt]) -> AsyncGenerator[tuple[int, dict[str, Any]], None]:
-    """(prompt times choice, its answer so far) as they come."""
+async def _choices(work: list[_Prompt]) -> AsyncGenerator[tuple[_Prompt, int, _SoFar], None]:
+    """(prompt, its choice, the answer so far) as they come."""
 
-    async def one(prompt: _Prompt) -> AsyncGenerator[tuple[int, dict[str, Any]], None]:
-        found: dict[int, Collected] = {}
+    async def one(prompt: _Prompt) -> AsyncGenerator[tuple[_Prompt, int, _SoFar], None]:
+        found: dict[int, _SoFar] = {}
         async with aclosing(prompt.generation.deltas()) as deltas:
             async for delta in deltas:
-                so_far = found.setdefault(delta.index, Collected())
-                so_far.add(delta)
-                yield prompt.number * prompt.n + delta.index, prompt.render(delta, so_far)
+                so_far = found.setdefault(delta.index, _SoFar())
+                await prompt.add(delta, so_far)
+                yield prompt, delta.index, so_far
 
     async with aclosing(merge([one(prompt) for prompt in work])) as found:
         async for each in found:
             yield each
 
 
-async def _collect(work: list[_Prompt]) -> list[dict[str, Any]]:
+async def _collect(work: list[_Prompt]) -> list[str]:
     async with aclosing(_choices(work)) as found:
-        last = {index: answer async for index, answer in found}
-    return [last[index] for index in sorted(last)]
+        last = {(prompt.number, index): (prompt, so_far) async for prompt, index, so_far in found}
+    return [last[key][0].render(key[1], last[key][1]) for key in sorted(last)]
 
 
 async def _events(work: list[_Prompt], is_batch: bool) -> AsyncGenerator[str, None]:
     async with aclosing(_choices(work)) as found:
-        async for index, answer in found:
-            yield json.dumps({**answer, "index": index} if is_batch else answer, ensure_ascii=False)
+        async for prompt, index, so_far in found:
+            yield prompt.render(index, so_far, prompt.number * prompt.n + index if is_batch else None)
 
 
-def _scored(token: ScoredToken) -> list[Any]:
-    return [token.logprob, token.token_id, None]
-
-
-def _tops(token: ScoredToken) -> list[list[Any]] | None:
-    return [[logprob, token_id, None] for token_id, logprob in token.top] or None
+def _scored(token_id: int, logprob: float | None) -> str:
+    return f"[{'null' if logprob is None else number(logprob)},{token_id},null]"

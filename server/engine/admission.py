@@ -34,7 +34,9 @@ class Round:
 
     now: float
     tokens: int  # of the step, not given to decode rows
-    prefills: dict[Client, int]  # tokens that running sequences miss beside these; admitted ones are added
+    prefills: dict[
+        Client, int
+    ]  # what the tokens cost that running sequences miss beside these; admitted ones are added
     takers_only: bool  # only those below their share come in
     copying: bool  # pages may be held by copies nobody waits for any more
     failed: list[tuple[Sequence, Exception]] = field(default_factory=list)
@@ -179,8 +181,8 @@ class Admission:
                 self._adapters.unpin(digest)
             return lacks
         client = seq.flow.client
-        self._queue.promise(client, max(0, seq.num_prompt - max(seq.num_computed, seq.charged)))
-        step.prefills[client] = step.prefills.get(client, 0) + seq.num_missing
+        self._queue.promise(client, seq.cost(max(0, seq.num_prompt - max(seq.num_computed, seq.charged))))
+        step.prefills[client] = step.prefills.get(client, 0) + seq.cost(seq.num_missing)
         self._steps.enter(seq, urgency, step.now)
         return lacks
 

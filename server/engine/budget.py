@@ -42,6 +42,12 @@ class StepCost:
     fixed_seconds: float
     token_seconds: float
     decode_seconds: float  # of a step with a single row
+    score_seconds: float = 0.0  # of a prompt's token whose log-probability is wanted, beside computing it
+
+    @property
+    def scoring(self) -> float:
+        """The same in tokens computed."""
+        return self.score_seconds / self.token_seconds
 
 
 def default_budget(cost: StepCost) -> int:
@@ -60,7 +66,7 @@ class TokenBudget:
         self._most = most
 
     def observe(self, prompt_tokens: int, decode_rows: int, seconds: float) -> None:
-        """A step of this many computed tokens took `seconds`."""
+        """A step of this many computed tokens took `seconds`; those of prompts that are scored count for more."""
         count = prompt_tokens + decode_rows
         if self._most is None or prompt_tokens <= decode_rows:
             return

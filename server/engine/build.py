@@ -175,7 +175,7 @@ def build_engine(
             "context cut from %d to %d tokens by the memory there is", model_config.max_position, plan.max_model_len
         )
     engine, adapters, placement, prefault = _assemble(
-        config, model_config, weights, ops, plan, budget, most, base_names, check_tokenizer
+        config, model_config, weights, ops, plan, budget, most, cost.scoring, base_names, check_tokenizer
     )
     watch.lap("arena")
     return EngineParts(
@@ -202,10 +202,14 @@ def _assemble(
     plan: MemoryPlan,
     budget: TokenBudget,
     most: int,
+    scoring: float,
     base_names: tuple[str, ...],
     check_tokenizer: Callable[[TokenizerFiles], str],
 ) -> tuple[Engine, AdapterManager, AdapterPlacement, Prefault | None]:
-    """Allocate the arena and put everything around it together. most: tokens of a step."""
+    """Allocate the arena and put everything around it together. most: tokens of a step.
+
+    scoring: see SchedulerLimits.
+    """
     device, dtype = ops.device, weights.dtype
     arena = allocate_arena(plan, device)
     layout = BaseLayout(base_names[0], model_config.num_layers, model_config.projections(), plan.page_bytes, dtype)
@@ -238,19 +242,21 @@ def _assemble(
         num_slots=config.num_slots,
         vocab_size=model_config.vocab_size,
         decode_steps=config.decode_steps if follows_up else 1,
+        scoring=scoring,
         rope_switch=model_config.rope_switch,
         prefix_cache=all(rope.kind != "dynamic" for rope in model_config.ropes),  # its keys depend on the length
     )
     halt = ctypes.c_int32()
+    runner = ModelRunner(model, kv, residency, device, halt)
     engine = Engine(
         Scheduler(kv, placement, limits, budget=budget),
-        ModelRunner(model, kv, residency, device, halt),
+        runner,
         placement,
         config.max_waiting,
         config.max_waiting_tokens,
         halt,
     )
-    placement.on_ready = engine.wake
+    placement.on_ready = runner.masks.wake = engine.wake
     registry.on_drained = engine.forget_adapter
     prefault = Prefault(arena, pool) if plan.shared else None
     return engine, AdapterManager(registry, loader, reader, downloads, engine), placement, prefault

@@ -22,7 +22,7 @@ Urgency = Callable[[Sequence], float]
 def share_out(
     seqs: ListLike[Sequence], decoding: Iterable[Sequence], room: int, urgency_of: Urgency
 ) -> dict[Sequence, int]:
-    """Cut the `room` tokens of a step into chunks for `seqs`, which miss more than that together.
+    """Cut the `room` of a step, in what tokens cost, into chunks of tokens for `seqs`, which miss more together.
 
     The more urgent come first. A client's share is its part by weight of what the step has for clients of `seqs`, less
     its rows in `decoding`.
@@ -38,12 +38,12 @@ def share_out(
         chunks.update(dict.fromkeys(ordered, 0))
         others = [seq for seq in equals if seq.flow.client is not first and shares[seq.flow.client] > 0]
         for seq in sorted(others, key=by_age)[:1]:
-            chunks[seq] = min(seq.num_missing, shares[seq.flow.client], room)
-            room -= chunks[seq]
+            chunks[seq] = seq.affordable(min(shares[seq.flow.client], room))
+            room -= seq.cost(chunks[seq])
         for seq in ordered:
-            count = min(seq.num_missing - chunks[seq], room)
+            count = min(seq.num_missing - chunks[seq], seq.affordable(max(room, 0)))
             chunks[seq] += count
-            room -= count
+            room -= seq.cost(count)
     return chunks
 
 
@@ -53,7 +53,7 @@ def _ordered(seqs: ListLike[Sequence]) -> list[Sequence]:
     counters: dict[Client, float] = {}
     for seq in sorted(seqs, key=by_age):
         client = seq.flow.client
-        counter = counters.get(client, client.counter) + PROMPT_TOKEN * seq.num_missing / client.weight
+        counter = counters.get(client, client.counter) + PROMPT_TOKEN * seq.cost(seq.num_missing) / client.weight
         after[seq] = counters[client] = counter
     return sorted(seqs, key=lambda seq: (after[seq], seq.number))
 

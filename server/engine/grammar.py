@@ -2,30 +2,28 @@
 
     Grammars   one per server; compiles a GrammarSpec (any thread), keeps the latest ones
     Grammar    a compiled one, shared by requests
-    TokenMask  one request's place in it: takes the tokens drawn so far, gives the tokens that may follow
-    MaskPool   threads that compute the masks of a step while its forward pass runs
+    TokenMask  one request's place in it: takes the tokens drawn so far, gives the tokens that may follow (masks.py)
 
-Masks cost 10 to 500 microseconds a row at 49,152 tokens, without the interpreter lock.
+Masks cost 10 to 500 microseconds a row at 49,152 tokens, and more where a grammar is made to; without the interpreter
+lock.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import os
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
+from weakref import WeakValueDictionary
 
 import numpy as np
 from numpy.typing import NDArray
 
-from loraplex.server.engine.request import Constraint
 from loraplex.server.engine.schema_ends import close_objects, end_numbers, is_endless, real_dates
 from loraplex.server.engine.tokenizer import Tokenizer
 
@@ -37,6 +35,12 @@ KEPT = 64
 
 MAX_STATES = 50_000
 """Of a grammar's lexer, about 2 kB each; llguidance's own limit of 250,000 would be half a gigabyte for one request."""
+
+MAX_ITEMS = 5_000
+"""Of the parser in one mask, which takes 40 ms then; up to llguidance's own limit of 50,000 it takes half a second."""
+
+MAX_FUEL = 100_000
+"""Of the lexer in one mask, about 7 ms; llguidance's own limit is 200,000."""
 
 
 Thought = Literal["none", "open", "possible"]
@@ -70,20 +74,27 @@ class GrammarSpec:
     lenient: bool = False  # json_schema: leave out what cannot be enforced, where it would be refused
     thought: Thought = "none"  # what may come before
     alternative: str = ""  # Lark rules of another answer that is as good
+    owner: str = ""  # the tenant: what its texts make of a compiled grammar is nobody else's
 
 
 class Grammar:
-    """A compiled grammar. Thread-safe."""
+    """A compiled one. Thread-safe.
+
+    Places in it share what its lexer has come to know, up to MAX_STATES: where one place fails, all may from then on.
+    """
 
     def __init__(self, matcher: Any, vocab_size: int, eos_ids: Sequence[int]) -> None:
-        """`matcher`: an LLMatcher at its start, never moved on."""
+        """`matcher`: an LLMatcher at its start, never moved on. Raises GrammarRefused if it allows no beginning."""
+        self.is_spent = False
+        self.vocab_size = vocab_size
+        self.eos_ids = tuple(eos_ids)
         self._matcher = matcher
-        self._vocab_size = vocab_size
-        self._eos_ids = tuple(eos_ids)
+        self.first = mask_of(matcher.deep_copy(), vocab_size)
+        """The mask at its start."""
 
     def start(self, more_eos_ids: Sequence[int] = ()) -> TokenMask:
         """A place at the grammar's start, for one request, which may end with `more_eos_ids` as well."""
-        return TokenMask(self._matcher.deep_copy(), self._vocab_size, self._eos_ids, more_eos_ids)
+        return TokenMask(self, self._matcher.deep_copy(), more_eos_ids)
 
 
 class TokenMask:
@@ -93,13 +104,14 @@ class TokenMask:
     the request ends by itself.
     """
 
-    def __init__(self, matcher: Any, vocab_size: int, eos_ids: Sequence[int], more_eos_ids: Sequence[int] = ()) -> None:
-        """more_eos_ids: allowed wherever `eos_ids` are, which alone the matcher knows."""
+    def __init__(self, grammar: Grammar, matcher: Any, more_eos_ids: Sequence[int] = ()) -> None:
+        """more_eos_ids: allowed wherever the grammar's own are, which alone the matcher knows."""
         self.failure: str | None = None
+        self.busy = False
+        self._grammar = grammar
         self._matcher = matcher
-        self._vocab_size = vocab_size
-        self._ends = self._bits((*eos_ids, *more_eos_ids))
-        self._known_ends = self._bits(eos_ids) if more_eos_ids else None
+        self._ends = _bits((*grammar.eos_ids, *more_eos_ids), grammar.vocab_size)
+        self._known_ends = _bits(grammar.eos_ids, grammar.vocab_size) if more_eos_ids else None
         self._taken = 0
 
     def allowed(self, output: Sequence[int]) -> NDArray[np.uint8]:
@@ -108,25 +120,41 @@ class TokenMask:
             try:
                 return self._next(output)
             except BaseException as error:  # a panic of the Rust side is no Exception; it must cost this request only
-                self.failure = _one_line(str(error)) or type(error).__name__
+                self._grammar.is_spent = True
+                self.give_up(_one_line(str(error)) or type(error).__name__)
         return self._ends
 
+    def give_up(self, reason: str) -> None:
+        """Fail for this reason, unless it has already."""
+        self.failure = self.failure or reason
+
     def _next(self, output: Sequence[int]) -> NDArray[np.uint8]:
+        if not output:
+            return self._with_ends(self._grammar.first)
         fresh = list(output[self._taken :])
         self._taken += len(fresh)
         if not self._matcher.consume_tokens(fresh):
-            raise RuntimeError(self._matcher.get_error() or f"it does not allow the tokens {fresh}")
-        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
-        if self._matcher.is_error():
-            raise RuntimeError(self._matcher.get_error())
-        bits = bits[: -(-self._vocab_size // 8)]
-        may_end = self._known_ends is not None and bool((bits & self._known_ends).any())
-        return bits | self._ends if may_end else bits
+            raise GrammarRefused(self._matcher.get_error() or f"it does not allow the tokens {fresh}")
+        return self._with_ends(mask_of(self._matcher, self._grammar.vocab_size))
 
-    def _bits(self, ids: Sequence[int]) -> NDArray[np.uint8]:
-        chosen = np.zeros(self._vocab_size, np.bool_)
-        chosen[list(ids)] = True
-        return np.packbits(chosen, bitorder="little")
+    def _with_ends(self, mask: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        may_end = self._known_ends is not None and bool((mask & self._known_ends).any())
+        return mask | self._ends if may_end else mask
+
+
+def mask_of(matcher: Any, vocab_size: int) -> NDArray[np.uint8]:
+    """What may follow, see Constraint. Raises GrammarRefused where the matcher gives up."""
+    if not matcher.is_error():
+        bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
+    if matcher.is_error():
+        raise GrammarRefused(_one_line(matcher.get_error()))
+    return bits[: -(-vocab_size // 8)]
+
+
+def _bits(ids: Sequence[int], vocab_size: int) -> NDArray[np.uint8]:
+    chosen = np.zeros(vocab_size, np.bool_)
+    chosen[list(ids)] = True
+    return np.packbits(chosen, bitorder="little")
 
 
 class Grammars:
@@ -139,35 +167,57 @@ class Grammars:
         self._eos_ids = tuple(eos_ids)
         self._lock = threading.Lock()
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="compile")  # however many ask at once
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # of each owner
         self._tokenizer: Any = None
         self._kept: OrderedDict[GrammarSpec, Grammar] = OrderedDict()
 
     async def get(self, spec: GrammarSpec) -> Grammar:
-        """compile(), in a thread unless it returns at once. Raises GrammarRefused."""
-        if spec in self._kept:
-            return self.compile(spec)
-        return await asyncio.get_running_loop().run_in_executor(self._threads, self.compile, spec)
+        """compile(), in a thread unless it returns at once; an owner's one after the other. Raises GrammarRefused."""
+        if (found := self._find(spec)) is not None:
+            return found
+        async with self._turns.setdefault(spec.owner, asyncio.Lock()):
+            return await asyncio.get_running_loop().run_in_executor(self._threads, self.compile, spec)
+
+    def load(self) -> None:
+        """Read the vocabulary, once, as llguidance wants it: 0.8 s for 49,152 tokens with the interpreter lock held.
+
+        To be called before anybody is served. Raises GrammarRefused.
+        """
+        with self._lock:
+            self._load()
+
+    def _find(self, spec: GrammarSpec) -> Grammar | None:
+        with self._lock:
+            found = self._kept.get(spec)
+            if found is None or found.is_spent:
+                return None
+            self._kept.move_to_end(spec)
+            return found
 
     def compile(self, spec: GrammarSpec) -> Grammar:
-        """`spec` compiled: mostly in about 1 ms, in a second where it is as large as the limits allow.
+        """`spec` compiled: mostly in about 1 ms, in half a second where it is as large as the limits allow.
 
         Raises GrammarRefused.
         """
+        if (found := self._find(spec)) is not None:
+            return found
         with self._lock:
-            if (found := self._kept.get(spec)) is not None:
-                self._kept.move_to_end(spec)
-                return found
             tokenizer = self._load()
         import llguidance
 
-        limits = llguidance.LLParserLimits(max_lexer_states=MAX_STATES, verbose_errors=False)
+        limits = llguidance.LLParserLimits(
+            max_lexer_states=MAX_STATES, step_max_items=MAX_ITEMS, step_lexer_fuel=MAX_FUEL, verbose_errors=False
+        )
+        refusal: GrammarRefused | None = None
         for source in _sources(spec):
-            matcher = llguidance.LLMatcher(tokenizer, source, log_level=0, limits=limits)
-            if not matcher.is_error():
+            try:
+                matcher = llguidance.LLMatcher(tokenizer, source, log_level=0, limits=limits)
+                grammar = Grammar(matcher, self._vocab_size, self._eos_ids)
                 break
+            except GrammarRefused as error:
+                refusal = error
         else:
-            raise GrammarRefused(_one_line(matcher.get_error()))
-        grammar = Grammar(matcher, self._vocab_size, self._eos_ids)
+            raise refusal or GrammarRefused("it has no rules")
         with self._lock:
             self._kept[spec] = grammar
             while len(self._kept) > KEPT:
@@ -175,7 +225,7 @@ class Grammars:
         return grammar
 
     def _load(self) -> Any:
-        """The vocabulary as llguidance wants it: half a second for 49,152 tokens, once (lock held)."""
+        """The vocabulary as llguidance wants it (lock held)."""
         if self._tokenizer is None:
             if not self._eos_ids:
                 raise GrammarRefused("this base has no end-of-sequence token, without which no grammar can end")
@@ -188,38 +238,6 @@ class Grammars:
             except Exception as error:  # it raises whatever its Rust side does
                 raise GrammarRefused(f"this base's tokenizer does not allow it: {_one_line(str(error))}") from error
         return self._tokenizer
-
-
-class MaskPool:
-    """Threads that compute masks beside the engine's. One for four cores: they share the cores with the model."""
-
-    def __init__(self) -> None:
-        self._workers = min(8, max(1, (os.cpu_count() or 1) // 4))
-        self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="grammar")  # starts a thread for work only
-
-    def begin(
-        self, rows: Sequence[tuple[Constraint | None, Sequence[int]]]
-    ) -> list[Callable[[], NDArray[np.uint8]] | None]:
-        """Start on the mask of each (constraint, its request's output); what is returned waits for it.
-
-        None where there is no constraint. The outputs stay as they are until then. A thread takes all of its rows at
-        once: woken for each of 16, it would take the interpreter from the engine's thread just when a step begins.
-        """
-        held = [(i, constraint, output) for i, (constraint, output) in enumerate(rows) if constraint is not None]
-        found: list[Callable[[], NDArray[np.uint8]] | None] = [None] * len(rows)
-        for share in (held[worker :: self._workers] for worker in range(min(self._workers, len(held)))):
-            masks = self._pool.submit(_masks, [(constraint, output) for _, constraint, output in share])
-            for place, (i, _, _) in enumerate(share):
-                found[i] = partial(_wait_for, masks, place)
-        return found
-
-
-def _masks(rows: Sequence[tuple[Constraint, Sequence[int]]]) -> list[NDArray[np.uint8]]:
-    return [constraint.allowed(output) for constraint, output in rows]
-
-
-def _wait_for(masks: Future[list[NDArray[np.uint8]]], place: int) -> NDArray[np.uint8]:
-    return masks.result()[place]
 
 
 def _sources(spec: GrammarSpec) -> list[str]:

@@ -71,6 +71,11 @@ class SampledToken(Protocol):
         ...
 
     @property
+    def is_held(self) -> bool:
+        """Nothing was drawn: its grammar's mask was not there in time, and its last token is to be computed again."""
+        ...
+
+    @property
     def logprob(self) -> float | None: ...
     @property
     def top_logprobs(self) -> tuple[tuple[int, float], ...]: ...
@@ -87,6 +92,7 @@ class SchedulerLimits:
     prefix_cache: bool = True  # False where keys depend on the sequence's length (dynamic NTK), or nobody wants it
     ageing: float = 30.0  # seconds without service after which a client's next request comes before all others
     decode_steps: int = 1  # that may follow one another without coming back (multi_step.py)
+    scoring: float = 0.0  # what the log-probability of a prompt's token costs, in tokens computed
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "max_num_seqs", "token_budget", "num_slots", "vocab_size", "decode_steps"):
@@ -132,3 +138,8 @@ class StepPlan:
     def num_tokens(self) -> int:
         """Of one step."""
         return sum(entry.num_tokens for entry in self.entries)
+
+    @property
+    def prompt_cost(self) -> int:
+        """What those that are no decode rows take of the step's budget."""
+        return sum(entry.seq.cost(entry.num_tokens) for entry in self.entries if not entry.is_decode)

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from loraplex.adapters.residency import Residency
 from loraplex.server.engine.batch import Kept, build_batch
-from loraplex.server.engine.grammar import MaskPool
 from loraplex.server.engine.kv_cache import KVCache
+from loraplex.server.engine.masks import WAIT_SECONDS, Mask, MaskPool
 from loraplex.server.engine.memory import logit_rows
 from loraplex.server.engine.plan import PlanEntry, StepPlan
+from loraplex.server.engine.request import GenerationRequest
 from loraplex.server.engine.sampler import Sampled, SampleRow, draws_ahead, sample, sampled_ahead, score
 from loraplex.server.models.decoder import Decoder
 from loraplex.server.models.graphs import GraphedDecoder
@@ -22,7 +27,7 @@ from loraplex.server.models.recorded import RecordedDecoder
 
 
 class ModelRunner:
-    """Executes plans. Holds no state of its own; the masks of grammars are computed beside the forward pass."""
+    """Executes plans; the masks of grammars are computed beside the forward pass."""
 
     def __init__(
         self,
@@ -39,8 +44,10 @@ class ModelRunner:
         self._residency = residency
         self._device = device
         self._slice = logit_rows(decoder.config.vocab_size)
-        self._masks = MaskPool()
+        self.masks = MaskPool()
         self._kept = Kept()
+        # For a slice's logits on the CPU: memory that is taken anew costs as much as the product, 15 ms for 64 rows
+        self._room = torch.empty(self._slice, decoder.config.vocab_size) if device.type == "cpu" else None
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan, on_launch: Callable[[], None] = lambda: None) -> list[Sampled]:
@@ -54,28 +61,28 @@ class ModelRunner:
         steps = plan.steps if len(plan.entries) <= self._slice else 1
         batch = build_batch(plan, self._kv, table, slot_of, self._device, self._kept, steps)
         sampling = [entry.seq for entry in plan.entries if entry.samples]
-        masks = self._masks.begin([(seq.request.constraint, seq.output) for seq in sampling])
-        rows = [
-            SampleRow(seq.request.params, seq.num_tokens, seq.request.prompt_ids, seq.output, mask)
-            for seq, mask in zip(sampling, masks, strict=True)
-        ]
+        masks = self.masks.begin([(seq.request.constraint, seq.output) for seq in sampling])
+        rows = [SampleRow(seq.request.params, seq.num_tokens, _given(seq.request), seq.output) for seq in sampling]
         if steps > 1:
             return self._follow_up(batch, rows, on_launch)
         on_launch()
         hidden = self._decoder.forward(batch)  # [L, H]
+        rows, late = _masked(rows, masks)
         sampled: list[Sampled] = []
         for start in range(0, len(rows), self._slice):  # a vocabulary of 256k costs 1 MB a row
-            logits = self._decoder.logits(hidden[start : min(start + self._slice, len(rows))])
+            logits = self._decoder.logits(hidden[start : min(start + self._slice, len(rows))], self._room)
             sampled += sample(logits, rows[start : start + self._slice], self._decoder.ops)
         if hidden.shape[0] > len(rows):
             self._read_prompts(plan, hidden[len(rows) :])
+        for place in late:
+            sampled[place] = Sampled(None, is_held=True)
         return sampled
 
     def _follow_up(self, batch: ForwardBatch, rows: list[SampleRow], on_launch: Callable[[], None]) -> list[Sampled]:
         """Several steps of nothing but decode rows."""
         assert isinstance(self._decoder, RecordedDecoder), "steps follow one another where the pass is recorded"
         draws = draws_ahead(rows, batch.steps)
-        stops = torch.tensor(sorted(frozenset().union(*(row.params.stop_token_ids for row in rows))), dtype=torch.int64)
+        stops = torch.from_numpy(np.unique(np.concatenate([row.params.stops for row in rows])))
         on_launch()
         return sampled_ahead(*self._decoder.decode(batch, draws, stops, self._halt))
 
@@ -96,9 +103,26 @@ class ModelRunner:
         seq, k = entry.seq, entry.seq.request.params.prompt_logprobs or 0
         first = seq.num_computed + 1
         for start in range(0, hidden.shape[0], self._slice):
-            logits = self._decoder.logits(hidden[start : start + self._slice])
+            logits = self._decoder.logits(hidden[start : start + self._slice], self._room)
             following = seq.tokens[first + start : first + start + logits.shape[0]]
-            seq.prompt_scores += score(logits, following, k)
+            seq.prompt_scores.append(score(logits, following, k, self._decoder.ops))
+
+
+def _masked(rows: list[SampleRow], masks: Sequence[Mask | None]) -> tuple[list[SampleRow], list[int]]:
+    """The rows with their masks, and the places of those whose mask is not there in time."""
+    late: list[int] = []
+    if any(masks):
+        until = time.monotonic() + WAIT_SECONDS
+        for place, mask in enumerate(masks):
+            if mask is not None:
+                bits = mask.take(until)
+                rows[place] = replace(rows[place], mask=bits)
+                late += [place] if bits is None else []
+    return rows, late
+
+
+def _given(request: GenerationRequest) -> Sequence[int] | NDArray[np.int64]:
+    return request.prompt_ids if request.params.repetition_penalty == 1.0 else request.prompt_array
 
 
 def _pool(entry: PlanEntry, hidden: Tensor) -> None:

@@ -34,6 +34,7 @@ from loraplex.server.engine.request import (
     NotANumber,
     OutOfMemory,
     TokenEvent,
+    TokenScores,
 )
 from loraplex.server.engine.running import RunningSet
 from loraplex.server.engine.sequence import Sequence
@@ -94,7 +95,7 @@ class Scheduler:
     def add(self, request: GenerationRequest) -> Sequence:
         """Queue a request that check() has passed; if its turn is near, its adapters start on their way."""
         now = self._clock()
-        seq = Sequence(self._next_number, request)
+        seq = Sequence(self._next_number, request, self.limits.scoring)
         self._next_number += 1
         self._open[request.request_id] = seq
         if request.deadline is not None:
@@ -174,18 +175,18 @@ class Scheduler:
         steps = plan.steps_of(sampled)
         for entry in plan.entries * steps:
             seq = entry.seq
+            draw = next(draws) if entry.samples else None
             before = seq.num_computed
-            seq.num_computed = computed = before + entry.num_tokens
-            tokens = OUTPUT_TOKEN if entry.samples else 0.0
+            seq.num_computed = computed = before + entry.num_tokens - (draw is not None and draw.is_held)
+            tokens = OUTPUT_TOKEN if draw is not None else 0.0
             if seq.charged < seq.num_prompt:  # what is computed again is not charged again
                 known = min(computed, seq.num_prompt)
-                tokens += PROMPT_TOKEN * max(0, known - max(before, seq.charged))
+                tokens += PROMPT_TOKEN * seq.cost(max(0, known - max(before, seq.charged)))
                 seq.charged = max(known, seq.charged)
             charge(seq, tokens, now)
             if seq.cache_root is not None:
                 kv.publish(seq.number, seq.cache_root, seq.tokens, computed)
-            if entry.samples:
-                draw = next(draws)
+            if draw is not None and not draw.is_held:
                 if draw.token_id is None:
                     events.append(self._fail(seq, _not_a_number(seq)))
                     continue
@@ -203,7 +204,7 @@ class Scheduler:
         rows = sum(entry.is_decode for entry in plan.entries)
         if rows == len(plan.entries):
             self._decode_seconds = seconds
-        self.budget.observe(plan.num_tokens - rows, rows, seconds)
+        self.budget.observe(plan.prompt_cost, rows, seconds)
         self.kv.token_seconds = self.budget.token_seconds
 
     def shed(self, plan: StepPlan) -> list[TokenEvent]:
@@ -255,7 +256,7 @@ class Scheduler:
                 self._failed.append(self._fail(seq, DeadlineExceeded(f"the request's {given:.3g} s are over: {done}")))
 
     def _plan_decodes(self) -> None:
-        rows = [seq for seq in self._running.seqs if seq.is_ready and seq.is_decode and seq not in self._plan]
+        rows = [seq for seq in self._ready() if seq.is_decode]
         if len(rows) > self._budget:  # not all of them: whoever was served least
             rows.sort(key=lambda seq: (seq.urgency, seq.flow.client.counter, seq.number))
         preemptions = self.preemptions
@@ -263,10 +264,14 @@ class Scheduler:
             if self.preemptions == preemptions or seq in self._running:  # another may have preempted it by now
                 self._plan_running(seq, min(1, self._budget))
 
+    def _ready(self) -> list[Sequence]:
+        """Running ones that can be computed and are not planned yet."""
+        return [seq for seq in self._running.seqs if seq.is_ready and not seq.is_held and seq not in self._plan]
+
     def _plan_prefills(self, now: float) -> None:
         """Give what is left of the budget to those that miss more than one token."""
-        seqs = [seq for seq in self._running.seqs if seq.is_ready and not seq.is_decode and seq not in self._plan]
-        wanted = sum(seq.num_missing for seq in seqs)
+        seqs = [seq for seq in self._ready() if not seq.is_decode]
+        wanted = sum(seq.cost(seq.num_missing) for seq in seqs)
         if not seqs or self._budget == 0:
             return
         chunks = {seq: seq.num_missing for seq in seqs}
@@ -274,7 +279,7 @@ class Scheduler:
             chunks = share_out(seqs, self._plan, self._budget, lambda seq: self._urgency(seq, now))
         for seq, count in chunks.items():
             if seq in self._running:
-                self._plan_running(seq, min(count, self._budget))
+                self._plan_running(seq, min(count, seq.affordable(self._budget)))
 
     def _steps_ahead(self, entries: ListLike[PlanEntry]) -> int:
         """How many steps like this one may follow one another from it on. Takes their pages, but from nobody."""
@@ -312,13 +317,13 @@ class Scheduler:
         grown = self.kv.grow(seq.number, seq.num_computed, target)
         assert grown, f"pages for {seq!r} were free a moment ago"
         self._plan[seq] = PlanEntry(seq, count, seq.is_decode, count == seq.num_missing)
-        self._budget -= count
+        self._budget = max(0, self._budget - seq.cost(count))
 
     def _admit(self, now: float, takers_only: bool) -> None:
         prefills: dict[Client, int] = {}
         for seq in self._running.seqs:
             if seq.is_ready and seq not in self._plan:
-                prefills[seq.flow.client] = prefills.get(seq.flow.client, 0) + seq.num_missing
+                prefills[seq.flow.client] = prefills.get(seq.flow.client, 0) + seq.cost(seq.num_missing)
         step = Round(now, self._budget, prefills, takers_only, self._copying)
         self._admission.admit(step)
         for seq, error in step.failed:
@@ -353,7 +358,7 @@ class Scheduler:
         """Back to the queue: tokens are kept, keys and values are computed anew."""
         entry = self._plan.pop(seq, None)
         if entry is not None:
-            self._budget += entry.num_tokens
+            self._budget += seq.cost(entry.num_tokens)
         self._stop_running(seq)
         seq.num_computed = 0
         seq.prompt_scores.clear()
@@ -382,7 +387,7 @@ class Scheduler:
             draw.logprob,
             draw.top_logprobs,
             finish,
-            prompt_logprobs=tuple(seq.prompt_scores) if first else (),
+            prompt_logprobs=TokenScores.join(seq.prompt_scores) if first else None,
             embedding=seq.pooled if first else None,
             phases=seq.phases() if first else None,
             handful=handful,

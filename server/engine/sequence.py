@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from loraplex.adapters.registry import AdapterVersion
-from loraplex.server.engine.request import FinishReason, GenerationRequest, Phases, TokenScore
+from loraplex.server.engine.request import FinishReason, GenerationRequest, Phases, TokenScores
 
 if TYPE_CHECKING:
     from loraplex.server.engine.fair_queue import Flow
@@ -43,6 +44,7 @@ class Sequence:
         "ready",
         "request",
         "requested",
+        "scoring",
         "stalled",
         "tokens",
         "urgency",
@@ -52,8 +54,10 @@ class Sequence:
 
     flow: Flow  # where it queues and who pays for it; set by the FairQueue
 
-    def __init__(self, number: int, request: GenerationRequest) -> None:
+    def __init__(self, number: int, request: GenerationRequest, scoring: float = 0.0) -> None:
+        """scoring: see SchedulerLimits."""
         self.number = number  # of arrival, never reused: its age, and its key in the KV cache
+        self.scoring = scoring if request.params.prompt_logprobs is not None else 0.0
         self.request = request
         self.tokens: list[int] = list(request.prompt_ids)
         self.output: list[int] = []  # the generated tail of `tokens`
@@ -68,7 +72,7 @@ class Sequence:
         self.adapter_wait = 0.0  # seconds of that until now, without the time since `stalled`
         self.load: tuple[float, float] | None = None  # from the first such moment to the last
         self.pooled: NDArray[np.float32] | None = None  # of the prompt tokens computed so far, where it is asked for
-        self.prompt_scores: list[TokenScore] = []  # of prompt tokens computed so far, where they are asked for
+        self.prompt_scores: list[TokenScores] = []  # of prompt tokens computed so far, where they are asked for
         self.requested: float | None = None  # when its adapters were asked for; None: nobody has
         self.urgency = 0.0  # the priority it was admitted with, after ageing
         self.is_ready = False  # running, and all bytes of its adapters are on the device
@@ -140,6 +144,12 @@ class Sequence:
         return self.request.params.prompt_logprobs is not None or self.request.pooling == "mean"
 
     @property
+    def is_held(self) -> bool:
+        """Whether its grammar's mask is still missing: there is nothing to compute for it before that is there."""
+        constraint = self.request.constraint
+        return constraint is not None and constraint.busy
+
+    @property
     def num_tokens(self) -> int:
         """Known tokens."""
         return len(self.tokens)
@@ -148,6 +158,16 @@ class Sequence:
     def num_missing(self) -> int:
         """Known tokens that are still to be computed; at least 1 until the request has ended."""
         return len(self.tokens) - self.num_computed
+
+    def cost(self, tokens: int) -> int:
+        """What computing this many of its next tokens takes of a step's budget: more where they are scored, too."""
+        return tokens if not self.scoring or self.output else math.ceil(tokens * (1.0 + self.scoring))
+
+    def affordable(self, room: int) -> int:
+        """Of its missing tokens those that cost no more than `room`; at least one, unless that is 0."""
+        if not self.scoring or self.output:
+            return min(self.num_missing, room)
+        return min(self.num_missing, max(int(room / (1.0 + self.scoring)), min(room, 1)))
 
     @property
     def is_decode(self) -> bool:

@@ -54,8 +54,8 @@ class Tokenizers:
         """rows: of the base's embedding, each a token it knows. eos_ids: of the base."""
         self.base = base
         self._vocabulary = base.fast.model
-        self._rows = rows
-        self._eos_ids = frozenset(eos_ids)
+        self.rows = rows
+        self.eos_ids = tuple(eos_ids)
         self._processes = TemplateProcesses()
         self._kept: OrderedDict[tuple[TokenizerFiles, ...], Tokenizer] = OrderedDict()
 
@@ -73,11 +73,11 @@ class Tokenizers:
         padding = dict(files.special).get("pad_token")
         added = {token.text: token for token in files.added}
         for token in files.added:
-            if self._id_of(token) >= self._rows and token.text != padding:
+            if self._id_of(token) >= self.rows and token.text != padding:
                 raise AdapterRefused(
                     "unsupported_option",
                     f"its tokenizer has the added token {token.text[:80]!r} with the id {token.id}, and the base has "
-                    f"rows for the ids 0 to {self._rows - 1}; trained tokens are not served: train without adding "
+                    f"rows for the ids 0 to {self.rows - 1}; trained tokens are not served: train without adding "
                     "tokens, or on ones the base reserves",
                 )
         for name, text in files.special:
@@ -87,11 +87,11 @@ class Tokenizers:
                     f"its tokenizer's {name} is {text[:80]!r}, which neither the base's vocabulary nor its own added "
                     "tokens have; name a token that is there in tokenizer_config.json",
                 )
-        if (beyond := max(files.eos_ids, default=-1)) >= self._rows:
+        if (beyond := max(files.eos_ids, default=-1)) >= self.rows:
             raise AdapterRefused(
                 "unsupported_option",
                 f"generation_config.json names the eos_token_id {beyond}, and the base has the ids 0 to "
-                f"{self._rows - 1}",
+                f"{self.rows - 1}",
             )
         return str(difference)
 
@@ -107,7 +107,7 @@ class Tokenizers:
             eos[ids.get(text, base.token_id(text))] = text
         return Difference(
             template=files.template is not None and not _same_text(files.template, base.template_source),
-            eos=tuple(text for i, text in eos.items() if i is not None and i not in self._eos_ids),
+            eos=tuple(text for i, text in eos.items() if i is not None and i not in self.eos_ids),
             special=tuple(special.items()),
             added=tuple(added),
         )

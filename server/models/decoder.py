@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from loraplex.kernels.backend import Backend
@@ -59,8 +58,11 @@ class Decoder:
         hidden, _ = ops.rms_norm(x, self.weights.norm, config.rms_norm_eps, residual, config.norm_offset)
         return hidden
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [L, H] of forward() -> [L, vocab] fp32, soft-capped where the model says so."""
-        logits = self.ops.logits(hidden, self.weights.head)
+    def logits(self, hidden: Tensor, room: Tensor | None = None) -> Tensor:
+        """hidden [L, H] of forward() -> [L, vocab] fp32, soft-capped where the model says so.
+
+        room: see Backend.logits.
+        """
+        logits = self.ops.logits(hidden, self.weights.head, room)
         cap = self.config.final_softcap
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+        return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)

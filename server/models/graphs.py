@@ -79,9 +79,9 @@ class GraphedDecoder:
             step.load(batch)
         return step.run()[: batch.logit_rows.shape[0]]
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, room: Tensor | None = None) -> Tensor:
         """As Decoder.logits."""
-        return self._decoder.logits(hidden)
+        return self._decoder.logits(hidden, room)
 
 
 class _Step:

@@ -59,9 +59,9 @@ class RecordedDecoder:
         steps = DecodeSteps(batch.steps, self._hidden, self._decoder.weights.head, draws, stops, halt)
         return self._program.decode(self._inputs(batch), steps)
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, room: Tensor | None = None) -> Tensor:
         """As Decoder.logits."""
-        return self._decoder.logits(hidden)
+        return self._decoder.logits(hidden, room)
 
     def _inputs(self, batch: ForwardBatch) -> StepInputs:
         return StepInputs(

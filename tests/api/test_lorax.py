@@ -10,7 +10,7 @@ import pytest
 
 from loraplex.adapters.errors import AdapterRefused
 from loraplex.server.engine.request import EngineError, FinishReason, GenerationRequest, Overloaded, TokenEvent
-from tests.support.fake_serving import EOS_ID, FakeServer, say
+from tests.support.fake_serving import EOS_ID, FakeServer, say, scores_of
 
 Json = dict[str, Any]
 
@@ -84,7 +84,7 @@ async def test_prefill(client: httpx.AsyncClient, server: FakeServer) -> None:
 
     def script(request: GenerationRequest) -> list[TokenEvent]:
         first, *rest = say(server.tokenizer, "the answer", request)
-        scores = tuple((-1.0 - i, ()) for i in range(len(ids) - 1))
+        scores = scores_of([(-1.0 - i, ()) for i in range(len(ids) - 1)])
         assert request.params.prompt_logprobs == 0
         return [TokenEvent(first.request_id, first.token_id, first.logprob, prompt_logprobs=scores), *rest]
 

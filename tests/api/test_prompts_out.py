@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from loraplex.server.engine.request import FinishReason, GenerationRequest, TokenEvent
-from tests.support.fake_serving import MAX_MODEL_LEN, FakeServer, say
+from tests.support.fake_serving import MAX_MODEL_LEN, FakeServer, say, scores_of
 from tests.support.tiny import VOCAB_SIZE
 
 COMPLETIONS, EMBEDDINGS = "/v1/completions", "/v1/embeddings"
@@ -33,7 +33,7 @@ def scored(server: FakeServer, text: str) -> Any:
         first, *rest = say(server.tokenizer, text, request)
         k = request.params.prompt_logprobs
         ids = request.prompt_ids[1:] if k is not None else ()
-        scores = tuple((-0.125 * token, ((token, -0.125 * token), (9, -1.0))[:k]) for token in ids)
+        scores = scores_of([(-0.125 * token, [(token, -0.125 * token), (9, -1.0)][:k]) for token in ids])
         return [TokenEvent(**{**vars(first), "prompt_logprobs": scores}), *rest]
 
     return script

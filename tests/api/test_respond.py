@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loraplex.server.api.choice import Delta
-from loraplex.server.api.respond import Collected, TextFrame
+from loraplex.server.api.respond import Collected, Scores, TextFrame
 from loraplex.server.api.schemas import Completion, CompletionChoice, Usage, Wire
 from tests.support.fake_serving import FakeServer, say
 
@@ -25,7 +25,10 @@ class Rendering:
     def __init__(self, model: str) -> None:
         self.model = model
 
-    def chunks(self, delta: Delta, usage: Usage | None) -> Iterable[Completion]:
+    def scores(self) -> None:
+        return None
+
+    def chunks(self, delta: Delta, scores: Scores | None, usage: Usage | None) -> Iterable[Completion]:
         choice = CompletionChoice(index=delta.index, text=delta.text, logprobs=None, finish_reason=None)
         yield Completion(id=self.model, created=7, model=self.model, choices=[choice])
 
@@ -45,7 +48,7 @@ class Rendering:
 @given(model=TEXT, text=TEXT, index=st.integers(0, 9), hidden=st.sampled_from([None, {"usage"}]))
 def test_a_frame_writes_what_pydantic_writes(model: str, text: str, index: int, hidden: set[str] | None) -> None:
     rendering = Rendering(model)
-    [chunk] = rendering.chunks(Delta(index, text), None)
+    [chunk] = rendering.chunks(Delta(index, text), None, None)
     assert TextFrame.of(rendering, index, hidden).around(text) == chunk.model_dump_json(exclude=hidden)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import threading
 from typing import Any
 
 import httpx
@@ -13,6 +14,7 @@ import pytest
 from numpy.typing import NDArray
 
 from loraplex.server.api.call_objects import CallArguments, CallStart, Piece, Text
+from loraplex.server.api.conversation import Conversation
 from loraplex.server.api.tool_formats import MAX_CALLS, ToolFormat, find_format
 from loraplex.server.engine.grammar import Grammars, GrammarSpec
 from loraplex.server.engine.request import Constraint
@@ -229,6 +231,32 @@ async def test_when_answers_are_held(roomy: httpx.AsyncClient, server: FakeServe
     first, second = (request.constraint for request in server.engine.requests)
     assert (first is not None, second is not None) == (bound, bound)
     assert first is not second or not bound
+
+
+async def test_many_tools_keep_nobody_else_waiting(
+    roomy: httpx.AsyncClient, server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their rules and the prompt that tells of them are made in other threads than the event loop's."""
+    threads: dict[str, threading.Thread] = {}
+    render, rules = Conversation._render, ToolFormat.grammar
+
+    def rendering(self: Conversation, *args: Any) -> str:
+        threads["prompt"] = threading.current_thread()
+        return render(self, *args)
+
+    def ruling(self: ToolFormat, *args: Any, **kwargs: Any) -> str:
+        threads["rules"] = threading.current_thread()
+        return rules(self, *args, **kwargs)
+
+    monkeypatch.setattr(Conversation, "_render", rendering)
+    monkeypatch.setattr(ToolFormat, "grammar", ruling)
+    for count, elsewhere in ((1, False), (100, True)):
+        tools = [{"type": "function", "function": {"name": f"f{i}", "description": "x" * 50}} for i in range(count)]
+        await roomy.post("/v1/chat/completions", json=chat(tools=tools, tool_choice="required"))
+        assert {name: thread is not threading.main_thread() for name, thread in threads.items()} == {
+            "prompt": elsewhere,
+            "rules": elsewhere,
+        }
 
 
 def test_families_are_told_by_their_templates() -> None:

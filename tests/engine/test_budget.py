@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loraplex.server.engine.budget import LEAST_BUDGET, MOST_BUDGET, StepCost, TokenBudget, default_budget
+from loraplex.server.engine.request import SamplingParams
 from loraplex.server.engine.scheduler import Scheduler
 from support.scheduling import Requests, draws, make_scheduler
 
@@ -178,3 +180,36 @@ class TestOfAScheduler:
             scheduler.took(plan, 0.1 if plan.num_tokens == 64 else 1e-9)
         assert scheduler.token_budget == 64
         assert scheduler.budget.token_seconds == pytest.approx(0.1 / 64)
+
+    @pytest.mark.parametrize("scoring", [0.5, 3.0])
+    def test_scored_tokens_count_for_what_they_cost(self, scoring: float) -> None:
+        """A step that scores takes no longer than others, its client is charged for it, and nothing is learned."""
+        scheduler = self.scored(scoring)
+        asks = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=2)
+        seq = scheduler.add(replace(Requests().make(1000, 1), params=asks))
+        scheduler.add(Requests().make(1, 5000))
+        before = scheduler.token_budget
+        sizes = []
+        while seq.num_computed < 1000:
+            plan = scheduler.schedule()
+            tokens = [entry.num_tokens for entry in plan.entries if entry.seq is seq]
+            sizes += tokens
+            scheduler.commit(plan, draws(plan))
+            scheduler.took(plan, (sum(tokens) * (1 + scoring) + 1) * 0.1 / 256)
+        assert max(sizes) * (1 + scoring) <= 256 < (max(sizes) + 2) * (1 + scoring)
+        assert scheduler.token_budget == before
+        assert seq.flow.client.counter >= 1000 * (1 + scoring)
+
+    def test_a_little_room_is_enough_for_one_scored_token(self) -> None:
+        scheduler = self.scored(300.0)
+        asks = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=2)
+        seq = scheduler.add(replace(Requests().make(20, 1), params=asks))
+        for computed in range(1, 20):
+            plan = scheduler.schedule()
+            scheduler.commit(plan, draws(plan))
+            assert seq.num_computed == computed
+
+    def scored(self, scoring: float) -> Scheduler:
+        made, _ = make_scheduler(6000, token_budget=256, max_model_len=20_000)
+        limits = replace(made.limits, scoring=scoring)
+        return Scheduler(made.kv, made.adapters, limits, budget=TokenBudget(256, 256, 0.1 / 256))

@@ -6,6 +6,8 @@ import asyncio
 import json
 import random
 import re
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +18,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from loraplex.server.engine import grammar as grammar_module
 from loraplex.server.engine.grammar import (
     KEPT,
+    Grammar,
     GrammarRefused,
     Grammars,
     GrammarSpec,
-    MaskPool,
     Thought,
     TokenMask,
 )
+from loraplex.server.engine.masks import MaskPool
 from loraplex.server.engine.tokenizer import Tokenizer
 from tests.support.schemas import bounded_schemas
 from tests.support.tiny import VOCAB_SIZE, make_tiny_tokenizer
@@ -228,10 +232,75 @@ def test_requests_of_one_grammar_do_not_meet(grammars: Grammars, tokenizer: Toke
     allowed_by(first, [a])
     assert allowed_by(first, [a, b])[EOS_ID]
     assert allowed_by(second, [])[[a, b]].all()
-    pool = MaskPool()
-    waits = pool.begin([(first, [a, b]), (None, []), (second, [b])])
-    assert waits[1] is None
-    assert [wait()[0] >> EOS_ID & 1 for wait in waits if wait] == [1, 0]
+    masks = MaskPool().begin([(first, [a, b]), (None, []), (second, [b])])
+    assert masks[1] is None
+    taken = [mask.take(time.monotonic() + 60.0) for mask in masks if mask]
+    assert [bits is not None and bits[0] >> EOS_ID & 1 for bits in taken] == [1, 0]
+
+
+NASTY = "([ab ]|[^q])*[a-z]([^q]){14}[x-z]([^q]){12}"
+"""What its lexer has to know grows with every text."""
+
+
+def test_where_one_request_has_used_a_grammar_up_the_next_gets_it_anew(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Places share the states of the lexer: after one that has come to the limit, all others would fail at once."""
+    monkeypatch.setattr(grammar_module, "MAX_STATES", 1500)
+    grammars = Grammars(tokenizer, VOCAB_SIZE, (EOS_ID,))
+    letters = [tokenizer.encode(letter, add_special_tokens=False)[0] for letter in "the aber"]
+    rng, place, output = random.Random(1), grammars.compile(GrammarSpec("regex", NASTY)).start(), list[int]()
+    while place.failure is None:
+        allowed_by(place, output)
+        output.append(rng.choice(letters))
+        assert len(output) < 2000
+    assert "states" in place.failure
+    again, other = grammars.compile(GrammarSpec("regex", NASTY)).start(), list[int]()
+    for letter in letters:
+        assert allowed_by(again, other)[letter]
+        other.append(letter)
+    assert again.failure is None
+
+
+async def test_tenants_share_no_compiled_grammar(tokenizer: Tokenizer) -> None:
+    grammars = Grammars(tokenizer, VOCAB_SIZE, (EOS_ID,))
+    mine, others = [await grammars.get(GrammarSpec("regex", NASTY, owner=owner)) for owner in ("a", "b")]
+    assert mine is not others
+    assert await grammars.get(GrammarSpec("regex", NASTY, owner="a")) is mine
+
+
+async def test_one_tenants_grammars_are_compiled_one_after_the_other(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that they never take all threads; and those nobody waits for any more are not compiled at all."""
+    grammars, free, begun = Grammars(tokenizer, VOCAB_SIZE, (EOS_ID,)), threading.Event(), list[str]()
+    compiling = Grammars.compile
+
+    def blocked(self: Grammars, spec: GrammarSpec) -> Grammar:
+        begun.append(spec.text)
+        if spec.owner == "many":
+            assert free.wait(60)
+        return compiling(self, spec)
+
+    monkeypatch.setattr(Grammars, "compile", blocked)
+    specs = [GrammarSpec("regex", f"x{{{i}}}", owner="many") for i in range(1, 30)]
+    many = [asyncio.create_task(grammars.get(spec)) for spec in specs]
+    await asyncio.sleep(0)
+    await asyncio.wait_for(grammars.get(GrammarSpec("regex", "other", owner="one")), 60)
+    assert begun == [specs[0].text, "other"]
+    for task in many[1:]:
+        task.cancel()
+    free.set()
+    await asyncio.gather(*many, return_exceptions=True)
+    assert begun == [specs[0].text, "other"]
+
+
+def test_what_takes_too_much_at_its_beginning_is_refused(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No step waits for a grammar that cannot even begin within its limits: the first mask comes with compiling."""
+    monkeypatch.setattr(grammar_module, "MAX_FUEL", 10)
+    grammars = Grammars(tokenizer, VOCAB_SIZE, (EOS_ID,))
+    with pytest.raises(GrammarRefused, match="expressions"):
+        grammars.compile(GrammarSpec("regex", NASTY))
 
 
 async def test_the_latest_are_kept(tokenizer: Tokenizer) -> None:

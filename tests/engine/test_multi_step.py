@@ -53,6 +53,10 @@ class AllAllowed:
     """A grammar that forbids nothing."""
 
     failure = None
+    busy = False
+
+    def give_up(self, reason: str) -> None:
+        raise NotImplementedError
 
     def allowed(self, output: object) -> NDArray[np.uint8]:
         return np.full(125, 255, dtype=np.uint8)

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,8 +21,9 @@ from loraplex.server.engine import runner
 from loraplex.server.engine.arena import allocate_arena, kv_layers
 from loraplex.server.engine.kv_cache import KVCache, peak_pages
 from loraplex.server.engine.memory import Demand, plan_memory
-from loraplex.server.engine.request import GenerationRequest, SamplingParams
+from loraplex.server.engine.request import Constraint, GenerationRequest, SamplingParams
 from loraplex.server.engine.scheduler import Scheduler, SchedulerLimits
+from loraplex.server.engine.sequence import Sequence
 from loraplex.server.models.config import ModelConfig
 from loraplex.server.models.decoder import Decoder
 from loraplex.server.models.inputs import ForwardBatch
@@ -29,6 +31,7 @@ from loraplex.server.models.recorded import RecordedDecoder, record
 from loraplex.server.models.weights import load_weights
 from support.scheduling import FakePlacement
 from support.tiny import load_oracle, make_tiny_model
+from support.waiting import wait_for
 
 CPU = torch.device("cpu")
 LENGTHS = ((40, 30), (3, 60), (17, 20), (1, 45), (70, 8), (5, 50), (9, 40))  # prompt, answer
@@ -64,6 +67,7 @@ def generate(
     *,
     decode_steps: int = 1,
     params: SamplingParams | None = None,
+    constraints: dict[int, Constraint] | None = None,
 ) -> tuple[Any, ...]:
     """Answers, greedy unless `params` say otherwise, the scheduler, and the most KV pages in use.
 
@@ -88,7 +92,7 @@ def generate(
     result: dict[str, list[int]] = {}
     for index, (prompt, count) in enumerate(zip(prompts, answers, strict=True)):
         sampling = replace(params or SamplingParams(count, temperature=0.0), max_tokens=count)
-        request = GenerationRequest(str(index), tuple(prompt), sampling)
+        request = GenerationRequest(str(index), tuple(prompt), sampling, constraint=(constraints or {}).get(index))
         scheduler.check(request)
         scheduler.add(request)
         result[str(index)] = []
@@ -96,6 +100,8 @@ def generate(
     while scheduler.num_open:
         step = scheduler.schedule()
         most = max(most, pool.used_by("kv"))
+        if not step.entries:
+            continue  # a mask is missing, and nobody else is left
         sampled = model_runner.execute(step)
         scheduler.took(step, 0.001)
         assert step.steps_of(sampled) <= step.steps <= decode_steps
@@ -188,15 +194,55 @@ def test_logits_come_in_slices(case: tuple[Any, ...], monkeypatch: pytest.Monkey
     sizes: list[int] = []
     logits = Decoder.logits
 
-    def counting(decoder: Decoder, hidden: torch.Tensor) -> torch.Tensor:
+    def counting(decoder: Decoder, hidden: torch.Tensor, room: torch.Tensor | None) -> torch.Tensor:
         sizes.append(hidden.shape[0])
-        return logits(decoder, hidden)
+        return logits(decoder, hidden, room)
 
     monkeypatch.setattr(runner, "logit_rows", lambda vocab_size: 3)
     monkeypatch.setattr(Decoder, "logits", counting)
     assert generate(path, prompts, answers, 300, 512)[0] == wanted
     assert sizes[:3] == [3, 3, 1], "seven sequences draw in the first step"
     assert max(sizes) == 3
+
+
+class AfterAnother:
+    """Allows what the model draws anyway, but its masks come only when the others have drawn `ahead` tokens more."""
+
+    failure = None
+    busy = False
+
+    def __init__(self, others: list[int], ahead: int) -> None:
+        self._others = others
+        self._ahead = ahead
+
+    def give_up(self, reason: str) -> None:
+        raise AssertionError(reason)
+
+    def allowed(self, output: Any) -> Any:
+        if not len(output) % 8:
+            seen = len(self._others)
+            wait_for(lambda: len(self._others) >= min(seen + self._ahead, 100))
+        return np.full(40, 255, np.uint8)
+
+
+@pytest.mark.parametrize("budget", [512, 11])
+def test_a_step_goes_on_without_a_mask_that_is_not_there(
+    case: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch, budget: int
+) -> None:
+    """It would never come if the step waited for it; and all answers are as ever."""
+    _, path, prompts, answers, wanted = case
+    drawn: list[int] = []
+    append = Sequence.append
+
+    def counting(seq: Sequence, token_id: int) -> None:
+        append(seq, token_id)
+        if seq.request.constraint is None:
+            drawn.append(token_id)
+
+    monkeypatch.setattr(Sequence, "append", counting)
+    monkeypatch.setattr(runner, "WAIT_SECONDS", 0.0)
+    held = {index: AfterAnother(drawn, 5) for index in (1, 4)}
+    assert generate(path, prompts, answers, 300, budget, constraints=held)[0] == wanted  # type: ignore[arg-type]
 
 
 def test_a_window_keeps_few_pages(tmp_path: Path) -> None:

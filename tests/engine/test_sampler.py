@@ -341,7 +341,12 @@ _KINDS: list[dict[str, Any]] = [
 def test_backends_draw_the_same_tokens() -> None:
     logits = _logits(300, 4099, seed=15)
     rows = [_row((1, 2, 3), (4, 5), seed=i, **_KINDS[i % len(_KINDS)]) for i in range(len(logits))]
-    assert sample(logits, rows) == sampler.sample(logits, rows, OPS["reference"])
+    drawn, expected = sample(logits, rows), sampler.sample(logits, rows, OPS["reference"])
+    assert [each.token_id for each in drawn] == [each.token_id for each in expected]
+    tops = [[token for token, _ in each.top_logprobs] for each in drawn]
+    assert tops == [[token for token, _ in each.top_logprobs] for each in expected]
+    scored = [(one.logprob, other.logprob) for one, other in zip(drawn, expected, strict=True) if one.logprob]
+    assert [found for found, _ in scored] == pytest.approx([wanted for _, wanted in scored], abs=1e-5)
     greedy = [_row(temperature=0.0)] * len(logits)
     assert [sampled.token_id for sampled in sample(logits, greedy)] == logits.argmax(-1).tolist()
 

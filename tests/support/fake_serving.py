@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import httpx
+import numpy as np
 
 from loraplex.adapters.errors import AdapterNotFound, AdapterRefused
 from loraplex.adapters.merge_plan import MergePlan
@@ -23,7 +24,7 @@ from loraplex.server.engine.fair_pool import TextPools
 from loraplex.server.engine.grammar import Grammars
 from loraplex.server.engine.on_demand import OnDemand
 from loraplex.server.engine.page_map import PageOwners
-from loraplex.server.engine.request import FinishReason, GenerationRequest, TokenEvent
+from loraplex.server.engine.request import FinishReason, GenerationRequest, TokenEvent, TokenScores
 from loraplex.server.engine.stats import AdapterPlace, TierStats
 from loraplex.server.engine.streams import Shortcut
 from loraplex.server.engine.tokenizer import Tokenizer
@@ -80,6 +81,15 @@ class Stats:
 
 
 Script = Callable[[GenerationRequest], Sequence[TokenEvent]]
+
+
+def scores_of(places: Sequence[tuple[float, Sequence[tuple[int, float]]]]) -> TokenScores | None:
+    """Of tokens' log-probabilities and the likeliest tokens of their places, equally many of each; None of none."""
+    if not places:
+        return None
+    tops = np.array([top for _, top in places], np.float32).reshape(len(places), -1, 2)
+    logprobs = np.array([logprob for logprob, _ in places], np.float32)
+    return TokenScores(logprobs, tops[..., 0].astype(np.int32), tops[..., 1])
 
 
 class FakeEvents:

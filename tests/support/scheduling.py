@@ -24,6 +24,7 @@ class Draw:
     token_id: int
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
+    is_held: bool = False
 
 
 @dataclass
