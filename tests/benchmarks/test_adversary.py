@@ -100,7 +100,7 @@ def test_what_the_client_sees() -> None:
 
 def test_a_server_that_takes_too_much_is_ended() -> None:
     ended: list[bool] = []
-    with serving(Stub(first=0.01, gap=0.05)) as stub:
+    with serving(Stub(first=0.01, gap=0.001)) as stub:
         kill = lambda: ended.append(True)  # noqa: E731
         found = asyncio.run(watch(Address.of(stub.url), "base", 60.0, os.getpid(), 1 << 20, kill))
     assert ended == [True]
