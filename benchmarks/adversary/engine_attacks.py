@@ -18,10 +18,7 @@ REGEX = "([ab ]|[^q])*[a-z]([^q]){14}[x-z]([^q]){12}"
 TOOLS = [
     {
         "type": "function",
-        "function": {
-            "name": f"tool_{number}",
-            "parameters": {"type": "object", "properties": {f"field_{i}": {"type": "string"} for i in range(8)}},
-        },
+        "function": {"name": f"t{number}", "parameters": {"type": "object", "properties": {"a": {"type": "string"}}}},
     }
     for number in range(128)
 ]
@@ -60,7 +57,7 @@ echo = _prompts(echo=True, logprobs=1)
 prompts = _prompts()
 """The same prompts without their log-probabilities."""
 
-grammar = _streams(4, guided_regex=REGEX)
+grammar = _streams(4, guided_regex=REGEX, ignore_eos=None, temperature=1)
 top_logprobs = _streams(1, n=64, logprobs=20)
 many_choices = _streams(1, n=128)
 
@@ -73,7 +70,7 @@ async def logit_bias(target: Target, seconds: float) -> None:
 
 async def tools(target: Target, seconds: float) -> None:
     """128 tools, one of which has to be called, on four streams; where the base has no template, nothing."""
-    fields = {"tools": TOOLS, "tool_choice": "required"}
+    fields = {"tools": TOOLS, "tool_choice": "required", "ignore_eos": None}
 
     async def one(_: int) -> None:
         await target.ask(Request(target.model, "Do something.", TOKENS, fields, chat=True))
