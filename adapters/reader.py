@@ -29,6 +29,7 @@ from loraplex.adapters.adapter_files import (
     AdapterHead,
     ChangedMeanwhile,
     Stamp,
+    TensorInfo,
     known_weights,
     look,
     parse_header,
@@ -41,7 +42,7 @@ from loraplex.adapters.beneath import roots_of
 from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.loader import ParsedImage, Reading
 from loraplex.adapters.pace import Breath
-from loraplex.adapters.peft_config import parse_config
+from loraplex.adapters.peft_config import LoraConfig, parse_config
 from loraplex.adapters.peft_format import AdapterModule, BaseBias, Blueprint, draw_blueprint
 from loraplex.adapters.peft_values import check_values
 from loraplex.adapters.recipe import Recipe, is_for
@@ -147,6 +148,8 @@ class AdapterReader:
         self._base_bias = base_bias
         self._max_pages = max_pages
         self._blueprints: _Latest[_Drawn] = _Latest(MAX_BLUEPRINTS)
+        self._infos: _Latest[AdapterInfo] = _Latest(MAX_RECIPES)  # whatever the scaling
+        self._headers: _Latest[dict[str, TensorInfo]] = _Latest(MAX_BLUEPRINTS)
         self._recipes: _Latest[Recipe] = _Latest(MAX_RECIPES)
         self._tokenizers: _Latest[TokenizerFiles] = _Latest(MAX_TOKENIZERS)
         self._remembered: _Latest[_Remembered] = _Latest(MAX_REMEMBERED)
@@ -158,7 +161,13 @@ class AdapterReader:
         """
         place = self._place(source)
         with _named(place.folder):
-            info = self._draw(read_head(place.folder, place.roots), Breath(lambda: None)).info
+            head = read_head(place.folder, place.roots)
+            config = parse_config(head.config)
+            alike = replace(config, base_model=None)
+            if not config.alpha_pattern:  # else there are patterns to be looked at
+                alike = replace(alike, alpha=1.0, rslora=False)
+            key = (alike, _key_of(head))
+            info = self._infos.get(key) or self._infos.put(key, self._draw(head, config, Breath(lambda: None)).info)
             return replace(info, tokenizer=self._tokenizer(place))
 
     def read(self, reading: Reading) -> ParsedImage:
@@ -185,7 +194,8 @@ class AdapterReader:
         if self._workspace is None:
             return 0
         head = read_head(place.folder, place.roots)
-        return head.start + head.data_bytes + self._draw(head, breathe).info.num_pages * self._layout.page_bytes
+        info = self._draw(head, parse_config(head.config), breathe).info
+        return head.start + head.data_bytes + info.num_pages * self._layout.page_bytes
 
     def _room(self, nbytes: int, breathe: Callable[[], None]) -> AbstractContextManager[None]:
         return nullcontext() if self._workspace is None else self._workspace.room(nbytes, breathe)
@@ -216,7 +226,7 @@ class AdapterReader:
         head = files.head
         settled = head.stamp.is_settled(began)
         try:
-            drawn = self._draw(head, reading.breathe)
+            drawn = self._draw(head, parse_config(head.config), reading.breathe)
             image, recipe = self._make(drawn, files, reading.breathe)
             tokenizer = self._tokenizer(place)  # read after its stamp: a change meanwhile shows at the next look
         except AdapterRefused as error:
@@ -242,13 +252,12 @@ class AdapterReader:
             known = self._tokenizers.put(found, found)
         return known
 
-    def _draw(self, head: AdapterHead, breathe: Callable[[], None]) -> _Drawn:
-        config = parse_config(head.config)
-        key = (replace(config, base_model=None), hashlib.sha256(head.header).digest(), head.data_bytes)
+    def _draw(self, head: AdapterHead, config: LoraConfig, breathe: Callable[[], None]) -> _Drawn:
+        key = (replace(config, base_model=None), _key_of(head))
         drawn = self._blueprints.get(key)
         if drawn is None:
             breathe()
-            header = parse_header(head, TENSORS_A_MODULE * self._layout.num_layers * len(self._layout.projections))
+            header = self._header(head)
             breathe()
             blueprint = draw_blueprint(config, header, self._layout, self._base_bias, breathe)
             breathe()
@@ -263,6 +272,11 @@ class AdapterReader:
                 "sequence; give the server more memory (--memory)",
             )
         return drawn
+
+    def _header(self, head: AdapterHead) -> dict[str, TensorInfo]:
+        most = TENSORS_A_MODULE * self._layout.num_layers * len(self._layout.projections)
+        key = _key_of(head)
+        return self._headers.get(key) or self._headers.put(key, parse_header(head, most))
 
     def _make(
         self, drawn: _Drawn, files: AdapterBytes, breathe: Callable[[], None]
@@ -319,6 +333,10 @@ class _Latest(Generic[V]):
             if len(self._values) > self._size:
                 self._values.popitem(last=False)
         return value
+
+
+def _key_of(head: AdapterHead) -> Hashable:
+    return hashlib.sha256(head.header).digest(), head.data_bytes
 
 
 def _read_quietly(

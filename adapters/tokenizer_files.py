@@ -82,7 +82,8 @@ NOTHING = TokenizerFiles()
 
 def read_tokenizer_files(place: Folder) -> TokenizerFiles:
     """Read what the files in `place` say. Raises AdapterRefused: "bad_file", "too_large"; OSError."""
-    there = [name for name in FILES if place.has(name)]
+    names = place.names()
+    there = [name for name in FILES if name in names and place.has(name)]
     if not there:
         return NOTHING
     try:

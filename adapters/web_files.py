@@ -12,7 +12,7 @@ from loraplex.adapters.http_client import Answer, Deadline, HttpClient, Interrup
 from loraplex.adapters.remote import ARCHIVE, Listing, Open, Opened, RemoteFile, list_each
 from loraplex.adapters.sources import Source
 
-_RANGE = re.compile(r"bytes (\d+)-")
+_RANGE = re.compile(r"bytes (\d{1,18})-")
 
 
 def list_web(http: HttpClient, source: Source, deadline: Deadline) -> Listing:
@@ -73,7 +73,7 @@ def _head(http: HttpClient, name: str, url: str, deadline: Deadline) -> RemoteFi
 
 def _file(http: HttpClient, name: str, url: str, answer: Answer) -> RemoteFile:
     length = answer.headers.get("Content-Length", "")
-    size = int(length) if length.isdecimal() else None
+    size = int(length) if length.isdecimal() and len(length) < 19 else None
     etag = answer.headers.get("ETag", "")
     changed = answer.headers.get("Last-Modified", "")
     mark = etag or (f"{changed} {size}" if changed and size is not None else "")
