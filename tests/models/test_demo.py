@@ -374,8 +374,11 @@ def test_full_disk_is_one_line_and_leaves_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["base.lock"]
 
 
-def test_a_disk_that_is_full_at_the_weights_is_one_line_and_leaves_nothing(source: Path, tmp_path: Path) -> None:
+def test_a_disk_that_is_full_at_the_weights_is_one_line_and_leaves_nothing(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Safetensors has an error of its own for it."""
+    monkeypatch.setattr(sys, "stderr", io.StringIO())  # pytest's is a file
     with full_disk(), pytest.raises(DemoError, match="LORAPLEX_CACHE") as caught:
         ensure_converted(source, tmp_path / "base")
     assert "\n" not in str(caught.value)
