@@ -127,9 +127,7 @@ class Remembering:
         self._state = state
         self._known: dict[str, Remembered] = {}
         self._changing = threading.Lock()
-        self._writer = ThreadPoolExecutor(
-            1, "state"
-        )  # a disk that hangs holds up no loader
+        self._writer = ThreadPoolExecutor(1, "state")  # a disk that hangs holds up no loader
         self.is_written = True  # False: the last attempt failed, and the file may differ from what there is
         self.num_refused = 0
         self._trying: Future[None] | None = None
