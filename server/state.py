@@ -58,7 +58,7 @@ class Adapters(Protocol):
         replace: bool = False,
         pinned: bool = False,
         access: Access = OPERATOR,
-        around: Around = ...,
+        around: Around | None = None,
     ) -> AdapterVersion: ...
     def begin(
         self, name: str, source: str, *, replace: bool = False, access: Access = OPERATOR, stale: bool = False
@@ -127,7 +127,7 @@ class Remembering:
         self._state = state
         self._known: dict[str, Remembered] = {}
         self._changing = threading.Lock()
-        self._writer = ThreadPoolExecutor(1, "state")  # a disk that hangs holds up who changes something, nobody else
+        self._writer = ThreadPoolExecutor(1, "state")  # a disk that hangs holds up no loader
         self.is_written = True  # False: the last attempt failed, and the file may differ from what there is
         self.num_refused = 0
         self._trying: Future[None] | None = None
@@ -153,7 +153,14 @@ class Remembering:
                     self._rewrite()
                     raise
 
-        return await self._adapters.register(name, source, replace=replace, pinned=pinned, access=access, around=enter)
+        return await self._adapters.register(
+            name,
+            source,
+            replace=replace,
+            pinned=pinned,
+            access=access,
+            around=lambda point: self._writer.submit(enter, point),
+        )
 
     async def arrival(self, name: str) -> None:
         """As AdapterManager.arrival."""

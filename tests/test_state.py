@@ -9,6 +9,7 @@ import os
 import stat
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager
@@ -26,7 +27,7 @@ from loraplex.adapters.sources import OPERATOR, Access
 from loraplex.server.engine.adapter_manager import Around
 from loraplex.server.state import FILE, Remembered, Remembering, StateError, StateFile, StateNotKept
 from tests.support.full_disk import full_disk
-from tests.support.waiting import wait_for
+from tests.support.waiting import LIMIT, until, wait_for
 
 
 class Manager:
@@ -46,7 +47,7 @@ class Manager:
         replace: bool = False,
         pinned: bool = False,
         access: Access = OPERATOR,
-        around: Around = lambda point: point(),
+        around: Around | None = None,
     ) -> AdapterVersion:
         if "missing" in source:
             raise AdapterNotFound(f"{source}: no such folder")
@@ -57,7 +58,7 @@ class Manager:
             digest=source,
             replace=replace,
         )
-        return await asyncio.to_thread(around, point)
+        return point() if around is None else await asyncio.wrap_future(around(point))
 
     def begin(
         self, name: str, source: str, *, replace: bool = False, access: Access = OPERATOR, stale: bool = False
@@ -296,6 +297,24 @@ async def test_what_turns_out_to_be_taken_is_not_kept(tmp_path: Path) -> None:
     with patch.object(manager.registry, "get", return_value=None), pytest.raises(AdapterExists):
         await remembering.register("a", "/loaded")
     assert StateFile(tmp_path).read() == {}
+
+
+async def test_a_disk_that_hangs_holds_up_no_loader(tmp_path: Path) -> None:
+    """The name is given elsewhere than in the thread that has read the adapter: here the loop's."""
+    go_on, hung = threading.Event(), threading.Event()
+
+    def hang(handle: int) -> None:
+        hung.set()
+        go_on.wait(LIMIT)
+
+    remembering = Remembering(Manager(), StateFile(tmp_path))
+    with patch.object(os, "fsync", hang):
+        loading = asyncio.create_task(remembering.register("a", "/a"))
+        await until(hung.is_set)
+        assert not loading.done()
+        assert remembering.registry.list() == ()
+        go_on.set()
+        assert (await loading).name == "a"
 
 
 async def test_a_folder_that_cannot_be_flushed_is_no_trouble_where_there_is_nothing_to_flush(tmp_path: Path) -> None:

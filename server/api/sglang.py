@@ -235,7 +235,7 @@ def _outcome(parts: Parts, error: Exception | None = None) -> Response:
     if error is None:
         return JSONResponse({"success": True, "error_message": "", "loaded_adapters": loaded})
     known = to_adapter_route_error(error)
-    if known.status >= 500:
+    if known.status == 500:
         logger.error("an adapter could not be loaded or unloaded", exc_info=error)
     answer = {"success": False, "error_message": known.message, "loaded_adapters": loaded}
     return JSONResponse(answer, status_code=known.status if known.status >= 500 else 400)

@@ -26,8 +26,8 @@ logger = logging.getLogger(__name__)
 Point = Callable[[], AdapterVersion]
 """Changes what a name stands for. Raises AdapterError."""
 
-Around = Callable[[Point], AdapterVersion]
-"""Makes the change, with what has to be done before or after it."""
+Around = Callable[[Point], Future[AdapterVersion]]
+"""Makes the change, some time, with what has to be done before or after it."""
 
 
 class Info(Protocol):
@@ -86,12 +86,12 @@ class AdapterManager:
         replace: bool = False,
         pinned: bool = False,
         access: Access = OPERATOR,
-        around: Around = lambda point: point(),
+        around: Around | None = None,
     ) -> AdapterVersion:
         """Fetch and read all of `source` (see sources.py) in the background and give it `name`.
 
         pinned: on the device from soon on and never evicted, until it is unloaded.
-        around: called in a background thread once all is read, to give the name; what it raises is raised here.
+        around: called in a background thread once all is read, to have the name given; its result is the result.
 
         Raises InvalidAdapterName, AdapterExists (name taken and not `replace`), AdapterNotFound (no such folder or
         repository), AdapterRefused (damaged, for another base, unsupported, too large for this server's memory),
@@ -111,7 +111,7 @@ class AdapterManager:
         replace: bool = False,
         access: Access = OPERATOR,
         stale: bool = False,
-        around: Around = lambda point: point(),
+        around: Around | None = None,
     ) -> Future[AdapterVersion]:
         """register() without waiting: the future fails as it raises. Once cancelled, nothing is registered.
 
@@ -144,7 +144,10 @@ class AdapterManager:
                     tokenizer=loaded.tokenizer,
                     replace=replace,
                 )
-                outcome.set_result(around(point))
+                if around is None:
+                    outcome.set_result(point())
+                else:
+                    when_done(around(point), outcome, outcome.set_result)
 
         if not found.is_remote:
             load()

