@@ -13,7 +13,6 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +122,13 @@ class ChangedMeanwhile(AdapterRefused):
         )  # fmt: skip
 
 
+class NoFolder(AdapterRefused):
+    """There is none."""
+
+    def __init__(self) -> None:
+        super().__init__("missing_file", f"no such folder; expected one that holds {CONFIG_FILE} and {WEIGHTS_FILE}")
+
+
 def read_head(folder: Path, roots: Sequence[Path] = ()) -> AdapterHead:
     """Read the config and the header; `roots` as beneath.opened() has them.
 
@@ -130,8 +136,8 @@ def read_head(folder: Path, roots: Sequence[Path] = ()) -> AdapterHead:
     """
     with _folder(folder, roots) as place:
         config, config_stamp = _read_config(place, folder.name)
-        with _open_weights(place) as file:
-            return _read_head(file, place, config, config_stamp)
+        with _open_weights(place) as (handle, info):
+            return _read_head(handle, info, place, config, config_stamp)
 
 
 def read_bytes(
@@ -146,20 +152,18 @@ def read_bytes(
     """
     with _folder(folder, roots) as place:
         config, config_stamp = _read_config(place, folder.name)
-        with _open_weights(place) as file:
-            head = _read_head(file, place, config, config_stamp)
+        with _open_weights(place) as (handle, info):
+            head = _read_head(handle, info, place, config, config_stamp)
             digest = Hash()
             digest.take(config + len(head.header).to_bytes(8, "little") + head.header)
             data = memory(head.data_bytes)
             try:
                 for at in range(0, head.data_bytes, SLICE_BYTES):
-                    digest.read(
-                        OpenFile(file.fileno(), head.start + at), data[at : at + SLICE_BYTES], pace.READING_NICE
-                    )
+                    digest.read(OpenFile(handle, head.start + at), data[at : at + SLICE_BYTES], pace.READING_NICE)
                     breathe()
             except EOFError:
                 raise ChangedMeanwhile from None
-            if _stamp_of(os.fstat(file.fileno())) != head.stamp.weights:
+            if _stamp_of(os.fstat(handle)) != head.stamp.weights:
                 raise ChangedMeanwhile
     return AdapterBytes(head, data, digest.hexdigest())
 
@@ -168,8 +172,8 @@ def read_bytes(
 def known_weights(folder: Path, stamp: Stamp, roots: Sequence[Path] = ()) -> Iterator[int]:
     """The descriptor of the weights' file. Raises ChangedMeanwhile unless both files have `stamp`, before and after."""
     try:
-        with opened(folder, roots) as place, place.open(WEIGHTS_FILE) as descriptor:
-            if _look(place, os.fstat(descriptor)) != stamp:
+        with opened(folder, roots) as place, place.open(WEIGHTS_FILE) as (descriptor, info):
+            if _look(place, info) != stamp:
                 raise ChangedMeanwhile
             yield descriptor
             if _stamp_of(os.fstat(descriptor)) != stamp.weights:
@@ -268,43 +272,43 @@ def _folder(folder: Path, roots: Sequence[Path]) -> Iterator[Folder]:
     try:
         with opened(folder, roots) as place:
             yield place
+    except (FileNotFoundError, NotADirectoryError):
+        raise NoFolder from None
     except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ENOTDIR):
-            raise AdapterRefused(
-                "missing_file", f"no such folder; expected one that holds {CONFIG_FILE} and {WEIGHTS_FILE}"
-            ) from error
         raise _unreadable("the folder", error) from error
 
 
-def _read_head(file: FileIO, place: Folder, config: bytes, config_stamp: tuple[int, ...]) -> AdapterHead:
+def _read_head(
+    handle: int, info: os.stat_result, place: Folder, config: bytes, config_stamp: tuple[int, ...]
+) -> AdapterHead:
     """Raises AdapterRefused where it is no safetensors file at its very start."""
-    stamp = Stamp(config_stamp, _stamp_of(os.fstat(file.fileno())), tokenizer_files.stamps(place))
-    size = stamp.weights[2]
+    stamp = Stamp(config_stamp, _stamp_of(info), tokenizer_files.stamps(place))
+    size = info.st_size
     try:
-        start = _read_exactly(file, 8)
+        start = _read_exactly(handle, 8)
         length = int.from_bytes(start, "little")
         if b"version https://git-lfs".startswith(start):
             raise AdapterRefused("bad_file", f"{WEIGHTS_FILE} is a Git LFS pointer, not the weights; run git lfs pull")
         if length > min(size - 8, MAX_HEADER_BYTES):  # not shown: what begins otherwise may be anybody's file
             raise ValueError(f"it has {size} bytes, and does not begin with the length of a header that fits")
-        return AdapterHead(config, _read_exactly(file, length), size - 8 - length, stamp)
+        return AdapterHead(config, _read_exactly(handle, length), size - 8 - length, stamp)
     except (OSError, ValueError) as error:
         raise _bad_file(error) from error
 
 
-def _read_exactly(file: FileIO, count: int) -> bytes:
-    data = bytearray(count)
-    if file.readinto(data) != count:
+def _read_exactly(handle: int, count: int) -> bytes:
+    data = os.read(handle, count)
+    if len(data) != count:
         raise ValueError(f"it ends within the first {count} bytes of its header")
-    return bytes(data)
+    return data
 
 
 def _read_config(place: Folder, called: str) -> tuple[bytes, tuple[int, ...]]:
     try:
-        with place.open(CONFIG_FILE) as handle, open(handle, "rb", closefd=False) as file:
-            stamp = _stamp_of(os.fstat(handle))
-            data = file.read(MAX_CONFIG_BYTES + 1)
+        with place.open(CONFIG_FILE) as (handle, info):
+            data = os.read(handle, min(info.st_size, MAX_CONFIG_BYTES) + 1)
     except FileNotFoundError:
+        place.check()
         raise AdapterRefused(
             "missing_file",
             f"there is no {CONFIG_FILE}; is this the folder PEFT's save_pretrained wrote?"
@@ -314,7 +318,7 @@ def _read_config(place: Folder, called: str) -> tuple[bytes, tuple[int, ...]]:
         raise _unreadable(CONFIG_FILE, error) from error
     if len(data) > MAX_CONFIG_BYTES:
         raise AdapterRefused("too_large", f"{CONFIG_FILE} has more than {MAX_CONFIG_BYTES} bytes")
-    return data, stamp
+    return data, _stamp_of(info)
 
 
 def _where_adapters_are(place: Folder, called: str) -> str:
@@ -328,10 +332,10 @@ def _where_adapters_are(place: Folder, called: str) -> str:
 
 
 @contextmanager
-def _open_weights(place: Folder) -> Iterator[FileIO]:
+def _open_weights(place: Folder) -> Iterator[tuple[int, os.stat_result]]:
     try:
-        with place.open(WEIGHTS_FILE) as handle, open(handle, "rb", buffering=0, closefd=False) as file:
-            yield file
+        with place.open(WEIGHTS_FILE) as found:
+            yield found
     except FileNotFoundError:
         raise _no_weights(place) from None
     except OSError as error:

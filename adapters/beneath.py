@@ -98,16 +98,24 @@ class Folder:
             return stat.S_ISREG(self.stat(name).st_mode)
         return False
 
+    def check(self) -> None:
+        """Raise unless there is such a folder."""
+        os.close(self._hold(".", _FOLDER))
+
     @contextmanager
-    def open(self, name: str) -> Iterator[int]:
-        """The regular file that `name` leads to, for reading. Raises FileNotFoundError for what is none."""
-        if not stat.S_ISREG(self.stat(name).st_mode):  # to open a device may do something
+    def open(self, name: str) -> Iterator[tuple[int, os.stat_result]]:
+        """The regular file that `name` leads to, for reading. Raises FileNotFoundError for what is none.
+
+        With as few calls as can be: each lets go of the GIL, and may wait for it beside an engine at work.
+        """
+        if not self._roots and not self.has(name):  # it may be a device, and to open one may do something
             raise FileNotFoundError(errno.ENOENT, "it is no file")
         handle = self._hold(name, _FILE)
         try:
-            if not stat.S_ISREG(os.fstat(handle).st_mode):
+            info = os.fstat(handle)
+            if not stat.S_ISREG(info.st_mode):
                 raise FileNotFoundError(errno.ENOENT, "it is no file")
-            yield handle
+            yield handle, info
         finally:
             os.close(handle)
 
@@ -128,7 +136,10 @@ class Folder:
 
 @contextmanager
 def opened(folder: Path, roots: Sequence[Path] = ()) -> Iterator[Folder]:
-    """`folder`, which must not be led out of the last of `roots` (see roots_of). Raises OSError."""
+    """`folder`, which must not be led out of the last of `roots` (see roots_of), and below which it need not exist.
+
+    Raises OSError.
+    """
     with ExitStack() as held:
 
         def hold(handle: int) -> int:
@@ -143,9 +154,7 @@ def opened(folder: Path, roots: Sequence[Path] = ()) -> Iterator[Folder]:
         if not roots:
             yield Folder(handle)
             return
-        found = str(folder.relative_to(outer))
-        hold(open_below(handle, found, _FOLDER, outer))  # it is there
-        yield Folder(handle, tuple(roots), found)
+        yield Folder(handle, tuple(roots), str(folder.relative_to(outer)))
 
 
 def open_below(root: int, path: str, flags: int, named: Path | None) -> int:

@@ -98,6 +98,7 @@ class Downloads:
 
         tls: see HttpClient.
         """
+        self._folder = folder
         self._limits = limits or DownloadLimits()
         self._http = HttpClient(reach or Reach(), tls, self._limits.stall_seconds)
         self._lock = threading.Lock()
@@ -183,6 +184,11 @@ class Downloads:
             logger.info("adapter source %s is here after %.1f s", job.source.text, time.monotonic() - began)
         except AdapterError as error:
             outcome = _bare(error)
+        except OSError as error:  # of the folder: what goes wrong on the way is told as such
+            outcome = AdapterUnavailable(
+                f"{job.source.text} is not downloaded: {self._folder} cannot be written: {error.strerror}; "
+                "--download-dir moves it"
+            )
         except BaseException as error:
             logger.error("the download of %s failed unexpectedly: %s", job.source.text, type(error).__name__)
             outcome = AdapterUnavailable(f"{job.source.text} could not be downloaded: {type(error).__name__}")

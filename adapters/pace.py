@@ -31,25 +31,22 @@ BREATH_SECONDS = 5e-5
 """How long a breath is: a thread that waits for the GIL does not get it from one that lets go and takes it at once."""
 
 
-MAX_WORK = 0.02
-"""Seconds that one rest is for: what took longer since the last breath was no work of this thread's."""
-
-
 class Breath:
     """To be called between small pieces of work: lets others run when it is time, after looking at `check`."""
 
     def __init__(self, check: Callable[[], None], rest: float = 0.0) -> None:
-        """`check` may raise, to end the work. rest: seconds for each second of work; a breath is no shorter."""
-        self.rest = rest
+        """`check` may raise, to end the work. rest: seconds of sleep for each second of work, of this thread alone."""
         self._check = check
-        self._last = time.monotonic()
+        self._rest = rest
+        self._clock = time.thread_time if rest else time.monotonic  # what it waits for is no work
+        self._last = self._clock()
 
     def __call__(self) -> None:
         self._check()
-        worked = time.monotonic() - self._last
+        worked = self._clock() - self._last
         if worked >= SLICE_SECONDS:
-            time.sleep(max(BREATH_SECONDS, min(worked, MAX_WORK) * self.rest))
-            self._last = time.monotonic()
+            time.sleep(max(BREATH_SECONDS, worked * self._rest))
+            self._last = self._clock()
 
 
 def lower_priority() -> None:

@@ -28,6 +28,7 @@ from loraplex.adapters.adapter_files import (
     AdapterBytes,
     AdapterHead,
     ChangedMeanwhile,
+    NoFolder,
     Stamp,
     TensorInfo,
     known_weights,
@@ -159,9 +160,14 @@ class AdapterReader:
 
         Raises AdapterNotFound, and AdapterRefused with the folder's path before the reason.
         """
-        place = self._place(source)
+        roots = roots_of(source)
+        place = _Place(Path(source), roots) if roots else self._place(source)
         with _named(place.folder):
-            head = read_head(place.folder, place.roots)
+            try:
+                head = read_head(place.folder, place.roots)
+            except NoFolder:
+                self._locate(source)  # it says more
+                raise
             config = parse_config(head.config)
             alike = replace(config, base_model=None)
             if not config.alpha_pattern:  # else there are patterns to be looked at

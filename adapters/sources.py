@@ -119,7 +119,8 @@ def find_folder(text: str) -> Path:
     """The local folder `text`. Raises AdapterNotFound, AdapterRefused for one that may not be looked at."""
     try:
         path = Path(text).expanduser()
-        with opened(path, roots_of(text)):
+        with opened(path, roots_of(text)) as place:
+            place.check()
             return path
     except NotADirectoryError:
         raise AdapterNotFound(

@@ -198,7 +198,7 @@ def _text(data: bytes) -> str:
 
 
 def _read(place: Folder, name: str, whole: bool = True) -> bytes:
-    with place.open(name) as handle, open(handle, "rb", closefd=False) as file:
+    with place.open(name) as (handle, _), open(handle, "rb", closefd=False) as file:
         data = file.read(MAX_BYTES + 1)
     if whole and len(data) > MAX_BYTES:
         raise AdapterRefused("too_large", f"{name} has more than {MAX_BYTES} bytes")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -58,14 +59,14 @@ class FolderWatch:
     def look(self) -> list[Change]:
         """What the caller has to be told, by name. Raises OSError if the directory cannot be listed."""
         with os.scandir(self.directory) as entries:
-            names = sorted(entry.name for entry in entries if not entry.name.startswith("."))
+            found = sorted((entry.name, entry.is_symlink()) for entry in entries if not entry.name.startswith("."))
         now = {}
         with opened(self.directory, (self.directory,)) as place:
-            for name in names:
+            for name, is_link in found:
                 self._breathe()
-                config = _stamp(place, name, CONFIG_FILE)
+                config = _stamp(place, name, CONFIG_FILE, is_link)
                 if config:
-                    weights = _stamp(place, name, WEIGHTS_FILE)
+                    weights = _stamp(place, name, WEIGHTS_FILE, is_link)
                     now[name] = (config, weights, *tokenizer_files.stamps(place, name))
         before, self._seen = self._seen, now
         changes = [self._change(name, stamps) for name, stamps in now.items() if self._is_ripe(name, stamps, before)]
@@ -101,12 +102,16 @@ def file_stamp(path: str | Path) -> FileStamp:
         return ()
 
 
-def _stamp(place: Folder, name: str, file: str) -> FileStamp:
+def _stamp(place: Folder, name: str, file: str, is_link: bool) -> FileStamp:
     """The same of a file in the folder `name` in `place`; of what stands in `place` where a link leads out of that.
 
-    It is there then, and registering it says what is wrong with it.
+    It is there then, and registering it says what is wrong with it. is_link: whether the folder is one; most are none,
+    nor are their files, and take one call.
     """
     try:
+        info = None if is_link else place.link(f"{name}/{file}")
+        if info is not None and not stat.S_ISLNK(info.st_mode):
+            return _stamp_of(info)
         return _stamp_of(place.stat(f"{name}/{file}"))
     except OSError as error:
         return _stamp_of(place.link(name)) if error.errno == errno.EXDEV else ()

@@ -37,8 +37,7 @@ SHARE = 0.02
 """Of a core's time that looking may take: where a look takes 100 ms, it is every 5 s."""
 
 REST = 3.0
-"""Seconds of rest for each second of registering: 5,000 adapters that appear at once take 7 s, not 2, of which others
-notice nothing."""
+"""Seconds of rest for each second of a core: 5,000 adapters that appear at once take 1 s of one, and 4 s or more."""
 
 RETRY_SECONDS = 5.0
 MAX_RETRY_SECONDS = 300.0
@@ -73,8 +72,8 @@ class Follower:
     ) -> None:
         """named: wishes beside those of the file. Raises AdapterListError when the file cannot be followed."""
         self._manager = manager
-        self._breathe = Breath(lambda: None)
-        self._watch = None if directory is None else FolderWatch(directory, self._breathe)
+        self._breath = Breath(lambda: None)
+        self._watch = None if directory is None else FolderWatch(directory, lambda: self._breath())
         self._look_seconds = 0.0  # of a core, that the last look took
         self._list_file = list_file
         self._list_stamp: FileStamp = ()
@@ -111,7 +110,7 @@ class Follower:
 
     def _run(self) -> None:
         lower_priority()
-        self._breathe.rest = REST
+        self._breath = Breath(lambda: None, REST)
         while not self._stop.wait(max(self._interval, self._look_seconds / SHARE)):
             try:
                 self.tick()
@@ -132,7 +131,7 @@ class Follower:
             if self._stop.is_set():
                 return
             self._apply(change)
-            self._breathe()
+            self._breath()
 
     def _apply(self, change: Change) -> None:
         registry, folder = self._manager.registry, change.folder

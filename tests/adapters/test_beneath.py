@@ -50,7 +50,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def content(folder: Path, name: str, roots: tuple[Path, ...]) -> str:
-    with opened(folder, roots) as place, place.open(name) as handle:
+    with opened(folder, roots) as place, place.open(name) as (handle, _):
         return os.read(handle, 100).decode()
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +14,7 @@ import safetensors.torch
 import torch
 
 from loraplex.adapters import reader
-from loraplex.adapters.errors import AdapterRefused
+from loraplex.adapters.errors import AdapterNotFound, AdapterRefused
 from loraplex.adapters.host_store import HostStore, host_bytes
 from loraplex.adapters.loader import Loader, Priority
 from loraplex.adapters.reader import AdapterReader
@@ -20,6 +22,7 @@ from loraplex.adapters.registry import AdapterVersion, Registry
 from loraplex.adapters.tiles import AdapterImage, BaseLayout
 from loraplex.kernels.metadata import Projection, Site
 from support.adapter_reading import put, read, same_image, write_adapter
+from support.ordinary_user import ordinary_user, reachable_folder
 from tests.support.waiting import LIMIT
 
 WEIGHTS = "adapter_model.safetensors"
@@ -216,3 +219,68 @@ def test_files_rewritten_under_load(rig: Rig, tmp_path: Path, in_place: bool) ->
             assert error.code == "changed"  # noqa: PT017
     assert rig.current("a").digest == last.digest
     assert rig.registry.draining() == ()
+
+
+@pytest.mark.parametrize("harm", ["cut short", "emptied", "deleted", "folder deleted", "made a folder", "shut"])
+def test_a_folder_that_is_harmed_while_loads_run(harm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Again and again, at any moment of a load: it is refused by name, or has the right bytes."""
+    monkeypatch.setattr(reader, "CHANGED_RETRIES", 2)
+    with reachable_folder() as place:
+        place.chmod(0o777)
+        with ordinary_user():
+            _harm_while_loading(place / "sql", harm)
+
+
+def _harm_while_loading(path: Path, harm: str) -> None:
+    folder = write_adapter(path, LAYOUT)
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    rig = Rig()
+    digest = read(rig.reader, folder).digest
+    over = threading.Event()
+
+    def harm_and_mend() -> None:
+        while not over.is_set():
+            _harm(folder, harm)
+            _mend(folder, files)
+
+    thread = threading.Thread(target=harm_and_mend)
+    thread.start()
+    seen = set()
+    try:
+        for i in range(150):
+            try:
+                seen.add(read(rig.reader, folder, fresh=i % 2 == 0).digest)
+            except (AdapterRefused, AdapterNotFound) as error:
+                seen.add(type(error).__name__)
+    finally:
+        over.set()
+        thread.join()
+    assert seen <= {digest, "AdapterRefused", "AdapterNotFound", "ChangedMeanwhile"}
+    assert read(rig.reader, folder).digest == digest
+
+
+def _harm(folder: Path, how: str) -> None:
+    weights = folder / WEIGHTS
+    match how:
+        case "cut short":
+            os.truncate(weights, 5000)
+        case "emptied":
+            os.truncate(weights, 0)
+        case "deleted":
+            weights.unlink()
+        case "folder deleted":
+            shutil.rmtree(folder)
+        case "made a folder":
+            weights.unlink()
+            weights.mkdir()
+        case "shut":
+            folder.chmod(0)
+
+
+def _mend(folder: Path, files: dict[str, bytes]) -> None:
+    folder.mkdir(exist_ok=True)
+    folder.chmod(0o755)
+    if (folder / WEIGHTS).is_dir():
+        (folder / WEIGHTS).rmdir()
+    for name, content in files.items():
+        put(folder / name, content)

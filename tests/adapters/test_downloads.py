@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import errno
 import gzip
 import hashlib
 import logging
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -25,6 +27,7 @@ from loraplex.adapters.addresses import Reach
 from loraplex.adapters.downloads import DownloadLimits, Downloads
 from loraplex.adapters.errors import AdapterNotFound, AdapterRefused, AdapterUnavailable
 from loraplex.adapters.sources import Source, parse_source
+from support.ordinary_user import ordinary_user, reachable_folder
 from support.web_server import Page, WebServer, web_server
 from tests.adapters.test_archive import tar
 from tests.support.waiting import LIMIT, wait_for
@@ -441,3 +444,76 @@ def test_secrets_are_in_no_log_and_no_error(make: Make, web: WebServer, caplog: 
 
 def test_the_digest_of_a_key_tells_sources_apart() -> None:
     assert downloads_module.key_of("a") == hashlib.sha256(b"a").hexdigest()[:32] != downloads_module.key_of("b")
+
+
+# ---- a folder that cannot take it ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "call", ["os.open", "os.mkdir", "os.write", "os.fsync", "os.rename", "os.utime", "shutil.rmtree", "os.scandir"]
+)
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.EIO])
+def test_a_folder_that_fails_in_any_call(
+    make: Make, web: WebServer, monkeypatch: pytest.MonkeyPatch, call: str, code: int
+) -> None:
+    """Whichever call it is: the server is at fault, says so, and has it once the folder is well again."""
+    downloads = make()
+    web.pages["/archive.tar"] = Page(tar({"adapter_config.json": CONFIG, "adapter_model.safetensors": WEIGHTS}))
+    module = {"os": os, "shutil": shutil}[call.partition(".")[0]]
+    name = call.partition(".")[2]
+    real = getattr(module, name)
+
+    def fail(*args: Any, **options: Any) -> Any:
+        if threading.current_thread().name != "adapter-download":
+            return real(*args, **options)
+        raise OSError(code, os.strerror(code))
+
+    for url in (web.url("/sql"), web.url("/archive.tar")):
+        with monkeypatch.context() as patched:
+            patched.setattr(module, name, fail)
+            outcome = downloads.fetch(parse_source(url)).exception(LIMIT)
+        assert outcome is None or isinstance(outcome, AdapterUnavailable)
+        assert outcome is None or os.strerror(code) in str(outcome) or "no room" in str(outcome)
+        assert content(get(downloads, url)) == (CONFIG, WEIGHTS)
+
+
+def test_a_folder_that_is_another_users(web: WebServer) -> None:
+    with reachable_folder() as place:
+        (place / "cache").mkdir(mode=0o755)
+        downloads = Downloads(place / "cache", reach=Reach(("localhost",)), tls=web.tls)
+        with ordinary_user(), pytest.raises(AdapterUnavailable, match=r"Permission denied; --download-dir"):
+            get(downloads, web.url("/sql"))
+        assert content(get(downloads, web.url("/sql"))) == (CONFIG, WEIGHTS)
+        downloads.close()
+
+
+def test_a_disk_that_is_full(web: WebServer, tmp_path: Path) -> None:
+    """The kernel's own word, from a process that may write 300,000 bytes to a file."""
+    script = """
+import resource, signal, ssl, sys
+from pathlib import Path
+from loraplex.adapters.addresses import Reach
+from loraplex.adapters.downloads import Downloads
+from loraplex.adapters.errors import AdapterUnavailable
+from loraplex.adapters.sources import parse_source
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+downloads = Downloads(Path(sys.argv[1]), reach=Reach(("localhost",)))
+for url in sys.argv[2:]:
+    try:
+        downloads.fetch(parse_source(url)).result(60)
+    except AdapterUnavailable as error:
+        print(error)
+"""
+    with web_server(secure=False) as plain:
+        put(plain, "/sql")
+        plain.pages["/z.tar.gz"] = Page(
+            gzip.compress(tar({"adapter_config.json": CONFIG, "adapter_model.safetensors": bytes(900_000)}))
+        )
+        urls = [plain.url("/sql"), plain.url("/z.tar.gz")]
+        done = subprocess.run(
+            [sys.executable, "-c", script, str(tmp_path), *urls], capture_output=True, text=True, check=True
+        )
+    told = done.stdout.splitlines()
+    assert len(told) == 2
+    assert all("File too large" in line for line in told), told

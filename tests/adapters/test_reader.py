@@ -13,7 +13,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from loraplex.adapters import adapter_files, reader
+from loraplex.adapters import adapter_files, beneath, reader
+from loraplex.adapters.beneath import below
 from loraplex.adapters.errors import AdapterNotFound, AdapterRefused
 from loraplex.adapters.loader import LoadCancelled, Reading
 from loraplex.adapters.reader import AdapterReader
@@ -268,3 +269,38 @@ def test_a_reading_can_be_given_up_anywhere(folder: Path) -> None:
         with pytest.raises(LoadCancelled):
             own.read(Reading(str(folder), True, breathe))
     assert same_image(read(own, folder).image, expected.image)
+
+
+def test_what_registration_asks_of_the_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every call gives up the GIL, and beside an engine at work may wait for it: 5,000 folders at once took 25 s."""
+    folder = write_adapter(tmp_path / "sql", LAYOUT)
+    own = make_reader()
+    calls: list[str] = []
+    for name in ("open", "read", "fstat", "close", "stat", "scandir"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, _n=name, _r=real, **k: (calls.append(_n), _r(*a, **k))[1])
+    for _ in range(2):
+        calls.clear()
+        assert own.examine(below(tmp_path, "sql")).rank
+    assert len(calls) <= 12 + 2 * (not beneath._has_openat2()) * 4, calls
+    assert calls.count("read") == 3
+    assert folder.is_dir()
+
+
+def test_adapters_that_differ_in_scaling_are_registered_by_one_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[int] = []
+    real = reader.draw_blueprint
+    monkeypatch.setattr(reader, "draw_blueprint", lambda *args: (drawn.append(1), real(*args))[1])
+    own = make_reader()
+    for alpha in range(1, 30):
+        assert own.examine(str(write_adapter(tmp_path / str(alpha), LAYOUT, alpha=alpha))).rank == 4
+    assert len(drawn) == 1
+    images = [read(own, tmp_path / str(alpha)).image for alpha in (1, 2)]
+    assert not same_image(*images), "the scaling is in the image"
+    folder = write_adapter(tmp_path / "odd", LAYOUT)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    put(folder / "adapter_config.json", json.dumps({**config, "alpha_pattern": {"(": 2}}).encode())
+    with pytest.raises(AdapterRefused, match="alpha_pattern"):
+        own.examine(str(folder))

@@ -129,3 +129,38 @@ def test_what_differs_in_secrets_or_rights_is_another_source() -> None:
     assert len(set(texts)) == len(texts)
     assert [parse_source("acme/sql", access).text for access in accesses] == texts[:4]
     assert parse_source("s3://b/a", Access("a")).text == "s3://b/a", "a bucket is told nothing of tokens for the Hub"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "s3://169.254.169.254/x",
+        "gs://127.0.0.1/latest/meta-data",
+        "s3://0xa9.254.169.254/x",
+        "s3://0251.0376.0251.0376/x",
+        "s3://127.1/x",
+        "hf://169.254.169.254/x",
+        "169.254.169.254/x@main",
+    ],
+)
+def test_addresses_are_no_buckets_and_no_organisations(text: str) -> None:
+    """Refused as they are read: nobody is asked anything about them."""
+    with pytest.raises(AdapterRefused, match="has an address in place of a name") as caught:
+        parse_source(text)
+    assert caught.value.code == "forbidden"
+
+
+@pytest.mark.parametrize("text", ["s3://123456789012/x", "s3://my.bucket.1/x", "s3://1.2.3.4.5/x", "1x.2/y", "v1.5/x"])
+def test_names_with_numbers_in_them(text: str) -> None:
+    assert parse_source(text).is_remote
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["x" * 300, "/" + "x" * 300, "~nosuch/x", "~nosuch", "file://~nosuch", "/proc/self/mem/x", "\ud800", "/\udcff"],
+)
+def test_what_no_file_system_takes_is_not_found(text: str) -> None:
+    """Each of them was a failure of the server's: OSError, RuntimeError, UnicodeEncodeError."""
+    with pytest.raises(AdapterNotFound) as caught:
+        find_folder(parse_source(text).place)
+    str(caught.value).encode()

@@ -14,6 +14,7 @@ import openai
 import pytest
 from starlette.routing import Route
 
+from loraplex.adapters.beneath import below
 from loraplex.adapters.errors import AdapterRefused
 from loraplex.server.access import Access
 from loraplex.server.api.parts import LocalSources
@@ -367,6 +368,43 @@ async def test_a_path_gives_nobody_more_than_the_name_does(guarded: Guarded, tmp
     assert {answer[:2] for place, answer in answers.items() if place != "shared"} == {(400, 400)}
     assert answers["private"][2] == answers["absent"][2] == answers["mine"][2]
     assert (await root.post("/v1/load_lora_adapter", json=load("x", f"{tmp_path}/named/private"))).status_code == 200
+
+
+async def test_what_a_request_may_load_stays_where_it_was_looked_at(guarded: Guarded, tmp_path: Path) -> None:
+    """The source that is kept says what it must not be led out of, whatever is put in its place later."""
+    for name in ("in/side", "named/shared/checkpoint-9", "named/private", "named/..data/sql"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "in/link").symlink_to("side")
+    (tmp_path / "door").symlink_to("in")
+    (tmp_path / "named/alias").symlink_to("shared")
+    (tmp_path / "named/sql").symlink_to("..data/sql")
+    guarded.parts = {"local_sources": LocalSources((tmp_path / "in",), tmp_path / "named")}
+    guarded.access._keyring = Keyring({digest_of("k"): KEYS[BOB], digest_of(ROOT): KEYS[ROOT]})
+    bob, root = await guarded.clients("k", ROOT)
+    inside, named = tmp_path / "in", tmp_path / "named"
+    expected = {
+        "in/side": below(inside, "side"),
+        "in/link": below(inside, "link"),
+        "in/../in/./side": below(inside, "side"),
+        "in": below(inside, "."),
+        "door/side": below(inside, "side"),
+        "named/shared": below(named, "shared", "."),
+        "named/shared/checkpoint-9": below(named, "shared", "checkpoint-9"),
+        "named/alias": below(named, "shared", "."),
+    }
+    for i, (path, source) in enumerate(expected.items()):
+        for given in (f"{tmp_path}/{path}", f"file://{tmp_path}/{path}"):
+            answer = await bob.post("/v1/load_lora_adapter", json=load(f"byte/a{i}", given, load_inplace=True))
+            assert answer.status_code == 200
+            version = guarded.server.adapters.registry.get(f"byte/a{i}")
+            assert version is not None
+            assert version.source == source
+    cards = {card["id"]: card["root"] for card in (await bob.get("/v1/models")).json()["data"]}
+    assert cards["byte/a1"] == f"{inside}/link", "as it was given"
+    await root.post("/v1/load_lora_adapter", json=load("all", f"{named}/sql"))
+    version = guarded.server.adapters.registry.get("all")
+    assert version is not None
+    assert version.source == below(named, "sql"), "an admin may use all of them: the link may be turned elsewhere"
 
 
 @pytest.mark.parametrize("route", ["/v1/load_lora_adapter", "/v1/completions"])

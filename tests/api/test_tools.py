@@ -14,7 +14,7 @@ import pytest
 from numpy.typing import NDArray
 
 from loraplex.server.api.call_objects import CallArguments, CallStart, Piece, Text
-from loraplex.server.api.conversation import Conversation
+from loraplex.server.api.conversation import Dialogue
 from loraplex.server.api.tool_formats import MAX_CALLS, ToolFormat, find_format
 from loraplex.server.engine.grammar import Grammars, GrammarSpec
 from loraplex.server.engine.request import Constraint
@@ -238,9 +238,9 @@ async def test_many_tools_keep_nobody_else_waiting(
 ) -> None:
     """Their rules and the prompt that tells of them are made in other threads than the event loop's."""
     threads: dict[str, threading.Thread] = {}
-    render, rules = Conversation._render, ToolFormat.grammar
+    render, rules = Dialogue._render, ToolFormat.grammar
 
-    def rendering(self: Conversation, *args: Any) -> str:
+    def rendering(self: Dialogue, *args: Any) -> str:
         threads["prompt"] = threading.current_thread()
         return render(self, *args)
 
@@ -248,7 +248,7 @@ async def test_many_tools_keep_nobody_else_waiting(
         threads["rules"] = threading.current_thread()
         return rules(self, *args, **kwargs)
 
-    monkeypatch.setattr(Conversation, "_render", rendering)
+    monkeypatch.setattr(Dialogue, "_render", rendering)
     monkeypatch.setattr(ToolFormat, "grammar", ruling)
     for count, elsewhere in ((1, False), (100, True)):
         tools = [{"type": "function", "function": {"name": f"f{i}", "description": "x" * 50}} for i in range(count)]

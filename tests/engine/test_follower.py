@@ -5,22 +5,31 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
+import torch
 
 from loraplex.adapters.downloads import Downloads
 from loraplex.adapters.errors import AdapterNotFound, AdapterRefused, AdapterUnavailable, InvalidAdapterName
+from loraplex.adapters.host_store import HostStore
 from loraplex.adapters.loader import Loader
+from loraplex.adapters.reader import AdapterReader
 from loraplex.adapters.registry import AdapterVersion, Registry
 from loraplex.adapters.sources import Source
+from loraplex.adapters.tiles import BaseLayout
+from loraplex.kernels.metadata import Projection, Site
 from loraplex.server.engine.adapter_list import AdapterListError, Wish, parse_list
 from loraplex.server.engine.adapter_manager import AdapterManager
 from loraplex.server.engine.follower import Follower
 from tests.engine.test_adapter_manager import Images, Reader
+from tests.support.adapter_reading import write_adapter
 from tests.support.waiting import LIMIT, wait_for
+
+LAYOUT = BaseLayout("tiny-base", 2, (Projection("self_attn.q_proj", Site.QKV, 32, 0, 32, False),), 1024, torch.float32)
 
 Until = Callable[[Callable[[], bool]], None]
 
@@ -371,3 +380,71 @@ def test_the_thread_follows_by_itself(world: World) -> None:
         wait_for(lambda: world.names() == ["a"])
     finally:
         follower.stop()
+
+
+def test_what_takes_long_to_register_does_not_keep_it_from_looking(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Looking has its share of a core; 5,000 adapters that took 25 s to register had 20 minutes of rest after them."""
+    pauses: list[float] = []
+    register, follower = (
+        world.manager.register_unread,
+        Follower(world.manager, directory=world.directory, interval=0.02),
+    )
+    wait = follower._stop.wait
+    monkeypatch.setattr(follower._stop, "wait", lambda pause: (pauses.append(pause), wait(min(pause, 0.02)))[1])
+
+    def slowly(folder: Path) -> AdapterVersion | None:
+        threading.Event().wait(0.5)
+        return register(folder)
+
+    monkeypatch.setattr(world.manager, "register_unread", slowly)
+    follower.start()
+    try:
+        world.adapter("a")
+        wait_for(lambda: world.names() == ["a"])
+        world.adapter("b")
+        wait_for(lambda: world.names() == ["a", "b"])
+    finally:
+        follower.stop()
+    assert max(pauses) < 10, "half a second of registering was 25 s of it"
+
+
+def test_links_in_the_folder_are_followed_as_far_as_it_goes(tmp_path: Path) -> None:
+    """With real files: as Kubernetes lays them out, an operator's own within the folder, and one out of it."""
+    watched, elsewhere = tmp_path / "adapters", tmp_path / "elsewhere"
+    reader = AdapterReader(LAYOUT, lambda *_: None, 1000)
+    registry = Registry()
+    manager = AdapterManager(registry, Loader(reader.read, HostStore(1 << 24), registry), reader)
+    write_adapter(watched / "..2026_11_29" / "sql", LAYOUT)
+    write_adapter(watched / "..2026_11_30" / "sql", LAYOUT, seed=2)
+    (watched / "..data").symlink_to("..2026_11_29")
+    (watched / "sql").symlink_to("..data/sql")
+    write_adapter(watched / "v3", LAYOUT)
+    (watched / "latest").symlink_to(watched / "v3")
+    write_adapter(elsewhere, LAYOUT)
+    (watched / "out").symlink_to(elsewhere)
+    follower = Follower(manager, directory=watched)
+    try:
+        until(follower, lambda: len(registry.list()) == 3)
+        assert [version.name for version in registry.list()] == ["latest", "sql", "v3"]
+        refused = registry.refused["out"]
+        assert refused.code == "forbidden"
+        assert "a link leads out of the folder" in str(refused)
+        version = registry.get("sql")
+        assert version is not None
+        assert version.origin == f"{watched}/sql"
+        first = manager.loader.ensure(version).result(LIMIT).digest
+        (watched / "..tmp").symlink_to("..2026_11_30")
+        (watched / "..tmp").rename(watched / "..data")
+
+        def digest() -> str | None:
+            now = registry.get("sql")
+            return None if now is None else now.digest
+
+        until(follower, lambda: digest() not in (None, first))
+        (watched / "out").unlink()
+        write_adapter(watched / "out", LAYOUT)
+        until(follower, lambda: registry.get("out") is not None)
+    finally:
+        manager.close()
