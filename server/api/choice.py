@@ -94,6 +94,7 @@ class Wanted:
         False  # scored tokens come when all of their text is out; the one that stops, without text, too
     )
     echo: bool = False  # the prompt comes before the answer, with its own log probabilities if there are any
+    beside: int = 1  # generations that make up one answer, this one included
     prompt_only: bool = False  # nothing of the answer is shown
     pooling: Pooling | None = None  # the prompt as one vector
     watermark: bool = False  # see SamplingParams

@@ -17,7 +17,7 @@ from typing import TypeVar
 from loraplex.server.api.choice import Choice, Delta, Echo, Prompt, Wanted
 from loraplex.server.api.direct import DirectBody
 from loraplex.server.api.errors import ApiError, InvalidField, to_api_error
-from loraplex.server.api.limits import check_sequences
+from loraplex.server.api.limits import check_scores, check_sequences
 from loraplex.server.api.names import Mix, leased
 from loraplex.server.api.parts import Base, Parts
 from loraplex.server.api.sampling import SamplingSpec
@@ -206,6 +206,9 @@ class Generation:
         for prompt in prompts:
             check_prompt(prompt.ids, base, param)
         self.prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
+        if self._wanted.echo and self._wanted.logprobs is not None:
+            answers = n * self._wanted.beside
+            check_scores(self.prompt_tokens, answers, self._wanted.logprobs, param, self._parts.limits)
         self.thought = prompts[0].thought
         return prompts
 

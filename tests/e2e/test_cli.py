@@ -176,6 +176,7 @@ assert not heavy, heavy
         *("--max-model-len", "--memory", "--host-memory", "--max-loras", "--max-num-seqs", "--token-budget"),
         *("--max-waiting", "--max-waiting-tokens", "--loader-threads", "NAME=PATH", "BASE"),
         *("--max-body", "--max-prompts", "--max-n", "--max-stops", "--max-logit-bias", "--max-tools", "--max-schema"),
+        "--max-scores",
     ):
         assert flag in shown["serve"]
     assert "loraplex[otel]" in shown["serve"], "rich takes [otel] for a colour unless it is told otherwise"
