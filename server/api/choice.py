@@ -141,6 +141,7 @@ class Choice:
     ) -> None:
         self.params = request.params
         self.num_tokens = 0
+        self._paid = 0  # of them
         self.finish_reason = "abort"  # unless it comes to an end of its own
         self._index = index
         self._request = request
@@ -206,6 +207,11 @@ class Choice:
             self._count(event)
             texts.append(self._detokenizer.push(event.token_id))
         return texts
+
+    def take_unpaid(self) -> int:
+        """Tokens since the last time."""
+        unpaid, self._paid = self.num_tokens - self._paid, self.num_tokens
+        return unpaid
 
     def abort(self) -> None:
         """End it here, with what there is."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -63,7 +63,6 @@ class Generation:
         )
         self._arrival = time.monotonic()
         self._caller = current_caller()
-        self._charged = 0  # generated tokens that the caller has paid for
         self._choices: list[Choice] = []
         self.key = secrets.token_hex(16)  # unique; part of ids on the wire
         self.client_id: str | None = None  # the client's own name for it, to abort it by
@@ -128,10 +127,10 @@ class Generation:
                     # nearly always there is one: no tasks, no queue
                     async with aclosing(sources[0] if len(sources) == 1 else merge(sources)) as deltas:
                         async for delta in deltas:
-                            self._charge()
+                            self._charge(choices[delta.index : delta.index + 1])
                             yield delta
             finally:
-                self._charge()
+                self._charge(choices)
                 await self._end()
 
     def divert(self, body: DirectBody, chunk: Callable[[str], bytes]) -> None:
@@ -150,7 +149,7 @@ class Generation:
             texts = choice.take_plain(events)
             if content := b"".join([chunk(text) for text in texts if text]):
                 body.write(content)
-            self._charge()
+            self._charge((choice,))
             return len(texts)
 
         choice.divert(shortcut)
@@ -182,9 +181,11 @@ class Generation:
 
     async def _end(self) -> None:
         """Close all choices and tell of them."""
-        exchange = current_exchange()
+        exchange, turn = current_exchange(), Turn()
         for choice in self._choices:
             await choice.close()
+        for choice in self._choices:
+            await turn.take()
             times = choice.times()
             self._parts.metrics.choice_ended(
                 times, self._caller.key.tenant, times.ended - self._arrival, choice.params.max_tokens
@@ -192,11 +193,10 @@ class Generation:
             if exchange is not None:
                 exchange.add(times)
 
-    def _charge(self) -> None:
-        """Let the caller pay for what was generated since."""
-        total = 0 if self._wanted.prompt_only else sum([choice.num_tokens for choice in self._choices])
-        self._caller.pay_answer(total - self._charged)
-        self._charged = total
+    def _charge(self, choices: Iterable[Choice]) -> None:
+        """Let the caller pay for what they generated since."""
+        if not self._wanted.prompt_only:
+            self._caller.pay_answer(sum([choice.take_unpaid() for choice in choices]))
 
     async def _prompts(self) -> list[Prompt]:
         base, param = self._parts.base, self._source.param
