@@ -53,6 +53,7 @@ class RequestLimits:
     max_tools: int = 128
     max_schema_bytes: int = 65_536  # of a schema, grammar or expression; a dense one takes ms per 1,000 to compile
     max_schema_depth: int = 64  # objects and lists in each other; two make a level of what the schema describes
+    max_scores: int = 1 << 20  # log-probabilities of prompts' tokens, those of the likeliest ones included
 
 
 @dataclass(frozen=True)

@@ -244,6 +244,10 @@ class LimitOptions:
     max_schema_depth: Annotated[
         int, Option(metavar="N", min=1, help="Objects and lists in each other in a JSON schema.")
     ] = REQUEST.max_schema_depth
+    max_scores: Annotated[
+        int,
+        Option(metavar="N", min=1, help="Log-probabilities of prompts: tokens times answers times 1 + the likeliest."),
+    ] = REQUEST.max_scores
 
     def config(self) -> RequestLimits:
         return RequestLimits(
@@ -256,6 +260,7 @@ class LimitOptions:
             self.max_tools,
             self.max_schema,
             self.max_schema_depth,
+            self.max_scores,
         )
 
 

@@ -94,6 +94,7 @@ class Wanted:
         False  # scored tokens come when all of their text is out; the one that stops, without text, too
     )
     echo: bool = False  # the prompt comes before the answer, with its own log probabilities if there are any
+    beside: int = 1  # generations that make up one answer, this one included
     prompt_only: bool = False  # nothing of the answer is shown
     pooling: Pooling | None = None  # the prompt as one vector
     watermark: bool = False  # see SamplingParams
@@ -156,6 +157,7 @@ class Choice:
     ) -> None:
         self.params = request.params
         self.num_tokens = 0
+        self._paid = 0  # of them
         self.finish_reason = "abort"  # unless it comes to an end of its own
         self._index = index
         self._request = request
@@ -221,6 +223,11 @@ class Choice:
             self._count(event)
             texts.append(self._detokenizer.push(event.token_id))
         return texts
+
+    def take_unpaid(self) -> int:
+        """Tokens since the last time."""
+        unpaid, self._paid = self.num_tokens - self._paid, self.num_tokens
+        return unpaid
 
     def abort(self) -> None:
         """End it here, with what there is."""

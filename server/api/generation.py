@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from typing import TypeVar
@@ -17,7 +17,7 @@ from typing import TypeVar
 from loraplex.server.api.choice import Choice, Delta, Echo, Prompt, PromptSource, Wanted
 from loraplex.server.api.direct import DirectBody
 from loraplex.server.api.errors import ApiError, InvalidField, to_api_error
-from loraplex.server.api.limits import check_sequences
+from loraplex.server.api.limits import check_scores, check_sequences
 from loraplex.server.api.names import Mix, leased
 from loraplex.server.api.parts import Base, Parts
 from loraplex.server.api.sampling import SamplingSpec
@@ -54,7 +54,6 @@ class Generation:
         )
         self._arrival = time.monotonic()
         self._caller = current_caller()
-        self._charged = 0  # generated tokens that the caller has paid for
         self._choices: list[Choice] = []
         self.key = secrets.token_hex(16)  # unique; part of ids on the wire
         self.client_id: str | None = None  # the client's own name for it, to abort it by
@@ -121,10 +120,10 @@ class Generation:
                     # nearly always there is one: no tasks, no queue
                     async with aclosing(sources[0] if len(sources) == 1 else merge(sources)) as deltas:
                         async for delta in deltas:
-                            self._charge()
+                            self._charge(choices[delta.index : delta.index + 1])
                             yield delta
             finally:
-                self._charge()
+                self._charge(choices)
                 await self._end()
 
     def divert(self, body: DirectBody, chunk: Callable[[str], bytes]) -> None:
@@ -143,7 +142,7 @@ class Generation:
             texts = choice.take_plain(events)
             if content := b"".join([chunk(text) for text in texts if text]):
                 body.write(content)
-            self._charge()
+            self._charge((choice,))
             return len(texts)
 
         choice.divert(shortcut)
@@ -175,9 +174,11 @@ class Generation:
 
     async def _end(self) -> None:
         """Close all choices and tell of them."""
-        exchange = current_exchange()
+        exchange, turn = current_exchange(), Turn()
         for choice in self._choices:
             await choice.close()
+        for choice in self._choices:
+            await turn.take()
             times = choice.times()
             self._parts.metrics.choice_ended(
                 times, self._caller.key.tenant, times.ended - self._arrival, choice.params.max_tokens
@@ -185,11 +186,10 @@ class Generation:
             if exchange is not None:
                 exchange.add(times)
 
-    def _charge(self) -> None:
-        """Let the caller pay for what was generated since."""
-        total = 0 if self._wanted.prompt_only else sum([choice.num_tokens for choice in self._choices])
-        self._caller.pay_answer(total - self._charged)
-        self._charged = total
+    def _charge(self, choices: Iterable[Choice]) -> None:
+        """Let the caller pay for what they generated since."""
+        if not self._wanted.prompt_only:
+            self._caller.pay_answer(sum([choice.take_unpaid() for choice in choices]))
 
     async def _prompts(self) -> list[Prompt]:
         base, source, tokenizer = self._parts.base, self._source, self.tokenizer
@@ -208,6 +208,9 @@ class Generation:
         for prompt in prompts:
             check_prompt(prompt.ids, base, source.param)
         self.prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
+        if self._wanted.echo and self._wanted.logprobs is not None:
+            answers = n * self._wanted.beside
+            check_scores(self.prompt_tokens, answers, self._wanted.logprobs, param, self._parts.limits)
         self.thought = prompts[0].thought
         return prompts
 

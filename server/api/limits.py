@@ -37,6 +37,12 @@ _PROMPTS = _Bound(lambda limits: limits.max_prompts, "--max-prompts", " prompts"
 _SEQUENCES = _Bound(
     lambda limits: limits.max_prompts, "--max-prompts", " sequences (prompts times answers)", "ask for fewer at once"
 )
+_SCORES = _Bound(
+    lambda limits: limits.max_scores,
+    "--max-scores",
+    " log-probabilities of prompt tokens (tokens times answers times 1 + the likeliest ones)",
+    "ask for fewer of the likeliest ones, or for fewer prompts at once",
+)
 _STOPS = _Bound(lambda limits: limits.max_stops, "--max-stops", " strings", "give those that matter")
 _BIASES = _Bound(lambda limits: limits.max_logit_bias, "--max-logit-bias", " tokens", "give those that matter")
 _TOOLS = _Bound(lambda limits: limits.max_tools, "--max-tools", " functions", "give those that matter")
@@ -71,6 +77,11 @@ def check_limits(record: BaseModel, limits: RequestLimits, path: str = "") -> No
 def check_sequences(prompts: int, answers: int, where: str, limits: RequestLimits) -> None:
     """Of one request, each is at work by itself. Raises InvalidField."""
     _SEQUENCES.check(prompts * answers, where, limits)
+
+
+def check_scores(tokens: int, answers: int, top: int, where: str, limits: RequestLimits) -> None:
+    """Of prompts that are echoed with log-probabilities: all are in memory before any is sent. Raises InvalidField."""
+    _SCORES.check(tokens * answers * (1 + top), where, limits)
 
 
 def check_text(text: str, where: str, limits: RequestLimits) -> None:

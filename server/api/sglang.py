@@ -246,7 +246,8 @@ def _outcome(parts: Parts, error: Exception | None = None) -> Response:
 
 async def _answer(parts: Parts, request: Request, record: SglangRequest) -> Response:
     """Raises ApiError, AdapterError, EngineError, ClientGone."""
-    work = [_Prompt(parts, record, number, prompt) for number, prompt in enumerate(_prompts(parts, record))]
+    prompts = _prompts(parts, record)
+    work = [_Prompt(parts, record, number, prompt, len(prompts)) for number, prompt in enumerate(prompts)]
     headers = ignored_header(_ignored(record))
     is_batch = isinstance(record.lora_path, list) or len(work) > 1 or (work[0].n > 1)
     if record.stream:
@@ -315,7 +316,7 @@ class _SoFar:
 class _Prompt:
     """One prompt of a request, with the adapter it wears: a Generation of its own."""
 
-    def __init__(self, parts: Parts, record: SglangRequest, number: int, prompt: PromptText) -> None:
+    def __init__(self, parts: Parts, record: SglangRequest, number: int, prompt: PromptText, count: int) -> None:
         """Raises ApiError."""
         params = record.sampling_params or SglangSampling()
         self.n = params.n or 1
@@ -330,6 +331,7 @@ class _Prompt:
             logprobs=(record.top_logprobs_num or 0) if self._scored else None,
             grammar=read_structured(fields, parts.limits),
             echo=self._echo,
+            beside=count,
         )
 
         def read(tokenizer: Tokenizer) -> list[Prompt]:

@@ -28,6 +28,7 @@ LIMITS = RequestLimits(
     max_tools=1,
     max_schema_bytes=300,
     max_schema_depth=5,
+    max_scores=12,
 )
 USER = [{"role": "user", "content": "hi"}]
 FORMS: dict[str, tuple[str, Json]] = {
@@ -63,6 +64,14 @@ def schema_format(schema: Any) -> Json:
     return {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
 
 
+def scored(prompt: Any, top: int, **more: Any) -> Json:
+    return {"prompt": prompt, "echo": True, "logprobs": top, "max_tokens": 0, **more}
+
+
+def returned(prompts: Any, top: int) -> Json:
+    return {"text": None, "input_ids": prompts, "return_logprob": True, "logprob_start_len": 0, "top_logprobs_num": top}
+
+
 # (form, what is at the limit, what is beyond, the field that is told, what was found, the limit, its flag)
 BOUNDS: list[tuple[str, Json, Json, str, int, int, str]] = [
     ("chat", {"n": 2}, {"n": 3}, "n", 3, 2, "--max-n"),
@@ -80,6 +89,10 @@ BOUNDS: list[tuple[str, Json, Json, str, int, int, str]] = [
     ("embeddings", {"input": ["a"] * 3}, {"input": ["a"] * 4}, "input", 4, 3, "--max-prompts"),
     ("sglang", {"text": ["a"] * 3}, {"text": ["a"] * 4}, "text", 4, 3, "--max-prompts"),
     ("sglang", {}, {"text": ["a"] * 2, "sampling_params": {"n": 2}}, "text", 4, 3, "--max-prompts"),
+    (*("completions", scored([[5] * 6], 1), scored([[5] * 7], 1), "prompt", 14, 12, "--max-scores"),),
+    ("completions", scored([[5], [6]], 1, n=1), scored([[5, 6], [7, 8]], 3), "prompt", 16, 12, "--max-scores"),
+    ("completions", scored([5] * 12, 0), scored([5] * 7, 0, n=2), "prompt", 14, 12, "--max-scores"),
+    ("sglang", returned([[5, 6]] * 3, 1), returned([[5, 6, 7]] * 3, 1), "text", 18, 12, "--max-scores"),
     (
         *("chat", {"logit_bias": {"5": 1, "6": 1}}, {"logit_bias": {"5": 1, "6": 1, "7": 1}}),
         *("logit_bias", 3, 2, "--max-logit-bias"),

@@ -175,16 +175,8 @@ assert not heavy, heavy
         *("--adapter", "--adapter-dir", "--served-model-name", "--host", "--port", "--device", "--dtype"),
         *("--max-model-len", "--memory", "--host-memory", "--max-loras", "--max-num-seqs", "--token-budget"),
         *("--max-waiting", "--max-waiting-tokens", "--loader-threads", "NAME=PATH", "BASE"),
-        *(
-            "--max-body",
-            "--max-values",
-            "--max-prompts",
-            "--max-n",
-            "--max-stops",
-            "--max-logit-bias",
-            "--max-tools",
-            "--max-schema",
-        ),
+        *("--max-body", "--max-prompts", "--max-n", "--max-stops", "--max-logit-bias", "--max-tools", "--max-schema"),
+        *("--max-values", "--max-scores"),
     ):
         assert flag in shown["serve"]
     assert "loraplex[otel]" in shown["serve"], "rich takes [otel] for a colour unless it is told otherwise"

@@ -8,10 +8,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Any
 
 import pytest
 
 from loraplex.adapters.errors import AdapterRefused
+from loraplex.server.engine import engine as engine_module
 from loraplex.server.engine.budget import TokenBudget
 from loraplex.server.engine.engine import Engine, EventStream
 from loraplex.server.engine.request import (
@@ -112,6 +115,29 @@ async def test_the_budget_learns_from_its_steps(rig: Rig) -> None:
     stats = rig.engine.stats()
     assert stats.token_seconds <= 0.96 * 3600.0
     assert stats.token_budget == rig.scheduler.token_budget == 64, "the least there is"
+
+
+async def test_steps_go_on_between_very_many_messages(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thousand prompts of one request are taken in over many steps, and no stream waits for all of them."""
+    monkeypatch.setattr(engine_module, "MESSAGES_SECONDS", -1.0)
+    log: list[str] = []
+    add, execute = rig.scheduler.add, rig.runner.execute
+
+    def adding(request: GenerationRequest) -> object:
+        log.append("add")
+        return add(request)
+
+    def executing(*args: Any) -> Any:
+        log.append("step")
+        return execute(*args)
+
+    monkeypatch.setattr(rig.scheduler, "add", adding)
+    monkeypatch.setattr(rig.runner, "execute", executing)
+    streams = [rig.engine.submit(rig.requests.make(3, 20)) for _ in range(4)]
+    for stream in streams:
+        assert (await collect(stream))[-1].finish is FinishReason.LENGTH
+    assert log.count("add") == 4
+    assert all(pair != ("add", "add") for pair in pairwise(log))
 
 
 async def test_one_wakeup_of_the_loop_per_step(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
