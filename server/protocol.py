@@ -195,6 +195,8 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         if len(self.pipeline) >= MAX_PIPELINED:
             raise _Refused(429, "Too many requests wait on this connection.")  # nobody is told: it just closes
+        if self.url.count(b"&") >= self._bounds.header_count:  # frameworks take a target apart for every route
+            raise _Refused(414, f"The target has more than {self._bounds.header_count} parameters.")
         if self.parser.should_upgrade() and any(name == b"transfer-encoding" for name, _ in self.headers):
             raise _Refused(400, "A request to upgrade cannot have a chunked body here.")
         super().on_headers_complete()

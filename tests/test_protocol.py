@@ -140,6 +140,7 @@ TOO_MUCH = {
     "a long name that never ends": (b"GET / HTTP/1.1\r\n" + b"x" * 400_000, 431),
     "a long target": (b"GET /" + b"x" * MAX_TARGET + b" HTTP/1.1\r\n\r\n", 414),
     "many parameters": (b"GET /?" + b"&a" * MAX_TARGET + b" HTTP/1.1\r\n\r\n", 414),
+    "one more parameter": (b"GET /?" + b"&a" * 256 + b" HTTP/1.1\r\n\r\n", 414),
     "a long target that never ends": (b"GET /" + b"x" * 400_000, 414),
     "trailers": (POST + b"Transfer-Encoding: chunked\r\n\r\n0\r\n" + b"a: b\r\n" * 300, 431),
     "a trailer that never ends": (POST + b"Transfer-Encoding: chunked\r\n\r\n0\r\na: " + b"x" * 400_000, 413),
