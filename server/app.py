@@ -43,7 +43,8 @@ def create_app(parts: Parts) -> FastAPI:
             CORSMiddleware, allow_origins=parts.cors_origins, allow_methods=["*"], allow_headers=["*"], max_age=600
         )
     app.add_middleware(ObserveMiddleware, tracing=parts.tracing)  # around all others: whatever happens has its line
-    for resource in (
+    for resource in (  # in this order they are asked whose a request is
+        ops,
         chat,
         completions,
         responses,
@@ -55,7 +56,6 @@ def create_app(parts: Parts) -> FastAPI:
         sglang,
         fleet,
         abort,
-        ops,
         ui,
     ):
         app.include_router(resource.make_router(parts))

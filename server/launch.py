@@ -153,6 +153,7 @@ async def _serve(
     follower = await _load_adapters(config, parts)
     more = open_extras(config, parts)
     app, drain = make_app(config, parts, tokenizers, more, grammars), more.drain
+    app.openapi()  # 0.2 s, which the first who asks for it would take from everybody
     gc.collect()
     gc.freeze()  # what is here stays: looking through all of it again stopped every thread for 0.1 to 0.5 s
     server = make_server(

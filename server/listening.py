@@ -81,7 +81,8 @@ def make_server(
     import uvicorn
 
     from loraplex.server.api.direct import offer_direct_body
-    from loraplex.server.protocol import BoundedProtocol, Bounds
+    from loraplex.server.bounds import Bounds
+    from loraplex.server.protocol import BoundedProtocol
 
     http = http or HttpConfig()
     connections = Connections(max_connections(http.max_connections, descriptors()))

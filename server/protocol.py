@@ -11,44 +11,27 @@ here reads them, and FastAPI would take them apart for every request.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
-from loraplex.server.config import HttpConfig, RequestLimits
+from loraplex.server.bounds import (
+    BODY_RATE,
+    BODY_SECONDS,
+    FREE_PIECES,
+    HEAD_SECONDS,
+    LINGER_BYTES,
+    LINGER_SECONDS,
+    MAX_PIPELINED,
+    MAX_TARGET,
+    PIECE_BYTES,
+    PROBES,
+    READ_RATE,
+    READ_SECONDS,
+    Bounds,
+)
 from loraplex.server.connections import Connections
-
-MAX_TARGET = 8192
-"""Bytes of a request's target, as Apache and nginx have it."""
-
-HEAD_SECONDS = 10.0
-"""From the first byte of a head, or the connection, to the head's end."""
-
-BODY_SECONDS, BODY_RATE = 10.0, 500
-"""A body brings so many bytes a second, looked at after each of these times. Apache's bound."""
-
-MAX_PIPELINED = 32
-"""Requests that wait behind the one that is answered. 256 KiB that come at once hold 14,000, each 10 us and 2 KB."""
-
-FREE_PIECES, PIECE_BYTES = 4096, 64
-"""Chunks of a body, and the mean size of those beyond: each is a call of Python's, 256 KiB of single bytes 40 ms."""
-
-PROBES = frozenset({"/health", "/ready", "/ping", "/startup"})
-"""What is answered before all else: asked for by who would end a server that is slow to answer."""
-
-LINGER_SECONDS, LINGER_BYTES = 2.0, 1 << 20
-"""What still comes after the last answer is dropped for so long: closing at once would take the answer with it."""
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """What one request may be before it reaches the application."""
-
-    head_bytes: int = HttpConfig.head_bytes
-    header_count: int = HttpConfig.header_count
-    body_bytes: int = RequestLimits.max_body_bytes
 
 
 class _Refused(Exception):
@@ -64,7 +47,8 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def __init__(self, bounds: Bounds, others: Connections, **uvicorns: Any) -> None:
         super().__init__(**uvicorns)
-        self.due = math.inf
+        self.due = self.read_due = math.inf
+        self._unsent = 0  # bytes, when that was last looked at
         self._bounds, self._others = bounds, others
         self._deaf = False  # nothing that comes is read any more
         self._room = LINGER_BYTES
@@ -115,6 +99,21 @@ class BoundedProtocol(HttpToolsProtocol):
             self._refuse(408, f"The head did not end within {HEAD_SECONDS:g} seconds.")
         else:
             self.transport.close()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self.read_due = self._others.now + READ_SECONDS
+        self._unsent = self.transport.get_write_buffer_size()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self.read_due = math.inf
+
+    def unread(self, now: float) -> None:
+        unsent = self.transport.get_write_buffer_size()
+        if self._unsent - unsent < READ_SECONDS * READ_RATE:
+            self.transport.abort()
+        self.read_due, self._unsent = now + READ_SECONDS, unsent
 
     def data_received(self, data: bytes) -> None:
         if self._deaf:
@@ -196,6 +195,8 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         if len(self.pipeline) >= MAX_PIPELINED:
             raise _Refused(429, "Too many requests wait on this connection.")  # nobody is told: it just closes
+        if self.url.count(b"&") >= self._bounds.header_count:  # frameworks take a target apart for every route
+            raise _Refused(414, f"The target has more than {self._bounds.header_count} parameters.")
         if self.parser.should_upgrade() and any(name == b"transfer-encoding" for name, _ in self.headers):
             raise _Refused(400, "A request to upgrade cannot have a chunked body here.")
         super().on_headers_complete()

@@ -53,7 +53,10 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("server.app", EVERYTHING),  # the four that put the parts together
     ("server.launch", EVERYTHING),
     ("server.cli", EVERYTHING),
-    *((f"server.{name}", EVERYTHING) for name in ("greeting", "startup", "listening", "connections", "protocol")),
+    *(
+        (f"server.{name}", EVERYTHING)
+        for name in ("greeting", "startup", "listening", "connections", "protocol", "bounds")
+    ),
     *((f"server.{name}", EVERYTHING) for name in ("option_groups", "engine_options", "serve_options")),
     ("server.selfcheck", EVERYTHING),
     ("benchmarks", EVERYTHING),

@@ -12,8 +12,7 @@ import uvicorn
 from starlette.types import Receive, Scope, Send
 from uvicorn.server import ServerState
 
-from loraplex.server.connections import STARTS, Connections
-from loraplex.server.protocol import (
+from loraplex.server.bounds import (
     BODY_RATE,
     BODY_SECONDS,
     HEAD_SECONDS,
@@ -21,9 +20,12 @@ from loraplex.server.protocol import (
     LINGER_SECONDS,
     MAX_PIPELINED,
     MAX_TARGET,
-    BoundedProtocol,
+    READ_RATE,
+    READ_SECONDS,
     Bounds,
 )
+from loraplex.server.connections import STARTS, Connections
+from loraplex.server.protocol import BoundedProtocol
 from tests.support.waiting import turns
 
 BOUNDS = Bounds(head_bytes=65_536, header_count=256, body_bytes=1000)
@@ -37,12 +39,16 @@ class Transport(asyncio.Transport):
     def __init__(self, protocol: BoundedProtocol) -> None:
         super().__init__()
         self.written = b""
+        self.unsent = 0
         self.ended = self.closed = self.aborted = self.paused = False
         self._protocol = protocol
 
     def write(self, data: Any) -> None:
         assert not self.ended
         self.written += data
+
+    def get_write_buffer_size(self) -> int:
+        return self.unsent
 
     def write_eof(self) -> None:
         self.ended = True
@@ -134,6 +140,7 @@ TOO_MUCH = {
     "a long name that never ends": (b"GET / HTTP/1.1\r\n" + b"x" * 400_000, 431),
     "a long target": (b"GET /" + b"x" * MAX_TARGET + b" HTTP/1.1\r\n\r\n", 414),
     "many parameters": (b"GET /?" + b"&a" * MAX_TARGET + b" HTTP/1.1\r\n\r\n", 414),
+    "one more parameter": (b"GET /?" + b"&a" * 256 + b" HTTP/1.1\r\n\r\n", 414),
     "a long target that never ends": (b"GET /" + b"x" * 400_000, 414),
     "trailers": (POST + b"Transfer-Encoding: chunked\r\n\r\n0\r\n" + b"a: b\r\n" * 300, 431),
     "a trailer that never ends": (POST + b"Transfer-Encoding: chunked\r\n\r\n0\r\na: " + b"x" * 400_000, 413),
@@ -404,3 +411,21 @@ async def test_many_at_once_leave_turns_to_others(served: Served) -> None:
     assert len(began) == 101  # and not who had left
     assert max(Counter(turn for turn, _ in began).values()) <= STARTS + 1
     assert all(statuses(transport) == [204] for _, transport in connected)
+
+
+async def test_an_answer_has_to_be_read(served: Served) -> None:
+    """Whoever reads a byte now and then has all of it kept; who is slow may be."""
+    slow, dripping, quick = (served.connect() for _ in range(3))
+    least = int(READ_SECONDS * READ_RATE)
+    for protocol, transport in (slow, dripping, quick):
+        protocol.data_received(GET)
+        await turns()
+        transport.unsent = 10 * least
+        protocol.pause_writing()
+    quick[0].resume_writing()
+    for minute in range(1, 10):
+        slow[1].unsent -= least
+        dripping[1].unsent -= 60
+        served.at(READ_SECONDS * minute)
+    await turns()
+    assert (slow[1].aborted, dripping[1].aborted, quick[1].aborted) == (False, True, False)

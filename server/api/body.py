@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,10 +31,10 @@ T = TypeVar("T", bound=Incoming)
 R = TypeVar("R")
 
 SMALL_BODY = 16 << 10
-"""Bytes that are parsed at once: 5 ms at the worst, 0.1 ms of a conversation."""
+"""Bytes that are read whatever others send, and parsed at once: 5 ms at the worst, 0.1 ms of a conversation."""
 
-FREE_BODY, MAX_HELD = 64 << 10, 64 << 20
-"""Bytes of a body that are read whatever others send, and of all beyond."""
+MAX_HELD = 64 << 20
+"""Bytes of all larger ones together, and twice those of one tenant."""
 
 MAX_PAUSE = 0.1
 """Seconds after a body was parsed: what took longer was kept from the processor."""
@@ -52,7 +53,7 @@ class Bodies:
 
     def __init__(self, limits: RequestLimits) -> None:
         self._limits = limits
-        self._held = 0  # bytes of large bodies: those that come, and those that wait to be parsed
+        self._held: Counter[str] = Counter()  # bytes of large bodies by tenant: those that come and those that wait
         self._tenants: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._line = asyncio.Lock()
         self._pause_until = 0.0
@@ -67,19 +68,19 @@ class Bodies:
 
     async def read_as(self, request: Request, parse: Callable[[bytes, RequestLimits], R], most: int | None = None) -> R:
         """What `parse` makes of the body, on whatever thread. Raises what it raises, too."""
-        held = _Held(self)
+        held = _Held(self._held, current_key().tenant)
         try:
             body = await self._receive(request, most, held)
             if len(body) <= SMALL_BODY:
                 return parse(body, self._limits)
-            tenant = self._tenants.setdefault(current_key().tenant, asyncio.Lock())
+            tenant = self._tenants.setdefault(held.tenant, asyncio.Lock())
             async with tenant, self._line:
                 await asyncio.sleep(self._pause_until - time.monotonic())
                 if await request.is_disconnected():
                     raise ClientGone
                 return await self._parse_aside(parse, body)
         finally:
-            self._held -= held.bytes
+            held.give_back()
 
     async def _parse_aside(self, parse: Callable[[bytes, RequestLimits], R], body: bytes) -> R:
         start = time.monotonic()
@@ -116,17 +117,25 @@ class Bodies:
 class _Held:
     """What one request has of the room for large bodies."""
 
-    bodies: Bodies
+    all: Counter[str]
+    tenant: str
     bytes: int = 0
 
     def grow(self, size: int) -> None:
         """Raises Overloaded."""
-        if size <= FREE_BODY:
+        more = size - self.bytes
+        if size <= SMALL_BODY:
             return
-        if self.bodies._held + size - self.bytes > MAX_HELD:
+        if self.all.total() + more > MAX_HELD or (self.tenant and self.all[self.tenant] + more > MAX_HELD // 2):
             raise Overloaded(f"large bodies of {MAX_HELD >> 20} MiB are being read; try again, or send less", 1.0)
-        self.bodies._held += size - self.bytes
+        self.all[self.tenant] += more
         self.bytes = size
+
+    def give_back(self) -> None:
+        """All of it."""
+        self.all[self.tenant] -= self.bytes
+        if not self.all[self.tenant]:
+            del self.all[self.tenant]
 
 
 def parse_record(body: bytes, kind: type[T], limits: RequestLimits) -> T:

@@ -5,6 +5,7 @@ Both servers have a POST /generate. Who sends `inputs` means LoRAX's; who sends 
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import secrets
@@ -60,6 +61,7 @@ from loraplex.server.api.sse import SseResponse, answer_or_disconnect
 from loraplex.server.api.structure import check_structure
 from loraplex.server.api.structured import read_structured
 from loraplex.server.config import RequestLimits
+from loraplex.server.engine.grammar import GrammarSpec
 from loraplex.server.engine.tokenizer import Tokenizer
 from loraplex.server.tenants import current_key
 
@@ -246,8 +248,11 @@ def _outcome(parts: Parts, error: Exception | None = None) -> Response:
 
 async def _answer(parts: Parts, request: Request, record: SglangRequest) -> Response:
     """Raises ApiError, AdapterError, EngineError, ClientGone."""
-    prompts = _prompts(parts, record)
-    work = [_Prompt(parts, record, number, prompt, len(prompts)) for number, prompt in enumerate(prompts)]
+    prompts, shared, work = _prompts(parts, record), _Shared.read(parts, record), list[_Prompt]()
+    for place, prompt in enumerate(prompts):
+        work.append(_Prompt(parts, record, shared, place, prompt, len(prompts)))
+        if place % 16 == 15:  # 2 ms
+            await asyncio.sleep(0)
     headers = ignored_header(_ignored(record))
     is_batch = isinstance(record.lora_path, list) or len(work) > 1 or (work[0].n > 1)
     if record.stream:
@@ -316,7 +321,9 @@ class _SoFar:
 class _Prompt:
     """One prompt of a request, with the adapter it wears: a Generation of its own."""
 
-    def __init__(self, parts: Parts, record: SglangRequest, number: int, prompt: PromptText, count: int) -> None:
+    def __init__(
+        self, parts: Parts, record: SglangRequest, shared: _Shared, number: int, prompt: PromptText, count: int
+    ) -> None:
         """Raises ApiError."""
         params = record.sampling_params or SglangSampling()
         self.n = params.n or 1
@@ -324,12 +331,11 @@ class _Prompt:
         self._parts = parts
         self._scored = bool(record.return_logprob)
         self._echo = self._scored and record.logprob_start_len not in (None, -1)
-        fields = _fields(parts, record, params, number)
         wanted = Wanted(
             max_tokens=params.max_new_tokens or DEFAULT_MAX_TOKENS,
             num_choices=self.n,
             logprobs=(record.top_logprobs_num or 0) if self._scored else None,
-            grammar=read_structured(fields, parts.limits),
+            grammar=shared.grammar,
             echo=self._echo,
             beside=count,
         )
@@ -339,7 +345,7 @@ class _Prompt:
 
         source = PromptSource("text", (len(prompt),) if isinstance(prompt, str) else (), read)
         self._start = record.logprob_start_len or 0
-        self.generation = Generation(parts, fields, source, wanted)
+        self.generation = Generation(parts, shared.of(record, number), source, wanted)
 
     async def add(self, delta: Delta, so_far: _SoFar) -> None:
         """Take in what a step added to a choice."""
@@ -389,21 +395,37 @@ class _Prompt:
                 return {"type": other}
 
 
-def _fields(parts: Parts, record: SglangRequest, params: SglangSampling, number: int) -> GenerationFields:
-    names = record.lora_path
-    own = {
-        "model": parts.base.names[0],
-        "lora_path": names[number] if isinstance(names, list) else names,
-        "adapters": record.adapters,
-        "rid": record.rid,
-        "priority": record.priority,
-        "seed": secrets.randbits(63) if params.sampling_seed is None else params.sampling_seed,
-        "min_tokens": params.min_new_tokens,
-        "include_stop_str_in_output": params.no_stop_trim,
-        "guided_json": params.json_schema,
-    }
-    given = {name: getattr(params, name) for name in _SAME} | {k: v for k, v in own.items() if v is not None}
-    return parse_record(json.dumps(given).encode(), GenerationFields, parts.limits)
+@dataclass(frozen=True)
+class _Shared:
+    """What all prompts of a request have in common, read once: a schema for a thousand of them is not a thousand."""
+
+    fields: GenerationFields
+    grammar: tuple[str, GrammarSpec] | None
+
+    @classmethod
+    def read(cls, parts: Parts, record: SglangRequest) -> _Shared:
+        """Raises ApiError."""
+        params = record.sampling_params or SglangSampling()
+        own = {
+            "model": parts.base.names[0],
+            "adapters": record.adapters,
+            "rid": record.rid,
+            "priority": record.priority,
+            "seed": params.sampling_seed,
+            "min_tokens": params.min_new_tokens,
+            "include_stop_str_in_output": params.no_stop_trim,
+            "guided_json": params.json_schema,
+        }
+        given = {name: getattr(params, name) for name in _SAME} | {k: v for k, v in own.items() if v is not None}
+        fields = parse_record(json.dumps(given).encode(), GenerationFields, parts.limits)
+        return cls(fields, read_structured(fields, parts.limits))
+
+    def of(self, record: SglangRequest, number: int) -> GenerationFields:
+        """Those of one prompt: its adapter, and a seed of its own unless one was given."""
+        names = record.lora_path
+        worn = names[number] if isinstance(names, list) else names
+        seed = secrets.randbits(63) if self.fields.seed is None else self.fields.seed
+        return self.fields.model_copy(update={"lora_path": worn, "seed": seed})
 
 
 async def _choices(work: list[_Prompt]) -> AsyncGenerator[tuple[_Prompt, int, _SoFar], None]:

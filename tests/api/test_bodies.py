@@ -20,7 +20,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 
 from loraplex.server.api import chat_schemas, lorax_schemas, responses_schemas, schemas, sglang, tokenize
-from loraplex.server.api.body import FREE_BODY, MAX_HELD, NAMES_BODY, SMALL_BODY, Bodies
+from loraplex.server.api.body import NAMES_BODY, SMALL_BODY, Bodies
 from loraplex.server.api.encodings import MAX_MEMBERS
 from loraplex.server.api.errors import ApiError, ClientGone
 from loraplex.server.api.structure import STRUCTURES_SHARE, check_structure
@@ -248,7 +248,7 @@ async def test_large_ones_have_one_room(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr("loraplex.server.api.body.MAX_HELD", 1 << 20)
     bodies, parser = Bodies(LIMITS), Parser()
     parser.gate.set()
-    slow = [Client(b"x" * (FREE_BODY + 1), b"x" * (400 << 10), b"x") for _ in range(3)]
+    slow = [Client(b"x" * (SMALL_BODY + 1), b"x" * (400 << 10), b"x") for _ in range(3)]
     tasks = []
     for each in slow[:2]:
         each.gate.clear()
@@ -256,14 +256,29 @@ async def test_large_ones_have_one_room(monkeypatch: pytest.MonkeyPatch) -> None
     await turns()
     with pytest.raises(Overloaded):
         await bodies.read_as(slow[2].request(), parser)
-    assert await bodies.read_as(Client(b"x" * FREE_BODY).request(), parser) == FREE_BODY
+    assert await bodies.read_as(Client(b"x" * SMALL_BODY).request(), parser) == SMALL_BODY
     slow[0].gate.set()
     tasks[1].cancel()
     async with asyncio.timeout(LIMIT):
         await tasks[0]
         assert await bodies.read_as(Client(b"x" * (1 << 20)).request(), parser) == 1 << 20
-    assert bodies._held == 0
-    assert MAX_HELD < 1 << 27
+    assert not bodies._held
+
+
+async def test_a_tenant_has_half_of_the_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loraplex.server.api.body.MAX_HELD", 1 << 20)
+    bodies, parser, tasks = Bodies(LIMITS), Parser(), []
+    with of_tenant("a"):
+        tasks.append(asyncio.create_task(bodies.read_as(Client(b"x" * (300 << 10)).request(), parser)))
+        await turns()
+        with pytest.raises(Overloaded):
+            await bodies.read_as(Client(b"x" * (300 << 10)).request(), parser)
+    with of_tenant("b"):
+        tasks.append(asyncio.create_task(bodies.read_as(Client(b"x" * (300 << 10)).request(), parser)))
+    await turns()
+    parser.gate.set()
+    async with asyncio.timeout(LIMIT):
+        assert await asyncio.gather(*tasks) == [300 << 10] * 2
 
 
 MODULES = (schemas, chat_schemas, lorax_schemas, responses_schemas, sglang, tokenize)

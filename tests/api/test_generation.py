@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+from collections import Counter
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import httpx
 import pytest
 
+from loraplex.server.api.generation import merge
 from loraplex.server.engine.request import ContextTooLong, FinishReason, SamplingParams, TokenEvent
 from tests.support.fake_serving import EOS_ID, MAX_MODEL_LEN, Defaults, FakeServer, say
 
@@ -479,3 +483,23 @@ async def test_tools_that_may_not_be_called_are_not_counted(client: httpx.AsyncC
         for more in ({}, {"tools": [tool]}, {"tools": [tool], "tool_choice": "none"})
     ]
     assert plain == none < with_tool
+
+
+async def test_many_answers_do_not_begin_in_one_turn() -> None:
+    """1,000 that did stopped the event loop for 0.3 s."""
+    turn, began = 0, Counter[int]()
+
+    async def count() -> None:
+        nonlocal turn
+        while True:
+            turn += 1
+            await asyncio.sleep(0)
+
+    async def answer(number: int) -> AsyncGenerator[int, None]:
+        began[turn] += 1
+        yield number
+
+    counting = asyncio.create_task(count())
+    assert sorted([number async for number in merge([answer(i) for i in range(200)])]) == list(range(200))
+    counting.cancel()
+    assert max(began.values()) <= 32
