@@ -172,7 +172,16 @@ assert not heavy, heavy
         assert (done.returncode, done.stderr) == (0, "")
         shown[arguments[0]] = done.stdout
     for flag in (
-        *("--adapter", "--adapter-dir", "--served-model-name", "--host", "--port", "--device", "--dtype"),
+        *(
+            "--adapter",
+            "--adapter-dir",
+            "--served-model-name",
+            "--chat-template",
+            "--host",
+            "--port",
+            "--device",
+            "--dtype",
+        ),
         *("--max-model-len", "--memory", "--host-memory", "--max-loras", "--max-num-seqs", "--token-budget"),
         *("--max-waiting", "--max-waiting-tokens", "--loader-threads", "NAME=PATH", "BASE"),
         *("--max-body", "--max-prompts", "--max-n", "--max-stops", "--max-logit-bias", "--max-tools", "--max-schema"),
