@@ -28,8 +28,8 @@ MAX_LENGTH = 24_000
 QUICK_SECONDS = 1e-3
 """A match may hold the GIL for so long. To give it up and wait for it again takes longer than a sane match, of 3 us."""
 
-REST = 2.0
-"""Seconds of rest for each of work: patterns made to take long take a third of what Python's threads share."""
+REST = 4.0
+"""Seconds of rest for each of work: patterns made to take long take a fifth of what Python's threads share."""
 
 _BRACES = re.compile(r"\{([^{}]*)\}?")
 _REPEAT = re.compile(r"(\d{1,6})?(?:,(\d{1,6})?)?")
