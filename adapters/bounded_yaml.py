@@ -31,7 +31,7 @@ SMALL_BYTES = 32 << 10
 MAX_NODES = 1_000_000
 """Of a file, with what anchors stand for wherever they are used; of a small one, as many as it has bytes."""
 
-SECONDS = 60
+SECONDS = 30
 """That a large file may take; one of MAX_BYTES takes 3 on a core of its own."""
 
 MEMORY_BYTES = 1 << 30
@@ -40,17 +40,21 @@ MEMORY_BYTES = 1 << 30
 _SCRIPT = "from loraplex.adapters.bounded_yaml import main; main()"
 
 _FastLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-_Parser: Any = _FastLoader.__mro__[1]  # CParser, in whose place of a composer Python's stands
+_SteadyLoader: Any = yaml.SafeLoader
 
+if yaml.__with_libyaml__:
+    from yaml.cyaml import CParser
 
-class _SteadyLoader(Composer, _Parser, SafeConstructor, Resolver):  # type: ignore[misc]
-    """libyaml's events, put together by Python."""
+    class _EventLoader(Composer, CParser, SafeConstructor, Resolver):  # type: ignore[misc]  # of a package without types
+        """libyaml's events, put together by Python."""
 
-    def __init__(self, text: str) -> None:
-        _Parser.__init__(self, text)
-        Composer.__init__(self)
-        SafeConstructor.__init__(self)
-        Resolver.__init__(self)
+        def __init__(self, text: str) -> None:
+            CParser.__init__(self, text)
+            Composer.__init__(self)
+            SafeConstructor.__init__(self)
+            Resolver.__init__(self)
+
+    _SteadyLoader = _EventLoader
 
 
 def parse_yaml(data: bytes) -> Any:

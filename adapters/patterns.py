@@ -16,6 +16,7 @@ from typing import Any
 import regex  # type: ignore[import-untyped]  # re with a time limit
 
 from loraplex.adapters.errors import AdapterRefused
+from loraplex.adapters.pace import Breath
 
 MAX_SIZE = 100_000
 """Characters of all patterns of an adapter, each times the product of its counted repeats: 0.2 s to compile."""
@@ -27,6 +28,9 @@ MAX_LENGTH = 24_000
 QUICK_SECONDS = 1e-3
 """A match may hold the GIL for so long. To give it up and wait for it again takes longer than a sane match, of 3 us."""
 
+REST = 4.0
+"""Seconds of rest for each of work: patterns made to take long take a fifth of what Python's threads share."""
+
 _BRACES = re.compile(r"\{([^{}]*)\}?")
 _REPEAT = re.compile(r"(\d{1,6})?(?:,(\d{1,6})?)?")
 
@@ -35,9 +39,9 @@ class Matcher:
     """Matches a stranger's patterns: bad ones are refused with the key they stand under."""
 
     def __init__(self, seconds: float, breathe: Callable[[], None]) -> None:
-        """seconds: for all patterns over all paths. `breathe` is called between matches."""
-        self._breathe = breathe
-        self._deadline = time.monotonic() + seconds
+        """seconds: of a core, for all patterns over all paths. `breathe` is called between matches, and may raise."""
+        self._breathe = Breath(breathe, REST)
+        self._deadline = time.thread_time() + seconds
         self._left = MAX_SIZE
         self._compiled: dict[str, Any] = {}
 
@@ -61,13 +65,13 @@ class Matcher:
             try:
                 return match(path, timeout=QUICK_SECONDS, concurrent=False)
             except TimeoutError:
-                left = max(self._deadline - time.monotonic(), QUICK_SECONDS)
+                left = max(self._deadline - time.thread_time(), QUICK_SECONDS)
                 return match(path, timeout=left, concurrent=True)  # without the GIL
         except (TimeoutError, MemoryError) as error:
             raise _bad(key, pattern, "which takes too long; write it simpler") from error
 
     def _compile(self, key: str, pattern: str) -> Any:
-        if time.monotonic() > self._deadline:
+        if time.thread_time() > self._deadline:
             raise _bad(key, pattern, "which takes too long together with the others; write them simpler")
         found = self._compiled.get(pattern)
         if found is None:

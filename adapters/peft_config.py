@@ -20,8 +20,8 @@ from loraplex.adapters.patterns import Matcher
 MAX_RANK = 1024
 """Ranks above are no low-rank adapters any more, and one module of them would fill an arena."""
 
-PATTERN_SECONDS = 2.0
-"""For all patterns of one adapter over all modules of the base; sane ones take a few milliseconds."""
+PATTERN_SECONDS = 1.0
+"""Of a core, for all patterns of one adapter over all modules of the base; sane ones take a few milliseconds."""
 
 MAX_BYTES = 1 << 20
 """Of the file; hundreds of full module names in target_modules are some 50 KB."""

@@ -263,7 +263,7 @@ class AdapterReader:
         drawn = self._blueprints.get(key)
         if drawn is None:
             breathe()
-            header = self._header(head)
+            header = self._headers.get(key[1]) or self._parse_header(head)
             breathe()
             blueprint = draw_blueprint(config, header, self._layout, self._base_bias, breathe)
             breathe()
@@ -271,6 +271,7 @@ class AdapterReader:
             info = AdapterInfo(blueprint.rank, blueprint.targets, plan.num_pages, plan.nbytes)
             drawn = _Drawn(key, blueprint, info)
             self._blueprints.put(key, drawn)
+            self._headers.put(key[1], header)  # it fits the base: no larger than what is planned for
         if drawn.info.num_pages > self._max_pages:
             raise AdapterRefused(
                 "too_large",
@@ -279,10 +280,8 @@ class AdapterReader:
             )
         return drawn
 
-    def _header(self, head: AdapterHead) -> dict[str, TensorInfo]:
-        most = TENSORS_A_MODULE * self._layout.num_layers * len(self._layout.projections)
-        key = _key_of(head)
-        return self._headers.get(key) or self._headers.put(key, parse_header(head, most))
+    def _parse_header(self, head: AdapterHead) -> dict[str, TensorInfo]:
+        return parse_header(head, TENSORS_A_MODULE * self._layout.num_layers * len(self._layout.projections))
 
     def _make(
         self, drawn: _Drawn, files: AdapterBytes, breathe: Callable[[], None]

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -22,6 +19,7 @@ from loraplex.adapters.tiles import BaseLayout
 from loraplex.adapters.watch import FolderWatch
 from loraplex.kernels.metadata import Projection, Site
 from support.adapter_reading import read, write_adapter
+from support.exchanging import exchanging
 
 LAYOUT = BaseLayout("tiny-base", 2, (Projection("self_attn.q_proj", Site.QKV, 32, 0, 32, False),), 1024, torch.float32)
 CONFIG = "adapter_config.json"
@@ -116,28 +114,6 @@ def test_a_source_says_how_far_links_may_lead() -> None:
     assert roots_of("https://host/./a") == ()
     assert shown(below("/srv", "sql")) == "/srv/sql"
     assert Path(below("/srv", "sql")) == Path("/srv/sql")
-
-
-@contextmanager
-def exchanging(name: Path, target: Path) -> Iterator[None]:
-    """The folder `name` is again and again a link to `target`, and itself again."""
-    over = threading.Event()
-    aside = name.with_name(f"{name.name}.aside")
-
-    def exchange() -> None:
-        while not over.is_set():
-            name.rename(aside)
-            name.symlink_to(target)
-            name.unlink()
-            aside.rename(name)
-
-    thread = threading.Thread(target=exchange)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
 
 
 @pytest.mark.parametrize("level", ["the folder", "one above it"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 from loraplex.server.config import AuthConfig
 from loraplex.server.engine.build import EngineConfig
 from loraplex.server.keys_file import new_key
+from tests.support.exchanging import exchanging
 from tests.support.live_server import LiveServer, live_server
 from tests.support.peft_adapters import make_peft_adapter
 from tests.support.tiny import load_oracle, make_tiny_model, make_tiny_tokenizer
@@ -28,6 +30,7 @@ class Served:
     live: LiveServer
     keys: dict[str, str]  # name -> secret
     adapters: Path
+    base: Path
 
     def client(self, name: str, **options: Any) -> openai.OpenAI:
         secret = self.keys.get(name, name)
@@ -51,7 +54,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     engine = EngineConfig(device="cpu", dtype="float32", memory_bytes=64 << 20, max_num_seqs=8, token_budget=64)
     auth = AuthConfig(keys_file=file, allowed_paths=(folder,))
     with live_server(base, "tiny", engine, auth) as live:
-        yield Served(live, {name: secret for name, (secret, _) in made.items()}, folder)
+        yield Served(live, {name: secret for name, (secret, _) in made.items()}, folder, base)
 
 
 def cached(served: Served, name: str, model: str = "tiny", **fields: Any) -> int:
@@ -116,3 +119,32 @@ def test_headers_beyond_all_bounds_harm_nobody(served: Served, size: int) -> Non
         status = 400
     assert status in (400, 401, 431)
     assert list(served.client("bob").models.list())
+
+
+def test_a_folder_exchanged_for_a_link_while_it_is_loaded(served: Served, tmp_path: Path) -> None:
+    """Checked by its name and opened by it later, 28 of 120 loads were of the folder that the link led to."""
+    own = served.adapters / "acme" / "mine"
+    shutil.copytree(served.adapters / "one", own)
+    make_peft_adapter(load_oracle(served.base), tmp_path / "theirs", seed=9, r=2, target_modules=["q_proj", "v_proj"])
+    registry = served.live.parts.adapters.registry
+    headers = {"Authorization": f"Bearer {served.keys['alice']}"}
+    body = {"lora_name": "acme/raced", "lora_path": str(own), "load_inplace": True}
+    digests, statuses = set(), set()
+    with httpx.Client(base_url=served.live.url, headers=headers, timeout=LIMIT) as client:
+
+        def load() -> None:
+            answer = client.post("/v1/load_lora_adapter", json=body)
+            statuses.add(answer.status_code)
+            assert "theirs" not in answer.text
+            version = registry.get("acme/raced")
+            digests.add(version.digest if version is not None else None)
+
+        load()
+        with exchanging(own, tmp_path / "theirs"):
+            for _ in range(120):
+                load()
+        load()
+        client.post("/v1/unload_lora_adapter", json={"lora_name": "acme/raced"})
+    assert len(digests) == 1, "only ever its own"
+    assert 200 in statuses
+    assert statuses <= {200, 400, 404}
