@@ -9,12 +9,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from loraplex.server.api.chat_schemas import Message
-from loraplex.server.api.responses_schemas import ResponseObject
+from loraplex.server.api.responses_schemas import OutputMessage, ResponseObject
 from loraplex.server.tenants import current_key
 
 MAX_RESPONSES = 4096
 MAX_CHARS = 64 << 20
 """Of all conversations together, counted once for every response."""
+
+SCORE_CHARS = 500
+"""What a log-probability counts for, as it is kept: a record with a text, a number and bytes."""
 
 
 @dataclass
@@ -42,7 +45,7 @@ class ResponseStore:
         """Keep it, or count it anew after it has grown. Older ones go; work in the background keeps its place."""
         key = stored.response.id
         self.pop(key)
-        stored.size = sum(_chars(message) for message in stored.messages)
+        stored.size = sum(_chars(message) for message in stored.messages) + SCORE_CHARS * _scores(stored.response)
         self._kept[key] = stored
         self._chars += stored.size
         for old in [key for key, each in self._kept.items() if each.task is None]:
@@ -74,3 +77,10 @@ class ResponseStore:
 def _chars(message: Message) -> int:
     calls = sum(len(call.function.arguments) for call in message.tool_calls or ())
     return len(message.content or "") + len(message.reasoning_content or "") + calls + 100
+
+
+def _scores(response: ResponseObject) -> int:
+    """Log-probabilities it holds."""
+    messages = (item for item in response.output if isinstance(item, OutputMessage))
+    parts = (part for message in messages for part in message.content)
+    return sum(1 + len(score.top_logprobs) for part in parts for score in part.logprobs)

@@ -28,6 +28,7 @@ from loraplex.server.api.responses_schemas import (
     ResponseObject,
     ResponseUsage,
 )
+from loraplex.server.api.schemas import Wire
 
 Event = dict[str, Any]
 
@@ -41,8 +42,11 @@ class ResponseWriter:
         generation: Generation,
         conversation: Conversation,
         wants_logprobs: bool,
+        told: bool = True,
     ) -> None:
+        """told: somebody reads the events; what they hold is left out otherwise, as it may be very much."""
         self.response = response
+        self._told = told
         self._generation = generation
         self._conversation = conversation
         self._wants_logprobs = wants_logprobs
@@ -124,7 +128,7 @@ class ResponseWriter:
                 message = self._last(OutputMessage)
                 message.content[0].text += text
                 message.content[0].logprobs += scores
-                shown = [score.model_dump() for score in scores]
+                shown = [self._dump(score) for score in scores]
                 yield self._about_part("response.output_text.delta", delta=text, logprobs=shown)
             case Thinking(text):
                 yield from self._enter(ReasoningItem)
@@ -158,14 +162,14 @@ class ResponseWriter:
 
     def _open(self, item: OutputItem) -> Iterator[Event]:
         self.response.output.append(item)
-        yield self._event("response.output_item.added", output_index=self._index, item=item.model_dump())
+        yield self._event("response.output_item.added", output_index=self._index, item=self._dump(item))
         if isinstance(item, FunctionCallItem):
             return
         if isinstance(item, OutputMessage):
             item.content.append(OutputText())
         else:
             item.content.append(ReasoningText())
-        yield self._about_part("response.content_part.added", part=item.content[0].model_dump())
+        yield self._about_part("response.content_part.added", part=self._dump(item.content[0]))
 
     def _close(self, status: str) -> Iterator[Event]:
         """End the last item, if there is one."""
@@ -179,11 +183,14 @@ class ResponseWriter:
             yield self._about_part("response.reasoning_text.done", text=item.content[0].text)
         else:
             part = item.content[0]
-            shown = [score.model_dump() for score in part.logprobs]
+            shown = [self._dump(score) for score in part.logprobs]
             yield self._about_part("response.output_text.done", text=part.text, logprobs=shown)
         if not isinstance(item, FunctionCallItem):
-            yield self._about_part("response.content_part.done", part=item.content[0].model_dump())
-        yield self._event("response.output_item.done", output_index=self._index, item=item.model_dump())
+            yield self._about_part("response.content_part.done", part=self._dump(item.content[0]))
+        yield self._event("response.output_item.done", output_index=self._index, item=self._dump(item))
+
+    def _dump(self, record: Wire) -> dict[str, Any]:
+        return record.model_dump() if self._told else {}
 
     @property
     def _index(self) -> int:
@@ -196,7 +203,7 @@ class ResponseWriter:
         return self._about_item(kind, content_index=0, **fields)
 
     def _about_all(self, kind: str) -> Event:
-        return self._event(kind, response=self.response.model_dump())
+        return self._event(kind, response=self._dump(self.response))
 
     def _event(self, kind: str, **fields: Any) -> Event:
         number, self._number = self._number, self._number + 1

@@ -151,7 +151,7 @@ class _Work:
         return cls(
             response,
             generation,
-            ResponseWriter(response, generation, conversation, wants_logprobs),
+            ResponseWriter(response, generation, conversation, wants_logprobs, bool(record.stream)),
             StoredResponse(response, _input_items(record), messages),
             store if response.store else None,
         )
@@ -175,10 +175,11 @@ class _Work:
                     started = True
                     for event in [*events, *self.writer.take(delta)]:
                         yield json.dumps(event, ensure_ascii=False)
-            last = list(self.writer.finish())
-            self._keep()
-            for event in last:
+            for event in self.writer.finish():
+                if event["type"] in ("response.completed", "response.incomplete"):
+                    self._keep()
                 yield json.dumps(event, ensure_ascii=False)
+                await asyncio.sleep(0)  # each says all of the answer again
         except Exception as error:
             if not started:
                 raise

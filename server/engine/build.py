@@ -31,7 +31,7 @@ from loraplex.kernels.metadata import BLOCK_SIZE
 from loraplex.server.engine.adapter_manager import AdapterManager
 from loraplex.server.engine.address_space import address_space_left
 from loraplex.server.engine.arena import allocate_arena, kv_layers
-from loraplex.server.engine.budget import LEAST_BUDGET, MOST_BUDGET, StepCost, TokenBudget, default_budget
+from loraplex.server.engine.budget import LEAST_BUDGET, MOST_BUDGET, StepCost, TokenBudget, default_budget, scoring_cost
 from loraplex.server.engine.calibrate import DEVICE_COST, SCRATCH_PAGES, calibrate
 from loraplex.server.engine.engine import Engine
 from loraplex.server.engine.kv_cache import KVCache, kv_groups
@@ -175,7 +175,7 @@ def build_engine(
             "context cut from %d to %d tokens by the memory there is", model_config.max_position, plan.max_model_len
         )
     engine, adapters, placement, prefault = _assemble(
-        config, model_config, weights, ops, plan, budget, most, cost.scoring, base_names, check_tokenizer
+        config, model_config, weights, ops, plan, budget, most, base_names, check_tokenizer
     )
     watch.lap("arena")
     return EngineParts(
@@ -202,14 +202,10 @@ def _assemble(
     plan: MemoryPlan,
     budget: TokenBudget,
     most: int,
-    scoring: float,
     base_names: tuple[str, ...],
     check_tokenizer: Callable[[TokenizerFiles], str],
 ) -> tuple[Engine, AdapterManager, AdapterPlacement, Prefault | None]:
-    """Allocate the arena and put everything around it together. most: tokens of a step.
-
-    scoring: see SchedulerLimits.
-    """
+    """Allocate the arena and put everything around it together. most: tokens of a step."""
     device, dtype = ops.device, weights.dtype
     arena = allocate_arena(plan, device)
     layout = BaseLayout(base_names[0], model_config.num_layers, model_config.projections(), plan.page_bytes, dtype)
@@ -242,7 +238,11 @@ def _assemble(
         num_slots=config.num_slots,
         vocab_size=model_config.vocab_size,
         decode_steps=config.decode_steps if follows_up else 1,
-        scoring=scoring,
+        scoring=scoring_cost(
+            model_config.vocab_size,
+            model_config.hidden_size,
+            model_config.num_layers * sum(p.in_features * p.out_features for p in model_config.projections()),
+        ),
         rope_switch=model_config.rope_switch,
         prefix_cache=all(rope.kind != "dynamic" for rope in model_config.ropes),  # its keys depend on the length
     )

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 
 from loraplex.kernels.metadata import BLOCK_SIZE, NUM_SITES, AttentionMeta, KVGroup, TileTable
 from loraplex.server.engine.budget import StepCost
-from loraplex.server.engine.sampler import score
 from loraplex.server.models.decoder import Decoder
 from loraplex.server.models.inputs import ForwardBatch
 from loraplex.server.models.recorded import record
@@ -30,15 +28,8 @@ MEASURING_SECONDS = 0.35
 REPEATS = 3
 
 
-SCORED = 32
-"""Prompt tokens that are scored to see what it takes, twice."""
-
-SCORED_TOP = 5
-"""The likeliest tokens of each."""
-
-DEVICE_COST = StepCost(0.02, 1e-4, 0.02, 5e-5)
-"""On a GPU, unmeasured: its first steps compile kernels. Only ratios depend on it: of prices of evicted things, and of
-scored tokens to others."""
+DEVICE_COST = StepCost(0.02, 1e-4, 0.02)
+"""On a GPU, unmeasured: its first steps compile kernels. Only the ratio of prices of evicted things depends on it."""
 
 
 def measure(run_step: Callable[[int], object], clock: Callable[[], float] = time.perf_counter) -> StepCost:
@@ -81,21 +72,11 @@ def calibrate(decoder: Decoder, clock: Callable[[], float] = time.perf_counter) 
     model = record(decoder, SIZES[-1], 1)
     batches = {tokens: _prompt(decoder, tokens) for tokens in SIZES}
 
-    last = [torch.empty(0)]
-
     def run_step(tokens: int) -> None:
-        last[0] = model.forward(batches[tokens])
-        model.logits(last[0]).argmax(-1).tolist()
-
-    def score_rows() -> float:
-        begin = clock()
-        score(model.logits(rows), [0] * SCORED, SCORED_TOP, decoder.ops)
-        return clock() - begin
+        model.logits(model.forward(batches[tokens])).argmax(-1).tolist()
 
     with torch.inference_mode():
-        cost = measure(run_step, clock)
-        rows = last[0].expand(SCORED, -1).contiguous()
-        return replace(cost, score_seconds=min(score_rows(), score_rows()) / SCORED)
+        return measure(run_step, clock)
 
 
 def _prompt(decoder: Decoder, tokens: int) -> ForwardBatch:

@@ -12,9 +12,9 @@ from openai.types.responses import Response as OpenAIResponse
 from openai.types.responses import ResponseStreamEvent
 from pydantic import TypeAdapter
 
-from loraplex.server.api.chat_schemas import Message
+from loraplex.server.api.chat_schemas import Message, TokenLogprob, TopLogprob
 from loraplex.server.api.response_store import ResponseStore, StoredResponse
-from loraplex.server.api.responses_schemas import ResponseObject
+from loraplex.server.api.responses_schemas import OutputMessage, OutputText, ResponseObject
 from loraplex.server.engine.request import FinishReason, GenerationRequest, TokenEvent
 from tests.support.fake_serving import FakeServer, say
 from tests.support.waiting import LIMIT, until
@@ -277,6 +277,24 @@ async def test_bad_fields(client: httpx.AsyncClient, server: FakeServer, field: 
 async def test_what_does_not_go_with_the_background(client: httpx.AsyncClient, other: str, param: str) -> None:
     response = await client.post(URL, json=ask(background=True, **{other: other == "stream"}))
     assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+
+
+async def test_log_probabilities_take_room_in_the_store(client: httpx.AsyncClient) -> None:
+    """8,000 tokens with 20 likeliest ones each are 80 MB as they are kept, and 40 kB of text."""
+    template = ResponseObject.model_validate(await create(client))
+    store = ResponseStore(max_chars=60_000)
+    top = TopLogprob(token="a", logprob=-1.0, bytes=[97])
+    score = TokenLogprob(token="a", logprob=-1.0, bytes=[97], top_logprobs=[top] * 20)
+
+    def stored(name: str) -> StoredResponse:
+        text = OutputText(text="a" * 5, logprobs=[score] * 5)
+        output = [OutputMessage(id="m", content=[text])]
+        return StoredResponse(template.model_copy(update={"id": name, "output": output}), [])
+
+    store.put(stored("a"))
+    assert store.get("a")
+    store.put(stored("b"))
+    assert (store.get("a"), store.get("b") is not None) == (None, True)
 
 
 async def test_the_store_is_bounded(client: httpx.AsyncClient) -> None:

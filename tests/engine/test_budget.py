@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraplex.server.engine.budget import LEAST_BUDGET, MOST_BUDGET, StepCost, TokenBudget, default_budget
+from loraplex.server.engine.budget import LEAST_BUDGET, MOST_BUDGET, StepCost, TokenBudget, default_budget, scoring_cost
 from loraplex.server.engine.request import SamplingParams
 from loraplex.server.engine.scheduler import Scheduler
 from support.scheduling import Requests, draws, make_scheduler
@@ -141,6 +141,14 @@ def test_a_budget_that_is_given_stays() -> None:
     budget = TokenBudget(100, None, 1.0)
     run(budget, 400, quiet)
     assert (budget.tokens, budget.token_seconds) == (100, 1.0)
+
+
+def test_what_a_scored_token_costs_beside_its_computation() -> None:
+    """A product with the head and a little more, over all other products: q, k, v, o and three of the MLP a layer."""
+    smollm = 30 * (2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536)
+    assert scoring_cost(49_152, 576, smollm) == pytest.approx(28_311_552 / smollm * (1 + 256 / 576))
+    llama = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14_336)
+    assert scoring_cost(128_256, 4096, llama) == pytest.approx(525_336_576 / llama, rel=0.1)
 
 
 class TestOfAScheduler:

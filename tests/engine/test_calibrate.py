@@ -14,7 +14,7 @@ from loraplex.kernels.backend import load_backend
 from loraplex.server.engine import calibrate as calibration
 from loraplex.server.engine.arena import kv_layers
 from loraplex.server.engine.budget import StepCost, default_budget
-from loraplex.server.engine.calibrate import SCORED, SCRATCH_PAGES, calibrate, measure
+from loraplex.server.engine.calibrate import SCRATCH_PAGES, calibrate, measure
 from loraplex.server.engine.kv_cache import kv_groups
 from loraplex.server.engine.memory import page_bytes
 from loraplex.server.models.config import ModelConfig
@@ -97,7 +97,6 @@ class TimedDecoder:
     def __init__(self, inner: Decoder | RecordedDecoder, machine: Machine) -> None:
         self._inner = inner
         self._machine = machine
-        self._slow = 0.002  # the first time that many rows are scored
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
         self._machine.run_step(batch.input_ids.shape[0])
@@ -106,9 +105,6 @@ class TimedDecoder:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         logits = self._inner.logits(hidden)
         assert torch.isfinite(logits).all()
-        if hidden.shape[0] == SCORED:
-            self._machine.now += 0.0016 + self._slow
-            self._slow = 0.0
         return logits
 
 
@@ -131,8 +127,6 @@ def test_a_real_decoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family:
     assert cost.fixed_seconds == pytest.approx(0.004)
     assert cost.token_seconds == pytest.approx(0.0001)
     assert cost.decode_seconds == pytest.approx(0.0041)
-    assert cost.score_seconds == pytest.approx(0.0016 / SCORED)
-    assert cost.scoring == pytest.approx(0.5), "times what computing a token takes"
     assert machine.steps == [1, *(tokens for tokens in (1, 16, 64, 256) for _ in range(3))]
     for layer in views:  # the largest step measured wrote its 256 tokens to every layer
         own = slice(layer.group * SCRATCH_PAGES, (layer.group + 1) * SCRATCH_PAGES)
