@@ -20,6 +20,7 @@ from loraplex.server.bounds import (
     BODY_RATE,
     BODY_SECONDS,
     FREE_PIECES,
+    FREE_PIPELINED,
     HEAD_SECONDS,
     LINGER_BYTES,
     LINGER_SECONDS,
@@ -29,6 +30,7 @@ from loraplex.server.bounds import (
     PROBES,
     READ_RATE,
     READ_SECONDS,
+    SMALL_HEAD,
     Bounds,
 )
 from loraplex.server.connections import Connections
@@ -51,6 +53,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._unsent = 0  # bytes, when that was last looked at
         self._bounds, self._others = bounds, others
         self._deaf = False  # nothing that comes is read any more
+        self._is_large = False  # it has sent a large head
         self._room = LINGER_BYTES
         self._clear()
 
@@ -78,6 +81,8 @@ class BoundedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._others.set_busy(self)
         self._deaf = True
+        if self._is_large:
+            self._others.give_back_large()
         self._unset_keepalive_if_required()  # uvicorn's, which would keep a connection that was reset for so long
         super().connection_lost(exc)
 
@@ -125,7 +130,10 @@ class BoundedProtocol(HttpToolsProtocol):
         if self.due == math.inf:  # also what is no head, such as empty lines
             self.due = self._others.now + HEAD_SECONDS
         try:
-            self._feed(data)
+            while data and not self._deaf:  # heads in pieces: what begins in one is counted from the next one on
+                piece = data if self._in_body else data[:SMALL_HEAD]
+                self._feed(piece)
+                data = data[len(piece) :]
         except _Refused as refused:
             self._refuse(refused.status, refused.reason)
         except httptools.HttpParserError as error:
@@ -148,8 +156,7 @@ class BoundedProtocol(HttpToolsProtocol):
             return
         if self._in_head:
             self._unfinished += len(data)
-            if self._unfinished > self._bounds.head_bytes:
-                raise self._too_large()
+            self._check_head(self._unfinished)
         elif self._in_body:
             self._framing += len(data) - (self._body - before)
             if self._framing > self._bounds.head_bytes + self._body // 4:
@@ -182,8 +189,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._fields += 1
         self._unfinished = 0
         self._head += len(name) + len(value) + 4
-        if self._fields > self._bounds.header_count or self._head > self._bounds.head_bytes:
-            raise self._too_large()
+        self._check_head(self._head)
         if not self._in_head:
             return
         if len(name) == 14 and name.lower() == b"content-length":
@@ -193,7 +199,7 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        if len(self.pipeline) >= MAX_PIPELINED:
+        if len(self.pipeline) >= FREE_PIPELINED and not self._may_queue():
             raise _Refused(429, "Too many requests wait on this connection.")  # nobody is told: it just closes
         if self.url.count(b"&") >= self._bounds.header_count:  # frameworks take a target apart for every route
             raise _Refused(414, f"The target has more than {self._bounds.header_count} parameters.")
@@ -245,9 +251,19 @@ class BoundedProtocol(HttpToolsProtocol):
     def _is_answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
 
-    def _too_large(self) -> _Refused:
+    def _check_head(self, size: int) -> None:
         bounds = self._bounds
-        return _Refused(431, f"At most {bounds.header_count} header fields of {bounds.head_bytes} bytes are taken.")
+        if self._fields > bounds.header_count or size > bounds.head_bytes:
+            raise _Refused(431, f"At most {bounds.header_count} header fields of {bounds.head_bytes} bytes are taken.")
+        if size > SMALL_HEAD and not self._is_large:
+            if not self._others.claim_large():
+                raise _Refused(503, f"Too many connections have heads of more than {SMALL_HEAD} bytes; try again.")
+            self._is_large = True
+
+    def _may_queue(self) -> bool:
+        fields = [field for cycle, _ in self.pipeline for field in cycle.scope["headers"]]
+        size = sum(len(name) + len(value) for name, value in fields)
+        return len(self.pipeline) < MAX_PIPELINED and size + self._head <= SMALL_HEAD
 
     def _refuse(self, status: int, reason: str) -> None:
         """Answer and end the connection. Where an answer is under way, that one is the last."""

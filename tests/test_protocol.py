@@ -15,6 +15,7 @@ from uvicorn.server import ServerState
 from loraplex.server.bounds import (
     BODY_RATE,
     BODY_SECONDS,
+    FREE_PIPELINED,
     HEAD_SECONDS,
     LINGER_BYTES,
     LINGER_SECONDS,
@@ -22,6 +23,7 @@ from loraplex.server.bounds import (
     MAX_TARGET,
     READ_RATE,
     READ_SECONDS,
+    SMALL_HEAD,
     Bounds,
 )
 from loraplex.server.connections import STARTS, Connections
@@ -222,6 +224,35 @@ async def test_requests_that_wait_are_bounded(served: Served) -> None:
     await turns(2000)
     assert statuses(transport) == [200] * (MAX_PIPELINED + 1)
     assert transport.ended
+
+
+async def test_large_requests_that_wait_are_few(served: Served) -> None:
+    served.gate.clear()
+    protocol, transport = served.connect()
+    protocol.data_received(head(b"a: " + b"x" * (SMALL_HEAD // 3)) * 20)
+    served.gate.set()
+    await turns(2000)
+    assert statuses(transport) == [200] * (FREE_PIPELINED + 1)
+    assert transport.ended
+
+
+async def test_connections_with_large_heads_are_few(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """4,096 with 64 KiB each would be 256 MiB. Whoever has sent one has it counted until the connection ends."""
+    monkeypatch.setattr("loraplex.server.connections.MAX_LARGE", 2)
+    large = head(b"a: " + b"x" * SMALL_HEAD)
+    whole, part, refused, small = (served.connect() for _ in range(4))
+    whole[0].data_received(large)
+    part[0].data_received(large[:-4] + b"x" * 2 * SMALL_HEAD)
+    refused[0].data_received(large)
+    small[0].data_received(GET)
+    await turns()
+    assert [statuses(transport) for _, transport in (whole, part, refused, small)] == [[200], [], [503], [200]]
+    part[1].abort()
+    await turns()
+    whole[0].data_received(large)
+    small[0].data_received(large)
+    await turns()
+    assert [statuses(transport) for _, transport in (whole, small)] == [[200, 200], [200, 200]]
 
 
 async def test_cookies_and_trailers_are_nobodys(served: Served) -> None:
