@@ -1,8 +1,8 @@
 """uvicorn's HTTP/1.1 with bounds: how much may come before anybody looks at it, and how long it may take to come.
 
 uvicorn's parser takes heads of any size and waits for ever. Here a head is refused by its bytes, its fields and its
-target while it is read (431, 414), a body by its pieces, and whoever does not go on is told so (408) and closed. What
-is refused here has no application behind it, so it is answered in plain text.
+target while it is read (431, 414), a body by its pieces, and whoever does not go on is told so (408) and closed, in
+OpenAI's shape: what is refused here has no route yet.
 
 Trailers are dropped: uvicorn would add them to the fields of a request that is being answered. Cookies, too: nobody
 here reads them, and FastAPI would take them apart for every request.
@@ -14,7 +14,7 @@ import math
 from typing import Any
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from loraplex.server.bounds import (
     BODY_RATE,
@@ -34,14 +34,7 @@ from loraplex.server.bounds import (
     Bounds,
 )
 from loraplex.server.connections import Connections
-
-
-class _Refused(Exception):
-    """Raised through the parser, which stops there."""
-
-    def __init__(self, status: int, reason: str) -> None:
-        super().__init__(reason)
-        self.status, self.reason = status, reason
+from loraplex.server.refused import Refused
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -74,7 +67,7 @@ class BoundedProtocol(HttpToolsProtocol):
         super().connection_made(transport)
         self.due = self._others.now + HEAD_SECONDS
         if not self._others.admit(self, len(self.connections)):
-            self._tell(503, "This server has as many connections as it may have; try again.")
+            self._tell(Refused(503, "This server has as many connections as it may have; try again."))
             self._hear_no_more()
             transport.close()
 
@@ -95,13 +88,13 @@ class BoundedProtocol(HttpToolsProtocol):
         elif self._in_body:
             waits_for_us = self.flow.read_paused or self.cycle.waiting_for_100_continue
             if not waits_for_us and self._body - self._marked < BODY_SECONDS * BODY_RATE:
-                self._refuse(408, f"The body came too slowly: expected {BODY_RATE} bytes a second.")
+                self._refuse(Refused(408, f"The body came too slowly: expected {BODY_RATE} bytes a second."))
                 return
             self.due, self._marked = now + BODY_SECONDS, self._body
         elif self._is_answering():
             self.due = now + HEAD_SECONDS
         elif self._in_head:
-            self._refuse(408, f"The head did not end within {HEAD_SECONDS:g} seconds.")
+            self._refuse(Refused(408, f"The head did not end within {HEAD_SECONDS:g} seconds."))
         else:
             self.transport.close()
 
@@ -134,12 +127,15 @@ class BoundedProtocol(HttpToolsProtocol):
                 piece = data if self._in_body else data[:SMALL_HEAD]
                 self._feed(piece)
                 data = data[len(piece) :]
-        except _Refused as refused:
-            self._refuse(refused.status, refused.reason)
+        except Refused as refused:
+            self._refuse(refused)
         except httptools.HttpParserError as error:
             cause = error.__context__
-            known = cause if isinstance(cause, _Refused) else _Refused(400, "Invalid HTTP request received.")
-            self._refuse(known.status, known.reason)
+            self._refuse(
+                cause
+                if isinstance(cause, Refused)
+                else Refused(400, "Found no request of HTTP/1.1: expected a method, a target and fields.")
+            )
 
     def _feed(self, data: bytes) -> None:
         if self._raw:
@@ -160,7 +156,7 @@ class BoundedProtocol(HttpToolsProtocol):
         elif self._in_body:
             self._framing += len(data) - (self._body - before)
             if self._framing > self._bounds.head_bytes + self._body // 4:
-                raise _Refused(413, "The body is more framing than content: send it in larger chunks.")
+                raise Refused(413, "The body is more framing than content: send it in larger chunks.")
 
     def _feed_raw(self, data: bytes) -> bytes:
         """What is left of `data` behind the body."""
@@ -182,7 +178,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_url(self, url: bytes) -> None:
         self._head += len(url)
         if self._head > MAX_TARGET:
-            raise _Refused(414, f"The target is longer than {MAX_TARGET} bytes.")
+            raise Refused(414, f"The target is longer than {MAX_TARGET} bytes.")
         super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
@@ -200,11 +196,11 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         if len(self.pipeline) >= FREE_PIPELINED and not self._may_queue():
-            raise _Refused(429, "Too many requests wait on this connection.")  # nobody is told: it just closes
+            raise Refused(429, "Too many requests wait on this connection.")  # nobody is told: it just closes
         if self.url.count(b"&") >= self._bounds.header_count:  # frameworks take a target apart for every route
-            raise _Refused(414, f"The target has more than {self._bounds.header_count} parameters.")
+            raise Refused(414, f"The target has more than {self._bounds.header_count} parameters.")
         if self.parser.should_upgrade() and any(name == b"transfer-encoding" for name, _ in self.headers):
-            raise _Refused(400, "A request to upgrade cannot have a chunked body here.")
+            raise Refused(400, "A request to upgrade cannot have a chunked body here.")
         super().on_headers_complete()
         self._in_head, self._in_body = False, True
         self.due = self._others.now + BODY_SECONDS
@@ -218,10 +214,10 @@ class BoundedProtocol(HttpToolsProtocol):
         self._body += len(body)
         self._pieces += 1
         if self._pieces > FREE_PIECES + self._body // PIECE_BYTES:
-            raise _Refused(413, f"The body comes in pieces of under {PIECE_BYTES} bytes: send it in larger chunks.")
+            raise Refused(413, f"The body comes in pieces of under {PIECE_BYTES} bytes: send it in larger chunks.")
         if self._body > self._bounds.body_bytes:
             if self.cycle.response_complete:
-                raise _Refused(413, "The body is too large.")
+                raise Refused(413, "The body is too large.")
             self._is_last(self.cycle)  # whoever reads it says so
         super().on_body(body)
 
@@ -254,10 +250,10 @@ class BoundedProtocol(HttpToolsProtocol):
     def _check_head(self, size: int) -> None:
         bounds = self._bounds
         if self._fields > bounds.header_count or size > bounds.head_bytes:
-            raise _Refused(431, f"At most {bounds.header_count} header fields of {bounds.head_bytes} bytes are taken.")
+            raise Refused(431, f"At most {bounds.header_count} header fields of {bounds.head_bytes} bytes are taken.")
         if size > SMALL_HEAD and not self._is_large:
             if not self._others.claim_large():
-                raise _Refused(503, f"Too many connections have heads of more than {SMALL_HEAD} bytes; try again.")
+                raise Refused(503, f"Too many connections have heads of more than {SMALL_HEAD} bytes; try again.")
             self._is_large = True
 
     def _may_queue(self) -> bool:
@@ -265,7 +261,7 @@ class BoundedProtocol(HttpToolsProtocol):
         size = sum(len(name) + len(value) for name, value in fields)
         return len(self.pipeline) < MAX_PIPELINED and size + self._head <= SMALL_HEAD
 
-    def _refuse(self, status: int, reason: str) -> None:
+    def _refuse(self, refused: Refused) -> None:
         """Answer and end the connection. Where an answer is under way, that one is the last."""
         self._others.note_refused()
         cycle = self.cycle
@@ -275,17 +271,14 @@ class BoundedProtocol(HttpToolsProtocol):
             self.flow.pause_reading()
             return
         if not self._in_body or not (cycle.response_started or self.pipeline):
-            self._tell(status, reason)
+            self._tell(refused)
         if self._in_body:
             cycle.disconnected = True
             cycle.message_event.set()
         self._close()
 
-    def _tell(self, status: int, reason: str) -> None:
-        fields = [(b"content-type", b"text/plain; charset=utf-8"), (b"content-length", b"%d" % len(reason))]
-        fields += [*self.server_state.default_headers, (b"connection", b"close")]
-        head = b"".join(b"%s: %s\r\n" % field for field in fields)
-        self.transport.write(b"%s%s\r\n%s" % (STATUS_LINE[status], head, reason.encode()))
+    def _tell(self, refused: Refused) -> None:
+        self.transport.write(refused.answer(self.server_state.default_headers))
 
     def _is_last(self, cycle: RequestResponseCycle) -> None:
         """The connection ends with this answer, though its client may not have ended."""

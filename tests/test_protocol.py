@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections import Counter
 from collections.abc import AsyncIterator
 from typing import Any
@@ -169,6 +170,9 @@ async def test_too_much(served: Served, name: str, piece: int) -> None:
         read += piece
     assert statuses(transport) == [status]
     assert b"connection: close\r\n" in transport.written
+    fields = json.loads(transport.written.partition(b"\r\n\r\n")[2])["error"]
+    assert fields["message"]
+    assert set(fields) == {"message", "type", "param", "code"}
     assert transport.ended
     assert read <= 65_536 + 2 * piece + (1 << 18)
     protocol.data_received(GET)
