@@ -47,6 +47,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._bounds, self._others = bounds, others
         self._deaf = False  # nothing that comes is read any more
         self._is_large = False  # it has sent a large head
+        self._answered: RequestResponseCycle | None = None  # the request that is not queued behind another
         self._room = LINGER_BYTES
         self._clear()
 
@@ -77,6 +78,8 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._is_large:
             self._others.give_back_large()
         self._unset_keepalive_if_required()  # uvicorn's, which would keep a connection that was reset for so long
+        if self._answered is not None and not self._answered.response_complete:
+            self._leave(self._answered)  # uvicorn tells the last request alone, which may wait behind this one
         super().connection_lost(exc)
 
     def give_way(self) -> None:
@@ -230,6 +233,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         begin = super()._start_asgi_task
+        self._answered = cycle
         if cycle.scope["path"] in PROBES and not self._declared:
             begin(cycle, app)
         else:  # unless nobody waits any more when its turn has come
@@ -264,18 +268,25 @@ class BoundedProtocol(HttpToolsProtocol):
     def _refuse(self, refused: Refused) -> None:
         """Answer and end the connection. Where an answer is under way, that one is the last."""
         self._others.note_refused()
-        cycle = self.cycle
+        if self._in_body and self.pipeline:  # it has not begun, and will not
+            self.pipeline.popleft()
+            self._in_body = False
+            self.cycle = self.pipeline[0][0] if self.pipeline else self._answered  # type: ignore[assignment]
         if not self._in_body and self._is_answering():
-            self._is_last(cycle)
+            self._is_last(self.cycle)
             self._hear_no_more()
             self.flow.pause_reading()
             return
-        if not self._in_body or not (cycle.response_started or self.pipeline):
+        if not self._in_body or not self.cycle.response_started:
             self._tell(refused)
         if self._in_body:
-            cycle.disconnected = True
-            cycle.message_event.set()
+            self._leave(self.cycle)
         self._close()
+
+    def _leave(self, cycle: RequestResponseCycle) -> None:
+        """Tell who answers it that nobody reads that."""
+        cycle.disconnected = True
+        cycle.message_event.set()
 
     def _tell(self, refused: Refused) -> None:
         self.transport.write(refused.answer(self.server_state.default_headers))

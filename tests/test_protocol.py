@@ -220,6 +220,42 @@ async def test_a_head_behind_an_answer_waits_for_it(served: Served) -> None:
     assert transport.ended
 
 
+async def test_a_body_behind_an_answer_waits_for_it(served: Served) -> None:
+    served.gate.clear()
+    protocol, transport = served.connect()
+    protocol.data_received(GET + POST + b"Content-Length: 900\r\n\r\nx")
+    await turns()
+    served.at(BODY_SECONDS)
+    protocol.flow.resume_reading()  # as an application does that waits for its client to leave
+    served.at(2 * BODY_SECONDS)
+    served.at(3 * BODY_SECONDS)
+    assert not transport.written
+    served.gate.set()
+    await turns()
+    assert statuses(transport) == [200]
+    assert transport.ended
+    assert len(served.scopes) == 1
+
+
+async def test_whoever_leaves_is_gone_for_the_request_before_the_last(served: Served) -> None:
+    """uvicorn tells the last one alone: an answer before it was generated to its end."""
+    left = asyncio.Event()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await receive()
+        assert (await receive())["type"] == "http.disconnect"
+        left.set()
+
+    served._config = uvicorn.Config(app, interface="asgi3", http="httptools", ws="none", log_config=None)
+    protocol, transport = served.connect()
+    protocol.data_received(GET + GET)
+    await turns()
+    assert not left.is_set()
+    transport.abort()
+    async with asyncio.timeout(30):
+        await left.wait()
+
+
 async def test_requests_that_wait_are_bounded(served: Served) -> None:
     served.gate.clear()
     protocol, transport = served.connect()
