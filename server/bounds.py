@@ -18,8 +18,12 @@ BODY_SECONDS, BODY_RATE = 10.0, 500
 READ_SECONDS, READ_RATE = 60.0, 500
 """The same for what is sent: the kernel ends who reads nothing for so long (listening.py), not who reads a byte."""
 
-MAX_PIPELINED = 32
-"""Requests that wait behind the one that is answered. 256 KiB that come at once hold 14,000, each 10 us and 2 KB."""
+FREE_PIPELINED, MAX_PIPELINED = 4, 32
+"""Requests that wait behind the one that is answered; the first few may have heads as large as any, all together one of
+SMALL_HEAD. 256 KiB that come at once hold 14,000 requests, each 10 us and 2 KB."""
+
+SMALL_HEAD = 8192
+"""Bytes of a head that every connection may send; see connections.MAX_LARGE for the others."""
 
 FREE_PIECES, PIECE_BYTES = 4096, 64
 """Chunks of a body, and the mean size of those beyond: each is a call of Python's, 256 KiB of single bytes 40 ms."""

@@ -22,6 +22,9 @@ MAX_CONNECTIONS = 4096
 SPARE_DESCRIPTORS = 192
 """Of those the process may have, for files, downloads and connections that are accepted and not yet counted."""
 
+MAX_LARGE = 256
+"""Of them that have sent a large head, kept while its request is answered: 32 MiB, with what waits behind it."""
+
 ACCEPTED_AT_ONCE = 32
 """In one turn of the event loop. Four turns go by until those that make room for them are closed."""
 
@@ -56,6 +59,7 @@ class Connections:
     def __init__(self, most: int) -> None:
         self.most = most
         self.now = 0.0  # the loop's clock, a tenth of a second behind at most
+        self._num_large = 0
         self._begun = 0  # in this turn of the loop
         self._waiting: deque[Callable[[], None]] = deque()
         self._idle: OrderedDict[Connection, None] = OrderedDict()  # without a request at work; longest idle first
@@ -80,6 +84,16 @@ class Connections:
     def set_busy(self, connection: Connection) -> None:
         """It has a request that is being answered, or is gone."""
         self._idle.pop(connection, None)
+
+    def claim_large(self) -> bool:
+        """Whether one more connection may send a large head."""
+        may = self._num_large < MAX_LARGE
+        self._num_large += may
+        return may
+
+    def give_back_large(self) -> None:
+        """That one is gone."""
+        self._num_large -= 1
 
     def begin(self, request: Callable[[], None]) -> None:
         """Call `request` now, or in a later turn of the event loop where many come at once."""

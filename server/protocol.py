@@ -1,8 +1,8 @@
 """uvicorn's HTTP/1.1 with bounds: how much may come before anybody looks at it, and how long it may take to come.
 
 uvicorn's parser takes heads of any size and waits for ever. Here a head is refused by its bytes, its fields and its
-target while it is read (431, 414), a body by its pieces, and whoever does not go on is told so (408) and closed. What
-is refused here has no application behind it, so it is answered in plain text.
+target while it is read (431, 414), a body by its pieces, and whoever does not go on is told so (408) and closed, in
+OpenAI's shape: what is refused here has no route yet.
 
 Trailers are dropped: uvicorn would add them to the fields of a request that is being answered. Cookies, too: nobody
 here reads them, and FastAPI would take them apart for every request.
@@ -14,12 +14,13 @@ import math
 from typing import Any
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from loraplex.server.bounds import (
     BODY_RATE,
     BODY_SECONDS,
     FREE_PIECES,
+    FREE_PIPELINED,
     HEAD_SECONDS,
     LINGER_BYTES,
     LINGER_SECONDS,
@@ -29,17 +30,11 @@ from loraplex.server.bounds import (
     PROBES,
     READ_RATE,
     READ_SECONDS,
+    SMALL_HEAD,
     Bounds,
 )
 from loraplex.server.connections import Connections
-
-
-class _Refused(Exception):
-    """Raised through the parser, which stops there."""
-
-    def __init__(self, status: int, reason: str) -> None:
-        super().__init__(reason)
-        self.status, self.reason = status, reason
+from loraplex.server.refused import Refused
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -51,6 +46,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self._unsent = 0  # bytes, when that was last looked at
         self._bounds, self._others = bounds, others
         self._deaf = False  # nothing that comes is read any more
+        self._is_large = False  # it has sent a large head
+        self._answered: RequestResponseCycle | None = None  # the request that is not queued behind another
         self._room = LINGER_BYTES
         self._clear()
 
@@ -71,14 +68,18 @@ class BoundedProtocol(HttpToolsProtocol):
         super().connection_made(transport)
         self.due = self._others.now + HEAD_SECONDS
         if not self._others.admit(self, len(self.connections)):
-            self._tell(503, "This server has as many connections as it may have; try again.")
+            self._tell(Refused(503, "This server has as many connections as it may have; try again."))
             self._hear_no_more()
             transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._others.set_busy(self)
         self._deaf = True
+        if self._is_large:
+            self._others.give_back_large()
         self._unset_keepalive_if_required()  # uvicorn's, which would keep a connection that was reset for so long
+        if self._answered is not None and not self._answered.response_complete:
+            self._leave(self._answered)  # uvicorn tells the last request alone, which may wait behind this one
         super().connection_lost(exc)
 
     def give_way(self) -> None:
@@ -90,13 +91,13 @@ class BoundedProtocol(HttpToolsProtocol):
         elif self._in_body:
             waits_for_us = self.flow.read_paused or self.cycle.waiting_for_100_continue
             if not waits_for_us and self._body - self._marked < BODY_SECONDS * BODY_RATE:
-                self._refuse(408, f"The body came too slowly: expected {BODY_RATE} bytes a second.")
+                self._refuse(Refused(408, f"The body came too slowly: expected {BODY_RATE} bytes a second."))
                 return
             self.due, self._marked = now + BODY_SECONDS, self._body
         elif self._is_answering():
             self.due = now + HEAD_SECONDS
         elif self._in_head:
-            self._refuse(408, f"The head did not end within {HEAD_SECONDS:g} seconds.")
+            self._refuse(Refused(408, f"The head did not end within {HEAD_SECONDS:g} seconds."))
         else:
             self.transport.close()
 
@@ -125,13 +126,19 @@ class BoundedProtocol(HttpToolsProtocol):
         if self.due == math.inf:  # also what is no head, such as empty lines
             self.due = self._others.now + HEAD_SECONDS
         try:
-            self._feed(data)
-        except _Refused as refused:
-            self._refuse(refused.status, refused.reason)
+            while data and not self._deaf:  # heads in pieces: what begins in one is counted from the next one on
+                piece = data if self._in_body else data[:SMALL_HEAD]
+                self._feed(piece)
+                data = data[len(piece) :]
+        except Refused as refused:
+            self._refuse(refused)
         except httptools.HttpParserError as error:
             cause = error.__context__
-            known = cause if isinstance(cause, _Refused) else _Refused(400, "Invalid HTTP request received.")
-            self._refuse(known.status, known.reason)
+            self._refuse(
+                cause
+                if isinstance(cause, Refused)
+                else Refused(400, "Found no request of HTTP/1.1: expected a method, a target and fields.")
+            )
 
     def _feed(self, data: bytes) -> None:
         if self._raw:
@@ -148,12 +155,11 @@ class BoundedProtocol(HttpToolsProtocol):
             return
         if self._in_head:
             self._unfinished += len(data)
-            if self._unfinished > self._bounds.head_bytes:
-                raise self._too_large()
+            self._check_head(self._unfinished)
         elif self._in_body:
             self._framing += len(data) - (self._body - before)
             if self._framing > self._bounds.head_bytes + self._body // 4:
-                raise _Refused(413, "The body is more framing than content: send it in larger chunks.")
+                raise Refused(413, "The body is more framing than content: send it in larger chunks.")
 
     def _feed_raw(self, data: bytes) -> bytes:
         """What is left of `data` behind the body."""
@@ -175,15 +181,14 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_url(self, url: bytes) -> None:
         self._head += len(url)
         if self._head > MAX_TARGET:
-            raise _Refused(414, f"The target is longer than {MAX_TARGET} bytes.")
+            raise Refused(414, f"The target is longer than {MAX_TARGET} bytes.")
         super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self._fields += 1
         self._unfinished = 0
         self._head += len(name) + len(value) + 4
-        if self._fields > self._bounds.header_count or self._head > self._bounds.head_bytes:
-            raise self._too_large()
+        self._check_head(self._head)
         if not self._in_head:
             return
         if len(name) == 14 and name.lower() == b"content-length":
@@ -193,12 +198,12 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        if len(self.pipeline) >= MAX_PIPELINED:
-            raise _Refused(429, "Too many requests wait on this connection.")  # nobody is told: it just closes
+        if len(self.pipeline) >= FREE_PIPELINED and not self._may_queue():
+            raise Refused(429, "Too many requests wait on this connection.")  # nobody is told: it just closes
         if self.url.count(b"&") >= self._bounds.header_count:  # frameworks take a target apart for every route
-            raise _Refused(414, f"The target has more than {self._bounds.header_count} parameters.")
+            raise Refused(414, f"The target has more than {self._bounds.header_count} parameters.")
         if self.parser.should_upgrade() and any(name == b"transfer-encoding" for name, _ in self.headers):
-            raise _Refused(400, "A request to upgrade cannot have a chunked body here.")
+            raise Refused(400, "A request to upgrade cannot have a chunked body here.")
         super().on_headers_complete()
         self._in_head, self._in_body = False, True
         self.due = self._others.now + BODY_SECONDS
@@ -212,10 +217,10 @@ class BoundedProtocol(HttpToolsProtocol):
         self._body += len(body)
         self._pieces += 1
         if self._pieces > FREE_PIECES + self._body // PIECE_BYTES:
-            raise _Refused(413, f"The body comes in pieces of under {PIECE_BYTES} bytes: send it in larger chunks.")
+            raise Refused(413, f"The body comes in pieces of under {PIECE_BYTES} bytes: send it in larger chunks.")
         if self._body > self._bounds.body_bytes:
             if self.cycle.response_complete:
-                raise _Refused(413, "The body is too large.")
+                raise Refused(413, "The body is too large.")
             self._is_last(self.cycle)  # whoever reads it says so
         super().on_body(body)
 
@@ -228,6 +233,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         begin = super()._start_asgi_task
+        self._answered = cycle
         if cycle.scope["path"] in PROBES and not self._declared:
             begin(cycle, app)
         else:  # unless nobody waits any more when its turn has come
@@ -245,31 +251,45 @@ class BoundedProtocol(HttpToolsProtocol):
     def _is_answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
 
-    def _too_large(self) -> _Refused:
+    def _check_head(self, size: int) -> None:
         bounds = self._bounds
-        return _Refused(431, f"At most {bounds.header_count} header fields of {bounds.head_bytes} bytes are taken.")
+        if self._fields > bounds.header_count or size > bounds.head_bytes:
+            raise Refused(431, f"At most {bounds.header_count} header fields of {bounds.head_bytes} bytes are taken.")
+        if size > SMALL_HEAD and not self._is_large:
+            if not self._others.claim_large():
+                raise Refused(503, f"Too many connections have heads of more than {SMALL_HEAD} bytes; try again.")
+            self._is_large = True
 
-    def _refuse(self, status: int, reason: str) -> None:
+    def _may_queue(self) -> bool:
+        fields = [field for cycle, _ in self.pipeline for field in cycle.scope["headers"]]
+        size = sum(len(name) + len(value) for name, value in fields)
+        return len(self.pipeline) < MAX_PIPELINED and size + self._head <= SMALL_HEAD
+
+    def _refuse(self, refused: Refused) -> None:
         """Answer and end the connection. Where an answer is under way, that one is the last."""
         self._others.note_refused()
-        cycle = self.cycle
+        if self._in_body and self.pipeline:  # it has not begun, and will not
+            self.pipeline.popleft()
+            self._in_body = False
+            self.cycle = self.pipeline[0][0] if self.pipeline else self._answered  # type: ignore[assignment]
         if not self._in_body and self._is_answering():
-            self._is_last(cycle)
+            self._is_last(self.cycle)
             self._hear_no_more()
             self.flow.pause_reading()
             return
-        if not self._in_body or not (cycle.response_started or self.pipeline):
-            self._tell(status, reason)
+        if not self._in_body or not self.cycle.response_started:
+            self._tell(refused)
         if self._in_body:
-            cycle.disconnected = True
-            cycle.message_event.set()
+            self._leave(self.cycle)
         self._close()
 
-    def _tell(self, status: int, reason: str) -> None:
-        fields = [(b"content-type", b"text/plain; charset=utf-8"), (b"content-length", b"%d" % len(reason))]
-        fields += [*self.server_state.default_headers, (b"connection", b"close")]
-        head = b"".join(b"%s: %s\r\n" % field for field in fields)
-        self.transport.write(b"%s%s\r\n%s" % (STATUS_LINE[status], head, reason.encode()))
+    def _leave(self, cycle: RequestResponseCycle) -> None:
+        """Tell who answers it that nobody reads that."""
+        cycle.disconnected = True
+        cycle.message_event.set()
+
+    def _tell(self, refused: Refused) -> None:
+        self.transport.write(refused.answer(self.server_state.default_headers))
 
     def _is_last(self, cycle: RequestResponseCycle) -> None:
         """The connection ends with this answer, though its client may not have ended."""

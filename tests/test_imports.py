@@ -55,7 +55,7 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("server.cli", EVERYTHING),
     *(
         (f"server.{name}", EVERYTHING)
-        for name in ("greeting", "startup", "listening", "connections", "protocol", "bounds")
+        for name in ("greeting", "startup", "listening", "connections", "protocol", "bounds", "refused")
     ),
     *((f"server.{name}", EVERYTHING) for name in ("option_groups", "engine_options", "serve_options")),
     ("server.selfcheck", EVERYTHING),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections import Counter
 from collections.abc import AsyncIterator
 from typing import Any
@@ -15,6 +16,7 @@ from uvicorn.server import ServerState
 from loraplex.server.bounds import (
     BODY_RATE,
     BODY_SECONDS,
+    FREE_PIPELINED,
     HEAD_SECONDS,
     LINGER_BYTES,
     LINGER_SECONDS,
@@ -22,6 +24,7 @@ from loraplex.server.bounds import (
     MAX_TARGET,
     READ_RATE,
     READ_SECONDS,
+    SMALL_HEAD,
     Bounds,
 )
 from loraplex.server.connections import STARTS, Connections
@@ -167,6 +170,9 @@ async def test_too_much(served: Served, name: str, piece: int) -> None:
         read += piece
     assert statuses(transport) == [status]
     assert b"connection: close\r\n" in transport.written
+    fields = json.loads(transport.written.partition(b"\r\n\r\n")[2])["error"]
+    assert fields["message"]
+    assert set(fields) == {"message", "type", "param", "code"}
     assert transport.ended
     assert read <= 65_536 + 2 * piece + (1 << 18)
     protocol.data_received(GET)
@@ -214,6 +220,42 @@ async def test_a_head_behind_an_answer_waits_for_it(served: Served) -> None:
     assert transport.ended
 
 
+async def test_a_body_behind_an_answer_waits_for_it(served: Served) -> None:
+    served.gate.clear()
+    protocol, transport = served.connect()
+    protocol.data_received(GET + POST + b"Content-Length: 900\r\n\r\nx")
+    await turns()
+    served.at(BODY_SECONDS)
+    protocol.flow.resume_reading()  # as an application does that waits for its client to leave
+    served.at(2 * BODY_SECONDS)
+    served.at(3 * BODY_SECONDS)
+    assert not transport.written
+    served.gate.set()
+    await turns()
+    assert statuses(transport) == [200]
+    assert transport.ended
+    assert len(served.scopes) == 1
+
+
+async def test_whoever_leaves_is_gone_for_the_request_before_the_last(served: Served) -> None:
+    """uvicorn tells the last one alone: an answer before it was generated to its end."""
+    left = asyncio.Event()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await receive()
+        assert (await receive())["type"] == "http.disconnect"
+        left.set()
+
+    served._config = uvicorn.Config(app, interface="asgi3", http="httptools", ws="none", log_config=None)
+    protocol, transport = served.connect()
+    protocol.data_received(GET + GET)
+    await turns()
+    assert not left.is_set()
+    transport.abort()
+    async with asyncio.timeout(30):
+        await left.wait()
+
+
 async def test_requests_that_wait_are_bounded(served: Served) -> None:
     served.gate.clear()
     protocol, transport = served.connect()
@@ -222,6 +264,35 @@ async def test_requests_that_wait_are_bounded(served: Served) -> None:
     await turns(2000)
     assert statuses(transport) == [200] * (MAX_PIPELINED + 1)
     assert transport.ended
+
+
+async def test_large_requests_that_wait_are_few(served: Served) -> None:
+    served.gate.clear()
+    protocol, transport = served.connect()
+    protocol.data_received(head(b"a: " + b"x" * (SMALL_HEAD // 3)) * 20)
+    served.gate.set()
+    await turns(2000)
+    assert statuses(transport) == [200] * (FREE_PIPELINED + 1)
+    assert transport.ended
+
+
+async def test_connections_with_large_heads_are_few(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """4,096 with 64 KiB each would be 256 MiB. Whoever has sent one has it counted until the connection ends."""
+    monkeypatch.setattr("loraplex.server.connections.MAX_LARGE", 2)
+    large = head(b"a: " + b"x" * SMALL_HEAD)
+    whole, part, refused, small = (served.connect() for _ in range(4))
+    whole[0].data_received(large)
+    part[0].data_received(large[:-4] + b"x" * 2 * SMALL_HEAD)
+    refused[0].data_received(large)
+    small[0].data_received(GET)
+    await turns()
+    assert [statuses(transport) for _, transport in (whole, part, refused, small)] == [[200], [], [503], [200]]
+    part[1].abort()
+    await turns()
+    whole[0].data_received(large)
+    small[0].data_received(large)
+    await turns()
+    assert [statuses(transport) for _, transport in (whole, small)] == [[200, 200], [200, 200]]
 
 
 async def test_cookies_and_trailers_are_nobodys(served: Served) -> None:
