@@ -16,7 +16,7 @@ OPTIONS = {flag: option for option in COMMAND.params for flag in option.opts}
 ROWS = [
     [cell.strip() for cell in line.split("|")[1:-1]] for line in TEXT.split("## Limits")[1].splitlines() if "|" in line
 ]
-SET = [(row[1], re.findall(r"--[a-z-]+", row[2])[0]) for row in ROWS if "`--" in row[2]]
+SET = [(row[1], re.findall(r"--[a-z0-9-]+", row[2])[0]) for row in ROWS if "`--" in row[2]]
 
 
 @pytest.mark.parametrize(("told", "flag"), SET, ids=[flag for _, flag in SET])
@@ -28,4 +28,4 @@ def test_a_default(told: str, flag: str) -> None:
 
 def test_there_is_every_flag() -> None:
     assert len(SET) > 15
-    assert set(re.findall(r"`(--[a-z-]+)", TEXT)) <= OPTIONS.keys()
+    assert set(re.findall(r"`(--[a-z0-9-]+)", TEXT)) <= OPTIONS.keys()
