@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
@@ -140,6 +140,7 @@ def made_of(value: Any) -> tuple[int, int]:
     return max(0, len(value) - 1) + sum(v for v, _ in inner), own + sum(s for _, s in inner)
 
 
+@example(":", False, 0)
 @given(values, st.booleans(), st.integers(0, 60))
 def test_what_is_counted(value: Any, ascii_only: bool, most: int) -> None:
     text = json.dumps(value, ensure_ascii=ascii_only).encode()
