@@ -43,8 +43,9 @@ logger = logging.getLogger(__name__)
 
 PAGE_OWNERS = ("kv", "prefix", "adapter")
 
-MESSAGES_SECONDS = 0.005
-"""Between two steps, for messages: a request with 1,000 prompts brings as many, which take 0.1 ms each."""
+COMING_SECONDS = 0.005
+"""Between two steps, for requests that come: one with 1,000 prompts brings as many, which take 0.1 ms each. Those that
+are given up before their turn cost nothing."""
 
 
 class Runner(Protocol):
@@ -149,6 +150,7 @@ class Engine:
         self._adapters = adapters
         self._door = Door(max_waiting, max_waiting_tokens)
         self._inbox: SimpleQueue[_Message] = SimpleQueue()
+        self._coming: dict[str, GenerationRequest] = {}  # out of it, and not with the scheduler yet
         self._halt = halt if halt is not None else ctypes.c_int32()  # one of 0 is false
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._lock = threading.Lock()  # guards _alive, _open and _door
@@ -310,7 +312,7 @@ class Engine:
         False: stop.
         """
         self._halt.value = 0  # before looking: a message that comes from now on sets it again
-        began: float | None = None
+        block = block and not self._coming
         timeout = self._scheduler.idle_seconds() if block else None
         checks = block and timeout is None and self._unchecked
         while True:
@@ -319,23 +321,37 @@ class Engine:
             except Empty:
                 if checks:
                     self._check_integrity()
-                return True
-            block, began = False, began or time.monotonic()
+                break
+            block = checks = False
             match message:
                 case _Submit(request):
-                    self._scheduler.add(request)
+                    self._coming[request.request_id] = request
                 case _Abort(request_id):
-                    event = self._scheduler.abort(request_id)
-                    self._outbox += [event] if event else []
+                    self._outbox += self._ended(request_id)
                 case _Forget(version):
                     self._adapters.forget(version)
                 case _Pin(version, pinned):
                     self._adapters.pin_forever(version, pinned)
                 case _Stop():
                     return False
-            if time.monotonic() - began > MESSAGES_SECONDS:  # the rest after the next step, which is one alone
-                self._halt.value = 1
-                return True
+        self._take_in()
+        return True
+
+    def _take_in(self) -> None:
+        """Requests that have come, the oldest first, but no longer than COMING_SECONDS."""
+        until = time.monotonic() + COMING_SECONDS
+        while self._coming:
+            self._scheduler.add(self._coming.pop(next(iter(self._coming))))
+            if self._coming and time.monotonic() > until:
+                self._halt.value = 1  # the others come in after the next step, which is one alone
+                break
+
+    def _ended(self, request_id: str) -> list[TokenEvent]:
+        """The end of a request that nobody wants any more."""
+        if self._coming.pop(request_id, None) is not None:
+            return [TokenEvent(request_id, None, finish=FinishReason.ABORT)]
+        event = self._scheduler.abort(request_id)
+        return [event] if event else []
 
     def _check_integrity(self) -> None:
         """Every page has one owner and all counts agree, or the engine stops: wrong pages would be wrong answers."""

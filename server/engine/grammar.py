@@ -19,11 +19,12 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
-from weakref import WeakValueDictionary
+from weakref import WeakSet, WeakValueDictionary
 
 import numpy as np
 from numpy.typing import NDArray
 
+from loraplex.server.engine.request import Overloaded
 from loraplex.server.engine.schema_ends import close_objects, end_numbers, is_endless, real_dates
 from loraplex.server.engine.tokenizer import Tokenizer
 
@@ -31,7 +32,11 @@ COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator"
 """JSON on one line, as json.dumps writes it: small models like to fill the rest of their answer with white space."""
 
 KEPT = 64
-"""Compiled grammars kept for the next request that brings the same one; kilobytes each, compiled in about 1 ms."""
+"""Compiled grammars kept for the next request that brings the same one; mostly compiled in about 1 ms."""
+
+MOST_CHARS = 2 << 20
+"""Of the texts of all compiled grammars, a tenant's up to half of that: in memory they are 60 to 160 times as long.
+Those kept for nobody make room."""
 
 MAX_STATES = 50_000
 """Of a grammar's lexer, about 2 kB each; llguidance's own limit of 250,000 would be half a gigabyte for one request."""
@@ -83,8 +88,10 @@ class Grammar:
     Places in it share what its lexer has come to know, up to MAX_STATES: where one place fails, all may from then on.
     """
 
-    def __init__(self, matcher: Any, vocab_size: int, eos_ids: Sequence[int]) -> None:
+    def __init__(self, spec: GrammarSpec, matcher: Any, vocab_size: int, eos_ids: Sequence[int]) -> None:
         """`matcher`: an LLMatcher at its start, never moved on. Raises GrammarRefused if it allows no beginning."""
+        self.owner = spec.owner
+        self.chars = len(spec.text)
         self.is_spent = False
         self.vocab_size = vocab_size
         self.eos_ids = tuple(eos_ids)
@@ -170,6 +177,7 @@ class Grammars:
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # of each owner
         self._tokenizer: Any = None
         self._kept: OrderedDict[GrammarSpec, Grammar] = OrderedDict()
+        self._alive: WeakSet[Grammar] = WeakSet()  # these, and those of answers under way
 
     async def get(self, spec: GrammarSpec) -> Grammar:
         """compile(), in a thread unless it returns at once; an owner's one after the other. Raises GrammarRefused."""
@@ -197,12 +205,13 @@ class Grammars:
     def compile(self, spec: GrammarSpec) -> Grammar:
         """`spec` compiled: mostly in about 1 ms, in half a second where it is as large as the limits allow.
 
-        Raises GrammarRefused.
+        Raises GrammarRefused, and Overloaded where those in use leave no room.
         """
         if (found := self._find(spec)) is not None:
             return found
         with self._lock:
             tokenizer = self._load()
+            self._make_room(spec)
         import llguidance
 
         limits = llguidance.LLParserLimits(
@@ -212,17 +221,31 @@ class Grammars:
         for source in _sources(spec):
             try:
                 matcher = llguidance.LLMatcher(tokenizer, source, log_level=0, limits=limits)
-                grammar = Grammar(matcher, self._vocab_size, self._eos_ids)
+                grammar = Grammar(spec, matcher, self._vocab_size, self._eos_ids)
                 break
             except GrammarRefused as error:
                 refusal = error
         else:
             raise refusal or GrammarRefused("it has no rules")
         with self._lock:
+            self._alive.add(grammar)
             self._kept[spec] = grammar
             while len(self._kept) > KEPT:
                 self._kept.popitem(last=False)
         return grammar
+
+    def _make_room(self, spec: GrammarSpec) -> None:
+        """For one more, first of what is kept for the same owner (lock held). Raises Overloaded."""
+        while True:
+            alive = [(grammar.chars, grammar.owner == spec.owner) for grammar in self._alive]
+            own_left = MOST_CHARS // 2 - len(spec.text) - sum(chars for chars, is_own in alive if is_own)
+            left = MOST_CHARS - len(spec.text) - sum(chars for chars, _ in alive)
+            if min(own_left, left) >= 0:
+                return
+            oldest = sorted(self._kept, key=lambda kept: kept.owner != spec.owner)[:1]
+            if not oldest or (own_left < 0 and oldest[0].owner != spec.owner):
+                raise Overloaded("the grammars of answers under way leave no room for one more; ask again", 1.0)
+            del self._kept[oldest[0]]
 
     def _load(self) -> Any:
         """The vocabulary as llguidance wants it (lock held)."""

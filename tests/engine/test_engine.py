@@ -119,7 +119,7 @@ async def test_the_budget_learns_from_its_steps(rig: Rig) -> None:
 
 async def test_steps_go_on_between_very_many_messages(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     """A thousand prompts of one request are taken in over many steps, and no stream waits for all of them."""
-    monkeypatch.setattr(engine_module, "MESSAGES_SECONDS", -1.0)
+    monkeypatch.setattr(engine_module, "COMING_SECONDS", -1.0)
     log: list[str] = []
     add, execute = rig.scheduler.add, rig.runner.execute
 
@@ -138,6 +138,28 @@ async def test_steps_go_on_between_very_many_messages(rig: Rig, monkeypatch: pyt
         assert (await collect(stream))[-1].finish is FinishReason.LENGTH
     assert log.count("add") == 4
     assert all(pair != ("add", "add") for pair in pairwise(log))
+
+
+async def test_what_is_given_up_before_its_turn_costs_nothing(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request of many prompts that finds the queue full leaves as it came: no step is planned with any of them."""
+    added: list[str] = []
+    add = rig.scheduler.add
+
+    def adding(request: GenerationRequest) -> object:
+        added.append(request.request_id)
+        return add(request)
+
+    monkeypatch.setattr(rig.scheduler, "add", adding)
+    rig.runner.gate.clear()
+    first = rig.engine.submit(rig.requests.make(3, 4))
+    await asyncio.to_thread(rig.runner.entered.acquire)  # the engine is in the middle of a step
+    others = [rig.engine.submit(rig.requests.make(3, 4)) for _ in range(4)]
+    for stream in others:
+        await stream.aclose()
+    rig.runner.gate.set()
+    assert (await collect(first))[-1].finish is FinishReason.LENGTH
+    assert added == [first.request_id]
+    assert rig.leases() == 0
 
 
 async def test_one_wakeup_of_the_loop_per_step(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:

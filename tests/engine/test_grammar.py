@@ -29,6 +29,7 @@ from loraplex.server.engine.grammar import (
     TokenMask,
 )
 from loraplex.server.engine.masks import MaskPool
+from loraplex.server.engine.request import Overloaded
 from loraplex.server.engine.tokenizer import Tokenizer
 from tests.support.schemas import bounded_schemas
 from tests.support.tiny import VOCAB_SIZE, make_tiny_tokenizer
@@ -267,6 +268,29 @@ async def test_tenants_share_no_compiled_grammar(tokenizer: Tokenizer) -> None:
     mine, others = [await grammars.get(GrammarSpec("regex", NASTY, owner=owner)) for owner in ("a", "b")]
     assert mine is not others
     assert await grammars.get(GrammarSpec("regex", NASTY, owner="a")) is mine
+
+
+def test_compiled_grammars_are_bounded_together(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By their texts: kept ones make room, those of answers under way stay, and one tenant has half of it at most."""
+    monkeypatch.setattr(grammar_module, "MOST_CHARS", 400)
+    grammars = Grammars(tokenizer, VOCAB_SIZE, (EOS_ID,))
+
+    def compiled(letter: str, owner: str = "a") -> Grammar:
+        return grammars.compile(GrammarSpec("regex", letter * 90, owner=owner))
+
+    for letter in "bcdefgh":
+        compiled(letter)  # for nobody
+    used = [compiled("b").start(), compiled("c").start()]
+    with pytest.raises(Overloaded):
+        compiled("d")
+    others = [compiled(letter, "z").start() for letter in "bc"]
+    assert len(others) == 2
+    with pytest.raises(Overloaded):
+        compiled("b", "y")
+    used.clear()
+    others.clear()
+    assert compiled("d").start().failure is None
+    assert compiled("b", "y").start().failure is None
 
 
 async def test_one_tenants_grammars_are_compiled_one_after_the_other(
