@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import struct
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +16,10 @@ CHANGING = "changing"
 
 
 def make_folder(folder: Path, good: Path, count: int, modules: list[Module], rank: int) -> None:
-    """Links to ad0 .. of `good`, the bad ones, and one to change, as a server's --adapter-dir."""
+    """Hard links to ad0 .. of `good`, the bad ones, and one to change, as a server's --adapter-dir."""
     folder.mkdir(parents=True)
     for index in range(count):
-        (folder / f"ad{index}").symlink_to(good / f"ad{index}")
+        shutil.copytree(good / f"ad{index}", folder / f"ad{index}", copy_function=os.link)
     for name in BAD:
         make_bad(folder / name, name, modules, rank)
     write_adapter(folder / CHANGING, modules, rank, seed=count)
