@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from loraplex.server.engine.grammar import Grammars
     from loraplex.server.engine.tokenizer import Tokenizer
     from loraplex.server.engine.tokenizers import Tokenizers
+    from loraplex.server.models.config import ModelConfig
     from loraplex.server.tracing import Tracing
 
 logger = logging.getLogger(__name__)
@@ -54,10 +55,16 @@ def run(config: ServeConfig, held: socket.socket, folder: Path, ready: Ready) ->
     for name in ("uvicorn", "loraplex.server.app", "loraplex.server.engine.build"):
         import_module(name)  # before the weights: what the process takes for itself is counted between them
     imported = time.perf_counter()
-    tokenizers = read_tokenizers(folder, config.chat_template)
-    laps: tuple[tuple[str, float], ...] = (("imports", imported - start), ("tokenizer", time.perf_counter() - imported))
+    model_config = read_config(folder)
+    configured = time.perf_counter()
+    tokenizers = read_tokenizers(folder, model_config.vocab_size, config.chat_template)
     grammars = read_grammars(tokenizers)  # before memory is divided: what it takes is the process's own
-    parts = _build(config, folder, tokenizers)
+    laps: tuple[tuple[str, float], ...] = (
+        ("imports", imported - start),
+        ("configuration", configured - imported),
+        ("tokenizer and grammars", time.perf_counter() - configured),
+    )
+    parts = _build(config, folder, model_config, tokenizers)
     laps += parts.startup
     logger.info(
         "loaded in %.1f s: %s", time.perf_counter() - start, ", ".join(f"{name} {lap:.1f}" for name, lap in laps)
@@ -79,16 +86,28 @@ def run(config: ServeConfig, held: socket.socket, folder: Path, ready: Ready) ->
     return 1 if parts.engine.failure is not None else 0
 
 
-def read_tokenizers(folder: Path, chat_template: Path | None = None) -> Tokenizers:
-    """The tokenizers of the base in `folder`; chat_template: a file instead of the base's own. Raises StartError."""
-    from loraplex.server.engine.tokenizer import Tokenizer, TokenizerError
-    from loraplex.server.engine.tokenizers import Tokenizers
-    from loraplex.server.models.config import GenerationDefaults, ModelConfig, UnsupportedModel
+def read_config(folder: Path) -> ModelConfig:
+    """Of the base in `folder`. Raises StartError."""
+    from loraplex.server.models.config import ModelConfig, UnsupportedModel
 
     try:
-        tokenizer = Tokenizer.read(folder, chat_template)
-        rows, eos_ids = ModelConfig.from_hf(folder).vocab_size, GenerationDefaults.from_hf(folder).eos_token_ids
-        return Tokenizers(tokenizer, rows, eos_ids)
+        return ModelConfig.from_hf(folder)
+    except UnsupportedModel as error:
+        raise StartError(error) from error
+
+
+def read_tokenizers(folder: Path, rows: int, chat_template: Path | None = None) -> Tokenizers:
+    """The tokenizers of the base in `folder`, whose embedding has so many rows.
+
+    chat_template: a file instead of the base's own. Raises StartError.
+    """
+    from loraplex.server.engine.tokenizer import Tokenizer, TokenizerError
+    from loraplex.server.engine.tokenizers import Tokenizers
+    from loraplex.server.models.config import GenerationDefaults, UnsupportedModel
+
+    try:
+        eos_ids = GenerationDefaults.from_hf(folder).eos_token_ids
+        return Tokenizers(Tokenizer.read(folder, chat_template), rows, eos_ids)
     except (TokenizerError, UnsupportedModel) as error:
         raise StartError(error) from error
 
@@ -105,7 +124,7 @@ def read_grammars(tokenizers: Tokenizers) -> Grammars:
     return grammars
 
 
-def _build(config: ServeConfig, folder: Path, tokenizers: Tokenizers) -> EngineParts:
+def _build(config: ServeConfig, folder: Path, model_config: ModelConfig, tokenizers: Tokenizers) -> EngineParts:
     from loraplex.kernels.backend import BackendUnavailable
     from loraplex.server.engine.address_space import address_limit, is_refused_mapping
     from loraplex.server.engine.build import build_engine
@@ -114,7 +133,13 @@ def _build(config: ServeConfig, folder: Path, tokenizers: Tokenizers) -> EngineP
     from loraplex.server.models.weights import WeightsError
 
     try:
-        parts = build_engine(config.engine, folder, *config.base_names, check_tokenizer=tokenizers.check)
+        parts = build_engine(
+            config.engine,
+            folder,
+            *config.base_names,
+            model_config=model_config,
+            check_tokenizer=tokenizers.check,
+        )
     except Exception as error:
         if is_refused_mapping(error):
             limit = address_limit()

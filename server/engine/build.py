@@ -133,21 +133,22 @@ def build_engine(
     config: EngineConfig,
     model_path: Path,
     *base_names: str,
+    model_config: ModelConfig | None = None,
     check_tokenizer: Callable[[TokenizerFiles], str] = lambda files: "",
 ) -> EngineParts:
     """Load the base in the folder `model_path` and lay out its memory.
 
     base_names: what requests call it, at least one: messages do by the first, and no adapter may have any of them.
-    check_tokenizer: see AdapterReader.
+    model_config: of the base, where it has been read already: that takes a second. check_tokenizer: see AdapterReader.
 
     Raises UnsupportedModel, WeightsError, BackendUnavailable, NotEnoughMemory, OSError, ValueError (no such backend).
     """
     watch = _Stopwatch()
-    model_config = ModelConfig.from_hf(model_path)
+    model_config = model_config or ModelConfig.from_hf(model_path)
     defaults = GenerationDefaults.from_hf(model_path)
     ops = load_backend(config.backend, config.device, config.batch_invariant)
     dtype = _dtype(config.dtype, model_path, ops)
-    watch.lap("configuration")
+    watch.lap("backend")
     memory = _Memory(config, model_config, dtype, ops, model_path)
     memory.plan(config.token_budget or LEAST_BUDGET, not model_config.tie_word_embeddings)  # refuse before reading
     weights = load_weights(model_path, model_config, ops, dtype)

@@ -124,6 +124,8 @@ def test_a_port_in_use(run_main: Run) -> None:
 def test_bases_that_cannot_be_served(run_main: Run, base: Path, tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
+    assert_one_line(run_main("serve", str(empty), "--port", "0"), str(empty), "config.json")
+    (empty / "config.json").write_bytes((base / "config.json").read_bytes())
     assert_one_line(run_main("serve", str(empty), "--port", "0"), str(empty), "tokenizer")
     other = make_tiny_tokenizer(tmp_path / "other")
     assert_one_line(run_main("serve", str(other), "--port", "0"), "config.json")

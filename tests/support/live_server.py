@@ -14,6 +14,7 @@ from loraplex.server.engine.build import EngineConfig, EngineParts, build_engine
 from loraplex.server.engine.tokenizer import Tokenizer
 from loraplex.server.launch import make_app, read_tokenizers
 from loraplex.server.listening import bind, make_server
+from loraplex.server.models.config import ModelConfig
 from tests.support.waiting import LIMIT
 
 
@@ -28,8 +29,9 @@ class LiveServer:
 def live_server(base: Path, name: str, engine: EngineConfig, auth: AuthConfig | None = None) -> Iterator[LiveServer]:
     """Serve the checkpoint in `base` as `name` while the block runs."""
     config = ServeConfig(str(base), (name,), engine, http=HttpConfig(grace_seconds=1), auth=auth or AuthConfig())
-    tokenizers = read_tokenizers(base)
-    parts = build_engine(engine, base, name, check_tokenizer=tokenizers.check)
+    model_config = ModelConfig.from_hf(base)
+    tokenizers = read_tokenizers(base, model_config.vocab_size)
+    parts = build_engine(engine, base, name, model_config=model_config, check_tokenizer=tokenizers.check)
     held = bind("127.0.0.1", 0)
     listening = threading.Event()
     server = make_server(make_app(config, parts, tokenizers), lambda port: listening.set())
