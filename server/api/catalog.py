@@ -46,7 +46,7 @@ def find_receipt(parts: Parts, name: str) -> AdapterReceipt:
     return AdapterReceipt(
         id=version.name,
         created=version.created,
-        source=version.source,
+        source=version.origin,
         digest=version.digest,
         rank=version.rank,
         targets=list(version.targets),

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 import jinja2
 from jinja2 import nodes
@@ -27,25 +27,6 @@ RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt"}
 
 class ChatTemplateError(ValueError):
     """The messages cannot be rendered: no template, a broken one, or it refused them; the message says which."""
-
-
-class Template(Protocol):
-    """What turns conversations into prompts. Safe from any thread."""
-
-    @property
-    def source(self) -> str:
-        """The template's own text."""
-        ...
-
-    def render(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        add_generation_prompt: bool = True,
-        extra: Mapping[str, Any] | None = None,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-    ) -> str:
-        """See ChatTemplate.render. Raises ChatTemplateError."""
-        ...
 
 
 class ChatTemplate:

@@ -46,10 +46,6 @@ class FairPool:
         doing.add_done_callback(self._done)  # of the thread: the caller may leave earlier
         return await asyncio.shield(doing)
 
-    def close(self) -> None:
-        """Begin nothing more."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
-
     async def _turn(self, tenant: str) -> None:
         """Wait for a thread, which is the caller's then."""
         queue = self._waiting.setdefault(tenant, deque())
@@ -106,8 +102,3 @@ class TextPools:
         """See FairPool.run; `size` in characters, `slow` where a template is rendered in a process of its own."""
         pool = self._slow if slow else self._long if size >= self.LONG else self._short
         return await pool.run(tenant, work)
-
-    def close(self) -> None:
-        """Begin nothing more."""
-        for pool in (self._short, self._long, self._slow):
-            pool.close()

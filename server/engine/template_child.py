@@ -68,7 +68,6 @@ def _answer(templates: OrderedDict[str, ChatTemplate], asked: dict[str, Any]) ->
     try:
         signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
         prompt = _template(templates, asked.pop("source"), asked.pop("special")).render(**asked)
-        signal.setitimer(signal.ITIMER_PROF, 0)
         if len(prompt) > MAX_PROMPT:
             return {"exhausted": f"it makes more than {MAX_PROMPT} characters"}
         return {"prompt": prompt}

@@ -17,12 +17,17 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as FastTokenizer
 
 from loraplex.adapters.tokenizer_files import CONFIG_FILE, FAST_FILE, SPECIAL_FILE, special_tokens
-from loraplex.server.engine.chat_template import ChatTemplate, ChatTemplateError, Template, read_template
+from loraplex.server.engine.chat_template import ChatTemplate, ChatTemplateError, read_template
+from loraplex.server.engine.template_process import AdapterTemplate
 
 _NO_TOKEN = 2**31 - 1
 """An id that no vocabulary has."""
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+Template = ChatTemplate | AdapterTemplate | ChatTemplateError
+"""What writes conversations: of the base, of an adapter, or why there is none."""
 
 
 class TokenizerError(ValueError):
@@ -42,7 +47,7 @@ class Tokenizer:
         self,
         fast: FastTokenizer,
         special: Mapping[str, str],
-        template: Template | ChatTemplateError,
+        template: Template,
         *,
         shown: Mapping[int, int] | None = None,
         eos_ids: Sequence[int] = (),
@@ -83,7 +88,7 @@ class Tokenizer:
             fast, special = _through_transformers(folder)
         fast.no_truncation()  # both may be stored in the file, for training
         fast.no_padding()
-        template: Template | ChatTemplateError
+        template: Template
         try:
             source = read_template(folder, config) if chat_template is None else _read_text(chat_template)
             if source is None:
@@ -214,7 +219,7 @@ class Tokenizer:
     @property
     def renders_slowly(self) -> bool:
         """Whether an event loop should hand even a short conversation to a thread."""
-        return not isinstance(self.template, ChatTemplate | ChatTemplateError)
+        return isinstance(self.template, AdapterTemplate)
 
     def _token(self, token_id: int) -> str | None:
         """How the vocabulary writes a token."""

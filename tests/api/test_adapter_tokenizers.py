@@ -46,7 +46,7 @@ def files(saved: tuple[Path, Any], server: FakeServer) -> TokenizerFiles:
 
 def _register(server: FakeServer, name: str, files: TokenizerFiles) -> None:
     server.adapters.registry.register(
-        name, source=f"/{name}", rank=8, targets=(), num_pages=1, nbytes=1, tokenizer=files, digest=name
+        name, source=f"/adapters/./{name}", rank=8, targets=(), num_pages=1, nbytes=1, tokenizer=files, digest=name
     )
 
 
@@ -187,6 +187,7 @@ async def test_what_differs_is_told(client: httpx.AsyncClient, files: TokenizerF
         "added_tokens": {"<turn>": saved[1].eos_token_id},
     }
     assert (own["id"], own["rank"], own["digest"]) == ("own", 8, "own")
+    assert own["source"] == "/adapters/own"  # as it was written, without the mark of how far links may lead
     plain = (await client.get("/v1/adapters/plain")).json()["tokenizer"]
     assert plain == {
         "files": False,

@@ -34,10 +34,8 @@ async def held() -> AsyncIterator[Held]:
 
 
 @pytest.fixture
-async def pool() -> AsyncIterator[FairPool]:
-    made = FairPool(1, "texts")
-    yield made
-    made.close()
+async def pool() -> FairPool:
+    return FairPool(1, "texts")
 
 
 async def _begin(pool: FairPool, held: Held, tenant: str, name: str) -> asyncio.Task[str]:
@@ -103,4 +101,3 @@ async def test_long_texts_and_templates_hold_up_no_short_ones(held: Held) -> Non
     assert await asyncio.wait_for(pools.run("a", 1, False, lambda: "short"), LIMIT) == "short"
     held.gate.set()
     await asyncio.gather(*long, *slow)
-    pools.close()
