@@ -58,7 +58,7 @@ def make_router(parts: Parts) -> APIRouter:
         """Answer a conversation, given whole or as what follows an earlier response."""
         record = await parts.bodies.read(request, ResponsesRequest)
         headers = ignored_header(_ignored(record))
-        work = await _Work.begin(parts, store, record)
+        work = _Work.begin(parts, store, record)
         if record.background:
             return JSONResponse(work.in_background(), headers=headers)
         if record.stream:
@@ -124,7 +124,7 @@ class _Work:
     store: ResponseStore | None  # None: it is not kept
 
     @classmethod
-    async def begin(cls, parts: Parts, store: ResponseStore, record: ResponsesRequest) -> _Work:
+    def begin(cls, parts: Parts, store: ResponseStore, record: ResponsesRequest) -> _Work:
         """Checks everything that can be checked before the prompt is read. Raises ApiError."""
         _check(record, store)
         earlier = _earlier(record, store)
