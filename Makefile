@@ -63,7 +63,7 @@ $(ROUTERS)/.installed: $(wildcard tests/routers/*.txt)
 CLIENTS ?= $(notdir $(patsubst %/requirements.txt,%,$(wildcard tests/clients/*/requirements.txt)))
 
 test-clients: install-dev $(CLIENTS:%=$(CLIENT_ENVS)/%/.installed)
-	PYTHONPATH=tests $(BIN)/python -m tests.clients.run $(CLIENT_ENVS) $(CLIENTS)
+	$(BIN)/python -m tests.clients.run $(CLIENT_ENVS) $(CLIENTS)
 
 # Their files are compiled when they are first imported: most never are.
 define client_env
@@ -86,10 +86,7 @@ $(CLIENT_ENVS)/aiperf/.installed: tests/benchmarks/aiperf.txt
 lint: install-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	@# The package's parts lie in folders of other names; mypy finds them through links.
-	@mkdir -p $(VENV)/types/loraplex
-	@for part in $(PARTS); do ln -sfn "$(CURDIR)/$$part" $(VENV)/types/loraplex/$$part; done
-	MYPYPATH=$(VENV)/types $(BIN)/mypy $(addprefix -p loraplex.,$(PARTS))
+	$(BIN)/mypy $(addprefix -p loraplex.,$(PARTS))
 
 format: install-dev
 	$(BIN)/ruff check --fix .

@@ -2,6 +2,7 @@
 
 import platform
 import sys
+from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -33,7 +34,7 @@ class BuildKernels(build_ext):
             (isa, f"{FOLDER}/kernels.cpp", [*KERNELS, f"-DLORAPLEX_ISA={isa}", *flags]) for isa, flags in ISAS.items()
         ]
         jobs.append(("library", f"{FOLDER}/library.cpp", ["-O2", "-fopenmp"]))
-        jobs += [(name, f"{FOLDER}/{name}.cpp", ["-O3", "-pthread"]) for name in LOADING]
+        jobs += [(Path(source).stem, source, ["-O3", "-pthread"]) for source in LOADING]
         with ThreadPoolExecutor() as pool:
             objects = [path for paths in pool.map(compile_one, jobs) for path in paths]
         self.compiler.link_shared_object(
@@ -42,9 +43,9 @@ class BuildKernels(build_ext):
 
 
 PARTS = ("vec", "records", "linear", "rowwise", "sampling", "tiles", "bgmv", "sgmv", "attention")
-HEADERS = [f"{FOLDER}/{part}.h" for part in (*PARTS, "background")]
-LOADING = ("packing", "hashing")
-SOURCES = [f"{FOLDER}/{name}.cpp" for name in ("kernels", "library", *LOADING)]
+LOADING = ("adapters/image/packing.cpp", "adapters/image/hashing.cpp")
+HEADERS = [*(f"{FOLDER}/{part}.h" for part in PARTS), "adapters/image/background.h"]
+SOURCES = [f"{FOLDER}/kernels.cpp", f"{FOLDER}/library.cpp", *LOADING]
 
 if sys.platform != "linux":
     sys.exit("loraplex builds its CPU kernels with g++ on Linux only")

@@ -17,10 +17,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from types import TracebackType
 
-from loraplex.adapters.beneath import shown
 from loraplex.adapters.errors import AdapterExists, AdapterNotFound, AdapterRefused, InvalidAdapterName
+from loraplex.adapters.files.beneath import shown
+from loraplex.adapters.files.tokenizer_files import NOTHING, TokenizerFiles
 from loraplex.adapters.refusals import Refusals
-from loraplex.adapters.tokenizer_files import NOTHING, TokenizerFiles
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from loraplex.benchmarks.options import Misused, ServeOptions, SimulateOptions
-from loraplex.server.option_groups import grouped
+from loraplex.server.command.option_groups import grouped
 
 app = typer.Typer(
     name="bench",

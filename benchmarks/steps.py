@@ -106,7 +106,7 @@ def measure(seconds: float = 1.0) -> list[Point]:
         for adapters in (False, True):
             found = step.measure_step(model, rows, adapters, machine, seconds)
             points.append(Point(rows, rows if adapters else 0, 0, found.seconds))
-    from loraplex.server.engine.calibrate import calibrate
+    from loraplex.server.engine.step.calibrate import calibrate
 
     # the line through steps of 64 and 256 tokens: at these two, what was measured
     cost = calibrate(model.decoder._decoder)

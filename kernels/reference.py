@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812  its usual name
 
-from loraplex.kernels.backend import Backend, PackedLinear
-from loraplex.kernels.metadata import (
+from loraplex.kernels.ops import Backend, PackedLinear
+from loraplex.kernels.records import (
     ALIGN,
     AdapterSegments,
     AttentionMeta,

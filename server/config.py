@@ -8,10 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # importing it loads torch, which the command line does only once all else is checked
-    from loraplex.server.engine.build import EngineConfig
+from loraplex.adapters.sources.downloads import DownloadConfig
 
 DEMO = "demo"
 """The base that comes with the project."""
@@ -23,6 +21,50 @@ _UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 class ConfigError(ValueError):
     """A value that cannot be; the message is one line and names it."""
+
+
+DTYPES = ("float32", "bfloat16", "float16")
+"""What the base may be computed in."""
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Everything that is chosen about the engine; checked on construction (ValueError names the field)."""
+
+    device: str = "auto"  # "auto" | "cpu" | "cuda"
+    dtype: str = "auto"  # "auto": the checkpoint's, but bfloat16 for float16 on the CPU; or a key of DTYPES
+    backend: str = "auto"  # see load_backend
+    batch_invariant: bool = False  # see load_backend
+    max_model_len: int | None = None  # tokens of a sequence; None: the model's own limit, less where memory is short
+    memory_bytes: int | None = None  # in all (see MemoryPlan); None: what could be used, up to half of what is free
+    memory_fraction: float | None = None  # the same, as a share of what is free
+    count_process: bool = False  # the memory given is also for this process without the engine (CPU)
+    max_num_seqs: int = 32  # running at once
+    token_budget: int | None = None  # tokens of a step; None: as many as take 100 ms (budget.py)
+    decode_steps: int = 4  # that may follow one another before the scheduler is asked again (CPU)
+    num_slots: int = 256  # adapters on the device at once
+    host_store_bytes: int | None = None  # None: a little on the CPU, which has one memory; 2 GiB beside a GPU
+    max_waiting: int = 1024  # requests queued beyond those running
+    max_waiting_tokens: int = 1 << 19  # of their prompts together
+    loader_threads: int = 2
+    downloads: DownloadConfig = field(default_factory=DownloadConfig)
+
+    def __post_init__(self) -> None:
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise ValueError(f"device is {self.device!r}; expected auto, cpu or cuda")
+        if self.dtype != "auto" and self.dtype not in DTYPES:
+            raise ValueError(f"dtype is {self.dtype!r}; expected auto, {', '.join(DTYPES)}")
+        for name in (
+            *("max_model_len", "memory_bytes", "max_num_seqs", "token_budget", "num_slots", "host_store_bytes"),
+            *("max_waiting", "max_waiting_tokens", "loader_threads", "decode_steps"),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; expected at least 1")
+        if self.memory_fraction is not None and not 0.0 < self.memory_fraction <= 1.0:
+            raise ValueError(f"memory_fraction is {self.memory_fraction}; expected more than 0 and at most 1")
+        if self.memory_fraction is not None and self.memory_bytes is not None:
+            raise ValueError("memory_bytes and memory_fraction are both given; expected one of them")
 
 
 @dataclass(frozen=True)
@@ -103,7 +145,7 @@ class NamedAdapter:
     """An adapter to load at the start; if it is a folder and cannot be loaded, the server does not start."""
 
     name: str
-    source: str  # see adapters/sources.py
+    source: str  # see adapters/sources/sources.py
 
     @classmethod
     def parse(cls, text: str) -> NamedAdapter:

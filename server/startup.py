@@ -13,8 +13,8 @@ from collections.abc import Iterable, MutableMapping
 from contextlib import suppress
 from pathlib import Path
 
+from loraplex.server.address_space import address_limit
 from loraplex.server.config import DEMO
-from loraplex.server.engine.address_space import address_limit
 
 BASE_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
 """What is downloaded of a base's Hub repository: never a pickle, never code."""

@@ -22,6 +22,7 @@ from tests.support.waiting import LIMIT
 
 ROOT = Path(__file__).parent.parent
 PARTS = ("server", "kernels", "adapters", "benchmarks")
+PAGE = "loraplex/server/api/page/static"
 
 
 @pytest.fixture(scope="module")
@@ -179,8 +180,8 @@ def test_wheel_holds_every_module_and_nothing_else(pyproject: dict[str, Any], tm
     code = {name for name in names if name.endswith(".py")}
     expected = {path.relative_to(ROOT).as_posix() for part in PARTS for path in (ROOT / part).rglob("*.py")}
     assert code == {f"loraplex/{path}" for path in expected}
-    page = {f"loraplex/server/ui/{path.name}" for path in (ROOT / "server" / "ui").iterdir()}
-    assert page == {name for name in names if name.startswith("loraplex/server/ui/")}
+    page = {f"{PAGE}/{path.name}" for path in (ROOT / "server" / "api" / "page" / "static").iterdir()}
+    assert page == {name for name in names if name.startswith(f"{PAGE}/")}
     assert "loraplex/benchmarks/results/steps.json" in names  # `loraplex bench simulate` without a file of one's own
 
 

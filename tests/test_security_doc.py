@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import typer.main
 
-from loraplex.server.cli import app as cli
+from loraplex.server.command.cli import app as cli
 
 TEXT = (Path(__file__).parent.parent / "docs/security.md").read_text(encoding="utf-8")
 COMMAND = typer.main.get_command(cli).commands["serve"]  # type: ignore[attr-defined]

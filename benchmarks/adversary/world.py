@@ -12,8 +12,8 @@ from loraplex.benchmarks.adversary.target import Target
 from loraplex.benchmarks.load import Address
 from loraplex.benchmarks.many.served import serve
 from loraplex.benchmarks.random_adapters import modules_of, write_adapter
-from loraplex.server.keys_file import new_key
 from loraplex.server.startup import find_base
+from loraplex.server.tenancy.keys_file import new_key
 
 MODEL = "base"
 """What requests call it."""

@@ -21,9 +21,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from loraplex.server.command.build import EngineParts
     from loraplex.server.config import ServeConfig
-    from loraplex.server.engine.build import EngineParts
-    from loraplex.server.engine.tokenizer import Tokenizer
+    from loraplex.server.text.tokenizer import Tokenizer
 
 MAX_MODEL_LEN, STEP_TOKENS = 1024, 256
 
@@ -32,8 +32,8 @@ async def ask_engine(
     parts: EngineParts, tokenizer: Tokenizer, requests: Sequence[tuple[str, int]], streams: int
 ) -> int:
     """Generated tokens of (prompt, tokens), greedy, `streams` at a time: tokens to text as the API does it, no more."""
-    from loraplex.server.engine.detokenizer import Detokenizer
     from loraplex.server.engine.request import GenerationRequest, SamplingParams
+    from loraplex.server.text.detokenizer import Detokenizer
 
     queue = [(tuple(tokenizer.encode(prompt)), tokens) for prompt, tokens in reversed(requests)]
     found = 0
@@ -79,9 +79,11 @@ def _say(answer: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    from loraplex.server import launch, listening, startup
+    from loraplex.server import startup
+    from loraplex.server.command import launch
     from loraplex.server.config import HttpConfig, ServeConfig, base_names
-    from loraplex.server.logs import LogFormat, set_up
+    from loraplex.server.http import listening
+    from loraplex.server.telemetry.logs import LogFormat, set_up
 
     base, rows = sys.argv[1], int(sys.argv[2])
     held = listening.bind("127.0.0.1", 0)
@@ -89,7 +91,7 @@ def main() -> None:
     set_up(LogFormat.text)
     startup.end_on_sigterm()
     folder = startup.find_base(base)
-    from loraplex.server.engine.build import EngineConfig  # torch
+    from loraplex.server.config import EngineConfig
 
     def ready(config: ServeConfig, parts: EngineParts, tokenizer: Tokenizer, port: int) -> None:
         loop = asyncio.get_running_loop()

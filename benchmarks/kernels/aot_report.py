@@ -43,7 +43,7 @@ class Row:
 
 def compile_all(name: str) -> list[Row]:
     """Every variant of every kernel for the target `name`."""
-    from loraplex.kernels.gpu import ahead
+    from loraplex.benchmarks.kernels import ahead
     from loraplex.kernels.gpu.backend import TritonBackend
 
     target, ops = ahead.TARGETS[name], TritonBackend(torch.device("cpu"))
@@ -97,7 +97,7 @@ def compile_for(targets: Iterable[str]) -> list[Row]:
 
 def count_bytes() -> None:
     """Print bytes per launch of a decode step and a prefill step. In a process with TRITON_INTERPRET=1."""
-    from loraplex.kernels.gpu import traffic
+    from loraplex.benchmarks.kernels import traffic
     from loraplex.kernels.gpu.backend import TritonBackend
 
     ops = TritonBackend(torch.device("cpu"))

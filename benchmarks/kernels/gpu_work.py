@@ -9,8 +9,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from loraplex.kernels.backend import Backend
-from loraplex.kernels.metadata import (
+from loraplex.kernels.ops import Backend
+from loraplex.kernels.records import (
     ALIGN,
     BLOCK_SIZE,
     NUM_SITES,

@@ -21,9 +21,9 @@ from loraplex.benchmarks.kernels.model import ROWS as STEP_ROWS
 from loraplex.benchmarks.kernels.model import Model, make_batch, make_model
 from loraplex.benchmarks.kernels.step import recorded, take_step
 from loraplex.benchmarks.of_limit import times_least
-from loraplex.kernels.backend import PackedLinear
 from loraplex.kernels.cpu.abi import Op, OpCode, Step
 from loraplex.kernels.cpu.backend import CpuBackend, CpuLinear, linear_op
+from loraplex.kernels.ops import PackedLinear
 
 DTYPE = torch.bfloat16
 SHAPES = ((576, 960), (576, 576), (576, 3072), (1536, 576), (576, 49152))  # SmolLM2's: qkv, o, gate_up, down, head

@@ -12,16 +12,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loraplex.adapters.eviction import Reclaimer
-from loraplex.adapters.pages import PagePool
-from loraplex.adapters.residency import Residency
-from loraplex.adapters.tiles import BaseLayout, LowRank, pack
+from loraplex.adapters.image.tiles import BaseLayout, LowRank, pack
+from loraplex.adapters.tiers.eviction import Reclaimer
+from loraplex.adapters.tiers.pages import PagePool
+from loraplex.adapters.tiers.residency import Residency
 from loraplex.kernels.cpu.abi import Op, Step, Steps
 from loraplex.kernels.cpu.backend import CpuBackend
-from loraplex.kernels.metadata import BLOCK_SIZE, AdapterSegments, AttentionMeta, KVGroup, Site
-from loraplex.server.engine.arena import allocate_arena, kv_layers
-from loraplex.server.engine.kv_cache import KVCache
-from loraplex.server.engine.memory import Demand, plan_memory
+from loraplex.kernels.records import BLOCK_SIZE, AdapterSegments, AttentionMeta, KVGroup, Site
+from loraplex.server.engine.policy.kv_cache import KVCache
+from loraplex.server.engine.step.arena import allocate_arena, kv_layers
+from loraplex.server.engine.step.memory import Demand, plan_memory
 from loraplex.server.models.config import ModelConfig
 from loraplex.server.models.decoder import Decoder
 from loraplex.server.models.inputs import ForwardBatch

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from loraplex.adapters.registry import AdapterVersion, Registry
 from loraplex.benchmarks.kernels.machine import Others, read_memory
 from loraplex.benchmarks.kernels.model import CONTEXT, MODEL_LEN, ROWS, Model, make_model
-from loraplex.server.engine.batch import build_batch
+from loraplex.server.engine.policy.scheduler import Scheduler, SchedulerLimits, StepPlan
 from loraplex.server.engine.request import GenerationRequest, SamplingParams
-from loraplex.server.engine.runner import ModelRunner
-from loraplex.server.engine.sampler import Sampled
-from loraplex.server.engine.scheduler import Scheduler, SchedulerLimits, StepPlan
+from loraplex.server.engine.step.batch import build_batch
+from loraplex.server.engine.step.runner import ModelRunner
+from loraplex.server.engine.step.sampler import Sampled
 
 STEPS = 60
 """Measured, of a sequence's MODEL_LEN - CONTEXT."""

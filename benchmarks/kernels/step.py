@@ -21,7 +21,7 @@ from loraplex.benchmarks.kernels.model import CONTEXT, DTYPE, RANK, ROWS, SMOLLM
 from loraplex.benchmarks.of_limit import times_least
 from loraplex.kernels.cpu.abi import Op, OpCode, Step
 from loraplex.kernels.cpu.backend import CpuBackend
-from loraplex.kernels.metadata import Projection, Site
+from loraplex.kernels.records import Projection, Site
 from loraplex.server.models.config import ModelConfig
 from loraplex.server.models.inputs import ForwardBatch
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from loraplex.kernels.cpu.abi import Op, OpCode, Step
 from loraplex.kernels.cpu.backend import CpuBackend, adapter_step
 from loraplex.kernels.hugepages import huge_zeros
-from loraplex.kernels.metadata import NUM_SITES, TILE_RANKS, AdapterSegments, Site, TileTable
+from loraplex.kernels.records import NUM_SITES, TILE_RANKS, AdapterSegments, Site, TileTable
 
 DTYPE = torch.bfloat16
 

@@ -18,7 +18,7 @@ from typing import IO
 from loraplex.benchmarks import cpu_time
 from loraplex.benchmarks.load import Address, call
 
-COMMAND = (sys.executable, "-c", "from loraplex.server.cli import main; main()")
+COMMAND = (sys.executable, "-c", "from loraplex.server.command.cli import main; main()")
 """What the console script runs."""
 
 START_LIMIT = 300.0

@@ -1,4 +1,4 @@
-"""The fast CPU backend: the ops of kernels/backend.py as C++ kernels (kernels/cpu/*.h), called through ctypes.
+"""The fast CPU backend: the ops of kernels/ops.py as C++ kernels (kernels/cpu/*.h), called through ctypes.
 
 Every op is a record (abi.Op) that one C function runs. Called one by one, as here, an op costs some ten microseconds of
 Python; program.py records a whole forward pass once and runs it by a single call per step.
@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from loraplex.kernels.backend import Backend, BackendUnavailable, PackedLinear, Recorder
 from loraplex.kernels.cpu import abi
 from loraplex.kernels.cpu.abi import Op, OpCode, Step, Steps
 from loraplex.kernels.hugepages import HUGE_PAGE, huge_zeros
-from loraplex.kernels.metadata import ALIGN, AdapterSegments, AttentionMeta, AttentionParams, KVLayer, Site, TileTable
+from loraplex.kernels.ops import Backend, BackendUnavailable, PackedLinear, Recorder
+from loraplex.kernels.records import ALIGN, AdapterSegments, AttentionMeta, AttentionParams, KVLayer, Site, TileTable
 
 REGION = 64 << 20
 """Bytes of huge pages taken at a time for weights; resident only as far as they are written."""

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from loraplex.kernels.backend import DecodeSteps, StepInputs
 from loraplex.kernels.cpu.abi import ALL_TOKENS, LOGIT_ROWS, MAX_GROUPS, MAX_ROPES, Op, Step, Steps
 from loraplex.kernels.cpu.backend import CpuBackend, adapter_step, attention_step, linear_op, sample_op
+from loraplex.kernels.ops import DecodeSteps, StepInputs
 
 
 class CpuRecorder(CpuBackend):

@@ -1,4 +1,4 @@
-// The tiles of a mix at one site, looked up in the tile table (kernels/metadata.py).
+// The tiles of a mix at one site, looked up in the tile table (kernels/records.py).
 //
 // A tile is A [n, in] and B [n, out_len], n <= 16, row major, read where it lies in the arena; y += weight * B^T A x. The out
 // ranges of a row's tiles (q, k and v have their own; pages cut some) are cut into intervals over which the list of tiles is

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from loraplex.kernels.gpu.decode_attention import decode
 from loraplex.kernels.gpu.prefill_attention import prefill
-from loraplex.kernels.metadata import AttentionMeta, AttentionParams, KVLayer
+from loraplex.kernels.records import AttentionMeta, AttentionParams, KVLayer
 
 
 def attention(

@@ -1,4 +1,4 @@
-"""The GPU backend: the ops of kernels/backend.py as Triton kernels, the base linears as cuBLAS through torch.
+"""The GPU backend: the ops of kernels/ops.py as Triton kernels, the base linears as cuBLAS through torch.
 
 Works on NVIDIA and AMD alike. Under TRITON_INTERPRET=1 the same kernels run on CPU tensors in Triton's interpreter, for
 tests: thousands of times slower, and wrong in bfloat16 arithmetic that is not widened first.
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812  its usual name
 
-from loraplex.kernels.backend import Backend, PackedLinear
 from loraplex.kernels.gpu import attention, bgmv, linear, rowwise, sgmv
-from loraplex.kernels.metadata import AdapterSegments, AttentionMeta, AttentionParams, KVLayer, Site, TileTable
+from loraplex.kernels.ops import Backend, PackedLinear
+from loraplex.kernels.records import AdapterSegments, AttentionMeta, AttentionParams, KVLayer, Site, TileTable
 from loraplex.kernels.sampling import TorchSampling
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from loraplex.kernels.gpu import tuning
 from loraplex.kernels.gpu.tiles import RANKS, load_b, lookup, next_tile, segment_of, shrink_tile, tile_range
-from loraplex.kernels.metadata import ALIGN, AdapterSegments, Site, TileTable
+from loraplex.kernels.records import ALIGN, AdapterSegments, Site, TileTable
 
 _COUNTS = ["splits", "slot_stride", "cell", "num_segments", "most_tiles"]
 """Arguments that vary between calls: no compilation may hang on their values."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from loraplex.kernels.gpu import tuning
 from loraplex.kernels.gpu.online_softmax import NO_WINDOW, attend, sizes
-from loraplex.kernels.metadata import BLOCK_SIZE, AttentionMeta, AttentionParams, KVLayer
+from loraplex.kernels.records import BLOCK_SIZE, AttentionMeta, AttentionParams, KVLayer
 
 
 def decode(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from loraplex.kernels.metadata import AttentionParams
+from loraplex.kernels.records import AttentionParams
 
 NO_WINDOW = 1 << 30
 """A window longer than any context."""

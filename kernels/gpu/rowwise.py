@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from loraplex.kernels.gpu import tuning
-from loraplex.kernels.metadata import BLOCK_SIZE, AttentionParams, KVLayer
+from loraplex.kernels.records import BLOCK_SIZE, AttentionParams, KVLayer
 
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 

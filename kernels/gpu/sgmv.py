@@ -16,7 +16,7 @@ from torch import Tensor
 
 from loraplex.kernels.gpu import tuning
 from loraplex.kernels.gpu.tiles import RANKS, load_b, lookup, next_tile, segment_of, shrink_tile, tile_range
-from loraplex.kernels.metadata import ALIGN, AdapterSegments, Site, TileTable
+from loraplex.kernels.records import ALIGN, AdapterSegments, Site, TileTable
 
 _COUNTS = ["slot_stride", "cell", "first_segment", "num_segments", "first_row", "most_tiles"]
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from loraplex.kernels.metadata import NUM_SITES, AdapterSegments, Site, TileTable
+from loraplex.kernels.records import NUM_SITES, AdapterSegments, Site, TileTable
 
 RANKS = 16
 """metadata.TILE_RANKS, and the smallest size a matrix unit takes."""

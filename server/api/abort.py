@@ -14,7 +14,7 @@ from loraplex.server.api.body import NAMES_BODY, body_schema
 from loraplex.server.api.errors import InvalidField
 from loraplex.server.api.openapi import CHANGE, Aborted, answers
 from loraplex.server.api.schemas import AbortRequest
-from loraplex.server.tenants import current_key
+from loraplex.server.tenancy.tenants import current_key
 
 if TYPE_CHECKING:
     from loraplex.server.api.parts import Parts

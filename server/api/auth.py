@@ -12,12 +12,12 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from loraplex.server.access import Access
 from loraplex.server.api.errors import ApiError, error_response, to_api_error
-from loraplex.server.api.ui import page_files
-from loraplex.server.exchange import current_exchange
-from loraplex.server.rate_limits import RateLimited
-from loraplex.server.tenants import Caller, calling
+from loraplex.server.api.page.ui import page_files
+from loraplex.server.telemetry.request_context import current_exchange
+from loraplex.server.tenancy.access import Access
+from loraplex.server.tenancy.rate_limits import RateLimited
+from loraplex.server.tenancy.tenants import Caller, calling
 
 OPEN = frozenset({"/", "/health", "/ready", "/startup", "/ping", "/version", "/load", "/get_load", *page_files()})
 """What load balancers, kubelets and routers ask, and the files of the page: GET, and /ping also POST. They tell nothing

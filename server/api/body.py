@@ -25,7 +25,7 @@ from loraplex.server.api.schemas import GenerationFields, Incoming
 from loraplex.server.api.structure import check_structure
 from loraplex.server.config import RequestLimits
 from loraplex.server.engine.request import Overloaded
-from loraplex.server.tenants import current_key
+from loraplex.server.tenancy.tenants import current_key
 
 T = TypeVar("T", bound=Incoming)
 R = TypeVar("R")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from loraplex.adapters.files.tokenizer_files import NOTHING
 from loraplex.adapters.registry import AdapterVersion
-from loraplex.adapters.tokenizer_files import NOTHING
 from loraplex.server.api.names import not_found, strip_base
 from loraplex.server.api.parts import Base, Parts
 from loraplex.server.api.schemas import AdapterReceipt, ModelCard, ModelPermission, TokenizerReceipt
-from loraplex.server.engine.on_demand import is_hidden
-from loraplex.server.tenants import current_key
+from loraplex.server.catalog.on_demand import is_hidden
+from loraplex.server.tenancy.tenants import current_key
 
 
 def list_cards(parts: Parts) -> list[ModelCard]:

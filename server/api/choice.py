@@ -14,8 +14,6 @@ from loraplex.adapters.errors import AdapterRefused
 from loraplex.server.api.errors import InvalidField
 from loraplex.server.api.parts import Events, Parts
 from loraplex.server.api.turns import Turn
-from loraplex.server.engine.detokenizer import Detokenizer
-from loraplex.server.engine.grammar import GrammarSpec, Thought
 from loraplex.server.engine.request import (
     EngineError,
     FinishReason,
@@ -27,9 +25,11 @@ from loraplex.server.engine.request import (
     TokenScores,
 )
 from loraplex.server.engine.streams import Shortcut
-from loraplex.server.engine.tokenizer import Tokenizer
-from loraplex.server.exchange import ChoiceTimes
-from loraplex.server.usage import GAPS, Buckets
+from loraplex.server.telemetry.request_context import ChoiceTimes
+from loraplex.server.telemetry.usage import GAPS, Buckets
+from loraplex.server.text.detokenizer import Detokenizer
+from loraplex.server.text.grammar import GrammarSpec, Thought
+from loraplex.server.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,13 @@ from loraplex.server.api.chat_schemas import Message, Tool
 from loraplex.server.api.choice import Prompt, PromptSource, Wanted
 from loraplex.server.api.errors import InvalidField, UnsupportedField
 from loraplex.server.api.limits import check_schema
-from loraplex.server.api.message_parser import MessageParser, WholeMessage
 from loraplex.server.api.schemas import kind_of
-from loraplex.server.api.tool_formats import GENERIC, ToolFormat, describe_tools, find_format, fit_strict
+from loraplex.server.api.tools.message_parser import MessageParser, WholeMessage
+from loraplex.server.api.tools.tool_formats import GENERIC, ToolFormat, describe_tools, find_format, fit_strict
 from loraplex.server.config import RequestLimits
-from loraplex.server.engine.chat_template import RESERVED, ChatTemplateError
-from loraplex.server.engine.grammar import GrammarSpec, Thought
-from loraplex.server.engine.tokenizer import Tokenizer
+from loraplex.server.text.chat_template import RESERVED, ChatTemplateError
+from loraplex.server.text.grammar import GrammarSpec, Thought
+from loraplex.server.text.tokenizer import Tokenizer
 
 Choice = Literal["none", "auto", "required"]
 

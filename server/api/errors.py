@@ -25,6 +25,7 @@ from loraplex.adapters.errors import (
     AdapterUnavailable,
     InvalidAdapterName,
 )
+from loraplex.server.catalog.saved import StateNotKept
 from loraplex.server.engine.request import (
     ContextTooLong,
     DeadlineExceeded,
@@ -34,8 +35,7 @@ from loraplex.server.engine.request import (
     Overloaded,
     ShuttingDown,
 )
-from loraplex.server.rate_limits import RateLimited
-from loraplex.server.state import StateNotKept
+from loraplex.server.tenancy.rate_limits import RateLimited
 
 INVALID = "invalid_request_error"
 SERVER = "server_error"

@@ -23,12 +23,12 @@ from loraplex.server.api.parts import Base, Parts
 from loraplex.server.api.sampling import SamplingSpec
 from loraplex.server.api.schemas import GenerationFields, PromptDetails, Usage
 from loraplex.server.api.turns import Turn
-from loraplex.server.engine.detokenizer import Detokenizer
-from loraplex.server.engine.grammar import Grammar, GrammarRefused, Thought
 from loraplex.server.engine.request import ContextTooLong, GenerationRequest, TokenEvent
-from loraplex.server.engine.tokenizer import Tokenizer
-from loraplex.server.exchange import current_exchange
-from loraplex.server.tenants import current_caller
+from loraplex.server.telemetry.request_context import current_exchange
+from loraplex.server.tenancy.tenants import current_caller
+from loraplex.server.text.detokenizer import Detokenizer
+from loraplex.server.text.grammar import Grammar, GrammarRefused, Thought
+from loraplex.server.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
 

@@ -18,7 +18,7 @@ from loraplex.server.api.chat_schemas import ChatLogprobs, TokenLogprob, TopLogp
 from loraplex.server.api.choice import ScoredPrompt, ScoredToken
 from loraplex.server.api.schemas import CompletionLogprobs
 from loraplex.server.api.turns import Turn
-from loraplex.server.engine.tokenizer import Tokenizer
+from loraplex.server.text.tokenizer import Tokenizer
 
 LOWEST = -9999.0
 """JSON has no minus infinity."""

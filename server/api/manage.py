@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from loraplex.adapters.errors import AdapterNotFound, AdapterRefused
-from loraplex.adapters.sources import is_hub_id, parse_source
+from loraplex.adapters.sources.sources import is_hub_id, parse_source
 from loraplex.server.api.errors import ApiError
 from loraplex.server.api.parts import Parts
-from loraplex.server.engine.holdings import Holder, TooManyAdapters
-from loraplex.server.rate_limits import RateLimited
-from loraplex.server.tenants import current_caller, current_key
+from loraplex.server.catalog.quota import Holder, TooManyAdapters
+from loraplex.server.tenancy.rate_limits import RateLimited
+from loraplex.server.tenancy.tenants import current_caller, current_key
 
 
 def check_may_load(name: str) -> None:
@@ -63,7 +63,7 @@ def permitted_source(parts: Parts, source: str) -> str:
 
     That are those outside of --allowed-path and --adapter-dir, and those of the latter whose name the caller may not
     use: by its path an adapter is no more the caller's than by its name. What is forbidden cannot be told from what is
-    not there. Links are followed before looking, and out of nothing that was looked at (adapters/beneath.py).
+    not there. Links are followed before looking, and out of nothing that was looked at (adapters/files/beneath.py).
     """
     if parts.local_sources is None:
         return source

@@ -20,17 +20,17 @@ from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 
 from loraplex.adapters.errors import AdapterNotFound
-from loraplex.adapters.merge_plan import MergePlan
 from loraplex.adapters.registry import AdapterLease
-from loraplex.adapters.sources import Access
+from loraplex.adapters.sources.merge_plan import MergePlan
+from loraplex.adapters.sources.sources import Access
 from loraplex.server.api.errors import ApiError, InvalidField, UnsupportedField
 from loraplex.server.api.manage import counting_adapters, permitted_source
 from loraplex.server.api.parts import Base, Parts
 from loraplex.server.api.schemas import MAX_TERMS, MAX_WEIGHT, AdapterFields, MergedAdapters
-from loraplex.server.engine.on_demand import is_hidden, source_of
-from loraplex.server.engine.tokenizer import Tokenizer
-from loraplex.server.engine.tokenizers import TokenizersDiffer
-from loraplex.server.tenants import current_key
+from loraplex.server.catalog.on_demand import is_hidden, source_of
+from loraplex.server.tenancy.tenants import current_key
+from loraplex.server.text.tokenizer import Tokenizer
+from loraplex.server.text.tokenizers import TokenizersDiffer
 
 HOW_TO_LIST = "GET /v1/models lists the names served here"
 

@@ -9,11 +9,11 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from loraplex.server.api.errors import error_response, to_api_error
-from loraplex.server.exchange import Exchange, exchanging, request_id
-from loraplex.server.logs import log_access
+from loraplex.server.telemetry.logs import log_access
+from loraplex.server.telemetry.request_context import Exchange, exchanging, request_id
 
 if TYPE_CHECKING:
-    from loraplex.server.tracing import Tracing
+    from loraplex.server.telemetry.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 

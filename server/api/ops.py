@@ -8,7 +8,7 @@ from starlette.responses import JSONResponse, Response
 from loraplex.server.api.errors import SERVER, ApiError
 from loraplex.server.api.openapi import Readiness, ServerLoad, ServerVersion, answers
 from loraplex.server.api.parts import Parts
-from loraplex.server.metrics import CONTENT_TYPE
+from loraplex.server.telemetry.metrics import CONTENT_TYPE
 from loraplex.server.version import version
 
 

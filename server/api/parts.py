@@ -8,27 +8,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from loraplex.adapters.beneath import below
+from loraplex.adapters.files.beneath import below
 from loraplex.adapters.registry import AdapterVersion, Registry
-from loraplex.adapters.sources import OPERATOR
-from loraplex.adapters.sources import Access as SourceAccess
-from loraplex.server.access import Access
+from loraplex.adapters.sources.sources import OPERATOR
+from loraplex.adapters.sources.sources import Access as SourceAccess
 from loraplex.server.api.abort import OpenAnswers
 from loraplex.server.api.body import Bodies
+from loraplex.server.catalog.on_demand import OnDemand
 from loraplex.server.config import RequestLimits
 from loraplex.server.drain import Drain
-from loraplex.server.engine.fair_pool import TextPools
-from loraplex.server.engine.grammar import Grammars
-from loraplex.server.engine.on_demand import OnDemand
 from loraplex.server.engine.page_map import PageOwners
 from loraplex.server.engine.request import GenerationRequest, TokenEvent
 from loraplex.server.engine.stats import AdapterPlace
 from loraplex.server.engine.streams import Shortcut
-from loraplex.server.engine.tokenizers import Tokenizers
-from loraplex.server.engine_metrics import EngineStats
-from loraplex.server.metrics import Metrics
-from loraplex.server.tenants import current_key
-from loraplex.server.tracing import Tracing
+from loraplex.server.telemetry.engine_metrics import EngineStats
+from loraplex.server.telemetry.metrics import Metrics
+from loraplex.server.telemetry.tracing import Tracing
+from loraplex.server.tenancy.access import Access
+from loraplex.server.tenancy.tenants import current_key
+from loraplex.server.text.fair_pool import TextPools
+from loraplex.server.text.grammar import Grammars
+from loraplex.server.text.tokenizers import Tokenizers
 
 
 class Events(Protocol):
@@ -51,7 +51,7 @@ class Engine(Protocol):
 
 
 class Adapters(Protocol):
-    """The part of server/engine/adapter_manager.py the routes see; errors are those of loraplex.adapters.errors."""
+    """The part of server/catalog/manager.py the routes see; errors are those of loraplex.adapters.errors."""
 
     @property
     def registry(self) -> Registry: ...

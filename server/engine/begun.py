@@ -13,10 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from loraplex.adapters.host_store import HostStore, host_bytes
+from loraplex.adapters.image.tiles import AdapterImage
 from loraplex.adapters.registry import AdapterVersion, Registry
-from loraplex.adapters.residency import Residency
-from loraplex.adapters.tiles import AdapterImage
+from loraplex.adapters.tiers.host_store import HostStore, host_bytes
+from loraplex.adapters.tiers.residency import Residency
 from loraplex.server.engine.fetches import Fetches
 
 

@@ -22,8 +22,10 @@ from queue import Empty, SimpleQueue
 from typing import Protocol
 
 from loraplex.adapters.registry import AdapterVersion
-from loraplex.server.engine.door import Door
-from loraplex.server.engine.fair_queue import ClientKey, client_of
+from loraplex.server.engine.policy.fair_queue import ClientKey, client_of
+from loraplex.server.engine.policy.queue_limits import Door
+from loraplex.server.engine.policy.scheduler import Placement, SampledToken, Scheduler, StepPlan
+from loraplex.server.engine.policy.sequence import Sequence
 from loraplex.server.engine.request import (
     DeadlineExceeded,
     EngineDead,
@@ -32,8 +34,6 @@ from loraplex.server.engine.request import (
     Overloaded,
     TokenEvent,
 )
-from loraplex.server.engine.scheduler import Placement, SampledToken, Scheduler, StepPlan
-from loraplex.server.engine.sequence import Sequence
 from loraplex.server.engine.stats import EngineStats, StepSizes, TierStats
 from loraplex.server.engine.streams import EventStream, Mailbox, put_all
 

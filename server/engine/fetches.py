@@ -11,10 +11,10 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from time import perf_counter
 
-from loraplex.adapters.host_store import HostStore, host_bytes, most_bytes
-from loraplex.adapters.loader import LoadedAdapter, Loader, Priority
+from loraplex.adapters.image.tiles import AdapterImage, BaseLayout
 from loraplex.adapters.registry import AdapterVersion
-from loraplex.adapters.tiles import AdapterImage, BaseLayout
+from loraplex.adapters.tiers.host_store import HostStore, host_bytes, most_bytes
+from loraplex.adapters.tiers.loader import LoadedAdapter, Loader, Priority
 
 
 @dataclass

@@ -6,7 +6,7 @@ import logging
 from typing import Protocol
 
 from loraplex.adapters.registry import AdapterVersion
-from loraplex.adapters.residency import Residency
+from loraplex.adapters.tiers.residency import Residency
 
 logger = logging.getLogger(__name__)
 

@@ -16,10 +16,10 @@ from collections.abc import Callable, Sequence
 from time import perf_counter
 from typing import Protocol
 
-from loraplex.adapters.host_store import HostStore
-from loraplex.adapters.loader import Loader
 from loraplex.adapters.registry import AdapterVersion, Registry
-from loraplex.adapters.residency import Residency
+from loraplex.adapters.tiers.host_store import HostStore
+from loraplex.adapters.tiers.loader import Loader
+from loraplex.adapters.tiers.residency import Residency
 from loraplex.server.engine.begun import Begun
 from loraplex.server.engine.fetches import Fetches
 from loraplex.server.engine.page_map import PageOwners

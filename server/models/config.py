@@ -13,7 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from loraplex.kernels.metadata import AttentionParams, Projection, Site
+from loraplex.kernels.records import AttentionParams, Projection, Site
 from loraplex.server.models.normalise import normalise
 from loraplex.server.models.rotary import RopeConfig
 

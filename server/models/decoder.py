@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from loraplex.kernels.backend import Backend
-from loraplex.kernels.metadata import KVLayer
+from loraplex.kernels.ops import Backend
+from loraplex.kernels.records import KVLayer
 from loraplex.server.models.config import ModelConfig
 from loraplex.server.models.inputs import ForwardBatch
 from loraplex.server.models.layers import DecoderLayer

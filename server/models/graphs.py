@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loraplex.kernels.metadata import BLOCK_SIZE, NUM_SITES, AdapterSegments, AttentionMeta, KVGroup, TileTable
+from loraplex.kernels.records import BLOCK_SIZE, NUM_SITES, AdapterSegments, AttentionMeta, KVGroup, TileTable
 from loraplex.server.models.decoder import Decoder
 from loraplex.server.models.inputs import ForwardBatch
 

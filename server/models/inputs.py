@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from loraplex.kernels.metadata import AdapterSegments, AttentionMeta, TileTable
+from loraplex.kernels.records import AdapterSegments, AttentionMeta, TileTable
 
 
 @dataclass(frozen=True)
 class ForwardBatch:
     """T tokens of B sequences, ragged and concatenated.
 
-    Order (server/engine/batch.py): sequences wearing adapters first, decode rows before prefill chunks, equal mixes
+    Order (engine/step/batch.py): sequences wearing adapters first, decode rows before prefill chunks, equal mixes
     adjacent; then base-only decode rows, then base-only prefill chunks.
 
     Where several steps of decode rows follow one another, T and B count the rows of all of them, step behind step: of

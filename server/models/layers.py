@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from loraplex.kernels.backend import Backend
-from loraplex.kernels.metadata import AttentionParams, KVLayer, Site
+from loraplex.kernels.ops import Backend
+from loraplex.kernels.records import AttentionParams, KVLayer, Site
 from loraplex.server.models.config import ModelConfig
 from loraplex.server.models.inputs import ForwardBatch
 from loraplex.server.models.weights import LayerWeights, Linear

@@ -7,8 +7,8 @@ import ctypes
 import torch
 from torch import Tensor
 
-from loraplex.kernels.backend import DecodeSteps, Program, StepInputs
-from loraplex.kernels.metadata import NUM_SITES, AdapterSegments, AttentionMeta, KVGroup, TileTable
+from loraplex.kernels.ops import DecodeSteps, Program, StepInputs
+from loraplex.kernels.records import NUM_SITES, AdapterSegments, AttentionMeta, KVGroup, TileTable
 from loraplex.server.models.decoder import Decoder
 from loraplex.server.models.inputs import ForwardBatch
 

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from loraplex.kernels.backend import Backend, PackedLinear
-from loraplex.kernels.metadata import Projection, Site, element_bytes
+from loraplex.kernels.ops import Backend, PackedLinear
+from loraplex.kernels.records import Projection, Site, element_bytes
 from loraplex.server.models.config import ModelConfig
 
 logger = logging.getLogger(__name__)

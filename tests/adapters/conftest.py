@@ -7,7 +7,7 @@ from unittest.mock import patch
 
 import pytest
 
-from loraplex.adapters import reader
+from loraplex.adapters.tiers import reader
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -9,8 +9,8 @@ from typing import Any
 import httpx
 import pytest
 
-from loraplex.adapters.adapter_files import read_tokenizer
-from loraplex.adapters.tokenizer_files import NOTHING, AddedToken, TokenizerFiles
+from loraplex.adapters.files.tokenizer_files import NOTHING, AddedToken, TokenizerFiles
+from loraplex.adapters.format.adapter_files import read_tokenizer
 from tests.support.fake_serving import FakeServer, say
 from tests.support.tiny import BOS, IM_END, VOCAB_SIZE, make_tiny_tokenizer
 
@@ -212,8 +212,8 @@ async def test_grammars_end_with_the_adapters_end(
 
 
 async def test_a_base_without_a_template_is_helped_by_the_adapter(server: FakeServer) -> None:
-    from loraplex.server.engine.chat_template import ChatTemplateError
-    from loraplex.server.engine.tokenizer import Tokenizer
+    from loraplex.server.text.chat_template import ChatTemplateError
+    from loraplex.server.text.tokenizer import Tokenizer
 
     base = server.tokenizer
     server.tokenizer = Tokenizer(base.fast, base.special_tokens, ChatTemplateError("this base has no chat template"))

@@ -19,16 +19,18 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 
-from loraplex.server.api import chat_schemas, lorax_schemas, responses_schemas, schemas, sglang, tokenize
+from loraplex.server.api import chat_schemas, schemas
 from loraplex.server.api.body import NAMES_BODY, SMALL_BODY, Bodies
+from loraplex.server.api.dialects import lorax_schemas, sglang, tokenize
 from loraplex.server.api.encodings import MAX_MEMBERS
 from loraplex.server.api.errors import ApiError, ClientGone
+from loraplex.server.api.openai import responses_schemas
 from loraplex.server.api.structure import STRUCTURES_SHARE, check_structure
-from loraplex.server.app import create_app
+from loraplex.server.command.app import create_app
 from loraplex.server.config import RequestLimits
 from loraplex.server.engine.request import Overloaded
-from loraplex.server.rate_limits import Account, Limits
-from loraplex.server.tenants import ANYONE, Caller, calling
+from loraplex.server.tenancy.rate_limits import Account, Limits
+from loraplex.server.tenancy.tenants import ANYONE, Caller, calling
 from tests.support.fake_serving import FakeServer
 from tests.support.waiting import LIMIT, turns
 

@@ -14,9 +14,9 @@ from starlette.types import Receive, Scope, Send
 
 from loraplex.server.api.direct import DirectBody, direct_body, offer_direct_body
 from loraplex.server.api.parts import Parts
-from loraplex.server.app import create_app
+from loraplex.server.command.app import create_app
 from loraplex.server.engine.request import FinishReason, GenerationRequest, TokenEvent
-from loraplex.server.listening import bind, make_server
+from loraplex.server.http.listening import bind, make_server
 from tests.support.fake_serving import FakeServer, say
 
 SAID = 'the "fox"\n and \\ the end é€😀 the fox the end of the fox'

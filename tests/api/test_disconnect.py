@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import pytest
 
-from loraplex.server.app import create_app
+from loraplex.server.command.app import create_app
 from tests.support.fake_serving import FakeServer, say
 from tests.support.waiting import LIMIT, until
 

@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from loraplex.server.app import create_app
+from loraplex.server.command.app import create_app
 from tests.support.fake_serving import FakeServer
 
 # What sglang_router 0.3.2 reads of each answer, and of which type; a field of another type refuses the whole answer.

@@ -14,17 +14,17 @@ import openai
 import pytest
 from starlette.routing import Route
 
-from loraplex.adapters.beneath import below
 from loraplex.adapters.errors import AdapterRefused
-from loraplex.server.access import Access
+from loraplex.adapters.files.beneath import below
+from loraplex.server.api.page.ui import page_files
 from loraplex.server.api.parts import LocalSources
-from loraplex.server.api.ui import page_files
-from loraplex.server.app import create_app
-from loraplex.server.rate_limits import Limits
-from loraplex.server.tenants import Key, Keyring, digest_of
+from loraplex.server.command.app import create_app
+from loraplex.server.tenancy.access import Access
+from loraplex.server.tenancy.rate_limits import Limits
+from loraplex.server.tenancy.tenants import Key, Keyring, digest_of
 from tests.support.fake_serving import FakeServer
 from tests.support.waiting import until
-from tests.test_rate_limits import Clock
+from tests.tenancy.test_rate_limits import Clock
 
 ALICE, BOB, ROOT, PROMETHEUS = "lpx_alice-secret", "lpx_bob-secret", "lpx_root-secret", "lpx_prometheus-secret"
 KEYS = {

@@ -12,9 +12,9 @@ import httpx
 import openai
 import pytest
 
-from loraplex.server.access import Access
-from loraplex.server.app import create_app
-from loraplex.server.tenants import Key, Keyring, digest_of
+from loraplex.server.command.app import create_app
+from loraplex.server.tenancy.access import Access
+from loraplex.server.tenancy.tenants import Key, Keyring, digest_of
 from tests.support.fake_serving import FakeServer
 from tests.support.waiting import until
 

@@ -14,14 +14,14 @@ import httpx
 import pytest
 import yaml
 
-from loraplex.server.access import Access
-from loraplex.server.app import create_app
-from loraplex.server.keys_file import KeysFile
-from loraplex.server.rate_limits import Limits
-from loraplex.server.tenants import Key, Keyring, digest_of
+from loraplex.server.command.app import create_app
+from loraplex.server.tenancy.access import Access
+from loraplex.server.tenancy.keys_file import KeysFile
+from loraplex.server.tenancy.rate_limits import Limits
+from loraplex.server.tenancy.tenants import Key, Keyring, digest_of
 from tests.support.fake_serving import FakeServer
 from tests.support.waiting import turns, until
-from tests.test_rate_limits import Clock
+from tests.tenancy.test_rate_limits import Clock
 
 PROMPT = list(range(10, 20))  # 10 tokens
 ANSWER = 4  # tokens

@@ -8,11 +8,11 @@ from dataclasses import replace
 import httpx
 import pytest
 
-from loraplex.server.access import Access
-from loraplex.server.app import create_app
+from loraplex.server.command.app import create_app
 from loraplex.server.engine.request import EngineDead, FinishReason, Overloaded, TokenEvent
-from loraplex.server.rate_limits import Limits
-from loraplex.server.tenants import Key, Keyring, digest_of
+from loraplex.server.tenancy.access import Access
+from loraplex.server.tenancy.rate_limits import Limits
+from loraplex.server.tenancy.tenants import Key, Keyring, digest_of
 from tests.support.fake_serving import FakeServer
 
 KEY, OTHER = "lpx_correct-horse", "lpx_battery-staple"

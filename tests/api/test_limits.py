@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loraplex.server.api.limits import _depth
-from loraplex.server.app import create_app
+from loraplex.server.command.app import create_app
 from loraplex.server.config import RequestLimits
 from tests.support.fake_serving import FakeServer
 

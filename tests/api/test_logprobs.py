@@ -12,7 +12,7 @@ import pytest
 from loraplex.server.api import turns
 from loraplex.server.api.choice import Echo, Prompt, ScoredPrompt, ScoredToken
 from loraplex.server.api.logprobs import ChatScores, CompletionScores, chat_logprobs, fill_in, write_prompt
-from loraplex.server.engine.tokenizer import Tokenizer
+from loraplex.server.text.tokenizer import Tokenizer
 from tests.support.fake_serving import FakeServer, scores_of
 
 LOWEST = -9999.0

@@ -7,7 +7,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from loraplex.adapters.durations import Durations
 from loraplex.server.engine.stats import AdapterPlace, TierStats
-from loraplex.server.engine_metrics import MAX_NAMES
+from loraplex.server.telemetry.engine_metrics import MAX_NAMES
 from tests.support.fake_serving import FakeServer, Stats
 
 LABELS = {"model_name": "base", "engine": "0"}

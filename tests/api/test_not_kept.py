@@ -12,8 +12,8 @@ from unittest.mock import patch
 import httpx
 import pytest
 
-from loraplex.server.app import create_app
-from loraplex.server.state import Remembering, StateFile
+from loraplex.server.catalog.saved import Remembering, StateFile
+from loraplex.server.command.app import create_app
 from tests.support.fake_serving import FakeServer
 
 

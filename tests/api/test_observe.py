@@ -18,10 +18,10 @@ from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from loraplex.server.api.parts import Parts
-from loraplex.server.app import create_app
+from loraplex.server.command.app import create_app
 from loraplex.server.drain import Drain
 from loraplex.server.engine.request import FinishReason, GenerationRequest, TokenEvent
-from loraplex.server.tracing import Tracing, make_provider
+from loraplex.server.telemetry.tracing import Tracing, make_provider
 from tests.support.fake_serving import FakeServer, say
 from tests.support.waiting import turns, until
 

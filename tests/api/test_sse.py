@@ -14,7 +14,7 @@ from openai.types.responses import ResponseErrorEvent
 
 from loraplex.server.api import sse
 from loraplex.server.api.sse import COMMENT, SseResponse, encode_event
-from loraplex.server.app import create_app
+from loraplex.server.command.app import create_app
 from loraplex.server.engine.request import EngineError, FinishReason, TokenEvent
 from tests.support.fake_serving import FakeServer, say
 

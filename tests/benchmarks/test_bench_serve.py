@@ -28,9 +28,9 @@ from loraplex.benchmarks.drive import Run, Sample, closed_loop, open_loop
 from loraplex.benchmarks.load import Address, Request, send
 from loraplex.benchmarks.measures import Objective, Spread, jain, measure
 from loraplex.benchmarks.workload import Lengths, Planned, Spec, plan
-from loraplex.server.cli import app
-from support.stub_openai import Stub, serving
-from support.waiting import LIMIT
+from loraplex.server.command.cli import app
+from tests.support.stub_openai import Stub, serving
+from tests.support.waiting import LIMIT
 
 FIRST, GAP = 0.1, 0.02
 CARDS = [{"id": "base", "parent": None}, *({"id": f"ad{n}", "parent": "base"} for n in range(3))]
@@ -245,7 +245,14 @@ def test_control_c_ends_with_a_report(tmp_path: Path, words: list[str]) -> None:
     """Every answer but the first takes a minute: those under way fail, those to come are not counted."""
     figures, page = tmp_path / "figures.json", tmp_path / "page.html"
     with serving(Stub(0.0, 60.0)) as stub:
-        command = [sys.executable, "-c", "from loraplex.server.cli import main; main()", "bench", "serve", *words]
+        command = [
+            sys.executable,
+            "-c",
+            "from loraplex.server.command.cli import main; main()",
+            "bench",
+            "serve",
+            *words,
+        ]
         command += ["--base-url", stub.url, "--requests", "1000", "--output", "1:2", "--json", figures, "--html", page]
         run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         while len(stub.seen) < 5 and run.poll() is None:

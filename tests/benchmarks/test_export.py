@@ -25,8 +25,8 @@ from loraplex.benchmarks.measures import Objective, measure
 from loraplex.benchmarks.popularity import Law
 from loraplex.benchmarks.traces import read_trace
 from loraplex.benchmarks.workload import Lengths, Planned, Popularity, Spec, plan
-from support.stub_openai import Stub, serving
-from support.tiny import make_tiny_tokenizer
+from tests.support.stub_openai import Stub, serving
+from tests.support.tiny import make_tiny_tokenizer
 
 AIPERF = os.environ.get("LORAPLEX_AIPERF") or shutil.which("aiperf")
 AGREE = 0.05

@@ -28,7 +28,7 @@ from loraplex.benchmarks.readme_loads import CONTEXTS, LOADS, Load, ask_ours
 from loraplex.server.models.config import ModelConfig
 from loraplex.server.models.demo import ensure_demo_base
 from loraplex.server.models.gguf_convert import _half_rotation
-from support.tiny import make_tiny_model
+from tests.support.tiny import make_tiny_model
 from tests.support.waiting import wait_for
 
 

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from loraplex.benchmarks import bench_limits
 from loraplex.benchmarks.commands import MISUSED, app
 from loraplex.benchmarks.kernels import probes
-from support.inner_loops import STACK, inner_loops
+from tests.support.inner_loops import STACK, inner_loops
 
 X86, ARM = ("g++", "objdump"), ("aarch64-linux-gnu-g++", "aarch64-linux-gnu-objdump")
 AVX512 = ("-mavx512f", "-mfma")

@@ -328,7 +328,7 @@ def test_the_table_on_paper_is_the_documents() -> None:
 COUNTED = """
 import json, torch
 from loraplex.benchmarks.kernels.gpu_work import SMOLLM2, make_work, run_adapters
-from loraplex.kernels.gpu import traffic
+from loraplex.benchmarks.kernels import traffic
 from loraplex.kernels.gpu.backend import TritonBackend
 ops = TritonBackend(torch.device("cpu"))
 found = {}

@@ -8,9 +8,9 @@ import pytest
 
 from loraplex.benchmarks.kernels import serving
 from loraplex.benchmarks.kernels.model import CONTEXT, MODEL_LEN, Model, make_batch, make_model
-from loraplex.kernels.metadata import BLOCK_SIZE
+from loraplex.kernels.records import BLOCK_SIZE
 from loraplex.server.models.rotary import RopeConfig
-from support.configs import TINY
+from tests.support.configs import TINY
 
 # One KV group, as SmolLM2 has.
 SMALL = replace(TINY, windows=(None,) * 3, ropes=(RopeConfig("default", 1e4, TINY.head_dim, MODEL_LEN),))

@@ -20,7 +20,7 @@ from loraplex.benchmarks.replica import Job, Replica, ReplicaSpec, StepTimes
 from loraplex.benchmarks.routing import Affine, LeastLoaded
 from loraplex.benchmarks.simulator import simulate
 from loraplex.benchmarks.steps import BadCalibration, Point, fit, read
-from loraplex.server.cli import app
+from loraplex.server.command.cli import app
 
 TICK = 1e-2  # seconds of a step, where an answer of 100 tokens takes one second
 

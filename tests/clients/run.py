@@ -1,6 +1,6 @@
 """Runs the clients' tests, each in its own environment, against servers that this starts:
 
-    PYTHONPATH=tests .venv/bin/python -m tests.clients.run ENVIRONMENTS [CLIENT ...]
+    .venv/bin/python -m tests.clients.run ENVIRONMENTS [CLIENT ...]
 
 ENVIRONMENTS has a virtual environment a client. `make test-clients` makes them and calls this.
 """
@@ -21,7 +21,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from loraplex.server.keys_file import new_key
+from loraplex.server.tenancy.keys_file import new_key
 from tests.clients.reference import write_tiny_world
 from tests.support.command import LORAPLEX, address
 from tests.support.fake_hub import fake_hub

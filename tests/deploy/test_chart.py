@@ -254,7 +254,7 @@ def test_adapters_reach_the_file_as_they_were_given() -> None:
 
 
 def test_keys_reach_the_file_as_they_were_given(rendered: dict[str, list[Manifest]]) -> None:
-    from loraplex.server.keys_file import parse_keys
+    from loraplex.server.tenancy.keys_file import parse_keys
 
     text = only(rendered["keys"], "Secret")["stringData"]["keys.yaml"]
     assert yaml.safe_load(text) == yaml.safe_load(VALUES["keys"]["keys"]["inline"])

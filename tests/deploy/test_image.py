@@ -196,7 +196,7 @@ def set_writable(folder: Path, writable: bool) -> None:
 
 
 def test_the_package_is_the_images_own(image: Path) -> None:
-    code = "import loraplex.server.cli as c, loraplex.kernels.cpu as k; print(c.__file__, *k.__path__)"
+    code = "import loraplex.server.command.cli as c, loraplex.kernels.cpu as k; print(c.__file__, *k.__path__)"
     found = subprocess.run(
         [image / "bin/python", "-I", "-c", code], capture_output=True, text=True, check=True
     ).stdout.split()

@@ -17,9 +17,8 @@ import httpx
 import pytest
 import yaml
 
-from loraplex.server.config import AuthConfig
-from loraplex.server.engine.build import EngineConfig
-from loraplex.server.keys_file import new_key
+from loraplex.server.config import AuthConfig, EngineConfig
+from loraplex.server.tenancy.keys_file import new_key
 from tests.support.deployment import DEPLOY
 from tests.support.live_server import live_server
 from tests.support.peft_adapters import make_peft_adapter

@@ -13,13 +13,14 @@ import pytest
 import safetensors.torch
 
 from loraplex.adapters.errors import AdapterRefused
-from loraplex.adapters.loader import LoadedAdapter
-from loraplex.server.engine.build import EngineConfig, EngineParts, build_engine
+from loraplex.adapters.tiers.loader import LoadedAdapter
+from loraplex.server.command.build import EngineParts, build_engine
+from loraplex.server.config import EngineConfig
 from loraplex.server.engine.engine import EventStream
 from loraplex.server.engine.request import FinishReason, GenerationRequest, SamplingParams
-from support.adapter_reading import put
-from support.peft_adapters import ALL, make_peft_adapter
-from support.tiny import load_oracle, make_tiny_model
+from tests.support.adapter_reading import put
+from tests.support.peft_adapters import ALL, make_peft_adapter
+from tests.support.tiny import load_oracle, make_tiny_model
 
 WEIGHTS = "adapter_model.safetensors"
 PROMPT = tuple(range(4, 30))

@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 
-from loraplex.server.engine.build import EngineConfig, EngineParts, build_engine
+from loraplex.server.command.build import EngineParts, build_engine
+from loraplex.server.config import EngineConfig
+from loraplex.server.engine.policy.scheduler import Scheduler
 from loraplex.server.engine.request import GenerationRequest, SamplingParams, TokenEvent
-from loraplex.server.engine.scheduler import Scheduler
-from support.peft_adapters import make_peft_adapter
-from support.tiny import load_oracle, make_tiny_model
+from tests.support.peft_adapters import make_peft_adapter
+from tests.support.tiny import load_oracle, make_tiny_model
 
 ADAPTERS: dict[str, dict[str, Any]] = {
     "all": {"r": 16, "lora_alpha": 8, "target_modules": "all-linear"},

@@ -18,15 +18,16 @@ from typing import Any
 import pytest
 import torch
 
-from loraplex.adapters.loader import ParsedImage, Reading
-from loraplex.adapters.reader import AdapterReader
-from loraplex.server.engine import build
-from loraplex.server.engine.build import EngineConfig, EngineParts, build_engine
+from loraplex.adapters.tiers.loader import ParsedImage, Reading
+from loraplex.adapters.tiers.reader import AdapterReader
+from loraplex.server.command import build
+from loraplex.server.command.build import EngineParts, build_engine
+from loraplex.server.config import EngineConfig
 from loraplex.server.engine.engine import EventStream
+from loraplex.server.engine.policy.scheduler import Scheduler, StepPlan
 from loraplex.server.engine.request import FinishReason, GenerationRequest, SamplingParams
-from loraplex.server.engine.scheduler import Scheduler, StepPlan
-from support.peft_adapters import PeftAdapter, make_peft_adapter
-from support.tiny import load_oracle, make_tiny_model
+from tests.support.peft_adapters import PeftAdapter, make_peft_adapter
+from tests.support.tiny import load_oracle, make_tiny_model
 
 LAST_LAYERS = {"layers_to_transform": [1, 2]}
 ADAPTERS: dict[str, dict[str, Any]] = {

@@ -9,10 +9,9 @@ from typing import Any
 import httpx
 import pytest
 
-from loraplex.kernels.metadata import BLOCK_SIZE
-from loraplex.server.config import AuthConfig
-from loraplex.server.engine.build import EngineConfig
-from loraplex.server.keys_file import new_key
+from loraplex.kernels.records import BLOCK_SIZE
+from loraplex.server.config import AuthConfig, EngineConfig
+from loraplex.server.tenancy.keys_file import new_key
 from tests.support.live_server import live_server
 from tests.support.peft_adapters import make_peft_adapter
 from tests.support.tiny import load_oracle, make_tiny_model, make_tiny_tokenizer

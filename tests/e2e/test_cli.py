@@ -19,7 +19,8 @@ from typing import Any
 import httpx
 import pytest
 
-from loraplex.server import cli, startup
+from loraplex.server import startup
+from loraplex.server.command import cli
 from loraplex.server.config import ConfigError, NamedAdapter, base_names, parse_memory, parse_size
 from tests.support.command import serving
 from tests.support.peft_adapters import make_peft_adapter
@@ -159,7 +160,7 @@ def test_named_adapters_that_cannot_be_served(run_main: Run, base: Path, adapter
 def test_help_and_version_read_well_and_load_nothing_heavy() -> None:
     script = """
 import sys
-from loraplex.server.cli import main
+from loraplex.server.command.cli import main
 try:
     main()
 except SystemExit as ended:
@@ -270,7 +271,7 @@ def slow(base):
     pathlib.Path({str(ready)!r}).touch()
     time.sleep(3600)
 startup.find_base = slow
-from loraplex.server.cli import main
+from loraplex.server.command.cli import main
 main()
 """
     process = subprocess.Popen(

@@ -20,8 +20,8 @@ import httpx
 import pytest
 from safetensors.torch import load_file, save_file
 
-from loraplex.adapters.downloads import DownloadConfig, DownloadLimits
-from loraplex.server.engine.build import EngineConfig
+from loraplex.adapters.sources.downloads import DownloadConfig, DownloadLimits
+from loraplex.server.config import EngineConfig
 from tests.support.command import address, serving
 from tests.support.live_server import LiveServer, live_server
 from tests.support.peft_adapters import make_peft_adapter
@@ -220,7 +220,7 @@ def test_half_open_connections_hold_nothing(live: LiveServer) -> None:
 @pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="Linux's")
 def test_the_kernel_ends_connections_whose_peer_is_gone() -> None:
     """A peer that vanishes without a word cannot be played here; that accepted sockets have the options can be seen."""
-    from loraplex.server.listening import bind
+    from loraplex.server.http.listening import bind
 
     with bind("127.0.0.1", 0) as held:
         held.listen()

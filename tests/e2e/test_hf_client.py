@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from huggingface_hub import InferenceClient
 
-from loraplex.server.engine.build import EngineConfig
+from loraplex.server.config import EngineConfig
 from tests.support.live_server import LiveServer, live_server
 from tests.support.tiny import make_tiny_model, make_tiny_tokenizer
 from tests.support.waiting import LIMIT

@@ -14,8 +14,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from support.tiny import make_tiny_model, make_tiny_tokenizer
-from support.waiting import LIMIT, wait_for
+from tests.support.tiny import make_tiny_model, make_tiny_tokenizer
+from tests.support.waiting import LIMIT, wait_for
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc here")
 
@@ -28,7 +28,7 @@ def server(tmp_path: Path) -> Iterator[tuple[int, str]]:
     """(process id, URL) of the real command, serving."""
     make_tiny_model("llama", tmp_path / "tiny")
     make_tiny_tokenizer(tmp_path / "tiny")
-    command = [sys.executable, "-c", "from loraplex.server.cli import main; main()"]
+    command = [sys.executable, "-c", "from loraplex.server.command.cli import main; main()"]
     command += ["serve", str(tmp_path / "tiny"), "--port", "0", "--memory", "768M"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout is not None

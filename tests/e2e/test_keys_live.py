@@ -13,9 +13,8 @@ import httpx
 import openai
 import pytest
 
-from loraplex.server.config import AuthConfig
-from loraplex.server.engine.build import EngineConfig
-from loraplex.server.keys_file import new_key
+from loraplex.server.config import AuthConfig, EngineConfig
+from loraplex.server.tenancy.keys_file import new_key
 from tests.support.exchanging import exchanging
 from tests.support.live_server import LiveServer, live_server
 from tests.support.peft_adapters import make_peft_adapter

@@ -15,7 +15,7 @@ import pytest
 import torch
 from peft.utils import merge_utils
 
-from loraplex.server.engine.build import EngineConfig
+from loraplex.server.config import EngineConfig
 from tests.support.live_server import LiveServer, live_server
 from tests.support.peft_adapters import make_peft_adapter
 from tests.support.tiny import load_oracle, make_tiny_model, make_tiny_tokenizer

@@ -21,7 +21,7 @@ from tests.support.waiting import LIMIT
 
 MIB = 1 << 20
 ADAPTERS, STREAMS, REQUESTS = 40, 48, 120
-SERVE = [sys.executable, "-c", "from loraplex.server.cli import main; main()", "serve"]
+SERVE = [sys.executable, "-c", "from loraplex.server.command.cli import main; main()", "serve"]
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the kernel does not tell")
 

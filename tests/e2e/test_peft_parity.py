@@ -13,15 +13,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from loraplex.adapters.loader import Reading
-from loraplex.adapters.reader import AdapterReader
-from loraplex.adapters.residency import Residency
-from loraplex.adapters.tiles import BaseLayout
-from loraplex.kernels.metadata import AdapterSegments
+from loraplex.adapters.image.tiles import BaseLayout
+from loraplex.adapters.tiers.loader import Reading
+from loraplex.adapters.tiers.reader import AdapterReader
+from loraplex.adapters.tiers.residency import Residency
+from loraplex.kernels.records import AdapterSegments
 from loraplex.server.models.weights import BaseBiases
-from support.harness import Harness, Sequence
-from support.peft_adapters import ALL, BASES, CASES, QV, PeftAdapter, make_peft_adapter, randomise_adapter
-from support.tiny import VOCAB_SIZE, load_oracle, make_tiny_model
+from tests.support.harness import Harness, Sequence
+from tests.support.peft_adapters import ALL, BASES, CASES, QV, PeftAdapter, make_peft_adapter, randomise_adapter
+from tests.support.tiny import VOCAB_SIZE, load_oracle, make_tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT warns of much that is meant here
 

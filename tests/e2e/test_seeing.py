@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from safetensors.torch import load_file, save_file
 
 from loraplex.adapters.refusals import OTHER, REASONS
-from loraplex.server.engine.build import EngineConfig
+from loraplex.server.config import EngineConfig
 from tests.support.live_server import live_server
 from tests.support.peft_adapters import make_peft_adapter
 from tests.support.tiny import load_oracle, make_tiny_model, make_tiny_tokenizer

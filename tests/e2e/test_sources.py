@@ -10,14 +10,14 @@ from pathlib import Path
 import httpx
 import pytest
 
-from loraplex.adapters.downloads import DownloadConfig, DownloadLimits
-from loraplex.server.engine.build import EngineConfig
-from loraplex.server.engine.follower import Follower
-from support.fake_hub import FakeHub, Repo, fake_hub
-from support.live_server import LiveServer, live_server
-from support.peft_adapters import ALL, make_peft_adapter
-from support.tiny import load_oracle, make_tiny_model, make_tiny_tokenizer
-from support.waiting import LIMIT, until
+from loraplex.adapters.sources.downloads import DownloadConfig, DownloadLimits
+from loraplex.server.catalog.reconciler import Follower
+from loraplex.server.config import EngineConfig
+from tests.support.fake_hub import FakeHub, Repo, fake_hub
+from tests.support.live_server import LiveServer, live_server
+from tests.support.peft_adapters import ALL, make_peft_adapter
+from tests.support.tiny import load_oracle, make_tiny_model, make_tiny_tokenizer
+from tests.support.waiting import LIMIT, until
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 

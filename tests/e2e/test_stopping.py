@@ -25,7 +25,7 @@ from tests.support.waiting import LIMIT, wait_for
 
 SLOWED = """
 import os, time
-from loraplex.server.engine.runner import ModelRunner
+from loraplex.server.engine.step.runner import ModelRunner
 execute = ModelRunner.execute
 def late(self, plan, on_launch):
     time.sleep(0.02)
@@ -35,7 +35,7 @@ def late(self, plan, on_launch):
         raise RuntimeError("a wire is loose")
     return execute(self, plan, on_launch)
 ModelRunner.execute = late
-from loraplex.server.cli import main
+from loraplex.server.command.cli import main
 main()
 """
 STEP = 0.02
@@ -192,7 +192,7 @@ def slow(base):
     pathlib.Path({str(ready)!r}).touch()
     time.sleep(3600)
 startup.find_base = slow
-from loraplex.server.cli import main
+from loraplex.server.command.cli import main
 main()
 """
     process = subprocess.Popen(

@@ -11,9 +11,8 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from loraplex.server.config import AuthConfig
-from loraplex.server.engine.build import EngineConfig
-from loraplex.server.keys_file import new_key
+from loraplex.server.config import AuthConfig, EngineConfig
+from loraplex.server.tenancy.keys_file import new_key
 from tests.support.browser import Browser, chromium
 from tests.support.live_server import LiveServer, live_server
 from tests.support.peft_adapters import make_peft_adapter

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from loraplex.server.cli import _one_each
+from loraplex.server.command.cli import _one_each
 from loraplex.server.config import ConfigError, NamedAdapter
 
 

@@ -15,8 +15,9 @@ import pytest
 
 from loraplex.adapters.errors import AdapterRefused
 from loraplex.server.engine import engine as engine_module
-from loraplex.server.engine.budget import TokenBudget
 from loraplex.server.engine.engine import Engine, EventStream
+from loraplex.server.engine.policy.budget import TokenBudget
+from loraplex.server.engine.policy.scheduler import Scheduler, StepPlan
 from loraplex.server.engine.request import (
     ContextTooLong,
     DeadlineExceeded,
@@ -27,9 +28,8 @@ from loraplex.server.engine.request import (
     Overloaded,
     TokenEvent,
 )
-from loraplex.server.engine.scheduler import Scheduler, StepPlan
 from loraplex.server.engine.streams import Mailbox, put_all
-from support.scheduling import Draw, FakePlacement, Requests, draws, make_scheduler, next_token
+from tests.support.scheduling import Draw, FakePlacement, Requests, draws, make_scheduler, next_token
 from tests.support.waiting import LIMIT
 
 

@@ -16,15 +16,15 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from loraplex.adapters.errors import AdapterRefused
-from loraplex.adapters.eviction import Reclaimer
-from loraplex.adapters.host_store import HostStore, host_bytes
-from loraplex.adapters.loader import LoadedAdapter, Loader, ParsedImage, Priority, Reading
-from loraplex.adapters.pages import PagePool
+from loraplex.adapters.image.tiles import AdapterImage, LowRank, pack
 from loraplex.adapters.registry import AdapterLease, AdapterVersion, Registry
-from loraplex.adapters.residency import Residency
-from loraplex.adapters.settle import changed, renew, settle
-from loraplex.adapters.tiles import AdapterImage, LowRank, pack
-from loraplex.kernels.metadata import Site
+from loraplex.adapters.tiers.eviction import Reclaimer
+from loraplex.adapters.tiers.host_store import HostStore, host_bytes
+from loraplex.adapters.tiers.loader import LoadedAdapter, Loader, ParsedImage, Priority, Reading
+from loraplex.adapters.tiers.pages import PagePool
+from loraplex.adapters.tiers.residency import Residency
+from loraplex.adapters.tiers.settle import changed, renew, settle
+from loraplex.kernels.records import Site
 from loraplex.server.engine.placement import AdapterPlacement
 from tests.engine.test_placement import IMAGE, LAYOUT, Q
 from tests.support.counted_clock import counted_clock
@@ -36,7 +36,7 @@ NAMES = ("1-a", "2-b", "3-c", "2-d", "3-e", "3-f")
 @pytest.fixture(scope="module", autouse=True)
 def clock() -> Iterator[None]:
     with counted_clock(
-        "loraplex.adapters.residency", "loraplex.server.engine.placement", "loraplex.server.engine.fetches"
+        "loraplex.adapters.tiers.residency", "loraplex.server.engine.placement", "loraplex.server.engine.fetches"
     ):
         yield
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from loraplex.adapters.pages import PagePool
+from loraplex.adapters.tiers.pages import PagePool
 from loraplex.server.engine.page_map import FREE, KV, OTHER, PREFIX, PageOwners, json_of, page_runs
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from loraplex.server.engine.policy.scheduler import Scheduler
 from loraplex.server.engine.request import Phases, TokenEvent
-from loraplex.server.engine.scheduler import Scheduler
-from support.scheduling import Clock, FakePlacement, Requests, draws, make_scheduler
+from tests.support.scheduling import Clock, FakePlacement, Requests, draws, make_scheduler
 
 
 class World:

@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from loraplex.adapters.errors import AdapterRefused
-from loraplex.adapters.eviction import Reclaimer
-from loraplex.adapters.host_store import HostStore
-from loraplex.adapters.loader import Loader, ParsedImage, Reading
-from loraplex.adapters.pages import PagePool
+from loraplex.adapters.image.tiles import BaseLayout, LowRank, pack
 from loraplex.adapters.registry import AdapterVersion, Registry
-from loraplex.adapters.residency import Residency
-from loraplex.adapters.tiles import BaseLayout, LowRank, pack
-from loraplex.kernels.metadata import Projection, Site
+from loraplex.adapters.tiers.eviction import Reclaimer
+from loraplex.adapters.tiers.host_store import HostStore
+from loraplex.adapters.tiers.loader import Loader, ParsedImage, Reading
+from loraplex.adapters.tiers.pages import PagePool
+from loraplex.adapters.tiers.residency import Residency
+from loraplex.kernels.records import Projection, Site
 from loraplex.server.engine.placement import AdapterPlacement
 from tests.support.waiting import LIMIT
 

@@ -12,17 +12,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from loraplex.kernels.backend import Backend, load_backend
 from loraplex.kernels.cpu import abi
 from loraplex.kernels.cpu.backend import CpuBackend
-from support.covering import covering
-from support.kernel_builds import compile_arm64_kernels, missing_compiler
+from loraplex.kernels.ops import Backend
+from loraplex.kernels.select import load_backend
+from tests.support.covering import covering
+from tests.support.kernel_builds import compile_arm64_kernels, missing_compiler
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 CPU = [f"cpu-{isa}" for isa in abi.ISAS if abi.library().loraplex_isa(isa.encode()) >= 0]
 BACKENDS = ["reference-cpu", *CPU] + (["reference-cuda", "triton-cuda"] if torch.cuda.is_available() else [])
 if INTERPRET:
-    from support import triton_bf16
+    from tests.support import triton_bf16
 
     triton_bf16.apply()
     BACKENDS = ["triton-cpu"]

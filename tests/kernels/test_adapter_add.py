@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from loraplex.kernels.backend import Backend
-from loraplex.kernels.metadata import ALIGN, NUM_SITES, AdapterSegments, Site, TileTable
-from support.rounding import assert_near, exact, rounded
+from loraplex.kernels.ops import Backend
+from loraplex.kernels.records import ALIGN, NUM_SITES, AdapterSegments, Site, TileTable
+from tests.support.rounding import assert_near, exact, rounded
 
 LAYERS = 3
 PAGE_BYTES = 131072

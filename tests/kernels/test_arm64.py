@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from support.kernel_builds import COMPILER, KERNELS, WIDE, arm64_isas, compile_arm64
+from tests.support.kernel_builds import COMPILER, KERNELS, LOADING, WIDE, arm64_isas, compile_arm64
 
 EMULATOR = ("qemu-aarch64", "qemu-aarch64-static")
 SOURCES = {
     KERNELS / "library.cpp": ["-O2", "-fopenmp"],
-    KERNELS / "packing.cpp": ["-O3"],
-    KERNELS / "hashing.cpp": ["-O3"],
+    LOADING / "packing.cpp": ["-O3"],
+    LOADING / "hashing.cpp": ["-O3"],
     Path(__file__).parent / "arm64" / "check.cpp": ["-O1", f"-I{KERNELS}"],
 }
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from loraplex.kernels.backend import Backend
-from loraplex.kernels.metadata import BLOCK_SIZE, AttentionMeta, AttentionParams, KVGroup, KVLayer, element_bytes
-from support.kv_pages import read_tokens, write_tokens
-from support.rounding import Exact, assert_near, exact, rounded
+from loraplex.kernels.ops import Backend
+from loraplex.kernels.records import BLOCK_SIZE, AttentionMeta, AttentionParams, KVGroup, KVLayer, element_bytes
+from tests.support.kv_pages import read_tokens, write_tokens
+from tests.support.rounding import Exact, assert_near, exact, rounded
 
 GROUP_LAYERS = 3
 LAYER = 1  # of the group: its views start and end inside a page

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from loraplex.kernels.backend import Backend, load_backend
 from loraplex.kernels.cpu.backend import CpuBackend
-from support.rounding import assert_near, exact
+from loraplex.kernels.ops import Backend
+from loraplex.kernels.select import load_backend
+from tests.support.rounding import assert_near, exact
 
 SHAPES = [(576, 192), (896, 151), (64, 64), (34, 3)]  # whole tiles, a part of one on either side
 
@@ -24,7 +25,7 @@ def invariant(backend: Backend) -> Iterator[Backend]:
     if isinstance(backend, CpuBackend):
         yield CpuBackend(backend.isa, batch_invariant=True)
     elif backend.name == "triton" and backend.device.type == "cpu":
-        from support import triton_bf16
+        from tests.support import triton_bf16
 
         with triton_bf16.dots_in_order():
             yield load_backend("triton", "cpu", batch_invariant=True)

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from loraplex.kernels.backend import Backend, BackendUnavailable, load_backend
-from support.rounding import assert_near, exact, rounded, share_equal
+from loraplex.kernels.ops import Backend, BackendUnavailable
+from loraplex.kernels.select import load_backend
+from tests.support.rounding import assert_near, exact, rounded, share_equal
 
 
 def _randn(backend: Backend, dtype: torch.dtype, *shape: int, seed: int = 0) -> torch.Tensor:

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 
 from loraplex.kernels.cpu import abi
-from support.inner_loops import STACK, inner_loops
-from support.kernel_builds import arm64_isas
+from tests.support.inner_loops import STACK, inner_loops
+from tests.support.kernel_builds import arm64_isas
 
 MULTIPLY = re.compile(r"vfmadd\d+ps|vdpbf16ps|mulps|fmla|bfdot")
 DIVIDE = re.compile(r"v?divps|fdiv")

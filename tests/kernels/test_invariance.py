@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from loraplex.adapters.pages import PagePool
-from loraplex.adapters.residency import Residency
-from loraplex.adapters.tiles import BaseLayout, LowRank, pack
+from loraplex.adapters.image.tiles import BaseLayout, LowRank, pack
+from loraplex.adapters.tiers.pages import PagePool
+from loraplex.adapters.tiers.residency import Residency
 from loraplex.kernels.cpu import abi
 from loraplex.kernels.cpu.backend import CpuBackend
-from loraplex.kernels.metadata import (
+from loraplex.kernels.records import (
     BLOCK_SIZE,
     AdapterSegments,
     AttentionMeta,

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from loraplex.kernels.backend import Backend
+from loraplex.kernels.ops import Backend
 
 VOCABS = (1, 15, 16, 255, 256, 300, 5000, 49152)
 UNIFORMS = (0.0, 1e-9, 0.1, 0.37, 0.5, 0.93, 1.0 - 2.0**-53)

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from loraplex.adapters.pages import PagePool
-from loraplex.adapters.residency import Residency
-from loraplex.adapters.tiles import BaseLayout, LowRank, pack
-from loraplex.kernels.backend import Backend
-from loraplex.kernels.metadata import AdapterSegments, Projection, Site, element_bytes
-from support.rounding import assert_near, exact, rounded
+from loraplex.adapters.image.tiles import BaseLayout, LowRank, pack
+from loraplex.adapters.tiers.pages import PagePool
+from loraplex.adapters.tiers.residency import Residency
+from loraplex.kernels.ops import Backend
+from loraplex.kernels.records import AdapterSegments, Projection, Site, element_bytes
+from tests.support.rounding import assert_near, exact, rounded
 
 
 @pytest.mark.parametrize(("n_in", "n_out"), [(576, 960), (640, 256), (896, 1152), (896, 151), (4096, 192), (192, 4096)])

@@ -16,13 +16,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from loraplex.kernels.backend import Backend, load_backend
 from loraplex.kernels.cpu import abi
 from loraplex.kernels.cpu.backend import CpuBackend
+from loraplex.kernels.ops import Backend
+from loraplex.kernels.select import load_backend
 from loraplex.server.models.recorded import record
-from support.harness import Harness, Sequence
-from support.harness_adapters import Mix, wearing, write_adapters
-from support.tiny import make_tiny_model
+from tests.support.harness import Harness, Sequence
+from tests.support.harness_adapters import Mix, wearing, write_adapters
+from tests.support.tiny import make_tiny_model
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 CPU = [f"cpu-{isa}" for isa in abi.ISAS if abi.library().loraplex_isa(isa.encode()) >= 0]
@@ -32,7 +33,7 @@ DTYPES = [torch.float32] if INTERPRET else [torch.float32, torch.bfloat16]
 PROMPT, ANSWER = 21, 5
 
 if INTERPRET:
-    from support import triton_bf16
+    from tests.support import triton_bf16
 
     triton_bf16.apply()
 

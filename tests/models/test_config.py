@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from loraplex.kernels.metadata import Site
+from loraplex.kernels.records import Site
 from loraplex.server.models.config import SUPPORTED, GenerationDefaults, ModelConfig, UnsupportedModel
-from support.tiny import FAMILIES, make_tiny_model, tiny_hf_model
+from tests.support.tiny import FAMILIES, make_tiny_model, tiny_hf_model
 
 SMALL: dict[str, Any] = {
     "vocab_size": 100,

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from loraplex.kernels.metadata import ALIGN, NUM_SITES, AdapterSegments, Projection, Site, TileTable
+from loraplex.kernels.records import ALIGN, NUM_SITES, AdapterSegments, Projection, Site, TileTable
 from loraplex.kernels.reference import ReferenceBackend
 from loraplex.server.models.decoder import Decoder
-from support.harness import Harness
-from support.tiny import VOCAB_SIZE, load_oracle, make_tiny_model
+from tests.support.harness import Harness
+from tests.support.tiny import VOCAB_SIZE, load_oracle, make_tiny_model
 
 RANK = 2
 

@@ -15,12 +15,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from loraplex.kernels.backend import load_backend
-from loraplex.kernels.metadata import AdapterSegments
+from loraplex.kernels.records import AdapterSegments
+from loraplex.kernels.select import load_backend
 from loraplex.server.models.graphs import GraphedDecoder, Size
-from support.harness import Harness
-from support.harness_adapters import wearing, write_adapters
-from support.tiny import make_tiny_model
+from tests.support.harness import Harness
+from tests.support.harness_adapters import wearing, write_adapters
+from tests.support.tiny import make_tiny_model
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="run by tests/kernels/gpu")
 

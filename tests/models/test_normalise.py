@@ -11,7 +11,7 @@ import pytest
 
 from loraplex.server.models.config import SUPPORTED, ModelConfig
 from loraplex.server.models.normalise import normalise
-from support.tiny import make_tiny_model
+from tests.support.tiny import make_tiny_model
 
 
 @pytest.mark.parametrize("family", ["llama3", "gemma3", "phi4mini"])

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from support.harness import Harness
-from support.tiny import FAMILIES, VOCAB_SIZE, load_oracle, make_tiny_model
+from tests.support.harness import Harness
+from tests.support.tiny import FAMILIES, VOCAB_SIZE, load_oracle, make_tiny_model
 
 LENGTH = 41
 """Past every sliding window, longrope's switch and two pages of the tiny models, and no multiple of anything."""

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from loraplex.kernels.backend import Backend
 from loraplex.kernels.cpu.backend import CpuBackend
-from loraplex.kernels.metadata import AdapterSegments
+from loraplex.kernels.ops import Backend
+from loraplex.kernels.records import AdapterSegments
 from loraplex.server.models.recorded import RecordedDecoder, record
-from support.harness import Harness
-from support.harness_adapters import wearing, write_adapters
-from support.tiny import FAMILIES, make_tiny_model
+from tests.support.harness import Harness
+from tests.support.harness_adapters import wearing, write_adapters
+from tests.support.tiny import FAMILIES, make_tiny_model
 
 
 class _World:

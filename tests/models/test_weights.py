@@ -15,8 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from loraplex.kernels.backend import Backend, load_backend
-from loraplex.kernels.metadata import Site
+from loraplex.kernels.ops import Backend
+from loraplex.kernels.records import Site
+from loraplex.kernels.select import load_backend
 from loraplex.server.models.config import ModelConfig
 from loraplex.server.models.weights import (
     BaseBiases,
@@ -26,7 +27,7 @@ from loraplex.server.models.weights import (
     load_weights,
     weights_bytes,
 )
-from support.tiny import FAMILIES, make_tiny_model, tiny_hf_model
+from tests.support.tiny import FAMILIES, make_tiny_model, tiny_hf_model
 
 
 @pytest.fixture(scope="module")
@@ -251,7 +252,7 @@ import sys
 from pathlib import Path
 import torch
 from safetensors.torch import load_file
-from loraplex.kernels.backend import load_backend
+from loraplex.kernels.select import load_backend
 from loraplex.server.models.weights import load_weights
 
 def status(field):

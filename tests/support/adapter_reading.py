@@ -11,14 +11,14 @@ from unittest.mock import patch
 import safetensors.torch
 import torch
 
-from loraplex.adapters import adapter_files
-from loraplex.adapters.adapter_files import parse_header, read_bytes, view_tensors
-from loraplex.adapters.loader import ParsedImage, Reading
-from loraplex.adapters.peft_config import parse_config
-from loraplex.adapters.peft_format import BaseBias, draw_blueprint
-from loraplex.adapters.peft_values import Part, check_values
-from loraplex.adapters.reader import AdapterReader
-from loraplex.adapters.tiles import AdapterImage, BaseLayout, pack
+from loraplex.adapters.format import adapter_files
+from loraplex.adapters.format.adapter_files import parse_header, read_bytes, view_tensors
+from loraplex.adapters.format.peft_config import parse_config
+from loraplex.adapters.format.peft_format import BaseBias, draw_blueprint
+from loraplex.adapters.format.peft_values import Part, check_values
+from loraplex.adapters.image.tiles import AdapterImage, BaseLayout, pack
+from loraplex.adapters.tiers.loader import ParsedImage, Reading
+from loraplex.adapters.tiers.reader import AdapterReader
 
 
 @dataclass(frozen=True)

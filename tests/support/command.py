@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-LORAPLEX = [sys.executable, "-c", "from loraplex.server.cli import main; main()"]
+LORAPLEX = [sys.executable, "-c", "from loraplex.server.command.cli import main; main()"]
 
 
 @contextmanager

@@ -11,12 +11,12 @@ import typer.main
 from prometheus_client.parser import text_string_to_metric_families
 
 from loraplex.adapters.durations import Durations
-from loraplex.server.access import Access
-from loraplex.server.app import create_app
-from loraplex.server.cli import app as cli
+from loraplex.server.catalog.saved import Remembering, StateFile
+from loraplex.server.command.app import create_app
+from loraplex.server.command.cli import app as cli
 from loraplex.server.engine.stats import AdapterPlace, TierStats
-from loraplex.server.keys_file import KeysFile, new_key
-from loraplex.server.state import Remembering, StateFile
+from loraplex.server.tenancy.access import Access
+from loraplex.server.tenancy.keys_file import KeysFile, new_key
 from tests.support.fake_serving import FakeServer, Stats
 
 ROOT = Path(__file__).parent.parent.parent

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from urllib.parse import unquote, urlsplit
 
-from support.web_server import Asked, Page, WebServer, web_server
+from tests.support.web_server import Asked, Page, WebServer, web_server
 
 
 @dataclass

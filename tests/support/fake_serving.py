@@ -12,25 +12,25 @@ import httpx
 import numpy as np
 
 from loraplex.adapters.errors import AdapterNotFound, AdapterRefused
-from loraplex.adapters.merge_plan import MergePlan
 from loraplex.adapters.registry import AdapterVersion, Registry
-from loraplex.adapters.sources import OPERATOR, Access
+from loraplex.adapters.sources.merge_plan import MergePlan
+from loraplex.adapters.sources.sources import OPERATOR, Access
 from loraplex.server.api.parts import Base, Inside, Parts
-from loraplex.server.app import create_app
+from loraplex.server.catalog.manager import Around
+from loraplex.server.catalog.on_demand import OnDemand
+from loraplex.server.command.app import create_app
 from loraplex.server.config import RequestLimits
-from loraplex.server.engine.adapter_manager import Around
-from loraplex.server.engine.chat_template import ChatTemplate
-from loraplex.server.engine.fair_pool import TextPools
-from loraplex.server.engine.grammar import Grammars
-from loraplex.server.engine.on_demand import OnDemand
 from loraplex.server.engine.page_map import PageOwners
 from loraplex.server.engine.request import FinishReason, GenerationRequest, TokenEvent, TokenScores
 from loraplex.server.engine.stats import AdapterPlace, TierStats
 from loraplex.server.engine.streams import Shortcut
-from loraplex.server.engine.tokenizer import Tokenizer
-from loraplex.server.engine.tokenizers import Tokenizers
-from loraplex.server.engine_metrics import Limits
-from loraplex.server.metrics import Metrics
+from loraplex.server.telemetry.engine_metrics import Limits
+from loraplex.server.telemetry.metrics import Metrics
+from loraplex.server.text.chat_template import ChatTemplate
+from loraplex.server.text.fair_pool import TextPools
+from loraplex.server.text.grammar import Grammars
+from loraplex.server.text.tokenizer import Tokenizer
+from loraplex.server.text.tokenizers import Tokenizers
 from tests.support.tiny import VOCAB_SIZE
 
 MAX_MODEL_LEN = 64

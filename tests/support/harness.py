@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from loraplex.kernels.backend import Backend, load_backend
-from loraplex.kernels.metadata import (
+from loraplex.kernels.ops import Backend
+from loraplex.kernels.records import (
     BLOCK_SIZE,
     NUM_SITES,
     AdapterSegments,
@@ -31,6 +31,7 @@ from loraplex.kernels.metadata import (
     TileTable,
     element_bytes,
 )
+from loraplex.kernels.select import load_backend
 from loraplex.server.models.config import ModelConfig
 from loraplex.server.models.decoder import Decoder
 from loraplex.server.models.inputs import ForwardBatch

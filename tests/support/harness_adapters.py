@@ -11,8 +11,8 @@ from itertools import accumulate
 
 import torch
 
-from loraplex.kernels.metadata import NUM_SITES, TILE_RANKS, AdapterSegments, Site, TileTable
-from support.harness import Harness
+from loraplex.kernels.records import NUM_SITES, TILE_RANKS, AdapterSegments, Site, TileTable
+from tests.support.harness import Harness
 
 Mix = tuple[tuple[int, float], ...]
 

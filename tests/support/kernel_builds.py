@@ -13,6 +13,7 @@ from loraplex.kernels.cpu import abi
 
 KERNELS = Path(abi.__file__).parent
 SETUP = Path(__file__).parents[2] / "setup.py"
+LOADING = SETUP.parent / "adapters" / "image"
 COMPILER = "aarch64-linux-gnu-g++"
 
 

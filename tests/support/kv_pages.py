@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from loraplex.kernels.backend import Backend
-from loraplex.kernels.metadata import BLOCK_SIZE, KVLayer
+from loraplex.kernels.ops import Backend
+from loraplex.kernels.records import BLOCK_SIZE, KVLayer
 
 
 def _places(backend: Backend, layer: KVLayer, pages: Tensor, slots: Tensor) -> list[tuple[Tensor, tuple[object, ...]]]:

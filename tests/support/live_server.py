@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from loraplex.server.config import AuthConfig, HttpConfig, ServeConfig
-from loraplex.server.engine.build import EngineConfig, EngineParts, build_engine
-from loraplex.server.engine.tokenizer import Tokenizer
-from loraplex.server.launch import make_app, read_tokenizers
-from loraplex.server.listening import bind, make_server
+from loraplex.server.command.build import EngineParts, build_engine
+from loraplex.server.command.launch import make_app, read_tokenizers
+from loraplex.server.config import AuthConfig, EngineConfig, HttpConfig, ServeConfig
+from loraplex.server.http.listening import bind, make_server
 from loraplex.server.models.config import ModelConfig
+from loraplex.server.text.tokenizer import Tokenizer
 from tests.support.waiting import LIMIT
 
 

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraplex.adapters.tiles import BaseLayout
-from loraplex.kernels.metadata import Projection, Site
+from loraplex.adapters.image.tiles import BaseLayout
+from loraplex.kernels.records import Projection, Site
 
 SITES = {
     **{f"self_attn.{name}": Site.QKV for name in ("q_proj", "k_proj", "v_proj", "qkv_proj")},

@@ -36,13 +36,13 @@ TOKENS = 12
 
 SLOWED = f"""
 import time
-from loraplex.server.engine.runner import ModelRunner
+from loraplex.server.engine.step.runner import ModelRunner
 execute = ModelRunner.execute
 def late(self, plan, on_launch):
     time.sleep({STEP})
     return execute(self, plan, on_launch)
 ModelRunner.execute = late
-from loraplex.server.cli import main
+from loraplex.server.command.cli import main
 main()
 """
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from loraplex.server.engine.kv_cache import FREED, GroupSpec
+from loraplex.server.engine.policy.kv_cache import FREED, GroupSpec
+from loraplex.server.engine.policy.scheduler import StepPlan
+from loraplex.server.engine.policy.sequence import Sequence
 from loraplex.server.engine.request import ContextTooLong, FinishReason, GenerationRequest, TokenEvent
-from loraplex.server.engine.scheduler import StepPlan
-from loraplex.server.engine.sequence import Sequence
-from support.scheduling import Clock, Requests, draws, make_scheduler, next_token
+from tests.support.scheduling import Clock, Requests, draws, make_scheduler, next_token
 
 STEP_SECONDS = 0.1
 ADAPTERS = ("a", "b", "c", "d")

@@ -8,12 +8,12 @@ from collections.abc import Sequence as ListLike
 from dataclasses import dataclass, field
 
 from loraplex.adapters.errors import AdapterRefused
-from loraplex.adapters.eviction import IdleSet, Reclaimer
-from loraplex.adapters.pages import PagePool
 from loraplex.adapters.registry import AdapterLease, AdapterVersion, Registry
-from loraplex.server.engine.kv_cache import GroupSpec, KVCache
+from loraplex.adapters.tiers.eviction import IdleSet, Reclaimer
+from loraplex.adapters.tiers.pages import PagePool
+from loraplex.server.engine.policy.kv_cache import GroupSpec, KVCache
+from loraplex.server.engine.policy.scheduler import Scheduler, SchedulerLimits, StepPlan
 from loraplex.server.engine.request import GenerationRequest, SamplingParams
-from loraplex.server.engine.scheduler import Scheduler, SchedulerLimits, StepPlan
 from loraplex.server.engine.stats import TierStats
 
 FULL = (GroupSpec((0,), None),)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from support.waiting import LIMIT
+from tests.support.waiting import LIMIT
 
 
 @dataclass

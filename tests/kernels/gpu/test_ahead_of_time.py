@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from loraplex.benchmarks.kernels import ahead
 from loraplex.benchmarks.kernels.aot_report import compile_for
 from loraplex.benchmarks.kernels.gpu_work import SHAPES, SMOLLM2, Shape, Work, make_work, run_all, run_linears
-from loraplex.kernels.gpu import ahead
 from loraplex.kernels.gpu.backend import TritonBackend
-from loraplex.kernels.metadata import Site
+from loraplex.kernels.records import Site
 
 KERNELS = {
     "bgmv._expand",

@@ -1,0 +1,111 @@
+"""Rows of the tile table: which are free, and where an adapter's tiles stand. Residency alone changes them."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from loraplex.adapters.image.tiles import AdapterImage, BaseLayout
+from loraplex.kernels.records import ALIGN, NUM_SITES, TileTable
+
+FIRST_ROWS = 1024
+"""Rows of a new tile table: 16 KiB, a handful of adapters on every linear; it doubles as needed."""
+
+
+class TileRows:
+    """The tile table and which of its rows are free."""
+
+    def __init__(self, num_slots: int, layout: BaseLayout, device: torch.device) -> None:
+        self._shape = (layout.num_layers, NUM_SITES, 2)  # of one slot's ranges
+        self._page_units = layout.page_bytes // ALIGN
+        self._free = [(0, FIRST_ROWS)]  # spans (first, past the last), ascending, never touching
+        ranges_host = torch.zeros(num_slots, *self._shape, dtype=torch.int32)
+        tiles_host = torch.zeros(FIRST_ROWS, 5, dtype=torch.int32)
+        # On CPU .to() returns the tensor itself: table and mirror are one.
+        self.table = TileTable(ranges_host.to(device), tiles_host.to(device), ranges_host, tiles_host)
+
+    def write(self, slot: int, image: AdapterImage, pages: list[int]) -> slice:
+        """Write the image's tiles with their offsets in `pages`, and `slot`'s ranges. Returns the rows taken."""
+        image_tiles = image.tiles.numpy()  # numpy: its calls take 1 us, torch's 5, and there are a dozen
+        num_rows = image_tiles.shape[0]
+        first = self._take(num_rows)
+        units = np.array(pages, dtype=np.int32) * self._page_units
+        rows = slice(first, first + num_rows)
+        tiles = self.table.tiles_host.numpy()[rows]
+        tiles[:] = image_tiles[:, 2:]
+        for column in (0, 1):  # A's and B's offsets: within the image; -1 where there is no A
+            offset = tiles[:, column]
+            page, within = np.divmod(offset, self._page_units)
+            np.copyto(offset, units[page] + within, where=offset >= 0)
+        keys = image_tiles[:, 0] * NUM_SITES + image_tiles[:, 1]
+        counts = np.bincount(keys, minlength=self._shape[0] * NUM_SITES)
+        ends = first + counts.cumsum()
+        ranges = self.table.ranges_host.numpy()[slot].reshape(-1, 2)
+        ranges[:, 0] = np.where(counts > 0, ends - counts, 0)
+        ranges[:, 1] = np.where(counts > 0, ends, 0)
+        self._publish(slot, rows)
+        return rows
+
+    def clear(self, slot: int, rows: slice) -> None:
+        """Forget `slot` and give its rows back."""
+        self._give(rows.start, rows.stop)
+        self.table.ranges_host[slot] = 0
+        self._publish(slot, slice(0, 0))
+
+    def check_integrity(self, residents: list[tuple[int, slice, list[int]]]) -> None:
+        """Against (slot, rows, pages) of every adapter there is."""
+        table = self.table
+        spans = sorted(self._free + [(rows.start, rows.stop) for _, rows, _ in residents if rows.start < rows.stop])
+        starts = [first for first, _ in spans] + [table.tiles_host.shape[0]]
+        ends = [0] + [last for _, last in spans]
+        assert starts == ends, f"rows of the tile table overlap or are lost: {spans}"
+        empty = torch.ones(table.ranges_host.shape[0], dtype=torch.bool)
+        empty[[slot for slot, _, _ in residents]] = False
+        assert not table.ranges_host[empty].any(), "a slot without an adapter has tiles"
+        assert torch.equal(table.ranges.cpu(), table.ranges_host), "the device's ranges differ from the host's"
+        for slot, rows, pages in residents:
+            row = rows.start
+            ranges = table.ranges_host[slot].view(-1, 2)
+            for first, last in ranges[ranges[:, 1] > 0].tolist():  # by layer and site: one after the other
+                assert first == row < last, f"slot {slot}: rows {first} to {last} do not follow row {row}"
+                row = last
+            assert row == rows.stop, f"slot {slot}: {rows.stop - row} tiles are in no range"
+            tiles = table.tiles_host[rows]
+            assert torch.equal(table.tiles[rows].cpu(), tiles), "the device's tiles differ from the host's"
+            touched = set((tiles[:, :2][tiles[:, :2] >= 0] // self._page_units).tolist())
+            assert touched == set(pages), f"slot {slot}: tiles lie in pages {touched}; its own are {pages}"
+
+    def _publish(self, slot: int, rows: slice) -> None:
+        """Bring the device's copy up to date."""
+        table = self.table
+        if table.ranges is not table.ranges_host:
+            table.tiles[rows] = table.tiles_host[rows].to(table.tiles.device)
+            table.ranges[slot] = table.ranges_host[slot].to(table.ranges.device)
+
+    def _take(self, n: int) -> int:
+        """First of `n` consecutive rows, from the first free span that is long enough; the table grows if none is."""
+        if n == 0:
+            return 0
+        while True:
+            for i, (first, last) in enumerate(self._free):
+                if last - first >= n:
+                    self._free[i : i + 1] = [(first + n, last)] if first + n < last else []
+                    return first
+            self._grow()
+
+    def _give(self, first: int, last: int) -> None:
+        spans: list[tuple[int, int]] = []
+        for begin, end in sorted([*self._free, (first, last)]):
+            if spans and spans[-1][1] == begin:
+                spans[-1] = (spans[-1][0], end)
+            elif begin < end:
+                spans.append((begin, end))
+        self._free = spans
+
+    def _grow(self) -> None:
+        """Twice the rows, in new tensors: a step under way keeps the old ones."""
+        old = self.table
+        capacity = old.tiles_host.shape[0]
+        tiles_host = torch.cat((old.tiles_host, torch.zeros_like(old.tiles_host)))
+        self.table = TileTable(old.ranges, tiles_host.to(old.tiles.device), old.ranges_host, tiles_host)
+        self._give(capacity, 2 * capacity)

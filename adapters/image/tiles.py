@@ -1,0 +1,330 @@
+"""An adapter as tiles: its low-rank factors cut and packed end to end into pages, ready to be copied to the device.
+
+    page     | A of q, 16 rows | B of q, 16 rows | A of k ..... | B of k, 5 rows, then 640 of the 6th row's columns |
+    next     | the 6th row's other columns, 10 rows | A of v ...
+
+Rows of A never cross a page and are never cut: a dot product is rounded once. B may be cut anywhere, so it fills what
+A leaves at a page's end. Hence a page loses nothing while any B is left, and an adapter takes at most one page more
+than its bytes need, provided B is long enough to fill: page_bytes >= row * (1 + in / out), `row` the bytes of an A row,
+for each of its projections. Any sensible page is hundreds of rows; a smaller one costs more pages and is still right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from loraplex.adapters.errors import AdapterRefused
+from loraplex.kernels.hugepages import huge_zeros
+from loraplex.kernels.records import ALIGN, TILE_RANKS, Projection, element_bytes
+
+
+@dataclass(frozen=True)
+class BaseLayout:
+    """What an adapter must fit."""
+
+    base_name: str
+    num_layers: int
+    projections: tuple[Projection, ...]  # of every layer alike
+    page_bytes: int  # a multiple of 64, no shorter than the longest row of A
+    dtype: torch.dtype  # the compute dtype: what tiles are stored in
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """y += scaling * B (A x) on one projection of one layer; the factors as the file has them, any float dtype."""
+
+    layer: int
+    projection: Projection
+    a: Tensor  # [r, in]
+    b: Tensor  # [out, r]
+    scaling: float
+
+
+@dataclass(frozen=True)
+class BiasDelta:
+    """y += delta on one projection of one layer."""
+
+    layer: int
+    projection: Projection
+    delta: Tensor  # [out] fp32
+
+
+@dataclass(frozen=True)
+class PartShape:
+    """What decides where a LowRank, or (rank 0) a BiasDelta, is placed."""
+
+    layer: int
+    projection: Projection
+    rank: int
+
+
+@dataclass(frozen=True)
+class Strip:
+    """Rows of one factor that lie together in the image."""
+
+    first: int  # rank
+    last: int  # past the last
+    begin: int  # column; A's rows are never cut
+    end: int  # past the last
+    position: int  # bytes from the image's start
+
+
+@dataclass(frozen=True)
+class PartPlace:
+    """Where the rows of one part go: row r of a strip is `a_row` or `b_row` bytes, a multiple of 64, after r - 1."""
+
+    a_row: int  # 0: no A
+    b_row: int
+    a: tuple[Strip, ...]
+    b: tuple[Strip, ...]
+
+
+@dataclass(frozen=True)
+class ImagePlan:
+    """An image before its values: the same for all adapters of the same shapes."""
+
+    places: tuple[PartPlace, ...]  # of each shape given, in that order
+    tiles: Tensor  # as in AdapterImage
+    nbytes: int
+    extent: int
+    num_pages: int
+
+
+@dataclass(frozen=True)
+class AdapterImage:
+    """An adapter as it will lie on the device, but for the numbers of its pages."""
+
+    pages: Tensor  # [n_pages, page_bytes] uint8
+    tiles: Tensor  # [n_tiles, 7] int32: layer, site, a_pos, b_pos, n, out_start, out_len; sorted by (layer, site)
+    # a_pos, b_pos: in 64-byte units from the image's start, as if its pages were contiguous; a_pos -1 marks a bias
+    nbytes: int  # of all strips, each padded to 64
+    extent: int  # bytes from the image's start to the end of its last tile; the last page holds nothing beyond
+
+
+def pack(parts: Sequence[LowRank | BiasDelta], layout: BaseLayout) -> AdapterImage:
+    """Cut `parts` into tiles of layout.dtype and lay them into pages; scaling is folded into B in fp32.
+
+    Tiles within one (layer, site) are in order of output column, then rank. Raises ValueError for shapes that do not
+    fit the projection or the page, AdapterRefused("not_finite") for values that overflow layout.dtype.
+    """
+    _check(parts, layout)
+    plan = plan_image([shape_of(part) for part in parts], layout)
+    pages = huge_zeros(plan.num_pages * layout.page_bytes).view(plan.num_pages, layout.page_bytes)
+    elements = pages.view(-1).view(layout.dtype)
+    for part, place in zip(parts, plan.places, strict=True):
+        _write(part, place, elements)
+    return AdapterImage(pages, plan.tiles, plan.nbytes, plan.extent)
+
+
+def plan_image(shapes: Sequence[PartShape], layout: BaseLayout) -> ImagePlan:
+    """Cut parts of these shapes into tiles and lay them into pages; shapes that fit the projection and the page.
+
+    Fewer parts never take more pages.
+    """
+    order = sorted(range(len(shapes)), key=lambda i: _order(shapes[i]))
+    placements = [_Placement.of(shapes[i], element_bytes(layout.dtype)) for i in order]
+    extent, nbytes = _place(placements, layout.page_bytes)
+    rows = [row for i, placement in zip(order, placements, strict=True) for row in _tiles(shapes[i], placement)]
+    places = dict(zip(order, (placement.place() for placement in placements), strict=True))
+    return ImagePlan(
+        places=tuple(places[i] for i in range(len(shapes))),
+        tiles=torch.tensor(rows, dtype=torch.int32).reshape(len(rows), 7),
+        nbytes=nbytes,
+        extent=extent,
+        num_pages=-(-extent // layout.page_bytes),
+    )
+
+
+def shape_of(part: LowRank | BiasDelta) -> PartShape:
+    return PartShape(part.layer, part.projection, 0 if isinstance(part, BiasDelta) else part.a.shape[0])
+
+
+def _order(shape: PartShape) -> tuple[int, int, int]:
+    return shape.layer, shape.projection.site, shape.projection.out_start
+
+
+def _check(parts: Sequence[LowRank | BiasDelta], layout: BaseLayout) -> None:
+    if layout.page_bytes <= 0 or layout.page_bytes % ALIGN:
+        raise ValueError(f"page_bytes is {layout.page_bytes}; expected a positive multiple of {ALIGN}")
+    for part in parts:
+        projection = part.projection
+        where = f"layer {part.layer} {projection.name}"
+        if not 0 <= part.layer < layout.num_layers:
+            raise ValueError(f"{where}: the base has layers 0 to {layout.num_layers - 1}")
+        if isinstance(part, BiasDelta):
+            if part.delta.shape != (projection.out_features,):
+                raise ValueError(
+                    f"{where}: bias of shape {list(part.delta.shape)}; expected [{projection.out_features}]"
+                )
+            continue
+        rank = part.a.shape[0]
+        if rank == 0 or part.a.shape != (rank, projection.in_features):
+            raise ValueError(f"{where}: A of shape {list(part.a.shape)}; expected [rank, {projection.in_features}]")
+        if part.b.shape != (projection.out_features, rank):
+            raise ValueError(f"{where}: B of shape {list(part.b.shape)}; expected [{projection.out_features}, {rank}]")
+        row_bytes = projection.in_features * element_bytes(layout.dtype)
+        if row_bytes > layout.page_bytes:
+            raise ValueError(
+                f"{where}: a row of A has {row_bytes} bytes and a page {layout.page_bytes}; use larger pages"
+            )
+
+
+def _padded(nbytes: int) -> int:
+    return -(-nbytes // ALIGN) * ALIGN
+
+
+@dataclass
+class _Placement:
+    """Where the rows of one part go. Positions in bytes from the image's start."""
+
+    ranks: int
+    out: int  # elements of a row of B
+    a_row: int  # bytes from one row of A to the next, a multiple of 64; 0: no A
+    b_row: int
+    item: int  # bytes of an element
+    step: int  # most ranks of a tile
+    wide: int  # elements of a row of A
+    a_strips: list[tuple[int, int, int]] = field(default_factory=list)
+    # first rank, past the last, position
+    b_strips: list[tuple[int, int, int, int, int]] = field(default_factory=list)
+    # first rank, past the last, first column, past the last, position
+    rank: int = 0  # the first rank whose B is still to be placed,
+    column: int = 0  # and its first column
+
+    @staticmethod
+    def of(shape: PartShape, item: int) -> _Placement:
+        out = shape.projection.out_features
+        b_row = _padded(out * item)
+        if shape.rank == 0:
+            return _Placement(1, out, 0, b_row, item, 1, 0)
+        a_bytes = shape.projection.in_features * item
+        a_row = _padded(a_bytes)
+        # A tile's rows are contiguous and its start aligned. Where a row is no multiple of 64 bytes, only tiles of one
+        # rank can start anywhere. Hidden sizes in use are multiples of 32 and never get here.
+        even = a_row == a_bytes and b_row == out * item
+        return _Placement(shape.rank, out, a_row, b_row, item, TILE_RANKS if even else 1, shape.projection.in_features)
+
+    def place(self) -> PartPlace:
+        """Once all is placed."""
+        a = tuple(Strip(first, last, 0, self.wide, at) for first, last, at in self.a_strips)
+        return PartPlace(self.a_row, self.b_row, a, tuple(Strip(*strip) for strip in self.b_strips))
+
+
+class _Cursor:
+    """The next free byte, counted as if pages were contiguous."""
+
+    def __init__(self, page_bytes: int) -> None:
+        self.position = 0
+        self.skipped = 0
+        self._page_bytes = page_bytes
+
+    @property
+    def rest(self) -> int:
+        """Bytes left on this page; a whole page when it has just been filled."""
+        return self._page_bytes - self.position % self._page_bytes
+
+    @property
+    def at_page_start(self) -> bool:
+        return self.position % self._page_bytes == 0
+
+    def take(self, nbytes: int) -> int:
+        position = self.position
+        self.position += nbytes
+        return position
+
+    def skip_page(self) -> None:
+        if not self.at_page_start:
+            self.skipped += self.rest
+            self.position += self.rest
+
+
+def _place(placements: Sequence[_Placement], page_bytes: int) -> tuple[int, int]:
+    """Give every row its position. Returns the image's extent and the bytes in use."""
+    cursor = _Cursor(page_bytes)
+    for i, placement in enumerate(placements):
+        rank = 0
+        while placement.a_row and rank < placement.ranks:
+            n = min(cursor.rest // placement.a_row, placement.ranks - rank)
+            if n:
+                placement.a_strips.append((rank, rank + n, cursor.take(n * placement.a_row)))
+                rank += n
+            else:
+                for pending in placements[i:]:
+                    if _place_b(pending, cursor):
+                        break
+                cursor.skip_page()
+        while placement.rank < placement.ranks:
+            _place_b(placement, cursor)
+    return cursor.position, cursor.position - cursor.skipped
+
+
+def _place_b(placement: _Placement, cursor: _Cursor) -> bool:
+    """Place what is left of B up to this page's end: whole rows, then part of one. True when the page is full."""
+    while placement.rank < placement.ranks:
+        rank, column = placement.rank, placement.column
+        n = 0 if column else min(cursor.rest // placement.b_row, placement.ranks - rank)
+        if n:
+            placement.b_strips.append((rank, rank + n, 0, placement.out, cursor.take(n * placement.b_row)))
+            placement.rank += n
+        else:
+            end = min(placement.out, column + cursor.rest // placement.item)
+            position = cursor.take(_padded((end - column) * placement.item))
+            placement.b_strips.append((rank, rank + 1, column, end, position))
+            placement.column = end % placement.out
+            placement.rank += end == placement.out
+        if cursor.at_page_start:
+            return True
+    return False
+
+
+def _write(part: LowRank | BiasDelta, place: PartPlace, elements: Tensor) -> None:
+    """Copy a part's values to their positions in the image, `elements` being the image in the compute dtype, flat."""
+    item = elements.element_size()
+
+    def write(values: Tensor, row: int, strips: tuple[Strip, ...], what: str) -> None:
+        for strip in strips:
+            found = values[strip.first : strip.last, strip.begin : strip.end]
+            target = elements.as_strided(found.shape, (row // item, 1), strip.position // item)
+            target.copy_(found)
+            _check_finite(target, part, what)
+
+    if isinstance(part, BiasDelta):
+        write(part.delta.unsqueeze(0), place.b_row, place.b, "bias")
+    else:
+        write(part.a, place.a_row, place.a, "A")
+        write(_folded(part), place.b_row, place.b, "scaling * B")
+
+
+def _folded(part: LowRank) -> Tensor:
+    """scaling * B transposed: [r, out] fp32."""
+    return part.b.float().mul(part.scaling).T
+
+
+def _check_finite(strip: Tensor, part: LowRank | BiasDelta, what: str) -> None:
+    if not strip.isfinite().all():
+        raise AdapterRefused(
+            "not_finite",
+            f"layer {part.layer} {part.projection.name}: {what} has values that are not finite in "
+            f"{str(strip.dtype).removeprefix('torch.')}, the dtype the base runs in; expected finite numbers",
+        )
+
+
+def _tiles(shape: PartShape, placement: _Placement) -> list[tuple[int, int, int, int, int, int, int]]:
+    """Rows of AdapterImage.tiles: ranks are cut where A is, where B is, and every `step`."""
+    rows = []
+    head = (shape.layer, int(shape.projection.site))
+    for first, last, begin, end, b_position in placement.b_strips:
+        out = (shape.projection.out_start + begin, end - begin)
+        if not placement.a_row:
+            rows.append((*head, -1, b_position // ALIGN, 1, *out))
+        for a_first, a_last, a_position in placement.a_strips:
+            stop = min(last, a_last)
+            for rank in range(max(first, a_first), stop, placement.step):
+                a_pos = (a_position + (rank - a_first) * placement.a_row) // ALIGN
+                b_pos = (b_position + (rank - first) * placement.b_row) // ALIGN
+                rows.append((*head, a_pos, b_pos, min(placement.step, stop - rank), *out))
+    return rows

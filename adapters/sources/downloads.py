@@ -1,0 +1,253 @@
+"""Remote sources as local folders: fetched in threads of their own, once for however many ask. Free of torch.
+
+A source that hangs costs a thread until its time is over; each host has few, so that it keeps nobody else waiting.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import ssl
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from loraplex.adapters.errors import AdapterError, AdapterNotFound, AdapterUnavailable
+from loraplex.adapters.pace import lower_priority
+from loraplex.adapters.sources.addresses import Reach
+from loraplex.adapters.sources.download_cache import DownloadCache, key_of
+from loraplex.adapters.sources.fetch import fetch
+from loraplex.adapters.sources.http_client import STALL_SECONDS, Deadline, HttpClient
+from loraplex.adapters.sources.hub import list_hub
+from loraplex.adapters.sources.object_stores import list_bucket
+from loraplex.adapters.sources.remote import Listing
+from loraplex.adapters.sources.sources import Source, find_folder, parse_source
+from loraplex.adapters.sources.web_files import list_web
+
+logger = logging.getLogger(__name__)
+
+MAX_THREADS = 64
+PER_HOST = 8
+
+MAX_QUEUED = 4096
+"""Sources that wait for a thread; one more is refused."""
+
+
+@dataclass(frozen=True)
+class DownloadLimits:
+    """What a download may take."""
+
+    max_bytes: int = 4 << 30  # of one adapter, unpacked: rank 64 on all linears of a 70B base is 3.2 GiB in bfloat16
+    max_seconds: float = 1800.0  # of one adapter; 4 GiB at 2.4 MB/s
+    cache_bytes: int = 64 << 30  # of all that is kept
+    stall_seconds: float = STALL_SECONDS  # without a byte
+
+
+@dataclass(frozen=True)
+class DownloadConfig:
+    """What an operator chooses about downloads."""
+
+    folder: Path | None = None  # None: below the user's cache
+    limits: DownloadLimits = field(default_factory=DownloadLimits)
+    allowed_hosts: tuple[str, ...] = ()  # see Reach
+
+    def __post_init__(self) -> None:
+        Reach(self.allowed_hosts)  # raises ValueError for what is no host
+        if min(self.limits.max_bytes, self.limits.cache_bytes) < 1 or self.limits.max_seconds <= 0:
+            raise ValueError("the limits of downloads are sizes and times; expected more than 0")
+
+
+@dataclass(frozen=True)
+class DownloadStats:
+    """Counted since the start, but for `active`."""
+
+    fetched: int  # downloads that brought bytes
+    unchanged: int  # sources that were asked and hold what is here already
+    failed: int
+    active: int  # asked for and not over
+
+
+@dataclass(frozen=True)
+class _Waiter:
+    future: Future[Path]
+    stale: bool  # may get what was fetched earlier
+
+
+@dataclass(eq=False)
+class _Job:
+    source: Source
+    waiters: list[_Waiter] = field(default_factory=list)
+
+
+class Downloads:
+    """Safe from any thread."""
+
+    def __init__(
+        self,
+        folder: Path,
+        limits: DownloadLimits | None = None,
+        reach: Reach | None = None,
+        in_use: Callable[[], set[str]] = set,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        """Keep files in `folder`; those of the sources whose texts in_use() gives always, others while there is room.
+
+        tls: see HttpClient.
+        """
+        self._folder = folder
+        self._limits = limits or DownloadLimits()
+        self._http = HttpClient(reach or Reach(), tls, self._limits.stall_seconds)
+        self._lock = threading.Lock()
+        self._jobs: dict[str, _Job] = {}  # by source text, from the first asking until the futures are set
+        self._queue: list[_Job] = []
+        self._active: Counter[str] = Counter()  # host -> threads
+        self._secret: dict[str, Source] = {}  # what a text that hides something stands for, once it was fetched
+        self._in_use = in_use
+        self._closed = False
+        self._fetched = self._unchanged = self._failed = 0
+        self._cache = DownloadCache(folder, self._limits.cache_bytes, self._keys_in_use)
+
+    def fetch(self, source: Source, *, stale: bool = False) -> Future[Path]:
+        """The folder of what a remote `source` holds now; asked and, unless it is here already, downloaded.
+
+        stale: where the source is out of reach, take what was fetched of it earlier. Cancelling the future is free and
+        leaves the download alone. It fails with AdapterNotFound, AdapterRefused or AdapterUnavailable.
+        """
+        waiter: Future[Path] = Future()
+        with self._lock:
+            job = self._jobs.get(source.text)
+            if self._closed or (job is None and len(self._queue) >= MAX_QUEUED):
+                why = "the server is shutting down" if self._closed else f"{MAX_QUEUED} downloads wait already"
+                waiter.set_exception(AdapterUnavailable(f"{source.text} is not downloaded: {why}"))
+                return waiter
+            if job is None:
+                job = self._jobs[source.text] = _Job(source)
+                self._queue.append(job)
+            job.waiters.append(_Waiter(waiter, stale))
+            self._start()
+        return waiter
+
+    def locate(self, text: str) -> Path:
+        """The folder of a source by its text: local, or downloaded; downloaded now if it is not here (any more).
+
+        Raises as fetch() fails, and AdapterNotFound for a local one that is not there.
+        """
+        with self._lock:
+            source = self._secret.get(text)
+        if source is None:
+            if "#" in text and "://" in text:
+                found = self._cache.find(key_of(text))
+                if found is None:
+                    raise AdapterNotFound(f"{text} is not here any more, nor what it was fetched with; load it again")
+                return found
+            source = parse_source(text)
+        if not source.is_remote:
+            return find_folder(source.place)
+        return self._cache.find(key_of(source.text)) or self.fetch(source, stale=True).result()
+
+    def stats(self) -> DownloadStats:
+        with self._lock:
+            return DownloadStats(self._fetched, self._unchanged, self._failed, len(self._jobs))
+
+    def close(self) -> None:
+        """Take no more; fail what waits. What is under way ends with the process, and is gone on with by the next."""
+        with self._lock:
+            self._closed = True
+            dropped, self._queue = self._queue, []
+            for job in dropped:
+                del self._jobs[job.source.text]
+        for job in dropped:
+            _tell(job, AdapterUnavailable(f"{job.source.text} is not downloaded: the server is shutting down"))
+
+    # -- threads -------------------------------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        """Begin what may begin (lock held)."""
+        for job in tuple(self._queue):
+            if self._active.total() >= MAX_THREADS:
+                return
+            if self._active[job.source.host] < PER_HOST:
+                self._queue.remove(job)
+                self._active[job.source.host] += 1
+                threading.Thread(target=self._run, args=(job,), name="adapter-download", daemon=True).start()
+
+    def _run(self, job: _Job) -> None:
+        lower_priority()
+        began = time.monotonic()
+        outcome: Path | BaseException
+        try:
+            outcome = self._fetch(job.source)
+            logger.info("adapter source %s is here after %.1f s", job.source.text, time.monotonic() - began)
+        except AdapterError as error:
+            outcome = _bare(error)
+        except OSError as error:  # of the folder: what goes wrong on the way is told as such
+            outcome = AdapterUnavailable(
+                f"{job.source.text} is not downloaded: {self._folder} cannot be written: {error.strerror}; "
+                "--download-dir moves it"
+            )
+        except BaseException as error:
+            logger.error("the download of %s failed unexpectedly: %s", job.source.text, type(error).__name__)
+            outcome = AdapterUnavailable(f"{job.source.text} could not be downloaded: {type(error).__name__}")
+        with self._lock:
+            del self._jobs[job.source.text]
+            self._active[job.source.host] -= 1
+            self._failed += not isinstance(outcome, Path)
+            if isinstance(outcome, Path) and "#" in job.source.text:
+                self._secret[job.source.text] = job.source
+            self._start()
+        old = self._cache.find(key_of(job.source.text)) if isinstance(outcome, AdapterUnavailable) else None
+        if old is not None and any(waiter.stale for waiter in job.waiters):
+            logger.warning("%s; what was fetched of it earlier is taken", outcome)
+        _tell(job, outcome, old)
+
+    def _fetch(self, source: Source) -> Path:
+        deadline = Deadline.after(self._limits.max_seconds)
+        key = key_of(source.text)
+        self._cache.prepare()
+        listing = self._list(source, deadline)
+        with self._cache.writing(key, deadline) as folder:
+            found = self._cache.find(key, listing.mark) if listing.mark else None
+            if found is not None:
+                with self._lock:
+                    self._unchanged += 1
+                return found
+            self._cache.make_room(sum(file.size or 0 for file in listing.files))
+            ready = fetch(listing, folder, self._limits.max_bytes, deadline)
+            found = self._cache.publish(key, listing.mark or secrets.token_hex(16), ready)
+        with self._lock:
+            self._fetched += 1
+        return found
+
+    def _list(self, source: Source, deadline: Deadline) -> Listing:
+        if source.kind == "hub":
+            return list_hub(self._http, source, deadline)
+        if source.kind in ("s3", "gs"):
+            return list_bucket(source, deadline)
+        return list_web(self._http, source, deadline)
+
+    def _keys_in_use(self) -> set[str]:
+        with self._lock:
+            under_way = set(self._jobs)
+        return {key_of(text) for text in self._in_use() | under_way}
+
+
+def _tell(job: _Job, outcome: Path | BaseException, old: Path | None = None) -> None:
+    """`old`: what those get instead of an error who take it."""
+    for waiter in job.waiters:
+        if not waiter.future.set_running_or_notify_cancel():
+            continue
+        got = old if old is not None and waiter.stale else outcome
+        if isinstance(got, Path):
+            waiter.future.set_result(got)
+        else:
+            waiter.future.set_exception(got)
+
+
+def _bare(error: BaseException) -> BaseException:
+    """Without the frames it came through, which hold secrets."""
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)

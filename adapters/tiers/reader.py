@@ -1,0 +1,382 @@
+"""From an adapter's source to its image: what the loader's threads do, and what they remember from time to time.
+
+    examine   config and header only                                         registration: 0.1 ms, 3 ms for a new shape
+    read      all of the files: hashed, checked, packed                      first load of 4 MB: 7 ms
+              the same files again, by their stamps: read and packed         2 ms
+
+Adapters of the same config and header share their blueprint and their recipe; what is remembered of each single one is
+its stamp and digest, or why it was refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from torch import Tensor
+
+from loraplex.adapters.errors import AdapterRefused
+from loraplex.adapters.files.beneath import roots_of
+from loraplex.adapters.files.tokenizer_files import NOTHING, TokenizerFiles
+from loraplex.adapters.format.adapter_files import (
+    AdapterBytes,
+    AdapterHead,
+    ChangedMeanwhile,
+    NoFolder,
+    Stamp,
+    TensorInfo,
+    known_weights,
+    look,
+    parse_header,
+    read_bytes,
+    read_head,
+    read_tokenizer,
+    view_tensors,
+)
+from loraplex.adapters.format.peft_config import LoraConfig, parse_config
+from loraplex.adapters.format.peft_format import AdapterModule, BaseBias, Blueprint, draw_blueprint
+from loraplex.adapters.format.peft_values import check_values
+from loraplex.adapters.format.recipe import Recipe, is_for
+from loraplex.adapters.image.packing import OpenFile
+from loraplex.adapters.image.tiles import AdapterImage, BaseLayout, BiasDelta, pack, plan_image
+from loraplex.adapters.pace import Breath
+from loraplex.adapters.sources.sources import resolve
+from loraplex.adapters.tiers.loader import ParsedImage, Reading
+from loraplex.adapters.tiers.workspace import Workspace
+from loraplex.kernels.hugepages import Region, huge_zeros
+
+logger = logging.getLogger(__name__)
+
+V = TypeVar("V")
+
+MAX_MESSAGE = 800
+"""Characters of a refusal."""
+
+TENSORS_A_MODULE = 4
+"""At most: A, B, B's bias and the module's own."""
+
+MAX_BLUEPRINTS = 32
+"""Some 250 KB each. A folder of thousands has a handful."""
+
+MAX_RECIPES = 128
+"""Some 50 KB each, 150 KB on all linears."""
+
+MAX_TOKENIZERS = 256
+"""Some 10 KB each, a template mostly."""
+
+MAX_REMEMBERED = 16_384
+"""Sources, some 1 KB each."""
+
+CHANGED_WAIT = 0.05
+"""Seconds. Someone who copies a file into place writes more often; a file system's clock ticks every 4 ms, often less,
+so that within a tick a change does not show."""
+
+CHANGED_RETRIES = 10
+"""Times that is waited for them: copying a large adapter may take half a second."""
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """What the config and the header tell of an adapter."""
+
+    rank: int
+    targets: tuple[str, ...]
+    num_pages: int  # at most: fewer if modules turn out to be zero
+    nbytes: int  # of its tiles, at most
+    tokenizer: TokenizerFiles = NOTHING
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """A blueprint and what an image of it takes at most."""
+
+    key: Hashable
+    blueprint: Blueprint
+    info: AdapterInfo
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a source's files are, and what they must not be led out of (beneath.py)."""
+
+    folder: Path
+    roots: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class _Remembered:
+    """Of a source, from its last reading. Holds as long as the stamp does."""
+
+    place: _Place
+    stamp: Stamp
+    start: int  # of the data
+    digest: str = ""
+    info: AdapterInfo | None = None
+    recipe: Hashable = None  # its key; None: it has to be packed part by part
+    refusal: AdapterRefused | None = None
+
+
+class AdapterReader:
+    """`read` is the loader's. Safe from any thread."""
+
+    def __init__(
+        self,
+        layout: BaseLayout,
+        base_bias: BaseBias,
+        max_pages: int,
+        workspace: Workspace[Region] | None = None,
+        locate: Callable[[str], Path] = resolve,
+        check_tokenizer: Callable[[TokenizerFiles], str] = lambda files: "",
+    ) -> None:
+        """max_pages: what an adapter may take so that one sequence still fits beside it.
+
+        workspace: bounds what all loads under way take together; None: nothing does. locate: a source's folder.
+        check_tokenizer: what tokenizer files change, in words; raises AdapterRefused for those the base cannot go with.
+        """
+        self._check_tokenizer = check_tokenizer
+        self._locate = locate
+        self._workspace = workspace
+        self._layout = layout
+        self._base_bias = base_bias
+        self._max_pages = max_pages
+        self._blueprints: _Latest[_Drawn] = _Latest(MAX_BLUEPRINTS)
+        self._infos: _Latest[AdapterInfo] = _Latest(MAX_RECIPES)  # whatever the scaling
+        self._headers: _Latest[dict[str, TensorInfo]] = _Latest(MAX_BLUEPRINTS)
+        self._recipes: _Latest[Recipe] = _Latest(MAX_RECIPES)
+        self._tokenizers: _Latest[TokenizerFiles] = _Latest(MAX_TOKENIZERS)
+        self._remembered: _Latest[_Remembered] = _Latest(MAX_REMEMBERED)
+
+    def examine(self, source: str) -> AdapterInfo:
+        """Check what can be checked without the weights' values. Reads only config and header.
+
+        Raises AdapterNotFound, and AdapterRefused with the folder's path before the reason.
+        """
+        roots = roots_of(source)
+        place = _Place(Path(source), roots) if roots else self._place(source)
+        with _named(place.folder):
+            try:
+                head = read_head(place.folder, place.roots)
+            except NoFolder:
+                self._locate(source)  # it says more
+                raise
+            config = parse_config(head.config)
+            alike = replace(config, base_model=None)
+            if not config.alpha_pattern:  # else there are patterns to be looked at
+                alike = replace(alike, alpha=1.0, rslora=False)
+            key = (alike, _key_of(head))
+            info = self._infos.get(key) or self._infos.put(key, self._draw(head, config, Breath(lambda: None)).info)
+            return replace(info, tokenizer=self._tokenizer(place))
+
+    def read(self, reading: Reading) -> ParsedImage:
+        """Read, check and pack an adapter. Raises as examine() does, and what reading.breathe() raises.
+
+        Files that have the stamp they had are neither parsed, nor checked, nor hashed again, unless reading.fresh.
+        """
+        known = None if reading.fresh else self._remembered.get(reading.source)
+        is_there = known is not None and os.path.isdir(known.place.folder)
+        place = known.place if known is not None and is_there else self._place(reading.source)
+        with _named(place.folder):
+            if known is not None:
+                parsed = self._repeat(known, reading)
+                if parsed is not None:
+                    return parsed
+            with self._room(self._whole_bytes(place, reading.breathe), reading.breathe):
+                return self._read_whole(place, reading)
+
+    def _place(self, source: str) -> _Place:
+        return _Place(self._locate(source), roots_of(source))
+
+    def _whole_bytes(self, place: _Place, breathe: Callable[[], None]) -> int:
+        """What the file and its image take. Raises what refuses the header."""
+        if self._workspace is None:
+            return 0
+        head = read_head(place.folder, place.roots)
+        info = self._draw(head, parse_config(head.config), breathe).info
+        return head.start + head.data_bytes + info.num_pages * self._layout.page_bytes
+
+    def _room(self, nbytes: int, breathe: Callable[[], None]) -> AbstractContextManager[None]:
+        return nullcontext() if self._workspace is None else self._workspace.room(nbytes, breathe)
+
+    def _repeat(self, known: _Remembered, reading: Reading) -> ParsedImage | None:
+        """Do again what was done at the last reading. None: the files have changed, or it is not known how."""
+        recipe = self._recipes.get(known.recipe)
+        if known.refusal is not None:
+            head = read_head(known.place.folder, known.place.roots)
+            if head.stamp != known.stamp:
+                return None
+            raise AdapterRefused(known.refusal.code, str(known.refusal))
+        if recipe is None or known.info is None:
+            return None
+        try:
+            with (
+                self._room(recipe.nbytes, reading.breathe),
+                known_weights(known.place.folder, known.stamp, known.place.roots) as descriptor,
+            ):
+                file = OpenFile(descriptor, known.start)
+                image = recipe.read(file, self._memory(recipe.nbytes), reading.breathe)
+        except (ChangedMeanwhile, EOFError, OSError):
+            return None
+        return _parsed(known.digest, known.info, image, known.stamp.weights[2] - known.start)
+
+    def _read_whole(self, place: _Place, reading: Reading) -> ParsedImage:
+        files, began = _read_quietly(place, reading.breathe, self._memory)
+        head = files.head
+        settled = head.stamp.is_settled(began)
+        try:
+            drawn = self._draw(head, parse_config(head.config), reading.breathe)
+            image, recipe = self._make(drawn, files, reading.breathe)
+            tokenizer = self._tokenizer(place)  # read after its stamp: a change meanwhile shows at the next look
+        except AdapterRefused as error:
+            if settled:
+                refusal = AdapterRefused(error.code, str(error))  # without the frames, which hold the file's bytes
+                self._remembered.put(reading.source, _Remembered(place, head.stamp, head.start, refusal=refusal))
+            raise
+        info, digest = replace(drawn.info, tokenizer=tokenizer), tokenizer.mark(files.digest)
+        if settled:
+            known = _Remembered(place, head.stamp, head.start, digest, info, recipe)
+            self._remembered.put(reading.source, known)
+        return _parsed(digest, info, image, head.data_bytes)
+
+    def _tokenizer(self, place: _Place) -> TokenizerFiles:
+        """Equal ones are one object: a folder of thousands has the same file in each. Raises AdapterRefused."""
+        found = read_tokenizer(place.folder, place.roots)
+        if found == NOTHING:
+            return NOTHING
+        known = self._tokenizers.get(found)
+        if known is None:
+            if changes := self._check_tokenizer(found):
+                logger.info("%s has tokenizer files of its own: %s", place.folder, changes)
+            known = self._tokenizers.put(found, found)
+        return known
+
+    def _draw(self, head: AdapterHead, config: LoraConfig, breathe: Callable[[], None]) -> _Drawn:
+        key = (replace(config, base_model=None), _key_of(head))
+        drawn = self._blueprints.get(key)
+        if drawn is None:
+            breathe()
+            header = self._headers.get(key[1]) or self._parse_header(head)
+            breathe()
+            blueprint = draw_blueprint(config, header, self._layout, self._base_bias, breathe)
+            breathe()
+            plan = plan_image(blueprint.shapes(), self._layout)
+            info = AdapterInfo(blueprint.rank, blueprint.targets, plan.num_pages, plan.nbytes)
+            drawn = _Drawn(key, blueprint, info)
+            self._blueprints.put(key, drawn)
+            self._headers.put(key[1], header)  # it fits the base: no larger than what is planned for
+        if drawn.info.num_pages > self._max_pages:
+            raise AdapterRefused(
+                "too_large",
+                f"the adapter takes {drawn.info.num_pages} pages, but only {self._max_pages} can be had beside one "
+                "sequence; give the server more memory (--memory)",
+            )
+        return drawn
+
+    def _parse_header(self, head: AdapterHead) -> dict[str, TensorInfo]:
+        return parse_header(head, TENSORS_A_MODULE * self._layout.num_layers * len(self._layout.projections))
+
+    def _make(
+        self, drawn: _Drawn, files: AdapterBytes, breathe: Callable[[], None]
+    ) -> tuple[AdapterImage, Hashable | None]:
+        """The image and the key of its recipe, if it has one."""
+        modules = drawn.blueprint.modules
+        if is_for(modules, drawn.blueprint):
+            key: Hashable = (drawn.key, None)
+            recipe = self._recipe(key, modules, drawn.blueprint)
+            image, sound = recipe.make(files.data, self._memory(recipe.nbytes), breathe)
+            if sound:
+                return image, key
+        tensors = view_tensors(files.data, drawn.blueprint.header)
+        parts = check_values(drawn.blueprint, tensors, self._layout, self._base_bias, breathe)
+        left = frozenset((part.layer, part.projection.name) for part in parts)
+        some = [module for module in modules if (module.layer, module.projection.name) in left]
+        if is_for(some, drawn.blueprint) and not any(isinstance(part, BiasDelta) for part in parts):
+            key = (drawn.key, left)
+            recipe = self._recipe(key, some, drawn.blueprint)
+            image, _ = recipe.make(files.data, self._memory(recipe.nbytes), breathe)
+            return image, key
+        return pack(parts, self._layout), None
+
+    def _recipe(self, key: Hashable, modules: Sequence[AdapterModule], blueprint: Blueprint) -> Recipe:
+        return self._recipes.get(key) or self._recipes.put(key, Recipe(modules, blueprint, self._layout))
+
+    def _memory(self, nbytes: int) -> Tensor:
+        """[nbytes] uint8 holding anything: what an earlier load has left, if there is such."""
+        if self._workspace is None or not nbytes:
+            return huge_zeros(nbytes)
+        region = self._workspace.find(nbytes) or Region(nbytes)
+        return region.tensor(nbytes, self._workspace.leave)
+
+
+class _Latest(Generic[V]):
+    """The `size` most recently used values by key. Thread-safe."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._lock = threading.Lock()
+        self._values: OrderedDict[Hashable, V] = OrderedDict()
+
+    def get(self, key: Hashable) -> V | None:
+        with self._lock:
+            if key not in self._values:
+                return None
+            self._values.move_to_end(key)
+            return self._values[key]
+
+    def put(self, key: Hashable, value: V) -> V:
+        with self._lock:
+            self._values[key] = value
+            self._values.move_to_end(key)
+            if len(self._values) > self._size:
+                self._values.popitem(last=False)
+        return value
+
+
+def _key_of(head: AdapterHead) -> Hashable:
+    return hashlib.sha256(head.header).digest(), head.data_bytes
+
+
+def _read_quietly(
+    place: _Place, breathe: Callable[[], None], memory: Callable[[int], Tensor]
+) -> tuple[AdapterBytes, float]:
+    """The files while nobody writes to them, and when their reading began, in unix seconds. Raises ChangedMeanwhile."""
+    for _ in range(CHANGED_RETRIES):
+        began = time.time()
+        try:
+            files = read_bytes(place.folder, breathe, memory, place.roots)
+        except ChangedMeanwhile:
+            time.sleep(CHANGED_WAIT)
+            breathe()
+            continue
+        if began - files.head.stamp.latest >= CHANGED_WAIT:
+            return files, began
+        time.sleep(CHANGED_WAIT)  # whoever is still writing shows by now
+        breathe()
+        if look(place.folder, place.roots) == files.head.stamp:
+            return files, began
+    raise ChangedMeanwhile
+
+
+def _parsed(digest: str, info: AdapterInfo, image: AdapterImage, bytes_read: int) -> ParsedImage:
+    num_pages = image.pages.shape[0]
+    return ParsedImage(digest, info.rank, info.targets, num_pages, image.nbytes, image, bytes_read, info.tokenizer)
+
+
+@contextmanager
+def _named(folder: Path) -> Iterator[None]:
+    """Refusals say which folder they are about, in one line, whatever a stranger's file puts into names."""
+    try:
+        yield
+    except AdapterRefused as error:
+        message = " ".join(str(error).split()).encode("utf-8", "backslashreplace").decode()
+        raise AdapterRefused(error.code, f"{folder}: {message[:MAX_MESSAGE]}") from error
+    except OSError as error:
+        raise AdapterRefused("missing_file", f"{folder} cannot be read: {error.strerror}") from error

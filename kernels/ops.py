@@ -1,0 +1,234 @@
+"""The ops every backend has.
+
+A backend owns where results live: ops return tensors of its choosing, so that a step can later be recorded over fixed
+buffers without touching the model. Ops ending in `_` work in place. Exact formulas: the `Semantics:` blocks here;
+reference.py is those blocks as code.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from loraplex.kernels.records import AdapterSegments, AttentionMeta, AttentionParams, KVLayer, Site, TileTable
+
+
+class BackendUnavailable(RuntimeError):
+    """The backend asked for cannot run here. There is no silent fallback."""
+
+
+class PackedLinear(Protocol):
+    """A base weight as one backend wants it: opaque to the model. One copy in memory."""
+
+    @property
+    def in_features(self) -> int: ...
+
+    @property
+    def out_features(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class DecodeSteps:
+    """Up to `most` steps of L decode rows, one after the other: each computes the tokens that the one before drew.
+
+    No step follows one that drew a token of `stops`, or whose logits are not finite, or after `halt` has become other
+    than 0, which any thread may see to.
+    """
+
+    most: int
+    hidden: Tensor  # [L or more, H]: where the program leaves its result
+    head: PackedLinear
+    draws: Tensor | None  # [most, L, 5] float64, of sample(): temperature, top_k, top_p, min_p, uniform; None: argmax
+    stops: Tensor  # [n] int64
+    halt: ctypes.c_int32
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """What a recorded forward pass is run on."""
+
+    ids: Tensor  # [T] int64
+    logit_rows: Tensor  # [L] int64
+    rotations: Sequence[tuple[Tensor, Tensor]]  # (cos, sin) [T, rotary_dim] fp32 per rotary kind
+    attention: AttentionMeta
+    arena: Tensor
+    tiles: TileTable
+    adapters: AdapterSegments | None
+
+
+class Program(Protocol):
+    """A recorded forward pass: run() does one step of it, whatever the step's size up to the recorded one."""
+
+    def run(self, inputs: StepInputs) -> None: ...
+
+    def decode(self, inputs: StepInputs, steps: DecodeSteps) -> tuple[Tensor, Tensor]:
+        """As run() of steps.most steps, whose rows lie one step behind the other: T = steps.most * L.
+
+        Of inputs.ids the first L are given, and the others are filled in. Block tables, logit_rows and adapters are one
+        step's. Returns the tokens [steps done, L] int64 in the order of logit_rows, and the last step's logits
+        [L, vocab] fp32.
+        """
+        ...
+
+
+class Recorder(Protocol):
+    """Watches the model run through its ops once."""
+
+    @property
+    def ops(self) -> Backend:
+        """Ops that note themselves; their results are workspace, filled whenever the program runs."""
+        ...
+
+    def program(self) -> Program:
+        """What was noted so far."""
+        ...
+
+
+class Backend(Protocol):
+    """Pure ops on tensors. T tokens, H hidden, all floating tensors in the compute dtype unless said otherwise."""
+
+    name: str
+    device: torch.device
+
+    def recorder(self, dtype: torch.dtype, cosines: Sequence[Tensor]) -> Recorder | None:
+        """For recording a forward pass in `dtype`. None: this backend runs its ops one by one.
+
+        cosines: the tensors that stand for the step's cosines while recording, one per rotary kind.
+        """
+        ...
+
+    def pack_linear(self, weight: Tensor) -> PackedLinear:
+        """Take over a weight [out, in]; the caller drops its own reference."""
+        ...
+
+    def packed_bytes(self, shapes: Iterable[tuple[int, int]], dtype: torch.dtype) -> int:
+        """Most bytes that weights of these shapes [out, in], packed in this order, take with all their padding."""
+        return sum(out * columns for out, columns in shapes) * dtype.itemsize
+
+    def embed(self, ids: Tensor, table: PackedLinear, scale: float | None) -> Tensor:
+        """ids [T] int64, table packed from [vocab, H] (a tied head's own copy) -> [T, H].
+
+        Semantics: y[t] = table[ids[t]] * scale, scale rounded to the compute dtype first (Gemma).
+        """
+        ...
+
+    def take_rows(self, x: Tensor, rows: Tensor) -> Tensor:
+        """x [T, H], rows [L] int64 -> [L, H]. Semantics: y[i] = x[rows[i]]."""
+        ...
+
+    def rms_norm(
+        self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, offset: float
+    ) -> tuple[Tensor, Tensor]:
+        """x [T, H] (or [T, heads, D]), weight [H] -> (normed, residual).
+
+        Semantics: r = x if residual is None else x + residual (rounded to the compute dtype)
+                   y = r / sqrt(mean(r^2) + eps), in fp32
+                   offset == 0: y = weight * round(y)          (Llama: rounded to the compute dtype before the weight)
+                   offset == 1: y = round(y * (1 + weight))    (Gemma: all in fp32)
+        """
+        ...
+
+    def linear(self, x: Tensor, weight: PackedLinear) -> Tensor:
+        """x [T, in] -> [T, out].
+
+        Semantics: y = x @ W.T, accumulated in fp32, rounded once. The bias is apart (add_bias_).
+        """
+        ...
+
+    def logits(self, x: Tensor, weight: PackedLinear, room: Tensor | None = None) -> Tensor:
+        """x [L, H] -> [L, vocab] fp32. Semantics: as linear; rounded to the compute dtype at most.
+
+        room: at least as many rows of the same kind, in which the result may be left.
+        """
+        ...
+
+    def add_bias_(self, y: Tensor, bias: Tensor) -> Tensor:
+        """Semantics: y += bias, bias [out]."""
+        ...
+
+    def adapter_add_(
+        self, y: Tensor, x: Tensor, arena: Tensor, table: TileTable, layer: int, site: Site, segments: AdapterSegments
+    ) -> Tensor:
+        """y [T, out_of_site], x [T, in] -> y. arena [num_pages, page_bytes] uint8.
+
+        Semantics: for each segment s and token t in it:
+                     acc = 0 (fp32, [out])
+                     for (slot, w) in mixes[s], in order; for tile in tiles(slot, layer, site), in order:
+                       u = round(A x[t]) to the compute dtype, accumulated in fp32   (bias tile: u = 1)
+                       acc[out_start : out_start + out_len] += w * (u @ B)
+                     y[t] = round(y[t] + acc)
+                   Tokens past the last segment are not touched.
+        """
+        ...
+
+    def rope_store_kv(
+        self,
+        qkv: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        layer: KVLayer,
+        store_index: Tensor,
+        params: AttentionParams,
+        q_norm: Tensor | None,
+        k_norm: Tensor | None,
+        norm_eps: float,
+        norm_offset: float,
+    ) -> Tensor:
+        """qkv [T, (num_heads + 2 * num_kv_heads) * head_dim] -> q [T, num_heads, head_dim]; K and V go to the cache.
+
+        cos, sin [T, rotary_dim] in fp32, already gathered by position; rotary_dim <= head_dim (partial rotary: the
+        first rotary_dim elements are rotated, the rest pass).
+        Semantics: q, k, v = split(qkv); q, k = rms_norm over head_dim with q_norm, k_norm where given;
+                   rotate_half(x) = [-x[d/2:], x[:d/2]]; q = q * cos + rotate_half(q) * sin, k alike;
+                   layer.k[p, :, o] = k[t], layer.v[p, :, o] = v[t] with (p, o) = divmod(store_index[t], block_size).
+        """
+        ...
+
+    def attention(self, q: Tensor, layer: KVLayer, meta: AttentionMeta, params: AttentionParams) -> Tensor:
+        """q [T, num_heads, head_dim] -> [T, num_heads * head_dim]. Keys and values of this step are already stored.
+
+        Semantics: sequence i has queries at positions kv_len - n .. kv_len - 1 (n its query count); each attends to
+                   the keys at positions <= its own and > its own - window, found through its group's block table;
+                   head h reads kv head h // (num_heads / num_kv_heads); softmax in fp32.
+        """
+        ...
+
+    def act_mul(self, gate_up: Tensor, activation: str) -> Tensor:
+        """gate_up [T, 2 * F] -> [T, F].
+
+        Semantics: act(gate) * up in fp32, rounded once; activation "silu" or "gelu_tanh".
+        """
+        ...
+
+    def argmax(self, logits: Tensor) -> Tensor:
+        """logits [N, V] fp32 -> [N] int64.
+
+        Semantics: the lowest id of the largest logits; the first NaN where there is one.
+        """
+        ...
+
+    def sample(
+        self,
+        logits: Tensor,
+        temperature: Sequence[float],
+        top_k: Sequence[int],
+        top_p: Sequence[float],
+        min_p: Sequence[float],
+        uniform: Sequence[float],
+    ) -> tuple[Tensor, Tensor]:
+        """logits [N, V] fp32, unchanged; a number of each kind per row -> (ids [N] int64, log-probabilities [N] fp32).
+
+        The log-probability is the drawn token's under softmax(logits): temperature and truncation do not count.
+        Semantics, row by row: temperature 0, or a largest logit that is not finite: id as argmax. Else
+                   kept = all tokens; top_k in 1..V-1: those with logits >= the k-th largest (all that equal it)
+                   w = exp((logits - largest) / max(temperature, 1e-6)) of the kept
+                   top_p < 1: the fewest, likeliest first and then by id, that make up top_p of the weight kept so far
+                   min_p > 0: those with w >= min_p, so relative to the likeliest
+                   the first, by id, whose cumulative weight in fp64 is above uniform * total weight; uniform in [0, 1)
+        """
+        ...

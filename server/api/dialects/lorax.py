@@ -1,0 +1,376 @@
+"""LoRAX's routes: POST /, /generate_stream and /embed, GET /, /startup and /info. /generate is in sglang.py.
+
+What differs from LoRAX: log-probabilities are the model's own, before temperature and penalties; typical_p comes before
+top_k and top_p. `watermark` is drawn by the CPU's generator on every device, as LoRAX does without a GPU: transformers'
+WatermarkDetector finds it with device "cpu", greenlist_ratio 0.5, bias 2.0 and else its defaults.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from functools import partial
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from loraplex.adapters.errors import AdapterError
+from loraplex.server.api.body import body_schema
+from loraplex.server.api.chat_schemas import Message
+from loraplex.server.api.choice import Prompt, PromptSource, Wanted
+from loraplex.server.api.conversation import Conversation, read_toolbox
+from loraplex.server.api.dialects.lorax_schemas import (
+    OTHER_NAMES,
+    LoraxAnswer,
+    LoraxEmbedding,
+    LoraxEmbedRequest,
+    LoraxInfo,
+    LoraxParameters,
+    LoraxRequest,
+    StreamToken,
+)
+from loraplex.server.api.dialects.lorax_writer import Sequence, Style, dump, whole_answer
+from loraplex.server.api.errors import ApiError, ClientGone, InvalidField, to_api_error
+from loraplex.server.api.fields import UNSUPPORTED, check_unknown, ignored_header
+from loraplex.server.api.generation import Generation
+from loraplex.server.api.openai.embeddings import collect_vectors
+from loraplex.server.api.openapi import LORAX, READ, LoraxErrorAnswer, answers, failures
+from loraplex.server.api.parts import Parts
+from loraplex.server.api.schemas import GenerationFields, SharedFields
+from loraplex.server.api.sse import SseResponse, answer_or_disconnect
+from loraplex.server.api.structured import read_structured
+from loraplex.server.engine.request import EngineError
+from loraplex.server.text.tokenizer import Tokenizer
+from loraplex.server.version import version
+
+logger = logging.getLogger(__name__)
+
+_ADAPTER_FIELDS = ("adapter_id", "adapter_source", "merged_adapters", "api_token")
+_SAME_FIELDS = ("frequency_penalty", "presence_penalty")
+
+_OTHERS = UNSUPPORTED | {
+    "model": ((), "name an adapter in adapter_id"),
+    "adapters": ((), "use adapter_id, or merged_adapters"),
+    "lora_path": ((), "use adapter_id"),
+    "n": ((1,), "use best_of"),
+    "logprobs": ((False, 0), "use details"),
+    "top_logprobs": ((0,), "use return_k_alternatives"),
+    "top_n_tokens": ((0,), "use return_k_alternatives"),
+    "echo": ((False,), "use return_full_text"),
+    "messages": ((), "use /v1/chat/completions"),
+    "prompt": ((), "use inputs"),
+    "stream": ((False,), "it stands beside parameters"),
+}
+"""Fields of other dialects that `parameters` does not have."""
+
+_BESIDE = _OTHERS | dict.fromkeys({*LoraxParameters.model_fields, *OTHER_NAMES}, ((False,), "it stands in parameters"))
+"""The same beside `parameters`, whose own are no fields there."""
+
+_told = partial(answers, errors=LORAX, error_shape=LoraxErrorAnswer)
+
+
+def make_router(parts: Parts) -> APIRouter:
+    """The routes, working with `parts`."""
+    router = APIRouter()
+
+    @router.post("/", openapi_extra=body_schema(LoraxRequest), **_told(list[LoraxAnswer], streams=StreamToken))
+    async def compat_generate(request: Request) -> Response:
+        """LoRAX's generation: a list of one answer, or a stream."""
+        return await answer(parts, request, await _read(parts, request), as_list=True, streams=None)
+
+    @router.post("/generate_stream", openapi_extra=body_schema(LoraxRequest), **_told(None, streams=StreamToken))
+    async def generate_stream(request: Request) -> Response:
+        """LoRAX's generation as a stream."""
+        return await answer(parts, request, await _read(parts, request), as_list=False, streams=True)
+
+    @router.post("/embed", openapi_extra=body_schema(LoraxEmbedRequest), **_told(LoraxEmbedding))
+    async def embed(request: Request) -> Response:
+        """LoRAX's embedding: the last token's final hidden state, as it is."""
+        try:
+            return await _embed(parts, request, await parts.bodies.read(request, LoraxEmbedRequest))
+        except ClientGone:
+            raise
+        except Exception as error:
+            return error_response(error)
+
+    @router.get("/", **answers(None, errors=(503,), error_shape=LoraxErrorAnswer))
+    @router.get("/startup", **answers(None, errors=(503,), error_shape=LoraxErrorAnswer))
+    async def health() -> Response:
+        """200 while the engine runs."""
+        if not parts.engine.alive:
+            return JSONResponse({"error": "unhealthy", "error_type": "healthcheck"}, status_code=503)
+        return Response(status_code=200)
+
+    @router.get("/info", responses=failures(READ, LoraxErrorAnswer))
+    async def info() -> LoraxInfo:
+        """What is served, in LoRAX's words."""
+        base = parts.base
+        return LoraxInfo(
+            model_id=base.names[0],
+            model_sha=None,
+            model_dtype=f"torch.{base.dtype}",
+            model_device_type=base.device,
+            model_pipeline_tag="text-generation",
+            max_concurrent_requests=base.max_requests,
+            max_best_of=parts.limits.max_n,
+            max_stop_sequences=parts.limits.max_stops,
+            max_input_length=base.max_model_len - 1,
+            max_total_tokens=base.max_model_len,
+            waiting_served_ratio=0.0,  # a prompt joins the next step, whoever waits
+            max_batch_total_tokens=base.cache_tokens,
+            max_waiting_tokens=0,
+            validation_workers=1,
+            eager_prefill=True,
+            version=version(),
+            sha=None,
+            docker_label=None,
+            request_logger_url=None,
+        )
+
+    return router
+
+
+async def answer(
+    parts: Parts, request: Request, record: LoraxRequest | Exception, *, as_list: bool, streams: bool | None
+) -> Response:
+    """The answer to a request, or to what was wrong with it; `streams` None: the body says. Raises ClientGone alone."""
+    start = time.monotonic()
+    try:
+        if isinstance(record, Exception):
+            raise record
+        if record.parameters is not None and record.parameters.api_token is None and parts.access is None:
+            record.parameters.api_token = _bearer(request)
+        work = _Work(parts, record, start, bool(record.stream) if streams is None else streams)
+        work.generation.client_id = request.headers.get("x-request-id")
+        if work.stream:
+            return SseResponse(work.events(), work.headers, done=False, keep_alive=parts.sse_keep_alive)
+        text = await answer_or_disconnect(request, work.whole())
+    except ClientGone:
+        raise
+    except Exception as error:
+        return error_response(error)
+    content = f"[{text}]" if as_list else text
+    return Response(content, media_type="application/json", headers=work.headers)
+
+
+def error_response(error: Exception) -> Response:
+    """LoRAX's body and status: 422 for what the caller can mend, 429, and 424 for what failed under way."""
+    known = to_api_error(error)
+    status, fields = _explain(error)
+    if known.status >= 500:
+        logger.error("a request failed", exc_info=error)
+    return JSONResponse(fields, status_code=status, headers=known.headers)
+
+
+def _explain(error: Exception) -> tuple[int, dict[str, str]]:
+    known = to_api_error(error)
+    if known.status in (413, 415):
+        return known.status, {"error": known.message, "error_type": "validation"}
+    if known.status == 429:
+        return 429, {"error": known.message, "error_type": "overloaded"}
+    if known.code == "shutting_down":
+        return 503, {"error": known.message, "error_type": "overloaded"}
+    if known.code == "aborted":
+        return 500, {"error": "Incomplete generation", "error_type": "incomplete_generation"}
+    adapters = isinstance(error, AdapterError) or known.code == "model_not_found"
+    if known.status >= 500 or adapters:  # LoRAX finds out about adapters only when it generates
+        return 424, {"error": f"Request failed during generation: {known.message}", "error_type": "generation"}
+    return 422, {"error": f"Input validation error: {known.message}", "error_type": "validation"}
+
+
+async def _read(parts: Parts, request: Request) -> LoraxRequest | Exception:
+    try:
+        return await parts.bodies.read(request, LoraxRequest)
+    except (ApiError, EngineError) as error:
+        return error
+
+
+class _Work:
+    """One request: its generation and how it is written."""
+
+    def __init__(self, parts: Parts, record: LoraxRequest, start: float, stream: bool) -> None:
+        """Raises ApiError."""
+        params = record.parameters or LoraxParameters()
+        self.stream = stream
+        self._parts = parts
+        self._start = start
+        self._first: float | None = None  # when the first token came
+        _check(params, stream)
+        sampled = _samples(params)
+        seed = (secrets.randbits(63) if params.seed is None else params.seed) if sampled else None
+        scored = stream or params.details or params.decoder_input_details or (params.best_of or 1) > 1
+        k = params.return_k_alternatives
+        self._style = Style(
+            beginning=record.inputs if params.return_full_text else "",
+            seed=seed,
+            alternatives=k is not None,
+            prefill=bool(params.decoder_input_details),
+            details=bool(params.details or params.decoder_input_details),
+        )
+        wanted = Wanted(
+            max_tokens=params.max_new_tokens,
+            num_choices=params.best_of or 1,
+            logprobs=(k or 0) if scored else None,
+            grammar=read_structured(params, parts.limits),
+            whole_tokens=True,
+            echo=self._style.prefill,
+            watermark=bool(params.watermark),
+        )
+        fields = _fields(parts, params, seed if sampled else 0, sampled)
+        self.generation = Generation(parts, fields, _prompt_source(parts, record, params), wanted)
+        self.headers = _static_headers(parts, record, params)
+
+    async def whole(self) -> str:
+        """The answer as JSON; the headers are complete then. Raises what Generation.deltas raises."""
+        sequences: dict[int, Sequence] = {}
+        async with aclosing(self.generation.deltas()) as deltas:
+            async for delta in deltas:
+                self._first = self._first or time.monotonic()
+                if delta.index not in sequences:
+                    sequences[delta.index] = Sequence(self._style, self.generation)
+                await sequences[delta.index].add(delta, self.generation.prompt_tokens)
+        self._add_counts()
+        return whole_answer([sequences[index] for index in sorted(sequences)])
+
+    async def events(self) -> AsyncGenerator[str, None]:
+        """One event a token; an error is an event, too, from the first one on, as LoRAX has it."""
+        sequence = Sequence(self._style, self.generation)
+        try:
+            async with aclosing(self.generation.deltas()) as deltas:
+                async for delta in deltas:
+                    tokens = await sequence.add(delta, self.generation.prompt_tokens)
+                    for number, token in enumerate(tokens, 1):
+                        yield dump(sequence.stream_token(token, number == len(tokens)))
+        except ClientGone:
+            raise
+        except Exception as error:
+            status, fields = _explain(error)
+            if status in (424, 500):
+                logger.warning("a stream failed: %s", fields["error"])
+            yield json.dumps(fields)
+
+    def _add_counts(self) -> None:
+        """Times in whole milliseconds, of which queueing is not told apart from computing."""
+        end = time.monotonic()
+        usage = self.generation.usage()
+        submitted, first = self.generation.submitted, self._first or end
+        tokens = max(1, usage.completion_tokens)
+        times = {
+            "x-compute-time": end - self._start,
+            "x-total-time": end - self._start,
+            "x-validation-time": submitted - self._start,
+            "x-inference-time": end - submitted,
+            "x-time-per-token": (end - submitted) / tokens,
+            "x-time-to-first-token": first - submitted,
+            "x-time-per-output-token": (end - first) / max(1, tokens - 1),
+        }
+        self.headers |= {name: str(int(1000 * seconds)) for name, seconds in times.items()}
+        self.headers |= {
+            "x-prompt-tokens": str(usage.prompt_tokens),
+            "x-generated-tokens": str(usage.completion_tokens),
+            "x-skipped-tokens": "0",
+            "x-total-tokens": str(usage.total_tokens),
+        }
+
+
+def _samples(params: LoraxParameters) -> bool:
+    """A temperature of 1 does not make LoRAX sample by itself, one of 0 keeps it from it."""
+    if params.temperature == 0:
+        return False
+    changes = params.temperature not in (None, 1.0) or params.top_k is not None
+    return bool(params.do_sample or changes or min(params.top_p or 1.0, params.typical_p or 1.0) < 1)
+
+
+def _check(params: LoraxParameters, stream: bool) -> None:
+    """What spans fields. Raises ApiError."""
+    if params.adapter_id and params.merged_adapters is not None:
+        raise InvalidField("adapter_id", "at most one of `adapter_id` or `merged_adapters` may be provided")
+    if (params.best_of or 1) > 1:
+        if stream:
+            raise InvalidField("best_of", "`best_of` != 1 is not supported when streaming tokens")
+        asked = (params.do_sample or None, params.temperature, params.top_k, params.top_p, params.typical_p)
+        if all(value is None for value in asked):
+            raise InvalidField("best_of", "you must use sampling when `best_of` is > 1")
+        if params.seed is not None:
+            raise InvalidField("seed", "`seed` must not be set when `best_of` > 1")
+    if stream and params.decoder_input_details:
+        raise InvalidField(
+            "decoder_input_details", "`decoder_input_details` == true is not supported when streaming tokens"
+        )
+
+
+def _fields(parts: Parts, params: LoraxParameters, seed: int | None, sampled: bool) -> GenerationFields:
+    """LoRAX has no checkpoint's defaults: what is not given is neutral. Raises InvalidField."""
+    worn = {name: getattr(params, name) for name in _ADAPTER_FIELDS}
+    same = {name: getattr(params, name) for name in (*_SAME_FIELDS, *SharedFields.model_fields)}
+    if same["include_stop_str_in_output"] is None:
+        same["include_stop_str_in_output"] = True  # as LoRAX does
+    if same["min_p"] is None:
+        same["min_p"] = 0.0
+    return GenerationFields(
+        model=parts.base.names[0],
+        **worn,
+        **same,
+        temperature=(1.0 if params.temperature is None else params.temperature) if sampled else 0.0,
+        top_p=params.top_p or 1.0,
+        top_k=params.top_k or 0,
+        typical_p=params.typical_p,
+        repetition_penalty=params.repetition_penalty or 1.0,
+        seed=seed,
+        stop=tuple(params.stop or ()),
+        ignore_eos=bool(params.ignore_eos_token),
+    )
+
+
+def _prompt_source(parts: Parts, record: LoraxRequest, params: LoraxParameters) -> PromptSource:
+    last = params.truncate
+    said = [Message(role="user", content=record.inputs)] if params.apply_chat_template else []
+    conversation = Conversation(said, read_toolbox(None, None, None, parts.limits))
+
+    def read(tokenizer: Tokenizer) -> list[Prompt]:
+        ids = conversation.on(tokenizer).prompt().ids if said else tokenizer.encode(record.inputs)
+        return [Prompt(ids[-last:] if last is not None else ids, text="")]
+
+    return PromptSource("inputs", (len(record.inputs),), read)
+
+
+def _static_headers(parts: Parts, record: LoraxRequest, params: LoraxParameters) -> dict[str, str]:
+    headers = {
+        "x-compute-type": f"{parts.base.device}+optimized",
+        "x-compute-characters": str(len(record.inputs)),
+        "x-model-id": _printable(parts.base.names[0]),
+    }
+    worn = params.merged_adapters.ids if params.merged_adapters is not None else [params.adapter_id or ""]
+    if any(worn):
+        headers["x-adapter-id"] = _printable(",".join(worn))
+        headers["x-adapter-source"] = params.adapter_source or "hub"
+    names = check_unknown(record.model_extra or {}, _BESIDE)
+    names += [f"parameters.{name}" for name in check_unknown(params.model_extra or {}, _OTHERS)]
+    return headers | ignored_header(names)
+
+
+def _bearer(request: Request) -> str | None:
+    """LoRAX's other way to give api_token, where it is not the key to this server."""
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    return token.strip() or None if scheme.lower() == "bearer" else None
+
+
+def _printable(text: str) -> str:
+    """Fit for a header."""
+    return "".join(c if " " <= c <= "~" else "?" for c in text[:400])
+
+
+async def _embed(parts: Parts, request: Request, record: LoraxEmbedRequest) -> Response:
+    params = record.parameters or LoraxParameters()
+    wanted = Wanted(max_tokens=1, num_choices=1, prompt_only=True, pooling="last")
+    fields = _fields(parts, params, 0, False)
+    source = PromptSource("inputs", (len(record.inputs),), lambda tokenizer: [Prompt(tokenizer.encode(record.inputs))])
+    generation = Generation(parts, fields, source, wanted)
+    (vector,) = await answer_or_disconnect(request, collect_vectors(generation))
+    found = LoraxEmbedding(embeddings=[float(value) for value in vector])
+    return Response(found.model_dump_json(), media_type="application/json")

@@ -1,0 +1,133 @@
+"""POST /v1/completions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from loraplex.server.api.body import body_schema, ignored_fields
+from loraplex.server.api.choice import Delta, Prompt, PromptSource, Wanted
+from loraplex.server.api.errors import InvalidField
+from loraplex.server.api.fields import ignored_header
+from loraplex.server.api.generation import Generation
+from loraplex.server.api.logprobs import CompletionScores
+from loraplex.server.api.openapi import answers
+from loraplex.server.api.parts import Parts
+from loraplex.server.api.respond import Collected, Scores, respond
+from loraplex.server.api.schemas import Completion, CompletionChoice, CompletionRequest, Usage
+from loraplex.server.api.structured import read_structured
+from loraplex.server.config import RequestLimits
+from loraplex.server.text.tokenizer import Tokenizer
+
+DEFAULT_MAX_TOKENS = 16  # OpenAI's
+
+
+def make_router(parts: Parts) -> APIRouter:
+    """The route, working with `parts`."""
+    router = APIRouter()
+
+    told = answers(Completion, streams=Completion)
+
+    @router.post("/v1/completions", openapi_extra=body_schema(CompletionRequest), **told)
+    async def completions(request: Request) -> Response:
+        """Continue one or more texts."""
+        record = await parts.bodies.read(request, CompletionRequest)
+        headers = ignored_header(ignored_fields(record))
+        generation = Generation(parts, record, _prompt_source(record), _wanted(record, parts.limits))
+        return await respond(request, record, generation, _CompletionRendering(parts, record, generation), headers)
+
+    return router
+
+
+def _wanted(record: CompletionRequest, limits: RequestLimits) -> Wanted:
+    n, best_of = record.n or 1, record.best_of or record.n or 1
+    if best_of < n:
+        raise InvalidField("best_of", f"best_of: found {best_of}, less than n ({n})")
+    if best_of > n and record.stream:
+        raise InvalidField("best_of", "best_of: the best is known only at the end, so not with stream: true")
+    if record.max_tokens == 0 and not record.echo:
+        raise InvalidField("max_tokens", "max_tokens: found 0, which only makes sense with echo: true")
+    return Wanted(
+        max_tokens=_max_tokens(record),
+        num_choices=best_of,
+        logprobs=0 if record.logprobs is None and best_of > n else record.logprobs,
+        grammar=read_structured(record, limits),
+        echo=bool(record.echo),
+        prompt_only=record.max_tokens == 0,
+    )
+
+
+def _max_tokens(record: CompletionRequest) -> int:
+    if record.max_tokens is None:
+        return max(DEFAULT_MAX_TOKENS, record.min_tokens or 0)
+    return max(1, record.max_tokens)  # the engine draws one where only the prompt is wanted
+
+
+def _prompt_source(record: CompletionRequest) -> PromptSource:
+    special = record.add_special_tokens is not False
+
+    def read(tokenizer: Tokenizer) -> list[Prompt]:
+        return [
+            Prompt(tokenizer.encode(p, special), text=p) if isinstance(p, str) else Prompt(p) for p in record.prompt
+        ]
+
+    return PromptSource("prompt", tuple(len(p) for p in record.prompt if isinstance(p, str)), read)
+
+
+class _CompletionRendering:
+    def __init__(self, parts: Parts, record: CompletionRequest, generation: Generation) -> None:
+        self._generation = generation
+        self._model = record.model or parts.base.names[0]
+        self._n = record.n or 1
+        self._best_of = record.best_of or self._n
+        self._wants_logprobs = record.logprobs is not None
+        self._id = f"cmpl-{generation.key}"
+        self._created = generation.created
+
+    def opening(self, num_choices: int) -> tuple[Completion, ...]:
+        return ()
+
+    def scores(self) -> CompletionScores | None:
+        return CompletionScores(self._generation.tokenizer) if self._wants_logprobs else None
+
+    def chunks(self, delta: Delta, scores: Scores | None, usage: Usage | None) -> Iterable[Completion]:
+        if delta.text or delta.tokens or delta.prompt is not None or delta.finish_reason is not None:
+            choice = Collected(scores, delta.text, delta.finish_reason, delta.stop_reason)
+            yield self._completion([self._choice(delta.index, choice)], usage)
+
+    def is_plain(self, delta: Delta) -> bool:
+        return not delta.tokens and delta.finish_reason is None and not self._wants_logprobs
+
+    def usage_chunk(self, usage: Usage) -> Completion:
+        return self._completion([], usage)
+
+    def whole(self, choices: list[Collected], usage: Usage) -> Completion:
+        groups = (choices[start : start + self._best_of] for start in range(0, len(choices), self._best_of))
+        kept = [best for group in groups for best in _best(group, self._n)]
+        return self._completion([self._choice(index, choice) for index, choice in enumerate(kept)], usage)
+
+    def _completion(self, choices: list[CompletionChoice], usage: Usage | None = None) -> Completion:
+        return Completion(id=self._id, created=self._created, model=self._model, choices=choices, usage=usage)
+
+    def _choice(self, index: int, choice: Collected) -> CompletionChoice:
+        return CompletionChoice(
+            index=index,
+            text=choice.text,
+            logprobs=choice.scores.record if isinstance(choice.scores, CompletionScores) else None,
+            finish_reason=choice.finish_reason,
+            stop_reason=choice.stop_reason,
+        )
+
+
+def _best(choices: Sequence[Collected], n: int) -> Sequence[Collected]:
+    """The n likeliest by token, the best first; all as they are where none is to be left out."""
+    if len(choices) == n:
+        return choices
+
+    def mean(choice: Collected) -> float:
+        return choice.likelihood / choice.tokens if choice.tokens else 0.0
+
+    return sorted(choices, key=mean, reverse=True)[:n]

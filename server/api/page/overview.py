@@ -1,0 +1,193 @@
+"""What the page at /ui shows, as JSON: adapters and where each is, whose the pages are, what the last minute was like.
+
+Everything is read from copies that any thread may take (as /metrics does): the engine's thread is neither asked nor
+held up. A caller is told of the adapters that its key may use, or of all where it may read /metrics, which names
+them too; the pages of others are there, but nobody's by name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from loraplex.adapters.registry import AdapterVersion
+from loraplex.server.api.errors import InvalidField
+from loraplex.server.api.parts import Parts
+from loraplex.server.catalog.on_demand import is_hidden
+from loraplex.server.engine.page_map import json_of, page_runs
+from loraplex.server.engine.stats import AdapterPlace
+from loraplex.server.telemetry.recent import Quantiles
+from loraplex.server.tenancy.tenants import Key, current_key
+from loraplex.server.version import version
+
+LEVELS = ("device", "host", "disk")
+"""Where an adapter's bytes are; disk: in its files alone, or wherever its source is."""
+
+COLUMNS = ("name", "level", "rank", "pages", "bytes", "in_use", "requests", "tokens", "loads")
+"""Of the table of adapters: fields of a row, and what it can be sorted by."""
+
+MAX_ROWS = 200
+
+
+@dataclass(frozen=True)
+class View:
+    """Which rows of the table are wanted."""
+
+    text: str = ""  # only names that hold it, whatever its case
+    level: str = ""  # only those at this level
+    sort: str = "level"
+    descending: bool = False
+    offset: int = 0
+    limit: int = 50
+
+    @classmethod
+    def read(cls, query: Mapping[str, str]) -> View:
+        """From a query string. Raises InvalidField."""
+        level, sort, order = query.get("level", ""), query.get("sort", "level"), query.get("order", "asc")
+        for name, value, known in (
+            ("level", level, ("", *LEVELS)),
+            ("sort", sort, COLUMNS),
+            ("order", order, ("asc", "desc")),
+        ):
+            if value not in known:
+                raise InvalidField(name, f"{name}: expected one of {', '.join(filter(None, known))}")
+        offset, limit = _count(query, "offset", 0), _count(query, "limit", 50)
+        return cls(query.get("filter", "").lower(), level, sort, order == "desc", offset, min(limit, MAX_ROWS))
+
+
+def overview(parts: Parts, view: View) -> bytes:
+    """The whole answer, for the current caller, in JSON."""
+    key, inside = current_key(), parts.inside
+    stats = inside.stats()
+    registered = parts.adapters.registry.list()
+    adapters = [v for v in registered if not is_hidden(v.name) and (key.may_scrape or key.may_use(v.name))]
+    places = {place.name: place for place in inside.places()}
+    minute = parts.metrics.recent.minute()
+    drain = parts.drain
+    answer = {
+        "server": {
+            "version": version(),
+            "base": parts.base.names[0],
+            "may_use_base": key.may_use_base,
+            "tenant": key.tenant,
+            "device": parts.base.device,
+            "dtype": parts.base.dtype,
+            "max_model_len": parts.base.max_model_len,
+            "state": "draining" if drain.is_draining else "ready" if parts.engine.alive else "dead",
+            "seconds_left": round(drain.seconds_left, 1),
+        },
+        "requests": {
+            "running": stats.running,
+            "max_running": inside.max_running,
+            "waiting": stats.waiting,
+            "waiting_for_adapters": stats.waiting_for_adapters,
+        },
+        "minute": {
+            "prompt_tokens": minute.prompt_tokens,
+            "tokens": minute.tokens,
+            "first_token": _quantiles(minute.first_token),
+            "next_token": _quantiles(minute.next_token),
+        },
+        "memory": [{"name": name, "bytes": size, "remark": remark} for name, size, remark in inside.memory],
+        "adapters": _table(parts, key, adapters, places, view),
+    }
+    return _json(answer)[:-1] + b',"arena":' + _arena(parts, adapters, places) + b"}"
+
+
+def _arena(parts: Parts, adapters: list[AdapterVersion], places: Mapping[str, AdapterPlace]) -> bytes:
+    """Pages and slots, in JSON. `names` are the adapters that `runs` tells apart, see page_runs."""
+    told: dict[str, AdapterVersion] = {}
+    for each in adapters:
+        if each.digest is not None and each.name in places and places[each.name].on_device:
+            told.setdefault(each.digest, each)
+    found = parts.inside.page_owners()
+    arena = {
+        "num_pages": len(found.owners),
+        "page_bytes": parts.inside.page_bytes,
+        "slots": len(found.adapters),
+        "max_slots": parts.inside.max_adapters,
+        "names": [each.name for each in told.values()],
+        "uids": [each.uid for each in told.values()],
+    }
+    runs = page_runs(found, {digest: i for i, digest in enumerate(told)})
+    return _json(arena)[:-1] + b',"runs":' + json_of(runs) + b"}"
+
+
+def _table(
+    parts: Parts, key: Key, adapters: list[AdapterVersion], places: Mapping[str, AdapterPlace], view: View
+) -> dict[str, Any]:
+    levels = {each.name: _level(places.get(each.name)) for each in adapters}
+    counts = dict.fromkeys(LEVELS, 0)
+    for level in levels.values():
+        counts[level] += 1
+    found = [
+        each
+        for each in adapters
+        if view.text in each.name.lower() and (not view.level or levels[each.name] == view.level)
+    ]
+    if view.sort != "name":  # the order they are in, and that equals keep
+        values = {each.uid: _value(parts, key, each, levels[each.name], view.sort) for each in found}
+        known = [each for each in found if values[each.uid] is not None]
+        known.sort(key=lambda each: values[each.uid] or 0, reverse=view.descending)
+        found = known + [each for each in found if values[each.uid] is None]
+    elif view.descending:
+        found.reverse()
+    return {
+        "total": len(adapters),
+        "levels": counts,
+        "found": len(found),
+        "offset": view.offset,
+        "rows": [
+            _row(parts, key, each, levels[each.name], places.get(each.name))
+            for each in found[view.offset : view.offset + view.limit]
+        ],
+    }
+
+
+def _row(parts: Parts, key: Key, each: AdapterVersion, level: str, place: AdapterPlace | None) -> dict[str, Any]:
+    """None in a column: not counted apart, or not this caller's to know."""
+    row = {column: _value(parts, key, each, level, column) for column in COLUMNS[2:]}
+    pinned = place is not None and place.pinned
+    return {"name": each.name, "uid": each.uid, "level": level, "pinned": pinned, **row}
+
+
+def _value(parts: Parts, key: Key, each: AdapterVersion, level: str, column: str) -> int | None:
+    """What a column sorts by; but for names and levels it is also what it shows."""
+    match column:
+        case "level":
+            return LEVELS.index(level)
+        case "rank":
+            return each.rank
+        case "pages":
+            return each.num_pages
+        case "bytes":
+            return each.nbytes
+    if not (key.may_scrape or key.may_manage(each.name)):
+        return None  # what others do with a shared adapter
+    if column == "in_use":
+        return parts.adapters.registry.leases(each)
+    used = parts.metrics.adapters.totals_of(each.name)
+    return None if used is None else int(getattr(used, column))
+
+
+def _json(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+
+
+def _level(place: AdapterPlace | None) -> str:
+    return "disk" if place is None else "device" if place.on_device else "host"
+
+
+def _quantiles(found: Quantiles) -> dict[str, float] | None:
+    if not found.count:
+        return None
+    return {"count": found.count, "p50": round(found.p50, 5), "p95": round(found.p95, 5), "p99": round(found.p99, 5)}
+
+
+def _count(query: Mapping[str, str], name: str, default: int) -> int:
+    text = query.get(name, str(default))
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise InvalidField(name, f"{name}: found {text[:40]!r}, expected a number, 0 or more")
+    return int(text)

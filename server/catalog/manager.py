@@ -1,0 +1,274 @@
+"""Adapters by name, as the API manages them: checked in the background, then registered. Free of torch."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from concurrent.futures import Future
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+from loraplex.adapters.errors import AdapterError, AdapterExists, AdapterNotFound, AdapterRefused
+from loraplex.adapters.files.beneath import below
+from loraplex.adapters.files.tokenizer_files import TokenizerFiles
+from loraplex.adapters.registry import AdapterVersion, Registry
+from loraplex.adapters.sources.downloads import Downloads
+from loraplex.adapters.sources.sources import OPERATOR, Access, parse_source
+from loraplex.adapters.tiers.loader import LoadedAdapter, Loader
+from loraplex.adapters.tiers.settle import renew
+from loraplex.server.catalog.arrivals import Arrivals, when_done
+
+logger = logging.getLogger(__name__)
+
+
+Point = Callable[[], AdapterVersion]
+"""Changes what a name stands for. Raises AdapterError."""
+
+Around = Callable[[Point], Future[AdapterVersion]]
+"""Makes the change, some time, with what has to be done before or after it."""
+
+
+class Info(Protocol):
+    """What can be told of an adapter by its config and header."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def targets(self) -> tuple[str, ...]: ...
+    @property
+    def num_pages(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def tokenizer(self) -> TokenizerFiles: ...
+
+
+class Examiner(Protocol):
+    """The part of AdapterReader that is needed here."""
+
+    def examine(self, source: str) -> Info:
+        """Check config and header. Raises AdapterNotFound, AdapterRefused."""
+        ...
+
+
+class Pinner(Protocol):
+    """The part of the engine that is needed here."""
+
+    def pin_adapter(self, version: AdapterVersion, pinned: bool) -> None: ...
+
+
+class AdapterManager:
+    """What the API calls to add, replace and remove adapters. Safe from any thread."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        loader: Loader,
+        examiner: Examiner,
+        downloads: Downloads | None = None,
+        pinner: Pinner | None = None,
+    ) -> None:
+        """Without `downloads` there are only local sources; without `pinner` nothing is pinned."""
+        self.registry = registry
+        self.loader = loader
+        self.downloads = downloads
+        self._examiner = examiner
+        self._pinner = pinner
+        self._arrivals = Arrivals()
+
+    async def register(
+        self,
+        name: str,
+        source: str,
+        *,
+        replace: bool = False,
+        pinned: bool = False,
+        access: Access = OPERATOR,
+        around: Around | None = None,
+    ) -> AdapterVersion:
+        """Fetch and read all of `source` (see sources.py) in the background and give it `name`.
+
+        pinned: on the device from soon on and never evicted, until it is unloaded.
+        around: called in a background thread once all is read, to have the name given; its result is the result.
+
+        Raises InvalidAdapterName, AdapterExists (name taken and not `replace`), AdapterNotFound (no such folder or
+        repository), AdapterRefused (damaged, for another base, unsupported, too large for this server's memory),
+        AdapterUnavailable (its source cannot be reached). Nothing is registered when it raises.
+        """
+        coming = self.begin(name, source, replace=replace, access=access, around=around)
+        version = await asyncio.wrap_future(coming)
+        if pinned:
+            self.pin(version, True)
+        return version
+
+    def begin(
+        self,
+        name: str,
+        source: str,
+        *,
+        replace: bool = False,
+        access: Access = OPERATOR,
+        stale: bool = False,
+        around: Around | None = None,
+    ) -> Future[AdapterVersion]:
+        """register() without waiting: the future fails as it raises. Once cancelled, nothing is registered.
+
+        stale: where the source is out of reach, take what was fetched of it earlier.
+        """
+        outcome: Future[AdapterVersion] = Future()
+        try:
+            self.registry.check_name(name)
+            if not replace:
+                self._check_free(name)  # before minutes of download; register() below decides
+            found = parse_source(source, access)
+        except AdapterError as error:
+            outcome.set_exception(error)
+            return outcome
+
+        def load() -> None:
+            when_done(self.loader.load(found.text), outcome, enter)
+
+        def enter(loaded: LoadedAdapter) -> None:
+            if outcome.set_running_or_notify_cancel():
+                point = partial(
+                    self.registry.register,
+                    name,
+                    digest=loaded.digest,
+                    source=found.text,
+                    rank=loaded.rank,
+                    targets=loaded.targets,
+                    num_pages=loaded.num_pages,
+                    nbytes=loaded.nbytes,
+                    tokenizer=loaded.tokenizer,
+                    replace=replace,
+                )
+                if around is None:
+                    outcome.set_result(point())
+                else:
+                    when_done(around(point), outcome, outcome.set_result)
+
+        if not found.is_remote:
+            load()
+        elif self.downloads is None:
+            outcome.set_exception(AdapterNotFound(f"{found.text} is not here, and nothing is downloaded"))
+        else:
+            fetching = self.downloads.fetch(found, stale=stale)
+            fetching.add_done_callback(self._count_refusal)
+            when_done(fetching, outcome, lambda _: load())
+        return outcome
+
+    def expect(self, name: str, coming: Future[AdapterVersion]) -> None:
+        """Requests for `name` wait until `coming` is done (see arrival)."""
+        self._arrivals.expect(name, coming)
+
+    async def arrival(self, name: str) -> None:
+        """Return once `name` is not on its way any more: it is registered then, or refused, or unknown as before."""
+        waiter = self._arrivals.waiter(name)
+        if waiter is not None:
+            await asyncio.wrap_future(waiter)
+
+    def coming(self) -> tuple[str, ...]:
+        """Names that requests wait for: they are not registered yet."""
+        return self._arrivals.names()
+
+    def pin(self, version: AdapterVersion, pinned: bool) -> None:
+        """Have `version` on the device from soon on and never evicted, or let it be evicted again."""
+        if self._pinner is not None:
+            self._pinner.pin_adapter(version, pinned)
+
+    async def register_folder(self, directory: Path) -> tuple[AdapterVersion, ...]:
+        """Register every sub-folder that holds an adapter_config.json under its folder's name.
+
+        Only config and header are looked at; what the weights hold is checked when they are first wanted. A refused one
+        is kept in registry.refused (its name then answers with the reason) and the others go on; a name that is taken
+        already, or cannot be one, is logged and left out. Raises OSError if `directory` cannot be listed.
+        """
+        return await asyncio.to_thread(self._register_folder, directory)
+
+    async def unregister(self, name: str) -> AdapterVersion:
+        """Take the name away at once; requests that hold a lease finish. Raises AdapterNotFound."""
+        return self.registry.unregister(name)
+
+    def close(self) -> None:
+        """Stop the loader's threads and take no more downloads."""
+        if self.downloads is not None:
+            self.downloads.close()
+        self.loader.shutdown()
+
+    def _register_folder(self, directory: Path) -> tuple[AdapterVersion, ...]:
+        folders = sorted(path.parent for path in directory.glob("*/adapter_config.json"))
+        return tuple(version for folder in folders if (version := self.register_unread(folder)) is not None)
+
+    def register_unread(self, folder: Path) -> AdapterVersion | None:
+        """Register one folder as register_folder() does; None when it is refused or left out.
+
+        No link in it is followed out of the folder that it is in.
+        """
+        name = folder.name
+        try:
+            self.registry.check_name(name)
+            self._check_free(name)
+            return self._enter_unread(name, below(folder.parent, name), replace=False)
+        except AdapterRefused as error:
+            logger.warning("adapter %r is refused: %s", name, error)
+            self.registry.mark_refused(name, error)
+        except AdapterError as error:
+            logger.warning("adapter folder %s is left out: %s", folder, error)
+        return None
+
+    def refresh(self, version: AdapterVersion) -> None:
+        """The local files of `version` have changed: what they hold now gets its name.
+
+        One that nobody has used is only looked at; another is read again, in the background. Whatever is wrong with the
+        new files, what is in memory of the old ones is served on.
+        """
+        if version.digest is not None:
+            self.loader.load(version.source).add_done_callback(lambda loading: self._renew(version, loading))
+            return
+        try:
+            self._enter_unread(version.name, version.source, replace=True)
+        except AdapterRefused as error:
+            logger.warning("adapter %r has changed and is refused: %s", version.name, error)
+            self.registry.unregister(version.name)
+            self.registry.mark_refused(version.name, error)
+        except AdapterError as error:
+            logger.warning("adapter %r has changed and cannot be read: %s", version.name, error)
+
+    def _renew(self, version: AdapterVersion, loading: Future[LoadedAdapter]) -> None:
+        """In a loader's thread."""
+        error = loading.exception()
+        if isinstance(error, AdapterRefused):
+            logger.warning("adapter %r has changed and is refused: %s", version.name, error)
+            self.registry.mark_refused(version.name, error)
+        elif error is None and (loaded := loading.result()).digest != version.digest:
+            renew(self.registry, version, loaded)
+
+    def _count_refusal(self, fetching: Future[Path]) -> None:
+        if not fetching.cancelled():
+            self.registry.refusals.count(fetching.exception())
+
+    def _enter_unread(self, name: str, source: str, replace: bool) -> AdapterVersion:
+        try:
+            info = self._examiner.examine(source)
+        except AdapterRefused as error:
+            self.registry.refusals.count(error)
+            raise
+        return self.registry.register(
+            name,
+            source=source,
+            rank=info.rank,
+            targets=info.targets,
+            num_pages=info.num_pages,
+            nbytes=info.nbytes,
+            tokenizer=info.tokenizer,
+            replace=replace,
+        )
+
+    def _check_free(self, name: str) -> None:
+        taken = self.registry.get(name)
+        if taken is not None:
+            raise AdapterExists(
+                f"adapter {name!r} is already loaded, from {taken.origin!r}; unload it first, or ask to replace it"
+            )

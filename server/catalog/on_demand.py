@@ -1,0 +1,243 @@
+"""Adapters that requests bring with them: loaded on first use, or made of others. Free of torch.
+
+    name                     what it is                                               whose
+    local/<folder>-<hash>    a source that a request named, registered by itself      anybody's who may use it
+    private/<folder>-<hash>  the same, fetched with a caller's token                  those who bring that token
+    merged/<key>             several adapters merged; the key is of their content     those who ask for the same merge
+
+All are registered like any other adapter and served like it; the last two cannot be named by requests. The least
+recently used idle ones are taken off again, so that requests cannot fill the registry or the disk, nor those of one
+tenant more than its share of it (quota.py). Event loop only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import re
+import shutil
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Protocol
+
+from loraplex.adapters.errors import AdapterRefused, AdapterUnavailable
+from loraplex.adapters.registry import AdapterLease, AdapterVersion, Registry
+from loraplex.adapters.sources.merge_folder import MergeFolder, remove_stale
+from loraplex.adapters.sources.merge_plan import MergePlan
+from loraplex.adapters.sources.sources import OPERATOR, Access, Source, is_hub_id, parse_source
+from loraplex.server.catalog.quota import RETRY_AFTER, Holder, Holdings, Key
+from loraplex.server.engine.request import Overloaded
+
+logger = logging.getLogger(__name__)
+
+MERGED, PRIVATE = "merged/", "private/"
+"""Begin the names that no request may name."""
+
+MAX_FIRST_USE = 1024
+"""Names; some 2 KB each beside what the files take."""
+
+MAX_MERGED = 32
+"""LoRAX keeps as many. Each is a file of the size of one of its adapters in float32."""
+
+MAX_MERGING = 2
+"""At once: each has all of its adapters in memory."""
+
+Merger = Callable[[Sequence[AdapterVersion], MergePlan, Path], str]
+"""Merges the versions' files into a new folder under the path given, named by MergePlan.key; the digests' key."""
+
+
+class Adapters(Protocol):
+    """The part of AdapterManager that is needed here."""
+
+    @property
+    def registry(self) -> Registry: ...
+    def coming(self) -> Collection[str]: ...
+    async def register(
+        self, name: str, source: str, *, replace: bool = False, access: Access = OPERATOR
+    ) -> AdapterVersion: ...
+
+
+class OnDemand:
+    """Names that come and go with the requests that want them."""
+
+    def __init__(
+        self, adapters: Adapters, merge: Merger, max_first_use: int = MAX_FIRST_USE, max_merged: int = MAX_MERGED
+    ) -> None:
+        """`merge` is called in a thread: adapters/merging.merge_versions. Folders of killed servers are removed."""
+        self._adapters = adapters
+        self._merge = merge
+        self.holdings = Holdings(adapters.registry, adapters.coming, self._name_of)
+        self._sources = _Names(adapters.registry, self.holdings, max_first_use)
+        self._merges = _Names(adapters.registry, self.holdings, max_merged)
+        self._under_way: dict[Key, asyncio.Task[str]] = {}  # what is loaded or merged now -> its name to be
+        self._merging = asyncio.Semaphore(MAX_MERGING)
+        self._known: OrderedDict[Key, str] = OrderedDict()  # (uids, plan) -> name, of merges made
+        self._folder: MergeFolder | None = None
+        remove_stale()
+
+    async def lease(self, source: str, access: Access = OPERATOR, holder: Holder | None = None) -> AdapterLease:
+        """The adapter at `source`, loaded and registered unless it is. However many ask at once, it is fetched once.
+
+        holder: who has it then; None: nobody whose number is bounded. Raises AdapterError, Overloaded (TooManyAdapters
+        where the holder has as many as it may, all in use).
+        """
+        name = first_use_name(parse_source(source, access))
+        with self.holdings.bringing(holder, name):
+            if self._adapters.registry.get(name) is None:
+                await self._once(name, lambda: self._load(name, source, access))
+            self._sources.used(name)
+            return self._adapters.registry.lease(name)
+
+    async def merge(
+        self, leases: Sequence[AdapterLease], plan: MergePlan, holder: Holder | None = None
+    ) -> AdapterLease:
+        """The adapters of `leases` merged by `plan`, made unless it is there. The leases stay the caller's.
+
+        Raises AdapterRefused where they do not go together, Overloaded as lease() does.
+        """
+        versions = [lease.version for lease in leases]
+        key = (tuple(version.uid for version in versions), plan)
+        with self.holdings.bringing(holder, key):
+            name = self._known.get(key)
+            if name is None or self._adapters.registry.get(name) is None:
+                name = await self._once(key, lambda: self._make(key, versions, plan))
+            self._merges.used(name)
+            return self._adapters.registry.lease(name)
+
+    async def _once(self, key: Key, work: Callable[[], Awaitable[str]]) -> str:
+        """Run `work` unless it is under way; whoever leaves, it goes on for the others."""
+
+        async def run() -> str:
+            try:
+                return await work()
+            finally:
+                del self._under_way[key]
+
+        def ended(task: asyncio.Task[str]) -> None:
+            self.holdings.work_ended(key)
+            if not task.cancelled():
+                task.exception()  # all may have left: no warning
+
+        task = self._under_way.get(key)
+        if task is None:
+            self.holdings.work_began(key)
+            task = self._under_way[key] = asyncio.create_task(run())
+            task.add_done_callback(ended)
+        return await asyncio.shield(task)
+
+    def _name_of(self, key: Key) -> str | None:
+        """A source's key is its name; a merge has one once it is made."""
+        return key if isinstance(key, str) else self._known.get(key)
+
+    async def _load(self, name: str, source: str, access: Access) -> str:
+        self._sources.make_room(name)
+        version = await self._adapters.register(name, source, access=access)
+        logger.info("adapter %s loaded on first use: rank %d, %d pages", name, version.rank, version.num_pages)
+        return name
+
+    async def _make(self, known_as: Key, versions: Sequence[AdapterVersion], plan: MergePlan) -> str:
+        """Keep the folder for as long as the name: the device may give the adapter up and want it again."""
+        async with self._merging:
+            for gone in self._merges.make_room():
+                shutil.rmtree(self._root / gone.removeprefix(MERGED), ignore_errors=True)
+            key = await asyncio.to_thread(self._merge, versions, plan, self._root)
+            name = f"{MERGED}{key}"
+            if self._adapters.registry.get(name) is None:
+                try:
+                    version = await self._adapters.register(name, str(self._root / key))
+                except AdapterRefused as error:
+                    shutil.rmtree(self._root / key, ignore_errors=True)
+                    raise AdapterRefused(error.code, f"merged, the adapters cannot be served: {error}") from None
+                logger.info("adapter %s merged by %s: rank %d", name, plan.strategy, version.rank)
+        self._merges.used(name)
+        self._known[known_as] = name
+        if len(self._known) > MAX_FIRST_USE:
+            self._known.popitem(last=False)
+        return name
+
+    @property
+    def _root(self) -> Path:
+        if self._folder is None:
+            try:
+                self._folder = MergeFolder()
+            except OSError as error:
+                raise AdapterUnavailable(f"there is no folder for merged adapters: {error.strerror}") from error
+        return self._folder.path
+
+
+class _Names:
+    """Registered names, the least recently used first."""
+
+    def __init__(self, registry: Registry, holdings: Holdings, limit: int) -> None:
+        self._registry = registry
+        self._holdings = holdings
+        self._limit = limit
+        self._names: OrderedDict[str, None] = OrderedDict()
+
+    def used(self, name: str) -> None:
+        self._names[name] = None
+        self._names.move_to_end(name)
+
+    def make_room(self, coming: str | None = None) -> list[str]:
+        """For one more: unregister idle ones, which are returned. Raises Overloaded when all are in use.
+
+        coming: its name, which takes its place from now on, so that many that come at once have room for all.
+        """
+        if coming is not None:
+            self._names.pop(coming, None)
+        wanted = self._holdings.wanted_names()
+        # those made room for others, were unloaded, or never came
+        gone = [name for name in self._names if name not in wanted and self._registry.get(name) is None]
+        for name in tuple(self._names):
+            if len(self._names) - len(gone) < self._limit:
+                break
+            version = self._registry.get(name)
+            if version is not None and name not in wanted and not self._registry.leases(version):
+                self._registry.unregister(name)
+                gone.append(name)
+        for name in gone:
+            del self._names[name]
+        if len(self._names) >= self._limit:
+            raise Overloaded(
+                f"{self._limit} adapters that were loaded or merged for requests are in use; try again in "
+                f"{RETRY_AFTER:.0f} s",
+                RETRY_AFTER,
+            )
+        if coming is not None:
+            self.used(coming)
+        return gone
+
+
+def is_hidden(name: str) -> bool:
+    """Whether an adapter of this name is for those alone who asked for it in full."""
+    return name.startswith((MERGED, PRIVATE))
+
+
+def first_use_name(source: Source) -> str:
+    """The name an adapter gets that nobody gave one: readable, and one for each place and rights."""
+    last = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(source.text).name)[:64].strip(".") or "adapter"
+    kind = PRIVATE if source.access.token is not None and source.is_remote else f"{source.kind}/"
+    return f"{kind}{last}-{hashlib.sha256(source.text.encode()).hexdigest()[:12]}"
+
+
+def source_of(origin: str, adapter_id: str) -> str:
+    """LoRAX's adapter_source ("hub", "local", "s3") and adapter_id as one source, the same for the same files.
+
+    Raises AdapterRefused("unsupported_kind") for an id that cannot be of that origin.
+    """
+    if origin == "local":
+        with suppress(RuntimeError, ValueError):  # no such user: there is no such folder then
+            return str(Path(adapter_id).expanduser().absolute())
+        return adapter_id
+    if origin == "s3":
+        return adapter_id if adapter_id.startswith("s3://") else f"s3://{adapter_id}"
+    if not is_hub_id(adapter_id):
+        raise AdapterRefused(
+            "unsupported_kind",
+            f"adapter_source is 'hub', and {adapter_id[:200]!r} is no id of a repository there, as org/name; give "
+            "adapter_source 'local' for a folder",
+        )
+    return f"hf://{adapter_id}"  # a folder here is never a Hub's answer, and nobody learns whether there is one

@@ -1,0 +1,145 @@
+"""What the scheduler is given and what it hands out: limits, the adapters' place, a step's plan. Free of torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as ListLike
+from dataclasses import dataclass
+from typing import Protocol
+
+from loraplex.adapters.registry import AdapterVersion
+from loraplex.server.engine.policy.sequence import Sequence
+from loraplex.server.engine.request import TokenEvent
+
+
+class Placement(Protocol):
+    """The adapters as the scheduler sees them: where an adapter is, and moving it to the device and off it.
+
+    On the device an adapter's pages are idle unless pinned, and idle ones leave with the Reclaimer's other things.
+    """
+
+    def request(self, version: AdapterVersion) -> None:
+        """Start bringing it to host memory unless it is there or on the device. Never blocks. Counted."""
+        ...
+
+    def cancel(self, version: AdapterVersion) -> None:
+        """Undo one request(): with the last of them, an adapter on its way may turn back."""
+        ...
+
+    def missing_pages(self, versions: ListLike[AdapterVersion]) -> list[int] | None:
+        """Pages each would take: 0 for what is on the device or being copied to it. None: one is still on its way.
+
+        Raises what kept one from being read. Otherwise, unless None, every version has its digest, and those in host
+        memory stay there until the next call.
+        """
+        ...
+
+    def load(self, version: AdapterVersion) -> bool:
+        """Take slot and pages and begin to copy one of those missing_pages() was asked about, from host memory.
+
+        False when there is no page or no slot for it; evicts nothing.
+        """
+        ...
+
+    def is_ready(self, version: AdapterVersion) -> bool:
+        """Whether all its bytes are on the device."""
+        ...
+
+    def start_step(self, busy: bool) -> bool:
+        """Go on with copies under way: for a bounded time when `busy` (streams decode), or else until they are done.
+
+        True if one is still under way.
+        """
+        ...
+
+    def pin(self, digest: str) -> None:
+        """Keep it on the device until as many unpin()s."""
+        ...
+
+    def unpin(self, digest: str) -> None: ...
+
+    def evict_for_slot(self) -> bool:
+        """Evict the idle adapter that is cheapest to lose, for its slot. False when none is idle."""
+        ...
+
+
+class SampledToken(Protocol):
+    """What the runner draws for one sequence."""
+
+    @property
+    def token_id(self) -> int | None:
+        """None: the model computed no numbers to draw from."""
+        ...
+
+    @property
+    def is_held(self) -> bool:
+        """Nothing was drawn: its grammar's mask was not there in time, and its last token is to be computed again."""
+        ...
+
+    @property
+    def logprob(self) -> float | None: ...
+    @property
+    def top_logprobs(self) -> tuple[tuple[int, float], ...]: ...
+
+
+@dataclass(frozen=True)
+class SchedulerLimits:
+    max_model_len: int  # tokens of a sequence, prompt and generated
+    max_num_seqs: int  # running at once
+    token_budget: int  # tokens of a step at most; fewer where it is learned (budget.py)
+    num_slots: int  # adapters on the device at once
+    vocab_size: int
+    rope_switch: int | None = None  # longrope: a longer sequence is recomputed with the long factors, once
+    prefix_cache: bool = True  # False where keys depend on the sequence's length (dynamic NTK), or nobody wants it
+    ageing: float = 30.0  # seconds without service after which a client's next request comes before all others
+    decode_steps: int = 1  # that may follow one another without coming back (multi_step.py)
+    scoring: float = 0.0  # what the log-probability of a prompt's token costs, in tokens computed
+
+    def __post_init__(self) -> None:
+        for name in ("max_model_len", "max_num_seqs", "token_budget", "num_slots", "vocab_size", "decode_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+        if not self.ageing > 0:
+            raise ValueError(f"ageing is {self.ageing} s; expected more than 0")
+
+
+@dataclass(frozen=True, slots=True)
+class PlanEntry:
+    """`num_tokens` tokens of `seq`, from seq.num_computed on."""
+
+    seq: Sequence
+    num_tokens: int
+    is_decode: bool
+    samples: bool  # they are all it misses: the next token is drawn after them
+
+    @property
+    def prompt_rows(self) -> range:
+        """Which of the `num_tokens`, counted from 0, have hidden states that are wanted for the prompt's own sake."""
+        seq = self.seq
+        if seq.output or (seq.request.pooling is None and seq.request.params.prompt_logprobs is None):
+            return range(0)
+        if seq.request.pooling == "mean":
+            return range(self.num_tokens)
+        if seq.request.pooling == "last":
+            return range(self.num_tokens - 1, self.num_tokens) if self.samples else range(0)
+        return range(min(self.num_tokens, seq.num_prompt - 1 - seq.num_computed))  # the last one's next is drawn
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    entries: tuple[PlanEntry, ...]
+    failed: tuple[TokenEvent, ...] = ()  # requests that ended while planning: out of time, or without their adapter
+    steps: int = 1  # of decode rows: further ones may follow the first, each of the tokens that the one before drew
+
+    def steps_of(self, sampled: ListLike[SampledToken]) -> int:
+        """How many steps drew these."""
+        return len(sampled) // len(self.entries) if self.steps > 1 else 1
+
+    @property
+    def num_tokens(self) -> int:
+        """Of one step."""
+        return sum(entry.num_tokens for entry in self.entries)
+
+    @property
+    def prompt_cost(self) -> int:
+        """What those that are no decode rows take of the step's budget."""
+        return sum(entry.seq.cost(entry.num_tokens) for entry in self.entries if not entry.is_decode)

@@ -1,0 +1,192 @@
+"""A request on its way through the engine: the only mutable state there is per request. Free of torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loraplex.adapters.registry import AdapterVersion
+from loraplex.server.engine.request import FinishReason, GenerationRequest, Phases, TokenScores
+
+if TYPE_CHECKING:
+    from loraplex.server.engine.policy.fair_queue import Flow
+
+
+class Sequence:
+    """Known tokens (prompt, then generated), and how many of them have keys and values in the cache.
+
+    There is no prefill state and no decode state: `num_computed` chases `num_tokens`.
+    """
+
+    __slots__ = (
+        "adapter_wait",
+        "admitted",
+        "cache_root",
+        "cached_tokens",
+        "charged",
+        "flow",
+        "is_bound",
+        "is_ready",
+        "load",
+        "mix",
+        "num_computed",
+        "num_prompt",
+        "number",
+        "output",
+        "pooled",
+        "preemptions",
+        "prompt_scores",
+        "ready",
+        "request",
+        "requested",
+        "scoring",
+        "stalled",
+        "tokens",
+        "urgency",
+        "versions",
+        "wanted",
+    )
+
+    flow: Flow  # where it queues and who pays for it; set by the FairQueue
+
+    def __init__(self, number: int, request: GenerationRequest, scoring: float = 0.0) -> None:
+        """scoring: see SchedulerLimits."""
+        self.number = number  # of arrival, never reused: its age, and its key in the KV cache
+        self.scoring = scoring if request.params.prompt_logprobs is not None else 0.0
+        self.request = request
+        self.tokens: list[int] = list(request.prompt_ids)
+        self.output: list[int] = []  # the generated tail of `tokens`
+        self.num_prompt = len(self.tokens)
+        self.num_computed = 0
+        self.charged = 0  # prompt tokens that its client has paid for
+        self.preemptions = 0
+        self.admitted: float | None = None  # when it first was
+        self.ready = 0.0  # when its adapters were on the device after that
+        self.cached_tokens = 0  # found in the prefix cache then
+        self.stalled: float | None = None  # since when nothing but its adapters is missing
+        self.adapter_wait = 0.0  # seconds of that until now, without the time since `stalled`
+        self.load: tuple[float, float] | None = None  # from the first such moment to the last
+        self.pooled: NDArray[np.float32] | None = None  # of the prompt tokens computed so far, where it is asked for
+        self.prompt_scores: list[TokenScores] = []  # of prompt tokens computed so far, where they are asked for
+        self.requested: float | None = None  # when its adapters were asked for; None: nobody has
+        self.urgency = 0.0  # the priority it was admitted with, after ageing
+        self.is_ready = False  # running, and all bytes of its adapters are on the device
+        self.is_bound = False
+        self.mix: tuple[tuple[str, float], ...] = ()  # (digest, weight): the order in which the ops add them up
+        self.cache_root: bytes | None = (
+            None  # all that its keys and values depend on beside the tokens; None: not shared
+        )
+        self.wanted: tuple[AdapterVersion, ...] = tuple(
+            {lease.version.uid: lease.version for lease, _ in request.mix}.values()
+        )
+        self.versions: tuple[AdapterVersion, ...] = ()  # by bind(): one for each digest of the mix, in its order
+
+    def bind(self) -> None:
+        """Settle mix and versions by digest, now that all of these are known. Idempotent.
+
+        Raises ValueError when one is not.
+        """
+        if self.is_bound:
+            return
+        weights: dict[str, float] = {}
+        versions: dict[str, AdapterVersion] = {}
+        for lease, weight in self.request.mix:  # two names may share a digest, which is resident once
+            digest = lease.version.digest
+            if digest is None:
+                raise ValueError(f"adapter {lease.version.name!r} has no digest yet: its source was never read")
+            weights[digest] = weights.get(digest, 0.0) + weight
+            versions.setdefault(digest, lease.version)
+        self.mix = tuple(sorted(weights.items()))
+        self.versions = tuple(versions[digest] for digest, _ in self.mix)
+        self.is_bound = True
+
+    def share_prefix(self, rope_switch: int | None) -> None:
+        """Set cache_root, once bound: the mix by content, the tenant and its salt, and which angles are in use.
+
+        rope_switch: see SchedulerLimits.
+        """
+        if self.cache_root is not None and rope_switch is None:
+            return
+        angles = "long" if rope_switch is not None and self.num_tokens > rope_switch else "short"
+        salted = [self.request.tenant, self.request.cache_salt, angles, self.mix]
+        self.cache_root = hashlib.sha256(json.dumps(salted).encode()).digest()
+
+    def wait_for_adapters(self, now: float) -> None:
+        """It could go on if its adapters were there."""
+        if self.stalled is None:
+            self.stalled = now
+
+    def adapters_came(self, now: float) -> None:
+        """They are there, or it has to wait for something else. Idempotent."""
+        if self.stalled is not None:
+            self.adapter_wait += now - self.stalled
+            self.load = (self.load[0] if self.load is not None else self.stalled, now)
+            self.stalled = None
+
+    def waited(self, now: float) -> float:
+        """Seconds in which nothing but its adapters was missing. Safe from any thread, and then a snapshot."""
+        stalled = self.stalled
+        return self.adapter_wait + (now - stalled if stalled is not None else 0.0)
+
+    def phases(self) -> Phases:
+        """Known with the first token."""
+        admitted = self.admitted or 0.0
+        return Phases(admitted, max(self.ready, admitted), self.load, self.cached_tokens)
+
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether something is wanted of every prompt token, so that none may come from the prefix cache."""
+        return self.request.params.prompt_logprobs is not None or self.request.pooling == "mean"
+
+    @property
+    def is_held(self) -> bool:
+        """Whether its grammar's mask is still missing: there is nothing to compute for it before that is there."""
+        constraint = self.request.constraint
+        return constraint is not None and constraint.busy
+
+    @property
+    def num_tokens(self) -> int:
+        """Known tokens."""
+        return len(self.tokens)
+
+    @property
+    def num_missing(self) -> int:
+        """Known tokens that are still to be computed; at least 1 until the request has ended."""
+        return len(self.tokens) - self.num_computed
+
+    def cost(self, tokens: int) -> int:
+        """What computing this many of its next tokens takes of a step's budget: more where they are scored, too."""
+        return tokens if not self.scoring or self.output else math.ceil(tokens * (1.0 + self.scoring))
+
+    def affordable(self, room: int) -> int:
+        """Of its missing tokens those that cost no more than `room`; at least one, unless that is 0."""
+        if not self.scoring or self.output:
+            return min(self.num_missing, room)
+        return min(self.num_missing, max(int(room / (1.0 + self.scoring)), min(room, 1)))
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether the next row is a decode row: just one token is missing, and it is a generated one."""
+        return self.num_computed == len(self.tokens) - 1 >= self.num_prompt
+
+    def append(self, token_id: int) -> None:
+        """Add a generated token."""
+        self.tokens.append(token_id)
+        self.output.append(token_id)
+
+    def finish_after(self, token_id: int) -> FinishReason | None:
+        """Why the request ends with `token_id`, the last token appended; None when it goes on."""
+        params = self.request.params
+        if token_id in params.stop_token_ids:
+            return FinishReason.STOP
+        if len(self.output) >= params.max_tokens:
+            return FinishReason.LENGTH
+        return None
+
+    def __repr__(self) -> str:
+        return f"Sequence({self.number}, {self.request.request_id!r}, {self.num_computed}/{self.num_tokens} tokens)"

@@ -1,0 +1,334 @@
+"""How memory is divided: who gets how much of --memory, and what is refused. Arithmetic only: nothing is allocated.
+
+On the CPU everything is in one memory, and the plan is the process's whole resident set:
+
+    | process | weights, as packed | arena: KV cache and adapters | host store | scratch |
+
+The process part is what Python and its libraries take before the weights, and room for requests. On a GPU the plan is
+the device's: weights, arena and scratch; process and host store are in another memory and are counted apart.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from loraplex.kernels.hugepages import HUGE_PAGE
+from loraplex.kernels.records import ALIGN, BLOCK_SIZE, element_bytes
+from loraplex.server.engine.policy.kv_cache import GroupSpec, group_layers, kv_groups, peak_pages
+from loraplex.server.engine.request import EngineError
+from loraplex.server.models.config import ModelConfig
+from loraplex.server.models.rotary import table_positions
+
+LOGIT_BYTES, LOGIT_ROWS = 32 << 20, 64
+"""Most bytes (fp32) and rows of one slice of logits: 64 rows up to 128k tokens of vocabulary, 32 at 256k. More rows
+would make the product no faster."""
+
+TYPICAL_RANK = 16
+"""Of the adapters that sizes left open have room for."""
+
+STAGING_BYTES = 256 << 20
+"""Most of the CPU's host store where its size is left open: adapters only pass through it on their way to the arena."""
+
+DEVICE_HOST_BYTES = 2 << 30
+"""Of a GPU's host store where its size is left open: there it holds what the device has no room for."""
+
+GROWTH_BYTES = 64 << 20
+"""What a loaded server's process takes beyond its start: connections, library code first run under load, freed blocks
+that the allocator keeps."""
+
+WAITING_TOKEN_BYTES = 64
+"""Of a token of a queued prompt: an int object, two references to it, and its text."""
+
+MAX_ARENA = (2**31 - 1) * ALIGN
+"""Bytes: as far as a tile's offset (int32, in units of 64 bytes) reaches."""
+
+
+class NotEnoughMemory(EngineError):
+    """The memory given cannot hold the weights, one sequence and one page of an adapter."""
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What the memory is wanted for."""
+
+    max_model_len: int | None  # tokens; None: the model's own limit, or less where memory is short
+    max_num_seqs: int
+    token_budget: int
+    host_store_bytes: int | None = None  # None: what suits the device
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What lies in the same memory, and how the ops work there."""
+
+    shared: bool = True  # one memory for device and host: the CPU
+    process_bytes: int = 0  # the process without weights, arena, host store and scratch; 0: not counted
+    loading_bytes: int = 0  # that reading the weights takes for a while, before the arena is written
+    threads: int = 1  # that compute, each with scratch of its own
+    lean: bool = False  # the CPU kernels: they work in place, where plain PyTorch makes fp32 copies and whole scores
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Who gets how much. Only the arena is allocated in one piece."""
+
+    groups: tuple[GroupSpec, ...]
+    page_bytes: int
+    num_pages: int
+    max_model_len: int
+    weights_bytes: int
+    scratch_bytes: int  # the most of a step's activations, logits and sampling
+    host_store_bytes: int
+    process_bytes: int = 0
+    shared: bool = True  # process and host store are in the same memory as the rest
+    typical_pages: int = 1  # of an adapter of TYPICAL_RANK on every linear
+
+    @property
+    def arena_bytes(self) -> int:
+        return self.num_pages * self.page_bytes
+
+    @property
+    def total_bytes(self) -> int:
+        """Of the memory the plan is about: the process's whole on the CPU, the device's on a GPU."""
+        device = self.weights_bytes + self.arena_bytes + self.scratch_bytes
+        return device + self.host_bytes if self.shared else device
+
+    @property
+    def host_bytes(self) -> int:
+        """Process and host store."""
+        return self.process_bytes + self.host_store_bytes
+
+    @property
+    def loading_bytes(self) -> int:
+        """Of the host store, for loads under way: files, and images that are being made."""
+        return self.host_store_bytes // 2
+
+    @property
+    def images_bytes(self) -> int:
+        """Of the host store, for images that are ready."""
+        return self.host_store_bytes - self.loading_bytes
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens of KV that the arena holds without adapters, in sequences of full length."""
+        pages = peak_pages(self.groups, BLOCK_SIZE, self.max_model_len, BLOCK_SIZE)
+        return self.num_pages * self.max_model_len // pages
+
+    @property
+    def typical_adapters(self) -> int:
+        """Adapters of TYPICAL_RANK on every linear that the arena holds without KV."""
+        return self.num_pages // self.typical_pages
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {size(nbytes)}" for name, nbytes, _ in self.parts()) + f": {size(self.total_bytes)}"
+
+    def parts(self) -> list[tuple[str, int, str]]:
+        """(name, bytes, remark) of each part, in the order of the module's picture."""
+        rank = f"adapters of rank {TYPICAL_RANK} on all linears"
+        arena = (
+            f"{self.num_pages:,} pages of {size(self.page_bytes)}: {self.kv_tokens:,} tokens of KV or "
+            f"{self.typical_adapters:,} {rank}"
+        )
+        waiting = self.images_bytes // (self.typical_pages * self.page_bytes)
+        store = f"{waiting:,} {rank}" if not self.shared else f"{waiting:,} such adapters on their way from their files"
+        rows = [
+            ("process", self.process_bytes, "Python, libraries, requests"),
+            ("weights", self.weights_bytes, ""),
+            ("arena", self.arena_bytes, arena),
+            ("host store", self.host_store_bytes, store),
+            ("scratch", self.scratch_bytes, "of a step"),
+        ]
+        return [row for row in rows if row[1]]
+
+
+def plan_memory(
+    config: ModelConfig,
+    dtype: torch.dtype,
+    memory_bytes: int | None,
+    weights_bytes: int,
+    demand: Demand,
+    available_bytes: int,
+    around: Surroundings = Surroundings(),
+) -> MemoryPlan:
+    """Divide `memory_bytes`. None: what `demand` could use at most, but no more than half of `available_bytes`.
+
+    Raises NotEnoughMemory when one sequence of the length asked for and one page of an adapter do not fit.
+    """
+    groups = kv_groups(config.windows)
+    page = page_bytes(config, dtype, groups)
+    longest = demand.max_model_len or config.max_position
+    typical = _typical_pages(config, dtype, page)
+    least_store = _least_store(demand, around, typical * page)
+    process = around.process_bytes if around.shared else 0
+
+    def need(length: int) -> int:
+        return peak_pages(groups, BLOCK_SIZE, length, demand.token_budget) + 1
+
+    def fixed(length: int) -> int:
+        return process + weights_bytes + least_store + scratch_bytes(config, dtype, length, demand, around)
+
+    budget = memory_bytes
+    if budget is None:
+        wanted = demand.max_num_seqs * (need(longest) - 1 + typical)
+        budget = min(fixed(longest) + STAGING_BYTES + wanted * page, available_bytes // 2)
+
+    def fits(length: int, pages: int = 0) -> bool:
+        return fixed(length) + (need(length) + pages) * page <= budget
+
+    length = longest
+    if not fits(length) and demand.max_model_len is None:
+        # A context that leaves as much again for other sequences and adapters, or what fits at all.
+        length = _largest(lambda n: fits(n, need(n) + typical), longest) or _largest(fits, longest)
+    if not fits(max(length, 1)) or process + weights_bytes + around.loading_bytes > budget:
+        raise NotEnoughMemory(_too_little(budget, fixed(longest), need(longest) * page, longest, weights_bytes, around))
+    left = budget - fixed(length) - need(length) * page  # beyond the least of everything
+    more_store = 0
+    if around.shared and demand.host_store_bytes is None:
+        more_store = max(0, min(STAGING_BYTES - least_store, left // 8))
+    return MemoryPlan(
+        groups=groups,
+        page_bytes=page,
+        num_pages=min(need(length) + (left - more_store) // page, MAX_ARENA // page),
+        max_model_len=length,
+        weights_bytes=weights_bytes,
+        scratch_bytes=scratch_bytes(config, dtype, length, demand, around),
+        host_store_bytes=(least_store if around.shared else demand.host_store_bytes or DEVICE_HOST_BYTES) + more_store,
+        process_bytes=around.process_bytes,
+        shared=around.shared,
+        typical_pages=typical,
+    )
+
+
+def page_bytes(config: ModelConfig, dtype: torch.dtype, groups: tuple[GroupSpec, ...]) -> int:
+    """One size for all pages: a KV page, or more where an adapter's rows are longer (tiny models, narrow caches)."""
+    element = element_bytes(dtype)
+    kv_page = group_layers(groups) * 2 * config.num_kv_heads * BLOCK_SIZE * config.head_dim * element
+    # tiles.pack() keeps to one page beyond the bytes if a row of A and its share of B fit in a page.
+    rows = [p.in_features * element * (p.in_features + p.out_features) // p.out_features for p in config.projections()]
+    return -(-max(kv_page, *rows) // ALIGN) * ALIGN
+
+
+def scratch_bytes(
+    config: ModelConfig,
+    dtype: torch.dtype,
+    length: int,
+    demand: Demand,
+    around: Surroundings = Surroundings(),
+) -> int:
+    """The most that a step holds beside weights and arena: activations, angles, tables, logits and their sampling."""
+    tokens, element = demand.token_budget, element_bytes(dtype)
+    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    hidden, inner, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
+    if around.lean:
+        # Workspace of the recorded step: results live until their last reader, six of the stream at once at most.
+        activations = tokens * (6 * hidden + 3 * q + 2 * kv + 3 * inner) * element
+        # A thread's own: attention's sums; rows widened to fp32 for the linears and for the adapters (kWidened, or a
+        # block of rows where that is more, and half as much again: Scratch); sampling's candidates.
+        activations += around.threads * ((5 << 19) + 1024 * max(hidden, inner, q) + 32 * vocab)
+    else:
+        activations = tokens * (4 * hidden + 2 * (q + 2 * kv) + 4 * inner) * max(4, element)  # ops work on fp32 copies
+        activations += 2 * config.num_heads * min(tokens, 128) * length * 4 + 4 * kv * length * 4  # scores; KV gathered
+    angles = tokens * config.head_dim * 4 * (2 * len(config.ropes) + 2)
+    angles += sum(8 * rope.rotary_dim * table_positions(rope) for rope in config.ropes)
+    blocks = -(-length // BLOCK_SIZE) * demand.max_num_seqs * 4 * len(kv_groups(config.windows))
+    tables = 2 * blocks + tokens * 64 + demand.max_num_seqs * 4096
+    rows = demand.max_num_seqs + tokens  # that logits are wanted of: all of a prompt's may be
+    activations += 4 * rows * hidden * element
+    logits = min(rows, logit_rows(vocab)) * vocab * 4
+    # Rows that are not sampled plainly are gathered into a second tensor, soft-capping makes a third; a single row is
+    # adjusted, sorted and summed up in fp64 at some 64 bytes a token.
+    sampling = logits * (3 if config.final_softcap is not None else 2) + 64 * vocab
+    huge = 2 * HUGE_PAGE if around.shared else 0  # the arena's and the weights' last huge pages are written in part
+    return activations + angles + tables + sampling + huge
+
+
+def logit_rows(vocab_size: int) -> int:
+    """Rows of logits computed at once."""
+    return max(1, min(LOGIT_ROWS, LOGIT_BYTES // (vocab_size * 4)))
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that could be allocated on `device` now; on the CPU no more than the container is allowed."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    available = _meminfo()
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+    except (OSError, ValueError):
+        return available
+    return available if limit == "max" else min(available, max(0, int(limit) - used))
+
+
+def resident_memory() -> int:
+    """Bytes of this process that are in memory now; 0 where the system does not say."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):  # not Linux
+        return 0
+
+
+def give_back_freed() -> None:
+    """Return to the system what the allocator has been given back: after loading, some 60 MiB of the demo base's."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):  # glibc
+        libc.malloc_trim(0)
+
+
+def size(nbytes: int) -> str:
+    """Bytes for people."""
+    for unit, power in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if abs(nbytes) >= 1 << power:
+            return f"{nbytes / (1 << power):.4g} {unit}"
+    return f"{nbytes} bytes"
+
+
+def _least_store(demand: Demand, around: Surroundings, typical: int) -> int:
+    """Bytes of the host store in the memory planned. Left open: enough to read one of rank 32, or 16 in fp32."""
+    if not around.shared:
+        return 0
+    return 8 * typical if demand.host_store_bytes is None else demand.host_store_bytes
+
+
+def _too_little(budget: int, fixed: int, sequence: int, length: int, weights: int, around: Surroundings) -> str:
+    process = around.process_bytes if around.shared else 0
+    least = max(fixed + sequence, process + weights + around.loading_bytes)
+    parts = [f"the process takes {size(process)}"] if process else []
+    parts += [
+        f"the weights take {size(weights)}",
+        f"scratch and host store {size(fixed - weights - process)}",
+        f"one sequence of {length} tokens with one page of an adapter {size(sequence)}",
+    ]
+    return (
+        f"{size(budget)} of memory are too little: {', '.join(parts)}; give at least --memory {least}, or lower "
+        "--max-model-len"
+    )
+
+
+def _meminfo() -> int:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):  # not Linux
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def _typical_pages(config: ModelConfig, dtype: torch.dtype, page: int) -> int:
+    """Pages of an adapter of TYPICAL_RANK on every linear."""
+    elements = sum(p.in_features + p.out_features for p in config.projections()) * TYPICAL_RANK * config.num_layers
+    return -(-elements * element_bytes(dtype) // page) + 1
+
+
+def _largest(fits: Callable[[int], bool], limit: int) -> int:
+    """The largest length up to `limit` that fits; 0 for none."""
+    low, high = 0, limit
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low

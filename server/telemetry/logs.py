@@ -1,0 +1,185 @@
+"""What the server writes to stderr: one line an event, as text or as JSON, and one line for each request.
+
+Never prompts, answers or keys: the line of a request holds names, counts and times.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import traceback
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from enum import StrEnum
+from numbers import Number
+from typing import Any
+
+from loraplex.server.telemetry.request_context import Exchange, current_exchange
+
+logger = logging.getLogger(__name__)
+access_logger = logging.getLogger("loraplex.access")
+
+QUIET_PATHS = frozenset(
+    {"/", "/health", "/ready", "/startup", "/ping", "/metrics", "/version", "/load", "/get_load", "/ui/overview"}
+)
+"""What machines ask every few seconds: told of only where it goes wrong."""
+
+MAX_NAME = 200
+"""Characters of a name that a caller made up."""
+
+MAX_ARGUMENT, MAX_MESSAGE = 1000, 4000
+"""Characters of what is put into a line, and of the line: whoever made it up, it may be megabytes."""
+
+MAX_TRACE = 200
+"""Lines of a traceback: the first and the last half of them."""
+
+
+class LogFormat(StrEnum):
+    """How lines are written."""
+
+    text = "text"
+    json = "json"
+
+
+def set_up(form: LogFormat) -> None:
+    """To stderr: ours from INFO on, everybody else's from WARNING on. What threads end with goes there, too."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonFormatter() if form is LogFormat.json else TextFormatter())
+    logging.basicConfig(handlers=[handler])
+    logging.getLogger("loraplex").setLevel(logging.INFO)
+    logging.raiseExceptions = False  # a line that cannot be written is not told of on stderr, unescaped
+    threading.excepthook = _log_thread
+
+
+def shown(text: str, limit: int = MAX_NAME) -> str:
+    """`text` on one line and in `limit` characters: what is not printable as Python writes it, or cut with its length.
+
+    Printable leaves out control characters, what ends lines anywhere (U+0085, U+2028), what colours terminals or turns
+    the direction of writing, and lone surrogates.
+    """
+    head = text[:limit]
+    if not head.isprintable():
+        head = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in head)
+    return head if len(text) <= limit else f"{head}... ({len(text)} characters)"
+
+
+class _Cut:
+    """Anything in a log's line, shown when it is formatted."""
+
+    __slots__ = ("_value",)
+
+    def __init__(self, value: object) -> None:
+        self._value = value
+
+    def __str__(self) -> str:
+        return shown(str(self._value), MAX_ARGUMENT)
+
+    def __repr__(self) -> str:
+        return shown(repr(self._value), MAX_ARGUMENT)
+
+
+def _message(record: logging.LogRecord) -> str:
+    """On one line."""
+    args, text = record.args, str(record.msg)
+    if isinstance(args, tuple):  # or a mapping, of whoever logs so
+        args = tuple(each if isinstance(each, Number) else _Cut(each) for each in args)
+    try:
+        return shown(text % args if args else text, MAX_MESSAGE)
+    except (TypeError, ValueError):  # the two do not fit together: a bug, which must not cost the line
+        return shown(f"{text} {args}", MAX_MESSAGE)
+
+
+def _trace(record: logging.LogRecord) -> list[str]:
+    """The lines of the exception, if there is one; none of them looks like the first line of something else."""
+    if not record.exc_info or record.exc_info[1] is None:
+        return []
+    whole = "".join(traceback.format_exception(record.exc_info[1])).rstrip("\n").split("\n")
+    left_out = len(whole) - MAX_TRACE
+    if left_out > 0:
+        half = MAX_TRACE // 2
+        whole = [*whole[:half], f"... {left_out} lines ...", *whole[-half:]]
+    return [f"    {shown(line, MAX_ARGUMENT)}" for line in whole]
+
+
+class TextFormatter(logging.Formatter):
+    """`12:30:59 LEVEL logger: message`, and under it a traceback, indented: whatever is in them is on its line."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+
+    def format(self, record: logging.LogRecord) -> str:
+        head = f"{self.formatTime(record, self.datefmt)} {record.levelname} {record.name}: {_message(record)}"
+        return "\n".join([head, *_trace(record)])
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line: time (UTC), level, logger, message, and what belongs to the request being worked on."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, Any] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": _message(record),
+        }
+        exchange = current_exchange()
+        if exchange is not None:
+            line["request_id"] = exchange.request_id
+            if exchange.trace_id is not None:
+                line["trace_id"] = exchange.trace_id
+        line |= getattr(record, "fields", {})
+        if trace := _trace(record):
+            line["exception"] = "\n".join(trace)
+        return json.dumps(line, default=lambda value: str(_Cut(value)))  # in ASCII: nothing ends the line early
+
+
+def _log_thread(args: threading.ExceptHookArgs) -> None:
+    name = args.thread.name if args.thread is not None else "?"
+    logger.error("thread %s has ended", name, exc_info=args.exc_value)
+
+
+def log_access(exchange: Exchange) -> None:
+    """The line of a request that has ended."""
+    if exchange.path in QUIET_PATHS and exchange.status < 400:
+        return
+    if access_logger.isEnabledFor(logging.INFO):
+        fields = access_fields(exchange)
+        access_logger.info("%s", _as_text(fields), extra={"fields": fields})
+
+
+def access_fields(exchange: Exchange) -> dict[str, Any]:
+    """What is told of a request: seconds, counts and names."""
+    fields: dict[str, Any] = {
+        "request_id": exchange.request_id,
+        "method": exchange.method,
+        "path": shown(exchange.path),
+        "status": exchange.status,
+        "duration": round((exchange.ended or exchange.began) - exchange.began, 4),
+    }
+    if exchange.trace_id is not None:
+        fields["trace_id"] = exchange.trace_id
+    if exchange.tenant:
+        fields["tenant"] = exchange.tenant
+    if exchange.model:
+        fields["model"] = shown(exchange.model)
+        fields["adapters"] = list(dict.fromkeys(name for choice in exchange.choices for name, _, _ in choice.adapters))
+        fields["prompt_tokens"] = exchange.prompt_tokens
+        fields["completion_tokens"] = exchange.tokens
+        fields["finish_reason"] = ",".join(exchange.finish_reasons)
+        if exchange.first_token is not None:
+            fields["ttft"] = round(exchange.first_token - exchange.began, 4)
+    return fields
+
+
+def _as_text(fields: Mapping[str, Any]) -> str:
+    """`POST /v1/completions 200 in 0.31 s key=value ...`; what callers made up cannot look like another key."""
+    head = f"{_word(fields['method'])} {_word(fields['path'])} {fields['status'] or 'unanswered'}"
+    told = {name: value for name, value in fields.items() if name not in ("method", "path", "status", "duration")}
+    rest = " ".join(f"{name}={_word(value)}" for name, value in told.items() if value not in ("", []))
+    return f"{head} in {fields['duration']} s {rest}".rstrip()
+
+
+def _word(value: object) -> str:
+    text = ",".join(value) if isinstance(value, list) else str(value)
+    return text.replace(" ", "?")

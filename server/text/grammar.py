@@ -1,0 +1,316 @@
+"""Structured output: which tokens a grammar allows next. llguidance does the work; free of torch.
+
+    Grammars   one per server; compiles a GrammarSpec (any thread), keeps the latest ones
+    Grammar    a compiled one, shared by requests
+    TokenMask  one request's place in it: takes the tokens drawn so far, gives the tokens that may follow (masks.py)
+
+Masks cost 10 to 500 microseconds a row at 49,152 tokens, and more where a grammar is made to; without the interpreter
+lock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal
+from weakref import WeakSet, WeakValueDictionary
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loraplex.server.engine.request import Overloaded
+from loraplex.server.text.schema_ends import close_objects, end_numbers, is_endless, real_dates
+from loraplex.server.text.tokenizer import Tokenizer
+
+COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+"""JSON on one line, as json.dumps writes it: small models like to fill the rest of their answer with white space."""
+
+KEPT = 64
+"""Compiled grammars kept for the next request that brings the same one; mostly compiled in about 1 ms."""
+
+MOST_CHARS = 2 << 20
+"""Of the texts of all compiled grammars, a tenant's up to half of that: in memory they are 60 to 160 times as long.
+Those kept for nobody make room."""
+
+MAX_STATES = 50_000
+"""Of a grammar's lexer, about 2 kB each; llguidance's own limit of 250,000 would be half a gigabyte for one request."""
+
+MAX_ITEMS = 5_000
+"""Of the parser in one mask, which takes 40 ms then; up to llguidance's own limit of 50,000 it takes half a second."""
+
+MAX_FUEL = 100_000
+"""Of the lexer in one mask, about 7 ms; llguidance's own limit is 200,000."""
+
+
+Thought = Literal["none", "open", "possible"]
+"""Whether an answer begins with thinking aloud, which no grammar binds: never; it is in the middle of it, since the
+prompt ended with <think>; it may, with a <think> of its own."""
+
+_THOUGHT = "thought: aloud /\\s{0,4}/\naloud[lazy]: /(?s:.*)<\\/think>/"
+_BEFORE = {
+    "none": ("", ""),
+    "open": ("thought ", _THOUGHT),
+    "possible": ("(opening thought)? ", f"opening: /\\s{{0,4}}<think>/\n{_THOUGHT}"),
+}
+"""What stands before the answer in the start rule, and the rules it needs."""
+
+
+_INLINED = re.compile(r"^(\s*)\?(?=[a-z_][a-z0-9_]*\s*:)", re.MULTILINE)
+"""Lark's mark of rules that leave no node in its tree: here there is none."""
+
+
+class GrammarRefused(ValueError):
+    """The grammar cannot be compiled, or not within its limits; the message says why."""
+
+
+@dataclass(frozen=True)
+class GrammarSpec:
+    """What the output must be."""
+
+    kind: Literal["json_schema", "regex", "lark", "choice"]
+    text: str  # a JSON schema, a regular expression, Lark (or GBNF) rules, or a JSON list of strings
+    whitespace: str | None = None  # json_schema: an expression of what may stand between parts; None: COMPACT
+    lenient: bool = False  # json_schema: leave out what cannot be enforced, where it would be refused
+    thought: Thought = "none"  # what may come before
+    alternative: str = ""  # Lark rules of another answer that is as good
+    owner: str = ""  # the tenant: what its texts make of a compiled grammar is nobody else's
+
+
+class Grammar:
+    """A compiled one. Thread-safe.
+
+    Places in it share what its lexer has come to know, up to MAX_STATES: where one place fails, all may from then on.
+    """
+
+    def __init__(self, spec: GrammarSpec, matcher: Any, vocab_size: int, eos_ids: Sequence[int]) -> None:
+        """`matcher`: an LLMatcher at its start, never moved on. Raises GrammarRefused if it allows no beginning."""
+        self.owner = spec.owner
+        self.chars = len(spec.text)
+        self.is_spent = False
+        self.vocab_size = vocab_size
+        self.eos_ids = tuple(eos_ids)
+        self._matcher = matcher
+        self.first = mask_of(matcher.deep_copy(), vocab_size)
+        """The mask at its start."""
+
+    def start(self, more_eos_ids: Sequence[int] = ()) -> TokenMask:
+        """A place at the grammar's start, for one request, which may end with `more_eos_ids` as well."""
+        return TokenMask(self, self._matcher.deep_copy(), more_eos_ids)
+
+
+class TokenMask:
+    """One request's place in a grammar. One thread at a time.
+
+    Where the grammar allows nothing more, or gives up (`failure`), the end-of-sequence tokens are all that is allowed:
+    the request ends by itself.
+    """
+
+    def __init__(self, grammar: Grammar, matcher: Any, more_eos_ids: Sequence[int] = ()) -> None:
+        """more_eos_ids: allowed wherever the grammar's own are, which alone the matcher knows."""
+        self.failure: str | None = None
+        self.busy = False
+        self._grammar = grammar
+        self._matcher = matcher
+        self._ends = _bits((*grammar.eos_ids, *more_eos_ids), grammar.vocab_size)
+        self._known_ends = _bits(grammar.eos_ids, grammar.vocab_size) if more_eos_ids else None
+        self._taken = 0
+
+    def allowed(self, output: Sequence[int]) -> NDArray[np.uint8]:
+        """See Constraint; of `output` only what is new is read."""
+        if self.failure is None:
+            try:
+                return self._next(output)
+            except BaseException as error:  # a panic of the Rust side is no Exception; it must cost this request only
+                self._grammar.is_spent = True
+                self.give_up(_one_line(str(error)) or type(error).__name__)
+        return self._ends
+
+    def give_up(self, reason: str) -> None:
+        """Fail for this reason, unless it has already."""
+        self.failure = self.failure or reason
+
+    def _next(self, output: Sequence[int]) -> NDArray[np.uint8]:
+        if not output:
+            return self._with_ends(self._grammar.first)
+        fresh = list(output[self._taken :])
+        self._taken += len(fresh)
+        if not self._matcher.consume_tokens(fresh):
+            raise GrammarRefused(self._matcher.get_error() or f"it does not allow the tokens {fresh}")
+        return self._with_ends(mask_of(self._matcher, self._grammar.vocab_size))
+
+    def _with_ends(self, mask: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        may_end = self._known_ends is not None and bool((mask & self._known_ends).any())
+        return mask | self._ends if may_end else mask
+
+
+def mask_of(matcher: Any, vocab_size: int) -> NDArray[np.uint8]:
+    """What may follow, see Constraint. Raises GrammarRefused where the matcher gives up."""
+    if not matcher.is_error():
+        bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
+    if matcher.is_error():
+        raise GrammarRefused(_one_line(matcher.get_error()))
+    return bits[: -(-vocab_size // 8)]
+
+
+def _bits(ids: Sequence[int], vocab_size: int) -> NDArray[np.uint8]:
+    chosen = np.zeros(vocab_size, np.bool_)
+    chosen[list(ids)] = True
+    return np.packbits(chosen, bitorder="little")
+
+
+class Grammars:
+    """Compiles the grammars of one base. Thread-safe; compiling lets other threads run."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_ids: Sequence[int]) -> None:
+        """`vocab_size`: of the model's logits. `eos_ids` end a sentence of any grammar."""
+        self._source = tokenizer
+        self._vocab_size = vocab_size
+        self._eos_ids = tuple(eos_ids)
+        self._lock = threading.Lock()
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix="compile")  # however many ask at once
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # of each owner
+        self._tokenizer: Any = None
+        self._kept: OrderedDict[GrammarSpec, Grammar] = OrderedDict()
+        self._alive: WeakSet[Grammar] = WeakSet()  # these, and those of answers under way
+
+    async def get(self, spec: GrammarSpec) -> Grammar:
+        """compile(), in a thread unless it returns at once; an owner's one after the other. Raises GrammarRefused."""
+        if (found := self._find(spec)) is not None:
+            return found
+        async with self._turns.setdefault(spec.owner, asyncio.Lock()):
+            return await asyncio.get_running_loop().run_in_executor(self._threads, self.compile, spec)
+
+    def load(self) -> None:
+        """Read the vocabulary, once, as llguidance wants it: 0.8 s for 49,152 tokens with the interpreter lock held.
+
+        To be called before anybody is served. Raises GrammarRefused.
+        """
+        with self._lock:
+            self._load()
+
+    def _find(self, spec: GrammarSpec) -> Grammar | None:
+        with self._lock:
+            found = self._kept.get(spec)
+            if found is None or found.is_spent:
+                return None
+            self._kept.move_to_end(spec)
+            return found
+
+    def compile(self, spec: GrammarSpec) -> Grammar:
+        """`spec` compiled: mostly in about 1 ms, in half a second where it is as large as the limits allow.
+
+        Raises GrammarRefused, and Overloaded where those in use leave no room.
+        """
+        if (found := self._find(spec)) is not None:
+            return found
+        with self._lock:
+            tokenizer = self._load()
+            self._make_room(spec)
+        import llguidance
+
+        limits = llguidance.LLParserLimits(
+            max_lexer_states=MAX_STATES, step_max_items=MAX_ITEMS, step_lexer_fuel=MAX_FUEL, verbose_errors=False
+        )
+        refusal: GrammarRefused | None = None
+        for source in _sources(spec):
+            try:
+                matcher = llguidance.LLMatcher(tokenizer, source, log_level=0, limits=limits)
+                grammar = Grammar(spec, matcher, self._vocab_size, self._eos_ids)
+                break
+            except GrammarRefused as error:
+                refusal = error
+        else:
+            raise refusal or GrammarRefused("it has no rules")
+        with self._lock:
+            self._alive.add(grammar)
+            self._kept[spec] = grammar
+            while len(self._kept) > KEPT:
+                self._kept.popitem(last=False)
+        return grammar
+
+    def _make_room(self, spec: GrammarSpec) -> None:
+        """For one more, first of what is kept for the same owner (lock held). Raises Overloaded."""
+        while True:
+            alive = [(grammar.chars, grammar.owner == spec.owner) for grammar in self._alive]
+            own_left = MOST_CHARS // 2 - len(spec.text) - sum(chars for chars, is_own in alive if is_own)
+            left = MOST_CHARS - len(spec.text) - sum(chars for chars, _ in alive)
+            if min(own_left, left) >= 0:
+                return
+            oldest = sorted(self._kept, key=lambda kept: kept.owner != spec.owner)[:1]
+            if not oldest or (own_left < 0 and oldest[0].owner != spec.owner):
+                raise Overloaded("the grammars of answers under way leave no room for one more; ask again", 1.0)
+            del self._kept[oldest[0]]
+
+    def _load(self) -> Any:
+        """The vocabulary as llguidance wants it (lock held)."""
+        if self._tokenizer is None:
+            if not self._eos_ids:
+                raise GrammarRefused("this base has no end-of-sequence token, without which no grammar can end")
+            import llguidance
+
+            try:
+                self._tokenizer = llguidance.LLTokenizer(
+                    self._source.to_json(), n_vocab=self._vocab_size, eos_token=list(self._eos_ids)
+                )
+            except Exception as error:  # it raises whatever its Rust side does
+                raise GrammarRefused(f"this base's tokenizer does not allow it: {_one_line(str(error))}") from error
+        return self._tokenizer
+
+
+def _sources(spec: GrammarSpec) -> list[str]:
+    """`spec` in llguidance's own form: the first that compiles is taken. Raises GrammarRefused."""
+    try:
+        answers = _answers(spec)
+    except Exception as error:  # the converter of GBNF raises its own kinds
+        raise GrammarRefused(_one_line(str(error))) from error
+    return [_around(answer, spec) for answer in answers]
+
+
+def _around(answer: dict[str, Any], spec: GrammarSpec) -> str:
+    """An answer's grammar with what may stand before or instead of it."""
+    before, rules = _BEFORE[spec.thought]
+    start = f"start: {before}(@answer | @alternative)" if spec.alternative else f"start: {before}@answer"
+    grammars = [{"name": "start", "lark_grammar": f"{start}\n{rules}"}, {"name": "answer", **answer}]
+    if spec.alternative:
+        grammars.append({"name": "alternative", "lark_grammar": spec.alternative})
+    return json.dumps({"grammars": grammars})
+
+
+def _answers(spec: GrammarSpec) -> list[dict[str, Any]]:
+    """Of llguidance's grammars one, and another that is to be taken where it cannot be compiled."""
+    from llguidance import regex_to_lark
+    from llguidance.gbnf_to_lark import any_to_lark
+
+    match spec.kind:
+        case "json_schema":
+            schema = json.loads(spec.text)
+            if isinstance(schema, bool):
+                schema = {} if schema else {"not": {}}
+            between = COMPACT if spec.whitespace is None else {"whitespace_pattern": spec.whitespace}
+            options = {**between, "lenient": spec.lenient}
+            if is_endless(schema):
+                raise GrammarRefused(
+                    "no text can hold to it: the schema refers to itself, and what it needs has no end"
+                )
+            closed = real_dates(close_objects(schema))
+            ended = end_numbers(closed)
+            schemas = [closed] if ended == closed else [ended, closed]
+            return [{"json_schema": {**each, "x-guidance": options}} for each in schemas]
+        case "regex":
+            return [{"lark_grammar": f"start: /{regex_to_lark(spec.text, '')}/"}]
+        case "choice":
+            choices = (json.dumps(choice, ensure_ascii=False) for choice in json.loads(spec.text))
+            return [{"lark_grammar": "start: " + " | ".join(choices)}]
+        case "lark":
+            text = spec.text if "::=" not in spec.text else any_to_lark(spec.text)  # GBNF defines by it, Lark by ":"
+            return [{"lark_grammar": _INLINED.sub(r"\1", text)}]
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:300]

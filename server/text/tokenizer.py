@@ -1,0 +1,335 @@
+"""Text to token ids and back, for one base. Free of torch; transformers is imported only without a tokenizer.json.
+
+tokenizer.json is read with the tokenizers library directly: importing transformers takes seconds, and adds nothing that
+a server needs beyond what is done here (special tokens of tokenizer_config.json, chat templates).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as FastTokenizer
+
+from loraplex.adapters.files.tokenizer_files import CONFIG_FILE, FAST_FILE, SPECIAL_FILE, special_tokens
+from loraplex.server.text.chat_template import ChatTemplate, ChatTemplateError, read_template
+from loraplex.server.text.template_process import AdapterTemplate
+
+_NO_TOKEN = 2**31 - 1
+"""An id that no vocabulary has."""
+
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+Template = ChatTemplate | AdapterTemplate | ChatTemplateError
+"""What writes conversations: of the base, of an adapter, or why there is none."""
+
+
+class TokenizerError(ValueError):
+    """The folder holds no tokenizer that can be read; the message says what was looked for."""
+
+
+class Tokenizer:
+    """The tokenizer of a base, or as an adapter changed it. Thread-safe.
+
+    While it encodes `LONG_TEXT` characters or more, other threads run.
+    """
+
+    LONG_TEXT = 4096
+    """Characters, about 2 ms of work: from here on an event loop should hand the call to a thread."""
+
+    def __init__(
+        self,
+        fast: FastTokenizer,
+        special: Mapping[str, str],
+        template: Template,
+        *,
+        shown: Mapping[int, int] | None = None,
+        eos_ids: Sequence[int] = (),
+        sibling: Tokenizer | None = None,
+    ) -> None:
+        """`special`: bos_token, ... -> text. `template`: an error where chats are impossible, told to who asks for one.
+
+        shown: ids that the model knows by others than `fast` does, as fast's id -> the model's. eos_ids: end an answer
+        beside those of the base. sibling: of the same vocabulary, but for added tokens.
+        """
+        self.fast = fast
+        self.special_tokens = dict(special)
+        self.eos_ids = tuple(eos_ids)
+        self.template = template
+        # 5 MB where each of 49,152 tokens has been seen
+        self._lone_texts: dict[int, str | None] = {} if sibling is None else sibling._lone_texts
+        self._longest: int = _longest(fast) if sibling is None else sibling._longest
+        self._shown = dict(shown or {})
+        # an id that only `fast` knows means nothing to the model, and no text
+        self._own = dict.fromkeys(self._shown, _NO_TOKEN) | {model: own for own, model in self._shown.items()}
+        self._bos_id = self.token_id(special.get("bos_token", ""))
+
+    @classmethod
+    def read(cls, folder: Path, chat_template: Path | None = None) -> Tokenizer:
+        """Read the tokenizer of the checkpoint in `folder`; chat_template: a file instead of its own.
+
+        Raises TokenizerError.
+        """
+        config = _read_json(folder / CONFIG_FILE)
+        if (folder / FAST_FILE).is_file():
+            try:
+                fast = FastTokenizer.from_file(str(folder / FAST_FILE))
+            except Exception as error:  # the library raises bare Exception
+                raise TokenizerError(f"{folder / FAST_FILE} cannot be read: {error}") from error
+            special = special_tokens(config, _read_json(folder / SPECIAL_FILE))
+            _add_declared(fast, config, special)
+        else:
+            fast, special = _through_transformers(folder)
+        fast.no_truncation()  # both may be stored in the file, for training
+        fast.no_padding()
+        template: Template
+        try:
+            source = read_template(folder, config) if chat_template is None else _read_text(chat_template)
+            if source is None:
+                raise ChatTemplateError("this base has no chat template; use /v1/completions with a prompt instead")
+            template = ChatTemplate(source, special)
+        except ChatTemplateError as error:
+            template = error
+        return cls(fast, special, template)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of `text`. A text that spells the beginning-of-sequence token itself does not get a second one."""
+        # encode() would keep the interpreter lock for all of a long text, encode_batch() does not
+        encoding = (
+            self.fast.encode(text, add_special_tokens=add_special_tokens)
+            if len(text) < self.LONG_TEXT
+            else self.fast.encode_batch_fast([text], add_special_tokens=add_special_tokens)[
+                0
+            ]  # no offsets: less memory
+        )
+        ids: list[int] = encoding.ids
+        if self._shown:
+            ids = [self._shown.get(i, i) for i in ids]
+        if add_special_tokens and self._bos_id is not None and ids[:2] == [self._bos_id, self._bos_id]:
+            return ids[1:]
+        return ids
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of `ids`; bytes that are no UTF-8 become U+FFFD, ids outside of the vocabulary nothing."""
+        if self._own:
+            ids = [self._own.get(i, i) for i in ids]
+        if len(ids) < self.LONG_TEXT:
+            text: str = self.fast.decode(ids, skip_special_tokens=skip_special_tokens)
+        else:  # as above
+            (text,) = self.fast.decode_batch([ids], skip_special_tokens=skip_special_tokens)
+        return text
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        extra: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
+        """The prompt text of a conversation: [{"role": ..., "content": ...}, ...]. Raises ChatTemplateError."""
+        if isinstance(self.template, ChatTemplateError):
+            raise ChatTemplateError(str(self.template))
+        return self.template.render(messages, add_generation_prompt, extra, tools)
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        extra: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Token ids of a conversation. The template writes all special tokens itself, so none is added: no double bos.
+
+        Raises ChatTemplateError.
+        """
+        return self.encode(self.render_chat(messages, add_generation_prompt, extra), add_special_tokens=False)
+
+    def lone_text(self, token_id: int) -> str | None:
+        """What a token adds to a text wherever it stands in it.
+
+        None where that depends on its neighbours (parts of characters, other kinds of vocabularies), and for tokens
+        that were added to the vocabulary, which may not show at all.
+        """
+        if token_id in self._added_ids or not self._is_only_byte_level:
+            return None
+        if token_id not in self._lone_texts:
+            self._lone_texts[token_id] = self._read_lone(token_id)
+        return self._lone_texts[token_id]
+
+    def token_text(self, token_id: int) -> str:
+        """One token as text, special ones included: U+FFFD where it is a part of a character."""
+        return self.token_bytes(token_id).decode("utf-8", errors="replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes one token stands for in the middle of a text; several tokens may make up one character."""
+        token = self._token(token_id)
+        if token is None:  # models have rows beyond the vocabulary
+            return b""
+        if token_id in self._added_ids:
+            return token.encode()
+        if self._is_byte_level:
+            return bytes(_BYTE_OF[char] for char in token if char in _BYTE_OF)
+        if match := _BYTE_TOKEN.fullmatch(token):
+            return bytes([int(match[1], 16)])
+        return token.replace("▁", " ").encode()
+
+    def is_special(self, token_id: int) -> bool:
+        """Whether it is one of the tokens that structure a prompt and are no text."""
+        return token_id in self._special_ids
+
+    def special_ids(self, texts: Iterable[str]) -> dict[int, str]:
+        """Of the texts that are a special token each, by its id."""
+        found = {self.token_id(text): text for text in texts}
+        return {i: text for i, text in found.items() if i is not None and self.is_special(i)}
+
+    def encode_offsets(self, text: str, add_special_tokens: bool = True) -> list[tuple[int, str, int, int]]:
+        """Of each token its id, how the vocabulary writes it, and where in `text` it begins and ends, in characters."""
+        (found,) = self.fast.encode_batch([text], add_special_tokens=add_special_tokens)
+        ids = [self._shown.get(i, i) for i in found.ids]
+        return [(i, token, *span) for i, token, span in zip(ids, found.tokens, found.offsets, strict=True)]
+
+    def to_json(self) -> str:
+        """What a tokenizer.json would hold."""
+        return str(self.fast.to_str())
+
+    def max_characters(self, tokens: int) -> int:
+        """Characters that no text of so many tokens is longer than."""
+        return tokens * self._longest
+
+    def token_id(self, token: str) -> int | None:
+        """The id of the one token that reads `token`; None when there is none."""
+        found: int | None = self.fast.token_to_id(token)
+        return found if found is None else self._shown.get(found, found)
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether `chat` can work at all."""
+        return not isinstance(self.template, ChatTemplateError)
+
+    @property
+    def template_source(self) -> str | None:
+        """The chat template's own text; None without one."""
+        return None if isinstance(self.template, ChatTemplateError) else self.template.source
+
+    @property
+    def renders_slowly(self) -> bool:
+        """Whether an event loop should hand even a short conversation to a thread."""
+        return isinstance(self.template, AdapterTemplate)
+
+    def _token(self, token_id: int) -> str | None:
+        """How the vocabulary writes a token."""
+        token: str | None = self.fast.id_to_token(self._own.get(token_id, token_id))
+        return token
+
+    def _read_lone(self, token_id: int) -> str | None:
+        token = self._token(token_id)
+        try:
+            return None if token is None else bytes([_BYTE_OF[char] for char in token]).decode()
+        except (KeyError, UnicodeDecodeError):
+            return None
+
+    @cached_property
+    def _added(self) -> dict[int, AddedToken]:
+        return {self._shown.get(i, i): token for i, token in self.fast.get_added_tokens_decoder().items()}
+
+    @cached_property
+    def _added_ids(self) -> frozenset[int]:
+        return frozenset(self._added)
+
+    @cached_property
+    def _special_ids(self) -> frozenset[int]:
+        return frozenset(i for i, token in self._added.items() if token.special)
+
+    @cached_property
+    def _decoder_steps(self) -> list[str | None]:
+        decoder = json.loads(self.fast.decoder.__getstate__()) if self.fast.decoder is not None else {}
+        return [step.get("type") for step in decoder.get("decoders", [decoder])]
+
+    @property
+    def _is_byte_level(self) -> bool:
+        return "ByteLevel" in self._decoder_steps
+
+    @property
+    def _is_only_byte_level(self) -> bool:
+        return self._decoder_steps == ["ByteLevel"]
+
+
+def _longest(fast: FastTokenizer) -> int:
+    """Characters of the longest token, as the text it comes from has them."""
+    composed = 1 if fast.normalizer is None else 4  # NFC makes one character of up to four
+    return composed * max(map(len, fast.get_vocab()), default=1)
+
+
+def _byte_characters() -> dict[str, int]:
+    """Byte-level BPE writes each byte as a printable character (GPT-2's table): character -> byte."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTE_OF = _byte_characters()
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise TokenizerError(f"the chat template {path} cannot be read: {error}") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise TokenizerError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise TokenizerError(f"{path} holds a {type(content).__name__}, expected an object")
+    return content
+
+
+def _add_declared(fast: FastTokenizer, config: Mapping[str, Any], special: Mapping[str, str]) -> None:
+    """Add the special tokens that only tokenizer_config.json knows, as transformers does.
+
+    Its add_bos_token and add_eos_token do not count, there or here: tokenizer.json's own post-processor does.
+    """
+    declared = [_added_token(entry) for entry in (config.get("added_tokens_decoder") or {}).values()]
+    declared += [AddedToken(text, special=True) for text in special.values()]
+    fast.add_tokens(list(_missing(fast, declared)))
+
+
+def _missing(fast: FastTokenizer, tokens: Iterable[AddedToken]) -> Iterable[AddedToken]:
+    seen = set()
+    for token in tokens:
+        if fast.token_to_id(token.content) is None and token.content not in seen:
+            seen.add(token.content)
+            yield token
+
+
+def _added_token(entry: Mapping[str, Any]) -> AddedToken:
+    flags = {
+        key: bool(entry[key]) for key in ("lstrip", "rstrip", "single_word", "normalized", "special") if key in entry
+    }
+    return AddedToken(entry["content"], **flags)
+
+
+def _through_transformers(folder: Path) -> tuple[FastTokenizer, dict[str, str]]:
+    """Without a tokenizer.json: transformers converts what there is (tokenizer.model, vocab.json, ...)."""
+    from transformers import AutoTokenizer
+
+    try:
+        loaded = AutoTokenizer.from_pretrained(str(folder))
+    except Exception as error:  # whatever it fails with, the reason is that there is nothing it can read
+        reason = str(error).strip().split("\n", 1)[0]
+        raise TokenizerError(
+            f"{folder} holds no tokenizer.json, nor a tokenizer transformers can read: {reason}"
+        ) from error
+    if not loaded.is_fast:
+        raise TokenizerError(f"{folder} holds no tokenizer.json, and its tokenizer has no fast form")
+    return loaded.backend_tokenizer, dict(loaded.special_tokens_map)

@@ -1,0 +1,192 @@
+"""Adding, replacing and removing adapters by name, over a reader that finds a number in a file."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+
+from loraplex.adapters.errors import (
+    AdapterExists,
+    AdapterNotFound,
+    AdapterRefused,
+    InvalidAdapterName,
+)
+from loraplex.adapters.registry import AdapterVersion, Registry
+from loraplex.adapters.tiers.loader import Loader, ParsedImage, Reading
+from loraplex.adapters.tiers.reader import AdapterInfo
+from loraplex.server.catalog.manager import AdapterManager
+
+
+class Images:
+    """A host store without a bound."""
+
+    def __init__(self) -> None:
+        self.images: dict[str, object] = {}
+
+    def put(self, key: str, image: object) -> None:
+        self.images[key] = image
+
+    def get(self, key: str) -> object | None:
+        return self.images.get(key)
+
+
+class Reader:
+    """The number is the pages of the adapter; up to 10 can be had. Those that end with 7 have bad values."""
+
+    def __init__(self) -> None:
+        self.read_whole: list[str] = []
+
+    def examine(self, source: str) -> AdapterInfo:
+        assert threading.current_thread() is not threading.main_thread(), "files are the background's work"
+        path = Path(source) / "adapter_config.json"
+        if not path.exists():
+            raise AdapterNotFound(f"there is no folder {source!r}")
+        text = path.read_text()
+        if not text.isdecimal():
+            raise AdapterRefused("bad_config", f"{source}: {text!r} is no number")
+        if int(text) > 10:
+            raise AdapterRefused("too_large", f"{source} takes {text} pages, but only 10 can be had")
+        return AdapterInfo(4, ("q_proj",), int(text), 100)
+
+    def read(self, reading: Reading) -> ParsedImage:
+        self.read_whole.append(Path(reading.source).name)
+        info = self.examine(reading.source)
+        if info.num_pages == 7:
+            raise AdapterRefused("not_finite", f"{reading.source} has NaN")
+        return ParsedImage(f"digest-{info.num_pages}", info.rank, info.targets, info.num_pages, info.nbytes, object())
+
+
+@pytest.fixture
+def reader() -> Reader:
+    return Reader()
+
+
+@pytest.fixture
+def manager(reader: Reader) -> Iterator[AdapterManager]:
+    registry = Registry()
+    result = AdapterManager(registry, Loader(reader.read, Images(), registry), reader)
+    yield result
+    result.close()
+
+
+def adapter(folder: Path, name: str, text: str = "3") -> str:
+    (folder / name).mkdir(exist_ok=True)
+    (folder / name / "adapter_config.json").write_text(text)
+    return str(folder / name)
+
+
+async def test_register_and_unregister(manager: AdapterManager, tmp_path: Path) -> None:
+    source = adapter(tmp_path, "a")
+    version = await manager.register("tenant/a", source)
+    assert (version.name, version.digest, version.source, version.num_pages) == ("tenant/a", "digest-3", source, 3)
+    assert manager.registry.list() == (version,)
+    assert await manager.unregister("tenant/a") == version
+    assert manager.registry.list() == ()
+    with pytest.raises(AdapterNotFound):
+        await manager.unregister("tenant/a")
+
+
+async def test_a_taken_name(manager: AdapterManager, tmp_path: Path) -> None:
+    first = await manager.register("a", adapter(tmp_path, "a", "3"))
+    other = adapter(tmp_path, "b", "4")
+    with pytest.raises(AdapterExists, match="'a' is already loaded"):
+        await manager.register("a", other)
+    assert manager.registry.get("a") == first
+    assert (await manager.register("a", other, replace=True)).digest == "digest-4"
+
+
+async def test_what_is_expected_is_on_its_way_until_it_is_there_or_fails(
+    manager: AdapterManager, tmp_path: Path
+) -> None:
+    coming: list[Future[AdapterVersion]] = [Future(), Future()]
+    for name, future in zip(("acme/a", "acme/b"), coming, strict=True):
+        manager.expect(name, future)
+    assert set(manager.coming()) == {"acme/a", "acme/b"}
+    coming[0].set_result(await manager.register("acme/a", adapter(tmp_path, "a")))
+    assert manager.coming() == ("acme/b",)
+    coming[1].set_exception(AdapterNotFound("gone"))
+    assert manager.coming() == ()
+
+
+async def test_replacing_reads_the_files_again(manager: AdapterManager, tmp_path: Path) -> None:
+    await manager.register("a", adapter(tmp_path, "a", "3"))
+    version = await manager.register("a", adapter(tmp_path, "a", "5"), replace=True)
+    assert version.digest == "digest-5"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "error"),
+    [
+        ("a", "not a number", AdapterRefused),
+        ("a", "11", AdapterRefused),
+        ("a", "7", AdapterRefused),
+        ("no spaces", "3", InvalidAdapterName),
+    ],
+)
+async def test_nothing_is_registered_when_it_is_refused(
+    manager: AdapterManager, tmp_path: Path, name: str, text: str, error: type[Exception]
+) -> None:
+    with pytest.raises(error):
+        await manager.register(name, adapter(tmp_path, "folder", text))
+    assert manager.registry.list() == ()
+
+
+async def test_too_large_for_the_arena(manager: AdapterManager, tmp_path: Path) -> None:
+    with pytest.raises(AdapterRefused, match="takes 11 pages, but only 10") as caught:
+        await manager.register("a", adapter(tmp_path, "a", "11"))
+    assert caught.value.code == "too_large"
+
+
+async def test_a_missing_folder(manager: AdapterManager, tmp_path: Path) -> None:
+    with pytest.raises(AdapterNotFound):
+        await manager.register("a", str(tmp_path / "nowhere"))
+
+
+async def test_a_folder_of_adapters(manager: AdapterManager, reader: Reader, tmp_path: Path) -> None:
+    for name, text in (("b", "2"), ("a", "1"), ("bad", "x"), ("huge", "99"), ("no name", "1"), ("nan", "7")):
+        adapter(tmp_path, name, text)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "file.txt").write_text("hello")
+    versions = await manager.register_folder(tmp_path)
+    assert [version.name for version in versions] == ["a", "b", "nan"]
+    assert [version.digest for version in versions] == [None, None, None]
+    assert reader.read_whole == [], "a folder of thousands is not read"
+    assert {name: error.code for name, error in manager.registry.refused.items()} == {
+        "bad": "bad_config",
+        "huge": "too_large",
+    }
+    with pytest.raises(AdapterRefused, match="is no number"):
+        manager.registry.lease("bad")
+    assert await manager.register_folder(tmp_path) == (), "those there are stay as they are"
+    assert [version.name for version in manager.registry.list()] == ["a", "b", "nan"]
+
+
+async def test_what_is_wrong_with_the_values_fails_who_wants_them(
+    manager: AdapterManager, reader: Reader, tmp_path: Path
+) -> None:
+    source = adapter(tmp_path, "nan", "7")
+    (version,) = await manager.register_folder(tmp_path)
+    with pytest.raises(AdapterRefused, match="NaN"):
+        await asyncio.wrap_future(manager.loader.ensure(version))
+    with pytest.raises(AdapterRefused, match="NaN"):
+        await manager.register("other", source)
+    assert [version.name for version in manager.registry.list()] == ["nan"]
+
+
+async def test_each_refusal_is_counted_once_by_its_reason(manager: AdapterManager, tmp_path: Path) -> None:
+    for text in ("not a number", "11", "7"):  # by its config, by its size, by its values
+        with pytest.raises(AdapterRefused):
+            await manager.register("a", adapter(tmp_path, "a", text))
+    adapter(tmp_path, "b", "12")
+    (version,) = await manager.register_folder(tmp_path)  # "a" by its header alone; "b" is refused
+    with pytest.raises(AdapterRefused):
+        await asyncio.wrap_future(manager.loader.ensure(version))
+    with pytest.raises(AdapterNotFound):
+        await manager.register("c", str(tmp_path / "nowhere"))
+    counts = {reason: count for reason, count in manager.registry.refusals.counts().items() if count}
+    assert counts == {"bad_config": 1, "too_large": 2, "not_finite": 2}

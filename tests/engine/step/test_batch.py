@@ -1,0 +1,174 @@
+"""The tensors of a step against the same built token by token in plain Python."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loraplex.kernels.records import TileTable
+from loraplex.server.engine.policy.kv_cache import GroupSpec, KVCache
+from loraplex.server.engine.policy.scheduler import PlanEntry, StepPlan
+from loraplex.server.engine.step.batch import Kept, build_batch
+from loraplex.server.models.inputs import ForwardBatch
+from tests.support.scheduling import FakePlacement, Requests, draws, make_scheduler
+
+CPU = torch.device("cpu")
+GROUPS = (GroupSpec((0, 1), None), GroupSpec((2,), 6))
+ADAPTERS = ("a", "b", "c")
+EMPTY = torch.zeros(0, dtype=torch.int32)
+TILES = TileTable(EMPTY, EMPTY, EMPTY, EMPTY)
+
+
+def slots(placement: FakePlacement) -> dict[str, int]:
+    """Any numbering will do; this one is not the order of the names."""
+    return {digest: 5 + slot for slot, digest in enumerate(placement.device)}
+
+
+def rows_by_hand(plan: StepPlan, slot_of: dict[str, int]) -> list[PlanEntry]:
+    def mix(entry: PlanEntry) -> list[tuple[int, float]]:
+        return [(slot_of[digest], weight) for digest, weight in entry.seq.mix]
+
+    rows: list[PlanEntry] = []
+    for wears in (True, False):
+        for decode in (True, False):
+            bucket = [e for e in plan.entries if bool(e.seq.mix) == wears and e.is_decode == decode]
+            rows += sorted(bucket, key=mix)
+    return rows
+
+
+def check(batch: ForwardBatch, plan: StepPlan, kv: KVCache, slot_of: dict[str, int]) -> None:
+    rows = rows_by_hand(plan, slot_of)
+    ids, positions, owners, is_last = [], [], [], []
+    for row, entry in enumerate(rows):
+        for offset in range(entry.num_tokens):
+            position = entry.seq.num_computed + offset
+            ids.append(entry.seq.tokens[position])
+            positions.append(position)
+            owners.append(row)
+            is_last.append(offset == entry.num_tokens - 1)
+    assert batch.input_ids.tolist() == ids
+    assert batch.positions.tolist() == positions
+    assert batch.input_ids.dtype == batch.positions.dtype == torch.int64
+    assert batch.rope_lens == tuple(len(entry.seq.tokens) for entry in rows)
+
+    meta = batch.attention
+    bounds = [owners.index(row) for row in range(len(rows))] + [len(ids)]
+    assert meta.query_bounds == tuple(meta.query_ptr.tolist()) == tuple(bounds)
+    lens = [entry.seq.num_computed + entry.num_tokens for entry in rows]
+    assert meta.kv_lens_host == tuple(meta.kv_lens.tolist()) == tuple(lens)
+    assert meta.is_decode == tuple(entry.is_decode for entry in rows)
+    assert len(meta.groups) == len(kv.groups)
+    for index, group in enumerate(meta.groups):
+        for row, entry in enumerate(rows):
+            pages = list(kv.tables(entry.seq.number)[index])
+            found = group.block_table[row].tolist()
+            assert found[: len(pages)] == pages
+            assert set(found[len(pages) :]) <= {-1}
+        store = [
+            kv.tables(rows[row].seq.number)[index][position // kv.block_size] * kv.block_size + position % kv.block_size
+            for row, position in zip(owners, positions, strict=True)
+        ]
+        assert group.store_index.tolist() == store
+        assert len(set(store)) == len(store), "two tokens in one place"
+        assert (group.block_table.dtype, group.store_index.dtype) == (torch.int32, torch.int64)
+
+    sampling = [entry for entry in plan.entries if entry.samples]  # in the plan's order
+    last_of = {rows[row].seq: token for token, row in enumerate(owners) if is_last[token]}
+    assert batch.logit_rows.tolist() == [last_of[entry.seq] for entry in sampling]
+    check_segments(batch, rows, slot_of, owners)
+
+
+def check_segments(batch: ForwardBatch, rows: list[PlanEntry], slot_of: dict[str, int], owners: list[int]) -> None:
+    wearing = sum(entry.num_tokens for entry in rows if entry.seq.mix)
+    if not wearing:
+        assert batch.adapters is None
+        return
+    segments = batch.adapters
+    assert segments is not None
+    assert segments.bounds[0] == 0
+    assert segments.bounds[-1] == wearing
+    assert segments.bounds == tuple(segments.indptr.tolist())
+    kinds = []
+    for s, mix in enumerate(segments.mixes):
+        start, stop = segments.bounds[s], segments.bounds[s + 1]
+        assert stop > start
+        kinds.append((s < segments.num_decode_segments, mix))
+        for token in range(start, stop):
+            entry = rows[owners[token]]
+            assert mix == tuple((slot_of[digest], weight) for digest, weight in entry.seq.mix)
+            assert entry.is_decode == (s < segments.num_decode_segments)
+        first, last = segments.mix_ptr[s].item(), segments.mix_ptr[s + 1].item()
+        on_device = zip(segments.mix_slot[first:last].tolist(), segments.mix_weight[first:last].tolist(), strict=True)
+        assert tuple(on_device) == mix
+    assert len(set(kinds)) == len(kinds), "equal mixes of equal role are one segment"
+    assert segments.mix_ptr[-1].item() == len(segments.mix_slot)
+    assert segments.indptr.dtype == segments.mix_ptr.dtype == segments.mix_slot.dtype == torch.int32
+    assert segments.mix_weight.dtype == torch.float32
+
+
+REQUEST = st.tuples(
+    st.integers(1, 25), st.integers(1, 12), st.lists(st.sampled_from(ADAPTERS), max_size=2, unique=True)
+)
+
+
+@settings(max_examples=60)
+@given(st.lists(REQUEST, min_size=1, max_size=10), st.integers(3, 40))
+def test_every_step_of_random_histories(wanted: list[tuple[int, int, list[str]]], budget: int) -> None:
+    scheduler, placement = make_scheduler(60, groups=GROUPS, token_budget=budget, max_num_seqs=6)
+    requests = Requests()
+    for name in ADAPTERS:
+        requests.adapter(name)
+    for index, (prompt, max_tokens, adapters) in enumerate(wanted):
+        request = requests.make(prompt, max_tokens, *adapters)
+        weighted = tuple((lease, 0.25 * (place + index % 2 + 1)) for place, (lease, _) in enumerate(request.mix))
+        request = replace(request, mix=weighted)
+        scheduler.add(request)
+    kept = Kept()
+    while scheduler.num_open:
+        plan = scheduler.schedule()
+        slot_of = slots(placement)
+        for each in (None, kept):
+            check(build_batch(plan, scheduler.kv, TILES, slot_of.get, CPU, each), plan, scheduler.kv, slot_of)
+        scheduler.commit(plan, draws(plan))
+
+
+def test_a_step_of_the_same_sizes_makes_no_tensors() -> None:
+    scheduler, placement = make_scheduler(60, token_budget=16)
+    requests, kept, addresses = Requests(), Kept(), list[int]()
+    requests.adapter("a")
+    for adapters in ((), ("a",)):
+        scheduler.add(requests.make(4, 20, *adapters))
+    for _ in range(6):  # blocks of 4: the prompts, the second block, the first token of the third
+        plan = scheduler.schedule()
+        batch = build_batch(plan, scheduler.kv, TILES, slots(placement).get, CPU, kept)
+        addresses.append(batch.attention.groups[0].block_table.data_ptr())
+        scheduler.commit(plan, draws(plan))
+    assert scheduler.kv.block_size == 4
+    assert len(set(addresses[1:5])) == 1
+    assert addresses[5] != addresses[4]
+
+
+def test_an_example_by_hand() -> None:
+    scheduler, _ = make_scheduler(60, token_budget=16)
+    requests = Requests()
+    requests.adapter("a")
+    requests.adapter("b")
+    for adapters in ((), ("b",), ("a",), ("b",)):
+        scheduler.add(requests.make(2, 9, *adapters))
+    plan = scheduler.schedule()
+    scheduler.commit(plan, draws(plan))
+    scheduler.add(requests.make(3, 9, "a"))
+    scheduler.add(requests.make(30, 9))
+    plan = scheduler.schedule()
+    batch = build_batch(plan, scheduler.kv, TILES, {"digest-b": 1, "digest-a": 4}.get, CPU)
+    assert batch.adapters is not None
+    # decode: b (two sequences), a; prefill: a (3 tokens). The base's decode row and 9 prompt tokens come after.
+    assert batch.adapters.mixes == (((1, 1.0),), ((4, 1.0),), ((4, 1.0),))
+    assert batch.adapters.bounds == (0, 2, 3, 6)
+    assert batch.adapters.num_decode_segments == 2
+    assert batch.attention.query_bounds == (0, 1, 2, 3, 6, 7, 16)
+    assert batch.positions.tolist() == [2, 2, 2, 0, 1, 2, 2, *range(9)]
+    assert batch.logit_rows.tolist() == [6, 0, 2, 1, 5]  # requests 1 to 5; the sixth has more prompt to come
