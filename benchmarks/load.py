@@ -198,7 +198,7 @@ async def send(
     reply = Reply(request.model, time.perf_counter())
     try:
         async with asyncio.timeout(limit):
-            await _exchange(address, request, reply, enough)
+            await _context(address, request, reply, enough)
     except TimeoutError:
         reply.error = f"no end after {limit:.0f} s"
     except NOT_AN_ANSWER as error:
@@ -206,7 +206,7 @@ async def send(
     return reply
 
 
-async def _exchange(address: Address, request: Request, reply: Reply, enough: Callable[[Reply], bool]) -> None:
+async def _context(address: Address, request: Request, reply: Reply, enough: Callable[[Reply], bool]) -> None:
     reader, writer = await _open(address, "POST", request.path, request.body())
     try:
         await writer.drain()

@@ -99,7 +99,7 @@ class RequestLimits:
 
 
 @dataclass(frozen=True)
-class SeeingConfig:
+class TelemetryConfig:
     """What is told of requests, beside the log's lines."""
 
     max_series: int = 100  # adapters, and tenants, with metrics of their own
@@ -206,7 +206,7 @@ class ServeConfig:
     engine: EngineConfig
     adapters: AdaptersConfig = field(default_factory=AdaptersConfig)
     http: HttpConfig = field(default_factory=HttpConfig)
-    seeing: SeeingConfig = field(default_factory=SeeingConfig)
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     auth: AuthConfig = field(default_factory=AuthConfig)
     limits: RequestLimits = field(default_factory=RequestLimits)
     chat_template: Path | None = None  # a file instead of the base's own

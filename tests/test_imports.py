@@ -23,23 +23,17 @@ PARTS = ("server", "kernels", "adapters", "benchmarks")
 LEAVES = ("server.config", "server.version", "server.whole_file", "server.drain", "server.address_space")
 """Files of server/ itself that folders below it use."""
 
+LOW = ("adapters.errors", "adapters.throttle")
 MIDDLE = ("server.text", "server.catalog", "server.tenancy", "server.telemetry")
 
 # What the files of a folder may import of ours; all below a name is meant. The longest name counts.
 LAW: dict[str, tuple[str, ...]] = {
     "kernels": ("kernels",),
     "adapters": ("adapters", "kernels"),
-    "adapters.files": ("adapters.files", "adapters.errors", "adapters.pace"),
-    "adapters.image": ("adapters.image", "adapters.errors", "kernels"),
-    "adapters.format": (
-        "adapters.format",
-        "adapters.image",
-        "adapters.files",
-        "adapters.errors",
-        "adapters.pace",
-        "kernels",
-    ),
-    "adapters.sources": ("adapters.sources", "adapters.format", "adapters.files", "adapters.errors", "adapters.pace"),
+    "adapters.files": ("adapters.files", *LOW),
+    "adapters.image": ("adapters.image", *LOW, "kernels"),
+    "adapters.format": ("adapters.format", "adapters.image", "adapters.files", *LOW, "kernels"),
+    "adapters.sources": ("adapters.sources", "adapters.format", "adapters.files", *LOW),
     "server": (*LEAVES, "server.engine.request", "server.models.demo", "adapters.sources"),
     "server.models": ("server.models", "kernels"),
     "server.engine": ("server.engine", "adapters"),
@@ -54,6 +48,7 @@ LAW: dict[str, tuple[str, ...]] = {
     "server.command": PARTS,
     "benchmarks": PARTS,
 }
+
 TORCH_FREE = (
     *("server.engine.policy", "server.text", "server.catalog", "server.tenancy", "server.telemetry", "server.http"),
     *("adapters.files", "adapters.sources", *LEAVES, "server.startup"),

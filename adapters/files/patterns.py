@@ -16,7 +16,7 @@ from typing import Any
 import regex  # type: ignore[import-untyped]  # re with a time limit
 
 from loraplex.adapters.errors import AdapterRefused
-from loraplex.adapters.pace import Breath
+from loraplex.adapters.throttle import Throttle
 
 MAX_SIZE = 100_000
 """Characters of all patterns of an adapter, each times the product of its counted repeats: 0.2 s to compile."""
@@ -38,9 +38,9 @@ _REPEAT = re.compile(r"(\d{1,6})?(?:,(\d{1,6})?)?")
 class Matcher:
     """Matches a stranger's patterns: bad ones are refused with the key they stand under."""
 
-    def __init__(self, seconds: float, breathe: Callable[[], None]) -> None:
+    def __init__(self, seconds: float, throttle: Callable[[], None]) -> None:
         """seconds: of a core, for all patterns over all paths. `breathe` is called between matches, and may raise."""
-        self._breathe = Breath(breathe, REST)
+        self._throttle = Throttle(throttle, REST)
         self._deadline = time.thread_time() + seconds
         self._left = MAX_SIZE
         self._compiled: dict[str, Any] = {}
@@ -59,7 +59,7 @@ class Matcher:
         return None if found is None or found["idx"] is None else int(found["idx"])
 
     def _run(self, how: str, key: str, pattern: str, path: str) -> Any:
-        self._breathe()
+        self._throttle()
         match = getattr(self._compile(key, pattern), how)
         try:
             try:

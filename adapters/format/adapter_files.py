@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraplex.adapters import pace
 from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.files import tokenizer_files
 from loraplex.adapters.files.beneath import LINKED_OUT, Folder, opened
@@ -28,6 +27,7 @@ from loraplex.adapters.files.tokenizer_files import TokenizerFiles
 from loraplex.adapters.format.peft_config import MAX_BYTES as MAX_CONFIG_BYTES
 from loraplex.adapters.image.hashing import Hash
 from loraplex.adapters.image.packing import OpenFile
+from loraplex.adapters.throttle import READING_NICE
 from loraplex.kernels.hugepages import huge_zeros
 
 CONFIG_FILE = "adapter_config.json"
@@ -143,7 +143,7 @@ def read_head(folder: Path, roots: Sequence[Path] = ()) -> AdapterHead:
 
 def read_bytes(
     folder: Path,
-    breathe: Callable[[], None],
+    throttle: Callable[[], None],
     memory: Callable[[int], Tensor] = huge_zeros,
     roots: Sequence[Path] = (),
 ) -> AdapterBytes:
@@ -160,8 +160,8 @@ def read_bytes(
             data = memory(head.data_bytes)
             try:
                 for at in range(0, head.data_bytes, SLICE_BYTES):
-                    digest.read(OpenFile(handle, head.start + at), data[at : at + SLICE_BYTES], pace.READING_NICE)
-                    breathe()
+                    digest.read(OpenFile(handle, head.start + at), data[at : at + SLICE_BYTES], READING_NICE)
+                    throttle()
             except EOFError:
                 raise ChangedMeanwhile from None
             if _stamp_of(os.fstat(handle)) != head.stamp.weights:

@@ -141,7 +141,7 @@ def parse_config(data: bytes) -> LoraConfig:
 
 
 def plan_modules(
-    config: LoraConfig, paths: Iterable[str], others: Iterable[str], breathe: Callable[[], None] = lambda: None
+    config: LoraConfig, paths: Iterable[str], others: Iterable[str], throttle: Callable[[], None] = lambda: None
 ) -> dict[str, ModulePlan]:
     """Of the modules `paths` (as PEFT sees them: "model.layers.0.self_attn.q_proj"), those the adapter targets.
 
@@ -151,7 +151,7 @@ def plan_modules(
     targeted.
     """
     paths, others = tuple(paths), tuple(others)
-    match = Matcher(PATTERN_SECONDS, breathe)
+    match = Matcher(PATTERN_SECONDS, throttle)
     targets = _Targets(config, match)
     all_linear = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
     for path in others:  # PEFT's "all-linear" leaves the head out, and a table is not linear

@@ -65,7 +65,7 @@ class AdapterModule:
 
 
 @dataclass(frozen=True)
-class Blueprint:
+class ModuleMap:
     """An adapter that is fit for the base by its config and header; any number of adapters may share one."""
 
     modules: tuple[AdapterModule, ...]  # in the base's order
@@ -93,24 +93,24 @@ class _Module:
     tensors: dict[str, str] = field(default_factory=dict)  # "A", "B", "B bias", "bias" -> name in the file
 
 
-def draw_blueprint(
+def map_modules(
     config: LoraConfig,
     header: Mapping[str, TensorInfo],
     layout: BaseLayout,
     base_bias: BaseBias,
-    breathe: Callable[[], None] = lambda: None,
-) -> Blueprint:
+    throttle: Callable[[], None] = lambda: None,
+) -> ModuleMap:
     """Check config and header against the base, calling `breathe` between pieces of work.
 
     Raises AdapterRefused, whose message names the tensor or option, what was found and what was expected.
     """
     prefix, modules = _match_names(header, layout)
-    plans = plan_modules(config, modules, (f"{prefix.removesuffix('layers.')}embed_tokens", "lm_head"), breathe)
+    plans = plan_modules(config, modules, (f"{prefix.removesuffix('layers.')}embed_tokens", "lm_head"), throttle)
     _check_complete(modules, plans, config, base_bias)
     _check_shapes(header, modules, plans, config, layout)
     found = [module for module in modules.values() if module.tensors]
     names = {module.projection.name for module in found}
-    return Blueprint(
+    return ModuleMap(
         modules=tuple(_adapter_module(module, plans.get(module.path)) for module in found),
         header=header,
         rank=max(plan.rank for plan in plans.values()),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from loraplex.adapters.errors import AdapterRefused
-from loraplex.adapters.format.peft_format import AdapterModule, BaseBias, Blueprint
+from loraplex.adapters.format.peft_format import AdapterModule, BaseBias, ModuleMap
 from loraplex.adapters.image.tiles import BaseLayout, BiasDelta, LowRank
 
 Part = LowRank | BiasDelta
@@ -21,22 +21,22 @@ _CANCELLED = 2.0**-20  # B A smaller than this beside A and B is what rounding l
 
 
 def check_values(
-    blueprint: Blueprint,
+    module_map: ModuleMap,
     tensors: Mapping[str, Tensor],
     layout: BaseLayout,
     base_bias: BaseBias,
-    breathe: Callable[[], None],
+    throttle: Callable[[], None],
 ) -> list[Part]:
     """What the adapter adds, without what adds nothing: modules whose A or B is zero, biases equal to the base's.
 
     Raises AdapterRefused: "not_finite", and "no_effect" when nothing is left.
     """
-    _check_finite(tensors, breathe)
+    _check_finite(tensors, throttle)
     parts: list[Part] = []
     reasons: dict[str, None] = {}  # each once, in order
     effective = False
-    for module in blueprint.modules:
-        breathe()
+    for module in module_map.modules:
+        throttle()
         delta = _bias_delta(module, tensors, layout, base_bias)
         if delta is not None and delta.delta.any():
             parts.append(delta)
@@ -69,9 +69,9 @@ def cancels(part: LowRank) -> bool:
     return all(float((row[:, None] * a).sum(0).abs().max()) <= least for row in b)
 
 
-def _check_finite(tensors: Mapping[str, Tensor], breathe: Callable[[], None]) -> None:
+def _check_finite(tensors: Mapping[str, Tensor], throttle: Callable[[], None]) -> None:
     for name, tensor in tensors.items():
-        breathe()
+        throttle()
         if not tensor.isfinite().all():
             bad = int((~tensor.isfinite()).sum())
             raise AdapterRefused(

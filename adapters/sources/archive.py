@@ -31,7 +31,7 @@ _GZIP = b"\x1f\x8b"
 _BLOCK = tarfile.BLOCKSIZE
 
 
-def unpack(archive: Path, folder: Path, max_bytes: int, breathe: Callable[[], object]) -> None:
+def unpack(archive: Path, folder: Path, max_bytes: int, throttle: Callable[[], object]) -> None:
     """Write the adapter's files that `archive` (tar, gzipped or not) holds into `folder`.
 
     max_bytes bounds what the whole archive unpacks to; `breathe` is called between pieces and may raise. Raises
@@ -42,7 +42,7 @@ def unpack(archive: Path, folder: Path, max_bytes: int, breathe: Callable[[], ob
             zipped = file.read(2) == _GZIP
             file.seek(0)
             plain = gzip.GzipFile(fileobj=file) if zipped else file
-            _unpack(_Stream(cast(BinaryIO, plain), max_bytes, breathe), folder)
+            _unpack(_Stream(cast(BinaryIO, plain), max_bytes, throttle), folder)
     except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, ValueError, OverflowError) as error:
         raise AdapterRefused("bad_file", f"the archive is damaged: {' '.join(str(error).split())[:200]}") from None
 
@@ -137,10 +137,10 @@ def _padded(size: int) -> int:
 class _Stream:
     """Read from its start on, in pieces, as far as `limit`."""
 
-    def __init__(self, inner: BinaryIO, limit: int, breathe: Callable[[], object]) -> None:
+    def __init__(self, inner: BinaryIO, limit: int, throttle: Callable[[], object]) -> None:
         self._inner = inner
         self._limit = limit
-        self._breathe = breathe
+        self._throttle = throttle
         self._at = 0
 
     def block(self) -> bytes:
@@ -167,7 +167,7 @@ class _Stream:
             yield chunk
 
     def _read(self, size: int) -> bytes:
-        self._breathe()
+        self._throttle()
         data = self._inner.read(size)
         self._at += len(data)
         if self._at > self._limit:

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from loraplex.adapters.errors import AdapterError, AdapterNotFound, AdapterUnavailable
-from loraplex.adapters.pace import lower_priority
 from loraplex.adapters.sources.addresses import Reach
 from loraplex.adapters.sources.download_cache import DownloadCache, key_of
 from loraplex.adapters.sources.fetch import fetch
@@ -27,6 +26,7 @@ from loraplex.adapters.sources.object_stores import list_bucket
 from loraplex.adapters.sources.remote import Listing
 from loraplex.adapters.sources.sources import Source, find_folder, parse_source
 from loraplex.adapters.sources.web_files import list_web
+from loraplex.adapters.throttle import lower_priority
 
 logger = logging.getLogger(__name__)
 

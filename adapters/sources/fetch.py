@@ -120,7 +120,7 @@ def _write(handle: int, data: bytes) -> None:
             raise AdapterUnavailable(f"the download cannot be written: {error.strerror}") from None
 
 
-def _is_right(file: RemoteFile, path: Path, breathe: Callable[[], object]) -> bool:
+def _is_right(file: RemoteFile, path: Path, throttle: Callable[[], object]) -> bool:
     """Whether size and hashes are those promised."""
     size = path.stat().st_size
     if file.size is not None and size != file.size:
@@ -129,7 +129,7 @@ def _is_right(file: RemoteFile, path: Path, breathe: Callable[[], object]) -> bo
     if hashes:
         with path.open("rb") as content:
             while chunk := content.read(CHUNK_BYTES):
-                breathe()
+                throttle()
                 for hasher, _ in hashes:
                     hasher.update(chunk)
     return all(hasher.hexdigest() == expected.lower() for hasher, expected in hashes)

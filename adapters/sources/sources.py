@@ -47,14 +47,14 @@ _TAG_KEY = secrets.token_bytes(32)
 
 
 @dataclass(frozen=True)
-class Access:
+class SourceAccess:
     """With whose rights a source is read."""
 
     token: str | None = field(default=None, repr=False)  # the caller's own, for the Hub
     ambient: bool = True  # without one: with what the server's own environment gives; False: as anybody could
 
 
-OPERATOR = Access()
+OPERATOR = SourceAccess()
 """With the server's own credentials."""
 
 
@@ -66,7 +66,7 @@ class Source:
     kind: str  # "local", "hub", "s3", "gs", "https" or "http"
     place: str = field(repr=False)  # a path, org/name, bucket/path, or a URL with all its secrets
     revision: str | None = None  # of the Hub
-    access: Access = OPERATOR
+    access: SourceAccess = OPERATOR
 
     @property
     def is_remote(self) -> bool:
@@ -84,7 +84,7 @@ class Source:
         return urlsplit(self.place).hostname or "" if self.kind in ("https", "http") else self.kind
 
 
-def parse_source(text: str, access: Access = OPERATOR) -> Source:
+def parse_source(text: str, access: SourceAccess = OPERATOR) -> Source:
     """Raises AdapterNotFound for what is no source, AdapterRefused ("unsupported_kind") for a kind not known.
 
     A local folder need not exist; find_folder() looks.
@@ -158,7 +158,7 @@ def redact(url: str) -> str:
     )
 
 
-def _hub(text: str, access: Access) -> Source:
+def _hub(text: str, access: SourceAccess) -> Source:
     found = _HUB_ID.fullmatch(text)
     assert found is not None
     if ".." in text or len(found["repo"]) > 2 * MAX_HUB_NAME:
@@ -168,18 +168,18 @@ def _hub(text: str, access: Access) -> Source:
     return Source(shown, "hub", found["repo"], found["revision"], access)
 
 
-def _bucket(kind: str, rest: str, access: Access) -> Source:
+def _bucket(kind: str, rest: str, access: SourceAccess) -> Source:
     """Hub tokens say nothing to buckets, and are left out."""
     bucket, _, path = rest.partition("/")
     path = path.strip("/")
     if _BUCKET.fullmatch(bucket) is None or not path or _climbs(path) or "?" in path or "#" in path:
         raise AdapterNotFound(f"adapter source {_short(f'{kind}://{rest}')!r}: expected {kind}://bucket/path")
     _check_no_address(f"{kind}://{rest}", bucket)
-    access = Access(ambient=access.ambient)
+    access = SourceAccess(ambient=access.ambient)
     return Source(f"{kind}://{bucket}/{path}{_tag(access, '')}", kind, f"{bucket}/{path}", None, access)
 
 
-def _url(kind: str, text: str, access: Access) -> Source:
+def _url(kind: str, text: str, access: SourceAccess) -> Source:
     try:
         parts = urlsplit(text)
         host, port = parts.hostname, parts.port
@@ -190,7 +190,7 @@ def _url(kind: str, text: str, access: Access) -> Source:
     path = parts.path.rstrip("/")
     place = urlunsplit((kind, parts.netloc, path, parts.query, ""))
     hidden = place if parts.query or "@" in parts.netloc else ""
-    access = Access(ambient=access.ambient)
+    access = SourceAccess(ambient=access.ambient)
     return Source(redact(place) + _tag(OPERATOR, hidden), kind, place, None, access)
 
 
@@ -226,7 +226,7 @@ def _netloc(parts: SplitResult) -> str:
     return f"{host}:{parts.port}" if parts.port is not None else host
 
 
-def _tag(access: Access, hidden: str) -> str:
+def _tag(access: SourceAccess, hidden: str) -> str:
     """What tells two sources apart that differ in secrets or rights alone."""
     if access.token is not None or hidden:
         secret = f"{access.token or ''}\0{hidden}".encode()

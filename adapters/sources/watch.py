@@ -46,13 +46,13 @@ class Change:
 class FolderWatch:
     """One thread only."""
 
-    def __init__(self, directory: Path, breathe: Callable[[], object] = lambda: None) -> None:
+    def __init__(self, directory: Path, throttle: Callable[[], object] = lambda: None) -> None:
         """An adapter is a folder in `directory` with an adapter_config.json; names that begin with a dot are none.
 
         `breathe` is called between folders.
         """
         self.directory = directory
-        self._breathe = breathe
+        self._throttle = throttle
         self._told: dict[str, tuple[FileStamp, ...]] = {}  # as the caller knows them
         self._seen: dict[str, tuple[FileStamp, ...]] | None = None  # at the last look
 
@@ -63,7 +63,7 @@ class FolderWatch:
         now = {}
         with opened(self.directory, (self.directory,)) as place:
             for name, is_link in found:
-                self._breathe()
+                self._throttle()
                 config = _stamp(place, name, CONFIG_FILE, is_link)
                 if config:
                     weights = _stamp(place, name, WEIGHTS_FILE, is_link)

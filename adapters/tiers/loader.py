@@ -19,8 +19,8 @@ from typing import Any, Protocol
 from loraplex.adapters.durations import Durations, DurationStats
 from loraplex.adapters.errors import AdapterError
 from loraplex.adapters.files.tokenizer_files import NOTHING, TokenizerFiles
-from loraplex.adapters.pace import Breath
 from loraplex.adapters.registry import AdapterVersion, Registry
+from loraplex.adapters.throttle import Throttle
 from loraplex.adapters.tiers.load_queue import Job, LoadedAdapter, LoadQueue, Priority, Waiter
 from loraplex.adapters.tiers.settle import changed, renew, settle
 
@@ -50,7 +50,7 @@ class Reading:
 
     source: str
     fresh: bool  # trust nothing known from earlier readings: a Hub id is looked up again, all is checked
-    breathe: Callable[[], None]  # to be called between small pieces of work; raises LoadCancelled
+    throttle: Callable[[], None]  # to be called between small pieces of work; raises LoadCancelled
 
 
 @dataclass(frozen=True)
@@ -231,7 +231,7 @@ class Loader:
         while (job := self._next()) is not None:
             outcome: ParsedImage | BaseException
             try:
-                outcome = self._read(Reading(job.source, job.fresh, Breath(partial(self._check_wanted, job))))
+                outcome = self._read(Reading(job.source, job.fresh, Throttle(partial(self._check_wanted, job))))
             except AdapterError as error:
                 outcome = _bare(error)
             except BaseException as error:  # nothing a file holds may end this thread

@@ -42,14 +42,14 @@ from loraplex.adapters.format.adapter_files import (
     read_tokenizer,
     view_tensors,
 )
+from loraplex.adapters.format.pack_plan import PackPlan, is_for
 from loraplex.adapters.format.peft_config import LoraConfig, parse_config
-from loraplex.adapters.format.peft_format import AdapterModule, BaseBias, Blueprint, draw_blueprint
+from loraplex.adapters.format.peft_format import AdapterModule, BaseBias, ModuleMap, map_modules
 from loraplex.adapters.format.peft_values import check_values
-from loraplex.adapters.format.recipe import Recipe, is_for
 from loraplex.adapters.image.packing import OpenFile
 from loraplex.adapters.image.tiles import AdapterImage, BaseLayout, BiasDelta, pack, plan_image
-from loraplex.adapters.pace import Breath
 from loraplex.adapters.sources.sources import resolve
+from loraplex.adapters.throttle import Throttle
 from loraplex.adapters.tiers.loader import ParsedImage, Reading
 from loraplex.adapters.tiers.workspace import Workspace
 from loraplex.kernels.hugepages import Region, huge_zeros
@@ -100,7 +100,7 @@ class _Drawn:
     """A blueprint and what an image of it takes at most."""
 
     key: Hashable
-    blueprint: Blueprint
+    module_map: ModuleMap
     info: AdapterInfo
 
 
@@ -121,7 +121,7 @@ class _Remembered:
     start: int  # of the data
     digest: str = ""
     info: AdapterInfo | None = None
-    recipe: Hashable = None  # its key; None: it has to be packed part by part
+    plan: Hashable = None  # its key; None: it has to be packed part by part
     refusal: AdapterRefused | None = None
 
 
@@ -151,7 +151,7 @@ class AdapterReader:
         self._blueprints: _Latest[_Drawn] = _Latest(MAX_BLUEPRINTS)
         self._infos: _Latest[AdapterInfo] = _Latest(MAX_RECIPES)  # whatever the scaling
         self._headers: _Latest[dict[str, TensorInfo]] = _Latest(MAX_BLUEPRINTS)
-        self._recipes: _Latest[Recipe] = _Latest(MAX_RECIPES)
+        self._plans: _Latest[PackPlan] = _Latest(MAX_RECIPES)
         self._tokenizers: _Latest[TokenizerFiles] = _Latest(MAX_TOKENIZERS)
         self._remembered: _Latest[_Remembered] = _Latest(MAX_REMEMBERED)
 
@@ -173,7 +173,7 @@ class AdapterReader:
             if not config.alpha_pattern:  # else there are patterns to be looked at
                 alike = replace(alike, alpha=1.0, rslora=False)
             key = (alike, _key_of(head))
-            info = self._infos.get(key) or self._infos.put(key, self._draw(head, config, Breath(lambda: None)).info)
+            info = self._infos.get(key) or self._infos.put(key, self._draw(head, config, Throttle(lambda: None)).info)
             return replace(info, tokenizer=self._tokenizer(place))
 
     def read(self, reading: Reading) -> ParsedImage:
@@ -189,51 +189,51 @@ class AdapterReader:
                 parsed = self._repeat(known, reading)
                 if parsed is not None:
                     return parsed
-            with self._room(self._whole_bytes(place, reading.breathe), reading.breathe):
+            with self._room(self._whole_bytes(place, reading.throttle), reading.throttle):
                 return self._read_whole(place, reading)
 
     def _place(self, source: str) -> _Place:
         return _Place(self._locate(source), roots_of(source))
 
-    def _whole_bytes(self, place: _Place, breathe: Callable[[], None]) -> int:
+    def _whole_bytes(self, place: _Place, throttle: Callable[[], None]) -> int:
         """What the file and its image take. Raises what refuses the header."""
         if self._workspace is None:
             return 0
         head = read_head(place.folder, place.roots)
-        info = self._draw(head, parse_config(head.config), breathe).info
+        info = self._draw(head, parse_config(head.config), throttle).info
         return head.start + head.data_bytes + info.num_pages * self._layout.page_bytes
 
-    def _room(self, nbytes: int, breathe: Callable[[], None]) -> AbstractContextManager[None]:
-        return nullcontext() if self._workspace is None else self._workspace.room(nbytes, breathe)
+    def _room(self, nbytes: int, throttle: Callable[[], None]) -> AbstractContextManager[None]:
+        return nullcontext() if self._workspace is None else self._workspace.room(nbytes, throttle)
 
     def _repeat(self, known: _Remembered, reading: Reading) -> ParsedImage | None:
         """Do again what was done at the last reading. None: the files have changed, or it is not known how."""
-        recipe = self._recipes.get(known.recipe)
+        plan = self._plans.get(known.plan)
         if known.refusal is not None:
             head = read_head(known.place.folder, known.place.roots)
             if head.stamp != known.stamp:
                 return None
             raise AdapterRefused(known.refusal.code, str(known.refusal))
-        if recipe is None or known.info is None:
+        if plan is None or known.info is None:
             return None
         try:
             with (
-                self._room(recipe.nbytes, reading.breathe),
+                self._room(plan.nbytes, reading.throttle),
                 known_weights(known.place.folder, known.stamp, known.place.roots) as descriptor,
             ):
                 file = OpenFile(descriptor, known.start)
-                image = recipe.read(file, self._memory(recipe.nbytes), reading.breathe)
+                image = plan.read(file, self._memory(plan.nbytes), reading.throttle)
         except (ChangedMeanwhile, EOFError, OSError):
             return None
         return _parsed(known.digest, known.info, image, known.stamp.weights[2] - known.start)
 
     def _read_whole(self, place: _Place, reading: Reading) -> ParsedImage:
-        files, began = _read_quietly(place, reading.breathe, self._memory)
+        files, began = _read_quietly(place, reading.throttle, self._memory)
         head = files.head
         settled = head.stamp.is_settled(began)
         try:
-            drawn = self._draw(head, parse_config(head.config), reading.breathe)
-            image, recipe = self._make(drawn, files, reading.breathe)
+            drawn = self._draw(head, parse_config(head.config), reading.throttle)
+            image, plan = self._make(drawn, files, reading.throttle)
             tokenizer = self._tokenizer(place)  # read after its stamp: a change meanwhile shows at the next look
         except AdapterRefused as error:
             if settled:
@@ -242,7 +242,7 @@ class AdapterReader:
             raise
         info, digest = replace(drawn.info, tokenizer=tokenizer), tokenizer.mark(files.digest)
         if settled:
-            known = _Remembered(place, head.stamp, head.start, digest, info, recipe)
+            known = _Remembered(place, head.stamp, head.start, digest, info, plan)
             self._remembered.put(reading.source, known)
         return _parsed(digest, info, image, head.data_bytes)
 
@@ -258,18 +258,18 @@ class AdapterReader:
             known = self._tokenizers.put(found, found)
         return known
 
-    def _draw(self, head: AdapterHead, config: LoraConfig, breathe: Callable[[], None]) -> _Drawn:
+    def _draw(self, head: AdapterHead, config: LoraConfig, throttle: Callable[[], None]) -> _Drawn:
         key = (replace(config, base_model=None), _key_of(head))
         drawn = self._blueprints.get(key)
         if drawn is None:
-            breathe()
+            throttle()
             header = self._headers.get(key[1]) or self._parse_header(head)
-            breathe()
-            blueprint = draw_blueprint(config, header, self._layout, self._base_bias, breathe)
-            breathe()
-            plan = plan_image(blueprint.shapes(), self._layout)
-            info = AdapterInfo(blueprint.rank, blueprint.targets, plan.num_pages, plan.nbytes)
-            drawn = _Drawn(key, blueprint, info)
+            throttle()
+            module_map = map_modules(config, header, self._layout, self._base_bias, throttle)
+            throttle()
+            plan = plan_image(module_map.shapes(), self._layout)
+            info = AdapterInfo(module_map.rank, module_map.targets, plan.num_pages, plan.nbytes)
+            drawn = _Drawn(key, module_map, info)
             self._blueprints.put(key, drawn)
             self._headers.put(key[1], header)  # it fits the base: no larger than what is planned for
         if drawn.info.num_pages > self._max_pages:
@@ -284,29 +284,29 @@ class AdapterReader:
         return parse_header(head, TENSORS_A_MODULE * self._layout.num_layers * len(self._layout.projections))
 
     def _make(
-        self, drawn: _Drawn, files: AdapterBytes, breathe: Callable[[], None]
+        self, drawn: _Drawn, files: AdapterBytes, throttle: Callable[[], None]
     ) -> tuple[AdapterImage, Hashable | None]:
         """The image and the key of its recipe, if it has one."""
-        modules = drawn.blueprint.modules
-        if is_for(modules, drawn.blueprint):
+        modules = drawn.module_map.modules
+        if is_for(modules, drawn.module_map):
             key: Hashable = (drawn.key, None)
-            recipe = self._recipe(key, modules, drawn.blueprint)
-            image, sound = recipe.make(files.data, self._memory(recipe.nbytes), breathe)
+            plan = self._plan(key, modules, drawn.module_map)
+            image, sound = plan.make(files.data, self._memory(plan.nbytes), throttle)
             if sound:
                 return image, key
-        tensors = view_tensors(files.data, drawn.blueprint.header)
-        parts = check_values(drawn.blueprint, tensors, self._layout, self._base_bias, breathe)
+        tensors = view_tensors(files.data, drawn.module_map.header)
+        parts = check_values(drawn.module_map, tensors, self._layout, self._base_bias, throttle)
         left = frozenset((part.layer, part.projection.name) for part in parts)
         some = [module for module in modules if (module.layer, module.projection.name) in left]
-        if is_for(some, drawn.blueprint) and not any(isinstance(part, BiasDelta) for part in parts):
+        if is_for(some, drawn.module_map) and not any(isinstance(part, BiasDelta) for part in parts):
             key = (drawn.key, left)
-            recipe = self._recipe(key, some, drawn.blueprint)
-            image, _ = recipe.make(files.data, self._memory(recipe.nbytes), breathe)
+            plan = self._plan(key, some, drawn.module_map)
+            image, _ = plan.make(files.data, self._memory(plan.nbytes), throttle)
             return image, key
         return pack(parts, self._layout), None
 
-    def _recipe(self, key: Hashable, modules: Sequence[AdapterModule], blueprint: Blueprint) -> Recipe:
-        return self._recipes.get(key) or self._recipes.put(key, Recipe(modules, blueprint, self._layout))
+    def _plan(self, key: Hashable, modules: Sequence[AdapterModule], module_map: ModuleMap) -> PackPlan:
+        return self._plans.get(key) or self._plans.put(key, PackPlan(modules, module_map, self._layout))
 
     def _memory(self, nbytes: int) -> Tensor:
         """[nbytes] uint8 holding anything: what an earlier load has left, if there is such."""
@@ -345,21 +345,21 @@ def _key_of(head: AdapterHead) -> Hashable:
 
 
 def _read_quietly(
-    place: _Place, breathe: Callable[[], None], memory: Callable[[int], Tensor]
+    place: _Place, throttle: Callable[[], None], memory: Callable[[int], Tensor]
 ) -> tuple[AdapterBytes, float]:
     """The files while nobody writes to them, and when their reading began, in unix seconds. Raises ChangedMeanwhile."""
     for _ in range(CHANGED_RETRIES):
         began = time.time()
         try:
-            files = read_bytes(place.folder, breathe, memory, place.roots)
+            files = read_bytes(place.folder, throttle, memory, place.roots)
         except ChangedMeanwhile:
             time.sleep(CHANGED_WAIT)
-            breathe()
+            throttle()
             continue
         if began - files.head.stamp.latest >= CHANGED_WAIT:
             return files, began
         time.sleep(CHANGED_WAIT)  # whoever is still writing shows by now
-        breathe()
+        throttle()
         if look(place.folder, place.roots) == files.head.stamp:
             return files, began
     raise ChangedMeanwhile

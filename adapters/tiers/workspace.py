@@ -45,7 +45,7 @@ class Workspace(Generic[M]):
         self._changed = threading.Condition()  # reentrant: memory may be freed by a collection at any point
 
     @contextmanager
-    def room(self, nbytes: int, breathe: Callable[[], None]) -> Iterator[None]:
+    def room(self, nbytes: int, throttle: Callable[[], None]) -> Iterator[None]:
         """Hold `nbytes`, once others have given back enough; `breathe` is called while waiting, and may raise.
 
         Raises AdapterRefused("too_large") for more than there is.
@@ -59,7 +59,7 @@ class Workspace(Generic[M]):
         with self._changed:
             while self._used + nbytes > self.capacity_bytes:
                 self._changed.wait(WAIT_SECONDS)
-                breathe()
+                throttle()
             self._used += nbytes
             self.peak_bytes = max(self.peak_bytes, self._used)
             self._trim()

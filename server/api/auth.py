@@ -51,8 +51,8 @@ class KeyMiddleware:
         if caller is None:
             await refusal(scope["path"], _unauthorized())(scope, receive, send)
             return
-        if (exchange := current_exchange()) is not None:
-            exchange.tenant = caller.key.tenant
+        if (context := current_exchange()) is not None:
+            context.tenant = caller.key.tenant
         with calling(caller):
             await self._pass(caller, scope, receive, send)
 

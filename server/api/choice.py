@@ -82,7 +82,7 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class GenerationOptions:
     """What a route asks for beyond the fields that all of them have."""
 
     max_tokens: int | None  # None: up to the context's end
@@ -100,8 +100,8 @@ class Wanted:
     watermark: bool = False  # see SamplingParams
 
 
-def _as_it_is(tokenizer: Tokenizer, wanted: Wanted) -> Wanted:
-    return wanted
+def _as_it_is(tokenizer: Tokenizer, options: GenerationOptions) -> GenerationOptions:
+    return options
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,8 @@ class PromptSource:
     param: str  # the field they come in
     sizes: tuple[int, ...]  # of each of its texts, in characters
     read: Callable[[Tokenizer], list[Prompt]]  # may take long
-    refine: Callable[[Tokenizer, Wanted], Wanted] = _as_it_is  # what else the tokenizer decides. Raises ApiError
+    # What else the tokenizer decides; raises ApiError.
+    refine: Callable[[Tokenizer, GenerationOptions], GenerationOptions] = _as_it_is
     rest: int = 0  # characters, about, of what else the two look at
 
 
@@ -152,7 +153,7 @@ class Choice:
         detokenizer: Detokenizer,
         parts: Parts,
         echo: Echo | None,
-        wanted: Wanted,
+        options: GenerationOptions,
         eos_ids: frozenset[int],
     ) -> None:
         self.params = request.params
@@ -170,7 +171,7 @@ class Choice:
         self._anew = False
         self._aborted = False
         self._echo = echo  # until it was said
-        self._wanted = wanted
+        self._options = options
         self._shift = len(echo.text) if echo is not None else 0
         self._submitted = submitted  # time.monotonic()
         self._last_time = request.arrival
@@ -207,8 +208,8 @@ class Choice:
     @property
     def is_plain(self) -> bool:
         """Whether its tokens after the first are text and nothing else, but for the one that ends it."""
-        wanted = self._wanted
-        return not self._detokenizer.has_stops and wanted.logprobs is None and not wanted.prompt_only
+        options = self._options
+        return not self._detokenizer.has_stops and options.logprobs is None and not options.prompt_only
 
     def divert(self, shortcut: Shortcut) -> None:
         """See EventStream.divert: what `shortcut` takes is not among the deltas."""
@@ -282,9 +283,9 @@ class Choice:
             self._count(event)
             if event.finish is FinishReason.STOP:
                 stop_reason = None if event.token_id in self._eos_ids else event.token_id
-                if self._wanted.whole_tokens:
+                if self._options.whole_tokens:
                     self._score(event.token_id, event)
-            elif not self._wanted.prompt_only:  # the token that stops is no part of the answer
+            elif not self._options.prompt_only:  # the token that stops is no part of the answer
                 text = self._show(event.token_id, event)
         if event.finish is FinishReason.ERROR:
             self.finish_reason = "error"
@@ -297,7 +298,7 @@ class Choice:
             self._check_constraint()
         if self._detokenizer.stopped_by is not None:
             finish, stop_reason = "stop", self._detokenizer.stopped_by
-        if self._wanted.prompt_only:
+        if self._options.prompt_only:
             finish, stop_reason = "length", None
         if finish is not None:
             self.finish_reason = finish
@@ -311,9 +312,9 @@ class Choice:
     def _check_constraint(self) -> None:
         """Raises ApiError where the grammar gave up: the answer ends where it should not."""
         constraint = self._request.constraint
-        if constraint is not None and constraint.failure is not None and self._wanted.grammar is not None:
+        if constraint is not None and constraint.failure is not None and self._options.grammar is not None:
             self.finish_reason = "error"
-            param = self._wanted.grammar[0]
+            param = self._options.grammar[0]
             raise InvalidField(
                 param,
                 f"{param}: the grammar failed after {self.num_tokens} tokens: {constraint.failure}",
@@ -340,7 +341,7 @@ class Choice:
     def _is_out(self, ended: bool) -> bool:
         """Whether the text of the oldest unreleased token is out, or the beginning of it."""
         tokens, released = self._unreleased, self._shift + self._detokenizer.released
-        if ended or not self._wanted.whole_tokens:
+        if ended or not self._options.whole_tokens:
             return tokens[0].offset < released
         return (tokens[1].offset if len(tokens) > 1 else self._shift + self._detokenizer.decoded) <= released
 

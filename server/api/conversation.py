@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from loraplex.server.api.chat_schemas import Message, Tool
-from loraplex.server.api.choice import Prompt, PromptSource, Wanted
+from loraplex.server.api.choice import GenerationOptions, Prompt, PromptSource
 from loraplex.server.api.errors import InvalidField, UnsupportedField
 from loraplex.server.api.limits import check_schema
 from loraplex.server.api.schemas import kind_of
@@ -140,9 +140,9 @@ class Conversation:
     def source(self) -> PromptSource:
         """Where a Generation reads the prompt, and what the answer is held to."""
 
-        def refine(tokenizer: Tokenizer, wanted: Wanted) -> Wanted:
+        def refine(tokenizer: Tokenizer, options: GenerationOptions) -> GenerationOptions:
             dialogue = self.on(tokenizer)
-            return replace(wanted, grammar=dialogue.grammar(wanted.grammar), show_special=dialogue.show_special)
+            return replace(options, grammar=dialogue.grammar(options.grammar), show_special=dialogue.show_special)
 
         def read(tokenizer: Tokenizer) -> list[Prompt]:
             return [self.on(tokenizer).prompt()]

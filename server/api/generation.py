@@ -14,7 +14,7 @@ from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from typing import TypeVar
 
-from loraplex.server.api.choice import Choice, Delta, Echo, Prompt, PromptSource, Wanted
+from loraplex.server.api.choice import Choice, Delta, Echo, GenerationOptions, Prompt, PromptSource
 from loraplex.server.api.direct import DirectBody
 from loraplex.server.api.errors import ApiError, InvalidField, to_api_error
 from loraplex.server.api.limits import check_scores, check_sequences
@@ -36,21 +36,23 @@ T = TypeVar("T")
 class Generation:
     """All choices of one request."""
 
-    def __init__(self, parts: Parts, record: GenerationFields, source: PromptSource, wanted: Wanted) -> None:
+    def __init__(
+        self, parts: Parts, record: GenerationFields, source: PromptSource, options: GenerationOptions
+    ) -> None:
         """Raises InvalidField, ShuttingDown."""
         parts.drain.check()
         self._parts = parts
         self._record = record
         self._source = source
-        self._wanted = wanted
+        self._options = options
         self._spec = SamplingSpec.build(
             record,
             parts.defaults,
             parts.base.vocab_size,
-            wanted.max_tokens,
-            wanted.logprobs,
-            prompt_logprobs=wanted.logprobs if wanted.echo else None,
-            watermark=wanted.watermark,
+            options.max_tokens,
+            options.logprobs,
+            prompt_logprobs=options.logprobs if options.echo else None,
+            watermark=options.watermark,
         )
         self._arrival = time.monotonic()
         self._caller = current_caller()
@@ -83,7 +85,7 @@ class Generation:
 
     def usage(self) -> Usage:
         """Counted so far: final once the deltas have ended."""
-        answered = 0 if self._wanted.prompt_only else sum(choice.num_tokens for choice in self._choices)
+        answered = 0 if self._options.prompt_only else sum(choice.num_tokens for choice in self._choices)
         total = self.prompt_tokens + answered
         return Usage(
             prompt_tokens=self.prompt_tokens,
@@ -94,7 +96,7 @@ class Generation:
 
     def cached_tokens(self) -> int:
         """Of the prompts, found in the prefix cache by all of a prompt's choices: what nobody computed for this."""
-        n = self._wanted.num_choices
+        n = self._options.num_choices
         groups = (self._choices[start : start + n] for start in range(0, len(self._choices), n))
         return sum(min(choice.cached_tokens for choice in group) for group in groups)
 
@@ -112,7 +114,7 @@ class Generation:
                     await self._submit(prompts, grammar, worn.mix)
                 self.submitted = time.monotonic()
                 for prompt in prompts:
-                    self._parts.metrics.prompt(len(prompt.ids), self._wanted.num_choices)
+                    self._parts.metrics.prompt(len(prompt.ids), self._options.num_choices)
                 names = [name for name in (self.key, self._record.rid, self.client_id) if name]
                 owner = self._caller.key.tenant
                 with self._caller.at_work(), self._parts.open_answers.known_as(owner, names, self.abort):
@@ -155,26 +157,26 @@ class Generation:
     @contextmanager
     def _noted(self) -> Iterator[None]:
         """The exchange goes on for as long, and then knows what was asked for."""
-        exchange = current_exchange()
-        if exchange is None:
+        context = current_exchange()
+        if context is None:
             yield
             return
-        exchange.tenant = self._caller.key.tenant
-        with exchange.held():
+        context.tenant = self._caller.key.tenant
+        with context.held():
             try:
                 yield
             finally:
-                exchange.prompt_tokens += self.prompt_tokens
+                context.prompt_tokens += self.prompt_tokens
 
     def _note_model(self) -> None:
         """Only now: what is no name that is served may be anything, also a prompt, and is not logged."""
-        exchange = current_exchange()
-        if exchange is not None:
-            exchange.model = self._record.model or self._parts.base.names[0]
+        context = current_exchange()
+        if context is not None:
+            context.model = self._record.model or self._parts.base.names[0]
 
     async def _end(self) -> None:
         """Close all choices and tell of them."""
-        exchange, turn = current_exchange(), Turn()
+        context, turn = current_exchange(), Turn()
         for choice in self._choices:
             await choice.close()
         for choice in self._choices:
@@ -183,41 +185,41 @@ class Generation:
             self._parts.metrics.choice_ended(
                 times, self._caller.key.tenant, times.ended - self._arrival, choice.params.max_tokens
             )
-            if exchange is not None:
-                exchange.add(times)
+            if context is not None:
+                context.add(times)
 
     def _charge(self, choices: Iterable[Choice]) -> None:
         """Let the caller pay for what they generated since."""
-        if not self._wanted.prompt_only:
+        if not self._options.prompt_only:
             self._caller.pay_answer(sum([choice.take_unpaid() for choice in choices]))
 
     async def _prompts(self) -> list[Prompt]:
         base, source, tokenizer = self._parts.base, self._source, self.tokenizer
         check_length(max(source.sizes, default=0), tokenizer, base, source.param)
 
-        def read() -> tuple[Wanted, list[Prompt]]:
-            return source.refine(tokenizer, self._wanted), source.read(tokenizer)
+        def read() -> tuple[GenerationOptions, list[Prompt]]:
+            return source.refine(tokenizer, self._options), source.read(tokenizer)
 
         size, slow = sum(source.sizes) + source.rest, tokenizer.renders_slowly
         if slow or size >= Tokenizer.LONG_TEXT:
-            self._wanted, prompts = await self._parts.texts.run(self._caller.key.tenant, size, slow, read)
+            self._options, prompts = await self._parts.texts.run(self._caller.key.tenant, size, slow, read)
         else:
-            self._wanted, prompts = read()
-        n = self._wanted.num_choices
+            self._options, prompts = read()
+        n = self._options.num_choices
         check_sequences(len(prompts), n, "n", self._parts.limits)
         for prompt in prompts:
             check_prompt(prompt.ids, base, source.param)
         self.prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
-        if self._wanted.echo and self._wanted.logprobs is not None:
-            answers = n * self._wanted.beside
-            check_scores(self.prompt_tokens, answers, self._wanted.logprobs, source.param, self._parts.limits)
+        if self._options.echo and self._options.logprobs is not None:
+            answers = n * self._options.beside
+            check_scores(self.prompt_tokens, answers, self._options.logprobs, source.param, self._parts.limits)
         self.thought = prompts[0].thought
         return prompts
 
     async def _grammar(self, thought: Thought) -> Grammar | None:
-        if self._wanted.grammar is None:
+        if self._options.grammar is None:
             return None
-        param, spec = self._wanted.grammar
+        param, spec = self._options.grammar
         if self._record.ignore_eos:
             raise InvalidField("ignore_eos", "ignore_eos: a structured answer has an end of its own")
         try:
@@ -227,12 +229,12 @@ class Generation:
 
     async def _submit(self, prompts: list[Prompt], grammar: Grammar | None, mix: Mix) -> None:
         """Make the choices, a request each; others have their turn meanwhile."""
-        wanted, turn = self._wanted, Turn()
+        options, turn = self._options, Turn()
         for prompt in prompts:
             ids = tuple(prompt.ids)
-            scored = wanted.logprobs is not None
-            echo = await Echo.build(self.tokenizer, prompt, scored) if wanted.echo else None
-            for choice in range(wanted.num_choices):
+            scored = options.logprobs is not None
+            echo = await Echo.build(self.tokenizer, prompt, scored) if options.echo else None
+            for choice in range(options.num_choices):
                 request = self._request(ids, choice, grammar, mix)
                 self._choices.append(self._choice(request, echo))
                 await turn.take()
@@ -251,18 +253,18 @@ class Generation:
             deadline=self._arrival + self._record.timeout if self._record.timeout is not None else None,
             cache_salt=self._record.cache_salt or "",
             constraint=grammar.start(self.tokenizer.eos_ids) if grammar is not None else None,
-            pooling=self._wanted.pooling,
+            pooling=self._options.pooling,
         )
 
     def _choice(self, request: GenerationRequest, echo: Echo | None) -> Choice:
-        record, wanted, tokenizer = self._record, self._wanted, self.tokenizer
+        record, options, tokenizer = self._record, self._options, self.tokenizer
         detokenizer = Detokenizer(
             tokenizer,
             request.prompt_ids,
             stop=record.stop,
             include_stop=bool(record.include_stop_str_in_output),
             min_tokens=request.params.min_tokens,
-            skip_special_tokens=record.skip_special_tokens is not False and not wanted.show_special,
+            skip_special_tokens=record.skip_special_tokens is not False and not options.show_special,
             stop_tokens=tokenizer.special_ids(record.stop),
         )
         try:
@@ -271,7 +273,7 @@ class Generation:
         except ContextTooLong as error:
             raise to_api_error(error, self._source.param) from error
         eos_ids = frozenset((*self._parts.defaults.eos_token_ids, *tokenizer.eos_ids))
-        return Choice(len(self._choices), request, submitted, events, detokenizer, self._parts, echo, wanted, eos_ids)
+        return Choice(len(self._choices), request, submitted, events, detokenizer, self._parts, echo, options, eos_ids)
 
 
 def check_length(characters: int, tokenizer: Tokenizer, base: Base, param: str) -> None:

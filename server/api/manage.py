@@ -9,7 +9,7 @@ from loraplex.adapters.errors import AdapterNotFound, AdapterRefused
 from loraplex.adapters.sources.sources import is_hub_id, parse_source
 from loraplex.server.api.errors import ApiError
 from loraplex.server.api.parts import Parts
-from loraplex.server.catalog.quota import Holder, TooManyAdapters
+from loraplex.server.catalog.quota import QuotaOwner, TooManyAdapters
 from loraplex.server.tenancy.rate_limits import RateLimited
 from loraplex.server.tenancy.tenants import current_caller, current_key
 
@@ -44,7 +44,7 @@ class AllPlacesTaken(RateLimited):
 
 
 @contextmanager
-def counting_adapters() -> Iterator[Holder | None]:
+def counting_adapters() -> Iterator[QuotaOwner | None]:
     """Who has what is loaded or merged in the block; None: an admin, or anybody on a server without keys.
 
     Too many are a limit of the key like the others: 429, counted with them. Raises RateLimited.
@@ -52,7 +52,7 @@ def counting_adapters() -> Iterator[Holder | None]:
     caller = current_caller()
     with caller.counted():
         try:
-            yield None if caller.key.admin else Holder(caller.key.tenant, caller.key.max_adapters)
+            yield None if caller.key.admin else QuotaOwner(caller.key.tenant, caller.key.max_adapters)
         except TooManyAdapters as error:
             kind = RateLimited if error.passes else AllPlacesTaken
             raise kind(str(error), error.retry_after, "adapters") from None

@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from loraplex.adapters.errors import AdapterNotFound
 from loraplex.adapters.registry import AdapterLease
 from loraplex.adapters.sources.merge_plan import MergePlan
-from loraplex.adapters.sources.sources import Access
+from loraplex.adapters.sources.sources import SourceAccess
 from loraplex.server.api.errors import ApiError, InvalidField, UnsupportedField
 from loraplex.server.api.manage import counting_adapters, permitted_source
 from loraplex.server.api.parts import Base, Parts
@@ -42,7 +42,7 @@ Mix = tuple[tuple[AdapterLease, float], ...]
 
 
 @dataclass(frozen=True)
-class Worn:
+class AdapterUse:
     """What one request wears, and how its texts are written then."""
 
     mix: Mix
@@ -63,7 +63,7 @@ class Term:
 
 
 @dataclass(frozen=True)
-class Wish:
+class AdapterChoice:
     """All that a request wants to wear, read but not looked up."""
 
     terms: tuple[Term, ...]
@@ -71,40 +71,40 @@ class Wish:
 
 
 @asynccontextmanager
-async def leased(parts: Parts, record: AdapterFields) -> AsyncIterator[Worn]:
+async def leased(parts: Parts, record: AdapterFields) -> AsyncIterator[AdapterUse]:
     """The adapters `record` asks for, leased for the block; what they were loaded or merged for first is done by then.
 
     Raises ApiError (400; 404 for a name nobody has), AdapterError for one that cannot be loaded or merged, Overloaded
     where there is no room for it, or no more for this caller.
     """
-    wish = read_wish(parts.base, record)
-    if not wish.terms and not current_key().may_use_base:
+    choice = read_wish(parts.base, record)
+    if not choice.terms and not current_key().may_use_base:
         raise not_found(record.model)
     with ExitStack() as held:
-        leases = [held.enter_context(await _lease(parts, term, record.api_token)) for term in wish.terms]
-        tokenizer = _tokenizer(parts, wish, leases)
-        if wish.merge is not None:
-            with counting_adapters() as holder:
-                leases = [held.enter_context(await parts.on_demand.merge(leases, wish.merge, holder))]
-        weights = (1.0,) if wish.merge is not None else (term.weight for term in wish.terms)
-        yield Worn(tuple(zip(leases, weights, strict=True)), tokenizer)
+        leases = [held.enter_context(await _lease(parts, term, record.api_token)) for term in choice.terms]
+        tokenizer = _tokenizer(parts, choice, leases)
+        if choice.merge is not None:
+            with counting_adapters() as owner:
+                leases = [held.enter_context(await parts.on_demand.merge(leases, choice.merge, owner))]
+        weights = (1.0,) if choice.merge is not None else (term.weight for term in choice.terms)
+        yield AdapterUse(tuple(zip(leases, weights, strict=True)), tokenizer)
 
 
 def tokenizer_of(parts: Parts, model: str) -> Tokenizer:
     """How texts for `model` are written. Raises ApiError (404) unless it could be worn now."""
-    wish = Wish(_read_text(parts.base, "model", model, None))
-    if not wish.terms and not current_key().may_use_base:
+    choice = AdapterChoice(_read_text(parts.base, "model", model, None))
+    if not choice.terms and not current_key().may_use_base:
         raise not_found(model)
     with ExitStack() as held:
-        return _tokenizer(parts, wish, [held.enter_context(_find(parts, term)) for term in wish.terms])
+        return _tokenizer(parts, choice, [held.enter_context(_find(parts, term)) for term in choice.terms])
 
 
-def _tokenizer(parts: Parts, wish: Wish, leases: Sequence[AdapterLease]) -> Tokenizer:
+def _tokenizer(parts: Parts, choice: AdapterChoice, leases: Sequence[AdapterLease]) -> Tokenizer:
     """Raises InvalidField where the adapters of a mix write texts differently."""
     try:
         return parts.tokenizers.of([lease.version.tokenizer for lease in leases])
     except TokenizersDiffer as error:
-        param = wish.terms[0].param.partition(".")[0].partition("[")[0]
+        param = choice.terms[0].param.partition(".")[0].partition("[")[0]
         raise InvalidField(param, f"{param}: {error}") from None
 
 
@@ -118,18 +118,18 @@ def strip_base(base: Base, text: str) -> str | None:
     return text
 
 
-def read_wish(base: Base, record: AdapterFields) -> Wish:
+def read_wish(base: Base, record: AdapterFields) -> AdapterChoice:
     """What `record` asks for. Raises InvalidField where two fields ask for different things."""
-    wishes = [Wish(_read_text(base, "model", record.model, record.adapter_source))]
+    choices = [AdapterChoice(_read_text(base, "model", record.model, record.adapter_source))]
     if record.adapters:
-        wishes.append(Wish(_read_terms(base, record)))
+        choices.append(AdapterChoice(_read_terms(base, record)))
     if record.adapter_id not in (None, "", LORAX_BASE):
-        wishes.append(Wish(_read_text(base, "adapter_id", record.adapter_id or "", record.adapter_source)))
+        choices.append(AdapterChoice(_read_text(base, "adapter_id", record.adapter_id or "", record.adapter_source)))
     if record.merged_adapters is not None:
-        wishes.append(_read_merged(base, record.merged_adapters, record.adapter_source))
+        choices.append(_read_merged(base, record.merged_adapters, record.adapter_source))
     if record.lora_path:
-        wishes.append(Wish(_read_text(base, "lora_path", record.lora_path, None)))
-    asked = [wish for wish in wishes if wish.terms]
+        choices.append(AdapterChoice(_read_text(base, "lora_path", record.lora_path, None)))
+    asked = [choice for choice in choices if choice.terms]
     for other in asked[1:]:
         if _same(asked[0]) != _same(other):
             first, second = asked[0].terms[0], other.terms[0]
@@ -139,7 +139,7 @@ def read_wish(base: Base, record: AdapterFields) -> Wish:
                 f"{field}: it names {_show(second.text)!r}, but {first.param} names {_show(first.text)!r} already; "
                 "give one of them (several adapters together: adapters, or a mix in model)",
             )
-    return asked[0] if asked else Wish(())
+    return asked[0] if asked else AdapterChoice(())
 
 
 def not_found(model: str, param: str = "model") -> ApiError:
@@ -148,8 +148,8 @@ def not_found(model: str, param: str = "model") -> ApiError:
     return ApiError(404, message, param=param, code="model_not_found")
 
 
-def _same(wish: Wish) -> object:
-    return sorted((term.text, term.weight) for term in wish.terms), wish.merge
+def _same(choice: AdapterChoice) -> object:
+    return sorted((term.text, term.weight) for term in choice.terms), choice.merge
 
 
 def _read_text(base: Base, param: str, text: str, origin: str | None) -> tuple[Term, ...]:
@@ -193,7 +193,7 @@ def _read_terms(base: Base, record: AdapterFields) -> tuple[Term, ...]:
     )
 
 
-def _read_merged(base: Base, merged: MergedAdapters, origin: str | None) -> Wish:
+def _read_merged(base: Base, merged: MergedAdapters, origin: str | None) -> AdapterChoice:
     where = "merged_adapters"
     if len(merged.ids) != len(merged.weights):
         raise InvalidField(
@@ -203,13 +203,13 @@ def _read_merged(base: Base, merged: MergedAdapters, origin: str | None) -> Wish
     terms = tuple(_one(base, Term(f"{where}.ids[{i}]", name, weight, origin)) for i, (name, weight) in enumerate(pairs))
     strategy = merged.merge_strategy or "linear"
     if strategy == "linear":
-        return Wish(terms)
+        return AdapterChoice(terms)
     if not merged.density:
         raise InvalidField(
             f"{where}.density", f"{where}.density: {strategy} keeps this share of the values; give it, more than 0"
         )
     plan = MergePlan(strategy, tuple(merged.weights), merged.density, merged.majority_sign_method or "total")
-    return Wish(terms, plan)
+    return AdapterChoice(terms, plan)
 
 
 def _one(base: Base, term: Term) -> Term:
@@ -240,8 +240,8 @@ async def _lease(parts: Parts, term: Term, token: str | None) -> AdapterLease:
         )
     source = permitted_source(parts, source_of(term.origin, term.text))
     # without keys everybody is the operator; with them, nobody fetches with the operator's credentials but who may
-    with counting_adapters() as holder:
-        return await parts.on_demand.lease(source, Access(token, ambient=current_key().admin), holder)
+    with counting_adapters() as owner:
+        return await parts.on_demand.lease(source, SourceAccess(token, ambient=current_key().admin), owner)
 
 
 def _find(parts: Parts, term: Term) -> AdapterLease:

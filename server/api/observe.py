@@ -10,7 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from loraplex.server.api.errors import error_response, to_api_error
 from loraplex.server.telemetry.logs import log_access
-from loraplex.server.telemetry.request_context import Exchange, exchanging, request_id
+from loraplex.server.telemetry.request_context import RequestContext, exchanging, request_id
 
 if TYPE_CHECKING:
     from loraplex.server.telemetry.tracing import Tracing
@@ -33,24 +33,24 @@ class ObserveMiddleware:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        exchange = Exchange(request_id(headers.get(HEADER)), scope["method"], scope["path"], on_end=log_access)
-        if headers.get(HEADER) != exchange.request_id:  # further in there is only the one it has
+        context = RequestContext(request_id(headers.get(HEADER)), scope["method"], scope["path"], on_end=log_access)
+        if headers.get(HEADER) != context.request_id:  # further in there is only the one it has
             others = [(name, value) for name, value in scope["headers"] if name != HEADER.encode()]
-            scope = {**scope, "headers": [*others, (HEADER.encode(), exchange.request_id.encode())]}
+            scope = {**scope, "headers": [*others, (HEADER.encode(), context.request_id.encode())]}
         if self._tracing is not None:
-            self._tracing.begin(exchange, headers)
+            self._tracing.begin(context, headers)
 
         async def send_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                exchange.status = message["status"]
-                MutableHeaders(scope=message)[HEADER] = exchange.request_id
+                context.status = message["status"]
+                MutableHeaders(scope=message)[HEADER] = context.request_id
             await send(message)
 
-        with exchanging(exchange):
+        with exchanging(context):
             try:
                 await self._app(scope, receive, send_id)
             except Exception as error:
-                if exchange.status:  # half an answer is out: the connection has to break
+                if context.status:  # half an answer is out: the connection has to break
                     raise
-                logger.exception("%s %s failed", exchange.method, exchange.path[:200])
+                logger.exception("%s %s failed", context.method, context.path[:200])
                 await error_response(to_api_error(error))(scope, receive, send_id)

@@ -10,8 +10,7 @@ from typing import Protocol
 
 from loraplex.adapters.files.beneath import below
 from loraplex.adapters.registry import AdapterVersion, Registry
-from loraplex.adapters.sources.sources import OPERATOR
-from loraplex.adapters.sources.sources import Access as SourceAccess
+from loraplex.adapters.sources.sources import OPERATOR, SourceAccess
 from loraplex.server.api.abort import OpenAnswers
 from loraplex.server.api.body import Bodies
 from loraplex.server.catalog.on_demand import OnDemand

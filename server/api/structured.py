@@ -61,13 +61,13 @@ def _read_format(value: dict[str, Any], where: str) -> GrammarSpec | None:
             return GrammarSpec("json_schema", ANY_OBJECT) if key is None else _schema(value[key], f"{where}.{key}")
         case "json_schema":
             inner = next((key for key in ("json_schema", "value") if key in value), None)  # the latter is TGI's
-            holder, path = (value, where) if inner is None else (value[inner], f"{where}.{inner}")
-            if not isinstance(holder, dict):
-                raise InvalidField(path, f"{path}: expected an object, found {kind_of(holder)}")
-            if "schema" not in holder:
+            owner, path = (value, where) if inner is None else (value[inner], f"{where}.{inner}")
+            if not isinstance(owner, dict):
+                raise InvalidField(path, f"{path}: expected an object, found {kind_of(owner)}")
+            if "schema" not in owner:
                 raise InvalidField(f"{path}.schema", f"{path}.schema: this field is required")
-            strict = holder.get("strict")
-            return _schema(holder["schema"], f"{path}.schema", lenient=strict is False, strict=strict is True)
+            strict = owner.get("strict")
+            return _schema(owner["schema"], f"{path}.schema", lenient=strict is False, strict=strict is True)
         case "json":  # TGI's
             return _schema(value.get("value"), f"{where}.value")
         case "regex":

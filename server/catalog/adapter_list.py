@@ -22,7 +22,7 @@ class AdapterListError(ValueError):
 
 
 @dataclass(frozen=True)
-class Wish:
+class DesiredAdapter:
     """An adapter that shall be there."""
 
     name: str
@@ -35,7 +35,7 @@ class Wish:
 class AdapterList:
     """What a file asks for."""
 
-    present: tuple[Wish, ...] = ()
+    present: tuple[DesiredAdapter, ...] = ()
     absent: frozenset[str] = frozenset()
 
 
@@ -67,16 +67,16 @@ def parse_list(text: str) -> AdapterList:
         _check_name(name, "ensureAbsent")
     absent = frozenset(listed)
     names: set[str] = set()
-    for wish in present:
-        if wish.name in names:
-            raise AdapterListError(f"ensurePresent names {wish.name!r} twice")
-        if wish.name in absent:
-            raise AdapterListError(f"{wish.name!r} is in ensurePresent and in ensureAbsent")
-        names.add(wish.name)
+    for desired in present:
+        if desired.name in names:
+            raise AdapterListError(f"ensurePresent names {desired.name!r} twice")
+        if desired.name in absent:
+            raise AdapterListError(f"{desired.name!r} is in ensurePresent and in ensureAbsent")
+        names.add(desired.name)
     return AdapterList(present, absent)
 
 
-def _wish(item: Any, index: int) -> Wish:
+def _wish(item: Any, index: int) -> DesiredAdapter:
     where = f"ensurePresent[{index}]"
     found = _mapping(item, where, ("name", "source", "pinned"))
     name, source, pinned = found.get("name"), found.get("source"), found.get("pinned", False)
@@ -85,7 +85,7 @@ def _wish(item: Any, index: int) -> Wish:
         raise AdapterListError(f"{where}: source is {reprlib.repr(source)}; expected a folder, org/name or a URL")
     if not isinstance(pinned, bool):
         raise AdapterListError(f"{where}: pinned is {reprlib.repr(pinned)}; expected true or false")
-    return Wish(str(name), source, pinned)
+    return DesiredAdapter(str(name), source, pinned)
 
 
 def _mapping(raw: Any, where: str, keys: tuple[str, ...]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from loraplex.adapters.files.beneath import below
 from loraplex.adapters.files.tokenizer_files import TokenizerFiles
 from loraplex.adapters.registry import AdapterVersion, Registry
 from loraplex.adapters.sources.downloads import Downloads
-from loraplex.adapters.sources.sources import OPERATOR, Access, parse_source
+from loraplex.adapters.sources.sources import OPERATOR, SourceAccess, parse_source
 from loraplex.adapters.tiers.loader import LoadedAdapter, Loader
 from loraplex.adapters.tiers.settle import renew
 from loraplex.server.catalog.arrivals import Arrivals, when_done
@@ -85,7 +85,7 @@ class AdapterManager:
         *,
         replace: bool = False,
         pinned: bool = False,
-        access: Access = OPERATOR,
+        access: SourceAccess = OPERATOR,
         around: Around | None = None,
     ) -> AdapterVersion:
         """Fetch and read all of `source` (see sources.py) in the background and give it `name`.
@@ -109,7 +109,7 @@ class AdapterManager:
         source: str,
         *,
         replace: bool = False,
-        access: Access = OPERATOR,
+        access: SourceAccess = OPERATOR,
         stale: bool = False,
         around: Around | None = None,
     ) -> Future[AdapterVersion]:

@@ -27,8 +27,8 @@ from loraplex.adapters.errors import AdapterRefused, AdapterUnavailable
 from loraplex.adapters.registry import AdapterLease, AdapterVersion, Registry
 from loraplex.adapters.sources.merge_folder import MergeFolder, remove_stale
 from loraplex.adapters.sources.merge_plan import MergePlan
-from loraplex.adapters.sources.sources import OPERATOR, Access, Source, is_hub_id, parse_source
-from loraplex.server.catalog.quota import RETRY_AFTER, Holder, Holdings, Key
+from loraplex.adapters.sources.sources import OPERATOR, Source, SourceAccess, is_hub_id, parse_source
+from loraplex.server.catalog.quota import RETRY_AFTER, Key, Quota, QuotaOwner
 from loraplex.server.engine.request import Overloaded
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class Adapters(Protocol):
     def registry(self) -> Registry: ...
     def coming(self) -> Collection[str]: ...
     async def register(
-        self, name: str, source: str, *, replace: bool = False, access: Access = OPERATOR
+        self, name: str, source: str, *, replace: bool = False, access: SourceAccess = OPERATOR
     ) -> AdapterVersion: ...
 
 
@@ -69,30 +69,32 @@ class OnDemand:
         """`merge` is called in a thread: adapters/merging.merge_versions. Folders of killed servers are removed."""
         self._adapters = adapters
         self._merge = merge
-        self.holdings = Holdings(adapters.registry, adapters.coming, self._name_of)
-        self._sources = _Names(adapters.registry, self.holdings, max_first_use)
-        self._merges = _Names(adapters.registry, self.holdings, max_merged)
+        self.quota = Quota(adapters.registry, adapters.coming, self._name_of)
+        self._sources = _Names(adapters.registry, self.quota, max_first_use)
+        self._merges = _Names(adapters.registry, self.quota, max_merged)
         self._under_way: dict[Key, asyncio.Task[str]] = {}  # what is loaded or merged now -> its name to be
         self._merging = asyncio.Semaphore(MAX_MERGING)
         self._known: OrderedDict[Key, str] = OrderedDict()  # (uids, plan) -> name, of merges made
         self._folder: MergeFolder | None = None
         remove_stale()
 
-    async def lease(self, source: str, access: Access = OPERATOR, holder: Holder | None = None) -> AdapterLease:
+    async def lease(
+        self, source: str, access: SourceAccess = OPERATOR, owner: QuotaOwner | None = None
+    ) -> AdapterLease:
         """The adapter at `source`, loaded and registered unless it is. However many ask at once, it is fetched once.
 
         holder: who has it then; None: nobody whose number is bounded. Raises AdapterError, Overloaded (TooManyAdapters
         where the holder has as many as it may, all in use).
         """
         name = first_use_name(parse_source(source, access))
-        with self.holdings.bringing(holder, name):
+        with self.quota.bringing(owner, name):
             if self._adapters.registry.get(name) is None:
                 await self._once(name, lambda: self._load(name, source, access))
             self._sources.used(name)
             return self._adapters.registry.lease(name)
 
     async def merge(
-        self, leases: Sequence[AdapterLease], plan: MergePlan, holder: Holder | None = None
+        self, leases: Sequence[AdapterLease], plan: MergePlan, owner: QuotaOwner | None = None
     ) -> AdapterLease:
         """The adapters of `leases` merged by `plan`, made unless it is there. The leases stay the caller's.
 
@@ -100,7 +102,7 @@ class OnDemand:
         """
         versions = [lease.version for lease in leases]
         key = (tuple(version.uid for version in versions), plan)
-        with self.holdings.bringing(holder, key):
+        with self.quota.bringing(owner, key):
             name = self._known.get(key)
             if name is None or self._adapters.registry.get(name) is None:
                 name = await self._once(key, lambda: self._make(key, versions, plan))
@@ -117,13 +119,13 @@ class OnDemand:
                 del self._under_way[key]
 
         def ended(task: asyncio.Task[str]) -> None:
-            self.holdings.work_ended(key)
+            self.quota.work_ended(key)
             if not task.cancelled():
                 task.exception()  # all may have left: no warning
 
         task = self._under_way.get(key)
         if task is None:
-            self.holdings.work_began(key)
+            self.quota.work_began(key)
             task = self._under_way[key] = asyncio.create_task(run())
             task.add_done_callback(ended)
         return await asyncio.shield(task)
@@ -132,7 +134,7 @@ class OnDemand:
         """A source's key is its name; a merge has one once it is made."""
         return key if isinstance(key, str) else self._known.get(key)
 
-    async def _load(self, name: str, source: str, access: Access) -> str:
+    async def _load(self, name: str, source: str, access: SourceAccess) -> str:
         self._sources.make_room(name)
         version = await self._adapters.register(name, source, access=access)
         logger.info("adapter %s loaded on first use: rank %d, %d pages", name, version.rank, version.num_pages)
@@ -171,9 +173,9 @@ class OnDemand:
 class _Names:
     """Registered names, the least recently used first."""
 
-    def __init__(self, registry: Registry, holdings: Holdings, limit: int) -> None:
+    def __init__(self, registry: Registry, quota: Quota, limit: int) -> None:
         self._registry = registry
-        self._holdings = holdings
+        self._quota = quota
         self._limit = limit
         self._names: OrderedDict[str, None] = OrderedDict()
 
@@ -188,7 +190,7 @@ class _Names:
         """
         if coming is not None:
             self._names.pop(coming, None)
-        wanted = self._holdings.wanted_names()
+        wanted = self._quota.wanted_names()
         # those made room for others, were unloaded, or never came
         gone = [name for name in self._names if name not in wanted and self._registry.get(name) is None]
         for name in tuple(self._names):

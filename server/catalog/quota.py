@@ -27,7 +27,7 @@ Key = Hashable
 
 
 @dataclass(frozen=True)
-class Holder:
+class QuotaOwner:
     """Whose request it is, and how many adapters they may have here (None: any number)."""
 
     tenant: str
@@ -42,7 +42,7 @@ class TooManyAdapters(Overloaded):
         self.passes = passes  # whether it may help to wait
 
 
-class Holdings:
+class Quota:
     """Who has what."""
 
     def __init__(
@@ -58,13 +58,13 @@ class Holdings:
         self._tenants: dict[Key, set[str]] = {}  # the same the other way round
 
     @contextmanager
-    def loading(self, holder: Holder | None, name: str) -> Iterator[None]:
+    def loading(self, owner: QuotaOwner | None, name: str) -> Iterator[None]:
         """`name` is loaded for `holder` (None: whoever has no bound) in the block. Raises TooManyAdapters.
 
         Replacing a name of the holder's own, and loading it twice at once, take no room.
         """
-        if holder is not None and name not in self._own(holder.tenant):
-            self._make_room(holder)
+        if owner is not None and name not in self._own(owner.tenant):
+            self._make_room(owner)
         self._loading[name] += 1
         try:
             yield
@@ -72,18 +72,18 @@ class Holdings:
             _decrement(self._loading, name)
 
     @contextmanager
-    def bringing(self, holder: Holder | None, key: Key) -> Iterator[None]:
+    def bringing(self, owner: QuotaOwner | None, key: Key) -> Iterator[None]:
         """A request of `holder` brings `key`: it is theirs from here on, and nobody's room during the block.
 
         Raises TooManyAdapters.
         """
         self._forget_unless_there(key)
-        if holder is not None:
-            if key not in self._brought.get(holder.tenant, ()):
-                self._make_room(holder)
-            self._brought.setdefault(holder.tenant, OrderedDict())[key] = None
-            self._brought[holder.tenant].move_to_end(key)
-            self._tenants.setdefault(key, set()).add(holder.tenant)
+        if owner is not None:
+            if key not in self._brought.get(owner.tenant, ()):
+                self._make_room(owner)
+            self._brought.setdefault(owner.tenant, OrderedDict())[key] = None
+            self._brought[owner.tenant].move_to_end(key)
+            self._tenants.setdefault(key, set()).add(owner.tenant)
         self.work_began(key)
         try:
             yield
@@ -125,19 +125,19 @@ class Holdings:
             live.append((key, idle or len(self._tenants[key]) > 1))
         return live[::-1]
 
-    def _make_room(self, holder: Holder) -> None:
+    def _make_room(self, owner: QuotaOwner) -> None:
         """For one more; all that is needed goes, or nothing. Raises TooManyAdapters."""
-        live = self._live(holder.tenant)
-        if holder.most is None:
+        live = self._live(owner.tenant)
+        if owner.most is None:
             return
-        num_own = len(self._own(holder.tenant))
-        excess = num_own + len(live) + 1 - holder.most
+        num_own = len(self._own(owner.tenant))
+        excess = num_own + len(live) + 1 - owner.most
         spare = [key for key, can_go in live if can_go][: max(0, excess)]
         if len(spare) < excess:
-            message = _refusal(holder.tenant, holder.most, num_own, len(live))
-            raise TooManyAdapters(message, passes=num_own < holder.most)
+            message = _refusal(owner.tenant, owner.most, num_own, len(live))
+            raise TooManyAdapters(message, passes=num_own < owner.most)
         for key in spare:
-            self._forget(holder.tenant, key)
+            self._forget(owner.tenant, key)
             name = self._name_of(key)
             if key not in self._tenants and name is not None:
                 self._registry.unregister(name)

@@ -22,10 +22,10 @@ from pathlib import Path
 
 from loraplex.adapters.errors import AdapterError, AdapterNotFound, AdapterRefused
 from loraplex.adapters.files.beneath import below
-from loraplex.adapters.pace import Breath, lower_priority
 from loraplex.adapters.registry import AdapterVersion
 from loraplex.adapters.sources.watch import Change, FileStamp, FolderWatch, What, file_stamp
-from loraplex.server.catalog.adapter_list import AdapterList, AdapterListError, Wish, read_list
+from loraplex.adapters.throttle import Throttle, lower_priority
+from loraplex.server.catalog.adapter_list import AdapterList, AdapterListError, DesiredAdapter, read_list
 from loraplex.server.catalog.manager import AdapterManager
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ MAX_RETRY_SECONDS = 300.0
 class _Entry:
     """A wish and how far it has come."""
 
-    wish: Wish
+    desired: DesiredAdapter
     coming: Future[AdapterVersion] | None = None
     source: str | None = None  # that was registered
     pinned: AdapterVersion | None = None
@@ -57,7 +57,7 @@ class _Entry:
     dropped: bool = False  # the wish was taken back; what comes all the same is unloaded
 
 
-class Follower:
+class Reconciler:
     """start() it once; tick() is what its thread does."""
 
     def __init__(
@@ -66,14 +66,14 @@ class Follower:
         *,
         directory: Path | None = None,
         list_file: Path | None = None,
-        named: Sequence[Wish] = (),
+        named: Sequence[DesiredAdapter] = (),
         interval: float = INTERVAL,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """named: wishes beside those of the file. Raises AdapterListError when the file cannot be followed."""
         self._manager = manager
-        self._breath = Breath(lambda: None)
-        self._watch = None if directory is None else FolderWatch(directory, lambda: self._breath())
+        self._throttle = Throttle(lambda: None)
+        self._watch = None if directory is None else FolderWatch(directory, lambda: self._throttle())
         self._look_seconds = 0.0  # of a core, that the last look took
         self._list_file = list_file
         self._list_stamp: FileStamp = ()
@@ -110,7 +110,7 @@ class Follower:
 
     def _run(self) -> None:
         lower_priority()
-        self._breath = Breath(lambda: None, REST)
+        self._throttle = Throttle(lambda: None, REST)
         while not self._stop.wait(max(self._interval, self._look_seconds / SHARE)):
             try:
                 self.tick()
@@ -131,7 +131,7 @@ class Follower:
             if self._stop.is_set():
                 return
             self._apply(change)
-            self._breath()
+            self._throttle()
 
     def _apply(self, change: Change) -> None:
         registry, folder = self._manager.registry, change.folder
@@ -175,29 +175,29 @@ class Follower:
             logger.warning("%s", trouble)
         self._trouble = trouble
 
-    # -- wishes --------------------------------------------------------------------------------------------------------
+    # -- what is desired ---------------------------------------------------------------------------------------------
 
     def _reconcile(self) -> None:
-        wishes = {wish.name: wish for wish in (*self._named, *self._list.present)}
-        for name in [name for name in self._entries if name not in wishes]:
+        desired = {adapter.name: adapter for adapter in (*self._named, *self._list.present)}
+        for name in [name for name in self._entries if name not in desired]:
             self._drop(self._entries.pop(name))
         for name in self._list.absent:
-            if name not in wishes and self._manager.registry.get(name) is not None:
+            if name not in desired and self._manager.registry.get(name) is not None:
                 self._unload(name)
-        for wish in wishes.values():
-            self._fulfil(wish)
+        for adapter in desired.values():
+            self._fulfil(adapter)
 
-    def _fulfil(self, wish: Wish) -> None:
-        """One step nearer to `wish`."""
-        entry = self._entries.get(wish.name)
-        if entry is None or entry.wish.source != wish.source:
+    def _fulfil(self, desired: DesiredAdapter) -> None:
+        """One step nearer to `desired`."""
+        entry = self._entries.get(desired.name)
+        if entry is None or entry.desired.source != desired.source:
             if entry is not None and entry.coming is not None:
                 entry.coming.cancel()
             pinned = entry.pinned if entry is not None else None
-            entry = self._entries[wish.name] = _Entry(wish, pinned=pinned)
-        entry.wish = wish
+            entry = self._entries[desired.name] = _Entry(desired, pinned=pinned)
+        entry.desired = desired
         if entry.coming is None:
-            missing = self._manager.registry.get(wish.name) is None and (wish.enforced or entry.source is None)
+            missing = self._manager.registry.get(desired.name) is None and (desired.enforced or entry.source is None)
             if (entry.source is None or missing) and self._clock() >= entry.retry_at:
                 self._begin(entry)
         elif entry.coming.done():
@@ -206,8 +206,8 @@ class Follower:
         self._pin(entry)
 
     def _begin(self, entry: _Entry) -> None:
-        name = entry.wish.name
-        coming = self._manager.begin(name, entry.wish.source, replace=True, stale=True)
+        name = entry.desired.name
+        coming = self._manager.begin(name, entry.desired.source, replace=True, stale=True)
         coming.add_done_callback(lambda done: self._mark(entry, done))
         if entry.failures == 0:  # later ones answer with the reason at once
             self._manager.expect(name, coming)
@@ -215,7 +215,7 @@ class Follower:
 
     def _mark(self, entry: _Entry, done: Future[AdapterVersion]) -> None:
         """In whatever thread: requests are told why it is not there."""
-        name = entry.wish.name
+        name = entry.desired.name
         error = None if done.cancelled() else done.exception()
         if error is None and not done.cancelled() and entry.dropped:
             if self._manager.registry.get(name) is done.result():
@@ -238,10 +238,10 @@ class Follower:
         wait = min(MAX_RETRY_SECONDS, RETRY_SECONDS * 2.0**entry.failures)
         entry.failures += 1
         entry.retry_at = self._clock() + wait
-        logger.warning("adapter %r is not there, tried again in %.0f s: %s", entry.wish.name, wait, error)
+        logger.warning("adapter %r is not there, tried again in %.0f s: %s", entry.desired.name, wait, error)
 
     def _pin(self, entry: _Entry) -> None:
-        version = self._manager.registry.get(entry.wish.name) if entry.wish.pinned else None
+        version = self._manager.registry.get(entry.desired.name) if entry.desired.pinned else None
         if version is entry.pinned:
             return
         if entry.pinned is not None:
@@ -259,11 +259,11 @@ class Follower:
             entry.coming.cancel()
         if entry.pinned is not None:
             self._manager.pin(entry.pinned, False)
-        version = self._manager.registry.get(entry.wish.name)
+        version = self._manager.registry.get(entry.desired.name)
         if version is None:
-            self._manager.registry.clear_refused(entry.wish.name)
+            self._manager.registry.clear_refused(entry.desired.name)
         elif version.source == entry.source:
-            self._unload(entry.wish.name)
+            self._unload(entry.desired.name)
 
     def _unload(self, name: str) -> None:
         with suppress(AdapterNotFound):

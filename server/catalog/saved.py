@@ -26,7 +26,7 @@ from prometheus_client.registry import Collector
 
 from loraplex.adapters.errors import AdapterError, AdapterExists, AdapterRefused
 from loraplex.adapters.registry import AdapterVersion, Registry
-from loraplex.adapters.sources.sources import OPERATOR, Access
+from loraplex.adapters.sources.sources import OPERATOR, SourceAccess
 from loraplex.server.catalog.manager import Around, Point
 from loraplex.server.whole_file import replace_file
 
@@ -57,11 +57,11 @@ class Adapters(Protocol):
         *,
         replace: bool = False,
         pinned: bool = False,
-        access: Access = OPERATOR,
+        access: SourceAccess = OPERATOR,
         around: Around | None = None,
     ) -> AdapterVersion: ...
     def begin(
-        self, name: str, source: str, *, replace: bool = False, access: Access = OPERATOR, stale: bool = False
+        self, name: str, source: str, *, replace: bool = False, access: SourceAccess = OPERATOR, stale: bool = False
     ) -> Future[AdapterVersion]: ...
     def expect(self, name: str, coming: Future[AdapterVersion]) -> None: ...
     async def arrival(self, name: str) -> None: ...
@@ -137,7 +137,7 @@ class Remembering:
         return self._adapters.registry
 
     async def register(
-        self, name: str, source: str, *, replace: bool = False, pinned: bool = False, access: Access = OPERATOR
+        self, name: str, source: str, *, replace: bool = False, pinned: bool = False, access: SourceAccess = OPERATOR
     ) -> AdapterVersion:
         """As AdapterManager.register; on disk when it returns. Raises StateNotKept, too."""
 
@@ -201,7 +201,7 @@ class Remembering:
         """
         self._known = self._state.read()
         for name, kept in self._known.items():
-            coming = self._adapters.begin(name, kept.source, access=Access(ambient=kept.ambient), stale=True)
+            coming = self._adapters.begin(name, kept.source, access=SourceAccess(ambient=kept.ambient), stale=True)
             self._adapters.expect(name, coming)
             coming.add_done_callback(lambda done, name=name: self._restored(name, done))  # type: ignore[misc]
         self._rewrite()  # shows now whether there is room

@@ -70,7 +70,7 @@ def serve(
             options.engine.config(downloads),
             adapters,
             options.http(),
-            options.run.seeing(),
+            options.run.telemetry(),
             auth,
             options.limits.config(),
             options.base.chat_template,

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from prometheus_client.registry import Collector
 
     from loraplex.server.api.parts import Adapters
-    from loraplex.server.catalog.reconciler import Follower
+    from loraplex.server.catalog.reconciler import Reconciler
     from loraplex.server.command.build import EngineParts
     from loraplex.server.models.config import ModelConfig
     from loraplex.server.telemetry.tracing import Tracing
@@ -175,7 +175,7 @@ async def _serve(
     held: socket.socket,
     ready: Ready,
 ) -> None:
-    follower = await _load_adapters(config, parts)
+    reconciler = await _load_adapters(config, parts)
     more = open_extras(config, parts)
     app, drain = make_app(config, parts, tokenizers, more, grammars), more.drain
     app.openapi()  # 0.2 s, which the first who asks for it would take from everybody
@@ -196,25 +196,25 @@ async def _serve(
         await server.serve(sockets=[held])
     finally:
         ending.cancel()
-        follower.stop()
+        reconciler.stop()
         if more.tracing is not None:
             await asyncio.to_thread(more.tracing.flush)
 
 
-async def _load_adapters(config: ServeConfig, parts: EngineParts) -> Follower:
+async def _load_adapters(config: ServeConfig, parts: EngineParts) -> Reconciler:
     """What is local and named is there or the server does not start; the rest comes, and is followed from then on."""
     from loraplex.adapters.errors import AdapterError
     from loraplex.adapters.registry import check_name
     from loraplex.adapters.sources.sources import parse_source
-    from loraplex.server.catalog.adapter_list import AdapterListError, Wish
-    from loraplex.server.catalog.reconciler import Follower
+    from loraplex.server.catalog.adapter_list import AdapterListError, DesiredAdapter
+    from loraplex.server.catalog.reconciler import Reconciler
 
     distant = []
     for adapter in config.adapters.named:
         try:
             if parse_source(adapter.source).is_remote:
                 check_name(adapter.name)
-                distant.append(Wish(adapter.name, adapter.source, enforced=False))
+                distant.append(DesiredAdapter(adapter.name, adapter.source, enforced=False))
                 continue
         except AdapterError as error:
             raise StartError(f"--adapter {adapter.name}: {error}") from error
@@ -225,13 +225,13 @@ async def _load_adapters(config: ServeConfig, parts: EngineParts) -> Follower:
         logger.info("adapter %s: rank %d, %d pages", version.name, version.rank, version.num_pages)
     directory, list_file = config.adapters.directory, config.adapters.list_file
     try:
-        follower = Follower(parts.adapters, directory=directory, list_file=list_file, named=distant)
+        reconciler = Reconciler(parts.adapters, directory=directory, list_file=list_file, named=distant)
     except AdapterListError as error:
         raise StartError(f"--adapters-file {error}") from error
-    await asyncio.to_thread(follower.start)
+    await asyncio.to_thread(reconciler.start)
     if directory is not None:
         logger.info("%d adapters, those of %s among them", len(parts.adapters.registry.list()), directory)
-    return follower
+    return reconciler
 
 
 def open_access(auth: AuthConfig) -> Access | None:
@@ -265,7 +265,7 @@ def open_extras(config: ServeConfig, parts: EngineParts) -> Extras:
     from loraplex.server.catalog.saved import Remembering, StateError, StateFile
     from loraplex.server.telemetry.tracing import TracingUnavailable, start_tracing
 
-    endpoint, folder = config.seeing.otlp_endpoint, config.http.state_dir
+    endpoint, folder = config.telemetry.otlp_endpoint, config.http.state_dir
     adapters: Adapters = parts.adapters
     collectors: tuple[Collector, ...] = ()
     try:
@@ -320,7 +320,7 @@ def make_app(
         BLOCK_SIZE,
         engine.num_pages,
         config.engine.num_slots,
-        config.seeing.max_series,
+        config.telemetry.max_series,
     )
     metrics = Metrics(limits, engine.stats, parts.placement.places, parts.adapters.registry)
     for collector in extras.collectors:

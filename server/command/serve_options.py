@@ -18,7 +18,7 @@ from loraplex.server.config import (
     HttpConfig,
     NamedAdapter,
     RequestLimits,
-    SeeingConfig,
+    TelemetryConfig,
     parse_size,
 )
 from loraplex.server.telemetry.logs import LogFormat
@@ -290,8 +290,8 @@ class RunOptions:
         int, Option(metavar="N", min=0, help="Adapters, and tenants, with metrics of their own.")
     ] = 100
 
-    def seeing(self) -> SeeingConfig:
-        return SeeingConfig(self.metrics_names, self.otlp_endpoint)
+    def telemetry(self) -> TelemetryConfig:
+        return TelemetryConfig(self.metrics_names, self.otlp_endpoint)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from typing import Protocol
 
 from loraplex.adapters.registry import AdapterVersion
 from loraplex.server.engine.policy.fair_queue import ClientKey, client_of
-from loraplex.server.engine.policy.queue_limits import Door
+from loraplex.server.engine.policy.queue_limits import QueueLimits
 from loraplex.server.engine.policy.scheduler import Placement, SampledToken, Scheduler, StepPlan
 from loraplex.server.engine.policy.sequence import Sequence
 from loraplex.server.engine.request import (
@@ -148,7 +148,7 @@ class Engine:
         self._scheduler = scheduler
         self._runner = runner
         self._adapters = adapters
-        self._door = Door(max_waiting, max_waiting_tokens)
+        self._queue_limits = QueueLimits(max_waiting, max_waiting_tokens)
         self._inbox: SimpleQueue[_Message] = SimpleQueue()
         self._coming: dict[str, GenerationRequest] = {}  # out of it, and not with the scheduler yet
         self._halt = halt if halt is not None else ctypes.c_int32()  # one of 0 is false
@@ -213,7 +213,7 @@ class Engine:
             with self._lock:
                 self._check_open(request)
                 try:
-                    self._door.enter(client, request, self._scheduler.running_of(client))
+                    self._queue_limits.enter(client, request, self._scheduler.running_of(client))
                 except Overloaded:
                     self._refused += 1
                     raise
@@ -386,7 +386,7 @@ class Engine:
         for _ in range(steps):
             self._step_sizes.observe(plan.num_tokens)
         self._outbox += self._scheduler.commit(plan, sampled)
-        self._door.drained(plan.num_tokens * steps, time.monotonic() - began)
+        self._queue_limits.drained(plan.num_tokens * steps, time.monotonic() - began)
         return True
 
     def _deliver(self) -> None:
@@ -400,7 +400,7 @@ class Engine:
                 self._expired += isinstance(event.error, DeadlineExceeded)
                 with self._lock:
                     del self._open[event.request_id]
-                    self._door.leave(opened.client, opened.request, opened.output)
+                    self._queue_limits.leave(opened.client, opened.request, opened.output)
                 _release(opened.request)  # before the client can know: what it does next may count on it
             by_loop.setdefault(opened.mailbox.loop, {}).setdefault(opened.mailbox, []).append(event)
         for loop, mail in by_loop.items():

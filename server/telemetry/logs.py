@@ -15,7 +15,7 @@ from enum import StrEnum
 from numbers import Number
 from typing import Any
 
-from loraplex.server.telemetry.request_context import Exchange, current_exchange
+from loraplex.server.telemetry.request_context import RequestContext, current_exchange
 
 logger = logging.getLogger(__name__)
 access_logger = logging.getLogger("loraplex.access")
@@ -123,11 +123,11 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": _message(record),
         }
-        exchange = current_exchange()
-        if exchange is not None:
-            line["request_id"] = exchange.request_id
-            if exchange.trace_id is not None:
-                line["trace_id"] = exchange.trace_id
+        context = current_exchange()
+        if context is not None:
+            line["request_id"] = context.request_id
+            if context.trace_id is not None:
+                line["trace_id"] = context.trace_id
         line |= getattr(record, "fields", {})
         if trace := _trace(record):
             line["exception"] = "\n".join(trace)
@@ -139,36 +139,36 @@ def _log_thread(args: threading.ExceptHookArgs) -> None:
     logger.error("thread %s has ended", name, exc_info=args.exc_value)
 
 
-def log_access(exchange: Exchange) -> None:
+def log_access(context: RequestContext) -> None:
     """The line of a request that has ended."""
-    if exchange.path in QUIET_PATHS and exchange.status < 400:
+    if context.path in QUIET_PATHS and context.status < 400:
         return
     if access_logger.isEnabledFor(logging.INFO):
-        fields = access_fields(exchange)
+        fields = access_fields(context)
         access_logger.info("%s", _as_text(fields), extra={"fields": fields})
 
 
-def access_fields(exchange: Exchange) -> dict[str, Any]:
+def access_fields(context: RequestContext) -> dict[str, Any]:
     """What is told of a request: seconds, counts and names."""
     fields: dict[str, Any] = {
-        "request_id": exchange.request_id,
-        "method": exchange.method,
-        "path": shown(exchange.path),
-        "status": exchange.status,
-        "duration": round((exchange.ended or exchange.began) - exchange.began, 4),
+        "request_id": context.request_id,
+        "method": context.method,
+        "path": shown(context.path),
+        "status": context.status,
+        "duration": round((context.ended or context.began) - context.began, 4),
     }
-    if exchange.trace_id is not None:
-        fields["trace_id"] = exchange.trace_id
-    if exchange.tenant:
-        fields["tenant"] = exchange.tenant
-    if exchange.model:
-        fields["model"] = shown(exchange.model)
-        fields["adapters"] = list(dict.fromkeys(name for choice in exchange.choices for name, _, _ in choice.adapters))
-        fields["prompt_tokens"] = exchange.prompt_tokens
-        fields["completion_tokens"] = exchange.tokens
-        fields["finish_reason"] = ",".join(exchange.finish_reasons)
-        if exchange.first_token is not None:
-            fields["ttft"] = round(exchange.first_token - exchange.began, 4)
+    if context.trace_id is not None:
+        fields["trace_id"] = context.trace_id
+    if context.tenant:
+        fields["tenant"] = context.tenant
+    if context.model:
+        fields["model"] = shown(context.model)
+        fields["adapters"] = list(dict.fromkeys(name for choice in context.choices for name, _, _ in choice.adapters))
+        fields["prompt_tokens"] = context.prompt_tokens
+        fields["completion_tokens"] = context.tokens
+        fields["finish_reason"] = ",".join(context.finish_reasons)
+        if context.first_token is not None:
+            fields["ttft"] = round(context.first_token - context.began, 4)
     return fields
 
 

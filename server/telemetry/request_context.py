@@ -43,7 +43,7 @@ class ChoiceTimes:
 
 
 @dataclass
-class Exchange:
+class RequestContext:
     """Loop thread only."""
 
     request_id: str
@@ -62,7 +62,7 @@ class Exchange:
     choices: list[ChoiceTimes] = field(default_factory=list)
     trace_id: str | None = None
     num_holds: int = 0
-    on_end: Callable[[Exchange], None] = lambda exchange: None
+    on_end: Callable[[RequestContext], None] = lambda context: None
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -96,20 +96,20 @@ class Exchange:
             self.on_end(self)
 
 
-_EXCHANGE: ContextVar[Exchange | None] = ContextVar("exchange", default=None)
+_EXCHANGE: ContextVar[RequestContext | None] = ContextVar("exchange", default=None)
 
 
-def current_exchange() -> Exchange | None:
+def current_exchange() -> RequestContext | None:
     """That the running task works on; None outside of requests."""
     return _EXCHANGE.get()
 
 
 @contextmanager
-def exchanging(exchange: Exchange) -> Iterator[None]:
+def exchanging(context: RequestContext) -> Iterator[None]:
     """What runs in the block, and the tasks it starts, work on `exchange`."""
-    token = _EXCHANGE.set(exchange)
+    token = _EXCHANGE.set(context)
     try:
-        with exchange.held():
+        with context.held():
             yield
     finally:
         _EXCHANGE.reset(token)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from loraplex.server.telemetry.logs import shown
-from loraplex.server.telemetry.request_context import ChoiceTimes, Exchange
+from loraplex.server.telemetry.request_context import ChoiceTimes, RequestContext
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
@@ -43,55 +43,60 @@ class Tracing:
         self._tracer = provider.get_tracer("loraplex")
         self._propagator = TraceContextTextMapPropagator()
 
-    def begin(self, exchange: Exchange, headers: Mapping[str, str]) -> None:
+    def begin(self, context: RequestContext, headers: Mapping[str, str]) -> None:
         """The caller's traceparent is the parent, where there is one."""
         from opentelemetry.trace import SpanKind, format_trace_id
 
         carrier = {name: headers[name] for name in ("traceparent", "tracestate") if name in headers}
         span = self._tracer.start_span(
-            f"{exchange.method} {shown(exchange.path)}",
+            f"{context.method} {shown(context.path)}",
             self._propagator.extract(carrier),
             kind=SpanKind.SERVER,
-            start_time=exchange.began_ns,
+            start_time=context.began_ns,
         )
-        exchange.trace_id = format_trace_id(span.get_span_context().trace_id)
-        ended = exchange.on_end
+        context.trace_id = format_trace_id(span.get_span_context().trace_id)
+        ended = context.on_end
 
-        def end(exchange: Exchange) -> None:
-            self._end(span, exchange)
-            ended(exchange)
+        def end(context: RequestContext) -> None:
+            self._end(span, context)
+            ended(context)
 
-        exchange.on_end = end
+        context.on_end = end
 
     def flush(self) -> None:
         """Give what is left to the collector; blocks for FLUSH_SECONDS at most."""
         self._provider.force_flush(round(1000 * FLUSH_SECONDS))
 
-    def _end(self, span: Span, exchange: Exchange) -> None:
+    def _end(self, span: Span, context: RequestContext) -> None:
         from opentelemetry.trace import Status, StatusCode
 
         if span.is_recording():
-            span.set_attributes(_request_attributes(exchange))
-            if exchange.status >= 500 or exchange.status == 0:
+            span.set_attributes(_request_attributes(context))
+            if context.status >= 500 or context.status == 0:
                 span.set_status(Status(StatusCode.ERROR))
-            for index, choice in enumerate(exchange.choices):
-                self._tell_choice(span, exchange, index, choice)
-        span.end(exchange.unix_ns(exchange.ended or exchange.began))
+            for index, choice in enumerate(context.choices):
+                self._tell_choice(span, context, index, choice)
+        span.end(context.unix_ns(context.ended or context.began))
 
-    def _tell_choice(self, parent: Span, exchange: Exchange, index: int, choice: ChoiceTimes) -> None:
+    def _tell_choice(self, parent: Span, context: RequestContext, index: int, choice: ChoiceTimes) -> None:
         attributes = {**_choice_attributes(choice), "loraplex.choice": index}
-        span = self._child(parent, exchange, "choice", choice.submitted, attributes)
+        span = self._child(parent, context, "choice", choice.submitted, attributes)
         for name, start, end in phases_of(choice):
-            self._child(span, exchange, name, start).end(exchange.unix_ns(end))
-        span.end(exchange.unix_ns(choice.ended))
+            self._child(span, context, name, start).end(context.unix_ns(end))
+        span.end(context.unix_ns(choice.ended))
 
     def _child(
-        self, parent: Span, exchange: Exchange, name: str, start: float, attributes: Mapping[str, Any] | None = None
+        self,
+        parent: Span,
+        context: RequestContext,
+        name: str,
+        start: float,
+        attributes: Mapping[str, Any] | None = None,
     ) -> Span:
         from opentelemetry.trace import set_span_in_context
 
-        context = set_span_in_context(parent)
-        return self._tracer.start_span(name, context, attributes=attributes, start_time=exchange.unix_ns(start))
+        inside = set_span_in_context(parent)
+        return self._tracer.start_span(name, inside, attributes=attributes, start_time=context.unix_ns(start))
 
 
 def phases_of(choice: ChoiceTimes) -> list[tuple[str, float, float]]:
@@ -145,22 +150,22 @@ def _from_environment() -> Any:
     return OTELResourceDetector().detect()
 
 
-def _request_attributes(exchange: Exchange) -> dict[str, Any]:
+def _request_attributes(context: RequestContext) -> dict[str, Any]:
     found: dict[str, Any] = {
-        "http.request.method": exchange.method,
-        "url.path": shown(exchange.path),
-        "http.response.status_code": exchange.status,
-        "loraplex.request_id": exchange.request_id,
+        "http.request.method": context.method,
+        "url.path": shown(context.path),
+        "http.response.status_code": context.status,
+        "loraplex.request_id": context.request_id,
     }
-    if exchange.tenant:
-        found["loraplex.tenant"] = exchange.tenant
-    if exchange.model:
-        found["gen_ai.request.model"] = shown(exchange.model)
-        found["gen_ai.usage.input_tokens"] = exchange.prompt_tokens
-        found["gen_ai.usage.output_tokens"] = exchange.tokens
-        found["gen_ai.response.finish_reasons"] = exchange.finish_reasons
-    if exchange.first_token is not None:
-        found["gen_ai.latency.time_to_first_token"] = exchange.first_token - exchange.began
+    if context.tenant:
+        found["loraplex.tenant"] = context.tenant
+    if context.model:
+        found["gen_ai.request.model"] = shown(context.model)
+        found["gen_ai.usage.input_tokens"] = context.prompt_tokens
+        found["gen_ai.usage.output_tokens"] = context.tokens
+        found["gen_ai.response.finish_reasons"] = context.finish_reasons
+    if context.first_token is not None:
+        found["gen_ai.latency.time_to_first_token"] = context.first_token - context.began
     return found
 
 

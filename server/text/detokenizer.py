@@ -19,7 +19,7 @@ MAX_UNFINISHED = 32
 are no text; without a bound each further one would cost a decode of all before it."""
 
 
-class Decoder(Protocol):
+class TokenDecoder(Protocol):
     """What is asked of a tokenizer here."""
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
@@ -37,7 +37,7 @@ class Detokenizer:
 
     def __init__(
         self,
-        decoder: Decoder,
+        decoder: TokenDecoder,
         prompt_ids: Sequence[int] = (),
         *,
         stop: Sequence[str] = (),

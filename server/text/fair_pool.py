@@ -12,7 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from loraplex.adapters.pace import lower_priority
+from loraplex.adapters.throttle import lower_priority
 from loraplex.server.engine.request import Overloaded
 
 T = TypeVar("T")

@@ -11,9 +11,9 @@ import pytest
 from loraplex.adapters.errors import AdapterNotFound, AdapterRefused
 from loraplex.adapters.registry import AdapterVersion, Registry
 from loraplex.adapters.sources.merge_plan import MergePlan
-from loraplex.adapters.sources.sources import OPERATOR, Access, parse_source
+from loraplex.adapters.sources.sources import OPERATOR, SourceAccess, parse_source
 from loraplex.server.catalog.on_demand import OnDemand, first_use_name, is_hidden, source_of
-from loraplex.server.catalog.quota import Holder, TooManyAdapters
+from loraplex.server.catalog.quota import QuotaOwner, TooManyAdapters
 from loraplex.server.engine.request import Overloaded
 from tests.support.waiting import turns
 
@@ -26,7 +26,7 @@ class Adapters:
     def __init__(self) -> None:
         self.registry = Registry()
         self.loaded: list[str] = []
-        self.accesses: list[Access] = []
+        self.accesses: list[SourceAccess] = []
         self.gate = asyncio.Event()
         self.gate.set()
         self.failure: Exception | None = None
@@ -35,7 +35,7 @@ class Adapters:
         return ()
 
     async def register(
-        self, name: str, source: str, *, replace: bool = False, access: Access = OPERATOR
+        self, name: str, source: str, *, replace: bool = False, access: SourceAccess = OPERATOR
     ) -> AdapterVersion:
         self.loaded.append(source)
         self.accesses.append(access)
@@ -118,7 +118,7 @@ async def test_many_at_once_have_room_for_no_more_than_there_is() -> None:
 async def test_what_somebody_is_about_to_wear_makes_no_room() -> None:
     on_demand = OnDemand(Adapters(), Merger(), max_first_use=1)
     (await on_demand.lease("/srv/a")).release()
-    with on_demand.holdings.bringing(None, first_use_name(parse_source("/srv/a"))), pytest.raises(Overloaded):
+    with on_demand.quota.bringing(None, first_use_name(parse_source("/srv/a"))), pytest.raises(Overloaded):
         await on_demand.lease("/srv/b")
     (await on_demand.lease("/srv/b")).release()
 
@@ -140,7 +140,7 @@ async def test_a_tenant_brings_as_many_as_it_may_however_many_it_asks_for_at_onc
     adapters = Adapters()
     adapters.gate.clear()
     on_demand = OnDemand(adapters, Merger())
-    acme, byte = Holder("acme", 3), Holder("byte", 3)
+    acme, byte = QuotaOwner("acme", 3), QuotaOwner("byte", 3)
     asked = [asyncio.create_task(on_demand.lease(f"/srv/{i}", OPERATOR, acme)) for i in range(100)]
     await asyncio.sleep(0)
     other = asyncio.create_task(on_demand.lease("/srv/99", OPERATOR, byte))
@@ -161,7 +161,7 @@ async def test_a_tenant_brings_as_many_as_it_may_however_many_it_asks_for_at_onc
 async def test_what_could_not_be_loaded_or_merged_takes_no_place() -> None:
     adapters, merger = Adapters(), Merger()
     on_demand = OnDemand(adapters, merger)
-    acme = Holder("acme", 3)
+    acme = QuotaOwner("acme", 3)
     leases = [await on_demand.lease(f"/srv/{name}", OPERATOR, acme) for name in "ab"]
     adapters.failure = AdapterRefused("no_effect", "it is zero")
     for _ in range(2):
@@ -195,7 +195,11 @@ async def test_what_an_operator_unloaded_is_loaded_again() -> None:
 async def test_what_a_token_fetched_is_for_those_who_have_it() -> None:
     adapters = Adapters()
     on_demand = OnDemand(adapters, Merger())
-    tokens = [Access("secret-1", ambient=False), Access("secret-2", ambient=False), Access(None, ambient=False)]
+    tokens = [
+        SourceAccess("secret-1", ambient=False),
+        SourceAccess("secret-2", ambient=False),
+        SourceAccess(None, ambient=False),
+    ]
     leases = [await on_demand.lease("org/name", access) for access in (*tokens, tokens[0])]
     names = [lease.version.name for lease in leases]
     assert len(set(names)) == 3

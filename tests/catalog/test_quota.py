@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from loraplex.adapters.registry import AdapterLease, Registry
-from loraplex.server.catalog.quota import Holder, Holdings, Key, TooManyAdapters
+from loraplex.server.catalog.quota import Key, Quota, QuotaOwner, TooManyAdapters
 
-ACME, BYTE = Holder("acme", 2), Holder("byte", 2)
+ACME, BYTE = QuotaOwner("acme", 2), QuotaOwner("byte", 2)
 
 
 class Here:
@@ -22,7 +22,7 @@ class Here:
         self.registry = Registry()
         self.coming: tuple[str, ...] = ()
         self.merged: dict[Key, str] = {}
-        self.holdings = Holdings(
+        self.quota = Quota(
             self.registry, lambda: self.coming, lambda key: key if isinstance(key, str) else self.merged.get(key)
         )
 
@@ -31,12 +31,12 @@ class Here:
             name, source="s", rank=1, targets=(), num_pages=1, nbytes=1, digest=f"digest of {name}", replace=True
         )
 
-    def load(self, holder: Holder | None, name: str) -> None:
-        with self.holdings.loading(holder, name):
+    def load(self, owner: QuotaOwner | None, name: str) -> None:
+        with self.quota.loading(owner, name):
             self.register(name)
 
-    def bring(self, holder: Holder | None, name: str) -> AdapterLease:
-        with self.holdings.bringing(holder, name):
+    def bring(self, owner: QuotaOwner | None, name: str) -> AdapterLease:
+        with self.quota.bringing(owner, name):
             if self.registry.get(name) is None:
                 self.register(name)
             return self.registry.lease(name)
@@ -60,7 +60,7 @@ def test_a_namespace_holds_what_the_tenant_may_have_and_not_one_more(here: Here)
     here.load(ACME, "acme/b")  # in place of itself
     here.load(None, "acme/c")  # admins have no bound
     here.load(BYTE, "byte/a")  # nor is it another tenant's
-    here.load(Holder("acm", 1), "acm/a")  # also of a name that begins alike
+    here.load(QuotaOwner("acm", 1), "acm/a")  # also of a name that begins alike
     for name in ("acme/a", "acme/c"):
         here.registry.unregister(name)
     here.load(ACME, "acme/d")
@@ -69,9 +69,9 @@ def test_a_namespace_holds_what_the_tenant_may_have_and_not_one_more(here: Here)
 
 def test_what_is_on_its_way_counts_and_what_fails_does_not(here: Here) -> None:
     with ExitStack() as held:
-        held.enter_context(here.holdings.loading(ACME, "acme/a"))
-        held.enter_context(here.holdings.loading(ACME, "acme/b"))
-        held.enter_context(here.holdings.loading(ACME, "acme/b"))  # the same, once more at once
+        held.enter_context(here.quota.loading(ACME, "acme/a"))
+        held.enter_context(here.quota.loading(ACME, "acme/b"))
+        held.enter_context(here.quota.loading(ACME, "acme/b"))  # the same, once more at once
         with pytest.raises(TooManyAdapters):
             here.load(ACME, "acme/c")
     here.coming = ("acme/a", "byte/a")  # after a restart
@@ -84,9 +84,9 @@ def test_what_is_on_its_way_counts_and_what_fails_does_not(here: Here) -> None:
 
 def test_of_two_loads_of_one_name_the_first_to_fail_keeps_the_place_of_the_other(here: Here) -> None:
     here.load(ACME, "acme/a")
-    second = here.holdings.loading(ACME, "acme/b")
+    second = here.quota.loading(ACME, "acme/b")
     second.__enter__()
-    with pytest.raises(ZeroDivisionError), here.holdings.loading(ACME, "acme/b"):
+    with pytest.raises(ZeroDivisionError), here.quota.loading(ACME, "acme/b"):
         raise ZeroDivisionError
     with pytest.raises(TooManyAdapters):
         here.load(ACME, "acme/c")
@@ -109,7 +109,7 @@ def test_what_requests_brought_makes_room_once_it_is_idle(here: Here) -> None:
 
 
 def test_the_least_recently_used_goes_first_and_all_that_must(here: Here) -> None:
-    four = Holder("acme", 4)
+    four = QuotaOwner("acme", 4)
     for name in ("hub/a", "hub/b", "hub/c", "hub/a"):
         here.bring(four, name).release()
     here.load(four, "acme/a")
@@ -118,7 +118,7 @@ def test_the_least_recently_used_goes_first_and_all_that_must(here: Here) -> Non
 
 
 def test_nothing_goes_where_it_would_not_be_enough(here: Here) -> None:
-    four = Holder("acme", 4)
+    four = QuotaOwner("acme", 4)
     held = [here.bring(four, name) for name in ("hub/a", "hub/b")]
     here.bring(four, "hub/c").release()
     with pytest.raises(TooManyAdapters):
@@ -133,7 +133,7 @@ def test_nobody_learns_what_others_brought(here: Here) -> None:
     held = [here.bring(BYTE, "hub/x"), here.bring(BYTE, "hub/y")]
     here.bring(ACME, "hub/a").release()
     for name in ("hub/y", "hub/new"):
-        one = Holder("one", 1)
+        one = QuotaOwner("one", 1)
         here.load(one, "one/a")
         with pytest.raises(TooManyAdapters, match="unload one of 'one/' first"):
             here.bring(one, name)
@@ -148,13 +148,13 @@ def test_nobody_learns_what_others_brought(here: Here) -> None:
 
 def test_who_waits_for_it_keeps_it(here: Here) -> None:
     """Between the end of a load and the lease of whoever asked for it, it has no lease and is not idle."""
-    one = Holder("acme", 1)
-    waiting = here.holdings.bringing(one, "hub/x")
+    one = QuotaOwner("acme", 1)
+    waiting = here.quota.bringing(one, "hub/x")
     waiting.__enter__()
     here.register("hub/x")
     with pytest.raises(TooManyAdapters):
         here.bring(one, "hub/y")
-    assert here.holdings.wanted_names() == {"hub/x"}
+    assert here.quota.wanted_names() == {"hub/x"}
     lease = here.registry.lease("hub/x")
     waiting.__exit__(None, None, None)
     lease.release()
@@ -163,13 +163,13 @@ def test_who_waits_for_it_keeps_it(here: Here) -> None:
 
 
 def test_work_that_everybody_left_keeps_its_place(here: Here) -> None:
-    one = Holder("acme", 1)
-    with here.holdings.bringing(one, "hub/x"):
-        here.holdings.work_began("hub/x")
+    one = QuotaOwner("acme", 1)
+    with here.quota.bringing(one, "hub/x"):
+        here.quota.work_began("hub/x")
     with pytest.raises(TooManyAdapters):
         here.bring(one, "hub/y")
     here.register("hub/x")
-    here.holdings.work_ended("hub/x")
+    here.quota.work_ended("hub/x")
     here.bring(one, "hub/y")
     assert here.names == {"hub/y"}
 
@@ -178,9 +178,9 @@ def test_a_merge_is_one_adapter_however_often_it_is_made(here: Here) -> None:
     """Its key is of versions, its name of their content: registered anew, the same content is the same merge."""
     keys = [((1, 2), "ties"), ((1, 3), "ties")]
     for key in keys:
-        with here.holdings.bringing(ACME, key):
+        with here.quota.bringing(ACME, key):
             with pytest.raises(TooManyAdapters):
-                here.bring(Holder("acme", 1), "hub/x")  # while it is made, and has no name
+                here.bring(QuotaOwner("acme", 1), "hub/x")  # while it is made, and has no name
             here.merged[key] = "merged/k"
             here.register("merged/k")
     here.load(ACME, "acme/a")
@@ -201,13 +201,13 @@ class Tenants(RuleBasedStateMachine):
     holders = st.sampled_from([ACME, BYTE])
     sources = st.sampled_from([f"hub/{letter}" for letter in "abcd"])
 
-    @rule(holder=holders, letter=st.sampled_from("abc"))
-    def begin_load(self, holder: Holder, letter: str) -> None:
-        self._begin(f"{holder.tenant}/{letter}", self.here.holdings.loading(holder, f"{holder.tenant}/{letter}"))
+    @rule(owner=holders, letter=st.sampled_from("abc"))
+    def begin_load(self, owner: QuotaOwner, letter: str) -> None:
+        self._begin(f"{owner.tenant}/{letter}", self.here.quota.loading(owner, f"{owner.tenant}/{letter}"))
 
-    @rule(holder=holders, name=sources)
-    def begin_bringing(self, holder: Holder, name: str) -> None:
-        self._begin(name, self.here.holdings.bringing(holder, name))
+    @rule(owner=holders, name=sources)
+    def begin_bringing(self, owner: QuotaOwner, name: str) -> None:
+        self._begin(name, self.here.quota.bringing(owner, name))
 
     def _begin(self, name: str, block: AbstractContextManager[None]) -> None:
         stack = ExitStack()
@@ -241,10 +241,10 @@ class Tenants(RuleBasedStateMachine):
     def bounds_hold(self) -> None:
         names = self.here.names | {name for name, _ in self.under_way}
         brought = {name for name in names if name.startswith("hub/")}
-        for holder in (ACME, BYTE):
-            assert sum(name.startswith(f"{holder.tenant}/") for name in names) <= 2
+        for owner in (ACME, BYTE):
+            assert sum(name.startswith(f"{owner.tenant}/") for name in names) <= 2
         assert len(names) <= 4
-        assert brought <= set(self.here.holdings._tenants), "nobody's"
+        assert brought <= set(self.here.quota._tenants), "nobody's"
 
 
 Tenants.TestCase.settings = settings(max_examples=60, stateful_step_count=25)

@@ -22,9 +22,9 @@ from loraplex.adapters.tiers.host_store import HostStore
 from loraplex.adapters.tiers.loader import Loader
 from loraplex.adapters.tiers.reader import AdapterReader
 from loraplex.kernels.records import Projection, Site
-from loraplex.server.catalog.adapter_list import AdapterListError, Wish, parse_list
+from loraplex.server.catalog.adapter_list import AdapterListError, DesiredAdapter, parse_list
 from loraplex.server.catalog.manager import AdapterManager
-from loraplex.server.catalog.reconciler import Follower
+from loraplex.server.catalog.reconciler import Reconciler
 from tests.catalog.test_manager import Images, Reader
 from tests.support.adapter_reading import write_adapter
 from tests.support.waiting import LIMIT, wait_for
@@ -74,9 +74,9 @@ class World:
         self.directory = folder / "adapters"
         self.directory.mkdir()
 
-    def follow(self, *, named: tuple[Wish, ...] = ()) -> Follower:
+    def follow(self, *, named: tuple[DesiredAdapter, ...] = ()) -> Reconciler:
         listed = self.list_file if self.list_file.exists() else None
-        return Follower(self.manager, directory=self.directory, list_file=listed, named=named, clock=lambda: self.now)
+        return Reconciler(self.manager, directory=self.directory, list_file=listed, named=named, clock=lambda: self.now)
 
     def adapter(self, name: str, text: str = "3", where: Path | None = None) -> Path:
         folder = (where or self.directory) / name
@@ -134,9 +134,9 @@ def world(tmp_path: Path) -> Iterator[World]:
     made.manager.close()
 
 
-def until(follower: Follower, condition: Callable[[], bool]) -> None:
+def until(reconciler: Reconciler, condition: Callable[[], bool]) -> None:
     def found() -> bool:
-        follower.tick()
+        reconciler.tick()
         return condition()
 
     wait_for(found)
@@ -148,48 +148,48 @@ def until(follower: Follower, condition: Callable[[], bool]) -> None:
 def test_a_folder_is_followed(world: World) -> None:
     world.adapter("a")
     world.adapter("bad", "nonsense")
-    follower = world.follow()
-    until(follower, lambda: world.names() == ["a"])
+    reconciler = world.follow()
+    until(reconciler, lambda: world.names() == ["a"])
     assert set(world.registry.refused) == {"bad"}
     world.adapter("b", "4")
     world.adapter("bad", "5")
-    until(follower, lambda: world.names() == ["a", "b", "bad"])
+    until(reconciler, lambda: world.names() == ["a", "b", "bad"])
     assert world.registry.refused == {}
     shutil.rmtree(world.directory / "a")
-    until(follower, lambda: world.names() == ["b", "bad"])
+    until(reconciler, lambda: world.names() == ["b", "bad"])
 
 
 def test_a_changed_adapter_gets_the_name(world: World) -> None:
     folder = world.adapter("a", "3")
-    follower = world.follow()
-    until(follower, lambda: world.names() == ["a"])
+    reconciler = world.follow()
+    until(reconciler, lambda: world.names() == ["a"])
     first = world.registry.lease("a")
     world.adapter("a", "4")
-    until(follower, lambda: world.registry.get("a") is not first.version)
+    until(reconciler, lambda: world.registry.get("a") is not first.version)
     assert [world.registry.get("a").num_pages, first.version.num_pages] == [4, 3]  # type: ignore[union-attr]
     world.loader.ensure(world.registry.get("a")).result(20)  # type: ignore[arg-type]  # it has been used
     world.adapter("a", "5")
-    until(follower, lambda: world.registry.get("a").digest == "digest-5")  # type: ignore[union-attr]
+    until(reconciler, lambda: world.registry.get("a").digest == "digest-5")  # type: ignore[union-attr]
     used = world.registry.get("a")
     os.utime(folder / "adapter_config.json")  # another date, the same content
     loads = world.loader.stats().loads
-    until(follower, lambda: world.loader.stats().loads > loads)
+    until(reconciler, lambda: world.loader.stats().loads > loads)
     assert world.registry.get("a") is used
     world.adapter("a", "broken")
-    until(follower, lambda: "a" in world.registry.refused)
+    until(reconciler, lambda: "a" in world.registry.refused)
     assert world.registry.get("a") is used, "what is in memory is served on"
 
 
 def test_names_of_others_are_left_alone(world: World) -> None:
-    follower = world.follow()
+    reconciler = world.follow()
     other = world.adapter("elsewhere", "3", world.folder)
     asyncio.run(world.manager.register("a", str(other)))
     folder = world.adapter("a", "4")
     for _ in range(4):
-        follower.tick()
+        reconciler.tick()
     shutil.rmtree(folder)
     for _ in range(4):
-        follower.tick()
+        reconciler.tick()
     assert world.registry.get("a").source == str(other)  # type: ignore[union-attr]
 
 
@@ -200,8 +200,8 @@ def test_no_door_gives_an_adapter_the_bases_name(world: World, caplog: pytest.Lo
         world.adapter(name)
     elsewhere = world.adapter("b", "3", world.folder)
     world.write_list(f"ensurePresent: [{{name: alias, source: {elsewhere}}}, {{name: c, source: {elsewhere}}}]")
-    follower = world.follow()
-    until(follower, lambda: world.names() == ["a", "c"])
+    reconciler = world.follow()
+    until(reconciler, lambda: world.names() == ["a", "c"])
     with pytest.raises(InvalidAdapterName, match="is the base's own"):
         asyncio.run(world.manager.register("base", str(elsewhere), replace=True))
     assert "'base' is the base's own" in caplog.text
@@ -211,14 +211,14 @@ def test_no_door_gives_an_adapter_the_bases_name(world: World, caplog: pytest.Lo
 
 def test_what_somebody_unloads_stays_unloaded_until_it_changes(world: World) -> None:
     world.adapter("a")
-    follower = world.follow()
-    until(follower, lambda: world.names() == ["a"])
+    reconciler = world.follow()
+    until(reconciler, lambda: world.names() == ["a"])
     world.manager.registry.unregister("a")
     for _ in range(4):
-        follower.tick()
+        reconciler.tick()
     assert world.names() == []
     world.adapter("a", "4")
-    until(follower, lambda: world.names() == ["a"])
+    until(reconciler, lambda: world.names() == ["a"])
 
 
 # ---- the list --------------------------------------------------------------------------------------------------------
@@ -227,17 +227,17 @@ def test_what_somebody_unloads_stays_unloaded_until_it_changes(world: World) -> 
 def test_a_list_is_followed(world: World) -> None:
     one, two = (str(world.adapter(name, text, world.folder)) for name, text in (("one", "1"), ("two", "2")))
     world.write_list(f"ensurePresent: [{{name: x, source: {one}, pinned: true}}, {{name: y, source: {two}}}]")
-    follower = world.follow()
-    until(follower, lambda: world.names() == ["x", "y"] and world.pins.now == [world.registry.get("x")])
+    reconciler = world.follow()
+    until(reconciler, lambda: world.names() == ["x", "y"] and world.pins.now == [world.registry.get("x")])
     world.write_list(f"ensurePresent: [{{name: x, source: {two}}}, {{name: z, source: {two}, pinned: true}}]")
-    until(follower, lambda: world.names() == ["x", "z"] and world.registry.get("x").source == two)  # type: ignore[union-attr]
-    until(follower, lambda: world.pins.now == [world.registry.get("z")])
+    until(reconciler, lambda: world.names() == ["x", "z"] and world.registry.get("x").source == two)  # type: ignore[union-attr]
+    until(reconciler, lambda: world.pins.now == [world.registry.get("z")])
     world.manager.registry.unregister("z")
-    until(follower, lambda: world.pins.now == [world.registry.get("z")] and world.names() == ["x", "z"])
+    until(reconciler, lambda: world.pins.now == [world.registry.get("z")] and world.names() == ["x", "z"])
     world.write_list("ensureAbsent: [x, unknown]")
-    until(follower, lambda: world.names() == [] and world.pins.now == [])
+    until(reconciler, lambda: world.names() == [] and world.pins.now == [])
     asyncio.run(world.manager.register("x", one))
-    until(follower, lambda: world.names() == [])
+    until(reconciler, lambda: world.names() == [])
 
 
 def test_a_configmap_that_is_exchanged_is_noticed(world: World) -> None:
@@ -249,11 +249,11 @@ def test_a_configmap_that_is_exchanged_is_noticed(world: World) -> None:
         )
     (world.folder / "..data").symlink_to("..old")
     world.list_file.symlink_to("..data/adapters.yaml")
-    follower = world.follow()
-    until(follower, lambda: world.names() == ["old"])
+    reconciler = world.follow()
+    until(reconciler, lambda: world.names() == ["old"])
     (world.folder / "..tmp").symlink_to("..new")
     (world.folder / "..tmp").rename(world.folder / "..data")
-    until(follower, lambda: world.names() == ["new"])
+    until(reconciler, lambda: world.names() == ["new"])
 
 
 def test_a_list_that_cannot_be_read_changes_nothing(world: World, caplog: pytest.LogCaptureFixture) -> None:
@@ -263,18 +263,18 @@ def test_a_list_that_cannot_be_read_changes_nothing(world: World, caplog: pytest
     with pytest.raises(AdapterListError, match="no YAML"):
         world.follow()
     world.write_list(good)
-    follower = world.follow()
-    until(follower, lambda: world.names() == ["x"])
+    reconciler = world.follow()
+    until(reconciler, lambda: world.names() == ["x"])
     world.write_list("ensurePresent: [{name: x}]")
     for _ in range(5):
-        follower.tick()
+        reconciler.tick()
     world.list_file.unlink()
     for _ in range(5):
-        follower.tick()
+        reconciler.tick()
     assert world.names() == ["x"]
     assert len([record for record in caplog.records if "stays as it was" in record.message]) == 2, "each said once"
     world.write_list("")
-    until(follower, lambda: world.names() == [])
+    until(reconciler, lambda: world.names() == [])
 
 
 @pytest.mark.parametrize(
@@ -304,7 +304,7 @@ def test_lists_that_are_none(text: str, match: str) -> None:
 
 def test_what_the_chart_writes_is_a_list() -> None:
     found = parse_list("ensurePresent:\n- name: sql\n  pinned: true\n  source: s3://models/sql\nensureAbsent: []\n")
-    assert found.present == (Wish("sql", "s3://models/sql", True),)
+    assert found.present == (DesiredAdapter("sql", "s3://models/sql", True),)
     assert parse_list("").present == parse_list("ensurePresent:\nensureAbsent:\n").present == ()
 
 
@@ -312,8 +312,8 @@ def test_what_the_chart_writes_is_a_list() -> None:
 
 
 async def test_requests_wait_for_what_is_on_its_way(world: World) -> None:
-    follower = world.follow(named=(Wish("sql", "acme/sql", enforced=False),))
-    follower.tick()
+    reconciler = world.follow(named=(DesiredAdapter("sql", "acme/sql", enforced=False),))
+    reconciler.tick()
     assert world.sources.asked == ["hf://acme/sql"]
     waiting = [asyncio.create_task(world.manager.arrival("sql")) for _ in range(100)]
     gone = asyncio.create_task(world.manager.arrival("sql"))
@@ -326,14 +326,14 @@ async def test_requests_wait_for_what_is_on_its_way(world: World) -> None:
         assert lease.version.source == "hf://acme/sql"
     world.manager.registry.unregister("sql")
     for _ in range(3):
-        follower.tick()
+        reconciler.tick()
     assert world.names() == [], "named on the command line, it is loaded once"
     assert world.sources.asked == ["hf://acme/sql"]
 
 
 async def test_a_source_that_fails_is_tried_again_and_requests_are_told(world: World) -> None:
-    follower = world.follow(named=(Wish("sql", "acme/sql"),))
-    follower.tick()
+    reconciler = world.follow(named=(DesiredAdapter("sql", "acme/sql"),))
+    reconciler.tick()
     waiting = asyncio.create_task(world.manager.arrival("sql"))
     await asyncio.sleep(0)
     world.sources.waiting["hf://acme/sql"].set_exception(AdapterUnavailable("the Hub cannot be reached"))
@@ -341,45 +341,45 @@ async def test_a_source_that_fails_is_tried_again_and_requests_are_told(world: W
     with pytest.raises(AdapterRefused, match="cannot be reached") as caught:
         world.registry.lease("sql")
     assert caught.value.code == "unavailable"
-    follower.tick()
+    reconciler.tick()
     times = []
     for second in range(1, 60):
         world.now = float(second)
-        follower.tick()
+        reconciler.tick()
         if len(world.sources.asked) > len(times) + 1:
             times.append(second)
             await asyncio.wait_for(world.manager.arrival("sql"), LIMIT)  # from now on requests are told at once
             world.sources.waiting["hf://acme/sql"].set_exception(AdapterNotFound("gone"))
-            follower.tick()
+            reconciler.tick()
     assert times == [5, 15, 35]
     world.now = 1000.0
-    follower.tick()
+    reconciler.tick()
     world.sources.waiting["hf://acme/sql"].set_result(world.folder)
-    until(follower, lambda: world.names() == ["sql"])
+    until(reconciler, lambda: world.names() == ["sql"])
     assert world.registry.refused == {}
 
 
 def test_a_wish_taken_back_while_it_comes(world: World) -> None:
     world.write_list("ensurePresent: [{name: sql, source: acme/sql}]")
-    follower = world.follow()
-    follower.tick()
+    reconciler = world.follow()
+    reconciler.tick()
     coming = world.sources.waiting["hf://acme/sql"]
     world.write_list("ensurePresent: [{name: sql, source: acme/other}]")
-    follower.tick()
+    reconciler.tick()
     assert coming.cancelled()
     world.sources.waiting["hf://acme/other"].set_result(world.folder)
-    until(follower, lambda: world.names() == ["sql"])
+    until(reconciler, lambda: world.names() == ["sql"])
     assert world.registry.get("sql").source == "hf://acme/other"  # type: ignore[union-attr]
 
 
 def test_the_thread_follows_by_itself(world: World) -> None:
-    follower = Follower(world.manager, directory=world.directory, interval=0.02)
-    follower.start()
+    reconciler = Reconciler(world.manager, directory=world.directory, interval=0.02)
+    reconciler.start()
     try:
         world.adapter("a")
         wait_for(lambda: world.names() == ["a"])
     finally:
-        follower.stop()
+        reconciler.stop()
 
 
 def test_what_takes_long_to_register_does_not_keep_it_from_looking(
@@ -387,26 +387,26 @@ def test_what_takes_long_to_register_does_not_keep_it_from_looking(
 ) -> None:
     """Looking has its share of a core; 5,000 adapters that took 25 s to register had 20 minutes of rest after them."""
     pauses: list[float] = []
-    register, follower = (
+    register, reconciler = (
         world.manager.register_unread,
-        Follower(world.manager, directory=world.directory, interval=0.02),
+        Reconciler(world.manager, directory=world.directory, interval=0.02),
     )
-    wait = follower._stop.wait
-    monkeypatch.setattr(follower._stop, "wait", lambda pause: (pauses.append(pause), wait(min(pause, 0.02)))[1])
+    wait = reconciler._stop.wait
+    monkeypatch.setattr(reconciler._stop, "wait", lambda pause: (pauses.append(pause), wait(min(pause, 0.02)))[1])
 
     def slowly(folder: Path) -> AdapterVersion | None:
         threading.Event().wait(0.5)
         return register(folder)
 
     monkeypatch.setattr(world.manager, "register_unread", slowly)
-    follower.start()
+    reconciler.start()
     try:
         world.adapter("a")
         wait_for(lambda: world.names() == ["a"])
         world.adapter("b")
         wait_for(lambda: world.names() == ["a", "b"])
     finally:
-        follower.stop()
+        reconciler.stop()
     assert max(pauses) < 10, "half a second of registering was 25 s of it"
 
 
@@ -424,9 +424,9 @@ def test_links_in_the_folder_are_followed_as_far_as_it_goes(tmp_path: Path) -> N
     (watched / "latest").symlink_to(watched / "v3")
     write_adapter(elsewhere, LAYOUT)
     (watched / "out").symlink_to(elsewhere)
-    follower = Follower(manager, directory=watched)
+    reconciler = Reconciler(manager, directory=watched)
     try:
-        until(follower, lambda: len(registry.list()) == 3)
+        until(reconciler, lambda: len(registry.list()) == 3)
         assert [version.name for version in registry.list()] == ["latest", "sql", "v3"]
         refused = registry.refused["out"]
         assert refused.code == "forbidden"
@@ -442,9 +442,9 @@ def test_links_in_the_folder_are_followed_as_far_as_it_goes(tmp_path: Path) -> N
             now = registry.get("sql")
             return None if now is None else now.digest
 
-        until(follower, lambda: digest() not in (None, first))
+        until(reconciler, lambda: digest() not in (None, first))
         (watched / "out").unlink()
         write_adapter(watched / "out", LAYOUT)
-        until(follower, lambda: registry.get("out") is not None)
+        until(reconciler, lambda: registry.get("out") is not None)
     finally:
         manager.close()

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from loraplex.adapters.errors import AdapterExists, AdapterNotFound, AdapterRefused
 from loraplex.adapters.registry import AdapterVersion, Registry
-from loraplex.adapters.sources.sources import OPERATOR, Access
+from loraplex.adapters.sources.sources import OPERATOR, SourceAccess
 from loraplex.server.catalog.manager import Around
 from loraplex.server.catalog.saved import FILE, Remembered, Remembering, StateError, StateFile, StateNotKept
 from tests.support.full_disk import full_disk
@@ -35,7 +35,7 @@ class Manager:
 
     def __init__(self) -> None:
         self.registry = Registry()
-        self.begun: list[tuple[str, str, Access, bool]] = []
+        self.begun: list[tuple[str, str, SourceAccess, bool]] = []
         self.expected: list[str] = []
         self.pins: list[tuple[str, bool]] = []
 
@@ -46,7 +46,7 @@ class Manager:
         *,
         replace: bool = False,
         pinned: bool = False,
-        access: Access = OPERATOR,
+        access: SourceAccess = OPERATOR,
         around: Around | None = None,
     ) -> AdapterVersion:
         if "missing" in source:
@@ -61,7 +61,7 @@ class Manager:
         return point() if around is None else await asyncio.wrap_future(around(point))
 
     def begin(
-        self, name: str, source: str, *, replace: bool = False, access: Access = OPERATOR, stale: bool = False
+        self, name: str, source: str, *, replace: bool = False, access: SourceAccess = OPERATOR, stale: bool = False
     ) -> Future[AdapterVersion]:
         self.begun.append((name, source, access, stale))
         coming: Future[AdapterVersion] = Future()
@@ -109,7 +109,7 @@ async def test_what_was_pinned_is_pinned_again(tmp_path: Path) -> None:
 async def test_names_come_back_after_a_restart(tmp_path: Path) -> None:
     remembering = Remembering(Manager(), StateFile(tmp_path / "made"))
     await remembering.register("sql", "/adapters/sql")
-    await remembering.register("poet", "org/poet", access=Access(token="hf_secret", ambient=False))
+    await remembering.register("poet", "org/poet", access=SourceAccess(token="hf_secret", ambient=False))
     await remembering.register("gone", "/adapters/gone")
     await remembering.register("sql", "/adapters/sql2", replace=True)
     await remembering.unregister("gone")
@@ -117,7 +117,7 @@ async def test_names_come_back_after_a_restart(tmp_path: Path) -> None:
     assert (tmp_path / "made" / FILE).stat().st_mode & 0o077 == 0
     manager = await asyncio.to_thread(restored, tmp_path / "made")
     assert {v.name: v.source for v in manager.registry.list()} == {"sql": "/adapters/sql2", "poet": "org/poet"}
-    assert ("poet", "org/poet", Access(ambient=False), True) in manager.begun  # no more rights than it had
+    assert ("poet", "org/poet", SourceAccess(ambient=False), True) in manager.begun  # no more rights than it had
     assert sorted(manager.expected) == ["poet", "sql"]
 
 

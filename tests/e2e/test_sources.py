@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from loraplex.adapters.sources.downloads import DownloadConfig, DownloadLimits
-from loraplex.server.catalog.reconciler import Follower
+from loraplex.server.catalog.reconciler import Reconciler
 from loraplex.server.config import EngineConfig
 from tests.support.fake_hub import FakeHub, Repo, fake_hub
 from tests.support.live_server import LiveServer, live_server
@@ -122,8 +122,8 @@ async def test_a_list_is_fetched_at_once_and_pinned(
     gate.gate = threading.Event()
     listed = tmp_path / "adapters.yaml"
     listed.write_text("ensurePresent: [{name: a, source: acme/a, pinned: true}]")
-    follower = Follower(live.parts.adapters, list_file=listed, interval=0.02)
-    follower.start()
+    reconciler = Reconciler(live.parts.adapters, list_file=listed, interval=0.02)
+    reconciler.start()
     try:
         asked = [asyncio.create_task(ask(client, "a")) for _ in range(100)]
         await asyncio.sleep(0.1)
@@ -147,4 +147,4 @@ async def test_a_list_is_fetched_at_once_and_pinned(
             while "a" in [card["id"] for card in (await client.get("/v1/models")).json()["data"]]:
                 await asyncio.sleep(0.01)
     finally:
-        follower.stop()
+        reconciler.stop()

@@ -59,7 +59,7 @@ class Rig:
         source = reading.source
         self.read.append(source)
         while not self.gate.wait(0.001):
-            reading.breathe()
+            reading.throttle()
         if source in self.broken:
             raise AdapterRefused("bad_file", f"{source} is broken")
         rank, value = int(source.split("-")[0]), self.values.get(source, 1.0)

@@ -14,7 +14,7 @@ import torch
 from loraplex.adapters.format import adapter_files
 from loraplex.adapters.format.adapter_files import parse_header, read_bytes, view_tensors
 from loraplex.adapters.format.peft_config import parse_config
-from loraplex.adapters.format.peft_format import BaseBias, draw_blueprint
+from loraplex.adapters.format.peft_format import BaseBias, map_modules
 from loraplex.adapters.format.peft_values import Part, check_values
 from loraplex.adapters.image.tiles import AdapterImage, BaseLayout, pack
 from loraplex.adapters.tiers.loader import ParsedImage, Reading
@@ -56,9 +56,9 @@ def read_adapter(folder: Path, layout: BaseLayout, base_bias: BaseBias) -> Parse
         first = read(reader, folder)
         again = read(reader, folder)
     files = read_bytes(folder, no_breath)
-    blueprint = draw_blueprint(parse_config(files.head.config), parse_header(files.head), layout, base_bias)
-    tensors = view_tensors(files.data, blueprint.header)
-    parts = check_values(blueprint, tensors, layout, base_bias, no_breath)
+    module_map = map_modules(parse_config(files.head.config), parse_header(files.head), layout, base_bias)
+    tensors = view_tensors(files.data, module_map.header)
+    parts = check_values(module_map, tensors, layout, base_bias, no_breath)
     info = reader.examine(str(folder))
     assert same_image(first.image, again.image)
     assert first.digest == again.digest == files.digest

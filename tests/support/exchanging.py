@@ -14,14 +14,14 @@ def exchanging(name: Path, target: Path) -> Iterator[None]:
     over = threading.Event()
     aside = name.with_name(f"{name.name}.aside")
 
-    def exchange() -> None:
+    def context() -> None:
         while not over.is_set():
             name.rename(aside)
             name.symlink_to(target)
             name.unlink()
             aside.rename(name)
 
-    thread = threading.Thread(target=exchange)
+    thread = threading.Thread(target=context)
     thread.start()
     try:
         yield

@@ -14,7 +14,7 @@ import numpy as np
 from loraplex.adapters.errors import AdapterNotFound, AdapterRefused
 from loraplex.adapters.registry import AdapterVersion, Registry
 from loraplex.adapters.sources.merge_plan import MergePlan
-from loraplex.adapters.sources.sources import OPERATOR, Access
+from loraplex.adapters.sources.sources import OPERATOR, SourceAccess
 from loraplex.server.api.parts import Base, Inside, Parts
 from loraplex.server.catalog.manager import Around
 from loraplex.server.catalog.on_demand import OnDemand
@@ -204,7 +204,7 @@ class FakeAdapters:
         *,
         replace: bool = False,
         pinned: bool = False,
-        access: Access = OPERATOR,
+        access: SourceAccess = OPERATOR,
         around: Around | None = None,
     ) -> AdapterVersion:
         await asyncio.sleep(0)

@@ -20,7 +20,7 @@ from loraplex.server.telemetry.logs import (
     log_access,
     set_up,
 )
-from loraplex.server.telemetry.request_context import ChoiceTimes, Exchange, exchanging, request_id
+from loraplex.server.telemetry.request_context import ChoiceTimes, RequestContext, exchanging, request_id
 from loraplex.server.telemetry.usage import GAPS, Buckets
 from tests.support.waiting import turns
 
@@ -29,8 +29,8 @@ def choice(reason: str, *, first: float | None, tokens: int, adapter: str = "sql
     return ChoiceTimes(((adapter, "d1", 1.0),), 100.0, None, first, 103.0, 12, tokens, Buckets(GAPS), reason)
 
 
-def exchange() -> Exchange:
-    made = Exchange("req-1", "POST", "/v1/completions", began=100.0, began_ns=0)
+def context() -> RequestContext:
+    made = RequestContext("req-1", "POST", "/v1/completions", began=100.0, began_ns=0)
     made.status, made.model, made.tenant, made.prompt_tokens, made.ended = 200, "sql", "acme", 12, 103.25
     made.add(choice("stop", first=100.5, tokens=7))
     made.add(choice("length", first=100.25, tokens=9))
@@ -45,7 +45,7 @@ def formatted(record: logging.LogRecord) -> dict[str, Any]:
 
 
 def test_what_is_told_of_a_request() -> None:
-    assert access_fields(exchange()) == {
+    assert access_fields(context()) == {
         "request_id": "req-1",
         "method": "POST",
         "path": "/v1/completions",
@@ -63,17 +63,17 @@ def test_what_is_told_of_a_request() -> None:
 
 def test_a_line_of_json(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "loraplex"):
-        log_access(exchange())
+        log_access(context())
     [record] = caplog.records
     line = formatted(record)
-    assert line.items() >= access_fields(exchange()).items()
+    assert line.items() >= access_fields(context()).items()
     assert line["level"] == "INFO"
     assert line["logger"] == "loraplex.access"
     assert line["time"].endswith("+00:00")
 
 
 def test_a_line_of_text(caplog: pytest.LogCaptureFixture) -> None:
-    made = exchange()
+    made = context()
     made.model = "x y\nERROR forged\x1b[31m"
     with caplog.at_level(logging.INFO, "loraplex"):
         log_access(made)
@@ -86,7 +86,7 @@ def test_a_line_of_text(caplog: pytest.LogCaptureFixture) -> None:
 
 @pytest.mark.parametrize(("path", "status", "told"), [("/health", 200, 0), ("/health", 503, 1), ("/v1/models", 200, 1)])
 def test_probes_are_told_of_when_they_fail(path: str, status: int, told: int, caplog: pytest.LogCaptureFixture) -> None:
-    made = Exchange("r", "GET", path)
+    made = RequestContext("r", "GET", path)
     made.status, made.ended = status, made.began
     with caplog.at_level(logging.INFO, "loraplex"):
         log_access(made)
@@ -98,7 +98,7 @@ async def test_every_line_about_a_request_has_its_id() -> None:
         return formatted(logging.LogRecord("loraplex.x", logging.WARNING, "", 0, message, (), None))
 
     async def work(name: str) -> dict[str, Any]:
-        with exchanging(Exchange(name, "GET", "/")):
+        with exchanging(RequestContext(name, "GET", "/")):
             await asyncio.sleep(0)
             return await asyncio.create_task(later(name))
 
@@ -178,14 +178,14 @@ def test_lines_have_a_length(formatter: logging.Formatter) -> None:
 
 
 async def test_what_clients_name_is_cut_in_the_line_of_a_request() -> None:
-    made = exchange()
+    made = context()
     made.model, made.path = NASTY * 100_000, f"/{NASTY * 100_000}"
     text = JsonFormatter().format(access_record(made))
     assert text.isprintable()
     assert len(text) < 2_000
 
 
-def access_record(made: Exchange) -> logging.LogRecord:
+def access_record(made: RequestContext) -> logging.LogRecord:
     with patch.object(access_logger, "info") as info, patch.object(access_logger, "isEnabledFor", return_value=True):
         log_access(made)
     message, *args = info.call_args.args
@@ -228,7 +228,7 @@ def test_a_traceback_is_one_line_of_json() -> None:
 async def test_an_exchange_ends_with_the_last_that_holds_it() -> None:
     ended: list[int] = []
     go_on = asyncio.Event()
-    made = Exchange("r", "POST", "/", on_end=lambda exchange: ended.append(exchange.tokens))
+    made = RequestContext("r", "POST", "/", on_end=lambda context: ended.append(context.tokens))
 
     async def in_background() -> None:
         with made.held():

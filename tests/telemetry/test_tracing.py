@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from loraplex.server.engine.request import Phases
-from loraplex.server.telemetry.request_context import ChoiceTimes, Exchange
+from loraplex.server.telemetry.request_context import ChoiceTimes, RequestContext
 from loraplex.server.telemetry.tracing import TracingUnavailable, phases_of, start_tracing
 from loraplex.server.telemetry.usage import GAPS, Buckets
 from tests.support.otlp_collector import Collector, otlp_collector
@@ -24,10 +24,10 @@ def collector() -> Iterator[Collector]:
 def test_spans_reach_a_collector(collector: Collector, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "k8s.pod.name=pod-1")
     tracing = start_tracing(collector.endpoint)
-    exchange = Exchange("r", "POST", "/v1/completions")
-    tracing.begin(exchange, {})
-    exchange.status, exchange.ended = 200, exchange.began + 0.25
-    exchange.on_end(exchange)
+    context = RequestContext("r", "POST", "/v1/completions")
+    tracing.begin(context, {})
+    context.status, context.ended = 200, context.began + 0.25
+    context.on_end(context)
     tracing.flush()
     assert [path for path, _ in collector.got] == ["/v1/traces"]
     [resource] = collector.resources
@@ -41,10 +41,10 @@ def test_what_a_client_names_loses_no_span(collector: Collector) -> None:
     """A lone surrogate is no UTF-8: its span, and the batch that it is in, could not be written."""
     tracing = start_tracing(collector.endpoint)
     for model in ("\ud800\n" + 3_000_000 * "x", "sql"):
-        exchange = Exchange("r", "POST", "/v1/completions", model=model)
-        tracing.begin(exchange, {})
-        exchange.status, exchange.ended = 404, exchange.began
-        exchange.on_end(exchange)
+        context = RequestContext("r", "POST", "/v1/completions", model=model)
+        tracing.begin(context, {})
+        context.status, context.ended = 404, context.began
+        context.on_end(context)
     tracing.flush()
     told = [each.value.string_value for span in collector.spans for each in span.attributes if "model" in each.key]
     assert len(told) == 2

@@ -10,7 +10,7 @@ from starlette.responses import PlainTextResponse, Response
 
 from loraplex.adapters.errors import AdapterExists, AdapterNotFound
 from loraplex.adapters.registry import AdapterVersion
-from loraplex.adapters.sources.sources import Access
+from loraplex.adapters.sources.sources import SourceAccess
 from loraplex.server.api.body import NAMES_BODY, body_schema
 from loraplex.server.api.errors import ClientGone, InvalidField, error_response, to_adapter_route_error
 from loraplex.server.api.manage import check_may_load, check_may_unload, counting_adapters, permitted_source
@@ -70,9 +70,9 @@ async def load(parts: Parts, record: LoadAdapterRequest, *, pinned: bool = False
         raise InvalidField("lora_name", f"The lora adapter name '{name}' is of the server's own kind; choose another.")
     check_may_load(name)
     source = permitted_source(parts, record.lora_path)
-    access = Access(ambient=current_key().admin)  # tenants fetch nothing with the operator's credentials
+    access = SourceAccess(ambient=current_key().admin)  # tenants fetch nothing with the operator's credentials
     try:
-        with counting_adapters() as holder, parts.on_demand.holdings.loading(holder, name):
+        with counting_adapters() as owner, parts.on_demand.quota.loading(owner, name):
             version = await parts.adapters.register(
                 name, source, replace=bool(record.load_inplace), pinned=pinned, access=access
             )

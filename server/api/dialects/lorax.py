@@ -22,7 +22,7 @@ from starlette.responses import JSONResponse, Response
 from loraplex.adapters.errors import AdapterError
 from loraplex.server.api.body import body_schema
 from loraplex.server.api.chat_schemas import Message
-from loraplex.server.api.choice import Prompt, PromptSource, Wanted
+from loraplex.server.api.choice import GenerationOptions, Prompt, PromptSource
 from loraplex.server.api.conversation import Conversation, read_toolbox
 from loraplex.server.api.dialects.lorax_schemas import (
     OTHER_NAMES,
@@ -212,7 +212,7 @@ class _Work:
             prefill=bool(params.decoder_input_details),
             details=bool(params.details or params.decoder_input_details),
         )
-        wanted = Wanted(
+        options = GenerationOptions(
             max_tokens=params.max_new_tokens,
             num_choices=params.best_of or 1,
             logprobs=(k or 0) if scored else None,
@@ -222,7 +222,7 @@ class _Work:
             watermark=bool(params.watermark),
         )
         fields = _fields(parts, params, seed if sampled else 0, sampled)
-        self.generation = Generation(parts, fields, _prompt_source(parts, record, params), wanted)
+        self.generation = Generation(parts, fields, _prompt_source(parts, record, params), options)
         self.headers = _static_headers(parts, record, params)
 
     async def whole(self) -> str:
@@ -367,10 +367,10 @@ def _printable(text: str) -> str:
 
 async def _embed(parts: Parts, request: Request, record: LoraxEmbedRequest) -> Response:
     params = record.parameters or LoraxParameters()
-    wanted = Wanted(max_tokens=1, num_choices=1, prompt_only=True, pooling="last")
+    options = GenerationOptions(max_tokens=1, num_choices=1, prompt_only=True, pooling="last")
     fields = _fields(parts, params, 0, False)
     source = PromptSource("inputs", (len(record.inputs),), lambda tokenizer: [Prompt(tokenizer.encode(record.inputs))])
-    generation = Generation(parts, fields, source, wanted)
+    generation = Generation(parts, fields, source, options)
     (vector,) = await answer_or_disconnect(request, collect_vectors(generation))
     found = LoraxEmbedding(embeddings=[float(value) for value in vector])
     return Response(found.model_dump_json(), media_type="application/json")

@@ -183,9 +183,9 @@ def _json(raw: dict[str, Any]) -> str:
     return json.dumps(raw, ensure_ascii=False, separators=(",", ":"))
 
 
-def _drop_empty(holder: dict[str, Any], name: str) -> None:
-    if name in holder and holder[name] is None:
-        del holder[name]
+def _drop_empty(owner: dict[str, Any], name: str) -> None:
+    if name in owner and owner[name] is None:
+        del owner[name]
 
 
 def _best_of(sequence: Sequence) -> BestOfSequence:

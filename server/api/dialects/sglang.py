@@ -21,7 +21,7 @@ from starlette.responses import JSONResponse, Response
 
 from loraplex.server.api.body import NAMES_BODY, body_schema, parse_record
 from loraplex.server.api.catalog import visible_adapters
-from loraplex.server.api.choice import Delta, Prompt, PromptSource, ScoredToken, Wanted
+from loraplex.server.api.choice import Delta, GenerationOptions, Prompt, PromptSource, ScoredToken
 from loraplex.server.api.dialects import lorax
 from loraplex.server.api.dialects.adapters import load, unload
 from loraplex.server.api.dialects.lorax_schemas import LoraxAnswer, LoraxRequest
@@ -180,8 +180,8 @@ def make_router(parts: Parts) -> APIRouter:
             record = await parts.bodies.read(request, SglangLoadRequest, NAMES_BODY)
             if record.pinned and not current_key().admin:
                 raise InvalidField("pinned", "pinned: it takes memory from everybody, so only an admin's key may pin")
-            wanted = LoadAdapterRequest(lora_name=record.lora_name, lora_path=record.lora_path)
-            await load(parts, wanted, pinned=bool(record.pinned))
+            options = LoadAdapterRequest(lora_name=record.lora_name, lora_path=record.lora_path)
+            await load(parts, options, pinned=bool(record.pinned))
         except ClientGone:
             raise
         except Exception as error:
@@ -331,7 +331,7 @@ class _Prompt:
         self._parts = parts
         self._scored = bool(record.return_logprob)
         self._echo = self._scored and record.logprob_start_len not in (None, -1)
-        wanted = Wanted(
+        options = GenerationOptions(
             max_tokens=params.max_new_tokens or DEFAULT_MAX_TOKENS,
             num_choices=self.n,
             logprobs=(record.top_logprobs_num or 0) if self._scored else None,
@@ -345,7 +345,7 @@ class _Prompt:
 
         source = PromptSource("text", (len(prompt),) if isinstance(prompt, str) else (), read)
         self._start = record.logprob_start_len or 0
-        self.generation = Generation(parts, shared.of(record, number), source, wanted)
+        self.generation = Generation(parts, shared.of(record, number), source, options)
 
     async def add(self, delta: Delta, so_far: _SoFar) -> None:
         """Take in what a step added to a choice."""

@@ -22,7 +22,7 @@ from loraplex.server.api.chat_schemas import (
     ToolCall,
     ToolCallDelta,
 )
-from loraplex.server.api.choice import Delta, Wanted
+from loraplex.server.api.choice import Delta, GenerationOptions
 from loraplex.server.api.conversation import Conversation, Dialogue, read_toolbox
 from loraplex.server.api.errors import InvalidField
 from loraplex.server.api.fields import ignored_header
@@ -56,13 +56,13 @@ def make_router(parts: Parts) -> APIRouter:
             reasoning_effort=record.reasoning_effort,
             add_generation_prompt=record.add_generation_prompt is not False,
         )
-        wanted = Wanted(
+        options = GenerationOptions(
             max_tokens=record.max_completion_tokens or record.max_tokens,
             num_choices=record.n or 1,
             logprobs=_logprobs(record),
             grammar=read_structured(record, parts.limits),
         )
-        generation = Generation(parts, record, conversation.source(), wanted)
+        generation = Generation(parts, record, conversation.source(), options)
         rendering = _ChatRendering(parts, record, generation, conversation)
         return await respond(request, record, generation, rendering, headers)
 

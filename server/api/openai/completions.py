@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from loraplex.server.api.body import body_schema, ignored_fields
-from loraplex.server.api.choice import Delta, Prompt, PromptSource, Wanted
+from loraplex.server.api.choice import Delta, GenerationOptions, Prompt, PromptSource
 from loraplex.server.api.errors import InvalidField
 from loraplex.server.api.fields import ignored_header
 from loraplex.server.api.generation import Generation
@@ -36,13 +36,13 @@ def make_router(parts: Parts) -> APIRouter:
         """Continue one or more texts."""
         record = await parts.bodies.read(request, CompletionRequest)
         headers = ignored_header(ignored_fields(record))
-        generation = Generation(parts, record, _prompt_source(record), _wanted(record, parts.limits))
+        generation = Generation(parts, record, _prompt_source(record), _options(record, parts.limits))
         return await respond(request, record, generation, _CompletionRendering(parts, record, generation), headers)
 
     return router
 
 
-def _wanted(record: CompletionRequest, limits: RequestLimits) -> Wanted:
+def _options(record: CompletionRequest, limits: RequestLimits) -> GenerationOptions:
     n, best_of = record.n or 1, record.best_of or record.n or 1
     if best_of < n:
         raise InvalidField("best_of", f"best_of: found {best_of}, less than n ({n})")
@@ -50,7 +50,7 @@ def _wanted(record: CompletionRequest, limits: RequestLimits) -> Wanted:
         raise InvalidField("best_of", "best_of: the best is known only at the end, so not with stream: true")
     if record.max_tokens == 0 and not record.echo:
         raise InvalidField("max_tokens", "max_tokens: found 0, which only makes sense with echo: true")
-    return Wanted(
+    return GenerationOptions(
         max_tokens=_max_tokens(record),
         num_choices=best_of,
         logprobs=0 if record.logprobs is None and best_of > n else record.logprobs,

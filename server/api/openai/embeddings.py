@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from loraplex.server.api.body import body_schema
-from loraplex.server.api.choice import Prompt, PromptSource, Wanted
+from loraplex.server.api.choice import GenerationOptions, Prompt, PromptSource
 from loraplex.server.api.errors import InvalidField
 from loraplex.server.api.fields import check_unknown, ignored_header
 from loraplex.server.api.generation import Generation
@@ -68,10 +68,10 @@ def make_router(parts: Parts) -> APIRouter:
         """One vector a text."""
         record = await parts.bodies.read(request, EmbeddingRequest)
         headers = ignored_header(check_unknown(record.model_extra or {}))
-        wanted = Wanted(max_tokens=1, num_choices=1, prompt_only=True, pooling=record.pooling or "last")
+        options = GenerationOptions(max_tokens=1, num_choices=1, prompt_only=True, pooling=record.pooling or "last")
         worn = {name: getattr(record, name) for name in AdapterFields.model_fields}
         fields = GenerationFields(**worn, temperature=0.0)
-        generation = Generation(parts, fields, _prompt_source(record), wanted)
+        generation = Generation(parts, fields, _prompt_source(record), options)
         vectors = await answer_or_disconnect(request, collect_vectors(generation))
         tokens = generation.prompt_tokens
         answer = EmbeddingList(

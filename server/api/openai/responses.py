@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse, Response
 
 from loraplex.server.api.body import body_schema
 from loraplex.server.api.chat_schemas import Message
-from loraplex.server.api.choice import Wanted
+from loraplex.server.api.choice import GenerationOptions
 from loraplex.server.api.conversation import Conversation, read_toolbox
 from loraplex.server.api.errors import ApiError, InvalidField, UnsupportedField, to_api_error
 from loraplex.server.api.fields import check_unknown, ignored_header
@@ -140,13 +140,13 @@ class _Work:
             instructed=bool(instructions),
         )
         wants_logprobs = LOGPROBS in (record.include or ()) or record.top_logprobs is not None
-        wanted = Wanted(
+        options = GenerationOptions(
             max_tokens=record.max_output_tokens,
             num_choices=1,
             logprobs=(record.top_logprobs or 0) if wants_logprobs else None,
             grammar=_structured(record, parts.limits),
         )
-        generation = Generation(parts, record, conversation.source(), wanted)
+        generation = Generation(parts, record, conversation.source(), options)
         response = _response(record, generation)
         return cls(
             response,

@@ -3,7 +3,7 @@
 A sequence is admitted if its adapters' missing pages and all its known tokens fit beside what the running ones are sure
 to need: its first chunk alone would be enough to start, but a sequence that is preempted half way has computed for
 nothing. The first in the order that lacks pages is not overtaken. Clients below their share come before others, and may
-take what they need from those above theirs (running.Takeover).
+take what they need from those above theirs (running.FairPreemption).
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Protocol
 from loraplex.server.engine.policy.fair_queue import Client, FairQueue, Filter
 from loraplex.server.engine.policy.kv_cache import KVCache
 from loraplex.server.engine.policy.plan import Placement, SchedulerLimits
-from loraplex.server.engine.policy.prefetch import Lookahead
-from loraplex.server.engine.policy.running import RunningSet, Takeover
+from loraplex.server.engine.policy.prefetch import Prefetch
+from loraplex.server.engine.policy.running import FairPreemption, RunningSet
 from loraplex.server.engine.policy.sequence import Sequence
 from loraplex.server.engine.request import ContextTooLong
 
@@ -71,7 +71,7 @@ class Admission:
         limits: SchedulerLimits,
         queue: FairQueue,
         running: RunningSet,
-        lookahead: Lookahead,
+        prefetch: Prefetch,
         steps: Steps,
     ) -> None:
         self._kv = kv
@@ -79,7 +79,7 @@ class Admission:
         self._limits = limits
         self._queue = queue
         self._running = running
-        self._lookahead = lookahead
+        self._prefetch = prefetch
         self._steps = steps
         self._stuck: tuple[Sequence, int] | None = None  # what lacked pages last, and how many there were for it
 
@@ -135,7 +135,7 @@ class Admission:
                 step.unready.add(seq.flow.client)
                 seq.wait_for_adapters(step.now)
                 return None
-            self._lookahead.ask(seq, step.now)
+            self._prefetch.ask(seq, step.now)
         try:
             pages = self._adapters.missing_pages(seq.wanted)
         except Exception as error:  # whatever it is, it is this request's own
@@ -157,8 +157,8 @@ class Admission:
 
     def _start(self, seq: Sequence, urgency: float, pages: tuple[int, ...], step: Round) -> _Lacks:
         """Admit `seq`, or say what it lacks and leave everything but those it took from as it was."""
-        takeover = Takeover(self._queue, self._running, seq, urgency)
-        if self._running.is_full and not takeover.place():
+        preemption = FairPreemption(self._queue, self._running, seq, urgency)
+        if self._running.is_full and not preemption.place():
             return _Lacks.PLACE
         headroom = self._available() - self._steps.reserve() - sum(pages)
         if self._is_stuck(seq, headroom):
@@ -170,9 +170,9 @@ class Admission:
                 pinned.append(digest)
         scored = seq.reads_prompt and not seq.output  # every prompt token is computed
         seq.num_computed = self._kv.adopt(seq.number, None if scored else seq.cache_root, seq.tokens)
-        lacks = self._choose(seq, pages, takeover)
+        lacks = self._choose(seq, pages, preemption)
         if lacks is _Lacks.NOTHING:
-            lacks = self._take(seq, pages, takeover, pinned)
+            lacks = self._take(seq, pages, preemption, pinned)
         self._stuck = (seq, headroom) if lacks is _Lacks.PAGES else None
         if lacks is not _Lacks.NOTHING:
             self._kv.free(seq.number)
@@ -192,29 +192,29 @@ class Admission:
             return False
         return len(self._running) > 0 and not self._running.any_above
 
-    def _choose(self, seq: Sequence, pages: tuple[int, ...], takeover: Takeover) -> _Lacks:
+    def _choose(self, seq: Sequence, pages: tuple[int, ...], preemption: FairPreemption) -> _Lacks:
         """Choose whom to take from, so that nobody is preempted for what is not enough."""
         own = {digest for digest, _ in seq.mix}
-        while len((self._running.worn.keys() - takeover.frees()) | own) > self._limits.num_slots:
-            if not takeover.slot():
+        while len((self._running.worn.keys() - preemption.frees()) | own) > self._limits.num_slots:
+            if not preemption.slot():
                 return _Lacks.SLOT
         short = self._need(seq, pages) + self._steps.reserve() - self._available()
         if short <= 0:
             return _Lacks.NOTHING
         held, share = self._pages_by_client(), self._kv.pool.num_pages / self._queue.total_weight
-        while self._gain(takeover, own) < short:
-            if not takeover.pages(held, share):
+        while self._gain(preemption, own) < short:
+            if not preemption.pages(held, share):
                 return _Lacks.PAGES
         return _Lacks.NOTHING
 
-    def _take(self, seq: Sequence, pages: tuple[int, ...], takeover: Takeover, pinned: list[str]) -> _Lacks:
+    def _take(self, seq: Sequence, pages: tuple[int, ...], preemption: FairPreemption, pinned: list[str]) -> _Lacks:
         """Preempt the chosen, then put the adapters of `seq` on the device, pinned (and named so)."""
-        self._preempt_all(takeover, 0)
+        self._preempt_all(preemption, 0)
         while self._need(seq, pages) + self._steps.reserve() > self._available():  # the chosen shared pages with others
-            chosen = len(takeover.victims)
-            if not takeover.place():
+            chosen = len(preemption.victims)
+            if not preemption.place():
                 return _Lacks.PAGES
-            self._preempt_all(takeover, chosen)
+            self._preempt_all(preemption, chosen)
         short = sum(pages) - self._kv.pool.num_free
         if short > 0:
             self._kv.reclaimer.reclaim(short)
@@ -222,16 +222,16 @@ class Admission:
             if missing == 0:
                 continue
             while not self._adapters.load(version):
-                chosen = len(takeover.victims)
-                if not self._adapters.evict_for_slot() and not takeover.slot():
+                chosen = len(preemption.victims)
+                if not self._adapters.evict_for_slot() and not preemption.slot():
                     return _Lacks.SLOT
-                self._preempt_all(takeover, chosen)
+                self._preempt_all(preemption, chosen)
             self._adapters.pin(digest)
             pinned.append(digest)
         return _Lacks.NOTHING
 
-    def _preempt_all(self, takeover: Takeover, start: int) -> None:
-        for victim in takeover.victims[start:]:
+    def _preempt_all(self, preemption: FairPreemption, start: int) -> None:
+        for victim in preemption.victims[start:]:
             self._steps.preempt(victim)
             client = victim.flow.client
             client.emptied = client.emptied or client.num_running == 0
@@ -246,12 +246,12 @@ class Admission:
     def _available(self) -> int:
         return self._kv.pool.num_free + self._kv.reclaimer.idle_pages
 
-    def _gain(self, takeover: Takeover, own: set[str]) -> int:
+    def _gain(self, preemption: FairPreemption, own: set[str]) -> int:
         """Pages that come of it if what the chosen hold is theirs alone."""
-        freed = takeover.frees() - own
-        sizes = {d: v.num_pages for seq in takeover.victims for (d, _), v in zip(seq.mix, seq.versions, strict=True)}
-        wanted = sum(self.wanted_soon(seq) for seq in takeover.victims)
-        return wanted + sum(self._kv.held(seq.number) for seq in takeover.victims) + sum(sizes[d] for d in freed)
+        freed = preemption.frees() - own
+        sizes = {d: v.num_pages for seq in preemption.victims for (d, _), v in zip(seq.mix, seq.versions, strict=True)}
+        wanted = sum(self.wanted_soon(seq) for seq in preemption.victims)
+        return wanted + sum(self._kv.held(seq.number) for seq in preemption.victims) + sum(sizes[d] for d in freed)
 
     def wanted_soon(self, seq: Sequence) -> int:
         """Pages that a running sequence is sure to want: for its known tokens and one block more."""

@@ -17,7 +17,7 @@ PATIENCE = 1.0  # seconds
 FAR = 4  # times the width
 
 
-class Lookahead:
+class Prefetch:
     """Undoes every request() to the placement by one cancel(). One thread only."""
 
     def __init__(self, queue: FairQueue, adapters: Placement, width: int) -> None:

@@ -63,7 +63,7 @@ class Running:
     own_tokens: int
 
 
-class Door:
+class QueueLimits:
     """Not thread-safe but for drained(), which the engine's thread calls."""
 
     def __init__(self, max_waiting: int, max_waiting_tokens: int) -> None:

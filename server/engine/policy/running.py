@@ -92,7 +92,7 @@ class RunningSet:
             assert client.num_running == count, f"{client.key}: {count} run, {client.num_running} counted"
 
 
-class Takeover:
+class FairPreemption:
     """What one waiting sequence would take: chosen step by step, nothing changed before the scheduler acts on it."""
 
     def __init__(self, queue: FairQueue, running: RunningSet, seq: Sequence, urgency: float) -> None:

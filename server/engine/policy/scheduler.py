@@ -24,7 +24,7 @@ from loraplex.server.engine.policy.fair_queue import NEVER, OUTPUT_TOKEN, PROMPT
 from loraplex.server.engine.policy.kv_cache import KVCache
 from loraplex.server.engine.policy.multi_step import steps_in_a_row
 from loraplex.server.engine.policy.plan import Placement, PlanEntry, SampledToken, SchedulerLimits, StepPlan
-from loraplex.server.engine.policy.prefetch import Lookahead
+from loraplex.server.engine.policy.prefetch import Prefetch
 from loraplex.server.engine.policy.queue_limits import Running, check_fits
 from loraplex.server.engine.policy.running import RunningSet
 from loraplex.server.engine.policy.sequence import Sequence
@@ -69,8 +69,8 @@ class Scheduler:
         self.finished = 0
         self.adapter_wait = 0.0  # seconds of closed requests, see Sequence.waited
         self._running = RunningSet(self.waiting, limits.max_num_seqs)
-        self._lookahead = Lookahead(self.waiting, adapters, limits.max_num_seqs)
-        self._admission = Admission(kv, adapters, limits, self.waiting, self._running, self._lookahead, self)
+        self._prefetch = Prefetch(self.waiting, adapters, limits.max_num_seqs)
+        self._admission = Admission(kv, adapters, limits, self.waiting, self._running, self._prefetch, self)
         self._clock = clock
         self._pool = kv.pool
         self._open: dict[str, Sequence] = {}
@@ -101,7 +101,7 @@ class Scheduler:
         if request.deadline is not None:
             heappush(self._deadlines, (request.deadline, seq.number, seq))
         self.waiting.open(seq, now)
-        self._lookahead.waits(seq, now)
+        self._prefetch.waits(seq, now)
         return seq
 
     def abort(self, request_id: str) -> TokenEvent | None:
@@ -152,7 +152,7 @@ class Scheduler:
         self._copy(busy=any(seq.is_ready and seq.is_decode for seq in self._running.seqs))
         self._plan_decodes()
         if len(self.waiting) and not self._full:
-            self._lookahead.look(now)
+            self._prefetch.look(now)
             # What was preempted a moment ago would only be preempted again.
             self._admit(now, takers_only=self.preemptions > preemptions)
         self._plan_prefills(now)
@@ -345,7 +345,7 @@ class Scheduler:
         self.waiting.remove(seq)
         self.waiting.admitted(seq, now)
         self._running.add(seq)
-        self._lookahead.admitted(seq)
+        self._prefetch.admitted(seq)
         seq.urgency = urgency
         seq.is_ready = all(map(self.adapters.is_ready, seq.versions))
         if not seq.is_ready:
@@ -367,7 +367,7 @@ class Scheduler:
         self.preemptions += 1
         now = self._clock()
         self.waiting.add(seq, now)
-        self._lookahead.waits(seq, now)
+        self._prefetch.waits(seq, now)
 
     def _take(self, seq: Sequence, draw: SampledToken, token_id: int, handful: int) -> TokenEvent:
         """Append a drawn token."""
@@ -411,7 +411,7 @@ class Scheduler:
         else:
             self.waiting.remove(seq)
         self.waiting.close(seq)
-        self._lookahead.closed(seq)
+        self._prefetch.closed(seq)
         if len(self._deadlines) > 2 * len(self._open) + 64:  # mostly of closed ones
             self._deadlines = [entry for entry in self._deadlines if not self._is_closed(entry[2])]
             heapify(self._deadlines)

@@ -11,7 +11,7 @@ import threading
 
 from torch import Tensor
 
-from loraplex.adapters.pace import lower_priority
+from loraplex.adapters.throttle import lower_priority
 from loraplex.adapters.tiers.pages import PagePool
 from loraplex.kernels.hugepages import HUGE_PAGE, populate
 

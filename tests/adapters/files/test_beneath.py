@@ -85,18 +85,18 @@ def test_links_in_circles(root: Path, way: str) -> None:
 
 
 def test_the_root_itself_may_be_a_link_and_what_is_below_a_second_one_none(root: Path, way: str) -> None:
-    door = root.parent / "door"
-    door.symlink_to(root)
-    assert content(door / "sql", "file", (door,)) == "good"
-    (root / "sql" / "absolute").symlink_to(door / "other" / "file")
-    assert content(door / "sql", "absolute", (door,)) == "good"
+    queue_limits = root.parent / "door"
+    queue_limits.symlink_to(root)
+    assert content(queue_limits / "sql", "file", (queue_limits,)) == "good"
+    (root / "sql" / "absolute").symlink_to(queue_limits / "other" / "file")
+    assert content(queue_limits / "sql", "absolute", (queue_limits,)) == "good"
     (root / "alias").symlink_to("other")
-    assert content(door / "alias", "file", (door,)) == "good"
-    assert content(door / "other", "file", (door, door / "other")) == "good"
+    assert content(queue_limits / "alias", "file", (queue_limits,)) == "good"
+    assert content(queue_limits / "other", "file", (queue_limits, queue_limits / "other")) == "good"
     with pytest.raises(OSError, match="symbolic links"):
-        content(door / "alias", "file", (door, door / "alias"))
+        content(queue_limits / "alias", "file", (queue_limits, queue_limits / "alias"))
     with pytest.raises(OSError, match="device link"):
-        content(door / "sql", "absolute", (door, door / "sql"))
+        content(queue_limits / "sql", "absolute", (queue_limits, queue_limits / "sql"))
 
 
 def test_what_is_no_file_is_not_opened(root: Path, way: str) -> None:

@@ -15,7 +15,7 @@ from gcp_storage_emulator.server import create_server
 
 from loraplex.adapters.errors import AdapterNotFound, AdapterRefused, AdapterUnavailable
 from loraplex.adapters.sources.downloads import Downloads
-from loraplex.adapters.sources.sources import Access, object_stores, parse_source
+from loraplex.adapters.sources.sources import SourceAccess, object_stores, parse_source
 from loraplex.adapters.sources.sources import fetch as fetch_module
 from tests.adapters.sources.test_archive import tar
 from tests.support.waiting import LIMIT
@@ -60,7 +60,7 @@ def downloads(put: Put, tmp_path: Path) -> Iterator[Downloads]:
 
 
 def get(downloads: Downloads, text: str) -> Path:
-    return downloads.fetch(parse_source(text, Access(ambient=False))).result(60)
+    return downloads.fetch(parse_source(text, SourceAccess(ambient=False))).result(60)
 
 
 def weights(folder: Path) -> bytes:

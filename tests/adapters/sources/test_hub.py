@@ -12,7 +12,7 @@ from loraplex.adapters.errors import AdapterError, AdapterNotFound, AdapterRefus
 from loraplex.adapters.files import bounded_json
 from loraplex.adapters.sources.addresses import Reach
 from loraplex.adapters.sources.downloads import Downloads
-from loraplex.adapters.sources.sources import Access, parse_source
+from loraplex.adapters.sources.sources import SourceAccess, parse_source
 from loraplex.adapters.sources.sources import fetch as fetch_module
 from tests.support.fake_hub import FakeHub, Repo, fake_hub
 from tests.support.web_server import Page
@@ -47,8 +47,8 @@ def downloads(hub: FakeHub, tmp_path: Path) -> Iterator[Downloads]:
     made.close()
 
 
-def get(downloads: Downloads, text: str, access: Access | None = None, *, stale: bool = False) -> Path:
-    return downloads.fetch(parse_source(text, access or Access()), stale=stale).result(30)
+def get(downloads: Downloads, text: str, access: SourceAccess | None = None, *, stale: bool = False) -> Path:
+    return downloads.fetch(parse_source(text, access or SourceAccess()), stale=stale).result(30)
 
 
 def weights(folder: Path) -> bytes:
@@ -83,16 +83,16 @@ def test_private_ones_need_the_callers_own_token(
     downloads: Downloads, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub.repos["acme/sql"].token = "hf_alice"
-    folder = get(downloads, "acme/sql", Access("hf_alice"))
+    folder = get(downloads, "acme/sql", SourceAccess("hf_alice"))
     assert weights(folder) == WEIGHTS
-    for access in (Access(), Access("hf_bob"), Access(ambient=False)):
+    for access in (SourceAccess(), SourceAccess("hf_bob"), SourceAccess(ambient=False)):
         with pytest.raises(AdapterNotFound, match="private and needs a token") as caught:
             get(downloads, "acme/sql", access, stale=True)
         assert "hf_" not in str(caught.value)
     monkeypatch.setenv("HF_TOKEN", "hf_alice")  # the server's own, for who may use it
     assert weights(get(downloads, "acme/sql")) == WEIGHTS
     with pytest.raises(AdapterNotFound):
-        get(downloads, "acme/sql", Access(ambient=False))
+        get(downloads, "acme/sql", SourceAccess(ambient=False))
     sent = [asked for asked in hub.web.requests if asked.path.startswith("/store/")]
     assert sent
     assert {asked.headers.get("Authorization") for asked in sent} <= {"Bearer hf_alice"}  # one host plays both here
@@ -105,7 +105,7 @@ def test_tokens_do_not_follow_to_the_content_store(downloads: Downloads, hub: Fa
     hub.web.pages[resolve] = Page(status=302, headers={"Location": place})
     hub.web.pages["/elsewhere"] = Page(WEIGHTS)
     downloads = Downloads(downloads._cache._root, reach=Reach(("localhost", "127.0.0.1")))
-    assert weights(get(downloads, "acme/sql", Access("hf_alice"))) == WEIGHTS
+    assert weights(get(downloads, "acme/sql", SourceAccess("hf_alice"))) == WEIGHTS
     assert [asked.headers.get("Authorization") for asked in hub.web.requests if asked.path == "/elsewhere"] == [None]
 
 

@@ -18,7 +18,7 @@ import pytest
 
 from loraplex.adapters.errors import AdapterNotFound, AdapterRefused, AdapterUnavailable
 from loraplex.adapters.sources.downloads import Downloads
-from loraplex.adapters.sources.sources import Access, object_stores, parse_source
+from loraplex.adapters.sources.sources import SourceAccess, object_stores, parse_source
 from loraplex.adapters.sources.sources import fetch as fetch_module
 from tests.adapters.sources.test_archive import tar
 from tests.support.waiting import LIMIT, wait_for
@@ -83,8 +83,8 @@ def downloads(s3: Any, tmp_path: Path) -> Iterator[Downloads]:
     made.close()
 
 
-def get(downloads: Downloads, text: str, access: Access | None = None) -> Path:
-    return downloads.fetch(parse_source(text, access or Access())).result(60)
+def get(downloads: Downloads, text: str, access: SourceAccess | None = None) -> Path:
+    return downloads.fetch(parse_source(text, access or SourceAccess())).result(60)
 
 
 def weights(folder: Path) -> bytes:
@@ -128,7 +128,7 @@ def test_what_is_not_there(downloads: Downloads, source: str) -> None:
 
 
 def test_who_may_not_use_the_servers_credentials_comes_as_nobody(downloads: Downloads, s3: Any) -> None:
-    system = object_stores._file_system(parse_source("s3://models/sql", Access(ambient=False)))
+    system = object_stores._file_system(parse_source("s3://models/sql", SourceAccess(ambient=False)))
     assert system.anon
     assert not object_stores._file_system(parse_source("s3://models/sql")).anon
 

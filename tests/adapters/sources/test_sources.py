@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from loraplex.adapters.errors import AdapterNotFound, AdapterRefused
-from loraplex.adapters.sources.sources import Access, find_folder, parse_source, redact, resolve
+from loraplex.adapters.sources.sources import SourceAccess, find_folder, parse_source, redact, resolve
 
 
 def test_a_folder_is_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +105,11 @@ URL = "https://user:hunter2@example.org:8443/a/sql.tar?X-Amz-Credential=AKIA123&
 
 def test_secrets_are_never_shown() -> None:
     assert redact(URL) == "https://example.org:8443/a/sql.tar?..."
-    sources = [parse_source(URL), parse_source("acme/sql", Access("hf_token")), parse_source("acme/sql", Access("x"))]
+    sources = [
+        parse_source(URL),
+        parse_source("acme/sql", SourceAccess("hf_token")),
+        parse_source("acme/sql", SourceAccess("x")),
+    ]
     for source in sources:
         shown = f"{source.text} {source!r} {source}"
         assert not any(secret in shown for secret in SECRETS)
@@ -122,13 +126,15 @@ def test_secrets_are_never_shown() -> None:
 
 
 def test_what_differs_in_secrets_or_rights_is_another_source() -> None:
-    accesses = [Access(), Access("a"), Access("b"), Access(ambient=False)]
+    accesses = [SourceAccess(), SourceAccess("a"), SourceAccess("b"), SourceAccess(ambient=False)]
     texts = [parse_source("acme/sql", access).text for access in accesses]
     texts += [parse_source(url).text for url in (URL, URL + "0", "https://example.org/a", "https://example.org/b")]
-    texts += [parse_source("s3://b/a").text, parse_source("s3://b/a", Access(ambient=False)).text]
+    texts += [parse_source("s3://b/a").text, parse_source("s3://b/a", SourceAccess(ambient=False)).text]
     assert len(set(texts)) == len(texts)
     assert [parse_source("acme/sql", access).text for access in accesses] == texts[:4]
-    assert parse_source("s3://b/a", Access("a")).text == "s3://b/a", "a bucket is told nothing of tokens for the Hub"
+    assert parse_source("s3://b/a", SourceAccess("a")).text == "s3://b/a", (
+        "a bucket is told nothing of tokens for the Hub"
+    )
 
 
 @pytest.mark.parametrize(

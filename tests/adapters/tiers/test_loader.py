@@ -56,7 +56,7 @@ class Sources:
         digest = self.digests.get(source, f"digest of {source}")
         self.reading.release()
         assert self.hanging.get(source, self.gate).wait(LIMIT)
-        reading.breathe()
+        reading.throttle()
         if source in self.errors:
             raise self.errors[source]
         return ParsedImage(digest, self.ranks.get(source, 8), ("q_proj",), 3, 1000, f"image of {source}", 500)

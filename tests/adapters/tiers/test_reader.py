@@ -226,7 +226,7 @@ def test_a_source_is_located_once_and_when_told_to(folder: Path) -> None:
 
 def test_adapters_of_one_shape_share_what_is_known_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[int] = []
-    real = reader.draw_blueprint
+    real = reader.map_modules
     monkeypatch.setattr(reader, "draw_blueprint", lambda *args: (drawn.append(1), real(*args))[1])
     own = make_reader()
     for i in range(6):
@@ -261,15 +261,15 @@ def test_a_reading_can_be_given_up_anywhere(folder: Path) -> None:
     for last in range(calls):
         left = [last]
 
-        def breathe(left: list[int] = left) -> None:
+        def throttle(left: list[int] = left) -> None:
             if left[0] == 0:
                 raise LoadCancelled("enough")
             left[0] -= 1
 
         with pytest.raises(LoadCancelled):
-            AdapterReader(LAYOUT, lambda *_: None, 1000).read(Reading(str(folder), False, breathe))
+            AdapterReader(LAYOUT, lambda *_: None, 1000).read(Reading(str(folder), False, throttle))
         with pytest.raises(LoadCancelled):
-            own.read(Reading(str(folder), True, breathe))
+            own.read(Reading(str(folder), True, throttle))
     assert same_image(read(own, folder).image, expected.image)
 
 
@@ -293,7 +293,7 @@ def test_adapters_that_differ_in_scaling_are_registered_by_one_look(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[int] = []
-    real = reader.draw_blueprint
+    real = reader.map_modules
     monkeypatch.setattr(reader, "draw_blueprint", lambda *args: (drawn.append(1), real(*args))[1])
     own = make_reader()
     for alpha in range(1, 30):

@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from loraplex.adapters.format.adapter_files import TensorInfo
-from loraplex.adapters.format.peft_format import AdapterModule, Blueprint
+from loraplex.adapters.format.peft_format import AdapterModule, ModuleMap
 from loraplex.adapters.format.peft_values import cancels
 from loraplex.adapters.image.packing import DTYPES, STRIP, OpenFile, Strips, pack
 from loraplex.adapters.image.tiles import AdapterImage, BaseLayout, LowRank, PartPlace, PartShape, Strip, plan_image
-from loraplex.adapters.pace import READING_NICE
+from loraplex.adapters.throttle import READING_NICE
 from loraplex.kernels.records import ALIGN, element_bytes
 
 SLICE_BYTES = 16 << 20
@@ -35,12 +35,12 @@ _Row = tuple[int, int, int, int, int, int, int, int, int, float, bool]
 """A record of STRIP."""
 
 
-class Recipe:
+class PackPlan:
     """Immutable, for use by any thread. 72 bytes a strip: 20 KB for attention in 30 layers, 50 KB for all linears."""
 
-    def __init__(self, modules: Sequence[AdapterModule], blueprint: Blueprint, layout: BaseLayout) -> None:
+    def __init__(self, modules: Sequence[AdapterModule], module_map: ModuleMap, layout: BaseLayout) -> None:
         """`modules`: those of `blueprint` that are to be in the image. Raises ValueError unless is_for() them."""
-        if not is_for(modules, blueprint):
+        if not is_for(modules, module_map):
             raise ValueError("a module has a bias, or not both factors; a recipe is for A and B only")
         plan = plan_image([PartShape(module.layer, module.projection, module.rank) for module in modules], layout)
         self.nbytes = plan.num_pages * layout.page_bytes
@@ -48,32 +48,32 @@ class Recipe:
         rows = [
             row
             for number, (module, place) in enumerate(zip(modules, plan.places, strict=True))
-            for row in _strips(module, blueprint.header, place, element_bytes(layout.dtype), 2 * number)
+            for row in _strips(module, module_map.header, place, element_bytes(layout.dtype), 2 * number)
         ]
         strips = np.array(sorted([*rows, *_gaps(rows, self.nbytes)]), dtype=STRIP)
         self._slices = tuple(_slices(strips))
         self._dtype = layout.dtype
         self._page_bytes = layout.page_bytes
         self._num_factors = 2 * len(modules)
-        self._first = (modules[0], *_infos(modules[0], blueprint.header))
+        self._first = (modules[0], *_infos(modules[0], module_map.header))
         self._tiles, self._extent, self._used = plan.tiles, plan.extent, plan.nbytes
 
-    def read(self, file: OpenFile, memory: Tensor, breathe: Callable[[], None]) -> AdapterImage:
+    def read(self, file: OpenFile, memory: Tensor, throttle: Callable[[], None]) -> AdapterImage:
         """The image of an adapter known to be sound, written to `memory`, [nbytes] uint8, from its file.
 
         Raises OSError, and EOFError where the file ends early.
         """
-        self._pack(file, memory, breathe, None)
+        self._pack(file, memory, throttle, None)
         return self._image(memory)
 
-    def make(self, data: Tensor, memory: Tensor, breathe: Callable[[], None]) -> tuple[AdapterImage, bool]:
+    def make(self, data: Tensor, memory: Tensor, throttle: Callable[[], None]) -> tuple[AdapterImage, bool]:
         """The image, written to `memory`, from the data of a file, [data_bytes] uint8, and whether it is sound.
 
         Sound is what has only finite values and some that are not zero, once rounded, in every A and every B, and a
         first B A that is not zero.
         """
         peaks = np.zeros(self._num_factors, dtype=np.int32)
-        self._pack(data, memory, breathe, peaks)
+        self._pack(data, memory, throttle, peaks)
         sound = 0 < peaks.min() <= peaks.max() < _INFINITY[self._dtype]
         return self._image(memory), bool(sound) and not cancels(self._first_part(data))
 
@@ -87,20 +87,20 @@ class Recipe:
         return LowRank(module.layer, module.projection, a, b, module.scaling)
 
     def _pack(
-        self, source: Tensor | OpenFile, memory: Tensor, breathe: Callable[[], None], peaks: NDArray[np.int32] | None
+        self, source: Tensor | OpenFile, memory: Tensor, throttle: Callable[[], None], peaks: NDArray[np.int32] | None
     ) -> None:
         for strips in self._slices:
             pack(strips, source, memory, self._dtype, peaks, READING_NICE)
-            breathe()
+            throttle()
 
     def _image(self, memory: Tensor) -> AdapterImage:
         return AdapterImage(memory.view(-1, self._page_bytes), self._tiles, self._used, self._extent)
 
 
-def is_for(modules: Iterable[AdapterModule], blueprint: Blueprint) -> bool:
+def is_for(modules: Iterable[AdapterModule], module_map: ModuleMap) -> bool:
     """Whether there can be a recipe: there are modules, and each is A and B only."""
     names = [(m.a, m.b) if m.rank and not (m.bias or m.b_bias) else (None, None) for m in modules]
-    return bool(names) and all(name in blueprint.header for pair in names for name in pair)
+    return bool(names) and all(name in module_map.header for pair in names for name in pair)
 
 
 def _infos(module: AdapterModule, header: Mapping[str, TensorInfo]) -> tuple[TensorInfo, TensorInfo]:

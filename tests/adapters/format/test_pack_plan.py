@@ -15,11 +15,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from loraplex.adapters.format import recipe
+from loraplex.adapters.format import plan
 from loraplex.adapters.format.adapter_files import TensorInfo, parse_header, read_head
 from loraplex.adapters.format.peft_config import parse_config
-from loraplex.adapters.format.peft_format import Blueprint, draw_blueprint
-from loraplex.adapters.format.recipe import Recipe, is_for
+from loraplex.adapters.format.peft_format import ModuleMap, map_modules
+from loraplex.adapters.format.plan import PackPlan, is_for
 from loraplex.adapters.image.tiles import BaseLayout
 from loraplex.adapters.tiers.loader import Reading
 from loraplex.adapters.tiers.reader import AdapterReader
@@ -33,9 +33,9 @@ UP = Projection("mlp.up_proj", Site.GATE_UP, 32, 0, 48, False)
 LAYOUT = BaseLayout("tiny", 23, (Q, K, UP), 1024, torch.bfloat16)
 
 
-def blueprint_of(folder: Path, layout: BaseLayout) -> Blueprint:
+def blueprint_of(folder: Path, layout: BaseLayout) -> ModuleMap:
     head = read_head(folder)
-    return draw_blueprint(parse_config(head.config), parse_header(head), layout, lambda *_: None)
+    return map_modules(parse_config(head.config), parse_header(head), layout, lambda *_: None)
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
@@ -75,9 +75,9 @@ def test_tensors_at_odd_addresses(tmp_path: Path) -> None:
     names = sorted(tensors)
     tensors[names[0]] = tensors[names[0]].half()
     write_tensors(folder, tensors, names)
-    blueprint = blueprint_of(folder, layout)
-    assert blueprint.header[names[1]].offset % 4 == 2
-    assert is_for(blueprint.modules, blueprint)
+    module_map = blueprint_of(folder, layout)
+    assert module_map.header[names[1]].offset % 4 == 2
+    assert is_for(module_map.modules, module_map)
     assert len(read_adapter(folder, layout, lambda *_: None).parts) == 2
 
 
@@ -167,8 +167,8 @@ def test_the_offsets_of_a_header(tmp_path: Path) -> None:
 def test_what_is_sound_is_said_without_looking_at_single_modules(tmp_path: Path) -> None:
     """Each kind of trouble, in one value of one module, is noticed; -0.0 is zero."""
     folder = write_adapter(tmp_path, LAYOUT)
-    blueprint = blueprint_of(folder, LAYOUT)
-    own = Recipe(blueprint.modules, blueprint, LAYOUT)
+    module_map = blueprint_of(folder, LAYOUT)
+    own = PackPlan(module_map.modules, module_map, LAYOUT)
     file = folder / "adapter_model.safetensors"
     tensors = safetensors.torch.load(file.read_bytes())
 
@@ -192,7 +192,7 @@ def test_what_is_sound_is_said_without_looking_at_single_modules(tmp_path: Path)
 
 
 def test_infinities_as_integers() -> None:
-    for dtype, bits in recipe._INFINITY.items():
+    for dtype, bits in plan._INFINITY.items():
         whole = torch.int32 if dtype.itemsize == 4 else torch.int16
         as_int = torch.tensor([bits, bits - 1], dtype=whole).view(dtype)
         assert as_int[0] == float("inf")

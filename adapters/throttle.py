@@ -27,11 +27,11 @@ NICE = 5
 SLICE_SECONDS = 1e-3
 """Work between two breaths."""
 
-BREATH_SECONDS = 5e-5
+PAUSE_SECONDS = 5e-5
 """How long a breath is: a thread that waits for the GIL does not get it from one that lets go and takes it at once."""
 
 
-class Breath:
+class Throttle:
     """To be called between small pieces of work: lets others run when it is time, after looking at `check`."""
 
     def __init__(self, check: Callable[[], None], rest: float = 0.0) -> None:
@@ -45,7 +45,7 @@ class Breath:
         self._check()
         worked = self._clock() - self._last
         if worked >= SLICE_SECONDS:
-            time.sleep(max(BREATH_SECONDS, worked * self._rest))
+            time.sleep(max(PAUSE_SECONDS, worked * self._rest))
             self._last = self._clock()
 
 
