@@ -15,11 +15,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from loraplex.adapters.format import plan
+from loraplex.adapters.format import pack_plan
 from loraplex.adapters.format.adapter_files import TensorInfo, parse_header, read_head
+from loraplex.adapters.format.pack_plan import PackPlan, is_for
 from loraplex.adapters.format.peft_config import parse_config
 from loraplex.adapters.format.peft_format import ModuleMap, map_modules
-from loraplex.adapters.format.plan import PackPlan, is_for
 from loraplex.adapters.image.tiles import BaseLayout
 from loraplex.adapters.tiers.loader import Reading
 from loraplex.adapters.tiers.reader import AdapterReader
@@ -192,7 +192,7 @@ def test_what_is_sound_is_said_without_looking_at_single_modules(tmp_path: Path)
 
 
 def test_infinities_as_integers() -> None:
-    for dtype, bits in plan._INFINITY.items():
+    for dtype, bits in pack_plan._INFINITY.items():
         whole = torch.int32 if dtype.itemsize == 4 else torch.int16
         as_int = torch.tensor([bits, bits - 1], dtype=whole).view(dtype)
         assert as_int[0] == float("inf")

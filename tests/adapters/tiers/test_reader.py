@@ -227,7 +227,7 @@ def test_a_source_is_located_once_and_when_told_to(folder: Path) -> None:
 def test_adapters_of_one_shape_share_what_is_known_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[int] = []
     real = reader.map_modules
-    monkeypatch.setattr(reader, "draw_blueprint", lambda *args: (drawn.append(1), real(*args))[1])
+    monkeypatch.setattr(reader, "map_modules", lambda *args: (drawn.append(1), real(*args))[1])
     own = make_reader()
     for i in range(6):
         folder = write_adapter(tmp_path / str(i), LAYOUT, seed=i, rank=(4, 8)[i % 2])
@@ -294,7 +294,7 @@ def test_adapters_that_differ_in_scaling_are_registered_by_one_look(
 ) -> None:
     drawn: list[int] = []
     real = reader.map_modules
-    monkeypatch.setattr(reader, "draw_blueprint", lambda *args: (drawn.append(1), real(*args))[1])
+    monkeypatch.setattr(reader, "map_modules", lambda *args: (drawn.append(1), real(*args))[1])
     own = make_reader()
     for alpha in range(1, 30):
         assert own.examine(str(write_adapter(tmp_path / str(alpha), LAYOUT, alpha=alpha))).rank == 4
