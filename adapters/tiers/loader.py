@@ -124,6 +124,8 @@ class Loader:
         self._closed = False
         self._loads = self._failures = self._cancelled = self._bytes_read = 0
         self._durations = Histogram()
+        self.on_done: Callable[[], None] = lambda: None
+        """Called from a loader's thread when an adapter was read, or could not be."""
         with self._changed:
             self._spawn()
 
@@ -283,6 +285,7 @@ class Loader:
                 answers = [error] * len(job.waiters)
         else:
             answers = [outcome] * len(job.waiters)
+        self.on_done()
         for waiter, answer in zip(job.waiters, answers, strict=True):
             if not waiter.future.set_running_or_notify_cancel():
                 continue

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -16,11 +16,9 @@ from loraplex.server.api.body import Bodies
 from loraplex.server.catalog.on_demand import OnDemand
 from loraplex.server.config import RequestLimits
 from loraplex.server.drain import Drain
-from loraplex.server.engine.page_map import PageOwners
 from loraplex.server.engine.request import GenerationRequest, TokenEvent
-from loraplex.server.engine.stats import AdapterPlace
+from loraplex.server.engine.stats import EngineStats
 from loraplex.server.engine.streams import Shortcut
-from loraplex.server.telemetry.engine_metrics import EngineStats
 from loraplex.server.telemetry.metrics import Metrics
 from loraplex.server.telemetry.tracing import Tracing
 from loraplex.server.tenancy.access import Access
@@ -95,11 +93,9 @@ class Base:
 
 @dataclass(frozen=True)
 class Inside:
-    """What the page at /ui shows of the engine. The calls take copies: any thread may make them, at any time."""
+    """What the page at /ui shows of the engine. The state is frozen: any thread may ask for it, at any time."""
 
     stats: Callable[[], EngineStats]
-    places: Callable[[], Sequence[AdapterPlace]]  # of the registered adapters that are in memory
-    page_owners: Callable[[], PageOwners]
     page_bytes: int
     max_running: int  # requests
     max_adapters: int  # on the device

@@ -227,7 +227,7 @@ def _assemble(
         config.max_waiting_tokens,
         halt,
     )
-    placement.on_ready = worker.masks.wake = engine.wake
+    placement.on_ready = worker.masks.wake = loader.on_done = engine.wake
     registry.on_drained = engine.forget_adapter
     prefault = Prefault(arena, pool) if plan.shared else None
     return engine, AdapterManager(registry, loader, reader, downloads, engine), placement, prefault

@@ -6,7 +6,7 @@ In numpy, text included: of 40,000 pages in disorder it takes 1 to 2 ms of the e
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 
 import numpy as np
@@ -20,10 +20,10 @@ _NUMBERS = {None: FREE, "kv": KV, "prefix": PREFIX, "adapter": OTHER}
 
 @dataclass(frozen=True)
 class PageOwners:
-    """Whose the pages were when somebody looked; what changed hands between the two looks may be in one alone."""
+    """Whose the pages were between two steps."""
 
-    owners: Sequence[str | None]  # by page, as the pool calls them; None: free
-    adapters: Mapping[str, Sequence[int]]  # digest -> pages, of those on the device
+    owners: Sequence[str | None] = ()  # by page, as the pool calls them; None: free
+    adapters: Mapping[str, Sequence[int]] = field(default_factory=dict)  # digest -> pages, of those on the device
 
 
 def page_runs(found: PageOwners, told: Mapping[str, int]) -> NDArray[np.int64]:

@@ -24,7 +24,7 @@ from loraplex.server.engine.begun import Begun
 from loraplex.server.engine.fetches import Fetches
 from loraplex.server.engine.page_map import PageOwners
 from loraplex.server.engine.pinned import Pinned
-from loraplex.server.engine.stats import AdapterPlace, TierStats
+from loraplex.server.engine.stats import AdapterStats, TierStats
 
 COPY_BUDGET = 4 << 20
 """Bytes copied to the device in a step while streams decode.
@@ -86,43 +86,23 @@ class AdapterPlacement:
     def on_ready(self, call: Callable[[], None]) -> None:
         self._fetches.on_ready = call
 
-    # -- counters ------------------------------------------------------------------------------------------------------
-
-    @property
-    def loads(self) -> int:
-        """Adapters copied to the device."""
-        return self._residency.loads
-
-    @property
-    def evictions(self) -> int:
-        return self._residency.evictions
-
-    def loaded(self) -> tuple[str, ...]:
-        """Digests on the device, or being copied to it. Safe from any thread."""
-        return self._residency.loaded()
-
-    def tiers(self) -> dict[str, TierStats]:
-        """What each tier has done so far. Safe from any thread."""
+    def stats(self) -> AdapterStats:
+        """Where adapters are at the moment, and what has been counted."""
         host, source, device = self._store.stats(), self._loader.stats(), self._residency
-        return {
-            "device": TierStats(self.hits, self.misses, device.loads, device.evictions, device.durations.copy()),
-            "host": TierStats(host.hits, host.misses, source.loads, host.evictions, source.durations),
-            "source": TierStats(loads=source.loads),
-        }
-
-    def places(self) -> list[AdapterPlace]:
-        """The registered adapters that are in memory, those on the device first. Safe from any thread."""
-        device, host = set(self.loaded()), self._store.keys()
-        found = [
-            AdapterPlace(version.name, version.digest in device, self._residency.is_pinned_forever(version.digest))
-            for version in self._registry.list()
-            if version.digest is not None and (version.digest in device or version.digest in host)
-        ]
-        return sorted(found, key=lambda place: not place.on_device)
-
-    def page_owners(self) -> PageOwners:
-        """Whose the arena's pages are. Safe from any thread."""
-        return PageOwners(self._residency.page_owners(), self._residency.held_pages())
+        return AdapterStats(
+            resident=device.loaded(),
+            pinned=device.pinned_forever,
+            host=self._store.keys(),
+            pages=PageOwners(device.page_owners(), device.held_pages()),
+            loads=device.loads,
+            evictions=device.evictions,
+            stall_seconds=self.stall_seconds,
+            tiers={
+                "device": TierStats(self.hits, self.misses, device.loads, device.evictions, device.durations.copy()),
+                "host": TierStats(host.hits, host.misses, source.loads, host.evictions, source.durations),
+                "source": TierStats(loads=source.loads),
+            },
+        )
 
     # -- requests come and go ------------------------------------------------------------------------------------------
 

@@ -12,8 +12,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessColl
 from prometheus_client.registry import Collector
 
 from loraplex.adapters.registry import Registry
-from loraplex.server.engine.stats import AdapterPlace
-from loraplex.server.telemetry.engine_metrics import LABELS, EngineCollector, EngineStats, Limits
+from loraplex.server.engine.stats import EngineStats
+from loraplex.server.telemetry.engine_metrics import LABELS, EngineCollector, Limits
 from loraplex.server.telemetry.recent import Recent
 from loraplex.server.telemetry.request_context import ChoiceTimes
 from loraplex.server.telemetry.usage import Usage, UsageTable
@@ -32,13 +32,11 @@ class Metrics:
         self,
         limits: Limits,
         stats: Callable[[], EngineStats],
-        places: Callable[[], Iterable[AdapterPlace]],
         adapters: Registry,
     ) -> None:
-        """`places()` gives the registered adapters that are in memory, those on the device first."""
         self._registry = CollectorRegistry()
         ProcessCollector(registry=self._registry)
-        self._registry.register(EngineCollector(limits, stats, places, adapters))
+        self._registry.register(EngineCollector(limits, stats, adapters))
         self._limits = limits
         self.recent = Recent()
         lengths = _one_two_five(limits.max_model_len)

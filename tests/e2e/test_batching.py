@@ -356,5 +356,5 @@ async def test_unloading_drains(
         rest = await tokens(stream)
         assert [first.token_id, *rest] == alone[index], "who has a lease finishes"
         await server.answer(Ask((5,), 1, (), None))  # the engine has looked at its inbox since
-        assert digest not in server.parts.engine.stats().resident_adapters
+        assert digest not in server.parts.engine.stats().adapters.resident
         assert server.parts.engine.stats().adapter_usage == 0

@@ -14,6 +14,7 @@ import pytest
 from loraplex.adapters.sources.downloads import DownloadConfig, DownloadLimits
 from loraplex.server.catalog.reconciler import Reconciler
 from loraplex.server.config import EngineConfig
+from loraplex.server.engine.stats import AdapterPlace
 from tests.support.fake_hub import FakeHub, Repo, fake_hub
 from tests.support.live_server import LiveServer, live_server
 from tests.support.peft_adapters import ALL, make_peft_adapter
@@ -129,7 +130,11 @@ async def test_a_list_is_fetched_at_once_and_pinned(
         for name in "bcd":
             assert (await load(client, name, str(made / name))).status_code == 200
             await ask(client, name)
-        places = live.parts.placement.places
+        engine, registry = live.parts.engine, live.parts.adapters.registry
+
+        def places() -> list[AdapterPlace]:
+            return engine.stats().adapters.places(registry.list())
+
         await until(lambda: any(place.name == "a" and place.pinned and place.on_device for place in places()))
         for name in "bcd":
             await ask(client, name)

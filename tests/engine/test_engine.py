@@ -668,12 +668,12 @@ async def test_stats(rig: Rig) -> None:
     assert (stats.running, stats.waiting, stats.preemptions) == (0, 0, 0)
     assert stats.kv_usage == 0
     assert stats.adapter_usage == 4 / 60
-    assert stats.resident_adapters == ("digest-quick", "digest-slow")
-    assert stats.adapter_loads == 2
+    assert stats.adapters.resident == ("digest-quick", "digest-slow")
+    assert stats.adapters.loads == 2
     assert stats.steps == len(rig.worker.plans) == 10
     assert stats.pages == {"kv": 0, "prefix": 0, "adapter": 4, "free": 56}
     assert (stats.clients, stats.queued_tokens, stats.fairness_spread, stats.refused, stats.expired) == (0, 0, 0, 0, 0)
-    assert stats.tiers["device"].loads == 2
+    assert stats.adapters.tiers["device"].loads == 2
     assert rig.engine.num_pages == 60
     assert rig.engine.max_model_len == 200
 

@@ -47,8 +47,9 @@ def test_it_comes_by_itself_and_stays(rig: Rig) -> None:
     for i in range(12):
         bring(rig, rig.version(f"3-{i}"))
         assert rig.placement.is_ready(pinned)
-    assert rig.placement.evictions >= 9
-    assert [place.pinned for place in rig.placement.places() if place.name == "2-p"] == [True]
+    assert rig.placement.stats().evictions >= 9
+    places = rig.placement.stats().places(rig.registry.list())
+    assert [place.pinned for place in places if place.name == "2-p"] == [True]
     rig.placement.check_integrity()
     rig.placement.pin_forever(pinned, False)
     for i in range(12, 24):

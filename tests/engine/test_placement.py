@@ -151,7 +151,7 @@ def test_from_source_to_device(rig: Rig) -> None:
     rig.placement.unpin(version.digest)
     rig.placement.cancel(version)
     assert rig.reclaimer.reclaim(1) == 2
-    assert (rig.placement.loads, rig.placement.evictions) == (1, 1)
+    assert (rig.residency.loads, rig.residency.evictions) == (1, 1)
     assert rig.placement.missing_pages([version]) == [2], "still in host memory"
     assert rig.read == ["2"]
 
@@ -347,8 +347,8 @@ def test_requests_count_as_uses_even_before_the_digest_is_known(rig: Rig) -> Non
     rig.bring(often)
     rig.bring(seldom)
     rig.bring(new) if rig.pool.num_free >= 5 else rig.reclaimer.reclaim(1)
-    assert often.digest in rig.placement.loaded()
-    assert seldom.digest not in rig.placement.loaded()
+    assert often.digest in rig.residency.loaded()
+    assert seldom.digest not in rig.residency.loaded()
     assert (rig.placement.hits, rig.placement.misses) == (0, 7)
     rig.placement.request(often)
     assert (rig.placement.hits, rig.placement.misses) == (1, 7)
@@ -414,7 +414,7 @@ def test_two_names_for_the_same_bytes_are_on_the_device_once(rig: Rig) -> None:
     assert rig.placement.missing_pages([other]) == [0]
     assert rig.placement.is_ready(other)
     assert rig.store.stats().held_bytes == 0
-    assert rig.placement.loaded() == ("digest-2-1.0",)
+    assert rig.residency.loaded() == ("digest-2-1.0",)
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -426,7 +426,7 @@ def test_a_drained_adapter_goes_unless_another_name_has_the_same_bytes(rig: Rig,
     rig.placement.cancel(version)
     rig.registry.unregister("2")
     rig.placement.forget(version)
-    assert rig.placement.loaded() == ((digest,) if shared else ())
+    assert rig.residency.loaded() == ((digest,) if shared else ())
     assert (rig.store.get(digest) is not None) == shared
 
 

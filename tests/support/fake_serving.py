@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +12,6 @@ import httpx
 import numpy as np
 
 from loraplex.adapters.errors import AdapterNotFound, AdapterRefused
-from loraplex.adapters.histogram import Histogram
 from loraplex.adapters.registry import AdapterVersion, Registry
 from loraplex.adapters.sources.merge_plan import MergePlan
 from loraplex.adapters.sources.sources import OPERATOR, SourceAccess
@@ -23,7 +22,7 @@ from loraplex.server.command.app import create_app
 from loraplex.server.config import RequestLimits
 from loraplex.server.engine.page_map import PageOwners
 from loraplex.server.engine.request import FinishReason, GenerationRequest, TokenEvent, TokenScores
-from loraplex.server.engine.stats import STEP_BOUNDS, AdapterPlace, TierStats
+from loraplex.server.engine.stats import AdapterPlace, EngineStats
 from loraplex.server.engine.streams import Shortcut
 from loraplex.server.telemetry.engine_metrics import Limits
 from loraplex.server.telemetry.metrics import Metrics
@@ -46,38 +45,6 @@ class Defaults:
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
-
-
-@dataclass
-class Stats:
-    running: int = 0
-    waiting: int = 0
-    kv_usage: float = 0.0
-    adapter_usage: float = 0.0
-    running_adapters: tuple[str, ...] = ()
-    waiting_adapters: tuple[str, ...] = ()
-    resident_adapters: tuple[str, ...] = ()
-    prompt_tokens: int = 0
-    generation_tokens: int = 0
-    preemptions: int = 0
-    adapter_loads: int = 0
-    adapter_evictions: int = 0
-    steps: int = 0
-    queued_tokens: int = 0
-    clients: int = 0
-    fairness_spread: float = 0.0
-    prefix_hits: int = 0
-    prefix_queries: int = 0
-    stall_seconds: float = 0.0
-    refused: int = 0
-    expired: int = 0
-    waiting_for_adapters: int = 0
-    adapter_wait: float = 0.0
-    step_sizes: Histogram = field(default_factory=lambda: Histogram(STEP_BOUNDS))
-    token_budget: int = 64
-    token_seconds: float = 1e-3
-    pages: Mapping[str, int] = field(default_factory=dict)
-    tiers: Mapping[str, TierStats] = field(default_factory=dict)
 
 
 Script = Callable[[GenerationRequest], Sequence[TokenEvent]]
@@ -150,9 +117,7 @@ class FakeEngine:
         self.together = 1  # events that a shortcut is given at once
         self.gate = asyncio.Event()
         self.gate.set()
-        self.current = Stats()
-        self.places: list[AdapterPlace] = []
-        self.page_owners = PageOwners((), {})
+        self.current = EngineStats()
         self.script: Script = lambda request: say(tokenizer, "the answer", request)
 
     def submit(self, request: GenerationRequest) -> FakeEvents:
@@ -167,7 +132,7 @@ class FakeEngine:
     def abort(self, request_id: str) -> None:
         self.stopped.add(request_id)
 
-    def stats(self) -> Stats:
+    def stats(self) -> EngineStats:
         return self.current
 
 
@@ -265,6 +230,26 @@ class FakeServer:
         transport = httpx.ASGITransport(create_app(self.services), raise_app_exceptions=False)
         return httpx.AsyncClient(transport=transport, base_url="http://test")
 
+    def hold(self, *places: AdapterPlace, pages: PageOwners | None = None) -> None:
+        """These adapters are in memory from now on; they are registered, and have digests, where they had none."""
+        registry = self.adapters.registry
+        digests: dict[AdapterPlace, str] = {}
+        for place in places:
+            digest = f"digest of {place.name}"
+            version = registry.get(place.name) or registry.register(
+                place.name, digest=digest, source=place.name, rank=1, targets=(), num_pages=1, nbytes=1
+            )
+            registry.identify(version, digest)
+            digests[place] = version.digest or digest
+        adapters = replace(
+            self.engine.current.adapters,
+            resident=tuple(digest for place, digest in digests.items() if place.on_device),
+            host=frozenset(digest for place, digest in digests.items() if not place.on_device),
+            pinned=frozenset(digest for place, digest in digests.items() if place.pinned),
+            pages=pages or PageOwners(),
+        )
+        self.engine.current = replace(self.engine.current, adapters=adapters)
+
     @property
     def services(self) -> Services:
         limits = Limits("base", MAX_MODEL_LEN, block_size=16, num_pages=100, max_adapters=4)
@@ -276,13 +261,11 @@ class FakeServer:
             tokenizers=Tokenizers(self.tokenizer, VOCAB_SIZE, self.defaults.eos_token_ids),
             grammars=Grammars(self.tokenizer, VOCAB_SIZE, self.defaults.eos_token_ids),
             defaults=self.defaults,
-            metrics=Metrics(limits, self.engine.stats, lambda: self.engine.places, self.adapters.registry),
+            metrics=Metrics(limits, self.engine.stats, self.adapters.registry),
             limits=RequestLimits(max_body_bytes=100_000),
             on_demand=self.on_demand,
             inside=Inside(
                 self.engine.stats,
-                lambda: self.engine.places,
-                lambda: self.engine.page_owners,
                 page_bytes=4096,
                 max_running=8,
                 max_adapters=4,

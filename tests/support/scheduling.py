@@ -16,7 +16,7 @@ from loraplex.server.engine.policy.plan import SchedulerLimits
 from loraplex.server.engine.policy.rows import Drawn, RowResult, StepInput
 from loraplex.server.engine.policy.scheduler import Scheduler
 from loraplex.server.engine.request import GenerationRequest, SamplingParams
-from loraplex.server.engine.stats import TierStats
+from loraplex.server.engine.stats import AdapterStats, TierStats
 
 FULL = (GroupSpec((0,), None),)
 
@@ -129,11 +129,9 @@ class FakePlacement:
         while self.evict_for_slot():
             pass
 
-    def loaded(self) -> tuple[str, ...]:
-        return tuple(self.device)
-
-    def tiers(self) -> dict[str, TierStats]:
-        return {"device": TierStats(loads=self.loads, evictions=self.evictions)}
+    def stats(self) -> AdapterStats:
+        tiers = {"device": TierStats(loads=self.loads, evictions=self.evictions)}
+        return AdapterStats(tuple(self.device), loads=self.loads, evictions=self.evictions, tiers=tiers)
 
     def forget(self, version: AdapterVersion) -> None:
         self.forgotten.append(str(version.digest))

@@ -209,15 +209,10 @@ class FairQueue:
         """Active ones."""
         return len(self._active)
 
-    def running_of(self, key: ClientKey) -> tuple[int, int]:
-        """Running requests of a client, and tokens of their prompts; snapshot from any thread."""
-        client = self._active.get(key)
-        return (client.num_running, client.running_tokens) if client is not None else (0, 0)
-
     @property
     def spread(self) -> float:
-        """Virtual tokens between the active client served most and the one served least; snapshot from any thread."""
-        counters = [client.counter for client in tuple(self._active.values())]
+        """Virtual tokens between the active client served most and the one served least."""
+        counters = [client.counter for client in self._active.values()]
         return max(counters) - min(counters) if counters else 0.0
 
     # -- the order -----------------------------------------------------------------------------------------------------
@@ -253,8 +248,8 @@ class FairQueue:
 
     def __iter__(self) -> Iterator[Sequence]:
         """All that wait, oldest first."""
-        flows = [flow for client in tuple(self._active.values()) for flow in tuple(client.flows.values())]
-        return iter(sorted((seq for flow in flows for seq in tuple(flow.waiting)), key=by_age))
+        flows = [flow for client in self._active.values() for flow in client.flows.values()]
+        return iter(sorted((seq for flow in flows for seq in flow.waiting), key=by_age))
 
     def __len__(self) -> int:
         return self._size

@@ -17,6 +17,7 @@ from bisect import bisect_left, insort
 from collections import Counter
 
 from loraplex.server.engine.policy.fair_queue import QUANTUM, Client, FairQueue, by_age
+from loraplex.server.engine.policy.queue_limits import Running
 from loraplex.server.engine.policy.sequence import Sequence
 
 
@@ -29,6 +30,7 @@ class RunningSet:
         self.tokens = 0  # of their prompts
         self.worn: Counter[str] = Counter()  # digest -> how many running sequences wear it
         self._queue = queue
+        self._counts: Running | None = Running()  # None: somebody came or went since
 
     def __len__(self) -> int:
         return len(self.seqs)
@@ -41,7 +43,16 @@ class RunningSet:
     def is_full(self) -> bool:
         return len(self.seqs) >= self.places
 
+    def counts(self) -> Running:
+        """How many run by now, for who wants to come in."""
+        if self._counts is None:
+            clients = {seq.flow.client for seq in self.seqs}
+            by_client = {client.key: (client.num_running, client.running_tokens) for client in clients}
+            self._counts = Running(len(self.seqs), self.tokens, by_client)
+        return self._counts
+
     def add(self, seq: Sequence) -> None:
+        self._counts = None
         insort(self.seqs, seq, key=by_age)
         seq.flow.client.num_running += 1
         seq.flow.client.running_tokens += seq.num_prompt
@@ -50,6 +61,7 @@ class RunningSet:
             self.worn[digest] += 1
 
     def remove(self, seq: Sequence) -> None:
+        self._counts = None
         index = bisect_left(self.seqs, seq.number, key=by_age)
         assert self.seqs[index] is seq
         del self.seqs[index]

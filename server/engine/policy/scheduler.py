@@ -24,7 +24,6 @@ from loraplex.server.engine.policy.fair_queue import (
     OUTPUT_TOKEN,
     PROMPT_TOKEN,
     Client,
-    ClientKey,
     FairQueue,
     by_age,
 )
@@ -132,10 +131,10 @@ class Scheduler:
         """Tokens of the next step."""
         return self.budget.tokens
 
-    def running_of(self, client: ClientKey) -> Running:
-        """What has left the queue, of all clients and of this one. Safe from any thread, and then a snapshot."""
-        requests, tokens = self.waiting.running_of(client)
-        return Running(len(self._running), self._running.tokens, requests, tokens)
+    @property
+    def counts(self) -> Running:
+        """What has left the queue."""
+        return self._running.counts()
 
     def idle_seconds(self) -> float | None:
         """Time in which schedule() has something to do though nothing happens meanwhile; None: it never has."""

@@ -137,9 +137,8 @@ class Sequence:
             self.stalled = None
 
     def waited(self, now: float) -> float:
-        """Seconds in which nothing but its adapters was missing. Safe from any thread, and then a snapshot."""
-        stalled = self.stalled
-        return self.adapter_wait + (now - stalled if stalled is not None else 0.0)
+        """Seconds in which nothing but its adapters was missing."""
+        return self.adapter_wait + (now - self.stalled if self.stalled is not None else 0.0)
 
     def phases(self) -> Phases:
         """Known with the first token."""
