@@ -8,6 +8,7 @@ from collections.abc import Sequence as ListLike
 from dataclasses import dataclass, field
 
 from loraplex.adapters.errors import AdapterRefused
+from loraplex.adapters.info import AdapterInfo
 from loraplex.adapters.registry import AdapterLease, AdapterVersion, Registry
 from loraplex.adapters.tiers.eviction import IdleSet, Reclaimer
 from loraplex.adapters.tiers.pages import PagePool
@@ -83,7 +84,7 @@ class FakePlacement:
         assert digest not in self.device, "loaded twice"
         if len(self.device) == self.num_slots:
             return False
-        pages = self.pool.alloc(version.num_pages, "adapter")
+        pages = self.pool.alloc(version.info.num_pages, "adapter")
         if pages is None:
             return False
         self.device[digest] = pages
@@ -175,15 +176,8 @@ class Requests:
         self._count = 0
 
     def adapter(self, name: str, pages: int = 1, *, is_read: bool = True) -> str:
-        self.registry.register(
-            name,
-            digest=f"digest-{name}" if is_read else None,
-            source=name,
-            rank=1,
-            targets=("q_proj",),
-            num_pages=pages,
-            nbytes=pages * 100,
-        )
+        digest = f"digest-{name}" if is_read else None
+        self.registry.register(name, name, AdapterInfo(1, ("q_proj",), pages, pages * 100, digest))
         return name
 
     def lease(self, name: str) -> AdapterLease:
