@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from loraplex.adapters.info import AdapterInfo
 from loraplex.adapters.registry import AdapterVersion, Registry
 from loraplex.adapters.tiers.residency import Residency
 from loraplex.benchmarks.kernels.machine import Others, read_memory
@@ -119,9 +120,7 @@ class _Engine:
         registry = Registry()
         for row in range(rows):
             name = f"ad{row}"
-            registry.register(
-                name, source=name, rank=16, targets=("q_proj",), num_pages=1, nbytes=1, digest=name if adapters else ""
-            )
+            registry.register(name, name, AdapterInfo(16, ("q_proj",), 1, 1, digest=name if adapters else ""))
             params = SamplingParams(MODEL_LEN - CONTEXT, 0.0 if greedy else 0.8, top_p=0.95, seed=row)
             prompt = tuple((7 * row + i) % 1000 for i in range(CONTEXT))
             mix = ((registry.lease(name), 1.0),) if adapters else ()

@@ -230,7 +230,7 @@ def _assemble(
     placement.on_ready = worker.masks.wake = loader.on_done = engine.wake
     registry.on_drained = engine.forget_adapter
     prefault = Prefault(arena, pool) if plan.shared else None
-    return engine, AdapterManager(registry, loader, reader, downloads, engine), placement, prefault
+    return engine, AdapterManager(registry, loader, reader.examine, downloads, engine.pin_adapter), placement, prefault
 
 
 def _downloads(config: DownloadConfig, registry: Registry) -> Downloads:

@@ -179,5 +179,5 @@ async def test_files_of_another_shape(server: Server, folder: Path, made: Path) 
     with pytest.raises(AdapterRefused, match="changed"):
         await server.answer("a")
     (version, _) = server.parts.adapters.registry.list()
-    assert version.rank == 16
+    assert version.info.rank == 16
     assert len(await server.answer("a")) == LENGTH

@@ -8,6 +8,7 @@ from collections.abc import Sequence as ListLike
 from dataclasses import dataclass, field
 
 from loraplex.adapters.errors import AdapterRefused
+from loraplex.adapters.info import AdapterInfo
 from loraplex.adapters.registry import AdapterLease, AdapterVersion, Registry
 from loraplex.adapters.tiers.eviction import IdleSet, Reclaimer
 from loraplex.adapters.tiers.pages import PagePool
@@ -74,7 +75,7 @@ class FakePlacement:
             if version.digest is None and self.registry is not None:
                 self.registry.identify(version, digest_of(version))
         self._asked = tuple(version.digest for version in versions)
-        return [0 if v.digest in self.device else v.num_pages for v in versions]
+        return [0 if v.digest in self.device else v.info.num_pages for v in versions]
 
     def load(self, version: AdapterVersion) -> bool:
         digest = version.digest
@@ -83,7 +84,7 @@ class FakePlacement:
         assert digest not in self.device, "loaded twice"
         if len(self.device) == self.num_slots:
             return False
-        pages = self.pool.alloc(version.num_pages, "adapter")
+        pages = self.pool.alloc(version.info.num_pages, "adapter")
         if pages is None:
             return False
         self.device[digest] = pages
@@ -173,15 +174,8 @@ class Requests:
         self._count = 0
 
     def adapter(self, name: str, pages: int = 1, *, is_read: bool = True) -> str:
-        self.registry.register(
-            name,
-            digest=f"digest-{name}" if is_read else None,
-            source=name,
-            rank=1,
-            targets=("q_proj",),
-            num_pages=pages,
-            nbytes=pages * 100,
-        )
+        digest = f"digest-{name}" if is_read else None
+        self.registry.register(name, name, AdapterInfo(1, ("q_proj",), pages, pages * 100, digest))
         return name
 
     def lease(self, name: str) -> AdapterLease:

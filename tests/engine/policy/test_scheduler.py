@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from loraplex.adapters.errors import AdapterRefused
+from loraplex.adapters.info import AdapterInfo
 from loraplex.server.engine.policy.kv_cache import GroupSpec
 from loraplex.server.engine.policy.plan import SchedulerLimits, StepPlan
 from loraplex.server.engine.policy.rows import Drawn, RowResult, StepInput
@@ -261,9 +262,7 @@ class TestAdapters:
         scheduler, placement = make_scheduler()
         requests = Requests()
         for name in ("a", "b"):
-            requests.registry.register(
-                name, digest="same", source=name, rank=1, targets=(), num_pages=2, nbytes=10, replace=True
-            )
+            requests.registry.register(name, name, AdapterInfo(1, (), 2, 10, digest="same"), replace=True)
         seq = scheduler.add(requests.make(2, 3, "a", "b"))
         step(scheduler)
         assert seq.mix == (("same", 2.0),)
