@@ -25,6 +25,7 @@ from loraplex.server.command.build import EngineParts, build_engine
 from loraplex.server.config import EngineConfig
 from loraplex.server.engine.engine import EventStream
 from loraplex.server.engine.policy.rows import StepInput
+from loraplex.server.engine.policy.running import RunningSet
 from loraplex.server.engine.policy.scheduler import Scheduler
 from loraplex.server.engine.request import FinishReason, GenerationRequest, SamplingParams
 from tests.support.peft_adapters import PeftAdapter, make_peft_adapter
@@ -274,7 +275,7 @@ async def test_under_page_pressure(
     preemptions: int,
 ) -> None:
     if not foresight:  # admit whoever fits now, with nothing kept back for those that run: more to preempt
-        monkeypatch.setattr(Scheduler, "reserve", lambda self: 0)
+        monkeypatch.setattr(RunningSet, "reserve", lambda self: 0)
     config = replace(config, memory_bytes=memory_of(base, pages, config))
     async with serving(base, adapters, config) as server:
         assert server.parts.engine.num_pages == pages

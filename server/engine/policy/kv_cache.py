@@ -234,6 +234,16 @@ class KVCache:
                 self._let_go(held, lane, members, block)
         return count
 
+    @property
+    def available(self) -> int:
+        """Pages that can be had without taking them from anybody: free ones, and those of what is idle."""
+        return self.pool.num_free + self.reclaimer.idle_pages
+
+    def make_room(self, pages: int) -> bool:
+        """Whether `pages` are free, if need be after something idle was evicted."""
+        short = pages - self.pool.num_free
+        return short <= 0 or self.reclaimer.reclaim(short) >= short
+
     def tables(self, seq: int) -> tuple[array[int], ...]:
         """Per group, the page of each block (int32, FREED where it is past the window). Read only; do not keep."""
         return self._held[seq].tables

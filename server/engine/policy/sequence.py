@@ -224,6 +224,13 @@ class Sequence:
         """Whether the next row is a decode row: just one token is missing, and it is a generated one."""
         return self.num_computed == len(self.tokens) - 1 >= self.num_prompt
 
+    def start_over(self) -> None:
+        """Nothing of it is computed any more; its tokens are kept."""
+        self.num_computed = 0
+        self.prompt_scores.clear()
+        self.pooled = None
+        self.preemptions += 1
+
     def append(self, token_id: int) -> None:
         """Add a generated token."""
         self.tokens.append(token_id)
