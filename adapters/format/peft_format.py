@@ -23,7 +23,7 @@ from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.format.adapter_files import TensorInfo
 from loraplex.adapters.format.peft_config import LoraConfig, ModulePlan, plan_modules
 from loraplex.adapters.image.tiles import BaseLayout, PartShape
-from loraplex.kernels.records import Projection, Site
+from loraplex.kernels.records import Projection, Site, TileKind
 
 BaseBias = Callable[[int, str], Tensor | None]
 """(layer, projection name) -> the base's own bias [out], or None where it has none."""
@@ -76,9 +76,12 @@ class ModuleMap:
     def shapes(self) -> list[PartShape]:
         """Of the parts it can come to at most, a module's bias before its A and B."""
         return [
-            PartShape(module.layer, module.projection, rank)
+            PartShape(module.layer, module.projection, rank, kind)
             for module in self.modules
-            for rank, there in ((0, module.bias or module.b_bias), (module.rank, module.a))
+            for kind, rank, there in (
+                (TileKind.BIAS, 1, module.bias or module.b_bias),
+                (TileKind.LOW_RANK, module.rank, module.a),
+            )
             if there
         ]
 

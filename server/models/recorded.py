@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from loraplex.kernels.ops import DecodeSteps, Program, StepInputs
-from loraplex.kernels.records import NUM_SITES, AdapterSegments, AttentionMeta, KVGroup, TileTable
+from loraplex.kernels.records import NUM_SITES, TILE_COLUMNS, AdapterSegments, AttentionMeta, KVGroup, TileTable
 from loraplex.server.models.decoder import Decoder
 from loraplex.server.models.inputs import ForwardBatch
 
@@ -80,7 +80,7 @@ def _stand_in(decoder: Decoder, max_tokens: int, max_rows: int) -> ForwardBatch:
     tokens = torch.zeros(max_tokens, dtype=torch.int64)
     none = torch.zeros(1, dtype=torch.int32)
     ranges = torch.zeros(1, decoder.config.num_layers, NUM_SITES, 2, dtype=torch.int32)
-    tiles = torch.zeros(0, 5, dtype=torch.int32)
+    tiles = torch.zeros(0, TILE_COLUMNS, dtype=torch.int32)
     group = KVGroup(block_table=torch.zeros(1, 1, dtype=torch.int32), store_index=tokens)
     return ForwardBatch(
         input_ids=tokens,

@@ -24,6 +24,7 @@ from loraplex.kernels.ops import Backend
 from loraplex.kernels.records import (
     BLOCK_SIZE,
     NUM_SITES,
+    TILE_COLUMNS,
     AdapterSegments,
     AttentionMeta,
     KVGroup,
@@ -78,7 +79,7 @@ def layer_groups(config: ModelConfig, group_size: int | None) -> list[list[int]]
 def no_tiles(num_layers: int) -> TileTable:
     """The tile table of a server without adapters."""
     ranges = torch.zeros(1, num_layers, NUM_SITES, 2, dtype=torch.int32)
-    tiles = torch.zeros(0, 5, dtype=torch.int32)
+    tiles = torch.zeros(0, TILE_COLUMNS, dtype=torch.int32)
     return TileTable(ranges, tiles, ranges, tiles)
 
 

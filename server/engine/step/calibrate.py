@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from loraplex.kernels.records import BLOCK_SIZE, NUM_SITES, AttentionMeta, KVGroup, TileTable
+from loraplex.kernels.records import BLOCK_SIZE, NUM_SITES, TILE_COLUMNS, AttentionMeta, KVGroup, TileTable
 from loraplex.server.engine.policy.budget import StepCost
 from loraplex.server.models.decoder import Decoder
 from loraplex.server.models.inputs import ForwardBatch
@@ -86,7 +86,7 @@ def _prompt(decoder: Decoder, tokens: int) -> ForwardBatch:
     num_groups = 1 + max(layer.group for layer in decoder.kv_layers)
     tables = torch.arange(num_groups * SCRATCH_PAGES, dtype=torch.int32, device=device).view(num_groups, 1, -1)
     ranges = torch.zeros(1, config.num_layers, NUM_SITES, 2, dtype=torch.int32)
-    tiles = torch.zeros(0, 5, dtype=torch.int32)
+    tiles = torch.zeros(0, TILE_COLUMNS, dtype=torch.int32)
     return ForwardBatch(
         input_ids=positions % config.vocab_size,
         positions=positions,
