@@ -251,7 +251,8 @@ def most_bytes(layout: BaseLayout, num_pages: int, rank: int) -> int:
     """What an image of at most so many pages, its modules of at most that rank, takes of host memory at most.
 
     Beside the pages there are tiles: of each projection of a layer one for its bias, one for its scale, and one for
-    each TILE_RANKS ranks; and four more for each page's end, where one A is cut, and one B: whole rows, part of one, its rest, whole rows.
+    each TILE_RANKS ranks; and four more for each page's end, where one A is cut, and one B: whole rows, part of one,
+    its rest, whole rows.
     """
     item = element_bytes(layout.dtype)
     widths = [width for p in layout.projections for width in (p.in_features, p.out_features)]

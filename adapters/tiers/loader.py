@@ -16,9 +16,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
-from loraplex.adapters.durations import Durations, DurationStats
 from loraplex.adapters.errors import AdapterError
-from loraplex.adapters.files.tokenizer_files import NOTHING, TokenizerFiles
+from loraplex.adapters.histogram import Histogram
 from loraplex.adapters.registry import AdapterVersion, Registry
 from loraplex.adapters.throttle import Throttle
 from loraplex.adapters.tiers.load_queue import Job, LoadedAdapter, LoadQueue, Priority, Waiter
@@ -30,7 +29,6 @@ __all__ = [
     "Loader",
     "LoaderClosed",
     "LoaderStats",
-    "ParsedImage",
     "Priority",
     "Reading",
 ]
@@ -54,27 +52,13 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class ParsedImage:
-    """What `read` returns: an adapter read, validated and packed, and what the store keeps of it."""
-
-    digest: str
-    rank: int
-    targets: tuple[str, ...]
-    num_pages: int
-    nbytes: int
-    image: Any  # an AdapterImage; opaque here
-    bytes_read: int = 0  # of the source
-    tokenizer: TokenizerFiles = NOTHING
-
-
-@dataclass(frozen=True)
 class LoaderStats:
     """Counted since the start, but for `pending`. Failures are refusals and whatever else went wrong."""
 
     loads: int
     failures: int
     cancelled: int
-    durations: DurationStats  # of a clock on the wall, reading and packing; of loads and failures
+    durations: Histogram  # of a clock on the wall, reading and packing; of loads and failures
     bytes_read: int
     pending: int  # sources queued or being read now
 
@@ -104,7 +88,7 @@ class Loader:
 
     def __init__(
         self,
-        read: Callable[[Reading], ParsedImage],
+        read: Callable[[Reading], LoadedAdapter],
         store: ImageStore,
         registry: Registry,
         threads: int = 2,
@@ -123,7 +107,7 @@ class Loader:
         self._idle = 0  # threads waiting for a job, or about to
         self._closed = False
         self._loads = self._failures = self._cancelled = self._bytes_read = 0
-        self._durations = Durations()
+        self._durations = Histogram()
         with self._changed:
             self._spawn()
 
@@ -146,18 +130,7 @@ class Loader:
         if digest is None or image is None:
             return self._submit(version.source, version, priority)
         done: Future[LoadedAdapter] = Future()
-        done.set_result(
-            LoadedAdapter(
-                version.source,
-                digest,
-                version.rank,
-                version.targets,
-                version.num_pages,
-                version.nbytes,
-                image,
-                version.tokenizer,
-            )
-        )
+        done.set_result(LoadedAdapter(version.info, image))
         return done
 
     def pending(self) -> int:
@@ -171,7 +144,7 @@ class Loader:
                 loads=self._loads,
                 failures=self._failures,
                 cancelled=self._cancelled + self._queue.cancelled,
-                durations=self._durations.stats(),
+                durations=self._durations.copy(),
                 bytes_read=self._bytes_read,
                 pending=len(self._queue),
             )
@@ -229,7 +202,7 @@ class Loader:
 
     def _run(self) -> None:
         while (job := self._next()) is not None:
-            outcome: ParsedImage | BaseException
+            outcome: LoadedAdapter | BaseException
             try:
                 outcome = self._read(Reading(job.source, job.fresh, Throttle(partial(self._check_wanted, job))))
             except AdapterError as error:
@@ -257,22 +230,22 @@ class Loader:
             if not job.is_wanted:
                 raise LoadCancelled(f"nobody waits for adapter {job.source!r} any more")
 
-    def _count(self, job: Job, outcome: ParsedImage | BaseException) -> None:
+    def _count(self, job: Job, outcome: LoadedAdapter | BaseException) -> None:
         if isinstance(outcome, LoadCancelled):
             self._cancelled += 1
             return
         self._durations.observe(time.monotonic() - (job.began or 0.0))
-        if isinstance(outcome, ParsedImage):
+        if isinstance(outcome, LoadedAdapter):
             self._loads += 1
             self._bytes_read += outcome.bytes_read
         else:
             self._failures += 1
             self._registry.refusals.count(outcome)
 
-    def _finish(self, job: Job, outcome: ParsedImage | BaseException) -> None:
+    def _finish(self, job: Job, outcome: LoadedAdapter | BaseException) -> None:
         """Tell every waiter of a job that nobody joins any more."""
         answers: list[LoadedAdapter | BaseException]
-        if isinstance(outcome, ParsedImage):
+        if isinstance(outcome, LoadedAdapter):
             try:
                 answers = self._settle(job, outcome)
             except AdapterError as error:  # it is larger than the store
@@ -291,29 +264,19 @@ class Loader:
             else:
                 waiter.future.set_result(answer)
 
-    def _settle(self, job: Job, parsed: ParsedImage) -> list[LoadedAdapter | BaseException]:
+    def _settle(self, job: Job, found: LoadedAdapter) -> list[LoadedAdapter | BaseException]:
         """Store what was read, where anybody has a use for it, and what each waiter gets. Raises AdapterRefused."""
-        loaded = LoadedAdapter(
-            job.source,
-            parsed.digest,
-            parsed.rank,
-            parsed.targets,
-            parsed.num_pages,
-            parsed.nbytes,
-            parsed.image,
-            parsed.tokenizer,
-        )
         answers: list[LoadedAdapter | BaseException] = []
         wanted = False
         for version in [waiter.version for waiter in job.waiters]:
-            if version is None or settle(self._registry, version, parsed):
-                answers.append(loaded)
+            if version is None or settle(self._registry, version, found):
+                answers.append(found)
                 wanted = True
                 continue
-            answers.append(changed(version, parsed))
-            wanted |= renew(self._registry, version, parsed)
+            answers.append(changed(version, found))
+            wanted |= renew(self._registry, version, found)
         if wanted:
-            self._store.put(parsed.digest, parsed.image)
+            self._store.put(found.digest, found.image)
         return answers
 
 

@@ -105,7 +105,7 @@ class AdapterPlacement:
         """What each tier has done so far. Safe from any thread."""
         host, source, device = self._store.stats(), self._loader.stats(), self._residency
         return {
-            "device": TierStats(self.hits, self.misses, device.loads, device.evictions, device.durations.stats()),
+            "device": TierStats(self.hits, self.misses, device.loads, device.evictions, device.durations.copy()),
             "host": TierStats(host.hits, host.misses, source.loads, host.evictions, source.durations),
             "source": TierStats(loads=source.loads),
         }
@@ -217,6 +217,10 @@ class AdapterPlacement:
         self._residency.unpin(digest)
         self._begun.idles(digest)
 
+    def slot_of(self, digest: str) -> int | None:
+        """Its slot on the device; None where it is not there."""
+        return self._residency.slot_of(digest)
+
     def evict_for_slot(self) -> bool:
         """Evict the cheapest idle adapter, for its slot. False when there is none."""
         return self._residency.evict_one()
@@ -289,7 +293,7 @@ class AdapterPlacement:
     def _source_seconds(self) -> float:
         """What the loader takes for an adapter, on average."""
         stats = self._loader.stats()
-        return stats.durations.seconds / max(1, stats.loads + stats.failures)
+        return stats.durations.total / max(1, stats.loads + stats.failures)
 
     def _copy(self) -> None:
         """Go on with the copies, as far as this step's bytes reach."""

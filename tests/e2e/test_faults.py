@@ -25,7 +25,6 @@ from loraplex.server.config import EngineConfig
 from tests.support.command import address, serving
 from tests.support.live_server import LiveServer, live_server
 from tests.support.peft_adapters import make_peft_adapter
-from tests.support.tiny import load_oracle, make_tiny_model, make_tiny_tokenizer
 from tests.support.waiting import LIMIT, wait_for
 from tests.support.web_server import Page, WebServer, web_server
 
@@ -33,16 +32,10 @@ FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = make_tiny_model("llama", tmp_path_factory.mktemp("models") / "tiny")
-    return make_tiny_tokenizer(path)
-
-
-@pytest.fixture(scope="module")
-def adapters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def adapters(oracle: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("adapters")
     for seed, name in enumerate(("one", "two", "three")):
-        make_peft_adapter(load_oracle(base), folder / name, seed=seed, r=2, target_modules=["q_proj", "v_proj"])
+        make_peft_adapter(oracle, folder / name, seed=seed, r=2, target_modules=["q_proj", "v_proj"])
     return folder
 
 
@@ -258,22 +251,22 @@ def test_the_clock_on_the_wall_jumps(live: LiveServer, monkeypatch: pytest.Monke
 def test_a_step_that_memory_runs_out_in(live: LiveServer) -> None:
     """The youngest of the step is computed again; nobody's answer changes, and the server goes on."""
     alone = text_of(ask(live.url, tokens=60))
-    runner, failures = live.parts.engine._runner, 0
-    execute = runner.execute
+    worker, failures = live.parts.engine._worker, 0
+    prepare = worker.prepare
 
-    def short(plan: Any, on_launch: Any) -> Any:
+    def short(step: Any) -> Any:
         nonlocal failures
-        if failures < 3 and len(plan.entries) > 1:
+        if failures < 3 and len(step.rows) > 1:
             failures += 1
             raise MemoryError("cannot allocate")
-        return execute(plan, on_launch)
+        return prepare(step)
 
-    runner.execute = short  # type: ignore[method-assign]
+    worker.prepare = short  # type: ignore[method-assign]
     try:
         with ThreadPoolExecutor(6) as pool:
             answers = list(pool.map(lambda _: ask(live.url, tokens=60), range(6)))
     finally:
-        runner.execute = execute  # type: ignore[method-assign]
+        worker.prepare = prepare  # type: ignore[method-assign]
     assert failures > 0
     assert {text_of(answer) for answer in answers} == {alone}
     assert httpx.get(f"{live.url}/health", timeout=LIMIT).status_code == 200

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -22,7 +23,6 @@ import pytest
 from loraplex.server.config import EngineConfig
 from tests.support.live_server import LiveServer, live_server
 from tests.support.peft_adapters import make_peft_adapter
-from tests.support.tiny import load_oracle, make_tiny_model, make_tiny_tokenizer
 from tests.support.waiting import LIMIT
 
 NAMES = ("one", "two", "three", "tenant/four")
@@ -83,15 +83,13 @@ def scrape(url: str) -> Scrape:
 
 
 @pytest.fixture(scope="module")
-def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
-    base = tmp_path_factory.mktemp("models") / "tiny"
-    make_tiny_tokenizer(make_tiny_model("llama", base))
+def live(base: Path, oracle: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     adapters = tmp_path_factory.mktemp("adapters")
     config = EngineConfig(device="cpu", memory_bytes=32 << 20, num_slots=SLOTS, max_num_seqs=PLACES)
     with live_server(base, "tiny", config) as server:
         for seed, name in enumerate(NAMES):
             folder = adapters / name.replace("/", "-")
-            make_peft_adapter(load_oracle(base), folder, seed=seed, r=2, target_modules=["q_proj"])
+            make_peft_adapter(oracle, folder, seed=seed, r=2, target_modules=["q_proj"])
             asyncio.run(server.parts.adapters.register(name, str(folder)))
         yield server
 
@@ -110,19 +108,19 @@ def test_all_that_is_read_is_there_before_the_first_request(live: LiveServer) ->
 
 def test_under_load_it_says_who_runs_and_who_waits(live: LiveServer) -> None:
     """More adapters than slots, more requests than places: every scrape is consistent, and in the end all is quiet."""
-    steps, looked_at = live.parts.engine._runner, threading.Semaphore(0)
-    execute = steps.execute
+    worker, looked_at = live.parts.engine._worker, threading.Semaphore(0)
+    run = worker.run
 
-    def held(plan: object, on_launch: object) -> object:
+    def held(prepared: Any) -> Any:
         looked_at.acquire(timeout=LIMIT)  # a look a step
-        return execute(plan, on_launch)  # type: ignore[arg-type]
+        return run(prepared)
 
     def ask(name: str) -> int:
         body = {"model": name, "prompt": "the", "max_tokens": 12, "ignore_eos": True}
         return httpx.post(f"{live.url}/v1/completions", json=body, timeout=LIMIT).status_code
 
     scrapes: list[Scrape] = []
-    steps.execute = held  # type: ignore[method-assign, assignment]
+    worker.run = held  # type: ignore[method-assign, assignment]
     try:
         with ThreadPoolExecutor(12) as pool:
             answers = [pool.submit(ask, name) for name in NAMES * 3]
@@ -131,7 +129,7 @@ def test_under_load_it_says_who_runs_and_who_waits(live: LiveServer) -> None:
                 looked_at.release()
         assert [answer.result() for answer in answers] == [200] * 12
     finally:
-        steps.execute = execute  # type: ignore[method-assign]
+        worker.run = run  # type: ignore[method-assign]
     for each in scrapes:
         running, waiting = each.adapters()
         assert len(running) <= each.gauge("vllm:num_requests_running") <= PLACES

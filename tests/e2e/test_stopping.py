@@ -20,31 +20,24 @@ import httpx
 import pytest
 
 from tests.support.command import address, serving
-from tests.support.tiny import make_tiny_model, make_tiny_tokenizer
 from tests.support.waiting import LIMIT, wait_for
 
 SLOWED = """
 import os, time
-from loraplex.server.engine.step.runner import ModelRunner
-execute = ModelRunner.execute
-def late(self, plan, on_launch):
+from loraplex.server.engine.step.worker import LocalWorker
+run = LocalWorker.run
+def late(self, prepared):
     time.sleep(0.02)
     while os.path.exists(os.environ["HOLD"]):
         time.sleep(0.005)
     if os.path.exists(os.environ["CRASH"]):
         raise RuntimeError("a wire is loose")
-    return execute(self, plan, on_launch)
-ModelRunner.execute = late
+    return run(self, prepared)
+LocalWorker.run = late
 from loraplex.server.command.cli import main
 main()
 """
 STEP = 0.02
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = make_tiny_model("llama", tmp_path_factory.mktemp("models") / "tiny")
-    return make_tiny_tokenizer(path)
 
 
 class Slow:
