@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loraplex.adapters.errors import AdapterRefused
+from loraplex.adapters.histogram import Histogram
 from loraplex.server.api.errors import InvalidField
-from loraplex.server.api.parts import Events, Parts
+from loraplex.server.api.services import Events, Services
 from loraplex.server.api.turns import Turn
 from loraplex.server.engine.request import (
     EngineError,
@@ -26,7 +27,7 @@ from loraplex.server.engine.request import (
 )
 from loraplex.server.engine.streams import Shortcut
 from loraplex.server.telemetry.request_context import ChoiceTimes
-from loraplex.server.telemetry.usage import GAPS, Buckets
+from loraplex.server.telemetry.usage import GAPS
 from loraplex.server.text.detokenizer import Detokenizer
 from loraplex.server.text.grammar import GrammarSpec, Thought
 from loraplex.server.text.tokenizer import Tokenizer
@@ -151,7 +152,7 @@ class Choice:
         submitted: float,
         events: Events,
         detokenizer: Detokenizer,
-        parts: Parts,
+        services: Services,
         echo: Echo | None,
         options: GenerationOptions,
         eos_ids: frozenset[int],
@@ -165,9 +166,9 @@ class Choice:
         self._events = events
         self._detokenizer = detokenizer
         self._eos_ids = eos_ids
-        self._metrics = parts.metrics
-        self._engine = parts.engine
-        self._registry = parts.adapters.registry
+        self._metrics = services.metrics
+        self._engine = services.engine
+        self._registry = services.adapters.registry
         self._anew = False
         self._aborted = False
         self._echo = echo  # until it was said
@@ -176,7 +177,7 @@ class Choice:
         self._submitted = submitted  # time.monotonic()
         self._last_time = request.arrival
         self._first_time: float | None = None
-        self._gaps = Buckets(GAPS)
+        self._gaps = Histogram(GAPS)
         self._gap = 0.0  # of the tokens coming in
         self._handful = 0  # of them still to come
         self._phases: Phases | None = None

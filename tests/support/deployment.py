@@ -10,7 +10,7 @@ from pathlib import Path
 import typer.main
 from prometheus_client.parser import text_string_to_metric_families
 
-from loraplex.adapters.durations import Durations
+from loraplex.adapters.histogram import Histogram
 from loraplex.server.catalog.saved import Remembering, StateFile
 from loraplex.server.command.app import create_app
 from loraplex.server.command.cli import app as cli
@@ -43,15 +43,15 @@ def parse_command_line(arguments: list[str]) -> dict[str, object]:
 
 def routes(server: FakeServer) -> set[str]:
     """The paths of the application that answer a GET."""
-    paths = create_app(server.parts).openapi()["paths"]
+    paths = create_app(server.services).openapi()["paths"]
     return {path for path, methods in paths.items() if "get" in methods}
 
 
 def exported(server: FakeServer) -> dict[str, set[str]]:
     """The labels of every series that a server with keys and something in every tier exports, by the series' name."""
-    durations = Durations()
+    durations = Histogram()
     durations.observe(0.01)
-    tier = TierStats(hits=1, misses=1, loads=1, evictions=1, durations=durations.stats())
+    tier = TierStats(hits=1, misses=1, loads=1, evictions=1, durations=durations)
     server.engine.current = Stats(
         running=1,
         pages={"kv": 1, "prefix": 1, "adapter": 1, "free": 1},
@@ -59,7 +59,7 @@ def exported(server: FakeServer) -> dict[str, set[str]]:
     )
     server.engine.places = [AdapterPlace("sql", on_device=True, pinned=False)]
     found: dict[str, set[str]] = {}
-    metrics = server.parts.metrics
+    metrics = server.services.metrics
     metrics.add(_keys_in_use().collector())
     with tempfile.TemporaryDirectory() as folder:
         metrics.add(Remembering(server.adapters, StateFile(Path(folder))).collector())

@@ -12,18 +12,19 @@ import httpx
 import numpy as np
 
 from loraplex.adapters.errors import AdapterNotFound, AdapterRefused
+from loraplex.adapters.histogram import Histogram
 from loraplex.adapters.info import AdapterInfo
 from loraplex.adapters.registry import AdapterVersion, Registry
 from loraplex.adapters.sources.merge_plan import MergePlan
 from loraplex.adapters.sources.sources import OPERATOR, SourceAccess
-from loraplex.server.api.parts import Base, Inside, Parts
+from loraplex.server.api.services import Base, Inside, Services
 from loraplex.server.catalog.manager import Around
 from loraplex.server.catalog.on_demand import OnDemand
 from loraplex.server.command.app import create_app
 from loraplex.server.config import RequestLimits
 from loraplex.server.engine.page_map import PageOwners
 from loraplex.server.engine.request import FinishReason, GenerationRequest, TokenEvent, TokenScores
-from loraplex.server.engine.stats import AdapterPlace, TierStats
+from loraplex.server.engine.stats import STEP_BOUNDS, AdapterPlace, TierStats
 from loraplex.server.engine.streams import Shortcut
 from loraplex.server.telemetry.engine_metrics import Limits
 from loraplex.server.telemetry.metrics import Metrics
@@ -73,8 +74,7 @@ class Stats:
     expired: int = 0
     waiting_for_adapters: int = 0
     adapter_wait: float = 0.0
-    step_counts: tuple[int, ...] = ()
-    step_tokens: int = 0
+    step_sizes: Histogram = field(default_factory=lambda: Histogram(STEP_BOUNDS))
     token_budget: int = 64
     token_seconds: float = 1e-3
     pages: Mapping[str, int] = field(default_factory=dict)
@@ -232,7 +232,7 @@ class FakeAdapters:
 
 @dataclass
 class FakeServer:
-    """Parts made of fakes; build the application with create_app(server.parts)."""
+    """Services made of fakes; build the application with create_app(server.services)."""
 
     tokenizer: Tokenizer
     engine: FakeEngine
@@ -253,14 +253,14 @@ class FakeServer:
         self.tokenizer = Tokenizer(base.fast, base.special_tokens, ChatTemplate(source, {}))
 
     def client(self) -> httpx.AsyncClient:
-        """Talks to a new application of these parts, in-process."""
-        transport = httpx.ASGITransport(create_app(self.parts), raise_app_exceptions=False)
+        """Talks to a new application of these services, in-process."""
+        transport = httpx.ASGITransport(create_app(self.services), raise_app_exceptions=False)
         return httpx.AsyncClient(transport=transport, base_url="http://test")
 
     @property
-    def parts(self) -> Parts:
+    def services(self) -> Services:
         limits = Limits("base", MAX_MODEL_LEN, block_size=16, num_pages=100, max_adapters=4)
-        return Parts(
+        return Services(
             base=Base(("base", "alias"), "/models/base", VOCAB_SIZE, self.max_model_len, created=1_700_000_000),
             engine=self.engine,
             adapters=self.adapters,
