@@ -78,7 +78,6 @@ class Lora(AdapterKind[LoraConfig]):
         _check_shapes(header, found, plans, config, base.layout)
         modules = tuple(_module(module, plans.get(module.path)) for module in found.present)
         only_pairs = all(module.tensors.keys() == {"A", "B"} for module in modules)
-        names = {module.projection.name for module in modules}
         return ModuleMap(
             kind=self.name,
             header=header,
@@ -86,7 +85,7 @@ class Lora(AdapterKind[LoraConfig]):
             shapes=tuple(shape for module in modules for shape in _shapes(module)),
             pairs=tuple(_pair(module, header) for module in modules) if only_pairs else (),
             rank=max(plan.rank for plan in plans.values()),
-            targets=tuple(p.name.rpartition(".")[2] for p in base.layout.projections if p.name in names),
+            targets=found.targets(base.layout),
         )
 
     def parts(
