@@ -76,7 +76,7 @@ class HttpConfig:
     grace_seconds: float = 30.0  # that answers in flight get to end once the server is told to stop
     state_dir: Path | None = None  # where it is kept what was loaded over the API; None: nowhere
     keep_alive: float = 620.0  # seconds that an idle connection stays open
-    sse_keep_alive: float = 15.0  # see Parts
+    sse_keep_alive: float = 15.0  # seconds of silence in a stream after which it says that it is alive; 0: never
     head_bytes: int = 64 << 10  # of a request's head
     header_count: int = 256  # fields of it
     max_connections: int | None = None  # at once; None: see door.max_connections

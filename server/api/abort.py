@@ -17,7 +17,7 @@ from loraplex.server.api.schemas import AbortRequest
 from loraplex.server.tenancy.tenants import current_key
 
 if TYPE_CHECKING:
-    from loraplex.server.api.parts import Parts
+    from loraplex.server.api.services import Services
 
 KEY_LENGTH = 32
 """Of the part that is an answer's own, at the end of every id this server gives: chatcmpl-..., cmpl-..., resp_..."""
@@ -52,16 +52,16 @@ class OpenAnswers:
         return len(aborts)
 
 
-def make_router(parts: Parts) -> APIRouter:
-    """The route, working with `parts`."""
+def make_router(services: Services) -> APIRouter:
+    """The route, working with `services`."""
     router = APIRouter()
 
     @router.post("/abort_request", openapi_extra=body_schema(AbortRequest), **answers(Aborted, errors=CHANGE))
     async def abort_request(request: Request) -> Response:
         """End the answers of this id, finish_reason "abort". Also 200 when there is none: it may just have ended."""
-        record = await parts.bodies.read(request, AbortRequest, NAMES_BODY)
+        record = await services.bodies.read(request, AbortRequest, NAMES_BODY)
         if record.abort_all:
             raise InvalidField("abort_all", "abort_all: other clients' answers cannot be aborted; give an id in 'rid'")
-        return JSONResponse({"aborted": parts.open_answers.abort(current_key().tenant, record.rid)})
+        return JSONResponse({"aborted": services.open_answers.abort(current_key().tenant, record.rid)})
 
     return router

@@ -5,42 +5,42 @@ from __future__ import annotations
 from loraplex.adapters.files.tokenizer_files import NOTHING
 from loraplex.adapters.registry import AdapterVersion
 from loraplex.server.api.names import not_found, strip_base
-from loraplex.server.api.parts import Base, Parts
 from loraplex.server.api.schemas import AdapterReceipt, ModelCard, ModelPermission, TokenizerReceipt
+from loraplex.server.api.services import Base, Services
 from loraplex.server.catalog.on_demand import is_hidden
 from loraplex.server.tenancy.tenants import current_key
 
 
-def list_cards(parts: Parts) -> list[ModelCard]:
+def list_cards(services: Services) -> list[ModelCard]:
     """The base under each of its names, then the adapters: what the caller may use of them."""
-    names = parts.base.names if current_key().may_use_base else ()
+    names = services.base.names if current_key().may_use_base else ()
     return [
-        *(_base_card(parts.base, name) for name in names),
-        *(_adapter_card(parts.base, version) for version in visible_adapters(parts)),
+        *(_base_card(services.base, name) for name in names),
+        *(_adapter_card(services.base, version) for version in visible_adapters(services)),
     ]
 
 
-def visible_adapters(parts: Parts) -> list[AdapterVersion]:
+def visible_adapters(services: Services) -> list[AdapterVersion]:
     """The adapters that the caller may know of, by name."""
     key = current_key()
-    return [v for v in parts.adapters.registry.list() if not is_hidden(v.name) and key.may_use(v.name)]
+    return [v for v in services.adapters.registry.list() if not is_hidden(v.name) and key.may_use(v.name)]
 
 
-def find_card(parts: Parts, model: str) -> ModelCard:
+def find_card(services: Services, model: str) -> ModelCard:
     """The card of one name. Raises ApiError (404), also for what the caller may not use."""
     key = current_key()
-    name = strip_base(parts.base, model)
+    name = strip_base(services.base, model)
     if name is None:
         if not key.may_use_base:
             raise not_found(model)
-        return _base_card(parts.base, model)
-    return _adapter_card(parts.base, _find(parts, name, model))
+        return _base_card(services.base, model)
+    return _adapter_card(services.base, _find(services, name, model))
 
 
-def find_receipt(parts: Parts, name: str) -> AdapterReceipt:
+def find_receipt(services: Services, name: str) -> AdapterReceipt:
     """What is known of an adapter. Raises ApiError (404), also for what the caller may not use."""
-    version = _find(parts, name, name)
-    tokenizers, files = parts.tokenizers, version.tokenizer
+    version = _find(services, name, name)
+    tokenizers, files = services.tokenizers, version.tokenizer
     difference = tokenizers.difference(files)
     own = tokenizers.of([files])
     return AdapterReceipt(
@@ -61,8 +61,8 @@ def find_receipt(parts: Parts, name: str) -> AdapterReceipt:
     )
 
 
-def _find(parts: Parts, name: str, asked: str) -> AdapterVersion:
-    version = parts.adapters.registry.get(name)
+def _find(services: Services, name: str, asked: str) -> AdapterVersion:
+    version = services.adapters.registry.get(name)
     if version is None or is_hidden(name) or not current_key().may_use(name):
         raise not_found(asked)
     return version

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.histogram import Histogram
 from loraplex.server.api.errors import InvalidField
-from loraplex.server.api.parts import Events, Parts
+from loraplex.server.api.services import Events, Services
 from loraplex.server.api.turns import Turn
 from loraplex.server.engine.request import (
     EngineError,
@@ -152,7 +152,7 @@ class Choice:
         submitted: float,
         events: Events,
         detokenizer: Detokenizer,
-        parts: Parts,
+        services: Services,
         echo: Echo | None,
         options: GenerationOptions,
         eos_ids: frozenset[int],
@@ -166,9 +166,9 @@ class Choice:
         self._events = events
         self._detokenizer = detokenizer
         self._eos_ids = eos_ids
-        self._metrics = parts.metrics
-        self._engine = parts.engine
-        self._registry = parts.adapters.registry
+        self._metrics = services.metrics
+        self._engine = services.engine
+        self._registry = services.adapters.registry
         self._anew = False
         self._aborted = False
         self._echo = echo  # until it was said

@@ -10,47 +10,47 @@ from typing import Any
 from fastapi import APIRouter
 from starlette.responses import JSONResponse, Response
 
-from loraplex.server.api.parts import Parts
+from loraplex.server.api.services import Services
 from loraplex.server.version import version
 
 
-def make_router(parts: Parts) -> APIRouter:
-    """The routes, working with `parts`."""
+def make_router(services: Services) -> APIRouter:
+    """The routes, working with `services`."""
     router = APIRouter()
 
     @router.get("/get_load")
     async def get_load() -> Response:
         """Work that is there, one record per engine: the power-of-two policy sends to whom has fewer tokens."""
-        return JSONResponse([_load(parts)])
+        return JSONResponse([_load(services)])
 
     @router.get("/server_info")
     @router.get("/get_server_info")
     async def server_info() -> Response:
         """What is served, and how much of it at once. Routers know a worker by its served_model_name."""
-        return JSONResponse(_server_info(parts))
+        return JSONResponse(_server_info(services))
 
     @router.get("/model_info")
     @router.get("/get_model_info")
     async def model_info() -> Response:
         """The base."""
-        return JSONResponse(_model_info(parts))
+        return JSONResponse(_model_info(services))
 
     return router
 
 
-def _load(parts: Parts) -> dict[str, Any]:
+def _load(services: Services) -> dict[str, Any]:
     """As SGLang counts: tokens in the KV cache and of prompts that wait; its num_reqs has the waiting ones too."""
-    stats = parts.inside.stats()
+    stats = services.inside.stats()
     return {
         "dp_rank": 0,
         "num_reqs": stats.running + stats.waiting,
         "num_waiting_reqs": stats.waiting,
-        "num_tokens": round(stats.kv_usage * parts.base.cache_tokens) + stats.queued_tokens,
+        "num_tokens": round(stats.kv_usage * services.base.cache_tokens) + stats.queued_tokens,
     }
 
 
-def _server_info(parts: Parts) -> dict[str, Any]:
-    base = parts.base
+def _server_info(services: Services) -> dict[str, Any]:
+    base = services.base
     return {
         "model_path": base.root,
         "tokenizer_path": base.root,
@@ -61,19 +61,19 @@ def _server_info(parts: Parts) -> dict[str, Any]:
         "dp_size": 1,
         "enable_lora": True,
         "max_loaded_loras": None,  # any number
-        "max_loras_per_batch": parts.inside.max_adapters,
-        "max_running_requests": parts.inside.max_running,
+        "max_loras_per_batch": services.inside.max_adapters,
+        "max_running_requests": services.inside.max_running,
         "max_total_num_tokens": base.cache_tokens,
         "max_req_input_len": base.max_model_len - 1,
-        "internal_states": [_load(parts)],
+        "internal_states": [_load(services)],
         "version": version(),
     }
 
 
-def _model_info(parts: Parts) -> dict[str, Any]:
+def _model_info(services: Services) -> dict[str, Any]:
     return {
-        "model_path": parts.base.root,
-        "tokenizer_path": parts.base.root,
+        "model_path": services.base.root,
+        "tokenizer_path": services.base.root,
         "is_generation": True,
         "preferred_sampling_params": None,
         "weight_version": "default",

@@ -19,9 +19,9 @@ from loraplex.server.api.direct import DirectBody
 from loraplex.server.api.errors import ApiError, InvalidField, to_api_error
 from loraplex.server.api.limits import check_scores, check_sequences
 from loraplex.server.api.names import Mix, leased
-from loraplex.server.api.parts import Base, Parts
 from loraplex.server.api.sampling import SamplingSpec
 from loraplex.server.api.schemas import GenerationFields, PromptDetails, Usage
+from loraplex.server.api.services import Base, Services
 from loraplex.server.api.turns import Turn
 from loraplex.server.engine.request import ContextTooLong, GenerationRequest, TokenEvent
 from loraplex.server.telemetry.request_context import current_exchange
@@ -37,18 +37,18 @@ class Generation:
     """All choices of one request."""
 
     def __init__(
-        self, parts: Parts, record: GenerationFields, source: PromptSource, options: GenerationOptions
+        self, services: Services, record: GenerationFields, source: PromptSource, options: GenerationOptions
     ) -> None:
         """Raises InvalidField, ShuttingDown."""
-        parts.drain.check()
-        self._parts = parts
+        services.drain.check()
+        self._services = services
         self._record = record
         self._source = source
         self._options = options
         self._spec = SamplingSpec.build(
             record,
-            parts.defaults,
-            parts.base.vocab_size,
+            services.defaults,
+            services.base.vocab_size,
             options.max_tokens,
             options.logprobs,
             prompt_logprobs=options.logprobs if options.echo else None,
@@ -60,7 +60,7 @@ class Generation:
         self.key = secrets.token_hex(16)  # unique; part of ids on the wire
         self.client_id: str | None = None  # the client's own name for it, to abort it by
         self.created = int(time.time())
-        self.tokenizer = parts.tokenizers.base  # that of the adapters, once these are leased
+        self.tokenizer = services.tokenizers.base  # that of the adapters, once these are leased
         self.thought: Thought = "none"  # of the first prompt; known with the first delta
         self.prompt_tokens = 0
         self.submitted = self._arrival  # time.monotonic(); then: adapters leased, prompts read, all queued
@@ -68,7 +68,7 @@ class Generation:
     @property
     def keep_alive(self) -> float:
         """Seconds of silence in a stream after which it says that it is alive."""
-        return self._parts.sse_keep_alive
+        return self._services.sse_keep_alive
 
     @property
     def num_choices(self) -> int:
@@ -103,9 +103,9 @@ class Generation:
     async def deltas(self) -> AsyncGenerator[Delta, None]:
         """Deltas of all choices as they come. Raises ApiError, AdapterError, EngineError."""
         choices = self._choices
-        with self._parts.drain.at_work(), self._noted():
+        with self._services.drain.at_work(), self._noted():
             try:
-                async with leased(self._parts, self._record) as worn:
+                async with leased(self._services, self._record) as worn:
                     self._note_model()
                     self.tokenizer = worn.tokenizer
                     prompts = await self._prompts()
@@ -114,10 +114,10 @@ class Generation:
                     await self._submit(prompts, grammar, worn.mix)
                 self.submitted = time.monotonic()
                 for prompt in prompts:
-                    self._parts.metrics.prompt(len(prompt.ids), self._options.num_choices)
+                    self._services.metrics.prompt(len(prompt.ids), self._options.num_choices)
                 names = [name for name in (self.key, self._record.rid, self.client_id) if name]
                 owner = self._caller.key.tenant
-                with self._caller.at_work(), self._parts.open_answers.known_as(owner, names, self.abort):
+                with self._caller.at_work(), self._services.open_answers.known_as(owner, names, self.abort):
                     sources = [choice.deltas() for choice in choices]
                     # nearly always there is one: no tasks, no queue
                     async with aclosing(sources[0] if len(sources) == 1 else merge(sources)) as deltas:
@@ -172,7 +172,7 @@ class Generation:
         """Only now: what is no name that is served may be anything, also a prompt, and is not logged."""
         context = current_exchange()
         if context is not None:
-            context.model = self._record.model or self._parts.base.names[0]
+            context.model = self._record.model or self._services.base.names[0]
 
     async def _end(self) -> None:
         """Close all choices and tell of them."""
@@ -182,7 +182,7 @@ class Generation:
         for choice in self._choices:
             await turn.take()
             times = choice.times()
-            self._parts.metrics.choice_ended(
+            self._services.metrics.choice_ended(
                 times, self._caller.key.tenant, times.ended - self._arrival, choice.params.max_tokens
             )
             if context is not None:
@@ -194,7 +194,7 @@ class Generation:
             self._caller.pay_answer(sum([choice.take_unpaid() for choice in choices]))
 
     async def _prompts(self) -> list[Prompt]:
-        base, source, tokenizer = self._parts.base, self._source, self.tokenizer
+        base, source, tokenizer = self._services.base, self._source, self.tokenizer
         check_length(max(source.sizes, default=0), tokenizer, base, source.param)
 
         def read() -> tuple[GenerationOptions, list[Prompt]]:
@@ -202,17 +202,17 @@ class Generation:
 
         size, slow = sum(source.sizes) + source.rest, tokenizer.renders_slowly
         if slow or size >= Tokenizer.LONG_TEXT:
-            self._options, prompts = await self._parts.texts.run(self._caller.key.tenant, size, slow, read)
+            self._options, prompts = await self._services.texts.run(self._caller.key.tenant, size, slow, read)
         else:
             self._options, prompts = read()
         n = self._options.num_choices
-        check_sequences(len(prompts), n, "n", self._parts.limits)
+        check_sequences(len(prompts), n, "n", self._services.limits)
         for prompt in prompts:
             check_prompt(prompt.ids, base, source.param)
         self.prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
         if self._options.echo and self._options.logprobs is not None:
             answers = n * self._options.beside
-            check_scores(self.prompt_tokens, answers, self._options.logprobs, source.param, self._parts.limits)
+            check_scores(self.prompt_tokens, answers, self._options.logprobs, source.param, self._services.limits)
         self.thought = prompts[0].thought
         return prompts
 
@@ -223,7 +223,7 @@ class Generation:
         if self._record.ignore_eos:
             raise InvalidField("ignore_eos", "ignore_eos: a structured answer has an end of its own")
         try:
-            return await self._parts.grammars.get(replace(spec, thought=thought, owner=self._caller.key.tenant))
+            return await self._services.grammars.get(replace(spec, thought=thought, owner=self._caller.key.tenant))
         except GrammarRefused as error:
             raise InvalidField(param, f"{param}: {error}", code="invalid_grammar") from error
 
@@ -244,7 +244,7 @@ class Generation:
         return GenerationRequest(
             request_id=f"{self.key}-{len(self._choices)}",
             prompt_ids=ids,
-            params=self._spec.params(self._parts.base.max_model_len - len(ids), choice, self.tokenizer.eos_ids),
+            params=self._spec.params(self._services.base.max_model_len - len(ids), choice, self.tokenizer.eos_ids),
             mix=tuple((lease.share(), weight) for lease, weight in mix),
             tenant=self._caller.key.tenant,
             weight=self._caller.key.weight,
@@ -269,11 +269,13 @@ class Generation:
         )
         try:
             submitted = time.monotonic()  # before, or the engine's thread may have begun earlier
-            events = self._parts.engine.submit(request)  # owns the lease from here on, also when it raises
+            events = self._services.engine.submit(request)  # owns the lease from here on, also when it raises
         except ContextTooLong as error:
             raise to_api_error(error, self._source.param) from error
-        eos_ids = frozenset((*self._parts.defaults.eos_token_ids, *tokenizer.eos_ids))
-        return Choice(len(self._choices), request, submitted, events, detokenizer, self._parts, echo, options, eos_ids)
+        eos_ids = frozenset((*self._services.defaults.eos_token_ids, *tokenizer.eos_ids))
+        return Choice(
+            len(self._choices), request, submitted, events, detokenizer, self._services, echo, options, eos_ids
+        )
 
 
 def check_length(characters: int, tokenizer: Tokenizer, base: Base, param: str) -> None:

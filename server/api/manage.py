@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from loraplex.adapters.errors import AdapterNotFound, AdapterRefused
 from loraplex.adapters.sources.sources import is_hub_id, parse_source
 from loraplex.server.api.errors import ApiError
-from loraplex.server.api.parts import Parts
+from loraplex.server.api.services import Services
 from loraplex.server.catalog.quota import QuotaOwner, TooManyAdapters
 from loraplex.server.tenancy.rate_limits import RateLimited
 from loraplex.server.tenancy.tenants import current_caller, current_key
@@ -58,18 +58,18 @@ def counting_adapters() -> Iterator[QuotaOwner | None]:
             raise kind(str(error), error.retry_after, "adapters") from None
 
 
-def permitted_source(parts: Parts, source: str) -> str:
+def permitted_source(services: Services, source: str) -> str:
     """`source`, as it may be loaded for the caller. Raises AdapterRefused for a local folder that is not for requests.
 
     That are those outside of --allowed-path and --adapter-dir, and those of the latter whose name the caller may not
     use: by its path an adapter is no more the caller's than by its name. What is forbidden cannot be told from what is
     not there. Links are followed before looking, and out of nothing that was looked at (adapters/files/beneath.py).
     """
-    if parts.local_sources is None:
+    if services.local_sources is None:
         return source
     try:
         found = parse_source(source)
-        permitted = source if found.is_remote else parts.local_sources.permit(found.place)
+        permitted = source if found.is_remote else services.local_sources.permit(found.place)
         if permitted is not None:
             return permitted
     except (OSError, RuntimeError):  # a loop of links, no such user

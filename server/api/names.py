@@ -25,8 +25,8 @@ from loraplex.adapters.sources.merge_plan import MergePlan
 from loraplex.adapters.sources.sources import SourceAccess
 from loraplex.server.api.errors import ApiError, InvalidField, UnsupportedField
 from loraplex.server.api.manage import counting_adapters, permitted_source
-from loraplex.server.api.parts import Base, Parts
 from loraplex.server.api.schemas import MAX_TERMS, MAX_WEIGHT, AdapterFields, MergedAdapters
+from loraplex.server.api.services import Base, Services
 from loraplex.server.catalog.on_demand import is_hidden, source_of
 from loraplex.server.tenancy.tenants import current_key
 from loraplex.server.text.tokenizer import Tokenizer
@@ -71,38 +71,38 @@ class AdapterChoice:
 
 
 @asynccontextmanager
-async def leased(parts: Parts, record: AdapterFields) -> AsyncIterator[AdapterUse]:
+async def leased(services: Services, record: AdapterFields) -> AsyncIterator[AdapterUse]:
     """The adapters `record` asks for, leased for the block; what they were loaded or merged for first is done by then.
 
     Raises ApiError (400; 404 for a name nobody has), AdapterError for one that cannot be loaded or merged, Overloaded
     where there is no room for it, or no more for this caller.
     """
-    choice = read_wish(parts.base, record)
+    choice = read_wish(services.base, record)
     if not choice.terms and not current_key().may_use_base:
         raise not_found(record.model)
     with ExitStack() as held:
-        leases = [held.enter_context(await _lease(parts, term, record.api_token)) for term in choice.terms]
-        tokenizer = _tokenizer(parts, choice, leases)
+        leases = [held.enter_context(await _lease(services, term, record.api_token)) for term in choice.terms]
+        tokenizer = _tokenizer(services, choice, leases)
         if choice.merge is not None:
             with counting_adapters() as owner:
-                leases = [held.enter_context(await parts.on_demand.merge(leases, choice.merge, owner))]
+                leases = [held.enter_context(await services.on_demand.merge(leases, choice.merge, owner))]
         weights = (1.0,) if choice.merge is not None else (term.weight for term in choice.terms)
         yield AdapterUse(tuple(zip(leases, weights, strict=True)), tokenizer)
 
 
-def tokenizer_of(parts: Parts, model: str) -> Tokenizer:
+def tokenizer_of(services: Services, model: str) -> Tokenizer:
     """How texts for `model` are written. Raises ApiError (404) unless it could be worn now."""
-    choice = AdapterChoice(_read_text(parts.base, "model", model, None))
+    choice = AdapterChoice(_read_text(services.base, "model", model, None))
     if not choice.terms and not current_key().may_use_base:
         raise not_found(model)
     with ExitStack() as held:
-        return _tokenizer(parts, choice, [held.enter_context(_find(parts, term)) for term in choice.terms])
+        return _tokenizer(services, choice, [held.enter_context(_find(services, term)) for term in choice.terms])
 
 
-def _tokenizer(parts: Parts, choice: AdapterChoice, leases: Sequence[AdapterLease]) -> Tokenizer:
+def _tokenizer(services: Services, choice: AdapterChoice, leases: Sequence[AdapterLease]) -> Tokenizer:
     """Raises InvalidField where the adapters of a mix write texts differently."""
     try:
-        return parts.tokenizers.of([lease.version.tokenizer for lease in leases])
+        return services.tokenizers.of([lease.version.tokenizer for lease in leases])
     except TokenizersDiffer as error:
         param = choice.terms[0].param.partition(".")[0].partition("[")[0]
         raise InvalidField(param, f"{param}: {error}") from None
@@ -222,13 +222,13 @@ def _one(base: Base, term: Term) -> Term:
     return replace(term, text=rest)
 
 
-async def _lease(parts: Parts, term: Term, token: str | None) -> AdapterLease:
+async def _lease(services: Services, term: Term, token: str | None) -> AdapterLease:
     """What is registered wins, or is on its way; then a source, where there is one. Raises ApiError, AdapterError."""
     name = term.text.partition("@")[0]
     if current_key().may_use(name):
-        await parts.adapters.arrival(name)
+        await services.adapters.arrival(name)
     try:
-        return _find(parts, term)
+        return _find(services, term)
     except ApiError as error:
         if error.status != 404 or term.origin is None:
             raise
@@ -238,16 +238,16 @@ async def _lease(parts: Parts, term: Term, token: str | None) -> AdapterLease:
         raise UnsupportedField(
             "adapter_source", "'adapter_source' is not supported as pbase: expected hub, local or s3"
         )
-    source = permitted_source(parts, source_of(term.origin, term.text))
+    source = permitted_source(services, source_of(term.origin, term.text))
     # without keys everybody is the operator; with them, nobody fetches with the operator's credentials but who may
     with counting_adapters() as owner:
-        return await parts.on_demand.lease(source, SourceAccess(token, ambient=current_key().admin), owner)
+        return await services.on_demand.lease(source, SourceAccess(token, ambient=current_key().admin), owner)
 
 
-def _find(parts: Parts, term: Term) -> AdapterLease:
+def _find(services: Services, term: Term) -> AdapterLease:
     """A lease of what is registered. Raises ApiError (404), AdapterRefused."""
     name, at, version = term.text.partition("@")
-    registry = parts.adapters.registry
+    registry = services.adapters.registry
     if is_hidden(name) or not current_key().may_use(name):
         raise not_found(term.text, term.param)
     try:

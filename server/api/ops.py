@@ -7,28 +7,28 @@ from starlette.responses import JSONResponse, Response
 
 from loraplex.server.api.errors import SERVER, ApiError
 from loraplex.server.api.openapi import Readiness, ServerLoad, ServerVersion, answers
-from loraplex.server.api.parts import Parts
+from loraplex.server.api.services import Services
 from loraplex.server.telemetry.metrics import CONTENT_TYPE
 from loraplex.server.version import version
 
 
-def make_router(parts: Parts) -> APIRouter:
-    """The routes, working with `parts`."""
+def make_router(services: Services) -> APIRouter:
+    """The routes, working with `services`."""
     router = APIRouter()
 
     @router.get("/health", **answers(None, errors=(503,)))
     async def health() -> Response:
         """200 while the engine runs, 503 once it has stopped."""
-        if not parts.engine.alive:
-            reason = type(parts.engine.failure).__name__ if parts.engine.failure is not None else "it was stopped"
+        if not services.engine.alive:
+            reason = type(services.engine.failure).__name__ if services.engine.failure is not None else "it was stopped"
             raise ApiError(503, f"the engine does not run: {reason}", type=SERVER, code="engine_dead")
         return Response(status_code=200)
 
     @router.get("/ready", **answers(Readiness, errors=(503,), error_shape=Readiness))
     async def ready() -> Response:
         """200 while new requests are taken; 503 while the server is stopping, though what runs goes on."""
-        drain = parts.drain
-        state = "draining" if drain.is_draining else "ready" if parts.engine.alive else "dead"
+        drain = services.drain
+        state = "draining" if drain.is_draining else "ready" if services.engine.alive else "dead"
         body = {"state": state, "open": drain.num_open, "seconds_left": round(drain.seconds_left, 1)}
         return JSONResponse(body, status_code=200 if state == "ready" else 503)
 
@@ -41,12 +41,12 @@ def make_router(parts: Parts) -> APIRouter:
     @router.get("/metrics", **answers("text/plain", errors=(401, 403)))
     async def metrics() -> Response:
         """Prometheus' text format, under vLLM's names."""
-        return Response(parts.metrics.render(), media_type=CONTENT_TYPE)
+        return Response(services.metrics.render(), media_type=CONTENT_TYPE)
 
     @router.get("/load", **answers(ServerLoad, errors=()))
     async def load() -> Response:
         """Requests that are open, as vLLM tells its load balancers."""
-        return JSONResponse({"server_load": parts.drain.num_open})
+        return JSONResponse({"server_load": services.drain.num_open})
 
     @router.get("/version", **answers(ServerVersion, errors=()))
     async def show_version() -> Response:

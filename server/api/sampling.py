@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from loraplex.server.api.errors import InvalidField
-from loraplex.server.api.parts import SamplingDefaults
 from loraplex.server.api.schemas import GenerationFields
+from loraplex.server.api.services import SamplingDefaults
 from loraplex.server.engine.request import SamplingParams
 
 GREEDY_BELOW = 1e-5

@@ -1,4 +1,4 @@
-"""The HTTP application: routes and error answers around the parts it is given."""
+"""The HTTP application: routes and error answers around the services it is given."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from loraplex.server.api.head import HeadMiddleware
 from loraplex.server.api.observe import ObserveMiddleware
 from loraplex.server.api.openai import chat, completions, embeddings, models, responses
 from loraplex.server.api.page import ui
-from loraplex.server.api.parts import Parts
+from loraplex.server.api.services import Services
 from loraplex.server.version import version
 
 
-def create_app(parts: Parts) -> FastAPI:
-    """An application for one server. `parts` are used as they are: starting and stopping them is the caller's."""
+def create_app(services: Services) -> FastAPI:
+    """An application for one server. `services` are used as they are: starting and stopping them is the caller's."""
     app = FastAPI(title="loraplex", version=version(), docs_url=None, redoc_url=None)
     errors.install(app)
     openapi.install(app)
     cors: dict[str, Any] = {}
     app.add_middleware(HeadMiddleware)
-    if parts.access is not None:
-        app.add_middleware(KeyMiddleware, access=parts.access)
-        parts.metrics.add(parts.access.collector())
-    if parts.cors_origins:  # around the keys: a browser's preflight has none
-        cors = {"allow_origins": parts.cors_origins, "allow_methods": ["*"], "allow_headers": ["*"], "max_age": 600}
+    if services.access is not None:
+        app.add_middleware(KeyMiddleware, access=services.access)
+        services.metrics.add(services.access.collector())
+    if services.cors_origins:  # around the keys: a browser's preflight has none
+        cors = {"allow_origins": services.cors_origins, "allow_methods": ["*"], "allow_headers": ["*"], "max_age": 600}
         app.add_middleware(CORSMiddleware, **cors)
-    app.add_middleware(ObserveMiddleware, tracing=parts.tracing)  # around all others: whatever happens has its line
-    app.state.gate = Gate(parts.access, CORSMiddleware(app, **cors) if cors else None)
-    parts.metrics.add(app.state.gate.collector())
+    app.add_middleware(ObserveMiddleware, tracing=services.tracing)  # around all others: whatever happens has its line
+    app.state.gate = Gate(services.access, CORSMiddleware(app, **cors) if cors else None)
+    services.metrics.add(app.state.gate.collector())
     for resource in (  # in this order they are asked whose a request is
         ops,
         chat,
@@ -50,5 +50,5 @@ def create_app(parts: Parts) -> FastAPI:
         abort,
         ui,
     ):
-        app.include_router(resource.make_router(parts))
+        app.include_router(resource.make_router(services))
     return app

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
     from prometheus_client.registry import Collector
 
-    from loraplex.server.api.parts import Adapters
+    from loraplex.server.api.services import Adapters
     from loraplex.server.catalog.reconciler import Reconciler
     from loraplex.server.command.build import EngineParts
     from loraplex.server.models.config import ModelConfig
@@ -129,8 +129,8 @@ def _build(config: ServeConfig, folder: Path, model_config: ModelConfig, tokeniz
     from loraplex.server.address_space import address_limit, is_refused_mapping
     from loraplex.server.command.build import build_engine
     from loraplex.server.engine.step.memory import NotEnoughMemory, size
+    from loraplex.server.models.checkpoint import WeightsError
     from loraplex.server.models.config import UnsupportedModel
-    from loraplex.server.models.weights import WeightsError
 
     try:
         parts = build_engine(
@@ -289,7 +289,7 @@ def make_app(
     """The application around a loaded base."""
     from loraplex.adapters.tiers.merging import merge_versions
     from loraplex.kernels.records import BLOCK_SIZE
-    from loraplex.server.api.parts import Base, Inside, LocalSources, Parts
+    from loraplex.server.api.services import Base, Inside, LocalSources, Services
     from loraplex.server.catalog.on_demand import OnDemand
     from loraplex.server.command.app import create_app
     from loraplex.server.telemetry.engine_metrics import Limits
@@ -327,7 +327,7 @@ def make_app(
         metrics.add(collector)
     parts.placement.watch = metrics.adapters
     return create_app(
-        Parts(
+        Services(
             base=base,
             engine=engine,
             adapters=extras.adapters,

@@ -51,7 +51,7 @@ class TestAbort:
         server.engine.gate.set()
         choices = (await answer).json()["choices"]
         assert [choice["finish_reason"] for choice in choices] == ["abort", "abort"]
-        assert server.parts.open_answers._aborts == {}
+        assert server.services.open_answers._aborts == {}
         assert not server.engine.open
 
     async def test_a_stream_keeps_what_it_has(self, client: httpx.AsyncClient, server: FakeServer) -> None:

@@ -13,7 +13,7 @@ import uvicorn
 from starlette.types import Receive, Scope, Send
 
 from loraplex.server.api.direct import DirectBody, direct_body, offer_direct_body
-from loraplex.server.api.parts import Parts
+from loraplex.server.api.services import Services
 from loraplex.server.command.app import create_app
 from loraplex.server.engine.request import FinishReason, GenerationRequest, TokenEvent
 from loraplex.server.http.listening import bind, make_server
@@ -92,8 +92,8 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     return parts
 
 
-def ask(parts: Parts, path: str, fields: dict[str, Any], direct: bool = True) -> tuple[Cycle, asyncio.Task[None]]:
-    """A request to a new application of `parts`, and the task that answers it."""
+def ask(services: Services, path: str, fields: dict[str, Any], direct: bool = True) -> tuple[Cycle, asyncio.Task[None]]:
+    """A request to a new application of `services`, and the task that answers it."""
     body = {"model": "base", "max_tokens": 50, "stream": True, **dict(ROUTES)[path], **fields}
     if "chat" in path and "logprobs" in body:
         body |= {"logprobs": True, "top_logprobs": 1}
@@ -111,13 +111,13 @@ def ask(parts: Parts, path: str, fields: dict[str, Any], direct: bool = True) ->
         "server": ("test", 80),
         "client": ("test", 1),
     }
-    app = create_app(parts)
+    app = create_app(services)
     asked = (offer_direct_body(app) if direct else app)(scope, cycle.receive, cycle.send)  # type: ignore[arg-type]
     return cycle, asyncio.create_task(asked)  # type: ignore[arg-type]
 
 
-async def answered(parts: Parts, path: str, fields: dict[str, Any], direct: bool = True) -> Cycle:
-    cycle, task = ask(parts, path, fields, direct)
+async def answered(services: Services, path: str, fields: dict[str, Any], direct: bool = True) -> Cycle:
+    cycle, task = ask(services, path, fields, direct)
     await asyncio.wait_for(task, 10)
     return cycle
 
@@ -130,9 +130,9 @@ async def test_a_stream_is_the_same(
 ) -> None:
     server.engine.script = lambda request: say(server.tokenizer, SAID, request)
     server.engine.together = together
-    long = await answered(server.parts, path, fields, direct=False)
+    long = await answered(server.services, path, fields, direct=False)
     assert not written
-    short = await answered(server.parts, path, fields)
+    short = await answered(server.services, path, fields)
     if not fields.get("n"):
         assert short.text == long.text
     else:  # choices take turns as they like
@@ -143,7 +143,7 @@ async def test_a_stream_is_the_same(
 async def test_tokens_of_one_delivery_are_one_write(server: FakeServer, written: list[bytes]) -> None:
     server.engine.script = lambda request: say(server.tokenizer, "the fox the fox the fox", request)
     server.engine.together = 100
-    short = await answered(server.parts, "/v1/completions", {})
+    short = await answered(server.services, "/v1/completions", {})
     [one] = written
     texts = [json.loads(line.removeprefix("data: "))["choices"][0]["text"] for line in one.decode().split("\n\n")[:-1]]
     assert len(texts) > 3
@@ -152,20 +152,20 @@ async def test_tokens_of_one_delivery_are_one_write(server: FakeServer, written:
 
 
 async def test_both_ways_are_counted_alike(server: FakeServer, written: list[bytes]) -> None:
-    def counts(parts: Parts) -> list[str]:
+    def counts(services: Services) -> list[str]:
         kinds = ("inter_token_latency_seconds_count", "time_to_first_token_seconds_count", "generation_tokens")
-        lines = parts.metrics.render().decode().splitlines()
+        lines = services.metrics.render().decode().splitlines()
         return [line for line in lines if any(kind in line for kind in kinds) and "_created" not in line]
 
     server.engine.script = lambda request: say(server.tokenizer, SAID, request)
     usage = {"stream_options": {"include_usage": True}}
     told = []
     for direct in (True, False):
-        parts = server.parts
-        cycle = await answered(parts, "/v1/completions", usage, direct)
+        services = server.services
+        cycle = await answered(services, "/v1/completions", usage, direct)
         tokens = json.loads(cycle.text.split("\n\n")[-3].removeprefix("data: "))["usage"]["completion_tokens"]
         assert tokens == len(say(server.tokenizer, SAID, server.engine.requests[-1]))
-        told.append(counts(parts))
+        told.append(counts(services))
     assert told[0] == told[1]
     assert f"{tokens - 1}.0" in " ".join(told[0])
     assert written
@@ -176,9 +176,9 @@ async def test_a_reader_that_pauses_misses_nothing(server: FakeServer, written: 
     """What comes while the connection is full waits for it, in its order, and then the short way is open again."""
     script: list[TokenEvent] = []
     server.engine.script = lambda request: script.extend(say(server.tokenizer, SAID, request)) or script
-    expected = (await answered(server.parts, path, {}, direct=False)).text
+    expected = (await answered(server.services, path, {}, direct=False)).text
     script.clear()
-    cycle, task = ask(server.parts, path, {})
+    cycle, task = ask(server.services, path, {})
     while len(written) < 3:
         await asyncio.sleep(0)
     cycle.flow.write_paused = True
@@ -197,7 +197,7 @@ async def test_a_reader_that_pauses_misses_nothing(server: FakeServer, written: 
 async def test_a_reader_that_leaves(server: FakeServer, written: list[bytes], path: str) -> None:
     version = await server.adapters.register("pirate", "/adapters/pirate")
     server.engine.script = lambda request: say(server.tokenizer, SAID, request)
-    cycle, task = ask(server.parts, path, {"model": "pirate"})
+    cycle, task = ask(server.services, path, {"model": "pirate"})
     while len(written) < 2:
         await asyncio.sleep(0)
     server.engine.gate.clear()
@@ -217,7 +217,7 @@ async def test_what_fails_on_the_short_way_is_told_in_the_stream(
         raise ValueError("a secret")
 
     monkeypatch.setattr(DirectBody, "write", fail)
-    cycle = await answered(server.parts, "/v1/completions", {})
+    cycle = await answered(server.services, "/v1/completions", {})
     *_, error, done, rest = cycle.text.split("\n\n")
     assert json.loads(error.removeprefix("data: "))["error"]["type"] == "server_error"
     assert (done, rest) == ("data: [DONE]", "")
@@ -233,9 +233,9 @@ async def test_an_end_that_is_none(server: FakeServer, written: list[bytes], fin
 
     server.engine.script = script
     server.engine.together = 100
-    short = await answered(server.parts, "/v1/completions", {})
+    short = await answered(server.services, "/v1/completions", {})
     assert written
-    assert short.text == (await answered(server.parts, "/v1/completions", {}, direct=False)).text
+    assert short.text == (await answered(server.services, "/v1/completions", {}, direct=False)).text
     assert '"error"' in short.text
 
 

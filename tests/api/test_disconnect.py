@@ -33,7 +33,7 @@ class RawClient:
             "server": ("test", 80),
             "client": ("test", 1),
         }
-        self.task = asyncio.create_task(create_app(server.parts)(scope, self._receive, self._send))  # type: ignore[arg-type]
+        self.task = asyncio.create_task(create_app(server.services)(scope, self._receive, self._send))  # type: ignore[arg-type]
 
     def leave(self) -> None:
         self._gone.set()

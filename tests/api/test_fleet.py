@@ -28,7 +28,7 @@ def shape(found: dict[str, Any], wanted: dict[str, type]) -> dict[str, type]:
 
 
 async def test_load_counts_what_runs_and_what_waits(server: FakeServer) -> None:
-    roomy = replace(server.parts, base=replace(server.parts.base, cache_tokens=1000))
+    roomy = replace(server.services, base=replace(server.services.base, cache_tokens=1000))
     async with httpx.AsyncClient(transport=httpx.ASGITransport(create_app(roomy)), base_url="http://test") as client:
         idle = (await client.get("/get_load")).json()
         assert idle == [{"dp_rank": 0, "num_reqs": 0, "num_waiting_reqs": 0, "num_tokens": 0}]

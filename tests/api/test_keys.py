@@ -17,7 +17,7 @@ from starlette.routing import Route
 from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.files.beneath import below
 from loraplex.server.api.page.ui import page_files
-from loraplex.server.api.parts import LocalSources
+from loraplex.server.api.services import LocalSources
 from loraplex.server.command.app import create_app
 from loraplex.server.tenancy.access import Access
 from loraplex.server.tenancy.rate_limits import Limits
@@ -44,10 +44,10 @@ class Guarded:
     clock: Clock
     access: Access
     stack: AsyncExitStack
-    parts: dict[str, Any] = field(default_factory=dict)
+    services: dict[str, Any] = field(default_factory=dict)
 
     def app(self) -> Any:
-        return create_app(replace(self.server.parts, access=self.access, **self.parts))
+        return create_app(replace(self.server.services, access=self.access, **self.services))
 
     async def client(self, secret: str | None, app: Any = None) -> httpx.AsyncClient:
         headers = {"Authorization": f"Bearer {secret}"} if secret is not None else {}
@@ -325,7 +325,7 @@ async def test_requests_may_name_local_folders_only_where_the_operator_says(guar
     (tmp_path / "in/side").mkdir(parents=True)
     (tmp_path / "out").mkdir()
     (tmp_path / "in/link").symlink_to(tmp_path / "out")
-    guarded.parts = {"local_sources": LocalSources((tmp_path / "in",))}
+    guarded.services = {"local_sources": LocalSources((tmp_path / "in",))}
     root = await guarded.client(ROOT)
     statuses = {}
     for source in ("in/side", "in/absent", "out", "absent", "in/../out", "in/link"):
@@ -351,7 +351,7 @@ async def test_a_path_gives_nobody_more_than_the_name_does(guarded: Guarded, tmp
     for name in ("shared", "private", "private/checkpoint-9"):
         (tmp_path / "named" / name).mkdir(parents=True)
     (tmp_path / "named/mine").symlink_to(tmp_path / "named/private")
-    guarded.parts = {"local_sources": LocalSources((), tmp_path / "named")}
+    guarded.services = {"local_sources": LocalSources((), tmp_path / "named")}
     guarded.access._keyring = Keyring(
         {digest_of("k"): replace(KEYS[BOB], load_on_use=True), digest_of(ROOT): KEYS[ROOT]}
     )
@@ -378,7 +378,7 @@ async def test_what_a_request_may_load_stays_where_it_was_looked_at(guarded: Gua
     (tmp_path / "door").symlink_to("in")
     (tmp_path / "named/alias").symlink_to("shared")
     (tmp_path / "named/sql").symlink_to("..data/sql")
-    guarded.parts = {"local_sources": LocalSources((tmp_path / "in",), tmp_path / "named")}
+    guarded.services = {"local_sources": LocalSources((tmp_path / "in",), tmp_path / "named")}
     guarded.access._keyring = Keyring({digest_of("k"): KEYS[BOB], digest_of(ROOT): KEYS[ROOT]})
     bob, root = await guarded.clients("k", ROOT)
     inside, named = tmp_path / "in", tmp_path / "named"
@@ -415,7 +415,7 @@ async def test_nobody_learns_which_folders_there_are(
     (tmp_path / "work/org/here1").mkdir(parents=True)
     (tmp_path / "here1").mkdir()
     monkeypatch.chdir(tmp_path / "work")
-    guarded.parts = {"local_sources": LocalSources(())}
+    guarded.services = {"local_sources": LocalSources(())}
     guarded.access._keyring = Keyring({digest_of("k"): replace(KEYS[BOB], load_on_use=True)})
     bob = await guarded.client("k")
     answers = []
@@ -523,7 +523,7 @@ async def test_web_pages_may_ask_only_where_the_operator_says(guarded: Guarded) 
     preflight = {"Origin": "https://ours.example", "Access-Control-Request-Method": "POST"}
     closed = await guarded.client(None)
     assert "access-control-allow-origin" not in (await closed.options("/v1/models", headers=preflight)).headers
-    guarded.parts = {"cors_origins": ("https://ours.example",)}
+    guarded.services = {"cors_origins": ("https://ours.example",)}
     browser, alice = await guarded.clients(None, ALICE)
     allowed = await browser.options("/v1/models", headers=preflight)
     assert (allowed.status_code, allowed.headers["access-control-allow-origin"]) == (200, "https://ours.example")

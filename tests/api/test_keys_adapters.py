@@ -33,7 +33,7 @@ class Server:
     def __init__(self, fakes: FakeServer, stack: AsyncExitStack) -> None:
         self.fakes = fakes
         access = Access(Keyring({digest_of(secret): key for secret, key in KEYS.items()}))
-        self.app = create_app(replace(fakes.parts, access=access))
+        self.app = create_app(replace(fakes.services, access=access))
         self._stack = stack
 
     async def clients(self, *secrets: str) -> list[httpx.AsyncClient]:

@@ -40,7 +40,7 @@ class Limited:
             digest_of("free"): Key("free", "free", admin=True),
         }
         self.access = access or Access(Keyring(keys), clock=self.clock)
-        app = create_app(replace(self.server.parts, access=self.access))
+        app = create_app(replace(self.server.services, access=self.access))
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         client = httpx.AsyncClient(transport=transport, base_url="http://test", headers={"x-api-key": "k"})
         return await self._stack.enter_async_context(client)

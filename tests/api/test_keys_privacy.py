@@ -79,7 +79,7 @@ async def test_keys_and_prompts_are_never_logged(
         ]
     limits = Limits(tokens_per_minute=30) if trouble == "limited" else Limits()
     access = Access(Keyring({digest_of(KEY): Key("k", "acme", admin=True, limits=limits)}))
-    app = create_app(replace(server.parts, access=access))
+    app = create_app(replace(server.services, access=access))
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     loggers = [logging.getLogger(name) for name in logging.root.manager.loggerDict]
     before = [(logger, logger.level) for logger in loggers if not logger.name.startswith(("httpx", "httpcore"))]

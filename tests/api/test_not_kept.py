@@ -20,8 +20,8 @@ from tests.support.fake_serving import FakeServer
 @pytest.fixture
 async def keeping(server: FakeServer, tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
     """A server with a folder for its state."""
-    parts = replace(server.parts, adapters=Remembering(server.adapters, StateFile(tmp_path)))
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(create_app(parts)), base_url="http://test") as client:
+    services = replace(server.services, adapters=Remembering(server.adapters, StateFile(tmp_path)))
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(create_app(services)), base_url="http://test") as client:
         yield client
 
 

@@ -17,7 +17,7 @@ import pytest
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from loraplex.server.api.parts import Parts
+from loraplex.server.api.services import Services
 from loraplex.server.command.app import create_app
 from loraplex.server.drain import Drain
 from loraplex.server.engine.request import FinishReason, GenerationRequest, TokenEvent
@@ -40,8 +40,8 @@ WORK: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-def client_of(parts: Parts) -> httpx.AsyncClient:
-    transport = httpx.ASGITransport(create_app(parts), raise_app_exceptions=False)
+def client_of(services: Services) -> httpx.AsyncClient:
+    transport = httpx.ASGITransport(create_app(services), raise_app_exceptions=False)
     return httpx.AsyncClient(transport=transport, base_url="http://test")
 
 
@@ -115,7 +115,7 @@ async def test_a_background_response_is_told_of_when_it_is_done(
 @pytest.fixture
 async def draining(server: FakeServer) -> AsyncIterator[tuple[Drain, httpx.AsyncClient]]:
     drain = Drain(lambda: 1000.0)
-    async with client_of(replace(server.parts, drain=drain)) as client:
+    async with client_of(replace(server.services, drain=drain)) as client:
         yield drain, client
 
 
@@ -190,7 +190,7 @@ class Traced:
     def __init__(self, server: FakeServer) -> None:
         self.exporter = InMemorySpanExporter()
         tracing = Tracing(make_provider(self.exporter, batched=False))
-        self.client = client_of(replace(server.parts, tracing=tracing))
+        self.client = client_of(replace(server.services, tracing=tracing))
 
     async def spans(self) -> dict[str, ReadableSpan]:
         await turns()

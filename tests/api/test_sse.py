@@ -137,7 +137,7 @@ async def test_a_queued_stream_has_its_head(server: FakeServer, monkeypatch: pyt
     monkeypatch.setattr(sse, "HEAD_SECONDS", 0.01)
     begun = watch_heads(monkeypatch)
     server.engine.gate.clear()
-    transport = httpx.ASGITransport(create_app(replace(server.parts, sse_keep_alive=0.01)))
+    transport = httpx.ASGITransport(create_app(replace(server.services, sse_keep_alive=0.01)))
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
         body = {"model": "base", "prompt": "hi", "stream": True}
         asking = asyncio.create_task(client.post("/v1/completions", json=body))

@@ -164,7 +164,7 @@ def test_the_played_series_are_exported(there_are: dict[str, set[str]]) -> None:
 @promtool
 def test_promtool_finds_nothing_to_mend_in_what_is_exported(server: FakeServer) -> None:
     exported(server)
-    text = server.parts.metrics.render()
+    text = server.services.metrics.render()
     result = subprocess.run(
         ["promtool", "check", "metrics"], input=text, capture_output=True, timeout=LIMIT, check=False
     )

@@ -44,7 +44,7 @@ def parse_command_line(arguments: list[str]) -> dict[str, object]:
 
 def routes(server: FakeServer) -> set[str]:
     """The paths of the application that answer a GET."""
-    paths = create_app(server.parts).openapi()["paths"]
+    paths = create_app(server.services).openapi()["paths"]
     return {path for path, methods in paths.items() if "get" in methods}
 
 
@@ -60,7 +60,7 @@ def exported(server: FakeServer) -> dict[str, set[str]]:
     )
     server.engine.places = [AdapterPlace("sql", on_device=True, pinned=False)]
     found: dict[str, set[str]] = {}
-    metrics = server.parts.metrics
+    metrics = server.services.metrics
     metrics.add(_keys_in_use().collector())
     metrics.add(Gate().collector())
     with tempfile.TemporaryDirectory() as folder:

@@ -16,7 +16,7 @@ from loraplex.adapters.histogram import Histogram
 from loraplex.adapters.registry import AdapterVersion, Registry
 from loraplex.adapters.sources.merge_plan import MergePlan
 from loraplex.adapters.sources.sources import OPERATOR, SourceAccess
-from loraplex.server.api.parts import Base, Inside, Parts
+from loraplex.server.api.services import Base, Inside, Services
 from loraplex.server.catalog.manager import Around
 from loraplex.server.catalog.on_demand import OnDemand
 from loraplex.server.command.app import create_app
@@ -240,7 +240,7 @@ class FakeAdapters:
 
 @dataclass
 class FakeServer:
-    """Parts made of fakes; build the application with create_app(server.parts)."""
+    """Services made of fakes; build the application with create_app(server.services)."""
 
     tokenizer: Tokenizer
     engine: FakeEngine
@@ -261,14 +261,14 @@ class FakeServer:
         self.tokenizer = Tokenizer(base.fast, base.special_tokens, ChatTemplate(source, {}))
 
     def client(self) -> httpx.AsyncClient:
-        """Talks to a new application of these parts, in-process."""
-        transport = httpx.ASGITransport(create_app(self.parts), raise_app_exceptions=False)
+        """Talks to a new application of these services, in-process."""
+        transport = httpx.ASGITransport(create_app(self.services), raise_app_exceptions=False)
         return httpx.AsyncClient(transport=transport, base_url="http://test")
 
     @property
-    def parts(self) -> Parts:
+    def services(self) -> Services:
         limits = Limits("base", MAX_MODEL_LEN, block_size=16, num_pages=100, max_adapters=4)
-        return Parts(
+        return Services(
             base=Base(("base", "alias"), "/models/base", VOCAB_SIZE, self.max_model_len, created=1_700_000_000),
             engine=self.engine,
             adapters=self.adapters,

@@ -15,8 +15,8 @@ from loraplex.server.api.body import NAMES_BODY, body_schema
 from loraplex.server.api.errors import ClientGone, InvalidField, error_response, to_adapter_route_error
 from loraplex.server.api.manage import check_may_load, check_may_unload, counting_adapters, permitted_source
 from loraplex.server.api.openapi import MANAGE, AdapterErrorAnswer, answers
-from loraplex.server.api.parts import Parts
 from loraplex.server.api.schemas import LoadAdapterRequest, UnloadAdapterRequest
+from loraplex.server.api.services import Services
 from loraplex.server.catalog.on_demand import is_hidden
 from loraplex.server.tenancy.tenants import current_key
 
@@ -25,16 +25,16 @@ logger = logging.getLogger(__name__)
 TOLD = answers("text/plain", errors=MANAGE, error_shape=AdapterErrorAnswer)
 
 
-def make_router(parts: Parts) -> APIRouter:
-    """The routes, working with `parts`."""
+def make_router(services: Services) -> APIRouter:
+    """The routes, working with `services`."""
     router = APIRouter()
 
     @router.post("/v1/load_lora_adapter", openapi_extra=body_schema(LoadAdapterRequest), **TOLD)
     async def load_lora_adapter(request: Request) -> Response:
         """Load an adapter from a folder or Hub id and give it a name."""
         try:
-            record = await parts.bodies.read(request, LoadAdapterRequest, NAMES_BODY)
-            await load(parts, record)
+            record = await services.bodies.read(request, LoadAdapterRequest, NAMES_BODY)
+            await load(services, record)
         except ClientGone:
             raise
         except Exception as error:
@@ -45,8 +45,8 @@ def make_router(parts: Parts) -> APIRouter:
     async def unload_lora_adapter(request: Request) -> Response:
         """Take an adapter's name away; requests that wear it finish."""
         try:
-            record = await parts.bodies.read(request, UnloadAdapterRequest, NAMES_BODY)
-            await unload(parts, record)
+            record = await services.bodies.read(request, UnloadAdapterRequest, NAMES_BODY)
+            await unload(services, record)
         except ClientGone:
             raise
         except Exception as error:
@@ -56,7 +56,7 @@ def make_router(parts: Parts) -> APIRouter:
     return router
 
 
-async def load(parts: Parts, record: LoadAdapterRequest, *, pinned: bool = False) -> AdapterVersion:
+async def load(services: Services, record: LoadAdapterRequest, *, pinned: bool = False) -> AdapterVersion:
     """Read an adapter in full and give it its name. Raises ApiError, AdapterError, RateLimited, StateNotKept."""
     name = record.lora_name
     if not name or not record.lora_path:
@@ -64,16 +64,16 @@ async def load(parts: Parts, record: LoadAdapterRequest, *, pinned: bool = False
         raise InvalidField(missing, "Both 'lora_name' and 'lora_path' must be provided.")
     if record.is_3d_lora_weight:
         raise InvalidField("is_3d_lora_weight", "is_3d_lora_weight: adapters of expert layers are not supported")
-    if name in parts.base.names:
+    if name in services.base.names:
         raise InvalidField("lora_name", f"The lora adapter name '{name}' is the base's own; choose another.")
     if is_hidden(name):
         raise InvalidField("lora_name", f"The lora adapter name '{name}' is of the server's own kind; choose another.")
     check_may_load(name)
-    source = permitted_source(parts, record.lora_path)
+    source = permitted_source(services, record.lora_path)
     access = SourceAccess(ambient=current_key().admin)  # tenants fetch nothing with the operator's credentials
     try:
-        with counting_adapters() as owner, parts.on_demand.quota.loading(owner, name):
-            version = await parts.adapters.register(
+        with counting_adapters() as owner, services.on_demand.quota.loading(owner, name):
+            version = await services.adapters.register(
                 name, source, replace=bool(record.load_inplace), pinned=pinned, access=access
             )
     except AdapterExists:
@@ -85,13 +85,13 @@ async def load(parts: Parts, record: LoadAdapterRequest, *, pinned: bool = False
     return version
 
 
-async def unload(parts: Parts, record: UnloadAdapterRequest) -> None:
+async def unload(services: Services, record: UnloadAdapterRequest) -> None:
     """Take a name away. Raises ApiError, AdapterError, StateNotKept."""
     if not record.lora_name:
         raise InvalidField("lora_name", "'lora_name' needs to be provided to unload a LoRA adapter.")
     try:
         check_may_unload(record.lora_name)
-        await parts.adapters.unregister(record.lora_name)
+        await services.adapters.unregister(record.lora_name)
     except AdapterNotFound:
         raise AdapterNotFound(f"The lora adapter '{record.lora_name}' cannot be found.") from None
     logger.info("adapter %s unloaded", record.lora_name)

@@ -40,8 +40,8 @@ from loraplex.server.api.fields import UNSUPPORTED, check_unknown, ignored_heade
 from loraplex.server.api.generation import Generation
 from loraplex.server.api.openai.embeddings import collect_vectors
 from loraplex.server.api.openapi import LORAX, READ, LoraxErrorAnswer, answers, failures
-from loraplex.server.api.parts import Parts
 from loraplex.server.api.schemas import GenerationFields, SharedFields
+from loraplex.server.api.services import Services
 from loraplex.server.api.sse import SseResponse, answer_or_disconnect
 from loraplex.server.api.structured import read_structured
 from loraplex.server.engine.request import EngineError
@@ -74,25 +74,25 @@ _BESIDE = _OTHERS | dict.fromkeys({*LoraxParameters.model_fields, *OTHER_NAMES},
 _told = partial(answers, errors=LORAX, error_shape=LoraxErrorAnswer)
 
 
-def make_router(parts: Parts) -> APIRouter:
-    """The routes, working with `parts`."""
+def make_router(services: Services) -> APIRouter:
+    """The routes, working with `services`."""
     router = APIRouter()
 
     @router.post("/", openapi_extra=body_schema(LoraxRequest), **_told(list[LoraxAnswer], streams=StreamToken))
     async def compat_generate(request: Request) -> Response:
         """LoRAX's generation: a list of one answer, or a stream."""
-        return await answer(parts, request, await _read(parts, request), as_list=True, streams=None)
+        return await answer(services, request, await _read(services, request), as_list=True, streams=None)
 
     @router.post("/generate_stream", openapi_extra=body_schema(LoraxRequest), **_told(None, streams=StreamToken))
     async def generate_stream(request: Request) -> Response:
         """LoRAX's generation as a stream."""
-        return await answer(parts, request, await _read(parts, request), as_list=False, streams=True)
+        return await answer(services, request, await _read(services, request), as_list=False, streams=True)
 
     @router.post("/embed", openapi_extra=body_schema(LoraxEmbedRequest), **_told(LoraxEmbedding))
     async def embed(request: Request) -> Response:
         """LoRAX's embedding: the last token's final hidden state, as it is."""
         try:
-            return await _embed(parts, request, await parts.bodies.read(request, LoraxEmbedRequest))
+            return await _embed(services, request, await services.bodies.read(request, LoraxEmbedRequest))
         except ClientGone:
             raise
         except Exception as error:
@@ -102,14 +102,14 @@ def make_router(parts: Parts) -> APIRouter:
     @router.get("/startup", **answers(None, errors=(503,), error_shape=LoraxErrorAnswer))
     async def health() -> Response:
         """200 while the engine runs."""
-        if not parts.engine.alive:
+        if not services.engine.alive:
             return JSONResponse({"error": "unhealthy", "error_type": "healthcheck"}, status_code=503)
         return Response(status_code=200)
 
     @router.get("/info", responses=failures(READ, LoraxErrorAnswer))
     async def info() -> LoraxInfo:
         """What is served, in LoRAX's words."""
-        base = parts.base
+        base = services.base
         return LoraxInfo(
             model_id=base.names[0],
             model_sha=None,
@@ -117,8 +117,8 @@ def make_router(parts: Parts) -> APIRouter:
             model_device_type=base.device,
             model_pipeline_tag="text-generation",
             max_concurrent_requests=base.max_requests,
-            max_best_of=parts.limits.max_n,
-            max_stop_sequences=parts.limits.max_stops,
+            max_best_of=services.limits.max_n,
+            max_stop_sequences=services.limits.max_stops,
             max_input_length=base.max_model_len - 1,
             max_total_tokens=base.max_model_len,
             waiting_served_ratio=0.0,  # a prompt joins the next step, whoever waits
@@ -136,19 +136,19 @@ def make_router(parts: Parts) -> APIRouter:
 
 
 async def answer(
-    parts: Parts, request: Request, record: LoraxRequest | Exception, *, as_list: bool, streams: bool | None
+    services: Services, request: Request, record: LoraxRequest | Exception, *, as_list: bool, streams: bool | None
 ) -> Response:
     """The answer to a request, or to what was wrong with it; `streams` None: the body says. Raises ClientGone alone."""
     start = time.monotonic()
     try:
         if isinstance(record, Exception):
             raise record
-        if record.parameters is not None and record.parameters.api_token is None and parts.access is None:
+        if record.parameters is not None and record.parameters.api_token is None and services.access is None:
             record.parameters.api_token = _bearer(request)
-        work = _Work(parts, record, start, bool(record.stream) if streams is None else streams)
+        work = _Work(services, record, start, bool(record.stream) if streams is None else streams)
         work.generation.client_id = request.headers.get("x-request-id")
         if work.stream:
-            return SseResponse(work.events(), work.headers, done=False, keep_alive=parts.sse_keep_alive)
+            return SseResponse(work.events(), work.headers, done=False, keep_alive=services.sse_keep_alive)
         text = await answer_or_disconnect(request, work.whole())
     except ClientGone:
         raise
@@ -183,9 +183,9 @@ def _explain(error: Exception) -> tuple[int, dict[str, str]]:
     return 422, {"error": f"Input validation error: {known.message}", "error_type": "validation"}
 
 
-async def _read(parts: Parts, request: Request) -> LoraxRequest | Exception:
+async def _read(services: Services, request: Request) -> LoraxRequest | Exception:
     try:
-        return await parts.bodies.read(request, LoraxRequest)
+        return await services.bodies.read(request, LoraxRequest)
     except (ApiError, EngineError) as error:
         return error
 
@@ -193,11 +193,11 @@ async def _read(parts: Parts, request: Request) -> LoraxRequest | Exception:
 class _Work:
     """One request: its generation and how it is written."""
 
-    def __init__(self, parts: Parts, record: LoraxRequest, start: float, stream: bool) -> None:
+    def __init__(self, services: Services, record: LoraxRequest, start: float, stream: bool) -> None:
         """Raises ApiError."""
         params = record.parameters or LoraxParameters()
         self.stream = stream
-        self._parts = parts
+        self._services = services
         self._start = start
         self._first: float | None = None  # when the first token came
         _check(params, stream)
@@ -216,14 +216,14 @@ class _Work:
             max_tokens=params.max_new_tokens,
             num_choices=params.best_of or 1,
             logprobs=(k or 0) if scored else None,
-            grammar=read_structured(params, parts.limits),
+            grammar=read_structured(params, services.limits),
             whole_tokens=True,
             echo=self._style.prefill,
             watermark=bool(params.watermark),
         )
-        fields = _fields(parts, params, seed if sampled else 0, sampled)
-        self.generation = Generation(parts, fields, _prompt_source(parts, record, params), options)
-        self.headers = _static_headers(parts, record, params)
+        fields = _fields(services, params, seed if sampled else 0, sampled)
+        self.generation = Generation(services, fields, _prompt_source(services, record, params), options)
+        self.headers = _static_headers(services, record, params)
 
     async def whole(self) -> str:
         """The answer as JSON; the headers are complete then. Raises what Generation.deltas raises."""
@@ -304,7 +304,7 @@ def _check(params: LoraxParameters, stream: bool) -> None:
         )
 
 
-def _fields(parts: Parts, params: LoraxParameters, seed: int | None, sampled: bool) -> GenerationFields:
+def _fields(services: Services, params: LoraxParameters, seed: int | None, sampled: bool) -> GenerationFields:
     """LoRAX has no checkpoint's defaults: what is not given is neutral. Raises InvalidField."""
     worn = {name: getattr(params, name) for name in _ADAPTER_FIELDS}
     same = {name: getattr(params, name) for name in (*_SAME_FIELDS, *SharedFields.model_fields)}
@@ -313,7 +313,7 @@ def _fields(parts: Parts, params: LoraxParameters, seed: int | None, sampled: bo
     if same["min_p"] is None:
         same["min_p"] = 0.0
     return GenerationFields(
-        model=parts.base.names[0],
+        model=services.base.names[0],
         **worn,
         **same,
         temperature=(1.0 if params.temperature is None else params.temperature) if sampled else 0.0,
@@ -327,10 +327,10 @@ def _fields(parts: Parts, params: LoraxParameters, seed: int | None, sampled: bo
     )
 
 
-def _prompt_source(parts: Parts, record: LoraxRequest, params: LoraxParameters) -> PromptSource:
+def _prompt_source(services: Services, record: LoraxRequest, params: LoraxParameters) -> PromptSource:
     last = params.truncate
     said = [Message(role="user", content=record.inputs)] if params.apply_chat_template else []
-    conversation = Conversation(said, read_toolbox(None, None, None, parts.limits))
+    conversation = Conversation(said, read_toolbox(None, None, None, services.limits))
 
     def read(tokenizer: Tokenizer) -> list[Prompt]:
         ids = conversation.on(tokenizer).prompt().ids if said else tokenizer.encode(record.inputs)
@@ -339,11 +339,11 @@ def _prompt_source(parts: Parts, record: LoraxRequest, params: LoraxParameters) 
     return PromptSource("inputs", (len(record.inputs),), read)
 
 
-def _static_headers(parts: Parts, record: LoraxRequest, params: LoraxParameters) -> dict[str, str]:
+def _static_headers(services: Services, record: LoraxRequest, params: LoraxParameters) -> dict[str, str]:
     headers = {
-        "x-compute-type": f"{parts.base.device}+optimized",
+        "x-compute-type": f"{services.base.device}+optimized",
         "x-compute-characters": str(len(record.inputs)),
-        "x-model-id": _printable(parts.base.names[0]),
+        "x-model-id": _printable(services.base.names[0]),
     }
     worn = params.merged_adapters.ids if params.merged_adapters is not None else [params.adapter_id or ""]
     if any(worn):
@@ -365,12 +365,12 @@ def _printable(text: str) -> str:
     return "".join(c if " " <= c <= "~" else "?" for c in text[:400])
 
 
-async def _embed(parts: Parts, request: Request, record: LoraxEmbedRequest) -> Response:
+async def _embed(services: Services, request: Request, record: LoraxEmbedRequest) -> Response:
     params = record.parameters or LoraxParameters()
     options = GenerationOptions(max_tokens=1, num_choices=1, prompt_only=True, pooling="last")
-    fields = _fields(parts, params, 0, False)
+    fields = _fields(services, params, 0, False)
     source = PromptSource("inputs", (len(record.inputs),), lambda tokenizer: [Prompt(tokenizer.encode(record.inputs))])
-    generation = Generation(parts, fields, source, options)
+    generation = Generation(services, fields, source, options)
     (vector,) = await answer_or_disconnect(request, collect_vectors(generation))
     found = LoraxEmbedding(embeddings=[float(value) for value in vector])
     return Response(found.model_dump_json(), media_type="application/json")

@@ -43,7 +43,6 @@ from loraplex.server.api.openapi import (
     SglangAnswer,
     answers,
 )
-from loraplex.server.api.parts import Parts
 from loraplex.server.api.schemas import (
     MAX_LOGPROBS,
     GenerationFields,
@@ -57,6 +56,7 @@ from loraplex.server.api.schemas import (
     by_own_names,
     read_prompts,
 )
+from loraplex.server.api.services import Services
 from loraplex.server.api.sse import SseResponse, answer_or_disconnect
 from loraplex.server.api.structure import check_structure
 from loraplex.server.api.structured import read_structured
@@ -161,48 +161,48 @@ class SglangLoadRequest(Incoming):
     pinned: bool | None = None  # on the device from soon on, and never evicted
 
 
-def make_router(parts: Parts) -> APIRouter:
-    """The routes, working with `parts`."""
+def make_router(services: Services) -> APIRouter:
+    """The routes, working with `services`."""
     router = APIRouter()
 
     @router.post("/generate", openapi_extra=body_schema(SglangRequest, LoraxRequest), **GENERATED)
     async def generate(request: Request) -> Response:
         """SGLang's generation, or LoRAX's where the body has `inputs`."""
-        record = await parts.bodies.read_as(request, _read_either)
+        record = await services.bodies.read_as(request, _read_either)
         if isinstance(record, SglangRequest):
-            return await _answer(parts, request, record)
-        return await lorax.answer(parts, request, record, as_list=False, streams=False)
+            return await _answer(services, request, record)
+        return await lorax.answer(services, request, record, as_list=False, streams=False)
 
     @router.post("/load_lora_adapter", openapi_extra=body_schema(SglangLoadRequest), **MANAGED)
     async def load_lora_adapter(request: Request) -> Response:
         """Load an adapter, with SGLang's answers."""
         try:
-            record = await parts.bodies.read(request, SglangLoadRequest, NAMES_BODY)
+            record = await services.bodies.read(request, SglangLoadRequest, NAMES_BODY)
             if record.pinned and not current_key().admin:
                 raise InvalidField("pinned", "pinned: it takes memory from everybody, so only an admin's key may pin")
             options = LoadAdapterRequest(lora_name=record.lora_name, lora_path=record.lora_path)
-            await load(parts, options, pinned=bool(record.pinned))
+            await load(services, options, pinned=bool(record.pinned))
         except ClientGone:
             raise
         except Exception as error:
-            return _outcome(parts, error)
-        return _outcome(parts)
+            return _outcome(services, error)
+        return _outcome(services)
 
     @router.post("/unload_lora_adapter", openapi_extra=body_schema(UnloadAdapterRequest), **MANAGED)
     async def unload_lora_adapter(request: Request) -> Response:
         """Take an adapter's name away, with SGLang's answers."""
         try:
-            await unload(parts, await parts.bodies.read(request, UnloadAdapterRequest, NAMES_BODY))
+            await unload(services, await services.bodies.read(request, UnloadAdapterRequest, NAMES_BODY))
         except ClientGone:
             raise
         except Exception as error:
-            return _outcome(parts, error)
-        return _outcome(parts)
+            return _outcome(services, error)
+        return _outcome(services)
 
     @router.get("/lora-adapters", **answers(list[ListedAdapter], errors=READ))
     async def list_lora_adapters() -> Response:
         """The adapters as llama.cpp lists its own; which one a request wears is the request's to say."""
-        listed = enumerate(visible_adapters(parts))
+        listed = enumerate(visible_adapters(services))
         return JSONResponse([{"id": i, "name": v.name, "path": v.origin, "scale": 0.0} for i, v in listed])
 
     return router
@@ -228,11 +228,11 @@ def _is_lorax(body: bytes) -> bool:
     return isinstance(found, dict) and "inputs" in found
 
 
-def _outcome(parts: Parts, error: Exception | None = None) -> Response:
+def _outcome(services: Services, error: Exception | None = None) -> Response:
     """SGLang's answer to loading and unloading: all adapters there are now."""
     loaded = {
         version.name: {"lora_id": str(version.uid), "lora_name": version.name, "lora_path": version.origin}
-        for version in visible_adapters(parts)
+        for version in visible_adapters(services)
     }
     if error is None:
         return JSONResponse({"success": True, "error_message": "", "loaded_adapters": loaded})
@@ -246,23 +246,23 @@ def _outcome(parts: Parts, error: Exception | None = None) -> Response:
 # ---------------------------------------------------------------------------------------------------------- generating
 
 
-async def _answer(parts: Parts, request: Request, record: SglangRequest) -> Response:
+async def _answer(services: Services, request: Request, record: SglangRequest) -> Response:
     """Raises ApiError, AdapterError, EngineError, ClientGone."""
-    prompts, shared, work = _prompts(parts, record), _Shared.read(parts, record), list[_Prompt]()
+    prompts, shared, work = _prompts(services, record), _Shared.read(services, record), list[_Prompt]()
     for place, prompt in enumerate(prompts):
-        work.append(_Prompt(parts, record, shared, place, prompt, len(prompts)))
+        work.append(_Prompt(services, record, shared, place, prompt, len(prompts)))
         if place % 16 == 15:  # 2 ms
             await asyncio.sleep(0)
     headers = ignored_header(_ignored(record))
     is_batch = isinstance(record.lora_path, list) or len(work) > 1 or (work[0].n > 1)
     if record.stream:
-        return SseResponse(_events(work, is_batch), headers, keep_alive=parts.sse_keep_alive)
+        return SseResponse(_events(work, is_batch), headers, keep_alive=services.sse_keep_alive)
     answers = await answer_or_disconnect(request, _collect(work))
     content = f"[{','.join(answers)}]" if is_batch else answers[0]
     return Response(content, media_type="application/json", headers=headers)
 
 
-def _prompts(parts: Parts, record: SglangRequest) -> PromptTexts:
+def _prompts(services: Services, record: SglangRequest) -> PromptTexts:
     if (record.text is None) == (record.input_ids is None):
         raise InvalidField("text", "text: give either text or input_ids (or inputs, for LoRAX's form of this route)")
     found = record.text if record.text is not None else record.input_ids
@@ -271,7 +271,7 @@ def _prompts(parts: Parts, record: SglangRequest) -> PromptTexts:
     if isinstance(names, list) and len(names) != len(found):
         raise InvalidField("lora_path", f"lora_path: found {len(names)} names for {len(found)} prompts")
     n = record.sampling_params.n or 1 if record.sampling_params is not None else 1
-    check_sequences(len(found), n, "text", parts.limits)
+    check_sequences(len(found), n, "text", services.limits)
     return found
 
 
@@ -322,13 +322,13 @@ class _Prompt:
     """One prompt of a request, with the adapter it wears: a Generation of its own."""
 
     def __init__(
-        self, parts: Parts, record: SglangRequest, shared: _Shared, number: int, prompt: PromptText, count: int
+        self, services: Services, record: SglangRequest, shared: _Shared, number: int, prompt: PromptText, count: int
     ) -> None:
         """Raises ApiError."""
         params = record.sampling_params or SglangSampling()
         self.n = params.n or 1
         self.number = number
-        self._parts = parts
+        self._services = services
         self._scored = bool(record.return_logprob)
         self._echo = self._scored and record.logprob_start_len not in (None, -1)
         options = GenerationOptions(
@@ -345,7 +345,7 @@ class _Prompt:
 
         source = PromptSource("text", (len(prompt),) if isinstance(prompt, str) else (), read)
         self._start = record.logprob_start_len or 0
-        self.generation = Generation(parts, shared.of(record, number), source, options)
+        self.generation = Generation(services, shared.of(record, number), source, options)
 
     async def add(self, delta: Delta, so_far: _SoFar) -> None:
         """Take in what a step added to a choice."""
@@ -386,7 +386,7 @@ class _Prompt:
             case None:
                 return None
             case "stop":
-                ends = (*self.generation.tokenizer.eos_ids, *self._parts.defaults.eos_token_ids)
+                ends = (*self.generation.tokenizer.eos_ids, *self._services.defaults.eos_token_ids)
                 matched = so_far.stop_reason if so_far.stop_reason is not None else next(iter(ends), None)
                 return {"type": "stop", "matched": matched}
             case "length":
@@ -403,11 +403,11 @@ class _Shared:
     grammar: tuple[str, GrammarSpec] | None
 
     @classmethod
-    def read(cls, parts: Parts, record: SglangRequest) -> _Shared:
+    def read(cls, services: Services, record: SglangRequest) -> _Shared:
         """Raises ApiError."""
         params = record.sampling_params or SglangSampling()
         own = {
-            "model": parts.base.names[0],
+            "model": services.base.names[0],
             "adapters": record.adapters,
             "rid": record.rid,
             "priority": record.priority,
@@ -417,8 +417,8 @@ class _Shared:
             "guided_json": params.json_schema,
         }
         given = {name: getattr(params, name) for name in _SAME} | {k: v for k, v in own.items() if v is not None}
-        fields = parse_record(json.dumps(given).encode(), GenerationFields, parts.limits)
-        return cls(fields, read_structured(fields, parts.limits))
+        fields = parse_record(json.dumps(given).encode(), GenerationFields, services.limits)
+        return cls(fields, read_structured(fields, services.limits))
 
     def of(self, record: SglangRequest, number: int) -> GenerationFields:
         """Those of one prompt: its adapter, and a seed of its own unless one was given."""

@@ -20,8 +20,8 @@ from loraplex.server.api.fields import check_unknown, ignored_header
 from loraplex.server.api.generation import check_length
 from loraplex.server.api.names import tokenizer_of
 from loraplex.server.api.openapi import answers, failures
-from loraplex.server.api.parts import Parts
 from loraplex.server.api.schemas import Incoming, Wire
+from loraplex.server.api.services import Services
 from loraplex.server.api.sse import answer_or_disconnect
 from loraplex.server.tenancy.tenants import current_key
 from loraplex.server.text.tokenizer import Tokenizer
@@ -74,44 +74,44 @@ class DetokenizeAnswer(Wire):
     prompt: str
 
 
-def make_router(parts: Parts) -> APIRouter:
-    """The routes, working with `parts`."""
+def make_router(services: Services) -> APIRouter:
+    """The routes, working with `services`."""
     router = APIRouter()
 
     @router.post("/tokenize", openapi_extra=body_schema(TokenizeRequest), **answers(TokenizeAnswer | list[SimpleToken]))
     async def tokenize(request: Request) -> Response:
         """The token ids of a text or of a conversation."""
-        record = await parts.bodies.read(request, TokenizeRequest)
+        record = await services.bodies.read(request, TokenizeRequest)
         headers = ignored_header(check_unknown(record.model_extra or {}))
-        tokenizer = _tokenizer(parts, record.model)
+        tokenizer = _tokenizer(services, record.model)
         if record.inputs is not None:
-            check_length(len(record.inputs), tokenizer, parts.base, "inputs")
+            check_length(len(record.inputs), tokenizer, services.base, "inputs")
             encode = partial(_as_lorax, tokenizer, record.inputs, record.add_special_tokens is not False)
-            content = await _in_turn(parts, request, tokenizer, len(record.inputs), encode)
+            content = await _in_turn(services, request, tokenizer, len(record.inputs), encode)
             return Response(content, media_type="application/json", headers=headers)
         if (record.prompt is None) == (record.messages is None):
             raise InvalidField("prompt", "prompt: give either a prompt or messages")
         texts = [record.prompt] if record.prompt is not None else [m.content or "" for m in record.messages or ()]
         size = sum(map(len, texts))
-        check_length(size, tokenizer, parts.base, "prompt" if record.prompt is not None else "messages")
-        answer = await _in_turn(parts, request, tokenizer, size, partial(_encode, parts, tokenizer, record))
+        check_length(size, tokenizer, services.base, "prompt" if record.prompt is not None else "messages")
+        answer = await _in_turn(services, request, tokenizer, size, partial(_encode, services, tokenizer, record))
         return Response(answer, media_type="application/json", headers=headers)
 
     @router.post("/detokenize", openapi_extra=body_schema(DetokenizeRequest), **answers(DetokenizeAnswer))
     async def detokenize(request: Request) -> Response:
         """The text of token ids."""
-        record = await parts.bodies.read(request, DetokenizeRequest)
+        record = await services.bodies.read(request, DetokenizeRequest)
         headers = ignored_header(check_unknown(record.model_extra or {}))
-        tokenizer = _tokenizer(parts, record.model)
+        tokenizer = _tokenizer(services, record.model)
         decode = partial(tokenizer.decode, record.tokens, False)
-        text = await _in_turn(parts, request, tokenizer, len(record.tokens), decode)
+        text = await _in_turn(services, request, tokenizer, len(record.tokens), decode)
         answer = DetokenizeAnswer(prompt=text)
         return Response(answer.model_dump_json(), media_type="application/json", headers=headers)
 
     @router.get("/tokenizer_info", responses=failures((400, 401, 404)))
     async def tokenizer_info(model: str | None = None) -> TokenizerInfo:
         """The special tokens and the chat template of the base, or of the adapter that `model` names."""
-        tokenizer = _tokenizer(parts, model)
+        tokenizer = _tokenizer(services, model)
         special = tokenizer.special_tokens
         return TokenizerInfo(
             bos_token=special.get("bos_token"),
@@ -119,15 +119,15 @@ def make_router(parts: Parts) -> APIRouter:
             pad_token=special.get("pad_token"),
             unk_token=special.get("unk_token"),
             chat_template=tokenizer.template_source,
-            model_max_length=parts.base.max_model_len,
+            model_max_length=services.base.max_model_len,
         )
 
     return router
 
 
-async def _in_turn(parts: Parts, request: Request, tokenizer: Tokenizer, size: int, work: Callable[[], T]) -> T:
+async def _in_turn(services: Services, request: Request, tokenizer: Tokenizer, size: int, work: Callable[[], T]) -> T:
     """In a thread, when it is the caller's turn, unless the client has left by then. Raises Overloaded, ClientGone."""
-    done = parts.texts.run(current_key().tenant, size, tokenizer.renders_slowly, work)
+    done = services.texts.run(current_key().tenant, size, tokenizer.renders_slowly, work)
     return await answer_or_disconnect(request, done)
 
 
@@ -137,28 +137,28 @@ def _as_lorax(tokenizer: Tokenizer, text: str, special: bool) -> bytes:
     return TypeAdapter(list[SimpleToken]).dump_json(tokens)
 
 
-def _tokenizer(parts: Parts, model: str | None) -> Tokenizer:
+def _tokenizer(services: Services, model: str | None) -> Tokenizer:
     """That of the base, or of the adapters that `model` names. Raises ApiError for a name that nobody has."""
-    return parts.tokenizers.base if model is None else tokenizer_of(parts, model)
+    return services.tokenizers.base if model is None else tokenizer_of(services, model)
 
 
-def _encode(parts: Parts, tokenizer: Tokenizer, record: TokenizeRequest) -> str:
-    ids = _ids(parts, tokenizer, record)
+def _encode(services: Services, tokenizer: Tokenizer, record: TokenizeRequest) -> str:
+    ids = _ids(services, tokenizer, record)
     answer = TokenizeAnswer(
         count=len(ids),
-        max_model_len=parts.base.max_model_len,
+        max_model_len=services.base.max_model_len,
         tokens=ids,
         token_strs=[tokenizer.token_text(i) for i in ids] if record.return_token_strs else None,
     )
     return answer.model_dump_json()
 
 
-def _ids(parts: Parts, tokenizer: Tokenizer, record: TokenizeRequest) -> list[int]:
+def _ids(services: Services, tokenizer: Tokenizer, record: TokenizeRequest) -> list[int]:
     if record.prompt is not None:
         return tokenizer.encode(record.prompt, record.add_special_tokens is not False)
     conversation = Conversation(
         record.messages or [],
-        read_toolbox(record.tools, record.tool_choice, None, parts.limits),
+        read_toolbox(record.tools, record.tool_choice, None, services.limits),
         template_values=record.chat_template_kwargs,
         add_generation_prompt=record.add_generation_prompt is not False,
     )

@@ -29,16 +29,16 @@ from loraplex.server.api.fields import ignored_header
 from loraplex.server.api.generation import Generation
 from loraplex.server.api.logprobs import ChatScores
 from loraplex.server.api.openapi import answers
-from loraplex.server.api.parts import Parts
 from loraplex.server.api.respond import Collected, Scores, respond
 from loraplex.server.api.schemas import Usage
+from loraplex.server.api.services import Services
 from loraplex.server.api.structured import read_structured
 from loraplex.server.api.tools.call_objects import CallArguments, CallStart, Text
 from loraplex.server.api.tools.message_parser import MessageParser, Part, Thinking, joined
 
 
-def make_router(parts: Parts) -> APIRouter:
-    """The route, working with `parts`."""
+def make_router(services: Services) -> APIRouter:
+    """The route, working with `services`."""
     router = APIRouter()
 
     @router.post(
@@ -46,9 +46,9 @@ def make_router(parts: Parts) -> APIRouter:
     )
     async def chat_completions(request: Request) -> Response:
         """Answer a conversation."""
-        record = await parts.bodies.read(request, ChatRequest)
+        record = await services.bodies.read(request, ChatRequest)
         headers = ignored_header(ignored_fields(record))
-        toolbox = read_toolbox(record.tools, record.tool_choice, record.parallel_tool_calls, parts.limits)
+        toolbox = read_toolbox(record.tools, record.tool_choice, record.parallel_tool_calls, services.limits)
         conversation = Conversation(
             record.messages,
             toolbox,
@@ -60,10 +60,10 @@ def make_router(parts: Parts) -> APIRouter:
             max_tokens=record.max_completion_tokens or record.max_tokens,
             num_choices=record.n or 1,
             logprobs=_logprobs(record),
-            grammar=read_structured(record, parts.limits),
+            grammar=read_structured(record, services.limits),
         )
-        generation = Generation(parts, record, conversation.source(), options)
-        rendering = _ChatRendering(parts, record, generation, conversation)
+        generation = Generation(services, record, conversation.source(), options)
+        rendering = _ChatRendering(services, record, generation, conversation)
         return await respond(request, record, generation, rendering, headers)
 
     return router
@@ -86,8 +86,10 @@ class _Answer:
 
 
 class _ChatRendering:
-    def __init__(self, parts: Parts, record: ChatRequest, generation: Generation, conversation: Conversation) -> None:
-        self._model = record.model or parts.base.names[0]
+    def __init__(
+        self, services: Services, record: ChatRequest, generation: Generation, conversation: Conversation
+    ) -> None:
+        self._model = record.model or services.base.names[0]
         self._wants_logprobs = bool(record.logprobs)
         self._generation = generation
         self._conversation = conversation

@@ -15,9 +15,9 @@ from loraplex.server.api.fields import ignored_header
 from loraplex.server.api.generation import Generation
 from loraplex.server.api.logprobs import CompletionScores
 from loraplex.server.api.openapi import answers
-from loraplex.server.api.parts import Parts
 from loraplex.server.api.respond import Collected, Scores, respond
 from loraplex.server.api.schemas import Completion, CompletionChoice, CompletionRequest, Usage
+from loraplex.server.api.services import Services
 from loraplex.server.api.structured import read_structured
 from loraplex.server.config import RequestLimits
 from loraplex.server.text.tokenizer import Tokenizer
@@ -25,8 +25,8 @@ from loraplex.server.text.tokenizer import Tokenizer
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
 
-def make_router(parts: Parts) -> APIRouter:
-    """The route, working with `parts`."""
+def make_router(services: Services) -> APIRouter:
+    """The route, working with `services`."""
     router = APIRouter()
 
     told = answers(Completion, streams=Completion)
@@ -34,10 +34,10 @@ def make_router(parts: Parts) -> APIRouter:
     @router.post("/v1/completions", openapi_extra=body_schema(CompletionRequest), **told)
     async def completions(request: Request) -> Response:
         """Continue one or more texts."""
-        record = await parts.bodies.read(request, CompletionRequest)
+        record = await services.bodies.read(request, CompletionRequest)
         headers = ignored_header(ignored_fields(record))
-        generation = Generation(parts, record, _prompt_source(record), _options(record, parts.limits))
-        return await respond(request, record, generation, _CompletionRendering(parts, record, generation), headers)
+        generation = Generation(services, record, _prompt_source(record), _options(record, services.limits))
+        return await respond(request, record, generation, _CompletionRendering(services, record, generation), headers)
 
     return router
 
@@ -78,9 +78,9 @@ def _prompt_source(record: CompletionRequest) -> PromptSource:
 
 
 class _CompletionRendering:
-    def __init__(self, parts: Parts, record: CompletionRequest, generation: Generation) -> None:
+    def __init__(self, services: Services, record: CompletionRequest, generation: Generation) -> None:
         self._generation = generation
-        self._model = record.model or parts.base.names[0]
+        self._model = record.model or services.base.names[0]
         self._n = record.n or 1
         self._best_of = record.best_of or self._n
         self._wants_logprobs = record.logprobs is not None

@@ -19,8 +19,8 @@ from loraplex.server.api.errors import InvalidField
 from loraplex.server.api.fields import check_unknown, ignored_header
 from loraplex.server.api.generation import Generation
 from loraplex.server.api.openapi import answers
-from loraplex.server.api.parts import Parts
 from loraplex.server.api.schemas import AdapterFields, GenerationFields, PromptInput, PromptTexts, Wire, read_prompts
+from loraplex.server.api.services import Services
 from loraplex.server.api.sse import answer_or_disconnect
 from loraplex.server.text.tokenizer import Tokenizer
 
@@ -59,24 +59,24 @@ class EmbeddingList(Wire):
     usage: EmbeddingUsage
 
 
-def make_router(parts: Parts) -> APIRouter:
-    """The route, working with `parts`."""
+def make_router(services: Services) -> APIRouter:
+    """The route, working with `services`."""
     router = APIRouter()
 
     @router.post("/v1/embeddings", openapi_extra=body_schema(EmbeddingRequest), **answers(EmbeddingList))
     async def embeddings(request: Request) -> Response:
         """One vector a text."""
-        record = await parts.bodies.read(request, EmbeddingRequest)
+        record = await services.bodies.read(request, EmbeddingRequest)
         headers = ignored_header(check_unknown(record.model_extra or {}))
         options = GenerationOptions(max_tokens=1, num_choices=1, prompt_only=True, pooling=record.pooling or "last")
         worn = {name: getattr(record, name) for name in AdapterFields.model_fields}
         fields = GenerationFields(**worn, temperature=0.0)
-        generation = Generation(parts, fields, _prompt_source(record), options)
+        generation = Generation(services, fields, _prompt_source(record), options)
         vectors = await answer_or_disconnect(request, collect_vectors(generation))
         tokens = generation.prompt_tokens
         answer = EmbeddingList(
             data=[Embedding(index=i, embedding=_render(vector, record)) for i, vector in enumerate(vectors)],
-            model=record.model or parts.base.names[0],
+            model=record.model or services.base.names[0],
             usage=EmbeddingUsage(prompt_tokens=tokens, total_tokens=tokens),
         )
         return Response(answer.model_dump_json(), media_type="application/json", headers=headers)

@@ -35,7 +35,7 @@ from loraplex.server.api.openai.responses_schemas import (
     read_tools,
 )
 from loraplex.server.api.openapi import ResponseDeleted, answers, failures
-from loraplex.server.api.parts import Parts
+from loraplex.server.api.services import Services
 from loraplex.server.api.sse import SseResponse, answer_or_disconnect
 from loraplex.server.api.structured import read_format, read_structured
 from loraplex.server.config import RequestLimits
@@ -46,8 +46,8 @@ MAX_BACKGROUND = 256
 """Responses at work in the background; nobody waits for them, so nothing else bounds them."""
 
 
-def make_router(parts: Parts) -> APIRouter:
-    """The routes, working with `parts`; the responses they keep are this router's own."""
+def make_router(services: Services) -> APIRouter:
+    """The routes, working with `services`; the responses they keep are this router's own."""
     router = APIRouter()
     store = ResponseStore()
 
@@ -56,13 +56,13 @@ def make_router(parts: Parts) -> APIRouter:
     @router.post("/v1/responses", openapi_extra=body_schema(ResponsesRequest), **told)
     async def create_response(request: Request) -> Response:
         """Answer a conversation, given whole or as what follows an earlier response."""
-        record = await parts.bodies.read(request, ResponsesRequest)
+        record = await services.bodies.read(request, ResponsesRequest)
         headers = ignored_header(_ignored(record))
-        work = _Work.begin(parts, store, record)
+        work = _Work.begin(services, store, record)
         if record.background:
             return JSONResponse(work.in_background(), headers=headers)
         if record.stream:
-            return SseResponse(work.stream(), headers, done=False, named=True, keep_alive=parts.sse_keep_alive)
+            return SseResponse(work.stream(), headers, done=False, named=True, keep_alive=services.sse_keep_alive)
         await answer_or_disconnect(request, work.run())
         return Response(work.response.model_dump_json(), media_type="application/json", headers=headers)
 
@@ -124,14 +124,14 @@ class _Work:
     store: ResponseStore | None  # None: it is not kept
 
     @classmethod
-    def begin(cls, parts: Parts, store: ResponseStore, record: ResponsesRequest) -> _Work:
+    def begin(cls, services: Services, store: ResponseStore, record: ResponsesRequest) -> _Work:
         """Checks everything that can be checked before the prompt is read. Raises ApiError."""
         _check(record, store)
         earlier = _earlier(record, store)
         messages = [*earlier, *read_items(record.input)]
         instructions = [Message(role="system", content=record.instructions)] if record.instructions else []
         tools = read_tools(record.tools or ())
-        toolbox = read_toolbox(tools, record.tool_choice, record.parallel_tool_calls, parts.limits)
+        toolbox = read_toolbox(tools, record.tool_choice, record.parallel_tool_calls, services.limits)
         conversation = Conversation(
             [*instructions, *messages],
             toolbox,
@@ -144,9 +144,9 @@ class _Work:
             max_tokens=record.max_output_tokens,
             num_choices=1,
             logprobs=(record.top_logprobs or 0) if wants_logprobs else None,
-            grammar=_structured(record, parts.limits),
+            grammar=_structured(record, services.limits),
         )
-        generation = Generation(parts, record, conversation.source(), options)
+        generation = Generation(services, record, conversation.source(), options)
         response = _response(record, generation)
         return cls(
             response,

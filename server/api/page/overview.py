@@ -14,7 +14,7 @@ from typing import Any
 
 from loraplex.adapters.registry import AdapterVersion
 from loraplex.server.api.errors import InvalidField
-from loraplex.server.api.parts import Parts
+from loraplex.server.api.services import Services
 from loraplex.server.catalog.on_demand import is_hidden
 from loraplex.server.engine.page_map import json_of, page_runs
 from loraplex.server.engine.stats import AdapterPlace
@@ -57,25 +57,25 @@ class View:
         return cls(query.get("filter", "").lower(), level, sort, order == "desc", offset, min(limit, MAX_ROWS))
 
 
-def overview(parts: Parts, view: View) -> bytes:
+def overview(services: Services, view: View) -> bytes:
     """The whole answer, for the current caller, in JSON."""
-    key, inside = current_key(), parts.inside
+    key, inside = current_key(), services.inside
     stats = inside.stats()
-    registered = parts.adapters.registry.list()
+    registered = services.adapters.registry.list()
     adapters = [v for v in registered if not is_hidden(v.name) and (key.may_scrape or key.may_use(v.name))]
     places = {place.name: place for place in inside.places()}
-    minute = parts.metrics.recent.minute()
-    drain = parts.drain
+    minute = services.metrics.recent.minute()
+    drain = services.drain
     answer = {
         "server": {
             "version": version(),
-            "base": parts.base.names[0],
+            "base": services.base.names[0],
             "may_use_base": key.may_use_base,
             "tenant": key.tenant,
-            "device": parts.base.device,
-            "dtype": parts.base.dtype,
-            "max_model_len": parts.base.max_model_len,
-            "state": "draining" if drain.is_draining else "ready" if parts.engine.alive else "dead",
+            "device": services.base.device,
+            "dtype": services.base.dtype,
+            "max_model_len": services.base.max_model_len,
+            "state": "draining" if drain.is_draining else "ready" if services.engine.alive else "dead",
             "seconds_left": round(drain.seconds_left, 1),
         },
         "requests": {
@@ -91,23 +91,23 @@ def overview(parts: Parts, view: View) -> bytes:
             "next_token": _quantiles(minute.next_token),
         },
         "memory": [{"name": name, "bytes": size, "remark": remark} for name, size, remark in inside.memory],
-        "adapters": _table(parts, key, adapters, places, view),
+        "adapters": _table(services, key, adapters, places, view),
     }
-    return _json(answer)[:-1] + b',"arena":' + _arena(parts, adapters, places) + b"}"
+    return _json(answer)[:-1] + b',"arena":' + _arena(services, adapters, places) + b"}"
 
 
-def _arena(parts: Parts, adapters: list[AdapterVersion], places: Mapping[str, AdapterPlace]) -> bytes:
+def _arena(services: Services, adapters: list[AdapterVersion], places: Mapping[str, AdapterPlace]) -> bytes:
     """Pages and slots, in JSON. `names` are the adapters that `runs` tells apart, see page_runs."""
     told: dict[str, AdapterVersion] = {}
     for each in adapters:
         if each.digest is not None and each.name in places and places[each.name].on_device:
             told.setdefault(each.digest, each)
-    found = parts.inside.page_owners()
+    found = services.inside.page_owners()
     arena = {
         "num_pages": len(found.owners),
-        "page_bytes": parts.inside.page_bytes,
+        "page_bytes": services.inside.page_bytes,
         "slots": len(found.adapters),
-        "max_slots": parts.inside.max_adapters,
+        "max_slots": services.inside.max_adapters,
         "names": [each.name for each in told.values()],
         "uids": [each.uid for each in told.values()],
     }
@@ -116,7 +116,7 @@ def _arena(parts: Parts, adapters: list[AdapterVersion], places: Mapping[str, Ad
 
 
 def _table(
-    parts: Parts, key: Key, adapters: list[AdapterVersion], places: Mapping[str, AdapterPlace], view: View
+    services: Services, key: Key, adapters: list[AdapterVersion], places: Mapping[str, AdapterPlace], view: View
 ) -> dict[str, Any]:
     levels = {each.name: _level(places.get(each.name)) for each in adapters}
     counts = dict.fromkeys(LEVELS, 0)
@@ -128,7 +128,7 @@ def _table(
         if view.text in each.name.lower() and (not view.level or levels[each.name] == view.level)
     ]
     if view.sort != "name":  # the order they are in, and that equals keep
-        values = {each.uid: _value(parts, key, each, levels[each.name], view.sort) for each in found}
+        values = {each.uid: _value(services, key, each, levels[each.name], view.sort) for each in found}
         known = [each for each in found if values[each.uid] is not None]
         known.sort(key=lambda each: values[each.uid] or 0, reverse=view.descending)
         found = known + [each for each in found if values[each.uid] is None]
@@ -140,20 +140,20 @@ def _table(
         "found": len(found),
         "offset": view.offset,
         "rows": [
-            _row(parts, key, each, levels[each.name], places.get(each.name))
+            _row(services, key, each, levels[each.name], places.get(each.name))
             for each in found[view.offset : view.offset + view.limit]
         ],
     }
 
 
-def _row(parts: Parts, key: Key, each: AdapterVersion, level: str, place: AdapterPlace | None) -> dict[str, Any]:
+def _row(services: Services, key: Key, each: AdapterVersion, level: str, place: AdapterPlace | None) -> dict[str, Any]:
     """None in a column: not counted apart, or not this caller's to know."""
-    row = {column: _value(parts, key, each, level, column) for column in COLUMNS[2:]}
+    row = {column: _value(services, key, each, level, column) for column in COLUMNS[2:]}
     pinned = place is not None and place.pinned
     return {"name": each.name, "uid": each.uid, "level": level, "pinned": pinned, **row}
 
 
-def _value(parts: Parts, key: Key, each: AdapterVersion, level: str, column: str) -> int | None:
+def _value(services: Services, key: Key, each: AdapterVersion, level: str, column: str) -> int | None:
     """What a column sorts by; but for names and levels it is also what it shows."""
     match column:
         case "level":
@@ -167,8 +167,8 @@ def _value(parts: Parts, key: Key, each: AdapterVersion, level: str, column: str
     if not (key.may_scrape or key.may_manage(each.name)):
         return None  # what others do with a shared adapter
     if column == "in_use":
-        return parts.adapters.registry.leases(each)
-    used = parts.metrics.adapters.totals_of(each.name)
+        return services.adapters.registry.leases(each)
+    used = services.metrics.adapters.totals_of(each.name)
     return None if used is None else int(getattr(used, column))
 
 

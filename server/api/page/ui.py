@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from loraplex.server.api.page.overview import View, overview
-from loraplex.server.api.parts import Parts
+from loraplex.server.api.services import Services
 
 FOLDER = Path(__file__).with_name("static")
 
@@ -41,8 +41,8 @@ HEADERS = {
 }
 
 
-def make_router(parts: Parts) -> APIRouter:
-    """The routes, working with `parts`. Raises OSError where the files are not there."""
+def make_router(services: Services) -> APIRouter:
+    """The routes, working with `services`. Raises OSError where the files are not there."""
     router = APIRouter()
     for path, file in page_files().items():
         router.add_api_route(path, _sender(file), methods=["GET", "HEAD"], include_in_schema=False)
@@ -50,7 +50,7 @@ def make_router(parts: Parts) -> APIRouter:
     @router.get("/ui/overview", include_in_schema=False)  # the page's own: it changes with the page
     async def show_overview(request: Request) -> Response:
         """What the page shows: adapters, pages, the last minute. Query: filter, level, sort, order, offset, limit."""
-        found = overview(parts, View.read(request.query_params))
+        found = overview(services, View.read(request.query_params))
         return Response(found, media_type="application/json", headers={"Cache-Control": "no-store"})
 
     return router

@@ -190,7 +190,7 @@ async def test_pinned_adapters_stay(client: httpx.AsyncClient, server: FakeServe
 async def test_nobody_pins_but_an_admin(server: FakeServer) -> None:
     keys = {"t": Key("tenant", "acme"), "a": Key("root", "ops", admin=True)}
     access = Access(Keyring({digest_of(secret): key for secret, key in keys.items()}))
-    transport = httpx.ASGITransport(create_app(replace(server.parts, access=access)), raise_app_exceptions=False)
+    transport = httpx.ASGITransport(create_app(replace(server.services, access=access)), raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
         for secret, status in (("t", 400), ("a", 200)):
             body = {"lora_name": "acme/x", "lora_path": "/a/x", "pinned": True}

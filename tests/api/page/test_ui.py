@@ -142,8 +142,8 @@ async def guarded(server: FakeServer) -> AsyncIterator[httpx.AsyncClient]:
         ("kv", *["adapter"] * 6, None), {digest: [1 + 2 * i, 2 + 2 * i] for i, digest in enumerate(digests)}
     )
     access = Access(Keyring({digest_of(secret): key for secret, key in KEYS.items()}))
-    parts = replace(server.parts, access=access)
-    transport = httpx.ASGITransport(create_app(parts), raise_app_exceptions=False)
+    services = replace(server.services, access=access)
+    transport = httpx.ASGITransport(create_app(services), raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
         yield client
 
@@ -200,11 +200,11 @@ async def test_looking_is_neither_limited_nor_logged(
 
 async def test_the_last_minute_is_counted_as_requests_are_answered(server: FakeServer) -> None:
     clock = Clock()
-    parts = server.parts
-    parts.metrics.recent = Recent(clock)
+    services = server.services
+    services.metrics.recent = Recent(clock)
     server.engine.current = Stats(running=3, waiting=2, waiting_for_adapters=1)
     await server.adapters.register("sql", "/adapters/sql")
-    transport = httpx.ASGITransport(create_app(parts), raise_app_exceptions=False)
+    transport = httpx.ASGITransport(create_app(services), raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
         body = {"model": "sql", "prompt": "the question", "max_tokens": 3}
         usage = (await client.post("/v1/completions", json=body)).json()["usage"]

@@ -1,4 +1,4 @@
-"""What the routes are given to work with: everything they use comes in here, nothing is global."""
+"""What the routes work with: everything they use comes in here, nothing is global."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def _absolute(path: Path) -> Path:
 
 
 @dataclass(frozen=True)
-class Parts:
+class Services:
     """One server."""
 
     base: Base
