@@ -14,12 +14,12 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 
 from loraplex.adapters.errors import AdapterExists, AdapterNotFound, AdapterRefused, InvalidAdapterName
 from loraplex.adapters.files.beneath import shown
-from loraplex.adapters.files.tokenizer_files import NOTHING, TokenizerFiles
+from loraplex.adapters.info import AdapterInfo
 from loraplex.adapters.refusals import Refusals
 
 logger = logging.getLogger(__name__)
@@ -30,13 +30,13 @@ MAX_NAME = 200
 _NAME = re.compile(r"(?:[A-Za-z0-9._-]+/)?[A-Za-z0-9._-]+")
 
 
-class _Identity:
-    """The one thing about a version that comes later."""
+class _Known:
+    """Hold a version's info, which gains the digest when the files are read first."""
 
-    __slots__ = ("digest",)
+    __slots__ = ("info",)
 
-    def __init__(self) -> None:
-        self.digest: str | None = None
+    def __init__(self, info: AdapterInfo) -> None:
+        self.info = info
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,13 @@ class AdapterVersion:
     name: str
     uid: int  # never reused, also when the name is
     source: str  # as sources.parse_source() has it
-    rank: int  # the largest of its modules
-    targets: tuple[str, ...]
-    num_pages: int  # at most, when resident on the device: fewer only if modules turn out to be zero
-    nbytes: int  # of its tiles, at most
     created: int  # unix seconds
-    tokenizer: TokenizerFiles = field(default=NOTHING, repr=False)
-    _identity: _Identity = field(default_factory=_Identity, repr=False, compare=False)
+    _known: _Known = field(repr=False, compare=False)
+
+    @property
+    def info(self) -> AdapterInfo:
+        """The version's facts as they were registered, and the digest since it is known."""
+        return self._known.info
 
     @property
     def digest(self) -> str | None:
@@ -60,7 +60,7 @@ class AdapterVersion:
 
         Two names may share it. What is resident, in host memory or cached is keyed by it.
         """
-        return self._identity.digest
+        return self._known.info.digest
 
     @property
     def origin(self) -> str:
@@ -123,20 +123,14 @@ class Registry:
     def register(
         self,
         name: str,
-        *,
         source: str,
-        rank: int,
-        targets: tuple[str, ...],
-        num_pages: int,
-        nbytes: int,
-        tokenizer: TokenizerFiles = NOTHING,
-        digest: str | None = None,
+        info: AdapterInfo,
+        *,
         replace: bool = False,
     ) -> AdapterVersion:
         """Point `name` at a new version. With `replace`, a version the name pointed at drains.
 
-        `digest` is None for files not read yet. Raises InvalidAdapterName, and AdapterExists when the name is taken and
-        `replace` is false.
+        Raises InvalidAdapterName, and AdapterExists when the name is taken and `replace` is false.
         """
         self.check_name(name)
         with self._lock:
@@ -145,11 +139,7 @@ class Registry:
                 raise AdapterExists(
                     f"adapter {name!r} is already loaded, from {old.origin!r}; unload it first, or ask to replace it"
                 )
-            version = AdapterVersion(
-                name, self._next_uid, source, rank, targets, num_pages, nbytes, int(time.time()), tokenizer
-            )
-            version._identity.digest = digest
-            drained = self._point(version)
+            version, drained = self._point(name, source, info)
         self._notify(drained)
         return version
 
@@ -162,21 +152,11 @@ class Registry:
     def identify(self, version: AdapterVersion, digest: str) -> bool:
         """Settle what `version` stands for, unless that is settled. Returns whether it stands for `digest` now."""
         with self._lock:
-            if version._identity.digest is None:
-                version._identity.digest = digest
-            return version._identity.digest == digest
+            if version.digest is None:
+                version._known.info = replace(version.info, digest=digest)
+            return version.digest == digest
 
-    def renew(
-        self,
-        old: AdapterVersion,
-        *,
-        digest: str,
-        rank: int,
-        targets: tuple[str, ...],
-        num_pages: int,
-        nbytes: int,
-        tokenizer: TokenizerFiles = NOTHING,
-    ) -> AdapterVersion | None:
+    def renew(self, old: AdapterVersion, info: AdapterInfo) -> AdapterVersion | None:
         """The source of `old` holds something else by now: point its name at a new version, and `old` drains.
 
         Returns the new version; None, and nothing changed, when the name does not point at `old` any more.
@@ -184,12 +164,7 @@ class Registry:
         with self._lock:
             if self._current.get(old.name) is not old:
                 return None
-            created = int(time.time())
-            version = AdapterVersion(
-                old.name, self._next_uid, old.source, rank, targets, num_pages, nbytes, created, tokenizer
-            )
-            version._identity.digest = digest
-            drained = self._point(version)
+            version, drained = self._point(old.name, old.source, info)
         self._notify(drained)
         return version
 
@@ -288,14 +263,15 @@ class Registry:
             return AdapterRefused(refused.code, f"adapter {name!r} was refused: {refused}")
         return AdapterNotFound(f"no adapter {name!r} is loaded; GET /v1/models lists the names there are")
 
-    def _point(self, version: AdapterVersion) -> AdapterVersion | None:
-        """Give `version` its name (lock held). Returns the one that drained by it."""
-        old = self._current.get(version.name)
+    def _point(self, name: str, source: str, info: AdapterInfo) -> tuple[AdapterVersion, AdapterVersion | None]:
+        """Give `name` to a new version (lock held). Returns the new version and the one that drained by it."""
+        version = AdapterVersion(name, self._next_uid, source, int(time.time()), _Known(info))
+        old = self._current.get(name)
         self._next_uid += 1
-        self._current[version.name] = version
+        self._current[name] = version
         self._leases[version.uid] = 0
-        self._refused.pop(version.name, None)
-        return self._retire(old) if old is not None else None
+        self._refused.pop(name, None)
+        return version, self._retire(old) if old is not None else None
 
     def _retire(self, version: AdapterVersion) -> AdapterVersion | None:
         """`version` has lost its name (lock held): it drains now, and is returned, or when its last lease goes."""

@@ -45,9 +45,10 @@ from loraplex.adapters.format.kinds import KINDS, parse_config
 from loraplex.adapters.format.pack_plan import PackPlan
 from loraplex.adapters.image.packing import OpenFile
 from loraplex.adapters.image.tiles import AdapterImage, BaseLayout, pack, plan_image
+from loraplex.adapters.info import AdapterInfo
 from loraplex.adapters.sources.sources import resolve
 from loraplex.adapters.throttle import Throttle
-from loraplex.adapters.tiers.loader import ParsedImage, Reading
+from loraplex.adapters.tiers.loader import LoadedAdapter, Reading
 from loraplex.adapters.tiers.workspace import Workspace
 from loraplex.kernels.hugepages import Region, huge_zeros
 
@@ -82,17 +83,6 @@ CHANGED_RETRIES = 10
 
 
 @dataclass(frozen=True)
-class AdapterInfo:
-    """What the config and the header tell of an adapter."""
-
-    rank: int
-    targets: tuple[str, ...]
-    num_pages: int  # at most: fewer if modules turn out to be zero
-    nbytes: int  # of its tiles, at most
-    tokenizer: TokenizerFiles = NOTHING
-
-
-@dataclass(frozen=True)
 class _Drawn:
     """A ModuleMap and what an image of it takes at most."""
 
@@ -116,7 +106,6 @@ class _Remembered:
     place: _Place
     stamp: Stamp
     start: int  # of the data
-    digest: str = ""
     info: AdapterInfo | None = None
     plan: Hashable = None  # its key; None: it has to be packed part by part
     refusal: AdapterRefused | None = None
@@ -169,7 +158,7 @@ class AdapterReader:
             info = self._infos.get(key) or self._infos.put(key, self._draw(head, config, Throttle(lambda: None)).info)
             return replace(info, tokenizer=self._tokenizer(place))
 
-    def read(self, reading: Reading) -> ParsedImage:
+    def read(self, reading: Reading) -> LoadedAdapter:
         """Read, check and pack an adapter. Raises as examine() does, and what reading.throttle() raises.
 
         Files that have the stamp they had are neither parsed, nor checked, nor hashed again, unless reading.fresh.
@@ -199,7 +188,7 @@ class AdapterReader:
     def _room(self, nbytes: int, throttle: Callable[[], None]) -> AbstractContextManager[None]:
         return nullcontext() if self._workspace is None else self._workspace.room(nbytes, throttle)
 
-    def _repeat(self, known: _Remembered, reading: Reading) -> ParsedImage | None:
+    def _repeat(self, known: _Remembered, reading: Reading) -> LoadedAdapter | None:
         """Do again what was done at the last reading. None: the files have changed, or it is not known how."""
         plan = self._plans.get(known.plan)
         if known.refusal is not None:
@@ -218,9 +207,9 @@ class AdapterReader:
                 image = plan.read(file, self._memory(plan.nbytes), reading.throttle)
         except (ChangedMeanwhile, EOFError, OSError):
             return None
-        return _parsed(known.digest, known.info, image, known.stamp.weights[2] - known.start)
+        return _loaded(known.info, image, known.stamp.weights[2] - known.start)
 
-    def _read_whole(self, place: _Place, reading: Reading) -> ParsedImage:
+    def _read_whole(self, place: _Place, reading: Reading) -> LoadedAdapter:
         files, began = _read_quietly(place, reading.throttle, self._memory)
         head = files.head
         settled = head.stamp.is_settled(began)
@@ -233,11 +222,11 @@ class AdapterReader:
                 refusal = AdapterRefused(error.code, str(error))  # without the frames, which hold the file's bytes
                 self._remembered.put(reading.source, _Remembered(place, head.stamp, head.start, refusal=refusal))
             raise
-        info, digest = replace(drawn.info, tokenizer=tokenizer), tokenizer.mark(files.digest)
+        info = replace(drawn.info, digest=tokenizer.mark(files.digest), tokenizer=tokenizer)
         if settled:
-            known = _Remembered(place, head.stamp, head.start, digest, info, plan)
+            known = _Remembered(place, head.stamp, head.start, info, plan)
             self._remembered.put(reading.source, known)
-        return _parsed(digest, info, image, head.data_bytes)
+        return _loaded(info, image, head.data_bytes)
 
     def _tokenizer(self, place: _Place) -> TokenizerFiles:
         """Equal ones are one object: a folder of thousands has the same file in each. Raises AdapterRefused."""
@@ -358,9 +347,8 @@ def _read_quietly(
     raise ChangedMeanwhile
 
 
-def _parsed(digest: str, info: AdapterInfo, image: AdapterImage, bytes_read: int) -> ParsedImage:
-    num_pages = image.pages.shape[0]
-    return ParsedImage(digest, info.rank, info.targets, num_pages, image.nbytes, image, bytes_read, info.tokenizer)
+def _loaded(info: AdapterInfo, image: AdapterImage, bytes_read: int) -> LoadedAdapter:
+    return LoadedAdapter(replace(info, num_pages=image.pages.shape[0], nbytes=image.nbytes), image, bytes_read)
 
 
 @contextmanager

@@ -137,7 +137,8 @@ class OnDemand:
     async def _load(self, name: str, source: str, access: SourceAccess) -> str:
         self._sources.make_room(name)
         version = await self._adapters.register(name, source, access=access)
-        logger.info("adapter %s loaded on first use: rank %d, %d pages", name, version.rank, version.num_pages)
+        info = version.info
+        logger.info("adapter %s loaded on first use: rank %d, %d pages", name, info.rank, info.num_pages)
         return name
 
     async def _make(self, known_as: Key, versions: Sequence[AdapterVersion], plan: MergePlan) -> str:
@@ -153,7 +154,7 @@ class OnDemand:
                 except AdapterRefused as error:
                     shutil.rmtree(self._root / key, ignore_errors=True)
                     raise AdapterRefused(error.code, f"merged, the adapters cannot be served: {error}") from None
-                logger.info("adapter %s merged by %s: rank %d", name, plan.strategy, version.rank)
+                logger.info("adapter %s merged by %s: rank %d", name, plan.strategy, version.info.rank)
         self._merges.used(name)
         self._known[known_as] = name
         if len(self._known) > MAX_FIRST_USE:

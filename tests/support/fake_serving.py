@@ -16,6 +16,7 @@ from fastapi import FastAPI
 
 from loraplex.adapters.errors import AdapterNotFound, AdapterRefused
 from loraplex.adapters.histogram import Histogram
+from loraplex.adapters.info import AdapterInfo
 from loraplex.adapters.registry import AdapterVersion, Registry
 from loraplex.adapters.sources.merge_plan import MergePlan
 from loraplex.adapters.sources.sources import OPERATOR, SourceAccess
@@ -217,17 +218,8 @@ class FakeAdapters:
             raise AdapterNotFound(f"{source}: no such folder")
         if "bad" in source:
             raise AdapterRefused("shape_mismatch", f"{source}: lora_A of layer 0 is [8, 63], expected [8, 64]")
-        point = partial(
-            self.registry.register,
-            name,
-            digest=f"digest-of-{source}",
-            source=source,
-            rank=8,
-            targets=("self_attn.q_proj",),
-            num_pages=2,
-            nbytes=4096,
-            replace=replace,
-        )
+        info = AdapterInfo(8, ("self_attn.q_proj",), 2, 4096, f"digest-of-{source}")
+        point = partial(self.registry.register, name, source, info, replace=replace)
         version = point() if around is None else await asyncio.wrap_future(around(point))
         if pinned:
             self.pins.append((name, pinned))

@@ -41,15 +41,7 @@ class Rig:
 
     def register(self, folder: Path) -> AdapterVersion:
         """By its header, as from a folder of adapters."""
-        info = self.reader.examine(str(folder))
-        return self.registry.register(
-            folder.name,
-            source=str(folder),
-            rank=info.rank,
-            targets=info.targets,
-            num_pages=info.num_pages,
-            nbytes=info.nbytes,
-        )
+        return self.registry.register(folder.name, str(folder), self.reader.examine(str(folder)))
 
     def image(self, version: AdapterVersion) -> AdapterImage:
         image = self.loader.ensure(version).result(LIMIT).image
@@ -110,7 +102,7 @@ def test_exchanged_files_are_served_to_new_requests_and_old_ones_keep_what_was_h
         rig.image(old)
     assert caught.value.code == "changed"
     new = rig.current("a")
-    assert (new.rank, new.digest) == (8, read(rig.reader, folder, fresh=True).digest)
+    assert (new.info.rank, new.digest) == (8, read(rig.reader, folder, fresh=True).digest)
     assert rig.loader.ensure(new).done(), "it has been read already"
 
     assert rig.store.reserve(host_bytes(before))
@@ -135,8 +127,8 @@ def test_an_unread_adapter_whose_files_are_exchanged(rig: Rig, tmp_path: Path) -
     write_adapter(other, LAYOUT, seed=2, rank=16)
     with pytest.raises(AdapterRefused, match="expected another rank"):
         rig.image(version)
-    assert rig.current("b").rank == 16
-    assert len(rig.image(rig.current("b")).pages) == rig.current("b").num_pages > version.num_pages
+    assert rig.current("b").info.rank == 16
+    assert len(rig.image(rig.current("b")).pages) == rig.current("b").info.num_pages > version.info.num_pages
 
 
 @pytest.mark.parametrize("in_place", [False, True])

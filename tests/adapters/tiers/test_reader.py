@@ -163,7 +163,7 @@ def test_a_refusal_holds_until_the_files_change(folder: Path, whole_readings: li
     assert known.refusal is not None
     assert known.refusal.__traceback__ is None, "its frames hold the file's bytes"
     change_value(folder, 1.0)
-    assert read(own, folder).num_pages > 0
+    assert read(own, folder).info.num_pages > 0
     assert len(whole_readings) == 2
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
+from loraplex.adapters.info import AdapterInfo
 from loraplex.server.api.page.ui import FOLDER, page_files
 from loraplex.server.engine.page_map import KV, OTHER, PageOwners
 from loraplex.server.engine.stats import AdapterPlace
@@ -232,9 +233,7 @@ async def test_hundreds_of_adapters_come_in_order_page_by_page(
 ) -> None:
     registry = server.adapters.registry
     for i in range(300):
-        registry.register(
-            f"a{i * 79 % 300:03}", source="/x", rank=i % 7, targets=(), num_pages=i % 11, nbytes=i * 31 % 997
-        )
+        registry.register(f"a{i * 79 % 300:03}", "/x", AdapterInfo(i % 7, (), i % 11, i * 31 % 997))
     server.engine.places = [AdapterPlace(f"a{i:03}", on_device=i % 3 > 0, pinned=False) for i in range(0, 60)]
     rows = []
     for offset in range(0, 300, 100):
