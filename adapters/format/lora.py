@@ -19,7 +19,7 @@ from torch import Tensor
 
 from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.format.header import TensorInfo
-from loraplex.adapters.format.kind import AdapterKind, AdapterModule, FactorPair, ModuleMap, Part, ServedBase, Throttle
+from loraplex.adapters.format.kind import AdapterKind, AdapterModule, FactorPair, ModuleMap, ServedBase, Throttle
 from loraplex.adapters.format.lora_config import LoraConfig, ModulePlan, plan_modules, read_lora_config
 from loraplex.adapters.format.modules import (
     FoundModule,
@@ -30,7 +30,8 @@ from loraplex.adapters.format.modules import (
     wrong_shape,
 )
 from loraplex.adapters.format.values import cancels, check_finite, check_rounded, make_bias, no_effect
-from loraplex.adapters.image.tiles import BaseLayout, BiasDelta, LowRank, PartShape
+from loraplex.adapters.image.tiles import BaseLayout, BiasDelta, LowRank, Part, PartShape
+from loraplex.kernels.records import TileKind
 
 _LEAVES = {"A": "lora_A.weight", "B": "lora_B.weight", "B bias": "lora_B.bias"}  # by role; "bias" has two names
 _FACTOR = re.compile(r"(lora_[AB])(?:\.[^.]+)?\.(weight|bias)")  # a name of the adapter may stand behind lora_A
@@ -124,10 +125,9 @@ def _module(module: FoundModule, plan: ModulePlan | None) -> AdapterModule:
 
 def _shapes(module: AdapterModule) -> list[PartShape]:
     """A module's bias before its A and B."""
-    ranks = [0] if module.tensors.keys() & {"bias", "B bias"} else []
-    return [
-        PartShape(module.layer, module.projection, rank) for rank in (*ranks, *([module.rank] if module.rank else []))
-    ]
+    found = [(1, TileKind.BIAS)] if module.tensors.keys() & {"bias", "B bias"} else []
+    found += [(module.rank, TileKind.LOW_RANK)] if module.rank else []
+    return [PartShape(module.layer, module.projection, rank, kind) for rank, kind in found]
 
 
 def _pair(module: AdapterModule, header: Mapping[str, TensorInfo]) -> FactorPair:
