@@ -125,9 +125,9 @@ def _module(module: FoundModule, plan: ModulePlan | None) -> AdapterModule:
 
 def _shapes(module: AdapterModule) -> list[PartShape]:
     """A module's bias before its A and B."""
-    found = [(1, TileKind.BIAS)] if module.tensors.keys() & {"bias", "B bias"} else []
-    found += [(module.rank, TileKind.LOW_RANK)] if module.rank else []
-    return [PartShape(module.layer, module.projection, rank, kind) for rank, kind in found]
+    rows = [(1, TileKind.BIAS)] if module.tensors.keys() & {"bias", "B bias"} else []
+    ranks = [(module.rank, TileKind.LOW_RANK)] if module.rank else []
+    return [PartShape(module.layer, module.projection, rank, kind) for rank, kind in (*rows, *ranks)]
 
 
 def _pair(module: AdapterModule, header: Mapping[str, TensorInfo]) -> FactorPair:

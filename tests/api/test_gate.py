@@ -46,7 +46,7 @@ ORIGINS: tuple[dict[str, str], ...] = ({}, {"origin": "https://page"}, {"origin"
 @pytest.mark.parametrize("open_metrics", [True, False])
 async def test_as_the_application(server: FakeServer, cors_origins: tuple[str, ...], open_metrics: bool) -> None:
     access = Access(owners_keyring(["right"]), open_metrics=open_metrics)
-    app = create_app(replace(server.parts, access=access, cors_origins=cors_origins))
+    app = create_app(replace(server.services, access=access, cors_origins=cors_origins))
     gate = gate_of(app)
     refused = 0
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
