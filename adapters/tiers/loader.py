@@ -19,6 +19,7 @@ from typing import Any
 from loraplex.adapters.errors import AdapterError
 from loraplex.adapters.histogram import Histogram
 from loraplex.adapters.registry import AdapterVersion, Registry
+from loraplex.adapters.shared_work import tell
 from loraplex.adapters.throttle import Throttle
 from loraplex.adapters.tiers.load_queue import Job, LoadedAdapter, LoadQueue, Priority, Waiter
 from loraplex.adapters.tiers.settle import changed, renew, settle
@@ -247,12 +248,7 @@ class Loader:
         else:
             answers = [outcome] * len(job.waiters)
         for waiter, answer in zip(job.waiters, answers, strict=True):
-            if not waiter.future.set_running_or_notify_cancel():
-                continue
-            if isinstance(answer, BaseException):
-                waiter.future.set_exception(answer)
-            else:
-                waiter.future.set_result(answer)
+            tell(waiter.future, answer)
 
     def _settle(self, job: Job, found: LoadedAdapter) -> list[LoadedAdapter | BaseException]:
         """Store what was read, where anybody has a use for it, and what each waiter gets. Raises AdapterRefused."""

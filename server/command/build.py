@@ -43,7 +43,8 @@ from loraplex.server.engine.policy.budget import (
     scoring_cost,
 )
 from loraplex.server.engine.policy.kv_cache import KVCache, kv_groups
-from loraplex.server.engine.policy.scheduler import Scheduler, SchedulerLimits
+from loraplex.server.engine.policy.plan import SchedulerLimits
+from loraplex.server.engine.policy.scheduler import Scheduler
 from loraplex.server.engine.step.arena import allocate_arena, kv_layers
 from loraplex.server.engine.step.calibrate import DEVICE_COST, SCRATCH_PAGES, calibrate
 from loraplex.server.engine.step.memory import (
@@ -61,7 +62,7 @@ from loraplex.server.engine.step.memory import (
     size,
 )
 from loraplex.server.engine.step.prefault import Prefault
-from loraplex.server.engine.step.runner import ModelRunner
+from loraplex.server.engine.step.worker import LocalWorker
 from loraplex.server.models.config import GenerationDefaults, ModelConfig
 from loraplex.server.models.decoder import Decoder
 from loraplex.server.models.demo import default_cache_dir
@@ -217,16 +218,16 @@ def _assemble(
         prefix_cache=all(rope.kind != "dynamic" for rope in model_config.ropes),  # its keys depend on the length
     )
     halt = ctypes.c_int32()
-    runner = ModelRunner(model, kv, residency, device, halt)
+    worker = LocalWorker(model, residency, BLOCK_SIZE, device, halt)
     engine = Engine(
         Scheduler(kv, placement, limits, budget=budget),
-        runner,
+        worker,
         placement,
         config.max_waiting,
         config.max_waiting_tokens,
         halt,
     )
-    placement.on_ready = runner.masks.wake = engine.wake
+    placement.on_ready = worker.masks.wake = engine.wake
     registry.on_drained = engine.forget_adapter
     prefault = Prefault(arena, pool) if plan.shared else None
     return engine, AdapterManager(registry, loader, reader.examine, downloads, engine.pin_adapter), placement, prefault

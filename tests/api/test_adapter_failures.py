@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import httpx
@@ -11,15 +10,12 @@ import pytest
 from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.info import AdapterInfo
 from loraplex.server.engine.request import FinishReason, GenerationRequest, TokenEvent
+from tests.support.asking import CHAT, COMPLETIONS, body_of, events_of
 from tests.support.fake_serving import FakeServer, say
-
-CHAT = "/v1/chat/completions"
-COMPLETIONS = "/v1/completions"
 
 
 def body(route: str, **fields: Any) -> dict[str, Any]:
-    prompt = {"messages": [{"role": "user", "content": "hi"}]} if route == CHAT else {"prompt": "hi"}
-    return {"model": "bad", **prompt, **fields}
+    return body_of(route, **{"model": "bad", **fields})
 
 
 @pytest.fixture
@@ -71,9 +67,7 @@ async def test_after_the_first_byte_it_is_an_event(failing: FakeServer, client: 
     failing.engine.script = script
     response = await client.post(COMPLETIONS, json=body(COMPLETIONS, stream=True, max_tokens=5))
     assert response.status_code == 200
-    events = [line.removeprefix("data: ") for line in response.text.splitlines() if line]
-    assert events[-1] == "[DONE]"
-    assert json.loads(events[-2])["error"]["code"] == "changed"
+    assert events_of(response)[-1]["error"]["code"] == "changed"
 
 
 class TestFilesThatAreOthersByNow:

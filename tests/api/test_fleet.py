@@ -8,7 +8,6 @@ from typing import Any
 import httpx
 import pytest
 
-from loraplex.server.command.app import create_app
 from tests.support.fake_serving import FakeServer
 
 # What sglang_router 0.3.2 reads of each answer, and of which type; a field of another type refuses the whole answer.
@@ -28,8 +27,7 @@ def shape(found: dict[str, Any], wanted: dict[str, type]) -> dict[str, type]:
 
 
 async def test_load_counts_what_runs_and_what_waits(server: FakeServer) -> None:
-    roomy = replace(server.services, base=replace(server.services.base, cache_tokens=1000))
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(create_app(roomy)), base_url="http://test") as client:
+    async with server.client(base=replace(server.services.base, cache_tokens=1000)) as client:
         idle = (await client.get("/get_load")).json()
         assert idle == [{"dp_rank": 0, "num_reqs": 0, "num_waiting_reqs": 0, "num_tokens": 0}]
         stats = server.engine.current

@@ -225,7 +225,7 @@ class World:
         assert slot is not None
         first, last = self.residency.table.ranges[slot, 0, Site.QKV].tolist()
         found = set()
-        for a_off, _, n, _, _ in self.residency.table.tiles[first:last].tolist():
+        for a_off, _, n, *_ in self.residency.table.tiles[first:last].tolist():
             found.update(self.arena.view(-1)[a_off * 64 :][: n * 128].view(torch.float32).tolist())
         (value,) = found
         return float(value)

@@ -24,7 +24,7 @@ from tests.support.waiting import LIMIT
 
 Q = Projection("self_attn.q_proj", Site.QKV, 32, 0, 32, False)
 LAYOUT = BaseLayout("tiny", 1, (Q,), 256, torch.float32)
-IMAGE = 256 + 28
+IMAGE = 256 + 32
 """Bytes of host memory that a rank takes: a page, and a row of the tile table."""
 
 
@@ -102,7 +102,7 @@ class Rig:
         assert slot is not None
         first, last = table.ranges[slot, 0, Site.QKV].tolist()
         found = set()
-        for a_off, _, n, _, _ in table.tiles[first:last].tolist():
+        for a_off, _, n, *_ in table.tiles[first:last].tolist():
             found.update(self.arena.view(-1)[a_off * 64 :][: n * 128].view(torch.float32).tolist())
         assert len(found) == 1
         return found.pop()

@@ -23,7 +23,7 @@ from loraplex.kernels.records import Projection, Site
 
 Q = Projection("self_attn.q_proj", Site.QKV, 32, 0, 32, False)
 LAYOUT = BaseLayout("tiny", 1, (Q,), 256, torch.float32)
-IMAGE = 256 + 28
+IMAGE = 256 + 32
 """Bytes of host memory that a rank takes: a page, and a row of the tile table."""
 
 NAMES = ("1-a", "2-b", "3-c", "2-d", "3-e", "3-f")
@@ -47,7 +47,7 @@ def value_on_device(device: Residency, arena: torch.Tensor, version: AdapterVers
     assert slot is not None
     first, last = device.table.ranges[slot, 0, Site.QKV].tolist()
     found: set[float] = set()
-    for a_off, _, n, _, _ in device.table.tiles[first:last].tolist():
+    for _, a_off, _, n, _, _ in device.table.tiles[first:last].tolist():
         found.update(arena.view(-1)[a_off * 64 :][: n * 128].view(torch.float32).tolist())
     (value,) = found
     return value

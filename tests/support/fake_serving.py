@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
+from fastapi import FastAPI
 
 from loraplex.adapters.errors import AdapterNotFound, AdapterRefused
 from loraplex.adapters.histogram import Histogram
@@ -28,6 +31,8 @@ from loraplex.server.engine.stats import STEP_BOUNDS, AdapterPlace, TierStats
 from loraplex.server.engine.streams import Shortcut
 from loraplex.server.telemetry.engine_metrics import Limits
 from loraplex.server.telemetry.metrics import Metrics
+from loraplex.server.tenancy.access import Access
+from loraplex.server.tenancy.tenants import Key, Keyring, digest_of
 from loraplex.server.text.chat_template import ChatTemplate
 from loraplex.server.text.fair_pool import TextPools
 from loraplex.server.text.grammar import Grammars
@@ -232,7 +237,7 @@ class FakeAdapters:
 
 @dataclass
 class FakeServer:
-    """Services made of fakes; build the application with create_app(server.services)."""
+    """Services made of fakes, and applications and clients of them."""
 
     tokenizer: Tokenizer
     engine: FakeEngine
@@ -252,10 +257,15 @@ class FakeServer:
         base = self.tokenizer
         self.tokenizer = Tokenizer(base.fast, base.special_tokens, ChatTemplate(source, {}))
 
-    def client(self) -> httpx.AsyncClient:
-        """Talks to a new application of these services, in-process."""
-        transport = httpx.ASGITransport(create_app(self.services), raise_app_exceptions=False)
-        return httpx.AsyncClient(transport=transport, base_url="http://test")
+    def app(self, **changes: Any) -> FastAPI:
+        """A new application of these services. changes: fields of Services."""
+        return create_app(replace(self.services, **changes))
+
+    def client(self, key: str | None = None, *, app: FastAPI | None = None, **changes: Any) -> httpx.AsyncClient:
+        """Talks in-process to `app`, or to a new one with these changes. key: what it sends as its own."""
+        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        transport = httpx.ASGITransport(app or self.app(**changes), raise_app_exceptions=False)
+        return httpx.AsyncClient(transport=transport, base_url="http://test", headers=headers)
 
     @property
     def services(self) -> Services:
@@ -281,6 +291,11 @@ class FakeServer:
                 memory=(("weights", 3 << 20, ""), ("arena", 4096 * 100, "100 pages")),
             ),
         )
+
+
+def access_of(keys: Mapping[str, Key], clock: Callable[[], float] = time.monotonic) -> Access:
+    """keys: by secret."""
+    return Access(Keyring({digest_of(secret): key for secret, key in keys.items()}), clock=clock)
 
 
 def make_fake_server(folder: Path) -> FakeServer:

@@ -14,9 +14,9 @@ import safetensors.torch
 import torch
 
 from loraplex.adapters.errors import AdapterNotFound, AdapterRefused
+from loraplex.adapters.format import quiet_files
 from loraplex.adapters.image.tiles import AdapterImage, BaseLayout
 from loraplex.adapters.registry import AdapterVersion, Registry
-from loraplex.adapters.tiers import reader
 from loraplex.adapters.tiers.loader import Loader, Priority
 from loraplex.adapters.tiers.reader import AdapterReader
 from loraplex.kernels.records import Projection, Site
@@ -55,7 +55,7 @@ class Rig:
 
 @pytest.fixture
 def rig(monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
-    monkeypatch.setattr(reader, "CHANGED_WAIT", 1e-3)
+    monkeypatch.setattr(quiet_files, "CHANGED_WAIT", 1e-3)
     rig = Rig()
     yield rig
     rig.loader.shutdown(LIMIT)
@@ -208,7 +208,7 @@ def test_files_rewritten_under_load(rig: Rig, tmp_path: Path, in_place: bool) ->
 @pytest.mark.parametrize("harm", ["cut short", "emptied", "deleted", "folder deleted", "made a folder", "shut"])
 def test_a_folder_that_is_harmed_while_loads_run(harm: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Again and again, at any moment of a load: it is refused by name, or has the right bytes."""
-    monkeypatch.setattr(reader, "CHANGED_RETRIES", 2)
+    monkeypatch.setattr(quiet_files, "CHANGED_RETRIES", 2)
     with reachable_folder() as place:
         place.chmod(0o777)
         with ordinary_user():
