@@ -55,7 +55,7 @@ class Rig:
         self.residency = Residency(self.arena, self.pool, LAYOUT, num_slots=4, reclaimer=self.reclaimer)
         self.store = HostStore((IMAGE + MORE) * self.host_ranks, self.exclusive)
         self.registry = Registry()
-        self.loader = Loader(self.parse, self.store, self.registry, threads=1)
+        self.loader = Loader(self.parse, self.store.put, self.registry, threads=1)
         self.placement = AdapterPlacement(self.residency, self.store, self.loader, self.registry)
         self.placement.on_ready = self.come.release
 
