@@ -71,7 +71,7 @@ class Source(Loader):
     """A loader without waiting: what was asked for comes when the test says so."""
 
     def __init__(self, count: Count, store: HostStore, registry: Registry) -> None:
-        super().__init__(self.parse, store, registry, threads=1)
+        super().__init__(self.parse, store.put, registry, threads=1)
         self.values = dict.fromkeys(NAMES, 1.0)
         self.asked: list[tuple[AdapterVersion, Future[LoadedAdapter]]] = []
         self._count_images, self._images, self._versions = count, store, registry
