@@ -194,7 +194,7 @@ def _assemble(
         locate=downloads.locate,
         check_tokenizer=check_tokenizer,
     )
-    loader = Loader(reader.read, store, registry, config.loader_threads)
+    loader = Loader(reader.read, store.put, registry, config.loader_threads)
     placement = AdapterPlacement(residency, store, loader, registry)
 
     kv = KVCache(pool, plan.groups, BLOCK_SIZE, reclaimer)

@@ -71,7 +71,7 @@ class Source(Loader):
     """A loader without waiting: what was asked for comes when the test says so."""
 
     def __init__(self, count: Count, store: HostStore, registry: Registry) -> None:
-        super().__init__(self.parse, store, registry, threads=1)
+        super().__init__(self.parse, store.put, registry, threads=1)
         self.values = dict.fromkeys(NAMES, 1.0)
         self.asked: list[tuple[AdapterVersion, Future[LoadedAdapter]]] = []
         self._count_images, self._images, self._versions = count, store, registry
@@ -225,7 +225,7 @@ class World:
         assert slot is not None
         first, last = self.residency.table.ranges[slot, 0, Site.QKV].tolist()
         found = set()
-        for a_off, _, n, _, _ in self.residency.table.tiles[first:last].tolist():
+        for a_off, _, n, *_ in self.residency.table.tiles[first:last].tolist():
             found.update(self.arena.view(-1)[a_off * 64 :][: n * 128].view(torch.float32).tolist())
         (value,) = found
         return float(value)
