@@ -158,16 +158,6 @@ def digest_of(version: AdapterVersion) -> str:
     return version.digest or f"digest-{version.name}"
 
 
-class Clock:
-    """Time that passes when it is told to."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 class Requests:
     """Makes requests with real leases of a real registry."""
 
