@@ -23,6 +23,7 @@ from typing import Any, Protocol
 
 from loraplex.adapters.histogram import Histogram
 from loraplex.adapters.registry import AdapterVersion
+from loraplex.adapters.tiers.stats import TierStats
 from loraplex.server.engine.policy.fair_queue import ClientKey, client_of
 from loraplex.server.engine.policy.plan import Placement
 from loraplex.server.engine.policy.queue_limits import QueueLimits
@@ -38,7 +39,7 @@ from loraplex.server.engine.request import (
     Overloaded,
     TokenEvent,
 )
-from loraplex.server.engine.stats import STEP_BOUNDS, EngineStats, TierStats
+from loraplex.server.engine.stats import STEP_BOUNDS, EngineStats
 from loraplex.server.engine.streams import EventStream, Mailbox, put_all
 
 logger = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ are given up before their turn cost nothing."""
 
 
 class DeviceAdapters(Placement, Protocol):
-    """The scheduler's placement and what the engine itself asks of it (see placement.AdapterPlacement)."""
+    """The scheduler's placement and what the engine itself asks of it (see AdapterCache)."""
 
     @property
     def loads(self) -> int: ...

@@ -20,14 +20,14 @@ from loraplex.adapters.info import AdapterInfo
 from loraplex.adapters.registry import AdapterVersion, Registry
 from loraplex.adapters.sources.merge_plan import MergePlan
 from loraplex.adapters.sources.sources import OPERATOR, SourceAccess
+from loraplex.adapters.tiers.stats import AdapterPlace, PageOwners, TierStats
 from loraplex.server.api.services import Base, Inside, Services
 from loraplex.server.catalog.manager import Around
 from loraplex.server.catalog.on_demand import OnDemand
 from loraplex.server.command.app import create_app
 from loraplex.server.config import RequestLimits
-from loraplex.server.engine.page_map import PageOwners
 from loraplex.server.engine.request import FinishReason, GenerationRequest, Mix, TokenEvent, TokenScores
-from loraplex.server.engine.stats import STEP_BOUNDS, AdapterPlace, TierStats
+from loraplex.server.engine.stats import STEP_BOUNDS
 from loraplex.server.engine.streams import Shortcut
 from loraplex.server.telemetry.engine_metrics import Limits
 from loraplex.server.telemetry.metrics import Metrics
