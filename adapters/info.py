@@ -15,10 +15,10 @@ class AdapterInfo:
     the files are read, they are exact.
     """
 
-    rank: int  # the largest of the adapter's modules
+    rank: int  # the largest of the adapter's modules; 0: its kind has no rank
     targets: tuple[str, ...]
     num_pages: int  # of the arena
     nbytes: int  # of the adapter's tiles
     digest: str | None = None  # of the files' content; None: the files have not been read
     tokenizer: TokenizerFiles = field(default=NOTHING, repr=False)
-    kind: str = "lora"  # name of the adapter's kind, as PEFT calls it in lower case
+    kind: str = "lora"  # lower case of PEFT's peft_type (format/kinds.py)

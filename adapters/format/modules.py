@@ -66,6 +66,11 @@ class FoundModules:
         """The modules that the file has tensors for."""
         return [module for module in self.by_path.values() if module.tensors]
 
+    def targets(self, layout: BaseLayout) -> tuple[str, ...]:
+        """The last names of the projections that the file has tensors for, in the base's order: "q_proj", ..."""
+        names = {module.projection.name for module in self.present}
+        return tuple(p.name.rpartition(".")[2] for p in layout.projections if p.name in names)
+
     def missing(self, module: FoundModule, leaf: str, hint: str = "") -> AdapterRefused:
         """Make the refusal of a file without a tensor that the config asks for."""
         deepest = max((other.layer for other in self.present), default=None)
@@ -120,11 +125,11 @@ def likely_base(projection: Projection, *, is_input: bool, width: int, base_mode
 
 
 def _cuts(path: str) -> Iterator[tuple[str, str]]:
-    """Every way to cut a name at a dot."""
-    at = path.find(".")
+    """Every way to cut a name at a dot, from its end: a leaf has three parts at most."""
+    at = path.rfind(".")
     while at >= 0:
         yield path[:at], path[at + 1 :]
-        at = path.find(".", at + 1)
+        at = path.rfind(".", 0, at)
 
 
 def _unmatched(name: str, prefix: str, layout: BaseLayout, leaves: LeafNames) -> AdapterRefused:

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loraplex.kernels.cpu.abi import Op, OpCode, Step
-from loraplex.kernels.cpu.backend import CpuBackend, adapter_step
+from loraplex.kernels.cpu.abi import AdapterArgs, Op, OpCode, Step
+from loraplex.kernels.cpu.backend import CpuBackend
+from loraplex.kernels.cpu.op_records import fill_adapters
 from loraplex.kernels.hugepages import huge_zeros
-from loraplex.kernels.records import NUM_SITES, TILE_RANKS, AdapterSegments, Site, TileTable
+from loraplex.kernels.records import NUM_SITES, TILE_RANKS, AdapterSegments, Site, TileKind, TileTable
 
 DTYPE = torch.bfloat16
 
@@ -93,7 +94,7 @@ def _tiles(shape: Shape, at: int) -> list[tuple[int, ...]]:
         for first in range(0, shape.rank, TILE_RANKS):
             a = at + first * shape.n_in * 2
             b = at + (shape.rank * shape.n_in + first * n_out) * 2
-            rows.append((a // 64, b // 64, min(TILE_RANKS, shape.rank - first), start, n_out))
+            rows.append((a // 64, b // 64, min(TILE_RANKS, shape.rank - first), start, n_out, TileKind.LOW_RANK))
         at += shape.rank * (shape.n_in + n_out) * 2
         start += n_out
     return rows
@@ -109,7 +110,7 @@ class AdapterProgram:
     keep: tuple[object, ...]  # memory that step and program point to
 
     def run(self) -> None:
-        self.ops.run(self.program, self.step, DTYPE)
+        self.ops.team.run(self.program, self.step, DTYPE)
 
 
 def adapter_program(world: World, x: Tensor, y: Tensor, counts: Sequence[int], decode: bool) -> AdapterProgram:
@@ -128,7 +129,7 @@ def adapter_program(world: World, x: Tensor, y: Tensor, counts: Sequence[int], d
         num_decode_segments=len(counts) if decode else 0,
     )
     step = Step()
-    adapter_step(step, world.arena, world.table, segments)
+    fill_adapters(step, world.arena, world.table, segments)
     program = (Op * world.sets)(
         *(
             Op(
@@ -138,8 +139,7 @@ def adapter_program(world: World, x: Tensor, y: Tensor, counts: Sequence[int], d
                 y=y.data_ptr(),
                 columns_in=x.shape[1],
                 columns_out=y.shape[1],
-                i0=layer,
-                i1=Site.QKV,
+                adapter=AdapterArgs(layer, Site.QKV),
             )
             for layer in range(world.sets)
         )

@@ -48,6 +48,7 @@ def find_receipt(services: Services, name: str) -> AdapterReceipt:
         created=version.created,
         source=version.origin,
         digest=version.digest,
+        kind=version.info.kind,
         rank=version.info.rank,
         targets=list(version.info.targets),
         pages=version.info.num_pages,

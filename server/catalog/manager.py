@@ -13,11 +13,11 @@ from loraplex.adapters.errors import AdapterError, AdapterExists, AdapterNotFoun
 from loraplex.adapters.files.beneath import below
 from loraplex.adapters.info import AdapterInfo
 from loraplex.adapters.registry import AdapterVersion, Registry
+from loraplex.adapters.shared_work import SharedWork, when_done
 from loraplex.adapters.sources.downloads import Downloads
 from loraplex.adapters.sources.sources import OPERATOR, SourceAccess, parse_source
 from loraplex.adapters.tiers.loader import LoadedAdapter, Loader
 from loraplex.adapters.tiers.settle import renew
-from loraplex.server.catalog.arrivals import Arrivals, when_done
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class AdapterManager:
         self.downloads = downloads
         self._examine = examine
         self._pin = pin
-        self._arrivals = Arrivals()
+        self._arrivals = SharedWork[str, None]()
 
     async def register(
         self,
@@ -127,17 +127,19 @@ class AdapterManager:
 
     def expect(self, name: str, coming: Future[AdapterVersion]) -> None:
         """Requests for `name` wait until `coming` is done (see arrival)."""
-        self._arrivals.expect(name, coming)
+        arrived: Future[None] = Future()
+        coming.add_done_callback(lambda _: arrived.set_result(None))
+        self._arrivals.share(name, arrived)
 
     async def arrival(self, name: str) -> None:
         """Return once `name` is not on its way any more: it is registered then, or refused, or unknown as before."""
-        waiter = self._arrivals.waiter(name)
+        waiter = self._arrivals.join(name)
         if waiter is not None:
             await asyncio.wrap_future(waiter)
 
     def coming(self) -> tuple[str, ...]:
         """Names that requests wait for: they are not registered yet."""
-        return self._arrivals.names()
+        return self._arrivals.keys()
 
     def pin(self, version: AdapterVersion, pinned: bool) -> None:
         """Have `version` on the device from soon on and never evicted, or let it be evicted again."""

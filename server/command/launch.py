@@ -325,7 +325,7 @@ def make_app(
     metrics = Metrics(limits, engine.stats, parts.adapters.registry)
     for collector in extras.collectors:
         metrics.add(collector)
-    parts.placement.watch = metrics.adapters
+    parts.cache.watch = metrics.adapters
     return create_app(
         Services(
             base=base,

@@ -28,7 +28,7 @@ from loraplex.server.engine.policy.queue_limits import QueueLimits, Running
 from loraplex.server.engine.policy.rows import Worker
 from loraplex.server.engine.policy.scheduler import Scheduler
 from loraplex.server.engine.published import AdapterBooks, PublishedStats
-from loraplex.server.engine.request import FinishReason, GenerationRequest, TokenEvent
+from loraplex.server.engine.request import FinishReason, GenerationRequest, Mix, TokenEvent
 from loraplex.server.engine.stats import EngineStats
 from loraplex.server.engine.streams import EventStream, Mailbox, post
 
@@ -43,7 +43,7 @@ QUIET = 5.0
 
 
 class DeviceAdapters(Placement, AdapterBooks, Protocol):
-    """The scheduler's placement and what the engine itself asks of it (see placement.AdapterPlacement)."""
+    """The scheduler's placement and what the engine itself asks of it (see AdapterCache)."""
 
     def forget(self, version: AdapterVersion) -> None: ...
 
@@ -134,6 +134,13 @@ class Engine:
             raise
         self._post(Submit(request))
         return EventStream(request.request_id, mailbox, self.abort)
+
+    def check_room(self, tenant: str, mix: Mix) -> None:
+        """Refuse a request of `tenant` for `mix` before its prompt is read, where the queue is full whatever that is.
+
+        Raises Overloaded, EngineDead.
+        """
+        self._requests.check_room(tenant, mix)
 
     def abort(self, request_id: str) -> None:
         """End a request with FinishReason.ABORT; its pages are free before the next step is planned. Unknown: no-op."""

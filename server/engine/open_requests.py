@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from loraplex.server.engine.policy.fair_queue import ClientKey, client_of
@@ -13,6 +14,7 @@ from loraplex.server.engine.request import (
     EngineDead,
     FinishReason,
     GenerationRequest,
+    Mix,
     Overloaded,
     TokenEvent,
 )
@@ -57,18 +59,32 @@ class OpenRequests:
 
         Raises EngineDead, Overloaded (queue full), ValueError (request_id in use).
         """
-        client = client_of(request)
+        client = client_of(request.tenant, request.mix)
+        with self._door():
+            if request.request_id in self._open:
+                raise ValueError(f"request {request.request_id!r} is open already; request ids are unique")
+            self._limits.enter(client, request)
+            self._open[request.request_id] = _Open(request, mailbox, client)
+
+    def check_room(self, tenant: str, mix: Mix) -> None:
+        """Refuse a request of `tenant` for `mix` where the queue is full whatever its prompt is.
+
+        Raises EngineDead, Overloaded.
+        """
+        with self._door():
+            self._limits.check(client_of(tenant, mix), 1)
+
+    @contextmanager
+    def _door(self) -> Iterator[None]:
+        """Hold the lock, where requests may come in; count an Overloaded of the block. Raises EngineDead."""
         with self._lock:
             if self._closed is not None:
                 raise EngineDead(self._closed)
-            if request.request_id in self._open:
-                raise ValueError(f"request {request.request_id!r} is open already; request ids are unique")
             try:
-                self._limits.enter(client, request)
+                yield
             except Overloaded:
                 self.refused += 1
                 raise
-            self._open[request.request_id] = _Open(request, mailbox, client)
 
     def account(self, events: Sequence[TokenEvent], running: Running) -> Mail:
         """Count `events`, those with `finish` ending their requests, and what runs by now; sort them by stream."""

@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from loraplex.adapters.histogram import Histogram
+from loraplex.adapters.tiers.stats import AdapterStats
 from loraplex.server.engine.policy.scheduler import Scheduler
 from loraplex.server.engine.policy.sequence import Sequence
-from loraplex.server.engine.stats import STEP_BOUNDS, AdapterStats, EngineStats
+from loraplex.server.engine.stats import STEP_BOUNDS, EngineStats
 
 PAGE_OWNERS = ("kv", "prefix", "adapter")
 

@@ -12,7 +12,8 @@ from prometheus_client.registry import Collector
 
 from loraplex.adapters.refusals import reason_of
 from loraplex.adapters.registry import Registry
-from loraplex.server.engine.stats import EngineStats, TierStats
+from loraplex.adapters.tiers.stats import TierStats
+from loraplex.server.engine.stats import EngineStats
 
 LABELS = ("model_name", "engine")
 

@@ -186,7 +186,7 @@ async def test_what_differs_is_told(client: httpx.AsyncClient, files: TokenizerF
         "special_tokens": {"eos_token": "<turn>"},
         "added_tokens": {"<turn>": saved[1].eos_token_id},
     }
-    assert (own["id"], own["rank"], own["digest"]) == ("own", 8, "own")
+    assert (own["id"], own["kind"], own["rank"], own["digest"]) == ("own", "lora", 8, "own")
     assert own["source"] == "/adapters/own"  # as it was written, without the mark of how far links may lead
     plain = (await client.get("/v1/adapters/plain")).json()["tokenizer"]
     assert plain == {

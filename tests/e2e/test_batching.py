@@ -283,8 +283,8 @@ async def test_under_page_pressure(
         assert answers == alone
         stats = server.parts.engine.stats()
         assert stats.preemptions >= preemptions
-        assert stats.adapter_evictions > 0
-        assert stats.adapter_loads > len(adapters), "evicted ones came back"
+        assert stats.adapters.evictions > 0
+        assert stats.adapters.loads > len(adapters), "evicted ones came back"
         assert stats.prompt_tokens == PROMPT_TOKENS + 1, "a prompt computed again is not a second prompt"
 
 
@@ -309,8 +309,8 @@ async def test_with_few_slots_and_little_host_memory(
             answers, _ = await server.together(ASKS)
             assert answers == alone
         stats = server.parts.engine.stats()
-        assert stats.adapter_evictions > 0
-        assert len(stats.resident_adapters) <= 3
+        assert stats.adapters.evictions > 0
+        assert len(stats.adapters.resident) <= 3
     assert len(read) > len(adapters), "on the CPU nothing is held twice"
 
 

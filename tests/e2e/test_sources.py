@@ -12,9 +12,9 @@ import httpx
 import pytest
 
 from loraplex.adapters.sources.downloads import DownloadConfig, DownloadLimits
+from loraplex.adapters.tiers.stats import AdapterPlace
 from loraplex.server.catalog.reconciler import Reconciler
 from loraplex.server.config import EngineConfig
-from loraplex.server.engine.stats import AdapterPlace
 from tests.support.fake_hub import FakeHub, Repo, fake_hub
 from tests.support.live_server import LiveServer, live_server
 from tests.support.peft_adapters import ALL, make_peft_adapter

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from loraplex.adapters.tiers.stats import AdapterStats
 from loraplex.server.engine.published import EVERY, SHARE, PublishedStats
-from loraplex.server.engine.stats import AdapterStats
-from tests.support.scheduling import Clock, FakePlacement, Requests, draws, make_scheduler
+from tests.support.clock import Clock
+from tests.support.scheduling import FakePlacement, Requests, draws, make_scheduler
 
 
 class Slow:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from loraplex.adapters.image.tiles import BaseLayout, LowRank, pack
+from loraplex.adapters.image.tiles import BaseLayout, LowRank, OutputScale, Part, pack
 from loraplex.adapters.tiers.pages import PagePool
 from loraplex.adapters.tiers.residency import Residency
 from loraplex.kernels.cpu import abi
@@ -52,19 +52,21 @@ def test_linear(isa: str, dtype: torch.dtype, hidden: int) -> None:
     assert len({tuple(row) for row in alone.tolist()}) == len(x)
     for ops in (single, *others):
         for rows in (1, 2, 3, 5, 6, 7, 8, 16, 31, 32, 37, 80):
-            assert torch.equal(ops.linear(x[:rows], packed), alone[:rows]), f"{rows} rows, {ops.threads} threads"
+            assert torch.equal(ops.linear(x[:rows], packed), alone[:rows]), f"{rows} rows, {ops.team.threads} threads"
         assert torch.equal(ops.logits(x, packed), logits)
 
 
 # ---- adapters -------------------------------------------------------------------------------------------------------
 
 RANKS = (16, 8, 33, 1, 256)
+SCALED = len(RANKS)
+"""Index of the adapter with a scale."""
 
 Segment = tuple[int, tuple[tuple[int, float], ...]]  # tokens, mix
 
 
 class _Adapters:
-    """One adapter of each of RANKS, in slots of the same number, on a site of two projections."""
+    """One adapter of each of RANKS on a site of two projections, then one that scales the second of them too."""
 
     def __init__(self, hidden: int, dtype: torch.dtype) -> None:
         outs = (hidden, 136)
@@ -77,8 +79,8 @@ class _Adapters:
         layout = BaseLayout("base", 1, projections, page, dtype)
         generator = torch.Generator().manual_seed(hidden)
         images = []
-        for rank in RANKS:
-            parts = [
+        for index, rank in enumerate((*RANKS, 4)):
+            parts: list[Part] = [
                 LowRank(
                     0,
                     p,
@@ -88,6 +90,8 @@ class _Adapters:
                 )
                 for p in projections
             ]
+            if index == SCALED:
+                parts.append(OutputScale(0, projections[1], torch.randn(outs[1], generator=generator)))
             images.append(pack(parts, layout))
         pages = sum(len(image.pages) for image in images)
         self.arena = torch.zeros(pages, page, dtype=torch.uint8)
@@ -127,8 +131,8 @@ class _Adapters:
 def test_decode_rows_of_adapters(isa: str, dtype: torch.dtype, hidden: int) -> None:
     """Rows of all ranks, of one adapter together, and of a mix; then in another order."""
     adapters = _Adapters(hidden, dtype)
-    mix = ((adapters.slots[1], 0.5), (adapters.slots[4], -1.25))
-    segments = [(3, adapters.one(0)), *((1, adapters.one(index)) for index in range(1, len(RANKS))), (2, mix)]
+    mix = ((adapters.slots[1], 0.5), (adapters.slots[4], -1.25), (adapters.slots[SCALED], 0.75))
+    segments = [(3, adapters.one(0)), *((1, adapters.one(index)) for index in range(1, SCALED + 1)), (2, mix)]
     wearing = [mix for tokens, mix in segments for _ in range(tokens)]
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(len(wearing) + 1, hidden, generator=generator).to(dtype)  # the last wears none
@@ -152,7 +156,8 @@ def test_prefill_rows_of_adapters(isa: str, dtype: torch.dtype, hidden: int) -> 
     """70 tokens in one chunk, in chunks of any size, beside decode rows and another adapter's chunk."""
     adapters = _Adapters(hidden, dtype)
     tokens = 70
-    mixes = [adapters.one(4), ((adapters.slots[2], 0.75), (adapters.slots[1], 1.0))]
+    scaled = ((adapters.slots[2], 0.75), (adapters.slots[SCALED], -0.5))
+    mixes = [adapters.one(4), ((adapters.slots[2], 0.75), (adapters.slots[1], 1.0)), adapters.one(SCALED), scaled]
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(tokens, hidden, generator=generator).to(dtype)
     y = torch.randn(tokens, adapters.width, generator=generator).to(dtype)
@@ -219,7 +224,9 @@ def test_attention(isa: str, dtype: torch.dtype, heads: int, kv_heads: int, head
     for ops in (single, *others):
         for size in (1, 5, 8, 64, length):
             chunks = [(first, min(first + size, length)) for first in range(0, length, size)]
-            assert torch.equal(torch.cat(cache.attend(ops, chunks)), alone), f"chunks of {size}, {ops.threads} threads"
+            assert torch.equal(torch.cat(cache.attend(ops, chunks)), alone), (
+                f"chunks of {size}, {ops.team.threads} threads"
+            )
         uneven = [(90, 100), (3, 4), (99, 100), (0, 40)]
         for (first, last), found in zip(uneven, cache.attend(ops, uneven), strict=True):
             assert torch.equal(found, alone[first:last])
@@ -235,7 +242,7 @@ def test_attention_whose_ranges_of_keys_are_shared(isa: str, dtype: torch.dtype,
     alone = [cache.attend(single, [(at, at + 1)])[0] for at in places]
     for ops in others:
         for at, expected in zip(places, alone, strict=True):
-            assert torch.equal(cache.attend(ops, [(at, at + 1)])[0], expected), f"{at}, {ops.threads} threads"
+            assert torch.equal(cache.attend(ops, [(at, at + 1)])[0], expected), f"{at}, {ops.team.threads} threads"
         for found, expected in zip(cache.attend(ops, [(at, at + 1) for at in places[2:]]), alone[2:], strict=True):
             assert torch.equal(found, expected)
         few = [(1290, 1297), (1020, 1028), (600, 601)]  # of the same chunks as a prompt's, whole or in parts

@@ -14,9 +14,9 @@ import torch
 from loraplex.adapters.format import adapter_files
 from loraplex.adapters.format.adapter_files import read_bytes
 from loraplex.adapters.format.header import parse_header, view_tensors
-from loraplex.adapters.format.kind import BaseBias, Part, ServedBase
+from loraplex.adapters.format.kind import BaseBias, ServedBase
 from loraplex.adapters.format.kinds import KINDS, parse_config
-from loraplex.adapters.image.tiles import AdapterImage, BaseLayout, pack
+from loraplex.adapters.image.tiles import AdapterImage, BaseLayout, Part, pack
 from loraplex.adapters.tiers.loader import LoadedAdapter, Reading
 from loraplex.adapters.tiers.reader import AdapterReader
 

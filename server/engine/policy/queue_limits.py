@@ -78,16 +78,20 @@ class QueueLimits:
         self._drained = (0.0, 0.0)  # tokens computed, and seconds it took, fading
         self._output = 0.0  # tokens generated for a request, lately
 
-    def enter(self, key: ClientKey, request: GenerationRequest) -> None:
-        """Count an open request of client `key`. Raises Overloaded when it would wait in a queue that is full."""
+    def check(self, key: ClientKey, new: int) -> None:
+        """Raise Overloaded where a request of `key` with `new` prompt tokens would wait in a full queue."""
         running = self.running
         waiting, tokens = self.requests - running.requests, self.tokens - running.tokens
-        new = len(request.prompt_ids)
         if waiting > 0:
             own_running, own_running_tokens = running.by_client.get(key, (0, 0))
             own, own_tokens = self._requests[key] - own_running, self._tokens[key] - own_running_tokens
             self._check(waiting, own, 1, self.max_waiting, "requests", waiting, tokens)
             self._check(tokens, own_tokens, new, self.max_waiting_tokens, "prompt tokens", waiting, tokens)
+
+    def enter(self, key: ClientKey, request: GenerationRequest) -> None:
+        """Count an open request of client `key`. Raises Overloaded as check() does."""
+        new = len(request.prompt_ids)
+        self.check(key, new)
         self.requests += 1
         self.tokens += new
         self._requests[key] += 1
