@@ -42,7 +42,8 @@ from loraplex.server.engine.policy.budget import (
     default_budget,
     scoring_cost,
 )
-from loraplex.server.engine.policy.kv_cache import KVCache, kv_groups
+from loraplex.server.engine.policy.kv_cache import KVCache
+from loraplex.server.engine.policy.kv_groups import kv_groups
 from loraplex.server.engine.policy.plan import SchedulerLimits
 from loraplex.server.engine.policy.scheduler import Scheduler
 from loraplex.server.engine.step.arena import allocate_arena, kv_layers

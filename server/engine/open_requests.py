@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from loraplex.server.engine.policy.fair_queue import ClientKey, client_of
+from loraplex.server.engine.policy.clients import ClientKey, client_of
 from loraplex.server.engine.policy.queue_limits import QueueLimits, Running
 from loraplex.server.engine.request import (
     DeadlineExceeded,

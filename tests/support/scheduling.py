@@ -13,7 +13,8 @@ from loraplex.adapters.registry import AdapterLease, AdapterVersion, Registry
 from loraplex.adapters.tiers.eviction import IdleSet, Reclaimer
 from loraplex.adapters.tiers.pages import PagePool
 from loraplex.adapters.tiers.stats import AdapterStats, TierStats
-from loraplex.server.engine.policy.kv_cache import GroupSpec, KVCache
+from loraplex.server.engine.policy.kv_cache import KVCache
+from loraplex.server.engine.policy.kv_groups import GroupSpec
 from loraplex.server.engine.policy.plan import SchedulerLimits
 from loraplex.server.engine.policy.rows import Drawn, RowResult, StepInput
 from loraplex.server.engine.policy.scheduler import Scheduler

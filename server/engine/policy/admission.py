@@ -11,8 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum, auto
 
+from loraplex.server.engine.policy.clients import Client
 from loraplex.server.engine.policy.fair_preemption import FairPreemption
-from loraplex.server.engine.policy.fair_queue import Client, FairQueue, Filter
+from loraplex.server.engine.policy.fair_queue import FairQueue, Filter
 from loraplex.server.engine.policy.kv_cache import KVCache
 from loraplex.server.engine.policy.plan import Placement, SchedulerLimits
 from loraplex.server.engine.policy.prefetch import Prefetch

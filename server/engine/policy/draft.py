@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from loraplex.server.engine.policy.chunks import Urgency, share_out
-from loraplex.server.engine.policy.fair_queue import Client
+from loraplex.server.engine.policy.clients import Client
 from loraplex.server.engine.policy.kv_cache import KVCache
 from loraplex.server.engine.policy.multi_step import steps_in_a_row
 from loraplex.server.engine.policy.plan import SchedulerLimits

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections import Counter
 
-from loraplex.server.engine.policy.fair_queue import QUANTUM, Client, FairQueue
+from loraplex.server.engine.policy.clients import Client
+from loraplex.server.engine.policy.fair_queue import QUANTUM, FairQueue
 from loraplex.server.engine.policy.running import RunningSet
 from loraplex.server.engine.policy.sequence import Sequence
 

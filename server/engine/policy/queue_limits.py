@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from loraplex.server.engine.policy.fair_queue import ClientKey
+from loraplex.server.engine.policy.clients import ClientKey
 from loraplex.server.engine.policy.kv_cache import KVCache
 from loraplex.server.engine.policy.plan import SchedulerLimits
 from loraplex.server.engine.request import ContextTooLong, GenerationRequest, Overloaded

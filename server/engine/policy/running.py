@@ -13,7 +13,8 @@ from collections import Counter
 from collections.abc import Callable
 
 from loraplex.server.engine.policy.budget import TokenBudget
-from loraplex.server.engine.policy.fair_queue import FairQueue, by_age
+from loraplex.server.engine.policy.clients import by_age
+from loraplex.server.engine.policy.fair_queue import FairQueue
 from loraplex.server.engine.policy.kv_cache import KVCache
 from loraplex.server.engine.policy.plan import Placement
 from loraplex.server.engine.policy.prefetch import Prefetch

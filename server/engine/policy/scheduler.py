@@ -18,15 +18,10 @@ from functools import partial
 
 from loraplex.server.engine.policy.admission import Admission, Opening
 from loraplex.server.engine.policy.budget import TokenBudget
+from loraplex.server.engine.policy.clients import NEVER, by_age
 from loraplex.server.engine.policy.deadlines import Deadlines
 from loraplex.server.engine.policy.draft import StepDraft
-from loraplex.server.engine.policy.fair_queue import (
-    NEVER,
-    OUTPUT_TOKEN,
-    PROMPT_TOKEN,
-    FairQueue,
-    by_age,
-)
+from loraplex.server.engine.policy.fair_queue import OUTPUT_TOKEN, PROMPT_TOKEN, FairQueue
 from loraplex.server.engine.policy.kv_cache import KVCache
 from loraplex.server.engine.policy.plan import Placement, SchedulerLimits, StepPlan
 from loraplex.server.engine.policy.prefetch import Prefetch

@@ -16,7 +16,7 @@ from loraplex.server.engine.policy.rows import Mix, Row, RowResult, SamplingStat
 from loraplex.server.engine.request import FinishReason, GenerationRequest, Phases, TokenScores
 
 if TYPE_CHECKING:
-    from loraplex.server.engine.policy.fair_queue import Flow
+    from loraplex.server.engine.policy.clients import Flow
 
 
 class Sequence:

@@ -17,7 +17,8 @@ import torch
 from loraplex.adapters.tiers.pages import PagePool
 from loraplex.kernels.records import BLOCK_SIZE
 from loraplex.kernels.select import load_backend
-from loraplex.server.engine.policy.kv_cache import KVCache, peak_pages
+from loraplex.server.engine.policy.kv_cache import KVCache
+from loraplex.server.engine.policy.kv_groups import peak_pages
 from loraplex.server.engine.policy.plan import SchedulerLimits
 from loraplex.server.engine.policy.running import RunningSet
 from loraplex.server.engine.policy.scheduler import Scheduler
