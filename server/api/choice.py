@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from loraplex.adapters.errors import AdapterRefused
 from loraplex.server.api.errors import InvalidField
-from loraplex.server.api.services import Events, Services
+from loraplex.server.api.services import Services
 from loraplex.server.api.turns import Turn
 from loraplex.server.engine.request import (
     EngineError,
@@ -24,7 +24,7 @@ from loraplex.server.engine.request import (
     TokenEvent,
     TokenScores,
 )
-from loraplex.server.engine.streams import Shortcut
+from loraplex.server.engine.streams import EventStream, Shortcut
 from loraplex.server.telemetry.request_context import ChoiceTimes
 from loraplex.server.telemetry.usage import GAPS, Buckets
 from loraplex.server.text.detokenizer import Detokenizer
@@ -149,7 +149,7 @@ class Choice:
         index: int,
         request: GenerationRequest,
         submitted: float,
-        events: Events,
+        events: EventStream,
         detokenizer: Detokenizer,
         services: Services,
         echo: Echo | None,

@@ -21,9 +21,10 @@ from loraplex.server.api.limits import check_scores, check_sequences
 from loraplex.server.api.names import Mix, leased
 from loraplex.server.api.sampling import SamplingSpec
 from loraplex.server.api.schemas import GenerationFields, PromptDetails, Usage
-from loraplex.server.api.services import Base, Services
+from loraplex.server.api.services import Services
 from loraplex.server.api.turns import Turn
 from loraplex.server.engine.request import ContextTooLong, GenerationRequest, TokenEvent
+from loraplex.server.facts import Facts
 from loraplex.server.telemetry.request_context import current_exchange
 from loraplex.server.tenancy.tenants import current_caller
 from loraplex.server.text.detokenizer import Detokenizer
@@ -48,7 +49,7 @@ class Generation:
         self._spec = SamplingSpec.build(
             record,
             services.defaults,
-            services.base.vocab_size,
+            services.facts.vocab_size,
             options.max_tokens,
             options.logprobs,
             prompt_logprobs=options.logprobs if options.echo else None,
@@ -68,7 +69,7 @@ class Generation:
     @property
     def keep_alive(self) -> float:
         """Seconds of silence in a stream after which it says that it is alive."""
-        return self._services.sse_keep_alive
+        return self._services.facts.config.http.sse_keep_alive
 
     @property
     def num_choices(self) -> int:
@@ -172,7 +173,7 @@ class Generation:
         """Only now: what is no name that is served may be anything, also a prompt, and is not logged."""
         context = current_exchange()
         if context is not None:
-            context.model = self._record.model or self._services.base.names[0]
+            context.model = self._record.model or self._services.facts.names[0]
 
     async def _end(self) -> None:
         """Close all choices and tell of them."""
@@ -194,8 +195,8 @@ class Generation:
             self._caller.pay_answer(sum([choice.take_unpaid() for choice in choices]))
 
     async def _prompts(self) -> list[Prompt]:
-        base, source, tokenizer = self._services.base, self._source, self.tokenizer
-        check_length(max(source.sizes, default=0), tokenizer, base, source.param)
+        facts, source, tokenizer = self._services.facts, self._source, self.tokenizer
+        check_length(max(source.sizes, default=0), tokenizer, facts, source.param)
 
         def read() -> tuple[GenerationOptions, list[Prompt]]:
             return source.refine(tokenizer, self._options), source.read(tokenizer)
@@ -208,7 +209,7 @@ class Generation:
         n = self._options.num_choices
         check_sequences(len(prompts), n, "n", self._services.limits)
         for prompt in prompts:
-            check_prompt(prompt.ids, base, source.param)
+            check_prompt(prompt.ids, facts, source.param)
         self.prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
         if self._options.echo and self._options.logprobs is not None:
             answers = n * self._options.beside
@@ -244,7 +245,7 @@ class Generation:
         return GenerationRequest(
             request_id=f"{self.key}-{len(self._choices)}",
             prompt_ids=ids,
-            params=self._spec.params(self._services.base.max_model_len - len(ids), choice, self.tokenizer.eos_ids),
+            params=self._spec.params(self._services.facts.max_model_len - len(ids), choice, self.tokenizer.eos_ids),
             mix=tuple((lease.share(), weight) for lease, weight in mix),
             tenant=self._caller.key.tenant,
             weight=self._caller.key.weight,
@@ -278,13 +279,13 @@ class Generation:
         )
 
 
-def check_length(characters: int, tokenizer: Tokenizer, base: Base, param: str) -> None:
+def check_length(characters: int, tokenizer: Tokenizer, facts: Facts, param: str) -> None:
     """Raises ApiError for a text that is longer than any of as many tokens as the base's context has."""
-    most = tokenizer.max_characters(base.max_model_len)
+    most = tokenizer.max_characters(facts.max_model_len)
     if characters > most:
         raise ApiError(
             400,
-            f"{param}: found {characters} characters, but this model's maximum context length is {base.max_model_len} "
+            f"{param}: found {characters} characters, but this model's maximum context length is {facts.max_model_len} "
             f"tokens, prompt and answer together, and no text of so many tokens has more than {most} characters; "
             "shorten the prompt",
             param=param,
@@ -292,21 +293,21 @@ def check_length(characters: int, tokenizer: Tokenizer, base: Base, param: str) 
         )
 
 
-def check_prompt(ids: Sequence[int], base: Base, param: str) -> None:
+def check_prompt(ids: Sequence[int], facts: Facts, param: str) -> None:
     """Raises InvalidField, ApiError unless `ids` are tokens of the base that leave room for an answer."""
     if not ids:
         raise InvalidField(param, f"{param}: found an empty prompt, expected at least one token")
-    if len(ids) >= base.max_model_len:
+    if len(ids) >= facts.max_model_len:
         raise ApiError(
             400,
             # LiteLLM, for one, knows the error by OpenAI's words and not by its code
-            f"{param}: found {len(ids)} tokens, but this model's maximum context length is {base.max_model_len} "
+            f"{param}: found {len(ids)} tokens, but this model's maximum context length is {facts.max_model_len} "
             "tokens, prompt and answer together; shorten the prompt",
             param=param,
             code="context_length_exceeded",
         )
-    if not 0 <= min(ids) <= max(ids) < base.vocab_size:
-        raise InvalidField(param, f"{param}: token ids must be 0 to {base.vocab_size - 1} on this base")
+    if not 0 <= min(ids) <= max(ids) < facts.vocab_size:
+        raise InvalidField(param, f"{param}: token ids must be 0 to {facts.vocab_size - 1} on this base")
 
 
 async def merge(sources: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:

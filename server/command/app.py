@@ -25,9 +25,13 @@ def create_app(services: Services) -> FastAPI:
     if services.access is not None:
         app.add_middleware(KeyMiddleware, access=services.access)
         services.metrics.add(services.access.collector())
-    if services.cors_origins:  # around the keys: a browser's preflight has none
+    if services.facts.config.auth.cors_origins:  # around the keys: a browser's preflight has none
         app.add_middleware(
-            CORSMiddleware, allow_origins=services.cors_origins, allow_methods=["*"], allow_headers=["*"], max_age=600
+            CORSMiddleware,
+            allow_origins=services.facts.config.auth.cors_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            max_age=600,
         )
     app.add_middleware(ObserveMiddleware, tracing=services.tracing)  # around all others: whatever happens has its line
     for resource in (  # in this order they are asked whose a request is

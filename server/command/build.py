@@ -62,7 +62,7 @@ from loraplex.server.engine.step.memory import (
 )
 from loraplex.server.engine.step.prefault import Prefault
 from loraplex.server.engine.step.runner import ModelRunner
-from loraplex.server.models.config import GenerationDefaults, ModelConfig
+from loraplex.server.models.config import ModelConfig
 from loraplex.server.models.decoder import Decoder
 from loraplex.server.models.demo import default_cache_dir
 from loraplex.server.models.graphs import GraphedDecoder
@@ -89,10 +89,8 @@ class EngineParts:
     adapters: AdapterManager
     placement: AdapterPlacement
     model_config: ModelConfig
-    defaults: GenerationDefaults
     dtype: torch.dtype  # of weights, adapters and KV cache
     memory: MemoryPlan
-    max_model_len: int
     token_budget: int  # tokens of a step, at first
     cost: StepCost
     startup: tuple[tuple[str, float], ...]  # what was done, and the seconds it took
@@ -114,7 +112,6 @@ def build_engine(
     """
     watch = _Stopwatch()
     model_config = model_config or ModelConfig.from_hf(model_path)
-    defaults = GenerationDefaults.from_hf(model_path)
     ops = load_backend(config.backend, config.device, config.batch_invariant)
     dtype = _dtype(config.dtype, model_path, ops)
     watch.lap("backend")
@@ -154,10 +151,8 @@ def build_engine(
         adapters=adapters,
         placement=placement,
         model_config=model_config,
-        defaults=defaults,
         dtype=dtype,
         memory=plan,
-        max_model_len=plan.max_model_len,
         token_budget=token_budget,
         cost=cost,
         startup=watch.laps,

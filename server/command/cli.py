@@ -49,6 +49,7 @@ def serve(
     Adapters are picked by a request's [b]model[/b] field. More can be loaded while it runs: POST /v1/load_lora_adapter.
     """
     from loraplex.server import startup
+    from loraplex.server.command import keys as key_files
     from loraplex.server.command import launch
     from loraplex.server.http import listening
 
@@ -59,7 +60,7 @@ def serve(
         adapters, downloads, auth = options.adapters.config(names), options.downloads.config(), options.keys.config()
         held = listening.bind(options.listen.host, options.listen.port)
         auth.check(held.getsockname()[0])
-        launch.open_access(auth)  # a wrong keys file is told before the base is loaded
+        key_files.open_access(auth)  # a wrong keys file is told before the base is loaded
         startup.prepare_environment(os.environ)
         set_up(options.run.log_format)
         startup.end_on_sigterm()

@@ -47,7 +47,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
 RANKS = (1, 7, 16, 33, 128, 256)
 
-KERNEL_TESTS = Path(__file__).parents[2] / "tests" / "kernels"
+KERNEL_TESTS = Path(__file__).resolve().parents[2] / "tests" / "kernels"
 """In a checkout; an installed package has no tests."""
 
 TOKENS = 12

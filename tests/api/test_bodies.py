@@ -61,7 +61,8 @@ MANY = {
 
 @pytest.fixture
 async def client(server: FakeServer) -> AsyncIterator[httpx.AsyncClient]:
-    app = create_app(replace(server.services, limits=LIMITS))
+    server.config = replace(server.config, limits=LIMITS)
+    app = create_app(server.services)
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
         yield client

@@ -13,7 +13,8 @@ import pytest
 
 from loraplex.server.api.generation import merge
 from loraplex.server.engine.request import ContextTooLong, FinishReason, SamplingParams, TokenEvent
-from tests.support.fake_serving import EOS_ID, MAX_MODEL_LEN, Defaults, FakeServer, say
+from loraplex.server.text.generation_defaults import GenerationDefaults
+from tests.support.fake_serving import EOS_ID, MAX_MODEL_LEN, FakeServer, say
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -144,7 +145,7 @@ async def test_the_checkpoints_defaults_fill_in(client: httpx.AsyncClient, serve
     object.__setattr__(server.defaults, "temperature", 0.6)
     for name, value in (("top_k", 20), ("top_p", 0.95), ("min_p", 0.05), ("repetition_penalty", 1.1)):
         object.__setattr__(server.defaults, name, value)
-    assert server.defaults == Defaults((EOS_ID,), 0.6, 0.95, 20, 0.05, 1.1)
+    assert server.defaults == GenerationDefaults((EOS_ID,), 0.6, 0.95, 20, 0.05, 1.1)
     await client.post(COMPLETIONS, json=completion())
     await client.post(COMPLETIONS, json=completion(temperature=0, top_k=-1))
     first, second = (request.params for request in server.engine.requests)

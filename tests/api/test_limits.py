@@ -141,7 +141,8 @@ BOUNDS: list[tuple[str, Json, Json, str, int, int, str]] = [
 async def bounded(server: FakeServer) -> AsyncIterator[httpx.AsyncClient]:
     """A client of a server with LIMITS."""
     server.max_model_len = 2048
-    app = create_app(replace(server.services, limits=LIMITS))
+    server.config = replace(server.config, limits=LIMITS)
+    app = create_app(server.services)
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
         yield client
@@ -196,7 +197,8 @@ async def test_the_body_is_bounded_as_sent_and_as_declared(bounded: httpx.AsyncC
 @pytest.mark.parametrize("depth", [150, 5000, 400_000])
 async def test_no_depth_makes_the_server_fail(server: FakeServer, field: str, depth: int) -> None:
     """As JSON, and as a text that holds it: parsers recurse, and give up by an error that is no ValueError."""
-    app = create_app(replace(server.services, limits=RequestLimits(max_schema_bytes=8 << 20)))
+    server.config = replace(server.config, limits=RequestLimits(max_schema_bytes=8 << 20))
+    app = create_app(server.services)
     text = '{"not":' * depth + "{}" + "}" * depth
     bodies = [f'{{"model": "base", "prompt": "hi", "guided_json": {json.dumps(text)}}}']
     bodies.append(f'{{"inputs": {text}}}')

@@ -9,11 +9,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from loraplex.server.command.app import create_app
 from loraplex.server.command.build import EngineParts, build_engine
-from loraplex.server.command.launch import make_app, read_tokenizers
+from loraplex.server.command.compose import make_services
+from loraplex.server.command.load import read_defaults, read_tokenizers
 from loraplex.server.config import AuthConfig, EngineConfig, HttpConfig, ServeConfig
 from loraplex.server.http.listening import bind, make_server
 from loraplex.server.models.config import ModelConfig
+from loraplex.server.text.grammar import Grammars
 from loraplex.server.text.tokenizer import Tokenizer
 from tests.support.waiting import LIMIT
 
@@ -29,12 +32,14 @@ class LiveServer:
 def live_server(base: Path, name: str, engine: EngineConfig, auth: AuthConfig | None = None) -> Iterator[LiveServer]:
     """Serve the checkpoint in `base` as `name` while the block runs."""
     config = ServeConfig(str(base), (name,), engine, http=HttpConfig(grace_seconds=1), auth=auth or AuthConfig())
-    model_config = ModelConfig.from_hf(base)
-    tokenizers = read_tokenizers(base, model_config.vocab_size)
+    model_config, defaults = ModelConfig.from_hf(base), read_defaults(base)
+    tokenizers = read_tokenizers(base, model_config.vocab_size, defaults.eos_token_ids)
+    grammars = Grammars(tokenizers.base, tokenizers.rows, tokenizers.eos_ids)
     parts = build_engine(engine, base, name, model_config=model_config, check_tokenizer=tokenizers.check)
     held = bind("127.0.0.1", 0)
     listening = threading.Event()
-    server = make_server(make_app(config, parts, tokenizers), lambda port: listening.set())
+    app = create_app(make_services(config, parts, tokenizers, defaults, grammars))
+    server = make_server(app, lambda port: listening.set())
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[held])))
     parts.engine.start()
     thread.start()

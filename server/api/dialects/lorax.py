@@ -109,20 +109,20 @@ def make_router(services: Services) -> APIRouter:
     @router.get("/info", responses=failures(READ, LoraxErrorAnswer))
     async def info() -> LoraxInfo:
         """What is served, in LoRAX's words."""
-        base = services.base
+        facts = services.facts
         return LoraxInfo(
-            model_id=base.names[0],
+            model_id=facts.names[0],
             model_sha=None,
-            model_dtype=f"torch.{base.dtype}",
-            model_device_type=base.device,
+            model_dtype=f"torch.{facts.dtype}",
+            model_device_type=facts.device,
             model_pipeline_tag="text-generation",
-            max_concurrent_requests=base.max_requests,
+            max_concurrent_requests=facts.max_requests,
             max_best_of=services.limits.max_n,
             max_stop_sequences=services.limits.max_stops,
-            max_input_length=base.max_model_len - 1,
-            max_total_tokens=base.max_model_len,
+            max_input_length=facts.max_model_len - 1,
+            max_total_tokens=facts.max_model_len,
             waiting_served_ratio=0.0,  # a prompt joins the next step, whoever waits
-            max_batch_total_tokens=base.cache_tokens,
+            max_batch_total_tokens=facts.cache_tokens,
             max_waiting_tokens=0,
             validation_workers=1,
             eager_prefill=True,
@@ -148,7 +148,9 @@ async def answer(
         work = _Work(services, record, start, bool(record.stream) if streams is None else streams)
         work.generation.client_id = request.headers.get("x-request-id")
         if work.stream:
-            return SseResponse(work.events(), work.headers, done=False, keep_alive=services.sse_keep_alive)
+            return SseResponse(
+                work.events(), work.headers, done=False, keep_alive=services.facts.config.http.sse_keep_alive
+            )
         text = await answer_or_disconnect(request, work.whole())
     except ClientGone:
         raise
@@ -313,7 +315,7 @@ def _fields(services: Services, params: LoraxParameters, seed: int | None, sampl
     if same["min_p"] is None:
         same["min_p"] = 0.0
     return GenerationFields(
-        model=services.base.names[0],
+        model=services.facts.names[0],
         **worn,
         **same,
         temperature=(1.0 if params.temperature is None else params.temperature) if sampled else 0.0,
@@ -341,9 +343,9 @@ def _prompt_source(services: Services, record: LoraxRequest, params: LoraxParame
 
 def _static_headers(services: Services, record: LoraxRequest, params: LoraxParameters) -> dict[str, str]:
     headers = {
-        "x-compute-type": f"{services.base.device}+optimized",
+        "x-compute-type": f"{services.facts.device}+optimized",
         "x-compute-characters": str(len(record.inputs)),
-        "x-model-id": _printable(services.base.names[0]),
+        "x-model-id": _printable(services.facts.names[0]),
     }
     worn = params.merged_adapters.ids if params.merged_adapters is not None else [params.adapter_id or ""]
     if any(worn):

@@ -256,7 +256,7 @@ async def _answer(services: Services, request: Request, record: SglangRequest) -
     headers = ignored_header(_ignored(record))
     is_batch = isinstance(record.lora_path, list) or len(work) > 1 or (work[0].n > 1)
     if record.stream:
-        return SseResponse(_events(work, is_batch), headers, keep_alive=services.sse_keep_alive)
+        return SseResponse(_events(work, is_batch), headers, keep_alive=services.facts.config.http.sse_keep_alive)
     answers = await answer_or_disconnect(request, _collect(work))
     content = f"[{','.join(answers)}]" if is_batch else answers[0]
     return Response(content, media_type="application/json", headers=headers)
@@ -407,7 +407,7 @@ class _Shared:
         """Raises ApiError."""
         params = record.sampling_params or SglangSampling()
         own = {
-            "model": services.base.names[0],
+            "model": services.facts.names[0],
             "adapters": record.adapters,
             "rid": record.rid,
             "priority": record.priority,

@@ -89,7 +89,7 @@ class _ChatRendering:
     def __init__(
         self, services: Services, record: ChatRequest, generation: Generation, conversation: Conversation
     ) -> None:
-        self._model = record.model or services.base.names[0]
+        self._model = record.model or services.facts.names[0]
         self._wants_logprobs = bool(record.logprobs)
         self._generation = generation
         self._conversation = conversation

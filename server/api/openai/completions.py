@@ -80,7 +80,7 @@ def _prompt_source(record: CompletionRequest) -> PromptSource:
 class _CompletionRendering:
     def __init__(self, services: Services, record: CompletionRequest, generation: Generation) -> None:
         self._generation = generation
-        self._model = record.model or services.base.names[0]
+        self._model = record.model or services.facts.names[0]
         self._n = record.n or 1
         self._best_of = record.best_of or self._n
         self._wants_logprobs = record.logprobs is not None

@@ -76,7 +76,7 @@ def make_router(services: Services) -> APIRouter:
         tokens = generation.prompt_tokens
         answer = EmbeddingList(
             data=[Embedding(index=i, embedding=_render(vector, record)) for i, vector in enumerate(vectors)],
-            model=record.model or services.base.names[0],
+            model=record.model or services.facts.names[0],
             usage=EmbeddingUsage(prompt_tokens=tokens, total_tokens=tokens),
         )
         return Response(answer.model_dump_json(), media_type="application/json", headers=headers)

@@ -62,7 +62,9 @@ def make_router(services: Services) -> APIRouter:
         if record.background:
             return JSONResponse(work.in_background(), headers=headers)
         if record.stream:
-            return SseResponse(work.stream(), headers, done=False, named=True, keep_alive=services.sse_keep_alive)
+            return SseResponse(
+                work.stream(), headers, done=False, named=True, keep_alive=services.facts.config.http.sse_keep_alive
+            )
         await answer_or_disconnect(request, work.run())
         return Response(work.response.model_dump_json(), media_type="application/json", headers=headers)
 
