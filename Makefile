@@ -19,14 +19,17 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint con
 PARTS := server kernels adapters $(if $(wildcard benchmarks/*.py),benchmarks)
 # Quick tests first, so that what is broken shows early; folders without a place in the order come last.
 TEST_ORDER := $(sort $(wildcard tests/test_*.py)) $(wildcard $(addprefix tests/,kernels adapters engine models api e2e))
-TESTS := $(TEST_ORDER) $(filter-out $(TEST_ORDER) tests/support tests/routers tests/clients tests/__pycache__,$(patsubst %/,%,$(wildcard tests/*/)))
+ELSEWHERE := $(addprefix tests/,support routers clients benchmarks __pycache__) # no tests, or a target of their own
+TESTS := $(TEST_ORDER) $(filter-out $(TEST_ORDER) $(ELSEWHERE),$(patsubst %/,%,$(wildcard tests/*/)))
+PYTEST := $(BIN)/pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_FLAGS)
 
-.PHONY: help serve bench test test-routers test-clients test-aiperf lint format install install-dev clean
+.PHONY: help serve bench test test-benchmarks test-routers test-clients test-aiperf lint format install install-dev clean
 
 help:
 	@echo 'make serve    talk to the demo base and the example adapters on http://$(HOST):$(PORT) (HOST=, PORT=, SERVE_FLAGS=)'
 	@echo '              HOST=0.0.0.0 lets others in: it needs SERVE_FLAGS="--api-keys FILE", or --no-auth for everybody'
-	@echo 'make test     lint, then every test, JOBS=2 at a time (PYTEST_FLAGS=)'
+	@echo 'make test     lint, then the tests of the product, JOBS=2 at a time (PYTEST_FLAGS=)'
+	@echo 'make test-benchmarks  the tests of benchmarks/'
 	@echo 'make test-routers  two servers behind the routers of SGLang and vLLM, and under Ray Serve'
 	@echo 'make test-clients  LangChain, LiteLLM, lm-eval, lorax-client and schemathesis against a server (CLIENTS=)'
 	@echo 'make test-aiperf   the load harness beside aiperf'
@@ -46,7 +49,11 @@ bench: install
 
 # Side by side, file by file and in order: most tests keep one core busy, or wait for a process to start.
 test: lint
-	$(BIN)/pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_FLAGS) $(TESTS)
+	$(PYTEST) $(TESTS)
+
+# The measuring tools: whoever changes the product alone need not wait for them.
+test-benchmarks: install-dev
+	$(PYTEST) tests/benchmarks
 
 # Servers from here behind routers from PyPI, and as a Ray Serve application.
 test-routers: install-dev $(ROUTERS)/.installed

@@ -8,23 +8,19 @@ but neither mixed up nor (as a mapped file cut short would) kill the process. Pi
 from __future__ import annotations
 
 import errno
-import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.files import tokenizer_files
 from loraplex.adapters.files.beneath import LINKED_OUT, Folder, opened
-from loraplex.adapters.files.bounded_json import parse_json
 from loraplex.adapters.files.tokenizer_files import TokenizerFiles
-from loraplex.adapters.format.peft_config import MAX_BYTES as MAX_CONFIG_BYTES
+from loraplex.adapters.format.config import MAX_BYTES as MAX_CONFIG_BYTES
 from loraplex.adapters.image.hashing import Hash
 from loraplex.adapters.image.packing import OpenFile
 from loraplex.adapters.throttle import READING_NICE
@@ -34,23 +30,7 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
 MAX_HEADER_BYTES = 8 << 20
-"""What is read of any; parse_header() takes what the tensors that an adapter of the base can have may need."""
-
-MIN_TENSORS = 4096
-"""Taken in a header whatever the base, so that an adapter for a larger one is told what is wrong with it."""
-
-TENSOR_BYTES = 256
-"""Of a header for each tensor; 80 layers of a multimodal base take 170."""
-
-TENSOR_VALUES = 16
-"""Brackets, colons and commas for each: {"dtype":"F32","shape":[8,64],"data_offsets":[0,2048]}, has 11."""
-
-METADATA_BYTES = 64 << 10
-
-MAX_NAME = 8192
-"""Characters of a tensor's name."""
-
-MAX_DIMENSION = 1 << 40
+"""What is read of any; header.parse_header() takes what the tensors that an adapter of the base can have may need."""
 
 SLICE_BYTES = 16 << 20
 """Read and hashed between two looks at whether anybody still waits: 11 ms from the page cache with SHA instructions."""
@@ -59,16 +39,6 @@ SETTLED_SECONDS = 2.0
 """A file changed less than this before it was looked at may change again within the same tick of its clock."""
 
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """What the header of a safetensors file says about one tensor."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    offset: int  # bytes from the start of the data, which the header precedes
 
 
 @dataclass(frozen=True)
@@ -147,7 +117,7 @@ def read_bytes(
     memory: Callable[[int], Tensor] = huge_zeros,
     roots: Sequence[Path] = (),
 ) -> AdapterBytes:
-    """Read all of both files, calling `breathe` between slices; `memory` gives so many bytes to read the data into.
+    """Read all of both files, calling `throttle` between slices; `memory` gives so many bytes to read the data into.
 
     Raises as read_head() does, and ChangedMeanwhile.
     """
@@ -203,70 +173,6 @@ def read_tokenizer(folder: Path, roots: Sequence[Path] = ()) -> TokenizerFiles:
         return tokenizer_files.read_tokenizer_files(place)
 
 
-def parse_header(head: AdapterHead, max_tensors: int = MIN_TENSORS) -> dict[str, TensorInfo]:
-    """The tensors by name; float32, float16 and bfloat16 only, one after the other with no byte between.
-
-    max_tensors: that an adapter of the base can have. Raises AdapterRefused("bad_file").
-    """
-    bound = max(MIN_TENSORS, max_tensors)
-    try:
-        raw = parse_json(head.header, METADATA_BYTES + TENSOR_BYTES * bound, TENSOR_VALUES * bound)
-        found = sorted(_entry(name, described) for name, described in _tensors(raw, bound))
-        tensors = {}
-        at = 0
-        for start, stop, name, dtype, shape in found:
-            if dtype not in _DTYPES:
-                raise AdapterRefused(
-                    "bad_file", f"{WEIGHTS_FILE}: {name} is {dtype}; expected {', '.join(_DTYPES)}; convert it"
-                )
-            info = TensorInfo(_DTYPES[dtype], shape, at)
-            end = at + math.prod(shape) * info.dtype.itemsize
-            if (start, stop) != (at, end):
-                raise ValueError(f"{name} of shape {list(shape)} lies at bytes {[start, stop]}, expected {[at, end]}")
-            tensors[name] = info
-            at = end
-        if at != head.data_bytes:
-            raise ValueError(f"the tensors take {at} bytes and the file holds {head.data_bytes} for them")
-    except ValueError as error:
-        raise _bad_file(error) from error
-    return tensors
-
-
-def view_tensors(data: Tensor, header: Mapping[str, TensorInfo]) -> dict[str, Tensor]:
-    """The tensors of `header` as views of `data`, wherever they start."""
-    buffer = data.numpy()
-    return {
-        name: torch.frombuffer(buffer, dtype=info.dtype, count=math.prod(info.shape), offset=info.offset).reshape(
-            info.shape
-        )
-        for name, info in header.items()
-    }
-
-
-def _tensors(raw: Any, most: int) -> list[tuple[str, Any]]:
-    """All that a header describes. Raises ValueError."""
-    if not isinstance(raw, dict):
-        raise ValueError("its header is no JSON object")
-    found = [(name, described) for name, described in raw.items() if name != "__metadata__"]
-    if len(found) > most:
-        raise ValueError(f"its header has {len(found)} tensors; an adapter of this base has {most} at most")
-    return found
-
-
-def _entry(name: str, described: Any) -> tuple[int, int, str, str, tuple[int, ...]]:
-    """(first byte, end, name, dtype, shape) of a tensor, before anything is computed of them. Raises ValueError."""
-    if len(name) > MAX_NAME:
-        raise ValueError(f"a tensor's name has {len(name)} characters, at most {MAX_NAME} are read")
-    match described:
-        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(start), int(stop)]} if len(
-            shape
-        ) <= 3 and all(type(n) is int and 0 <= n <= MAX_DIMENSION for n in (*shape, start, stop)):
-            return start, stop, name, dtype[:32], tuple(shape)
-    raise ValueError(
-        f"{name} is not described by a dtype, a shape of up to three sizes and two data_offsets, all from 0 to 2 ** 40"
-    )
-
-
 @contextmanager
 def _folder(folder: Path, roots: Sequence[Path]) -> Iterator[Folder]:
     """It is open in the block, whose errors of the system become ours."""
@@ -294,7 +200,7 @@ def _read_head(
             raise ValueError(f"it has {size} bytes, and does not begin with the length of a header that fits")
         return AdapterHead(config, _read_exactly(handle, length), size - 8 - length, stamp)
     except (OSError, ValueError) as error:
-        raise _bad_file(error) from error
+        raise bad_file(error) from error
 
 
 def _read_exactly(handle: int, count: int) -> bytes:
@@ -374,7 +280,7 @@ def _unreadable(what: str, error: OSError) -> AdapterRefused:
     return AdapterRefused("bad_file", f"{what} cannot be read: {error.strerror}")
 
 
-def _bad_file(why: object) -> AdapterRefused:
+def bad_file(why: object) -> AdapterRefused:
     return AdapterRefused(
         "bad_file", f"{WEIGHTS_FILE} is damaged or cut short: {' '.join(str(why).split())}; copy or save it again"
     )

@@ -1,27 +1,27 @@
-"""How an adapter's file becomes its image, worked out once for all adapters of the same shapes, and then only done.
+"""Plan how an adapter's file becomes its image, once for all adapters of the same shapes; then only do it.
 
 A file holds A as the image does but in another dtype, and B transposed and unscaled. Where each row goes is known from
-the shapes (tiles.plan_image): a recipe is that, written down as strips for image/packing.py in the order of the file,
+the shapes (tiles.plan_image): a PackPlan is that, written down as strips for image/packing.py in the order of the file,
 which is then read from its start to its end.
 
-Only A and B are handled, which is nearly all adapters; those with biases are packed part by part (tiles.pack).
+Only pairs of A and B are handled, which is nearly all adapters; others are packed part by part (tiles.pack).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from loraplex.adapters.format.adapter_files import TensorInfo
-from loraplex.adapters.format.peft_format import AdapterModule, ModuleMap
-from loraplex.adapters.format.peft_values import cancels
+from loraplex.adapters.format.header import TensorInfo
+from loraplex.adapters.format.kind import FactorPair
+from loraplex.adapters.format.values import cancels
 from loraplex.adapters.image.packing import DTYPES, STRIP, OpenFile, Strips, pack
-from loraplex.adapters.image.tiles import AdapterImage, BaseLayout, LowRank, PartPlace, PartShape, Strip, plan_image
+from loraplex.adapters.image.tiles import AdapterImage, BaseLayout, LowRank, PartPlace, Strip, plan_image
 from loraplex.adapters.throttle import READING_NICE
 from loraplex.kernels.records import ALIGN, element_bytes
 
@@ -38,24 +38,22 @@ _Row = tuple[int, int, int, int, int, int, int, int, int, float, bool]
 class PackPlan:
     """Immutable, for use by any thread. 72 bytes a strip: 20 KB for attention in 30 layers, 50 KB for all linears."""
 
-    def __init__(self, modules: Sequence[AdapterModule], module_map: ModuleMap, layout: BaseLayout) -> None:
-        """`modules`: those of `blueprint` that are to be in the image. Raises ValueError unless is_for() them."""
-        if not is_for(modules, module_map):
-            raise ValueError("a module has a bias, or not both factors; a recipe is for A and B only")
-        plan = plan_image([PartShape(module.layer, module.projection, module.rank) for module in modules], layout)
+    def __init__(self, pairs: Sequence[FactorPair], layout: BaseLayout) -> None:
+        """pairs: what is to be in the image, one at least."""
+        plan = plan_image([pair.shape for pair in pairs], layout)
         self.nbytes = plan.num_pages * layout.page_bytes
         """Of the image's pages."""
         rows = [
             row
-            for number, (module, place) in enumerate(zip(modules, plan.places, strict=True))
-            for row in _strips(module, module_map.header, place, element_bytes(layout.dtype), 2 * number)
+            for number, (pair, place) in enumerate(zip(pairs, plan.places, strict=True))
+            for row in _strips(pair, place, element_bytes(layout.dtype), 2 * number)
         ]
         strips = np.array(sorted([*rows, *_gaps(rows, self.nbytes)]), dtype=STRIP)
         self._slices = tuple(_slices(strips))
         self._dtype = layout.dtype
         self._page_bytes = layout.page_bytes
-        self._num_factors = 2 * len(modules)
-        self._first = (modules[0], *_infos(modules[0], module_map.header))
+        self._num_factors = 2 * len(pairs)
+        self._first = pairs[0]
         self._tiles, self._extent, self._used = plan.tiles, plan.extent, plan.nbytes
 
     def read(self, file: OpenFile, memory: Tensor, throttle: Callable[[], None]) -> AdapterImage:
@@ -78,13 +76,13 @@ class PackPlan:
         return self._image(memory), bool(sound) and not cancels(self._first_part(data))
 
     def _first_part(self, data: Tensor) -> LowRank:
-        module, *infos = self._first
+        pair = self._first
         buffer = data.numpy()
         a, b = (
             torch.frombuffer(buffer, dtype=info.dtype, count=math.prod(info.shape), offset=info.offset).view(info.shape)
-            for info in infos
+            for info in (pair.a, pair.b)
         )
-        return LowRank(module.layer, module.projection, a, b, module.scaling)
+        return LowRank(pair.shape.layer, pair.shape.projection, a, b, pair.scaling)
 
     def _pack(
         self, source: Tensor | OpenFile, memory: Tensor, throttle: Callable[[], None], peaks: NDArray[np.int32] | None
@@ -97,27 +95,12 @@ class PackPlan:
         return AdapterImage(memory.view(-1, self._page_bytes), self._tiles, self._used, self._extent)
 
 
-def is_for(modules: Iterable[AdapterModule], module_map: ModuleMap) -> bool:
-    """Whether there can be a recipe: there are modules, and each is A and B only."""
-    names = [(m.a, m.b) if m.rank and not (m.bias or m.b_bias) else (None, None) for m in modules]
-    return bool(names) and all(name in module_map.header for pair in names for name in pair)
-
-
-def _infos(module: AdapterModule, header: Mapping[str, TensorInfo]) -> tuple[TensorInfo, TensorInfo]:
-    assert module.a is not None
-    assert module.b is not None
-    return header[module.a], header[module.b]
-
-
-def _strips(
-    module: AdapterModule, header: Mapping[str, TensorInfo], place: PartPlace, item: int, factor: int
-) -> Iterator[_Row]:
+def _strips(pair: FactorPair, place: PartPlace, item: int, factor: int) -> Iterator[_Row]:
     """A and B of a module, `factor` being A's number and one more B's. B lies as [out, rank] in the file."""
-    a, b = _infos(module, header)
     for strip in place.a:
-        yield _row(a, strip, (module.projection.in_features, 1), place.a_row, item, factor, 1.0)
+        yield _row(pair.a, strip, (pair.shape.projection.in_features, 1), place.a_row, item, factor, 1.0)
     for strip in place.b:
-        yield _row(b, strip, (1, module.rank), place.b_row, item, factor + 1, module.scaling)
+        yield _row(pair.b, strip, (1, pair.shape.rank), place.b_row, item, factor + 1, pair.scaling)
 
 
 def _row(

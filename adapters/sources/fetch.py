@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from loraplex.adapters.errors import AdapterRefused, AdapterUnavailable
-from loraplex.adapters.format.peft_config import MAX_BYTES as MAX_CONFIG_BYTES
+from loraplex.adapters.format.config import MAX_BYTES as MAX_CONFIG_BYTES
 from loraplex.adapters.sources.archive import unpack
 from loraplex.adapters.sources.http_client import CHUNK_BYTES, Deadline, Interrupted
 from loraplex.adapters.sources.remote import ARCHIVE, CONFIG_FILE, Listing, RemoteFile

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
-from loraplex.adapters.durations import Durations, DurationStats
 from loraplex.adapters.errors import AdapterError
 from loraplex.adapters.files.tokenizer_files import NOTHING, TokenizerFiles
+from loraplex.adapters.histogram import Histogram
 from loraplex.adapters.registry import AdapterVersion, Registry
 from loraplex.adapters.throttle import Throttle
 from loraplex.adapters.tiers.load_queue import Job, LoadedAdapter, LoadQueue, Priority, Waiter
@@ -74,7 +74,7 @@ class LoaderStats:
     loads: int
     failures: int
     cancelled: int
-    durations: DurationStats  # of a clock on the wall, reading and packing; of loads and failures
+    durations: Histogram  # of a clock on the wall, reading and packing; of loads and failures
     bytes_read: int
     pending: int  # sources queued or being read now
 
@@ -123,7 +123,7 @@ class Loader:
         self._idle = 0  # threads waiting for a job, or about to
         self._closed = False
         self._loads = self._failures = self._cancelled = self._bytes_read = 0
-        self._durations = Durations()
+        self._durations = Histogram()
         with self._changed:
             self._spawn()
 
@@ -171,7 +171,7 @@ class Loader:
                 loads=self._loads,
                 failures=self._failures,
                 cancelled=self._cancelled + self._queue.cancelled,
-                durations=self._durations.stats(),
+                durations=self._durations.copy(),
                 bytes_read=self._bytes_read,
                 pending=len(self._queue),
             )

@@ -37,11 +37,11 @@ from loraplex.adapters.format.adapter_files import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     AdapterBytes,
-    parse_header,
     read_bytes,
-    view_tensors,
 )
-from loraplex.adapters.format.peft_config import parse_config, plan_modules
+from loraplex.adapters.format.header import parse_header, view_tensors
+from loraplex.adapters.format.kinds import parse_config
+from loraplex.adapters.format.lora_config import LoraConfig, plan_modules
 from loraplex.adapters.registry import AdapterVersion
 from loraplex.adapters.sources.merge_plan import MergePlan
 from loraplex.adapters.sources.sources import find_folder
@@ -148,6 +148,12 @@ def _read(version: AdapterVersion, folder: Path) -> AdapterBytes:
 def _factors(files: AdapterBytes, name: str) -> Factors:
     """All of an adapter's A and B."""
     config = parse_config(files.head.config)
+    if not isinstance(config, LoraConfig):
+        raise AdapterRefused(
+            "unsupported_kind",
+            f"adapter {name!r} is of kind {config.kind!r}, which has no A and B to merge by; only merge_strategy "
+            "'linear' combines such adapters",
+        )
     found: dict[str, dict[str, Tensor]] = {}
     for tensor_name, tensor in view_tensors(files.data, parse_header(files.head)).items():
         match = _FACTOR.fullmatch(tensor_name)

@@ -4,7 +4,7 @@
     read      all of the files: hashed, checked, packed                      first load of 4 MB: 7 ms
               the same files again, by their stamps: read and packed         2 ms
 
-Adapters of the same config and header share their blueprint and their recipe; what is remembered of each single one is
+Adapters of the same config and header share a ModuleMap and a PackPlan; what is remembered of each single one is
 its stamp and digest, or why it was refused.
 """
 
@@ -33,21 +33,18 @@ from loraplex.adapters.format.adapter_files import (
     ChangedMeanwhile,
     NoFolder,
     Stamp,
-    TensorInfo,
     known_weights,
     look,
-    parse_header,
     read_bytes,
     read_head,
     read_tokenizer,
-    view_tensors,
 )
-from loraplex.adapters.format.pack_plan import PackPlan, is_for
-from loraplex.adapters.format.peft_config import LoraConfig, parse_config
-from loraplex.adapters.format.peft_format import AdapterModule, BaseBias, ModuleMap, map_modules
-from loraplex.adapters.format.peft_values import check_values
+from loraplex.adapters.format.header import TensorInfo, parse_header, view_tensors
+from loraplex.adapters.format.kind import AdapterConfig, BaseBias, FactorPair, ModuleMap, ServedBase
+from loraplex.adapters.format.kinds import KINDS, parse_config
+from loraplex.adapters.format.pack_plan import PackPlan
 from loraplex.adapters.image.packing import OpenFile
-from loraplex.adapters.image.tiles import AdapterImage, BaseLayout, BiasDelta, pack, plan_image
+from loraplex.adapters.image.tiles import AdapterImage, BaseLayout, pack, plan_image
 from loraplex.adapters.sources.sources import resolve
 from loraplex.adapters.throttle import Throttle
 from loraplex.adapters.tiers.loader import ParsedImage, Reading
@@ -62,12 +59,12 @@ MAX_MESSAGE = 800
 """Characters of a refusal."""
 
 TENSORS_A_MODULE = 4
-"""At most: A, B, B's bias and the module's own."""
+"""At most, of any kind: A, B, B's bias and the module's own."""
 
-MAX_BLUEPRINTS = 32
+MAX_MODULE_MAPS = 32
 """Some 250 KB each. A folder of thousands has a handful."""
 
-MAX_RECIPES = 128
+MAX_PACK_PLANS = 128
 """Some 50 KB each, 150 KB on all linears."""
 
 MAX_TOKENIZERS = 256
@@ -97,7 +94,7 @@ class AdapterInfo:
 
 @dataclass(frozen=True)
 class _Drawn:
-    """A blueprint and what an image of it takes at most."""
+    """A ModuleMap and what an image of it takes at most."""
 
     key: Hashable
     module_map: ModuleMap
@@ -145,13 +142,12 @@ class AdapterReader:
         self._check_tokenizer = check_tokenizer
         self._locate = locate
         self._workspace = workspace
-        self._layout = layout
-        self._base_bias = base_bias
+        self._base = ServedBase(layout, base_bias)
         self._max_pages = max_pages
-        self._blueprints: _Latest[_Drawn] = _Latest(MAX_BLUEPRINTS)
-        self._infos: _Latest[AdapterInfo] = _Latest(MAX_RECIPES)  # whatever the scaling
-        self._headers: _Latest[dict[str, TensorInfo]] = _Latest(MAX_BLUEPRINTS)
-        self._plans: _Latest[PackPlan] = _Latest(MAX_RECIPES)
+        self._drawn: _Latest[_Drawn] = _Latest(MAX_MODULE_MAPS)
+        self._infos: _Latest[AdapterInfo] = _Latest(MAX_PACK_PLANS)  # whatever the scaling
+        self._headers: _Latest[dict[str, TensorInfo]] = _Latest(MAX_MODULE_MAPS)
+        self._plans: _Latest[PackPlan] = _Latest(MAX_PACK_PLANS)
         self._tokenizers: _Latest[TokenizerFiles] = _Latest(MAX_TOKENIZERS)
         self._remembered: _Latest[_Remembered] = _Latest(MAX_REMEMBERED)
 
@@ -169,15 +165,12 @@ class AdapterReader:
                 self._locate(source)  # it says more
                 raise
             config = parse_config(head.config)
-            alike = replace(config, base_model=None)
-            if not config.alpha_pattern:  # else there are patterns to be looked at
-                alike = replace(alike, alpha=1.0, rslora=False)
-            key = (alike, _key_of(head))
+            key = (config.same_shapes(), _key_of(head))
             info = self._infos.get(key) or self._infos.put(key, self._draw(head, config, Throttle(lambda: None)).info)
             return replace(info, tokenizer=self._tokenizer(place))
 
     def read(self, reading: Reading) -> ParsedImage:
-        """Read, check and pack an adapter. Raises as examine() does, and what reading.breathe() raises.
+        """Read, check and pack an adapter. Raises as examine() does, and what reading.throttle() raises.
 
         Files that have the stamp they had are neither parsed, nor checked, nor hashed again, unless reading.fresh.
         """
@@ -201,7 +194,7 @@ class AdapterReader:
             return 0
         head = read_head(place.folder, place.roots)
         info = self._draw(head, parse_config(head.config), throttle).info
-        return head.start + head.data_bytes + info.num_pages * self._layout.page_bytes
+        return head.start + head.data_bytes + info.num_pages * self._base.layout.page_bytes
 
     def _room(self, nbytes: int, throttle: Callable[[], None]) -> AbstractContextManager[None]:
         return nullcontext() if self._workspace is None else self._workspace.room(nbytes, throttle)
@@ -258,19 +251,19 @@ class AdapterReader:
             known = self._tokenizers.put(found, found)
         return known
 
-    def _draw(self, head: AdapterHead, config: LoraConfig, throttle: Callable[[], None]) -> _Drawn:
-        key = (replace(config, base_model=None), _key_of(head))
-        drawn = self._blueprints.get(key)
+    def _draw(self, head: AdapterHead, config: AdapterConfig, throttle: Callable[[], None]) -> _Drawn:
+        key = (config, _key_of(head))
+        drawn = self._drawn.get(key)
         if drawn is None:
             throttle()
             header = self._headers.get(key[1]) or self._parse_header(head)
             throttle()
-            module_map = map_modules(config, header, self._layout, self._base_bias, throttle)
+            module_map = KINDS[config.kind].plan(config, header, self._base, throttle)
             throttle()
-            plan = plan_image(module_map.shapes(), self._layout)
+            plan = plan_image(module_map.shapes, self._base.layout)
             info = AdapterInfo(module_map.rank, module_map.targets, plan.num_pages, plan.nbytes)
             drawn = _Drawn(key, module_map, info)
-            self._blueprints.put(key, drawn)
+            self._drawn.put(key, drawn)
             self._headers.put(key[1], header)  # it fits the base: no larger than what is planned for
         if drawn.info.num_pages > self._max_pages:
             raise AdapterRefused(
@@ -281,32 +274,32 @@ class AdapterReader:
         return drawn
 
     def _parse_header(self, head: AdapterHead) -> dict[str, TensorInfo]:
-        return parse_header(head, TENSORS_A_MODULE * self._layout.num_layers * len(self._layout.projections))
+        return parse_header(head, TENSORS_A_MODULE * self._base.layout.num_layers * len(self._base.layout.projections))
 
     def _make(
         self, drawn: _Drawn, files: AdapterBytes, throttle: Callable[[], None]
     ) -> tuple[AdapterImage, Hashable | None]:
-        """The image and the key of its recipe, if it has one."""
-        modules = drawn.module_map.modules
-        if is_for(modules, drawn.module_map):
+        """Make the image, and the key of its PackPlan, if it has one."""
+        module_map = drawn.module_map
+        if module_map.pairs:
             key: Hashable = (drawn.key, None)
-            plan = self._plan(key, modules, drawn.module_map)
+            plan = self._plan(key, module_map.pairs)
             image, sound = plan.make(files.data, self._memory(plan.nbytes), throttle)
             if sound:
                 return image, key
-        tensors = view_tensors(files.data, drawn.module_map.header)
-        parts = check_values(drawn.module_map, tensors, self._layout, self._base_bias, throttle)
-        left = frozenset((part.layer, part.projection.name) for part in parts)
-        some = [module for module in modules if (module.layer, module.projection.name) in left]
-        if is_for(some, drawn.module_map) and not any(isinstance(part, BiasDelta) for part in parts):
+        tensors = view_tensors(files.data, module_map.header)
+        parts = KINDS[module_map.kind].parts(module_map, tensors, self._base, throttle)
+        if module_map.pairs:
+            left = frozenset((part.layer, part.projection.name) for part in parts)
             key = (drawn.key, left)
-            plan = self._plan(key, some, drawn.module_map)
+            some = [pair for pair in module_map.pairs if (pair.shape.layer, pair.shape.projection.name) in left]
+            plan = self._plan(key, some)
             image, _ = plan.make(files.data, self._memory(plan.nbytes), throttle)
             return image, key
-        return pack(parts, self._layout), None
+        return pack(parts, self._base.layout), None
 
-    def _plan(self, key: Hashable, modules: Sequence[AdapterModule], module_map: ModuleMap) -> PackPlan:
-        return self._plans.get(key) or self._plans.put(key, PackPlan(modules, module_map, self._layout))
+    def _plan(self, key: Hashable, pairs: Sequence[FactorPair]) -> PackPlan:
+        return self._plans.get(key) or self._plans.put(key, PackPlan(pairs, self._base.layout))
 
     def _memory(self, nbytes: int) -> Tensor:
         """[nbytes] uint8 holding anything: what an earlier load has left, if there is such."""

@@ -15,7 +15,7 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from loraplex.adapters.durations import Durations
+from loraplex.adapters.histogram import Histogram
 from loraplex.adapters.image.tile_rows import TileRows
 from loraplex.adapters.image.tiles import AdapterImage, BaseLayout
 from loraplex.adapters.tiers.eviction import Frequency, Reclaimer
@@ -74,7 +74,7 @@ class Residency:
         self.loads = 0  # copies that were completed
         self.evictions = 0
         self.bytes_loaded = 0
-        self.durations = Durations()  # of these copies, without what bringing them to host memory took
+        self.durations = Histogram()  # of these copies, without what bringing them to host memory took
         self._arena = arena
         on_cpu = arena.device.type == "cpu"
         self._memory = arena.view(-1).numpy().data if on_cpu else None  # [num_pages * page_bytes]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from loraplex.adapters.tiers.pages import PagePool
 from loraplex.adapters.tiers.residency import Residency
 from loraplex.kernels.cpu.abi import Op, Step, Steps
 from loraplex.kernels.cpu.backend import CpuBackend
-from loraplex.kernels.records import BLOCK_SIZE, AdapterSegments, AttentionMeta, KVGroup, Site
+from loraplex.kernels.records import BLOCK_SIZE, AdapterSegments, KVGroup, Site
 from loraplex.server.engine.policy.kv_cache import KVCache
 from loraplex.server.engine.step.arena import allocate_arena, kv_layers
 from loraplex.server.engine.step.memory import Demand, plan_memory
@@ -182,19 +182,17 @@ def make_batch(model: Model, rows: int, adapters: bool) -> ForwardBatch:
         mixes=tuple(((slot, 1.0),) for slot in slots),
         num_decode_segments=rows,
     )
-    return ForwardBatch(
-        input_ids=torch.arange(rows) * 7,
-        positions=torch.full((rows,), last),
-        rope_lens=(CONTEXT,) * rows,
-        attention=AttentionMeta(
-            query_ptr=bounds,
-            kv_lens=torch.full((rows,), CONTEXT, dtype=torch.int32),
-            query_bounds=tuple(range(rows + 1)),
-            kv_lens_host=(CONTEXT,) * rows,
-            is_decode=(True,) * rows,
-            groups=(KVGroup(table, store),),
-        ),
+    blank = ForwardBatch.blank(
+        model.residency.table,
+        1,
+        sequences=rows,
+        length=CONTEXT,
+        is_decode=True,
         adapters=segments if adapters else None,
-        tiles=model.residency.table,
+    )
+    return replace(
+        blank,
+        input_ids=torch.arange(rows) * 7,
+        attention=replace(blank.attention, groups=(KVGroup(table, store),)),
         logit_rows=torch.arange(rows),
     )

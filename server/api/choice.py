@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loraplex.adapters.errors import AdapterRefused
+from loraplex.adapters.histogram import Histogram
 from loraplex.server.api.errors import InvalidField
 from loraplex.server.api.services import Services
 from loraplex.server.api.turns import Turn
@@ -26,7 +27,7 @@ from loraplex.server.engine.request import (
 )
 from loraplex.server.engine.streams import EventStream, Shortcut
 from loraplex.server.telemetry.request_context import ChoiceTimes
-from loraplex.server.telemetry.usage import GAPS, Buckets
+from loraplex.server.telemetry.usage import GAPS
 from loraplex.server.text.detokenizer import Detokenizer
 from loraplex.server.text.grammar import GrammarSpec, Thought
 from loraplex.server.text.tokenizer import Tokenizer
@@ -176,7 +177,7 @@ class Choice:
         self._submitted = submitted  # time.monotonic()
         self._last_time = request.arrival
         self._first_time: float | None = None
-        self._gaps = Buckets(GAPS)
+        self._gaps = Histogram(GAPS)
         self._gap = 0.0  # of the tokens coming in
         self._handful = 0  # of them still to come
         self._phases: Phases | None = None

@@ -71,8 +71,8 @@ def load_engine(config: ServeConfig, folder: Path, model_config: ModelConfig, to
     from loraplex.server.address_space import address_limit, is_refused_mapping
     from loraplex.server.command.build import build_engine
     from loraplex.server.engine.step.memory import NotEnoughMemory, size
+    from loraplex.server.models.checkpoint import WeightsError
     from loraplex.server.models.config import UnsupportedModel
-    from loraplex.server.models.weights import WeightsError
 
     try:
         parts = build_engine(

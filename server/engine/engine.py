@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Protocol
 
+from loraplex.adapters.histogram import Histogram
 from loraplex.adapters.registry import AdapterVersion
 from loraplex.server.engine.policy.fair_queue import ClientKey, client_of
 from loraplex.server.engine.policy.queue_limits import QueueLimits
@@ -34,7 +35,7 @@ from loraplex.server.engine.request import (
     Overloaded,
     TokenEvent,
 )
-from loraplex.server.engine.stats import EngineStats, StepSizes, TierStats
+from loraplex.server.engine.stats import STEP_BOUNDS, EngineStats, TierStats
 from loraplex.server.engine.streams import EventStream, Mailbox, put_all
 
 __all__ = ["DeviceAdapters", "Engine", "EngineStats", "EventStream", "Runner", "TierStats"]
@@ -162,7 +163,7 @@ class Engine:
         self._unchecked = False  # whether steps have run since the books were checked
         self._refused = 0
         self._expired = 0
-        self._step_sizes = StepSizes()
+        self._step_sizes = Histogram(STEP_BOUNDS)
         self._adapter_wait = 0.0
         self.on_crash: Callable[[], None] = lambda: None
         """Called in the engine's thread when it has died and everybody has been told."""
@@ -276,8 +277,7 @@ class Engine:
             expired=self._expired,
             waiting_for_adapters=sum(seq.stalled is not None for seq in waiting),
             adapter_wait=self._adapter_wait,
-            step_counts=self._step_sizes.counts(),
-            step_tokens=self._step_sizes.tokens,
+            step_sizes=self._step_sizes.copy(),
             token_budget=scheduler.token_budget,
             token_seconds=scheduler.budget.token_seconds,
             pages={**pages, "free": pool.num_free},

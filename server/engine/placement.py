@@ -105,7 +105,7 @@ class AdapterPlacement:
         """What each tier has done so far. Safe from any thread."""
         host, source, device = self._store.stats(), self._loader.stats(), self._residency
         return {
-            "device": TierStats(self.hits, self.misses, device.loads, device.evictions, device.durations.stats()),
+            "device": TierStats(self.hits, self.misses, device.loads, device.evictions, device.durations.copy()),
             "host": TierStats(host.hits, host.misses, source.loads, host.evictions, source.durations),
             "source": TierStats(loads=source.loads),
         }
@@ -289,7 +289,7 @@ class AdapterPlacement:
     def _source_seconds(self) -> float:
         """What the loader takes for an adapter, on average."""
         stats = self._loader.stats()
-        return stats.durations.seconds / max(1, stats.loads + stats.failures)
+        return stats.durations.total / max(1, stats.loads + stats.failures)
 
     def _copy(self) -> None:
         """Go on with the copies, as far as this step's bytes reach."""

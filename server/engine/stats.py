@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from loraplex.adapters.durations import NONE, DurationStats
+from loraplex.adapters.histogram import Histogram
 
 
 @dataclass(frozen=True)
@@ -17,7 +16,7 @@ class TierStats:
     misses: int = 0
     loads: int = 0  # adapters brought into it; of the source: read from it
     evictions: int = 0
-    durations: DurationStats = NONE  # of the loads
+    durations: Histogram = field(default_factory=Histogram)  # of the loads, seconds
 
 
 @dataclass(frozen=True)
@@ -30,24 +29,7 @@ class AdapterPlace:
 
 
 STEP_BOUNDS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
-"""Tokens of a step: upper ends of the buckets, but for the last, which has none."""
-
-
-class StepSizes:
-    """How many tokens steps had. Written by one thread; counts() may be called by any."""
-
-    def __init__(self) -> None:
-        self.tokens = 0  # of all together
-        self._counts = [0] * (len(STEP_BOUNDS) + 1)
-
-    def observe(self, tokens: int) -> None:
-        """One more step."""
-        self._counts[bisect_left(STEP_BOUNDS, tokens)] += 1
-        self.tokens += tokens
-
-    def counts(self) -> tuple[int, ...]:
-        """Of each bucket, len(STEP_BOUNDS) + 1."""
-        return tuple(self._counts)
+"""Upper ends of the buckets for the tokens of a step."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +59,7 @@ class EngineStats:
     expired: int  # counter: requests whose time was over
     waiting_for_adapters: int = 0  # of those waiting: they could go on if their adapters were there
     adapter_wait: float = 0.0  # counter: seconds that requests have waited so
-    step_counts: tuple[int, ...] = ()  # steps by their tokens, see STEP_BOUNDS
-    step_tokens: int = 0  # counter: of all steps together
+    step_sizes: Histogram = field(default_factory=lambda: Histogram(STEP_BOUNDS))  # steps by their tokens
     token_budget: int = 0  # tokens that the next step may have
     token_seconds: float = 0.0  # what each of a full step's tokens takes, as learned
     pages: Mapping[str, int] = field(default_factory=dict)  # of the arena, by owner: kv, prefix, adapter, free

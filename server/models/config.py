@@ -1,4 +1,4 @@
-"""What a base model is: about two dozen numbers and switches, read from a checkpoint's config.json.
+"""Describe a base model by about two dozen numbers and switches, read from a checkpoint's config.json.
 
 transformers normalises old and new config.json styles; the families differ only in the fields of ModelConfig, never in
 code paths of their own. A base that cannot be served is refused here with one error, before any weight is read.
@@ -32,12 +32,12 @@ ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"
 
 
 class UnsupportedModel(Exception):
-    """The folder is no base that can be served; the message says what was found and what is supported."""
+    """Say that a folder is no base that can be served: what was found and what is supported."""
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The parameters of the decoder."""
+    """Hold the parameters of the decoder."""
 
     architecture: str
     vocab_size: int
@@ -85,7 +85,7 @@ class ModelConfig:
 
     @property
     def rope_switch(self) -> int | None:
-        """Known tokens past which a sequence must be computed anew (longrope); None: never."""
+        """Return the known tokens past which a sequence must be computed anew (longrope); None: never."""
         return min((rope.switch for rope in self.ropes if rope.switch is not None), default=None)
 
     def attention_params(self, layer: int) -> AttentionParams:
@@ -99,7 +99,7 @@ class ModelConfig:
         )
 
     def projections(self) -> tuple[Projection, ...]:
-        """The linears of every layer as the checkpoint names them, by site and then by place in its output."""
+        """List the linears of a layer as the checkpoint names them, by site and then by place in the site's output."""
         hidden, inner = self.hidden_size, self.intermediate_size
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         qkv: tuple[Projection, ...]
@@ -135,7 +135,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _supported_architecture(raw: dict[str, Any]) -> str:
-    """The architecture, judged from the raw file so that one transformers has never heard of is named as well."""
+    """Read the architecture from the raw file, so that one that transformers has never heard of is named as well."""
     named = raw.get("architectures")
     if isinstance(named, list) and len(named) == 1:
         found = str(named[0])
@@ -202,7 +202,7 @@ def _from_transformers(make: Callable[..., ModelConfig], architecture: str, conf
 
 
 def _windows(config: Any, family: str) -> tuple[int | None, ...]:
-    """Sliding window of each layer. Llama's config may carry the fields of one, its model has none."""
+    """List the sliding window of each layer. Llama's config may carry the fields of one; Llama's model has none."""
     window = None if family == "llama" else config.sliding_window
     if family in ("mistral", "phi3", "llama"):
         return (window,) * config.num_hidden_layers
@@ -221,7 +221,7 @@ def _layer_types(config: Any) -> list[str]:
 
 
 def _ropes(config: Any, family: str, head_dim: int) -> tuple[tuple[RopeConfig, ...], tuple[int, ...]]:
-    """The distinct rotations and which of them each layer uses: one, but for Gemma 3 one per kind of layer."""
+    """List the distinct rotations and which of them each layer uses: one for all layers, for Gemma 3 one per kind."""
     num_layers, parameters = config.num_hidden_layers, config.rope_parameters
     if family == "gemma3_text":
         kinds = _layer_types(config)

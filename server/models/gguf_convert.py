@@ -1,4 +1,4 @@
-"""A GGUF file of the Llama architecture -> a checkpoint folder: bf16 safetensors, tokenizer, config, chat template.
+"""Convert a GGUF file of the Llama architecture to a checkpoint: bf16 safetensors, tokenizer, config, chat template.
 
 Only what the embedded demo base needs. transformers can read a GGUF too, but takes four times as long, refuses to save
 what it has read, and loses the tokenizer's rule that every digit is a token of its own.
@@ -51,7 +51,7 @@ _MODEL_TENSORS = {
 
 
 class UnknownGGUF(ValueError):
-    """The file is no GGUF, or one this converter does not understand; the message says what was found."""
+    """Say that a file is no GGUF, or one that this converter does not understand, and what was found."""
 
 
 def convert_gguf(source: Path, folder: Path, report: Report) -> None:
@@ -83,7 +83,7 @@ def convert_gguf(source: Path, folder: Path, report: Report) -> None:
 
 
 def _field(reader: GGUFReader, key: str, default: Any = None) -> Any:
-    """The value of a metadata key; without a default, a missing key is UnknownGGUF."""
+    """Return the value of a metadata key; without a default, a missing key raises UnknownGGUF."""
     field = reader.fields.get(key)
     if field is not None:
         return field.contents()
@@ -93,14 +93,14 @@ def _field(reader: GGUFReader, key: str, default: Any = None) -> Any:
 
 
 def _decimal(value: float) -> float:
-    """The short decimal that was meant by a number stored as fp32: 9.99999974e-06 -> 1e-05."""
+    """Find the short decimal that a number stored as fp32 was meant to be: 9.99999974e-06 -> 1e-05."""
     import numpy as np
 
     return float(str(np.float32(value)))
 
 
 def _config(reader: GGUFReader) -> dict[str, Any]:
-    """config.json, all but tie_word_embeddings."""
+    """Build config.json, all but tie_word_embeddings."""
     architecture = _field(reader, "general.architecture")
     if architecture != "llama":
         raise UnknownGGUF(f"the GGUF holds the architecture {architecture!r}; this converter knows 'llama'")
@@ -129,7 +129,7 @@ def _config(reader: GGUFReader) -> dict[str, Any]:
 
 
 def _checkpoint_name(name: str) -> str:
-    """blk.3.attn_q.weight -> model.layers.3.self_attn.q_proj.weight"""
+    """Translate llama.cpp's name: blk.3.attn_q.weight -> model.layers.3.self_attn.q_proj.weight."""
     if name in _MODEL_TENSORS:
         return _MODEL_TENSORS[name]
     parts = name.split(".")
@@ -139,7 +139,7 @@ def _checkpoint_name(name: str) -> str:
 
 
 def _tensors(reader: GGUFReader, num_heads: int, num_kv_heads: int, report: Report) -> dict[str, Tensor]:
-    """Every tensor of the file under its checkpoint name, [out, in] or [hidden], bf16."""
+    """Read every tensor of the file under its checkpoint name, [out, in] or [hidden], bf16."""
     import numpy as np
     import torch
     from gguf.quants import dequantize
@@ -159,7 +159,7 @@ def _tensors(reader: GGUFReader, num_heads: int, num_kv_heads: int, report: Repo
 
 
 def _half_rotation(weight: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
-    """Rows of a q or k projection [heads * head_dim, in], from llama.cpp's order to the checkpoint's.
+    """Reorder the rows of a q or k projection [heads * head_dim, in] from llama.cpp's order to the checkpoint's.
 
     llama.cpp rotates neighbours (0, 1), (2, 3), ...; the checkpoint rotates element i with i + head_dim / 2.
     """
@@ -167,7 +167,7 @@ def _half_rotation(weight: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, 
 
 
 def _write_tokenizer(reader: GGUFReader, folder: Path) -> None:
-    """tokenizer.json, tokenizer_config.json and chat_template.jinja: byte-level BPE after every digit is split off."""
+    """Write the tokenizer (byte-level BPE after every digit is split off), its config and chat_template.jinja."""
     from gguf import TokenType
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loraplex.kernels.records import BLOCK_SIZE, NUM_SITES, AdapterSegments, AttentionMeta, KVGroup, TileTable
+from loraplex.kernels.records import NUM_SITES, AdapterSegments, TileTable
 from loraplex.server.models.decoder import Decoder
 from loraplex.server.models.inputs import ForwardBatch
 
@@ -26,7 +26,7 @@ Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], object], Tensor]]
 
 @dataclass(frozen=True)
 class Size:
-    """What a graph is captured for: the most of everything, each a power of two; no adapters: tiles and mix are 0."""
+    """Bound what one graph is captured for, each field a power of two; without adapters tiles and mix are 0."""
 
     rows: int
     keys: int  # of the longest sequence
@@ -47,9 +47,9 @@ class Size:
 
 
 class GraphedDecoder:
-    """The same calls and results as the Decoder it was made from.
+    """Run a Decoder's decode steps as CUDA graphs, with the calls and results of that Decoder.
 
-    forward() of a decode step returns workspace: it holds until the next step.
+    forward() of a decode step returns workspace, whose values hold until the next step.
     """
 
     def __init__(self, decoder: Decoder, capture: Capture | None = None) -> None:
@@ -62,7 +62,7 @@ class GraphedDecoder:
         self._table: TileTable | None = None  # whose memory the graphs read
 
     def forward(self, batch: ForwardBatch) -> Tensor:
-        """The final hidden states [L, H], normed, of the tokens in batch.logit_rows."""
+        """Compute the final hidden states [L, H], normed, of the tokens in batch.logit_rows."""
         if not all(batch.attention.is_decode):
             return self._decoder.forward(batch)
         table = self._table
@@ -80,38 +80,24 @@ class GraphedDecoder:
         return step.run()[: batch.logit_rows.shape[0]]
 
     def logits(self, hidden: Tensor, room: Tensor | None = None) -> Tensor:
-        """As Decoder.logits."""
+        """Compute logits as Decoder.logits does."""
         return self._decoder.logits(hidden, room)
 
 
 class _Step:
-    """Buffers of one size, and the graph over them."""
+    """Hold the buffers of one size and the graph over them."""
 
     def __init__(self, decoder: Decoder, like: ForwardBatch, size: Size) -> None:
         self._decoder = decoder
-        rows, device = size.rows, like.input_ids.device
-
-        def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
-            return torch.zeros(*shape, dtype=dtype, device=device)
-
-        groups = tuple(
-            KVGroup(zeros(rows, size.keys // BLOCK_SIZE), zeros(rows, dtype=torch.int64)) for _ in like.attention.groups
-        )
-        self._batch = ForwardBatch(
-            input_ids=zeros(rows, dtype=torch.int64),
-            positions=zeros(rows, dtype=torch.int64),
-            rope_lens=(size.keys,) * rows,
-            attention=AttentionMeta(
-                query_ptr=zeros(rows + 1),
-                kv_lens=zeros(rows),
-                query_bounds=tuple(range(rows + 1)),
-                kv_lens_host=(size.keys,) * rows,
-                is_decode=(True,) * rows,
-                groups=groups,
-            ),
-            adapters=_segments(size, device) if size.tiles else None,
-            tiles=_table(like.tiles, size.tiles),
-            logit_rows=zeros(rows, dtype=torch.int64),
+        self._batch = ForwardBatch.blank(
+            _table(like.tiles, size.tiles),
+            len(like.attention.groups),
+            sequences=size.rows,
+            length=size.keys,
+            is_decode=True,
+            logit_rows=size.rows,
+            adapters=_segments(size, like.input_ids.device) if size.tiles else None,
+            device=like.input_ids.device,
         )
         # Angles depend on lengths the host knows: they are computed outside the graph.
         self._rotations = [
@@ -121,7 +107,7 @@ class _Step:
         self._hidden: Tensor | None = None
 
     def load(self, batch: ForwardBatch) -> None:
-        """Copy a step in, on the device; fill the rest up."""
+        """Copy `batch` into the buffers, on the device; fill up the rows that are left."""
         mine, meta = self._batch, batch.attention
         _fill(mine.input_ids, batch.input_ids, 0)
         _fill(mine.logit_rows, batch.logit_rows, 0)
@@ -142,11 +128,11 @@ class _Step:
             _fill(ours.mix_weight, theirs.mix_weight, 0)
 
     def record(self, capture: Capture) -> None:
-        """What is loaded is computed too: a first run outside the graph compiles and sets up what ops need."""
+        """Capture the graph. A first run outside of it compiles what ops need and computes the loaded step."""
         self._repeat, self._hidden = capture(lambda: self._decoder.hidden(self._batch, self._rotations))
 
     def run(self) -> Tensor:
-        """[rows, H]"""
+        """Launch the graph; return its hidden states [rows, H]."""
         assert self._repeat is not None
         assert self._hidden is not None
         self._repeat()
@@ -154,7 +140,7 @@ class _Step:
 
 
 class _CudaCapture:
-    """Captures work as a CUDA graph; all of them share memory, since only one runs at a time."""
+    """Capture work as a CUDA graph; all graphs share memory, since only one runs at a time."""
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
@@ -178,7 +164,7 @@ def _fill(buffer: Tensor, values: Tensor, rest: float) -> None:
 
 
 def _segments(size: Size, device: torch.device) -> AdapterSegments:
-    """As many segments as rows; the host's copies say the most there can be, which is all that ops use them for."""
+    """Build as many segments as rows. Ops read only bounds from the host's copies: these hold the most there can be."""
     rows, entries = size.rows, size.rows * size.mix
     return AdapterSegments(
         indptr=torch.zeros(rows + 1, dtype=torch.int32, device=device),
@@ -192,7 +178,7 @@ def _segments(size: Size, device: torch.device) -> AdapterSegments:
 
 
 def _table(table: TileTable, tiles: int) -> TileTable:
-    """The table on the device, and on the host one that has `tiles` tiles everywhere."""
+    """Pair the table on the device with one on the host that has `tiles` tiles everywhere."""
     ranges = torch.zeros(1, table.ranges.shape[1], NUM_SITES, 2, dtype=torch.int32)
     ranges[..., 1] = tiles
     return TileTable(table.ranges, table.tiles, ranges, table.tiles_host)

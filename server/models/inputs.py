@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from loraplex.kernels.records import AdapterSegments, AttentionMeta, TileTable
+from loraplex.kernels.records import BLOCK_SIZE, NUM_SITES, AdapterSegments, AttentionMeta, KVGroup, TileTable
+
+Rotations = Sequence[tuple[Tensor, Tensor]]
+"""cos and sin [T, rotary_dim] fp32 of a step's tokens, per rotary kind of the config."""
 
 
 @dataclass(frozen=True)
@@ -28,3 +33,55 @@ class ForwardBatch:
     tiles: TileTable
     logit_rows: Tensor  # [L] int64: tokens whose logits are wanted, in the order of the plan
     steps: int = 1
+
+    @classmethod
+    def blank(
+        cls,
+        tiles: TileTable,
+        num_groups: int,
+        *,
+        sequences: int = 1,
+        tokens: int = 1,
+        length: int | None = None,
+        is_decode: bool = False,
+        logit_rows: int = 1,
+        adapters: AdapterSegments | None = None,
+        device: torch.device | None = None,
+    ) -> ForwardBatch:
+        """Build a batch of token 0 in the wanted shapes, to record, capture or time a step with.
+
+        Each of the `sequences` has `length` tokens in the cache (None: `tokens`), of which the last `tokens` are the
+        step's. Each of the `num_groups` KV groups has pages of its own for each sequence, the arena's first ones.
+        """
+        length = tokens if length is None else length
+        blocks = -(-length // BLOCK_SIZE)
+        pages = torch.arange(num_groups * sequences * blocks, dtype=torch.int32, device=device)
+        positions = torch.arange(length - tokens, length, device=device).repeat(sequences)
+        owners = torch.arange(sequences, device=device).repeat_interleave(tokens)  # of the step's tokens
+        bounds = tuple(range(0, sequences * tokens + 1, tokens))
+        return cls(
+            input_ids=torch.zeros_like(positions),
+            positions=positions,
+            rope_lens=(length,) * sequences,
+            attention=AttentionMeta(
+                query_ptr=torch.tensor(bounds, dtype=torch.int32, device=device),
+                kv_lens=torch.full((sequences,), length, dtype=torch.int32, device=device),
+                query_bounds=bounds,
+                kv_lens_host=(length,) * sequences,
+                is_decode=(is_decode,) * sequences,
+                groups=tuple(
+                    KVGroup(table, table[owners, positions // BLOCK_SIZE].long() * BLOCK_SIZE + positions % BLOCK_SIZE)
+                    for table in pages.view(num_groups, sequences, blocks)
+                ),
+            ),
+            adapters=adapters,
+            tiles=tiles,
+            logit_rows=torch.full((logit_rows,), bounds[-1] - 1, dtype=torch.int64, device=device),
+        )
+
+
+def no_tiles(num_layers: int, device: torch.device | None = None) -> TileTable:
+    """Build the tile table of a server without adapters."""
+    ranges = torch.zeros(1, num_layers, NUM_SITES, 2, dtype=torch.int32)
+    tiles = torch.zeros(0, 5, dtype=torch.int32)
+    return TileTable(ranges.to(device), tiles.to(device), ranges, tiles)

@@ -1,4 +1,4 @@
-"""config.json as transformers understands it: old styles under today's names, what is left out filled in.
+"""Read config.json as transformers understands it: old styles under today's names, what is left out filled in.
 
 transformers loads most of torch to do this: 3 s, and 170 MiB that a server would keep for as long as it runs. So it is
 asked in a process of its own, from which torch is hidden (0.9 s), unless this process has it loaded already.
@@ -23,7 +23,7 @@ _SCRIPT = "import sys; sys.modules['torch'] = None; from loraplex.server.models.
 
 
 def normalise(raw: dict[str, Any], model_type: str) -> dict[str, Any]:
-    """FIELDS of the transformers config of type `model_type` that `raw` describes.
+    """Return FIELDS of the transformers config of type `model_type` that `raw` describes.
 
     Raises ValueError, and here also what else transformers raises, for a `raw` that describes none.
     """
@@ -46,7 +46,7 @@ def normalise(raw: dict[str, Any], model_type: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """[raw, model_type] from stdin, normalise()'s answer or {"error": ...} to stdout."""
+    """Read [raw, model_type] from stdin; write normalise()'s answer or {"error": ...} to stdout."""
     raw, model_type = json.load(sys.stdin)
     answer: dict[str, Any]
     try:

@@ -1,4 +1,4 @@
-"""Rotary position embedding: cosines and sines for the tokens of a step, once per step and kind, not per layer.
+"""Compute rotary position embeddings: cosines and sines of a step's tokens, once per step and kind, not per layer.
 
 Two kinds depend on how long a sequence is known to be, not only on a token's position:
     dynamic     the base grows with the length past max_position; keys already cached keep the rotation they got
@@ -27,7 +27,7 @@ ROPE_KINDS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """One way to rotate. Fields a kind does not use keep their default."""
+    """Describe one way to rotate. Fields that a kind does not use keep their default."""
 
     kind: str  # one of ROPE_KINDS
     theta: float  # the base
@@ -46,7 +46,7 @@ class RopeConfig:
 
     @classmethod
     def from_hf(cls, parameters: Mapping[str, Any], head_dim: int, max_position: int) -> RopeConfig:
-        """From transformers' normalised `rope_parameters`.
+        """Read transformers' normalised `rope_parameters`.
 
         Raises KeyError for a parameter that the kind needs and does not have, ValueError for one that makes no sense.
         """
@@ -72,7 +72,7 @@ class RopeConfig:
 
     @property
     def switch(self) -> int | None:
-        """Known tokens past which every position rotates differently; None when no length does that."""
+        """Return the known tokens past which every position rotates differently; None when no length does that."""
         return self.original_max_position if self.kind == "longrope" else None
 
 
@@ -113,7 +113,7 @@ def _longrope_fields(parameters: Mapping[str, Any], max_position: int, rotary_di
 
 
 def inv_freq(config: RopeConfig, known: int) -> Tensor:
-    """Angle per position of each rotated pair: [rotary_dim / 2] fp32. `known`: tokens of the sequence so far."""
+    """Compute the angle per position of each rotated pair, [rotary_dim / 2] fp32, for a sequence of `known` tokens."""
     dim = config.rotary_dim
     exponents = torch.arange(0, dim, 2, dtype=torch.float32) / dim
     if config.kind == "dynamic":
@@ -133,7 +133,7 @@ def inv_freq(config: RopeConfig, known: int) -> Tensor:
 
 
 def _yarn(config: RopeConfig, plain: Tensor) -> Tensor:
-    """Fast pairs (many turns in the original context) stay, slow ones are stretched, a ramp between."""
+    """Keep fast pairs (many turns in the original context), stretch slow pairs, blend linearly between them."""
     dim, theta = config.rotary_dim, config.theta
     stretched = 1.0 / (config.factor * theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
 
@@ -151,7 +151,7 @@ def _yarn(config: RopeConfig, plain: Tensor) -> Tensor:
 
 
 def _llama3(config: RopeConfig, plain: Tensor) -> Tensor:
-    """Wavelengths beyond the original context are stretched, short ones stay, a smooth blend between."""
+    """Stretch wavelengths beyond the original context, keep short wavelengths, blend smoothly between them."""
     low, high = config.low_freq_factor, config.high_freq_factor
     wavelength = 2 * math.pi / plain
     blend = ((config.original_max_position / wavelength - low) / (high - low)).clamp(0, 1)
@@ -159,14 +159,14 @@ def _llama3(config: RopeConfig, plain: Tensor) -> Tensor:
 
 
 def table_positions(config: RopeConfig) -> int:
-    """Positions whose cosines and sines are kept: none past those where the angles depend on nothing else."""
+    """Count the positions whose cosines and sines are kept: those whose angles depend on nothing else."""
     if config.kind == "longrope":
         return 0
     return min(config.max_position, TABLE_BYTES // (8 * config.rotary_dim))
 
 
 class RotaryTable:
-    """Cosines and sines of one RopeConfig: kept for the first positions, computed for steps that go further."""
+    """Look up cosines and sines of one RopeConfig, kept for the first positions, computed for steps that go further."""
 
     def __init__(self, config: RopeConfig, device: torch.device) -> None:
         self._config = config
@@ -179,7 +179,7 @@ class RotaryTable:
     def gather(
         self, positions: Tensor, query_bounds: tuple[int, ...], rope_lens: tuple[int, ...]
     ) -> tuple[Tensor, Tensor]:
-        """positions [T] int64 -> cos, sin [T, rotary_dim] fp32.
+        """Return cos and sin [T, rotary_dim] fp32 of positions [T] int64.
 
         query_bounds [B + 1] and rope_lens [B]: which tokens belong to which sequence, and its known length.
         """
@@ -189,7 +189,7 @@ class RotaryTable:
         return self._turn(positions, self._frequencies(query_bounds, rope_lens))
 
     def _turn(self, positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
-        """positions [T] int64, frequencies [1 or T, rotary_dim] -> cos, sin [T, rotary_dim] fp32."""
+        """Compute cos and sin [T, rotary_dim] fp32 of positions [T] int64 and frequencies [1 or T, rotary_dim]."""
         angles = positions.unsqueeze(1) * frequencies
         cos, sin = angles.cos(), angles.sin()
         if self._config.attention_scaling != 1.0:
@@ -198,12 +198,12 @@ class RotaryTable:
         return cos, sin
 
     def _both_halves(self, lengths: Sequence[int]) -> Tensor:
-        """[len(lengths), rotary_dim]: element i and i + rotary_dim / 2 turn together."""
+        """Compute frequencies [len(lengths), rotary_dim]; elements i and i + rotary_dim / 2 turn together."""
         variants = torch.stack([inv_freq(self._config, n) for n in lengths])
         return torch.cat((variants, variants), -1).to(self._device)
 
     def _frequencies(self, query_bounds: tuple[int, ...], rope_lens: tuple[int, ...]) -> Tensor:
-        """[T, rotary_dim], or [1, rotary_dim] where all tokens share them."""
+        """Pick frequencies [T, rotary_dim], or [1, rotary_dim] where all tokens share them."""
         config, variants = self._config, self._variants
         if config.kind == "longrope":
             rows = [int(known > config.original_max_position) for known in rope_lens]

@@ -5,16 +5,16 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import accumulate, islice
+from itertools import islice
 from typing import Protocol
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from loraplex.adapters.durations import BOUNDS, DurationStats
+from loraplex.adapters.histogram import Histogram
 from loraplex.adapters.refusals import reason_of
 from loraplex.adapters.registry import Registry
-from loraplex.server.engine.stats import STEP_BOUNDS, AdapterPlace
+from loraplex.server.engine.stats import AdapterPlace
 from loraplex.server.facts import Facts
 
 LABELS = ("model_name", "engine")
@@ -36,7 +36,7 @@ class Tier(Protocol):
     @property
     def evictions(self) -> int: ...
     @property
-    def durations(self) -> DurationStats: ...
+    def durations(self) -> Histogram: ...
 
 
 class EngineStats(Protocol):
@@ -89,9 +89,7 @@ class EngineStats(Protocol):
     @property
     def adapter_wait(self) -> float: ...
     @property
-    def step_counts(self) -> tuple[int, ...]: ...
-    @property
-    def step_tokens(self) -> int: ...
+    def step_sizes(self) -> Histogram: ...
     @property
     def token_budget(self) -> int: ...
     @property
@@ -234,9 +232,7 @@ class EngineCollector(Collector):
 
     def _step_sizes(self, stats: EngineStats) -> Metric:
         family = HistogramMetricFamily("vllm:iteration_tokens_total", "Tokens of a step.", labels=LABELS)
-        ends = [*(str(float(bound)) for bound in STEP_BOUNDS), "+Inf"]
-        buckets = list(zip(ends, accumulate(stats.step_counts or (0,) * len(ends)), strict=True))
-        family.add_metric((self._facts.names[0], "0"), buckets, stats.step_tokens)
+        family.add_metric((self._facts.names[0], "0"), stats.step_sizes.cumulative(), stats.step_sizes.total)
         return family
 
     def _tiers(self, tiers: Mapping[str, Tier]) -> Iterator[Metric]:
@@ -256,9 +252,7 @@ class EngineCollector(Collector):
             values = (self._facts.names[0], "0", name)
             for family, value in zip(families, (tier.hits, tier.misses, tier.loads, tier.evictions), strict=True):
                 family.add_metric(values, value)
-            counts = accumulate(tier.durations.counts)
-            ends = [*map(str, BOUNDS), "+Inf"]
-            seconds.add_metric(values, list(zip(ends, counts, strict=True)), tier.durations.seconds)
+            seconds.add_metric(values, tier.durations.cumulative(), tier.durations.total)
         yield from families
         yield seconds
 

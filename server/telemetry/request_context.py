@@ -16,7 +16,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from loraplex.server.telemetry.usage import Buckets
+from loraplex.adapters.histogram import Histogram
 
 if TYPE_CHECKING:  # importing it loads numpy, and --help must not
     from loraplex.server.engine.request import Phases
@@ -38,7 +38,7 @@ class ChoiceTimes:
     ended: float
     prompt_tokens: int
     tokens: int
-    gaps: Buckets  # between tokens, seconds
+    gaps: Histogram  # between tokens, seconds
     finish_reason: str
 
 

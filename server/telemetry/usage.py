@@ -9,43 +9,23 @@ format and this 3.5. Free of torch.
 from __future__ import annotations
 
 import threading
-from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import accumulate
+
+from loraplex.adapters.histogram import Histogram
 
 OTHER = "other"
 """The name of the rest; an adapter or tenant of this name is part of it."""
 
 GAPS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
 WAITS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
-"""Seconds: upper ends of the buckets, but for the last, which has none. Few: there is a set of them for each name."""
+"""Upper ends of the buckets, in seconds. Few: there is a set of them for each name."""
 
 REMEMBERED = 8
 """Names whose requests are counted, for each that has series."""
 
 FADE_AT = 100_000
 """Requests after which all counts are halved, so that the busiest are those of now."""
-
-
-class Buckets:
-    """A histogram. One thread."""
-
-    __slots__ = ("bounds", "counts", "total")
-
-    def __init__(self, bounds: Sequence[float]) -> None:
-        self.bounds = bounds
-        self.counts = [0] * (len(bounds) + 1)
-        self.total = 0.0
-
-    def observe(self, value: float) -> None:
-        self.counts[bisect_left(self.bounds, value)] += 1
-        self.total += value
-
-    def add(self, other: Buckets) -> None:
-        """All that `other`, of the same bounds, has seen."""
-        self.counts = [mine + theirs for mine, theirs in zip(self.counts, other.counts, strict=True)]
-        self.total += other.total
 
 
 @dataclass
@@ -57,10 +37,10 @@ class Usage:
     generation_tokens: int = 0
     misses: int = 0
     evictions: int = 0
-    first_token: Buckets = field(default_factory=lambda: Buckets(WAITS))
-    gaps: Buckets = field(default_factory=lambda: Buckets(GAPS))
-    queue: Buckets = field(default_factory=lambda: Buckets(WAITS))
-    loads: Buckets = field(default_factory=lambda: Buckets(WAITS))
+    first_token: Histogram = field(default_factory=lambda: Histogram(WAITS))
+    gaps: Histogram = field(default_factory=lambda: Histogram(GAPS))
+    queue: Histogram = field(default_factory=lambda: Histogram(WAITS))
+    loads: Histogram = field(default_factory=lambda: Histogram(WAITS))
 
     def add(self, other: Usage) -> None:
         """All that `other` has used."""
@@ -132,7 +112,7 @@ class UsageTable:
             used = self._named.get(name)
             if used is None:
                 return Totals() if name != OTHER and len(self._named) < self._limit else None
-            return Totals(used.requests, used.generation_tokens, sum(used.loads.counts))
+            return Totals(used.requests, used.generation_tokens, used.loads.count)
 
     # what the placement tells (engine thread)
 
@@ -202,12 +182,11 @@ class UsageTable:
         for name, attribute, text in ADAPTER_HISTOGRAMS if adapters else HISTOGRAMS:
             yield f"# HELP {prefix}{name} {text}\n# TYPE {prefix}{name} histogram"
             for labels, used in own:
-                buckets: Buckets = getattr(used, attribute)
-                count = 0
-                for bound, count in zip((*buckets.bounds, "+Inf"), accumulate(buckets.counts), strict=True):
+                histogram: Histogram = getattr(used, attribute)
+                for bound, count in histogram.cumulative():
                     yield f'{prefix}{name}_bucket{{{labels},le="{bound}"}} {count}'
-                yield f"{prefix}{name}_sum{{{labels}}} {buckets.total}"
-                yield f"{prefix}{name}_count{{{labels}}} {count}"
+                yield f"{prefix}{name}_sum{{{labels}}} {histogram.total}"
+                yield f"{prefix}{name}_count{{{labels}}} {histogram.count}"
 
 
 def _escape(label: str) -> str:

@@ -14,7 +14,7 @@ class GenerationConfigError(ValueError):
 
 @dataclass(frozen=True)
 class GenerationDefaults:
-    """The values that requests leave open; None where the authors say nothing."""
+    """Hold what the checkpoint's authors say about generating; a field is None where they say nothing."""
 
     eos_token_ids: tuple[int, ...]
     temperature: float | None = None

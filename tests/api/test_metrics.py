@@ -5,7 +5,7 @@ from __future__ import annotations
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from loraplex.adapters.durations import Durations
+from loraplex.adapters.histogram import Histogram
 from loraplex.server.engine.stats import AdapterPlace, TierStats
 from loraplex.server.telemetry.engine_metrics import MAX_NAMES
 from tests.support.fake_serving import FakeServer, Stats
@@ -121,11 +121,11 @@ async def test_memory_and_fairness(client: httpx.AsyncClient, server: FakeServer
 
 
 async def test_every_tier_and_what_loads_took(client: httpx.AsyncClient, server: FakeServer) -> None:
-    copies = Durations()
+    copies = Histogram()
     for seconds in (0.0002, 0.0005, 0.002, 0.3, 100.0):
         copies.observe(seconds)
     server.engine.current = Stats(
-        tiers={"device": TierStats(9, 5, 4, 3, copies.stats()), "host": TierStats(2, 3, 3, 1), "source": TierStats()}
+        tiers={"device": TierStats(9, 5, 4, 3, copies), "host": TierStats(2, 3, 3, 1), "source": TierStats()}
     )
     found = await samples(client)
 

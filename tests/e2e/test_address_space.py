@@ -11,20 +11,12 @@ import httpx
 import pytest
 
 from tests.support.command import LORAPLEX, address, serving
-from tests.support.tiny import make_tiny_model, make_tiny_tokenizer
 from tests.support.waiting import LIMIT
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux keeps this limit")
 
 PLENTY = 6000
 """MiB."""
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("base")
-    make_tiny_model("llama", path)
-    return make_tiny_tokenizer(path)
 
 
 def limited(mib: int) -> list[str]:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
 from loraplex.kernels.records import BLOCK_SIZE
-from loraplex.server.config import AuthConfig, EngineConfig
 from loraplex.server.tenancy.keys_file import new_key
 from tests.support.live_server import live_server
 from tests.support.peft_adapters import make_peft_adapter
-from tests.support.tiny import load_oracle, make_tiny_model, make_tiny_tokenizer
 from tests.support.waiting import LIMIT
 
 PROMPT = list(range(5, 5 + 3 * BLOCK_SIZE + 7))
@@ -23,26 +23,18 @@ WHOLE = 3 * BLOCK_SIZE
 
 
 @pytest.fixture(scope="module")
-def clients(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, httpx.Client]]:
-    """By tenant: two before one live server with two adapters."""
-    base, folder = tmp_path_factory.mktemp("base"), tmp_path_factory.mktemp("keys")
-    make_tiny_model("llama", base)
-    make_tiny_tokenizer(base)
-    made = {tenant: new_key(tenant, tenant, adapters=["**"]) for tenant in ("one", "two")}
-    keys = folder / "keys.yaml"
-    keys.write_text("keys:\n" + "".join(entry for _, entry in made.values()))
-    engine = EngineConfig(device="cpu", dtype="float32", memory_bytes=64 << 20, max_num_seqs=8)
-    with live_server(base, "tiny", engine, AuthConfig(keys_file=keys)) as live:
+def clients(base: Path, oracle: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, httpx.Client]]:
+    """By key: two of the tenant "one" and one of "two", before one live server with two adapters."""
+    folder = tmp_path_factory.mktemp("adapters")
+    keys = [new_key(name, name.partition("-")[0], adapters=["**"]) for name in ("one", "one-too", "two")]
+    with live_server(base, keys=keys) as live, ExitStack() as stack:
         for seed, name in enumerate(("red", "blue")):
-            make_peft_adapter(load_oracle(base), folder / name, seed=seed, r=2, target_modules=["q_proj"])
+            make_peft_adapter(oracle, folder / name, seed=seed, r=2, target_modules=["q_proj"])
             assert live.parts.adapters.register_unread(folder / name) is not None
-        found = {
-            tenant: httpx.Client(base_url=live.url, headers={"x-api-key": secret}, timeout=LIMIT)
-            for tenant, (secret, _) in made.items()
+        yield {
+            name: stack.enter_context(httpx.Client(base_url=live.url, headers={"x-api-key": secret}, timeout=LIMIT))
+            for name, secret in live.keys.items()
         }
-        yield found
-        for client in found.values():
-            client.close()
 
 
 def completion(client: httpx.Client, prompt: list[int], model: str = "red", **fields: Any) -> Any:
@@ -67,7 +59,10 @@ def test_whole_blocks_of_the_same_adapter_and_tenant(clients: dict[str, httpx.Cl
     assert cached(one, PROMPT, "tiny") == 0, "the base"
     assert cached(two, PROMPT) == 0, "another tenant"
     assert cached(two, PROMPT) == WHOLE
+    assert cached(clients["one-too"], PROMPT) == WHOLE, "another key of the same tenant"
     assert cached(one, PROMPT, cache_salt="mine") == 0
+    assert cached(two, PROMPT, cache_salt="mine") == 0
+    assert cached(one, PROMPT) == WHOLE
 
 
 def test_several_prompts_and_choices_count_each_prompt_once(clients: dict[str, httpx.Client]) -> None:

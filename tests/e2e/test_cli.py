@@ -24,23 +24,16 @@ from loraplex.server.command import cli
 from loraplex.server.config import ConfigError, NamedAdapter, base_names, parse_memory, parse_size
 from tests.support.command import serving
 from tests.support.peft_adapters import make_peft_adapter
-from tests.support.tiny import load_oracle, make_tiny_model, make_tiny_tokenizer
+from tests.support.tiny import make_tiny_tokenizer
 from tests.support.waiting import LIMIT
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("models") / "tiny"
-    make_tiny_model("llama", path)
-    return make_tiny_tokenizer(path)
-
-
-@pytest.fixture(scope="module")
-def adapters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def adapters(oracle: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a good adapter, one for another base, and something that is none."""
     folder = tmp_path_factory.mktemp("adapters")
-    make_peft_adapter(load_oracle(base), folder / "good", r=2, target_modules=["q_proj"])
-    make_peft_adapter(load_oracle(base), folder / "damaged", r=2, target_modules=["q_proj"])
+    make_peft_adapter(oracle, folder / "good", r=2, target_modules=["q_proj"])
+    make_peft_adapter(oracle, folder / "damaged", r=2, target_modules=["q_proj"])
     file = folder / "damaged" / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-8])
     (folder / "notes").mkdir()

@@ -25,7 +25,6 @@ from loraplex.server.config import EngineConfig
 from tests.support.command import address, serving
 from tests.support.live_server import LiveServer, live_server
 from tests.support.peft_adapters import make_peft_adapter
-from tests.support.tiny import load_oracle, make_tiny_model, make_tiny_tokenizer
 from tests.support.waiting import LIMIT, wait_for
 from tests.support.web_server import Page, WebServer, web_server
 
@@ -33,16 +32,10 @@ FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = make_tiny_model("llama", tmp_path_factory.mktemp("models") / "tiny")
-    return make_tiny_tokenizer(path)
-
-
-@pytest.fixture(scope="module")
-def adapters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def adapters(oracle: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("adapters")
     for seed, name in enumerate(("one", "two", "three")):
-        make_peft_adapter(load_oracle(base), folder / name, seed=seed, r=2, target_modules=["q_proj", "v_proj"])
+        make_peft_adapter(oracle, folder / name, seed=seed, r=2, target_modules=["q_proj", "v_proj"])
     return folder
 
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -22,7 +23,6 @@ import pytest
 from loraplex.server.config import EngineConfig
 from tests.support.live_server import LiveServer, live_server
 from tests.support.peft_adapters import make_peft_adapter
-from tests.support.tiny import load_oracle, make_tiny_model, make_tiny_tokenizer
 from tests.support.waiting import LIMIT
 
 NAMES = ("one", "two", "three", "tenant/four")
@@ -83,15 +83,13 @@ def scrape(url: str) -> Scrape:
 
 
 @pytest.fixture(scope="module")
-def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
-    base = tmp_path_factory.mktemp("models") / "tiny"
-    make_tiny_tokenizer(make_tiny_model("llama", base))
+def live(base: Path, oracle: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     adapters = tmp_path_factory.mktemp("adapters")
     config = EngineConfig(device="cpu", memory_bytes=32 << 20, num_slots=SLOTS, max_num_seqs=PLACES)
     with live_server(base, "tiny", config) as server:
         for seed, name in enumerate(NAMES):
             folder = adapters / name.replace("/", "-")
-            make_peft_adapter(load_oracle(base), folder, seed=seed, r=2, target_modules=["q_proj"])
+            make_peft_adapter(oracle, folder, seed=seed, r=2, target_modules=["q_proj"])
             asyncio.run(server.parts.adapters.register(name, str(folder)))
         yield server
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from huggingface_hub import InferenceClient
 
-from loraplex.server.config import EngineConfig
 from tests.support.live_server import LiveServer, live_server
-from tests.support.tiny import make_tiny_model, make_tiny_tokenizer
 from tests.support.waiting import LIMIT
 
 SCHEMA = {
@@ -23,10 +22,8 @@ SCHEMA = {
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
-    base = make_tiny_tokenizer(make_tiny_model("llama", tmp_path_factory.mktemp("base")))
-    config = EngineConfig(device="cpu", memory_bytes=64 << 20, max_num_seqs=4, token_budget=64)
-    with live_server(base, "base", config) as server:
+def served(base: Path) -> Iterator[LiveServer]:
+    with live_server(base, "base") as server:
         yield server
 
 

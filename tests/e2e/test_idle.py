@@ -14,7 +14,6 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.support.tiny import make_tiny_model, make_tiny_tokenizer
 from tests.support.waiting import LIMIT, wait_for
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc here")
@@ -24,12 +23,10 @@ MOST = 0.02  # of one core
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[tuple[int, str]]:
+def server(base: Path, tmp_path: Path) -> Iterator[tuple[int, str]]:
     """(process id, URL) of the real command, serving."""
-    make_tiny_model("llama", tmp_path / "tiny")
-    make_tiny_tokenizer(tmp_path / "tiny")
     command = [sys.executable, "-c", "from loraplex.server.command.cli import main; main()"]
-    command += ["serve", str(tmp_path / "tiny"), "--port", "0", "--memory", "768M"]
+    command += ["serve", str(base), "--port", "0", "--memory", "768M"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout is not None
     deadline = threading.Timer(LIMIT, process.kill)

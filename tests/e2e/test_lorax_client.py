@@ -6,7 +6,6 @@ import asyncio
 import copy
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,7 @@ import pytest
 import torch
 from peft.utils import merge_utils
 
-from loraplex.server.config import EngineConfig
-from tests.support.live_server import LiveServer, live_server
-from tests.support.peft_adapters import make_peft_adapter
-from tests.support.tiny import load_oracle, make_tiny_model, make_tiny_tokenizer
+from tests.support.served import greedy, serve_tiny
 from tests.support.waiting import LIMIT
 
 lorax = pytest.importorskip("lorax", reason="lorax-client is not installed")
@@ -38,12 +34,12 @@ CLOSE = 2e-4
 """Log-probabilities in fp32, summed in another order."""
 
 
-@dataclass(frozen=True)
-class Served:
-    live: LiveServer
-    client: Any
-    base: Any  # transformers' model
-    folders: dict[str, Path]
+class Lorax:
+    """The server, its client, and PEFT's models of sums of adapters."""
+
+    def __init__(self, served: Lorax) -> None:
+        self.live, self.folders, self.base = served.live, served.folders, served.oracles["tiny"]
+        self.client = Client(served.live.url)
 
     def oracle(self, weights: dict[str, float]) -> Any:
         """PEFT's model of the base wearing the sum of adapters with these weights: their factors side by side."""
@@ -58,15 +54,7 @@ class Served:
         return model.eval()
 
     def greedy(self, model: Any, tokens: int) -> tuple[list[int], list[float]]:
-        """What the model says after PROMPT, and the log-probability of each token."""
-        ids = self.live.tokenizer.encode(PROMPT)
-        logprobs = []
-        with torch.no_grad():
-            for _ in range(tokens):
-                row = model(torch.tensor([ids])).logits[0, -1].float().log_softmax(-1)
-                ids.append(int(row.argmax()))
-                logprobs.append(float(row.max()))
-        return ids[-tokens:], logprobs
+        return greedy(model, self.live.tokenizer.encode(PROMPT), tokens)
 
     def check(self, answer: Any, model: Any, tokens: int = 12) -> None:
         """That `answer` is the model's greedy one, token by token."""
@@ -75,46 +63,29 @@ class Served:
         assert [token.logprob for token in answer.details.tokens] == pytest.approx(logprobs, abs=CLOSE)
         assert answer.generated_text == self.live.tokenizer.decode(ids)
 
-    def idle(self) -> None:
-        """That no lease is held."""
-        registry = self.live.parts.adapters.registry
-        assert {version.name: registry.leases(version) for version in registry.list()} == {
-            version.name: 0 for version in registry.list()
-        }
-
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    base = tmp_path_factory.mktemp("base")
-    make_tiny_model("llama", base)
-    make_tiny_tokenizer(base)
-    model = load_oracle(base)
-    engine = EngineConfig(device="cpu", dtype="float32", memory_bytes=64 << 20, max_num_seqs=16, token_budget=64)
-    folders = {}
-    with live_server(base, "tiny", engine) as live:
-        for seed, (name, options) in enumerate(ADAPTERS.items()):
-            folders[name] = tmp_path_factory.mktemp(name)
-            make_peft_adapter(model, folders[name], seed=seed, **options)
-        for name in ("one", "two"):  # the other is loaded on first use
-            body = {"lora_name": name, "lora_path": str(folders[name])}
-            assert httpx.post(f"{live.url}/v1/load_lora_adapter", json=body, timeout=LIMIT).status_code == 200
-        yield Served(live, Client(live.url), model, folders)
+def served(base: Path, oracle: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lorax]:
+    """The adapter "wide" is loaded on first use."""
+    folder = tmp_path_factory.mktemp("adapters")
+    with serve_tiny(base, oracle, folder, ADAPTERS, loaded=("one", "two")) as served:
+        yield Lorax(served)
 
 
-def ask(served: Served, **parameters: Any) -> Any:
+def ask(served: Lorax, **parameters: Any) -> Any:
     return served.client.generate(PROMPT, max_new_tokens=12, ignore_eos_token=True, **parameters)
 
 
-def test_the_base_and_an_adapter(served: Served) -> None:
+def test_the_base_and_an_adapter(served: Lorax) -> None:
     served.check(ask(served), served.base)
     one = served.oracle({"one": 1.0})
     served.check(ask(served, adapter_id="one"), one)
     served.check(ask(served, adapter_id="tiny:one", adapter_source="local"), one)
     assert served.greedy(one, 12) != served.greedy(served.base, 12)  # or all of this shows little
-    served.idle()
+    served.live.idle()
 
 
-def test_streams(served: Served) -> None:
+def test_streams(served: Lorax) -> None:
     one = served.oracle({"one": 1.0})
     events = list(
         served.client.generate_stream(PROMPT, adapter_id="one", max_new_tokens=12, ignore_eos_token=True, details=True)
@@ -129,7 +100,7 @@ def test_streams(served: Served) -> None:
     assert events[-1].details.generated_tokens == 12
 
 
-def test_the_async_client(served: Served) -> None:
+def test_the_async_client(served: Lorax) -> None:
     client = AsyncClient(served.live.url)
 
     async def both() -> tuple[Any, list[Any]]:
@@ -142,7 +113,7 @@ def test_the_async_client(served: Served) -> None:
     assert events[-1].generated_text == whole.generated_text
 
 
-def test_details(served: Served) -> None:
+def test_details(served: Lorax) -> None:
     answer = ask(served, adapter_id="one", decoder_input_details=True, return_k_alternatives=3, return_full_text=True)
     prompt = served.live.tokenizer.encode(PROMPT)
     with torch.no_grad():
@@ -158,7 +129,7 @@ def test_details(served: Served) -> None:
     assert answer.generated_text.startswith(PROMPT)
 
 
-def test_best_of_and_seeds(served: Served) -> None:
+def test_best_of_and_seeds(served: Lorax) -> None:
     answer = ask(served, best_of=3, do_sample=True, temperature=2.0)
     every = [answer.details, *answer.details.best_of_sequences]
     means = [sum(token.logprob for token in each.tokens) / 12 for each in every]
@@ -169,7 +140,7 @@ def test_best_of_and_seeds(served: Served) -> None:
     assert again[0].details.seed == 5
 
 
-def test_watermarks(served: Served) -> None:
+def test_watermarks(served: Lorax) -> None:
     """Greedy: what transformers' watermark leads to, token by token, beside streams without one. Drawn: transformers'
     detector finds it, and finds none without it. The prompt takes several steps."""
     from transformers import WatermarkDetector, WatermarkingConfig
@@ -203,10 +174,10 @@ def test_watermarks(served: Served) -> None:
     detector = WatermarkDetector(served.base.config, "cpu", config)
     drawn = [tokens(served.client, watermark=m, do_sample=True, seed=4, max_new_tokens=150) for m in (True, False)]
     assert [bool(detector(torch.tensor([text]))[0]) for text in drawn] == [True, False]
-    served.idle()
+    served.live.idle()
 
 
-def test_structured_output(served: Served) -> None:
+def test_structured_output(served: Lorax) -> None:
     schema = {"type": "object", "properties": {"n": {"type": "integer", "minimum": 0, "maximum": 9}}, "required": ["n"]}
     schema["additionalProperties"] = False  # type: ignore[assignment]
     answer = served.client.generate(
@@ -216,7 +187,7 @@ def test_structured_output(served: Served) -> None:
     assert '"n"' in answer.generated_text
 
 
-def test_errors(served: Served) -> None:
+def test_errors(served: Lorax) -> None:
     with pytest.raises(GenerationError, match="`nobody` does not exist"):
         ask(served, adapter_id="nobody")
     with pytest.raises(GenerationError, match="there is no folder"):
@@ -225,10 +196,10 @@ def test_errors(served: Served) -> None:
         ask(served, best_of=2)
     with pytest.raises(GenerationError, match="`nobody` does not exist"):
         list(served.client.generate_stream(PROMPT, adapter_id="nobody"))
-    served.idle()
+    served.live.idle()
 
 
-def test_first_use_loads_once_for_all(served: Served) -> None:
+def test_first_use_loads_once_for_all(served: Lorax) -> None:
     loads = served.live.parts.adapters.loader.stats().loads
     folder = str(served.folders["wide"])
     with ThreadPoolExecutor(16) as pool:
@@ -245,10 +216,10 @@ def test_first_use_loads_once_for_all(served: Served) -> None:
     wide = served.oracle({"wide": 1.0})
     for answer in answers:
         served.check(answer, wide)
-    served.idle()
+    served.live.idle()
 
 
-def test_linear_merges_are_exact_sums(served: Served) -> None:
+def test_linear_merges_are_exact_sums(served: Lorax) -> None:
     """Of adapters of different ranks and targets, too, which a merge of their factors could not be."""
     folders = [str(served.folders[name]) for name in ("one", "wide")]
     merged = MergedAdapters(ids=folders, weights=[0.7, -0.4], merge_strategy="linear", density=0.0)
@@ -256,10 +227,10 @@ def test_linear_merges_are_exact_sums(served: Served) -> None:
     served.check(ask(served, merged_adapters=merged, adapter_source="local"), expected)
     for model in ("one*0.7+two*0.3", "tiny:two*0.3+one*0.7"):
         served.check(ask(served, adapter_id=model), served.oracle({"one": 0.7, "two": 0.3}))
-    served.idle()
+    served.live.idle()
 
 
-def test_mixes_have_prefixes_of_their_own(served: Served) -> None:
+def test_mixes_have_prefixes_of_their_own(served: Lorax) -> None:
     """The same prompt with other weights, other adapters and none, in turns: what is cached of one helps no other."""
     long = PROMPT * 4
     stats = served.live.parts.engine.stats
@@ -280,10 +251,10 @@ def test_mixes_have_prefixes_of_their_own(served: Served) -> None:
     assert logprobs[0] == pytest.approx(logprobs[4], abs=CLOSE)  # the order does not count
     for other in logprobs[1:4]:
         assert logprobs[0] != pytest.approx(other, abs=10 * CLOSE)
-    served.idle()
+    served.live.idle()
 
 
-def test_ties_is_served_as_peft_merges_the_factors(served: Served) -> None:
+def test_ties_is_served_as_peft_merges_the_factors(served: Lorax) -> None:
     from peft.tuners.lora import LoraLayer
 
     weights, density = [1.0, 0.5], 0.6
@@ -300,11 +271,11 @@ def test_ties_is_served_as_peft_merges_the_factors(served: Served) -> None:
     for answer in answers:
         served.check(answer, oracle)
     assert served.greedy(oracle, 12) != served.greedy(served.oracle({"one": 1.0, "two": 0.5}), 12)
-    served.idle()
+    served.live.idle()
 
 
 @pytest.mark.parametrize("strategy", ["dare_linear", "dare_ties"])
-def test_dare_is_made_once_and_served(served: Served, strategy: str) -> None:
+def test_dare_is_made_once_and_served(served: Lorax, strategy: str) -> None:
     merged = MergedAdapters(ids=["one", "two"], weights=[1.0, 1.0], merge_strategy=strategy, density=0.5)
     loads = served.live.parts.adapters.loader.stats().loads
     first, second = (ask(served, merged_adapters=merged) for _ in range(2))
@@ -314,12 +285,12 @@ def test_dare_is_made_once_and_served(served: Served, strategy: str) -> None:
     different = MergedAdapters(ids=["one", "missing"], weights=[1.0, 1.0], merge_strategy=strategy, density=0.5)
     with pytest.raises(GenerationError, match="`missing` does not exist"):
         ask(served, merged_adapters=different)
-    served.idle()
+    served.live.idle()
 
 
-def test_ranks_that_differ_are_not_merged(served: Served) -> None:
+def test_ranks_that_differ_are_not_merged(served: Lorax) -> None:
     folders = [str(served.folders[name]) for name in ("one", "wide")]
     merged = MergedAdapters(ids=folders, weights=[1.0, 1.0], merge_strategy="ties", density=0.5)
     with pytest.raises(GenerationError, match="needs adapters of equal ranks"):
         ask(served, merged_adapters=merged, adapter_source="local")
-    served.idle()
+    served.live.idle()

@@ -6,19 +6,16 @@ import asyncio
 import http.client
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
-import torch
 
-from loraplex.server.config import EngineConfig
-from tests.support.live_server import LiveServer, live_server
-from tests.support.peft_adapters import PeftAdapter, make_peft_adapter
-from tests.support.tiny import EOS, load_oracle, make_tiny_model, make_tiny_tokenizer
+from tests.support.peft_adapters import make_peft_adapter
+from tests.support.served import Served, greedy, serve_tiny
+from tests.support.tiny import EOS
 from tests.support.waiting import LIMIT, wait_for
 
 MESSAGES: list[Any] = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is the end, é?"}]
@@ -28,58 +25,15 @@ ADAPTERS = {
 }
 
 
-@dataclass(frozen=True)
-class Served:
-    live: LiveServer
-    client: openai.OpenAI
-    oracles: dict[str, Any]  # name -> transformers' or PEFT's model
-
-    def greedy(self, name: str, prompt: list[int], tokens: int) -> list[int]:
-        """What `name` should say, computed with its whole context at every token."""
-        ids = list(prompt)
-        with torch.no_grad():
-            for _ in range(tokens):
-                ids.append(int(self.oracles[name](torch.tensor([ids])).logits[0, -1].argmax()))
-        return ids[len(prompt) :]
-
-    def logprobs(self, name: str, ids: list[int]) -> torch.Tensor:
-        """[len(ids), vocab] of the token after each."""
-        with torch.no_grad():
-            return self.oracles[name](torch.tensor([ids])).logits[0].float().log_softmax(-1)
-
-    def text(self, ids: list[int]) -> str:
-        return self.live.tokenizer.decode(ids)
-
-
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    base = tmp_path_factory.mktemp("base")
-    make_tiny_model("llama", base)
-    make_tiny_tokenizer(base)
-    model = load_oracle(base)
-    engine = EngineConfig(device="cpu", dtype="float32", memory_bytes=64 << 20, max_num_seqs=16, token_budget=64)
-    with live_server(base, "tiny", engine) as live:
-        oracles = {"tiny": model}
-        for seed, (name, options) in enumerate(ADAPTERS.items()):
-            folder = tmp_path_factory.mktemp(name)
-            adapter: PeftAdapter = make_peft_adapter(model, folder, seed=seed, **options)
-            oracles[name] = adapter.model
-            body = {"lora_name": name, "lora_path": str(folder)}
-            response = httpx.post(f"{live.url}/v1/load_lora_adapter", json=body, timeout=LIMIT)
-            assert response.status_code == 200, response.text
-        with openai.OpenAI(base_url=f"{live.url}/v1", api_key="none", max_retries=0) as client:
-            yield Served(live, client, oracles)
+def served(base: Path, oracle: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with serve_tiny(base, oracle, tmp_path_factory.mktemp("adapters"), ADAPTERS) as served:
+        yield served
 
 
 @pytest.fixture
 def async_client(served: Served) -> openai.AsyncOpenAI:
     return openai.AsyncOpenAI(base_url=f"{served.live.url}/v1", api_key="none", max_retries=0)
-
-
-def assert_idle(served: Served) -> None:
-    """Nobody runs and no page is held for keys and values."""
-    wait_for(lambda: served.live.parts.engine.stats().running == 0)
-    wait_for(lambda: served.live.parts.engine.stats().kv_usage == 0)
 
 
 @pytest.mark.parametrize("name", ["tiny", *ADAPTERS, "tiny:wide"])
@@ -170,7 +124,7 @@ async def test_many_at_once_are_each_as_alone(async_client: openai.AsyncOpenAI, 
         alone = [await ask(client, i) for i in range(16)]
     assert together == alone
     assert len(set(together)) > 8
-    assert_idle(served)
+    served.live.idle()
 
 
 def test_chat_logprobs(served: Served) -> None:
@@ -228,7 +182,7 @@ def test_stop_strings_and_tokens(served: Served) -> None:
     assert answer.choices[0].text == served.text(ids[:unseen])
     assert answer.usage is not None
     assert answer.usage.completion_tokens == unseen + 1
-    assert_idle(served)
+    served.live.idle()
 
 
 def test_logit_bias_and_end_of_sequence(served: Served) -> None:
@@ -287,21 +241,17 @@ def test_a_damaged_adapter_is_refused_and_others_go_on(served: Served, tmp_path:
 
 def test_unloading_lets_a_stream_finish(served: Served, tmp_path: Path) -> None:
     adapter = make_peft_adapter(served.oracles["tiny"], tmp_path / "a", r=4, target_modules=["o_proj"])
-    url = f"{served.live.url}/v1"
-    assert httpx.post(
-        f"{url}/load_lora_adapter", json={"lora_name": "brief", "lora_path": str(adapter.folder)}, timeout=LIMIT
-    ).is_success
+    assert served.live.load("brief", adapter.folder).is_success
     prompt = served.live.tokenizer.encode("the")
     stream = served.client.completions.create(
         model="brief", prompt=prompt, temperature=0, max_tokens=60, stream=True, extra_body={"ignore_eos": True}
     )
     pieces = [next(stream).choices[0].text]
-    assert httpx.post(f"{url}/unload_lora_adapter", json={"lora_name": "brief"}, timeout=LIMIT).is_success
+    assert served.live.unload("brief").is_success
     with pytest.raises(openai.NotFoundError):
         served.client.completions.create(model="brief", prompt="the")
     pieces += [chunk.choices[0].text for chunk in stream]
-    expected = Served(served.live, served.client, {"brief": adapter.model}).greedy("brief", prompt, 60)
-    assert "".join(pieces) == served.text(expected)
+    assert "".join(pieces) == served.text(greedy(adapter.model, prompt, 60)[0])
     wait_for(lambda: served.live.parts.adapters.registry.draining() == ())
 
 
@@ -323,7 +273,7 @@ def test_errors_are_the_clients_own(served: Served) -> None:
     with pytest.raises(openai.BadRequestError) as guided:
         served.client.completions.create(model="tiny", prompt="the", extra_body={"guided_regex": "(a"})
     assert guided.value.param == "guided_regex"
-    assert_idle(served)
+    served.live.idle()
 
 
 def test_ignored_fields_are_named(served: Served) -> None:
@@ -346,7 +296,7 @@ def test_a_client_that_leaves_frees_its_pages(served: Served, stream: bool) -> N
         connection.getresponse().read(1)
     wait_for(lambda: stats().generation_tokens > before)
     connection.close()
-    assert_idle(served)
+    served.live.idle()
     assert stats().waiting == 0
     assert stats().generation_tokens - before < 400
 

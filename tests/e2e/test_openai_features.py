@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from enum import Enum
 from typing import Any, Literal
 
@@ -19,9 +19,8 @@ import pytest
 import torch
 from pydantic import BaseModel, Field
 
-from loraplex.server.config import EngineConfig
-from tests.support.live_server import LiveServer, live_server
-from tests.support.peft_adapters import make_peft_adapter
+from tests.support.live_server import TINY
+from tests.support.served import Served, serve_tiny
 from tests.support.tiny import load_oracle, make_tiny_model, make_tiny_tokenizer
 from tests.support.waiting import LIMIT
 
@@ -56,26 +55,13 @@ TOOL: Any = {
 SLEEP: Any = {"type": "function", "function": {"name": "sleep", "parameters": {"type": "object", "properties": {}}}}
 
 
-@dataclass(frozen=True)
-class Served:
-    live: LiveServer
-    client: openai.OpenAI
-    oracles: dict[str, Any]  # name -> transformers' or PEFT's model
-
-
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    base = tmp_path_factory.mktemp("base")
-    make_tiny_model("llama", base, max_position_embeddings=2048)
-    make_tiny_tokenizer(base)
-    model = load_oracle(base)
-    engine = EngineConfig(device="cpu", dtype="float32", memory_bytes=96 << 20, max_num_seqs=16, token_budget=64)
-    with live_server(base, "tiny", engine) as live:
-        adapter = make_peft_adapter(model, tmp_path_factory.mktemp("wide"), r=8, target_modules="all-linear")
-        body = {"lora_name": "wide", "lora_path": str(adapter.folder)}
-        assert httpx.post(f"{live.url}/v1/load_lora_adapter", json=body, timeout=LIMIT).is_success
-        with openai.OpenAI(base_url=f"{live.url}/v1", api_key="none", max_retries=0) as client:
-            yield Served(live, client, {"tiny": model, "wide": adapter.model})
+    folder = tmp_path_factory.mktemp("served")
+    base = make_tiny_tokenizer(make_tiny_model("llama", folder / "base", max_position_embeddings=2048))
+    adapters = {"wide": {"r": 8, "target_modules": "all-linear"}}
+    with serve_tiny(base, load_oracle(base), folder, adapters, engine=replace(TINY, memory_bytes=96 << 20)) as served:
+        yield served
 
 
 @pytest.fixture

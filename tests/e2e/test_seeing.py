@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import httpx
 import torch
@@ -16,14 +17,12 @@ from loraplex.adapters.refusals import OTHER, REASONS
 from loraplex.server.config import EngineConfig
 from tests.support.live_server import live_server
 from tests.support.peft_adapters import make_peft_adapter
-from tests.support.tiny import load_oracle, make_tiny_model, make_tiny_tokenizer
 from tests.support.waiting import LIMIT
 
 
-def test_adapters_that_take_turns(tmp_path: Path) -> None:
-    base = make_tiny_tokenizer(make_tiny_model("llama", tmp_path / "tiny"))
+def test_adapters_that_take_turns(base: Path, oracle: Any, tmp_path: Path) -> None:
     for seed, name in enumerate(("one", "two")):
-        make_peft_adapter(load_oracle(base), tmp_path / "adapters" / name, seed=seed, r=2, target_modules=["q_proj"])
+        make_peft_adapter(oracle, tmp_path / "adapters" / name, seed=seed, r=2, target_modules=["q_proj"])
     config = EngineConfig(device="cpu", memory_bytes=32 << 20, num_slots=1)
     with live_server(base, "tiny", config) as server:
         asyncio.run(server.parts.adapters.register_folder(tmp_path / "adapters"))
@@ -51,11 +50,10 @@ def test_adapters_that_take_turns(tmp_path: Path) -> None:
     assert found["vllm:request_queue_time_seconds_count", None] == 5
 
 
-def test_refused_adapters_are_counted_by_reason(tmp_path: Path) -> None:
+def test_refused_adapters_are_counted_by_reason(base: Path, oracle: Any, tmp_path: Path) -> None:
     """One of a folder, by its config; one over the API, by its weights. What names no place is its caller's mistake."""
-    base = make_tiny_tokenizer(make_tiny_model("llama", tmp_path / "tiny"))
     for name in ("folder/kind", "values"):
-        make_peft_adapter(load_oracle(base), tmp_path / name, r=2, target_modules=["q_proj"])
+        make_peft_adapter(oracle, tmp_path / name, r=2, target_modules=["q_proj"])
     config = tmp_path / "folder/kind/adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"peft_type": "IA3"}))
     weights = tmp_path / "values/adapter_model.safetensors"

@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -16,22 +17,14 @@ from loraplex.server.config import EngineConfig
 from tests.support.fake_hub import FakeHub, Repo, fake_hub
 from tests.support.live_server import LiveServer, live_server
 from tests.support.peft_adapters import ALL, make_peft_adapter
-from tests.support.tiny import load_oracle, make_tiny_model, make_tiny_tokenizer
 from tests.support.waiting import LIMIT, until
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = make_tiny_model("llama", tmp_path_factory.mktemp("base"))
-    make_tiny_tokenizer(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def made(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder, oracle = tmp_path_factory.mktemp("made"), load_oracle(base)
+def made(oracle: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("made")
     for seed, name in enumerate("abcd"):
         make_peft_adapter(oracle, folder / name, seed=seed, r=4, target_modules=ALL)
     return folder

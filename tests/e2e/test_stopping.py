@@ -20,7 +20,6 @@ import httpx
 import pytest
 
 from tests.support.command import address, serving
-from tests.support.tiny import make_tiny_model, make_tiny_tokenizer
 from tests.support.waiting import LIMIT, wait_for
 
 SLOWED = """
@@ -39,12 +38,6 @@ from loraplex.server.command.cli import main
 main()
 """
 STEP = 0.02
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = make_tiny_model("llama", tmp_path_factory.mktemp("models") / "tiny")
-    return make_tiny_tokenizer(path)
 
 
 class Slow:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import signal
 from pathlib import Path
+from typing import Any
 
 import httpx
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue
@@ -13,7 +14,6 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from tests.support.command import address, serving
 from tests.support.otlp_collector import otlp_collector
 from tests.support.peft_adapters import make_peft_adapter
-from tests.support.tiny import load_oracle, make_tiny_model, make_tiny_tokenizer
 from tests.support.waiting import LIMIT
 
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -28,11 +28,10 @@ def attributes(span: Span) -> dict[str, object]:
     return {attribute.key: plain(attribute.value) for attribute in span.attributes}
 
 
-def test_a_request_is_a_tree_of_spans(tmp_path: Path) -> None:
+def test_a_request_is_a_tree_of_spans(base: Path, oracle: Any, tmp_path: Path) -> None:
     """Down to the first use of an adapter that nobody has read yet; what is left is sent at the end."""
-    base = make_tiny_tokenizer(make_tiny_model("llama", tmp_path / "tiny"))
     folder = tmp_path / "adapters" / "sql"
-    make_peft_adapter(load_oracle(base), folder, r=2, target_modules=["q_proj"])
+    make_peft_adapter(oracle, folder, r=2, target_modules=["q_proj"])
     files = [(folder / name).read_bytes() for name in ("adapter_config.json", "adapter_model.safetensors")]
     with otlp_collector() as collector:
         arguments = [str(base), "--adapter-dir", str(folder.parent), "--otlp-endpoint", collector.endpoint]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -11,13 +11,10 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from loraplex.server.config import AuthConfig, EngineConfig
 from loraplex.server.tenancy.keys_file import new_key
 from tests.support.browser import Browser, chromium
-from tests.support.live_server import LiveServer, live_server
+from tests.support.live_server import TINY, LiveServer, live_server
 from tests.support.peft_adapters import make_peft_adapter
-from tests.support.tiny import load_oracle, make_tiny_model, make_tiny_tokenizer
-from tests.support.waiting import LIMIT
 
 PROMPT = "the quick brown fox jumps over the lazy dog"
 NASTY = '<img src="x" onerror="document.title=1"><b>'
@@ -26,18 +23,15 @@ NASTY = '<img src="x" onerror="document.title=1"><b>'
 @dataclass(frozen=True)
 class Served:
     live: LiveServer
-    keys: dict[str, str]  # name -> secret
     adapters: Path
 
     def ask(self, method: str, path: str, key: str = "root", **fields: Any) -> httpx.Response:
-        headers = {"Authorization": f"Bearer {self.keys[key]}"}
-        answer = httpx.request(method, f"{self.live.url}{path}", headers=headers, timeout=LIMIT, **fields)
+        answer = self.live.ask(method, path, key, **fields)
         assert answer.status_code == 200, answer.text
         return answer
 
     def load(self, name: str, folder: str) -> None:
-        body = {"lora_name": name, "lora_path": str(self.adapters / folder)}
-        self.ask("POST", "/v1/load_lora_adapter", json=body)
+        assert self.live.load(name, self.adapters / folder, "root").status_code == 200
 
     def answer(self, model: str) -> str:
         """What the API says without streaming, greedily."""
@@ -57,22 +51,17 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 
 @pytest.fixture(scope="module")
-def served(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    base, folder = tmp_path_factory.mktemp("base"), tmp_path_factory.mktemp("adapters")
-    make_tiny_model("llama", base)
-    make_tiny_tokenizer(base)
-    oracle = load_oracle(base)
+def served(browser: Browser, base: Path, oracle: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    folder = tmp_path_factory.mktemp("adapters")
     for seed, name in enumerate(("one", "two", "three")):
         make_peft_adapter(oracle, folder / name, seed=seed, r=8, target_modules=["q_proj", "v_proj", "up_proj"])
-    made = {
-        "root": new_key("root", "ops", admin=True),
-        "alice": new_key("alice", "acme", adapters=["acme/*", "shared"], base=False),
-    }
-    file = tmp_path_factory.mktemp("keys") / "keys.yaml"
-    file.write_text("keys:\n" + "".join(entry for _, entry in made.values()))
-    engine = EngineConfig(device="cpu", dtype="float32", memory_bytes=48 << 20, max_num_seqs=8, token_budget=64)
-    with live_server(base, "tiny", engine, AuthConfig(keys_file=file, allowed_paths=(folder,))) as live:
-        served = Served(live, {name: secret for name, (secret, _) in made.items()}, folder)
+    keys = [
+        new_key("root", "ops", admin=True),
+        new_key("alice", "acme", adapters=["acme/*", "shared"], base=False),
+    ]
+    engine = replace(TINY, memory_bytes=48 << 20, max_num_seqs=8)
+    with live_server(base, engine=engine, keys=keys, allowed_paths=(folder,)) as live:
+        served = Served(live, folder)
         served.load("acme/one", "one")
         served.load("shared", "two")
         yield served
@@ -85,7 +74,7 @@ def page(browser: Browser, served: Served, request: pytest.FixtureRequest) -> It
     browser.driver.get(f"{served.live.url}/ui/icon.svg")  # the same origin, and nothing of the page runs
     browser.run("sessionStorage.clear()")
     if name:
-        browser.run("sessionStorage.setItem('loraplex.key', arguments[0])", served.keys[name])
+        browser.run("sessionStorage.setItem('loraplex.key', arguments[0])", served.live.keys[name])
     browser.collect()
     browser.asked.clear()
     browser.said.clear()
@@ -208,7 +197,7 @@ def test_without_a_key_it_asks_for_one_and_keeps_it_in_the_tab(page: Browser, se
     assert rows(page) == {}
     page.one("#key-input").send_keys("lpx_mistaken\n")
     page.wait(lambda: "does not know" in page.text("#key-wrong"), "the refusal")
-    page.one("#key-input").send_keys(f"{served.keys['alice']}\n")
+    page.one("#key-input").send_keys(f"{served.live.keys['alice']}\n")
     page.wait(lambda: rows(page), "what alice may see")
     assert set(rows(page)) == {"acme/one", "shared"}
     assert not page.one("#key-dialog").is_displayed()

@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save_file
 from loraplex.kernels.ops import Backend
 from loraplex.kernels.records import Site
 from loraplex.kernels.select import load_backend
+from loraplex.server.models.checkpoint import WeightsError
 from loraplex.server.models.config import ModelConfig
 from loraplex.server.models.weights import (
     BaseBiases,
     ModelWeights,
-    WeightsError,
     expected_shapes,
     load_weights,
     weights_bytes,

@@ -12,10 +12,10 @@ import safetensors.torch
 import torch
 
 from loraplex.adapters.format import adapter_files
-from loraplex.adapters.format.adapter_files import parse_header, read_bytes, view_tensors
-from loraplex.adapters.format.peft_config import parse_config
-from loraplex.adapters.format.peft_format import BaseBias, map_modules
-from loraplex.adapters.format.peft_values import Part, check_values
+from loraplex.adapters.format.adapter_files import read_bytes
+from loraplex.adapters.format.header import parse_header, view_tensors
+from loraplex.adapters.format.kind import BaseBias, Part, ServedBase
+from loraplex.adapters.format.kinds import KINDS, parse_config
 from loraplex.adapters.image.tiles import AdapterImage, BaseLayout, pack
 from loraplex.adapters.tiers.loader import ParsedImage, Reading
 from loraplex.adapters.tiers.reader import AdapterReader
@@ -56,9 +56,11 @@ def read_adapter(folder: Path, layout: BaseLayout, base_bias: BaseBias) -> Parse
         first = read(reader, folder)
         again = read(reader, folder)
     files = read_bytes(folder, no_breath)
-    module_map = map_modules(parse_config(files.head.config), parse_header(files.head), layout, base_bias)
+    config, base = parse_config(files.head.config), ServedBase(layout, base_bias)
+    kind = KINDS[config.kind]
+    module_map = kind.plan(config, parse_header(files.head), base, no_breath)
     tensors = view_tensors(files.data, module_map.header)
-    parts = check_values(module_map, tensors, layout, base_bias, no_breath)
+    parts = kind.parts(module_map, tensors, base, no_breath)
     info = reader.examine(str(folder))
     assert same_image(first.image, again.image)
     assert first.digest == again.digest == files.digest

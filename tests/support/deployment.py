@@ -10,7 +10,7 @@ from pathlib import Path
 import typer.main
 from prometheus_client.parser import text_string_to_metric_families
 
-from loraplex.adapters.durations import Durations
+from loraplex.adapters.histogram import Histogram
 from loraplex.server.catalog.saved import Remembering, StateFile
 from loraplex.server.command.app import create_app
 from loraplex.server.command.cli import app as cli
@@ -49,9 +49,9 @@ def routes(server: FakeServer) -> set[str]:
 
 def exported(server: FakeServer) -> dict[str, set[str]]:
     """The labels of every series that a server with keys and something in every tier exports, by the series' name."""
-    durations = Durations()
+    durations = Histogram()
     durations.observe(0.01)
-    tier = TierStats(hits=1, misses=1, loads=1, evictions=1, durations=durations.stats())
+    tier = TierStats(hits=1, misses=1, loads=1, evictions=1, durations=durations)
     server.engine.current = Stats(
         running=1,
         pages={"kv": 1, "prefix": 1, "adapter": 1, "free": 1},

@@ -12,6 +12,7 @@ import httpx
 import numpy as np
 
 from loraplex.adapters.errors import AdapterNotFound, AdapterRefused
+from loraplex.adapters.histogram import Histogram
 from loraplex.adapters.registry import AdapterVersion, Registry
 from loraplex.adapters.sources.merge_plan import MergePlan
 from loraplex.adapters.sources.sources import OPERATOR, SourceAccess
@@ -23,7 +24,7 @@ from loraplex.server.config import EngineConfig, RequestLimits, ServeConfig
 from loraplex.server.engine.engine import Engine
 from loraplex.server.engine.page_map import PageOwners
 from loraplex.server.engine.request import FinishReason, GenerationRequest, TokenEvent, TokenScores
-from loraplex.server.engine.stats import AdapterPlace, TierStats
+from loraplex.server.engine.stats import STEP_BOUNDS, AdapterPlace, TierStats
 from loraplex.server.engine.streams import EventStream, Shortcut
 from loraplex.server.facts import Facts
 from loraplex.server.telemetry.metrics import Metrics
@@ -72,8 +73,7 @@ class Stats:
     expired: int = 0
     waiting_for_adapters: int = 0
     adapter_wait: float = 0.0
-    step_counts: tuple[int, ...] = ()
-    step_tokens: int = 0
+    step_sizes: Histogram = field(default_factory=lambda: Histogram(STEP_BOUNDS))
     token_budget: int = 64
     token_seconds: float = 1e-3
     pages: Mapping[str, int] = field(default_factory=dict)

@@ -23,7 +23,6 @@ from torch import Tensor
 from loraplex.kernels.ops import Backend
 from loraplex.kernels.records import (
     BLOCK_SIZE,
-    NUM_SITES,
     AdapterSegments,
     AttentionMeta,
     KVGroup,
@@ -34,7 +33,7 @@ from loraplex.kernels.records import (
 from loraplex.kernels.select import load_backend
 from loraplex.server.models.config import ModelConfig
 from loraplex.server.models.decoder import Decoder
-from loraplex.server.models.inputs import ForwardBatch
+from loraplex.server.models.inputs import ForwardBatch, no_tiles
 from loraplex.server.models.recorded import RecordedDecoder
 from loraplex.server.models.weights import ModelWeights, load_weights
 
@@ -73,13 +72,6 @@ def layer_groups(config: ModelConfig, group_size: int | None) -> list[list[int]]
         layers = [layer for layer in range(config.num_layers) if config.windows[layer] == window]
         groups += [layers[start : start + group_size] for start in range(0, len(layers), group_size)]
     return groups
-
-
-def no_tiles(num_layers: int) -> TileTable:
-    """The tile table of a server without adapters."""
-    ranges = torch.zeros(1, num_layers, NUM_SITES, 2, dtype=torch.int32)
-    tiles = torch.zeros(0, 5, dtype=torch.int32)
-    return TileTable(ranges, tiles, ranges, tiles)
 
 
 class Harness:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import yaml
 
 from loraplex.server.command.app import create_app
 from loraplex.server.command.build import EngineParts, build_engine
@@ -18,7 +24,10 @@ from loraplex.server.http.listening import bind, make_server
 from loraplex.server.models.config import ModelConfig
 from loraplex.server.text.grammar import Grammars
 from loraplex.server.text.tokenizer import Tokenizer
-from tests.support.waiting import LIMIT
+from tests.support.waiting import LIMIT, wait_for
+
+TINY = EngineConfig(device="cpu", dtype="float32", memory_bytes=64 << 20, max_num_seqs=16, token_budget=64)
+"""An engine for tiny models."""
 
 
 @dataclass(frozen=True)
@@ -26,12 +35,57 @@ class LiveServer:
     url: str
     parts: EngineParts
     tokenizer: Tokenizer
+    keys: dict[str, str] = field(default_factory=dict)  # name -> secret
+
+    def ask(self, method: str, path: str, key: str | None = None, **fields: Any) -> httpx.Response:
+        """Ask with the key of that name; None: without one."""
+        headers = {} if key is None else {"Authorization": f"Bearer {self.keys[key]}"}
+        return httpx.request(method, f"{self.url}{path}", headers=headers, timeout=LIMIT, **fields)
+
+    def load(self, name: str, folder: Path | str, key: str | None = None, **fields: Any) -> httpx.Response:
+        body = {"lora_name": name, "lora_path": str(folder), **fields}
+        return self.ask("POST", "/v1/load_lora_adapter", key, json=body)
+
+    def unload(self, name: str, key: str | None = None) -> httpx.Response:
+        return self.ask("POST", "/v1/unload_lora_adapter", key, json={"lora_name": name})
+
+    def openai(self, key: str = "none", **options: Any) -> openai.OpenAI:
+        """The official client with the key of that name, or with what is no key's name as its secret."""
+        secret = self.keys.get(key, key)
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=secret, max_retries=0, **options)
+
+    def idle(self) -> None:
+        """Wait until nobody runs and neither a page for keys and values nor a lease is held."""
+        registry = self.parts.adapters.registry
+        wait_for(lambda: self.parts.engine.stats().running == 0)
+        wait_for(lambda: self.parts.engine.stats().kv_usage == 0)
+        wait_for(lambda: not any(registry.leases(version) for version in registry.list()))
 
 
 @contextmanager
-def live_server(base: Path, name: str, engine: EngineConfig, auth: AuthConfig | None = None) -> Iterator[LiveServer]:
-    """Serve the checkpoint in `base` as `name` while the block runs."""
-    config = ServeConfig(str(base), (name,), engine, http=HttpConfig(grace_seconds=1), auth=auth or AuthConfig())
+def live_server(
+    base: Path,
+    name: str = "tiny",
+    engine: EngineConfig = TINY,
+    *,
+    keys: Iterable[tuple[str, str]] = (),
+    allowed_paths: tuple[Path, ...] = (),
+) -> Iterator[LiveServer]:
+    """Serve the checkpoint in `base` as `name` while the block runs. keys: what new_key() made."""
+    with tempfile.TemporaryDirectory() as folder:
+        made = tuple(keys)
+        secrets = {yaml.safe_load(entry)[0]["name"]: secret for secret, entry in made}
+        auth = AuthConfig(allowed_paths=allowed_paths)
+        if made:
+            (Path(folder) / "keys.yaml").write_text("keys:\n" + "".join(entry for _, entry in made))
+            auth = replace(auth, keys_file=Path(folder) / "keys.yaml")
+        with _listening(base, name, engine, auth) as live:
+            yield replace(live, keys=secrets)
+
+
+@contextmanager
+def _listening(base: Path, name: str, engine: EngineConfig, auth: AuthConfig) -> Iterator[LiveServer]:
+    config = ServeConfig(str(base), (name,), engine, http=HttpConfig(grace_seconds=1), auth=auth)
     model_config, defaults = ModelConfig.from_hf(base), read_defaults(base)
     tokenizers = read_tokenizers(base, model_config.vocab_size, defaults.eos_token_ids)
     grammars = Grammars(tokenizers.base, tokenizers.rows, tokenizers.eos_ids)

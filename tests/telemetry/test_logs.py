@@ -11,6 +11,7 @@ from unittest.mock import patch
 
 import pytest
 
+from loraplex.adapters.histogram import Histogram
 from loraplex.server.telemetry.logs import (
     JsonFormatter,
     LogFormat,
@@ -21,12 +22,12 @@ from loraplex.server.telemetry.logs import (
     set_up,
 )
 from loraplex.server.telemetry.request_context import ChoiceTimes, RequestContext, exchanging, request_id
-from loraplex.server.telemetry.usage import GAPS, Buckets
+from loraplex.server.telemetry.usage import GAPS
 from tests.support.waiting import turns
 
 
 def choice(reason: str, *, first: float | None, tokens: int, adapter: str = "sql") -> ChoiceTimes:
-    return ChoiceTimes(((adapter, "d1", 1.0),), 100.0, None, first, 103.0, 12, tokens, Buckets(GAPS), reason)
+    return ChoiceTimes(((adapter, "d1", 1.0),), 100.0, None, first, 103.0, 12, tokens, Histogram(GAPS), reason)
 
 
 def context() -> RequestContext:

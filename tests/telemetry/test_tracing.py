@@ -8,10 +8,11 @@ from collections.abc import Iterator
 
 import pytest
 
+from loraplex.adapters.histogram import Histogram
 from loraplex.server.engine.request import Phases
 from loraplex.server.telemetry.request_context import ChoiceTimes, RequestContext
 from loraplex.server.telemetry.tracing import TracingUnavailable, phases_of, start_tracing
-from loraplex.server.telemetry.usage import GAPS, Buckets
+from loraplex.server.telemetry.usage import GAPS
 from tests.support.otlp_collector import Collector, otlp_collector
 
 
@@ -82,7 +83,7 @@ def test_the_library_is_not_loaded_where_traces_are_off() -> None:
 
 
 def choice(phases: Phases | None, first: float | None, tokens: int) -> ChoiceTimes:
-    return ChoiceTimes((), 1.0, phases, first, 9.0, 3, tokens, Buckets(GAPS), "stop")
+    return ChoiceTimes((), 1.0, phases, first, 9.0, 3, tokens, Histogram(GAPS), "stop")
 
 
 def test_phases() -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from loraplex.server.telemetry import usage
-from loraplex.server.telemetry.usage import OTHER, Buckets, Usage, UsageTable
+from loraplex.server.telemetry.usage import OTHER, Usage, UsageTable
 
 
 def read(table: UsageTable) -> dict[str, dict[str, float]]:
@@ -142,10 +142,3 @@ def test_written_by_several_threads() -> None:
     found = read(table)
     assert sum(found["adapter_requests_total"].values()) == 2000
     assert sum(found["adapter_load_seconds_count"].values()) == 2000
-
-
-def test_buckets_have_no_gap_and_no_overlap() -> None:
-    buckets = Buckets((1.0, 2.0))
-    for value in (0.0, 1.0, 1.5, 2.0, 2.1):
-        buckets.observe(value)
-    assert buckets.counts == [2, 2, 1]  # as Prometheus has it: a bound belongs to its bucket

@@ -10,10 +10,10 @@ from collections.abc import Callable
 
 import torch
 
-from loraplex.kernels.records import BLOCK_SIZE, NUM_SITES, AttentionMeta, KVGroup, TileTable
+from loraplex.kernels.records import BLOCK_SIZE
 from loraplex.server.engine.policy.budget import StepCost
 from loraplex.server.models.decoder import Decoder
-from loraplex.server.models.inputs import ForwardBatch
+from loraplex.server.models.inputs import ForwardBatch, no_tiles
 from loraplex.server.models.recorded import record
 
 SIZES = (1, 16, 64, 256)
@@ -70,36 +70,12 @@ def _fitted(found: dict[int, float]) -> StepCost:
 def calibrate(decoder: Decoder, clock: Callable[[], float] = time.perf_counter) -> StepCost:
     """Measure `decoder`, whose arena has SCRATCH_PAGES pages for each KV group, and nothing in them that is needed."""
     model = record(decoder, SIZES[-1], 1)
-    batches = {tokens: _prompt(decoder, tokens) for tokens in SIZES}
+    device = decoder.ops.device
+    tiles = no_tiles(decoder.config.num_layers, device)
+    batches = {n: ForwardBatch.blank(tiles, decoder.num_kv_groups, tokens=n, device=device) for n in SIZES}
 
     def run_step(tokens: int) -> None:
         model.logits(model.forward(batches[tokens])).argmax(-1).tolist()
 
     with torch.inference_mode():
         return measure(run_step, clock)
-
-
-def _prompt(decoder: Decoder, tokens: int) -> ForwardBatch:
-    """The first `tokens` tokens of one sequence of the base, in the first pages of the arena."""
-    device, config = decoder.ops.device, decoder.config
-    positions = torch.arange(tokens, device=device)
-    num_groups = 1 + max(layer.group for layer in decoder.kv_layers)
-    tables = torch.arange(num_groups * SCRATCH_PAGES, dtype=torch.int32, device=device).view(num_groups, 1, -1)
-    ranges = torch.zeros(1, config.num_layers, NUM_SITES, 2, dtype=torch.int32)
-    tiles = torch.zeros(0, 5, dtype=torch.int32)
-    return ForwardBatch(
-        input_ids=positions % config.vocab_size,
-        positions=positions,
-        rope_lens=(tokens,),
-        attention=AttentionMeta(
-            query_ptr=torch.tensor([0, tokens], dtype=torch.int32, device=device),
-            kv_lens=torch.tensor([tokens], dtype=torch.int32, device=device),
-            query_bounds=(0, tokens),
-            kv_lens_host=(tokens,),
-            is_decode=(False,),
-            groups=tuple(KVGroup(table, table[0, 0].item() * BLOCK_SIZE + positions) for table in tables),
-        ),
-        adapters=None,
-        tiles=TileTable(ranges.to(device), tiles.to(device), ranges, tiles),
-        logit_rows=positions[-1:],
-    )

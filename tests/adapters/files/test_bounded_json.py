@@ -15,6 +15,7 @@ from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.files import bounded_json, patterns
 from loraplex.adapters.files.bounded_json import parse_json
 from loraplex.adapters.format import adapter_files
+from loraplex.adapters.format.header import MAX_DIMENSION, parse_header
 from loraplex.adapters.image.tiles import BaseLayout
 from loraplex.adapters.tiers.reader import AdapterReader
 from loraplex.kernels.records import Projection, Site
@@ -97,7 +98,7 @@ def test_headers_that_describe_no_tensors(
 
     def prod(shape: tuple[int, ...]) -> Any:
         assert len(shape) <= 3
-        assert all(size <= adapter_files.MAX_DIMENSION for size in shape)
+        assert all(size <= MAX_DIMENSION for size in shape)
         return real(shape)
 
     real = math.prod
@@ -122,9 +123,9 @@ def test_a_large_base_may_have_large_headers() -> None:
     }
     header = json.dumps(tensors).encode()
     head = adapter_files.AdapterHead(b"", header, 2 * len(tensors), adapter_files.Stamp((), ()))
-    assert len(adapter_files.parse_header(head, 8000)) == 8000
+    assert len(parse_header(head, 8000)) == 8000
     with pytest.raises(AdapterRefused, match="at most"):
-        adapter_files.parse_header(head)
+        parse_header(head)
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
@@ -208,7 +209,7 @@ def with_config(folder: Path, **fields: Any) -> AdapterRefused:
 def test_patterns_that_cost_too_much_or_are_not_peft_s(
     folder: Path, pattern: str, told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("loraplex.adapters.format.peft_config.PATTERN_SECONDS", 0.2)
+    monkeypatch.setattr("loraplex.adapters.format.targets.PATTERN_SECONDS", 0.2)
     for key, value in (("target_modules", pattern), ("rank_pattern", {pattern: 4}), ("exclude_modules", pattern)):
         found = with_config(folder, **{key: value})
         if told == "takes too long" and "leave no module" in str(found):

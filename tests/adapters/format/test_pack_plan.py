@@ -15,11 +15,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from loraplex.adapters.format import plan
-from loraplex.adapters.format.adapter_files import TensorInfo, parse_header, read_head
-from loraplex.adapters.format.peft_config import parse_config
-from loraplex.adapters.format.peft_format import ModuleMap, map_modules
-from loraplex.adapters.format.plan import PackPlan, is_for
+from loraplex.adapters.format import pack_plan
+from loraplex.adapters.format.adapter_files import read_head
+from loraplex.adapters.format.header import TensorInfo, parse_header
+from loraplex.adapters.format.kind import ModuleMap, ServedBase
+from loraplex.adapters.format.kinds import KINDS, parse_config
+from loraplex.adapters.format.pack_plan import PackPlan
 from loraplex.adapters.image.tiles import BaseLayout
 from loraplex.adapters.tiers.loader import Reading
 from loraplex.adapters.tiers.reader import AdapterReader
@@ -33,9 +34,10 @@ UP = Projection("mlp.up_proj", Site.GATE_UP, 32, 0, 48, False)
 LAYOUT = BaseLayout("tiny", 23, (Q, K, UP), 1024, torch.bfloat16)
 
 
-def blueprint_of(folder: Path, layout: BaseLayout) -> ModuleMap:
+def map_of(folder: Path, layout: BaseLayout) -> ModuleMap:
     head = read_head(folder)
-    return map_modules(parse_config(head.config), parse_header(head), layout, lambda *_: None)
+    config, base = parse_config(head.config), ServedBase(layout, lambda *_: None)
+    return KINDS[config.kind].plan(config, parse_header(head), base, lambda: None)
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
@@ -75,9 +77,9 @@ def test_tensors_at_odd_addresses(tmp_path: Path) -> None:
     names = sorted(tensors)
     tensors[names[0]] = tensors[names[0]].half()
     write_tensors(folder, tensors, names)
-    module_map = blueprint_of(folder, layout)
+    module_map = map_of(folder, layout)
     assert module_map.header[names[1]].offset % 4 == 2
-    assert is_for(module_map.modules, module_map)
+    assert len(module_map.pairs) == 2
     assert len(read_adapter(folder, layout, lambda *_: None).parts) == 2
 
 
@@ -167,8 +169,8 @@ def test_the_offsets_of_a_header(tmp_path: Path) -> None:
 def test_what_is_sound_is_said_without_looking_at_single_modules(tmp_path: Path) -> None:
     """Each kind of trouble, in one value of one module, is noticed; -0.0 is zero."""
     folder = write_adapter(tmp_path, LAYOUT)
-    module_map = blueprint_of(folder, LAYOUT)
-    own = PackPlan(module_map.modules, module_map, LAYOUT)
+    module_map = map_of(folder, LAYOUT)
+    own = PackPlan(module_map.pairs, LAYOUT)
     file = folder / "adapter_model.safetensors"
     tensors = safetensors.torch.load(file.read_bytes())
 
@@ -192,7 +194,7 @@ def test_what_is_sound_is_said_without_looking_at_single_modules(tmp_path: Path)
 
 
 def test_infinities_as_integers() -> None:
-    for dtype, bits in plan._INFINITY.items():
+    for dtype, bits in pack_plan._INFINITY.items():
         whole = torch.int32 if dtype.itemsize == 4 else torch.int16
         as_int = torch.tensor([bits, bits - 1], dtype=whole).view(dtype)
         assert as_int[0] == float("inf")

@@ -287,12 +287,12 @@ def test_every_option_of_this_peft_is_decided() -> None:
 
     from peft import LoraConfig
 
-    from loraplex.adapters.format import peft_config
+    from loraplex.adapters.format.lora_config import KEYS
 
-    known = peft_config._USED | peft_config._NO_BEARING | peft_config._UNSUPPORTED.keys()
+    known = KEYS.used | KEYS.no_bearing | KEYS.unsupported.keys()
     assert {field.name for field in fields(LoraConfig)} <= known
-    assert not peft_config._USED & peft_config._NO_BEARING
-    assert not peft_config._UNSUPPORTED.keys() & (peft_config._USED | peft_config._NO_BEARING)
+    assert not KEYS.used & KEYS.no_bearing
+    assert not KEYS.unsupported.keys() & (KEYS.used | KEYS.no_bearing)
 
 
 def test_every_other_peft_type_is_refused_by_name(bases: dict[str, Any], tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from loraplex.adapters.errors import AdapterNotFound, AdapterRefused
 from loraplex.adapters.files import beneath
-from loraplex.adapters.format import adapter_files, peft_config
+from loraplex.adapters.format import adapter_files, targets
 from loraplex.adapters.image.tiles import BaseLayout, BiasDelta, LowRank
 from loraplex.adapters.tiers import reader
 from loraplex.adapters.tiers.reader import AdapterReader
@@ -390,7 +390,7 @@ def test_layers_to_transform_beside_a_pattern(folder: Folder) -> None:
     "key", ["target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "layers_pattern"]
 )
 def test_a_pattern_that_would_take_for_ever(folder: Folder, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peft_config, "PATTERN_SECONDS", 0.1)
+    monkeypatch.setattr(targets, "PATTERN_SECONDS", 0.1)
     pattern = r"(?:\w|.|\w.|...)*[!?]"
     folder.config[key] = {pattern: 8} if key.endswith("k_pattern") or key == "alpha_pattern" else pattern
     if key == "layers_pattern":

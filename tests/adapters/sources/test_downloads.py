@@ -22,11 +22,11 @@ from typing import Any
 import pytest
 
 from loraplex.adapters.errors import AdapterNotFound, AdapterRefused, AdapterUnavailable
+from loraplex.adapters.sources import downloads as downloads_module
+from loraplex.adapters.sources import fetch as fetch_module
 from loraplex.adapters.sources.addresses import Reach
 from loraplex.adapters.sources.downloads import DownloadLimits, Downloads
 from loraplex.adapters.sources.sources import Source, parse_source
-from loraplex.adapters.sources.sources import downloads as downloads_module
-from loraplex.adapters.sources.sources import fetch as fetch_module
 from tests.adapters.sources.test_archive import tar
 from tests.support.ordinary_user import ordinary_user, reachable_folder
 from tests.support.waiting import LIMIT, wait_for

@@ -14,9 +14,10 @@ import pytest
 from gcp_storage_emulator.server import create_server
 
 from loraplex.adapters.errors import AdapterNotFound, AdapterRefused, AdapterUnavailable
+from loraplex.adapters.sources import fetch as fetch_module
+from loraplex.adapters.sources import object_stores
 from loraplex.adapters.sources.downloads import Downloads
-from loraplex.adapters.sources.sources import SourceAccess, object_stores, parse_source
-from loraplex.adapters.sources.sources import fetch as fetch_module
+from loraplex.adapters.sources.sources import SourceAccess, parse_source
 from tests.adapters.sources.test_archive import tar
 from tests.support.waiting import LIMIT
 

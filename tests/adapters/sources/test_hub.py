@@ -10,10 +10,10 @@ import pytest
 
 from loraplex.adapters.errors import AdapterError, AdapterNotFound, AdapterRefused, AdapterUnavailable
 from loraplex.adapters.files import bounded_json
+from loraplex.adapters.sources import fetch as fetch_module
 from loraplex.adapters.sources.addresses import Reach
 from loraplex.adapters.sources.downloads import Downloads
 from loraplex.adapters.sources.sources import SourceAccess, parse_source
-from loraplex.adapters.sources.sources import fetch as fetch_module
 from tests.support.fake_hub import FakeHub, Repo, fake_hub
 from tests.support.web_server import Page
 

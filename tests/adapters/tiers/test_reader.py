@@ -17,6 +17,7 @@ from loraplex.adapters.errors import AdapterNotFound, AdapterRefused
 from loraplex.adapters.files import beneath
 from loraplex.adapters.files.beneath import below
 from loraplex.adapters.format import adapter_files
+from loraplex.adapters.format.kinds import KINDS
 from loraplex.adapters.image.tiles import BaseLayout
 from loraplex.adapters.tiers import reader
 from loraplex.adapters.tiers.loader import LoadCancelled, Reading
@@ -224,10 +225,17 @@ def test_a_source_is_located_once_and_when_told_to(folder: Path) -> None:
     assert len(asked) == 2
 
 
+def count_plans(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One more entry for every config and header that are checked against the base."""
+    planned: list[int] = []
+    lora = KINDS["lora"]
+    real = lora.plan
+    monkeypatch.setattr(lora, "plan", lambda *args: (planned.append(1), real(*args))[1])
+    return planned
+
+
 def test_adapters_of_one_shape_share_what_is_known_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn: list[int] = []
-    real = reader.map_modules
-    monkeypatch.setattr(reader, "draw_blueprint", lambda *args: (drawn.append(1), real(*args))[1])
+    planned = count_plans(monkeypatch)
     own = make_reader()
     for i in range(6):
         folder = write_adapter(tmp_path / str(i), LAYOUT, seed=i, rank=(4, 8)[i % 2])
@@ -235,7 +243,7 @@ def test_adapters_of_one_shape_share_what_is_known_of_it(tmp_path: Path, monkeyp
         put(folder / "adapter_config.json", json.dumps({**config, "base_model_name_or_path": f"/home/{i}"}).encode())
         assert own.examine(str(folder)).rank == (4, 8)[i % 2]
         read(own, folder)
-    assert len(drawn) == 2
+    assert len(planned) == 2
 
 
 def test_too_large_is_found_out_early(folder: Path, whole_readings: list[Path]) -> None:
@@ -292,13 +300,11 @@ def test_what_registration_asks_of_the_system(tmp_path: Path, monkeypatch: pytes
 def test_adapters_that_differ_in_scaling_are_registered_by_one_look(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    drawn: list[int] = []
-    real = reader.map_modules
-    monkeypatch.setattr(reader, "draw_blueprint", lambda *args: (drawn.append(1), real(*args))[1])
+    planned = count_plans(monkeypatch)
     own = make_reader()
     for alpha in range(1, 30):
         assert own.examine(str(write_adapter(tmp_path / str(alpha), LAYOUT, alpha=alpha))).rank == 4
-    assert len(drawn) == 1
+    assert len(planned) == 1
     images = [read(own, tmp_path / str(alpha)).image for alpha in (1, 2)]
     assert not same_image(*images), "the scaling is in the image"
     folder = write_adapter(tmp_path / "odd", LAYOUT)

@@ -24,9 +24,9 @@ from loraplex.server.engine.step.batch import build_batch
 from loraplex.server.engine.step.memory import Demand, plan_memory
 from loraplex.server.models.config import ModelConfig
 from loraplex.server.models.decoder import Decoder
+from loraplex.server.models.inputs import no_tiles
 from loraplex.server.models.recorded import RecordedDecoder, record
 from loraplex.server.models.weights import load_weights
-from tests.support.harness import no_tiles
 from tests.support.scheduling import Draw, FakePlacement, Requests, draws, make_scheduler
 from tests.support.tiny import make_tiny_model
 

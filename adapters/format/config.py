@@ -1,0 +1,118 @@
+"""Read adapter_config.json within bounds, and refuse by name what is not understood in it.
+
+Every key is used, known to have no bearing on inference, or refused: a key that nobody here knows might change the
+answer. Which key is which is for each kind of adapter to say (Keys).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from loraplex.adapters.errors import AdapterRefused
+from loraplex.adapters.files.bounded_json import parse_json
+
+MAX_BYTES = 1 << 20
+"""Of the file; hundreds of full module names in target_modules are some 50 KB."""
+
+MAX_VALUES = 1 << 16
+"""Of the file: see bounded_json.parse_json()."""
+
+COMMON_NO_BEARING = frozenset(
+    {"task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "runtime_config"}
+)
+"""Keys of all kinds that are about the training run or the base's name."""
+
+_FP32_MAX = 3.4e38
+
+
+@dataclass(frozen=True)
+class Keys:
+    """What the keys of one kind's config mean to inference."""
+
+    used: frozenset[str]
+    no_bearing: frozenset[str]
+    unsupported: Mapping[str, str]  # key -> why it is refused once it is set
+
+    def check(self, raw: Mapping[str, Any]) -> None:
+        """Refuse options that are not served. Raises AdapterRefused("unsupported_option"), which names the option."""
+        for key, why in self.unsupported.items():
+            if raw.get(key):
+                raise unsupported(f"{key} is {shown(raw[key])}, which is not supported: {why}")
+        for key, value in raw.items():
+            if value and key not in self.used and key not in self.no_bearing:
+                raise unsupported(
+                    f"{key} is {shown(value)}; this option is not known here and might change the answers; remove it "
+                    "from the file if it does not"
+                )
+
+
+def read_config(data: bytes) -> dict[str, Any]:
+    """Parse the file's bytes. Raises AdapterRefused("bad_config")."""
+    try:
+        raw = parse_json(data, MAX_BYTES, MAX_VALUES)
+    except ValueError as error:
+        raise bad_config(f"not valid JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise bad_config(f"holds a {type(raw).__name__}, expected an object")
+    return raw
+
+
+def read_names(raw: Mapping[str, Any], key: str) -> str | tuple[str, ...]:
+    """Read a pattern or a list of names; () where the key is not set. Raises AdapterRefused("bad_config")."""
+    value = raw.get(key)
+    if value is None:
+        return ()
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list) or not all(isinstance(name, str) and name for name in value):
+        raise bad_config(f"{key} is {shown(value)}; expected a string or a list of strings")
+    return tuple(value)
+
+
+def read_map(raw: Mapping[str, Any], key: str) -> list[tuple[str, Any]]:
+    """Read an object's entries, in order. Raises AdapterRefused("bad_config")."""
+    value = raw.get(key) or {}
+    if not isinstance(value, dict):
+        raise bad_config(f"{key} is {shown(value)}; expected an object of patterns and numbers")
+    return list(value.items())
+
+
+def read_flag(raw: Mapping[str, Any], key: str) -> bool:
+    """Read a boolean; null and an absent key are false. Raises AdapterRefused("bad_config")."""
+    value = raw.get(key)
+    if not isinstance(value, bool | None):
+        raise bad_config(f"{key} is {shown(value)}; expected true or false")
+    return bool(value)
+
+
+def read_number(value: Any, key: str) -> float:
+    """Read a number within fp32's range. Raises AdapterRefused("bad_config")."""
+    # PEFT itself divides by r in doubles; what is beyond fp32 is a mistake
+    if type(value) not in (int, float) or not -_FP32_MAX <= value <= _FP32_MAX:
+        raise bad_config(f"{key} is {shown(value)}; expected a number")
+    return float(value)
+
+
+def read_base_model(raw: Mapping[str, Any]) -> str | None:
+    """Read the name of the base that the adapter was trained on, where the config has one."""
+    name = raw.get("base_model_name_or_path")
+    return name if isinstance(name, str) and name else None
+
+
+def bad_config(message: str) -> AdapterRefused:
+    """Make the refusal of a value that cannot be."""
+    return AdapterRefused("bad_config", f"adapter_config.json: {message}")
+
+
+def unsupported(message: str) -> AdapterRefused:
+    """Make the refusal of an option that is not served."""
+    return AdapterRefused("unsupported_option", f"adapter_config.json: {message}")
+
+
+def shown(value: Any) -> str:
+    """Write a value out for a message: 80 characters at most."""
+    text = json.dumps(value, default=repr)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,116 @@
+"""Say what a kind of adapter is: how its config and header are checked against the base, and what its tensors add.
+
+A kind is a file beside this one (lora.py, ia3.py) and an entry in kinds.py. What all kinds share is not theirs: the
+folder's bytes (adapter_files.py), the header (header.py), the config's syntax (config.py), PEFT's rules of which
+modules are targeted (targets.py), which tensor belongs to which module (modules.py), checks of values (values.py).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Generic, TypeVar
+
+from torch import Tensor
+
+from loraplex.adapters.format.header import TensorInfo
+from loraplex.adapters.format.targets import Targets
+from loraplex.adapters.image.tiles import BaseLayout, BiasDelta, LowRank, PartShape
+from loraplex.kernels.records import Projection
+
+BaseBias = Callable[[int, str], Tensor | None]
+"""(layer, projection name) -> the base's own bias [out], or None where it has none."""
+
+Part = LowRank | BiasDelta
+
+Throttle = Callable[[], None]
+"""Called between pieces of work; may raise, to end the work."""
+
+
+@dataclass(frozen=True)
+class ServedBase:
+    """The base that adapters are checked against."""
+
+    layout: BaseLayout
+    bias: BaseBias
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What every kind reads of adapter_config.json; types and ranges are checked."""
+
+    kind: str  # AdapterKind.name
+    targets: Targets
+    base_model: str | None = field(compare=False)  # for messages alone
+
+    def same_shapes(self) -> AdapterConfig:
+        """A config that plans parts of the same shapes: equal for adapters that differ in factors alone."""
+        return self
+
+
+@dataclass(frozen=True)
+class AdapterModule:
+    """One projection of one layer as an adapter has it."""
+
+    layer: int
+    projection: Projection
+    tensors: Mapping[str, str]  # role ("A", "B", ...) -> name in the file
+    rank: int = 0  # 0: no low-rank factors
+    scaling: float = 1.0  # of the low-rank factors' product
+
+
+@dataclass(frozen=True)
+class FactorPair:
+    """A and B of one module as they lie in the file, to be packed by strips (pack_plan.py)."""
+
+    shape: PartShape
+    a: TensorInfo  # [r, in]
+    b: TensorInfo  # [out, r]
+    scaling: float
+
+
+@dataclass(frozen=True)
+class ModuleMap:
+    """An adapter that is fit for the base by its config and header; any number of adapters may share one."""
+
+    kind: str
+    header: Mapping[str, TensorInfo]
+    modules: tuple[AdapterModule, ...]  # in the base's order
+    shapes: tuple[PartShape, ...]  # of the parts it can come to at most
+    pairs: tuple[FactorPair, ...]  # of all modules, where the adapter is nothing but pairs; else empty
+    rank: int  # the largest of its modules; 0: the kind has no rank
+    targets: tuple[str, ...]  # last names of the projections it acts on: "q_proj", ...
+
+
+C = TypeVar("C", bound=AdapterConfig)
+
+
+class AdapterKind(ABC, Generic[C]):
+    """One way of adapting a base: stateless."""
+
+    name: ClassVar[str]
+    """Lower case of PEFT's peft_type; what receipts say."""
+
+    @abstractmethod
+    def read(self, raw: Mapping[str, Any]) -> C:
+        """Read the config's object.
+
+        Raises AdapterRefused: "bad_config", "unsupported_option", "too_large" (rank).
+        """
+
+    @abstractmethod
+    def plan(self, config: C, header: Mapping[str, TensorInfo], base: ServedBase, throttle: Throttle) -> ModuleMap:
+        """Check config and header against the base: every tensor is used and every module complete, or it is refused.
+
+        Raises AdapterRefused, whose message names the tensor or option, what was found and what was expected.
+        """
+
+    @abstractmethod
+    def parts(
+        self, module_map: ModuleMap, tensors: Mapping[str, Tensor], base: ServedBase, throttle: Throttle
+    ) -> list[Part]:
+        """Make what the adapter adds out of its tensors, by their names in the file; leave out what adds nothing.
+
+        Raises AdapterRefused: "not_finite", and "no_effect" when nothing is left.
+        """

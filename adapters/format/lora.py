@@ -1,0 +1,220 @@
+"""LoRA as PEFT saves it: every tensor of the file is used or named in a refusal, nothing is left out or guessed.
+
+adapter_model.safetensors                                        what it becomes
+base_model.model.<layers>.N.<projection>.lora_A.weight [r, in]   LowRank.a
+base_model.model.<layers>.N.<projection>.lora_B.weight [out, r]  LowRank.b
+base_model.model.<layers>.N.<projection>.lora_B.bias [out]       BiasDelta, scaled as B is (lora_bias)
+base_model.model.<layers>.N.<projection>.base_layer.bias [out]   BiasDelta, less the base's own: the file holds the
+                                   or, not targeted, .bias       trained bias itself (bias "lora_only" or "all")
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loraplex.adapters.errors import AdapterRefused
+from loraplex.adapters.format.header import TensorInfo
+from loraplex.adapters.format.kind import AdapterKind, AdapterModule, FactorPair, ModuleMap, Part, ServedBase, Throttle
+from loraplex.adapters.format.lora_config import LoraConfig, ModulePlan, plan_modules, read_lora_config
+from loraplex.adapters.format.modules import (
+    FoundModule,
+    FoundModules,
+    LeafNames,
+    likely_base,
+    match_tensors,
+    wrong_shape,
+)
+from loraplex.adapters.format.values import cancels, check_finite, check_rounded, make_bias, no_effect
+from loraplex.adapters.image.tiles import BaseLayout, BiasDelta, LowRank, PartShape
+
+_LEAVES = {"A": "lora_A.weight", "B": "lora_B.weight", "B bias": "lora_B.bias"}  # by role; "bias" has two names
+_FACTOR = re.compile(r"(lora_[AB])(?:\.[^.]+)?\.(weight|bias)")  # a name of the adapter may stand behind lora_A
+_ROLES = {
+    ("lora_A", "weight"): "A",
+    ("lora_B", "weight"): "B",
+    ("lora_B", "bias"): "B bias",
+}
+
+
+def _role(leaf: str) -> str | None:
+    if leaf in ("bias", "base_layer.bias"):
+        return "bias"
+    factor = _FACTOR.fullmatch(leaf)
+    return None if factor is None else _ROLES.get((factor[1], factor[2]))
+
+
+NAMES = LeafNames(
+    role=_role,
+    expected="lora_A.weight, lora_B.weight or a bias",
+    label="LoRA",
+    foreign={
+        "lora_embedding_": "an adapted embed_tokens",
+        "modules_to_save": "modules_to_save",
+        "lora_magnitude_vector": "use_dora",
+    },
+)
+
+
+class Lora(AdapterKind[LoraConfig]):
+    """y += scaling * B (A x), and trained biases."""
+
+    name = "lora"
+
+    def read(self, raw: Mapping[str, Any]) -> LoraConfig:
+        return read_lora_config(raw)
+
+    def plan(
+        self, config: LoraConfig, header: Mapping[str, TensorInfo], base: ServedBase, throttle: Throttle
+    ) -> ModuleMap:
+        found = match_tensors(header, base.layout, NAMES)
+        plans = plan_modules(config, found.by_path, found.outside, throttle)
+        _check_complete(found, plans, config, base)
+        _check_shapes(header, found, plans, config, base.layout)
+        modules = tuple(_module(module, plans.get(module.path)) for module in found.present)
+        only_pairs = all(module.tensors.keys() == {"A", "B"} for module in modules)
+        names = {module.projection.name for module in modules}
+        return ModuleMap(
+            kind=self.name,
+            header=header,
+            modules=modules,
+            shapes=tuple(shape for module in modules for shape in _shapes(module)),
+            pairs=tuple(_pair(module, header) for module in modules) if only_pairs else (),
+            rank=max(plan.rank for plan in plans.values()),
+            targets=tuple(p.name.rpartition(".")[2] for p in base.layout.projections if p.name in names),
+        )
+
+    def parts(
+        self, module_map: ModuleMap, tensors: Mapping[str, Tensor], base: ServedBase, throttle: Throttle
+    ) -> list[Part]:
+        check_finite(tensors, throttle)
+        parts: list[Part] = []
+        reasons: list[str] = []
+        effective = False
+        for module in module_map.modules:
+            throttle()
+            bias = _bias_part(module, tensors, base)
+            if bias is not None:
+                parts.append(bias)
+                effective = True
+            if not module.rank:
+                continue
+            a, b = tensors[module.tensors["A"]], tensors[module.tensors["B"]]
+            part = LowRank(module.layer, module.projection, a, b, module.scaling)
+            reason = _why_idle(part, module, base.layout)
+            if reason is not None:
+                reasons.append(reason)
+                continue
+            effective = effective or not cancels(part)  # one that does not is enough: not all products are formed
+            parts.append(part)
+        if not effective:
+            cancelled = any(isinstance(part, LowRank) for part in parts)
+            raise no_effect([*reasons, *(["B A cancels out to zero"] if cancelled else [])])
+        return parts
+
+
+def _module(module: FoundModule, plan: ModulePlan | None) -> AdapterModule:
+    if plan is None or "A" not in module.tensors:
+        return AdapterModule(module.layer, module.projection, module.tensors)
+    return AdapterModule(module.layer, module.projection, module.tensors, plan.rank, plan.scaling)
+
+
+def _shapes(module: AdapterModule) -> list[PartShape]:
+    """A module's bias before its A and B."""
+    ranks = [0] if module.tensors.keys() & {"bias", "B bias"} else []
+    return [
+        PartShape(module.layer, module.projection, rank) for rank in (*ranks, *([module.rank] if module.rank else []))
+    ]
+
+
+def _pair(module: AdapterModule, header: Mapping[str, TensorInfo]) -> FactorPair:
+    shape = PartShape(module.layer, module.projection, module.rank)
+    return FactorPair(shape, header[module.tensors["A"]], header[module.tensors["B"]], module.scaling)
+
+
+def _check_complete(found: FoundModules, plans: Mapping[str, ModulePlan], config: LoraConfig, base: ServedBase) -> None:
+    """Every tensor the config asks for is in the file, and no other."""
+    for path, module in found.by_path.items():
+        roles = ("A", "B", *(("B bias",) if config.lora_bias else ())) if path in plans else ()
+        wanted = {role: _LEAVES[role] for role in roles}
+        trained = config.bias == "all" or (config.bias == "lora_only" and path in plans)
+        if trained and base.bias(module.layer, module.projection.name) is not None:
+            wanted["bias"] = "base_layer.bias" if path in plans else "bias"
+        for role, leaf in wanted.items():
+            if role not in module.tensors:
+                unsaved = "; the trained biases were not saved (seen with old PEFT): save it again with a newer one"
+                raise found.missing(module, leaf, unsaved if role == "bias" else "")
+        for role, name in module.tensors.items():
+            if role not in wanted:
+                raise AdapterRefused("unmatched_tensor", f"{name} is in the file, but {_why_not(role, config)}")
+
+
+def _why_not(role: str, config: LoraConfig) -> str:
+    """Why the config does not ask for a tensor that is there."""
+    if role == "bias" and config.bias == "none":
+        return "adapter_config.json says bias is 'none'"
+    if role == "bias":
+        return f"with bias {config.bias!r} none was expected there: the base has none, or the module is not targeted"
+    if role == "B bias" and not config.lora_bias:
+        return "adapter_config.json says lora_bias is false"
+    return "adapter_config.json does not target this module"
+
+
+def _check_shapes(
+    header: Mapping[str, TensorInfo],
+    found: FoundModules,
+    plans: Mapping[str, ModulePlan],
+    config: LoraConfig,
+    layout: BaseLayout,
+) -> None:
+    for path, module in found.by_path.items():
+        rank = plans[path].rank if path in plans else 0
+        projection = module.projection
+        fits = {"A": (rank, projection.in_features), "B": (projection.out_features, rank)}
+        for role, name in module.tensors.items():
+            shape, expected = header[name].shape, fits.get(role, (projection.out_features,))
+            if shape != expected:
+                raise wrong_shape(name, shape, expected, layout, _likely_base(role, module, shape, expected, config))
+
+
+def _likely_base(
+    role: str, module: FoundModule, found: tuple[int, ...], expected: tuple[int, ...], config: LoraConfig
+) -> str:
+    """What a wrong shape says about the base the adapter was made for."""
+    axis = 1 if role == "A" else 0  # the one that is the base's; the other is the rank
+    if len(found) != len(expected):
+        return "; the file may hold a shard of the weights: gather them before saving"
+    if found[axis] == expected[axis]:
+        return f"; the config says rank {expected[1 - axis]} and the file {found[1 - axis]}"
+    return likely_base(module.projection, is_input=role == "A", width=found[axis], base_model=config.base_model)
+
+
+def _why_idle(part: LowRank, module: AdapterModule, layout: BaseLayout) -> str | None:
+    """Why the part has no effect once rounded to the compute dtype, or None. Refuses values beyond that dtype."""
+    if part.scaling == 0:
+        return "lora_alpha is 0"
+    folded = part.b.float() * part.scaling
+    for role, exact, what in (("A", part.a, "it"), ("B", folded, f"it times {part.scaling:.4g}")):
+        if not check_rounded(exact, module.tensors[role], what, layout):
+            dtype = str(layout.dtype).removeprefix("torch.")
+            return f"lora_{role} vanishes in {dtype}" if exact.any() else f"lora_{role} is zero"
+    return None
+
+
+def _bias_part(module: AdapterModule, tensors: Mapping[str, Tensor], base: ServedBase) -> BiasDelta | None:
+    """The sum of lora_B's bias, scaled as B is, and of how far the file's bias is from the base's; None: nothing."""
+    trained, of_b = module.tensors.get("bias"), module.tensors.get("B bias")
+    if trained is None and of_b is None:
+        return None
+    delta = torch.zeros(module.projection.out_features)
+    if of_b is not None:
+        delta += module.scaling * tensors[of_b].float()
+    if trained is not None:
+        own = base.bias(module.layer, module.projection.name)
+        assert own is not None, "plan() lets no bias through where the base has none"
+        delta += tensors[trained].float() - own.float().cpu()
+    return make_bias(module.layer, module.projection, delta, trained or of_b or "", base.layout)

@@ -1,0 +1,149 @@
+"""What the config of a PEFT LoRA adapter says: ranks and scalings of the modules it targets."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from loraplex.adapters.errors import AdapterRefused
+from loraplex.adapters.files.patterns import Matcher
+from loraplex.adapters.format import targets
+from loraplex.adapters.format.config import (
+    COMMON_NO_BEARING,
+    Keys,
+    bad_config,
+    read_base_model,
+    read_flag,
+    read_map,
+    read_number,
+    shown,
+    unsupported,
+)
+from loraplex.adapters.format.kind import AdapterConfig
+
+MAX_RANK = 1024
+"""Ranks above are no low-rank adapters any more, and one module of them would fill an arena."""
+
+KEYS = Keys(
+    used=frozenset(
+        {
+            *("peft_type", "base_model_name_or_path", "init_lora_weights"),
+            *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias", "lora_bias"),
+            *targets.TARGET_KEYS,
+            *targets.LAYER_KEYS,
+        }
+    ),
+    no_bearing=COMMON_NO_BEARING
+    | {
+        *("lora_dropout", "merge_weights", "megatron_core", "lora_dtype", "lorap_lr_ratio", "lorap_emb_lr"),
+        # details of an option that is itself used or refused
+        *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size"),
+        "fan_in_fan_out",  # how the base stores its weight; A and B are [r, in] and [out, r] either way
+        "ensure_weight_tying",  # concerns embed_tokens and lm_head only, which are refused as targets
+    },
+    unsupported={
+        "use_dora": "DoRA scales the base's weight as well; merge it into LoRA with PEFT, or train without it",
+        "alora_invocation_tokens": "an activated LoRA (aLoRA) acts from its invocation tokens on only",
+        "modules_to_save": "whole modules trained beside the adapter are not served; train without modules_to_save",
+        "trainable_token_indices": "trained rows of the embedding table are not served",
+        "target_parameters": "LoRA on bare parameters (mixture-of-experts weights) is not served",
+        "layer_replication": "the adapter is for a base with repeated layers",
+        "use_qalora": "QA-LoRA pools the input before A",
+        "use_bdlora": "BD-LoRA stores A or B block by block",
+        "arrow_config": "Arrow routes between several adapters",
+        "kasa_config": "KaSA changes the base's weights",
+        "velora_config": "VeLoRA adapters are not supported; convert to plain LoRA with PEFT",
+        "monteclora_config": "MonteCLoRA adapters are not supported; convert to plain LoRA with PEFT",
+        "megatron_config": "adapters of Megatron's parallel layers are not supported",
+        "enable_lora": "merged linears of early PEFT are not supported",
+    },
+)
+
+_PLAIN_INITS = frozenset({"gaussian", "eva", "orthogonal", "mica"})
+_RESIDUAL_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")  # they took their part out of the base's weights
+
+
+@dataclass(frozen=True)
+class LoraConfig(AdapterConfig):
+    """What inference needs of a LoRA adapter's config."""
+
+    rank: int
+    alpha: float
+    rslora: bool
+    rank_pattern: tuple[tuple[str, int], ...]  # (pattern, rank), the first match counts
+    alpha_pattern: tuple[tuple[str, float], ...]
+    bias: str  # "none", "lora_only" or "all"
+    lora_bias: bool
+
+    def same_shapes(self) -> LoraConfig:
+        """Without the scaling, unless there are patterns of it, which have to be looked at."""
+        return self if self.alpha_pattern else replace(self, alpha=1.0, rslora=False)
+
+
+@dataclass(frozen=True)
+class ModulePlan:
+    """What the config says about one targeted module."""
+
+    rank: int
+    scaling: float  # alpha / r, or alpha / sqrt(r) with rsLoRA
+
+
+def read_lora_config(raw: Mapping[str, Any]) -> LoraConfig:
+    """Read the config's object. Raises AdapterRefused: "bad_config", "unsupported_option", "too_large" (rank)."""
+    KEYS.check(raw)
+    _check_init(raw.get("init_lora_weights", True))
+    bias = raw.get("bias") or "none"
+    if bias not in ("none", "lora_only", "all"):
+        raise bad_config(f"bias is {shown(bias)}; expected 'none', 'lora_only' or 'all'")
+    return LoraConfig(
+        kind="lora",
+        targets=targets.read_targets(raw, by_layer=True),
+        base_model=read_base_model(raw),
+        rank=_rank(raw.get("r", 8), "r"),
+        alpha=read_number(raw.get("lora_alpha", 8), "lora_alpha"),
+        rslora=read_flag(raw, "use_rslora"),
+        rank_pattern=tuple((key, _rank(rank, f"rank_pattern[{key!r}]")) for key, rank in read_map(raw, "rank_pattern")),
+        alpha_pattern=tuple(
+            (key, read_number(alpha, f"alpha_pattern[{key!r}]")) for key, alpha in read_map(raw, "alpha_pattern")
+        ),
+        bias=bias,
+        lora_bias=read_flag(raw, "lora_bias"),
+    )
+
+
+def plan_modules(
+    config: LoraConfig, paths: Iterable[str], others: Iterable[str], throttle: Callable[[], None] = lambda: None
+) -> dict[str, ModulePlan]:
+    """Plan rank and scaling of the modules of `paths` that the config targets; arguments and errors of find_targets().
+
+    `throttle` is called between pieces of work.
+    """
+    match = Matcher(targets.PATTERN_SECONDS, throttle)
+    return {path: _plan(config, path, match) for path in targets.find_targets(config.targets, paths, others, match)}
+
+
+def _plan(config: LoraConfig, path: str, match: Matcher) -> ModulePlan:
+    rank = next((r for key, r in config.rank_pattern if match.end("rank_pattern", key, path)), config.rank)
+    alpha = next((a for key, a in config.alpha_pattern if match.end("alpha_pattern", key, path)), config.alpha)
+    return ModulePlan(rank, alpha / math.sqrt(rank) if config.rslora else alpha / rank)
+
+
+def _check_init(init: Any) -> None:
+    if isinstance(init, str) and init.lower().startswith(_RESIDUAL_INITS):
+        raise unsupported(
+            f"init_lora_weights is {init!r}, which took the adapter's start out of the base's weights, so the adapter "
+            "is wrong on the base as it is; save it again with PEFT's save_pretrained(..., "
+            "path_initial_model_for_weight_conversion=...), which makes it a plain LoRA"
+        )
+    if not isinstance(init, bool | None) and (not isinstance(init, str) or init.lower() not in _PLAIN_INITS):
+        raise unsupported(f"init_lora_weights is {shown(init)}, which is not known here")
+
+
+def _rank(value: Any, key: str) -> int:
+    if type(value) is not int or value < 1:
+        raise bad_config(f"{key} is {shown(value)}; expected a whole number from 1")
+    if value > MAX_RANK:
+        raise AdapterRefused("too_large", f"adapter_config.json: {key} is {value}; ranks up to {MAX_RANK} are served")
+    return value

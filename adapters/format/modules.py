@@ -1,0 +1,144 @@
+"""Find the module that each tensor of an adapter's file belongs to, and refuse by name what belongs to none.
+
+base_model.model.<layers>.N.<projection>.<leaf>      <leaf> is the kind's: "lora_A.weight", "ia3_l"
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from loraplex.adapters.errors import AdapterRefused
+from loraplex.adapters.image.tiles import BaseLayout
+from loraplex.kernels.records import Projection, Site
+
+PREFIX = "base_model.model."
+
+_LAYERS = (
+    "model.layers.",
+    "model.language_model.layers.",  # the text part of a multimodal model
+    "language_model.model.layers.",  # the same, as older transformers named it
+    "language_model.layers.",  # and these two as AutoModel has them, without a head (task FEATURE_EXTRACTION)
+    "layers.",
+)
+_COMPILED = "_orig_mod."
+"""What torch.compile() puts into the names of what it has wrapped; nothing else is called so."""
+
+_FOREIGN = {"lm_head": "an adapted or resized lm_head", "embed_tokens": "an adapted or resized embed_tokens"}
+
+
+@dataclass(frozen=True)
+class LeafNames:
+    """How a kind names the tensors of a module."""
+
+    role: Callable[[str], str | None]  # the part of a name behind the module's path -> what the tensor is there
+    expected: str  # in messages: "lora_A.weight, lora_B.weight or a bias"
+    label: str  # of the kind, in messages: "LoRA"
+    foreign: Mapping[str, str]  # part of a tensor's name -> the option that it belongs to
+
+
+@dataclass
+class FoundModule:
+    """What the file has for one projection of one layer."""
+
+    layer: int
+    projection: Projection
+    path: str  # as PEFT's patterns see it
+    tensors: dict[str, str] = field(default_factory=dict)  # role -> name in the file
+
+
+@dataclass(frozen=True)
+class FoundModules:
+    """All modules of the base, each with the tensors that the file has for it."""
+
+    label: str
+    prefix: str  # how the file names the path to the layers: "model.layers."
+    by_path: Mapping[str, FoundModule]  # in the base's order
+
+    @property
+    def outside(self) -> tuple[str, str]:
+        """The paths of the embedding table and the head."""
+        return f"{self.prefix.removesuffix('layers.')}embed_tokens", "lm_head"
+
+    @property
+    def present(self) -> list[FoundModule]:
+        """The modules that the file has tensors for."""
+        return [module for module in self.by_path.values() if module.tensors]
+
+    def missing(self, module: FoundModule, leaf: str, hint: str = "") -> AdapterRefused:
+        """Make the refusal of a file without a tensor that the config asks for."""
+        deepest = max((other.layer for other in self.present), default=None)
+        if deepest is None:
+            hint = f"; the file holds no {self.label} tensor at all"
+        elif deepest < module.layer:
+            hint = f"; the file ends at layer {deepest}: it looks cut short, or made for a base of fewer layers"
+        name = f"{PREFIX}{module.path}.{leaf}"
+        return AdapterRefused("missing_tensor", f"{name} is missing, which adapter_config.json asks for{hint}")
+
+
+def match_tensors(names: Iterable[str], layout: BaseLayout, leaves: LeafNames) -> FoundModules:
+    """Give each tensor of the file to its module. Raises AdapterRefused: "unmatched_tensor", "unsupported_option"."""
+    plain = {name: name.replace(_COMPILED, "") for name in sorted(names)}
+    prefix = next((p for p in _LAYERS if any(name.startswith(PREFIX + p) for name in plain.values())), _LAYERS[0])
+    modules = {
+        module.path: module
+        for layer in range(layout.num_layers)
+        for projection in layout.projections
+        for module in [FoundModule(layer, projection, f"{prefix}{layer}.{projection.name}")]
+    }
+    for name, known in plain.items():
+        path = known.removeprefix(PREFIX) if known.startswith(PREFIX) else ""
+        module, role = next(((modules[p], leaves.role(leaf)) for p, leaf in _cuts(path) if p in modules), (None, None))
+        if module is None or role is None:
+            raise _unmatched(name, prefix, layout, leaves)
+        if role in module.tensors:
+            raise AdapterRefused(
+                "unmatched_tensor", f"{name} and {module.tensors[role]} are the same thing twice; expected one adapter"
+            )
+        module.tensors[role] = name
+    return FoundModules(leaves.label, prefix, modules)
+
+
+def wrong_shape(
+    name: str, found: tuple[int, ...], expected: tuple[int, ...], layout: BaseLayout, hint: str
+) -> AdapterRefused:
+    """Make the refusal of a tensor whose shape does not fit the base; `hint` says what the shape suggests."""
+    return AdapterRefused(
+        "shape_mismatch",
+        f"{name} has shape {list(found)}, expected {list(expected)} for base {layout.base_name!r}{hint}",
+    )
+
+
+def likely_base(projection: Projection, *, is_input: bool, width: int, base_model: str | None) -> str:
+    """Say what base an adapter was made for whose tensor is `width` long on a projection's input or output side."""
+    named = f" (its config names {base_model!r})" if base_model else ""
+    reads_hidden = projection.site in (Site.QKV, Site.GATE_UP)
+    if is_input == reads_hidden:
+        return f"; the adapter looks made for a base of hidden size {width}{named}"
+    return f"; the adapter looks made for another base{named}"
+
+
+def _cuts(path: str) -> Iterator[tuple[str, str]]:
+    """Every way to cut a name at a dot."""
+    at = path.find(".")
+    while at >= 0:
+        yield path[:at], path[at + 1 :]
+        at = path.find(".", at + 1)
+
+
+def _unmatched(name: str, prefix: str, layout: BaseLayout, leaves: LeafNames) -> AdapterRefused:
+    for part, owner in {**_FOREIGN, **leaves.foreign}.items():
+        if part in name:
+            return AdapterRefused("unsupported_option", f"{name} belongs to {owner}, which is not supported")
+    plain = name.replace(_COMPILED, "")
+    layer = re.match(r"([0-9]{1,9})\.", plain.removeprefix(PREFIX + prefix))
+    if not plain.startswith(PREFIX + prefix) or layer is None:
+        expected = " or ".join(f"{PREFIX}{p}N." for p in _LAYERS)
+        why = f"expected names that begin with {expected} (one of them in all of the file)"
+    elif int(layer[1]) >= layout.num_layers:
+        why = f"the base has {layout.num_layers} layers; the adapter looks made for one of {int(layer[1]) + 1} or more"
+    else:
+        projections = ", ".join(projection.name for projection in layout.projections)
+        why = f"expected {leaves.expected} of {projections}"
+    return AdapterRefused("unmatched_tensor", f"{name} matches nothing in base {layout.base_name!r}: {why}")
