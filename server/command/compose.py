@@ -35,7 +35,7 @@ def make_services(
     metrics = Metrics(facts, engine.stats, placement.places, manager.registry)
     placement.watch = metrics.adapters
     adapters: AdapterManager | Remembering = manager
-    endpoint, folder = config.telemetry.otlp_endpoint, config.http.state_dir
+    endpoint, folder = config.run.otlp_endpoint, config.run.state_dir
     try:
         tracing = None if endpoint is None else start_tracing(endpoint)
         if folder is not None:

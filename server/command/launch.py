@@ -104,7 +104,7 @@ async def _serve(
     )
     shutdown = Shutdown(
         services.drain,
-        config.http.grace_seconds,
+        config.run.grace_seconds,
         parts.engine.stop,
         lambda code: end_process_after(EXIT_SECONDS, code),
     )

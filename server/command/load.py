@@ -81,6 +81,8 @@ def load_engine(config: ServeConfig, folder: Path, model_config: ModelConfig, to
             *config.base_names,
             model_config=model_config,
             check_tokenizer=tokenizers.check,
+            downloads=config.adapters.downloads,
+            count_process=True,
         )
     except Exception as error:
         if is_refused_mapping(error):

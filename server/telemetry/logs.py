@@ -11,10 +11,10 @@ import threading
 import traceback
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from enum import StrEnum
 from numbers import Number
 from typing import Any
 
+from loraplex.server.config import LogFormat
 from loraplex.server.telemetry.request_context import RequestContext, current_exchange
 
 logger = logging.getLogger(__name__)
@@ -33,13 +33,6 @@ MAX_ARGUMENT, MAX_MESSAGE = 1000, 4000
 
 MAX_TRACE = 200
 """Lines of a traceback: the first and the last half of them."""
-
-
-class LogFormat(StrEnum):
-    """How lines are written."""
-
-    text = "text"
-    json = "json"
 
 
 def set_up(form: LogFormat) -> None:

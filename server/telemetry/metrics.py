@@ -57,8 +57,8 @@ class Metrics:
         self._per_token = self._histogram(
             "request_time_per_output_token_seconds", "Mean of a choice after its first token.", _NEXT_TOKEN
         )
-        self.adapters = UsageTable("adapter", facts.names[0], facts.config.telemetry.max_series)
-        self._tenants = UsageTable("tenant", facts.names[0], facts.config.telemetry.max_series)
+        self.adapters = UsageTable("adapter", facts.names[0], facts.config.run.max_series)
+        self._tenants = UsageTable("tenant", facts.names[0], facts.config.run.max_series)
         self._ended = Counter(
             "vllm:request_success",
             "Choices ended, by reason (stop, length, abort, error).",

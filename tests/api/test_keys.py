@@ -18,7 +18,7 @@ from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.files.beneath import below
 from loraplex.server.api.page.ui import page_files
 from loraplex.server.command.app import create_app
-from loraplex.server.config import AuthConfig
+from loraplex.server.config_access import AuthConfig
 from loraplex.server.tenancy.access import Access
 from loraplex.server.tenancy.local_sources import LocalSources
 from loraplex.server.tenancy.rate_limits import Limits

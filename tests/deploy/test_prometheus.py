@@ -17,7 +17,8 @@ import httpx
 import pytest
 import yaml
 
-from loraplex.server.config import AuthConfig, EngineConfig
+from loraplex.server.config import EngineConfig
+from loraplex.server.config_access import AuthConfig
 from loraplex.server.tenancy.keys_file import new_key
 from tests.support.deployment import DEPLOY
 from tests.support.live_server import live_server
@@ -91,7 +92,7 @@ def test_every_panel_shows_what_happens(tmp_path: Path) -> None:
     )
     (tmp_path / "keys.yaml").write_text("keys:\n" + "".join(entries))
     auth = AuthConfig(tmp_path / "keys.yaml", open_metrics=True, allowed_paths=(tmp_path,))
-    config = EngineConfig(device="cpu", memory_bytes=32 << 20, num_slots=1)
+    config = EngineConfig(device="cpu", memory=32 << 20, num_slots=1)
     with live_server(base, "tiny", config, auth) as server, prometheus(tmp_path, server.url[7:]) as client:
         caller = httpx.Client(base_url=server.url, headers={"Authorization": f"Bearer {secrets[0]}"}, timeout=LIMIT)
         slow = {"Authorization": f"Bearer {secrets[1]}"}

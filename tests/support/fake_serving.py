@@ -43,7 +43,7 @@ EOS_ID = 1
 CONFIG = ServeConfig(
     "/models/base",
     ("base", "alias"),
-    EngineConfig(max_num_seqs=8, num_slots=4),
+    engine=EngineConfig(max_num_seqs=8, num_slots=4),
     limits=RequestLimits(max_body_bytes=100_000),
 )
 
