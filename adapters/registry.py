@@ -1,10 +1,10 @@
-"""Which adapters there are by name: a name points at an immutable version, and a lease keeps a version alive.
+"""Keep adapters by name: a name points at an immutable version, and a lease keeps a version alive.
 
-A version is one content of a source. Registration looks at the config and the header of the weights alone; which bytes
-a version stands for, its digest, is settled by the first load. A request leases a version on arrival and releases it
-after its last token; unregistering or re-pointing a name takes effect for new requests at once, while those in flight
-finish on the version they started with. A version whose name is gone and whose leases are all released has drained:
-`on_drained` tells whoever keeps its bytes. Free of torch; safe from any thread.
+A version is one content of a source. Registration reads the config and the header of the weights only; the first load
+settles the digest, that is, which bytes the version stands for. A request leases a version on arrival and releases the
+lease after the request's last token. Unregistering a name or pointing it at another version takes effect for new
+requests at once; requests in flight finish on the version they started with. A version drains when its name is gone and
+all its leases are released: `on_drained` tells the keeper of its bytes. Any thread may call any method.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 
 from loraplex.adapters.errors import AdapterExists, AdapterNotFound, AdapterRefused, InvalidAdapterName
 from loraplex.adapters.files.beneath import shown
-from loraplex.adapters.files.tokenizer_files import NOTHING, TokenizerFiles
+from loraplex.adapters.info import AdapterInfo
 from loraplex.adapters.refusals import Refusals
 
 logger = logging.getLogger(__name__)
@@ -30,46 +30,46 @@ MAX_NAME = 200
 _NAME = re.compile(r"(?:[A-Za-z0-9._-]+/)?[A-Za-z0-9._-]+")
 
 
-class _Identity:
-    """The one thing about a version that comes later."""
+class _Known:
+    """Hold a version's info, which gains the digest when the files are read first."""
 
-    __slots__ = ("digest",)
+    __slots__ = ("info",)
 
-    def __init__(self) -> None:
-        self.digest: str | None = None
+    def __init__(self, info: AdapterInfo) -> None:
+        self.info = info
 
 
 @dataclass(frozen=True)
 class AdapterVersion:
-    """One immutable state of an adapter, as registered under a name."""
+    """Identify one immutable content of an adapter, as registered under a name."""
 
     name: str
     uid: int  # never reused, also when the name is
     source: str  # as sources.parse_source() has it
-    rank: int  # the largest of its modules
-    targets: tuple[str, ...]
-    num_pages: int  # at most, when resident on the device: fewer only if modules turn out to be zero
-    nbytes: int  # of its tiles, at most
     created: int  # unix seconds
-    tokenizer: TokenizerFiles = field(default=NOTHING, repr=False)
-    _identity: _Identity = field(default_factory=_Identity, repr=False, compare=False)
+    _known: _Known = field(repr=False, compare=False)
+
+    @property
+    def info(self) -> AdapterInfo:
+        """Return the facts the version was registered with, and the digest once the digest is known."""
+        return self._known.info
 
     @property
     def digest(self) -> str | None:
-        """Of the files' content; None until they are read first, the same ever after (Registry.identify).
+        """Return the digest of the files' content: None until the first load (Registry.identify), then always the same.
 
-        Two names may share it. What is resident, in host memory or cached is keyed by it.
+        Two names may share a digest. Device, host memory and prefix cache are keyed by the digest.
         """
-        return self._identity.digest
+        return self._known.info.digest
 
     @property
     def origin(self) -> str:
-        """`source`, to be shown."""
+        """Return `source` as messages and listings show it."""
         return shown(self.source)
 
 
 class AdapterLease:
-    """The right to run one version until `release()`. Made by `Registry.lease`; also a context manager."""
+    """Hold the right to run one version until `release()`. Registry.lease makes leases; a `with` block releases one."""
 
     __slots__ = ("_registry", "_released", "exact", "version")
 
@@ -80,11 +80,11 @@ class AdapterLease:
         self._released = False  # guarded by the registry's lock
 
     def release(self) -> None:
-        """Give the lease back. Further calls do nothing. May run `on_drained` in this thread."""
+        """Give the lease back. Further calls do nothing. The call may run `on_drained` in its own thread."""
         self._registry._release(self)
 
     def share(self) -> AdapterLease:
-        """A further lease of the same version, also when the name points elsewhere by now.
+        """Make a further lease of the same version, also when the name points at another version by now.
 
         Raises ValueError when this lease is released already.
         """
@@ -101,11 +101,11 @@ class AdapterLease:
 
 
 class Registry:
-    """Name -> version, the leases of each version, and the names that were found but refused.
+    """Map names to versions, count the leases of each version, and remember names that were found but refused.
 
-    `on_drained(version)` is called exactly once for each version whose name is gone (or points elsewhere), at the
-    release of its last lease, or at once when it has none. It runs in the thread of that call, outside the lock, so it
-    may use the registry; `uses(version.digest)` says whether another version still needs the same bytes.
+    The registry calls `on_drained(version)` exactly once for each version that lost its name: at the release of the
+    version's last lease, or at once when the version has none. The call runs in the releasing thread, outside the lock,
+    so `on_drained` may use the registry; `uses(version.digest)` tells whether another version needs the same bytes.
     """
 
     def __init__(self, on_drained: Callable[[AdapterVersion], None] | None = None, taken: Iterable[str] = ()) -> None:
@@ -123,20 +123,14 @@ class Registry:
     def register(
         self,
         name: str,
-        *,
         source: str,
-        rank: int,
-        targets: tuple[str, ...],
-        num_pages: int,
-        nbytes: int,
-        tokenizer: TokenizerFiles = NOTHING,
-        digest: str | None = None,
+        info: AdapterInfo,
+        *,
         replace: bool = False,
     ) -> AdapterVersion:
         """Point `name` at a new version. With `replace`, a version the name pointed at drains.
 
-        `digest` is None for files not read yet. Raises InvalidAdapterName, and AdapterExists when the name is taken and
-        `replace` is false.
+        Raises InvalidAdapterName, and AdapterExists when the name is taken and `replace` is false.
         """
         self.check_name(name)
         with self._lock:
@@ -145,11 +139,7 @@ class Registry:
                 raise AdapterExists(
                     f"adapter {name!r} is already loaded, from {old.origin!r}; unload it first, or ask to replace it"
                 )
-            version = AdapterVersion(
-                name, self._next_uid, source, rank, targets, num_pages, nbytes, int(time.time()), tokenizer
-            )
-            version._identity.digest = digest
-            drained = self._point(version)
+            version, drained = self._point(name, source, info)
         self._notify(drained)
         return version
 
@@ -160,41 +150,26 @@ class Registry:
             raise InvalidAdapterName(f"the adapter name {name!r} is the base's own; choose another")
 
     def identify(self, version: AdapterVersion, digest: str) -> bool:
-        """Settle what `version` stands for, unless that is settled. Returns whether it stands for `digest` now."""
+        """Settle the digest of `version`, unless it is settled. Return whether `version` stands for `digest` now."""
         with self._lock:
-            if version._identity.digest is None:
-                version._identity.digest = digest
-            return version._identity.digest == digest
+            if version.digest is None:
+                version._known.info = replace(version.info, digest=digest)
+            return version.digest == digest
 
-    def renew(
-        self,
-        old: AdapterVersion,
-        *,
-        digest: str,
-        rank: int,
-        targets: tuple[str, ...],
-        num_pages: int,
-        nbytes: int,
-        tokenizer: TokenizerFiles = NOTHING,
-    ) -> AdapterVersion | None:
-        """The source of `old` holds something else by now: point its name at a new version, and `old` drains.
+    def renew(self, old: AdapterVersion, info: AdapterInfo) -> AdapterVersion | None:
+        """Point the name of `old`, whose source holds other content by now, at a new version; `old` drains.
 
         Returns the new version; None, and nothing changed, when the name does not point at `old` any more.
         """
         with self._lock:
             if self._current.get(old.name) is not old:
                 return None
-            created = int(time.time())
-            version = AdapterVersion(
-                old.name, self._next_uid, old.source, rank, targets, num_pages, nbytes, created, tokenizer
-            )
-            version._identity.digest = digest
-            drained = self._point(version)
+            version, drained = self._point(old.name, old.source, info)
         self._notify(drained)
         return version
 
     def lease(self, name: str) -> AdapterLease:
-        """The version `name` points at now, kept alive until released. Lookup and increment are one atomic step.
+        """Lease the version that `name` points at now. Lookup and increment are one atomic step.
 
         Raises AdapterNotFound, or the AdapterRefused that the name was marked with.
         """
@@ -206,7 +181,7 @@ class Registry:
             return AdapterLease(self, version)
 
     def lease_version(self, name: str, digest: str) -> AdapterLease:
-        """The version of `name`, current or draining, whose digest begins with `digest`.
+        """Lease the version of `name`, current or draining, whose digest begins with `digest`.
 
         Raises AdapterNotFound when none does or several do, naming those there are.
         """
@@ -226,12 +201,12 @@ class Registry:
             return AdapterLease(self, version, exact=True)
 
     def get(self, name: str) -> AdapterVersion | None:
-        """The version `name` points at now, without a lease: for listings and metrics."""
+        """Return the version that `name` points at now, without a lease: for listings and metrics."""
         with self._lock:
             return self._current.get(name)
 
     def unregister(self, name: str) -> AdapterVersion:
-        """Take the name away: no new lease from now on, those in flight finish. Also forgets a refusal of that name.
+        """Take `name` away: no new lease from now on, requests in flight finish. A refusal of `name` is forgotten too.
 
         Raises AdapterNotFound.
         """
@@ -246,7 +221,7 @@ class Registry:
         return version
 
     def mark_refused(self, name: str, error: AdapterRefused) -> None:
-        """Remember why `name` cannot be served. A version that the name already points at goes on being served."""
+        """Remember why `name` cannot be served. A version that `name` already points at is served on."""
         self.check_name(name)
         with self._lock:
             self._refused[name] = error
@@ -258,27 +233,27 @@ class Registry:
 
     @property
     def refused(self) -> dict[str, AdapterRefused]:
-        """Names found but refused, with the reason: a copy."""
+        """Return a copy of the names that were found but refused, with the reasons."""
         with self._lock:
             return dict(self._refused)
 
     def list(self) -> tuple[AdapterVersion, ...]:
-        """The versions that can be leased, by name."""
+        """List the versions that can be leased, by name."""
         with self._lock:
             return tuple(self._current[name] for name in sorted(self._current))
 
     def draining(self) -> tuple[AdapterVersion, ...]:
-        """Versions whose name is gone but which requests in flight still wear, oldest first."""
+        """List the versions whose name is gone but which requests in flight still use, oldest first."""
         with self._lock:
             return tuple(self._draining[uid] for uid in sorted(self._draining))
 
     def leases(self, version: AdapterVersion) -> int:
-        """Leases of `version` not yet released."""
+        """Count the leases of `version` that are not yet released."""
         with self._lock:
             return self._leases.get(version.uid, 0)
 
     def uses(self, digest: str) -> int:
-        """How many versions not drained have this digest: bytes with 0 uses may be dropped."""
+        """Count the versions with this digest that have not drained: bytes with 0 uses may be dropped."""
         with self._lock:
             return sum(v.digest == digest for v in (*self._current.values(), *self._draining.values()))
 
@@ -288,17 +263,18 @@ class Registry:
             return AdapterRefused(refused.code, f"adapter {name!r} was refused: {refused}")
         return AdapterNotFound(f"no adapter {name!r} is loaded; GET /v1/models lists the names there are")
 
-    def _point(self, version: AdapterVersion) -> AdapterVersion | None:
-        """Give `version` its name (lock held). Returns the one that drained by it."""
-        old = self._current.get(version.name)
+    def _point(self, name: str, source: str, info: AdapterInfo) -> tuple[AdapterVersion, AdapterVersion | None]:
+        """Give `name` to a new version (lock held). Returns the new version and the one that drained by it."""
+        version = AdapterVersion(name, self._next_uid, source, int(time.time()), _Known(info))
+        old = self._current.get(name)
         self._next_uid += 1
-        self._current[version.name] = version
+        self._current[name] = version
         self._leases[version.uid] = 0
-        self._refused.pop(version.name, None)
-        return self._retire(old) if old is not None else None
+        self._refused.pop(name, None)
+        return version, self._retire(old) if old is not None else None
 
     def _retire(self, version: AdapterVersion) -> AdapterVersion | None:
-        """`version` has lost its name (lock held): it drains now, and is returned, or when its last lease goes."""
+        """Drain `version` and return it, if it has no lease; else its last lease drains it. The lock is held."""
         if self._leases[version.uid] == 0:
             del self._leases[version.uid]
             return version

@@ -159,8 +159,11 @@ class Backend(Protocol):
         Semantics: for each segment s and token t in it:
                      acc = 0 (fp32, [out])
                      for (slot, w) in mixes[s], in order; for tile in tiles(slot, layer, site), in order:
-                       u = round(A x[t]) to the compute dtype, accumulated in fp32   (bias tile: u = 1)
-                       acc[out_start : out_start + out_len] += w * (u @ B)
+                       window = [out_start, out_start + out_len)
+                       LOW_RANK: u = round(A x[t]) to the compute dtype, accumulated in fp32
+                                 acc[window] += w * (u @ B)
+                       BIAS:     acc[window] += w * B
+                       SCALE:    acc[window] += w * (v - 1) * y[t, window]
                      y[t] = round(y[t] + acc)
                    Tokens past the last segment are not touched.
         """

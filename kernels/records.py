@@ -39,6 +39,18 @@ class Site(IntEnum):
 NUM_SITES = len(Site)
 
 
+class TileKind(IntEnum):
+    """What a tile adds to its window of y, the columns [out_start, out_start + out_len); w: its weight in the mix."""
+
+    LOW_RANK = 0  # w * (A x) B
+    BIAS = 1  # w * B, one row
+    SCALE = 2  # w * (v - 1) * y, v one row of fp32: y becomes (1 + sum of w * (v - 1)) * y
+
+
+TILE_COLUMNS = 6
+"""Of a row of TileTable.tiles."""
+
+
 @dataclass(frozen=True)
 class Projection:
     """One linear of the checkpoint and where its output lies inside the fused output of its site."""
@@ -55,17 +67,18 @@ class Projection:
 class TileTable:
     """Where the tiles of every resident adapter lie: a CSR over (slot, layer, site).
 
-    A row of `tiles` is (a_off, b_off, n, out_start, out_len):
-        A = arena[a_off * 64 :] as [n, in_features] of the compute dtype, row major
-        B = arena[b_off * 64 :] as [n, out_len]: row k is the output direction of rank k (PEFT's lora_B transposed),
-            alpha/r already folded in
-        y[:, out_start : out_start + out_len] += weight * (x @ A.T) @ B
-    a_off == -1 marks a bias: n is 1, there is no A, and x @ A.T is replaced by the constant one.
-    Several tiles may share an A (a B cut into pieces) and an A may be followed by its B on another page.
+    A row of `tiles` is (a_off, b_off, n, out_start, out_len, kind), offsets in units of ALIGN bytes:
+        LOW_RANK  A = arena[a_off * 64 :] as [n, in_features] of the compute dtype, row major
+                  B = arena[b_off * 64 :] as [n, out_len]: row k is the output direction of rank k (PEFT's lora_B
+                      transposed), alpha/r already folded in
+        BIAS      B as above with n = 1, and no A: a_off is -1
+        SCALE     v = arena[b_off * 64 :] as [out_len] of fp32, whatever the compute dtype; n = 1, a_off is -1
+    TileKind says what each adds. Several LOW_RANK tiles may share an A (a B cut into pieces), and an A may be followed
+    by its B on another page.
     """
 
     ranges: Tensor  # [num_slots, num_layers, NUM_SITES, 2] int32: first and past-the-last row of `tiles`
-    tiles: Tensor  # [capacity, 5] int32
+    tiles: Tensor  # [capacity, TILE_COLUMNS] int32
     ranges_host: Tensor  # the same on the host (the same object on CPU)
     tiles_host: Tensor
 

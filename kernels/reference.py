@@ -26,6 +26,7 @@ from loraplex.kernels.records import (
     AttentionParams,
     KVLayer,
     Site,
+    TileKind,
     TileTable,
     element_bytes,
 )
@@ -221,10 +222,14 @@ def _add_tiles_(y: Tensor, x: Tensor, elements: Tensor, tiles: list[tuple[float,
     acc = torch.zeros(y.shape[0], hi - lo, dtype=torch.float32, device=y.device)
     u_of = (-1, 0)  # (a_off, n) of the u at hand: the pieces of a cut B share it
     u = acc
-    for w, (a_off, b_off, n, out_start, out_len) in tiles:
-        b = elements.as_strided((n, out_len), (out_len, 1), b_off * unit).float()
+    for w, (a_off, b_off, n, out_start, out_len, kind) in tiles:
         columns = acc[:, out_start - lo : out_start - lo + out_len]
-        if a_off == -1:
+        if kind == TileKind.SCALE:
+            v = elements.view(torch.float32)[b_off * ALIGN // 4 :][:out_len]
+            columns.addcmul_(v - 1, y[:, out_start : out_start + out_len].float(), value=w)
+            continue
+        b = elements.as_strided((n, out_len), (out_len, 1), b_off * unit).float()
+        if kind == TileKind.BIAS:
             columns.add_(b, alpha=w)
             continue
         if u_of != (a_off, n):

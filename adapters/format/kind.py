@@ -16,13 +16,11 @@ from torch import Tensor
 
 from loraplex.adapters.format.header import TensorInfo
 from loraplex.adapters.format.targets import Targets
-from loraplex.adapters.image.tiles import BaseLayout, BiasDelta, LowRank, PartShape
+from loraplex.adapters.image.tiles import BaseLayout, Part, PartShape
 from loraplex.kernels.records import Projection
 
 BaseBias = Callable[[int, str], Tensor | None]
 """(layer, projection name) -> the base's own bias [out], or None where it has none."""
-
-Part = LowRank | BiasDelta
 
 Throttle = Callable[[], None]
 """Called between pieces of work; may raise, to end the work."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.format.header import TensorInfo
-from loraplex.adapters.format.kind import AdapterKind, AdapterModule, FactorPair, ModuleMap, Part, ServedBase, Throttle
+from loraplex.adapters.format.kind import AdapterKind, AdapterModule, FactorPair, ModuleMap, ServedBase, Throttle
 from loraplex.adapters.format.lora_config import LoraConfig, ModulePlan, plan_modules, read_lora_config
 from loraplex.adapters.format.modules import (
     FoundModule,
@@ -30,7 +30,8 @@ from loraplex.adapters.format.modules import (
     wrong_shape,
 )
 from loraplex.adapters.format.values import cancels, check_finite, check_rounded, make_bias, no_effect
-from loraplex.adapters.image.tiles import BaseLayout, BiasDelta, LowRank, PartShape
+from loraplex.adapters.image.tiles import BaseLayout, BiasDelta, LowRank, Part, PartShape
+from loraplex.kernels.records import TileKind
 
 _LEAVES = {"A": "lora_A.weight", "B": "lora_B.weight", "B bias": "lora_B.bias"}  # by role; "bias" has two names
 _FACTOR = re.compile(r"(lora_[AB])(?:\.[^.]+)?\.(weight|bias)")  # a name of the adapter may stand behind lora_A
@@ -77,7 +78,6 @@ class Lora(AdapterKind[LoraConfig]):
         _check_shapes(header, found, plans, config, base.layout)
         modules = tuple(_module(module, plans.get(module.path)) for module in found.present)
         only_pairs = all(module.tensors.keys() == {"A", "B"} for module in modules)
-        names = {module.projection.name for module in modules}
         return ModuleMap(
             kind=self.name,
             header=header,
@@ -85,7 +85,7 @@ class Lora(AdapterKind[LoraConfig]):
             shapes=tuple(shape for module in modules for shape in _shapes(module)),
             pairs=tuple(_pair(module, header) for module in modules) if only_pairs else (),
             rank=max(plan.rank for plan in plans.values()),
-            targets=tuple(p.name.rpartition(".")[2] for p in base.layout.projections if p.name in names),
+            targets=found.targets(base.layout),
         )
 
     def parts(
@@ -125,10 +125,9 @@ def _module(module: FoundModule, plan: ModulePlan | None) -> AdapterModule:
 
 def _shapes(module: AdapterModule) -> list[PartShape]:
     """A module's bias before its A and B."""
-    ranks = [0] if module.tensors.keys() & {"bias", "B bias"} else []
-    return [
-        PartShape(module.layer, module.projection, rank) for rank in (*ranks, *([module.rank] if module.rank else []))
-    ]
+    rows = [(1, TileKind.BIAS)] if module.tensors.keys() & {"bias", "B bias"} else []
+    ranks = [(module.rank, TileKind.LOW_RANK)] if module.rank else []
+    return [PartShape(module.layer, module.projection, rank, kind) for rank, kind in (*rows, *ranks)]
 
 
 def _pair(module: AdapterModule, header: Mapping[str, TensorInfo]) -> FactorPair:

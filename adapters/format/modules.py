@@ -66,6 +66,11 @@ class FoundModules:
         """The modules that the file has tensors for."""
         return [module for module in self.by_path.values() if module.tensors]
 
+    def targets(self, layout: BaseLayout) -> tuple[str, ...]:
+        """The last names of the projections that the file has tensors for, in the base's order: "q_proj", ..."""
+        names = {module.projection.name for module in self.present}
+        return tuple(p.name.rpartition(".")[2] for p in layout.projections if p.name in names)
+
     def missing(self, module: FoundModule, leaf: str, hint: str = "") -> AdapterRefused:
         """Make the refusal of a file without a tensor that the config asks for."""
         deepest = max((other.layer for other in self.present), default=None)

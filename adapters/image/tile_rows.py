@@ -6,10 +6,10 @@ import numpy as np
 import torch
 
 from loraplex.adapters.image.tiles import AdapterImage, BaseLayout
-from loraplex.kernels.records import ALIGN, NUM_SITES, TileTable
+from loraplex.kernels.records import ALIGN, NUM_SITES, TILE_COLUMNS, TileTable
 
 FIRST_ROWS = 1024
-"""Rows of a new tile table: 16 KiB, a handful of adapters on every linear; it doubles as needed."""
+"""Rows of a new tile table: 24 KiB, a handful of adapters on every linear; it doubles as needed."""
 
 
 class TileRows:
@@ -20,7 +20,7 @@ class TileRows:
         self._page_units = layout.page_bytes // ALIGN
         self._free = [(0, FIRST_ROWS)]  # spans (first, past the last), ascending, never touching
         ranges_host = torch.zeros(num_slots, *self._shape, dtype=torch.int32)
-        tiles_host = torch.zeros(FIRST_ROWS, 5, dtype=torch.int32)
+        tiles_host = torch.zeros(FIRST_ROWS, TILE_COLUMNS, dtype=torch.int32)
         # On CPU .to() returns the tensor itself: table and mirror are one.
         self.table = TileTable(ranges_host.to(device), tiles_host.to(device), ranges_host, tiles_host)
 

@@ -19,7 +19,12 @@ from torch import Tensor
 
 from loraplex.adapters.errors import AdapterRefused
 from loraplex.kernels.hugepages import huge_zeros
-from loraplex.kernels.records import ALIGN, TILE_RANKS, Projection, element_bytes
+from loraplex.kernels.records import ALIGN, TILE_COLUMNS, TILE_RANKS, Projection, TileKind, element_bytes
+
+IMAGE_COLUMNS = 2 + TILE_COLUMNS
+
+SCALE_BYTES = 4
+"""Of an element of an OutputScale: fp32 whatever the compute dtype, for in bf16 a scale of 1.003 would be 1."""
 
 
 @dataclass(frozen=True)
@@ -54,12 +59,28 @@ class BiasDelta:
 
 
 @dataclass(frozen=True)
-class PartShape:
-    """What decides where a LowRank, or (rank 0) a BiasDelta, is placed."""
+class OutputScale:
+    """y *= values on one projection of one layer, where y is the base linear's output before its bias.
+
+    In a mix of weight w it counts as 1 + w * (values - 1), and it does not scale what other parts add to y.
+    """
 
     layer: int
     projection: Projection
-    rank: int
+    values: Tensor  # [out] fp32, kept in fp32
+
+
+Part = LowRank | BiasDelta | OutputScale
+
+
+@dataclass(frozen=True)
+class PartShape:
+    """What decides where a part is placed."""
+
+    layer: int
+    projection: Projection
+    rank: int  # 1 where the kind has no ranks
+    kind: TileKind = TileKind.LOW_RANK
 
 
 @dataclass(frozen=True)
@@ -99,14 +120,16 @@ class AdapterImage:
     """An adapter as it will lie on the device, but for the numbers of its pages."""
 
     pages: Tensor  # [n_pages, page_bytes] uint8
-    tiles: Tensor  # [n_tiles, 7] int32: layer, site, a_pos, b_pos, n, out_start, out_len; sorted by (layer, site)
-    # a_pos, b_pos: in 64-byte units from the image's start, as if its pages were contiguous; a_pos -1 marks a bias
+    tiles: Tensor  # [n_tiles, IMAGE_COLUMNS] int32: layer, site, and a row of TileTable.tiles; sorted by (layer, site)
+    # a_off, b_off: in 64-byte units from the image's start, as if its pages were contiguous
     nbytes: int  # of all strips, each padded to 64
     extent: int  # bytes from the image's start to the end of its last tile; the last page holds nothing beyond
 
 
-def pack(parts: Sequence[LowRank | BiasDelta], layout: BaseLayout) -> AdapterImage:
-    """Cut `parts` into tiles of layout.dtype and lay them into pages; scaling is folded into B in fp32.
+def pack(parts: Sequence[Part], layout: BaseLayout) -> AdapterImage:
+    """Cut `parts` into tiles and lay them into pages, in layout.dtype but for an OutputScale's values.
+
+    `scaling` is folded into B in fp32.
 
     Tiles within one (layer, site) are in order of output column, then rank. Raises ValueError for shapes that do not
     fit the projection or the page, AdapterRefused("not_finite") for values that overflow layout.dtype.
@@ -114,9 +137,8 @@ def pack(parts: Sequence[LowRank | BiasDelta], layout: BaseLayout) -> AdapterIma
     _check(parts, layout)
     plan = plan_image([shape_of(part) for part in parts], layout)
     pages = huge_zeros(plan.num_pages * layout.page_bytes).view(plan.num_pages, layout.page_bytes)
-    elements = pages.view(-1).view(layout.dtype)
     for part, place in zip(parts, plan.places, strict=True):
-        _write(part, place, elements)
+        _write(part, place, pages.view(-1), layout.dtype)
     return AdapterImage(pages, plan.tiles, plan.nbytes, plan.extent)
 
 
@@ -132,22 +154,28 @@ def plan_image(shapes: Sequence[PartShape], layout: BaseLayout) -> ImagePlan:
     places = dict(zip(order, (placement.place() for placement in placements), strict=True))
     return ImagePlan(
         places=tuple(places[i] for i in range(len(shapes))),
-        tiles=torch.tensor(rows, dtype=torch.int32).reshape(len(rows), 7),
+        tiles=torch.tensor(rows, dtype=torch.int32).reshape(len(rows), IMAGE_COLUMNS),
         nbytes=nbytes,
         extent=extent,
         num_pages=-(-extent // layout.page_bytes),
     )
 
 
-def shape_of(part: LowRank | BiasDelta) -> PartShape:
-    return PartShape(part.layer, part.projection, 0 if isinstance(part, BiasDelta) else part.a.shape[0])
+def shape_of(part: Part) -> PartShape:
+    match part:
+        case LowRank():
+            return PartShape(part.layer, part.projection, part.a.shape[0])
+        case BiasDelta():
+            return PartShape(part.layer, part.projection, 1, TileKind.BIAS)
+        case OutputScale():
+            return PartShape(part.layer, part.projection, 1, TileKind.SCALE)
 
 
 def _order(shape: PartShape) -> tuple[int, int, int]:
     return shape.layer, shape.projection.site, shape.projection.out_start
 
 
-def _check(parts: Sequence[LowRank | BiasDelta], layout: BaseLayout) -> None:
+def _check(parts: Sequence[Part], layout: BaseLayout) -> None:
     if layout.page_bytes <= 0 or layout.page_bytes % ALIGN:
         raise ValueError(f"page_bytes is {layout.page_bytes}; expected a positive multiple of {ALIGN}")
     for part in parts:
@@ -155,11 +183,10 @@ def _check(parts: Sequence[LowRank | BiasDelta], layout: BaseLayout) -> None:
         where = f"layer {part.layer} {projection.name}"
         if not 0 <= part.layer < layout.num_layers:
             raise ValueError(f"{where}: the base has layers 0 to {layout.num_layers - 1}")
-        if isinstance(part, BiasDelta):
-            if part.delta.shape != (projection.out_features,):
-                raise ValueError(
-                    f"{where}: bias of shape {list(part.delta.shape)}; expected [{projection.out_features}]"
-                )
+        if not isinstance(part, LowRank):
+            what, row = ("bias", part.delta) if isinstance(part, BiasDelta) else ("scale", part.values)
+            if row.shape != (projection.out_features,):
+                raise ValueError(f"{where}: {what} of shape {list(row.shape)}; expected [{projection.out_features}]")
             continue
         rank = part.a.shape[0]
         if rank == 0 or part.a.shape != (rank, projection.in_features):
@@ -197,9 +224,12 @@ class _Placement:
 
     @staticmethod
     def of(shape: PartShape, item: int) -> _Placement:
+        """item: bytes of an element of the compute dtype."""
         out = shape.projection.out_features
+        if shape.kind == TileKind.SCALE:
+            item = SCALE_BYTES
         b_row = _padded(out * item)
-        if shape.rank == 0:
+        if shape.kind != TileKind.LOW_RANK:
             return _Placement(1, out, 0, b_row, item, 1, 0)
         a_bytes = shape.projection.in_features * item
         a_row = _padded(a_bytes)
@@ -281,22 +311,25 @@ def _place_b(placement: _Placement, cursor: _Cursor) -> bool:
     return False
 
 
-def _write(part: LowRank | BiasDelta, place: PartPlace, elements: Tensor) -> None:
-    """Copy a part's values to their positions in the image, `elements` being the image in the compute dtype, flat."""
-    item = elements.element_size()
+def _write(part: Part, place: PartPlace, image: Tensor, dtype: torch.dtype) -> None:
+    """Copy a part's values to their positions in `image`, [n] uint8; `dtype` is the compute dtype."""
 
-    def write(values: Tensor, row: int, strips: tuple[Strip, ...], what: str) -> None:
+    def write(values: Tensor, row: int, strips: tuple[Strip, ...], what: str, dtype: torch.dtype = dtype) -> None:
+        elements, item = image.view(dtype), element_bytes(dtype)
         for strip in strips:
             found = values[strip.first : strip.last, strip.begin : strip.end]
             target = elements.as_strided(found.shape, (row // item, 1), strip.position // item)
             target.copy_(found)
             _check_finite(target, part, what)
 
-    if isinstance(part, BiasDelta):
-        write(part.delta.unsqueeze(0), place.b_row, place.b, "bias")
-    else:
-        write(part.a, place.a_row, place.a, "A")
-        write(_folded(part), place.b_row, place.b, "scaling * B")
+    match part:
+        case LowRank():
+            write(part.a, place.a_row, place.a, "A")
+            write(_folded(part), place.b_row, place.b, "scaling * B")
+        case BiasDelta():
+            write(part.delta.unsqueeze(0), place.b_row, place.b, "bias")
+        case OutputScale():
+            write(part.values.unsqueeze(0), place.b_row, place.b, "scale", torch.float32)
 
 
 def _folded(part: LowRank) -> Tensor:
@@ -304,27 +337,28 @@ def _folded(part: LowRank) -> Tensor:
     return part.b.float().mul(part.scaling).T
 
 
-def _check_finite(strip: Tensor, part: LowRank | BiasDelta, what: str) -> None:
+def _check_finite(strip: Tensor, part: Part, what: str) -> None:
     if not strip.isfinite().all():
+        whose = "of scales" if isinstance(part, OutputScale) else "the base runs in"
         raise AdapterRefused(
             "not_finite",
             f"layer {part.layer} {part.projection.name}: {what} has values that are not finite in "
-            f"{str(strip.dtype).removeprefix('torch.')}, the dtype the base runs in; expected finite numbers",
+            f"{str(strip.dtype).removeprefix('torch.')}, the dtype {whose}; expected finite numbers",
         )
 
 
-def _tiles(shape: PartShape, placement: _Placement) -> list[tuple[int, int, int, int, int, int, int]]:
+def _tiles(shape: PartShape, placement: _Placement) -> list[tuple[int, ...]]:
     """Rows of AdapterImage.tiles: ranks are cut where A is, where B is, and every `step`."""
-    rows = []
+    rows: list[tuple[int, ...]] = []
     head = (shape.layer, int(shape.projection.site))
     for first, last, begin, end, b_position in placement.b_strips:
         out = (shape.projection.out_start + begin, end - begin)
         if not placement.a_row:
-            rows.append((*head, -1, b_position // ALIGN, 1, *out))
+            rows.append((*head, -1, b_position // ALIGN, 1, *out, shape.kind))
         for a_first, a_last, a_position in placement.a_strips:
             stop = min(last, a_last)
             for rank in range(max(first, a_first), stop, placement.step):
                 a_pos = (a_position + (rank - a_first) * placement.a_row) // ALIGN
                 b_pos = (b_position + (rank - first) * placement.b_row) // ALIGN
-                rows.append((*head, a_pos, b_pos, min(placement.step, stop - rank), *out))
+                rows.append((*head, a_pos, b_pos, min(placement.step, stop - rank), *out, shape.kind))
     return rows

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from loraplex.adapters.errors import AdapterError, AdapterNotFound, AdapterUnavailable
+from loraplex.adapters.shared_work import SharedWork, tell
 from loraplex.adapters.sources.addresses import Reach
 from loraplex.adapters.sources.download_cache import DownloadCache, key_of
 from loraplex.adapters.sources.fetch import fetch
@@ -57,16 +58,10 @@ class DownloadStats:
     active: int  # asked for and not over
 
 
-@dataclass(frozen=True)
-class _Waiter:
-    future: Future[Path]
-    stale: bool  # may get what was fetched earlier
-
-
 @dataclass(eq=False)
 class _Job:
     source: Source
-    waiters: list[_Waiter] = field(default_factory=list)
+    done: Future[Path] = field(default_factory=Future)
 
 
 class Downloads:
@@ -88,7 +83,7 @@ class Downloads:
         self._limits = limits or DownloadLimits()
         self._http = HttpClient(reach or Reach(), tls, self._limits.stall_seconds)
         self._lock = threading.Lock()
-        self._jobs: dict[str, _Job] = {}  # by source text, from the first asking until the futures are set
+        self._shared: SharedWork[str, Path] = SharedWork()  # by source text
         self._queue: list[_Job] = []
         self._active: Counter[str] = Counter()  # host -> threads
         self._secret: dict[str, Source] = {}  # what a text that hides something stands for, once it was fetched
@@ -103,19 +98,18 @@ class Downloads:
         stale: where the source is out of reach, take what was fetched of it earlier. Cancelling the future is free and
         leaves the download alone. It fails with AdapterNotFound, AdapterRefused or AdapterUnavailable.
         """
-        waiter: Future[Path] = Future()
         with self._lock:
-            job = self._jobs.get(source.text)
-            if self._closed or (job is None and len(self._queue) >= MAX_QUEUED):
-                why = "the server is shutting down" if self._closed else f"{MAX_QUEUED} downloads wait already"
-                waiter.set_exception(AdapterUnavailable(f"{source.text} is not downloaded: {why}"))
-                return waiter
-            if job is None:
-                job = self._jobs[source.text] = _Job(source)
+            waiter = None if self._closed else self._shared.join(source.text)
+            if waiter is None:
+                job = _Job(source)
+                if self._closed or len(self._queue) >= MAX_QUEUED:
+                    why = "the server is shutting down" if self._closed else f"{MAX_QUEUED} downloads wait already"
+                    job.done.set_exception(AdapterUnavailable(f"{source.text} is not downloaded: {why}"))
+                    return job.done
+                waiter = self._shared.share(source.text, job.done)
                 self._queue.append(job)
-            job.waiters.append(_Waiter(waiter, stale))
-            self._start()
-        return waiter
+                self._start()
+        return self._or_older(waiter, source) if stale else waiter
 
     def locate(self, text: str) -> Path:
         """The folder of a source by its text: local, or downloaded; downloaded now if it is not here (any more).
@@ -137,17 +131,15 @@ class Downloads:
 
     def stats(self) -> DownloadStats:
         with self._lock:
-            return DownloadStats(self._fetched, self._unchanged, self._failed, len(self._jobs))
+            return DownloadStats(self._fetched, self._unchanged, self._failed, len(self._shared))
 
     def close(self) -> None:
         """Take no more; fail what waits. What is under way ends with the process, and is gone on with by the next."""
         with self._lock:
             self._closed = True
             dropped, self._queue = self._queue, []
-            for job in dropped:
-                del self._jobs[job.source.text]
         for job in dropped:
-            _tell(job, AdapterUnavailable(f"{job.source.text} is not downloaded: the server is shutting down"))
+            tell(job.done, AdapterUnavailable(f"{job.source.text} is not downloaded: the server is shutting down"))
 
     # -- threads -------------------------------------------------------------------------------------------------------
 
@@ -179,16 +171,26 @@ class Downloads:
             logger.error("the download of %s failed unexpectedly: %s", job.source.text, type(error).__name__)
             outcome = AdapterUnavailable(f"{job.source.text} could not be downloaded: {type(error).__name__}")
         with self._lock:
-            del self._jobs[job.source.text]
             self._active[job.source.host] -= 1
             self._failed += not isinstance(outcome, Path)
             if isinstance(outcome, Path) and "#" in job.source.text:
                 self._secret[job.source.text] = job.source
             self._start()
-        old = self._cache.find(key_of(job.source.text)) if isinstance(outcome, AdapterUnavailable) else None
-        if old is not None and any(waiter.stale for waiter in job.waiters):
-            logger.warning("%s; what was fetched of it earlier is taken", outcome)
-        _tell(job, outcome, old)
+        tell(job.done, outcome)
+
+    def _or_older(self, fetching: Future[Path], source: Source) -> Future[Path]:
+        """Return the outcome of `fetching`; where `source` is out of reach, what was fetched of it earlier."""
+        outcome: Future[Path] = Future()
+
+        def take(done: Future[Path]) -> None:
+            error = done.exception()
+            old = self._cache.find(key_of(source.text)) if isinstance(error, AdapterUnavailable) else None
+            if old is not None:
+                logger.warning("%s; what was fetched of it earlier is taken", error)
+            tell(outcome, old or error or done.result())
+
+        fetching.add_done_callback(take)
+        return outcome
 
     def _fetch(self, source: Source) -> Path:
         deadline = Deadline.after(self._limits.max_seconds)
@@ -216,21 +218,7 @@ class Downloads:
         return list_web(self._http, source, deadline)
 
     def _keys_in_use(self) -> set[str]:
-        with self._lock:
-            under_way = set(self._jobs)
-        return {key_of(text) for text in self._in_use() | under_way}
-
-
-def _tell(job: _Job, outcome: Path | BaseException, old: Path | None = None) -> None:
-    """`old`: what those get instead of an error who take it."""
-    for waiter in job.waiters:
-        if not waiter.future.set_running_or_notify_cancel():
-            continue
-        got = old if old is not None and waiter.stale else outcome
-        if isinstance(got, Path):
-            waiter.future.set_result(got)
-        else:
-            waiter.future.set_exception(got)
+        return {key_of(text) for text in self._in_use().union(self._shared.keys())}
 
 
 def _bare(error: BaseException) -> BaseException:

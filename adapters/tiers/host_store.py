@@ -7,10 +7,10 @@ from collections import Counter, OrderedDict
 from dataclasses import dataclass
 
 from loraplex.adapters.errors import AdapterRefused
-from loraplex.adapters.image.tiles import AdapterImage, BaseLayout
+from loraplex.adapters.image.tiles import IMAGE_COLUMNS, AdapterImage, BaseLayout
 from loraplex.kernels.records import ALIGN, TILE_RANKS, element_bytes
 
-TILE_BYTES = 7 * 4
+TILE_BYTES = IMAGE_COLUMNS * 4
 """Of a row of AdapterImage.tiles."""
 
 
@@ -250,11 +250,12 @@ def host_bytes(image: AdapterImage) -> int:
 def most_bytes(layout: BaseLayout, num_pages: int, rank: int) -> int:
     """What an image of at most so many pages, its modules of at most that rank, takes of host memory at most.
 
-    Beside the pages there are tiles: of each projection of a layer one for its bias, and one for each TILE_RANKS ranks;
-    and four more for each page's end, where one A is cut, and one B: whole rows, part of one, its rest, whole rows.
+    Beside the pages there are tiles: of each projection of a layer one for its bias, one for its scale, and one for
+    each TILE_RANKS ranks; and four more for each page's end, where one A is cut, and one B: whole rows, part of one,
+    its rest, whole rows.
     """
     item = element_bytes(layout.dtype)
     widths = [width for p in layout.projections for width in (p.in_features, p.out_features)]
     step = TILE_RANKS if all(width * item % ALIGN == 0 for width in widths) else 1  # see tiles.py
-    whole = layout.num_layers * len(layout.projections) * (2 + max(0, rank - 1) // step)
+    whole = layout.num_layers * len(layout.projections) * (3 + max(0, rank - 1) // step)
     return num_pages * layout.page_bytes + (whole + 4 * max(0, num_pages - 1)) * TILE_BYTES

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
 
-from loraplex.adapters.files.tokenizer_files import NOTHING, TokenizerFiles
+from loraplex.adapters.info import AdapterInfo
 from loraplex.adapters.registry import AdapterVersion
 
 FAIRNESS = 8
@@ -29,16 +29,17 @@ class Priority(IntEnum):
 
 @dataclass(frozen=True)
 class LoadedAdapter:
-    """What a load tells those who waited for it. The image is in the host store, too, unless others are held there."""
+    """An adapter read, checked and packed. The image is in the host store, too, unless others are held there."""
 
-    source: str
-    digest: str
-    rank: int
-    targets: tuple[str, ...]
-    num_pages: int
-    nbytes: int
-    image: Any = field(default=None, repr=False, compare=False)  # whoever keeps this keeps the image
-    tokenizer: TokenizerFiles = NOTHING
+    info: AdapterInfo  # with its digest
+    image: Any = field(default=None, repr=False, compare=False)  # an AdapterImage; whoever keeps this keeps the image
+    bytes_read: int = field(default=0, compare=False)  # of the source
+
+    @property
+    def digest(self) -> str:
+        """Of the files' content."""
+        assert self.info.digest is not None, "the files have not been read"
+        return self.info.digest
 
 
 @dataclass(eq=False)

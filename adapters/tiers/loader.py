@@ -17,9 +17,9 @@ from functools import partial
 from typing import Any, Protocol
 
 from loraplex.adapters.errors import AdapterError
-from loraplex.adapters.files.tokenizer_files import NOTHING, TokenizerFiles
 from loraplex.adapters.histogram import Histogram
 from loraplex.adapters.registry import AdapterVersion, Registry
+from loraplex.adapters.shared_work import tell
 from loraplex.adapters.throttle import Throttle
 from loraplex.adapters.tiers.load_queue import Job, LoadedAdapter, LoadQueue, Priority, Waiter
 from loraplex.adapters.tiers.settle import changed, renew, settle
@@ -30,7 +30,6 @@ __all__ = [
     "Loader",
     "LoaderClosed",
     "LoaderStats",
-    "ParsedImage",
     "Priority",
     "Reading",
 ]
@@ -51,20 +50,6 @@ class Reading:
     source: str
     fresh: bool  # trust nothing known from earlier readings: a Hub id is looked up again, all is checked
     throttle: Callable[[], None]  # to be called between small pieces of work; raises LoadCancelled
-
-
-@dataclass(frozen=True)
-class ParsedImage:
-    """What `read` returns: an adapter read, validated and packed, and what the store keeps of it."""
-
-    digest: str
-    rank: int
-    targets: tuple[str, ...]
-    num_pages: int
-    nbytes: int
-    image: Any  # an AdapterImage; opaque here
-    bytes_read: int = 0  # of the source
-    tokenizer: TokenizerFiles = NOTHING
 
 
 @dataclass(frozen=True)
@@ -104,7 +89,7 @@ class Loader:
 
     def __init__(
         self,
-        read: Callable[[Reading], ParsedImage],
+        read: Callable[[Reading], LoadedAdapter],
         store: ImageStore,
         registry: Registry,
         threads: int = 2,
@@ -146,18 +131,7 @@ class Loader:
         if digest is None or image is None:
             return self._submit(version.source, version, priority)
         done: Future[LoadedAdapter] = Future()
-        done.set_result(
-            LoadedAdapter(
-                version.source,
-                digest,
-                version.rank,
-                version.targets,
-                version.num_pages,
-                version.nbytes,
-                image,
-                version.tokenizer,
-            )
-        )
+        done.set_result(LoadedAdapter(version.info, image))
         return done
 
     def pending(self) -> int:
@@ -229,7 +203,7 @@ class Loader:
 
     def _run(self) -> None:
         while (job := self._next()) is not None:
-            outcome: ParsedImage | BaseException
+            outcome: LoadedAdapter | BaseException
             try:
                 outcome = self._read(Reading(job.source, job.fresh, Throttle(partial(self._check_wanted, job))))
             except AdapterError as error:
@@ -257,22 +231,22 @@ class Loader:
             if not job.is_wanted:
                 raise LoadCancelled(f"nobody waits for adapter {job.source!r} any more")
 
-    def _count(self, job: Job, outcome: ParsedImage | BaseException) -> None:
+    def _count(self, job: Job, outcome: LoadedAdapter | BaseException) -> None:
         if isinstance(outcome, LoadCancelled):
             self._cancelled += 1
             return
         self._durations.observe(time.monotonic() - (job.began or 0.0))
-        if isinstance(outcome, ParsedImage):
+        if isinstance(outcome, LoadedAdapter):
             self._loads += 1
             self._bytes_read += outcome.bytes_read
         else:
             self._failures += 1
             self._registry.refusals.count(outcome)
 
-    def _finish(self, job: Job, outcome: ParsedImage | BaseException) -> None:
+    def _finish(self, job: Job, outcome: LoadedAdapter | BaseException) -> None:
         """Tell every waiter of a job that nobody joins any more."""
         answers: list[LoadedAdapter | BaseException]
-        if isinstance(outcome, ParsedImage):
+        if isinstance(outcome, LoadedAdapter):
             try:
                 answers = self._settle(job, outcome)
             except AdapterError as error:  # it is larger than the store
@@ -284,36 +258,21 @@ class Loader:
         else:
             answers = [outcome] * len(job.waiters)
         for waiter, answer in zip(job.waiters, answers, strict=True):
-            if not waiter.future.set_running_or_notify_cancel():
-                continue
-            if isinstance(answer, BaseException):
-                waiter.future.set_exception(answer)
-            else:
-                waiter.future.set_result(answer)
+            tell(waiter.future, answer)
 
-    def _settle(self, job: Job, parsed: ParsedImage) -> list[LoadedAdapter | BaseException]:
+    def _settle(self, job: Job, found: LoadedAdapter) -> list[LoadedAdapter | BaseException]:
         """Store what was read, where anybody has a use for it, and what each waiter gets. Raises AdapterRefused."""
-        loaded = LoadedAdapter(
-            job.source,
-            parsed.digest,
-            parsed.rank,
-            parsed.targets,
-            parsed.num_pages,
-            parsed.nbytes,
-            parsed.image,
-            parsed.tokenizer,
-        )
         answers: list[LoadedAdapter | BaseException] = []
         wanted = False
         for version in [waiter.version for waiter in job.waiters]:
-            if version is None or settle(self._registry, version, parsed):
-                answers.append(loaded)
+            if version is None or settle(self._registry, version, found):
+                answers.append(found)
                 wanted = True
                 continue
-            answers.append(changed(version, parsed))
-            wanted |= renew(self._registry, version, parsed)
+            answers.append(changed(version, found))
+            wanted |= renew(self._registry, version, found)
         if wanted:
-            self._store.put(parsed.digest, parsed.image)
+            self._store.put(found.digest, found.image)
         return answers
 
 

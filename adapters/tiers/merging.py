@@ -138,7 +138,7 @@ def _merge_factor(
 
 def _read(version: AdapterVersion, folder: Path) -> AdapterBytes:
     files = read_bytes(folder, lambda: None, roots=roots_of(version.source))
-    if version.digest is not None and version.digest != version.tokenizer.mark(files.digest):
+    if version.digest is not None and version.digest != version.info.tokenizer.mark(files.digest):
         raise AdapterRefused(
             "changed", f"the files of adapter {version.name!r} have changed since it was loaded; load it again"
         )

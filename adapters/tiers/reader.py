@@ -13,14 +13,10 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import threading
-import time
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Generic, TypeVar
 
 from torch import Tensor
 
@@ -34,8 +30,6 @@ from loraplex.adapters.format.adapter_files import (
     NoFolder,
     Stamp,
     known_weights,
-    look,
-    read_bytes,
     read_head,
     read_tokenizer,
 )
@@ -43,17 +37,18 @@ from loraplex.adapters.format.header import TensorInfo, parse_header, view_tenso
 from loraplex.adapters.format.kind import AdapterConfig, BaseBias, FactorPair, ModuleMap, ServedBase
 from loraplex.adapters.format.kinds import KINDS, parse_config
 from loraplex.adapters.format.pack_plan import PackPlan
+from loraplex.adapters.format.quiet_files import read_quietly
 from loraplex.adapters.image.packing import OpenFile
 from loraplex.adapters.image.tiles import AdapterImage, BaseLayout, pack, plan_image
+from loraplex.adapters.info import AdapterInfo
 from loraplex.adapters.sources.sources import resolve
 from loraplex.adapters.throttle import Throttle
-from loraplex.adapters.tiers.loader import ParsedImage, Reading
+from loraplex.adapters.tiers.latest import Latest
+from loraplex.adapters.tiers.loader import LoadedAdapter, Reading
 from loraplex.adapters.tiers.workspace import Workspace
 from loraplex.kernels.hugepages import Region, huge_zeros
 
 logger = logging.getLogger(__name__)
-
-V = TypeVar("V")
 
 MAX_MESSAGE = 800
 """Characters of a refusal."""
@@ -72,24 +67,6 @@ MAX_TOKENIZERS = 256
 
 MAX_REMEMBERED = 16_384
 """Sources, some 1 KB each."""
-
-CHANGED_WAIT = 0.05
-"""Seconds. Someone who copies a file into place writes more often; a file system's clock ticks every 4 ms, often less,
-so that within a tick a change does not show."""
-
-CHANGED_RETRIES = 10
-"""Times that is waited for them: copying a large adapter may take half a second."""
-
-
-@dataclass(frozen=True)
-class AdapterInfo:
-    """What the config and the header tell of an adapter."""
-
-    rank: int
-    targets: tuple[str, ...]
-    num_pages: int  # at most: fewer if modules turn out to be zero
-    nbytes: int  # of its tiles, at most
-    tokenizer: TokenizerFiles = NOTHING
 
 
 @dataclass(frozen=True)
@@ -116,7 +93,6 @@ class _Remembered:
     place: _Place
     stamp: Stamp
     start: int  # of the data
-    digest: str = ""
     info: AdapterInfo | None = None
     plan: Hashable = None  # its key; None: it has to be packed part by part
     refusal: AdapterRefused | None = None
@@ -144,12 +120,12 @@ class AdapterReader:
         self._workspace = workspace
         self._base = ServedBase(layout, base_bias)
         self._max_pages = max_pages
-        self._drawn: _Latest[_Drawn] = _Latest(MAX_MODULE_MAPS)
-        self._infos: _Latest[AdapterInfo] = _Latest(MAX_PACK_PLANS)  # whatever the scaling
-        self._headers: _Latest[dict[str, TensorInfo]] = _Latest(MAX_MODULE_MAPS)
-        self._plans: _Latest[PackPlan] = _Latest(MAX_PACK_PLANS)
-        self._tokenizers: _Latest[TokenizerFiles] = _Latest(MAX_TOKENIZERS)
-        self._remembered: _Latest[_Remembered] = _Latest(MAX_REMEMBERED)
+        self._drawn: Latest[_Drawn] = Latest(MAX_MODULE_MAPS)
+        self._infos: Latest[AdapterInfo] = Latest(MAX_PACK_PLANS)  # whatever the scaling
+        self._headers: Latest[dict[str, TensorInfo]] = Latest(MAX_MODULE_MAPS)
+        self._plans: Latest[PackPlan] = Latest(MAX_PACK_PLANS)
+        self._tokenizers: Latest[TokenizerFiles] = Latest(MAX_TOKENIZERS)
+        self._remembered: Latest[_Remembered] = Latest(MAX_REMEMBERED)
 
     def examine(self, source: str) -> AdapterInfo:
         """Check what can be checked without the weights' values. Reads only config and header.
@@ -169,7 +145,7 @@ class AdapterReader:
             info = self._infos.get(key) or self._infos.put(key, self._draw(head, config, Throttle(lambda: None)).info)
             return replace(info, tokenizer=self._tokenizer(place))
 
-    def read(self, reading: Reading) -> ParsedImage:
+    def read(self, reading: Reading) -> LoadedAdapter:
         """Read, check and pack an adapter. Raises as examine() does, and what reading.throttle() raises.
 
         Files that have the stamp they had are neither parsed, nor checked, nor hashed again, unless reading.fresh.
@@ -199,7 +175,7 @@ class AdapterReader:
     def _room(self, nbytes: int, throttle: Callable[[], None]) -> AbstractContextManager[None]:
         return nullcontext() if self._workspace is None else self._workspace.room(nbytes, throttle)
 
-    def _repeat(self, known: _Remembered, reading: Reading) -> ParsedImage | None:
+    def _repeat(self, known: _Remembered, reading: Reading) -> LoadedAdapter | None:
         """Do again what was done at the last reading. None: the files have changed, or it is not known how."""
         plan = self._plans.get(known.plan)
         if known.refusal is not None:
@@ -218,10 +194,10 @@ class AdapterReader:
                 image = plan.read(file, self._memory(plan.nbytes), reading.throttle)
         except (ChangedMeanwhile, EOFError, OSError):
             return None
-        return _parsed(known.digest, known.info, image, known.stamp.weights[2] - known.start)
+        return _loaded(known.info, image, known.stamp.weights[2] - known.start)
 
-    def _read_whole(self, place: _Place, reading: Reading) -> ParsedImage:
-        files, began = _read_quietly(place, reading.throttle, self._memory)
+    def _read_whole(self, place: _Place, reading: Reading) -> LoadedAdapter:
+        files, began = read_quietly(place.folder, place.roots, reading.throttle, self._memory)
         head = files.head
         settled = head.stamp.is_settled(began)
         try:
@@ -233,11 +209,11 @@ class AdapterReader:
                 refusal = AdapterRefused(error.code, str(error))  # without the frames, which hold the file's bytes
                 self._remembered.put(reading.source, _Remembered(place, head.stamp, head.start, refusal=refusal))
             raise
-        info, digest = replace(drawn.info, tokenizer=tokenizer), tokenizer.mark(files.digest)
+        info = replace(drawn.info, digest=tokenizer.mark(files.digest), tokenizer=tokenizer)
         if settled:
-            known = _Remembered(place, head.stamp, head.start, digest, info, plan)
+            known = _Remembered(place, head.stamp, head.start, info, plan)
             self._remembered.put(reading.source, known)
-        return _parsed(digest, info, image, head.data_bytes)
+        return _loaded(info, image, head.data_bytes)
 
     def _tokenizer(self, place: _Place) -> TokenizerFiles:
         """Equal ones are one object: a folder of thousands has the same file in each. Raises AdapterRefused."""
@@ -261,7 +237,7 @@ class AdapterReader:
             module_map = KINDS[config.kind].plan(config, header, self._base, throttle)
             throttle()
             plan = plan_image(module_map.shapes, self._base.layout)
-            info = AdapterInfo(module_map.rank, module_map.targets, plan.num_pages, plan.nbytes)
+            info = AdapterInfo(module_map.rank, module_map.targets, plan.num_pages, plan.nbytes, kind=module_map.kind)
             drawn = _Drawn(key, module_map, info)
             self._drawn.put(key, drawn)
             self._headers.put(key[1], header)  # it fits the base: no larger than what is planned for
@@ -309,58 +285,12 @@ class AdapterReader:
         return region.tensor(nbytes, self._workspace.leave)
 
 
-class _Latest(Generic[V]):
-    """The `size` most recently used values by key. Thread-safe."""
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._lock = threading.Lock()
-        self._values: OrderedDict[Hashable, V] = OrderedDict()
-
-    def get(self, key: Hashable) -> V | None:
-        with self._lock:
-            if key not in self._values:
-                return None
-            self._values.move_to_end(key)
-            return self._values[key]
-
-    def put(self, key: Hashable, value: V) -> V:
-        with self._lock:
-            self._values[key] = value
-            self._values.move_to_end(key)
-            if len(self._values) > self._size:
-                self._values.popitem(last=False)
-        return value
-
-
 def _key_of(head: AdapterHead) -> Hashable:
     return hashlib.sha256(head.header).digest(), head.data_bytes
 
 
-def _read_quietly(
-    place: _Place, throttle: Callable[[], None], memory: Callable[[int], Tensor]
-) -> tuple[AdapterBytes, float]:
-    """The files while nobody writes to them, and when their reading began, in unix seconds. Raises ChangedMeanwhile."""
-    for _ in range(CHANGED_RETRIES):
-        began = time.time()
-        try:
-            files = read_bytes(place.folder, throttle, memory, place.roots)
-        except ChangedMeanwhile:
-            time.sleep(CHANGED_WAIT)
-            throttle()
-            continue
-        if began - files.head.stamp.latest >= CHANGED_WAIT:
-            return files, began
-        time.sleep(CHANGED_WAIT)  # whoever is still writing shows by now
-        throttle()
-        if look(place.folder, place.roots) == files.head.stamp:
-            return files, began
-    raise ChangedMeanwhile
-
-
-def _parsed(digest: str, info: AdapterInfo, image: AdapterImage, bytes_read: int) -> ParsedImage:
-    num_pages = image.pages.shape[0]
-    return ParsedImage(digest, info.rank, info.targets, num_pages, image.nbytes, image, bytes_read, info.tokenizer)
+def _loaded(info: AdapterInfo, image: AdapterImage, bytes_read: int) -> LoadedAdapter:
+    return LoadedAdapter(replace(info, num_pages=image.pages.shape[0], nbytes=image.nbytes), image, bytes_read)
 
 
 @contextmanager

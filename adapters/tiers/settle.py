@@ -3,62 +3,38 @@
 from __future__ import annotations
 
 import logging
-from typing import Protocol
+from dataclasses import replace
 
 from loraplex.adapters.errors import AdapterRefused
-from loraplex.adapters.files.tokenizer_files import TokenizerFiles
 from loraplex.adapters.registry import AdapterVersion, Registry
+from loraplex.adapters.tiers.load_queue import LoadedAdapter
 
 logger = logging.getLogger(__name__)
 
 
-class Content(Protocol):
-    """What was read."""
-
-    @property
-    def digest(self) -> str: ...
-    @property
-    def rank(self) -> int: ...
-    @property
-    def targets(self) -> tuple[str, ...]: ...
-    @property
-    def num_pages(self) -> int: ...
-    @property
-    def nbytes(self) -> int: ...
-    @property
-    def tokenizer(self) -> TokenizerFiles: ...
-
-
-def settle(registry: Registry, version: AdapterVersion, found: Content) -> bool:
+def settle(registry: Registry, version: AdapterVersion, found: LoadedAdapter) -> bool:
     """Whether `found` is what `version` stands for; if that is open, it is from now on.
 
     Not where its rank, targets, pages or tokenizer differ from what was registered: the files were exchanged before
     anybody read them, and requests were admitted by the old numbers and written by the old tokenizer.
     """
-    registered = (version.rank, version.targets, version.tokenizer)
-    unlike = registered != (found.rank, found.targets, found.tokenizer) or found.num_pages > version.num_pages
+    registered = version.info
+    alike = replace(found.info, num_pages=registered.num_pages, nbytes=registered.nbytes, digest=registered.digest)
+    unlike = alike != registered or found.info.num_pages > registered.num_pages
     if version.digest is None and unlike:
         return False
     return registry.identify(version, found.digest)
 
 
-def renew(registry: Registry, version: AdapterVersion, found: Content) -> bool:
+def renew(registry: Registry, version: AdapterVersion, found: LoadedAdapter) -> bool:
     """Point the version's name at what its source holds now. False when the name is not its own any more."""
-    renewed = registry.renew(
-        version,
-        digest=found.digest,
-        rank=found.rank,
-        targets=found.targets,
-        num_pages=found.num_pages,
-        nbytes=found.nbytes,
-        tokenizer=found.tokenizer,
-    )
+    renewed = registry.renew(version, found.info)
     if renewed is not None:
         logger.info("adapter %r has new files: version %s from now on", version.name, found.digest[:12])
     return renewed is not None
 
 
-def changed(version: AdapterVersion, found: Content) -> AdapterRefused:
+def changed(version: AdapterVersion, found: LoadedAdapter) -> AdapterRefused:
     """What requests are told that wanted `version` and can have it no more."""
     expected = f"expected {version.digest[:12]}" if version.digest else "expected another rank or other targets"
     return AdapterRefused(

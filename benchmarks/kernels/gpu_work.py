@@ -21,6 +21,7 @@ from loraplex.kernels.records import (
     KVGroup,
     KVLayer,
     Site,
+    TileKind,
     TileTable,
     element_bytes,
 )
@@ -157,7 +158,7 @@ def _adapters(
             for out in outs:
                 for at in range(0, rank, TILE_RANKS):
                     n = min(TILE_RANKS, rank - at)
-                    rows.append((put(n, n_in), put(n, out), n, start, out))
+                    rows.append((put(n, n_in), put(n, out), n, start, out, TileKind.LOW_RANK))
                 start += out
             ranges[slot, 0, site] = torch.tensor([first, len(rows)])
     tiles = torch.tensor(rows, dtype=torch.int32)

@@ -2,7 +2,7 @@
 
     python -m loraplex.benchmarks.kernels.serving
 
-The engine's own Scheduler, KVCache, Residency and ModelRunner over SmolLM2-135M with random weights: rows at 256 tokens
+The engine's own Scheduler, KVCache, Residency and LocalWorker over SmolLM2-135M with random weights: rows at 256 tokens
 and more, every one with an adapter of its own or none. Prompts are planned and committed but not computed. Left out are
 the API, detokenizing and adapters that come and go.
 """
@@ -13,14 +13,17 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from loraplex.adapters.info import AdapterInfo
 from loraplex.adapters.registry import AdapterVersion, Registry
+from loraplex.adapters.tiers.residency import Residency
 from loraplex.benchmarks.kernels.machine import Others, read_memory
 from loraplex.benchmarks.kernels.model import CONTEXT, MODEL_LEN, ROWS, Model, make_model
-from loraplex.server.engine.policy.scheduler import Scheduler, SchedulerLimits, StepPlan
+from loraplex.server.engine.policy.plan import SchedulerLimits
+from loraplex.server.engine.policy.rows import Drawn, RowResult
+from loraplex.server.engine.policy.scheduler import Scheduler
 from loraplex.server.engine.request import GenerationRequest, SamplingParams
 from loraplex.server.engine.step.batch import build_batch
-from loraplex.server.engine.step.runner import ModelRunner
-from loraplex.server.engine.step.sampler import Sampled
+from loraplex.server.engine.step.worker import LocalWorker
 
 STEPS = 60
 """Measured, of a sequence's MODEL_LEN - CONTEXT."""
@@ -28,6 +31,9 @@ STEPS = 60
 
 class Everywhere:
     """The scheduler's Placement where all adapters are on the device for good."""
+
+    def __init__(self, residency: Residency) -> None:
+        self.slot_of = residency.slot_of
 
     def request(self, version: AdapterVersion) -> None:
         pass
@@ -65,7 +71,7 @@ class Timing:
     kernels: float  # inside the library
     calls: float  # into it
     schedule: float
-    batch: float  # StepPlan -> ForwardBatch
+    batch: float  # StepInput -> ForwardBatch
     commit: float
 
     @property
@@ -109,23 +115,21 @@ class _Engine:
             vocab_size=model.config.vocab_size,
             prefix_cache=False,
         )
-        self._runner = ModelRunner(model.decoder, model.kv, model.residency, model.ops.device)
-        self._scheduler = Scheduler(model.kv, Everywhere(), limits)
+        self._worker = LocalWorker(model.decoder, model.residency, model.kv.block_size, model.ops.device)
+        self._scheduler = Scheduler(model.kv, Everywhere(model.residency), limits)
         registry = Registry()
         for row in range(rows):
             name = f"ad{row}"
-            registry.register(
-                name, source=name, rank=16, targets=("q_proj",), num_pages=1, nbytes=1, digest=name if adapters else ""
-            )
+            registry.register(name, name, AdapterInfo(16, ("q_proj",), 1, 1, digest=name if adapters else ""))
             params = SamplingParams(MODEL_LEN - CONTEXT, 0.0 if greedy else 0.8, top_p=0.95, seed=row)
             prompt = tuple((7 * row + i) % 1000 for i in range(CONTEXT))
             mix = ((registry.lease(name), 1.0),) if adapters else ()
             self._scheduler.add(GenerationRequest(name, prompt, params, mix))
         plan = self._scheduler.schedule()
-        assert [entry.samples for entry in plan.entries] == [True] * rows
-        self._scheduler.commit(plan, [Sampled(1)] * rows)
-        for entry in plan.entries:
-            model.touch(entry.seq.number)
+        assert [row.draws for row in plan.step.rows] == [1] * rows
+        self._scheduler.commit(plan, [RowResult((Drawn(1),))] * rows)
+        for seq in plan.seqs:
+            model.touch(seq.number)
 
     def step(self) -> Timing:
         model = self._model
@@ -133,9 +137,9 @@ class _Engine:
         start = time.perf_counter()
         plan = self._scheduler.schedule()
         planned = time.perf_counter()
-        sampled = self._runner.execute(plan)
+        results = self._worker.run(self._worker.prepare(plan.step))
         executed = time.perf_counter()
-        self._scheduler.commit(plan, sampled)
+        self._scheduler.commit(plan, results)
         end = time.perf_counter()
         inside, calls = model.ops.inside, model.ops.calls
         return Timing(end - start, inside, calls, planned - start, 0.0, end - executed)
@@ -143,11 +147,11 @@ class _Engine:
     def build(self) -> float:
         """Seconds of build_batch alone, for a step that is then taken."""
         model = self._model
-        plan: StepPlan = self._scheduler.schedule()
+        plan = self._scheduler.schedule()
         start = time.perf_counter()
-        build_batch(plan, model.kv, model.residency.table, model.residency.slot_of, model.ops.device)
+        build_batch(plan.step, model.residency.table, model.kv.block_size, model.ops.device)
         taken = time.perf_counter() - start
-        self._scheduler.commit(plan, self._runner.execute(plan))
+        self._scheduler.commit(plan, self._worker.run(self._worker.prepare(plan.step)))
         return taken
 
     def close(self) -> None:

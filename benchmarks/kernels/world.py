@@ -15,7 +15,7 @@ from torch import Tensor
 from loraplex.kernels.cpu.abi import Op, OpCode, Step
 from loraplex.kernels.cpu.backend import CpuBackend, adapter_step
 from loraplex.kernels.hugepages import huge_zeros
-from loraplex.kernels.records import NUM_SITES, TILE_RANKS, AdapterSegments, Site, TileTable
+from loraplex.kernels.records import NUM_SITES, TILE_RANKS, AdapterSegments, Site, TileKind, TileTable
 
 DTYPE = torch.bfloat16
 
@@ -93,7 +93,7 @@ def _tiles(shape: Shape, at: int) -> list[tuple[int, ...]]:
         for first in range(0, shape.rank, TILE_RANKS):
             a = at + first * shape.n_in * 2
             b = at + (shape.rank * shape.n_in + first * n_out) * 2
-            rows.append((a // 64, b // 64, min(TILE_RANKS, shape.rank - first), start, n_out))
+            rows.append((a // 64, b // 64, min(TILE_RANKS, shape.rank - first), start, n_out, TileKind.LOW_RANK))
         at += shape.rank * (shape.n_in + n_out) * 2
         start += n_out
     return rows

@@ -58,7 +58,7 @@ struct Fetcher {
 
 template <class T>
 struct Shrink {
-    const T *a, *x;  // a null: a bias, u is the weight
+    const T *a, *x;  // a null: a bias or a scale, u is the weight
     float* u;
     int n;
     float weight;
@@ -101,11 +101,12 @@ static void shrink(const Shrink<T>& s, int64_t in, Fetcher& fetch) {
     }
 }
 
-// ---- expand: y[0, columns) += sum over parts and k of u[k] B[k] ----
+// ---- expand: y[0, columns) += sum over parts and k of u[k] B[k], or of u[0] (v - 1) y where a part is a scale ----
 
 template <class T>
 struct Part {
-    const T* b;  // at the unit's first column
+    const T* b;      // at the unit's first column
+    const float* v;  // likewise; null: no scale
     const float* u;
     int64_t len;  // elements from rank to rank
     int n;
@@ -141,6 +142,24 @@ INLINE void add_ranks(const T* b, int64_t len, const float* u, float* acc, int n
         for (int k = 0; k < K; k++) acc[c] += u[k] * to_float(b[k * len + c]);
 }
 
+// acc[0, n) += weight (v - 1) y; v is fp32 in order, acc in the order of load_pair.
+template <class T>
+NOINLINE static void add_scaled(const float* v, float weight, const T* y, float* acc, int n, Fetcher& fetch) {
+    int c = 0;
+    for (; c + 32 <= n; c += 32) {
+        fetch.lines<2>();
+#pragma GCC unroll 4
+        for (int i = c; i < c + 32; i += 2 * kLanes) {
+            fvec first, second, one, two;
+            load_pair(y + i, first, second);
+            load_split<T>(v + i, one, two);
+            store(acc + i, load(acc + i) + (one - 1.f) * weight * first);
+            store(acc + i + kLanes, load(acc + i + kLanes) + (two - 1.f) * weight * second);
+        }
+    }
+    for (; c < n; c++) acc[c] += (v[c] - 1.f) * weight * to_float(y[c]);
+}
+
 template <class T>
 INLINE void take_sums(const float* acc, int n, T* y) {
     int c = 0;
@@ -161,6 +180,10 @@ static void expand(const Expand<T>& e, const Part<T>* parts, Fetcher& fetch) {
     alignas(64) float acc[kColumns];
     memset(acc, 0, sizeof(float) * e.columns);
     for (const Part<T>* p = parts; p < parts + e.parts; p++) {
+        if (p->v) {
+            add_scaled(p->v, p->u[0], e.y, acc, e.columns, fetch);
+            continue;
+        }
         int k = 0;
         for (; k + 2 <= p->n; k += 2) add_ranks<2>(p->b + k * p->len, p->len, p->u + k, acc, e.columns, fetch);
         for (; k < p->n; k++) add_ranks<1>(p->b + k * p->len, p->len, p->u + k, acc, e.columns, fetch);
@@ -240,9 +263,11 @@ static void bgmv_expand(const Op& op, const Step& step, Units<T>& units, int tid
             for (int64_t col = from + begin; col < from + end; col += kColumns) {
                 int n = (int)min2<int64_t>(kColumns, from + end - col);
                 list[count++] = {(T*)op.y + row * op.out + col, n, (int)num_parts, (int)covers};
-                for (int i = 0; i < tiles.count; i++)
-                    if (tiles[i].start <= from && tiles[i].start + tiles[i].len >= to)
-                        parts[num_parts++] = {tiles[i].b + (col - tiles[i].start), u + i * 16, tiles[i].len, tiles[i].n};
+                for (int i = 0; i < tiles.count; i++) {
+                    const Tile<T>& t = tiles[i];
+                    if (t.start <= from && t.start + t.len >= to)
+                        parts[num_parts++] = {t.b + (col - t.start), t.v ? t.v + (col - t.start) : nullptr, u + i * 16, t.len, t.n};
+                }
             }
         }
     });
@@ -250,7 +275,10 @@ static void bgmv_expand(const Op& op, const Step& step, Units<T>& units, int tid
     for (int64_t i = 0; i < count; i++)
         for (int p = list[i].first_part; p < list[i].first_part + list[i].parts; p++) {
             int64_t width = list[i].columns * (int64_t)sizeof(T), stride = parts[p].len * (int64_t)sizeof(T);
-            runs[p] = width == stride ? Run{(const char*)parts[p].b, width * parts[p].n, 0, 1} : Run{(const char*)parts[p].b, width, stride, parts[p].n};
+            if (parts[p].v)
+                runs[p] = {(const char*)parts[p].v, list[i].columns * (int64_t)sizeof(float), 0, 1};
+            else
+                runs[p] = width == stride ? Run{(const char*)parts[p].b, width * parts[p].n, 0, 1} : Run{(const char*)parts[p].b, width, stride, parts[p].n};
         }
     Fetcher fetch;
     fetch.start(runs, num_parts);

@@ -3,6 +3,8 @@
 #include <cstdint>
 
 constexpr int kMaxGroups = 8, kMaxRopes = 4, kSites = 6, kDraw = 5;
+constexpr int kTileColumns = 6;
+enum TileKind : int32_t { kLowRank, kBiasTile, kScale };
 constexpr int kQueries = 8, kKeyRange = 512;  // of a unit of attention
 constexpr int64_t partial_floats(int64_t dim) { return (dim + 15) / 16 * 16 + 2; }  // a row's sums, largest score, total weight
 
@@ -24,7 +26,7 @@ struct Step {
     const int32_t* mix_slot;   // [mixes]
     const float* mix_weight;   // [mixes]
     const int32_t* ranges;     // [slots, num_layers, sites, 2]
-    const int32_t* tiles;      // [capacity, 5]
+    const int32_t* tiles;      // [capacity, kTileColumns]: a_off, b_off, n, out_start, out_len, TileKind (kernels/records.py)
     uint8_t* arena;
     const double* draws;       // [logit_rows, kDraw]: struct Draw of sampling.h; null takes the largest
     int64_t* drawn;            // [logit_rows]

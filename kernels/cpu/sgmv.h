@@ -62,12 +62,25 @@ static const Operand<T>* segment_shrink(SegmentScratch<T>& s, const T* x, int64_
                 for (int c = 0; c < 16; c += kLanes) store(u + m * ldu + i * 16 + c, load(sums + m * 16 + c));
             continue;
         }
-        for (int64_t m = 0; m < rows; m++) {  // a bias: u is one
+        for (int64_t m = 0; m < rows; m++) {  // a bias or a scale: u is one
             memset((void*)(u + m * ldu + i * 16), 0, 16 * sizeof(T));
             from_float(1.f, u + m * ldu + i * 16);
         }
     }
     return operands(u, rows * ldu, s.wide);
+}
+
+// sums[rows, n] += weight (v - 1) y
+template <class T>
+NOINLINE static void add_scaled_rows(const float* v, float weight, int64_t rows, int n, const T* y, int64_t ldy, float* sums, int width) {
+    for (int c = 0; c < n; c += kLanes) {
+        int lanes = lanes_left(n - c);
+        fvec factor = (load_n(v + c, lanes) - 1.f) * weight;
+        for (int64_t m = 0; m < rows; m++) {
+            float* to = sums + m * width + c;
+            store(to, load(to) + factor * load_n(y + m * ldy + c, lanes));
+        }
+    }
 }
 
 // y[:, col, col + n) += the covering tiles' part, n <= 64.
@@ -78,6 +91,7 @@ static void segment_expand(SegmentScratch<T>& s, const Operand<T>* u, int64_t ro
     T* b = s.b.get((int64_t)covers * 16 * width);
     for (int i = 0; i < covers; i++) {
         const Tile<T>& t = s.tiles[s.which.data[i]];
+        if (t.v) continue;
         for (int c = 0; c < width; c += 16)
             interleave_ranks(t.b + (col - t.start) + c, c < n ? t.n : 0, t.len, max2(min2(16, n - c), 0), b + (int64_t)i * 16 * width + c * P, width * P);
     }
@@ -85,6 +99,11 @@ static void segment_expand(SegmentScratch<T>& s, const Operand<T>* u, int64_t ro
     float *sums = s.sums.get(2 * rows * width), *part = sums + rows * width;
     memset(sums, 0, sizeof(float) * rows * width);
     for (int i = 0; i < covers; i++) {
+        const Tile<T>& t = s.tiles[s.which.data[i]];
+        if (t.v) {
+            add_scaled_rows(t.v + (col - t.start), s.weight.data[i], rows, n, y, ldy, sums, width);
+            continue;
+        }
         bool whole = s.weight.data[i] == 1.f;
         if (!whole) memset(part, 0, sizeof(float) * rows * width);
         Fetch none;

@@ -1,8 +1,9 @@
 // The tiles of a mix at one site, looked up in the tile table (kernels/records.py).
 //
-// A tile is A [n, in] and B [n, out_len], n <= 16, row major, read where it lies in the arena; y += weight * B^T A x. The out
-// ranges of a row's tiles (q, k and v have their own; pages cut some) are cut into intervals over which the list of tiles is
-// constant, so that bgmv.h and sgmv.h read and write y once whatever the tiles are.
+// A tile is read where it lies in the arena. It is A [n, in] and B [n, out_len], n <= 16, row major: y += weight * B^T A x; or a
+// bias, B alone: y += weight * B; or a scale, v [out_len] in fp32: y += weight * (v - 1) * y. The out ranges of a row's tiles (q,
+// k and v have their own; pages cut some) are cut into intervals over which the list of tiles is constant, so that bgmv.h and
+// sgmv.h write y once whatever the tiles are.
 #pragma once
 #include "linear.h"
 #include "records.h"
@@ -12,7 +13,8 @@ namespace LORAPLEX_ISA {
 
 template <class T>
 struct Tile {
-    const T *a, *b;  // a null: a bias, u is the constant one
+    const T *a, *b;  // a null: a bias or a scale, u is the constant one
+    const float* v;  // null: no scale
     int n, start, len;
     float weight;
 };
@@ -37,9 +39,10 @@ static void mix_tiles(const Step& step, int segment, int layer, int site, TileLi
     for (int m = step.mix_ptr[segment]; m < step.mix_ptr[segment + 1]; m++) {
         const int32_t* range = step.ranges + (((int64_t)step.mix_slot[m] * step.num_layers + layer) * kSites + site) * 2;
         for (int i = range[0]; i < range[1]; i++) {
-            const int32_t* r = step.tiles + (int64_t)i * 5;
-            out[list.count++] = {r[0] < 0 ? nullptr : (const T*)(step.arena + (int64_t)r[0] * 64),
-                                 (const T*)(step.arena + (int64_t)r[1] * 64), r[2], r[3], r[4], step.mix_weight[m]};
+            const int32_t* r = step.tiles + (int64_t)i * kTileColumns;
+            const uint8_t* b = step.arena + (int64_t)r[1] * 64;
+            out[list.count++] = {r[5] == kLowRank ? (const T*)(step.arena + (int64_t)r[0] * 64) : nullptr, (const T*)b,
+                                 r[5] == kScale ? (const float*)b : nullptr, r[2], r[3], r[4], step.mix_weight[m]};
         }
     }
 }

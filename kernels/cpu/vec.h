@@ -193,6 +193,16 @@ INLINE void load_pair(const bf16* p, fvec& even, fvec& odd) {
     even = low_half(pairs), odd = high_half(pairs);
 }
 INLINE void load_pair(const float* p, fvec& first, fvec& second) { first = load(p), second = load(p + kLanes); }
+// 2 * kLanes fp32 values in the order in which load_pair gives as many of T.
+template <class T>
+INLINE void load_split(const float* p, fvec& first, fvec& second) {
+    first = load(p), second = load(p + kLanes);
+    if constexpr (sizeof(T) == 2) {
+        fvec even = __builtin_shuffle(first, second, kIota * 2);
+        second = __builtin_shuffle(first, second, kIota * 2 + 1);
+        first = even;
+    }
+}
 INLINE void store_pair(bf16* p, fvec even, fvec odd) { *(uvec_u*)p = (round_bf16(even) >> 16) | (round_bf16(odd) & 0xffff0000u); }
 INLINE void store_pair(float* p, fvec first, fvec second) { store(p, first), store(p + kLanes, second); }
 

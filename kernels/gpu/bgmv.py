@@ -15,7 +15,18 @@ import triton.language as tl
 from torch import Tensor
 
 from loraplex.kernels.gpu import tuning
-from loraplex.kernels.gpu.tiles import RANKS, load_b, lookup, next_tile, segment_of, shrink_tile, tile_range
+from loraplex.kernels.gpu.tiles import (
+    LOW_RANK,
+    RANKS,
+    SCALE,
+    load_b,
+    lookup,
+    next_tile,
+    scaled,
+    segment_of,
+    shrink_tile,
+    tile_range,
+)
 from loraplex.kernels.records import ALIGN, AdapterSegments, Site, TileTable
 
 _COUNTS = ["splits", "slot_stride", "cell", "num_segments", "most_tiles"]
@@ -154,7 +165,8 @@ def _expand(
     """Grid (row, block of y's columns).
 
     Semantics: acc = sum over the mix, over its tiles, in order, of weight * (u @ B) in fp32, with u = the sum of the
-               tile's parts, rounded to the compute dtype (bias: one); y = round(y + acc) in the tiles' columns.
+               tile's parts, rounded to the compute dtype (BIAS: one), or of weight * (v - 1) * y (SCALE);
+               y = round(y + acc) in the tiles' columns.
     """
     row = tl.program_id(0)
     segment = segment_of(indptr, 0, num_segments, row)
@@ -162,6 +174,7 @@ def _expand(
         return
     low = tl.program_id(1) * block
     columns = low + tl.arange(0, block)
+    at_y = y + row.to(tl.int64) * n_out + columns
     rank = tl.arange(0, ranks)
     part = tl.arange(0, splits_pad)
     acc = tl.zeros((block,), dtype=tl.float32)
@@ -174,23 +187,27 @@ def _expand(
         a_before = tl.full((), -1, tl.int32)
         n_before = tl.full((), 0, tl.int32)
         for tile in range(start, stop):
-            a_off, b_off, n, out_start, out_len, u_at = next_tile(tiles, tile, a_before, n_before, u_at, j)
+            a_off, b_off, n, out_start, out_len, kind, u_at = next_tile(tiles, tile, a_before, n_before, u_at, j)
             a_before = a_off
             n_before = n
             j += 1
             if (out_start < low + block) & (out_start + out_len > low):
-                at = (row.to(tl.int64) * most_tiles + u_at) * splits
-                parts = tl.load(
-                    partial + (at + part)[:, None] * ranks + rank[None, :],
-                    mask=(part < tl.where(a_off >= 0, splits, 0))[:, None],
-                    other=0.0,
-                )
-                u = tl.sum(parts, axis=0).to(y.dtype.element_ty).to(tl.float32)
-                u = tl.where(rank < tl.where(a_off < 0, 1, 0), 1.0, u)
-                b = load_b(elements, b_off, n, out_start, out_len, columns, rank, unit).to(tl.float32)
-                acc += weight * tl.sum(u[:, None] * b, axis=0)
-                touched += ((columns >= out_start) & (columns < out_start + out_len)).to(tl.int32)
-    at = y + row.to(tl.int64) * n_out + columns
+                here = (columns >= out_start) & (columns < out_start + out_len)
+                if kind == SCALE:
+                    factor = scaled(elements, b_off, out_start, out_len, columns, weight)
+                    acc += factor * tl.load(at_y, mask=here, other=0.0).to(tl.float32)
+                else:
+                    at = (row.to(tl.int64) * most_tiles + u_at) * splits
+                    parts = tl.load(
+                        partial + (at + part)[:, None] * ranks + rank[None, :],
+                        mask=(part < tl.where(kind == LOW_RANK, splits, 0))[:, None],
+                        other=0.0,
+                    )
+                    u = tl.sum(parts, axis=0).to(y.dtype.element_ty).to(tl.float32)
+                    u = tl.where(rank < tl.where(kind == LOW_RANK, 0, 1), 1.0, u)
+                    b = load_b(elements, b_off, n, out_start, out_len, columns, rank, unit).to(tl.float32)
+                    acc += weight * tl.sum(u[:, None] * b, axis=0)
+                touched += here.to(tl.int32)
     mine = (touched > 0) & (columns < n_out)
-    before = tl.load(at, mask=mine, other=0.0).to(tl.float32)
-    tl.store(at, (before + acc).to(y.dtype.element_ty), mask=mine)
+    before = tl.load(at_y, mask=mine, other=0.0).to(tl.float32)
+    tl.store(at_y, (before + acc).to(y.dtype.element_ty), mask=mine)

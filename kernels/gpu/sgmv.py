@@ -15,7 +15,18 @@ import triton.language as tl
 from torch import Tensor
 
 from loraplex.kernels.gpu import tuning
-from loraplex.kernels.gpu.tiles import RANKS, load_b, lookup, next_tile, segment_of, shrink_tile, tile_range
+from loraplex.kernels.gpu.tiles import (
+    LOW_RANK,
+    RANKS,
+    SCALE,
+    load_b,
+    lookup,
+    next_tile,
+    scaled,
+    segment_of,
+    shrink_tile,
+    tile_range,
+)
 from loraplex.kernels.records import ALIGN, AdapterSegments, Site, TileTable
 
 _COUNTS = ["slot_stride", "cell", "first_segment", "num_segments", "first_row", "most_tiles"]
@@ -160,13 +171,15 @@ def _expand(
 ):
     """Grid (tile of tokens, block of y's columns).
 
-    Semantics: per token, acc = sum over its mix, over its tiles, in order, of weight * (u @ B) in fp32 (bias: u = 1);
-               y = round(y + acc) in the tiles' columns. Another segment's weights never meet a row, be they infinite.
+    Semantics: per token, acc = sum over its mix, over its tiles, in order, of weight * (u @ B) in fp32 (BIAS: u = 1) or
+               of weight * (v - 1) * y (SCALE); y = round(y + acc) in the tiles' columns. A row never meets another
+               segment's weights, be they infinite.
     """
     top = first_row + tl.program_id(0) * block_rows
     rows = top + tl.arange(0, block_rows)
     left = tl.program_id(1) * block
     columns = left + tl.arange(0, block)
+    at_y = y + rows.to(tl.int64)[:, None] * n_out + columns[None, :]
     rank = tl.arange(0, ranks)
     acc = tl.zeros((block_rows, block), dtype=tl.float32)
     touched = tl.zeros((block_rows, block), dtype=tl.int1)
@@ -182,24 +195,27 @@ def _expand(
             a_before = tl.full((), -1, tl.int32)
             n_before = tl.full((), 0, tl.int32)
             for tile in range(start, stop):
-                a_off, b_off, n, out_start, out_len, u_at = next_tile(tiles, tile, a_before, n_before, u_at, j)
+                a_off, b_off, n, out_start, out_len, kind, u_at = next_tile(tiles, tile, a_before, n_before, u_at, j)
                 a_before = a_off
                 n_before = n
                 j += 1
                 if (out_start < left + block) & (out_start + out_len > left):
-                    at = ((rows - first_row).to(tl.int64) * most_tiles + u_at) * ranks
-                    shrunk = tl.load(
-                        u + at[:, None] + rank[None, :],
-                        mask=mine[:, None] & (rank < tl.where(a_off >= 0, n, 0))[None, :],
-                        other=0.0,
-                    )
-                    one = mine[:, None] & (rank < tl.where(a_off < 0, 1, 0))[None, :]
-                    shrunk = tl.where(one, 1.0, shrunk.to(tl.float32)).to(u.dtype.element_ty)
-                    b = load_b(elements, b_off, n, out_start, out_len, columns, rank, unit)
                     here = mine[:, None] & ((columns >= out_start) & (columns < out_start + out_len))[None, :]
-                    acc = tl.where(here, acc + weight * tl.dot(shrunk, b, input_precision="ieee"), acc)
+                    if kind == SCALE:
+                        factor = scaled(elements, b_off, out_start, out_len, columns, weight)
+                        acc += factor[None, :] * tl.load(at_y, mask=here, other=0.0).to(tl.float32)
+                    else:
+                        at = ((rows - first_row).to(tl.int64) * most_tiles + u_at) * ranks
+                        shrunk = tl.load(
+                            u + at[:, None] + rank[None, :],
+                            mask=mine[:, None] & (rank < tl.where(kind == LOW_RANK, n, 0))[None, :],
+                            other=0.0,
+                        )
+                        one = mine[:, None] & (rank < tl.where(kind == LOW_RANK, 0, 1))[None, :]
+                        shrunk = tl.where(one, 1.0, shrunk.to(tl.float32)).to(u.dtype.element_ty)
+                        b = load_b(elements, b_off, n, out_start, out_len, columns, rank, unit)
+                        acc = tl.where(here, acc + weight * tl.dot(shrunk, b, input_precision="ieee"), acc)
                     touched |= here
-    at = y + rows.to(tl.int64)[:, None] * n_out + columns[None, :]
     touched &= (columns < n_out)[None, :]
-    before = tl.load(at, mask=touched, other=0.0).to(tl.float32)
-    tl.store(at, (before + acc).to(y.dtype.element_ty), mask=touched)
+    before = tl.load(at_y, mask=touched, other=0.0).to(tl.float32)
+    tl.store(at_y, (before + acc).to(y.dtype.element_ty), mask=touched)

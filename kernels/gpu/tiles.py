@@ -9,10 +9,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from loraplex.kernels.records import NUM_SITES, AdapterSegments, Site, TileTable
+from loraplex.kernels.records import (
+    ALIGN,
+    NUM_SITES,
+    TILE_COLUMNS,
+    TILE_RANKS,
+    AdapterSegments,
+    Site,
+    TileKind,
+    TileTable,
+)
 
-RANKS = 16
-"""metadata.TILE_RANKS, and the smallest size a matrix unit takes."""
+RANKS = TILE_RANKS
+"""Also the smallest size that a matrix unit takes."""
+
+_COLUMNS = tl.constexpr(TILE_COLUMNS)
+_FLOATS = tl.constexpr(ALIGN // 4)
+LOW_RANK = tl.constexpr(int(TileKind.LOW_RANK))
+SCALE = tl.constexpr(int(TileKind.SCALE))
 
 
 def lookup(table: TileTable, segments: AdapterSegments, layer: int, site: Site) -> tuple[tuple[Tensor, ...], int, int]:
@@ -43,8 +57,8 @@ def tile_range(ranges, mix_slot, m, slot_stride, cell):
 def shrink_tile(tiles, ranges, mix_slot, begin, end, slot_stride, cell, j):
     """The tile whose u is kept under number `j` of a mix [begin, end), as (a_off, n).
 
-    Semantics: tiles count through the mix in order. n == 0 where there is nothing to compute: no such tile, a bias,
-               or the A of the tile before (a B cut into pieces), whose u is read again.
+    Semantics: tiles count through the mix in order. n == 0 where there is nothing to compute: no such tile, one
+               without A, or the A of the tile before (a B cut into pieces), whose u is read again.
     """
     tile = tl.full((), -1, tl.int32)
     first = tl.full((), 0, tl.int32)
@@ -54,26 +68,27 @@ def shrink_tile(tiles, ranges, mix_slot, begin, end, slot_stride, cell, j):
         tile = tl.where(here, start + j, tile)
         first = tl.where(here, start, first)
         j -= stop - start
-    row = tiles + tile.to(tl.int64) * 5
+    row = tiles + tile.to(tl.int64) * _COLUMNS
     a_off = tl.load(row, mask=tile >= 0, other=-1)
     n = tl.load(row + 2, mask=tile >= 0, other=0)
-    a_before = tl.load(row - 5, mask=tile > first, other=-1)
-    n_before = tl.load(row - 3, mask=tile > first, other=0)
-    return a_off, tl.where((a_off < 0) | ((a_off == a_before) & (n == n_before)), 0, n)
+    kind = tl.load(row + 5, mask=tile >= 0, other=LOW_RANK)
+    a_before = tl.load(row - _COLUMNS, mask=tile > first, other=-1)
+    n_before = tl.load(row - _COLUMNS + 2, mask=tile > first, other=0)
+    return a_off, tl.where((kind != LOW_RANK) | ((a_off == a_before) & (n == n_before)), 0, n)
 
 
 @triton.jit
 def next_tile(tiles, tile, a_before, n_before, u_at, j):
-    """Row `tile` of the table while walking a mix: (a_off, b_off, n, out_start, out_len, u_at).
+    """Row `tile` of the table while walking a mix: (a_off, b_off, n, out_start, out_len, kind, u_at).
 
     Semantics: u_at is the number whose u the tile reads: its own, j, or that of the tile before where that has the same
                A (a B cut into pieces; see shrink_tile).
     """
-    entry = tiles + tile * 5
+    entry = tiles + tile * _COLUMNS
     a_off = tl.load(entry)
     n = tl.load(entry + 2)
     u_at = tl.where((a_off == a_before) & (n == n_before), u_at, j)
-    return a_off, tl.load(entry + 1), n, tl.load(entry + 3), tl.load(entry + 4), u_at
+    return a_off, tl.load(entry + 1), n, tl.load(entry + 3), tl.load(entry + 4), tl.load(entry + 5), u_at
 
 
 @triton.jit
@@ -94,3 +109,11 @@ def load_b(elements, b_off, n, out_start, out_len, columns, ranks, unit: tl.cons
         at = ranks[:, None] * out_len + (columns - out_start)[None, :]
         b = tl.load(base + at, mask=(ranks < n)[:, None] & inside[None, :], other=0.0)
     return b
+
+
+@triton.jit
+def scaled(elements, b_off, out_start, out_len, columns, weight):
+    """Semantics: weight * (v - 1) of a SCALE tile in fp32, [columns], columns counted in y; zero where it has none."""
+    v = elements.to(tl.pointer_type(tl.float32)) + b_off.to(tl.int64) * _FLOATS
+    inside = (columns >= out_start) & (columns < out_start + out_len)
+    return weight * (tl.load(v + (columns - out_start), mask=inside, other=1.0) - 1.0)

@@ -6,9 +6,11 @@ headers alone, before a byte of the body is read, and answers 401 and 429 in the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from enum import Enum, auto
 from typing import Any
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import MutableHeaders
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -44,12 +46,12 @@ class KeyMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
-        if scope["type"] != "http" or self._is_open(scope["method"], scope["path"]):
+        if scope["type"] != "http" or is_open(self._access, scope["method"], scope["path"]):
             await self._app(scope, receive, send)
             return
-        caller = await self._access.find(given_keys(Headers(scope=scope)))
+        caller = await self._access.find(given_keys(scope["headers"]))
         if caller is None:
-            await refusal(scope["path"], _unauthorized())(scope, receive, send)
+            await refusal(dialect_of(scope["path"]), unauthorized())(scope, receive, send)
             return
         if (context := current_exchange()) is not None:
             context.tenant = caller.key.tenant
@@ -60,7 +62,7 @@ class KeyMiddleware:
         path = scope["path"]
         if path == METRICS and not caller.key.may_scrape:
             error = ApiError(403, "this key may not read metrics", type="permission_error", code="forbidden")
-            await refusal(path, error)(scope, receive, send)
+            await refusal(dialect_of(path), error)(scope, receive, send)
             return
         if scope["method"] != "POST" or path.endswith(UNCOUNTED):
             await self._app(scope, receive, send)
@@ -74,38 +76,59 @@ class KeyMiddleware:
         try:
             caller.admit()
         except RateLimited as error:
-            await refusal(path, to_api_error(error))(scope, receive, send_limits)
+            await refusal(dialect_of(path), to_api_error(error))(scope, receive, send_limits)
             return
         with caller.at_work():
             await self._app(scope, receive, send_limits)
 
-    def _is_open(self, method: str, path: str) -> bool:
-        if path == METRICS:
-            return self._access.open_metrics
-        return path in OPEN and (method in ("GET", "HEAD") or path == "/ping")
+
+class Dialect(Enum):
+    """Whose words and shape an error is told in."""
+
+    OPENAI = auto()
+    VLLM = auto()
+    LORAX = auto()
 
 
-def given_keys(headers: Headers) -> list[str]:
-    """What may be a key: x-api-key, and the token of a Bearer header. One that is known is enough."""
-    found = headers.getlist("x-api-key")
-    for value in headers.getlist("authorization"):
-        scheme, _, token = value.partition(" ")
-        if scheme.lower() == "bearer":
-            found.append(token)
-    stripped = [value.strip() for value in found[:4]]  # nobody tries a thousand keys with one request
+def dialect_of(path: str) -> Dialect:
+    """Return the dialect of the API that `path` belongs to."""
+    if path in LORAX:
+        return Dialect.LORAX
+    return Dialect.VLLM if path.endswith("load_lora_adapter") else Dialect.OPENAI
+
+
+def is_open(access: Access, method: str, path: str) -> bool:
+    """Return whether a request needs no key."""
+    if path == METRICS:
+        return access.open_metrics
+    return path in OPEN and (method in ("GET", "HEAD") or path == "/ping")
+
+
+def given_keys(headers: Sequence[tuple[bytes, bytes]]) -> list[str]:
+    """Return what may be a key: x-api-key, and the token of a Bearer header. One that is known is enough."""
+    found = [value for name, value in headers if name == b"x-api-key"]
+    for name, value in headers:
+        if name == b"authorization":
+            scheme, _, token = value.partition(b" ")
+            if scheme.lower() == b"bearer":
+                found.append(token)
+    stripped = [value.decode("latin-1").strip() for value in found[:4]]  # nobody tries a thousand keys at once
     return [value for value in stripped if 0 < len(value) <= MAX_KEY]
 
 
-def refusal(path: str, error: ApiError) -> Response:
-    """An error in the words of the API that `path` belongs to."""
-    if path in LORAX:
+def refusal(dialect: Dialect, error: ApiError) -> Response:
+    """Return `error` as an answer in `dialect`."""
+    if dialect is Dialect.LORAX:
         kind = "overloaded" if error.status == 429 else "authentication"
         body: dict[str, Any] = {"error": error.message, "error_type": kind}
         return JSONResponse(body, status_code=error.status, headers=error.headers)
-    return error_response(error, both_shapes=path.endswith("load_lora_adapter"))
+    return error_response(error, both_shapes=dialect is Dialect.VLLM)
 
 
-def _unauthorized() -> ApiError:
-    """Nothing that was given is repeated: a mistyped key is nearly a key. Clients know OpenAI's first words."""
+def unauthorized() -> ApiError:
+    """Return the error of who has no known key.
+
+    Nothing that was given is repeated: a mistyped key is nearly a key. Clients know OpenAI's first words.
+    """
     message = "Incorrect API key provided, or none; send yours as 'Authorization: Bearer KEY' or 'x-api-key: KEY'"
     return ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})

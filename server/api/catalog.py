@@ -41,7 +41,7 @@ def find_card(services: Services, model: str) -> ModelCard:
 def find_receipt(services: Services, name: str) -> AdapterReceipt:
     """What is known of an adapter. Raises ApiError (404), also for what the caller may not use."""
     version = _find(services, name, name)
-    tokenizers, files = services.tokenizers, version.tokenizer
+    tokenizers, files = services.tokenizers, version.info.tokenizer
     difference = tokenizers.difference(files)
     own = tokenizers.of([files])
     return AdapterReceipt(
@@ -49,9 +49,10 @@ def find_receipt(services: Services, name: str) -> AdapterReceipt:
         created=version.created,
         source=version.origin,
         digest=version.digest,
-        rank=version.rank,
-        targets=list(version.targets),
-        pages=version.num_pages,
+        kind=version.info.kind,
+        rank=version.info.rank,
+        targets=list(version.info.targets),
+        pages=version.info.num_pages,
         tokenizer=TokenizerReceipt(
             files=files != NOTHING,
             chat_template="adapter" if difference.template else "base" if own.has_chat_template else None,

@@ -270,7 +270,7 @@ class Choice:
         self._anew = True
         old = self._request.mix
         mix = tuple((self._registry.lease(lease.version.name), weight) for lease, weight in old)
-        if [lease.version.tokenizer for lease, _ in mix] != [lease.version.tokenizer for lease, _ in old]:
+        if [lease.version.info.tokenizer for lease, _ in mix] != [lease.version.info.tokenizer for lease, _ in old]:
             for lease, _ in mix:
                 lease.release()
             raise refusal  # its prompt was written by the old ones

@@ -102,7 +102,7 @@ def tokenizer_of(services: Services, model: str) -> Tokenizer:
 def _tokenizer(services: Services, choice: AdapterChoice, leases: Sequence[AdapterLease]) -> Tokenizer:
     """Raises InvalidField where the adapters of a mix write texts differently."""
     try:
-        return services.tokenizers.of([lease.version.tokenizer for lease in leases])
+        return services.tokenizers.of([lease.version.info.tokenizer for lease in leases])
     except TokenizersDiffer as error:
         param = choice.terms[0].param.partition(".")[0].partition("[")[0]
         raise InvalidField(param, f"{param}: {error}") from None

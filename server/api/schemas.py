@@ -357,7 +357,8 @@ class AdapterReceipt(Wire):
     created: int
     source: str
     digest: str | None  # null: not read in full yet
-    rank: int
+    kind: str  # "lora", "ia3": PEFT's peft_type in lower case
+    rank: int  # 0: a kind that has none
     targets: list[str]
     pages: int
     tokenizer: TokenizerReceipt

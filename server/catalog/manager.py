@@ -8,17 +8,16 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 from loraplex.adapters.errors import AdapterError, AdapterExists, AdapterNotFound, AdapterRefused
 from loraplex.adapters.files.beneath import below
-from loraplex.adapters.files.tokenizer_files import TokenizerFiles
+from loraplex.adapters.info import AdapterInfo
 from loraplex.adapters.registry import AdapterVersion, Registry
+from loraplex.adapters.shared_work import SharedWork, when_done
 from loraplex.adapters.sources.downloads import Downloads
 from loraplex.adapters.sources.sources import OPERATOR, SourceAccess, parse_source
 from loraplex.adapters.tiers.loader import LoadedAdapter, Loader
 from loraplex.adapters.tiers.settle import renew
-from loraplex.server.catalog.arrivals import Arrivals, when_done
 
 logger = logging.getLogger(__name__)
 
@@ -30,33 +29,11 @@ Around = Callable[[Point], Future[AdapterVersion]]
 """Makes the change, some time, with what has to be done before or after it."""
 
 
-class Info(Protocol):
-    """What can be told of an adapter by its config and header."""
+Examine = Callable[[str], AdapterInfo]
+"""Check config and header of a source (AdapterReader.examine). Raises AdapterNotFound, AdapterRefused."""
 
-    @property
-    def rank(self) -> int: ...
-    @property
-    def targets(self) -> tuple[str, ...]: ...
-    @property
-    def num_pages(self) -> int: ...
-    @property
-    def nbytes(self) -> int: ...
-    @property
-    def tokenizer(self) -> TokenizerFiles: ...
-
-
-class Examiner(Protocol):
-    """The part of AdapterReader that is needed here."""
-
-    def examine(self, source: str) -> Info:
-        """Check config and header. Raises AdapterNotFound, AdapterRefused."""
-        ...
-
-
-class Pinner(Protocol):
-    """The part of the engine that is needed here."""
-
-    def pin_adapter(self, version: AdapterVersion, pinned: bool) -> None: ...
+Pin = Callable[[AdapterVersion, bool], None]
+"""Have a version on the device and never evicted, or let it be evicted again (Engine.pin_adapter)."""
 
 
 class AdapterManager:
@@ -66,17 +43,17 @@ class AdapterManager:
         self,
         registry: Registry,
         loader: Loader,
-        examiner: Examiner,
+        examine: Examine,
         downloads: Downloads | None = None,
-        pinner: Pinner | None = None,
+        pin: Pin = lambda version, pinned: None,
     ) -> None:
-        """Without `downloads` there are only local sources; without `pinner` nothing is pinned."""
+        """Without `downloads` there are only local sources; without `pin` nothing is pinned."""
         self.registry = registry
         self.loader = loader
         self.downloads = downloads
-        self._examiner = examiner
-        self._pinner = pinner
-        self._arrivals = Arrivals()
+        self._examine = examine
+        self._pin = pin
+        self._arrivals = SharedWork[str, None]()
 
     async def register(
         self,
@@ -132,18 +109,7 @@ class AdapterManager:
 
         def enter(loaded: LoadedAdapter) -> None:
             if outcome.set_running_or_notify_cancel():
-                point = partial(
-                    self.registry.register,
-                    name,
-                    digest=loaded.digest,
-                    source=found.text,
-                    rank=loaded.rank,
-                    targets=loaded.targets,
-                    num_pages=loaded.num_pages,
-                    nbytes=loaded.nbytes,
-                    tokenizer=loaded.tokenizer,
-                    replace=replace,
-                )
+                point = partial(self.registry.register, name, found.text, loaded.info, replace=replace)
                 if around is None:
                     outcome.set_result(point())
                 else:
@@ -161,22 +127,23 @@ class AdapterManager:
 
     def expect(self, name: str, coming: Future[AdapterVersion]) -> None:
         """Requests for `name` wait until `coming` is done (see arrival)."""
-        self._arrivals.expect(name, coming)
+        arrived: Future[None] = Future()
+        coming.add_done_callback(lambda _: arrived.set_result(None))
+        self._arrivals.share(name, arrived)
 
     async def arrival(self, name: str) -> None:
         """Return once `name` is not on its way any more: it is registered then, or refused, or unknown as before."""
-        waiter = self._arrivals.waiter(name)
+        waiter = self._arrivals.join(name)
         if waiter is not None:
             await asyncio.wrap_future(waiter)
 
     def coming(self) -> tuple[str, ...]:
         """Names that requests wait for: they are not registered yet."""
-        return self._arrivals.names()
+        return self._arrivals.keys()
 
     def pin(self, version: AdapterVersion, pinned: bool) -> None:
         """Have `version` on the device from soon on and never evicted, or let it be evicted again."""
-        if self._pinner is not None:
-            self._pinner.pin_adapter(version, pinned)
+        self._pin(version, pinned)
 
     async def register_folder(self, directory: Path) -> tuple[AdapterVersion, ...]:
         """Register every sub-folder that holds an adapter_config.json under its folder's name.
@@ -251,20 +218,11 @@ class AdapterManager:
 
     def _enter_unread(self, name: str, source: str, replace: bool) -> AdapterVersion:
         try:
-            info = self._examiner.examine(source)
+            info = self._examine(source)
         except AdapterRefused as error:
             self.registry.refusals.count(error)
             raise
-        return self.registry.register(
-            name,
-            source=source,
-            rank=info.rank,
-            targets=info.targets,
-            num_pages=info.num_pages,
-            nbytes=info.nbytes,
-            tokenizer=info.tokenizer,
-            replace=replace,
-        )
+        return self.registry.register(name, source, info, replace=replace)
 
     def _check_free(self, name: str) -> None:
         taken = self.registry.get(name)

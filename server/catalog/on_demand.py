@@ -18,12 +18,14 @@ import logging
 import re
 import shutil
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from loraplex.adapters.errors import AdapterRefused, AdapterUnavailable
 from loraplex.adapters.registry import AdapterLease, AdapterVersion, Registry
+from loraplex.adapters.shared_work import SharedWork
 from loraplex.adapters.sources.merge_folder import MergeFolder, remove_stale
 from loraplex.adapters.sources.merge_plan import MergePlan
 from loraplex.adapters.sources.sources import OPERATOR, Source, SourceAccess, is_hub_id, parse_source
@@ -61,7 +63,7 @@ class OnDemand:
         self.quota = Quota(adapters.registry, adapters.coming, self._name_of)
         self._sources = _Names(adapters.registry, self.quota, max_first_use)
         self._merges = _Names(adapters.registry, self.quota, max_merged)
-        self._under_way: dict[Key, asyncio.Task[str]] = {}  # what is loaded or merged now -> its name to be
+        self._under_way: SharedWork[Key, str] = SharedWork()  # what is loaded or merged now -> its name to be
         self._merging = asyncio.Semaphore(MAX_MERGING)
         self._known: OrderedDict[Key, str] = OrderedDict()  # (uids, plan) -> name, of merges made
         self._folder: MergeFolder | None = None
@@ -98,26 +100,15 @@ class OnDemand:
             self._merges.used(name)
             return self._adapters.registry.lease(name)
 
-    async def _once(self, key: Key, work: Callable[[], Awaitable[str]]) -> str:
-        """Run `work` unless it is under way; whoever leaves, it goes on for the others."""
-
-        async def run() -> str:
-            try:
-                return await work()
-            finally:
-                del self._under_way[key]
-
-        def ended(task: asyncio.Task[str]) -> None:
-            self.quota.work_ended(key)
-            if not task.cancelled():
-                task.exception()  # all may have left: no warning
-
-        task = self._under_way.get(key)
-        if task is None:
+    async def _once(self, key: Key, work: Callable[[], Coroutine[Any, Any, str]]) -> str:
+        """Run `work` unless it is under way; whoever leaves, it goes on for the others, and without any."""
+        waiter = self._under_way.join(key)
+        if waiter is None:
             self.quota.work_began(key)
-            task = self._under_way[key] = asyncio.create_task(run())
-            task.add_done_callback(ended)
-        return await asyncio.shield(task)
+            task = asyncio.create_task(work())
+            task.add_done_callback(lambda _: self.quota.work_ended(key))
+            waiter = self._under_way.share(key, task)
+        return await asyncio.wrap_future(waiter)
 
     def _name_of(self, key: Key) -> str | None:
         """A source's key is its name; a merge has one once it is made."""
@@ -126,7 +117,8 @@ class OnDemand:
     async def _load(self, name: str, source: str, access: SourceAccess) -> str:
         self._sources.make_room(name)
         version = await self._adapters.register(name, source, access=access)
-        logger.info("adapter %s loaded on first use: rank %d, %d pages", name, version.rank, version.num_pages)
+        info = version.info
+        logger.info("adapter %s loaded on first use: rank %d, %d pages", name, info.rank, info.num_pages)
         return name
 
     async def _make(self, known_as: Key, versions: Sequence[AdapterVersion], plan: MergePlan) -> str:
@@ -142,7 +134,7 @@ class OnDemand:
                 except AdapterRefused as error:
                     shutil.rmtree(self._root / key, ignore_errors=True)
                     raise AdapterRefused(error.code, f"merged, the adapters cannot be served: {error}") from None
-                logger.info("adapter %s merged by %s: rank %d", name, plan.strategy, version.rank)
+                logger.info("adapter %s merged by %s: rank %d", name, plan.strategy, version.info.rank)
         self._merges.used(name)
         self._known[known_as] = name
         if len(self._known) > MAX_FIRST_USE:

@@ -48,7 +48,7 @@ class Quota:
     def __init__(
         self, registry: Registry, coming: Callable[[], Collection[str]], name_of: Callable[[Key], str | None]
     ) -> None:
-        """coming: names on their way (Arrivals). name_of: the name of a key; None while, or once, there is none."""
+        """coming: names on their way. name_of: the name of a key; None while, or once, there is none."""
         self._registry = registry
         self._coming = coming
         self._name_of = name_of

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from loraplex.server.api import abort, errors, fleet, openapi, ops
 from loraplex.server.api.auth import KeyMiddleware
 from loraplex.server.api.dialects import adapters, lorax, sglang, tokenize
+from loraplex.server.api.gate import Gate
 from loraplex.server.api.head import HeadMiddleware
 from loraplex.server.api.observe import ObserveMiddleware
 from loraplex.server.api.openai import chat, completions, embeddings, models, responses
@@ -25,15 +28,14 @@ def create_app(services: Services) -> FastAPI:
     if services.access is not None:
         app.add_middleware(KeyMiddleware, access=services.access)
         services.metrics.add(services.access.collector())
-    if services.facts.config.auth.cors_origins:  # around the keys: a browser's preflight has none
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=services.facts.config.auth.cors_origins,
-            allow_methods=["*"],
-            allow_headers=["*"],
-            max_age=600,
-        )
+    origins = services.facts.config.auth.cors_origins
+    cors: dict[str, Any] = {}
+    if origins:  # around the keys: a browser's preflight has none
+        cors = {"allow_origins": origins, "allow_methods": ["*"], "allow_headers": ["*"], "max_age": 600}
+        app.add_middleware(CORSMiddleware, **cors)
     app.add_middleware(ObserveMiddleware, tracing=services.tracing)  # around all others: whatever happens has its line
+    app.state.gate = Gate(services.access, CORSMiddleware(app, **cors) if cors else None)
+    services.metrics.add(app.state.gate.collector())
     for resource in (  # in this order they are asked whose a request is
         ops,
         chat,

@@ -39,14 +39,15 @@ from loraplex.server.engine.policy.budget import (
     scoring_cost,
 )
 from loraplex.server.engine.policy.kv_cache import KVCache
-from loraplex.server.engine.policy.scheduler import Scheduler, SchedulerLimits
+from loraplex.server.engine.policy.plan import SchedulerLimits
+from loraplex.server.engine.policy.scheduler import Scheduler
 from loraplex.server.engine.step.arena import allocate_arena, kv_layers
 from loraplex.server.engine.step.memory import (
     MemoryPlan,
     give_back_freed,
 )
 from loraplex.server.engine.step.prefault import Prefault
-from loraplex.server.engine.step.runner import ModelRunner
+from loraplex.server.engine.step.worker import LocalWorker
 from loraplex.server.models.config import ModelConfig
 from loraplex.server.models.decoder import Decoder
 from loraplex.server.models.demo import default_cache_dir
@@ -194,19 +195,19 @@ def _assemble(
         prefix_cache=all(rope.kind != "dynamic" for rope in model_config.ropes),  # its keys depend on the length
     )
     halt = ctypes.c_int32()
-    runner = ModelRunner(model, kv, residency, device, halt)
+    worker = LocalWorker(model, residency, BLOCK_SIZE, device, halt)
     engine = Engine(
         Scheduler(kv, placement, limits, budget=budget),
-        runner,
+        worker,
         placement,
         config.max_waiting,
         config.max_waiting_tokens,
         halt,
     )
-    placement.on_ready = runner.masks.wake = engine.wake
+    placement.on_ready = worker.masks.wake = engine.wake
     registry.on_drained = engine.forget_adapter
     prefault = Prefault(arena, pool) if plan.shared else None
-    return engine, AdapterManager(registry, loader, reader, downloads, engine), placement, prefault
+    return engine, AdapterManager(registry, loader, reader.examine, downloads, engine.pin_adapter), placement, prefault
 
 
 def _downloads(config: DownloadConfig, registry: Registry) -> Downloads:

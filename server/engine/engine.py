@@ -5,7 +5,7 @@
     engine thread               take all, step, commit --> one call_soon_threadsafe per loop
 
 Everything that changes scheduler, pages or adapters happens on the engine thread, between steps, by a message. Free of
-torch: the runner is injected.
+torch: the worker is injected.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from collections.abc import Sequence as ListLike
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
-from typing import Protocol
+from typing import Any, Protocol
 
 from loraplex.adapters.histogram import Histogram
 from loraplex.adapters.registry import AdapterVersion
 from loraplex.server.engine.policy.fair_queue import ClientKey, client_of
+from loraplex.server.engine.policy.plan import Placement
 from loraplex.server.engine.policy.queue_limits import QueueLimits
-from loraplex.server.engine.policy.scheduler import Placement, SampledToken, Scheduler, StepPlan
+from loraplex.server.engine.policy.rows import Worker
+from loraplex.server.engine.policy.scheduler import Scheduler
 from loraplex.server.engine.policy.sequence import Sequence
 from loraplex.server.engine.request import (
     DeadlineExceeded,
@@ -38,8 +39,6 @@ from loraplex.server.engine.request import (
 from loraplex.server.engine.stats import STEP_BOUNDS, EngineStats, TierStats
 from loraplex.server.engine.streams import EventStream, Mailbox, put_all
 
-__all__ = ["DeviceAdapters", "Engine", "EngineStats", "EventStream", "Runner", "TierStats"]
-
 logger = logging.getLogger(__name__)
 
 PAGE_OWNERS = ("kv", "prefix", "adapter")
@@ -47,14 +46,6 @@ PAGE_OWNERS = ("kv", "prefix", "adapter")
 COMING_SECONDS = 0.005
 """Between two steps, for requests that come: one with 1,000 prompts brings as many, which take 0.1 ms each. Those that
 are given up before their turn cost nothing."""
-
-
-class Runner(Protocol):
-    """What computes a plan (see runner.ModelRunner)."""
-
-    def execute(self, plan: StepPlan, on_launch: Callable[[], None]) -> ListLike[SampledToken]:
-        """`on_launch` is called when all is prepared, right before the device, or the kernels' threads, take over."""
-        ...
 
 
 class DeviceAdapters(Placement, Protocol):
@@ -139,7 +130,7 @@ class Engine:
     def __init__(
         self,
         scheduler: Scheduler,
-        runner: Runner,
+        worker: Worker[Any],
         adapters: DeviceAdapters,
         max_waiting: int,
         max_waiting_tokens: int = 1 << 19,
@@ -147,7 +138,7 @@ class Engine:
     ) -> None:
         """max_waiting, max_waiting_tokens: see Door. halt: other than 0 while a message waits for the end of a step."""
         self._scheduler = scheduler
-        self._runner = runner
+        self._worker = worker
         self._adapters = adapters
         self._queue_limits = QueueLimits(max_waiting, max_waiting_tokens)
         self._inbox: SimpleQueue[_Message] = SimpleQueue()
@@ -368,25 +359,27 @@ class Engine:
         began = time.monotonic()
         plan = self._scheduler.schedule()
         self._outbox += plan.failed
-        if not plan.entries:
+        if not plan.seqs:
             self._deliver()
             return False
-        planned = time.monotonic()
+        planned, num_tokens = time.monotonic(), plan.step.num_tokens
         try:
-            sampled = self._runner.execute(plan, self._deliver)
+            prepared = self._worker.prepare(plan.step)
+            self._deliver()
+            results = self._worker.run(prepared)
         except Exception as error:
             if not _is_out_of_memory(error):
                 raise
-            logger.warning("a step of %d tokens ran out of memory: %s", plan.num_tokens, error)
+            logger.warning("a step of %d tokens ran out of memory: %s", num_tokens, error)
             self._outbox += self._scheduler.shed(plan)
             return True
-        steps = plan.steps_of(sampled)
+        steps = plan.steps_of(results)
         self._scheduler.took(plan, (time.monotonic() - planned) / steps)
         self._steps += steps
         for _ in range(steps):
-            self._step_sizes.observe(plan.num_tokens)
-        self._outbox += self._scheduler.commit(plan, sampled)
-        self._queue_limits.drained(plan.num_tokens * steps, time.monotonic() - began)
+            self._step_sizes.observe(num_tokens)
+        self._outbox += self._scheduler.commit(plan, results)
+        self._queue_limits.drained(num_tokens * steps, time.monotonic() - began)
         return True
 
     def _deliver(self) -> None:

@@ -53,7 +53,7 @@ class Fetches:
                 slower, before.future = before.future, self._load(version, urgent)
                 slower.cancel()  # only now: somebody waits at any time, and the reading goes on
             return True
-        most = most_bytes(self._layout, version.num_pages, version.rank)
+        most = most_bytes(self._layout, version.info.num_pages, version.info.rank)
         most = min(most, self._store.capacity_bytes)  # what takes more is for the store to refuse
         if self.nbytes + most > share * self._store.capacity_bytes:
             return False

@@ -54,7 +54,7 @@ class Pinned:
         if missing is None:
             return True
         assert version.digest is not None  # it has been read
-        if not self._residency.may_pin_forever(version.digest, version.num_pages):
+        if not self._residency.may_pin_forever(version.digest, version.info.num_pages):
             logger.warning(
                 "adapter %r is not pinned: pinned ones would leave too little; give the server more memory (--memory), "
                 "or slots (--max-loras)",

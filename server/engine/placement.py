@@ -217,6 +217,10 @@ class AdapterPlacement:
         self._residency.unpin(digest)
         self._begun.idles(digest)
 
+    def slot_of(self, digest: str) -> int | None:
+        """Its slot on the device; None where it is not there."""
+        return self._residency.slot_of(digest)
+
     def evict_for_slot(self) -> bool:
         """Evict the cheapest idle adapter, for its slot. False when there is none."""
         return self._residency.evict_one()

@@ -12,6 +12,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
+from loraplex.server.api.gate import Gate
 from loraplex.server.http.occasional import Occasional
 
 logger = logging.getLogger(__name__)
@@ -28,10 +29,12 @@ MAX_LARGE = 256
 ACCEPTED_AT_ONCE = 32
 """In one turn of the event loop. Four turns go by until those that make room for them are closed."""
 
-
 STARTS = 4
-"""Requests that begin in one turn of the event loop. One that is refused takes 0.3 ms of it, 3 while the engine keeps
-the processors busy: 300 that come at once stopped everything for a second."""
+"""Requests that begin in one turn of the event loop. One takes 0.3 ms of it, 3 while the engine keeps the processors
+busy: 300 that come at once stopped everything for a second."""
+
+REFUSALS = 8
+"""Requests that are refused in one turn of the event loop, without a task each (server/api/gate.py)."""
 
 
 class Connection(Protocol):
@@ -56,20 +59,24 @@ class Connection(Protocol):
 class Connections:
     """The connections of one server. Loop thread only."""
 
-    def __init__(self, most: int) -> None:
-        self.most = most
+    def __init__(self, most: int, gate: Gate) -> None:
+        """most: connections at once; gate: is told of them, and of what is refused."""
+        self.gate = gate
+        gate.max_connections = most
         self.now = 0.0  # the loop's clock, a tenth of a second behind at most
         self._num_large = 0
         self._begun = 0  # in this turn of the loop
         self._waiting: deque[Callable[[], None]] = deque()
         self._idle: OrderedDict[Connection, None] = OrderedDict()  # without a request at work; longest idle first
         self._full = Occasional(logger, f"{most} connections are open (--limit-concurrency); %d more got 503")
-        self.note_refused = Occasional(logger, "%d requests were refused before they had come (size, time, form)")
+        self._refusals: deque[Callable[[], None]] = deque()
 
-    def admit(self, connection: Connection, num_connected: int) -> bool:
-        """Whether a new connection may stay, of `num_connected` with it. The longest idle one makes room for it."""
-        if num_connected > self.most:
+    def admit(self, connection: Connection) -> bool:
+        """Whether a new connection may stay. The longest idle one makes room for it. leave() follows in either case."""
+        self.gate.connections += 1
+        if self.gate.connections > self.gate.max_connections:
             if not self._idle:
+                self.gate.refused_connections += 1
                 self._full()
                 return False
             self._idle.popitem(last=False)[0].give_way()
@@ -80,6 +87,11 @@ class Connections:
         """It waits for its next request, or for the first one."""
         self._idle[connection] = None
         self._idle.move_to_end(connection)
+
+    def leave(self, connection: Connection) -> None:
+        """It is gone."""
+        self.gate.connections -= 1
+        self.set_busy(connection)
 
     def set_busy(self, connection: Connection) -> None:
         """It has a request that is being answered, or is gone."""
@@ -104,6 +116,18 @@ class Connections:
             request()
         else:
             self._waiting.append(request)
+
+    def refuse(self, answer: Callable[[], None]) -> None:
+        """Call `answer`, which refuses a request, in a later turn of the event loop; nobody who begins waits for it."""
+        if not self._refusals:
+            asyncio.get_running_loop().call_soon(self._refuse_some)
+        self._refusals.append(answer)
+
+    def _refuse_some(self) -> None:
+        for _ in range(min(REFUSALS, len(self._refusals))):
+            self._refusals.popleft()()
+        if self._refusals:
+            asyncio.get_running_loop().call_soon(self._refuse_some)
 
     def _next_turn(self) -> None:
         self._begun = 0

@@ -81,11 +81,12 @@ def make_server(
     import uvicorn
 
     from loraplex.server.api.direct import offer_direct_body
+    from loraplex.server.api.gate import gate_of
     from loraplex.server.http.bounds import Bounds
     from loraplex.server.http.protocol import BoundedProtocol
 
     http = http or HttpConfig()
-    connections = Connections(max_connections(http.max_connections, descriptors()))
+    connections = Connections(max_connections(http.max_connections, descriptors()), gate_of(app))
     bounds = Bounds(http.head_bytes, http.header_count, max_body_bytes)
 
     class Server(uvicorn.Server):

@@ -11,11 +11,13 @@ here reads them, and FastAPI would take them apart for every request.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from loraplex.server.api.gate import Refusal
 from loraplex.server.http.bounds import (
     BODY_RATE,
     BODY_SECONDS,
@@ -34,7 +36,7 @@ from loraplex.server.http.bounds import (
     Bounds,
 )
 from loraplex.server.http.connections import Connections
-from loraplex.server.http.refused import Refused
+from loraplex.server.http.refused import CLOSE, Refused, written
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -67,13 +69,13 @@ class BoundedProtocol(HttpToolsProtocol):
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self.due = self._others.now + HEAD_SECONDS
-        if not self._others.admit(self, len(self.connections)):
+        if not self._others.admit(self):
             self._tell(Refused(503, "This server has as many connections as it may have; try again."))
             self._hear_no_more()
             transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._others.set_busy(self)
+        self._others.leave(self)
         self._deaf = True
         if self._is_large:
             self._others.give_back_large()
@@ -234,10 +236,26 @@ class BoundedProtocol(HttpToolsProtocol):
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         begin = super()._start_asgi_task
         self._answered = cycle
-        if cycle.scope["path"] in PROBES and not self._declared:
+        scope, refusal = cycle.scope, None
+        if not self.flow.write_paused:  # a task would wait until the answers before have been read
+            refusal = self._others.gate.refuse(scope["method"], scope["path"], list(scope["headers"]))
+        if refusal is not None:
+            self._others.refuse(partial(self._answer, cycle, refusal))
+        elif scope["path"] in PROBES and not self._declared:
             begin(cycle, app)
         else:  # unless nobody waits any more when its turn has come
             self._others.begin(lambda: None if cycle.disconnected else begin(cycle, app))
+
+    def _answer(self, cycle: RequestResponseCycle, refusal: Refusal) -> None:
+        """End `cycle` with an answer that no application gives."""
+        if cycle.disconnected:
+            return
+        cycle.response_started = cycle.response_complete = True
+        headers = self.server_state.default_headers if cycle.keep_alive else [*self.server_state.default_headers, CLOSE]
+        cycle.transport.write(written(refusal, headers))
+        if not cycle.keep_alive:
+            cycle.transport.close()
+        self.on_response_complete()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
@@ -267,7 +285,8 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _refuse(self, refused: Refused) -> None:
         """Answer and end the connection. Where an answer is under way, that one is the last."""
-        self._others.note_refused()
+        known: Any = self.scope if self._in_body else {}  # of a head that has not ended nothing is sure
+        self._others.gate.note_early(refused.status, known.get("method", "-"), known.get("path", "-"))
         if self._in_body and self.pipeline:  # it has not begun, and will not
             self.pipeline.popleft()
             self._in_body = False
@@ -289,7 +308,7 @@ class BoundedProtocol(HttpToolsProtocol):
         cycle.message_event.set()
 
     def _tell(self, refused: Refused) -> None:
-        self.transport.write(refused.answer(self.server_state.default_headers))
+        self.transport.write(written(refused.answer(), self.server_state.default_headers))
 
     def _is_last(self, cycle: RequestResponseCycle) -> None:
         """The connection ends with this answer, though its client may not have ended."""

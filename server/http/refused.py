@@ -7,6 +7,9 @@ from collections.abc import Iterable
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
 from loraplex.server.api.errors import INVALID, SERVER, ApiError, error_response
+from loraplex.server.api.gate import Refusal
+
+CLOSE = (b"connection", b"close")
 
 _CODES = {
     400: "invalid_http",
@@ -24,12 +27,16 @@ class Refused(Exception):
 
     def __init__(self, status: int, reason: str) -> None:
         super().__init__(reason)
-        self._status, self._reason = status, reason
+        self.status, self._reason = status, reason
 
-    def answer(self, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
-        """The whole answer, in OpenAI's shape, with which the connection ends; `headers` are those of every answer."""
-        kind = SERVER if self._status >= 500 else INVALID
-        found = error_response(ApiError(self._status, self._reason, type=kind, code=_CODES[self._status]))
-        fields = [*headers, *found.raw_headers, (b"connection", b"close")]
-        head = b"".join(b"%s: %s\r\n" % field for field in fields)
-        return b"%s%s\r\n%s" % (STATUS_LINE[self._status], head, found.body)
+    def answer(self) -> Refusal:
+        """Return the whole answer, in OpenAI's shape; the connection ends with it."""
+        kind = SERVER if self.status >= 500 else INVALID
+        found = error_response(ApiError(self.status, self._reason, type=kind, code=_CODES[self.status]))
+        return Refusal(self.status, [*found.raw_headers, CLOSE], bytes(found.body))
+
+
+def written(refusal: Refusal, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+    """Return the bytes of an answer whose first fields are `headers`, those of every answer."""
+    head = b"".join([b"%s: %s\r\n" % field for field in (*headers, *refusal.headers)])
+    return b"%s%s\r\n%s" % (STATUS_LINE[refusal.status], head, refusal.body)

@@ -8,7 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loraplex.kernels.records import BLOCK_SIZE, NUM_SITES, AdapterSegments, AttentionMeta, KVGroup, TileTable
+from loraplex.kernels.records import (
+    BLOCK_SIZE,
+    NUM_SITES,
+    TILE_COLUMNS,
+    AdapterSegments,
+    AttentionMeta,
+    KVGroup,
+    TileTable,
+)
 
 Rotations = Sequence[tuple[Tensor, Tensor]]
 """cos and sin [T, rotary_dim] fp32 of a step's tokens, per rotary kind of the config."""
@@ -83,5 +91,5 @@ class ForwardBatch:
 def no_tiles(num_layers: int, device: torch.device | None = None) -> TileTable:
     """Build the tile table of a server without adapters."""
     ranges = torch.zeros(1, num_layers, NUM_SITES, 2, dtype=torch.int32)
-    tiles = torch.zeros(0, 5, dtype=torch.int32)
+    tiles = torch.zeros(0, TILE_COLUMNS, dtype=torch.int32)
     return TileTable(ranges.to(device), tiles.to(device), ranges, tiles)

@@ -5,10 +5,12 @@ Never prompts, answers or keys: the line of a request holds names, counts and ti
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import threading
 import traceback
+from collections import Counter
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from numbers import Number
@@ -30,6 +32,9 @@ MAX_NAME = 200
 
 MAX_ARGUMENT, MAX_MESSAGE = 1000, 4000
 """Characters of what is put into a line, and of the line: whoever made it up, it may be megabytes."""
+
+MAX_REFUSALS = 10
+"""Lines a second of requests that are refused before the application; the others are a sum."""
 
 MAX_TRACE = 200
 """Lines of a traceback: the first and the last half of them."""
@@ -139,6 +144,36 @@ def log_access(context: RequestContext) -> None:
     if access_logger.isEnabledFor(logging.INFO):
         fields = access_fields(context)
         access_logger.info("%s", _as_text(fields), extra={"fields": fields})
+
+
+class RefusalLines:
+    """The lines of requests that are refused at once: MAX_REFUSALS a second, and the number of the others by status.
+
+    Whoever sends a thousand bad keys a second neither fills the disk nor takes a core for the log. Loop thread only.
+    """
+
+    def __init__(self) -> None:
+        self._told = 0  # lines of this second
+        self._untold: Counter[int] = Counter()  # by status
+        self._second: asyncio.TimerHandle | None = None
+
+    def tell(self, method: str, path: str, status: int, request_id: str) -> None:
+        """Log the line of a refused request, or count it for a line at the end of the second."""
+        if self._second is None:
+            self._second = asyncio.get_running_loop().call_later(1.0, self._next_second)
+        if self._told >= MAX_REFUSALS:
+            self._untold[status] += 1
+            return
+        self._told += 1
+        context = RequestContext(request_id, method, path, status=status)
+        log_access(context)
+
+    def _next_second(self) -> None:
+        if self._untold:
+            counts = ", ".join(f"{count} with {status}" for status, count in sorted(self._untold.items()))
+            access_logger.info("more requests refused in the last second: %s", counts)
+        self._told, self._second = 0, None
+        self._untold.clear()
 
 
 def access_fields(context: RequestContext) -> dict[str, Any]:

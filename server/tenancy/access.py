@@ -48,6 +48,15 @@ class Access:
         self.num_refused += 1
         return None
 
+    def refuses(self, secrets: Iterable[str]) -> bool:
+        """Return whether none of `secrets` is a key, and count it then. Only find() knows while the file is due."""
+        if self._file is not None and self._file.is_due:
+            return False
+        if any(self._keyring.find(secret) for secret in secrets):
+            return False
+        self.num_refused += 1
+        return True
+
     def collector(self) -> Collector:
         """For the server's metrics."""
         return _AccessCollector(self)

@@ -86,15 +86,20 @@ class KeysFile:
         self._next_check = clock() + CHECK_SECONDS
         self.keyring, self._stamp = self._read()
 
+    @property
+    def is_due(self) -> bool:
+        """Whether the next refresh() looks at the file."""
+        return self._clock() >= self._next_check
+
     async def refresh(self) -> bool:
         """Read the file again if it has changed. Whether there is a new keyring.
 
         Requests that come while it is read wait: a key taken away must not pass.
         """
-        if self._clock() < self._next_check:
+        if not self.is_due:
             return False
         async with self._lock:
-            if self._clock() < self._next_check:
+            if not self.is_due:
                 return False
             changed = await asyncio.get_running_loop().run_in_executor(self._reader, self._reload)
             self._next_check = self._clock() + CHECK_SECONDS

@@ -7,11 +7,11 @@ from unittest.mock import patch
 
 import pytest
 
-from loraplex.adapters.tiers import reader
+from loraplex.adapters.format import quiet_files
 
 
 @pytest.fixture(scope="module", autouse=True)
 def patience() -> Iterator[None]:
     """Files written a moment ago are believed: tests write them whole, and do not wait."""
-    with patch.object(reader, "CHANGED_WAIT", 0.0):
+    with patch.object(quiet_files, "CHANGED_WAIT", 0.0):
         yield

@@ -17,29 +17,22 @@ from loraplex.adapters.errors import (
     AdapterRefused,
     InvalidAdapterName,
 )
+from loraplex.adapters.info import AdapterInfo
 from loraplex.adapters.registry import AdapterLease, AdapterVersion, Registry, check_name
 
 NAMES = ("sql", "pirate", "acme/tickets")
 
 
 def register(registry: Registry, name: str = "sql", digest: str = "d0", *, replace: bool = False) -> AdapterVersion:
-    return registry.register(
-        name,
-        digest=digest,
-        source=f"/adapters/{name}",
-        rank=8,
-        targets=("q_proj",),
-        num_pages=3,
-        nbytes=1000,
-        replace=replace,
-    )
+    info = AdapterInfo(8, ("q_proj",), 3, 1000, digest)
+    return registry.register(name, f"/adapters/{name}", info, replace=replace)
 
 
 def test_a_version_is_what_was_registered() -> None:
     registry = Registry()
     version = register(registry)
-    assert (version.name, version.digest, version.source, version.rank) == ("sql", "d0", "/adapters/sql", 8)
-    assert (version.targets, version.num_pages, version.nbytes) == (("q_proj",), 3, 1000)
+    assert (version.name, version.digest, version.source, version.info.rank) == ("sql", "d0", "/adapters/sql", 8)
+    assert (version.info.targets, version.info.num_pages, version.info.nbytes) == (("q_proj",), 3, 1000)
     assert version.created > 1_600_000_000
     assert registry.get("sql") == version
     assert registry.list() == (version,)
@@ -47,7 +40,7 @@ def test_a_version_is_what_was_registered() -> None:
 
 def test_a_digest_is_settled_once() -> None:
     registry = Registry()
-    version = registry.register("sql", source="s", rank=8, targets=("q_proj",), num_pages=3, nbytes=1000)
+    version = registry.register("sql", "s", AdapterInfo(8, ("q_proj",), 3, 1000))
     assert version.digest is None
     assert registry.uses("d0") == 0
     assert registry.identify(version, "d0")
@@ -62,9 +55,7 @@ def test_a_digest_is_settled_once() -> None:
 
 def test_threads_settle_one_digest() -> None:
     registry = Registry()
-    versions = [
-        registry.register(f"a{i}", source="s", rank=8, targets=(), num_pages=3, nbytes=1000) for i in range(200)
-    ]
+    versions = [registry.register(f"a{i}", "s", AdapterInfo(8, (), 3, 1000)) for i in range(200)]
 
     def settle(number: int) -> list[bool]:
         return [registry.identify(version, f"d{number}") for version in versions]
@@ -76,7 +67,7 @@ def test_threads_settle_one_digest() -> None:
 
 
 def renew(registry: Registry, old: AdapterVersion, digest: str) -> AdapterVersion | None:
-    return registry.renew(old, digest=digest, rank=16, targets=("v_proj",), num_pages=5, nbytes=2000)
+    return registry.renew(old, AdapterInfo(16, ("v_proj",), 5, 2000, digest=digest))
 
 
 def test_renewing_points_the_name_at_what_the_source_holds_now() -> None:
@@ -88,7 +79,7 @@ def test_renewing_points_the_name_at_what_the_source_holds_now() -> None:
     new = renew(registry, old, "d1")
     assert new is not None
     assert registry.get("sql") is new
-    assert (new.digest, new.source, new.rank, new.num_pages) == ("d1", old.source, 16, 5)
+    assert (new.digest, new.source, new.info.rank, new.info.num_pages) == ("d1", old.source, 16, 5)
     assert new.uid > old.uid
     assert registry.refused == {}
     assert renew(registry, old, "d2") is None, "it has lost its name already"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from typing import Any
 
@@ -11,26 +10,13 @@ import httpx
 import pytest
 
 from loraplex.server.engine.request import DeadlineExceeded, FinishReason, OutOfMemory, TokenEvent
+from tests.support.asking import CHAT, COMPLETIONS, body_of, chat, completion, events_of
 from tests.support.fake_serving import FakeServer, say
 from tests.support.waiting import until
-
-CHAT = "/v1/chat/completions"
-COMPLETIONS = "/v1/completions"
-
-
-def body(route: str, **fields: Any) -> dict[str, Any]:
-    prompt = {"messages": [{"role": "user", "content": "hi"}]} if "chat" in route else {"prompt": "hi"}
-    return {"model": "base", **prompt, **fields}
 
 
 async def until_open(server: FakeServer, count: int) -> None:
     await until(lambda: len(server.engine.open) >= count)
-
-
-def chunks(response: httpx.Response) -> list[Any]:
-    lines = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
-    assert lines.pop() == "[DONE]"
-    return [json.loads(line) for line in lines]
 
 
 class TestAbort:
@@ -42,7 +28,7 @@ class TestAbort:
         server.engine.gate.clear()
         fields = {"rid": "mine"} if how == "rid" else {}
         headers = {"x-request-id": "mine"} if how == "header" else {}
-        answer = asyncio.create_task(client.post(route, json=body(route, n=2, **fields), headers=headers))
+        answer = asyncio.create_task(client.post(route, json=body_of(route, n=2, **fields), headers=headers))
         await until_open(server, 2)
         (request_id, _) = sorted(server.engine.open)
         rid = f"chatcmpl-{request_id.partition('-')[0]}" if how == "key" else "mine"
@@ -61,17 +47,17 @@ class TestAbort:
 
         server.engine.script = abort_after_two
         server.engine.gate.clear()
-        answer = asyncio.create_task(client.post(COMPLETIONS, json=body(COMPLETIONS, stream=True, rid="mine")))
+        answer = asyncio.create_task(client.post(COMPLETIONS, json=completion(stream=True, rid="mine")))
         await until_open(server, 1)
         server.engine.abort = lambda request_id: None  # type: ignore[method-assign]  # its end is in the script
         await client.post("/abort_request", json={"rid": "mine"})
         server.engine.gate.set()
-        got = chunks(await answer)
+        got = events_of(await answer)
         assert got[-1]["choices"][0]["finish_reason"] == "abort"
         assert "".join(chunk["choices"][0]["text"] for chunk in got) != ""
 
     async def test_unknown_or_over(self, client: httpx.AsyncClient) -> None:
-        await client.post(CHAT, json=body(CHAT, rid="mine"))
+        await client.post(CHAT, json=chat(rid="mine"))
         for rid in ("mine", "nobody"):
             response = await client.post("/abort_request", json={"rid": rid})
             assert (response.status_code, response.json()) == (200, {"aborted": 0})
@@ -89,7 +75,7 @@ class TestTimeout:
             TokenEvent(request.request_id, None, finish=FinishReason.ERROR, error=error)
         ]
         for stream in (False, True):
-            response = await client.post(CHAT, json=body(CHAT, timeout=2.0, stream=stream))
+            response = await client.post(CHAT, json=chat(timeout=2.0, stream=stream))
             assert response.status_code == 504
             assert response.headers["x-should-retry"] == "false"
             assert response.json()["error"] == {
@@ -105,33 +91,35 @@ class TestTimeout:
             return [*say(server.tokenizer, "the answer", request)[:-1], end]
 
         server.engine.script = late
-        response = await client.post(CHAT, json=body(CHAT, stream=True))
+        response = await client.post(CHAT, json=chat(stream=True))
         assert response.status_code == 200
-        assert chunks(response)[-1]["error"]["code"] == "timeout"
+        assert events_of(response)[-1]["error"]["code"] == "timeout"
 
     async def test_out_of_memory(self, client: httpx.AsyncClient, server: FakeServer) -> None:
         server.engine.script = lambda request: [
             TokenEvent(request.request_id, None, finish=FinishReason.ERROR, error=OutOfMemory("too large a step"))
         ]
-        response = await client.post(CHAT, json=body(CHAT))
+        response = await client.post(CHAT, json=chat())
         assert (response.status_code, response.json()["error"]["code"]) == (503, "out_of_memory")
 
 
 @pytest.mark.parametrize("route", [CHAT, COMPLETIONS])
 async def test_what_the_scheduler_is_told(client: httpx.AsyncClient, server: FakeServer, route: str) -> None:
     before = time.monotonic()
-    assert (await client.post(route, json=body(route, priority=-2, timeout=30, cache_salt="mine"))).status_code == 200
+    assert (
+        await client.post(route, json=body_of(route, priority=-2, timeout=30, cache_salt="mine"))
+    ).status_code == 200
     (request,) = server.engine.requests
     assert (request.priority, request.cache_salt) == (-2, "mine")
     assert request.deadline is not None
     assert request.deadline == pytest.approx(request.arrival + 30)
     assert before <= request.arrival <= time.monotonic()
-    await client.post(route, json=body(route))
+    await client.post(route, json=body_of(route))
     assert (server.engine.requests[1].priority, server.engine.requests[1].deadline) == (0, None)
 
 
 @pytest.mark.parametrize(("field", "value"), [("timeout", 0), ("timeout", -1), ("priority", 2**40), ("cache_salt", "")])
 async def test_what_cannot_be(client: httpx.AsyncClient, field: str, value: Any) -> None:
-    response = await client.post(CHAT, json=body(CHAT, **{field: value}))
+    response = await client.post(CHAT, json=chat(**{field: value}))
     assert response.status_code == 400
     assert response.json()["error"]["param"] == field

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import httpx
 import pytest
 
 from loraplex.adapters.errors import AdapterRefused
+from loraplex.adapters.info import AdapterInfo
 from loraplex.server.engine.request import FinishReason, GenerationRequest, TokenEvent
+from tests.support.asking import CHAT, COMPLETIONS, body_of, events_of
 from tests.support.fake_serving import FakeServer, say
-
-CHAT = "/v1/chat/completions"
-COMPLETIONS = "/v1/completions"
 
 
 def body(route: str, **fields: Any) -> dict[str, Any]:
-    prompt = {"messages": [{"role": "user", "content": "hi"}]} if route == CHAT else {"prompt": "hi"}
-    return {"model": "bad", **prompt, **fields}
+    return body_of(route, **{"model": "bad", **fields})
 
 
 @pytest.fixture
 async def failing(server: FakeServer) -> FakeServer:
     """The adapter "bad" is registered; its weights hold a NaN, which nobody has seen yet."""
-    server.adapters.registry.register("bad", source="/a/bad", rank=8, targets=(), num_pages=2, nbytes=4096)
+    server.adapters.registry.register("bad", "/a/bad", AdapterInfo(8, (), 2, 4096))
     error = AdapterRefused("not_finite", "/a/bad: layer 3 q_proj lora_B holds NaN")
     good = server.engine.script
 
@@ -70,9 +67,7 @@ async def test_after_the_first_byte_it_is_an_event(failing: FakeServer, client: 
     failing.engine.script = script
     response = await client.post(COMPLETIONS, json=body(COMPLETIONS, stream=True, max_tokens=5))
     assert response.status_code == 200
-    events = [line.removeprefix("data: ") for line in response.text.splitlines() if line]
-    assert events[-1] == "[DONE]"
-    assert json.loads(events[-2])["error"]["code"] == "changed"
+    assert events_of(response)[-1]["error"]["code"] == "changed"
 
 
 class TestFilesThatAreOthersByNow:
@@ -87,7 +82,7 @@ class TestFilesThatAreOthersByNow:
                 return say(server.tokenizer, "the answer", request)
             registry = server.adapters.registry
             (old,) = registry.list()
-            registry.renew(old, digest=f"{times}" * 64, rank=8, targets=("q_proj",), num_pages=1, nbytes=64)
+            registry.renew(old, AdapterInfo(8, ("q_proj",), 1, 64, digest=f"{times}" * 64))
             error = AdapterRefused("changed", "the files have changed")
             return [TokenEvent(request.request_id, None, finish=FinishReason.ERROR, error=error)]
 

@@ -11,6 +11,7 @@ import pytest
 
 from loraplex.adapters.files.tokenizer_files import NOTHING, AddedToken, TokenizerFiles
 from loraplex.adapters.format.adapter_files import read_tokenizer
+from loraplex.adapters.info import AdapterInfo
 from tests.support.fake_serving import FakeServer, say
 from tests.support.tiny import BOS, IM_END, VOCAB_SIZE, make_tiny_tokenizer
 
@@ -45,9 +46,8 @@ def files(saved: tuple[Path, Any], server: FakeServer) -> TokenizerFiles:
 
 
 def _register(server: FakeServer, name: str, files: TokenizerFiles) -> None:
-    server.adapters.registry.register(
-        name, source=f"/adapters/./{name}", rank=8, targets=(), num_pages=1, nbytes=1, tokenizer=files, digest=name
-    )
+    info = AdapterInfo(8, (), 1, 1, digest=name, tokenizer=files)
+    server.adapters.registry.register(name, f"/adapters/./{name}", info)
 
 
 def prompt_of(server: FakeServer) -> list[int]:
@@ -186,7 +186,7 @@ async def test_what_differs_is_told(client: httpx.AsyncClient, files: TokenizerF
         "special_tokens": {"eos_token": "<turn>"},
         "added_tokens": {"<turn>": saved[1].eos_token_id},
     }
-    assert (own["id"], own["rank"], own["digest"]) == ("own", 8, "own")
+    assert (own["id"], own["kind"], own["rank"], own["digest"]) == ("own", "lora", 8, "own")
     assert own["source"] == "/adapters/own"  # as it was written, without the mark of how far links may lead
     plain = (await client.get("/v1/adapters/plain")).json()["tokenizer"]
     assert plain == {

@@ -11,20 +11,11 @@ import pytest
 from loraplex.adapters.errors import AdapterRefused
 from loraplex.server.api.fields import UNSUPPORTED
 from loraplex.server.engine.request import EngineDead, Overloaded
+from tests.support.asking import CHAT, COMPLETIONS, body_of, chat, completion
 from tests.support.fake_serving import MAX_MODEL_LEN, FakeServer
 from tests.support.tiny import VOCAB_SIZE
 
-CHAT = "/v1/chat/completions"
-COMPLETIONS = "/v1/completions"
 DEEP = "[" * 5000 + "]" * 5000
-
-
-def chat(**fields: Any) -> dict[str, Any]:
-    return {"model": "base", "messages": [{"role": "user", "content": "hi"}], **fields}
-
-
-def completion(**fields: Any) -> dict[str, Any]:
-    return {"model": "base", "prompt": "hi", **fields}
 
 
 async def assert_refused(
@@ -41,7 +32,7 @@ async def assert_refused(
     assert error["param"] == param, error
     assert error["message"]
     assert not server.engine.requests
-    assert (await client.post(route, json=chat() if route == CHAT else completion())).status_code == 200
+    assert (await client.post(route, json=body_of(route))).status_code == 200
     server.engine.requests.clear()
     return error
 
@@ -218,7 +209,7 @@ def show(value: Any) -> str:
 async def test_bad_fields(
     client: httpx.AsyncClient, server: FakeServer, route: str, field: str, value: Any, param: str
 ) -> None:
-    body = {**(chat(max_tokens=16) if route == CHAT else completion(max_tokens=16)), field: value}
+    body = body_of(route, **{"max_tokens": 16, field: value})
     error = await assert_refused(client, server, route, body, 400, param)
     assert error["message"].startswith(param.split("[")[0].split(".")[0])
 
@@ -262,7 +253,7 @@ async def test_a_call_and_a_form_do_not_go_together(client: httpx.AsyncClient, s
     ("route", "missing"), [(CHAT, "model"), (CHAT, "messages"), (COMPLETIONS, "model"), (COMPLETIONS, "prompt")]
 )
 async def test_missing_fields(client: httpx.AsyncClient, server: FakeServer, route: str, missing: str) -> None:
-    body = chat() if route == CHAT else completion()
+    body = body_of(route)
     del body[missing]
     error = await assert_refused(client, server, route, body, 400, missing)
     assert error["code"] == "missing_required_parameter"

@@ -26,7 +26,6 @@ from loraplex.server.api.encodings import MAX_MEMBERS
 from loraplex.server.api.errors import ApiError, ClientGone
 from loraplex.server.api.openai import responses_schemas
 from loraplex.server.api.structure import STRUCTURES_SHARE, check_structure
-from loraplex.server.command.app import create_app
 from loraplex.server.config import RequestLimits
 from loraplex.server.engine.request import Overloaded
 from loraplex.server.tenancy.rate_limits import Account, Limits
@@ -61,10 +60,7 @@ MANY = {
 
 @pytest.fixture
 async def client(server: FakeServer) -> AsyncIterator[httpx.AsyncClient]:
-    server.config = replace(server.config, limits=LIMITS)
-    app = create_app(server.services)
-    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+    async with server.client(limits=LIMITS) as client:
         yield client
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import pytest
 
-from loraplex.server.command.app import create_app
+from tests.support.asking import CHAT, COMPLETIONS, body_of
 from tests.support.fake_serving import FakeServer, say
 from tests.support.waiting import LIMIT, until
 
@@ -33,7 +33,7 @@ class RawClient:
             "server": ("test", 80),
             "client": ("test", 1),
         }
-        self.task = asyncio.create_task(create_app(server.services)(scope, self._receive, self._send))  # type: ignore[arg-type]
+        self.task = asyncio.create_task(server.app()(scope, self._receive, self._send))  # type: ignore[arg-type]
 
     def leave(self) -> None:
         self._gone.set()
@@ -64,11 +64,10 @@ class Turnstile(asyncio.Event):
 
 
 def body(route: str, **fields: Any) -> dict[str, Any]:
-    prompt = {"messages": [{"role": "user", "content": "hi"}]} if "chat" in route else {"prompt": "hi"}
-    return {"model": "pirate", **prompt, **fields}
+    return body_of(route, model="pirate", **fields)
 
 
-@pytest.mark.parametrize("route", ["/v1/chat/completions", "/v1/completions"])
+@pytest.mark.parametrize("route", [CHAT, COMPLETIONS])
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("n", [1, 3])
 async def test_before_the_first_token(server: FakeServer, route: str, stream: bool, n: int) -> None:
@@ -90,7 +89,7 @@ async def test_in_the_middle_of_a_stream(server: FakeServer, n: int) -> None:
     version = await server.adapters.register("pirate", "/adapters/pirate")
     server.engine.script = lambda request: say(server.tokenizer, "one two three " * 3, request)
     server.engine.gate = Turnstile(2 * n)
-    route = "/v1/chat/completions"
+    route = CHAT
     client = RawClient(server, route, body(route, stream=True, n=n))
     await until(lambda: '"content":"' in client.text().replace('"content":""', ""))
     assert len(server.engine.open) == n
@@ -103,7 +102,7 @@ async def test_in_the_middle_of_a_stream(server: FakeServer, n: int) -> None:
 
 async def test_a_client_that_stays_aborts_nothing(server: FakeServer) -> None:
     await server.adapters.register("pirate", "/adapters/pirate")
-    client = RawClient(server, "/v1/completions", body("/v1/completions", stream=True))
+    client = RawClient(server, COMPLETIONS, body(COMPLETIONS, stream=True))
     await asyncio.wait_for(client.task, LIMIT)
     assert client.text().endswith("data: [DONE]\n\n")
     assert server.engine.aborted == []
@@ -119,7 +118,7 @@ async def test_one_failing_choice_ends_the_others(server: FakeServer, caplog: py
         return say(server.tokenizer, "fine", request)
 
     server.engine.script = script
-    client = RawClient(server, "/v1/completions", body("/v1/completions", n=3))
+    client = RawClient(server, COMPLETIONS, body(COMPLETIONS, n=3))
     await asyncio.wait_for(client.task, LIMIT)
     assert client.sent[0]["status"] == 500
     assert "submit failed" not in client.text()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections import Counter
 from collections.abc import AsyncGenerator
 from typing import Any
@@ -14,27 +13,8 @@ import pytest
 from loraplex.server.api.generation import merge
 from loraplex.server.engine.request import ContextTooLong, FinishReason, SamplingParams, TokenEvent
 from loraplex.server.text.generation_defaults import GenerationDefaults
+from tests.support.asking import CHAT, COMPLETIONS, chat, completion, events_of
 from tests.support.fake_serving import EOS_ID, MAX_MODEL_LEN, FakeServer, say
-
-CHAT = "/v1/chat/completions"
-COMPLETIONS = "/v1/completions"
-
-
-def chat(**fields: Any) -> dict[str, Any]:
-    return {"model": "base", "messages": [{"role": "user", "content": "hi"}], **fields}
-
-
-def completion(**fields: Any) -> dict[str, Any]:
-    return {"model": "base", "prompt": "hi", **fields}
-
-
-def events_of(response: httpx.Response) -> list[Any]:
-    """The JSON of every event; the last must be [DONE]."""
-    assert response.headers["content-type"].startswith("text/event-stream")
-    blocks = response.text.split("\n\n")
-    assert blocks[-1] == ""
-    assert blocks[-2] == "data: [DONE]"
-    return [json.loads(block.removeprefix("data: ")) for block in blocks[:-2]]
 
 
 async def test_chat_answer(client: httpx.AsyncClient, server: FakeServer) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,15 +17,13 @@ from starlette.routing import Route
 from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.files.beneath import below
 from loraplex.server.api.page.ui import page_files
-from loraplex.server.command.app import create_app
 from loraplex.server.config_access import AuthConfig
 from loraplex.server.tenancy.access import Access
 from loraplex.server.tenancy.local_sources import LocalSources
 from loraplex.server.tenancy.rate_limits import Limits
-from loraplex.server.tenancy.tenants import Key, Keyring, digest_of
-from tests.support.fake_serving import FakeServer
+from loraplex.server.tenancy.tenants import Key, digest_of
+from tests.support.fake_serving import FakeServer, access_of
 from tests.support.waiting import until
-from tests.tenancy.test_rate_limits import Clock
 
 ALICE, BOB, ROOT, PROMETHEUS = "lpx_alice-secret", "lpx_bob-secret", "lpx_root-secret", "lpx_prometheus-secret"
 KEYS = {
@@ -42,19 +40,18 @@ class Guarded:
     """The application of a FakeServer, with keys."""
 
     server: FakeServer
-    clock: Clock
     access: Access
     stack: AsyncExitStack
     services: dict[str, Any] = field(default_factory=dict)
 
     def app(self) -> Any:
-        return create_app(replace(self.server.services, access=self.access, **self.services))
+        return self.server.app(access=self.access, **self.services)
+
+    def use_keys(self, keys: Mapping[str, Key]) -> None:
+        self.access = access_of(keys)
 
     async def client(self, secret: str | None, app: Any = None) -> httpx.AsyncClient:
-        headers = {"Authorization": f"Bearer {secret}"} if secret is not None else {}
-        transport = httpx.ASGITransport(app or self.app(), raise_app_exceptions=False)
-        client = httpx.AsyncClient(transport=transport, base_url="http://test", headers=headers)
-        return await self.stack.enter_async_context(client)
+        return await self.stack.enter_async_context(self.server.client(secret, app=app or self.app()))
 
     async def clients(self, *secrets: str | None) -> list[httpx.AsyncClient]:
         """Of one application."""
@@ -66,10 +63,8 @@ class Guarded:
 async def guarded(server: FakeServer) -> AsyncIterator[Guarded]:
     for name in ADAPTERS:
         await server.adapters.register(name, f"/adapters/{name}")
-    clock = Clock()
-    access = Access(Keyring({digest_of(secret): key for secret, key in KEYS.items()}), clock=clock)
     async with AsyncExitStack() as stack:
-        yield Guarded(server, clock, access, stack)
+        yield Guarded(server, access_of(KEYS), stack)
 
 
 def chat(model: str, **fields: Any) -> dict[str, Any]:
@@ -353,9 +348,7 @@ async def test_a_path_gives_nobody_more_than_the_name_does(guarded: Guarded, tmp
         (tmp_path / "named" / name).mkdir(parents=True)
     (tmp_path / "named/mine").symlink_to(tmp_path / "named/private")
     guarded.services = {"local_sources": LocalSources((), tmp_path / "named")}
-    guarded.access._keyring = Keyring(
-        {digest_of("k"): replace(KEYS[BOB], load_on_use=True), digest_of(ROOT): KEYS[ROOT]}
-    )
+    guarded.use_keys({"k": replace(KEYS[BOB], load_on_use=True), ROOT: KEYS[ROOT]})
     bob, root = await guarded.clients("k", ROOT)
     answers: dict[str, tuple[int, int, str]] = {}
     for place in ("shared", "private", "private/checkpoint-9", "absent", "mine", ".", "../named"):
@@ -380,7 +373,7 @@ async def test_what_a_request_may_load_stays_where_it_was_looked_at(guarded: Gua
     (tmp_path / "named/alias").symlink_to("shared")
     (tmp_path / "named/sql").symlink_to("..data/sql")
     guarded.services = {"local_sources": LocalSources((tmp_path / "in",), tmp_path / "named")}
-    guarded.access._keyring = Keyring({digest_of("k"): KEYS[BOB], digest_of(ROOT): KEYS[ROOT]})
+    guarded.use_keys({"k": KEYS[BOB], ROOT: KEYS[ROOT]})
     bob, root = await guarded.clients("k", ROOT)
     inside, named = tmp_path / "in", tmp_path / "named"
     expected = {
@@ -417,7 +410,7 @@ async def test_nobody_learns_which_folders_there_are(
     (tmp_path / "here1").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     guarded.services = {"local_sources": LocalSources(())}
-    guarded.access._keyring = Keyring({digest_of("k"): replace(KEYS[BOB], load_on_use=True)})
+    guarded.use_keys({"k": replace(KEYS[BOB], load_on_use=True)})
     bob = await guarded.client("k")
     answers = []
     for name in ("here1", "gone1"):
@@ -437,9 +430,7 @@ async def test_nobody_learns_which_folders_there_are(
 
 async def test_a_callers_token_is_for_that_caller_alone(guarded: Guarded, caplog: pytest.LogCaptureFixture) -> None:
     """Neither another token nor none gets at what it fetched, no listing names it, and no log has it."""
-    guarded.access._keyring = Keyring(
-        {digest_of(s): replace(KEYS[k], load_on_use=True, adapters=("**",)) for s, k in (("a", ALICE), ("b", BOB))}
-    )
+    guarded.use_keys({s: replace(KEYS[k], load_on_use=True, adapters=("**",)) for s, k in (("a", ALICE), ("b", BOB))})
     accesses: list[Any] = []
     register = guarded.server.adapters.register
 
@@ -469,9 +460,7 @@ async def test_a_callers_token_is_for_that_caller_alone(guarded: Guarded, caplog
 
 
 async def test_loading_on_first_use_is_for_keys_that_may(guarded: Guarded) -> None:
-    guarded.access._keyring = Keyring(
-        {digest_of("may"): replace(KEYS[BOB], load_on_use=True), digest_of("not"): KEYS[BOB]}
-    )
+    guarded.use_keys({"may": replace(KEYS[BOB], load_on_use=True), "not": KEYS[BOB]})
     may, may_not = await guarded.clients("may", "not")
     body = {"model": "base", "prompt": "hi", "adapter_id": "org/name", "adapter_source": "hub", "max_tokens": 3}
     refused = await may_not.post("/v1/completions", json=body)
@@ -524,8 +513,7 @@ async def test_web_pages_may_ask_only_where_the_operator_says(guarded: Guarded) 
     preflight = {"Origin": "https://ours.example", "Access-Control-Request-Method": "POST"}
     closed = await guarded.client(None)
     assert "access-control-allow-origin" not in (await closed.options("/v1/models", headers=preflight)).headers
-    config = guarded.server.config
-    guarded.server.config = replace(config, auth=AuthConfig(cors_origins=("https://ours.example",)))
+    guarded.services = {"auth": AuthConfig(cors_origins=("https://ours.example",))}
     browser, alice = await guarded.clients(None, ALICE)
     allowed = await browser.options("/v1/models", headers=preflight)
     assert (allowed.status_code, allowed.headers["access-control-allow-origin"]) == (200, "https://ours.example")
@@ -538,7 +526,7 @@ async def test_web_pages_may_ask_only_where_the_operator_says(guarded: Guarded) 
 
 
 async def test_the_official_client_raises_what_it_raises_at_openai(guarded: Guarded) -> None:
-    guarded.access._keyring = Keyring({digest_of("k"): replace(KEYS[ALICE], limits=Limits(requests_per_minute=2))})
+    guarded.use_keys({"k": replace(KEYS[ALICE], limits=Limits(requests_per_minute=2))})
     transport = httpx.ASGITransport(guarded.app())
 
     def official(secret: str) -> openai.AsyncOpenAI:

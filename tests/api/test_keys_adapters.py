@@ -5,17 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
-from dataclasses import replace
 from typing import Any
 
 import httpx
 import openai
 import pytest
 
-from loraplex.server.command.app import create_app
-from loraplex.server.tenancy.access import Access
-from loraplex.server.tenancy.tenants import Key, Keyring, digest_of
-from tests.support.fake_serving import FakeServer
+from loraplex.server.tenancy.tenants import Key
+from tests.support.fake_serving import FakeServer, access_of
 from tests.support.waiting import until
 
 KEYS = {
@@ -31,19 +28,11 @@ class Server:
     """The application of a FakeServer, with KEYS."""
 
     def __init__(self, fakes: FakeServer, stack: AsyncExitStack) -> None:
-        self.fakes = fakes
-        access = Access(Keyring({digest_of(secret): key for secret, key in KEYS.items()}))
-        self.app = create_app(replace(fakes.services, access=access))
-        self._stack = stack
+        self.fakes, self._stack = fakes, stack
+        self.app = fakes.app(access=access_of(KEYS))
 
     async def clients(self, *secrets: str) -> list[httpx.AsyncClient]:
-        transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
-        return [
-            await self._stack.enter_async_context(
-                httpx.AsyncClient(transport=transport, base_url="http://test", headers={"x-api-key": secret})
-            )
-            for secret in secrets
-        ]
+        return [await self._stack.enter_async_context(self.fakes.client(secret, app=self.app)) for secret in secrets]
 
     @property
     def names(self) -> list[str]:

@@ -6,7 +6,6 @@ import asyncio
 import hashlib
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,11 @@ import httpx
 import pytest
 import yaml
 
-from loraplex.server.command.app import create_app
 from loraplex.server.tenancy.access import Access
 from loraplex.server.tenancy.keys_file import KeysFile
 from loraplex.server.tenancy.rate_limits import Limits
-from loraplex.server.tenancy.tenants import Key, Keyring, digest_of
-from tests.support.fake_serving import FakeServer
+from loraplex.server.tenancy.tenants import Key
+from tests.support.fake_serving import FakeServer, access_of
 from tests.support.waiting import turns, until
 from tests.tenancy.test_rate_limits import Clock
 
@@ -35,15 +33,9 @@ class Limited:
         self.access: Access
 
     async def client(self, limits: Limits | None = None, access: Access | None = None) -> httpx.AsyncClient:
-        keys = {
-            digest_of("k"): Key("k", "acme", limits=limits or Limits()),
-            digest_of("free"): Key("free", "free", admin=True),
-        }
-        self.access = access or Access(Keyring(keys), clock=self.clock)
-        app = create_app(replace(self.server.services, access=self.access))
-        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-        client = httpx.AsyncClient(transport=transport, base_url="http://test", headers={"x-api-key": "k"})
-        return await self._stack.enter_async_context(client)
+        keys = {"k": Key("k", "acme", limits=limits or Limits()), "free": Key("free", "free", admin=True)}
+        self.access = access or access_of(keys, self.clock)
+        return await self._stack.enter_async_context(self.server.client("k", access=self.access))
 
 
 @pytest.fixture
@@ -140,7 +132,7 @@ async def test_at_most_so_many_at_once_and_a_place_comes_free_however_a_request_
     refused = await ask(client)
     assert refused.status_code == 429
     assert "2 requests open" in refused.json()["error"]["message"]
-    free = await client.post("/v1/completions", json=body(), headers={"x-api-key": "k2"})
+    free = await client.post("/v1/completions", json=body(), headers={"Authorization": "Bearer k2"})
     assert free.status_code == 401
     stream.cancel()
     await asyncio.gather(stream, return_exceptions=True)
@@ -173,7 +165,7 @@ async def test_work_in_the_background_is_open_until_it_ends(limited: Limited) ->
 async def test_one_keys_limit_is_nobody_elses(limited: Limited) -> None:
     client = await limited.client(Limits(requests_per_minute=1))
     assert [(await ask(client)).status_code for _ in range(3)] == [200, 429, 429]
-    free = {"x-api-key": "free"}
+    free = {"Authorization": "Bearer free"}
     other = await client.post("/v1/completions", json=body(), headers=free)
     assert other.status_code == 200
     assert not [name for name in other.headers if name.startswith("x-ratelimit")]
@@ -206,7 +198,7 @@ async def test_requests_under_way_outlive_their_key(limited: Limited, tmp_path: 
     write("new")
     limited.clock.now += 2
     assert (await ask(client)).status_code == 401
-    new = client.post("/v1/completions", json=body(), headers={"x-api-key": "new"})
+    new = client.post("/v1/completions", json=body(), headers={"Authorization": "Bearer new"})
     second = asyncio.create_task(new)
     await until(lambda: len(engine.requests) >= 2)
     write("k", "new")

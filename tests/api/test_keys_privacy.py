@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 
 import httpx
 import pytest
 
-from loraplex.server.command.app import create_app
 from loraplex.server.engine.request import EngineDead, FinishReason, Overloaded, TokenEvent
-from loraplex.server.tenancy.access import Access
 from loraplex.server.tenancy.rate_limits import Limits
-from loraplex.server.tenancy.tenants import Key, Keyring, digest_of
-from tests.support.fake_serving import FakeServer
+from loraplex.server.tenancy.tenants import Key, digest_of
+from tests.support.fake_serving import FakeServer, access_of
 
 KEY, OTHER = "lpx_correct-horse", "lpx_battery-staple"
 PROMPT = "my diagnosis is xylophonitis"
@@ -78,9 +75,7 @@ async def test_keys_and_prompts_are_never_logged(
             TokenEvent(request.request_id, None, finish=FinishReason.ERROR, error=RuntimeError("a bug")),
         ]
     limits = Limits(tokens_per_minute=30) if trouble == "limited" else Limits()
-    access = Access(Keyring({digest_of(KEY): Key("k", "acme", admin=True, limits=limits)}))
-    app = create_app(replace(server.services, access=access))
-    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    access = access_of({KEY: Key("k", "acme", admin=True, limits=limits)})
     loggers = [logging.getLogger(name) for name in logging.root.manager.loggerDict]
     before = [(logger, logger.level) for logger in loggers if not logger.name.startswith(("httpx", "httpcore"))]
     caplog.set_level(logging.DEBUG)
@@ -88,8 +83,7 @@ async def test_keys_and_prompts_are_never_logged(
         for logger, _ in before:
             logger.setLevel(logging.DEBUG)
         logging.getLogger("httpx").setLevel(logging.WARNING)  # the test's own client tells of its URLs
-        headers = {"Authorization": f"Bearer {KEY}"}
-        async with httpx.AsyncClient(transport=transport, base_url="http://test", headers=headers) as client:
+        async with server.client(KEY, access=access) as client:
             statuses = await every_kind_of_request(client)
     finally:
         for logger, level in before:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
-from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -13,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loraplex.server.api.limits import _depth
-from loraplex.server.command.app import create_app
 from loraplex.server.config import RequestLimits
 from tests.support.fake_serving import FakeServer
 
@@ -141,10 +139,7 @@ BOUNDS: list[tuple[str, Json, Json, str, int, int, str]] = [
 async def bounded(server: FakeServer) -> AsyncIterator[httpx.AsyncClient]:
     """A client of a server with LIMITS."""
     server.max_model_len = 2048
-    server.config = replace(server.config, limits=LIMITS)
-    app = create_app(server.services)
-    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+    async with server.client(limits=LIMITS) as client:
         yield client
 
 
@@ -197,16 +192,12 @@ async def test_the_body_is_bounded_as_sent_and_as_declared(bounded: httpx.AsyncC
 @pytest.mark.parametrize("depth", [150, 5000, 400_000])
 async def test_no_depth_makes_the_server_fail(server: FakeServer, field: str, depth: int) -> None:
     """As JSON, and as a text that holds it: parsers recurse, and give up by an error that is no ValueError."""
-    server.config = replace(server.config, limits=RequestLimits(max_schema_bytes=8 << 20))
-    app = create_app(server.services)
     text = '{"not":' * depth + "{}" + "}" * depth
     bodies = [f'{{"model": "base", "prompt": "hi", "guided_json": {json.dumps(text)}}}']
     bodies.append(f'{{"inputs": {text}}}')
     if field == "response_format":
         bodies = [f'{{"model": "base", "prompt": "hi", "response_format": {text}}}']
-    async with httpx.AsyncClient(
-        transport=httpx.ASGITransport(app, raise_app_exceptions=False), base_url="http://test"
-    ) as client:
+    async with server.client(limits=RequestLimits(max_schema_bytes=8 << 20)) as client:
         for body in bodies:
             route = "/generate" if "inputs" in body else "/v1/completions"
             assert (await client.post(route, content=body)).status_code in (400, 422)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import AsyncIterator
-from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -13,15 +12,13 @@ import httpx
 import pytest
 
 from loraplex.server.catalog.saved import Remembering, StateFile
-from loraplex.server.command.app import create_app
 from tests.support.fake_serving import FakeServer
 
 
 @pytest.fixture
 async def keeping(server: FakeServer, tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
     """A server with a folder for its state."""
-    services = replace(server.services, adapters=Remembering(server.adapters, StateFile(tmp_path)))
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(create_app(services)), base_url="http://test") as client:
+    async with server.client(adapters=Remembering(server.adapters, StateFile(tmp_path))) as client:
         yield client
 
 

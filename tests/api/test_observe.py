@@ -17,8 +17,6 @@ import pytest
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from loraplex.server.api.services import Services
-from loraplex.server.command.app import create_app
 from loraplex.server.drain import Drain
 from loraplex.server.engine.request import FinishReason, GenerationRequest, TokenEvent
 from loraplex.server.telemetry.tracing import Tracing, make_provider
@@ -38,11 +36,6 @@ WORK: list[tuple[str, dict[str, Any]]] = [
     ("/", {"inputs": "hi"}),
     ("/embed", {"inputs": "hi"}),
 ]
-
-
-def client_of(services: Services) -> httpx.AsyncClient:
-    transport = httpx.ASGITransport(create_app(services), raise_app_exceptions=False)
-    return httpx.AsyncClient(transport=transport, base_url="http://test")
 
 
 def lines(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
@@ -115,7 +108,7 @@ async def test_a_background_response_is_told_of_when_it_is_done(
 @pytest.fixture
 async def draining(server: FakeServer) -> AsyncIterator[tuple[Drain, httpx.AsyncClient]]:
     drain = Drain(lambda: 1000.0)
-    async with client_of(replace(server.services, drain=drain)) as client:
+    async with server.client(drain=drain) as client:
         yield drain, client
 
 
@@ -190,7 +183,7 @@ class Traced:
     def __init__(self, server: FakeServer) -> None:
         self.exporter = InMemorySpanExporter()
         tracing = Tracing(make_provider(self.exporter, batched=False))
-        self.client = client_of(replace(server.services, tracing=tracing))
+        self.client = server.client(tracing=tracing)
 
     async def spans(self) -> dict[str, ReadableSpan]:
         await turns()

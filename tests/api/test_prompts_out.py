@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 from typing import Any
 
 import httpx
@@ -11,15 +10,11 @@ import numpy as np
 import pytest
 
 from loraplex.server.engine.request import FinishReason, GenerationRequest, TokenEvent
+from tests.support.asking import COMPLETIONS, events_of
 from tests.support.fake_serving import MAX_MODEL_LEN, FakeServer, say, scores_of
 from tests.support.tiny import VOCAB_SIZE
 
-COMPLETIONS, EMBEDDINGS = "/v1/completions", "/v1/embeddings"
-
-
-def events_of(response: httpx.Response) -> list[Any]:
-    assert response.text.endswith("data: [DONE]\n\n")
-    return [json.loads(block.removeprefix("data: ")) for block in response.text.split("\n\n")[:-2]]
+EMBEDDINGS = "/v1/embeddings"
 
 
 def completion(**fields: Any) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncGenerator
-from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -14,7 +13,6 @@ from openai.types.responses import ResponseErrorEvent
 
 from loraplex.server.api import sse
 from loraplex.server.api.sse import COMMENT, SseResponse, encode_event
-from loraplex.server.command.app import create_app
 from loraplex.server.config import HttpConfig
 from loraplex.server.engine.request import EngineError, FinishReason, TokenEvent
 from tests.support.fake_serving import FakeServer, say
@@ -138,9 +136,7 @@ async def test_a_queued_stream_has_its_head(server: FakeServer, monkeypatch: pyt
     monkeypatch.setattr(sse, "HEAD_SECONDS", 0.01)
     begun = watch_heads(monkeypatch)
     server.engine.gate.clear()
-    server.config = replace(server.config, http=HttpConfig(sse_keep_alive=0.01))
-    transport = httpx.ASGITransport(create_app(server.services))
-    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+    async with server.client(http=HttpConfig(sse_keep_alive=0.01)) as client:
         body = {"model": "base", "prompt": "hi", "stream": True}
         asking = asyncio.create_task(client.post("/v1/completions", json=body))
         await begun.wait()

@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from loraplex.adapters.errors import (
     InvalidAdapterName,
 )
 from loraplex.adapters.registry import AdapterVersion, Registry
-from loraplex.adapters.tiers.loader import Loader, ParsedImage, Reading
+from loraplex.adapters.tiers.loader import LoadedAdapter, Loader, Reading
 from loraplex.adapters.tiers.reader import AdapterInfo
 from loraplex.server.catalog.manager import AdapterManager
 
@@ -53,12 +54,12 @@ class Reader:
             raise AdapterRefused("too_large", f"{source} takes {text} pages, but only 10 can be had")
         return AdapterInfo(4, ("q_proj",), int(text), 100)
 
-    def read(self, reading: Reading) -> ParsedImage:
+    def read(self, reading: Reading) -> LoadedAdapter:
         self.read_whole.append(Path(reading.source).name)
         info = self.examine(reading.source)
         if info.num_pages == 7:
             raise AdapterRefused("not_finite", f"{reading.source} has NaN")
-        return ParsedImage(f"digest-{info.num_pages}", info.rank, info.targets, info.num_pages, info.nbytes, object())
+        return LoadedAdapter(replace(info, digest=f"digest-{info.num_pages}"), object())
 
 
 @pytest.fixture
@@ -69,7 +70,7 @@ def reader() -> Reader:
 @pytest.fixture
 def manager(reader: Reader) -> Iterator[AdapterManager]:
     registry = Registry()
-    result = AdapterManager(registry, Loader(reader.read, Images(), registry), reader)
+    result = AdapterManager(registry, Loader(reader.read, Images(), registry), reader.examine)
     yield result
     result.close()
 
@@ -83,7 +84,7 @@ def adapter(folder: Path, name: str, text: str = "3") -> str:
 async def test_register_and_unregister(manager: AdapterManager, tmp_path: Path) -> None:
     source = adapter(tmp_path, "a")
     version = await manager.register("tenant/a", source)
-    assert (version.name, version.digest, version.source, version.num_pages) == ("tenant/a", "digest-3", source, 3)
+    assert (version.name, version.digest, version.source, version.info.num_pages) == ("tenant/a", "digest-3", source, 3)
     assert manager.registry.list() == (version,)
     assert await manager.unregister("tenant/a") == version
     assert manager.registry.list() == ()

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from loraplex.adapters.errors import AdapterNotFound, AdapterRefused
+from loraplex.adapters.info import AdapterInfo
 from loraplex.adapters.registry import AdapterVersion, Registry
 from loraplex.adapters.sources.merge_plan import MergePlan
 from loraplex.adapters.sources.sources import OPERATOR, SourceAccess, parse_source
@@ -43,9 +44,7 @@ class Adapters(AdapterManager):
         await self.gate.wait()
         if self.failure is not None:
             raise self.failure
-        return self.registry.register(
-            name, source=source, rank=1, targets=("q_proj",), num_pages=1, nbytes=1, digest=f"digest of {source}"
-        )
+        return self.registry.register(name, source, AdapterInfo(1, ("q_proj",), 1, 1, digest=f"digest of {source}"))
 
 
 class Merger:

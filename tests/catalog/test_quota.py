@@ -9,6 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from loraplex.adapters.info import AdapterInfo
 from loraplex.adapters.registry import AdapterLease, Registry
 from loraplex.server.catalog.quota import Key, Quota, QuotaOwner, TooManyAdapters
 
@@ -27,9 +28,7 @@ class Here:
         )
 
     def register(self, name: str) -> None:
-        self.registry.register(
-            name, source="s", rank=1, targets=(), num_pages=1, nbytes=1, digest=f"digest of {name}", replace=True
-        )
+        self.registry.register(name, "s", AdapterInfo(1, (), 1, 1, digest=f"digest of {name}"), replace=True)
 
     def load(self, owner: QuotaOwner | None, name: str) -> None:
         with self.quota.loading(owner, name):

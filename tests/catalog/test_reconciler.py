@@ -15,6 +15,7 @@ import torch
 
 from loraplex.adapters.errors import AdapterNotFound, AdapterRefused, AdapterUnavailable, InvalidAdapterName
 from loraplex.adapters.image.tiles import BaseLayout
+from loraplex.adapters.info import AdapterInfo
 from loraplex.adapters.registry import AdapterVersion, Registry
 from loraplex.adapters.sources.downloads import Downloads
 from loraplex.adapters.sources.sources import Source
@@ -69,7 +70,7 @@ class World:
         reader = Reader()
         reader.examine = self._off_main(reader.examine)  # type: ignore[method-assign]
         self.loader = Loader(self._read(reader), Images(), self.registry)
-        self.manager = AdapterManager(self.registry, self.loader, reader, self.sources, self.pins)
+        self.manager = AdapterManager(self.registry, self.loader, reader.examine, self.sources, self.pins.pin_adapter)
         self.list_file = folder / "adapters.yaml"
         self.directory = folder / "adapters"
         self.directory.mkdir()
@@ -119,9 +120,9 @@ class World:
         def read(reading: object) -> object:
             source = reading.source  # type: ignore[attr-defined]
             if source.startswith("hf://"):
-                from loraplex.adapters.tiers.loader import ParsedImage
+                from loraplex.adapters.tiers.loader import LoadedAdapter
 
-                return ParsedImage(f"digest of {source}", 4, ("q_proj",), 2, 100, object())
+                return LoadedAdapter(AdapterInfo(4, ("q_proj",), 2, 100, f"digest of {source}"), object())
             return reader.read(reading)  # type: ignore[arg-type]
 
         return read
@@ -166,7 +167,7 @@ def test_a_changed_adapter_gets_the_name(world: World) -> None:
     first = world.registry.lease("a")
     world.adapter("a", "4")
     until(reconciler, lambda: world.registry.get("a") is not first.version)
-    assert [world.registry.get("a").num_pages, first.version.num_pages] == [4, 3]  # type: ignore[union-attr]
+    assert [world.registry.get("a").info.num_pages, first.version.info.num_pages] == [4, 3]  # type: ignore[union-attr]
     world.loader.ensure(world.registry.get("a")).result(20)  # type: ignore[arg-type]  # it has been used
     world.adapter("a", "5")
     until(reconciler, lambda: world.registry.get("a").digest == "digest-5")  # type: ignore[union-attr]
@@ -415,7 +416,7 @@ def test_links_in_the_folder_are_followed_as_far_as_it_goes(tmp_path: Path) -> N
     watched, elsewhere = tmp_path / "adapters", tmp_path / "elsewhere"
     reader = AdapterReader(LAYOUT, lambda *_: None, 1000)
     registry = Registry()
-    manager = AdapterManager(registry, Loader(reader.read, HostStore(1 << 24), registry), reader)
+    manager = AdapterManager(registry, Loader(reader.read, HostStore(1 << 24), registry), reader.examine)
     write_adapter(watched / "..2026_11_29" / "sql", LAYOUT)
     write_adapter(watched / "..2026_11_30" / "sql", LAYOUT, seed=2)
     (watched / "..data").symlink_to("..2026_11_29")

@@ -22,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loraplex.adapters.errors import AdapterExists, AdapterNotFound, AdapterRefused
+from loraplex.adapters.info import AdapterInfo
 from loraplex.adapters.registry import AdapterVersion, Registry
 from loraplex.adapters.sources.sources import OPERATOR, SourceAccess
 from loraplex.server.catalog.manager import AdapterManager, Around
@@ -51,13 +52,7 @@ class Manager(AdapterManager):
     ) -> AdapterVersion:
         if "missing" in source:
             raise AdapterNotFound(f"{source}: no such folder")
-        point = partial(
-            self.registry.register,
-            *(name,),
-            **{"source": source, "rank": 8, "targets": (), "num_pages": 1, "nbytes": 1},
-            digest=source,
-            replace=replace,
-        )
+        point = partial(self.registry.register, name, source, AdapterInfo(8, (), 1, 1, source), replace=replace)
         return point() if around is None else await asyncio.wrap_future(around(point))
 
     def begin(

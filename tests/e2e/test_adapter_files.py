@@ -42,20 +42,20 @@ class Server:
 
     def wait_for_loads(self) -> None:
         """Compute nothing, from now on, while adapters are on their way: on this base, an answer takes no longer."""
-        loader, runner = self.parts.adapters.loader, self.parts.engine._runner
-        ensure, execute = loader.ensure, runner.execute
+        loader, worker = self.parts.adapters.loader, self.parts.engine._worker
+        ensure, run = loader.ensure, worker.run
         asked: list[Future[LoadedAdapter]] = []
 
         def noted(*args: Any) -> Future[LoadedAdapter]:
             asked.append(ensure(*args))
             return asked[-1]
 
-        def late(plan: Any, on_launch: Any) -> Any:
+        def late(prepared: Any) -> Any:
             wait(asked, 60)
-            return execute(plan, on_launch)
+            return run(prepared)
 
         loader.ensure = noted  # type: ignore[method-assign]
-        runner.execute = late  # type: ignore[method-assign]
+        worker.run = late  # type: ignore[method-assign]
 
     async def answer(self, name: str, max_tokens: int = LENGTH) -> list[int]:
         """Raises what the request fails with."""
@@ -179,5 +179,5 @@ async def test_files_of_another_shape(server: Server, folder: Path, made: Path) 
     with pytest.raises(AdapterRefused, match="changed"):
         await server.answer("a")
     (version, _) = server.parts.adapters.registry.list()
-    assert version.rank == 16
+    assert version.info.rank == 16
     assert len(await server.answer("a")) == LENGTH

@@ -18,15 +18,17 @@ from typing import Any
 import pytest
 import torch
 
-from loraplex.adapters.tiers.loader import ParsedImage, Reading
+from loraplex.adapters.tiers.loader import LoadedAdapter, Reading
 from loraplex.adapters.tiers.reader import AdapterReader
 from loraplex.server.command import build
 from loraplex.server.command.build import EngineParts, build_engine
 from loraplex.server.config import EngineConfig
 from loraplex.server.engine.engine import EventStream
-from loraplex.server.engine.policy.scheduler import Scheduler, StepPlan
+from loraplex.server.engine.policy.rows import StepInput
+from loraplex.server.engine.policy.scheduler import Scheduler
 from loraplex.server.engine.request import FinishReason, GenerationRequest, SamplingParams
 from tests.support.peft_adapters import PeftAdapter, make_peft_adapter
+from tests.support.scheduling import names
 from tests.support.tiny import load_oracle, make_tiny_model
 
 LAST_LAYERS = {"layers_to_transform": [1, 2]}
@@ -89,20 +91,24 @@ PROMPT_TOKENS = sum(len(ask.prompt) for ask in ASKS)
 
 @dataclass
 class Watch:
-    """Around the engine's runner: sees every plan, and can hold the engine in the middle of a step."""
+    """Around the engine's worker: sees every step, and can hold the engine in its middle."""
 
-    runner: Any
+    worker: Any
+    scheduler: Scheduler
     gate: threading.Event = field(default_factory=threading.Event)
     entered: threading.Event = field(default_factory=threading.Event)
-    on_plan: Callable[[StepPlan], None] = lambda plan: None
+    on_step: Callable[[StepInput], None] = lambda step: None
     plans: list[tuple[str, ...]] = field(default_factory=list)
 
-    def execute(self, plan: StepPlan, on_launch: Callable[[], None]) -> Any:
-        self.plans.append(tuple(entry.seq.request.request_id for entry in plan.entries))
-        self.on_plan(plan)
+    def prepare(self, step: StepInput) -> Any:
+        self.plans.append(tuple(names(self.scheduler, step)))
+        self.on_step(step)
         self.entered.set()
         assert self.gate.wait(120)
-        return self.runner.execute(plan, on_launch)
+        return self.worker.prepare(step)
+
+    def run(self, prepared: Any) -> Any:
+        return self.worker.run(prepared)
 
 
 @dataclass
@@ -143,9 +149,9 @@ async def tokens(stream: EventStream) -> list[int]:
 @asynccontextmanager
 async def serving(base: Path, adapters: dict[str, PeftAdapter], config: EngineConfig) -> AsyncIterator[Server]:
     parts = build_engine(config, base, "base")
-    watch = Watch(parts.engine._runner)
+    watch = Watch(parts.engine._worker, parts.engine._scheduler)
     watch.gate.set()
-    parts.engine._runner = watch
+    parts.engine._worker = watch
     parts.engine.start()
     try:
         for name, adapter in adapters.items():
@@ -248,7 +254,7 @@ async def test_prompts_in_small_pieces(
     config = replace(config, token_budget=7)
     async with serving(base, adapters, config) as server:
         sizes: list[int] = []
-        server.watch.on_plan = lambda plan: sizes.append(plan.num_tokens)
+        server.watch.on_step = lambda step: sizes.append(step.num_tokens)
         answers, steps = await server.together(ASKS)
         assert answers == alone
         assert max(sizes) == 7
@@ -291,7 +297,7 @@ async def test_with_few_slots_and_little_host_memory(
     read: list[str] = []
 
     class Counting(AdapterReader):
-        def read(self, reading: Reading) -> ParsedImage:
+        def read(self, reading: Reading) -> LoadedAdapter:
             read.append(reading.source)
             return super().read(reading)
 
@@ -316,19 +322,19 @@ async def test_a_client_that_disconnects_frees_its_pages_within_one_step(
         leaving = server.submit(Ask(tuple(range(4, 104)), 50, (("all", 1.0),), None), "leaves")
         reached = threading.Event()
 
-        def stop_here(plan: StepPlan) -> None:
+        def stop_here(step: StepInput) -> None:
             """In the engine's thread: however busy the machine, it is not past its answer's end."""
             if sum("leaves" in ids for ids in server.watch.plans) == 2:
                 server.watch.gate.clear()
                 reached.set()
 
-        server.watch.on_plan = stop_here
+        server.watch.on_step = stop_here
         assert await asyncio.to_thread(reached.wait, 120)
         held = len(server.watch.plans)
         pool = server.parts.engine._scheduler.kv.pool
         before = pool.used_by("kv")
         used: list[int] = []
-        server.watch.on_plan = lambda plan: used.append(pool.used_by("kv"))
+        server.watch.on_step = lambda step: used.append(pool.used_by("kv"))
         await leaving.aclose()
         server.watch.gate.set()
         assert await tokens(staying) == alone[stays]

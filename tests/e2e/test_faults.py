@@ -249,22 +249,22 @@ def test_the_clock_on_the_wall_jumps(live: LiveServer, monkeypatch: pytest.Monke
 def test_a_step_that_memory_runs_out_in(live: LiveServer) -> None:
     """The youngest of the step is computed again; nobody's answer changes, and the server goes on."""
     alone = text_of(ask(live.url, tokens=60))
-    runner, failures = live.parts.engine._runner, 0
-    execute = runner.execute
+    worker, failures = live.parts.engine._worker, 0
+    prepare = worker.prepare
 
-    def short(plan: Any, on_launch: Any) -> Any:
+    def short(step: Any) -> Any:
         nonlocal failures
-        if failures < 3 and len(plan.entries) > 1:
+        if failures < 3 and len(step.rows) > 1:
             failures += 1
             raise MemoryError("cannot allocate")
-        return execute(plan, on_launch)
+        return prepare(step)
 
-    runner.execute = short  # type: ignore[method-assign]
+    worker.prepare = short  # type: ignore[method-assign]
     try:
         with ThreadPoolExecutor(6) as pool:
             answers = list(pool.map(lambda _: ask(live.url, tokens=60), range(6)))
     finally:
-        runner.execute = execute  # type: ignore[method-assign]
+        worker.prepare = prepare  # type: ignore[method-assign]
     assert failures > 0
     assert {text_of(answer) for answer in answers} == {alone}
     assert httpx.get(f"{live.url}/health", timeout=LIMIT).status_code == 200

@@ -108,19 +108,19 @@ def test_all_that_is_read_is_there_before_the_first_request(live: LiveServer) ->
 
 def test_under_load_it_says_who_runs_and_who_waits(live: LiveServer) -> None:
     """More adapters than slots, more requests than places: every scrape is consistent, and in the end all is quiet."""
-    steps, looked_at = live.parts.engine._runner, threading.Semaphore(0)
-    execute = steps.execute
+    worker, looked_at = live.parts.engine._worker, threading.Semaphore(0)
+    run = worker.run
 
-    def held(plan: object, on_launch: object) -> object:
+    def held(prepared: Any) -> Any:
         looked_at.acquire(timeout=LIMIT)  # a look a step
-        return execute(plan, on_launch)  # type: ignore[arg-type]
+        return run(prepared)
 
     def ask(name: str) -> int:
         body = {"model": name, "prompt": "the", "max_tokens": 12, "ignore_eos": True}
         return httpx.post(f"{live.url}/v1/completions", json=body, timeout=LIMIT).status_code
 
     scrapes: list[Scrape] = []
-    steps.execute = held  # type: ignore[method-assign, assignment]
+    worker.run = held  # type: ignore[method-assign, assignment]
     try:
         with ThreadPoolExecutor(12) as pool:
             answers = [pool.submit(ask, name) for name in NAMES * 3]
@@ -129,7 +129,7 @@ def test_under_load_it_says_who_runs_and_who_waits(live: LiveServer) -> None:
                 looked_at.release()
         assert [answer.result() for answer in answers] == [200] * 12
     finally:
-        steps.execute = execute  # type: ignore[method-assign]
+        worker.run = run  # type: ignore[method-assign]
     for each in scrapes:
         running, waiting = each.adapters()
         assert len(running) <= each.gauge("vllm:num_requests_running") <= PLACES

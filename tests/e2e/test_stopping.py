@@ -24,16 +24,16 @@ from tests.support.waiting import LIMIT, wait_for
 
 SLOWED = """
 import os, time
-from loraplex.server.engine.step.runner import ModelRunner
-execute = ModelRunner.execute
-def late(self, plan, on_launch):
+from loraplex.server.engine.step.worker import LocalWorker
+run = LocalWorker.run
+def late(self, prepared):
     time.sleep(0.02)
     while os.path.exists(os.environ["HOLD"]):
         time.sleep(0.005)
     if os.path.exists(os.environ["CRASH"]):
         raise RuntimeError("a wire is loose")
-    return execute(self, plan, on_launch)
-ModelRunner.execute = late
+    return run(self, prepared)
+LocalWorker.run = late
 from loraplex.server.command.cli import main
 main()
 """

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any
 
 import pytest
 
@@ -17,7 +16,9 @@ from loraplex.adapters.errors import AdapterRefused
 from loraplex.server.engine import engine as engine_module
 from loraplex.server.engine.engine import Engine, EventStream
 from loraplex.server.engine.policy.budget import TokenBudget
-from loraplex.server.engine.policy.scheduler import Scheduler, StepPlan
+from loraplex.server.engine.policy.plan import StepPlan
+from loraplex.server.engine.policy.rows import RowResult, StepInput
+from loraplex.server.engine.policy.scheduler import Scheduler
 from loraplex.server.engine.request import (
     ContextTooLong,
     DeadlineExceeded,
@@ -29,27 +30,30 @@ from loraplex.server.engine.request import (
     TokenEvent,
 )
 from loraplex.server.engine.streams import Mailbox, put_all
-from tests.support.scheduling import Draw, FakePlacement, Requests, draws, make_scheduler, next_token
+from tests.support.scheduling import FakePlacement, Requests, draws, make_scheduler, names, next_token
 from tests.support.waiting import LIMIT
 
 
 @dataclass
-class FakeRunner:
+class FakeWorker:
     """Draws by arithmetic. While `gate` is clear a step waits in the middle; `before` runs at its start."""
 
+    scheduler: Scheduler
     gate: threading.Event = field(default_factory=threading.Event)
     entered: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
-    before: Callable[[StepPlan], None] | None = None
+    before: Callable[[StepInput], None] | None = None
     plans: list[list[str]] = field(default_factory=list)
 
-    def execute(self, plan: StepPlan, on_launch: Callable[[], None]) -> list[Draw]:
-        self.plans.append([entry.seq.request.request_id for entry in plan.entries])
+    def prepare(self, step: StepInput) -> StepInput:
+        self.plans.append(names(self.scheduler, step))
         if self.before is not None:
-            self.before(plan)
-        on_launch()
+            self.before(step)
+        return step
+
+    def run(self, step: StepInput) -> list[RowResult]:
         self.entered.release()
         assert self.gate.wait(LIMIT)
-        return draws(plan)
+        return draws(step)
 
     async def step_begins(self) -> None:
         """Wait until the next step is in the middle."""
@@ -61,7 +65,7 @@ class Rig:
     engine: Engine
     scheduler: Scheduler
     placement: FakePlacement
-    runner: FakeRunner
+    worker: FakeWorker
     requests: Requests
 
     def leases(self) -> int:
@@ -71,12 +75,12 @@ class Rig:
 @pytest.fixture
 def rig() -> Iterator[Rig]:
     scheduler, placement = make_scheduler(60, token_budget=32, max_num_seqs=4, max_model_len=200)
-    runner = FakeRunner()
-    runner.gate.set()
-    engine = Engine(scheduler, runner, placement, max_waiting=5, max_waiting_tokens=200)
+    worker = FakeWorker(scheduler)
+    worker.gate.set()
+    engine = Engine(scheduler, worker, placement, max_waiting=5, max_waiting_tokens=200)
     engine.start()
-    yield Rig(engine, scheduler, placement, runner, Requests())
-    runner.gate.set()
+    yield Rig(engine, scheduler, placement, worker, Requests())
+    worker.gate.set()
     engine.stop()
     if engine.failure is None:
         scheduler.check_integrity()
@@ -121,18 +125,18 @@ async def test_steps_go_on_between_very_many_messages(rig: Rig, monkeypatch: pyt
     """A thousand prompts of one request are taken in over many steps, and no stream waits for all of them."""
     monkeypatch.setattr(engine_module, "COMING_SECONDS", -1.0)
     log: list[str] = []
-    add, execute = rig.scheduler.add, rig.runner.execute
+    add, run = rig.scheduler.add, rig.worker.run
 
     def adding(request: GenerationRequest) -> object:
         log.append("add")
         return add(request)
 
-    def executing(*args: Any) -> Any:
+    def running(step: StepInput) -> list[RowResult]:
         log.append("step")
-        return execute(*args)
+        return run(step)
 
     monkeypatch.setattr(rig.scheduler, "add", adding)
-    monkeypatch.setattr(rig.runner, "execute", executing)
+    monkeypatch.setattr(rig.worker, "run", running)
     streams = [rig.engine.submit(rig.requests.make(3, 20)) for _ in range(4)]
     for stream in streams:
         assert (await collect(stream))[-1].finish is FinishReason.LENGTH
@@ -150,13 +154,13 @@ async def test_what_is_given_up_before_its_turn_costs_nothing(rig: Rig, monkeypa
         return add(request)
 
     monkeypatch.setattr(rig.scheduler, "add", adding)
-    rig.runner.gate.clear()
+    rig.worker.gate.clear()
     first = rig.engine.submit(rig.requests.make(3, 4))
-    await asyncio.to_thread(rig.runner.entered.acquire)  # the engine is in the middle of a step
+    await asyncio.to_thread(rig.worker.entered.acquire)  # the engine is in the middle of a step
     others = [rig.engine.submit(rig.requests.make(3, 4)) for _ in range(4)]
     for stream in others:
         await stream.aclose()
-    rig.runner.gate.set()
+    rig.worker.gate.set()
     assert (await collect(first))[-1].finish is FinishReason.LENGTH
     assert added == [first.request_id]
     assert rig.leases() == 0
@@ -184,22 +188,22 @@ async def test_tokens_come_while_the_next_step_is_computed(rig: Rig) -> None:
     """Neither before it, when it is being planned, nor after it; the last ones, with no step to follow, at once."""
     prepared, launch = threading.Semaphore(0), threading.Semaphore(0)
 
-    def hold(plan: StepPlan) -> None:
+    def hold(step: StepInput) -> None:
         prepared.release()
         assert launch.acquire(timeout=LIMIT)
 
-    rig.runner.before = hold
+    rig.worker.before = hold
     stream = rig.engine.submit(rig.requests.make(3, 2))
     launch.release()
     assert await asyncio.to_thread(prepared.acquire, timeout=LIMIT)  # the first step
-    await rig.runner.step_begins()
+    await rig.worker.step_begins()
     assert await asyncio.to_thread(prepared.acquire, timeout=LIMIT)  # the second is planned
     await asyncio.sleep(0.05)
     assert stream._mailbox.take() is None
-    rig.runner.gate.clear()
+    rig.worker.gate.clear()
     launch.release()
     assert (await anext(stream)).finish is None  # it is in its middle
-    rig.runner.gate.set()
+    rig.worker.gate.set()
     assert (await anext(stream)).finish is not None
 
 
@@ -242,9 +246,9 @@ class TestLeaving:
     @pytest.mark.parametrize("how", ["aclose", "cancel", "drop", "abort"])
     async def test_pages_are_free_within_one_step(self, rig: Rig, how: str) -> None:
         rig.requests.adapter("a")
-        rig.runner.gate.clear()
+        rig.worker.gate.clear()
         leaving: EventStream | None = rig.engine.submit(rig.requests.make(30, 50, "a"))
-        await rig.runner.step_begins()  # 30 of its tokens are in this step
+        await rig.worker.step_begins()  # 30 of its tokens are in this step
         assert rig.scheduler.kv.pool.used_by("kv") == 8
         staying = rig.engine.submit(rig.requests.make(3, 9))
         assert leaving is not None
@@ -263,12 +267,12 @@ class TestLeaving:
             leaving = None
             gc.collect()
         used: list[int] = []
-        rig.runner.before = lambda plan: used.append(rig.scheduler.kv.pool.used_by("kv"))
-        rig.runner.gate.set()
+        rig.worker.before = lambda plan: used.append(rig.scheduler.kv.pool.used_by("kv"))
+        rig.worker.gate.set()
         events = await collect(staying)
         assert len(events) == 9
-        assert rig.runner.plans[0] == [leaving_id]
-        assert all(leaving_id not in plan for plan in rig.runner.plans[1:])
+        assert rig.worker.plans[0] == [leaving_id]
+        assert all(leaving_id not in plan for plan in rig.worker.plans[1:])
         assert used[0] == 1, "the very next step has the page of the other request only"
         assert not rig.placement.pins
         assert rig.leases() == 0
@@ -297,11 +301,11 @@ class TestLeaving:
 
     def test_a_loop_that_is_gone_harms_nobody(self, rig: Rig) -> None:
         async def leave() -> EventStream:
-            rig.runner.gate.clear()
+            rig.worker.gate.clear()
             return rig.engine.submit(rig.requests.make(2, 50))
 
         stream = asyncio.run(leave())  # its loop is closed before the first event
-        rig.runner.gate.set()
+        rig.worker.gate.set()
         assert len(asyncio.run(self._ask(rig))) == 3
         while rig.scheduler.num_open:  # the engine notices by itself
             threading.Event().wait(0.001)
@@ -393,25 +397,25 @@ class TestRefusing:
 
     async def test_a_full_queue(self, rig: Rig) -> None:
         rig.requests.adapter("a")
-        rig.runner.gate.clear()
+        rig.worker.gate.clear()
         streams = [rig.engine.submit(rig.requests.make(2, 5))]
-        await rig.runner.step_begins()
+        await rig.worker.step_begins()
         streams += [rig.engine.submit(rig.requests.make(2, 5)) for _ in range(5)]
         with pytest.raises(Overloaded, match="5 requests are waiting") as caught:
             rig.engine.submit(rig.requests.make(2, 5, "a"))
         assert 1 <= caught.value.retry_after <= 60
         assert rig.leases() == 0
-        rig.runner.gate.set()
+        rig.worker.gate.set()
         assert [len(events) for events in await asyncio.gather(*map(collect, streams))] == [5] * 6
         assert len(await collect(rig.engine.submit(rig.requests.make(2, 5)))) == 5, "there is room again"
 
     async def test_an_id_in_use(self, rig: Rig) -> None:
-        rig.runner.gate.clear()
+        rig.worker.gate.clear()
         request = rig.requests.make(2, 2)
         stream = rig.engine.submit(request)
         with pytest.raises(ValueError, match="is open already"):
             rig.engine.submit(request)
-        rig.runner.gate.set()
+        rig.worker.gate.set()
         assert len(await collect(stream)) == 2
         assert len(await collect(rig.engine.submit(request))) == 2, "free again after its end"
 
@@ -422,31 +426,31 @@ class TestRefusing:
 
 class TestTheDoor:
     async def test_too_many_tokens(self, rig: Rig) -> None:
-        rig.runner.gate.clear()
+        rig.worker.gate.clear()
         streams = [rig.engine.submit(rig.requests.make(2, 5))]
-        await rig.runner.step_begins()
+        await rig.worker.step_begins()
         streams += [rig.engine.submit(rig.requests.make(100, 5)), rig.engine.submit(rig.requests.make(90, 5))]
         with pytest.raises(Overloaded, match="190 prompt tokens are waiting already; the limit is 200"):
             rig.engine.submit(rig.requests.make(11, 5))
         assert rig.engine.stats().refused == 1
-        rig.runner.gate.set()
+        rig.worker.gate.set()
         assert [len(events) for events in await asyncio.gather(*map(collect, streams))] == [5, 5, 5]
 
     async def test_one_client_leaves_room_for_another(self) -> None:
         scheduler, placement = make_scheduler(60, max_num_seqs=1)
-        runner = FakeRunner()
-        engine = Engine(scheduler, runner, placement, max_waiting=18)
+        worker = FakeWorker(scheduler)
+        engine = Engine(scheduler, worker, placement, max_waiting=18)
         engine.start()
         requests = Requests()
         greedy = [engine.submit(replace(requests.make(2, 2), tenant="greedy"))]
-        await runner.step_begins()
+        await worker.step_begins()
         greedy += [engine.submit(replace(requests.make(2, 2), tenant="greedy")) for _ in range(16)]
         with pytest.raises(Overloaded, match="16 requests are waiting already, 16 of them of this client"):
             engine.submit(replace(requests.make(2, 2), tenant="greedy"))
         modest = [engine.submit(replace(requests.make(2, 2), tenant="modest")) for _ in range(2)]
         with pytest.raises(Overloaded, match="18 requests are waiting already; the limit is 18"):
             engine.submit(replace(requests.make(2, 2), tenant="late"))
-        runner.gate.set()
+        worker.gate.set()
         assert [len(events) for events in await asyncio.gather(*map(collect, greedy + modest))] == [2] * 19
         engine.stop()
 
@@ -457,7 +461,7 @@ class TestDeadlines:
         now = time.monotonic()
         request = replace(rig.requests.make(2, 150, "a"), arrival=now, deadline=now + 0.2)
         seen = threading.Event()
-        rig.runner.before = lambda plan: seen.wait(0.01) and None  # 150 steps of 10 ms
+        rig.worker.before = lambda plan: seen.wait(0.01) and None  # 150 steps of 10 ms
         events = await collect(rig.engine.submit(request))
         assert events[-1].finish is FinishReason.ERROR
         assert isinstance(events[-1].error, DeadlineExceeded)
@@ -490,12 +494,12 @@ class TestMemory:
     async def test_too_many_at_once(self, rig: Rig, error: Exception) -> None:
         sizes = []
 
-        def allocate(plan: StepPlan) -> None:
-            sizes.append(len(plan.entries))
-            if len(plan.entries) > 2:
+        def allocate(step: StepInput) -> None:
+            sizes.append(len(step.rows))
+            if len(step.rows) > 2:
                 raise error
 
-        rig.runner.before = allocate
+        rig.worker.before = allocate
         requests = [rig.requests.make(2, 9) for _ in range(4)]
         streams = [rig.engine.submit(request) for request in requests]
         for request, events in zip(requests, await asyncio.gather(*map(collect, streams)), strict=True):
@@ -505,11 +509,11 @@ class TestMemory:
         assert max(sizes) > 2
 
     async def test_one_alone_is_too_much(self, rig: Rig) -> None:
-        def allocate(plan: StepPlan) -> None:
-            if any(entry.num_tokens == 30 for entry in plan.entries):
+        def allocate(step: StepInput) -> None:
+            if any(len(row.tokens) == 30 for row in step.rows):
                 raise MemoryError
 
-        rig.runner.before = allocate
+        rig.worker.before = allocate
         small, large = rig.engine.submit(rig.requests.make(2, 9)), rig.engine.submit(rig.requests.make(30, 9))
         assert len(await collect(small)) == 9
         (event,) = await collect(large)
@@ -517,10 +521,10 @@ class TestMemory:
         assert rig.engine.alive
 
     async def test_anything_else_is_a_crash(self, rig: Rig) -> None:
-        def fail(plan: StepPlan) -> None:
+        def fail(step: StepInput) -> None:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-        rig.runner.before = fail
+        rig.worker.before = fail
         (event,) = await collect(rig.engine.submit(rig.requests.make(2, 9)))
         assert isinstance(event.error, EngineDead)
 
@@ -571,10 +575,10 @@ class TestAdapters:
 
     async def test_leases_go_before_the_client_knows(self, rig: Rig) -> None:
         rig.requests.adapter("a")
-        rig.runner.gate.clear()
+        rig.worker.gate.clear()
         stream = rig.engine.submit(rig.requests.make(2, 1, "a"))
         assert rig.leases() == 1
-        rig.runner.gate.set()
+        rig.worker.gate.set()
         assert (await stream.__anext__()).finish is FinishReason.LENGTH
         assert rig.leases() == 0
 
@@ -593,13 +597,13 @@ class TestEnds:
     async def test_stop_ends_everybody(self, rig: Rig) -> None:
         rig.requests.adapter("a")
         rig.placement.away.add("digest-b")
-        rig.runner.gate.clear()
+        rig.worker.gate.clear()
         streams = [
             rig.engine.submit(rig.requests.make(2, 50, "a")),
             rig.engine.submit(rig.requests.make(2, 50, rig.requests.adapter("b"))),
         ]
-        await rig.runner.step_begins()
-        rig.runner.gate.set()
+        await rig.worker.step_begins()
+        rig.worker.gate.set()
         rig.engine.stop()
         for stream in streams:
             assert (await collect(stream))[-1].finish is FinishReason.ABORT
@@ -612,17 +616,17 @@ class TestEnds:
         rig.engine.stop()
 
     async def test_a_crash_reaches_everybody(self, rig: Rig) -> None:
-        def crash(plan: StepPlan) -> None:
-            if len(plan.entries) == 2:
+        def crash(step: StepInput) -> None:
+            if len(step.rows) == 2:
                 raise FloatingPointError("the model has burnt down")
 
         rig.requests.adapter("a")
-        rig.runner.before = crash
-        rig.runner.gate.clear()
+        rig.worker.before = crash
+        rig.worker.gate.clear()
         streams = [rig.engine.submit(rig.requests.make(2, 50, "a"))]
-        await rig.runner.step_begins()
+        await rig.worker.step_begins()
         streams.append(rig.engine.submit(rig.requests.make(2, 50)))
-        rig.runner.gate.set()
+        rig.worker.gate.set()
         for stream in streams:
             last = (await collect(stream))[-1]
             assert last.finish is FinishReason.ERROR
@@ -637,7 +641,7 @@ class TestEnds:
 
     async def test_not_started(self) -> None:
         scheduler, placement = make_scheduler()
-        engine = Engine(scheduler, FakeRunner(), placement, max_waiting=5)
+        engine = Engine(scheduler, FakeWorker(scheduler), placement, max_waiting=5)
         with pytest.raises(EngineDead):
             engine.submit(Requests().make(2, 2))
         engine.stop()
@@ -647,13 +651,13 @@ async def test_stats(rig: Rig) -> None:
     rig.placement.away.add("digest-slow")
     rig.requests.adapter("quick", pages=3)
     rig.requests.adapter("slow")
-    rig.runner.gate.clear()
+    rig.worker.gate.clear()
     streams = [
         rig.engine.submit(rig.requests.make(8, 5, "quick")),
         rig.engine.submit(rig.requests.make(8, 5, "slow")),
     ]
-    await rig.runner.step_begins()
-    rig.runner.gate.set()
+    await rig.worker.step_begins()
+    rig.worker.gate.set()
     for _ in range(5):
         await streams[0].__anext__()
     rig.placement.away.clear()
@@ -666,7 +670,7 @@ async def test_stats(rig: Rig) -> None:
     assert stats.adapter_usage == 4 / 60
     assert stats.resident_adapters == ("digest-quick", "digest-slow")
     assert stats.adapter_loads == 2
-    assert stats.steps == len(rig.runner.plans) == 10
+    assert stats.steps == len(rig.worker.plans) == 10
     assert stats.pages == {"kv": 0, "prefix": 0, "adapter": 4, "free": 56}
     assert (stats.clients, stats.queued_tokens, stats.fairness_spread, stats.refused, stats.expired) == (0, 0, 0, 0, 0)
     assert stats.tiers["device"].loads == 2
@@ -678,12 +682,12 @@ async def test_stats_in_the_middle(rig: Rig) -> None:
     rig.placement.away.add("digest-slow")
     rig.requests.adapter("quick")
     rig.requests.adapter("slow")
-    rig.runner.gate.clear()
+    rig.worker.gate.clear()
     streams = [
         rig.engine.submit(replace(rig.requests.make(8, 5, name), request_id=f"{name}{n}"))
         for n, name in enumerate(("slow", "quick", "quick"))
     ]
-    await rig.runner.step_begins()
+    await rig.worker.step_begins()
     await asyncio.sleep(0)
     stats = rig.engine.stats()
     assert stats.running + stats.waiting <= 3  # what is still in the inbox is in neither

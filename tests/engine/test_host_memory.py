@@ -17,10 +17,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.image.tiles import AdapterImage, LowRank, pack
+from loraplex.adapters.info import AdapterInfo
 from loraplex.adapters.registry import AdapterLease, AdapterVersion, Registry
 from loraplex.adapters.tiers.eviction import Reclaimer
 from loraplex.adapters.tiers.host_store import HostStore, host_bytes
-from loraplex.adapters.tiers.loader import LoadedAdapter, Loader, ParsedImage, Priority, Reading
+from loraplex.adapters.tiers.loader import LoadedAdapter, Loader, Priority, Reading
 from loraplex.adapters.tiers.pages import PagePool
 from loraplex.adapters.tiers.residency import Residency
 from loraplex.adapters.tiers.settle import changed, renew, settle
@@ -75,12 +76,12 @@ class Source(Loader):
         self.asked: list[tuple[AdapterVersion, Future[LoadedAdapter]]] = []
         self._count_images, self._images, self._versions = count, store, registry
 
-    def parse(self, reading: Reading) -> ParsedImage:
+    def parse(self, reading: Reading) -> LoadedAdapter:
         source = reading.source
         rank, value = int(source[0]), self.values[source]
         image = pack([LowRank(0, Q, torch.full((rank, 32), value), torch.ones(32, rank), 1.0)], LAYOUT)
         self._count_images.made(image)
-        return ParsedImage(f"{source}-{value}", rank, ("q_proj",), rank, image.nbytes, image)
+        return LoadedAdapter(AdapterInfo(rank, ("q_proj",), rank, image.nbytes, f"{source}-{value}"), image)
 
     def ensure(self, version: AdapterVersion, priority: Priority = Priority.URGENT) -> Future[LoadedAdapter]:
         future: Future[LoadedAdapter] = Future()
@@ -94,8 +95,7 @@ class Source(Loader):
         parsed = self.parse(Reading(version.source, False, lambda: None))
         if settle(self._versions, version, parsed):
             self._images.put(parsed.digest, parsed.image)
-            rank = parsed.rank
-            future.set_result(LoadedAdapter(version.source, parsed.digest, rank, (), rank, parsed.nbytes, parsed.image))
+            future.set_result(parsed)
         else:
             renew(self._versions, version, parsed)
             future.set_exception(changed(version, parsed))
@@ -137,7 +137,7 @@ class World:
         self.lost = 0
         for name in NAMES:
             rank = int(name[0])
-            self.registry.register(name, source=name, rank=rank, targets=("q_proj",), num_pages=rank, nbytes=256 * rank)
+            self.registry.register(name, name, AdapterInfo(rank, ("q_proj",), rank, 256 * rank))
 
     def close(self) -> None:
         self.source.shutdown()
@@ -153,8 +153,8 @@ class World:
         version, digest = self.registry.get(name), f"{name}-{self.source.values[name]}"
         assert version is not None
         if version.digest not in (None, digest):
-            rank = version.rank
-            renew(self.registry, version, ParsedImage(digest, rank, ("q_proj",), rank, 256 * rank, None))
+            rank = version.info.rank
+            renew(self.registry, version, LoadedAdapter(AdapterInfo(rank, ("q_proj",), rank, 256 * rank, digest), None))
 
     def step(self, busy: bool = False) -> None:
         self.placement.start_step(busy)
@@ -225,7 +225,7 @@ class World:
         assert slot is not None
         first, last = self.residency.table.ranges[slot, 0, Site.QKV].tolist()
         found = set()
-        for a_off, _, n, _, _ in self.residency.table.tiles[first:last].tolist():
+        for a_off, _, n, *_ in self.residency.table.tiles[first:last].tolist():
             found.update(self.arena.view(-1)[a_off * 64 :][: n * 128].view(torch.float32).tolist())
         (value,) = found
         return float(value)

@@ -22,7 +22,7 @@ class World:
     def step(self) -> list[TokenEvent]:
         plan = self.scheduler.schedule()
         self.clock.now += 1.0
-        return self.scheduler.commit(plan, draws(plan)) if plan.entries else list(plan.failed)
+        return self.scheduler.commit(plan, draws(plan.step)) if plan.seqs else list(plan.failed)
 
     def run_to_first_token(self, request_id: str) -> Phases:
         for _ in range(100):

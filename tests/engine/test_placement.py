@@ -11,10 +11,11 @@ import torch
 
 from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.image.tiles import BaseLayout, LowRank, pack
+from loraplex.adapters.info import AdapterInfo
 from loraplex.adapters.registry import AdapterVersion, Registry
 from loraplex.adapters.tiers.eviction import Reclaimer
 from loraplex.adapters.tiers.host_store import HostStore
-from loraplex.adapters.tiers.loader import Loader, ParsedImage, Reading
+from loraplex.adapters.tiers.loader import LoadedAdapter, Loader, Reading
 from loraplex.adapters.tiers.pages import PagePool
 from loraplex.adapters.tiers.residency import Residency
 from loraplex.kernels.records import Projection, Site
@@ -23,7 +24,7 @@ from tests.support.waiting import LIMIT
 
 Q = Projection("self_attn.q_proj", Site.QKV, 32, 0, 32, False)
 LAYOUT = BaseLayout("tiny", 1, (Q,), 256, torch.float32)
-IMAGE = 256 + 28
+IMAGE = 256 + 32
 """Bytes of host memory that a rank takes: a page, and a row of the tile table."""
 
 
@@ -55,7 +56,7 @@ class Rig:
         self.placement = AdapterPlacement(self.residency, self.store, self.loader, self.registry)
         self.placement.on_ready = self.come.release
 
-    def parse(self, reading: Reading) -> ParsedImage:
+    def parse(self, reading: Reading) -> LoadedAdapter:
         source = reading.source
         self.read.append(source)
         while not self.gate.wait(0.001):
@@ -65,14 +66,12 @@ class Rig:
         rank, value = int(source.split("-")[0]), self.values.get(source, 1.0)
         image = pack([LowRank(0, Q, torch.full((rank, 32), value), torch.ones(32, rank), 1.0)], LAYOUT)
         digest = f"digest-{source}-{value}"
-        return ParsedImage(digest, rank, ("q_proj",), image.pages.shape[0], image.nbytes, image)
+        return LoadedAdapter(AdapterInfo(rank, ("q_proj",), image.pages.shape[0], image.nbytes, digest), image)
 
     def version(self, source: str, name: str = "") -> AdapterVersion:
         """As registration leaves it: its bytes are not read yet."""
         rank = int(source.split("-")[0])
-        return self.registry.register(
-            name or source, source=source, rank=rank, targets=("q_proj",), num_pages=rank, nbytes=256 * rank
-        )
+        return self.registry.register(name or source, source, AdapterInfo(rank, ("q_proj",), rank, 256 * rank))
 
     def wait(self, times: int = 1) -> None:
         for _ in range(times):
@@ -89,7 +88,7 @@ class Rig:
         """To the device, wanted and ready. Returns its digest."""
         pages = self.bring_to_host(version)
         if pages != [0]:
-            assert pages == [version.rank]
+            assert pages == [version.info.rank]
             assert self.placement.load(version)
         self.placement.start_step(busy=False)
         assert self.placement.is_ready(version)
@@ -103,7 +102,7 @@ class Rig:
         assert slot is not None
         first, last = table.ranges[slot, 0, Site.QKV].tolist()
         found = set()
-        for a_off, _, n, _, _ in table.tiles[first:last].tolist():
+        for a_off, _, n, *_ in table.tiles[first:last].tolist():
             found.update(self.arena.view(-1)[a_off * 64 :][: n * 128].view(torch.float32).tolist())
         assert len(found) == 1
         return found.pop()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections import Counter
 from collections.abc import AsyncIterator
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ import uvicorn
 from starlette.types import Receive, Scope, Send
 from uvicorn.server import ServerState
 
+from loraplex.server.api.gate import Gate
 from loraplex.server.http.bounds import (
     BODY_RATE,
     BODY_SECONDS,
@@ -27,8 +30,10 @@ from loraplex.server.http.bounds import (
     SMALL_HEAD,
     Bounds,
 )
-from loraplex.server.http.connections import STARTS, Connections
+from loraplex.server.http.connections import REFUSALS, STARTS, Connections
 from loraplex.server.http.protocol import BoundedProtocol
+from loraplex.server.tenancy.access import Access
+from loraplex.server.tenancy.tenants import owners_keyring
 from tests.support.waiting import turns
 
 BOUNDS = Bounds(head_bytes=65_536, header_count=256, body_bytes=1000)
@@ -78,13 +83,14 @@ class Transport(asyncio.Transport):
 class Served:
     """Connections to an application that notes what it is asked and answers with the length of the body."""
 
-    def __init__(self, most: int = 100) -> None:
+    def __init__(self, most: int = 100, refusals: Gate | None = None) -> None:
         self.scopes: list[Scope] = []
         self.bodies: list[bytes | None] = []  # None: the client left
         self.gate = asyncio.Event()
         self.gate.set()
         self.reads = True
-        self.others = Connections(most)
+        self.refusals = refusals or Gate()
+        self.others = Connections(most, self.refusals)
         self.state = ServerState()
         self._config = uvicorn.Config(
             self._app, interface="asgi3", http="httptools", ws="none", log_config=None, access_log=False
@@ -414,7 +420,7 @@ async def test_who_waits_for_the_server_has_no_deadline(served: Served) -> None:
 
 
 async def test_the_longest_idle_makes_room(served: Served) -> None:
-    served.others = Connections(3)
+    served.others = Connections(3, served.refusals)
     served.gate.clear()
     working, older, newer = (served.connect() for _ in range(3))
     working[0].data_received(GET)
@@ -428,10 +434,11 @@ async def test_the_longest_idle_makes_room(served: Served) -> None:
     fifth = served.connect()
     assert statuses(fifth[1]) == [503]
     assert fifth[1].closed
+    assert (served.refusals.connections, served.refusals.refused_connections) == (4, 1)
     served.gate.set()
     await turns()
     assert all(statuses(transport) == [200] for _, transport in (working, newer, fourth))
-    assert len(served.state.connections) == 3
+    assert len(served.state.connections) == served.refusals.connections == 3
     sixth = served.connect()
     await turns()
     assert not sixth[1].written
@@ -465,7 +472,7 @@ async def test_many_at_once_leave_turns_to_others(served: Served) -> None:
         await send({"type": "http.response.start", "status": 204, "headers": []})
         await send({"type": "http.response.body", "body": b""})
 
-    served.others = Connections(200)
+    served.others = Connections(200, served.refusals)
     served._config = uvicorn.Config(app, interface="asgi3", http="httptools", ws="none", log_config=None)
     counting = asyncio.create_task(count())
     left, _ = served.connect()
@@ -500,3 +507,116 @@ async def test_an_answer_has_to_be_read(served: Served) -> None:
         served.at(READ_SECONDS * minute)
     await turns()
     assert (slow[1].aborted, dripping[1].aborted, quick[1].aborted) == (False, True, False)
+
+
+# ---- without a key --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+async def closed() -> Served:
+    """It has keys, of which none is brought."""
+    return Served(refusals=Gate(Access(owners_keyring(["right"]))))
+
+
+async def test_who_has_no_key_reaches_no_application(closed: Served) -> None:
+    protocol, transport = closed.connect()
+    for _ in range(3):
+        protocol.data_received(GET.replace(b"GET /", b"GET /v1/models"))
+        await turns()
+    protocol.data_received(b"GET /v1/models HTTP/1.1\r\nx-api-key: right\r\n\r\n")
+    await turns()
+    assert statuses(transport) == [401, 401, 401, 200]
+    assert [scope["path"] for scope in closed.scopes] == ["/v1/models"]
+    assert not transport.closed
+    assert protocol in closed.others._idle
+    assert closed.state.total_requests == 4
+
+
+@pytest.mark.parametrize("piece", [1 << 18, 7])
+async def test_a_body_behind_a_refusal_is_dropped(closed: Served, piece: int) -> None:
+    """As one behind any other answer: the connection goes on, and what the body holds is no request."""
+    body = b"x" * 800
+    sent = b"POST /v1/x HTTP/1.1\r\nContent-Length: 800\r\n\r\n" + body + GET.replace(b"GET /", b"GET /v1/models")
+    protocol, transport = closed.connect()
+    for start in range(0, len(sent), piece):
+        protocol.data_received(sent[start : start + piece])
+        await turns()
+    assert statuses(transport) == [401, 401]
+    assert closed.scopes == []
+    assert protocol in closed.others._idle
+
+
+@pytest.mark.parametrize(
+    "request_head",
+    [
+        b"GET /v1/x HTTP/1.0\r\n\r\n",
+        b"GET /v1/x HTTP/1.1\r\nConnection: close\r\n\r\n",
+        b"POST /v1/x HTTP/1.1\r\nContent-Length: 1001\r\n\r\n",
+    ],
+)
+async def test_a_refusal_ends_a_connection_that_is_not_kept(closed: Served, request_head: bytes) -> None:
+    protocol, transport = closed.connect()
+    protocol.data_received(request_head)
+    await turns()
+    assert statuses(transport) == [401]
+    assert transport.written.count(b"connection: close\r\n") == 1
+    assert transport.closed or transport.ended
+
+
+async def test_refusals_wait_for_a_reader(closed: Served) -> None:
+    """Of who reads nothing, no more is kept than the answers to what came before the buffer was full."""
+    protocol, transport = closed.connect()
+    protocol.pause_writing()
+    for _ in range(FREE_PIPELINED):
+        protocol.data_received(GET.replace(b"GET /", b"GET /v1/models"))
+        await turns()
+    assert transport.written == b""
+    assert transport.paused
+    protocol.connection_lost(None)
+    await turns()
+
+
+async def test_refusals_leave_turns_and_come_behind_nobody(closed: Served) -> None:
+    clients = [closed.connect() for _ in range(3 * REFUSALS)]
+    for protocol, _ in clients:
+        protocol.data_received(GET.replace(b"GET /", b"GET /v1/models"))
+    protocol, transport = closed.connect()
+    protocol.data_received(b"GET /v1/models HTTP/1.1\r\nx-api-key: right\r\n\r\n")
+    left = clients[-1][0]
+    left.connection_lost(None)
+    answered = []
+    for _ in range(4):
+        await asyncio.sleep(0)
+        answered.append(sum(bool(other.written) for _, other in clients))
+    assert answered[0] == REFUSALS
+    assert all(now - before <= REFUSALS for before, now in pairwise(answered))
+    assert statuses(transport) == [200]
+    await turns()
+    assert sum(bool(other.written) for _, other in clients) == len(clients) - 1
+
+
+async def test_what_is_refused_early_has_a_line_and_is_counted(
+    served: Served, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "loraplex.access")
+    for sent in (
+        b"GET /secret/" + b"x" * MAX_TARGET,
+        b"NO\r\n\r\n",
+        POST.replace(b" /", b" /v1/x?key=secret") + b"Transfer-Encoding: chunked\r\n\r\n" + b"1\r\nx\r\n" * 5000,
+    ):
+        protocol, _ = served.connect()
+        protocol.data_received(sent)
+        await turns()
+    told = [record.__dict__["fields"] for record in caplog.records]
+    assert [(line["method"], line["path"], line["status"]) for line in told] == [
+        ("-", "-", 414),
+        ("-", "-", 400),
+        ("POST", "/v1/x", 413),
+    ]
+    assert "secret" not in caplog.text
+    assert {labels["status"]: value for labels, value in early(served) if value} == {"400": 1, "413": 1, "414": 1}
+
+
+def early(served: Served) -> list[tuple[dict[str, str], float]]:
+    [family] = [each for each in served.refusals.collect() if each.name == "loraplex:requests_refused_early"]
+    return [(sample.labels, sample.value) for sample in family.samples]

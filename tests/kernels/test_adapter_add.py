@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from loraplex.kernels.ops import Backend
-from loraplex.kernels.records import ALIGN, NUM_SITES, AdapterSegments, Site, TileTable
+from loraplex.kernels.records import ALIGN, NUM_SITES, AdapterSegments, Site, TileKind, TileTable
 from tests.support.rounding import assert_near, exact, rounded
 
 LAYERS = 3
@@ -34,7 +34,14 @@ class _Bias:
     out_start: int
 
 
-_Adapter = list[_LowRank | _Bias]  # what one slot does at one (layer, site)
+@dataclass
+class _Scale:
+    values: Tensor  # [out_len] fp32
+    out_start: int
+
+
+_Part = _LowRank | _Bias | _Scale
+_Adapter = list[_Part]  # what one slot does at one (layer, site)
 
 
 class _Arena:
@@ -47,9 +54,9 @@ class _Arena:
         self._next = [page * PAGE_BYTES for page in self._rng.permutation(num_pages).tolist()]
         self._room = [PAGE_BYTES] * num_pages
 
-    def put(self, strip: Tensor) -> int:
-        """Returns the strip's offset in 64-byte units."""
-        flat = strip.to(self.dtype).contiguous().view(-1).view(torch.uint8)
+    def put(self, strip: Tensor, dtype: torch.dtype | None = None) -> int:
+        """Returns the strip's offset in 64-byte units. dtype: what it is stored in, the compute dtype by default."""
+        flat = strip.to(dtype or self.dtype).contiguous().view(-1).view(torch.uint8)
         size = -(-flat.numel() // ALIGN) * ALIGN
         candidates = [i for i, room in enumerate(self._room) if room >= size]
         i = candidates[int(self._rng.integers(len(candidates)))]
@@ -60,10 +67,16 @@ class _Arena:
         return offset // ALIGN
 
 
-def _rows_of(part: _LowRank | _Bias, arena: _Arena, rng: np.random.Generator) -> list[tuple[int, ...]]:
+def _rows_of(part: _Part, arena: _Arena, rng: np.random.Generator) -> list[tuple[int, ...]]:
     """Rows of TileTable.tiles for one part, cut at random: ranks at most 16 at once, and sometimes B by columns."""
     if isinstance(part, _Bias):
-        return [(-1, arena.put(part.delta), 1, part.out_start, len(part.delta))]
+        return [(-1, arena.put(part.delta), 1, part.out_start, len(part.delta), TileKind.BIAS)]
+    if isinstance(part, _Scale):
+        cuts = sorted({0, len(part.values), *rng.integers(0, len(part.values) + 1, size=1).tolist()})
+        return [
+            (-1, arena.put(part.values[a:b], torch.float32), 1, part.out_start + a, b - a, TileKind.SCALE)
+            for a, b in pairwise(cuts)
+        ]
     rows = []
     rank, out = part.b.shape
     first = 0
@@ -73,7 +86,7 @@ def _rows_of(part: _LowRank | _Bias, arena: _Arena, rng: np.random.Generator) ->
         cuts = sorted({0, out, *rng.integers(0, out + 1, size=int(rng.integers(0, 3))).tolist()})
         for begin, end in pairwise(cuts):
             b_off = arena.put(part.b[first : first + n, begin:end])
-            rows.append((a_off, b_off, n, part.out_start + begin, end - begin))
+            rows.append((a_off, b_off, n, part.out_start + begin, end - begin, TileKind.LOW_RANK))
         first += n
     return rows
 
@@ -92,7 +105,8 @@ def _world(backend: Backend, dtype: torch.dtype, adapters: dict[int, _Adapter], 
     rng = np.random.default_rng(seed)
     arena = _Arena(dtype, 40, seed)
     ranges = np.zeros((num_slots, LAYERS, NUM_SITES, 2), dtype=np.int32)
-    rows: list[tuple[int, ...]] = [(2**31 - 1, 2**31 - 1, 1, 0, 1)] * 3  # nobody's rows: reading one would crash
+    nobodys = (2**31 - 1, 2**31 - 1, 1, 0, 1, TileKind.LOW_RANK)  # reading one would crash
+    rows: list[tuple[int, ...]] = [nobodys] * 3
     for slot in rng.permutation(sorted(adapters)).tolist():
         begin = len(rows)
         for part in adapters[slot]:
@@ -154,6 +168,10 @@ def _check(
                     columns = slice(part.out_start, part.out_start + len(part.delta))
                     added = np.broadcast_to(w32 * exact(part.delta.to(dtype)), (n, len(part.delta)))
                     terms[rows, columns] += np.abs(added)
+                elif isinstance(part, _Scale):
+                    columns = slice(part.out_start, part.out_start + len(part.values))
+                    added = w32 * (exact(part.values) - 1) * exact(y[rows, columns])
+                    terms[rows, columns] += np.abs(added) + np.abs(exact(y[rows, columns]))
                 else:
                     columns = slice(part.out_start, part.out_start + part.b.shape[1])
                     a, b = exact(part.a.to(dtype)), exact(part.b.to(dtype))
@@ -284,6 +302,82 @@ def test_biases(backend: Backend, dtype: torch.dtype) -> None:
     }
     world = _world(backend, dtype, adapters, 3, seed=5)
     _check(backend, dtype, world, [(2, _one(0)), (3, _one(1)), (1, _one(2))], (64, 48), num_decode=1)
+
+
+def _scale(rng: np.random.Generator, n: int, start: int) -> _Scale:
+    """Values as trained ones are, near 1, but for a zero and one that is far off."""
+    values = torch.from_numpy(1 + 0.3 * rng.standard_normal(n)).float()
+    values[0], values[-1] = 0.0, -4.0
+    return _Scale(values, start)
+
+
+@pytest.mark.parametrize("width", [7, 48, 128, 200])
+@pytest.mark.parametrize("num_decode", [0, 3])
+def test_scales(backend: Backend, dtype: torch.dtype, width: int, num_decode: int) -> None:
+    """Alone, beside low ranks and a bias, and on a part of the columns; next to rows of low ranks and base rows."""
+    rng = np.random.default_rng(width)
+    part = width // 2
+    adapters: dict[int, _Adapter] = {
+        0: [_scale(rng, width, 0)],
+        1: [_scale(rng, part, width - part)],
+        2: [_low_rank(rng, 20, 64, width), _scale(rng, width, 0), _Bias(torch.from_numpy(rng.standard_normal(5)), 1)],
+        3: [_low_rank(rng, 8, 64, width)],
+    }
+    world = _world(backend, dtype, adapters, 4, seed=width)
+    decode = [(2, _one(0)), (1, _one(3)), (1, _one(1))][:num_decode]
+    chunks = [(40, _one(1)), (3, _one(0)), (1, _one(2)), (5, _one(3)), (9, _one(2))]
+    _check(backend, dtype, world, decode + chunks, (64, width), num_decode=len(decode))
+
+
+def test_scales_in_mixes_are_one_plus_weighted_differences(backend: Backend, dtype: torch.dtype) -> None:
+    rng = np.random.default_rng(15)
+    adapters: dict[int, _Adapter] = {
+        0: [_scale(rng, 96, 0)],
+        1: [_scale(rng, 40, 30), _low_rank(rng, 3, 64, 96)],
+        2: [_low_rank(rng, 16, 64, 96)],
+    }
+    world = _world(backend, dtype, adapters, 3, seed=15)
+    segments = [
+        (2, ((0, 0.5), (2, 1.0))),
+        (1, ((0, 0.25), (1, -1.5), (2, 0.3))),
+        (4, ((1, 2.0), (0, 1.0))),
+        (6, ((2, 1.0), (0, -0.5), (0, 1.5))),
+    ]
+    _check(backend, dtype, world, segments, (64, 96), num_decode=2)
+
+
+def test_scale_is_not_rounded_to_the_compute_dtype(backend: Backend, dtype: torch.dtype) -> None:
+    """In bf16 1.0035 would be 1, and 1.0035 times the number below 2 would be that number, not 2."""
+    values = torch.full((64,), 1.0035)
+    values[:32] = 0.5
+    world = _world(backend, dtype, {0: [_Scale(values, 0)]}, 1, seed=16)
+    start = 2.0 - 2.0**-7
+    y = torch.full((2, 64), start).to(backend.device, dtype)
+    x = torch.ones(2, 4, device=backend.device, dtype=dtype)
+    segments = _segments(backend, [(1, _one(0)), (1, _one(0))], 1)
+    backend.adapter_add_(y, x, world.arena, world.table, LAYER, SITE, segments)
+    assert np.array_equal(exact(y[:, :32]), np.full((2, 32), start / 2))
+    once = rounded(np.float64(np.float32(1.0035)) * start, dtype)
+    assert np.abs(exact(y[:, 32:]) - once).max() <= 2.0**-21
+    assert once != start
+
+
+def test_rows_without_scales_keep_their_bits_beside_them(backend: Backend, dtype: torch.dtype) -> None:
+    """A row of low ranks is the same to the bit whether its neighbours, or other columns, are scaled or not."""
+    rng = np.random.default_rng(17)
+    plain = [_low_rank(rng, 8, 64, 64, 0), _low_rank(rng, 20, 64, 32, 96)]
+    adapters: dict[int, _Adapter] = {0: plain, 1: [_scale(rng, 128, 0)], 2: [*plain, _scale(rng, 32, 64)]}
+    world = _world(backend, dtype, adapters, 3, seed=17)
+    x, y = torch.randn(8, 64).to(backend.device, dtype), torch.randn(8, 128).to(backend.device, dtype)
+    for decode in (True, False):
+
+        def add(slots: tuple[int, int], decode: bool = decode) -> Tensor:
+            segments = _segments(backend, [(4, _one(slots[0])), (4, _one(slots[1]))], 2 * decode)
+            return backend.adapter_add_(y.clone(), x, world.arena, world.table, LAYER, SITE, segments)
+
+        alone, beside = add((0, 0)), add((0, 1))
+        assert torch.equal(alone[:4], beside[:4])
+        assert not torch.equal(alone[4:], beside[4:])
 
 
 def test_nothing_to_do_changes_no_bit(backend: Backend, dtype: torch.dtype) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from loraplex.adapters.image.tiles import BaseLayout, LowRank, pack
+from loraplex.adapters.image.tiles import BaseLayout, LowRank, OutputScale, Part, pack
 from loraplex.adapters.tiers.pages import PagePool
 from loraplex.adapters.tiers.residency import Residency
 from loraplex.kernels.cpu import abi
@@ -59,12 +59,14 @@ def test_linear(isa: str, dtype: torch.dtype, hidden: int) -> None:
 # ---- adapters -------------------------------------------------------------------------------------------------------
 
 RANKS = (16, 8, 33, 1, 256)
+SCALED = len(RANKS)
+"""Index of the adapter with a scale."""
 
 Segment = tuple[int, tuple[tuple[int, float], ...]]  # tokens, mix
 
 
 class _Adapters:
-    """One adapter of each of RANKS, in slots of the same number, on a site of two projections."""
+    """One adapter of each of RANKS on a site of two projections, then one that scales the second of them too."""
 
     def __init__(self, hidden: int, dtype: torch.dtype) -> None:
         outs = (hidden, 136)
@@ -77,8 +79,8 @@ class _Adapters:
         layout = BaseLayout("base", 1, projections, page, dtype)
         generator = torch.Generator().manual_seed(hidden)
         images = []
-        for rank in RANKS:
-            parts = [
+        for index, rank in enumerate((*RANKS, 4)):
+            parts: list[Part] = [
                 LowRank(
                     0,
                     p,
@@ -88,6 +90,8 @@ class _Adapters:
                 )
                 for p in projections
             ]
+            if index == SCALED:
+                parts.append(OutputScale(0, projections[1], torch.randn(outs[1], generator=generator)))
             images.append(pack(parts, layout))
         pages = sum(len(image.pages) for image in images)
         self.arena = torch.zeros(pages, page, dtype=torch.uint8)
@@ -127,8 +131,8 @@ class _Adapters:
 def test_decode_rows_of_adapters(isa: str, dtype: torch.dtype, hidden: int) -> None:
     """Rows of all ranks, of one adapter together, and of a mix; then in another order."""
     adapters = _Adapters(hidden, dtype)
-    mix = ((adapters.slots[1], 0.5), (adapters.slots[4], -1.25))
-    segments = [(3, adapters.one(0)), *((1, adapters.one(index)) for index in range(1, len(RANKS))), (2, mix)]
+    mix = ((adapters.slots[1], 0.5), (adapters.slots[4], -1.25), (adapters.slots[SCALED], 0.75))
+    segments = [(3, adapters.one(0)), *((1, adapters.one(index)) for index in range(1, SCALED + 1)), (2, mix)]
     wearing = [mix for tokens, mix in segments for _ in range(tokens)]
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(len(wearing) + 1, hidden, generator=generator).to(dtype)  # the last wears none
@@ -152,7 +156,8 @@ def test_prefill_rows_of_adapters(isa: str, dtype: torch.dtype, hidden: int) -> 
     """70 tokens in one chunk, in chunks of any size, beside decode rows and another adapter's chunk."""
     adapters = _Adapters(hidden, dtype)
     tokens = 70
-    mixes = [adapters.one(4), ((adapters.slots[2], 0.75), (adapters.slots[1], 1.0))]
+    scaled = ((adapters.slots[2], 0.75), (adapters.slots[SCALED], -0.5))
+    mixes = [adapters.one(4), ((adapters.slots[2], 0.75), (adapters.slots[1], 1.0)), adapters.one(SCALED), scaled]
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(tokens, hidden, generator=generator).to(dtype)
     y = torch.randn(tokens, adapters.width, generator=generator).to(dtype)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from loraplex.kernels.records import ALIGN, NUM_SITES, AdapterSegments, Projection, Site, TileTable
+from loraplex.kernels.records import ALIGN, NUM_SITES, AdapterSegments, Projection, Site, TileKind, TileTable
 from loraplex.kernels.reference import ReferenceBackend
 from loraplex.server.models.decoder import Decoder
 from tests.support.harness import Harness
@@ -71,7 +71,7 @@ def place(harness: Harness, a: Tensor, b: Tensor, projection: Projection) -> lis
         data = part.contiguous().view(-1).view(torch.uint8)
         harness.arena[page, : len(data)] = data
         offsets.append(page * harness.page_bytes // ALIGN)
-    return [*offsets, RANK, projection.out_start, projection.out_features]
+    return [*offsets, RANK, projection.out_start, projection.out_features, TileKind.LOW_RANK]
 
 
 @pytest.mark.parametrize("family", ["llama_biased", "qwen2", "gemma2", "gemma3", "phi4mini"])

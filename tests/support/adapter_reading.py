@@ -14,10 +14,10 @@ import torch
 from loraplex.adapters.format import adapter_files
 from loraplex.adapters.format.adapter_files import read_bytes
 from loraplex.adapters.format.header import parse_header, view_tensors
-from loraplex.adapters.format.kind import BaseBias, Part, ServedBase
+from loraplex.adapters.format.kind import BaseBias, ServedBase
 from loraplex.adapters.format.kinds import KINDS, parse_config
-from loraplex.adapters.image.tiles import AdapterImage, BaseLayout, pack
-from loraplex.adapters.tiers.loader import ParsedImage, Reading
+from loraplex.adapters.image.tiles import AdapterImage, BaseLayout, Part, pack
+from loraplex.adapters.tiers.loader import LoadedAdapter, Reading
 from loraplex.adapters.tiers.reader import AdapterReader
 
 
@@ -34,7 +34,7 @@ def no_breath() -> None:
     """Reading.breathe of a reading that nobody cancels."""
 
 
-def read(reader: AdapterReader, folder: Path, *, fresh: bool = False) -> ParsedImage:
+def read(reader: AdapterReader, folder: Path, *, fresh: bool = False) -> LoadedAdapter:
     return reader.read(Reading(str(folder), fresh, no_breath))
 
 
@@ -65,10 +65,10 @@ def read_adapter(folder: Path, layout: BaseLayout, base_bias: BaseBias) -> Parse
     assert same_image(first.image, again.image)
     assert first.digest == again.digest == files.digest
     assert same_image(first.image, pack(parts, layout))
-    assert (first.rank, first.targets) == (info.rank, info.targets)
-    assert first.num_pages == len(first.image.pages) <= info.num_pages
-    assert first.nbytes == first.image.nbytes <= info.nbytes
-    return ParsedAdapter(tuple(parts), first.rank, first.targets, first.digest, first.image)
+    assert (first.info.rank, first.info.targets) == (info.rank, info.targets)
+    assert first.info.num_pages == len(first.image.pages) <= info.num_pages
+    assert first.info.nbytes == first.image.nbytes <= info.nbytes
+    return ParsedAdapter(tuple(parts), first.info.rank, first.info.targets, first.digest, first.image)
 
 
 def write_adapter(

@@ -11,6 +11,7 @@ import typer.main
 from prometheus_client.parser import text_string_to_metric_families
 
 from loraplex.adapters.histogram import Histogram
+from loraplex.server.api.gate import Gate
 from loraplex.server.catalog.saved import Remembering, StateFile
 from loraplex.server.command.app import create_app
 from loraplex.server.command.cli import app as cli
@@ -61,6 +62,7 @@ def exported(server: FakeServer) -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
     metrics = server.services.metrics
     metrics.add(_keys_in_use().collector())
+    metrics.add(Gate().collector())
     with tempfile.TemporaryDirectory() as folder:
         metrics.add(Remembering(server.adapters, StateFile(Path(folder))).collector())
     for family in text_string_to_metric_families(metrics.render().decode()):

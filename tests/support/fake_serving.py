@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
+from fastapi import FastAPI
 
 from loraplex.adapters.errors import AdapterNotFound, AdapterRefused
 from loraplex.adapters.histogram import Histogram
+from loraplex.adapters.info import AdapterInfo
 from loraplex.adapters.registry import AdapterVersion, Registry
 from loraplex.adapters.sources.merge_plan import MergePlan
 from loraplex.adapters.sources.sources import OPERATOR, SourceAccess
@@ -28,6 +32,8 @@ from loraplex.server.engine.stats import STEP_BOUNDS, AdapterPlace, TierStats
 from loraplex.server.engine.streams import EventStream, Shortcut
 from loraplex.server.facts import Facts
 from loraplex.server.telemetry.metrics import Metrics
+from loraplex.server.tenancy.access import Access
+from loraplex.server.tenancy.tenants import Key, Keyring, digest_of
 from loraplex.server.text.chat_template import ChatTemplate
 from loraplex.server.text.fair_pool import TextPools
 from loraplex.server.text.generation_defaults import GenerationDefaults
@@ -216,17 +222,8 @@ class FakeAdapters(AdapterManager):
             raise AdapterNotFound(f"{source}: no such folder")
         if "bad" in source:
             raise AdapterRefused("shape_mismatch", f"{source}: lora_A of layer 0 is [8, 63], expected [8, 64]")
-        point = partial(
-            self.registry.register,
-            name,
-            digest=f"digest-of-{source}",
-            source=source,
-            rank=8,
-            targets=("self_attn.q_proj",),
-            num_pages=2,
-            nbytes=4096,
-            replace=replace,
-        )
+        info = AdapterInfo(8, ("self_attn.q_proj",), 2, 4096, f"digest-of-{source}")
+        point = partial(self.registry.register, name, source, info, replace=replace)
         version = point() if around is None else await asyncio.wrap_future(around(point))
         if pinned:
             self.pins.append((name, pinned))
@@ -241,7 +238,7 @@ class FakeAdapters(AdapterManager):
 
 @dataclass
 class FakeServer:
-    """Services made of fakes; build the application with create_app(server.services)."""
+    """Services made of fakes, and applications and clients of them."""
 
     tokenizer: Tokenizer
     engine: FakeEngine
@@ -262,10 +259,17 @@ class FakeServer:
         base = self.tokenizer
         self.tokenizer = Tokenizer(base.fast, base.special_tokens, ChatTemplate(source, {}))
 
-    def client(self) -> httpx.AsyncClient:
-        """Talks to a new application of these services, in-process."""
-        transport = httpx.ASGITransport(create_app(self.services), raise_app_exceptions=False)
-        return httpx.AsyncClient(transport=transport, base_url="http://test")
+    def app(self, **changes: Any) -> FastAPI:
+        """A new application of these services. changes: fields of Services, and of ServeConfig."""
+        told = {each.name for each in fields(ServeConfig)} & changes.keys()
+        self.config = replace(self.config, **{name: changes.pop(name) for name in told})
+        return create_app(replace(self.services, **changes))
+
+    def client(self, key: str | None = None, *, app: FastAPI | None = None, **changes: Any) -> httpx.AsyncClient:
+        """Talks in-process to `app`, or to a new one with these changes. key: what it sends as its own."""
+        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        transport = httpx.ASGITransport(app or self.app(**changes), raise_app_exceptions=False)
+        return httpx.AsyncClient(transport=transport, base_url="http://test", headers=headers)
 
     @property
     def services(self) -> Services:
@@ -292,6 +296,11 @@ class FakeServer:
             defaults=self.defaults,
             metrics=Metrics(facts, self.engine.stats, lambda: self.engine.places, self.adapters.registry),
         )
+
+
+def access_of(keys: Mapping[str, Key], clock: Callable[[], float] = time.monotonic) -> Access:
+    """keys: by secret."""
+    return Access(Keyring({digest_of(secret): key for secret, key in keys.items()}), clock=clock)
 
 
 def make_fake_server(folder: Path) -> FakeServer:

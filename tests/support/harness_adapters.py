@@ -11,7 +11,7 @@ from itertools import accumulate
 
 import torch
 
-from loraplex.kernels.records import NUM_SITES, TILE_RANKS, AdapterSegments, Site, TileTable
+from loraplex.kernels.records import NUM_SITES, TILE_RANKS, AdapterSegments, Site, TileKind, TileTable
 from tests.support.harness import Harness
 
 Mix = tuple[tuple[int, float], ...]
@@ -37,7 +37,7 @@ def write_adapters(harness: Harness, slots: int) -> TileTable:
                         raw = matrix.view(torch.uint8).flatten()
                         harness.arena[page, : raw.numel()] = raw
                         at.append(page * harness.page_bytes // 64)
-                    rows.append([*at, TILE_RANKS, 0, n_out])
+                    rows.append([*at, TILE_RANKS, 0, n_out, TileKind.LOW_RANK])
                 ranges[slot, layer, site] = torch.tensor([first, len(rows)])
     tiles = torch.tensor(rows, dtype=torch.int32)
     return TileTable(ranges, tiles, ranges, tiles)

@@ -36,12 +36,12 @@ TOKENS = 12
 
 SLOWED = f"""
 import time
-from loraplex.server.engine.step.runner import ModelRunner
-execute = ModelRunner.execute
-def late(self, plan, on_launch):
+from loraplex.server.engine.step.worker import LocalWorker
+run = LocalWorker.run
+def late(self, prepared):
     time.sleep({STEP})
-    return execute(self, plan, on_launch)
-ModelRunner.execute = late
+    return run(self, prepared)
+LocalWorker.run = late
 from loraplex.server.command.cli import main
 main()
 """

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from loraplex.server.engine.policy.kv_cache import FREED, GroupSpec
-from loraplex.server.engine.policy.scheduler import StepPlan
+from loraplex.server.engine.policy.plan import StepPlan
 from loraplex.server.engine.policy.sequence import Sequence
 from loraplex.server.engine.request import ContextTooLong, FinishReason, GenerationRequest, TokenEvent
 from tests.support.scheduling import Clock, Requests, draws, make_scheduler, next_token
@@ -104,15 +104,15 @@ class SchedulerWorld:
         for event in plan.failed:
             assert event.error is not None
             self._note(event)
-        if out_of_memory and plan.entries:
+        if out_of_memory and plan.seqs:
             for event in self.scheduler.shed(plan):
                 self._note(event)
             return True
-        sampled = draws(plan, most=1 + self.steps % 5)  # somebody wants in, at one time or another
+        sampled = draws(plan.step, most=1 + self.steps % 5)  # somebody wants in, at one time or another
         for number in range(plan.steps_of(sampled)):
-            for index, entry in enumerate(plan.entries):
-                own = [draw.token_id for draw in sampled[index :: len(plan.entries)]] if plan.steps > 1 else []
-                self._compute(entry.seq, entry.num_tokens, own[:number])
+            for seq, row, result in zip(plan.seqs, plan.step.rows, sampled, strict=True):
+                own = [draw.token_id for draw in result.tokens[:number] if draw.token_id is not None]
+                self._compute(seq, len(row.tokens), own)
         self.many += plan.steps_of(sampled) > 1
         self.scheduler.took(plan, 0.001)
         for event in self.scheduler.commit(plan, sampled):
@@ -120,7 +120,7 @@ class SchedulerWorld:
             self.tokens[event.request_id].append(event.token_id)
             self._note(event)
         self._watch(plan)
-        return bool(plan.entries or plan.failed)
+        return bool(plan.seqs or plan.failed)
 
     def check(self) -> None:
         """The books agree."""
@@ -156,20 +156,24 @@ class SchedulerWorld:
 
     def _check_plan(self, plan: StepPlan) -> None:
         limits = self.scheduler.limits
-        assert plan.num_tokens <= limits.token_budget
-        assert plan.steps == 1 or all(entry.is_decode for entry in plan.entries)
-        assert len({entry.seq for entry in plan.entries}) == len(plan.entries) <= limits.max_num_seqs
-        for entry in plan.entries:
-            seq = entry.seq
-            assert 1 <= entry.num_tokens <= seq.num_missing
-            assert entry.samples == (entry.num_tokens == seq.num_missing)
-            assert not entry.is_decode or entry.num_tokens == 1
+        assert plan.step.num_tokens <= limits.token_budget
+        assert plan.step.steps == 1 or all(row.is_decode for row in plan.step.rows)
+        assert len(set(plan.seqs)) == len(plan.seqs) <= limits.max_num_seqs
+        for seq, row in zip(plan.seqs, plan.step.rows, strict=True):
+            assert (row.key, row.start, row.known) == (seq.number, seq.num_computed, seq.num_tokens)
+            count = len(row.tokens)
+            assert 1 <= count <= seq.num_missing
+            assert row.tokens == seq.tokens[row.start : row.start + count]
+            assert row.draws == (count == seq.num_missing) == (row.sampling is not None)
+            assert not row.is_decode or count == 1
+            assert row.mix == tuple((self.placement.slots[digest], weight) for digest, weight in seq.mix)
             assert all(map(self.placement.is_ready, seq.versions)), "its adapters are there, to the last byte"
-            for table in self.scheduler.kv.tables(seq.number):
-                stored = seq.num_computed + entry.num_tokens + plan.steps - 1
+            assert row.tables is self.scheduler.kv.tables(seq.number)
+            for table in row.tables:
+                stored = row.start + count + plan.step.steps - 1
                 assert len(table) * 4 >= stored, "its tokens have a page to go to"
         waiting = {seq.request.request_id for seq in self.scheduler.waiting}
-        assert not waiting & {entry.seq.request.request_id for entry in plan.entries}
+        assert not waiting & {seq.request.request_id for seq in plan.seqs}
 
     def _compute(self, seq: Sequence, count: int, drawn: list[int]) -> None:
         """Store keys and values of `count` tokens, after looking at all that their queries see.
@@ -193,7 +197,7 @@ class SchedulerWorld:
 
     def _watch(self, plan: StepPlan) -> None:
         """How long clients wait that could run: one whose adapters are away, broken or being copied could not."""
-        served = {entry.seq.request.request_id for entry in plan.entries}
+        served = {seq.request.request_id for seq in plan.seqs}
         clients: dict[str, bool] = {}  # client -> whether it was served
         for request_id in self.open:
             request = self.sent[request_id]

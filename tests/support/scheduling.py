@@ -8,23 +8,18 @@ from collections.abc import Sequence as ListLike
 from dataclasses import dataclass, field
 
 from loraplex.adapters.errors import AdapterRefused
+from loraplex.adapters.info import AdapterInfo
 from loraplex.adapters.registry import AdapterLease, AdapterVersion, Registry
 from loraplex.adapters.tiers.eviction import IdleSet, Reclaimer
 from loraplex.adapters.tiers.pages import PagePool
 from loraplex.server.engine.policy.kv_cache import GroupSpec, KVCache
-from loraplex.server.engine.policy.scheduler import Scheduler, SchedulerLimits, StepPlan
+from loraplex.server.engine.policy.plan import SchedulerLimits
+from loraplex.server.engine.policy.rows import Drawn, RowResult, StepInput
+from loraplex.server.engine.policy.scheduler import Scheduler
 from loraplex.server.engine.request import GenerationRequest, SamplingParams
 from loraplex.server.engine.stats import TierStats
 
 FULL = (GroupSpec((0,), None),)
-
-
-@dataclass(frozen=True)
-class Draw:
-    token_id: int
-    logprob: float | None = None
-    top_logprobs: tuple[tuple[int, float], ...] = ()
-    is_held: bool = False
 
 
 @dataclass
@@ -52,6 +47,7 @@ class FakePlacement:
 
     def __post_init__(self) -> None:
         self.device: dict[str, list[int]] = {}
+        self.slots: dict[str, int] = {}
         self._copying: dict[str, int] = {}  # steps still to go
         self._idle: IdleSet[str] = self.reclaimer.owner("adapter", self._evict)
         self._asked: tuple[str | None, ...] = ()
@@ -88,10 +84,11 @@ class FakePlacement:
         assert digest not in self.device, "loaded twice"
         if len(self.device) == self.num_slots:
             return False
-        pages = self.pool.alloc(version.num_pages, "adapter")
+        pages = self.pool.alloc(version.info.num_pages, "adapter")
         if pages is None:
             return False
         self.device[digest] = pages
+        self.slots[digest] = min(set(range(self.num_slots)) - set(self.slots.values()))
         self._set_idle(digest)
         if self.copy_steps:
             self._copying[digest] = self.copy_steps
@@ -120,6 +117,9 @@ class FakePlacement:
             del self.pins[digest]
             self._set_idle(digest)
 
+    def slot_of(self, digest: str) -> int | None:
+        return self.slots.get(digest)
+
     def evict_for_slot(self) -> bool:
         if not len(self._idle):
             return False
@@ -146,6 +146,7 @@ class FakePlacement:
     def _evict(self, digest: str) -> int:
         assert digest not in self.pins, "evicted in use"
         pages = self.device.pop(digest)
+        del self.slots[digest]
         self.pool.free(pages)
         self._copying.pop(digest, None)
         self.evictions += 1
@@ -175,15 +176,8 @@ class Requests:
         self._count = 0
 
     def adapter(self, name: str, pages: int = 1, *, is_read: bool = True) -> str:
-        self.registry.register(
-            name,
-            digest=f"digest-{name}" if is_read else None,
-            source=name,
-            rank=1,
-            targets=("q_proj",),
-            num_pages=pages,
-            nbytes=pages * 100,
-        )
+        digest = f"digest-{name}" if is_read else None
+        self.registry.register(name, name, AdapterInfo(1, ("q_proj",), pages, pages * 100, digest))
         return name
 
     def lease(self, name: str) -> AdapterLease:
@@ -234,22 +228,29 @@ def make_scheduler(
     return Scheduler(kv, placement, limits, clock or time.monotonic), placement
 
 
-def draws(plan: StepPlan, most: int = 1000) -> list[Draw]:
-    """One token for each entry that samples: a function of the sequence's tokens so far, as greedy decoding is.
+def draws(step: StepInput, most: int = 1000) -> list[RowResult]:
+    """One token for each row that draws: a function of the sequence's tokens so far, as greedy decoding is.
 
-    Where the plan allows several steps: of up to `most`, and of none after a stop token.
+    Where several steps are allowed: of up to `most`, and of none after a stop token.
     """
-    seqs = [entry.seq for entry in plan.entries if entry.samples]
-    known = [list(seq.tokens) for seq in seqs]
-    drawn: list[Draw] = []
-    for _ in range(min(plan.steps, most)):
+    states = [row.sampling for row in step.rows if row.sampling is not None]
+    known = [[*map(int, state.prompt), *state.output] for state in states]
+    drawn: list[list[Drawn]] = [[] for _ in states]
+    for _ in range(min(step.steps, most)):
         tokens = [next_token(each) for each in known]
-        drawn += map(Draw, tokens)
-        if any(token in seq.request.params.stop_token_ids for token, seq in zip(tokens, seqs, strict=True)):
-            break
-        for each, token in zip(known, tokens, strict=True):
+        for each, own, token in zip(known, drawn, tokens, strict=True):
             each.append(token)
-    return drawn
+            own.append(Drawn(token))
+        if any(token in state.params.stop_token_ids for token, state in zip(tokens, states, strict=True)):
+            break
+    found = iter(drawn)
+    return [RowResult(tuple(next(found)) if row.draws else ()) for row in step.rows]
+
+
+def names(scheduler: Scheduler, step: StepInput) -> list[str]:
+    """The requests that have a row in `step`."""
+    found = {seq.number: seq.request.request_id for seq in scheduler.running}
+    return [found[row.key] for row in step.rows]
 
 
 def next_token(tokens: list[int]) -> int:

@@ -13,8 +13,10 @@ import pytest
 
 from loraplex.adapters.histogram import Histogram
 from loraplex.server.telemetry.logs import (
+    MAX_REFUSALS,
     JsonFormatter,
     LogFormat,
+    RefusalLines,
     TextFormatter,
     access_fields,
     access_logger,
@@ -23,7 +25,7 @@ from loraplex.server.telemetry.logs import (
 )
 from loraplex.server.telemetry.request_context import ChoiceTimes, RequestContext, exchanging, request_id
 from loraplex.server.telemetry.usage import GAPS
-from tests.support.waiting import turns
+from tests.support.waiting import turns, until
 
 
 def choice(reason: str, *, first: float | None, tokens: int, adapter: str = "sql") -> ChoiceTimes:
@@ -224,6 +226,27 @@ def test_a_traceback_is_one_line_of_json() -> None:
     line = formatted(record)
     assert line["message"] == "it failed"
     assert "ValueError: of two\n    lines" in line["exception"]
+
+
+async def test_lines_of_refusals_are_few_and_none_is_uncounted(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO, "loraplex.access")
+    lines = RefusalLines()
+    delays: list[float] = []
+    loop = asyncio.get_running_loop()
+    real = loop.call_later
+    monkeypatch.setattr(loop, "call_later", lambda delay, *rest: delays.append(delay) or real(0.0, *rest))
+    for number in range(MAX_REFUSALS + 500):
+        lines.tell("GET", "/v1/models", 431 if number == MAX_REFUSALS else 401, f"id-{number}")
+    await until(lambda: len(caplog.records) > MAX_REFUSALS)
+    *told, last = caplog.records
+    assert [record.__dict__["fields"]["request_id"] for record in told] == [f"id-{i}" for i in range(MAX_REFUSALS)]
+    assert {record.__dict__["fields"]["status"] for record in told} == {401}
+    assert last.getMessage() == "more requests refused in the last second: 499 with 401, 1 with 431"
+    assert delays[0] == 1.0
+    lines.tell("GET", "/health", 401, "id-next")  # a second of its own
+    assert caplog.records[-1].__dict__["fields"]["request_id"] == "id-next"
 
 
 async def test_an_exchange_ends_with_the_last_that_holds_it() -> None:

@@ -158,11 +158,11 @@ def _value(services: Services, key: Key, each: AdapterVersion, level: str, colum
         case "level":
             return LEVELS.index(level)
         case "rank":
-            return each.rank
+            return each.info.rank
         case "pages":
-            return each.num_pages
+            return each.info.num_pages
         case "bytes":
-            return each.nbytes
+            return each.info.nbytes
     if not (key.may_scrape or key.may_manage(each.name)):
         return None  # what others do with a shared adapter
     if column == "in_use":

@@ -249,7 +249,8 @@ class Admission:
     def _gain(self, preemption: FairPreemption, own: set[str]) -> int:
         """Pages that come of it if what the chosen hold is theirs alone."""
         freed = preemption.frees() - own
-        sizes = {d: v.num_pages for seq in preemption.victims for (d, _), v in zip(seq.mix, seq.versions, strict=True)}
+        worn = [(d, v) for seq in preemption.victims for (d, _), v in zip(seq.mix, seq.versions, strict=True)]
+        sizes = {digest: version.info.num_pages for digest, version in worn}
         wanted = sum(self.wanted_soon(seq) for seq in preemption.victims)
         return wanted + sum(self._kv.held(seq.number) for seq in preemption.victims) + sum(sizes[d] for d in freed)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from loraplex.adapters.registry import AdapterVersion
+from loraplex.server.engine.policy.rows import RowResult, StepInput
 from loraplex.server.engine.policy.sequence import Sequence
 from loraplex.server.engine.request import TokenEvent
 
@@ -57,28 +58,13 @@ class Placement(Protocol):
 
     def unpin(self, digest: str) -> None: ...
 
+    def slot_of(self, digest: str) -> int | None:
+        """The slot of an adapter on the device; None where it is not there. A pinned one keeps its slot."""
+        ...
+
     def evict_for_slot(self) -> bool:
         """Evict the idle adapter that is cheapest to lose, for its slot. False when none is idle."""
         ...
-
-
-class SampledToken(Protocol):
-    """What the runner draws for one sequence."""
-
-    @property
-    def token_id(self) -> int | None:
-        """None: the model computed no numbers to draw from."""
-        ...
-
-    @property
-    def is_held(self) -> bool:
-        """Nothing was drawn: its grammar's mask was not there in time, and its last token is to be computed again."""
-        ...
-
-    @property
-    def logprob(self) -> float | None: ...
-    @property
-    def top_logprobs(self) -> tuple[tuple[int, float], ...]: ...
 
 
 @dataclass(frozen=True)
@@ -102,44 +88,20 @@ class SchedulerLimits:
             raise ValueError(f"ageing is {self.ageing} s; expected more than 0")
 
 
-@dataclass(frozen=True, slots=True)
-class PlanEntry:
-    """`num_tokens` tokens of `seq`, from seq.num_computed on."""
-
-    seq: Sequence
-    num_tokens: int
-    is_decode: bool
-    samples: bool  # they are all it misses: the next token is drawn after them
-
-    @property
-    def prompt_rows(self) -> range:
-        """Which of the `num_tokens`, counted from 0, have hidden states that are wanted for the prompt's own sake."""
-        seq = self.seq
-        if seq.output or (seq.request.pooling is None and seq.request.params.prompt_logprobs is None):
-            return range(0)
-        if seq.request.pooling == "mean":
-            return range(self.num_tokens)
-        if seq.request.pooling == "last":
-            return range(self.num_tokens - 1, self.num_tokens) if self.samples else range(0)
-        return range(min(self.num_tokens, seq.num_prompt - 1 - seq.num_computed))  # the last one's next is drawn
-
-
 @dataclass(frozen=True)
 class StepPlan:
-    entries: tuple[PlanEntry, ...]
+    """A step, and whose its rows are."""
+
+    step: StepInput
+    seqs: tuple[Sequence, ...] = ()  # of the rows, in their order
     failed: tuple[TokenEvent, ...] = ()  # requests that ended while planning: out of time, or without their adapter
-    steps: int = 1  # of decode rows: further ones may follow the first, each of the tokens that the one before drew
 
-    def steps_of(self, sampled: ListLike[SampledToken]) -> int:
-        """How many steps drew these."""
-        return len(sampled) // len(self.entries) if self.steps > 1 else 1
-
-    @property
-    def num_tokens(self) -> int:
-        """Of one step."""
-        return sum(entry.num_tokens for entry in self.entries)
+    def steps_of(self, results: ListLike[RowResult]) -> int:
+        """How many steps these came of."""
+        return len(results[0].tokens) if self.step.steps > 1 else 1
 
     @property
     def prompt_cost(self) -> int:
         """What those that are no decode rows take of the step's budget."""
-        return sum(entry.seq.cost(entry.num_tokens) for entry in self.entries if not entry.is_decode)
+        rows = zip(self.seqs, self.step.rows, strict=True)
+        return sum(seq.cost(len(row.tokens)) for seq, row in rows if not row.is_decode)

@@ -44,7 +44,7 @@ def check_fits(request: GenerationRequest, limits: SchedulerLimits, kv: KVCache)
     if len(versions) > limits.num_slots:
         raise ContextTooLong(f"{len(versions)} adapters in one request, but there are {limits.num_slots} slots")
     kv_pages = kv.peak_pages(prompt + wanted - 1, limits.token_budget)  # the last token is never computed
-    adapter_pages = sum(version.num_pages for version in versions.values())
+    adapter_pages = sum(version.info.num_pages for version in versions.values())
     if kv_pages + adapter_pages > kv.pool.num_pages:
         raise ContextTooLong(
             f"{prompt} prompt tokens and max_tokens {wanted} take {kv_pages} pages, and the request's adapters "

@@ -15,17 +15,25 @@ import time
 from collections.abc import Callable
 from collections.abc import Sequence as ListLike
 from heapq import heapify, heappop, heappush
-from operator import attrgetter
 
 from loraplex.server.engine.policy.admission import Admission, Round
 from loraplex.server.engine.policy.budget import TokenBudget
 from loraplex.server.engine.policy.chunks import share_out
-from loraplex.server.engine.policy.fair_queue import NEVER, OUTPUT_TOKEN, PROMPT_TOKEN, Client, ClientKey, FairQueue
+from loraplex.server.engine.policy.fair_queue import (
+    NEVER,
+    OUTPUT_TOKEN,
+    PROMPT_TOKEN,
+    Client,
+    ClientKey,
+    FairQueue,
+    by_age,
+)
 from loraplex.server.engine.policy.kv_cache import KVCache
 from loraplex.server.engine.policy.multi_step import steps_in_a_row
-from loraplex.server.engine.policy.plan import Placement, PlanEntry, SampledToken, SchedulerLimits, StepPlan
+from loraplex.server.engine.policy.plan import Placement, SchedulerLimits, StepPlan
 from loraplex.server.engine.policy.prefetch import Prefetch
 from loraplex.server.engine.policy.queue_limits import Running, check_fits
+from loraplex.server.engine.policy.rows import Drawn, RowResult, StepInput
 from loraplex.server.engine.policy.running import RunningSet
 from loraplex.server.engine.policy.sequence import Sequence
 from loraplex.server.engine.request import (
@@ -38,8 +46,6 @@ from loraplex.server.engine.request import (
     TokenEvent,
     TokenScores,
 )
-
-__all__ = ["Placement", "PlanEntry", "SampledToken", "Scheduler", "SchedulerLimits", "StepPlan"]
 
 PATIENCE = 1.0
 POLL = 0.001
@@ -76,7 +82,7 @@ class Scheduler:
         self._open: dict[str, Sequence] = {}
         self._deadlines: list[tuple[float, int, Sequence]] = []  # a heap; of closed ones too
         self._next_number = 0
-        self._plan: dict[Sequence, PlanEntry] = {}  # the step being planned
+        self._plan: dict[Sequence, int] = {}  # the step being planned: how many tokens of each
         self._failed: list[TokenEvent] = []  # in it
         self._budget = 0  # its tokens not given out yet
         self._copying = False  # adapters are on their way to the device
@@ -160,49 +166,48 @@ class Scheduler:
             self._copy(busy=False)
             self._plan_decodes()
             self._plan_prefills(now)
-        entries = tuple(self._plan.values())
-        steps = 1 if self._copying or self.preemptions > preemptions else self._steps_ahead(entries)
-        plan = StepPlan(entries, tuple(self._failed), steps)
+        seqs = tuple(self._plan)
+        steps = 1 if self._copying or self.preemptions > preemptions else self._steps_ahead(seqs)
+        rows = tuple(seq.row(count, self.kv.tables(seq.number)) for seq, count in self._plan.items())
+        plan = StepPlan(StepInput(rows, steps), seqs, tuple(self._failed))
         self._plan, self._failed = {}, []
         return plan
 
-    def commit(self, plan: StepPlan, sampled: ListLike[SampledToken]) -> list[TokenEvent]:
-        """Take in what was computed: `sampled[i]` belongs to the plan's i-th entry that samples, step after step."""
+    def commit(self, plan: StepPlan, results: ListLike[RowResult]) -> list[TokenEvent]:
+        """Take in what was computed: `results[i]` is that of the plan's i-th row. The events come step after step."""
         now = self._clock()
         kv, charge = self.kv, self.waiting.charge
         events: list[TokenEvent] = []
-        draws = iter(sampled)
-        steps = plan.steps_of(sampled)
-        for entry in plan.entries * steps:
-            seq = entry.seq
-            draw = next(draws) if entry.samples else None
-            before = seq.num_computed
-            seq.num_computed = computed = before + entry.num_tokens - (draw is not None and draw.is_held)
-            tokens = OUTPUT_TOKEN if draw is not None else 0.0
-            if seq.charged < seq.num_prompt:  # what is computed again is not charged again
-                known = min(computed, seq.num_prompt)
-                tokens += PROMPT_TOKEN * seq.cost(max(0, known - max(before, seq.charged)))
-                seq.charged = max(known, seq.charged)
-            charge(seq, tokens, now)
-            if seq.cache_root is not None:
-                kv.publish(seq.number, seq.cache_root, seq.tokens, computed)
-            if draw is not None and not draw.is_held:
-                if draw.token_id is None:
-                    events.append(self._fail(seq, _not_a_number(seq)))
-                    continue
-                events.append(self._take(seq, draw, draw.token_id, steps))
-                if events[-1].finish is not None:
-                    self._close(seq)
-                    continue
-            if seq.num_computed:
-                kv.trim(seq.number, computed)
-        assert next(draws, None) is None, "more tokens were sampled than the plan asked for"
+        steps = plan.steps_of(results)
+        for step in range(steps):
+            for seq, row, result in zip(plan.seqs, plan.step.rows, results, strict=True):
+                draw = result.tokens[step] if result.tokens else None
+                is_held = draw is None and row.draws > 0
+                before = seq.num_computed
+                seq.num_computed = computed = before + len(row.tokens) - is_held
+                tokens = OUTPUT_TOKEN if row.draws else 0.0
+                if seq.charged < seq.num_prompt:  # what is computed again is not charged again
+                    known = min(computed, seq.num_prompt)
+                    tokens += PROMPT_TOKEN * seq.cost(max(0, known - max(before, seq.charged)))
+                    seq.charged = max(known, seq.charged)
+                charge(seq, tokens, now)
+                if seq.cache_root is not None:
+                    kv.publish(seq.number, seq.cache_root, seq.tokens, computed)
+                if row.want is not None:
+                    seq.read(result)
+                if draw is not None:
+                    events.append(self._take(seq, draw, steps))
+                    if events[-1].finish is not None:
+                        self._close(seq)
+                        continue
+                if seq.num_computed:
+                    kv.trim(seq.number, computed)
         return events
 
     def took(self, plan: StepPlan, seconds: float) -> None:
         """Learn from how long computing a step of `plan` took: the next budget, and what eviction costs."""
-        rows = sum(entry.is_decode for entry in plan.entries)
-        if rows == len(plan.entries):
+        rows = sum(row.is_decode for row in plan.step.rows)
+        if rows == len(plan.seqs):
             self._decode_seconds = seconds
         self.budget.observe(plan.prompt_cost, rows, seconds)
         self.kv.token_seconds = self.budget.token_seconds
@@ -212,13 +217,12 @@ class Scheduler:
 
         Nobody is admitted before one of those running has left.
         """
-        seqs = [entry.seq for entry in plan.entries]
-        youngest = max(seqs, key=attrgetter("number"))
-        if len(seqs) > 1:
+        youngest = max(plan.seqs, key=by_age)
+        if len(plan.seqs) > 1:
             self.preempt(youngest)
             self._full = True
             return []
-        count = plan.num_tokens
+        count = plan.step.num_tokens
         error = OutOfMemory(f"a step of {count} tokens of this request alone needs more memory than can be allocated")
         return [self._fail(youngest, error)]
 
@@ -242,7 +246,8 @@ class Scheduler:
         self._copying = self.adapters.start_step(busy)
         for seq in self._running.seqs:
             if not seq.is_ready and all(map(self.adapters.is_ready, seq.versions)):
-                seq.is_ready, seq.ready = True, self._clock()
+                self._is_ready(seq)
+                seq.ready = self._clock()
                 seq.adapters_came(seq.ready)
 
     def _expire(self, now: float) -> None:
@@ -281,12 +286,12 @@ class Scheduler:
             if seq in self._running:
                 self._plan_running(seq, min(count, seq.affordable(self._budget)))
 
-    def _steps_ahead(self, entries: ListLike[PlanEntry]) -> int:
+    def _steps_ahead(self, seqs: ListLike[Sequence]) -> int:
         """How many steps like this one may follow one another from it on. Takes their pages, but from nobody."""
-        if not entries or not all(entry.is_decode for entry in entries):
+        if not seqs or not all(seq.is_decode for seq in seqs):
             return 1
-        steps = steps_in_a_row((entry.seq for entry in entries), self.limits, self._decode_seconds)
-        wanted = [(entry.seq.number, entry.seq.num_computed, entry.seq.num_computed + steps) for entry in entries]
+        steps = steps_in_a_row(seqs, self.limits, self._decode_seconds)
+        wanted = [(seq.number, seq.num_computed, seq.num_computed + steps) for seq in seqs]
         if steps == 1 or not self._room(sum(self.kv.missing(*want) for want in wanted)):
             return 1
         for want in wanted:
@@ -316,7 +321,7 @@ class Scheduler:
                 return
         grown = self.kv.grow(seq.number, seq.num_computed, target)
         assert grown, f"pages for {seq!r} were free a moment ago"
-        self._plan[seq] = PlanEntry(seq, count, seq.is_decode, count == seq.num_missing)
+        self._plan[seq] = count
         self._budget = max(0, self._budget - seq.cost(count))
 
     def _admit(self, now: float, takers_only: bool) -> None:
@@ -347,8 +352,9 @@ class Scheduler:
         self._running.add(seq)
         self._prefetch.admitted(seq)
         seq.urgency = urgency
-        seq.is_ready = all(map(self.adapters.is_ready, seq.versions))
-        if not seq.is_ready:
+        if all(map(self.adapters.is_ready, seq.versions)):
+            self._is_ready(seq)
+        else:
             seq.wait_for_adapters(now)
         if seq.admitted is None:
             seq.admitted, seq.ready, seq.cached_tokens = now, now, seq.num_computed
@@ -356,9 +362,9 @@ class Scheduler:
 
     def preempt(self, seq: Sequence) -> None:
         """Back to the queue: tokens are kept, keys and values are computed anew."""
-        entry = self._plan.pop(seq, None)
-        if entry is not None:
-            self._budget += seq.cost(entry.num_tokens)
+        count = self._plan.pop(seq, None)
+        if count is not None:
+            self._budget += seq.cost(count)
         self._stop_running(seq)
         seq.num_computed = 0
         seq.prompt_scores.clear()
@@ -369,11 +375,24 @@ class Scheduler:
         self.waiting.add(seq, now)
         self._prefetch.waits(seq, now)
 
-    def _take(self, seq: Sequence, draw: SampledToken, token_id: int, handful: int) -> TokenEvent:
-        """Append a drawn token."""
-        seq.append(token_id)
+    def _is_ready(self, seq: Sequence) -> None:
+        """All bytes of its adapters are on the device, where they stay while it runs."""
+        seq.is_ready = True
+        seq.slots = tuple((self._slot(digest), weight) for digest, weight in seq.mix)
+
+    def _slot(self, digest: str) -> int:
+        slot = self.adapters.slot_of(digest)
+        assert slot is not None, f"adapter {digest[:12]} is ready, but not on the device"
+        return slot
+
+    def _take(self, seq: Sequence, draw: Drawn, handful: int) -> TokenEvent:
+        """Append a drawn token, or end the request that the model has no numbers for."""
+        if draw.token_id is None:
+            error = _not_a_number(seq)
+            return TokenEvent(seq.request.request_id, None, finish=FinishReason.ERROR, error=error)
+        seq.append(draw.token_id)
         self.generation_tokens += 1
-        finish = seq.finish_after(token_id)
+        finish = seq.finish_after(draw.token_id)
         if self.limits.rope_switch is not None and seq.num_tokens == self.limits.rope_switch + 1 and finish is None:
             # From here on its positions are turned by other angles: what is cached no longer agrees with them.
             self.kv.free(seq.number)
@@ -383,12 +402,12 @@ class Scheduler:
         first = len(seq.output) == 1
         return TokenEvent(
             seq.request.request_id,
-            token_id,
+            draw.token_id,
             draw.logprob,
             draw.top_logprobs,
             finish,
             prompt_logprobs=TokenScores.join(seq.prompt_scores) if first else None,
-            embedding=seq.pooled if first else None,
+            embedding=seq.embedding if first else None,
             phases=seq.phases() if first else None,
             handful=handful,
         )

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from array import array
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from loraplex.adapters.registry import AdapterVersion
+from loraplex.server.engine.policy.rows import Mix, Row, RowResult, SamplingState, Want
 from loraplex.server.engine.request import FinishReason, GenerationRequest, Phases, TokenScores
 
 if TYPE_CHECKING:
@@ -44,7 +46,9 @@ class Sequence:
         "ready",
         "request",
         "requested",
+        "sampling",
         "scoring",
+        "slots",
         "stalled",
         "tokens",
         "urgency",
@@ -62,6 +66,10 @@ class Sequence:
         self.tokens: list[int] = list(request.prompt_ids)
         self.output: list[int] = []  # the generated tail of `tokens`
         self.num_prompt = len(self.tokens)
+        penalised = request.params.repetition_penalty != 1.0
+        prompt = request.prompt_array if penalised else request.prompt_ids
+        self.sampling = SamplingState(request.params, prompt, self.output, request.constraint)
+        self.slots: Mix = ()  # of its adapters and their weights, while it is_ready
         self.num_computed = 0
         self.charged = 0  # prompt tokens that its client has paid for
         self.preemptions = 0
@@ -71,7 +79,7 @@ class Sequence:
         self.stalled: float | None = None  # since when nothing but its adapters is missing
         self.adapter_wait = 0.0  # seconds of that until now, without the time since `stalled`
         self.load: tuple[float, float] | None = None  # from the first such moment to the last
-        self.pooled: NDArray[np.float32] | None = None  # of the prompt tokens computed so far, where it is asked for
+        self.pooled: NDArray[np.float32] | None = None  # sum over prompt tokens computed so far, where it is asked for
         self.prompt_scores: list[TokenScores] = []  # of prompt tokens computed so far, where they are asked for
         self.requested: float | None = None  # when its adapters were asked for; None: nobody has
         self.urgency = 0.0  # the priority it was admitted with, after ageing
@@ -142,6 +150,49 @@ class Sequence:
     def reads_prompt(self) -> bool:
         """Whether something is wanted of every prompt token, so that none may come from the prefix cache."""
         return self.request.params.prompt_logprobs is not None or self.request.pooling == "mean"
+
+    def row(self, count: int, tables: tuple[array[int], ...]) -> Row:
+        """The next `count` of its missing tokens, as a row of a step."""
+        start, known = self.num_computed, len(self.tokens)
+        draws = start + count == known
+        return Row(
+            self.number,
+            start,
+            self.tokens[start : start + count],
+            known,
+            tables,
+            self.slots,
+            known - 1 == start >= self.num_prompt,
+            int(draws),
+            self.sampling if draws else None,
+            None if self.output else self._want(start, count, draws),
+        )
+
+    def _want(self, start: int, count: int, draws: bool) -> Want | None:
+        """What is wanted of the hidden states of `count` prompt tokens from `start` on."""
+        pooling, top = self.request.pooling, self.request.params.prompt_logprobs
+        if pooling == "mean":
+            return Want(range(count), None)
+        if pooling == "last":
+            return Want(range(count - 1, count), None) if draws else None
+        scored = min(count, self.num_prompt - 1 - start) if top is not None else 0  # the last one's next is drawn
+        if not scored or top is None:
+            return None
+        return Want(range(scored), self.tokens[start + 1 : start + 1 + scored], top)
+
+    def read(self, result: RowResult) -> None:
+        """Keep what a step found out about prompt tokens."""
+        if result.scores is not None:
+            self.prompt_scores.append(result.scores)
+        if result.pooled is not None:
+            self.pooled = result.pooled if self.pooled is None else result.pooled + self.pooled
+
+    @property
+    def embedding(self) -> NDArray[np.float32] | None:
+        """The prompt as one vector [H], once all of it is computed; None where it is not asked for."""
+        if self.pooled is None or self.request.pooling == "last":
+            return self.pooled
+        return self.pooled / np.float32(self.num_prompt)
 
     @property
     def is_held(self) -> bool:

@@ -1,4 +1,4 @@
-"""StepPlan -> ForwardBatch: rows put in the order the ops want, tables laid out, all integers moved at once.
+"""StepInput -> ForwardBatch: rows put in the order the ops want, tables laid out, all integers moved at once.
 
 rows    | adapter decode, equal mixes adjacent | adapter prefill, alike | base decode | base prefill |
 segments|   s0   |   s1   |        s2          |   s3   |      s4       |  none: base tokens cost nothing
@@ -18,11 +18,8 @@ import torch
 from torch import Tensor
 
 from loraplex.kernels.records import AdapterSegments, AttentionMeta, KVGroup, TileTable
-from loraplex.server.engine.policy.kv_cache import KVCache
-from loraplex.server.engine.policy.plan import PlanEntry, StepPlan
+from loraplex.server.engine.policy.rows import Mix, Row, StepInput
 from loraplex.server.models.inputs import ForwardBatch
-
-Mix = tuple[tuple[int, float], ...]  # ((slot, weight), ...), in the order of the adapters' digests
 
 Shape = tuple[int, ...]
 
@@ -51,62 +48,59 @@ class Kept:
 
 
 def build_batch(
-    plan: StepPlan,
-    kv: KVCache,
+    step: StepInput,
     tiles: TileTable,
-    slot_of: Callable[[str], int | None],
+    block_size: int,
     device: torch.device,
     kept: Kept | None = None,
     steps: int = 1,
 ) -> ForwardBatch:
     """The tensors of one step, or of several of decode rows, whose tokens after the first are not known yet.
 
-    The plan's sequences have their pages and their adapters are on the device.
-
     With `kept` a batch holds until the next one is built.
 
-    logit_rows is in the order of the plan's sampling entries, whatever the order of the rows; behind them come the
-    entries' prompt_rows, in the plan's order too.
+    logit_rows is in the order of the step's rows that draw, whatever the order in the batch; behind them come the
+    hidden states that rows want, in the step's order too.
     """
-    mixes = [_mix(entry, slot_of) for entry in plan.entries]
-    # Stable, so equal mixes keep the plan's order. Digests would sort as well as slots; slots are shorter.
-    order = sorted(range(len(mixes)), key=lambda i: (not mixes[i], not plan.entries[i].is_decode, mixes[i]))
-    entries = [plan.entries[i] for i in order]
-    bounds = (0, *accumulate(entry.num_tokens for entry in entries))
-    start_of = dict(zip(order, bounds, strict=False))  # of the plan's entries
-    logit_rows = [start_of[i] + entry.num_tokens - 1 for i, entry in enumerate(plan.entries) if entry.samples]
-    logit_rows += [start_of[i] + row for i, entry in enumerate(plan.entries) for row in entry.prompt_rows]
+    # Stable, so equal mixes keep the step's order. Digests would sort as well as slots; slots are shorter.
+    order = sorted(range(len(step.rows)), key=lambda i: _place(step.rows[i]))
+    rows = [step.rows[i] for i in order]
+    bounds = (0, *accumulate(len(row.tokens) for row in rows))
+    start_of = dict(zip(order, bounds, strict=False))  # of the step's rows
+    logit_rows = [start_of[i] + len(row.tokens) - 1 for i, row in enumerate(step.rows) if row.draws]
+    logit_rows += [
+        start_of[i] + at for i, row in enumerate(step.rows) if row.want is not None for at in row.want.tokens
+    ]
     ahead = range(steps)
-    kv_lens = tuple(entry.seq.num_computed + entry.num_tokens + step for step in ahead for entry in entries)
-    tables = [kv.tables(entry.seq.number) for entry in entries]
+    kv_lens = tuple(row.start + len(row.tokens) + later for later in ahead for row in rows)
+    tables = [row.tables for row in rows]
     most = max(len(table[0]) for table in tables)  # a sequence's tables are of one length in all groups
 
     longs, ints = _Packer("q", torch.int64), _Packer("i", torch.int32)
-    ids = _input_ids(entries)
+    ids = [token for row in rows for token in row.tokens]
     longs.add(ids + [0] * (len(ids) * (steps - 1)))
-    longs.add(position for step in ahead for position in _positions(entries, step))
+    longs.add(position for later in ahead for position in _positions(rows, later))
     longs.add(logit_rows)
     ints.add(bounds)
     ints.add(kv_lens)
-    for group in range(len(kv.groups)):
-        own = [table[group] for table in tables]
-        longs.add(index for step in ahead for index in _store_index(entries, own, kv.block_size, step))
+    for group in range(len(tables[0])):
+        longs.add(index for later in ahead for index in _store_index(rows, group, block_size, later))
         pages = (page for table in tables for page in (*table[group], *(-1,) * (most - len(table[group]))))
-        ints.add(pages, (len(entries), most))
-    segments = _Segments([(entry, mixes[i]) for entry, i in zip(entries, order, strict=True)])
+        ints.add(pages, (len(rows), most))
+    segments = _Segments(rows)
     segments.pack(ints)
     input_ids, positions, logits, *stores = longs.tensors(device, kept)
     query_ptr, lens, *rest = ints.tensors(device, kept)
     return ForwardBatch(
         input_ids=input_ids,
         positions=positions,
-        rope_lens=tuple(entry.seq.num_tokens + step for step in ahead for entry in entries),
+        rope_lens=tuple(row.known + later for later in ahead for row in rows),
         attention=AttentionMeta(
             query_ptr=query_ptr,
             kv_lens=lens,
             query_bounds=bounds if steps == 1 else tuple(range(len(kv_lens) + 1)),
             kv_lens_host=kv_lens,
-            is_decode=tuple(entry.is_decode for entry in entries) * steps,
+            is_decode=tuple(row.is_decode for row in rows) * steps,
             groups=tuple(KVGroup(table, store) for table, store in zip(rest, stores, strict=False)),
         ),
         adapters=segments.unpack(rest[len(stores) :]),
@@ -114,6 +108,11 @@ def build_batch(
         logit_rows=logits,
         steps=steps,
     )
+
+
+def _place(row: Row) -> tuple[bool, bool, Mix]:
+    """What rows are sorted by."""
+    return not row.mix, not row.is_decode, row.mix
 
 
 class _Packer:
@@ -151,12 +150,12 @@ class _Packer:
 class _Segments:
     """Neighbours of equal mix and role; base rows come last and have none."""
 
-    def __init__(self, rows: ListLike[tuple[PlanEntry, Mix]]) -> None:
+    def __init__(self, rows: ListLike[Row]) -> None:
         bounds, mixes, decode = [0], [], 0
-        for (is_decode, mix), members in groupby(rows, key=lambda row: (row[0].is_decode, row[1])):
+        for (is_decode, mix), members in groupby(rows, key=lambda row: (row.is_decode, row.mix)):
             if not mix:
                 break
-            bounds.append(bounds[-1] + sum(entry.num_tokens for entry, _ in members))
+            bounds.append(bounds[-1] + sum(len(row.tokens) for row in members))
             mixes.append(mix)
             decode += is_decode
         self._bounds, self._mixes, self._decode = tuple(bounds), tuple(mixes), decode
@@ -185,42 +184,24 @@ class _Segments:
         )
 
 
-def _mix(entry: PlanEntry, slot_of: Callable[[str], int | None]) -> Mix:
-    mix = []
-    for digest, weight in entry.seq.mix:
-        slot = slot_of(digest)
-        assert slot is not None, f"{entry.seq!r} is planned, but its adapter {digest[:12]} is not on the device"
-        mix.append((slot, weight))
-    return tuple(mix)
-
-
-def _input_ids(entries: ListLike[PlanEntry]) -> list[int]:
-    ids: list[int] = []
-    for entry in entries:
-        start = entry.seq.num_computed
-        ids += entry.seq.tokens[start : start + entry.num_tokens]
-    assert len(ids) == sum(entry.num_tokens for entry in entries)
-    return ids
-
-
-def _positions(entries: ListLike[PlanEntry], step: int) -> list[int]:
+def _positions(rows: ListLike[Row], step: int) -> list[int]:
     positions: list[int] = []
-    for entry in entries:
-        start = entry.seq.num_computed + step
-        positions += range(start, start + entry.num_tokens)
+    for row in rows:
+        start = row.start + step
+        positions += range(start, start + len(row.tokens))
     return positions
 
 
-def _store_index(entries: ListLike[PlanEntry], tables: ListLike[array[int]], block_size: int, step: int) -> list[int]:
+def _store_index(rows: ListLike[Row], group: int, block_size: int, step: int) -> list[int]:
     """Of each token page * block_size + offset."""
     index: list[int] = []
-    for entry, table in zip(entries, tables, strict=True):
-        position = entry.seq.num_computed + step
-        end = position + entry.num_tokens
+    for row in rows:
+        table, position = row.tables[group], row.start + step
+        end = position + len(row.tokens)
         while position < end:
             block, offset = divmod(position, block_size)
             page, count = table[block], min(block_size - offset, end - position)
-            assert page >= 0, f"{entry.seq!r} has no page for token {position}"
+            assert page >= 0, f"sequence {row.key} has no page for token {position}"
             index += range(page * block_size + offset, page * block_size + offset + count)
             position += count
     return index

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from loraplex.kernels.ops import Backend
+from loraplex.server.engine.policy.rows import Drawn, Row, SamplingState
 from loraplex.server.engine.request import SamplingParams, TokenScores
 
 WATERMARK_KEY = 15_485_863
@@ -32,42 +32,26 @@ WATERMARK_BIAS = 2.0
 _MASK = (1 << 64) - 1
 
 
-@dataclass(frozen=True)
-class SampleRow:
-    """What one row of logits is sampled with."""
-
-    params: SamplingParams
-    position: int  # of the token being drawn, counted from the prompt's start
-    prompt_ids: Sequence[int] | NDArray[np.int64]
-    output_ids: Sequence[int]  # generated so far
-    mask: NDArray[np.uint8] | None = None  # a grammar's (see Constraint.allowed)
+MaskBits = NDArray[np.uint8]
+"""What a grammar allows (see Constraint.allowed)."""
 
 
-@dataclass(frozen=True)
-class Sampled:
-    """The token drawn. Log-probabilities are of the model's own logits, before bias, penalties and temperature."""
-
-    token_id: int | None  # None: the logits are no numbers, but NaN or infinity, and any token would be made up
-    logprob: float | None = None  # None where none were asked for
-    top_logprobs: tuple[tuple[int, float], ...] = ()  # (id, log-probability), most likely first
-    is_held: bool = False  # see SampledToken
-
-
-def sample(logits: Tensor, rows: Sequence[SampleRow], ops: Backend) -> list[Sampled]:
-    """One token per row. logits [N, vocab] fp32, left as they are; len(rows) == N.
+def sample(logits: Tensor, rows: Sequence[Row], masks: Sequence[MaskBits | None], ops: Backend) -> list[Drawn]:
+    """One token per row. logits [N, vocab] fp32, left as they are; len(rows) == len(masks) == N.
 
     In order: what a grammar forbids, the watermark, logit_bias, repetition penalty (prompt and output), presence and
     frequency penalties (output), min_tokens, typical_p (at the temperature), temperature, top_k, top_p, min_p, draw;
     from temperature on it is the backend's sample(). Greedy rows (temperature 0) take the largest after min_tokens; of
     equal ones the lowest id.
     """
-    adjusted = _allowed(logits, rows)
-    changed = [i for i, row in enumerate(rows) if row.params.changes_logits(len(row.output_ids))]
+    states = _states(rows)
+    adjusted = _allowed(logits, masks)
+    changed = [i for i, state in enumerate(states) if state.params.changes_logits(len(state.output))]
     if changed and adjusted is logits:
         adjusted = logits.clone()
     for i in changed:
-        _adjust_(adjusted[i], rows[i])
-    params = [row.params for row in rows]
+        _adjust_(adjusted[i], states[i], masks[i] is not None)
+    params = [state.params for state in states]
     if all(wanted.temperature == 0.0 for wanted in params):
         ids = ops.argmax(adjusted)
     else:
@@ -77,32 +61,37 @@ def sample(logits: Tensor, rows: Sequence[SampleRow], ops: Backend) -> list[Samp
             [wanted.top_k for wanted in params],
             [wanted.top_p for wanted in params],
             [wanted.min_p for wanted in params],
-            [uniform(row.params.seed, row.position) for row in rows],
+            [uniform(wanted.seed, row.known) for wanted, row in zip(params, rows, strict=True)],
         )
     return _scored(_numbers(adjusted, ids), logits, params, ops)
 
 
-def draws_ahead(rows: Sequence[SampleRow], steps: int) -> Tensor | None:
+def draws_ahead(rows: Sequence[Row], steps: int) -> Tensor | None:
     """What several decode steps draw by, DecodeSteps.draws; None where all rows are greedy.
 
     Of rows whose logits nothing changes and whose log-probabilities nobody wants.
     """
-    params = [row.params for row in rows]
+    params = [state.params for state in _states(rows)]
     if all(wanted.temperature == 0.0 for wanted in params):
         return None
     fixed = [(wanted.temperature, wanted.top_k, wanted.top_p, wanted.min_p) for wanted in params]
     draws = array("d")
     for step in range(steps):
-        for row, numbers in zip(rows, fixed, strict=True):
-            draws.extend((*numbers, uniform(row.params.seed, row.position + step)))
+        for row, wanted, numbers in zip(rows, params, fixed, strict=True):
+            draws.extend((*numbers, uniform(wanted.seed, row.known + step)))
     return torch.frombuffer(draws, dtype=torch.float64).view(steps, len(rows), -1)
 
 
-def sampled_ahead(ids: Tensor, logits: Tensor) -> list[Sampled]:
-    """ids [steps, N] that were drawn, the last of them from logits [N, vocab]: the draws, step after step."""
+def drawn_ahead(ids: Tensor, logits: Tensor) -> list[tuple[Drawn, ...]]:
+    """ids [steps, N] that were drawn, the last of them from logits [N, vocab]: each row's tokens, step after step."""
     *known, last = ids
-    tokens = [token for step in known for token in step.tolist()]
-    return [Sampled(token) for token in (*tokens, *_numbers(logits, last))]
+    steps = [*(step.tolist() for step in known), _numbers(logits, last)]
+    return [tuple(map(Drawn, tokens)) for tokens in zip(*steps, strict=True)]
+
+
+def _states(rows: Sequence[Row]) -> list[SamplingState]:
+    """Of rows that draw, which have one each."""
+    return [row.sampling for row in rows if row.sampling is not None]
 
 
 def _numbers(logits: Tensor, ids: Tensor) -> list[int | None]:
@@ -163,29 +152,32 @@ def _mix(x: int) -> int:
     return x ^ (x >> 31)
 
 
-def _adjust_(logits: Tensor, row: SampleRow) -> None:
-    """Watermark, bias, penalties, min_tokens and typical_p on logits [vocab]. Ids outside it have no effect."""
+def _adjust_(logits: Tensor, row: SamplingState, is_held: bool) -> None:
+    """Watermark, bias, penalties, min_tokens and typical_p on logits [vocab]. Ids outside it have no effect.
+
+    is_held: a grammar has forbidden what it does.
+    """
     params = row.params
     if params.watermark:
-        _mark_(logits, int((row.output_ids or row.prompt_ids)[-1]))
+        _mark_(logits, int((row.output or row.prompt)[-1]))
     vocab, device = logits.shape[0], logits.device
     if params.logit_bias:
         ids, values = params.biases
         inside = (ids >= 0) & (ids < vocab)
         logits.index_add_(0, torch.from_numpy(ids[inside]).to(device), torch.from_numpy(values[inside]).to(device))
     if params.repetition_penalty != 1.0:  # CTRL: towards less likely, whatever the sign
-        given = np.asarray(row.prompt_ids, np.int64)
-        seen = torch.from_numpy(np.concatenate((given, np.array(row.output_ids, np.int64)))).to(device)
+        given = np.asarray(row.prompt, np.int64)
+        seen = torch.from_numpy(np.concatenate((given, np.array(row.output, np.int64)))).to(device)
         found = logits[seen]
         logits[seen] = torch.where(found < 0, found * params.repetition_penalty, found / params.repetition_penalty)
-    if (params.presence_penalty or params.frequency_penalty) and row.output_ids:
-        output, times = np.unique(np.array(row.output_ids, np.int64), return_counts=True)
+    if (params.presence_penalty or params.frequency_penalty) and row.output:
+        output, times = np.unique(np.array(row.output, np.int64), return_counts=True)
         counts = torch.from_numpy(times).to(device)
         logits[torch.from_numpy(output).to(device)] -= params.presence_penalty + params.frequency_penalty * counts
-    if params.forbids_stopping(len(row.output_ids)):
+    if params.forbids_stopping(len(row.output)):
         stops = params.stops[(params.stops >= 0) & (params.stops < vocab)]
         without = logits.index_fill(0, torch.from_numpy(stops).to(device), -torch.inf)
-        if row.mask is None or without.max() > -torch.inf:  # a finished grammar leaves nothing but to stop
+        if not is_held or without.max() > -torch.inf:  # a finished grammar leaves nothing but to stop
             logits.copy_(without)
     if params.is_typical:
         _keep_typical_(logits, params)
@@ -238,27 +230,27 @@ def _distance_to(distance: NDArray[np.float32], probs: NDArray[np.float32], mass
     return float(distance[places[min(int(np.searchsorted(seen, mass)), len(places) - 1)]])
 
 
-def _allowed(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
+def _allowed(logits: Tensor, masks: Sequence[MaskBits | None]) -> Tensor:
     """The logits, those that a grammar forbids at -inf; themselves where there is no grammar.
 
     Eight tokens are looked up by a byte of the mask: 0.24 ms for 16 rows of 49,152.
     """
-    held = [(i, row.mask) for i, row in enumerate(rows) if row.mask is not None]
+    held = [(i, mask) for i, mask in enumerate(masks) if mask is not None]
     if not held:
         return logits
     if logits.device.type == "cpu":
         return _allowed_here(logits, held)
     table = _penalties(logits.device)
-    masks = torch.from_numpy(np.stack([mask for _, mask in held])).to(logits.device)
-    added = torch.nn.functional.embedding(masks.int(), table).view(len(held), -1)[:, : logits.shape[1]]
-    if len(held) == len(rows):
+    bits = torch.from_numpy(np.stack([mask for _, mask in held])).to(logits.device)
+    added = torch.nn.functional.embedding(bits.int(), table).view(len(held), -1)[:, : logits.shape[1]]
+    if len(held) == len(masks):
         return logits + added
     result = logits.clone()
     result[[i for i, _ in held]] += added
     return result
 
 
-def _allowed_here(logits: Tensor, held: Sequence[tuple[int, NDArray[np.uint8]]]) -> Tensor:
+def _allowed_here(logits: Tensor, held: Sequence[tuple[int, MaskBits]]) -> Tensor:
     """On the CPU, and in this thread alone: torch would wake its own, which where cores are busy costs milliseconds."""
     given, table = logits.numpy(), _penalties(logits.device).numpy()
     result = given.copy() if len(held) < len(given) else np.empty_like(given)
@@ -276,9 +268,9 @@ def _penalties(device: torch.device) -> Tensor:
 
 def _scored(
     tokens: Sequence[int | None], logits: Tensor, params: Sequence[SamplingParams], ops: Backend
-) -> list[Sampled]:
+) -> list[Drawn]:
     """logits [N, vocab] fp32: the model's own, of which `tokens` were drawn, None where it computed no numbers."""
-    result = [Sampled(token) for token in tokens]
+    result = [Drawn(token) for token in tokens]
     asked: dict[int, list[int]] = {}  # by how many likeliest ones
     for i, (token, wanted) in enumerate(zip(tokens, params, strict=True)):
         if wanted.logprobs is not None and token is not None:
@@ -288,5 +280,5 @@ def _scored(
         drawn = [token for i in places if (token := tokens[i]) is not None]
         scores = score(own, drawn, k, ops)
         for place, i in enumerate(places):
-            result[i] = Sampled(tokens[i], float(scores.logprobs[place]), scores.top(place))
+            result[i] = Drawn(tokens[i], float(scores.logprobs[place]), scores.top(place))
     return result

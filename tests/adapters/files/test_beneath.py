@@ -13,6 +13,7 @@ from loraplex.adapters.errors import AdapterError, AdapterNotFound, AdapterRefus
 from loraplex.adapters.files import beneath
 from loraplex.adapters.files.beneath import below, opened, roots_of, shown
 from loraplex.adapters.image.tiles import BaseLayout
+from loraplex.adapters.info import AdapterInfo
 from loraplex.adapters.registry import Registry
 from loraplex.adapters.sources.watch import FolderWatch
 from loraplex.adapters.tiers.loader import Reading
@@ -189,7 +190,5 @@ def test_watched_folders_see_no_further_either(tmp_path: Path, way: str) -> None
 
 
 def test_what_is_shown_of_a_version_is_a_path() -> None:
-    version = Registry().register(
-        "sql", source=below("/srv", "sql"), rank=1, targets=("q_proj",), num_pages=1, nbytes=1
-    )
+    version = Registry().register("sql", below("/srv", "sql"), AdapterInfo(1, ("q_proj",), 1, 1))
     assert version.origin == "/srv/sql"

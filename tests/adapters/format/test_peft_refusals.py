@@ -22,9 +22,8 @@ from torch import Tensor
 
 from loraplex.adapters.errors import AdapterNotFound, AdapterRefused
 from loraplex.adapters.files import beneath
-from loraplex.adapters.format import adapter_files, targets
+from loraplex.adapters.format import adapter_files, quiet_files, targets
 from loraplex.adapters.image.tiles import BaseLayout, BiasDelta, LowRank
-from loraplex.adapters.tiers import reader
 from loraplex.adapters.tiers.reader import AdapterReader
 from loraplex.kernels.records import Projection, Site
 from tests.support.adapter_reading import ParsedAdapter, read_adapter
@@ -278,11 +277,11 @@ def test_a_file_written_to_while_it_is_read(folder: Folder, monkeypatch: pytest.
         return read
 
     monkeypatch.setattr(adapter_files, "_read_exactly", read_exactly)
-    monkeypatch.setattr(reader, "CHANGED_WAIT", 0.0)
+    monkeypatch.setattr(quiet_files, "CHANGED_WAIT", 0.0)
     with pytest.raises(AdapterRefused, match=r"changed while it was read.*renaming") as caught:
         folder.read()
     assert caught.value.code == "bad_file"
-    assert written == reader.CHANGED_RETRIES
+    assert written == quiet_files.CHANGED_RETRIES
 
 
 @pytest.mark.parametrize("change", ["header", "shorter", "longer", "garbage", "gone", "values"])
@@ -314,7 +313,7 @@ def test_a_file_that_is_written_anew_after_its_header_was_read(
         return read
 
     monkeypatch.setattr(adapter_files, "_read_exactly", read_exactly)
-    monkeypatch.setattr(reader, "CHANGED_WAIT", 0.0)
+    monkeypatch.setattr(quiet_files, "CHANGED_WAIT", 0.0)
     if change == "values":
         part = folder.read().parts[0]
         assert isinstance(part, LowRank)

@@ -11,10 +11,20 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from loraplex.adapters.errors import AdapterRefused
-from loraplex.adapters.image.tiles import AdapterImage, BaseLayout, BiasDelta, LowRank, pack, plan_image, shape_of
-from loraplex.kernels.records import ALIGN, TILE_RANKS, Projection, Site, element_bytes
+from loraplex.adapters.image.tiles import (
+    AdapterImage,
+    BaseLayout,
+    BiasDelta,
+    LowRank,
+    OutputScale,
+    Part,
+    pack,
+    plan_image,
+    shape_of,
+)
+from loraplex.kernels.records import ALIGN, TILE_RANKS, Projection, Site, TileKind, element_bytes
 
-Parts = list[LowRank | BiasDelta]
+Parts = list[Part]
 
 
 def _low_rank(layer: int, projection: Projection, rank: int, scaling: float = 2.0, seed: int = 0) -> LowRank:
@@ -33,14 +43,19 @@ def _strip_bytes(parts: Parts, dtype: torch.dtype) -> int:
     item = element_bytes(dtype)
     total = 0
     for part in parts:
-        total += _padded(part.projection.out_features * item * (1 if isinstance(part, BiasDelta) else part.a.shape[0]))
+        rows, each = (part.a.shape[0], item) if isinstance(part, LowRank) else (1, item)
+        if isinstance(part, OutputScale):
+            each = 4
+        total += _padded(part.projection.out_features * each * rows)
         if isinstance(part, LowRank):
             total += _padded(part.a.numel() * item)
     return total
 
 
-def _folded(part: LowRank | BiasDelta, dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:
-    """A [r, in] and scaling * B transposed [r, out], or the bias as [1, out]; as the device is to have them."""
+def _folded(part: Part, dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:
+    """A [r, in] and scaling * B transposed [r, out], or a single row [1, out]; as the device is to have them."""
+    if isinstance(part, OutputScale):
+        return None, part.values.unsqueeze(0)
     if isinstance(part, BiasDelta):
         return None, part.delta.to(dtype).unsqueeze(0)
     return part.a.to(dtype), (part.b.float() * part.scaling).T.to(dtype)
@@ -48,7 +63,7 @@ def _folded(part: LowRank | BiasDelta, dtype: torch.dtype) -> tuple[Tensor | Non
 
 @dataclass
 class _Tile:
-    a: Tensor | None  # [n, in]; None: a bias
+    a: Tensor | None  # [n, in]; None: a bias or a scale
     b: Tensor  # [n, out_len]
     begin: int  # first column, within its projection
     end: int
@@ -56,10 +71,9 @@ class _Tile:
 
 def _read(image: AdapterImage, parts: Parts, layout: BaseLayout) -> list[list[_Tile]]:
     """Follow the tile table as a kernel would, checking what it promises; returns the tiles of each part."""
-    elements = image.pages.view(-1).view(layout.dtype)
-    item = element_bytes(layout.dtype)
 
-    def view(pos: int, rows: int, row: int) -> Tensor:
+    def view(pos: int, rows: int, row: int, dtype: torch.dtype = layout.dtype) -> Tensor:
+        elements, item = image.pages.view(-1).view(dtype), element_bytes(dtype)
         begin, end = pos * ALIGN, pos * ALIGN + rows * row * item  # positions count 64 bytes: aligned by nature
         assert begin // layout.page_bytes == (end - 1) // layout.page_bytes, "a tile crosses a page"
         assert end <= image.extent
@@ -68,20 +82,22 @@ def _read(image: AdapterImage, parts: Parts, layout: BaseLayout) -> list[list[_T
     found: list[list[_Tile]] = [[] for _ in parts]
     table = image.tiles.tolist()
     assert [row[:2] for row in table] == sorted(row[:2] for row in table), "tiles are not sorted by (layer, site)"
-    for layer, site, a_pos, b_pos, n, out_start, out_len in table:
+    for layer, site, a_pos, b_pos, n, out_start, out_len, kind in table:
         [i] = [
             i
             for i, part in enumerate(parts)
             if (part.layer, part.projection.site) == (layer, site)
             and part.projection.out_start <= out_start
             and out_start + out_len <= part.projection.out_start + part.projection.out_features
-            and isinstance(part, BiasDelta) == (a_pos == -1)
+            and shape_of(part).kind == kind
         ]
         assert 1 <= n <= TILE_RANKS
         projection = parts[i].projection
+        assert (a_pos == -1) == (kind != TileKind.LOW_RANK)
         a = None if a_pos == -1 else view(a_pos, n, projection.in_features)
+        dtype = torch.float32 if kind == TileKind.SCALE else layout.dtype
         begin = out_start - projection.out_start
-        found[i].append(_Tile(a, view(b_pos, n, out_len), begin, begin + out_len))
+        found[i].append(_Tile(a, view(b_pos, n, out_len, dtype), begin, begin + out_len))
     return found
 
 
@@ -133,6 +149,8 @@ def _adapters(draw: st.DrawFn, ragged: bool) -> tuple[Parts, BaseLayout]:
             parts.append(_low_rank(layer, projection, draw(st.sampled_from([1, 2, 3, 8, 16, 17, 33])), seed=len(parts)))
             if draw(st.integers(0, 3)) == 0:
                 parts.append(BiasDelta(layer, projection, torch.randn(projection.out_features)))
+            if draw(st.integers(0, 3)) == 0:
+                parts.append(OutputScale(layer, projection, torch.randn(projection.out_features)))
     # Long enough for the promise about pages: see the head of tiles.py.
     least = max(_padded(p.in_features * item) * (1 + p.in_features / p.out_features) for p in projections)
     page_bytes = _padded(int(least) + 1) + ALIGN * draw(st.integers(0, 300))
@@ -193,7 +211,7 @@ def test_rank_one_on_one_projection_of_one_layer_takes_one_page() -> None:
     image = _check([_low_rank(7, _V, 1)], _SMOLLM2)
     assert image.pages.shape[0] == 1
     assert image.nbytes == image.extent == 576 * 2 + 192 * 2
-    assert image.tiles.tolist() == [[7, Site.QKV, 0, 18, 1, 768, 192]]
+    assert image.tiles.tolist() == [[7, Site.QKV, 0, 18, 1, 768, 192, TileKind.LOW_RANK]]
 
 
 @pytest.mark.parametrize("rank", [1, 4, 16, 64])
@@ -220,7 +238,7 @@ def test_a_fused_projection_keeps_one_a() -> None:
     """Phi-3's qkv_proj: one A of rank 16, one B over q, k and v together; a single tile."""
     fused = Projection("self_attn.qkv_proj", Site.QKV, 576, 0, 960, False)
     image = _check([_low_rank(0, fused, 16)], replace(_SMOLLM2, projections=(fused,)))
-    assert image.tiles[:, 2:].tolist() == [[0, 288, 16, 0, 960]]
+    assert image.tiles[:, 2:].tolist() == [[0, 288, 16, 0, 960, TileKind.LOW_RANK]]
 
 
 def test_a_vocabulary_long_b_is_cut_into_pieces_that_share_their_a() -> None:
@@ -252,10 +270,27 @@ def test_b_may_be_a_transposed_view() -> None:
     assert torch.equal(pack([part], _SMOLLM2).pages, pack([strided], _SMOLLM2).pages)
 
 
+def test_scales_are_kept_in_fp32_and_cut_at_page_ends() -> None:
+    """Those of IA3: on k, v and up, in a page of a compute dtype of 16 bits."""
+    values = {p: torch.linspace(0.5, 1.5, p.out_features) for p in (_K, _V, _UP)}
+    layout = replace(_SMOLLM2, page_bytes=4096)
+    image = _check([OutputScale(1, p, row) for p, row in values.items()], layout)
+    assert image.nbytes == image.extent == 4 * (192 + 192 + 1536)
+    assert image.tiles.tolist() == [
+        [1, Site.QKV, -1, 0, 1, 576, 192, TileKind.SCALE],
+        [1, Site.QKV, -1, 12, 1, 768, 192, TileKind.SCALE],
+        [1, Site.GATE_UP, -1, 24, 1, 1536, 640, TileKind.SCALE],
+        [1, Site.GATE_UP, -1, 64, 1, 2176, 896, TileKind.SCALE],
+    ]
+    with pytest.raises(AdapterRefused, match=r"layer 0 self_attn.k_proj: scale has values .*float32") as refused:
+        pack([OutputScale(0, _K, torch.full((192,), torch.inf))], layout)
+    assert refused.value.code == "not_finite"
+
+
 def test_nothing_to_pack_is_an_empty_image() -> None:
     image = pack([], _SMOLLM2)
     assert image.pages.shape == (0, 368_640)
-    assert image.tiles.shape == (0, 7)
+    assert image.tiles.shape == (0, 8)
     assert image.nbytes == image.extent == 0
 
 
@@ -285,6 +320,8 @@ def test_what_does_not_fit_is_named() -> None:
         pack([replace(good, a=good.a[:0], b=good.b[:, :0])], _SMOLLM2)
     with pytest.raises(ValueError, match=r"bias of shape \[5\]; expected \[192\]"):
         pack([BiasDelta(0, _K, torch.zeros(5))], _SMOLLM2)
+    with pytest.raises(ValueError, match=r"scale of shape \[5\]; expected \[192\]"):
+        pack([OutputScale(0, _K, torch.zeros(5))], _SMOLLM2)
     with pytest.raises(ValueError, match=r"a row of A has 1152 bytes and a page 1088"):
         pack([good], replace(_SMOLLM2, page_bytes=1088))
     with pytest.raises(ValueError, match=r"page_bytes is 1000; expected a positive multiple of 64"):

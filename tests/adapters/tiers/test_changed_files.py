@@ -14,9 +14,9 @@ import safetensors.torch
 import torch
 
 from loraplex.adapters.errors import AdapterNotFound, AdapterRefused
+from loraplex.adapters.format import quiet_files
 from loraplex.adapters.image.tiles import AdapterImage, BaseLayout
 from loraplex.adapters.registry import AdapterVersion, Registry
-from loraplex.adapters.tiers import reader
 from loraplex.adapters.tiers.host_store import HostStore, host_bytes
 from loraplex.adapters.tiers.loader import Loader, Priority
 from loraplex.adapters.tiers.reader import AdapterReader
@@ -41,15 +41,7 @@ class Rig:
 
     def register(self, folder: Path) -> AdapterVersion:
         """By its header, as from a folder of adapters."""
-        info = self.reader.examine(str(folder))
-        return self.registry.register(
-            folder.name,
-            source=str(folder),
-            rank=info.rank,
-            targets=info.targets,
-            num_pages=info.num_pages,
-            nbytes=info.nbytes,
-        )
+        return self.registry.register(folder.name, str(folder), self.reader.examine(str(folder)))
 
     def image(self, version: AdapterVersion) -> AdapterImage:
         image = self.loader.ensure(version).result(LIMIT).image
@@ -64,7 +56,7 @@ class Rig:
 
 @pytest.fixture
 def rig(monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
-    monkeypatch.setattr(reader, "CHANGED_WAIT", 1e-3)
+    monkeypatch.setattr(quiet_files, "CHANGED_WAIT", 1e-3)
     rig = Rig()
     yield rig
     rig.loader.shutdown(LIMIT)
@@ -110,7 +102,7 @@ def test_exchanged_files_are_served_to_new_requests_and_old_ones_keep_what_was_h
         rig.image(old)
     assert caught.value.code == "changed"
     new = rig.current("a")
-    assert (new.rank, new.digest) == (8, read(rig.reader, folder, fresh=True).digest)
+    assert (new.info.rank, new.digest) == (8, read(rig.reader, folder, fresh=True).digest)
     assert rig.loader.ensure(new).done(), "it has been read already"
 
     assert rig.store.reserve(host_bytes(before))
@@ -135,8 +127,8 @@ def test_an_unread_adapter_whose_files_are_exchanged(rig: Rig, tmp_path: Path) -
     write_adapter(other, LAYOUT, seed=2, rank=16)
     with pytest.raises(AdapterRefused, match="expected another rank"):
         rig.image(version)
-    assert rig.current("b").rank == 16
-    assert len(rig.image(rig.current("b")).pages) == rig.current("b").num_pages > version.num_pages
+    assert rig.current("b").info.rank == 16
+    assert len(rig.image(rig.current("b")).pages) == rig.current("b").info.num_pages > version.info.num_pages
 
 
 @pytest.mark.parametrize("in_place", [False, True])
@@ -224,7 +216,7 @@ def test_files_rewritten_under_load(rig: Rig, tmp_path: Path, in_place: bool) ->
 @pytest.mark.parametrize("harm", ["cut short", "emptied", "deleted", "folder deleted", "made a folder", "shut"])
 def test_a_folder_that_is_harmed_while_loads_run(harm: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Again and again, at any moment of a load: it is refused by name, or has the right bytes."""
-    monkeypatch.setattr(reader, "CHANGED_RETRIES", 2)
+    monkeypatch.setattr(quiet_files, "CHANGED_RETRIES", 2)
     with reachable_folder() as place:
         place.chmod(0o777)
         with ordinary_user():

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.image.tiles import AdapterImage, BaseLayout, PartShape, plan_image
 from loraplex.adapters.tiers.host_store import HostStats, HostStore, most_bytes
-from loraplex.kernels.records import Projection, Site
+from loraplex.kernels.records import Projection, Site, TileKind
 
 
 def _image(nbytes: int) -> AdapterImage:
@@ -313,7 +313,8 @@ def test_the_bound_on_an_image_that_is_not_there_yet(
     layout = BaseLayout("b", layers, tuple(projections), page_bytes, torch.float32)
     places = [(layer, projection) for layer in range(layers) for projection in projections]
     shapes = [PartShape(*place, rank=data.draw(st.integers(1, rank))) for place in places]
-    shapes += [PartShape(*place, rank=0) for place in data.draw(st.lists(st.sampled_from(places), unique=True))]
+    rows = data.draw(st.lists(st.tuples(st.sampled_from(places), st.sampled_from(TileKind)), unique=True))
+    shapes += [PartShape(*place, 1, kind) for place, kind in rows if kind != TileKind.LOW_RANK]
     plan = plan_image(shapes, layout)
     assert plan.num_pages * page_bytes + plan.tiles.nbytes <= most_bytes(layout, plan.num_pages, rank)
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from loraplex.adapters.errors import AdapterRefused
+from loraplex.adapters.info import AdapterInfo
 from loraplex.adapters.registry import AdapterVersion, Registry
 from loraplex.adapters.tiers.load_queue import FAIRNESS
 from loraplex.adapters.tiers.loader import (
@@ -19,7 +20,6 @@ from loraplex.adapters.tiers.loader import (
     LoadedAdapter,
     Loader,
     LoaderClosed,
-    ParsedImage,
     Priority,
     Reading,
 )
@@ -49,7 +49,7 @@ class Sources:
         self.ranks: dict[str, int] = {}
         self.fresh: list[bool] = []
 
-    def parse(self, reading: Reading) -> ParsedImage:
+    def parse(self, reading: Reading) -> LoadedAdapter:
         source = reading.source
         self.read.append(source)
         self.fresh.append(reading.fresh)
@@ -59,7 +59,8 @@ class Sources:
         reading.throttle()
         if source in self.errors:
             raise self.errors[source]
-        return ParsedImage(digest, self.ranks.get(source, 8), ("q_proj",), 3, 1000, f"image of {source}", 500)
+        info = AdapterInfo(self.ranks.get(source, 8), ("q_proj",), 3, 1000, digest)
+        return LoadedAdapter(info, f"image of {source}", 500)
 
 
 @pytest.fixture
@@ -92,7 +93,7 @@ def version(source: str) -> AdapterVersion:
 def register(registry: Registry, source: str, digest: str | None = None) -> AdapterVersion:
     """Under the name of its source."""
     name = source.replace(" ", "-")
-    return registry.register(name, digest=digest, source=source, rank=8, targets=("q_proj",), num_pages=3, nbytes=1000)
+    return registry.register(name, source, AdapterInfo(8, ("q_proj",), 3, 1000, digest=digest))
 
 
 def begin(sources: Sources, loader: Loader, source: str) -> Future[LoadedAdapter]:
@@ -105,7 +106,7 @@ def begin(sources: Sources, loader: Loader, source: str) -> Future[LoadedAdapter
 
 def test_load_puts_the_image_into_the_store(loader: Loader, store: Store) -> None:
     loaded = loader.load("a").result(LIMIT)
-    assert loaded == LoadedAdapter("a", "digest of a", 8, ("q_proj",), 3, 1000)
+    assert loaded == LoadedAdapter(AdapterInfo(8, ("q_proj",), 3, 1000, "digest of a"))
     assert store == {"digest of a": "image of a"}
     assert loader.pending() == 0
 
@@ -163,7 +164,7 @@ def test_no_failure_ends_the_thread(
     sources.errors["bad"] = error
     with pytest.raises(type(error)):
         loader.load("bad").result(LIMIT)
-    assert loader.load("good").result(LIMIT).source == "good"
+    assert loader.load("good").result(LIMIT).digest == "digest of good"
     assert "'bad'" in caplog.text
 
 
@@ -176,7 +177,9 @@ def test_ensure_is_done_at_once_when_the_store_has_it(loader: Loader, sources: S
     store["digest of a"] = "image of a"
     future = loader.ensure(version("a"))
     assert future.done()
-    assert future.result() == LoadedAdapter("a", "digest of a", 8, ("q_proj",), 3, 1000)
+    assert future.result() == LoadedAdapter(
+        AdapterInfo(8, ("q_proj",), 3, 1000, "digest of a"),
+    )
     assert sources.read == []
 
 
@@ -243,7 +246,7 @@ def test_a_name_that_points_elsewhere_by_now_is_left_alone(
 ) -> None:
     old = register(registry, "a", "digest of a")
     lease = registry.lease("a")
-    other = registry.register("a", source="b", rank=1, targets=(), num_pages=1, nbytes=1, digest="of b", replace=True)
+    other = registry.register("a", "b", AdapterInfo(1, (), 1, 1, digest="of b"), replace=True)
     sources.digests["a"] = "f00d"
     with pytest.raises(AdapterRefused, match="changed"):
         loader.ensure(old).result(LIMIT)
@@ -260,14 +263,14 @@ def test_files_exchanged_before_they_were_read_once(loader: Loader, registry: Re
         loader.ensure(unread).result(LIMIT)
     new = registry.get("a")
     assert new is not None
-    assert (new.rank, new.digest, unread.digest) == (16, "digest of a", None)
-    assert loader.ensure(new).result(LIMIT).rank == 16
+    assert (new.info.rank, new.digest, unread.digest) == (16, "digest of a", None)
+    assert loader.ensure(new).result(LIMIT).info.rank == 16
 
 
 def test_two_names_of_one_source_are_settled_together(loader: Loader, registry: Registry, sources: Sources) -> None:
     begin(sources, loader, "other")
     one = register(registry, "a")
-    two = registry.register("b", source="a", rank=8, targets=("q_proj",), num_pages=3, nbytes=1000)
+    two = registry.register("b", "a", AdapterInfo(8, ("q_proj",), 3, 1000))
     futures = [loader.ensure(one), loader.ensure(two)]
     sources.gate.set()
     assert len({future.result(LIMIT).digest for future in futures}) == 1
@@ -327,7 +330,7 @@ def test_one_caller_giving_up_leaves_the_others_alone(loader: Loader, sources: S
     leaver, stayer = loader.load("a"), loader.load("a")
     assert leaver.cancel()
     sources.gate.set()
-    assert stayer.result(LIMIT).source == "a"
+    assert stayer.result(LIMIT).digest == "digest of a"
     with pytest.raises(CancelledError):
         leaver.result(LIMIT)
 
@@ -371,7 +374,9 @@ def test_several_threads_read_at_once_and_the_last_one_is_for_the_urgent(sources
     assert not sources.reading.acquire(blocking=False)
     assert sorted(sources.read) == ["a", "b", "urgent"]
     sources.gate.set()
-    assert [future.result(LIMIT).source for future in futures] == [*"abcde", "urgent", "no room"]
+    assert [future.result(LIMIT).digest for future in futures] == [
+        f"digest of {each}" for each in (*"abcde", "urgent", "no room")
+    ]
     loader.shutdown(LIMIT)
 
 
@@ -380,12 +385,12 @@ def test_sources_that_hang_cost_no_thread(sources: Sources, store: Store) -> Non
     sources.hanging = {f"hangs {i}": threading.Event() for i in range(MAX_SLOW + 5)}
     loader = Loader(sources.parse, store, Registry(), threads=1, slow_after=0.0)
     hanging = [loader.load(source) for source in sources.hanging]
-    assert loader.ensure(version("good")).result(LIMIT).source == "good"
+    assert loader.ensure(version("good")).result(LIMIT).digest == "digest of good"
     for _ in range(MAX_SLOW + 1):
         assert sources.reading.acquire(timeout=LIMIT)
     for event in sources.hanging.values():
         event.set()
-    assert [future.result(LIMIT).source for future in hanging] == list(sources.hanging)
+    assert [future.result(LIMIT).digest for future in hanging] == [f"digest of {each}" for each in sources.hanging]
     assert len([t for t in threading.enumerate() if t.name.startswith("adapter-loader")]) <= 1 + MAX_SLOW
     loader.shutdown(LIMIT)
 
@@ -414,7 +419,7 @@ def test_shutdown_fails_what_is_queued_and_finishes_what_is_read(sources: Source
     with pytest.raises(LoaderClosed, match=r"'b'.*shutting down"):
         queued.result(LIMIT)
     sources.gate.set()
-    assert begun.result(LIMIT).source == "a"
+    assert begun.result(LIMIT).digest == "digest of a"
     closer.join(LIMIT)
     assert not closer.is_alive()
     assert not any(thread.is_alive() for thread in threads)
@@ -445,7 +450,7 @@ def test_many_callers_from_many_threads(loader: Loader, sources: Sources, store:
     for thread in threads:
         thread.join(60)
     assert len(answers) == 360
-    assert all(loaded.source == source for source, loaded in answers)
+    assert all(loaded.digest == f"digest of {source}" for source, loaded in answers)
     assert len(store) == 10
     assert loader.pending() == 0
 
@@ -477,5 +482,5 @@ def test_who_joins_while_the_first_one_leaves(sources: Sources, loader: Loader) 
     first.cancelled = look  # type: ignore[method-assign]
     sources.gate.set()
     wait_for(lambda: joined != [])
-    assert joined[0].result(LIMIT).source == "a"
+    assert joined[0].result(LIMIT).digest == "digest of a"
     joining.join(LIMIT)

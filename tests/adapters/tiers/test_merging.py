@@ -11,6 +11,7 @@ from peft.utils import merge_utils
 from safetensors.torch import load_file
 
 from loraplex.adapters.errors import AdapterRefused, AdapterUnavailable
+from loraplex.adapters.info import AdapterInfo
 from loraplex.adapters.registry import AdapterVersion, Registry
 from loraplex.adapters.sources.merge_plan import MergePlan
 from loraplex.adapters.tiers.merging import merge_tensors, merge_versions
@@ -42,7 +43,7 @@ def test_factors_are_merged_as_peft_merges_them(plan: MergePlan) -> None:
 
 
 def version(registry: Registry, name: str, folder: Path) -> AdapterVersion:
-    return registry.register(name, source=str(folder), rank=4, targets=("q_proj",), num_pages=1, nbytes=1)
+    return registry.register(name, str(folder), AdapterInfo(4, ("q_proj",), 1, 1))
 
 
 @pytest.fixture(scope="module")

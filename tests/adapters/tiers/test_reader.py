@@ -16,10 +16,9 @@ import torch
 from loraplex.adapters.errors import AdapterNotFound, AdapterRefused
 from loraplex.adapters.files import beneath
 from loraplex.adapters.files.beneath import below
-from loraplex.adapters.format import adapter_files
+from loraplex.adapters.format import adapter_files, quiet_files
 from loraplex.adapters.format.kinds import KINDS
 from loraplex.adapters.image.tiles import BaseLayout
-from loraplex.adapters.tiers import reader
 from loraplex.adapters.tiers.loader import LoadCancelled, Reading
 from loraplex.adapters.tiers.reader import AdapterReader
 from loraplex.kernels.records import Projection, Site
@@ -52,7 +51,7 @@ def whole_readings(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         calls.append(folder)
         return real(folder, *rest)
 
-    monkeypatch.setattr(reader, "read_bytes", read_bytes)
+    monkeypatch.setattr(quiet_files, "read_bytes", read_bytes)
     return calls
 
 
@@ -163,7 +162,7 @@ def test_a_refusal_holds_until_the_files_change(folder: Path, whole_readings: li
     assert known.refusal is not None
     assert known.refusal.__traceback__ is None, "its frames hold the file's bytes"
     change_value(folder, 1.0)
-    assert read(own, folder).num_pages > 0
+    assert read(own, folder).info.num_pages > 0
     assert len(whole_readings) == 2
 
 
@@ -175,17 +174,17 @@ def test_files_changed_a_moment_ago_are_looked_at_once_more(
     left = [changes]
 
     def sleep(seconds: float) -> None:
-        assert seconds == reader.CHANGED_WAIT
+        assert seconds == quiet_files.CHANGED_WAIT
         if left[0]:
             left[0] -= 1
             change_value(folder, float(left[0]))
 
-    monkeypatch.setattr(reader, "CHANGED_WAIT", 1000.0)
-    monkeypatch.setattr(reader.time, "sleep", sleep)
+    monkeypatch.setattr(quiet_files, "CHANGED_WAIT", 1000.0)
+    monkeypatch.setattr(quiet_files.time, "sleep", sleep)
     if changes == 1000:
         with pytest.raises(AdapterRefused, match="changed while it was read"):
             read(make_reader(), folder)
-        assert len(whole_readings) == reader.CHANGED_RETRIES
+        assert len(whole_readings) == quiet_files.CHANGED_RETRIES
         return
     first = read(make_reader(), folder)
     assert len(whole_readings) == changes + 1

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import Tensor
 
-from loraplex.adapters.image.tiles import AdapterImage, BaseLayout, BiasDelta, LowRank, pack
+from loraplex.adapters.image.tiles import AdapterImage, BaseLayout, BiasDelta, LowRank, Part, pack
 from loraplex.adapters.tiers.pages import PagePool
 from loraplex.adapters.tiers.residency import Residency
 from loraplex.kernels.records import ALIGN, NUM_SITES, Projection, Site
@@ -35,7 +35,7 @@ def _image(seed: int) -> AdapterImage:
         return int(torch.randint(limit, (1,), generator=generator))
 
     rank = 1 + draw(6) if seed % 3 else 1 + draw(40)
-    parts: list[LowRank | BiasDelta] = []
+    parts: list[Part] = []
     for layer in range(_LAYOUT.num_layers):
         for projection in _PROJECTIONS:
             if draw(3) == 0 or (layer, projection.site) == (1, Site.DOWN):
@@ -81,8 +81,8 @@ def _check_on_device(residency: Residency, arena: Tensor, digest: str) -> None:
             if not expected:
                 assert (first, last) == (0, 0)
             for found, tile in zip(table.tiles[first:last].tolist(), expected, strict=True):
-                assert found[2:] == tile[2:]  # n, out_start, out_len
-                n, _, out_len = found[2:]
+                assert found[2:] == tile[2:]  # n, out_start, out_len, kind
+                n, _, out_len, _ = found[2:]
                 strips = [(found[1], tile[1], n * out_len)]
                 if tile[0] == -1:
                     assert found[0] == -1
@@ -302,18 +302,18 @@ def test_the_tile_table_doubles_and_its_rows_are_used_again() -> None:
         )
 
     first = residency.table
-    assert first.tiles.shape == (1024, 5)
+    assert first.tiles.shape == (1024, 6)
     for seed in range(4):
         assert residency.load(str(seed), image(seed))
         residency.check_integrity()
-    assert residency.table.tiles.shape == (2048, 5)
+    assert residency.table.tiles.shape == (2048, 6)
     assert residency.table.ranges is first.ranges  # slots do not grow: the same tensor
     assert residency.table.tiles is residency.table.tiles_host  # on CPU there is one table
     for round_ in range(10):
         residency.drop(str(round_ % 4))
         assert residency.load(str(round_ % 4), image(round_))
         residency.check_integrity()
-    assert residency.table.tiles.shape == (2048, 5)
+    assert residency.table.tiles.shape == (2048, 6)
     assert residency.loads == 14
     assert residency.evictions == 0  # a drop is not an eviction
 

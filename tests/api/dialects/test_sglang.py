@@ -11,11 +11,9 @@ import pytest
 
 from loraplex.server.api.dialects import sglang
 from loraplex.server.api.structured import read_structured
-from loraplex.server.command.app import create_app
 from loraplex.server.engine.request import Phases
-from loraplex.server.tenancy.access import Access
-from loraplex.server.tenancy.tenants import Key, Keyring, digest_of
-from tests.support.fake_serving import EOS_ID, FakeServer
+from loraplex.server.tenancy.tenants import Key
+from tests.support.fake_serving import EOS_ID, FakeServer, access_of
 
 Json = dict[str, Any]
 
@@ -189,9 +187,7 @@ async def test_pinned_adapters_stay(client: httpx.AsyncClient, server: FakeServe
 
 async def test_nobody_pins_but_an_admin(server: FakeServer) -> None:
     keys = {"t": Key("tenant", "acme"), "a": Key("root", "ops", admin=True)}
-    access = Access(Keyring({digest_of(secret): key for secret, key in keys.items()}))
-    transport = httpx.ASGITransport(create_app(replace(server.services, access=access)), raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+    async with server.client(access=access_of(keys)) as client:
         for secret, status in (("t", 400), ("a", 200)):
             body = {"lora_name": "acme/x", "lora_path": "/a/x", "pinned": True}
             answer = await client.post("/load_lora_adapter", json=body, headers={"x-api-key": secret})

@@ -18,10 +18,10 @@ from loraplex.server.api.tools.call_objects import CallArguments, CallStart, Pie
 from loraplex.server.api.tools.tool_formats import MAX_CALLS, ToolFormat, find_format
 from loraplex.server.engine.request import Constraint
 from loraplex.server.text.grammar import Grammars, GrammarSpec
+from tests.support.asking import CHAT, chat
 from tests.support.fake_serving import EOS_ID, FakeServer, say
 from tests.support.tiny import VOCAB_SIZE
 
-CHAT = "/v1/chat/completions"
 SCHEMA = {
     "type": "object",
     "properties": {"what": {"enum": ["hen", 'a "hare"']}, "n": {"type": "integer", "minimum": 0, "maximum": 99}},
@@ -40,10 +40,6 @@ TEMPLATES = {
     "mistral_named": "[AVAILABLE_TOOLS]{{ tools }} [TOOL_CALLS]name[ARGS]",
 }
 NATIVE = "{{ tools | tojson }}|{% for m in messages %}{{ m | tojson }}{% endfor %}<tool_call>"
-
-
-def chat(**fields: Any) -> dict[str, Any]:
-    return {"model": "base", "messages": [{"role": "user", "content": "hi"}], **fields}
 
 
 def deltas_of(response: httpx.Response) -> list[dict[str, Any]]:

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import AsyncIterator
-from dataclasses import replace
 from html.parser import HTMLParser
 from typing import Any
 
 import httpx
 import pytest
 
+from loraplex.adapters.info import AdapterInfo
 from loraplex.server.api.page.ui import FOLDER, page_files
-from loraplex.server.command.app import create_app
 from loraplex.server.engine.page_map import KV, OTHER, PageOwners
 from loraplex.server.engine.stats import AdapterPlace
 from loraplex.server.telemetry.recent import Recent
-from loraplex.server.tenancy.access import Access
-from loraplex.server.tenancy.tenants import Key, Keyring, digest_of
-from tests.support.fake_serving import FakeServer, Stats
+from loraplex.server.tenancy.tenants import Key
+from tests.support.fake_serving import FakeServer, Stats, access_of
 
 ALICE, ROOT, SEER = "lpx_alice-secret", "lpx_root-secret", "lpx_seer-secret"
 KEYS = {
@@ -141,10 +139,7 @@ async def guarded(server: FakeServer) -> AsyncIterator[httpx.AsyncClient]:
     server.engine.page_owners = PageOwners(
         ("kv", *["adapter"] * 6, None), {digest: [1 + 2 * i, 2 + 2 * i] for i, digest in enumerate(digests)}
     )
-    access = Access(Keyring({digest_of(secret): key for secret, key in KEYS.items()}))
-    services = replace(server.services, access=access)
-    transport = httpx.ASGITransport(create_app(services), raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+    async with server.client(access=access_of(KEYS)) as client:
         yield client
 
 
@@ -200,12 +195,11 @@ async def test_looking_is_neither_limited_nor_logged(
 
 async def test_the_last_minute_is_counted_as_requests_are_answered(server: FakeServer) -> None:
     clock = Clock()
-    services = server.services
-    services.metrics.recent = Recent(clock)
+    metrics = server.services.metrics
+    metrics.recent = Recent(clock)
     server.engine.current = Stats(running=3, waiting=2, waiting_for_adapters=1)
     await server.adapters.register("sql", "/adapters/sql")
-    transport = httpx.ASGITransport(create_app(services), raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+    async with server.client(metrics=metrics) as client:
         body = {"model": "sql", "prompt": "the question", "max_tokens": 3}
         usage = (await client.post("/v1/completions", json=body)).json()["usage"]
         assert usage["completion_tokens"] == 3
@@ -239,9 +233,7 @@ async def test_hundreds_of_adapters_come_in_order_page_by_page(
 ) -> None:
     registry = server.adapters.registry
     for i in range(300):
-        registry.register(
-            f"a{i * 79 % 300:03}", source="/x", rank=i % 7, targets=(), num_pages=i % 11, nbytes=i * 31 % 997
-        )
+        registry.register(f"a{i * 79 % 300:03}", "/x", AdapterInfo(i % 7, (), i % 11, i * 31 % 997))
     server.engine.places = [AdapterPlace(f"a{i:03}", on_device=i % 3 > 0, pinned=False) for i in range(0, 60)]
     rows = []
     for offset in range(0, 300, 100):

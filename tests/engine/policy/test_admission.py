@@ -6,20 +6,21 @@ from dataclasses import replace
 
 import pytest
 
-from loraplex.server.engine.policy.scheduler import Scheduler, StepPlan
+from loraplex.server.engine.policy.plan import StepPlan
+from loraplex.server.engine.policy.scheduler import Scheduler
 from loraplex.server.engine.request import ContextTooLong, FinishReason, SamplingParams
 from tests.support.scheduling import Clock, FakePlacement, Requests, draws, make_scheduler
 
 
 def step(scheduler: Scheduler) -> StepPlan:
     plan = scheduler.schedule()
-    scheduler.commit(plan, draws(plan))
+    scheduler.commit(plan, draws(plan.step))
     scheduler.check_integrity()
     return plan
 
 
 def planned(scheduler: Scheduler) -> list[str]:
-    return [entry.seq.request.request_id for entry in step(scheduler).entries]
+    return [seq.request.request_id for seq in step(scheduler).seqs]
 
 
 class TestCopies:
@@ -61,8 +62,8 @@ class TestPrefixes:
         requests.adapter("a")
         for expected in (21, 1):  # five full blocks of four are there the second time
             scheduler.add(requests.make(21, 1, "a"))
-            (entry,) = step(scheduler).entries
-            assert (entry.num_tokens, entry.samples, entry.is_decode) == (expected, True, False)
+            (row,) = step(scheduler).step.rows
+            assert (len(row.tokens), row.draws, row.is_decode) == (expected, 1, False)
         assert (scheduler.kv.hits, scheduler.kv.queries) == (20, 42)
         assert scheduler.prompt_tokens == 42, "both prompts were read, whoever computed them"
 
@@ -84,7 +85,7 @@ class TestPrefixes:
             "salt": replace(request, cache_salt="t"),
         }[other]
         scheduler.add(second)
-        assert step(scheduler).num_tokens == 21
+        assert step(scheduler).step.num_tokens == 21
 
     def test_scores_of_the_prompt_need_all_of_it(self) -> None:
         scheduler, _ = make_scheduler(prefix_cache=True)
@@ -92,7 +93,7 @@ class TestPrefixes:
         scheduler.add(requests.make(21, 1))
         step(scheduler)
         scheduler.add(replace(requests.make(21, 1), params=SamplingParams(max_tokens=1, prompt_logprobs=0)))
-        assert step(scheduler).num_tokens == 21
+        assert step(scheduler).step.num_tokens == 21
 
     def test_cached_blocks_count_as_there(self) -> None:
         """Eleven pages; a prompt takes nine, of which eight are cached: three are left for what two do not share."""
@@ -103,7 +104,7 @@ class TestPrefixes:
         assert scheduler.kv.pool.used_by("prefix") == 8
         scheduler.add(requests.make(33, 1))
         scheduler.add(requests.make(33, 1))  # shares the eight, and has one of its own
-        assert step(scheduler).num_tokens == 2
+        assert step(scheduler).step.num_tokens == 2
 
     def test_what_is_preempted_finds_its_own_blocks_again(self) -> None:
         scheduler, _ = make_scheduler(pages=10, prefix_cache=True)
@@ -145,7 +146,7 @@ class TestPins:
         scheduler.add(requests.make(2, 1))
         plan = step(scheduler)
         assert "pinned hold all 1" in str(plan.failed[0].error)
-        assert len(plan.entries) == 1
+        assert len(plan.seqs) == 1
 
     def test_who_runs_alone_and_cannot_grow_is_told(self) -> None:
         scheduler, _ = make_scheduler(pages=8)
@@ -155,7 +156,7 @@ class TestPins:
         events = []
         while scheduler.num_open:
             plan = scheduler.schedule()
-            events += [*plan.failed, *scheduler.commit(plan, draws(plan))]
+            events += [*plan.failed, *scheduler.commit(plan, draws(plan.step))]
         assert events[-1].finish is FinishReason.ERROR
         assert isinstance(events[-1].error, ContextTooLong)
         assert len(events) == 8 + 1, "20 tokens fit into five pages: after the first one eight are drawn"

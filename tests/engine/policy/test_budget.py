@@ -169,10 +169,10 @@ class TestOfAScheduler:
         sizes = []
         for _ in range(60):
             plan = scheduler.schedule()
-            sizes.append(plan.num_tokens)
-            scheduler.commit(plan, draws(plan))
-            scheduler.took(plan, 1e-4 * plan.num_tokens)
-            assert plan.num_tokens <= scheduler.limits.token_budget
+            sizes.append(plan.step.num_tokens)
+            scheduler.commit(plan, draws(plan.step))
+            scheduler.took(plan, 1e-4 * plan.step.num_tokens)
+            assert plan.step.num_tokens <= scheduler.limits.token_budget
         assert sizes == sorted(sizes)
         assert (sizes[0], sizes[-1]) == (64, 256)
         assert scheduler.kv.token_seconds == scheduler.budget.token_seconds == pytest.approx(1e-4, rel=0.2)
@@ -182,17 +182,17 @@ class TestOfAScheduler:
         scheduler.add(Requests().make(900, 2))
         for _ in range(5):
             plan = scheduler.schedule()
-            scheduler.commit(plan, draws(plan))
+            scheduler.commit(plan, draws(plan.step))
             scheduler.took(plan, 5.0)
-            assert plan.num_tokens == 100
+            assert plan.step.num_tokens == 100
 
     def test_decode_rows_are_told_apart(self) -> None:
         scheduler = self.scheduler(TokenBudget(64, 256, 0.1 / 64))
         scheduler.add(Requests().make(64, 20))
         for _ in range(10):
             plan = scheduler.schedule()
-            scheduler.commit(plan, draws(plan))
-            scheduler.took(plan, 0.1 if plan.num_tokens == 64 else 1e-9)
+            scheduler.commit(plan, draws(plan.step))
+            scheduler.took(plan, 0.1 if plan.step.num_tokens == 64 else 1e-9)
         assert scheduler.token_budget == 64
         assert scheduler.budget.token_seconds == pytest.approx(0.1 / 64)
 
@@ -207,9 +207,9 @@ class TestOfAScheduler:
         sizes = []
         while seq.num_computed < 1000:
             plan = scheduler.schedule()
-            tokens = [entry.num_tokens for entry in plan.entries if entry.seq is seq]
+            tokens = [len(row.tokens) for row in plan.step.rows if row.key == seq.number]
             sizes += tokens
-            scheduler.commit(plan, draws(plan))
+            scheduler.commit(plan, draws(plan.step))
             scheduler.took(plan, (sum(tokens) * (1 + scoring) + 1) * 0.1 / 256)
         assert max(sizes) * (1 + scoring) <= 256 < (max(sizes) + 2) * (1 + scoring)
         assert scheduler.token_budget == before
@@ -221,7 +221,7 @@ class TestOfAScheduler:
         seq = scheduler.add(replace(Requests().make(20, 1), params=asks))
         for computed in range(1, 20):
             plan = scheduler.schedule()
-            scheduler.commit(plan, draws(plan))
+            scheduler.commit(plan, draws(plan.step))
             assert seq.num_computed == computed
 
     def scored(self, scoring: float) -> Scheduler:

@@ -8,7 +8,8 @@ from math import ceil
 
 import pytest
 
-from loraplex.server.engine.policy.scheduler import Scheduler, StepPlan
+from loraplex.server.engine.policy.plan import StepPlan
+from loraplex.server.engine.policy.scheduler import Scheduler
 from loraplex.server.engine.policy.sequence import Sequence
 from loraplex.server.engine.request import FinishReason, GenerationRequest, TokenEvent
 from tests.support.scheduling import Clock, FakePlacement, Requests, draws, make_scheduler
@@ -44,7 +45,7 @@ class World:
         plan = self.scheduler.schedule()
         self.steps += 1
         self.clock.now += 0.1
-        for event in (*plan.failed, *self.scheduler.commit(plan, draws(plan))):
+        for event in (*plan.failed, *self.scheduler.commit(plan, draws(plan.step))):
             self._note(event, plan)
         self.scheduler.check_integrity()
         return plan
@@ -63,9 +64,9 @@ class World:
     def _note(self, event: TokenEvent, plan: StepPlan) -> None:
         if event.token_id is not None:
             self.first.setdefault(event.request_id, self.steps)
-        for entry in plan.entries:
-            if entry.seq.request.request_id == event.request_id and event.token_id is not None:
-                self.served[_adapter(entry.seq)] += 1
+        for seq in plan.seqs:
+            if seq.request.request_id == event.request_id and event.token_id is not None:
+                self.served[_adapter(seq)] += 1
         if event.finish is not None:
             assert event.request_id not in self.ended
             self.ended[event.request_id] = event.finish
@@ -90,9 +91,9 @@ class TestHotAndCold:
             world.step()
         in_flight = world.scheduler.schedule()
         cold = world.send("cold", prompt, 5)
-        world.scheduler.commit(in_flight, draws(in_flight))
+        world.scheduler.commit(in_flight, draws(in_flight.step))
         plan = world.step()
-        assert cold.request_id in {entry.seq.request.request_id for entry in plan.entries}, "not in the next step"
+        assert cold.request_id in {seq.request.request_id for seq in plan.seqs}, "not in the next step"
         bound = 2 * ceil(prompt / budget) + 1
         assert cold.request_id in world.first or world.until_first(cold, bound - 1)
 

@@ -17,7 +17,9 @@ from loraplex.kernels.cpu.backend import CpuBackend
 from loraplex.kernels.records import BLOCK_SIZE
 from loraplex.server.engine.policy.kv_cache import KVCache
 from loraplex.server.engine.policy.multi_step import HANDFUL_SECONDS
-from loraplex.server.engine.policy.scheduler import Scheduler, SchedulerLimits, StepPlan
+from loraplex.server.engine.policy.plan import SchedulerLimits, StepPlan
+from loraplex.server.engine.policy.rows import Drawn, RowResult
+from loraplex.server.engine.policy.scheduler import Scheduler
 from loraplex.server.engine.request import FinishReason, SamplingParams, TokenEvent
 from loraplex.server.engine.step.arena import allocate_arena, kv_layers
 from loraplex.server.engine.step.batch import build_batch
@@ -27,7 +29,7 @@ from loraplex.server.models.decoder import Decoder
 from loraplex.server.models.inputs import no_tiles
 from loraplex.server.models.recorded import RecordedDecoder, record
 from loraplex.server.models.weights import load_weights
-from tests.support.scheduling import Draw, FakePlacement, Requests, draws, make_scheduler
+from tests.support.scheduling import FakePlacement, Requests, draws, make_scheduler
 from tests.support.tiny import make_tiny_model
 
 CPU = torch.device("cpu")
@@ -36,7 +38,7 @@ QUICK = 0.001  # seconds of a step
 
 def step(scheduler: Scheduler, seconds: float = QUICK, most: int = 1000) -> tuple[StepPlan, list[TokenEvent]]:
     plan = scheduler.schedule()
-    sampled = draws(plan, most)
+    sampled = draws(plan.step, most)
     scheduler.took(plan, seconds)
     events = scheduler.commit(plan, sampled)
     scheduler.check_integrity()
@@ -71,8 +73,8 @@ def test_the_answer_is_that_of_single_steps_and_comes_by_the_handful() -> None:
         sizes, events = [], []
         while scheduler.num_open:
             plan, more = step(scheduler)
-            assert len(more) == plan.steps == len({event.token_id for event in more}) or decode_steps == 1
-            sizes.append(plan.steps)
+            assert len(more) == plan.step.steps == len({event.token_id for event in more}) or decode_steps == 1
+            sizes.append(plan.step.steps)
             events += more
         assert sizes == ([1] * 20 if decode_steps == 1 else [4] * 5)
         assert [event.finish for event in events] == [None] * 19 + [FinishReason.LENGTH]
@@ -88,7 +90,7 @@ def test_steps_end_with_the_shortest_answer_and_with_a_stop_token() -> None:
     scheduler.add(requests.make(6, 30))
     begun(scheduler)
     plan, events = step(scheduler)
-    assert plan.steps == 3, "the first has three tokens to go"
+    assert plan.step.steps == 3, "the first has three tokens to go"
     assert [event.request_id for event in events] == ["r1", "r2"] * 3
     assert events[-2].finish is FinishReason.LENGTH
     alone, _ = make_scheduler(decode_steps=8)
@@ -120,21 +122,21 @@ def test_who_comes_in_is_served_in_the_next_step() -> None:
     requests = Requests()
     scheduler.add(requests.make(5, 40))
     begun(scheduler)
-    assert step(scheduler)[0].steps == 8
+    assert step(scheduler)[0].step.steps == 8
     scheduler.add(requests.make(5, 40))
     plan = step(scheduler)[0]
-    assert plan.steps == 1, "a prompt is computed"
-    assert len(plan.entries) == 2
-    assert step(scheduler)[0].steps == 8
+    assert plan.step.steps == 1, "a prompt is computed"
+    assert len(plan.seqs) == 2
+    assert step(scheduler)[0].step.steps == 8
 
 
 def test_a_handful_takes_no_longer_than_a_reader_notices() -> None:
     scheduler, _ = make_scheduler(decode_steps=8)
     scheduler.add(Requests().make(5, 100))
     begun(scheduler, HANDFUL_SECONDS / 3.5)
-    assert step(scheduler, HANDFUL_SECONDS * 2)[0].steps == 3
-    assert step(scheduler)[0].steps == 1
-    assert step(scheduler)[0].steps == 8
+    assert step(scheduler, HANDFUL_SECONDS * 2)[0].step.steps == 3
+    assert step(scheduler)[0].step.steps == 1
+    assert step(scheduler)[0].step.steps == 8
 
 
 @pytest.mark.parametrize(
@@ -158,15 +160,15 @@ def test_one_whose_logits_are_worked_on_makes_single_steps_for_all(params: dict[
     scheduler.add(requests.make(5, 9, **params))
     begun(scheduler)
     while scheduler.num_open == 2:
-        assert step(scheduler)[0].steps == 1
-    assert step(scheduler)[0].steps == 8, "it has ended"
+        assert step(scheduler)[0].step.steps == 1
+    assert step(scheduler)[0].step.steps == 8, "it has ended"
 
 
 def test_so_does_one_that_is_held_to_a_grammar() -> None:
     scheduler, _ = make_scheduler(decode_steps=8)
     scheduler.add(replace(Requests().make(5, 40), constraint=AllAllowed()))
     begun(scheduler)
-    assert step(scheduler)[0].steps == 1
+    assert step(scheduler)[0].step.steps == 1
 
 
 def test_pages_are_taken_ahead_from_nobody() -> None:
@@ -177,10 +179,10 @@ def test_pages_are_taken_ahead_from_nobody() -> None:
     begun(scheduler)
     others = scheduler.kv.pool.alloc(1, "adapter")
     assert others is not None
-    assert step(scheduler)[0].steps == 1, "of the last two pages one is another's, and both sequences want one"
+    assert step(scheduler)[0].step.steps == 1, "of the last two pages one is another's, and both sequences want one"
     assert scheduler.preemptions == 0
     scheduler.kv.pool.free(others)
-    assert step(scheduler)[0].steps == 5
+    assert step(scheduler)[0].step.steps == 5
 
 
 # ---- on a real tiny model ----------------------------------------------------------------------------------------
@@ -214,12 +216,12 @@ def decode(tmp_path: Path) -> Decode:
         for _ in range(2):
             step = scheduler.schedule()
             scheduler.took(step, QUICK)
-            hidden = decoder.forward(build_batch(step, kv, no_tiles(config.num_layers), lambda digest: None, CPU))
-            scheduler.commit(step, [Draw(token) for token in decoder.logits(hidden).argmax(1).tolist()])
+            hidden = decoder.forward(build_batch(step.step, no_tiles(config.num_layers), BLOCK_SIZE, CPU))
+            scheduler.commit(step, [RowResult((Drawn(token),)) for token in decoder.logits(hidden).argmax(1).tolist()])
         if poison:
             weights.norm.fill_(torch.nan)
         step = scheduler.schedule()
-        batch = build_batch(step, kv, no_tiles(config.num_layers), lambda digest: None, CPU, steps=step.steps)
+        batch = build_batch(step.step, no_tiles(config.num_layers), BLOCK_SIZE, CPU, steps=step.step.steps)
         drawn, logits = decoder.decode(batch, None, torch.tensor(stops, dtype=torch.int64), ctypes.c_int32(halt))
         return drawn.tolist(), logits
 

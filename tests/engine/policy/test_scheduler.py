@@ -7,23 +7,29 @@ from dataclasses import replace
 import pytest
 
 from loraplex.adapters.errors import AdapterRefused
+from loraplex.adapters.info import AdapterInfo
 from loraplex.server.engine.policy.kv_cache import GroupSpec
-from loraplex.server.engine.policy.scheduler import Scheduler, SchedulerLimits, StepPlan
+from loraplex.server.engine.policy.plan import SchedulerLimits, StepPlan
+from loraplex.server.engine.policy.rows import Drawn, RowResult, StepInput
+from loraplex.server.engine.policy.scheduler import Scheduler
 from loraplex.server.engine.request import ContextTooLong, FinishReason, TokenEvent
-from tests.support.scheduling import Draw, Requests, draws, make_scheduler
+from tests.support.scheduling import Requests, draws, make_scheduler
 
 WINDOWED = (GroupSpec((0,), None), GroupSpec((1,), 8))
 
 
 def step(scheduler: Scheduler) -> tuple[StepPlan, list[TokenEvent]]:
     plan = scheduler.schedule()
-    events = scheduler.commit(plan, draws(plan))
+    events = scheduler.commit(plan, draws(plan.step))
     scheduler.check_integrity()
     return plan, events
 
 
 def rows(plan: StepPlan) -> list[tuple[str, int, bool, bool]]:
-    return [(e.seq.request.request_id, e.num_tokens, e.is_decode, e.samples) for e in plan.entries]
+    return [
+        (seq.request.request_id, len(row.tokens), row.is_decode, row.draws == 1)
+        for seq, row in zip(plan.seqs, plan.step.rows, strict=True)
+    ]
 
 
 def finish_all(scheduler: Scheduler, most: int = 10_000) -> list[TokenEvent]:
@@ -79,7 +85,7 @@ def test_no_more_sequences_run_than_allowed() -> None:
     requests = Requests()
     for _ in range(3):
         scheduler.add(requests.make(2, 2))
-    assert len(step(scheduler)[0].entries) == 2
+    assert len(step(scheduler)[0].seqs) == 2
     assert len(scheduler.waiting) == 1
     step(scheduler)  # both end
     assert rows(step(scheduler)[0]) == [("r3", 2, False, True)]
@@ -89,9 +95,11 @@ def test_a_stop_token_ends_the_request() -> None:
     scheduler, _ = make_scheduler()
     scheduler.add(Requests().make(3, 50, stop_token_ids=frozenset({7})))
     plan = scheduler.schedule()
-    assert scheduler.commit(plan, [Draw(5, -0.5, ((5, -0.5),))]) == [TokenEvent("r1", 5, -0.5, ((5, -0.5),))]
+    assert scheduler.commit(plan, [RowResult((Drawn(5, -0.5, ((5, -0.5),)),))]) == [
+        TokenEvent("r1", 5, -0.5, ((5, -0.5),))
+    ]
     plan = scheduler.schedule()
-    assert scheduler.commit(plan, [Draw(7)]) == [TokenEvent("r1", 7, finish=FinishReason.STOP)]
+    assert scheduler.commit(plan, [RowResult((Drawn(7),))]) == [TokenEvent("r1", 7, finish=FinishReason.STOP)]
     scheduler.check_integrity()
     assert scheduler.kv.pool.num_free == 64
 
@@ -189,7 +197,7 @@ class TestAdapters:
         requests = Requests()
         placement.away.add("digest-slow")
         scheduler.add(requests.make(3, 5, requests.adapter("slow")))
-        assert step(scheduler)[0] == StepPlan(())
+        assert step(scheduler)[0] == StepPlan(StepInput(()))
         assert scheduler.num_open == 1
 
     def test_a_failed_load_is_that_requests_own(self) -> None:
@@ -210,7 +218,7 @@ class TestAdapters:
         requests = Requests()
         placement.away.add("digest-b")
         scheduler.add(requests.make(3, 5, requests.adapter("a"), requests.adapter("b")))
-        assert not step(scheduler)[0].entries
+        assert not step(scheduler)[0].seqs
         assert not placement.pins
         placement.away.clear()
         step(scheduler)
@@ -254,9 +262,7 @@ class TestAdapters:
         scheduler, placement = make_scheduler()
         requests = Requests()
         for name in ("a", "b"):
-            requests.registry.register(
-                name, digest="same", source=name, rank=1, targets=(), num_pages=2, nbytes=10, replace=True
-            )
+            requests.registry.register(name, name, AdapterInfo(1, (), 2, 10, digest="same"), replace=True)
         seq = scheduler.add(requests.make(2, 3, "a", "b"))
         step(scheduler)
         assert seq.mix == (("same", 2.0),)
@@ -316,7 +322,7 @@ class TestPreemption:
         scheduler.add(requests.make(5, 8))
         scheduler.add(requests.make(4, 8))
         for _ in range(4):
-            assert len(step(scheduler)[0].entries) == 2
+            assert len(step(scheduler)[0].seqs) == 2
         # r1 is past the switch and starts again with a page more than it had; r2's decode row was planned before it.
         assert rows(step(scheduler)[0]) == [("r1", 9, False, True)]
         assert scheduler.preemptions == 1

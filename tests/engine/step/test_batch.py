@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 
 from loraplex.kernels.records import TileTable
 from loraplex.server.engine.policy.kv_cache import GroupSpec, KVCache
-from loraplex.server.engine.policy.scheduler import PlanEntry, StepPlan
+from loraplex.server.engine.policy.plan import StepPlan
+from loraplex.server.engine.policy.sequence import Sequence
 from loraplex.server.engine.step.batch import Kept, build_batch
 from loraplex.server.models.inputs import ForwardBatch
-from tests.support.scheduling import FakePlacement, Requests, draws, make_scheduler
+from tests.support.scheduling import Requests, draws, make_scheduler
 
 CPU = torch.device("cpu")
 GROUPS = (GroupSpec((0, 1), None), GroupSpec((2,), 6))
@@ -22,19 +23,20 @@ EMPTY = torch.zeros(0, dtype=torch.int32)
 TILES = TileTable(EMPTY, EMPTY, EMPTY, EMPTY)
 
 
-def slots(placement: FakePlacement) -> dict[str, int]:
-    """Any numbering will do; this one is not the order of the names."""
-    return {digest: 5 + slot for slot, digest in enumerate(placement.device)}
+Rows = list[tuple[Sequence, int]]  # with the tokens it has in the step
 
 
-def rows_by_hand(plan: StepPlan, slot_of: dict[str, int]) -> list[PlanEntry]:
-    def mix(entry: PlanEntry) -> list[tuple[int, float]]:
-        return [(slot_of[digest], weight) for digest, weight in entry.seq.mix]
+def rows_by_hand(plan: StepPlan, slot_of: dict[str, int]) -> Rows:
+    """In the order of the batch, from what the scheduler knows."""
 
-    rows: list[PlanEntry] = []
+    def mix(row: tuple[Sequence, int]) -> list[tuple[int, float]]:
+        return [(slot_of[digest], weight) for digest, weight in row[0].mix]
+
+    planned = [(seq, len(row.tokens)) for seq, row in zip(plan.seqs, plan.step.rows, strict=True)]
+    rows: Rows = []
     for wears in (True, False):
         for decode in (True, False):
-            bucket = [e for e in plan.entries if bool(e.seq.mix) == wears and e.is_decode == decode]
+            bucket = [row for row in planned if bool(row[0].mix) == wears and row[0].is_decode == decode]
             rows += sorted(bucket, key=mix)
     return rows
 
@@ -42,47 +44,48 @@ def rows_by_hand(plan: StepPlan, slot_of: dict[str, int]) -> list[PlanEntry]:
 def check(batch: ForwardBatch, plan: StepPlan, kv: KVCache, slot_of: dict[str, int]) -> None:
     rows = rows_by_hand(plan, slot_of)
     ids, positions, owners, is_last = [], [], [], []
-    for row, entry in enumerate(rows):
-        for offset in range(entry.num_tokens):
-            position = entry.seq.num_computed + offset
-            ids.append(entry.seq.tokens[position])
+    for number, (seq, count) in enumerate(rows):
+        for offset in range(count):
+            position = seq.num_computed + offset
+            ids.append(seq.tokens[position])
             positions.append(position)
-            owners.append(row)
-            is_last.append(offset == entry.num_tokens - 1)
+            owners.append(number)
+            is_last.append(offset == count - 1)
     assert batch.input_ids.tolist() == ids
     assert batch.positions.tolist() == positions
     assert batch.input_ids.dtype == batch.positions.dtype == torch.int64
-    assert batch.rope_lens == tuple(len(entry.seq.tokens) for entry in rows)
+    assert batch.rope_lens == tuple(len(seq.tokens) for seq, _ in rows)
 
     meta = batch.attention
     bounds = [owners.index(row) for row in range(len(rows))] + [len(ids)]
     assert meta.query_bounds == tuple(meta.query_ptr.tolist()) == tuple(bounds)
-    lens = [entry.seq.num_computed + entry.num_tokens for entry in rows]
+    lens = [seq.num_computed + count for seq, count in rows]
     assert meta.kv_lens_host == tuple(meta.kv_lens.tolist()) == tuple(lens)
-    assert meta.is_decode == tuple(entry.is_decode for entry in rows)
+    assert meta.is_decode == tuple(seq.is_decode for seq, _ in rows)
     assert len(meta.groups) == len(kv.groups)
     for index, group in enumerate(meta.groups):
-        for row, entry in enumerate(rows):
-            pages = list(kv.tables(entry.seq.number)[index])
+        for row, (seq, _) in enumerate(rows):
+            pages = list(kv.tables(seq.number)[index])
             found = group.block_table[row].tolist()
             assert found[: len(pages)] == pages
             assert set(found[len(pages) :]) <= {-1}
         store = [
-            kv.tables(rows[row].seq.number)[index][position // kv.block_size] * kv.block_size + position % kv.block_size
+            kv.tables(rows[row][0].number)[index][position // kv.block_size] * kv.block_size + position % kv.block_size
             for row, position in zip(owners, positions, strict=True)
         ]
         assert group.store_index.tolist() == store
         assert len(set(store)) == len(store), "two tokens in one place"
         assert (group.block_table.dtype, group.store_index.dtype) == (torch.int32, torch.int64)
 
-    sampling = [entry for entry in plan.entries if entry.samples]  # in the plan's order
-    last_of = {rows[row].seq: token for token, row in enumerate(owners) if is_last[token]}
-    assert batch.logit_rows.tolist() == [last_of[entry.seq] for entry in sampling]
+    last_of = {rows[row][0]: token for token, row in enumerate(owners) if is_last[token]}
+    counts = dict(rows)
+    drawing = [seq for seq in plan.seqs if counts[seq] == seq.num_missing]  # in the plan's order
+    assert batch.logit_rows.tolist() == [last_of[seq] for seq in drawing]
     check_segments(batch, rows, slot_of, owners)
 
 
-def check_segments(batch: ForwardBatch, rows: list[PlanEntry], slot_of: dict[str, int], owners: list[int]) -> None:
-    wearing = sum(entry.num_tokens for entry in rows if entry.seq.mix)
+def check_segments(batch: ForwardBatch, rows: Rows, slot_of: dict[str, int], owners: list[int]) -> None:
+    wearing = sum(count for seq, count in rows if seq.mix)
     if not wearing:
         assert batch.adapters is None
         return
@@ -97,9 +100,9 @@ def check_segments(batch: ForwardBatch, rows: list[PlanEntry], slot_of: dict[str
         assert stop > start
         kinds.append((s < segments.num_decode_segments, mix))
         for token in range(start, stop):
-            entry = rows[owners[token]]
-            assert mix == tuple((slot_of[digest], weight) for digest, weight in entry.seq.mix)
-            assert entry.is_decode == (s < segments.num_decode_segments)
+            seq, _ = rows[owners[token]]
+            assert mix == tuple((slot_of[digest], weight) for digest, weight in seq.mix)
+            assert seq.is_decode == (s < segments.num_decode_segments)
         first, last = segments.mix_ptr[s].item(), segments.mix_ptr[s + 1].item()
         on_device = zip(segments.mix_slot[first:last].tolist(), segments.mix_weight[first:last].tolist(), strict=True)
         assert tuple(on_device) == mix
@@ -129,23 +132,23 @@ def test_every_step_of_random_histories(wanted: list[tuple[int, int, list[str]]]
     kept = Kept()
     while scheduler.num_open:
         plan = scheduler.schedule()
-        slot_of = slots(placement)
+        slot_of = placement.slots
         for each in (None, kept):
-            check(build_batch(plan, scheduler.kv, TILES, slot_of.get, CPU, each), plan, scheduler.kv, slot_of)
-        scheduler.commit(plan, draws(plan))
+            check(build_batch(plan.step, TILES, scheduler.kv.block_size, CPU, each), plan, scheduler.kv, slot_of)
+        scheduler.commit(plan, draws(plan.step))
 
 
 def test_a_step_of_the_same_sizes_makes_no_tensors() -> None:
-    scheduler, placement = make_scheduler(60, token_budget=16)
+    scheduler, _ = make_scheduler(60, token_budget=16)
     requests, kept, addresses = Requests(), Kept(), list[int]()
     requests.adapter("a")
     for adapters in ((), ("a",)):
         scheduler.add(requests.make(4, 20, *adapters))
     for _ in range(6):  # blocks of 4: the prompts, the second block, the first token of the third
         plan = scheduler.schedule()
-        batch = build_batch(plan, scheduler.kv, TILES, slots(placement).get, CPU, kept)
+        batch = build_batch(plan.step, TILES, scheduler.kv.block_size, CPU, kept)
         addresses.append(batch.attention.groups[0].block_table.data_ptr())
-        scheduler.commit(plan, draws(plan))
+        scheduler.commit(plan, draws(plan.step))
     assert scheduler.kv.block_size == 4
     assert len(set(addresses[1:5])) == 1
     assert addresses[5] != addresses[4]
@@ -159,14 +162,14 @@ def test_an_example_by_hand() -> None:
     for adapters in ((), ("b",), ("a",), ("b",)):
         scheduler.add(requests.make(2, 9, *adapters))
     plan = scheduler.schedule()
-    scheduler.commit(plan, draws(plan))
+    scheduler.commit(plan, draws(plan.step))
     scheduler.add(requests.make(3, 9, "a"))
     scheduler.add(requests.make(30, 9))
     plan = scheduler.schedule()
-    batch = build_batch(plan, scheduler.kv, TILES, {"digest-b": 1, "digest-a": 4}.get, CPU)
+    batch = build_batch(plan.step, TILES, scheduler.kv.block_size, CPU)
     assert batch.adapters is not None
     # decode: b (two sequences), a; prefill: a (3 tokens). The base's decode row and 9 prompt tokens come after.
-    assert batch.adapters.mixes == (((1, 1.0),), ((4, 1.0),), ((4, 1.0),))
+    assert batch.adapters.mixes == (((0, 1.0),), ((1, 1.0),), ((1, 1.0),))
     assert batch.adapters.bounds == (0, 2, 3, 6)
     assert batch.adapters.num_decode_segments == 2
     assert batch.attention.query_bounds == (0, 1, 2, 3, 6, 7, 16)

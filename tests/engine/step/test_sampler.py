@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from math import sqrt
 from typing import Any
 
@@ -19,9 +18,11 @@ from torch import Tensor
 
 from loraplex.kernels.ops import Backend
 from loraplex.kernels.select import load_backend
+from loraplex.server.engine.policy.rows import Drawn, Row
 from loraplex.server.engine.request import SamplingParams
 from loraplex.server.engine.step import sampler
-from loraplex.server.engine.step.sampler import Sampled, SampleRow, uniform
+from loraplex.server.engine.step.sampler import uniform
+from tests.support.drawing import drawing_row, with_params
 
 VOCAB = 60
 GRID = 2000
@@ -35,8 +36,8 @@ def _ops(request: pytest.FixtureRequest) -> None:
     used = OPS[request.param]
 
 
-def sample(logits: Tensor, rows: Sequence[SampleRow]) -> list[Sampled]:
-    return sampler.sample(logits, rows, used)
+def sample(logits: Tensor, rows: Sequence[Row], ops: Backend | None = None) -> list[Drawn]:
+    return sampler.sample(logits, rows, [None] * len(rows), ops or used)
 
 
 def _logits(*shape: int, seed: int = 0, scale: float = 2.0) -> Tensor:
@@ -45,15 +46,15 @@ def _logits(*shape: int, seed: int = 0, scale: float = 2.0) -> Tensor:
 
 def _row(
     prompt: tuple[int, ...] = (1, 2), output: tuple[int, ...] = (), position: int | None = None, **params: Any
-) -> SampleRow:
+) -> Row:
     position = len(prompt) + len(output) if position is None else position
-    return SampleRow(SamplingParams(max_tokens=8, **params), position, prompt, output)
+    return drawing_row(SamplingParams(max_tokens=8, **params), position, prompt, output)
 
 
-def _shares(monkeypatch: pytest.MonkeyPatch, logits: Tensor, row: SampleRow) -> np.ndarray[Any, Any]:
+def _shares(monkeypatch: pytest.MonkeyPatch, logits: Tensor, row: Row) -> np.ndarray[Any, Any]:
     """The probability of every token, exact to a point of the grid. logits [vocab]."""
     monkeypatch.setattr(sampler, "uniform", lambda seed, position: (seed + 0.5) / GRID)
-    rows = [replace(row, params=replace(row.params, seed=i)) for i in range(GRID)]
+    rows = [with_params(row, seed=i) for i in range(GRID)]
     tokens = [sampled.token_id for sampled in sample(logits.expand(GRID, -1), rows)]
     return np.bincount(tokens, minlength=logits.shape[0]) / GRID
 
@@ -198,7 +199,7 @@ def test_a_detector_tells_marked_text_from_other_text() -> None:
         rows = [_row((i,), text, watermark=i % 2 == 1, **kinds[i]) for i, text in enumerate(texts)]
         drawn = sample(logits, rows)
         assert drawn[1::2] == sample(logits[1::2], rows[1::2]), "whatever its neighbours"
-        assert position + 1 == rows[0].position
+        assert position + 1 == rows[0].known
         texts = [(*text, sampled.token_id or 0) for text, sampled in zip(texts, drawn, strict=True)]
     settings = {"greenlist_ratio": 0.5, "bias": 2.0, "hashing_key": 15485863, "seeding_scheme": "lefthash"}
     detector = WatermarkDetector(
@@ -262,9 +263,7 @@ def test_everything_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     _assert_shares(_shares(monkeypatch, logits, row), expected)
     expected[[50, 11]] = -1.0
-    assert sample(logits.unsqueeze(0), [replace(row, params=replace(row.params, temperature=0.0))]) == [
-        Sampled(int(scores.argmax()))
-    ]
+    assert sample(logits.unsqueeze(0), [with_params(row, temperature=0.0)]) == [Drawn(int(scores.argmax()))]
 
 
 def _chi_square_limit(freedom: int) -> float:
@@ -342,7 +341,7 @@ _KINDS: list[dict[str, Any]] = [
 def test_backends_draw_the_same_tokens() -> None:
     logits = _logits(300, 4099, seed=15)
     rows = [_row((1, 2, 3), (4, 5), seed=i, **_KINDS[i % len(_KINDS)]) for i in range(len(logits))]
-    drawn, expected = sample(logits, rows), sampler.sample(logits, rows, OPS["reference"])
+    drawn, expected = sample(logits, rows), sample(logits, rows, OPS["reference"])
     assert [each.token_id for each in drawn] == [each.token_id for each in expected]
     tops = [[token for token, _ in each.top_logprobs] for each in drawn]
     assert tops == [[token for token, _ in each.top_logprobs] for each in expected]
@@ -398,7 +397,7 @@ def test_logprobs_are_of_the_raw_logits() -> None:
     for i, sampled in enumerate(sample(logits, rows)):
         assert sampled.token_id == 7
         assert sampled.logprob == pytest.approx(float(expected[i, 7]), abs=1e-5)
-        k = rows[i].params.logprobs
+        k = rows[i].sampling.params.logprobs
         assert k is not None
         values, ids = expected[i].topk(k)
         assert [token for token, _ in sampled.top_logprobs] == ids.tolist()

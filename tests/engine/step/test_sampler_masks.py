@@ -10,19 +10,27 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from loraplex.kernels.ops import Backend
 from loraplex.kernels.select import load_backend
+from loraplex.server.engine.policy.rows import Drawn, Row
 from loraplex.server.engine.request import SamplingParams
-from loraplex.server.engine.step.sampler import SampleRow, sample, score
+from loraplex.server.engine.step import sampler
+from loraplex.server.engine.step.sampler import MaskBits, score
+from tests.support.drawing import drawing_row
 
 VOCAB = 37  # not a multiple of 8
 OPS = load_backend("reference", "cpu")
 
 
-def row(allowed: list[int] | None, **params: Any) -> SampleRow:
+def row(allowed: list[int] | None, **params: Any) -> tuple[Row, MaskBits | None]:
     bits = np.zeros(VOCAB, np.bool_)
     bits[allowed or []] = True
     mask = None if allowed is None else np.packbits(bits, bitorder="little")
-    return SampleRow(SamplingParams(max_tokens=8, **params), 0, [1, 2], [], mask)
+    return drawing_row(SamplingParams(max_tokens=8, **params), 0, [1, 2], []), mask
+
+
+def sample(logits: torch.Tensor, rows: list[tuple[Row, MaskBits | None]], ops: Backend) -> list[Drawn]:
+    return sampler.sample(logits, [row for row, _ in rows], [mask for _, mask in rows], ops)
 
 
 TOKENS = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=VOCAB, unique=True)

@@ -83,32 +83,32 @@ template <class T> void linear(int rows, int in, int out) {
         }
 }
 
-struct Part {  // of slot: A [n, in] and B [n, len] at column `start`; without A a bias
+struct Part {  // of slot: A [n, in] and B [n, len] at column `start`, or a row without A
     int slot, n, start, len;
-    bool bias;
+    TileKind kind;
 };
 
-// Three decode rows, a prefill chunk of 9 and one base row; slot 0 in two cut tiles, slot 1 with a bias, mixed at 0.5.
+// Three decode rows, a prefill chunk of 9 and one base row; slot 0 in two cut tiles, slot 1 with a bias and a scale, mixed at 0.5.
 template <class T> void adapter(int in, int out) {
-    const std::vector<Part> parts = {{0, 16, 0, out / 2, false}, {0, 5, out / 2, out - out / 2, false}, {1, 8, 0, out, false}, {1, 1, 3, 4, true}};
+    const std::vector<Part> parts = {{0, 16, 0, out / 2, kLowRank}, {0, 5, out / 2, out - out / 2, kLowRank}, {1, 8, 0, out, kLowRank}, {1, 1, 3, 4, kBiasTile}, {1, 1, 2, out - 2, kScale}};
     std::vector<T> arena(64 / sizeof(T));
     std::vector<int32_t> tiles, ranges(2 * 6 * 2);
     std::vector<size_t> at_a, at_b;
-    auto put = [&](size_t n) {
-        size_t at = arena.size();
-        auto strip = noise<T>(n, 0.3);
-        arena.insert(arena.end(), strip.begin(), strip.end());
+    auto put = [&](auto strip) {
+        size_t at = arena.size(), bytes = strip.size() * sizeof strip[0];
+        arena.resize(at + bytes / sizeof(T));
+        memcpy((void*)&arena[at], strip.data(), bytes);
         arena.resize((arena.size() * sizeof(T) + 63) / 64 * 64 / sizeof(T));
         return at;
     };
     const int site = 2;
     for (const Part& p : parts) {
-        at_a.push_back(p.bias ? 0 : put(p.n * in));
-        at_b.push_back(put(p.n * p.len));
-        int32_t row = (int32_t)tiles.size() / 5, *range = &ranges[(p.slot * 6 + site) * 2];
+        at_a.push_back(p.kind == kLowRank ? put(noise<T>(p.n * in, 0.3)) : 0);
+        at_b.push_back(p.kind == kScale ? put(noise<float>(p.len)) : put(noise<T>(p.n * p.len, 0.3)));
+        int32_t row = (int32_t)tiles.size() / kTileColumns, *range = &ranges[(p.slot * 6 + site) * 2];
         if (range[1] == 0) range[0] = row;
         range[1] = row + 1;
-        for (int32_t v : {p.bias ? -1 : (int32_t)(at_a.back() * sizeof(T) / 64), (int32_t)(at_b.back() * sizeof(T) / 64), p.n, p.start, p.len})
+        for (int32_t v : {p.kind == kLowRank ? (int32_t)(at_a.back() * sizeof(T) / 64) : -1, (int32_t)(at_b.back() * sizeof(T) / 64), p.n, p.start, p.len, (int32_t)p.kind})
             tiles.push_back(v);
     }
     const int rows = 13;
@@ -132,8 +132,17 @@ template <class T> void adapter(int in, int out) {
                 for (int m = mix_ptr[s]; m < mix_ptr[s + 1] && indptr[s] <= r && r < indptr[s + 1]; m++)
                     for (size_t i = 0; i < parts.size(); i++)
                         for (int k = 0; k < parts[i].n && parts[i].slot == mix_slot[m]; k++) {
-                            double u = parts[i].bias ? 1 : 0;
-                            for (int j = 0; j < in && !parts[i].bias; j++) u += wide(x[r * in + j]) * wide(arena[at_a[i] + k * in + j]);
+                            if (parts[i].kind == kScale) {
+                                const float* v = (const float*)&arena[at_b[i]];
+                                for (int c = 0; c < parts[i].len; c++) {
+                                    double y = wide(before[r * out + parts[i].start + c]), term = weight[m] * ((double)v[c] - 1) * y;
+                                    want[parts[i].start + c] += term;
+                                    terms[parts[i].start + c] += std::fabs(term);
+                                }
+                                continue;
+                            }
+                            double u = parts[i].kind == kBiasTile ? 1 : 0;
+                            for (int j = 0; j < in && parts[i].kind == kLowRank; j++) u += wide(x[r * in + j]) * wide(arena[at_a[i] + k * in + j]);
                             u = weight[m] * rounded<T>(u);
                             for (int c = 0; c < parts[i].len; c++) {
                                 double term = u * wide(arena[at_b[i] + k * parts[i].len + c]);

@@ -18,10 +18,11 @@ from loraplex.adapters.tiers.pages import PagePool
 from loraplex.kernels.records import BLOCK_SIZE
 from loraplex.kernels.select import load_backend
 from loraplex.server.engine.policy.kv_cache import KVCache, peak_pages
-from loraplex.server.engine.policy.scheduler import Scheduler, SchedulerLimits
+from loraplex.server.engine.policy.plan import SchedulerLimits
+from loraplex.server.engine.policy.scheduler import Scheduler
 from loraplex.server.engine.policy.sequence import Sequence
 from loraplex.server.engine.request import Constraint, GenerationRequest, SamplingParams
-from loraplex.server.engine.step import runner
+from loraplex.server.engine.step import worker
 from loraplex.server.engine.step.arena import allocate_arena, kv_layers
 from loraplex.server.engine.step.memory import Demand, plan_memory
 from loraplex.server.models.config import ModelConfig
@@ -41,9 +42,6 @@ class NoAdapters:
     """A residency in which nobody lives."""
 
     table = None
-
-    def slot_of(self, digest: str) -> int | None:
-        return None
 
 
 class PoisonedPool(PagePool):
@@ -76,17 +74,16 @@ def generate(
     config = ModelConfig.from_hf(path)
     ops = load_backend("cpu" if decode_steps > 1 else "reference", "cpu")
     demand = Demand(256, 8, budget)
-    plan = plan_memory(config, torch.float32, 1 << 28, 0, demand, 0)
-    plan = type(plan)(**{**plan.__dict__, "num_pages": pages})
-    arena = allocate_arena(plan, CPU)
+    memory = replace(plan_memory(config, torch.float32, 1 << 28, 0, demand, 0), num_pages=pages)
+    arena = allocate_arena(memory, CPU)
     pool = PoisonedPool(pages)
     pool.arena = arena
     arena.fill_(0xFF)
-    kv = KVCache(pool, plan.groups, BLOCK_SIZE)
-    layers = kv_layers(arena, config, torch.float32, plan.groups)
+    kv = KVCache(pool, memory.groups, BLOCK_SIZE)
+    layers = kv_layers(arena, config, torch.float32, memory.groups)
     decoder = Decoder(config, load_weights(path, config, ops, torch.float32), ops, layers, arena)
     model = decoder if decode_steps == 1 else record(decoder, budget, 8 + budget)
-    model_runner = runner.ModelRunner(model, kv, NoAdapters(), CPU)  # type: ignore[arg-type]
+    local = worker.LocalWorker(model, NoAdapters(), BLOCK_SIZE, CPU)  # type: ignore[arg-type]
     limits = SchedulerLimits(256, 8, budget, 1, config.vocab_size, config.rope_switch, decode_steps=decode_steps)
     scheduler = Scheduler(kv, FakePlacement(pool), limits)
     result: dict[str, list[int]] = {}
@@ -98,14 +95,14 @@ def generate(
         result[str(index)] = []
     most = 0
     while scheduler.num_open:
-        step = scheduler.schedule()
+        plan = scheduler.schedule()
         most = max(most, pool.used_by("kv"))
-        if not step.entries:
+        if not plan.seqs:
             continue  # a mask is missing, and nobody else is left
-        sampled = model_runner.execute(step)
-        scheduler.took(step, 0.001)
-        assert step.steps_of(sampled) <= step.steps <= decode_steps
-        for event in scheduler.commit(step, sampled):
+        results = local.run(local.prepare(plan.step))
+        scheduler.took(plan, 0.001)
+        assert plan.steps_of(results) <= plan.step.steps <= decode_steps
+        for event in scheduler.commit(plan, results):
             assert event.token_id is not None
             result[event.request_id].append(event.token_id)
         scheduler.check_integrity()
@@ -198,7 +195,7 @@ def test_logits_come_in_slices(case: tuple[Any, ...], monkeypatch: pytest.Monkey
         sizes.append(hidden.shape[0])
         return logits(decoder, hidden, room)
 
-    monkeypatch.setattr(runner, "logit_rows", lambda vocab_size: 3)
+    monkeypatch.setattr(worker, "logit_rows", lambda vocab_size: 3)
     monkeypatch.setattr(Decoder, "logits", counting)
     assert generate(path, prompts, answers, 300, 512)[0] == wanted
     assert sizes[:3] == [3, 3, 1], "seven sequences draw in the first step"
@@ -240,7 +237,7 @@ def test_a_step_goes_on_without_a_mask_that_is_not_there(
             drawn.append(token_id)
 
     monkeypatch.setattr(Sequence, "append", counting)
-    monkeypatch.setattr(runner, "WAIT_SECONDS", 0.0)
+    monkeypatch.setattr(worker, "WAIT_SECONDS", 0.0)
     held = {index: AfterAnother(drawn, 5) for index in (1, 4)}
     assert generate(path, prompts, answers, 300, budget, constraints=held)[0] == wanted  # type: ignore[arg-type]
 

@@ -1,0 +1,24 @@
+"""AdapterInfo: what is known of one adapter's content. The record is passed on whole; nobody copies its fields."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from loraplex.adapters.files.tokenizer_files import NOTHING, TokenizerFiles
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """Facts of one content of an adapter's source.
+
+    From config and header alone `num_pages` and `nbytes` are upper bounds: modules may turn out to be zero. Once all of
+    the files are read, they are exact.
+    """
+
+    rank: int  # the largest of the adapter's modules; 0: its kind has no rank
+    targets: tuple[str, ...]
+    num_pages: int  # of the arena
+    nbytes: int  # of the adapter's tiles
+    digest: str | None = None  # of the files' content; None: the files have not been read
+    tokenizer: TokenizerFiles = field(default=NOTHING, repr=False)
+    kind: str = "lora"  # lower case of PEFT's peft_type (format/kinds.py)

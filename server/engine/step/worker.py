@@ -1,0 +1,136 @@
+"""One step on the device: batch, forward, logits in bounded slices, sampling."""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from loraplex.adapters.tiers.residency import Residency
+from loraplex.server.engine.policy.rows import Row, RowResult, StepInput, Want
+from loraplex.server.engine.request import TokenScores
+from loraplex.server.engine.step.batch import Kept, build_batch
+from loraplex.server.engine.step.masks import WAIT_SECONDS, Mask, MaskPool
+from loraplex.server.engine.step.memory import logit_rows
+from loraplex.server.engine.step.sampler import MaskBits, drawn_ahead, draws_ahead, sample, score
+from loraplex.server.models.decoder import Decoder
+from loraplex.server.models.graphs import GraphedDecoder
+from loraplex.server.models.inputs import ForwardBatch
+from loraplex.server.models.recorded import RecordedDecoder
+
+CHUNK = RowResult()
+"""Of a row that draws nothing and of which nothing is wanted."""
+
+
+@dataclass(frozen=True)
+class PreparedStep:
+    """A step whose tensors are laid out."""
+
+    step: StepInput
+    batch: ForwardBatch
+    drawing: list[Row]  # the step's rows that draw, in its order
+    masks: list[Mask | None]  # of these
+    stops: Tensor | None = None  # where several steps follow one another: what ends them
+    draws: Tensor | None = None  # and DecodeSteps.draws
+
+
+class LocalWorker:
+    """Computes steps in this process; the masks of grammars are computed beside the forward pass."""
+
+    def __init__(
+        self,
+        decoder: Decoder | RecordedDecoder | GraphedDecoder,
+        residency: Residency,
+        block_size: int,
+        device: torch.device,
+        halt: ctypes.c_int32 | None = None,
+    ) -> None:
+        """block_size: tokens of a KV page. halt: other than 0 while somebody waits for the end of the step; those after
+        it are not begun then."""
+        self._halt = halt if halt is not None else ctypes.c_int32()  # one of 0 is false
+        self._decoder = decoder
+        self._residency = residency
+        self._block_size = block_size
+        self._device = device
+        self._slice = logit_rows(decoder.config.vocab_size)
+        self.masks = MaskPool()
+        self._kept = Kept()
+        # For a slice's logits on the CPU: memory that is taken anew costs as much as the product, 15 ms for 64 rows
+        self._room = torch.empty(self._slice, decoder.config.vocab_size) if device.type == "cpu" else None
+
+    @torch.inference_mode()
+    def prepare(self, step: StepInput) -> PreparedStep:
+        """Lay out the tensors of `step` and begin its masks. What was prepared before holds no longer."""
+        steps = step.steps if len(step.rows) <= self._slice else 1
+        batch = build_batch(step, self._residency.table, self._block_size, self._device, self._kept, steps)
+        drawing = [row for row in step.rows if row.draws]
+        states = [row.sampling for row in drawing if row.sampling is not None]
+        masks = self.masks.begin([(state.constraint, state.output) for state in states])
+        if steps == 1:
+            return PreparedStep(step, batch, drawing, masks)
+        stops = torch.from_numpy(np.unique(np.concatenate([state.params.stops for state in states])))
+        return PreparedStep(step, batch, drawing, masks, stops, draws_ahead(drawing, steps))
+
+    @torch.inference_mode()
+    def run(self, prepared: PreparedStep) -> list[RowResult]:
+        """A result for each row; see Worker.run."""
+        if prepared.stops is not None:
+            assert isinstance(self._decoder, RecordedDecoder), "steps follow one another where the pass is recorded"
+            ids, logits = self._decoder.decode(prepared.batch, prepared.draws, prepared.stops, self._halt)
+            return [RowResult(tokens) for tokens in drawn_ahead(ids, logits)]
+        hidden = self._decoder.forward(prepared.batch)  # [L, H]
+        rows = prepared.drawing
+        masks, late = _taken(prepared.masks)
+        drawn: list[RowResult] = []
+        for start in range(0, len(rows), self._slice):  # a vocabulary of 256k costs 1 MB a row
+            end = min(start + self._slice, len(rows))
+            logits = self._decoder.logits(hidden[start:end], self._room)
+            tokens = sample(logits, rows[start:end], masks[start:end], self._decoder.ops)
+            drawn += [RowResult((token,)) for token in tokens]
+        for place in late:
+            drawn[place] = CHUNK
+        if len(drawn) == len(prepared.step.rows) == hidden.shape[0]:
+            return drawn
+        return self._with_prompts(prepared.step.rows, drawn, hidden[len(rows) :])
+
+    def _with_prompts(self, rows: Sequence[Row], drawn: Sequence[RowResult], hidden: Tensor) -> list[RowResult]:
+        """The results of all rows. drawn: of those that draw; hidden [sum of wanted tokens, H]: of those that want."""
+        results: list[RowResult] = []
+        found, start = iter(drawn), 0
+        for row in rows:
+            result = next(found) if row.draws else CHUNK
+            if row.want is not None:
+                end = start + len(row.want.tokens)
+                result = self._read(row.want, hidden[start:end], result)
+                start = end
+            results.append(result)
+        return results
+
+    def _read(self, want: Want, hidden: Tensor, result: RowResult) -> RowResult:
+        """`result` with what is wanted of hidden [n, H], of prompt tokens: their sum, or scores of the next ones."""
+        if want.following is None:
+            return result._replace(pooled=hidden.float().sum(0).cpu().numpy())
+        scores = []
+        for start in range(0, hidden.shape[0], self._slice):
+            logits = self._decoder.logits(hidden[start : start + self._slice], self._room)
+            following = want.following[start : start + logits.shape[0]]
+            scores.append(score(logits, following, want.top, self._decoder.ops))
+        return result._replace(scores=TokenScores.join(scores))
+
+
+def _taken(begun: Sequence[Mask | None]) -> tuple[list[MaskBits | None], list[int]]:
+    """The masks, and the places of those that are not there in time."""
+    masks: list[MaskBits | None] = [None] * len(begun)
+    late: list[int] = []
+    if any(begun):
+        until = time.monotonic() + WAIT_SECONDS
+        for place, mask in enumerate(begun):
+            if mask is not None:
+                masks[place] = bits = mask.take(until)
+                late += [place] if bits is None else []
+    return masks, late

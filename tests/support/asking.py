@@ -1,0 +1,31 @@
+"""Bodies for OpenAI's two routes, and the events of their streams."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import httpx
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+
+
+def chat(**fields: Any) -> dict[str, Any]:
+    return {"model": "base", "messages": [{"role": "user", "content": "hi"}], **fields}
+
+
+def completion(**fields: Any) -> dict[str, Any]:
+    return {"model": "base", "prompt": "hi", **fields}
+
+
+def body_of(route: str, **fields: Any) -> dict[str, Any]:
+    """For one of the two routes."""
+    return chat(**fields) if route == CHAT else completion(**fields)
+
+
+def events_of(response: httpx.Response) -> list[Any]:
+    """The JSON of every event; the last must be [DONE]."""
+    assert response.headers["content-type"].startswith("text/event-stream")
+    *blocks, done, rest = response.text.split("\n\n")
+    assert (done, rest) == ("data: [DONE]", "")
+    return [json.loads(block.removeprefix("data: ")) for block in blocks]
