@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from loraplex.adapters.files.tokenizer_files import NOTHING
 from loraplex.adapters.registry import AdapterVersion
+from loraplex.server.api.answer_schemas import AdapterReceipt, ModelCard, ModelPermission, TokenizerReceipt
 from loraplex.server.api.names import not_found, strip_base
-from loraplex.server.api.schemas import AdapterReceipt, ModelCard, ModelPermission, TokenizerReceipt
 from loraplex.server.api.services import Services
 from loraplex.server.catalog.on_demand import is_hidden
 from loraplex.server.facts import Facts

@@ -6,32 +6,30 @@ per choice and merges their tokens; closing the deltas gives all of it back, whe
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import replace
-from typing import TypeVar
 
-from loraplex.server.api.choice import Choice, Delta, Echo, GenerationOptions, Prompt, PromptSource
+from loraplex.server.api.answer_schemas import PromptDetails, Usage
+from loraplex.server.api.choice import Choice, Delta
 from loraplex.server.api.direct import DirectBody
-from loraplex.server.api.errors import ApiError, InvalidField, to_api_error
-from loraplex.server.api.limits import check_scores, check_sequences
+from loraplex.server.api.errors import InvalidField, to_api_error
+from loraplex.server.api.limits import check_length, check_prompt, check_scores, check_sequences
+from loraplex.server.api.merge import merge
 from loraplex.server.api.names import Mix, leased
+from loraplex.server.api.prompts import Echo, GenerationOptions, Prompt, PromptSource
 from loraplex.server.api.sampling import SamplingSpec
-from loraplex.server.api.schemas import GenerationFields, PromptDetails, Usage
+from loraplex.server.api.schemas import GenerationFields
 from loraplex.server.api.services import Services
 from loraplex.server.api.turns import Turn
 from loraplex.server.engine.request import ContextTooLong, GenerationRequest, TokenEvent
-from loraplex.server.facts import Facts
 from loraplex.server.telemetry.request_context import current_exchange
 from loraplex.server.tenancy.tenants import current_caller
 from loraplex.server.text.detokenizer import Detokenizer
 from loraplex.server.text.grammar import Grammar, GrammarRefused, Thought
 from loraplex.server.text.tokenizer import Tokenizer
-
-T = TypeVar("T")
 
 
 class Generation:
@@ -277,67 +275,3 @@ class Generation:
         return Choice(
             len(self._choices), request, submitted, events, detokenizer, self._services, echo, options, eos_ids
         )
-
-
-def check_length(characters: int, tokenizer: Tokenizer, facts: Facts, param: str) -> None:
-    """Raises ApiError for a text that is longer than any of as many tokens as the base's context has."""
-    most = tokenizer.max_characters(facts.max_model_len)
-    if characters > most:
-        raise ApiError(
-            400,
-            f"{param}: found {characters} characters, but this model's maximum context length is {facts.max_model_len} "
-            f"tokens, prompt and answer together, and no text of so many tokens has more than {most} characters; "
-            "shorten the prompt",
-            param=param,
-            code="context_length_exceeded",
-        )
-
-
-def check_prompt(ids: Sequence[int], facts: Facts, param: str) -> None:
-    """Raises InvalidField, ApiError unless `ids` are tokens of the base that leave room for an answer."""
-    if not ids:
-        raise InvalidField(param, f"{param}: found an empty prompt, expected at least one token")
-    if len(ids) >= facts.max_model_len:
-        raise ApiError(
-            400,
-            # LiteLLM, for one, knows the error by OpenAI's words and not by its code
-            f"{param}: found {len(ids)} tokens, but this model's maximum context length is {facts.max_model_len} "
-            "tokens, prompt and answer together; shorten the prompt",
-            param=param,
-            code="context_length_exceeded",
-        )
-    if not 0 <= min(ids) <= max(ids) < facts.vocab_size:
-        raise InvalidField(param, f"{param}: token ids must be 0 to {facts.vocab_size - 1} on this base")
-
-
-async def merge(sources: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:
-    """Items of all `sources` as they come; the first exception ends it. Closes the sources, however it ends."""
-    queue: asyncio.Queue[tuple[tuple[T, ...], Exception | None]] = asyncio.Queue()
-
-    async def pump(number: int, source: AsyncGenerator[T, None]) -> None:
-        failure = None
-        try:
-            async with aclosing(source):
-                for _ in range(number // 16):  # 1,000 that begin in one turn of the loop stop it for 0.3 s
-                    await asyncio.sleep(0)
-                async for item in source:
-                    queue.put_nowait(((item,), None))
-        except Exception as error:
-            failure = error
-        queue.put_nowait(((), failure))
-
-    tasks = [asyncio.create_task(pump(number, source)) for number, source in enumerate(sources)]
-    try:
-        running = len(tasks)
-        while running:
-            got, failure = await queue.get()
-            if failure is not None:
-                raise failure
-            if got:
-                yield got[0]
-            else:
-                running -= 1
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)

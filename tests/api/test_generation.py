@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from loraplex.server.api.generation import merge
+from loraplex.server.api.merge import merge
 from loraplex.server.engine.request import ContextTooLong, FinishReason, SamplingParams, TokenEvent
 from loraplex.server.text.generation_defaults import GenerationDefaults
 from tests.support.asking import CHAT, COMPLETIONS, chat, completion, events_of

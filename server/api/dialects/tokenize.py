@@ -17,7 +17,7 @@ from loraplex.server.api.conversation import Conversation, read_toolbox
 from loraplex.server.api.dialects.lorax_schemas import SimpleToken
 from loraplex.server.api.errors import InvalidField
 from loraplex.server.api.fields import check_unknown, ignored_header
-from loraplex.server.api.generation import check_length
+from loraplex.server.api.limits import check_length
 from loraplex.server.api.names import tokenizer_of
 from loraplex.server.api.openapi import answers, failures
 from loraplex.server.api.schemas import Incoming, Wire
