@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from loraplex.adapters.tiers.stats import AdapterPlace, PageOwners
 from loraplex.server.api.abort import OpenAnswers
 from loraplex.server.api.body import Bodies
 from loraplex.server.catalog.manager import AdapterManager
@@ -14,8 +15,6 @@ from loraplex.server.catalog.saved import Remembering
 from loraplex.server.config import RequestLimits
 from loraplex.server.drain import Drain
 from loraplex.server.engine.engine import Engine
-from loraplex.server.engine.page_map import PageOwners
-from loraplex.server.engine.stats import AdapterPlace
 from loraplex.server.facts import Facts
 from loraplex.server.telemetry.metrics import Metrics
 from loraplex.server.telemetry.tracing import Tracing

@@ -16,8 +16,9 @@ from loraplex.adapters.image.tiles import BaseLayout
 from loraplex.adapters.registry import Registry
 from loraplex.adapters.sources.addresses import Reach
 from loraplex.adapters.sources.downloads import Downloads
+from loraplex.adapters.tiers.cache import AdapterCache
 from loraplex.adapters.tiers.eviction import Reclaimer
-from loraplex.adapters.tiers.host_store import HostStore
+from loraplex.adapters.tiers.inbox import Inbox
 from loraplex.adapters.tiers.loader import Loader
 from loraplex.adapters.tiers.pages import PagePool
 from loraplex.adapters.tiers.reader import AdapterReader
@@ -31,7 +32,6 @@ from loraplex.server.command.sizing import MachineMemory, calibrated, compute_dt
 from loraplex.server.config import EngineConfig
 from loraplex.server.config_adapters import DownloadConfig
 from loraplex.server.engine.engine import Engine
-from loraplex.server.engine.placement import AdapterPlacement
 from loraplex.server.engine.policy.budget import (
     LEAST_BUDGET,
     StepCost,
@@ -69,7 +69,7 @@ class EngineParts:
     engine: Engine
     prefault: Prefault | None  # on the CPU; not started either, and nobody has to
     adapters: AdapterManager
-    placement: AdapterPlacement
+    cache: AdapterCache
     model_config: ModelConfig
     dtype: torch.dtype  # of weights, adapters and KV cache
     memory: MemoryPlan
@@ -114,7 +114,7 @@ def build_engine(
         logger.warning(
             "context cut from %d to %d tokens by the memory there is", model_config.max_position, plan.max_model_len
         )
-    engine, adapters, placement, prefault = _assemble(
+    engine, adapters, cache, prefault = _assemble(
         config,
         model_config,
         weights,
@@ -124,14 +124,14 @@ def build_engine(
         most,
         base_names,
         check_tokenizer,
-        downloads or DownloadConfig(),
+        downloads,
     )
     watch.lap("arena")
     return EngineParts(
         engine=engine,
         prefault=prefault,
         adapters=adapters,
-        placement=placement,
+        cache=cache,
         model_config=model_config,
         dtype=dtype,
         memory=plan,
@@ -152,7 +152,7 @@ def _assemble(
     base_names: tuple[str, ...],
     check_tokenizer: Callable[[TokenizerFiles], str],
     download_config: DownloadConfig,
-) -> tuple[Engine, AdapterManager, AdapterPlacement, Prefault | None]:
+) -> tuple[Engine, AdapterManager, AdapterCache, Prefault | None]:
     """Allocate the arena and put everything around it together. most: tokens of a step."""
     device, dtype = ops.device, weights.dtype
     arena = allocate_arena(plan, device)
@@ -160,7 +160,7 @@ def _assemble(
     pool = PagePool(plan.num_pages)
     reclaimer = Reclaimer()
     residency = Residency(arena, pool, layout, config.num_slots, reclaimer)
-    store = HostStore(plan.images_bytes, exclusive=plan.shared)
+    inbox = Inbox(plan.images_bytes)
     registry = Registry(taken=base_names)
     downloads = _downloads(download_config, registry)
     reader = AdapterReader(
@@ -171,8 +171,8 @@ def _assemble(
         locate=downloads.locate,
         check_tokenizer=check_tokenizer,
     )
-    loader = Loader(reader.read, store, registry, config.loader_threads)
-    placement = AdapterPlacement(residency, store, loader, registry)
+    loader = Loader(reader.read, inbox.put, registry, config.loader_threads)
+    cache = AdapterCache(residency, inbox, loader, registry, exclusive=plan.shared)
 
     kv = KVCache(pool, plan.groups, BLOCK_SIZE, reclaimer)
     kv.token_seconds = budget.token_seconds
@@ -197,17 +197,17 @@ def _assemble(
     halt = ctypes.c_int32()
     worker = LocalWorker(model, residency, BLOCK_SIZE, device, halt)
     engine = Engine(
-        Scheduler(kv, placement, limits, budget=budget),
+        Scheduler(kv, cache, limits, budget=budget),
         worker,
-        placement,
+        cache,
         config.max_waiting,
         config.max_waiting_tokens,
         halt,
     )
-    placement.on_ready = worker.masks.wake = engine.wake
+    cache.host.on_ready = inbox.on_arrival = worker.masks.wake = engine.wake
     registry.on_drained = engine.forget_adapter
     prefault = Prefault(arena, pool) if plan.shared else None
-    return engine, AdapterManager(registry, loader, reader.examine, downloads, engine.pin_adapter), placement, prefault
+    return engine, AdapterManager(registry, loader, reader.examine, downloads, engine.pin_adapter), cache, prefault
 
 
 def _downloads(config: DownloadConfig, registry: Registry) -> Downloads:

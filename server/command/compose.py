@@ -30,10 +30,10 @@ def make_services(
     config: ServeConfig, parts: EngineParts, tokenizers: Tokenizers, defaults: GenerationDefaults, grammars: Grammars
 ) -> Services:
     """Put the services around a loaded base together; begin to load what was loaded before. Raises StartError."""
-    engine, manager, placement = parts.engine, parts.adapters, parts.placement
+    engine, manager, cache = parts.engine, parts.adapters, parts.cache
     facts = make_facts(config, parts)
-    metrics = Metrics(facts, engine.stats, placement.places, manager.registry)
-    placement.watch = metrics.adapters
+    metrics = Metrics(facts, engine.stats, cache.places, manager.registry)
+    cache.watch = metrics.adapters
     adapters: AdapterManager | Remembering = manager
     endpoint, folder = config.run.otlp_endpoint, config.run.state_dir
     try:
@@ -51,8 +51,8 @@ def make_services(
         engine=engine,
         adapters=adapters,
         on_demand=OnDemand(manager, merge),
-        places=placement.places,
-        page_owners=placement.page_owners,
+        places=cache.places,
+        page_owners=cache.page_owners,
         tokenizers=tokenizers,
         texts=TextPools(),
         grammars=grammars,

@@ -17,6 +17,7 @@ from loraplex.server.api.services import Services
 from loraplex.server.command.app import create_app
 from loraplex.server.engine.request import FinishReason, GenerationRequest, TokenEvent
 from loraplex.server.http.listening import bind, make_server
+from tests.support.asking import post_scope
 from tests.support.fake_serving import FakeServer, say
 
 SAID = 'the "fox"\n and \\ the end é€😀 the fox the end of the fox'
@@ -98,21 +99,8 @@ def ask(services: Services, path: str, fields: dict[str, Any], direct: bool = Tr
     if "chat" in path and "logprobs" in body:
         body |= {"logprobs": True, "top_logprobs": 1}
     cycle = Cycle(json.dumps(body).encode())
-    scope = {
-        "type": "http",
-        "asgi": {"version": "3.0", "spec_version": "2.3"},
-        "http_version": "1.1",
-        "method": "POST",
-        "path": path,
-        "raw_path": path.encode(),
-        "query_string": b"",
-        "headers": [],
-        "scheme": "http",
-        "server": ("test", 80),
-        "client": ("test", 1),
-    }
     app = create_app(services)
-    asked = (offer_direct_body(app) if direct else app)(scope, cycle.receive, cycle.send)  # type: ignore[arg-type]
+    asked = (offer_direct_body(app) if direct else app)(post_scope(path), cycle.receive, cycle.send)  # type: ignore[arg-type]
     return cycle, asyncio.create_task(asked)  # type: ignore[arg-type]
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import pytest
 
-from tests.support.asking import CHAT, COMPLETIONS, body_of
+from tests.support.asking import CHAT, COMPLETIONS, body_of, post_scope
 from tests.support.fake_serving import FakeServer, say
 from tests.support.waiting import LIMIT, until
 
@@ -20,20 +20,7 @@ class RawClient:
         self.sent: list[dict[str, Any]] = []
         self._gone = asyncio.Event()
         self._body: list[bytes] = [json.dumps(body).encode()]
-        scope = {
-            "type": "http",
-            "asgi": {"version": "3.0", "spec_version": "2.3"},
-            "http_version": "1.1",
-            "method": "POST",
-            "path": path,
-            "raw_path": path.encode(),
-            "query_string": b"",
-            "headers": [],
-            "scheme": "http",
-            "server": ("test", 80),
-            "client": ("test", 1),
-        }
-        self.task = asyncio.create_task(server.app()(scope, self._receive, self._send))  # type: ignore[arg-type]
+        self.task = asyncio.create_task(server.app()(post_scope(path), self._receive, self._send))
 
     def leave(self) -> None:
         self._gone.set()

@@ -17,9 +17,9 @@ from loraplex.server.tenancy.access import Access
 from loraplex.server.tenancy.keys_file import KeysFile
 from loraplex.server.tenancy.rate_limits import Limits
 from loraplex.server.tenancy.tenants import Key
+from tests.support.clock import Clock
 from tests.support.fake_serving import FakeServer, access_of
 from tests.support.waiting import turns, until
-from tests.tenancy.test_rate_limits import Clock
 
 PROMPT = list(range(10, 20))  # 10 tokens
 ANSWER = 4  # tokens

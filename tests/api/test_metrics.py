@@ -6,7 +6,7 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from loraplex.adapters.histogram import Histogram
-from loraplex.server.engine.stats import AdapterPlace, TierStats
+from loraplex.adapters.tiers.stats import AdapterPlace, TierStats
 from loraplex.server.telemetry.engine_metrics import MAX_NAMES
 from tests.support.fake_serving import FakeServer, Stats
 
@@ -24,7 +24,10 @@ async def samples(client: httpx.AsyncClient) -> dict[str, list[tuple[dict[str, s
 
 
 async def test_engine_metrics_are_read_when_scraped(client: httpx.AsyncClient, server: FakeServer) -> None:
-    server.engine.places = [AdapterPlace("pirate", on_device=True, pinned=False)]
+    server.engine.places = [
+        AdapterPlace("pirate", on_device=True, pinned=False),
+        AdapterPlace("tenant/near", on_device=False, pinned=True),
+    ]
     server.engine.current = Stats(
         running=3,
         waiting=2,
@@ -50,8 +53,10 @@ async def test_engine_metrics_are_read_when_scraped(client: httpx.AsyncClient, s
     ]:
         assert found[name] == [(LABELS, value)], name
     assert found["vllm:cache_config_info"] == [({"block_size": "16", "num_gpu_blocks": "100"}, 1)]
-    loaded = {"adapter_name": "pirate", "level": "gpu", "pinned": "false"}
-    assert found["vllm:lora_adapter_loaded"] == [(loaded, 1)]
+    assert found["vllm:lora_adapter_loaded"] == [
+        ({"adapter_name": "pirate", "level": "gpu", "pinned": "false"}, 1),
+        ({"adapter_name": "tenant/near", "level": "cpu", "pinned": "true"}, 1),
+    ]
     [(info, value)] = found["vllm:lora_requests_info"]
     assert info == {"max_lora": "4", "running_lora_adapters": "a,b", "waiting_lora_adapters": "c"}
     assert value > 1_700_000_000  # routers take the series with the largest value as the newest
@@ -146,18 +151,6 @@ async def test_every_tier_and_what_loads_took(client: httpx.AsyncClient, server:
     }
     assert (buckets[0.0005], buckets[0.0025], buckets[0.5], buckets[60.0], buckets[float("inf")]) == (2, 3, 4, 4, 5)
     assert list(buckets.values()) == sorted(buckets.values())
-
-
-async def test_where_adapters_are(client: httpx.AsyncClient, server: FakeServer) -> None:
-    server.engine.places = [
-        AdapterPlace("here", on_device=True, pinned=True),
-        AdapterPlace("tenant/near", on_device=False, pinned=False),
-    ]
-    found = await samples(client)
-    assert found["vllm:lora_adapter_loaded"] == [
-        ({"adapter_name": "here", "level": "gpu", "pinned": "true"}, 1),
-        ({"adapter_name": "tenant/near", "level": "cpu", "pinned": "false"}, 1),
-    ]
 
 
 async def test_a_thousand_adapters_are_told_of_within_bounds(client: httpx.AsyncClient, server: FakeServer) -> None:

@@ -299,10 +299,3 @@ def test_a_client_that_leaves_frees_its_pages(served: Served, stream: bool) -> N
     served.live.idle()
     assert stats().waiting == 0
     assert stats().generation_tokens - before < 400
-
-
-def test_health_and_metrics(served: Served) -> None:
-    assert httpx.get(f"{served.live.url}/health", timeout=LIMIT).status_code == 200
-    text = httpx.get(f"{served.live.url}/metrics", timeout=LIMIT).text
-    assert 'vllm:generation_tokens_total{engine="0",model_name="tiny"}' in text
-    assert 'vllm:lora_adapter_loaded{adapter_name="wide",level="gpu",pinned="false"} 1.0' in text

@@ -6,7 +6,8 @@ import pytest
 
 from loraplex.server.engine.policy.scheduler import Scheduler
 from loraplex.server.engine.request import Phases, TokenEvent
-from tests.support.scheduling import Clock, FakePlacement, Requests, draws, make_scheduler
+from tests.support.clock import Clock
+from tests.support.scheduling import FakePlacement, Requests, draws, make_scheduler
 
 
 class World:

@@ -23,6 +23,23 @@ def body_of(route: str, **fields: Any) -> dict[str, Any]:
     return chat(**fields) if route == CHAT else completion(**fields)
 
 
+def post_scope(path: str) -> dict[str, Any]:
+    """Of an ASGI request that posts to `path`, for tests that decide when its messages come."""
+    return {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.3"},
+        "http_version": "1.1",
+        "method": "POST",
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": b"",
+        "headers": [],
+        "scheme": "http",
+        "server": ("test", 80),
+        "client": ("test", 1),
+    }
+
+
 def events_of(response: httpx.Response) -> list[Any]:
     """The JSON of every event; the last must be [DONE]."""
     assert response.headers["content-type"].startswith("text/event-stream")

@@ -20,15 +20,15 @@ from loraplex.adapters.info import AdapterInfo
 from loraplex.adapters.registry import AdapterVersion, Registry
 from loraplex.adapters.sources.merge_plan import MergePlan
 from loraplex.adapters.sources.sources import OPERATOR, SourceAccess
+from loraplex.adapters.tiers.stats import AdapterPlace, PageOwners, TierStats
 from loraplex.server.api.services import Services
 from loraplex.server.catalog.manager import AdapterManager, Around
 from loraplex.server.catalog.on_demand import OnDemand
 from loraplex.server.command.app import create_app
 from loraplex.server.config import EngineConfig, RequestLimits, ServeConfig
 from loraplex.server.engine.engine import Engine
-from loraplex.server.engine.page_map import PageOwners
-from loraplex.server.engine.request import FinishReason, GenerationRequest, TokenEvent, TokenScores
-from loraplex.server.engine.stats import STEP_BOUNDS, AdapterPlace, TierStats
+from loraplex.server.engine.request import FinishReason, GenerationRequest, Mix, TokenEvent, TokenScores
+from loraplex.server.engine.stats import STEP_BOUNDS
 from loraplex.server.engine.streams import EventStream, Shortcut
 from loraplex.server.facts import Facts
 from loraplex.server.telemetry.metrics import Metrics
@@ -157,6 +157,7 @@ class FakeEngine(Engine):
         self.aborted: list[str] = []  # by closing their events
         self.stopped: set[str] = set()  # by id
         self.refusal: Exception | None = None
+        self.full: Exception | None = None  # what check_room() raises
         self.together = 1  # events that a shortcut is given at once
         self.gate = asyncio.Event()
         self.gate.set()
@@ -164,6 +165,10 @@ class FakeEngine(Engine):
         self.places: list[AdapterPlace] = []
         self.page_owners = PageOwners((), {})
         self.script: Script = lambda request: say(tokenizer, "the answer", request)
+
+    def check_room(self, tenant: str, mix: Mix) -> None:
+        if self.full is not None:
+            raise self.full
 
     def submit(self, request: GenerationRequest) -> FakeEvents:
         self.requests.append(request)

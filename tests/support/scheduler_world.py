@@ -12,7 +12,8 @@ from loraplex.server.engine.policy.kv_cache import FREED, GroupSpec
 from loraplex.server.engine.policy.plan import StepPlan
 from loraplex.server.engine.policy.sequence import Sequence
 from loraplex.server.engine.request import ContextTooLong, FinishReason, GenerationRequest, TokenEvent
-from tests.support.scheduling import Clock, Requests, draws, make_scheduler, next_token
+from tests.support.clock import Clock
+from tests.support.scheduling import Requests, draws, make_scheduler, next_token
 
 STEP_SECONDS = 0.1
 ADAPTERS = ("a", "b", "c", "d")

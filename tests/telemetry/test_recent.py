@@ -8,14 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loraplex.server.telemetry.recent import SECONDS, Recent
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
+from tests.support.clock import Clock
 
 
 @given(st.lists(st.tuples(st.integers(0, 3 * SECONDS), st.booleans(), st.integers(1, 500)), max_size=80))

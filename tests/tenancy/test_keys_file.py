@@ -19,7 +19,7 @@ from loraplex.server.tenancy.access import Access
 from loraplex.server.tenancy.keys_file import CHECK_SECONDS, KeysError, KeysFile, add_entry, new_key, parse_keys
 from loraplex.server.tenancy.rate_limits import Limits, RateLimited
 from loraplex.server.tenancy.tenants import Keyring
-from tests.tenancy.test_rate_limits import Clock
+from tests.support.clock import Clock
 
 DIGEST = hashlib.sha256(b"secret").hexdigest()
 

@@ -9,14 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loraplex.server.tenancy.rate_limits import Account, Bucket, Limits, RateLimited, TooLargeForLimit, duration
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
+from tests.support.clock import Clock
 
 
 @given(

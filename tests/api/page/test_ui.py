@@ -11,11 +11,12 @@ import httpx
 import pytest
 
 from loraplex.adapters.info import AdapterInfo
+from loraplex.adapters.tiers.stats import AdapterPlace, PageOwners
+from loraplex.server.api.page.page_map import KV, OTHER
 from loraplex.server.api.page.ui import FOLDER, page_files
-from loraplex.server.engine.page_map import KV, OTHER, PageOwners
-from loraplex.server.engine.stats import AdapterPlace
 from loraplex.server.telemetry.recent import Recent
 from loraplex.server.tenancy.tenants import Key
+from tests.support.clock import Clock
 from tests.support.fake_serving import FakeServer, Stats, access_of
 
 ALICE, ROOT, SEER = "lpx_alice-secret", "lpx_root-secret", "lpx_seer-secret"
@@ -24,14 +25,6 @@ KEYS = {
     ROOT: Key("root", "ops", admin=True),
     SEER: Key("seer", "ops", (), base=False, metrics=True),
 }
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def decode(runs: list[int]) -> list[int]:

@@ -9,7 +9,8 @@ import pytest
 from loraplex.server.engine.policy.plan import StepPlan
 from loraplex.server.engine.policy.scheduler import Scheduler
 from loraplex.server.engine.request import ContextTooLong, FinishReason, SamplingParams
-from tests.support.scheduling import Clock, FakePlacement, Requests, draws, make_scheduler
+from tests.support.clock import Clock
+from tests.support.scheduling import FakePlacement, Requests, draws, make_scheduler
 
 
 def step(scheduler: Scheduler) -> StepPlan:

@@ -12,7 +12,8 @@ from loraplex.server.engine.policy.plan import StepPlan
 from loraplex.server.engine.policy.scheduler import Scheduler
 from loraplex.server.engine.policy.sequence import Sequence
 from loraplex.server.engine.request import FinishReason, GenerationRequest, TokenEvent
-from tests.support.scheduling import Clock, FakePlacement, Requests, draws, make_scheduler
+from tests.support.clock import Clock
+from tests.support.scheduling import FakePlacement, Requests, draws, make_scheduler
 
 
 class World:
