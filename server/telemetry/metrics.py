@@ -17,7 +17,7 @@ from loraplex.server.facts import Facts
 from loraplex.server.telemetry.engine_metrics import LABELS, EngineCollector, EngineStats
 from loraplex.server.telemetry.recent import Recent
 from loraplex.server.telemetry.request_context import ChoiceTimes
-from loraplex.server.telemetry.usage import Usage, UsageTable
+from loraplex.server.telemetry.usage import UsageCounts, UsageTable
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -85,7 +85,7 @@ class Metrics:
         self._whole.observe(seconds)
         self._generated.observe(choice.tokens)
         self._max_tokens.observe(max_tokens)
-        used = Usage(1, choice.prompt_tokens, choice.tokens, gaps=choice.gaps)
+        used = UsageCounts(1, choice.prompt_tokens, choice.tokens, gaps=choice.gaps)
         first, phases = choice.first_token, choice.phases
         if first is not None:
             used.first_token.observe(first - (choice.ended - seconds))
