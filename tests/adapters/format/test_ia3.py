@@ -16,7 +16,8 @@ from torch import Tensor
 from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.format.ia3 import KEYS
 from loraplex.adapters.image.tiles import BiasDelta, OutputScale
-from loraplex.adapters.tiers.host_store import host_bytes, most_bytes
+from loraplex.adapters.tiers.host import most_bytes
+from loraplex.adapters.tiers.inbox import host_bytes
 from loraplex.adapters.tiers.reader import AdapterReader
 from loraplex.kernels.records import Site
 from tests.support.adapter_reading import ParsedAdapter, read_adapter
