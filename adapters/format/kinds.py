@@ -6,10 +6,11 @@ from typing import Any
 
 from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.format.config import bad_config, read_config
+from loraplex.adapters.format.ia3 import Ia3
 from loraplex.adapters.format.kind import AdapterConfig, AdapterKind
 from loraplex.adapters.format.lora import Lora
 
-KINDS: dict[str, AdapterKind[Any]] = {kind.name: kind for kind in (Lora(),)}
+KINDS: dict[str, AdapterKind[Any]] = {kind.name: kind for kind in (Lora(), Ia3())}
 
 
 def parse_config(data: bytes) -> AdapterConfig:

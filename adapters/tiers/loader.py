@@ -1,4 +1,4 @@
-"""Background threads that bring adapters from their source into the host store.
+"""Background threads that read adapters from their source.
 
 Reading, checking and packing are injected (`read`), so this file knows threads, waiting and failures and nothing of
 formats; it imports no torch. Callers that want the same source share one reading of it, and its failure reaches all of
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 from loraplex.adapters.errors import AdapterError
 from loraplex.adapters.histogram import Histogram
@@ -64,14 +64,6 @@ class LoaderStats:
     pending: int  # sources queued or being read now
 
 
-class ImageStore(Protocol):
-    """The part of HostStore the loader needs. Thread-safe."""
-
-    def put(self, key: str, image: Any) -> None: ...
-
-    def get(self, key: str) -> Any | None: ...
-
-
 class LoaderClosed(AdapterError):
     """The loader was shut down before this load was done."""
 
@@ -90,16 +82,20 @@ class Loader:
     def __init__(
         self,
         read: Callable[[Reading], LoadedAdapter],
-        store: ImageStore,
+        keep: Callable[[str, Any], None],
         registry: Registry,
         threads: int = 2,
         slow_after: float = SLOW_SECONDS,
     ) -> None:
-        """`read` is called from several threads at once. Digests found, and files that changed, go to `registry`."""
+        """`read` and `keep` are called from several threads at once.
+
+        keep: takes digest and image of what was read; raises AdapterRefused for what is too large. Digests found, and
+        files that changed, go to `registry`.
+        """
         if threads < 1:
             raise ValueError(f"threads is {threads}; expected at least 1")
         self._read = read
-        self._store = store
+        self._keep = keep
         self._registry = registry
         self._width = threads
         self._changed = threading.Condition()
@@ -113,7 +109,7 @@ class Loader:
             self._spawn()
 
     def load(self, source: str) -> Future[LoadedAdapter]:
-        """Read `source` afresh, check all of it, and put its image into the store.
+        """Read `source` afresh, check all of it, and have its image kept.
 
         The future fails with AdapterRefused or AdapterNotFound (the adapter's fault), with LoaderClosed, or with what
         else `read` raised. Cancelling it is free.
@@ -121,18 +117,12 @@ class Loader:
         return self._submit(source, None, Priority.BULK)
 
     def ensure(self, version: AdapterVersion, priority: Priority = Priority.URGENT) -> Future[LoadedAdapter]:
-        """Have the image of `version`: done at once when the store has it, read again from its source if not.
+        """Read the image of `version` from its source.
 
         Settles the version's digest. The future fails as that of `load` does, and with AdapterRefused ("changed") when
         the source no longer holds what it did: the registry then points the version's name at a new version.
         """
-        digest = version.digest
-        image = None if digest is None else self._store.get(digest)
-        if digest is None or image is None:
-            return self._submit(version.source, version, priority)
-        done: Future[LoadedAdapter] = Future()
-        done.set_result(LoadedAdapter(version.info, image))
-        return done
+        return self._submit(version.source, version, priority)
 
     def pending(self) -> int:
         """Sources queued or being read."""
@@ -249,7 +239,7 @@ class Loader:
         if isinstance(outcome, LoadedAdapter):
             try:
                 answers = self._settle(job, outcome)
-            except AdapterError as error:  # it is larger than the store
+            except AdapterError as error:  # it is larger than host memory
                 self._registry.refusals.count(error)
                 answers = [error] * len(job.waiters)
             except Exception as error:
@@ -272,7 +262,7 @@ class Loader:
             answers.append(changed(version, found))
             wanted |= renew(self._registry, version, found)
         if wanted:
-            self._store.put(found.digest, found.image)
+            self._keep(found.digest, found.image)
         return answers
 
 

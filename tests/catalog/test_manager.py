@@ -23,19 +23,6 @@ from loraplex.adapters.tiers.reader import AdapterInfo
 from loraplex.server.catalog.manager import AdapterManager
 
 
-class Images:
-    """A host store without a bound."""
-
-    def __init__(self) -> None:
-        self.images: dict[str, object] = {}
-
-    def put(self, key: str, image: object) -> None:
-        self.images[key] = image
-
-    def get(self, key: str) -> object | None:
-        return self.images.get(key)
-
-
 class Reader:
     """The number is the pages of the adapter; up to 10 can be had. Those that end with 7 have bad values."""
 
@@ -70,7 +57,7 @@ def reader() -> Reader:
 @pytest.fixture
 def manager(reader: Reader) -> Iterator[AdapterManager]:
     registry = Registry()
-    result = AdapterManager(registry, Loader(reader.read, Images(), registry), reader.examine)
+    result = AdapterManager(registry, Loader(reader.read, lambda digest, image: None, registry), reader.examine)
     yield result
     result.close()
 

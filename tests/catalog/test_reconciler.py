@@ -19,14 +19,13 @@ from loraplex.adapters.info import AdapterInfo
 from loraplex.adapters.registry import AdapterVersion, Registry
 from loraplex.adapters.sources.downloads import Downloads
 from loraplex.adapters.sources.sources import Source
-from loraplex.adapters.tiers.host_store import HostStore
 from loraplex.adapters.tiers.loader import Loader
 from loraplex.adapters.tiers.reader import AdapterReader
 from loraplex.kernels.records import Projection, Site
 from loraplex.server.catalog.adapter_list import AdapterListError, DesiredAdapter, parse_list
 from loraplex.server.catalog.manager import AdapterManager
 from loraplex.server.catalog.reconciler import Reconciler
-from tests.catalog.test_manager import Images, Reader
+from tests.catalog.test_manager import Reader
 from tests.support.adapter_reading import write_adapter
 from tests.support.waiting import LIMIT, wait_for
 
@@ -69,7 +68,7 @@ class World:
         self.registry, self.sources, self.pins = Registry(), Sources(), Pins()
         reader = Reader()
         reader.examine = self._off_main(reader.examine)  # type: ignore[method-assign]
-        self.loader = Loader(self._read(reader), Images(), self.registry)
+        self.loader = Loader(self._read(reader), lambda digest, image: None, self.registry)
         self.manager = AdapterManager(self.registry, self.loader, reader.examine, self.sources, self.pins.pin_adapter)
         self.list_file = folder / "adapters.yaml"
         self.directory = folder / "adapters"
@@ -416,7 +415,7 @@ def test_links_in_the_folder_are_followed_as_far_as_it_goes(tmp_path: Path) -> N
     watched, elsewhere = tmp_path / "adapters", tmp_path / "elsewhere"
     reader = AdapterReader(LAYOUT, lambda *_: None, 1000)
     registry = Registry()
-    manager = AdapterManager(registry, Loader(reader.read, HostStore(1 << 24), registry), reader.examine)
+    manager = AdapterManager(registry, Loader(reader.read, lambda digest, image: None, registry), reader.examine)
     write_adapter(watched / "..2026_11_29" / "sql", LAYOUT)
     write_adapter(watched / "..2026_11_30" / "sql", LAYOUT, seed=2)
     (watched / "..data").symlink_to("..2026_11_29")

@@ -1,6 +1,6 @@
 """Adapters saved by PEFT, read, packed, loaded into the arena and run by our decoder: the logits are PEFT's own, fp32.
 
-Every LoRA option alone; then all of a base's in one batch with rows of the base, chunks and decode rows mixed.
+Every option of every kind alone; then all of a base's in one batch with rows of the base, chunks and decode rows mixed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,16 @@ from loraplex.adapters.tiers.residency import Residency
 from loraplex.kernels.records import AdapterSegments
 from loraplex.server.models.weights import BaseBiases
 from tests.support.harness import Harness, Sequence
-from tests.support.peft_adapters import ALL, BASES, CASES, QV, PeftAdapter, make_peft_adapter, randomise_adapter
+from tests.support.peft_adapters import (
+    ALL,
+    BASES,
+    CASES,
+    IA3_CASES,
+    QV,
+    PeftAdapter,
+    make_peft_adapter,
+    randomise_adapter,
+)
 from tests.support.tiny import VOCAB_SIZE, load_oracle, make_tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT warns of much that is meant here
@@ -32,6 +41,8 @@ VISIBLE = 0.1
 """By how much an adapter must move some logit, or the comparison shows nothing."""
 
 LENGTH = 23
+
+EVERY = {**CASES, **IA3_CASES}
 
 Mix = tuple[tuple[str, float], ...]
 """(digest, weight), ...; empty: the base."""
@@ -180,7 +191,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Base]:
         hf = load_oracle(path)
         adapters = {
             case: make_peft_adapter(hf, root / f"{family}-{i}", seed=i, **options)
-            for i, (case, (of, options)) in enumerate(CASES.items(), 1)
+            for i, (case, (of, options)) in enumerate(EVERY.items(), 1)
             if of == family
         }
         made[family] = Base(hf, path, adapters)
@@ -210,11 +221,11 @@ def assert_same(request: Request, wanted: Tensor, what: str) -> None:
     assert worst < TOLERANCE, f"{what}: logits are off by {worst}"
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", EVERY)
 def test_alone(bases: dict[str, Base], servers: dict[str, Server], case: str) -> None:
     """In one prefill, and again in small chunks and decode steps."""
-    base = bases[CASES[case][0]]
-    server = servers[CASES[case][0]]
+    base = bases[EVERY[case][0]]
+    server = servers[EVERY[case][0]]
     mix = ((server.load(base.adapters[case].folder), 1.0),)
     whole = Request(tokens(1), mix, prompt=LENGTH)
     pieces = Request(tokens(1), mix, prompt=LENGTH - 6, chunk=5)
@@ -327,3 +338,59 @@ def test_a_wrong_adapter_would_show(bases: dict[str, Base], servers: dict[str, S
         for i, case in enumerate(names):
             for other in names[:i]:
                 assert float((answers[case] - answers[other]).abs().max()) > 100 * TOLERANCE, f"{case} is {other}"
+
+
+def test_a_mix_of_ia3_is_pefts_where_the_weights_are_one(
+    bases: dict[str, Base], servers: dict[str, Server], tmp_path: Path
+) -> None:
+    """PEFT sums w * l, which is 1 + the sum of w * (l - 1) where the weights sum to one."""
+    from peft import IA3Config, get_peft_model
+
+    targets = {"target_modules": ["k_proj", "up_proj"], "feedforward_modules": []}
+    model = get_peft_model(load_oracle(bases["llama"].path), IA3Config(**targets), adapter_name="one").eval()
+    model.add_adapter("two", IA3Config(**targets))
+    randomise_adapter(model, 5, torch.float32, 0.5)
+    model.save_pretrained(tmp_path)
+    model.add_weighted_adapter(["one", "two"], [0.3, 0.7], "sum")
+    pair = Pair(model, (tmp_path / "one", tmp_path / "two"))
+    server = servers["llama"]
+    one, two = (server.load(folder) for folder in pair.folders)
+    mixed = Request(tokens(9), ((one, 0.3), (two, 0.7)), chunk=6)
+    alone = Request(tokens(9), ((two, 1.0),))
+    server.run([mixed, alone])
+    assert_same(mixed, pair.logits("sum", mixed.ids), "mix")
+    assert_same(alone, pair.logits("two", alone.ids), "two")
+    assert float((pair.logits("two", mixed.ids) - pair.logits("sum", mixed.ids)).abs().max()) > VISIBLE
+
+
+def test_ia3_mixed_with_lora_scales_the_base_alone(
+    bases: dict[str, Base], servers: dict[str, Server], tmp_path: Path
+) -> None:
+    """Our own definition: (1 + w (l - 1)) * (W x + b) + w' * scaling * B A x; down's l counts as up's."""
+    base, server = bases["llama_biased"], servers["llama_biased"]
+    options: dict[str, Any] = {"target_modules": ALL, "feedforward_modules": ["down_proj"]}
+    ia3 = make_peft_adapter(base.hf, tmp_path / "ia3", kind="IA3", **options)
+    lora = make_peft_adapter(base.hf, tmp_path / "lora", seed=2, r=4, target_modules=ALL)
+    scales: dict[str, Tensor] = {}
+    for path, module in ia3.modules().items():
+        name = path.replace("down_proj", "up_proj")
+        scales[name] = scales.get(name, torch.ones(())) * module.ia3_l["default"].detach().flatten()
+    deltas = {path: module.get_delta_weight("default").detach() for path, module in lora.modules().items()}
+    w_ia3, w_lora = WEIGHTS
+    hf = load_oracle(base.path)
+    for path, delta in deltas.items():
+        scale = 1 + w_ia3 * (scales.get(path, torch.ones(())) - 1)
+
+        def mix(linear: Any, inputs: Any, y: Tensor, scale: Tensor = scale, delta: Tensor = delta) -> Tensor:
+            return scale * y + w_lora * inputs[0] @ delta.T
+
+        hf.get_submodule(path).register_forward_hook(mix)
+    digests = [server.load(adapter.folder) for adapter in (ia3, lora)]
+    mixed = Request(tokens(9), tuple(zip(digests, WEIGHTS, strict=True)), chunk=6)
+    swapped = Request(tokens(9), ((digests[1], w_lora), (digests[0], w_ia3)), start=2)
+    server.run([mixed, swapped])
+    with torch.no_grad():
+        wanted = hf(torch.tensor([tokens(9)])).logits[0].float()
+    assert float((wanted - lora.logits(tokens(9))).abs().max()) > VISIBLE
+    for request in (mixed, swapped):
+        assert_same(request, wanted, "mix")

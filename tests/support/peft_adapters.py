@@ -110,6 +110,52 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Every LoRA option: base, arguments of make_peft_adapter."""
 
+DOWN = ["down_proj"]
+
+IA3_CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    name: (family, {"kind": "IA3", "feedforward_modules": [], **options})
+    for name, (family, options) in {
+        "ia3, as PEFT targets llama": (
+            "llama",
+            {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": DOWN},
+        ),
+        **{f"ia3 on {name}": ("llama", {"target_modules": [name]}) for name in ALL},
+        "ia3 on the feed-forward input": ("llama", {"target_modules": DOWN, "feedforward_modules": DOWN}),
+        "ia3 on up's output and down's input": (
+            "llama",
+            {"target_modules": ["up_proj", "gate_proj", "down_proj"], "feedforward_modules": DOWN},
+        ),
+        "ia3, all-linear": ("llama", {"target_modules": "all-linear", "feedforward_modules": DOWN}),
+        "ia3 by patterns": (
+            "llama",
+            {
+                "target_modules": r".*\.[02]\..*(k|up|down)_proj",
+                "feedforward_modules": r"model\.layers\.0\.mlp\.down_proj",
+                "exclude_modules": [],
+            },
+        ),
+        "ia3, exclude": ("llama", {"target_modules": ALL, "exclude_modules": ["layers.1.mlp.up_proj", "o_proj"]}),
+        "ia3, feed-forward by a bare ending": (
+            "llama",
+            {"target_modules": r".*(q|down)_proj", "feedforward_modules": ["wn_proj"], "fan_in_fan_out": True},
+        ),
+        "ia3, base biases": ("llama_biased", {"target_modules": ALL, "feedforward_modules": DOWN}),
+        "ia3, biases and outputs alone": ("llama_biased", {"target_modules": ["up_proj", "down_proj", "o_proj"]}),
+        "ia3, as PEFT targets qwen2": (
+            "qwen2",
+            {"target_modules": ["q_proj", "v_proj", "down_proj"], "feedforward_modules": DOWN},
+        ),
+        "ia3, fused": ("phi3", {"target_modules": ["qkv_proj", "down_proj"], "feedforward_modules": DOWN}),
+        "ia3, fused gate_up and down's input": (
+            "phi3",
+            {"target_modules": ["gate_up_proj", "down_proj"], "feedforward_modules": DOWN},
+        ),
+        "ia3, gemma3": ("gemma3", {"target_modules": ["q_proj", "v_proj", "down_proj"], "feedforward_modules": DOWN}),
+        "ia3, bfloat16 file": ("qwen2", {"target_modules": ALL, "dtype": torch.bfloat16}),
+    }.items()
+}
+"""Every IA3 option, in the same form."""
+
 
 @dataclass
 class PeftAdapter:
@@ -124,24 +170,32 @@ class PeftAdapter:
             return self.model(torch.tensor([ids])).logits[0].float()
 
     def modules(self) -> dict[str, Any]:
-        """The LoRA layers by path, as "model.layers.0.self_attn.q_proj"."""
-        from peft.tuners.lora import LoraLayer
+        """PEFT's own layers by path, as "model.layers.0.self_attn.q_proj"."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
 
         named = self.model.get_base_model().named_modules()
-        return {name: module for name, module in named if isinstance(module, LoraLayer)}
+        return {name: module for name, module in named if isinstance(module, BaseTunerLayer)}
 
 
 def make_peft_adapter(
-    base: Any, folder: Path, *, seed: int = 1, dtype: torch.dtype = torch.float32, strength: float = 0.5, **options: Any
+    base: Any,
+    folder: Path,
+    *,
+    kind: str = "LORA",
+    seed: int = 1,
+    dtype: torch.dtype = torch.float32,
+    strength: float = 0.5,
+    **options: Any,
 ) -> PeftAdapter:
-    """A random adapter with the options of peft.LoraConfig, its file in `dtype`, as PEFT saves it.
+    """A random adapter of a peft_type with the options of its config, its file in `dtype`, as PEFT saves it.
 
-    A and B are drawn so that each module's own output changes by `strength` of its size before scaling; biases that the
-    config trains get values of their own.
+    A and B, and IA3's vectors, are drawn so that each module's own output changes by `strength` of its size before
+    scaling; biases that the config trains get values of their own.
     """
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_config, get_peft_model
 
-    model = get_peft_model(copy.deepcopy(base), LoraConfig(task_type="CAUSAL_LM", **options)).eval()
+    config = get_peft_config({"peft_type": kind, "task_type": "CAUSAL_LM", **options})
+    model = get_peft_model(copy.deepcopy(base), config).eval()
     randomise_adapter(model, seed, dtype, strength)
     save_adapter(model, folder, dtype)
     return PeftAdapter(model, folder)
@@ -151,15 +205,18 @@ def randomise_adapter(model: Any, seed: int, dtype: torch.dtype, strength: float
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
+            mean = 0.0
             if ".lora_A." in name:
                 std = weight.shape[1] ** -0.5
             elif ".lora_B." in name and name.endswith("weight"):
                 std = strength * weight.shape[1] ** -0.5
             elif ".lora_B." in name or (weight.requires_grad and name.endswith(".bias")):
                 std = strength
+            elif ".ia3_l." in name:
+                mean, std = 1.0, strength
             else:
                 continue
-            drawn = torch.randn(weight.shape, generator=generator) * std
+            drawn = mean + torch.randn(weight.shape, generator=generator) * std
             weight.copy_(drawn.to(dtype))  # what the file will hold, exactly
 
 

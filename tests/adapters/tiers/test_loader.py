@@ -80,7 +80,7 @@ def registry() -> Registry:
 
 @pytest.fixture
 def loader(sources: Sources, store: Store, registry: Registry) -> Iterator[Loader]:
-    loader = Loader(sources.parse, store, registry, threads=1, slow_after=math.inf)
+    loader = Loader(sources.parse, store.put, registry, threads=1, slow_after=math.inf)
     yield loader
     sources.gate.set()
     loader.shutdown(LIMIT)
@@ -173,21 +173,6 @@ def test_what_the_store_refuses_fails_the_load(loader: Loader) -> None:
         loader.load("enormous").result(LIMIT)
 
 
-def test_ensure_is_done_at_once_when_the_store_has_it(loader: Loader, sources: Sources, store: Store) -> None:
-    store["digest of a"] = "image of a"
-    future = loader.ensure(version("a"))
-    assert future.done()
-    assert future.result() == LoadedAdapter(
-        AdapterInfo(8, ("q_proj",), 3, 1000, "digest of a"),
-    )
-    assert sources.read == []
-
-
-def test_ensure_reads_again_what_the_store_has_dropped(loader: Loader, store: Store) -> None:
-    loader.ensure(version("a")).result(LIMIT)
-    assert store == {"digest of a": "image of a"}
-
-
 def test_ensure_refuses_files_that_changed(loader: Loader, sources: Sources, store: Store) -> None:
     sources.digests["a"] = "f00d"
     with pytest.raises(AdapterRefused, match=r"'a' have changed.*f00d.*send it again") as caught:
@@ -206,7 +191,6 @@ def test_the_first_load_settles_the_digest(loader: Loader, registry: Registry, s
     assert unread.digest == loaded.digest == "digest of a"
     assert registry.get("a") is unread
     assert store == {"digest of a": "image of a"}
-    assert loader.ensure(unread).result().image == "image of a"
     assert (sources.read, sources.fresh) == (["a"], [False])
 
 
@@ -363,7 +347,7 @@ def test_a_reading_that_nobody_waits_for_any_more_ends_at_its_next_slice(
 
 
 def test_several_threads_read_at_once_and_the_last_one_is_for_the_urgent(sources: Sources, store: Store) -> None:
-    loader = Loader(sources.parse, store, Registry(), threads=3, slow_after=math.inf)
+    loader = Loader(sources.parse, store.put, Registry(), threads=3, slow_after=math.inf)
     sources.gate.clear()
     futures = [loader.load(source) for source in "abcde"]
     for _ in range(2):
@@ -383,7 +367,7 @@ def test_several_threads_read_at_once_and_the_last_one_is_for_the_urgent(sources
 def test_sources_that_hang_cost_no_thread(sources: Sources, store: Store) -> None:
     """Each that takes too long is replaced in the pool; at most MAX_SLOW of them."""
     sources.hanging = {f"hangs {i}": threading.Event() for i in range(MAX_SLOW + 5)}
-    loader = Loader(sources.parse, store, Registry(), threads=1, slow_after=0.0)
+    loader = Loader(sources.parse, store.put, Registry(), threads=1, slow_after=0.0)
     hanging = [loader.load(source) for source in sources.hanging]
     assert loader.ensure(version("good")).result(LIMIT).digest == "digest of good"
     for _ in range(MAX_SLOW + 1):
@@ -408,7 +392,7 @@ def test_statistics(loader: Loader, sources: Sources) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only on Linux a thread has a priority of its own")
 def test_shutdown_fails_what_is_queued_and_finishes_what_is_read(sources: Sources, store: Store) -> None:
-    loader = Loader(sources.parse, store, Registry(), threads=1, slow_after=math.inf)
+    loader = Loader(sources.parse, store.put, Registry(), threads=1, slow_after=math.inf)
     begun = begin(sources, loader, "a")
     threads = [thread for thread in threading.enumerate() if thread.name.startswith("adapter-loader")]
     assert threads
@@ -431,7 +415,7 @@ def test_shutdown_fails_what_is_queued_and_finishes_what_is_read(sources: Source
 
 def test_threads_must_be_positive(sources: Sources, store: Store) -> None:
     with pytest.raises(ValueError, match="0"):
-        Loader(sources.parse, store, Registry(), threads=0)
+        Loader(sources.parse, store.put, Registry(), threads=0)
 
 
 def test_many_callers_from_many_threads(loader: Loader, sources: Sources, store: Store) -> None:
