@@ -71,14 +71,14 @@ def live_server(
     engine: EngineConfig = TINY,
     *,
     keys: Iterable[tuple[str, str]] = (),
-    allowed_paths: tuple[Path, ...] = (),
+    auth: AuthConfig | None = None,
     downloads: DownloadConfig = DownloadConfig(),
 ) -> Iterator[LiveServer]:
     """Serve the checkpoint in `base` as `name` while the block runs. keys: what new_key() made."""
     with tempfile.TemporaryDirectory() as folder:
         made = tuple(keys)
         secrets = {yaml.safe_load(entry)[0]["name"]: secret for secret, entry in made}
-        auth = AuthConfig(allowed_paths=allowed_paths)
+        auth = auth or AuthConfig()
         if made:
             (Path(folder) / "keys.yaml").write_text("keys:\n" + "".join(entry for _, entry in made))
             auth = replace(auth, keys_file=Path(folder) / "keys.yaml")
