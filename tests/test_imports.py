@@ -170,6 +170,30 @@ def breaks_libraries(module: str, entry: Import, imports: Mapping[str, list[Impo
         yield "imports torch, and is free of it"
 
 
+def circles(files: Mapping[str, str]) -> list[str]:
+    """Find modules that import each other, by whatever road and in whatever scope but for types alone: a line each."""
+    modules = frozenset(map(module_of, files))
+    below = {
+        module_of(path): sorted(
+            {entry.module for entry in read_imports(path, source, modules) if entry.ours and entry.scope != "typing"}
+        )
+        for path, source in files.items()
+    }
+    found, done = [], set()
+
+    def visit(module: str, road: tuple[str, ...]) -> None:
+        if module in road:
+            found.append(" -> ".join((*road[road.index(module) :], module)))
+        elif module not in done:
+            for other in below.get(module, []):
+                visit(other, (*road, module))
+            done.add(module)
+
+    for module in below:
+        visit(module, ())
+    return found
+
+
 def our_files() -> dict[str, str]:
     paths = [path for part in PARTS for path in (ROOT / part).rglob("*.py")]
     return {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in sorted(paths)}
@@ -177,6 +201,10 @@ def our_files() -> dict[str, str]:
 
 def test_every_import_goes_the_one_way() -> None:
     assert "\n".join(violations(our_files())) == ""
+
+
+def test_no_modules_import_each_other() -> None:
+    assert "\n".join(circles(our_files())) == ""
 
 
 def test_names_in_the_law_exist() -> None:
@@ -233,6 +261,14 @@ TREE = {
 
 def test_lawful_tree_passes() -> None:
     assert violations(TREE) == []
+    assert circles(TREE) == []
+
+
+def test_a_circle_is_found_where_an_import_hides_in_a_function() -> None:
+    late = "def late():\n    from loraplex.server.models.decoder import Decoder"
+    assert circles(
+        {**TREE, "kernels/ops.py": late, "kernels/gpu/bgmv.py": "if TYPE_CHECKING:\n    import loraplex.kernels.ops"}
+    ) == ["kernels.ops -> server.models.decoder -> kernels.ops"]
 
 
 @pytest.mark.parametrize(

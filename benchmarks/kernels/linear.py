@@ -22,7 +22,9 @@ from loraplex.benchmarks.kernels.model import Model, make_batch, make_model
 from loraplex.benchmarks.kernels.step import recorded, take_step
 from loraplex.benchmarks.of_limit import times_least
 from loraplex.kernels.cpu.abi import Op, OpCode, Step
-from loraplex.kernels.cpu.backend import CpuBackend, CpuLinear, linear_op
+from loraplex.kernels.cpu.backend import CpuBackend
+from loraplex.kernels.cpu.op_records import CpuLinear, linear_op
+from loraplex.kernels.cpu.team import Team
 from loraplex.kernels.ops import PackedLinear
 
 DTYPE = torch.bfloat16
@@ -88,7 +90,7 @@ def run(machine: Limits, n_in: int, n_out: int, rows: int, seconds: float = 0.3)
     program = _program(packed, x, y)
 
     def ours() -> None:
-        ops.run(program, Step(), DTYPE)
+        ops.team.run(program, Step(), DTYPE)
 
     def functional() -> None:
         for weight in weights:
@@ -155,7 +157,7 @@ def run_step(machine: Limits, model: Model, rows: int, seconds: float = 1.0) -> 
     inputs = {n: torch.randn(rows, n).to(DTYPE) for n in {op.columns_in for op in linears}}
     weights = [torch.full((op.columns_out, op.columns_in), op.columns_in**-0.5, dtype=DTYPE) for op in linears]
     onednn = prepack([(inputs[op.columns_in], weight) for op, weight in zip(linears, weights, strict=True)])
-    runs = [lambda: CpuBackend.run(model.ops, program, step, DTYPE), lambda: take_step(model, batch)]
+    runs = [lambda: Team.run(model.team, program, step, DTYPE), lambda: take_step(model, batch)]
     runs += [] if isinstance(onednn, Absent) else [onednn]
     (ours, whole, *peer), _ = measure(runs, machine, seconds)
     return StepResult(rows, ours, onednn if isinstance(onednn, Absent) else peer[0], whole)

@@ -18,6 +18,7 @@ from loraplex.adapters.tiers.pages import PagePool
 from loraplex.adapters.tiers.residency import Residency
 from loraplex.kernels.cpu.abi import Op, Step, Steps
 from loraplex.kernels.cpu.backend import CpuBackend
+from loraplex.kernels.cpu.team import Team
 from loraplex.kernels.records import BLOCK_SIZE, AdapterSegments, KVGroup, Site
 from loraplex.server.engine.policy.kv_cache import KVCache
 from loraplex.server.engine.step.arena import allocate_arena, kv_layers
@@ -64,7 +65,7 @@ SMOLLM2 = ModelConfig(
 )
 
 
-class TimedBackend(CpuBackend):
+class TimedTeam(Team):
     """Keeps what it was asked to run last, and the seconds spent inside the C++ library."""
 
     inside = 0.0
@@ -88,7 +89,8 @@ class Model:
     """
 
     config: ModelConfig
-    ops: TimedBackend
+    ops: CpuBackend
+    team: TimedTeam  # of `ops`
     decoder: RecordedDecoder
     residency: Residency
     kv: KVCache
@@ -101,7 +103,8 @@ class Model:
 
 
 def make_model(adapters: int = max(ROWS), config: ModelConfig = SMOLLM2) -> Model:
-    ops = TimedBackend()
+    team = TimedTeam()
+    ops = CpuBackend(team=team)
     demand = Demand(max_model_len=MODEL_LEN, max_num_seqs=max(ROWS), token_budget=max(ROWS))
     plan = plan_memory(config, DTYPE, 2 << 30, weights_bytes(config, DTYPE), demand, 4 << 30)
     arena = allocate_arena(plan, ops.device)
@@ -115,7 +118,7 @@ def make_model(adapters: int = max(ROWS), config: ModelConfig = SMOLLM2) -> Mode
     layers = kv_layers(arena, config, DTYPE, plan.groups)
     decoder = record(Decoder(config, _random_weights(config, ops), ops, layers, arena), max(ROWS), max(ROWS))
     assert isinstance(decoder, RecordedDecoder)
-    model = Model(config, ops, decoder, residency, KVCache(pool, plan.groups, BLOCK_SIZE, reclaimer), arena)
+    model = Model(config, ops, team, decoder, residency, KVCache(pool, plan.groups, BLOCK_SIZE, reclaimer), arena)
     for row in range(max(ROWS)):
         if not model.kv.grow(-1 - row, 0, CONTEXT):
             raise RuntimeError(f"row {row} has no room in {plan}")

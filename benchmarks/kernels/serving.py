@@ -133,7 +133,7 @@ class _Engine:
 
     def step(self) -> Timing:
         model = self._model
-        model.ops.inside, model.ops.calls = 0.0, 0
+        model.team.inside, model.team.calls = 0.0, 0
         start = time.perf_counter()
         plan = self._scheduler.schedule()
         planned = time.perf_counter()
@@ -141,7 +141,7 @@ class _Engine:
         executed = time.perf_counter()
         self._scheduler.commit(plan, results)
         end = time.perf_counter()
-        inside, calls = model.ops.inside, model.ops.calls
+        inside, calls = model.team.inside, model.team.calls
         return Timing(end - start, inside, calls, planned - start, 0.0, end - executed)
 
     def build(self) -> float:

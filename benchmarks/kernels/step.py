@@ -20,7 +20,7 @@ from loraplex.benchmarks.kernels.machine import Limits, Others, limits, measure
 from loraplex.benchmarks.kernels.model import CONTEXT, DTYPE, RANK, ROWS, SMOLLM2, Model, make_batch, make_model
 from loraplex.benchmarks.of_limit import times_least
 from loraplex.kernels.cpu.abi import Op, OpCode, Step
-from loraplex.kernels.cpu.backend import CpuBackend
+from loraplex.kernels.cpu.team import Team
 from loraplex.kernels.records import Projection, Site
 from loraplex.server.models.config import ModelConfig
 from loraplex.server.models.inputs import ForwardBatch
@@ -32,9 +32,11 @@ def work(op: Op, rows: int, adapters: bool, config: ModelConfig = SMOLLM2) -> tu
     """(bytes, flops) of one op for `rows` decode rows of distinct adapters."""
     size, n_in, n_out = 2, op.columns_in, op.columns_out
     if op.code == OpCode.LINEAR:
-        return size * n_in * n_out + rows * (size * n_in + (4 if op.i0 else size) * n_out), 2 * rows * n_in * n_out
+        result = 4 if op.linear.to_float else size
+        return size * n_in * n_out + rows * (size * n_in + result * n_out), 2 * rows * n_in * n_out
     if op.code == OpCode.ADAPTER:
-        elements = sum(RANK * (p.in_features + p.out_features) for p in _projections(config, op.i1)) if adapters else 0
+        projections = _projections(config, op.adapter.site) if adapters else []
+        elements = sum(RANK * (p.in_features + p.out_features) for p in projections)
         return rows * (size * elements + (size * (n_in + 2 * n_out) if adapters else 0)), 2 * rows * elements
     if op.code == OpCode.ATTENTION:
         width = config.num_heads * config.head_dim
@@ -43,9 +45,9 @@ def work(op: Op, rows: int, adapters: bool, config: ModelConfig = SMOLLM2) -> tu
     columns = {
         OpCode.EMBED: 2 * n_out,
         OpCode.GATHER: 2 * n_in,
-        OpCode.RMS_NORM: (4 if op.aux else 2) * n_in,
+        OpCode.RMS_NORM: (4 if op.norm.residual else 2) * n_in,
         OpCode.ACT_MUL: 3 * n_out,
-        OpCode.ROPE: 2 * (op.i0 + 2 * op.i1) * op.i2,
+        OpCode.ROPE: 2 * (op.rope.heads + 2 * op.rope.kv_heads) * op.rope.dim,
     }[OpCode(op.code)]
     return size * rows * columns, 0.0
 
@@ -59,7 +61,7 @@ def kind(op: Op) -> str:
     name = OpCode(op.code).name.lower()
     if op.code == OpCode.LINEAR:
         return f"linear {op.columns_in}->{op.columns_out}"
-    return f"adapter {Site(op.i1).name.lower()}" if op.code == OpCode.ADAPTER else name
+    return f"adapter {Site(op.adapter.site).name.lower()}" if op.code == OpCode.ADAPTER else name
 
 
 # ---- measuring --------------------------------------------------------------------------------------------------
@@ -85,10 +87,10 @@ def take_step(model: Model, batch: ForwardBatch) -> None:
 def recorded(model: Model, batch: ForwardBatch) -> tuple[list[Op], Step, Op]:
     """The pass' ops, its Step record, and the op of the logits."""
     hidden = model.decoder.forward(batch)
-    assert model.ops.last is not None
-    ops, step = model.ops.last
+    assert model.team.last is not None
+    ops, step = model.team.last
     model.decoder.logits(hidden)
-    head = model.ops.last[0][0]
+    head = model.team.last[0][0]
     return list(ops), step, head
 
 
@@ -130,7 +132,7 @@ def profile(model: Model, rows: int, adapters: bool, machine: Limits, seconds: f
         program = (Op * len(members))(*members)
 
         def run(program: ctypes.Array[Op] = program) -> None:
-            CpuBackend.run(model.ops, program, step, DTYPE)
+            Team.run(model.team, program, step, DTYPE)
 
         nbytes, flops = (len(members) * each for each in work(members[0], rows, adapters))
         (taken,), now = measure([run], machine, seconds)

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loraplex.kernels.cpu.abi import Op, OpCode, Step
-from loraplex.kernels.cpu.backend import CpuBackend, adapter_step
+from loraplex.kernels.cpu.abi import AdapterArgs, Op, OpCode, Step
+from loraplex.kernels.cpu.backend import CpuBackend
+from loraplex.kernels.cpu.op_records import fill_adapters
 from loraplex.kernels.hugepages import huge_zeros
 from loraplex.kernels.records import NUM_SITES, TILE_RANKS, AdapterSegments, Site, TileKind, TileTable
 
@@ -109,7 +110,7 @@ class AdapterProgram:
     keep: tuple[object, ...]  # memory that step and program point to
 
     def run(self) -> None:
-        self.ops.run(self.program, self.step, DTYPE)
+        self.ops.team.run(self.program, self.step, DTYPE)
 
 
 def adapter_program(world: World, x: Tensor, y: Tensor, counts: Sequence[int], decode: bool) -> AdapterProgram:
@@ -128,7 +129,7 @@ def adapter_program(world: World, x: Tensor, y: Tensor, counts: Sequence[int], d
         num_decode_segments=len(counts) if decode else 0,
     )
     step = Step()
-    adapter_step(step, world.arena, world.table, segments)
+    fill_adapters(step, world.arena, world.table, segments)
     program = (Op * world.sets)(
         *(
             Op(
@@ -138,8 +139,7 @@ def adapter_program(world: World, x: Tensor, y: Tensor, counts: Sequence[int], d
                 y=y.data_ptr(),
                 columns_in=x.shape[1],
                 columns_out=y.shape[1],
-                i0=layer,
-                i1=Site.QKV,
+                adapter=AdapterArgs(layer, Site.QKV),
             )
             for layer in range(world.sets)
         )

@@ -9,10 +9,18 @@ from enum import IntEnum
 from functools import cache
 from pathlib import Path
 
+from loraplex.kernels.records import ALIGN, BLOCK_SIZE, TILE_COLUMNS, TILE_RANKS
+
 MAX_GROUPS = 8
 MAX_ROPES = 4
+DRAW = 5
+"""Numbers of a row of Step.draws: temperature, top_k, top_p, min_p, uniform."""
+
+ALL_TOKENS = -1
+LOGIT_ROWS = -2
 
 _Pointer = ctypes.c_void_p
+_Int, _Float = ctypes.c_int32, ctypes.c_float
 
 
 class OpCode(IntEnum):
@@ -39,6 +47,7 @@ class Step(ctypes.Structure):
         ("decode_segments", ctypes.c_int32),
         ("logit_rows", ctypes.c_int32),
         ("num_layers", ctypes.c_int32),
+        ("num_sites", ctypes.c_int32),
         ("ids", _Pointer),
         ("rows", _Pointer),
         ("query_ptr", _Pointer),
@@ -76,34 +85,102 @@ class Steps(ctypes.Structure):
     ]
 
 
-class Op(ctypes.Structure):
-    """`struct Op` of records.h: one op, constant over a recorded program. `rows`: a count, or one of the two below."""
+class EmbedArgs(ctypes.Structure):
+    _fields_ = [("scale", _Float)]
 
+
+class NormArgs(ctypes.Structure):
+    _fields_ = [("residual", _Pointer), ("total", _Pointer), ("eps", _Float), ("offset", _Float)]
+
+
+class LinearArgs(ctypes.Structure):
+    _fields_ = [("to_float", _Int)]
+
+
+class AdapterArgs(ctypes.Structure):
+    _fields_ = [("layer", _Int), ("site", _Int)]
+
+
+class CachedLayer(ctypes.Structure):
+    _fields_ = [("k", _Pointer), ("v", _Pointer), ("page", ctypes.c_int64), ("group", _Int)]
+
+
+class RopeArgs(ctypes.Structure):
     _fields_ = [
-        ("code", ctypes.c_int32),
-        ("rows", ctypes.c_int32),
-        ("x", _Pointer),
-        ("w", _Pointer),
-        ("y", _Pointer),
-        ("z", _Pointer),
-        ("aux", _Pointer),
-        ("aux2", _Pointer),
-        ("columns_in", ctypes.c_int64),
-        ("columns_out", ctypes.c_int64),
-        ("page", ctypes.c_int64),
-        ("f0", ctypes.c_float),
-        ("f1", ctypes.c_float),
-        ("i0", ctypes.c_int32),
-        ("i1", ctypes.c_int32),
-        ("i2", ctypes.c_int32),
-        ("i3", ctypes.c_int32),
-        ("i4", ctypes.c_int32),
-        ("i5", ctypes.c_int32),
+        ("cache", CachedLayer),
+        ("q_norm", _Pointer),
+        ("k_norm", _Pointer),
+        ("eps", _Float),
+        ("offset", _Float),
+        *((name, _Int) for name in ("heads", "kv_heads", "dim", "rotary", "kind")),
     ]
 
 
-ALL_TOKENS = -1
-LOGIT_ROWS = -2
+class AttentionArgs(ctypes.Structure):
+    _fields_ = [
+        ("cache", CachedLayer),
+        ("scale", _Float),
+        ("softcap", _Float),
+        *((name, _Int) for name in ("heads", "kv_heads", "dim", "window")),
+    ]
+
+
+class ActMulArgs(ctypes.Structure):
+    _fields_ = [("activation", _Int)]
+
+
+class SampleArgs(ctypes.Structure):
+    _fields_ = [("logprobs", _Pointer)]
+
+
+class _Args(ctypes.Union):
+    _fields_ = [
+        ("embed", EmbedArgs),
+        ("norm", NormArgs),
+        ("linear", LinearArgs),
+        ("adapter", AdapterArgs),
+        ("rope", RopeArgs),
+        ("attention", AttentionArgs),
+        ("act_mul", ActMulArgs),
+        ("sample", SampleArgs),
+    ]
+
+
+class Op(ctypes.Structure):
+    """`struct Op` of records.h: one op, constant over a recorded program.
+
+    rows: a count, ALL_TOKENS or LOGIT_ROWS of the step.
+    """
+
+    _anonymous_ = ("args",)
+    _fields_ = [
+        ("code", _Int),
+        ("rows", _Int),
+        ("x", _Pointer),
+        ("w", _Pointer),
+        ("y", _Pointer),
+        ("columns_in", ctypes.c_int64),
+        ("columns_out", ctypes.c_int64),
+        ("args", _Args),
+    ]
+
+
+_CONSTANTS = {
+    "KV groups": MAX_GROUPS,
+    "rotary kinds": MAX_ROPES,
+    "tokens of a KV page": BLOCK_SIZE,
+    "ranks of a tile": TILE_RANKS,
+    "alignment of a tile": ALIGN,
+    "columns of the tile table": TILE_COLUMNS,
+    "numbers of a draw": DRAW,
+    "all tokens": ALL_TOKENS,
+    "logit rows": LOGIT_ROWS,
+    "ops": len(OpCode),
+    "bytes of an op": ctypes.sizeof(Op),
+    "bytes of a step": ctypes.sizeof(Step),
+    "bytes of steps": ctypes.sizeof(Steps),
+}
+"""What both sides must agree on, in the order of loraplex_constants of library.cpp."""
 
 ISAS = ("avx512bf16", "avx512", "avx2", "neonbf16", "generic")
 
@@ -127,13 +204,20 @@ def library() -> ctypes.CDLL:
     number = ctypes.c_int
     lib.loraplex_run.argtypes = [number, _Pointer, number, _Pointer, number, number, _Pointer]
     lib.loraplex_run.restype = number
-    layout = getattr(lib, "loraplex_layout", int)()
-    expected = (len(OpCode) * 1000 + ctypes.sizeof(Op)) * 10000 + ctypes.sizeof(Step) + ctypes.sizeof(Steps)
-    if layout != expected:
-        raise LibraryMissing(
-            f"{path.name} was built from another version (layout {layout}, expected {expected}); install again"
-        )
+    _check_constants(lib, path.name)
     return lib
+
+
+def _check_constants(lib: ctypes.CDLL, name: str) -> None:
+    """Compare _CONSTANTS with the library's. Raises LibraryMissing where they differ."""
+    if not hasattr(lib, "loraplex_constants"):
+        raise LibraryMissing(f"{name} was built from another version; install again")
+    lib.loraplex_constants.restype = ctypes.POINTER(ctypes.c_int)
+    for (what, ours), theirs in zip(_CONSTANTS.items(), lib.loraplex_constants()[: len(_CONSTANTS)], strict=True):
+        if ours != theirs:
+            raise LibraryMissing(
+                f"{name} was built from another version ({what}: {theirs} in the library, {ours} here); install again"
+            )
 
 
 def pick_isa(name: str | None = None) -> tuple[int, str]:

@@ -19,12 +19,6 @@ namespace LORAPLEX_ISA {
 constexpr int kSpan = 64;
 constexpr int kLines = 4;  // fetched at a time: half a page at once took 10% longer at 4096 tokens (Zen 4)
 
-struct AttentionArgs {
-    int heads, kv_heads, dim, group, window;
-    float scale, softcap;
-    int64_t page_stride;  // elements from page to page
-};
-
 INLINE fvec vtanh(fvec x) {
     fvec q = x * x;  // near zero the quotient cancels: the series to x^9 is within 1e-7 of it below 0.3
     fvec series = x + x * q * (q * (q * (q * (62.f / 2835.f) - 17.f / 315.f) + 2.f / 15.f) - 1.f / 3.f);
@@ -242,12 +236,12 @@ static void attend_range(const AttentionArgs& a, const AttentionUnit<T>& unit, i
         int from = (int)(first * kBlock - origin), to = (int)(last * kBlock - origin);
         const T* keys[kSpan / kBlock];
         Values<T> parts[10];
-        for (int64_t block = first; block < last; block++) keys[block - first] = unit.k + unit.table[block] * a.page_stride;
+        for (int64_t block = first; block < last; block++) keys[block - first] = unit.k + unit.table[block] * a.cache.page;
         fetch.due = (last - first) * 2 * kBlock * dim * (int64_t)sizeof(T) / 64;
         span_scores(rows, q, dim, keys, last - first, scores + from, fetch);
         for (int r = 0; r < rows; r++)
             softmax_row(a, origin, from, to, unit.first_pos + r / heads, scores + r * kSpan, top + r, total + r, acc + (int64_t)r * ld, ld);
-        int count = span_values(unit, a.page_stride, first, last, dim, ld, copies, parts);
+        int count = span_values(unit, a.cache.page, first, last, dim, ld, copies, parts);
         span_output(rows, scores, parts, count, acc, ld, fetch);
         fetch.lines(fetch.due);
     }
@@ -301,14 +295,11 @@ INLINE void each_chunk(const AttentionArgs& a, const Step& step, F run) {
         }
     }
 }
-INLINE AttentionArgs attention_args(const Op& op) { return {op.i0, op.i1, op.i2, op.i4, op.i3, op.f0, op.f1, op.page}; }
-
-// x: q [tokens, heads, dim]; w, aux: k and v of the layer; page: elements from page to page; i0 heads, i1 kv heads, i2 dim,
-// i3 window (0: none), i4 KV group; f0 scale, f1 softcap (0: none).
+// x: q [tokens, heads, dim].
 template <class T>
 static void attention(const Op& op, const Step& step, int tid, int threads) {
     static thread_local AttentionScratch<T> scratch;
-    AttentionArgs a = attention_args(op);
+    const AttentionArgs& a = op.attention;
     int heads = a.heads / a.kv_heads;
     int64_t total = 0, count = 0, mine = 0;
     AttentionUnit<T>* units = nullptr;
@@ -316,7 +307,7 @@ static void attention(const Op& op, const Step& step, int tid, int threads) {
         int64_t first = total * tid / threads, last = total * (tid + 1) / threads, at = 0;
         if (pass) units = scratch.units.get(count);
         each_chunk(a, step, [&](const Chunk& chunk) {
-            const int32_t* table = step.block_table[a.group] + chunk.seq * step.max_blocks[a.group];
+            const int32_t* table = step.block_table[a.cache.group] + chunk.seq * step.max_blocks[a.cache.group];
             int64_t rows = chunk.queries * heads, end = chunk.first_pos + chunk.queries;
             for (int64_t r = 0, from = chunk.begin, to; r < chunk.ranges; r++, from = to) {
                 to = r + 1 < chunk.ranges ? (from / kKeyRange + 1) * kKeyRange : end;
@@ -325,7 +316,7 @@ static void attention(const Op& op, const Step& step, int tid, int threads) {
                     if (!pass || at + cost / 2 < first || at + cost / 2 >= last) continue;
                     int64_t row = (chunk.token * a.heads + h * heads) * a.dim, plane = (int64_t)h * kBlock * a.dim;
                     float* partials = chunk.partials ? chunk.partials + (r * a.kv_heads + h) * rows * partial_floats(a.dim) : nullptr;
-                    units[mine++] = {(const T*)op.x + row, (const T*)op.w + plane, (const T*)op.aux + plane, (T*)op.y + row, table,
+                    units[mine++] = {(const T*)op.x + row, (const T*)a.cache.k + plane, (const T*)a.cache.v + plane, (T*)op.y + row, table,
                                      chunk.first_pos, from, to, chunk.queries, partials};
                 }
             }
@@ -333,7 +324,7 @@ static void attention(const Op& op, const Step& step, int tid, int threads) {
         if (!pass) total = at;
     }
     if (!mine) return;
-    PageFetch<T> fetch{units, units + mine, units->first_block(), a.page_stride, a.dim, false, 2 * kSpan * 2 * a.dim * (int64_t)sizeof(T) / 64};
+    PageFetch<T> fetch{units, units + mine, units->first_block(), a.cache.page, a.dim, false, 2 * kSpan * 2 * a.dim * (int64_t)sizeof(T) / 64};
     fetch.lines(fetch.due);
     for (int64_t i = 0; i < mine; i++) attend(a, units[i], fetch, scratch);
 }
@@ -341,7 +332,7 @@ static void attention(const Op& op, const Step& step, int tid, int threads) {
 // The second phase: rows whose ranges were units of their own. Threads share them.
 template <class T>
 static void merge_partials(const Op& op, const Step& step, int tid, int threads) {
-    AttentionArgs a = attention_args(op);
+    const AttentionArgs& a = op.attention;
     int heads = a.heads / a.kv_heads, ld = (int)round_up(a.dim, 16);
     int64_t stride = partial_floats(a.dim), at = 0;
     each_chunk(a, step, [&](const Chunk& chunk) {

@@ -1,7 +1,7 @@
 // Adapters of decode rows: y += sum over tiles of weight * B^T round(A x).
 //
-// Bound by reading the tiles: 16 ranks of 576 -> 1536 are 68 KB a row. Phase 0 shrinks every (row, tile); after a barrier
-// phase 1 expands every (row, interval of columns). Threads share the units by their size. Memory is read strictly in the order
+// Bound by reading the tiles: 16 ranks of 576 -> 1536 are 68 KB a row. Phase 0 shrinks every (row, tile); when all are
+// done, phase 1 expands every (row, interval of columns). Threads share the units by their size. Memory is read strictly in the order
 // a tile lies in, one rank or two after the other: one stream reads 37 GB/s on a Zen 5 core, two or more at once 19. Tiles are
 // scattered, so a thread fetches its own stretches of memory itself, kFetchAhead before it wants them, over the ends of tiles.
 #pragma once
@@ -202,14 +202,14 @@ struct Units {
     Scratch<Run> runs;
 };
 
-// Calls visit(tiles, row, u) for every decode row that wears something; u: its scratch, 16 floats a tile.
+// Calls visit(tiles, row, u) for every decode row that wears something; u: its scratch, kTileRanks floats a tile.
 template <class T, class F>
 INLINE void each_row(const Op& op, const Step& step, TileList<T>& tiles, F visit) {
     float* u = step.ranks;
     for (int s = 0; s < step.decode_segments; s++) {
-        mix_tiles(step, s, op.i0, op.i1, tiles);
+        mix_tiles(step, s, op.adapter.layer, op.adapter.site, tiles);
         if (!tiles.count) continue;
-        for (int64_t row = step.indptr[s]; row < step.indptr[s + 1]; row++, u += tiles.count * 16) visit(row, u);
+        for (int64_t row = step.indptr[s]; row < step.indptr[s + 1]; row++, u += tiles.count * kTileRanks) visit(row, u);
     }
 }
 
@@ -222,7 +222,7 @@ static void bgmv_shrink(const Op& op, const Step& step, Units<T>& units, int tid
     each_row(op, step, units.tiles, [&](int64_t row, float* u) {
         for (int i = 0; i < units.tiles.count; i++, at++) {
             const Tile<T>& t = units.tiles[i];
-            if (at >= first && at < last) list[count++] = {t.a, (const T*)op.x + row * op.in, u + i * 16, t.n, t.weight};
+            if (at >= first && at < last) list[count++] = {t.a, (const T*)op.x + row * op.in, u + i * kTileRanks, t.n, t.weight};
         }
     });
     Run* runs = units.runs.get(count);
@@ -266,7 +266,7 @@ static void bgmv_expand(const Op& op, const Step& step, Units<T>& units, int tid
                 for (int i = 0; i < tiles.count; i++) {
                     const Tile<T>& t = tiles[i];
                     if (t.start <= from && t.start + t.len >= to)
-                        parts[num_parts++] = {t.b + (col - t.start), t.v ? t.v + (col - t.start) : nullptr, u + i * 16, t.len, t.n};
+                        parts[num_parts++] = {t.b + (col - t.start), t.v ? t.v + (col - t.start) : nullptr, u + i * kTileRanks, t.len, t.n};
                 }
             }
         }

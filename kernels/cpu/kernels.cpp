@@ -8,12 +8,12 @@ namespace LORAPLEX_ISA {
 
 template <class T>
 static void dispatch(const Op& op, const Step& step, int phase, int tid, int threads) {
-    int64_t rows = op.rows == -1 ? step.tokens : op.rows == -2 ? step.logit_rows : op.rows;
+    int64_t rows = op.rows == kAllTokens ? step.tokens : op.rows == kLogitRows ? step.logit_rows : op.rows;
     switch (op.code) {
         case kEmbed: return embed<T>(op, step, rows, tid, threads);
         case kRmsNorm: return rms_norm<T>(op, rows, tid, threads);
         case kLinear:
-            if (op.i0)  // fp32 output: logits
+            if (op.linear.to_float)
                 return linear(rows, (const T*)op.x, op.in, (const T*)op.w, op.out, (float*)op.y, tid, threads);
             return linear(rows, (const T*)op.x, op.in, (const T*)op.w, op.out, (T*)op.y, tid, threads);
         case kBias: return add_bias<T>(op, rows, tid, threads);

@@ -71,7 +71,7 @@ struct Phase {
 
 constexpr int kChunks = 2;  // a thread
 
-// Room for 16 floats per decode row and tile, at whichever layer and site has most of them.
+// Room for kTileRanks floats per decode row and tile, at whichever layer and site has most of them.
 static float* rank_scratch(const Step& step) {
     static thread_local std::unique_ptr<float[]> scratch;
     static thread_local int64_t size = 0;
@@ -79,7 +79,7 @@ static float* rank_scratch(const Step& step) {
     for (int s = 0; s < step.decode_segments; s++) {
         int64_t tiles = 0;
         for (int m = step.mix_ptr[s]; m < step.mix_ptr[s + 1]; m++) {
-            int64_t places = (int64_t)step.num_layers * kSites;
+            int64_t places = (int64_t)step.num_layers * step.num_sites;
             const int32_t* range = step.ranges + step.mix_slot[m] * places * 2;
             int most = 0;
             for (int64_t i = 0; i < places; i++) most = std::max(most, range[i * 2 + 1] - range[i * 2]);
@@ -87,8 +87,8 @@ static float* rank_scratch(const Step& step) {
         }
         rows += tiles * (step.indptr[s + 1] - step.indptr[s]);
     }
-    if (rows * 16 > size) {
-        size = rows * 32;
+    if (rows * kTileRanks > size) {
+        size = rows * kTileRanks * 2;
         scratch.reset(new float[size]);
     }
     return scratch.get();
@@ -105,11 +105,11 @@ static float* partial_scratch(const Step& step, const Op* ops, int count, int th
     bool longer = false;
     for (int s = 0; s < step.seqs; s++) {
         int64_t n = step.query_ptr[s + 1] - step.query_ptr[s], ranges = (step.kv_lens[s] + most - 1) / kKeyRange + 1;
-        units += (n + kQueries - 1) / kQueries * op->i1;
-        if (n <= kQueries) rows += ranges * n * op->i0, longer |= ranges > 1;
+        units += (n + kQueries - 1) / kQueries * op->attention.kv_heads;
+        if (n <= kQueries) rows += ranges * n * op->attention.heads, longer |= ranges > 1;
     }
     if (!longer || units >= 4 * threads) return nullptr;
-    int64_t wanted = rows * partial_floats(op->i2);
+    int64_t wanted = rows * partial_floats(op->attention.dim);
     if (wanted > size) {
         size = wanted * 2;
         scratch.reset(new float[size]);
@@ -156,8 +156,12 @@ int loraplex_isa(const char* name) {
     return -1;
 }
 const char* loraplex_isa_name(int isa) { return kIsas[isa].name; }
-// What abi.py must agree with.
-int loraplex_layout() { return (int)((kCodes * 1000 + sizeof(Op)) * 10000 + sizeof(Step) + sizeof(Steps)); }
+// What abi.py must agree with, in the order of its _CONSTANTS.
+const int* loraplex_constants() {
+    static const int constants[] = {kMaxGroups, kMaxRopes, kBlock, kTileRanks, kAlign, kTileColumns, kDraw, kAllTokens, kLogitRows,
+                                    kCodes, (int)sizeof(Op), (int)sizeof(Step), (int)sizeof(Steps)};
+    return constants;
+}
 
 // Runs the ops, `steps->most` times unless something ends it before; null: once. Returns how many times.
 int loraplex_run(int isa, const Op* ops, int count, const Step* given, int dtype, int threads, const Steps* steps) {

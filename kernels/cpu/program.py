@@ -1,8 +1,8 @@
 """A forward pass recorded once and run by one C call per step.
 
-30 layers x 13 ops called one by one spend more time in Python than a small model spends in kernels. The recorder is a
-CpuBackend whose ops note themselves and return workspace; the model runs through it once with tensors of the largest
-step. What changes from step to step (tokens, tables, adapters, angles) the kernels read from the Step record.
+30 layers x 13 ops called one by one spend more time in Python than a small model spends in kernels. To record, a
+CpuBackend emits its ops to Notes, and the model runs through it once with tensors of the largest step. What changes
+from step to step (tokens, tables, adapters, angles) the kernels read from the Step record.
 """
 
 from __future__ import annotations
@@ -10,47 +10,43 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from loraplex.kernels.cpu.abi import ALL_TOKENS, LOGIT_ROWS, MAX_GROUPS, MAX_ROPES, Op, Step, Steps
-from loraplex.kernels.cpu.backend import CpuBackend, adapter_step, attention_step, linear_op, sample_op
-from loraplex.kernels.ops import DecodeSteps, StepInputs
+from loraplex.kernels.cpu.abi import ALL_TOKENS, LOGIT_ROWS, MAX_GROUPS, MAX_ROPES, Op, OpCode, Step, Steps
+from loraplex.kernels.cpu.op_records import fill_adapters, fill_attention, linear_op, sample_op
+from loraplex.kernels.cpu.team import Team
+from loraplex.kernels.ops import Backend, DecodeSteps, StepInputs
 
 
-class CpuRecorder(CpuBackend):
-    """Ops append to `noted`; their results are workspace.
+class Notes:
+    """Takes the ops that a CpuBackend emits; their results are workspace.
 
     A result's memory is taken again once the model has dropped the tensor: the program runs in the order it was
     recorded in, so whoever gets it next writes after the last reader.
     """
 
-    def __init__(self, backend: CpuBackend, dtype: torch.dtype, cosines: Sequence[Tensor]) -> None:
+    def __init__(self, cosines: Sequence[Tensor]) -> None:
         """cosines: the stand-ins for the step's cosines, one per rotary kind, in the step's order."""
-        super().__init__(backend.isa, backend.threads)
         if len(cosines) > MAX_ROPES:
             raise ValueError(f"{len(cosines)} rotary kinds; the CPU backend has room for {MAX_ROPES}")
         self.noted: list[Op] = []
         self.workspace: list[Tensor] = []
-        self.dtype = dtype
-        self._backend = backend
         self._cosines = {id(tensor): index for index, tensor in enumerate(cosines)}
         self._free: dict[tuple[int, torch.dtype], list[Tensor]] = {}
         self._rows = ALL_TOKENS
 
-    @property
-    def ops(self) -> CpuBackend:
-        return self
-
-    def program(self) -> CpuProgram:
-        return CpuProgram(self._backend, self)
-
     def emit(self, op: Op, dtype: torch.dtype, step: Step | None = None) -> None:
+        """Note one op, which from then on is run by the program alone."""
+        if op.code == OpCode.GATHER:
+            self._rows = LOGIT_ROWS  # what follows works on the taken rows alone
         op.rows = self._rows
         self.noted.append(op)
 
     def new(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        """Take workspace for a result."""
         count = torch.Size(shape).numel()
         free = self._free.setdefault((count, dtype), [])
         if not free:
@@ -61,26 +57,39 @@ class CpuRecorder(CpuBackend):
         weakref.finalize(result, free.append, buffer)
         return result
 
-    def take_rows(self, x: Tensor, rows: Tensor) -> Tensor:
-        self._rows = LOGIT_ROWS  # what follows works on the taken rows alone
-        return super().take_rows(x, rows)
-
     def rope_kind(self, cos: Tensor) -> int:
+        """Index these cosines in the step's table."""
         return self._cosines[id(cos)]
+
+
+@dataclass(frozen=True)
+class CpuRecorder:
+    """Watches the model run through `ops`, whose notes become a program."""
+
+    ops: Backend
+    notes: Notes
+    team: Team
+    dtype: torch.dtype
+    batch_invariant: bool
+
+    def program(self) -> CpuProgram:
+        """Make a program of what was noted so far."""
+        return CpuProgram(self.team, self.notes, self.dtype, self.batch_invariant)
 
 
 class CpuProgram:
     """The recorded ops and their workspace."""
 
-    def __init__(self, backend: CpuBackend, recorder: CpuRecorder) -> None:
-        self._backend = backend
-        self._workspace = recorder.workspace
-        self._ops = (Op * len(recorder.noted))(*recorder.noted)
-        self._decode_ops = (Op * (len(recorder.noted) + 2))(*recorder.noted)  # the last two are set by decode()
-        self._dtype = recorder.dtype
+    def __init__(self, team: Team, notes: Notes, dtype: torch.dtype, batch_invariant: bool) -> None:
+        self._team = team
+        self._workspace = notes.workspace
+        self._ops = (Op * len(notes.noted))(*notes.noted)
+        self._decode_ops = (Op * (len(notes.noted) + 2))(*notes.noted)  # the last two are set by decode()
+        self._dtype = dtype
+        self._batch_invariant = batch_invariant
 
     def run(self, inputs: StepInputs) -> None:
-        self._backend.run(self._ops, self._step(inputs), self._dtype)
+        self._team.run(self._ops, self._step(inputs), self._dtype)
 
     def decode(self, inputs: StepInputs, steps: DecodeSteps) -> tuple[Tensor, Tensor]:
         step, rows = self._step(inputs), inputs.logit_rows.shape[0]
@@ -101,7 +110,7 @@ class CpuProgram:
         )
         for index, (cos, _) in enumerate(inputs.rotations):
             following.turns[index] = cos.shape[1]
-        done = self._backend.run(self._decode_ops, step, self._dtype, following)
+        done = self._team.run(self._decode_ops, step, self._dtype, following)
         return drawn[:done], logits
 
     def _step(self, inputs: StepInputs) -> Step:
@@ -109,9 +118,9 @@ class CpuProgram:
         if len(attention.groups) > MAX_GROUPS:
             raise ValueError(f"{len(attention.groups)} KV groups; the CPU backend has room for {MAX_GROUPS}")
         step = Step(tokens=ids.shape[0], logit_rows=rows.shape[0], ids=ids.data_ptr(), rows=rows.data_ptr())
-        attention_step(step, attention)
+        fill_attention(step, attention)
         for index, (cos, sin) in enumerate(inputs.rotations):
             step.cos[index], step.sin[index] = cos.data_ptr(), sin.data_ptr()
         if inputs.adapters is not None:
-            adapter_step(step, inputs.arena, inputs.tiles, self._backend.roles(inputs.adapters))
+            fill_adapters(step, inputs.arena, inputs.tiles, inputs.adapters, self._batch_invariant)
         return step

@@ -1,8 +1,13 @@
-// What Python hands over: plain C structs, mirrored by abi.py. Pointers are owned by the caller.
+// What Python hands over: plain C structs, mirrored by abi.py, which reads the constants from the library. Pointers are owned by
+// the caller.
 #pragma once
 #include <cstdint>
 
-constexpr int kMaxGroups = 8, kMaxRopes = 4, kSites = 6, kDraw = 5;
+constexpr int kMaxGroups = 8, kMaxRopes = 4, kDraw = 5;
+constexpr int kBlock = 16;       // tokens of a KV page
+constexpr int kTileRanks = 16;   // most ranks of a tile
+constexpr int kAlign = 64;       // bytes: unit of a tile's offsets
+constexpr int kAllTokens = -1, kLogitRows = -2;
 constexpr int kTileColumns = 6;
 enum TileKind : int32_t { kLowRank, kBiasTile, kScale };
 constexpr int kQueries = 8, kKeyRange = 512;  // of a unit of attention
@@ -11,7 +16,7 @@ constexpr int64_t partial_floats(int64_t dim) { return (dim + 15) / 16 * 16 + 2;
 // One step: the same address for every step of a recorded program; only the contents change.
 struct Step {
     int32_t tokens, seqs, segments, decode_segments;
-    int32_t logit_rows, num_layers;
+    int32_t logit_rows, num_layers, num_sites;
     const int64_t* ids;          // [tokens]
     const int64_t* rows;         // [logit_rows]: tokens whose logits are wanted
     const int32_t* query_ptr;    // [seqs + 1]
@@ -25,12 +30,12 @@ struct Step {
     const int32_t* mix_ptr;    // [segments + 1]
     const int32_t* mix_slot;   // [mixes]
     const float* mix_weight;   // [mixes]
-    const int32_t* ranges;     // [slots, num_layers, sites, 2]
+    const int32_t* ranges;     // [slots, num_layers, num_sites, 2]
     const int32_t* tiles;      // [capacity, kTileColumns]: a_off, b_off, n, out_start, out_len, TileKind (kernels/records.py)
     uint8_t* arena;
     const double* draws;       // [logit_rows, kDraw]: struct Draw of sampling.h; null takes the largest
     int64_t* drawn;            // [logit_rows]
-    float* ranks;              // [decode rows * tiles a row, 16]: scratch of the shrink, loraplex_run's own
+    float* ranks;              // [decode rows * tiles a row, kTileRanks]: scratch of the shrink, loraplex_run's own
     float* partials;           // scratch of attention where key ranges are shared by threads (attention.h), loraplex_run's own
 };
 
@@ -48,14 +53,58 @@ struct Steps {
 
 enum OpCode : int32_t { kEmbed, kRmsNorm, kLinear, kBias, kAdapter, kRope, kAttention, kActMul, kGather, kSample, kPack, kCodes };
 
-// One op. Rows are contiguous; `rows` < 0 means step->tokens, -2 step->logit_rows.
+// What an op has beside x, w and y, by its code.
+struct EmbedArgs {
+    float scale;
+};
+struct NormArgs {
+    const void* residual;  // null: x alone is normed
+    void* total;           // x + residual
+    float eps, offset;
+};
+struct LinearArgs {
+    int32_t to_float;  // y is fp32 whatever x is: logits
+};
+struct AdapterArgs {
+    int32_t layer, site;
+};
+struct CachedLayer {  // the layer's keys and values in page 0, and the elements from page to page
+    void *k, *v;
+    int64_t page;
+    int32_t group;  // of Step's block tables and store indices
+};
+struct RopeArgs {
+    CachedLayer cache;
+    const void *q_norm, *k_norm;  // null: not normed
+    float eps, offset;
+    int32_t heads, kv_heads, dim, rotary, kind;  // kind: of Step's cosines
+};
+struct AttentionArgs {
+    CachedLayer cache;
+    float scale, softcap;                 // softcap 0: none
+    int32_t heads, kv_heads, dim, window;  // window 0: none
+};
+struct ActMulArgs {
+    int32_t activation;  // 0 silu, 1 gelu_tanh
+};
+struct SampleArgs {
+    float* logprobs;  // null: not wanted
+};
+
+// One op. Rows are contiguous; `rows` is a count, kAllTokens (step->tokens) or kLogitRows (step->logit_rows).
 struct Op {
     int32_t code, rows;
-    const void *x, *w;   // input, weight (packed for kLinear)
-    void *y, *z;         // output, second output or in-place residual
-    const void *aux, *aux2;
-    int64_t in, out;     // columns of x and y
-    int64_t page;        // elements from KV page to KV page
-    float f0, f1;
-    int32_t i0, i1, i2, i3, i4, i5;
+    const void *x, *w;  // input, weight (packed for kLinear and kEmbed)
+    void* y;
+    int64_t in, out;    // columns of x and y
+    union {
+        EmbedArgs embed;
+        NormArgs norm;
+        LinearArgs linear;
+        AdapterArgs adapter;
+        RopeArgs rope;
+        AttentionArgs attention;
+        ActMulArgs act_mul;
+        SampleArgs sample;
+    };
 };

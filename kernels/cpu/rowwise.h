@@ -5,7 +5,7 @@
 
 namespace LORAPLEX_ISA {
 
-constexpr int kMaxDim = 256, kBlock = 16;  // elements of a head, tokens of a KV page
+constexpr int kMaxDim = 256;  // elements of a head
 
 struct Range {
     int64_t first, last;
@@ -46,16 +46,16 @@ static void rms_norm(const Op& op, int64_t rows, int tid, int threads) {
     Range range = share(rows, tid, threads);
     for (int64_t t = range.first; t < range.last; t++) {
         const T* r = (const T*)op.x + t * n;
-        if (op.aux) {  // the residual stream, updated in place: r = round(x + residual)
-            T* res = (T*)op.z + t * n;
-            const T* old = (const T*)op.aux + t * n;
+        if (op.norm.residual) {  // the residual stream, updated in place: r = round(x + residual)
+            T* res = (T*)op.norm.total + t * n;
+            const T* old = (const T*)op.norm.residual + t * n;
             for (int64_t i = 0; i < n; i += kLanes) {
                 int m = lanes_left(n - i);
                 store_n(res + i, load_n(r + i, m) + load_n(old + i, m), m);
             }
             r = res;
         }
-        scale_row(r, (const T*)op.w, inverse_rms(r, n, op.f0), op.f1, (T*)op.y + t * n, n);
+        scale_row(r, (const T*)op.w, inverse_rms(r, n, op.norm.eps), op.norm.offset, (T*)op.y + t * n, n);
     }
 }
 
@@ -69,10 +69,10 @@ static void embed(const Op& op, const Step& step, int64_t rows, int tid, int thr
         const T* panel = (const T*)op.w + base * op.out + (id - base) * P;
         T* y = (T*)op.y + t * op.out;
         for (int64_t k = 0; k < op.out; k += P) memcpy((void*)(y + k), panel + k * width, P * sizeof(T));
-        if (op.f0 == 1.f) continue;
+        if (op.embed.scale == 1.f) continue;
         for (int64_t i = 0; i < op.out; i += kLanes) {
             int m = lanes_left(op.out - i);
-            store_n(y + i, load_n(y + i, m) * op.f0, m);
+            store_n(y + i, load_n(y + i, m) * op.embed.scale, m);
         }
     }
 }
@@ -96,7 +96,7 @@ INLINE fvec gelu_tanh(fvec x) {  // x * sigmoid(2 u) is 0.5 x (1 + tanh(u))
 }
 
 template <class T>
-static void act_mul(const Op& op, int64_t rows, int tid, int threads) {  // i0: 0 silu, 1 gelu_tanh
+static void act_mul(const Op& op, int64_t rows, int tid, int threads) {
     Range range = share(rows, tid, threads);
     int64_t n = op.out;
     for (int64_t t = range.first; t < range.last; t++) {
@@ -105,7 +105,7 @@ static void act_mul(const Op& op, int64_t rows, int tid, int threads) {  // i0: 
         for (int64_t i = 0; i < n; i += kLanes) {
             int m = lanes_left(n - i);
             fvec g = load_n(gate + i, m);
-            store_n(y + i, (op.i0 ? gelu_tanh(g) : silu(g)) * load_n(up + i, m), m);
+            store_n(y + i, (op.act_mul.activation ? gelu_tanh(g) : silu(g)) * load_n(up + i, m), m);
         }
     }
 }
@@ -142,25 +142,25 @@ INLINE void store_value(const T* x, int dim, int64_t slot, T* page) {
     for (int d = 0; d < dim; d++) to[d * P] = x[d];
 }
 
-// i0 heads, i1 kv heads, i2 head_dim, i3 rotary_dim, i4 KV group, i5 rope kind; w/aux: q and k norm; z: k of the layer,
-// aux2: v; page: elements from page to page. f0 eps, f1 norm offset.
+// Queries to y, rotated; keys, rotated, and values to their places in the cache.
 template <class T>
 static void rope_store(const Op& op, const Step& step, int64_t rows, int tid, int threads) {
-    int heads = op.i0, kv = op.i1, dim = op.i2, rotary = op.i3;
+    const RopeArgs& a = op.rope;
+    int heads = a.heads, kv = a.kv_heads, dim = a.dim, rotary = a.rotary;
     int64_t width = (int64_t)(heads + 2 * kv) * dim;
     Range range = share(rows, tid, threads);
     for (int64_t t = range.first; t < range.last; t++) {
         const T* x = (const T*)op.x + t * width;
-        const float *cos = step.cos[op.i5] + t * rotary, *sin = step.sin[op.i5] + t * rotary;
-        int64_t at = step.store_index[op.i4][t], page = at / kBlock, slot = at % kBlock;
+        const float *cos = step.cos[a.kind] + t * rotary, *sin = step.sin[a.kind] + t * rotary;
+        int64_t at = step.store_index[a.cache.group][t], page = at / kBlock, slot = at % kBlock;
         for (int h = 0; h < heads; h++)
-            rotate_head(x + h * dim, (const T*)op.w, op.f0, op.f1, cos, sin, dim, rotary, (T*)op.y + (t * heads + h) * dim);
+            rotate_head(x + h * dim, (const T*)a.q_norm, a.eps, a.offset, cos, sin, dim, rotary, (T*)op.y + (t * heads + h) * dim);
         for (int h = 0; h < kv; h++) {
             T key[kMaxDim];
-            int64_t to = page * op.page + (int64_t)h * kBlock * dim;
-            rotate_head(x + (heads + h) * dim, (const T*)op.aux, op.f0, op.f1, cos, sin, dim, rotary, key);
-            store_key(key, dim, slot, (T*)op.z + to);
-            store_value(x + (heads + kv + h) * dim, dim, slot, (T*)op.aux2 + to);
+            int64_t to = page * a.cache.page + (int64_t)h * kBlock * dim;
+            rotate_head(x + (heads + h) * dim, (const T*)a.k_norm, a.eps, a.offset, cos, sin, dim, rotary, key);
+            store_key(key, dim, slot, (T*)a.cache.k + to);
+            store_value(x + (heads + kv + h) * dim, dim, slot, (T*)a.cache.v + to);
         }
     }
 }

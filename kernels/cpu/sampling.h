@@ -288,8 +288,8 @@ static void sample(const Op& op, const Step& step, int64_t rows, int tid, int th
             id = sample_row(x, op.in, ((const Draw*)step.draws)[t], scratch, &top);
         else
             top = largest(x, op.in, nullptr), id = top.at;
-        if (op.z)
-            ((float*)op.z)[t] = __builtin_isfinite(top.value) ? (float)(x[id] - top.value - log_sum(x, op.in, top.value)) : __builtin_nanf("");
+        if (op.sample.logprobs)
+            (op.sample.logprobs)[t] = __builtin_isfinite(top.value) ? (float)(x[id] - top.value - log_sum(x, op.in, top.value)) : __builtin_nanf("");
     }
 }
 

@@ -33,38 +33,38 @@ struct SegmentScratch {
     TileList<T> tiles;
 };
 
-// u [rows, tiles * 16] = round(A x) for every tile; A is interleaved to pairs once per block of rows.
+// u [rows, tiles * kTileRanks] = round(A x) for every tile; A is interleaved to pairs once per block of rows.
 template <class T>
 static const Operand<T>* segment_shrink(SegmentScratch<T>& s, const T* x, int64_t in, int64_t rows) {
     constexpr int P = Pack<T>::P;
-    int64_t ldu = (int64_t)s.tiles.count * 16;
-    T *u = s.u.get(rows * ldu), *a = s.a.get(in * 16 + 256);
+    int64_t ldu = (int64_t)s.tiles.count * kTileRanks;
+    T *u = s.u.get(rows * ldu), *a = s.a.get(in * kTileRanks + 256);
     const Operand<T>* xs = in % P ? nullptr : operands(x, rows * in, s.x);
-    float* sums = s.sums.get(rows * 16);
+    float* sums = s.sums.get(rows * kTileRanks);
     for (int i = 0; i < s.tiles.count; i++) {
         const Tile<T>& t = s.tiles[i];
         if (t.a && in % P) {  // no pairs at the end of a row: one row at a time
-            float r[16];
+            float r[kTileRanks];
             Fetcher none;
             for (int64_t m = 0; m < rows; m++) {
-                memset((void*)(u + m * ldu + i * 16), 0, 16 * sizeof(T));
+                memset((void*)(u + m * ldu + i * kTileRanks), 0, kTileRanks * sizeof(T));
                 shrink(Shrink<T>{t.a, x + m * in, r, t.n, 1.f}, in, none);
-                for (int k = 0; k < t.n; k++) from_float(r[k], u + m * ldu + i * 16 + k);
+                for (int k = 0; k < t.n; k++) from_float(r[k], u + m * ldu + i * kTileRanks + k);
             }
             continue;
         }
         if (t.a) {
             interleave_rows(t.a, t.n, in, in, a);
             Fetch none;
-            memset(sums, 0, sizeof(float) * rows * 16);
-            add_rows(rows, sums, 16, xs, in, a, 16 * P, in / P, 16, none);
+            memset(sums, 0, sizeof(float) * rows * kTileRanks);
+            add_rows(rows, sums, kTileRanks, xs, in, a, kTileRanks * P, in / P, kTileRanks, none);
             for (int64_t m = 0; m < rows; m++)
-                for (int c = 0; c < 16; c += kLanes) store(u + m * ldu + i * 16 + c, load(sums + m * 16 + c));
+                for (int c = 0; c < kTileRanks; c += kLanes) store(u + m * ldu + i * kTileRanks + c, load(sums + m * kTileRanks + c));
             continue;
         }
         for (int64_t m = 0; m < rows; m++) {  // a bias or a scale: u is one
-            memset((void*)(u + m * ldu + i * 16), 0, 16 * sizeof(T));
-            from_float(1.f, u + m * ldu + i * 16);
+            memset((void*)(u + m * ldu + i * kTileRanks), 0, kTileRanks * sizeof(T));
+            from_float(1.f, u + m * ldu + i * kTileRanks);
         }
     }
     return operands(u, rows * ldu, s.wide);
@@ -88,14 +88,14 @@ template <class T>
 static void segment_expand(SegmentScratch<T>& s, const Operand<T>* u, int64_t rows, int covers, int col, int n, T* y, int64_t ldy) {
     constexpr int P = Pack<T>::P;
     int width = n > 32 ? 64 : 32;
-    T* b = s.b.get((int64_t)covers * 16 * width);
+    T* b = s.b.get((int64_t)covers * kTileRanks * width);
     for (int i = 0; i < covers; i++) {
         const Tile<T>& t = s.tiles[s.which.data[i]];
         if (t.v) continue;
         for (int c = 0; c < width; c += 16)
-            interleave_ranks(t.b + (col - t.start) + c, c < n ? t.n : 0, t.len, max2(min2(16, n - c), 0), b + (int64_t)i * 16 * width + c * P, width * P);
+            interleave_ranks(t.b + (col - t.start) + c, c < n ? t.n : 0, t.len, max2(min2(16, n - c), 0), b + (int64_t)i * kTileRanks * width + c * P, width * P);
     }
-    int64_t ldu = (int64_t)s.tiles.count * 16;
+    int64_t ldu = (int64_t)s.tiles.count * kTileRanks;
     float *sums = s.sums.get(2 * rows * width), *part = sums + rows * width;
     memset(sums, 0, sizeof(float) * rows * width);
     for (int i = 0; i < covers; i++) {
@@ -107,7 +107,7 @@ static void segment_expand(SegmentScratch<T>& s, const Operand<T>* u, int64_t ro
         bool whole = s.weight.data[i] == 1.f;
         if (!whole) memset(part, 0, sizeof(float) * rows * width);
         Fetch none;
-        add_rows(rows, whole ? sums : part, width, u + s.which.data[i] * 16, ldu, b + (int64_t)i * 16 * width, width * P, 16 / P, width, none);
+        add_rows(rows, whole ? sums : part, width, u + s.which.data[i] * kTileRanks, ldu, b + (int64_t)i * kTileRanks * width, width * P, kTileRanks / P, width, none);
         if (!whole)
             for (int64_t j = 0; j < rows * width; j += kLanes) store(sums + j, load(sums + j) + load(part + j) * s.weight.data[i]);
     }
@@ -152,7 +152,7 @@ static void sgmv(const Op& op, const Step& step, int tid, int threads) {
         int64_t from = max2<int64_t>(first - at, 0), to = min2<int64_t>(last - at, n);
         at += n;
         if (from >= to) continue;
-        mix_tiles(step, s, op.i0, op.i1, scratch.tiles);
+        mix_tiles(step, s, op.adapter.layer, op.adapter.site, scratch.tiles);
         if (!scratch.tiles.count) continue;
         int64_t block = min2<int64_t>(widened_rows(op.in), 128);
         for (int64_t r = from; r < to; r += block) segment_rows(op, scratch, begin + r, min2(block, to - r));

@@ -1,6 +1,6 @@
 // The tiles of a mix at one site, looked up in the tile table (kernels/records.py).
 //
-// A tile is read where it lies in the arena. It is A [n, in] and B [n, out_len], n <= 16, row major: y += weight * B^T A x; or a
+// A tile is read where it lies in the arena. It is A [n, in] and B [n, out_len], n <= kTileRanks, row major: y += weight * B^T A x; or a
 // bias, B alone: y += weight * B; or a scale, v [out_len] in fp32: y += weight * (v - 1) * y. The out ranges of a row's tiles (q,
 // k and v have their own; pages cut some) are cut into intervals over which the list of tiles is constant, so that bgmv.h and
 // sgmv.h write y once whatever the tiles are.
@@ -27,21 +27,26 @@ struct TileList {
     Tile<T>& operator[](int i) { return tiles.data[i]; }
 };
 
+// First and past-the-last row of the table of entry m of the mixes.
+INLINE const int32_t* tile_range(const Step& step, int m, int layer, int site) {
+    return step.ranges + (((int64_t)step.mix_slot[m] * step.num_layers + layer) * step.num_sites + site) * 2;
+}
+
 template <class T>
 static void mix_tiles(const Step& step, int segment, int layer, int site, TileList<T>& list) {
     int64_t most = 0;
     for (int m = step.mix_ptr[segment]; m < step.mix_ptr[segment + 1]; m++) {
-        const int32_t* range = step.ranges + (((int64_t)step.mix_slot[m] * step.num_layers + layer) * kSites + site) * 2;
+        const int32_t* range = tile_range(step, m, layer, site);
         most += range[1] - range[0];
     }
     Tile<T>* out = list.tiles.get(most);
     list.count = 0;
     for (int m = step.mix_ptr[segment]; m < step.mix_ptr[segment + 1]; m++) {
-        const int32_t* range = step.ranges + (((int64_t)step.mix_slot[m] * step.num_layers + layer) * kSites + site) * 2;
+        const int32_t* range = tile_range(step, m, layer, site);
         for (int i = range[0]; i < range[1]; i++) {
             const int32_t* r = step.tiles + (int64_t)i * kTileColumns;
-            const uint8_t* b = step.arena + (int64_t)r[1] * 64;
-            out[list.count++] = {r[5] == kLowRank ? (const T*)(step.arena + (int64_t)r[0] * 64) : nullptr, (const T*)b,
+            const uint8_t* b = step.arena + (int64_t)r[1] * kAlign;
+            out[list.count++] = {r[5] == kLowRank ? (const T*)(step.arena + (int64_t)r[0] * kAlign) : nullptr, (const T*)b,
                                  r[5] == kScale ? (const float*)b : nullptr, r[2], r[3], r[4], step.mix_weight[m]};
         }
     }

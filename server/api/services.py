@@ -17,7 +17,7 @@ from loraplex.server.api.body import Bodies
 from loraplex.server.catalog.on_demand import OnDemand
 from loraplex.server.config import RequestLimits
 from loraplex.server.drain import Drain
-from loraplex.server.engine.request import GenerationRequest, TokenEvent
+from loraplex.server.engine.request import GenerationRequest, Mix, TokenEvent
 from loraplex.server.engine.streams import Shortcut
 from loraplex.server.telemetry.engine_metrics import EngineStats
 from loraplex.server.telemetry.metrics import Metrics
@@ -45,6 +45,7 @@ class Engine(Protocol):
     @property
     def failure(self) -> BaseException | None: ...
     def submit(self, request: GenerationRequest) -> Events: ...
+    def check_room(self, tenant: str, mix: Mix) -> None: ...
     def abort(self, request_id: str) -> None: ...
 
 

@@ -15,7 +15,8 @@ import ctypes
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol
@@ -34,6 +35,7 @@ from loraplex.server.engine.request import (
     EngineDead,
     FinishReason,
     GenerationRequest,
+    Mix,
     Overloaded,
     TokenEvent,
 )
@@ -202,20 +204,29 @@ class Engine:
         try:
             mailbox = Mailbox(asyncio.get_running_loop())
             self._scheduler.check(request)
-            client = client_of(request)
+            client = client_of(request.tenant, request.mix)
             with self._lock:
-                self._check_open(request)
-                try:
+                self._check_open()
+                if request.request_id in self._open:
+                    raise ValueError(f"request {request.request_id!r} is open already; request ids are unique")
+                with self._counting_refusals():
                     self._queue_limits.enter(client, request, self._scheduler.running_of(client))
-                except Overloaded:
-                    self._refused += 1
-                    raise
                 self._open[request.request_id] = _Open(request, mailbox, client)
                 self._post(_Submit(request))
         except BaseException:
             _release(request)
             raise
         return EventStream(request.request_id, mailbox, self.abort)
+
+    def check_room(self, tenant: str, mix: Mix) -> None:
+        """Refuse a request of `tenant` for `mix` before its prompt is read, where the queue is full whatever that is.
+
+        Raises Overloaded, EngineDead.
+        """
+        client = client_of(tenant, mix)
+        with self._lock, self._counting_refusals():
+            self._check_open()
+            self._queue_limits.check(client, 1, self._scheduler.running_of(client))
 
     def abort(self, request_id: str) -> None:
         """End a request with FinishReason.ABORT; its pages are free before the next step is planned. Unknown: no-op."""
@@ -276,12 +287,19 @@ class Engine:
             tiers=adapters.tiers(),
         )
 
-    def _check_open(self, request: GenerationRequest) -> None:
-        """Whether a request may come in now (lock held)."""
+    def _check_open(self) -> None:
+        """Raise EngineDead unless requests may come in now (lock held)."""
         if not self._alive:
             raise EngineDead(CRASHED if self._failure else "the engine was shut down")
-        if request.request_id in self._open:
-            raise ValueError(f"request {request.request_id!r} is open already; request ids are unique")
+
+    @contextmanager
+    def _counting_refusals(self) -> Iterator[None]:
+        """Count an Overloaded of the block (lock held)."""
+        try:
+            yield
+        except Overloaded:
+            self._refused += 1
+            raise
 
     # -- the engine thread ---------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from loraplex.benchmarks.kernels import bgmv, linear, machine, probes, step
 from loraplex.benchmarks.kernels.__main__ import Row, Target
 from loraplex.benchmarks.kernels.machine import Limits, decile
 from loraplex.benchmarks.kernels.world import DTYPE, Shape, adapter_program, make_world
-from loraplex.kernels.cpu.abi import Op, OpCode
+from loraplex.kernels.cpu.abi import AdapterArgs, Op, OpCode
 from loraplex.kernels.records import Site
 
 MACHINE = Limits(2, read=50e9, bf16=400e9, fp32=200e9, instructions="AVX2", bf16_by="fp32", library=180e9)
@@ -119,7 +119,8 @@ def test_work_of_a_step() -> None:
 
     sites = [(Site.QKV, 576, 960), (Site.O, 576, 576), (Site.GATE_UP, 576, 3072), (Site.DOWN, 1536, 576)]
     adapters = [
-        Op(code=OpCode.ADAPTER, columns_in=n_in, columns_out=n_out, i1=site) for site, n_in, n_out in sites
+        Op(code=OpCode.ADAPTER, columns_in=n_in, columns_out=n_out, adapter=AdapterArgs(site=site))
+        for site, n_in, n_out in sites
     ] * 30
     elements = 16 * 30 * ((576 * 3 + 960) + (576 + 576) + (576 * 2 + 3072) + (1536 + 576))
     assert sum(step.work(op, 16, True)[1] for op in adapters) == 2 * 16 * elements

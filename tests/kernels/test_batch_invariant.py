@@ -23,7 +23,7 @@ SHAPES = [(576, 192), (896, 151), (64, 64), (34, 3)]  # whole tiles, a part of o
 def invariant(backend: Backend) -> Iterator[Backend]:
     """The batch-invariant twin of `backend`."""
     if isinstance(backend, CpuBackend):
-        yield CpuBackend(backend.isa, batch_invariant=True)
+        yield CpuBackend(backend.team.isa, batch_invariant=True)
     elif backend.name == "triton" and backend.device.type == "cpu":
         from tests.support import triton_bf16
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from loraplex.kernels.cpu.backend import CpuBackend, CpuLinear
+from loraplex.kernels.cpu.backend import CpuBackend
+from loraplex.kernels.cpu.op_records import CpuLinear
 from loraplex.kernels.hugepages import HUGE_PAGE, Region, huge_zeros
 
 MODES = Path("/sys/kernel/mm/transparent_hugepage/enabled")

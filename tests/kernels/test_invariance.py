@@ -52,7 +52,7 @@ def test_linear(isa: str, dtype: torch.dtype, hidden: int) -> None:
     assert len({tuple(row) for row in alone.tolist()}) == len(x)
     for ops in (single, *others):
         for rows in (1, 2, 3, 5, 6, 7, 8, 16, 31, 32, 37, 80):
-            assert torch.equal(ops.linear(x[:rows], packed), alone[:rows]), f"{rows} rows, {ops.threads} threads"
+            assert torch.equal(ops.linear(x[:rows], packed), alone[:rows]), f"{rows} rows, {ops.team.threads} threads"
         assert torch.equal(ops.logits(x, packed), logits)
 
 
@@ -224,7 +224,9 @@ def test_attention(isa: str, dtype: torch.dtype, heads: int, kv_heads: int, head
     for ops in (single, *others):
         for size in (1, 5, 8, 64, length):
             chunks = [(first, min(first + size, length)) for first in range(0, length, size)]
-            assert torch.equal(torch.cat(cache.attend(ops, chunks)), alone), f"chunks of {size}, {ops.threads} threads"
+            assert torch.equal(torch.cat(cache.attend(ops, chunks)), alone), (
+                f"chunks of {size}, {ops.team.threads} threads"
+            )
         uneven = [(90, 100), (3, 4), (99, 100), (0, 40)]
         for (first, last), found in zip(uneven, cache.attend(ops, uneven), strict=True):
             assert torch.equal(found, alone[first:last])
@@ -240,7 +242,7 @@ def test_attention_whose_ranges_of_keys_are_shared(isa: str, dtype: torch.dtype,
     alone = [cache.attend(single, [(at, at + 1)])[0] for at in places]
     for ops in others:
         for at, expected in zip(places, alone, strict=True):
-            assert torch.equal(cache.attend(ops, [(at, at + 1)])[0], expected), f"{at}, {ops.threads} threads"
+            assert torch.equal(cache.attend(ops, [(at, at + 1)])[0], expected), f"{at}, {ops.team.threads} threads"
         for found, expected in zip(cache.attend(ops, [(at, at + 1) for at in places[2:]]), alone[2:], strict=True):
             assert torch.equal(found, expected)
         few = [(1290, 1297), (1020, 1028), (600, 601)]  # of the same chunks as a prompt's, whole or in parts

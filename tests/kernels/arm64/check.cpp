@@ -91,8 +91,9 @@ struct Part {  // of slot: A [n, in] and B [n, len] at column `start`, or a row 
 // Three decode rows, a prefill chunk of 9 and one base row; slot 0 in two cut tiles, slot 1 with a bias and a scale, mixed at 0.5.
 template <class T> void adapter(int in, int out) {
     const std::vector<Part> parts = {{0, 16, 0, out / 2, kLowRank}, {0, 5, out / 2, out - out / 2, kLowRank}, {1, 8, 0, out, kLowRank}, {1, 1, 3, 4, kBiasTile}, {1, 1, 2, out - 2, kScale}};
+    const int sites = 4, site = 2;
     std::vector<T> arena(64 / sizeof(T));
-    std::vector<int32_t> tiles, ranges(2 * 6 * 2);
+    std::vector<int32_t> tiles, ranges(2 * sites * 2);
     std::vector<size_t> at_a, at_b;
     auto put = [&](auto strip) {
         size_t at = arena.size(), bytes = strip.size() * sizeof strip[0];
@@ -101,11 +102,10 @@ template <class T> void adapter(int in, int out) {
         arena.resize((arena.size() * sizeof(T) + 63) / 64 * 64 / sizeof(T));
         return at;
     };
-    const int site = 2;
     for (const Part& p : parts) {
         at_a.push_back(p.kind == kLowRank ? put(noise<T>(p.n * in, 0.3)) : 0);
         at_b.push_back(p.kind == kScale ? put(noise<float>(p.len)) : put(noise<T>(p.n * p.len, 0.3)));
-        int32_t row = (int32_t)tiles.size() / kTileColumns, *range = &ranges[(p.slot * 6 + site) * 2];
+        int32_t row = (int32_t)tiles.size() / kTileColumns, *range = &ranges[(p.slot * sites + site) * 2];
         if (range[1] == 0) range[0] = row;
         range[1] = row + 1;
         for (int32_t v : {p.kind == kLowRank ? (int32_t)(at_a.back() * sizeof(T) / 64) : -1, (int32_t)(at_b.back() * sizeof(T) / 64), p.n, p.start, p.len, (int32_t)p.kind})
@@ -117,13 +117,13 @@ template <class T> void adapter(int in, int out) {
     auto x = noise<T>(rows * in), before = noise<T>(rows * out);
     std::vector<float> ranks(64 * 16 * 4);
     Step step{};
-    step.segments = 3, step.decode_segments = 2, step.num_layers = 1;
+    step.segments = 3, step.decode_segments = 2, step.num_layers = 1, step.num_sites = sites;
     step.indptr = indptr.data(), step.mix_ptr = mix_ptr.data(), step.mix_slot = mix_slot.data(), step.mix_weight = weight.data();
     step.ranges = ranges.data(), step.tiles = tiles.data(), step.arena = (uint8_t*)arena.data(), step.ranks = ranks.data();
     for (int threads : {1, 2}) {
         auto y = before;
         Op op{};
-        op.code = kAdapter, op.rows = rows, op.x = x.data(), op.y = y.data(), op.in = in, op.out = out, op.i0 = 0, op.i1 = site;
+        op.code = kAdapter, op.rows = rows, op.x = x.data(), op.y = y.data(), op.in = in, op.out = out, op.adapter = {0, site};
         run_once<T>(op, step, threads);
         for (int r = 0; r < rows; r++) {
             std::vector<double> want(out), terms(out), wobble(out);
@@ -170,8 +170,8 @@ template <class T> void attention(int heads, int kv, int dim, int window) {
     step.seqs = 3, step.tokens = tokens, step.query_ptr = query_ptr.data(), step.kv_lens = kv_lens.data();
     step.block_table[1] = table.data(), step.max_blocks[1] = 3;
     Op op{};
-    op.code = kAttention, op.rows = tokens, op.x = q.data(), op.w = cache.data(), op.aux = cache.data() + kv * 16 * dim, op.y = y.data();
-    op.page = page, op.f0 = 1.f / std::sqrt((float)dim), op.i0 = heads, op.i1 = kv, op.i2 = dim, op.i3 = window, op.i4 = 1;
+    op.code = kAttention, op.rows = tokens, op.x = q.data(), op.y = y.data();
+    op.attention = {{cache.data(), cache.data() + kv * 16 * dim, page, 1}, 1.f / std::sqrt((float)dim), 0.f, heads, kv, dim, window};
     run<T>(op, step);
     for (int s = 0; s < 3; s++)
         for (int t = query_ptr[s]; t < query_ptr[s + 1]; t++)
@@ -183,7 +183,7 @@ template <class T> void attention(int heads, int kv, int dim, int window) {
                 for (int p = first; p <= at; p++) {
                     double dot = 0;
                     for (int d = 0; d < dim; d++) dot += wide(q[(t * heads + h) * dim + d]) * wide(keys(p)[key_at<T>(p % 16, d)]);
-                    score.push_back(dot * op.f0);
+                    score.push_back(dot * op.attention.scale);
                     top = std::fmax(top, score.back());
                 }
                 for (int p = first; p <= at; p++) {
@@ -203,8 +203,8 @@ template <class T> void rms_norm(int n, float offset) {
     auto x = noise<T>(rows * n, 3.0), residual = noise<T>(rows * n), weight = noise<T>(n);
     std::vector<T> y(rows * n), sum(rows * n);
     Op op{};
-    op.code = kRmsNorm, op.rows = rows, op.x = x.data(), op.aux = residual.data(), op.z = sum.data(), op.w = weight.data(), op.y = y.data();
-    op.in = n, op.f0 = 1e-5f, op.f1 = offset;
+    op.code = kRmsNorm, op.rows = rows, op.x = x.data(), op.w = weight.data(), op.y = y.data(), op.in = n;
+    op.norm = {residual.data(), sum.data(), 1e-5f, offset};
     run<T>(op);
     for (int r = 0; r < rows; r++) {
         double squares = 0;
@@ -232,8 +232,8 @@ template <class T> void rope(int dim, int rotary) {
     Step step{};
     step.tokens = tokens, step.cos[0] = cos.data(), step.sin[0] = sin.data(), step.store_index[0] = store.data();
     Op op{};
-    op.code = kRope, op.rows = tokens, op.x = qkv.data(), op.y = q.data(), op.z = cache.data(), op.aux2 = cache.data() + kv * 16 * dim;
-    op.page = page, op.i0 = heads, op.i1 = kv, op.i2 = dim, op.i3 = rotary;
+    op.code = kRope, op.rows = tokens, op.x = qkv.data(), op.y = q.data();
+    op.rope = {{cache.data(), cache.data() + kv * 16 * dim, page, 0}, nullptr, nullptr, 0.f, 0.f, heads, kv, dim, rotary, 0};
     run<T>(op, step);
     for (int t = 0; t < tokens; t++)
         for (int h = 0; h < heads + kv; h++)
