@@ -51,6 +51,7 @@ LAW: dict[str, tuple[str, ...]] = {
 
 TORCH_FREE = (
     *("server.engine.policy", "server.text", "server.catalog", "server.tenancy", "server.telemetry", "server.http"),
+    *("server.engine.engine", "server.engine.request", "server.engine.stats", "server.engine.streams"),
     *("adapters.files", "adapters.sources", *LEAVES, "server.startup"),
 )
 """Policy: no torch, by whatever road, so that it can be tested in microseconds and read without tensors in mind."""

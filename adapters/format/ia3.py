@@ -113,7 +113,6 @@ class Ia3(AdapterKind[Ia3Config]):
             header=header,
             modules=modules,
             shapes=tuple(shapes),
-            pairs=(),
             rank=0,
             targets=found.targets(base.layout),
         )

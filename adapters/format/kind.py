@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar, Generic, TypeVar
 
 from torch import Tensor
@@ -53,7 +54,7 @@ class AdapterModule:
 
     layer: int
     projection: Projection
-    tensors: Mapping[str, str]  # role ("A", "B", ...) -> name in the file
+    tensors: Mapping[str, str]  # role -> name in the file; A and B are low-rank factors, other roles the kind's own
     rank: int = 0  # 0: no low-rank factors
     scaling: float = 1.0  # of the low-rank factors' product
 
@@ -76,9 +77,18 @@ class ModuleMap:
     header: Mapping[str, TensorInfo]
     modules: tuple[AdapterModule, ...]  # in the base's order
     shapes: tuple[PartShape, ...]  # of the parts it can come to at most
-    pairs: tuple[FactorPair, ...]  # of all modules, where the adapter is nothing but pairs; else empty
     rank: int  # the largest of its modules; 0: the kind has no rank
     targets: tuple[str, ...]  # last names of the projections it acts on: "q_proj", ...
+
+    @cached_property
+    def pairs(self) -> tuple[FactorPair, ...]:
+        """The factors of all modules, in their order, where the adapter is nothing but A and B; else empty."""
+        if any(module.tensors.keys() != {"A", "B"} for module in self.modules):
+            return ()
+        return tuple(
+            FactorPair(shape, self.header[module.tensors["A"]], self.header[module.tensors["B"]], module.scaling)
+            for module, shape in zip(self.modules, self.shapes, strict=True)
+        )
 
 
 C = TypeVar("C", bound=AdapterConfig)

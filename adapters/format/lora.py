@@ -19,7 +19,7 @@ from torch import Tensor
 
 from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.format.header import TensorInfo
-from loraplex.adapters.format.kind import AdapterKind, AdapterModule, FactorPair, ModuleMap, ServedBase, Throttle
+from loraplex.adapters.format.kind import AdapterKind, AdapterModule, ModuleMap, ServedBase, Throttle
 from loraplex.adapters.format.lora_config import LoraConfig, ModulePlan, plan_modules, read_lora_config
 from loraplex.adapters.format.modules import (
     FoundModule,
@@ -77,13 +77,11 @@ class Lora(AdapterKind[LoraConfig]):
         _check_complete(found, plans, config, base)
         _check_shapes(header, found, plans, config, base.layout)
         modules = tuple(_module(module, plans.get(module.path)) for module in found.present)
-        only_pairs = all(module.tensors.keys() == {"A", "B"} for module in modules)
         return ModuleMap(
             kind=self.name,
             header=header,
             modules=modules,
             shapes=tuple(shape for module in modules for shape in _shapes(module)),
-            pairs=tuple(_pair(module, header) for module in modules) if only_pairs else (),
             rank=max(plan.rank for plan in plans.values()),
             targets=found.targets(base.layout),
         )
@@ -128,11 +126,6 @@ def _shapes(module: AdapterModule) -> list[PartShape]:
     rows = [(1, TileKind.BIAS)] if module.tensors.keys() & {"bias", "B bias"} else []
     ranks = [(module.rank, TileKind.LOW_RANK)] if module.rank else []
     return [PartShape(module.layer, module.projection, rank, kind) for rank, kind in (*rows, *ranks)]
-
-
-def _pair(module: AdapterModule, header: Mapping[str, TensorInfo]) -> FactorPair:
-    shape = PartShape(module.layer, module.projection, module.rank)
-    return FactorPair(shape, header[module.tensors["A"]], header[module.tensors["B"]], module.scaling)
 
 
 def _check_complete(found: FoundModules, plans: Mapping[str, ModulePlan], config: LoraConfig, base: ServedBase) -> None:

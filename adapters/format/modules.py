@@ -125,11 +125,11 @@ def likely_base(projection: Projection, *, is_input: bool, width: int, base_mode
 
 
 def _cuts(path: str) -> Iterator[tuple[str, str]]:
-    """Every way to cut a name at a dot."""
-    at = path.find(".")
+    """Every way to cut a name at a dot, from its end: a leaf has three parts at most."""
+    at = path.rfind(".")
     while at >= 0:
         yield path[:at], path[at + 1 :]
-        at = path.find(".", at + 1)
+        at = path.rfind(".", 0, at)
 
 
 def _unmatched(name: str, prefix: str, layout: BaseLayout, leaves: LeafNames) -> AdapterRefused:

@@ -15,7 +15,6 @@ What a request waits for is held in host memory until it is on the device.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from time import perf_counter
 
@@ -28,8 +27,6 @@ from loraplex.adapters.tiers.pinned import OperatorPins
 from loraplex.adapters.tiers.residency import Residency
 from loraplex.adapters.tiers.retention import Retention
 from loraplex.adapters.tiers.stats import AdapterPlace, PageOwners, TierStats
-
-logger = logging.getLogger(__name__)
 
 COPY_BUDGET = 4 << 20
 """Bytes copied to the device in a step while streams decode.
@@ -60,7 +57,7 @@ class AdapterCache:
         self._loader = loader
         self._registry = registry
         self._retention = Retention(self.entries, device, self.host, registry)
-        self._pins = OperatorPins(device)
+        self._pins = OperatorPins(self)
         self._left: int | None = None  # bytes that may still be copied in this step; None: no bound
         self._busy = False
         self._wanted: dict[int, int] = {}  # uid -> open requests
@@ -163,7 +160,7 @@ class AdapterCache:
         self._left = self.copy_budget if busy else None
         self.host.receive()
         self._retention.start_step()
-        for version in [version for version in self._pins.missing() if not self._bring(version)]:
+        for version in self._pins.bring():
             self.pin_forever(version, False)
         self._copy()
         return self.device.is_copying
@@ -297,33 +294,6 @@ class AdapterCache:
         """An open request has `version` in reach: what it now begins to use must be there for it to the end."""
         if version.uid in self._wanted:
             self.entries.make(digest).users.add(version.uid)
-
-    def _bring(self, version: AdapterVersion) -> bool:
-        """Go on with what the operator wants. False: it cannot be had, which is logged, once."""
-        try:
-            missing = self.missing_pages((version,))
-        except Exception as error:
-            logger.warning("adapter %r is not pinned: %s", version.name, error)
-            return False
-        if missing is None:
-            return True
-        assert version.digest is not None  # it has been read
-        if not self.device.may_pin_forever(version.digest, version.info.num_pages):
-            logger.warning(
-                "adapter %r is not pinned: pinned ones would leave too little; give the server more memory (--memory), "
-                "or slots (--max-loras)",
-                version.name,
-            )
-            return False
-        if not missing[0] or self._load_idle(version, missing[0]):
-            self._pins.is_on_device(version)
-        return True
-
-    def _load_idle(self, version: AdapterVersion, pages: int) -> bool:
-        """Load `version` into so many pages, evicting what is idle. False: there is no room."""
-        if not self.device.make_room(pages):
-            return False
-        return self.load(version) or (self.device.evict_one() and self.load(version))
 
     def _source_seconds(self) -> float:
         """What the loader takes for an adapter, on average."""

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from loraplex.adapters.registry import AdapterVersion
-from loraplex.adapters.tiers.residency import Residency
+
+if TYPE_CHECKING:
+    from loraplex.adapters.tiers.cache import AdapterCache
 
 logger = logging.getLogger(__name__)
-
-Bring = Callable[[AdapterVersion], bool]
-"""Have a version on the device if it has come and there is room. Raises what kept it from being read."""
 
 
 class OperatorPins:
     """Engine thread only."""
 
-    def __init__(self, device: Residency) -> None:
-        self._device = device
+    def __init__(self, cache: AdapterCache) -> None:
+        self._cache = cache
         self._versions: dict[int, AdapterVersion] = {}  # by uid
         self._missing: dict[int, AdapterVersion] = {}  # of these: not on the device yet
 
     def add(self, version: AdapterVersion) -> None:
-        """`version` is wanted on the device from as soon as there is room."""
+        """Want `version` on the device from as soon as there is room."""
         self._versions[version.uid] = self._missing[version.uid] = version
 
     def remove(self, version: AdapterVersion) -> bool:
@@ -33,15 +32,37 @@ class OperatorPins:
             return False
         digest = version.digest
         if digest is not None and all(other.digest != digest for other in self._versions.values()):
-            self._device.unpin_forever(digest)
+            self._cache.device.unpin_forever(digest)
         return True
 
-    def missing(self) -> tuple[AdapterVersion, ...]:
-        """Return the versions that are not on the device yet."""
-        return tuple(self._missing.values())
+    def bring(self) -> list[AdapterVersion]:
+        """Go on with what is not on the device. Returns what cannot be had, which is logged, to be removed."""
+        return [version for version in tuple(self._missing.values()) if not self._bring(version)]
 
-    def is_on_device(self, version: AdapterVersion) -> None:
-        """`version` has its slot and pages: it is never evicted from now on."""
-        assert version.digest is not None
-        self._device.pin_forever(version.digest)
-        del self._missing[version.uid]
+    def _bring(self, version: AdapterVersion) -> bool:
+        device = self._cache.device
+        try:
+            missing = self._cache.missing_pages((version,))
+        except Exception as error:
+            logger.warning("adapter %r is not pinned: %s", version.name, error)
+            return False
+        if missing is None:
+            return True
+        assert version.digest is not None  # it has been read
+        if not device.may_pin_forever(version.digest, version.info.num_pages):
+            logger.warning(
+                "adapter %r is not pinned: pinned ones would leave too little; give the server more memory (--memory), "
+                "or slots (--max-loras)",
+                version.name,
+            )
+            return False
+        if not missing[0] or self._load(version, missing[0]):
+            device.pin_forever(version.digest)
+            del self._missing[version.uid]
+        return True
+
+    def _load(self, version: AdapterVersion, pages: int) -> bool:
+        """Load `version` into so many pages, evicting what is idle. False: there is no room."""
+        if not self._cache.device.make_room(pages):
+            return False
+        return self._cache.load(version) or (self._cache.device.evict_one() and self._cache.load(version))

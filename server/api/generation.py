@@ -18,12 +18,12 @@ from loraplex.server.api.choice import Choice, Delta, Echo, GenerationOptions, P
 from loraplex.server.api.direct import DirectBody
 from loraplex.server.api.errors import ApiError, InvalidField, to_api_error
 from loraplex.server.api.limits import check_scores, check_sequences
-from loraplex.server.api.names import Mix, leased
+from loraplex.server.api.names import leased
 from loraplex.server.api.sampling import SamplingSpec
 from loraplex.server.api.schemas import GenerationFields, PromptDetails, Usage
 from loraplex.server.api.services import Base, Services
 from loraplex.server.api.turns import Turn
-from loraplex.server.engine.request import ContextTooLong, GenerationRequest, TokenEvent
+from loraplex.server.engine.request import ContextTooLong, GenerationRequest, Mix, TokenEvent
 from loraplex.server.telemetry.request_context import current_exchange
 from loraplex.server.tenancy.tenants import current_caller
 from loraplex.server.text.detokenizer import Detokenizer
@@ -108,6 +108,7 @@ class Generation:
                 async with leased(self._services, self._record) as worn:
                     self._note_model()
                     self.tokenizer = worn.tokenizer
+                    self._services.engine.check_room(self._caller.key.tenant, worn.mix)  # texts take time to read
                     prompts = await self._prompts()
                     self._caller.pay_prompt(self.prompt_tokens)
                     grammar = await self._grammar(prompts[0].thought)

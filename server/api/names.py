@@ -28,6 +28,7 @@ from loraplex.server.api.manage import counting_adapters, permitted_source
 from loraplex.server.api.schemas import MAX_TERMS, MAX_WEIGHT, AdapterFields, MergedAdapters
 from loraplex.server.api.services import Base, Services
 from loraplex.server.catalog.on_demand import is_hidden, source_of
+from loraplex.server.engine.request import Mix
 from loraplex.server.tenancy.tenants import current_key
 from loraplex.server.text.tokenizer import Tokenizer
 from loraplex.server.text.tokenizers import TokenizersDiffer
@@ -36,9 +37,6 @@ HOW_TO_LIST = "GET /v1/models lists the names served here"
 
 LORAX_BASE = "__base_model__"
 """What LoRAX calls the base where it wants an adapter's id."""
-
-Mix = tuple[tuple[AdapterLease, float], ...]
-"""Adapters with their weights; empty: the base alone."""
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,13 @@ from typing import Protocol
 from loraplex.adapters.files.beneath import below
 from loraplex.adapters.registry import AdapterVersion, Registry
 from loraplex.adapters.sources.sources import OPERATOR, SourceAccess
+from loraplex.adapters.tiers.stats import AdapterPlace, PageOwners
 from loraplex.server.api.abort import OpenAnswers
 from loraplex.server.api.body import Bodies
 from loraplex.server.catalog.on_demand import OnDemand
 from loraplex.server.config import RequestLimits
 from loraplex.server.drain import Drain
-from loraplex.server.engine.page_map import PageOwners
-from loraplex.server.engine.request import GenerationRequest, TokenEvent
-from loraplex.server.engine.stats import AdapterPlace
+from loraplex.server.engine.request import GenerationRequest, Mix, TokenEvent
 from loraplex.server.engine.streams import Shortcut
 from loraplex.server.telemetry.engine_metrics import EngineStats
 from loraplex.server.telemetry.metrics import Metrics
@@ -46,6 +45,7 @@ class Engine(Protocol):
     @property
     def failure(self) -> BaseException | None: ...
     def submit(self, request: GenerationRequest) -> Events: ...
+    def check_room(self, tenant: str, mix: Mix) -> None: ...
     def abort(self, request_id: str) -> None: ...
 
 

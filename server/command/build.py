@@ -19,8 +19,9 @@ from loraplex.adapters.image.tiles import BaseLayout
 from loraplex.adapters.registry import Registry
 from loraplex.adapters.sources.addresses import Reach
 from loraplex.adapters.sources.downloads import DownloadConfig, Downloads
+from loraplex.adapters.tiers.cache import AdapterCache
 from loraplex.adapters.tiers.eviction import Reclaimer
-from loraplex.adapters.tiers.host_store import HostStore
+from loraplex.adapters.tiers.inbox import Inbox
 from loraplex.adapters.tiers.loader import Loader
 from loraplex.adapters.tiers.pages import PagePool
 from loraplex.adapters.tiers.reader import AdapterReader
@@ -33,7 +34,6 @@ from loraplex.server.address_space import address_space_left
 from loraplex.server.catalog.manager import AdapterManager
 from loraplex.server.config import DTYPES, EngineConfig
 from loraplex.server.engine.engine import Engine
-from loraplex.server.engine.placement import AdapterPlacement
 from loraplex.server.engine.policy.budget import (
     LEAST_BUDGET,
     MOST_BUDGET,
@@ -88,7 +88,7 @@ class EngineParts:
     engine: Engine
     prefault: Prefault | None  # on the CPU; not started either, and nobody has to
     adapters: AdapterManager
-    placement: AdapterPlacement
+    cache: AdapterCache
     model_config: ModelConfig
     defaults: GenerationDefaults
     dtype: torch.dtype  # of weights, adapters and KV cache
@@ -145,7 +145,7 @@ def build_engine(
         logger.warning(
             "context cut from %d to %d tokens by the memory there is", model_config.max_position, plan.max_model_len
         )
-    engine, adapters, placement, prefault = _assemble(
+    engine, adapters, cache, prefault = _assemble(
         config, model_config, weights, ops, plan, budget, most, base_names, check_tokenizer
     )
     watch.lap("arena")
@@ -153,7 +153,7 @@ def build_engine(
         engine=engine,
         prefault=prefault,
         adapters=adapters,
-        placement=placement,
+        cache=cache,
         model_config=model_config,
         defaults=defaults,
         dtype=dtype,
@@ -175,7 +175,7 @@ def _assemble(
     most: int,
     base_names: tuple[str, ...],
     check_tokenizer: Callable[[TokenizerFiles], str],
-) -> tuple[Engine, AdapterManager, AdapterPlacement, Prefault | None]:
+) -> tuple[Engine, AdapterManager, AdapterCache, Prefault | None]:
     """Allocate the arena and put everything around it together. most: tokens of a step."""
     device, dtype = ops.device, weights.dtype
     arena = allocate_arena(plan, device)
@@ -183,7 +183,7 @@ def _assemble(
     pool = PagePool(plan.num_pages)
     reclaimer = Reclaimer()
     residency = Residency(arena, pool, layout, config.num_slots, reclaimer)
-    store = HostStore(plan.images_bytes, exclusive=plan.shared)
+    inbox = Inbox(plan.images_bytes)
     registry = Registry(taken=base_names)
     downloads = _downloads(config.downloads, registry)
     reader = AdapterReader(
@@ -194,8 +194,8 @@ def _assemble(
         locate=downloads.locate,
         check_tokenizer=check_tokenizer,
     )
-    loader = Loader(reader.read, store.put, registry, config.loader_threads)
-    placement = AdapterPlacement(residency, store, loader, registry)
+    loader = Loader(reader.read, inbox.put, registry, config.loader_threads)
+    cache = AdapterCache(residency, inbox, loader, registry, exclusive=plan.shared)
 
     kv = KVCache(pool, plan.groups, BLOCK_SIZE, reclaimer)
     kv.token_seconds = budget.token_seconds
@@ -220,17 +220,17 @@ def _assemble(
     halt = ctypes.c_int32()
     worker = LocalWorker(model, residency, BLOCK_SIZE, device, halt)
     engine = Engine(
-        Scheduler(kv, placement, limits, budget=budget),
+        Scheduler(kv, cache, limits, budget=budget),
         worker,
-        placement,
+        cache,
         config.max_waiting,
         config.max_waiting_tokens,
         halt,
     )
-    placement.on_ready = worker.masks.wake = engine.wake
+    cache.host.on_ready = inbox.on_arrival = worker.masks.wake = engine.wake
     registry.on_drained = engine.forget_adapter
     prefault = Prefault(arena, pool) if plan.shared else None
-    return engine, AdapterManager(registry, loader, reader.examine, downloads, engine.pin_adapter), placement, prefault
+    return engine, AdapterManager(registry, loader, reader.examine, downloads, engine.pin_adapter), cache, prefault
 
 
 def _downloads(config: DownloadConfig, registry: Registry) -> Downloads:

@@ -322,10 +322,10 @@ def make_app(
         config.engine.num_slots,
         config.telemetry.max_series,
     )
-    metrics = Metrics(limits, engine.stats, parts.placement.places, parts.adapters.registry)
+    metrics = Metrics(limits, engine.stats, parts.cache.places, parts.adapters.registry)
     for collector in extras.collectors:
         metrics.add(collector)
-    parts.placement.watch = metrics.adapters
+    parts.cache.watch = metrics.adapters
     return create_app(
         Services(
             base=base,
@@ -342,8 +342,8 @@ def make_app(
             on_demand=OnDemand(parts.adapters, merge),
             inside=Inside(
                 engine.stats,
-                parts.placement.places,
-                parts.placement.page_owners,
+                parts.cache.places,
+                parts.cache.page_owners,
                 parts.memory.page_bytes,
                 config.engine.max_num_seqs,
                 config.engine.num_slots,

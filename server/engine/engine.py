@@ -15,13 +15,15 @@ import ctypes
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
 from loraplex.adapters.histogram import Histogram
 from loraplex.adapters.registry import AdapterVersion
+from loraplex.adapters.tiers.stats import TierStats
 from loraplex.server.engine.policy.fair_queue import ClientKey, client_of
 from loraplex.server.engine.policy.plan import Placement
 from loraplex.server.engine.policy.queue_limits import QueueLimits
@@ -33,10 +35,11 @@ from loraplex.server.engine.request import (
     EngineDead,
     FinishReason,
     GenerationRequest,
+    Mix,
     Overloaded,
     TokenEvent,
 )
-from loraplex.server.engine.stats import STEP_BOUNDS, EngineStats, TierStats
+from loraplex.server.engine.stats import STEP_BOUNDS, EngineStats
 from loraplex.server.engine.streams import EventStream, Mailbox, put_all
 
 logger = logging.getLogger(__name__)
@@ -49,7 +52,7 @@ are given up before their turn cost nothing."""
 
 
 class DeviceAdapters(Placement, Protocol):
-    """The scheduler's placement and what the engine itself asks of it (see placement.AdapterPlacement)."""
+    """The scheduler's placement and what the engine itself asks of it (see AdapterCache)."""
 
     @property
     def loads(self) -> int: ...
@@ -201,20 +204,29 @@ class Engine:
         try:
             mailbox = Mailbox(asyncio.get_running_loop())
             self._scheduler.check(request)
-            client = client_of(request)
+            client = client_of(request.tenant, request.mix)
             with self._lock:
-                self._check_open(request)
-                try:
+                self._check_open()
+                if request.request_id in self._open:
+                    raise ValueError(f"request {request.request_id!r} is open already; request ids are unique")
+                with self._counting_refusals():
                     self._queue_limits.enter(client, request, self._scheduler.running_of(client))
-                except Overloaded:
-                    self._refused += 1
-                    raise
                 self._open[request.request_id] = _Open(request, mailbox, client)
                 self._post(_Submit(request))
         except BaseException:
             _release(request)
             raise
         return EventStream(request.request_id, mailbox, self.abort)
+
+    def check_room(self, tenant: str, mix: Mix) -> None:
+        """Refuse a request of `tenant` for `mix` before its prompt is read, where the queue is full whatever that is.
+
+        Raises Overloaded, EngineDead.
+        """
+        client = client_of(tenant, mix)
+        with self._lock, self._counting_refusals():
+            self._check_open()
+            self._queue_limits.check(client, 1, self._scheduler.running_of(client))
 
     def abort(self, request_id: str) -> None:
         """End a request with FinishReason.ABORT; its pages are free before the next step is planned. Unknown: no-op."""
@@ -275,12 +287,19 @@ class Engine:
             tiers=adapters.tiers(),
         )
 
-    def _check_open(self, request: GenerationRequest) -> None:
-        """Whether a request may come in now (lock held)."""
+    def _check_open(self) -> None:
+        """Raise EngineDead unless requests may come in now (lock held)."""
         if not self._alive:
             raise EngineDead(CRASHED if self._failure else "the engine was shut down")
-        if request.request_id in self._open:
-            raise ValueError(f"request {request.request_id!r} is open already; request ids are unique")
+
+    @contextmanager
+    def _counting_refusals(self) -> Iterator[None]:
+        """Count an Overloaded of the block (lock held)."""
+        try:
+            yield
+        except Overloaded:
+            self._refused += 1
+            raise
 
     # -- the engine thread ---------------------------------------------------------------------------------------------
 

@@ -128,12 +128,16 @@ class SamplingParams:
         return self.typical_p < 1.0 and self.temperature > 0.0
 
 
+Mix = tuple[tuple[AdapterLease, float], ...]
+"""Adapters and their weights; empty: the base."""
+
+
 @dataclass(frozen=True)
 class GenerationRequest:
     request_id: str
     prompt_ids: tuple[int, ...]
     params: SamplingParams
-    mix: tuple[tuple[AdapterLease, float], ...] = ()  # adapters and their weights; empty: the base
+    mix: Mix = ()
     tenant: str = ""
     arrival: float = 0.0  # time.monotonic()
     priority: int = 0  # lower goes first

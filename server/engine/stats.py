@@ -6,27 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from loraplex.adapters.histogram import Histogram
-
-
-@dataclass(frozen=True)
-class TierStats:
-    """One tier of adapter memory ("device", "host", "source"). Counters."""
-
-    hits: int = 0  # an adapter was found in it when a request came
-    misses: int = 0
-    loads: int = 0  # adapters brought into it; of the source: read from it
-    evictions: int = 0
-    durations: Histogram = field(default_factory=Histogram)  # of the loads, seconds
-
-
-@dataclass(frozen=True)
-class AdapterPlace:
-    """A registered adapter whose bytes are in memory."""
-
-    name: str
-    on_device: bool  # else in host memory
-    pinned: bool  # by the operator: it stays on the device
-
+from loraplex.adapters.tiers.stats import TierStats
 
 STEP_BOUNDS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 """Upper ends of the buckets for the tokens of a step."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import httptools
@@ -21,14 +22,11 @@ from loraplex.server.api.gate import Refusal
 from loraplex.server.http.bounds import (
     BODY_RATE,
     BODY_SECONDS,
-    FREE_PIECES,
     FREE_PIPELINED,
     HEAD_SECONDS,
     LINGER_BYTES,
     LINGER_SECONDS,
     MAX_PIPELINED,
-    MAX_TARGET,
-    PIECE_BYTES,
     PROBES,
     READ_RATE,
     READ_SECONDS,
@@ -36,6 +34,7 @@ from loraplex.server.http.bounds import (
     Bounds,
 )
 from loraplex.server.http.connections import Connections
+from loraplex.server.http.incoming import Incoming
 from loraplex.server.http.refused import CLOSE, Refused, written
 
 
@@ -51,17 +50,11 @@ class BoundedProtocol(HttpToolsProtocol):
         self._is_large = False  # it has sent a large head
         self._answered: RequestResponseCycle | None = None  # the request that is not queued behind another
         self._room = LINGER_BYTES
-        self._clear()
+        self._next_request()
 
-    def _clear(self) -> None:
-        """For the next request."""
-        self._in_head = False
-        self._in_body = False
-        self._declared = 0  # Content-Length
-        self._raw = 0  # bytes of a body that the parser does not read (see on_headers_complete)
-        self._fields = self._head = 0  # fields and their bytes, with the target's and with those of trailers
-        self._body = self._pieces = self._framing = 0  # bytes and pieces of the body, and bytes around them
-        self._unfinished = 0  # bytes of a field that has not ended
+    def _next_request(self) -> None:
+        self._incoming = Incoming(self._bounds)
+        self._in_head = self._in_body = False
         self._marked = 0  # of the body's bytes, when it was last looked at
 
     # ------------------------------------------------------------------------------------------------- the connection
@@ -92,10 +85,10 @@ class BoundedProtocol(HttpToolsProtocol):
             self.transport.abort()
         elif self._in_body:
             waits_for_us = self.flow.read_paused or self.cycle.waiting_for_100_continue
-            if not waits_for_us and self._body - self._marked < BODY_SECONDS * BODY_RATE:
+            if not waits_for_us and self._incoming.body - self._marked < BODY_SECONDS * BODY_RATE:
                 self._refuse(Refused(408, f"The body came too slowly: expected {BODY_RATE} bytes a second."))
                 return
-            self.due, self._marked = now + BODY_SECONDS, self._body
+            self.due, self._marked = now + BODY_SECONDS, self._incoming.body
         elif self._is_answering():
             self.due = now + HEAD_SECONDS
         elif self._in_head:
@@ -143,11 +136,11 @@ class BoundedProtocol(HttpToolsProtocol):
             )
 
     def _feed(self, data: bytes) -> None:
-        if self._raw:
+        if self._incoming.raw:
             data = self._feed_raw(data)
         if not data or self._deaf:
             return
-        before, self._began = self._body, False
+        before, self._began = self._incoming.body, False
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
@@ -156,45 +149,40 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._began:  # nobody knows where in `data` that was
             return
         if self._in_head:
-            self._unfinished += len(data)
-            self._check_head(self._unfinished)
+            self._incoming.add_unfinished(len(data))
+            self._claim_large()
         elif self._in_body:
-            self._framing += len(data) - (self._body - before)
-            if self._framing > self._bounds.head_bytes + self._body // 4:
-                raise Refused(413, "The body is more framing than content: send it in larger chunks.")
+            self._incoming.add_framing(len(data) - (self._incoming.body - before))
 
     def _feed_raw(self, data: bytes) -> bytes:
         """What is left of `data` behind the body."""
-        piece, rest = data[: self._raw], data[self._raw :]
-        self._raw -= len(piece)
+        incoming = self._incoming
+        piece, rest = data[: incoming.raw], data[incoming.raw :]
+        incoming.raw -= len(piece)
         self.on_body(piece)
-        if not self._raw:
+        if not incoming.raw:
             self.on_message_complete()
         return rest
 
     # -------------------------------------------------------------------------------------------- the parser's reports
 
     def on_message_begin(self) -> None:
-        self._clear()
+        self._next_request()
         self._in_head = self._began = True
         self.due = self._others.now + HEAD_SECONDS
         super().on_message_begin()
 
     def on_url(self, url: bytes) -> None:
-        self._head += len(url)
-        if self._head > MAX_TARGET:
-            raise Refused(414, f"The target is longer than {MAX_TARGET} bytes.")
+        self._incoming.add_target(len(url))
         super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._fields += 1
-        self._unfinished = 0
-        self._head += len(name) + len(value) + 4
-        self._check_head(self._head)
+        self._incoming.add_field(name, value)
+        self._claim_large()
         if not self._in_head:
             return
         if len(name) == 14 and name.lower() == b"content-length":
-            self._declared = int(value)
+            self._incoming.declared = int(value)
         elif len(name) == 6 and name.lower() == b"cookie":
             return
         super().on_header(name, value)
@@ -202,32 +190,28 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         if len(self.pipeline) >= FREE_PIPELINED and not self._may_queue():
             raise Refused(429, "Too many requests wait on this connection.")  # nobody is told: it just closes
-        if self.url.count(b"&") >= self._bounds.header_count:  # frameworks take a target apart for every route
-            raise Refused(414, f"The target has more than {self._bounds.header_count} parameters.")
+        self._incoming.check_parameters(self.url)
         if self.parser.should_upgrade() and any(name == b"transfer-encoding" for name, _ in self.headers):
             raise Refused(400, "A request to upgrade cannot have a chunked body here.")
         super().on_headers_complete()
         self._in_head, self._in_body = False, True
         self.due = self._others.now + BODY_SECONDS
         self._others.set_busy(self)
-        if self._declared > self._bounds.body_bytes:
+        if self._incoming.declared > self._bounds.body_bytes:
             self._is_last(self.cycle)
         if self.parser.should_upgrade():  # there is nothing to upgrade to: the body is a body, which llhttp leaves out
-            self._raw = self._declared
+            self._incoming.raw = self._incoming.declared
 
     def on_body(self, body: bytes) -> None:
-        self._body += len(body)
-        self._pieces += 1
-        if self._pieces > FREE_PIECES + self._body // PIECE_BYTES:
-            raise Refused(413, f"The body comes in pieces of under {PIECE_BYTES} bytes: send it in larger chunks.")
-        if self._body > self._bounds.body_bytes:
+        self._incoming.add_piece(len(body))
+        if self._incoming.body > self._bounds.body_bytes:
             if self.cycle.response_complete:
                 raise Refused(413, "The body is too large.")
             self._is_last(self.cycle)  # whoever reads it says so
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        if self._raw:
+        if self._incoming.raw:
             return
         self._in_body = False
         self.due = math.inf
@@ -241,7 +225,7 @@ class BoundedProtocol(HttpToolsProtocol):
             refusal = self._others.gate.refuse(scope["method"], scope["path"], list(scope["headers"]))
         if refusal is not None:
             self._others.refuse(partial(self._answer, cycle, refusal))
-        elif scope["path"] in PROBES and not self._declared:
+        elif scope["path"] in PROBES and not self._incoming.declared:
             begin(cycle, app)
         else:  # unless nobody waits any more when its turn has come
             self._others.begin(lambda: None if cycle.disconnected else begin(cycle, app))
@@ -269,11 +253,8 @@ class BoundedProtocol(HttpToolsProtocol):
     def _is_answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
 
-    def _check_head(self, size: int) -> None:
-        bounds = self._bounds
-        if self._fields > bounds.header_count or size > bounds.head_bytes:
-            raise Refused(431, f"At most {bounds.header_count} header fields of {bounds.head_bytes} bytes are taken.")
-        if size > SMALL_HEAD and not self._is_large:
+    def _claim_large(self) -> None:
+        if self._incoming.largest > SMALL_HEAD and not self._is_large:
             if not self._others.claim_large():
                 raise Refused(503, f"Too many connections have heads of more than {SMALL_HEAD} bytes; try again.")
             self._is_large = True
@@ -281,7 +262,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def _may_queue(self) -> bool:
         fields = [field for cycle, _ in self.pipeline for field in cycle.scope["headers"]]
         size = sum(len(name) + len(value) for name, value in fields)
-        return len(self.pipeline) < MAX_PIPELINED and size + self._head <= SMALL_HEAD
+        return len(self.pipeline) < MAX_PIPELINED and size + self._incoming.head <= SMALL_HEAD
 
     def _refuse(self, refused: Refused) -> None:
         """Answer and end the connection. Where an answer is under way, that one is the last."""
@@ -313,7 +294,9 @@ class BoundedProtocol(HttpToolsProtocol):
     def _is_last(self, cycle: RequestResponseCycle) -> None:
         """The connection ends with this answer, though its client may not have ended."""
         cycle.keep_alive = False
-        cycle.transport = _LastAnswer(self)  # type: ignore[assignment]  # what uvicorn uses of one
+        cycle.transport = SimpleNamespace(  # type: ignore[assignment]  # what uvicorn uses of one; closing is ours
+            write=self.transport.write, close=self._close, is_closing=self.transport.is_closing
+        )
 
     def _hear_no_more(self) -> None:
         self._deaf = True
@@ -329,14 +312,3 @@ class BoundedProtocol(HttpToolsProtocol):
         self._others.set_idle(self)
         self.flow.resume_reading()
         self.transport.write_eof()
-
-
-class _LastAnswer:
-    """A connection as uvicorn's last answer on it sees it: closing it is the protocol's."""
-
-    def __init__(self, protocol: BoundedProtocol) -> None:
-        self._protocol = protocol
-        self.write = protocol.transport.write
-
-    def close(self) -> None:
-        self._protocol._close()

@@ -15,7 +15,7 @@ from prometheus_client.registry import Collector
 from loraplex.adapters.histogram import Histogram
 from loraplex.adapters.refusals import reason_of
 from loraplex.adapters.registry import Registry
-from loraplex.server.engine.stats import AdapterPlace
+from loraplex.adapters.tiers.stats import AdapterPlace
 
 LABELS = ("model_name", "engine")
 

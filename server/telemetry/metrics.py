@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessColl
 from prometheus_client.registry import Collector
 
 from loraplex.adapters.registry import Registry
-from loraplex.server.engine.stats import AdapterPlace
+from loraplex.adapters.tiers.stats import AdapterPlace
 from loraplex.server.telemetry.engine_metrics import LABELS, EngineCollector, EngineStats, Limits
 from loraplex.server.telemetry.recent import Recent
 from loraplex.server.telemetry.request_context import ChoiceTimes

@@ -370,6 +370,28 @@ async def test_a_full_queue(client: httpx.AsyncClient, server: FakeServer) -> No
         assert response.json()["error"]["message"] == "1024 requests are waiting"
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (CHAT, chat()),
+        (COMPLETIONS, {"model": "base", "prompt": ["one", "two"]}),
+        ("/v1/embeddings", {"model": "base", "input": "one"}),
+        ("/generate", {"inputs": "one"}),
+    ],
+)
+async def test_a_queue_that_is_full_already_reads_no_prompt(
+    client: httpx.AsyncClient, server: FakeServer, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any]
+) -> None:
+    def encode(*_: object) -> list[int]:
+        raise AssertionError("a prompt was read")
+
+    monkeypatch.setattr(type(server.tokenizer), "encode", encode)
+    server.engine.full = Overloaded("1024 requests are waiting", retry_after=2.4)
+    response = await client.post(path, json=body)
+    assert (response.status_code, response.headers["retry-after"]) == (429, "2")
+    assert server.engine.requests == []
+
+
 async def test_a_dead_engine(client: httpx.AsyncClient, server: FakeServer) -> None:
     server.engine.refusal = EngineDead("the engine has stopped")
     response = await client.post(CHAT, json=chat())

@@ -6,7 +6,7 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from loraplex.adapters.histogram import Histogram
-from loraplex.server.engine.stats import AdapterPlace, TierStats
+from loraplex.adapters.tiers.stats import AdapterPlace, TierStats
 from loraplex.server.telemetry.engine_metrics import MAX_NAMES
 from tests.support.fake_serving import FakeServer, Stats
 

@@ -129,7 +129,7 @@ async def test_a_list_is_fetched_at_once_and_pinned(
         for name in "bcd":
             assert (await load(client, name, str(made / name))).status_code == 200
             await ask(client, name)
-        places = live.parts.placement.places
+        places = live.parts.cache.places
         await until(lambda: any(place.name == "a" and place.pinned and place.on_device for place in places()))
         for name in "bcd":
             await ask(client, name)

@@ -401,12 +401,16 @@ class TestRefusing:
         streams = [rig.engine.submit(rig.requests.make(2, 5))]
         await rig.worker.step_begins()
         streams += [rig.engine.submit(rig.requests.make(2, 5)) for _ in range(5)]
+        with pytest.raises(Overloaded, match="5 requests are waiting"):
+            rig.engine.check_room("", ())
         with pytest.raises(Overloaded, match="5 requests are waiting") as caught:
             rig.engine.submit(rig.requests.make(2, 5, "a"))
         assert 1 <= caught.value.retry_after <= 60
         assert rig.leases() == 0
+        assert rig.engine.stats().refused == 2
         rig.worker.gate.set()
         assert [len(events) for events in await asyncio.gather(*map(collect, streams))] == [5] * 6
+        rig.engine.check_room("", ())
         assert len(await collect(rig.engine.submit(rig.requests.make(2, 5)))) == 5, "there is room again"
 
     async def test_an_id_in_use(self, rig: Rig) -> None:
@@ -432,6 +436,7 @@ class TestTheDoor:
         streams += [rig.engine.submit(rig.requests.make(100, 5)), rig.engine.submit(rig.requests.make(90, 5))]
         with pytest.raises(Overloaded, match="190 prompt tokens are waiting already; the limit is 200"):
             rig.engine.submit(rig.requests.make(11, 5))
+        rig.engine.check_room("", ())  # a shorter one has room
         assert rig.engine.stats().refused == 1
         rig.worker.gate.set()
         assert [len(events) for events in await asyncio.gather(*map(collect, streams))] == [5, 5, 5]
@@ -447,6 +452,9 @@ class TestTheDoor:
         greedy += [engine.submit(replace(requests.make(2, 2), tenant="greedy")) for _ in range(16)]
         with pytest.raises(Overloaded, match="16 requests are waiting already, 16 of them of this client"):
             engine.submit(replace(requests.make(2, 2), tenant="greedy"))
+        with pytest.raises(Overloaded, match="16 of them of this client"):
+            engine.check_room("greedy", ())
+        engine.check_room("modest", ())
         modest = [engine.submit(replace(requests.make(2, 2), tenant="modest")) for _ in range(2)]
         with pytest.raises(Overloaded, match="18 requests are waiting already; the limit is 18"):
             engine.submit(replace(requests.make(2, 2), tenant="late"))

@@ -47,7 +47,7 @@ def value_on_device(device: Residency, arena: torch.Tensor, version: AdapterVers
     assert slot is not None
     first, last = device.table.ranges[slot, 0, Site.QKV].tolist()
     found: set[float] = set()
-    for _, a_off, _, n, _, _ in device.table.tiles[first:last].tolist():
+    for a_off, _, n, *_ in device.table.tiles[first:last].tolist():
         found.update(arena.view(-1)[a_off * 64 :][: n * 128].view(torch.float32).tolist())
     (value,) = found
     return value
@@ -177,6 +177,12 @@ class World:
         self.cache.request(request.version)
         self.requests.append(request)
         return request
+
+    def pin(self, name: str, pinned: bool) -> None:
+        """As the operator does."""
+        version = self.registry.get(name)
+        assert version is not None
+        self.cache.pin_forever(version, pinned)
 
     def notice(self, name: str) -> None:
         """As who watches the folders: files that changed get the name."""

@@ -11,11 +11,11 @@ import typer.main
 from prometheus_client.parser import text_string_to_metric_families
 
 from loraplex.adapters.histogram import Histogram
+from loraplex.adapters.tiers.stats import AdapterPlace, TierStats
 from loraplex.server.api.gate import Gate
 from loraplex.server.catalog.saved import Remembering, StateFile
 from loraplex.server.command.app import create_app
 from loraplex.server.command.cli import app as cli
-from loraplex.server.engine.stats import AdapterPlace, TierStats
 from loraplex.server.tenancy.access import Access
 from loraplex.server.tenancy.keys_file import KeysFile, new_key
 from tests.support.fake_serving import FakeServer, Stats

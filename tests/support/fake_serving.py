@@ -20,14 +20,14 @@ from loraplex.adapters.info import AdapterInfo
 from loraplex.adapters.registry import AdapterVersion, Registry
 from loraplex.adapters.sources.merge_plan import MergePlan
 from loraplex.adapters.sources.sources import OPERATOR, SourceAccess
+from loraplex.adapters.tiers.stats import AdapterPlace, PageOwners, TierStats
 from loraplex.server.api.services import Base, Inside, Services
 from loraplex.server.catalog.manager import Around
 from loraplex.server.catalog.on_demand import OnDemand
 from loraplex.server.command.app import create_app
 from loraplex.server.config import RequestLimits
-from loraplex.server.engine.page_map import PageOwners
-from loraplex.server.engine.request import FinishReason, GenerationRequest, TokenEvent, TokenScores
-from loraplex.server.engine.stats import STEP_BOUNDS, AdapterPlace, TierStats
+from loraplex.server.engine.request import FinishReason, GenerationRequest, Mix, TokenEvent, TokenScores
+from loraplex.server.engine.stats import STEP_BOUNDS
 from loraplex.server.engine.streams import Shortcut
 from loraplex.server.telemetry.engine_metrics import Limits
 from loraplex.server.telemetry.metrics import Metrics
@@ -153,6 +153,7 @@ class FakeEngine:
         self.aborted: list[str] = []  # by closing their events
         self.stopped: set[str] = set()  # by id
         self.refusal: Exception | None = None
+        self.full: Exception | None = None  # what check_room() raises
         self.together = 1  # events that a shortcut is given at once
         self.gate = asyncio.Event()
         self.gate.set()
@@ -160,6 +161,10 @@ class FakeEngine:
         self.places: list[AdapterPlace] = []
         self.page_owners = PageOwners((), {})
         self.script: Script = lambda request: say(tokenizer, "the answer", request)
+
+    def check_room(self, tenant: str, mix: Mix) -> None:
+        if self.full is not None:
+            raise self.full
 
     def submit(self, request: GenerationRequest) -> FakeEvents:
         self.requests.append(request)

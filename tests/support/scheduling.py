@@ -12,12 +12,12 @@ from loraplex.adapters.info import AdapterInfo
 from loraplex.adapters.registry import AdapterLease, AdapterVersion, Registry
 from loraplex.adapters.tiers.eviction import IdleSet, Reclaimer
 from loraplex.adapters.tiers.pages import PagePool
+from loraplex.adapters.tiers.stats import TierStats
 from loraplex.server.engine.policy.kv_cache import GroupSpec, KVCache
 from loraplex.server.engine.policy.plan import SchedulerLimits
 from loraplex.server.engine.policy.rows import Drawn, RowResult, StepInput
 from loraplex.server.engine.policy.scheduler import Scheduler
 from loraplex.server.engine.request import GenerationRequest, SamplingParams
-from loraplex.server.engine.stats import TierStats
 
 FULL = (GroupSpec((0,), None),)
 

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from loraplex.adapters.registry import AdapterVersion
+from loraplex.adapters.tiers.stats import AdapterPlace
 from loraplex.server.api.errors import InvalidField
+from loraplex.server.api.page.page_map import json_of, page_runs
 from loraplex.server.api.services import Services
 from loraplex.server.catalog.on_demand import is_hidden
-from loraplex.server.engine.page_map import json_of, page_runs
-from loraplex.server.engine.stats import AdapterPlace
 from loraplex.server.telemetry.recent import Quantiles
 from loraplex.server.tenancy.tenants import Key, current_key
 from loraplex.server.version import version

@@ -25,7 +25,7 @@ from heapq import heapify, heappop, heapreplace
 from operator import attrgetter
 
 from loraplex.server.engine.policy.sequence import Sequence
-from loraplex.server.engine.request import GenerationRequest
+from loraplex.server.engine.request import Mix
 
 PROMPT_TOKEN = 1.0
 OUTPUT_TOKEN = 2.0
@@ -45,11 +45,11 @@ ClientKey = tuple[str, str]  # (tenant, "") or ("", names of the adapters)
 by_age = attrgetter("number")
 
 
-def client_of(request: GenerationRequest) -> ClientKey:
-    """Who is charged for `request`."""
-    if request.tenant:
-        return request.tenant, ""
-    return "", ",".join(sorted(lease.version.name for lease, _ in request.mix))
+def client_of(tenant: str, mix: Mix) -> ClientKey:
+    """Return who is charged for the requests of `tenant` that use `mix`."""
+    if tenant:
+        return tenant, ""
+    return "", ",".join(sorted(lease.version.name for lease, _ in mix))
 
 
 class Client:
@@ -118,7 +118,7 @@ class FairQueue:
 
     def open(self, seq: Sequence, now: float) -> None:
         """A new request: it waits, and its client is active from now on."""
-        key = client_of(seq.request)
+        key = client_of(seq.request.tenant, seq.request.mix)
         client = self._clients.get(key)
         if client is None:
             client = self._clients[key] = Client(key)

@@ -77,14 +77,18 @@ class QueueLimits:
         self._drained = (0.0, 0.0)  # tokens computed, and seconds it took, fading
         self._output = 0.0  # tokens generated for a request, lately
 
-    def enter(self, key: ClientKey, request: GenerationRequest, running: Running) -> None:
-        """Count an open request of client `key`. Raises Overloaded when it would wait in a queue that is full."""
+    def check(self, key: ClientKey, new: int, running: Running) -> None:
+        """Raise Overloaded where a request of `key` with `new` prompt tokens would wait in a full queue."""
         waiting, tokens = self.requests - running.requests, self.tokens - running.tokens
-        new = len(request.prompt_ids)
         if waiting > 0:
             own, own_tokens = self._requests[key] - running.own_requests, self._tokens[key] - running.own_tokens
             self._check(waiting, own, 1, self.max_waiting, "requests", waiting, tokens)
             self._check(tokens, own_tokens, new, self.max_waiting_tokens, "prompt tokens", waiting, tokens)
+
+    def enter(self, key: ClientKey, request: GenerationRequest, running: Running) -> None:
+        """Count an open request of client `key`. Raises Overloaded as check() does."""
+        new = len(request.prompt_ids)
+        self.check(key, new, running)
         self.requests += 1
         self.tokens += new
         self._requests[key] += 1

@@ -11,9 +11,9 @@ import httpx
 import pytest
 
 from loraplex.adapters.info import AdapterInfo
+from loraplex.adapters.tiers.stats import AdapterPlace, PageOwners
+from loraplex.server.api.page.page_map import KV, OTHER
 from loraplex.server.api.page.ui import FOLDER, page_files
-from loraplex.server.engine.page_map import KV, OTHER, PageOwners
-from loraplex.server.engine.stats import AdapterPlace
 from loraplex.server.telemetry.recent import Recent
 from loraplex.server.tenancy.tenants import Key
 from tests.support.clock import Clock

@@ -5,25 +5,18 @@ In numpy, text included: of 40,000 pages in disorder it takes 1 to 2 ms of the e
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
 
+from loraplex.adapters.tiers.stats import PageOwners
+
 FREE, KV, PREFIX, OTHER = range(4)
 """Owners of pages as numbers; OTHER: some adapter. Those that are told apart have OTHER + 1 and up."""
 
 _NUMBERS = {None: FREE, "kv": KV, "prefix": PREFIX, "adapter": OTHER}
-
-
-@dataclass(frozen=True)
-class PageOwners:
-    """Whose the pages were when somebody looked; what changed hands between the two looks may be in one alone."""
-
-    owners: Sequence[str | None]  # by page, as the pool calls them; None: free
-    adapters: Mapping[str, Sequence[int]]  # digest -> pages, of those on the device
 
 
 def page_runs(found: PageOwners, told: Mapping[str, int]) -> NDArray[np.int64]:

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from loraplex.adapters.tiers.pages import PagePool
-from loraplex.server.engine.page_map import FREE, KV, OTHER, PREFIX, PageOwners, json_of, page_runs
+from loraplex.adapters.tiers.stats import PageOwners
+from loraplex.server.api.page.page_map import FREE, KV, OTHER, PREFIX, json_of, page_runs
 
 
 def decode(runs: NDArray[np.int64]) -> list[int]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from loraplex.adapters.registry import AdapterVersion
-from tests.engine.test_placement import Rig
+from tests.adapters.tiers.test_cache import Rig
 
 
 @pytest.fixture
@@ -20,41 +20,41 @@ def rig() -> Iterator[Rig]:
 
 def bring(rig: Rig, version: AdapterVersion) -> None:
     """As a request that wants it does, and then it ends."""
-    placement = rig.placement
-    placement.request(version)
-    while (pages := placement.missing_pages([version])) is None:
+    cache = rig.cache
+    cache.request(version)
+    while (pages := cache.missing_pages([version])) is None:
         rig.wait()
     assert rig.residency.make_room(pages[0])
-    while pages[0] and not placement.load(version):
-        assert placement.evict_for_slot()
-    placement.start_step(busy=False)
-    placement.cancel(version)
+    while pages[0] and not cache.load(version):
+        assert cache.evict_for_slot()
+    cache.start_step(busy=False)
+    cache.cancel(version)
 
 
 def pin(rig: Rig, source: str) -> AdapterVersion:
     version = rig.version(source)
-    rig.placement.pin_forever(version, True)
-    assert not rig.placement.start_step(busy=False)
-    if not rig.placement.is_ready(version):
+    rig.cache.pin_forever(version, True)
+    assert not rig.cache.start_step(busy=False)
+    if not rig.cache.is_ready(version):
         rig.wait()
-        rig.placement.start_step(busy=False)
+        rig.cache.start_step(busy=False)
     return version
 
 
 def test_it_comes_by_itself_and_stays(rig: Rig) -> None:
     pinned = pin(rig, "2-p")
-    assert rig.placement.is_ready(pinned)
+    assert rig.cache.is_ready(pinned)
     for i in range(12):
         bring(rig, rig.version(f"3-{i}"))
-        assert rig.placement.is_ready(pinned)
-    assert rig.placement.evictions >= 9
-    assert [place.pinned for place in rig.placement.places() if place.name == "2-p"] == [True]
-    rig.placement.check_integrity()
-    rig.placement.pin_forever(pinned, False)
+        assert rig.cache.is_ready(pinned)
+    assert rig.cache.evictions >= 9
+    assert [place.pinned for place in rig.cache.places() if place.name == "2-p"] == [True]
+    rig.cache.check_integrity()
+    rig.cache.pin_forever(pinned, False)
     for i in range(12, 24):
         bring(rig, rig.version(f"3-{i}"))
-    assert not rig.placement.is_ready(pinned)
-    rig.placement.check_integrity()
+    assert not rig.cache.is_ready(pinned)
+    rig.cache.check_integrity()
 
 
 def test_it_takes_the_room_of_what_is_idle(rig: Rig) -> None:
@@ -62,8 +62,8 @@ def test_it_takes_the_room_of_what_is_idle(rig: Rig) -> None:
         bring(rig, rig.version(f"2-{i}"))
     assert rig.pool.num_free == 0
     assert len(rig.residency.loaded()) == 4, "all slots"
-    assert rig.placement.is_ready(pin(rig, "3-p"))
-    rig.placement.check_integrity()
+    assert rig.cache.is_ready(pin(rig, "3-p"))
+    rig.cache.check_integrity()
 
 
 def test_it_waits_for_room_that_others_use(rig: Rig) -> None:
@@ -71,14 +71,14 @@ def test_it_waits_for_room_that_others_use(rig: Rig) -> None:
     for version in used:
         bring(rig, version)
         assert version.digest is not None
-        rig.placement.pin(version.digest)
+        rig.cache.pin(version.digest)
     pinned = pin(rig, "3-p")
-    assert not rig.placement.is_ready(pinned)
+    assert not rig.cache.is_ready(pinned)
     assert used[0].digest is not None
-    rig.placement.unpin(used[0].digest)
-    rig.placement.start_step(busy=True)
-    assert rig.placement.is_ready(pinned)
-    rig.placement.check_integrity()
+    rig.cache.unpin(used[0].digest)
+    rig.cache.start_step(busy=True)
+    assert rig.cache.is_ready(pinned)
+    rig.cache.check_integrity()
 
 
 def test_what_cannot_be_read_or_would_leave_too_little_is_left(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
@@ -86,35 +86,35 @@ def test_what_cannot_be_read_or_would_leave_too_little_is_left(rig: Rig, caplog:
     broken, huge = pin(rig, "1-broken"), pin(rig, "5-huge")
     several = [pin(rig, f"1-{i}") for i in range(4)]
     for _ in range(3):
-        rig.placement.start_step(busy=False)
-    assert not rig.placement.is_ready(broken)
-    assert not rig.placement.is_ready(huge)
-    assert [rig.placement.is_ready(version) for version in several] == [True, True, True, False], "one slot is left"
+        rig.cache.start_step(busy=False)
+    assert not rig.cache.is_ready(broken)
+    assert not rig.cache.is_ready(huge)
+    assert [rig.cache.is_ready(version) for version in several] == [True, True, True, False], "one slot is left"
     assert [record.args[0] for record in caplog.records] == ["1-broken", "5-huge", "1-3"]  # type: ignore[index]
-    rig.placement.check_integrity()
+    rig.cache.check_integrity()
 
 
 def test_a_name_that_is_taken_away_ends_it(rig: Rig) -> None:
-    rig.registry.on_drained = rig.placement.forget
+    rig.registry.on_drained = rig.cache.forget
     pinned = pin(rig, "2-p")
     rig.registry.unregister(pinned.name)
     assert rig.residency.loaded() == ()
     assert rig.pool.num_free == 8
     assert pinned.digest is not None
     assert not rig.residency.is_pinned_forever(pinned.digest)
-    rig.placement.check_integrity()
+    rig.cache.check_integrity()
 
 
 def test_two_names_of_one_content(rig: Rig) -> None:
     one = pin(rig, "2-p")
     other = rig.version("2-p", name="other")
-    rig.placement.pin_forever(other, True)
-    rig.placement.start_step(busy=False)
-    while rig.placement._pinned._missing:
+    rig.cache.pin_forever(other, True)
+    rig.cache.start_step(busy=False)
+    while rig.cache._pins._missing:
         rig.wait()
-        rig.placement.start_step(busy=False)
-    rig.placement.pin_forever(one, False)
+        rig.cache.start_step(busy=False)
+    rig.cache.pin_forever(one, False)
     for i in range(12):
         bring(rig, rig.version(f"3-{i}"))
-    assert rig.placement.is_ready(other)
-    rig.placement.check_integrity()
+    assert rig.cache.is_ready(other)
+    rig.cache.check_integrity()
