@@ -72,7 +72,7 @@ class Connections:
         self._refusals: deque[Callable[[], None]] = deque()
 
     def admit(self, connection: Connection) -> bool:
-        """Whether a new connection may stay. The longest idle one makes room for it. leave() follows in either case."""
+        """Return whether a new connection may stay; the longest idle one makes room. leave() follows either way."""
         self.gate.connections += 1
         if self.gate.connections > self.gate.max_connections:
             if not self._idle:
@@ -84,27 +84,27 @@ class Connections:
         return True
 
     def set_idle(self, connection: Connection) -> None:
-        """It waits for its next request, or for the first one."""
+        """Note that `connection` waits for its next request, or for the first one."""
         self._idle[connection] = None
         self._idle.move_to_end(connection)
 
     def leave(self, connection: Connection) -> None:
-        """It is gone."""
+        """Note that `connection` is gone."""
         self.gate.connections -= 1
         self.set_busy(connection)
 
     def set_busy(self, connection: Connection) -> None:
-        """It has a request that is being answered, or is gone."""
+        """Note that a request of `connection` is being answered."""
         self._idle.pop(connection, None)
 
     def claim_large(self) -> bool:
-        """Whether one more connection may send a large head."""
+        """Return whether one more connection may send a large head."""
         may = self._num_large < MAX_LARGE
         self._num_large += may
         return may
 
     def give_back_large(self) -> None:
-        """That one is gone."""
+        """Note that a connection that sent a large head is gone."""
         self._num_large -= 1
 
     def begin(self, request: Callable[[], None]) -> None:
@@ -135,7 +135,7 @@ class Connections:
             self.begin(self._waiting.popleft())
 
     def sweep(self, connections: Iterable[Connection]) -> None:
-        """Look at those whose moment has come."""
+        """Look at each of `connections` whose moment has come."""
         for connection in list(connections):
             if connection.due <= self.now:
                 connection.overdue(self.now)

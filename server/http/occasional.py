@@ -19,7 +19,7 @@ class Occasional:
         self._count, self._next = 0, 0.0
 
     def __call__(self) -> None:
-        """It has happened."""
+        """Log the line, or count it for the next one."""
         self._count += 1
         now = self._clock()
         if now >= self._next:

@@ -34,7 +34,7 @@ class Access:
         self._accounts: dict[bytes, Account] = {}  # by digest of the key
 
     async def find(self, secrets: Iterable[str]) -> Caller | None:
-        """Who holds the first of `secrets` that is a key; None when none is."""
+        """Return who holds the first of `secrets` that is a key; None when none is."""
         if self._file is not None and await self._file.refresh():
             self._replace(self._file.keyring)
         for secret in secrets:
@@ -58,12 +58,12 @@ class Access:
         return True
 
     def collector(self) -> Collector:
-        """For the server's metrics."""
+        """Return what tells the server's metrics of the keys."""
         return _AccessCollector(self)
 
     @property
     def num_keys(self) -> int:
-        """How many there are."""
+        """The number of keys."""
         return len(self._keyring)
 
     @property
