@@ -436,7 +436,7 @@ class TestTheDoor:
         streams += [rig.engine.submit(rig.requests.make(100, 5)), rig.engine.submit(rig.requests.make(90, 5))]
         with pytest.raises(Overloaded, match="190 prompt tokens are waiting already; the limit is 200"):
             rig.engine.submit(rig.requests.make(11, 5))
-        rig.engine.check_room("", ())  # a shorter one has room
+        rig.engine.check_room("another", ())  # for whom there is room
         assert rig.engine.stats().refused == 1
         rig.worker.gate.set()
         assert [len(events) for events in await asyncio.gather(*map(collect, streams))] == [5, 5, 5]
