@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from loraplex.kernels.records import AdapterSegments, AttentionMeta, AttentionParams, KVLayer, Site, TileTable
+from loraplex.kernels.records import AdapterStep, AttentionMeta, AttentionParams, KVLayer, QKNorm, Site
 
 
 class BackendUnavailable(RuntimeError):
@@ -56,9 +56,7 @@ class StepInputs:
     logit_rows: Tensor  # [L] int64
     rotations: Sequence[tuple[Tensor, Tensor]]  # (cos, sin) [T, rotary_dim] fp32 per rotary kind
     attention: AttentionMeta
-    arena: Tensor
-    tiles: TileTable
-    adapters: AdapterSegments | None
+    adapters: AdapterStep | None  # None: no row uses one
 
 
 class Program(Protocol):
@@ -151,10 +149,8 @@ class Backend(Protocol):
         """Semantics: y += bias, bias [out]."""
         ...
 
-    def adapter_add_(
-        self, y: Tensor, x: Tensor, arena: Tensor, table: TileTable, layer: int, site: Site, segments: AdapterSegments
-    ) -> Tensor:
-        """y [T, out_of_site], x [T, in] -> y. arena [num_pages, page_bytes] uint8.
+    def adapter_add_(self, y: Tensor, x: Tensor, layer: int, site: Site, adapters: AdapterStep) -> Tensor:
+        """y [T, out_of_site], x [T, in] -> y.
 
         Semantics: for each segment s and token t in it:
                      acc = 0 (fp32, [out])
@@ -177,16 +173,13 @@ class Backend(Protocol):
         layer: KVLayer,
         store_index: Tensor,
         params: AttentionParams,
-        q_norm: Tensor | None,
-        k_norm: Tensor | None,
-        norm_eps: float,
-        norm_offset: float,
+        norm: QKNorm | None,
     ) -> Tensor:
         """qkv [T, (num_heads + 2 * num_kv_heads) * head_dim] -> q [T, num_heads, head_dim]; K and V go to the cache.
 
         cos, sin [T, rotary_dim] in fp32, already gathered by position; rotary_dim <= head_dim (partial rotary: the
         first rotary_dim elements are rotated, the rest pass).
-        Semantics: q, k, v = split(qkv); q, k = rms_norm over head_dim with q_norm, k_norm where given;
+        Semantics: q, k, v = split(qkv); q, k = rms_norm over head_dim with norm.q, norm.k if given;
                    rotate_half(x) = [-x[d/2:], x[:d/2]]; q = q * cos + rotate_half(q) * sin, k alike;
                    layer.k[p, :, o] = k[t], layer.v[p, :, o] = v[t] with (p, o) = divmod(store_index[t], block_size).
         """

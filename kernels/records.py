@@ -26,17 +26,16 @@ BLOCK_SIZE = 16
 
 
 class Site(IntEnum):
-    """A place in the decoder where adapters act: the input and output of one fused base linear (or table)."""
+    """A place in the decoder where adapters act: the input and output of one fused base linear."""
 
     QKV = 0
     O = 1  # noqa: E741  the projection's name in every checkpoint
     GATE_UP = 2
     DOWN = 3
-    EMBED = 4  # one per model: stored under layer 0
-    HEAD = 5  # one per model: stored under layer 0
 
 
 NUM_SITES = len(Site)
+"""Of a tile table. Kernels take the count from the table, so that a further site is a member here and a Projection."""
 
 
 class TileKind(IntEnum):
@@ -100,6 +99,25 @@ class AdapterSegments:
     bounds: tuple[int, ...]  # indptr on the host
     mixes: tuple[tuple[tuple[int, float], ...], ...]  # per segment: ((slot, weight), ...) on the host
     num_decode_segments: int
+
+
+@dataclass(frozen=True)
+class AdapterStep:
+    """The adapters of one step: the memory their tiles lie in, where, and which tokens use which."""
+
+    arena: Tensor  # [num_pages, page_bytes] uint8
+    table: TileTable
+    segments: AdapterSegments
+
+
+@dataclass(frozen=True)
+class QKNorm:
+    """An RMS norm over each query head and each key head, before they are rotated."""
+
+    q: Tensor  # [head_dim]
+    k: Tensor  # [head_dim]
+    eps: float
+    offset: float  # as of Backend.rms_norm
 
 
 @dataclass(frozen=True)

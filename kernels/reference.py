@@ -4,15 +4,13 @@ Clear before fast. What speed there is comes from large library calls: one GEMM 
 pages, query heads grouped on their kv head so that decode attention is a matrix product. Sums that the Semantics want
 in fp32 are taken in fp32 and rounded once.
 
-Library GEMMs may sum in another order for another number of rows, so a row's last bits can depend on its neighbours;
-RowByRow computes every row by itself instead.
+Library GEMMs may sum in another order for another number of rows, so a row's last bits can depend on its neighbours.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,13 +19,13 @@ from torch.nn import functional as F  # noqa: N812  its usual name
 from loraplex.kernels.ops import Backend, PackedLinear
 from loraplex.kernels.records import (
     ALIGN,
-    AdapterSegments,
+    AdapterStep,
     AttentionMeta,
     AttentionParams,
     KVLayer,
+    QKNorm,
     Site,
     TileKind,
-    TileTable,
     element_bytes,
 )
 from loraplex.kernels.sampling import TorchSampling
@@ -52,7 +50,7 @@ class ReferenceLinear:
 
 
 class ReferenceBackend(TorchSampling, Backend):
-    """The ops of backend.py; the formulas are its `Semantics:` blocks."""
+    """The ops of ops.py; the formulas are its `Semantics:` blocks."""
 
     name = "reference"
 
@@ -93,10 +91,9 @@ class ReferenceBackend(TorchSampling, Backend):
     def add_bias_(self, y: Tensor, bias: Tensor) -> Tensor:
         return y.add_(bias)
 
-    def adapter_add_(
-        self, y: Tensor, x: Tensor, arena: Tensor, table: TileTable, layer: int, site: Site, segments: AdapterSegments
-    ) -> Tensor:
-        elements = arena.view(-1).view(y.dtype)
+    def adapter_add_(self, y: Tensor, x: Tensor, layer: int, site: Site, adapters: AdapterStep) -> Tensor:
+        table, segments = adapters.table, adapters.segments
+        elements = adapters.arena.view(-1).view(y.dtype)
         ranges = table.ranges_host[:, layer, site]  # [num_slots, 2]
         for s, mix in enumerate(segments.mixes):
             start, stop = segments.bounds[s], segments.bounds[s + 1]
@@ -116,17 +113,13 @@ class ReferenceBackend(TorchSampling, Backend):
         layer: KVLayer,
         store_index: Tensor,
         params: AttentionParams,
-        q_norm: Tensor | None,
-        k_norm: Tensor | None,
-        norm_eps: float,
-        norm_offset: float,
+        norm: QKNorm | None,
     ) -> Tensor:
         heads, kv_heads = params.num_heads, params.num_kv_heads
         q, k, v = qkv.view(qkv.shape[0], heads + 2 * kv_heads, params.head_dim).split([heads, kv_heads, kv_heads], 1)
-        if q_norm is not None:
-            q, _ = self.rms_norm(q, q_norm, norm_eps, None, norm_offset)
-        if k_norm is not None:
-            k, _ = self.rms_norm(k, k_norm, norm_eps, None, norm_offset)
+        if norm is not None:
+            q, _ = self.rms_norm(q, norm.q, norm.eps, None, norm.offset)
+            k, _ = self.rms_norm(k, norm.k, norm.eps, None, norm.offset)
         page = store_index // layer.k.shape[2]
         offset = store_index % layer.k.shape[2]
         layer.k[page, :, offset] = _rotate(k, cos, sin).to(layer.k.dtype)
@@ -154,56 +147,6 @@ class ReferenceBackend(TorchSampling, Backend):
         else:
             raise ValueError(f"unknown activation {activation!r}; there are: silu, gelu_tanh")
         return (y * up).to(gate_up.dtype)
-
-
-class RowByRow(ReferenceBackend):
-    """Batch-invariant: the library is never asked for more than one row, at a fresh address.
-
-    Matrix products choose their order of sums by the number of rows and by where in a cache line a row begins;
-    activations their code by how many elements are left at the end of a tensor (torch 2.13 gave a third of 40 rows of
-    silu other bits than each of them alone).
-    """
-
-    def rms_norm(
-        self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, offset: float
-    ) -> tuple[Tensor, Tensor]:
-        summed = x if residual is None else x + residual
-        return torch.cat(
-            [super(RowByRow, self).rms_norm(row, weight, eps, None, offset)[0] for row in _rows(summed)]
-        ), summed
-
-    def linear(self, x: Tensor, weight: PackedLinear) -> Tensor:
-        return torch.cat([super(RowByRow, self).linear(row, weight) for row in _rows(x)])
-
-    def logits(self, x: Tensor, weight: PackedLinear, room: Tensor | None = None) -> Tensor:
-        return torch.cat([super(RowByRow, self).logits(row, weight) for row in _rows(x)])
-
-    def adapter_add_(
-        self, y: Tensor, x: Tensor, arena: Tensor, table: TileTable, layer: int, site: Site, segments: AdapterSegments
-    ) -> Tensor:
-        for (start, stop), mix in zip(pairwise(segments.bounds), segments.mixes, strict=True):
-            one = replace(segments, bounds=(0, 1), mixes=(mix,))
-            for row, x_row in zip(y[start:stop], _rows(x[start:stop]), strict=True):
-                row.copy_(super().adapter_add_(row.unsqueeze(0).clone(), x_row, arena, table, layer, site, one)[0])
-        return y
-
-    def attention(self, q: Tensor, layer: KVLayer, meta: AttentionMeta, params: AttentionParams) -> Tensor:
-        out = []
-        rows = iter(_rows(q))
-        for i, (kv_len, (start, stop)) in enumerate(zip(meta.kv_lens_host, pairwise(meta.query_bounds), strict=True)):
-            groups = tuple(replace(group, block_table=group.block_table[i : i + 1]) for group in meta.groups)
-            for seen in range(kv_len - (stop - start) + 1, kv_len + 1):
-                one = replace(meta, query_bounds=(0, 1), kv_lens_host=(seen,), groups=groups)
-                out.append(super().attention(next(rows), layer, one, params))
-        return torch.cat(out)
-
-    def act_mul(self, gate_up: Tensor, activation: str) -> Tensor:
-        return torch.cat([super(RowByRow, self).act_mul(row, activation) for row in _rows(gate_up)])
-
-
-def _rows(x: Tensor) -> list[Tensor]:
-    """Each row as a tensor [1, ...] of its own memory; where there is none, `x`."""
-    return [row.clone() for row in x.split(1)]
 
 
 def _weight(packed: PackedLinear) -> Tensor:

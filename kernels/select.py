@@ -25,9 +25,11 @@ def load_backend(name: str, device: str = "auto", batch_invariant: bool = False)
     if name == "auto":
         name = "cpu" if device == "cpu" else "triton"
     if name == "reference":
-        from loraplex.kernels.reference import ReferenceBackend, RowByRow
+        from loraplex.kernels.reference import ReferenceBackend
 
-        return (RowByRow if batch_invariant else ReferenceBackend)(torch.device(device))
+        if batch_invariant:
+            raise BackendUnavailable("the backend 'reference' is not batch-invariant: its products are a library's")
+        return ReferenceBackend(torch.device(device))
     if name == "cpu":
         from loraplex.kernels.cpu.backend import CpuBackend
 

@@ -1,238 +1,291 @@
-"""What a server is told when it starts: frozen, composed, read once. Dataclasses refuse keys they do not know."""
+"""What a server is told when it starts: frozen, composed, read once. Every option is declared here, see options.py."""
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from ipaddress import ip_address
+from enum import StrEnum
 from pathlib import Path
+from typing import Annotated, ClassVar
 
-from loraplex.adapters.sources.downloads import DownloadConfig
+from typer import Argument, Option
+
+from loraplex.server.config_access import AuthConfig
+from loraplex.server.config_adapters import AdaptersConfig
+from loraplex.server.options import check_least, memory_size, size
 
 DEMO = "demo"
 """The base that comes with the project."""
 
-_SHARE = re.compile(r"(\d+(?:\.\d+)?)\s*%|(0?\.\d+|1\.0+)")
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
-_UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+
+class Device(StrEnum):
+    """Where to run."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
 
 
-class ConfigError(ValueError):
-    """A value that cannot be; the message is one line and names it."""
+class DType(StrEnum):
+    """What to compute in. auto: the checkpoint's, but bfloat16 for float16 on the CPU."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
 
 
-DTYPES = ("float32", "bfloat16", "float16")
-"""What the base may be computed in."""
+class LogFormat(StrEnum):
+    """How lines are written."""
+
+    text = "text"
+    json = "json"
+
+
+_MEMORY, _LOAD = "Memory", "Load"
 
 
 @dataclass(frozen=True)
 class EngineConfig:
     """Everything that is chosen about the engine; checked on construction (ValueError names the field)."""
 
-    device: str = "auto"  # "auto" | "cpu" | "cuda"
-    dtype: str = "auto"  # "auto": the checkpoint's, but bfloat16 for float16 on the CPU; or a key of DTYPES
+    PANEL: ClassVar = "Engine"
+
+    device: Annotated[Device, Option(metavar="auto|cpu|cuda", help="Where to run.")] = Device.auto
+    dtype: Annotated[DType, Option(metavar="D", help="auto (the checkpoint's), float32, bfloat16 or float16.")] = (
+        DType.auto
+    )
+    max_model_len: Annotated[  # None: less than the model's own where memory is short
+        int | None,
+        Option(metavar="N", min=2, show_default="the model's own", help="Context in tokens, prompt and answer."),
+    ] = None
+    batch_invariant: Annotated[
+        bool, Option("--batch-invariant", help="An answer's bits never depend on what else is served. Slower.")
+    ] = False
     backend: str = "auto"  # see load_backend
-    batch_invariant: bool = False  # see load_backend
-    max_model_len: int | None = None  # tokens of a sequence; None: the model's own limit, less where memory is short
-    memory_bytes: int | None = None  # in all (see MemoryPlan); None: what could be used, up to half of what is free
-    memory_fraction: float | None = None  # the same, as a share of what is free
-    count_process: bool = False  # the memory given is also for this process without the engine (CPU)
-    max_num_seqs: int = 32  # running at once
-    token_budget: int | None = None  # tokens of a step; None: as many as take 100 ms (budget.py)
-    decode_steps: int = 4  # that may follow one another before the scheduler is asked again (CPU)
-    num_slots: int = 256  # adapters on the device at once
-    host_store_bytes: int | None = None  # None: a little on the CPU, which has one memory; 2 GiB beside a GPU
-    max_waiting: int = 1024  # requests queued beyond those running
-    max_waiting_tokens: int = 1 << 19  # of their prompts together
-    loader_threads: int = 2
-    downloads: DownloadConfig = field(default_factory=DownloadConfig)
+    memory: Annotated[  # an int: bytes; a float: a share
+        float | None,
+        Option(
+            parser=memory_size,
+            metavar="SIZE",
+            rich_help_panel=_MEMORY,
+            show_default="what can be used, up to half of what is free",
+            help="All that is taken, of the GPU where there is one: bytes (512M, 4G) or a share of what is free (50%).",
+        ),
+    ] = None
+    host_store_bytes: Annotated[
+        int | None,
+        Option(
+            "--host-memory",
+            parser=size,
+            metavar="SIZE",
+            rich_help_panel=_MEMORY,
+            show_default="2G beside a GPU; up to 256M of --memory on the CPU",
+            help="For adapters that are read but not on the device.",
+        ),
+    ] = None
+    num_slots: Annotated[
+        int,
+        Option("--max-loras", metavar="N", min=1, rich_help_panel=_MEMORY, help="Adapters on the device at once."),
+    ] = 256
+    max_num_seqs: Annotated[
+        int, Option(metavar="N", min=1, rich_help_panel=_LOAD, help="Sequences running at once.")
+    ] = 32
+    token_budget: Annotated[  # see policy/budget.py
+        int | None,
+        Option(
+            metavar="N",
+            min=1,
+            rich_help_panel=_LOAD,
+            show_default="as many as take 100 ms",
+            help="Tokens computed in one step.",
+        ),
+    ] = None
+    decode_steps: Annotated[
+        int,
+        Option(
+            metavar="N",
+            min=1,
+            rich_help_panel=_LOAD,
+            help="Tokens of each stream that may be delivered together, on the CPU (up to 80 ms).",
+        ),
+    ] = 4
+    max_waiting: Annotated[
+        int,
+        Option(
+            metavar="N",
+            min=1,
+            rich_help_panel=_LOAD,
+            help="Requests in the queue; further ones are answered with 429.",
+        ),
+    ] = 1024
+    max_waiting_tokens: Annotated[
+        int, Option(metavar="N", min=1, rich_help_panel=_LOAD, help="Tokens of their prompts together.")
+    ] = 1 << 19
+    loader_threads: Annotated[
+        int, Option(metavar="N", min=1, rich_help_panel=_LOAD, help="Threads that read adapters.")
+    ] = 2
 
     def __post_init__(self) -> None:
-        if self.device not in ("auto", "cpu", "cuda"):
-            raise ValueError(f"device is {self.device!r}; expected auto, cpu or cuda")
-        if self.dtype != "auto" and self.dtype not in DTYPES:
-            raise ValueError(f"dtype is {self.dtype!r}; expected auto, {', '.join(DTYPES)}")
-        for name in (
-            *("max_model_len", "memory_bytes", "max_num_seqs", "token_budget", "num_slots", "host_store_bytes"),
-            *("max_waiting", "max_waiting_tokens", "loader_threads", "decode_steps"),
-        ):
+        for name, known in (("device", Device), ("dtype", DType)):
+            if getattr(self, name) not in [*known]:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(known)}")
+        check_least(self)
+        for name in ("memory", "host_store_bytes"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; expected at least 1")
-        if self.memory_fraction is not None and not 0.0 < self.memory_fraction <= 1.0:
-            raise ValueError(f"memory_fraction is {self.memory_fraction}; expected more than 0 and at most 1")
-        if self.memory_fraction is not None and self.memory_bytes is not None:
-            raise ValueError("memory_bytes and memory_fraction are both given; expected one of them")
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} is {value}; expected more than 0")
+        if isinstance(self.memory, float) and self.memory > 1.0:
+            raise ValueError(f"memory is {self.memory}; expected a share of at most 1.0, or whole bytes")
 
 
 @dataclass(frozen=True)
 class HttpConfig:
-    """Where to listen and how long to go on."""
+    """Where to listen, and what connections may take."""
 
-    host: str = "127.0.0.1"
-    port: int = 8000  # 0: any free one
-    grace_seconds: float = 30.0  # that answers in flight get to end once the server is told to stop
-    state_dir: Path | None = None  # where it is kept what was loaded over the API; None: nowhere
-    keep_alive: float = 620.0  # seconds that an idle connection stays open
-    sse_keep_alive: float = 15.0  # seconds of silence in a stream after which it says that it is alive; 0: never
-    head_bytes: int = 64 << 10  # of a request's head
-    header_count: int = 256  # fields of it
-    max_connections: int | None = None  # at once; None: see door.max_connections
+    PANEL: ClassVar = "Where to listen"
+
+    host: Annotated[str, Option(metavar="H", help="Address.")] = "127.0.0.1"
+    port: Annotated[int, Option(metavar="P", min=0, max=65535, help="Port; 0 takes any free one.")] = 8000
+    keep_alive: Annotated[
+        float,
+        Option(
+            metavar="S",
+            min=1,
+            help="Seconds that an idle connection stays open: longer than whoever stands before it keeps its own.",
+        ),
+    ] = 620.0
+    sse_keep_alive: Annotated[
+        float, Option(metavar="S", min=0, help="Seconds of silence in a stream before a comment is sent; 0: none is.")
+    ] = 15.0
+    max_connections: Annotated[
+        int | None,
+        Option(
+            "--limit-concurrency",
+            metavar="N",
+            min=1,
+            show_default="4096, or what open files allow",
+            help="Connections at once; beyond it idle ones are closed, and where all are at work the next gets 503.",
+        ),
+    ] = None
+    head_bytes: Annotated[
+        int,
+        Option(
+            "--h11-max-incomplete-event-size",
+            parser=size,
+            metavar="SIZE",
+            show_default="64K",
+            help="Of a request's head; more is answered with 431.",
+        ),
+    ] = 64 << 10
+    header_count: Annotated[
+        int, Option("--h11-max-header-count", metavar="N", min=1, help="Header fields of a request.")
+    ] = 256
 
 
 @dataclass(frozen=True)
 class RequestLimits:
     """What one request may ask for; more is refused with a 4xx that names the field."""
 
-    max_body_bytes: int = 4 << 20  # a prompt of 131,072 tokens is 0.5 MB of English; escaped, six times that at most
-    max_values: int = 262_144  # numbers, strings and so on; of keys, objects and lists a 16th
-    max_prompts: int = 1024  # times the answers to each: sequences
-    max_n: int = 128  # n, and best_of
-    max_stops: int = 16  # strings
-    max_logit_bias: int = 1024  # tokens
-    max_tools: int = 128
-    max_schema_bytes: int = 65_536  # of a schema, grammar or expression; a dense one takes ms per 1,000 to compile
-    max_schema_depth: int = 64  # objects and lists in each other; two make a level of what the schema describes
-    max_scores: int = 1 << 20  # log-probabilities of prompts' tokens, those of the likeliest ones included
+    PANEL: ClassVar = "Limits of one request"
+
+    # A prompt of 131,072 tokens is 0.5 MB of English; escaped, six times that at most
+    max_body_bytes: Annotated[
+        int,
+        Option(
+            "--max-body",
+            parser=size,
+            metavar="SIZE",
+            show_default="4M",
+            help="Of what is sent; more is answered with 413.",
+        ),
+    ] = 4 << 20
+    max_values: Annotated[
+        int,
+        Option(
+            metavar="N", min=1024, help="JSON values in what is sent, token ids too; of keys, objects, lists: 1/16."
+        ),
+    ] = 262_144
+    max_prompts: Annotated[
+        int, Option(metavar="N", min=1, help="Prompts, each counted once for every answer to it.")
+    ] = 1024
+    max_n: Annotated[int, Option(metavar="N", min=1, help="Answers to a prompt: n and best_of.")] = 128
+    max_stops: Annotated[int, Option(metavar="N", min=0, help="Stop strings.")] = 16
+    max_logit_bias: Annotated[int, Option(metavar="N", min=0, help="Tokens in logit_bias.")] = 1024
+    max_tools: Annotated[int, Option(metavar="N", min=0, help="Functions in tools.")] = 128
+    max_schema_bytes: Annotated[  # a dense one takes milliseconds per 1,000 bytes to compile
+        int,
+        Option(
+            "--max-schema",
+            parser=size,
+            metavar="SIZE",
+            show_default="64K",
+            help="Of a JSON schema, regular expression or grammar, and of all tools together.",
+        ),
+    ] = 65_536
+    max_schema_depth: Annotated[  # two make a level of what the schema describes
+        int, Option(metavar="N", min=1, help="Objects and lists in each other in a JSON schema.")
+    ] = 64
+    max_scores: Annotated[
+        int,
+        Option(metavar="N", min=1, help="Log-probabilities of prompts: tokens times answers times 1 + the likeliest."),
+    ] = 1 << 20
 
 
 @dataclass(frozen=True)
-class TelemetryConfig:
-    """What is told of requests, beside the log's lines."""
+class RunConfig:
+    """How the server is run, and what is seen of it."""
 
-    max_series: int = 100  # adapters, and tenants, with metrics of their own
-    otlp_endpoint: str | None = None  # a collector for traces; None: there are none
+    PANEL: ClassVar = "Running it"
 
-
-@dataclass(frozen=True)
-class AuthConfig:
-    """Who may ask."""
-
-    keys_file: Path | None = None
-    api_keys: tuple[str, ...] = field(default=(), repr=False)  # each may do everything
-    no_auth: bool = False  # whoever reaches the address may do everything
-    open_metrics: bool = False  # /metrics needs no key
-    cors_origins: tuple[str, ...] = ()  # of web pages that may ask; "*": all
-    allowed_paths: tuple[Path, ...] = ()  # with a keys file: where requests may load adapters from
-
-    @property
-    def asks_for_keys(self) -> bool:
-        return self.keys_file is not None or bool(self.api_keys)
-
-    def check(self, address: str) -> None:
-        """`address` is the one bound. Raises ConfigError for settings that contradict, and for a server open to all."""
-        if self.keys_file is not None and self.api_keys:
-            raise ConfigError(
-                "--api-key (or its file, LORAPLEX_API_KEY, VLLM_API_KEY) and --api-keys: give one of them; a key that "
-                "may do everything is an admin's"
-            )
-        if self.no_auth and self.asks_for_keys:
-            raise ConfigError("--no-auth: there are keys; leave it or them out")
-        if any(not key.strip() for key in self.api_keys):
-            raise ConfigError("--api-key: it is empty")
-        if self.asks_for_keys or self.no_auth or ip_address(address).is_loopback:
-            return
-        raise ConfigError(
-            f"--host {address}: other machines could use this server without a key; give --api-keys FILE or "
-            "--api-key-file FILE, or --no-auth where everybody may do everything"
-        )
-
-
-@dataclass(frozen=True)
-class NamedAdapter:
-    """An adapter to load at the start; if it is a folder and cannot be loaded, the server does not start."""
-
-    name: str
-    source: str  # see adapters/sources/sources.py
-
-    @classmethod
-    def parse(cls, text: str) -> NamedAdapter:
-        """Of "NAME=PATH". Raises ConfigError."""
-        name, equals, source = text.partition("=")
-        if not (name and equals and source):
-            raise ConfigError(f"--adapter {text!r}: expected NAME=PATH, as in pirate=adapters/pirate")
-        return cls(name, source)
-
-    @classmethod
-    def parse_module(cls, text: str) -> NamedAdapter:
-        """Of vLLM's --lora-modules: "NAME=PATH", or JSON with name and path. Raises ConfigError."""
-        found: dict[str, object] = {}
-        if text.lstrip().startswith("{"):
-            try:
-                found = json.loads(text)
-            except ValueError as error:
-                raise ConfigError(f"--lora-modules {text!r}: not valid JSON: {error}") from None
-        else:
-            found["name"], _, found["path"] = text.partition("=")
-        name, path = found.get("name"), found.get("path")
-        if not (isinstance(name, str) and name and isinstance(path, str) and path):
-            raise ConfigError(
-                f'--lora-modules {text!r}: expected NAME=PATH or {{"name": NAME, "path": PATH}}, as in '
-                "pirate=adapters/pirate"
-            )
-        return cls(name, path)
-
-
-@dataclass(frozen=True)
-class AdaptersConfig:
-    """Which adapters there shall be."""
-
-    named: tuple[NamedAdapter, ...] = ()
-    directory: Path | None = None  # each folder in it that is an adapter; those that cannot be served are left out
-    list_file: Path | None = None  # see adapter_list.py
-
-    def check(self, taken: tuple[str, ...]) -> None:
-        """Raises ConfigError where names collide, with each other or the base's, or the directory is none."""
-        seen = set(taken)
-        for adapter in self.named:
-            if adapter.name in seen:
-                owner = "the base's" if adapter.name in taken else "given twice"
-                raise ConfigError(f"--adapter {adapter.name}={adapter.source}: the name is {owner}; choose another")
-            seen.add(adapter.name)
-        if self.directory is not None and not self.directory.is_dir():
-            raise ConfigError(f"--adapter-dir {self.directory}: there is no such folder")
-        if self.list_file is not None and not self.list_file.is_file():
-            raise ConfigError(f"--adapters-file {self.list_file}: there is no such file")
+    grace_seconds: Annotated[
+        float,
+        Option(
+            metavar="S",
+            min=0,
+            help="Time for running answers to end once told to stop; a second signal ends it at once.",
+        ),
+    ] = 30.0
+    state_dir: Annotated[
+        Path | None,
+        Option(metavar="DIR", help="Keep what is loaded over the API in DIR: a restarted server has it again."),
+    ] = None
+    log_format: Annotated[LogFormat, Option(metavar="text|json", help="How log lines are written.")] = LogFormat.text
+    otlp_endpoint: Annotated[
+        str | None, Option(metavar="URL", help=r"Send traces there, by OTLP over HTTP; needs loraplex\[otel].")
+    ] = None
+    max_series: Annotated[
+        int,
+        Option("--metrics-names", metavar="N", min=0, help="Adapters, and tenants, with metrics of their own."),
+    ] = 100
 
 
 @dataclass(frozen=True)
 class ServeConfig:
     """Everything about one server."""
 
-    base: str  # "demo", a folder, or a Hub id
-    base_names: tuple[str, ...]  # what the field `model` calls it, at least one
-    engine: EngineConfig
+    base: Annotated[str, Argument(metavar="BASE", help="[b]demo[/b], the folder of a model, or its Hub id (org/name).")]
+    base_names: Annotated[  # at least one, once constructed: a folder is called by its last part, a Hub id by itself
+        tuple[str, ...],
+        Option(
+            "--served-model-name",
+            metavar="NAME",
+            show_default="after BASE",
+            help="What requests call the base; may be given again.",
+        ),
+    ] = ()
+    chat_template: Annotated[
+        Path | None,
+        Option(metavar="FILE", show_default="the base's", help="A chat template; an adapter's own goes before it."),
+    ] = None
     adapters: AdaptersConfig = field(default_factory=AdaptersConfig)
     http: HttpConfig = field(default_factory=HttpConfig)
-    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     auth: AuthConfig = field(default_factory=AuthConfig)
     limits: RequestLimits = field(default_factory=RequestLimits)
-    chat_template: Path | None = None  # a file instead of the base's own
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    run: RunConfig = field(default_factory=RunConfig)
 
-
-def base_names(base: str, served: Iterable[str]) -> tuple[str, ...]:
-    """What requests call the base: `served`, or else a folder by its last part and a Hub id by itself."""
-    path = Path(base).expanduser()
-    return tuple(served) or (path.resolve().name if path.is_dir() and base != DEMO else base,)
-
-
-def parse_size(text: str) -> int:
-    """Bytes of "512M", "4G", "1.5GiB", "1000000". Raises ConfigError."""
-    found = _SIZE.fullmatch(text.strip())
-    size = int(float(found[1]) * 1024 ** _UNITS[found[2].upper()]) if found else 0
-    if size <= 0:
-        raise ConfigError(f"{text!r} is no size: expected bytes, or a number with K, M, G or T, as in 4G")
-    return size
-
-
-def parse_memory(text: str) -> int | float:
-    """Bytes (int) as parse_size, or the share (float, at most 1.0) of "0.5" or "50%". Raises ConfigError."""
-    found = _SHARE.fullmatch(text.strip())
-    if found is None:
-        return parse_size(text)
-    share = float(found[1]) / 100 if found[1] else float(found[2])
-    if not 0.0 < share <= 1.0:
-        raise ConfigError(f"{text!r} is no share of the memory: expected more than 0% and at most 100%")
-    return share
+    def __post_init__(self) -> None:
+        if not self.base_names:
+            path = Path(self.base).expanduser()
+            name = path.resolve().name if path.is_dir() and self.base != DEMO else self.base
+            object.__setattr__(self, "base_names", (name,))

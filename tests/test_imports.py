@@ -20,7 +20,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PARTS = ("server", "kernels", "adapters", "benchmarks")
 
-LEAVES = ("server.config", "server.version", "server.whole_file", "server.drain", "server.address_space")
+LEAVES = (
+    *("server.options", "server.config", "server.config_access", "server.config_adapters", "server.facts"),
+    *("server.version", "server.whole_file", "server.drain", "server.address_space"),
+)
 """Files of server/ itself that folders below it use."""
 
 LOW = ("adapters.errors", "adapters.throttle", "adapters.shared_work")

@@ -43,23 +43,9 @@ class DownloadLimits:
     """What a download may take."""
 
     max_bytes: int = 4 << 30  # of one adapter, unpacked: rank 64 on all linears of a 70B base is 3.2 GiB in bfloat16
-    max_seconds: float = 1800.0  # of one adapter; 4 GiB at 2.4 MB/s
+    max_seconds: float = 1800  # of one adapter; 4 GiB at 2.4 MB/s
     cache_bytes: int = 64 << 30  # of all that is kept
     stall_seconds: float = STALL_SECONDS  # without a byte
-
-
-@dataclass(frozen=True)
-class DownloadConfig:
-    """What an operator chooses about downloads."""
-
-    folder: Path | None = None  # None: below the user's cache
-    limits: DownloadLimits = field(default_factory=DownloadLimits)
-    allowed_hosts: tuple[str, ...] = ()  # see Reach
-
-    def __post_init__(self) -> None:
-        Reach(self.allowed_hosts)  # raises ValueError for what is no host
-        if min(self.limits.max_bytes, self.limits.cache_bytes) < 1 or self.limits.max_seconds <= 0:
-            raise ValueError("the limits of downloads are sizes and times; expected more than 0")
 
 
 @dataclass(frozen=True)

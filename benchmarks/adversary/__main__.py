@@ -30,7 +30,7 @@ from loraplex.benchmarks.adversary.target import Target
 from loraplex.benchmarks.adversary.watch import Seen, watch
 from loraplex.benchmarks.adversary.world import Victim, World
 from loraplex.benchmarks.load import Address
-from loraplex.server.config import parse_size
+from loraplex.server.options import parse_size
 
 MOST_MEMORY = 2.0
 """Times the plan: beyond it the server is ended, for the sake of the machine."""

@@ -81,9 +81,9 @@ def _say(answer: dict[str, Any]) -> None:
 def main() -> None:
     from loraplex.server import startup
     from loraplex.server.command import launch
-    from loraplex.server.config import HttpConfig, ServeConfig, base_names
+    from loraplex.server.config import LogFormat, RunConfig, ServeConfig
     from loraplex.server.http import listening
-    from loraplex.server.telemetry.logs import LogFormat, set_up
+    from loraplex.server.telemetry.logs import set_up
 
     base, rows = sys.argv[1], int(sys.argv[2])
     held = listening.bind("127.0.0.1", 0)
@@ -99,7 +99,7 @@ def main() -> None:
         _say({"port": port, "model": config.base_names[0]})
 
     engine = EngineConfig(max_num_seqs=rows, max_model_len=MAX_MODEL_LEN, token_budget=STEP_TOKENS)
-    config = ServeConfig(base, base_names(base, ()), engine, http=HttpConfig(grace_seconds=1))
+    config = ServeConfig(base, engine=engine, run=RunConfig(grace_seconds=1))
     sys.exit(launch.run(config, held, folder, ready))
 
 

@@ -16,10 +16,12 @@ from loraplex.kernels.records import (
     NUM_SITES,
     TILE_RANKS,
     AdapterSegments,
+    AdapterStep,
     AttentionMeta,
     AttentionParams,
     KVGroup,
     KVLayer,
+    QKNorm,
     Site,
     TileKind,
     TileTable,
@@ -181,7 +183,7 @@ def fill_cache(ops: Backend, work: Work) -> None:
     cos = torch.ones(len(places), shape.head_dim, device=ops.device)
     params = AttentionParams(shape.heads, shape.kv_heads, shape.head_dim, shape.head_dim**-0.5, None, None)
     index = torch.tensor(places, device=ops.device)
-    ops.rope_store_kv(qkv, cos, torch.zeros_like(cos), work.kv, index, params, None, None, 1e-6, shape.offset)
+    ops.rope_store_kv(qkv, cos, torch.zeros_like(cos), work.kv, index, params, None)
 
 
 def run_adapters(ops: Backend, work: Work) -> list[Tensor]:
@@ -189,7 +191,7 @@ def run_adapters(ops: Backend, work: Work) -> list[Tensor]:
     outputs = []
     for site, (n_in, outs) in work.shape.sites().items():
         x, y = _randn(ops, work, work.tokens, n_in), _randn(ops, work, work.tokens, sum(outs), seed=10 + site)
-        outputs.append(ops.adapter_add_(y, x, work.arena, work.table, 0, site, work.segments))
+        outputs.append(ops.adapter_add_(y, x, 0, site, AdapterStep(work.arena, work.table, work.segments)))
     return outputs
 
 
@@ -198,14 +200,15 @@ def run_attention(ops: Backend, work: Work) -> list[Tensor]:
     shape, tokens = work.shape, work.tokens
     qkv = _randn(ops, work, tokens, shape.qkv)
     angles = _randn(ops, work, tokens, shape.head_dim, seed=2).float()
-    norm = _randn(ops, work, shape.head_dim) if shape.qk_norm else None
+    weight = _randn(ops, work, shape.head_dim)
+    norm = QKNorm(weight, weight, 1e-6, shape.offset) if shape.qk_norm else None
     store = work.meta.groups[0].store_index
     outputs = []
     for window in dict.fromkeys((None, shape.window)):
         params = AttentionParams(
             shape.heads, shape.kv_heads, shape.head_dim, shape.head_dim**-0.5, window, shape.softcap
         )
-        q = ops.rope_store_kv(qkv, angles.cos(), angles.sin(), work.kv, store, params, norm, norm, 1e-6, shape.offset)
+        q = ops.rope_store_kv(qkv, angles.cos(), angles.sin(), work.kv, store, params, norm)
         outputs += [q, ops.attention(q, work.kv, work.meta, params)]
     return outputs
 

@@ -16,7 +16,7 @@ from loraplex.kernels.cpu.abi import AdapterArgs, Op, OpCode, Step
 from loraplex.kernels.cpu.backend import CpuBackend
 from loraplex.kernels.cpu.op_records import fill_adapters
 from loraplex.kernels.hugepages import huge_zeros
-from loraplex.kernels.records import NUM_SITES, TILE_RANKS, AdapterSegments, Site, TileKind, TileTable
+from loraplex.kernels.records import NUM_SITES, TILE_RANKS, AdapterSegments, AdapterStep, Site, TileKind, TileTable
 
 DTYPE = torch.bfloat16
 
@@ -129,7 +129,7 @@ def adapter_program(world: World, x: Tensor, y: Tensor, counts: Sequence[int], d
         num_decode_segments=len(counts) if decode else 0,
     )
     step = Step()
-    fill_adapters(step, world.arena, world.table, segments)
+    fill_adapters(step, AdapterStep(world.arena, world.table, segments))
     program = (Op * world.sets)(
         *(
             Op(

@@ -29,7 +29,7 @@ from loraplex.kernels.cpu.program import CpuRecorder, Notes
 from loraplex.kernels.cpu.team import Team
 from loraplex.kernels.hugepages import HUGE_PAGE, huge_zeros
 from loraplex.kernels.ops import Backend, PackedLinear, Recorder
-from loraplex.kernels.records import ALIGN, AdapterSegments, AttentionMeta, AttentionParams, KVLayer, Site, TileTable
+from loraplex.kernels.records import ALIGN, AdapterStep, AttentionMeta, AttentionParams, KVLayer, QKNorm, Site
 
 REGION = 64 << 20
 """Bytes of huge pages taken at a time for weights; resident only as far as they are written."""
@@ -157,9 +157,7 @@ class CpuBackend(Backend):
         self._sink.emit(op, x.dtype, Step(rows=rows.data_ptr()))
         return y
 
-    def adapter_add_(
-        self, y: Tensor, x: Tensor, arena: Tensor, table: TileTable, layer: int, site: Site, segments: AdapterSegments
-    ) -> Tensor:
+    def adapter_add_(self, y: Tensor, x: Tensor, layer: int, site: Site, adapters: AdapterStep) -> Tensor:
         op = Op(
             code=OpCode.ADAPTER,
             rows=x.shape[0],
@@ -170,7 +168,7 @@ class CpuBackend(Backend):
             adapter=AdapterArgs(layer, site),
         )
         step = Step()
-        fill_adapters(step, arena, table, segments, self.batch_invariant)
+        fill_adapters(step, adapters, self.batch_invariant)
         self._sink.emit(op, x.dtype, step)
         return y
 
@@ -182,10 +180,7 @@ class CpuBackend(Backend):
         layer: KVLayer,
         store_index: Tensor,
         params: AttentionParams,
-        q_norm: Tensor | None,
-        k_norm: Tensor | None,
-        norm_eps: float,
-        norm_offset: float,
+        norm: QKNorm | None,
     ) -> Tensor:
         if cos.shape[-1] > params.head_dim:
             raise ValueError(f"{cos.shape[-1]} elements of a head are to be rotated, but it has {params.head_dim}")
@@ -197,10 +192,10 @@ class CpuBackend(Backend):
             y=q.data_ptr(),
             rope=RopeArgs(
                 cache=_cached(layer),
-                q_norm=_pointer(q_norm),
-                k_norm=_pointer(k_norm),
-                eps=norm_eps,
-                offset=norm_offset,
+                q_norm=None if norm is None else norm.q.data_ptr(),
+                k_norm=None if norm is None else norm.k.data_ptr(),
+                eps=0.0 if norm is None else norm.eps,
+                offset=0.0 if norm is None else norm.offset,
                 heads=params.num_heads,
                 kv_heads=params.num_kv_heads,
                 dim=params.head_dim,

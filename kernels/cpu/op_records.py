@@ -9,7 +9,7 @@ from torch import Tensor
 
 from loraplex.kernels.cpu.abi import LinearArgs, Op, OpCode, Step
 from loraplex.kernels.ops import PackedLinear
-from loraplex.kernels.records import AdapterSegments, AttentionMeta, TileTable
+from loraplex.kernels.records import AdapterStep, AttentionMeta
 
 
 @dataclass(frozen=True)
@@ -51,13 +51,12 @@ def fill_attention(step: Step, meta: AttentionMeta) -> None:
         step.store_index[index] = group.store_index.data_ptr()
 
 
-def fill_adapters(
-    step: Step, arena: Tensor, table: TileTable, segments: AdapterSegments, batch_invariant: bool = False
-) -> None:
+def fill_adapters(step: Step, adapters: AdapterStep, batch_invariant: bool = False) -> None:
     """Write the adapters into `step`; batch-invariant, all segments take the kernel of prefill."""
+    table, segments = adapters.table, adapters.segments
     step.segments = len(segments.mixes)
     step.decode_segments = 0 if batch_invariant else segments.num_decode_segments
     _, step.num_layers, step.num_sites, _ = table.ranges.shape
     step.indptr, step.mix_ptr = segments.indptr.data_ptr(), segments.mix_ptr.data_ptr()
     step.mix_slot, step.mix_weight = segments.mix_slot.data_ptr(), segments.mix_weight.data_ptr()
-    step.ranges, step.tiles, step.arena = table.ranges.data_ptr(), table.tiles.data_ptr(), arena.data_ptr()
+    step.ranges, step.tiles, step.arena = table.ranges.data_ptr(), table.tiles.data_ptr(), adapters.arena.data_ptr()

@@ -122,5 +122,5 @@ class CpuProgram:
         for index, (cos, sin) in enumerate(inputs.rotations):
             step.cos[index], step.sin[index] = cos.data_ptr(), sin.data_ptr()
         if inputs.adapters is not None:
-            fill_adapters(step, inputs.arena, inputs.tiles, inputs.adapters, self._batch_invariant)
+            fill_adapters(step, inputs.adapters, self._batch_invariant)
         return step

@@ -18,7 +18,16 @@ from torch.nn import functional as F  # noqa: N812  its usual name
 
 from loraplex.kernels.gpu import attention, bgmv, linear, rowwise, sgmv
 from loraplex.kernels.ops import Backend, PackedLinear
-from loraplex.kernels.records import AdapterSegments, AttentionMeta, AttentionParams, KVLayer, Site, TileTable
+from loraplex.kernels.records import (
+    AdapterSegments,
+    AdapterStep,
+    AttentionMeta,
+    AttentionParams,
+    KVLayer,
+    QKNorm,
+    Site,
+    TileTable,
+)
 from loraplex.kernels.sampling import TorchSampling
 
 
@@ -96,13 +105,12 @@ class TritonBackend(TorchSampling, Backend):
         rowwise.add_bias_(y, bias)
         return y
 
-    def adapter_add_(
-        self, y: Tensor, x: Tensor, arena: Tensor, table: TileTable, layer: int, site: Site, segments: AdapterSegments
-    ) -> Tensor:
+    def adapter_add_(self, y: Tensor, x: Tensor, layer: int, site: Site, adapters: AdapterStep) -> Tensor:
+        table, segments = adapters.table, adapters.segments
         most = self._most_tiles(table, segments)
         decode, prefill = most.decode[layer][site], most.prefill[layer][site]
         first = self._first_prefill(segments)
-        elements = arena.view(-1).view(y.dtype)
+        elements = adapters.arena.view(-1).view(y.dtype)
         if decode and segments.bounds[first]:
             bgmv.add_(y, x, elements, table, layer, site, segments, decode)
         if prefill and segments.bounds[-1] > segments.bounds[first]:
@@ -121,12 +129,9 @@ class TritonBackend(TorchSampling, Backend):
         layer: KVLayer,
         store_index: Tensor,
         params: AttentionParams,
-        q_norm: Tensor | None,
-        k_norm: Tensor | None,
-        norm_eps: float,
-        norm_offset: float,
+        norm: QKNorm | None,
     ) -> Tensor:
-        return rowwise.rope_store_kv(qkv, cos, sin, layer, store_index, params, q_norm, k_norm, norm_eps, norm_offset)
+        return rowwise.rope_store_kv(qkv, cos, sin, layer, store_index, params, norm)
 
     def attention(self, q: Tensor, layer: KVLayer, meta: AttentionMeta, params: AttentionParams) -> Tensor:
         is_decode = (False,) * len(meta.is_decode) if self.batch_invariant else meta.is_decode

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from loraplex.kernels.gpu import tuning
-from loraplex.kernels.records import BLOCK_SIZE, AttentionParams, KVLayer
+from loraplex.kernels.records import BLOCK_SIZE, AttentionParams, KVLayer, QKNorm
 
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 
@@ -78,10 +78,7 @@ def rope_store_kv(
     layer: KVLayer,
     store_index: Tensor,
     params: AttentionParams,
-    q_norm: Tensor | None,
-    k_norm: Tensor | None,
-    norm_eps: float,
-    norm_offset: float,
+    norm: QKNorm | None,
 ) -> Tensor:
     """As Backend.rope_store_kv. A token whose store_index is negative is not stored (rows that fill up a graph)."""
     heads, kv_heads, dim = params.num_heads, params.num_kv_heads, params.head_dim
@@ -95,14 +92,13 @@ def rope_store_kv(
             layer.k,
             layer.v,
             store_index,
-            qkv if q_norm is None else q_norm,
-            qkv if k_norm is None else k_norm,
+            qkv if norm is None else norm.q,
+            qkv if norm is None else norm.k,
             layer.k.stride(0),
-            norm_eps,
-            norm_offset,
-            q_normed=q_norm is not None,
-            k_normed=k_norm is not None,
-            round_first=norm_offset == 0.0,
+            0.0 if norm is None else norm.eps,
+            0.0 if norm is None else norm.offset,
+            normed=norm is not None,
+            round_first=norm is None or norm.offset == 0.0,
             num_heads=heads,
             kv_heads=kv_heads,
             head_dim=dim,
@@ -211,8 +207,7 @@ def _rope_store_kv(
     page_stride,
     eps,
     offset,
-    q_normed: tl.constexpr,
-    k_normed: tl.constexpr,
+    normed: tl.constexpr,
     round_first: tl.constexpr,
     num_heads: tl.constexpr,
     kv_heads: tl.constexpr,
@@ -246,13 +241,13 @@ def _rope_store_kv(
     other = tl.load(source + partner, mask=turned, other=0.0).to(tl.float32)
     scale = tl.rsqrt(tl.sum(x * x, axis=0) / head_dim + eps)
     if head < num_heads:
-        if q_normed:
+        if normed:
             weight = tl.load(q_norm + dims, mask=inside, other=0.0).to(tl.float32)
             x = _normed(x, weight, scale, offset, round_first, dtype)
             weight = tl.load(q_norm + partner, mask=turned, other=0.0).to(tl.float32)
             other = _normed(other, weight, scale, offset, round_first, dtype)
     else:
-        if k_normed:
+        if normed:
             weight = tl.load(k_norm + dims, mask=inside, other=0.0).to(tl.float32)
             x = _normed(x, weight, scale, offset, round_first, dtype)
             weight = tl.load(k_norm + partner, mask=turned, other=0.0).to(tl.float32)

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from loraplex.kernels.records import (
     ALIGN,
-    NUM_SITES,
     TILE_COLUMNS,
     TILE_RANKS,
     AdapterSegments,
@@ -32,7 +31,8 @@ SCALE = tl.constexpr(int(TileKind.SCALE))
 def lookup(table: TileTable, segments: AdapterSegments, layer: int, site: Site) -> tuple[tuple[Tensor, ...], int, int]:
     """What every kernel looks tiles up with: (ranges, tiles, indptr, mix_ptr, mix_slot), slot_stride, cell."""
     tables = (table.ranges, table.tiles, segments.indptr, segments.mix_ptr, segments.mix_slot)
-    return tables, table.ranges.shape[1] * NUM_SITES * 2, (layer * NUM_SITES + site) * 2
+    _, num_layers, num_sites, _ = table.ranges.shape
+    return tables, num_layers * num_sites * 2, (layer * num_sites + site) * 2
 
 
 @triton.jit

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from loraplex.adapters.files.tokenizer_files import NOTHING
 from loraplex.adapters.registry import AdapterVersion
+from loraplex.server.api.answer_schemas import AdapterReceipt, ModelCard, ModelPermission, TokenizerReceipt
 from loraplex.server.api.names import not_found, strip_base
-from loraplex.server.api.schemas import AdapterReceipt, ModelCard, ModelPermission, TokenizerReceipt
-from loraplex.server.api.services import Base, Services
+from loraplex.server.api.services import Services
 from loraplex.server.catalog.on_demand import is_hidden
+from loraplex.server.facts import Facts
 from loraplex.server.tenancy.tenants import current_key
 
 
 def list_cards(services: Services) -> list[ModelCard]:
     """The base under each of its names, then the adapters: what the caller may use of them."""
-    names = services.base.names if current_key().may_use_base else ()
+    names = services.facts.names if current_key().may_use_base else ()
     return [
-        *(_base_card(services.base, name) for name in names),
-        *(_adapter_card(services.base, version) for version in visible_adapters(services)),
+        *(_base_card(services.facts, name) for name in names),
+        *(_adapter_card(services.facts, version) for version in visible_adapters(services)),
     ]
 
 
@@ -29,12 +30,12 @@ def visible_adapters(services: Services) -> list[AdapterVersion]:
 def find_card(services: Services, model: str) -> ModelCard:
     """The card of one name. Raises ApiError (404), also for what the caller may not use."""
     key = current_key()
-    name = strip_base(services.base, model)
+    name = strip_base(services.facts.names, model)
     if name is None:
         if not key.may_use_base:
             raise not_found(model)
-        return _base_card(services.base, model)
-    return _adapter_card(services.base, _find(services, name, model))
+        return _base_card(services.facts, model)
+    return _adapter_card(services.facts, _find(services, name, model))
 
 
 def find_receipt(services: Services, name: str) -> AdapterReceipt:
@@ -69,23 +70,23 @@ def _find(services: Services, name: str, asked: str) -> AdapterVersion:
     return version
 
 
-def _base_card(base: Base, name: str) -> ModelCard:
+def _base_card(facts: Facts, name: str) -> ModelCard:
     return ModelCard(
         id=name,
-        created=base.created,
-        root=base.root,
+        created=facts.created,
+        root=facts.config.base,
         parent=None,
-        max_model_len=base.max_model_len,
-        permission=[ModelPermission(id=f"modelperm-{name}", created=base.created)],
+        max_model_len=facts.max_model_len,
+        permission=[ModelPermission(id=f"modelperm-{name}", created=facts.created)],
     )
 
 
-def _adapter_card(base: Base, version: AdapterVersion) -> ModelCard:
+def _adapter_card(facts: Facts, version: AdapterVersion) -> ModelCard:
     return ModelCard(
         id=version.name,
         created=version.created,
         root=version.origin,
-        parent=base.names[0],
+        parent=facts.names[0],
         max_model_len=None,
         permission=[ModelPermission(id=f"modelperm-{version.name}-{version.uid}", created=version.created)],
     )

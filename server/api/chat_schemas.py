@@ -9,7 +9,8 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 from typing_extensions import TypedDict  # pydantic reads no other before Python 3.12
 
-from loraplex.server.api.schemas import MAX_LOGPROBS, GenerationFields, Incoming, Usage, Wire, kind_of
+from loraplex.server.api.answer_schemas import Usage
+from loraplex.server.api.schemas import MAX_LOGPROBS, GenerationFields, Incoming, Wire, kind_of
 
 # ---------------------------------------------------------------------------------------------------------- requests
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,51 +13,20 @@ from numpy.typing import NDArray
 from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.histogram import Histogram
 from loraplex.server.api.errors import InvalidField
-from loraplex.server.api.services import Events, Services
-from loraplex.server.api.turns import Turn
+from loraplex.server.api.prompts import Echo, GenerationOptions, ScoredPrompt, ScoredToken
+from loraplex.server.api.services import Services
 from loraplex.server.engine.request import (
     EngineError,
     FinishReason,
     GenerationRequest,
     Phases,
-    Pooling,
     ShuttingDown,
     TokenEvent,
-    TokenScores,
 )
-from loraplex.server.engine.streams import Shortcut
+from loraplex.server.engine.streams import EventStream, Shortcut
 from loraplex.server.telemetry.request_context import ChoiceTimes
 from loraplex.server.telemetry.usage import GAPS
 from loraplex.server.text.detokenizer import Detokenizer
-from loraplex.server.text.grammar import GrammarSpec, Thought
-from loraplex.server.text.tokenizer import Tokenizer
-
-
-@dataclass(frozen=True)
-class ScoredToken:
-    """One token and how likely it was."""
-
-    token_id: int
-    logprob: float | None  # None: the first one of a prompt
-    top: tuple[tuple[int, float], ...]  # (token id, logprob), likeliest first
-    offset: int  # characters of the choice's text before it
-
-
-@dataclass(frozen=True, eq=False)
-class ScoredPrompt:
-    """The tokens of an echoed prompt. Each is made when it is looked at, as there may be very many."""
-
-    ids: Sequence[int]
-    offsets: Sequence[int]
-    scores: TokenScores | None  # of all ids but the first, which nothing predicts
-
-    def tokens(self, start: int = 0) -> Iterator[ScoredToken]:
-        """From number `start` on."""
-        for place in range(start, len(self.ids)):
-            known = self.scores if place else None
-            logprob = None if known is None else float(known.logprobs[place - 1])
-            top = () if known is None else known.top(place - 1)
-            yield ScoredToken(self.ids[place], logprob, top, self.offsets[place])
 
 
 @dataclass(frozen=True)
@@ -73,75 +42,6 @@ class Delta:
     embedding: NDArray[np.float32] | None = None  # [H], where it was asked for
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """One prompt; `text` is what an echo of it says, `thought` where it leaves a model that thinks aloud."""
-
-    ids: Sequence[int]
-    thought: Thought = "none"
-    text: str | None = None
-
-
-@dataclass(frozen=True)
-class GenerationOptions:
-    """What a route asks for beyond the fields that all of them have."""
-
-    max_tokens: int | None  # None: up to the context's end
-    num_choices: int  # of each prompt
-    logprobs: int | None = None  # see SamplingParams
-    grammar: tuple[str, GrammarSpec] | None = None  # the field that asked, and what the answer is held to
-    show_special: bool = False  # whatever the request says
-    whole_tokens: bool = (
-        False  # scored tokens come when all of their text is out; the one that stops, without text, too
-    )
-    echo: bool = False  # the prompt comes before the answer, with its own log probabilities if there are any
-    beside: int = 1  # generations that make up one answer, this one included
-    prompt_only: bool = False  # nothing of the answer is shown
-    pooling: Pooling | None = None  # the prompt as one vector
-    watermark: bool = False  # see SamplingParams
-
-
-def _as_it_is(tokenizer: Tokenizer, options: GenerationOptions) -> GenerationOptions:
-    return options
-
-
-@dataclass(frozen=True)
-class PromptSource:
-    """Where the prompts come from, once the tokenizer is known: that of the adapters which the request wears."""
-
-    param: str  # the field they come in
-    sizes: tuple[int, ...]  # of each of its texts, in characters
-    read: Callable[[Tokenizer], list[Prompt]]  # may take long
-    # What else the tokenizer decides; raises ApiError.
-    refine: Callable[[Tokenizer, GenerationOptions], GenerationOptions] = _as_it_is
-    rest: int = 0  # characters, about, of what else the two look at
-
-
-@dataclass(frozen=True)
-class Echo:
-    """A prompt as the beginning of an answer; `offsets` are empty where its tokens are not scored."""
-
-    text: str
-    offsets: tuple[int, ...]
-
-    @classmethod
-    async def build(cls, tokenizer: Tokenizer, prompt: Prompt, scored: bool) -> Echo:
-        """Others have their turn meanwhile: it takes 2 ms for 1,000 tokens."""
-        text = prompt.text if prompt.text is not None else tokenizer.decode(prompt.ids)
-        if not scored:
-            return cls(text, ())
-        offsets, reader, turn = [], Detokenizer(tokenizer), Turn()
-        for token_id in prompt.ids:
-            offsets.append(min(reader.decoded, len(text)))
-            reader.push(token_id)
-            await turn.take()
-        return cls(text, tuple(offsets))
-
-    def prompt(self, ids: Sequence[int], scores: TokenScores | None) -> ScoredPrompt | None:
-        """Its tokens; None where they are not scored."""
-        return ScoredPrompt(ids, self.offsets, scores) if self.offsets else None
-
-
 class Choice:
     """One choice: its engine request, and its tokens becoming text."""
 
@@ -150,7 +50,7 @@ class Choice:
         index: int,
         request: GenerationRequest,
         submitted: float,
-        events: Events,
+        events: EventStream,
         detokenizer: Detokenizer,
         services: Services,
         echo: Echo | None,

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from loraplex.server.api.chat_schemas import Message, Tool
-from loraplex.server.api.choice import GenerationOptions, Prompt, PromptSource
 from loraplex.server.api.errors import InvalidField, UnsupportedField
 from loraplex.server.api.limits import check_schema
+from loraplex.server.api.prompts import GenerationOptions, Prompt, PromptSource
 from loraplex.server.api.schemas import kind_of
 from loraplex.server.api.tools.message_parser import MessageParser, WholeMessage
 from loraplex.server.api.tools.tool_formats import GENERIC, ToolFormat, describe_tools, find_format, fit_strict

@@ -40,31 +40,31 @@ def make_router(services: Services) -> APIRouter:
 
 def _load(services: Services) -> dict[str, Any]:
     """As SGLang counts: tokens in the KV cache and of prompts that wait; its num_reqs has the waiting ones too."""
-    stats = services.inside.stats()
+    stats = services.engine.stats()
     return {
         "dp_rank": 0,
         "num_reqs": stats.running + stats.waiting,
         "num_waiting_reqs": stats.waiting,
-        "num_tokens": round(stats.kv_usage * services.base.cache_tokens) + stats.queued_tokens,
+        "num_tokens": round(stats.kv_usage * services.facts.cache_tokens) + stats.queued_tokens,
     }
 
 
 def _server_info(services: Services) -> dict[str, Any]:
-    base = services.base
+    facts = services.facts
     return {
-        "model_path": base.root,
-        "tokenizer_path": base.root,
-        "served_model_name": base.names[0],
-        "dtype": base.dtype,
-        "device": base.device,
+        "model_path": facts.config.base,
+        "tokenizer_path": facts.config.base,
+        "served_model_name": facts.names[0],
+        "dtype": facts.dtype,
+        "device": facts.device,
         "tp_size": 1,
         "dp_size": 1,
         "enable_lora": True,
         "max_loaded_loras": None,  # any number
-        "max_loras_per_batch": services.inside.max_adapters,
-        "max_running_requests": services.inside.max_running,
-        "max_total_num_tokens": base.cache_tokens,
-        "max_req_input_len": base.max_model_len - 1,
+        "max_loras_per_batch": facts.config.engine.num_slots,
+        "max_running_requests": facts.config.engine.max_num_seqs,
+        "max_total_num_tokens": facts.cache_tokens,
+        "max_req_input_len": facts.max_model_len - 1,
         "internal_states": [_load(services)],
         "version": version(),
     }
@@ -72,8 +72,8 @@ def _server_info(services: Services) -> dict[str, Any]:
 
 def _model_info(services: Services) -> dict[str, Any]:
     return {
-        "model_path": services.base.root,
-        "tokenizer_path": services.base.root,
+        "model_path": services.facts.config.base,
+        "tokenizer_path": services.facts.config.base,
         "is_generation": True,
         "preferred_sampling_params": None,
         "weight_version": "default",

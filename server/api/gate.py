@@ -125,5 +125,5 @@ class _GateCollector(Collector):
 
 def gate_of(app: FastAPI) -> Gate:
     """Return the gate that create_app() made for `app`; one without keys for another application."""
-    found = getattr(app.state, "gate", None)
+    found = getattr(getattr(app, "state", None), "gate", None)
     return found if isinstance(found, Gate) else Gate()

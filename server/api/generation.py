@@ -6,22 +6,23 @@ per choice and merges their tokens; closing the deltas gives all of it back, whe
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import replace
-from typing import TypeVar
 
-from loraplex.server.api.choice import Choice, Delta, Echo, GenerationOptions, Prompt, PromptSource
+from loraplex.server.api.answer_schemas import PromptDetails, Usage
+from loraplex.server.api.choice import Choice, Delta
 from loraplex.server.api.direct import DirectBody
-from loraplex.server.api.errors import ApiError, InvalidField, to_api_error
-from loraplex.server.api.limits import check_scores, check_sequences
+from loraplex.server.api.errors import InvalidField, to_api_error
+from loraplex.server.api.limits import check_length, check_prompt, check_scores, check_sequences
+from loraplex.server.api.merge import merge
 from loraplex.server.api.names import leased
+from loraplex.server.api.prompts import Echo, GenerationOptions, Prompt, PromptSource
 from loraplex.server.api.sampling import SamplingSpec
-from loraplex.server.api.schemas import GenerationFields, PromptDetails, Usage
-from loraplex.server.api.services import Base, Services
+from loraplex.server.api.schemas import GenerationFields
+from loraplex.server.api.services import Services
 from loraplex.server.api.turns import Turn
 from loraplex.server.engine.request import ContextTooLong, GenerationRequest, Mix, TokenEvent
 from loraplex.server.telemetry.request_context import current_exchange
@@ -29,8 +30,6 @@ from loraplex.server.tenancy.tenants import current_caller
 from loraplex.server.text.detokenizer import Detokenizer
 from loraplex.server.text.grammar import Grammar, GrammarRefused, Thought
 from loraplex.server.text.tokenizer import Tokenizer
-
-T = TypeVar("T")
 
 
 class Generation:
@@ -48,7 +47,7 @@ class Generation:
         self._spec = SamplingSpec.build(
             record,
             services.defaults,
-            services.base.vocab_size,
+            services.facts.vocab_size,
             options.max_tokens,
             options.logprobs,
             prompt_logprobs=options.logprobs if options.echo else None,
@@ -68,7 +67,7 @@ class Generation:
     @property
     def keep_alive(self) -> float:
         """Seconds of silence in a stream after which it says that it is alive."""
-        return self._services.sse_keep_alive
+        return self._services.facts.config.http.sse_keep_alive
 
     @property
     def num_choices(self) -> int:
@@ -173,7 +172,7 @@ class Generation:
         """Only now: what is no name that is served may be anything, also a prompt, and is not logged."""
         context = current_exchange()
         if context is not None:
-            context.model = self._record.model or self._services.base.names[0]
+            context.model = self._record.model or self._services.facts.names[0]
 
     async def _end(self) -> None:
         """Close all choices and tell of them."""
@@ -195,8 +194,8 @@ class Generation:
             self._caller.pay_answer(sum([choice.take_unpaid() for choice in choices]))
 
     async def _prompts(self) -> list[Prompt]:
-        base, source, tokenizer = self._services.base, self._source, self.tokenizer
-        check_length(max(source.sizes, default=0), tokenizer, base, source.param)
+        facts, source, tokenizer = self._services.facts, self._source, self.tokenizer
+        check_length(max(source.sizes, default=0), tokenizer, facts, source.param)
 
         def read() -> tuple[GenerationOptions, list[Prompt]]:
             return source.refine(tokenizer, self._options), source.read(tokenizer)
@@ -209,7 +208,7 @@ class Generation:
         n = self._options.num_choices
         check_sequences(len(prompts), n, "n", self._services.limits)
         for prompt in prompts:
-            check_prompt(prompt.ids, base, source.param)
+            check_prompt(prompt.ids, facts, source.param)
         self.prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
         if self._options.echo and self._options.logprobs is not None:
             answers = n * self._options.beside
@@ -245,7 +244,7 @@ class Generation:
         return GenerationRequest(
             request_id=f"{self.key}-{len(self._choices)}",
             prompt_ids=ids,
-            params=self._spec.params(self._services.base.max_model_len - len(ids), choice, self.tokenizer.eos_ids),
+            params=self._spec.params(self._services.facts.max_model_len - len(ids), choice, self.tokenizer.eos_ids),
             mix=tuple((lease.share(), weight) for lease, weight in mix),
             tenant=self._caller.key.tenant,
             weight=self._caller.key.weight,
@@ -277,67 +276,3 @@ class Generation:
         return Choice(
             len(self._choices), request, submitted, events, detokenizer, self._services, echo, options, eos_ids
         )
-
-
-def check_length(characters: int, tokenizer: Tokenizer, base: Base, param: str) -> None:
-    """Raises ApiError for a text that is longer than any of as many tokens as the base's context has."""
-    most = tokenizer.max_characters(base.max_model_len)
-    if characters > most:
-        raise ApiError(
-            400,
-            f"{param}: found {characters} characters, but this model's maximum context length is {base.max_model_len} "
-            f"tokens, prompt and answer together, and no text of so many tokens has more than {most} characters; "
-            "shorten the prompt",
-            param=param,
-            code="context_length_exceeded",
-        )
-
-
-def check_prompt(ids: Sequence[int], base: Base, param: str) -> None:
-    """Raises InvalidField, ApiError unless `ids` are tokens of the base that leave room for an answer."""
-    if not ids:
-        raise InvalidField(param, f"{param}: found an empty prompt, expected at least one token")
-    if len(ids) >= base.max_model_len:
-        raise ApiError(
-            400,
-            # LiteLLM, for one, knows the error by OpenAI's words and not by its code
-            f"{param}: found {len(ids)} tokens, but this model's maximum context length is {base.max_model_len} "
-            "tokens, prompt and answer together; shorten the prompt",
-            param=param,
-            code="context_length_exceeded",
-        )
-    if not 0 <= min(ids) <= max(ids) < base.vocab_size:
-        raise InvalidField(param, f"{param}: token ids must be 0 to {base.vocab_size - 1} on this base")
-
-
-async def merge(sources: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:
-    """Items of all `sources` as they come; the first exception ends it. Closes the sources, however it ends."""
-    queue: asyncio.Queue[tuple[tuple[T, ...], Exception | None]] = asyncio.Queue()
-
-    async def pump(number: int, source: AsyncGenerator[T, None]) -> None:
-        failure = None
-        try:
-            async with aclosing(source):
-                for _ in range(number // 16):  # 1,000 that begin in one turn of the loop stop it for 0.3 s
-                    await asyncio.sleep(0)
-                async for item in source:
-                    queue.put_nowait(((item,), None))
-        except Exception as error:
-            failure = error
-        queue.put_nowait(((), failure))
-
-    tasks = [asyncio.create_task(pump(number, source)) for number, source in enumerate(sources)]
-    try:
-        running = len(tasks)
-        while running:
-            got, failure = await queue.get()
-            if failure is not None:
-                raise failure
-            if got:
-                yield got[0]
-            else:
-                running -= 1
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
 from pydantic import BaseModel
 
-from loraplex.server.api.errors import InvalidField
+from loraplex.server.api.errors import ApiError, InvalidField
 from loraplex.server.config import RequestLimits
+from loraplex.server.facts import Facts
+from loraplex.server.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -108,3 +110,34 @@ def _depth(text: str) -> int:
     """Objects and lists in each other in valid JSON. Nothing recurses here, whatever the text."""
     brackets = _BRACKET.findall(_STRING.sub("", text))
     return max(accumulate(1 if bracket in "{[" else -1 for bracket in brackets), default=0)
+
+
+def check_length(characters: int, tokenizer: Tokenizer, facts: Facts, param: str) -> None:
+    """Raises ApiError for a text that is longer than any of as many tokens as the base's context has."""
+    most = tokenizer.max_characters(facts.max_model_len)
+    if characters > most:
+        raise ApiError(
+            400,
+            f"{param}: found {characters} characters, but this model's maximum context length is {facts.max_model_len} "
+            f"tokens, prompt and answer together, and no text of so many tokens has more than {most} characters; "
+            "shorten the prompt",
+            param=param,
+            code="context_length_exceeded",
+        )
+
+
+def check_prompt(ids: Sequence[int], facts: Facts, param: str) -> None:
+    """Raises InvalidField, ApiError unless `ids` are tokens of the base that leave room for an answer."""
+    if not ids:
+        raise InvalidField(param, f"{param}: found an empty prompt, expected at least one token")
+    if len(ids) >= facts.max_model_len:
+        raise ApiError(
+            400,
+            # LiteLLM, for one, knows the error by OpenAI's words and not by its code
+            f"{param}: found {len(ids)} tokens, but this model's maximum context length is {facts.max_model_len} "
+            "tokens, prompt and answer together; shorten the prompt",
+            param=param,
+            code="context_length_exceeded",
+        )
+    if not 0 <= min(ids) <= max(ids) < facts.vocab_size:
+        raise InvalidField(param, f"{param}: token ids must be 0 to {facts.vocab_size - 1} on this base")

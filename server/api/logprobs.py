@@ -14,9 +14,9 @@ from functools import lru_cache
 from json.encoder import encode_basestring
 from typing import Protocol
 
+from loraplex.server.api.answer_schemas import CompletionLogprobs
 from loraplex.server.api.chat_schemas import ChatLogprobs, TokenLogprob, TopLogprob
-from loraplex.server.api.choice import ScoredPrompt, ScoredToken
-from loraplex.server.api.schemas import CompletionLogprobs
+from loraplex.server.api.prompts import ScoredPrompt, ScoredToken
 from loraplex.server.api.turns import Turn
 from loraplex.server.text.tokenizer import Tokenizer
 

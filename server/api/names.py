@@ -26,7 +26,7 @@ from loraplex.adapters.sources.sources import SourceAccess
 from loraplex.server.api.errors import ApiError, InvalidField, UnsupportedField
 from loraplex.server.api.manage import counting_adapters, permitted_source
 from loraplex.server.api.schemas import MAX_TERMS, MAX_WEIGHT, AdapterFields, MergedAdapters
-from loraplex.server.api.services import Base, Services
+from loraplex.server.api.services import Services
 from loraplex.server.catalog.on_demand import is_hidden, source_of
 from loraplex.server.engine.request import Mix
 from loraplex.server.tenancy.tenants import current_key
@@ -75,7 +75,7 @@ async def leased(services: Services, record: AdapterFields) -> AsyncIterator[Ada
     Raises ApiError (400; 404 for a name nobody has), AdapterError for one that cannot be loaded or merged, Overloaded
     where there is no room for it, or no more for this caller.
     """
-    choice = read_wish(services.base, record)
+    choice = read_wish(services.facts.names, record)
     if not choice.terms and not current_key().may_use_base:
         raise not_found(record.model)
     with ExitStack() as held:
@@ -90,7 +90,7 @@ async def leased(services: Services, record: AdapterFields) -> AsyncIterator[Ada
 
 def tokenizer_of(services: Services, model: str) -> Tokenizer:
     """How texts for `model` are written. Raises ApiError (404) unless it could be worn now."""
-    choice = AdapterChoice(_read_text(services.base, "model", model, None))
+    choice = AdapterChoice(_read_text(services.facts.names, "model", model, None))
     if not choice.terms and not current_key().may_use_base:
         raise not_found(model)
     with ExitStack() as held:
@@ -106,27 +106,29 @@ def _tokenizer(services: Services, choice: AdapterChoice, leases: Sequence[Adapt
         raise InvalidField(param, f"{param}: {error}") from None
 
 
-def strip_base(base: Base, text: str) -> str | None:
+def strip_base(base_names: tuple[str, ...], text: str) -> str | None:
     """`text` without "base:"; None where it names the base itself."""
-    if text in base.names:
+    if text in base_names:
         return None
-    for name in base.names:
+    for name in base_names:
         if text.startswith(f"{name}:"):
             return text[len(name) + 1 :]
     return text
 
 
-def read_wish(base: Base, record: AdapterFields) -> AdapterChoice:
+def read_wish(base_names: tuple[str, ...], record: AdapterFields) -> AdapterChoice:
     """What `record` asks for. Raises InvalidField where two fields ask for different things."""
-    choices = [AdapterChoice(_read_text(base, "model", record.model, record.adapter_source))]
+    choices = [AdapterChoice(_read_text(base_names, "model", record.model, record.adapter_source))]
     if record.adapters:
-        choices.append(AdapterChoice(_read_terms(base, record)))
+        choices.append(AdapterChoice(_read_terms(base_names, record)))
     if record.adapter_id not in (None, "", LORAX_BASE):
-        choices.append(AdapterChoice(_read_text(base, "adapter_id", record.adapter_id or "", record.adapter_source)))
+        choices.append(
+            AdapterChoice(_read_text(base_names, "adapter_id", record.adapter_id or "", record.adapter_source))
+        )
     if record.merged_adapters is not None:
-        choices.append(_read_merged(base, record.merged_adapters, record.adapter_source))
+        choices.append(_read_merged(base_names, record.merged_adapters, record.adapter_source))
     if record.lora_path:
-        choices.append(AdapterChoice(_read_text(base, "lora_path", record.lora_path, None)))
+        choices.append(AdapterChoice(_read_text(base_names, "lora_path", record.lora_path, None)))
     asked = [choice for choice in choices if choice.terms]
     for other in asked[1:]:
         if _same(asked[0]) != _same(other):
@@ -150,16 +152,16 @@ def _same(choice: AdapterChoice) -> object:
     return sorted((term.text, term.weight) for term in choice.terms), choice.merge
 
 
-def _read_text(base: Base, param: str, text: str, origin: str | None) -> tuple[Term, ...]:
+def _read_text(base_names: tuple[str, ...], param: str, text: str, origin: str | None) -> tuple[Term, ...]:
     """A name, "base:name", "name@version" or a mix of them; () for the base."""
     if (
         origin is not None
         and text
-        and text not in base.names
-        and not any(text.startswith(f"{name}:") for name in base.names)
+        and text not in base_names
+        and not any(text.startswith(f"{name}:") for name in base_names)
     ):
         return (Term(param, text, origin=origin),)  # a path may hold anything
-    rest = strip_base(base, text)
+    rest = strip_base(base_names, text)
     if rest is None or not text:
         return ()
     if "*" not in rest and "+" not in rest:
@@ -167,10 +169,10 @@ def _read_text(base: Base, param: str, text: str, origin: str | None) -> tuple[T
     parts = [part.strip() for part in rest.split("+")]
     if len(parts) > MAX_TERMS:
         raise InvalidField(param, f"{param}: found a mix of {len(parts)} adapters, at most {MAX_TERMS} are possible")
-    return tuple(_read_part(base, param, part, rest) for part in parts)
+    return tuple(_read_part(base_names, param, part, rest) for part in parts)
 
 
-def _read_part(base: Base, param: str, part: str, whole: str) -> Term:
+def _read_part(base_names: tuple[str, ...], param: str, part: str, whole: str) -> Term:
     found = _TERM.fullmatch(part)
     if found is None:
         raise InvalidField(
@@ -181,24 +183,26 @@ def _read_part(base: Base, param: str, part: str, whole: str) -> Term:
     weight = float(found["weight"] or 1.0)
     if not (math.isfinite(weight) and abs(weight) <= MAX_WEIGHT):
         raise InvalidField(param, f"{param}: the weight {found['weight']} is beyond {MAX_WEIGHT:g}")
-    return _one(base, Term(param, found["name"].strip(), weight))
+    return _one(base_names, Term(param, found["name"].strip(), weight))
 
 
-def _read_terms(base: Base, record: AdapterFields) -> tuple[Term, ...]:
+def _read_terms(base_names: tuple[str, ...], record: AdapterFields) -> tuple[Term, ...]:
     return tuple(
-        _one(base, Term(f"adapters[{i}].name", given.name, given.weight))
+        _one(base_names, Term(f"adapters[{i}].name", given.name, given.weight))
         for i, given in enumerate(record.adapters or ())
     )
 
 
-def _read_merged(base: Base, merged: MergedAdapters, origin: str | None) -> AdapterChoice:
+def _read_merged(base_names: tuple[str, ...], merged: MergedAdapters, origin: str | None) -> AdapterChoice:
     where = "merged_adapters"
     if len(merged.ids) != len(merged.weights):
         raise InvalidField(
             f"{where}.weights", f"{where}.weights: found {len(merged.weights)} weights for {len(merged.ids)} ids"
         )
     pairs = zip(merged.ids, merged.weights, strict=True)
-    terms = tuple(_one(base, Term(f"{where}.ids[{i}]", name, weight, origin)) for i, (name, weight) in enumerate(pairs))
+    terms = tuple(
+        _one(base_names, Term(f"{where}.ids[{i}]", name, weight, origin)) for i, (name, weight) in enumerate(pairs)
+    )
     strategy = merged.merge_strategy or "linear"
     if strategy == "linear":
         return AdapterChoice(terms)
@@ -210,9 +214,9 @@ def _read_merged(base: Base, merged: MergedAdapters, origin: str | None) -> Adap
     return AdapterChoice(terms, plan)
 
 
-def _one(base: Base, term: Term) -> Term:
+def _one(base_names: tuple[str, ...], term: Term) -> Term:
     """A term of several. Raises InvalidField for the base, which is there anyhow."""
-    rest = strip_base(base, term.text)
+    rest = strip_base(base_names, term.text)
     if rest is None:
         raise InvalidField(
             term.param, f"{term.param}: {_show(term.text)!r} is the base, which is always there in full; leave it out"

@@ -12,11 +12,12 @@ from typing import Protocol
 from starlette.requests import Request
 from starlette.responses import Response
 
+from loraplex.server.api.answer_schemas import Usage
 from loraplex.server.api.choice import Delta
 from loraplex.server.api.direct import DirectBody, direct_body
 from loraplex.server.api.generation import Generation
 from loraplex.server.api.logprobs import ChatScores, CompletionScores, fill_in, write_prompt
-from loraplex.server.api.schemas import GenerationFields, StreamOptions, Usage, Wire
+from loraplex.server.api.schemas import GenerationFields, StreamOptions, Wire
 from loraplex.server.api.sse import SseResponse, answer_or_disconnect, encode_event
 
 Scores = CompletionScores | ChatScores

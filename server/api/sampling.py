@@ -9,8 +9,8 @@ from typing import TypeVar
 
 from loraplex.server.api.errors import InvalidField
 from loraplex.server.api.schemas import GenerationFields
-from loraplex.server.api.services import SamplingDefaults
 from loraplex.server.engine.request import SamplingParams
+from loraplex.server.text.generation_defaults import GenerationDefaults
 
 GREEDY_BELOW = 1e-5
 """Temperatures under this are greedy: dividing logits by them would overflow."""
@@ -32,7 +32,7 @@ class SamplingSpec:
     def build(
         cls,
         record: GenerationFields,
-        defaults: SamplingDefaults,
+        defaults: GenerationDefaults,
         vocab_size: int,
         max_tokens: int | None,
         logprobs: int | None,
@@ -108,7 +108,7 @@ def _logit_bias(biases: dict[str, float], vocab_size: int) -> tuple[tuple[int, f
     return tuple(found.items())
 
 
-def _stop_tokens(record: GenerationFields, defaults: SamplingDefaults, vocab_size: int) -> frozenset[int]:
+def _stop_tokens(record: GenerationFields, defaults: GenerationDefaults, vocab_size: int) -> frozenset[int]:
     own = record.stop_token_ids or []
     for i, token_id in enumerate(own):
         if token_id >= vocab_size:

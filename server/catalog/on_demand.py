@@ -18,10 +18,10 @@ import logging
 import re
 import shutil
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from loraplex.adapters.errors import AdapterRefused, AdapterUnavailable
 from loraplex.adapters.registry import AdapterLease, AdapterVersion, Registry
@@ -29,6 +29,7 @@ from loraplex.adapters.shared_work import SharedWork
 from loraplex.adapters.sources.merge_folder import MergeFolder, remove_stale
 from loraplex.adapters.sources.merge_plan import MergePlan
 from loraplex.adapters.sources.sources import OPERATOR, Source, SourceAccess, is_hub_id, parse_source
+from loraplex.server.catalog.manager import AdapterManager
 from loraplex.server.catalog.quota import RETRY_AFTER, Key, Quota, QuotaOwner
 from loraplex.server.engine.request import Overloaded
 
@@ -50,22 +51,11 @@ Merger = Callable[[Sequence[AdapterVersion], MergePlan, Path], str]
 """Merges the versions' files into a new folder under the path given, named by MergePlan.key; the digests' key."""
 
 
-class Adapters(Protocol):
-    """The part of AdapterManager that is needed here."""
-
-    @property
-    def registry(self) -> Registry: ...
-    def coming(self) -> Collection[str]: ...
-    async def register(
-        self, name: str, source: str, *, replace: bool = False, access: SourceAccess = OPERATOR
-    ) -> AdapterVersion: ...
-
-
 class OnDemand:
     """Names that come and go with the requests that want them."""
 
     def __init__(
-        self, adapters: Adapters, merge: Merger, max_first_use: int = MAX_FIRST_USE, max_merged: int = MAX_MERGED
+        self, adapters: AdapterManager, merge: Merger, max_first_use: int = MAX_FIRST_USE, max_merged: int = MAX_MERGED
     ) -> None:
         """`merge` is called in a thread: adapters/merging.merge_versions. Folders of killed servers are removed."""
         self._adapters = adapters

@@ -19,7 +19,6 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -27,7 +26,7 @@ from prometheus_client.registry import Collector
 from loraplex.adapters.errors import AdapterError, AdapterExists, AdapterRefused
 from loraplex.adapters.registry import AdapterVersion, Registry
 from loraplex.adapters.sources.sources import OPERATOR, SourceAccess
-from loraplex.server.catalog.manager import Around, Point
+from loraplex.server.catalog.manager import AdapterManager, Point
 from loraplex.server.whole_file import replace_file
 
 logger = logging.getLogger(__name__)
@@ -43,29 +42,6 @@ class Remembered:
     source: str  # as the caller gave it
     ambient: bool = True  # see sources.Access; a caller's own token is not kept
     pinned: bool = False
-
-
-class Adapters(Protocol):
-    """The part of AdapterManager that is needed here."""
-
-    @property
-    def registry(self) -> Registry: ...
-    async def register(
-        self,
-        name: str,
-        source: str,
-        *,
-        replace: bool = False,
-        pinned: bool = False,
-        access: SourceAccess = OPERATOR,
-        around: Around | None = None,
-    ) -> AdapterVersion: ...
-    def begin(
-        self, name: str, source: str, *, replace: bool = False, access: SourceAccess = OPERATOR, stale: bool = False
-    ) -> Future[AdapterVersion]: ...
-    def expect(self, name: str, coming: Future[AdapterVersion]) -> None: ...
-    async def arrival(self, name: str) -> None: ...
-    def pin(self, version: AdapterVersion, pinned: bool) -> None: ...
 
 
 class StateNotKept(Exception):
@@ -122,7 +98,7 @@ class Remembering:
     and what the command line, a list or a folder brings, goes past it and is not kept.
     """
 
-    def __init__(self, adapters: Adapters, state: StateFile) -> None:
+    def __init__(self, adapters: AdapterManager, state: StateFile) -> None:
         self._adapters = adapters
         self._state = state
         self._known: dict[str, Remembered] = {}

@@ -24,13 +24,14 @@ def create_app(services: Services) -> FastAPI:
     app = FastAPI(title="loraplex", version=version(), docs_url=None, redoc_url=None)
     errors.install(app)
     openapi.install(app)
-    cors: dict[str, Any] = {}
     app.add_middleware(HeadMiddleware)
     if services.access is not None:
         app.add_middleware(KeyMiddleware, access=services.access)
         services.metrics.add(services.access.collector())
-    if services.cors_origins:  # around the keys: a browser's preflight has none
-        cors = {"allow_origins": services.cors_origins, "allow_methods": ["*"], "allow_headers": ["*"], "max_age": 600}
+    origins = services.facts.config.auth.cors_origins
+    cors: dict[str, Any] = {}
+    if origins:  # around the keys: a browser's preflight has none
+        cors = {"allow_origins": origins, "allow_methods": ["*"], "allow_headers": ["*"], "max_age": 600}
         app.add_middleware(CORSMiddleware, **cors)
     app.add_middleware(ObserveMiddleware, tracing=services.tracing)  # around all others: whatever happens has its line
     app.state.gate = Gate(services.access, CORSMiddleware(app, **cors) if cors else None)

@@ -5,18 +5,17 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
 
 from loraplex.benchmarks.commands import app as bench  # a typer group that loads nothing more
-from loraplex.server.command.engine_options import Device
 from loraplex.server.command.greeting import greet
 from loraplex.server.command.option_groups import grouped
-from loraplex.server.command.serve_options import ServeOptions
-from loraplex.server.config import ConfigError, ServeConfig, base_names
+from loraplex.server.config import Device, ServeConfig
+from loraplex.server.options import ConfigError
 from loraplex.server.telemetry.logs import set_up
 from loraplex.server.version import version as installed_version
 
@@ -36,45 +35,39 @@ app.add_typer(keys, name="keys")
 app.add_typer(bench, name="bench")
 
 
+@dataclass(frozen=True)
+class VllmOptions:
+    """Of vLLM's command lines, and of no effect: adapters are always on, of any rank, and host memory is in bytes."""
+
+    enable_lora: Annotated[bool, typer.Option("--enable-lora", hidden=True)] = False
+    max_lora_rank: Annotated[int | None, typer.Option(hidden=True)] = None
+    max_cpu_loras: Annotated[int | None, typer.Option(hidden=True)] = None
+
+
 @app.command()
 @grouped
-def serve(
-    base: Annotated[
-        str, typer.Argument(metavar="BASE", help="[b]demo[/b], the folder of a model, or its Hub id (org/name).")
-    ],
-    options: ServeOptions,
-) -> None:
+def serve(config: ServeConfig, vllm: VllmOptions) -> None:
     """Serve a base model and its adapters over the OpenAI API.
 
     Adapters are picked by a request's [b]model[/b] field. More can be loaded while it runs: POST /v1/load_lora_adapter.
     """
     from loraplex.server import startup
     from loraplex.server.command import launch
+    from loraplex.server.command.keys import open_access, with_file_keys
     from loraplex.server.http import listening
 
-    startup.hide_arguments(options.keys.api_key)
+    startup.hide_arguments(config.auth.api_keys)
     try:
         startup.check_address_space()
-        names = base_names(base, options.base.served_model_name)
-        adapters, downloads, auth = options.adapters.config(names), options.downloads.config(), options.keys.config()
-        held = listening.bind(options.listen.host, options.listen.port)
-        auth.check(held.getsockname()[0])
-        launch.open_access(auth)  # a wrong keys file is told before the base is loaded
+        config.adapters.check(config.base_names)
+        config = replace(config, auth=with_file_keys(config.auth))
+        held = listening.bind(config.http.host, config.http.port)
+        config.auth.check(held.getsockname()[0])
+        open_access(config.auth)  # a wrong keys file is told before the base is loaded
         startup.prepare_environment(os.environ)
-        set_up(options.run.log_format)
+        set_up(config.run.log_format)
         startup.end_on_sigterm()
-        folder = startup.find_base(base)
-        config = ServeConfig(
-            base,
-            names,
-            options.engine.config(downloads),
-            adapters,
-            options.http(),
-            options.run.telemetry(),
-            auth,
-            options.limits.config(),
-            options.base.chat_template,
-        )
+        folder = startup.find_base(config.base)
         code = launch.run(config, held, folder, greet)
     except (startup.StartError, ConfigError) as error:
         _give_up(str(error))
@@ -151,6 +144,8 @@ def main() -> None:
     """Entry point: typer's errors as one line instead of a box."""
     try:
         code = app(list(_one_each(sys.argv[1:])), standalone_mode=False)
+    except ConfigError as error:
+        _give_up(str(error))
     except Exception as error:
         # Usage errors are click's, which typer vendors in newer releases: known by what they can do
         told = getattr(error, "format_message", None)

@@ -1,13 +1,8 @@
-"""Options of a command as frozen dataclasses: each is declared once, and the command gets them as they were declared.
-
-    @dataclass(frozen=True)
-    class Listening:
-        PANEL: ClassVar = "Where to listen"
-        port: Annotated[int, Option(metavar="P", help="Port.")] = 8000
+"""Commands whose options are the fields of configurations, as they are declared there (see options.py).
 
     @app.command()
     @grouped
-    def serve(base: Base, listening: Listening) -> None: ...
+    def serve(config: ServeConfig) -> None: ...
 
 typer reads a function's signature; `grouped` writes one in which every field stands for itself.
 """
@@ -16,19 +11,17 @@ from __future__ import annotations
 
 import copy
 import inspect
+import types
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, Field, fields, is_dataclass
 from functools import wraps
-from typing import Annotated, Any, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
-import typer
-from typer.models import OptionInfo
-
-Parsed = TypeVar("Parsed")
+from loraplex.server.options import declared
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
-    """`command` for typer, with the fields of its parameters that are dataclasses, and of theirs, as options.
+    """Give typer `command` with an option for each declared field of its parameters, and of theirs.
 
     Fields are options of their dataclass's PANEL, after the command's plain parameters.
     """
@@ -51,41 +44,33 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def option_type(parse: Callable[[str], Parsed]) -> Callable[[Any], Parsed]:
-    """`parser=` of an Option for what `parse` reads: its ValueError is told as any other wrong value is."""
-
-    def convert(given: Any) -> Any:
-        try:
-            return parse(given) if isinstance(given, str) else given  # a default is a value already
-        except ValueError as error:
-            raise typer.BadParameter(str(error)) from None
-
-    return convert
-
-
 def _options(group: type[Any]) -> Iterator[inspect.Parameter]:
-    hints = get_type_hints(group, include_extras=True)
+    hints, found = get_type_hints(group), {name: (kind, option) for name, kind, option in declared(group)}
     for field in fields(group):
-        if is_dataclass(hints[field.name]):
+        if field.name in found:
+            kind, option = found[field.name]
+            option = copy.copy(option)
+            option.rich_help_panel = option.rich_help_panel or getattr(group, "PANEL", None)
+            if get_origin(kind) is tuple:  # any number of values, which typer calls a list
+                kind = types.GenericAlias(list, get_args(kind)[:1])
+            yield inspect.Parameter(
+                field.name, inspect.Parameter.KEYWORD_ONLY, default=_default(field), annotation=Annotated[kind, option]
+            )
+        elif is_dataclass(hints[field.name]):
             yield from _options(hints[field.name])
-            continue
-        kind, declared = get_args(hints[field.name])
-        option: OptionInfo = copy.copy(declared)
-        option.rich_help_panel = option.rich_help_panel or getattr(group, "PANEL", None)
-        yield inspect.Parameter(
-            field.name, inspect.Parameter.KEYWORD_ONLY, default=_default(field), annotation=Annotated[kind, option]
-        )
 
 
 def _default(field: Field[Any]) -> Any:
-    return field.default if field.default_factory is MISSING else field.default_factory()
+    if field.default_factory is not MISSING:
+        return field.default_factory()
+    if field.default is MISSING:
+        return inspect.Parameter.empty
+    return list(field.default) if isinstance(field.default, tuple) else field.default
 
 
 def _build(group: type[Any], given: dict[str, Any]) -> Any:
-    hints = get_type_hints(group, include_extras=True)
-    return group(
-        **{
-            field.name: _build(hints[field.name], given) if is_dataclass(hints[field.name]) else given[field.name]
-            for field in fields(group)
-        }
-    )
+    hints, values = get_type_hints(group), {}
+    for name, kind, _ in declared(group):
+        values[name] = tuple(given[name]) if get_origin(kind) is tuple else given[name]
+    nested = {each.name: hints[each.name] for each in fields(group) if is_dataclass(hints[each.name])}
+    return group(**values, **{name: _build(kind, given) for name, kind in nested.items()})

@@ -39,7 +39,7 @@ from loraplex.kernels.ops import Backend, BackendUnavailable
 from loraplex.kernels.reference import ReferenceBackend
 from loraplex.kernels.select import load_backend
 from loraplex.server.command.build import build_engine
-from loraplex.server.config import EngineConfig
+from loraplex.server.config import Device, DType, EngineConfig
 from loraplex.server.engine.request import GenerationRequest, SamplingParams
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
@@ -159,10 +159,8 @@ def end_to_end(ops: Backend) -> str:
         base = _tiny_base(Path(folder) / "base")
         adapter = make_adapters(base, Path(folder), 1)[0]
         device = ops.device.type
-        found = asyncio.run(
-            _answers(base, adapter, EngineConfig(device=device, dtype="float32", memory_bytes=256 << 20))
-        )
-        plain = EngineConfig(device="cpu", backend="reference", dtype="float32", memory_bytes=256 << 20)
+        found = asyncio.run(_answers(base, adapter, EngineConfig(Device(device), DType.float32, memory=256 << 20)))
+        plain = EngineConfig(Device.cpu, DType.float32, backend="reference", memory=256 << 20)
         expected = asyncio.run(_answers(base, adapter, plain))
     if found != expected:
         raise AssertionError(f"tokens {found}, expected {expected}")

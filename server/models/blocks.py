@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from loraplex.kernels.ops import Backend
-from loraplex.kernels.records import KVLayer, Site
+from loraplex.kernels.records import AdapterStep, AttentionMeta, KVLayer, QKNorm, Site
 from loraplex.server.models.config import ModelConfig
-from loraplex.server.models.inputs import ForwardBatch, Rotations
+from loraplex.server.models.inputs import Rotations
 from loraplex.server.models.weights import LayerWeights, Linear
 
 
@@ -22,16 +22,15 @@ class AdaptedLinear:
     """y = W x + sum of the mix's B^T A x + bias, for one site of one layer."""
 
     ops: Backend
-    arena: Tensor  # [num_pages, page_bytes] uint8
     linear: Linear
     layer: int
     site: Site
 
-    def __call__(self, x: Tensor, batch: ForwardBatch) -> Tensor:
+    def __call__(self, x: Tensor, adapters: AdapterStep | None) -> Tensor:
         """Compute the site's output [T, out] of x [T, in]."""
         y = self.ops.linear(x, self.linear.weight)
-        if batch.adapters is not None:
-            y = self.ops.adapter_add_(y, x, self.arena, batch.tiles, self.layer, self.site, batch.adapters)
+        if adapters is not None:
+            y = self.ops.adapter_add_(y, x, self.layer, self.site, adapters)
         if self.linear.bias is not None:
             y = self.ops.add_bias_(y, self.linear.bias)
         return y
@@ -40,47 +39,35 @@ class AdaptedLinear:
 class Attention:
     """Rotary self-attention over the KV pages of one layer; q and k are normed per head where the base does so."""
 
-    def __init__(
-        self, index: int, config: ModelConfig, weights: LayerWeights, ops: Backend, kv: KVLayer, arena: Tensor
-    ) -> None:
+    def __init__(self, index: int, config: ModelConfig, weights: LayerWeights, ops: Backend, kv: KVLayer) -> None:
         self._ops = ops
-        self._weights = weights
         self._kv = kv
         self._params = config.attention_params(index)
-        self._eps = config.rms_norm_eps
-        self._offset = config.norm_offset
-        self._qkv = AdaptedLinear(ops, arena, weights.qkv, index, Site.QKV)
-        self._o = AdaptedLinear(ops, arena, weights.o, index, Site.O)
+        self._norm: QKNorm | None = None
+        if weights.q_norm is not None and weights.k_norm is not None:
+            self._norm = QKNorm(weights.q_norm, weights.k_norm, config.rms_norm_eps, config.norm_offset)
+        self._qkv = AdaptedLinear(ops, weights.qkv, index, Site.QKV)
+        self._o = AdaptedLinear(ops, weights.o, index, Site.O)
         self._rope = config.rope_of_layer[index]
 
-    def __call__(self, x: Tensor, rotations: Rotations, batch: ForwardBatch) -> Tensor:
+    def __call__(self, x: Tensor, rotations: Rotations, meta: AttentionMeta, adapters: AdapterStep | None) -> Tensor:
         """Compute [T, H] of x [T, H]; store the step's keys and values in their pages."""
         cos, sin = rotations[self._rope]
-        store_index = batch.attention.groups[self._kv.group].store_index
-        q = self._ops.rope_store_kv(
-            self._qkv(x, batch),
-            cos,
-            sin,
-            self._kv,
-            store_index,
-            self._params,
-            self._weights.q_norm,
-            self._weights.k_norm,
-            self._eps,
-            self._offset,
-        )
-        return self._o(self._ops.attention(q, self._kv, batch.attention, self._params), batch)
+        store_index = meta.groups[self._kv.group].store_index
+        qkv = self._qkv(x, adapters)
+        q = self._ops.rope_store_kv(qkv, cos, sin, self._kv, store_index, self._params, self._norm)
+        return self._o(self._ops.attention(q, self._kv, meta, self._params), adapters)
 
 
 class Mlp:
     """down(act(gate(x)) * up(x)), gate and up being one fused linear."""
 
-    def __init__(self, index: int, config: ModelConfig, weights: LayerWeights, ops: Backend, arena: Tensor) -> None:
+    def __init__(self, index: int, config: ModelConfig, weights: LayerWeights, ops: Backend) -> None:
         self._ops = ops
         self._activation = config.activation
-        self._gate_up = AdaptedLinear(ops, arena, weights.gate_up, index, Site.GATE_UP)
-        self._down = AdaptedLinear(ops, arena, weights.down, index, Site.DOWN)
+        self._gate_up = AdaptedLinear(ops, weights.gate_up, index, Site.GATE_UP)
+        self._down = AdaptedLinear(ops, weights.down, index, Site.DOWN)
 
-    def __call__(self, x: Tensor, batch: ForwardBatch) -> Tensor:
+    def __call__(self, x: Tensor, adapters: AdapterStep | None) -> Tensor:
         """Compute [T, H] of x [T, H]."""
-        return self._down(self._ops.act_mul(self._gate_up(x, batch), self._activation), batch)
+        return self._down(self._ops.act_mul(self._gate_up(x, adapters), self._activation), adapters)

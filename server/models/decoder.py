@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from loraplex.kernels.ops import Backend
-from loraplex.kernels.records import KVLayer
+from loraplex.kernels.records import AdapterStep, AttentionMeta, KVLayer
 from loraplex.server.models.blocks import Attention, Mlp
 from loraplex.server.models.config import ModelConfig
 from loraplex.server.models.inputs import ForwardBatch, Rotations
@@ -18,27 +18,30 @@ from loraplex.server.models.weights import LayerWeights, ModelWeights
 class DecoderLayer:
     """norm, attention, norm, MLP; with sandwich norms also one after each of the two."""
 
-    def __init__(
-        self, index: int, config: ModelConfig, weights: LayerWeights, ops: Backend, kv: KVLayer, arena: Tensor
-    ) -> None:
+    def __init__(self, index: int, config: ModelConfig, weights: LayerWeights, ops: Backend, kv: KVLayer) -> None:
         self._ops = ops
         self._weights = weights
         self._eps = config.rms_norm_eps
         self._offset = config.norm_offset
-        self._attention = Attention(index, config, weights, ops, kv, arena)
-        self._mlp = Mlp(index, config, weights, ops, arena)
+        self._attention = Attention(index, config, weights, ops, kv)
+        self._mlp = Mlp(index, config, weights, ops)
 
     def forward(
-        self, x: Tensor, residual: Tensor | None, rotations: Rotations, batch: ForwardBatch
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        rotations: Rotations,
+        meta: AttentionMeta,
+        adapters: AdapterStep | None,
     ) -> tuple[Tensor, Tensor]:
         """Compute x and residual [T, H] of x and residual [T, H]. The stream is their sum; the next norm adds them."""
         weights = self._weights
         x, residual = self._norm(x, weights.attention_norm, residual)
-        x = self._attention(x, rotations, batch)
+        x = self._attention(x, rotations, meta, adapters)
         if weights.attention_out_norm is not None:
             x, _ = self._norm(x, weights.attention_out_norm, None)
         x, residual = self._norm(x, weights.mlp_norm, residual)
-        x = self._mlp(x, batch)
+        x = self._mlp(x, adapters)
         if weights.mlp_out_norm is not None:
             x, _ = self._norm(x, weights.mlp_out_norm, None)
         return x, residual
@@ -66,7 +69,7 @@ class Decoder:
         self.arena = arena
         self._ropes = [RotaryTable(rope, ops.device) for rope in config.ropes]
         self._layers = [
-            DecoderLayer(index, config, layer, ops, kv, arena)
+            DecoderLayer(index, config, layer, ops, kv)
             for index, (layer, kv) in enumerate(zip(weights.layers, kv_layers, strict=True))
         ]
 
@@ -84,13 +87,18 @@ class Decoder:
         bounds = batch.attention.query_bounds
         return [rope.gather(batch.positions, bounds, batch.rope_lens) for rope in self._ropes]
 
+    def adapters(self, batch: ForwardBatch) -> AdapterStep | None:
+        """Join the step's adapters and the arena they lie in; None: no row uses one."""
+        return None if batch.adapters is None else AdapterStep(self.arena, batch.tiles, batch.adapters)
+
     def hidden(self, batch: ForwardBatch, rotations: Rotations) -> Tensor:
         """Compute forward() with the angles given. Ops alone touch tensors here, so that a backend can record them."""
         config, ops = self.config, self.ops
         x = ops.embed(batch.input_ids, self.weights.embedding, config.embed_scale)
         residual: Tensor | None = None
+        adapters = self.adapters(batch)
         for layer in self._layers:
-            x, residual = layer.forward(x, residual, rotations, batch)
+            x, residual = layer.forward(x, residual, rotations, batch.attention, adapters)
         x = ops.take_rows(x, batch.logit_rows)
         if residual is not None:
             residual = ops.take_rows(residual, batch.logit_rows)

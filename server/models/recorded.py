@@ -79,7 +79,5 @@ class RecordedDecoder:
             batch.logit_rows,
             self._decoder.rotations(batch),
             batch.attention,
-            self._decoder.arena,
-            batch.tiles,
-            batch.adapters,
+            self._decoder.adapters(batch),
         )

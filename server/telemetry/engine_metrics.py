@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from itertools import islice
 from typing import Protocol
 
@@ -16,6 +15,7 @@ from loraplex.adapters.histogram import Histogram
 from loraplex.adapters.refusals import reason_of
 from loraplex.adapters.registry import Registry
 from loraplex.adapters.tiers.stats import AdapterPlace
+from loraplex.server.facts import Facts
 
 LABELS = ("model_name", "engine")
 
@@ -100,31 +100,19 @@ class EngineStats(Protocol):
     def tiers(self) -> Mapping[str, Tier]: ...
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What does not change while the server runs."""
-
-    model_name: str  # label: the base's first name
-    max_model_len: int  # tokens
-    block_size: int  # tokens in a KV page
-    num_pages: int
-    max_adapters: int  # on the device at once
-    max_series: int = 100  # adapters, and tenants, that have series of their own
-
-
 class EngineCollector(Collector):
     """Reads the engine and the adapters at scrape time."""
 
     def __init__(
         self,
-        limits: Limits,
+        facts: Facts,
         stats: Callable[[], EngineStats],
         places: Callable[[], Iterable[AdapterPlace]],
         adapters: Registry,
     ) -> None:
         """See Metrics."""
         self._registry = adapters
-        self._limits = limits
+        self._facts = facts
         self._stats = stats
         self._places = places
 
@@ -149,7 +137,7 @@ class EngineCollector(Collector):
         )
         deferred = min(stats.waiting_for_adapters, stats.waiting)
         for reason, count in (("capacity", stats.waiting - deferred), ("deferred", deferred)):
-            waiting.add_metric((self._limits.model_name, "0", reason), count)
+            waiting.add_metric((self._facts.names[0], "0", reason), count)
         yield waiting
         yield self._step_sizes(stats)
         yield self._gauge("loraplex:token_budget", "Tokens that a step may have.", stats.token_budget)
@@ -170,7 +158,7 @@ class EngineCollector(Collector):
 
     def _memory(self, stats: EngineStats) -> Iterator[Metric]:
         """The arena and what is found in it again."""
-        limits = self._limits
+        facts = self._facts
         yield self._gauge("vllm:kv_cache_usage_perc", "Pages holding KV, of all; 1 is full.", stats.kv_usage)
         yield self._gauge("vllm:gpu_cache_usage_perc", "Older name of kv_cache_usage_perc.", stats.kv_usage)
         yield self._gauge("loraplex:adapter_usage_perc", "Pages holding adapters, of all.", stats.adapter_usage)
@@ -178,7 +166,7 @@ class EngineCollector(Collector):
             "loraplex:pages", "Pages of the arena by owner; those of prefix are idle.", labels=(*LABELS, "owner")
         )
         for owner, count in stats.pages.items():
-            pages.add_metric((limits.model_name, "0", owner), count)
+            pages.add_metric((facts.names[0], "0", owner), count)
         yield pages
         for prefix, text in (("vllm:", "{}"), ("vllm:gpu_", "Older name: {}")):
             queries, hits = text.format("prompt tokens looked up."), text.format("prompt tokens found computed.")
@@ -189,7 +177,7 @@ class EngineCollector(Collector):
         yield self._info(
             "vllm:cache_config_info",
             "Layout of the cache.",
-            {"block_size": str(limits.block_size), "num_gpu_blocks": str(limits.num_pages)},
+            {"block_size": str(facts.block_size), "num_gpu_blocks": str(facts.num_pages)},
             1,
         )
 
@@ -200,7 +188,7 @@ class EngineCollector(Collector):
             "vllm:lora_requests_info",
             "Adapters of running and waiting requests; the value is the time.",
             {
-                "max_lora": str(self._limits.max_adapters),
+                "max_lora": str(self._facts.config.engine.num_slots),
                 "waiting_lora_adapters": ",".join(stats.waiting_adapters[:MAX_NAMES]),
                 "running_lora_adapters": ",".join(stats.running_adapters[:MAX_NAMES]),
             },
@@ -217,7 +205,9 @@ class EngineCollector(Collector):
         yield loaded
         on_device = len(stats.resident_adapters)
         yield self._gauge("vllm:num_gpu_loaded_lora_adapters", "Adapters on the device.", on_device)
-        yield self._gauge("vllm:max_gpu_lora_adapters", "Adapters the device can hold.", self._limits.max_adapters)
+        yield self._gauge(
+            "vllm:max_gpu_lora_adapters", "Adapters the device can hold.", self._facts.config.engine.num_slots
+        )
         yield self._counter("loraplex:adapter_loads", "Adapters copied to the device.", stats.adapter_loads)
         yield self._counter("loraplex:adapter_evictions", "Adapters evicted from it.", stats.adapter_evictions)
         yield self._counter(
@@ -236,13 +226,13 @@ class EngineCollector(Collector):
         counts = self._registry.refusals.counts()
         names = Counter(map(reason_of, self._registry.refused.values()))
         for reason, count in counts.items():
-            now.add_metric((self._limits.model_name, "0", reason), names[reason])
-            ever.add_metric((self._limits.model_name, "0", reason), count)
+            now.add_metric((self._facts.names[0], "0", reason), names[reason])
+            ever.add_metric((self._facts.names[0], "0", reason), count)
         yield from (now, ever)
 
     def _step_sizes(self, stats: EngineStats) -> Metric:
         family = HistogramMetricFamily("vllm:iteration_tokens_total", "Tokens of a step.", labels=LABELS)
-        family.add_metric((self._limits.model_name, "0"), stats.step_sizes.cumulative(), stats.step_sizes.total)
+        family.add_metric((self._facts.names[0], "0"), stats.step_sizes.cumulative(), stats.step_sizes.total)
         return family
 
     def _tiers(self, tiers: Mapping[str, Tier]) -> Iterator[Metric]:
@@ -259,7 +249,7 @@ class EngineCollector(Collector):
         ]
         seconds = HistogramMetricFamily("loraplex:tier_load_seconds", "What a load took.", labels=labels)
         for name, tier in tiers.items():
-            values = (self._limits.model_name, "0", name)
+            values = (self._facts.names[0], "0", name)
             for family, value in zip(families, (tier.hits, tier.misses, tier.loads, tier.evictions), strict=True):
                 family.add_metric(values, value)
             seconds.add_metric(values, tier.durations.cumulative(), tier.durations.total)
@@ -268,12 +258,12 @@ class EngineCollector(Collector):
 
     def _gauge(self, name: str, text: str, value: float) -> Metric:
         family = GaugeMetricFamily(name, text, labels=LABELS)
-        family.add_metric((self._limits.model_name, "0"), value)
+        family.add_metric((self._facts.names[0], "0"), value)
         return family
 
     def _counter(self, name: str, text: str, value: float) -> Metric:
         family = CounterMetricFamily(name, text, labels=LABELS)  # the text format appends _total
-        family.add_metric((self._limits.model_name, "0"), value)
+        family.add_metric((self._facts.names[0], "0"), value)
         return family
 
     def _info(self, name: str, text: str, labels: dict[str, str], value: float) -> Metric:

@@ -13,10 +13,10 @@ import traceback
 from collections import Counter
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from enum import StrEnum
 from numbers import Number
 from typing import Any
 
+from loraplex.server.config import LogFormat
 from loraplex.server.telemetry.request_context import RequestContext, current_exchange
 
 logger = logging.getLogger(__name__)
@@ -38,13 +38,6 @@ MAX_REFUSALS = 10
 
 MAX_TRACE = 200
 """Lines of a traceback: the first and the last half of them."""
-
-
-class LogFormat(StrEnum):
-    """How lines are written."""
-
-    text = "text"
-    json = "json"
 
 
 def set_up(form: LogFormat) -> None:

@@ -13,10 +13,11 @@ from prometheus_client.registry import Collector
 
 from loraplex.adapters.registry import Registry
 from loraplex.adapters.tiers.stats import AdapterPlace
-from loraplex.server.telemetry.engine_metrics import LABELS, EngineCollector, EngineStats, Limits
+from loraplex.server.facts import Facts
+from loraplex.server.telemetry.engine_metrics import LABELS, EngineCollector, EngineStats
 from loraplex.server.telemetry.recent import Recent
 from loraplex.server.telemetry.request_context import ChoiceTimes
-from loraplex.server.telemetry.usage import Usage, UsageTable
+from loraplex.server.telemetry.usage import UsageCounts, UsageTable
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -30,7 +31,7 @@ class Metrics:
 
     def __init__(
         self,
-        limits: Limits,
+        facts: Facts,
         stats: Callable[[], EngineStats],
         places: Callable[[], Iterable[AdapterPlace]],
         adapters: Registry,
@@ -38,10 +39,10 @@ class Metrics:
         """`places()` gives the registered adapters that are in memory, those on the device first."""
         self._registry = CollectorRegistry()
         ProcessCollector(registry=self._registry)
-        self._registry.register(EngineCollector(limits, stats, places, adapters))
-        self._limits = limits
+        self._registry.register(EngineCollector(facts, stats, places, adapters))
+        self._facts = facts
         self.recent = Recent()
-        lengths = _one_two_five(limits.max_model_len)
+        lengths = _one_two_five(facts.max_model_len)
         self._first_token = self._histogram("time_to_first_token_seconds", "Arrival to first token.", _FIRST_TOKEN)
         self._next_token = self._histogram("inter_token_latency_seconds", "Between two tokens.", _NEXT_TOKEN)
         self._whole = self._histogram("e2e_request_latency_seconds", "Arrival to last token.", _WHOLE)
@@ -56,8 +57,8 @@ class Metrics:
         self._per_token = self._histogram(
             "request_time_per_output_token_seconds", "Mean of a choice after its first token.", _NEXT_TOKEN
         )
-        self.adapters = UsageTable("adapter", limits.model_name, limits.max_series)
-        self._tenants = UsageTable("tenant", limits.model_name, limits.max_series)
+        self.adapters = UsageTable("adapter", facts.names[0], facts.config.run.max_series)
+        self._tenants = UsageTable("tenant", facts.names[0], facts.config.run.max_series)
         self._ended = Counter(
             "vllm:request_success",
             "Choices ended, by reason (stop, length, abort, error).",
@@ -65,9 +66,7 @@ class Metrics:
             registry=self._registry,
         )
         for reason in ("stop", "length", "abort", "error"):
-            self._ended.labels(
-                limits.model_name, "0", reason
-            )  # a series that is absent until its first event has no rate
+            self._ended.labels(facts.names[0], "0", reason)  # a series that is absent until its first event has no rate
 
     def prompt(self, tokens: int, n: int) -> None:
         """A request of `n` choices per prompt was submitted, one of whose prompts has `tokens` tokens."""
@@ -82,11 +81,11 @@ class Metrics:
 
     def choice_ended(self, choice: ChoiceTimes, tenant: str, seconds: float, max_tokens: int) -> None:
         """A choice ended `seconds` after its arrival."""
-        self._ended.labels(self._limits.model_name, "0", choice.finish_reason).inc()
+        self._ended.labels(self._facts.names[0], "0", choice.finish_reason).inc()
         self._whole.observe(seconds)
         self._generated.observe(choice.tokens)
         self._max_tokens.observe(max_tokens)
-        used = Usage(1, choice.prompt_tokens, choice.tokens, gaps=choice.gaps)
+        used = UsageCounts(1, choice.prompt_tokens, choice.tokens, gaps=choice.gaps)
         first, phases = choice.first_token, choice.phases
         if first is not None:
             used.first_token.observe(first - (choice.ended - seconds))
@@ -99,7 +98,7 @@ class Metrics:
             self._prefill.observe(first - phases.admitted)
             self._inference.observe(choice.ended - phases.admitted)
         names = dict.fromkeys(name for name, _, _ in choice.adapters)
-        self.adapters.ended(names or (self._limits.model_name,), used)
+        self.adapters.ended(names or (self._facts.names[0],), used)
         if tenant:
             self._tenants.ended((tenant,), used)
 
@@ -113,7 +112,7 @@ class Metrics:
 
     def _histogram(self, name: str, text: str, buckets: Iterable[float]) -> Histogram:
         histogram = Histogram(f"vllm:{name}", text, LABELS, buckets=tuple(buckets), registry=self._registry)
-        return histogram.labels(self._limits.model_name, "0")
+        return histogram.labels(self._facts.names[0], "0")
 
 
 def _one_two_five(most: int) -> list[int]:

@@ -29,7 +29,7 @@ FADE_AT = 100_000
 
 
 @dataclass
-class Usage:
+class UsageCounts:
     """Of one name. Counters."""
 
     requests: int = 0
@@ -42,7 +42,7 @@ class Usage:
     queue: Histogram = field(default_factory=lambda: Histogram(WAITS))
     loads: Histogram = field(default_factory=lambda: Histogram(WAITS))
 
-    def add(self, other: Usage) -> None:
+    def add(self, other: UsageCounts) -> None:
         """All that `other` has used."""
         self.requests += other.requests
         self.prompt_tokens += other.prompt_tokens
@@ -95,12 +95,12 @@ class UsageTable:
         self._model_name = model_name
         self._limit = limit
         self._lock = threading.Lock()
-        self._named: dict[str, Usage] = {}
-        self._other = Usage()
+        self._named: dict[str, UsageCounts] = {}
+        self._other = UsageCounts()
         self._counts: dict[str, int] = {}  # requests, of more names than have series; fading
         self._total = 0
 
-    def ended(self, names: Iterable[str], used: Usage) -> None:
+    def ended(self, names: Iterable[str], used: UsageCounts) -> None:
         """A choice of these names has ended: each has used all of `used`."""
         with self._lock:
             for name in names:
@@ -137,13 +137,13 @@ class UsageTable:
             rows = [*sorted(self._named.items()), (OTHER, self._other)]
             return "\n".join(self._lines(rows)) + "\n"
 
-    def _peek(self, name: str) -> Usage:
+    def _peek(self, name: str) -> UsageCounts:
         """Where `name` is counted. Room is given at once: what a first request costs comes before its end."""
         if name not in self._named and name != OTHER and len(self._named) < self._limit:
-            self._named[name] = Usage()
+            self._named[name] = UsageCounts()
         return self._named.get(name, self._other)
 
-    def _find(self, name: str) -> Usage:
+    def _find(self, name: str) -> UsageCounts:
         """Where `name` is counted, after one more request of it."""
         self._count(name)
         found = self._named.get(name)
@@ -156,7 +156,7 @@ class UsageTable:
             if self._counts[name] <= 2 * self._counts.get(weakest, 0):  # or equals would take turns
                 return self._other
             self._other.add(self._named.pop(weakest))
-        self._named[name] = found = Usage()
+        self._named[name] = found = UsageCounts()
         return found
 
     def _count(self, name: str) -> None:
@@ -170,7 +170,7 @@ class UsageTable:
             self._counts = {each: count // 2 for each, count in counts.items() if count > 1 or each in self._named}
             self._total = sum(self._counts.values())
 
-    def _lines(self, rows: list[tuple[str, Usage]]) -> Iterator[str]:
+    def _lines(self, rows: list[tuple[str, UsageCounts]]) -> Iterator[str]:
         adapters = self._kind == "adapter"
         prefix = f"loraplex:by_{self._kind}_"
         label = "adapter_name" if adapters else "tenant"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -26,15 +25,14 @@ def shape(found: dict[str, Any], wanted: dict[str, type]) -> dict[str, type]:
     return {name: type(found.get(name)) for name in wanted}
 
 
-async def test_load_counts_what_runs_and_what_waits(server: FakeServer) -> None:
-    async with server.client(base=replace(server.services.base, cache_tokens=1000)) as client:
-        idle = (await client.get("/get_load")).json()
-        assert idle == [{"dp_rank": 0, "num_reqs": 0, "num_waiting_reqs": 0, "num_tokens": 0}]
-        stats = server.engine.current
-        stats.running, stats.waiting, stats.kv_usage, stats.queued_tokens = 3, 2, 0.25, 40
-        [busy] = (await client.get("/get_load")).json()
+async def test_load_counts_what_runs_and_what_waits(client: httpx.AsyncClient, server: FakeServer) -> None:
+    idle = (await client.get("/get_load")).json()
+    assert idle == [{"dp_rank": 0, "num_reqs": 0, "num_waiting_reqs": 0, "num_tokens": 0}]
+    stats = server.engine.current
+    stats.running, stats.waiting, stats.kv_usage, stats.queued_tokens = 3, 2, 0.25, 40
+    [busy] = (await client.get("/get_load")).json()
     assert shape(busy, LOAD) == LOAD
-    assert busy == {"dp_rank": 0, "num_reqs": 5, "num_waiting_reqs": 2, "num_tokens": 290}
+    assert busy == {"dp_rank": 0, "num_reqs": 5, "num_waiting_reqs": 2, "num_tokens": 440}
 
 
 @pytest.mark.parametrize("path", ["/server_info", "/get_server_info"])

@@ -10,10 +10,11 @@ from typing import Any
 import httpx
 import pytest
 
-from loraplex.server.api.generation import merge
+from loraplex.server.api.merge import merge
 from loraplex.server.engine.request import ContextTooLong, FinishReason, SamplingParams, TokenEvent
+from loraplex.server.text.generation_defaults import GenerationDefaults
 from tests.support.asking import CHAT, COMPLETIONS, chat, completion, events_of
-from tests.support.fake_serving import EOS_ID, MAX_MODEL_LEN, Defaults, FakeServer, say
+from tests.support.fake_serving import EOS_ID, MAX_MODEL_LEN, FakeServer, say
 
 
 async def test_chat_answer(client: httpx.AsyncClient, server: FakeServer) -> None:
@@ -124,7 +125,7 @@ async def test_the_checkpoints_defaults_fill_in(client: httpx.AsyncClient, serve
     object.__setattr__(server.defaults, "temperature", 0.6)
     for name, value in (("top_k", 20), ("top_p", 0.95), ("min_p", 0.05), ("repetition_penalty", 1.1)):
         object.__setattr__(server.defaults, name, value)
-    assert server.defaults == Defaults((EOS_ID,), 0.6, 0.95, 20, 0.05, 1.1)
+    assert server.defaults == GenerationDefaults((EOS_ID,), 0.6, 0.95, 20, 0.05, 1.1)
     await client.post(COMPLETIONS, json=completion())
     await client.post(COMPLETIONS, json=completion(temperature=0, top_k=-1))
     first, second = (request.params for request in server.engine.requests)

@@ -17,8 +17,9 @@ from starlette.routing import Route
 from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.files.beneath import below
 from loraplex.server.api.page.ui import page_files
-from loraplex.server.api.services import LocalSources
+from loraplex.server.config_access import AuthConfig
 from loraplex.server.tenancy.access import Access
+from loraplex.server.tenancy.local_sources import LocalSources
 from loraplex.server.tenancy.rate_limits import Limits
 from loraplex.server.tenancy.tenants import Key, digest_of
 from tests.support.fake_serving import FakeServer, access_of
@@ -512,7 +513,7 @@ async def test_web_pages_may_ask_only_where_the_operator_says(guarded: Guarded) 
     preflight = {"Origin": "https://ours.example", "Access-Control-Request-Method": "POST"}
     closed = await guarded.client(None)
     assert "access-control-allow-origin" not in (await closed.options("/v1/models", headers=preflight)).headers
-    guarded.services = {"cors_origins": ("https://ours.example",)}
+    guarded.services = {"auth": AuthConfig(cors_origins=("https://ours.example",))}
     browser, alice = await guarded.clients(None, ALICE)
     allowed = await browser.options("/v1/models", headers=preflight)
     assert (allowed.status_code, allowed.headers["access-control-allow-origin"]) == (200, "https://ours.example")

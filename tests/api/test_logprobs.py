@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from loraplex.server.api import turns
-from loraplex.server.api.choice import Echo, Prompt, ScoredPrompt, ScoredToken
 from loraplex.server.api.logprobs import ChatScores, CompletionScores, chat_logprobs, fill_in, write_prompt
+from loraplex.server.api.prompts import Echo, Prompt, ScoredPrompt, ScoredToken
 from loraplex.server.text.tokenizer import Tokenizer
 from tests.support.fake_serving import FakeServer, scores_of
 

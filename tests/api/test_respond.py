@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from loraplex.server.api.answer_schemas import Completion, CompletionChoice, Usage
 from loraplex.server.api.choice import Delta
 from loraplex.server.api.respond import Collected, Scores, TextFrame
-from loraplex.server.api.schemas import Completion, CompletionChoice, Usage, Wire
+from loraplex.server.api.schemas import Wire
 from tests.support.fake_serving import FakeServer, say
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))

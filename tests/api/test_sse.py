@@ -13,6 +13,7 @@ from openai.types.responses import ResponseErrorEvent
 
 from loraplex.server.api import sse
 from loraplex.server.api.sse import COMMENT, SseResponse, encode_event
+from loraplex.server.config import HttpConfig
 from loraplex.server.engine.request import EngineError, FinishReason, TokenEvent
 from tests.support.fake_serving import FakeServer, say
 
@@ -135,7 +136,7 @@ async def test_a_queued_stream_has_its_head(server: FakeServer, monkeypatch: pyt
     monkeypatch.setattr(sse, "HEAD_SECONDS", 0.01)
     begun = watch_heads(monkeypatch)
     server.engine.gate.clear()
-    async with server.client(sse_keep_alive=0.01) as client:
+    async with server.client(http=HttpConfig(sse_keep_alive=0.01)) as client:
         body = {"model": "base", "prompt": "hi", "stream": True}
         asking = asyncio.create_task(client.post("/v1/completions", json=body))
         await begun.wait()

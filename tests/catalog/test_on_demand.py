@@ -13,6 +13,7 @@ from loraplex.adapters.info import AdapterInfo
 from loraplex.adapters.registry import AdapterVersion, Registry
 from loraplex.adapters.sources.merge_plan import MergePlan
 from loraplex.adapters.sources.sources import OPERATOR, SourceAccess, parse_source
+from loraplex.server.catalog.manager import AdapterManager
 from loraplex.server.catalog.on_demand import OnDemand, first_use_name, is_hidden, source_of
 from loraplex.server.catalog.quota import QuotaOwner, TooManyAdapters
 from loraplex.server.engine.request import Overloaded
@@ -21,7 +22,7 @@ from tests.support.waiting import turns
 PLAN = MergePlan("ties", (1.0, 1.0), 0.5)
 
 
-class Adapters:
+class Adapters(AdapterManager):
     """Loads nothing; counts. `gate` holds loads back."""
 
     def __init__(self) -> None:

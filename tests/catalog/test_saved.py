@@ -25,13 +25,13 @@ from loraplex.adapters.errors import AdapterExists, AdapterNotFound, AdapterRefu
 from loraplex.adapters.info import AdapterInfo
 from loraplex.adapters.registry import AdapterVersion, Registry
 from loraplex.adapters.sources.sources import OPERATOR, SourceAccess
-from loraplex.server.catalog.manager import Around
+from loraplex.server.catalog.manager import AdapterManager, Around
 from loraplex.server.catalog.saved import FILE, Remembered, Remembering, StateError, StateFile, StateNotKept
 from tests.support.full_disk import full_disk
 from tests.support.waiting import LIMIT, until, wait_for
 
 
-class Manager:
+class Manager(AdapterManager):
     """Registers anything but what is called missing."""
 
     def __init__(self) -> None:
@@ -68,8 +68,6 @@ class Manager:
 
     def expect(self, name: str, coming: Future[AdapterVersion]) -> None:
         self.expected.append(name)
-
-    async def arrival(self, name: str) -> None: ...
 
     def pin(self, version: AdapterVersion, pinned: bool) -> None:
         self.pins.append((version.name, pinned))

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from loraplex.kernels.ops import BackendUnavailable
-from loraplex.server.command import build
+from loraplex.server.command import build, sizing
 from loraplex.server.command.build import build_engine
 from loraplex.server.config import EngineConfig
 from loraplex.server.engine.policy import multi_step
@@ -23,7 +23,7 @@ from loraplex.server.models.config import UnsupportedModel
 from loraplex.server.models.recorded import RecordedDecoder
 from tests.support.tiny import make_tiny_model
 
-SMALL = {"device": "cpu", "memory_bytes": 64 << 20, "max_num_seqs": 4, "token_budget": 32}
+SMALL = {"device": "cpu", "memory": 64 << 20, "max_num_seqs": 4, "token_budget": 32}
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +35,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 async def test_a_folder_becomes_an_engine(base: Path) -> None:
     parts = build_engine(EngineConfig(**SMALL), base, "tiny")
-    assert parts.max_model_len == parts.engine.max_model_len == parts.model_config.max_position == 512
-    assert parts.defaults.temperature == 0.25
+    assert parts.memory.max_model_len == parts.engine.max_model_len == parts.model_config.max_position == 512
     assert parts.memory.total_bytes <= 64 << 20
     assert not parts.engine.alive
     parts.engine.start()
@@ -94,7 +93,7 @@ def test_dtype(tmp_path: Path, base: Path, asked: str, checkpoint: str, expected
 def test_too_little_memory_is_refused_before_the_weights_are_read(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "load_weights", None)
     with pytest.raises(NotEnoughMemory, match=r"976\.6 KiB of memory are too little"):
-        build_engine(EngineConfig(**{**SMALL, "memory_bytes": 1_000_000, "max_model_len": 512}), base, "tiny")
+        build_engine(EngineConfig(**{**SMALL, "memory": 1_000_000, "max_model_len": 512}), base, "tiny")
 
 
 def test_a_head_of_its_own_is_counted(base: Path, tmp_path: Path) -> None:
@@ -116,7 +115,7 @@ def test_a_head_of_its_own_is_counted(base: Path, tmp_path: Path) -> None:
 def test_the_token_budget_is_calibrated_or_as_given(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One left open is what takes 100 ms here, and may grow; where its scratch does not fit, the least there is."""
     slow = StepCost(fixed_seconds=0.02, token_seconds=0.0005, decode_seconds=0.02)
-    monkeypatch.setattr(build, "calibrate", lambda decoder: slow)
+    monkeypatch.setattr(sizing, "calibrate", lambda decoder: slow)
     given, left_open = EngineConfig(**SMALL), EngineConfig(**{**SMALL, "token_budget": None})
     for config, expected in ((given, 32), (left_open, 160)):
         parts = build_engine(config, base, "tiny")
@@ -129,23 +128,23 @@ def test_the_token_budget_is_calibrated_or_as_given(base: Path, monkeypatch: pyt
             scheduler.budget.observe(expected, 0, 1e-3)
         assert (scheduler.token_budget > expected) == (config is left_open)
     with pytest.raises(NotEnoughMemory) as caught:
-        build_engine(EngineConfig(**{**SMALL, "memory_bytes": 1 << 20, "token_budget": 64}), base, "tiny")
+        build_engine(EngineConfig(**{**SMALL, "memory": 1 << 20, "token_budget": 64}), base, "tiny")
     least = int(str(caught.value).split("--memory ")[1].split(",")[0])
-    parts = build_engine(EngineConfig(**{**SMALL, "memory_bytes": least, "token_budget": None}), base, "tiny")
+    parts = build_engine(EngineConfig(**{**SMALL, "memory": least, "token_budget": None}), base, "tiny")
     parts.adapters.close()
     assert parts.token_budget == parts.engine._scheduler.limits.token_budget == 64
 
 
 def test_room_for_a_larger_budget_costs_little(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No context, and a sixteenth of the arena at most: with less memory the budget may grow less."""
-    monkeypatch.setattr(build, "calibrate", lambda decoder: StepCost(0.0, 0.1 / 64, 0.02))
+    monkeypatch.setattr(sizing, "calibrate", lambda decoder: StepCost(0.0, 0.1 / 64, 0.02))
     most = []
     for nbytes in (16 << 20, 64 << 20, 256 << 20):
-        config = EngineConfig(**{**SMALL, "memory_bytes": nbytes, "token_budget": None})
+        config = EngineConfig(**{**SMALL, "memory": nbytes, "token_budget": None})
         given, left_open = (build_engine(c, base, "tiny") for c in (replace(config, token_budget=64), config))
         for parts in (given, left_open):
             parts.adapters.close()
-        assert left_open.max_model_len == given.max_model_len
+        assert left_open.memory.max_model_len == given.memory.max_model_len
         assert 16 * left_open.memory.num_pages >= 15 * given.memory.num_pages
         assert left_open.memory.total_bytes <= nbytes
         most.append(left_open.engine._scheduler.limits.token_budget)
@@ -154,16 +153,16 @@ def test_room_for_a_larger_budget_costs_little(base: Path, monkeypatch: pytest.M
 
 
 def test_memory_as_a_share_of_what_is_free(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "available_memory", lambda device: 1 << 30)
-    config = {**SMALL, "memory_bytes": None, "memory_fraction": 0.25}
+    monkeypatch.setattr(sizing, "available_memory", lambda device: 1 << 30)
+    config = {**SMALL, "memory": 0.25}
     parts = build_engine(EngineConfig(**config), base, "tiny")
     parts.adapters.close()
     assert (1 << 28) - parts.memory.page_bytes < parts.memory.total_bytes <= 1 << 28
 
 
 def test_the_process_is_counted_where_asked(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "resident_memory", lambda: 300 << 20)
-    parts = build_engine(EngineConfig(**{**SMALL, "memory_bytes": 1 << 29, "count_process": True}), base, "tiny")
+    monkeypatch.setattr(sizing, "resident_memory", lambda: 300 << 20)
+    parts = build_engine(EngineConfig(**{**SMALL, "memory": 1 << 29}), base, "tiny", count_process=True)
     parts.adapters.close()
     assert parts.memory.process_bytes > 300 << 20
     assert (1 << 29) - parts.memory.page_bytes < parts.memory.total_bytes <= 1 << 29
@@ -185,15 +184,15 @@ def test_no_model(tmp_path: Path) -> None:
         ("device", "tpu"),
         ("dtype", "int8"),
         ("max_model_len", 0),
-        ("memory_bytes", -1),
+        ("memory", -1),
         ("max_num_seqs", 0),
         ("token_budget", 0),
         ("num_slots", 0),
         ("host_store_bytes", 0),
         ("max_waiting", 0),
         ("max_waiting_tokens", 0),
-        ("memory_fraction", 0.0),
-        ("memory_fraction", 1.5),
+        ("memory", 0.0),
+        ("memory", 1.5),
         ("loader_threads", 0),
     ],
 )

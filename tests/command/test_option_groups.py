@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Annotated, Any, ClassVar, get_type_hints
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
+from loraplex.server.command.cli import VllmOptions
 from loraplex.server.command.cli import app as loraplex
-from loraplex.server.command.option_groups import grouped, option_type
-from loraplex.server.command.serve_options import ServeOptions
-from loraplex.server.config import RequestLimits, parse_size
+from loraplex.server.command.option_groups import grouped
+from loraplex.server.config import ServeConfig
+from loraplex.server.options import declared, option_type, parse_size
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,8 @@ class Sizes:
     PANEL: ClassVar = "How large"
 
     big: Annotated[int, typer.Option(parser=option_type(parse_size), metavar="SIZE")] = 7
-    names: Annotated[list[str], typer.Option(help="May be given again.")] = field(default_factory=list)
+    names: Annotated[tuple[str, ...], typer.Option(help="May be given again.")] = ()
+    inner: str = "no option"
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ def make(got: list[Any]) -> typer.Typer:
     ("arguments", "expected"),
     [
         ("x", ("x", All(Sizes()))),
-        ("x --big 2K --names a --names b --quick", ("x", All(Sizes(2048, ["a", "b"]), quick=True))),
+        ("x --big 2K --names a --names b --quick", ("x", All(Sizes(2048, ("a", "b")), quick=True))),
         ("--big 9 y", ("y", All(Sizes(9)))),
     ],
 )
@@ -71,23 +73,31 @@ def test_help_has_a_panel_a_group() -> None:
 
 
 def _names(group: Any) -> list[str]:
-    hints = get_type_hints(group)
+    """Declared fields of `group` and of the groups in it."""
+    hints, own = get_type_hints(group), {name for name, _, _ in declared(group)}
     return [
         name
         for each in fields(group)
-        for name in (_names(hints[each.name]) if is_dataclass(hints[each.name]) else [each.name])
+        for name in (
+            [each.name] if each.name in own else _names(hints[each.name]) if is_dataclass(hints[each.name]) else []
+        )
     ]
 
 
 def test_every_field_of_serve_is_an_option_of_its_own() -> None:
     command = typer.main.get_command(loraplex).commands["serve"]  # type: ignore[attr-defined]
-    names = _names(ServeOptions)
-    assert [each.name for each in command.params if each.name != "help"] == ["base", *names]
+    names = _names(ServeConfig) + _names(VllmOptions)
+    assert [each.name for each in command.params if each.name != "help"] == names
     assert len(set(names)) == len(names) > 30
 
 
-def test_the_limits_of_a_request_are_those_of_the_configuration() -> None:
-    """Options not given change nothing."""
-    parsed = typer.main.get_command(loraplex).commands["serve"].make_context("serve", ["x"]).params  # type: ignore[attr-defined]
-    group = get_type_hints(ServeOptions)["limits"]
-    assert group(**{each.name: parsed[each.name] for each in fields(group)}).config() == RequestLimits()
+def test_options_that_are_not_given_change_nothing() -> None:
+    found = []
+
+    def serve(config: ServeConfig) -> None:
+        found.append(config)
+
+    command = typer.Typer()
+    command.command()(grouped(serve))
+    assert CliRunner().invoke(command, ["demo"], env=dict.fromkeys(("LORAPLEX_API_KEY", "VLLM_API_KEY"))).exit_code == 0
+    assert found == [ServeConfig("demo")]

@@ -17,7 +17,8 @@ import httpx
 import pytest
 import yaml
 
-from loraplex.server.config import AuthConfig, EngineConfig
+from loraplex.server.config import EngineConfig
+from loraplex.server.config_access import AuthConfig
 from loraplex.server.tenancy.keys_file import new_key
 from tests.support.deployment import DEPLOY
 from tests.support.live_server import live_server
@@ -84,20 +85,18 @@ def test_every_panel_shows_what_happens(tmp_path: Path) -> None:
         make_peft_adapter(load_oracle(base), tmp_path / "adapters" / name, seed=seed, r=2, target_modules=["q_proj"])
     (tmp_path / "adapters" / "bad").mkdir()
     (tmp_path / "adapters" / "bad" / "adapter_config.json").write_text("{}")
-    secrets, entries = zip(
+    keys = [
         new_key("ops", "acme", admin=True, adapters=["*"]),
         new_key("slow", "byte", adapters=["*"], requests_per_minute=1),
-        strict=True,
-    )
-    (tmp_path / "keys.yaml").write_text("keys:\n" + "".join(entries))
-    auth = AuthConfig(tmp_path / "keys.yaml", open_metrics=True, allowed_paths=(tmp_path,))
-    config = EngineConfig(device="cpu", memory_bytes=32 << 20, num_slots=1)
-    with live_server(base, "tiny", config, auth) as server, prometheus(tmp_path, server.url[7:]) as client:
-        caller = httpx.Client(base_url=server.url, headers={"Authorization": f"Bearer {secrets[0]}"}, timeout=LIMIT)
-        slow = {"Authorization": f"Bearer {secrets[1]}"}
+    ]
+    auth = AuthConfig(open_metrics=True, allowed_paths=(tmp_path,))
+    config = EngineConfig(device="cpu", memory=32 << 20, num_slots=1)
+    with (
+        live_server(base, "tiny", config, keys=keys, auth=auth) as server,
+        prometheus(tmp_path, server.url[7:]) as client,
+    ):
         for name in ("one", "two"):
-            load = {"lora_name": name, "lora_path": str(tmp_path / "adapters" / name)}
-            assert caller.post("/v1/load_lora_adapter", json=load).status_code == 200
+            assert server.load(name, tmp_path / "adapters" / name, "ops").status_code == 200
         server.parts.adapters.register_unread(tmp_path / "adapters" / "bad")
         wait_for(lambda: has_scraped(client, 2))
 
@@ -105,11 +104,10 @@ def test_every_panel_shows_what_happens(tmp_path: Path) -> None:
             """Each tenant asks for each adapter in turn, so that they push each other out; and what goes wrong."""
             for name in ("one", "two", "tiny"):
                 body = {"model": name, "prompt": "the quick brown fox " * 8, "max_tokens": 4, "ignore_eos": True}
-                assert caller.post("/v1/completions", json=body).status_code == 200
-                caller.post("/v1/completions", json=body, headers=slow)
-            load = {"lora_name": "bad", "lora_path": str(tmp_path / "adapters" / "bad")}
-            assert caller.post("/v1/load_lora_adapter", json=load).status_code == 400
-            assert caller.get("/v1/models", headers={"Authorization": "Bearer nobody"}).status_code == 401
+                assert server.ask("POST", "/v1/completions", "ops", json=body).status_code == 200
+                server.ask("POST", "/v1/completions", "slow", json=body)
+            assert server.load("bad", tmp_path / "adapters" / "bad", "ops").status_code == 400
+            assert server.ask("GET", "/v1/models").status_code == 401
 
         for _ in range(5):
             work()

@@ -99,7 +99,7 @@ def folder(made: Path, tmp_path: Path) -> Path:
 async def server(base: Path, folder: Path) -> AsyncIterator[Server]:
     """With a single slot: whoever comes next drives out who was there."""
     config = EngineConfig(
-        device="cpu", dtype="float32", max_model_len=160, max_num_seqs=4, token_budget=64, memory_bytes=1 << 28,
+        device="cpu", dtype="float32", max_model_len=160, max_num_seqs=4, token_budget=64, memory=1 << 28,
         num_slots=1,
     )  # fmt: skip
     parts = build_engine(config, base, "tiny")

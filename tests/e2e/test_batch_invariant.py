@@ -25,7 +25,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "qv": {"r": 4, "target_modules": ["q_proj", "v_proj"]},
 }
 CONFIG = EngineConfig(
-    device="cpu", max_model_len=128, max_num_seqs=16, token_budget=128, memory_bytes=1 << 28, batch_invariant=True
+    device="cpu", max_model_len=128, max_num_seqs=16, token_budget=128, memory=1 << 28, batch_invariant=True
 )
 PRESSURE = 26
 """Pages that twelve answers compete for; one request needs up to eight beside the adapters' own."""

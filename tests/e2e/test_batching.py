@@ -48,7 +48,7 @@ CONFIG = EngineConfig(
     max_model_len=160,
     max_num_seqs=32,
     token_budget=128,
-    memory_bytes=1 << 28,
+    memory=1 << 28,
     host_store_bytes=1 << 25,
 )
 
@@ -275,7 +275,7 @@ async def test_under_page_pressure(
 ) -> None:
     if not foresight:  # admit whoever fits now, with nothing kept back for those that run: more to preempt
         monkeypatch.setattr(Scheduler, "reserve", lambda self: 0)
-    config = replace(config, memory_bytes=memory_of(base, pages, config))
+    config = replace(config, memory=memory_of(base, pages, config))
     async with serving(base, adapters, config) as server:
         assert server.parts.engine.num_pages == pages
         answers, _ = await server.together(ASKS)

@@ -21,7 +21,9 @@ import pytest
 
 from loraplex.server import startup
 from loraplex.server.command import cli
-from loraplex.server.config import ConfigError, NamedAdapter, base_names, parse_memory, parse_size
+from loraplex.server.config import ServeConfig
+from loraplex.server.config_adapters import NamedAdapter
+from loraplex.server.options import ConfigError, parse_memory, parse_size
 from tests.support.command import serving
 from tests.support.peft_adapters import make_peft_adapter
 from tests.support.tiny import make_tiny_tokenizer
@@ -314,10 +316,11 @@ def test_memory_that_is_none(text: str) -> None:
 def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my-model").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert base_names("demo", ()) == ("demo",)
-    assert base_names("org/name", ()) == ("org/name",)
-    assert base_names("./my-model/", ()) == base_names(str(tmp_path / "my-model"), ()) == ("my-model",)
-    assert base_names("./my-model", ("a", "b")) == ("a", "b")
+    assert ServeConfig("demo").base_names == ("demo",)
+    assert ServeConfig("org/name").base_names == ("org/name",)
+    for folder in ("./my-model/", str(tmp_path / "my-model")):
+        assert ServeConfig(folder).base_names == ("my-model",)
+    assert ServeConfig("./my-model", ("a", "b")).base_names == ("a", "b")
     assert NamedAdapter.parse("a=p=q") == NamedAdapter("a", "p=q")
 
 

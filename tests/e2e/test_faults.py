@@ -20,8 +20,8 @@ import httpx
 import pytest
 from safetensors.torch import load_file, save_file
 
-from loraplex.adapters.sources.downloads import DownloadConfig, DownloadLimits
 from loraplex.server.config import EngineConfig
+from loraplex.server.config_adapters import DownloadConfig
 from tests.support.command import address, serving
 from tests.support.live_server import LiveServer, live_server
 from tests.support.peft_adapters import make_peft_adapter
@@ -47,11 +47,9 @@ def web() -> Iterator[WebServer]:
 
 @pytest.fixture(scope="module")
 def live(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
-    downloads = DownloadConfig(
-        tmp_path_factory.mktemp("downloads"), DownloadLimits(max_seconds=5.0), allowed_hosts=("127.0.0.1",)
-    )
-    config = EngineConfig(device="cpu", memory_bytes=32 << 20, max_num_seqs=8, downloads=downloads)
-    with live_server(base, "tiny", config) as server:
+    downloads = DownloadConfig(tmp_path_factory.mktemp("downloads"), max_seconds=5.0, allowed_hosts=("127.0.0.1",))
+    config = EngineConfig(device="cpu", memory=32 << 20, max_num_seqs=8)
+    with live_server(base, "tiny", config, downloads=downloads) as server:
         yield server
 
 

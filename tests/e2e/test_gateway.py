@@ -85,7 +85,7 @@ def scrape(url: str) -> Scrape:
 @pytest.fixture(scope="module")
 def live(base: Path, oracle: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     adapters = tmp_path_factory.mktemp("adapters")
-    config = EngineConfig(device="cpu", memory_bytes=32 << 20, num_slots=SLOTS, max_num_seqs=PLACES)
+    config = EngineConfig(device="cpu", memory=32 << 20, num_slots=SLOTS, max_num_seqs=PLACES)
     with live_server(base, "tiny", config) as server:
         for seed, name in enumerate(NAMES):
             folder = adapters / name.replace("/", "-")

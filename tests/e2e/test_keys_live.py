@@ -11,6 +11,7 @@ import httpx
 import openai
 import pytest
 
+from loraplex.server.config import AuthConfig
 from loraplex.server.tenancy.keys_file import new_key
 from tests.support.exchanging import exchanging
 from tests.support.live_server import LiveServer, live_server
@@ -32,7 +33,7 @@ def live(base: Path, adapters: Path) -> Iterator[LiveServer]:
         new_key("adam", "acme", adapters=["acme/*"], weight=2),
         new_key("bob", "byte", requests_per_minute=1000),
     ]
-    with live_server(base, keys=keys, allowed_paths=(adapters,)) as server:
+    with live_server(base, keys=keys, auth=AuthConfig(allowed_paths=(adapters,))) as server:
         yield server
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from peft.utils import merge_utils
 
-from tests.support.served import greedy, serve_tiny
+from tests.support.served import Served, greedy, serve_tiny
 from tests.support.waiting import LIMIT
 
 lorax = pytest.importorskip("lorax", reason="lorax-client is not installed")
@@ -37,7 +37,7 @@ CLOSE = 2e-4
 class Lorax:
     """The server, its client, and PEFT's models of sums of adapters."""
 
-    def __init__(self, served: Lorax) -> None:
+    def __init__(self, served: Served) -> None:
         self.live, self.folders, self.base = served.live, served.folders, served.oracles["tiny"]
         self.client = Client(served.live.url)
 

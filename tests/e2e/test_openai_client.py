@@ -198,7 +198,7 @@ def test_logit_bias_and_end_of_sequence(served: Served) -> None:
 
 
 def test_max_tokens_is_cut_to_the_context(served: Served) -> None:
-    limit = served.live.parts.max_model_len
+    limit = served.live.parts.memory.max_model_len
     prompt = [70] * (limit - 3)
     answer = served.client.completions.create(
         model="tiny", prompt=prompt, max_tokens=100, temperature=0, extra_body={"ignore_eos": True}

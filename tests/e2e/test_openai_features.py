@@ -306,7 +306,7 @@ def test_tokenize_and_back(served: Served) -> None:
     found = post("tokenize", model="wide", prompt=text, return_token_strs=True)
     assert found["tokens"] == served.live.tokenizer.encode(text)
     assert found["count"] == len(found["tokens"]) == len(found["token_strs"])
-    assert found["max_model_len"] == served.live.parts.max_model_len
+    assert found["max_model_len"] == served.live.parts.memory.max_model_len
     assert text in post("detokenize", tokens=found["tokens"])["prompt"]
     chat = post("tokenize", messages=ASK)
     assert chat["tokens"] == served.live.tokenizer.chat(ASK)

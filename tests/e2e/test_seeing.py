@@ -23,7 +23,7 @@ from tests.support.waiting import LIMIT
 def test_adapters_that_take_turns(base: Path, oracle: Any, tmp_path: Path) -> None:
     for seed, name in enumerate(("one", "two")):
         make_peft_adapter(oracle, tmp_path / "adapters" / name, seed=seed, r=2, target_modules=["q_proj"])
-    config = EngineConfig(device="cpu", memory_bytes=32 << 20, num_slots=1)
+    config = EngineConfig(device="cpu", memory=32 << 20, num_slots=1)
     with live_server(base, "tiny", config) as server:
         asyncio.run(server.parts.adapters.register_folder(tmp_path / "adapters"))
         for name in ("one", "two", "one", "two", "two"):
@@ -55,10 +55,10 @@ def test_refused_adapters_are_counted_by_reason(base: Path, oracle: Any, tmp_pat
     for name in ("folder/kind", "values"):
         make_peft_adapter(oracle, tmp_path / name, r=2, target_modules=["q_proj"])
     config = tmp_path / "folder/kind/adapter_config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"peft_type": "IA3"}))
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"peft_type": "ADALORA"}))
     weights = tmp_path / "values/adapter_model.safetensors"
     save_file({name: torch.full_like(tensor, torch.nan) for name, tensor in load_file(weights).items()}, weights)
-    with live_server(base, "tiny", EngineConfig(device="cpu", memory_bytes=32 << 20)) as server:
+    with live_server(base, "tiny", EngineConfig(device="cpu", memory=32 << 20)) as server:
         asyncio.run(server.parts.adapters.register_folder(tmp_path / "folder"))
         for source in (str(tmp_path / "values"), "ftp://nowhere"):
             body = {"lora_name": "x", "lora_path": source}

@@ -11,9 +11,9 @@ from typing import Any
 import httpx
 import pytest
 
-from loraplex.adapters.sources.downloads import DownloadConfig, DownloadLimits
 from loraplex.server.catalog.reconciler import Reconciler
 from loraplex.server.config import EngineConfig
+from loraplex.server.config_adapters import DownloadConfig
 from tests.support.fake_hub import FakeHub, Repo, fake_hub
 from tests.support.live_server import LiveServer, live_server
 from tests.support.peft_adapters import ALL, make_peft_adapter
@@ -44,12 +44,12 @@ def hub(made: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
 
 @pytest.fixture
 def live(base: Path, hub: FakeHub, tmp_path: Path) -> Iterator[LiveServer]:
-    downloads = DownloadConfig(tmp_path / "cache", DownloadLimits(stall_seconds=60), ("localhost",))
+    downloads = DownloadConfig(tmp_path / "cache", stall_seconds=60, allowed_hosts=("localhost",))
     config = EngineConfig(
-        device="cpu", dtype="float32", max_model_len=256, max_num_seqs=4, token_budget=64, memory_bytes=1 << 28,
-        num_slots=2, downloads=downloads,
+        device="cpu", dtype="float32", max_model_len=256, max_num_seqs=4, token_budget=64, memory=1 << 28,
+        num_slots=2,
     )  # fmt: skip
-    with live_server(base, "tiny", config) as server:
+    with live_server(base, "tiny", config, downloads=downloads) as server:
         yield server
 
 

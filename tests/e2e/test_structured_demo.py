@@ -53,7 +53,7 @@ def folder() -> Path:
 
 @pytest.fixture(scope="module")
 def live(folder: Path) -> Iterator[LiveServer]:
-    config = EngineConfig(device="cpu", max_num_seqs=STREAMS, memory_bytes=1 << 30, max_model_len=1024)
+    config = EngineConfig(device="cpu", max_num_seqs=STREAMS, memory=1 << 30, max_model_len=1024)
     with live_server(folder, "demo", config) as started:
         asyncio.run(started.parts.adapters.register_folder(EXAMPLES))
         yield started

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
+from loraplex.server.config import AuthConfig
 from loraplex.server.tenancy.keys_file import new_key
 from tests.support.browser import Browser, chromium
 from tests.support.live_server import TINY, LiveServer, live_server
@@ -60,7 +61,7 @@ def served(browser: Browser, base: Path, oracle: Any, tmp_path_factory: pytest.T
         new_key("alice", "acme", adapters=["acme/*", "shared"], base=False),
     ]
     engine = replace(TINY, memory_bytes=48 << 20, max_num_seqs=8)
-    with live_server(base, engine=engine, keys=keys, allowed_paths=(folder,)) as live:
+    with live_server(base, engine=engine, keys=keys, auth=AuthConfig(allowed_paths=(folder,))) as live:
         served = Served(live, folder)
         served.load("acme/one", "one")
         served.load("shared", "two")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from loraplex.server.command.cli import _one_each
-from loraplex.server.config import ConfigError, NamedAdapter
+from loraplex.server.config_adapters import NamedAdapter
+from loraplex.server.options import ConfigError
 
 
 @pytest.mark.parametrize(

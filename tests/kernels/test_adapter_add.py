@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from loraplex.kernels.ops import Backend
-from loraplex.kernels.records import ALIGN, NUM_SITES, AdapterSegments, Site, TileKind, TileTable
+from loraplex.kernels.records import ALIGN, NUM_SITES, AdapterSegments, AdapterStep, Site, TileKind, TileTable
 from tests.support.rounding import assert_near, exact, rounded
 
 LAYERS = 3
@@ -96,6 +96,9 @@ class _World:
     arena: Tensor
     table: TileTable
     adapters: dict[int, _Adapter]  # by slot, at (LAYER, SITE)
+
+    def step(self, segments: AdapterSegments) -> AdapterStep:
+        return AdapterStep(self.arena, self.table, segments)
 
 
 LAYER, SITE = 1, Site.GATE_UP
@@ -185,7 +188,7 @@ def _check(
     before = y.clone()
     result = y.to(backend.device)
     out = backend.adapter_add_(
-        result, x.to(backend.device), world.arena, world.table, LAYER, SITE, _segments(backend, segments, num_decode)
+        result, x.to(backend.device), LAYER, SITE, world.step(_segments(backend, segments, num_decode))
     )
     assert out.data_ptr() == result.data_ptr(), "not in place"
     assert_near(out, expected, terms, wobble)
@@ -355,7 +358,7 @@ def test_scale_is_not_rounded_to_the_compute_dtype(backend: Backend, dtype: torc
     y = torch.full((2, 64), start).to(backend.device, dtype)
     x = torch.ones(2, 4, device=backend.device, dtype=dtype)
     segments = _segments(backend, [(1, _one(0)), (1, _one(0))], 1)
-    backend.adapter_add_(y, x, world.arena, world.table, LAYER, SITE, segments)
+    backend.adapter_add_(y, x, LAYER, SITE, world.step(segments))
     assert np.array_equal(exact(y[:, :32]), np.full((2, 32), start / 2))
     once = rounded(np.float64(np.float32(1.0035)) * start, dtype)
     assert np.abs(exact(y[:, 32:]) - once).max() <= 2.0**-21
@@ -373,7 +376,7 @@ def test_rows_without_scales_keep_their_bits_beside_them(backend: Backend, dtype
 
         def add(slots: tuple[int, int], decode: bool = decode) -> Tensor:
             segments = _segments(backend, [(4, _one(slots[0])), (4, _one(slots[1]))], 2 * decode)
-            return backend.adapter_add_(y.clone(), x, world.arena, world.table, LAYER, SITE, segments)
+            return backend.adapter_add_(y.clone(), x, LAYER, SITE, world.step(segments))
 
         alone, beside = add((0, 0)), add((0, 1))
         assert torch.equal(alone[:4], beside[:4])
@@ -394,10 +397,10 @@ def test_nothing_to_do_changes_no_bit(backend: Backend, dtype: torch.dtype) -> N
         [(2, ()), (2, _one(2)), (2, ((1, 0.5), (2, 1.0)))],
     ]
     for segments in cases:
-        backend.adapter_add_(y, x, world.arena, world.table, LAYER, SITE, _segments(backend, segments, 0))
+        backend.adapter_add_(y, x, LAYER, SITE, world.step(_segments(backend, segments, 0)))
         assert torch.equal(y.view(torch.uint8), before.view(torch.uint8))
     for layer, site in ((0, SITE), (2, SITE), (LAYER, Site.DOWN)):  # the adapter has tiles, but not there
-        backend.adapter_add_(y, x, world.arena, world.table, layer, site, _segments(backend, [(6, _one(0))], 0))
+        backend.adapter_add_(y, x, layer, site, world.step(_segments(backend, [(6, _one(0))], 0)))
         assert torch.equal(y.view(torch.uint8), before.view(torch.uint8))
 
 
@@ -412,7 +415,7 @@ def test_terms_that_cancel_are_summed_before_rounding(backend: Backend, dtype: t
     y = torch.zeros(1, 4, device=backend.device, dtype=dtype)
     x = torch.ones(1, 1, device=backend.device, dtype=dtype)
     segments = _segments(backend, [(1, ((0, 1.0), (1, 1.0), (0, -1.0)))], 1)
-    backend.adapter_add_(y, x, world.arena, world.table, LAYER, SITE, segments)
+    backend.adapter_add_(y, x, LAYER, SITE, world.step(segments))
     assert np.array_equal(exact(y), np.full((1, 4), 0.125))
 
 
@@ -422,5 +425,5 @@ def test_u_is_rounded_to_the_compute_dtype(backend: Backend) -> None:
     world = _world(backend, torch.bfloat16, adapters, 1, seed=9)
     x = torch.tensor([[1.0, 2.0**-9]], dtype=torch.bfloat16, device=backend.device)
     y = torch.full((1, 4), -256.0, dtype=torch.bfloat16, device=backend.device)
-    backend.adapter_add_(y, x, world.arena, world.table, LAYER, SITE, _segments(backend, [(1, _one(0))], 1))
+    backend.adapter_add_(y, x, LAYER, SITE, world.step(_segments(backend, [(1, _one(0))], 1)))
     assert np.array_equal(exact(y), np.zeros((1, 4)))

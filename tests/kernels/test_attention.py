@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from loraplex.kernels.ops import Backend
-from loraplex.kernels.records import BLOCK_SIZE, AttentionMeta, AttentionParams, KVGroup, KVLayer, element_bytes
+from loraplex.kernels.records import BLOCK_SIZE, AttentionMeta, AttentionParams, KVGroup, KVLayer, QKNorm, element_bytes
 from tests.support.kv_pages import read_tokens, write_tokens
 from tests.support.rounding import Exact, assert_near, exact, rounded
 
@@ -214,14 +214,15 @@ def test_rope_store_kv(
     )
     store_index = torch.randperm(9 * BLOCK_SIZE, generator=generator)[:tokens].to(backend.device)
     kept = qkv.clone()
-    q = backend.rope_store_kv(qkv, cos, sin, layer, store_index, params, q_norm, k_norm, 1e-6, qk_norm or 0.0)
+    norm = None if q_norm is None or k_norm is None else QKNorm(q_norm, k_norm, 1e-6, qk_norm or 0.0)
+    q = backend.rope_store_kv(qkv, cos, sin, layer, store_index, params, norm)
 
     page, offset = store_index // BLOCK_SIZE, store_index % BLOCK_SIZE
     keys, values = read_tokens(backend, layer, page, offset)
     heads = exact(kept).reshape(tokens, 10, head_dim)
     assert q.shape == (tokens, 6, head_dim)
-    for found, x, norm in ((q, heads[:, :6], q_norm), (keys, heads[:, 6:8], k_norm)):
-        x = _normed(x, norm, qk_norm or 0.0, dtype)
+    for found, x, weight in ((q, heads[:, :6], q_norm), (keys, heads[:, 6:8], k_norm)):
+        x = _normed(x, weight, qk_norm or 0.0, dtype)
         terms = np.abs(x)
         terms[..., :rotary_dim] += np.roll(terms[..., :rotary_dim], rotary_dim // 2, -1)
         # A norm that is rounded the other way moves both elements of a pair.
@@ -245,7 +246,7 @@ def test_what_is_stored_is_what_is_attended(backend: Backend) -> None:
     out = []
     for t in range(40):
         index = torch.tensor([pages[t // BLOCK_SIZE] * BLOCK_SIZE + t % BLOCK_SIZE], device=backend.device)
-        q = backend.rope_store_kv(qkv[t : t + 1], cos, sin, layer, index, params, None, None, 0.0, 0.0)
+        q = backend.rope_store_kv(qkv[t : t + 1], cos, sin, layer, index, params, None)
         blocks = torch.tensor([pages[: t // BLOCK_SIZE + 1] + [-1] * (2 - t // BLOCK_SIZE)], dtype=torch.int32)
         group = KVGroup(blocks.to(backend.device), index)
         ptr = torch.tensor([0, 1], dtype=torch.int32, device=backend.device)

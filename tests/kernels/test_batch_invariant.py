@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from loraplex.kernels.cpu.backend import CpuBackend
-from loraplex.kernels.ops import Backend
+from loraplex.kernels.ops import Backend, BackendUnavailable
 from loraplex.kernels.select import load_backend
 from tests.support.rounding import assert_near, exact
 
@@ -31,6 +31,11 @@ def invariant(backend: Backend) -> Iterator[Backend]:
             yield load_backend("triton", "cpu", batch_invariant=True)
     else:
         yield load_backend(backend.name, backend.device.type, batch_invariant=True)
+
+
+def test_the_reference_has_no_batch_invariant_twin() -> None:
+    with pytest.raises(BackendUnavailable, match="'reference' is not batch-invariant"):
+        load_backend("reference", "cpu", batch_invariant=True)
 
 
 @pytest.mark.parametrize(("n_in", "n_out"), SHAPES)

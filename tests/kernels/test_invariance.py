@@ -20,6 +20,7 @@ from loraplex.kernels.cpu.backend import CpuBackend
 from loraplex.kernels.records import (
     BLOCK_SIZE,
     AdapterSegments,
+    AdapterStep,
     AttentionMeta,
     AttentionParams,
     KVGroup,
@@ -124,7 +125,7 @@ class _Adapters:
             mixes=tuple(mixes),
             num_decode_segments=decode,
         )
-        return ops.adapter_add_(y.clone(), x, self.arena, self.table, 0, Site.QKV, meta)
+        return ops.adapter_add_(y.clone(), x, 0, Site.QKV, AdapterStep(self.arena, self.table, meta))
 
 
 @pytest.mark.parametrize("hidden", HIDDEN)

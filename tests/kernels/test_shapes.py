@@ -10,7 +10,7 @@ from loraplex.adapters.image.tiles import BaseLayout, LowRank, pack
 from loraplex.adapters.tiers.pages import PagePool
 from loraplex.adapters.tiers.residency import Residency
 from loraplex.kernels.ops import Backend
-from loraplex.kernels.records import AdapterSegments, Projection, Site, element_bytes
+from loraplex.kernels.records import AdapterSegments, AdapterStep, Projection, Site, element_bytes
 from tests.support.rounding import assert_near, exact, rounded
 
 
@@ -61,7 +61,7 @@ def test_adapter(backend: Backend, dtype: torch.dtype, n_in: int, n_out: int, ra
         num_decode_segments=int(decode),
     )
     found = backend.adapter_add_(
-        y.clone().to(backend.device), x.to(backend.device), arena, residency.table, 0, Site.QKV, segments
+        y.clone().to(backend.device), x.to(backend.device), 0, Site.QKV, AdapterStep(arena, residency.table, segments)
     )
     u, b64 = rounded(exact(x) @ exact(a).T, dtype), exact(b)
     terms = 0.5 * np.abs(exact(x)) @ np.abs(exact(a)).T @ np.abs(b64).T

@@ -1,6 +1,6 @@
 """Batch-invariant backends: a token's logits have the same bits however its sequence is computed, and beside whom.
 
-Over the CPU's kernels and the reference; tests/kernels/gpu runs this file over the Triton kernels in the interpreter.
+Over the CPU's kernels; tests/kernels/gpu runs this file over the Triton kernels in the interpreter.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tests.support.tiny import make_tiny_model
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 CPU = [f"cpu-{isa}" for isa in abi.ISAS if abi.library().loraplex_isa(isa.encode()) >= 0]
-BACKENDS = ["triton"] if INTERPRET else ["reference", *CPU]
+BACKENDS = ["triton"] if INTERPRET else CPU
 FAMILIES = ["llama"] if INTERPRET else ["llama", "qwen3", "gemma2", "mistral"]
 DTYPES = [torch.float32] if INTERPRET else [torch.float32, torch.bfloat16]
 PROMPT, ANSWER = 21, 5

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,20 +21,22 @@ from loraplex.adapters.registry import AdapterVersion, Registry
 from loraplex.adapters.sources.merge_plan import MergePlan
 from loraplex.adapters.sources.sources import OPERATOR, SourceAccess
 from loraplex.adapters.tiers.stats import AdapterPlace, PageOwners, TierStats
-from loraplex.server.api.services import Base, Inside, Services
-from loraplex.server.catalog.manager import Around
+from loraplex.server.api.services import Services
+from loraplex.server.catalog.manager import AdapterManager, Around
 from loraplex.server.catalog.on_demand import OnDemand
 from loraplex.server.command.app import create_app
-from loraplex.server.config import RequestLimits
+from loraplex.server.config import EngineConfig, RequestLimits, ServeConfig
+from loraplex.server.engine.engine import Engine
 from loraplex.server.engine.request import FinishReason, GenerationRequest, Mix, TokenEvent, TokenScores
 from loraplex.server.engine.stats import STEP_BOUNDS
-from loraplex.server.engine.streams import Shortcut
-from loraplex.server.telemetry.engine_metrics import Limits
+from loraplex.server.engine.streams import EventStream, Shortcut
+from loraplex.server.facts import Facts
 from loraplex.server.telemetry.metrics import Metrics
 from loraplex.server.tenancy.access import Access
 from loraplex.server.tenancy.tenants import Key, Keyring, digest_of
 from loraplex.server.text.chat_template import ChatTemplate
 from loraplex.server.text.fair_pool import TextPools
+from loraplex.server.text.generation_defaults import GenerationDefaults
 from loraplex.server.text.grammar import Grammars
 from loraplex.server.text.tokenizer import Tokenizer
 from loraplex.server.text.tokenizers import Tokenizers
@@ -44,14 +46,12 @@ MAX_MODEL_LEN = 64
 EOS_ID = 1
 
 
-@dataclass(frozen=True)
-class Defaults:
-    eos_token_ids: tuple[int, ...] = (EOS_ID,)
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
+CONFIG = ServeConfig(
+    "/models/base",
+    ("base", "alias"),
+    engine=EngineConfig(max_num_seqs=8, num_slots=4),
+    limits=RequestLimits(max_body_bytes=100_000),
+)
 
 
 @dataclass
@@ -98,7 +98,7 @@ def scores_of(places: Sequence[tuple[float, Sequence[tuple[int, float]]]]) -> To
     return TokenScores(logprobs, tops[..., 0].astype(np.int32), tops[..., 1])
 
 
-class FakeEvents:
+class FakeEvents(EventStream):
     """Plays a script; `aclose` before its end is an abort."""
 
     def __init__(self, engine: FakeEngine, request: GenerationRequest, script: Sequence[TokenEvent]) -> None:
@@ -135,6 +135,9 @@ class FakeEvents:
             self._engine.aborted.append(self._request.request_id)
             self._end()
 
+    def __del__(self) -> None:
+        """Dropping it is no abort: tests look at what closes it."""
+
     def _end(self) -> None:
         self._open = False
         self._engine.open.discard(self._request.request_id)
@@ -142,12 +145,13 @@ class FakeEvents:
             lease.release()
 
 
-class FakeEngine:
+class FakeEngine(Engine):
     """Says "the answer" to everything, or what `script` says. `gate` holds all tokens back while it is not set."""
 
+    alive = True
+    failure: BaseException | None = None
+
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self.alive = True
-        self.failure: BaseException | None = None
         self.requests: list[GenerationRequest] = []
         self.open: set[str] = set()
         self.aborted: list[str] = []  # by closing their events
@@ -201,7 +205,7 @@ def say(tokenizer: Tokenizer, text: str, request: GenerationRequest, *, stop: bo
     return events
 
 
-class FakeAdapters:
+class FakeAdapters(AdapterManager):
     """The real registry; a source is good unless its name says "missing" or "bad"."""
 
     def __init__(self) -> None:
@@ -236,9 +240,6 @@ class FakeAdapters:
     async def arrival(self, name: str) -> None:
         """Nothing is ever on its way."""
 
-    async def unregister(self, name: str) -> AdapterVersion:
-        return self.registry.unregister(name)
-
 
 @dataclass
 class FakeServer:
@@ -247,7 +248,8 @@ class FakeServer:
     tokenizer: Tokenizer
     engine: FakeEngine
     adapters: FakeAdapters = field(default_factory=FakeAdapters)
-    defaults: Defaults = field(default_factory=Defaults)
+    defaults: GenerationDefaults = field(default_factory=lambda: GenerationDefaults((EOS_ID,)))
+    config: ServeConfig = field(default_factory=lambda: CONFIG)
     max_model_len: int = MAX_MODEL_LEN  # this and the template: of clients made from here on
     on_demand: OnDemand = field(init=False)
 
@@ -263,7 +265,9 @@ class FakeServer:
         self.tokenizer = Tokenizer(base.fast, base.special_tokens, ChatTemplate(source, {}))
 
     def app(self, **changes: Any) -> FastAPI:
-        """A new application of these services. changes: fields of Services."""
+        """A new application of these services. changes: fields of Services, and of ServeConfig."""
+        told = {each.name for each in fields(ServeConfig)} & changes.keys()
+        self.config = replace(self.config, **{name: changes.pop(name) for name in told})
         return create_app(replace(self.services, **changes))
 
     def client(self, key: str | None = None, *, app: FastAPI | None = None, **changes: Any) -> httpx.AsyncClient:
@@ -274,27 +278,28 @@ class FakeServer:
 
     @property
     def services(self) -> Services:
-        limits = Limits("base", MAX_MODEL_LEN, block_size=16, num_pages=100, max_adapters=4)
+        facts = Facts(
+            self.config,
+            vocab_size=VOCAB_SIZE,
+            max_model_len=self.max_model_len,
+            num_pages=100,
+            page_bytes=4096,
+            block_size=16,
+            created=1_700_000_000,
+            memory=(("weights", 3 << 20, ""), ("arena", 4096 * 100, "100 pages")),
+        )
         return Services(
-            base=Base(("base", "alias"), "/models/base", VOCAB_SIZE, self.max_model_len, created=1_700_000_000),
+            facts=facts,
             engine=self.engine,
             adapters=self.adapters,
-            texts=TextPools(),
+            on_demand=self.on_demand,
+            places=lambda: self.engine.places,
+            page_owners=lambda: self.engine.page_owners,
             tokenizers=Tokenizers(self.tokenizer, VOCAB_SIZE, self.defaults.eos_token_ids),
+            texts=TextPools(),
             grammars=Grammars(self.tokenizer, VOCAB_SIZE, self.defaults.eos_token_ids),
             defaults=self.defaults,
-            metrics=Metrics(limits, self.engine.stats, lambda: self.engine.places, self.adapters.registry),
-            limits=RequestLimits(max_body_bytes=100_000),
-            on_demand=self.on_demand,
-            inside=Inside(
-                self.engine.stats,
-                lambda: self.engine.places,
-                lambda: self.engine.page_owners,
-                page_bytes=4096,
-                max_running=8,
-                max_adapters=4,
-                memory=(("weights", 3 << 20, ""), ("arena", 4096 * 100, "100 pages")),
-            ),
+            metrics=Metrics(facts, self.engine.stats, lambda: self.engine.places, self.adapters.registry),
         )
 
 

@@ -15,15 +15,20 @@ import httpx
 import openai
 import yaml
 
+from loraplex.server.command.app import create_app
 from loraplex.server.command.build import EngineParts, build_engine
-from loraplex.server.command.launch import make_app, read_tokenizers
-from loraplex.server.config import AuthConfig, EngineConfig, HttpConfig, ServeConfig
+from loraplex.server.command.compose import make_services
+from loraplex.server.command.load import read_defaults, read_tokenizers
+from loraplex.server.config import EngineConfig, RunConfig, ServeConfig
+from loraplex.server.config_access import AuthConfig
+from loraplex.server.config_adapters import AdaptersConfig, DownloadConfig
 from loraplex.server.http.listening import bind, make_server
 from loraplex.server.models.config import ModelConfig
+from loraplex.server.text.grammar import Grammars
 from loraplex.server.text.tokenizer import Tokenizer
 from tests.support.waiting import LIMIT, wait_for
 
-TINY = EngineConfig(device="cpu", dtype="float32", memory_bytes=64 << 20, max_num_seqs=16, token_budget=64)
+TINY = EngineConfig(device="cpu", dtype="float32", memory=64 << 20, max_num_seqs=16, token_budget=64)
 """An engine for tiny models."""
 
 
@@ -66,29 +71,40 @@ def live_server(
     engine: EngineConfig = TINY,
     *,
     keys: Iterable[tuple[str, str]] = (),
-    allowed_paths: tuple[Path, ...] = (),
+    auth: AuthConfig | None = None,
+    downloads: DownloadConfig = DownloadConfig(),
 ) -> Iterator[LiveServer]:
     """Serve the checkpoint in `base` as `name` while the block runs. keys: what new_key() made."""
     with tempfile.TemporaryDirectory() as folder:
         made = tuple(keys)
         secrets = {yaml.safe_load(entry)[0]["name"]: secret for secret, entry in made}
-        auth = AuthConfig(allowed_paths=allowed_paths)
+        auth = auth or AuthConfig()
         if made:
             (Path(folder) / "keys.yaml").write_text("keys:\n" + "".join(entry for _, entry in made))
             auth = replace(auth, keys_file=Path(folder) / "keys.yaml")
-        with _listening(base, name, engine, auth) as live:
+        adapters, run = AdaptersConfig(downloads=downloads), RunConfig(grace_seconds=1)
+        with _listening(ServeConfig(str(base), (name,), None, adapters, auth=auth, engine=engine, run=run)) as live:
             yield replace(live, keys=secrets)
 
 
 @contextmanager
-def _listening(base: Path, name: str, engine: EngineConfig, auth: AuthConfig) -> Iterator[LiveServer]:
-    config = ServeConfig(str(base), (name,), engine, http=HttpConfig(grace_seconds=1), auth=auth)
-    model_config = ModelConfig.from_hf(base)
-    tokenizers = read_tokenizers(base, model_config.vocab_size)
-    parts = build_engine(engine, base, name, model_config=model_config, check_tokenizer=tokenizers.check)
+def _listening(config: ServeConfig) -> Iterator[LiveServer]:
+    base = Path(config.base)
+    model_config, defaults = ModelConfig.from_hf(base), read_defaults(base)
+    tokenizers = read_tokenizers(base, model_config.vocab_size, defaults.eos_token_ids)
+    grammars = Grammars(tokenizers.base, tokenizers.rows, tokenizers.eos_ids)
+    parts = build_engine(
+        config.engine,
+        base,
+        *config.base_names,
+        model_config=model_config,
+        check_tokenizer=tokenizers.check,
+        downloads=config.adapters.downloads,
+    )
     held = bind("127.0.0.1", 0)
     listening = threading.Event()
-    server = make_server(make_app(config, parts, tokenizers), lambda port: listening.set())
+    app = create_app(make_services(config, parts, tokenizers, defaults, grammars))
+    server = make_server(app, lambda port: listening.set())
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[held])))
     parts.engine.start()
     thread.start()

@@ -75,7 +75,7 @@ class FakePlacement:
             if version.digest is None and self.registry is not None:
                 self.registry.identify(version, digest_of(version))
         self._asked = tuple(version.digest for version in versions)
-        return [0 if v.digest in self.device else v.num_pages for v in versions]
+        return [0 if v.digest in self.device else v.info.num_pages for v in versions]
 
     def load(self, version: AdapterVersion) -> bool:
         digest = version.digest

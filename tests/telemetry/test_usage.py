@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from loraplex.server.telemetry import usage
-from loraplex.server.telemetry.usage import OTHER, Usage, UsageTable
+from loraplex.server.telemetry.usage import OTHER, UsageCounts, UsageTable
 
 
 def read(table: UsageTable) -> dict[str, dict[str, float]]:
@@ -25,8 +25,8 @@ def read(table: UsageTable) -> dict[str, dict[str, float]]:
     return found
 
 
-def used(tokens: int, wait: float = 0.2) -> Usage:
-    one = Usage(1, 10, tokens)
+def used(tokens: int, wait: float = 0.2) -> UsageCounts:
+    one = UsageCounts(1, 10, tokens)
     one.queue.observe(wait)
     return one
 
@@ -102,9 +102,9 @@ def test_the_busiest_of_yesterday_give_way() -> None:
     table = UsageTable("adapter", "base", 2)
     for name in ("a", "b"):
         for _ in range(usage.FADE_AT // 2 + 10):
-            table.ended([name], Usage(1))
+            table.ended([name], UsageCounts(1))
     for _ in range(usage.FADE_AT):
-        table.ended(["c"], Usage(1))
+        table.ended(["c"], UsageCounts(1))
     found = read(table)["adapter_requests_total"]
     assert found.keys() - {OTHER} > {"c"}
     assert sum(found.values()) == 2 * usage.FADE_AT + 20

@@ -15,9 +15,12 @@ from typer.testing import CliRunner
 
 from loraplex.server.command import cli
 from loraplex.server.command.greeting import greet
+from loraplex.server.command.keys import with_file_keys
 from loraplex.server.command.option_groups import grouped
-from loraplex.server.command.serve_options import KeyOptions
-from loraplex.server.config import AuthConfig, ConfigError, EngineConfig, ServeConfig
+from loraplex.server.config import ServeConfig
+from loraplex.server.config_access import AuthConfig
+from loraplex.server.options import ConfigError
+from loraplex.server.startup import StartError
 from loraplex.server.tenancy.keys_file import KeysFile, parse_keys
 
 KEYS = AuthConfig(api_keys=("k",))
@@ -107,7 +110,7 @@ def test_what_is_there_to_try_has_a_place_for_the_key(capsys: pytest.CaptureFixt
     registry = SimpleNamespace(list=lambda: [SimpleNamespace(name="sql")])
     parts = SimpleNamespace(memory=plan, token_budget=8, adapters=SimpleNamespace(registry=registry))
     for auth in (NOBODY, FILE):
-        config = ServeConfig("demo", ("demo",), EngineConfig(), auth=auth)
+        config = ServeConfig("demo", auth=auth)
         greet(config, parts, SimpleNamespace(has_chat_template=True), 8000)  # type: ignore[arg-type]
         lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines() if line.startswith("  curl")]
         assert len(lines) == 3
@@ -121,7 +124,7 @@ def test_what_cannot_be_printed_keeps_no_server_from_starting(
     plan = SimpleNamespace(parts=list, shared=True, total_bytes=1, max_model_len=64)
     registry = SimpleNamespace(list=list)
     parts = SimpleNamespace(memory=plan, token_budget=8, adapters=SimpleNamespace(registry=registry))
-    config = ServeConfig("demo", ("demo",), EngineConfig())
+    config = ServeConfig("demo")
     with open("/dev/full", "w", encoding="utf-8") as full:
         monkeypatch.setattr(sys, "stdout", full)
         greet(config, parts, SimpleNamespace(has_chat_template=True), 8000)  # type: ignore[arg-type]
@@ -157,8 +160,8 @@ def key_options(*arguments: str, environ: dict[str, str] | None = None) -> AuthC
 
     @command.command()
     @grouped
-    def serve(keys: KeyOptions) -> None:
-        found.append(keys.config())
+    def serve(keys: AuthConfig) -> None:
+        found.append(with_file_keys(keys))
 
     result = CliRunner().invoke(command, list(arguments), env=environ, catch_exceptions=False)
     assert result.exit_code == 0, result.output
@@ -184,7 +187,7 @@ def test_a_key_file_that_cannot_be_used(tmp_path: Path, text: str, mode: int, to
     file = tmp_path / "key"
     file.write_bytes(text.encode("latin-1"))
     file.chmod(mode)
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(StartError, match=told):
         key_options("--api-key-file", str(file))
 
 

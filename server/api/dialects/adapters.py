@@ -64,7 +64,7 @@ async def load(services: Services, record: LoadAdapterRequest, *, pinned: bool =
         raise InvalidField(missing, "Both 'lora_name' and 'lora_path' must be provided.")
     if record.is_3d_lora_weight:
         raise InvalidField("is_3d_lora_weight", "is_3d_lora_weight: adapters of expert layers are not supported")
-    if name in services.base.names:
+    if name in services.facts.names:
         raise InvalidField("lora_name", f"The lora adapter name '{name}' is the base's own; choose another.")
     if is_hidden(name):
         raise InvalidField("lora_name", f"The lora adapter name '{name}' is of the server's own kind; choose another.")

@@ -21,11 +21,14 @@ from starlette.responses import JSONResponse, Response
 
 from loraplex.adapters.errors import AdapterError
 from loraplex.server.api.body import body_schema
-from loraplex.server.api.chat_schemas import Message
-from loraplex.server.api.choice import GenerationOptions, Prompt, PromptSource
-from loraplex.server.api.conversation import Conversation, read_toolbox
+from loraplex.server.api.dialects.lorax_fields import (
+    check_together,
+    neutral_fields,
+    prompt_source,
+    samples,
+    static_headers,
+)
 from loraplex.server.api.dialects.lorax_schemas import (
-    OTHER_NAMES,
     LoraxAnswer,
     LoraxEmbedding,
     LoraxEmbedRequest,
@@ -35,41 +38,19 @@ from loraplex.server.api.dialects.lorax_schemas import (
     StreamToken,
 )
 from loraplex.server.api.dialects.lorax_writer import Sequence, Style, dump, whole_answer
-from loraplex.server.api.errors import ApiError, ClientGone, InvalidField, to_api_error
-from loraplex.server.api.fields import UNSUPPORTED, check_unknown, ignored_header
+from loraplex.server.api.errors import ApiError, ClientGone, to_api_error
 from loraplex.server.api.generation import Generation
 from loraplex.server.api.openai.embeddings import collect_vectors
 from loraplex.server.api.openapi import LORAX, READ, LoraxErrorAnswer, answers, failures
-from loraplex.server.api.schemas import GenerationFields, SharedFields
+from loraplex.server.api.prompts import GenerationOptions, Prompt, PromptSource
 from loraplex.server.api.services import Services
 from loraplex.server.api.sse import SseResponse, answer_or_disconnect
 from loraplex.server.api.structured import read_structured
 from loraplex.server.engine.request import EngineError
-from loraplex.server.text.tokenizer import Tokenizer
 from loraplex.server.version import version
 
 logger = logging.getLogger(__name__)
 
-_ADAPTER_FIELDS = ("adapter_id", "adapter_source", "merged_adapters", "api_token")
-_SAME_FIELDS = ("frequency_penalty", "presence_penalty")
-
-_OTHERS = UNSUPPORTED | {
-    "model": ((), "name an adapter in adapter_id"),
-    "adapters": ((), "use adapter_id, or merged_adapters"),
-    "lora_path": ((), "use adapter_id"),
-    "n": ((1,), "use best_of"),
-    "logprobs": ((False, 0), "use details"),
-    "top_logprobs": ((0,), "use return_k_alternatives"),
-    "top_n_tokens": ((0,), "use return_k_alternatives"),
-    "echo": ((False,), "use return_full_text"),
-    "messages": ((), "use /v1/chat/completions"),
-    "prompt": ((), "use inputs"),
-    "stream": ((False,), "it stands beside parameters"),
-}
-"""Fields of other dialects that `parameters` does not have."""
-
-_BESIDE = _OTHERS | dict.fromkeys({*LoraxParameters.model_fields, *OTHER_NAMES}, ((False,), "it stands in parameters"))
-"""The same beside `parameters`, whose own are no fields there."""
 
 _told = partial(answers, errors=LORAX, error_shape=LoraxErrorAnswer)
 
@@ -109,20 +90,20 @@ def make_router(services: Services) -> APIRouter:
     @router.get("/info", responses=failures(READ, LoraxErrorAnswer))
     async def info() -> LoraxInfo:
         """What is served, in LoRAX's words."""
-        base = services.base
+        facts = services.facts
         return LoraxInfo(
-            model_id=base.names[0],
+            model_id=facts.names[0],
             model_sha=None,
-            model_dtype=f"torch.{base.dtype}",
-            model_device_type=base.device,
+            model_dtype=f"torch.{facts.dtype}",
+            model_device_type=facts.device,
             model_pipeline_tag="text-generation",
-            max_concurrent_requests=base.max_requests,
+            max_concurrent_requests=facts.max_requests,
             max_best_of=services.limits.max_n,
             max_stop_sequences=services.limits.max_stops,
-            max_input_length=base.max_model_len - 1,
-            max_total_tokens=base.max_model_len,
+            max_input_length=facts.max_model_len - 1,
+            max_total_tokens=facts.max_model_len,
             waiting_served_ratio=0.0,  # a prompt joins the next step, whoever waits
-            max_batch_total_tokens=base.cache_tokens,
+            max_batch_total_tokens=facts.cache_tokens,
             max_waiting_tokens=0,
             validation_workers=1,
             eager_prefill=True,
@@ -148,7 +129,9 @@ async def answer(
         work = _Work(services, record, start, bool(record.stream) if streams is None else streams)
         work.generation.client_id = request.headers.get("x-request-id")
         if work.stream:
-            return SseResponse(work.events(), work.headers, done=False, keep_alive=services.sse_keep_alive)
+            return SseResponse(
+                work.events(), work.headers, done=False, keep_alive=services.facts.config.http.sse_keep_alive
+            )
         text = await answer_or_disconnect(request, work.whole())
     except ClientGone:
         raise
@@ -200,8 +183,8 @@ class _Work:
         self._services = services
         self._start = start
         self._first: float | None = None  # when the first token came
-        _check(params, stream)
-        sampled = _samples(params)
+        check_together(params, stream)
+        sampled = samples(params)
         seed = (secrets.randbits(63) if params.seed is None else params.seed) if sampled else None
         scored = stream or params.details or params.decoder_input_details or (params.best_of or 1) > 1
         k = params.return_k_alternatives
@@ -221,9 +204,9 @@ class _Work:
             echo=self._style.prefill,
             watermark=bool(params.watermark),
         )
-        fields = _fields(services, params, seed if sampled else 0, sampled)
-        self.generation = Generation(services, fields, _prompt_source(services, record, params), options)
-        self.headers = _static_headers(services, record, params)
+        fields = neutral_fields(services, params, seed if sampled else 0, sampled)
+        self.generation = Generation(services, fields, prompt_source(services, record, params), options)
+        self.headers = static_headers(services, record, params)
 
     async def whole(self) -> str:
         """The answer as JSON; the headers are complete then. Raises what Generation.deltas raises."""
@@ -278,97 +261,16 @@ class _Work:
         }
 
 
-def _samples(params: LoraxParameters) -> bool:
-    """A temperature of 1 does not make LoRAX sample by itself, one of 0 keeps it from it."""
-    if params.temperature == 0:
-        return False
-    changes = params.temperature not in (None, 1.0) or params.top_k is not None
-    return bool(params.do_sample or changes or min(params.top_p or 1.0, params.typical_p or 1.0) < 1)
-
-
-def _check(params: LoraxParameters, stream: bool) -> None:
-    """What spans fields. Raises ApiError."""
-    if params.adapter_id and params.merged_adapters is not None:
-        raise InvalidField("adapter_id", "at most one of `adapter_id` or `merged_adapters` may be provided")
-    if (params.best_of or 1) > 1:
-        if stream:
-            raise InvalidField("best_of", "`best_of` != 1 is not supported when streaming tokens")
-        asked = (params.do_sample or None, params.temperature, params.top_k, params.top_p, params.typical_p)
-        if all(value is None for value in asked):
-            raise InvalidField("best_of", "you must use sampling when `best_of` is > 1")
-        if params.seed is not None:
-            raise InvalidField("seed", "`seed` must not be set when `best_of` > 1")
-    if stream and params.decoder_input_details:
-        raise InvalidField(
-            "decoder_input_details", "`decoder_input_details` == true is not supported when streaming tokens"
-        )
-
-
-def _fields(services: Services, params: LoraxParameters, seed: int | None, sampled: bool) -> GenerationFields:
-    """LoRAX has no checkpoint's defaults: what is not given is neutral. Raises InvalidField."""
-    worn = {name: getattr(params, name) for name in _ADAPTER_FIELDS}
-    same = {name: getattr(params, name) for name in (*_SAME_FIELDS, *SharedFields.model_fields)}
-    if same["include_stop_str_in_output"] is None:
-        same["include_stop_str_in_output"] = True  # as LoRAX does
-    if same["min_p"] is None:
-        same["min_p"] = 0.0
-    return GenerationFields(
-        model=services.base.names[0],
-        **worn,
-        **same,
-        temperature=(1.0 if params.temperature is None else params.temperature) if sampled else 0.0,
-        top_p=params.top_p or 1.0,
-        top_k=params.top_k or 0,
-        typical_p=params.typical_p,
-        repetition_penalty=params.repetition_penalty or 1.0,
-        seed=seed,
-        stop=tuple(params.stop or ()),
-        ignore_eos=bool(params.ignore_eos_token),
-    )
-
-
-def _prompt_source(services: Services, record: LoraxRequest, params: LoraxParameters) -> PromptSource:
-    last = params.truncate
-    said = [Message(role="user", content=record.inputs)] if params.apply_chat_template else []
-    conversation = Conversation(said, read_toolbox(None, None, None, services.limits))
-
-    def read(tokenizer: Tokenizer) -> list[Prompt]:
-        ids = conversation.on(tokenizer).prompt().ids if said else tokenizer.encode(record.inputs)
-        return [Prompt(ids[-last:] if last is not None else ids, text="")]
-
-    return PromptSource("inputs", (len(record.inputs),), read)
-
-
-def _static_headers(services: Services, record: LoraxRequest, params: LoraxParameters) -> dict[str, str]:
-    headers = {
-        "x-compute-type": f"{services.base.device}+optimized",
-        "x-compute-characters": str(len(record.inputs)),
-        "x-model-id": _printable(services.base.names[0]),
-    }
-    worn = params.merged_adapters.ids if params.merged_adapters is not None else [params.adapter_id or ""]
-    if any(worn):
-        headers["x-adapter-id"] = _printable(",".join(worn))
-        headers["x-adapter-source"] = params.adapter_source or "hub"
-    names = check_unknown(record.model_extra or {}, _BESIDE)
-    names += [f"parameters.{name}" for name in check_unknown(params.model_extra or {}, _OTHERS)]
-    return headers | ignored_header(names)
-
-
 def _bearer(request: Request) -> str | None:
     """LoRAX's other way to give api_token, where it is not the key to this server."""
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
     return token.strip() or None if scheme.lower() == "bearer" else None
 
 
-def _printable(text: str) -> str:
-    """Fit for a header."""
-    return "".join(c if " " <= c <= "~" else "?" for c in text[:400])
-
-
 async def _embed(services: Services, request: Request, record: LoraxEmbedRequest) -> Response:
     params = record.parameters or LoraxParameters()
     options = GenerationOptions(max_tokens=1, num_choices=1, prompt_only=True, pooling="last")
-    fields = _fields(services, params, 0, False)
+    fields = neutral_fields(services, params, 0, False)
     source = PromptSource("inputs", (len(record.inputs),), lambda tokenizer: [Prompt(tokenizer.encode(record.inputs))])
     generation = Generation(services, fields, source, options)
     (vector,) = await answer_or_disconnect(request, collect_vectors(generation))

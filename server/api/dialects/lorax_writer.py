@@ -7,7 +7,7 @@ import secrets
 from dataclasses import dataclass, field
 from typing import Any
 
-from loraplex.server.api.choice import Delta, ScoredToken
+from loraplex.server.api.choice import Delta
 from loraplex.server.api.dialects.lorax_schemas import (
     AlternativeToken,
     BestOfSequence,
@@ -22,6 +22,7 @@ from loraplex.server.api.dialects.lorax_schemas import (
 from loraplex.server.api.errors import ApiError
 from loraplex.server.api.generation import Generation
 from loraplex.server.api.logprobs import LOWEST, Written, fill_in, write_prompt
+from loraplex.server.api.prompts import ScoredToken
 from loraplex.server.text.tokenizer import Tokenizer
 
 

@@ -17,7 +17,7 @@ from loraplex.server.api.conversation import Conversation, read_toolbox
 from loraplex.server.api.dialects.lorax_schemas import SimpleToken
 from loraplex.server.api.errors import InvalidField
 from loraplex.server.api.fields import check_unknown, ignored_header
-from loraplex.server.api.generation import check_length
+from loraplex.server.api.limits import check_length
 from loraplex.server.api.names import tokenizer_of
 from loraplex.server.api.openapi import answers, failures
 from loraplex.server.api.schemas import Incoming, Wire
@@ -85,7 +85,7 @@ def make_router(services: Services) -> APIRouter:
         headers = ignored_header(check_unknown(record.model_extra or {}))
         tokenizer = _tokenizer(services, record.model)
         if record.inputs is not None:
-            check_length(len(record.inputs), tokenizer, services.base, "inputs")
+            check_length(len(record.inputs), tokenizer, services.facts, "inputs")
             encode = partial(_as_lorax, tokenizer, record.inputs, record.add_special_tokens is not False)
             content = await _in_turn(services, request, tokenizer, len(record.inputs), encode)
             return Response(content, media_type="application/json", headers=headers)
@@ -93,7 +93,7 @@ def make_router(services: Services) -> APIRouter:
             raise InvalidField("prompt", "prompt: give either a prompt or messages")
         texts = [record.prompt] if record.prompt is not None else [m.content or "" for m in record.messages or ()]
         size = sum(map(len, texts))
-        check_length(size, tokenizer, services.base, "prompt" if record.prompt is not None else "messages")
+        check_length(size, tokenizer, services.facts, "prompt" if record.prompt is not None else "messages")
         answer = await _in_turn(services, request, tokenizer, size, partial(_encode, services, tokenizer, record))
         return Response(answer, media_type="application/json", headers=headers)
 
@@ -119,7 +119,7 @@ def make_router(services: Services) -> APIRouter:
             pad_token=special.get("pad_token"),
             unk_token=special.get("unk_token"),
             chat_template=tokenizer.template_source,
-            model_max_length=services.base.max_model_len,
+            model_max_length=services.facts.max_model_len,
         )
 
     return router
@@ -146,7 +146,7 @@ def _encode(services: Services, tokenizer: Tokenizer, record: TokenizeRequest) -
     ids = _ids(services, tokenizer, record)
     answer = TokenizeAnswer(
         count=len(ids),
-        max_model_len=services.base.max_model_len,
+        max_model_len=services.facts.max_model_len,
         tokens=ids,
         token_strs=[tokenizer.token_text(i) for i in ids] if record.return_token_strs else None,
     )

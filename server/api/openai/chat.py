@@ -8,6 +8,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from loraplex.server.api.answer_schemas import Usage
 from loraplex.server.api.body import body_schema, ignored_fields
 from loraplex.server.api.chat_schemas import (
     ChatChoice,
@@ -22,15 +23,15 @@ from loraplex.server.api.chat_schemas import (
     ToolCall,
     ToolCallDelta,
 )
-from loraplex.server.api.choice import Delta, GenerationOptions
+from loraplex.server.api.choice import Delta
 from loraplex.server.api.conversation import Conversation, Dialogue, read_toolbox
 from loraplex.server.api.errors import InvalidField
 from loraplex.server.api.fields import ignored_header
 from loraplex.server.api.generation import Generation
 from loraplex.server.api.logprobs import ChatScores
 from loraplex.server.api.openapi import answers
+from loraplex.server.api.prompts import GenerationOptions
 from loraplex.server.api.respond import Collected, Scores, respond
-from loraplex.server.api.schemas import Usage
 from loraplex.server.api.services import Services
 from loraplex.server.api.structured import read_structured
 from loraplex.server.api.tools.call_objects import CallArguments, CallStart, Text
@@ -89,7 +90,7 @@ class _ChatRendering:
     def __init__(
         self, services: Services, record: ChatRequest, generation: Generation, conversation: Conversation
     ) -> None:
-        self._model = record.model or services.base.names[0]
+        self._model = record.model or services.facts.names[0]
         self._wants_logprobs = bool(record.logprobs)
         self._generation = generation
         self._conversation = conversation

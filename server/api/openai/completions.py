@@ -8,15 +8,17 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from loraplex.server.api.answer_schemas import Completion, CompletionChoice, Usage
 from loraplex.server.api.body import body_schema, ignored_fields
-from loraplex.server.api.choice import Delta, GenerationOptions, Prompt, PromptSource
+from loraplex.server.api.choice import Delta
 from loraplex.server.api.errors import InvalidField
 from loraplex.server.api.fields import ignored_header
 from loraplex.server.api.generation import Generation
 from loraplex.server.api.logprobs import CompletionScores
 from loraplex.server.api.openapi import answers
+from loraplex.server.api.prompts import GenerationOptions, Prompt, PromptSource
 from loraplex.server.api.respond import Collected, Scores, respond
-from loraplex.server.api.schemas import Completion, CompletionChoice, CompletionRequest, Usage
+from loraplex.server.api.schemas import CompletionRequest
 from loraplex.server.api.services import Services
 from loraplex.server.api.structured import read_structured
 from loraplex.server.config import RequestLimits
@@ -80,7 +82,7 @@ def _prompt_source(record: CompletionRequest) -> PromptSource:
 class _CompletionRendering:
     def __init__(self, services: Services, record: CompletionRequest, generation: Generation) -> None:
         self._generation = generation
-        self._model = record.model or services.base.names[0]
+        self._model = record.model or services.facts.names[0]
         self._n = record.n or 1
         self._best_of = record.best_of or self._n
         self._wants_logprobs = record.logprobs is not None

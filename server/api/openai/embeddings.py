@@ -14,11 +14,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from loraplex.server.api.body import body_schema
-from loraplex.server.api.choice import GenerationOptions, Prompt, PromptSource
 from loraplex.server.api.errors import InvalidField
 from loraplex.server.api.fields import check_unknown, ignored_header
 from loraplex.server.api.generation import Generation
 from loraplex.server.api.openapi import answers
+from loraplex.server.api.prompts import GenerationOptions, Prompt, PromptSource
 from loraplex.server.api.schemas import AdapterFields, GenerationFields, PromptInput, PromptTexts, Wire, read_prompts
 from loraplex.server.api.services import Services
 from loraplex.server.api.sse import answer_or_disconnect
@@ -76,7 +76,7 @@ def make_router(services: Services) -> APIRouter:
         tokens = generation.prompt_tokens
         answer = EmbeddingList(
             data=[Embedding(index=i, embedding=_render(vector, record)) for i, vector in enumerate(vectors)],
-            model=record.model or services.base.names[0],
+            model=record.model or services.facts.names[0],
             usage=EmbeddingUsage(prompt_tokens=tokens, total_tokens=tokens),
         )
         return Response(answer.model_dump_json(), media_type="application/json", headers=headers)

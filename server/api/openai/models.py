@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
+from loraplex.server.api.answer_schemas import AdapterReceipt, ModelCard, ModelList
 from loraplex.server.api.catalog import find_card, find_receipt, list_cards
 from loraplex.server.api.openapi import READ, failures
-from loraplex.server.api.schemas import AdapterReceipt, ModelCard, ModelList
 from loraplex.server.api.services import Services
 
 

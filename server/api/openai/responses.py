@@ -18,7 +18,6 @@ from starlette.responses import JSONResponse, Response
 
 from loraplex.server.api.body import body_schema
 from loraplex.server.api.chat_schemas import Message
-from loraplex.server.api.choice import GenerationOptions
 from loraplex.server.api.conversation import Conversation, read_toolbox
 from loraplex.server.api.errors import ApiError, InvalidField, UnsupportedField, to_api_error
 from loraplex.server.api.fields import check_unknown, ignored_header
@@ -35,6 +34,7 @@ from loraplex.server.api.openai.responses_schemas import (
     read_tools,
 )
 from loraplex.server.api.openapi import ResponseDeleted, answers, failures
+from loraplex.server.api.prompts import GenerationOptions
 from loraplex.server.api.services import Services
 from loraplex.server.api.sse import SseResponse, answer_or_disconnect
 from loraplex.server.api.structured import read_format, read_structured
@@ -62,7 +62,9 @@ def make_router(services: Services) -> APIRouter:
         if record.background:
             return JSONResponse(work.in_background(), headers=headers)
         if record.stream:
-            return SseResponse(work.stream(), headers, done=False, named=True, keep_alive=services.sse_keep_alive)
+            return SseResponse(
+                work.stream(), headers, done=False, named=True, keep_alive=services.facts.config.http.sse_keep_alive
+            )
         await answer_or_disconnect(request, work.run())
         return Response(work.response.model_dump_json(), media_type="application/json", headers=headers)
 

@@ -59,28 +59,27 @@ class View:
 
 def overview(services: Services, view: View) -> bytes:
     """The whole answer, for the current caller, in JSON."""
-    key, inside = current_key(), services.inside
-    stats = inside.stats()
+    key, facts, stats = current_key(), services.facts, services.engine.stats()
     registered = services.adapters.registry.list()
     adapters = [v for v in registered if not is_hidden(v.name) and (key.may_scrape or key.may_use(v.name))]
-    places = {place.name: place for place in inside.places()}
+    places = {place.name: place for place in services.places()}
     minute = services.metrics.recent.minute()
     drain = services.drain
     answer = {
         "server": {
             "version": version(),
-            "base": services.base.names[0],
+            "base": facts.names[0],
             "may_use_base": key.may_use_base,
             "tenant": key.tenant,
-            "device": services.base.device,
-            "dtype": services.base.dtype,
-            "max_model_len": services.base.max_model_len,
+            "device": facts.device,
+            "dtype": facts.dtype,
+            "max_model_len": facts.max_model_len,
             "state": "draining" if drain.is_draining else "ready" if services.engine.alive else "dead",
             "seconds_left": round(drain.seconds_left, 1),
         },
         "requests": {
             "running": stats.running,
-            "max_running": inside.max_running,
+            "max_running": facts.config.engine.max_num_seqs,
             "waiting": stats.waiting,
             "waiting_for_adapters": stats.waiting_for_adapters,
         },
@@ -90,7 +89,7 @@ def overview(services: Services, view: View) -> bytes:
             "first_token": _quantiles(minute.first_token),
             "next_token": _quantiles(minute.next_token),
         },
-        "memory": [{"name": name, "bytes": size, "remark": remark} for name, size, remark in inside.memory],
+        "memory": [{"name": name, "bytes": size, "remark": remark} for name, size, remark in facts.memory],
         "adapters": _table(services, key, adapters, places, view),
     }
     return _json(answer)[:-1] + b',"arena":' + _arena(services, adapters, places) + b"}"
@@ -102,12 +101,12 @@ def _arena(services: Services, adapters: list[AdapterVersion], places: Mapping[s
     for each in adapters:
         if each.digest is not None and each.name in places and places[each.name].on_device:
             told.setdefault(each.digest, each)
-    found = services.inside.page_owners()
+    found = services.page_owners()
     arena = {
         "num_pages": len(found.owners),
-        "page_bytes": services.inside.page_bytes,
+        "page_bytes": services.facts.page_bytes,
         "slots": len(found.adapters),
-        "max_slots": services.inside.max_adapters,
+        "max_slots": services.facts.config.engine.num_slots,
         "names": [each.name for each in told.values()],
         "uids": [each.uid for each in told.values()],
     }

@@ -16,6 +16,8 @@ from torch import Tensor
 from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.format.ia3 import KEYS
 from loraplex.adapters.image.tiles import BiasDelta, OutputScale
+from loraplex.adapters.tiers.host import most_bytes
+from loraplex.adapters.tiers.inbox import host_bytes
 from loraplex.adapters.tiers.reader import AdapterReader
 from loraplex.kernels.records import Site
 from tests.support.adapter_reading import ParsedAdapter, read_adapter
@@ -83,6 +85,7 @@ def test_read_as_peft_computes(bases: dict[str, Any], tmp_path: Path, case: str)
             if bias is not None:
                 wanted = (expected[place] - 1) * bias[place[2] - projection.out_start]
                 torch.testing.assert_close(biases[place], wanted.detach(), atol=1e-6, rtol=1e-5)
+    assert host_bytes(parsed.image) <= most_bytes(layout_of(base), len(parsed.image.pages), parsed.rank)
     assert parsed.rank == 0
     assert parsed.targets == tuple(
         p.name.rpartition(".")[2]

@@ -242,9 +242,9 @@ def test_a_fused_projection_keeps_one_a() -> None:
 
 
 def test_a_vocabulary_long_b_is_cut_into_pieces_that_share_their_a() -> None:
-    head = Projection("lm_head", Site.HEAD, 576, 0, 49_152, False)
-    layout = replace(_SMOLLM2, projections=(head,), page_bytes=65_536)
-    image = _check([_low_rank(0, head, 2)], layout)
+    wide = Projection("wide", Site.GATE_UP, 576, 0, 49_152, False)
+    layout = replace(_SMOLLM2, projections=(wide,), page_bytes=65_536)
+    image = _check([_low_rank(0, wide, 2)], layout)
     assert image.pages.shape[0] == -(-image.nbytes // 65_536)
     assert len({row[2] for row in image.tiles.tolist()}) == 2 < image.tiles.shape[0]
 

@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from loraplex.server.api.dialects import sglang
+from loraplex.server.api.dialects import sglang_generate
 from loraplex.server.api.structured import read_structured
 from loraplex.server.engine.request import Phases
 from loraplex.server.tenancy.tenants import Key
@@ -98,7 +98,9 @@ async def test_what_prompts_share_is_read_once(
 ) -> None:
     """A schema for 1,000 prompts was read 1,000 times, 7 s of the event loop; they differ in seed and adapter alone."""
     read: list[Any] = []
-    monkeypatch.setattr(sglang, "read_structured", lambda *given: read.append(given) or read_structured(*given))
+    monkeypatch.setattr(
+        sglang_generate, "read_structured", lambda *given: read.append(given) or read_structured(*given)
+    )
     fields = {"regex": "a*", "temperature": 1.0, "max_new_tokens": 2}
     answer = await client.post("/generate", json={"text": ["hi"] * 40, "sampling_params": fields})
     assert answer.status_code == 200, answer.text

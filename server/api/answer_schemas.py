@@ -1,0 +1,113 @@
+"""The records that this server answers with: completions, models, adapters."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from loraplex.server.api.schemas import Wire
+
+
+class PromptDetails(Wire):
+    """`prompt_tokens_details`."""
+
+    cached_tokens: int  # found in the prefix cache, so not computed
+
+
+class Usage(Wire):
+    """Token counts of one request, over all of its choices."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptDetails
+
+
+class CompletionLogprobs(Wire):
+    """Completions' older form: parallel lists, one entry a token; offsets count characters of the text."""
+
+    tokens: list[str] = Field(default_factory=list)
+    token_logprobs: list[float | None] = Field(default_factory=list)  # null: the first token of a prompt has none
+    top_logprobs: list[dict[str, float] | None] = Field(default_factory=list)
+    text_offset: list[int] = Field(default_factory=list)
+
+
+class CompletionChoice(Wire):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: str | None
+    stop_reason: int | str | None = None
+
+
+class Completion(Wire):
+    """Also the chunks of a stream: completions have no object of their own for them."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | None = None
+    system_fingerprint: None = None
+
+
+class ModelPermission(Wire):
+    """Kept for controllers that read vLLM's cards; everything is allowed to everybody."""
+
+    id: str
+    object: Literal["model_permission"] = "model_permission"
+    created: int
+    allow_create_engine: bool = False
+    allow_sampling: bool = True
+    allow_logprobs: bool = True
+    allow_search_indices: bool = False
+    allow_view: bool = True
+    allow_fine_tuning: bool = False
+    organization: str = "*"
+    group: None = None
+    is_blocking: bool = False
+
+
+class ModelCard(Wire):
+    """The base (`parent` null, `max_model_len` set) or an adapter (`root` its source, `parent` the base)."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: Literal["loraplex"] = "loraplex"
+    root: str
+    parent: str | None
+    max_model_len: int | None
+    permission: list[ModelPermission]
+
+
+class TokenizerReceipt(Wire):
+    """What the tokenizer files beside an adapter change; nothing where they say what the base's do."""
+
+    files: bool  # there are some
+    chat_template: Literal["adapter", "base"] | None  # whose writes conversations
+    eos_tokens: list[str]  # end its answers beside the base's
+    special_tokens: dict[str, str]  # bos_token, ... -> text, where they are others than the base's
+    added_tokens: dict[str, int]  # that the base has not, or under another id
+
+
+class AdapterReceipt(Wire):
+    """What was found in an adapter's files."""
+
+    id: str
+    object: Literal["adapter"] = "adapter"
+    created: int
+    source: str
+    digest: str | None  # null: not read in full yet
+    kind: str  # "lora", "ia3": PEFT's peft_type in lower case
+    rank: int  # 0: a kind that has none
+    targets: list[str]
+    pages: int
+    tokenizer: TokenizerReceipt
+
+
+class ModelList(Wire):
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
