@@ -9,6 +9,7 @@ import httpx
 import pytest
 
 from loraplex.server.api.gate import Gate, gate_of
+from loraplex.server.config import AuthConfig
 from loraplex.server.tenancy.access import Access
 from loraplex.server.tenancy.keys_file import CHECK_SECONDS, KeysFile, new_key
 from loraplex.server.tenancy.tenants import owners_keyring
@@ -44,7 +45,7 @@ ORIGINS: tuple[dict[str, str], ...] = ({}, {"origin": "https://page"}, {"origin"
 @pytest.mark.parametrize("open_metrics", [True, False])
 async def test_as_the_application(server: FakeServer, cors_origins: tuple[str, ...], open_metrics: bool) -> None:
     access = Access(owners_keyring(["right"]), open_metrics=open_metrics)
-    app = server.app(access=access, cors_origins=cors_origins)
+    app = server.app(access=access, auth=AuthConfig(cors_origins=cors_origins))
     gate = gate_of(app)
     refused = 0
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
