@@ -6,7 +6,7 @@
 
     entry.py      the tiers' names, and what is known of one content
     host.py       images in host memory, and versions on their way there
-    residency.py  slots, pages and copies on the device
+    device.py     slots, pages and copies on the device
     retention.py  what must be had again once a request has used it
     pinned.py     what the operator wants on the device
 
@@ -19,14 +19,14 @@ from collections.abc import Sequence
 from time import perf_counter
 
 from loraplex.adapters.registry import AdapterVersion, Registry
+from loraplex.adapters.tiers.device import DeviceTier
 from loraplex.adapters.tiers.entry import AdapterWatch, Entries, Entry, Tier
 from loraplex.adapters.tiers.host import HostTier
 from loraplex.adapters.tiers.inbox import Inbox
 from loraplex.adapters.tiers.loader import Loader
 from loraplex.adapters.tiers.pinned import OperatorPins
-from loraplex.adapters.tiers.residency import Residency
 from loraplex.adapters.tiers.retention import Retention
-from loraplex.adapters.tiers.stats import AdapterPlace, PageOwners, TierStats
+from loraplex.adapters.tiers.stats import AdapterStats, PageOwners, TierStats
 
 COPY_BUDGET = 4 << 20
 """Bytes copied to the device in a step while streams decode.
@@ -43,7 +43,7 @@ class AdapterCache:
     """Engine thread only, but for what says otherwise; what loader threads read comes through the inbox."""
 
     def __init__(
-        self, device: Residency, inbox: Inbox, loader: Loader, registry: Registry, *, exclusive: bool = False
+        self, device: DeviceTier, inbox: Inbox, loader: Loader, registry: Registry, *, exclusive: bool = False
     ) -> None:
         """inbox: where `loader` puts images. exclusive: host and device memory are the same, see HostTier."""
         self.watch: AdapterWatch | None = None
@@ -67,16 +67,6 @@ class AdapterCache:
 
     # -- what can be told ----------------------------------------------------------------------------------------------
 
-    @property
-    def loads(self) -> int:
-        """Adapters copied to the device."""
-        return self.device.loads
-
-    @property
-    def evictions(self) -> int:
-        """Adapters evicted from the device."""
-        return self.device.evictions
-
     def tier(self, version: AdapterVersion) -> Tier:
         """Return the fastest memory that has `version`, or is about to have it."""
         digest = version.digest or ""
@@ -87,33 +77,23 @@ class AdapterCache:
             return Tier.HOST
         return Tier.COMING if fetch is not None and not fetch.has_failed else Tier.SOURCE
 
-    def loaded(self) -> tuple[str, ...]:
-        """Digests on the device, or being copied to it. Safe from any thread."""
-        return self.device.loaded()
-
-    def tiers(self) -> dict[str, TierStats]:
-        """What each tier has done so far. Safe from any thread."""
+    def stats(self) -> AdapterStats:
+        """Return where adapters are at the moment, and what has been counted."""
         host, source, device = self.host.counts, self._loader.stats(), self.device
-        return {
-            "device": TierStats(self.hits, self.misses, device.loads, device.evictions, device.durations.copy()),
-            "host": TierStats(host.hits, host.misses, source.loads, host.evictions, source.durations),
-            "source": TierStats(loads=source.loads),
-        }
-
-    def places(self) -> list[AdapterPlace]:
-        """The registered adapters that are in memory, those on the device first. Safe from any thread."""
-        device = set(self.loaded())
-        host = {entry.digest for entry in tuple(self.entries.values()) if entry.image is not None}
-        found = [
-            AdapterPlace(version.name, version.digest in device, self.device.is_pinned_forever(version.digest))
-            for version in self._registry.list()
-            if version.digest is not None and (version.digest in device or version.digest in host)
-        ]
-        return sorted(found, key=lambda place: not place.on_device)
-
-    def page_owners(self) -> PageOwners:
-        """Whose the arena's pages are. Safe from any thread."""
-        return PageOwners(self.device.page_owners(), self.device.held_pages())
+        return AdapterStats(
+            resident=device.loaded(),
+            pinned=device.pinned_forever,
+            host=frozenset(entry.digest for entry in self.entries.values() if entry.image is not None),
+            pages=PageOwners(device.page_owners(), device.held_pages()),
+            loads=device.loads,
+            evictions=device.evictions,
+            stall_seconds=self.stall_seconds,
+            tiers={
+                "device": TierStats(self.hits, self.misses, device.loads, device.evictions, device.durations.copy()),
+                "host": TierStats(host.hits, host.misses, source.loads, host.evictions, source.durations),
+                "source": TierStats(loads=source.loads),
+            },
+        )
 
     # -- requests come and go ------------------------------------------------------------------------------------------
 
@@ -124,11 +104,12 @@ class AdapterCache:
         fetch = self.host.fetch_of(version.uid)
         if fetch is not None and fetch.has_failed:
             self.host.forget(version.uid)  # a new request is a new chance
-        if version.digest is not None:
-            self.device.count_use(version.digest)
+        digest = version.digest
+        if digest is not None:
+            self.device.count_use(digest)
         else:
             self._uncounted.add(version.uid)
-        if self.tier(version) in (Tier.COPYING, Tier.DEVICE):
+        if digest is not None and self.device.is_resident(digest):
             self.hits += 1
             return
         self.misses += 1

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 class PagePool:
     """Hands out pages 0 .. num_pages - 1. The lowest free numbers are not promised; a freed page is reused first.
 
-    Not thread-safe but where it says so: the engine thread is its only user.
+    Not thread-safe: the engine thread is its only user.
     """
 
     def __init__(self, num_pages: int) -> None:
@@ -35,7 +35,7 @@ class PagePool:
         return self._used.get(owner, 0)
 
     def owners(self) -> tuple[str | None, ...]:
-        """Who owns each page; None: nobody. Safe from any thread: the copy is made in one go, 0.1 ms for 40,000."""
+        """Who owns each page; None: nobody. 0.1 ms for 40,000."""
         return tuple(self._owner)
 
     def alloc(self, n: int, owner: str) -> list[int] | None:

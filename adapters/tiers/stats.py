@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from loraplex.adapters.histogram import Histogram
+from loraplex.adapters.registry import AdapterVersion
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,31 @@ class AdapterPlace:
 
 @dataclass(frozen=True)
 class PageOwners:
-    """Whose the pages were when somebody looked; what changed hands between the two looks may be in one alone."""
+    """Whose the pages were between two steps."""
 
-    owners: Sequence[str | None]  # by page, as the pool calls them; None: free
-    adapters: Mapping[str, Sequence[int]]  # digest -> pages, of those on the device
+    owners: Sequence[str | None] = ()  # by page, as the pool calls them; None: free
+    adapters: Mapping[str, Sequence[int]] = field(default_factory=dict)  # digest -> pages, of those on the device
+
+
+@dataclass(frozen=True)
+class AdapterStats:
+    """Where adapters are, and what moving them has cost."""
+
+    resident: tuple[str, ...] = ()  # digests on the device, or being copied to it
+    pinned: frozenset[str] = frozenset()  # of these, by the operator
+    host: frozenset[str] = frozenset()  # digests in host memory
+    pages: PageOwners = field(default_factory=PageOwners)
+    loads: int = 0  # counter: copies host -> device
+    evictions: int = 0  # counter: from the device
+    stall_seconds: float = 0.0  # counter: that copies have taken from steps in which streams decode
+    tiers: Mapping[str, TierStats] = field(default_factory=dict)  # by name of the tier
+
+    def places(self, versions: Iterable[AdapterVersion]) -> list[AdapterPlace]:
+        """Those of `versions` whose bytes are in memory, those on the device first."""
+        device = set(self.resident)
+        found = [
+            AdapterPlace(version.name, version.digest in device, version.digest in self.pinned)
+            for version in versions
+            if version.digest is not None and (version.digest in device or version.digest in self.host)
+        ]
+        return sorted(found, key=lambda place: not place.on_device)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from loraplex.adapters.tiers.stats import AdapterPlace, PageOwners
 from loraplex.server.api.abort import OpenAnswers
 from loraplex.server.api.body import Bodies
 from loraplex.server.catalog.manager import AdapterManager
@@ -28,14 +26,12 @@ from loraplex.server.text.tokenizers import Tokenizers
 
 @dataclass(frozen=True)
 class Services:
-    """What runs in one server. `places` and `page_owners` take copies: any thread may call them, at any time."""
+    """What runs in one server."""
 
     facts: Facts
     engine: Engine
     adapters: AdapterManager | Remembering
     on_demand: OnDemand
-    places: Callable[[], Sequence[AdapterPlace]]  # of the registered adapters that are in memory
-    page_owners: Callable[[], PageOwners]
     tokenizers: Tokenizers
     texts: TextPools
     grammars: Grammars

@@ -32,7 +32,7 @@ def make_services(
     """Put the services around a loaded base together; begin to load what was loaded before. Raises StartError."""
     engine, manager, cache = parts.engine, parts.adapters, parts.cache
     facts = make_facts(config, parts)
-    metrics = Metrics(facts, engine.stats, cache.places, manager.registry)
+    metrics = Metrics(facts, engine.stats, manager.registry)
     cache.watch = metrics.adapters
     adapters: AdapterManager | Remembering = manager
     endpoint, folder = config.run.otlp_endpoint, config.run.state_dir
@@ -51,8 +51,6 @@ def make_services(
         engine=engine,
         adapters=adapters,
         on_demand=OnDemand(manager, merge),
-        places=cache.places,
-        page_owners=cache.page_owners,
         tokenizers=tokenizers,
         texts=TextPools(),
         grammars=grammars,

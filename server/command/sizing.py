@@ -13,7 +13,7 @@ from loraplex.kernels.ops import Backend, BackendUnavailable
 from loraplex.server.address_space import address_space_left
 from loraplex.server.config import DType, EngineConfig
 from loraplex.server.engine.policy.budget import LEAST_BUDGET, MOST_BUDGET, StepCost, TokenBudget, default_budget
-from loraplex.server.engine.policy.kv_cache import kv_groups
+from loraplex.server.engine.policy.kv_groups import kv_groups
 from loraplex.server.engine.step.arena import kv_layers
 from loraplex.server.engine.step.calibrate import DEVICE_COST, SCRATCH_PAGES, calibrate
 from loraplex.server.engine.step.memory import (

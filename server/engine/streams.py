@@ -48,10 +48,25 @@ class Mailbox:
             await self._waiter
 
 
+Mail = dict[asyncio.AbstractEventLoop, dict[Mailbox, list[TokenEvent]]]
+"""Events by loop and stream."""
+
+
 def put_all(mail: Iterable[tuple[Mailbox, Sequence[TokenEvent]]]) -> None:
     """Events to their mailboxes, of one loop."""
     for mailbox, events in mail:
         mailbox.put(events)
+
+
+def post(mail: Mail) -> list[str]:
+    """Hand `mail` to the streams' loops, with one wake-up for each. Returns requests that nobody reads any more."""
+    unread: list[str] = []
+    for loop, letters in mail.items():
+        try:
+            loop.call_soon_threadsafe(put_all, letters.items())
+        except RuntimeError:  # the loop is closed
+            unread += [events[0].request_id for events in letters.values()]
+    return unread
 
 
 class EventStream:

@@ -5,16 +5,14 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import islice
-from typing import Protocol
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from loraplex.adapters.histogram import Histogram
 from loraplex.adapters.refusals import reason_of
 from loraplex.adapters.registry import Registry
-from loraplex.adapters.tiers.stats import AdapterPlace
+from loraplex.adapters.tiers.stats import TierStats
+from loraplex.server.engine.stats import EngineStats
 from loraplex.server.facts import Facts
 
 LABELS = ("model_name", "engine")
@@ -24,97 +22,19 @@ MAX_NAMES = 256
 would be more text than all else together."""
 
 
-class Tier(Protocol):
-    """One tier of adapter memory: "device", "host" or "source"; see server/engine/stats.py."""
-
-    @property
-    def hits(self) -> int: ...
-    @property
-    def misses(self) -> int: ...
-    @property
-    def loads(self) -> int: ...
-    @property
-    def evictions(self) -> int: ...
-    @property
-    def durations(self) -> Histogram: ...
-
-
-class EngineStats(Protocol):
-    """See server/engine/engine.py; counters only grow."""
-
-    @property
-    def running(self) -> int: ...
-    @property
-    def waiting(self) -> int: ...
-    @property
-    def kv_usage(self) -> float: ...
-    @property
-    def adapter_usage(self) -> float: ...
-    @property
-    def running_adapters(self) -> tuple[str, ...]: ...
-    @property
-    def waiting_adapters(self) -> tuple[str, ...]: ...
-    @property
-    def resident_adapters(self) -> tuple[str, ...]: ...
-    @property
-    def prompt_tokens(self) -> int: ...
-    @property
-    def generation_tokens(self) -> int: ...
-    @property
-    def preemptions(self) -> int: ...
-    @property
-    def adapter_loads(self) -> int: ...
-    @property
-    def adapter_evictions(self) -> int: ...
-    @property
-    def steps(self) -> int: ...
-    @property
-    def queued_tokens(self) -> int: ...
-    @property
-    def clients(self) -> int: ...
-    @property
-    def fairness_spread(self) -> float: ...
-    @property
-    def prefix_hits(self) -> int: ...
-    @property
-    def prefix_queries(self) -> int: ...
-    @property
-    def stall_seconds(self) -> float: ...
-    @property
-    def refused(self) -> int: ...
-    @property
-    def expired(self) -> int: ...
-    @property
-    def waiting_for_adapters(self) -> int: ...
-    @property
-    def adapter_wait(self) -> float: ...
-    @property
-    def step_sizes(self) -> Histogram: ...
-    @property
-    def token_budget(self) -> int: ...
-    @property
-    def token_seconds(self) -> float: ...
-    @property
-    def pages(self) -> Mapping[str, int]: ...
-    @property
-    def tiers(self) -> Mapping[str, Tier]: ...
-
-
 class EngineCollector(Collector):
-    """Reads the engine and the adapters at scrape time."""
+    """Reads the engine's latest state and the adapters at scrape time."""
 
     def __init__(
         self,
         facts: Facts,
         stats: Callable[[], EngineStats],
-        places: Callable[[], Iterable[AdapterPlace]],
         adapters: Registry,
     ) -> None:
         """See Metrics."""
         self._registry = adapters
         self._facts = facts
         self._stats = stats
-        self._places = places
 
     def describe(self) -> Iterable[Metric]:
         return ()  # registering must not ask an engine that may not run yet
@@ -199,24 +119,24 @@ class EngineCollector(Collector):
             f"1 for an adapter in memory; at most {MAX_NAMES}, those on the device (gpu) first.",
             labels=("adapter_name", "level", "pinned"),
         )
-        for place in islice(self._places(), MAX_NAMES):
+        for place in stats.adapters.places(self._registry.list())[:MAX_NAMES]:
             level = "gpu" if place.on_device else "cpu"  # the two words that routers know, whatever the device is
             loaded.add_metric((place.name, level, str(place.pinned).lower()), 1)
         yield loaded
-        on_device = len(stats.resident_adapters)
+        on_device = len(stats.adapters.resident)
         yield self._gauge("vllm:num_gpu_loaded_lora_adapters", "Adapters on the device.", on_device)
         yield self._gauge(
             "vllm:max_gpu_lora_adapters", "Adapters the device can hold.", self._facts.config.engine.num_slots
         )
-        yield self._counter("loraplex:adapter_loads", "Adapters copied to the device.", stats.adapter_loads)
-        yield self._counter("loraplex:adapter_evictions", "Adapters evicted from it.", stats.adapter_evictions)
+        yield self._counter("loraplex:adapter_loads", "Adapters copied to the device.", stats.adapters.loads)
+        yield self._counter("loraplex:adapter_evictions", "Adapters evicted from it.", stats.adapters.evictions)
         yield self._counter(
-            "loraplex:decode_stall_seconds", "That copies of adapters took from streams.", stats.stall_seconds
+            "loraplex:decode_stall_seconds", "That copies of adapters took from streams.", stats.adapters.stall_seconds
         )
         yield self._counter(
             "loraplex:adapter_wait_seconds", "That requests have waited for nothing but an adapter.", stats.adapter_wait
         )
-        yield from self._tiers(stats.tiers)
+        yield from self._tiers(stats.adapters.tiers)
 
     def _refusals(self) -> Iterator[Metric]:
         """Adapters that were wanted and cannot be served. All reasons from the start: what is absent has no rate."""
@@ -235,7 +155,7 @@ class EngineCollector(Collector):
         family.add_metric((self._facts.names[0], "0"), stats.step_sizes.cumulative(), stats.step_sizes.total)
         return family
 
-    def _tiers(self, tiers: Mapping[str, Tier]) -> Iterator[Metric]:
+    def _tiers(self, tiers: Mapping[str, TierStats]) -> Iterator[Metric]:
         """Device, host, source: an adapter missed in one is looked for in the next."""
         labels = (*LABELS, "tier")
         families = [

@@ -12,9 +12,9 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessColl
 from prometheus_client.registry import Collector
 
 from loraplex.adapters.registry import Registry
-from loraplex.adapters.tiers.stats import AdapterPlace
+from loraplex.server.engine.stats import EngineStats
 from loraplex.server.facts import Facts
-from loraplex.server.telemetry.engine_metrics import LABELS, EngineCollector, EngineStats
+from loraplex.server.telemetry.engine_metrics import LABELS, EngineCollector
 from loraplex.server.telemetry.recent import Recent
 from loraplex.server.telemetry.request_context import ChoiceTimes
 from loraplex.server.telemetry.usage import UsageCounts, UsageTable
@@ -33,13 +33,11 @@ class Metrics:
         self,
         facts: Facts,
         stats: Callable[[], EngineStats],
-        places: Callable[[], Iterable[AdapterPlace]],
         adapters: Registry,
     ) -> None:
-        """`places()` gives the registered adapters that are in memory, those on the device first."""
         self._registry = CollectorRegistry()
         ProcessCollector(registry=self._registry)
-        self._registry.register(EngineCollector(facts, stats, places, adapters))
+        self._registry.register(EngineCollector(facts, stats, adapters))
         self._facts = facts
         self.recent = Recent()
         lengths = _one_two_five(facts.max_model_len)

@@ -7,6 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
+from loraplex.server.engine.stats import EngineStats
 from tests.support.fake_serving import FakeServer
 
 # What sglang_router 0.3.2 reads of each answer, and of which type; a field of another type refuses the whole answer.
@@ -28,8 +29,7 @@ def shape(found: dict[str, Any], wanted: dict[str, type]) -> dict[str, type]:
 async def test_load_counts_what_runs_and_what_waits(client: httpx.AsyncClient, server: FakeServer) -> None:
     idle = (await client.get("/get_load")).json()
     assert idle == [{"dp_rank": 0, "num_reqs": 0, "num_waiting_reqs": 0, "num_tokens": 0}]
-    stats = server.engine.current
-    stats.running, stats.waiting, stats.kv_usage, stats.queued_tokens = 3, 2, 0.25, 40
+    server.engine.current = EngineStats(running=3, waiting=2, kv_usage=0.25, queued_tokens=40)
     [busy] = (await client.get("/get_load")).json()
     assert shape(busy, LOAD) == LOAD
     assert busy == {"dp_rank": 0, "num_reqs": 5, "num_waiting_reqs": 2, "num_tokens": 440}

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from loraplex.adapters.histogram import Histogram
-from loraplex.adapters.tiers.stats import AdapterPlace, TierStats
+from loraplex.adapters.tiers.stats import AdapterPlace, AdapterStats, TierStats
+from loraplex.server.engine.stats import EngineStats
 from loraplex.server.telemetry.engine_metrics import MAX_NAMES
-from tests.support.fake_serving import FakeServer, Stats
+from tests.support.fake_serving import FakeServer
 
 LABELS = {"model_name": "base", "engine": "0"}
 
@@ -24,17 +27,16 @@ async def samples(client: httpx.AsyncClient) -> dict[str, list[tuple[dict[str, s
 
 
 async def test_engine_metrics_are_read_when_scraped(client: httpx.AsyncClient, server: FakeServer) -> None:
-    server.engine.places = [
-        AdapterPlace("pirate", on_device=True, pinned=False),
-        AdapterPlace("tenant/near", on_device=False, pinned=True),
-    ]
-    server.engine.current = Stats(
+    server.hold(
+        AdapterPlace("pirate", on_device=True, pinned=False), AdapterPlace("tenant/near", on_device=False, pinned=True)
+    )
+    server.engine.current = replace(
+        server.engine.current,
         running=3,
         waiting=2,
         kv_usage=0.25,
         running_adapters=("a", "b"),
         waiting_adapters=("c",),
-        resident_adapters=("digest of pirate",),
         prompt_tokens=70,
         generation_tokens=50,
         preemptions=1,
@@ -60,7 +62,7 @@ async def test_engine_metrics_are_read_when_scraped(client: httpx.AsyncClient, s
     [(info, value)] = found["vllm:lora_requests_info"]
     assert info == {"max_lora": "4", "running_lora_adapters": "a,b", "waiting_lora_adapters": "c"}
     assert value > 1_700_000_000  # routers take the series with the largest value as the newest
-    server.engine.current = Stats(running_adapters=("b",))
+    server.engine.current = EngineStats(running_adapters=("b",))
     [(info, _)] = (await samples(client))["vllm:lora_requests_info"]  # the old labels are gone
     assert info["running_lora_adapters"] == "b"
 
@@ -87,17 +89,15 @@ async def test_request_metrics(client: httpx.AsyncClient, server: FakeServer) ->
 
 
 async def test_memory_and_fairness(client: httpx.AsyncClient, server: FakeServer) -> None:
-    server.engine.current = Stats(
+    server.engine.current = EngineStats(
         queued_tokens=900,
         clients=3,
         fairness_spread=12.5,
         prefix_hits=48,
         prefix_queries=192,
-        stall_seconds=0.75,
         refused=7,
         expired=2,
-        adapter_loads=40,
-        adapter_evictions=8,
+        adapters=AdapterStats(stall_seconds=0.75, loads=40, evictions=8),
         token_budget=320,
         token_seconds=0.0003,
         pages={"kv": 10, "prefix": 20, "adapter": 30, "free": 40},
@@ -129,9 +129,8 @@ async def test_every_tier_and_what_loads_took(client: httpx.AsyncClient, server:
     copies = Histogram()
     for seconds in (0.0002, 0.0005, 0.002, 0.3, 100.0):
         copies.observe(seconds)
-    server.engine.current = Stats(
-        tiers={"device": TierStats(9, 5, 4, 3, copies), "host": TierStats(2, 3, 3, 1), "source": TierStats()}
-    )
+    tiers = {"device": TierStats(9, 5, 4, 3, copies), "host": TierStats(2, 3, 3, 1), "source": TierStats()}
+    server.engine.current = EngineStats(adapters=AdapterStats(tiers=tiers))
     found = await samples(client)
 
     def by_tier(name: str) -> dict[str, float]:
@@ -154,11 +153,9 @@ async def test_every_tier_and_what_loads_took(client: httpx.AsyncClient, server:
 
 
 async def test_a_thousand_adapters_are_told_of_within_bounds(client: httpx.AsyncClient, server: FakeServer) -> None:
-    names = [f"tenant-{i}/{'x' * 100}" for i in range(1000)]
-    server.engine.places = [AdapterPlace(name, i < 300, False) for i, name in enumerate(names)]
-    server.engine.current = Stats(
-        waiting_adapters=tuple(names), running_adapters=tuple(names[:32]), resident_adapters=tuple(names[:300])
-    )
+    names = [f"tenant-{i:03}/{'x' * 100}" for i in range(1000)]
+    server.engine.current = EngineStats(waiting_adapters=tuple(names), running_adapters=tuple(names[:32]))
+    server.hold(*(AdapterPlace(name, i < 300, False) for i, name in enumerate(names)))
     text = (await client.get("/metrics")).text
     assert len(text) < 150_000
     found = await samples(client)

@@ -13,8 +13,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from loraplex.adapters.histogram import Histogram
 from loraplex.server.api import choice, generation
 from loraplex.server.engine.request import GenerationRequest, Phases, TokenEvent
-from loraplex.server.engine.stats import STEP_BOUNDS
-from tests.support.fake_serving import FakeServer, Stats, say
+from loraplex.server.engine.stats import STEP_BOUNDS, EngineStats
+from tests.support.fake_serving import FakeServer, say
 
 
 async def samples(client: httpx.AsyncClient) -> dict[str, dict[str, float]]:
@@ -116,7 +116,7 @@ async def test_what_waits_for_what(client: httpx.AsyncClient, server: FakeServer
     sizes = Histogram(STEP_BOUNDS)
     for tokens in (1, 8, 9, 20_000):
         sizes.observe(tokens)
-    server.engine.current = Stats(waiting=5, waiting_for_adapters=2, adapter_wait=3.5, step_sizes=sizes)
+    server.engine.current = EngineStats(waiting=5, waiting_for_adapters=2, adapter_wait=3.5, step_sizes=sizes)
     found = await samples(client)
     assert found["vllm:num_requests_waiting_by_reason"] == {"capacity": 3, "deferred": 2}
     assert found["loraplex:adapter_wait_seconds_total"] == {"": 3.5}

@@ -15,7 +15,7 @@ import pytest
 
 from loraplex.server.command.build import EngineParts, build_engine
 from loraplex.server.config import EngineConfig
-from loraplex.server.engine.policy.scheduler import Scheduler
+from loraplex.server.engine.policy.running import RunningSet
 from loraplex.server.engine.request import GenerationRequest, SamplingParams, TokenEvent
 from tests.support.peft_adapters import make_peft_adapter
 from tests.support.tiny import load_oracle, make_tiny_model
@@ -93,7 +93,7 @@ async def test_whole_answers(backend: str, dtype: str, tmp_path: Path, monkeypat
     assert none == 0
     assert all(len(events) == 40 and events[0].logprob is not None for events in alone)
 
-    monkeypatch.setattr(Scheduler, "reserve", lambda self: 0)  # admit whoever fits now: more to preempt
+    monkeypatch.setattr(RunningSet, "reserve", lambda self: 0)  # admit whoever fits now: more to preempt
     together, preemptions = await serve(replace(config, token_budget=7), base, adapters, PRESSURE)
     assert preemptions > 0
     assert together == alone

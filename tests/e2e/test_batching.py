@@ -25,6 +25,7 @@ from loraplex.server.command.build import EngineParts, build_engine
 from loraplex.server.config import EngineConfig
 from loraplex.server.engine.engine import EventStream
 from loraplex.server.engine.policy.rows import StepInput
+from loraplex.server.engine.policy.running import RunningSet
 from loraplex.server.engine.policy.scheduler import Scheduler
 from loraplex.server.engine.request import FinishReason, GenerationRequest, SamplingParams
 from tests.support.peft_adapters import PeftAdapter, make_peft_adapter
@@ -274,7 +275,7 @@ async def test_under_page_pressure(
     preemptions: int,
 ) -> None:
     if not foresight:  # admit whoever fits now, with nothing kept back for those that run: more to preempt
-        monkeypatch.setattr(Scheduler, "reserve", lambda self: 0)
+        monkeypatch.setattr(RunningSet, "reserve", lambda self: 0)
     config = replace(config, memory=memory_of(base, pages, config))
     async with serving(base, adapters, config) as server:
         assert server.parts.engine.num_pages == pages
@@ -282,8 +283,8 @@ async def test_under_page_pressure(
         assert answers == alone
         stats = server.parts.engine.stats()
         assert stats.preemptions >= preemptions
-        assert stats.adapter_evictions > 0
-        assert stats.adapter_loads > len(adapters), "evicted ones came back"
+        assert stats.adapters.evictions > 0
+        assert stats.adapters.loads > len(adapters), "evicted ones came back"
         assert stats.prompt_tokens == PROMPT_TOKENS + 1, "a prompt computed again is not a second prompt"
 
 
@@ -308,8 +309,8 @@ async def test_with_few_slots_and_little_host_memory(
             answers, _ = await server.together(ASKS)
             assert answers == alone
         stats = server.parts.engine.stats()
-        assert stats.adapter_evictions > 0
-        assert len(stats.resident_adapters) <= 3
+        assert stats.adapters.evictions > 0
+        assert len(stats.adapters.resident) <= 3
     assert len(read) > len(adapters), "on the CPU nothing is held twice"
 
 
@@ -356,5 +357,5 @@ async def test_unloading_drains(
         rest = await tokens(stream)
         assert [first.token_id, *rest] == alone[index], "who has a lease finishes"
         await server.answer(Ask((5,), 1, (), None))  # the engine has looked at its inbox since
-        assert digest not in server.parts.engine.stats().resident_adapters
+        assert digest not in server.parts.engine.stats().adapters.resident
         assert server.parts.engine.stats().adapter_usage == 0

@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
+from loraplex.adapters.tiers.stats import AdapterPlace
 from loraplex.server.catalog.reconciler import Reconciler
 from loraplex.server.config import EngineConfig
 from loraplex.server.config_adapters import DownloadConfig
@@ -129,7 +130,11 @@ async def test_a_list_is_fetched_at_once_and_pinned(
         for name in "bcd":
             assert (await load(client, name, str(made / name))).status_code == 200
             await ask(client, name)
-        places = live.parts.cache.places
+        engine, registry = live.parts.engine, live.parts.adapters.registry
+
+        def places() -> list[AdapterPlace]:
+            return engine.stats().adapters.places(registry.list())
+
         await until(lambda: any(place.name == "a" and place.pinned and place.on_device for place in places()))
         for name in "bcd":
             await ask(client, name)

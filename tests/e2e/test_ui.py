@@ -173,12 +173,12 @@ def test_a_stream_can_be_stopped(page: Browser, served: Served) -> None:
 def test_the_map_agrees_with_the_pool(page: Browser, served: Served) -> None:
     served.answer("acme/one")
     served.answer("shared")
-    pool, placement = served.live.parts.engine._scheduler.kv.pool, served.live.parts.cache
+    pool = served.live.parts.engine._scheduler.kv.pool
     page.wait(lambda: legend(page).get("adapter") == pool.used_by("adapter") > 0, "the adapters' pages")
     page.wait(lambda: legend(page).get("kv") == 0, "the end of the requests")
     assert legend(page)["prefix"] == pool.used_by("prefix") > 0
     assert legend(page)["free"] == pool.num_free
-    held = placement.page_owners()
+    held = served.live.parts.engine.stats().adapters.pages
     digests = {version.digest: version.name for version in served.live.parts.adapters.registry.list()}
     names = {page: digests[digest] for digest, pages in held.adapters.items() for page in pages}
     words = {None: "free", "prefix": "cached prefixes"}

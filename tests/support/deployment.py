@@ -11,14 +11,15 @@ import typer.main
 from prometheus_client.parser import text_string_to_metric_families
 
 from loraplex.adapters.histogram import Histogram
-from loraplex.adapters.tiers.stats import AdapterPlace, TierStats
+from loraplex.adapters.tiers.stats import AdapterPlace, AdapterStats, TierStats
 from loraplex.server.api.gate import Gate
 from loraplex.server.catalog.saved import Remembering, StateFile
 from loraplex.server.command.app import create_app
 from loraplex.server.command.cli import app as cli
+from loraplex.server.engine.stats import EngineStats
 from loraplex.server.tenancy.access import Access
 from loraplex.server.tenancy.keys_file import KeysFile, new_key
-from tests.support.fake_serving import FakeServer, Stats
+from tests.support.fake_serving import FakeServer
 
 ROOT = Path(__file__).parent.parent.parent
 DEPLOY = ROOT / "deploy"
@@ -53,12 +54,12 @@ def exported(server: FakeServer) -> dict[str, set[str]]:
     durations = Histogram()
     durations.observe(0.01)
     tier = TierStats(hits=1, misses=1, loads=1, evictions=1, durations=durations)
-    server.engine.current = Stats(
+    server.engine.current = EngineStats(
         running=1,
         pages={"kv": 1, "prefix": 1, "adapter": 1, "free": 1},
-        tiers={"device": tier, "host": tier, "source": tier},
+        adapters=AdapterStats(tiers={"device": tier, "host": tier, "source": tier}),
     )
-    server.engine.places = [AdapterPlace("sql", on_device=True, pinned=False)]
+    server.hold(AdapterPlace("sql", on_device=True, pinned=False))
     found: dict[str, set[str]] = {}
     metrics = server.services.metrics
     metrics.add(_keys_in_use().collector())

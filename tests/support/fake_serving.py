@@ -15,12 +15,11 @@ import numpy as np
 from fastapi import FastAPI
 
 from loraplex.adapters.errors import AdapterNotFound, AdapterRefused
-from loraplex.adapters.histogram import Histogram
 from loraplex.adapters.info import AdapterInfo
 from loraplex.adapters.registry import AdapterVersion, Registry
 from loraplex.adapters.sources.merge_plan import MergePlan
 from loraplex.adapters.sources.sources import OPERATOR, SourceAccess
-from loraplex.adapters.tiers.stats import AdapterPlace, PageOwners, TierStats
+from loraplex.adapters.tiers.stats import AdapterPlace, PageOwners
 from loraplex.server.api.services import Services
 from loraplex.server.catalog.manager import AdapterManager, Around
 from loraplex.server.catalog.on_demand import OnDemand
@@ -28,7 +27,7 @@ from loraplex.server.command.app import create_app
 from loraplex.server.config import EngineConfig, RequestLimits, ServeConfig
 from loraplex.server.engine.engine import Engine
 from loraplex.server.engine.request import FinishReason, GenerationRequest, Mix, TokenEvent, TokenScores
-from loraplex.server.engine.stats import STEP_BOUNDS
+from loraplex.server.engine.stats import EngineStats
 from loraplex.server.engine.streams import EventStream, Shortcut
 from loraplex.server.facts import Facts
 from loraplex.server.telemetry.metrics import Metrics
@@ -52,38 +51,6 @@ CONFIG = ServeConfig(
     engine=EngineConfig(max_num_seqs=8, num_slots=4),
     limits=RequestLimits(max_body_bytes=100_000),
 )
-
-
-@dataclass
-class Stats:
-    running: int = 0
-    waiting: int = 0
-    kv_usage: float = 0.0
-    adapter_usage: float = 0.0
-    running_adapters: tuple[str, ...] = ()
-    waiting_adapters: tuple[str, ...] = ()
-    resident_adapters: tuple[str, ...] = ()
-    prompt_tokens: int = 0
-    generation_tokens: int = 0
-    preemptions: int = 0
-    adapter_loads: int = 0
-    adapter_evictions: int = 0
-    steps: int = 0
-    queued_tokens: int = 0
-    clients: int = 0
-    fairness_spread: float = 0.0
-    prefix_hits: int = 0
-    prefix_queries: int = 0
-    stall_seconds: float = 0.0
-    refused: int = 0
-    expired: int = 0
-    waiting_for_adapters: int = 0
-    adapter_wait: float = 0.0
-    step_sizes: Histogram = field(default_factory=lambda: Histogram(STEP_BOUNDS))
-    token_budget: int = 64
-    token_seconds: float = 1e-3
-    pages: Mapping[str, int] = field(default_factory=dict)
-    tiers: Mapping[str, TierStats] = field(default_factory=dict)
 
 
 Script = Callable[[GenerationRequest], Sequence[TokenEvent]]
@@ -161,9 +128,7 @@ class FakeEngine(Engine):
         self.together = 1  # events that a shortcut is given at once
         self.gate = asyncio.Event()
         self.gate.set()
-        self.current = Stats()
-        self.places: list[AdapterPlace] = []
-        self.page_owners = PageOwners((), {})
+        self.current = EngineStats()
         self.script: Script = lambda request: say(tokenizer, "the answer", request)
 
     def check_room(self, tenant: str, mix: Mix) -> None:
@@ -182,7 +147,7 @@ class FakeEngine(Engine):
     def abort(self, request_id: str) -> None:
         self.stopped.add(request_id)
 
-    def stats(self) -> Stats:
+    def stats(self) -> EngineStats:
         return self.current
 
 
@@ -276,6 +241,26 @@ class FakeServer:
         transport = httpx.ASGITransport(app or self.app(**changes), raise_app_exceptions=False)
         return httpx.AsyncClient(transport=transport, base_url="http://test", headers=headers)
 
+    def hold(self, *places: AdapterPlace, pages: PageOwners | None = None) -> None:
+        """These adapters are in memory from now on; they are registered, and have digests, where they had none."""
+        registry = self.adapters.registry
+        digests: dict[AdapterPlace, str] = {}
+        for place in places:
+            digest = f"digest of {place.name}"
+            version = registry.get(place.name) or registry.register(
+                place.name, place.name, AdapterInfo(1, (), 1, 1, digest)
+            )
+            registry.identify(version, digest)
+            digests[place] = version.digest or digest
+        adapters = replace(
+            self.engine.current.adapters,
+            resident=tuple(digest for place, digest in digests.items() if place.on_device),
+            host=frozenset(digest for place, digest in digests.items() if not place.on_device),
+            pinned=frozenset(digest for place, digest in digests.items() if place.pinned),
+            pages=pages or PageOwners(),
+        )
+        self.engine.current = replace(self.engine.current, adapters=adapters)
+
     @property
     def services(self) -> Services:
         facts = Facts(
@@ -293,13 +278,11 @@ class FakeServer:
             engine=self.engine,
             adapters=self.adapters,
             on_demand=self.on_demand,
-            places=lambda: self.engine.places,
-            page_owners=lambda: self.engine.page_owners,
             tokenizers=Tokenizers(self.tokenizer, VOCAB_SIZE, self.defaults.eos_token_ids),
             texts=TextPools(),
             grammars=Grammars(self.tokenizer, VOCAB_SIZE, self.defaults.eos_token_ids),
             defaults=self.defaults,
-            metrics=Metrics(facts, self.engine.stats, lambda: self.engine.places, self.adapters.registry),
+            metrics=Metrics(facts, self.engine.stats, self.adapters.registry),
         )
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from loraplex.server.engine.policy.kv_cache import FREED, GroupSpec
+from loraplex.server.engine.policy.kv_cache import FREED
+from loraplex.server.engine.policy.kv_groups import GroupSpec
 from loraplex.server.engine.policy.plan import StepPlan
 from loraplex.server.engine.policy.sequence import Sequence
 from loraplex.server.engine.request import ContextTooLong, FinishReason, GenerationRequest, TokenEvent

@@ -12,8 +12,9 @@ from loraplex.adapters.info import AdapterInfo
 from loraplex.adapters.registry import AdapterLease, AdapterVersion, Registry
 from loraplex.adapters.tiers.eviction import IdleSet, Reclaimer
 from loraplex.adapters.tiers.pages import PagePool
-from loraplex.adapters.tiers.stats import TierStats
-from loraplex.server.engine.policy.kv_cache import GroupSpec, KVCache
+from loraplex.adapters.tiers.stats import AdapterStats, TierStats
+from loraplex.server.engine.policy.kv_cache import KVCache
+from loraplex.server.engine.policy.kv_groups import GroupSpec
 from loraplex.server.engine.policy.plan import SchedulerLimits
 from loraplex.server.engine.policy.rows import Drawn, RowResult, StepInput
 from loraplex.server.engine.policy.scheduler import Scheduler
@@ -130,11 +131,9 @@ class FakePlacement:
         while self.evict_for_slot():
             pass
 
-    def loaded(self) -> tuple[str, ...]:
-        return tuple(self.device)
-
-    def tiers(self) -> dict[str, TierStats]:
-        return {"device": TierStats(loads=self.loads, evictions=self.evictions)}
+    def stats(self) -> AdapterStats:
+        tiers = {"device": TierStats(loads=self.loads, evictions=self.evictions)}
+        return AdapterStats(tuple(self.device), loads=self.loads, evictions=self.evictions, tiers=tiers)
 
     def forget(self, version: AdapterVersion) -> None:
         self.forgotten.append(str(version.digest))

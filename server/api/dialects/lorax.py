@@ -37,7 +37,7 @@ from loraplex.server.api.dialects.lorax_schemas import (
     LoraxRequest,
     StreamToken,
 )
-from loraplex.server.api.dialects.lorax_writer import Sequence, Style, dump, whole_answer
+from loraplex.server.api.dialects.lorax_writer import LoraxChoice, Style, dump, whole_answer
 from loraplex.server.api.errors import ApiError, ClientGone, to_api_error
 from loraplex.server.api.generation import Generation
 from loraplex.server.api.openai.embeddings import collect_vectors
@@ -210,19 +210,19 @@ class _Work:
 
     async def whole(self) -> str:
         """The answer as JSON; the headers are complete then. Raises what Generation.deltas raises."""
-        sequences: dict[int, Sequence] = {}
+        sequences: dict[int, LoraxChoice] = {}
         async with aclosing(self.generation.deltas()) as deltas:
             async for delta in deltas:
                 self._first = self._first or time.monotonic()
                 if delta.index not in sequences:
-                    sequences[delta.index] = Sequence(self._style, self.generation)
+                    sequences[delta.index] = LoraxChoice(self._style, self.generation)
                 await sequences[delta.index].add(delta, self.generation.prompt_tokens)
         self._add_counts()
         return whole_answer([sequences[index] for index in sorted(sequences)])
 
     async def events(self) -> AsyncGenerator[str, None]:
         """One event a token; an error is an event, too, from the first one on, as LoRAX has it."""
-        sequence = Sequence(self._style, self.generation)
+        sequence = LoraxChoice(self._style, self.generation)
         try:
             async with aclosing(self.generation.deltas()) as deltas:
                 async for delta in deltas:

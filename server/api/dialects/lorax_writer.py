@@ -71,7 +71,7 @@ class Tokens:
 
 
 @dataclass
-class Sequence:
+class LoraxChoice:
     """One choice so far."""
 
     style: Style
@@ -145,7 +145,7 @@ class Sequence:
         )
 
 
-def whole_answer(sequences: list[Sequence]) -> str:
+def whole_answer(sequences: list[LoraxChoice]) -> str:
     """The likeliest of one or more choices; the others are in its details."""
     best = max(sequences, key=lambda sequence: sequence.likelihood)
     assert best.finish is not None
@@ -189,7 +189,7 @@ def _drop_empty(owner: dict[str, Any], name: str) -> None:
         del owner[name]
 
 
-def _best_of(sequence: Sequence) -> BestOfSequence:
+def _best_of(sequence: LoraxChoice) -> BestOfSequence:
     assert sequence.finish is not None
     return BestOfSequence(
         generated_text=sequence.generated_text,

@@ -1,7 +1,7 @@
 """What the page at /ui shows, as JSON: adapters and where each is, whose the pages are, what the last minute was like.
 
-Everything is read from copies that any thread may take (as /metrics does): the engine's thread is neither asked nor
-held up. A caller is told of the adapters that its key may use, or of all where it may read /metrics, which names
+Everything is read from records that the engine's thread has published (as /metrics does): it is neither asked nor held
+up. A caller is told of the adapters that its key may use, or of all where it may read /metrics, which names
 them too; the pages of others are there, but nobody's by name.
 """
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from loraplex.adapters.registry import AdapterVersion
-from loraplex.adapters.tiers.stats import AdapterPlace
+from loraplex.adapters.tiers.stats import AdapterPlace, PageOwners
 from loraplex.server.api.errors import InvalidField
 from loraplex.server.api.page.page_map import json_of, page_runs
 from loraplex.server.api.services import Services
@@ -62,7 +62,7 @@ def overview(services: Services, view: View) -> bytes:
     key, facts, stats = current_key(), services.facts, services.engine.stats()
     registered = services.adapters.registry.list()
     adapters = [v for v in registered if not is_hidden(v.name) and (key.may_scrape or key.may_use(v.name))]
-    places = {place.name: place for place in services.places()}
+    places = {place.name: place for place in stats.adapters.places(registered)}
     minute = services.metrics.recent.minute()
     drain = services.drain
     answer = {
@@ -92,16 +92,17 @@ def overview(services: Services, view: View) -> bytes:
         "memory": [{"name": name, "bytes": size, "remark": remark} for name, size, remark in facts.memory],
         "adapters": _table(services, key, adapters, places, view),
     }
-    return _json(answer)[:-1] + b',"arena":' + _arena(services, adapters, places) + b"}"
+    return _json(answer)[:-1] + b',"arena":' + _arena(services, stats.adapters.pages, adapters, places) + b"}"
 
 
-def _arena(services: Services, adapters: list[AdapterVersion], places: Mapping[str, AdapterPlace]) -> bytes:
+def _arena(
+    services: Services, found: PageOwners, adapters: list[AdapterVersion], places: Mapping[str, AdapterPlace]
+) -> bytes:
     """Pages and slots, in JSON. `names` are the adapters that `runs` tells apart, see page_runs."""
     told: dict[str, AdapterVersion] = {}
     for each in adapters:
         if each.digest is not None and each.name in places and places[each.name].on_device:
             told.setdefault(each.digest, each)
-    found = services.page_owners()
     arena = {
         "num_pages": len(found.owners),
         "page_bytes": services.facts.page_bytes,

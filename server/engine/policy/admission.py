@@ -3,20 +3,21 @@
 A sequence is admitted if its adapters' missing pages and all its known tokens fit beside what the running ones are sure
 to need: its first chunk alone would be enough to start, but a sequence that is preempted half way has computed for
 nothing. The first in the order that lacks pages is not overtaken. Clients below their share come before others, and may
-take what they need from those above theirs (running.FairPreemption).
+take what they need from those above theirs (fair_preemption.py).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Protocol
 
-from loraplex.server.engine.policy.fair_queue import Client, FairQueue, Filter
+from loraplex.server.engine.policy.clients import Client
+from loraplex.server.engine.policy.fair_preemption import FairPreemption
+from loraplex.server.engine.policy.fair_queue import FairQueue, Filter
 from loraplex.server.engine.policy.kv_cache import KVCache
 from loraplex.server.engine.policy.plan import Placement, SchedulerLimits
 from loraplex.server.engine.policy.prefetch import Prefetch
-from loraplex.server.engine.policy.running import FairPreemption, RunningSet
+from loraplex.server.engine.policy.running import RunningSet
 from loraplex.server.engine.policy.sequence import Sequence
 from loraplex.server.engine.request import ContextTooLong
 
@@ -28,37 +29,40 @@ class _Lacks(Enum):
     PAGES = auto()
 
 
-@dataclass
-class Round:
-    """One step's admissions."""
+@dataclass(frozen=True)
+class Opening:
+    """What one step has for those who come in."""
 
     now: float
-    tokens: int  # of the step, not given to decode rows
-    prefills: dict[
-        Client, int
-    ]  # what the tokens cost that running sequences miss beside these; admitted ones are added
+    tokens: int  # of its budget, not given to decode rows
     takers_only: bool  # only those below their share come in
     copying: bool  # pages may be held by copies nobody waits for any more
-    failed: list[tuple[Sequence, Exception]] = field(default_factory=list)
-    passed: set[Sequence] = field(default_factory=set)  # not to be looked at again
-    unready: set[Client] = field(default_factory=set)  # whose adapters are on their way
-    no_slot: bool = False
+
+
+@dataclass(frozen=True)
+class Admitted:
+    """What came of it, beside those who run now."""
+
+    failed: tuple[tuple[Sequence, Exception], ...] = ()  # they wait still, and can never be served
+    preempted: tuple[Sequence, ...] = ()  # for others; some may run again
+
+
+class _Round:
+    """What one step's admissions have come to so far."""
+
+    def __init__(self, opening: Opening, prefills: dict[Client, int]) -> None:
+        self.opening = opening
+        self.prefills = prefills  # by client what the tokens cost that running sequences miss beside decode rows
+        self.failed: list[tuple[Sequence, Exception]] = []
+        self.preempted: list[Sequence] = []
+        self.passed: set[Sequence] = set()  # not to be looked at again
+        self.unready: set[Client] = set()  # whose adapters are on their way
+        self.no_slot = False
 
     @property
     def is_spent(self) -> bool:
-        """No token is left that nobody wants."""
-        return sum(self.prefills.values()) >= self.tokens
-
-
-class Steps(Protocol):
-    """The scheduler, which alone changes what runs."""
-
-    @property
-    def token_budget(self) -> int: ...
-
-    def enter(self, seq: Sequence, urgency: float, now: float) -> None: ...
-    def preempt(self, seq: Sequence) -> None: ...
-    def reserve(self) -> int: ...
+        """Every token has somebody who wants it."""
+        return sum(self.prefills.values()) >= self.opening.tokens
 
 
 class Admission:
@@ -68,36 +72,39 @@ class Admission:
         self,
         kv: KVCache,
         adapters: Placement,
-        limits: SchedulerLimits,
         queue: FairQueue,
         running: RunningSet,
         prefetch: Prefetch,
-        steps: Steps,
+        limits: SchedulerLimits,
     ) -> None:
         self._kv = kv
         self._adapters = adapters
-        self._limits = limits
         self._queue = queue
         self._running = running
         self._prefetch = prefetch
-        self._steps = steps
+        self._limits = limits
         self._stuck: tuple[Sequence, int] | None = None  # what lacked pages last, and how many there were for it
 
-    def admit(self, step: Round) -> None:
-        """Start waiting sequences while tokens, places, slots and pages last."""
+    def admit(self, opening: Opening, prefills: dict[Client, int]) -> Admitted:
+        """Start waiting sequences while tokens, places, slots and pages last.
+
+        prefills: by client, what the tokens cost that running sequences miss beside decode rows.
+        """
+        step = _Round(opening, prefills)
         self._queue.promised.clear()
-        while step.tokens > 0 and len(self._queue) and self._pass(step):
+        while opening.tokens > 0 and len(self._queue) and self._pass(step):
             pass
         if step.unready:
             self._queue.lift(step.unready)
+        return Admitted(tuple(step.failed), tuple(step.preempted))
 
-    def _pass(self, step: Round) -> bool:
+    def _pass(self, step: _Round) -> bool:
         """Once through the queue. True when it is to be gone through again, for fewer clients."""
         running = self._running
-        takers, spent = step.takers_only or running.is_full, step.is_spent
+        takers, spent = step.opening.takers_only or running.is_full, step.is_spent
         if takers and not running.any_above:
             return False
-        for seq, urgency in self._queue.order(step.now, self._filter(takers, step.prefills if spent else {})):
+        for seq, urgency in self._queue.order(step.opening.now, self._filter(takers, step.prefills if spent else {})):
             if seq in step.passed or (step.no_slot and seq.wanted):
                 continue
             pages = self._missing(seq, step)
@@ -110,7 +117,7 @@ class Admission:
                     return True
             elif lacks is _Lacks.PLACE:
                 step.passed.add(seq)
-            elif not len(running) and not step.copying:  # nothing will ever be given back
+            elif not len(running) and not step.opening.copying:  # nothing will ever be given back
                 step.passed.add(seq)
                 step.failed.append((seq, self._hopeless(seq, pages, lacks)))
             elif lacks is _Lacks.SLOT:
@@ -125,7 +132,7 @@ class Admission:
             return None
         return lambda client: (not takers or self._queue.is_below(client)) and client not in served
 
-    def _missing(self, seq: Sequence, step: Round) -> tuple[int, ...] | None:
+    def _missing(self, seq: Sequence, step: _Round) -> tuple[int, ...] | None:
         """Pages each of its adapters takes; None when it cannot be admitted now, or has failed."""
         if not seq.wanted:
             self._bind(seq)
@@ -133,9 +140,9 @@ class Admission:
         if seq.requested is None:  # beyond the lookahead: only if nothing has to be fetched for it
             if not all(version.digest is not None and self._adapters.is_ready(version) for version in seq.wanted):
                 step.unready.add(seq.flow.client)
-                seq.wait_for_adapters(step.now)
+                seq.wait_for_adapters(step.opening.now)
                 return None
-            self._prefetch.ask(seq, step.now)
+            self._prefetch.ask(seq, step.opening.now)
         try:
             pages = self._adapters.missing_pages(seq.wanted)
         except Exception as error:  # whatever it is, it is this request's own
@@ -143,9 +150,9 @@ class Admission:
             return None
         if pages is None:
             step.unready.add(seq.flow.client)
-            seq.wait_for_adapters(step.now)
+            seq.wait_for_adapters(step.opening.now)
             return None
-        seq.adapters_came(step.now)
+        seq.adapters_came(step.opening.now)
         self._bind(seq)
         found = {version.digest: count for version, count in zip(seq.wanted, pages, strict=True)}
         return tuple(found[digest] for digest, _ in seq.mix)
@@ -155,12 +162,12 @@ class Admission:
         if self._limits.prefix_cache:
             seq.share_prefix(self._limits.rope_switch)
 
-    def _start(self, seq: Sequence, urgency: float, pages: tuple[int, ...], step: Round) -> _Lacks:
+    def _start(self, seq: Sequence, urgency: float, pages: tuple[int, ...], step: _Round) -> _Lacks:
         """Admit `seq`, or say what it lacks and leave everything but those it took from as it was."""
         preemption = FairPreemption(self._queue, self._running, seq, urgency)
         if self._running.is_full and not preemption.place():
             return _Lacks.PLACE
-        headroom = self._available() - self._steps.reserve() - sum(pages)
+        headroom = self._kv.available - self._running.reserve() - sum(pages)
         if self._is_stuck(seq, headroom):
             return _Lacks.PAGES
         pinned = []
@@ -172,7 +179,7 @@ class Admission:
         seq.num_computed = self._kv.adopt(seq.number, None if scored else seq.cache_root, seq.tokens)
         lacks = self._choose(seq, pages, preemption)
         if lacks is _Lacks.NOTHING:
-            lacks = self._take(seq, pages, preemption, pinned)
+            lacks = self._take(seq, pages, preemption, pinned, step)
         self._stuck = (seq, headroom) if lacks is _Lacks.PAGES else None
         if lacks is not _Lacks.NOTHING:
             self._kv.free(seq.number)
@@ -183,7 +190,7 @@ class Admission:
         client = seq.flow.client
         self._queue.promise(client, seq.cost(max(0, seq.num_prompt - max(seq.num_computed, seq.charged))))
         step.prefills[client] = step.prefills.get(client, 0) + seq.cost(seq.num_missing)
-        self._steps.enter(seq, urgency, step.now)
+        self._running.enter(seq, urgency, step.opening.now)
         return lacks
 
     def _is_stuck(self, seq: Sequence, headroom: int) -> bool:
@@ -198,7 +205,7 @@ class Admission:
         while len((self._running.worn.keys() - preemption.frees()) | own) > self._limits.num_slots:
             if not preemption.slot():
                 return _Lacks.SLOT
-        short = self._need(seq, pages) + self._steps.reserve() - self._available()
+        short = self._need(seq, pages) + self._running.reserve() - self._kv.available
         if short <= 0:
             return _Lacks.NOTHING
         held, share = self._pages_by_client(), self._kv.pool.num_pages / self._queue.total_weight
@@ -207,17 +214,19 @@ class Admission:
                 return _Lacks.PAGES
         return _Lacks.NOTHING
 
-    def _take(self, seq: Sequence, pages: tuple[int, ...], preemption: FairPreemption, pinned: list[str]) -> _Lacks:
+    def _take(
+        self, seq: Sequence, pages: tuple[int, ...], preemption: FairPreemption, pinned: list[str], step: _Round
+    ) -> _Lacks:
         """Preempt the chosen, then put the adapters of `seq` on the device, pinned (and named so)."""
-        self._preempt_all(preemption, 0)
-        while self._need(seq, pages) + self._steps.reserve() > self._available():  # the chosen shared pages with others
+        self._preempt_all(preemption, 0, step)
+        while (
+            self._need(seq, pages) + self._running.reserve() > self._kv.available
+        ):  # the chosen shared pages with others
             chosen = len(preemption.victims)
             if not preemption.place():
                 return _Lacks.PAGES
-            self._preempt_all(preemption, chosen)
-        short = sum(pages) - self._kv.pool.num_free
-        if short > 0:
-            self._kv.reclaimer.reclaim(short)
+            self._preempt_all(preemption, chosen, step)
+        self._kv.make_room(sum(pages))
         for version, (digest, _), missing in zip(seq.versions, seq.mix, pages, strict=True):
             if missing == 0:
                 continue
@@ -225,14 +234,15 @@ class Admission:
                 chosen = len(preemption.victims)
                 if not self._adapters.evict_for_slot() and not preemption.slot():
                     return _Lacks.SLOT
-                self._preempt_all(preemption, chosen)
+                self._preempt_all(preemption, chosen, step)
             self._adapters.pin(digest)
             pinned.append(digest)
         return _Lacks.NOTHING
 
-    def _preempt_all(self, preemption: FairPreemption, start: int) -> None:
+    def _preempt_all(self, preemption: FairPreemption, start: int, step: _Round) -> None:
         for victim in preemption.victims[start:]:
-            self._steps.preempt(victim)
+            self._running.preempt(victim)
+            step.preempted.append(victim)
             client = victim.flow.client
             client.emptied = client.emptied or client.num_running == 0
 
@@ -240,24 +250,16 @@ class Admission:
 
     def _need(self, seq: Sequence, pages: tuple[int, ...]) -> int:
         """Pages for its adapters and all its known tokens, beside those it has adopted."""
-        known = self._kv.peak_pages(seq.num_tokens, self._steps.token_budget) - self._kv.held(seq.number)
+        known = self._running.peak_pages(seq.num_tokens) - self._kv.held(seq.number)
         return sum(pages) + max(0, known)
-
-    def _available(self) -> int:
-        return self._kv.pool.num_free + self._kv.reclaimer.idle_pages
 
     def _gain(self, preemption: FairPreemption, own: set[str]) -> int:
         """Pages that come of it if what the chosen hold is theirs alone."""
         freed = preemption.frees() - own
         worn = [(d, v) for seq in preemption.victims for (d, _), v in zip(seq.mix, seq.versions, strict=True)]
         sizes = {digest: version.info.num_pages for digest, version in worn}
-        wanted = sum(self.wanted_soon(seq) for seq in preemption.victims)
+        wanted = sum(self._running.wanted_soon(seq) for seq in preemption.victims)
         return wanted + sum(self._kv.held(seq.number) for seq in preemption.victims) + sum(sizes[d] for d in freed)
-
-    def wanted_soon(self, seq: Sequence) -> int:
-        """Pages that a running sequence is sure to want: for its known tokens and one block more."""
-        known = self._kv.peak_pages(seq.num_tokens + self._kv.block_size, self._steps.token_budget)
-        return max(0, known - self._kv.held(seq.number))
 
     def _pages_by_client(self) -> dict[Client, int]:
         held: dict[Client, int] = {}
@@ -274,6 +276,6 @@ class Admission:
             )
         return ContextTooLong(
             f"{seq.num_tokens} tokens and the request's adapters take {self._need(seq, pages)} pages, but with the "
-            f"pinned adapters only {self._available()} of {self._kv.pool.num_pages} can be had; unpin one, shorten the "
-            "prompt or give the server more memory (--memory)"
+            f"pinned adapters only {self._kv.available} of {self._kv.pool.num_pages} can be had; unpin one, shorten "
+            "the prompt or give the server more memory (--memory)"
         )

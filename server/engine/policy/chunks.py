@@ -13,7 +13,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as ListLike
 
-from loraplex.server.engine.policy.fair_queue import PROMPT_TOKEN, Client, by_age
+from loraplex.server.engine.policy.clients import Client, by_age
+from loraplex.server.engine.policy.fair_queue import PROMPT_TOKEN
 from loraplex.server.engine.policy.sequence import Sequence
 
 Urgency = Callable[[Sequence], float]

@@ -22,10 +22,9 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator
 from heapq import heapify, heappop, heapreplace
-from operator import attrgetter
 
+from loraplex.server.engine.policy.clients import NEVER, Client, ClientKey, Flow, by_age, client_of
 from loraplex.server.engine.policy.sequence import Sequence
-from loraplex.server.engine.request import Mix
 
 PROMPT_TOKEN = 1.0
 OUTPUT_TOKEN = 2.0
@@ -37,65 +36,6 @@ recompute 16 sequences of 1,000 tokens: at worst half of the work is done twice.
 
 MAX_IDLE_CLIENTS = 4096
 """Clients without open requests whose counters are remembered."""
-
-NEVER = float("-inf")
-
-ClientKey = tuple[str, str]  # (tenant, "") or ("", names of the adapters)
-
-by_age = attrgetter("number")
-
-
-def client_of(tenant: str, mix: Mix) -> ClientKey:
-    """Return who is charged for the requests of `tenant` that use `mix`."""
-    if tenant:
-        return tenant, ""
-    return "", ",".join(sorted(lease.version.name for lease, _ in mix))
-
-
-class Client:
-    """One that shares the server with others."""
-
-    __slots__ = (
-        "counter",
-        "emptied",
-        "flows",
-        "is_new",
-        "key",
-        "num_open",
-        "num_running",
-        "num_waiting",
-        "protected_until",
-        "running_tokens",
-        "served",
-        "weight",
-    )
-
-    def __init__(self, key: ClientKey) -> None:
-        self.key = key
-        self.weight = 1.0
-        self.counter = 0.0  # virtual tokens: served, over the weight
-        self.num_open = 0
-        self.num_waiting = 0
-        self.num_running = 0
-        self.running_tokens = 0  # of the prompts of these
-        self.flows: dict[int, Flow] = {}  # by priority
-        self.served = NEVER  # seconds: when it was last served, or began to wait
-        self.is_new = True  # none of its requests was admitted since it became active
-        self.emptied = False  # all its running sequences were preempted for another client
-        self.protected_until = NEVER  # counter below which that must not happen again
-
-
-class Flow:
-    """A client's requests of one priority, in the order of their arrival."""
-
-    __slots__ = ("client", "priority", "served", "waiting")
-
-    def __init__(self, client: Client, priority: int) -> None:
-        self.client = client
-        self.priority = priority
-        self.waiting: list[Sequence] = []  # oldest first; a preempted one takes its old place
-        self.served = NEVER
-
 
 Filter = Callable[[Client], bool]
 
@@ -209,15 +149,10 @@ class FairQueue:
         """Active ones."""
         return len(self._active)
 
-    def running_of(self, key: ClientKey) -> tuple[int, int]:
-        """Running requests of a client, and tokens of their prompts; snapshot from any thread."""
-        client = self._active.get(key)
-        return (client.num_running, client.running_tokens) if client is not None else (0, 0)
-
     @property
     def spread(self) -> float:
-        """Virtual tokens between the active client served most and the one served least; snapshot from any thread."""
-        counters = [client.counter for client in tuple(self._active.values())]
+        """Virtual tokens between the active client served most and the one served least."""
+        counters = [client.counter for client in self._active.values()]
         return max(counters) - min(counters) if counters else 0.0
 
     # -- the order -----------------------------------------------------------------------------------------------------
@@ -253,8 +188,8 @@ class FairQueue:
 
     def __iter__(self) -> Iterator[Sequence]:
         """All that wait, oldest first."""
-        flows = [flow for client in tuple(self._active.values()) for flow in tuple(client.flows.values())]
-        return iter(sorted((seq for flow in flows for seq in tuple(flow.waiting)), key=by_age))
+        flows = [flow for client in self._active.values() for flow in client.flows.values()]
+        return iter(sorted((seq for flow in flows for seq in flow.waiting), key=by_age))
 
     def __len__(self) -> int:
         return self._size

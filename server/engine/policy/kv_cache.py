@@ -17,62 +17,13 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence as ListLike
-from dataclasses import dataclass
 
 from loraplex.adapters.tiers.eviction import Reclaimer
 from loraplex.adapters.tiers.pages import PagePool
+from loraplex.server.engine.policy.kv_groups import GroupSpec, peak_pages
 from loraplex.server.engine.policy.prefix_cache import USED, Block, PrefixCache, block_key
 
 FREED = -1
-
-MAX_GROUPS = 8
-"""Backends have room for as many page tables in a step."""
-
-
-@dataclass(frozen=True)
-class GroupSpec:
-    """Layers that share pages. `len(layers)` may fall short of the page's layer places: the rest is padding."""
-
-    layers: tuple[int, ...]
-    window: int | None
-
-
-def kv_groups(windows: ListLike[int | None]) -> tuple[GroupSpec, ...]:
-    """Cut layers (`windows[i]` is layer i's window) into groups of one window and equal size.
-
-    The size is the least frequent window's layer count, or the most frequent one's where they are within a quarter of
-    each other (12 and 13 layers make two groups of 13, not two of 12 and one of 1), or more where that makes too many
-    groups; a window's last group may be padded. Gemma 3 (26 layers, 4 of them full): 1 + 6 groups of 4 with 2 places
-    unused.
-    """
-    by_window: dict[int | None, list[int]] = {}
-    for layer, window in enumerate(windows):
-        by_window.setdefault(window, []).append(layer)
-    counts = [len(layers) for layers in by_window.values()]
-    size = max(counts) if 4 * max(counts) < 5 * min(counts) else min(counts)
-    while sum(-(-count // size) for count in counts) > max(MAX_GROUPS, len(counts)):
-        size += 1
-    return tuple(
-        GroupSpec(tuple(layers[start : start + size]), window)
-        for window, layers in by_window.items()
-        for start in range(0, len(layers), size)
-    )
-
-
-def group_layers(groups: ListLike[GroupSpec]) -> int:
-    """Layer places in every KV page."""
-    return max(len(group.layers) for group in groups)
-
-
-def peak_pages(groups: ListLike[GroupSpec], block_size: int, num_tokens: int, chunk: int) -> int:
-    """The most pages a sequence of `num_tokens` ever holds when at most `chunk` tokens are computed in a step."""
-    blocks = -(-num_tokens // block_size)
-    total = 0
-    for group in groups:
-        # A chunk's queries see window - 1 + chunk keys; an interval that long touches at most this many blocks.
-        most = blocks if group.window is None else (group.window + chunk - 3 + block_size) // block_size + 1
-        total += min(blocks, most)
-    return total
 
 
 class _Held:
@@ -233,6 +184,16 @@ class KVCache:
                     break
                 self._let_go(held, lane, members, block)
         return count
+
+    @property
+    def available(self) -> int:
+        """Pages that can be had without taking them from anybody: free ones, and those of what is idle."""
+        return self.pool.num_free + self.reclaimer.idle_pages
+
+    def make_room(self, pages: int) -> bool:
+        """Whether `pages` are free, if need be after something idle was evicted."""
+        short = pages - self.pool.num_free
+        return short <= 0 or self.reclaimer.reclaim(short) >= short
 
     def tables(self, seq: int) -> tuple[array[int], ...]:
         """Per group, the page of each block (int32, FREED where it is past the window). Read only; do not keep."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections import Counter
 
-from loraplex.server.engine.policy.fair_queue import FairQueue, by_age
+from loraplex.server.engine.policy.clients import by_age
+from loraplex.server.engine.policy.fair_queue import FairQueue
 from loraplex.server.engine.policy.plan import Placement
 from loraplex.server.engine.policy.sequence import Sequence
 

@@ -7,9 +7,10 @@ gets eight ninths, and what it leaves is there for the next one: the door is fai
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
-from loraplex.server.engine.policy.fair_queue import ClientKey
+from loraplex.server.engine.policy.clients import ClientKey
 from loraplex.server.engine.policy.kv_cache import KVCache
 from loraplex.server.engine.policy.plan import SchedulerLimits
 from loraplex.server.engine.request import ContextTooLong, GenerationRequest, Overloaded
@@ -55,12 +56,11 @@ def check_fits(request: GenerationRequest, limits: SchedulerLimits, kv: KVCache)
 
 @dataclass(frozen=True)
 class Running:
-    """What is past the queue: of all clients, and of the one at the door."""
+    """Requests past the queue, and tokens of their prompts: of all clients, and of each that has any."""
 
-    requests: int
-    tokens: int  # of their prompts
-    own_requests: int
-    own_tokens: int
+    requests: int = 0
+    tokens: int = 0
+    by_client: Mapping[ClientKey, tuple[int, int]] = field(default_factory=dict)
 
 
 class QueueLimits:
@@ -70,6 +70,7 @@ class QueueLimits:
         """Requests that wait, and tokens of their prompts together; an empty queue takes any one request."""
         self.max_waiting = max_waiting
         self.max_waiting_tokens = max_waiting_tokens
+        self.running = Running()  # of the open requests those that do not wait
         self.tokens = 0  # of the prompts of all open requests
         self.requests = 0
         self._requests: Counter[ClientKey] = Counter()
@@ -77,18 +78,20 @@ class QueueLimits:
         self._drained = (0.0, 0.0)  # tokens computed, and seconds it took, fading
         self._output = 0.0  # tokens generated for a request, lately
 
-    def check(self, key: ClientKey, new: int, running: Running) -> None:
+    def check(self, key: ClientKey, new: int) -> None:
         """Raise Overloaded where a request of `key` with `new` prompt tokens would wait in a full queue."""
+        running = self.running
         waiting, tokens = self.requests - running.requests, self.tokens - running.tokens
         if waiting > 0:
-            own, own_tokens = self._requests[key] - running.own_requests, self._tokens[key] - running.own_tokens
+            own_running, own_running_tokens = running.by_client.get(key, (0, 0))
+            own, own_tokens = self._requests[key] - own_running, self._tokens[key] - own_running_tokens
             self._check(waiting, own, 1, self.max_waiting, "requests", waiting, tokens)
             self._check(tokens, own_tokens, new, self.max_waiting_tokens, "prompt tokens", waiting, tokens)
 
-    def enter(self, key: ClientKey, request: GenerationRequest, running: Running) -> None:
+    def enter(self, key: ClientKey, request: GenerationRequest) -> None:
         """Count an open request of client `key`. Raises Overloaded as check() does."""
         new = len(request.prompt_ids)
-        self.check(key, new, running)
+        self.check(key, new)
         self.requests += 1
         self.tokens += new
         self._requests[key] += 1

@@ -4,40 +4,32 @@ Every step has one token budget. It goes to running sequences that miss one toke
 more (prefill chunks), the newly admitted among them. Who is admitted is the fair queue's order; prompts are computed
 whole, one after the other, so that half of those that come together need not wait for all.
 
-    queue_limits.py  who may queue at all     fair_queue.py  whose turn it is      admission.py  waiting -> running
-    prefetch.py      what is fetched early    running.py     who gives way         chunks.py     a step's tokens
+    queue_limits.py  who may queue at all     fair_queue.py  whose turn it is     admission.py  waiting -> running
+    prefetch.py      what is fetched early    running.py     all that runs        draft.py      a step's tokens, pages
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as ListLike
-from heapq import heapify, heappop, heappush
+from functools import partial
 
-from loraplex.server.engine.policy.admission import Admission, Round
+from loraplex.server.engine.policy.admission import Admission, Opening
 from loraplex.server.engine.policy.budget import TokenBudget
-from loraplex.server.engine.policy.chunks import share_out
-from loraplex.server.engine.policy.fair_queue import (
-    NEVER,
-    OUTPUT_TOKEN,
-    PROMPT_TOKEN,
-    Client,
-    ClientKey,
-    FairQueue,
-    by_age,
-)
+from loraplex.server.engine.policy.clients import NEVER, by_age
+from loraplex.server.engine.policy.deadlines import Deadlines
+from loraplex.server.engine.policy.draft import StepDraft
+from loraplex.server.engine.policy.fair_queue import OUTPUT_TOKEN, PROMPT_TOKEN, FairQueue
 from loraplex.server.engine.policy.kv_cache import KVCache
-from loraplex.server.engine.policy.multi_step import steps_in_a_row
 from loraplex.server.engine.policy.plan import Placement, SchedulerLimits, StepPlan
 from loraplex.server.engine.policy.prefetch import Prefetch
 from loraplex.server.engine.policy.queue_limits import Running, check_fits
-from loraplex.server.engine.policy.rows import Drawn, RowResult, StepInput
+from loraplex.server.engine.policy.rows import Drawn, RowResult
 from loraplex.server.engine.policy.running import RunningSet
 from loraplex.server.engine.policy.sequence import Sequence
 from loraplex.server.engine.request import (
-    ContextTooLong,
     DeadlineExceeded,
     FinishReason,
     GenerationRequest,
@@ -69,22 +61,16 @@ class Scheduler:
         self.limits = limits
         self.waiting = FairQueue(limits.ageing, limits.max_num_seqs)
         self.budget = budget or TokenBudget(limits.token_budget, None, kv.token_seconds)
-        self.prompt_tokens = 0  # counters
-        self.generation_tokens = 0
-        self.preemptions = 0
+        self.generation_tokens = 0  # counters
         self.finished = 0
         self.adapter_wait = 0.0  # seconds of closed requests, see Sequence.waited
-        self._running = RunningSet(self.waiting, limits.max_num_seqs)
-        self._prefetch = Prefetch(self.waiting, adapters, limits.max_num_seqs)
-        self._admission = Admission(kv, adapters, limits, self.waiting, self._running, self._prefetch, self)
         self._clock = clock
-        self._pool = kv.pool
+        self._prefetch = Prefetch(self.waiting, adapters, limits.max_num_seqs)
+        self._running = RunningSet(kv, adapters, self.waiting, self._prefetch, self.budget, limits.max_num_seqs, clock)
+        self._admission = Admission(kv, adapters, self.waiting, self._running, self._prefetch, limits)
         self._open: dict[str, Sequence] = {}
-        self._deadlines: list[tuple[float, int, Sequence]] = []  # a heap; of closed ones too
+        self._deadlines = Deadlines(self._open)
         self._next_number = 0
-        self._plan: dict[Sequence, int] = {}  # the step being planned: how many tokens of each
-        self._failed: list[TokenEvent] = []  # in it
-        self._budget = 0  # its tokens not given out yet
         self._copying = False  # adapters are on their way to the device
         self._decode_seconds = math.inf  # what the last step of nothing but decode rows took
         self._full = False  # memory ran out in a step: nobody comes in until somebody has left
@@ -104,8 +90,7 @@ class Scheduler:
         seq = Sequence(self._next_number, request, self.limits.scoring)
         self._next_number += 1
         self._open[request.request_id] = seq
-        if request.deadline is not None:
-            heappush(self._deadlines, (request.deadline, seq.number, seq))
+        self._deadlines.add(seq)
         self.waiting.open(seq, now)
         self._prefetch.waits(seq, now)
         return seq
@@ -128,21 +113,30 @@ class Scheduler:
         return len(self._open)
 
     @property
+    def prompt_tokens(self) -> int:
+        """Of admitted requests, so far."""
+        return self._running.prompt_tokens
+
+    @property
+    def preemptions(self) -> int:
+        """So far."""
+        return self._running.preemptions
+
+    @property
     def token_budget(self) -> int:
         """Tokens of the next step."""
         return self.budget.tokens
 
-    def running_of(self, client: ClientKey) -> Running:
-        """What has left the queue, of all clients and of this one. Safe from any thread, and then a snapshot."""
-        requests, tokens = self.waiting.running_of(client)
-        return Running(len(self._running), self._running.tokens, requests, tokens)
+    @property
+    def counts(self) -> Running:
+        """What has left the queue."""
+        return self._running.counts()
 
     def idle_seconds(self) -> float | None:
         """Time in which schedule() has something to do though nothing happens meanwhile; None: it never has."""
         now = self._clock()
-        while self._deadlines and self._is_closed(self._deadlines[0][2]):
-            heappop(self._deadlines)
-        times = [self._deadlines[0][0] - now] if self._deadlines else []
+        deadline = self._deadlines.next()
+        times = [deadline - now] if deadline is not None else []
         if self._open:
             times.append(POLL if self._copying else PATIENCE)
         return max(0.0, min(times)) if times else None
@@ -152,26 +146,30 @@ class Scheduler:
     def schedule(self) -> StepPlan:
         """Plan the next step and take its pages. No entries: everybody waits for an adapter from its source."""
         now = self._clock()
-        self._plan, self._failed, self._budget = {}, [], self.token_budget
+        draft = StepDraft(self.kv, self._running, self.token_budget)
         preemptions = self.preemptions
-        self._expire(now)
+        failed = self._expire(now)
         self._copy(busy=any(seq.is_ready and seq.is_decode for seq in self._running.seqs))
-        self._plan_decodes()
+        draft.add_decodes()
+        failed += self._end(draft.take_failed())
         if len(self.waiting) and not self._full:
             self._prefetch.look(now)
             # What was preempted a moment ago would only be preempted again.
-            self._admit(now, takers_only=self.preemptions > preemptions)
-        self._plan_prefills(now)
-        if not self._plan and self._running.seqs:  # admitted ones are being copied, and nobody else is there to wait
+            opening = Opening(now, draft.left, self.preemptions > preemptions, self._copying)
+            admitted = self._admission.admit(opening, draft.prefills())
+            failed += self._end(admitted.failed)
+            for seq in admitted.preempted:
+                draft.drop(seq)
+        urgency_of = partial(self._urgency, now=now)
+        draft.add_prefills(urgency_of)
+        if not draft.counts and self._running.seqs:  # admitted ones are being copied, and nobody else is there to wait
             self._copy(busy=False)
-            self._plan_decodes()
-            self._plan_prefills(now)
-        seqs = tuple(self._plan)
-        steps = 1 if self._copying or self.preemptions > preemptions else self._steps_ahead(seqs)
-        rows = tuple(seq.row(count, self.kv.tables(seq.number)) for seq, count in self._plan.items())
-        plan = StepPlan(StepInput(rows, steps), seqs, tuple(self._failed))
-        self._plan, self._failed = {}, []
-        return plan
+            draft.add_decodes()
+            draft.add_prefills(urgency_of)
+        failed += self._end(draft.take_failed())
+        alone = self._copying or self.preemptions > preemptions
+        step = draft.step(self.limits, None if alone else self._decode_seconds)
+        return StepPlan(step, draft.seqs, tuple(failed))
 
     def commit(self, plan: StepPlan, results: ListLike[RowResult]) -> list[TokenEvent]:
         """Take in what was computed: `results[i]` is that of the plan's i-th row. The events come step after step."""
@@ -219,7 +217,7 @@ class Scheduler:
         """
         youngest = max(plan.seqs, key=by_age)
         if len(plan.seqs) > 1:
-            self.preempt(youngest)
+            self._running.preempt(youngest)
             self._full = True
             return []
         count = plan.step.num_tokens
@@ -236,7 +234,7 @@ class Scheduler:
         assert len(everyone) == len(running) + len(waiting), "a request is both running and waiting"
         assert everyone == self._open.keys(), "a request is open but neither running nor waiting"
         assert all(not self.kv.held(seq.number) and not seq.num_computed for seq in waiting), "a waiting one has pages"
-        held, used = sum(self.kv.held(seq.number) for seq in running), self._pool.used_by("kv")
+        held, used = sum(self.kv.held(seq.number) for seq in running), self.kv.pool.used_by("kv")
         assert used <= held, f"running sequences hold {held} pages, the pool counts {used} in use"
 
     # -- parts of schedule() -------------------------------------------------------------------------------------------
@@ -244,146 +242,22 @@ class Scheduler:
     def _copy(self, busy: bool) -> None:
         """Go on with the copies of adapters."""
         self._copying = self.adapters.start_step(busy)
-        for seq in self._running.seqs:
-            if not seq.is_ready and all(map(self.adapters.is_ready, seq.versions)):
-                self._is_ready(seq)
-                seq.ready = self._clock()
-                seq.adapters_came(seq.ready)
+        self._running.look()
 
-    def _expire(self, now: float) -> None:
+    def _expire(self, now: float) -> list[TokenEvent]:
         """End the requests whose time is over."""
-        while self._deadlines and self._deadlines[0][0] <= now:
-            seq = heappop(self._deadlines)[2]
+        events: list[TokenEvent] = []
+        for seq in self._deadlines.expired(now):
             request = seq.request
-            if not self._is_closed(seq):
-                given = (request.deadline or now) - request.arrival
-                done = f"{len(seq.output)} of at most {request.params.max_tokens} tokens were generated"
-                self._failed.append(self._fail(seq, DeadlineExceeded(f"the request's {given:.3g} s are over: {done}")))
-
-    def _plan_decodes(self) -> None:
-        rows = [seq for seq in self._ready() if seq.is_decode]
-        if len(rows) > self._budget:  # not all of them: whoever was served least
-            rows.sort(key=lambda seq: (seq.urgency, seq.flow.client.counter, seq.number))
-        preemptions = self.preemptions
-        for seq in rows:
-            if self.preemptions == preemptions or seq in self._running:  # another may have preempted it by now
-                self._plan_running(seq, min(1, self._budget))
-
-    def _ready(self) -> list[Sequence]:
-        """Running ones that can be computed and are not planned yet."""
-        return [seq for seq in self._running.seqs if seq.is_ready and not seq.is_held and seq not in self._plan]
-
-    def _plan_prefills(self, now: float) -> None:
-        """Give what is left of the budget to those that miss more than one token."""
-        seqs = [seq for seq in self._ready() if not seq.is_decode]
-        wanted = sum(seq.cost(seq.num_missing) for seq in seqs)
-        if not seqs or self._budget == 0:
-            return
-        chunks = {seq: seq.num_missing for seq in seqs}
-        if wanted > self._budget:
-            chunks = share_out(seqs, self._plan, self._budget, lambda seq: self._urgency(seq, now))
-        for seq, count in chunks.items():
-            if seq in self._running:
-                self._plan_running(seq, min(count, seq.affordable(self._budget)))
-
-    def _steps_ahead(self, seqs: ListLike[Sequence]) -> int:
-        """How many steps like this one may follow one another from it on. Takes their pages, but from nobody."""
-        if not seqs or not all(seq.is_decode for seq in seqs):
-            return 1
-        steps = steps_in_a_row(seqs, self.limits, self._decode_seconds)
-        wanted = [(seq.number, seq.num_computed, seq.num_computed + steps) for seq in seqs]
-        if steps == 1 or not self._room(sum(self.kv.missing(*want) for want in wanted)):
-            return 1
-        for want in wanted:
-            grown = self.kv.grow(*want)
-            assert grown, "pages were free a moment ago"
-        return steps
+            given = (request.deadline or now) - request.arrival
+            done = f"{len(seq.output)} of at most {request.params.max_tokens} tokens were generated"
+            events.append(self._fail(seq, DeadlineExceeded(f"the request's {given:.3g} s are over: {done}")))
+        return events
 
     def _urgency(self, seq: Sequence, now: float) -> float:
         return NEVER if self.waiting.is_overdue(seq, now) else seq.urgency
 
-    def _plan_running(self, seq: Sequence, count: int) -> None:
-        """Give a running sequence `count` tokens of this step, preempting others (or itself) for the pages."""
-        if count == 0:
-            return
-        target = seq.num_computed + count
-        while not self._room(self.kv.missing(seq.number, seq.num_computed, target)):
-            if len(self._running) == 1:  # pinned adapters hold what it was promised at the door
-                error = ContextTooLong(
-                    f"{target} tokens need more pages than pinned adapters leave; unpin one or give the server more "
-                    "memory (--memory)"
-                )
-                self._failed.append(self._fail(seq, error))
-                return
-            victim = self._running.growth_victim()
-            self.preempt(victim)
-            if victim is seq:
-                return
-        grown = self.kv.grow(seq.number, seq.num_computed, target)
-        assert grown, f"pages for {seq!r} were free a moment ago"
-        self._plan[seq] = count
-        self._budget = max(0, self._budget - seq.cost(count))
-
-    def _admit(self, now: float, takers_only: bool) -> None:
-        prefills: dict[Client, int] = {}
-        for seq in self._running.seqs:
-            if seq.is_ready and seq not in self._plan:
-                prefills[seq.flow.client] = prefills.get(seq.flow.client, 0) + seq.cost(seq.num_missing)
-        step = Round(now, self._budget, prefills, takers_only, self._copying)
-        self._admission.admit(step)
-        for seq, error in step.failed:
-            self._failed.append(self._fail(seq, error))
-
-    def _room(self, pages: int) -> bool:
-        """Whether `pages` are free, if need be after something idle is evicted."""
-        short = pages - self._pool.num_free
-        return short <= 0 or self.kv.reclaimer.reclaim(short) >= short
-
-    def reserve(self) -> int:
-        """Pages the running sequences are sure to want soon."""
-        return sum(map(self._admission.wanted_soon, self._running.seqs))
-
     # -- changes of state ----------------------------------------------------------------------------------------------
-
-    def enter(self, seq: Sequence, urgency: float, now: float) -> None:
-        """A waiting sequence that has adopted what it could and whose adapters are pinned: it runs."""
-        self.waiting.remove(seq)
-        self.waiting.admitted(seq, now)
-        self._running.add(seq)
-        self._prefetch.admitted(seq)
-        seq.urgency = urgency
-        if all(map(self.adapters.is_ready, seq.versions)):
-            self._is_ready(seq)
-        else:
-            seq.wait_for_adapters(now)
-        if seq.admitted is None:
-            seq.admitted, seq.ready, seq.cached_tokens = now, now, seq.num_computed
-            self.prompt_tokens += seq.num_prompt
-
-    def preempt(self, seq: Sequence) -> None:
-        """Back to the queue: tokens are kept, keys and values are computed anew."""
-        count = self._plan.pop(seq, None)
-        if count is not None:
-            self._budget += seq.cost(count)
-        self._stop_running(seq)
-        seq.num_computed = 0
-        seq.prompt_scores.clear()
-        seq.pooled = None
-        seq.preemptions += 1
-        self.preemptions += 1
-        now = self._clock()
-        self.waiting.add(seq, now)
-        self._prefetch.waits(seq, now)
-
-    def _is_ready(self, seq: Sequence) -> None:
-        """All bytes of its adapters are on the device, where they stay while it runs."""
-        seq.is_ready = True
-        seq.slots = tuple((self._slot(digest), weight) for digest, weight in seq.mix)
-
-    def _slot(self, digest: str) -> int:
-        slot = self.adapters.slot_of(digest)
-        assert slot is not None, f"adapter {digest[:12]} is ready, but not on the device"
-        return slot
 
     def _take(self, seq: Sequence, draw: Drawn, handful: int) -> TokenEvent:
         """Append a drawn token, or end the request that the model has no numbers for."""
@@ -412,6 +286,10 @@ class Scheduler:
             handful=handful,
         )
 
+    def _end(self, failed: Iterable[tuple[Sequence, Exception]]) -> list[TokenEvent]:
+        """End requests with their reasons."""
+        return [self._fail(seq, error) for seq, error in failed]
+
     def _fail(self, seq: Sequence, error: Exception) -> TokenEvent:
         """End a request with the reason."""
         self._close(seq)
@@ -424,27 +302,13 @@ class Scheduler:
         seq.adapters_came(self._clock())
         self.adapter_wait += seq.adapter_wait
         if seq in self._running:
-            self._plan.pop(seq, None)
-            self._stop_running(seq)
+            self._running.leave(seq)
             self._full = False
         else:
             self.waiting.remove(seq)
         self.waiting.close(seq)
         self._prefetch.closed(seq)
-        if len(self._deadlines) > 2 * len(self._open) + 64:  # mostly of closed ones
-            self._deadlines = [entry for entry in self._deadlines if not self._is_closed(entry[2])]
-            heapify(self._deadlines)
-
-    def _is_closed(self, seq: Sequence) -> bool:
-        return self._open.get(seq.request.request_id) is not seq
-
-    def _stop_running(self, seq: Sequence) -> None:
-        self._running.remove(seq)
-        seq.is_ready = False
-        seq.adapters_came(self._clock())
-        self.kv.free(seq.number)
-        for digest, _ in seq.mix:
-            self.adapters.unpin(digest)
+        self._deadlines.tidy()
 
 
 def _not_a_number(seq: Sequence) -> NotANumber:

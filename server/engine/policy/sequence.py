@@ -16,7 +16,7 @@ from loraplex.server.engine.policy.rows import Mix, Row, RowResult, SamplingStat
 from loraplex.server.engine.request import FinishReason, GenerationRequest, Phases, TokenScores
 
 if TYPE_CHECKING:
-    from loraplex.server.engine.policy.fair_queue import Flow
+    from loraplex.server.engine.policy.clients import Flow
 
 
 class Sequence:
@@ -137,9 +137,8 @@ class Sequence:
             self.stalled = None
 
     def waited(self, now: float) -> float:
-        """Seconds in which nothing but its adapters was missing. Safe from any thread, and then a snapshot."""
-        stalled = self.stalled
-        return self.adapter_wait + (now - stalled if stalled is not None else 0.0)
+        """Seconds in which nothing but its adapters was missing."""
+        return self.adapter_wait + (now - self.stalled if self.stalled is not None else 0.0)
 
     def phases(self) -> Phases:
         """Known with the first token."""
@@ -224,6 +223,13 @@ class Sequence:
     def is_decode(self) -> bool:
         """Whether the next row is a decode row: just one token is missing, and it is a generated one."""
         return self.num_computed == len(self.tokens) - 1 >= self.num_prompt
+
+    def start_over(self) -> None:
+        """Nothing of it is computed any more; its tokens are kept."""
+        self.num_computed = 0
+        self.prompt_scores.clear()
+        self.pooled = None
+        self.preemptions += 1
 
     def append(self, token_id: int) -> None:
         """Add a generated token."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from loraplex.kernels.hugepages import huge_zeros
 from loraplex.kernels.records import ALIGN, BLOCK_SIZE, KVLayer
-from loraplex.server.engine.policy.kv_cache import GroupSpec
+from loraplex.server.engine.policy.kv_groups import GroupSpec
 from loraplex.server.engine.step.memory import MemoryPlan
 from loraplex.server.models.config import ModelConfig
 

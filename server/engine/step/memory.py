@@ -20,7 +20,7 @@ import torch
 
 from loraplex.kernels.hugepages import HUGE_PAGE
 from loraplex.kernels.records import ALIGN, BLOCK_SIZE, element_bytes
-from loraplex.server.engine.policy.kv_cache import GroupSpec, group_layers, kv_groups, peak_pages
+from loraplex.server.engine.policy.kv_groups import GroupSpec, group_layers, kv_groups, peak_pages
 from loraplex.server.engine.request import EngineError
 from loraplex.server.models.config import ModelConfig
 from loraplex.server.models.rotary import table_positions

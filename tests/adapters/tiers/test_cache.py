@@ -12,12 +12,12 @@ import torch
 from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.registry import AdapterVersion, Registry
 from loraplex.adapters.tiers.cache import AdapterCache
+from loraplex.adapters.tiers.device import DeviceTier
 from loraplex.adapters.tiers.entry import Tier
 from loraplex.adapters.tiers.eviction import Reclaimer
 from loraplex.adapters.tiers.inbox import Inbox
 from loraplex.adapters.tiers.loader import LoadedAdapter, Loader, Reading
 from loraplex.adapters.tiers.pages import PagePool
-from loraplex.adapters.tiers.residency import Residency
 from tests.support.cache_world import IMAGE, LAYOUT, image_of, info_of, value_on_device
 from tests.support.waiting import LIMIT
 
@@ -46,7 +46,7 @@ class Rig:
         self.pool = PagePool(self.num_pages)
         self.reclaimer = Reclaimer()
         self.arena = torch.zeros(self.num_pages, 256, dtype=torch.uint8)
-        self.residency = Residency(self.arena, self.pool, LAYOUT, num_slots=4, reclaimer=self.reclaimer)
+        self.residency = DeviceTier(self.arena, self.pool, LAYOUT, num_slots=4, reclaimer=self.reclaimer)
         self.inbox = Inbox((IMAGE + MORE) * self.host_ranks)
         self.registry = Registry()
         self.loader = Loader(self.parse, self.inbox.put, self.registry, threads=1)
@@ -142,7 +142,7 @@ def test_from_source_to_device(rig: Rig) -> None:
     rig.cache.unpin(version.digest)
     rig.cache.cancel(version)
     assert rig.reclaimer.reclaim(1) == 2
-    assert (rig.cache.loads, rig.cache.evictions) == (1, 1)
+    assert (rig.residency.loads, rig.residency.evictions) == (1, 1)
     assert rig.cache.missing_pages([version]) == [2], "still in host memory"
     assert rig.read == ["2"]
 
@@ -338,8 +338,8 @@ def test_requests_count_as_uses_even_before_the_digest_is_known(rig: Rig) -> Non
     rig.bring(often)
     rig.bring(seldom)
     rig.bring(new) if rig.pool.num_free >= 5 else rig.reclaimer.reclaim(1)
-    assert often.digest in rig.cache.loaded()
-    assert seldom.digest not in rig.cache.loaded()
+    assert often.digest in rig.residency.loaded()
+    assert seldom.digest not in rig.residency.loaded()
     assert (rig.cache.hits, rig.cache.misses) == (0, 1002)
     rig.cache.request(often)
     assert (rig.cache.hits, rig.cache.misses) == (1, 1002)
@@ -405,7 +405,7 @@ def test_two_names_for_the_same_bytes_are_on_the_device_once(rig: Rig) -> None:
     assert rig.cache.missing_pages([other]) == [0]
     assert rig.cache.is_ready(other)
     assert rig.cache.host.held_bytes == 0
-    assert rig.cache.loaded() == ("digest-2-1.0",)
+    assert rig.residency.loaded() == ("digest-2-1.0",)
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -417,7 +417,7 @@ def test_a_drained_adapter_goes_unless_another_name_has_the_same_bytes(rig: Rig,
     rig.cache.cancel(version)
     rig.registry.unregister("2")
     rig.cache.forget(version)
-    assert rig.cache.loaded() == ((digest,) if shared else ())
+    assert rig.residency.loaded() == ((digest,) if shared else ())
     assert (digest in rig.images()) == shared
 
 
@@ -450,10 +450,10 @@ def test_what_is_read_for_nobody_is_in_host_memory_at_the_next_step(rig: Rig) ->
     assert woken.acquire(timeout=LIMIT)
     rig.cache.start_step(busy=True)
     rig.registry.identify(version, "digest-2-1.0")
-    assert [(place.name, place.on_device) for place in rig.cache.places()] == [("2", False)]
+    assert [(place.name, place.on_device) for place in rig.cache.stats().places(rig.registry.list())] == [("2", False)]
     assert rig.bring_to_host(version) == [2]
     assert rig.read == ["2"]
-    assert rig.cache.tiers()["host"].hits == 1
+    assert rig.cache.stats().tiers["host"].hits == 1
 
 
 def test_contents_that_are_gone_are_forgotten(rig: Rig) -> None:

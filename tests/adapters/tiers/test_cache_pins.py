@@ -47,8 +47,9 @@ def test_it_comes_by_itself_and_stays(rig: Rig) -> None:
     for i in range(12):
         bring(rig, rig.version(f"3-{i}"))
         assert rig.cache.is_ready(pinned)
-    assert rig.cache.evictions >= 9
-    assert [place.pinned for place in rig.cache.places() if place.name == "2-p"] == [True]
+    assert rig.cache.stats().evictions >= 9
+    places = rig.cache.stats().places(rig.registry.list())
+    assert [place.pinned for place in places if place.name == "2-p"] == [True]
     rig.cache.check_integrity()
     rig.cache.pin_forever(pinned, False)
     for i in range(12, 24):

@@ -14,10 +14,11 @@ from loraplex.adapters.info import AdapterInfo
 from loraplex.adapters.tiers.stats import AdapterPlace, PageOwners
 from loraplex.server.api.page.page_map import KV, OTHER
 from loraplex.server.api.page.ui import FOLDER, page_files
+from loraplex.server.engine.stats import EngineStats
 from loraplex.server.telemetry.recent import Recent
 from loraplex.server.tenancy.tenants import Key
 from tests.support.clock import Clock
-from tests.support.fake_serving import FakeServer, Stats, access_of
+from tests.support.fake_serving import FakeServer, access_of
 
 ALICE, ROOT, SEER = "lpx_alice-secret", "lpx_root-secret", "lpx_seer-secret"
 KEYS = {
@@ -124,13 +125,14 @@ async def guarded(server: FakeServer) -> AsyncIterator[httpx.AsyncClient]:
     """With keys, and acme's, byte's and a shared adapter in memory, two pages each."""
     for name in ("acme/sql", "byte/poet", "shared", "merged/of-two"):
         await server.adapters.register(name, f"/adapters/{name}")
-    server.engine.places = [
-        AdapterPlace(name, on_device=name != "shared", pinned=name == "acme/sql")
-        for name in ("acme/sql", "byte/poet", "merged/of-two", "shared")
-    ]
     digests = [f"digest-of-/adapters/{name}" for name in ("acme/sql", "byte/poet", "merged/of-two")]
-    server.engine.page_owners = PageOwners(
-        ("kv", *["adapter"] * 6, None), {digest: [1 + 2 * i, 2 + 2 * i] for i, digest in enumerate(digests)}
+    pages = {digest: [1 + 2 * i, 2 + 2 * i] for i, digest in enumerate(digests)}
+    server.hold(
+        *(
+            AdapterPlace(name, on_device=name != "shared", pinned=name == "acme/sql")
+            for name in ("acme/sql", "byte/poet", "merged/of-two", "shared")
+        ),
+        pages=PageOwners(("kv", *["adapter"] * 6, None), pages),
     )
     async with server.client(access=access_of(KEYS)) as client:
         yield client
@@ -190,7 +192,7 @@ async def test_the_last_minute_is_counted_as_requests_are_answered(server: FakeS
     clock = Clock()
     metrics = server.services.metrics
     metrics.recent = Recent(clock)
-    server.engine.current = Stats(running=3, waiting=2, waiting_for_adapters=1)
+    server.engine.current = EngineStats(running=3, waiting=2, waiting_for_adapters=1)
     await server.adapters.register("sql", "/adapters/sql")
     async with server.client(metrics=metrics) as client:
         body = {"model": "sql", "prompt": "the question", "max_tokens": 3}
@@ -227,7 +229,7 @@ async def test_hundreds_of_adapters_come_in_order_page_by_page(
     registry = server.adapters.registry
     for i in range(300):
         registry.register(f"a{i * 79 % 300:03}", "/x", AdapterInfo(i % 7, (), i % 11, i * 31 % 997))
-    server.engine.places = [AdapterPlace(f"a{i:03}", on_device=i % 3 > 0, pinned=False) for i in range(0, 60)]
+    server.hold(*(AdapterPlace(f"a{i:03}", on_device=i % 3 > 0, pinned=False) for i in range(0, 60)))
     rows = []
     for offset in range(0, 300, 100):
         page = (await overview(client, sort=column, order=order, offset=offset, limit=100))["adapters"]
@@ -245,7 +247,7 @@ async def test_hundreds_of_adapters_come_in_order_page_by_page(
 async def test_rows_are_narrowed_by_name_and_by_place(client: httpx.AsyncClient, server: FakeServer) -> None:
     for name in ("acme/SQL", "acme/poet", "sql-2"):
         await server.adapters.register(name, f"/adapters/{name}")
-    server.engine.places = [AdapterPlace("sql-2", on_device=True, pinned=False)]
+    server.hold(AdapterPlace("sql-2", on_device=True, pinned=False))
 
     async def names(**query: str) -> list[str]:
         adapters = (await overview(client, **query))["adapters"]

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loraplex.adapters.tiers.pages import PagePool
-from loraplex.server.engine.policy.kv_cache import FREED, GroupSpec, KVCache, group_layers, kv_groups
+from loraplex.server.engine.policy.kv_cache import FREED, KVCache
+from loraplex.server.engine.policy.kv_groups import GroupSpec, group_layers, kv_groups
 
 
 def sizes(windows: list[int | None]) -> list[tuple[int | None, int]]:

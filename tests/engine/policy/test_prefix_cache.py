@@ -14,7 +14,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from loraplex.adapters.tiers.eviction import Reclaimer
 from loraplex.adapters.tiers.pages import PagePool
-from loraplex.server.engine.policy.kv_cache import FREED, GroupSpec, KVCache
+from loraplex.server.engine.policy.kv_cache import FREED, KVCache
+from loraplex.server.engine.policy.kv_groups import GroupSpec
 from loraplex.server.engine.policy.prefix_cache import block_key
 
 GROUPS = {

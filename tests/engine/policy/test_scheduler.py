@@ -8,7 +8,7 @@ import pytest
 
 from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.info import AdapterInfo
-from loraplex.server.engine.policy.kv_cache import GroupSpec
+from loraplex.server.engine.policy.kv_groups import GroupSpec
 from loraplex.server.engine.policy.plan import SchedulerLimits, StepPlan
 from loraplex.server.engine.policy.rows import Drawn, RowResult, StepInput
 from loraplex.server.engine.policy.scheduler import Scheduler

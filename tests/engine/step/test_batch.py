@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loraplex.kernels.records import TileTable
-from loraplex.server.engine.policy.kv_cache import GroupSpec, KVCache
+from loraplex.server.engine.policy.kv_cache import KVCache
+from loraplex.server.engine.policy.kv_groups import GroupSpec
 from loraplex.server.engine.policy.plan import StepPlan
 from loraplex.server.engine.policy.sequence import Sequence
 from loraplex.server.engine.step.batch import Kept, build_batch

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from loraplex.kernels.select import load_backend
 from loraplex.server.engine.policy.budget import StepCost, default_budget
-from loraplex.server.engine.policy.kv_cache import kv_groups
+from loraplex.server.engine.policy.kv_groups import kv_groups
 from loraplex.server.engine.step import calibrate as calibration
 from loraplex.server.engine.step.arena import kv_layers
 from loraplex.server.engine.step.calibrate import SCRATCH_PAGES, calibrate, measure

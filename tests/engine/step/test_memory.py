@@ -15,7 +15,7 @@ from loraplex.kernels.cpu import backend as cpu_backend
 from loraplex.kernels.cpu.program import CpuProgram
 from loraplex.kernels.records import BLOCK_SIZE
 from loraplex.kernels.select import load_backend
-from loraplex.server.engine.policy.kv_cache import kv_groups, peak_pages
+from loraplex.server.engine.policy.kv_groups import kv_groups, peak_pages
 from loraplex.server.engine.step.arena import allocate_arena, kv_layers
 from loraplex.server.engine.step.memory import (
     STAGING_BYTES,

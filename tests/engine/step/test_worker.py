@@ -17,8 +17,10 @@ import torch
 from loraplex.adapters.tiers.pages import PagePool
 from loraplex.kernels.records import BLOCK_SIZE
 from loraplex.kernels.select import load_backend
-from loraplex.server.engine.policy.kv_cache import KVCache, peak_pages
+from loraplex.server.engine.policy.kv_cache import KVCache
+from loraplex.server.engine.policy.kv_groups import peak_pages
 from loraplex.server.engine.policy.plan import SchedulerLimits
+from loraplex.server.engine.policy.running import RunningSet
 from loraplex.server.engine.policy.scheduler import Scheduler
 from loraplex.server.engine.policy.sequence import Sequence
 from loraplex.server.engine.request import Constraint, GenerationRequest, SamplingParams
@@ -148,7 +150,7 @@ def test_as_transformers_generates(case: tuple[Any, ...], budget: int) -> None:
 
 def test_as_transformers_generates_with_too_few_pages(case: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     _, path, prompts, answers, wanted = case
-    monkeypatch.setattr(Scheduler, "reserve", lambda self: 0)  # admission without foresight: more to preempt
+    monkeypatch.setattr(RunningSet, "reserve", lambda self: 0)  # admission without foresight: more to preempt
     groups = plan_groups(path)
     least = peak_pages(groups, BLOCK_SIZE, max(map(sum, LENGTHS)), 32)
     found, scheduler, most = generate(path, prompts, answers, least, 32)

@@ -45,7 +45,7 @@ class _Resident:
     doomed: bool = False  # to be dropped at the last unpin
 
 
-class Residency:
+class DeviceTier:
     """Copies adapters to the device and keeps them there while somebody pins them, and for as long as there is room."""
 
     def __init__(
@@ -129,16 +129,21 @@ class Residency:
         return self._residents[digest].pins
 
     def loaded(self) -> tuple[str, ...]:
-        """Digests of all adapters that have a slot. Safe from any thread."""
+        """Digests of all adapters that have a slot."""
         return tuple(self._residents)
 
     def page_owners(self) -> tuple[str | None, ...]:
-        """Of the pool, others' pages included. Safe from any thread."""
+        """Of the pool, others' pages included."""
         return self._pool.owners()
 
     def held_pages(self) -> dict[str, list[int]]:
-        """Digest -> pages, of all adapters that have a slot. Safe from any thread."""
-        return {digest: resident.pages for digest, resident in self._residents.copy().items()}
+        """Digest -> pages, of all adapters that have a slot."""
+        return {digest: resident.pages for digest, resident in self._residents.items()}
+
+    @property
+    def pinned_forever(self) -> frozenset[str]:
+        """Digests that the operator wants to stay."""
+        return frozenset(self._forever)
 
     def is_pinned_forever(self, digest: str) -> bool:
         """Whether the operator wants it to stay."""
