@@ -162,11 +162,12 @@ class Scheduler:
                 draft.drop(seq)
         urgency_of = partial(self._urgency, now=now)
         draft.add_prefills(urgency_of)
+        failed += self._end(draft.take_failed())
         if not draft.counts and self._running.seqs:  # admitted ones are being copied, and nobody else is there to wait
             self._copy(busy=False)
             draft.add_decodes()
             draft.add_prefills(urgency_of)
-        failed += self._end(draft.take_failed())
+            failed += self._end(draft.take_failed())
         alone = self._copying or self.preemptions > preemptions
         step = draft.step(self.limits, None if alone else self._decode_seconds)
         return StepPlan(step, draft.seqs, tuple(failed))

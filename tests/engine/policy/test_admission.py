@@ -149,6 +149,16 @@ class TestPins:
         assert "pinned hold all 1" in str(plan.failed[0].error)
         assert len(plan.seqs) == 1
 
+    def test_who_runs_alone_and_cannot_finish_its_prompt_is_told_once(self) -> None:
+        scheduler, _ = make_scheduler(pages=8, token_budget=4)
+        scheduler.add(Requests().make(12, 2))
+        step(scheduler)
+        scheduler.kv.pool.alloc(scheduler.kv.pool.num_free, "adapter")
+        (event,) = scheduler.schedule().failed
+        assert isinstance(event.error, ContextTooLong)
+        assert "8 tokens need more pages than pinned adapters leave" in str(event.error)
+        assert scheduler.num_open == 0
+
     def test_who_runs_alone_and_cannot_grow_is_told(self) -> None:
         scheduler, _ = make_scheduler(pages=8)
         scheduler.add(Requests().make(12, 17))
