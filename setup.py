@@ -42,7 +42,10 @@ class BuildKernels(build_ext):
         )
 
 
-PARTS = ("vec", "records", "linear", "rowwise", "sampling", "tiles", "bgmv", "sgmv", "attention")
+PARTS = (
+    *("vec", "records", "linear", "packing", "rowwise", "sampling"),
+    *("tiles", "bgmv", "sgmv", "kv_pages", "attention"),
+)
 LOADING = ("adapters/image/packing.cpp", "adapters/image/hashing.cpp")
 HEADERS = [*(f"{FOLDER}/{part}.h" for part in PARTS), "adapters/image/background.h"]
 SOURCES = [f"{FOLDER}/kernels.cpp", f"{FOLDER}/library.cpp", *LOADING]

@@ -1,8 +1,8 @@
-"""Every op in plain PyTorch: the semantics other backends are tested against, on any device torch has.
+"""Compute every op in plain PyTorch: the semantics that other backends are tested against, on any device of torch.
 
-Clear before fast. What speed there is comes from large library calls: one GEMM per linear, one gather of a sequence's
-pages, query heads grouped on their kv head so that decode attention is a matrix product. Sums that the Semantics want
-in fp32 are taken in fp32 and rounded once.
+The code is clear before it is fast. Its speed comes from large library calls: one GEMM per linear, one gather of a
+sequence's pages, query heads grouped on their kv head so that decode attention is a matrix product. Sums that the
+Semantics want in fp32 are taken in fp32 and rounded once.
 
 Library GEMMs may sum in another order for another number of rows, so a row's last bits can depend on its neighbours.
 """
@@ -36,7 +36,7 @@ QUERY_BLOCK = 128
 
 @dataclass(frozen=True)
 class ReferenceLinear:
-    """A base weight as it stands in the checkpoint; may share memory with the embedding table (tied heads)."""
+    """Hold a base weight as it stands in the checkpoint; a tied head shares its memory with the embedding table."""
 
     weight: Tensor  # [out, in]
 
@@ -50,7 +50,7 @@ class ReferenceLinear:
 
 
 class ReferenceBackend(TorchSampling, Backend):
-    """The ops of ops.py; the formulas are its `Semantics:` blocks."""
+    """Compute the ops of ops.py; the `Semantics:` blocks there are the formulas."""
 
     name = "reference"
 
@@ -155,7 +155,7 @@ def _weight(packed: PackedLinear) -> Tensor:
 
 
 def _add_tiles_(y: Tensor, x: Tensor, elements: Tensor, tiles: list[tuple[float, list[int]]]) -> None:
-    """y [n, out] += the weighted tiles applied to x [n, in]. `elements` is the arena in y's dtype, flat.
+    """Apply the weighted tiles of x [n, in] to y [n, out]. `elements` is the arena in y's dtype, flat.
 
     Touches only the hull of the tiles' columns.
     """
@@ -185,7 +185,7 @@ def _add_tiles_(y: Tensor, x: Tensor, elements: Tensor, tiles: list[tuple[float,
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [T, heads, D]; cos, sin [T, rotary_dim] fp32. Rotates the first rotary_dim elements of every head in fp32."""
+    """Rotate the first rotary_dim elements of every head of x [T, heads, D] in fp32; cos, sin [T, rotary_dim] fp32."""
     rotary_dim = cos.shape[-1]
     part = x[..., :rotary_dim].float()
     first, second = part.chunk(2, -1)
@@ -198,7 +198,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def _attend(
     q: Tensor, layer: KVLayer, blocks: Tensor, kv_len: int, params: AttentionParams, found: Tensor, out: Tensor
 ) -> None:
-    """One sequence: q [n, num_heads, D] at positions kv_len - n .. kv_len - 1 -> out, alike.
+    """Attend of one sequence: q [n, num_heads, D] at positions kv_len - n .. kv_len - 1 into `out` [n, num_heads, D].
 
     blocks [max_blocks]: its row of the block table; found [2, enough]: room for its keys and values.
     """
@@ -229,7 +229,7 @@ def _attend(
 
 
 def _gather(pages: Tensor, blocks: Tensor, start: int, stop: int, out: Tensor) -> Tensor:
-    """Positions start .. stop - 1 of one sequence: [kv_heads, stop - start, D] fp32, in `out`. Reads no other block."""
+    """Gather positions start .. stop - 1 of one sequence into `out` [kv_heads, stop - start, D] fp32, and no other."""
     _, kv_heads, block_size, head_dim = pages.shape
     first = start // block_size
     n = -(-stop // block_size) - first
@@ -239,7 +239,7 @@ def _gather(pages: Tensor, blocks: Tensor, start: int, stop: int, out: Tensor) -
 
 
 def _hidden(first: int, m: int, begin: int, end: int, window: int | None, device: torch.device) -> Tensor:
-    """[m, end - begin] bool: True where the query at position first + row may not see the key at begin + column."""
+    """Build a mask [m, end - begin] bool: True where the query at first + row may not see the key at begin + column."""
     query = torch.arange(first, first + m, device=device).unsqueeze(1)
     key = torch.arange(begin, end, device=device)
     hidden = key > query

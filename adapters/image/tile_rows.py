@@ -1,4 +1,4 @@
-"""Rows of the tile table: which are free, and where an adapter's tiles stand. Residency alone changes them."""
+"""Rows of the tile table: which are free, and where an adapter's tiles stand. DeviceTier alone changes them."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@
 
     entry.py      the tiers' names, and what is known of one content
     host.py       images in host memory, and versions on their way there
-    residency.py  slots, pages and copies on the device
+    device.py     slots, pages and copies on the device
     retention.py  what must be had again once a request has used it
     pinned.py     what the operator wants on the device
 
@@ -19,12 +19,12 @@ from collections.abc import Sequence
 from time import perf_counter
 
 from loraplex.adapters.registry import AdapterVersion, Registry
+from loraplex.adapters.tiers.device import DeviceTier
 from loraplex.adapters.tiers.entry import AdapterWatch, Entries, Entry, Tier
 from loraplex.adapters.tiers.host import HostTier
 from loraplex.adapters.tiers.inbox import Inbox
 from loraplex.adapters.tiers.loader import Loader
 from loraplex.adapters.tiers.pinned import OperatorPins
-from loraplex.adapters.tiers.residency import Residency
 from loraplex.adapters.tiers.retention import Retention
 from loraplex.adapters.tiers.stats import AdapterStats, PageOwners, TierStats
 
@@ -43,7 +43,7 @@ class AdapterCache:
     """Engine thread only, but for what says otherwise; what loader threads read comes through the inbox."""
 
     def __init__(
-        self, device: Residency, inbox: Inbox, loader: Loader, registry: Registry, *, exclusive: bool = False
+        self, device: DeviceTier, inbox: Inbox, loader: Loader, registry: Registry, *, exclusive: bool = False
     ) -> None:
         """inbox: where `loader` puts images. exclusive: host and device memory are the same, see HostTier."""
         self.watch: AdapterWatch | None = None
@@ -104,11 +104,12 @@ class AdapterCache:
         fetch = self.host.fetch_of(version.uid)
         if fetch is not None and fetch.has_failed:
             self.host.forget(version.uid)  # a new request is a new chance
-        if version.digest is not None:
-            self.device.count_use(version.digest)
+        digest = version.digest
+        if digest is not None:
+            self.device.count_use(digest)
         else:
             self._uncounted.add(version.uid)
-        if self.tier(version) in (Tier.COPYING, Tier.DEVICE):
+        if digest is not None and self.device.is_resident(digest):
             self.hits += 1
             return
         self.misses += 1

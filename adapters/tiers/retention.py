@@ -15,16 +15,16 @@ from collections.abc import Iterable, Mapping
 
 from loraplex.adapters.image.tiles import AdapterImage
 from loraplex.adapters.registry import AdapterVersion, Registry
+from loraplex.adapters.tiers.device import DeviceTier
 from loraplex.adapters.tiers.entry import Entries, Entry
 from loraplex.adapters.tiers.host import HostTier
 from loraplex.adapters.tiers.inbox import host_bytes
-from loraplex.adapters.tiers.residency import Residency
 
 
 class Retention:
     """Engine thread only. Decides; what is decided is noted in the entries."""
 
-    def __init__(self, entries: Entries, device: Residency, host: HostTier, registry: Registry) -> None:
+    def __init__(self, entries: Entries, device: DeviceTier, host: HostTier, registry: Registry) -> None:
         self._entries = entries
         self._device = device
         self._host = host

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from loraplex.adapters.image.tiles import BaseLayout, LowRank, pack
+from loraplex.adapters.tiers.device import DeviceTier
 from loraplex.adapters.tiers.eviction import Reclaimer
 from loraplex.adapters.tiers.pages import PagePool
-from loraplex.adapters.tiers.residency import Residency
 from loraplex.kernels.cpu.abi import Op, Step, Steps
 from loraplex.kernels.cpu.backend import CpuBackend
 from loraplex.kernels.cpu.team import Team
@@ -92,7 +92,7 @@ class Model:
     ops: CpuBackend
     team: TimedTeam  # of `ops`
     decoder: RecordedDecoder
-    residency: Residency
+    residency: DeviceTier
     kv: KVCache
     arena: Tensor
 
@@ -110,7 +110,7 @@ def make_model(adapters: int = max(ROWS), config: ModelConfig = SMOLLM2) -> Mode
     arena = allocate_arena(plan, ops.device)
     layout = BaseLayout("smollm2", config.num_layers, config.projections(), plan.page_bytes, DTYPE)
     pool, reclaimer = PagePool(plan.num_pages), Reclaimer()
-    residency = Residency(arena, pool, layout, reclaimer=reclaimer)
+    residency = DeviceTier(arena, pool, layout, reclaimer=reclaimer)
     for index in range(adapters):
         if not residency.load(f"ad{index}", pack(_random_adapter(config, index), layout)):
             raise RuntimeError(f"adapter {index} has no room in {plan}")

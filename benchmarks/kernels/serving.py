@@ -2,9 +2,9 @@
 
     python -m loraplex.benchmarks.kernels.serving
 
-The engine's own Scheduler, KVCache, Residency and LocalWorker over SmolLM2-135M with random weights: rows at 256 tokens
-and more, every one with an adapter of its own or none. Prompts are planned and committed but not computed. Left out are
-the API, detokenizing and adapters that come and go.
+The engine's own Scheduler, KVCache, DeviceTier and LocalWorker over SmolLM2-135M with random weights: rows at 256
+tokens and more, every one with an adapter of its own or none. Prompts are planned and committed but not computed. Left
+out are the API, detokenizing and adapters that come and go.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from loraplex.adapters.info import AdapterInfo
 from loraplex.adapters.registry import AdapterVersion, Registry
-from loraplex.adapters.tiers.residency import Residency
+from loraplex.adapters.tiers.device import DeviceTier
 from loraplex.benchmarks.kernels.machine import Others, read_memory
 from loraplex.benchmarks.kernels.model import CONTEXT, MODEL_LEN, ROWS, Model, make_model
 from loraplex.server.engine.policy.plan import SchedulerLimits
@@ -32,7 +32,7 @@ STEPS = 60
 class Everywhere:
     """The scheduler's Placement where all adapters are on the device for good."""
 
-    def __init__(self, residency: Residency) -> None:
+    def __init__(self, residency: DeviceTier) -> None:
         self.slot_of = residency.slot_of
 
     def request(self, version: AdapterVersion) -> None:

@@ -1,5 +1,6 @@
 // Compiled once per instruction set with -DLORAPLEX_ISA=<name> (see setup.py); library.cpp picks one at run time.
 #include "attention.h"
+#include "packing.h"
 #include "rowwise.h"
 #include "sampling.h"
 #include "sgmv.h"

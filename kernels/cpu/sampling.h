@@ -13,7 +13,7 @@ namespace LORAPLEX_ISA {
 typedef float half_fvec __attribute__((vector_size(2 * kLanes), aligned(4), may_alias));
 typedef double dvec __attribute__((vector_size(4 * kLanes)));  // half the lanes of fvec
 
-struct Draw {  // one row of what backend.py hands over
+struct Draw {  // one row of Step.draws
     double temperature, top_k, top_p, min_p, uniform;
 };
 static_assert(sizeof(Draw) == kDraw * sizeof(double));

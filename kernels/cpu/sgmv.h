@@ -4,6 +4,7 @@
 // ranks; both stay in L1 or L2 while all rows of the block pass. The sum over tiles is fp32 in registers, y is rounded once.
 #pragma once
 #include "bgmv.h"
+#include "packing.h"
 
 namespace LORAPLEX_ISA {
 

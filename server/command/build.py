@@ -17,12 +17,12 @@ from loraplex.adapters.registry import Registry
 from loraplex.adapters.sources.addresses import Reach
 from loraplex.adapters.sources.downloads import Downloads
 from loraplex.adapters.tiers.cache import AdapterCache
+from loraplex.adapters.tiers.device import DeviceTier
 from loraplex.adapters.tiers.eviction import Reclaimer
 from loraplex.adapters.tiers.inbox import Inbox
 from loraplex.adapters.tiers.loader import Loader
 from loraplex.adapters.tiers.pages import PagePool
 from loraplex.adapters.tiers.reader import AdapterReader
-from loraplex.adapters.tiers.residency import Residency
 from loraplex.adapters.tiers.workspace import Workspace
 from loraplex.kernels.ops import Backend
 from loraplex.kernels.records import BLOCK_SIZE
@@ -159,7 +159,7 @@ def _assemble(
     layout = BaseLayout(base_names[0], model_config.num_layers, model_config.projections(), plan.page_bytes, dtype)
     pool = PagePool(plan.num_pages)
     reclaimer = Reclaimer()
-    residency = Residency(arena, pool, layout, config.num_slots, reclaimer)
+    residency = DeviceTier(arena, pool, layout, config.num_slots, reclaimer)
     inbox = Inbox(plan.images_bytes)
     registry = Registry(taken=base_names)
     downloads = _downloads(download_config, registry)

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from loraplex.adapters.image.tiles import BaseLayout
+from loraplex.adapters.tiers.device import DeviceTier
 from loraplex.adapters.tiers.loader import Reading
 from loraplex.adapters.tiers.reader import AdapterReader
-from loraplex.adapters.tiers.residency import Residency
 from loraplex.kernels.records import AdapterSegments
 from loraplex.server.models.weights import BaseBiases
 from tests.support.harness import Harness, Sequence
@@ -49,7 +49,7 @@ Mix = tuple[tuple[str, float], ...]
 
 
 class Pool:
-    """The pages of a harness that were set aside for adapters, as Residency wants them."""
+    """The pages of a harness that were set aside for adapters, as DeviceTier wants them."""
 
     def __init__(self, num_pages: int, free: list[int]) -> None:
         self.num_pages = num_pages
@@ -100,7 +100,7 @@ class Server:
         pool = Pool(pages, harness.take_pages(700))
         projections = harness.config.projections()
         self.layout = BaseLayout(path.name, harness.config.num_layers, projections, harness.page_bytes, torch.float32)
-        self.residency = Residency(harness.arena, pool, self.layout)  # type: ignore[arg-type]
+        self.residency = DeviceTier(harness.arena, pool, self.layout)  # type: ignore[arg-type]
         self._base_bias = BaseBiases(harness.config, harness.weights).get
 
     def load(self, folder: Path) -> str:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from loraplex.adapters.image.tiles import BaseLayout, LowRank, OutputScale, Part, pack
+from loraplex.adapters.tiers.device import DeviceTier
 from loraplex.adapters.tiers.pages import PagePool
-from loraplex.adapters.tiers.residency import Residency
 from loraplex.kernels.cpu import abi
 from loraplex.kernels.cpu.backend import CpuBackend
 from loraplex.kernels.records import (
@@ -96,7 +96,7 @@ class _Adapters:
             images.append(pack(parts, layout))
         pages = sum(len(image.pages) for image in images)
         self.arena = torch.zeros(pages, page, dtype=torch.uint8)
-        residency = Residency(self.arena, PagePool(pages), layout)
+        residency = DeviceTier(self.arena, PagePool(pages), layout)
         self.slots = []
         for index, image in enumerate(images):
             assert residency.load(str(index), image)

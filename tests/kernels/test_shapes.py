@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from loraplex.adapters.image.tiles import BaseLayout, LowRank, pack
+from loraplex.adapters.tiers.device import DeviceTier
 from loraplex.adapters.tiers.pages import PagePool
-from loraplex.adapters.tiers.residency import Residency
 from loraplex.kernels.ops import Backend
 from loraplex.kernels.records import AdapterSegments, AdapterStep, Projection, Site, element_bytes
 from tests.support.rounding import assert_near, exact, rounded
@@ -39,7 +39,7 @@ def test_adapter(backend: Backend, dtype: torch.dtype, n_in: int, n_out: int, ra
     image = pack([LowRank(0, projection, a, b, 1.0)], layout)
     pages = len(image.pages) + 1
     arena = torch.full((pages, layout.page_bytes), 0xFF, dtype=torch.uint8, device=backend.device)  # NaN
-    residency = Residency(arena, PagePool(pages), layout)
+    residency = DeviceTier(arena, PagePool(pages), layout)
     assert residency.load("one", image)
     slot = residency.slot_of("one")
     assert slot is not None

@@ -13,11 +13,11 @@ from loraplex.adapters.image.tiles import AdapterImage, BaseLayout, LowRank, pac
 from loraplex.adapters.info import AdapterInfo
 from loraplex.adapters.registry import AdapterLease, AdapterVersion, Registry
 from loraplex.adapters.tiers.cache import AdapterCache
+from loraplex.adapters.tiers.device import DeviceTier
 from loraplex.adapters.tiers.eviction import Reclaimer
 from loraplex.adapters.tiers.inbox import Inbox, host_bytes
 from loraplex.adapters.tiers.loader import LoadedAdapter, Loader, Priority, Reading
 from loraplex.adapters.tiers.pages import PagePool
-from loraplex.adapters.tiers.residency import Residency
 from loraplex.adapters.tiers.settle import changed, renew, settle
 from loraplex.kernels.records import Projection, Site
 
@@ -41,7 +41,7 @@ def info_of(source: str, digest: str | None = None) -> AdapterInfo:
     return AdapterInfo(rank, ("q_proj",), rank, 256 * rank, digest)
 
 
-def value_on_device(device: Residency, arena: torch.Tensor, version: AdapterVersion) -> float:
+def value_on_device(device: DeviceTier, arena: torch.Tensor, version: AdapterVersion) -> float:
     """What a kernel would read of it: all its A, which must be of one value."""
     slot = device.slot_of(version.digest or "")
     assert slot is not None
@@ -71,7 +71,7 @@ class Count:
         assert found <= self.capacity_bytes, f"{found} bytes of images, {self.capacity_bytes} are given"
 
 
-class CountedResidency(Residency):
+class CountedDevice(DeviceTier):
     count: Count
 
     def read_back(self, digest: str) -> AdapterImage:
@@ -139,7 +139,7 @@ class World:
         self.pool = PagePool(num_pages)
         self.reclaimer = Reclaimer()
         self.arena = torch.zeros(num_pages, 256, dtype=torch.uint8)
-        self.device = CountedResidency(self.arena, self.pool, LAYOUT, num_slots, self.reclaimer)
+        self.device = CountedDevice(self.arena, self.pool, LAYOUT, num_slots, self.reclaimer)
         self.device.count = self.count
         self.registry = Registry()
         self.source = Source(self)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loraplex.adapters.tiers.residency import Residency
+from loraplex.adapters.tiers.device import DeviceTier
 from loraplex.server.engine.policy.rows import Row, RowResult, StepInput, Want
 from loraplex.server.engine.request import TokenScores
 from loraplex.server.engine.step.batch import Kept, build_batch
@@ -45,7 +45,7 @@ class LocalWorker:
     def __init__(
         self,
         decoder: Decoder | RecordedDecoder | GraphedDecoder,
-        residency: Residency,
+        residency: DeviceTier,
         block_size: int,
         device: torch.device,
         halt: ctypes.c_int32 | None = None,

@@ -12,12 +12,12 @@ import torch
 from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.registry import AdapterVersion, Registry
 from loraplex.adapters.tiers.cache import AdapterCache
+from loraplex.adapters.tiers.device import DeviceTier
 from loraplex.adapters.tiers.entry import Tier
 from loraplex.adapters.tiers.eviction import Reclaimer
 from loraplex.adapters.tiers.inbox import Inbox
 from loraplex.adapters.tiers.loader import LoadedAdapter, Loader, Reading
 from loraplex.adapters.tiers.pages import PagePool
-from loraplex.adapters.tiers.residency import Residency
 from tests.support.cache_world import IMAGE, LAYOUT, image_of, info_of, value_on_device
 from tests.support.waiting import LIMIT
 
@@ -46,7 +46,7 @@ class Rig:
         self.pool = PagePool(self.num_pages)
         self.reclaimer = Reclaimer()
         self.arena = torch.zeros(self.num_pages, 256, dtype=torch.uint8)
-        self.residency = Residency(self.arena, self.pool, LAYOUT, num_slots=4, reclaimer=self.reclaimer)
+        self.residency = DeviceTier(self.arena, self.pool, LAYOUT, num_slots=4, reclaimer=self.reclaimer)
         self.inbox = Inbox((IMAGE + MORE) * self.host_ranks)
         self.registry = Registry()
         self.loader = Loader(self.parse, self.inbox.put, self.registry, threads=1)

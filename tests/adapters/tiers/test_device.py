@@ -1,4 +1,4 @@
-"""Residency against a plain model of it, in random order, in an arena shared with a KV cache."""
+"""DeviceTier against a plain model of it, in random order, in an arena shared with a KV cache."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from torch import Tensor
 
 from loraplex.adapters.image.tiles import AdapterImage, BaseLayout, BiasDelta, LowRank, Part, pack
+from loraplex.adapters.tiers.device import DeviceTier
 from loraplex.adapters.tiers.pages import PagePool
-from loraplex.adapters.tiers.residency import Residency
 from loraplex.kernels.records import ALIGN, NUM_SITES, Projection, Site
 from tests.support.counted_clock import counted_clock
 
@@ -49,7 +49,7 @@ def _image(seed: int) -> AdapterImage:
 
 @pytest.fixture(scope="module", autouse=True)
 def clock() -> Iterator[None]:
-    with counted_clock("loraplex.adapters.tiers.residency"):
+    with counted_clock("loraplex.adapters.tiers.device"):
         yield
 
 
@@ -65,7 +65,7 @@ def _read(units: Tensor, offset: int, elements: int) -> Tensor:
     return units.reshape(-1)[offset * ALIGN :][: elements * 4]
 
 
-def _check_on_device(residency: Residency, arena: Tensor, digest: str) -> None:
+def _check_on_device(residency: DeviceTier, arena: Tensor, digest: str) -> None:
     """What a kernel finds through the table is, byte for byte, what the image holds."""
     image, slot = _IMAGES[digest], residency.slot_of(digest)
     assert slot is not None
@@ -106,7 +106,7 @@ class ResidencyMachine(RuleBasedStateMachine):
         self.num_slots = num_slots
         self.pool = PagePool(_NUM_PAGES)
         self.arena = torch.full((_NUM_PAGES, _LAYOUT.page_bytes), 0xFF, dtype=torch.uint8)
-        self.residency = Residency(self.arena, self.pool, _LAYOUT, num_slots)
+        self.residency = DeviceTier(self.arena, self.pool, _LAYOUT, num_slots)
         self.residency.on_evict = self.sees_eviction
         self.evicted: list[str] = []
         self.forever: set[str] = set()
@@ -270,9 +270,9 @@ TestResidency = ResidencyMachine.TestCase
 TestResidency.settings = settings(max_examples=40, stateful_step_count=30)
 
 
-def _residency(num_slots: int = 4, num_pages: int = 400) -> tuple[Residency, Tensor]:
+def _residency(num_slots: int = 4, num_pages: int = 400) -> tuple[DeviceTier, Tensor]:
     arena = torch.full((num_pages, _LAYOUT.page_bytes), 0xFF, dtype=torch.uint8)
-    return Residency(arena, PagePool(num_pages), _LAYOUT, num_slots), arena
+    return DeviceTier(arena, PagePool(num_pages), _LAYOUT, num_slots), arena
 
 
 def test_only_the_used_part_of_the_last_page_is_copied() -> None:
@@ -289,7 +289,7 @@ def test_the_tile_table_doubles_and_its_rows_are_used_again() -> None:
     """Each adapter has 480 tiles: rows of A of which one fits a page."""
     layout = BaseLayout("tiny", 120, (Projection("mlp.down_proj", Site.DOWN, 16, 0, 16, False),), 64, torch.float32)
     arena = torch.zeros(4000, 64, dtype=torch.uint8)
-    residency = Residency(arena, PagePool(4000), layout, 8)
+    residency = DeviceTier(arena, PagePool(4000), layout, 8)
 
     def image(seed: int) -> AdapterImage:
         generator = torch.Generator().manual_seed(seed)
@@ -430,7 +430,7 @@ def test_misuse_is_refused() -> None:
     with pytest.raises(ValueError, match="4096 bytes"):
         residency.load("b", other)
     with pytest.raises(ValueError, match="400 pages of 2048 bytes; expected 7 of 2048"):
-        Residency(arena, PagePool(7), _LAYOUT)
+        DeviceTier(arena, PagePool(7), _LAYOUT)
 
 
 def test_an_adapter_without_tiles_takes_a_slot_and_no_page() -> None:

@@ -45,7 +45,7 @@ class _Resident:
     doomed: bool = False  # to be dropped at the last unpin
 
 
-class Residency:
+class DeviceTier:
     """Copies adapters to the device and keeps them there while somebody pins them, and for as long as there is room."""
 
     def __init__(
