@@ -39,7 +39,7 @@ def share_out(
         chunks.update(dict.fromkeys(ordered, 0))
         others = [seq for seq in equals if seq.flow.client is not first and shares[seq.flow.client] > 0]
         for seq in sorted(others, key=by_age)[:1]:
-            chunks[seq] = seq.affordable(min(shares[seq.flow.client], room))
+            chunks[seq] = seq.affordable(min(shares[seq.flow.client], max(room, 0)))
             room -= seq.cost(chunks[seq])
         for seq in ordered:
             count = min(seq.num_missing - chunks[seq], seq.affordable(max(room, 0)))

@@ -224,6 +224,18 @@ class TestOfAScheduler:
             scheduler.commit(plan, draws(plan.step))
             assert seq.num_computed == computed
 
+    def test_what_an_urgent_scored_token_takes_beyond_the_budget_is_nobodys_chunk(self) -> None:
+        scheduler, requests = self.scored(300.0), Requests()
+        for tenant in ("red", "blue"):
+            scheduler.add(replace(requests.make(400, 1), tenant=tenant))
+        asks = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=2)
+        scheduler.add(replace(requests.make(20, 1), params=asks, tenant="green", priority=-1))
+        while scheduler.num_open:
+            plan = scheduler.schedule()
+            assert all(row.tokens for row in plan.step.rows), "a row without tokens"
+            scheduler.commit(plan, draws(plan.step))
+            scheduler.check_integrity()
+
     def scored(self, scoring: float) -> Scheduler:
         made, _ = make_scheduler(6000, token_budget=256, max_model_len=20_000)
         limits = replace(made.limits, scoring=scoring)
