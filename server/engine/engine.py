@@ -265,8 +265,13 @@ class Engine:
         """Hand the outbox to the streams' loops. idle: nothing follows, so the state is told at once."""
         events, self._outbox = self._outbox, []
         mail = self._requests.account(events, self._scheduler.counts)
-        self._published.publish(self._requests.expired, now=idle)  # before anybody can know that a request has ended
-        for request_id in post(mail):
+        try:
+            self._published.publish(
+                self._requests.expired, now=idle
+            )  # before anybody can know that a request has ended
+        finally:
+            unread = post(mail)
+        for request_id in unread:
             self.abort(request_id)
 
 

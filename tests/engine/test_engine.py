@@ -13,6 +13,7 @@ from itertools import pairwise
 import pytest
 
 from loraplex.adapters.errors import AdapterRefused
+from loraplex.adapters.tiers.stats import AdapterStats
 from loraplex.server.engine import engine as engine_module
 from loraplex.server.engine.engine import Engine, EventStream
 from loraplex.server.engine.policy.budget import TokenBudget
@@ -646,6 +647,20 @@ class TestEnds:
         assert rig.leases() == 0
         with pytest.raises(EngineDead, match="has crashed"):
             rig.engine.submit(rig.requests.make(2, 2))
+
+    async def test_who_has_ended_is_told_though_the_state_cannot_be_taken(
+        self, rig: Rig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def broken() -> AdapterStats:
+            if not rig.scheduler.num_open:
+                raise FloatingPointError("the books have burnt")
+            return AdapterStats()
+
+        monkeypatch.setattr(rig.placement, "stats", broken)
+        events = await asyncio.wait_for(collect(rig.engine.submit(rig.requests.make(2, 2))), LIMIT)
+        assert [event.finish for event in events] == [None, FinishReason.LENGTH]
+        await asyncio.to_thread(rig.engine._thread.join, LIMIT)
+        assert isinstance(rig.engine.failure, FloatingPointError)
 
     async def test_not_started(self) -> None:
         scheduler, placement = make_scheduler()
