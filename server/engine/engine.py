@@ -265,10 +265,8 @@ class Engine:
         """Hand the outbox to the streams' loops. idle: nothing follows, so the state is told at once."""
         events, self._outbox = self._outbox, []
         mail = self._requests.account(events, self._scheduler.counts)
-        try:
-            self._published.publish(
-                self._requests.expired, now=idle
-            )  # before anybody can know that a request has ended
+        try:  # before anybody can know that a request has ended
+            self._published.publish(self._requests.expired, now=idle)
         finally:
             unread = post(mail)
         for request_id in unread:

@@ -43,10 +43,10 @@ Filter = Callable[[Client], bool]
 class FairQueue:
     """Waiting sequences, and the account of every client. One thread only."""
 
-    def __init__(self, ageing: float, places: int) -> None:
-        """ageing: seconds, see above. places: how many sequences run at once."""
+    def __init__(self, ageing: float, max_num_seqs: int) -> None:
+        """ageing: seconds, see above. max_num_seqs: how many sequences run at once."""
         self._ageing = ageing
-        self._places = places
+        self._max_num_seqs = max_num_seqs
         self._clients: dict[ClientKey, Client] = {}
         self._active: dict[ClientKey, Client] = {}  # those with open requests
         self._floor = 0.0  # where a client starts when nobody is active
@@ -138,7 +138,7 @@ class FairQueue:
 
     def share(self, client: Client) -> int:
         """Places that are an active client's by right: at least one, since a place cannot be divided."""
-        return max(1, int(self._places * client.weight / self.total_weight))
+        return max(1, int(self._max_num_seqs * client.weight / self.total_weight))
 
     def is_below(self, client: Client) -> bool:
         """Whether it has fewer places than that."""

@@ -1,8 +1,8 @@
 """Which queued requests have their adapters fetched before their turn. Free of torch.
 
-Those of the next ones in the order of admission, up to `width` adapters, so that a thousand queued adapters do not push
-each other out of host memory. Adapters whose source does not answer for PATIENCE seconds count no longer, so that
-others get by; FAR bounds all.
+Those of the next ones in the order of admission, up to `max_num_seqs` adapters, so that a thousand queued adapters do
+not push each other out of host memory. Adapters whose source does not answer for PATIENCE seconds count no longer, so
+that others get by; FAR bounds all.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from loraplex.server.engine.policy.plan import Placement
 from loraplex.server.engine.policy.sequence import Sequence
 
 PATIENCE = 1.0  # seconds
-FAR = 4  # times the width
+FAR = 4  # times max_num_seqs
 
 
 class Prefetch:
     """Undoes every request() to the placement by one cancel(). One thread only."""
 
-    def __init__(self, queue: FairQueue, adapters: Placement, width: int) -> None:
+    def __init__(self, queue: FairQueue, adapters: Placement, max_num_seqs: int) -> None:
         self._queue = queue
         self._adapters = adapters
-        self._width = width
+        self._max_num_seqs = max_num_seqs
         self._ahead: set[Sequence] = set()  # waiting, asked for
         self._asked: Counter[int] = Counter()  # uid -> how many of these want it
         self._changed = False  # somebody came or went since look() looked
@@ -36,7 +36,7 @@ class Prefetch:
             return
         if seq.requested is not None:
             self._add(seq)
-        elif len(self._asked) < self._width or all(version.uid in self._asked for version in seq.wanted):
+        elif len(self._asked) < self._max_num_seqs or all(version.uid in self._asked for version in seq.wanted):
             self.ask(seq, now)
         else:
             self._changed = True
@@ -71,7 +71,7 @@ class Prefetch:
         fresh: set[int] = set()  # of these, asked for a moment ago
         self._queue.promised.clear()
         for count, (seq, _) in enumerate(self._queue.order(now)):
-            if count == FAR * FAR * self._width:
+            if count == FAR * FAR * self._max_num_seqs:
                 break
             if seq.wanted:
                 self.ask(seq, now)
@@ -80,10 +80,10 @@ class Prefetch:
                 seen.update(uids)
                 if seq.requested is not None and now - seq.requested < PATIENCE:
                     fresh.update(uids)
-                if len(fresh) >= self._width or len(seen) >= FAR * self._width:
+                if len(fresh) >= self._max_num_seqs or len(seen) >= FAR * self._max_num_seqs:
                     break
             self._queue.promise(seq.flow.client, seq.num_prompt)  # or one client's requests would all come first
-        if len(self._asked) > FAR * self._width:
+        if len(self._asked) > FAR * self._max_num_seqs:
             for seq in sorted(self._ahead - near, key=by_age):
                 if not seq.preemptions:  # one that has run must find the same bytes again
                     self._drop(seq)

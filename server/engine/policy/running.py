@@ -32,12 +32,12 @@ class RunningSet:
         queue: FairQueue,
         prefetch: Prefetch,
         budget: TokenBudget,
-        places: int,
+        max_num_seqs: int,
         clock: Callable[[], float],
     ) -> None:
-        """places: how many run at once."""
+        """max_num_seqs: how many run at once."""
         self.seqs: list[Sequence] = []
-        self.places = places
+        self._max_num_seqs = max_num_seqs
         self.tokens = 0  # of their prompts
         self.worn: Counter[str] = Counter()  # digest -> how many running sequences wear it
         self.prompt_tokens = 0  # counters
@@ -59,7 +59,7 @@ class RunningSet:
 
     @property
     def is_full(self) -> bool:
-        return len(self.seqs) >= self.places
+        return len(self.seqs) >= self._max_num_seqs
 
     def counts(self) -> Running:
         """How many run by now, for who wants to come in."""
@@ -182,7 +182,7 @@ class RunningSet:
         """Raises AssertionError unless the counts agree."""
         ages = [seq.number for seq in self.seqs]
         assert ages == sorted(set(ages)), f"not in the order of arrival: {ages}"
-        assert len(self.seqs) <= self.places, f"{len(self.seqs)} run in {self.places} places"
+        assert len(self.seqs) <= self._max_num_seqs, f"{len(self.seqs)} run, {self._max_num_seqs} may"
         assert Counter(digest for seq in self.seqs for digest, _ in seq.mix) == self.worn, "adapters worn, miscounted"
         assert self.tokens == sum(seq.num_prompt for seq in self.seqs), "running prompt tokens are miscounted"
         by_client = Counter(seq.flow.client for seq in self.seqs)
