@@ -20,23 +20,9 @@ from collections.abc import Sequence as ListLike
 
 from loraplex.adapters.tiers.eviction import Reclaimer
 from loraplex.adapters.tiers.pages import PagePool
+from loraplex.server.engine.policy.block_tables import FREED, BlockTables
 from loraplex.server.engine.policy.kv_groups import GroupSpec, peak_pages
 from loraplex.server.engine.policy.prefix_cache import USED, Block, PrefixCache, block_key
-
-FREED = -1
-
-
-class _Held:
-    """What one sequence has: pages of its own, and blocks it shares."""
-
-    __slots__ = ("blocks", "key", "pages", "published", "tables")
-
-    def __init__(self, tables: tuple[array[int], ...], num_lanes: int) -> None:
-        self.tables = tables  # per group: page of each block, or FREED
-        self.pages = 0  # in all tables
-        self.blocks: tuple[list[Block | None], ...] = tuple([] for _ in range(num_lanes))  # the published; None: freed
-        self.published = 0  # blocks, from the first
-        self.key = b""  # of the last published block, or the root
 
 
 class KVCache:
@@ -57,7 +43,7 @@ class KVCache:
             (window, tuple(i for i, group in enumerate(self.groups) if group.window == window)) for window in windows
         )
         self._prefixes = PrefixCache(pool, self.reclaimer, len(windows), block_size)
-        self._held: dict[int, _Held] = {}
+        self._held: dict[int, BlockTables] = {}
         self._asked: dict[int, int] = {}  # sequence -> tokens that adopt() looked up, until grow() or free()
 
     @property
@@ -216,7 +202,7 @@ class KVCache:
         own: set[int] = set()
         refs: dict[Block, int] = {}
         for seq, held in self._held.items():
-            self._check_tables(seq, held)
+            held.check(seq, self._lanes)
             for lane, (_, members) in enumerate(self._lanes):
                 for index in range(len(held.tables[members[0]])):
                     pages = tuple(held.tables[group][index] for group in members)
@@ -257,7 +243,7 @@ class KVCache:
             usable = count if enough else usable
         return keys[:usable]
 
-    def _share(self, held: _Held, lane: int, members: tuple[int, ...], index: int) -> Block | None:
+    def _share(self, held: BlockTables, lane: int, members: tuple[int, ...], index: int) -> Block | None:
         """The block of one lane as the cache has it from now on; None where the window has left it."""
         pages = tuple(held.tables[group][index] for group in members)
         if pages[0] == FREED:
@@ -272,7 +258,7 @@ class KVCache:
         self.pool.free(pages)
         return block
 
-    def _let_go(self, held: _Held, lane: int, members: tuple[int, ...], index: int) -> None:
+    def _let_go(self, held: BlockTables, lane: int, members: tuple[int, ...], index: int) -> None:
         """Take one block of one lane out of a sequence's tables."""
         pages = [held.tables[group][index] for group in members]
         for group in members:
@@ -285,7 +271,7 @@ class KVCache:
             held.blocks[lane][index] = None
             self._prefixes.release(block)
 
-    def _count_adopted(self, asked: int, held: _Held | None) -> None:
+    def _count_adopted(self, asked: int, held: BlockTables | None) -> None:
         """A sequence goes on with what it adopted: only now is that a use, since a failed admission is tried again."""
         self.queries += asked
         if held is not None:
@@ -295,10 +281,10 @@ class KVCache:
                     if block is not None:
                         block.uses += 1
 
-    def _new(self, num_computed: int) -> _Held:
+    def _new(self, num_computed: int) -> BlockTables:
         """For a sequence that starts at `num_computed`: its tables reach to what its windows see from there."""
         tables = tuple(array("i", [FREED] * self._first_visible(group.window, num_computed)) for group in self.groups)
-        return _Held(tables, len(self._lanes))
+        return BlockTables(tables, len(self._lanes))
 
     def _block_tokens(self, tokens: ListLike[int], index: int) -> ListLike[int]:
         return tokens[index * self.block_size : (index + 1) * self.block_size]
@@ -308,13 +294,3 @@ class KVCache:
         if window is None:
             return 0
         return max(0, position - window + 1) // self.block_size
-
-    def _check_tables(self, seq: int, held: _Held) -> None:
-        count = sum(page != FREED for table in held.tables for page in table)
-        assert count == held.pages, f"sequence {seq} holds {count} pages, counted {held.pages}"
-        assert len({len(table) for table in held.tables}) == 1, f"sequence {seq}: its groups' tables differ in length"
-        assert all(len(blocks) == held.published for blocks in held.blocks), f"sequence {seq}: published is miscounted"
-        for window, members in self._lanes:
-            live = [[page != FREED for page in held.tables[group]] for group in members]
-            assert live[0] == sorted(live[0]), f"sequence {seq}: a freed block after a live one, window {window}"
-            assert all(other == live[0] for other in live), f"sequence {seq}: groups of window {window} differ"

@@ -26,18 +26,11 @@ from loraplex.server.engine.policy.kv_cache import KVCache
 from loraplex.server.engine.policy.plan import Placement, SchedulerLimits, StepPlan
 from loraplex.server.engine.policy.prefetch import Prefetch
 from loraplex.server.engine.policy.queue_limits import Running, check_fits
+from loraplex.server.engine.policy.reasons import not_a_number, out_of_memory, out_of_time
 from loraplex.server.engine.policy.rows import Drawn, RowResult
 from loraplex.server.engine.policy.running import RunningSet
 from loraplex.server.engine.policy.sequence import Sequence
-from loraplex.server.engine.request import (
-    DeadlineExceeded,
-    FinishReason,
-    GenerationRequest,
-    NotANumber,
-    OutOfMemory,
-    TokenEvent,
-    TokenScores,
-)
+from loraplex.server.engine.request import FinishReason, GenerationRequest, TokenEvent, TokenScores
 
 PATIENCE = 1.0
 POLL = 0.001
@@ -221,9 +214,7 @@ class Scheduler:
             self._running.preempt(youngest)
             self._full = True
             return []
-        count = plan.step.num_tokens
-        error = OutOfMemory(f"a step of {count} tokens of this request alone needs more memory than can be allocated")
-        return [self._fail(youngest, error)]
+        return [self._fail(youngest, out_of_memory(plan.step.num_tokens))]
 
     def check_integrity(self) -> None:
         """Raises AssertionError unless the books agree: for tests, and for a server with nothing to do."""
@@ -247,13 +238,7 @@ class Scheduler:
 
     def _expire(self, now: float) -> list[TokenEvent]:
         """End the requests whose time is over."""
-        events: list[TokenEvent] = []
-        for seq in self._deadlines.expired(now):
-            request = seq.request
-            given = (request.deadline or now) - request.arrival
-            done = f"{len(seq.output)} of at most {request.params.max_tokens} tokens were generated"
-            events.append(self._fail(seq, DeadlineExceeded(f"the request's {given:.3g} s are over: {done}")))
-        return events
+        return [self._fail(seq, out_of_time(seq)) for seq in self._deadlines.expired(now)]
 
     def _urgency(self, seq: Sequence, now: float) -> float:
         return NEVER if self.waiting.is_overdue(seq, now) else seq.urgency
@@ -263,8 +248,7 @@ class Scheduler:
     def _take(self, seq: Sequence, draw: Drawn, handful: int) -> TokenEvent:
         """Append a drawn token, or end the request that the model has no numbers for."""
         if draw.token_id is None:
-            error = _not_a_number(seq)
-            return TokenEvent(seq.request.request_id, None, finish=FinishReason.ERROR, error=error)
+            return TokenEvent(seq.request.request_id, None, finish=FinishReason.ERROR, error=not_a_number(seq))
         seq.append(draw.token_id)
         self.generation_tokens += 1
         finish = seq.finish_after(draw.token_id)
@@ -310,13 +294,3 @@ class Scheduler:
         self.waiting.close(seq)
         self._prefetch.closed(seq)
         self._deadlines.tidy()
-
-
-def _not_a_number(seq: Sequence) -> NotANumber:
-    names = ", ".join(repr(lease.version.name) for lease, _ in seq.request.mix)
-    worn = f"with adapter {names}" if names else "of the base"
-    advice = "ask for the base, or load a working adapter" if names else "the checkpoint is damaged"
-    return NotANumber(
-        f"the logits {worn} are NaN or infinite after {seq.num_tokens} tokens, and no token was drawn: some value in "
-        f"the model overflows; {advice}"
-    )

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loraplex.adapters.tiers.pages import PagePool
-from loraplex.server.engine.policy.kv_cache import FREED, KVCache
+from loraplex.server.engine.policy.block_tables import FREED
+from loraplex.server.engine.policy.kv_cache import KVCache
 from loraplex.server.engine.policy.kv_groups import GroupSpec, group_layers, kv_groups
 
 
