@@ -125,7 +125,7 @@ async def _serve(
 async def _load_adapters(config: ServeConfig, parts: EngineParts) -> Reconciler:
     """What is local and named is there or the server does not start; the rest comes, and is followed from then on."""
     from loraplex.adapters.errors import AdapterError
-    from loraplex.adapters.registry import check_name
+    from loraplex.adapters.names import check_name
     from loraplex.adapters.sources.sources import parse_source
     from loraplex.server.catalog.adapter_list import AdapterListError, DesiredAdapter
     from loraplex.server.catalog.reconciler import Reconciler
