@@ -466,6 +466,7 @@ def test_an_image_beyond_its_bound_fails_its_request_alone(monkeypatch: pytest.M
     rig.wait()
     with pytest.raises(ValueError, match="were reserved for it"):
         rig.cache.missing_pages([version])
+    rig.loader.shutdown()
     rig.cache.cancel(version)
     assert rig.cache.host.reserved_bytes == 0
     rig.check()
