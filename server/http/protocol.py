@@ -235,6 +235,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if cycle.disconnected:
             return
         cycle.response_started = cycle.response_complete = True
+        cycle.waiting_for_100_continue = False
         headers = self.server_state.default_headers if cycle.keep_alive else [*self.server_state.default_headers, CLOSE]
         cycle.transport.write(written(refusal, headers))
         if not cycle.keep_alive:
