@@ -37,7 +37,7 @@ class CacheFull(AdapterUnavailable):
 
 
 class DownloadCache:
-    """Safe from any thread. Sizes in bytes."""
+    """Locked, as downloads run in threads of their own. Sizes in bytes."""
 
     def __init__(self, root: Path, max_bytes: int, in_use: Callable[[], set[str]]) -> None:
         """in_use: the keys of sources whose files must stay, called when room is needed."""

@@ -74,7 +74,7 @@ class Answer:
 
 
 class HttpClient:
-    """Safe from any thread. Every answer has a connection of its own."""
+    """Every answer has a connection of its own."""
 
     def __init__(self, reach: Reach, tls: ssl.SSLContext | None = None, stall_seconds: float = STALL_SECONDS) -> None:
         """tls: whose certificates are believed; None: the system's, or $SSL_CERT_FILE's."""

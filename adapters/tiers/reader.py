@@ -99,7 +99,7 @@ class _Remembered:
 
 
 class AdapterReader:
-    """`read` is the loader's. Safe from any thread."""
+    """`read` is what loaders' threads call, several at once."""
 
     def __init__(
         self,

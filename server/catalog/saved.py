@@ -92,7 +92,7 @@ class StateFile:
 
 
 class Remembering:
-    """An AdapterManager whose changes are written down: what the API's own routes are given. Safe from any thread.
+    """An AdapterManager whose changes are written down: what the API's own routes are given.
 
     A change is on disk before it is made, and one that cannot be written is not made. What requests load on first use,
     and what the command line, a list or a folder brings, goes past it and is not kept.

@@ -87,7 +87,7 @@ class Totals:
 
 
 class UsageTable:
-    """All names of one kind. Safe from any thread."""
+    """All names of one kind; locked."""
 
     def __init__(self, kind: str, model_name: str, limit: int) -> None:
         """kind: "adapter" or "tenant"; limit: most names with series of their own."""

@@ -37,10 +37,14 @@ def flags_in(arguments: Iterable[str]) -> set[str]:
 
 
 def parse_command_line(arguments: list[str]) -> dict[str, object]:
-    """What `loraplex ARGUMENTS` would be told, by parameter. Raises click's usage errors."""
+    """What `loraplex ARGUMENTS` would be told: by flag ("state_dir" for --state-dir), and the base as "base".
+
+    Raises click's usage errors.
+    """
     command = typer.main.get_command(cli).commands[arguments[0]]  # type: ignore[attr-defined]
     context = command.make_context(arguments[0], list(arguments[1:]))
-    return dict(context.params)
+    flags = {each.name: each.opts[0].lstrip("-").replace("-", "_") for each in command.params}
+    return {flags[name]: value for name, value in context.params.items()}
 
 
 def routes(server: FakeServer) -> set[str]:
