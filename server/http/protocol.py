@@ -207,7 +207,9 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._meter.raw:
             return
         self._in_body = False
-        self.due = math.inf
+        # What came behind its answer has ended uvicorn's time for idle connections
+        answered = self.cycle.response_complete
+        self.due = self._others.now + self.timeout_keep_alive if answered else math.inf
         super().on_message_complete()
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
