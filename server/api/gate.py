@@ -31,6 +31,7 @@ Field = tuple[bytes, bytes]
 """A header's name and value."""
 
 _HEADER = HEADER.encode()
+_PREFLIGHT = frozenset({b"origin", b"access-control-request-method"})
 _ANSWER = "loraplex.answer"
 
 
@@ -65,8 +66,8 @@ class Gate:
         headers: with names in small letters, as ASGI has them.
         """
         access = self._access
-        if access is None or method == "OPTIONS" or is_open(access, method, path):
-            return None  # a browser's preflight has no key
+        if access is None or is_open(access, method, path) or self._is_preflight(method, headers):
+            return None
         if not access.refuses(given_keys(headers)):
             return None
         id_ = request_id(next((value.decode("latin-1") for name, value in headers if name == _HEADER), None))
@@ -76,6 +77,10 @@ class Gate:
         if self._cors is not None:
             told = _with_cors(self._cors, method, headers, told)
         return Refusal(answer.status_code, told, b"" if method == "HEAD" else bytes(answer.body))
+
+    def _is_preflight(self, method: str, headers: Sequence[Field]) -> bool:
+        """Return whether a browser asks what pages may send, for which it has no key: the CORS middleware answers."""
+        return self._cors is not None and method == "OPTIONS" and {name for name, _ in headers} >= _PREFLIGHT
 
     def note_early(self, status: int, method: str, path: str) -> None:
         """Count and log a request that the HTTP server has refused with `status`, one of EARLY, before it had come."""
