@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+MAX_MESSAGE = 800
+"""Characters of a refusal."""
+
 
 class AdapterError(Exception):
     """Base of all adapter errors; `str(error)` is fit for the caller: what was found, what was expected, what to do."""
@@ -35,3 +42,15 @@ class AdapterRefused(AdapterError):
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
         self.code = code
+
+
+@contextmanager
+def about_folder(folder: Path) -> Iterator[None]:
+    """Have refusals say which folder they are about, in one line, whatever a stranger's file puts into names."""
+    try:
+        yield
+    except AdapterRefused as error:
+        message = " ".join(str(error).split()).encode("utf-8", "backslashreplace").decode()
+        raise AdapterRefused(error.code, f"{folder}: {message[:MAX_MESSAGE]}") from error
+    except OSError as error:
+        raise AdapterRefused("missing_file", f"{folder} cannot be read: {error.strerror}") from error

@@ -22,3 +22,8 @@ class AdapterInfo:
     digest: str | None = None  # of the files' content; None: the files have not been read
     tokenizer: TokenizerFiles = field(default=NOTHING, repr=False)
     kind: str = "lora"  # lower case of PEFT's peft_type (format/kinds.py)
+
+    @property
+    def size(self) -> str:
+        """Say what log lines say of the content: "rank 8, 12 pages", or of a kind without ranks "IA3, 1 pages"."""
+        return f"{f'rank {self.rank}' if self.rank else self.kind.upper()}, {self.num_pages} pages"

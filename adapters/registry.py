@@ -10,7 +10,6 @@ all its leases are released: `on_drained` tells the keeper of its bytes. Any thr
 from __future__ import annotations
 
 import logging
-import re
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -20,14 +19,10 @@ from types import TracebackType
 from loraplex.adapters.errors import AdapterExists, AdapterNotFound, AdapterRefused, InvalidAdapterName
 from loraplex.adapters.files.beneath import shown
 from loraplex.adapters.info import AdapterInfo
+from loraplex.adapters.names import check_name
 from loraplex.adapters.refusals import Refusals
 
 logger = logging.getLogger(__name__)
-
-MAX_NAME = 200
-"""Characters. Names travel in URLs, metric labels and logs."""
-
-_NAME = re.compile(r"(?:[A-Za-z0-9._-]+/)?[A-Za-z0-9._-]+")
 
 
 class _Known:
@@ -308,14 +303,3 @@ class Registry:
             self.on_drained(drained)
         except Exception:  # who releases a lease has nothing to do with what the listener got wrong
             logger.exception("on_drained failed for adapter %r (uid %d)", drained.name, drained.uid)
-
-
-def check_name(name: str) -> None:
-    """Raise InvalidAdapterName unless `name` is letters, digits, `.`, `_`, `-`, after at most one `tenant/`."""
-    usable = len(name) <= MAX_NAME and _NAME.fullmatch(name) is not None
-    if not usable or any(part.strip(".") == "" for part in name.split("/")):  # "." and ".." are no names
-        shown = name if len(name) <= MAX_NAME else name[:MAX_NAME] + "..."
-        raise InvalidAdapterName(
-            f"adapter name {shown!r} cannot be used: expected letters, digits, '.', '_' and '-', optionally after one "
-            f"'tenant/' prefix, at most {MAX_NAME} characters"
-        )

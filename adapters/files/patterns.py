@@ -39,7 +39,7 @@ class Matcher:
     """Matches a stranger's patterns: bad ones are refused with the key they stand under."""
 
     def __init__(self, seconds: float, throttle: Callable[[], None]) -> None:
-        """seconds: of a core, for all patterns over all paths. `breathe` is called between matches, and may raise."""
+        """seconds: of a core, for all patterns over all paths. `throttle` is called between matches, and may raise."""
         self._throttle = Throttle(throttle, REST)
         self._deadline = time.thread_time() + seconds
         self._left = MAX_SIZE

@@ -21,7 +21,8 @@ from loraplex.adapters.format.header import TensorInfo
 from loraplex.adapters.format.kind import FactorPair
 from loraplex.adapters.format.values import cancels
 from loraplex.adapters.image.packing import DTYPES, STRIP, OpenFile, Strips, pack
-from loraplex.adapters.image.tiles import AdapterImage, BaseLayout, LowRank, PartPlace, Strip, plan_image
+from loraplex.adapters.image.placement import PartPlace, Strip
+from loraplex.adapters.image.tiles import AdapterImage, BaseLayout, LowRank, plan_image
 from loraplex.adapters.throttle import READING_NICE
 from loraplex.kernels.records import ALIGN, element_bytes
 

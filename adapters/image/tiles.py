@@ -12,12 +12,13 @@ for each of its projections. Any sensible page is hundreds of rows; a smaller on
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from loraplex.adapters.errors import AdapterRefused
+from loraplex.adapters.image.placement import PartPlace, RowPlacement, Strip, padded, place_rows
 from loraplex.kernels.hugepages import huge_zeros
 from loraplex.kernels.records import ALIGN, TILE_COLUMNS, TILE_RANKS, Projection, TileKind, element_bytes
 
@@ -84,27 +85,6 @@ class PartShape:
 
 
 @dataclass(frozen=True)
-class Strip:
-    """Rows of one factor that lie together in the image."""
-
-    first: int  # rank
-    last: int  # past the last
-    begin: int  # column; A's rows are never cut
-    end: int  # past the last
-    position: int  # bytes from the image's start
-
-
-@dataclass(frozen=True)
-class PartPlace:
-    """Where the rows of one part go: row r of a strip is `a_row` or `b_row` bytes, a multiple of 64, after r - 1."""
-
-    a_row: int  # 0: no A
-    b_row: int
-    a: tuple[Strip, ...]
-    b: tuple[Strip, ...]
-
-
-@dataclass(frozen=True)
 class ImagePlan:
     """An image before its values: the same for all adapters of the same shapes."""
 
@@ -148,8 +128,8 @@ def plan_image(shapes: Sequence[PartShape], layout: BaseLayout) -> ImagePlan:
     Fewer parts never take more pages.
     """
     order = sorted(range(len(shapes)), key=lambda i: _order(shapes[i]))
-    placements = [_Placement.of(shapes[i], element_bytes(layout.dtype)) for i in order]
-    extent, nbytes = _place(placements, layout.page_bytes)
+    placements = [_placement(shapes[i], element_bytes(layout.dtype)) for i in order]
+    extent, nbytes = place_rows(placements, layout.page_bytes)
     rows = [row for i, placement in zip(order, placements, strict=True) for row in _tiles(shapes[i], placement)]
     places = dict(zip(order, (placement.place() for placement in placements), strict=True))
     return ImagePlan(
@@ -200,115 +180,20 @@ def _check(parts: Sequence[Part], layout: BaseLayout) -> None:
             )
 
 
-def _padded(nbytes: int) -> int:
-    return -(-nbytes // ALIGN) * ALIGN
-
-
-@dataclass
-class _Placement:
-    """Where the rows of one part go. Positions in bytes from the image's start."""
-
-    ranks: int
-    out: int  # elements of a row of B
-    a_row: int  # bytes from one row of A to the next, a multiple of 64; 0: no A
-    b_row: int
-    item: int  # bytes of an element
-    step: int  # most ranks of a tile
-    wide: int  # elements of a row of A
-    a_strips: list[tuple[int, int, int]] = field(default_factory=list)
-    # first rank, past the last, position
-    b_strips: list[tuple[int, int, int, int, int]] = field(default_factory=list)
-    # first rank, past the last, first column, past the last, position
-    rank: int = 0  # the first rank whose B is still to be placed,
-    column: int = 0  # and its first column
-
-    @staticmethod
-    def of(shape: PartShape, item: int) -> _Placement:
-        """item: bytes of an element of the compute dtype."""
-        out = shape.projection.out_features
-        if shape.kind == TileKind.SCALE:
-            item = SCALE_BYTES
-        b_row = _padded(out * item)
-        if shape.kind != TileKind.LOW_RANK:
-            return _Placement(1, out, 0, b_row, item, 1, 0)
-        a_bytes = shape.projection.in_features * item
-        a_row = _padded(a_bytes)
-        # A tile's rows are contiguous and its start aligned. Where a row is no multiple of 64 bytes, only tiles of one
-        # rank can start anywhere. Hidden sizes in use are multiples of 32 and never get here.
-        even = a_row == a_bytes and b_row == out * item
-        return _Placement(shape.rank, out, a_row, b_row, item, TILE_RANKS if even else 1, shape.projection.in_features)
-
-    def place(self) -> PartPlace:
-        """Once all is placed."""
-        a = tuple(Strip(first, last, 0, self.wide, at) for first, last, at in self.a_strips)
-        return PartPlace(self.a_row, self.b_row, a, tuple(Strip(*strip) for strip in self.b_strips))
-
-
-class _Cursor:
-    """The next free byte, counted as if pages were contiguous."""
-
-    def __init__(self, page_bytes: int) -> None:
-        self.position = 0
-        self.skipped = 0
-        self._page_bytes = page_bytes
-
-    @property
-    def rest(self) -> int:
-        """Bytes left on this page; a whole page when it has just been filled."""
-        return self._page_bytes - self.position % self._page_bytes
-
-    @property
-    def at_page_start(self) -> bool:
-        return self.position % self._page_bytes == 0
-
-    def take(self, nbytes: int) -> int:
-        position = self.position
-        self.position += nbytes
-        return position
-
-    def skip_page(self) -> None:
-        if not self.at_page_start:
-            self.skipped += self.rest
-            self.position += self.rest
-
-
-def _place(placements: Sequence[_Placement], page_bytes: int) -> tuple[int, int]:
-    """Give every row its position. Returns the image's extent and the bytes in use."""
-    cursor = _Cursor(page_bytes)
-    for i, placement in enumerate(placements):
-        rank = 0
-        while placement.a_row and rank < placement.ranks:
-            n = min(cursor.rest // placement.a_row, placement.ranks - rank)
-            if n:
-                placement.a_strips.append((rank, rank + n, cursor.take(n * placement.a_row)))
-                rank += n
-            else:
-                for pending in placements[i:]:
-                    if _place_b(pending, cursor):
-                        break
-                cursor.skip_page()
-        while placement.rank < placement.ranks:
-            _place_b(placement, cursor)
-    return cursor.position, cursor.position - cursor.skipped
-
-
-def _place_b(placement: _Placement, cursor: _Cursor) -> bool:
-    """Place what is left of B up to this page's end: whole rows, then part of one. True when the page is full."""
-    while placement.rank < placement.ranks:
-        rank, column = placement.rank, placement.column
-        n = 0 if column else min(cursor.rest // placement.b_row, placement.ranks - rank)
-        if n:
-            placement.b_strips.append((rank, rank + n, 0, placement.out, cursor.take(n * placement.b_row)))
-            placement.rank += n
-        else:
-            end = min(placement.out, column + cursor.rest // placement.item)
-            position = cursor.take(_padded((end - column) * placement.item))
-            placement.b_strips.append((rank, rank + 1, column, end, position))
-            placement.column = end % placement.out
-            placement.rank += end == placement.out
-        if cursor.at_page_start:
-            return True
-    return False
+def _placement(shape: PartShape, item: int) -> RowPlacement:
+    """Begin to place a part; item: bytes of an element of the compute dtype."""
+    out = shape.projection.out_features
+    if shape.kind == TileKind.SCALE:
+        item = SCALE_BYTES
+    b_row = padded(out * item)
+    if shape.kind != TileKind.LOW_RANK:
+        return RowPlacement(1, out, 0, b_row, item, 1, 0)
+    a_bytes = shape.projection.in_features * item
+    a_row = padded(a_bytes)
+    # A tile's rows are contiguous and its start aligned. Where a row is no multiple of 64 bytes, only tiles of one
+    # rank can start anywhere. Hidden sizes in use are multiples of 32 and never get here.
+    even = a_row == a_bytes and b_row == out * item
+    return RowPlacement(shape.rank, out, a_row, b_row, item, TILE_RANKS if even else 1, shape.projection.in_features)
 
 
 def _write(part: Part, place: PartPlace, image: Tensor, dtype: torch.dtype) -> None:
@@ -347,7 +232,7 @@ def _check_finite(strip: Tensor, part: Part, what: str) -> None:
         )
 
 
-def _tiles(shape: PartShape, placement: _Placement) -> list[tuple[int, ...]]:
+def _tiles(shape: PartShape, placement: RowPlacement) -> list[tuple[int, ...]]:
     """Rows of AdapterImage.tiles: ranks are cut where A is, where B is, and every `step`."""
     rows: list[tuple[int, ...]] = []
     head = (shape.layer, int(shape.projection.site))

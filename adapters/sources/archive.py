@@ -34,7 +34,7 @@ _BLOCK = tarfile.BLOCKSIZE
 def unpack(archive: Path, folder: Path, max_bytes: int, throttle: Callable[[], object]) -> None:
     """Write the adapter's files that `archive` (tar, gzipped or not) holds into `folder`.
 
-    max_bytes bounds what the whole archive unpacks to; `breathe` is called between pieces and may raise. Raises
+    max_bytes bounds what the whole archive unpacks to; `throttle` is called between pieces and may raise. Raises
     AdapterRefused: "too_large", "bad_file", "missing_file", "forbidden".
     """
     try:

@@ -49,7 +49,7 @@ class FolderWatch:
     def __init__(self, directory: Path, throttle: Callable[[], object] = lambda: None) -> None:
         """An adapter is a folder in `directory` with an adapter_config.json; names that begin with a dot are none.
 
-        `breathe` is called between folders.
+        `throttle` is called between folders.
         """
         self.directory = directory
         self._throttle = throttle

@@ -219,6 +219,7 @@ class AdapterCache:
     def forget(self, version: AdapterVersion) -> None:
         """A version has drained: drop its bytes from device and host unless another version has the same ones."""
         self.pin_forever(version, False)
+        self.host.receive()  # what has been read of it, too
         self.host.forget(version.uid)
         digest = version.digest
         if digest is None or self._registry.uses(digest):
@@ -300,7 +301,7 @@ class AdapterCache:
                 continue
             del self._copying[entry]
             if ready:
-                if self.watch is not None and entry.asked is not None:
+                if self.watch is not None and entry.name and entry.asked is not None:
                     self.watch.loaded(entry.name, perf_counter() - entry.asked)
                 self.host.taken(entry)
             entry.asked = None

@@ -8,7 +8,7 @@ version.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -18,9 +18,9 @@ from torch import Tensor
 from loraplex.adapters.histogram import Histogram
 from loraplex.adapters.image.tile_rows import TileRows
 from loraplex.adapters.image.tiles import AdapterImage, BaseLayout
+from loraplex.adapters.tiers.arena_pages import ArenaPages
 from loraplex.adapters.tiers.eviction import Frequency, Reclaimer
 from loraplex.adapters.tiers.pages import PagePool
-from loraplex.kernels.hugepages import huge_zeros
 from loraplex.kernels.records import ALIGN, TileTable
 
 OWNER = "adapter"
@@ -75,9 +75,7 @@ class DeviceTier:
         self.evictions = 0
         self.bytes_loaded = 0
         self.durations = Histogram()  # of these copies, without what bringing them to host memory took
-        self._arena = arena
-        on_cpu = arena.device.type == "cpu"
-        self._memory = arena.view(-1).numpy().data if on_cpu else None  # [num_pages * page_bytes]
+        self._memory = ArenaPages(arena)
         self._pool = pool
         self._layout = layout
         self._residents: dict[str, _Resident] = {}
@@ -145,10 +143,6 @@ class DeviceTier:
         """Digests that the operator wants to stay."""
         return frozenset(self._forever)
 
-    def is_pinned_forever(self, digest: str) -> bool:
-        """Whether the operator wants it to stay."""
-        return digest in self._forever
-
     def pages_needed(self, image: AdapterImage) -> int:
         """Pages begin() will take for `image`."""
         return image.pages.shape[0]
@@ -187,7 +181,11 @@ class DeviceTier:
             digest = next(iter(self._copying))
             resident = self._residents[digest]
             left = resident.image.extent - resident.copied
-            done += self._copy(resident, left if max_bytes is None else min(left, max_bytes - done))
+            nbytes = left if max_bytes is None else min(left, max_bytes - done)
+            self._memory.write(resident.pages, resident.image.pages, resident.copied, resident.copied + nbytes)
+            resident.copied += nbytes
+            self.bytes_loaded += nbytes
+            done += nbytes
             if resident.copied == resident.image.extent:
                 self._complete(digest, resident)
             seconds = perf_counter() - began
@@ -216,9 +214,7 @@ class DeviceTier:
         image = resident.image
         if resident.rows is None:
             return image
-        pages = huge_zeros(len(resident.pages) * self._layout.page_bytes).view(len(resident.pages), -1)
-        for target, page in zip(pages, resident.pages, strict=True):
-            target.copy_(self._arena[page])
+        pages = self._memory.read(resident.pages)
         return AdapterImage(pages=pages, tiles=image.tiles, nbytes=image.nbytes, extent=image.extent)
 
     # -- staying and going ---------------------------------------------------------------------------------------------
@@ -307,36 +303,6 @@ class DeviceTier:
         assert len(self._idle) <= len(self._residents), "an adapter that is gone can be evicted"
 
     # -- parts ---------------------------------------------------------------------------------------------------------
-
-    def _copy(self, resident: _Resident, nbytes: int) -> int:
-        """Copy the next `nbytes`; the image's end is not passed."""
-        first, last = resident.copied, resident.copied + nbytes
-        if self._memory is None:
-            self._copy_to_gpu(resident, first, last)
-        else:
-            # memcpy with the GIL held, 0.2 ms for 3.7 MB: torch would wake its threads (5 ms, median, beside a busy
-            # process), and torch and numpy let go of the GIL at each page.
-            source = resident.image.pages.reshape(-1).numpy().data
-            for start, stop, target in self._spans(resident, first, last):
-                self._memory[target : target + stop - start] = source[start:stop]
-        resident.copied = last
-        self.bytes_loaded += nbytes
-        return nbytes
-
-    def _copy_to_gpu(self, resident: _Resident, first: int, last: int) -> None:
-        """Queued before whatever is computed next on the current stream."""
-        source, arena = resident.image.pages.view(-1), self._arena.view(-1)
-        for start, stop, target in self._spans(resident, first, last):
-            arena[target : target + stop - start].copy_(source[start:stop], non_blocking=True)
-
-    def _spans(self, resident: _Resident, first: int, last: int) -> Iterator[tuple[int, int, int]]:
-        """Bytes `first` to `last` of the image, page by page: from, to, and where in the arena."""
-        size = self._layout.page_bytes
-        while first < last:
-            index, start = divmod(first, size)
-            stop = min(last, first + size - start)
-            yield first, stop, resident.pages[index] * size + start
-            first = stop
 
     def _complete(self, digest: str, resident: _Resident) -> None:
         """All bytes are there: its tiles enter the table, and the host's bytes are let go."""

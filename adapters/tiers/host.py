@@ -110,10 +110,14 @@ class HostTier:
                 self._recount(found, 0)
             loaded = found.future.result()  # raises what went wrong
             self.receive()
-            found.entry, found.future = self._entries.make(loaded.digest), None
-            self.keep(found.entry, loaded.image, found.nbytes)
-            assert found.entry.image is not None
-            self._recount(found, host_bytes(found.entry.image))
+            entry = self._entries.make(loaded.digest)
+            try:
+                self.keep(entry, loaded.image, found.nbytes)
+            finally:
+                self._entries.prune(entry)
+            assert entry.image is not None
+            found.entry, found.future = entry, None
+            self._recount(found, host_bytes(entry.image))
         return None if found.entry is None else found.entry.image
 
     def fetch_of(self, uid: int) -> Fetch | None:

@@ -13,14 +13,14 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
 
-from loraplex.adapters.errors import AdapterRefused
+from loraplex.adapters.errors import AdapterRefused, about_folder
 from loraplex.adapters.files.beneath import roots_of
 from loraplex.adapters.files.tokenizer_files import NOTHING, TokenizerFiles
 from loraplex.adapters.format.adapter_files import (
@@ -49,9 +49,6 @@ from loraplex.adapters.tiers.workspace import Workspace
 from loraplex.kernels.hugepages import Region, huge_zeros
 
 logger = logging.getLogger(__name__)
-
-MAX_MESSAGE = 800
-"""Characters of a refusal."""
 
 TENSORS_A_MODULE = 4
 """At most, of any kind: A, B, B's bias and the module's own."""
@@ -134,7 +131,7 @@ class AdapterReader:
         """
         roots = roots_of(source)
         place = _Place(Path(source), roots) if roots else self._place(source)
-        with _named(place.folder):
+        with about_folder(place.folder):
             try:
                 head = read_head(place.folder, place.roots)
             except NoFolder:
@@ -153,7 +150,7 @@ class AdapterReader:
         known = None if reading.fresh else self._remembered.get(reading.source)
         is_there = known is not None and os.path.isdir(known.place.folder)
         place = known.place if known is not None and is_there else self._place(reading.source)
-        with _named(place.folder):
+        with about_folder(place.folder):
             if known is not None:
                 parsed = self._repeat(known, reading)
                 if parsed is not None:
@@ -291,15 +288,3 @@ def _key_of(head: AdapterHead) -> Hashable:
 
 def _loaded(info: AdapterInfo, image: AdapterImage, bytes_read: int) -> LoadedAdapter:
     return LoadedAdapter(replace(info, num_pages=image.pages.shape[0], nbytes=image.nbytes), image, bytes_read)
-
-
-@contextmanager
-def _named(folder: Path) -> Iterator[None]:
-    """Refusals say which folder they are about, in one line, whatever a stranger's file puts into names."""
-    try:
-        yield
-    except AdapterRefused as error:
-        message = " ".join(str(error).split()).encode("utf-8", "backslashreplace").decode()
-        raise AdapterRefused(error.code, f"{folder}: {message[:MAX_MESSAGE]}") from error
-    except OSError as error:
-        raise AdapterRefused("missing_file", f"{folder} cannot be read: {error.strerror}") from error

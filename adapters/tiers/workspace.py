@@ -46,7 +46,7 @@ class Workspace(Generic[M]):
 
     @contextmanager
     def room(self, nbytes: int, throttle: Callable[[], None]) -> Iterator[None]:
-        """Hold `nbytes`, once others have given back enough; `breathe` is called while waiting, and may raise.
+        """Hold `nbytes`, once others have given back enough; `throttle` is called while waiting, and may raise.
 
         Raises AdapterRefused("too_large") for more than there is.
         """

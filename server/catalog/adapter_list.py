@@ -14,7 +14,7 @@ from typing import Any
 
 from loraplex.adapters.errors import InvalidAdapterName
 from loraplex.adapters.files.bounded_yaml import MAX_BYTES, parse_yaml
-from loraplex.adapters.registry import check_name
+from loraplex.adapters.names import check_name
 
 
 class AdapterListError(ValueError):

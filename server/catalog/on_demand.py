@@ -74,8 +74,8 @@ class OnDemand:
     ) -> AdapterLease:
         """The adapter at `source`, loaded and registered unless it is. However many ask at once, it is fetched once.
 
-        holder: who has it then; None: nobody whose number is bounded. Raises AdapterError, Overloaded (TooManyAdapters
-        where the holder has as many as it may, all in use).
+        owner: who has it then; None: nobody whose number is bounded. Raises AdapterError, Overloaded (TooManyAdapters
+        where the owner has as many as it may, all in use).
         """
         name = first_use_name(parse_source(source, access))
         with self.quota.bringing(owner, name):
@@ -117,8 +117,7 @@ class OnDemand:
     async def _load(self, name: str, source: str, access: SourceAccess) -> str:
         self._sources.make_room(name)
         version = await self._adapters.register(name, source, access=access)
-        info = version.info
-        logger.info("adapter %s loaded on first use: rank %d, %d pages", name, info.rank, info.num_pages)
+        logger.info("adapter %s loaded on first use: %s", name, version.info.size)
         return name
 
     async def _make(self, known_as: Key, versions: Sequence[AdapterVersion], plan: MergePlan) -> str:

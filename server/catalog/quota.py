@@ -59,9 +59,9 @@ class Quota:
 
     @contextmanager
     def loading(self, owner: QuotaOwner | None, name: str) -> Iterator[None]:
-        """`name` is loaded for `holder` (None: whoever has no bound) in the block. Raises TooManyAdapters.
+        """`name` is loaded for `owner` (None: whoever has no bound) in the block. Raises TooManyAdapters.
 
-        Replacing a name of the holder's own, and loading it twice at once, take no room.
+        Replacing a name of the owner's own, and loading it twice at once, take no room.
         """
         if owner is not None and name not in self._own(owner.tenant):
             self._make_room(owner)
@@ -73,7 +73,7 @@ class Quota:
 
     @contextmanager
     def bringing(self, owner: QuotaOwner | None, key: Key) -> Iterator[None]:
-        """A request of `holder` brings `key`: it is theirs from here on, and nobody's room during the block.
+        """A request of `owner` brings `key`: it is theirs from here on, and nobody's room during the block.
 
         Raises TooManyAdapters.
         """

@@ -147,7 +147,7 @@ class Reconciler:
         elif version is None:
             found = self._manager.register_unread(folder)
             if found is not None:
-                logger.info("adapter %s: rank %d, %d pages", found.name, found.info.rank, found.info.num_pages)
+                logger.info("adapter %s: %s", found.name, found.info.size)
         elif own:
             self._manager.refresh(version)
         elif change.what is What.APPEARED:
@@ -233,7 +233,7 @@ class Reconciler:
         if error is None:
             version = coming.result()
             entry.source, entry.failures = version.source, 0
-            logger.info("adapter %s: rank %d, %d pages", version.name, version.info.rank, version.info.num_pages)
+            logger.info("adapter %s: %s", version.name, version.info.size)
             return
         wait = min(MAX_RETRY_SECONDS, RETRY_SECONDS * 2.0**entry.failures)
         entry.failures += 1

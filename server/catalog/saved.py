@@ -40,7 +40,7 @@ class Remembered:
     """Where an adapter came from."""
 
     source: str  # as the caller gave it
-    ambient: bool = True  # see sources.Access; a caller's own token is not kept
+    ambient: bool = True  # see SourceAccess; a caller's own token is not kept
     pinned: bool = False
 
 

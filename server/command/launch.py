@@ -125,7 +125,7 @@ async def _serve(
 async def _load_adapters(config: ServeConfig, parts: EngineParts) -> Reconciler:
     """What is local and named is there or the server does not start; the rest comes, and is followed from then on."""
     from loraplex.adapters.errors import AdapterError
-    from loraplex.adapters.registry import check_name
+    from loraplex.adapters.names import check_name
     from loraplex.adapters.sources.sources import parse_source
     from loraplex.server.catalog.adapter_list import AdapterListError, DesiredAdapter
     from loraplex.server.catalog.reconciler import Reconciler
@@ -143,7 +143,7 @@ async def _load_adapters(config: ServeConfig, parts: EngineParts) -> Reconciler:
             version = await parts.adapters.register(adapter.name, adapter.source)
         except AdapterError as error:
             raise StartError(f"--adapter {adapter.name}={adapter.source}: {error}") from error
-        logger.info("adapter %s: rank %d, %d pages", version.name, version.info.rank, version.info.num_pages)
+        logger.info("adapter %s: %s", version.name, version.info.size)
     directory, list_file = config.adapters.directory, config.adapters.list_file
     try:
         reconciler = Reconciler(parts.adapters, directory=directory, list_file=list_file, named=distant)

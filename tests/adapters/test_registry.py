@@ -18,7 +18,8 @@ from loraplex.adapters.errors import (
     InvalidAdapterName,
 )
 from loraplex.adapters.info import AdapterInfo
-from loraplex.adapters.registry import AdapterLease, AdapterVersion, Registry, check_name
+from loraplex.adapters.names import check_name
+from loraplex.adapters.registry import AdapterLease, AdapterVersion, Registry
 
 NAMES = ("sql", "pirate", "acme/tickets")
 

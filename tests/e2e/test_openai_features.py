@@ -60,7 +60,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("served")
     base = make_tiny_tokenizer(make_tiny_model("llama", folder / "base", max_position_embeddings=2048))
     adapters = {"wide": {"r": 8, "target_modules": "all-linear"}}
-    with serve_tiny(base, load_oracle(base), folder, adapters, engine=replace(TINY, memory_bytes=96 << 20)) as served:
+    with serve_tiny(base, load_oracle(base), folder, adapters, engine=replace(TINY, memory=96 << 20)) as served:
         yield served
 
 

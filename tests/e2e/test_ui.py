@@ -60,7 +60,7 @@ def served(browser: Browser, base: Path, oracle: Any, tmp_path_factory: pytest.T
         new_key("root", "ops", admin=True),
         new_key("alice", "acme", adapters=["acme/*", "shared"], base=False),
     ]
-    engine = replace(TINY, memory_bytes=48 << 20, max_num_seqs=8)
+    engine = replace(TINY, memory=48 << 20, max_num_seqs=8)
     with live_server(base, engine=engine, keys=keys, auth=AuthConfig(allowed_paths=(folder,))) as live:
         served = Served(live, folder)
         served.load("acme/one", "one")

@@ -230,8 +230,9 @@ class FakeServer:
         self.tokenizer = Tokenizer(base.fast, base.special_tokens, ChatTemplate(source, {}))
 
     def app(self, **changes: Any) -> FastAPI:
-        """A new application of these services. changes: fields of Services, and of ServeConfig."""
-        told = {each.name for each in fields(ServeConfig)} & changes.keys()
+        """A new application of these services. changes: fields of Services, or else of ServeConfig."""
+        own = {each.name for each in fields(Services)}
+        told = {each.name for each in fields(ServeConfig)} & changes.keys() - own
         self.config = replace(self.config, **{name: changes.pop(name) for name in told})
         return create_app(replace(self.services, **changes))
 

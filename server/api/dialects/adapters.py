@@ -81,7 +81,7 @@ async def load(services: Services, record: LoadAdapterRequest, *, pinned: bool =
             f"The lora adapter '{name}' has already been loaded. If you want to load the adapter in place, set "
             "'load_inplace' to True."
         ) from None
-    logger.info("adapter %s loaded: rank %d, %d pages", version.name, version.info.rank, version.info.num_pages)
+    logger.info("adapter %s loaded: %s", version.name, version.info.size)
     return version
 
 

@@ -219,6 +219,7 @@ def test_an_adapter_for_a_wider_base(folder: Folder) -> None:
     ("name", "code", "pattern"),
     [
         (f"{K0}.ia3_x", "unmatched_tensor", "expected ia3_l of self_attn.q_proj"),
+        (f"{K0}.ia3_l.a.b.c", "unmatched_tensor", "expected ia3_l"),
         (f"{K0}.ia3_l.default", "unmatched_tensor", "the same thing twice"),
         (f"{K0}.lora_A.weight", "unmatched_tensor", "expected ia3_l"),
         (f"{K0}.base_layer.bias", "unmatched_tensor", "expected ia3_l"),

@@ -421,6 +421,57 @@ def test_a_drained_adapter_goes_unless_another_name_has_the_same_bytes(rig: Rig,
     assert (digest in rig.images()) == shared
 
 
+def test_a_drained_adapter_that_was_read_last_goes_too(rig: Rig) -> None:
+    version = rig.version("2")
+    loaded = rig.loader.load("2").result(LIMIT)
+    assert rig.registry.identify(version, loaded.digest)
+    rig.registry.unregister("2")
+    rig.cache.forget(version)
+    assert rig.images() == ()
+    rig.check()
+
+
+def test_a_name_that_drains_during_its_copy_is_told_to_nobody(rig: Rig) -> None:
+    told: list[str] = []
+
+    class Watch:
+        def missed(self, name: str) -> None: ...
+        def evicted(self, name: str) -> None: ...
+        def loaded(self, name: str, seconds: float) -> None:
+            told.append(name)
+
+    rig.cache.watch = Watch()
+    version = rig.version("2")
+    assert rig.bring_to_host(version) == [2]
+    rig.cache.copy_budget = 300
+    rig.cache.start_step(busy=True)
+    assert rig.cache.load(version)
+    assert version.digest is not None
+    rig.cache.pin(version.digest)
+    rig.registry.unregister("2")
+    rig.cache.forget(version)
+    rig.cache.start_step(busy=False)
+    assert told == []
+    rig.cache.unpin(version.digest)
+    rig.cache.cancel(version)
+    assert rig.residency.loaded() == ()
+    rig.check()
+
+
+def test_an_image_beyond_its_bound_fails_its_request_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = Rig(host_ranks=3)
+    monkeypatch.setattr(rig.loader, "_read", lambda _: LoadedAdapter(info_of("1", "digest"), image_of("3", 1.0)))
+    version = rig.version("1")
+    rig.cache.request(version)
+    rig.wait()
+    with pytest.raises(ValueError, match="were reserved for it"):
+        rig.cache.missing_pages([version])
+    rig.loader.shutdown()
+    rig.cache.cancel(version)
+    assert rig.cache.host.reserved_bytes == 0
+    rig.check()
+
+
 def test_the_tiers_by_name(rig: Rig) -> None:
     version = rig.version("2")
     assert rig.cache.tier(version) == Tier.SOURCE

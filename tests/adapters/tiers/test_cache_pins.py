@@ -102,7 +102,7 @@ def test_a_name_that_is_taken_away_ends_it(rig: Rig) -> None:
     assert rig.residency.loaded() == ()
     assert rig.pool.num_free == 8
     assert pinned.digest is not None
-    assert not rig.residency.is_pinned_forever(pinned.digest)
+    assert pinned.digest not in rig.residency.pinned_forever
     rig.cache.check_integrity()
 
 
