@@ -68,7 +68,7 @@ class Bodies:
 
     async def read_as(self, request: Request, parse: Callable[[bytes, RequestLimits], R], most: int | None = None) -> R:
         """What `parse` makes of the body, on whatever thread. Raises what it raises, too."""
-        held = _Held(self._held, current_key().tenant)
+        held = _BodyRoom(self._held, current_key().tenant)
         try:
             body = await self._receive(request, most, held)
             if len(body) <= SMALL_BODY:
@@ -90,7 +90,7 @@ class Bodies:
             now = time.monotonic()
             self._pause_until = now + min(now - start, MAX_PAUSE)
 
-    async def _receive(self, request: Request, most: int | None, held: _Held) -> bytes:
+    async def _receive(self, request: Request, most: int | None, held: _BodyRoom) -> bytes:
         """The body, decoded. Raises ApiError (413, 415, and 400 where it is not in its encoding), and as `read`."""
         limit = self._limits.max_body_bytes
         where = "here (--max-body)"
@@ -114,7 +114,7 @@ class Bodies:
 
 
 @dataclass
-class _Held:
+class _BodyRoom:
     """What one request has of the room for large bodies."""
 
     all: Counter[str]

@@ -20,7 +20,7 @@ from loraplex.server.api.tools.message_parser import MessageParser, WholeMessage
 from loraplex.server.api.tools.tool_formats import GENERIC, ToolFormat, describe_tools, find_format, fit_strict
 from loraplex.server.config import RequestLimits
 from loraplex.server.text.chat_template import RESERVED, ChatTemplateError
-from loraplex.server.text.grammar import GrammarSpec, Thought
+from loraplex.server.text.grammar_spec import GrammarSpec, Thought
 from loraplex.server.text.tokenizer import Tokenizer
 
 Choice = Literal["none", "auto", "required"]

@@ -8,16 +8,14 @@ took 230 us of a core on a kept connection, and a thousand of them a second doub
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
 from fastapi import FastAPI
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
-from starlette.datastructures import Headers
-from starlette.middleware.cors import CORSMiddleware
-from starlette.types import Message
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from loraplex.server.api.auth import Dialect, dialect_of, given_keys, is_open, refusal, unauthorized
 from loraplex.server.api.observe import HEADER
@@ -32,6 +30,10 @@ EARLY = (400, 408, 413, 414, 429, 431, 503)
 Field = tuple[bytes, bytes]
 """A header's name and value."""
 
+_HEADER = HEADER.encode()
+_PREFLIGHT = frozenset({b"origin", b"access-control-request-method"})
+_ANSWER = "loraplex.answer"
+
 
 @dataclass(frozen=True)
 class Refusal:
@@ -45,12 +47,15 @@ class Refusal:
 class Gate:
     """What a server refuses before its application, and how many are connected. Loop thread only."""
 
-    def __init__(self, access: Access | None = None, cors: CORSMiddleware | None = None) -> None:
-        """access: the keys; None: every request passes. cors: adds the headers by which web pages read a refusal."""
+    def __init__(self, access: Access | None = None, cors: Callable[[ASGIApp], ASGIApp] | None = None) -> None:
+        """access: the keys; None: every request passes.
+
+        cors: makes the middleware that adds the headers by which web pages read a refusal; it waits for `send` alone.
+        """
         self.connections = self.max_connections = 0  # both are the HTTP server's to write
         self.refused_connections = 0
         self._access = access
-        self._cors = cors
+        self._cors = None if cors is None else cors(_begin_answer)
         self._early = Counter(dict.fromkeys(EARLY, 0))
         self._lines = RefusalLines()
         self._answers = {dialect: refusal(dialect, unauthorized()) for dialect in Dialect}
@@ -61,18 +66,21 @@ class Gate:
         headers: with names in small letters, as ASGI has them.
         """
         access = self._access
-        if access is None or method == "OPTIONS" or is_open(access, method, path):
-            return None  # a browser's preflight has no key
+        if access is None or is_open(access, method, path) or self._is_preflight(method, headers):
+            return None
         if not access.refuses(given_keys(headers)):
             return None
-        given = dict(headers)
-        id_ = request_id(given.get(HEADER.encode(), b"").decode("latin-1"))
+        id_ = request_id(next((value.decode("latin-1") for name, value in headers if name == _HEADER), None))
         self._lines.tell(method, path, 401, id_)
         answer = self._answers[dialect_of(path)]
-        told = [*answer.raw_headers, (HEADER.encode(), id_.encode())]
+        told = [*answer.raw_headers, (_HEADER, id_.encode())]
         if self._cors is not None:
-            told = _with_cors(self._cors, Headers(raw=list(headers)), told)
+            told = _with_cors(self._cors, method, headers, told)
         return Refusal(answer.status_code, told, b"" if method == "HEAD" else bytes(answer.body))
+
+    def _is_preflight(self, method: str, headers: Sequence[Field]) -> bool:
+        """Return whether a browser asks what pages may send, for which it has no key: the CORS middleware answers."""
+        return self._cors is not None and method == "OPTIONS" and {name for name, _ in headers} >= _PREFLIGHT
 
     def note_early(self, status: int, method: str, path: str) -> None:
         """Count and log a request that the HTTP server has refused with `status`, one of EARLY, before it had come."""
@@ -98,15 +106,22 @@ class Gate:
         yield early
 
 
-def _with_cors(cors: CORSMiddleware, asked: Headers, told: list[Field]) -> list[Field]:
+async def _begin_answer(scope: Scope, receive: Receive, send: Send) -> None:
+    await send(scope[_ANSWER])
+
+
+def _with_cors(cors: ASGIApp, method: str, asked: Sequence[Field], told: list[Field]) -> list[Field]:
     """Return the headers `told` as `cors` sends them: with those by which the page that asked may read the answer."""
     message: Message = {"type": "http.response.start", "headers": told}
 
+    async def receive() -> Message:
+        raise NotImplementedError
+
     async def sent(message: Message) -> None: ...
 
-    adding = cors.send(message, sent, asked)
+    adding = cors({"type": "http", "method": method, "headers": list(asked), _ANSWER: message}, receive, sent)
     with suppress(StopIteration):
-        adding.send(None)  # it waits for `sent` alone
+        adding.__await__().send(None)
     return list(message["headers"])
 
 

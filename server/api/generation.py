@@ -28,7 +28,8 @@ from loraplex.server.engine.request import ContextTooLong, GenerationRequest, Mi
 from loraplex.server.telemetry.request_context import current_exchange
 from loraplex.server.tenancy.tenants import current_caller
 from loraplex.server.text.detokenizer import Detokenizer
-from loraplex.server.text.grammar import Grammar, GrammarRefused, Thought
+from loraplex.server.text.grammar import Grammar
+from loraplex.server.text.grammar_spec import GrammarRefused, Thought
 from loraplex.server.text.tokenizer import Tokenizer
 
 

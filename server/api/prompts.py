@@ -11,7 +11,7 @@ from loraplex.server.engine.request import (
     TokenScores,
 )
 from loraplex.server.text.detokenizer import Detokenizer
-from loraplex.server.text.grammar import GrammarSpec, Thought
+from loraplex.server.text.grammar_spec import GrammarSpec, Thought
 from loraplex.server.text.tokenizer import Tokenizer
 
 

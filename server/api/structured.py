@@ -15,7 +15,7 @@ from loraplex.server.api.errors import InvalidField
 from loraplex.server.api.limits import check_schema, check_text
 from loraplex.server.api.schemas import SharedFields, kind_of
 from loraplex.server.config import RequestLimits
-from loraplex.server.text.grammar import GrammarSpec
+from loraplex.server.text.grammar_spec import GrammarSpec
 from loraplex.server.text.schema_ends import close_objects, open_objects
 
 MAX_OPTIONS = 1024

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI
@@ -34,7 +35,7 @@ def create_app(services: Services) -> FastAPI:
         cors = {"allow_origins": origins, "allow_methods": ["*"], "allow_headers": ["*"], "max_age": 600}
         app.add_middleware(CORSMiddleware, **cors)
     app.add_middleware(ObserveMiddleware, tracing=services.tracing)  # around all others: whatever happens has its line
-    app.state.gate = Gate(services.access, CORSMiddleware(app, **cors) if cors else None)
+    app.state.gate = Gate(services.access, partial(CORSMiddleware, **cors) if cors else None)
     services.metrics.add(app.state.gate.collector())
     for resource in (  # in this order they are asked whose a request is
         ops,

@@ -44,7 +44,8 @@ def read_tokenizers(folder: Path, rows: int, eos_ids: tuple[int, ...], chat_temp
 
     chat_template: a file instead of the base's own. Raises StartError.
     """
-    from loraplex.server.text.tokenizer import Tokenizer, TokenizerError
+    from loraplex.server.text.tokenizer import Tokenizer
+    from loraplex.server.text.tokenizer_reading import TokenizerError
     from loraplex.server.text.tokenizers import Tokenizers
 
     try:
@@ -55,7 +56,8 @@ def read_tokenizers(folder: Path, rows: int, eos_ids: tuple[int, ...], chat_temp
 
 def read_grammars(tokenizers: Tokenizers) -> Grammars:
     """Read the vocabulary for grammars: that takes 0.8 s with the interpreter's lock held."""
-    from loraplex.server.text.grammar import GrammarRefused, Grammars
+    from loraplex.server.text.grammar import Grammars
+    from loraplex.server.text.grammar_spec import GrammarRefused
 
     grammars = Grammars(tokenizers.base, tokenizers.rows, tokenizers.eos_ids)
     try:

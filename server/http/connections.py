@@ -70,6 +70,7 @@ class Connections:
         self._idle: OrderedDict[Connection, None] = OrderedDict()  # without a request at work; longest idle first
         self._full = Occasional(logger, f"{most} connections are open (--limit-concurrency); %d more got 503")
         self._refusals: deque[Callable[[], None]] = deque()
+        self._refuses = False  # in the loop's next turn
 
     def admit(self, connection: Connection) -> bool:
         """Return whether a new connection may stay; the longest idle one makes room. leave() follows either way."""
@@ -119,15 +120,21 @@ class Connections:
 
     def refuse(self, answer: Callable[[], None]) -> None:
         """Call `answer`, which refuses a request, in a later turn of the event loop; nobody who begins waits for it."""
-        if not self._refusals:
-            asyncio.get_running_loop().call_soon(self._refuse_some)
         self._refusals.append(answer)
+        self._refuse_next_turn()
+
+    def _refuse_next_turn(self) -> None:
+        if self._refusals and not self._refuses:
+            self._refuses = True
+            asyncio.get_running_loop().call_soon(self._refuse_some)
 
     def _refuse_some(self) -> None:
-        for _ in range(min(REFUSALS, len(self._refusals))):
-            self._refusals.popleft()()
-        if self._refusals:
-            asyncio.get_running_loop().call_soon(self._refuse_some)
+        try:
+            for _ in range(min(REFUSALS, len(self._refusals))):
+                self._refusals.popleft()()  # a pipelined request behind it calls refuse()
+        finally:
+            self._refuses = False
+            self._refuse_next_turn()
 
     def _next_turn(self) -> None:
         self._begun = 0

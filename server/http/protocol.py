@@ -34,8 +34,8 @@ from loraplex.server.http.bounds import (
     Bounds,
 )
 from loraplex.server.http.connections import Connections
-from loraplex.server.http.incoming import Incoming
-from loraplex.server.http.refused import CLOSE, Refused, written
+from loraplex.server.http.refused import Refused, end_cycle, refused_by, written
+from loraplex.server.http.request_meter import RequestMeter
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -53,7 +53,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._next_request()
 
     def _next_request(self) -> None:
-        self._incoming = Incoming(self._bounds)
+        self._meter = RequestMeter(self._bounds)
         self._in_head = self._in_body = False
         self._marked = 0  # of the body's bytes, when it was last looked at
 
@@ -85,10 +85,10 @@ class BoundedProtocol(HttpToolsProtocol):
             self.transport.abort()
         elif self._in_body:
             waits_for_us = self.flow.read_paused or self.cycle.waiting_for_100_continue
-            if not waits_for_us and self._incoming.body - self._marked < BODY_SECONDS * BODY_RATE:
+            if not waits_for_us and self._meter.body - self._marked < BODY_SECONDS * BODY_RATE:
                 self._refuse(Refused(408, f"The body came too slowly: expected {BODY_RATE} bytes a second."))
                 return
-            self.due, self._marked = now + BODY_SECONDS, self._incoming.body
+            self.due, self._marked = now + BODY_SECONDS, self._meter.body
         elif self._is_answering():
             self.due = now + HEAD_SECONDS
         elif self._in_head:
@@ -125,22 +125,15 @@ class BoundedProtocol(HttpToolsProtocol):
                 piece = data if self._in_body else data[:SMALL_HEAD]
                 self._feed(piece)
                 data = data[len(piece) :]
-        except Refused as refused:
-            self._refuse(refused)
-        except httptools.HttpParserError as error:
-            cause = error.__context__
-            self._refuse(
-                cause
-                if isinstance(cause, Refused)
-                else Refused(400, "Found no request of HTTP/1.1: expected a method, a target and fields.")
-            )
+        except (Refused, httptools.HttpParserError) as error:
+            self._refuse(refused_by(error))
 
     def _feed(self, data: bytes) -> None:
-        if self._incoming.raw:
+        if self._meter.raw:
             data = self._feed_raw(data)
         if not data or self._deaf:
             return
-        before, self._began = self._incoming.body, False
+        before, self._began = self._meter.body, False
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
@@ -149,18 +142,18 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._began:  # nobody knows where in `data` that was
             return
         if self._in_head:
-            self._incoming.add_unfinished(len(data))
+            self._meter.add_unfinished(len(data))
             self._claim_large()
         elif self._in_body:
-            self._incoming.add_framing(len(data) - (self._incoming.body - before))
+            self._meter.add_framing(len(data) - (self._meter.body - before))
 
     def _feed_raw(self, data: bytes) -> bytes:
         """What is left of `data` behind the body."""
-        incoming = self._incoming
-        piece, rest = data[: incoming.raw], data[incoming.raw :]
-        incoming.raw -= len(piece)
+        meter = self._meter
+        piece, rest = data[: meter.raw], data[meter.raw :]
+        meter.raw -= len(piece)
         self.on_body(piece)
-        if not incoming.raw:
+        if not meter.raw:
             self.on_message_complete()
         return rest
 
@@ -173,16 +166,16 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_message_begin()
 
     def on_url(self, url: bytes) -> None:
-        self._incoming.add_target(len(url))
+        self._meter.add_target(len(url))
         super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._incoming.add_field(name, value)
+        self._meter.add_field(name, value)
         self._claim_large()
         if not self._in_head:
             return
         if len(name) == 14 and name.lower() == b"content-length":
-            self._incoming.declared = int(value)
+            self._meter.declared = int(value)
         elif len(name) == 6 and name.lower() == b"cookie":
             return
         super().on_header(name, value)
@@ -190,31 +183,33 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         if len(self.pipeline) >= FREE_PIPELINED and not self._may_queue():
             raise Refused(429, "Too many requests wait on this connection.")  # nobody is told: it just closes
-        self._incoming.check_parameters(self.url)
+        self._meter.check_parameters(self.url)
         if self.parser.should_upgrade() and any(name == b"transfer-encoding" for name, _ in self.headers):
             raise Refused(400, "A request to upgrade cannot have a chunked body here.")
         super().on_headers_complete()
         self._in_head, self._in_body = False, True
         self.due = self._others.now + BODY_SECONDS
         self._others.set_busy(self)
-        if self._incoming.declared > self._bounds.body_bytes:
+        if self._meter.declared > self._bounds.body_bytes:
             self._is_last(self.cycle)
         if self.parser.should_upgrade():  # there is nothing to upgrade to: the body is a body, which llhttp leaves out
-            self._incoming.raw = self._incoming.declared
+            self._meter.raw = self._meter.declared
 
     def on_body(self, body: bytes) -> None:
-        self._incoming.add_piece(len(body))
-        if self._incoming.body > self._bounds.body_bytes:
+        self._meter.add_piece(len(body))
+        if self._meter.body > self._bounds.body_bytes:
             if self.cycle.response_complete:
                 raise Refused(413, "The body is too large.")
             self._is_last(self.cycle)  # whoever reads it says so
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        if self._incoming.raw:
+        if self._meter.raw:
             return
         self._in_body = False
-        self.due = math.inf
+        # What came behind its answer has ended uvicorn's time for idle connections
+        answered = self.cycle.response_complete
+        self.due = self._others.now + self.timeout_keep_alive if answered else math.inf
         super().on_message_complete()
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
@@ -225,7 +220,7 @@ class BoundedProtocol(HttpToolsProtocol):
             refusal = self._others.gate.refuse(scope["method"], scope["path"], list(scope["headers"]))
         if refusal is not None:
             self._others.refuse(partial(self._answer, cycle, refusal))
-        elif scope["path"] in PROBES and not self._incoming.declared:
+        elif scope["path"] in PROBES and not self._meter.declared:
             begin(cycle, app)
         else:  # unless nobody waits any more when its turn has come
             self._others.begin(lambda: None if cycle.disconnected else begin(cycle, app))
@@ -234,11 +229,7 @@ class BoundedProtocol(HttpToolsProtocol):
         """End `cycle` with an answer that no application gives."""
         if cycle.disconnected:
             return
-        cycle.response_started = cycle.response_complete = True
-        headers = self.server_state.default_headers if cycle.keep_alive else [*self.server_state.default_headers, CLOSE]
-        cycle.transport.write(written(refusal, headers))
-        if not cycle.keep_alive:
-            cycle.transport.close()
+        end_cycle(cycle, refusal, self.server_state.default_headers)
         self.on_response_complete()
 
     def on_response_complete(self) -> None:
@@ -254,7 +245,7 @@ class BoundedProtocol(HttpToolsProtocol):
         return self.cycle is not None and not self.cycle.response_complete
 
     def _claim_large(self) -> None:
-        if self._incoming.largest > SMALL_HEAD and not self._is_large:
+        if self._meter.largest > SMALL_HEAD and not self._is_large:
             if not self._others.claim_large():
                 raise Refused(503, f"Too many connections have heads of more than {SMALL_HEAD} bytes; try again.")
             self._is_large = True
@@ -262,7 +253,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def _may_queue(self) -> bool:
         fields = [field for cycle, _ in self.pipeline for field in cycle.scope["headers"]]
         size = sum(len(name) + len(value) for name, value in fields)
-        return len(self.pipeline) < MAX_PIPELINED and size + self._incoming.head <= SMALL_HEAD
+        return len(self.pipeline) < MAX_PIPELINED and size + self._meter.head <= SMALL_HEAD
 
     def _refuse(self, refused: Refused) -> None:
         """Answer and end the connection. Where an answer is under way, that one is the last."""

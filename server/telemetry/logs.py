@@ -12,6 +12,7 @@ import threading
 import traceback
 from collections import Counter
 from collections.abc import Mapping
+from contextvars import Context
 from datetime import UTC, datetime
 from numbers import Number
 from typing import Any
@@ -160,13 +161,13 @@ class RefusalLines:
     def tell(self, method: str, path: str, status: int, request_id: str) -> None:
         """Log the line of a refused request, or count it for a line at the end of the second."""
         if self._second is None:
-            self._second = asyncio.get_running_loop().call_later(1.0, self._next_second)
+            self._second = asyncio.get_running_loop().call_later(1.0, self._next_second, context=Context())
         if self._told >= MAX_REFUSALS:
             self._untold[status] += 1
             return
         self._told += 1
-        context = RequestContext(request_id, method, path, status=status)
-        log_access(context)
+        # A request that is pipelined begins in the context of the one before it, whose trace is not its own
+        Context().run(log_access, RequestContext(request_id, method, path, status=status))
 
     def _next_second(self) -> None:
         if self._untold:

@@ -35,8 +35,10 @@ class Access:
 
     async def find(self, secrets: Iterable[str]) -> Caller | None:
         """Return who holds the first of `secrets` that is a key; None when none is."""
-        if self._file is not None and await self._file.refresh():
-            self._replace(self._file.keyring)
+        if self._file is not None:
+            await self._file.refresh()
+            if self._keyring is not self._file.keyring:  # it may have been read for a request that is gone
+                self._replace(self._file.keyring)
         for secret in secrets:
             found = self._keyring.find(secret)
             if found is not None:

@@ -11,25 +11,19 @@ lock.
 from __future__ import annotations
 
 import asyncio
-import json
-import re
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 from weakref import WeakSet, WeakValueDictionary
 
 import numpy as np
 from numpy.typing import NDArray
 
 from loraplex.server.engine.request import Overloaded
-from loraplex.server.text.schema_ends import close_objects, end_numbers, is_endless, real_dates
+from loraplex.server.text.grammar_spec import GrammarRefused, GrammarSpec, one_line, sources_of
 from loraplex.server.text.tokenizer import Tokenizer
-
-COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-"""JSON on one line, as json.dumps writes it: small models like to fill the rest of their answer with white space."""
 
 KEPT = 64
 """Compiled grammars kept for the next request that brings the same one; mostly compiled in about 1 ms."""
@@ -46,40 +40,6 @@ MAX_ITEMS = 5_000
 
 MAX_FUEL = 100_000
 """Of the lexer in one mask, about 7 ms; llguidance's own limit is 200,000."""
-
-
-Thought = Literal["none", "open", "possible"]
-"""Whether an answer begins with thinking aloud, which no grammar binds: never; it is in the middle of it, since the
-prompt ended with <think>; it may, with a <think> of its own."""
-
-_THOUGHT = "thought: aloud /\\s{0,4}/\naloud[lazy]: /(?s:.*)<\\/think>/"
-_BEFORE = {
-    "none": ("", ""),
-    "open": ("thought ", _THOUGHT),
-    "possible": ("(opening thought)? ", f"opening: /\\s{{0,4}}<think>/\n{_THOUGHT}"),
-}
-"""What stands before the answer in the start rule, and the rules it needs."""
-
-
-_INLINED = re.compile(r"^(\s*)\?(?=[a-z_][a-z0-9_]*\s*:)", re.MULTILINE)
-"""Lark's mark of rules that leave no node in its tree: here there is none."""
-
-
-class GrammarRefused(ValueError):
-    """The grammar cannot be compiled, or not within its limits; the message says why."""
-
-
-@dataclass(frozen=True)
-class GrammarSpec:
-    """What the output must be."""
-
-    kind: Literal["json_schema", "regex", "lark", "choice"]
-    text: str  # a JSON schema, a regular expression, Lark (or GBNF) rules, or a JSON list of strings
-    whitespace: str | None = None  # json_schema: an expression of what may stand between parts; None: COMPACT
-    lenient: bool = False  # json_schema: leave out what cannot be enforced, where it would be refused
-    thought: Thought = "none"  # what may come before
-    alternative: str = ""  # Lark rules of another answer that is as good
-    owner: str = ""  # the tenant: what its texts make of a compiled grammar is nobody else's
 
 
 class Grammar:
@@ -128,7 +88,7 @@ class TokenMask:
                 return self._next(output)
             except BaseException as error:  # a panic of the Rust side is no Exception; it must cost this request only
                 self._grammar.is_spent = True
-                self.give_up(_one_line(str(error)) or type(error).__name__)
+                self.give_up(one_line(str(error)) or type(error).__name__)
         return self._ends
 
     def give_up(self, reason: str) -> None:
@@ -154,7 +114,7 @@ def mask_of(matcher: Any, vocab_size: int) -> NDArray[np.uint8]:
     if not matcher.is_error():
         bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
     if matcher.is_error():
-        raise GrammarRefused(_one_line(matcher.get_error()))
+        raise GrammarRefused(one_line(matcher.get_error()))
     return bits[: -(-vocab_size // 8)]
 
 
@@ -218,7 +178,7 @@ class Grammars:
             max_lexer_states=MAX_STATES, step_max_items=MAX_ITEMS, step_lexer_fuel=MAX_FUEL, verbose_errors=False
         )
         refusal: GrammarRefused | None = None
-        for source in _sources(spec):
+        for source in sources_of(spec):
             try:
                 matcher = llguidance.LLMatcher(tokenizer, source, log_level=0, limits=limits)
                 grammar = Grammar(spec, matcher, self._vocab_size, self._eos_ids)
@@ -259,58 +219,5 @@ class Grammars:
                     self._source.to_json(), n_vocab=self._vocab_size, eos_token=list(self._eos_ids)
                 )
             except Exception as error:  # it raises whatever its Rust side does
-                raise GrammarRefused(f"this base's tokenizer does not allow it: {_one_line(str(error))}") from error
+                raise GrammarRefused(f"this base's tokenizer does not allow it: {one_line(str(error))}") from error
         return self._tokenizer
-
-
-def _sources(spec: GrammarSpec) -> list[str]:
-    """`spec` in llguidance's own form: the first that compiles is taken. Raises GrammarRefused."""
-    try:
-        answers = _answers(spec)
-    except Exception as error:  # the converter of GBNF raises its own kinds
-        raise GrammarRefused(_one_line(str(error))) from error
-    return [_around(answer, spec) for answer in answers]
-
-
-def _around(answer: dict[str, Any], spec: GrammarSpec) -> str:
-    """An answer's grammar with what may stand before or instead of it."""
-    before, rules = _BEFORE[spec.thought]
-    start = f"start: {before}(@answer | @alternative)" if spec.alternative else f"start: {before}@answer"
-    grammars = [{"name": "start", "lark_grammar": f"{start}\n{rules}"}, {"name": "answer", **answer}]
-    if spec.alternative:
-        grammars.append({"name": "alternative", "lark_grammar": spec.alternative})
-    return json.dumps({"grammars": grammars})
-
-
-def _answers(spec: GrammarSpec) -> list[dict[str, Any]]:
-    """Of llguidance's grammars one, and another that is to be taken where it cannot be compiled."""
-    from llguidance import regex_to_lark
-    from llguidance.gbnf_to_lark import any_to_lark
-
-    match spec.kind:
-        case "json_schema":
-            schema = json.loads(spec.text)
-            if isinstance(schema, bool):
-                schema = {} if schema else {"not": {}}
-            between = COMPACT if spec.whitespace is None else {"whitespace_pattern": spec.whitespace}
-            options = {**between, "lenient": spec.lenient}
-            if is_endless(schema):
-                raise GrammarRefused(
-                    "no text can hold to it: the schema refers to itself, and what it needs has no end"
-                )
-            closed = real_dates(close_objects(schema))
-            ended = end_numbers(closed)
-            schemas = [closed] if ended == closed else [ended, closed]
-            return [{"json_schema": {**each, "x-guidance": options}} for each in schemas]
-        case "regex":
-            return [{"lark_grammar": f"start: /{regex_to_lark(spec.text, '')}/"}]
-        case "choice":
-            choices = (json.dumps(choice, ensure_ascii=False) for choice in json.loads(spec.text))
-            return [{"lark_grammar": "start: " + " | ".join(choices)}]
-        case "lark":
-            text = spec.text if "::=" not in spec.text else any_to_lark(spec.text)  # GBNF defines by it, Lark by ":"
-            return [{"lark_grammar": _INLINED.sub(r"\1", text)}]
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())[:300]

@@ -16,9 +16,10 @@ from typing import Any
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as FastTokenizer
 
-from loraplex.adapters.files.tokenizer_files import CONFIG_FILE, FAST_FILE, SPECIAL_FILE, special_tokens
+from loraplex.adapters.files.tokenizer_files import CONFIG_FILE
 from loraplex.server.text.chat_template import ChatTemplate, ChatTemplateError, read_template
 from loraplex.server.text.template_process import AdapterTemplate
+from loraplex.server.text.tokenizer_reading import read_fast, read_json, read_text
 
 _NO_TOKEN = 2**31 - 1
 """An id that no vocabulary has."""
@@ -28,10 +29,6 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 Template = ChatTemplate | AdapterTemplate | ChatTemplateError
 """What writes conversations: of the base, of an adapter, or why there is none."""
-
-
-class TokenizerError(ValueError):
-    """The folder holds no tokenizer that can be read; the message says what was looked for."""
 
 
 class Tokenizer:
@@ -76,21 +73,13 @@ class Tokenizer:
 
         Raises TokenizerError.
         """
-        config = _read_json(folder / CONFIG_FILE)
-        if (folder / FAST_FILE).is_file():
-            try:
-                fast = FastTokenizer.from_file(str(folder / FAST_FILE))
-            except Exception as error:  # the library raises bare Exception
-                raise TokenizerError(f"{folder / FAST_FILE} cannot be read: {error}") from error
-            special = special_tokens(config, _read_json(folder / SPECIAL_FILE))
-            _add_declared(fast, config, special)
-        else:
-            fast, special = _through_transformers(folder)
+        config = read_json(folder / CONFIG_FILE)
+        fast, special = read_fast(folder, config)
         fast.no_truncation()  # both may be stored in the file, for training
         fast.no_padding()
         template: Template
         try:
-            source = read_template(folder, config) if chat_template is None else _read_text(chat_template)
+            source = read_template(folder, config) if chat_template is None else read_text(chat_template)
             if source is None:
                 raise ChatTemplateError("this base has no chat template; use /v1/completions with a prompt instead")
             template = ChatTemplate(source, special)
@@ -273,63 +262,3 @@ def _byte_characters() -> dict[str, int]:
 
 
 _BYTE_OF = _byte_characters()
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise TokenizerError(f"the chat template {path} cannot be read: {error}") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise TokenizerError(f"{path} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise TokenizerError(f"{path} holds a {type(content).__name__}, expected an object")
-    return content
-
-
-def _add_declared(fast: FastTokenizer, config: Mapping[str, Any], special: Mapping[str, str]) -> None:
-    """Add the special tokens that only tokenizer_config.json knows, as transformers does.
-
-    Its add_bos_token and add_eos_token do not count, there or here: tokenizer.json's own post-processor does.
-    """
-    declared = [_added_token(entry) for entry in (config.get("added_tokens_decoder") or {}).values()]
-    declared += [AddedToken(text, special=True) for text in special.values()]
-    fast.add_tokens(list(_missing(fast, declared)))
-
-
-def _missing(fast: FastTokenizer, tokens: Iterable[AddedToken]) -> Iterable[AddedToken]:
-    seen = set()
-    for token in tokens:
-        if fast.token_to_id(token.content) is None and token.content not in seen:
-            seen.add(token.content)
-            yield token
-
-
-def _added_token(entry: Mapping[str, Any]) -> AddedToken:
-    flags = {
-        key: bool(entry[key]) for key in ("lstrip", "rstrip", "single_word", "normalized", "special") if key in entry
-    }
-    return AddedToken(entry["content"], **flags)
-
-
-def _through_transformers(folder: Path) -> tuple[FastTokenizer, dict[str, str]]:
-    """Without a tokenizer.json: transformers converts what there is (tokenizer.model, vocab.json, ...)."""
-    from transformers import AutoTokenizer
-
-    try:
-        loaded = AutoTokenizer.from_pretrained(str(folder))
-    except Exception as error:  # whatever it fails with, the reason is that there is nothing it can read
-        reason = str(error).strip().split("\n", 1)[0]
-        raise TokenizerError(
-            f"{folder} holds no tokenizer.json, nor a tokenizer transformers can read: {reason}"
-        ) from error
-    if not loaded.is_fast:
-        raise TokenizerError(f"{folder} holds no tokenizer.json, and its tokenizer has no fast form")
-    return loaded.backend_tokenizer, dict(loaded.special_tokens_map)

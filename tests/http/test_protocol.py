@@ -595,6 +595,62 @@ async def test_refusals_leave_turns_and_come_behind_nobody(closed: Served) -> No
     assert sum(bool(other.written) for _, other in clients) == len(clients) - 1
 
 
+async def test_refusals_of_one_connection_leave_turns_as_well(closed: Served) -> None:
+    """One request begins where the one before it is refused, so that the queue is empty each time."""
+    protocol, transport = closed.connect()
+    protocol.data_received(GET.replace(b"GET /", b"GET /v1/models") * 3 * REFUSALS)
+    answered = [0]
+    while answered[-1] < 3 * REFUSALS:
+        await asyncio.sleep(0)
+        answered.append(len(statuses(transport)))
+    assert all(now - before <= REFUSALS for before, now in pairwise(answered))
+
+
+@pytest.mark.parametrize("key", [b"right", b"wrong"])
+async def test_a_body_that_was_to_be_asked_for_is_not_waited_for_once_there_is_an_answer(
+    closed: Served, key: bytes
+) -> None:
+    closed.reads = False
+    protocol, transport = closed.connect()
+    fields = b"Expect: 100-continue\r\nContent-Length: 800\r\nx-api-key: "
+    protocol.data_received(b"POST /v1/x HTTP/1.1\r\n" + fields + key + b"\r\n\r\n")
+    await turns()
+    assert statuses(transport) == [200 if key == b"right" else 401]
+    closed.at(BODY_SECONDS)
+    assert transport.ended
+
+
+@pytest.mark.parametrize("key", [b"right", b"wrong"])
+async def test_a_connection_whose_body_came_behind_its_answer_is_closed_when_it_has_been_idle(
+    closed: Served, key: bytes
+) -> None:
+    closed.reads = False
+    protocol, transport = closed.connect()
+    protocol.data_received(b"POST /v1/x HTTP/1.1\r\nContent-Length: 800\r\nx-api-key: " + key + b"\r\n\r\n")
+    await turns()
+    assert len(statuses(transport)) == 1
+    protocol.data_received(b"x" * 800)
+    closed.at(protocol.timeout_keep_alive - 1)
+    assert not transport.closed
+    closed.at(protocol.timeout_keep_alive)
+    assert transport.closed
+
+
+async def test_a_connection_whose_body_came_behind_its_answer_goes_on(closed: Served) -> None:
+    protocol, transport = closed.connect()
+    protocol.data_received(b"POST /v1/x HTTP/1.1\r\nContent-Length: 800\r\n\r\n")
+    await turns()
+    closed.gate.clear()
+    protocol.data_received(b"x" * 800 + b"GET /v1/x HTTP/1.1\r\nx-api-key: right\r\n\r\n")
+    for seconds in range(0, int(3 * protocol.timeout_keep_alive), int(BODY_SECONDS)):
+        closed.at(seconds)
+    await turns()
+    assert not transport.closed
+    closed.gate.set()
+    await turns()
+    assert statuses(transport) == [401, 200]
+
+
 async def test_what_is_refused_early_has_a_line_and_is_counted(
     served: Served, caplog: pytest.LogCaptureFixture
 ) -> None:

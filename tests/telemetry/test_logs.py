@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import logging
 import threading
@@ -236,7 +237,9 @@ async def test_lines_of_refusals_are_few_and_none_is_uncounted(
     delays: list[float] = []
     loop = asyncio.get_running_loop()
     real = loop.call_later
-    monkeypatch.setattr(loop, "call_later", lambda delay, *rest: delays.append(delay) or real(0.0, *rest))
+    monkeypatch.setattr(
+        loop, "call_later", lambda delay, *rest, **named: delays.append(delay) or real(0.0, *rest, **named)
+    )
     for number in range(MAX_REFUSALS + 500):
         lines.tell("GET", "/v1/models", 431 if number == MAX_REFUSALS else 401, f"id-{number}")
     await until(lambda: len(caplog.records) > MAX_REFUSALS)
@@ -247,6 +250,27 @@ async def test_lines_of_refusals_are_few_and_none_is_uncounted(
     assert delays[0] == 1.0
     lines.tell("GET", "/health", 401, "id-next")  # a second of its own
     assert caplog.records[-1].__dict__["fields"]["request_id"] == "id-next"
+
+
+async def test_lines_of_refusals_are_not_the_request_before_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(JsonFormatter())
+    logger = logging.getLogger("loraplex.access")
+    monkeypatch.setattr(logger, "handlers", [handler])
+    monkeypatch.setattr(logger, "level", logging.INFO)
+    loop = asyncio.get_running_loop()
+    real = loop.call_later
+    monkeypatch.setattr(loop, "call_later", lambda delay, *rest, **named: real(0.0, *rest, **named))
+    before = RequestContext("before", "POST", "/", trace_id="of-before")
+    with exchanging(before):
+        lines = RefusalLines()
+        for _ in range(MAX_REFUSALS + 1):
+            lines.tell("GET", "/v1/models", 401, "mine")
+    await until(lambda: stream.getvalue().count("\n") > MAX_REFUSALS)
+    *told, last = map(json.loads, stream.getvalue().splitlines())
+    assert [(line["request_id"], line.get("trace_id")) for line in told] == [("mine", None)] * MAX_REFUSALS
+    assert "request_id" not in last
 
 
 async def test_an_exchange_ends_with_the_last_that_holds_it() -> None:

@@ -207,6 +207,33 @@ async def test_all_who_come_while_it_is_read_wait_for_the_new_keys(
     assert file.num_reloads == 1
 
 
+async def test_keys_that_were_read_for_somebody_who_has_left_count_as_well(
+    followed: tuple[Path, Clock, Callable[[], None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread reads on when the request that asked is cancelled, and nobody reads the same file again."""
+    path, clock, later = followed
+    file = KeysFile(path, clock)
+    access = Access(file, clock=clock)
+    write(path, "two")
+    later()
+    begun, go_on, reload = threading.Event(), threading.Event(), file._reload
+
+    def wait_and_reload() -> bool:
+        begun.set()
+        go_on.wait(20)
+        return reload()
+
+    monkeypatch.setattr(file, "_reload", wait_and_reload)
+    leaving = asyncio.create_task(access.find(["two"]))
+    await asyncio.to_thread(begun.wait, 20)
+    leaving.cancel()
+    await asyncio.gather(leaving, return_exceptions=True)
+    go_on.set()
+    assert await access.find(["one"]) is None
+    assert access.refuses(["one"])
+    assert access.num_keys == 1
+
+
 async def test_what_a_key_has_used_outlives_a_change(followed: tuple[Path, Clock, Callable[[], None]]) -> None:
     path, clock, later = followed
     write(path, "one", requests_per_minute=2)

@@ -21,15 +21,8 @@ from numpy.typing import NDArray
 from loraplex.server.engine.request import Overloaded
 from loraplex.server.engine.step.masks import MaskPool
 from loraplex.server.text import grammar as grammar_module
-from loraplex.server.text.grammar import (
-    KEPT,
-    Grammar,
-    GrammarRefused,
-    Grammars,
-    GrammarSpec,
-    Thought,
-    TokenMask,
-)
+from loraplex.server.text.grammar import KEPT, Grammar, Grammars, TokenMask
+from loraplex.server.text.grammar_spec import GrammarRefused, GrammarSpec, Thought
 from loraplex.server.text.tokenizer import Tokenizer
 from tests.support.schemas import bounded_schemas
 from tests.support.tiny import VOCAB_SIZE, make_tiny_tokenizer

@@ -13,8 +13,9 @@ import jsonschema
 import pytest
 from hypothesis import given
 
-from loraplex.server.text import grammar
-from loraplex.server.text.grammar import GrammarRefused, Grammars, GrammarSpec
+from loraplex.server.text import grammar_spec
+from loraplex.server.text.grammar import Grammars
+from loraplex.server.text.grammar_spec import GrammarRefused, GrammarSpec
 from loraplex.server.text.schema_ends import (
     DATE,
     DECIMALS,
@@ -257,5 +258,5 @@ def test_a_bound_that_does_not_compile_is_left_out(tokenizer: Tokenizer, monkeyp
     wanted = GrammarSpec("json_schema", json.dumps(BOUNDED))
     beyond = "0.1234567890"
     assert not accepts(Grammars(tokenizer, VOCAB_SIZE, (1,)), tokenizer, wanted, beyond)
-    monkeypatch.setattr(grammar, "end_numbers", lambda schema: {**schema, "multipleOf": "a word"})
+    monkeypatch.setattr(grammar_spec, "end_numbers", lambda schema: {**schema, "multipleOf": "a word"})
     assert accepts(Grammars(tokenizer, VOCAB_SIZE, (1,)), tokenizer, wanted, beyond)

@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from loraplex.server.text.chat_template import ChatTemplateError
-from loraplex.server.text.tokenizer import Tokenizer, TokenizerError
+from loraplex.server.text.tokenizer import Tokenizer
+from loraplex.server.text.tokenizer_reading import TokenizerError
 from tests.support.tiny import BOS, EOS, make_tiny_tokenizer
 from tests.support.vocabularies import make_byte_fallback_tokenizer
 

@@ -126,7 +126,7 @@ async def answer(
             raise record
         if record.parameters is not None and record.parameters.api_token is None and services.access is None:
             record.parameters.api_token = _bearer(request)
-        work = _Work(services, record, start, bool(record.stream) if streams is None else streams)
+        work = _LoraxWork(services, record, start, bool(record.stream) if streams is None else streams)
         work.generation.client_id = request.headers.get("x-request-id")
         if work.stream:
             return SseResponse(
@@ -173,7 +173,7 @@ async def _read(services: Services, request: Request) -> LoraxRequest | Exceptio
         return error
 
 
-class _Work:
+class _LoraxWork:
     """One request: its generation and how it is written."""
 
     def __init__(self, services: Services, record: LoraxRequest, start: float, stream: bool) -> None:

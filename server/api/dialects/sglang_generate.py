@@ -31,7 +31,7 @@ from loraplex.server.api.schemas import (
 from loraplex.server.api.services import Services
 from loraplex.server.api.sse import SseResponse, answer_or_disconnect
 from loraplex.server.api.structured import read_structured
-from loraplex.server.text.grammar import GrammarSpec
+from loraplex.server.text.grammar_spec import GrammarSpec
 from loraplex.server.text.tokenizer import Tokenizer
 
 DEFAULT_MAX_TOKENS = 128  # SGLang's

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from loraplex.server.api.tools.call_objects import CallArguments, CallStart, Text, held_back
 from loraplex.server.api.tools.call_parsers import CallParser
-from loraplex.server.text.grammar import Thought
+from loraplex.server.text.grammar_spec import Thought
 
 OPENING, CLOSING = "<think>", "</think>"
 

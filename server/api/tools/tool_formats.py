@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from loraplex.server.api.tools.call_parsers import CallParser, NamedCalls, PythonicCalls, TaggedCalls, WholeCalls
-from loraplex.server.text.grammar import COMPACT
+from loraplex.server.text.grammar_spec import COMPACT
 from loraplex.server.text.schema_ends import close_objects, end_numbers, real_dates
 
 MAX_CALLS = 32

@@ -17,7 +17,8 @@ from loraplex.server.api.conversation import Dialogue
 from loraplex.server.api.tools.call_objects import CallArguments, CallStart, Piece, Text
 from loraplex.server.api.tools.tool_formats import MAX_CALLS, ToolFormat, find_format
 from loraplex.server.engine.request import Constraint
-from loraplex.server.text.grammar import Grammars, GrammarSpec
+from loraplex.server.text.grammar import Grammars
+from loraplex.server.text.grammar_spec import GrammarSpec
 from tests.support.asking import CHAT, chat
 from tests.support.fake_serving import EOS_ID, FakeServer, say
 from tests.support.tiny import VOCAB_SIZE

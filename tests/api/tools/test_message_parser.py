@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from loraplex.server.api.tools.call_objects import CallArguments, CallStart, Text
 from loraplex.server.api.tools.call_parsers import TaggedCalls
 from loraplex.server.api.tools.message_parser import MessageParser, Part, Thinking, joined
-from loraplex.server.text.grammar import Thought
+from loraplex.server.text.grammar_spec import Thought
 
 CALL = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
 

@@ -6,7 +6,7 @@ from loraplex.server.http.bounds import FREE_PIECES, MAX_TARGET, PIECE_BYTES, Bo
 from loraplex.server.http.refused import Refused
 
 
-class Incoming:
+class RequestMeter:
     """The counts of one request. All sizes are bytes."""
 
     __slots__ = ("_bounds", "_fields", "_framing", "_pieces", "_unfinished", "body", "declared", "head", "raw")
