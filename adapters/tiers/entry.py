@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Protocol
 
-from loraplex.adapters.tiers.load_queue import LoadedAdapter
+from loraplex.adapters.tiers.load_queue import LoadedContent
 
 if TYPE_CHECKING:
     from loraplex.adapters.image.tiles import AdapterImage
@@ -78,7 +78,7 @@ class Fetch:
     nbytes: int  # of host memory: reserved, and then what the image takes
     is_urgent: bool
     is_from_source: bool  # False: it was in host memory when it was first wanted
-    future: Future[LoadedAdapter] | None  # None: it has come,
+    future: Future[LoadedContent] | None  # None: it has come,
     entry: Entry | None = None  # and this entry's image is held for it
 
     @property

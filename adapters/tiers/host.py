@@ -20,7 +20,7 @@ from loraplex.adapters.image.tiles import IMAGE_COLUMNS, AdapterImage, BaseLayou
 from loraplex.adapters.registry import AdapterVersion
 from loraplex.adapters.tiers.entry import Entries, Entry, Fetch
 from loraplex.adapters.tiers.inbox import Inbox, host_bytes
-from loraplex.adapters.tiers.loader import LoadedAdapter, Loader, Priority
+from loraplex.adapters.tiers.loader import LoadedContent, Loader, Priority
 from loraplex.kernels.records import ALIGN, TILE_RANKS, element_bytes
 
 TILE_BYTES = IMAGE_COLUMNS * 4
@@ -257,12 +257,12 @@ class HostTier:
         self.fetch_bytes += nbytes - found.nbytes
         found.nbytes = nbytes
 
-    def _load(self, version: AdapterVersion, urgent: bool) -> Future[LoadedAdapter]:
+    def _load(self, version: AdapterVersion, urgent: bool) -> Future[LoadedContent]:
         future = self._loader.ensure(version, Priority.URGENT if urgent else Priority.LOOKAHEAD)
         future.add_done_callback(self._come)
         return future
 
-    def _come(self, future: Future[LoadedAdapter]) -> None:
+    def _come(self, future: Future[LoadedContent]) -> None:
         """In whatever thread: a version has come, or failed to."""
         if not future.cancelled():
             self.on_ready()

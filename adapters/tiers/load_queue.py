@@ -28,7 +28,7 @@ class Priority(IntEnum):
 
 
 @dataclass(frozen=True)
-class LoadedAdapter:
+class LoadedContent:
     """An adapter read, checked and packed. The image is in the host store, too, unless others are held there."""
 
     info: AdapterInfo  # with its digest
@@ -46,7 +46,7 @@ class LoadedAdapter:
 class Waiter:
     """Who waits for a job."""
 
-    future: Future[LoadedAdapter]  # one for each caller: a caller that cancels its own leaves the others alone
+    future: Future[LoadedContent]  # one for each caller: a caller that cancels its own leaves the others alone
     version: AdapterVersion | None  # what the caller needs the source to hold; None: whatever it holds
 
 

@@ -21,12 +21,12 @@ from loraplex.adapters.histogram import Histogram
 from loraplex.adapters.registry import AdapterVersion, Registry
 from loraplex.adapters.shared_work import tell
 from loraplex.adapters.throttle import Throttle
-from loraplex.adapters.tiers.load_queue import Job, LoadedAdapter, LoadQueue, Priority, Waiter
+from loraplex.adapters.tiers.load_queue import Job, LoadedContent, LoadQueue, Priority, Waiter
 from loraplex.adapters.tiers.settle import changed, renew, settle
 
 __all__ = [
     "LoadCancelled",
-    "LoadedAdapter",
+    "LoadedContent",
     "Loader",
     "LoaderClosed",
     "LoaderStats",
@@ -81,7 +81,7 @@ class Loader:
 
     def __init__(
         self,
-        read: Callable[[Reading], LoadedAdapter],
+        read: Callable[[Reading], LoadedContent],
         keep: Callable[[str, Any], None],
         registry: Registry,
         threads: int = 2,
@@ -108,7 +108,7 @@ class Loader:
         with self._changed:
             self._spawn()
 
-    def load(self, source: str) -> Future[LoadedAdapter]:
+    def load(self, source: str) -> Future[LoadedContent]:
         """Read `source` afresh, check all of it, and have its image kept.
 
         The future fails with AdapterRefused or AdapterNotFound (the adapter's fault), with LoaderClosed, or with what
@@ -116,7 +116,7 @@ class Loader:
         """
         return self._submit(source, None, Priority.BULK)
 
-    def ensure(self, version: AdapterVersion, priority: Priority = Priority.URGENT) -> Future[LoadedAdapter]:
+    def ensure(self, version: AdapterVersion, priority: Priority = Priority.URGENT) -> Future[LoadedContent]:
         """Read the image of `version` from its source.
 
         Settles the version's digest. The future fails as that of `load` does, and with AdapterRefused ("changed") when
@@ -155,7 +155,7 @@ class Loader:
 
     # -- the queue -----------------------------------------------------------------------------------------------------
 
-    def _submit(self, source: str, version: AdapterVersion | None, priority: Priority) -> Future[LoadedAdapter]:
+    def _submit(self, source: str, version: AdapterVersion | None, priority: Priority) -> Future[LoadedContent]:
         waiter = Waiter(Future(), version)
         with self._changed:
             if self._closed:
@@ -193,7 +193,7 @@ class Loader:
 
     def _run(self) -> None:
         while (job := self._next()) is not None:
-            outcome: LoadedAdapter | BaseException
+            outcome: LoadedContent | BaseException
             try:
                 outcome = self._read(Reading(job.source, job.fresh, Throttle(partial(self._check_wanted, job))))
             except AdapterError as error:
@@ -221,22 +221,22 @@ class Loader:
             if not job.is_wanted:
                 raise LoadCancelled(f"nobody waits for adapter {job.source!r} any more")
 
-    def _count(self, job: Job, outcome: LoadedAdapter | BaseException) -> None:
+    def _count(self, job: Job, outcome: LoadedContent | BaseException) -> None:
         if isinstance(outcome, LoadCancelled):
             self._cancelled += 1
             return
         self._durations.observe(time.monotonic() - (job.began or 0.0))
-        if isinstance(outcome, LoadedAdapter):
+        if isinstance(outcome, LoadedContent):
             self._loads += 1
             self._bytes_read += outcome.bytes_read
         else:
             self._failures += 1
             self._registry.refusals.count(outcome)
 
-    def _finish(self, job: Job, outcome: LoadedAdapter | BaseException) -> None:
+    def _finish(self, job: Job, outcome: LoadedContent | BaseException) -> None:
         """Tell every waiter of a job that nobody joins any more."""
-        answers: list[LoadedAdapter | BaseException]
-        if isinstance(outcome, LoadedAdapter):
+        answers: list[LoadedContent | BaseException]
+        if isinstance(outcome, LoadedContent):
             try:
                 answers = self._settle(job, outcome)
             except AdapterError as error:  # it is larger than host memory
@@ -250,9 +250,9 @@ class Loader:
         for waiter, answer in zip(job.waiters, answers, strict=True):
             tell(waiter.future, answer)
 
-    def _settle(self, job: Job, found: LoadedAdapter) -> list[LoadedAdapter | BaseException]:
+    def _settle(self, job: Job, found: LoadedContent) -> list[LoadedContent | BaseException]:
         """Store what was read, where anybody has a use for it, and what each waiter gets. Raises AdapterRefused."""
-        answers: list[LoadedAdapter | BaseException] = []
+        answers: list[LoadedContent | BaseException] = []
         wanted = False
         for version in [waiter.version for waiter in job.waiters]:
             if version is None or settle(self._registry, version, found):

@@ -44,7 +44,7 @@ from loraplex.adapters.info import AdapterInfo
 from loraplex.adapters.sources.sources import resolve
 from loraplex.adapters.throttle import Throttle
 from loraplex.adapters.tiers.latest import Latest
-from loraplex.adapters.tiers.loader import LoadedAdapter, Reading
+from loraplex.adapters.tiers.loader import LoadedContent, Reading
 from loraplex.adapters.tiers.workspace import Workspace
 from loraplex.kernels.hugepages import Region, huge_zeros
 
@@ -142,7 +142,7 @@ class AdapterReader:
             info = self._infos.get(key) or self._infos.put(key, self._draw(head, config, Throttle(lambda: None)).info)
             return replace(info, tokenizer=self._tokenizer(place))
 
-    def read(self, reading: Reading) -> LoadedAdapter:
+    def read(self, reading: Reading) -> LoadedContent:
         """Read, check and pack an adapter. Raises as examine() does, and what reading.throttle() raises.
 
         Files that have the stamp they had are neither parsed, nor checked, nor hashed again, unless reading.fresh.
@@ -172,7 +172,7 @@ class AdapterReader:
     def _room(self, nbytes: int, throttle: Callable[[], None]) -> AbstractContextManager[None]:
         return nullcontext() if self._workspace is None else self._workspace.room(nbytes, throttle)
 
-    def _repeat(self, known: _Remembered, reading: Reading) -> LoadedAdapter | None:
+    def _repeat(self, known: _Remembered, reading: Reading) -> LoadedContent | None:
         """Do again what was done at the last reading. None: the files have changed, or it is not known how."""
         plan = self._plans.get(known.plan)
         if known.refusal is not None:
@@ -193,7 +193,7 @@ class AdapterReader:
             return None
         return _loaded(known.info, image, known.stamp.weights[2] - known.start)
 
-    def _read_whole(self, place: _Place, reading: Reading) -> LoadedAdapter:
+    def _read_whole(self, place: _Place, reading: Reading) -> LoadedContent:
         files, began = read_quietly(place.folder, place.roots, reading.throttle, self._memory)
         head = files.head
         settled = head.stamp.is_settled(began)
@@ -286,5 +286,5 @@ def _key_of(head: AdapterHead) -> Hashable:
     return hashlib.sha256(head.header).digest(), head.data_bytes
 
 
-def _loaded(info: AdapterInfo, image: AdapterImage, bytes_read: int) -> LoadedAdapter:
-    return LoadedAdapter(replace(info, num_pages=image.pages.shape[0], nbytes=image.nbytes), image, bytes_read)
+def _loaded(info: AdapterInfo, image: AdapterImage, bytes_read: int) -> LoadedContent:
+    return LoadedContent(replace(info, num_pages=image.pages.shape[0], nbytes=image.nbytes), image, bytes_read)

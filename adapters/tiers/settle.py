@@ -7,12 +7,12 @@ from dataclasses import replace
 
 from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.registry import AdapterVersion, Registry
-from loraplex.adapters.tiers.load_queue import LoadedAdapter
+from loraplex.adapters.tiers.load_queue import LoadedContent
 
 logger = logging.getLogger(__name__)
 
 
-def settle(registry: Registry, version: AdapterVersion, found: LoadedAdapter) -> bool:
+def settle(registry: Registry, version: AdapterVersion, found: LoadedContent) -> bool:
     """Whether `found` is what `version` stands for; if that is open, it is from now on.
 
     Not where its rank, targets, pages or tokenizer differ from what was registered: the files were exchanged before
@@ -26,7 +26,7 @@ def settle(registry: Registry, version: AdapterVersion, found: LoadedAdapter) ->
     return registry.identify(version, found.digest)
 
 
-def renew(registry: Registry, version: AdapterVersion, found: LoadedAdapter) -> bool:
+def renew(registry: Registry, version: AdapterVersion, found: LoadedContent) -> bool:
     """Point the version's name at what its source holds now. False when the name is not its own any more."""
     renewed = registry.renew(version, found.info)
     if renewed is not None:
@@ -34,7 +34,7 @@ def renew(registry: Registry, version: AdapterVersion, found: LoadedAdapter) -> 
     return renewed is not None
 
 
-def changed(version: AdapterVersion, found: LoadedAdapter) -> AdapterRefused:
+def changed(version: AdapterVersion, found: LoadedContent) -> AdapterRefused:
     """What requests are told that wanted `version` and can have it no more."""
     expected = f"expected {version.digest[:12]}" if version.digest else "expected another rank or other targets"
     return AdapterRefused(

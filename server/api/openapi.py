@@ -80,7 +80,7 @@ class ListedAdapter(Wire):
     scale: float
 
 
-class LoadAnswer(Wire):
+class LoadedAdapter(Wire):
     lora_id: str
     lora_name: str
     lora_path: str
@@ -91,7 +91,7 @@ class AdapterOutcome(Wire):
 
     success: bool
     error_message: str
-    loaded_adapters: dict[str, LoadAnswer]
+    loaded_adapters: dict[str, LoadedAdapter]
 
 
 ScoredId = Annotated[list[float | int | None], Field(min_length=3, max_length=3)]

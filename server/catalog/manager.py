@@ -16,7 +16,7 @@ from loraplex.adapters.registry import AdapterVersion, Registry
 from loraplex.adapters.shared_work import SharedWork, when_done
 from loraplex.adapters.sources.downloads import Downloads
 from loraplex.adapters.sources.sources import OPERATOR, SourceAccess, parse_source
-from loraplex.adapters.tiers.loader import LoadedAdapter, Loader
+from loraplex.adapters.tiers.loader import LoadedContent, Loader
 from loraplex.adapters.tiers.settle import renew
 
 logger = logging.getLogger(__name__)
@@ -107,7 +107,7 @@ class AdapterManager:
         def load() -> None:
             when_done(self.loader.load(found.text), outcome, enter)
 
-        def enter(loaded: LoadedAdapter) -> None:
+        def enter(loaded: LoadedContent) -> None:
             if outcome.set_running_or_notify_cancel():
                 point = partial(self.registry.register, name, found.text, loaded.info, replace=replace)
                 if around is None:
@@ -203,7 +203,7 @@ class AdapterManager:
         except AdapterError as error:
             logger.warning("adapter %r has changed and cannot be read: %s", version.name, error)
 
-    def _renew(self, version: AdapterVersion, loading: Future[LoadedAdapter]) -> None:
+    def _renew(self, version: AdapterVersion, loading: Future[LoadedContent]) -> None:
         """In a loader's thread."""
         error = loading.exception()
         if isinstance(error, AdapterRefused):

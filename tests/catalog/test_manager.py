@@ -18,7 +18,7 @@ from loraplex.adapters.errors import (
     InvalidAdapterName,
 )
 from loraplex.adapters.registry import AdapterVersion, Registry
-from loraplex.adapters.tiers.loader import LoadedAdapter, Loader, Reading
+from loraplex.adapters.tiers.loader import LoadedContent, Loader, Reading
 from loraplex.adapters.tiers.reader import AdapterInfo
 from loraplex.server.catalog.manager import AdapterManager
 
@@ -41,12 +41,12 @@ class Reader:
             raise AdapterRefused("too_large", f"{source} takes {text} pages, but only 10 can be had")
         return AdapterInfo(4, ("q_proj",), int(text), 100)
 
-    def read(self, reading: Reading) -> LoadedAdapter:
+    def read(self, reading: Reading) -> LoadedContent:
         self.read_whole.append(Path(reading.source).name)
         info = self.examine(reading.source)
         if info.num_pages == 7:
             raise AdapterRefused("not_finite", f"{reading.source} has NaN")
-        return LoadedAdapter(replace(info, digest=f"digest-{info.num_pages}"), object())
+        return LoadedContent(replace(info, digest=f"digest-{info.num_pages}"), object())
 
 
 @pytest.fixture

@@ -119,9 +119,9 @@ class World:
         def read(reading: object) -> object:
             source = reading.source  # type: ignore[attr-defined]
             if source.startswith("hf://"):
-                from loraplex.adapters.tiers.loader import LoadedAdapter
+                from loraplex.adapters.tiers.loader import LoadedContent
 
-                return LoadedAdapter(AdapterInfo(4, ("q_proj",), 2, 100, f"digest of {source}"), object())
+                return LoadedContent(AdapterInfo(4, ("q_proj",), 2, 100, f"digest of {source}"), object())
             return reader.read(reading)  # type: ignore[arg-type]
 
         return read

@@ -13,7 +13,7 @@ import pytest
 import safetensors.torch
 
 from loraplex.adapters.errors import AdapterRefused
-from loraplex.adapters.tiers.loader import LoadedAdapter
+from loraplex.adapters.tiers.loader import LoadedContent
 from loraplex.server.command.build import EngineParts, build_engine
 from loraplex.server.config import EngineConfig
 from loraplex.server.engine.engine import EventStream
@@ -44,9 +44,9 @@ class Server:
         """Compute nothing, from now on, while adapters are on their way: on this base, an answer takes no longer."""
         loader, worker = self.parts.adapters.loader, self.parts.engine._worker
         ensure, run = loader.ensure, worker.run
-        asked: list[Future[LoadedAdapter]] = []
+        asked: list[Future[LoadedContent]] = []
 
-        def noted(*args: Any) -> Future[LoadedAdapter]:
+        def noted(*args: Any) -> Future[LoadedContent]:
             asked.append(ensure(*args))
             return asked[-1]
 

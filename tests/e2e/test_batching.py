@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from loraplex.adapters.tiers.loader import LoadedAdapter, Reading
+from loraplex.adapters.tiers.loader import LoadedContent, Reading
 from loraplex.adapters.tiers.reader import AdapterReader
 from loraplex.server.command import build
 from loraplex.server.command.build import EngineParts, build_engine
@@ -298,7 +298,7 @@ async def test_with_few_slots_and_little_host_memory(
     read: list[str] = []
 
     class Counting(AdapterReader):
-        def read(self, reading: Reading) -> LoadedAdapter:
+        def read(self, reading: Reading) -> LoadedContent:
             read.append(reading.source)
             return super().read(reading)
 

@@ -17,7 +17,7 @@ from loraplex.adapters.format.header import parse_header, view_tensors
 from loraplex.adapters.format.kind import BaseBias, ServedBase
 from loraplex.adapters.format.kinds import KINDS, parse_config
 from loraplex.adapters.image.tiles import AdapterImage, BaseLayout, Part, pack
-from loraplex.adapters.tiers.loader import LoadedAdapter, Reading
+from loraplex.adapters.tiers.loader import LoadedContent, Reading
 from loraplex.adapters.tiers.reader import AdapterReader
 
 
@@ -34,7 +34,7 @@ def no_breath() -> None:
     """Reading.breathe of a reading that nobody cancels."""
 
 
-def read(reader: AdapterReader, folder: Path, *, fresh: bool = False) -> LoadedAdapter:
+def read(reader: AdapterReader, folder: Path, *, fresh: bool = False) -> LoadedContent:
     return reader.read(Reading(str(folder), fresh, no_breath))
 
 

@@ -16,7 +16,7 @@ from loraplex.adapters.tiers.cache import AdapterCache
 from loraplex.adapters.tiers.device import DeviceTier
 from loraplex.adapters.tiers.eviction import Reclaimer
 from loraplex.adapters.tiers.inbox import Inbox, host_bytes
-from loraplex.adapters.tiers.loader import LoadedAdapter, Loader, Priority, Reading
+from loraplex.adapters.tiers.loader import LoadedContent, Loader, Priority, Reading
 from loraplex.adapters.tiers.pages import PagePool
 from loraplex.adapters.tiers.settle import changed, renew, settle
 from loraplex.kernels.records import Projection, Site
@@ -84,21 +84,21 @@ class Source(Loader):
     def __init__(self, world: World) -> None:
         super().__init__(self.parse, world.put, world.registry, threads=1)
         self.values = dict.fromkeys(NAMES, 1.0)
-        self.asked: list[tuple[AdapterVersion, Future[LoadedAdapter]]] = []
+        self.asked: list[tuple[AdapterVersion, Future[LoadedContent]]] = []
         self._world = world
 
-    def parse(self, reading: Reading) -> LoadedAdapter:
+    def parse(self, reading: Reading) -> LoadedContent:
         found = self.fresh(reading.source)
         self._world.count.made(found.image)
         return found
 
-    def fresh(self, source: str) -> LoadedAdapter:
+    def fresh(self, source: str) -> LoadedContent:
         value = self.values[source]
         image = image_of(source, value)
-        return LoadedAdapter(info_of(source, f"{source}-{value}"), image)
+        return LoadedContent(info_of(source, f"{source}-{value}"), image)
 
-    def ensure(self, version: AdapterVersion, priority: Priority = Priority.URGENT) -> Future[LoadedAdapter]:
-        future: Future[LoadedAdapter] = Future()
+    def ensure(self, version: AdapterVersion, priority: Priority = Priority.URGENT) -> Future[LoadedContent]:
+        future: Future[LoadedContent] = Future()
         self.asked.append((version, future))
         return future
 
@@ -189,7 +189,7 @@ class World:
         version, digest = self.registry.get(name), f"{name}-{self.source.values[name]}"
         assert version is not None
         if version.digest not in (None, digest):
-            renew(self.registry, version, LoadedAdapter(info_of(name, digest), None))
+            renew(self.registry, version, LoadedContent(info_of(name, digest), None))
 
     def step(self, busy: bool = False) -> None:
         self.cache.start_step(busy)

@@ -16,7 +16,7 @@ from loraplex.adapters.tiers.device import DeviceTier
 from loraplex.adapters.tiers.entry import Tier
 from loraplex.adapters.tiers.eviction import Reclaimer
 from loraplex.adapters.tiers.inbox import Inbox
-from loraplex.adapters.tiers.loader import LoadedAdapter, Loader, Reading
+from loraplex.adapters.tiers.loader import LoadedContent, Loader, Reading
 from loraplex.adapters.tiers.pages import PagePool
 from tests.support.cache_world import IMAGE, LAYOUT, image_of, info_of, value_on_device
 from tests.support.waiting import LIMIT
@@ -53,7 +53,7 @@ class Rig:
         self.cache = AdapterCache(self.residency, self.inbox, self.loader, self.registry, exclusive=self.exclusive)
         self.cache.host.on_ready = self.come.release
 
-    def parse(self, reading: Reading) -> LoadedAdapter:
+    def parse(self, reading: Reading) -> LoadedContent:
         source = reading.source
         self.read.append(source)
         while not self.gate.wait(0.001):
@@ -63,7 +63,7 @@ class Rig:
         value = self.values.get(source, 1.0)
         image = image_of(source, value)
         digest = f"digest-{source}-{value}"
-        return LoadedAdapter(replace(info_of(source, digest), num_pages=len(image.pages), nbytes=image.nbytes), image)
+        return LoadedContent(replace(info_of(source, digest), num_pages=len(image.pages), nbytes=image.nbytes), image)
 
     def version(self, source: str, name: str = "") -> AdapterVersion:
         """As registration leaves it: its bytes are not read yet."""
@@ -460,7 +460,7 @@ def test_a_name_that_drains_during_its_copy_is_told_to_nobody(rig: Rig) -> None:
 
 def test_an_image_beyond_its_bound_fails_its_request_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     rig = Rig(host_ranks=3)
-    monkeypatch.setattr(rig.loader, "_read", lambda _: LoadedAdapter(info_of("1", "digest"), image_of("3", 1.0)))
+    monkeypatch.setattr(rig.loader, "_read", lambda _: LoadedContent(info_of("1", "digest"), image_of("3", 1.0)))
     version = rig.version("1")
     rig.cache.request(version)
     rig.wait()

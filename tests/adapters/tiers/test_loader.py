@@ -17,7 +17,7 @@ from loraplex.adapters.registry import AdapterVersion, Registry
 from loraplex.adapters.tiers.load_queue import FAIRNESS
 from loraplex.adapters.tiers.loader import (
     MAX_SLOW,
-    LoadedAdapter,
+    LoadedContent,
     Loader,
     LoaderClosed,
     Priority,
@@ -49,7 +49,7 @@ class Sources:
         self.ranks: dict[str, int] = {}
         self.fresh: list[bool] = []
 
-    def parse(self, reading: Reading) -> LoadedAdapter:
+    def parse(self, reading: Reading) -> LoadedContent:
         source = reading.source
         self.read.append(source)
         self.fresh.append(reading.fresh)
@@ -60,7 +60,7 @@ class Sources:
         if source in self.errors:
             raise self.errors[source]
         info = AdapterInfo(self.ranks.get(source, 8), ("q_proj",), 3, 1000, digest)
-        return LoadedAdapter(info, f"image of {source}", 500)
+        return LoadedContent(info, f"image of {source}", 500)
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def register(registry: Registry, source: str, digest: str | None = None) -> Adap
     return registry.register(name, source, AdapterInfo(8, ("q_proj",), 3, 1000, digest=digest))
 
 
-def begin(sources: Sources, loader: Loader, source: str) -> Future[LoadedAdapter]:
+def begin(sources: Sources, loader: Loader, source: str) -> Future[LoadedContent]:
     """Load `source` with the gate shut; returns once its reading has begun."""
     sources.gate.clear()
     future = loader.load(source)
@@ -106,7 +106,7 @@ def begin(sources: Sources, loader: Loader, source: str) -> Future[LoadedAdapter
 
 def test_load_puts_the_image_into_the_store(loader: Loader, store: Store) -> None:
     loaded = loader.load("a").result(LIMIT)
-    assert loaded == LoadedAdapter(AdapterInfo(8, ("q_proj",), 3, 1000, "digest of a"))
+    assert loaded == LoadedContent(AdapterInfo(8, ("q_proj",), 3, 1000, "digest of a"))
     assert store == {"digest of a": "image of a"}
     assert loader.pending() == 0
 
@@ -420,7 +420,7 @@ def test_threads_must_be_positive(sources: Sources, store: Store) -> None:
 
 def test_many_callers_from_many_threads(loader: Loader, sources: Sources, store: Store) -> None:
     """Everybody gets an answer for the source they asked for."""
-    answers: list[tuple[str, LoadedAdapter]] = []
+    answers: list[tuple[str, LoadedContent]] = []
 
     def call(offset: int) -> None:
         for i in range(60):
@@ -448,7 +448,7 @@ def test_who_joins_while_the_first_one_leaves(sources: Sources, loader: Loader) 
     sources.gate.clear()
     first = loader.ensure(wanted, Priority.LOOKAHEAD)
     assert sources.reading.acquire(timeout=LIMIT)
-    joined: list[Future[LoadedAdapter]] = []
+    joined: list[Future[LoadedContent]] = []
     cancelled = first.cancelled
 
     def join() -> None:
