@@ -48,7 +48,7 @@ KINDS: dict[str, Kind] = {
     "logit-bias": Kind(engine.logit_bias, engine.plain(8)),
     "many-choices": Kind(engine.many_choices, engine.plain(128)),
     "top-logprobs": Kind(engine.top_logprobs, engine.plain(64)),
-    "tools": Kind(engine.tools, engine.plain(4)),
+    "tools": Kind(engine.tools, engine.long_chats),
     "never-reading": Kind(engine.never_reading, engine.plain(16)),
     "disconnects": Kind(engine.disconnects, engine.plain(16)),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 from typing import Any
 
@@ -68,14 +69,23 @@ async def logit_bias(target: Target, seconds: float) -> None:
     await _streams(8, logit_bias=bias)(target, seconds)
 
 
-async def tools(target: Target, seconds: float) -> None:
-    """128 tools, one of which has to be called, on four streams; where the base has no template, nothing."""
-    fields = {"tools": TOOLS, "tool_choice": "required", "ignore_eos": None}
+def _chats(content: str, **fields: Any) -> Attack:
+    """Four chats at a time; where the base has no template, nothing."""
 
-    async def one(_: int) -> None:
-        await target.ask(Request(target.model, "Do something.", TOKENS, fields, chat=True))
+    async def run(target: Target, seconds: float) -> None:
+        async def one(_: int) -> None:
+            await target.ask(Request(target.model, content, TOKENS, fields, chat=True))
 
-    await repeat(target, seconds, 4, one)
+        await repeat(target, seconds, 4, one)
+
+    return run
+
+
+tools = _chats("Do something.", tools=TOOLS, tool_choice="required", ignore_eos=None)
+"""128 tools, one of which has to be called."""
+
+long_chats = _chats(json.dumps(TOOLS))
+"""Messages as long as the tools are in those prompts."""
 
 
 async def never_reading(target: Target, seconds: float) -> None:
