@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from loraplex.server.api.errors import ApiError, error_response, to_api_error
 from loraplex.server.api.page.ui import page_files
-from loraplex.server.telemetry.request_context import current_exchange
+from loraplex.server.telemetry.request_context import current_request_context
 from loraplex.server.tenancy.access import Access
 from loraplex.server.tenancy.rate_limits import RateLimited
 from loraplex.server.tenancy.tenants import Caller, calling
@@ -53,7 +53,7 @@ class KeyMiddleware:
         if caller is None:
             await refusal(dialect_of(scope["path"]), unauthorized())(scope, receive, send)
             return
-        if (context := current_exchange()) is not None:
+        if (context := current_request_context()) is not None:
             context.tenant = caller.key.tenant
         with calling(caller):
             await self._pass(caller, scope, receive, send)

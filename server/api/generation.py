@@ -25,7 +25,7 @@ from loraplex.server.api.schemas import GenerationFields
 from loraplex.server.api.services import Services
 from loraplex.server.api.turns import Turn
 from loraplex.server.engine.request import ContextTooLong, GenerationRequest, Mix, TokenEvent
-from loraplex.server.telemetry.request_context import current_exchange
+from loraplex.server.telemetry.request_context import current_request_context
 from loraplex.server.tenancy.tenants import current_caller
 from loraplex.server.text.detokenizer import Detokenizer
 from loraplex.server.text.grammar import Grammar
@@ -157,8 +157,8 @@ class Generation:
 
     @contextmanager
     def _noted(self) -> Iterator[None]:
-        """The exchange goes on for as long, and then knows what was asked for."""
-        context = current_exchange()
+        """Keep the request from ending while the block runs; it then knows what was asked for."""
+        context = current_request_context()
         if context is None:
             yield
             return
@@ -171,13 +171,13 @@ class Generation:
 
     def _note_model(self) -> None:
         """Only now: what is no name that is served may be anything, also a prompt, and is not logged."""
-        context = current_exchange()
+        context = current_request_context()
         if context is not None:
             context.model = self._record.model or self._services.facts.names[0]
 
     async def _end(self) -> None:
         """Close all choices and tell of them."""
-        context, turn = current_exchange(), Turn()
+        context, turn = current_request_context(), Turn()
         for choice in self._choices:
             await choice.close()
         for choice in self._choices:

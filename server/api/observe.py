@@ -10,7 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from loraplex.server.api.errors import error_response, to_api_error
 from loraplex.server.telemetry.logs import log_access
-from loraplex.server.telemetry.request_context import RequestContext, exchanging, request_id
+from loraplex.server.telemetry.request_context import RequestContext, in_request_context, request_id
 
 if TYPE_CHECKING:
     from loraplex.server.telemetry.tracing import Tracing
@@ -46,7 +46,7 @@ class ObserveMiddleware:
                 MutableHeaders(scope=message)[HEADER] = context.request_id
             await send(message)
 
-        with exchanging(context):
+        with in_request_context(context):
             try:
                 await self._app(scope, receive, send_id)
             except Exception as error:

@@ -84,7 +84,7 @@ class Reconciler:
         self._entries: dict[str, _Entry] = {}
         self._trouble = ""  # what was logged last, so that it is logged once
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="adapter-follower", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="adapter-reconciler", daemon=True)
         if list_file is not None:
             self._list_stamp = file_stamp(list_file)
             self._list = read_list(list_file)

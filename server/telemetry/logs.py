@@ -18,7 +18,7 @@ from numbers import Number
 from typing import Any
 
 from loraplex.server.config import LogFormat
-from loraplex.server.telemetry.request_context import RequestContext, current_exchange
+from loraplex.server.telemetry.request_context import RequestContext, current_request_context
 
 logger = logging.getLogger(__name__)
 access_logger = logging.getLogger("loraplex.access")
@@ -122,7 +122,7 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": _message(record),
         }
-        context = current_exchange()
+        context = current_request_context()
         if context is not None:
             line["request_id"] = context.request_id
             if context.trace_id is not None:

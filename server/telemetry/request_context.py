@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # importing it loads numpy, and --help must not
     from loraplex.server.engine.request import Phases
 
 MAX_CHOICES = 16
-"""Choices of an exchange that are told of one by one; all of them are counted."""
+"""Choices of a request that are told of one by one; all of them are counted."""
 
 _SANE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/+=@-]{0,127}")
 
@@ -66,7 +66,7 @@ class RequestContext:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """While it lasts the exchange goes on. It ends when nobody has held it for a turn of the event loop."""
+        """Keep the request from ending in the block; it ends when nobody has held it for a turn of the event loop."""
         self.num_holds += 1
         try:
             yield
@@ -87,7 +87,7 @@ class RequestContext:
             self.choices.append(choice)
 
     def unix_ns(self, moment: float) -> int:
-        """A time.monotonic() of this exchange as nanoseconds since 1970, whatever the wall clock has done since."""
+        """Return a time.monotonic() of this request in ns since 1970, whatever the wall clock has done since."""
         return self.began_ns + round((moment - self.began) * 1e9)
 
     def _end(self) -> None:
@@ -96,23 +96,23 @@ class RequestContext:
             self.on_end(self)
 
 
-_EXCHANGE: ContextVar[RequestContext | None] = ContextVar("exchange", default=None)
+_CURRENT: ContextVar[RequestContext | None] = ContextVar("request_context", default=None)
 
 
-def current_exchange() -> RequestContext | None:
-    """That the running task works on; None outside of requests."""
-    return _EXCHANGE.get()
+def current_request_context() -> RequestContext | None:
+    """Return what the running task works on; None outside of requests."""
+    return _CURRENT.get()
 
 
 @contextmanager
-def exchanging(context: RequestContext) -> Iterator[None]:
-    """What runs in the block, and the tasks it starts, work on `exchange`."""
-    token = _EXCHANGE.set(context)
+def in_request_context(context: RequestContext) -> Iterator[None]:
+    """Have what runs in the block, and the tasks it starts, work on `context`."""
+    token = _CURRENT.set(context)
     try:
         with context.held():
             yield
     finally:
-        _EXCHANGE.reset(token)
+        _CURRENT.reset(token)
 
 
 def request_id(given: str | None) -> str:

@@ -34,7 +34,7 @@ class TracingUnavailable(Exception):
 
 
 class Tracing:
-    """Begins a span for each exchange and ends it with all that is known by then. Loop thread only."""
+    """Begins a span for each request and ends it with all that is known by then. Loop thread only."""
 
     def __init__(self, provider: TracerProvider) -> None:
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator

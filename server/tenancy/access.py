@@ -1,4 +1,4 @@
-"""The door: which key a request brings, what was counted on it, and what Prometheus is told of it all."""
+"""Which key a request brings, what was counted on it, and what Prometheus is told of it all."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from loraplex.server.telemetry.logs import (
     log_access,
     set_up,
 )
-from loraplex.server.telemetry.request_context import ChoiceTimes, RequestContext, exchanging, request_id
+from loraplex.server.telemetry.request_context import ChoiceTimes, RequestContext, in_request_context, request_id
 from loraplex.server.telemetry.usage import GAPS
 from tests.support.waiting import turns, until
 
@@ -102,7 +102,7 @@ async def test_every_line_about_a_request_has_its_id() -> None:
         return formatted(logging.LogRecord("loraplex.x", logging.WARNING, "", 0, message, (), None))
 
     async def work(name: str) -> dict[str, Any]:
-        with exchanging(RequestContext(name, "GET", "/")):
+        with in_request_context(RequestContext(name, "GET", "/")):
             await asyncio.sleep(0)
             return await asyncio.create_task(later(name))
 
@@ -263,7 +263,7 @@ async def test_lines_of_refusals_are_not_the_request_before_them(monkeypatch: py
     real = loop.call_later
     monkeypatch.setattr(loop, "call_later", lambda delay, *rest, **named: real(0.0, *rest, **named))
     before = RequestContext("before", "POST", "/", trace_id="of-before")
-    with exchanging(before):
+    with in_request_context(before):
         lines = RefusalLines()
         for _ in range(MAX_REFUSALS + 1):
             lines.tell("GET", "/v1/models", 401, "mine")
@@ -283,7 +283,7 @@ async def test_an_exchange_ends_with_the_last_that_holds_it() -> None:
             await go_on.wait()
             made.add(choice("stop", first=None, tokens=5))
 
-    with exchanging(made):
+    with in_request_context(made):
         task = asyncio.create_task(in_background())  # it has not run when the response is out
     await turns()
     assert ended == []

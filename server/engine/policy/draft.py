@@ -90,7 +90,7 @@ class StepDraft:
             return
         target = seq.num_computed + count
         while not self._kv.make_room(self._kv.missing(seq.number, seq.num_computed, target)):
-            if len(self._running) == 1:  # pinned adapters hold what it was promised at the door
+            if len(self._running) == 1:  # pinned adapters hold what it was promised when it came
                 error = ContextTooLong(
                     f"{target} tokens need more pages than pinned adapters leave; unpin one or give the server more "
                     "memory (--memory)"

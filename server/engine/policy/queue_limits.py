@@ -1,7 +1,7 @@
 """Who may queue at all: what could ever be served, bounds on requests and tokens, and when to come back. No torch.
 
 A client may fill the queue up to EAGER times what is left of it (dynamic thresholds: Choudhury and Hahne), so one alone
-gets eight ninths, and what it leaves is there for the next one: the door is fair too.
+gets eight ninths, and what it leaves is there for the next one: the bound is fair too.
 """
 
 from __future__ import annotations
