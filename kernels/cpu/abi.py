@@ -35,6 +35,18 @@ class OpCode(IntEnum):
     GATHER = 8
     SAMPLE = 9
     PACK = 10
+    QUANTISED = 11
+    PACK_QUANTISED = 12
+
+
+class NumberKind(IntEnum):
+    """How a scale or an offset is stored."""
+
+    NONE = 0
+    FP16 = 1
+    FP32 = 2
+    INT8 = 3
+    UINT8 = 4
 
 
 class Step(ctypes.Structure):
@@ -66,8 +78,9 @@ class Step(ctypes.Structure):
         ("arena", _Pointer),
         ("draws", _Pointer),
         ("drawn", _Pointer),
-        ("ranks", _Pointer),  # scratch of the library, both
+        ("ranks", _Pointer),  # scratch of the library, all three
         ("partials", _Pointer),
+        ("prepared", _Pointer),
     ]
 
 
@@ -86,7 +99,7 @@ class Steps(ctypes.Structure):
 
 
 class EmbedArgs(ctypes.Structure):
-    _fields_ = [("scale", _Float)]
+    _fields_ = [("scale", _Float), ("quantised", _Int)]
 
 
 class NormArgs(ctypes.Structure):
@@ -94,7 +107,27 @@ class NormArgs(ctypes.Structure):
 
 
 class LinearArgs(ctypes.Structure):
-    _fields_ = [("to_float", _Int)]
+    _fields_ = [("to_float", _Int), ("ldy", ctypes.c_int64)]
+
+
+class Quantised(ctypes.Structure):
+    """`struct Quantised` of records.h: a quantised weight in panels."""
+
+    _fields_ = [
+        ("data", _Pointer),
+        ("codebook", _Pointer),
+        ("order", _Pointer),
+        *((name, ctypes.c_int64) for name in ("columns_in", "columns_out", "panel_bytes", "block_bytes")),
+        *((name, _Int) for name in ("bits", "signed_codes", "zero")),
+        *((name, _Int) for name in ("unit", "units", "block_units", "group_units", "span")),
+        *((name, _Int) for name in ("scale", "offset", "shared", "rounded")),
+    ]
+
+
+class QuantisedSource(ctypes.Structure):
+    """`struct QuantisedSource` of records.h: codes and numbers, as they are to be packed."""
+
+    _fields_ = [(name, _Pointer) for name in ("codes", "scale", "shared_scale", "offset", "shared_offset")]
 
 
 class AdapterArgs(ctypes.Structure):
@@ -179,6 +212,7 @@ _CONSTANTS = {
     "bytes of an op": ctypes.sizeof(Op),
     "bytes of a step": ctypes.sizeof(Step),
     "bytes of steps": ctypes.sizeof(Steps),
+    "bytes of a quantised weight": ctypes.sizeof(Quantised),
 }
 """What both sides must agree on, in the order of loraplex_constants of library.cpp."""
 

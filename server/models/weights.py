@@ -118,7 +118,7 @@ def resident_bytes(config: ModelConfig, dtype: torch.dtype, ops: Backend, own_he
     linears = {EMBED, HEAD} | {name for name in expected_shapes(config) if name.endswith("_proj.weight")}
     vectors = [shape for name, shape in expected_shapes(config).items() if name not in linears]
     small = sum(-(-shape[0] * element_bytes(dtype) // 64) * 64 + 64 for shape in vectors)  # malloc's own beside each
-    return ops.packed_bytes(packed_shapes(config, own_head), dtype) + small
+    return ops.packed_bytes([[(*shape, None)] for shape in packed_shapes(config, own_head)], dtype) + small
 
 
 def loading_bytes(path: str | Path, config: ModelConfig, dtype: torch.dtype) -> int:

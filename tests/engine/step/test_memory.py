@@ -200,7 +200,7 @@ class TestCounts:
                 base = next(base for base, nbytes in regions if base <= start < base + nbytes)
                 end = start + weight.packed.nbytes  # type: ignore[attr-defined]
                 touched |= {(base, page) for page in range((start - base) // 4096, -(-(end - base) // 4096))}
-            assert ops.packed_bytes(shapes, torch.float32) == 4096 * len(touched)
+            assert ops.packed_bytes([[(*shape, None)] for shape in shapes], torch.float32) == 4096 * len(touched)
 
     @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gemma3", "phi3"])
     @pytest.mark.parametrize("tokens", [64, 1024])
