@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from loraplex.kernels.quantized import Activations, QuantizedWeight, dequantize
 from loraplex.kernels.records import AdapterStep, AttentionMeta, AttentionParams, KVLayer, QKNorm, Site
 
 
@@ -104,6 +105,16 @@ class Backend(Protocol):
         """Take over a weight [out, in]; the caller drops its own reference."""
         ...
 
+    def pack_parts(
+        self, parts: Sequence[Tensor | QuantizedWeight], dtype: torch.dtype, activations: Activations
+    ) -> PackedLinear:
+        """Take over weights [out, in] of one input, whose outputs lie one behind the other, some of them quantised.
+
+        dtype: the compute dtype. A backend that keeps no codes rounds the weights to it once.
+        """
+        dense = [part if isinstance(part, Tensor) else dequantize(part) for part in parts]
+        return self.pack_linear(torch.cat([part.to(dtype) for part in dense]))
+
     def packed_bytes(self, shapes: Iterable[tuple[int, int]], dtype: torch.dtype) -> int:
         """Most bytes that weights of these shapes [out, in], packed in this order, take with all their padding."""
         return sum(out * columns for out, columns in shapes) * dtype.itemsize
@@ -135,6 +146,8 @@ class Backend(Protocol):
         """x [T, in] -> [T, out].
 
         Semantics: y = x @ W.T, accumulated in fp32, rounded once. The bias is apart (add_bias_).
+                   Of quantised parts W is dequantize(part) in fp32, and with Activations.A8 x is
+                   round_activations(x[:, part.order], part.format.group) in fp32.
         """
         ...
 
