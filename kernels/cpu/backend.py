@@ -13,6 +13,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from loraplex.kernels.constants import ACTIVATIONS, ALIGN, OpCode
 from loraplex.kernels.cpu.abi import (
     ActMulArgs,
     AdapterArgs,
@@ -20,7 +21,6 @@ from loraplex.kernels.cpu.abi import (
     CachedLayer,
     NormArgs,
     Op,
-    OpCode,
     RopeArgs,
     Step,
 )
@@ -37,14 +37,12 @@ from loraplex.kernels.cpu.program import CpuRecorder, Notes
 from loraplex.kernels.cpu.quantised import CpuQuantised, pack_quantised, quantised_bytes
 from loraplex.kernels.cpu.team import Team
 from loraplex.kernels.hugepages import HUGE_PAGE, huge_zeros
-from loraplex.kernels.ops import Backend, PackedLinear, PartShape, Recorder
-from loraplex.kernels.quantized import Activations, QuantizedWeight, dequantize
-from loraplex.kernels.records import ALIGN, AdapterStep, AttentionMeta, AttentionParams, KVLayer, QKNorm, Site
+from loraplex.kernels.ops import Backend, PackedLinear, Recorder
+from loraplex.kernels.quantized import Activations, PartShape, QuantizedWeight, dequantize
+from loraplex.kernels.records import AdapterStep, AttentionMeta, AttentionParams, KVLayer, QKNorm, Site
 
 REGION = 64 << 20
 """Bytes of huge pages taken at a time for weights; resident only as far as they are written."""
-
-ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 
 
 class CpuBackend(Backend):
@@ -85,9 +83,9 @@ class CpuBackend(Backend):
         taken, self._region = self._region[:nbytes], self._region[nbytes:]
         return taken
 
-    def packed_bytes(self, weights: Iterable[Sequence[PartShape]], dtype: torch.dtype) -> int:
+    def packed_bytes(self, linears: Iterable[Sequence[PartShape]], dtype: torch.dtype) -> int:
         total = used = room = 0
-        for nbytes in (nbytes for parts in weights for nbytes in _taken(parts, dtype)):
+        for nbytes in (nbytes for parts in linears for nbytes in _taken(parts, dtype)):
             if nbytes > room:  # as _take: what is left of a region is never written
                 total += -(-used // HUGE_PAGE) * HUGE_PAGE
                 used, room = 0, max(nbytes, REGION)

@@ -11,6 +11,7 @@ namespace LORAPLEX_ISA {
 template <class T>
 static void dispatch(const Op& op, const Step& step, int phase, int tid, int threads) {
     int64_t rows = op.rows == kAllTokens ? step.tokens : op.rows == kLogitRows ? step.logit_rows : op.rows;
+    using enum OpCode;
     switch (op.code) {
         case kEmbed: return op.embed.quantised ? embed_quantised<T>(op, step, rows, tid, threads) : embed<T>(op, step, rows, tid, threads);
         case kRmsNorm: return rms_norm<T>(op, rows, tid, threads);
@@ -33,12 +34,11 @@ static void dispatch(const Op& op, const Step& step, int phase, int tid, int thr
             if (!phase) return prepare<T>(op, step, rows, tid, threads);
             return op.linear.to_float ? multiply<T, float>(op, step, rows, tid, threads) : multiply<T, T>(op, step, rows, tid, threads);
         case kPackQuantised: return pack_quantised(op, tid, threads);
-        default: return;
     }
 }
 
-void run(const Op& op, const Step& step, int dtype, int phase, int tid, int threads) {
-    dtype ? dispatch<float>(op, step, phase, tid, threads) : dispatch<bf16>(op, step, phase, tid, threads);
+void run(const Op& op, const Step& step, ComputeType type, int phase, int tid, int threads) {
+    type == ComputeType::kFp32 ? dispatch<float>(op, step, phase, tid, threads) : dispatch<bf16>(op, step, phase, tid, threads);
 }
 
 }  // namespace LORAPLEX_ISA

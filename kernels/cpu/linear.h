@@ -9,6 +9,7 @@
 // Where the CPU does not multiply bf16, a pair's two weights are widened one after the other, through the same register, and x is
 // widened to fp32 once, before the panels.
 #pragma once
+#include "constants.h"
 #include "vec.h"
 
 namespace LORAPLEX_ISA {
@@ -37,7 +38,6 @@ template <class X>
 constexpr int kTileRows = sizeof(X) == 2 ? 6 : kFloatRows;  // pairs need no mask
 constexpr int tile_vecs(int64_t rows) { return rows == 1 ? kRowVecs : rows == 2 ? kPairVecs : kTileVecs; }
 constexpr int kLeastVecs = min2(kTileVecs, 16 / kLanes);  // all columns are multiples of 16
-constexpr int kPanel = 64;
 
 INLINE fvec multiply_add(fvec acc, uvec a, uvec b) { return dot_pairs(acc, a, b); }
 INLINE fvec multiply_add(fvec acc, fvec a, fvec b) {

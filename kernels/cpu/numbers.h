@@ -9,7 +9,10 @@ namespace LORAPLEX_ISA {
 
 constexpr int kStretchUnits = 8;  // most units of a stretch
 
-INLINE int64_t number_bytes(int kind) { return kind == kNoNumber ? 0 : kind == kFp16 ? 2 : kind == kFp32 ? 4 : 1; }
+INLINE int64_t number_bytes(NumberKind kind) {
+    using enum NumberKind;
+    return kind == kNone ? 0 : kind == kFp16 ? 2 : kind == kFp32 ? 4 : 1;
+}
 INLINE int64_t code_bytes(const Quantised& w) { return (int64_t)w.unit * kPanel * w.bits / 8; }  // of a unit
 
 // Where a block's parts begin, in bytes.
@@ -17,8 +20,8 @@ struct BlockParts {
     int64_t shared_scale, shared_offset, scale, offset, codes;
 };
 INLINE BlockParts block_parts(const Quantised& w) {
-    int64_t groups = w.block_units / w.group_units, shared = w.shared ? groups / w.span * kPanel * number_bytes(w.shared) : 0;
-    int64_t scale = shared * (1 + (w.offset != kNoNumber)), offset = scale + groups * kPanel * number_bytes(w.scale);
+    int64_t groups = w.block_units / w.group_units, shared = groups / w.span * kPanel * number_bytes(w.shared);
+    int64_t scale = shared * (1 + (w.offset != NumberKind::kNone)), offset = scale + groups * kPanel * number_bytes(w.scale);
     return {0, shared, scale, offset, offset + groups * kPanel * number_bytes(w.offset)};
 }
 
@@ -39,7 +42,8 @@ INLINE fvec load_bytes(const uint8_t* p) {
     return __builtin_convertvector(__builtin_convertvector(*(const bvec*)p, ivec), fvec);
 }
 // kLanes numbers from number `at` on.
-INLINE fvec load_numbers(int kind, const uint8_t* p, int64_t at) {
+INLINE fvec load_numbers(NumberKind kind, const uint8_t* p, int64_t at) {
+    using enum NumberKind;
     switch (kind) {
         case kFp16: return load_halves(p + at * 2);
         case kFp32: return load((const float*)p + at);
@@ -58,6 +62,7 @@ struct Stretch {
 // Up to `most` units from `unit` on, as far as they lie in one block; columns from c on. offset becomes offset - bias * scale.
 INLINE void units_from(const Quantised& w, const uint8_t* panel, int64_t unit, int64_t most, int c, int columns, float bias, Stretch& to) {
     BlockParts parts = block_parts(w);
+    bool two = w.shared != NumberKind::kNone, offsets = w.offset != NumberKind::kNone;
     int64_t inside = unit % w.block_units;
     const uint8_t* block = panel + unit / w.block_units * w.block_bytes;
     to.codes = block + parts.codes + inside * code_bytes(w) + c * 4;
@@ -67,11 +72,11 @@ INLINE void units_from(const Quantised& w, const uint8_t* panel, int64_t unit, i
         for (int v = 0; v < columns; v += kLanes) {
             int64_t at = group * kPanel + c + v, shared_at = group / w.span * kPanel + c + v;
             fvec scale = load_numbers(w.scale, block + parts.scale, at), offset{};
-            if (w.shared) scale *= load_numbers(w.shared, block + parts.shared_scale, shared_at);
+            if (two) scale *= load_numbers(w.shared, block + parts.shared_scale, shared_at);
             store(to.scale[i] + v, scale);
-            if (!w.offset && bias == 0.f) continue;
-            if (w.offset) offset = load_numbers(w.offset, block + parts.offset, at);
-            if (w.offset && w.shared) offset *= load_numbers(w.shared, block + parts.shared_offset, shared_at);
+            if (!offsets && bias == 0.f) continue;
+            if (offsets) offset = load_numbers(w.offset, block + parts.offset, at);
+            if (offsets && two) offset *= load_numbers(w.shared, block + parts.shared_offset, shared_at);
             store(to.offset[i] + v, offset - scale * bias);
         }
     }
@@ -102,6 +107,7 @@ INLINE fvec look_up(const float* table, int bits, uvec codes) {
 
 // Weights of a stretch, [count * unit][columns] fp32, as kernels/quantized.py's dequantize has them to the bit.
 INLINE void widen(const Quantised& w, const Stretch& units, int columns, float* to) {
+    bool offsets = w.offset != NumberKind::kNone;
     for (int64_t i = 0; i < units.count; i++) {
         const uint8_t* unit = units.codes + i * code_bytes(w);
         for (int64_t line = 0; line < code_bytes(w); line += 64) __builtin_prefetch(unit + 8192 + line, 0, 2);
@@ -114,7 +120,7 @@ INLINE void widen(const Quantised& w, const Stretch& units, int columns, float* 
                 else
                     value = __builtin_convertvector(w.signed_codes ? (ivec)(codes << 24) >> 24 : (ivec)codes - w.zero, fvec);
                 value = rounded(value * load(units.scale[i] + c));
-                store(to + c, w.offset ? value + load(units.offset[i] + c) : value);
+                store(to + c, offsets ? value + load(units.offset[i] + c) : value);
             }
     }
 }
@@ -123,7 +129,7 @@ INLINE void widen(const Quantised& w, const Stretch& units, int columns, float* 
 static void pack_column(const Quantised& w, const QuantisedSource& from, int64_t n, uint8_t* panel, int c) {
     BlockParts parts = block_parts(w);
     int64_t groups = w.units / w.group_units, per_block = w.block_units / w.group_units;
-    auto put = [&](const uint8_t* source, int kind, int64_t start, int64_t count, int64_t each) {  // `each`: numbers of a block
+    auto put = [&](const uint8_t* source, NumberKind kind, int64_t start, int64_t count, int64_t each) {  // `each`: numbers of a block
         for (int64_t g = 0; g < count && source; g++)
             memcpy(panel + g / each * w.block_bytes + start + (g % each * kPanel + c) * number_bytes(kind), source + (n * count + g) * number_bytes(kind), number_bytes(kind));
     };

@@ -10,13 +10,10 @@ from math import gcd
 import torch
 from torch import Tensor
 
-from loraplex.kernels.cpu.abi import NumberKind, Op, OpCode, Quantised, QuantisedSource
+from loraplex.kernels.constants import PANEL, NumberKind, OpCode
+from loraplex.kernels.cpu.abi import Op, Quantised, QuantisedSource
 from loraplex.kernels.cpu.team import Team
-from loraplex.kernels.ops import PartShape
-from loraplex.kernels.quantized import A8_GROUP, Activations, GroupScales, QuantizedWeight, WeightFormat
-
-PANEL = 64
-"""Output columns of a panel."""
+from loraplex.kernels.quantized import A8_GROUP, Activations, GroupScales, PartShape, QuantizedWeight, WeightFormat
 
 BLOCK_UNITS = 8
 """Units of a block, most, unless a scale or a shared number is for more."""
