@@ -146,15 +146,15 @@ static void pack_column(const Quantised& w, const QuantisedSource& from, int64_t
 
 // ---- x ----
 
-// What a kernel multiplies, [rows][in]: fp32; bf16; or bytes with a scale for each 32 inputs, in their order, or in each 8 in that of the
-// nibbles of a word: 0 4 1 5, 2 6 3 7.
+// What a kernel multiplies, [rows][in]: fp32; bf16; or bytes, in their order, or in each 8 in that of the nibbles of a word: 0 4 1 5,
+// 2 6 3 7.
 enum class Form { kFloats, kPairs, kBytes, kNibbleBytes };
 constexpr int kRounded = 32;  // inputs that share a scale (A8_GROUP of kernels/quantized.py)
 
 struct Inputs {
     uint8_t* x;
     int64_t in, units;   // of a row: inputs with their padding, numbers of `scale` and of `sums`
-    float *scale, *sums;  // [rows][units]: a scale for each kRounded inputs; sums of each unit's inputs, see prepare_row
+    float *scale, *sums;  // [rows][units]: of each unit's bytes, see prepare_row
 };
 INLINE Inputs inputs(const Quantised& w, Form form, int64_t rows, uint8_t* at) {
     int64_t in = (int64_t)w.units * w.unit, bytes = form == Form::kFloats ? 4 : form == Form::kPairs ? 2 : 1;
@@ -172,34 +172,82 @@ INLINE void gather_inputs(const Quantised& w, const T* x, float* to) {
     for (int64_t k = w.in; k < (int64_t)w.units * w.unit; k++) to[k] = 0.f;
 }
 
-// Largest size of n inputs, a multiple of 8.
+// Largest size of n inputs, a multiple of 8; a NaN is larger than any.
 INLINE float largest(const float* x, int64_t n) {
-    float top = 0.f;
-    for (int64_t k = 0; k < n; k++) top = max2(top, std::fabs(x[k]));
-    return top;
-}
-// n inputs over `scale`, rounded to integers of -127 to 127, halves to even.
-INLINE void round_inputs(const float* x, int64_t n, float scale, float* codes) {
-    constexpr float kMagic = 12582912.f;  // 1.5 * 2^23
-    for (int64_t k = 0; k < n; k++) {
-        float code = scale > 0.f ? x[k] / scale : 0.f;
-        code = rounded(code + kMagic) - kMagic;
-        codes[k] = max2(min2(code, 127.f), -127.f);
+    ivec top{};
+    for (int64_t k = 0; k < n; k += kLanes) {
+        ivec size = (ivec)load_n(x + k, lanes_left(n - k)) & 0x7fffffff;  // ordered as the numbers are
+        top = size > top ? size : top;
     }
+    int32_t lanes[kLanes], most = 0;
+    memcpy(lanes, &top, sizeof lanes);
+    for (int lane : lanes) most = max2(most, lane);
+    float found;
+    memcpy(&found, &most, 4);
+    return found;
+}
+// x over `scale`, rounded to integers of -127 to 127, halves to even.
+INLINE fvec round_inputs(fvec x, float scale) {
+    const fvec magic = splat(12582912.f);  // 1.5 * 2^23
+    fvec code = scale > 0.f ? x / splat(scale) : fvec{};
+    code = rounded(code + magic) - magic;
+    code = code > 127.f ? splat(127.f) : code;
+    return code < -127.f ? splat(-127.f) : code;
+}
+
+// n rounded inputs, a multiple of 8, as bytes in the order of `form`; returns their sum.
+template <Form form>
+INLINE int32_t store_rounded(const float* x, int64_t n, float scale, int8_t* to) {
+    typedef int8_t octets __attribute__((vector_size(16), aligned(1), may_alias));
+    int32_t total = 0;
+    for (int64_t k = 0; k < n; k += 16) {
+        alignas(64) int8_t codes[16] = {};
+        for (int c = 0; c < 16 && k + c < n; c += kLanes) {
+            ivec code = __builtin_convertvector(round_inputs(load_n(x + k + c, lanes_left(n - k - c)), scale), ivec);
+            for (int i = 0; i < kLanes; i++) codes[c + i] = (int8_t)code[i];
+        }
+        for (int8_t code : codes) total += code;
+        octets all = *(const octets*)codes;
+        if (form == Form::kNibbleBytes) all = __builtin_shuffle(all, octets{0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15});
+        memcpy(to + k, &all, min2<int64_t>(n - k, 16));
+    }
+    return total;
 }
 
 // Row t of x, widened, in the form of its kernel. Where activations are rounded the codes are those of round_activations of
-// kernels/quantized.py; as fp32 they are multiplied out again.
+// kernels/quantized.py; as fp32 they are multiplied out again. `sums` of a unit: of pairs, the sum of its inputs; of bytes, that of
+// the codes: times the scale as fp32 where w has an offset, else times -zero as int32.
 template <Form form>
 INLINE void prepare_row(const Quantised& w, float* wide, const Inputs& x, int64_t t) {
+    float *scales = x.scale + t * x.units, *sums = x.sums + t * x.units;
     int64_t each = w.rounded == 2 ? x.in : kRounded;
-    if (form == Form::kFloats) {
+    if constexpr (form == Form::kFloats) {
         for (int64_t k = 0; k < x.in && w.rounded; k += each) {
             float scale = largest(wide + k, each) / 127.f;
-            round_inputs(wide + k, each, scale, wide + k);
-            for (int64_t i = 0; i < each; i++) wide[k + i] *= scale;
+            for (int64_t i = k; i < k + each; i += kLanes) store(wide + i, round_inputs(load(wide + i), scale) * scale);
         }
         memcpy(x.x + t * x.in * 4, wide, x.in * 4);
+    } else if constexpr (form == Form::kPairs) {
+        for (int64_t k = 0; k < x.in; k += kLanes) store_n((bf16*)x.x + t * x.in + k, load_n(wide + k, lanes_left(x.in - k)), lanes_left(x.in - k));
+        for (int64_t u = 0; u < x.units; u++) {
+            fvec total{};
+            for (int64_t k = 0; k < w.unit; k += kLanes) total += load_n(wide + u * w.unit + k, lanes_left(w.unit - k));
+            sums[u] = sum(total);
+        }
+    } else {
+        bool offset = w.offset != NumberKind::kNone;
+        for (int64_t k = 0; k < x.in; k += each) {
+            float scale = largest(wide + k, each) / 127.f;
+            for (int64_t i = k; i < k + each; i += w.unit) {
+                int64_t unit = i / w.unit;
+                int32_t total = store_rounded<form>(wide + i, w.unit, scale, (int8_t*)x.x + t * x.in + i);
+                scales[unit] = scale;
+                if (offset)
+                    sums[unit] = scale * (float)total;
+                else
+                    total *= -w.zero, memcpy(sums + unit, &total, 4);
+            }
+        }
     }
 }
 

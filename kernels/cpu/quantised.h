@@ -15,6 +15,7 @@
 // structs with its members (quant4.h), picked by `with_kernel`.
 #pragma once
 #include "numbers.h"
+#include "quant4.h"
 #include "records.h"
 
 namespace LORAPLEX_ISA {
@@ -38,6 +39,9 @@ struct Wide {
 // Calls run(kernel) with the kernel of w.
 template <class T, class F>
 INLINE void with_kernel(const Quantised& w, F run) {
+    bool whole = w.unit == 32, offset = w.offset != NumberKind::kNone;
+    if constexpr (kByteDots)
+        if (w.rounded && w.bits == 4 && whole && !w.codebook) return offset ? run(Nibbles<true>{}) : run(Nibbles<false>{});
     run(Wide<T>{});
 }
 
