@@ -21,7 +21,7 @@ BOTH = pytest.mark.parametrize("activations", Activations)
 def _sums(weight: QuantizedWeight, x: Tensor, activations: Activations) -> tuple[Exact, Exact, Exact | float]:
     """Compute x W^T in fp64; how large the terms are of which it is made where scales are multiplied last; the wobble.
 
-    In bf16 a codebook may be rounded to bf16, as its library rounds weights: NF4's errs by a thousandth in the mean, which
+    In bf16 a codebook may be rounded to bf16, as its library rounds weights: NF4 errs by a thousandth then, which
     grows as the root of the sum of squares. Three quarters of an ulp of that are five deviations.
     """
     order = torch.arange(weight.in_features) if weight.order is None else weight.order
