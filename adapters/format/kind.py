@@ -23,6 +23,12 @@ from loraplex.kernels.records import Projection
 BaseBias = Callable[[int, str], Tensor | None]
 """(layer, projection name) -> the base's own bias [out], or None where it has none."""
 
+RowNorms = Callable[[int, str, Tensor, Tensor], Tensor]
+"""(layer, projection name, a [r, in], b [out, r]) -> the Euclidean norms [out] fp32 of the rows of W + b a.
+
+W is the base's own weight as it computes with it, of a quantised base what its codes stand for.
+"""
+
 Throttle = Callable[[], None]
 """Called between pieces of work; may raise, to end the work."""
 
@@ -33,6 +39,7 @@ class ServedBase:
 
     layout: BaseLayout
     bias: BaseBias
+    row_norms: RowNorms
 
 
 @dataclass(frozen=True)

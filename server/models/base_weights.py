@@ -1,0 +1,75 @@
+"""Answer what adapters ask of the base's own weights when they are loaded: its biases, and norms of its rows.
+
+Loaders' threads ask, several at once, while the engine computes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from loraplex.kernels.ops import Backend
+from loraplex.kernels.quantized import QuantizedWeight, dequantize
+from loraplex.kernels.records import Projection
+from loraplex.server.models.checkpoint import DenseCheckpoint
+from loraplex.server.models.config import ModelConfig
+from loraplex.server.models.weights import Linear, ModelWeights, linear_of
+
+ROWS = 512
+"""Of a weight, widened at a time: 8 MB at 4,096 inputs."""
+
+
+class BaseWeights:
+    """The weights as they are computed with, and the checkpoint they came from."""
+
+    def __init__(self, config: ModelConfig, weights: ModelWeights, checkpoint: DenseCheckpoint, ops: Backend) -> None:
+        """ops: may be used from any thread, while the engine uses its own."""
+        self._projections = {projection.name: projection for projection in config.projections()}
+        self._weights = weights
+        self._checkpoint = checkpoint
+        self._ops = ops
+        self._squares: dict[tuple[int, str], Tensor] = {}  # computed twice where two threads ask at once
+
+    def bias(self, layer: int, projection_name: str) -> Tensor | None:
+        """Return the bias [out] of e.g. (3, "self_attn.q_proj") in the compute dtype; None where the base has none."""
+        linear, projection = self._find(layer, projection_name)
+        return None if linear.bias is None else linear.bias[_columns(projection)]
+
+    def row_norms(self, layer: int, projection_name: str, a: Tensor, b: Tensor) -> Tensor:
+        """Compute the Euclidean norms [out] fp32 of the rows of W + b a, a [r, in] and b [out, r] fp32.
+
+        |w + b a|^2 = |w|^2 + 2 b (a w) + b (a a^T) b^T for each row. The first term is read from the checkpoint once.
+        In the second `a` is rounded to the compute dtype, in which it will be multiplied, too: where b a is a tenth of
+        W that moves a norm by 4e-4 of itself at most. So W is read once per load, by the linears' own kernel.
+
+        Raises WeightsError where the checkpoint's file is gone or another one.
+        """
+        linear, projection = self._find(layer, projection_name)
+        rounded = a.to(self._ops.device, self._weights.dtype)
+        products = self._ops.logits(rounded, linear.weight)[:, _columns(projection)].cpu()  # [r, out]
+        total = self._squared_norms(layer, projection_name).double()
+        total += 2 * (b * products.T).sum(1, dtype=torch.float64)
+        total += ((b @ (a @ a.T)) * b).sum(1, dtype=torch.float64)
+        return total.clamp(min=0).sqrt().float()
+
+    def _find(self, layer: int, projection_name: str) -> tuple[Linear, Projection]:
+        projection = self._projections[projection_name]
+        return linear_of(self._weights.layers[layer], projection.site), projection
+
+    def _squared_norms(self, layer: int, projection_name: str) -> Tensor:
+        key = layer, projection_name
+        if key not in self._squares:
+            weight = self._checkpoint.read(f"model.layers.{layer}.{projection_name}.weight")
+            self._squares[key] = _squares(weight, self._weights.dtype)
+        return self._squares[key]
+
+
+def _columns(projection: Projection) -> slice:
+    return slice(projection.out_start, projection.out_start + projection.out_features)
+
+
+def _squares(weight: Tensor | QuantizedWeight, dtype: torch.dtype) -> Tensor:
+    """Sum the squares of each row as it is computed with: rounded to `dtype`, or what the codes stand for. fp32."""
+    if isinstance(weight, QuantizedWeight):
+        return dequantize(weight).square().sum(1)
+    return torch.cat([rows.to(dtype).float().square().sum(1) for rows in weight.split(ROWS)])
