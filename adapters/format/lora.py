@@ -33,7 +33,7 @@ from loraplex.adapters.format.modules import (
 )
 from loraplex.adapters.format.values import cancels, check_finite, check_rounded, make_bias, no_effect
 from loraplex.adapters.image.tiles import BaseLayout, BiasDelta, LowRank, OutputScale, Part, PartShape
-from loraplex.kernels.records import TileKind
+from loraplex.kernels.constants import TileKind
 
 MAGNITUDE = "lora_magnitude_vector"
 _LEAVES = {  # by role; "bias" has two names
