@@ -23,11 +23,11 @@ from loraplex.kernels.records import Projection
 BaseBias = Callable[[int, str], Tensor | None]
 """(layer, projection name) -> the base's own bias [out], or None where it has none."""
 
-RowNorms = Callable[[int, str, Tensor, Tensor], Tensor]
-"""(layer, projection name, a [r, in], b [out, r]) -> the Euclidean norms [out] fp32 of the rows of W + b a.
+SquaredNorms = Callable[[int, str], Tensor]
+"""(layer, projection name) -> |w|^2 [out] fp32 of the rows w of the base's own weight as it computes with it."""
 
-W is the base's own weight as it computes with it, of a quantised base what its codes stand for.
-"""
+Products = Callable[[int, str, Tensor], Tensor]
+"""(layer, projection name, a [r, in]) -> a W^T [r, out] fp32 of that weight W; a is rounded to the compute dtype."""
 
 Throttle = Callable[[], None]
 """Called between pieces of work; may raise, to end the work."""
@@ -39,7 +39,8 @@ class ServedBase:
 
     layout: BaseLayout
     bias: BaseBias
-    row_norms: RowNorms
+    squared_norms: SquaredNorms
+    products: Products
 
 
 @dataclass(frozen=True)

@@ -35,33 +35,26 @@ class BaseWeights:
         linear, projection = self._find(layer, projection_name)
         return None if linear.bias is None else linear.bias[_columns(projection)]
 
-    def row_norms(self, layer: int, projection_name: str, a: Tensor, b: Tensor) -> Tensor:
-        """Compute the Euclidean norms [out] fp32 of the rows of W + b a, a [r, in] and b [out, r] fp32.
+    def squared_norms(self, layer: int, projection_name: str) -> Tensor:
+        """Return the squares of the Euclidean norms [out] fp32 of the weight's rows, as it is computed with.
 
-        |w + b a|^2 = |w|^2 + 2 b (a w) + b (a a^T) b^T for each row. The first term is read from the checkpoint once.
-        In the second `a` is rounded to the compute dtype, in which it will be multiplied, too: where b a is a tenth of
-        W that moves a norm by 4e-4 of itself at most. So W is read once per load, by the linears' own kernel.
-
-        Raises WeightsError where the checkpoint's file is gone or another one.
+        The weight is read from the checkpoint the first time; WeightsError where the file is gone or another one.
         """
-        linear, projection = self._find(layer, projection_name)
-        rounded = a.to(self._ops.device, self._weights.dtype)
-        products = self._ops.logits(rounded, linear.weight)[:, _columns(projection)].cpu()  # [r, out]
-        total = self._squared_norms(layer, projection_name).double()
-        total += 2 * (b * products.T).sum(1, dtype=torch.float64)
-        total += ((b @ (a @ a.T)) * b).sum(1, dtype=torch.float64)
-        return total.clamp(min=0).sqrt().float()
-
-    def _find(self, layer: int, projection_name: str) -> tuple[Linear, Projection]:
-        projection = self._projections[projection_name]
-        return linear_of(self._weights.layers[layer], projection.site), projection
-
-    def _squared_norms(self, layer: int, projection_name: str) -> Tensor:
         key = layer, projection_name
         if key not in self._squares:
             weight = self._checkpoint.read(f"model.layers.{layer}.{projection_name}.weight")
             self._squares[key] = _squares(weight, self._weights.dtype)
         return self._squares[key]
+
+    def products(self, layer: int, projection_name: str, a: Tensor) -> Tensor:
+        """Compute a W^T [r, out] fp32 of a [r, in], which is rounded to the compute dtype."""
+        linear, projection = self._find(layer, projection_name)
+        rounded = a.to(self._ops.device, self._weights.dtype)
+        return self._ops.logits(rounded, linear.weight)[:, _columns(projection)].cpu()
+
+    def _find(self, layer: int, projection_name: str) -> tuple[Linear, Projection]:
+        projection = self._projections[projection_name]
+        return linear_of(self._weights.layers[layer], projection.site), projection
 
 
 def _columns(projection: Projection) -> slice:

@@ -34,10 +34,10 @@ class ParsedAdapter:
 def without_weights(layout: BaseLayout) -> ServedBase:
     """A base without biases, for adapters that ask nothing else of its weights."""
 
-    def row_norms(*_: object) -> Tensor:
-        raise AssertionError("nobody asks for norms here")
+    def asked(*_: object) -> Tensor:
+        raise AssertionError("nobody asks for weights here")
 
-    return ServedBase(layout, lambda *_: None, row_norms)
+    return ServedBase(layout, lambda *_: None, asked, asked)
 
 
 def no_breath() -> None:

@@ -275,9 +275,13 @@ def layout_of(model: Any, *, dtype: torch.dtype = torch.float32, page_bytes: int
 
 def served_base_of(model: Any, layout: BaseLayout) -> ServedBase:
     """This transformers model as adapters are checked against it."""
-    layers = model.model.layers
 
-    def row_norms(layer: int, name: str, a: Tensor, b: Tensor) -> Tensor:
-        return torch.linalg.norm(layers[layer].get_submodule(name).weight.detach() + b @ a, dim=1)
+    def linear(layer: int, name: str) -> Any:
+        return model.model.layers[layer].get_submodule(name)
 
-    return ServedBase(layout, lambda layer, name: layers[layer].get_submodule(name).bias, row_norms)
+    return ServedBase(
+        layout,
+        bias=lambda layer, name: linear(layer, name).bias,
+        squared_norms=lambda layer, name: linear(layer, name).weight.detach().square().sum(1),
+        products=lambda layer, name, a: a @ linear(layer, name).weight.detach().T,
+    )

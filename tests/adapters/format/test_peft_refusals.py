@@ -48,9 +48,14 @@ def layout(dtype: torch.dtype = torch.float32) -> BaseLayout:
 
 def served(dtype: torch.dtype = torch.float32, norm: float = 0.0) -> ServedBase:
     """A base with some biases, whose weights are zero, or orthogonal to whatever is added and `norm` long."""
-    return ServedBase(
-        layout(dtype), base_bias, lambda layer, name, a, b: torch.hypot((b @ a).norm(dim=1), torch.tensor(norm))
-    )
+
+    def squared_norms(layer: int, name: str) -> Tensor:
+        return torch.full((WIDTHS[name][1],), norm**2)
+
+    def products(layer: int, name: str, a: Tensor) -> Tensor:
+        return torch.zeros(a.shape[0], WIDTHS[name][1])
+
+    return ServedBase(layout(dtype), base_bias, squared_norms, products)
 
 
 def base_bias(layer: int, name: str) -> Tensor | None:
