@@ -10,10 +10,10 @@ from torch import Tensor
 
 from loraplex.kernels.ops import Backend
 from loraplex.kernels.quantized import QuantizedWeight, dequantize
-from loraplex.kernels.records import Projection
-from loraplex.server.models.checkpoint import DenseCheckpoint
+from loraplex.kernels.records import Projection, Site
+from loraplex.server.models.checkpoint import Checkpoint
 from loraplex.server.models.config import ModelConfig
-from loraplex.server.models.weights import Linear, ModelWeights, linear_of
+from loraplex.server.models.weights import Linear, ModelWeights
 
 ROWS = 512
 """Of a weight, widened at a time: 8 MB at 4,096 inputs."""
@@ -22,7 +22,7 @@ ROWS = 512
 class BaseWeights:
     """The weights as they are computed with, and the checkpoint they came from."""
 
-    def __init__(self, config: ModelConfig, weights: ModelWeights, checkpoint: DenseCheckpoint, ops: Backend) -> None:
+    def __init__(self, config: ModelConfig, weights: ModelWeights, checkpoint: Checkpoint, ops: Backend) -> None:
         """ops: may be used from any thread, while the engine uses its own."""
         self._projections = {projection.name: projection for projection in config.projections()}
         self._weights = weights
@@ -54,7 +54,9 @@ class BaseWeights:
 
     def _find(self, layer: int, projection_name: str) -> tuple[Linear, Projection]:
         projection = self._projections[projection_name]
-        return linear_of(self._weights.layers[layer], projection.site), projection
+        weights = self._weights.layers[layer]
+        linears = {Site.QKV: weights.qkv, Site.O: weights.o, Site.GATE_UP: weights.gate_up, Site.DOWN: weights.down}
+        return linears[projection.site], projection
 
 
 def _columns(projection: Projection) -> slice:
