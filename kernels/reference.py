@@ -19,7 +19,7 @@ from torch.nn import functional as F  # noqa: N812  its usual name
 from loraplex.kernels.constants import ALIGN, TileKind
 from loraplex.kernels.ops import Backend, PackedLinear
 from loraplex.kernels.quantized import Activations, QuantizedWeight, dequantize, round_activations
-from loraplex.kernels.records import AdapterStep, AttentionMeta, AttentionParams, KVLayer, QKNorm, Site, element_bytes
+from loraplex.kernels.records import AdapterStep, AttentionMeta, AttentionParams, KVLayer, QKNorm, element_bytes
 from loraplex.kernels.sampling import TorchSampling
 
 QUERY_BLOCK = 128
@@ -127,7 +127,7 @@ class ReferenceBackend(TorchSampling, Backend):
     def add_bias_(self, y: Tensor, bias: Tensor) -> Tensor:
         return y.add_(bias)
 
-    def adapter_add_(self, y: Tensor, x: Tensor, layer: int, site: Site, adapters: AdapterStep) -> Tensor:
+    def adapter_add_(self, y: Tensor, x: Tensor, layer: int, site: int, adapters: AdapterStep) -> Tensor:
         table, segments = adapters.table, adapters.segments
         elements = adapters.arena.view(-1).view(y.dtype)
         ranges = table.ranges_host[:, layer, site]  # [num_slots, 2]

@@ -39,6 +39,11 @@ class BaseLayout:
     page_bytes: int  # a multiple of 64, no shorter than the longest row of A
     dtype: torch.dtype  # the compute dtype: what tiles are stored in
 
+    @property
+    def num_sites(self) -> int:
+        """Of a layer."""
+        return max(projection.site for projection in self.projections) + 1
+
 
 @dataclass(frozen=True)
 class LowRank:

@@ -28,7 +28,7 @@ from loraplex.kernels.gpu.tiles import (
     shrink_tile,
     tile_range,
 )
-from loraplex.kernels.records import AdapterSegments, Site, TileTable
+from loraplex.kernels.records import AdapterSegments, TileTable
 
 _COUNTS = ["splits", "slot_stride", "cell", "num_segments", "most_tiles"]
 """Arguments that vary between calls: no compilation may hang on their values."""
@@ -40,7 +40,7 @@ def add_(
     elements: Tensor,
     table: TileTable,
     layer: int,
-    site: Site,
+    site: int,
     segments: AdapterSegments,
     most_tiles: int,
 ) -> None:

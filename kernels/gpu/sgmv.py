@@ -28,7 +28,7 @@ from loraplex.kernels.gpu.tiles import (
     shrink_tile,
     tile_range,
 )
-from loraplex.kernels.records import AdapterSegments, Site, TileTable
+from loraplex.kernels.records import AdapterSegments, TileTable
 
 _COUNTS = ["slot_stride", "cell", "first_segment", "num_segments", "first_row", "most_tiles"]
 
@@ -39,7 +39,7 @@ def add_(
     elements: Tensor,
     table: TileTable,
     layer: int,
-    site: Site,
+    site: int,
     segments: AdapterSegments,
     first_segment: int,
     most_tiles: int,

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from loraplex.kernels.constants import ALIGN, TILE_COLUMNS, TILE_RANKS, TileKind
-from loraplex.kernels.records import AdapterSegments, Site, TileTable
+from loraplex.kernels.records import AdapterSegments, TileTable
 
 RANKS = TILE_RANKS
 """Also the smallest size that a matrix unit takes."""
@@ -21,7 +21,7 @@ LOW_RANK = tl.constexpr(int(TileKind.LOW_RANK))
 SCALE = tl.constexpr(int(TileKind.SCALE))
 
 
-def lookup(table: TileTable, segments: AdapterSegments, layer: int, site: Site) -> tuple[tuple[Tensor, ...], int, int]:
+def lookup(table: TileTable, segments: AdapterSegments, layer: int, site: int) -> tuple[tuple[Tensor, ...], int, int]:
     """What every kernel looks tiles up with: (ranges, tiles, indptr, mix_ptr, mix_slot), slot_stride, cell."""
     tables = (table.ranges, table.tiles, segments.indptr, segments.mix_ptr, segments.mix_slot)
     _, num_layers, num_sites, _ = table.ranges.shape

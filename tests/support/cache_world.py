@@ -19,7 +19,8 @@ from loraplex.adapters.tiers.inbox import Inbox, host_bytes
 from loraplex.adapters.tiers.loader import LoadedContent, Loader, Priority, Reading
 from loraplex.adapters.tiers.pages import PagePool
 from loraplex.adapters.tiers.settle import changed, renew, settle
-from loraplex.kernels.records import Projection, Site
+from loraplex.kernels.records import Projection
+from loraplex.server.models.config import Site
 
 Q = Projection("self_attn.q_proj", Site.QKV, 32, 0, 32, False)
 LAYOUT = BaseLayout("tiny", 1, (Q,), 256, torch.float32)

@@ -12,7 +12,8 @@ from itertools import accumulate
 import torch
 
 from loraplex.kernels.constants import TILE_RANKS, TileKind
-from loraplex.kernels.records import NUM_SITES, AdapterSegments, Site, TileTable
+from loraplex.kernels.records import AdapterSegments, TileTable
+from loraplex.server.models.config import Site
 from tests.support.harness import Harness
 
 Mix = tuple[tuple[int, float], ...]
@@ -22,7 +23,7 @@ def write_adapters(harness: Harness, slots: int) -> TileTable:
     """Tiles on the whole of every qkv and down site: one in slot 0, two in slot 1, and so on."""
     config, dtype = harness.config, harness.weights.dtype
     generator = torch.Generator().manual_seed(5)
-    ranges = torch.zeros(slots, config.num_layers, NUM_SITES, 2, dtype=torch.int32)
+    ranges = torch.zeros(slots, config.num_layers, len(Site), 2, dtype=torch.int32)
     rows: list[list[int]] = []
     for slot in range(slots):
         for layer in range(config.num_layers):

@@ -19,7 +19,7 @@ from loraplex.adapters.image.tiles import BiasDelta, OutputScale
 from loraplex.adapters.tiers.host import most_bytes
 from loraplex.adapters.tiers.inbox import host_bytes
 from loraplex.adapters.tiers.reader import AdapterReader
-from loraplex.kernels.records import Site
+from loraplex.server.models.config import Site
 from tests.support.adapter_reading import ParsedAdapter, read_adapter
 from tests.support.peft_adapters import (
     BASES,

@@ -23,7 +23,8 @@ from loraplex.adapters.image.tiles import (
     shape_of,
 )
 from loraplex.kernels.constants import ALIGN, TILE_RANKS, TileKind
-from loraplex.kernels.records import Projection, Site, element_bytes
+from loraplex.kernels.records import Projection, element_bytes
+from loraplex.server.models.config import Site
 
 Parts = list[Part]
 

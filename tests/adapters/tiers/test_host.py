@@ -15,7 +15,8 @@ from loraplex.adapters.tiers.entry import Entries, Entry
 from loraplex.adapters.tiers.host import HostTier, most_bytes
 from loraplex.adapters.tiers.inbox import Inbox
 from loraplex.kernels.constants import TileKind
-from loraplex.kernels.records import Projection, Site
+from loraplex.kernels.records import Projection
+from loraplex.server.models.config import Site
 
 
 def _image(nbytes: int) -> AdapterImage:
