@@ -28,7 +28,8 @@ from loraplex.server.models.decoder import Decoder
 from loraplex.server.models.inputs import ForwardBatch
 from loraplex.server.models.recorded import RecordedDecoder, record
 from loraplex.server.models.rotary import RopeConfig
-from loraplex.server.models.weights import LayerWeights, Linear, ModelWeights, weights_bytes
+from loraplex.server.models.weight_sizes import weights_bytes
+from loraplex.server.models.weights import LayerWeights, Linear, ModelWeights
 
 DTYPE = torch.bfloat16
 CONTEXT, RANK = 256, 16  # tokens in the cache of every row, rank of every adapter

@@ -29,6 +29,7 @@ from loraplex.kernels.cpu.program import CpuRecorder, Notes
 from loraplex.kernels.cpu.team import Team
 from loraplex.kernels.hugepages import HUGE_PAGE, huge_zeros
 from loraplex.kernels.ops import Backend, PackedLinear, Recorder
+from loraplex.kernels.quantized import PartShape
 from loraplex.kernels.records import ALIGN, AdapterStep, AttentionMeta, AttentionParams, KVLayer, QKNorm, Site
 
 REGION = 64 << 20
@@ -75,9 +76,10 @@ class CpuBackend(Backend):
         taken, self._region = self._region[:nbytes], self._region[nbytes:]
         return taken
 
-    def packed_bytes(self, shapes: Iterable[tuple[int, int]], dtype: torch.dtype) -> int:
+    def packed_bytes(self, linears: Iterable[Sequence[PartShape]], dtype: torch.dtype) -> int:
         total = used = room = 0
-        for out, columns in shapes:
+        for parts in linears:
+            out, columns = sum(part[0] for part in parts), parts[0][1]
             nbytes = -(-(-(-out // 16) * 16 * columns * dtype.itemsize) // ALIGN) * ALIGN
             if nbytes > room:  # as _take: what is left of a region is never written
                 total += -(-used // HUGE_PAGE) * HUGE_PAGE
