@@ -1,8 +1,4 @@
-"""Readers of weight formats: the tensors of a base's files by name, whatever the format.
-
-`open_checkpoint` is the one place that chooses a reader by what the folder holds. A further format is a Checkpoint in a
-file of its own, and its line there.
-"""
+"""What every reader of a weight format yields, and the reader of safetensors as they are. opening.py chooses one."""
 
 from __future__ import annotations
 
@@ -10,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
@@ -108,28 +104,6 @@ class DenseCheckpoint:
                     self._tensors[name] = StoredTensor(file, tuple(view.get_shape()), WIDTHS[view.get_dtype()])
         except (SafetensorError, OSError) as error:
             raise WeightsError(f"{file} is damaged or cut short: {error}; download it again") from error
-
-
-def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Open the weights at `path`, reading headers only. Raises WeightsError naming the file and what is wrong."""
-    folder = Path(path)
-    quantisation = _quantization_config(folder)
-    if quantisation is not None:
-        method = quantisation.get("quant_method")
-        raise WeightsError(
-            f"the checkpoint is quantised ({method}), which is not supported; use its bf16, fp16 or fp32 original"
-        )
-    return DenseCheckpoint(folder)
-
-
-def _quantization_config(folder: Path) -> dict[str, Any] | None:
-    """Read what config.json says of how the weights are quantised; None: nothing."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None  # ModelConfig says what is wrong with it
-    found = config.get("quantization_config") if isinstance(config, dict) else None
-    return found if isinstance(found, dict) else None
 
 
 def _shards(folder: Path) -> Iterator[Path]:

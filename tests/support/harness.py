@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from loraplex.kernels.ops import Backend
+from loraplex.kernels.quantized import Activations
 from loraplex.kernels.records import (
     BLOCK_SIZE,
     AdapterSegments,
@@ -93,10 +94,11 @@ class Harness:
         num_pages: int = 64,
         page_bytes: int = 0,
         seed: int = 0,
+        activations: Activations | None = None,
     ) -> None:
         self.config = ModelConfig.from_hf(path)
         self.ops = ops or load_backend("reference", "cpu")
-        self.weights: ModelWeights = load_weights(path, self.config, self.ops, dtype)
+        self.weights: ModelWeights = load_weights(path, self.config, self.ops, dtype, activations=activations)
         self.groups = layer_groups(self.config, group_size)
         config = self.config
         slab = config.num_kv_heads * BLOCK_SIZE * config.head_dim  # elements of one layer's keys in a page

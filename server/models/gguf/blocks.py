@@ -1,7 +1,7 @@
 """Take the blocks of ggml's types apart: their bytes become codes and scales.
 
-A row of a weight is cut into blocks of 32 or 256 inputs; each has its scales and its codes side by side. The layouts are
-ggml-common.h's, the values those of the gguf package (gguf.quants.dequantize), which tests/models/gguf compares bit for bit.
+A row of a weight is cut into blocks of 32 or 256 inputs; each has its scales and its codes side by side. The layouts
+are ggml-common.h's, the values those of the gguf package (gguf.quants.dequantize), to the bit.
 """
 
 from __future__ import annotations
@@ -22,19 +22,9 @@ CHUNK = 1 << 20
 """Elements that are taken apart together: temporaries of 2 to 4 MB, whatever the size of the tensor."""
 
 
-@dataclass(frozen=True)
-class Parts:
-    """What a row of n blocks is made of."""
-
-    codes: Array  # [n, block] uint8, or int8 where the format has no zero
-    scale: Array  # [n] float16
-    scale_codes: Array | None = None  # [n, block / group] uint8 or int8
-    offset: Array | None = None  # [n] float16
-    offset_codes: Array | None = None  # [n, block / group] uint8
-
-    def arrays(self) -> tuple[Array | None, ...]:
-        """List them in the order of the fields."""
-        return self.codes, self.scale, self.scale_codes, self.offset, self.offset_codes
+Parts = dict[str, Array]
+"""What n blocks are made of: "codes" [n, block] uint8 (int8 where the format has no zero), "scale" [n] float16 and,
+where the type has them, "scale_codes" [n, block / group] uint8 or int8, "offset" and "offset_codes" likewise."""
 
 
 @dataclass(frozen=True)
@@ -50,34 +40,25 @@ class BlockType:
 def quantized_weight(kind: BlockType, data: Array, order: Array | None = None) -> QuantizedWeight:
     """Take the weight apart whose rows are `data` [out, row bytes] uint8.
 
-    order: [out], the row of `data` that each output has; None: as they are. Raises ValueError where a scale is not finite.
+    order: [out], the row of `data` that each output has; None: as they are. Raises ValueError for scales not finite.
     """
     rows = data.shape[0]
     blocks = data.shape[1] // kind.block_bytes
     step = max(1, CHUNK // (blocks * kind.block))
-    whole: list[Array | None] = []
+    whole: Parts = {}
     for start in range(0, rows, step):
         chunk = data[start : start + step] if order is None else data[order[start : start + step]]
-        found = kind.take_apart(np.ascontiguousarray(chunk).reshape(-1, kind.block_bytes)).arrays()
-        if not whole:
-            whole = [None if a is None else np.empty((rows, blocks, *a.shape[1:]), a.dtype) for a in found]
-        for target, part in zip(whole, found, strict=True):
-            if target is not None and part is not None:
-                target[start : start + step] = part.reshape(-1, *target.shape[1:])
-    codes, scale, scale_codes, offset, offset_codes = (
-        None if array is None else torch.from_numpy(array.reshape(rows, -1)) for array in whole
-    )
-    assert codes is not None and scale is not None
-    for numbers in (scale, offset):
-        if numbers is not None and not bool(torch.isfinite(numbers).all()):
-            raise ValueError("it has scales that are not finite")
+        for name, part in kind.take_apart(np.ascontiguousarray(chunk).reshape(-1, kind.block_bytes)).items():
+            target = whole.setdefault(name, np.empty((rows, blocks, *part.shape[1:]), part.dtype))
+            target[start : start + step] = part.reshape(-1, *target.shape[1:])
+    for name in ("scale", "offset"):
+        if name in whole and not np.isfinite(whole[name]).all():
+            raise ValueError("has scales that are not finite numbers")
+    found = {name: torch.from_numpy(array.reshape(rows, -1)) for name, array in whole.items()}
     span = kind.block // (kind.format.group or kind.block)
-    return QuantizedWeight(
-        kind.format,
-        codes,
-        GroupScales(scale, scale_codes, span),
-        None if offset is None else GroupScales(offset, offset_codes, span),
-    )
+    scale = GroupScales(found["scale"], found.get("scale_codes"), span)
+    offset = GroupScales(found["offset"], found.get("offset_codes"), span) if "offset" in found else None
+    return QuantizedWeight(kind.format, found["codes"], scale, offset)
 
 
 def _nibbles(packed: Array, width: int) -> Array:
@@ -91,11 +72,11 @@ def _half(blocks: Array, at: int) -> Array:
 
 
 def _q4_0(blocks: Array) -> Parts:
-    return Parts(_nibbles(blocks[:, 2:], 16), _half(blocks, 0))
+    return {"codes": _nibbles(blocks[:, 2:], 16), "scale": _half(blocks, 0)}
 
 
 def _q4_1(blocks: Array) -> Parts:
-    return Parts(_nibbles(blocks[:, 4:], 16), _half(blocks, 0), offset=_half(blocks, 2))
+    return {"codes": _nibbles(blocks[:, 4:], 16), "scale": _half(blocks, 0), "offset": _half(blocks, 2)}
 
 
 def _fifth_bits(packed: Array) -> Array:
@@ -104,16 +85,16 @@ def _fifth_bits(packed: Array) -> Array:
 
 
 def _q5_0(blocks: Array) -> Parts:
-    return Parts(_nibbles(blocks[:, 6:], 16) | _fifth_bits(blocks[:, 2:6]), _half(blocks, 0))
+    return {"codes": _nibbles(blocks[:, 6:], 16) | _fifth_bits(blocks[:, 2:6]), "scale": _half(blocks, 0)}
 
 
 def _q5_1(blocks: Array) -> Parts:
     codes = _nibbles(blocks[:, 8:], 16) | _fifth_bits(blocks[:, 4:8])
-    return Parts(codes, _half(blocks, 0), offset=_half(blocks, 2))
+    return {"codes": codes, "scale": _half(blocks, 0), "offset": _half(blocks, 2)}
 
 
 def _q8_0(blocks: Array) -> Parts:
-    return Parts(blocks[:, 2:].view(np.int8), _half(blocks, 0))
+    return {"codes": blocks[:, 2:].view(np.int8), "scale": _half(blocks, 0)}
 
 
 def _six_bit_scales(packed: Array) -> tuple[Array, Array]:
@@ -127,7 +108,8 @@ def _six_bit_scales(packed: Array) -> tuple[Array, Array]:
 def _k_parts(blocks: Array, codes: Array) -> Parts:
     """Add the scales of Q4_K and Q5_K to `codes`. What is subtracted there is an offset with the other sign here."""
     scale, least = _six_bit_scales(blocks[:, 4:16])
-    return Parts(codes, _half(blocks, 0), scale, -_half(blocks, 2), least)
+    subtracted = {"offset": -_half(blocks, 2), "offset_codes": least}
+    return {"codes": codes, "scale": _half(blocks, 0), "scale_codes": scale, **subtracted}
 
 
 def _q4_k(blocks: Array) -> Parts:
@@ -144,7 +126,8 @@ def _q6_k(blocks: Array) -> Parts:
     high = blocks[:, 128:192].reshape(-1, 2, 1, 32) >> np.array([[0], [2], [4], [6]], np.uint8)
     upper = ((high & np.uint8(3)) << np.uint8(4)).reshape(blocks.shape[0], -1)
     scale = np.ascontiguousarray(blocks[:, 192:208]).view(np.int8)
-    return Parts(_nibbles(blocks[:, :128], 64) | upper, _half(blocks, 208), scale)
+    codes = _nibbles(blocks[:, :128], 64) | upper
+    return {"codes": codes, "scale": _half(blocks, 208), "scale_codes": scale}
 
 
 def _simple(name: str, bits: int, zero: int, block_bytes: int, take_apart: Callable[[Array], Parts]) -> BlockType:

@@ -1,4 +1,4 @@
-"""Read the weights of a GGUF file as those of a checkpoint: its names, its order of rows, codes and scales as they are."""
+"""Read the weights of a GGUF file as a checkpoint: its names, its order of rows, codes and scales as they are."""
 
 from __future__ import annotations
 
@@ -77,7 +77,8 @@ class GgufCheckpoint:
         kind = QUANTIZED.get(stored.type)
         if kind is not None and (len(stored.shape) != 2 or stored.shape[1] % kind.block):
             raise self._wrong(
-                stored, f"has shape {list(stored.shape)}, and rows of {kind.format.name} are whole blocks of {kind.block}"
+                stored,
+                f"has shape {list(stored.shape)}, and rows of {kind.format.name} are whole blocks of {kind.block}",
             )
         if stored.start + math.prod(_stored_shape(stored)) > self._header.bytes:
             raise self._wrong(stored, "goes beyond the file's end: it is cut short; download it again")
@@ -109,4 +110,3 @@ def _stored_shape(stored: StoredBlocks) -> tuple[int, int]:
     if kind is not None:
         return rows, stored.shape[-1] // kind.block * kind.block_bytes
     return rows, stored.shape[-1] * DENSE[stored.type].itemsize
-

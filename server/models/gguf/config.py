@@ -1,7 +1,7 @@
 """Write the config.json and generation_config.json that a GGUF's metadata stands for. Free of torch.
 
 What comes out is read as any other base's files are, by models/config.py: only what the two have different names for is
-done here. What llama.cpp computes without being told (Gemma's scale of attention, its pattern of windows) is written out.
+done here. What llama.cpp does without being told (Gemma's scale of attention, its windows' pattern) is written out.
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ def config_json(header: GgufHeader) -> dict[str, Any]:
     head_dim = header.whole(f"{arch}.attention.key_length", hidden // heads)
     if header.whole(f"{arch}.attention.value_length", head_dim) != head_dim:
         raise GgufError(f"{header.file} has values of another length than keys, which is not supported")
-    config = {
+    context = header.whole(f"{arch}.context_length")
+    config: dict[str, Any] = {
         "architectures": [family.architecture],
         "model_type": family.model_type,
         "vocab_size": shapes["token_embd.weight"][0],
@@ -86,7 +87,7 @@ def config_json(header: GgufHeader) -> dict[str, Any]:
         "num_attention_heads": heads,
         "num_key_value_heads": header.whole(f"{arch}.attention.head_count_kv", heads),
         "head_dim": head_dim,
-        "max_position_embeddings": header.whole(f"{arch}.context_length"),
+        "max_position_embeddings": context,
         "rms_norm_eps": header.number(f"{arch}.attention.layer_norm_rms_epsilon"),
         "hidden_act": family.activation,
         "hidden_activation": family.activation,
@@ -101,7 +102,7 @@ def config_json(header: GgufHeader) -> dict[str, Any]:
     elif arch == "phi3":
         config["sliding_window"] = header.whole("phi3.attention.sliding_window", 0) or None
     rotated = header.whole(f"{arch}.rope.dimension_count", head_dim)
-    return config | _rope_fields(header, arch, head_dim, rotated, config["max_position_embeddings"])
+    return config | _rope_fields(header, arch, head_dim, rotated, context)
 
 
 def generation_json(header: GgufHeader) -> dict[str, Any]:
@@ -110,7 +111,11 @@ def generation_json(header: GgufHeader) -> dict[str, Any]:
     keys = (f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
     ends = [header.whole(key) for key in keys if key in header.metadata]
     if isinstance(tokens, list) and isinstance(types, list):
-        ends += [i for i, (text, kind) in enumerate(zip(tokens, types, strict=False)) if kind == CONTROL and text in END_TEXTS]
+        ends += [
+            i
+            for i, (text, kind) in enumerate(zip(tokens, types, strict=False))
+            if kind == CONTROL and text in END_TEXTS
+        ]
     found: dict[str, Any] = _special_ids(header)
     if ends:
         found["eos_token_id"] = list(dict.fromkeys(ends))
@@ -190,13 +195,19 @@ def _rope_parameters(header: GgufHeader, arch: str, theta: float, context: int) 
         longrope = {"rope_type": "longrope", "attention_factor": scaling, "original_max_position_embeddings": original}
         return found | longrope | {"short_factor": list(short), "long_factor": list(long)}
     if long is not None or short is not None:
-        raise GgufError(f"{header.file} has rope factors for two lengths, which {arch} with rope scaling {kind!r} has not")
+        raise GgufError(
+            f"{header.file} has rope factors for two lengths, which {arch} with rope scaling {kind!r} has not"
+        )
     if freqs is not None:
         if kind != "none":
             raise GgufError(f"{header.file} has both rope factors and rope scaling {kind!r}, which is not supported")
         # Llama 3.1's scaling, as what each frequency is divided by. longrope says the same; its switch is never reached
         same = {"short_factor": list(freqs), "long_factor": list(freqs)}
-        return found | {"rope_type": "longrope", "attention_factor": 1.0, "original_max_position_embeddings": context} | same
+        return (
+            found
+            | {"rope_type": "longrope", "attention_factor": 1.0, "original_max_position_embeddings": context}
+            | same
+        )
     if kind == "none":
         return found
     factor = header.number(prefix + "factor")
@@ -204,7 +215,9 @@ def _rope_parameters(header: GgufHeader, arch: str, theta: float, context: int) 
         return found | {"rope_type": "linear", "factor": factor}
     if kind == "yarn" and header.number(prefix + "attn_factor", 1.0) == 1.0:
         original = header.whole(prefix + "original_context_length")
-        betas = {name: header.number(f"{prefix}yarn_{name}", value) for name, value in (("beta_fast", 32), ("beta_slow", 1))}
+        betas = {
+            name: header.number(f"{prefix}yarn_{name}", value) for name, value in (("beta_fast", 32), ("beta_slow", 1))
+        }
         return found | {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original} | betas
     raise GgufError(f"{header.file} has rope scaling {kind!r:.40}, which is not supported for {arch}")
 

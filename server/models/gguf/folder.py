@@ -4,15 +4,14 @@
     gguf/NAME-DIGEST/tokenizer.json, ...                     of the file, or those that lie beside it
     gguf/NAME-DIGEST/model.gguf                              a link to the file, which is read in place
 
-DIGEST is of the header, of where the file is and of what lies beside it: other content has another folder, and nothing in
-one is written twice. Free of torch.
+DIGEST is of the header, of where the file is and of what lies beside it: other content has another folder, and nothing
+is written twice. Free of torch.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -57,8 +56,9 @@ def folder_for(file: Path, cache: Path) -> Path:
 def _digest(header: GgufHeader, beside: list[Path]) -> str:
     """Hash all that the folder is made of."""
     made_of = hashlib.sha256()
-    made_of.update(json.dumps([LAYOUT, str(header.file), header.bytes, header.metadata], sort_keys=True).encode())
-    made_of.update(repr(header.tensors).encode())
+    made_of.update(json.dumps([LAYOUT, str(header.file)]).encode())
+    with header.file.open("rb") as file:
+        made_of.update(file.read(header.length))
     for path in beside:
         made_of.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
     return made_of.hexdigest()[:16]
@@ -69,7 +69,10 @@ def _make(header: GgufHeader, beside: list[Path], target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
-        for name, content in (("config.json", config_json(header)), ("generation_config.json", generation_json(header))):
+        for name, content in (
+            ("config.json", config_json(header)),
+            ("generation_config.json", generation_json(header)),
+        ):
             (partial / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         if not any(path.name == BESIDE[0] for path in beside):
             write_tokenizer(header, partial)

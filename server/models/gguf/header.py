@@ -1,8 +1,8 @@
 """Read the header of a GGUF file: its metadata and where its tensors lie. Free of torch and of the gguf package.
 
-A file comes from anywhere. Its header says how many there are of everything and how long each is, so every such number is
-compared with a bound and with the bytes that are left before anything is made for it: the gguf package's reader counts to
-2^60 where a header says so. The layout is that of ggml's docs/gguf.md, versions 2 and 3.
+A file comes from anywhere. Its header says how many there are of everything and how long each is, so every such number
+is compared with a bound and with the bytes that are left before anything is made for it: the gguf package's reader
+counts to 2^60 where a header says so. The layout is that of ggml's docs/gguf.md, versions 2 and 3.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
-from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -55,6 +54,7 @@ class GgufHeader:
 
     file: Path
     bytes: int  # of the whole file
+    length: int  # of the header in it, without the padding behind
     metadata: Mapping[str, Any]  # bool, int, float, str, or a list of one of them
     tensors: tuple[StoredBlocks, ...]
 
@@ -123,7 +123,7 @@ def read_header(file: Path) -> GgufHeader:
 class _Reading:
     """One pass over a header, from its first byte on."""
 
-    def __init__(self, file: Path, handle: BufferedReader, size: int) -> None:
+    def __init__(self, file: Path, handle: BinaryIO, size: int) -> None:
         self._file, self._handle, self._size = file, handle, size
         self._place = 0
         self._entries = 0
@@ -143,7 +143,7 @@ class _Reading:
             if tensor.name in stored:
                 raise self._damaged(f"it has the tensor {tensor.name[:80]!r} twice")
             stored[tensor.name] = tensor
-        return GgufHeader(self._file, self._size, metadata, self._placed(stored, metadata))
+        return GgufHeader(self._file, self._size, self._place, metadata, self._placed(stored, metadata))
 
     def _check_kind(self) -> None:
         if (magic := self._take(4, "the first bytes")) != MAGIC:
@@ -197,7 +197,9 @@ class _Reading:
         """Turn offsets into places in the file. What a tensor takes is checked by who knows its type."""
         alignment = metadata.get("general.alignment", 32)
         if type(alignment) is not int or not 0 < alignment <= MAX_ALIGNMENT or alignment % 8:
-            raise self._damaged(f"general.alignment is {_shown(alignment)}, expected a multiple of 8 to {MAX_ALIGNMENT}")
+            raise self._damaged(
+                f"general.alignment is {_shown(alignment)}, expected a multiple of 8 to {MAX_ALIGNMENT}"
+            )
         start = -(-self._place // alignment) * alignment
         for tensor in stored.values():
             if tensor.start % alignment or start + tensor.start >= self._size:

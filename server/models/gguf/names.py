@@ -1,8 +1,8 @@
 """Translate llama.cpp's names and orders of a base's tensors to those of its Hugging Face checkpoint. Free of torch.
 
 llama.cpp rotates neighbouring elements (0, 1), (2, 3), ... of a head where the architecture is "llama", the checkpoint
-rotates element i with i + head_dim / 2: there the rows of q and k lie in another order. Where the architecture is Gemma,
-llama.cpp stores 1 + w for the norms' w.
+rotates element i with i + head_dim / 2: there the rows of q and k lie in another order. Where the architecture is
+Gemma, llama.cpp stores 1 + w for the norms' w.
 """
 
 from __future__ import annotations

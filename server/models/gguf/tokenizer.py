@@ -1,8 +1,8 @@
 """Write the tokenizer files that a GGUF's metadata stands for: tokenizer.json, its config and the chat template.
 
 A GGUF has the vocabulary, merges or scores, and the name of a rule ("tokenizer.ggml.pre") by which a text is cut before
-they apply. The rule itself is in no file: what is not listed here is refused, since a wrong one reads well and gives other
-ids (numbers first). Built with the tokenizers library, as a server reads it; transformers is not asked.
+they apply. The rule itself is in no file: what is not listed here is refused, since a wrong one reads well and gives
+other ids (numbers first). Built with the tokenizers library, as a server reads it; transformers is not asked.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from loraplex.server.models.gguf.header import GgufError, GgufHeader
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+BESIDE = "lay the base's tokenizer.json beside the file"
 
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
 """GGUF's types of tokens that are no ordinary ones."""
@@ -55,9 +57,7 @@ def write_tokenizer(header: GgufHeader, folder: Path) -> None:
     elif kind == "llama":
         tokenizer, adds_bos = _sentencepiece(header, tokens, types), True
     else:
-        raise GgufError(
-            f"{header.file} has the tokenizer {kind!r:.40}; expected 'gpt2' or 'llama', or a tokenizer.json beside the file"
-        )
+        raise GgufError(f"{header.file} has the tokenizer {kind!r:.40}; expected 'gpt2' or 'llama'; {BESIDE}")
     special = _special_tokens(header, tokens)
     _add_tokens(tokenizer, tokens, types, special)
     before = special.get("bos") if header.flag("tokenizer.ggml.add_bos_token", adds_bos) else None
@@ -65,7 +65,8 @@ def write_tokenizer(header: GgufHeader, folder: Path) -> None:
     _add_ends(tokenizer, before, behind)
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",  # what transformers 4 and 5 take for "whatever tokenizer.json says"
+        # The one class name that transformers 4 and 5 both take for "whatever tokenizer.json says".
+        "tokenizer_class": "PreTrainedTokenizerFast",
         **{f"{role}_token": text for role, (_, text) in special.items()},
         "model_max_length": header.whole(f"{header.architecture}.context_length"),
         "clean_up_tokenization_spaces": False,
@@ -79,9 +80,9 @@ def _vocabulary(header: GgufHeader) -> tuple[list[str], list[int]]:
     """Read every token's text and type. Raises GgufError."""
     tokens = header.metadata.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list) or not tokens or not all(isinstance(token, str) for token in tokens):
-        raise GgufError(f"{header.file} has no tokenizer; lay the base's tokenizer.json beside the file")
+        raise GgufError(f"{header.file} has no tokenizer; {BESIDE}")
     if len(set(tokens)) != len(tokens):
-        raise GgufError(f"{header.file} has a token twice in its vocabulary; lay the base's tokenizer.json beside the file")
+        raise GgufError(f"{header.file} has a token twice in its vocabulary; {BESIDE}")
     types = header.metadata.get("tokenizer.ggml.token_type", [1] * len(tokens))
     if not isinstance(types, list) or len(types) != len(tokens):
         raise GgufError(f"{header.file} has {len(tokens)} tokens and types for another number of them")
@@ -93,12 +94,13 @@ def _byte_level(header: GgufHeader, tokens: list[str]) -> tuple[Tokenizer, bool]
     rule = header.metadata.get("tokenizer.ggml.pre")
     if rule not in _SPLITS:
         raise GgufError(
-            f"{header.file} cuts texts by the rule {rule!r:.40} (tokenizer.ggml.pre), which is not known here; "
-            "lay the base's tokenizer.json beside the file"
+            f"{header.file} cuts texts by the rule {rule!r:.40} (tokenizer.ggml.pre), which is not known here; {BESIDE}"
         )
     pattern = _SPLITS[rule]
     merges = _merges(header)
-    tokenizer = Tokenizer(_model(header, models.BPE, vocab=_ids(tokens), merges=merges, ignore_merges=rule in _WHOLE_FIRST))
+    whole_first = rule in _WHOLE_FIRST
+    model = _model(header, models.BPE, vocab=_ids(tokens), merges=merges, ignore_merges=whole_first)
+    tokenizer = Tokenizer(model)
     steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if rule in _DIGITS_FIRST else []
     if pattern is not None:
         steps.append(pre_tokenizers.Split(Regex(pattern), behavior="isolated"))
@@ -107,13 +109,13 @@ def _byte_level(header: GgufHeader, tokens: list[str]) -> tuple[Tokenizer, bool]
     if pattern is _QWEN2:
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer, rule in _WHOLE_FIRST
+    return tokenizer, whole_first
 
 
 def _merges(header: GgufHeader) -> list[tuple[str, str]]:
     merges = header.metadata.get("tokenizer.ggml.merges")
     if not isinstance(merges, list):
-        raise GgufError(f"{header.file} has no merges for its tokenizer; lay the base's tokenizer.json beside the file")
+        raise GgufError(f"{header.file} has no merges for its tokenizer; {BESIDE}")
     pairs = [tuple(merge.split(" ")) for merge in merges]
     if not all(len(pair) == 2 for pair in pairs):
         raise GgufError(f"{header.file} has a merge that is not of two tokens")
