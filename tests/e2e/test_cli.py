@@ -100,7 +100,7 @@ def assert_one_line(result: tuple[Any, str, str], *words: str) -> None:
         (["serve", "x", "--adapter-dir", "/nowhere/at/all"], ["--adapter-dir", "/nowhere/at/all"]),
         (["serve", "/nowhere/at/all", "--port", "0"], ["/nowhere/at/all", "no folder"]),
         (["serve", "nowhere", "--port", "0"], ["'nowhere'", "demo"]),
-        (["serve", __file__, "--port", "0"], ["is a file"]),
+        (["serve", __file__, "--port", "0"], ["no GGUF file", "folder"]),
         (["serve", "x", "--host", "no.such.host.invalid"], ["no.such.host.invalid"]),
     ],
     ids=lambda value: " ".join(value)[-40:],

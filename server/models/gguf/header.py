@@ -148,7 +148,9 @@ class _Reading:
     def _check_kind(self) -> None:
         if (magic := self._take(4, "the first bytes")) != MAGIC:
             hint = "; this one is big-endian" if magic == MAGIC[::-1] else ""
-            raise GgufError(f"{self._file} is no GGUF file: it begins with {magic!r}, expected {MAGIC!r}{hint}")
+            raise GgufError(
+                f"{self._file} is no GGUF file: it begins with {magic!r}, expected {MAGIC!r}{hint}; a base is one, or a folder with config.json"
+            )
         version = self._scalar("I")
         if version not in VERSIONS:
             swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
