@@ -269,7 +269,7 @@ class ServeConfig:
     base: Annotated[
         str, Argument(metavar="BASE", help="[b]demo[/b], the folder of a model, a GGUF file or a Hub id (org/name).")
     ]
-    base_names: Annotated[  # at least one, once constructed: a folder or file is called by its last part, a Hub id by itself
+    base_names: Annotated[  # at least one, once constructed: after the last part of a path, or a Hub id
         tuple[str, ...],
         Option(
             "--served-model-name",

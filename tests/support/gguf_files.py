@@ -3,14 +3,15 @@
     written = write_gguf(tiny_hf_model("llama"), folder / "tiny.gguf")        # Q8_0 linears, F32 norms
     written.model                                                             # transformers' model with those values
 
-The metadata is what convert_hf_to_gguf.py writes for each family; names are the gguf package's own map. Values are made by
-gguf.quants where it can quantise, else of random blocks; `written.model` has gguf.quants.dequantize of them, so that no line
-of our reader has a part in the oracle.
+The metadata is what convert_hf_to_gguf.py writes for each family; names are the gguf package's own map. Values are made
+by gguf.quants where it can quantise, else of random blocks; `written.model` has gguf.quants.dequantize of them, so that
+no line of our reader has a part in the oracle.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,7 +140,7 @@ def _add_metadata(writer: gguf.GGUFWriter, config: Any) -> None:
         writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config.layer_types])
         rope = rope["full_attention"]
     if config.model_type in ("gemma2", "gemma3_text", "phi3"):
-        writer.add_sliding_window(config.sliding_window)
+        writer.add_sliding_window(config.sliding_window or 0)
     if config.model_type == "gemma2":
         writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
         writer.add_final_logit_softcapping(config.final_logit_softcapping)
@@ -152,6 +153,10 @@ def _add_metadata(writer: gguf.GGUFWriter, config: Any) -> None:
         writer.add_rope_scaling_factor(rope["factor"])
     if rope["rope_type"] in ("yarn", "longrope"):
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+    if rope["rope_type"] == "longrope":
+        original = rope["original_max_position_embeddings"]
+        scale = config.max_position_embeddings / original
+        writer.add_rope_scaling_attn_factors(math.sqrt(1 + math.log(scale) / math.log(original)))
     writer.add_vocab_size(config.vocab_size)
 
 

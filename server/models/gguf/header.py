@@ -146,11 +146,10 @@ class _Reading:
         return GgufHeader(self._file, self._size, self._place, metadata, self._placed(stored, metadata))
 
     def _check_kind(self) -> None:
-        if (magic := self._take(4, "the first bytes")) != MAGIC:
-            hint = "; this one is big-endian" if magic == MAGIC[::-1] else ""
-            raise GgufError(
-                f"{self._file} is no GGUF file: it begins with {magic!r}, expected {MAGIC!r}{hint}; a base is one, or a folder with config.json"
-            )
+        magic = self._take(4, "its first bytes") if self._size >= 4 else b""
+        if magic != MAGIC:
+            kind = "a big-endian one" if magic == MAGIC[::-1] else f"begins with {magic!r}, expected {MAGIC!r}"
+            raise GgufError(f"{self._file} is no GGUF file ({kind}); give one, or a folder that holds config.json")
         version = self._scalar("I")
         if version not in VERSIONS:
             swapped = int.from_bytes(version.to_bytes(4, "little"), "big")

@@ -9,10 +9,8 @@ from typing import Any
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
-from gguf import GGUFWriter, RopeScalingType
 
 from loraplex.kernels.quantized import Activations
-from loraplex.server.models.config import ModelConfig
 from loraplex.server.models.gguf.folder import folder_for
 from tests.support.gguf_files import WrittenGguf, write_gguf
 from tests.support.harness import Harness
@@ -85,3 +83,35 @@ def test_logits_are_those_of_the_dequantised_model(case: str, tmp_path: Path, to
     wanted = expected(written.model, ids)
     assert wanted.std() > 0.5
     torch.testing.assert_close(logits(base_of(written), ids), wanted, atol=TOLERANCE, rtol=0)
+
+
+def test_rope_scalings_are_those_of_the_model(tmp_path: Path, tokenizer: Path) -> None:
+    """Linear and yarn by their keys, Llama 3.1's by the factors that its converter computes, Phi's by its two sets."""
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128}
+    cases: dict[str, tuple[str, dict[str, Any]]] = {
+        "linear": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
+        "yarn": ("qwen2", {"hidden_size": 224, "intermediate_size": 128, "rope_parameters": yarn}),
+        "llama3": ("llama3", {}),
+        "phi4mini": ("phi4mini", {}),
+    }
+    for name, (family, fields) in cases.items():
+        model = tiny_hf_model(family, **fields)
+        written = write_gguf(model, tmp_path / f"{name}.gguf", Kind.F32, tokenizer=tokenizer, extra=rope_tensors(model))
+        for length in (LENGTH, 12) if name == "phi4mini" else (LENGTH,):
+            ids = some_ids(written.model)[:length]
+            wanted = expected(written.model, ids)
+            torch.testing.assert_close(logits(base_of(written), ids), wanted, atol=TOLERANCE, rtol=0, msg=name)
+
+
+def rope_tensors(model: Any) -> dict[str, Any]:
+    """What llama.cpp's converter writes among the tensors: what each frequency is divided by, by transformers' own."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope = model.config.rope_parameters
+    if rope["rope_type"] == "longrope":
+        return {f"rope_factors_{which}.weight": rope[f"{which}_factor"] for which in ("long", "short")}
+    if rope["rope_type"] != "llama3":
+        return {}
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](model.config, torch.device("cpu"))
+    head_dim = model.config.hidden_size // model.config.num_attention_heads
+    return {"rope_freqs.weight": 1 / (rope["rope_theta"] ** (torch.arange(0, head_dim, 2) / head_dim)) / scaled}
