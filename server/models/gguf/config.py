@@ -6,13 +6,17 @@ done here. What llama.cpp does without being told (Gemma's scale of attention, i
 
 from __future__ import annotations
 
+import json
 import math
 import struct
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from loraplex.server.models.gguf.header import GgufError, GgufHeader
 from loraplex.server.models.gguf.names import ROPE_FACTORS
+
+CONFIG_FILES = ("config.json", "generation_config.json")
 
 END_TEXTS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|end|>", "<end_of_turn>")
 """Control tokens that end an answer wherever a vocabulary has them, as llama.cpp has it: files name one of them."""
@@ -123,6 +127,12 @@ def generation_json(header: GgufHeader) -> dict[str, Any]:
         if key in header.metadata:
             found[name] = header.whole(key) if name == "top_k" else header.number(key)
     return found
+
+
+def write_config(header: GgufHeader, folder: Path) -> None:
+    """Write CONFIG_FILES into `folder`. Raises GgufError, OSError."""
+    for name, content in zip(CONFIG_FILES, (config_json(header), generation_json(header)), strict=True):
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _check_whole(header: GgufHeader) -> None:

@@ -16,7 +16,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from loraplex.server.models.gguf.config import config_json, generation_json
+from loraplex.server.models.gguf.config import write_config
 from loraplex.server.models.gguf.header import GgufError, GgufHeader, read_header
 from loraplex.server.models.gguf.tokenizer import write_tokenizer
 
@@ -69,11 +69,7 @@ def _make(header: GgufHeader, beside: list[Path], target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
-        for name, content in (
-            ("config.json", config_json(header)),
-            ("generation_config.json", generation_json(header)),
-        ):
-            (partial / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_config(header, partial)
         if not any(path.name == BESIDE[0] for path in beside):
             write_tokenizer(header, partial)
         for path in beside:
