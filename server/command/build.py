@@ -24,8 +24,8 @@ from loraplex.adapters.tiers.loader import Loader
 from loraplex.adapters.tiers.pages import PagePool
 from loraplex.adapters.tiers.reader import AdapterReader
 from loraplex.adapters.tiers.workspace import Workspace
+from loraplex.kernels.constants import BLOCK_SIZE
 from loraplex.kernels.ops import Backend
-from loraplex.kernels.records import BLOCK_SIZE
 from loraplex.kernels.select import load_backend
 from loraplex.server.catalog.manager import AdapterManager
 from loraplex.server.command.sizing import MachineMemory, calibrated, compute_dtype
