@@ -83,7 +83,8 @@ class Server:
         harness = self.harness
         pool = Pool(pages, harness.take_pages(700))
         projections = harness.config.projections()
-        self.layout = BaseLayout(path.name, harness.config.num_layers, projections, harness.page_bytes, torch.float32)
+        layers, dtype = harness.config.num_layers, harness.weights.dtype
+        self.layout = BaseLayout(path.name, layers, projections, harness.page_bytes, dtype)
         self.residency = DeviceTier(harness.arena, pool, self.layout)  # type: ignore[arg-type]
         self._base_bias = BaseBiases(harness.config, harness.weights).get
 
