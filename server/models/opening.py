@@ -1,13 +1,14 @@
 """Choose the reader of a base's weights by what is there: a GGUF file, or safetensors in a folder.
 
-A further format is a Checkpoint in a file of its own, and its line here.
+A further format is a Checkpoint in a file of its own, and its line here or in formats/folder.py.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from loraplex.server.models.checkpoint import Checkpoint, DenseCheckpoint
+from loraplex.server.models.checkpoint import Checkpoint
+from loraplex.server.models.formats.folder import open_folder
 from loraplex.server.models.gguf.checkpoint import GgufCheckpoint
 from loraplex.server.models.gguf.folder import WEIGHTS
 
@@ -21,4 +22,4 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     linked = path / WEIGHTS
     if path.suffix == ".gguf" or linked.exists():
         return GgufCheckpoint(linked if linked.exists() else path)
-    return DenseCheckpoint(path)
+    return open_folder(path)
