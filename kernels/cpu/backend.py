@@ -12,6 +12,7 @@ from copy import copy
 import torch
 from torch import Tensor
 
+from loraplex.kernels.constants import ACTIVATIONS, ALIGN, OpCode
 from loraplex.kernels.cpu.abi import (
     ActMulArgs,
     AdapterArgs,
@@ -20,7 +21,6 @@ from loraplex.kernels.cpu.abi import (
     EmbedArgs,
     NormArgs,
     Op,
-    OpCode,
     RopeArgs,
     Step,
 )
@@ -30,12 +30,10 @@ from loraplex.kernels.cpu.team import Team
 from loraplex.kernels.hugepages import HUGE_PAGE, huge_zeros
 from loraplex.kernels.ops import Backend, PackedLinear, Recorder
 from loraplex.kernels.quantized import PartShape
-from loraplex.kernels.records import ALIGN, AdapterStep, AttentionMeta, AttentionParams, KVLayer, QKNorm, Site
+from loraplex.kernels.records import AdapterStep, AttentionMeta, AttentionParams, KVLayer, QKNorm, Site
 
 REGION = 64 << 20
 """Bytes of huge pages taken at a time for weights; resident only as far as they are written."""
-
-ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 
 
 class CpuBackend(Backend):
@@ -67,6 +65,11 @@ class CpuBackend(Backend):
         twin, notes = copy(self), Notes(cosines)
         twin._sink = notes
         return CpuRecorder(twin, notes, self.team, dtype, self.batch_invariant)
+
+    def beside(self) -> Backend:
+        twin = copy(self)
+        twin.team = twin._sink = Team(self.team.isa, threads=1)
+        return twin
 
     def _take(self, nbytes: int) -> Tensor:
         """[nbytes] uint8 for a weight, one behind the other: huge pages of their own would cost it 1 MiB on average."""

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from loraplex.adapters.files.tokenizer_files import TokenizerFiles
+from loraplex.adapters.format.kind import ServedBase
 from loraplex.adapters.image.tiles import BaseLayout
 from loraplex.adapters.registry import Registry
 from loraplex.adapters.sources.addresses import Reach
@@ -24,8 +25,8 @@ from loraplex.adapters.tiers.loader import Loader
 from loraplex.adapters.tiers.pages import PagePool
 from loraplex.adapters.tiers.reader import AdapterReader
 from loraplex.adapters.tiers.workspace import Workspace
+from loraplex.kernels.constants import BLOCK_SIZE
 from loraplex.kernels.ops import Backend
-from loraplex.kernels.records import BLOCK_SIZE
 from loraplex.kernels.select import load_backend
 from loraplex.server.catalog.manager import AdapterManager
 from loraplex.server.command.sizing import MachineMemory, calibrated, compute_dtype
@@ -48,13 +49,14 @@ from loraplex.server.engine.step.memory import (
 )
 from loraplex.server.engine.step.prefault import Prefault
 from loraplex.server.engine.step.worker import LocalWorker
+from loraplex.server.models.base_weights import BaseWeights
 from loraplex.server.models.config import ModelConfig
 from loraplex.server.models.decoder import Decoder
 from loraplex.server.models.demo import default_cache_dir
 from loraplex.server.models.graphs import GraphedDecoder
 from loraplex.server.models.opening import open_checkpoint
 from loraplex.server.models.recorded import RecordedDecoder, record
-from loraplex.server.models.weights import BaseBiases, ModelWeights, load_checkpoint
+from loraplex.server.models.weights import ModelWeights, load_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -116,6 +118,7 @@ def build_engine(
         config,
         model_config,
         weights,
+        BaseWeights(model_config, weights, checkpoint, ops.beside()),
         ops,
         plan,
         budget,
@@ -143,6 +146,7 @@ def _assemble(
     config: EngineConfig,
     model_config: ModelConfig,
     weights: ModelWeights,
+    base: BaseWeights,
     ops: Backend,
     plan: MemoryPlan,
     budget: TokenBudget,
@@ -162,8 +166,7 @@ def _assemble(
     registry = Registry(taken=base_names)
     downloads = _downloads(download_config, registry)
     reader = AdapterReader(
-        layout,
-        BaseBiases(model_config, weights).get,
+        ServedBase(layout, base.bias, base.squared_norms, base.products),
         max_pages=plan.num_pages - len(plan.groups),
         workspace=Workspace(plan.loading_bytes),
         locate=downloads.locate,

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loraplex.kernels import hugepages
+from loraplex.kernels.constants import BLOCK_SIZE
 from loraplex.kernels.cpu import backend as cpu_backend
 from loraplex.kernels.cpu.program import CpuProgram
-from loraplex.kernels.records import BLOCK_SIZE
 from loraplex.kernels.select import load_backend
 from loraplex.server.engine.policy.kv_groups import kv_groups, peak_pages
 from loraplex.server.engine.step.arena import allocate_arena, kv_layers
