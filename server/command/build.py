@@ -50,11 +50,11 @@ from loraplex.server.engine.step.memory import (
 from loraplex.server.engine.step.prefault import Prefault
 from loraplex.server.engine.step.worker import LocalWorker
 from loraplex.server.models.base_weights import BaseWeights
-from loraplex.server.models.checkpoint import open_checkpoint
 from loraplex.server.models.config import ModelConfig
 from loraplex.server.models.decoder import Decoder
 from loraplex.server.models.demo import default_cache_dir
 from loraplex.server.models.graphs import GraphedDecoder
+from loraplex.server.models.opening import open_checkpoint
 from loraplex.server.models.recorded import RecordedDecoder, record
 from loraplex.server.models.weights import ModelWeights, load_checkpoint
 

@@ -19,8 +19,9 @@ from torch import Tensor
 from loraplex.kernels.ops import Backend, PackedLinear
 from loraplex.kernels.quantized import Activations, QuantizedWeight, WeightFormat, join
 from loraplex.kernels.records import Projection, Site
-from loraplex.server.models.checkpoint import Checkpoint, open_checkpoint
+from loraplex.server.models.checkpoint import Checkpoint
 from loraplex.server.models.config import ModelConfig
+from loraplex.server.models.opening import open_checkpoint
 from loraplex.server.models.weight_sizes import EMBED, HEAD, NORM, check_shape, check_tensors, layer_norms
 
 logger = logging.getLogger(__name__)

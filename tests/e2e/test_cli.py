@@ -85,6 +85,8 @@ def assert_one_line(result: tuple[Any, str, str], *words: str) -> None:
         (["serve", "x", "--port", "70000"], ["--port"]),
         (["serve", "x", "--device", "tpu"], ["--device", "tpu"]),
         (["serve", "x", "--dtype", "int8"], ["--dtype"]),
+        (["serve", "x", "--quantize", "int3"], ["--quantize", "int3"]),
+        (["serve", "x", "--activations", "a4"], ["--activations", "a4"]),
         (["serve", "x", "--max-num-seqs", "0"], ["--max-num-seqs"]),
         (["serve", "x", "--max-model-len", "-5"], ["--max-model-len"]),
         (["serve", "x", "--memory", "4X"], ["--memory", "4X"]),

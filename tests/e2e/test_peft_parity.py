@@ -20,7 +20,7 @@ from loraplex.adapters.tiers.loader import Reading
 from loraplex.adapters.tiers.reader import AdapterReader
 from loraplex.kernels.records import AdapterSegments
 from loraplex.server.models.base_weights import BaseWeights
-from loraplex.server.models.checkpoint import open_checkpoint
+from loraplex.server.models.opening import open_checkpoint
 from tests.support.harness import Harness, Sequence
 from tests.support.peft_adapters import (
     ALL,

@@ -29,9 +29,9 @@ from loraplex.server.engine.step.memory import (
     resident_memory,
     scratch_bytes,
 )
-from loraplex.server.models.checkpoint import open_checkpoint
 from loraplex.server.models.config import ModelConfig
 from loraplex.server.models.decoder import Decoder
+from loraplex.server.models.opening import open_checkpoint
 from loraplex.server.models.recorded import RecordedDecoder, record
 from loraplex.server.models.weight_sizes import packed_parts, resident_bytes
 from loraplex.server.models.weights import load_weights
