@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from loraplex.adapters.files.tokenizer_files import TokenizerFiles
+from loraplex.adapters.format.kind import ServedBase
 from loraplex.adapters.image.tiles import BaseLayout
 from loraplex.adapters.registry import Registry
 from loraplex.adapters.sources.addresses import Reach
@@ -50,6 +51,7 @@ from loraplex.server.engine.step.memory import (
 from loraplex.server.engine.step.prefault import Prefault
 from loraplex.server.engine.step.worker import LocalWorker
 from loraplex.server.facts import BaseFormats
+from loraplex.server.models.base_weights import BaseWeights
 from loraplex.server.models.checkpoint import Checkpoint, WeightsError
 from loraplex.server.models.config import ModelConfig
 from loraplex.server.models.decoder import Decoder
@@ -59,7 +61,7 @@ from loraplex.server.models.opening import open_checkpoint
 from loraplex.server.models.quantizing import QuantizingCheckpoint
 from loraplex.server.models.recorded import RecordedDecoder, record
 from loraplex.server.models.weight_sizes import format_names
-from loraplex.server.models.weights import BaseBiases, ModelWeights, activations_name, load_checkpoint
+from loraplex.server.models.weights import ModelWeights, activations_name, load_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -128,6 +130,7 @@ def build_engine(
         config,
         model_config,
         weights,
+        BaseWeights(model_config, weights, checkpoint, ops.beside()),
         ops,
         plan,
         budget,
@@ -169,6 +172,7 @@ def _assemble(
     config: EngineConfig,
     model_config: ModelConfig,
     weights: ModelWeights,
+    base: BaseWeights,
     ops: Backend,
     plan: MemoryPlan,
     budget: TokenBudget,
@@ -188,8 +192,7 @@ def _assemble(
     registry = Registry(taken=base_names)
     downloads = _downloads(download_config, registry)
     reader = AdapterReader(
-        layout,
-        BaseBiases(model_config, weights).get,
+        ServedBase(layout, base.bias, base.squared_norms, base.products),
         max_pages=plan.num_pages - len(plan.groups),
         workspace=Workspace(plan.loading_bytes),
         locate=downloads.locate,

@@ -113,22 +113,6 @@ def activations_name(
     return " + ".join(sorted(found))
 
 
-class BaseBiases:
-    """Find the base's own bias vectors, for adapters whose file replaces them."""
-
-    def __init__(self, config: ModelConfig, weights: ModelWeights) -> None:
-        self._projections = {projection.name: projection for projection in config.projections()}
-        self._layers = weights.layers
-
-    def get(self, layer: int, projection_name: str) -> Tensor | None:
-        """Return the bias [out] of e.g. (3, "self_attn.q_proj") in the compute dtype; None where the base has none."""
-        projection = self._projections[projection_name]
-        weights = self._layers[layer]
-        linears = {Site.QKV: weights.qkv, Site.O: weights.o, Site.GATE_UP: weights.gate_up, Site.DOWN: weights.down}
-        bias = linears[projection.site].bias
-        return None if bias is None else bias[projection.out_start : projection.out_start + projection.out_features]
-
-
 class _Loader:
     """Load a checkpoint that has been checked, in one pass."""
 

@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loraplex.adapters.format.kind import ServedBase
 from loraplex.adapters.image.tiles import BaseLayout
 from loraplex.adapters.tiers.device import DeviceTier
 from loraplex.adapters.tiers.loader import Reading
 from loraplex.adapters.tiers.reader import AdapterReader
 from loraplex.kernels.records import AdapterSegments
-from loraplex.server.models.weights import BaseBiases
+from loraplex.server.models.base_weights import BaseWeights
 from tests.support.harness import Harness, Sequence
 from tests.support.tiny import VOCAB_SIZE
 
@@ -86,11 +87,12 @@ class Server:
         layers, dtype = harness.config.num_layers, harness.weights.dtype
         self.layout = BaseLayout(path.name, layers, projections, harness.page_bytes, dtype)
         self.residency = DeviceTier(harness.arena, pool, self.layout)  # type: ignore[arg-type]
-        self._base_bias = BaseBiases(harness.config, harness.weights).get
+        weights = BaseWeights(harness.config, harness.weights, harness.checkpoint, harness.ops.beside())
+        self._base = ServedBase(self.layout, weights.bias, weights.squared_norms, weights.products)
 
     def load(self, folder: Path) -> str:
         """Read and load an adapter; its digest."""
-        reader = AdapterReader(self.layout, self._base_bias, max_pages=1 << 30)
+        reader = AdapterReader(self._base, max_pages=1 << 30)
         parsed = reader.read(Reading(str(folder), True, lambda: None))
         assert self.residency.load(parsed.digest, parsed.image)
         self.residency.check_integrity()

@@ -95,8 +95,9 @@ class Harness:
     ) -> None:
         self.config = ModelConfig.from_hf(path)
         self.ops = ops or load_backend("reference", "cpu")
+        self.checkpoint = checkpoint or open_checkpoint(path)
         self.weights: ModelWeights = load_checkpoint(
-            checkpoint or open_checkpoint(path), self.config, self.ops, dtype, activations=activations
+            self.checkpoint, self.config, self.ops, dtype, activations=activations
         )
         self.groups = layer_groups(self.config, group_size)
         config = self.config

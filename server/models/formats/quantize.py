@@ -50,7 +50,7 @@ def quantize_int8(weight: Tensor) -> QuantizedWeight:
     for rows in _slices(weight.shape[0], weight.shape[1]):
         w = weight[rows].float()
         scale[rows] = w.abs().amax(1, keepdim=True) / 127
-        codes[rows] = (w / scale[rows].where(scale[rows] > 0, 1)).round_().to(torch.int8)
+        codes[rows] = (w / scale[rows].where(scale[rows] > 0, 1)).round_().clamp_(-127, 127).to(torch.int8)
     return QuantizedWeight(INT8, codes, GroupScales(_finite(scale)))
 
 
