@@ -13,8 +13,9 @@ from torch import Tensor
 from loraplex.kernels.ops import Backend
 from loraplex.kernels.select import load_backend
 from loraplex.server.models.base_weights import BaseWeights
-from loraplex.server.models.checkpoint import WeightsError, open_checkpoint
+from loraplex.server.models.checkpoint import WeightsError
 from loraplex.server.models.config import ModelConfig
+from loraplex.server.models.opening import open_checkpoint
 from loraplex.server.models.weights import load_weights
 from tests.support.tiny import make_tiny_model
 

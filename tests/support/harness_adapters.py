@@ -28,7 +28,7 @@ def write_adapters(harness: Harness, slots: int) -> TileTable:
     for slot in range(slots):
         for layer in range(config.num_layers):
             for site in (Site.QKV, Site.DOWN):
-                parts = [p for p in config.projections() if p.site is site]
+                parts = [p for p in config.projections() if p.site == site]
                 n_in, n_out = parts[0].in_features, sum(p.out_features for p in parts)
                 first = len(rows)
                 for _ in range(slot + 1):

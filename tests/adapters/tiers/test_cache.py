@@ -21,7 +21,7 @@ from loraplex.adapters.tiers.pages import PagePool
 from tests.support.cache_world import IMAGE, LAYOUT, image_of, info_of, value_on_device
 from tests.support.waiting import LIMIT
 
-MORE = 8
+MORE = 16
 """Bytes of host memory for each rank beyond that: the bound on an image that is still to come counts more rows."""
 
 
