@@ -1,4 +1,4 @@
-"""QLoRA from end to end: a base quantised by bitsandbytes, adapters trained on it by PEFT, served as they were saved."""
+"""QLoRA from end to end: a base that bitsandbytes quantised, adapters trained on it by PEFT, served as they were saved."""
 
 from __future__ import annotations
 
