@@ -243,7 +243,7 @@ def _read_packed(shards: Shards, prefix: str, form: WeightFormat, shape: tuple[i
     )
     ordered = g_idx in shards.headers
     tensors = shards.read_all([words, scale, *([zero] if form.has_offset else []), *([g_idx] if ordered else [])])
-    codes = low_first(tensors[words], form.bits)[:, :in_features]
+    codes = low_first(tensors[words], form.bits)[:, :in_features].contiguous()
     numbers = _scales(tensors[scale], form, out, f"tensor {scale} of {shards.folder}")
     offset = None
     if form.has_offset:

@@ -40,7 +40,7 @@ def offset_of(scale: Tensor, zero: Tensor) -> GroupScales:
 
     Where a scale has 11 bits of mantissa, as fp16 has, the products and their difference are exact in fp32.
     """
-    return GroupScales(-(scale.float() * zero.float()))
+    return GroupScales(-(scale.float() * zero.float()).contiguous())
 
 
 def common_group(in_features: int, block: int) -> int:
