@@ -1,4 +1,4 @@
-"""QLoRA from end to end: a base that bitsandbytes quantised, adapters trained on it by PEFT, served as they were saved."""
+"""QLoRA from end to end: a base quantised by bitsandbytes and adapters trained on it by PEFT, served as saved."""
 
 from __future__ import annotations
 
