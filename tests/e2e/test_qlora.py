@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +36,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 class Qlora:
     live: LiveServer
     oracles: dict[str, Any]  # name -> the library's quantised model, and PEFT's over it
+    folders: dict[str, Path]  # of adapters, by name
 
 
 def quantised(path: Path) -> Any:
@@ -90,7 +93,7 @@ def qlora(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Qlora]:
         for name in ADAPTERS:
             answer = live.load(name, root / name)
             assert answer.status_code == 200, answer.text
-        yield Qlora(live, oracles)
+        yield Qlora(live, oracles, {name: root / name for name in ADAPTERS})
 
 
 async def test_greedy_tokens_are_those_of_the_library_in_mixed_batches(qlora: Qlora) -> None:
@@ -114,6 +117,20 @@ async def test_greedy_tokens_are_those_of_the_library_in_mixed_batches(qlora: Ql
     for place, (tokens, logprobs) in zip(asked, answers, strict=True):
         assert tokens == expected[place][0]
         assert logprobs == pytest.approx(expected[place][1], abs=CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("named", "said"), [("unsloth/tiny-bnb-4bit", None), ("TheBloke/tiny-GPTQ", "in GPTQ, and this one is in nf4")]
+)
+def test_adapters_of_other_bases_have_a_remark(qlora: Qlora, tmp_path: Path, named: str, said: str | None) -> None:
+    folder = tmp_path / "other"
+    shutil.copytree(qlora.folders["few"], folder)
+    config = json.loads((folder / "adapter_config.json").read_text()) | {"base_model_name_or_path": named}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    assert qlora.live.load("other", folder).status_code == 200
+    remark = qlora.live.ask("GET", "/v1/adapters/other").json()["remark"]
+    qlora.live.unload("other")
+    assert remark is None if said is None else said in remark
 
 
 async def test_a_mix_of_both_adapters_differs_from_each(qlora: Qlora) -> None:
