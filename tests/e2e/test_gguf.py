@@ -75,6 +75,7 @@ def test_adapters_of_the_original_fit_the_file(family: str, tmp_path: Path) -> N
     adapters = {
         "qk": {"r": 4, "target_modules": ["q_proj", "k_proj"]},
         "all": {"r": 8, "target_modules": ALL},
+        "dora": {"r": 4, "target_modules": ["q_proj", "down_proj"], "use_dora": True},
     }
     with serve_tiny(base, written.model, tmp_path / "adapters", adapters, engine=EXACT) as served:
 
@@ -89,7 +90,7 @@ def test_adapters_of_the_original_fit_the_file(family: str, tmp_path: Path) -> N
             )
             return answer.choices[0].text
 
-        cases = [(name, prompt) for prompt in PROMPTS for name in ("tiny", "qk", "all")]
+        cases = [(name, prompt) for prompt in PROMPTS for name in ("tiny", *adapters)]
         with ThreadPoolExecutor(len(cases)) as pool:
             found = list(pool.map(ask, cases))
         wanted = [served.text(served.greedy(name, prompt, TOKENS)) for name, prompt in cases]

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from loraplex.server.models.gguf.config import write_config
 from loraplex.server.models.gguf.header import GgufError, GgufHeader, read_header
-from loraplex.server.models.gguf.tokenizer import write_tokenizer
+from loraplex.server.models.gguf.tokenizer import check_vocabulary, write_tokenizer
 
 WEIGHTS = "model.gguf"
 
@@ -70,7 +70,10 @@ def _make(header: GgufHeader, beside: list[Path], target: Path) -> None:
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         write_config(header, partial)
-        if not any(path.name == BESIDE[0] for path in beside):
+        own = [path for path in beside if path.name == BESIDE[0]]
+        if own:
+            check_vocabulary(header, own[0])
+        else:
             write_tokenizer(header, partial)
         for path in beside:
             shutil.copyfile(path, partial / path.name)

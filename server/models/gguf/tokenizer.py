@@ -35,7 +35,7 @@ _GPT4O = "|".join(word + _ENDING for word in _WORDS) + r"|\p{N}{1,3}" + _SLASHES
 
 _SPLITS = {  # tokenizer.ggml.pre: the pattern whose matches are cut out; None: GPT-2's, which tokenizers has built in
     **dict.fromkeys(("gpt-2", "smollm"), None),
-    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), _LLAMA3),
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "dbrx", "smaug-bpe"), _LLAMA3),
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), _QWEN2),
     "tekken": _TEKKEN,
     "gpt-4o": _GPT4O,
@@ -74,6 +74,25 @@ def write_tokenizer(header: GgufHeader, folder: Path) -> None:
     _write(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
     if "tokenizer.chat_template" in header.metadata:
         _write(folder / "chat_template.jinja", header.text("tokenizer.chat_template"))
+
+
+def check_vocabulary(header: GgufHeader, file: Path) -> None:
+    """Raise GgufError where the tokenizer.json `file` is not of the vocabulary in the GGUF, where that has one.
+
+    A hundredth of the tokens may be written otherwise: added ones, and those that fill the embedding up.
+    """
+    tokens = header.metadata.get("tokenizer.ggml.tokens")
+    if not isinstance(tokens, list):
+        return
+    try:
+        vocab = Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True)
+    except Exception as error:  # the library raises bare Exception
+        raise GgufError(f"{file} cannot be read: {error}") from error
+    found = {token: text for text, token in vocab.items()}
+    others = [i for i, text in enumerate(tokens) if found.get(i, text) != text]
+    if 100 * len(others) > len(tokens) or 2 * len(found) < len(tokens):
+        example = f": token {others[0]} is {found[others[0]]!r:.40} and {tokens[others[0]]!r:.40}" if others else ""
+        raise GgufError(f"{file} is not the tokenizer of {header.file.name} beside it{example}; remove one of them")
 
 
 def _vocabulary(header: GgufHeader) -> tuple[list[str], list[int]]:
