@@ -168,13 +168,21 @@ def _gemma_fields(header: GgufHeader, arch: str, layers: int, share: int, head_d
     default = {"attn": 50.0, "final": 30.0} if arch == "gemma2" else {}
     found: dict[str, Any] = {
         "query_pre_attn_scalar": share if (arch, layers) in _WHOLE_HEAD_SCALE else head_dim,
-        "sliding_window": header.whole(f"{arch}.attention.sliding_window"),
+        "sliding_window": _window(header, arch),
         "layer_types": ["sliding_attention" if slide else "full_attention" for slide in slides],
     }
     for name, field in caps.items():
         key = f"{arch}.{name}_logit_softcapping"
         found[field] = header.number(key) if key in header.metadata else default.get(name)
     return found
+
+
+def _window(header: GgufHeader, arch: str) -> int:
+    """Read how many tokens Gemma's sliding layers see; one without such layers is none that its config describes."""
+    window = header.whole(f"{arch}.attention.sliding_window")
+    if not window:
+        raise GgufError(f"{header.file} has 0 under {arch}.attention.sliding_window; expected the window of its layers")
+    return window
 
 
 def _rope_fields(header: GgufHeader, arch: str, head_dim: int, rotated: int, context: int) -> dict[str, Any]:

@@ -105,6 +105,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a scaling without a factor": ({"rope__scaling__type": "linear"}, r"nothing under llama\.rope\.scaling\.factor"),
     "no window": ({"arch": "gemma2", "attention__sliding_window": None}, "sliding_window"),
+    "a window of nothing": ({"arch": "gemma3", "attention__sliding_window": 0}, "0 under gemma3.attention.sliding"),
     "a pattern of other layers": (
         {"arch": "gemma3", "attention__sliding_window_pattern": [True]},
         "sliding_window_pattern",
