@@ -77,6 +77,8 @@ def config_json(header: GgufHeader) -> dict[str, Any]:
     if not heads:
         raise GgufError(f"{header.file} has no attention heads")
     layers = header.whole(f"{arch}.block_count")
+    if not 0 < layers <= len(shapes):
+        raise GgufError(f"{header.file} has {layers} under {arch}.block_count, and {len(shapes)} tensors")
     head_dim = header.whole(f"{arch}.attention.key_length", hidden // heads)
     if header.whole(f"{arch}.attention.value_length", head_dim) != head_dim:
         raise GgufError(f"{header.file} has values of another length than keys, which is not supported")
@@ -111,10 +113,10 @@ def config_json(header: GgufHeader) -> dict[str, Any]:
 
 def generation_json(header: GgufHeader) -> dict[str, Any]:
     """Write the generation_config.json of the model in a GGUF: all tokens that end an answer, and its sampling."""
-    tokens, types = header.metadata.get("tokenizer.ggml.tokens"), header.metadata.get("tokenizer.ggml.token_type")
+    tokens, types = header.entries("tokenizer.ggml.tokens", str), header.entries("tokenizer.ggml.token_type", int)
     keys = (f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
     ends = [header.whole(key) for key in keys if key in header.metadata]
-    if isinstance(tokens, list) and isinstance(types, list):
+    if tokens and types:
         ends += [
             i
             for i, (text, kind) in enumerate(zip(tokens, types, strict=False))

@@ -92,6 +92,15 @@ class GgufHeader:
             raise GgufError(f"{self.file} has {_shown(value)} under {key}; expected a number")
         return shortest(value)
 
+    def entries(self, key: str, kind: type | tuple[type, ...]) -> list[Any] | None:
+        """Return the array under `key`; None where there is none. Raises GgufError where its entries are no `kind`."""
+        value = self.metadata.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, list) or not all(isinstance(each, kind) for each in value):
+            raise GgufError(f"{self.file} has {_shown(value)} under {key}; expected an array of another kind")
+        return value
+
     def flag(self, key: str, default: bool) -> bool:
         """Return the truth under `key`. Raises GgufError where there is something else."""
         value = self.metadata.get(key, default)

@@ -19,8 +19,8 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jin
 
 BESIDE = "lay the base's tokenizer.json beside the file"
 
-UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
-"""GGUF's types of tokens that are no ordinary ones."""
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
+"""GGUF's types of tokens."""
 
 _LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -81,8 +81,8 @@ def check_vocabulary(header: GgufHeader, file: Path) -> None:
 
     A hundredth of the tokens may be written otherwise: added ones, and those that fill the embedding up.
     """
-    tokens = header.metadata.get("tokenizer.ggml.tokens")
-    if not isinstance(tokens, list):
+    tokens = header.entries("tokenizer.ggml.tokens", str)
+    if tokens is None:
         return
     try:
         vocab = Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True)
@@ -97,20 +97,20 @@ def check_vocabulary(header: GgufHeader, file: Path) -> None:
 
 def _vocabulary(header: GgufHeader) -> tuple[list[str], list[int]]:
     """Read every token's text and type. Raises GgufError."""
-    tokens = header.metadata.get("tokenizer.ggml.tokens")
-    if not isinstance(tokens, list) or not tokens or not all(isinstance(token, str) for token in tokens):
+    tokens = header.entries("tokenizer.ggml.tokens", str)
+    if not tokens:
         raise GgufError(f"{header.file} has no tokenizer; {BESIDE}")
     if len(set(tokens)) != len(tokens):
         raise GgufError(f"{header.file} has a token twice in its vocabulary; {BESIDE}")
-    types = header.metadata.get("tokenizer.ggml.token_type", [1] * len(tokens))
-    if not isinstance(types, list) or len(types) != len(tokens):
+    types = header.entries("tokenizer.ggml.token_type", int) or [NORMAL] * len(tokens)
+    if len(types) != len(tokens):
         raise GgufError(f"{header.file} has {len(tokens)} tokens and types for another number of them")
     return tokens, types
 
 
 def _byte_level(header: GgufHeader, tokens: list[str]) -> tuple[Tokenizer, bool]:
     """Build byte-level BPE; tell whether BOS goes in front unless a key says otherwise."""
-    rule = header.metadata.get("tokenizer.ggml.pre")
+    rule = header.text("tokenizer.ggml.pre")
     if rule not in _SPLITS:
         raise GgufError(
             f"{header.file} cuts texts by the rule {rule!r:.40} (tokenizer.ggml.pre), which is not known here; {BESIDE}"
@@ -132,8 +132,8 @@ def _byte_level(header: GgufHeader, tokens: list[str]) -> tuple[Tokenizer, bool]
 
 
 def _merges(header: GgufHeader) -> list[tuple[str, str]]:
-    merges = header.metadata.get("tokenizer.ggml.merges")
-    if not isinstance(merges, list):
+    merges = header.entries("tokenizer.ggml.merges", str)
+    if merges is None:
         raise GgufError(f"{header.file} has no merges for its tokenizer; {BESIDE}")
     pairs = [tuple(merge.split(" ")) for merge in merges]
     if not all(len(pair) == 2 for pair in pairs):
@@ -143,8 +143,8 @@ def _merges(header: GgufHeader) -> list[tuple[str, str]]:
 
 def _sentencepiece(header: GgufHeader, tokens: list[str], types: list[int]) -> Tokenizer:
     """Build sentencepiece's BPE with byte fallback. What it merges first is the token of the highest score."""
-    scores = header.metadata.get("tokenizer.ggml.scores")
-    if not isinstance(scores, list) or len(scores) != len(tokens):
+    scores = header.entries("tokenizer.ggml.scores", (int, float))
+    if scores is None or len(scores) != len(tokens):
         raise GgufError(f"{header.file} has {len(tokens)} tokens and scores for another number of them")
     gemma = header.architecture.startswith("gemma")
     if gemma:  # it writes tokens of spaces as they are, and orders its merges by id
