@@ -137,24 +137,41 @@ CHANGES: dict[str, tuple[dict[str, Any], Callable[[Path], object], list[str]]] =
 }
 
 
+Told = Callable[..., str]
+
+
+@pytest.fixture
+def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Told:
+    """The one line with which `loraplex serve` of the arguments gives up."""
+    monkeypatch.setenv("LORAPLEX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(startup, "prepare_environment", lambda environ: None)
+
+    def start(*arguments: str) -> str:
+        options = ("--port", "0", "--memory", "2G", "--device", "cpu")
+        monkeypatch.setattr(sys, "argv", ["loraplex", "serve", *arguments, *options])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert ended.value.code == 2
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("loraplex: ")]
+        assert len(lines) == 1
+        return lines[0]
+
+    return start
+
+
 @pytest.mark.parametrize("case", CHANGES)
-def test_a_bad_file_is_one_line(
-    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_bad_file_is_one_line(case: str, tmp_path: Path, told: Told) -> None:
     options, spoil, words = CHANGES[case]
     written = write(tmp_path / "gguf", **options)
     spoil(written.path)
-    monkeypatch.setenv("LORAPLEX_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(startup, "prepare_environment", lambda environ: None)
-    memory = ["--port", "0", "--memory", "2G", "--device", "cpu"]
-    monkeypatch.setattr(sys, "argv", ["loraplex", "serve", str(written.path), *memory])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("loraplex: ")]
-    assert ended.value.code == 2
-    assert len(told) == 1
-    assert all(word in told[0] for word in words), told
-    assert "tiny.Q4.gguf" in told[0] or "model.gguf" in told[0]
+    line = told(str(written.path))
+    assert all(word in line for word in words), line
+    assert "tiny.Q4.gguf" in line or "model.gguf" in line
+
+
+def test_choices_that_a_file_contradicts(written: WrittenGguf, told: Told) -> None:
+    assert "Q4_1" in told(str(written.path), "--quantize", "int4")
+    assert "tiny.Q4.gguf" in told(str(written.path.parent))  # a folder of files: one of them is a base
 
 
 # ---- the demo base --------------------------------------------------------------------------------------------------
