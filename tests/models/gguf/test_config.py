@@ -15,11 +15,16 @@ from loraplex.server.models.gguf.config import config_json, generation_json, rop
 from loraplex.server.models.gguf.folder import folder_for
 from loraplex.server.models.gguf.header import GgufError, GgufHeader, StoredBlocks, read_header
 from loraplex.server.models.gguf.tokenizer import write_tokenizer
-from tests.support.gguf_files import write_gguf
+from tests.support.gguf_files import rope_tensors, write_gguf
 from tests.support.tiny import make_tiny_tokenizer, tiny_hf_model
+
+LLAMA31 = {"rope_type": "llama3", "rope_theta": 500000.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA31 |= {"factor": 32.0, "original_max_position_embeddings": 8192}
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
+    "llama3": {},
+    "tinyllama": {"hidden_size": 512, "max_position_embeddings": 131072, "rope_parameters": LLAMA31},
     "llama_biased": {},
     "smollm2": {},
     "qwen2": {},
@@ -33,7 +38,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("family", FAMILIES)
 def test_config_is_the_one_the_file_was_made_of(family: str, tmp_path: Path) -> None:
     model = tiny_hf_model(family, **FAMILIES[family])
-    written = write_gguf(model, tmp_path / "tiny.gguf", Kind.F32, tokenizer=make_tiny_tokenizer(tmp_path / "tokenizer"))
+    tokenizer, extra = make_tiny_tokenizer(tmp_path / "tokenizer"), rope_tensors(model)
+    written = write_gguf(model, tmp_path / "tiny.gguf", Kind.F32, tokenizer=tokenizer, extra=extra)
     model.save_pretrained(tmp_path / "original")
     found = ModelConfig.from_hf(folder_for(written.path, tmp_path / "cache"))
     assert found == ModelConfig.from_hf(tmp_path / "original")
@@ -151,6 +157,11 @@ def test_rope_factors_that_are_damaged(tmp_path: Path) -> None:
         written = write_gguf(model, tmp_path / f"{name}.gguf", Kind.F32, tokenizer=tokenizer, extra=extra)
         with pytest.raises(GgufError, match=r"rope_freqs\.weight.*damaged"):
             config_json(read_header(written.path))
+    for name, values in {"ones": [1.0] * 8, "any": [1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 8.0]}.items():
+        extra = {"rope_freqs.weight": values}
+        written = write_gguf(model, tmp_path / f"{name}.gguf", Kind.F32, tokenizer=tokenizer, extra=extra)
+        with pytest.raises(GgufError, match="not Llama 3"):
+            config_json(read_header(written.path))
     end = tmp_path / "end"
     end.write_bytes(struct.pack("<2f", 1, 2))
     stored = (StoredBlocks("rope_freqs.weight", (4,), 0, 0),)
@@ -198,10 +209,7 @@ WRONG: tuple[Any, ...] = (
 def test_any_value_of_any_key_is_read_or_told(family: str, tmp_path: Path) -> None:
     """By one error with one line, whatever kind of value stands where, and in bounded memory."""
     model = tiny_hf_model(family)
-    extra = {}
-    if family == "phi4mini":
-        rope = model.config.rope_parameters
-        extra = {f"rope_factors_{which}.weight": rope[f"{which}_factor"] for which in ("long", "short")}
+    extra = rope_tensors(model)
     tokenizer = make_tiny_tokenizer(tmp_path / "tokenizer")
     header = read_header(write_gguf(model, tmp_path / "x.gguf", Kind.F32, tokenizer=tokenizer, extra=extra).path)
     told, read = [], 0
