@@ -1,7 +1,8 @@
 """What quantised weights and 8-bit inputs cost in accuracy: the divergence of next-token distributions on real text.
 
-    python -m loraplex.benchmarks.kl             # the demo base
-    python -m loraplex.benchmarks.kl FOLDER      # any base; one that is quantised already is measured as it is
+    python -m loraplex.benchmarks.kl            # the demo base
+    python -m loraplex.benchmarks.kl native     # the demo base's own GGUF
+    python -m loraplex.benchmarks.kl BASE       # any other; one that is quantised already is measured as it is
 
 Each way of keeping the base is computed by the kernels of this machine, in bf16 as it is served, and set against two
 others in fp32: the base as its files have it, and the way's own weights, dequantised. The first is what the way costs
@@ -22,6 +23,7 @@ from loraplex.kernels.constants import BLOCK_SIZE
 from loraplex.kernels.ops import Backend
 from loraplex.kernels.quantized import Activations, QuantizedWeight, dequantize
 from loraplex.kernels.select import load_backend
+from loraplex.server.config import DEMO
 from loraplex.server.engine.policy.kv_groups import kv_groups
 from loraplex.server.engine.step.arena import kv_layers
 from loraplex.server.engine.step.memory import page_bytes
@@ -144,7 +146,8 @@ def logits(
 
 def main() -> None:
     """Measure the base that the command line names, and print a line for each way to keep it."""
-    folder = find_base(sys.argv[1] if len(sys.argv) > 1 else "demo")
+    given = sys.argv[1] if len(sys.argv) > 1 else DEMO
+    folder = find_base(DEMO, native=True) if given == "native" else find_base(given)
     config, ops = ModelConfig.from_hf(folder), load_backend("cpu", "cpu")
     ids = torch.tensor(Tokenizer.read(folder).encode(text()[: 16 * TOKENS])[:TOKENS])
     base = open_checkpoint(folder)
