@@ -333,6 +333,8 @@ def test_a_quantised_table_is_the_tied_head(
     [
         (Q4, None, Activations.A8),
         (SIXTEEN, None, Activations.EXACT),
+        (ROWWISE, None, Activations.EXACT),
+        (replace(ROWWISE, activations=Activations.A8), None, Activations.A8),
         (Q4, Activations.EXACT, Activations.EXACT),
         (SIXTEEN, Activations.A8, Activations.A8),
     ],

@@ -17,7 +17,7 @@ from functools import partial
 
 from torch import Tensor
 
-from loraplex.kernels.quantized import GroupScales, QuantizedWeight, WeightFormat
+from loraplex.kernels.quantized import Activations, GroupScales, QuantizedWeight, WeightFormat
 from loraplex.server.models.checkpoint import WeightsError
 from loraplex.server.models.formats.fp8 import Block, fp8_linear
 from loraplex.server.models.formats.settings import Settings
@@ -215,6 +215,7 @@ def _format(shards: Shards, scale: str, shape: tuple[int, int], scheme: Scheme) 
         zero=8 if scheme.symmetric and scheme.bits == 4 else 0,
         scale_bits=16 if scheme.symmetric and header.dtype == "F16" else 32,
         has_offset=not scheme.symmetric,
+        activations=Activations.A8 if scheme.inputs else None,
     )
 
 

@@ -1,4 +1,4 @@
-"""Weights quantised at load: int8 by output, int4 in groups with a minimum, and NF4 as QLoRA has it.
+"""Weights quantised at load: int8 in groups, int4 in groups with a minimum, and NF4 as QLoRA has it.
 
 Each function takes a dense weight [out, in] of any float type and works in fp32 on slices of it, so that what lies in
 memory beside the codes is bounded.
@@ -12,7 +12,7 @@ from torch import Tensor
 from loraplex.kernels.quantized import GroupScales, QuantizedWeight, WeightFormat
 from loraplex.server.models.formats.unpack import common_group, slices
 
-INT8 = WeightFormat("int8", bits=8, group=None)
+INT8 = WeightFormat("int8", bits=8, group=32, scale_bits=16)
 INT4 = WeightFormat("int4", bits=4, group=32, scale_bits=16, has_offset=True)
 
 NF4_BLOCK, NESTED_BLOCK = 64, 256
@@ -35,17 +35,24 @@ def nf4_format(in_features: int) -> WeightFormat:
 
 
 def quantize_int8(weight: Tensor) -> QuantizedWeight:
-    """Round `weight` to 8 bits with one scale an output.
+    """Round `weight` to 8 bits in groups of 32 inputs with a scale in fp16, as ggml's Q8_0.
 
-    Semantics: s = max |w| / 127 of an output, code = round(w / s), halves to even; s 0: code 0.
-    Raises ValueError where a value is NaN or infinite.
+    One scale for all inputs of an output would take 6 % less, and on the demo base diverge from it three times as far
+    (0.0050 nats for 0.0018, see docs/quantised.md).
+
+    Semantics: d = max |w| / 127 of a group, code = round(w * (1 / d)), halves away from zero; d is kept in fp16.
+    Raises ValueError where 32 does not divide the inputs, or a scale is not finite in fp16.
     """
+    out, in_features = weight.shape
+    groups = INT8.groups(in_features)
     codes = torch.empty(weight.shape, dtype=torch.int8)
-    scale = torch.empty(weight.shape[0], 1)
-    for rows in slices(weight.shape[0], weight.shape[1]):
-        w = weight[rows].float()
-        scale[rows] = w.abs().amax(1, keepdim=True) / 127
-        codes[rows] = (w / scale[rows].where(scale[rows] > 0, 1)).round_().clamp_(-127, 127).to(torch.int8)
+    scale = torch.empty(out, groups, dtype=torch.float16)
+    for rows in slices(out, in_features):
+        w = weight[rows].float().view(-1, groups, 32)
+        d = w.abs().amax(-1, keepdim=True) / 127
+        scaled = w * (1 / d).where(d != 0, 0)
+        codes[rows] = (scaled.abs() + 0.5).floor_().copysign_(scaled).to(torch.int8).view(-1, in_features)
+        scale[rows] = d.squeeze(-1)
     return QuantizedWeight(INT8, codes, GroupScales(_finite(scale)))
 
 
