@@ -16,6 +16,9 @@ from loraplex.server.options import check_least, memory_size, size
 DEMO = "demo"
 """The base that comes with the project."""
 
+GGUF = ".gguf"
+"""How the name of a file ends that is a base of its own."""
+
 
 class Device(StrEnum):
     """Where to run."""
@@ -300,8 +303,10 @@ class RunConfig:
 class ServeConfig:
     """Everything about one server."""
 
-    base: Annotated[str, Argument(metavar="BASE", help="[b]demo[/b], the folder of a model, or its Hub id (org/name).")]
-    base_names: Annotated[  # at least one, once constructed: a folder is called by its last part, a Hub id by itself
+    base: Annotated[
+        str, Argument(metavar="BASE", help="[b]demo[/b], the folder of a model, a GGUF file or a Hub id (org/name).")
+    ]
+    base_names: Annotated[  # at least one, once constructed: after the last part of a path, or a Hub id
         tuple[str, ...],
         Option(
             "--served-model-name",
@@ -325,4 +330,6 @@ class ServeConfig:
         if not self.base_names:
             path = Path(self.base).expanduser()
             name = path.resolve().name if path.is_dir() and self.base != DEMO else self.base
+            if path.suffix == GGUF and path.is_file():
+                name = path.stem
             object.__setattr__(self, "base_names", (name,))

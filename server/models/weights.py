@@ -22,7 +22,7 @@ from loraplex.kernels.records import Projection, Site
 from loraplex.server.models.checkpoint import Checkpoint
 from loraplex.server.models.config import ModelConfig
 from loraplex.server.models.opening import open_checkpoint
-from loraplex.server.models.weight_sizes import EMBED, HEAD, NORM, check_shape, check_tensors, layer_norms
+from loraplex.server.models.weight_sizes import EMBED, HEAD, NORM, check_shape, check_tensors, layer_norms, linear_names
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +99,18 @@ def default_activations(formats: Sequence[WeightFormat], device: torch.device) -
     """
     integers = all(form.codebook is None for form in formats)
     return Activations.A8 if integers and device.type == "cpu" else Activations.EXACT
+
+
+def activations_name(
+    checkpoint: Checkpoint, config: ModelConfig, device: torch.device, chosen: Activations | None
+) -> str:
+    """Say how exact the inputs of the decoder's quantised linears are ("a8", "exact", "a8 + exact"); "" for none."""
+    found: set[str] = set()
+    for names in linear_names(config):
+        formats = [form for name in names if (form := checkpoint.tensors[name].format) is not None]
+        if formats:
+            found.add((chosen or default_activations(formats, device)).value)
+    return " + ".join(sorted(found))
 
 
 class _Loader:
