@@ -53,8 +53,8 @@ class TileTable:
                       transposed), alpha/r already folded in
         BIAS      B as above with n = 1, and no A: a_off is -1
         SCALE     v = arena[b_off * 64 :] as [out_len] of fp32, whatever the compute dtype; n = 1, a_off is -1
-    TileKind says what each adds. Several LOW_RANK tiles may share an A and so its window (a B cut into pieces), and an A
-    may be followed by its B on another page.
+    TileKind says what each adds. Several LOW_RANK tiles may share an A and so its window (a B cut into pieces), and an
+    A may be followed by its B on another page.
     """
 
     ranges: Tensor  # [num_slots, num_layers, NUM_SITES, 2] int32: first and past-the-last row of `tiles`

@@ -114,8 +114,8 @@ def _shrink(
 ):
     """Grid (row, tile j of the row's mix, split of the columns).
 
-    Semantics: partial[row, j, s] = sum over k in [s * split, (s + 1) * split) of A_j[:, k] * x[row, k], in fp32, k being
-               counted from the tile's in_start on.
+    Semantics: partial[row, j, s] = sum over k in [s * split, (s + 1) * split) of A_j[:, k] * x[row, k], in fp32; k
+               counts from the tile's in_start on.
     """
     row = tl.program_id(0)
     j = tl.program_id(1)

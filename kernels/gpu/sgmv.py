@@ -119,8 +119,8 @@ def _shrink(
 ):
     """Grid (tile of tokens, tile j of a mix).
 
-    Semantics: u[t - first_row, j] = round(A_j x[t, in_start : in_start + in_len]), accumulated in fp32, for the tokens t
-               whose mix has a tile j.
+    Semantics: u[t - first_row, j] = round(A_j x[t, in_start : in_start + in_len]), accumulated in fp32, for the tokens
+               t whose mix has a tile j.
     """
     low = first_row + tl.program_id(0) * block_rows
     j = tl.program_id(1)

@@ -38,7 +38,7 @@ def image_of(source: str, value: float) -> AdapterImage:
 
 def info_of(source: str, digest: str | None = None) -> AdapterInfo:
     rank = int(source.split("-")[0])
-    return AdapterInfo(rank, ("q_proj",), rank, 256 * rank, digest, num_tiles=rank)
+    return AdapterInfo(rank, ("q_proj",), rank, 256 * rank, digest, num_tiles=rank + 4 * (rank - 1))
 
 
 def value_on_device(device: DeviceTier, arena: torch.Tensor, version: AdapterVersion) -> float:

@@ -292,10 +292,10 @@ def test_scales_are_kept_in_fp32_and_cut_at_page_ends() -> None:
     image = _check([OutputScale(1, p, row) for p, row in values.items()], layout)
     assert image.nbytes == image.extent == 4 * (192 + 192 + 1536)
     assert image.tiles.tolist() == [
-        [1, Site.QKV, -1, 0, 1, 576, 192, TileKind.SCALE],
-        [1, Site.QKV, -1, 12, 1, 768, 192, TileKind.SCALE],
-        [1, Site.GATE_UP, -1, 24, 1, 1536, 640, TileKind.SCALE],
-        [1, Site.GATE_UP, -1, 64, 1, 2176, 896, TileKind.SCALE],
+        [1, Site.QKV, -1, 0, 1, 576, 192, TileKind.SCALE, 0, 0],
+        [1, Site.QKV, -1, 12, 1, 768, 192, TileKind.SCALE, 0, 0],
+        [1, Site.GATE_UP, -1, 24, 1, 1536, 640, TileKind.SCALE, 0, 0],
+        [1, Site.GATE_UP, -1, 64, 1, 2176, 896, TileKind.SCALE, 0, 0],
     ]
     with pytest.raises(AdapterRefused, match=r"layer 0 self_attn.k_proj: scale has values .*float32") as refused:
         pack([OutputScale(0, _K, torch.full((192,), torch.inf))], layout)
@@ -305,7 +305,7 @@ def test_scales_are_kept_in_fp32_and_cut_at_page_ends() -> None:
 def test_nothing_to_pack_is_an_empty_image() -> None:
     image = pack([], _SMOLLM2)
     assert image.pages.shape == (0, 368_640)
-    assert image.tiles.shape == (0, 8)
+    assert image.tiles.shape == (0, 10)
     assert image.nbytes == image.extent == 0
 
 
