@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from loraplex.kernels.quantized import Activations, PartShape, QuantizedWeight, dequantize
-from loraplex.kernels.records import AdapterStep, AttentionMeta, AttentionParams, KVLayer, QKNorm, Site
+from loraplex.kernels.records import AdapterStep, AttentionMeta, AttentionParams, KVLayer, QKNorm
 
 
 class BackendUnavailable(RuntimeError):
@@ -115,6 +115,10 @@ class Backend(Protocol):
         dense = [part if isinstance(part, Tensor) else dequantize(part) for part in parts]
         return self.pack_linear(torch.cat([part.to(dtype) for part in dense]))
 
+    def beside(self) -> Backend:
+        """Return the same ops for another thread than the engine's: they take one core, and weights packed by any."""
+        return self
+
     def packed_bytes(self, linears: Iterable[Sequence[PartShape]], dtype: torch.dtype) -> int:
         """Count the most bytes that `linears` of these parts, packed in this order, take with all their padding.
 
@@ -165,7 +169,7 @@ class Backend(Protocol):
         """Semantics: y += bias, bias [out]."""
         ...
 
-    def adapter_add_(self, y: Tensor, x: Tensor, layer: int, site: Site, adapters: AdapterStep) -> Tensor:
+    def adapter_add_(self, y: Tensor, x: Tensor, layer: int, site: int, adapters: AdapterStep) -> Tensor:
         """y [T, out_of_site], x [T, in] -> y.
 
         Semantics: for each segment s and token t in it:

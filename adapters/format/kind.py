@@ -23,6 +23,12 @@ from loraplex.kernels.records import Projection
 BaseBias = Callable[[int, str], Tensor | None]
 """(layer, projection name) -> the base's own bias [out], or None where it has none."""
 
+SquaredNorms = Callable[[int, str], Tensor]
+"""(layer, projection name) -> |w|^2 [out] fp32 of the rows w of the base's own weight as it computes with it."""
+
+Products = Callable[[int, str, Tensor], Tensor]
+"""(layer, projection name, a [r, in]) -> a W^T [r, out] fp32 of that weight W; a is rounded to the compute dtype."""
+
 Throttle = Callable[[], None]
 """Called between pieces of work; may raise, to end the work."""
 
@@ -33,6 +39,9 @@ class ServedBase:
 
     layout: BaseLayout
     bias: BaseBias
+    squared_norms: SquaredNorms
+    products: Products
+    formats: str = ""  # of its quantised weights, as "Q4_1 + Q8_0"; "": there are none
 
 
 @dataclass(frozen=True)
@@ -41,7 +50,7 @@ class AdapterConfig:
 
     kind: str  # AdapterKind.name
     targets: Targets
-    base_model: str | None = field(compare=False)  # for messages alone
+    base_model: str | None = field(compare=False)  # for messages and remarks alone
 
     def same_shapes(self) -> AdapterConfig:
         """A config that plans parts of the same shapes: equal for adapters that differ in factors alone."""

@@ -39,7 +39,7 @@ from loraplex.kernels.cpu.team import Team
 from loraplex.kernels.hugepages import HUGE_PAGE, huge_zeros
 from loraplex.kernels.ops import Backend, PackedLinear, Recorder
 from loraplex.kernels.quantized import Activations, PartShape, QuantizedWeight, dequantize
-from loraplex.kernels.records import AdapterStep, AttentionMeta, AttentionParams, KVLayer, QKNorm, Site
+from loraplex.kernels.records import AdapterStep, AttentionMeta, AttentionParams, KVLayer, QKNorm
 
 REGION = 64 << 20
 """Bytes of huge pages taken at a time for weights; resident only as far as they are written."""
@@ -74,6 +74,11 @@ class CpuBackend(Backend):
         twin, notes = copy(self), Notes(cosines)
         twin._sink = notes
         return CpuRecorder(twin, notes, self.team, dtype, self.batch_invariant)
+
+    def beside(self) -> Backend:
+        twin = copy(self)
+        twin.team = twin._sink = Team(self.team.isa, threads=1)
+        return twin
 
     def _take(self, nbytes: int) -> Tensor:
         """[nbytes] uint8 for a weight, one behind the other: huge pages of their own would cost it 1 MiB on average."""
@@ -173,7 +178,7 @@ class CpuBackend(Backend):
         self._sink.emit(op, x.dtype, Step(rows=rows.data_ptr()))
         return y
 
-    def adapter_add_(self, y: Tensor, x: Tensor, layer: int, site: Site, adapters: AdapterStep) -> Tensor:
+    def adapter_add_(self, y: Tensor, x: Tensor, layer: int, site: int, adapters: AdapterStep) -> Tensor:
         op = Op(
             code=OpCode.ADAPTER,
             rows=x.shape[0],

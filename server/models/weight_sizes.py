@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch import Tensor
 
 from loraplex.kernels.ops import Backend
 from loraplex.kernels.quantized import PartShape
-from loraplex.kernels.records import Site, element_bytes
+from loraplex.kernels.records import element_bytes
 from loraplex.server.models.checkpoint import Checkpoint, WeightsError
 from loraplex.server.models.config import ModelConfig
 
 EMBED, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
-
-SITES = (Site.QKV, Site.O, Site.GATE_UP, Site.DOWN)
-"""Of a layer, in packing order."""
 
 JOINING_BYTES = 3
 """Of an element of quantised neighbours that are laid one behind the other: its code twice, and as much as a code for
@@ -56,18 +56,21 @@ def layer_norms(config: ModelConfig) -> dict[str, str]:
 def linear_names(config: ModelConfig) -> Iterator[tuple[str, ...]]:
     """List the checkpoint's names of the parts of each decoder linear, in packing order."""
     for layer in range(config.num_layers):
-        for site in SITES:
-            parts = [projection for projection in config.projections() if projection.site is site]
+        for site in range(config.num_sites):
+            parts = [projection for projection in config.projections() if projection.site == site]
             yield tuple(f"model.layers.{layer}.{part.name}.weight" for part in parts)
 
 
 def check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
-    """Raise WeightsError unless the checkpoint's tensors are those of `config`; a tied head may be repeated."""
+    """Raise WeightsError unless the checkpoint's tensors are those of `config`.
+
+    A tied head may be repeated, and there may be biases of zeros: AutoGPTQ wrote one for every linear.
+    """
     tensors, expected = checkpoint.tensors, expected_shapes(config)
     missing = [name for name in expected if name not in tensors]
     if missing:
         raise WeightsError(f"{checkpoint.folder} lacks {_some(missing)} that its config.json asks for")
-    extra = [name for name in tensors if name not in expected and name != HEAD]
+    extra = [name for name in tensors if name not in expected and name != HEAD and not _is_no_bias(checkpoint, name)]
     if extra:
         raise WeightsError(f"{checkpoint.folder} holds {_some(extra)} that its config.json has no place for")
     for name, shape in expected.items():
@@ -75,6 +78,15 @@ def check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
         form = tensors[name].format
         if form is not None and len(shape) == 1:
             raise WeightsError(f"tensor {name} of {tensors[name].file} is {form.name}; expected a vector of numbers")
+
+
+def _is_no_bias(checkpoint: Checkpoint, name: str) -> bool:
+    """Tell whether the tensor `name` is a bias that changes nothing."""
+    stored = checkpoint.tensors[name]
+    if not name.endswith("_proj.bias") or stored.format is not None or len(stored.shape) != 1:
+        return False
+    bias = checkpoint.read(name)
+    return isinstance(bias, Tensor) and not bool(bias.any())
 
 
 def check_shape(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> None:
@@ -88,13 +100,7 @@ def check_shape(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> No
 
 def weights_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
     """Count the bytes that the weights of `config` take in `dtype`, before any padding of a backend's own."""
-    total = 0
-    for shape in expected_shapes(config).values():
-        elements = 1
-        for size in shape:
-            elements *= size
-        total += elements
-    return total * element_bytes(dtype)
+    return sum(math.prod(shape) for shape in expected_shapes(config).values()) * element_bytes(dtype)
 
 
 def packed_parts(checkpoint: Checkpoint, config: ModelConfig, own_head: bool) -> list[list[PartShape]]:
@@ -128,6 +134,15 @@ def loading_bytes(checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtyp
     check_tensors(checkpoint, config)
     tables = [(name,) for name in (EMBED, HEAD) if name in checkpoint.tensors]
     return max(_linear_bytes(checkpoint, names, dtype) for names in (*tables, *linear_names(config)))
+
+
+def format_names(checkpoint: Checkpoint) -> str:
+    """Name the formats of the quantised tensors, that of the most elements first ("Q4_1 + Q8_0"); "" for none."""
+    elements: Counter[str] = Counter()
+    for tensor in checkpoint.tensors.values():
+        if tensor.format is not None:
+            elements[tensor.format.name] += math.prod(tensor.shape)
+    return " + ".join(name for name, _ in elements.most_common())
 
 
 def _linear_bytes(checkpoint: Checkpoint, names: Sequence[str], dtype: torch.dtype) -> int:

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from loraplex.kernels.ops import Backend, PackedLinear
 from loraplex.kernels.quantized import Activations, QuantizedWeight, WeightFormat, join
-from loraplex.kernels.records import Projection, Site
-from loraplex.server.models.checkpoint import Checkpoint, open_checkpoint
-from loraplex.server.models.config import ModelConfig
-from loraplex.server.models.weight_sizes import EMBED, HEAD, NORM, check_shape, check_tensors, layer_norms
+from loraplex.kernels.records import Projection
+from loraplex.server.models.checkpoint import Checkpoint
+from loraplex.server.models.config import ModelConfig, Site
+from loraplex.server.models.opening import open_checkpoint
+from loraplex.server.models.weight_sizes import EMBED, HEAD, NORM, check_shape, check_tensors, layer_norms, linear_names
 
 logger = logging.getLogger(__name__)
 
@@ -91,29 +92,31 @@ def load_checkpoint(
 
 
 def default_activations(formats: Sequence[WeightFormat], device: torch.device) -> Activations:
-    """Choose how exact the inputs are of a linear with parts of `formats`.
+    """Choose how exact the inputs are of a linear with parts of `formats`: in 8 bits where that suits all, or exact.
 
-    Exact beside a codebook (NF4's adapters were trained so, and fp8 is no integer) and on a GPU. On the CPU products of
-    integers are integers too.
+    On the CPU 8 bits suit integers whose scales are for groups of inputs, since their products are integers then. They
+    do not suit a codebook (NF4's adapters were trained on exact inputs, fp8 is no integer), nor scales for all inputs,
+    where one for a whole row of inputs costs ten times as much accuracy (docs/quantised.md), unless the base was made
+    for that.
     """
-    integers = all(form.codebook is None for form in formats)
-    return Activations.A8 if integers and device.type == "cpu" else Activations.EXACT
+    suits = all(
+        form.activations is Activations.A8
+        or (form.activations is None and form.codebook is None and form.group is not None)
+        for form in formats
+    )
+    return Activations.A8 if suits and device.type == "cpu" else Activations.EXACT
 
 
-class BaseBiases:
-    """Find the base's own bias vectors, for adapters whose file replaces them."""
-
-    def __init__(self, config: ModelConfig, weights: ModelWeights) -> None:
-        self._projections = {projection.name: projection for projection in config.projections()}
-        self._layers = weights.layers
-
-    def get(self, layer: int, projection_name: str) -> Tensor | None:
-        """Return the bias [out] of e.g. (3, "self_attn.q_proj") in the compute dtype; None where the base has none."""
-        projection = self._projections[projection_name]
-        weights = self._layers[layer]
-        linears = {Site.QKV: weights.qkv, Site.O: weights.o, Site.GATE_UP: weights.gate_up, Site.DOWN: weights.down}
-        bias = linears[projection.site].bias
-        return None if bias is None else bias[projection.out_start : projection.out_start + projection.out_features]
+def activations_name(
+    checkpoint: Checkpoint, config: ModelConfig, device: torch.device, chosen: Activations | None
+) -> str:
+    """Say how exact the inputs of the decoder's quantised linears are ("a8", "exact", "a8 + exact"); "" for none."""
+    found: set[str] = set()
+    for names in linear_names(config):
+        formats = [form for name in names if (form := checkpoint.tensors[name].format) is not None]
+        if formats:
+            found.add((chosen or default_activations(formats, device)).value)
+    return " + ".join(sorted(found))
 
 
 class _Loader:
@@ -164,9 +167,9 @@ class _Loader:
             mlp_out_norm=norms.get("mlp_out_norm"),
         )
 
-    def _linear(self, prefix: str, site: Site) -> Linear:
+    def _linear(self, prefix: str, site: int) -> Linear:
         """Fuse the projections of `site`, and their biases."""
-        parts: Sequence[Projection] = [p for p in self._config.projections() if p.site is site]
+        parts: Sequence[Projection] = [p for p in self._config.projections() if p.site == site]
         bias = self._rows([f"{prefix}{part.name}.bias" for part in parts]) if parts[0].has_bias else None
         return Linear(self._pack([f"{prefix}{part.name}.weight" for part in parts]), bias)
 

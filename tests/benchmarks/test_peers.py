@@ -27,7 +27,7 @@ from loraplex.benchmarks.random_adapters import make_adapters
 from loraplex.benchmarks.readme_loads import CONTEXTS, LOADS, Load, ask_ours
 from loraplex.server.models.config import ModelConfig
 from loraplex.server.models.demo import ensure_demo_base
-from loraplex.server.models.gguf_convert import _half_rotation
+from loraplex.server.models.gguf.names import row_order
 from tests.support.tiny import make_tiny_model
 from tests.support.waiting import wait_for
 
@@ -50,7 +50,7 @@ def test_an_adapter_as_gguf(tmp_path: Path) -> None:
         if part == "lora_B" and projection in ("q_proj", "k_proj"):
             heads = config.num_heads if projection == "q_proj" else config.num_kv_heads
             assert not np.array_equal(got, values.half().float().numpy())
-            got = _half_rotation(got, heads)  # the way back, which the demo base is read by
+            got = got[row_order(len(got), heads)]  # the way back, which the demo base is read by
         assert np.array_equal(got, values.half().float().numpy()), short
 
 
@@ -459,6 +459,37 @@ def test_the_targets() -> None:
         "16 streams, ours / OpenVINO: 1.25, at least 1.3: missed",
         "32 adapters x 16 streams, ours / our base at 16 streams: 0.69, at least 0.7: missed",
         "32 adapters x 16 streams, ours / PEFT: 11.58, at least 11: met",
+    ]
+
+
+def test_targets_of_quantised_bases_are_against_the_same_bytes_and_our_own_bf16() -> None:
+    def runs(*rates: float, first: float) -> list[Figures]:
+        return [Figures(rate, first) for rate in rates]
+
+    one = Row(
+        LOADS[0].name,
+        {
+            "loraplex": runs(50.0, 100.0, first=0.2),
+            "loraplex native": runs(120.0, 240.0, first=0.1),
+            "llama.cpp Q4_1": runs(100.0, 190.0, first=0.4),
+        },
+    )
+    assert [str(each) for each in targets([one])] == [
+        "1 stream, loraplex native / llama.cpp Q4_1: 1.23, at least 1.2: met",
+        "1 stream, loraplex native / loraplex: 2.40, at least 2.3: met",
+        "first token of 96, loraplex native / loraplex: 0.50, at most 1: met",
+    ]
+    many = Row(
+        LOADS[1].name,
+        {
+            "loraplex": runs(100.0, first=0.2),
+            "loraplex int8": runs(130.0, first=0.2),
+            "OpenVINO int8": runs(100.0, first=0.2),
+        },
+    )
+    assert [str(each) for each in targets([many]) if "int8 /" in each.text] == [
+        "16 streams, loraplex int8 / OpenVINO int8: 1.30, at least 1.3: met",
+        "16 streams, loraplex int8 / loraplex: 1.30, at least 1.4: missed",
     ]
 
 
