@@ -1,6 +1,7 @@
 """Builds the CPU kernels: one shared library, kernels.cpp in it once per instruction set."""
 
 import platform
+import runpy
 import sys
 from pathlib import Path
 
@@ -19,7 +20,7 @@ KERNELS = ["-O2", "-fno-schedule-insns", "-fno-exceptions", "-fno-rtti", "-fno-m
 
 
 class BuildKernels(build_ext):
-    """Compiles kernels.cpp per instruction set, in parallel, and links them with library.cpp."""
+    """Writes constants.h, compiles kernels.cpp per instruction set, in parallel, and links them with library.cpp."""
 
     def build_extension(self, ext: Extension) -> None:
         from concurrent.futures import ThreadPoolExecutor
@@ -27,9 +28,16 @@ class BuildKernels(build_ext):
         def compile_one(job: tuple[str, str, list[str]]) -> list[str]:
             name, source, flags = job
             return self.compiler.compile(
-                [source], output_dir=f"{self.build_temp}/{name}", extra_postargs=[*FLAGS, *flags], depends=ext.depends
+                [source],
+                output_dir=f"{self.build_temp}/{name}",
+                include_dirs=[self.build_temp],
+                extra_postargs=[*FLAGS, *flags],
+                depends=ext.depends,
             )
 
+        header = Path(self.build_temp, "constants.h")
+        header.parent.mkdir(parents=True, exist_ok=True)
+        header.write_text(runpy.run_path("kernels/constants.py")["C_HEADER"], encoding="utf-8")
         jobs = [
             (isa, f"{FOLDER}/kernels.cpp", [*KERNELS, f"-DLORAPLEX_ISA={isa}", *flags]) for isa, flags in ISAS.items()
         ]
@@ -47,7 +55,7 @@ PARTS = (
     *("tiles", "bgmv", "sgmv", "kv_pages", "attention"),
 )
 LOADING = ("adapters/image/packing.cpp", "adapters/image/hashing.cpp")
-HEADERS = [*(f"{FOLDER}/{part}.h" for part in PARTS), "adapters/image/background.h"]
+HEADERS = [*(f"{FOLDER}/{part}.h" for part in PARTS), "adapters/image/background.h", "kernels/constants.py"]
 SOURCES = [f"{FOLDER}/kernels.cpp", f"{FOLDER}/library.cpp", *LOADING]
 
 if sys.platform != "linux":

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from loraplex.kernels.quantized import Activations, QuantizedWeight, dequantize
+from loraplex.kernels.quantized import Activations, PartShape, QuantizedWeight, dequantize
 from loraplex.kernels.records import AdapterStep, AttentionMeta, AttentionParams, KVLayer, QKNorm, Site
 
 
@@ -115,9 +115,12 @@ class Backend(Protocol):
         dense = [part if isinstance(part, Tensor) else dequantize(part) for part in parts]
         return self.pack_linear(torch.cat([part.to(dtype) for part in dense]))
 
-    def packed_bytes(self, shapes: Iterable[tuple[int, int]], dtype: torch.dtype) -> int:
-        """Most bytes that weights of these shapes [out, in], packed in this order, take with all their padding."""
-        return sum(out * columns for out, columns in shapes) * dtype.itemsize
+    def packed_bytes(self, linears: Iterable[Sequence[PartShape]], dtype: torch.dtype) -> int:
+        """Count the most bytes that `linears` of these parts, packed in this order, take with all their padding.
+
+        dtype: the compute dtype, in which a backend that keeps no codes has quantised parts too.
+        """
+        return sum(out * columns for parts in linears for out, columns, _ in parts) * dtype.itemsize
 
     def embed(self, ids: Tensor, table: PackedLinear, scale: float | None) -> Tensor:
         """ids [T] int64, table packed from [vocab, H] (a tied head's own copy) -> [T, H].

@@ -7,6 +7,7 @@ the format's own library computes it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -48,6 +49,10 @@ class WeightFormat:
         return in_features // group
 
 
+PartShape = tuple[int, int, WeightFormat | None]
+"""[out, in] of a part of a packed linear, and its format; None: it is dense."""
+
+
 @dataclass(frozen=True)
 class GroupScales:
     """One number for each output and group of inputs, in one level or in two.
@@ -63,6 +68,10 @@ class GroupScales:
         """Compute the numbers [out, groups] in fp32."""
         shared = self.shared.float()
         return shared if self.codes is None else shared.repeat_interleave(self.span, 1) * self.codes.float()
+
+    def to(self, device: torch.device) -> GroupScales:
+        """Copy the numbers to `device`; those that are there are shared."""
+        return GroupScales(self.shared.to(device), None if self.codes is None else self.codes.to(device), self.span)
 
 
 @dataclass(frozen=True)
@@ -84,6 +93,47 @@ class QuantizedWeight:
     @property
     def in_features(self) -> int:
         return self.codes.shape[1]
+
+    def to(self, device: torch.device) -> QuantizedWeight:
+        """Copy the weight to `device`; what is there is shared."""
+        offset = None if self.offset is None else self.offset.to(device)
+        order = None if self.order is None else self.order.to(device)
+        return QuantizedWeight(self.format, self.codes.to(device), self.scale.to(device), offset, order)
+
+
+def join(weights: Sequence[QuantizedWeight]) -> QuantizedWeight | None:
+    """Lay the outputs of weights of one input one behind the other; None where their formats or orders differ."""
+    first = weights[0]
+    if len(weights) == 1:
+        return first
+    if any(weight.format != first.format or not _same(weight.order, first.order) for weight in weights):
+        return None
+    scale = _join_scales([weight.scale for weight in weights])
+    offsets = [weight.offset for weight in weights if weight.offset is not None]
+    offset = _join_scales(offsets) if offsets else None
+    codes = [weight.codes for weight in weights]
+    if scale is None or len(offsets) not in (0, len(weights)) or (offsets and offset is None) or not _alike(codes):
+        return None
+    return QuantizedWeight(first.format, torch.cat(codes), scale, offset, first.order)
+
+
+def _join_scales(scales: Sequence[GroupScales]) -> GroupScales | None:
+    codes = [each.codes for each in scales if each.codes is not None]
+    spans = {each.span for each in scales}
+    if len(codes) not in (0, len(scales)) or len(spans) > 1 or not _alike(codes):
+        return None
+    if not _alike([each.shared for each in scales]):
+        return None
+    return GroupScales(torch.cat([each.shared for each in scales]), torch.cat(codes) if codes else None, spans.pop())
+
+
+def _alike(tensors: Sequence[Tensor]) -> bool:
+    """Tell whether the tensors [*, n] have one n and one dtype."""
+    return len({(tensor.shape[1], tensor.dtype) for tensor in tensors}) < 2
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b or (a is not None and b is not None and torch.equal(a, b))
 
 
 def dequantize(weight: QuantizedWeight) -> Tensor:

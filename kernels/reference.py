@@ -16,19 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812  its usual name
 
+from loraplex.kernels.constants import ALIGN, TileKind
 from loraplex.kernels.ops import Backend, PackedLinear
 from loraplex.kernels.quantized import Activations, QuantizedWeight, dequantize, round_activations
-from loraplex.kernels.records import (
-    ALIGN,
-    AdapterStep,
-    AttentionMeta,
-    AttentionParams,
-    KVLayer,
-    QKNorm,
-    Site,
-    TileKind,
-    element_bytes,
-)
+from loraplex.kernels.records import AdapterStep, AttentionMeta, AttentionParams, KVLayer, QKNorm, Site, element_bytes
 from loraplex.kernels.sampling import TorchSampling
 
 QUERY_BLOCK = 128

@@ -31,7 +31,7 @@ from loraplex.adapters.format.modules import (
 )
 from loraplex.adapters.format.values import cancels, check_finite, check_rounded, make_bias, no_effect
 from loraplex.adapters.image.tiles import BaseLayout, BiasDelta, LowRank, Part, PartShape
-from loraplex.kernels.records import TileKind
+from loraplex.kernels.constants import TileKind
 
 _LEAVES = {"A": "lora_A.weight", "B": "lora_B.weight", "B bias": "lora_B.bias"}  # by role; "bias" has two names
 _FACTOR = re.compile(r"(lora_[AB])(?:\.[^.]+)?\.(weight|bias)")  # a name of the adapter may stand behind lora_A

@@ -21,7 +21,8 @@ from loraplex.adapters.registry import AdapterVersion
 from loraplex.adapters.tiers.entry import Entries, Entry, Fetch
 from loraplex.adapters.tiers.inbox import Inbox, host_bytes
 from loraplex.adapters.tiers.loader import LoadedContent, Loader, Priority
-from loraplex.kernels.records import ALIGN, TILE_RANKS, element_bytes
+from loraplex.kernels.constants import ALIGN, TILE_RANKS
+from loraplex.kernels.records import element_bytes
 
 TILE_BYTES = IMAGE_COLUMNS * 4
 """Of a row of AdapterImage.tiles."""

@@ -21,7 +21,8 @@ from loraplex.benchmarks.kernels.model import ROWS as STEP_ROWS
 from loraplex.benchmarks.kernels.model import Model, make_batch, make_model
 from loraplex.benchmarks.kernels.step import recorded, take_step
 from loraplex.benchmarks.of_limit import times_least
-from loraplex.kernels.cpu.abi import Op, OpCode, Step
+from loraplex.kernels.constants import OpCode
+from loraplex.kernels.cpu.abi import Op, Step
 from loraplex.kernels.cpu.backend import CpuBackend
 from loraplex.kernels.cpu.op_records import CpuLinear, linear_op
 from loraplex.kernels.cpu.team import Team

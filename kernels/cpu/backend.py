@@ -12,6 +12,7 @@ from copy import copy
 import torch
 from torch import Tensor
 
+from loraplex.kernels.constants import ACTIVATIONS, ALIGN, OpCode
 from loraplex.kernels.cpu.abi import (
     ActMulArgs,
     AdapterArgs,
@@ -20,7 +21,6 @@ from loraplex.kernels.cpu.abi import (
     EmbedArgs,
     NormArgs,
     Op,
-    OpCode,
     RopeArgs,
     Step,
 )
@@ -29,12 +29,11 @@ from loraplex.kernels.cpu.program import CpuRecorder, Notes
 from loraplex.kernels.cpu.team import Team
 from loraplex.kernels.hugepages import HUGE_PAGE, huge_zeros
 from loraplex.kernels.ops import Backend, PackedLinear, Recorder
-from loraplex.kernels.records import ALIGN, AdapterStep, AttentionMeta, AttentionParams, KVLayer, QKNorm, Site
+from loraplex.kernels.quantized import PartShape
+from loraplex.kernels.records import AdapterStep, AttentionMeta, AttentionParams, KVLayer, QKNorm, Site
 
 REGION = 64 << 20
 """Bytes of huge pages taken at a time for weights; resident only as far as they are written."""
-
-ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 
 
 class CpuBackend(Backend):
@@ -75,9 +74,10 @@ class CpuBackend(Backend):
         taken, self._region = self._region[:nbytes], self._region[nbytes:]
         return taken
 
-    def packed_bytes(self, shapes: Iterable[tuple[int, int]], dtype: torch.dtype) -> int:
+    def packed_bytes(self, linears: Iterable[Sequence[PartShape]], dtype: torch.dtype) -> int:
         total = used = room = 0
-        for out, columns in shapes:
+        for parts in linears:
+            out, columns = sum(part[0] for part in parts), parts[0][1]
             nbytes = -(-(-(-out // 16) * 16 * columns * dtype.itemsize) // ALIGN) * ALIGN
             if nbytes > room:  # as _take: what is left of a region is never written
                 total += -(-used // HUGE_PAGE) * HUGE_PAGE

@@ -10,6 +10,7 @@ namespace LORAPLEX_ISA {
 template <class T>
 static void dispatch(const Op& op, const Step& step, int phase, int tid, int threads) {
     int64_t rows = op.rows == kAllTokens ? step.tokens : op.rows == kLogitRows ? step.logit_rows : op.rows;
+    using enum OpCode;
     switch (op.code) {
         case kEmbed: return embed<T>(op, step, rows, tid, threads);
         case kRmsNorm: return rms_norm<T>(op, rows, tid, threads);
@@ -28,12 +29,11 @@ static void dispatch(const Op& op, const Step& step, int phase, int tid, int thr
         case kGather: return gather<T>(op, step, rows, tid, threads);
         case kSample: return sample(op, step, rows, tid, threads);
         case kPack: return pack_linear((const T*)op.x, op.out, op.in, (T*)op.y, tid, threads);
-        default: return;
     }
 }
 
-void run(const Op& op, const Step& step, int dtype, int phase, int tid, int threads) {
-    dtype ? dispatch<float>(op, step, phase, tid, threads) : dispatch<bf16>(op, step, phase, tid, threads);
+void run(const Op& op, const Step& step, ComputeType type, int phase, int tid, int threads) {
+    type == ComputeType::kFp32 ? dispatch<float>(op, step, phase, tid, threads) : dispatch<bf16>(op, step, phase, tid, threads);
 }
 
 }  // namespace LORAPLEX_ISA

@@ -19,7 +19,7 @@
 
 #include "records.h"
 
-#define DECLARE(ISA) namespace ISA { void run(const Op&, const Step&, int dtype, int phase, int tid, int threads); }
+#define DECLARE(ISA) namespace ISA { void run(const Op&, const Step&, ComputeType, int phase, int tid, int threads); }
 DECLARE(generic)
 #ifdef __x86_64__
 DECLARE(avx2)
@@ -29,7 +29,7 @@ DECLARE(avx512bf16)
 DECLARE(neonbf16)
 #endif
 
-using Run = void (*)(const Op&, const Step&, int, int, int, int);
+using Run = void (*)(const Op&, const Step&, ComputeType, int, int, int);
 struct Isa {
     const char* name;
     Run run;
@@ -99,7 +99,7 @@ static float* rank_scratch(const Step& step) {
 static float* partial_scratch(const Step& step, const Op* ops, int count, int threads, int most) {
     static thread_local std::unique_ptr<float[]> scratch;
     static thread_local int64_t size = 0;
-    const Op* op = std::find_if(ops, ops + count, [](const Op& each) { return each.code == kAttention; });
+    const Op* op = std::find_if(ops, ops + count, [](const Op& each) { return each.code == OpCode::kAttention; });
     if (op == ops + count) return nullptr;
     int64_t units = 0, rows = 0;
     bool longer = false;
@@ -117,12 +117,12 @@ static float* partial_scratch(const Step& step, const Op* ops, int count, int th
     return scratch.get();
 }
 
-static void run_ops(Run run, const Op* ops, int count, const Step& step, int dtype, int chunks, Phase* phases) {
+static void run_ops(Run run, const Op* ops, int count, const Step& step, ComputeType type, int chunks, Phase* phases) {
     for (int i = 0; i < count; i++) {
-        bool adapter = ops[i].code == kAdapter, two = adapter || (ops[i].code == kAttention && step.partials);
+        bool adapter = ops[i].code == OpCode::kAdapter, two = adapter || (ops[i].code == OpCode::kAttention && step.partials);
         if (adapter && !step.segments) continue;
         for (int phase = adapter && !step.decode_segments; phase < 1 + two; phase++)
-            phases[i * 2 + phase].work(chunks, [&](int chunk) { run(ops[i], step, dtype, phase, chunk, chunks); });
+            phases[i * 2 + phase].work(chunks, [&](int chunk) { run(ops[i], step, type, phase, chunk, chunks); });
     }
 }
 
@@ -156,15 +156,15 @@ int loraplex_isa(const char* name) {
     return -1;
 }
 const char* loraplex_isa_name(int isa) { return kIsas[isa].name; }
-// What abi.py must agree with, in the order of its _CONSTANTS.
-const int* loraplex_constants() {
-    static const int constants[] = {kMaxGroups, kMaxRopes, kBlock, kTileRanks, kAlign, kTileColumns, kDraw, kAllTokens, kLogitRows,
-                                    kCodes, (int)sizeof(Op), (int)sizeof(Step), (int)sizeof(Steps)};
-    return constants;
+// What this was built from, for abi.py to compare: its constants, and the bytes of its records in the order of abi.RECORDS.
+const char* loraplex_constants() { return kConstants; }
+const int* loraplex_sizes() {
+    static const int sizes[] = {(int)sizeof(Op), (int)sizeof(Step), (int)sizeof(Steps)};
+    return sizes;
 }
 
 // Runs the ops, `steps->most` times unless something ends it before; null: once. Returns how many times.
-int loraplex_run(int isa, const Op* ops, int count, const Step* given, int dtype, int threads, const Steps* steps) {
+int loraplex_run(int isa, const Op* ops, int count, const Step* given, ComputeType type, int threads, const Steps* steps) {
     Run run = kIsas[isa].run;
     Step own = *given, *step = &own;
     int most = steps ? steps->most : 1, each = count * 2 + 1, done = 1;
@@ -177,7 +177,7 @@ int loraplex_run(int isa, const Op* ops, int count, const Step* given, int dtype
         int chunks = omp_get_num_threads() > 1 ? omp_get_num_threads() * kChunks : 1;
         for (int s = 0;; s++) {
             Phase* phase = &phases[s * each];
-            run_ops(run, ops, count, *step, dtype, chunks, phase);
+            run_ops(run, ops, count, *step, type, chunks, phase);
             if (s + 1 == most) break;
             phase[count * 2].work(1, [&](int) { done += goes_on[s] = go_on(own, *steps); });
             if (!goes_on[s]) break;

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loraplex.kernels.cpu.abi import LinearArgs, Op, OpCode, Step
+from loraplex.kernels.constants import OpCode
+from loraplex.kernels.cpu.abi import LinearArgs, Op, Step
 from loraplex.kernels.ops import PackedLinear
 from loraplex.kernels.records import AdapterStep, AttentionMeta
 

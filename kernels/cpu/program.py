@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loraplex.kernels.cpu.abi import ALL_TOKENS, LOGIT_ROWS, MAX_GROUPS, MAX_ROPES, Op, OpCode, Step, Steps
+from loraplex.kernels.constants import ALL_TOKENS, LOGIT_ROWS, MAX_GROUPS, MAX_ROPES, OpCode
+from loraplex.kernels.cpu.abi import Op, Step, Steps
 from loraplex.kernels.cpu.op_records import fill_adapters, fill_attention, linear_op, sample_op
 from loraplex.kernels.cpu.team import Team
 from loraplex.kernels.ops import Backend, DecodeSteps, StepInputs

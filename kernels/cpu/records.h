@@ -1,15 +1,10 @@
-// What Python hands over: plain C structs, mirrored by abi.py, which reads the constants from the library. Pointers are owned by
-// the caller.
+// What Python hands over: plain C structs, mirrored by abi.py. Pointers are owned by the caller. constants.h is written from
+// kernels/constants.py when the library is built.
 #pragma once
 #include <cstdint>
 
-constexpr int kMaxGroups = 8, kMaxRopes = 4, kDraw = 5;
-constexpr int kBlock = 16;       // tokens of a KV page
-constexpr int kTileRanks = 16;   // most ranks of a tile
-constexpr int kAlign = 64;       // bytes: unit of a tile's offsets
-constexpr int kAllTokens = -1, kLogitRows = -2;
-constexpr int kTileColumns = 6;
-enum TileKind : int32_t { kLowRank, kBiasTile, kScale };
+#include "constants.h"
+
 constexpr int kQueries = 8, kKeyRange = 512;  // of a unit of attention
 constexpr int64_t partial_floats(int64_t dim) { return (dim + 15) / 16 * 16 + 2; }  // a row's sums, largest score, total weight
 
@@ -31,7 +26,7 @@ struct Step {
     const int32_t* mix_slot;   // [mixes]
     const float* mix_weight;   // [mixes]
     const int32_t* ranges;     // [slots, num_layers, num_sites, 2]
-    const int32_t* tiles;      // [capacity, kTileColumns]: a_off, b_off, n, out_start, out_len, TileKind (kernels/records.py)
+    const int32_t* tiles;      // [capacity, kTileColumns]: a_off, b_off, n, out_start, out_len, TileKind
     uint8_t* arena;
     const double* draws;       // [logit_rows, kDraw]: struct Draw of sampling.h; null takes the largest
     int64_t* drawn;            // [logit_rows]
@@ -50,8 +45,6 @@ struct Steps {
     const volatile int32_t* halt;  // not 0: somebody wants to come in, and no further step begins
     int64_t turns[kMaxRopes];      // rotary_dim of cos and sin
 };
-
-enum OpCode : int32_t { kEmbed, kRmsNorm, kLinear, kBias, kAdapter, kRope, kAttention, kActMul, kGather, kSample, kPack, kCodes };
 
 // What an op has beside x, w and y, by its code.
 struct EmbedArgs {
@@ -85,7 +78,7 @@ struct AttentionArgs {
     int32_t heads, kv_heads, dim, window;  // window 0: none
 };
 struct ActMulArgs {
-    int32_t activation;  // 0 silu, 1 gelu_tanh
+    Activation activation;
 };
 struct SampleArgs {
     float* logprobs;  // null: not wanted
@@ -93,7 +86,8 @@ struct SampleArgs {
 
 // One op. Rows are contiguous; `rows` is a count, kAllTokens (step->tokens) or kLogitRows (step->logit_rows).
 struct Op {
-    int32_t code, rows;
+    OpCode code;
+    int32_t rows;
     const void *x, *w;  // input, weight (packed for kLinear and kEmbed)
     void* y;
     int64_t in, out;    // columns of x and y

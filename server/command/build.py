@@ -24,8 +24,8 @@ from loraplex.adapters.tiers.loader import Loader
 from loraplex.adapters.tiers.pages import PagePool
 from loraplex.adapters.tiers.reader import AdapterReader
 from loraplex.adapters.tiers.workspace import Workspace
+from loraplex.kernels.constants import BLOCK_SIZE
 from loraplex.kernels.ops import Backend
-from loraplex.kernels.records import BLOCK_SIZE
 from loraplex.kernels.select import load_backend
 from loraplex.server.catalog.manager import AdapterManager
 from loraplex.server.command.sizing import MachineMemory, calibrated, compute_dtype
@@ -48,16 +48,13 @@ from loraplex.server.engine.step.memory import (
 )
 from loraplex.server.engine.step.prefault import Prefault
 from loraplex.server.engine.step.worker import LocalWorker
+from loraplex.server.models.checkpoint import open_checkpoint
 from loraplex.server.models.config import ModelConfig
 from loraplex.server.models.decoder import Decoder
 from loraplex.server.models.demo import default_cache_dir
 from loraplex.server.models.graphs import GraphedDecoder
 from loraplex.server.models.recorded import RecordedDecoder, record
-from loraplex.server.models.weights import (
-    BaseBiases,
-    ModelWeights,
-    load_weights,
-)
+from loraplex.server.models.weights import BaseBiases, ModelWeights, load_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -101,9 +98,10 @@ def build_engine(
     ops = load_backend(config.backend, config.device, config.batch_invariant)
     dtype = compute_dtype(config.dtype, model_path, ops)
     watch.lap("backend")
-    memory = MachineMemory(config, model_config, dtype, ops, model_path, count_process)
+    checkpoint = open_checkpoint(model_path)
+    memory = MachineMemory(config, model_config, dtype, ops, checkpoint, count_process)
     memory.plan(config.token_budget or LEAST_BUDGET, not model_config.tie_word_embeddings)  # refuse before reading
-    weights = load_weights(model_path, model_config, ops, dtype)
+    weights = load_checkpoint(checkpoint, model_config, ops, dtype)
     give_back_freed()
     watch.lap("weights")
     cost = calibrated(model_config, weights, ops)

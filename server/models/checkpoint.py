@@ -1,7 +1,7 @@
 """Readers of weight formats: the tensors of a base's files by name, whatever the format.
 
-`open_checkpoint` is the one place that chooses a reader by what the folder holds. A further format is a reader with
-`tensors` and `read` in a file of its own, and its line there.
+`open_checkpoint` is the one place that chooses a reader by what the folder holds. A further format is a Checkpoint in a
+file of its own, and its line there.
 """
 
 from __future__ import annotations
@@ -10,8 +10,11 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 from torch import Tensor
+
+from loraplex.kernels.quantized import QuantizedWeight, WeightFormat
 
 IGNORED = ("rotary_emb.inv_freq",)
 """Ends of names that old checkpoints carry and nobody needs: buffers that are computed."""
@@ -29,8 +32,30 @@ class StoredTensor:
     """What the header of a file says of one tensor."""
 
     file: Path
-    shape: tuple[int, ...]
-    element_bytes: int
+    shape: tuple[int, ...]  # the logical one, [out, in], however codes are laid out in the file
+    element_bytes: int  # of an element in the file; quantised: the most that an element takes while it is read
+    format: WeightFormat | None = None  # None: read() yields a Tensor, else a QuantizedWeight of this format
+
+
+class Checkpoint(Protocol):
+    """The tensors of a base by the names of a Hugging Face checkpoint (weight_sizes.expected_shapes lists them).
+
+    What belongs to a quantised weight (scales, zeros, orders) is part of its tensor and has no name of its own.
+    """
+
+    @property
+    def folder(self) -> Path:
+        """Where the files are, for messages: a folder, or a file that holds all."""
+        ...
+
+    @property
+    def tensors(self) -> Mapping[str, StoredTensor]:
+        """Map the name of every tensor to what its header says."""
+        ...
+
+    def read(self, name: str) -> Tensor | QuantizedWeight:
+        """Read the tensor `name`; nothing of it is kept. Raises WeightsError where the file is damaged."""
+        ...
 
 
 class DenseCheckpoint:
@@ -85,9 +110,26 @@ class DenseCheckpoint:
             raise WeightsError(f"{file} is damaged or cut short: {error}; download it again") from error
 
 
-def open_checkpoint(folder: str | Path) -> DenseCheckpoint:
-    """Open the weights in `folder`, reading headers only. Raises WeightsError naming the file and what is wrong."""
-    return DenseCheckpoint(Path(folder))
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Open the weights at `path`, reading headers only. Raises WeightsError naming the file and what is wrong."""
+    folder = Path(path)
+    quantisation = _quantization_config(folder)
+    if quantisation is not None:
+        method = quantisation.get("quant_method")
+        raise WeightsError(
+            f"the checkpoint is quantised ({method}), which is not supported; use its bf16, fp16 or fp32 original"
+        )
+    return DenseCheckpoint(folder)
+
+
+def _quantization_config(folder: Path) -> dict[str, Any] | None:
+    """Read what config.json says of how the weights are quantised; None: nothing."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None  # ModelConfig says what is wrong with it
+    found = config.get("quantization_config") if isinstance(config, dict) else None
+    return found if isinstance(found, dict) else None
 
 
 def _shards(folder: Path) -> Iterator[Path]:

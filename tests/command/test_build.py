@@ -91,7 +91,7 @@ def test_dtype(tmp_path: Path, base: Path, asked: str, checkpoint: str, expected
 
 
 def test_too_little_memory_is_refused_before_the_weights_are_read(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "load_weights", None)
+    monkeypatch.setattr(build, "load_checkpoint", None)
     with pytest.raises(NotEnoughMemory, match=r"976\.6 KiB of memory are too little"):
         build_engine(EngineConfig(**{**SMALL, "memory": 1_000_000, "max_model_len": 512}), base, "tiny")
 

@@ -15,10 +15,10 @@ from torch import Tensor
 from loraplex.adapters.image.tiles import BaseLayout, LowRank, OutputScale, Part, pack
 from loraplex.adapters.tiers.device import DeviceTier
 from loraplex.adapters.tiers.pages import PagePool
+from loraplex.kernels.constants import BLOCK_SIZE
 from loraplex.kernels.cpu import abi
 from loraplex.kernels.cpu.backend import CpuBackend
 from loraplex.kernels.records import (
-    BLOCK_SIZE,
     AdapterSegments,
     AdapterStep,
     AttentionMeta,

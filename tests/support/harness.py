@@ -20,16 +20,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from loraplex.kernels.constants import BLOCK_SIZE
 from loraplex.kernels.ops import Backend
-from loraplex.kernels.records import (
-    BLOCK_SIZE,
-    AdapterSegments,
-    AttentionMeta,
-    KVGroup,
-    KVLayer,
-    TileTable,
-    element_bytes,
-)
+from loraplex.kernels.records import AdapterSegments, AttentionMeta, KVGroup, KVLayer, TileTable, element_bytes
 from loraplex.kernels.select import load_backend
 from loraplex.server.models.config import ModelConfig
 from loraplex.server.models.decoder import Decoder

@@ -18,8 +18,9 @@ from pathlib import Path
 
 import torch
 
+from loraplex.kernels.constants import ALIGN, BLOCK_SIZE
 from loraplex.kernels.hugepages import HUGE_PAGE
-from loraplex.kernels.records import ALIGN, BLOCK_SIZE, element_bytes
+from loraplex.kernels.records import element_bytes
 from loraplex.server.engine.policy.kv_groups import GroupSpec, group_layers, kv_groups, peak_pages
 from loraplex.server.engine.request import EngineError
 from loraplex.server.models.config import ModelConfig

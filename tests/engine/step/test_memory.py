@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loraplex.kernels import hugepages
+from loraplex.kernels.constants import BLOCK_SIZE
 from loraplex.kernels.cpu import backend as cpu_backend
 from loraplex.kernels.cpu.program import CpuProgram
-from loraplex.kernels.records import BLOCK_SIZE
 from loraplex.kernels.select import load_backend
 from loraplex.server.engine.policy.kv_groups import kv_groups, peak_pages
 from loraplex.server.engine.step.arena import allocate_arena, kv_layers
@@ -29,10 +29,13 @@ from loraplex.server.engine.step.memory import (
     resident_memory,
     scratch_bytes,
 )
+from loraplex.server.models.checkpoint import open_checkpoint
 from loraplex.server.models.config import ModelConfig
 from loraplex.server.models.decoder import Decoder
 from loraplex.server.models.recorded import RecordedDecoder, record
-from loraplex.server.models.weights import load_weights, packed_shapes, resident_bytes
+from loraplex.server.models.weight_sizes import packed_parts, resident_bytes
+from loraplex.server.models.weights import load_weights
+from tests.support.checkpoints import HeldCheckpoint
 from tests.support.configs import SMOLLM2, TINY
 from tests.support.tiny import make_tiny_model
 
@@ -175,7 +178,8 @@ class TestCounts:
         pack = ops.pack_linear
         monkeypatch.setattr(ops, "pack_linear", lambda w: shapes.append(tuple(w.shape)) or pack(w))  # type: ignore[func-returns-value]
         weights = load_weights(path, config, ops, dtype)
-        assert shapes == packed_shapes(config, weights.head is not weights.embedding)
+        parts = packed_parts(open_checkpoint(path), config, weights.head is not weights.embedding)
+        assert parts == [[(*shape, None)] for shape in shapes]
 
     @settings(max_examples=60)
     @given(st.lists(st.tuples(st.integers(1, 300), st.integers(1, 20).map(lambda n: 2 * n)), min_size=1, max_size=30))
@@ -200,7 +204,7 @@ class TestCounts:
                 base = next(base for base, nbytes in regions if base <= start < base + nbytes)
                 end = start + weight.packed.nbytes  # type: ignore[attr-defined]
                 touched |= {(base, page) for page in range((start - base) // 4096, -(-(end - base) // 4096))}
-            assert ops.packed_bytes(shapes, torch.float32) == 4096 * len(touched)
+            assert ops.packed_bytes([[(*shape, None)] for shape in shapes], torch.float32) == 4096 * len(touched)
 
     @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gemma3", "phi3"])
     @pytest.mark.parametrize("tokens", [64, 1024])
@@ -249,4 +253,5 @@ def test_logit_slices_are_bounded() -> None:
 def test_available_memory_is_something() -> None:
     assert 10**6 < available_memory(torch.device("cpu")) < 10**15
     assert 10**7 < resident_memory() < available_memory(torch.device("cpu"))
-    assert resident_bytes(SMOLLM2, BF16, load_backend("cpu", "cpu"), own_head=False) >= 2 * 134_515_008
+    ops, checkpoint = load_backend("cpu", "cpu"), HeldCheckpoint.of_shapes(SMOLLM2)
+    assert resident_bytes(checkpoint, SMOLLM2, BF16, ops, own_head=False) >= 2 * 134_515_008
