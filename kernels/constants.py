@@ -63,6 +63,22 @@ class OpCode(IntEnum):
     GATHER = 8
     SAMPLE = 9
     PACK = 10
+    QUANTISED = 11
+    PACK_QUANTISED = 12
+
+
+class NumberKind(IntEnum):
+    """How the scales or offsets of a quantised weight are stored."""
+
+    NONE = 0
+    FP16 = 1
+    FP32 = 2
+    INT8 = 3
+    UINT8 = 4
+
+
+PANEL = 64
+"""Output columns of a panel of a packed weight."""
 
 
 class Activation(IntEnum):

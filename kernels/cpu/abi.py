@@ -43,8 +43,9 @@ class Step(ctypes.Structure):
         ("arena", _Pointer),
         ("draws", _Pointer),
         ("drawn", _Pointer),
-        ("ranks", _Pointer),  # scratch of the library, both
+        ("ranks", _Pointer),  # scratch of the library, all three
         ("partials", _Pointer),
+        ("prepared", _Pointer),
     ]
 
 
@@ -63,7 +64,7 @@ class Steps(ctypes.Structure):
 
 
 class EmbedArgs(ctypes.Structure):
-    _fields_ = [("scale", _Float)]
+    _fields_ = [("scale", _Float), ("quantised", _Int)]
 
 
 class NormArgs(ctypes.Structure):
@@ -71,7 +72,27 @@ class NormArgs(ctypes.Structure):
 
 
 class LinearArgs(ctypes.Structure):
-    _fields_ = [("to_float", _Int)]
+    _fields_ = [("to_float", _Int), ("ldy", ctypes.c_int64)]
+
+
+class Quantised(ctypes.Structure):
+    """`struct Quantised` of records.h: a quantised weight in panels."""
+
+    _fields_ = [
+        ("data", _Pointer),
+        ("codebook", _Pointer),
+        ("order", _Pointer),
+        *((name, ctypes.c_int64) for name in ("columns_in", "columns_out", "panel_bytes", "block_bytes")),
+        *((name, _Int) for name in ("bits", "signed_codes", "zero")),
+        *((name, _Int) for name in ("unit", "units", "block_units", "group_units", "span")),
+        *((name, _Int) for name in ("scale", "offset", "shared", "rounded")),
+    ]
+
+
+class QuantisedSource(ctypes.Structure):
+    """`struct QuantisedSource` of records.h: codes and numbers, as they are to be packed."""
+
+    _fields_ = [(name, _Pointer) for name in ("codes", "scale", "shared_scale", "offset", "shared_offset")]
 
 
 class AdapterArgs(ctypes.Structure):
@@ -142,7 +163,7 @@ class Op(ctypes.Structure):
     ]
 
 
-RECORDS = (Op, Step, Steps)
+RECORDS = (Op, Step, Steps, Quantised)
 """Whose bytes both sides must agree on, in the order of loraplex_sizes of library.cpp."""
 
 ISAS = ("avx512bf16", "avx512", "avx2", "neonbf16", "generic")

@@ -70,7 +70,7 @@ template <class T> void linear(int rows, int in, int out) {
     pack.code = OpCode::kPack, pack.x = w.data(), pack.y = packed.data(), pack.in = in, pack.out = out;
     run<T>(pack);
     Op op{};
-    op.code = OpCode::kLinear, op.rows = rows, op.x = x.data(), op.w = packed.data(), op.y = y.data(), op.in = in, op.out = out;
+    op.code = OpCode::kLinear, op.rows = rows, op.x = x.data(), op.w = packed.data(), op.y = y.data(), op.in = in, op.out = out, op.linear.ldy = out;
     run<T>(op);
     for (int r = 0; r < rows; r++)
         for (int o = 0; o < out; o++) {
