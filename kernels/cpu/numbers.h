@@ -118,7 +118,7 @@ INLINE void widen(const Quantised& w, const Stretch& units, int columns, float* 
                 if (w.codebook)
                     value = look_up(w.codebook, w.bits, codes);
                 else
-                    value = __builtin_convertvector(w.signed_codes ? (ivec)(codes << 24) >> 24 : (ivec)codes - w.zero, fvec);
+                    value = __builtin_convertvector((ivec)codes - w.zero, fvec);
                 value = rounded(value * load(units.scale[i] + c));
                 store(to + c, offsets ? value + load(units.offset[i] + c) : value);
             }
@@ -148,18 +148,18 @@ static void pack_column(const Quantised& w, const QuantisedSource& from, int64_t
 
 // What a kernel multiplies, [rows][in]: fp32; bf16; or bytes with a scale for each 32 inputs, in their order, or in each 8 in that of the
 // nibbles of a word: 0 4 1 5, 2 6 3 7.
-enum class Form { kFloats, kPairs, kBytes, kNibbleBytes };
+enum class Form { kFloats, kPairs, kBytes, kNibbleBytes, kWords };
 constexpr int kRounded = 32;  // inputs that share a scale (A8_GROUP of kernels/quantized.py)
 
 struct Inputs {
     uint8_t* x;
-    int64_t in, units;   // of a row: inputs with their padding, numbers of `scale` and of `sums`
+    int64_t rows, in, units;   // of a row: inputs with their padding, numbers of `scale` and of `sums`
     float *scale, *sums;  // [rows][units]: a scale for each kRounded inputs; sums of each unit's inputs, see prepare_row
 };
 INLINE Inputs inputs(const Quantised& w, Form form, int64_t rows, uint8_t* at) {
-    int64_t in = (int64_t)w.units * w.unit, bytes = form == Form::kFloats ? 4 : form == Form::kPairs ? 2 : 1;
+    int64_t in = (int64_t)w.units * w.unit, bytes = form == Form::kFloats ? 4 : form == Form::kPairs || form == Form::kWords ? 2 : 1;
     float* scale = (float*)(at + round_up(rows * in * bytes, kAlign));
-    return {at, in, w.units, scale, scale + rows * w.units};
+    return {at, rows, in, w.units, scale, scale + rows * w.units};
 }
 
 // A row in the order of the codes, zeros behind it.

@@ -116,7 +116,6 @@ def pack_quantised(
         panel_bytes=found.panel_bytes,
         block_bytes=found.block_bytes,
         bits=found.bits,
-        signed_codes=weight.codes.dtype == torch.int8,
         zero=form.zero,
         unit=found.unit,
         units=found.units,
@@ -126,6 +125,8 @@ def pack_quantised(
         rounded=0 if activations is Activations.EXACT else 1 if form.group is not None else 2,
     )
     codes = weight.codes.contiguous()
+    if codes.dtype == torch.int8:  # kernels multiply unsigned codes
+        codes, record.zero = codes.view(torch.uint8) ^ 0x80, 128
     record.scale, scale, shared_scale = _stored(weight.scale, form)
     record.shared = NumberKind.NONE if shared_scale is None else NumberKind.FP16
     offset, shared_offset = None, None
