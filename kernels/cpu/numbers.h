@@ -41,15 +41,12 @@ INLINE fvec load_bytes(const uint8_t* p) {
     typedef B bvec __attribute__((vector_size(kLanes), aligned(1), may_alias));
     return __builtin_convertvector(__builtin_convertvector(*(const bvec*)p, ivec), fvec);
 }
-// kLanes numbers from number `at` on.
-INLINE fvec load_numbers(NumberKind kind, const uint8_t* p, int64_t at) {
-    using enum NumberKind;
-    switch (kind) {
-        case kFp16: return load_halves(p + at * 2);
-        case kFp32: return load((const float*)p + at);
-        case kInt8: return load_bytes<int8_t>(p + at);
-        default: return load_bytes<uint8_t>(p + at);
-    }
+template <NumberKind K>
+INLINE fvec load_numbers(const uint8_t* p) {
+    if constexpr (K == NumberKind::kFp16) return load_halves(p);
+    if constexpr (K == NumberKind::kFp32) return load((const float*)p);
+    if constexpr (K == NumberKind::kInt8) return load_bytes<int8_t>(p);
+    return load_bytes<uint8_t>(p);
 }
 
 // A stretch of units of one panel, its numbers widened.
@@ -59,27 +56,41 @@ struct Stretch {
     alignas(64) float scale[kStretchUnits][kPanel], offset[kStretchUnits][kPanel];  // offset: not written where w has none and bias is 0
 };
 
-// Up to `most` units from `unit` on, as far as they lie in one block; columns from c on. offset becomes offset - bias * scale.
-INLINE void units_from(const Quantised& w, const uint8_t* panel, int64_t unit, int64_t most, int c, int columns, float bias, Stretch& to) {
-    BlockParts parts = block_parts(w);
-    bool two = w.shared != NumberKind::kNone, offsets = w.offset != NumberKind::kNone;
-    int64_t inside = unit % w.block_units;
-    const uint8_t* block = panel + unit / w.block_units * w.block_bytes;
-    to.codes = block + parts.codes + inside * code_bytes(w) + c * 4;
-    to.count = min2(most, w.block_units - inside);
-    for (int64_t i = 0; i < to.count; i++) {
-        int64_t group = (inside + i) / w.group_units;
+// The numbers of `count` units, the first of which is the block's `inside`-th; `columns` columns from c on. shared: null where there is one level.
+template <NumberKind K>
+INLINE void widen_numbers(const Quantised& w, const uint8_t* numbers, const uint8_t* shared, int inside, int count, int c, int columns, float (*to)[kPanel]) {
+    const int64_t each = number_bytes(K);
+    int group = inside / w.group_units, used = inside % w.group_units;
+    for (int i = 0; i < count; i++, used++) {
+        if (used == w.group_units) group++, used = 0;
+        const uint8_t *from = numbers + (group * kPanel + c) * each, *of = shared ? shared + (group / w.span * kPanel + c) * 2 : nullptr;
         for (int v = 0; v < columns; v += kLanes) {
-            int64_t at = group * kPanel + c + v, shared_at = group / w.span * kPanel + c + v;
-            fvec scale = load_numbers(w.scale, block + parts.scale, at), offset{};
-            if (two) scale *= load_numbers(w.shared, block + parts.shared_scale, shared_at);
-            store(to.scale[i] + v, scale);
-            if (!offsets && bias == 0.f) continue;
-            if (offsets) offset = load_numbers(w.offset, block + parts.offset, at);
-            if (offsets && two) offset *= load_numbers(w.shared, block + parts.shared_offset, shared_at);
-            store(to.offset[i] + v, offset - scale * bias);
+            fvec number = load_numbers<K>(from + v * each);
+            store(to[i] + v, of ? number * load_halves(of + v * 2) : number);
         }
     }
+}
+INLINE void widen_numbers(NumberKind kind, const Quantised& w, const uint8_t* numbers, const uint8_t* shared, int inside, int count, int c, int columns, float (*to)[kPanel]) {
+    using enum NumberKind;
+    switch (kind) {
+        case kFp16: return widen_numbers<kFp16>(w, numbers, shared, inside, count, c, columns, to);
+        case kFp32: return widen_numbers<kFp32>(w, numbers, shared, inside, count, c, columns, to);
+        case kInt8: return widen_numbers<kInt8>(w, numbers, shared, inside, count, c, columns, to);
+        default: return widen_numbers<kUint8>(w, numbers, shared, inside, count, c, columns, to);
+    }
+}
+
+// Up to `most` units from `unit` on, as far as they lie in one block; columns from c on. offset becomes offset - bias * scale.
+INLINE void units_from(const Quantised& w, const BlockParts& parts, const uint8_t* panel, int64_t unit, int64_t most, int c, int columns, float bias, Stretch& to) {
+    bool two = w.shared != NumberKind::kNone, offsets = w.offset != NumberKind::kNone;
+    int inside = (int)unit % w.block_units, count = (int)min2(most, (int64_t)w.block_units - inside);
+    const uint8_t* block = panel + (int)unit / w.block_units * w.block_bytes;
+    to.codes = block + parts.codes + inside * code_bytes(w) + c * 4;
+    to.count = count;
+    widen_numbers(w.scale, w, block + parts.scale, two ? block + parts.shared_scale : nullptr, inside, count, c, columns, to.scale);
+    if (offsets) widen_numbers(w.offset, w, block + parts.offset, two ? block + parts.shared_offset : nullptr, inside, count, c, columns, to.offset);
+    for (int i = 0; i < count && bias != 0.f; i++)
+        for (int v = 0; v < columns; v += kLanes) store(to.offset[i] + v, (offsets ? load(to.offset[i] + v) : fvec{}) - load(to.scale[i] + v) * bias);
 }
 
 // ---- codes ----
@@ -146,15 +157,15 @@ static void pack_column(const Quantised& w, const QuantisedSource& from, int64_t
 
 // ---- x ----
 
-// What a kernel multiplies, [rows][in]: fp32; bf16; or bytes with a scale for each 32 inputs, in their order, or in each 8 in that of the
-// nibbles of a word: 0 4 1 5, 2 6 3 7.
+// What a kernel multiplies, [rows][in]: fp32; bf16; or bytes, in their order, in each 8 in that of the nibbles of a word: 0 4 1 5,
+// 2 6 3 7, or word by word (quant8.h).
 enum class Form { kFloats, kPairs, kBytes, kNibbleBytes, kWords };
 constexpr int kRounded = 32;  // inputs that share a scale (A8_GROUP of kernels/quantized.py)
 
 struct Inputs {
     uint8_t* x;
     int64_t rows, in, units;   // of a row: inputs with their padding, numbers of `scale` and of `sums`
-    float *scale, *sums;  // [rows][units]: a scale for each kRounded inputs; sums of each unit's inputs, see prepare_row
+    float *scale, *sums;  // [rows][units]: of each unit's bytes, see prepare_row
 };
 INLINE Inputs inputs(const Quantised& w, Form form, int64_t rows, uint8_t* at) {
     int64_t in = (int64_t)w.units * w.unit, bytes = form == Form::kFloats ? 4 : form == Form::kPairs || form == Form::kWords ? 2 : 1;
@@ -172,34 +183,82 @@ INLINE void gather_inputs(const Quantised& w, const T* x, float* to) {
     for (int64_t k = w.in; k < (int64_t)w.units * w.unit; k++) to[k] = 0.f;
 }
 
-// Largest size of n inputs, a multiple of 8.
+// Largest size of n inputs, a multiple of 8; a NaN is larger than any.
 INLINE float largest(const float* x, int64_t n) {
-    float top = 0.f;
-    for (int64_t k = 0; k < n; k++) top = max2(top, std::fabs(x[k]));
-    return top;
-}
-// n inputs over `scale`, rounded to integers of -127 to 127, halves to even.
-INLINE void round_inputs(const float* x, int64_t n, float scale, float* codes) {
-    constexpr float kMagic = 12582912.f;  // 1.5 * 2^23
-    for (int64_t k = 0; k < n; k++) {
-        float code = scale > 0.f ? x[k] / scale : 0.f;
-        code = rounded(code + kMagic) - kMagic;
-        codes[k] = max2(min2(code, 127.f), -127.f);
+    ivec top{};
+    for (int64_t k = 0; k < n; k += kLanes) {
+        ivec size = (ivec)load_n(x + k, lanes_left(n - k)) & 0x7fffffff;  // ordered as the numbers are
+        top = size > top ? size : top;
     }
+    int32_t lanes[kLanes], most = 0;
+    memcpy(lanes, &top, sizeof lanes);
+    for (int lane : lanes) most = max2(most, lane);
+    float found;
+    memcpy(&found, &most, 4);
+    return found;
+}
+// x over `scale`, rounded to integers of -127 to 127, halves to even.
+INLINE fvec round_inputs(fvec x, float scale) {
+    const fvec magic = splat(12582912.f);  // 1.5 * 2^23
+    fvec code = scale > 0.f ? x / splat(scale) : fvec{};
+    code = rounded(code + magic) - magic;
+    code = code > 127.f ? splat(127.f) : code;
+    return code < -127.f ? splat(-127.f) : code;
+}
+
+// n rounded inputs, a multiple of 8, as bytes in the order of `form`; returns their sum.
+template <Form form>
+INLINE int32_t store_rounded(const float* x, int64_t n, float scale, int8_t* to) {
+    typedef int8_t octets __attribute__((vector_size(16), aligned(1), may_alias));
+    int32_t total = 0;
+    for (int64_t k = 0; k < n; k += 16) {
+        alignas(64) int8_t codes[16] = {};
+        for (int c = 0; c < 16 && k + c < n; c += kLanes) {
+            ivec code = __builtin_convertvector(round_inputs(load_n(x + k + c, lanes_left(n - k - c)), scale), ivec);
+            for (int i = 0; i < kLanes; i++) codes[c + i] = (int8_t)code[i];
+        }
+        for (int8_t code : codes) total += code;
+        octets all = *(const octets*)codes;
+        if (form == Form::kNibbleBytes) all = __builtin_shuffle(all, octets{0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15});
+        memcpy(to + k, &all, min2<int64_t>(n - k, 16));
+    }
+    return total;
 }
 
 // Row t of x, widened, in the form of its kernel. Where activations are rounded the codes are those of round_activations of
-// kernels/quantized.py; as fp32 they are multiplied out again.
+// kernels/quantized.py; as fp32 they are multiplied out again. `sums` of a unit: of pairs, the sum of its inputs; of bytes, that of
+// the codes: times the scale as fp32 where w has an offset, else times -zero as int32.
 template <Form form>
 INLINE void prepare_row(const Quantised& w, float* wide, const Inputs& x, int64_t t) {
+    float *scales = x.scale + t * x.units, *sums = x.sums + t * x.units;
     int64_t each = w.rounded == 2 ? x.in : kRounded;
-    if (form == Form::kFloats) {
+    if constexpr (form == Form::kFloats) {
         for (int64_t k = 0; k < x.in && w.rounded; k += each) {
             float scale = largest(wide + k, each) / 127.f;
-            round_inputs(wide + k, each, scale, wide + k);
-            for (int64_t i = 0; i < each; i++) wide[k + i] *= scale;
+            for (int64_t i = k; i < k + each; i += kLanes) store(wide + i, round_inputs(load(wide + i), scale) * scale);
         }
         memcpy(x.x + t * x.in * 4, wide, x.in * 4);
+    } else if constexpr (form == Form::kPairs) {
+        for (int64_t k = 0; k < x.in; k += kLanes) store_n((bf16*)x.x + t * x.in + k, load_n(wide + k, lanes_left(x.in - k)), lanes_left(x.in - k));
+        for (int64_t u = 0; u < x.units; u++) {
+            fvec total{};
+            for (int64_t k = 0; k < w.unit; k += kLanes) total += load_n(wide + u * w.unit + k, lanes_left(w.unit - k));
+            sums[u] = sum(total);
+        }
+    } else {
+        bool offset = w.offset != NumberKind::kNone;
+        for (int64_t k = 0; k < x.in; k += each) {
+            float scale = largest(wide + k, each) / 127.f;
+            for (int64_t i = k; i < k + each; i += w.unit) {
+                int64_t unit = i / w.unit;
+                int32_t total = store_rounded<form>(wide + i, w.unit, scale, (int8_t*)x.x + t * x.in + i);
+                scales[unit] = scale;
+                if (offset)
+                    sums[unit] = scale * (float)total;
+                else
+                    total *= -w.zero, memcpy(sums + unit, &total, 4);
+            }
+        }
     }
 }
 

@@ -14,25 +14,25 @@
 namespace LORAPLEX_ISA {
 
 #if defined(__AVX512VNNI__) || defined(__ARM_FEATURE_DOTPROD)
-constexpr bool kByteDots = true;
+constexpr bool kWordDots = true;
 #else
-constexpr bool kByteDots = false;
+constexpr bool kWordDots = false;
 #endif
 #if defined(__ARM_FEATURE_DOTPROD)
 constexpr int kCodeBias = 128;  // what is taken off codes before they are multiplied: both bytes of a product are signed
 #else
 constexpr int kCodeBias = 0;
 #endif
-constexpr int kInputWords = kByteDots ? 1 : 2;  // of 4 inputs of a row
+constexpr int kInputWords = kWordDots ? 1 : 2;  // of 4 inputs of a row
 constexpr int64_t kWordBytes = kPanel * 4;      // from a column's word to its next
 
 // Rows of the largest tile; its columns are tile_vecs(rows) registers.
 #if LORAPLEX_LANES == 16
-constexpr int kByteRows = 6;
+constexpr int kWordRows = 6;
 #elif LORAPLEX_LANES == 8
-constexpr int kByteRows = 5;
+constexpr int kWordRows = 5;
 #else
-constexpr int kByteRows = 4;
+constexpr int kWordRows = 4;
 #endif
 
 // acc += products of pairs of int16. In assembler as multiply_add is: GCC 12 collects the products first, and keeps them on the stack.
@@ -78,7 +78,7 @@ INLINE void add_word(ivec (&s)[M][V], const uint32_t* x, int64_t rows, const uin
         for (int v = 0; v < V; v++) {
             uvec b = codes(v);
 #pragma GCC unroll 2
-            for (int m = 0; m < M; m++) s[m][v] = kByteDots ? add_bytes(s[m][v], b, a[0][m]) : add_pairs(add_pairs(s[m][v], even_bytes(b), a[0][m]), odd_bytes(b), a[kInputWords - 1][m]);
+            for (int m = 0; m < M; m++) s[m][v] = kWordDots ? add_bytes(s[m][v], b, a[0][m]) : add_pairs(add_pairs(s[m][v], even_bytes(b), a[0][m]), odd_bytes(b), a[kInputWords - 1][m]);
         }
     } else {
 #pragma GCC unroll 2
@@ -86,12 +86,12 @@ INLINE void add_word(ivec (&s)[M][V], const uint32_t* x, int64_t rows, const uin
             uvec b[V];
             asm("" : "+r"(w));  // codes are loaded twice where they are widened: kept between their halves they would take V registers more
 #pragma GCC unroll 16
-            for (int v = 0; v < V; v++) b[v] = kByteDots ? codes(v) : i ? odd_bytes(codes(v)) : even_bytes(codes(v));
+            for (int v = 0; v < V; v++) b[v] = kWordDots ? codes(v) : i ? odd_bytes(codes(v)) : even_bytes(codes(v));
 #pragma GCC unroll 8
             for (int m = 0; m < M; m++) {
                 uvec a = input(i, m);
 #pragma GCC unroll 16
-                for (int v = 0; v < V; v++) s[m][v] = kByteDots ? add_bytes(s[m][v], b[v], a) : add_pairs(s[m][v], b[v], a);
+                for (int v = 0; v < V; v++) s[m][v] = kWordDots ? add_bytes(s[m][v], b[v], a) : add_pairs(s[m][v], b[v], a);
             }
         }
     }
@@ -106,10 +106,21 @@ struct Words {
     int64_t rows;
 };
 
+// What is fetched meanwhile: after each unit `lines` lines, a part of what lies `step` bytes on with the next unit.
+struct WeightsAhead {
+    const char* at;
+    int64_t step, lines;
+    bool l1_alone;
+    inline __attribute__((always_inline)) void next() {
+        for (int64_t i = 0; i < lines; i++) l1_alone ? __builtin_prefetch(at + i * 64, 0, 0) : __builtin_prefetch(at + i * 64, 0, 2);
+        at += step;
+    }
+};
+
 // sums[M, V registers] += `count` units of W words each, `together` of which share their scales. Codes, scales and offsets (or null) are of
 // these columns.
 template <int W, int M, int V>
-INLINE void add_units(float* sums, Words x, const uint8_t* w, const float* scale, const float* offset, int64_t count, int64_t together, Fetch& fetch) {
+INLINE void add_units(float* sums, Words x, const uint8_t* w, const float* scale, const float* offset, int64_t count, int64_t together, WeightsAhead ahead) {
     for (int64_t u = 0; u < count; u += together) {
         ivec s[M][V];
 #pragma GCC unroll 8
@@ -118,7 +129,7 @@ INLINE void add_units(float* sums, Words x, const uint8_t* w, const float* scale
             for (int v = 0; v < V; v++) s[m][v] = ivec{} + x.start[m];
         int64_t left = together;
         do {
-            fetch.next();
+            ahead.next();
 #pragma GCC unroll 8
             for (int i = 0; i < W; i++, x.words += kInputWords * x.rows, w += kWordBytes) add_word(s, x.words, x.rows, w);
         } while (--left > 0);
@@ -160,12 +171,18 @@ INLINE void each_tile_of(int64_t rows, F run) {
 
 // sums[rows, columns] += a stretch; columns is a multiple of 16.
 template <int W>
-static void add_stretch(float* sums, const Words& x, const Stretch& units, const float* offset, int64_t together, int columns, Fetch& fetch) {
-    each_tile_of<kByteRows>(x.rows, [&](auto tile, int64_t row) NOINLINE {
+static void add_stretch(float* sums, const Words& x, const Stretch& units, const float* offset, int64_t together, int columns, int64_t step, bool once) {
+    int64_t lines = (step + 63) / 64, tiles = (x.rows + kWordRows - 1) / kWordRows, turn = 0;
+    bool l1_alone = once && tiles == 1;
+    each_tile_of<kWordRows>(x.rows, [&](auto tile, int64_t row) NOINLINE {
         constexpr int M = tile.count, V = tile_vecs(M), N = kLeastVecs;
         Words here{x.words + row, x.scale + row, x.start + row, x.total + row, x.rows};
+        int64_t fetched = turn * lines / tiles;
+        turn++;
+        WeightsAhead ahead{(const char*)units.codes + (l1_alone ? kAhead : kAheadInL2) + fetched * 64, step, turn * lines / tiles - fetched, l1_alone};
         auto run = [&](auto width, int c) {
-            add_units<W, M, width.count>(sums + row * kPanel + c, here, units.codes + c * 4, units.scale[0] + c, offset ? offset + c : nullptr, units.count, together, fetch);
+            add_units<W, M, width.count>(sums + row * kPanel + c, here, units.codes + c * 4, units.scale[0] + c, offset ? offset + c : nullptr, units.count, together, ahead);
+            ahead.lines = 0;
         };
         int c = 0;
         for (; c + V * kLanes <= columns; c += V * kLanes) run(Rows<V>{}, c);
@@ -198,7 +215,7 @@ INLINE int32_t round_unit(const float* x, int unit, float step, uint32_t* out, i
     }
     for (int k = 0; k < unit; k += 4) {
         const int32_t* c = codes + k;
-        if constexpr (kByteDots) {
+        if constexpr (kWordDots) {
             *out = (c[0] & 255) | (c[1] & 255) << 8 | (c[2] & 255) << 16 | (uint32_t)c[3] << 24, out += rows;
         } else {
             *out = (c[0] & 0xffff) | (uint32_t)c[2] << 16, out += rows;
@@ -237,13 +254,10 @@ struct Bytes {
     static float bias(const Quantised&) { return 0.f; }
     static void add(const Quantised& w, const Stretch& units, const Inputs& x, int64_t row, int64_t, int64_t unit, float* sums, int columns) {
         Words here = words_of(x, row);
-        int64_t tiles = (here.rows + kByteRows - 1) / kByteRows * max2(columns / (tile_vecs(here.rows) * kLanes), 1);
-        bool once = x.rows <= kRowBlock, l1_alone = once && tiles == 1;
         here.words += unit * W * kInputWords * here.rows;
         here.scale += unit * here.rows, here.start += unit * here.rows, here.total += unit * here.rows;
-        Fetch fetch{(const char*)units.codes + (l1_alone ? kAhead : kAheadInL2), 0, (W + tiles - 1) / tiles, kWordBytes, columns * 4, l1_alone};
-        if (row > 0) fetch = Fetch{};
-        add_stretch<W>(sums, here, units, w.offset != NumberKind::kNone ? units.offset[0] : nullptr, w.rounded == 2 ? units.count : 1, columns, fetch);
+        int64_t step = row > 0 ? 0 : w.block_bytes / w.block_units * columns / kPanel;  // others have met these rows: they lie in L2
+        add_stretch<W>(sums, here, units, w.offset != NumberKind::kNone ? units.offset[0] : nullptr, w.rounded == 2 ? units.count : 1, columns, step, x.rows <= kRowBlock);
     }
 };
 

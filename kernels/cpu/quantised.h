@@ -14,7 +14,10 @@
 // Wide, the kernel of every format on every instruction set, widens the codes too and goes on as a linear of fp32. Faster ones are
 // structs with its members (quant4.h), picked by `with_kernel`.
 #pragma once
+#include "numbers.h"
+#include "quant4.h"
 #include "quant8.h"
+#include "records.h"
 
 namespace LORAPLEX_ISA {
 
@@ -38,6 +41,9 @@ template <class T, class F>
 INLINE void with_kernel(const Quantised& w, F run) {
     if (w.bits == 8 && w.rounded && !w.codebook && w.unit == 32) return run(Bytes<8>{});
     if (w.bits == 8 && w.rounded && !w.codebook && w.unit == 16) return run(Bytes<4>{});
+    bool whole = w.unit == 32, offset = w.offset != NumberKind::kNone;
+    if constexpr (kByteDots)
+        if (w.rounded && w.bits == 4 && whole && !w.codebook) return offset ? run(Nibbles<true>{}) : run(Nibbles<false>{});
     run(Wide<T>{});
 }
 
@@ -63,12 +69,13 @@ INLINE void multiply_panel(const Quantised& w, const Inputs& x, int64_t rows, in
     static thread_local Stretch units;
     int padded = (int)round_up(columns, 16);
     const uint8_t* panel = w.data + n / kPanel * w.panel_bytes;
+    BlockParts parts = block_parts(w);
     for (int64_t row = 0; row < rows; row += K::rows) {
         int64_t here = min2<int64_t>(K::rows, rows - row);
         float* sums = scratch.get(here * kPanel);
         memset(sums, 0, here * kPanel * sizeof(float));
         for (int64_t unit = 0; unit < w.units; unit += units.count) {
-            units_from(w, panel, unit, K::stretch, (int)(n % kPanel), padded, K::bias(w), units);
+            units_from(w, parts, panel, unit, K::stretch, (int)(n % kPanel), padded, K::bias(w), units);
             K::add(w, units, x, row, here, unit, sums, padded);
         }
         for (int64_t m = 0; m < here; m++)
@@ -102,7 +109,7 @@ static void embed_quantised(const Op& op, const Step& step, int64_t rows, int ti
         int64_t id = step.ids[t];
         T* y = (T*)op.y + t * op.out;
         for (int64_t unit = 0; unit < w.units; unit += units.count) {
-            units_from(w, w.data + id / kPanel * w.panel_bytes, unit, Wide<T>::stretch, (int)(id % kPanel / 16 * 16), 16, 0.f, units);
+            units_from(w, block_parts(w), w.data + id / kPanel * w.panel_bytes, unit, Wide<T>::stretch, (int)(id % kPanel / 16 * 16), 16, 0.f, units);
             widen(w, units, 16, wide);
             for (int64_t k = 0; k < units.count * w.unit && unit * w.unit + k < w.in; k++) {
                 int64_t at = unit * w.unit + k;
