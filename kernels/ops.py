@@ -115,6 +115,10 @@ class Backend(Protocol):
         dense = [part if isinstance(part, Tensor) else dequantize(part) for part in parts]
         return self.pack_linear(torch.cat([part.to(dtype) for part in dense]))
 
+    def beside(self) -> Backend:
+        """Return the same ops for another thread than the engine's: they take one core, and weights packed by any."""
+        return self
+
     def packed_bytes(self, linears: Iterable[Sequence[PartShape]], dtype: torch.dtype) -> int:
         """Count the most bytes that `linears` of these parts, packed in this order, take with all their padding.
 

@@ -75,6 +75,11 @@ class CpuBackend(Backend):
         twin._sink = notes
         return CpuRecorder(twin, notes, self.team, dtype, self.batch_invariant)
 
+    def beside(self) -> Backend:
+        twin = copy(self)
+        twin.team = twin._sink = Team(self.team.isa, threads=1)
+        return twin
+
     def _take(self, nbytes: int) -> Tensor:
         """[nbytes] uint8 for a weight, one behind the other: huge pages of their own would cost it 1 MiB on average."""
         nbytes = -(-nbytes // ALIGN) * ALIGN

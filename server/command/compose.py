@@ -73,7 +73,7 @@ def make_facts(config: ServeConfig, parts: EngineParts) -> Facts:
         page_bytes=memory.page_bytes,
         block_size=BLOCK_SIZE,
         created=int(time.time()),
-        dtype=str(parts.dtype).removeprefix("torch."),
+        formats=parts.formats,
         device="cpu" if memory.shared else "cuda",
         memory=tuple(memory.parts()),
     )

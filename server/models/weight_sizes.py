@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -88,13 +90,7 @@ def check_shape(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> No
 
 def weights_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
     """Count the bytes that the weights of `config` take in `dtype`, before any padding of a backend's own."""
-    total = 0
-    for shape in expected_shapes(config).values():
-        elements = 1
-        for size in shape:
-            elements *= size
-        total += elements
-    return total * element_bytes(dtype)
+    return sum(math.prod(shape) for shape in expected_shapes(config).values()) * element_bytes(dtype)
 
 
 def packed_parts(checkpoint: Checkpoint, config: ModelConfig, own_head: bool) -> list[list[PartShape]]:
@@ -128,6 +124,15 @@ def loading_bytes(checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtyp
     check_tensors(checkpoint, config)
     tables = [(name,) for name in (EMBED, HEAD) if name in checkpoint.tensors]
     return max(_linear_bytes(checkpoint, names, dtype) for names in (*tables, *linear_names(config)))
+
+
+def format_names(checkpoint: Checkpoint) -> str:
+    """Name the formats of the quantised tensors, that of the most elements first ("Q4_1 + Q8_0"); "" for none."""
+    elements: Counter[str] = Counter()
+    for tensor in checkpoint.tensors.values():
+        if tensor.format is not None:
+            elements[tensor.format.name] += math.prod(tensor.shape)
+    return " + ".join(name for name, _ in elements.most_common())
 
 
 def _linear_bytes(checkpoint: Checkpoint, names: Sequence[str], dtype: torch.dtype) -> int:

@@ -19,9 +19,10 @@ from torch import Tensor
 from loraplex.kernels.ops import Backend, PackedLinear
 from loraplex.kernels.quantized import Activations, QuantizedWeight, WeightFormat, join
 from loraplex.kernels.records import Projection, Site
-from loraplex.server.models.checkpoint import Checkpoint, open_checkpoint
+from loraplex.server.models.checkpoint import Checkpoint
 from loraplex.server.models.config import ModelConfig
-from loraplex.server.models.weight_sizes import EMBED, HEAD, NORM, check_shape, check_tensors, layer_norms
+from loraplex.server.models.opening import open_checkpoint
+from loraplex.server.models.weight_sizes import EMBED, HEAD, NORM, check_shape, check_tensors, layer_norms, linear_names
 
 logger = logging.getLogger(__name__)
 
@@ -100,20 +101,16 @@ def default_activations(formats: Sequence[WeightFormat], device: torch.device) -
     return Activations.A8 if integers and device.type == "cpu" else Activations.EXACT
 
 
-class BaseBiases:
-    """Find the base's own bias vectors, for adapters whose file replaces them."""
-
-    def __init__(self, config: ModelConfig, weights: ModelWeights) -> None:
-        self._projections = {projection.name: projection for projection in config.projections()}
-        self._layers = weights.layers
-
-    def get(self, layer: int, projection_name: str) -> Tensor | None:
-        """Return the bias [out] of e.g. (3, "self_attn.q_proj") in the compute dtype; None where the base has none."""
-        projection = self._projections[projection_name]
-        weights = self._layers[layer]
-        linears = {Site.QKV: weights.qkv, Site.O: weights.o, Site.GATE_UP: weights.gate_up, Site.DOWN: weights.down}
-        bias = linears[projection.site].bias
-        return None if bias is None else bias[projection.out_start : projection.out_start + projection.out_features]
+def activations_name(
+    checkpoint: Checkpoint, config: ModelConfig, device: torch.device, chosen: Activations | None
+) -> str:
+    """Say how exact the inputs of the decoder's quantised linears are ("a8", "exact", "a8 + exact"); "" for none."""
+    found: set[str] = set()
+    for names in linear_names(config):
+        formats = [form for name in names if (form := checkpoint.tensors[name].format) is not None]
+        if formats:
+            found.add((chosen or default_activations(formats, device)).value)
+    return " + ".join(sorted(found))
 
 
 class _Loader:

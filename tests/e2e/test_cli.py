@@ -85,6 +85,8 @@ def assert_one_line(result: tuple[Any, str, str], *words: str) -> None:
         (["serve", "x", "--port", "70000"], ["--port"]),
         (["serve", "x", "--device", "tpu"], ["--device", "tpu"]),
         (["serve", "x", "--dtype", "int8"], ["--dtype"]),
+        (["serve", "x", "--quantize", "int3"], ["--quantize", "int3"]),
+        (["serve", "x", "--activations", "a4"], ["--activations", "a4"]),
         (["serve", "x", "--max-num-seqs", "0"], ["--max-num-seqs"]),
         (["serve", "x", "--max-model-len", "-5"], ["--max-model-len"]),
         (["serve", "x", "--memory", "4X"], ["--memory", "4X"]),
@@ -100,7 +102,7 @@ def assert_one_line(result: tuple[Any, str, str], *words: str) -> None:
         (["serve", "x", "--adapter-dir", "/nowhere/at/all"], ["--adapter-dir", "/nowhere/at/all"]),
         (["serve", "/nowhere/at/all", "--port", "0"], ["/nowhere/at/all", "no folder"]),
         (["serve", "nowhere", "--port", "0"], ["'nowhere'", "demo"]),
-        (["serve", __file__, "--port", "0"], ["is a file"]),
+        (["serve", __file__, "--port", "0"], ["no GGUF file", "folder"]),
         (["serve", "x", "--host", "no.such.host.invalid"], ["no.such.host.invalid"]),
     ],
     ids=lambda value: " ".join(value)[-40:],
@@ -262,7 +264,7 @@ def test_interrupted_while_loading(base: Path, tmp_path: Path) -> None:
     script = f"""
 import pathlib, time
 from loraplex.server import startup
-def slow(base):
+def slow(base, native):
     pathlib.Path({str(ready)!r}).touch()
     time.sleep(3600)
 startup.find_base = slow

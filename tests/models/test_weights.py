@@ -23,7 +23,7 @@ from loraplex.kernels.select import load_backend
 from loraplex.server.models.checkpoint import WeightsError
 from loraplex.server.models.config import ModelConfig
 from loraplex.server.models.weight_sizes import expected_shapes, weights_bytes
-from loraplex.server.models.weights import BaseBiases, ModelWeights, load_checkpoint, load_weights
+from loraplex.server.models.weights import ModelWeights, load_checkpoint, load_weights
 from tests.support.checkpoints import HeldCheckpoint
 from tests.support.quantised import Q4, Q8, ROWWISE, SIXTEEN, random_weight
 from tests.support.tiny import FAMILIES, make_tiny_model, tiny_hf_model
@@ -127,32 +127,6 @@ def test_buffers_of_old_checkpoints_are_ignored(tmp_path: Path, ops: Backend) ->
     path = make_tiny_model("llama", tmp_path)
     edit(path, lambda tensors: tensors.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}))
     load(path, ops)
-
-
-def test_base_biases(tmp_path: Path, ops: Backend) -> None:
-    path = make_tiny_model("llama_biased", tmp_path)
-    config = ModelConfig.from_hf(path)
-    biases = BaseBiases(config, load_weights(path, config, ops, torch.float32))
-    tensors = load_file(path / "model.safetensors")
-    for layer in range(config.num_layers):
-        for projection in config.projections():
-            wanted = tensors[f"model.layers.{layer}.{projection.name}.bias"]
-            assert torch.equal(biases.get(layer, projection.name), wanted)
-
-
-def test_no_base_biases(tmp_path: Path, ops: Backend) -> None:
-    path = make_tiny_model("qwen2", tmp_path)
-    config = ModelConfig.from_hf(path)
-    biases = BaseBiases(config, load_weights(path, config, ops, torch.float32))
-    assert {p.name: biases.get(0, p.name) is None for p in config.projections()} == {
-        "self_attn.q_proj": False,
-        "self_attn.k_proj": False,
-        "self_attn.v_proj": False,
-        "self_attn.o_proj": True,
-        "mlp.gate_proj": True,
-        "mlp.up_proj": True,
-        "mlp.down_proj": True,
-    }
 
 
 DOWN = "model.layers.1.mlp.down_proj.weight"

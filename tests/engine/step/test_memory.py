@@ -29,12 +29,13 @@ from loraplex.server.engine.step.memory import (
     resident_memory,
     scratch_bytes,
 )
-from loraplex.server.models.checkpoint import open_checkpoint
 from loraplex.server.models.config import ModelConfig
 from loraplex.server.models.decoder import Decoder
+from loraplex.server.models.opening import open_checkpoint
+from loraplex.server.models.quantizing import SCHEMES, QuantizingCheckpoint
 from loraplex.server.models.recorded import RecordedDecoder, record
 from loraplex.server.models.weight_sizes import packed_parts, resident_bytes
-from loraplex.server.models.weights import load_weights
+from loraplex.server.models.weights import load_checkpoint, load_weights
 from tests.support.checkpoints import HeldCheckpoint
 from tests.support.configs import SMOLLM2, TINY
 from tests.support.tiny import make_tiny_model
@@ -181,6 +182,29 @@ class TestCounts:
         parts = packed_parts(open_checkpoint(path), config, weights.head is not weights.embedding)
         assert parts == [[(*shape, None)] for shape in shapes]
 
+    @pytest.mark.parametrize("kind", SCHEMES)
+    def test_quantised_weights(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+        """What is taken for packed weights: neighbours of a format have whole panels here, so no padding is doubled."""
+        shape = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64}
+        path = make_tiny_model("llama", tmp_path / "model", intermediate_size=192, **shape)
+        config, ops = ModelConfig.from_hf(path), cpu_backend.CpuBackend()
+        regions: list[torch.Tensor] = []
+
+        def noted(nbytes: int) -> torch.Tensor:
+            regions.append(hugepages.huge_zeros(nbytes))
+            return regions[-1]
+
+        monkeypatch.setattr(cpu_backend, "REGION", 1 << 14)
+        monkeypatch.setattr(cpu_backend, "HUGE_PAGE", 4096)
+        monkeypatch.setattr(cpu_backend, "huge_zeros", noted)
+        checkpoint = QuantizingCheckpoint(open_checkpoint(path), kind)
+        weights = load_checkpoint(checkpoint, config, ops, BF16)
+        touched = 4096 * sum(int((part != 0).any()) for region in regions for part in region.split(4096))
+        parts = packed_parts(checkpoint, config, weights.head is not weights.embedding)
+        assert 0.9 * ops.packed_bytes(parts, BF16) <= touched <= ops.packed_bytes(parts, BF16)
+        dense = packed_parts(open_checkpoint(path), config, own_head=True)
+        assert touched < 0.6 * ops.packed_bytes(dense, BF16) or kind == "nf4"
+
     @settings(max_examples=60)
     @given(st.lists(st.tuples(st.integers(1, 300), st.integers(1, 20).map(lambda n: 2 * n)), min_size=1, max_size=30))
     def test_regions_and_padding(self, shapes: list[tuple[int, int]]) -> None:
@@ -234,6 +258,14 @@ class TestCounts:
         arena.fill_(1)
         taken = resident_memory() - before
         assert plan.arena_bytes - MIB <= taken <= plan.arena_bytes + 4 * MIB
+
+
+@pytest.mark.parametrize(("kind", "most"), [("int8", 0.55), ("int4", 0.45), ("nf4", 0.51)])
+def test_share_of_smollm2s_weights_that_quantised_ones_take(kind: str, most: float) -> None:
+    dense, ops = HeldCheckpoint.of_shapes(SMOLLM2), load_backend("cpu", "cpu")
+    whole = resident_bytes(dense, SMOLLM2, BF16, ops, own_head=False)
+    share = resident_bytes(QuantizingCheckpoint(dense, kind), SMOLLM2, BF16, ops, own_head=False) / whole
+    assert most - 0.1 < share < most
 
 
 def _decoder(path: Path, config: ModelConfig) -> Decoder:
