@@ -116,6 +116,14 @@ INLINE fvec look_up(const float* table, int bits, uvec codes) {
     return found;
 }
 
+// Floats of 8 bits, 4 of them an exponent with a bias of 7: moved to where those of a float lie, they lack a bias of 120. Exact.
+INLINE fvec load_e4m3(uvec codes) {
+    uvec bits = codes & 0x7f;
+    fvec size = (fvec)(bits << 20) * 0x1p120f;
+    size = bits == 0x7f ? splat(NAN) : size;
+    return (fvec)((uvec)size | (codes & 0x80) << 24);
+}
+
 // Weights of a stretch, [count * unit][columns] fp32, as kernels/quantized.py's dequantize has them to the bit.
 INLINE void widen(const Quantised& w, const Stretch& units, int columns, float* to) {
     bool offsets = w.offset != NumberKind::kNone;
@@ -126,7 +134,9 @@ INLINE void widen(const Quantised& w, const Stretch& units, int columns, float* 
             for (int c = 0; c < columns; c += kLanes) {
                 uvec codes = load_codes(w.bits, unit, k, c);
                 fvec value;
-                if (w.codebook)
+                if (w.e4m3)
+                    value = load_e4m3(codes);
+                else if (w.codebook)
                     value = look_up(w.codebook, w.bits, codes);
                 else
                     value = __builtin_convertvector((ivec)codes - w.zero, fvec);

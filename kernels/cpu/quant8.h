@@ -117,9 +117,9 @@ struct WeightsAhead {
     }
 };
 
-// sums[M, V registers] += `count` units of W words each, `together` of which share their scales. Codes, scales and offsets (or null) are of
-// these columns.
-template <int W, int M, int V>
+// sums[M, V registers] += `count` units of W words each, `together` of which share their scales. Codes, scales and offsets are
+// of these columns.
+template <int W, bool Offset, int M, int V>
 INLINE void add_units(float* sums, Words x, const uint8_t* w, const float* scale, const float* offset, int64_t count, int64_t together, WeightsAhead ahead) {
     for (int64_t u = 0; u < count; u += together) {
         ivec s[M][V];
@@ -135,25 +135,17 @@ INLINE void add_units(float* sums, Words x, const uint8_t* w, const float* scale
         } while (--left > 0);
 #pragma GCC unroll 8
         for (int m = 0; m < M; m++) {
-            fvec f = splat(x.scale[m]);
+            fvec f = splat(x.scale[m]), total{};
+            if constexpr (Offset) total = splat(x.total[m]);
 #pragma GCC unroll 16
             for (int v = 0; v < V; v++) {
                 float* at = sums + m * kPanel + v * kLanes;
-                store(at, multiply_add(load(at), __builtin_convertvector(s[m][v], fvec), load(scale + v * kLanes) * f));
+                fvec sum = multiply_add(load(at), __builtin_convertvector(s[m][v], fvec), load(scale + v * kLanes) * f);
+                if constexpr (Offset) sum = multiply_add(sum, load(offset + v * kLanes), total);
+                store(at, sum);
             }
         }
-        if (offset) {
-#pragma GCC unroll 8
-            for (int m = 0; m < M; m++) {
-                fvec f = splat(x.total[m]);
-#pragma GCC unroll 16
-                for (int v = 0; v < V; v++) {
-                    float* at = sums + m * kPanel + v * kLanes;
-                    store(at, multiply_add(load(at), load(offset + v * kLanes), f));
-                }
-            }
-            offset += together * kPanel;
-        }
+        if constexpr (Offset) offset += together * kPanel;
         scale += together * kPanel, x.scale += together * x.rows, x.start += together * x.rows, x.total += together * x.rows;
     }
 }
@@ -170,8 +162,8 @@ INLINE void each_tile_of(int64_t rows, F run) {
 }
 
 // sums[rows, columns] += a stretch; columns is a multiple of 16.
-template <int W>
-static void add_stretch(float* sums, const Words& x, const Stretch& units, const float* offset, int64_t together, int columns, int64_t step, bool once) {
+template <int W, bool Offset>
+static void add_stretch(float* sums, const Words& x, const Stretch& units, int64_t together, int columns, int64_t step, bool once) {
     int64_t lines = (step + 63) / 64, tiles = (x.rows + kWordRows - 1) / kWordRows, turn = 0;
     bool l1_alone = once && tiles == 1;
     each_tile_of<kWordRows>(x.rows, [&](auto tile, int64_t row) NOINLINE {
@@ -181,7 +173,7 @@ static void add_stretch(float* sums, const Words& x, const Stretch& units, const
         turn++;
         WeightsAhead ahead{(const char*)units.codes + (l1_alone ? kAhead : kAheadInL2) + fetched * 64, step, turn * lines / tiles - fetched, l1_alone};
         auto run = [&](auto width, int c) {
-            add_units<W, M, width.count>(sums + row * kPanel + c, here, units.codes + c * 4, units.scale[0] + c, offset ? offset + c : nullptr, units.count, together, ahead);
+            add_units<W, Offset, M, width.count>(sums + row * kPanel + c, here, units.codes + c * 4, units.scale[0] + c, units.offset[0] + c, units.count, together, ahead);
             ahead.lines = 0;
         };
         int c = 0;
@@ -247,7 +239,7 @@ INLINE void round_row(const Quantised& w, const float* wide, const Inputs& x, in
 }
 
 // The kernel of codes of 8 bits in units of 4 W inputs.
-template <int W>
+template <int W, bool Offset>
 struct Bytes {
     static constexpr Form form = Form::kWords;
     static constexpr int stretch = kStretchUnits, rows = kRowBlock;
@@ -257,7 +249,7 @@ struct Bytes {
         here.words += unit * W * kInputWords * here.rows;
         here.scale += unit * here.rows, here.start += unit * here.rows, here.total += unit * here.rows;
         int64_t step = row > 0 ? 0 : w.block_bytes / w.block_units * columns / kPanel;  // others have met these rows: they lie in L2
-        add_stretch<W>(sums, here, units, w.offset != NumberKind::kNone ? units.offset[0] : nullptr, w.rounded == 2 ? units.count : 1, columns, step, x.rows <= kRowBlock);
+        add_stretch<W, Offset>(sums, here, units, w.rounded == 2 ? units.count : 1, columns, step, x.rows <= kRowBlock);
     }
 };
 

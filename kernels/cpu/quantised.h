@@ -39,9 +39,9 @@ struct Wide {
 // Calls run(kernel) with the kernel of w.
 template <class T, class F>
 INLINE void with_kernel(const Quantised& w, F run) {
-    if (w.bits == 8 && w.rounded && !w.codebook && w.unit == 32) return run(Bytes<8>{});
-    if (w.bits == 8 && w.rounded && !w.codebook && w.unit == 16) return run(Bytes<4>{});
-    bool whole = w.unit == 32, offset = w.offset != NumberKind::kNone;
+    bool whole = w.unit == 32, offset = w.offset != NumberKind::kNone, integers = !w.codebook && !w.e4m3;
+    if (w.rounded && w.bits == 8 && whole && integers) return offset ? run(Bytes<8, true>{}) : run(Bytes<8, false>{});
+    if (w.rounded && w.bits == 8 && w.unit == 16 && integers) return offset ? run(Bytes<4, true>{}) : run(Bytes<4, false>{});
     if constexpr (kByteDots)
         if (w.rounded && w.bits == 4 && whole && !w.codebook) return offset ? run(Nibbles<true>{}) : run(Nibbles<false>{});
     run(Wide<T>{});

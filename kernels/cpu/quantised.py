@@ -106,7 +106,8 @@ def pack_quantised(
     found = layout(form, columns)
     assert found is not None, f"{form.name} of {columns} inputs is packed dense"
     packed = take(-(-out // PANEL) * found.panel_bytes)
-    codebook = None if form.codebook is None else torch.tensor(form.codebook, dtype=torch.float32)
+    e4m3 = form.codebook is not None and _is_e4m3(form.codebook)
+    codebook = None if form.codebook is None or e4m3 else torch.tensor(form.codebook, dtype=torch.float32)
     order = None if weight.order is None else weight.order.to(torch.int32)
     record = Quantised(
         codebook=_pointer(codebook),
@@ -117,6 +118,7 @@ def pack_quantised(
         block_bytes=found.block_bytes,
         bits=found.bits,
         zero=form.zero,
+        e4m3=e4m3,
         unit=found.unit,
         units=found.units,
         block_units=found.block_units,
@@ -137,6 +139,12 @@ def pack_quantised(
     team.emit(op, torch.float32)
     record.data = packed.data_ptr()
     return CpuQuantised(record, packed, tuple(kept for kept in (codebook, order) if kept is not None))
+
+
+def _is_e4m3(codebook: tuple[float, ...]) -> bool:
+    """Tell whether these are the values of float8_e4m3fn, its two NaN included."""
+    values = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    return len(codebook) == 256 and torch.allclose(torch.tensor(codebook), values, rtol=0, atol=0, equal_nan=True)
 
 
 def _stored(numbers: GroupScales, form: WeightFormat) -> tuple[NumberKind, Tensor, Tensor | None]:
