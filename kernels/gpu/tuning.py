@@ -30,6 +30,16 @@ LINEAR_COLUMNS = 64
 LINEAR_DEPTH = 64
 LINEAR_WARPS = 4
 
+QUANTIZED_FEW = 16
+"""Rows up to which a quantised linear takes its tile for decoding: fewer columns, for more programs."""
+
+QUANTIZED_FEW_COLUMNS = 32
+QUANTIZED_DEPTH = 64
+"""Inputs dequantised at a time, by the table's rows too: 2 KiB of codes of 4 bits for 64 columns."""
+
+QUANTIZED_IDS = 16
+"""Rows of a quantised table that one program looks up."""
+
 KV_SPLIT = 256
 """Keys one program of decode attention reads, counted from position 0: never from the batch."""
 
