@@ -124,7 +124,7 @@ def pack_quantised(
         block_units=found.block_units,
         group_units=found.group_units,
         span=found.span,
-        rounded=0 if activations is Activations.EXACT else 1 if form.group is not None else 2,
+        rounded=_rounded(form, columns, activations),
     )
     codes = weight.codes.contiguous()
     if codes.dtype == torch.int8:  # kernels multiply unsigned codes
@@ -145,6 +145,13 @@ def _is_e4m3(codebook: tuple[float, ...]) -> bool:
     """Tell whether these are the values of float8_e4m3fn, its two NaN included."""
     values = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
     return len(codebook) == 256 and torch.allclose(torch.tensor(codebook), values, rtol=0, atol=0, equal_nan=True)
+
+
+def _rounded(form: WeightFormat, columns: int, activations: Activations) -> int:
+    """Tell how inputs are rounded, as round_activations does: 0 not at all, 1 in groups, 2 in rows."""
+    if activations is Activations.EXACT or (form.group is not None and columns % A8_GROUP):
+        return 0
+    return 1 if form.group is not None else 2
 
 
 def _stored(numbers: GroupScales, form: WeightFormat) -> tuple[NumberKind, Tensor, Tensor | None]:
