@@ -28,7 +28,7 @@ constexpr int64_t kWordBytes = kPanel * 4;      // from a column's word to its n
 
 // Rows of the largest tile; its columns are tile_vecs(rows) registers.
 #if LORAPLEX_LANES == 16
-constexpr int kWordRows = 6;
+constexpr int kWordRows = kWordDots ? 6 : 5;
 #elif LORAPLEX_LANES == 8
 constexpr int kWordRows = 5;
 #else
