@@ -13,7 +13,6 @@ from loraplex.kernels.constants import ALIGN, BLOCK_SIZE, TILE_RANKS, TileKind
 from loraplex.kernels.ops import Backend
 from loraplex.kernels.quantized import Activations, GroupScales, QuantizedWeight, WeightFormat
 from loraplex.kernels.records import (
-    NUM_SITES,
     AdapterSegments,
     AdapterStep,
     AttentionMeta,
@@ -21,10 +20,10 @@ from loraplex.kernels.records import (
     KVGroup,
     KVLayer,
     QKNorm,
-    Site,
     TileTable,
     element_bytes,
 )
+from loraplex.server.models.config import Site
 
 
 @dataclass(frozen=True)
@@ -140,7 +139,7 @@ def _adapters(
     shape: Shape, dtype: torch.dtype, slots: int, rank: int, generator: torch.Generator
 ) -> tuple[Tensor, TileTable]:
     """Adapters of one layer, tile behind tile: [1, bytes] uint8 and the table, on the CPU."""
-    ranges = torch.zeros(slots, 1, NUM_SITES, 2, dtype=torch.int32)
+    ranges = torch.zeros(slots, 1, len(Site), 2, dtype=torch.int32)
     rows: list[tuple[int, ...]] = []
     strips: list[Tensor] = []
     end = 0

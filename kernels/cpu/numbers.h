@@ -18,11 +18,12 @@ INLINE int64_t code_bytes(const Quantised& w) { return (int64_t)w.unit * kPanel 
 // Where a block's parts begin, in bytes.
 struct BlockParts {
     int64_t shared_scale, shared_offset, scale, offset, codes;
+    int64_t unit;  // bytes of a unit's codes
 };
 INLINE BlockParts block_parts(const Quantised& w) {
     int64_t groups = w.block_units / w.group_units, shared = groups / w.span * kPanel * number_bytes(w.shared);
     int64_t scale = shared * (1 + (w.offset != NumberKind::kNone)), offset = scale + groups * kPanel * number_bytes(w.scale);
-    return {0, shared, scale, offset, offset + groups * kPanel * number_bytes(w.offset)};
+    return {0, shared, scale, offset, offset + groups * kPanel * number_bytes(w.offset), code_bytes(w)};
 }
 
 INLINE fvec load_halves(const uint8_t* p) {
@@ -41,12 +42,14 @@ INLINE fvec load_bytes(const uint8_t* p) {
     typedef B bvec __attribute__((vector_size(kLanes), aligned(1), may_alias));
     return __builtin_convertvector(__builtin_convertvector(*(const bvec*)p, ivec), fvec);
 }
+// kLanes numbers from number `at` on.
 template <NumberKind K>
-INLINE fvec load_numbers(const uint8_t* p) {
-    if constexpr (K == NumberKind::kFp16) return load_halves(p);
-    if constexpr (K == NumberKind::kFp32) return load((const float*)p);
-    if constexpr (K == NumberKind::kInt8) return load_bytes<int8_t>(p);
-    return load_bytes<uint8_t>(p);
+INLINE fvec load_numbers(const uint8_t* p, int64_t at) {
+    using enum NumberKind;
+    if constexpr (K == kFp16) return load_halves(p + at * 2);
+    if constexpr (K == kFp32) return load((const float*)p + at);
+    if constexpr (K == kInt8) return load_bytes<int8_t>(p + at);
+    if constexpr (K == kUint8) return load_bytes<uint8_t>(p + at);
 }
 
 // A stretch of units of one panel, its numbers widened.
@@ -56,41 +59,59 @@ struct Stretch {
     alignas(64) float scale[kStretchUnits][kPanel], offset[kStretchUnits][kPanel];  // offset: not written where w has none and bias is 0
 };
 
-// The numbers of `count` units, the first of which is the block's `inside`-th; `columns` columns from c on. shared: null where there is one level.
-template <NumberKind K>
-INLINE void widen_numbers(const Quantised& w, const uint8_t* numbers, const uint8_t* shared, int inside, int count, int c, int columns, float (*to)[kPanel]) {
-    const int64_t each = number_bytes(K);
-    int group = inside / w.group_units, used = inside % w.group_units;
-    for (int i = 0; i < count; i++, used++) {
-        if (used == w.group_units) group++, used = 0;
-        const uint8_t *from = numbers + (group * kPanel + c) * each, *of = shared ? shared + (group / w.span * kPanel + c) * 2 : nullptr;
-        for (int v = 0; v < columns; v += kLanes) {
-            fvec number = load_numbers<K>(from + v * each);
-            store(to[i] + v, of ? number * load_halves(of + v * 2) : number);
+// to[i], columns of it, becomes the numbers of unit inside + i, or is multiplied by them. each: units that share a number.
+template <NumberKind K, bool Multiply>
+static void take_numbers(const uint8_t* numbers, int64_t each, int64_t inside, int64_t count, int c, int columns, float (*to)[kPanel]) {
+    bool flat = each == 1 && columns == kPanel;
+    int64_t lines = flat ? 1 : count, width = flat ? count * kPanel : columns;
+    for (int64_t i = 0; i < lines; i++) {
+        int64_t first = (each == 1 ? inside + i : (inside + i) / each) * kPanel + c;
+        for (int64_t v = 0; v < width; v += kLanes) {
+            fvec found = load_numbers<K>(numbers, first + v);
+            store(to[i] + v, Multiply ? found * load(to[i] + v) : found);
         }
     }
 }
-INLINE void widen_numbers(NumberKind kind, const Quantised& w, const uint8_t* numbers, const uint8_t* shared, int inside, int count, int c, int columns, float (*to)[kPanel]) {
+template <bool Multiply>
+INLINE void take_numbers(NumberKind kind, const uint8_t* numbers, int64_t each, int64_t inside, int64_t count, int c, int columns, float (*to)[kPanel]) {
     using enum NumberKind;
     switch (kind) {
-        case kFp16: return widen_numbers<kFp16>(w, numbers, shared, inside, count, c, columns, to);
-        case kFp32: return widen_numbers<kFp32>(w, numbers, shared, inside, count, c, columns, to);
-        case kInt8: return widen_numbers<kInt8>(w, numbers, shared, inside, count, c, columns, to);
-        default: return widen_numbers<kUint8>(w, numbers, shared, inside, count, c, columns, to);
+        case kNone: return;
+        case kFp16: return take_numbers<kFp16, Multiply>(numbers, each, inside, count, c, columns, to);
+        case kFp32: return take_numbers<kFp32, Multiply>(numbers, each, inside, count, c, columns, to);
+        case kInt8: return take_numbers<kInt8, Multiply>(numbers, each, inside, count, c, columns, to);
+        case kUint8: return take_numbers<kUint8, Multiply>(numbers, each, inside, count, c, columns, to);
     }
 }
 
-// Up to `most` units from `unit` on, as far as they lie in one block; columns from c on. offset becomes offset - bias * scale.
-INLINE void units_from(const Quantised& w, const BlockParts& parts, const uint8_t* panel, int64_t unit, int64_t most, int c, int columns, float bias, Stretch& to) {
-    bool two = w.shared != NumberKind::kNone, offsets = w.offset != NumberKind::kNone;
-    int inside = (int)unit % w.block_units, count = (int)min2(most, (int64_t)w.block_units - inside);
-    const uint8_t* block = panel + (int)unit / w.block_units * w.block_bytes;
-    to.codes = block + parts.codes + inside * code_bytes(w) + c * 4;
+// `count` units from `inside` of a block on; columns from c on. offset becomes offset - bias * scale.
+INLINE void stretch_from(const Quantised& w, const BlockParts& parts, const uint8_t* block, int64_t inside, int64_t count, int c, int columns, float bias, Stretch& to) {
+    bool offsets = w.offset != NumberKind::kNone;
+    to.codes = block + parts.codes + inside * parts.unit + c * 4;
     to.count = count;
-    widen_numbers(w.scale, w, block + parts.scale, two ? block + parts.shared_scale : nullptr, inside, count, c, columns, to.scale);
-    if (offsets) widen_numbers(w.offset, w, block + parts.offset, two ? block + parts.shared_offset : nullptr, inside, count, c, columns, to.offset);
-    for (int i = 0; i < count && bias != 0.f; i++)
-        for (int v = 0; v < columns; v += kLanes) store(to.offset[i] + v, (offsets ? load(to.offset[i] + v) : fvec{}) - load(to.scale[i] + v) * bias);
+    int64_t each = w.group_units, many = each * w.span;
+    take_numbers<false>(w.scale, block + parts.scale, each, inside, count, c, columns, to.scale);
+    take_numbers<true>(w.shared, block + parts.shared_scale, many, inside, count, c, columns, to.scale);
+    if (offsets) {
+        take_numbers<false>(w.offset, block + parts.offset, each, inside, count, c, columns, to.offset);
+        take_numbers<true>(w.shared, block + parts.shared_offset, many, inside, count, c, columns, to.offset);
+    }
+    for (int64_t i = 0; i < count && bias != 0.f; i++)
+        for (int v = 0; v < columns; v += kLanes) {
+            fvec offset = offsets ? load(to.offset[i] + v) : fvec{};
+            store(to.offset[i] + v, offset - load(to.scale[i] + v) * bias);
+        }
+}
+
+// Calls run(first unit, stretch) for all of a panel, `most` units or fewer at a time; columns from c on.
+template <class F>
+INLINE void each_stretch(const Quantised& w, const BlockParts& parts, const uint8_t* panel, int64_t most, int c, int columns, float bias, F run) {
+    static thread_local Stretch stretch;
+    for (int64_t first = 0; first < w.units; first += w.block_units, panel += w.block_bytes)
+        for (int64_t inside = 0; inside < w.block_units; inside += most) {
+            stretch_from(w, parts, panel, inside, min2(most, w.block_units - inside), c, columns, bias, stretch);
+            run(first + inside, stretch);
+        }
 }
 
 // ---- codes ----
@@ -193,46 +214,94 @@ INLINE void gather_inputs(const Quantised& w, const T* x, float* to) {
     for (int64_t k = w.in; k < (int64_t)w.units * w.unit; k++) to[k] = 0.f;
 }
 
-// Largest size of n inputs, a multiple of 8; a NaN is larger than any.
-INLINE float largest(const float* x, int64_t n) {
-    ivec top{};
-    for (int64_t k = 0; k < n; k += kLanes) {
-        ivec size = (ivec)load_n(x + k, lanes_left(n - k)) & 0x7fffffff;  // ordered as the numbers are
-        top = size > top ? size : top;
-    }
-    int32_t lanes[kLanes], most = 0;
-    memcpy(lanes, &top, sizeof lanes);
-    for (int lane : lanes) most = max2(most, lane);
-    float found;
-    memcpy(&found, &most, 4);
-    return found;
-}
-// x over `scale`, rounded to integers of -127 to 127, halves to even.
-INLINE fvec round_inputs(fvec x, float scale) {
-    const fvec magic = splat(12582912.f);  // 1.5 * 2^23
-    fvec code = scale > 0.f ? x / splat(scale) : fvec{};
-    code = rounded(code + magic) - magic;
-    code = code > 127.f ? splat(127.f) : code;
-    return code < -127.f ? splat(-127.f) : code;
+INLINE ivec add_lanes(ivec a, ivec b) { return a + b; }
+INLINE ivec larger(ivec a, ivec b) { return a > b ? a : b; }
+// All lanes of v joined, in every lane.
+template <class F>
+INLINE ivec join_lanes(ivec v, F join) {
+    if constexpr (kLanes > 8) v = join(v, __builtin_shuffle(v, kIota ^ 8));
+    if constexpr (kLanes > 4) v = join(v, __builtin_shuffle(v, kIota ^ 4));
+    v = join(v, __builtin_shuffle(v, kIota ^ 2));
+    return join(v, __builtin_shuffle(v, kIota ^ 1));
 }
 
-// n rounded inputs, a multiple of 8, as bytes in the order of `form`; returns their sum.
+constexpr int kRoundVecs = kRounded / kLanes;
+
+// x / divisor, given 1 / divisor, as a division rounds it: a product, and what it leaves of x (Markstein). It matters: half of a
+// group's largest input is a tie, and would go either way.
+INLINE fvec quotient(fvec x, fvec divisor, fvec inverse) {
+#if defined(__FMA__) || defined(__aarch64__)
+    fvec near = rounded(x * inverse);
+    return near + (x - near * divisor) * inverse;
+#else
+    return x / divisor;
+#endif
+}
+
+// What kRounded inputs are divided by, in all lanes.
+struct RoundBy {
+    fvec scale, inverse;
+};
+// Of n inputs, a multiple of kRounded; a NaN is larger than any.
+INLINE RoundBy round_by(const float* x, int64_t n) {
+    ivec top{};
+    for (int64_t k = 0; k < n; k += kLanes) top = larger(top, (ivec)load(x + k) & 0x7fffffff);  // ordered as the numbers are
+    fvec scale = quotient((fvec)join_lanes(top, larger), splat(127.f), splat(1.f / 127.f));
+    float inverse = 1.f / scale[0];  // of a whole vector it takes four times as long
+    return {scale, splat(scale[0] > 1e-30f ? inverse : 0.f)};  // what is smaller is 0
+}
+
+// kRounded inputs as integers of -127 to 127, halves to even.
+INLINE void round_inputs(const float* x, const RoundBy& by, ivec (&codes)[kRoundVecs]) {
+    constexpr float kMagic = 12582912.f;  // 1.5 * 2^23: the sum's last bits are the integer
+#pragma GCC unroll 8
+    for (int v = 0; v < kRoundVecs; v++) codes[v] = (ivec)rounded(quotient(load(x + v * kLanes), by.scale, by.inverse) + kMagic) - 0x4b400000;
+}
+typedef int8_t octets __attribute__((vector_size(16)));
+// 16 small integers as bytes. GCC 12 converts vectors one element after the other.
+INLINE octets narrow(const ivec* v) {
+#if defined(__AVX512F__)
+    return (octets)_mm512_maskz_cvtepi32_epi8(-1, (__m512i)v[0]);
+#elif defined(__AVX2__)
+    __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32((__m256i)v[0], (__m256i)v[1]), 0xd8);
+    return (octets)_mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+#else
+    octets all;
+    for (int i = 0; i < 16; i++) all[i] = (int8_t)v[i / kLanes][i % kLanes];
+    return all;
+#endif
+}
 template <Form form>
-INLINE int32_t store_rounded(const float* x, int64_t n, float scale, int8_t* to) {
-    typedef int8_t octets __attribute__((vector_size(16), aligned(1), may_alias));
-    int32_t total = 0;
-    for (int64_t k = 0; k < n; k += 16) {
-        alignas(64) int8_t codes[16] = {};
-        for (int c = 0; c < 16 && k + c < n; c += kLanes) {
-            ivec code = __builtin_convertvector(round_inputs(load_n(x + k + c, lanes_left(n - k - c)), scale), ivec);
-            for (int i = 0; i < kLanes; i++) codes[c + i] = (int8_t)code[i];
-        }
-        for (int8_t code : codes) total += code;
-        octets all = *(const octets*)codes;
+INLINE void store_codes(const ivec (&codes)[kRoundVecs], int8_t* to) {
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; half++) {
+        octets all = narrow(codes + half * (16 / kLanes));
         if (form == Form::kNibbleBytes) all = __builtin_shuffle(all, octets{0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15});
-        memcpy(to + k, &all, min2<int64_t>(n - k, 16));
+        memcpy(to + half * 16, &all, 16);
     }
-    return total;
+}
+
+// Codes and numbers of the units that are kRounded inputs from k on; x has the row's own.
+template <Form form>
+INLINE void prepare_bytes(const Quantised& w, const float* wide, int64_t k, const RoundBy& by, const Inputs& x, int64_t t) {
+    ivec codes[kRoundVecs];
+    round_inputs(wide + k, by, codes);
+    store_codes<form>(codes, (int8_t*)x.x + t * x.in + k);
+    int64_t at = t * x.units + k / kRounded * (kRounded / w.unit);
+    ivec total{};
+#pragma GCC unroll 8
+    for (int v = 0; v < kRoundVecs; v++) {
+        total += codes[v];
+        if ((v + 1) * kLanes & (w.unit - 1)) continue;  // a unit is 8, 16 or 32
+        int32_t sum = join_lanes(total, add_lanes)[0], zeros = sum * -w.zero;
+        x.scale[at] = by.scale[0];
+        if (w.offset != NumberKind::kNone)
+            x.sums[at] = by.scale[0] * (float)sum;
+        else
+            memcpy(x.sums + at, &zeros, 4);
+        total = ivec{};
+        at++;
+    }
 }
 
 // Row t of x, widened, in the form of its kernel. Where activations are rounded the codes are those of round_activations of
@@ -240,36 +309,27 @@ INLINE int32_t store_rounded(const float* x, int64_t n, float scale, int8_t* to)
 // the codes: times the scale as fp32 where w has an offset, else times -zero as int32.
 template <Form form>
 INLINE void prepare_row(const Quantised& w, float* wide, const Inputs& x, int64_t t) {
-    float *scales = x.scale + t * x.units, *sums = x.sums + t * x.units;
-    int64_t each = w.rounded == 2 ? x.in : kRounded;
-    if constexpr (form == Form::kFloats) {
-        for (int64_t k = 0; k < x.in && w.rounded; k += each) {
-            float scale = largest(wide + k, each) / 127.f;
-            for (int64_t i = k; i < k + each; i += kLanes) store(wide + i, round_inputs(load(wide + i), scale) * scale);
-        }
-        memcpy(x.x + t * x.in * 4, wide, x.in * 4);
-    } else if constexpr (form == Form::kPairs) {
+    if constexpr (form == Form::kPairs) {
         for (int64_t k = 0; k < x.in; k += kLanes) store_n((bf16*)x.x + t * x.in + k, load_n(wide + k, lanes_left(x.in - k)), lanes_left(x.in - k));
         for (int64_t u = 0; u < x.units; u++) {
             fvec total{};
             for (int64_t k = 0; k < w.unit; k += kLanes) total += load_n(wide + u * w.unit + k, lanes_left(w.unit - k));
-            sums[u] = sum(total);
+            x.sums[t * x.units + u] = sum(total);
         }
-    } else {
-        bool offset = w.offset != NumberKind::kNone;
-        for (int64_t k = 0; k < x.in; k += each) {
-            float scale = largest(wide + k, each) / 127.f;
-            for (int64_t i = k; i < k + each; i += w.unit) {
-                int64_t unit = i / w.unit;
-                int32_t total = store_rounded<form>(wide + i, w.unit, scale, (int8_t*)x.x + t * x.in + i);
-                scales[unit] = scale;
-                if (offset)
-                    sums[unit] = scale * (float)total;
-                else
-                    total *= -w.zero, memcpy(sums + unit, &total, 4);
-            }
+        return;
+    }
+    RoundBy by = w.rounded == 2 ? round_by(wide, x.in) : RoundBy{};
+    for (int64_t k = 0; k < x.in && w.rounded; k += kRounded) {
+        if (w.rounded == 1) by = round_by(wide + k, kRounded);
+        if constexpr (form == Form::kFloats) {
+            ivec codes[kRoundVecs];
+            round_inputs(wide + k, by, codes);
+            for (int v = 0; v < kRoundVecs; v++) store(wide + k + v * kLanes, __builtin_convertvector(codes[v], fvec) * by.scale);
+        } else {
+            prepare_bytes<form>(w, wide, k, by, x, t);
         }
     }
+    if constexpr (form == Form::kFloats) memcpy(x.x + t * x.in * 4, wide, x.in * 4);
 }
 
 }  // namespace LORAPLEX_ISA
