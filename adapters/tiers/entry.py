@@ -1,8 +1,14 @@
-"""Entry: all that is known of one content of an adapter, and the names of the tiers it can be in. Free of torch.
+"""Entry: all that is known of one content of an adapter. Free of torch.
 
-    SOURCE ----> COMING ----> HOST ----> COPYING ----> DEVICE
+    source ----> coming ----> host ----> copying ----> device
        ^            |          | ^          |             |
        +------------+----------+ +----------+-------------+
+
+source    only its files have the content
+coming    a loader's thread reads the files, or will
+host      an image is in host memory
+copying   slot and pages are taken, and the image is being copied there
+device    the content can be computed with
 
 The contents of old versions in use are in no source: rules about them are in retention.py.
 """
@@ -11,23 +17,12 @@ from __future__ import annotations
 
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from enum import Enum
 from typing import TYPE_CHECKING, Protocol
 
 from loraplex.adapters.tiers.load_queue import LoadedContent
 
 if TYPE_CHECKING:
     from loraplex.adapters.image.tiles import AdapterImage
-
-
-class Tier(Enum):
-    """The fastest memory that has an adapter's content, or is about to have it."""
-
-    SOURCE = "source"  # only its files
-    COMING = "coming"  # a loader's thread reads the files, or will
-    HOST = "host"  # an image in host memory
-    COPYING = "copying"  # slot and pages are taken, and the image is being copied there
-    DEVICE = "device"  # can be computed with
 
 
 @dataclass(eq=False)
