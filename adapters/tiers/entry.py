@@ -38,10 +38,10 @@ class Entry:
     leaves_host: bool = False  # the image goes at the last release
     # who needs it
     users: set[int] = field(default_factory=set)  # uids of versions that open requests have seen in reach
-    is_begun: bool = False  # an open request has used it
-    # where an open request has begun to use it, and its source has it no more
-    promised: int = 0  # bytes of host memory reserved for an image read back from the device
-    stays: bool = False  # pinned on the device
+    is_begun: bool = False  # an open request has used the content
+    # of a content that an open request has used and that its source has no more:
+    promised: int = 0  # bytes of host memory reserved to read the image back from the device
+    stays: bool = False  # the content is pinned on the device
 
     @property
     def is_idle(self) -> bool:
@@ -73,8 +73,8 @@ class Fetch:
     nbytes: int  # of host memory: reserved, and then what the image takes
     is_urgent: bool
     is_from_source: bool  # False: it was in host memory when it was first wanted
-    future: Future[LoadedContent] | None  # None: it has come,
-    entry: Entry | None = None  # and this entry's image is held for it
+    future: Future[LoadedContent] | None  # None: the content is in host memory
+    entry: Entry | None = None  # whose image is held for the version once the content is there
 
     @property
     def has_failed(self) -> bool:
