@@ -5,47 +5,44 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from loraplex.adapters.errors import AdapterNotFound, AdapterRefused
-from loraplex.adapters.info import AdapterInfo
-from loraplex.adapters.registry import AdapterVersion, Registry
+from loraplex.adapters.registry import AdapterVersion
 from loraplex.adapters.sources.merge_plan import MergePlan
 from loraplex.adapters.sources.sources import OPERATOR, SourceAccess, parse_source
-from loraplex.server.catalog.manager import AdapterManager
 from loraplex.server.catalog.on_demand import OnDemand, first_use_name, is_hidden, source_of
 from loraplex.server.catalog.quota import QuotaOwner, TooManyAdapters
 from loraplex.server.engine.request import Overloaded
+from tests.support.fake_serving import FakeAdapters
 from tests.support.refusals import refused
 from tests.support.waiting import turns
 
 PLAN = MergePlan("ties", (1.0, 1.0), 0.5)
 
 
-class Adapters(AdapterManager):
+class Adapters(FakeAdapters):
     """Loads nothing; counts. `gate` holds loads back."""
 
     def __init__(self) -> None:
-        self.registry = Registry()
+        super().__init__()
         self.loaded: list[str] = []
         self.accesses: list[SourceAccess] = []
         self.gate = asyncio.Event()
         self.gate.set()
         self.failure: Exception | None = None
 
-    def coming(self) -> tuple[str, ...]:
-        return ()
-
     async def register(
-        self, name: str, source: str, *, replace: bool = False, access: SourceAccess = OPERATOR
+        self, name: str, source: str, *, access: SourceAccess = OPERATOR, **given: Any
     ) -> AdapterVersion:
         self.loaded.append(source)
         self.accesses.append(access)
         await self.gate.wait()
         if self.failure is not None:
             raise self.failure
-        return self.registry.register(name, source, AdapterInfo(1, ("q_proj",), 1, 1, digest=f"digest of {source}"))
+        return await super().register(name, source, access=access, **given)
 
 
 class Merger:
@@ -196,11 +193,7 @@ async def test_what_an_operator_unloaded_is_loaded_again() -> None:
 async def test_what_a_token_fetched_is_for_those_who_have_it() -> None:
     adapters = Adapters()
     on_demand = OnDemand(adapters, Merger())
-    tokens = [
-        SourceAccess("secret-1", ambient=False),
-        SourceAccess("secret-2", ambient=False),
-        SourceAccess(None, ambient=False),
-    ]
+    tokens = [SourceAccess(token, ambient=False) for token in ("secret-1", "secret-2", None)]
     leases = [await on_demand.lease("org/name", access) for access in (*tokens, tokens[0])]
     names = [lease.version.name for lease in leases]
     assert len(set(names)) == 3
