@@ -14,7 +14,7 @@ import safetensors.torch
 
 from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.tiers.loader import LoadedContent
-from loraplex.server.command.build import EngineParts, build_engine
+from loraplex.server.command.build import EngineParts
 from loraplex.server.config import EngineConfig
 from loraplex.server.engine.engine import EventStream
 from loraplex.server.engine.request import FinishReason, GenerationRequest, SamplingParams
@@ -22,6 +22,7 @@ from tests.support.adapter_reading import put
 from tests.support.peft_adapters import ALL, make_peft_adapter
 from tests.support.refusals import refused
 from tests.support.tiny import load_oracle, make_tiny_model
+from tests.support.whole_engine import whole_engine
 
 WEIGHTS = "adapter_model.safetensors"
 PROMPT = tuple(range(4, 30))
@@ -103,16 +104,9 @@ async def server(base: Path, folder: Path) -> AsyncIterator[Server]:
         device="cpu", dtype="float32", max_model_len=160, max_num_seqs=4, token_budget=64, memory=1 << 28,
         num_slots=1,
     )  # fmt: skip
-    parts = build_engine(config, base, "tiny")
-    parts.engine.start()
-    try:
+    async with whole_engine(base, config) as parts:
         await parts.adapters.register_folder(folder)
         yield Server(parts)
-    finally:
-        parts.engine.stop()
-        parts.adapters.close()
-    parts.engine._scheduler.check_integrity()
-    assert parts.engine.failure is None
 
 
 def exchange(folder: Path, made: Path, name: str) -> None:
