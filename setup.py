@@ -1,6 +1,7 @@
 """Builds the CPU kernels: one shared library, kernels.cpp in it once per instruction set."""
 
 import platform
+import runpy
 import sys
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from setuptools.command.build_ext import build_ext
 
 FOLDER = "kernels/cpu"
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"]
-X86 = {"avx2": ["-mavx2", "-mfma"], "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512bf16"]}
+X86 = {"avx2": ["-mavx2", "-mfma", "-mf16c"], "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512bf16"]}
 ARM = {"neonbf16": ["-march=armv8.2-a+bf16"]}
 ISAS = {"generic": [], **{"x86_64": X86, "aarch64": ARM}.get(platform.machine(), {})}
 # No standard-library templates cross instruction sets (vec.h says why), so no exceptions and no RTTI either.
@@ -19,7 +20,7 @@ KERNELS = ["-O2", "-fno-schedule-insns", "-fno-exceptions", "-fno-rtti", "-fno-m
 
 
 class BuildKernels(build_ext):
-    """Compiles kernels.cpp per instruction set, in parallel, and links them with library.cpp."""
+    """Writes constants.h, compiles kernels.cpp per instruction set, in parallel, and links them with library.cpp."""
 
     def build_extension(self, ext: Extension) -> None:
         from concurrent.futures import ThreadPoolExecutor
@@ -27,9 +28,16 @@ class BuildKernels(build_ext):
         def compile_one(job: tuple[str, str, list[str]]) -> list[str]:
             name, source, flags = job
             return self.compiler.compile(
-                [source], output_dir=f"{self.build_temp}/{name}", extra_postargs=[*FLAGS, *flags], depends=ext.depends
+                [source],
+                output_dir=f"{self.build_temp}/{name}",
+                include_dirs=[self.build_temp],
+                extra_postargs=[*FLAGS, *flags],
+                depends=ext.depends,
             )
 
+        header = Path(self.build_temp, "constants.h")
+        header.parent.mkdir(parents=True, exist_ok=True)
+        header.write_text(runpy.run_path("kernels/constants.py")["C_HEADER"], encoding="utf-8")
         jobs = [
             (isa, f"{FOLDER}/kernels.cpp", [*KERNELS, f"-DLORAPLEX_ISA={isa}", *flags]) for isa, flags in ISAS.items()
         ]
@@ -43,11 +51,11 @@ class BuildKernels(build_ext):
 
 
 PARTS = (
-    *("vec", "records", "linear", "packing", "rowwise", "sampling"),
+    *("vec", "records", "linear", "packing", "numbers", "quantised", "rowwise", "sampling"),
     *("tiles", "bgmv", "sgmv", "kv_pages", "attention"),
 )
 LOADING = ("adapters/image/packing.cpp", "adapters/image/hashing.cpp")
-HEADERS = [*(f"{FOLDER}/{part}.h" for part in PARTS), "adapters/image/background.h"]
+HEADERS = [*(f"{FOLDER}/{part}.h" for part in PARTS), "adapters/image/background.h", "kernels/constants.py"]
 SOURCES = [f"{FOLDER}/kernels.cpp", f"{FOLDER}/library.cpp", *LOADING]
 
 if sys.platform != "linux":

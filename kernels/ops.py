@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from loraplex.kernels.quantized import Activations, PartShape, QuantizedWeight, dequantize
 from loraplex.kernels.records import AdapterStep, AttentionMeta, AttentionParams, KVLayer, QKNorm, Site
 
 
@@ -104,9 +105,26 @@ class Backend(Protocol):
         """Take over a weight [out, in]; the caller drops its own reference."""
         ...
 
-    def packed_bytes(self, shapes: Iterable[tuple[int, int]], dtype: torch.dtype) -> int:
-        """Most bytes that weights of these shapes [out, in], packed in this order, take with all their padding."""
-        return sum(out * columns for out, columns in shapes) * dtype.itemsize
+    def pack_parts(
+        self, parts: Sequence[Tensor | QuantizedWeight], dtype: torch.dtype, activations: Activations
+    ) -> PackedLinear:
+        """Take over weights [out, in] of one input, whose outputs lie one behind the other, some of them quantised.
+
+        dtype: the compute dtype. A backend that keeps no codes rounds the weights to it once.
+        """
+        dense = [part if isinstance(part, Tensor) else dequantize(part) for part in parts]
+        return self.pack_linear(torch.cat([part.to(dtype) for part in dense]))
+
+    def beside(self) -> Backend:
+        """Return the same ops for another thread than the engine's: they take one core, and weights packed by any."""
+        return self
+
+    def packed_bytes(self, linears: Iterable[Sequence[PartShape]], dtype: torch.dtype) -> int:
+        """Count the most bytes that `linears` of these parts, packed in this order, take with all their padding.
+
+        dtype: the compute dtype, in which a backend that keeps no codes has quantised parts too.
+        """
+        return sum(out * columns for parts in linears for out, columns, _ in parts) * dtype.itemsize
 
     def embed(self, ids: Tensor, table: PackedLinear, scale: float | None) -> Tensor:
         """ids [T] int64, table packed from [vocab, H] (a tied head's own copy) -> [T, H].
@@ -135,6 +153,8 @@ class Backend(Protocol):
         """x [T, in] -> [T, out].
 
         Semantics: y = x @ W.T, accumulated in fp32, rounded once. The bias is apart (add_bias_).
+                   Of quantised parts W is dequantize(part) in fp32, and with Activations.A8 x is
+                   round_activations(x[:, part.order], part.format.group) in fp32.
         """
         ...
 

@@ -1,4 +1,4 @@
-"""Records handed to the ops: plain, frozen, shapes beside the fields. Imports nothing of ours.
+"""Records handed to the ops: plain, frozen, shapes beside the fields; constants.py has their numbers.
 
 Memory layout (docs/architecture.md, "One arena"):
 
@@ -15,15 +15,6 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-ALIGN = 64
-"""Bytes. Unit of every tile offset, alignment of every tile: one cache line, one AVX-512 register."""
-
-TILE_RANKS = 16
-"""Most ranks in a tile."""
-
-BLOCK_SIZE = 16
-"""Tokens in a KV page."""
-
 
 class Site(IntEnum):
     """A place in the decoder where adapters act: the input and output of one fused base linear."""
@@ -36,18 +27,6 @@ class Site(IntEnum):
 
 NUM_SITES = len(Site)
 """Of a tile table. Kernels take the count from the table, so that a further site is a member here and a Projection."""
-
-
-class TileKind(IntEnum):
-    """What a tile adds to its window of y, the columns [out_start, out_start + out_len); w: its weight in the mix."""
-
-    LOW_RANK = 0  # w * (A x) B
-    BIAS = 1  # w * B, one row
-    SCALE = 2  # w * (v - 1) * y, v one row of fp32: y becomes (1 + sum of w * (v - 1)) * y
-
-
-TILE_COLUMNS = 6
-"""Of a row of TileTable.tiles."""
 
 
 @dataclass(frozen=True)

@@ -16,18 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812  its usual name
 
+from loraplex.kernels.constants import ALIGN, TileKind
 from loraplex.kernels.ops import Backend, PackedLinear
-from loraplex.kernels.records import (
-    ALIGN,
-    AdapterStep,
-    AttentionMeta,
-    AttentionParams,
-    KVLayer,
-    QKNorm,
-    Site,
-    TileKind,
-    element_bytes,
-)
+from loraplex.kernels.quantized import Activations, QuantizedWeight, dequantize, round_activations
+from loraplex.kernels.records import AdapterStep, AttentionMeta, AttentionParams, KVLayer, QKNorm, Site, element_bytes
 from loraplex.kernels.sampling import TorchSampling
 
 QUERY_BLOCK = 128
@@ -49,6 +41,41 @@ class ReferenceLinear:
         return self.weight.shape[0]
 
 
+@dataclass(frozen=True)
+class ReferenceParts:
+    """Hold the parts of a fused weight of which some are quantised; they are dequantised anew by every op."""
+
+    parts: Sequence[Tensor | QuantizedWeight]
+    dtype: torch.dtype  # the compute dtype
+    activations: Activations
+
+    @property
+    def in_features(self) -> int:
+        return self.parts[0].shape[1] if isinstance(self.parts[0], Tensor) else self.parts[0].in_features
+
+    @property
+    def out_features(self) -> int:
+        return sum(part.shape[0] if isinstance(part, Tensor) else part.out_features for part in self.parts)
+
+    def table(self) -> Tensor:
+        """Compute the weight [out, in] in the compute dtype."""
+        dense = [part if isinstance(part, Tensor) else dequantize(part) for part in self.parts]
+        return torch.cat([part.to(self.dtype) for part in dense])
+
+    def times(self, x: Tensor) -> Tensor:
+        """Compute x [T, in] @ W.T in fp32."""
+        return torch.cat([self._times(part, x.float()) for part in self.parts], dim=1)
+
+    def _times(self, part: Tensor | QuantizedWeight, x: Tensor) -> Tensor:
+        if isinstance(part, Tensor):
+            return F.linear(x, part.float())
+        if self.activations is Activations.A8:
+            order = torch.arange(x.shape[1], device=x.device) if part.order is None else part.order
+            rounded = round_activations(x[:, order], part.format.group)
+            x = torch.empty_like(x).index_copy_(1, order, rounded)
+        return F.linear(x, dequantize(part))
+
+
 class ReferenceBackend(TorchSampling, Backend):
     """Compute the ops of ops.py; the `Semantics:` blocks there are the formulas."""
 
@@ -63,8 +90,13 @@ class ReferenceBackend(TorchSampling, Backend):
     def pack_linear(self, weight: Tensor) -> PackedLinear:
         return ReferenceLinear(weight)
 
+    def pack_parts(
+        self, parts: Sequence[Tensor | QuantizedWeight], dtype: torch.dtype, activations: Activations
+    ) -> PackedLinear:
+        return ReferenceParts(parts, dtype, activations)
+
     def embed(self, ids: Tensor, table: PackedLinear, scale: float | None) -> Tensor:
-        y = F.embedding(ids, _weight(table))
+        y = F.embedding(ids, table.table() if isinstance(table, ReferenceParts) else _weight(table))
         if scale is not None:
             y *= torch.tensor(scale, dtype=y.dtype).item()
         return y
@@ -83,9 +115,13 @@ class ReferenceBackend(TorchSampling, Backend):
         return (y32 * (offset + weight.float())).to(r.dtype), r
 
     def linear(self, x: Tensor, weight: PackedLinear) -> Tensor:
+        if isinstance(weight, ReferenceParts):
+            return weight.times(x).to(x.dtype)
         return F.linear(x, _weight(weight))
 
     def logits(self, x: Tensor, weight: PackedLinear, room: Tensor | None = None) -> Tensor:
+        if isinstance(weight, ReferenceParts):
+            return weight.times(x)
         return F.linear(x, _weight(weight)).float()
 
     def add_bias_(self, y: Tensor, bias: Tensor) -> Tensor:

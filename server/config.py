@@ -16,6 +16,9 @@ from loraplex.server.options import check_least, memory_size, size
 DEMO = "demo"
 """The base that comes with the project."""
 
+GGUF = ".gguf"
+"""How the name of a file ends that is a base of its own."""
+
 
 class Device(StrEnum):
     """Where to run."""
@@ -32,6 +35,22 @@ class DType(StrEnum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
+
+
+class Quantize(StrEnum):
+    """How the base's linears are kept in memory. None: as its checkpoint has them, but the demo base in bfloat16."""
+
+    int8 = "int8"
+    int4 = "int4"
+    nf4 = "nf4"
+    native = "native"  # as the checkpoint has them, the demo base too
+
+
+class LinearInputs(StrEnum):
+    """How exact the inputs of quantised linears are. None: what suits the format."""
+
+    exact = "exact"
+    a8 = "a8"
 
 
 class LogFormat(StrEnum):
@@ -54,6 +73,22 @@ class EngineConfig:
     dtype: Annotated[DType, Option(metavar="D", help="auto (the checkpoint's), float32, bfloat16 or float16.")] = (
         DType.auto
     )
+    quantize: Annotated[
+        Quantize | None,
+        Option(
+            metavar="int8|int4|nf4|native",
+            show_default="as the base's files have them",
+            help="Keep weights in fewer bits; native keeps the demo's GGUF as it is.",
+        ),
+    ] = None
+    activations: Annotated[
+        LinearInputs | None,
+        Option(
+            metavar="exact|a8",
+            show_default="what suits the format",
+            help="Inputs of quantised linears: as they are, or in 8 bits.",
+        ),
+    ] = None
     max_model_len: Annotated[  # None: less than the model's own where memory is short
         int | None,
         Option(metavar="N", min=2, show_default="the model's own", help="Context in tokens, prompt and answer."),
@@ -126,9 +161,14 @@ class EngineConfig:
     ] = 2
 
     def __post_init__(self) -> None:
-        for name, known in (("device", Device), ("dtype", DType)):
-            if getattr(self, name) not in [*known]:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(known)}")
+        for name, known in (
+            ("device", [*Device]),
+            ("dtype", [*DType]),
+            ("quantize", [None, *Quantize]),
+            ("activations", [None, *LinearInputs]),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(map(str, known))}")
         check_least(self)
         for name in ("memory", "host_store_bytes"):
             value = getattr(self, name)
@@ -263,8 +303,10 @@ class RunConfig:
 class ServeConfig:
     """Everything about one server."""
 
-    base: Annotated[str, Argument(metavar="BASE", help="[b]demo[/b], the folder of a model, or its Hub id (org/name).")]
-    base_names: Annotated[  # at least one, once constructed: a folder is called by its last part, a Hub id by itself
+    base: Annotated[
+        str, Argument(metavar="BASE", help="[b]demo[/b], the folder of a model, a GGUF file or a Hub id (org/name).")
+    ]
+    base_names: Annotated[  # at least one, once constructed: after the last part of a path, or a Hub id
         tuple[str, ...],
         Option(
             "--served-model-name",
@@ -288,4 +330,6 @@ class ServeConfig:
         if not self.base_names:
             path = Path(self.base).expanduser()
             name = path.resolve().name if path.is_dir() and self.base != DEMO else self.base
+            if path.suffix == GGUF and path.is_file():
+                name = path.stem
             object.__setattr__(self, "base_names", (name,))

@@ -8,6 +8,18 @@ from loraplex.server.config import ServeConfig
 
 
 @dataclass(frozen=True)
+class BaseFormats:
+    """What the base's weights are in memory."""
+
+    dtype: str = "float32"  # what is computed in, and what dense weights are in
+    weights: str = ""  # formats of quantised weights, as "Q4_1 + Q8_0"; "": there are none
+    activations: str = ""  # of quantised linears: "exact" or "a8"
+
+    def __str__(self) -> str:
+        return f"{self.weights}, inputs {self.activations}, {self.dtype}" if self.weights else self.dtype
+
+
+@dataclass(frozen=True)
 class Facts:
     """One server's facts, which do not change while it runs."""
 
@@ -18,9 +30,14 @@ class Facts:
     page_bytes: int
     block_size: int  # tokens in a page of the KV cache
     created: int  # unix seconds
-    dtype: str = "float32"
+    formats: BaseFormats = BaseFormats()
     device: str = "cpu"
     memory: tuple[tuple[str, int, str], ...] = ()  # name, bytes and a remark of each part
+
+    @property
+    def dtype(self) -> str:
+        """What is computed in."""
+        return self.formats.dtype
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -115,20 +115,23 @@ def end_on_sigterm() -> None:
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
 
 
-def find_base(base: str) -> Path:
-    """The folder of the base `base`: made ("demo"), local, or downloaded. Raises StartError."""
+def find_base(base: str, native: bool = False) -> Path:
+    """The folder of the base `base`: made ("demo", a GGUF file), local, or downloaded. Raises StartError.
+
+    native: the demo base is served out of its GGUF, without being converted.
+    """
     if base == DEMO:
-        from loraplex.server.models.demo import DemoError, ensure_demo_base
+        from loraplex.server.models.demo import DemoError, ensure_demo_base, find_verified_source
 
         try:
-            return ensure_demo_base()
+            return _folder_of_gguf(find_verified_source()) if native else ensure_demo_base()
         except DemoError as error:
             raise StartError(error) from error
     path = Path(base).expanduser()
     if path.is_dir():
         return path
     if path.exists():
-        raise StartError(f"the base {base!r} is a file; give the folder that holds config.json and the safetensors")
+        return _folder_of_gguf(path)
     if base.count("/") != 1 or base.startswith(("/", ".", "~")):
         raise StartError(f"there is no folder {base!r}; give a folder, a Hub id such as org/name, or {DEMO!r}")
     from huggingface_hub import snapshot_download
@@ -138,3 +141,15 @@ def find_base(base: str) -> Path:
     except Exception as error:  # the Hub client fails in a dozen ways
         reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
         raise StartError(f"there is no folder {base!r}, and the Hub could not give it either: {reason}") from error
+
+
+def _folder_of_gguf(file: Path) -> Path:
+    """The folder that stands for the GGUF `file`. Raises StartError."""
+    from loraplex.server.models.demo import default_cache_dir
+    from loraplex.server.models.gguf.folder import folder_for
+    from loraplex.server.models.gguf.header import GgufError
+
+    try:
+        return folder_for(file, default_cache_dir())
+    except GgufError as error:
+        raise StartError(error) from error

@@ -37,7 +37,7 @@ LAW: dict[str, tuple[str, ...]] = {
     "adapters.image": ("adapters.image", *LOW, "kernels"),
     "adapters.format": ("adapters.format", "adapters.image", "adapters.files", *LOW, "kernels"),
     "adapters.sources": ("adapters.sources", "adapters.format", "adapters.files", *LOW),
-    "server": (*LEAVES, "server.engine.request", "server.models.demo", "adapters.sources"),
+    "server": (*LEAVES, "server.engine.request", "server.models.demo", "server.models.gguf", "adapters.sources"),
     "server.models": ("server.models", "kernels"),
     "server.engine": ("server.engine", "adapters"),
     "server.engine.policy": ("server.engine.policy", "server.engine.request", "adapters"),

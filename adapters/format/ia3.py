@@ -39,7 +39,8 @@ from loraplex.adapters.format.kind import (
 from loraplex.adapters.format.modules import FoundModules, LeafNames, likely_base, match_tensors, wrong_shape
 from loraplex.adapters.format.values import check_finite, make_bias, no_effect
 from loraplex.adapters.image.tiles import BaseLayout, OutputScale, Part, PartShape
-from loraplex.kernels.records import Projection, Site, TileKind
+from loraplex.kernels.constants import TileKind
+from loraplex.kernels.records import Projection, Site
 
 LEAF = "ia3_l"
 

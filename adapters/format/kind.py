@@ -23,6 +23,12 @@ from loraplex.kernels.records import Projection
 BaseBias = Callable[[int, str], Tensor | None]
 """(layer, projection name) -> the base's own bias [out], or None where it has none."""
 
+SquaredNorms = Callable[[int, str], Tensor]
+"""(layer, projection name) -> |w|^2 [out] fp32 of the rows w of the base's own weight as it computes with it."""
+
+Products = Callable[[int, str, Tensor], Tensor]
+"""(layer, projection name, a [r, in]) -> a W^T [r, out] fp32 of that weight W; a is rounded to the compute dtype."""
+
 Throttle = Callable[[], None]
 """Called between pieces of work; may raise, to end the work."""
 
@@ -33,6 +39,8 @@ class ServedBase:
 
     layout: BaseLayout
     bias: BaseBias
+    squared_norms: SquaredNorms
+    products: Products
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,8 @@ adapter_model.safetensors                                        what it becomes
 base_model.model.<layers>.N.<projection>.lora_A.weight [r, in]   LowRank.a
 base_model.model.<layers>.N.<projection>.lora_B.weight [out, r]  LowRank.b
 base_model.model.<layers>.N.<projection>.lora_B.bias [out]       BiasDelta, scaled as B is (lora_bias)
+base_model.model.<layers>.N.<projection>.lora_magnitude_vector   OutputScale g = m / the norms of the rows of W + s B A,
+                                   [out], DoRA's m               and B times g; biases are not scaled (use_dora)
 base_model.model.<layers>.N.<projection>.base_layer.bias [out]   BiasDelta, less the base's own: the file holds the
                                    or, not targeted, .bias       trained bias itself (bias "lora_only" or "all")
 """
@@ -30,11 +32,20 @@ from loraplex.adapters.format.modules import (
     wrong_shape,
 )
 from loraplex.adapters.format.values import cancels, check_finite, check_rounded, make_bias, no_effect
-from loraplex.adapters.image.tiles import BaseLayout, BiasDelta, LowRank, Part, PartShape
-from loraplex.kernels.records import TileKind
+from loraplex.adapters.image.tiles import BaseLayout, BiasDelta, LowRank, OutputScale, Part, PartShape
+from loraplex.kernels.constants import TileKind
 
-_LEAVES = {"A": "lora_A.weight", "B": "lora_B.weight", "B bias": "lora_B.bias"}  # by role; "bias" has two names
+MAGNITUDE = "lora_magnitude_vector"
+_LEAVES = {  # by role; "bias" has two names
+    "A": "lora_A.weight",
+    "B": "lora_B.weight",
+    "B bias": "lora_B.bias",
+    MAGNITUDE: MAGNITUDE,
+}
 _FACTOR = re.compile(r"(lora_[AB])(?:\.[^.]+)?\.(weight|bias)")  # a name of the adapter may stand behind lora_A
+_MAGNITUDE = re.compile(rf"{MAGNITUDE}(?:\.[^.]+)?(?:\.weight)?")
+_AS_IT_IS = 2.0**-8
+"""A scale nearer to 1 is what rounding a magnitude to bf16 leaves of the base's own norm."""
 _ROLES = {
     ("lora_A", "weight"): "A",
     ("lora_B", "weight"): "B",
@@ -45,6 +56,8 @@ _ROLES = {
 def _role(leaf: str) -> str | None:
     if leaf in ("bias", "base_layer.bias"):
         return "bias"
+    if _MAGNITUDE.fullmatch(leaf):
+        return MAGNITUDE
     factor = _FACTOR.fullmatch(leaf)
     return None if factor is None else _ROLES.get((factor[1], factor[2]))
 
@@ -56,13 +69,12 @@ NAMES = LeafNames(
     foreign={
         "lora_embedding_": "an adapted embed_tokens",
         "modules_to_save": "modules_to_save",
-        "lora_magnitude_vector": "use_dora",
     },
 )
 
 
 class Lora(AdapterKind[LoraConfig]):
-    """y += scaling * B (A x), and trained biases."""
+    """y += scaling * B (A x), and trained biases; DoRA: y = g (y + scaling * B (A x)), one g for each column."""
 
     name = "lora"
 
@@ -103,6 +115,11 @@ class Lora(AdapterKind[LoraConfig]):
                 continue
             a, b = tensors[module.tensors["A"]], tensors[module.tensors["B"]]
             part = LowRank(module.layer, module.projection, a, b, module.scaling)
+            if MAGNITUDE in module.tensors:
+                part, scale = _scaled(part, module.tensors[MAGNITUDE], tensors, base)
+                if not _is_one(scale.values):
+                    parts.append(scale)
+                    effective = True
             reason = _why_idle(part, module, base.layout)
             if reason is not None:
                 reasons.append(reason)
@@ -124,6 +141,7 @@ def _module(module: FoundModule, plan: ModulePlan | None) -> AdapterModule:
 def _shapes(module: AdapterModule) -> list[PartShape]:
     """A module's bias before its A and B."""
     rows = [(1, TileKind.BIAS)] if module.tensors.keys() & {"bias", "B bias"} else []
+    rows += [(1, TileKind.SCALE)] if MAGNITUDE in module.tensors else []
     ranks = [(module.rank, TileKind.LOW_RANK)] if module.rank else []
     return [PartShape(module.layer, module.projection, rank, kind) for rank, kind in (*rows, *ranks)]
 
@@ -131,7 +149,8 @@ def _shapes(module: AdapterModule) -> list[PartShape]:
 def _check_complete(found: FoundModules, plans: Mapping[str, ModulePlan], config: LoraConfig, base: ServedBase) -> None:
     """Every tensor the config asks for is in the file, and no other."""
     for path, module in found.by_path.items():
-        roles = ("A", "B", *(("B bias",) if config.lora_bias else ())) if path in plans else ()
+        more = (*(("B bias",) if config.lora_bias else ()), *((MAGNITUDE,) if config.dora else ()))
+        roles = ("A", "B", *more) if path in plans else ()
         wanted = {role: _LEAVES[role] for role in roles}
         trained = config.bias == "all" or (config.bias == "lora_only" and path in plans)
         if trained and base.bias(module.layer, module.projection.name) is not None:
@@ -153,6 +172,8 @@ def _why_not(role: str, config: LoraConfig) -> str:
         return f"with bias {config.bias!r} none was expected there: the base has none, or the module is not targeted"
     if role == "B bias" and not config.lora_bias:
         return "adapter_config.json says lora_bias is false"
+    if role == MAGNITUDE and not config.dora:
+        return "adapter_config.json says use_dora is false"
     return "adapter_config.json does not target this module"
 
 
@@ -195,6 +216,41 @@ def _why_idle(part: LowRank, module: AdapterModule, layout: BaseLayout) -> str |
             dtype = str(layout.dtype).removeprefix("torch.")
             return f"lora_{role} vanishes in {dtype}" if exact.any() else f"lora_{role} is zero"
     return None
+
+
+def _scaled(part: LowRank, name: str, tensors: Mapping[str, Tensor], base: ServedBase) -> tuple[LowRank, OutputScale]:
+    """Make of a DoRA module, whose magnitude is the tensor `name`, the parts that add up to it: B times g, and g.
+
+    The paper (arXiv 2402.09353, equation 5) and PEFT compute g (W + s B A) x, g being m over the norm of each row of
+    W + s B A.
+    """
+    norms = _row_norms(part, base)
+    values = tensors[name].float() / norms
+    if not values.isfinite().all():
+        raise AdapterRefused(
+            "not_finite",
+            f"{name} is divided by the norms of the rows of W + B A, of which {int((norms == 0).sum())} are 0; "
+            "expected an adapter of this base, whose rows are not",
+        )
+    scaled = LowRank(part.layer, part.projection, part.a, part.b.float() * values[:, None], part.scaling)
+    return scaled, OutputScale(part.layer, part.projection, values)
+
+
+def _row_norms(part: LowRank, base: ServedBase) -> Tensor:
+    """Compute the norms [out] fp32 of the rows of W + s B A: |w + b A|^2 = |w|^2 + 2 b (A w) + b (A A^T) b^T.
+
+    W is read once, by the base's own linear. It rounds A to the compute dtype, which moves a norm by 4e-4 of itself at
+    most where s B A is a tenth of W; PEFT's own norms are in the base's dtype.
+    """
+    a, b = part.a.float(), part.b.float() * part.scaling
+    total = base.squared_norms(part.layer, part.projection.name).double()
+    total += 2 * (b * base.products(part.layer, part.projection.name, a).T).sum(1, dtype=torch.float64)
+    total += ((b @ (a @ a.T)) * b).sum(1, dtype=torch.float64)
+    return total.clamp(min=0).sqrt().float()
+
+
+def _is_one(values: Tensor) -> bool:
+    return bool(((values - 1).abs() < _AS_IT_IS).all())
 
 
 def _bias_part(module: AdapterModule, tensors: Mapping[str, Tensor], base: ServedBase) -> BiasDelta | None:

@@ -30,7 +30,7 @@ KEYS = Keys(
     used=frozenset(
         {
             *("peft_type", "base_model_name_or_path", "init_lora_weights"),
-            *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias", "lora_bias"),
+            *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias", "lora_bias", "use_dora"),
             *targets.TARGET_KEYS,
             *targets.LAYER_KEYS,
         }
@@ -44,7 +44,6 @@ KEYS = Keys(
         "ensure_weight_tying",  # concerns embed_tokens and lm_head only, which are refused as targets
     },
     unsupported={
-        "use_dora": "DoRA scales the base's weight as well; merge it into LoRA with PEFT, or train without it",
         "alora_invocation_tokens": "an activated LoRA (aLoRA) acts from its invocation tokens on only",
         "modules_to_save": "whole modules trained beside the adapter are not served; train without modules_to_save",
         "trainable_token_indices": "trained rows of the embedding table are not served",
@@ -76,6 +75,7 @@ class LoraConfig(AdapterConfig):
     alpha_pattern: tuple[tuple[str, float], ...]
     bias: str  # "none", "lora_only" or "all"
     lora_bias: bool
+    dora: bool
 
     def same_shapes(self) -> LoraConfig:
         """Without the scaling, unless there are patterns of it, which have to be looked at."""
@@ -97,6 +97,9 @@ def read_lora_config(raw: Mapping[str, Any]) -> LoraConfig:
     bias = raw.get("bias") or "none"
     if bias not in ("none", "lora_only", "all"):
         raise bad_config(f"bias is {shown(bias)}; expected 'none', 'lora_only' or 'all'")
+    dora, lora_bias = read_flag(raw, "use_dora"), read_flag(raw, "lora_bias")
+    if dora and lora_bias:
+        raise unsupported("use_dora and lora_bias are both true, which PEFT does not train; expected one of them")
     return LoraConfig(
         kind="lora",
         targets=targets.read_targets(raw, by_layer=True),
@@ -109,7 +112,8 @@ def read_lora_config(raw: Mapping[str, Any]) -> LoraConfig:
             (key, read_number(alpha, f"alpha_pattern[{key!r}]")) for key, alpha in read_map(raw, "alpha_pattern")
         ),
         bias=bias,
-        lora_bias=read_flag(raw, "lora_bias"),
+        lora_bias=lora_bias,
+        dora=dora,
     )
 
 

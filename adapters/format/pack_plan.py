@@ -24,7 +24,8 @@ from loraplex.adapters.image.packing import DTYPES, STRIP, OpenFile, Strips, pac
 from loraplex.adapters.image.placement import PartPlace, Strip
 from loraplex.adapters.image.tiles import AdapterImage, BaseLayout, LowRank, plan_image
 from loraplex.adapters.throttle import READING_NICE
-from loraplex.kernels.records import ALIGN, element_bytes
+from loraplex.kernels.constants import ALIGN
+from loraplex.kernels.records import element_bytes
 
 SLICE_BYTES = 16 << 20
 """Of the image, written between two looks at whether anybody still waits: 7 ms."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from loraplex.kernels.records import ALIGN
+from loraplex.kernels.constants import ALIGN
 
 
 @dataclass(frozen=True)

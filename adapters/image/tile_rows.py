@@ -6,7 +6,8 @@ import numpy as np
 import torch
 
 from loraplex.adapters.image.tiles import AdapterImage, BaseLayout
-from loraplex.kernels.records import ALIGN, NUM_SITES, TILE_COLUMNS, TileTable
+from loraplex.kernels.constants import ALIGN, TILE_COLUMNS
+from loraplex.kernels.records import NUM_SITES, TileTable
 
 FIRST_ROWS = 1024
 """Rows of a new tile table: 24 KiB, a handful of adapters on every linear; it doubles as needed."""

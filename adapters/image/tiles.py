@@ -19,8 +19,9 @@ from torch import Tensor
 
 from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.image.placement import PartPlace, RowPlacement, Strip, padded, place_rows
+from loraplex.kernels.constants import ALIGN, TILE_COLUMNS, TILE_RANKS, TileKind
 from loraplex.kernels.hugepages import huge_zeros
-from loraplex.kernels.records import ALIGN, TILE_COLUMNS, TILE_RANKS, Projection, TileKind, element_bytes
+from loraplex.kernels.records import Projection, element_bytes
 
 IMAGE_COLUMNS = 2 + TILE_COLUMNS
 

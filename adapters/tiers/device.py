@@ -21,7 +21,8 @@ from loraplex.adapters.image.tiles import AdapterImage, BaseLayout
 from loraplex.adapters.tiers.arena_pages import ArenaPages
 from loraplex.adapters.tiers.eviction import Frequency, Reclaimer
 from loraplex.adapters.tiers.pages import PagePool
-from loraplex.kernels.records import ALIGN, TileTable
+from loraplex.kernels.constants import ALIGN
+from loraplex.kernels.records import TileTable
 
 OWNER = "adapter"
 """Our name in the page pool and at the Reclaimer."""

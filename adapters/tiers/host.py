@@ -21,7 +21,8 @@ from loraplex.adapters.registry import AdapterVersion
 from loraplex.adapters.tiers.entry import Entries, Entry, Fetch
 from loraplex.adapters.tiers.inbox import Inbox, host_bytes
 from loraplex.adapters.tiers.loader import LoadedContent, Loader, Priority
-from loraplex.kernels.records import ALIGN, TILE_RANKS, element_bytes
+from loraplex.kernels.constants import ALIGN, TILE_RANKS
+from loraplex.kernels.records import element_bytes
 
 TILE_BYTES = IMAGE_COLUMNS * 4
 """Of a row of AdapterImage.tiles."""
@@ -271,12 +272,12 @@ class HostTier:
 def most_bytes(layout: BaseLayout, num_pages: int, rank: int) -> int:
     """Return what an image of at most so many pages, its modules of at most that rank, takes of host memory at most.
 
-    Beside the pages there are tiles: of each projection of a layer one for its bias or its scale (no kind of adapter
-    has both beside ranks), and one for each TILE_RANKS ranks; and four more for each page's end, where one A is cut,
-    and one B: whole rows, part of one, its rest, whole rows.
+    Beside the pages there are tiles: of each projection of a layer one for its bias, one for its scale, and one for
+    each TILE_RANKS ranks; and four more for each page's end, where one A is cut, and one B: whole rows, part of one,
+    its rest, whole rows.
     """
     item = element_bytes(layout.dtype)
     widths = [width for p in layout.projections for width in (p.in_features, p.out_features)]
     step = TILE_RANKS if all(width * item % ALIGN == 0 for width in widths) else 1  # see tiles.py
-    whole = layout.num_layers * len(layout.projections) * (2 + max(0, rank - 1) // step)
+    whole = layout.num_layers * len(layout.projections) * (3 + max(0, rank - 1) // step)
     return num_pages * layout.page_bytes + (whole + 4 * max(0, num_pages - 1)) * TILE_BYTES

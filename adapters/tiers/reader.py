@@ -34,12 +34,12 @@ from loraplex.adapters.format.adapter_files import (
     read_tokenizer,
 )
 from loraplex.adapters.format.header import TensorInfo, parse_header, view_tensors
-from loraplex.adapters.format.kind import AdapterConfig, BaseBias, FactorPair, ModuleMap, ServedBase
+from loraplex.adapters.format.kind import AdapterConfig, FactorPair, ModuleMap, ServedBase
 from loraplex.adapters.format.kinds import KINDS, parse_config
 from loraplex.adapters.format.pack_plan import PackPlan
 from loraplex.adapters.format.quiet_files import read_quietly
 from loraplex.adapters.image.packing import OpenFile
-from loraplex.adapters.image.tiles import AdapterImage, BaseLayout, pack, plan_image
+from loraplex.adapters.image.tiles import AdapterImage, pack, plan_image
 from loraplex.adapters.info import AdapterInfo
 from loraplex.adapters.sources.sources import resolve
 from loraplex.adapters.throttle import Throttle
@@ -51,7 +51,7 @@ from loraplex.kernels.hugepages import Region, huge_zeros
 logger = logging.getLogger(__name__)
 
 TENSORS_A_MODULE = 4
-"""At most, of any kind: A, B, B's bias and the module's own."""
+"""At most, of any kind: A, B, the module's bias, and B's bias or a magnitude."""
 
 MAX_MODULE_MAPS = 32
 """Some 250 KB each. A folder of thousands has a handful."""
@@ -100,8 +100,7 @@ class AdapterReader:
 
     def __init__(
         self,
-        layout: BaseLayout,
-        base_bias: BaseBias,
+        base: ServedBase,
         max_pages: int,
         workspace: Workspace[Region] | None = None,
         locate: Callable[[str], Path] = resolve,
@@ -115,7 +114,7 @@ class AdapterReader:
         self._check_tokenizer = check_tokenizer
         self._locate = locate
         self._workspace = workspace
-        self._base = ServedBase(layout, base_bias)
+        self._base = base
         self._max_pages = max_pages
         self._drawn: Latest[_Drawn] = Latest(MAX_MODULE_MAPS)
         self._infos: Latest[AdapterInfo] = Latest(MAX_PACK_PLANS)  # whatever the scaling

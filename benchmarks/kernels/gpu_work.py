@@ -9,12 +9,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from loraplex.kernels.constants import ALIGN, BLOCK_SIZE, TILE_RANKS, TileKind
 from loraplex.kernels.ops import Backend
 from loraplex.kernels.records import (
-    ALIGN,
-    BLOCK_SIZE,
     NUM_SITES,
-    TILE_RANKS,
     AdapterSegments,
     AdapterStep,
     AttentionMeta,
@@ -23,7 +21,6 @@ from loraplex.kernels.records import (
     KVLayer,
     QKNorm,
     Site,
-    TileKind,
     TileTable,
     element_bytes,
 )

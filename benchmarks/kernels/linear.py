@@ -21,9 +21,10 @@ from loraplex.benchmarks.kernels.model import ROWS as STEP_ROWS
 from loraplex.benchmarks.kernels.model import Model, make_batch, make_model
 from loraplex.benchmarks.kernels.step import recorded, take_step
 from loraplex.benchmarks.of_limit import times_least
-from loraplex.kernels.cpu.abi import Op, OpCode, Step
+from loraplex.kernels.constants import OpCode
+from loraplex.kernels.cpu.abi import Op, Step
 from loraplex.kernels.cpu.backend import CpuBackend
-from loraplex.kernels.cpu.op_records import CpuLinear, linear_op
+from loraplex.kernels.cpu.op_records import linear_ops
 from loraplex.kernels.cpu.team import Team
 from loraplex.kernels.ops import PackedLinear
 
@@ -125,9 +126,9 @@ def prepack(products: Sequence[tuple[Tensor, Tensor]]) -> Callable[[], None] | A
     return run
 
 
-def _program(packed: list[PackedLinear], x: Tensor, y: Tensor) -> ctypes.Array[Op]:
-    weights = [weight for weight in packed if isinstance(weight, CpuLinear)]
-    return (Op * len(weights))(*(linear_op(x, weight, y) for weight in weights))
+def _program(packed: Sequence[PackedLinear], x: Tensor, y: Tensor) -> ctypes.Array[Op]:
+    ops = [op for weight in packed for op in linear_ops(x, weight, y)]
+    return (Op * len(ops))(*ops)
 
 
 @dataclass(frozen=True)

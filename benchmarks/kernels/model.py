@@ -16,10 +16,11 @@ from loraplex.adapters.image.tiles import BaseLayout, LowRank, pack
 from loraplex.adapters.tiers.device import DeviceTier
 from loraplex.adapters.tiers.eviction import Reclaimer
 from loraplex.adapters.tiers.pages import PagePool
+from loraplex.kernels.constants import BLOCK_SIZE
 from loraplex.kernels.cpu.abi import Op, Step, Steps
 from loraplex.kernels.cpu.backend import CpuBackend
 from loraplex.kernels.cpu.team import Team
-from loraplex.kernels.records import BLOCK_SIZE, AdapterSegments, KVGroup, Site
+from loraplex.kernels.records import AdapterSegments, KVGroup, Site
 from loraplex.server.engine.policy.kv_cache import KVCache
 from loraplex.server.engine.step.arena import allocate_arena, kv_layers
 from loraplex.server.engine.step.memory import Demand, plan_memory
@@ -28,7 +29,8 @@ from loraplex.server.models.decoder import Decoder
 from loraplex.server.models.inputs import ForwardBatch
 from loraplex.server.models.recorded import RecordedDecoder, record
 from loraplex.server.models.rotary import RopeConfig
-from loraplex.server.models.weights import LayerWeights, Linear, ModelWeights, weights_bytes
+from loraplex.server.models.weight_sizes import weights_bytes
+from loraplex.server.models.weights import LayerWeights, Linear, ModelWeights
 
 DTYPE = torch.bfloat16
 CONTEXT, RANK = 256, 16  # tokens in the cache of every row, rank of every adapter

@@ -19,7 +19,8 @@ import torch
 from loraplex.benchmarks.kernels.machine import Limits, Others, limits, measure
 from loraplex.benchmarks.kernels.model import CONTEXT, DTYPE, RANK, ROWS, SMOLLM2, Model, make_batch, make_model
 from loraplex.benchmarks.of_limit import times_least
-from loraplex.kernels.cpu.abi import Op, OpCode, Step
+from loraplex.kernels.constants import OpCode
+from loraplex.kernels.cpu.abi import Op, Step
 from loraplex.kernels.cpu.team import Team
 from loraplex.kernels.records import Projection, Site
 from loraplex.server.models.config import ModelConfig

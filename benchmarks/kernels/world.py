@@ -12,11 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loraplex.kernels.cpu.abi import AdapterArgs, Op, OpCode, Step
+from loraplex.kernels.constants import TILE_RANKS, OpCode, TileKind
+from loraplex.kernels.cpu.abi import AdapterArgs, Op, Step
 from loraplex.kernels.cpu.backend import CpuBackend
 from loraplex.kernels.cpu.op_records import fill_adapters
 from loraplex.kernels.hugepages import huge_zeros
-from loraplex.kernels.records import NUM_SITES, TILE_RANKS, AdapterSegments, AdapterStep, Site, TileKind, TileTable
+from loraplex.kernels.records import NUM_SITES, AdapterSegments, AdapterStep, Site, TileTable
 
 DTYPE = torch.bfloat16
 

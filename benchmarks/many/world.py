@@ -10,7 +10,7 @@ from pathlib import Path
 from loraplex.benchmarks.load import Request
 from loraplex.benchmarks.many.served import Server, serve
 from loraplex.benchmarks.random_adapters import ATTENTION, adapter_bytes, make_adapters, modules_of
-from loraplex.kernels.records import BLOCK_SIZE
+from loraplex.kernels.constants import BLOCK_SIZE
 from loraplex.server.models.config import ModelConfig
 from loraplex.server.models.demo import default_cache_dir, ensure_demo_base
 

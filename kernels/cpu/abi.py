@@ -5,36 +5,13 @@ from __future__ import annotations
 import ctypes
 import importlib.machinery
 import os
-from enum import IntEnum
 from functools import cache
 from pathlib import Path
 
-from loraplex.kernels.records import ALIGN, BLOCK_SIZE, TILE_COLUMNS, TILE_RANKS
-
-MAX_GROUPS = 8
-MAX_ROPES = 4
-DRAW = 5
-"""Numbers of a row of Step.draws: temperature, top_k, top_p, min_p, uniform."""
-
-ALL_TOKENS = -1
-LOGIT_ROWS = -2
+from loraplex.kernels.constants import C_CONSTANTS, MAX_GROUPS, MAX_ROPES
 
 _Pointer = ctypes.c_void_p
 _Int, _Float = ctypes.c_int32, ctypes.c_float
-
-
-class OpCode(IntEnum):
-    EMBED = 0
-    RMS_NORM = 1
-    LINEAR = 2
-    BIAS = 3
-    ADAPTER = 4
-    ROPE = 5
-    ATTENTION = 6
-    ACT_MUL = 7
-    GATHER = 8
-    SAMPLE = 9
-    PACK = 10
 
 
 class Step(ctypes.Structure):
@@ -66,8 +43,9 @@ class Step(ctypes.Structure):
         ("arena", _Pointer),
         ("draws", _Pointer),
         ("drawn", _Pointer),
-        ("ranks", _Pointer),  # scratch of the library, both
+        ("ranks", _Pointer),  # scratch of the library, all three
         ("partials", _Pointer),
+        ("prepared", _Pointer),
     ]
 
 
@@ -86,7 +64,7 @@ class Steps(ctypes.Structure):
 
 
 class EmbedArgs(ctypes.Structure):
-    _fields_ = [("scale", _Float)]
+    _fields_ = [("scale", _Float), ("quantised", _Int)]
 
 
 class NormArgs(ctypes.Structure):
@@ -94,7 +72,27 @@ class NormArgs(ctypes.Structure):
 
 
 class LinearArgs(ctypes.Structure):
-    _fields_ = [("to_float", _Int)]
+    _fields_ = [("to_float", _Int), ("ldy", ctypes.c_int64)]
+
+
+class Quantised(ctypes.Structure):
+    """`struct Quantised` of records.h: a quantised weight in panels."""
+
+    _fields_ = [
+        ("data", _Pointer),
+        ("codebook", _Pointer),
+        ("order", _Pointer),
+        *((name, ctypes.c_int64) for name in ("columns_in", "columns_out", "panel_bytes", "block_bytes")),
+        *((name, _Int) for name in ("bits", "signed_codes", "zero")),
+        *((name, _Int) for name in ("unit", "units", "block_units", "group_units", "span")),
+        *((name, _Int) for name in ("scale", "offset", "shared", "rounded")),
+    ]
+
+
+class QuantisedSource(ctypes.Structure):
+    """`struct QuantisedSource` of records.h: codes and numbers, as they are to be packed."""
+
+    _fields_ = [(name, _Pointer) for name in ("codes", "scale", "shared_scale", "offset", "shared_offset")]
 
 
 class AdapterArgs(ctypes.Structure):
@@ -165,22 +163,8 @@ class Op(ctypes.Structure):
     ]
 
 
-_CONSTANTS = {
-    "KV groups": MAX_GROUPS,
-    "rotary kinds": MAX_ROPES,
-    "tokens of a KV page": BLOCK_SIZE,
-    "ranks of a tile": TILE_RANKS,
-    "alignment of a tile": ALIGN,
-    "columns of the tile table": TILE_COLUMNS,
-    "numbers of a draw": DRAW,
-    "all tokens": ALL_TOKENS,
-    "logit rows": LOGIT_ROWS,
-    "ops": len(OpCode),
-    "bytes of an op": ctypes.sizeof(Op),
-    "bytes of a step": ctypes.sizeof(Step),
-    "bytes of steps": ctypes.sizeof(Steps),
-}
-"""What both sides must agree on, in the order of loraplex_constants of library.cpp."""
+RECORDS = (Op, Step, Steps, Quantised)
+"""Whose bytes both sides must agree on, in the order of loraplex_sizes of library.cpp."""
 
 ISAS = ("avx512bf16", "avx512", "avx2", "neonbf16", "generic")
 
@@ -204,19 +188,23 @@ def library() -> ctypes.CDLL:
     number = ctypes.c_int
     lib.loraplex_run.argtypes = [number, _Pointer, number, _Pointer, number, number, _Pointer]
     lib.loraplex_run.restype = number
-    _check_constants(lib, path.name)
+    _check_version(lib, path.name)
     return lib
 
 
-def _check_constants(lib: ctypes.CDLL, name: str) -> None:
-    """Compare _CONSTANTS with the library's. Raises LibraryMissing where they differ."""
-    if not hasattr(lib, "loraplex_constants"):
+def _check_version(lib: ctypes.CDLL, name: str) -> None:
+    """Raise LibraryMissing where the library `name` was built from other constants or records than ours."""
+    if not hasattr(lib, "loraplex_sizes"):
         raise LibraryMissing(f"{name} was built from another version; install again")
-    lib.loraplex_constants.restype = ctypes.POINTER(ctypes.c_int)
-    for (what, ours), theirs in zip(_CONSTANTS.items(), lib.loraplex_constants()[: len(_CONSTANTS)], strict=True):
-        if ours != theirs:
+    lib.loraplex_constants.restype = ctypes.c_char_p
+    lib.loraplex_sizes.restype = ctypes.POINTER(ctypes.c_int)
+    if lib.loraplex_constants().decode() != C_CONSTANTS:
+        raise LibraryMissing(f"{name} was built from another version (another kernels/constants.py); install again")
+    for record, size in zip(RECORDS, lib.loraplex_sizes()[: len(RECORDS)], strict=True):
+        if size != ctypes.sizeof(record):
             raise LibraryMissing(
-                f"{name} was built from another version ({what}: {theirs} in the library, {ours} here); install again"
+                f"{name} was built from another version ({record.__name__} has {size} bytes in the library, "
+                f"{ctypes.sizeof(record)} here); install again"
             )
 
 

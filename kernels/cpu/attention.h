@@ -43,8 +43,8 @@ INLINE void score_pages(const Operand<T>* q, int dim, const T* const*& keys, int
                 fetch.lines(kLines * G);
                 const T* here[G];
 #pragma GCC unroll 4
-                for (int g = 0; g < G; g++) here[g] = from[g] + d * kBlock;
-                accumulate<M, V>(acc, q + d, dim, here, kBlock * P, min2(16, dim - d) / P);
+                for (int g = 0; g < G; g++) here[g] = from[g] + d * kBlockSize;
+                accumulate<M, V>(acc, q + d, dim, here, kBlockSize * P, min2(16, dim - d) / P);
             }
             store_sums<M, V>(acc, scores + c, kSpan);
         }
@@ -143,12 +143,12 @@ static void attend_range(const AttentionArgs& a, const AttentionUnit<T>& unit, i
     memset(acc, 0, sizeof(float) * rows * ld);
     for (int r = 0; r < rows; r++) top[r] = -INFINITY, total[r] = 0.f;
     for (int64_t origin = begin / kSpan * kSpan; origin < end; origin += kSpan) {
-        int64_t first = max2(begin, origin) / kBlock, last = min2((end + kBlock - 1) / kBlock, (origin + kSpan) / kBlock);
-        int from = (int)(first * kBlock - origin), to = (int)(last * kBlock - origin);
-        const T* keys[kSpan / kBlock];
+        int64_t first = max2(begin, origin) / kBlockSize, last = min2((end + kBlockSize - 1) / kBlockSize, (origin + kSpan) / kBlockSize);
+        int from = (int)(first * kBlockSize - origin), to = (int)(last * kBlockSize - origin);
+        const T* keys[kSpan / kBlockSize];
         Values<T> parts[10];
         for (int64_t block = first; block < last; block++) keys[block - first] = unit.k + unit.table[block] * a.cache.page;
-        fetch.due = (last - first) * 2 * kBlock * dim * (int64_t)sizeof(T) / 64;
+        fetch.due = (last - first) * 2 * kBlockSize * dim * (int64_t)sizeof(T) / 64;
         span_scores(rows, q, dim, keys, last - first, scores + from, fetch);
         for (int r = 0; r < rows; r++)
             softmax_row(a, origin, from, to, unit.first_pos + r / heads, scores + r * kSpan, top + r, total + r, acc + (int64_t)r * ld, ld);
@@ -222,10 +222,10 @@ static void attention(const Op& op, const Step& step, int tid, int threads) {
             int64_t rows = chunk.queries * heads, end = chunk.first_pos + chunk.queries;
             for (int64_t r = 0, from = chunk.begin, to; r < chunk.ranges; r++, from = to) {
                 to = r + 1 < chunk.ranges ? (from / kKeyRange + 1) * kKeyRange : end;
-                int64_t cost = ((to - from) / kBlock + 1) * (rows + 8);
+                int64_t cost = ((to - from) / kBlockSize + 1) * (rows + 8);
                 for (int h = 0; h < a.kv_heads; h++, at += cost, count++) {
                     if (!pass || at + cost / 2 < first || at + cost / 2 >= last) continue;
-                    int64_t row = (chunk.token * a.heads + h * heads) * a.dim, plane = (int64_t)h * kBlock * a.dim;
+                    int64_t row = (chunk.token * a.heads + h * heads) * a.dim, plane = (int64_t)h * kBlockSize * a.dim;
                     float* partials = chunk.partials ? chunk.partials + (r * a.kv_heads + h) * rows * partial_floats(a.dim) : nullptr;
                     units[mine++] = {(const T*)op.x + row, (const T*)a.cache.k + plane, (const T*)a.cache.v + plane, (T*)op.y + row, table,
                                      chunk.first_pos, from, to, chunk.queries, partials};

@@ -6,35 +6,43 @@ Python; program.py records a whole forward pass once and runs it by a single cal
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
+from loraplex.kernels.constants import ACTIVATIONS, ALIGN, OpCode
 from loraplex.kernels.cpu.abi import (
     ActMulArgs,
     AdapterArgs,
     AttentionArgs,
     CachedLayer,
-    EmbedArgs,
     NormArgs,
     Op,
-    OpCode,
     RopeArgs,
     Step,
 )
-from loraplex.kernels.cpu.op_records import CpuLinear, fill_adapters, fill_attention, linear_op, sample_op
+from loraplex.kernels.cpu.op_records import (
+    CpuLinear,
+    CpuParts,
+    embed_op,
+    fill_adapters,
+    fill_attention,
+    linear_ops,
+    sample_op,
+)
 from loraplex.kernels.cpu.program import CpuRecorder, Notes
+from loraplex.kernels.cpu.quantised import CpuQuantised, pack_quantised, quantised_bytes
 from loraplex.kernels.cpu.team import Team
 from loraplex.kernels.hugepages import HUGE_PAGE, huge_zeros
 from loraplex.kernels.ops import Backend, PackedLinear, Recorder
-from loraplex.kernels.records import ALIGN, AdapterStep, AttentionMeta, AttentionParams, KVLayer, QKNorm, Site
+from loraplex.kernels.quantized import Activations, PartShape, QuantizedWeight, dequantize
+from loraplex.kernels.records import AdapterStep, AttentionMeta, AttentionParams, KVLayer, QKNorm, Site
 
 REGION = 64 << 20
 """Bytes of huge pages taken at a time for weights; resident only as far as they are written."""
-
-ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 
 
 class CpuBackend(Backend):
@@ -67,6 +75,11 @@ class CpuBackend(Backend):
         twin._sink = notes
         return CpuRecorder(twin, notes, self.team, dtype, self.batch_invariant)
 
+    def beside(self) -> Backend:
+        twin = copy(self)
+        twin.team = twin._sink = Team(self.team.isa, threads=1)
+        return twin
+
     def _take(self, nbytes: int) -> Tensor:
         """[nbytes] uint8 for a weight, one behind the other: huge pages of their own would cost it 1 MiB on average."""
         nbytes = -(-nbytes // ALIGN) * ALIGN
@@ -75,17 +88,16 @@ class CpuBackend(Backend):
         taken, self._region = self._region[:nbytes], self._region[nbytes:]
         return taken
 
-    def packed_bytes(self, shapes: Iterable[tuple[int, int]], dtype: torch.dtype) -> int:
+    def packed_bytes(self, linears: Iterable[Sequence[PartShape]], dtype: torch.dtype) -> int:
         total = used = room = 0
-        for out, columns in shapes:
-            nbytes = -(-(-(-out // 16) * 16 * columns * dtype.itemsize) // ALIGN) * ALIGN
+        for nbytes in (nbytes for parts in linears for nbytes in _taken(parts, dtype)):
             if nbytes > room:  # as _take: what is left of a region is never written
                 total += -(-used // HUGE_PAGE) * HUGE_PAGE
                 used, room = 0, max(nbytes, REGION)
             used, room = used + nbytes, room - nbytes
         return total + -(-used // HUGE_PAGE) * HUGE_PAGE
 
-    def pack_linear(self, weight: Tensor) -> PackedLinear:
+    def pack_linear(self, weight: Tensor) -> CpuLinear:
         out, columns = weight.shape
         if columns % 2:
             raise ValueError(f"a weight of {columns} input features; the CPU backend packs them in pairs")
@@ -100,20 +112,28 @@ class CpuBackend(Backend):
         self.team.emit(op, weight.dtype)
         return CpuLinear(packed, columns, out)
 
+    def pack_parts(
+        self, parts: Sequence[Tensor | QuantizedWeight], dtype: torch.dtype, activations: Activations
+    ) -> PackedLinear:
+        packed: list[CpuLinear | CpuQuantised] = []
+        for dense, run in groupby(parts, _is_packed_dense):
+            if dense:
+                whole = [part if isinstance(part, Tensor) else dequantize(part) for part in run]
+                packed.append(self.pack_linear(torch.cat([part.to(dtype) for part in whole])))
+            else:
+                packed += (
+                    pack_quantised(part, activations, self.team, self._take)
+                    for part in run
+                    if isinstance(part, QuantizedWeight)
+                )
+        first = packed[0]
+        return first if len(packed) == 1 and isinstance(first, CpuLinear) else CpuParts(tuple(packed), dtype)
+
     def embed(self, ids: Tensor, table: PackedLinear, scale: float | None) -> Tensor:
-        assert isinstance(table, CpuLinear)
-        dtype = table.packed.dtype
-        y = self._sink.new(ids.shape[0], table.in_features, dtype=dtype)
-        op = Op(
-            code=OpCode.EMBED,
-            rows=ids.shape[0],
-            w=table.packed.data_ptr(),
-            y=y.data_ptr(),
-            columns_in=table.out_features,
-            columns_out=table.in_features,
-            embed=EmbedArgs(1.0 if scale is None else torch.tensor(scale, dtype=dtype).item()),
-        )
-        self._sink.emit(op, dtype, Step(ids=ids.data_ptr()))
+        assert isinstance(table, CpuLinear | CpuParts)
+        y = self._sink.new(ids.shape[0], table.in_features, dtype=table.dtype)
+        factor = 1.0 if scale is None else torch.tensor(scale, dtype=table.dtype).item()
+        self._sink.emit(embed_op(ids, table, factor, y), table.dtype, Step(ids=ids.data_ptr()))
         return y
 
     def rms_norm(
@@ -143,7 +163,8 @@ class CpuBackend(Backend):
         return self._linear(x, weight, y)
 
     def _linear(self, x: Tensor, weight: PackedLinear, y: Tensor) -> Tensor:
-        self._sink.emit(linear_op(x, weight, y), x.dtype)
+        for op in linear_ops(x, weight, y):
+            self._sink.emit(op, x.dtype)
         return y
 
     def add_bias_(self, y: Tensor, bias: Tensor) -> Tensor:
@@ -274,6 +295,21 @@ class CpuBackend(Backend):
         op.sample.logprobs = _pointer(logprobs)
         step = Step(draws=None if draws is None else draws.data_ptr(), drawn=ids.data_ptr())
         self._sink.emit(op, torch.float32, step)
+
+
+def _is_packed_dense(part: Tensor | QuantizedWeight) -> bool:
+    return isinstance(part, Tensor) or quantised_bytes((*part.codes.shape, part.format)) is None
+
+
+def _taken(parts: Sequence[PartShape], dtype: torch.dtype) -> Iterator[int]:
+    """List the bytes that pack_parts takes for each of its packed parts."""
+    for dense, run in groupby(parts, lambda part: quantised_bytes(part) is None):
+        if dense:
+            shapes = [(out, columns) for out, columns, _ in run]
+            out = sum(out for out, _ in shapes)
+            yield -(-(-(-out // 16) * 16 * shapes[0][1] * dtype.itemsize) // ALIGN) * ALIGN
+        else:
+            yield from (quantised_bytes(part) or 0 for part in run)
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

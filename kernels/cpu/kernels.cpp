@@ -1,6 +1,7 @@
 // Compiled once per instruction set with -DLORAPLEX_ISA=<name> (see setup.py); library.cpp picks one at run time.
 #include "attention.h"
 #include "packing.h"
+#include "quantised.h"
 #include "rowwise.h"
 #include "sampling.h"
 #include "sgmv.h"
@@ -10,13 +11,14 @@ namespace LORAPLEX_ISA {
 template <class T>
 static void dispatch(const Op& op, const Step& step, int phase, int tid, int threads) {
     int64_t rows = op.rows == kAllTokens ? step.tokens : op.rows == kLogitRows ? step.logit_rows : op.rows;
+    using enum OpCode;
     switch (op.code) {
-        case kEmbed: return embed<T>(op, step, rows, tid, threads);
+        case kEmbed: return op.embed.quantised ? embed_quantised<T>(op, step, rows, tid, threads) : embed<T>(op, step, rows, tid, threads);
         case kRmsNorm: return rms_norm<T>(op, rows, tid, threads);
         case kLinear:
             if (op.linear.to_float)
-                return linear(rows, (const T*)op.x, op.in, (const T*)op.w, op.out, (float*)op.y, tid, threads);
-            return linear(rows, (const T*)op.x, op.in, (const T*)op.w, op.out, (T*)op.y, tid, threads);
+                return linear(rows, (const T*)op.x, op.in, (const T*)op.w, op.out, (float*)op.y, op.linear.ldy, tid, threads);
+            return linear(rows, (const T*)op.x, op.in, (const T*)op.w, op.out, (T*)op.y, op.linear.ldy, tid, threads);
         case kBias: return add_bias<T>(op, rows, tid, threads);
         case kAdapter:
             bgmv<T>(op, step, phase, tid, threads);
@@ -28,12 +30,15 @@ static void dispatch(const Op& op, const Step& step, int phase, int tid, int thr
         case kGather: return gather<T>(op, step, rows, tid, threads);
         case kSample: return sample(op, step, rows, tid, threads);
         case kPack: return pack_linear((const T*)op.x, op.out, op.in, (T*)op.y, tid, threads);
-        default: return;
+        case kQuantised:
+            if (!phase) return prepare<T>(op, step, rows, tid, threads);
+            return op.linear.to_float ? multiply<T, float>(op, step, rows, tid, threads) : multiply<T, T>(op, step, rows, tid, threads);
+        case kPackQuantised: return pack_quantised(op, tid, threads);
     }
 }
 
-void run(const Op& op, const Step& step, int dtype, int phase, int tid, int threads) {
-    dtype ? dispatch<float>(op, step, phase, tid, threads) : dispatch<bf16>(op, step, phase, tid, threads);
+void run(const Op& op, const Step& step, ComputeType type, int phase, int tid, int threads) {
+    type == ComputeType::kFp32 ? dispatch<float>(op, step, phase, tid, threads) : dispatch<bf16>(op, step, phase, tid, threads);
 }
 
 }  // namespace LORAPLEX_ISA

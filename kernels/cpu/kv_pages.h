@@ -18,8 +18,8 @@ struct AttentionUnit {
     int64_t first_pos, begin, end;  // some query sees positions [begin, end)
     int queries;
     float* partials;  // [queries * heads, partial_floats]: where a unit of one range leaves it; null: y is complete
-    int64_t first_block() const { return begin / kBlock; }
-    int64_t last_block() const { return (end + kBlock - 1) / kBlock; }
+    int64_t first_block() const { return begin / kBlockSize; }
+    int64_t last_block() const { return (end + kBlockSize - 1) / kBlockSize; }
 };
 
 // Values of some tokens of a span: `steps` pairs (fp32: tokens) from token `first` of the span on.
@@ -52,7 +52,7 @@ struct PageFetch {
     bool half_page() {
         if (unit == end) return false;
         at = (const char*)((values ? unit->v : unit->k) + unit->table[block] * page_stride);
-        left = kBlock * dim * (int64_t)sizeof(T) / 64;
+        left = kBlockSize * dim * (int64_t)sizeof(T) / 64;
         values = !values;
         if (!values && ++block == unit->last_block() && ++unit != end) block = unit->first_block();
         return true;
@@ -78,12 +78,12 @@ static int span_values(const AttentionUnit<T>& unit, int64_t page_stride, int64_
     int count = 0;
     for (int64_t block = first; block < last; block++) {
         const T* page = unit.v + unit.table[block] * page_stride;
-        int64_t from = max2(unit.begin, block * kBlock), end = min2(unit.end, (block + 1) * kBlock);
+        int64_t from = max2(unit.begin, block * kBlockSize), end = min2(unit.end, (block + 1) * kBlockSize);
         while (from < end) {
             int64_t token = from / P * P, n = (end - token) / P * P;  // whole pairs, if the first is whole
             bool copied = ld != dim || token != from || n == 0;
             if (copied) n = ld != dim ? round_up(end - token, P) : P;
-            const T* at = page + token % kBlock * dim;
+            const T* at = page + token % kBlockSize * dim;
             if (copied) copy_values(unit, token, n, at, dim, ld, copies);
             parts[count++] = {copied ? copies : at, token % kSpan, n / P};
             if (copied) copies += n * ld;

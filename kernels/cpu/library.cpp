@@ -19,7 +19,7 @@
 
 #include "records.h"
 
-#define DECLARE(ISA) namespace ISA { void run(const Op&, const Step&, int dtype, int phase, int tid, int threads); }
+#define DECLARE(ISA) namespace ISA { void run(const Op&, const Step&, ComputeType, int phase, int tid, int threads); }
 DECLARE(generic)
 #ifdef __x86_64__
 DECLARE(avx2)
@@ -29,7 +29,7 @@ DECLARE(avx512bf16)
 DECLARE(neonbf16)
 #endif
 
-using Run = void (*)(const Op&, const Step&, int, int, int, int);
+using Run = void (*)(const Op&, const Step&, ComputeType, int, int, int);
 struct Isa {
     const char* name;
     Run run;
@@ -40,7 +40,7 @@ static const Isa kIsas[] = {
 #ifdef __x86_64__
     {"avx512bf16", avx512bf16::run, [] { return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq"); }},
     {"avx512", avx512::run, [] { return __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq"); }},
-    {"avx2", avx2::run, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
+    {"avx2", avx2::run, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }},
 #elif defined(__aarch64__)
     {"neonbf16", neonbf16::run, [] { return (getauxval(AT_HWCAP2) & HWCAP2_BF16) != 0; }},
 #endif
@@ -99,7 +99,7 @@ static float* rank_scratch(const Step& step) {
 static float* partial_scratch(const Step& step, const Op* ops, int count, int threads, int most) {
     static thread_local std::unique_ptr<float[]> scratch;
     static thread_local int64_t size = 0;
-    const Op* op = std::find_if(ops, ops + count, [](const Op& each) { return each.code == kAttention; });
+    const Op* op = std::find_if(ops, ops + count, [](const Op& each) { return each.code == OpCode::kAttention; });
     if (op == ops + count) return nullptr;
     int64_t units = 0, rows = 0;
     bool longer = false;
@@ -117,12 +117,30 @@ static float* partial_scratch(const Step& step, const Op* ops, int count, int th
     return scratch.get();
 }
 
-static void run_ops(Run run, const Op* ops, int count, const Step& step, int dtype, int chunks, Phase* phases) {
+// Room for the inputs of the quantised linear that takes most: at most 4 bytes an input and as many again for each 16 or more of
+// them (quantised.h).
+static uint8_t* prepared_scratch(const Step& step, const Op* ops, int count) {
+    static thread_local std::unique_ptr<uint8_t[]> scratch;
+    static thread_local int64_t size = 0;
+    int64_t wanted = 0;
+    for (const Op* op = ops; op < ops + count; op++) {
+        if (op->code != OpCode::kQuantised) continue;
+        int64_t rows = op->rows == kAllTokens ? step.tokens : op->rows == kLogitRows ? step.logit_rows : op->rows;
+        wanted = std::max(wanted, rows * prepared_bytes(*(const Quantised*)op->w));
+    }
+    if (wanted > size) {
+        size = wanted;
+        scratch.reset(new uint8_t[size + kAlign]);
+    }
+    return (uint8_t*)(((uintptr_t)scratch.get() + kAlign - 1) / kAlign * kAlign);
+}
+
+static void run_ops(Run run, const Op* ops, int count, const Step& step, ComputeType type, int chunks, Phase* phases) {
     for (int i = 0; i < count; i++) {
-        bool adapter = ops[i].code == kAdapter, two = adapter || (ops[i].code == kAttention && step.partials);
+        bool adapter = ops[i].code == OpCode::kAdapter, two = adapter || ops[i].code == OpCode::kQuantised || (ops[i].code == OpCode::kAttention && step.partials);
         if (adapter && !step.segments) continue;
         for (int phase = adapter && !step.decode_segments; phase < 1 + two; phase++)
-            phases[i * 2 + phase].work(chunks, [&](int chunk) { run(ops[i], step, dtype, phase, chunk, chunks); });
+            phases[i * 2 + phase].work(chunks, [&](int chunk) { run(ops[i], step, type, phase, chunk, chunks); });
     }
 }
 
@@ -156,19 +174,20 @@ int loraplex_isa(const char* name) {
     return -1;
 }
 const char* loraplex_isa_name(int isa) { return kIsas[isa].name; }
-// What abi.py must agree with, in the order of its _CONSTANTS.
-const int* loraplex_constants() {
-    static const int constants[] = {kMaxGroups, kMaxRopes, kBlock, kTileRanks, kAlign, kTileColumns, kDraw, kAllTokens, kLogitRows,
-                                    kCodes, (int)sizeof(Op), (int)sizeof(Step), (int)sizeof(Steps)};
-    return constants;
+// What this was built from, for abi.py to compare: its constants, and the bytes of its records in the order of abi.RECORDS.
+const char* loraplex_constants() { return kConstants; }
+const int* loraplex_sizes() {
+    static const int sizes[] = {(int)sizeof(Op), (int)sizeof(Step), (int)sizeof(Steps), (int)sizeof(Quantised)};
+    return sizes;
 }
 
 // Runs the ops, `steps->most` times unless something ends it before; null: once. Returns how many times.
-int loraplex_run(int isa, const Op* ops, int count, const Step* given, int dtype, int threads, const Steps* steps) {
+int loraplex_run(int isa, const Op* ops, int count, const Step* given, ComputeType type, int threads, const Steps* steps) {
     Run run = kIsas[isa].run;
     Step own = *given, *step = &own;
     int most = steps ? steps->most : 1, each = count * 2 + 1, done = 1;
     own.ranks = rank_scratch(own);
+    own.prepared = prepared_scratch(own, ops, count);
     own.partials = threads > 1 ? partial_scratch(own, ops, count, threads, most) : nullptr;
     std::unique_ptr<Phase[]> phases(new Phase[each * most]);
     std::unique_ptr<bool[]> goes_on(new bool[most]);  // by step: a thread that was held up may be steps behind
@@ -177,7 +196,7 @@ int loraplex_run(int isa, const Op* ops, int count, const Step* given, int dtype
         int chunks = omp_get_num_threads() > 1 ? omp_get_num_threads() * kChunks : 1;
         for (int s = 0;; s++) {
             Phase* phase = &phases[s * each];
-            run_ops(run, ops, count, *step, dtype, chunks, phase);
+            run_ops(run, ops, count, *step, type, chunks, phase);
             if (s + 1 == most) break;
             phase[count * 2].work(1, [&](int) { done += goes_on[s] = go_on(own, *steps); });
             if (!goes_on[s]) break;

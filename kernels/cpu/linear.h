@@ -9,6 +9,7 @@
 // Where the CPU does not multiply bf16, a pair's two weights are widened one after the other, through the same register, and x is
 // widened to fp32 once, before the panels.
 #pragma once
+#include "constants.h"
 #include "vec.h"
 
 namespace LORAPLEX_ISA {
@@ -37,7 +38,6 @@ template <class X>
 constexpr int kTileRows = sizeof(X) == 2 ? 6 : kFloatRows;  // pairs need no mask
 constexpr int tile_vecs(int64_t rows) { return rows == 1 ? kRowVecs : rows == 2 ? kPairVecs : kTileVecs; }
 constexpr int kLeastVecs = min2(kTileVecs, 16 / kLanes);  // all columns are multiples of 16
-constexpr int kPanel = 64;
 
 INLINE fvec multiply_add(fvec acc, uvec a, uvec b) { return dot_pairs(acc, a, b); }
 INLINE fvec multiply_add(fvec acc, fvec a, fvec b) {
@@ -235,7 +235,7 @@ INLINE int64_t widened_rows(int64_t in) { return max2<int64_t>(kWidened / 4 / in
 // gave, even at 9 panels). Else they share units of 16 columns (64 rows of 576 -> 576 took a tenth less on Zen 4 with AVX2), but
 // where pairs are multiplied, whose tiles are as wide as a panel, the tiles of rows of each panel.
 template <class T, class O>
-static void linear(int64_t rows, const T* x, int64_t in, const T* packed, int64_t out, O* y, int tid, int threads) {
+static void linear(int64_t rows, const T* x, int64_t in, const T* packed, int64_t out, O* y, int64_t ldy, int tid, int threads) {
     static thread_local Scratch<Operand<T>> scratch;
     constexpr int P = Pack<T>::P, R = kTileRows<Operand<T>>;
     bool narrow = (out + 63) / 64 < threads || (!kDots && rows > kFloatRows), by_rows = !narrow && rows > kRowBlock;
@@ -246,7 +246,7 @@ static void linear(int64_t rows, const T* x, int64_t in, const T* packed, int64_
         int64_t base = n / 64 * 64, width = min2<int64_t>(64, round_up(out - base, 16)), columns = min2(base + width, end) - n;
         const T* w = packed + base * in + (n - base) * P;
         for (int64_t m = 0; m < here; m += kRowBlock)
-            stream_rows(min2<int64_t>(kRowBlock, here - m), xs + m * in, in, w, width * P, in / P, y + (row + m) * out + n, out, (int)min2(columns, out - n), rows <= kRowBlock, m > 0 || (row > 0 && !by_rows));
+            stream_rows(min2<int64_t>(kRowBlock, here - m), xs + m * in, in, w, width * P, in / P, y + (row + m) * ldy + n, ldy, (int)min2(columns, out - n), rows <= kRowBlock, m > 0 || (row > 0 && !by_rows));
         return columns;
     };
     if (by_rows) {

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loraplex.kernels.cpu.abi import LinearArgs, Op, OpCode, Step
+from loraplex.kernels.constants import OpCode
+from loraplex.kernels.cpu.abi import EmbedArgs, LinearArgs, Op, Step
+from loraplex.kernels.cpu.quantised import CpuQuantised
 from loraplex.kernels.ops import PackedLinear
 from loraplex.kernels.records import AdapterStep, AttentionMeta
 
@@ -20,19 +22,66 @@ class CpuLinear:
     in_features: int
     out_features: int
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.packed.dtype
 
-def linear_op(x: Tensor, weight: PackedLinear, y: Tensor) -> Op:
-    """Describe x [T, in] -> y [T, out], in x's dtype or in fp32."""
-    assert isinstance(weight, CpuLinear), f"{type(weight).__name__} was packed by another backend"
+    @property
+    def address(self) -> int:
+        return self.packed.data_ptr()
+
+
+@dataclass(frozen=True)
+class CpuParts:
+    """A weight of one input whose parts' outputs lie one behind the other, some of them quantised."""
+
+    parts: tuple[CpuLinear | CpuQuantised, ...]
+    dtype: torch.dtype  # the compute dtype
+
+    @property
+    def in_features(self) -> int:
+        return self.parts[0].in_features
+
+    @property
+    def out_features(self) -> int:
+        return sum(part.out_features for part in self.parts)
+
+
+def linear_ops(x: Tensor, weight: PackedLinear, y: Tensor) -> list[Op]:
+    """Describe x [T, in] -> y [T, out], in x's dtype or in fp32: an op for each part of the weight."""
+    assert isinstance(weight, CpuLinear | CpuParts), f"{type(weight).__name__} was packed by another backend"
+    ops, start = [], y.data_ptr()
+    for part in weight.parts if isinstance(weight, CpuParts) else [weight]:
+        dense = isinstance(part, CpuLinear)
+        op = Op(
+            code=OpCode.LINEAR if dense else OpCode.QUANTISED,
+            rows=x.shape[0],
+            x=x.data_ptr(),
+            w=part.address,
+            y=start,
+            columns_in=part.in_features,
+            columns_out=part.out_features,
+            linear=LinearArgs(to_float=y.dtype == torch.float32 != x.dtype, ldy=weight.out_features),
+        )
+        ops.append(op)
+        start += part.out_features * y.element_size()
+    return ops
+
+
+def embed_op(ids: Tensor, table: PackedLinear, scale: float, y: Tensor) -> Op:
+    """Describe the rows `ids` of a table, times `scale`, to y [T, in]."""
+    assert isinstance(table, CpuLinear | CpuParts), f"{type(table).__name__} was packed by another backend"
+    part = table if isinstance(table, CpuLinear) else table.parts[0]
+    assert part.out_features == table.out_features, "a table has one part"
+    dense = isinstance(part, CpuLinear)
     return Op(
-        code=OpCode.LINEAR,
-        rows=x.shape[0],
-        x=x.data_ptr(),
-        w=weight.packed.data_ptr(),
+        code=OpCode.EMBED,
+        rows=ids.shape[0],
+        w=part.address,
         y=y.data_ptr(),
-        columns_in=weight.in_features,
-        columns_out=weight.out_features,
-        linear=LinearArgs(to_float=y.dtype == torch.float32 != x.dtype),
+        columns_in=table.out_features,
+        columns_out=table.in_features,
+        embed=EmbedArgs(scale, not dense),
     )
 
 

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loraplex.kernels.cpu.abi import ALL_TOKENS, LOGIT_ROWS, MAX_GROUPS, MAX_ROPES, Op, OpCode, Step, Steps
-from loraplex.kernels.cpu.op_records import fill_adapters, fill_attention, linear_op, sample_op
+from loraplex.kernels.constants import ALL_TOKENS, LOGIT_ROWS, MAX_GROUPS, MAX_ROPES, OpCode
+from loraplex.kernels.cpu.abi import Op, Step, Steps
+from loraplex.kernels.cpu.op_records import fill_adapters, fill_attention, linear_ops, sample_op
 from loraplex.kernels.cpu.team import Team
 from loraplex.kernels.ops import Backend, DecodeSteps, StepInputs
 
@@ -84,7 +85,7 @@ class CpuProgram:
         self._team = team
         self._workspace = notes.workspace
         self._ops = (Op * len(notes.noted))(*notes.noted)
-        self._decode_ops = (Op * (len(notes.noted) + 2))(*notes.noted)  # the last two are set by decode()
+        self._decode_ops = self._ops  # with those of the head and the draw behind them, set by decode()
         self._dtype = dtype
         self._batch_invariant = batch_invariant
 
@@ -98,8 +99,10 @@ class CpuProgram:
         logits = torch.empty(rows, steps.head.out_features, dtype=torch.float32)
         drawn = torch.empty(steps.most, rows, dtype=torch.int64)
         step.draws, step.drawn = None if steps.draws is None else steps.draws.data_ptr(), drawn.data_ptr()
-        self._decode_ops[-2] = linear_op(hidden, steps.head, logits)
-        self._decode_ops[-1] = sample_op(logits)
+        last = [*linear_ops(hidden, steps.head, logits), sample_op(logits)]
+        if len(self._decode_ops) != len(self._ops) + len(last):
+            self._decode_ops = (Op * (len(self._ops) + len(last)))(*self._ops)
+        self._decode_ops[-len(last) :] = last
         following = Steps(
             most=steps.most,
             num_stops=steps.stops.shape[0],

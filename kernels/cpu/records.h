@@ -1,15 +1,10 @@
-// What Python hands over: plain C structs, mirrored by abi.py, which reads the constants from the library. Pointers are owned by
-// the caller.
+// What Python hands over: plain C structs, mirrored by abi.py. Pointers are owned by the caller. constants.h is written from
+// kernels/constants.py when the library is built.
 #pragma once
 #include <cstdint>
 
-constexpr int kMaxGroups = 8, kMaxRopes = 4, kDraw = 5;
-constexpr int kBlock = 16;       // tokens of a KV page
-constexpr int kTileRanks = 16;   // most ranks of a tile
-constexpr int kAlign = 64;       // bytes: unit of a tile's offsets
-constexpr int kAllTokens = -1, kLogitRows = -2;
-constexpr int kTileColumns = 6;
-enum TileKind : int32_t { kLowRank, kBiasTile, kScale };
+#include "constants.h"
+
 constexpr int kQueries = 8, kKeyRange = 512;  // of a unit of attention
 constexpr int64_t partial_floats(int64_t dim) { return (dim + 15) / 16 * 16 + 2; }  // a row's sums, largest score, total weight
 
@@ -31,12 +26,13 @@ struct Step {
     const int32_t* mix_slot;   // [mixes]
     const float* mix_weight;   // [mixes]
     const int32_t* ranges;     // [slots, num_layers, num_sites, 2]
-    const int32_t* tiles;      // [capacity, kTileColumns]: a_off, b_off, n, out_start, out_len, TileKind (kernels/records.py)
+    const int32_t* tiles;      // [capacity, kTileColumns]: a_off, b_off, n, out_start, out_len, TileKind
     uint8_t* arena;
     const double* draws;       // [logit_rows, kDraw]: struct Draw of sampling.h; null takes the largest
     int64_t* drawn;            // [logit_rows]
     float* ranks;              // [decode rows * tiles a row, kTileRanks]: scratch of the shrink, loraplex_run's own
     float* partials;           // scratch of attention where key ranges are shared by threads (attention.h), loraplex_run's own
+    uint8_t* prepared;         // scratch of quantised linears: x as their kernels want it (quantised.h), loraplex_run's own
 };
 
 // Decode steps that follow one another: what each draws is what the next computes. Of a Step's arrays ids, store_index, kv_lens,
@@ -51,19 +47,41 @@ struct Steps {
     int64_t turns[kMaxRopes];      // rotary_dim of cos and sin
 };
 
-enum OpCode : int32_t { kEmbed, kRmsNorm, kLinear, kBias, kAdapter, kRope, kAttention, kActMul, kGather, kSample, kPack, kCodes };
+// A quantised weight [out, in] in panels of 64 columns (quantised.h). Inputs are padded to whole units of `unit`; a group of
+// inputs with a scale of its own is `group_units` units, and `span` groups share the number that their bytes are multiplied by.
+struct Quantised {
+    const uint8_t* data;    // null while it is packed
+    const float* codebook;  // [2^bits]; null: a code's value is code - zero
+    const int32_t* order;   // [in]: column j of the codes is of input order[j]; null: as they come
+    int64_t in, out;
+    int64_t panel_bytes, block_bytes;
+    int32_t bits;                       // of a code as it is stored: 4 or 8
+    int32_t signed_codes, zero;
+    int32_t unit, units, block_units, group_units, span;
+    NumberKind scale, offset, shared;   // offset kNone: there is none; shared kNone: one level
+    int32_t rounded;                    // activations in 8 bits (A8): 1 with a scale for each 32 inputs, 2 with one for each row
+};
+// Bytes of a row of x as a kernel may want it: inputs as fp32 at most, and two numbers for each unit.
+constexpr int64_t prepared_bytes(const Quantised& w) { return (int64_t)w.units * (w.unit * 4 + 8) + kAlign; }
+struct QuantisedSource {  // what is packed: rows of outputs, numbers as they are stored; null: there are none
+    const uint8_t *codes;                         // [out, in]
+    const uint8_t *scale, *shared_scale;          // [out, groups], [out, groups / span]
+    const uint8_t *offset, *shared_offset;
+};
 
 // What an op has beside x, w and y, by its code.
 struct EmbedArgs {
     float scale;
+    int32_t quantised;  // w is a Quantised
 };
 struct NormArgs {
     const void* residual;  // null: x alone is normed
     void* total;           // x + residual
     float eps, offset;
 };
-struct LinearArgs {
+struct LinearArgs {  // of kLinear and kQuantised
     int32_t to_float;  // y is fp32 whatever x is: logits
+    int64_t ldy;       // elements from one row of y to the next: a part of a fused weight writes a window of columns
 };
 struct AdapterArgs {
     int32_t layer, site;
@@ -85,7 +103,7 @@ struct AttentionArgs {
     int32_t heads, kv_heads, dim, window;  // window 0: none
 };
 struct ActMulArgs {
-    int32_t activation;  // 0 silu, 1 gelu_tanh
+    Activation activation;
 };
 struct SampleArgs {
     float* logprobs;  // null: not wanted
@@ -93,8 +111,9 @@ struct SampleArgs {
 
 // One op. Rows are contiguous; `rows` is a count, kAllTokens (step->tokens) or kLogitRows (step->logit_rows).
 struct Op {
-    int32_t code, rows;
-    const void *x, *w;  // input, weight (packed for kLinear and kEmbed)
+    OpCode code;
+    int32_t rows;
+    const void *x, *w;  // input (kPackQuantised: a QuantisedSource), weight (packed for kLinear and kEmbed, else a Quantised)
     void* y;
     int64_t in, out;    // columns of x and y
     union {

@@ -105,7 +105,7 @@ static void act_mul(const Op& op, int64_t rows, int tid, int threads) {
         for (int64_t i = 0; i < n; i += kLanes) {
             int m = lanes_left(n - i);
             fvec g = load_n(gate + i, m);
-            store_n(y + i, (op.act_mul.activation ? gelu_tanh(g) : silu(g)) * load_n(up + i, m), m);
+            store_n(y + i, (op.act_mul.activation == Activation::kGeluTanh ? gelu_tanh(g) : silu(g)) * load_n(up + i, m), m);
         }
     }
 }
@@ -133,7 +133,7 @@ INLINE void rotate_head(const T* x, const T* norm, float eps, float offset, cons
 template <class T>
 INLINE void store_key(const T* x, int dim, int64_t slot, T* page) {
     constexpr int P = Pack<T>::P;
-    for (int d = 0; d < dim; d += P) memcpy((void*)(page + d * kBlock + slot * P), x + d, P * sizeof(T));
+    for (int d = 0; d < dim; d += P) memcpy((void*)(page + d * kBlockSize + slot * P), x + d, P * sizeof(T));
 }
 template <class T>
 INLINE void store_value(const T* x, int dim, int64_t slot, T* page) {
@@ -152,12 +152,12 @@ static void rope_store(const Op& op, const Step& step, int64_t rows, int tid, in
     for (int64_t t = range.first; t < range.last; t++) {
         const T* x = (const T*)op.x + t * width;
         const float *cos = step.cos[a.kind] + t * rotary, *sin = step.sin[a.kind] + t * rotary;
-        int64_t at = step.store_index[a.cache.group][t], page = at / kBlock, slot = at % kBlock;
+        int64_t at = step.store_index[a.cache.group][t], page = at / kBlockSize, slot = at % kBlockSize;
         for (int h = 0; h < heads; h++)
             rotate_head(x + h * dim, (const T*)a.q_norm, a.eps, a.offset, cos, sin, dim, rotary, (T*)op.y + (t * heads + h) * dim);
         for (int h = 0; h < kv; h++) {
             T key[kMaxDim];
-            int64_t to = page * a.cache.page + (int64_t)h * kBlock * dim;
+            int64_t to = page * a.cache.page + (int64_t)h * kBlockSize * dim;
             rotate_head(x + (heads + h) * dim, (const T*)a.k_norm, a.eps, a.offset, cos, sin, dim, rotary, key);
             store_key(key, dim, slot, (T*)a.cache.k + to);
             store_value(x + (heads + kv + h) * dim, dim, slot, (T*)a.cache.v + to);

@@ -7,11 +7,12 @@ import ctypes
 import torch
 from torch import Tensor
 
+from loraplex.kernels.constants import ComputeType
 from loraplex.kernels.cpu import abi
 from loraplex.kernels.cpu.abi import Op, Step, Steps
 from loraplex.kernels.ops import BackendUnavailable
 
-_DTYPES = {torch.bfloat16: 0, torch.float32: 1}
+_TYPES = {torch.bfloat16: ComputeType.BF16, torch.float32: ComputeType.FP32}
 
 
 class Team:
@@ -34,10 +35,10 @@ class Team:
 
         Returns how many steps those were when the last is done. Raises ValueError for a dtype without kernels.
         """
-        if dtype not in _DTYPES:
+        if dtype not in _TYPES:
             raise ValueError(f"the CPU backend computes in bfloat16 or float32, not {dtype}")
         following = None if steps is None else ctypes.byref(steps)
-        done: int = self._run(self._isa, ops, len(ops), ctypes.byref(step), _DTYPES[dtype], self.threads, following)
+        done: int = self._run(self._isa, ops, len(ops), ctypes.byref(step), _TYPES[dtype], self.threads, following)
         return done
 
     def emit(self, op: Op, dtype: torch.dtype, step: Step | None = None) -> None:

@@ -46,8 +46,9 @@ static void mix_tiles(const Step& step, int segment, int layer, int site, TileLi
         for (int i = range[0]; i < range[1]; i++) {
             const int32_t* r = step.tiles + (int64_t)i * kTileColumns;
             const uint8_t* b = step.arena + (int64_t)r[1] * kAlign;
-            out[list.count++] = {r[5] == kLowRank ? (const T*)(step.arena + (int64_t)r[0] * kAlign) : nullptr, (const T*)b,
-                                 r[5] == kScale ? (const float*)b : nullptr, r[2], r[3], r[4], step.mix_weight[m]};
+            TileKind kind = (TileKind)r[5];
+            out[list.count++] = {kind == TileKind::kLowRank ? (const T*)(step.arena + (int64_t)r[0] * kAlign) : nullptr, (const T*)b,
+                                 kind == TileKind::kScale ? (const float*)b : nullptr, r[2], r[3], r[4], step.mix_weight[m]};
         }
     }
 }

@@ -58,6 +58,19 @@ struct bf16 {
     uint16_t bits;
 };
 
+// The value as it is rounded here: what follows is not fused with what made it.
+template <class A>
+INLINE A rounded(A v) {
+#if defined(__AVX512F__)
+    asm("" : "+v"(v));
+#elif defined(__x86_64__)
+    asm("" : "+x"(v));
+#elif defined(__aarch64__)
+    asm("" : "+w"(v));
+#endif
+    return v;
+}
+
 INLINE fvec splat(float v) { return v - fvec{}; }  // 0 + v would be an addition: v may be -0
 INLINE fvec load(const float* p) { return *(const fvec_u*)p; }
 INLINE void store(float* p, fvec v) { *(fvec_u*)p = v; }

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from loraplex.kernels.constants import ALIGN
 from loraplex.kernels.gpu import tuning
 from loraplex.kernels.gpu.tiles import (
     LOW_RANK,
@@ -27,7 +28,7 @@ from loraplex.kernels.gpu.tiles import (
     shrink_tile,
     tile_range,
 )
-from loraplex.kernels.records import ALIGN, AdapterSegments, Site, TileTable
+from loraplex.kernels.records import AdapterSegments, Site, TileTable
 
 _COUNTS = ["splits", "slot_stride", "cell", "num_segments", "most_tiles"]
 """Arguments that vary between calls: no compilation may hang on their values."""

@@ -12,9 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from loraplex.kernels.constants import BLOCK_SIZE
 from loraplex.kernels.gpu import tuning
 from loraplex.kernels.gpu.online_softmax import NO_WINDOW, attend, sizes
-from loraplex.kernels.records import BLOCK_SIZE, AttentionMeta, AttentionParams, KVLayer
+from loraplex.kernels.records import AttentionMeta, AttentionParams, KVLayer
 
 
 def prefill(

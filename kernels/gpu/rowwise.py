@@ -10,10 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from loraplex.kernels.constants import ACTIVATIONS, BLOCK_SIZE, Activation
 from loraplex.kernels.gpu import tuning
-from loraplex.kernels.records import BLOCK_SIZE, AttentionParams, KVLayer, QKNorm
+from loraplex.kernels.records import AttentionParams, KVLayer, QKNorm
 
-ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
+GELU_TANH = tl.constexpr(int(Activation.GELU_TANH))
 
 
 def gather(table: Tensor, ids: Tensor, scale: float | None) -> Tensor:
@@ -66,7 +67,7 @@ def act_mul(gate_up: Tensor, activation: str) -> Tensor:
     y = torch.empty(rows, columns, dtype=gate_up.dtype, device=gate_up.device)
     if y.numel():
         _act_mul[(rows, triton.cdiv(columns, tuning.ELEMENTS))](
-            gate_up, y, columns, activation=ACTIVATIONS[activation], block=tuning.ELEMENTS
+            gate_up, y, columns, activation=int(ACTIVATIONS[activation]), block=tuning.ELEMENTS
         )
     return y
 
@@ -179,7 +180,7 @@ def _act_mul(gate_up, y, columns, activation: tl.constexpr, block: tl.constexpr)
     gate = tl.load(gate_up + row * 2 * columns + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + (row * 2 + 1) * columns + column, mask=inside, other=0.0).to(tl.float32)
     z = gate
-    if activation == 1:
+    if activation == GELU_TANH:
         z = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
     result = gate / (1.0 + tl.exp(-z)) * up
     tl.store(y + row * columns + column, result.to(y.dtype.element_ty), mask=inside)

@@ -9,15 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from loraplex.kernels.records import (
-    ALIGN,
-    TILE_COLUMNS,
-    TILE_RANKS,
-    AdapterSegments,
-    Site,
-    TileKind,
-    TileTable,
-)
+from loraplex.kernels.constants import ALIGN, TILE_COLUMNS, TILE_RANKS, TileKind
+from loraplex.kernels.records import AdapterSegments, Site, TileTable
 
 RANKS = TILE_RANKS
 """Also the smallest size that a matrix unit takes."""

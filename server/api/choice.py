@@ -1,29 +1,22 @@
-"""One choice of an answer: tokens of its engine request becoming text, with the prompt in front where it is echoed."""
+"""One choice of an answer: the tokens of its submission becoming text, with the prompt in front where it is echoed."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.histogram import Histogram
 from loraplex.server.api.errors import InvalidField
 from loraplex.server.api.prompts import Echo, GenerationOptions, ScoredPrompt, ScoredToken
-from loraplex.server.api.services import Services
-from loraplex.server.engine.request import (
-    EngineError,
-    FinishReason,
-    GenerationRequest,
-    Phases,
-    ShuttingDown,
-    TokenEvent,
-)
-from loraplex.server.engine.streams import EventStream, Shortcut
+from loraplex.server.api.submission import Submission
+from loraplex.server.engine.request import EngineError, FinishReason, Phases, ShuttingDown, TokenEvent
+from loraplex.server.engine.streams import Shortcut
+from loraplex.server.telemetry.metrics import Metrics
 from loraplex.server.telemetry.request_context import ChoiceTimes
 from loraplex.server.telemetry.usage import GAPS
 from loraplex.server.text.detokenizer import Detokenizer
@@ -43,39 +36,32 @@ class Delta:
 
 
 class Choice:
-    """One choice: its engine request, and its tokens becoming text."""
+    """One choice: the events of its submission becoming text."""
 
     def __init__(
         self,
         index: int,
-        request: GenerationRequest,
-        submitted: float,
-        events: EventStream,
+        submission: Submission,
         detokenizer: Detokenizer,
-        services: Services,
+        metrics: Metrics,
         echo: Echo | None,
         options: GenerationOptions,
         eos_ids: frozenset[int],
     ) -> None:
-        self.params = request.params
+        self.params = submission.request.params
         self.num_tokens = 0
         self._paid = 0  # of them
         self.finish_reason = "abort"  # unless it comes to an end of its own
         self._index = index
-        self._request = request
-        self._events = events
+        self._submission = submission
         self._detokenizer = detokenizer
         self._eos_ids = eos_ids
-        self._metrics = services.metrics
-        self._engine = services.engine
-        self._registry = services.adapters.registry
-        self._anew = False
+        self._metrics = metrics
         self._aborted = False
         self._echo = echo  # until it was said
         self._options = options
         self._shift = len(echo.text) if echo is not None else 0
-        self._submitted = submitted  # time.monotonic()
-        self._last_time = request.arrival
+        self._last_time = submission.request.arrival
         self._first_time: float | None = None
         self._gaps = Histogram(GAPS)
         self._gap = 0.0  # of the tokens coming in
@@ -85,19 +71,11 @@ class Choice:
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
         try:
-            while True:
-                refusal: AdapterRefused | None = None
-                async for event in self._events:
-                    refusal = self._outdated_by(event)
-                    if refusal is not None:
-                        break
-                    delta = self._take(event)
-                    yield delta
-                    if delta.finish_reason is not None:
-                        return
-                if refusal is None:
+            async for event in self._submission:
+                delta = self._take(event)
+                yield delta
+                if delta.finish_reason is not None:
                     return
-                self._submit_anew(refusal)
         finally:
             await self.close()
 
@@ -113,8 +91,8 @@ class Choice:
         return not self._detokenizer.has_stops and options.logprobs is None and not options.prompt_only
 
     def divert(self, shortcut: Shortcut) -> None:
-        """See EventStream.divert: what `shortcut` takes is not among the deltas."""
-        self._events.divert(shortcut)
+        """See Submission.divert: what `shortcut` takes is not among the deltas."""
+        self._submission.divert(shortcut)
 
     def take_plain(self, events: Sequence[TokenEvent]) -> list[str]:
         """The texts, some of them "", of the first `events` up to one that ends it, which is not taken. It is_plain."""
@@ -134,48 +112,27 @@ class Choice:
     def abort(self) -> None:
         """End it here, with what there is."""
         self._aborted = True
-        self._engine.abort(self._request.request_id)
+        self._submission.abort()
 
     async def close(self) -> None:
-        """Let go of the engine request. Idempotent."""
-        await self._events.aclose()
+        """Let go of the submission. Idempotent."""
+        await self._submission.aclose()
 
     def times(self) -> ChoiceTimes:
         """What there is to tell of it once it is closed."""
-        worn = [(lease.version, weight) for lease, weight in self._request.mix]
+        request = self._submission.request
+        worn = [(lease.version, weight) for lease, weight in request.mix]
         return ChoiceTimes(
             adapters=tuple((version.name, version.digest, weight) for version, weight in worn),
-            submitted=self._submitted,
+            submitted=self._submission.submitted,
             phases=self._phases,
             first_token=self._first_time,
             ended=time.monotonic(),
-            prompt_tokens=len(self._request.prompt_ids),
+            prompt_tokens=len(request.prompt_ids),
             tokens=self.num_tokens,
             gaps=self._gaps,
             finish_reason=self.finish_reason,
         )
-
-    def _outdated_by(self, event: TokenEvent) -> AdapterRefused | None:
-        """What ended it before it began, because an adapter's files turned out to be other ones by now.
-
-        Its name stands for the new ones since then: they answer, once; unless this very version was asked for.
-        """
-        if not isinstance(event.error, AdapterRefused) or event.error.code != "changed":
-            return None
-        exact = any(lease.exact for lease, _ in self._request.mix)
-        return None if self.num_tokens or self._anew or exact else event.error
-
-    def _submit_anew(self, refusal: AdapterRefused) -> None:
-        """With what the adapters' names point at now. Raises AdapterError, EngineError."""
-        self._anew = True
-        old = self._request.mix
-        mix = tuple((self._registry.lease(lease.version.name), weight) for lease, weight in old)
-        if [lease.version.info.tokenizer for lease, _ in mix] != [lease.version.info.tokenizer for lease, _ in old]:
-            for lease, _ in mix:
-                lease.release()
-            raise refusal  # its prompt was written by the old ones
-        self._request = replace(self._request, mix=mix)
-        self._events = self._engine.submit(self._request)
 
     def _take(self, event: TokenEvent) -> Delta:
         text = ""
@@ -206,13 +163,13 @@ class Choice:
         tokens, prompt = self._release(finish is not None), None
         if self._echo is not None:
             text = self._echo.text + text
-            prompt = self._echo.prompt(self._request.prompt_ids, event.prompt_logprobs)
+            prompt = self._echo.prompt(self._submission.request.prompt_ids, event.prompt_logprobs)
             self._echo = None
         return Delta(self._index, text, tokens, prompt, finish, stop_reason, event.embedding)
 
     def _check_constraint(self) -> None:
         """Raises ApiError where the grammar gave up: the answer ends where it should not."""
-        constraint = self._request.constraint
+        constraint = self._submission.request.constraint
         if constraint is not None and constraint.failure is not None and self._options.grammar is not None:
             self.finish_reason = "error"
             param = self._options.grammar[0]

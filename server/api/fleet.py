@@ -56,6 +56,7 @@ def _server_info(services: Services) -> dict[str, Any]:
         "tokenizer_path": facts.config.base,
         "served_model_name": facts.names[0],
         "dtype": facts.dtype,
+        "quantization": facts.formats.weights or None,
         "device": facts.device,
         "tp_size": 1,
         "dp_size": 1,

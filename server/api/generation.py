@@ -23,6 +23,7 @@ from loraplex.server.api.prompts import Echo, GenerationOptions, Prompt, PromptS
 from loraplex.server.api.sampling import SamplingSpec
 from loraplex.server.api.schemas import GenerationFields
 from loraplex.server.api.services import Services
+from loraplex.server.api.submission import Submission
 from loraplex.server.api.turns import Turn
 from loraplex.server.engine.request import ContextTooLong, GenerationRequest, Mix, TokenEvent
 from loraplex.server.telemetry.request_context import current_request_context
@@ -268,12 +269,10 @@ class Generation:
             skip_special_tokens=record.skip_special_tokens is not False and not options.show_special,
             stop_tokens=tokenizer.special_ids(record.stop),
         )
+        services = self._services
         try:
-            submitted = time.monotonic()  # before, or the engine's thread may have begun earlier
-            events = self._services.engine.submit(request)  # owns the lease from here on, also when it raises
+            submission = Submission(services.engine, services.adapters.registry, request)
         except ContextTooLong as error:
             raise to_api_error(error, self._source.param) from error
-        eos_ids = frozenset((*self._services.defaults.eos_token_ids, *tokenizer.eos_ids))
-        return Choice(
-            len(self._choices), request, submitted, events, detokenizer, self._services, echo, options, eos_ids
-        )
+        eos_ids = frozenset((*services.defaults.eos_token_ids, *tokenizer.eos_ids))
+        return Choice(len(self._choices), submission, detokenizer, services.metrics, echo, options, eos_ids)

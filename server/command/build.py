@@ -6,12 +6,13 @@ import ctypes
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from loraplex.adapters.files.tokenizer_files import TokenizerFiles
+from loraplex.adapters.format.kind import ServedBase
 from loraplex.adapters.image.tiles import BaseLayout
 from loraplex.adapters.registry import Registry
 from loraplex.adapters.sources.addresses import Reach
@@ -24,12 +25,13 @@ from loraplex.adapters.tiers.loader import Loader
 from loraplex.adapters.tiers.pages import PagePool
 from loraplex.adapters.tiers.reader import AdapterReader
 from loraplex.adapters.tiers.workspace import Workspace
+from loraplex.kernels.constants import BLOCK_SIZE
 from loraplex.kernels.ops import Backend
-from loraplex.kernels.records import BLOCK_SIZE
+from loraplex.kernels.quantized import Activations
 from loraplex.kernels.select import load_backend
 from loraplex.server.catalog.manager import AdapterManager
 from loraplex.server.command.sizing import MachineMemory, calibrated, compute_dtype
-from loraplex.server.config import EngineConfig
+from loraplex.server.config import EngineConfig, Quantize
 from loraplex.server.config_adapters import DownloadConfig
 from loraplex.server.engine.engine import Engine
 from loraplex.server.engine.policy.budget import (
@@ -48,16 +50,18 @@ from loraplex.server.engine.step.memory import (
 )
 from loraplex.server.engine.step.prefault import Prefault
 from loraplex.server.engine.step.worker import LocalWorker
+from loraplex.server.facts import BaseFormats
+from loraplex.server.models.base_weights import BaseWeights
+from loraplex.server.models.checkpoint import Checkpoint, WeightsError
 from loraplex.server.models.config import ModelConfig
 from loraplex.server.models.decoder import Decoder
 from loraplex.server.models.demo import default_cache_dir
 from loraplex.server.models.graphs import GraphedDecoder
+from loraplex.server.models.opening import open_checkpoint
+from loraplex.server.models.quantizing import QuantizingCheckpoint
 from loraplex.server.models.recorded import RecordedDecoder, record
-from loraplex.server.models.weights import (
-    BaseBiases,
-    ModelWeights,
-    load_weights,
-)
+from loraplex.server.models.weight_sizes import format_names
+from loraplex.server.models.weights import ModelWeights, activations_name, load_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +75,8 @@ class EngineParts:
     adapters: AdapterManager
     cache: AdapterCache
     model_config: ModelConfig
-    dtype: torch.dtype  # of weights, adapters and KV cache
+    dtype: torch.dtype  # of dense weights, adapters and KV cache
+    formats: BaseFormats
     memory: MemoryPlan
     token_budget: int  # tokens of a step, at first
     cost: StepCost
@@ -101,15 +106,22 @@ def build_engine(
     ops = load_backend(config.backend, config.device, config.batch_invariant)
     dtype = compute_dtype(config.dtype, model_path, ops)
     watch.lap("backend")
-    memory = MachineMemory(config, model_config, dtype, ops, model_path, count_process)
+    checkpoint = _open(config, model_path)
+    activations = None if config.activations is None else Activations(config.activations.value)
+    memory = MachineMemory(config, model_config, dtype, ops, checkpoint, count_process)
     memory.plan(config.token_budget or LEAST_BUDGET, not model_config.tie_word_embeddings)  # refuse before reading
-    weights = load_weights(model_path, model_config, ops, dtype)
+    weights = load_checkpoint(checkpoint, model_config, ops, dtype, activations=activations)
     give_back_freed()
     watch.lap("weights")
     cost = calibrated(model_config, weights, ops)
     watch.lap("calibration")
     plan, budget, most = memory.divide(cost, own_head=weights.head is not weights.embedding)
-    logger.info("%s on %s in %s, steps of %d tokens", base_names[0], ops.device, dtype, budget.tokens)
+    formats = BaseFormats(
+        str(dtype).removeprefix("torch."),
+        format_names(checkpoint),
+        activations_name(checkpoint, model_config, ops.device, activations),
+    )
+    logger.info("%s on %s in %s, steps of %d tokens", base_names[0], ops.device, formats, budget.tokens)
     if plan.max_model_len < (config.max_model_len or model_config.max_position):
         logger.warning(
             "context cut from %d to %d tokens by the memory there is", model_config.max_position, plan.max_model_len
@@ -118,6 +130,7 @@ def build_engine(
         config,
         model_config,
         weights,
+        BaseWeights(model_config, weights, checkpoint, ops.beside()),
         ops,
         plan,
         budget,
@@ -134,17 +147,32 @@ def build_engine(
         cache=cache,
         model_config=model_config,
         dtype=dtype,
-        memory=plan,
+        formats=formats,
+        memory=replace(plan, weights_remark=str(formats)),
         token_budget=budget.tokens,
         cost=cost,
         startup=watch.laps,
     )
 
 
+def _open(config: EngineConfig, path: Path) -> Checkpoint:
+    """Open the base's weights as they shall be kept. Raises WeightsError, also where what was chosen cannot be."""
+    checkpoint = open_checkpoint(path)
+    if config.quantize not in (None, Quantize.native):
+        checkpoint = QuantizingCheckpoint(checkpoint, config.quantize.value)
+    if config.activations is not None and not format_names(checkpoint):
+        raise WeightsError(
+            f"--activations {config.activations.value}: {path} is not quantised; leave the option out, or give "
+            "--quantize too"
+        )
+    return checkpoint
+
+
 def _assemble(
     config: EngineConfig,
     model_config: ModelConfig,
     weights: ModelWeights,
+    base: BaseWeights,
     ops: Backend,
     plan: MemoryPlan,
     budget: TokenBudget,
@@ -164,8 +192,7 @@ def _assemble(
     registry = Registry(taken=base_names)
     downloads = _downloads(download_config, registry)
     reader = AdapterReader(
-        layout,
-        BaseBiases(model_config, weights).get,
+        ServedBase(layout, base.bias, base.squared_norms, base.products),
         max_pages=plan.num_pages - len(plan.groups),
         workspace=Workspace(plan.loading_bytes),
         locate=downloads.locate,

@@ -14,7 +14,7 @@ import typer
 from loraplex.benchmarks.commands import app as bench  # a typer group that loads nothing more
 from loraplex.server.command.greeting import greet
 from loraplex.server.command.option_groups import grouped
-from loraplex.server.config import Device, ServeConfig
+from loraplex.server.config import Device, Quantize, ServeConfig
 from loraplex.server.options import ConfigError
 from loraplex.server.telemetry.logs import set_up
 from loraplex.server.version import version as installed_version
@@ -67,7 +67,7 @@ def serve(config: ServeConfig, vllm: VllmOptions) -> None:
         startup.prepare_environment(os.environ)
         set_up(config.run.log_format)
         startup.end_on_sigterm()
-        folder = startup.find_base(config.base)
+        folder = startup.find_base(config.base, native=config.engine.quantize is Quantize.native)
         code = launch.run(config, held, folder, greet)
     except (startup.StartError, ConfigError) as error:
         _give_up(str(error))

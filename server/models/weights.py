@@ -2,7 +2,7 @@
 
 Every tensor of the checkpoint is checked against the config by name and shape before the first is read. Then each is
 copied out of the mapped file straight into the place it keeps, and its mapping is dropped: the most that lies in memory
-beside the packed model is one linear.
+beside the packed model is one linear. Quantised weights go to the backend as they are read.
 """
 
 from __future__ import annotations
@@ -10,19 +10,21 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from loraplex.kernels.ops import Backend, PackedLinear
-from loraplex.kernels.records import Projection, Site, element_bytes
-from loraplex.server.models.checkpoint import DenseCheckpoint, WeightsError, open_checkpoint
+from loraplex.kernels.quantized import Activations, QuantizedWeight, WeightFormat, join
+from loraplex.kernels.records import Projection, Site
+from loraplex.server.models.checkpoint import Checkpoint
 from loraplex.server.models.config import ModelConfig
+from loraplex.server.models.opening import open_checkpoint
+from loraplex.server.models.weight_sizes import EMBED, HEAD, NORM, check_shape, check_tensors, layer_norms, linear_names
 
 logger = logging.getLogger(__name__)
-
-EMBED, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 
 
 @dataclass(frozen=True)
@@ -61,131 +63,90 @@ class ModelWeights:
 
 
 def load_weights(
-    path: str | Path, config: ModelConfig, ops: Backend, dtype: torch.dtype, device: torch.device | None = None
+    path: str | Path,
+    config: ModelConfig,
+    ops: Backend,
+    dtype: torch.dtype,
+    device: torch.device | None = None,
+    activations: Activations | None = None,
 ) -> ModelWeights:
-    """Read the safetensors files in `path`, convert to `dtype`, fuse and pack. `device` defaults to the ops' own.
+    """Load the weights at `path` as load_checkpoint does. Raises WeightsError."""
+    return load_checkpoint(open_checkpoint(path), config, ops, dtype, device, activations)
 
-    Raises WeightsError naming what is missing, left over, misshapen or damaged.
+
+def load_checkpoint(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    ops: Backend,
+    dtype: torch.dtype,
+    device: torch.device | None = None,
+    activations: Activations | None = None,
+) -> ModelWeights:
+    """Read `checkpoint`, fuse and pack its weights; dense ones are converted to `dtype`.
+
+    device: where weights are handed to the ops; None: the ops' own. activations: of quantised linears; None: what suits
+    their formats, see default_activations. Raises WeightsError naming what is missing, left over, misshapen or damaged.
     """
-    checkpoint = open_checkpoint(path)
-    _check(checkpoint, expected_shapes(config), optional=(HEAD,) if config.tie_word_embeddings else ())
-    return _Loader(checkpoint, config, ops, dtype, device or ops.device).load()
+    check_tensors(checkpoint, config)
+    return _Loader(checkpoint, config, ops, dtype, device or ops.device, activations).load()
 
 
-def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """List the name and shape of every tensor of the checkpoint; a tied head is not among them."""
-    shapes: dict[str, tuple[int, ...]] = {EMBED: (config.vocab_size, config.hidden_size), NORM: (config.hidden_size,)}
-    if not config.tie_word_embeddings:
-        shapes[HEAD] = shapes[EMBED]
-    for layer in range(config.num_layers):
-        prefix = f"model.layers.{layer}."
-        for projection in config.projections():
-            shapes[f"{prefix}{projection.name}.weight"] = (projection.out_features, projection.in_features)
-            if projection.has_bias:
-                shapes[f"{prefix}{projection.name}.bias"] = (projection.out_features,)
-        for name in _layer_norms(config).values():
-            shapes[f"{prefix}{name}"] = (config.hidden_size,)
-        if config.qk_norm:
-            shapes[f"{prefix}self_attn.q_norm.weight"] = (config.head_dim,)
-            shapes[f"{prefix}self_attn.k_norm.weight"] = (config.head_dim,)
-    return shapes
+def default_activations(formats: Sequence[WeightFormat], device: torch.device) -> Activations:
+    """Choose how exact the inputs are of a linear with parts of `formats`.
 
-
-def weights_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
-    """Count the bytes that the weights of `config` take in `dtype`, before any padding of a backend's own."""
-    total = 0
-    for shape in expected_shapes(config).values():
-        elements = 1
-        for size in shape:
-            elements *= size
-        total += elements
-    return total * element_bytes(dtype)
-
-
-def packed_shapes(config: ModelConfig, own_head: bool) -> list[tuple[int, int]]:
-    """List [out, in] of each packed linear in packing order. own_head: the head is not the embedding."""
-    sizes: dict[Site, list[int]] = {}
-    for projection in config.projections():
-        out, _ = sizes.setdefault(projection.site, [0, projection.in_features])
-        sizes[projection.site][0] = out + projection.out_features
-    layer = [(sizes[site][0], sizes[site][1]) for site in (Site.QKV, Site.O, Site.GATE_UP, Site.DOWN)]
-    table = (config.vocab_size, config.hidden_size)
-    return [table, *(layer * config.num_layers), *([table] if own_head else [])]
-
-
-def resident_bytes(config: ModelConfig, dtype: torch.dtype, ops: Backend, own_head: bool) -> int:
-    """Bound the bytes that loaded weights take: linears as `ops` packs them, norms and biases as they are."""
-    linears = {EMBED, HEAD} | {name for name in expected_shapes(config) if name.endswith("_proj.weight")}
-    vectors = [shape for name, shape in expected_shapes(config).items() if name not in linears]
-    small = sum(-(-shape[0] * element_bytes(dtype) // 64) * 64 + 64 for shape in vectors)  # malloc's own beside each
-    return ops.packed_bytes(packed_shapes(config, own_head), dtype) + small
-
-
-def loading_bytes(path: str | Path, config: ModelConfig, dtype: torch.dtype) -> int:
-    """Bound the bytes that loading takes beside the packed weights: one linear, and what of its file is mapped.
-
-    Raises WeightsError as load_weights does.
+    Exact beside a codebook (NF4's adapters were trained so, and fp8 is no integer) and on a GPU. On the CPU products of
+    integers are integers too.
     """
-    widest = max((tensor.element_bytes for tensor in open_checkpoint(path).tensors.values()), default=0)
-    element = element_bytes(dtype) + widest
-    return max(out * columns for out, columns in packed_shapes(config, own_head=False)) * element
+    integers = all(form.codebook is None for form in formats)
+    return Activations.A8 if integers and device.type == "cpu" else Activations.EXACT
 
 
-class BaseBiases:
-    """Find the base's own bias vectors, for adapters whose file replaces them."""
-
-    def __init__(self, config: ModelConfig, weights: ModelWeights) -> None:
-        self._projections = {projection.name: projection for projection in config.projections()}
-        self._layers = weights.layers
-
-    def get(self, layer: int, projection_name: str) -> Tensor | None:
-        """Return the bias [out] of e.g. (3, "self_attn.q_proj") in the compute dtype; None where the base has none."""
-        projection = self._projections[projection_name]
-        weights = self._layers[layer]
-        linears = {Site.QKV: weights.qkv, Site.O: weights.o, Site.GATE_UP: weights.gate_up, Site.DOWN: weights.down}
-        bias = linears[projection.site].bias
-        return None if bias is None else bias[projection.out_start : projection.out_start + projection.out_features]
-
-
-def _layer_norms(config: ModelConfig) -> dict[str, str]:
-    """Map fields of LayerWeights to names in the checkpoint. Gemma's sandwich gives an old name a new place."""
-    if not config.sandwich_norm:
-        return {"attention_norm": "input_layernorm.weight", "mlp_norm": "post_attention_layernorm.weight"}
-    return {
-        "attention_norm": "input_layernorm.weight",
-        "attention_out_norm": "post_attention_layernorm.weight",
-        "mlp_norm": "pre_feedforward_layernorm.weight",
-        "mlp_out_norm": "post_feedforward_layernorm.weight",
-    }
+def activations_name(
+    checkpoint: Checkpoint, config: ModelConfig, device: torch.device, chosen: Activations | None
+) -> str:
+    """Say how exact the inputs of the decoder's quantised linears are ("a8", "exact", "a8 + exact"); "" for none."""
+    found: set[str] = set()
+    for names in linear_names(config):
+        formats = [form for name in names if (form := checkpoint.tensors[name].format) is not None]
+        if formats:
+            found.add((chosen or default_activations(formats, device)).value)
+    return " + ".join(sorted(found))
 
 
 class _Loader:
     """Load a checkpoint that has been checked, in one pass."""
 
     def __init__(
-        self, checkpoint: DenseCheckpoint, config: ModelConfig, ops: Backend, dtype: torch.dtype, device: torch.device
+        self,
+        checkpoint: Checkpoint,
+        config: ModelConfig,
+        ops: Backend,
+        dtype: torch.dtype,
+        device: torch.device,
+        activations: Activations | None,
     ) -> None:
         self._checkpoint = checkpoint
         self._config = config
         self._ops = ops
         self._dtype = dtype
         self._device = device
+        self._activations = activations
 
     def load(self) -> ModelWeights:
         config = self._config
-        embedding = self._ops.pack_linear(self._tensor(EMBED))
+        embedding = self._pack([EMBED])
         tied = config.tie_word_embeddings and _head_is_embedding(self._checkpoint)
         return ModelWeights(
             embedding=embedding,
             layers=tuple(self._layer(index) for index in range(config.num_layers)),
             norm=self._tensor(NORM),
-            head=embedding if tied else self._ops.pack_linear(self._tensor(HEAD)),
+            head=embedding if tied else self._pack([HEAD]),
             dtype=self._dtype,
         )
 
     def _layer(self, index: int) -> LayerWeights:
         prefix = f"model.layers.{index}."
-        norms = {field: self._tensor(prefix + name) for field, name in _layer_norms(self._config).items()}
+        norms = {field: self._tensor(prefix + name) for field, name in layer_norms(self._config).items()}
         qk_norm = self._config.qk_norm
         return LayerWeights(
             attention_norm=norms["attention_norm"],
@@ -201,62 +162,68 @@ class _Loader:
         )
 
     def _linear(self, prefix: str, site: Site) -> Linear:
-        """Fuse the projections of `site` by copying each into its rows."""
+        """Fuse the projections of `site`, and their biases."""
         parts: Sequence[Projection] = [p for p in self._config.projections() if p.site is site]
-        out_features = sum(part.out_features for part in parts)
-        weight = self._empty(out_features, parts[0].in_features)
-        bias = self._empty(out_features) if parts[0].has_bias else None
-        for part in parts:
-            rows = slice(part.out_start, part.out_start + part.out_features)
-            weight[rows].copy_(self._checkpoint.read(f"{prefix}{part.name}.weight"))
-            if bias is not None:
-                bias[rows].copy_(self._checkpoint.read(f"{prefix}{part.name}.bias"))
-        return Linear(self._ops.pack_linear(weight), bias)
+        bias = self._rows([f"{prefix}{part.name}.bias" for part in parts]) if parts[0].has_bias else None
+        return Linear(self._pack([f"{prefix}{part.name}.weight" for part in parts]), bias)
+
+    def _pack(self, names: Sequence[str]) -> PackedLinear:
+        """Pack the weights `names` of one input, one behind the other."""
+        tensors = self._checkpoint.tensors
+        formats = [form for name in names if (form := tensors[name].format) is not None]
+        if not formats:
+            return self._ops.pack_linear(self._rows(names))
+        parts: list[Tensor | QuantizedWeight] = []
+        for form, group in groupby(names, lambda name: tensors[name].format):
+            neighbours = list(group)
+            parts += [self._rows(neighbours)] if form is None else self._quantised(neighbours)
+        activations = self._activations or default_activations(formats, self._device)
+        return self._ops.pack_parts(parts, self._dtype, activations)
+
+    def _quantised(self, names: Sequence[str]) -> list[QuantizedWeight]:
+        """Read weights of one format: as one where they can be, or else as they are."""
+        weights = []
+        for name in names:
+            weight = self._checkpoint.read(name)
+            assert isinstance(weight, QuantizedWeight), f"{name} has a format and was read as numbers"
+            weights.append(weight.to(self._device))
+        joined = join(weights)
+        return weights if joined is None else [joined]
+
+    def _rows(self, names: Sequence[str]) -> Tensor:
+        """Read dense tensors into the rows of one, in the compute dtype."""
+        shapes = [self._checkpoint.tensors[name].shape for name in names]
+        rows = torch.empty((sum(shape[0] for shape in shapes), *shapes[0][1:]), dtype=self._dtype, device=self._device)
+        for name, place in zip(names, rows.split([shape[0] for shape in shapes]), strict=True):
+            tensor = self._checkpoint.read(name)
+            assert isinstance(tensor, Tensor), f"{name} has no format and was read as codes"
+            place.copy_(tensor)
+        return rows
 
     def _tensor(self, name: str) -> Tensor:
-        return self._empty(*self._checkpoint.tensors[name].shape).copy_(self._checkpoint.read(name))
-
-    def _empty(self, *shape: int) -> Tensor:
-        return torch.empty(shape, dtype=self._dtype, device=self._device)
+        return self._rows([name])
 
 
-def _check(checkpoint: DenseCheckpoint, expected: dict[str, tuple[int, ...]], optional: tuple[str, ...]) -> None:
-    """Raise WeightsError unless the checkpoint's tensors are exactly `expected`, give or take `optional` ones."""
-    tensors = checkpoint.tensors
-    missing = [name for name in expected if name not in tensors]
-    if missing:
-        raise WeightsError(f"{checkpoint.folder} lacks {_some(missing)} that its config.json asks for")
-    extra = [name for name in tensors if name not in expected and name not in optional]
-    if extra:
-        raise WeightsError(f"{checkpoint.folder} holds {_some(extra)} that its config.json has no place for")
-    for name, shape in expected.items():
-        _check_shape(checkpoint, name, shape)
-
-
-def _check_shape(checkpoint: DenseCheckpoint, name: str, shape: tuple[int, ...]) -> None:
-    tensor = checkpoint.tensors[name]
-    if tensor.shape != shape:
-        raise WeightsError(
-            f"tensor {name} of {tensor.file} has shape {list(tensor.shape)}, expected {list(shape)} by its config.json"
-        )
-
-
-def _head_is_embedding(checkpoint: DenseCheckpoint) -> bool:
+def _head_is_embedding(checkpoint: Checkpoint) -> bool:
     """Tell whether the head of a config that ties it is tied in the files too.
 
     A head of its own with other values wins over the config; one of another shape raises WeightsError.
     """
     if HEAD not in checkpoint.tensors:
         return True
-    _check_shape(checkpoint, HEAD, checkpoint.tensors[EMBED].shape)
-    if torch.equal(checkpoint.read(HEAD), checkpoint.read(EMBED)):
+    embedding = checkpoint.tensors[EMBED]
+    check_shape(checkpoint, HEAD, embedding.shape)
+    if checkpoint.tensors[HEAD].format == embedding.format and _equal(checkpoint.read(HEAD), checkpoint.read(EMBED)):
         return True
     logger.warning("config.json ties the head to the embedding, but %s differs from it: using both", HEAD)
     return False
 
 
-def _some(names: Sequence[str]) -> str:
-    """Write a list of tensor names for one line."""
-    shown = ", ".join(names[:4])
-    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return f"{'tensor' if len(names) == 1 else 'tensors'} {shown}{more}"
+def _equal(a: Tensor | QuantizedWeight, b: Tensor | QuantizedWeight) -> bool:
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b)
+    return torch.equal(a.codes, b.codes) and all(
+        torch.equal(one.expanded(), other.expanded())
+        for one, other in ((a.scale, b.scale), (a.offset, b.offset))
+        if one is not None and other is not None
+    )

@@ -101,6 +101,14 @@ class EngineCollector(Collector):
             1,
         )
 
+        formats = facts.formats
+        yield self._info(
+            "loraplex:base_info",
+            "What the base's weights are in: formats of quantised ones and how exact their inputs are, empty for none.",
+            {"dtype": formats.dtype, "weights": formats.weights, "activations": formats.activations},
+            1,
+        )
+
     def _adapters(self, stats: EngineStats) -> Iterator[Metric]:
         """Which are where, and what moving them costs."""
         # Routers take the series with the largest value (a time), split the lists at commas and do not trim

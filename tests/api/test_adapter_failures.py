@@ -9,9 +9,8 @@ import pytest
 
 from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.info import AdapterInfo
-from loraplex.server.engine.request import FinishReason, GenerationRequest, TokenEvent
 from tests.support.asking import CHAT, COMPLETIONS, body_of, events_of
-from tests.support.fake_serving import FakeServer, say
+from tests.support.fake_serving import FakeServer
 
 
 def body(route: str, **fields: Any) -> dict[str, Any]:
@@ -58,47 +57,4 @@ async def test_after_the_first_byte_it_is_an_event(failing: FakeServer, client: 
     response = await client.post(COMPLETIONS, json=body(COMPLETIONS, stream=True, max_tokens=5))
     assert response.status_code == 200
     assert events_of(response)[-1]["error"]["code"] == "changed"
-
-
-class TestFilesThatAreOthersByNow:
-    """The engine finds out when it reads them, and points the name at the new version: that one answers."""
-
-    @staticmethod
-    def _changes(server: FakeServer, times: int) -> None:
-        """The first `times` requests end as outdated."""
-
-        def script(request: GenerationRequest) -> Any:
-            if len(server.engine.requests) > times:
-                return say(server.tokenizer, "the answer", request)
-            registry = server.adapters.registry
-            (old,) = registry.list()
-            registry.renew(old, AdapterInfo(8, ("q_proj",), 1, 64, digest=f"{times}" * 64))
-            error = AdapterRefused("changed", "the files have changed")
-            return [TokenEvent(request.request_id, None, finish=FinishReason.ERROR, error=error)]
-
-        server.engine.script = script
-
-    async def test_the_new_ones_answer(self, failing: FakeServer, client: httpx.AsyncClient) -> None:
-        self._changes(failing, 1)
-        response = await client.post(COMPLETIONS, json=body(COMPLETIONS))
-        assert (response.status_code, response.json()["choices"][0]["text"]) == (200, "the answer")
-        first, second = (request.mix[0][0].version for request in failing.engine.requests)
-        assert first.uid != second.uid
-        assert [failing.adapters.registry.leases(version) for version in (first, second)] == [0, 0]
-        assert failing.engine.open == set()
-
-    async def test_once_only(self, failing: FakeServer, client: httpx.AsyncClient) -> None:
-        self._changes(failing, 2)
-        response = await client.post(COMPLETIONS, json=body(COMPLETIONS))
-        assert (response.status_code, response.json()["error"]["code"]) == (400, "changed")
-        assert len(failing.engine.requests) == 2
-
-    async def test_not_where_that_very_version_was_asked_for(
-        self, failing: FakeServer, client: httpx.AsyncClient
-    ) -> None:
-        (version,) = failing.adapters.registry.list()
-        failing.adapters.registry.identify(version, "ab" * 32)
-        self._changes(failing, 1)
-        response = await client.post(COMPLETIONS, json=body(COMPLETIONS, model=f"{version.name}@abab"))
-        assert (response.status_code, response.json()["error"]["code"]) == (400, "changed")
-        assert len(failing.engine.requests) == 1
+    assert len(failing.engine.requests) == 1

@@ -40,6 +40,7 @@ async def test_server_info_names_the_base(client: httpx.AsyncClient, path: str) 
     found = (await client.get(path)).json()
     assert shape(found, SERVER_INFO) == SERVER_INFO
     assert (found["served_model_name"], found["model_path"]) == ("base", "/models/base")
+    assert found["quantization"] == "Q4_1 + Q8_0"
 
 
 @pytest.mark.parametrize("path", ["/model_info", "/get_model_info"])

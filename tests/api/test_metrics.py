@@ -55,6 +55,8 @@ async def test_engine_metrics_are_read_when_scraped(client: httpx.AsyncClient, s
     ]:
         assert found[name] == [(LABELS, value)], name
     assert found["vllm:cache_config_info"] == [({"block_size": "16", "num_gpu_blocks": "100"}, 1)]
+    formats = {"dtype": "float32", "weights": "Q4_1 + Q8_0", "activations": "a8"}
+    assert found["loraplex:base_info"] == [(formats, 1)]
     assert found["vllm:lora_adapter_loaded"] == [
         ({"adapter_name": "pirate", "level": "gpu", "pinned": "false"}, 1),
         ({"adapter_name": "tenant/near", "level": "cpu", "pinned": "true"}, 1),

@@ -11,7 +11,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from loraplex.adapters.histogram import Histogram
-from loraplex.server.api import choice, generation
+from loraplex.server.api import choice, generation, submission
 from loraplex.server.engine.request import GenerationRequest, Phases, TokenEvent
 from loraplex.server.engine.stats import STEP_BOUNDS, EngineStats
 from tests.support.fake_serving import FakeServer, say
@@ -44,7 +44,7 @@ async def test_phases_of_requests(
     client: httpx.AsyncClient, server: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock()
-    for module in (choice, generation):
+    for module in (choice, generation, submission):
         monkeypatch.setattr(module, "time", clock)
 
     def script(request: GenerationRequest) -> list[TokenEvent]:
@@ -73,7 +73,7 @@ async def test_tokens_that_come_together_share_the_time_since_the_last_ones(
     client: httpx.AsyncClient, server: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock()
-    for module in (choice, generation):
+    for module in (choice, generation, submission):
         monkeypatch.setattr(module, "time", clock)
     monkeypatch.setattr(clock, "monotonic", lambda: setattr(clock, "now", clock.now + 0.06) or clock.now)
 

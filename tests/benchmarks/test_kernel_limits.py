@@ -13,7 +13,8 @@ from loraplex.benchmarks.kernels import bgmv, linear, machine, probes, step
 from loraplex.benchmarks.kernels.__main__ import Row, Target
 from loraplex.benchmarks.kernels.machine import Limits, decile
 from loraplex.benchmarks.kernels.world import DTYPE, Shape, adapter_program, make_world
-from loraplex.kernels.cpu.abi import AdapterArgs, Op, OpCode
+from loraplex.kernels.constants import OpCode
+from loraplex.kernels.cpu.abi import AdapterArgs, Op
 from loraplex.kernels.records import Site
 
 MACHINE = Limits(2, read=50e9, bf16=400e9, fp32=200e9, instructions="AVX2", bf16_by="fp32", library=180e9)

@@ -8,7 +8,7 @@ import pytest
 
 from loraplex.benchmarks.kernels import serving
 from loraplex.benchmarks.kernels.model import CONTEXT, MODEL_LEN, Model, make_batch, make_model
-from loraplex.kernels.records import BLOCK_SIZE
+from loraplex.kernels.constants import BLOCK_SIZE
 from loraplex.server.models.rotary import RopeConfig
 from tests.support.configs import TINY
 

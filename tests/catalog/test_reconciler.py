@@ -26,7 +26,7 @@ from loraplex.server.catalog.adapter_list import AdapterListError, DesiredAdapte
 from loraplex.server.catalog.manager import AdapterManager
 from loraplex.server.catalog.reconciler import Reconciler
 from tests.catalog.test_manager import Reader
-from tests.support.adapter_reading import write_adapter
+from tests.support.adapter_reading import without_weights, write_adapter
 from tests.support.refusals import refused
 from tests.support.waiting import LIMIT, wait_for
 
@@ -390,7 +390,7 @@ def test_what_takes_long_to_register_does_not_keep_it_from_looking(
 def test_links_in_the_folder_are_followed_as_far_as_it_goes(tmp_path: Path) -> None:
     """With real files: as Kubernetes lays them out, an operator's own within the folder, and one out of it."""
     watched, elsewhere = tmp_path / "adapters", tmp_path / "elsewhere"
-    reader = AdapterReader(LAYOUT, lambda *_: None, 1000)
+    reader = AdapterReader(without_weights(LAYOUT), 1000)
     registry = Registry()
     manager = AdapterManager(registry, Loader(reader.read, lambda digest, image: None, registry), reader.examine)
     write_adapter(watched / "..2026_11_29" / "sql", LAYOUT)

@@ -14,11 +14,13 @@ from safetensors.torch import load_file, save_file
 from loraplex.kernels.ops import BackendUnavailable
 from loraplex.server.command import build, sizing
 from loraplex.server.command.build import build_engine
-from loraplex.server.config import EngineConfig
+from loraplex.server.config import EngineConfig, LinearInputs, Quantize
 from loraplex.server.engine.policy import multi_step
 from loraplex.server.engine.policy.budget import StepCost
 from loraplex.server.engine.request import FinishReason, GenerationRequest, SamplingParams
 from loraplex.server.engine.step.memory import NotEnoughMemory
+from loraplex.server.facts import BaseFormats
+from loraplex.server.models.checkpoint import WeightsError
 from loraplex.server.models.config import UnsupportedModel
 from loraplex.server.models.recorded import RecordedDecoder
 from tests.support.tiny import make_tiny_model
@@ -91,7 +93,7 @@ def test_dtype(tmp_path: Path, base: Path, asked: str, checkpoint: str, expected
 
 
 def test_too_little_memory_is_refused_before_the_weights_are_read(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "load_weights", None)
+    monkeypatch.setattr(build, "load_checkpoint", None)
     with pytest.raises(NotEnoughMemory, match=r"976\.6 KiB of memory are too little"):
         build_engine(EngineConfig(**{**SMALL, "memory": 1_000_000, "max_model_len": 512}), base, "tiny")
 
@@ -168,6 +170,34 @@ def test_the_process_is_counted_where_asked(base: Path, monkeypatch: pytest.Monk
     assert (1 << 29) - parts.memory.page_bytes < parts.memory.total_bytes <= 1 << 29
 
 
+@pytest.mark.parametrize(
+    ("quantize", "activations", "expected"),
+    [
+        (None, None, BaseFormats("float32")),
+        (Quantize.native, None, BaseFormats("float32")),
+        (Quantize.int8, None, BaseFormats("float32", "int8", "a8")),
+        (Quantize.int4, None, BaseFormats("float32", "int4 + int8", "a8")),
+        (Quantize.int4, LinearInputs.exact, BaseFormats("float32", "int4 + int8", "exact")),
+        (Quantize.nf4, None, BaseFormats("float32", "nf4", "exact")),
+        (Quantize.nf4, LinearInputs.a8, BaseFormats("float32", "nf4", "a8")),
+    ],
+)
+def test_a_base_is_kept_in_the_bits_that_were_chosen(
+    base: Path, quantize: Quantize | None, activations: LinearInputs | None, expected: BaseFormats
+) -> None:
+    chosen = {"quantize": quantize, "activations": activations}
+    parts = build_engine(EngineConfig(**SMALL, dtype="float32", **chosen), base, "tiny")
+    parts.adapters.close()
+    assert parts.formats == expected
+    remarks = {name: remark for name, _, remark in parts.memory.parts()}
+    assert expected.weights in remarks["weights"]
+
+
+def test_activations_of_a_dense_base_are_refused(base: Path) -> None:
+    with pytest.raises(WeightsError, match=r"--activations a8.*not quantised"):
+        build_engine(EngineConfig(**SMALL, activations=LinearInputs.a8), base, "tiny")
+
+
 def test_float16_on_the_cpu_is_refused_when_asked_for(base: Path) -> None:
     with pytest.raises(BackendUnavailable, match="float16"):
         build_engine(EngineConfig(**SMALL, dtype="float16"), base, "tiny")
@@ -183,6 +213,8 @@ def test_no_model(tmp_path: Path) -> None:
     [
         ("device", "tpu"),
         ("dtype", "int8"),
+        ("quantize", "int3"),
+        ("activations", "a4"),
         ("max_model_len", 0),
         ("memory", -1),
         ("max_num_seqs", 0),

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from loraplex.kernels.records import BLOCK_SIZE
+from loraplex.kernels.constants import BLOCK_SIZE
 from loraplex.server.tenancy.keys_file import new_key
 from tests.support.live_server import live_server
 from tests.support.peft_adapters import make_peft_adapter

@@ -83,10 +83,10 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "2"}
 
 
-@pytest.fixture(scope="module")
-def memory(base: Path, adapters: Path) -> Iterator[tuple[Server, int]]:
+@pytest.fixture(scope="module", params=[(), ("--quantize", "int4")], ids=["dense", "int4"])
+def memory(request: pytest.FixtureRequest, base: Path, adapters: Path) -> Iterator[tuple[Server, int]]:
     """A server with little more than the least it needs."""
-    arguments = [*SERVE, str(base), "--adapter-dir", str(adapters), "--port", "0", "--device", "cpu"]
+    arguments = [*SERVE, str(base), "--adapter-dir", str(adapters), "--port", "0", "--device", "cpu", *request.param]
     arguments += ["--dtype", "bfloat16", "--max-num-seqs", "16", "--token-budget", "128"]
     arguments += ["--max-waiting-tokens", "65536"]
     total = least_memory(arguments) + 64 * MIB

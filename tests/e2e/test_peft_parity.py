@@ -5,7 +5,7 @@ Every option of every kind alone; then all of a base's in one batch with rows of
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from loraplex.adapters.image.tiles import BaseLayout
-from loraplex.adapters.tiers.device import DeviceTier
-from loraplex.adapters.tiers.loader import Reading
-from loraplex.adapters.tiers.reader import AdapterReader
-from loraplex.kernels.records import AdapterSegments
-from loraplex.server.models.weights import BaseBiases
-from tests.support.harness import Harness, Sequence
+from tests.support.adapter_server import LENGTH, Request, Server, tokens
 from tests.support.peft_adapters import (
     ALL,
     BASES,
@@ -30,7 +24,7 @@ from tests.support.peft_adapters import (
     make_peft_adapter,
     randomise_adapter,
 )
-from tests.support.tiny import VOCAB_SIZE, load_oracle, make_tiny_model
+from tests.support.tiny import load_oracle, make_tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT warns of much that is meant here
 
@@ -40,133 +34,7 @@ TOLERANCE = 2e-4
 VISIBLE = 0.1
 """By how much an adapter must move some logit, or the comparison shows nothing."""
 
-LENGTH = 23
-
 EVERY = {**CASES, **IA3_CASES}
-
-Mix = tuple[tuple[str, float], ...]
-"""(digest, weight), ...; empty: the base."""
-
-
-class Pool:
-    """The pages of a harness that were set aside for adapters, as DeviceTier wants them."""
-
-    def __init__(self, num_pages: int, free: list[int]) -> None:
-        self.num_pages = num_pages
-        self._all = len(free)
-        self._free = free
-
-    def alloc(self, n: int, owner: str) -> list[int] | None:
-        if n > len(self._free):
-            return None
-        return [self._free.pop() for _ in range(n)]
-
-    def free(self, pages: list[int]) -> None:
-        self._free += pages
-
-    def used_by(self, owner: str) -> int:
-        return self._all - len(self._free)
-
-
-@dataclass
-class Request:
-    """Known tokens that are computed `chunk` at a time up to `prompt` and one by one after it."""
-
-    ids: list[int]
-    mix: Mix = ()
-    prompt: int = LENGTH - 5
-    chunk: int = LENGTH
-    start: int = 0  # the step it joins at
-    sequence: Sequence | None = None
-    logits: list[Tensor] = field(default_factory=list)
-
-    def next_tokens(self) -> int:
-        assert self.sequence is not None
-        done = self.sequence.computed
-        return 1 if done >= self.prompt else min(self.chunk, self.prompt - done)
-
-    def decodes(self) -> bool:
-        assert self.sequence is not None
-        return self.sequence.computed >= self.prompt
-
-
-class Server:
-    """A base and the adapters loaded beside it."""
-
-    def __init__(self, path: Path, page_bytes: int = 2048) -> None:
-        pages = 900
-        self.harness = Harness(path, num_pages=pages, page_bytes=page_bytes)
-        harness = self.harness
-        pool = Pool(pages, harness.take_pages(700))
-        projections = harness.config.projections()
-        self.layout = BaseLayout(path.name, harness.config.num_layers, projections, harness.page_bytes, torch.float32)
-        self.residency = DeviceTier(harness.arena, pool, self.layout)  # type: ignore[arg-type]
-        self._base_bias = BaseBiases(harness.config, harness.weights).get
-
-    def load(self, folder: Path) -> str:
-        """Read and load an adapter; its digest."""
-        reader = AdapterReader(self.layout, self._base_bias, max_pages=1 << 30)
-        parsed = reader.read(Reading(str(folder), True, lambda: None))
-        assert self.residency.load(parsed.digest, parsed.image)
-        self.residency.check_integrity()
-        return parsed.digest
-
-    def run(self, requests: list[Request], *, adapters: bool = True) -> None:
-        """Compute all requests to their end, together; without `adapters` as if nobody wore any."""
-        for request in requests:
-            request.sequence = self.harness.sequence(request.ids)
-            request.sequence.prompt_len = request.prompt
-            request.logits = []
-        step = 0
-        while True:
-            left = [r for r in requests if r.sequence is not None and r.sequence.computed < len(r.ids)]
-            if not left:
-                break
-            work = [request for request in left if request.start <= step]
-            step += 1
-            # who wears adapters first, decode rows before chunks, equal mixes side by side
-            work.sort(key=lambda request: (not request.mix, not request.decodes(), request.mix))
-            counts = [(request.sequence, request.next_tokens()) for request in work if request.sequence is not None]
-            segments = self._segments(work) if adapters else None
-            found = self.harness.step(counts, segments, self.residency.table) if counts else []
-            for request, logits in zip(work, found, strict=True):
-                request.logits.append(logits)
-        for request in requests:
-            assert request.sequence is not None
-            self.harness.reset(request.sequence)
-
-    def _segments(self, work: list[Request]) -> AdapterSegments | None:
-        bounds, mixes, num_decode = [0], [], 0
-        last: tuple[Mix, bool] | None = None
-        for request in work:
-            if not request.mix:
-                break
-            end = bounds[-1] + request.next_tokens()
-            if last == (request.mix, request.decodes()):
-                bounds[-1] = end
-            else:
-                bounds.append(end)
-                mixes.append(tuple((self._slot(digest), weight) for digest, weight in request.mix))
-                num_decode += request.decodes()
-            last = (request.mix, request.decodes())
-        if not mixes:
-            return None
-        members = [member for mix in mixes for member in mix]
-        mix_ptr = torch.tensor([0] + [len(mix) for mix in mixes]).cumsum(0)
-        return AdapterSegments(
-            indptr=torch.tensor(bounds, dtype=torch.int32),
-            mix_ptr=mix_ptr.int(),
-            mix_slot=torch.tensor([slot for slot, _ in members], dtype=torch.int32),
-            mix_weight=torch.tensor([weight for _, weight in members], dtype=torch.float32),
-            bounds=tuple(bounds),
-            mixes=tuple(mixes),
-            num_decode_segments=num_decode,
-        )
-
-    def _slot(self, digest: str) -> int:
-        slot = self.residency.slot_of(digest)
-        assert slot is not None
-        return slot
 
 
 @dataclass
@@ -208,10 +76,6 @@ def servers(bases: dict[str, Base]) -> dict[str, Server]:
             return self[family]
 
     return Lazy()
-
-
-def tokens(seed: int, count: int = LENGTH) -> list[int]:
-    return torch.randint(VOCAB_SIZE, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 def assert_same(request: Request, wanted: Tensor, what: str) -> None:

@@ -180,7 +180,7 @@ def test_told_to_stop_before_it_serves(base: Path, tmp_path: Path, number: signa
     script = f"""
 import pathlib, time
 from loraplex.server import startup
-def slow(base):
+def slow(base, native):
     pathlib.Path({str(ready)!r}).touch()
     time.sleep(3600)
 startup.find_base = slow

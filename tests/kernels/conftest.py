@@ -34,6 +34,7 @@ if INTERPRET:
         "test_inner_loops.py",
         "test_invariance.py",
         "test_nucleus.py",
+        "test_quantized_linear.py",
         "test_sampling.py",
     ]
 QUICK = ("test_dense_ops.py",)  # a second in the interpreter, with all cases

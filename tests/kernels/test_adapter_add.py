@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from loraplex.kernels.constants import ALIGN, TileKind
 from loraplex.kernels.ops import Backend
-from loraplex.kernels.records import ALIGN, NUM_SITES, AdapterSegments, AdapterStep, Site, TileKind, TileTable
+from loraplex.kernels.records import NUM_SITES, AdapterSegments, AdapterStep, Site, TileTable
 from tests.support.rounding import assert_near, exact, rounded
 
 LAYERS = 3

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from loraplex.kernels.constants import BLOCK_SIZE
 from loraplex.kernels.ops import Backend
-from loraplex.kernels.records import BLOCK_SIZE, AttentionMeta, AttentionParams, KVGroup, KVLayer, QKNorm, element_bytes
+from loraplex.kernels.records import AttentionMeta, AttentionParams, KVGroup, KVLayer, QKNorm, element_bytes
 from tests.support.kv_pages import read_tokens, write_tokens
 from tests.support.rounding import Exact, assert_near, exact, rounded
 

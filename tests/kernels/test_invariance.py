@@ -15,10 +15,11 @@ from torch import Tensor
 from loraplex.adapters.image.tiles import BaseLayout, LowRank, OutputScale, Part, pack
 from loraplex.adapters.tiers.device import DeviceTier
 from loraplex.adapters.tiers.pages import PagePool
+from loraplex.kernels.constants import BLOCK_SIZE
 from loraplex.kernels.cpu import abi
 from loraplex.kernels.cpu.backend import CpuBackend
+from loraplex.kernels.quantized import Activations
 from loraplex.kernels.records import (
-    BLOCK_SIZE,
     AdapterSegments,
     AdapterStep,
     AttentionMeta,
@@ -29,6 +30,7 @@ from loraplex.kernels.records import (
     Site,
     element_bytes,
 )
+from tests.support.quantized import FORMATS, random_weight
 
 ISAS = [isa for isa in abi.ISAS if abi.library().loraplex_isa(isa.encode()) >= 0]
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -55,6 +57,20 @@ def test_linear(isa: str, dtype: torch.dtype, hidden: int) -> None:
         for rows in (1, 2, 3, 5, 6, 7, 8, 16, 31, 32, 37, 80):
             assert torch.equal(ops.linear(x[:rows], packed), alone[:rows]), f"{rows} rows, {ops.team.threads} threads"
         assert torch.equal(ops.logits(x, packed), logits)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("activations", Activations)
+def test_quantised_linear(isa: str, dtype: torch.dtype, name: str, activations: Activations) -> None:
+    weight = random_weight(name, 328, 768)
+    x = torch.randn(150, 768, generator=torch.Generator().manual_seed(4)).to(dtype)
+    single, *others = teams(isa)
+    packed = single.pack_parts([weight], dtype, activations)
+    alone = torch.cat([single.linear(row, packed) for row in x.split(1)])
+    assert len({tuple(row) for row in alone.tolist()}) == len(x)
+    for ops in (single, *others):
+        for rows in (1, 2, 3, 5, 6, 8, 9, 16, 31, 37, 80, 150):
+            assert torch.equal(ops.linear(x[:rows], packed), alone[:rows]), f"{rows} rows, {ops.team.threads} threads"
 
 
 # ---- adapters -------------------------------------------------------------------------------------------------------

@@ -108,7 +108,6 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3"},
         ["Gemma3ForConditionalGeneration", "images", "Gemma3ForCausalLM"],
     ),
-    "quantised": (llama(quantization_config={"quant_method": "gptq", "bits": 4}), ["quantised (gptq)"]),
     "rope type": (
         llama(rope_scaling={"type": "spiral", "factor": 2.0}),
         ["'spiral'", "default, linear, dynamic, yarn, longrope, llama3"],

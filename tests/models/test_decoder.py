@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from loraplex.kernels.records import ALIGN, NUM_SITES, AdapterSegments, Projection, Site, TileKind, TileTable
+from loraplex.kernels.constants import ALIGN, TileKind
+from loraplex.kernels.records import NUM_SITES, AdapterSegments, Projection, Site, TileTable
 from loraplex.kernels.reference import ReferenceBackend
 from loraplex.server.models.decoder import Decoder
 from tests.support.harness import Harness

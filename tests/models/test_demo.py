@@ -26,8 +26,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
-from loraplex.server.models import demo, gguf_convert
+from loraplex.server.models import demo
 from loraplex.server.models.demo import DemoError, ensure_converted, ensure_demo_base
+from loraplex.server.models.gguf.convert import CONVERTED_FILES, CONVERTER_VERSION
+from loraplex.server.models.gguf.names import checkpoint_name
 from tests.support.full_disk import full_disk
 from tests.support.waiting import LIMIT
 
@@ -128,7 +130,7 @@ def test_tensors_without_a_rotation_are_bit_equal_to_the_dequantised_file(source
     found = load_file(converted / "model.safetensors")
     kinds = set()
     for tensor in gguf.GGUFReader(source).tensors:
-        name = gguf_convert._checkpoint_name(tensor.name)
+        name = checkpoint_name(tensor.name, "llama") or ""
         kinds.add(tensor.tensor_type.name)
         expected = torch.from_numpy(np.array(dequantize(tensor.data, tensor.tensor_type))).to(torch.bfloat16)
         if "q_proj" in name or "k_proj" in name:
@@ -150,7 +152,7 @@ def test_folder_loads_as_an_ordinary_checkpoint(source: Path, converted: Path) -
     assert config.rms_norm_eps == 1e-5
     assert config.rope_parameters["rope_theta"] == 100000.0
     assert config.tie_word_embeddings
-    assert GenerationConfig.from_pretrained(converted).eos_token_id == 2
+    assert GenerationConfig.from_pretrained(converted).eos_token_id == [2, 0]  # <|im_end|>, and <|endoftext|>
 
     model, report = AutoModelForCausalLM.from_pretrained(converted, output_loading_info=True)
     assert not report["missing_keys"]
@@ -167,7 +169,7 @@ def test_folder_loads_as_an_ordinary_checkpoint(source: Path, converted: Path) -
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"architecture": "qwen2"}, "architecture 'qwen2'"), ({"pre": "llama-bpe"}, "tokenizer .*'llama-bpe'")],
+    [({"architecture": "mamba"}, "architecture 'mamba'"), ({"pre": "other"}, "the rule 'other'")],
 )
 def test_unknown_gguf_is_refused_and_leaves_nothing(change: dict[str, str], message: str, tmp_path: Path) -> None:
     source = write_gguf(tmp_path / "other.gguf", **change)
@@ -212,7 +214,7 @@ def test_second_start_converts_nothing(source: Path, tmp_path: Path, capsys: pyt
     assert state(target) == before
 
 
-@pytest.mark.parametrize("name", [*gguf_convert.CONVERTED_FILES, demo.MANIFEST])
+@pytest.mark.parametrize("name", [*CONVERTED_FILES, demo.MANIFEST])
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
 def test_damage_to_any_file_is_found_and_mended(
     name: str, damage: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -247,7 +249,7 @@ def test_upgrades_convert_again(source: Path, tmp_path: Path, monkeypatch: pytes
     assert json.loads((target / demo.MANIFEST).read_text())["source"]["name"] == "other.gguf"
 
     before = state(target)
-    monkeypatch.setattr(demo, "CONVERTER_VERSION", gguf_convert.CONVERTER_VERSION + 1)
+    monkeypatch.setattr(demo, "CONVERTER_VERSION", CONVERTER_VERSION + 1)
     assert "version" in (demo.find_fault(target, other) or "")
     ensure_converted(other, target)
     assert state(target) != before
@@ -256,7 +258,7 @@ def test_upgrades_convert_again(source: Path, tmp_path: Path, monkeypatch: pytes
 
 # Each stage of a conversion, and how a process is made to stop there and wait for its end.
 KILL_POINTS = {
-    "converting": "import gguf.quants; target = (gguf.quants, 'dequantize')",
+    "converting": "from loraplex.server.models.gguf import checkpoint; target = (checkpoint, 'quantized_weight')",
     "writing": "import safetensors.torch; target = (safetensors.torch, 'save_file')",
     "hashing": "target = (demo, '_write_manifest')",
     "renaming": "import pathlib; target = (pathlib.Path, 'rename')",

@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from loraplex.kernels.ops import Backend
+from loraplex.kernels.quantized import Activations, GroupScales, QuantizedWeight, WeightFormat, dequantize
 from loraplex.kernels.records import Site
 from loraplex.kernels.select import load_backend
 from loraplex.server.models.checkpoint import WeightsError
 from loraplex.server.models.config import ModelConfig
-from loraplex.server.models.weights import (
-    BaseBiases,
-    ModelWeights,
-    expected_shapes,
-    load_weights,
-    weights_bytes,
-)
+from loraplex.server.models.weight_sizes import expected_shapes, weights_bytes
+from loraplex.server.models.weights import ModelWeights, load_checkpoint, load_weights
+from tests.support.checkpoints import HeldCheckpoint
+from tests.support.quantised import Q4, Q8, ROWWISE, SIXTEEN, random_weight
 from tests.support.tiny import FAMILIES, make_tiny_model, tiny_hf_model
 
 
@@ -130,32 +129,6 @@ def test_buffers_of_old_checkpoints_are_ignored(tmp_path: Path, ops: Backend) ->
     load(path, ops)
 
 
-def test_base_biases(tmp_path: Path, ops: Backend) -> None:
-    path = make_tiny_model("llama_biased", tmp_path)
-    config = ModelConfig.from_hf(path)
-    biases = BaseBiases(config, load_weights(path, config, ops, torch.float32))
-    tensors = load_file(path / "model.safetensors")
-    for layer in range(config.num_layers):
-        for projection in config.projections():
-            wanted = tensors[f"model.layers.{layer}.{projection.name}.bias"]
-            assert torch.equal(biases.get(layer, projection.name), wanted)
-
-
-def test_no_base_biases(tmp_path: Path, ops: Backend) -> None:
-    path = make_tiny_model("qwen2", tmp_path)
-    config = ModelConfig.from_hf(path)
-    biases = BaseBiases(config, load_weights(path, config, ops, torch.float32))
-    assert {p.name: biases.get(0, p.name) is None for p in config.projections()} == {
-        "self_attn.q_proj": False,
-        "self_attn.k_proj": False,
-        "self_attn.v_proj": False,
-        "self_attn.o_proj": True,
-        "mlp.gate_proj": True,
-        "mlp.up_proj": True,
-        "mlp.down_proj": True,
-    }
-
-
 DOWN = "model.layers.1.mlp.down_proj.weight"
 DAMAGE: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], list[str]]] = {
     "missing": (lambda tensors: tensors.pop(DOWN), ["lacks", DOWN]),
@@ -246,6 +219,13 @@ def test_pickles_are_named_and_not_opened(tmp_path: Path, ops: Backend) -> None:
     refused(path, ops, "pytorch_model.bin", "pickle", "convert it to safetensors")
 
 
+def test_quantised_in_a_way_nobody_reads(tmp_path: Path, ops: Backend) -> None:
+    path = make_tiny_model("llama", tmp_path)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "mystery"}}))
+    refused(path, ops, "mystery")
+
+
 MEASURE = """
 import pickle
 import sys
@@ -275,6 +255,98 @@ before = status("VmRSS")
 kept = load(path)
 print(status("VmHWM") - before)
 """
+
+
+def held(path: Path, change: Callable[[dict[str, Any]], Any]) -> HeldCheckpoint:
+    tensors: dict[str, Any] = dict(load_file(path / "model.safetensors"))
+    change(tensors)
+    return HeldCheckpoint(tensors)
+
+
+def quantise(tensors: dict[str, Any], **forms: WeightFormat) -> None:
+    """Put random weights of a format in the place of the projections of every layer that are named."""
+    for number, (name, tensor) in enumerate(sorted(tensors.items())):
+        for projection, form in forms.items():
+            if name.endswith(f"{projection}_proj.weight"):
+                tensors[name] = random_weight(form, *tensor.shape, seed=number)
+
+
+def test_quantised_neighbours_of_one_format_are_one_part(tmp_path: Path, ops: Backend) -> None:
+    path = make_tiny_model("llama_biased", tmp_path)
+    config = ModelConfig.from_hf(path)
+    checkpoint = held(path, lambda tensors: quantise(tensors, q=Q4, k=Q4, v=Q8, gate=ROWWISE, down=SIXTEEN))
+    weights = load_checkpoint(checkpoint, config, ops, torch.float32)
+    layer = weights.layers[1]
+    found = {name: [_format(part) for part in getattr(layer, name).weight.parts] for name in ("qkv", "gate_up", "down")}
+    assert found == {"qkv": [Q4, Q8], "gate_up": [ROWWISE, None], "down": [SIXTEEN]}
+    for name, block, parts in (("qkv", "self_attn", "qkv"), ("gate_up", "mlp", ("gate", "up"))):
+        sources = [checkpoint.read(f"model.layers.1.{block}.{part}_proj.weight") for part in parts]
+        dense = [source if isinstance(source, torch.Tensor) else dequantize(source) for source in sources]
+        assert torch.equal(getattr(layer, name).weight.table(), torch.cat(dense))
+    assert torch.equal(
+        layer.qkv.bias[:64], load_file(path / "model.safetensors")["model.layers.1.self_attn.q_proj.bias"]
+    )
+
+
+def _format(part: torch.Tensor | QuantizedWeight) -> WeightFormat | None:
+    return None if isinstance(part, torch.Tensor) else part.format
+
+
+def test_another_order_or_another_kind_of_scale_is_another_part(tmp_path: Path, ops: Backend) -> None:
+    path = make_tiny_model("llama", tmp_path)
+
+    def change(tensors: dict[str, Any]) -> None:
+        quantise(tensors, q=Q8, k=Q8, v=Q8, gate=Q8, up=Q8)
+        k, up = "model.layers.0.self_attn.k_proj.weight", "model.layers.0.mlp.up_proj.weight"
+        tensors[k] = random_weight(Q8, *tensors[k].codes.shape, seed=1, order=True)
+        scale = tensors[up].scale.shared
+        tensors[up] = replace(tensors[up], scale=GroupScales(scale, torch.ones(scale.shape, dtype=torch.int8)))
+
+    layer = load_checkpoint(held(path, change), ModelConfig.from_hf(path), ops, torch.float32).layers[0]
+    assert (len(layer.qkv.weight.parts), len(layer.gate_up.weight.parts)) == (3, 2)
+
+
+TABLES = ("model.embed_tokens.weight", "lm_head.weight")
+
+
+@pytest.mark.parametrize("repeated", [True, False])
+def test_a_quantised_table_is_the_tied_head(
+    tmp_path: Path, ops: Backend, repeated: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Embedding and head are one, also where the files hold the same codes twice; with other codes they are two."""
+    path = make_tiny_model("smollm2", tmp_path, hidden_size=96, num_attention_heads=3, num_key_value_heads=1)
+    tables = [random_weight(Q8, 320, 96, seed) for seed in (1, 1 if repeated else 2)]
+    checkpoint = held(path, lambda found: found.update(zip(TABLES, tables, strict=True)))
+    weights = load_checkpoint(checkpoint, ModelConfig.from_hf(path), ops, torch.float32)
+    assert (weights.head is weights.embedding) == repeated
+    assert torch.equal(weights.head.table(), dequantize(tables[1]))
+    assert ("lm_head.weight differs" in caplog.text) != repeated
+
+
+@pytest.mark.parametrize(
+    ("form", "chosen", "expected"),
+    [
+        (Q4, None, Activations.A8),
+        (SIXTEEN, None, Activations.EXACT),
+        (Q4, Activations.EXACT, Activations.EXACT),
+        (SIXTEEN, Activations.A8, Activations.A8),
+    ],
+)
+def test_activations_are_the_formats_unless_they_are_chosen(
+    tmp_path: Path, ops: Backend, form: WeightFormat, chosen: Activations | None, expected: Activations
+) -> None:
+    path = make_tiny_model("llama", tmp_path)
+    checkpoint = held(path, lambda tensors: quantise(tensors, down=form))
+    weights = load_checkpoint(checkpoint, ModelConfig.from_hf(path), ops, torch.float32, activations=chosen)
+    assert weights.layers[0].down.weight.activations is expected
+
+
+def test_a_quantised_vector_is_refused(tmp_path: Path, ops: Backend) -> None:
+    path = make_tiny_model("llama", tmp_path)
+    tensors = {**load_file(path / "model.safetensors"), "model.norm.weight": random_weight(Q8, 1, 64, seed=0)}
+    checkpoint = HeldCheckpoint(tensors, shapes={"model.norm.weight": (64,)})
+    with pytest.raises(WeightsError, match=r"model\.norm\.weight of .* is Q8_0"):
+        load_checkpoint(checkpoint, ModelConfig.from_hf(path), ops, torch.float32)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

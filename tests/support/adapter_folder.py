@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,7 @@ import torch
 from torch import Tensor
 
 from loraplex.adapters.errors import AdapterRefused
-from loraplex.adapters.format.kind import BaseBias
-from loraplex.adapters.image.tiles import BaseLayout
+from loraplex.adapters.format.kind import ServedBase
 from loraplex.adapters.tiers.reader import AdapterReader
 from tests.support.adapter_reading import ParsedAdapter, read_adapter
 from tests.support.refusals import refused
@@ -26,8 +26,7 @@ class AdapterFolder:
     """Change `config` and `tensors`, then read it."""
 
     path: Path
-    layout: BaseLayout
-    base_bias: BaseBias
+    served: Callable[[torch.dtype], ServedBase]
     config: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
@@ -40,12 +39,12 @@ class AdapterFolder:
         (self.path / "adapter_config.json").write_text(json.dumps(self.config))
         safetensors.torch.save_file(self.tensors, self.weights)
 
-    def read(self, dtype: torch.dtype | None = None, *, write: bool = True) -> ParsedAdapter:
+    def read(self, dtype: torch.dtype = torch.float32, *, write: bool = True) -> ParsedAdapter:
         if write:
             self.write()
-        return read_adapter(self.path, replace(self.layout, dtype=dtype or self.layout.dtype), self.base_bias)
+        return read_adapter(self.path, self.served(dtype))
 
-    def refused(self, code: str, *patterns: str, dtype: torch.dtype | None = None, write: bool = True) -> str:
+    def refused(self, code: str, *patterns: str, dtype: torch.dtype = torch.float32, write: bool = True) -> str:
         """Read it and check that it is refused with `code` and a message of one line that matches the patterns.
 
         All but what is wrong with the values must be found without reading them.
@@ -54,7 +53,7 @@ class AdapterFolder:
             self.read(dtype, write=write)
         message = str(caught.value)
         assert caught.value.code == code, message
-        own = AdapterReader(replace(self.layout, dtype=dtype or self.layout.dtype), self.base_bias, 1 << 30)
+        own = AdapterReader(self.served(dtype), 1 << 30)
         if code in ("not_finite", "no_effect"):
             assert own.examine(str(self.path)).num_pages > 0
         else:

@@ -10,11 +10,12 @@ from unittest.mock import patch
 
 import safetensors.torch
 import torch
+from torch import Tensor
 
 from loraplex.adapters.format import adapter_files
 from loraplex.adapters.format.adapter_files import read_bytes
 from loraplex.adapters.format.header import parse_header, view_tensors
-from loraplex.adapters.format.kind import BaseBias, ServedBase
+from loraplex.adapters.format.kind import ServedBase
 from loraplex.adapters.format.kinds import KINDS, parse_config
 from loraplex.adapters.image.tiles import AdapterImage, BaseLayout, Part, pack
 from loraplex.adapters.tiers.loader import LoadedContent, Reading
@@ -28,6 +29,15 @@ class ParsedAdapter:
     targets: tuple[str, ...]
     digest: str
     image: AdapterImage
+
+
+def without_weights(layout: BaseLayout) -> ServedBase:
+    """A base without biases, for adapters that ask nothing else of its weights."""
+
+    def asked(*_: object) -> Tensor:
+        raise AssertionError("nobody asks for weights here")
+
+    return ServedBase(layout, lambda *_: None, asked, asked)
 
 
 def no_breath() -> None:
@@ -46,17 +56,17 @@ def same_image(one: AdapterImage, other: AdapterImage) -> bool:
     )
 
 
-def read_adapter(folder: Path, layout: BaseLayout, base_bias: BaseBias) -> ParsedAdapter:
+def read_adapter(folder: Path, base: ServedBase) -> ParsedAdapter:
     """What AdapterReader makes of it: first and again, and the same as packing part by part.
 
     The parts come from the way that looks at module after module. Raises AdapterRefused as AdapterReader.read does.
     """
-    reader = AdapterReader(layout, base_bias, 1 << 30)
+    reader = AdapterReader(base, 1 << 30)
     with patch.object(adapter_files, "SETTLED_SECONDS", -math.inf):
         first = read(reader, folder)
         again = read(reader, folder)
     files = read_bytes(folder, no_breath)
-    config, base = parse_config(files.head.config), ServedBase(layout, base_bias)
+    config = parse_config(files.head.config)
     kind = KINDS[config.kind]
     module_map = kind.plan(config, parse_header(files.head), base, no_breath)
     tensors = view_tensors(files.data, module_map.header)
@@ -64,7 +74,7 @@ def read_adapter(folder: Path, layout: BaseLayout, base_bias: BaseBias) -> Parse
     info = reader.examine(str(folder))
     assert same_image(first.image, again.image)
     assert first.digest == again.digest == files.digest
-    assert same_image(first.image, pack(parts, layout))
+    assert same_image(first.image, pack(parts, base.layout))
     assert (first.info.rank, first.info.targets) == (info.rank, info.targets)
     assert first.info.num_pages == len(first.image.pages) <= info.num_pages
     assert first.info.nbytes == first.image.nbytes <= info.nbytes

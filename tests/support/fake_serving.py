@@ -29,7 +29,7 @@ from loraplex.server.engine.engine import Engine
 from loraplex.server.engine.request import FinishReason, GenerationRequest, Mix, TokenEvent, TokenScores
 from loraplex.server.engine.stats import EngineStats
 from loraplex.server.engine.streams import EventStream, Shortcut
-from loraplex.server.facts import Facts
+from loraplex.server.facts import BaseFormats, Facts
 from loraplex.server.telemetry.metrics import Metrics
 from loraplex.server.tenancy.access import Access
 from loraplex.server.tenancy.tenants import Key, Keyring, digest_of
@@ -304,6 +304,7 @@ class FakeServer:
             page_bytes=4096,
             block_size=16,
             created=1_700_000_000,
+            formats=BaseFormats("float32", "Q4_1 + Q8_0", "a8"),
             memory=(("weights", 3 << 20, ""), ("arena", 4096 * 100, "100 pages")),
         )
         return Services(

@@ -20,22 +20,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from loraplex.kernels.constants import BLOCK_SIZE
 from loraplex.kernels.ops import Backend
-from loraplex.kernels.records import (
-    BLOCK_SIZE,
-    AdapterSegments,
-    AttentionMeta,
-    KVGroup,
-    KVLayer,
-    TileTable,
-    element_bytes,
-)
+from loraplex.kernels.quantized import Activations
+from loraplex.kernels.records import AdapterSegments, AttentionMeta, KVGroup, KVLayer, TileTable, element_bytes
 from loraplex.kernels.select import load_backend
+from loraplex.server.models.checkpoint import Checkpoint
 from loraplex.server.models.config import ModelConfig
 from loraplex.server.models.decoder import Decoder
 from loraplex.server.models.inputs import ForwardBatch, no_tiles
+from loraplex.server.models.opening import open_checkpoint
 from loraplex.server.models.recorded import RecordedDecoder
-from loraplex.server.models.weights import ModelWeights, load_weights
+from loraplex.server.models.weights import ModelWeights, load_checkpoint
 
 POISON = 0xFF
 """As bytes of a float16, bfloat16 or float32 this is NaN."""
@@ -80,6 +76,7 @@ class Harness:
     group_size: None for one KV group of all layers, else the most layers of one window in a group.
     free_past_window: pages no later query can see are taken back (needs groups whose layers share a window).
     page_bytes: of the arena; grows the KV page's own size, never shrinks it.
+    checkpoint: instead of the folder's own weights; activations: of its quantised linears.
     """
 
     def __init__(
@@ -93,10 +90,15 @@ class Harness:
         num_pages: int = 64,
         page_bytes: int = 0,
         seed: int = 0,
+        checkpoint: Checkpoint | None = None,
+        activations: Activations | None = None,
     ) -> None:
         self.config = ModelConfig.from_hf(path)
         self.ops = ops or load_backend("reference", "cpu")
-        self.weights: ModelWeights = load_weights(path, self.config, self.ops, dtype)
+        self.checkpoint = checkpoint or open_checkpoint(path)
+        self.weights: ModelWeights = load_checkpoint(
+            self.checkpoint, self.config, self.ops, dtype, activations=activations
+        )
         self.groups = layer_groups(self.config, group_size)
         config = self.config
         slab = config.num_kv_heads * BLOCK_SIZE * config.head_dim  # elements of one layer's keys in a page

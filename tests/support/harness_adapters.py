@@ -11,7 +11,8 @@ from itertools import accumulate
 
 import torch
 
-from loraplex.kernels.records import NUM_SITES, TILE_RANKS, AdapterSegments, Site, TileKind, TileTable
+from loraplex.kernels.constants import TILE_RANKS, TileKind
+from loraplex.kernels.records import NUM_SITES, AdapterSegments, Site, TileTable
 from tests.support.harness import Harness
 
 Mix = tuple[tuple[int, float], ...]

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from loraplex.kernels.constants import C_HEADER
 from loraplex.kernels.cpu import abi
 
 KERNELS = Path(abi.__file__).parent
@@ -37,8 +38,10 @@ def missing_compiler() -> str | None:
 
 def compile_arm64(folder: Path, source: Path, name: str, flags: list[str]) -> Path:
     """Compile one source file to `folder`/`name`.o; AssertionError with the compiler's words if it says anything."""
-    output = folder / f"{name}.o"
-    command = [COMPILER, *setting("FLAGS"), *flags, "-c", str(source), "-o", str(output)]
+    output, include = folder / f"{name}.o", folder / f"{name} include"  # of its own: several are compiled at once
+    include.mkdir()
+    (include / "constants.h").write_text(C_HEADER, encoding="utf-8")
+    command = [COMPILER, *setting("FLAGS"), *flags, f"-I{include}", "-c", str(source), "-o", str(output)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert "warning" not in result.stderr, result.stderr

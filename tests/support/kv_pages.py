@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from loraplex.kernels.constants import BLOCK_SIZE
 from loraplex.kernels.ops import Backend
-from loraplex.kernels.records import BLOCK_SIZE, KVLayer
+from loraplex.kernels.records import KVLayer
 
 
 def _places(backend: Backend, layer: KVLayer, pages: Tensor, slots: Tensor) -> list[tuple[Tensor, tuple[object, ...]]]:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loraplex.adapters.format.kind import ServedBase
 from loraplex.adapters.image.tiles import BaseLayout
 from loraplex.kernels.records import Projection, Site
 
@@ -93,6 +94,26 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen2",
         {"r": 2, "lora_alpha": 7, "target_modules": ALL, "bias": "all", "lora_bias": True},
     ),
+    **{
+        f"dora, {name}": (family, {"r": 4, "lora_alpha": 9, "use_dora": True, **options})
+        for name, (family, options) in {
+            "all-linear": ("llama", {"target_modules": "all-linear"}),
+            "rsLoRA and patterns": (
+                "llama",
+                {
+                    "target_modules": ALL,
+                    "use_rslora": True,
+                    "rank_pattern": {"q_proj": 2},
+                    "exclude_modules": ["o_proj"],
+                },
+            ),
+            "base biases": ("llama_biased", {"target_modules": ALL}),
+            "bias all": ("qwen2", {"target_modules": ["q_proj", "up_proj"], "bias": "all"}),
+            "fused": ("phi3", {"target_modules": ["qkv_proj", "gate_up_proj"]}),
+            "gemma3": ("gemma3", {"target_modules": ALL}),
+            "bfloat16 file": ("llama", {"target_modules": ["v_proj", "down_proj"], "dtype": torch.bfloat16}),
+        }.items()
+    },
     "fused qkv": ("phi3", {"r": 4, "target_modules": ["qkv_proj"]}),
     "fused gate_up": ("phi3", {"r": 4, "target_modules": ["gate_up_proj", "o_proj"]}),
     "fused, all-linear": ("phi3", {"r": 4, "target_modules": "all-linear", "rank_pattern": {"qkv_proj": 9}}),
@@ -205,7 +226,8 @@ def randomise_adapter(model: Any, seed: int, dtype: torch.dtype, strength: float
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            mean = 0.0
+            mean: float | Tensor = 0.0
+            std: float | Tensor
             if ".lora_A." in name:
                 std = weight.shape[1] ** -0.5
             elif ".lora_B." in name and name.endswith("weight"):
@@ -214,6 +236,8 @@ def randomise_adapter(model: Any, seed: int, dtype: torch.dtype, strength: float
                 std = strength
             elif ".ia3_l." in name:
                 mean, std = 1.0, strength
+            elif ".lora_magnitude_vector." in name:
+                mean, std = weight, strength * weight  # the norms of the base's rows
             else:
                 continue
             drawn = mean + torch.randn(weight.shape, generator=generator) * std
@@ -249,7 +273,15 @@ def layout_of(model: Any, *, dtype: torch.dtype = torch.float32, page_bytes: int
     return BaseLayout("tiny", len(layers), tuple(projections), page_bytes, dtype)
 
 
-def base_bias_of(model: Any) -> Any:
-    """(layer, projection name) -> the bias of this transformers model, or None."""
-    layers = model.model.layers
-    return lambda layer, name: layers[layer].get_submodule(name).bias
+def served_base_of(model: Any, layout: BaseLayout) -> ServedBase:
+    """This transformers model as adapters are checked against it."""
+
+    def linear(layer: int, name: str) -> Any:
+        return model.model.layers[layer].get_submodule(name)
+
+    return ServedBase(
+        layout,
+        bias=lambda layer, name: linear(layer, name).bias,
+        squared_norms=lambda layer, name: linear(layer, name).weight.detach().square().sum(1),
+        products=lambda layer, name, a: a @ linear(layer, name).weight.detach().T,
+    )

@@ -72,7 +72,7 @@ def overview(services: Services, view: View) -> bytes:
             "may_use_base": key.may_use_base,
             "tenant": key.tenant,
             "device": facts.device,
-            "dtype": facts.dtype,
+            "formats": str(facts.formats),
             "max_model_len": facts.max_model_len,
             "state": "draining" if drain.is_draining else "ready" if services.engine.alive else "dead",
             "seconds_left": round(drain.seconds_left, 1),

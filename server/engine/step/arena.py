@@ -11,8 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from loraplex.kernels.constants import ALIGN, BLOCK_SIZE
 from loraplex.kernels.hugepages import huge_zeros
-from loraplex.kernels.records import ALIGN, BLOCK_SIZE, KVLayer
+from loraplex.kernels.records import KVLayer
 from loraplex.server.engine.policy.kv_groups import GroupSpec
 from loraplex.server.engine.step.memory import MemoryPlan
 from loraplex.server.models.config import ModelConfig

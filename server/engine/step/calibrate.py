@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from loraplex.kernels.records import BLOCK_SIZE
+from loraplex.kernels.constants import BLOCK_SIZE
 from loraplex.server.engine.policy.budget import StepCost
 from loraplex.server.models.decoder import Decoder
 from loraplex.server.models.inputs import ForwardBatch, no_tiles

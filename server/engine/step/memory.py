@@ -18,8 +18,9 @@ from pathlib import Path
 
 import torch
 
+from loraplex.kernels.constants import ALIGN, BLOCK_SIZE
 from loraplex.kernels.hugepages import HUGE_PAGE
-from loraplex.kernels.records import ALIGN, BLOCK_SIZE, element_bytes
+from loraplex.kernels.records import element_bytes
 from loraplex.server.engine.policy.kv_groups import GroupSpec, group_layers, kv_groups, peak_pages
 from loraplex.server.engine.request import EngineError
 from loraplex.server.models.config import ModelConfig
@@ -88,6 +89,7 @@ class MemoryPlan:
     process_bytes: int = 0
     shared: bool = True  # process and host store are in the same memory as the rest
     typical_pages: int = 1  # of an adapter of TYPICAL_RANK on every linear
+    weights_remark: str = ""  # what they are in
 
     @property
     def arena_bytes(self) -> int:
@@ -139,7 +141,7 @@ class MemoryPlan:
         store = f"{waiting:,} {rank}" if not self.shared else f"{waiting:,} such adapters on their way from their files"
         rows = [
             ("process", self.process_bytes, "Python, libraries, requests"),
-            ("weights", self.weights_bytes, ""),
+            ("weights", self.weights_bytes, self.weights_remark),
             ("arena", self.arena_bytes, arena),
             ("host store", self.host_store_bytes, store),
             ("scratch", self.scratch_bytes, "of a step"),

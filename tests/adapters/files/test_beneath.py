@@ -19,7 +19,7 @@ from loraplex.adapters.sources.watch import FolderWatch
 from loraplex.adapters.tiers.loader import Reading
 from loraplex.adapters.tiers.reader import AdapterReader
 from loraplex.kernels.records import Projection, Site
-from tests.support.adapter_reading import read, write_adapter
+from tests.support.adapter_reading import read, without_weights, write_adapter
 from tests.support.exchanging import exchanging
 from tests.support.refusals import refused
 
@@ -123,7 +123,7 @@ def test_a_folder_exchanged_for_a_link_meanwhile(tmp_path: Path, level: str, way
     """Every way to read it, again and again: what is read is never what the link leads to."""
     own = write_adapter(tmp_path / "root" / "acme" / "sql", LAYOUT, seed=1)
     theirs = write_adapter(tmp_path / "theirs" / "sql", LAYOUT, seed=2)
-    reader = AdapterReader(LAYOUT, lambda *_: None, 1000)
+    reader = AdapterReader(without_weights(LAYOUT), 1000)
     good, secret = (read(reader, folder).digest for folder in (own, theirs))
     source = below(tmp_path / "root", "acme/sql")
     moved, target = (own, theirs) if level == "the folder" else (own.parent, theirs.parent)
@@ -149,7 +149,7 @@ def test_files_that_are_links_out(tmp_path: Path, way: str) -> None:
     """The folder is its owner's own; the weights are another's."""
     own = write_adapter(tmp_path / "root" / "sql", LAYOUT, seed=1)
     theirs = write_adapter(tmp_path / "theirs", LAYOUT, seed=2)
-    reader = AdapterReader(LAYOUT, lambda *_: None, 1000)
+    reader = AdapterReader(without_weights(LAYOUT), 1000)
     for name in (CONFIG, "adapter_model.safetensors"):
         kept = (own / name).rename(own / "kept")
         (own / name).symlink_to(theirs / name)
@@ -164,7 +164,7 @@ def test_a_folder_that_is_a_link_out(tmp_path: Path, way: str) -> None:
     write_adapter(tmp_path / "theirs", LAYOUT)
     (tmp_path / "root").mkdir()
     (tmp_path / "root" / "sql").symlink_to(tmp_path / "theirs")
-    reader = AdapterReader(LAYOUT, lambda *_: None, 1000)
+    reader = AdapterReader(without_weights(LAYOUT), 1000)
     with refused("forbidden"):
         reader.examine(below(tmp_path / "root", "sql"))
     assert reader.examine(str(tmp_path / "root" / "sql")), "the operator's own word"

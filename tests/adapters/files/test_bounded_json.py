@@ -19,7 +19,7 @@ from loraplex.adapters.format.header import MAX_DIMENSION, parse_header
 from loraplex.adapters.image.tiles import BaseLayout
 from loraplex.adapters.tiers.reader import AdapterReader
 from loraplex.kernels.records import Projection, Site
-from tests.support.adapter_reading import write_adapter
+from tests.support.adapter_reading import without_weights, write_adapter
 from tests.support.refusals import refused
 
 LAYOUT = BaseLayout("tiny-base", 2, (Projection("self_attn.q_proj", Site.QKV, 32, 0, 32, False),), 1024, torch.float32)
@@ -33,7 +33,7 @@ def folder(tmp_path: Path) -> Path:
 
 def refusal(folder: Path) -> AdapterRefused:
     with pytest.raises(AdapterRefused) as caught:
-        AdapterReader(LAYOUT, lambda *_: None, 1000).examine(str(folder))
+        AdapterReader(without_weights(LAYOUT), 1000).examine(str(folder))
     return caught.value
 
 
@@ -237,7 +237,7 @@ def test_the_same_pattern_is_compiled_once(folder: Path, monkeypatch: pytest.Mon
     file = folder / adapter_files.CONFIG_FILE
     config = json.loads(file.read_text())
     file.write_text(json.dumps({**config, "rank_pattern": {f"x{i}.*": 2 for i in range(600)}}))
-    AdapterReader(LAYOUT, lambda *_: None, 1000).examine(str(folder))
+    AdapterReader(without_weights(LAYOUT), 1000).examine(str(folder))
     assert len(compiled) == 600
 
 

@@ -21,7 +21,15 @@ from loraplex.adapters.tiers.reader import AdapterReader
 from loraplex.kernels.records import Site
 from tests.support.adapter_folder import AdapterFolder
 from tests.support.adapter_reading import ParsedAdapter, read_adapter
-from tests.support.peft_adapters import BASES, DOWN, IA3_CASES, PeftAdapter, base_bias_of, layout_of, make_peft_adapter
+from tests.support.peft_adapters import (
+    BASES,
+    DOWN,
+    IA3_CASES,
+    PeftAdapter,
+    layout_of,
+    make_peft_adapter,
+    served_base_of,
+)
 from tests.support.refusals import refused
 from tests.support.tiny import tiny_hf_model
 
@@ -35,7 +43,7 @@ def bases() -> dict[str, Any]:
 
 
 def read(base: Any, folder: Path, dtype: torch.dtype = torch.float32) -> ParsedAdapter:
-    return read_adapter(folder, layout_of(base, dtype=dtype), base_bias_of(base))
+    return read_adapter(folder, served_base_of(base, layout_of(base, dtype=dtype)))
 
 
 def scales_of(adapter: PeftAdapter, base: Any) -> dict[tuple[int, Site, int], Tensor]:
@@ -76,7 +84,7 @@ def test_read_as_peft_computes(bases: dict[str, Any], tmp_path: Path, case: str)
     assert found.keys() == expected.keys()
     for place, value in expected.items():
         torch.testing.assert_close(found[place], value, atol=1e-6, rtol=1e-6)
-    own = base_bias_of(base)
+    own = served_base_of(base, layout_of(base)).bias
     for projection in layout_of(base).projections:
         bias = own(0, projection.name)
         columns = [(0, projection.site, projection.out_start + i) for i in range(projection.out_features)]
@@ -103,10 +111,10 @@ def test_an_ia3_adapter_takes_exactly_its_bytes(bases: dict[str, Any], tmp_path:
     vectors = [module.ia3_l["default"].numel() for module in adapter.modules().values()]
     nbytes = sum(-(-4 * n // 64) * 64 for n in vectors)
     layout = layout_of(bases["llama"], dtype=torch.bfloat16, page_bytes=1024)
-    parsed = read_adapter(tmp_path, layout, base_bias_of(bases["llama"]))
+    parsed = read_adapter(tmp_path, served_base_of(bases["llama"], layout))
     assert parsed.image.nbytes == nbytes
     assert parsed.image.pages.shape[0] == math.ceil(nbytes / 1024) == 3
-    info = AdapterReader(layout, base_bias_of(bases["llama"]), 100).examine(str(tmp_path))
+    info = AdapterReader(served_base_of(bases["llama"], layout), 100).examine(str(tmp_path))
     assert (info.num_pages, info.nbytes, info.rank, info.kind) == (3, nbytes, 0, "ia3")
 
 
@@ -126,7 +134,7 @@ class Folder(AdapterFolder):
 
     def __init__(self, base: Any, path: Path) -> None:
         make_peft_adapter(base, path, kind="IA3", target_modules=["k_proj", "v_proj", *DOWN], feedforward_modules=DOWN)
-        super().__init__(path, layout_of(base), base_bias_of(base))
+        super().__init__(path, lambda dtype: served_base_of(base, layout_of(base, dtype=dtype)))
         self.config = json.loads((path / "adapter_config.json").read_text())
         self.tensors = safetensors.torch.load(self.weights.read_bytes())
 

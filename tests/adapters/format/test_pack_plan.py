@@ -18,7 +18,7 @@ from torch import Tensor
 from loraplex.adapters.format import pack_plan
 from loraplex.adapters.format.adapter_files import read_head
 from loraplex.adapters.format.header import TensorInfo, parse_header
-from loraplex.adapters.format.kind import ModuleMap, ServedBase
+from loraplex.adapters.format.kind import ModuleMap
 from loraplex.adapters.format.kinds import KINDS, parse_config
 from loraplex.adapters.format.pack_plan import PackPlan
 from loraplex.adapters.image.tiles import BaseLayout
@@ -26,7 +26,7 @@ from loraplex.adapters.tiers.loader import Reading
 from loraplex.adapters.tiers.reader import AdapterReader
 from loraplex.adapters.tiers.workspace import Workspace
 from loraplex.kernels.records import Projection, Site, element_bytes
-from tests.support.adapter_reading import read_adapter, write_adapter
+from tests.support.adapter_reading import read_adapter, without_weights, write_adapter
 
 Q = Projection("self_attn.q_proj", Site.QKV, 32, 0, 32, False)
 K = Projection("self_attn.k_proj", Site.QKV, 32, 32, 16, False)
@@ -36,7 +36,7 @@ LAYOUT = BaseLayout("tiny", 23, (Q, K, UP), 1024, torch.bfloat16)
 
 def map_of(folder: Path, layout: BaseLayout) -> ModuleMap:
     head = read_head(folder)
-    config, base = parse_config(head.config), ServedBase(layout, lambda *_: None)
+    config, base = parse_config(head.config), without_weights(layout)
     return KINDS[config.kind].plan(config, parse_header(head), base, lambda: None)
 
 
@@ -47,7 +47,7 @@ def test_dtypes_and_ranks(tmp_path: Path, stored: torch.dtype, dtype: torch.dtyp
     """read_adapter compares with tiles.pack."""
     for alpha in (rank, 3 * rank):  # with and without a scale
         folder = write_adapter(tmp_path / f"a{alpha}", LAYOUT, rank=rank, dtype=stored, alpha=alpha)
-        assert len(read_adapter(folder, replace(LAYOUT, dtype=dtype), lambda *_: None).parts) == 3 * 23
+        assert len(read_adapter(folder, without_weights(replace(LAYOUT, dtype=dtype))).parts) == 3 * 23
 
 
 def write_tensors(folder: Path, tensors: dict[str, Tensor], order: list[str]) -> None:
@@ -80,7 +80,7 @@ def test_tensors_at_odd_addresses(tmp_path: Path) -> None:
     module_map = map_of(folder, layout)
     assert module_map.header[names[1]].offset % 4 == 2
     assert len(module_map.pairs) == 2
-    assert len(read_adapter(folder, layout, lambda *_: None).parts) == 2
+    assert len(read_adapter(folder, without_weights(layout)).parts) == 2
 
 
 @st.composite
@@ -124,10 +124,10 @@ def test_any_adapter_and_the_pages_promised_at_registration(
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": 3, "target_modules": "all-linear"}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     write_tensors(tmp_path, tensors, order)
-    own = AdapterReader(layout, lambda *_: None, 1 << 30)
+    own = AdapterReader(without_weights(layout), 1 << 30)
     info = own.examine(str(tmp_path))
     idle = {name.rpartition(".lora_")[0] for name, tensor in tensors.items() if not tensor.any()}
-    parsed = read_adapter(tmp_path, layout, lambda *_: None)
+    parsed = read_adapter(tmp_path, without_weights(layout))
     assert len(parsed.parts) == len(tensors) // 2 - len(idle)
     if not idle:
         assert (len(parsed.image.pages), parsed.image.nbytes) == (info.num_pages, info.nbytes)
@@ -137,7 +137,7 @@ def test_ranks_that_differ_and_a_file_in_reverse_order(tmp_path: Path) -> None:
     folder = write_adapter(tmp_path, LAYOUT)
     tensors = safetensors.torch.load((folder / "adapter_model.safetensors").read_bytes())
     write_tensors(folder, tensors, sorted(tensors, reverse=True))
-    read_adapter(folder, LAYOUT, lambda *_: None)
+    read_adapter(folder, without_weights(LAYOUT))
     config = json.loads((folder / "adapter_config.json").read_text())
     config["rank_pattern"] = {r"layers\.(3|4|11|20)\..*": 7, r"layers\.15\.mlp\..*": 2}
     (folder / "adapter_config.json").write_text(json.dumps(config))
@@ -147,7 +147,7 @@ def test_ranks_that_differ_and_a_file_in_reverse_order(tmp_path: Path) -> None:
         shape = (rank, tensor.shape[1]) if "lora_A" in name else (tensor.shape[0], rank)
         tensors[name] = torch.randn(shape)
     write_tensors(folder, tensors, sorted(tensors))
-    assert len(read_adapter(folder, LAYOUT, lambda *_: None).parts) == 69
+    assert len(read_adapter(folder, without_weights(LAYOUT)).parts) == 69
 
 
 def test_the_offsets_of_a_header(tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_memory_is_used_again_and_holds_nothing_of_what_it_held(tmp_path: Path) 
     )
     layout = BaseLayout("tiny", 5, projections, 1024, torch.bfloat16)
     workspace = Workspace(1 << 24)
-    own, fresh = (AdapterReader(layout, lambda *_: None, 1 << 30, workspace=space) for space in (workspace, None))
+    own, fresh = (AdapterReader(without_weights(layout), 1 << 30, workspace=space) for space in (workspace, None))
     folders = [write_adapter(tmp_path / str(seed), layout, rank=3, seed=seed) for seed in range(3)]
     for turn in range(3):
         for folder in folders:

@@ -15,18 +15,18 @@ import torch
 
 from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.format.kinds import KINDS
-from loraplex.adapters.image.tiles import BiasDelta, LowRank
+from loraplex.adapters.image.tiles import BiasDelta, LowRank, OutputScale
 from tests.support.adapter_reading import ParsedAdapter, read_adapter
 from tests.support.peft_adapters import (
     BASES,
     CASES,
     QV,
     PeftAdapter,
-    base_bias_of,
     layout_of,
     make_peft_adapter,
     randomise_adapter,
     save_adapter,
+    served_base_of,
 )
 from tests.support.refusals import refused
 from tests.support.tiny import tiny_hf_model
@@ -38,7 +38,7 @@ def bases() -> dict[str, Any]:
 
 
 def read(base: Any, folder: Path, dtype: torch.dtype = torch.float32) -> ParsedAdapter:
-    return read_adapter(folder, layout_of(base, dtype=dtype), base_bias_of(base))
+    return read_adapter(folder, served_base_of(base, layout_of(base, dtype=dtype)))
 
 
 def check_against_peft(base: Any, adapter: PeftAdapter) -> ParsedAdapter:
@@ -46,13 +46,21 @@ def check_against_peft(base: Any, adapter: PeftAdapter) -> ParsedAdapter:
     parsed = read(base, adapter.folder)
     low_rank = {f"model.layers.{p.layer}.{p.projection.name}": p for p in parsed.parts if isinstance(p, LowRank)}
     deltas = {f"model.layers.{p.layer}.{p.projection.name}": p for p in parsed.parts if isinstance(p, BiasDelta)}
+    scales = {f"model.layers.{p.layer}.{p.projection.name}": p for p in parsed.parts if isinstance(p, OutputScale)}
     modules = adapter.modules()
     assert set(low_rank) == set(modules)
+    assert set(scales) == {path for path, module in modules.items() if "default" in module.lora_magnitude_vector}
     for path, module in modules.items():
         part = low_rank[path]
         assert part.a.shape[0] == module.r["default"]
         found = part.scaling * part.b.float() @ part.a.float()
-        torch.testing.assert_close(found, module.get_delta_weight("default"), atol=1e-6, rtol=1e-5)
+        expected = module.get_delta_weight("default")
+        if path in scales:
+            found += scales.pop(path).values[:, None] * base.get_submodule(path).weight
+            zero = torch.zeros(1, module.in_features)
+            expected = (module(torch.eye(module.in_features)) - module(zero)).T
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+    assert not scales
     zero = torch.zeros(())
     biases = {}
     for path, linear in adapter.model.get_base_model().named_modules():
@@ -312,7 +320,6 @@ def test_every_other_peft_type_is_refused_by_name(bases: dict[str, Any], tmp_pat
 def test_variants_saved_by_peft_are_refused_by_name(bases: dict[str, Any], tmp_path: Path) -> None:
     base = bases["llama"]
     cases: dict[str, dict[str, Any]] = {
-        "use_dora": {"use_dora": True},
         "alora_invocation_tokens": {"alora_invocation_tokens": [5, 6]},
         "modules_to_save": {"modules_to_save": ["lm_head"]},
         "trainable_token_indices": {"trainable_token_indices": [1, 2]},

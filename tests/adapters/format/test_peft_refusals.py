@@ -22,7 +22,8 @@ from torch import Tensor
 from loraplex.adapters.errors import AdapterNotFound, AdapterRefused
 from loraplex.adapters.files import beneath
 from loraplex.adapters.format import adapter_files, quiet_files, targets
-from loraplex.adapters.image.tiles import BaseLayout, BiasDelta, LowRank
+from loraplex.adapters.format.kind import ServedBase
+from loraplex.adapters.image.tiles import BaseLayout, BiasDelta, LowRank, OutputScale
 from loraplex.kernels.records import Projection, Site
 from tests.support.adapter_folder import AdapterFolder
 from tests.support.ordinary_user import ordinary_user, reachable_folder
@@ -41,6 +42,19 @@ LAYER = "base_model.model.model.layers."
 Q0 = f"{LAYER}0.self_attn.q_proj"
 
 
+def served(dtype: torch.dtype = torch.float32, norm: float = 0.0) -> ServedBase:
+    """A base with some biases, whose weights are zero, or orthogonal to whatever is added and `norm` long."""
+
+    def squared_norms(layer: int, name: str) -> Tensor:
+        return torch.full((WIDTHS[name][1],), norm**2)
+
+    def products(layer: int, name: str, a: Tensor) -> Tensor:
+        return torch.zeros(a.shape[0], WIDTHS[name][1])
+
+    layout = BaseLayout("tiny-base", LAYERS, PROJECTIONS, 1024, dtype)
+    return ServedBase(layout, base_bias, squared_norms, products)
+
+
 def base_bias(layer: int, name: str) -> Tensor | None:
     return torch.full((WIDTHS[name][1],), 0.25) if name in ("self_attn.q_proj", "self_attn.k_proj") else None
 
@@ -49,7 +63,8 @@ class Folder(AdapterFolder):
     """LoRA of rank 4 on q_proj and down_proj of both layers."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(path, BaseLayout("tiny-base", LAYERS, PROJECTIONS, 1024, torch.float32), base_bias)
+        self.base_norm = 0.0
+        super().__init__(path, lambda dtype: served(dtype, self.base_norm))
         self.config |= {"peft_type": "LORA", "base_model_name_or_path": "acme/other-base", "r": RANK, "lora_alpha": 8}
         self.config["target_modules"] = ["q_proj", "down_proj"]
         for name in ("self_attn.q_proj", "mlp.down_proj"):
@@ -323,7 +338,7 @@ def test_a_pattern_that_would_take_for_ever(folder: Folder, key: str, monkeypatc
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("use_dora", True), ("alora_invocation_tokens", [1, 2]), ("modules_to_save", ["lm_head"]),
+        ("alora_invocation_tokens", [1, 2]), ("modules_to_save", ["lm_head"]),
         ("trainable_token_indices", [3]), ("trainable_token_indices", {"embed_tokens": [3]}),
         ("target_parameters", ["mlp.experts.gate_up_proj"]), ("layer_replication", [[0, 2]]), ("use_qalora", True),
         ("use_bdlora", {"nblocks": 2}), ("arrow_config", {"top_k": 1}), ("kasa_config", {"beta": 1}),
@@ -339,7 +354,7 @@ def test_unsupported_options_are_named(folder: Folder, key: str, value: Any) -> 
     folder.refused("unsupported_option", key)
 
 
-@pytest.mark.parametrize("key", ["use_dora", "modules_to_save", "layer_replication", "use_qalora", "some_new_option"])
+@pytest.mark.parametrize("key", ["modules_to_save", "layer_replication", "use_qalora", "some_new_option"])
 @pytest.mark.parametrize("value", [None, False, [], {}, 0, ""])
 def test_options_that_are_off_are_fine(folder: Folder, key: str, value: Any) -> None:
     folder.config[key] = value
@@ -374,7 +389,7 @@ def test_a_head_that_is_excluded_again(folder: Folder, exclude: Any) -> None:
         ("base_model.model.lm_head.weight", "unsupported_option", "lm_head"),
         ("base_model.model.model.embed_tokens.lora_embedding_A", "unsupported_option", "embed_tokens"),
         ("base_model.model.model.embed_tokens.weight", "unsupported_option", "embed_tokens"),
-        (f"{Q0}.lora_magnitude_vector", "unsupported_option", "use_dora"),
+        (f"{Q0}.lora_magnitude_vector", "unmatched_tensor", "use_dora is false"),
         ("base_model.model.score.modules_to_save.weight", "unsupported_option", "modules_to_save"),
         (f"{LAYER}2.self_attn.q_proj.lora_A.weight", "unmatched_tensor", "2 layers.*3 or more"),
         (f"{LAYER}31.self_attn.q_proj.lora_A.weight", "unmatched_tensor", "32 or more"),
@@ -647,3 +662,73 @@ def test_any_byte_changed_is_read_or_refused(tmp_path: Path, place: float, value
         folder.read(write=False)
     except AdapterRefused as error:
         assert "\n" not in str(error)  # noqa: PT017  both outcomes are right
+
+
+# ------------------------------------------------------------------------------------------------------- DoRA
+
+
+@pytest.fixture
+def dora(folder: Folder) -> Folder:
+    """A DoRA adapter on a base whose weights are zero: each row of W + B A is B A's, and its magnitude as long."""
+    folder.config["use_dora"] = True
+    for name in [name for name in folder.tensors if name.endswith("lora_A.weight")]:
+        path = name.removesuffix(".lora_A.weight")
+        delta = 2 * folder.tensors[f"{path}.lora_B.weight"] @ folder.tensors[name]  # alpha / r is 2
+        folder.tensors[f"{path}.lora_magnitude_vector"] = torch.linalg.norm(delta, dim=1)
+    return folder
+
+
+MAGNITUDE = f"{Q0}.lora_magnitude_vector"
+
+
+def test_a_dora_adapter_is_read_whatever_stands_behind_its_magnitudes_name(dora: Folder) -> None:
+    first = dora.read()
+    for end in (".weight", ".default.weight"):
+        dora.tensors = {f"{name}{end}" if "magnitude" in name else name: t for name, t in dora.tensors.items()}
+        assert torch.equal(dora.read().image.pages, first.image.pages)
+        dora.tensors = {name.removesuffix(end) if "magnitude" in name else name: t for name, t in dora.tensors.items()}
+
+
+def test_scales_of_one_are_left_out(dora: Folder) -> None:
+    dora.tensors[MAGNITUDE] *= 1.5
+    scales = [part for part in dora.read().parts if isinstance(part, OutputScale)]
+    assert [(part.layer, part.projection.name) for part in scales] == [(0, "self_attn.q_proj")]
+    torch.testing.assert_close(scales[0].values, torch.full((32,), 1.5))
+
+
+def test_a_dora_adapter_without_its_magnitude(dora: Folder) -> None:
+    del dora.tensors[MAGNITUDE]
+    dora.refused("missing_tensor", re.escape(MAGNITUDE))
+
+
+def test_a_magnitude_of_another_shape(dora: Folder) -> None:
+    dora.tensors[MAGNITUDE] = torch.ones(31)
+    dora.refused("shape_mismatch", re.escape(MAGNITUDE))
+
+
+def test_a_magnitude_of_a_row_that_is_zero(dora: Folder) -> None:
+    dora.tensors[f"{Q0}.lora_B.weight"][3] = 0
+    dora.refused("not_finite", re.escape(MAGNITUDE))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_magnitude_that_is_no_number(dora: Folder, value: float) -> None:
+    dora.tensors[MAGNITUDE][3] = value
+    dora.refused("not_finite", re.escape(MAGNITUDE))
+
+
+def test_dora_with_biases_of_b(dora: Folder) -> None:
+    dora.config["lora_bias"] = True
+    dora.refused("unsupported_option", "use_dora", "lora_bias")
+
+
+def test_a_dora_adapter_that_was_not_trained(dora: Folder) -> None:
+    """B is zero as at its start, and the magnitudes are the base's norms."""
+    for name, tensor in dora.tensors.items():
+        if name.endswith("lora_B.weight"):
+            tensor.zero_()
+    dora.base_norm = 1.0
+    for name in dora.tensors:
+        if "magnitude" in name:
+            dora.tensors[name] = torch.full_like(dora.tensors[name], 1.0).bfloat16().float()
+    dora.refused("no_effect", "lora_B is zero")

@@ -21,7 +21,8 @@ from loraplex.adapters.image.tiles import (
     plan_image,
     shape_of,
 )
-from loraplex.kernels.records import ALIGN, TILE_RANKS, Projection, Site, TileKind, element_bytes
+from loraplex.kernels.constants import ALIGN, TILE_RANKS, TileKind
+from loraplex.kernels.records import Projection, Site, element_bytes
 from tests.support.refusals import refused
 
 Parts = list[Part]

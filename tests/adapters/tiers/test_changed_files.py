@@ -20,7 +20,7 @@ from loraplex.adapters.registry import AdapterVersion, Registry
 from loraplex.adapters.tiers.loader import Loader, Priority
 from loraplex.adapters.tiers.reader import AdapterReader
 from loraplex.kernels.records import Projection, Site
-from tests.support.adapter_reading import put, read, same_image, write_adapter
+from tests.support.adapter_reading import put, read, same_image, without_weights, write_adapter
 from tests.support.ordinary_user import ordinary_user, reachable_folder
 from tests.support.refusals import refused
 from tests.support.waiting import LIMIT
@@ -34,7 +34,7 @@ class Rig:
     """All there is between an adapter's files and the device."""
 
     def __init__(self) -> None:
-        self.reader = AdapterReader(LAYOUT, lambda *_: None, 1000)
+        self.reader = AdapterReader(without_weights(LAYOUT), 1000)
         self.registry = Registry()
         self.images: dict[str, AdapterImage] = {}  # in host memory, by digest
         self.loader = Loader(self.reader.read, self.images.__setitem__, self.registry)
@@ -217,7 +217,7 @@ def test_a_folder_that_is_harmed_while_loads_run(harm: str, monkeypatch: pytest.
 def _harm_while_loading(path: Path, harm: str) -> None:
     folder = write_adapter(path, LAYOUT)
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
-    own = AdapterReader(LAYOUT, lambda *_: None, 1000)
+    own = AdapterReader(without_weights(LAYOUT), 1000)
     digest = read(own, folder).digest
     over = threading.Event()
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from loraplex.adapters.image.tiles import AdapterImage, BaseLayout, BiasDelta, LowRank, Part, pack
 from loraplex.adapters.tiers.device import DeviceTier
 from loraplex.adapters.tiers.pages import PagePool
-from loraplex.kernels.records import ALIGN, NUM_SITES, Projection, Site
+from loraplex.kernels.constants import ALIGN
+from loraplex.kernels.records import NUM_SITES, Projection, Site
 from tests.support.counted_clock import counted_clock
 
 _PROJECTIONS = (

@@ -13,7 +13,8 @@ from loraplex.adapters.image.tiles import AdapterImage, BaseLayout, PartShape, p
 from loraplex.adapters.tiers.entry import Entries, Entry
 from loraplex.adapters.tiers.host import HostTier, most_bytes
 from loraplex.adapters.tiers.inbox import Inbox
-from loraplex.kernels.records import Projection, Site, TileKind
+from loraplex.kernels.constants import TileKind
+from loraplex.kernels.records import Projection, Site
 from tests.support.refusals import refused
 
 

@@ -22,7 +22,7 @@ from loraplex.adapters.image.tiles import BaseLayout
 from loraplex.adapters.tiers.loader import LoadCancelled, Reading
 from loraplex.adapters.tiers.reader import AdapterReader
 from loraplex.kernels.records import Projection, Site
-from tests.support.adapter_reading import no_breath, put, read, same_image, write_adapter
+from tests.support.adapter_reading import no_breath, put, read, same_image, without_weights, write_adapter
 from tests.support.refusals import refused
 
 PROJECTIONS = (
@@ -34,7 +34,7 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 def make_reader(max_pages: int = 1000, **options: Any) -> AdapterReader:
-    return AdapterReader(LAYOUT, lambda *_: None, max_pages, **options)
+    return AdapterReader(without_weights(LAYOUT), max_pages, **options)
 
 
 @pytest.fixture
@@ -273,7 +273,7 @@ def test_a_reading_can_be_given_up_anywhere(folder: Path) -> None:
             left[0] -= 1
 
         with pytest.raises(LoadCancelled):
-            AdapterReader(LAYOUT, lambda *_: None, 1000).read(Reading(str(folder), False, throttle))
+            AdapterReader(without_weights(LAYOUT), 1000).read(Reading(str(folder), False, throttle))
         with pytest.raises(LoadCancelled):
             own.read(Reading(str(folder), True, throttle))
     assert same_image(read(own, folder).image, expected.image)

@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 
 from loraplex.adapters.tiers.pages import PagePool
+from loraplex.kernels.constants import BLOCK_SIZE
 from loraplex.kernels.cpu.backend import CpuBackend
-from loraplex.kernels.records import BLOCK_SIZE
 from loraplex.server.engine.policy.kv_cache import KVCache
 from loraplex.server.engine.policy.multi_step import HANDFUL_SECONDS
 from loraplex.server.engine.policy.plan import SchedulerLimits, StepPlan

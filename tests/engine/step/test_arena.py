@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from loraplex.kernels.records import BLOCK_SIZE
+from loraplex.kernels.constants import BLOCK_SIZE
 from loraplex.server.engine.policy.kv_groups import kv_groups
 from loraplex.server.engine.step.arena import allocate_arena, kv_layers
 from loraplex.server.engine.step.memory import Demand, plan_memory

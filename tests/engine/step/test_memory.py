@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loraplex.kernels import hugepages
+from loraplex.kernels.constants import BLOCK_SIZE
 from loraplex.kernels.cpu import backend as cpu_backend
 from loraplex.kernels.cpu.program import CpuProgram
-from loraplex.kernels.records import BLOCK_SIZE
 from loraplex.kernels.select import load_backend
 from loraplex.server.engine.policy.kv_groups import kv_groups, peak_pages
 from loraplex.server.engine.step.arena import allocate_arena, kv_layers
@@ -31,8 +31,12 @@ from loraplex.server.engine.step.memory import (
 )
 from loraplex.server.models.config import ModelConfig
 from loraplex.server.models.decoder import Decoder
+from loraplex.server.models.opening import open_checkpoint
+from loraplex.server.models.quantizing import SCHEMES, QuantizingCheckpoint
 from loraplex.server.models.recorded import RecordedDecoder, record
-from loraplex.server.models.weights import load_weights, packed_shapes, resident_bytes
+from loraplex.server.models.weight_sizes import packed_parts, resident_bytes
+from loraplex.server.models.weights import load_checkpoint, load_weights
+from tests.support.checkpoints import HeldCheckpoint
 from tests.support.configs import SMOLLM2, TINY
 from tests.support.tiny import make_tiny_model
 
@@ -175,7 +179,31 @@ class TestCounts:
         pack = ops.pack_linear
         monkeypatch.setattr(ops, "pack_linear", lambda w: shapes.append(tuple(w.shape)) or pack(w))  # type: ignore[func-returns-value]
         weights = load_weights(path, config, ops, dtype)
-        assert shapes == packed_shapes(config, weights.head is not weights.embedding)
+        parts = packed_parts(open_checkpoint(path), config, weights.head is not weights.embedding)
+        assert parts == [[(*shape, None)] for shape in shapes]
+
+    @pytest.mark.parametrize("kind", SCHEMES)
+    def test_quantised_weights(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+        """What is taken for packed weights: neighbours of a format have whole panels here, so no padding is doubled."""
+        shape = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64}
+        path = make_tiny_model("llama", tmp_path / "model", intermediate_size=192, **shape)
+        config, ops = ModelConfig.from_hf(path), cpu_backend.CpuBackend()
+        regions: list[torch.Tensor] = []
+
+        def noted(nbytes: int) -> torch.Tensor:
+            regions.append(hugepages.huge_zeros(nbytes))
+            return regions[-1]
+
+        monkeypatch.setattr(cpu_backend, "REGION", 1 << 14)
+        monkeypatch.setattr(cpu_backend, "HUGE_PAGE", 4096)
+        monkeypatch.setattr(cpu_backend, "huge_zeros", noted)
+        checkpoint = QuantizingCheckpoint(open_checkpoint(path), kind)
+        weights = load_checkpoint(checkpoint, config, ops, BF16)
+        touched = 4096 * sum(int((part != 0).any()) for region in regions for part in region.split(4096))
+        parts = packed_parts(checkpoint, config, weights.head is not weights.embedding)
+        assert 0.9 * ops.packed_bytes(parts, BF16) <= touched <= ops.packed_bytes(parts, BF16)
+        dense = packed_parts(open_checkpoint(path), config, own_head=True)
+        assert touched < 0.6 * ops.packed_bytes(dense, BF16) or kind == "nf4"
 
     @settings(max_examples=60)
     @given(st.lists(st.tuples(st.integers(1, 300), st.integers(1, 20).map(lambda n: 2 * n)), min_size=1, max_size=30))
@@ -200,7 +228,7 @@ class TestCounts:
                 base = next(base for base, nbytes in regions if base <= start < base + nbytes)
                 end = start + weight.packed.nbytes  # type: ignore[attr-defined]
                 touched |= {(base, page) for page in range((start - base) // 4096, -(-(end - base) // 4096))}
-            assert ops.packed_bytes(shapes, torch.float32) == 4096 * len(touched)
+            assert ops.packed_bytes([[(*shape, None)] for shape in shapes], torch.float32) == 4096 * len(touched)
 
     @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gemma3", "phi3"])
     @pytest.mark.parametrize("tokens", [64, 1024])
@@ -232,6 +260,14 @@ class TestCounts:
         assert plan.arena_bytes - MIB <= taken <= plan.arena_bytes + 4 * MIB
 
 
+@pytest.mark.parametrize(("kind", "most"), [("int8", 0.55), ("int4", 0.45), ("nf4", 0.51)])
+def test_share_of_smollm2s_weights_that_quantised_ones_take(kind: str, most: float) -> None:
+    dense, ops = HeldCheckpoint.of_shapes(SMOLLM2), load_backend("cpu", "cpu")
+    whole = resident_bytes(dense, SMOLLM2, BF16, ops, own_head=False)
+    share = resident_bytes(QuantizingCheckpoint(dense, kind), SMOLLM2, BF16, ops, own_head=False) / whole
+    assert most - 0.1 < share < most
+
+
 def _decoder(path: Path, config: ModelConfig) -> Decoder:
     ops = load_backend("cpu", "cpu")
     weights = load_weights(path, config, ops, torch.float32)
@@ -249,4 +285,5 @@ def test_logit_slices_are_bounded() -> None:
 def test_available_memory_is_something() -> None:
     assert 10**6 < available_memory(torch.device("cpu")) < 10**15
     assert 10**7 < resident_memory() < available_memory(torch.device("cpu"))
-    assert resident_bytes(SMOLLM2, BF16, load_backend("cpu", "cpu"), own_head=False) >= 2 * 134_515_008
+    ops, checkpoint = load_backend("cpu", "cpu"), HeldCheckpoint.of_shapes(SMOLLM2)
+    assert resident_bytes(checkpoint, SMOLLM2, BF16, ops, own_head=False) >= 2 * 134_515_008

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from loraplex.adapters.tiers.pages import PagePool
-from loraplex.kernels.records import BLOCK_SIZE
+from loraplex.kernels.constants import BLOCK_SIZE
 from loraplex.kernels.select import load_backend
 from loraplex.server.engine.policy.kv_cache import KVCache
 from loraplex.server.engine.policy.kv_groups import peak_pages

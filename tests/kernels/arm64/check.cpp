@@ -13,7 +13,7 @@
 
 extern "C" int loraplex_isa(const char* name);
 static const char* isa;  // what is checked
-extern "C" int loraplex_run(int isa, const Op* ops, int count, const Step* step, int dtype, int threads, const Steps* steps);
+extern "C" int loraplex_run(int isa, const Op* ops, int count, const Step* step, ComputeType type, int threads, const Steps* steps);
 
 struct bf16 {
     uint16_t bits;
@@ -35,7 +35,7 @@ template <> bf16 narrow(double v) {  // to nearest, ties to even; through float 
 }
 template <class T> double rounded(double v) { return wide(narrow<T>(v)); }
 template <class T> constexpr double kEps = sizeof(T) == 4 ? 1.2e-7 : 7.9e-3;  // of one rounding
-template <class T> constexpr int kDtype = sizeof(T) == 4 ? 1 : 0;
+template <class T> constexpr ComputeType kType = sizeof(T) == 4 ? ComputeType::kFp32 : ComputeType::kBf16;
 
 static uint64_t state = 1;
 static double uniform() {  // -1 .. 1
@@ -56,21 +56,21 @@ template <class T> void near(const char* what, double got, double want, double t
     if (!(std::fabs(got - want) <= bound) && faults++ < 10) printf("%s: %.9g, expected %.9g within %.3g\n", what, got, want, bound);
 }
 template <class T> void run(Op op, const Step& step = {}) {
-    for (int threads : {1, 2}) loraplex_run(loraplex_isa(isa), &op, 1, &step, kDtype<T>, threads, nullptr);
+    for (int threads : {1, 2}) loraplex_run(loraplex_isa(isa), &op, 1, &step, kType<T>, threads, nullptr);
 }
 // In-place ops run once.
 template <class T> void run_once(Op op, const Step& step, int threads) {
-    loraplex_run(loraplex_isa(isa), &op, 1, &step, kDtype<T>, threads, nullptr);
+    loraplex_run(loraplex_isa(isa), &op, 1, &step, kType<T>, threads, nullptr);
 }
 
 template <class T> void linear(int rows, int in, int out) {
     auto w = noise<T>(out * in), x = noise<T>(rows * in);
     std::vector<T> packed((out + 15) / 16 * 16 * in), y(rows * out);
     Op pack{};
-    pack.code = kPack, pack.x = w.data(), pack.y = packed.data(), pack.in = in, pack.out = out;
+    pack.code = OpCode::kPack, pack.x = w.data(), pack.y = packed.data(), pack.in = in, pack.out = out;
     run<T>(pack);
     Op op{};
-    op.code = kLinear, op.rows = rows, op.x = x.data(), op.w = packed.data(), op.y = y.data(), op.in = in, op.out = out;
+    op.code = OpCode::kLinear, op.rows = rows, op.x = x.data(), op.w = packed.data(), op.y = y.data(), op.in = in, op.out = out, op.linear.ldy = out;
     run<T>(op);
     for (int r = 0; r < rows; r++)
         for (int o = 0; o < out; o++) {
@@ -90,7 +90,7 @@ struct Part {  // of slot: A [n, in] and B [n, len] at column `start`, or a row 
 
 // Three decode rows, a prefill chunk of 9 and one base row; slot 0 in two cut tiles, slot 1 with a bias and a scale, mixed at 0.5.
 template <class T> void adapter(int in, int out) {
-    const std::vector<Part> parts = {{0, 16, 0, out / 2, kLowRank}, {0, 5, out / 2, out - out / 2, kLowRank}, {1, 8, 0, out, kLowRank}, {1, 1, 3, 4, kBiasTile}, {1, 1, 2, out - 2, kScale}};
+    const std::vector<Part> parts = {{0, 16, 0, out / 2, TileKind::kLowRank}, {0, 5, out / 2, out - out / 2, TileKind::kLowRank}, {1, 8, 0, out, TileKind::kLowRank}, {1, 1, 3, 4, TileKind::kBias}, {1, 1, 2, out - 2, TileKind::kScale}};
     const int sites = 4, site = 2;
     std::vector<T> arena(64 / sizeof(T));
     std::vector<int32_t> tiles, ranges(2 * sites * 2);
@@ -103,12 +103,12 @@ template <class T> void adapter(int in, int out) {
         return at;
     };
     for (const Part& p : parts) {
-        at_a.push_back(p.kind == kLowRank ? put(noise<T>(p.n * in, 0.3)) : 0);
-        at_b.push_back(p.kind == kScale ? put(noise<float>(p.len)) : put(noise<T>(p.n * p.len, 0.3)));
+        at_a.push_back(p.kind == TileKind::kLowRank ? put(noise<T>(p.n * in, 0.3)) : 0);
+        at_b.push_back(p.kind == TileKind::kScale ? put(noise<float>(p.len)) : put(noise<T>(p.n * p.len, 0.3)));
         int32_t row = (int32_t)tiles.size() / kTileColumns, *range = &ranges[(p.slot * sites + site) * 2];
         if (range[1] == 0) range[0] = row;
         range[1] = row + 1;
-        for (int32_t v : {p.kind == kLowRank ? (int32_t)(at_a.back() * sizeof(T) / 64) : -1, (int32_t)(at_b.back() * sizeof(T) / 64), p.n, p.start, p.len, (int32_t)p.kind})
+        for (int32_t v : {p.kind == TileKind::kLowRank ? (int32_t)(at_a.back() * sizeof(T) / 64) : -1, (int32_t)(at_b.back() * sizeof(T) / 64), p.n, p.start, p.len, (int32_t)p.kind})
             tiles.push_back(v);
     }
     const int rows = 13;
@@ -123,7 +123,7 @@ template <class T> void adapter(int in, int out) {
     for (int threads : {1, 2}) {
         auto y = before;
         Op op{};
-        op.code = kAdapter, op.rows = rows, op.x = x.data(), op.y = y.data(), op.in = in, op.out = out, op.adapter = {0, site};
+        op.code = OpCode::kAdapter, op.rows = rows, op.x = x.data(), op.y = y.data(), op.in = in, op.out = out, op.adapter = {0, site};
         run_once<T>(op, step, threads);
         for (int r = 0; r < rows; r++) {
             std::vector<double> want(out), terms(out), wobble(out);
@@ -132,7 +132,7 @@ template <class T> void adapter(int in, int out) {
                 for (int m = mix_ptr[s]; m < mix_ptr[s + 1] && indptr[s] <= r && r < indptr[s + 1]; m++)
                     for (size_t i = 0; i < parts.size(); i++)
                         for (int k = 0; k < parts[i].n && parts[i].slot == mix_slot[m]; k++) {
-                            if (parts[i].kind == kScale) {
+                            if (parts[i].kind == TileKind::kScale) {
                                 const float* v = (const float*)&arena[at_b[i]];
                                 for (int c = 0; c < parts[i].len; c++) {
                                     double y = wide(before[r * out + parts[i].start + c]), term = weight[m] * ((double)v[c] - 1) * y;
@@ -141,8 +141,8 @@ template <class T> void adapter(int in, int out) {
                                 }
                                 continue;
                             }
-                            double u = parts[i].kind == kBiasTile ? 1 : 0;
-                            for (int j = 0; j < in && parts[i].kind == kLowRank; j++) u += wide(x[r * in + j]) * wide(arena[at_a[i] + k * in + j]);
+                            double u = parts[i].kind == TileKind::kBias ? 1 : 0;
+                            for (int j = 0; j < in && parts[i].kind == TileKind::kLowRank; j++) u += wide(x[r * in + j]) * wide(arena[at_a[i] + k * in + j]);
                             u = weight[m] * rounded<T>(u);
                             for (int c = 0; c < parts[i].len; c++) {
                                 double term = u * wide(arena[at_b[i] + k * parts[i].len + c]);
@@ -170,7 +170,7 @@ template <class T> void attention(int heads, int kv, int dim, int window) {
     step.seqs = 3, step.tokens = tokens, step.query_ptr = query_ptr.data(), step.kv_lens = kv_lens.data();
     step.block_table[1] = table.data(), step.max_blocks[1] = 3;
     Op op{};
-    op.code = kAttention, op.rows = tokens, op.x = q.data(), op.y = y.data();
+    op.code = OpCode::kAttention, op.rows = tokens, op.x = q.data(), op.y = y.data();
     op.attention = {{cache.data(), cache.data() + kv * 16 * dim, page, 1}, 1.f / std::sqrt((float)dim), 0.f, heads, kv, dim, window};
     run<T>(op, step);
     for (int s = 0; s < 3; s++)
@@ -203,7 +203,7 @@ template <class T> void rms_norm(int n, float offset) {
     auto x = noise<T>(rows * n, 3.0), residual = noise<T>(rows * n), weight = noise<T>(n);
     std::vector<T> y(rows * n), sum(rows * n);
     Op op{};
-    op.code = kRmsNorm, op.rows = rows, op.x = x.data(), op.w = weight.data(), op.y = y.data(), op.in = n;
+    op.code = OpCode::kRmsNorm, op.rows = rows, op.x = x.data(), op.w = weight.data(), op.y = y.data(), op.in = n;
     op.norm = {residual.data(), sum.data(), 1e-5f, offset};
     run<T>(op);
     for (int r = 0; r < rows; r++) {
@@ -232,7 +232,7 @@ template <class T> void rope(int dim, int rotary) {
     Step step{};
     step.tokens = tokens, step.cos[0] = cos.data(), step.sin[0] = sin.data(), step.store_index[0] = store.data();
     Op op{};
-    op.code = kRope, op.rows = tokens, op.x = qkv.data(), op.y = q.data();
+    op.code = OpCode::kRope, op.rows = tokens, op.x = qkv.data(), op.y = q.data();
     op.rope = {{cache.data(), cache.data() + kv * 16 * dim, page, 0}, nullptr, nullptr, 0.f, 0.f, heads, kv, dim, rotary, 0};
     run<T>(op, step);
     for (int t = 0; t < tokens; t++)
@@ -253,7 +253,7 @@ template <class T> void act_mul(int n) {
     auto x = noise<T>(rows * 2 * n, 6.0);
     std::vector<T> y(rows * n);
     Op op{};
-    op.code = kActMul, op.rows = rows, op.x = x.data(), op.y = y.data(), op.out = n;
+    op.code = OpCode::kActMul, op.rows = rows, op.x = x.data(), op.y = y.data(), op.out = n;
     run<T>(op);
     for (int r = 0; r < rows; r++)
         for (int i = 0; i < n; i++) {

@@ -61,7 +61,7 @@ function show(found) {
   const states = { ready: "serving", draining: `stopping, ${Math.round(server.seconds_left)} s left`, dead: "the engine has crashed" };
   setState(server.state, states[server.state]);
   document.title = `${server.base} · loraplex`;
-  const about = [server.base, `${server.device} ${server.dtype}`, `context ${count(server.max_model_len)}`, server.tenant && `tenant ${server.tenant}`];
+  const about = [server.base, `${server.device} ${server.formats}`, `context ${count(server.max_model_len)}`, server.tenant && `tenant ${server.tenant}`];
   setText(byId("about"), about.filter(Boolean).join(" · "));
   byId("key-button").hidden = !hasKey();
 

@@ -1,4 +1,4 @@
-"""IA3 adapters below a whole server, in one batch with LoRA and the base: PEFT says what each answers."""
+"""Adapters of several kinds below a whole server, in one batch with the base: PEFT says what each answers."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "ia3": IA3,
     "other": {**IA3, "target_modules": ALL},
     "lora": {"r": 4, "target_modules": ALL},
+    "dora": {"r": 4, "use_dora": True, "target_modules": ALL},
 }
 
 
@@ -42,7 +43,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """A base with biases on all linears."""
     path = make_tiny_tokenizer(make_tiny_model("llama_biased", tmp_path_factory.mktemp("base")))
     folder = tmp_path_factory.mktemp("made")
-    with serve_tiny(path, load_oracle(path), folder, ADAPTERS, loaded=("ia3", "lora")) as made:
+    with serve_tiny(path, load_oracle(path), folder, ADAPTERS, loaded=("ia3", "lora", "dora")) as made:
         yield made  # the other is loaded on first use
 
 
@@ -75,11 +76,11 @@ async def ask(client: httpx.AsyncClient, adapter: str | None, prompt: str) -> An
 
 
 async def test_greedy_tokens_are_pefts_under_mixed_load(served: Served) -> None:
-    """Forty-eight requests at once: two IA3 adapters, LoRA and the base, each as it answers alone in PEFT."""
-    names = {"ia3": "ia3", "other": str(served.folders["other"]), "lora": "lora", "tiny": None}
+    """Sixty requests at once: two IA3 adapters, LoRA, DoRA and the base, each as it answers alone in PEFT."""
+    names = {"ia3": "ia3", "other": str(served.folders["other"]), "lora": "lora", "dora": "dora", "tiny": None}
     expected = {(name, prompt): greedy(served, name, prompt) for name in names for prompt in PROMPTS}
     for prompt in PROMPTS:
-        assert len({ids_of(expected[name, prompt]) for name in names}) == 4, "an answer tells no adapter from another"
+        assert len({ids_of(expected[name, prompt]) for name in names}) == 5, "an answer tells no adapter from another"
     async with httpx.AsyncClient(base_url=served.live.url, timeout=LIMIT) as client:
         asked = [(name, prompt) for _ in range(4) for prompt in PROMPTS for name in names]
         answers = await asyncio.gather(*(ask(client, names[name], prompt) for name, prompt in asked))

@@ -1,0 +1,127 @@
+"""Numbers that Python and the C++ kernels share, written here and nowhere else.
+
+`setup.py` runs this file alone and writes C_HEADER as constants.h, so the file imports the standard library only. In
+C++ BLOCK_SIZE is `kBlockSize` and OpCode.RMS_NORM is `OpCode::kRmsNorm`. A library that was built from other numbers is
+refused when it is loaded (kernels/cpu/abi.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from enum import IntEnum
+
+ALIGN = 64
+"""Bytes. Unit of every tile offset, alignment of every tile: one cache line, one AVX-512 register."""
+
+TILE_RANKS = 16
+"""Most ranks in a tile."""
+
+TILE_COLUMNS = 6
+"""Of a row of TileTable.tiles."""
+
+BLOCK_SIZE = 16
+"""Tokens in a KV page."""
+
+
+class TileKind(IntEnum):
+    """What a tile adds to its window of y, the columns [out_start, out_start + out_len); w: its weight in the mix."""
+
+    LOW_RANK = 0  # w * (A x) B
+    BIAS = 1  # w * B, one row
+    SCALE = 2  # w * (v - 1) * y, v one row of fp32: y becomes (1 + sum of w * (v - 1)) * y
+
+
+# ---- the records of kernels/cpu ----
+
+MAX_GROUPS = 8
+"""KV groups of a Step."""
+
+MAX_ROPES = 4
+"""Rotary kinds of a Step."""
+
+DRAW = 5
+"""Numbers of a row of Step.draws: temperature, top_k, top_p, min_p, uniform."""
+
+ALL_TOKENS = -1
+"""As Op.rows: the step's tokens."""
+
+LOGIT_ROWS = -2
+"""As Op.rows: the step's rows of logits."""
+
+
+class OpCode(IntEnum):
+    """What an Op does (kernels/cpu/kernels.cpp)."""
+
+    EMBED = 0
+    RMS_NORM = 1
+    LINEAR = 2
+    BIAS = 3
+    ADAPTER = 4
+    ROPE = 5
+    ATTENTION = 6
+    ACT_MUL = 7
+    GATHER = 8
+    SAMPLE = 9
+    PACK = 10
+    QUANTISED = 11
+    PACK_QUANTISED = 12
+
+
+class NumberKind(IntEnum):
+    """How the scales or offsets of a quantised weight are stored."""
+
+    NONE = 0
+    FP16 = 1
+    FP32 = 2
+    INT8 = 3
+    UINT8 = 4
+
+
+PANEL = 64
+"""Output columns of a panel of a packed weight."""
+
+
+class Activation(IntEnum):
+    """The function of the gate in ACT_MUL."""
+
+    SILU = 0
+    GELU_TANH = 1
+
+
+ACTIVATIONS = {member.name.lower(): member for member in Activation}
+"""By the names that Backend.act_mul takes."""
+
+
+class ComputeType(IntEnum):
+    """The type of activations and weights, for which all kernels of a call are compiled."""
+
+    BF16 = 0
+    FP32 = 1
+
+
+def _c_name(name: str) -> str:
+    return "k" + "".join(word.capitalize() for word in name.split("_"))
+
+
+def _c_lines(names: Mapping[str, object]) -> Iterator[str]:
+    for name, value in names.items():
+        if isinstance(value, int):
+            yield f"constexpr int {_c_name(name)} = {value};"
+        elif isinstance(value, type) and issubclass(value, IntEnum) and value is not IntEnum:
+            members = ", ".join(f"{_c_name(member.name)} = {member.value}" for member in value)
+            yield f"enum class {name} : int32_t {{ {members} }};"
+
+
+C_CONSTANTS = "\n".join(_c_lines(dict(globals())))
+"""The numbers above as C++, in their order."""
+
+C_HEADER = f"""\
+// Written by setup.py from kernels/constants.py.
+#pragma once
+#include <cstdint>
+
+{C_CONSTANTS}
+
+constexpr char kConstants[] = R"({C_CONSTANTS})";
+"""
+"""What setup.py writes as constants.h. `kConstants` tells Python what the library was built from."""

@@ -1,0 +1,125 @@
+// y = x W^T where W is quantised (kernels/quantized.py): the frame that every format runs in.
+//
+// W lies in panels of 64 columns, a panel in blocks of up to 8 units of (mostly) 32 inputs. A block begins with its numbers, scales
+// and then offsets, [groups][64] each; their shared ones before them where there are two levels; then its codes, unit after unit:
+//     4 bits  [unit / 8][64] words of 32 bits; nibble n of half p of a word is input 2 n + p of its 8
+//     8 bits  [unit / 4][64] words of 32 bits, byte i of a word is input i of its 4
+// so that memory is read from front to end, whatever the format.
+//
+// An op has two phases. `prepare` makes of each row of x what the weight's kernel multiplies (Form): fp32, bf16, or bytes with a scale
+// for each 32 inputs. `multiply` takes a panel a stretch of units at a time: the numbers are widened to fp32 once for all rows, then
+// the kernel adds the stretch's products to the rows' sums. The kernel of a weight depends on its format and the instruction set
+// alone, and adds stretch after stretch: a row's bits never depend on the others.
+//
+// Wide, the kernel of every format on every instruction set, widens the codes too and goes on as a linear of fp32. Faster ones are
+// structs with its members (quant4.h), picked by `with_kernel`.
+#pragma once
+#include "numbers.h"
+#include "records.h"
+
+namespace LORAPLEX_ISA {
+
+constexpr int kQuantRows = 128;  // rows that share what is widened; their sums take 32 KB
+
+template <class T>
+struct Wide {
+    static constexpr Form form = Form::kFloats;
+    static constexpr int stretch = 2;  // units: 16 KB when they are widened
+    static float bias(const Quantised&) { return 0.f; }
+    static void add(const Quantised& w, const Stretch& units, const Inputs& x, int64_t row, int64_t rows, int64_t unit, float* sums, int columns) {
+        alignas(64) float wide[stretch * 32 * kPanel];
+        Fetch none;
+        widen(w, units, columns, wide);
+        const float* from = (const float*)x.x + row * x.in + unit * w.unit;
+        add_rows(rows, sums, kPanel, from, x.in, wide, columns, units.count * w.unit, columns, none);
+    }
+};
+
+// Calls run(kernel) with the kernel of w.
+template <class T, class F>
+INLINE void with_kernel(const Quantised& w, F run) {
+    run(Wide<T>{});
+}
+
+template <class T>
+static void prepare(const Op& op, const Step& step, int64_t rows, int tid, int threads) {
+    const Quantised& w = *(const Quantised*)op.w;
+    static thread_local Scratch<float> scratch;
+    float* wide = scratch.get((int64_t)w.units * w.unit);
+    with_kernel<T>(w, [&](auto kernel) {
+        constexpr Form form = decltype(kernel)::form;
+        Inputs x = inputs(w, form, rows, step.prepared);
+        for (int64_t t = rows * tid / threads; t < rows * (tid + 1) / threads; t++) {
+            gather_inputs(w, (const T*)op.x + t * w.in, wide);
+            prepare_row<form>(w, wide, x, t);
+        }
+    });
+}
+
+// `columns` columns from n on, which lie in one panel.
+template <class K, class O>
+INLINE void multiply_panel(const Quantised& w, const Inputs& x, int64_t rows, int64_t n, int columns, O* y, int64_t ldy) {
+    static thread_local Scratch<float> scratch;
+    static thread_local Stretch units;
+    int padded = (int)round_up(columns, 16);
+    const uint8_t* panel = w.data + n / kPanel * w.panel_bytes;
+    for (int64_t row = 0; row < rows; row += kQuantRows) {
+        int64_t here = min2<int64_t>(kQuantRows, rows - row);
+        float* sums = scratch.get(here * kPanel);
+        memset(sums, 0, here * kPanel * sizeof(float));
+        for (int64_t unit = 0; unit < w.units; unit += units.count) {
+            units_from(w, panel, unit, K::stretch, (int)(n % kPanel), padded, K::bias(w), units);
+            K::add(w, units, x, row, here, unit, sums, padded);
+        }
+        for (int64_t m = 0; m < here; m++)
+            for (int c = 0; c < columns; c += kLanes) store_n(y + (row + m) * ldy + n + c, load(sums + m * kPanel + c), min2(kLanes, columns - c));
+    }
+}
+
+// Threads share the panels, or units of 16 columns where there are fewer panels than threads.
+template <class T, class O>
+static void multiply(const Op& op, const Step& step, int64_t rows, int tid, int threads) {
+    const Quantised& w = *(const Quantised*)op.w;
+    int64_t unit = (w.out + kPanel - 1) / kPanel < threads ? 16 : kPanel, units = (w.out + unit - 1) / unit;
+    int64_t end = min2(units * (tid + 1) / threads * unit, w.out);
+    with_kernel<T>(w, [&](auto kernel) {
+        using K = decltype(kernel);
+        Inputs x = inputs(w, K::form, rows, step.prepared);
+        for (int64_t n = units * tid / threads * unit, columns; n < end; n += columns) {
+            columns = min2(n / kPanel * kPanel + kPanel, end) - n;
+            multiply_panel<K>(w, x, rows, n, (int)columns, (O*)op.y, op.linear.ldy);
+        }
+    });
+}
+
+// Rows of a quantised table; as embed of rowwise.h.
+template <class T>
+static void embed_quantised(const Op& op, const Step& step, int64_t rows, int tid, int threads) {
+    const Quantised& w = *(const Quantised*)op.w;
+    static thread_local Stretch units;
+    alignas(64) float wide[Wide<T>::stretch * 32 * 16];
+    for (int64_t t = rows * tid / threads; t < rows * (tid + 1) / threads; t++) {
+        int64_t id = step.ids[t];
+        T* y = (T*)op.y + t * op.out;
+        for (int64_t unit = 0; unit < w.units; unit += units.count) {
+            units_from(w, w.data + id / kPanel * w.panel_bytes, unit, Wide<T>::stretch, (int)(id % kPanel / 16 * 16), 16, 0.f, units);
+            widen(w, units, 16, wide);
+            for (int64_t k = 0; k < units.count * w.unit && unit * w.unit + k < w.in; k++) {
+                int64_t at = unit * w.unit + k;
+                from_float(wide[k * 16 + id % 16], y + (w.order ? w.order[at] : at));
+            }
+        }
+        for (int64_t k = 0; k < op.out && op.embed.scale != 1.f; k++) from_float(to_float(y[k]) * op.embed.scale, y + k);
+    }
+}
+
+// Codes and numbers as kernels/quantized.py has them -> panels, which are zero. Threads share the panels.
+static void pack_quantised(const Op& op, int tid, int threads) {
+    const Quantised& w = *(const Quantised*)op.w;
+    const QuantisedSource& from = *(const QuantisedSource*)op.x;
+    int64_t panels = (w.out + kPanel - 1) / kPanel;
+    for (int64_t p = panels * tid / threads; p < panels * (tid + 1) / threads; p++)
+        for (int64_t c = 0, n = p * kPanel; c < kPanel && n < w.out; c++, n++) pack_column(w, from, n, (uint8_t*)op.y + p * w.panel_bytes, (int)c);
+}
+
+}  // namespace LORAPLEX_ISA
