@@ -74,6 +74,13 @@ class Rig:
         for _ in range(times):
             assert self.come.acquire(timeout=LIMIT)
 
+    def fetch(self, version: AdapterVersion) -> None:
+        """Asked for, it is not there at once, and then it is."""
+        self.gate.clear()
+        assert self.cache.missing_pages([version]) is None
+        self.gate.set()
+        self.wait()
+
     def bring_to_host(self, version: AdapterVersion) -> list[int]:
         """Wanted, and read. Returns the pages it takes."""
         self.cache.request(version)
@@ -292,27 +299,24 @@ def test_requests_far_back_do_not_fill_the_host_store(rig: Rig) -> None:
         rig.cache.request(version)
     rig.wait()
     assert rig.read == ["3-a"]  # of 3,456 bytes, 1,088 (864 and perhaps more tiles) and 1,088 would be more than half
-    assert rig.cache.missing_pages([versions[3]]) is None, "its turn"
-    rig.wait()
+    rig.fetch(versions[3])  # it is its turn
     assert rig.read == ["3-a", "3-d"]
-    assert rig.cache.missing_pages([versions[1]]) is None
-    rig.wait()
+    rig.fetch(versions[1])
     assert rig.cache.missing_pages([versions[2]]) is None, "now it is full, and others go first"
     assert rig.read == ["3-a", "3-d", "3-b"]
     assert rig.loader.pending() == 0, "it was not even asked for"
     assert rig.cache.missing_pages([versions[3]]) == [3]
     assert rig.cache.load(versions[3])
-    assert rig.cache.missing_pages([versions[2]]) is None
-    rig.wait()
+    rig.fetch(versions[2])
     assert rig.cache.missing_pages([versions[2]]) == [3]
 
 
 def test_what_could_not_be_read_takes_no_room(rig: Rig) -> None:
     broken, sound = rig.version("9"), rig.version("4")
     rig.broken.add("9")
+    rig.gate.clear()
     rig.cache.request(broken)
-    assert rig.cache.missing_pages([broken]) is None
-    rig.wait()
+    rig.fetch(broken)
     for _ in range(2):
         with pytest.raises(AdapterRefused):
             rig.cache.missing_pages([broken])
