@@ -40,6 +40,7 @@ class WeightFormat:
     codebook: tuple[float, ...] | None = None  # 2^bits fp32 values
     scale_bits: int = 32  # what a scale takes in memory: 16 (all are fp16), 32, or 8 beside a shared one (GroupScales)
     has_offset: bool = False  # takes as many bits as a scale
+    activations: Activations | None = None  # what the weights were made for; None: either
 
     def groups(self, in_features: int) -> int:
         """Count the groups of a weight with `in_features` inputs. Raises ValueError where they do not divide."""

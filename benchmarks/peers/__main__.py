@@ -18,7 +18,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,9 +26,10 @@ from pathlib import Path
 from loraplex.benchmarks import kept
 from loraplex.benchmarks.peers import llamacpp, mistral_rs, openvino_ir, peft_batch, vllm_cpu
 from loraplex.benchmarks.peers.peer import Figures, Peer, Running, Skipped, base_for, ours
-from loraplex.benchmarks.peers.report import OURS, Row, table, targets
+from loraplex.benchmarks.peers.report import OURS, QUANTIZED, Row, table, targets
 from loraplex.benchmarks.random_adapters import make_adapters
 from loraplex.benchmarks.readme_loads import CONTEXTS, LOADS, Load
+from loraplex.server.config import DEMO
 from loraplex.server.models.demo import default_cache_dir, ensure_demo_base
 
 ALL_LOADS = (*LOADS, *CONTEXTS)
@@ -36,7 +37,9 @@ ALL_LOADS = (*LOADS, *CONTEXTS)
 
 def makers(folder: Path, base: Path, adapters: Sequence[Path], jobs: int) -> dict[str, Callable[[], Peer]]:
     """Of every peer, by name. They raise Skipped."""
-    found: dict[str, Callable[[], Peer]] = {}
+    found: dict[str, Callable[[], Peer]] = {
+        name: partial(_quantized, name, kind, folder, base, adapters) for name, kind in QUANTIZED.items()
+    }
     for name in llamacpp.WEIGHTS:
         found[name] = partial(llamacpp.peer, name, folder, base, adapters, jobs)
     for name in openvino_ir.WEIGHT_FORMATS:
@@ -47,7 +50,19 @@ def makers(folder: Path, base: Path, adapters: Sequence[Path], jobs: int) -> dic
     return found
 
 
-ALL_PEERS = (*llamacpp.WEIGHTS, *openvino_ir.WEIGHT_FORMATS, mistral_rs.NAME, "vLLM", "PEFT")
+def _quantized(name: str, kind: str, folder: Path, base: Path, adapters: Sequence[Path]) -> Peer:
+    """Our own server with --quantize `kind`; native: with the demo's own GGUF, in its own context only."""
+    native = kind == "native"
+
+    def start(load: Load) -> AbstractContextManager[Running]:
+        path = DEMO if native else base_for(load, base, folder)
+        return ours(path, adapters[0].parent, "--quantize", kind)
+
+    loads = [load.name for load in (LOADS if native else ALL_LOADS)]
+    return Peer(name, {}, start, loads, f"--quantize {kind}")
+
+
+ALL_PEERS = (*QUANTIZED, *llamacpp.WEIGHTS, *openvino_ir.WEIGHT_FORMATS, mistral_rs.NAME, "vLLM", "PEFT")
 
 
 def main() -> None:

@@ -109,8 +109,8 @@ def base_for(load: Load, base: Path, folder: Path) -> Path:
 
 
 @contextmanager
-def ours(base: Path, adapters: Path) -> Iterator[Served]:
-    """loraplex with `base` and every adapter of the folder. Raises served.NotStarted."""
-    flags = ("--served-model-name", "demo", "--adapter-dir", str(adapters), "--memory", "3G")
+def ours(base: Path | str, adapters: Path, *more: str) -> Iterator[Served]:
+    """loraplex with `base`, every adapter of the folder and `more` flags. Raises served.NotStarted."""
+    flags = (*more, "--served-model-name", "demo", "--adapter-dir", str(adapters), "--memory", "3G")
     with serve(str(base), *flags) as server:
         yield Served(server.address, ask_ours)

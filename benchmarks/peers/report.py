@@ -13,6 +13,16 @@ from loraplex.benchmarks.readme_loads import CONTEXTS, LOADS
 
 OURS = "loraplex"
 
+QUANTIZED = {f"{OURS} {kind}": kind for kind in ("native", "int8", "int4", "nf4")}
+"""Our own server again, by its name here, and the word of --quantize that it was started with."""
+
+SAME_BYTES = (
+    (f"{OURS} native", "llama.cpp Q4_1", 1.2, 2.5),
+    (f"{OURS} int8", "OpenVINO int8", None, 1.3),
+    (f"{OURS} int4", "OpenVINO int4", None, 1.3),
+)
+"""Ours and the peer in the same format, and the ratios of tokens per second wanted at 1 and at 16 streams."""
+
 WITHOUT_HTTP = (*WEIGHT_FORMATS, mistral_rs.NAME, "PEFT")
 """Peers that are asked in their own process."""
 
@@ -41,9 +51,9 @@ class Row:
         found = [value for run in self.rounds[name] if (value := of(run)) is not None]
         return statistics.median(found) if found else None
 
-    def ratio(self, name: str, of: Of) -> float | None:
+    def ratio(self, name: str, of: Of, ours: str = OURS) -> float | None:
         """Of ours to theirs: the median of the rounds' ratios, so that what slows a whole round cancels."""
-        return _ratio(self.rounds[OURS], self.rounds.get(name, ()), of)
+        return _ratio(self.rounds.get(ours, ()), self.rounds.get(name, ()), of)
 
 
 def speed(run: Figures) -> float | None:
@@ -87,9 +97,12 @@ def targets(rows: Sequence[Row]) -> list[Target]:
     one, many, _, mixed = (by_load.get(load.name) for load in LOADS)
     told: list[tuple[str, float, float | None, bool]] = []
 
-    def tell(row: Row | None, what: str, name: str, of: Of, wanted: float, at_most: bool = False) -> None:
+    def tell(
+        row: Row | None, what: str, name: str, of: Of, wanted: float, at_most: bool = False, ours: str = OURS
+    ) -> None:
         if row is not None:
-            told.append((f"{what}, ours / {name}", wanted, row.ratio(name, of), at_most))
+            mine = "ours" if ours == OURS else ours
+            told.append((f"{what}, {mine} / {name}", wanted, row.ratio(name, of, ours), at_most))
 
     tell(one, "1 stream", "llama.cpp", speed, 1.35)
     for name in WEIGHT_FORMATS:
@@ -102,6 +115,18 @@ def targets(rows: Sequence[Row]) -> list[Target]:
     tell(mixed, "32 adapters x 16 streams", "PEFT", speed, 11.0)
     for name in WEIGHT_FORMATS:
         tell(one, "first token of 96", name, first, 0.9, at_most=True)
+    for ours, name, alone, together in SAME_BYTES:
+        if alone is not None:
+            tell(one, "1 stream", name, speed, alone, ours=ours)
+        tell(many, "16 streams", name, speed, together, ours=ours)
+    for ours in QUANTIZED:
+        for row, what, wanted in (
+            (one, "1 stream", 2.3),
+            (many, "16 streams", 1.4),
+            (mixed, "32 adapters x 16 streams", 1.25),
+        ):
+            tell(row, what, OURS, speed, wanted, ours=ours)
+        tell(one, "first token of 96", OURS, first, 1.0, at_most=True, ours=ours)
     return [Target(text, wanted, found, at_most) for text, wanted, found, at_most in told if found is not None]
 
 

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from loraplex.kernels.ops import Backend, PackedLinear
 from loraplex.kernels.quantized import Activations, QuantizedWeight, WeightFormat, join
-from loraplex.kernels.records import Projection, Site
+from loraplex.kernels.records import Projection
 from loraplex.server.models.checkpoint import Checkpoint
-from loraplex.server.models.config import ModelConfig
+from loraplex.server.models.config import ModelConfig, Site
 from loraplex.server.models.opening import open_checkpoint
 from loraplex.server.models.weight_sizes import EMBED, HEAD, NORM, check_shape, check_tensors, layer_norms, linear_names
 
@@ -92,13 +92,19 @@ def load_checkpoint(
 
 
 def default_activations(formats: Sequence[WeightFormat], device: torch.device) -> Activations:
-    """Choose how exact the inputs are of a linear with parts of `formats`.
+    """Choose how exact the inputs are of a linear with parts of `formats`: in 8 bits where that suits all, or exact.
 
-    Exact beside a codebook (NF4's adapters were trained so, and fp8 is no integer) and on a GPU. On the CPU products of
-    integers are integers too.
+    On the CPU 8 bits suit integers whose scales are for groups of inputs, since their products are integers then. They
+    do not suit a codebook (NF4's adapters were trained on exact inputs, fp8 is no integer), nor scales for all inputs,
+    where one for a whole row of inputs costs ten times as much accuracy (docs/quantised.md), unless the base was made
+    for that.
     """
-    integers = all(form.codebook is None for form in formats)
-    return Activations.A8 if integers and device.type == "cpu" else Activations.EXACT
+    suits = all(
+        form.activations is Activations.A8
+        or (form.activations is None and form.codebook is None and form.group is not None)
+        for form in formats
+    )
+    return Activations.A8 if suits and device.type == "cpu" else Activations.EXACT
 
 
 def activations_name(
@@ -161,9 +167,9 @@ class _Loader:
             mlp_out_norm=norms.get("mlp_out_norm"),
         )
 
-    def _linear(self, prefix: str, site: Site) -> Linear:
+    def _linear(self, prefix: str, site: int) -> Linear:
         """Fuse the projections of `site`, and their biases."""
-        parts: Sequence[Projection] = [p for p in self._config.projections() if p.site is site]
+        parts: Sequence[Projection] = [p for p in self._config.projections() if p.site == site]
         bias = self._rows([f"{prefix}{part.name}.bias" for part in parts]) if parts[0].has_bias else None
         return Linear(self._pack([f"{prefix}{part.name}.weight" for part in parts]), bias)
 

@@ -462,6 +462,37 @@ def test_the_targets() -> None:
     ]
 
 
+def test_targets_of_quantised_bases_are_against_the_same_bytes_and_our_own_bf16() -> None:
+    def runs(*rates: float, first: float) -> list[Figures]:
+        return [Figures(rate, first) for rate in rates]
+
+    one = Row(
+        LOADS[0].name,
+        {
+            "loraplex": runs(50.0, 100.0, first=0.2),
+            "loraplex native": runs(120.0, 240.0, first=0.1),
+            "llama.cpp Q4_1": runs(100.0, 190.0, first=0.4),
+        },
+    )
+    assert [str(each) for each in targets([one])] == [
+        "1 stream, loraplex native / llama.cpp Q4_1: 1.23, at least 1.2: met",
+        "1 stream, loraplex native / loraplex: 2.40, at least 2.3: met",
+        "first token of 96, loraplex native / loraplex: 0.50, at most 1: met",
+    ]
+    many = Row(
+        LOADS[1].name,
+        {
+            "loraplex": runs(100.0, first=0.2),
+            "loraplex int8": runs(130.0, first=0.2),
+            "OpenVINO int8": runs(100.0, first=0.2),
+        },
+    )
+    assert [str(each) for each in targets([many]) if "int8 /" in each.text] == [
+        "16 streams, loraplex int8 / OpenVINO int8: 1.30, at least 1.3: met",
+        "16 streams, loraplex int8 / loraplex: 1.30, at least 1.4: missed",
+    ]
+
+
 def test_what_is_left_out_and_why(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from loraplex.server.command.build import EngineParts, build_engine
-from loraplex.server.config import EngineConfig
+from loraplex.server.config import EngineConfig, Quantize
 from loraplex.server.engine.policy.running import RunningSet
 from loraplex.server.engine.request import GenerationRequest, SamplingParams, TokenEvent
 from tests.support.peft_adapters import make_peft_adapter
@@ -80,15 +80,20 @@ async def serve(config: EngineConfig, base: Path, adapters: dict[str, Path], pag
         parts.adapters.close()
 
 
-@pytest.mark.parametrize(("backend", "dtype"), [("cpu", "float32"), ("cpu", "bfloat16")])
-async def test_whole_answers(backend: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("backend", "dtype", "quantize"),
+    [("cpu", "float32", None), ("cpu", "bfloat16", None), ("cpu", "bfloat16", "int4"), ("cpu", "bfloat16", "nf4")],
+)
+async def test_whole_answers(
+    backend: str, dtype: str, quantize: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     base = make_tiny_model("llama", tmp_path / "base")
     oracle = load_oracle(base)
     adapters = {
         name: make_peft_adapter(oracle, tmp_path / name, seed=seed, **options).folder
         for seed, (name, options) in enumerate(ADAPTERS.items())
     }
-    config = replace(CONFIG, backend=backend, dtype=dtype)
+    config = replace(CONFIG, backend=backend, dtype=dtype, quantize=quantize and Quantize(quantize))
     alone, none = await serve(config, base, adapters, None)
     assert none == 0
     assert all(len(events) == 40 and events[0].logprob is not None for events in alone)

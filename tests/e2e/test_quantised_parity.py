@@ -5,21 +5,27 @@ With exact activations to 2e-3 of the logits' spread, and the same greedy tokens
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 from torch import Tensor
 
 from loraplex.kernels.quantized import Activations, dequantize
 from loraplex.kernels.select import load_backend
+from loraplex.server.config import LinearInputs, Quantize
 from loraplex.server.models.opening import open_checkpoint
 from loraplex.server.models.quantizing import SCHEMES, QuantizingCheckpoint
 from tests.support.adapter_server import LENGTH, Request, Server, tokens
-from tests.support.peft_adapters import PeftAdapter, make_peft_adapter
-from tests.support.tiny import load_oracle, make_tiny_model
+from tests.support.live_server import TINY
+from tests.support.peft_adapters import ALL, PeftAdapter, make_peft_adapter
+from tests.support.served import serve_tiny
+from tests.support.tiny import load_oracle, make_tiny_model, make_tiny_tokenizer
+from tests.support.waiting import LIMIT
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT warns of much that is meant here
 
@@ -151,3 +157,34 @@ def test_inputs_in_8_bits_are_near(world: World) -> None:
         found = torch.cat(request.logits).log_softmax(-1)
         divergence = float((expected.exp() * (expected - found)).sum(-1).mean())
         assert 0 < divergence < NEAR, f"{name}: {divergence} nats"
+
+
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "lora": {"r": 4, "target_modules": ALL},
+    "dora": {"r": 4, "use_dora": True, "target_modules": ALL},
+    "ia3": {"kind": "IA3", "target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
+}
+
+
+@pytest.mark.parametrize("kind", SCHEMES)
+async def test_greedy_answers_over_http(kind: str, tmp_path: Path) -> None:
+    """At once: the base, adapters of three kinds, and two halves of one in a mix."""
+    path = make_tiny_tokenizer(make_tiny_model("llama_biased", tmp_path / "base"))
+    oracle = dequantised(path, QuantizingCheckpoint(open_checkpoint(path), kind))
+    engine = replace(TINY, quantize=Quantize(kind), activations=LinearInputs.exact)
+    with serve_tiny(path, oracle, tmp_path, ADAPTERS, engine=engine) as served:
+        assert served.live.parts.formats.weights.startswith(kind)
+        client = httpx.AsyncClient(base_url=served.live.url, timeout=LIMIT)
+        prompts = {name: tokens(seed) for seed, name in enumerate(("tiny", *ADAPTERS))}
+        names = [*prompts, "lora*0.5+lora*0.5", *prompts]
+        bodies = [
+            {"model": name, "prompt": prompts.get(name, prompts["lora"]), "max_tokens": 12, "temperature": 0}
+            for name in names
+        ]
+        fields = {"ignore_eos": True}
+        async with client:
+            answers = await asyncio.gather(*(client.post("/v1/completions", json=body | fields) for body in bodies))
+        for name, answer in zip(names, answers, strict=True):
+            assert answer.status_code == 200, answer.text
+            wanted = served.greedy(name.partition("*")[0], prompts.get(name, prompts["lora"]), 12)
+            assert answer.json()["choices"][0]["text"] == served.text(wanted), name

@@ -18,10 +18,9 @@ from safetensors.torch import load_file, save_file
 
 from loraplex.kernels.ops import Backend
 from loraplex.kernels.quantized import Activations, GroupScales, QuantizedWeight, WeightFormat, dequantize
-from loraplex.kernels.records import Site
 from loraplex.kernels.select import load_backend
 from loraplex.server.models.checkpoint import WeightsError
-from loraplex.server.models.config import ModelConfig
+from loraplex.server.models.config import ModelConfig, Site
 from loraplex.server.models.weight_sizes import expected_shapes, weights_bytes
 from loraplex.server.models.weights import ModelWeights, load_checkpoint, load_weights
 from tests.support.checkpoints import HeldCheckpoint
@@ -129,6 +128,12 @@ def test_buffers_of_old_checkpoints_are_ignored(tmp_path: Path, ops: Backend) ->
     load(path, ops)
 
 
+def test_biases_of_zeros_are_passed_over(tmp_path: Path, ops: Backend) -> None:
+    path = make_tiny_model("llama", tmp_path)
+    edit(path, lambda tensors: tensors.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(64)}))
+    assert load(path, ops).layers[0].qkv.bias is None
+
+
 DOWN = "model.layers.1.mlp.down_proj.weight"
 DAMAGE: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], list[str]]] = {
     "missing": (lambda tensors: tensors.pop(DOWN), ["lacks", DOWN]),
@@ -138,7 +143,7 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], list[str]]] = 
         ["holds", "model.layers.2.mlp.down_proj.weight"],
     ),
     "bias nobody asked for": (
-        lambda tensors: tensors.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(64)}),
+        lambda tensors: tensors.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(64)}),
         ["holds", "model.layers.0.self_attn.q_proj.bias"],
     ),
     "many left over": (
@@ -328,6 +333,8 @@ def test_a_quantised_table_is_the_tied_head(
     [
         (Q4, None, Activations.A8),
         (SIXTEEN, None, Activations.EXACT),
+        (ROWWISE, None, Activations.EXACT),
+        (replace(ROWWISE, activations=Activations.A8), None, Activations.A8),
         (Q4, Activations.EXACT, Activations.EXACT),
         (SIXTEEN, Activations.A8, Activations.A8),
     ],
@@ -389,7 +396,7 @@ def test_layer_sites_have_the_sizes_of_their_projections(tmp_path: Path, ops: Ba
     path = make_tiny_model("gemma3", tmp_path)
     config, weights = ModelConfig.from_hf(path), load(path, ops)
     for site, name in ((Site.QKV, "qkv"), (Site.O, "o"), (Site.GATE_UP, "gate_up"), (Site.DOWN, "down")):
-        out = sum(p.out_features for p in config.projections() if p.site is site)
+        out = sum(p.out_features for p in config.projections() if p.site == site)
         assert getattr(weights.layers[0], name).weight.out_features == out
 
 

@@ -1,4 +1,4 @@
-"""Weights quantised at load: int8 by output, int4 in groups with a minimum, and NF4 as QLoRA has it.
+"""Weights quantised at load: int8 in groups, int4 in groups with a minimum, and NF4 as QLoRA has it.
 
 Each function takes a dense weight [out, in] of any float type and works in fp32 on slices of it, so that what lies in
 memory beside the codes is bounded.
@@ -6,18 +6,13 @@ memory beside the codes is bounded.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from loraplex.kernels.quantized import GroupScales, QuantizedWeight, WeightFormat
-from loraplex.server.models.formats.unpack import common_group
+from loraplex.server.models.formats.unpack import common_group, slices
 
-SLICE = 1 << 20
-"""Weights that are quantised at once: 4 MiB in fp32, and a few times that in temporaries."""
-
-INT8 = WeightFormat("int8", bits=8, group=None)
+INT8 = WeightFormat("int8", bits=8, group=32, scale_bits=16)
 INT4 = WeightFormat("int4", bits=4, group=32, scale_bits=16, has_offset=True)
 
 NF4_BLOCK, NESTED_BLOCK = 64, 256
@@ -40,17 +35,24 @@ def nf4_format(in_features: int) -> WeightFormat:
 
 
 def quantize_int8(weight: Tensor) -> QuantizedWeight:
-    """Round `weight` to 8 bits with one scale an output.
+    """Round `weight` to 8 bits in groups of 32 inputs with a scale in fp16, as ggml's Q8_0.
 
-    Semantics: s = max |w| / 127 of an output, code = round(w / s), halves to even; s 0: code 0.
-    Raises ValueError where a value is NaN or infinite.
+    One scale for all inputs of an output would take 6 % less, and on the demo base diverge from it three times as far
+    (0.0050 nats for 0.0018, see docs/quantised.md).
+
+    Semantics: d = max |w| / 127 of a group, code = round(w * (1 / d)), halves away from zero; d is kept in fp16.
+    Raises ValueError where 32 does not divide the inputs, or a scale is not finite in fp16.
     """
+    out, in_features = weight.shape
+    groups = INT8.groups(in_features)
     codes = torch.empty(weight.shape, dtype=torch.int8)
-    scale = torch.empty(weight.shape[0], 1)
-    for rows in _slices(weight.shape[0], weight.shape[1]):
-        w = weight[rows].float()
-        scale[rows] = w.abs().amax(1, keepdim=True) / 127
-        codes[rows] = (w / scale[rows].where(scale[rows] > 0, 1)).round_().clamp_(-127, 127).to(torch.int8)
+    scale = torch.empty(out, groups, dtype=torch.float16)
+    for rows in slices(out, in_features):
+        w = weight[rows].float().view(-1, groups, 32)
+        d = w.abs().amax(-1, keepdim=True) / 127
+        scaled = w * (1 / d).where(d != 0, 0)
+        codes[rows] = (scaled.abs() + 0.5).floor_().copysign_(scaled).to(torch.int8).view(-1, in_features)
+        scale[rows] = d.squeeze(-1)
     return QuantizedWeight(INT8, codes, GroupScales(_finite(scale)))
 
 
@@ -65,7 +67,7 @@ def quantize_int4(weight: Tensor) -> QuantizedWeight:
     codes = torch.empty(weight.shape, dtype=torch.uint8)
     scale = torch.empty(out, groups, dtype=torch.float16)
     least = torch.empty(out, groups, dtype=torch.float16)
-    for rows in _slices(out, in_features):
+    for rows in slices(out, in_features):
         w = weight[rows].float().view(-1, groups, 32)
         low = w.amin(-1, keepdim=True)
         d = (w.amax(-1, keepdim=True) - low) / 15
@@ -88,7 +90,7 @@ def quantize_nf4(weight: Tensor) -> QuantizedWeight:
     codes = torch.empty(flat.numel(), dtype=torch.uint8)
     absmax = torch.empty(-(-flat.numel() // NF4_BLOCK))
     values = torch.tensor(NF4)
-    for blocks in _slices(absmax.numel(), NF4_BLOCK):
+    for blocks in slices(absmax.numel(), NF4_BLOCK):
         part = slice(blocks.start * NF4_BLOCK, blocks.stop * NF4_BLOCK)
         w = _blocks(flat[part].float(), NF4_BLOCK)
         absmax[blocks] = w.abs().amax(1)
@@ -139,13 +141,6 @@ def _nearest(x: Tensor, values: Tensor) -> Tensor:
 def _blocks(flat: Tensor, size: int) -> Tensor:
     """View `flat` [n] in rows of `size`, the last filled up with zeros."""
     return torch.nn.functional.pad(flat, (0, -flat.numel() % size)).view(-1, size)
-
-
-def _slices(rows: int, width: int) -> Iterator[slice]:
-    """Cut `rows` of `width` into slices of about SLICE weights."""
-    step = max(1, SLICE // width)
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))
 
 
 def _finite(scale: Tensor) -> Tensor:
