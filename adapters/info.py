@@ -21,6 +21,7 @@ class AdapterInfo:
     nbytes: int  # of the adapter's tiles
     digest: str | None = None  # of the files' content; None: the files have not been read
     tokenizer: TokenizerFiles = field(default=NOTHING, repr=False)
+    remark: str = ""  # what is to be known of it though it is served: it was made for another base
     kind: str = "lora"  # lower case of PEFT's peft_type (format/kinds.py)
 
     @property

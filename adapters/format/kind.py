@@ -41,6 +41,7 @@ class ServedBase:
     bias: BaseBias
     squared_norms: SquaredNorms
     products: Products
+    formats: str = ""  # of its quantised weights, as "Q4_1 + Q8_0"; "": there are none
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class AdapterConfig:
 
     kind: str  # AdapterKind.name
     targets: Targets
-    base_model: str | None = field(compare=False)  # for messages alone
+    base_model: str | None = field(compare=False)  # for messages and remarks alone
 
     def same_shapes(self) -> AdapterConfig:
         """A config that plans parts of the same shapes: equal for adapters that differ in factors alone."""

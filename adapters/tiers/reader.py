@@ -36,6 +36,7 @@ from loraplex.adapters.format.adapter_files import (
 from loraplex.adapters.format.header import TensorInfo, parse_header, view_tensors
 from loraplex.adapters.format.kind import AdapterConfig, FactorPair, ModuleMap, ServedBase
 from loraplex.adapters.format.kinds import KINDS, parse_config
+from loraplex.adapters.format.other_base import remark_on_base
 from loraplex.adapters.format.pack_plan import PackPlan
 from loraplex.adapters.format.quiet_files import read_quietly
 from loraplex.adapters.image.packing import OpenFile
@@ -121,6 +122,7 @@ class AdapterReader:
         self._headers: Latest[dict[str, TensorInfo]] = Latest(MAX_MODULE_MAPS)
         self._plans: Latest[PackPlan] = Latest(MAX_PACK_PLANS)
         self._tokenizers: Latest[TokenizerFiles] = Latest(MAX_TOKENIZERS)
+        self._remarks: Latest[str] = Latest(MAX_MODULE_MAPS)  # that are in the log
         self._remembered: Latest[_Remembered] = Latest(MAX_REMEMBERED)
 
     def examine(self, source: str) -> AdapterInfo:
@@ -139,7 +141,7 @@ class AdapterReader:
             config = parse_config(head.config)
             key = (config.same_shapes(), _key_of(head))
             info = self._infos.get(key) or self._infos.put(key, self._draw(head, config, Throttle(lambda: None)).info)
-            return replace(info, tokenizer=self._tokenizer(place))
+            return replace(info, tokenizer=self._tokenizer(place), remark=self._remark(place, config))
 
     def read(self, reading: Reading) -> LoadedContent:
         """Read, check and pack an adapter. Raises as examine() does, and what reading.throttle() raises.
@@ -197,7 +199,8 @@ class AdapterReader:
         head = files.head
         settled = head.stamp.is_settled(began)
         try:
-            drawn = self._draw(head, parse_config(head.config), reading.throttle)
+            config = parse_config(head.config)
+            drawn = self._draw(head, config, reading.throttle)
             image, plan = self._make(drawn, files, reading.throttle)
             tokenizer = self._tokenizer(place)  # read after its stamp: a change meanwhile shows at the next look
         except AdapterRefused as error:
@@ -205,7 +208,8 @@ class AdapterReader:
                 refusal = AdapterRefused(error.code, str(error))  # without the frames, which hold the file's bytes
                 self._remembered.put(reading.source, _Remembered(place, head.stamp, head.start, refusal=refusal))
             raise
-        info = replace(drawn.info, digest=tokenizer.mark(files.digest), tokenizer=tokenizer)
+        digest, remark = tokenizer.mark(files.digest), self._remark(place, config)
+        info = replace(drawn.info, digest=digest, tokenizer=tokenizer, remark=remark)
         if settled:
             known = _Remembered(place, head.stamp, head.start, info, plan)
             self._remembered.put(reading.source, known)
@@ -222,6 +226,13 @@ class AdapterReader:
                 logger.info("%s has tokenizer files of its own: %s", place.folder, changes)
             known = self._tokenizers.put(found, found)
         return known
+
+    def _remark(self, place: _Place, config: AdapterConfig) -> str:
+        """Say it in the log once for each base that configs name."""
+        remark = remark_on_base(config.base_model, self._base.formats)
+        if remark and self._remarks.get(remark) is None:
+            logger.warning("%s: %s", place.folder, self._remarks.put(remark, remark))
+        return remark
 
     def _draw(self, head: AdapterHead, config: AdapterConfig, throttle: Callable[[], None]) -> _Drawn:
         key = (config, _key_of(head))

@@ -53,6 +53,7 @@ def find_receipt(services: Services, name: str) -> AdapterReceipt:
         rank=version.info.rank,
         targets=list(version.info.targets),
         pages=version.info.num_pages,
+        remark=version.info.remark or None,
         tokenizer=TokenizerReceipt(
             files=files != NOTHING,
             chat_template="adapter" if difference.template else "base" if own.has_chat_template else None,

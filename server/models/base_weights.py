@@ -13,6 +13,7 @@ from loraplex.kernels.quantized import QuantizedWeight, dequantize
 from loraplex.kernels.records import Projection, Site
 from loraplex.server.models.checkpoint import Checkpoint
 from loraplex.server.models.config import ModelConfig
+from loraplex.server.models.weight_sizes import format_names
 from loraplex.server.models.weights import Linear, ModelWeights
 
 ROWS = 512
@@ -29,6 +30,11 @@ class BaseWeights:
         self._checkpoint = checkpoint
         self._ops = ops
         self._squares: dict[tuple[int, str], Tensor] = {}  # computed twice where two threads ask at once
+
+    @property
+    def formats(self) -> str:
+        """Name the formats of the quantised weights, "" for none."""
+        return format_names(self._checkpoint)
 
     def bias(self, layer: int, projection_name: str) -> Tensor | None:
         """Return the bias [out] of e.g. (3, "self_attn.q_proj") in the compute dtype; None where the base has none."""

@@ -13,12 +13,12 @@ from loraplex.server.models.checkpoint import Checkpoint, StoredTensor, WeightsE
 from loraplex.server.models.formats.quantize import (
     INT4,
     INT8,
-    SLICE,
     nf4_format,
     quantize_int4,
     quantize_int8,
     quantize_nf4,
 )
+from loraplex.server.models.formats.unpack import SLICE
 from loraplex.server.models.weight_sizes import EMBED, HEAD, format_names
 
 TEMPORARY_BYTES = 24

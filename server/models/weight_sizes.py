@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch import Tensor
 
 from loraplex.kernels.ops import Backend
 from loraplex.kernels.quantized import PartShape
@@ -64,12 +65,15 @@ def linear_names(config: ModelConfig) -> Iterator[tuple[str, ...]]:
 
 
 def check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
-    """Raise WeightsError unless the checkpoint's tensors are those of `config`; a tied head may be repeated."""
+    """Raise WeightsError unless the checkpoint's tensors are those of `config`.
+
+    A tied head may be repeated, and there may be biases of zeros: AutoGPTQ wrote one for every linear.
+    """
     tensors, expected = checkpoint.tensors, expected_shapes(config)
     missing = [name for name in expected if name not in tensors]
     if missing:
         raise WeightsError(f"{checkpoint.folder} lacks {_some(missing)} that its config.json asks for")
-    extra = [name for name in tensors if name not in expected and name != HEAD]
+    extra = [name for name in tensors if name not in expected and name != HEAD and not _is_no_bias(checkpoint, name)]
     if extra:
         raise WeightsError(f"{checkpoint.folder} holds {_some(extra)} that its config.json has no place for")
     for name, shape in expected.items():
@@ -77,6 +81,15 @@ def check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
         form = tensors[name].format
         if form is not None and len(shape) == 1:
             raise WeightsError(f"tensor {name} of {tensors[name].file} is {form.name}; expected a vector of numbers")
+
+
+def _is_no_bias(checkpoint: Checkpoint, name: str) -> bool:
+    """Tell whether the tensor `name` is a bias that changes nothing."""
+    stored = checkpoint.tensors[name]
+    if not name.endswith("_proj.bias") or stored.format is not None or len(stored.shape) != 1:
+        return False
+    bias = checkpoint.read(name)
+    return isinstance(bias, Tensor) and not bool(bias.any())
 
 
 def check_shape(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> None:

@@ -131,6 +131,9 @@ def test_bases_that_cannot_be_served(run_main: Run, base: Path, tmp_path: Path) 
     assert_one_line(run_main("serve", str(other), "--port", "0"), "BertModel", "LlamaForCausalLM")
     (other / "config.json").write_bytes((base / "config.json").read_bytes())
     assert_one_line(run_main("serve", str(other), "--port", "0"), "safetensors")
+    quantised = json.loads((base / "config.json").read_text()) | {"quantization_config": {"quant_method": "hqq"}}
+    (other / "config.json").write_text(json.dumps(quantised))
+    assert_one_line(run_main("serve", str(other), "--port", "0"), "hqq", "gptq", "--quantize")
 
 
 def test_a_context_longer_than_the_models(run_main: Run, base: Path) -> None:

@@ -129,6 +129,12 @@ def test_buffers_of_old_checkpoints_are_ignored(tmp_path: Path, ops: Backend) ->
     load(path, ops)
 
 
+def test_biases_of_zeros_are_passed_over(tmp_path: Path, ops: Backend) -> None:
+    path = make_tiny_model("llama", tmp_path)
+    edit(path, lambda tensors: tensors.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(64)}))
+    assert load(path, ops).layers[0].qkv.bias is None
+
+
 DOWN = "model.layers.1.mlp.down_proj.weight"
 DAMAGE: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], list[str]]] = {
     "missing": (lambda tensors: tensors.pop(DOWN), ["lacks", DOWN]),
@@ -138,7 +144,7 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], list[str]]] = 
         ["holds", "model.layers.2.mlp.down_proj.weight"],
     ),
     "bias nobody asked for": (
-        lambda tensors: tensors.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(64)}),
+        lambda tensors: tensors.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(64)}),
         ["holds", "model.layers.0.self_attn.q_proj.bias"],
     ),
     "many left over": (

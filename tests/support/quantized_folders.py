@@ -45,6 +45,8 @@ def read_weight(folder: Path, name: str = WEIGHT) -> QuantizedWeight:
     assert weight.format.has_offset == (weight.offset is not None)
     if weight.format.scale_bits == 16:
         assert weight.scale.shared.dtype is torch.float16
+    for tensor in (weight.codes, weight.scale.shared, *([weight.offset.shared] if weight.offset else [])):
+        assert tensor.is_contiguous()
     assert weight.codes.dtype is (torch.int8 if weight.format.bits == 8 and not weight.format.codebook else torch.uint8)
     return weight
 

@@ -23,7 +23,7 @@ from loraplex.server.models.formats.fp8 import Block, fp8_linear
 from loraplex.server.models.formats.settings import Settings
 from loraplex.server.models.formats.shards import Shards
 from loraplex.server.models.formats.stored import StoredLinear
-from loraplex.server.models.formats.unpack import finite, low_first, offset_of, order_of, signed
+from loraplex.server.models.formats.unpack import finite, low_first, offset_of, order_of, signed, unpack_codes
 
 FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
 SCALES = ("F32", "F16", "BF16")
@@ -244,16 +244,18 @@ def _read_packed(shards: Shards, prefix: str, form: WeightFormat, shape: tuple[i
     )
     ordered = g_idx in shards.headers
     tensors = shards.read_all([words, scale, *([zero] if form.has_offset else []), *([g_idx] if ordered else [])])
-    codes = low_first(tensors[words], form.bits)[:, :in_features]
     numbers = _scales(tensors[scale], form, out, f"tensor {scale} of {shards.folder}")
     offset = None
     if form.has_offset:
         zeros = low_first(tensors[zero].T, form.bits)[:, :out].T
         offset = offset_of(numbers, signed(zeros) if form.bits == 8 else zeros)
-    if form.bits == 8:
-        codes = signed(codes)
     order = None
     if ordered and bool((tensors[g_idx] >= 0).any()):  # all of them -1: none
         group = form.group or in_features
         order = order_of(tensors[g_idx], group, f"tensor {g_idx} of {shards.folder}")
-    return QuantizedWeight(form, codes if order is None else codes[:, order], GroupScales(numbers), offset, order)
+
+    def unpack(rows: slice) -> Tensor:
+        codes = low_first(tensors[words][rows], form.bits)[:, :in_features]
+        return signed(codes) if form.bits == 8 else codes
+
+    return QuantizedWeight(form, unpack_codes(shape, order, unpack), GroupScales(numbers), offset, order)

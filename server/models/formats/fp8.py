@@ -18,7 +18,7 @@ from loraplex.server.models.checkpoint import WeightsError
 from loraplex.server.models.formats.settings import Settings
 from loraplex.server.models.formats.shards import Shards
 from loraplex.server.models.formats.stored import StoredLinear
-from loraplex.server.models.formats.unpack import common_group, finite, spread_blocks
+from loraplex.server.models.formats.unpack import common_group, finite, slices, spread_blocks
 
 CODES = "F8_E4M3"
 SCALES = ("F32", "BF16", "F16", "F8_E8M0")
@@ -75,7 +75,7 @@ def fp8_linear(shards: Shards, name: str, scale: str, block: Block | None, passe
 def _read(shards: Shards, name: str, scale: str, block: Block | None, form: WeightFormat) -> QuantizedWeight:
     tensors = shards.read_all([name, scale])
     codes = tensors[name].view(torch.uint8)
-    if bool(((codes & 0x7F) == 0x7F).any()):
+    if any(bool(((codes[rows] & 0x7F) == 0x7F).any()) for rows in slices(*codes.shape)):
         raise WeightsError(f"tensor {name} of {shards.folder} holds NaN: the checkpoint is damaged, download it again")
     out, in_features = codes.shape
     numbers = tensors[scale] if form.scale_bits == 16 else tensors[scale].float()

@@ -22,7 +22,7 @@ from loraplex.server.models.checkpoint import WeightsError
 from loraplex.server.models.formats.settings import Settings
 from loraplex.server.models.formats.shards import Header, Shards
 from loraplex.server.models.formats.stored import StoredLinear
-from loraplex.server.models.formats.unpack import SIGN, finite, low_first, offset_of, order_of, signed
+from loraplex.server.models.formats.unpack import SIGN, finite, low_first, offset_of, order_of, signed, unpack_codes
 
 SCALES = ("F16", "BF16", "F32")
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -48,16 +48,23 @@ class Layout:
         """Give the zero of a symmetric weight."""
         return 1 << (self.bits - 1)
 
-    def shape(self, words: Header) -> tuple[int, int]:
-        """Tell [out, in] of a qweight with this header."""
+    def shape(self, words: Header | Tensor) -> tuple[int, int]:
+        """Tell [out, in] of a qweight."""
         rows, columns = words.shape
         return (columns, rows * self.per_word) if self.method == "gptq" else (columns * self.per_word, rows)
 
-    def unpack_codes(self, words: Tensor) -> Tensor:
-        """Unpack a qweight into [out, in] uint8."""
-        return low_first(words.T, self.bits) if self.method == "gptq" else self._along_outputs(words).T.contiguous()
+    def codes(self, words: Tensor, rows: slice) -> Tensor:
+        """Unpack `rows` of the outputs of a qweight into [rows, in], int8 of 8 bits, else uint8.
 
-    def unpack_zeros(self, words: Tensor) -> Tensor:
+        AWQ's begin and end with a word.
+        """
+        if self.method == "gptq":
+            codes = low_first(words[:, rows].T, self.bits)
+        else:
+            codes = self._along_outputs(words[:, rows.start // self.per_word : -(-rows.stop // self.per_word)]).T
+        return signed(codes) if self.bits == 8 else codes
+
+    def zeros(self, words: Tensor) -> Tensor:
         """Unpack qzeros [groups, out / per] into zeros [out, groups] int32."""
         zeros = self._along_outputs(words).int() + self.zero_shift
         return (zeros & ((1 << self.bits) - 1)).T
@@ -140,18 +147,18 @@ def _read(shards: Shards, layout: Layout, prefix: str, form: WeightFormat, names
     tensors = shards.read_all(names)
     scale = finite(tensors[f"{prefix}scales"], f"tensor {prefix}scales of {shards.folder}").T
     scale = (scale if form.scale_bits == 16 else scale.float()).contiguous()
-    zeros = layout.unpack_zeros(tensors[f"{prefix}qzeros"])
+    zeros = layout.zeros(tensors[f"{prefix}qzeros"])
     if layout.symmetric and bool((zeros != layout.middle).any()):
         raise WeightsError(
             f"tensor {prefix}qzeros of {shards.folder} has other zeros than {layout.middle}, which alone "
             "quantization_config.sym, true, allows"
         )
-    codes = layout.unpack_codes(tensors[f"{prefix}qweight"])
-    if form.bits == 8:
-        codes, zeros = signed(codes), zeros - SIGN
+    words = tensors[f"{prefix}qweight"]
+    shape = layout.shape(words)
     order = None
     if f"{prefix}g_idx" in tensors:
-        group = form.group or codes.shape[1]
+        group = form.group or shape[1]
         order = order_of(tensors[f"{prefix}g_idx"], group, f"tensor {prefix}g_idx of {shards.folder}")
-    offset = None if layout.symmetric else offset_of(scale, zeros)
-    return QuantizedWeight(form, codes if order is None else codes[:, order], GroupScales(scale), offset, order)
+    codes = unpack_codes(shape, order, partial(layout.codes, words))
+    offset = None if layout.symmetric else offset_of(scale, zeros - SIGN if form.bits == 8 else zeros)
+    return QuantizedWeight(form, codes, GroupScales(scale), offset, order)

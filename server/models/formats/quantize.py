@@ -6,16 +6,11 @@ memory beside the codes is bounded.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from loraplex.kernels.quantized import GroupScales, QuantizedWeight, WeightFormat
-from loraplex.server.models.formats.unpack import common_group
-
-SLICE = 1 << 20
-"""Weights that are quantised at once: 4 MiB in fp32, and a few times that in temporaries."""
+from loraplex.server.models.formats.unpack import common_group, slices
 
 INT8 = WeightFormat("int8", bits=8, group=32, scale_bits=16)
 INT4 = WeightFormat("int4", bits=4, group=32, scale_bits=16, has_offset=True)
@@ -52,7 +47,7 @@ def quantize_int8(weight: Tensor) -> QuantizedWeight:
     groups = INT8.groups(in_features)
     codes = torch.empty(weight.shape, dtype=torch.int8)
     scale = torch.empty(out, groups, dtype=torch.float16)
-    for rows in _slices(out, in_features):
+    for rows in slices(out, in_features):
         w = weight[rows].float().view(-1, groups, 32)
         d = w.abs().amax(-1, keepdim=True) / 127
         scaled = w * (1 / d).where(d != 0, 0)
@@ -72,7 +67,7 @@ def quantize_int4(weight: Tensor) -> QuantizedWeight:
     codes = torch.empty(weight.shape, dtype=torch.uint8)
     scale = torch.empty(out, groups, dtype=torch.float16)
     least = torch.empty(out, groups, dtype=torch.float16)
-    for rows in _slices(out, in_features):
+    for rows in slices(out, in_features):
         w = weight[rows].float().view(-1, groups, 32)
         low = w.amin(-1, keepdim=True)
         d = (w.amax(-1, keepdim=True) - low) / 15
@@ -95,7 +90,7 @@ def quantize_nf4(weight: Tensor) -> QuantizedWeight:
     codes = torch.empty(flat.numel(), dtype=torch.uint8)
     absmax = torch.empty(-(-flat.numel() // NF4_BLOCK))
     values = torch.tensor(NF4)
-    for blocks in _slices(absmax.numel(), NF4_BLOCK):
+    for blocks in slices(absmax.numel(), NF4_BLOCK):
         part = slice(blocks.start * NF4_BLOCK, blocks.stop * NF4_BLOCK)
         w = _blocks(flat[part].float(), NF4_BLOCK)
         absmax[blocks] = w.abs().amax(1)
@@ -146,13 +141,6 @@ def _nearest(x: Tensor, values: Tensor) -> Tensor:
 def _blocks(flat: Tensor, size: int) -> Tensor:
     """View `flat` [n] in rows of `size`, the last filled up with zeros."""
     return torch.nn.functional.pad(flat, (0, -flat.numel() % size)).view(-1, size)
-
-
-def _slices(rows: int, width: int) -> Iterator[slice]:
-    """Cut `rows` of `width` into slices of about SLICE weights."""
-    step = max(1, SLICE // width)
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))
 
 
 def _finite(scale: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ All of it is exact: values are moved, never computed, but for `offset_of`, whose
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -15,6 +16,30 @@ from loraplex.server.models.checkpoint import WeightsError
 
 SIGN = 1 << 7
 """What separates a byte that counts from 0 from the same one as int8."""
+
+SLICE = 1 << 20
+"""Codes or weights that are worked on at once: what lies in memory beside a whole weight is a few bytes for each."""
+
+
+def slices(rows: int, width: int, multiple: int = 1) -> Iterator[slice]:
+    """Cut `rows` of `width` into slices of about SLICE, each but the last of a `multiple` of rows."""
+    step = max(1, SLICE // (width * multiple)) * multiple
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+def unpack_codes(shape: tuple[int, int], order: Tensor | None, unpack: Callable[[slice], Tensor]) -> Tensor:
+    """Fill codes [out, in] of `shape` in slices with what `unpack` makes of a slice of outputs, inputs in `order`.
+
+    A slice begins at a multiple of 8 outputs, which is a word of AWQ.
+    """
+    codes: Tensor | None = None
+    for rows in slices(*shape, multiple=8):
+        part = unpack(rows)
+        codes = torch.empty(shape, dtype=part.dtype) if codes is None else codes
+        codes[rows] = part if order is None else part[:, order]
+    assert codes is not None
+    return codes
 
 
 def low_first(words: Tensor, bits: int) -> Tensor:
@@ -40,7 +65,7 @@ def offset_of(scale: Tensor, zero: Tensor) -> GroupScales:
 
     Where a scale has 11 bits of mantissa, as fp16 has, the products and their difference are exact in fp32.
     """
-    return GroupScales(-(scale.float() * zero.float()))
+    return GroupScales(-(scale.float() * zero.float()).contiguous())
 
 
 def common_group(in_features: int, block: int) -> int:
