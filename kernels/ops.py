@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from loraplex.kernels.quantized import Activations, PartShape, QuantizedWeight, dequantize
-from loraplex.kernels.records import AdapterStep, AttentionMeta, AttentionParams, KVLayer, QKNorm, Site
+from loraplex.kernels.records import AdapterStep, AttentionMeta, AttentionParams, KVLayer, QKNorm
 
 
 class BackendUnavailable(RuntimeError):
@@ -169,7 +169,7 @@ class Backend(Protocol):
         """Semantics: y += bias, bias [out]."""
         ...
 
-    def adapter_add_(self, y: Tensor, x: Tensor, layer: int, site: Site, adapters: AdapterStep) -> Tensor:
+    def adapter_add_(self, y: Tensor, x: Tensor, layer: int, site: int, adapters: AdapterStep) -> Tensor:
         """y [T, out_of_site], x [T, in] -> y.
 
         Semantics: for each segment s and token t in it:

@@ -10,52 +10,45 @@ Memory layout (docs/architecture.md, "One arena"):
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import IntEnum
 
 import torch
 from torch import Tensor
 
 
-class Site(IntEnum):
-    """A place in the decoder where adapters act: the input and output of one fused base linear."""
-
-    QKV = 0
-    O = 1  # noqa: E741  the projection's name in every checkpoint
-    GATE_UP = 2
-    DOWN = 3
-
-
-NUM_SITES = len(Site)
-"""Of a tile table. Kernels take the count from the table, so that a further site is a member here and a Projection."""
-
-
 @dataclass(frozen=True)
 class Projection:
-    """One linear of the checkpoint and where its output lies inside the fused output of its site."""
+    """One linear of the checkpoint and where its output lies inside the fused output of its site.
+
+    A site is a fused linear of a layer, where adapters act. The base's config numbers the sites of its layers from 0.
+    """
 
     name: str  # path inside a layer: "self_attn.q_proj"; Phi-3: "self_attn.qkv_proj"
-    site: Site
+    site: int
     in_features: int
     out_start: int  # first column of its output within the site's output, elements
     out_features: int
     has_bias: bool  # of the base linear
+    reads_hidden: bool = True  # its input is the hidden state
+    gated_by: int | None = None  # its input is act(gate) * up, and gate and then up are the output of this site
+    in_start: int = 0  # first input of a window of it: a part of an adapter may take in_features from there on
 
 
 @dataclass(frozen=True)
 class TileTable:
     """Where the tiles of every resident adapter lie: a CSR over (slot, layer, site).
 
-    A row of `tiles` is (a_off, b_off, n, out_start, out_len, kind), offsets in units of ALIGN bytes:
-        LOW_RANK  A = arena[a_off * 64 :] as [n, in_features] of the compute dtype, row major
+    A row of `tiles` is (a_off, b_off, n, out_start, out_len, kind, in_start, in_len), offsets in units of ALIGN bytes:
+        LOW_RANK  A = arena[a_off * 64 :] as [n, in_len] of the compute dtype, row major, for x's columns [in_start,
+                      in_start + in_len)
                   B = arena[b_off * 64 :] as [n, out_len]: row k is the output direction of rank k (PEFT's lora_B
                       transposed), alpha/r already folded in
         BIAS      B as above with n = 1, and no A: a_off is -1
         SCALE     v = arena[b_off * 64 :] as [out_len] of fp32, whatever the compute dtype; n = 1, a_off is -1
-    TileKind says what each adds. Several LOW_RANK tiles may share an A (a B cut into pieces), and an A may be followed
-    by its B on another page.
+    TileKind says what each adds. Several LOW_RANK tiles may share an A and so its window (a B cut into pieces), and an
+    A may be followed by its B on another page.
     """
 
-    ranges: Tensor  # [num_slots, num_layers, NUM_SITES, 2] int32: first and past-the-last row of `tiles`
+    ranges: Tensor  # [num_slots, num_layers, num_sites, 2] int32: first and past-the-last row of `tiles`
     tiles: Tensor  # [capacity, TILE_COLUMNS] int32
     ranges_host: Tensor  # the same on the host (the same object on CPU)
     tiles_host: Tensor

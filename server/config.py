@@ -16,9 +16,6 @@ from loraplex.server.options import check_least, memory_size, size
 DEMO = "demo"
 """The base that comes with the project."""
 
-GGUF = ".gguf"
-"""How the name of a file ends that is a base of its own."""
-
 
 class Device(StrEnum):
     """Where to run."""
@@ -329,7 +326,9 @@ class ServeConfig:
     def __post_init__(self) -> None:
         if not self.base_names:
             path = Path(self.base).expanduser()
-            name = path.resolve().name if path.is_dir() and self.base != DEMO else self.base
-            if path.suffix == GGUF and path.is_file():
-                name = path.stem
+            name = self.base
+            if self.base != DEMO and path.is_dir():
+                name = path.resolve().name
+            elif self.base != DEMO and path.is_file():
+                name = path.name.removesuffix(".gguf")
             object.__setattr__(self, "base_names", (name,))

@@ -129,6 +129,9 @@ def find_base(base: str, native: bool = False) -> Path:
             raise StartError(error) from error
     path = Path(base).expanduser()
     if path.is_dir():
+        inside = sorted(file.name for file in path.glob("*.gguf"))
+        if inside and not (path / "config.json").exists():
+            raise StartError(f"the folder {base!r} has no config.json; give a GGUF file in it, such as {inside[0]}")
         return path
     if path.exists():
         return _folder_of_gguf(path)

@@ -40,7 +40,7 @@ from loraplex.adapters.format.modules import FoundModules, LeafNames, likely_bas
 from loraplex.adapters.format.values import check_finite, make_bias, no_effect
 from loraplex.adapters.image.tiles import BaseLayout, OutputScale, Part, PartShape
 from loraplex.kernels.constants import TileKind
-from loraplex.kernels.records import Projection, Site
+from loraplex.kernels.records import Projection
 
 LEAF = "ia3_l"
 
@@ -154,7 +154,7 @@ def _plan_inputs(config: Ia3Config, found: FoundModules, throttle: Throttle) -> 
             inputs[path] = match.full("feedforward_modules", config.feedforward, path)
         else:
             inputs[path] = path.endswith(config.feedforward)  # PEFT compares plain ends here, without a dot
-        if inputs[path] and found.by_path[path].projection.site != Site.DOWN:
+        if inputs[path] and found.by_path[path].projection.gated_by is None:
             raise unsupported(
                 f"feedforward_modules takes in {path}, whose input other projections take too or which is no linear's "
                 "own output; only down_proj's input can be scaled. Train with feedforward_modules of down_proj alone"
@@ -205,7 +205,7 @@ def _scales(modules: Sequence[AdapterModule], layout: BaseLayout) -> list[_Scale
     for module in modules:
         if "input" in module.tensors:
             width = module.projection.in_features
-            up, offset = _up_columns(layout, width)
+            up, offset = _up_columns(layout, module.projection)
             scale = found.get((module.layer, up.name))
             if scale is None:
                 window = replace(up, out_start=up.out_start + offset, out_features=width)
@@ -216,15 +216,16 @@ def _scales(modules: Sequence[AdapterModule], layout: BaseLayout) -> list[_Scale
     return list(found.values())
 
 
-def _up_columns(layout: BaseLayout, width: int) -> tuple[Projection, int]:
-    """The projection that gives `up`, and its columns in front of it: none, or the gate's of a fused gate_up_proj.
+def _up_columns(layout: BaseLayout, gated: Projection) -> tuple[Projection, int]:
+    """Find the projection that gives the `up` of `gated`'s input, and its columns in front of `up`.
 
-    A GATE_UP site's output is the gate and then up, each as wide as down_proj's input.
+    There are none, or those of the gate in a fused gate_up_proj; gate and up are each as wide as the input.
     """
+    width = gated.in_features
     for projection in layout.projections:
         offset = width - projection.out_start
-        if projection.site == Site.GATE_UP and offset >= 0 and projection.out_features == offset + width:
+        if projection.site == gated.gated_by and offset >= 0 and projection.out_features == offset + width:
             return projection, offset
     raise ValueError(
-        f"base {layout.base_name!r} has no projection that gives columns {width} to {2 * width} of GATE_UP"
+        f"base {layout.base_name!r} has no projection that gives columns {width} to {2 * width} that gate {gated.name}"
     )

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.image.tiles import BaseLayout
-from loraplex.kernels.records import Projection, Site
+from loraplex.kernels.records import Projection
 
 PREFIX = "base_model.model."
 
@@ -122,8 +122,7 @@ def wrong_shape(
 def likely_base(projection: Projection, *, is_input: bool, width: int, base_model: str | None) -> str:
     """Say what base an adapter was made for whose tensor is `width` long on a projection's input or output side."""
     named = f" (its config names {base_model!r})" if base_model else ""
-    reads_hidden = projection.site in (Site.QKV, Site.GATE_UP)
-    if is_input == reads_hidden:
+    if is_input == projection.reads_hidden:
         return f"; the adapter looks made for a base of hidden size {width}{named}"
     return f"; the adapter looks made for another base{named}"
 

@@ -7,17 +7,17 @@ import torch
 
 from loraplex.adapters.image.tiles import AdapterImage, BaseLayout
 from loraplex.kernels.constants import ALIGN, TILE_COLUMNS
-from loraplex.kernels.records import NUM_SITES, TileTable
+from loraplex.kernels.records import TileTable
 
 FIRST_ROWS = 1024
-"""Rows of a new tile table: 24 KiB, a handful of adapters on every linear; it doubles as needed."""
+"""Rows of a new tile table: 32 KiB, a handful of adapters on every linear; it doubles as needed."""
 
 
 class TileRows:
     """The tile table and which of its rows are free."""
 
     def __init__(self, num_slots: int, layout: BaseLayout, device: torch.device) -> None:
-        self._shape = (layout.num_layers, NUM_SITES, 2)  # of one slot's ranges
+        self._shape = (layout.num_layers, layout.num_sites, 2)  # of one slot's ranges
         self._page_units = layout.page_bytes // ALIGN
         self._free = [(0, FIRST_ROWS)]  # spans (first, past the last), ascending, never touching
         ranges_host = torch.zeros(num_slots, *self._shape, dtype=torch.int32)
@@ -38,8 +38,9 @@ class TileRows:
             offset = tiles[:, column]
             page, within = np.divmod(offset, self._page_units)
             np.copyto(offset, units[page] + within, where=offset >= 0)
-        keys = image_tiles[:, 0] * NUM_SITES + image_tiles[:, 1]
-        counts = np.bincount(keys, minlength=self._shape[0] * NUM_SITES)
+        num_layers, num_sites, _ = self._shape
+        keys = image_tiles[:, 0] * num_sites + image_tiles[:, 1]
+        counts = np.bincount(keys, minlength=num_layers * num_sites)
         ends = first + counts.cumsum()
         ranges = self.table.ranges_host.numpy()[slot].reshape(-1, 2)
         ranges[:, 0] = np.where(counts > 0, ends - counts, 0)

@@ -12,7 +12,6 @@ from torch import Tensor
 from loraplex.kernels.constants import ALIGN, BLOCK_SIZE, TILE_RANKS, TileKind
 from loraplex.kernels.ops import Backend
 from loraplex.kernels.records import (
-    NUM_SITES,
     AdapterSegments,
     AdapterStep,
     AttentionMeta,
@@ -20,10 +19,10 @@ from loraplex.kernels.records import (
     KVGroup,
     KVLayer,
     QKNorm,
-    Site,
     TileTable,
     element_bytes,
 )
+from loraplex.server.models.config import Site
 
 
 @dataclass(frozen=True)
@@ -139,7 +138,7 @@ def _adapters(
     shape: Shape, dtype: torch.dtype, slots: int, rank: int, generator: torch.Generator
 ) -> tuple[Tensor, TileTable]:
     """Adapters of one layer, tile behind tile: [1, bytes] uint8 and the table, on the CPU."""
-    ranges = torch.zeros(slots, 1, NUM_SITES, 2, dtype=torch.int32)
+    ranges = torch.zeros(slots, 1, len(Site), 2, dtype=torch.int32)
     rows: list[tuple[int, ...]] = []
     strips: list[Tensor] = []
     end = 0

@@ -20,11 +20,11 @@ from loraplex.kernels.constants import BLOCK_SIZE
 from loraplex.kernels.cpu.abi import Op, Step, Steps
 from loraplex.kernels.cpu.backend import CpuBackend
 from loraplex.kernels.cpu.team import Team
-from loraplex.kernels.records import AdapterSegments, KVGroup, Site
+from loraplex.kernels.records import AdapterSegments, KVGroup
 from loraplex.server.engine.policy.kv_cache import KVCache
 from loraplex.server.engine.step.arena import allocate_arena, kv_layers
 from loraplex.server.engine.step.memory import Demand, plan_memory
-from loraplex.server.models.config import ModelConfig
+from loraplex.server.models.config import ModelConfig, Site
 from loraplex.server.models.decoder import Decoder
 from loraplex.server.models.inputs import ForwardBatch
 from loraplex.server.models.recorded import RecordedDecoder, record
@@ -145,7 +145,7 @@ def _random_weights(config: ModelConfig, ops: CpuBackend) -> ModelWeights:
     generator = torch.Generator().manual_seed(0)
 
     def linear(site: Site) -> Linear:
-        parts = [p for p in config.projections() if p.site is site]
+        parts = [p for p in config.projections() if p.site == site]
         n_in, n_out = parts[0].in_features, sum(p.out_features for p in parts)
         weight = torch.randn(n_out, n_in, generator=generator).mul_(n_in**-0.5).to(DTYPE)
         return Linear(ops.pack_linear(weight), None)

@@ -22,8 +22,8 @@ from loraplex.benchmarks.of_limit import times_least
 from loraplex.kernels.constants import OpCode
 from loraplex.kernels.cpu.abi import Op, Step
 from loraplex.kernels.cpu.team import Team
-from loraplex.kernels.records import Projection, Site
-from loraplex.server.models.config import ModelConfig
+from loraplex.kernels.records import Projection
+from loraplex.server.models.config import ModelConfig, Site
 from loraplex.server.models.inputs import ForwardBatch
 
 # ---- the least time of an op ------------------------------------------------------------------------------------

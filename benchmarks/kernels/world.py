@@ -17,7 +17,8 @@ from loraplex.kernels.cpu.abi import AdapterArgs, Op, Step
 from loraplex.kernels.cpu.backend import CpuBackend
 from loraplex.kernels.cpu.op_records import fill_adapters
 from loraplex.kernels.hugepages import huge_zeros
-from loraplex.kernels.records import NUM_SITES, AdapterSegments, AdapterStep, Site, TileTable
+from loraplex.kernels.records import AdapterSegments, AdapterStep, TileTable
+from loraplex.server.models.config import Site
 
 DTYPE = torch.bfloat16
 
@@ -75,7 +76,7 @@ def make_world(shape: Shape, adapters: int, nbytes: int) -> World:
     for start in range(0, arena.numel(), noise.numel()):
         arena[start : start + noise.numel()] = noise[: arena.numel() - start]
     place = torch.randperm(sets * adapters, generator=torch.Generator().manual_seed(1)).view(sets, adapters)
-    ranges = torch.zeros(adapters, sets, NUM_SITES, 2, dtype=torch.int32)
+    ranges = torch.zeros(adapters, sets, len(Site), 2, dtype=torch.int32)
     rows: list[tuple[int, ...]] = []
     for layer in range(sets):
         for slot in range(adapters):
@@ -95,7 +96,9 @@ def _tiles(shape: Shape, at: int) -> list[tuple[int, ...]]:
         for first in range(0, shape.rank, TILE_RANKS):
             a = at + first * shape.n_in * 2
             b = at + (shape.rank * shape.n_in + first * n_out) * 2
-            rows.append((a // 64, b // 64, min(TILE_RANKS, shape.rank - first), start, n_out, TileKind.LOW_RANK))
+            rows.append(
+                (a // 64, b // 64, min(TILE_RANKS, shape.rank - first), start, n_out, TileKind.LOW_RANK, 0, shape.n_in)
+            )
         at += shape.rank * (shape.n_in + n_out) * 2
         start += n_out
     return rows

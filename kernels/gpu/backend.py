@@ -25,7 +25,6 @@ from loraplex.kernels.records import (
     AttentionParams,
     KVLayer,
     QKNorm,
-    Site,
     TileTable,
 )
 from loraplex.kernels.sampling import TorchSampling
@@ -105,7 +104,7 @@ class TritonBackend(TorchSampling, Backend):
         rowwise.add_bias_(y, bias)
         return y
 
-    def adapter_add_(self, y: Tensor, x: Tensor, layer: int, site: Site, adapters: AdapterStep) -> Tensor:
+    def adapter_add_(self, y: Tensor, x: Tensor, layer: int, site: int, adapters: AdapterStep) -> Tensor:
         table, segments = adapters.table, adapters.segments
         most = self._most_tiles(table, segments)
         decode, prefill = most.decode[layer][site], most.prefill[layer][site]
@@ -155,7 +154,7 @@ class TritonBackend(TorchSampling, Backend):
 
 
 def _most_tiles(ranges: Tensor, mixes: Sequence[tuple[tuple[int, float], ...]]) -> list[list[int]]:
-    """ranges [num_slots, num_layers, NUM_SITES, 2] on the host -> [num_layers][NUM_SITES]."""
+    """ranges [num_slots, num_layers, num_sites, 2] on the host -> [num_layers][num_sites]."""
     counts = ranges[..., 1] - ranges[..., 0]
     most = torch.zeros_like(counts[0])
     if alone := list({mix[0][0] for mix in mixes if len(mix) == 1}):

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from loraplex.kernels.constants import ALIGN, TILE_COLUMNS, TILE_RANKS, TileKind
-from loraplex.kernels.records import AdapterSegments, Site, TileTable
+from loraplex.kernels.records import AdapterSegments, TileTable
 
 RANKS = TILE_RANKS
 """Also the smallest size that a matrix unit takes."""
@@ -21,7 +21,7 @@ LOW_RANK = tl.constexpr(int(TileKind.LOW_RANK))
 SCALE = tl.constexpr(int(TileKind.SCALE))
 
 
-def lookup(table: TileTable, segments: AdapterSegments, layer: int, site: Site) -> tuple[tuple[Tensor, ...], int, int]:
+def lookup(table: TileTable, segments: AdapterSegments, layer: int, site: int) -> tuple[tuple[Tensor, ...], int, int]:
     """What every kernel looks tiles up with: (ranges, tiles, indptr, mix_ptr, mix_slot), slot_stride, cell."""
     tables = (table.ranges, table.tiles, segments.indptr, segments.mix_ptr, segments.mix_slot)
     _, num_layers, num_sites, _ = table.ranges.shape
@@ -48,7 +48,7 @@ def tile_range(ranges, mix_slot, m, slot_stride, cell):
 
 @triton.jit
 def shrink_tile(tiles, ranges, mix_slot, begin, end, slot_stride, cell, j):
-    """The tile whose u is kept under number `j` of a mix [begin, end), as (a_off, n).
+    """The tile whose u is kept under number `j` of a mix [begin, end), as (a_off, n, in_start, in_len).
 
     Semantics: tiles count through the mix in order. n == 0 where there is nothing to compute: no such tile, one
                without A, or the A of the tile before (a B cut into pieces), whose u is read again.
@@ -67,7 +67,9 @@ def shrink_tile(tiles, ranges, mix_slot, begin, end, slot_stride, cell, j):
     kind = tl.load(row + 5, mask=tile >= 0, other=LOW_RANK)
     a_before = tl.load(row - _COLUMNS, mask=tile > first, other=-1)
     n_before = tl.load(row - _COLUMNS + 2, mask=tile > first, other=0)
-    return a_off, tl.where((kind != LOW_RANK) | ((a_off == a_before) & (n == n_before)), 0, n)
+    in_start = tl.load(row + 6, mask=tile >= 0, other=0)
+    in_len = tl.load(row + 7, mask=tile >= 0, other=0)
+    return a_off, tl.where((kind != LOW_RANK) | ((a_off == a_before) & (n == n_before)), 0, n), in_start, in_len
 
 
 @triton.jit

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from loraplex.kernels.ops import Backend
 from loraplex.kernels.quantized import QuantizedWeight, dequantize
-from loraplex.kernels.records import Projection, Site
+from loraplex.kernels.records import Projection
 from loraplex.server.models.checkpoint import Checkpoint
-from loraplex.server.models.config import ModelConfig
+from loraplex.server.models.config import ModelConfig, Site
 from loraplex.server.models.weight_sizes import format_names
 from loraplex.server.models.weights import Linear, ModelWeights
 
@@ -61,7 +61,12 @@ class BaseWeights:
     def _find(self, layer: int, projection_name: str) -> tuple[Linear, Projection]:
         projection = self._projections[projection_name]
         weights = self._weights.layers[layer]
-        linears = {Site.QKV: weights.qkv, Site.O: weights.o, Site.GATE_UP: weights.gate_up, Site.DOWN: weights.down}
+        linears: dict[int, Linear] = {
+            Site.QKV: weights.qkv,
+            Site.O: weights.o,
+            Site.GATE_UP: weights.gate_up,
+            Site.DOWN: weights.down,
+        }
         return linears[projection.site], projection
 
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from loraplex.kernels.ops import Backend
-from loraplex.kernels.records import AdapterStep, AttentionMeta, KVLayer, QKNorm, Site
-from loraplex.server.models.config import ModelConfig
+from loraplex.kernels.records import AdapterStep, AttentionMeta, KVLayer, QKNorm
+from loraplex.server.models.config import ModelConfig, Site
 from loraplex.server.models.inputs import Rotations
 from loraplex.server.models.weights import LayerWeights, Linear
 

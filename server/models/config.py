@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import IntEnum
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from loraplex.kernels.records import AttentionParams, Projection, Site
+from loraplex.kernels.records import AttentionParams, Projection
 from loraplex.server.models.normalise import normalise
 from loraplex.server.models.rotary import RopeConfig
 
@@ -29,6 +30,15 @@ SUPPORTED = {  # architecture: model_type of its config.json
 
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 """transformers' name: the ops' name."""
+
+
+class Site(IntEnum):
+    """A fused linear of a layer, where adapters act."""
+
+    QKV = 0
+    O = 1  # noqa: E741  the projection's name in every checkpoint
+    GATE_UP = 2
+    DOWN = 3
 
 
 class UnsupportedModel(Exception):
@@ -98,6 +108,11 @@ class ModelConfig:
             softcap=self.attn_softcap,
         )
 
+    @property
+    def num_sites(self) -> int:
+        """Count the sites of a layer."""
+        return len(Site)
+
     def projections(self) -> tuple[Projection, ...]:
         """List the linears of a layer as the checkpoint names them, by site and then by place in the site's output."""
         hidden, inner = self.hidden_size, self.intermediate_size
@@ -117,8 +132,10 @@ class ModelConfig:
                 Projection("mlp.gate_proj", Site.GATE_UP, hidden, 0, inner, self.mlp_bias),
                 Projection("mlp.up_proj", Site.GATE_UP, hidden, inner, inner, self.mlp_bias),
             )
-        o = Projection("self_attn.o_proj", Site.O, q, 0, hidden, self.o_bias)
-        down = Projection("mlp.down_proj", Site.DOWN, inner, 0, hidden, self.mlp_bias)
+        o = Projection("self_attn.o_proj", Site.O, q, 0, hidden, self.o_bias, reads_hidden=False)
+        down = Projection(
+            *("mlp.down_proj", Site.DOWN, inner, 0, hidden, self.mlp_bias), reads_hidden=False, gated_by=Site.GATE_UP
+        )
         return (*qkv, o, *gate_up, down)
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loraplex.kernels.records import NUM_SITES, AdapterSegments, TileTable
+from loraplex.kernels.records import AdapterSegments, TileTable
 from loraplex.server.models.decoder import Decoder
 from loraplex.server.models.inputs import ForwardBatch
 
@@ -179,7 +179,7 @@ def _segments(size: Size, device: torch.device) -> AdapterSegments:
 
 def _table(table: TileTable, tiles: int) -> TileTable:
     """Pair the table on the device with one on the host that has `tiles` tiles everywhere."""
-    ranges = torch.zeros(1, table.ranges.shape[1], NUM_SITES, 2, dtype=torch.int32)
+    ranges = torch.zeros(1, *table.ranges.shape[1:], dtype=torch.int32)
     ranges[..., 1] = tiles
     return TileTable(table.ranges, table.tiles, ranges, table.tiles_host)
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from loraplex.kernels.constants import BLOCK_SIZE, TILE_COLUMNS
-from loraplex.kernels.records import NUM_SITES, AdapterSegments, AttentionMeta, KVGroup, TileTable
+from loraplex.kernels.records import AdapterSegments, AttentionMeta, KVGroup, TileTable
+from loraplex.server.models.config import ModelConfig
 
 Rotations = Sequence[tuple[Tensor, Tensor]]
 """cos and sin [T, rotary_dim] fp32 of a step's tokens, per rotary kind of the config."""
@@ -81,8 +82,8 @@ class ForwardBatch:
         )
 
 
-def no_tiles(num_layers: int, device: torch.device | None = None) -> TileTable:
+def no_tiles(config: ModelConfig, device: torch.device | None = None) -> TileTable:
     """Build the tile table of a server without adapters."""
-    ranges = torch.zeros(1, num_layers, NUM_SITES, 2, dtype=torch.int32)
+    ranges = torch.zeros(1, config.num_layers, config.num_sites, 2, dtype=torch.int32)
     tiles = torch.zeros(0, TILE_COLUMNS, dtype=torch.int32)
     return TileTable(ranges.to(device), tiles.to(device), ranges, tiles)

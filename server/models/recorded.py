@@ -20,7 +20,7 @@ def record(decoder: Decoder, max_tokens: int, max_rows: int) -> Decoder | Record
     """
     none = torch.zeros(1, dtype=torch.int32)  # only shapes, and that there are segments, are looked at while recording
     stand_in = ForwardBatch.blank(
-        no_tiles(decoder.config.num_layers),
+        no_tiles(decoder.config),
         decoder.num_kv_groups,
         tokens=max_tokens,
         logit_rows=max_rows,

@@ -11,14 +11,11 @@ from torch import Tensor
 
 from loraplex.kernels.ops import Backend
 from loraplex.kernels.quantized import PartShape
-from loraplex.kernels.records import Site, element_bytes
+from loraplex.kernels.records import element_bytes
 from loraplex.server.models.checkpoint import Checkpoint, WeightsError
 from loraplex.server.models.config import ModelConfig
 
 EMBED, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
-
-SITES = (Site.QKV, Site.O, Site.GATE_UP, Site.DOWN)
-"""Of a layer, in packing order."""
 
 JOINING_BYTES = 3
 """Of an element of quantised neighbours that are laid one behind the other: its code twice, and as much as a code for
@@ -59,8 +56,8 @@ def layer_norms(config: ModelConfig) -> dict[str, str]:
 def linear_names(config: ModelConfig) -> Iterator[tuple[str, ...]]:
     """List the checkpoint's names of the parts of each decoder linear, in packing order."""
     for layer in range(config.num_layers):
-        for site in SITES:
-            parts = [projection for projection in config.projections() if projection.site is site]
+        for site in range(config.num_sites):
+            parts = [projection for projection in config.projections() if projection.site == site]
             yield tuple(f"model.layers.{layer}.{part.name}.weight" for part in parts)
 
 

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from loraplex.kernels.ops import Backend, PackedLinear
 from loraplex.kernels.quantized import Activations, QuantizedWeight, WeightFormat, join
-from loraplex.kernels.records import Projection, Site
+from loraplex.kernels.records import Projection
 from loraplex.server.models.checkpoint import Checkpoint
-from loraplex.server.models.config import ModelConfig
+from loraplex.server.models.config import ModelConfig, Site
 from loraplex.server.models.opening import open_checkpoint
 from loraplex.server.models.weight_sizes import EMBED, HEAD, NORM, check_shape, check_tensors, layer_norms, linear_names
 
@@ -167,9 +167,9 @@ class _Loader:
             mlp_out_norm=norms.get("mlp_out_norm"),
         )
 
-    def _linear(self, prefix: str, site: Site) -> Linear:
+    def _linear(self, prefix: str, site: int) -> Linear:
         """Fuse the projections of `site`, and their biases."""
-        parts: Sequence[Projection] = [p for p in self._config.projections() if p.site is site]
+        parts: Sequence[Projection] = [p for p in self._config.projections() if p.site == site]
         bias = self._rows([f"{prefix}{part.name}.bias" for part in parts]) if parts[0].has_bias else None
         return Linear(self._pack([f"{prefix}{part.name}.weight" for part in parts]), bias)
 

@@ -15,7 +15,7 @@ from loraplex.benchmarks.kernels.machine import Limits, decile
 from loraplex.benchmarks.kernels.world import DTYPE, Shape, adapter_program, make_world
 from loraplex.kernels.constants import OpCode
 from loraplex.kernels.cpu.abi import AdapterArgs, Op
-from loraplex.kernels.records import Site
+from loraplex.server.models.config import Site
 
 MACHINE = Limits(2, read=50e9, bf16=400e9, fp32=200e9, instructions="AVX2", bf16_by="fp32", library=180e9)
 

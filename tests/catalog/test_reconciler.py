@@ -21,10 +21,11 @@ from loraplex.adapters.sources.downloads import Downloads
 from loraplex.adapters.sources.sources import Source
 from loraplex.adapters.tiers.loader import Loader
 from loraplex.adapters.tiers.reader import AdapterReader
-from loraplex.kernels.records import Projection, Site
+from loraplex.kernels.records import Projection
 from loraplex.server.catalog.adapter_list import AdapterListError, DesiredAdapter, parse_list
 from loraplex.server.catalog.manager import AdapterManager
 from loraplex.server.catalog.reconciler import Reconciler
+from loraplex.server.models.config import Site
 from tests.catalog.test_manager import Reader
 from tests.support.adapter_reading import without_weights, write_adapter
 from tests.support.waiting import LIMIT, wait_for

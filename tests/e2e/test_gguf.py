@@ -75,6 +75,7 @@ def test_adapters_of_the_original_fit_the_file(family: str, tmp_path: Path) -> N
     adapters = {
         "qk": {"r": 4, "target_modules": ["q_proj", "k_proj"]},
         "all": {"r": 8, "target_modules": ALL},
+        "dora": {"r": 4, "target_modules": ["q_proj", "down_proj"], "use_dora": True},
     }
     with serve_tiny(base, written.model, tmp_path / "adapters", adapters, engine=EXACT) as served:
 
@@ -89,7 +90,7 @@ def test_adapters_of_the_original_fit_the_file(family: str, tmp_path: Path) -> N
             )
             return answer.choices[0].text
 
-        cases = [(name, prompt) for prompt in PROMPTS for name in ("tiny", "qk", "all")]
+        cases = [(name, prompt) for prompt in PROMPTS for name in ("tiny", *adapters)]
         with ThreadPoolExecutor(len(cases)) as pool:
             found = list(pool.map(ask, cases))
         wanted = [served.text(served.greedy(name, prompt, TOKENS)) for name, prompt in cases]
@@ -136,24 +137,41 @@ CHANGES: dict[str, tuple[dict[str, Any], Callable[[Path], object], list[str]]] =
 }
 
 
+Told = Callable[..., str]
+
+
+@pytest.fixture
+def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Told:
+    """The one line with which `loraplex serve` of the arguments gives up."""
+    monkeypatch.setenv("LORAPLEX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(startup, "prepare_environment", lambda environ: None)
+
+    def start(*arguments: str) -> str:
+        options = ("--port", "0", "--memory", "2G", "--device", "cpu")
+        monkeypatch.setattr(sys, "argv", ["loraplex", "serve", *arguments, *options])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert ended.value.code == 2
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("loraplex: ")]
+        assert len(lines) == 1
+        return lines[0]
+
+    return start
+
+
 @pytest.mark.parametrize("case", CHANGES)
-def test_a_bad_file_is_one_line(
-    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_bad_file_is_one_line(case: str, tmp_path: Path, told: Told) -> None:
     options, spoil, words = CHANGES[case]
     written = write(tmp_path / "gguf", **options)
     spoil(written.path)
-    monkeypatch.setenv("LORAPLEX_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(startup, "prepare_environment", lambda environ: None)
-    memory = ["--port", "0", "--memory", "2G", "--device", "cpu"]
-    monkeypatch.setattr(sys, "argv", ["loraplex", "serve", str(written.path), *memory])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("loraplex: ")]
-    assert ended.value.code == 2
-    assert len(told) == 1
-    assert all(word in told[0] for word in words), told
-    assert "tiny.Q4.gguf" in told[0] or "model.gguf" in told[0]
+    line = told(str(written.path))
+    assert all(word in line for word in words), line
+    assert "tiny.Q4.gguf" in line or "model.gguf" in line
+
+
+def test_choices_that_a_file_contradicts(written: WrittenGguf, told: Told) -> None:
+    assert "Q4_1" in told(str(written.path), "--quantize", "int4")
+    assert "tiny.Q4.gguf" in told(str(written.path.parent))  # a folder of files: one of them is a base
 
 
 # ---- the demo base --------------------------------------------------------------------------------------------------

@@ -27,7 +27,6 @@ from loraplex.kernels.records import (
     KVGroup,
     KVLayer,
     Projection,
-    Site,
     element_bytes,
 )
 from tests.support.quantized import FORMATS, random_weight
@@ -89,7 +88,7 @@ class _Adapters:
         outs = (hidden, 136)
         self.width = sum(outs)
         projections = tuple(
-            Projection(name, Site.QKV, hidden, start, out, False)
+            Projection(name, 0, hidden, start, out, False)
             for name, start, out in zip("qk", (0, hidden), outs, strict=True)
         )
         page = -(-hidden * element_bytes(dtype) * 40 // 64) * 64  # several to an adapter: B is cut
@@ -141,7 +140,7 @@ class _Adapters:
             mixes=tuple(mixes),
             num_decode_segments=decode,
         )
-        return ops.adapter_add_(y.clone(), x, 0, Site.QKV, AdapterStep(self.arena, self.table, meta))
+        return ops.adapter_add_(y.clone(), x, 0, 0, AdapterStep(self.arena, self.table, meta))
 
 
 @pytest.mark.parametrize("hidden", HIDDEN)

@@ -10,7 +10,7 @@ from loraplex.adapters.image.tiles import BaseLayout, LowRank, pack
 from loraplex.adapters.tiers.device import DeviceTier
 from loraplex.adapters.tiers.pages import PagePool
 from loraplex.kernels.ops import Backend
-from loraplex.kernels.records import AdapterSegments, AdapterStep, Projection, Site, element_bytes
+from loraplex.kernels.records import AdapterSegments, AdapterStep, Projection, element_bytes
 from tests.support.rounding import assert_near, exact, rounded
 
 
@@ -30,7 +30,7 @@ CASES = [(640, 256, 4), (896, 128, 100), (896, 1216, 16), (576, 64, 128), (576, 
 @pytest.mark.parametrize(("n_in", "n_out", "rank"), CASES)
 @pytest.mark.parametrize("decode", [True, False])
 def test_adapter(backend: Backend, dtype: torch.dtype, n_in: int, n_out: int, rank: int, decode: bool) -> None:
-    projection = Projection("q", Site.QKV, n_in, 0, n_out, False)
+    projection = Projection("q", 0, n_in, 0, n_out, False)
     row = n_in * element_bytes(dtype)
     layout = BaseLayout("base", 1, (projection,), -(-90 * row // 64) * 64, dtype)
     generator = torch.Generator().manual_seed(rank)
@@ -61,7 +61,7 @@ def test_adapter(backend: Backend, dtype: torch.dtype, n_in: int, n_out: int, ra
         num_decode_segments=int(decode),
     )
     found = backend.adapter_add_(
-        y.clone().to(backend.device), x.to(backend.device), 0, Site.QKV, AdapterStep(arena, residency.table, segments)
+        y.clone().to(backend.device), x.to(backend.device), 0, 0, AdapterStep(arena, residency.table, segments)
     )
     u, b64 = rounded(exact(x) @ exact(a).T, dtype), exact(b)
     terms = 0.5 * np.abs(exact(x)) @ np.abs(exact(a)).T @ np.abs(b64).T

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from loraplex.kernels.records import Site
-from loraplex.server.models.config import SUPPORTED, ModelConfig, UnsupportedModel
+from loraplex.server.models.config import SUPPORTED, ModelConfig, Site, UnsupportedModel
 from tests.support.tiny import FAMILIES, make_tiny_model, tiny_hf_model
 
 SMALL: dict[str, Any] = {
@@ -45,10 +44,36 @@ def test_projections_are_the_checkpoints_linears(tmp_path: Path, family: str) ->
     for site in (Site.QKV, Site.O, Site.GATE_UP, Site.DOWN):
         covered = 0
         for projection in config.projections():
-            if projection.site is site:
+            if projection.site == site:
                 assert projection.out_start == covered
                 covered += projection.out_features
         assert covered > 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_projections_read_is_what_the_modules_are_given(tmp_path: Path, family: str) -> None:
+    """The hidden state, as attention and MLP are given it, or a site's halves, one gating the other."""
+    import torch
+
+    config, model = ModelConfig.from_hf(make_tiny_model(family, tmp_path)), tiny_hf_model(family)
+    layer, given, outputs = model.model.layers[0], {}, {}
+    for name, module in layer.named_modules():
+
+        def keep(_: Any, args: Any, kwargs: Any, output: Any, name: str = name) -> None:
+            given[name], outputs[name] = (*args, *kwargs.values())[0], output
+
+        module.register_forward_hook(keep, with_kwargs=True)
+    with torch.no_grad():
+        model(torch.tensor([[1, 2, 3]]))
+    activation = {"silu": torch.nn.functional.silu, "gelu_tanh": torch.nn.GELU("tanh")}[config.activation]
+    for projection in config.projections():
+        block = projection.name.split(".")[0]
+        assert projection.reads_hidden == torch.equal(given[projection.name], given[block])
+        if projection.gated_by is not None:
+            parts = [outputs[p.name] for p in config.projections() if p.site == projection.gated_by]
+            gate, up = torch.cat(parts, -1).chunk(2, -1)
+            torch.testing.assert_close(given[projection.name], activation(gate) * up)
+    assert [p.name for p in config.projections() if p.gated_by is not None] == ["mlp.down_proj"]
 
 
 def test_every_architecture_has_a_tiny_model() -> None:

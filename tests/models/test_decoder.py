@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from loraplex.kernels.constants import ALIGN, TileKind
-from loraplex.kernels.records import NUM_SITES, AdapterSegments, Projection, Site, TileTable
+from loraplex.kernels.records import AdapterSegments, Projection, TileTable
 from loraplex.kernels.reference import ReferenceBackend
+from loraplex.server.models.config import Site
 from loraplex.server.models.decoder import Decoder
 from tests.support.harness import Harness
 from tests.support.tiny import VOCAB_SIZE, load_oracle, make_tiny_model
@@ -47,13 +48,13 @@ class Written:
 
 def write_adapter(harness: Harness, seed: int) -> Written:
     config, generator = harness.config, torch.Generator().manual_seed(seed)
-    ranges = torch.zeros(1, config.num_layers, NUM_SITES, 2, dtype=torch.int32)
+    ranges = torch.zeros(1, config.num_layers, len(Site), 2, dtype=torch.int32)
     tiles: list[list[int]] = []
     written = Written(TileTable(ranges, ranges, ranges, ranges))
     for layer in range(config.num_layers):
         for site in Site:
             ranges[0, layer, site] = len(tiles)
-            for projection in (p for p in config.projections() if p.site is site):
+            for projection in (p for p in config.projections() if p.site == site):
                 a = torch.randn(RANK, projection.in_features, generator=generator) * 0.1
                 b = torch.randn(RANK, projection.out_features, generator=generator)
                 tiles.append(place(harness, a, b, projection))
@@ -72,7 +73,8 @@ def place(harness: Harness, a: Tensor, b: Tensor, projection: Projection) -> lis
         data = part.contiguous().view(-1).view(torch.uint8)
         harness.arena[page, : len(data)] = data
         offsets.append(page * harness.page_bytes // ALIGN)
-    return [*offsets, RANK, projection.out_start, projection.out_features, TileKind.LOW_RANK]
+    window = (projection.out_start, projection.out_features)
+    return [*offsets, RANK, *window, TileKind.LOW_RANK, 0, projection.in_features]
 
 
 @pytest.mark.parametrize("family", ["llama_biased", "qwen2", "gemma2", "gemma3", "phi4mini"])

@@ -18,10 +18,9 @@ from safetensors.torch import load_file, save_file
 
 from loraplex.kernels.ops import Backend
 from loraplex.kernels.quantized import Activations, GroupScales, QuantizedWeight, WeightFormat, dequantize
-from loraplex.kernels.records import Site
 from loraplex.kernels.select import load_backend
 from loraplex.server.models.checkpoint import WeightsError
-from loraplex.server.models.config import ModelConfig
+from loraplex.server.models.config import ModelConfig, Site
 from loraplex.server.models.weight_sizes import expected_shapes, weights_bytes
 from loraplex.server.models.weights import ModelWeights, load_checkpoint, load_weights
 from tests.support.checkpoints import HeldCheckpoint
@@ -397,7 +396,7 @@ def test_layer_sites_have_the_sizes_of_their_projections(tmp_path: Path, ops: Ba
     path = make_tiny_model("gemma3", tmp_path)
     config, weights = ModelConfig.from_hf(path), load(path, ops)
     for site, name in ((Site.QKV, "qkv"), (Site.O, "o"), (Site.GATE_UP, "gate_up"), (Site.DOWN, "down")):
-        out = sum(p.out_features for p in config.projections() if p.site is site)
+        out = sum(p.out_features for p in config.projections() if p.site == site)
         assert getattr(weights.layers[0], name).weight.out_features == out
 
 

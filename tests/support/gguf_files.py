@@ -160,6 +160,20 @@ def _add_metadata(writer: gguf.GGUFWriter, config: Any) -> None:
     writer.add_vocab_size(config.vocab_size)
 
 
+def rope_tensors(model: Any) -> dict[str, Any]:
+    """What llama.cpp's converter writes among the tensors: what each frequency is divided by, by transformers' own."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope = model.config.rope_parameters
+    if rope.get("rope_type") == "longrope":
+        return {f"rope_factors_{which}.weight": rope[f"{which}_factor"] for which in ("long", "short")}
+    if rope.get("rope_type") != "llama3":
+        return {}
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](model.config, torch.device("cpu"))
+    head_dim = model.config.hidden_size // model.config.num_attention_heads
+    return {"rope_freqs.weight": 1 / (rope["rope_theta"] ** (torch.arange(0, head_dim, 2) / head_dim)) / scaled}
+
+
 def add_tiny_tokenizer(writer: gguf.GGUFWriter, folder: Path) -> None:
     """Add the tokenizer that make_tiny_tokenizer has written into `folder`."""
     written = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))

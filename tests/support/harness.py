@@ -109,7 +109,7 @@ class Harness:
         self.decoder: Decoder | RecordedDecoder = Decoder(config, self.weights, self.ops, self.kv_layers, self.arena)
         self._pages = _Pages(list(range(num_pages)), random.Random(seed))
         self._free_past_window = free_past_window
-        self._tiles = no_tiles(config.num_layers)
+        self._tiles = no_tiles(config)
 
     def _views(self, dtype: torch.dtype, slab: int) -> list[KVLayer]:
         config = self.config

@@ -12,7 +12,8 @@ from itertools import accumulate
 import torch
 
 from loraplex.kernels.constants import TILE_RANKS, TileKind
-from loraplex.kernels.records import NUM_SITES, AdapterSegments, Site, TileTable
+from loraplex.kernels.records import AdapterSegments, TileTable
+from loraplex.server.models.config import Site
 from tests.support.harness import Harness
 
 Mix = tuple[tuple[int, float], ...]
@@ -22,12 +23,12 @@ def write_adapters(harness: Harness, slots: int) -> TileTable:
     """Tiles on the whole of every qkv and down site: one in slot 0, two in slot 1, and so on."""
     config, dtype = harness.config, harness.weights.dtype
     generator = torch.Generator().manual_seed(5)
-    ranges = torch.zeros(slots, config.num_layers, NUM_SITES, 2, dtype=torch.int32)
+    ranges = torch.zeros(slots, config.num_layers, len(Site), 2, dtype=torch.int32)
     rows: list[list[int]] = []
     for slot in range(slots):
         for layer in range(config.num_layers):
             for site in (Site.QKV, Site.DOWN):
-                parts = [p for p in config.projections() if p.site is site]
+                parts = [p for p in config.projections() if p.site == site]
                 n_in, n_out = parts[0].in_features, sum(p.out_features for p in parts)
                 first = len(rows)
                 for _ in range(slot + 1):
@@ -38,7 +39,7 @@ def write_adapters(harness: Harness, slots: int) -> TileTable:
                         raw = matrix.view(torch.uint8).flatten()
                         harness.arena[page, : raw.numel()] = raw
                         at.append(page * harness.page_bytes // 64)
-                    rows.append([*at, TILE_RANKS, 0, n_out, TileKind.LOW_RANK])
+                    rows.append([*at, TILE_RANKS, 0, n_out, TileKind.LOW_RANK, 0, n_in])
                 ranges[slot, layer, site] = torch.tensor([first, len(rows)])
     tiles = torch.tensor(rows, dtype=torch.int32)
     return TileTable(ranges, tiles, ranges, tiles)

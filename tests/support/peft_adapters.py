@@ -18,7 +18,8 @@ from torch import Tensor
 
 from loraplex.adapters.format.kind import ServedBase
 from loraplex.adapters.image.tiles import BaseLayout
-from loraplex.kernels.records import Projection, Site
+from loraplex.kernels.records import Projection
+from loraplex.server.models.config import Site
 
 SITES = {
     **{f"self_attn.{name}": Site.QKV for name in ("q_proj", "k_proj", "v_proj", "qkv_proj")},
@@ -267,8 +268,13 @@ def layout_of(model: Any, *, dtype: torch.dtype = torch.float32, page_bytes: int
             linear = modules[name]
             start = ends.get(site, 0)
             ends[site] = start + linear.out_features
+            columns = linear.in_features, start, linear.out_features
             projections.append(
-                Projection(name, site, linear.in_features, start, linear.out_features, linear.bias is not None)
+                Projection(
+                    *(name, site, *columns, linear.bias is not None),
+                    reads_hidden=site in (Site.QKV, Site.GATE_UP),
+                    gated_by=Site.GATE_UP if site == Site.DOWN else None,
+                )
             )
     return BaseLayout("tiny", len(layers), tuple(projections), page_bytes, dtype)
 

@@ -71,7 +71,7 @@ def calibrate(decoder: Decoder, clock: Callable[[], float] = time.perf_counter) 
     """Measure `decoder`, whose arena has SCRATCH_PAGES pages for each KV group, and nothing in them that is needed."""
     model = record(decoder, SIZES[-1], 1)
     device = decoder.ops.device
-    tiles = no_tiles(decoder.config.num_layers, device)
+    tiles = no_tiles(decoder.config, device)
     batches = {n: ForwardBatch.blank(tiles, decoder.num_kv_groups, tokens=n, device=device) for n in SIZES}
 
     def run_step(tokens: int) -> None:

@@ -49,7 +49,9 @@ def quantized_weight(kind: BlockType, data: Array, order: Array | None = None) -
     for start in range(0, rows, step):
         chunk = data[start : start + step] if order is None else data[order[start : start + step]]
         for name, part in kind.take_apart(np.ascontiguousarray(chunk).reshape(-1, kind.block_bytes)).items():
-            target = whole.setdefault(name, np.empty((rows, blocks, *part.shape[1:]), part.dtype))
+            if name not in whole:
+                whole[name] = np.empty((rows, blocks, *part.shape[1:]), part.dtype)
+            target = whole[name]
             target[start : start + step] = part.reshape(-1, *target.shape[1:])
     for name in ("scale", "offset"):
         if name in whole and not np.isfinite(whole[name]).all():

@@ -27,18 +27,18 @@ class GgufCheckpoint:
         """Read the header alone. Raises WeightsError where it is damaged, or a tensor is none that can be served."""
         self.folder = file
         try:
-            self._header = read_header(file)
-            architecture = self._header.architecture
-            heads = self._header.whole(f"{architecture}.attention.head_count")
-            kv_heads = self._header.whole(f"{architecture}.attention.head_count_kv", heads)
-        except GgufError as error:
+            header = read_header(file, vocabulary=False)
+            self._stamp = _stamp(file)
+            self._architecture = header.architecture
+            heads = header.whole(f"{self._architecture}.attention.head_count")
+            self._heads = heads, header.whole(f"{self._architecture}.attention.head_count_kv", heads)
+        except (GgufError, OSError) as error:
             raise WeightsError(str(error)) from error
-        self._heads = heads, kv_heads
         self._blocks: dict[str, StoredBlocks] = {}
         self._tensors: dict[str, StoredTensor] = {}
-        for stored in self._header.tensors:
+        for stored in header.tensors:
             if stored.name not in ROPE_FACTORS:
-                self._index(stored)
+                self._index(stored, header.bytes)
 
     @property
     def tensors(self) -> Mapping[str, StoredTensor]:
@@ -50,7 +50,7 @@ class GgufCheckpoint:
 
         Raises WeightsError where the file changed meanwhile or a scale is not finite.
         """
-        stored, architecture = self._blocks[name], self._header.architecture
+        stored, architecture = self._blocks[name], self._architecture
         heads = head_count_of(stored.name, architecture, *self._heads)
         order = None if heads is None else row_order(stored.shape[0], heads)
         data = self._mapped(stored)
@@ -66,9 +66,9 @@ class GgufCheckpoint:
         offset = norm_offset(stored.name, architecture)
         return tensor - offset if offset else tensor
 
-    def _index(self, stored: StoredBlocks) -> None:
+    def _index(self, stored: StoredBlocks, file_bytes: int) -> None:
         """Note one tensor under the checkpoint's name."""
-        architecture = self._header.architecture
+        architecture = self._architecture
         name = checkpoint_name(stored.name, architecture)
         if name is None:
             raise self._wrong(stored, f"is none of a {architecture} that can be served")
@@ -80,27 +80,35 @@ class GgufCheckpoint:
                 stored,
                 f"has shape {list(stored.shape)}, and rows of {kind.format.name} are whole blocks of {kind.block}",
             )
-        if stored.start + math.prod(_stored_shape(stored)) > self._header.bytes:
+        if stored.start + math.prod(_stored_shape(stored)) > file_bytes:
             raise self._wrong(stored, "goes beyond the file's end: it is cut short; download it again")
         heads = head_count_of(stored.name, architecture, *self._heads)
         if heads is not None and (heads == 0 or stored.shape[0] % (2 * heads)):
             raise self._wrong(stored, f"has {stored.shape[0]} rows, which are not pairs of {heads} heads")
         if norm_offset(stored.name, architecture) and stored.type != 0:
             raise self._wrong(stored, f"is {type_name(stored.type)}, expected F32 for a norm")
-        file, form = self._header.file, None if kind is None else kind.format
+        form = None if kind is None else kind.format
         width = DENSE[stored.type].itemsize if kind is None else CODE_BYTES
         self._blocks[name] = stored
-        self._tensors[name] = StoredTensor(file, stored.shape, width, form)
+        self._tensors[name] = StoredTensor(self.folder, stored.shape, width, form)
 
     def _mapped(self, stored: StoredBlocks) -> Array:
         """Map the bytes of a tensor, [rows, bytes of a row]; the mapping ends with whatever is made of it."""
         try:
-            return np.memmap(self._header.file, np.uint8, "c", stored.start, _stored_shape(stored))
+            if _stamp(self.folder) != self._stamp:  # adapters may ask for a weight hours after the start
+                raise self._wrong(stored, "cannot be read any more: the file is another one since the start")
+            return np.memmap(self.folder, np.uint8, "c", stored.start, _stored_shape(stored))
         except (OSError, ValueError) as error:
             raise self._wrong(stored, f"cannot be read any more: {error}") from error
 
     def _wrong(self, stored: StoredBlocks, reason: str) -> WeightsError:
-        return WeightsError(f"tensor {stored.name[:80]!r} of {self._header.file} {reason}")
+        return WeightsError(f"tensor {stored.name[:80]!r} of {self.folder} {reason}")
+
+
+def _stamp(file: Path) -> tuple[int, ...]:
+    """Read what tells of a change: device, inode, bytes, modified ns."""
+    info = file.stat()
+    return info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns
 
 
 def _stored_shape(stored: StoredBlocks) -> tuple[int, int]:

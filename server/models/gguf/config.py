@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loraplex.server.models.gguf.header import GgufError, GgufHeader
+from loraplex.server.models.gguf.header import GgufError, GgufHeader, shortest
 from loraplex.server.models.gguf.names import ROPE_FACTORS
 
 CONFIG_FILES = ("config.json", "generation_config.json")
@@ -77,6 +77,8 @@ def config_json(header: GgufHeader) -> dict[str, Any]:
     if not heads:
         raise GgufError(f"{header.file} has no attention heads")
     layers = header.whole(f"{arch}.block_count")
+    if not 0 < layers <= len(shapes):
+        raise GgufError(f"{header.file} has {layers} under {arch}.block_count, and {len(shapes)} tensors")
     head_dim = header.whole(f"{arch}.attention.key_length", hidden // heads)
     if header.whole(f"{arch}.attention.value_length", head_dim) != head_dim:
         raise GgufError(f"{header.file} has values of another length than keys, which is not supported")
@@ -106,15 +108,15 @@ def config_json(header: GgufHeader) -> dict[str, Any]:
     elif arch == "phi3":
         config["sliding_window"] = header.whole("phi3.attention.sliding_window", 0) or None
     rotated = header.whole(f"{arch}.rope.dimension_count", head_dim)
-    return config | _rope_fields(header, arch, head_dim, rotated, context)
+    return config | _rope_fields(header, arch, head_dim, rotated)
 
 
 def generation_json(header: GgufHeader) -> dict[str, Any]:
     """Write the generation_config.json of the model in a GGUF: all tokens that end an answer, and its sampling."""
-    tokens, types = header.metadata.get("tokenizer.ggml.tokens"), header.metadata.get("tokenizer.ggml.token_type")
+    tokens, types = header.entries("tokenizer.ggml.tokens", str), header.entries("tokenizer.ggml.token_type", int)
     keys = (f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
     ends = [header.whole(key) for key in keys if key in header.metadata]
-    if isinstance(tokens, list) and isinstance(types, list):
+    if tokens and types:
         ends += [
             i
             for i, (text, kind) in enumerate(zip(tokens, types, strict=False))
@@ -168,7 +170,7 @@ def _gemma_fields(header: GgufHeader, arch: str, layers: int, share: int, head_d
     default = {"attn": 50.0, "final": 30.0} if arch == "gemma2" else {}
     found: dict[str, Any] = {
         "query_pre_attn_scalar": share if (arch, layers) in _WHOLE_HEAD_SCALE else head_dim,
-        "sliding_window": header.whole(f"{arch}.attention.sliding_window"),
+        "sliding_window": _window(header, arch),
         "layer_types": ["sliding_attention" if slide else "full_attention" for slide in slides],
     }
     for name, field in caps.items():
@@ -177,10 +179,18 @@ def _gemma_fields(header: GgufHeader, arch: str, layers: int, share: int, head_d
     return found
 
 
-def _rope_fields(header: GgufHeader, arch: str, head_dim: int, rotated: int, context: int) -> dict[str, Any]:
+def _window(header: GgufHeader, arch: str) -> int:
+    """Read how many tokens Gemma's sliding layers see; one without such layers is none that its config describes."""
+    window = header.whole(f"{arch}.attention.sliding_window")
+    if not window:
+        raise GgufError(f"{header.file} has 0 under {arch}.attention.sliding_window; expected the window of its layers")
+    return window
+
+
+def _rope_fields(header: GgufHeader, arch: str, head_dim: int, rotated: int) -> dict[str, Any]:
     """Write rope_parameters, for Gemma 3 those of both kinds of layers, and what stands beside them."""
     theta = header.number(f"{arch}.rope.freq_base", 10000.0)
-    parameters = _rope_parameters(header, arch, theta, context)
+    parameters = _rope_parameters(header, arch, theta)
     if rotated != head_dim:
         if arch != "phi3" or rotated > head_dim:
             raise GgufError(f"{header.file} rotates {rotated} of {head_dim} elements of a head, which is not supported")
@@ -194,7 +204,7 @@ def _rope_fields(header: GgufHeader, arch: str, head_dim: int, rotated: int, con
     return fields
 
 
-def _rope_parameters(header: GgufHeader, arch: str, theta: float, context: int) -> dict[str, Any]:
+def _rope_parameters(header: GgufHeader, arch: str, theta: float) -> dict[str, Any]:
     freqs, long, short = (rope_factors(header, name) for name in ROPE_FACTORS)
     kind = header.metadata.get(f"{arch}.rope.scaling.type", "none")
     prefix = f"{arch}.rope.scaling."
@@ -210,14 +220,8 @@ def _rope_parameters(header: GgufHeader, arch: str, theta: float, context: int) 
         )
     if freqs is not None:
         if kind != "none":
-            raise GgufError(f"{header.file} has both rope factors and rope scaling {kind!r}, which is not supported")
-        # Llama 3.1's scaling, as what each frequency is divided by. longrope says the same; its switch is never reached
-        same = {"short_factor": list(freqs), "long_factor": list(freqs)}
-        return (
-            found
-            | {"rope_type": "longrope", "attention_factor": 1.0, "original_max_position_embeddings": context}
-            | same
-        )
+            raise GgufError(f"{header.file} has rope factors and rope scaling {kind!r:.40}, which is not supported")
+        return found | _llama3_parameters(header, freqs, theta)
     if kind == "none":
         return found
     factor = header.number(prefix + "factor")
@@ -230,6 +234,28 @@ def _rope_parameters(header: GgufHeader, arch: str, theta: float, context: int) 
         }
         return found | {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original} | betas
     raise GgufError(f"{header.file} has rope scaling {kind!r:.40}, which is not supported for {arch}")
+
+
+def _llama3_parameters(header: GgufHeader, factors: tuple[float, ...], theta: float) -> dict[str, Any]:
+    """Find Llama 3.1's parameters of scaling from what they divide each frequency by, which is all that a GGUF has.
+
+    Semantics: a frequency that turns `share` times in the original context is divided by 1 where share > high, by
+    `factor` where share < low, and by 1 / ((1 - s) / factor + s) between, with s = (share - low) / (high - low); low
+    and high are 1 and 4 in all of these models. Raises GgufError for factors that are no such ones.
+    """
+    factor, low, high = shortest(max(factors)), 1.0, 4.0
+    waves = [2 * math.pi * theta ** (i / len(factors)) for i in range(len(factors))]
+    between = [(f, wave) for f, wave in zip(factors, waves, strict=True) if 1.001 < f < 0.999 * factor]
+    if between:
+        divided, wave = between[0]
+        blend = (1 / divided - 1 / factor) / (1 - 1 / factor)
+        original = round(wave * (low + blend * (high - low)))
+        blends = [min(1.0, max(0.0, (original / wave - low) / (high - low))) for wave in waves]
+        expected = [1 / ((1 - blend) / factor + blend) for blend in blends]
+        if all(math.isclose(f, e, rel_tol=1e-4) for f, e in zip(factors, expected, strict=True)):
+            bounds = {"low_freq_factor": low, "high_freq_factor": high, "original_max_position_embeddings": original}
+            return {"rope_type": "llama3", "factor": factor, **bounds}
+    raise GgufError(f"{header.file} has factors in rope_freqs.weight that are not Llama 3.1's, which is not supported")
 
 
 def rope_factors(header: GgufHeader, name: str) -> tuple[float, ...] | None:
@@ -246,4 +272,4 @@ def rope_factors(header: GgufHeader, name: str) -> tuple[float, ...] | None:
     values = struct.unpack(f"<{len(data) // 4}f", data[: len(data) // 4 * 4])
     if len(values) != count or not all(math.isfinite(value) and value > 0 for value in values):
         raise GgufError(f"tensor {name} of {header.file} is damaged or cut short; download it again")
-    return values
+    return tuple(shortest(value) for value in values)

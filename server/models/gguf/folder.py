@@ -18,7 +18,7 @@ from pathlib import Path
 
 from loraplex.server.models.gguf.config import write_config
 from loraplex.server.models.gguf.header import GgufError, GgufHeader, read_header
-from loraplex.server.models.gguf.tokenizer import write_tokenizer
+from loraplex.server.models.gguf.tokenizer import check_vocabulary, write_tokenizer
 
 WEIGHTS = "model.gguf"
 
@@ -38,14 +38,14 @@ def folder_for(file: Path, cache: Path) -> Path:
     Raises GgufError where the file holds no base that can be served, or the folder cannot be made.
     """
     file = file.absolute()
-    header = read_header(file)
+    header = read_header(file, vocabulary=False)
     beside = [file.with_name(name) for name in BESIDE if file.with_name(name).is_file()]
     if BESIDE[0] not in [path.name for path in beside]:
         beside = [path for path in beside if path.name == "chat_template.jinja"]
     target = cache / "gguf" / f"{file.stem}-{_digest(header, beside)}"
     if not target.is_dir():
         try:
-            _make(header, beside, target)
+            _make(read_header(file), beside, target)
         except OSError as error:
             raise GgufError(
                 f"cannot write to {target.parent} ({error.strerror or error}); LORAPLEX_CACHE can name another folder"
@@ -70,7 +70,10 @@ def _make(header: GgufHeader, beside: list[Path], target: Path) -> None:
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         write_config(header, partial)
-        if not any(path.name == BESIDE[0] for path in beside):
+        own = [path for path in beside if path.name == BESIDE[0]]
+        if own:
+            check_vocabulary(header, own[0])
+        else:
             write_tokenizer(header, partial)
         for path in beside:
             shutil.copyfile(path, partial / path.name)

@@ -92,6 +92,15 @@ class GgufHeader:
             raise GgufError(f"{self.file} has {_shown(value)} under {key}; expected a number")
         return shortest(value)
 
+    def entries(self, key: str, kind: type | tuple[type, ...]) -> list[Any] | None:
+        """Return the array under `key`; None where there is none. Raises GgufError where its entries are no `kind`."""
+        value = self.metadata.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, list) or not all(isinstance(each, kind) for each in value):
+            raise GgufError(f"{self.file} has {_shown(value)} under {key}; expected an array of another kind")
+        return value
+
     def flag(self, key: str, default: bool) -> bool:
         """Return the truth under `key`. Raises GgufError where there is something else."""
         value = self.metadata.get(key, default)
@@ -110,12 +119,15 @@ def shortest(value: float) -> float:
     return float(value)
 
 
-def read_header(file: Path) -> GgufHeader:
-    """Read the header of the GGUF `file`. Raises GgufError where it is none, is damaged, or asks for too much."""
+def read_header(file: Path, vocabulary: bool = True) -> GgufHeader:
+    """Read the header of the GGUF `file`. Raises GgufError where it is none, is damaged, or asks for too much.
+
+    vocabulary: False leaves arrays of texts out, half a million Python strings where all else are a few thousand.
+    """
     try:
         size = file.stat().st_size
         with file.open("rb", buffering=1 << 20) as handle:
-            return _Reading(file, handle, size).header()
+            return _Reading(file, handle, size, vocabulary).header()
     except OSError as error:
         raise GgufError(f"{file} cannot be read: {error.strerror or error}") from error
 
@@ -123,8 +135,8 @@ def read_header(file: Path) -> GgufHeader:
 class _Reading:
     """One pass over a header, from its first byte on."""
 
-    def __init__(self, file: Path, handle: BinaryIO, size: int) -> None:
-        self._file, self._handle, self._size = file, handle, size
+    def __init__(self, file: Path, handle: BinaryIO, size: int, vocabulary: bool) -> None:
+        self._file, self._handle, self._size, self._vocabulary = file, handle, size, vocabulary
         self._place = 0
         self._entries = 0
 
@@ -136,7 +148,9 @@ class _Reading:
             key = self._string("a metadata key")
             if key in metadata:
                 raise self._damaged(f"it has the metadata key {key[:80]!r} twice")
-            metadata[key] = self._value(self._scalar("I"), key)
+            value = self._value(self._scalar("I"), key)
+            if value is not None:
+                metadata[key] = value
         stored: dict[str, StoredBlocks] = {}
         for _ in range(tensors):
             tensor = self._tensor()
@@ -175,6 +189,10 @@ class _Reading:
         self._entries += count
         if self._entries > MAX_ENTRIES:
             raise self._damaged(f"{key[:80]!r} claims {count} entries, at most {MAX_ENTRIES} of all arrays are read")
+        if kind == _STRING and not self._vocabulary:
+            for _ in range(count):
+                self._take(self._scalar("Q"), key)
+            return None
         if kind == _STRING:
             return [self._string(key) for _ in range(count)]
         if kind not in _SCALARS:

@@ -19,8 +19,8 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jin
 
 BESIDE = "lay the base's tokenizer.json beside the file"
 
-UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
-"""GGUF's types of tokens that are no ordinary ones."""
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
+"""GGUF's types of tokens."""
 
 _LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -35,7 +35,7 @@ _GPT4O = "|".join(word + _ENDING for word in _WORDS) + r"|\p{N}{1,3}" + _SLASHES
 
 _SPLITS = {  # tokenizer.ggml.pre: the pattern whose matches are cut out; None: GPT-2's, which tokenizers has built in
     **dict.fromkeys(("gpt-2", "smollm"), None),
-    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), _LLAMA3),
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "dbrx", "smaug-bpe"), _LLAMA3),
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), _QWEN2),
     "tekken": _TEKKEN,
     "gpt-4o": _GPT4O,
@@ -76,22 +76,41 @@ def write_tokenizer(header: GgufHeader, folder: Path) -> None:
         _write(folder / "chat_template.jinja", header.text("tokenizer.chat_template"))
 
 
+def check_vocabulary(header: GgufHeader, file: Path) -> None:
+    """Raise GgufError where the tokenizer.json `file` is not of the vocabulary in the GGUF, where that has one.
+
+    A hundredth of the tokens may be written otherwise: added ones, and those that fill the embedding up.
+    """
+    tokens = header.entries("tokenizer.ggml.tokens", str)
+    if tokens is None:
+        return
+    try:
+        vocab = Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True)
+    except Exception as error:  # the library raises bare Exception
+        raise GgufError(f"{file} cannot be read: {error}") from error
+    found = {token: text for text, token in vocab.items()}
+    others = [i for i, text in enumerate(tokens) if found.get(i, text) != text]
+    if 100 * len(others) > len(tokens) or 2 * len(found) < len(tokens):
+        example = f": token {others[0]} is {found[others[0]]!r:.40} and {tokens[others[0]]!r:.40}" if others else ""
+        raise GgufError(f"{file} is not the tokenizer of {header.file.name} beside it{example}; remove one of them")
+
+
 def _vocabulary(header: GgufHeader) -> tuple[list[str], list[int]]:
     """Read every token's text and type. Raises GgufError."""
-    tokens = header.metadata.get("tokenizer.ggml.tokens")
-    if not isinstance(tokens, list) or not tokens or not all(isinstance(token, str) for token in tokens):
+    tokens = header.entries("tokenizer.ggml.tokens", str)
+    if not tokens:
         raise GgufError(f"{header.file} has no tokenizer; {BESIDE}")
     if len(set(tokens)) != len(tokens):
         raise GgufError(f"{header.file} has a token twice in its vocabulary; {BESIDE}")
-    types = header.metadata.get("tokenizer.ggml.token_type", [1] * len(tokens))
-    if not isinstance(types, list) or len(types) != len(tokens):
+    types = header.entries("tokenizer.ggml.token_type", int) or [NORMAL] * len(tokens)
+    if len(types) != len(tokens):
         raise GgufError(f"{header.file} has {len(tokens)} tokens and types for another number of them")
     return tokens, types
 
 
 def _byte_level(header: GgufHeader, tokens: list[str]) -> tuple[Tokenizer, bool]:
     """Build byte-level BPE; tell whether BOS goes in front unless a key says otherwise."""
-    rule = header.metadata.get("tokenizer.ggml.pre")
+    rule = header.text("tokenizer.ggml.pre")
     if rule not in _SPLITS:
         raise GgufError(
             f"{header.file} cuts texts by the rule {rule!r:.40} (tokenizer.ggml.pre), which is not known here; {BESIDE}"
@@ -113,8 +132,8 @@ def _byte_level(header: GgufHeader, tokens: list[str]) -> tuple[Tokenizer, bool]
 
 
 def _merges(header: GgufHeader) -> list[tuple[str, str]]:
-    merges = header.metadata.get("tokenizer.ggml.merges")
-    if not isinstance(merges, list):
+    merges = header.entries("tokenizer.ggml.merges", str)
+    if merges is None:
         raise GgufError(f"{header.file} has no merges for its tokenizer; {BESIDE}")
     pairs = [tuple(merge.split(" ")) for merge in merges]
     if not all(len(pair) == 2 for pair in pairs):
@@ -124,8 +143,8 @@ def _merges(header: GgufHeader) -> list[tuple[str, str]]:
 
 def _sentencepiece(header: GgufHeader, tokens: list[str], types: list[int]) -> Tokenizer:
     """Build sentencepiece's BPE with byte fallback. What it merges first is the token of the highest score."""
-    scores = header.metadata.get("tokenizer.ggml.scores")
-    if not isinstance(scores, list) or len(scores) != len(tokens):
+    scores = header.entries("tokenizer.ggml.scores", (int, float))
+    if scores is None or len(scores) != len(tokens):
         raise GgufError(f"{header.file} has {len(tokens)} tokens and scores for another number of them")
     gemma = header.architecture.startswith("gemma")
     if gemma:  # it writes tokens of spaces as they are, and orders its merges by id

@@ -18,7 +18,8 @@ from loraplex.adapters.registry import Registry
 from loraplex.adapters.sources.watch import FolderWatch
 from loraplex.adapters.tiers.loader import Reading
 from loraplex.adapters.tiers.reader import AdapterReader
-from loraplex.kernels.records import Projection, Site
+from loraplex.kernels.records import Projection
+from loraplex.server.models.config import Site
 from tests.support.adapter_reading import read, without_weights, write_adapter
 from tests.support.exchanging import exchanging
 

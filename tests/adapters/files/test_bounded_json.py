@@ -18,7 +18,8 @@ from loraplex.adapters.format import adapter_files
 from loraplex.adapters.format.header import MAX_DIMENSION, parse_header
 from loraplex.adapters.image.tiles import BaseLayout
 from loraplex.adapters.tiers.reader import AdapterReader
-from loraplex.kernels.records import Projection, Site
+from loraplex.kernels.records import Projection
+from loraplex.server.models.config import Site
 from tests.support.adapter_reading import without_weights, write_adapter
 
 LAYOUT = BaseLayout("tiny-base", 2, (Projection("self_attn.q_proj", Site.QKV, 32, 0, 32, False),), 1024, torch.float32)

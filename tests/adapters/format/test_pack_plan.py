@@ -25,7 +25,8 @@ from loraplex.adapters.image.tiles import BaseLayout
 from loraplex.adapters.tiers.loader import Reading
 from loraplex.adapters.tiers.reader import AdapterReader
 from loraplex.adapters.tiers.workspace import Workspace
-from loraplex.kernels.records import Projection, Site, element_bytes
+from loraplex.kernels.records import Projection, element_bytes
+from loraplex.server.models.config import Site
 from tests.support.adapter_reading import read_adapter, without_weights, write_adapter
 
 Q = Projection("self_attn.q_proj", Site.QKV, 32, 0, 32, False)

@@ -26,7 +26,8 @@ from loraplex.adapters.format import adapter_files, quiet_files, targets
 from loraplex.adapters.format.kind import ServedBase
 from loraplex.adapters.image.tiles import BaseLayout, BiasDelta, LowRank, OutputScale
 from loraplex.adapters.tiers.reader import AdapterReader
-from loraplex.kernels.records import Projection, Site
+from loraplex.kernels.records import Projection
+from loraplex.server.models.config import Site
 from tests.support.adapter_reading import ParsedAdapter, read_adapter
 from tests.support.ordinary_user import ordinary_user, reachable_folder
 
@@ -34,9 +35,9 @@ HIDDEN, INNER, LAYERS, RANK = 32, 48, 2, 4
 PROJECTIONS = (
     Projection("self_attn.q_proj", Site.QKV, HIDDEN, 0, 32, True),
     Projection("self_attn.k_proj", Site.QKV, HIDDEN, 32, 16, True),
-    Projection("self_attn.o_proj", Site.O, 32, 0, HIDDEN, False),
+    Projection("self_attn.o_proj", Site.O, 32, 0, HIDDEN, False, reads_hidden=False),
     Projection("mlp.up_proj", Site.GATE_UP, HIDDEN, 0, INNER, False),
-    Projection("mlp.down_proj", Site.DOWN, INNER, 0, HIDDEN, False),
+    Projection("mlp.down_proj", Site.DOWN, INNER, 0, HIDDEN, False, reads_hidden=False),
 )
 WIDTHS = {projection.name: (projection.in_features, projection.out_features) for projection in PROJECTIONS}
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj"

@@ -19,7 +19,8 @@ from loraplex.adapters.image.tiles import AdapterImage, BaseLayout
 from loraplex.adapters.registry import AdapterVersion, Registry
 from loraplex.adapters.tiers.loader import Loader, Priority
 from loraplex.adapters.tiers.reader import AdapterReader
-from loraplex.kernels.records import Projection, Site
+from loraplex.kernels.records import Projection
+from loraplex.server.models.config import Site
 from tests.support.adapter_reading import put, read, same_image, without_weights, write_adapter
 from tests.support.ordinary_user import ordinary_user, reachable_folder
 from tests.support.waiting import LIMIT

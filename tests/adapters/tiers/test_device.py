@@ -15,14 +15,14 @@ from torch import Tensor
 from loraplex.adapters.image.tiles import AdapterImage, BaseLayout, BiasDelta, LowRank, Part, pack
 from loraplex.adapters.tiers.device import DeviceTier
 from loraplex.adapters.tiers.pages import PagePool
-from loraplex.kernels.constants import ALIGN
-from loraplex.kernels.records import NUM_SITES, Projection, Site
+from loraplex.kernels.constants import ALIGN, TILE_COLUMNS
+from loraplex.kernels.records import Projection
 from tests.support.counted_clock import counted_clock
 
 _PROJECTIONS = (
-    Projection("self_attn.q_proj", Site.QKV, 64, 0, 64, False),
-    Projection("self_attn.v_proj", Site.QKV, 64, 96, 32, False),
-    Projection("mlp.down_proj", Site.DOWN, 96, 0, 64, False),
+    Projection("self_attn.q_proj", 0, 64, 0, 64, False),
+    Projection("self_attn.v_proj", 0, 64, 96, 32, False),
+    Projection("mlp.down_proj", 6, 96, 0, 64, False),  # the base's config counts sites: there may be any number
 )
 _LAYOUT = BaseLayout("tiny", 3, _PROJECTIONS, 2048, torch.float32)
 _NUM_PAGES = 40
@@ -39,7 +39,7 @@ def _image(seed: int) -> AdapterImage:
     parts: list[Part] = []
     for layer in range(_LAYOUT.num_layers):
         for projection in _PROJECTIONS:
-            if draw(3) == 0 or (layer, projection.site) == (1, Site.DOWN):
+            if draw(3) == 0 or (layer, projection.site) == (1, 6):
                 a = torch.randn(rank, projection.in_features, generator=generator)
                 b = torch.randn(projection.out_features, rank, generator=generator)
                 parts.append(LowRank(layer, projection, a, b, 0.5))
@@ -75,15 +75,15 @@ def _check_on_device(residency: DeviceTier, arena: Tensor, digest: str) -> None:
     for row in image.tiles.tolist():
         want.setdefault((row[0], row[1]), []).append(row[2:])
     for layer in range(_LAYOUT.num_layers):
-        for site in range(NUM_SITES):
+        for site in range(7):
             first, last = table.ranges[slot, layer, site].tolist()
             expected = want.get((layer, site), [])
             assert last - first == len(expected)
             if not expected:
                 assert (first, last) == (0, 0)
             for found, tile in zip(table.tiles[first:last].tolist(), expected, strict=True):
-                assert found[2:] == tile[2:]  # n, out_start, out_len, kind
-                n, _, out_len, _ = found[2:]
+                assert found[2:] == tile[2:]  # n, out_start, out_len, kind, in_start, in_len
+                n, _, out_len, *_ = found[2:]
                 strips = [(found[1], tile[1], n * out_len)]
                 if tile[0] == -1:
                     assert found[0] == -1
@@ -288,7 +288,7 @@ def test_only_the_used_part_of_the_last_page_is_copied() -> None:
 
 def test_the_tile_table_doubles_and_its_rows_are_used_again() -> None:
     """Each adapter has 480 tiles: rows of A of which one fits a page."""
-    layout = BaseLayout("tiny", 120, (Projection("mlp.down_proj", Site.DOWN, 16, 0, 16, False),), 64, torch.float32)
+    layout = BaseLayout("tiny", 120, (Projection("mlp.down_proj", 0, 16, 0, 16, False),), 64, torch.float32)
     arena = torch.zeros(4000, 64, dtype=torch.uint8)
     residency = DeviceTier(arena, PagePool(4000), layout, 8)
 
@@ -303,18 +303,18 @@ def test_the_tile_table_doubles_and_its_rows_are_used_again() -> None:
         )
 
     first = residency.table
-    assert first.tiles.shape == (1024, 6)
+    assert first.tiles.shape == (1024, TILE_COLUMNS)
     for seed in range(4):
         assert residency.load(str(seed), image(seed))
         residency.check_integrity()
-    assert residency.table.tiles.shape == (2048, 6)
+    assert residency.table.tiles.shape == (2048, TILE_COLUMNS)
     assert residency.table.ranges is first.ranges  # slots do not grow: the same tensor
     assert residency.table.tiles is residency.table.tiles_host  # on CPU there is one table
     for round_ in range(10):
         residency.drop(str(round_ % 4))
         assert residency.load(str(round_ % 4), image(round_))
         residency.check_integrity()
-    assert residency.table.tiles.shape == (2048, 6)
+    assert residency.table.tiles.shape == (2048, TILE_COLUMNS)
     assert residency.loads == 14
     assert residency.evictions == 0  # a drop is not an eviction
 

@@ -21,7 +21,8 @@ from loraplex.adapters.format.kinds import KINDS
 from loraplex.adapters.image.tiles import BaseLayout
 from loraplex.adapters.tiers.loader import LoadCancelled, Reading
 from loraplex.adapters.tiers.reader import AdapterReader
-from loraplex.kernels.records import Projection, Site
+from loraplex.kernels.records import Projection
+from loraplex.server.models.config import Site
 from tests.support.adapter_reading import no_breath, put, read, same_image, without_weights, write_adapter
 
 PROJECTIONS = (

@@ -216,12 +216,12 @@ def decode(tmp_path: Path) -> Decode:
         for _ in range(2):
             step = scheduler.schedule()
             scheduler.took(step, QUICK)
-            hidden = decoder.forward(build_batch(step.step, no_tiles(config.num_layers), BLOCK_SIZE, CPU))
+            hidden = decoder.forward(build_batch(step.step, no_tiles(config), BLOCK_SIZE, CPU))
             scheduler.commit(step, [RowResult((Drawn(token),)) for token in decoder.logits(hidden).argmax(1).tolist()])
         if poison:
             weights.norm.fill_(torch.nan)
         step = scheduler.schedule()
-        batch = build_batch(step.step, no_tiles(config.num_layers), BLOCK_SIZE, CPU, steps=step.step.steps)
+        batch = build_batch(step.step, no_tiles(config), BLOCK_SIZE, CPU, steps=step.step.steps)
         drawn, logits = decoder.decode(batch, None, torch.tensor(stops, dtype=torch.int64), ctypes.c_int32(halt))
         return drawn.tolist(), logits
 

@@ -11,7 +11,7 @@ from loraplex.benchmarks.kernels import ahead
 from loraplex.benchmarks.kernels.aot_report import compile_for
 from loraplex.benchmarks.kernels.gpu_work import SHAPES, SMOLLM2, Shape, Work, make_work, run_all, run_linears
 from loraplex.kernels.gpu.backend import TritonBackend
-from loraplex.kernels.records import AdapterStep, Site
+from loraplex.kernels.records import AdapterStep
 
 KERNELS = {
     "bgmv._expand",
@@ -87,4 +87,4 @@ def _run_last_layer(ops: TritonBackend, work: Work, layers: int) -> None:
     table = replace(work.table, ranges=ranges, ranges_host=ranges)
     x = torch.zeros(work.tokens, SMOLLM2.hidden, dtype=work.dtype)
     y = torch.zeros(work.tokens, SMOLLM2.qkv, dtype=work.dtype)
-    ops.adapter_add_(y, x, layers - 1, Site.QKV, AdapterStep(work.arena, table, work.segments))
+    ops.adapter_add_(y, x, layers - 1, 0, AdapterStep(work.arena, table, work.segments))

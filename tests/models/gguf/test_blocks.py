@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import gguf
 import numpy as np
 import pytest
@@ -78,6 +80,22 @@ def test_rows_are_taken_in_an_order() -> None:
     order = np.array([3, 0, 5, 1, 2, 4])
     found = quantized_weight(QUANTIZED[Kind.Q5_K], data, order)
     assert torch.equal(dequantize(found), torch.from_numpy(gguf_dequantize(data[order], Kind.Q5_K)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_large_weight_takes_its_codes_and_little_else(kind: Kind) -> None:
+    """A byte for each code, whatever is made of pieces of it on the way."""
+    rows, columns = 4096, 2048
+    data = np.zeros((rows, columns // QUANTIZED[kind].block * QUANTIZED[kind].block_bytes), np.uint8)
+    tracemalloc.start()
+    try:
+        weight = quantized_weight(QUANTIZED[kind], data, np.arange(rows)[::-1])
+        held, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert weight.codes.numel() == rows * columns
+    assert rows * columns < held < 1.2 * rows * columns
+    assert peak < held + 8 * blocks.CHUNK
 
 
 @pytest.mark.parametrize("bits", [0x7C00, 0xFC00, 0x7E01])

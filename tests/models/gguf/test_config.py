@@ -14,11 +14,17 @@ from loraplex.server.models.config import ModelConfig, UnsupportedModel
 from loraplex.server.models.gguf.config import config_json, generation_json, rope_factors
 from loraplex.server.models.gguf.folder import folder_for
 from loraplex.server.models.gguf.header import GgufError, GgufHeader, StoredBlocks, read_header
-from tests.support.gguf_files import write_gguf
+from loraplex.server.models.gguf.tokenizer import write_tokenizer
+from tests.support.gguf_files import rope_tensors, write_gguf
 from tests.support.tiny import make_tiny_tokenizer, tiny_hf_model
+
+LLAMA31 = {"rope_type": "llama3", "rope_theta": 500000.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA31 |= {"factor": 32.0, "original_max_position_embeddings": 8192}
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
+    "llama3": {},
+    "tinyllama": {"hidden_size": 512, "max_position_embeddings": 131072, "rope_parameters": LLAMA31},
     "llama_biased": {},
     "smollm2": {},
     "qwen2": {},
@@ -32,7 +38,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("family", FAMILIES)
 def test_config_is_the_one_the_file_was_made_of(family: str, tmp_path: Path) -> None:
     model = tiny_hf_model(family, **FAMILIES[family])
-    written = write_gguf(model, tmp_path / "tiny.gguf", Kind.F32, tokenizer=make_tiny_tokenizer(tmp_path / "tokenizer"))
+    tokenizer, extra = make_tiny_tokenizer(tmp_path / "tokenizer"), rope_tensors(model)
+    written = write_gguf(model, tmp_path / "tiny.gguf", Kind.F32, tokenizer=tokenizer, extra=extra)
     model.save_pretrained(tmp_path / "original")
     found = ModelConfig.from_hf(folder_for(written.path, tmp_path / "cache"))
     assert found == ModelConfig.from_hf(tmp_path / "original")
@@ -54,7 +61,9 @@ def header_of(arch: str, layers: int = 4, tensors: tuple[StoredBlocks, ...] = ()
         name = key.replace("__", ".")
         metadata[name if name.startswith(("general.", "tokenizer.", "split.")) else f"{arch}.{name}"] = value
     embedding = StoredBlocks("token_embd.weight", (320, 64), 0, 0)
-    return GgufHeader(Path("x.gguf"), 0, 0, {k: v for k, v in metadata.items() if v is not None}, (embedding, *tensors))
+    rest = tuple(StoredBlocks(f"blk.{i}.ffn_norm.weight", (64,), 0, 0) for i in range(layers - 1))
+    sound = {key: value for key, value in metadata.items() if value is not None}
+    return GgufHeader(Path("x.gguf"), 0, 0, sound, (embedding, *rest, *tensors))
 
 
 @pytest.mark.parametrize(("arch", "layers", "scale"), [("gemma2", 46, 16), ("gemma3", 62, 16), ("gemma2", 42, 32)])
@@ -88,6 +97,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a part of a model": ({"split__count": 3}, "one of 3 files"),
     "an adapter": ({"general__type": "adapter"}, "kind 'adapter'"),
     "no layers said": ({"block_count": None}, r"nothing under llama\.block_count"),
+    "layers that are not there": ({"block_count": 1 << 39}, "549755813888 under llama.block_count, and 4 tensors"),
     "layers in words": ({"block_count": "many"}, r"'many' under llama\.block_count"),
     "a number too large": ({"context_length": 1 << 62}, r"llama\.context_length"),
     "heads that differ": (
@@ -105,6 +115,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a scaling without a factor": ({"rope__scaling__type": "linear"}, r"nothing under llama\.rope\.scaling\.factor"),
     "no window": ({"arch": "gemma2", "attention__sliding_window": None}, "sliding_window"),
+    "a window of nothing": ({"arch": "gemma3", "attention__sliding_window": 0}, "0 under gemma3.attention.sliding"),
     "a pattern of other layers": (
         {"arch": "gemma3", "attention__sliding_window_pattern": [True]},
         "sliding_window_pattern",
@@ -146,6 +157,11 @@ def test_rope_factors_that_are_damaged(tmp_path: Path) -> None:
         written = write_gguf(model, tmp_path / f"{name}.gguf", Kind.F32, tokenizer=tokenizer, extra=extra)
         with pytest.raises(GgufError, match=r"rope_freqs\.weight.*damaged"):
             config_json(read_header(written.path))
+    for name, values in {"ones": [1.0] * 8, "any": [1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 8.0]}.items():
+        extra = {"rope_freqs.weight": values}
+        written = write_gguf(model, tmp_path / f"{name}.gguf", Kind.F32, tokenizer=tokenizer, extra=extra)
+        with pytest.raises(GgufError, match="not Llama 3"):
+            config_json(read_header(written.path))
     end = tmp_path / "end"
     end.write_bytes(struct.pack("<2f", 1, 2))
     stored = (StoredBlocks("rope_freqs.weight", (4,), 0, 0),)
@@ -169,3 +185,44 @@ def test_sampling_that_the_file_asks_for() -> None:
     asked = {"general__sampling__temp": 0.6, "general__sampling__top_k": 20, "general__sampling__top_p": 0.95}
     found = generation_json(header_of("llama", **asked))
     assert found == {"temperature": 0.6, "top_k": 20, "top_p": 0.95}
+
+
+WRONG: tuple[Any, ...] = (
+    "text",
+    "",
+    -1,
+    0,
+    1 << 39,
+    1 << 63,
+    0.5,
+    float("nan"),
+    float("inf"),
+    True,
+    [],
+    [1, 2],
+    ["a"],
+    [0.5] * 320,
+)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "phi4mini"])
+def test_any_value_of_any_key_is_read_or_told(family: str, tmp_path: Path) -> None:
+    """By one error with one line, whatever kind of value stands where, and in bounded memory."""
+    model = tiny_hf_model(family)
+    extra = rope_tensors(model)
+    tokenizer = make_tiny_tokenizer(tmp_path / "tokenizer")
+    header = read_header(write_gguf(model, tmp_path / "x.gguf", Kind.F32, tokenizer=tokenizer, extra=extra).path)
+    told, read = [], 0
+    for key in header.metadata:
+        for value in (*WRONG, None):
+            metadata = {name: old for name, old in {**header.metadata, key: value}.items() if old is not None}
+            try:
+                config_json(changed := replace(header, metadata=metadata))
+                generation_json(changed)
+                write_tokenizer(changed, tmp_path)
+                read += 1
+            except GgufError as error:
+                told.append(str(error))
+    assert read > 30
+    assert len(told) > 100
+    assert not [line for line in told if "\n" in line or len(line) > 500]

@@ -79,6 +79,18 @@ def test_tokenizer_beside_the_file_goes_before_its_own(file: Path, tmp_path: Pat
     assert json.loads((made / "config.json").read_text())["eos_token_id"] == 1
 
 
+def test_a_tokenizer_of_another_vocabulary_is_told(file: Path, tmp_path: Path) -> None:
+    """Whoever keeps many files in one folder may have any model's tokenizer.json there."""
+    content = json.loads((make_tiny_tokenizer(tmp_path / "other") / "tokenizer.json").read_text())
+    content["model"]["vocab"] = {text: (i + 7) % 320 for text, i in content["model"]["vocab"].items()}
+    (file.parent / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(GgufError, match=r"tokenizer\.json is not the tokenizer of tiny\.Q8_0\.gguf"):
+        folder_for(file, tmp_path / "cache")
+    (file.parent / "tokenizer.json").write_text("{}")
+    with pytest.raises(GgufError, match=r"tokenizer\.json cannot be read"):
+        folder_for(file, tmp_path / "cache")
+
+
 def test_a_config_beside_the_file_brings_nothing_without_a_tokenizer(file: Path, tmp_path: Path) -> None:
     made = folder_for(file, tmp_path / "cache")
     (file.parent / "tokenizer_config.json").write_text("{}")

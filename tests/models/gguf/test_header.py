@@ -37,6 +37,13 @@ def test_header_says_what_the_gguf_package_reads(tiny: Path) -> None:
     assert header.bytes == tiny.stat().st_size
 
 
+def test_the_vocabulary_may_be_left_out(tiny: Path) -> None:
+    whole, rest = read_header(tiny), read_header(tiny, vocabulary=False)
+    texts = {"tokenizer.ggml.tokens", "tokenizer.ggml.merges"}
+    assert rest.metadata == {key: value for key, value in whole.metadata.items() if key not in texts}
+    assert (rest.tensors, rest.length, rest.bytes) == (whole.tensors, whole.length, whole.bytes)
+
+
 def test_numbers_are_the_decimals_that_were_stored(tiny: Path) -> None:
     header = read_header(tiny)
     assert header.number("llama.attention.layer_norm_rms_epsilon") == 1e-6

@@ -12,7 +12,7 @@ from gguf import GGMLQuantizationType as Kind
 
 from loraplex.kernels.quantized import Activations
 from loraplex.server.models.gguf.folder import folder_for
-from tests.support.gguf_files import WrittenGguf, write_gguf
+from tests.support.gguf_files import WrittenGguf, rope_tensors, write_gguf
 from tests.support.harness import Harness
 from tests.support.tiny import make_tiny_tokenizer, tiny_hf_model
 
@@ -101,17 +101,3 @@ def test_rope_scalings_are_those_of_the_model(tmp_path: Path, tokenizer: Path) -
             ids = some_ids(written.model)[:length]
             wanted = expected(written.model, ids)
             torch.testing.assert_close(logits(base_of(written), ids), wanted, atol=TOLERANCE, rtol=0, msg=name)
-
-
-def rope_tensors(model: Any) -> dict[str, Any]:
-    """What llama.cpp's converter writes among the tensors: what each frequency is divided by, by transformers' own."""
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    rope = model.config.rope_parameters
-    if rope["rope_type"] == "longrope":
-        return {f"rope_factors_{which}.weight": rope[f"{which}_factor"] for which in ("long", "short")}
-    if rope["rope_type"] != "llama3":
-        return {}
-    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](model.config, torch.device("cpu"))
-    head_dim = model.config.hidden_size // model.config.num_attention_heads
-    return {"rope_freqs.weight": 1 / (rope["rope_theta"] ** (torch.arange(0, head_dim, 2) / head_dim)) / scaled}
