@@ -21,7 +21,7 @@ from loraplex.adapters.tiers.pages import PagePool
 from tests.support.cache_world import IMAGE, LAYOUT, image_of, info_of, value_on_device
 from tests.support.waiting import LIMIT
 
-MORE = 16
+MORE = 40
 """Bytes of host memory for each rank beyond that: the bound on an image that is still to come counts more rows."""
 
 
@@ -285,12 +285,12 @@ def test_an_image_asked_about_is_held_until_it_is_on_the_device(rig: Rig) -> Non
 
 def test_requests_far_back_do_not_fill_the_host_store(rig: Rig) -> None:
     """Half of it, for those whose turn has not come; the rest is asked for when it has."""
-    rig.cache.host.capacity_bytes = 12 * IMAGE
+    rig.cache.host.capacity_bytes = 13 * IMAGE
     versions = [rig.version(f"3-{letter}") for letter in "abcd"]
     for version in versions:
         rig.cache.request(version)
     rig.wait()
-    assert rig.read == ["3-a"]  # of 3,456 bytes, 1,088 (864 and perhaps more tiles) and 1,088 would be more than half
+    assert rig.read == ["3-a"]  # of 3,848 bytes, 1,208 (888 and perhaps more tiles) and 1,208 would be more than half
     assert rig.cache.missing_pages([versions[3]]) is None, "its turn"
     rig.wait()
     assert rig.read == ["3-a", "3-d"]
