@@ -28,7 +28,7 @@ constexpr int64_t kWordBytes = kPanel * 4;      // from a column's word to its n
 
 // Rows of the largest tile; its columns are tile_vecs(rows) registers.
 #if LORAPLEX_LANES == 16
-constexpr int kWordRows = 6;
+constexpr int kWordRows = kWordDots ? 6 : 5;
 #elif LORAPLEX_LANES == 8
 constexpr int kWordRows = 5;
 #else
@@ -185,56 +185,41 @@ static void add_stretch(float* sums, const Words& x, const Stretch& units, int64
 
 // ---- x ----
 
-// n inputs' step: not a number where one of them is not finite.
-INLINE float rounding_step(const float* x, int64_t n) {
-    fvec top{}, sound{};
-    for (int64_t k = 0; k < n; k += kLanes) {
-        fvec v = load(x + k);
-        top = vmax(top, (fvec)((uvec)v & 0x7fffffffu));
-        sound += v * 0.f;
-    }
-    return max_lane(top) / 127.f + sum(sound);
-}
-// The words of a unit's inputs, `rows` apart. Returns the sum of its codes.
-INLINE int32_t round_unit(const float* x, int unit, float step, uint32_t* out, int64_t rows) {
-    alignas(64) int32_t codes[kRounded];
-    ivec sums{};
-    for (int k = 0; k < unit; k += kLanes) {
-        fvec shifted = (step > 0 ? load(x + k) / step : fvec{}) + kExp[kMagic];  // rounds halves to even
-        ivec code = (ivec)shifted - (ivec)kExp[kMagic];
-        sums += code;
-        *(uvec_u*)(codes + k) = (uvec)code;
-    }
-    for (int k = 0; k < unit; k += 4) {
-        const int32_t* c = codes + k;
-        if constexpr (kWordDots) {
-            *out = (c[0] & 255) | (c[1] & 255) << 8 | (c[2] & 255) << 16 | (uint32_t)c[3] << 24, out += rows;
-        } else {
-            *out = (c[0] & 0xffff) | (uint32_t)c[2] << 16, out += rows;
-            *out = (c[1] & 0xffff) | (uint32_t)c[3] << 16, out += rows;
-        }
-    }
-    return (int32_t)sum(__builtin_convertvector(sums, fvec));
-}
 // Where rows from `row` on, a multiple of kRowBlock, lie in the prepared inputs.
 INLINE Words words_of(const Inputs& x, int64_t row) {
     int64_t rows = min2<int64_t>(kRowBlock, x.rows - row), numbers = x.rows * x.units;
     const float* scale = x.scale + row * x.units;
     return {(const uint32_t*)x.x + row * (x.in / 4) * kInputWords, scale, (const int32_t*)(scale + numbers), scale + 2 * numbers, rows};
 }
-// Row t of x, widened, into its place. Where weights have a scale a column, so has a row of x.
+// The words of 4 inputs, `rows` apart.
+INLINE void store_words(const int32_t* codes, uint32_t* to, int64_t rows) {
+    for (int i = 0; i < kInputWords; i++)
+        to[i * rows] = kWordDots ? (codes[0] & 255) | (codes[1] & 255) << 8 | (codes[2] & 255) << 16 | (uint32_t)codes[3] << 24
+                                 : (codes[i] & 0xffff) | (uint32_t)codes[i + 2] << 16;
+}
+// Row t of x, widened, into its place. Where weights have a scale a column, so has a row of x, and `stretch` units are summed up together.
 INLINE void round_row(const Quantised& w, const float* wide, const Inputs& x, int64_t t, int64_t stretch) {
     Words to = words_of(x, t / kRowBlock * kRowBlock);
-    int64_t m = t % kRowBlock;
-    float step = w.rounded == 2 ? rounding_step(wide, x.in) : 0.f;
-    int32_t* start = nullptr;
-    for (int64_t u = 0; u < x.units; u++, wide += w.unit) {
-        if (w.rounded == 1 && u * w.unit % kRounded == 0) step = rounding_step(wide, kRounded);
-        int64_t at = u * to.rows + m;
-        int32_t sum = round_unit(wide, w.unit, step, (uint32_t*)to.words + u * (w.unit / 4) * kInputWords * to.rows + m, to.rows);
-        if (w.rounded == 1 || u % stretch == 0) start = (int32_t*)to.start + at, *start = 0;
-        *start += (kCodeBias - w.zero) * sum;
-        ((float*)to.scale)[at] = step, ((float*)to.total)[at] = step * (float)sum;
+    int64_t m = t % kRowBlock, halves = kRounded / w.unit;
+    uint32_t* words = (uint32_t*)to.words + m;
+    float *scale = (float*)to.scale + m, *total = (float*)to.total + m;
+    int32_t *start = (int32_t*)to.start + m, *first = start;
+    RoundBy by = round_by(wide, w.rounded == 2 ? x.in : kRounded);
+    for (int64_t k = 0, u = 0; k < x.in; k += kRounded) {
+        ivec vectors[kRoundVecs];
+        int32_t codes[kRounded];
+        if (w.rounded == 1) by = round_by(wide + k, kRounded);
+        round_inputs(wide + k, by, vectors);
+        memcpy(codes, vectors, sizeof codes);
+        for (int i = 0; i < kRounded; i += 4, words += kInputWords * to.rows) store_words(codes + i, words, to.rows);
+        for (int64_t half = 0; half < halves; half++, u++, scale += to.rows, total += to.rows, start += to.rows) {
+            ivec sums{};
+            for (int v = 0; v < w.unit / kLanes; v++) sums += vectors[half * (w.unit / kLanes) + v];
+            int32_t sum = join_lanes(sums, add_lanes)[0];
+            if (w.rounded == 1 || u % stretch == 0) first = start, *first = 0;
+            *first += (kCodeBias - w.zero) * sum;
+            *scale = by.scale[0], *total = by.scale[0] * (float)sum;
+        }
     }
 }
 

@@ -76,7 +76,6 @@ INLINE void multiply_panel(const Quantised& w, const Inputs& x, int64_t rows, in
     static thread_local Scratch<float> scratch;
     int padded = (int)round_up(columns, 16);
     const uint8_t* panel = w.data + n / kPanel * w.panel_bytes;
-    BlockParts parts = block_parts(w);
     for (int64_t row = 0; row < rows; row += K::rows) {
         int64_t here = min2<int64_t>(K::rows, rows - row);
         float* sums = scratch.get(here * kPanel);

@@ -9,7 +9,7 @@ captured in a CUDA graph.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,7 @@ from torch.nn import functional as F  # noqa: N812  its usual name
 
 from loraplex.kernels.gpu import attention, bgmv, linear, quantized, rowwise, sgmv, tuning
 from loraplex.kernels.ops import Backend, PackedLinear
-from loraplex.kernels.quantized import Activations, QuantizedWeight
+from loraplex.kernels.quantized import Activations, PartShape, QuantizedWeight
 from loraplex.kernels.records import (
     AdapterSegments,
     AdapterStep,
@@ -60,8 +60,8 @@ class TritonBackend(TorchSampling, Backend):
     """bf16, fp16 and fp32.
 
     A row's bits do not depend on the rows beside it in any op but linear() and logits(): cuBLAS picks its kernel, and
-    with it the order of its sums, by the number of rows, as do quantised weights. Batch-invariant, those two are a kernel of one shape, and all
-    rows take the kernels of prefill, so that a preempted answer is recomputed to the bit.
+    with it the order of its sums, by the number of rows, as quantised weights do. Batch-invariant, those two are a
+    kernel of one shape, and all rows take the kernels of prefill, so that a preempted answer is recomputed to the bit.
     """
 
     name = "triton"
@@ -85,6 +85,9 @@ class TritonBackend(TorchSampling, Backend):
         if len(dense) == len(packed):
             return self.pack_linear(torch.cat(dense))
         return quantized.TritonParts(tuple(packed), dtype, activations)
+
+    def packed_bytes(self, linears: Iterable[Sequence[PartShape]], dtype: torch.dtype) -> int:
+        return sum(quantized.packed_bytes(*part, dtype) for parts in linears for part in parts)
 
     def embed(self, ids: Tensor, table: PackedLinear, scale: float | None) -> Tensor:
         dtype = table.dtype if isinstance(table, quantized.TritonParts) else _weight(table).dtype
@@ -110,7 +113,7 @@ class TritonBackend(TorchSampling, Backend):
 
     def _linear(self, x: Tensor, weight: PackedLinear, dtype: torch.dtype) -> Tensor:
         if isinstance(weight, quantized.TritonParts):
-            few = x.shape[0] <= tuning.QUANTIZED_FEW and not self.batch_invariant
+            few = x.shape[0] <= tuning.QUANTIZED_FEW.rows and not self.batch_invariant
             return quantized.linear(x, weight, dtype, few)
         if self.batch_invariant:
             return linear.linear(x, _weight(weight), dtype)

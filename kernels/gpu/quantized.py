@@ -87,13 +87,13 @@ def pack(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor | TritonQuantize
     )
 
 
-def packed_bytes(out: int, columns: int, form: WeightFormat, dtype: torch.dtype) -> int:
-    """Count the bytes of a packed weight [out, columns]."""
-    if not keeps_codes(form):
+def packed_bytes(out: int, columns: int, form: WeightFormat | None, dtype: torch.dtype) -> int:
+    """Count the bytes of a packed weight [out, columns], dense ones in `dtype`."""
+    if form is None or not keeps_codes(form):
         return out * columns * dtype.itemsize
     groups = form.groups(columns)
     numbers = groups * (1 + form.has_offset) * form.scale_bits // 8
-    shared = -(-groups // 8) * 4 * (1 + form.has_offset) if form.scale_bits == 8 else 0  # 8 share a number of fp32, most
+    shared = groups // 8 * 4 * (1 + form.has_offset) if form.scale_bits == 8 else 0  # 8 groups or more share a number
     codebook = 4 << form.bits if form.codebook is not None else 0
     order = columns * 8
     return out * (-(-columns * (4 if form.bits == 4 else 8) // 8) + numbers + shared) + codebook + order
@@ -102,7 +102,7 @@ def packed_bytes(out: int, columns: int, form: WeightFormat, dtype: torch.dtype)
 def linear(x: Tensor, weight: TritonParts, dtype: torch.dtype, few: bool) -> Tensor:
     """x [T, in] -> [T, out] in `dtype`, accumulated in fp32.
 
-    few: take the tile for up to QUANTIZED_FEW rows, whose sums may be in another order.
+    few: take the tile for few rows, whose sums may be in another order.
     """
     y = torch.empty(x.shape[0], weight.out_features, dtype=dtype, device=x.device)
     start = 0
@@ -118,13 +118,10 @@ def linear(x: Tensor, weight: TritonParts, dtype: torch.dtype, few: bool) -> Ten
 
 
 def embed(ids: Tensor, table: TritonParts, scale: float | None) -> Tensor:
-    """ids [T] int64 -> rows [T, in] of the table, rounded to the compute dtype; `scale` is already rounded to it.
-
-    Raises ValueError for a table of several parts.
-    """
-    (part,) = table.parts
-    if isinstance(part, Tensor):
-        raise ValueError("a table that is not quantised; pack it with pack_linear")
+    """ids [T] int64 -> rows [T, in] of the table, rounded to the compute dtype; `scale` is already rounded to it."""
+    part = table.parts[0]
+    assert isinstance(part, TritonQuantized), "a table that is not quantised is packed by pack_linear"
+    assert part.out_features == table.out_features, "a table has one part"
     rows, n_in = ids.shape[0], part.in_features
     y = torch.empty(rows, n_in, dtype=table.dtype, device=ids.device)
     if y.numel():
@@ -155,11 +152,9 @@ def _inputs(x: Tensor, part: TritonQuantized, activations: Activations) -> Tenso
 def _multiply(x: Tensor, part: TritonQuantized, y: Tensor, few: bool) -> None:
     """x [T, in] times the part's weights into y [T, out], whose rows may lie further apart."""
     rows = x.shape[0]
-    block_rows, block = tuning.LINEAR_ROWS, tuning.LINEAR_COLUMNS
-    if few:
-        block_rows, block = tuning.QUANTIZED_FEW, tuning.QUANTIZED_FEW_COLUMNS
+    tile = tuning.QUANTIZED_FEW if few else tuning.QUANTIZED_MANY
     if y.numel():
-        _tile[(triton.cdiv(rows, block_rows), triton.cdiv(part.out_features, block))](
+        _tile[(triton.cdiv(rows, tile.rows), triton.cdiv(part.out_features, tile.columns))](
             x,
             *_tensors(part),
             y,
@@ -170,10 +165,10 @@ def _multiply(x: Tensor, part: TritonQuantized, y: Tensor, few: bool) -> None:
             *_sizes(part),
             **_constants(part),
             split=x.dtype != torch.float32,
-            block_rows=block_rows,
-            block=block,
+            block_rows=tile.rows,
+            block=tile.columns,
             depth=tuning.QUANTIZED_DEPTH,
-            num_warps=tuning.LINEAR_WARPS,
+            num_warps=tile.warps,
         )
 
 
@@ -260,10 +255,7 @@ def _weights(
         k = start + tl.arange(0, depth)
         code = tl.load(codes + outputs[:, None] * n_in + k[None, :], mask=known[:, None] & (k < n_in)[None, :], other=0)
         code = code.to(tl.int32)
-    if has_codebook:
-        value = tl.load(codebook + code)
-    else:
-        value = (code - zero).to(tl.float32)
+    value = tl.load(codebook + code) if has_codebook else (code - zero).to(tl.float32)
     g = start // group + tl.arange(0, depth // each)
     inside = known[:, None] & (g < groups)[None, :]
     value = tl.reshape(value, (block, depth // each, each))
