@@ -238,4 +238,62 @@ struct Bytes {
     }
 };
 
+// ---- x in bf16 ----
+
+// Inputs 2 i, 2 i + 1 of the words of kLanes columns as pairs of bf16: integers of 8 bits and e4m3 are exact in it.
+INLINE uvec value_pairs(const Quantised& w, uvec words, int i) {
+    uvec low = words >> i * 16 & 255, high = words >> (i * 16 + 8) & 255;
+    fvec first = w.e4m3 ? load_e4m3(low) : __builtin_convertvector((ivec)low - w.zero, fvec);
+    fvec second = w.e4m3 ? load_e4m3(high) : __builtin_convertvector((ivec)high - w.zero, fvec);
+    return (uvec)first >> 16 | ((uvec)second & 0xffff0000u);
+}
+
+// sums[M, V registers] += x times a unit's pairs.
+template <int M, int V, bool Offset>
+INLINE void add_pairs_of(const Quantised& w, float* sums, const bf16* x, int64_t ldx, const bf16* pairs, const float* scale, const float* offset, const float* total, int64_t units) {
+    fvec acc[M][V] = {};
+    const bf16* from[] = {pairs};
+    accumulate<M, V>(acc, x, ldx, from, kPanel * 2, w.unit / 2);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++)
+#pragma GCC unroll 16
+        for (int v = 0; v < V; v++) {
+            float* at = sums + m * kPanel + v * kLanes;
+            fvec sum = multiply_add(load(at), acc[m][v], load(scale + v * kLanes));
+            if constexpr (Offset) sum = multiply_add(sum, load(offset + v * kLanes), splat(total[m * units]));
+            store(at, sum);
+        }
+}
+
+// The kernel of codes of 8 bits where x is not rounded and the CPU multiplies pairs: a unit is widened once for all rows.
+template <bool Offset>
+struct BytePairs {
+    static constexpr Form form = Form::kPairs;
+    static constexpr int stretch = kStretchUnits, rows = 128;
+    static float bias(const Quantised&) { return 0.f; }
+    static void add(const Quantised& w, const Stretch& units, const Inputs& x, int64_t row, int64_t rows, int64_t unit, float* sums, int columns) {
+        alignas(64) bf16 pairs[kRounded * kPanel];
+        const uint8_t* codes = units.codes;
+        for (int64_t u = 0; u < units.count; u++) {
+            for (int k = 0; k < w.unit; k += 4, codes += kWordBytes)
+                for (int c = 0; c < columns; c += kLanes) {
+                    uvec words = load_pairs(codes + c * 4);
+                    __builtin_prefetch(codes + c * 4 + kAhead, 0, 2);
+                    for (int i = 0; i < 2; i++) *(uvec_u*)(pairs + (k / 2 + i) * kPanel * 2 + c * 2) = value_pairs(w, words, i);
+                }
+            each_tile_of<kTileRows<bf16>>(rows, [&](auto tile, int64_t first) NOINLINE {
+                constexpr int M = tile.count, V = tile_vecs(M), N = kLeastVecs;
+                int64_t at = row + first;
+                auto run = [&](auto width, int c) {
+                    add_pairs_of<M, width.count, Offset>(w, sums + first * kPanel + c, (const bf16*)x.x + at * x.in + (unit + u) * w.unit, x.in, pairs + c * 2, units.scale[u] + c, units.offset[u] + c, x.sums + at * x.units + unit + u, x.units);
+                };
+                int c = 0;
+                for (; c + V * kLanes <= columns; c += V * kLanes) run(Rows<V>{}, c);
+                if constexpr (V > N)
+                    for (; c < columns; c += N * kLanes) run(Rows<N>{}, c);
+            });
+        }
+    }
+};
+
 }  // namespace LORAPLEX_ISA

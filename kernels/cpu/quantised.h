@@ -45,6 +45,8 @@ INLINE void with_kernel(const Quantised& w, F run) {
     if constexpr (kByteDots)
         if (w.rounded && w.bits == 4 && whole && !w.codebook) return offset ? run(Nibbles<true>{}) : run(Nibbles<false>{});
     if constexpr (kDots && sizeof(T) == 2)
+        if (!w.rounded && w.bits == 8 && !w.codebook) return offset ? run(BytePairs<true>{}) : run(BytePairs<false>{});
+    if constexpr (kDots && sizeof(T) == 2)
         if (!w.rounded && w.bits == 4 && whole) {
             if (!w.codebook) return run(NibblePairs<false, true>{});
             if constexpr (kLookUpPairs) return offset ? run(NibblePairs<true, true>{}) : run(NibblePairs<true, false>{});
@@ -80,7 +82,7 @@ INLINE void multiply_panel(const Quantised& w, const Inputs& x, int64_t rows, in
         int64_t here = min2<int64_t>(K::rows, rows - row);
         float* sums = scratch.get(here * kPanel);
         memset(sums, 0, here * kPanel * sizeof(float));
-        each_stretch(w, parts, panel, K::stretch, (int)(n % kPanel), padded, K::bias(w), [&](int64_t unit, const Stretch& stretch) {
+        each_stretch(w, block_parts(w), panel, K::stretch, (int)(n % kPanel), padded, K::bias(w), [&](int64_t unit, const Stretch& stretch) {
             K::add(w, stretch, x, row, here, unit, sums, padded);
         });
         for (int64_t m = 0; m < here; m++)
