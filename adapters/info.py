@@ -11,8 +11,8 @@ from loraplex.adapters.files.tokenizer_files import NOTHING, TokenizerFiles
 class AdapterInfo:
     """Facts of one content of an adapter's source.
 
-    From config and header alone `num_pages` and `nbytes` are upper bounds: modules may turn out to be zero. Once all of
-    the files are read, they are exact.
+    From config and header alone `num_pages`, `nbytes` and `num_tiles` are upper bounds: modules may turn out to be
+    zero. Once all of the files are read, they are exact.
     """
 
     rank: int  # the largest of the adapter's modules; 0: its kind has no rank
@@ -22,6 +22,7 @@ class AdapterInfo:
     digest: str | None = None  # of the files' content; None: the files have not been read
     tokenizer: TokenizerFiles = field(default=NOTHING, repr=False)
     remark: str = ""  # what is to be known of it though it is served: it was made for another base
+    num_tiles: int = 0  # rows of the tile table
     kind: str = "lora"  # lower case of PEFT's peft_type (format/kinds.py)
 
     @property

@@ -16,7 +16,7 @@ ALIGN = 64
 TILE_RANKS = 16
 """Most ranks in a tile."""
 
-TILE_COLUMNS = 6
+TILE_COLUMNS = 8
 """Of a row of TileTable.tiles."""
 
 BLOCK_SIZE = 16
@@ -26,7 +26,7 @@ BLOCK_SIZE = 16
 class TileKind(IntEnum):
     """What a tile adds to its window of y, the columns [out_start, out_start + out_len); w: its weight in the mix."""
 
-    LOW_RANK = 0  # w * (A x) B
+    LOW_RANK = 0  # w * (A x[in_start : in_start + in_len]) B
     BIAS = 1  # w * B, one row
     SCALE = 2  # w * (v - 1) * y, v one row of fp32: y becomes (1 + sum of w * (v - 1)) * y
 

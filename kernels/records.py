@@ -30,20 +30,22 @@ class Projection:
     has_bias: bool  # of the base linear
     reads_hidden: bool = True  # its input is the hidden state
     gated_by: int | None = None  # its input is act(gate) * up, and gate and then up are the output of this site
+    in_start: int = 0  # first input of a window of it: a part of an adapter may take in_features from there on
 
 
 @dataclass(frozen=True)
 class TileTable:
     """Where the tiles of every resident adapter lie: a CSR over (slot, layer, site).
 
-    A row of `tiles` is (a_off, b_off, n, out_start, out_len, kind), offsets in units of ALIGN bytes:
-        LOW_RANK  A = arena[a_off * 64 :] as [n, in_features] of the compute dtype, row major
+    A row of `tiles` is (a_off, b_off, n, out_start, out_len, kind, in_start, in_len), offsets in units of ALIGN bytes:
+        LOW_RANK  A = arena[a_off * 64 :] as [n, in_len] of the compute dtype, row major, for x's columns [in_start,
+                      in_start + in_len)
                   B = arena[b_off * 64 :] as [n, out_len]: row k is the output direction of rank k (PEFT's lora_B
                       transposed), alpha/r already folded in
         BIAS      B as above with n = 1, and no A: a_off is -1
         SCALE     v = arena[b_off * 64 :] as [out_len] of fp32, whatever the compute dtype; n = 1, a_off is -1
-    TileKind says what each adds. Several LOW_RANK tiles may share an A (a B cut into pieces), and an A may be followed
-    by its B on another page.
+    TileKind says what each adds. Several LOW_RANK tiles may share an A and so its window (a B cut into pieces), and an
+    A may be followed by its B on another page.
     """
 
     ranges: Tensor  # [num_slots, num_layers, num_sites, 2] int32: first and past-the-last row of `tiles`

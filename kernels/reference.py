@@ -201,7 +201,7 @@ def _add_tiles_(y: Tensor, x: Tensor, elements: Tensor, tiles: list[tuple[float,
     acc = torch.zeros(y.shape[0], hi - lo, dtype=torch.float32, device=y.device)
     u_of = (-1, 0)  # (a_off, n) of the u at hand: the pieces of a cut B share it
     u = acc
-    for w, (a_off, b_off, n, out_start, out_len, kind) in tiles:
+    for w, (a_off, b_off, n, out_start, out_len, kind, in_start, in_len) in tiles:
         columns = acc[:, out_start - lo : out_start - lo + out_len]
         if kind == TileKind.SCALE:
             v = elements.view(torch.float32)[b_off * ALIGN // 4 :][:out_len]
@@ -212,8 +212,8 @@ def _add_tiles_(y: Tensor, x: Tensor, elements: Tensor, tiles: list[tuple[float,
             columns.add_(b, alpha=w)
             continue
         if u_of != (a_off, n):
-            a = elements.as_strided((n, x.shape[1]), (x.shape[1], 1), a_off * unit)
-            u = F.linear(x, a).float()
+            a = elements.as_strided((n, in_len), (in_len, 1), a_off * unit)
+            u = F.linear(x[:, in_start : in_start + in_len], a).float()
             u_of = (a_off, n)
         columns.addmm_(u, b, alpha=w)
     columns = y[:, lo:hi]

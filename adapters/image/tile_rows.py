@@ -10,7 +10,7 @@ from loraplex.kernels.constants import ALIGN, TILE_COLUMNS
 from loraplex.kernels.records import TileTable
 
 FIRST_ROWS = 1024
-"""Rows of a new tile table: 24 KiB, a handful of adapters on every linear; it doubles as needed."""
+"""Rows of a new tile table: 32 KiB, a handful of adapters on every linear; it doubles as needed."""
 
 
 class TileRows:

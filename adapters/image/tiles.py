@@ -47,7 +47,10 @@ class BaseLayout:
 
 @dataclass(frozen=True)
 class LowRank:
-    """y += scaling * B (A x) on one projection of one layer; the factors as the file has them, any float dtype."""
+    """y += scaling * B (A x) on one projection of one layer, or on a window of its inputs and outputs.
+
+    The factors are as the file has them, any float dtype.
+    """
 
     layer: int
     projection: Projection
@@ -147,6 +150,15 @@ def plan_image(shapes: Sequence[PartShape], layout: BaseLayout) -> ImagePlan:
     )
 
 
+def most_tiles(shapes: Sequence[PartShape], layout: BaseLayout, num_pages: int) -> int:
+    """Bound the tiles of an image of these shapes, or of fewer of them, in at most `num_pages` pages.
+
+    Each page's end may add four: one A is cut there, and one B (whole rows, part of one, its rest, whole rows).
+    """
+    placements = [_placement(shape, element_bytes(layout.dtype)) for shape in shapes]
+    return sum(-(-placement.ranks // placement.step) for placement in placements) + 4 * max(0, num_pages - 1)
+
+
 def shape_of(part: Part) -> PartShape:
     match part:
         case LowRank():
@@ -157,8 +169,8 @@ def shape_of(part: Part) -> PartShape:
             return PartShape(part.layer, part.projection, 1, TileKind.SCALE)
 
 
-def _order(shape: PartShape) -> tuple[int, int, int]:
-    return shape.layer, shape.projection.site, shape.projection.out_start
+def _order(shape: PartShape) -> tuple[int, int, int, int]:
+    return shape.layer, shape.projection.site, shape.projection.out_start, shape.projection.in_start
 
 
 def _check(parts: Sequence[Part], layout: BaseLayout) -> None:
@@ -241,15 +253,15 @@ def _check_finite(strip: Tensor, part: Part, what: str) -> None:
 def _tiles(shape: PartShape, placement: RowPlacement) -> list[tuple[int, ...]]:
     """Rows of AdapterImage.tiles: ranks are cut where A is, where B is, and every `step`."""
     rows: list[tuple[int, ...]] = []
-    head = (shape.layer, int(shape.projection.site))
+    head, window = (shape.layer, int(shape.projection.site)), (shape.projection.in_start, shape.projection.in_features)
     for first, last, begin, end, b_position in placement.b_strips:
         out = (shape.projection.out_start + begin, end - begin)
         if not placement.a_row:
-            rows.append((*head, -1, b_position // ALIGN, 1, *out, shape.kind))
+            rows.append((*head, -1, b_position // ALIGN, 1, *out, shape.kind, 0, 0))
         for a_first, a_last, a_position in placement.a_strips:
             stop = min(last, a_last)
             for rank in range(max(first, a_first), stop, placement.step):
                 a_pos = (a_position + (rank - a_first) * placement.a_row) // ALIGN
                 b_pos = (b_position + (rank - first) * placement.b_row) // ALIGN
-                rows.append((*head, a_pos, b_pos, min(placement.step, stop - rank), *out, shape.kind))
+                rows.append((*head, a_pos, b_pos, min(placement.step, stop - rank), *out, shape.kind, *window))
     return rows

@@ -17,12 +17,11 @@ from dataclasses import dataclass
 from time import perf_counter
 
 from loraplex.adapters.image.tiles import IMAGE_COLUMNS, AdapterImage, BaseLayout
+from loraplex.adapters.info import AdapterInfo
 from loraplex.adapters.registry import AdapterVersion
 from loraplex.adapters.tiers.entry import Entries, Entry, Fetch
 from loraplex.adapters.tiers.inbox import Inbox, host_bytes
 from loraplex.adapters.tiers.loader import LoadedContent, Loader, Priority
-from loraplex.kernels.constants import ALIGN, TILE_RANKS
-from loraplex.kernels.records import element_bytes
 
 TILE_BYTES = IMAGE_COLUMNS * 4
 """Of a row of AdapterImage.tiles."""
@@ -83,7 +82,7 @@ class HostTier:
                 slower, before.future = before.future, self._load(version, urgent)
                 slower.cancel()  # only now: somebody waits at any time, and the reading goes on
             return True
-        most = most_bytes(self._layout, version.info.num_pages, version.info.rank)
+        most = most_bytes(self._layout, version.info)
         most = min(most, self.capacity_bytes)  # what takes more is for the inbox to refuse
         if self.fetch_bytes + most > share * self.capacity_bytes:
             return False
@@ -269,15 +268,6 @@ class HostTier:
             self.on_ready()
 
 
-def most_bytes(layout: BaseLayout, num_pages: int, rank: int) -> int:
-    """Return what an image of at most so many pages, its modules of at most that rank, takes of host memory at most.
-
-    Beside the pages there are tiles: of each projection of a layer one for its bias, one for its scale, and one for
-    each TILE_RANKS ranks; and four more for each page's end, where one A is cut, and one B: whole rows, part of one,
-    its rest, whole rows.
-    """
-    item = element_bytes(layout.dtype)
-    widths = [width for p in layout.projections for width in (p.in_features, p.out_features)]
-    step = TILE_RANKS if all(width * item % ALIGN == 0 for width in widths) else 1  # see tiles.py
-    whole = layout.num_layers * len(layout.projections) * (3 + max(0, rank - 1) // step)
-    return num_pages * layout.page_bytes + (whole + 4 * max(0, num_pages - 1)) * TILE_BYTES
+def most_bytes(layout: BaseLayout, info: AdapterInfo) -> int:
+    """Return what an image of the adapter takes of host memory at most."""
+    return info.num_pages * layout.page_bytes + info.num_tiles * TILE_BYTES

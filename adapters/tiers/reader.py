@@ -40,7 +40,7 @@ from loraplex.adapters.format.other_base import remark_on_base
 from loraplex.adapters.format.pack_plan import PackPlan
 from loraplex.adapters.format.quiet_files import read_quietly
 from loraplex.adapters.image.packing import OpenFile
-from loraplex.adapters.image.tiles import AdapterImage, pack, plan_image
+from loraplex.adapters.image.tiles import AdapterImage, most_tiles, pack, plan_image
 from loraplex.adapters.info import AdapterInfo
 from loraplex.adapters.sources.sources import resolve
 from loraplex.adapters.throttle import Throttle
@@ -243,8 +243,16 @@ class AdapterReader:
             throttle()
             module_map = KINDS[config.kind].plan(config, header, self._base, throttle)
             throttle()
-            plan = plan_image(module_map.shapes, self._base.layout)
-            info = AdapterInfo(module_map.rank, module_map.targets, plan.num_pages, plan.nbytes, kind=module_map.kind)
+            layout = self._base.layout
+            plan = plan_image(module_map.shapes, layout)
+            info = AdapterInfo(
+                module_map.rank,
+                module_map.targets,
+                plan.num_pages,
+                plan.nbytes,
+                num_tiles=most_tiles(module_map.shapes, layout, plan.num_pages),
+                kind=module_map.kind,
+            )
             drawn = _Drawn(key, module_map, info)
             self._drawn.put(key, drawn)
             self._headers.put(key[1], header)  # it fits the base: no larger than what is planned for
@@ -297,4 +305,5 @@ def _key_of(head: AdapterHead) -> Hashable:
 
 
 def _loaded(info: AdapterInfo, image: AdapterImage, bytes_read: int) -> LoadedContent:
-    return LoadedContent(replace(info, num_pages=image.pages.shape[0], nbytes=image.nbytes), image, bytes_read)
+    found = replace(info, num_pages=len(image.pages), nbytes=image.nbytes, num_tiles=len(image.tiles))
+    return LoadedContent(found, image, bytes_read)

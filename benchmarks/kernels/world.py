@@ -96,7 +96,9 @@ def _tiles(shape: Shape, at: int) -> list[tuple[int, ...]]:
         for first in range(0, shape.rank, TILE_RANKS):
             a = at + first * shape.n_in * 2
             b = at + (shape.rank * shape.n_in + first * n_out) * 2
-            rows.append((a // 64, b // 64, min(TILE_RANKS, shape.rank - first), start, n_out, TileKind.LOW_RANK))
+            rows.append(
+                (a // 64, b // 64, min(TILE_RANKS, shape.rank - first), start, n_out, TileKind.LOW_RANK, 0, shape.n_in)
+            )
         at += shape.rank * (shape.n_in + n_out) * 2
         start += n_out
     return rows

@@ -58,9 +58,9 @@ struct Fetcher {
 
 template <class T>
 struct Shrink {
-    const T *a, *x;  // a null: a bias or a scale, u is the weight
+    const T *a, *x;  // x at the tile's first input; a null: a bias or a scale, u is the weight
     float* u;
-    int n;
+    int n, in;
     float weight;
 };
 
@@ -89,14 +89,14 @@ INLINE float dot_row(const T* a, const T* x, int64_t n, Fetcher& fetch) {
 }
 
 template <class T>
-static void shrink(const Shrink<T>& s, int64_t in, Fetcher& fetch) {
+static void shrink(const Shrink<T>& s, Fetcher& fetch) {
     if (!s.a) {
         s.u[0] = s.weight;
         return;
     }
     for (int k = 0; k < s.n; k++) {
         T r;
-        from_float(dot_row(s.a + k * in, s.x, in, fetch), &r);
+        from_float(dot_row(s.a + (int64_t)k * s.in, s.x, s.in, fetch), &r);
         s.u[k] = s.weight * to_float(r);
     }
 }
@@ -222,16 +222,16 @@ static void bgmv_shrink(const Op& op, const Step& step, Units<T>& units, int tid
     each_row(op, step, units.tiles, [&](int64_t row, float* u) {
         for (int i = 0; i < units.tiles.count; i++, at++) {
             const Tile<T>& t = units.tiles[i];
-            if (at >= first && at < last) list[count++] = {t.a, (const T*)op.x + row * op.in, u + i * kTileRanks, t.n, t.weight};
+            if (at >= first && at < last) list[count++] = {t.a, (const T*)op.x + row * op.in + t.in_start, u + i * kTileRanks, t.n, t.in, t.weight};
         }
     });
     Run* runs = units.runs.get(count);
     int64_t num_runs = 0;
     for (int64_t i = 0; i < count; i++)
-        if (list[i].a) runs[num_runs++] = {(const char*)list[i].a, (int64_t)(list[i].n * op.in * sizeof(T)), 0, 1};
+        if (list[i].a) runs[num_runs++] = {(const char*)list[i].a, (int64_t)sizeof(T) * list[i].n * list[i].in, 0, 1};
     Fetcher fetch;
     fetch.start(runs, num_runs);
-    for (int64_t i = 0; i < count; i++) shrink(list[i], op.in, fetch);
+    for (int64_t i = 0; i < count; i++) shrink(list[i], fetch);
 }
 
 // Units of at most kColumns columns of one interval. An interval weighs its columns times its tiles; a thread's share starts

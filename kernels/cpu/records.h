@@ -26,7 +26,7 @@ struct Step {
     const int32_t* mix_slot;   // [mixes]
     const float* mix_weight;   // [mixes]
     const int32_t* ranges;     // [slots, num_layers, num_sites, 2]
-    const int32_t* tiles;      // [capacity, kTileColumns]: a_off, b_off, n, out_start, out_len, TileKind
+    const int32_t* tiles;      // [capacity, kTileColumns]: a_off, b_off, n, out_start, out_len, TileKind, in_start, in_len
     uint8_t* arena;
     const double* draws;       // [logit_rows, kDraw]: struct Draw of sampling.h; null takes the largest
     int64_t* drawn;            // [logit_rows]

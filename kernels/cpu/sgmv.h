@@ -40,25 +40,25 @@ static const Operand<T>* segment_shrink(SegmentScratch<T>& s, const T* x, int64_
     constexpr int P = Pack<T>::P;
     int64_t ldu = (int64_t)s.tiles.count * kTileRanks;
     T *u = s.u.get(rows * ldu), *a = s.a.get(in * kTileRanks + 256);
-    const Operand<T>* xs = in % P ? nullptr : operands(x, rows * in, s.x);
+    const Operand<T>* xs = operands(x, rows * in, s.x);
     float* sums = s.sums.get(rows * kTileRanks);
     for (int i = 0; i < s.tiles.count; i++) {
         const Tile<T>& t = s.tiles[i];
-        if (t.a && in % P) {  // no pairs at the end of a row: one row at a time
+        if (t.a && t.in % P) {  // no pairs at the end of a row: one row at a time
             float r[kTileRanks];
             Fetcher none;
             for (int64_t m = 0; m < rows; m++) {
                 memset((void*)(u + m * ldu + i * kTileRanks), 0, kTileRanks * sizeof(T));
-                shrink(Shrink<T>{t.a, x + m * in, r, t.n, 1.f}, in, none);
+                shrink(Shrink<T>{t.a, x + m * in + t.in_start, r, t.n, t.in, 1.f}, none);
                 for (int k = 0; k < t.n; k++) from_float(r[k], u + m * ldu + i * kTileRanks + k);
             }
             continue;
         }
         if (t.a) {
-            interleave_rows(t.a, t.n, in, in, a);
+            interleave_rows(t.a, t.n, t.in, t.in, a);
             Fetch none;
             memset(sums, 0, sizeof(float) * rows * kTileRanks);
-            add_rows(rows, sums, kTileRanks, xs, in, a, kTileRanks * P, in / P, kTileRanks, none);
+            add_rows(rows, sums, kTileRanks, xs + t.in_start, in, a, kTileRanks * P, t.in / P, kTileRanks, none);
             for (int64_t m = 0; m < rows; m++)
                 for (int c = 0; c < kTileRanks; c += kLanes) store(u + m * ldu + i * kTileRanks + c, load(sums + m * kTileRanks + c));
             continue;

@@ -1,7 +1,7 @@
 // The tiles of a mix at one site, looked up in the tile table (kernels/records.py).
 //
-// A tile is read where it lies in the arena. It is A [n, in] and B [n, out_len], n <= kTileRanks, row major: y += weight * B^T A x; or a
-// bias, B alone: y += weight * B; or a scale, v [out_len] in fp32: y += weight * (v - 1) * y. The out ranges of a row's tiles (q,
+// A tile is read where it lies in the arena. It is A [n, in] and B [n, out_len], n <= kTileRanks, row major: y += weight * B^T A x, x
+// from `in_start` on; or a bias, B alone: y += weight * B; or a scale, v [out_len] in fp32: y += weight * (v - 1) * y. The out ranges of a row's tiles (q,
 // k and v have their own; pages cut some) are cut into intervals over which the list of tiles is constant, so that bgmv.h and
 // sgmv.h write y once whatever the tiles are.
 #pragma once
@@ -15,7 +15,7 @@ template <class T>
 struct Tile {
     const T *a, *b;  // a null: a bias or a scale, u is the constant one
     const float* v;  // null: no scale
-    int n, start, len;
+    int n, start, len, in_start, in;
     float weight;
 };
 
@@ -48,7 +48,7 @@ static void mix_tiles(const Step& step, int segment, int layer, int site, TileLi
             const uint8_t* b = step.arena + (int64_t)r[1] * kAlign;
             TileKind kind = (TileKind)r[5];
             out[list.count++] = {kind == TileKind::kLowRank ? (const T*)(step.arena + (int64_t)r[0] * kAlign) : nullptr, (const T*)b,
-                                 kind == TileKind::kScale ? (const float*)b : nullptr, r[2], r[3], r[4], step.mix_weight[m]};
+                                 kind == TileKind::kScale ? (const float*)b : nullptr, r[2], r[3], r[4], r[6], r[7], step.mix_weight[m]};
         }
     }
 }

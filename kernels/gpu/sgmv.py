@@ -119,7 +119,8 @@ def _shrink(
 ):
     """Grid (tile of tokens, tile j of a mix).
 
-    Semantics: u[t - first_row, j] = round(A_j x[t]), accumulated in fp32, for the tokens t whose mix has a tile j.
+    Semantics: u[t - first_row, j] = round(A_j x[t, in_start : in_start + in_len]), accumulated in fp32, for the tokens
+               t whose mix has a tile j.
     """
     low = first_row + tl.program_id(0) * block_rows
     j = tl.program_id(1)
@@ -131,20 +132,35 @@ def _shrink(
         mine = (rows >= tl.load(indptr + segment)) & (rows < tl.load(indptr + segment + 1))
         begin = tl.load(mix_ptr + segment)
         end = tl.load(mix_ptr + segment + 1)
-        a_off, n = shrink_tile(tiles, ranges, mix_slot, begin, end, slot_stride, cell, j)
+        a_off, n, in_start, in_len = shrink_tile(tiles, ranges, mix_slot, begin, end, slot_stride, cell, j)
         if n > 0:
             a = elements + a_off.to(tl.int64) * unit
+            x_rows = x + rows.to(tl.int64)[:, None] * n_in
             total = tl.zeros((block_rows, ranks), dtype=tl.float32)
-            for start in range(0, n_in, depth):
-                k = start + tl.arange(0, depth)
-                inside = k < n_in
-                at = rows.to(tl.int64)[:, None] * n_in + k[None, :]
-                xs = tl.load(x + at, mask=mine[:, None] & inside[None, :], other=0.0)
-                at = rank[:, None] * n_in + k[None, :]
-                weights = tl.load(a + at, mask=(rank < n)[:, None] & inside[None, :], other=0.0)
-                total = tl.dot(xs, tl.trans(weights), total, input_precision="ieee")
+            if ((in_start % 8) | (in_len % 8)) == 0:  # nearly all: 16 bytes can be loaded at once
+                x_rows += tl.multiple_of(in_start, 8)
+                width = tl.multiple_of(in_len, 8)
+                for start in range(0, width, depth):
+                    k = start + tl.arange(0, depth)
+                    xs, weights = _operands(x_rows, a, k, width, mine, rank, n)
+                    total = tl.dot(xs, weights, total, input_precision="ieee")
+            else:
+                x_rows += in_start
+                for start in range(0, in_len, depth):
+                    k = start + tl.arange(0, depth)
+                    xs, weights = _operands(x_rows, a, k, in_len, mine, rank, n)
+                    total = tl.dot(xs, weights, total, input_precision="ieee")
             at = ((rows - first_row).to(tl.int64) * most_tiles + j) * ranks
             tl.store(u + at[:, None] + rank[None, :], total.to(u.dtype.element_ty), mask=mine[:, None])
+
+
+@triton.jit
+def _operands(x_rows, a, k, width, mine, rank, n):
+    """Semantics: x[rows, k] and A[:, k] transposed; zero in rows not `mine`, beyond `width` columns and `n` ranks."""
+    inside = (k < width)[None, :]
+    xs = tl.load(x_rows + k[None, :], mask=mine[:, None] & inside, other=0.0)
+    weights = tl.load(a + rank[:, None] * width + k[None, :], mask=(rank < n)[:, None] & inside, other=0.0)
+    return xs, tl.trans(weights)
 
 
 @triton.jit(do_not_specialize=_COUNTS)

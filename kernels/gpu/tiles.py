@@ -48,7 +48,7 @@ def tile_range(ranges, mix_slot, m, slot_stride, cell):
 
 @triton.jit
 def shrink_tile(tiles, ranges, mix_slot, begin, end, slot_stride, cell, j):
-    """The tile whose u is kept under number `j` of a mix [begin, end), as (a_off, n).
+    """The tile whose u is kept under number `j` of a mix [begin, end), as (a_off, n, in_start, in_len).
 
     Semantics: tiles count through the mix in order. n == 0 where there is nothing to compute: no such tile, one
                without A, or the A of the tile before (a B cut into pieces), whose u is read again.
@@ -67,7 +67,9 @@ def shrink_tile(tiles, ranges, mix_slot, begin, end, slot_stride, cell, j):
     kind = tl.load(row + 5, mask=tile >= 0, other=LOW_RANK)
     a_before = tl.load(row - _COLUMNS, mask=tile > first, other=-1)
     n_before = tl.load(row - _COLUMNS + 2, mask=tile > first, other=0)
-    return a_off, tl.where((kind != LOW_RANK) | ((a_off == a_before) & (n == n_before)), 0, n)
+    in_start = tl.load(row + 6, mask=tile >= 0, other=0)
+    in_len = tl.load(row + 7, mask=tile >= 0, other=0)
+    return a_off, tl.where((kind != LOW_RANK) | ((a_off == a_before) & (n == n_before)), 0, n), in_start, in_len
 
 
 @triton.jit

@@ -24,9 +24,10 @@ PAGE_BYTES = 131072
 
 @dataclass
 class _LowRank:
-    a: Tensor  # [r, in]
+    a: Tensor  # [r, in_len]
     b: Tensor  # [r, out_len]
     out_start: int
+    in_start: int = 0
 
 
 @dataclass
@@ -71,11 +72,11 @@ class _Arena:
 def _rows_of(part: _Part, arena: _Arena, rng: np.random.Generator) -> list[tuple[int, ...]]:
     """Rows of TileTable.tiles for one part, cut at random: ranks at most 16 at once, and sometimes B by columns."""
     if isinstance(part, _Bias):
-        return [(-1, arena.put(part.delta), 1, part.out_start, len(part.delta), TileKind.BIAS)]
+        return [(-1, arena.put(part.delta), 1, part.out_start, len(part.delta), TileKind.BIAS, 0, 0)]
     if isinstance(part, _Scale):
         cuts = sorted({0, len(part.values), *rng.integers(0, len(part.values) + 1, size=1).tolist()})
         return [
-            (-1, arena.put(part.values[a:b], torch.float32), 1, part.out_start + a, b - a, TileKind.SCALE)
+            (-1, arena.put(part.values[a:b], torch.float32), 1, part.out_start + a, b - a, TileKind.SCALE, 0, 0)
             for a, b in pairwise(cuts)
         ]
     rows = []
@@ -87,7 +88,8 @@ def _rows_of(part: _Part, arena: _Arena, rng: np.random.Generator) -> list[tuple
         cuts = sorted({0, out, *rng.integers(0, out + 1, size=int(rng.integers(0, 3))).tolist()})
         for begin, end in pairwise(cuts):
             b_off = arena.put(part.b[first : first + n, begin:end])
-            rows.append((a_off, b_off, n, part.out_start + begin, end - begin, TileKind.LOW_RANK))
+            out_window, in_window = (part.out_start + begin, end - begin), (part.in_start, part.a.shape[1])
+            rows.append((a_off, b_off, n, *out_window, TileKind.LOW_RANK, *in_window))
         first += n
     return rows
 
@@ -109,7 +111,7 @@ def _world(backend: Backend, dtype: torch.dtype, adapters: dict[int, _Adapter], 
     rng = np.random.default_rng(seed)
     arena = _Arena(dtype, 40, seed)
     ranges = np.zeros((num_slots, LAYERS, NUM_SITES, 2), dtype=np.int32)
-    nobodys = (2**31 - 1, 2**31 - 1, 1, 0, 1, TileKind.LOW_RANK)  # reading one would crash
+    nobodys = (2**31 - 1, 2**31 - 1, 1, 0, 1, TileKind.LOW_RANK, 0, 1)  # reading one would crash
     rows: list[tuple[int, ...]] = [nobodys] * 3
     for slot in rng.permutation(sorted(adapters)).tolist():
         begin = len(rows)
@@ -179,9 +181,10 @@ def _check(
                 else:
                     columns = slice(part.out_start, part.out_start + part.b.shape[1])
                     a, b = exact(part.a.to(dtype)), exact(part.b.to(dtype))
-                    u = rounded(exact(x[rows]) @ a.T, dtype)
+                    seen = exact(x[rows, part.in_start : part.in_start + a.shape[1]])
+                    u = rounded(seen @ a.T, dtype)
                     added = w32 * (u @ b)
-                    terms[rows, columns] += abs(w32) * (np.abs(exact(x[rows])) @ np.abs(a).T @ np.abs(b))
+                    terms[rows, columns] += abs(w32) * (np.abs(seen) @ np.abs(a).T @ np.abs(b))
                     # An element of u that is rounded the other way: at most one in a few, so a tenth of all at once.
                     wobble[rows, columns] += 0.1 * abs(w32) * (np.abs(u) @ np.abs(b))
                 expected[rows, columns] += added
@@ -198,10 +201,12 @@ def _check(
     assert bool((exact(out)[~touched] == exact(before)[~touched]).all()), "a column without tiles has changed"
 
 
-def _low_rank(rng: np.random.Generator, rank: int, n_in: int, out_len: int, out_start: int = 0) -> _LowRank:
+def _low_rank(
+    rng: np.random.Generator, rank: int, n_in: int, out_len: int, out_start: int = 0, in_start: int = 0
+) -> _LowRank:
     a = torch.from_numpy(rng.standard_normal((rank, n_in)) / np.sqrt(n_in))
     b = torch.from_numpy(rng.standard_normal((rank, out_len)))
-    return _LowRank(a, b, out_start)
+    return _LowRank(a, b, out_start, in_start)
 
 
 def _one(slot: int) -> tuple[tuple[int, float], ...]:
@@ -306,6 +311,22 @@ def test_biases(backend: Backend, dtype: torch.dtype) -> None:
     }
     world = _world(backend, dtype, adapters, 3, seed=5)
     _check(backend, dtype, world, [(2, _one(0)), (3, _one(1)), (1, _one(2))], (64, 48), num_decode=1)
+
+
+@pytest.mark.parametrize(("n_in", "cuts"), [(96, (32, 64)), (75, (3, 50)), (640, (129, 600))])
+def test_windows_of_the_input(backend: Backend, dtype: torch.dtype, n_in: int, cuts: tuple[int, int]) -> None:
+    """Blocks of the input for blocks of the output, one for all of it, beside a whole one; odd starts and widths."""
+    rng = np.random.default_rng(n_in)
+    first, second = cuts
+    adapters: dict[int, _Adapter] = {
+        0: [_low_rank(rng, 4, first, 20), _low_rank(rng, 17, second - first, 28, 20, first)],
+        1: [_low_rank(rng, 8, n_in - second, 48, 0, second), _low_rank(rng, 3, first, 48), _scale(rng, 48, 0)],
+        2: [_low_rank(rng, 16, n_in, 48), _low_rank(rng, 2, 1, 30, 5, second)],
+    }
+    world = _world(backend, dtype, adapters, 3, seed=n_in)
+    decode = [(1, _one(0)), (2, _one(1)), (1, ((2, 0.5), (0, 1.0)))]
+    chunks = [(9, _one(0)), (3, _one(2)), (30, ((1, -0.5), (2, 1.0)))]
+    _check(backend, dtype, world, decode + chunks, (n_in, 48), num_decode=3)
 
 
 def _scale(rng: np.random.Generator, n: int, start: int) -> _Scale:

@@ -73,7 +73,8 @@ def place(harness: Harness, a: Tensor, b: Tensor, projection: Projection) -> lis
         data = part.contiguous().view(-1).view(torch.uint8)
         harness.arena[page, : len(data)] = data
         offsets.append(page * harness.page_bytes // ALIGN)
-    return [*offsets, RANK, projection.out_start, projection.out_features, TileKind.LOW_RANK]
+    window = (projection.out_start, projection.out_features)
+    return [*offsets, RANK, *window, TileKind.LOW_RANK, 0, projection.in_features]
 
 
 @pytest.mark.parametrize("family", ["llama_biased", "qwen2", "gemma2", "gemma3", "phi4mini"])

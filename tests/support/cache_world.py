@@ -24,7 +24,7 @@ from loraplex.server.models.config import Site
 
 Q = Projection("self_attn.q_proj", Site.QKV, 32, 0, 32, False)
 LAYOUT = BaseLayout("tiny", 1, (Q,), 256, torch.float32)
-IMAGE = 256 + 32
+IMAGE = 256 + 40
 """Bytes of host memory that a rank takes: a page, and a row of the tile table."""
 
 NAMES = ("1-a", "2-b", "3-c", "2-d", "3-e", "3-f")
@@ -39,7 +39,7 @@ def image_of(source: str, value: float) -> AdapterImage:
 
 def info_of(source: str, digest: str | None = None) -> AdapterInfo:
     rank = int(source.split("-")[0])
-    return AdapterInfo(rank, ("q_proj",), rank, 256 * rank, digest)
+    return AdapterInfo(rank, ("q_proj",), rank, 256 * rank, digest, num_tiles=rank + 4 * (rank - 1))
 
 
 def value_on_device(device: DeviceTier, arena: torch.Tensor, version: AdapterVersion) -> float:

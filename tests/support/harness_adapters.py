@@ -39,7 +39,7 @@ def write_adapters(harness: Harness, slots: int) -> TileTable:
                         raw = matrix.view(torch.uint8).flatten()
                         harness.arena[page, : raw.numel()] = raw
                         at.append(page * harness.page_bytes // 64)
-                    rows.append([*at, TILE_RANKS, 0, n_out, TileKind.LOW_RANK])
+                    rows.append([*at, TILE_RANKS, 0, n_out, TileKind.LOW_RANK, 0, n_in])
                 ranges[slot, layer, site] = torch.tensor([first, len(rows)])
     tiles = torch.tensor(rows, dtype=torch.int32)
     return TileTable(ranges, tiles, ranges, tiles)

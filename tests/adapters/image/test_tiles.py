@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.image.tiles import (
     AdapterImage,
     BaseLayout,
@@ -18,6 +17,8 @@ from loraplex.adapters.image.tiles import (
     LowRank,
     OutputScale,
     Part,
+    PartShape,
+    most_tiles,
     pack,
     plan_image,
     shape_of,
@@ -25,6 +26,7 @@ from loraplex.adapters.image.tiles import (
 from loraplex.kernels.constants import ALIGN, TILE_RANKS, TileKind
 from loraplex.kernels.records import Projection, element_bytes
 from loraplex.server.models.config import Site
+from tests.support.refusals import refused
 
 Parts = list[Part]
 
@@ -84,7 +86,7 @@ def _read(image: AdapterImage, parts: Parts, layout: BaseLayout) -> list[list[_T
     found: list[list[_Tile]] = [[] for _ in parts]
     table = image.tiles.tolist()
     assert [row[:2] for row in table] == sorted(row[:2] for row in table), "tiles are not sorted by (layer, site)"
-    for layer, site, a_pos, b_pos, n, out_start, out_len, kind in table:
+    for layer, site, a_pos, b_pos, n, out_start, out_len, kind, *window in table:
         [i] = [
             i
             for i, part in enumerate(parts)
@@ -92,6 +94,7 @@ def _read(image: AdapterImage, parts: Parts, layout: BaseLayout) -> list[list[_T
             and part.projection.out_start <= out_start
             and out_start + out_len <= part.projection.out_start + part.projection.out_features
             and shape_of(part).kind == kind
+            and (a_pos == -1 or window == [part.projection.in_start, part.projection.in_features])
         ]
         assert 1 <= n <= TILE_RANKS
         projection = parts[i].projection
@@ -138,6 +141,16 @@ def _projections(draw: st.DrawFn, dtype: torch.dtype, ragged: bool) -> tuple[Pro
     return tuple(result)
 
 
+def _windows(projection: Projection) -> st.SearchStrategy[list[Projection]]:
+    """The projection whole, or two windows that share its inputs."""
+    wide = projection.in_features
+    if wide < 2 * ALIGN:
+        return st.just([projection])
+    cut = ALIGN * (wide // ALIGN // 2)
+    halves = [replace(projection, in_features=cut), replace(projection, in_start=cut, in_features=wide - cut)]
+    return st.sampled_from([[projection], halves])
+
+
 @st.composite
 def _adapters(draw: st.DrawFn, ragged: bool) -> tuple[Parts, BaseLayout]:
     """Any targets, ranks, page size; in any order."""
@@ -148,7 +161,8 @@ def _adapters(draw: st.DrawFn, ragged: bool) -> tuple[Parts, BaseLayout]:
     parts: Parts = []
     for layer in range(layers):
         for projection in draw(st.lists(st.sampled_from(projections), unique=True)):
-            parts.append(_low_rank(layer, projection, draw(st.sampled_from([1, 2, 3, 8, 16, 17, 33])), seed=len(parts)))
+            for window in draw(_windows(projection)):
+                parts.append(_low_rank(layer, window, draw(st.sampled_from([1, 2, 3, 8, 16, 17, 33])), seed=len(parts)))
             if draw(st.integers(0, 3)) == 0:
                 parts.append(BiasDelta(layer, projection, torch.randn(projection.out_features)))
             if draw(st.integers(0, 3)) == 0:
@@ -213,7 +227,7 @@ def test_rank_one_on_one_projection_of_one_layer_takes_one_page() -> None:
     image = _check([_low_rank(7, _V, 1)], _SMOLLM2)
     assert image.pages.shape[0] == 1
     assert image.nbytes == image.extent == 576 * 2 + 192 * 2
-    assert image.tiles.tolist() == [[7, Site.QKV, 0, 18, 1, 768, 192, TileKind.LOW_RANK]]
+    assert image.tiles.tolist() == [[7, Site.QKV, 0, 18, 1, 768, 192, TileKind.LOW_RANK, 0, 576]]
 
 
 @pytest.mark.parametrize("rank", [1, 4, 16, 64])
@@ -240,7 +254,7 @@ def test_a_fused_projection_keeps_one_a() -> None:
     """Phi-3's qkv_proj: one A of rank 16, one B over q, k and v together; a single tile."""
     fused = Projection("self_attn.qkv_proj", Site.QKV, 576, 0, 960, False)
     image = _check([_low_rank(0, fused, 16)], replace(_SMOLLM2, projections=(fused,)))
-    assert image.tiles[:, 2:].tolist() == [[0, 288, 16, 0, 960, TileKind.LOW_RANK]]
+    assert image.tiles[:, 2:].tolist() == [[0, 288, 16, 0, 960, TileKind.LOW_RANK, 0, 576]]
 
 
 def test_a_vocabulary_long_b_is_cut_into_pieces_that_share_their_a() -> None:
@@ -279,20 +293,19 @@ def test_scales_are_kept_in_fp32_and_cut_at_page_ends() -> None:
     image = _check([OutputScale(1, p, row) for p, row in values.items()], layout)
     assert image.nbytes == image.extent == 4 * (192 + 192 + 1536)
     assert image.tiles.tolist() == [
-        [1, Site.QKV, -1, 0, 1, 576, 192, TileKind.SCALE],
-        [1, Site.QKV, -1, 12, 1, 768, 192, TileKind.SCALE],
-        [1, Site.GATE_UP, -1, 24, 1, 1536, 640, TileKind.SCALE],
-        [1, Site.GATE_UP, -1, 64, 1, 2176, 896, TileKind.SCALE],
+        [1, Site.QKV, -1, 0, 1, 576, 192, TileKind.SCALE, 0, 0],
+        [1, Site.QKV, -1, 12, 1, 768, 192, TileKind.SCALE, 0, 0],
+        [1, Site.GATE_UP, -1, 24, 1, 1536, 640, TileKind.SCALE, 0, 0],
+        [1, Site.GATE_UP, -1, 64, 1, 2176, 896, TileKind.SCALE, 0, 0],
     ]
-    with pytest.raises(AdapterRefused, match=r"layer 0 self_attn.k_proj: scale has values .*float32") as refused:
+    with refused("not_finite", r"layer 0 self_attn.k_proj: scale has values .*float32"):
         pack([OutputScale(0, _K, torch.full((192,), torch.inf))], layout)
-    assert refused.value.code == "not_finite"
 
 
 def test_nothing_to_pack_is_an_empty_image() -> None:
     image = pack([], _SMOLLM2)
     assert image.pages.shape == (0, 368_640)
-    assert image.tiles.shape == (0, 8)
+    assert image.tiles.shape == (0, 10)
     assert image.nbytes == image.extent == 0
 
 
@@ -304,9 +317,8 @@ def test_values_that_overflow_the_compute_dtype_are_refused(factor: str, what: s
     if factor == "a":
         pack([part], half)  # 60000 fits, doubled it would not
         part.a[1, 2] = 70_000.0
-    with pytest.raises(AdapterRefused, match=f"layer 3 self_attn.o_proj: {what}.*float16") as refused:
+    with refused("not_finite", f"layer 3 self_attn.o_proj: {what}.*float16"):
         pack([part], half)
-    assert refused.value.code == "not_finite"
     pack([part], _SMOLLM2)  # bfloat16 holds it
 
 
@@ -328,3 +340,32 @@ def test_what_does_not_fit_is_named() -> None:
         pack([good], replace(_SMOLLM2, page_bytes=1088))
     with pytest.raises(ValueError, match=r"page_bytes is 1000; expected a positive multiple of 64"):
         pack([good], replace(_SMOLLM2, page_bytes=1000))
+
+
+_ANY = st.builds(
+    Projection,
+    st.just("p"),
+    st.just(Site.QKV),
+    st.integers(1, 40).map(lambda n: 8 * n),
+    st.just(0),
+    st.integers(1, 40).map(lambda n: 8 * n),
+    st.just(False),
+)
+
+
+@settings(max_examples=200)
+@given(st.integers(1, 3), st.lists(_ANY, min_size=1, max_size=3), st.integers(1, 40), st.integers(1, 20), st.data())
+def test_the_bound_on_tiles_holds_for_fewer_parts_too(
+    layers: int, projections: list[Projection], rank: int, pages: int, data: st.DataObject
+) -> None:
+    least = max(4 * projection.in_features for projection in projections)
+    page_bytes = -(-least // 64) * 64 + 64 * (pages - 1)
+    layout = BaseLayout("b", layers, tuple(projections), page_bytes, torch.float32)
+    places = [(layer, projection) for layer in range(layers) for projection in projections]
+    shapes = [PartShape(*place, rank=data.draw(st.integers(1, rank))) for place in places]
+    rows = data.draw(st.dictionaries(st.sampled_from(places), st.sampled_from((TileKind.BIAS, TileKind.SCALE))))
+    shapes += [PartShape(*place, 1, kind) for place, kind in rows.items()]
+    most = most_tiles(shapes, layout, plan_image(shapes, layout).num_pages)
+    left = [shape for shape in shapes if data.draw(st.booleans())]
+    assert len(plan_image(shapes, layout).tiles) <= most
+    assert len(plan_image(left, layout).tiles) <= most

@@ -15,7 +15,7 @@ from torch import Tensor
 from loraplex.adapters.image.tiles import AdapterImage, BaseLayout, BiasDelta, LowRank, Part, pack
 from loraplex.adapters.tiers.device import DeviceTier
 from loraplex.adapters.tiers.pages import PagePool
-from loraplex.kernels.constants import ALIGN
+from loraplex.kernels.constants import ALIGN, TILE_COLUMNS
 from loraplex.kernels.records import Projection
 from tests.support.counted_clock import counted_clock
 
@@ -82,8 +82,8 @@ def _check_on_device(residency: DeviceTier, arena: Tensor, digest: str) -> None:
             if not expected:
                 assert (first, last) == (0, 0)
             for found, tile in zip(table.tiles[first:last].tolist(), expected, strict=True):
-                assert found[2:] == tile[2:]  # n, out_start, out_len, kind
-                n, _, out_len, _ = found[2:]
+                assert found[2:] == tile[2:]  # n, out_start, out_len, kind, in_start, in_len
+                n, _, out_len, *_ = found[2:]
                 strips = [(found[1], tile[1], n * out_len)]
                 if tile[0] == -1:
                     assert found[0] == -1
@@ -303,18 +303,18 @@ def test_the_tile_table_doubles_and_its_rows_are_used_again() -> None:
         )
 
     first = residency.table
-    assert first.tiles.shape == (1024, 6)
+    assert first.tiles.shape == (1024, TILE_COLUMNS)
     for seed in range(4):
         assert residency.load(str(seed), image(seed))
         residency.check_integrity()
-    assert residency.table.tiles.shape == (2048, 6)
+    assert residency.table.tiles.shape == (2048, TILE_COLUMNS)
     assert residency.table.ranges is first.ranges  # slots do not grow: the same tensor
     assert residency.table.tiles is residency.table.tiles_host  # on CPU there is one table
     for round_ in range(10):
         residency.drop(str(round_ % 4))
         assert residency.load(str(round_ % 4), image(round_))
         residency.check_integrity()
-    assert residency.table.tiles.shape == (2048, 6)
+    assert residency.table.tiles.shape == (2048, TILE_COLUMNS)
     assert residency.loads == 14
     assert residency.evictions == 0  # a drop is not an eviction
 

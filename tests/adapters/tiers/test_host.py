@@ -9,14 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraplex.adapters.errors import AdapterRefused
-from loraplex.adapters.image.tiles import AdapterImage, BaseLayout, PartShape, plan_image
+from loraplex.adapters.image.tiles import AdapterImage
 from loraplex.adapters.tiers.entry import Entries, Entry
-from loraplex.adapters.tiers.host import HostTier, most_bytes
+from loraplex.adapters.tiers.host import HostTier
 from loraplex.adapters.tiers.inbox import Inbox
-from loraplex.kernels.constants import TileKind
-from loraplex.kernels.records import Projection
-from loraplex.server.models.config import Site
+from tests.support.refusals import refused
 
 
 def _image(nbytes: int) -> AdapterImage:
@@ -69,9 +66,8 @@ def test_the_least_recently_used_goes_first() -> None:
 def test_an_image_larger_than_the_tier_is_refused_and_pushes_nothing_out() -> None:
     store = Store(300)
     store.put("a", 100)
-    with pytest.raises(AdapterRefused, match=r"takes 301 bytes.*holds 300") as refused:
+    with refused("too_large", r"takes 301 bytes.*holds 300"):
         store.put("b", 301)
-    assert refused.value.code == "too_large"
     assert store.digests() == ["a"]
     with pytest.raises(ValueError, match="-1"):
         Inbox(-1)
@@ -270,35 +266,6 @@ def test_against_a_plain_list(steps: list[tuple[str, int]], sizes: list[int], ex
         assert store.digests() == [each for each, _ in model.images]
         assert store.host.used_bytes + store.host.reserved_bytes == model.total() <= 200
         assert store.host.held_bytes == model.held_bytes
-
-
-_PROJECTIONS = st.builds(
-    Projection,
-    st.just("p"),
-    st.just(Site.QKV),
-    st.integers(1, 40).map(lambda n: 8 * n),
-    st.just(0),
-    st.integers(1, 40).map(lambda n: 8 * n),
-    st.just(False),
-)
-
-
-@settings(max_examples=200)
-@given(
-    st.integers(1, 3), st.lists(_PROJECTIONS, min_size=1, max_size=3), st.integers(1, 40), st.integers(1, 20), st.data()
-)
-def test_the_bound_on_an_image_that_is_not_there_yet(
-    layers: int, projections: list[Projection], rank: int, pages: int, data: st.DataObject
-) -> None:
-    least = max(4 * projection.in_features for projection in projections)
-    page_bytes = -(-least // 64) * 64 + 64 * (pages - 1)
-    layout = BaseLayout("b", layers, tuple(projections), page_bytes, torch.float32)
-    places = [(layer, projection) for layer in range(layers) for projection in projections]
-    shapes = [PartShape(*place, rank=data.draw(st.integers(1, rank))) for place in places]
-    rows = data.draw(st.dictionaries(st.sampled_from(places), st.sampled_from((TileKind.BIAS, TileKind.SCALE))))
-    shapes += [PartShape(*place, 1, kind) for place, kind in rows.items()]
-    plan = plan_image(shapes, layout)
-    assert plan.num_pages * page_bytes + plan.tiles.nbytes <= most_bytes(layout, plan.num_pages, rank)
 
 
 def test_many_threads_at_once() -> None:

@@ -108,7 +108,7 @@ template <class T> void adapter(int in, int out) {
         int32_t row = (int32_t)tiles.size() / kTileColumns, *range = &ranges[(p.slot * sites + site) * 2];
         if (range[1] == 0) range[0] = row;
         range[1] = row + 1;
-        for (int32_t v : {p.kind == TileKind::kLowRank ? (int32_t)(at_a.back() * sizeof(T) / 64) : -1, (int32_t)(at_b.back() * sizeof(T) / 64), p.n, p.start, p.len, (int32_t)p.kind})
+        for (int32_t v : {p.kind == TileKind::kLowRank ? (int32_t)(at_a.back() * sizeof(T) / 64) : -1, (int32_t)(at_b.back() * sizeof(T) / 64), p.n, p.start, p.len, (int32_t)p.kind, 0, in})
             tiles.push_back(v);
     }
     const int rows = 13;
