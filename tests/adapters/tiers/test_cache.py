@@ -13,7 +13,6 @@ from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.registry import AdapterVersion, Registry
 from loraplex.adapters.tiers.cache import AdapterCache
 from loraplex.adapters.tiers.device import DeviceTier
-from loraplex.adapters.tiers.entry import Tier
 from loraplex.adapters.tiers.eviction import Reclaimer
 from loraplex.adapters.tiers.inbox import Inbox
 from loraplex.adapters.tiers.loader import LoadedContent, Loader, Reading
@@ -475,27 +474,6 @@ def test_an_image_beyond_its_bound_fails_its_request_alone(monkeypatch: pytest.M
     rig.cache.cancel(version)
     assert rig.cache.host.reserved_bytes == 0
     rig.check()
-
-
-def test_the_tiers_by_name(rig: Rig) -> None:
-    version = rig.version("2")
-    assert rig.cache.tier(version) == Tier.SOURCE
-    rig.gate.clear()
-    rig.cache.request(version)
-    assert rig.cache.tier(version) == Tier.COMING
-    rig.gate.set()
-    rig.wait()
-    assert rig.cache.missing_pages([version]) == [2]
-    assert rig.cache.tier(version) == Tier.HOST
-    rig.cache.copy_budget = 300
-    rig.cache.start_step(busy=True)
-    assert rig.cache.missing_pages([version]) == [2]
-    assert rig.cache.load(version)
-    assert rig.cache.tier(version) == Tier.COPYING
-    rig.cache.start_step(busy=False)
-    assert rig.cache.tier(version) == Tier.DEVICE
-    rig.reclaimer.reclaim(2)
-    assert rig.cache.tier(version) == Tier.HOST
 
 
 def test_what_is_read_for_nobody_is_in_host_memory_at_the_next_step(rig: Rig) -> None:
