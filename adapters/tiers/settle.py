@@ -19,8 +19,13 @@ def settle(registry: Registry, version: AdapterVersion, found: LoadedContent) ->
     anybody read them, and requests were admitted by the old numbers and written by the old tokenizer.
     """
     registered = version.info
-    sizes = {"num_pages": registered.num_pages, "nbytes": registered.nbytes, "num_tiles": registered.num_tiles}
-    alike = replace(found.info, **sizes, digest=registered.digest)
+    alike = replace(
+        found.info,
+        num_pages=registered.num_pages,
+        nbytes=registered.nbytes,
+        num_tiles=registered.num_tiles,
+        digest=registered.digest,
+    )
     unlike = alike != registered or found.info.num_pages > registered.num_pages
     if version.digest is None and unlike:
         return False
