@@ -138,7 +138,7 @@ def logits(
     found = []
     with torch.inference_mode():
         for part in ids.split(LENGTH):
-            blank = ForwardBatch.blank(no_tiles(config.num_layers), decoder.num_kv_groups, tokens=len(part))
+            blank = ForwardBatch.blank(no_tiles(config), decoder.num_kv_groups, tokens=len(part))
             batch = replace(blank, input_ids=part, logit_rows=torch.arange(len(part)))
             found.append(decoder.logits(decoder.forward(batch)))
     return torch.cat(found)

@@ -1,4 +1,4 @@
-"""What `ulimit -v` (RLIMIT_AS) leaves of the address space. Free of torch."""
+"""What `ulimit -v` (RLIMIT_AS) leaves of the address space."""
 
 from __future__ import annotations
 

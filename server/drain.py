@@ -1,4 +1,4 @@
-"""Stopping: new work is refused, what runs gets a grace time, and then the process ends. Free of torch.
+"""Stopping: new work is refused, what runs gets a grace time, and then the process ends.
 
     serving --begin()--> draining --nothing open, or the grace time is over--> stopping
 

@@ -2,7 +2,7 @@
 
 libyaml's loader holds the GIL for 0.3 s a MB, and nested deeply enough it ends the process; anchors make gigabytes of a
 few lines. Small files are therefore put together by Python's own code, which others may interrupt, and large ones in a
-process of its own, which hands over the entries of the file's lists one at a time. Free of torch.
+process of its own, which hands over the entries of the file's lists one at a time.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Patterns out of strangers' adapter_config.json, matched within bounds: of their size, their time and their memory.
 
 What PEFT matches with re is matched with regex, which has a time limit; what re would not take is refused. regex writes
-counted repeats out: ((a|b){1000}){1000} took 1.6 s and a third such {1000} all memory there was. Free of torch.
+counted repeats out: ((a|b){1000}){1000} took 1.6 s and a third such {1000} all memory there was.
 """
 
 from __future__ import annotations

@@ -49,8 +49,8 @@ class RowPlacement:
     a_strips: list[tuple[int, int, int]] = field(default_factory=list)
     # first rank, past the last, first column, past the last, position
     b_strips: list[tuple[int, int, int, int, int]] = field(default_factory=list)
-    rank: int = 0  # the first rank whose B is still to be placed,
-    column: int = 0  # and its first column
+    rank: int = 0  # the first rank whose B is still to be placed
+    column: int = 0  # the first column of that B still to be placed
 
     def place(self) -> PartPlace:
         """Once all is placed."""

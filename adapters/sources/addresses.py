@@ -1,7 +1,7 @@
-"""Whom downloads may connect to: no address of this machine or its networks, unless the operator allows it.
+"""Decide which addresses downloads may connect to: none of this machine or its networks, unless the operator allows it.
 
-A name is resolved once, every address it has is checked, and the connection goes to an address that was checked, so
-that a name cannot point elsewhere a moment later. Free of torch.
+A name is resolved once, every address of the name is checked, and the connection goes to an address that was checked.
+So the name cannot point elsewhere a moment later.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 _ALSO_LOCAL = [ipaddress.ip_network(text) for text in ("192.0.0.0/24", "192.88.99.0/24", "64:ff9b:1::/48", "5f00::/16")]
-"""What not every release of Python counts among the networks that are not global."""
+"""Networks that some releases of Python count as global and that are not."""
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """One address of a host, checked."""
+    """One checked address of a host."""
 
     family: int  # of the socket
     address: str
@@ -32,7 +32,7 @@ class Endpoint:
 
 @dataclass(frozen=True)
 class Reach:
-    """Hosts that may be connected to beside the public ones."""
+    """The hosts that downloads may connect to beside the public ones."""
 
     allowed: tuple[str, ...] = ()  # names, *.suffixes, addresses and networks (10.0.0.0/8)
 
@@ -43,7 +43,7 @@ class Reach:
                 raise ValueError(f"{rule!r} is no host: expected a name, *.name, an address or a network (10.0.0.0/8)")
 
     def names(self, host: str) -> bool:
-        """Whether `host` is allowed by its name, or is an address that is."""
+        """Return whether a rule allows `host` by name, or as an address."""
         host = host.lower().rstrip(".")
         for rule in map(str.lower, self.allowed):
             if host == rule or (rule.startswith("*.") and host.endswith(rule[1:])):
@@ -54,16 +54,16 @@ class Reach:
             return False
 
     def holds(self, address: Address) -> bool:
-        """Whether one of the networks allowed holds `address`."""
+        """Return whether one of the allowed networks holds `address`."""
         networks = [network for network in map(_network, self.allowed) if network is not None]
         return any(address.version == network.version and address in network for network in networks)
 
 
 def resolve_host(host: str, port: int, reach: Reach) -> list[Endpoint]:
-    """The addresses of `host`, at least one.
+    """Resolve `host` to its addresses, at least one.
 
-    Raises AdapterRefused ("forbidden") if any of them is private and not allowed, AdapterUnavailable if there is none,
-    AdapterNotFound where there can be none.
+    Raises AdapterRefused ("forbidden") if an address is private and not allowed, AdapterUnavailable if there is no
+    address, AdapterNotFound if `host` cannot be a name.
     """
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
@@ -90,7 +90,7 @@ def check_public(host: str, addresses: Sequence[str], reach: Reach) -> None:
 
 
 def is_public(address: Address) -> bool:
-    """Whether `address`, or the IPv4 address it stands for, is one of the public internet."""
+    """Return whether `address`, or the IPv4 address inside it, is of the public internet."""
     if isinstance(address, ipaddress.IPv6Address):
         inner = address.ipv4_mapped or address.sixtofour or (address.teredo and address.teredo[1])
         if inner is None and address in _NAT64:

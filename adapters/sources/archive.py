@@ -1,9 +1,9 @@
-"""The files of an adapter out of a tar that a stranger made. Free of torch.
+"""Unpack the files of an adapter from a tar that a stranger made.
 
-Nothing is written but those, under their own names; what else the archive holds is passed over, and one that tries
-anything (a path that climbs, a link, a device) is refused whole. Only headers are tarfile's to read, one block at a
-time: its reading of extended ones took 8 s for 64 KiB of digits, all of them with the GIL, and four times that for each
-doubling (re.search, before Python 3.11.10).
+Only the adapter's files are written, under their own names, and other members are skipped. An archive with a path that
+climbs, a link or a device is refused whole. tarfile parses headers only, one block at a time: it took 8 s for an
+extended header with 64 KiB of digits, all of them with the GIL, and four times as long for each doubling (re.search,
+before Python 3.11.10).
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from loraplex.adapters.sources.remote import CONFIG_FILE, FILES, WEIGHTS_FILE
 MAX_MEMBERS = 10_000
 
 READ_BYTES = 1 << 18
-"""Most that is read at once."""
+"""The most bytes that are read at once."""
 
 MAX_EXTENDED = 64 << 10
-"""Bytes of a header that gives a long name, and what else there is to say of a file."""
+"""The most bytes of an extended header, which holds a long name and other facts of a file."""
 
 _GZIP = b"\x1f\x8b"
 _BLOCK = tarfile.BLOCKSIZE
@@ -79,7 +79,7 @@ def _unpack(stream: _Stream, folder: Path) -> None:
 
 
 def _members(stream: _Stream) -> Iterator[tarfile.TarInfo]:
-    """What the archive says it holds, under its full name; the bytes of each are to be read before the next."""
+    """Yield the archive's members under their full names; each one's bytes are to be read before the next."""
     name = ""
     for count in range(2 * MAX_MEMBERS):
         block = stream.block()
@@ -103,7 +103,7 @@ def _members(stream: _Stream) -> Iterator[tarfile.TarInfo]:
 
 
 def _pax_name(records: bytes) -> str:
-    """The path that an extended header gives; "" for none. A record is b"<its bytes, in decimal> <key>=<value>\\n"."""
+    """Read the path from an extended header; "" for none. A record is b"<its bytes, in decimal> <key>=<value>\\n"."""
     name, at = "", 0
     records = records.rstrip(b"\0")
     while at < len(records):
@@ -120,7 +120,7 @@ def _pax_name(records: bytes) -> str:
 
 
 def _checked(member: tarfile.TarInfo) -> PurePosixPath:
-    """The member's path. Raises AdapterRefused for what no honest archive of an adapter holds."""
+    """Return the path of `member`. Raises AdapterRefused for a member that no honest archive of an adapter has."""
     path = PurePosixPath(member.name)
     shown = repr(member.name[:100])
     if path.is_absolute() or ".." in path.parts or "\\" in member.name or "\0" in member.name:
@@ -135,7 +135,7 @@ def _padded(size: int) -> int:
 
 
 class _Stream:
-    """Read from its start on, in pieces, as far as `limit`."""
+    """Read `inner` in pieces from its start, and at most `limit` bytes of it."""
 
     def __init__(self, inner: BinaryIO, limit: int, throttle: Callable[[], object]) -> None:
         self._inner = inner
@@ -144,11 +144,11 @@ class _Stream:
         self._at = 0
 
     def block(self) -> bytes:
-        """The next block; b"" at the end."""
+        """Read the next block; b"" at the end."""
         return self._read(_BLOCK)
 
     def extended(self, size: int) -> bytes:
-        """An extended header's bytes."""
+        """Read the bytes of an extended header."""
         if size > MAX_EXTENDED:
             raise AdapterRefused("bad_file", f"the archive has a header of {size} bytes")
         return b"".join(self.chunks(_padded(size)))[:size]
@@ -158,7 +158,7 @@ class _Stream:
             pass
 
     def chunks(self, size: int) -> Iterator[bytes]:
-        """The next `size` bytes. Raises EOFError."""
+        """Read the next `size` bytes, piece by piece. Raises EOFError."""
         while size:
             chunk = self._read(min(READ_BYTES, size))
             if not chunk:

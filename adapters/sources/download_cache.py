@@ -1,10 +1,10 @@
-"""Folders of downloaded adapters on disk: what is complete, what is half there, what has to go. Free of torch.
+"""Keep the folders of downloaded adapters on disk, and remove what has no room.
 
-    <root>/ready/<key>/<mark>/   an adapter's files; comes into being by a rename, so whatever is there is whole
-    <root>/partial/<key>/        being downloaded, or left by a process that died; never read from but to go on with it
-    <root>/partial/<key>.lock    held while someone writes there, in whatever process
+    <root>/ready/<key>/<mark>/   the files of an adapter; a rename makes the folder, so its files are complete
+    <root>/partial/<key>/        a download under way, or left by a process that died; only a download reads it
+    <root>/partial/<key>.lock    held by the process that writes to the partial folder
 
-<key> is of the source, <mark> of what it held. Several processes may share a root.
+<key> names the source, <mark> the content of the source. Several processes may share a root.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from loraplex.adapters.sources.remote import FILES
 logger = logging.getLogger(__name__)
 
 LOCK_POLL = 0.1
-"""Seconds between looks at a lock that another process holds."""
+"""Seconds between attempts to take a lock that another process holds."""
 
 STALE_SECONDS = 86_400.0
-"""After which nobody goes on with what is half there."""
+"""Seconds after which a partial folder is removed."""
 
 
 class CacheFull(AdapterUnavailable):
-    """There is no room, and what is there is in use."""
+    """Say that the cache has no room and that all its folders are in use."""
 
 
 class DownloadCache:
-    """Locked, as downloads run in threads of their own. Sizes in bytes."""
+    """Keep downloads below `root`. Any thread may call any method, and sizes are in bytes."""
 
     def __init__(self, root: Path, max_bytes: int, in_use: Callable[[], set[str]]) -> None:
-        """in_use: the keys of sources whose files must stay, called when room is needed."""
+        """in_use: returns the keys of the sources whose files must stay; called when room is needed."""
         self._root = root
         self._ready = root / "ready"
         self._partial = root / "partial"
@@ -48,7 +48,7 @@ class DownloadCache:
         self._in_use = in_use
 
     def find(self, key: str, mark: str | None = None) -> Path | None:
-        """The complete folder of `key`: of this mark, or the newest. Counts as a use."""
+        """Return the complete folder of `key` with this mark, or the newest one, and count a use of it."""
         folders = [self._ready / key / mark] if mark else _by_age(self._ready / key)
         for folder in reversed(folders):
             if all((folder / name).is_file() for name in FILES):
@@ -58,7 +58,7 @@ class DownloadCache:
         return None
 
     def prepare(self) -> None:
-        """Make the folders, before anything is written. Raises AdapterUnavailable."""
+        """Make the cache's folders before anything is written. Raises AdapterUnavailable."""
         try:
             self._ready.mkdir(parents=True, exist_ok=True)
             self._partial.mkdir(exist_ok=True)
@@ -70,7 +70,7 @@ class DownloadCache:
 
     @contextmanager
     def writing(self, key: str, deadline: Deadline) -> Iterator[Path]:
-        """The partial folder of `key`, for the block alone whatever else wants it."""
+        """Lock the partial folder of `key` for the block, in all processes."""
         lock = self._partial / f"{key}.lock"
         handle = os.open(lock, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         try:
@@ -84,7 +84,7 @@ class DownloadCache:
             os.close(handle)
 
     def publish(self, key: str, mark: str, folder: Path) -> Path:
-        """Make the files in `folder` the complete ones of `key`; older ones go, and so does what was partial."""
+        """Make `folder` the complete one of `key`; remove older complete folders of `key` and its partial folder."""
         for path in folder.iterdir():
             _sync(path)
         _sync(folder)
@@ -101,7 +101,7 @@ class DownloadCache:
         return target
 
     def make_room(self, nbytes: int) -> None:
-        """For so many more: what is stale goes first, then what was used longest ago of what is not in use.
+        """Make room for so many more bytes: remove stale folders, then the least recently used ones not in use.
 
         Raises CacheFull.
         """
@@ -136,7 +136,7 @@ class DownloadCache:
 
 
 def key_of(text: str) -> str:
-    """The key of a source by its text."""
+    """Return the key of a source by its text."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
@@ -149,7 +149,7 @@ def _lock(handle: int) -> bool:
 
 
 def _by_age(folder: Path) -> list[Path]:
-    """Folders in it, oldest first."""
+    """List the folders in `path`, oldest first."""
     try:
         return sorted((path for path in folder.iterdir() if path.is_dir()), key=_mtime)
     except OSError:
@@ -157,7 +157,7 @@ def _by_age(folder: Path) -> list[Path]:
 
 
 def _used(path: Path) -> float:
-    """When something in `path` was used last, in unix seconds."""
+    """Return when something in `path` was used last, in unix seconds."""
     with suppress(OSError):
         return max([_mtime(path), *map(_mtime, path.iterdir())])
     return 0.0

@@ -1,6 +1,6 @@
-"""Remote sources as local folders: fetched in threads of their own, once for however many ask. Free of torch.
+"""Fetch remote sources into local folders, in threads of their own, and once for all who ask for the same source.
 
-A source that hangs costs a thread until its time is over; each host has few, so that it keeps nobody else waiting.
+A source that hangs holds one thread until its deadline. Each host has few threads, so other hosts do not wait for it.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ MAX_THREADS = 64
 PER_HOST = 8
 
 MAX_QUEUED = 4096
-"""Sources that wait for a thread; one more is refused."""
+"""The most sources that wait for a thread; one more is refused."""
 
 
 @dataclass(frozen=True)
 class DownloadLimits:
-    """What a download may take."""
+    """The bounds of a download."""
 
     max_bytes: int = 4 << 30  # of one adapter, unpacked: rank 64 on all linears of a 70B base is 3.2 GiB in bfloat16
     max_seconds: float = 1800  # of one adapter; 4 GiB at 2.4 MB/s
@@ -50,7 +50,7 @@ class DownloadLimits:
 
 @dataclass(frozen=True)
 class DownloadStats:
-    """Counted since the start, but for `active`."""
+    """Counts since the start; `active` is a count of now."""
 
     fetched: int  # downloads that brought bytes
     unchanged: int  # sources that were asked and hold what is here already
@@ -65,7 +65,7 @@ class _Job:
 
 
 class Downloads:
-    """Safe from any thread."""
+    """Fetch remote sources. Any thread may call any method."""
 
     def __init__(
         self,
@@ -75,7 +75,7 @@ class Downloads:
         in_use: Callable[[], set[str]] = set,
         tls: ssl.SSLContext | None = None,
     ) -> None:
-        """Keep files in `folder`; those of the sources whose texts in_use() gives always, others while there is room.
+        """Keep downloads in `folder`: those whose texts in_use() returns always, others while there is room.
 
         tls: see HttpClient.
         """
@@ -93,10 +93,10 @@ class Downloads:
         self._cache = DownloadCache(folder, self._limits.cache_bytes, self._keys_in_use)
 
     def fetch(self, source: Source, *, stale: bool = False) -> Future[Path]:
-        """The folder of what a remote `source` holds now; asked and, unless it is here already, downloaded.
+        """Ask a remote `source` what it holds now, download that unless it is here, and return its folder.
 
-        stale: where the source is out of reach, take what was fetched of it earlier. Cancelling the future is free and
-        leaves the download alone. It fails with AdapterNotFound, AdapterRefused or AdapterUnavailable.
+        stale: where the source is out of reach, return the folder of an earlier fetch. To cancel the future does not
+        stop the download. The future fails with AdapterNotFound, AdapterRefused or AdapterUnavailable.
         """
         with self._lock:
             waiter = None if self._closed else self._shared.join(source.text)
@@ -112,9 +112,9 @@ class Downloads:
         return self._or_older(waiter, source) if stale else waiter
 
     def locate(self, text: str) -> Path:
-        """The folder of a source by its text: local, or downloaded; downloaded now if it is not here (any more).
+        """Return the folder of a source by the source's text; a remote source that is not here is downloaded now.
 
-        Raises as fetch() fails, and AdapterNotFound for a local one that is not there.
+        Raises as fetch() fails, and AdapterNotFound for a local folder that is not there.
         """
         with self._lock:
             source = self._secret.get(text)
@@ -134,7 +134,7 @@ class Downloads:
             return DownloadStats(self._fetched, self._unchanged, self._failed, len(self._shared))
 
     def close(self) -> None:
-        """Take no more; fail what waits. What is under way ends with the process, and is gone on with by the next."""
+        """Refuse further sources and fail those that wait; the next process goes on with what is under way."""
         with self._lock:
             self._closed = True
             dropped, self._queue = self._queue, []
@@ -144,7 +144,7 @@ class Downloads:
     # -- threads -------------------------------------------------------------------------------------------------------
 
     def _start(self) -> None:
-        """Begin what may begin (lock held)."""
+        """Start the threads of waiting downloads, as far as the bounds allow. The lock is held."""
         for job in tuple(self._queue):
             if self._active.total() >= MAX_THREADS:
                 return
@@ -179,7 +179,7 @@ class Downloads:
         tell(job.done, outcome)
 
     def _or_older(self, fetching: Future[Path], source: Source) -> Future[Path]:
-        """Return the outcome of `fetching`; where `source` is out of reach, what was fetched of it earlier."""
+        """Return the outcome of `fetching`, or the folder of an earlier fetch where `source` is out of reach."""
         outcome: Future[Path] = Future()
 
         def take(done: Future[Path]) -> None:
@@ -222,6 +222,6 @@ class Downloads:
 
 
 def _bare(error: BaseException) -> BaseException:
-    """Without the frames it came through, which hold secrets."""
+    """Strip `error` of the frames it came through, which hold secrets."""
     error.__cause__ = error.__context__ = None
     return error.with_traceback(None)

@@ -1,4 +1,4 @@
-"""One download: a listing's files into a folder, from where an earlier attempt ended, and checked. Free of torch."""
+"""Download the files of one listing into a folder: go on where an earlier attempt ended, and check the bytes."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from loraplex.adapters.sources.http_client import CHUNK_BYTES, Deadline, Interru
 from loraplex.adapters.sources.remote import ARCHIVE, CONFIG_FILE, Listing, RemoteFile
 
 ATTEMPTS = 5
-"""In a row that may bring nothing new."""
+"""The most attempts in a row that bring nothing new."""
 
 PAUSE = 0.2
-"""Seconds after the first of them, doubled each time."""
+"""Seconds after the first of these attempts; the pause doubles each time."""
 
 _STATE = "state.json"
 
@@ -32,9 +32,9 @@ class _Hash(Protocol):
 
 
 def fetch(listing: Listing, folder: Path, max_bytes: int, deadline: Deadline) -> Path:
-    """Bring the listing's files into `folder`, where what an earlier fetch() of the same content left is used.
+    """Download the listing's files into `folder`, and use what an earlier fetch() of the same content left there.
 
-    Returns a folder below it with the files of an adapter and nothing else. Raises AdapterRefused ("too_large",
+    Returns a folder below `folder` with the files of an adapter and nothing else. Raises AdapterRefused ("too_large",
     "bad_file", and what unpack() raises), AdapterUnavailable, and what the files' `open` raises.
     """
     _begin(listing, folder)
@@ -60,7 +60,7 @@ def fetch(listing: Listing, folder: Path, max_bytes: int, deadline: Deadline) ->
 
 
 def _begin(listing: Listing, folder: Path) -> None:
-    """Forget what is there unless it is of the same content."""
+    """Empty `folder` unless an earlier attempt at the same content left its files there."""
     state = folder / _STATE
     try:
         same = bool(listing.mark) and json.loads(state.read_text()) == {"mark": listing.mark}
@@ -73,7 +73,7 @@ def _begin(listing: Listing, folder: Path) -> None:
 
 
 def _fetch_file(file: RemoteFile, path: Path, bound: int, deadline: Deadline) -> int:
-    """Returns the file's bytes."""
+    """Download one file to `path` and check it. Returns its bytes."""
     failures = 0
     while True:
         before = path.stat().st_size if path.exists() else 0
@@ -98,7 +98,7 @@ def _fetch_file(file: RemoteFile, path: Path, bound: int, deadline: Deadline) ->
 
 
 def _receive(file: RemoteFile, path: Path, bound: int, deadline: Deadline) -> None:
-    """Add what is missing to the end of the file at `path`, up to `bound` bytes in all."""
+    """Append the missing bytes to the file at `path`, up to `bound` bytes in all."""
     have = path.stat().st_size if path.exists() and file.mark else 0
     with file.open(have, deadline) as opened, path.open("r+b" if opened.start else "wb") as target:
         target.seek(opened.start)
@@ -121,7 +121,7 @@ def _write(handle: int, data: bytes) -> None:
 
 
 def _is_right(file: RemoteFile, path: Path, throttle: Callable[[], object]) -> bool:
-    """Whether size and hashes are those promised."""
+    """Return whether the file at `path` has the size and the hashes that the source promises."""
     size = path.stat().st_size
     if file.size is not None and size != file.size:
         return False

@@ -1,7 +1,7 @@
-"""GET and HEAD for strangers' URLs: addresses checked at every hop, bounded in time, secrets kept to their host.
+"""Send GET and HEAD to strangers' URLs: check addresses at every hop, bound the time, send secrets to their host alone.
 
-No library's client lets the caller choose the address that a name stands for, which is what keeps a name from pointing
-into the server's own network after it was checked. Free of torch.
+No library's client lets the caller choose the address for a name. Without that choice, a name could point into the
+server's own network after it was checked.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from loraplex.adapters.sources.sources import redact
 MAX_REDIRECTS = 5
 
 STALL_SECONDS = 30.0
-"""Without a byte before a connection counts as dead."""
+"""Seconds without a byte after which a connection counts as dead."""
 
 CHUNK_BYTES = 1 << 18
 
@@ -35,7 +35,7 @@ AGENT = "loraplex"
 
 @dataclass(frozen=True)
 class Deadline:
-    """When a download has to be over."""
+    """The time at which a download has to be over."""
 
     end: float  # time.monotonic()
 
@@ -44,7 +44,7 @@ class Deadline:
         return cls(time.monotonic() + seconds)
 
     def left(self) -> float:
-        """Seconds. Raises AdapterUnavailable when there are none."""
+        """Return the seconds left. Raises AdapterUnavailable when there are none."""
         left = self.end - time.monotonic()
         if left <= 0:
             raise AdapterUnavailable("the download took longer than it may (--download-timeout)")
@@ -52,21 +52,21 @@ class Deadline:
 
 
 class Interrupted(AdapterUnavailable):
-    """The connection broke; going on from where it was may work."""
+    """Say that the connection broke; another attempt may go on from the same byte."""
 
 
 class NotGiven(AdapterNotFound):
-    """The host answers that it does not have it, or does not give it."""
+    """Say that the host does not have the file, or does not give it."""
 
     def __init__(self, message: str, code: str) -> None:
-        """code: of its header X-Error-Code, by which the Hub says why."""
+        """code: of the header X-Error-Code, by which the Hub tells the reason."""
         super().__init__(message)
         self.code = code
 
 
 @dataclass(frozen=True)
 class Answer:
-    """The head of a good answer; `chunks` is read while the connection is open, once."""
+    """The head of a good answer; `chunks` can be read once, while the connection is open."""
 
     status: int
     headers: http.client.HTTPMessage
@@ -74,10 +74,10 @@ class Answer:
 
 
 class HttpClient:
-    """Every answer has a connection of its own."""
+    """Send requests, each on a connection of its own."""
 
     def __init__(self, reach: Reach, tls: ssl.SSLContext | None = None, stall_seconds: float = STALL_SECONDS) -> None:
-        """tls: whose certificates are believed; None: the system's, or $SSL_CERT_FILE's."""
+        """tls: which certificates are trusted; None: the system's, or those of $SSL_CERT_FILE."""
         self._reach = reach
         self._tls = tls or ssl.create_default_context()
         self._stall = stall_seconds
@@ -93,11 +93,11 @@ class HttpClient:
         secret: Mapping[str, str] | None = None,
         plain: str | None = None,
     ) -> Iterator[Answer]:
-        """The answer to a request, after redirects; 200 or 206.
+        """Send a request, follow redirects, and open the answer, whose status is 200 or 206.
 
-        headers go to every hop, `secret` ones only to the first one's host. `plain`: a host (with port) that may be
-        asked without TLS, as those allowed by --allow-host may. Raises AdapterNotFound (404, 401 and the like),
-        AdapterRefused (an address or redirect that is not allowed), AdapterUnavailable (all else), Interrupted.
+        `headers` go to every hop, `secret` ones to the first hop's host only. `plain`: a host (with port) that may be
+        asked without TLS, as the hosts of --allow-host may. Raises AdapterNotFound (404, 401 and the like),
+        AdapterRefused (an address or redirect that is not allowed), Interrupted, AdapterUnavailable (all else).
         """
         secret = {**_basic(url), **(secret or {})}
         origin = _origin(url)
@@ -114,7 +114,7 @@ class HttpClient:
     def _ask(
         self, url: str, deadline: Deadline, method: str, headers: Mapping[str, str], plain: str | None
     ) -> Iterator[tuple[Answer, str | None]]:
-        """One hop: the answer, or where it redirects to."""
+        """Send one hop's request and open its answer, with the URL that the answer redirects to."""
         parts = urlsplit(url)
         shown = redact(url)
         host, path = parts.hostname or "", urlunsplit(("", "", parts.path or "/", parts.query, ""))
@@ -178,7 +178,7 @@ class HttpClient:
 
 
 class _Connection(http.client.HTTPConnection):
-    """To addresses known already."""
+    """Connect to endpoints that are checked already."""
 
     def __init__(
         self, host: str, port: int, endpoints: list[Endpoint], timeout: float, tls: ssl.SSLContext | None
@@ -209,7 +209,7 @@ class _Connection(http.client.HTTPConnection):
         self._plain = self.sock  # http.client forgets its own while the answer is still being read
 
     def cut(self) -> None:
-        """End whatever waits for it, from another thread."""
+        """End the connection from another thread, and whatever waits for it."""
         self.was_cut = True
         if self._plain is not None:
             with suppress(OSError):  # not an SSLSocket's own, which would have what follows read without decrypting
@@ -219,7 +219,7 @@ class _Connection(http.client.HTTPConnection):
 def _chunks(
     response: http.client.HTTPResponse, shown: str, connection: _Connection, deadline: Deadline
 ) -> Iterator[bytes]:
-    """The body. Raises Interrupted when it ends before it should."""
+    """Yield the body of `response`. Raises Interrupted when the body ends too early."""
     length, count = response.length, 0
     while True:
         deadline.left()
@@ -236,7 +236,7 @@ def _chunks(
 
 @contextmanager
 def _told(shown: str, connection: _Connection) -> Iterator[None]:
-    """What goes wrong on the way, as ours and without what a URL hides."""
+    """Turn the errors of a connection into ours, without the secrets of the URL."""
     try:
         yield
     except ssl.SSLCertVerificationError as error:
@@ -265,7 +265,7 @@ def _check_status(response: http.client.HTTPResponse, shown: str) -> None:
 
 
 def _basic(url: str) -> dict[str, str]:
-    """The header that a URL's user and password stand for."""
+    """Make the header for the user and password of `url`."""
     parts = urlsplit(url)
     if parts.username is None:
         return {}

@@ -1,4 +1,4 @@
-"""Hub repositories, asked by our own client: what is told of one is bounded like all else. Free of torch."""
+"""List repositories of the Hub with our own client, which bounds what the Hub answers."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from loraplex.adapters.sources.sources import Source
 from loraplex.adapters.sources.web_files import web_opener
 
 MAX_LISTING_BYTES = 4 << 20
-"""Of what the Hub tells of a commit: some 10,000 files."""
+"""The most bytes of the Hub's answer about a commit: some 10,000 files."""
 
 MAX_LISTING_VALUES = 1 << 18
 
 
 def list_hub(http: HttpClient, source: Source, deadline: Deadline) -> Listing:
-    """The files of one commit, of which LFS files have their sha256 and the others their git hash.
+    """List the files of one commit. LFS files have a sha256 there, others their git hash.
 
-    A token goes to the Hub itself and to nobody it redirects to. Raises AdapterNotFound, AdapterRefused
+    The token goes to the Hub itself and to no host that the Hub redirects to. Raises AdapterNotFound, AdapterRefused
     ("missing_file", "too_large", "bad_source"), AdapterUnavailable.
     """
     import huggingface_hub  # slow import
@@ -79,7 +79,7 @@ def _why(source: Source, code: str) -> str:
 
 
 def _commit(source: Source, told: bytes) -> tuple[str, dict[str, Any]]:
-    """Its hash and its files by name. Raises AdapterRefused, AdapterUnavailable for what is no answer of a Hub's."""
+    """Read a commit's hash and its files by name. Raises AdapterRefused, AdapterUnavailable for no answer of a Hub."""
     try:
         match parse_json(told, MAX_LISTING_BYTES, MAX_LISTING_VALUES):
             case {"sha": str(sha), "siblings": [*files]}:
@@ -92,7 +92,7 @@ def _commit(source: Source, told: bytes) -> tuple[str, dict[str, Any]]:
 
 
 def _list_cached(source: Source) -> Listing:
-    """HF_HUB_OFFLINE: what the Hub's own cache holds, for who reads with the server's rights."""
+    """List what the Hub's own cache holds (HF_HUB_OFFLINE), for readers with the server's rights."""
     from huggingface_hub import snapshot_download
 
     try:

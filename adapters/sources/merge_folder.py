@@ -1,7 +1,7 @@
-"""Where merged adapters lie: a temporary folder for each process, locked while it lives. Free of torch.
+"""Keep merged adapters in a temporary folder of each process, which the process locks while it lives.
 
-A process that is killed, or told twice to stop, leaves its folder behind; the lock goes with the process, and the next
-one that starts removes what nobody holds.
+A process that is killed, or told twice to stop, leaves its folder behind. Its lock ends with it, and the next process
+that starts removes the folders that no process holds.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ PREFIX = "loraplex-merged-"
 
 
 class MergeFolder:
-    """One of this process's own; it goes with the object, or with the process if that ends by itself."""
+    """One temporary folder of this process. It goes with the object, or with the process if that ends by itself."""
 
     def __init__(self) -> None:
-        """Raises OSError where no temporary folder can be made."""
+        """Make and lock the folder. Raises OSError where no temporary folder can be made."""
         self._folder = tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True)
         self.path = Path(self._folder.name)
         handle = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

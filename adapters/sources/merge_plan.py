@@ -1,4 +1,4 @@
-"""How several adapters become one: LoRAX's strategies but the linear one, which needs no merging. Free of torch."""
+"""Say how several adapters become one: LoRAX's strategies but the linear one, which needs no merging."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SignMethod = Literal["total", "frequency"]
 
 @dataclass(frozen=True)
 class MergePlan:
-    """See adapters/tiers/merging.py for what the numbers do."""
+    """One merge; adapters/tiers/merging.py says what the numbers do."""
 
     strategy: Strategy
     weights: tuple[float, ...]  # one an adapter
@@ -21,7 +21,7 @@ class MergePlan:
     sign_method: SignMethod = "total"
 
     def key(self, digests: Sequence[str]) -> str:
-        """Names the outcome for adapters of these digests, in this order: the same on every machine. sha256, hex."""
+        """Name the outcome for adapters with these digests, in this order: the same on every machine. sha256, hex."""
         parts = [self.strategy, self.sign_method, self.density.hex()]
         parts += [f"{digest}*{weight.hex()}" for digest, weight in zip(digests, self.weights, strict=True)]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()

@@ -1,7 +1,7 @@
-"""s3:// and gs:// sources through fsspec: a folder of an adapter's files, or an archive. Free of torch.
+"""List s3:// and gs:// sources through fsspec: a folder of an adapter's files, or an archive.
 
-Their libraries are extras. Where they connect to is the operator's environment (AWS_ENDPOINT_URL and
-STORAGE_EMULATOR_HOST), never what a caller writes.
+The stores' libraries are extras. The operator's environment (AWS_ENDPOINT_URL and STORAGE_EMULATOR_HOST) says where
+they connect to, and never the text of a caller.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from loraplex.adapters.sources.remote import ARCHIVE, Listing, Open, Opened, Rem
 from loraplex.adapters.sources.sources import Source
 
 PART_BYTES = 8 << 20
-"""Asked for at a time: what is in memory of a download, and what is lost when a connection breaks."""
+"""Bytes of one request: a download has as much in memory, and loses as much when a connection breaks."""
 
 EXTRAS = {"s3": ("s3fs", "S3FileSystem"), "gs": ("gcsfs.core", "GCSFileSystem")}
-"""kind -> module and class; the extra is named like the kind. gcsfs's own default asks by gRPC for a bucket's kind
+"""Kind -> module and class; the extra is named like the kind. gcsfs's default class asks by gRPC for a bucket's kind
 before it reads: rights that a reader of objects may not have, and minutes where only the JSON API can be reached."""
 
 _MD5 = re.compile(r"[0-9a-f]{32}")
@@ -29,7 +29,7 @@ _NOT_THERE = ("FileNotFoundError", "PermissionError", "NoSuchKey", "NoSuchBucket
 
 
 def list_bucket(source: Source, deadline: Deadline) -> Listing:
-    """Raises AdapterNotFound, AdapterRefused ("missing_extra"), AdapterUnavailable."""
+    """List a bucket's files. Raises AdapterNotFound, AdapterRefused ("missing_extra"), AdapterUnavailable."""
     system = _file_system(source)
     if source.is_archive:
         return Listing((_file(system, source, ARCHIVE, source.place, deadline),))
@@ -64,7 +64,7 @@ def _file(system: Any, source: Source, name: str, path: str, deadline: Deadline)
 
 
 class _S3:
-    """One object, by S3's own requests: HEAD tells of checksums, and GET can insist on the same object."""
+    """One object of S3, by S3's own requests: HEAD tells checksums, and GET can insist on the same object."""
 
     def __init__(self, system: Any, path: str) -> None:
         self._system = system
@@ -72,7 +72,7 @@ class _S3:
         self._etag = ""
 
     def look(self) -> tuple[int, str, tuple[tuple[str, str], ...]]:
-        """Size, mark and hashes."""
+        """Return the object's size, mark and hashes."""
         head = self._system.call_s3("head_object", ChecksumMode="ENABLED", **self._object)
         self._etag = head["ETag"]
         etag = self._etag.strip('"')
@@ -86,7 +86,7 @@ class _S3:
         return head["ContentLength"], self._etag, hashes
 
     def read(self, start: int, end: int) -> bytes:
-        """Bytes start to end (not included)."""
+        """Read the bytes from start to end (not included)."""
         from fsspec.asyn import sync
 
         async def get() -> bytes:
@@ -99,7 +99,7 @@ class _S3:
 
 
 class _Gcs:
-    """One object of Google's store, as gcsfs has it: a generation is one content of it."""
+    """One object of Google's store, through gcsfs: a generation is one content of the object."""
 
     def __init__(self, system: Any, path: str) -> None:
         self._system = system
@@ -107,14 +107,14 @@ class _Gcs:
         self._generation = ""
 
     def look(self) -> tuple[int, str, tuple[tuple[str, str], ...]]:
-        """Size, mark and hashes."""
+        """Return the object's size, mark and hashes."""
         info = self._system.info(self._path)
         self._generation = str(info["generation"])
         md5 = info.get("md5Hash")  # composite objects have none
         return info["size"], self._generation, (("md5", base64.b64decode(md5).hex()),) if md5 else ()
 
     def read(self, start: int, end: int) -> bytes:
-        """Bytes start to end (not included)."""
+        """Read the bytes from start to end (not included)."""
         return bytes(self._system.cat_file(self._path, start=start, end=end, generation=self._generation))
 
 
@@ -138,7 +138,7 @@ def _opener(source: Source, path: str, found: _S3 | _Gcs, size: int) -> Open:
 
 @contextmanager
 def _told(source: Source, path: str) -> Iterator[None]:
-    """What the libraries raise, as ours: kind and place, and no more, since what they print may hold anything."""
+    """Turn the libraries' errors into ours, with kind and place only: the libraries' texts may hold anything."""
     name = path.rpartition("/")[2]
     try:
         yield

@@ -1,7 +1,7 @@
-"""What a remote source holds, file by file: the types that the kinds of sources share.
+"""Describe what a remote source holds, file by file: the types that the kinds of sources share.
 
-A Listing says what the files are before a byte of them is read; a file's `open` gives its bytes. Only the config, the
-safetensors and the tokenizer's files are ever asked for, or one archive of them. Free of torch.
+A Listing says what the files are before a byte of them is read; a file's `open` gives its bytes. Downloads ask for the
+config, the safetensors and the tokenizer's files only, or for one archive of them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 FILES = (CONFIG_FILE, WEIGHTS_FILE)
 
 ARCHIVE = "archive"
-"""What a file is called that holds the two."""
+"""The name of a downloaded archive, which holds the config and the weights."""
 
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
@@ -51,13 +51,13 @@ class RemoteFile:
 
 @dataclass(frozen=True)
 class Listing:
-    """What a source holds now."""
+    """The files that a source holds now."""
 
     files: tuple[RemoteFile, ...]
 
     @property
     def mark(self) -> str:
-        """Of all files, in hex; "" when one of them has none."""
+        """The mark of all files, in hex; "" when one of them has none."""
         if not all(file.mark for file in self.files):
             return ""
         told = "\0".join(f"{file.name}\0{file.mark}\0{file.size}" for file in self.files)
@@ -65,9 +65,9 @@ class Listing:
 
 
 def list_each(find: Callable[[str], RemoteFile]) -> Listing:
-    """What a source holds that has to be asked for each file by its name.
+    """List a source that has to be asked for each file by its name.
 
-    `find` raises AdapterNotFound for one that is not there, which those of the tokenizer need not be.
+    `find` raises AdapterNotFound for a file that is not there; files of the tokenizer may be absent.
     """
     files = [find(name) for name in FILES]
     for name in tokenizer_files.FILES:
@@ -80,7 +80,7 @@ def list_each(find: Callable[[str], RemoteFile]) -> Listing:
 
 
 def missing_file(source: Source, name: str, found: Sequence[str]) -> AdapterRefused:
-    """The refusal of a source that holds `found` but not `name`."""
+    """Make the refusal of a source that holds `found` but not `name`."""
     pickled = next((f for f in found if f.startswith("adapter_model") and f.endswith(_PICKLES)), None)
     if name == WEIGHTS_FILE and pickled is not None:
         return AdapterRefused(

@@ -1,12 +1,10 @@
-"""Where an adapter is to come from, as a caller writes it: read, checked, and free of secrets from then on.
+"""Read and check the text by which a caller names an adapter's source, and keep secrets out of what is shown.
 
-    adapters/sql, /srv/sql           a local folder, also as file://; before a Hub repository of the same name; with
-                                     /./ in it what follows that must stay below what is before (beneath.py)
-    org/name, org/name@revision      the Hub; also with hf:// or huggingface:// before it
-    s3://bucket/path                 and gs://: a folder there, or a .tar, .tar.gz or .tgz
-    https://host/path                likewise: <path>/adapter_config.json and <path>/adapter_model.safetensors
-
-Free of torch.
+adapters/sql, /srv/sql           a local folder, also as file://; before a Hub repository of the same name; with
+                                 /./ in it what follows that must stay below what is before (beneath.py)
+org/name, org/name@revision      the Hub; also with hf:// or huggingface:// before it
+s3://bucket/path                 and gs://: a folder there, or a .tar, .tar.gz or .tgz
+https://host/path                likewise: <path>/adapter_config.json and <path>/adapter_model.safetensors
 """
 
 from __future__ import annotations
@@ -30,10 +28,10 @@ ARCHIVES = (".tar", ".tar.gz", ".tgz")
 KINDS = "a local folder, a Hub repository as org/name or org/name@revision, s3://, gs:// or https://"
 
 MAX_SOURCE = 4096
-"""Characters; a signed URL of S3 with a session token has some 1,500."""
+"""The most characters of a source; a signed URL of S3 with a session token has some 1,500."""
 
 MAX_HUB_NAME = 96
-"""Characters of an organisation's name and of a repository's, as the Hub has it."""
+"""The Hub's bound on the characters of an organisation's name and of a repository's."""
 
 _HUB_ID = re.compile(
     r"(?P<repo>[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*)(?:@(?P<revision>[A-Za-z0-9][A-Za-z0-9._/-]*))?"
@@ -43,19 +41,19 @@ _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _HUB_SCHEMES = ("hf", "huggingface")
 
 _TAG_KEY = secrets.token_bytes(32)
-"""So that what is shown in place of a secret tells nothing about it."""
+"""The key of the tag that is shown in place of a secret, so that the tag tells nothing about the secret."""
 
 
 @dataclass(frozen=True)
 class SourceAccess:
-    """With whose rights a source is read."""
+    """The rights with which a source is read."""
 
     token: str | None = field(default=None, repr=False)  # the caller's own, for the Hub
     ambient: bool = True  # without one: with what the server's own environment gives; False: as anybody could
 
 
 OPERATOR = SourceAccess()
-"""With the server's own credentials."""
+"""The server's own credentials."""
 
 
 @dataclass(frozen=True)
@@ -74,20 +72,20 @@ class Source:
 
     @property
     def is_archive(self) -> bool:
-        """Whether it is one file that holds the two."""
+        """Return whether the place is one file that holds config and weights."""
         path = urlsplit(self.place).path if self.kind in ("https", "http") else self.place
         return self.kind != "hub" and path.lower().endswith(ARCHIVES)
 
     @property
     def host(self) -> str:
-        """Whom its bytes are asked of, as far as the source itself says; for sharing out connections."""
+        """The host that the bytes are asked of, as far as the source itself says; connections are shared out by it."""
         return urlsplit(self.place).hostname or "" if self.kind in ("https", "http") else self.kind
 
 
 def parse_source(text: str, access: SourceAccess = OPERATOR) -> Source:
-    """Raises AdapterNotFound for what is no source, AdapterRefused ("unsupported_kind") for a kind not known.
+    """Read a source's text. A local folder need not exist; find_folder() looks.
 
-    A local folder need not exist; find_folder() looks.
+    Raises AdapterNotFound for what is no source, AdapterRefused ("unsupported_kind") for a kind that is not known.
     """
     if not text.strip() or "\0" in text or len(text) > MAX_SOURCE or not _is_unicode(text):
         raise AdapterNotFound(f"adapter source {_short(text)!a} is no path; give {KINDS}")
@@ -111,12 +109,12 @@ def parse_source(text: str, access: SourceAccess = OPERATOR) -> Source:
 
 
 def is_hub_id(text: str) -> bool:
-    """Whether `text` could name a repository of the Hub, whatever folders there are here."""
+    """Return whether `text` could name a repository of the Hub, whatever local folders there are."""
     return _HUB_ID.fullmatch(text) is not None and ".." not in text
 
 
 def find_folder(text: str) -> Path:
-    """The local folder `text`. Raises AdapterNotFound, AdapterRefused for one that may not be looked at."""
+    """Find the local folder `text`. Raises AdapterNotFound, AdapterRefused for a folder that may not be looked at."""
     try:
         path = Path(text).expanduser()
         with opened(path, roots_of(text)) as place:
@@ -137,7 +135,7 @@ def find_folder(text: str) -> Path:
 
 
 def resolve(text: str) -> Path:
-    """The folder of a source where nothing is downloaded. Raises AdapterNotFound, AdapterRefused."""
+    """Find the folder of a source where nothing is downloaded. Raises AdapterNotFound, AdapterRefused."""
     source = parse_source(text)
     if source.is_remote:
         raise AdapterNotFound(f"there is no folder {_short(text)!r}, and nothing is downloaded here")
@@ -145,7 +143,7 @@ def resolve(text: str) -> Path:
 
 
 def redact(url: str) -> str:
-    """`url` without user, password and the values of its query."""
+    """Return `url` without user, password and the values of its query."""
     try:
         parts = urlsplit(url)
         host = _netloc(parts)
@@ -169,7 +167,7 @@ def _hub(text: str, access: SourceAccess) -> Source:
 
 
 def _bucket(kind: str, rest: str, access: SourceAccess) -> Source:
-    """Hub tokens say nothing to buckets, and are left out."""
+    """Read a bucket's path; a token of the Hub says nothing to buckets and is left out."""
     bucket, _, path = rest.partition("/")
     path = path.strip("/")
     if _BUCKET.fullmatch(bucket) is None or not path or _climbs(path) or "?" in path or "#" in path:
@@ -195,9 +193,9 @@ def _url(kind: str, text: str, access: SourceAccess) -> Source:
 
 
 def _check_no_address(text: str, name: str) -> None:
-    """Raise AdapterRefused ("forbidden") where an address stands for a bucket's name or an organisation's.
+    """Raise AdapterRefused ("forbidden") where an address stands for the name of a bucket or an organisation.
 
-    None is called so; whoever is asked for it is asked for nothing.
+    No bucket and no organisation has such a name, so nobody is asked for it.
     """
     try:
         socket.inet_aton(name if "." in name else "")
@@ -227,7 +225,7 @@ def _netloc(parts: SplitResult) -> str:
 
 
 def _tag(access: SourceAccess, hidden: str) -> str:
-    """What tells two sources apart that differ in secrets or rights alone."""
+    """Make the tag by which two sources differ that differ in secrets or rights only."""
     if access.token is not None or hidden:
         secret = f"{access.token or ''}\0{hidden}".encode()
         return "#" + hmac.new(_TAG_KEY, secret, hashlib.sha256).hexdigest()[:16]
@@ -235,7 +233,7 @@ def _tag(access: SourceAccess, hidden: str) -> str:
 
 
 def _short(text: str) -> str:
-    """For messages; never what could be a secret of a URL."""
+    """Shorten `text` for messages, and leave out what could be a secret of a URL."""
     if "://" in text and ("@" in text or "?" in text):
         text = redact(text)
     return text if len(text) <= 200 else text[:200] + "..."

@@ -1,8 +1,7 @@
-"""A folder of adapters, looked at again and again: what has come, changed and gone since. Free of torch.
+"""Watch a folder of adapters: each look tells what has come, changed and gone since the last.
 
-By stat alone, so that it works on every file system and through every link that stays in the folder, a ConfigMap's too:
-10,000 folders take some 230 ms. What is being written is left alone until it has stayed the same from one look to the
-next.
+A look uses stat only, so it works on every file system and through every link that stays in the folder, a ConfigMap's
+too: 10,000 folders take some 230 ms. Files that are being written are left alone until two looks find them the same.
 """
 
 from __future__ import annotations
@@ -21,14 +20,14 @@ from loraplex.adapters.files.beneath import Folder, opened
 from loraplex.adapters.sources.remote import CONFIG_FILE, WEIGHTS_FILE
 
 SETTLED_SECONDS = 2.0
-"""A file older than this at the first look is not being written."""
+"""Seconds. A file that is older at the first look is not being written."""
 
 FileStamp = tuple[int, ...]
 """Device, inode, bytes, modified ns, changed ns; () of a file that is not there."""
 
 
 class What(StrEnum):
-    """Happened to a folder."""
+    """What happened to a folder."""
 
     APPEARED = "appeared"
     CHANGED = "changed"
@@ -44,10 +43,10 @@ class Change:
 
 
 class FolderWatch:
-    """One thread only."""
+    """Compare a directory's adapters with those of earlier looks. One thread only."""
 
     def __init__(self, directory: Path, throttle: Callable[[], object] = lambda: None) -> None:
-        """An adapter is a folder in `directory` with an adapter_config.json; names that begin with a dot are none.
+        """An adapter is a folder in `directory` with an adapter_config.json; a name that begins with a dot is none.
 
         `throttle` is called between folders.
         """
@@ -57,7 +56,7 @@ class FolderWatch:
         self._seen: dict[str, tuple[FileStamp, ...]] | None = None  # at the last look
 
     def look(self) -> list[Change]:
-        """What the caller has to be told, by name. Raises OSError if the directory cannot be listed."""
+        """Return the changes since the last look, by name. Raises OSError if the directory cannot be listed."""
         with os.scandir(self.directory) as entries:
             found = sorted((entry.name, entry.is_symlink()) for entry in entries if not entry.name.startswith("."))
         now = {}
@@ -95,7 +94,7 @@ class FolderWatch:
 
 
 def file_stamp(path: str | Path) -> FileStamp:
-    """What tells that the file at `path`, or what a link there leads to, is another one or has changed."""
+    """Stamp the file at `path`, or what a link there leads to: another file or a change gives another stamp."""
     try:
         return _stamp_of(os.stat(path))
     except OSError:
@@ -103,10 +102,10 @@ def file_stamp(path: str | Path) -> FileStamp:
 
 
 def _stamp(place: Folder, name: str, file: str, is_link: bool) -> FileStamp:
-    """The same of a file in the folder `name` in `place`; of what stands in `place` where a link leads out of that.
+    """Stamp a file of the folder `name` in `place`, or the link itself where a link leads out of `place`.
 
-    It is there then, and registering it says what is wrong with it. is_link: whether the folder is one; most are none,
-    nor are their files, and take one call.
+    The folder then counts as there, and its registration says what is wrong with it. is_link: whether the folder is a
+    link; most are none, nor are their files, and take one call.
     """
     try:
         info = None if is_link else place.link(f"{name}/{file}")

@@ -1,4 +1,4 @@
-"""https:// sources: a folder of an adapter's files, or an archive. Free of torch."""
+"""List https:// sources: a folder of an adapter's files, or an archive."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _RANGE = re.compile(r"bytes (\d{1,18})-")
 
 
 def list_web(http: HttpClient, source: Source, deadline: Deadline) -> Listing:
-    """A query, such as a signature that covers a folder, goes with each file's URL.
+    """List a web source. A query, such as a signature that covers a folder, goes with the URL of each file.
 
     Raises AdapterNotFound, AdapterRefused, AdapterUnavailable.
     """
@@ -39,7 +39,7 @@ def web_opener(
     secret: Mapping[str, str] | None = None,
     plain: str | None = None,
 ) -> Open:
-    """Reads `url` from any byte on if it has a strong `etag` or is `fixed` (never changes), else from the first.
+    """Make an Open of `url`: from any byte if `etag` is strong or the file is `fixed` (never changes), else from 0.
 
     secret, plain: see HttpClient.open.
     """
@@ -62,7 +62,7 @@ def web_opener(
 
 
 def _head(http: HttpClient, name: str, url: str, deadline: Deadline) -> RemoteFile:
-    """By HEAD; where a signed URL allows nothing but GET, by a GET whose body is left."""
+    """Ask for a file's facts by HEAD, or by a GET whose body is not read where a signed URL allows GET only."""
     try:
         with http.open(url, deadline, method="HEAD") as answer:
             return _file(http, name, url, answer)

@@ -2,9 +2,8 @@
 
     request()            missing_pages()      load()                 start_step()
     source --loader--> host memory, held --> slot and pages taken --> copied, slice by slice --> is_ready()
-    COMING             HOST                  COPYING                                             DEVICE
 
-    entry.py      the tiers' names, and what is known of one content
+    entry.py      what is known of one content
     host.py       images in host memory, and versions on their way there
     device.py     slots, pages and copies on the device
     retention.py  what must be had again once a request has used it
@@ -20,7 +19,7 @@ from time import perf_counter
 
 from loraplex.adapters.registry import AdapterVersion, Registry
 from loraplex.adapters.tiers.device import DeviceTier
-from loraplex.adapters.tiers.entry import AdapterWatch, Entries, Entry, Tier
+from loraplex.adapters.tiers.entry import AdapterWatch, Entries, Entry
 from loraplex.adapters.tiers.host import HostTier
 from loraplex.adapters.tiers.inbox import Inbox
 from loraplex.adapters.tiers.loader import Loader
@@ -66,16 +65,6 @@ class AdapterCache:
         device.on_evict = self._leaves
 
     # -- what can be told ----------------------------------------------------------------------------------------------
-
-    def tier(self, version: AdapterVersion) -> Tier:
-        """Return the fastest memory that has `version`, or is about to have it."""
-        digest = version.digest or ""
-        if self.device.is_resident(digest):
-            return Tier.DEVICE if self.device.is_ready(digest) else Tier.COPYING
-        entry, fetch = self.entries.get(digest), self.host.fetch_of(version.uid)
-        if entry is not None and entry.image is not None:
-            return Tier.HOST
-        return Tier.COMING if fetch is not None and not fetch.has_failed else Tier.SOURCE
 
     def stats(self) -> AdapterStats:
         """Return where adapters are at the moment, and what has been counted."""

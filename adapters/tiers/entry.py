@@ -1,8 +1,14 @@
-"""Entry: all that is known of one content of an adapter, and the names of the tiers it can be in. Free of torch.
+"""Entry: all that is known of one content of an adapter. Free of torch.
 
-    SOURCE ----> COMING ----> HOST ----> COPYING ----> DEVICE
+    source ----> coming ----> host ----> copying ----> device
        ^            |          | ^          |             |
        +------------+----------+ +----------+-------------+
+
+source    only its files have the content
+coming    a loader's thread reads the files, or will
+host      an image is in host memory
+copying   slot and pages are taken, and the image is being copied there
+device    the content can be computed with
 
 The contents of old versions in use are in no source: rules about them are in retention.py.
 """
@@ -11,23 +17,12 @@ from __future__ import annotations
 
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from enum import Enum
 from typing import TYPE_CHECKING, Protocol
 
 from loraplex.adapters.tiers.load_queue import LoadedContent
 
 if TYPE_CHECKING:
     from loraplex.adapters.image.tiles import AdapterImage
-
-
-class Tier(Enum):
-    """The fastest memory that has an adapter's content, or is about to have it."""
-
-    SOURCE = "source"  # only its files
-    COMING = "coming"  # a loader's thread reads the files, or will
-    HOST = "host"  # an image in host memory
-    COPYING = "copying"  # slot and pages are taken, and the image is being copied there
-    DEVICE = "device"  # can be computed with
 
 
 @dataclass(eq=False)
@@ -43,10 +38,10 @@ class Entry:
     leaves_host: bool = False  # the image goes at the last release
     # who needs it
     users: set[int] = field(default_factory=set)  # uids of versions that open requests have seen in reach
-    is_begun: bool = False  # an open request has used it
-    # where an open request has begun to use it, and its source has it no more
-    promised: int = 0  # bytes of host memory reserved for an image read back from the device
-    stays: bool = False  # pinned on the device
+    is_begun: bool = False  # an open request has used the content
+    # of a content that an open request has used and that its source has no more:
+    promised: int = 0  # bytes of host memory reserved to read the image back from the device
+    stays: bool = False  # the content is pinned on the device
 
     @property
     def is_idle(self) -> bool:
@@ -78,8 +73,8 @@ class Fetch:
     nbytes: int  # of host memory: reserved, and then what the image takes
     is_urgent: bool
     is_from_source: bool  # False: it was in host memory when it was first wanted
-    future: Future[LoadedContent] | None  # None: it has come,
-    entry: Entry | None = None  # and this entry's image is held for it
+    future: Future[LoadedContent] | None  # None: the content is in host memory
+    entry: Entry | None = None  # whose image is held for the version once the content is there
 
     @property
     def has_failed(self) -> bool:

@@ -24,11 +24,11 @@ from loraplex.server.telemetry.request_context import request_id
 from loraplex.server.tenancy.access import Access
 
 EARLY = (400, 408, 413, 414, 429, 431, 503)
-"""Statuses of requests that the HTTP server refuses before they have come."""
+"""The statuses of requests that the HTTP server refuses before they have come."""
 
 
 Field = tuple[bytes, bytes]
-"""A header's name and value."""
+"""The name and value of a header."""
 
 _HEADER = HEADER.encode()
 _PREFLIGHT = frozenset({b"origin", b"access-control-request-method"})
@@ -37,7 +37,7 @@ _ANSWER = "loraplex.answer"
 
 @dataclass(frozen=True)
 class Refusal:
-    """A whole answer."""
+    """One answer, complete."""
 
     status: int
     headers: list[Field]
@@ -126,7 +126,7 @@ def _with_cors(cors: ASGIApp, method: str, asked: Sequence[Field], told: list[Fi
 
 
 class _GateCollector(Collector):
-    """Reads a Gate at scrape time."""
+    """Collect the metrics of a Gate at scrape time."""
 
     def __init__(self, gate: Gate) -> None:
         self._gate = gate

@@ -1,4 +1,4 @@
-"""The file that says which adapters there shall be (--adapters-file). Free of torch.
+"""The file that says which adapters there shall be (--adapters-file).
 
 ensurePresent:
   - {name: sql, source: "s3://models/sql", pinned: true}

@@ -1,4 +1,4 @@
-"""Adapters by name, as the API manages them: checked in the background, then registered. Free of torch."""
+"""Adapters by name, as the API manages them: checked in the background, then registered."""
 
 from __future__ import annotations
 

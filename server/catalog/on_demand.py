@@ -1,4 +1,4 @@
-"""Adapters that requests bring with them: loaded on first use, or made of others. Free of torch.
+"""Adapters that requests bring with them: loaded on first use, or made of others.
 
     name                     what it is                                               whose
     local/<folder>-<hash>    a source that a request named, registered by itself      anybody's who may use it

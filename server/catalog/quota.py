@@ -1,4 +1,4 @@
-"""How many adapters each tenant has here, and room for one more. Free of torch; event loop only.
+"""How many adapters each tenant has here, and room for one more. Event loop only.
 
 A tenant has the names of its namespace, `tenant/...`, whoever loaded them, and those on their way into it; and what its
 requests brought with them (on_demand.py). The latter counts for every tenant that asked for it: so nobody learns from a

@@ -1,7 +1,7 @@
 """Keeps the adapters as the operator wants them: a folder's (--adapter-dir), a list's (--adapters-file), those named.
 
 One thread looks at the files every second or so and never waits for a source: what is fetched is begun and looked at
-again. Free of torch.
+again.
 
     folder   a complete adapter appears -> registered; its files change -> the new ones get the name; gone -> unloaded
     list     ensurePresent -> fetched at once, tried again when that fails, brought back when unloaded; taken off the

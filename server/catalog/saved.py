@@ -3,7 +3,7 @@
     STATE_DIR/adapters.json    {"version": 1, "adapters": [{"name": ..., "source": ...}, ...]}
 
 The file is replaced as a whole, by a rename: a process that dies while writing leaves the older one. One that is
-damaged is put aside and the server starts without it. Adapters themselves are not kept here. Free of torch.
+damaged is put aside and the server starts without it. Adapters themselves are not kept here.
 """
 
 from __future__ import annotations

@@ -88,6 +88,7 @@ def build_engine(
     model_path: Path,
     *base_names: str,
     model_config: ModelConfig | None = None,
+    checkpoint: Checkpoint | None = None,
     check_tokenizer: Callable[[TokenizerFiles], str] = lambda files: "",
     downloads: DownloadConfig = DownloadConfig(),
     count_process: bool = False,
@@ -95,7 +96,8 @@ def build_engine(
     """Load the base in the folder `model_path` and lay out its memory.
 
     base_names: what requests call it, at least one: messages do by the first, and no adapter may have any of them.
-    model_config: of the base, where it has been read already: that takes a second. check_tokenizer: see AdapterReader.
+    model_config: of the base, where it has been read already: that takes a second. checkpoint: its weights, where they
+    are not in the folder. check_tokenizer: see AdapterReader.
 
     count_process: the memory given is also for this process without the engine (CPU).
 
@@ -106,7 +108,7 @@ def build_engine(
     ops = load_backend(config.backend, config.device, config.batch_invariant)
     dtype = compute_dtype(config.dtype, model_path, ops)
     watch.lap("backend")
-    checkpoint = _open(config, model_path)
+    checkpoint = _as_chosen(config, checkpoint or open_checkpoint(model_path))
     activations = None if config.activations is None else Activations(config.activations.value)
     memory = MachineMemory(config, model_config, dtype, ops, checkpoint, count_process)
     memory.plan(config.token_budget or LEAST_BUDGET, not model_config.tie_word_embeddings)  # refuse before reading
@@ -155,15 +157,14 @@ def build_engine(
     )
 
 
-def _open(config: EngineConfig, path: Path) -> Checkpoint:
-    """Open the base's weights as they shall be kept. Raises WeightsError, also where what was chosen cannot be."""
-    checkpoint = open_checkpoint(path)
+def _as_chosen(config: EngineConfig, checkpoint: Checkpoint) -> Checkpoint:
+    """Have the base's weights as they shall be kept. Raises WeightsError where what was chosen cannot be."""
     if config.quantize not in (None, Quantize.native):
         checkpoint = QuantizingCheckpoint(checkpoint, config.quantize.value)
     if config.activations is not None and not format_names(checkpoint):
         raise WeightsError(
-            f"--activations {config.activations.value}: {path} is not quantised; leave the option out, or give "
-            "--quantize too"
+            f"--activations {config.activations.value}: {checkpoint.folder} is not quantised; leave the option out, or "
+            "give --quantize too"
         )
     return checkpoint
 

@@ -36,16 +36,21 @@ from loraplex.benchmarks.kernels.gpu_work import (
 )
 from loraplex.benchmarks.random_adapters import make_adapters
 from loraplex.kernels.ops import Backend, BackendUnavailable
+from loraplex.kernels.quantized import Activations
 from loraplex.kernels.reference import ReferenceBackend
 from loraplex.kernels.select import load_backend
 from loraplex.server.command.build import build_engine
 from loraplex.server.config import Device, DType, EngineConfig
 from loraplex.server.engine.request import GenerationRequest, SamplingParams
+from loraplex.server.models.quantizing import SCHEMES
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 """Largest error of an op, relative to its largest output: what rounding and another order of sums may do."""
 
 RANKS = (1, 7, 16, 33, 128, 256)
+
+WEIGHT, ROWS = (320, 576), (1, 5, 70)
+"""Of the check of quantised linears."""
 
 KERNEL_TESTS = Path(__file__).resolve().parents[2] / "tests" / "kernels"
 """In a checkout; an installed package has no tests."""
@@ -103,6 +108,7 @@ def op_checks(ops: Backend) -> list[tuple[str, Callable[[], str]]]:
         name = str(dtype).removeprefix("torch.")
         checks += [(f"ops, {shape.name}, {name}", partial(compare_ops, ops, shape, dtype)) for shape in shapes]
         checks.append((f"adapters of ranks {RANKS[0]} to {RANKS[-1]}, {name}", partial(compare_ranks, ops, dtype)))
+    checks.append(("quantised linears, bfloat16", partial(compare_quantised, ops)))
     if on_gpu and KERNEL_TESTS.is_dir() and find_spec("pytest") is not None:
         checks.append(("kernel tests", partial(kernel_tests, KERNEL_TESTS, f"{ops.name}-{ops.device.type}")))
     return checks
@@ -121,6 +127,26 @@ def compare_ranks(ops: Backend, dtype: torch.dtype) -> str:
         return [output for work in works for output in run_adapters(backend, work)]
 
     return _compare(ops, dtype, run)
+
+
+def compare_quantised(ops: Backend) -> str:
+    """Weights in every format of --quantize: products, and rows. Raises AssertionError with what is wrong."""
+
+    def run(backend: Backend) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        weight = torch.randn(*WEIGHT, generator=generator) * WEIGHT[1] ** -0.5
+        x = torch.randn(max(ROWS), WEIGHT[1], generator=generator).to(backend.device, torch.bfloat16)
+        ids = torch.arange(0, WEIGHT[0], 7, device=backend.device)
+        outputs = []
+        for scheme in SCHEMES.values():
+            part = scheme.linears.quantize(weight).to(backend.device)
+            for activations in Activations:
+                packed = backend.pack_parts([part], torch.bfloat16, activations)
+                outputs += [backend.linear(x[:rows], packed) for rows in ROWS]
+            outputs.append(backend.embed(ids, packed, None))
+        return outputs
+
+    return _compare(ops, torch.bfloat16, run)
 
 
 def _every_op(shape: Shape, dtype: torch.dtype, backend: Backend) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""What crosses the border between the API (loop thread) and the engine (engine thread). Frozen, free of torch."""
+"""What crosses the border between the API (loop thread) and the engine (engine thread). Frozen."""
 
 from __future__ import annotations
 

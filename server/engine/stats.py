@@ -1,4 +1,4 @@
-"""What the engine tells about itself: frozen records that its thread publishes and any thread reads. Free of torch."""
+"""What the engine tells about itself: frozen records that its thread publishes and any thread reads."""
 
 from __future__ import annotations
 

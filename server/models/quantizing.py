@@ -21,6 +21,9 @@ from loraplex.server.models.formats.quantize import (
 from loraplex.server.models.formats.unpack import SLICE
 from loraplex.server.models.weight_sizes import EMBED, HEAD, format_names
 
+CODE_BYTES = 2
+"""Of each weight once it is quantised: a code, and its share of the scales, the half of one at most."""
+
 TEMPORARY_BYTES = 24
 """Of each weight of a slice that is quantised at once: six numbers in fp32 (quantize_int4 has the most)."""
 
@@ -119,4 +122,4 @@ def _quantised(name: str, stored: StoredTensor, quantizer: Quantizer) -> StoredT
         raise WeightsError(f"tensor {name} of {stored.file} cannot be quantised so: {error}") from error
     weights = max(1, out * columns)
     temporary = -(-TEMPORARY_BYTES * min(SLICE, weights) // weights)
-    return replace(stored, element_bytes=stored.element_bytes + temporary, format=form)
+    return replace(stored, element_bytes=stored.element_bytes + CODE_BYTES + temporary, format=form)

@@ -19,7 +19,7 @@ EMBED, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.w
 
 JOINING_BYTES = 3
 """Of an element of quantised neighbours that are laid one behind the other: its code twice, and as much as a code for
-both of its scales (2 numbers of 2 bytes for 16 inputs are a quarter)."""
+its scales and offsets (two numbers of 4 bytes for 16 inputs are half of one)."""
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -149,8 +149,11 @@ def _linear_bytes(checkpoint: Checkpoint, names: Sequence[str], dtype: torch.dty
     total = 0
     for name in names:
         tensor = checkpoint.tensors[name]
-        held = element_bytes(dtype) if tensor.format is None else JOINING_BYTES
-        total += tensor.shape[0] * tensor.shape[1] * (held + tensor.element_bytes)
+        if tensor.format is None:
+            element = element_bytes(dtype) + tensor.element_bytes
+        else:
+            element = tensor.element_bytes if len(names) == 1 else max(JOINING_BYTES, tensor.element_bytes)
+        total += tensor.shape[0] * tensor.shape[1] * element
     return total
 
 

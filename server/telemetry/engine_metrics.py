@@ -1,4 +1,4 @@
-"""What the engine and the adapters tell when somebody scrapes: nothing is polled, and no gauge can go stale."""
+"""Collect the metrics of the engine and the adapters at each scrape: nothing is polled, and no gauge can be stale."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from loraplex.server.facts import Facts
 LABELS = ("model_name", "engine")
 
 MAX_NAMES = 256
-"""Most adapters that are told of by name in one scrape, those on the device first: a thousand names and their labels
-would be more text than all else together."""
+"""The most adapters that one scrape tells of by name, those on the device first: a thousand names and their labels
+would be more text than all other metrics together."""
 
 
 class EngineCollector(Collector):
-    """Reads the engine's latest state and the adapters at scrape time."""
+    """Read the engine's latest state and the adapters at scrape time."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class EngineCollector(Collector):
         yield from self._refusals()
 
     def _load(self, stats: EngineStats) -> Iterator[Metric]:
-        """What there is to do, and what was done."""
+        """Yield the metrics of waiting, running and finished work."""
         yield self._gauge("vllm:num_requests_running", "Requests in the running batch.", stats.running)
         yield self._gauge("vllm:num_requests_waiting", "Requests queued or preempted.", stats.waiting)
         waiting = GaugeMetricFamily(
@@ -77,7 +77,7 @@ class EngineCollector(Collector):
         yield self._counter("loraplex:steps", "Steps run.", stats.steps)
 
     def _memory(self, stats: EngineStats) -> Iterator[Metric]:
-        """The arena and what is found in it again."""
+        """Yield the metrics of the arena and of the prefix cache."""
         facts = self._facts
         yield self._gauge("vllm:kv_cache_usage_perc", "Pages holding KV, of all; 1 is full.", stats.kv_usage)
         yield self._gauge("vllm:gpu_cache_usage_perc", "Older name of kv_cache_usage_perc.", stats.kv_usage)
@@ -110,7 +110,7 @@ class EngineCollector(Collector):
         )
 
     def _adapters(self, stats: EngineStats) -> Iterator[Metric]:
-        """Which are where, and what moving them costs."""
+        """Yield where adapters are and what moving them costs."""
         # Routers take the series with the largest value (a time), split the lists at commas and do not trim
         yield self._info(
             "vllm:lora_requests_info",
@@ -147,7 +147,7 @@ class EngineCollector(Collector):
         yield from self._tiers(stats.adapters.tiers)
 
     def _refusals(self) -> Iterator[Metric]:
-        """Adapters that were wanted and cannot be served. All reasons from the start: what is absent has no rate."""
+        """Yield counts of refused adapters, all reasons from the start: a reason that is absent has no rate."""
         labels = (*LABELS, "reason")
         now = GaugeMetricFamily("loraplex:refused_adapters", "Names that answer why they are not there.", labels=labels)
         ever = CounterMetricFamily("loraplex:adapters_refused", "Times an adapter was refused.", labels=labels)
@@ -164,7 +164,7 @@ class EngineCollector(Collector):
         return family
 
     def _tiers(self, tiers: Mapping[str, TierStats]) -> Iterator[Metric]:
-        """Device, host, source: an adapter missed in one is looked for in the next."""
+        """Yield the metrics of device, host and source: an adapter missed in one tier is looked for in the next."""
         labels = (*LABELS, "tier")
         families = [
             CounterMetricFamily(f"loraplex:tier_{what}", text, labels=labels)

@@ -1,4 +1,4 @@
-"""What the server writes to stderr: one line an event, as text or as JSON, and one line for each request.
+"""Write the server's log to stderr: one line an event, as text or as JSON, and one line for each request.
 
 Never prompts, answers or keys: the line of a request holds names, counts and times.
 """
@@ -26,23 +26,23 @@ access_logger = logging.getLogger("loraplex.access")
 QUIET_PATHS = frozenset(
     {"/", "/health", "/ready", "/startup", "/ping", "/metrics", "/version", "/load", "/get_load", "/ui/overview"}
 )
-"""What machines ask every few seconds: told of only where it goes wrong."""
+"""Paths that machines ask for every few seconds; a line is logged only where the answer is an error."""
 
 MAX_NAME = 200
-"""Characters of a name that a caller made up."""
+"""The most characters of a name that a caller made up."""
 
 MAX_ARGUMENT, MAX_MESSAGE = 1000, 4000
-"""Characters of what is put into a line, and of the line: whoever made it up, it may be megabytes."""
+"""The most characters of an argument in a line, and of the line: a caller's text may be megabytes."""
 
 MAX_REFUSALS = 10
-"""Lines a second of requests that are refused before the application; the others are a sum."""
+"""The most lines a second of requests that are refused before the application; one line counts the others."""
 
 MAX_TRACE = 200
-"""Lines of a traceback: the first and the last half of them."""
+"""The most lines of a traceback: half of them are its first lines, half its last."""
 
 
 def set_up(form: LogFormat) -> None:
-    """To stderr: ours from INFO on, everybody else's from WARNING on. What threads end with goes there, too."""
+    """Log to stderr: our loggers from INFO on, all others from WARNING on, and the errors that end threads."""
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter() if form is LogFormat.json else TextFormatter())
     logging.basicConfig(handlers=[handler])
@@ -52,10 +52,10 @@ def set_up(form: LogFormat) -> None:
 
 
 def shown(text: str, limit: int = MAX_NAME) -> str:
-    """`text` on one line and in `limit` characters: what is not printable as Python writes it, or cut with its length.
+    """Write `text` on one line of at most `limit` characters; the rest is cut and its length told.
 
-    Printable leaves out control characters, what ends lines anywhere (U+0085, U+2028), what colours terminals or turns
-    the direction of writing, and lone surrogates.
+    Characters that are not printable appear as Python escapes them: control characters, what ends lines anywhere
+    (U+0085, U+2028), what colours terminals or turns the direction of writing, and lone surrogates.
     """
     head = text[:limit]
     if not head.isprintable():
@@ -64,7 +64,7 @@ def shown(text: str, limit: int = MAX_NAME) -> str:
 
 
 class _Cut:
-    """Anything in a log's line, shown when it is formatted."""
+    """Wrap an argument of a log line, which is shortened when the line is formatted."""
 
     __slots__ = ("_value",)
 
@@ -79,7 +79,7 @@ class _Cut:
 
 
 def _message(record: logging.LogRecord) -> str:
-    """On one line."""
+    """Format the record's message on one line."""
     args, text = record.args, str(record.msg)
     if isinstance(args, tuple):  # or a mapping, of whoever logs so
         args = tuple(each if isinstance(each, Number) else _Cut(each) for each in args)
@@ -90,7 +90,7 @@ def _message(record: logging.LogRecord) -> str:
 
 
 def _trace(record: logging.LogRecord) -> list[str]:
-    """The lines of the exception, if there is one; none of them looks like the first line of something else."""
+    """List the lines of the record's exception, if there is one; none looks like the first line of another record."""
     if not record.exc_info or record.exc_info[1] is None:
         return []
     whole = "".join(traceback.format_exception(record.exc_info[1])).rstrip("\n").split("\n")
@@ -102,7 +102,7 @@ def _trace(record: logging.LogRecord) -> list[str]:
 
 
 class TextFormatter(logging.Formatter):
-    """`12:30:59 LEVEL logger: message`, and under it a traceback, indented: whatever is in them is on its line."""
+    """Format `12:30:59 LEVEL logger: message` and, indented below it, the traceback: only records begin lines."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
@@ -113,7 +113,7 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line: time (UTC), level, logger, message, and what belongs to the request being worked on."""
+    """Format one JSON object a line: time (UTC), level, logger, message, and the facts of the current request."""
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, Any] = {
@@ -139,7 +139,7 @@ def _log_thread(args: threading.ExceptHookArgs) -> None:
 
 
 def log_access(context: RequestContext) -> None:
-    """The line of a request that has ended."""
+    """Log the line of a request that has ended."""
     if context.path in QUIET_PATHS and context.status < 400:
         return
     if access_logger.isEnabledFor(logging.INFO):
@@ -148,9 +148,9 @@ def log_access(context: RequestContext) -> None:
 
 
 class RefusalLines:
-    """The lines of requests that are refused at once: MAX_REFUSALS a second, and the number of the others by status.
+    """Log the lines of requests that are refused at once: MAX_REFUSALS a second, and the count of the others by status.
 
-    Whoever sends a thousand bad keys a second neither fills the disk nor takes a core for the log. Loop thread only.
+    Then a client that sends a thousand bad keys a second neither fills the disk nor takes a core. Loop thread only.
     """
 
     def __init__(self) -> None:
@@ -178,7 +178,7 @@ class RefusalLines:
 
 
 def access_fields(context: RequestContext) -> dict[str, Any]:
-    """What is told of a request: seconds, counts and names."""
+    """Return the facts of a request that its line tells: seconds, counts and names."""
     fields: dict[str, Any] = {
         "request_id": context.request_id,
         "method": context.method,
@@ -202,7 +202,7 @@ def access_fields(context: RequestContext) -> dict[str, Any]:
 
 
 def _as_text(fields: Mapping[str, Any]) -> str:
-    """`POST /v1/completions 200 in 0.31 s key=value ...`; what callers made up cannot look like another key."""
+    """Format `POST /v1/completions 200 in 0.31 s key=value ...`; what callers made up cannot look like another key."""
     head = f"{_word(fields['method'])} {_word(fields['path'])} {fields['status'] or 'unanswered'}"
     told = {name: value for name, value in fields.items() if name not in ("method", "path", "status", "duration")}
     rest = " ".join(f"{name}={_word(value)}" for name, value in told.items() if value not in ("", []))

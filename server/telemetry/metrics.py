@@ -27,7 +27,7 @@ _WHOLE = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120
 
 
 class Metrics:
-    """Of one server."""
+    """Hold the metrics of one server."""
 
     def __init__(
         self,
@@ -67,18 +67,18 @@ class Metrics:
             self._ended.labels(facts.names[0], "0", reason)  # a series that is absent until its first event has no rate
 
     def prompt(self, tokens: int, n: int) -> None:
-        """A request of `n` choices per prompt was submitted, one of whose prompts has `tokens` tokens."""
+        """Count a prompt of `tokens` tokens, for which a request of `n` choices was submitted."""
         self.recent.prompt(tokens)
         self._prompt.observe(tokens)
         self._n.observe(n)
 
     def token(self, seconds: float, *, first: bool) -> None:
-        """A token came `seconds` after the one before, or after the arrival."""
+        """Count a token that came `seconds` after the token before it, or after the request's arrival."""
         (self._first_token if first else self._next_token).observe(seconds)
         self.recent.token(seconds, first=first)
 
     def choice_ended(self, choice: ChoiceTimes, tenant: str, seconds: float, max_tokens: int) -> None:
-        """A choice ended `seconds` after its arrival."""
+        """Count a choice that ended `seconds` after its arrival."""
         self._ended.labels(self._facts.names[0], "0", choice.finish_reason).inc()
         self._whole.observe(seconds)
         self._generated.observe(choice.tokens)
@@ -101,11 +101,11 @@ class Metrics:
             self._tenants.ended((tenant,), used)
 
     def add(self, collector: Collector) -> None:
-        """Something else to be told with the rest."""
+        """Add `collector`, whose metrics are told with the rest."""
         self._registry.register(collector)
 
     def render(self) -> bytes:
-        """The exposition text, of content type CONTENT_TYPE."""
+        """Write the exposition text, of content type CONTENT_TYPE."""
         return generate_latest(self._registry) + (self.adapters.render() + self._tenants.render()).encode()
 
     def _histogram(self, name: str, text: str, buckets: Iterable[float]) -> Histogram:
@@ -114,7 +114,7 @@ class Metrics:
 
 
 def _one_two_five(most: int) -> list[int]:
-    """1, 2, 5, 10, 20, 50, ... up to `most`."""
+    """List 1, 2, 5, 10, 20, 50, ... up to `most`."""
     buckets = []
     scale = 1
     while scale <= most:

@@ -1,6 +1,6 @@
-"""Tokens and latencies of the last minute, second by second, for people who look. Free of torch.
+"""Keep the tokens and latencies of the last minute, second by second, for the page at /ui.
 
-Counted as it happens, so that whoever opens the page sees the minute before. A token costs 0.7 µs here.
+They are counted as they happen, so the page shows the minute before it was opened. A token costs 0.7 µs here.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from dataclasses import dataclass, field
 from math import exp, log
 
 SECONDS = 60
-"""How far back it reaches: whole seconds, without the one that has just begun."""
+"""Whole seconds that are kept; the second that has just begun is not among them."""
 
 _STEPS = 20
-"""Classes of latencies per factor e: each is 5% wide, so a quantile is at most 2.5% off."""
+"""Classes of latencies per factor e: a class is 5% wide, so a quantile is at most 2.5% off."""
 
 
 @dataclass(frozen=True)
 class Quantiles:
-    """Of latencies, in seconds; zeros where there were none."""
+    """Quantiles of latencies, in seconds; zeros where there were none."""
 
     count: int
     p50: float
@@ -30,7 +30,7 @@ class Quantiles:
 
 @dataclass(frozen=True)
 class Minute:
-    """The oldest second first."""
+    """The seconds of one minute, the oldest first."""
 
     prompt_tokens: tuple[int, ...]  # [SECONDS] of requests submitted in each second
     tokens: tuple[int, ...]  # [SECONDS] generated in each
@@ -48,24 +48,24 @@ class _Second:
 
 
 class Recent:
-    """Loop thread only."""
+    """Count the tokens and latencies of each second. Loop thread only."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._ring = [_Second(-1) for _ in range(SECONDS + 1)]
 
     def prompt(self, tokens: int) -> None:
-        """A prompt of so many tokens was submitted."""
+        """Count a submitted prompt of so many tokens."""
         self._now().prompt_tokens += tokens
 
     def token(self, seconds: float, *, first: bool) -> None:
-        """A token came `seconds` after the one before, or after the arrival."""
+        """Count a token that came `seconds` after the token before it, or after the request's arrival."""
         now = self._now()
         now.tokens += 1
         (now.first if first else now.gaps)[round(_STEPS * log(max(seconds, 1e-6)))] += 1
 
     def minute(self) -> Minute:
-        """The last SECONDS seconds that are over."""
+        """Return the last SECONDS seconds that are over."""
         last = int(self._clock())
         ring, size = self._ring, len(self._ring)
         found = [ring[number % size] for number in range(last - SECONDS, last)]

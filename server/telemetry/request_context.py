@@ -1,7 +1,7 @@
-"""One HTTP request and its answer, as logs and traces tell of it: counts and times, never prompts, answers or keys.
+"""Keep what logs and traces tell of one HTTP request: counts and times, never prompts, answers or keys.
 
-The middleware opens an Exchange, what works on the request notes on it what it learns, and it ends with the last of
-them: an answer that is generated in the background outlives its HTTP response. Free of torch.
+The middleware opens a RequestContext, and whatever works on the request notes facts on it. The context ends with the
+last of them: an answer that is generated in the background outlives its HTTP response.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ if TYPE_CHECKING:  # importing it loads numpy, and --help must not
     from loraplex.server.engine.request import Phases
 
 MAX_CHOICES = 16
-"""Choices of a request that are told of one by one; all of them are counted."""
+"""The most choices of a request that are told of one by one; all of them are counted."""
 
 _SANE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/+=@-]{0,127}")
 
 
 @dataclass(frozen=True)
 class ChoiceTimes:
-    """One generated choice; times are time.monotonic()."""
+    """The facts of one generated choice; times are time.monotonic()."""
 
     adapters: tuple[tuple[str, str | None, float], ...]  # name, digest (None: never read), weight
     submitted: float
@@ -44,7 +44,7 @@ class ChoiceTimes:
 
 @dataclass
 class RequestContext:
-    """Loop thread only."""
+    """Collect the facts of one request until it ends. Loop thread only."""
 
     request_id: str
     method: str
@@ -66,7 +66,7 @@ class RequestContext:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Keep the request from ending in the block; it ends when nobody has held it for a turn of the event loop."""
+        """Keep the request from ending in the block; it ends when no block has held it for a turn of the event loop."""
         self.num_holds += 1
         try:
             yield
@@ -77,7 +77,7 @@ class RequestContext:
                 asyncio.get_running_loop().call_soon(self._end)
 
     def add(self, choice: ChoiceTimes) -> None:
-        """A choice has ended."""
+        """Add the facts of a choice that has ended."""
         self.tokens += choice.tokens
         if choice.first_token is not None:
             self.first_token = min(choice.first_token, self.first_token or choice.first_token)
@@ -87,7 +87,7 @@ class RequestContext:
             self.choices.append(choice)
 
     def unix_ns(self, moment: float) -> int:
-        """Return a time.monotonic() of this request in ns since 1970, whatever the wall clock has done since."""
+        """Convert a time.monotonic() of this request to ns since 1970, whatever the wall clock has done since."""
         return self.began_ns + round((moment - self.began) * 1e9)
 
     def _end(self) -> None:
@@ -100,13 +100,13 @@ _CURRENT: ContextVar[RequestContext | None] = ContextVar("request_context", defa
 
 
 def current_request_context() -> RequestContext | None:
-    """Return what the running task works on; None outside of requests."""
+    """Return the request that the running task works on; None outside of requests."""
     return _CURRENT.get()
 
 
 @contextmanager
 def in_request_context(context: RequestContext) -> Iterator[None]:
-    """Have what runs in the block, and the tasks it starts, work on `context`."""
+    """Have the block, and the tasks that it starts, work on `context`."""
     token = _CURRENT.set(context)
     try:
         with context.held():
@@ -116,7 +116,7 @@ def in_request_context(context: RequestContext) -> Iterator[None]:
 
 
 def request_id(given: str | None) -> str:
-    """The client's own id where it is short and plain, else a new one: it goes into headers and logs."""
+    """Return the client's own id where it is short and plain, else a new one: the id goes into headers and logs."""
     if given is not None and _SANE_ID.fullmatch(given):
         return given
     return secrets.token_hex(16)

@@ -1,4 +1,4 @@
-"""OpenTelemetry traces of requests: the HTTP span, and under it what each choice waited for and computed.
+"""Trace requests with OpenTelemetry: the HTTP span, and spans of what each choice waited for and computed.
 
     POST /v1/chat/completions
       choice           adapters and their digests, tokens, why it ended
@@ -7,7 +7,7 @@
         prefill        admitted with its adapters, to the first token
         decode         first token to last
 
-Spans are made when a request has ended, of times that are kept anyhow: a step costs nothing more with tracing on. The
+Spans are made when a request has ended, of times that are kept without tracing too: tracing adds nothing to a step. The
 library is loaded only where tracing is asked for (the extra `otel`).
 """
 
@@ -26,15 +26,15 @@ if TYPE_CHECKING:
     from opentelemetry.trace import Span
 
 FLUSH_SECONDS = 3.0
-"""That a collector gets at the end to take what is left."""
+"""Seconds at the end in which a collector can take the remaining spans."""
 
 
 class TracingUnavailable(Exception):
-    """The library is not installed, or the endpoint is none; one line that says what to do."""
+    """Say that the library is not installed, or that the endpoint is none; the message says what to do."""
 
 
 class Tracing:
-    """Begins a span for each request and ends it with all that is known by then. Loop thread only."""
+    """Begin a span for each request and end it with all facts of the request. Loop thread only."""
 
     def __init__(self, provider: TracerProvider) -> None:
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
@@ -44,7 +44,7 @@ class Tracing:
         self._propagator = TraceContextTextMapPropagator()
 
     def begin(self, context: RequestContext, headers: Mapping[str, str]) -> None:
-        """The caller's traceparent is the parent, where there is one."""
+        """Begin the span of a request; its parent is the caller's traceparent, where there is one."""
         from opentelemetry.trace import SpanKind, format_trace_id
 
         carrier = {name: headers[name] for name in ("traceparent", "tracestate") if name in headers}
@@ -64,7 +64,7 @@ class Tracing:
         context.on_end = end
 
     def flush(self) -> None:
-        """Give what is left to the collector; blocks for FLUSH_SECONDS at most."""
+        """Give the remaining spans to the collector; blocks for FLUSH_SECONDS at most."""
         self._provider.force_flush(round(1000 * FLUSH_SECONDS))
 
     def _end(self, span: Span, context: RequestContext) -> None:
@@ -100,7 +100,7 @@ class Tracing:
 
 
 def phases_of(choice: ChoiceTimes) -> list[tuple[str, float, float]]:
-    """(name, start, end) by time.monotonic(), of the phases it came to. `load` lies in `queue` or after it."""
+    """List (name, start, end) by time.monotonic() of the phases reached. `load` lies in `queue` or after it."""
     phases = choice.phases
     if phases is None:
         return [("queue", choice.submitted, choice.ended)]
@@ -130,7 +130,7 @@ def start_tracing(endpoint: str) -> Tracing:
 
 
 def make_provider(exporter: SpanExporter, *, batched: bool) -> TracerProvider:
-    """Spans to `exporter`; `batched`: by a thread of its own, which drops them when it cannot keep up."""
+    """Make the provider of spans to `exporter`; `batched`: a thread sends them, and drops what is too much."""
     from opentelemetry.sdk.resources import SERVICE_NAME, SERVICE_VERSION, Resource
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcessor

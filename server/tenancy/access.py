@@ -1,4 +1,4 @@
-"""Which key a request brings, what was counted on it, and what Prometheus is told of it all."""
+"""Find the key that a request brings, count its use, and collect metrics of both."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from loraplex.server.tenancy.tenants import Caller, Keyring
 
 
 class Access:
-    """The keys of one server. Loop thread only."""
+    """Hold the keys of one server. Loop thread only."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class Access:
         return None
 
     def refuses(self, secrets: Iterable[str]) -> bool:
-        """Return whether none of `secrets` is a key, and count it then. Only find() knows while the file is due."""
+        """Return whether none of `secrets` is a key, and count that. While the file is due, only find() can tell."""
         if self._file is not None and self._file.is_due:
             return False
         if any(self._keyring.find(secret) for secret in secrets):
@@ -60,7 +60,7 @@ class Access:
         return True
 
     def collector(self) -> Collector:
-        """Return what tells the server's metrics of the keys."""
+        """Make the collector of the keys' metrics."""
         return _AccessCollector(self)
 
     @property
@@ -70,11 +70,11 @@ class Access:
 
     @property
     def file(self) -> KeysFile | None:
-        """Where they come from."""
+        """The file of the keys."""
         return self._file
 
     def _replace(self, keyring: Keyring) -> None:
-        """What a key has used stays used; a key that is gone takes its account along."""
+        """Take a new keyring. A key that stays keeps its account; a key that is gone loses it."""
         self._keyring = keyring
         kept = {digest: self._accounts[digest] for digest in keyring.keys if digest in self._accounts}
         for digest, account in kept.items():
@@ -83,7 +83,7 @@ class Access:
 
 
 class _AccessCollector(Collector):
-    """Tenants by name, keys only as a number."""
+    """Collect tenants by name, and keys as a number only."""
 
     def __init__(self, access: Access) -> None:
         self._access = access

@@ -1,4 +1,4 @@
-"""Read a file of keys that nobody else could have written."""
+"""Read a file of keys, and refuse a file that others could have written."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ logger = logging.getLogger(__name__)
 
 
 class Unguarded(ValueError):
-    """Everybody on the machine may change the file; the message says how, and what to do."""
+    """Say that everybody on the machine may change the file; the message says how, and what to do."""
 
 
 def read_guarded(path: Path, max_bytes: int) -> tuple[bytes, os.stat_result]:
-    """What is in the file and what it was before that was read. Raises OSError, Unguarded, ValueError.
+    """Read the file's bytes, and its facts from before the reading. Raises OSError, Unguarded, ValueError.
 
-    On what is mounted read-only, as Kubernetes mounts secrets, modes say nothing: nobody writes there from here.
+    Modes say nothing where the file is mounted read-only, as Kubernetes mounts secrets: nobody writes there from here.
     """
     with path.open("rb") as file:
         found = os.fstat(file.fileno())
@@ -30,9 +30,9 @@ def read_guarded(path: Path, max_bytes: int) -> tuple[bytes, os.stat_result]:
 
 
 def _check_writers(path: Path, found: os.stat_result) -> None:
-    """Whoever writes to the file, or puts another in its place, gives themselves keys. Raises Unguarded.
+    """Raise Unguarded where others can write to the file or put another in its place, and so give themselves keys.
 
-    Modes of links say nothing, and in a folder with the sticky bit, as /tmp has it, nobody replaces what is another's.
+    The modes of links say nothing. In a folder with the sticky bit, such as /tmp, nobody replaces another user's file.
     """
     if found.st_mode & stat.S_IWOTH:
         raise Unguarded("everybody on this machine may write to it, and give themselves keys; chmod o-w")

@@ -18,7 +18,7 @@
 Patterns are those of tenants.py. A file that cannot be read, is wrong, or that everybody on the machine may write to
 stops the start, and leaves the keys as they were later on. A key that is taken away gets nothing new; answers under way
 end by themselves. Weights tell where requests wait for a place in the batch: those that have one go on at the same
-pace. Free of torch.
+pace.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ from loraplex.server.whole_file import replace_file
 logger = logging.getLogger(__name__)
 
 CHECK_SECONDS = 1.0
-"""The file is looked at with the first request after this time: a key taken away is refused from then on."""
+"""Seconds between looks at the file, which a request takes: a key taken away is refused from then on."""
 
 KEY_PREFIX = "lpx_"
-"""Lets scanners of repositories know a key when they see one."""
+"""Begins every key, so that scanners of repositories know keys."""
 
 KEY_BYTES = 32
-"""Of randomness: nobody guesses one, so one round of SHA-256 is enough to store it."""
+"""Random bytes of a key. Nobody guesses them, so one round of SHA-256 is enough to store a key."""
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -62,21 +62,21 @@ _LIST = re.compile(r"^keys:[^\n]*\n(?:\s*(?:#[^\n]*)?\n)*([ ]*)-", re.MULTILINE)
 _EMPTY = re.compile(r"^keys:[ ]*\[\][ ]*$", re.MULTILINE)
 
 RESERVED = frozenset({"merged", "private", "hub", "local", "s3", "gs", "http", "https"})
-"""Namespaces of adapters that requests bring with them (catalog/on_demand.py): no tenant's."""
+"""Namespaces of adapters that requests bring with them (catalog/on_demand.py): they belong to no tenant."""
 
 Stamp = tuple[int, int, int, int]
-"""What tells one state of a file from another: modified and changed (ns), size, inode."""
+"""Tells one state of a file from another: modified and changed (ns), size, inode."""
 
 
 class KeysError(ValueError):
-    """A keys file that cannot be used; the message is one line, and holds nothing secret."""
+    """Say why a keys file cannot be used, in one line that holds nothing secret."""
 
 
 class KeysFile:
-    """The keys of a file, as it was when it was last right. Loop thread only, but for construction."""
+    """Hold the keys of a file, as they were when the file was last right. Loop thread only, but for construction."""
 
     def __init__(self, path: Path, clock: Clock = time.monotonic) -> None:
-        """Reads it. Raises KeysError."""
+        """Read the file at `path`. Raises KeysError."""
         self.path = path
         self.num_reloads = 0
         self.is_current = True  # False: the file is wrong now, and an older state in use
@@ -88,13 +88,13 @@ class KeysFile:
 
     @property
     def is_due(self) -> bool:
-        """Whether the next refresh() looks at the file."""
+        """Return whether the next refresh() looks at the file."""
         return self._clock() >= self._next_check
 
     async def refresh(self) -> bool:
-        """Read the file again if it has changed. Whether there is a new keyring.
+        """Read the file again if it has changed. Returns whether there is a new keyring.
 
-        Requests that come while it is read wait: a key taken away must not pass.
+        Requests that come meanwhile wait, because a key taken away must not pass.
         """
         if not self.is_due:
             return False
@@ -136,7 +136,7 @@ class KeysFile:
 
 
 def _read_text(what: str, path: Path) -> tuple[str, Stamp]:
-    """Raises KeysError."""
+    """Read the file's text. Raises KeysError."""
     try:
         data, found = read_guarded(path, MAX_BYTES)
         return data.decode(), _stamp(found)  # from before it was read: what is written meanwhile shows as a change
@@ -149,7 +149,7 @@ def _read_text(what: str, path: Path) -> tuple[str, Stamp]:
 
 
 def read_owners_keys(path: Path) -> tuple[str, ...]:
-    """The keys of --api-key-file, one a line: each may do everything. Raises KeysError."""
+    """Read the keys of --api-key-file, one a line: each may do everything. Raises KeysError."""
     found = tuple(_read_text("--api-key-file", path)[0].split())
     if not found:
         raise KeysError(f"--api-key-file {path}: it is empty; expected keys, one a line")
@@ -157,7 +157,7 @@ def read_owners_keys(path: Path) -> tuple[str, ...]:
 
 
 def parse_keys(text: str) -> Keyring:
-    """The keys of a file. Raises KeysError."""
+    """Read the keys from the text of a file. Raises KeysError."""
     try:
         document = parse_yaml(text.encode())
     except ValueError as error:
@@ -250,7 +250,7 @@ def _is_number(value: Any) -> bool:
 
 
 def new_key(name: str, tenant: str, **settings: Any) -> tuple[str, str]:
-    """A fresh key, and its entry for the file as YAML; `settings` are further fields. Raises KeysError."""
+    """Make a key, and its entry for the file as YAML; `settings` are further fields. Raises KeysError."""
     secret = KEY_PREFIX + secrets.token_urlsafe(KEY_BYTES)
     entry = {"name": name, "sha256": digest_of(secret).hex(), "tenant": tenant}
     entry |= {field: value for field, value in settings.items() if value is not None}
@@ -259,10 +259,11 @@ def new_key(name: str, tenant: str, **settings: Any) -> tuple[str, str]:
 
 
 def add_entry(path: Path, entry: str) -> None:
-    """Put new_key()'s entry into the file at `path`, which is made unless it is there: for its owner alone.
+    """Add an entry of new_key() to the file at `path`, which is made for its owner alone where it is absent.
 
-    What else is in the file stays as it is written. A server that follows it sees the old file or the new one. Raises
-    KeysError where the file cannot be read or written, is wrong, or would be with the entry; it is as it was then.
+    The rest of the file stays as it is written, and a server that follows the file sees the old one or the new one.
+    Raises KeysError, and leaves the file as it was, where it cannot be read or written, is wrong, or would be with the
+    entry.
     """
     try:
         old = path.read_text(encoding="utf-8") if path.exists() else "keys:\n"

@@ -1,4 +1,4 @@
-"""Local folders that requests may load adapters from, once there are tenants."""
+"""Decide which local folders requests may load adapters from, once there are tenants."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from loraplex.server.tenancy.tenants import current_key
 
 @dataclass(frozen=True)
 class LocalSources:
-    """Where requests may load adapters from."""
+    """The folders that requests may load adapters from."""
 
     allowed: tuple[Path, ...]  # by all who may load
     named: Path | None = None  # each folder in it is an adapter: by those who may use its name
 
     def permit(self, place: str) -> str | None:
-        """The local folder `place` as a source that stays where the current key may load from; None: it may not.
+        """Return the local folder `place` as a source that stays where the current key may load from; None: it may not.
 
-        Links are followed to look, and again when it is opened: below what the source says, and no further, whatever
-        has become of the names meanwhile. Raises OSError, RuntimeError.
+        Links are followed now, and again when the folder is opened, below the folder that the source names and no
+        further, whatever has become of the names meanwhile. Raises OSError, RuntimeError.
         """
         given = _absolute(Path(place))
         real = given.resolve()
@@ -43,5 +43,5 @@ class LocalSources:
 
 
 def _absolute(path: Path) -> Path:
-    """Without "~" and "..", and with its links. Raises RuntimeError for a user that is not there."""
+    """Resolve `path` without "~" and "..", and with its links. Raises RuntimeError for a user that is not there."""
     return Path(os.path.abspath(path.expanduser()))

@@ -1,8 +1,8 @@
-"""What one API key may take per minute and at once: token buckets, and a count of open requests. Loop thread only.
+"""Bound what one API key takes per minute and at once: token buckets, and a count of open requests. Loop thread only.
 
 A bucket holds at most a minute's worth and fills evenly, so a key that was quiet may spend a minute's worth at once.
-Requests and prompts are paid when they come; generated tokens when they are there, also where the bucket is empty by
-then: answers are never cut, the next request waits until the debt is paid.
+Requests and prompts are paid when they come. Generated tokens are paid when they are there, also where the bucket is
+empty by then: no answer is cut, and the next request waits until the debt is paid.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from loraplex.server.engine.request import Overloaded
 
 Clock = Callable[[], float]
-"""Seconds that never go back: time.monotonic."""
+"""Returns seconds that never go back: time.monotonic."""
 
 BUSY_RETRY = 1.0
 """Seconds after which a key with too many open requests may ask again: nobody knows when one of them ends."""
@@ -22,7 +22,7 @@ BUSY_RETRY = 1.0
 
 @dataclass(frozen=True)
 class Limits:
-    """None: without bound."""
+    """The limits of one key; None: without bound."""
 
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None  # of prompts and answers
@@ -30,26 +30,26 @@ class Limits:
 
 
 class RateLimited(Overloaded):
-    """One of a key's own limits is reached; after `retry_after` seconds the same request may pass."""
+    """Say that a limit of the key is reached; the same request may pass after `retry_after` seconds."""
 
     def __init__(self, message: str, retry_after: float, limit: str) -> None:
         super().__init__(message, retry_after)
         self.limit = limit  # "requests", "tokens", "concurrent" or "adapters"
 
     def hint(self) -> dict[str, str]:
-        """Headers for clients that try again by themselves."""
+        """The headers by which clients try again by themselves."""
         return {"retry-after-ms": str(math.ceil(self.retry_after * 1000))}
 
 
 class TooLargeForLimit(RateLimited):
-    """A request of more tokens than the key gets in a minute: no waiting helps."""
+    """Say that a request has more tokens than the key gets in a minute: no waiting helps."""
 
     def hint(self) -> dict[str, str]:
         return {"x-should-retry": "false"}
 
 
 class Bucket:
-    """Holds up to `size`, gains `size` a minute; may go below zero."""
+    """Hold up to `size`, gain `size` a minute, and go below zero where more is taken."""
 
     __slots__ = ("_changed", "_clock", "_level", "size")
 
@@ -61,32 +61,32 @@ class Bucket:
 
     @property
     def level(self) -> float:
-        """What it holds now; negative: debt."""
+        """The amount that the bucket holds now; negative: debt."""
         now = self._clock()
         self._level = min(self.size, self._level + (now - self._changed) * self.size / 60)
         self._changed = now
         return self._level
 
     def take(self, amount: float) -> None:
-        """Take `amount`, whatever there is."""
+        """Take `amount`, however little the bucket holds."""
         self._level = self.level - amount
 
     def wait(self, amount: float) -> float:
-        """Seconds until it holds `amount`; inf where it never will."""
+        """Return the seconds until the bucket holds `amount`; inf where it never will."""
         if amount > self.size:
             return math.inf
         missing = amount - self.level
         return missing * 60 / self.size if missing > 1e-9 else 0.0
 
     def resized(self, size: int) -> Bucket:
-        """One of another size that has been spent as much from."""
+        """Make a bucket of another size from which as much was spent."""
         other = Bucket(size, self._clock)
         other._level = size - (self.size - self.level)
         return other
 
 
 class Account:
-    """What one key has used of its limits."""
+    """Count what one key has used of its limits."""
 
     def __init__(self, limits: Limits, clock: Clock) -> None:
         self._clock = clock
@@ -96,13 +96,13 @@ class Account:
         self._tokens = _bucket(None, limits.tokens_per_minute, clock)
 
     def set_limits(self, limits: Limits) -> None:
-        """Other limits from now on; what was used stays used."""
+        """Set other limits; what was used stays used."""
         self.limits = limits
         self._requests = _bucket(self._requests, limits.requests_per_minute, self._clock)
         self._tokens = _bucket(self._tokens, limits.tokens_per_minute, self._clock)
 
     def admit(self) -> None:
-        """A request comes, and is paid for. Raises RateLimited, and then nothing was taken."""
+        """Count and pay for a request. Raises RateLimited, and then takes nothing."""
         most = self.limits.max_concurrent
         if most is not None and self.num_open >= most:
             message = f"this key has {self.num_open} requests open and may have {most}; wait until one has ended"
@@ -116,17 +116,17 @@ class Account:
             self._requests.take(1)
 
     def pay_prompt(self, tokens: int) -> None:
-        """Take a prompt's tokens. Raises RateLimited, and then nothing was taken."""
+        """Pay for a prompt's tokens. Raises RateLimited, and then takes nothing."""
         self._check_tokens(tokens)
         self.pay_answer(tokens)
 
     def pay_answer(self, tokens: int) -> None:
-        """Take tokens that are there already."""
+        """Pay for tokens that are generated already."""
         if self._tokens is not None:
             self._tokens.take(tokens)
 
     def headers(self) -> dict[str, str]:
-        """OpenAI's x-ratelimit-* for the limits there are."""
+        """Make OpenAI's x-ratelimit-* headers for the limits there are."""
         named = (("requests", self._requests), ("tokens", self._tokens))
         found: dict[str, str] = {}
         for name, bucket in named:
@@ -149,7 +149,7 @@ class Account:
 
 
 def duration(seconds: float) -> str:
-    """As OpenAI writes it: "20ms", "1.5s", "6m0s"."""
+    """Format seconds as OpenAI does: "20ms", "1.5s", "6m0s"."""
     milliseconds = math.ceil(seconds * 1000)
     if milliseconds < 1000:
         return f"{milliseconds}ms"

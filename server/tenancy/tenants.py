@@ -1,4 +1,4 @@
-"""Who asks, and what they may do: keys, and the caller that a request belongs to. Free of torch.
+"""Describe who asks and what they may do: keys, and the caller of a request.
 
 In patterns of adapter names * stands for anything but "/", ? for one character but "/", ** for anything: "*" are all
 adapters without a namespace, "acme/*" those of one tenant, "**" all there are.
@@ -36,21 +36,21 @@ class Key:
     limits: Limits = field(default_factory=Limits)
 
     def may_use(self, adapter: str) -> bool:
-        """Whether it may use the adapter registered under this name, and may know that there is one."""
+        """Return whether the key may use the adapter of this name, and may know that there is one."""
         return self.admin or any(_matcher(pattern).fullmatch(adapter) for pattern in self.adapters)
 
     def may_manage(self, adapter: str) -> bool:
-        """Whether it may load, replace and unload an adapter of this name."""
+        """Return whether the key may load, replace and unload an adapter of this name."""
         return self.admin or (self.tenant != "" and adapter.startswith(f"{self.tenant}/"))
 
     @property
     def may_use_base(self) -> bool:
-        """The base without any adapter."""
+        """Return whether the key may use the base without any adapter."""
         return self.admin or self.base
 
     @property
     def may_scrape(self) -> bool:
-        """/metrics, which names every tenant's adapters."""
+        """Return whether the key may read /metrics, which names every tenant's adapters."""
         return self.admin or self.metrics
 
 
@@ -59,12 +59,12 @@ ANYONE = Key("", "", admin=True, load_on_use=True)
 
 
 class Caller:
-    """Who sent the request that is being answered. Loop thread only."""
+    """The sender of one request. Loop thread only."""
 
     __slots__ = ("_account", "_holds", "_limited", "key")
 
     def __init__(self, key: Key, account: Account, limited: Counter[tuple[str, str]]) -> None:
-        """limited: counts by tenant and limit where this one may not go on."""
+        """limited: counts, by tenant and limit, the requests that a limit stops."""
         self.key = key
         self._account = account
         self._limited = limited
@@ -77,7 +77,7 @@ class Caller:
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
-        """While it lasts the request counts as open; once, however many parts of the server work on it."""
+        """Count the request as open in the block; once, however many parts of the server work on it."""
         self._account.num_open += self._holds == 0
         self._holds += 1
         try:
@@ -87,21 +87,21 @@ class Caller:
             self._account.num_open -= self._holds == 0
 
     def pay_prompt(self, tokens: int) -> None:
-        """Prompt tokens are to be computed. Raises RateLimited."""
+        """Pay for prompt tokens that are to be computed. Raises RateLimited."""
         with self.counted():
             self._account.pay_prompt(tokens)
 
     def pay_answer(self, tokens: int) -> None:
-        """Tokens were generated."""
+        """Pay for generated tokens."""
         self._account.pay_answer(tokens)
 
     def limit_headers(self) -> dict[str, str]:
-        """x-ratelimit-*, as things stand."""
+        """Return the x-ratelimit-* headers as limits stand now."""
         return self._account.headers()
 
     @contextmanager
     def counted(self) -> Iterator[None]:
-        """A limit that is reached in the block is counted, for the metrics."""
+        """Count, for the metrics, a limit that is reached in the block."""
         try:
             yield
         except RateLimited as error:
@@ -115,19 +115,19 @@ _CALLER: ContextVar[Caller | None] = ContextVar("caller", default=None)
 
 
 def current_caller() -> Caller:
-    """Whose request this is: ANYONE's on a server without keys, and outside of requests."""
+    """Return the caller of the current request: ANYONE's on a server without keys, and outside of requests."""
     return _CALLER.get() or Caller(ANYONE, Account(Limits(), lambda: 0.0), Counter())
 
 
 def current_key() -> Key:
-    """Of the current caller."""
+    """Return the key of the current caller."""
     found = _CALLER.get()
     return found.key if found is not None else ANYONE
 
 
 @contextmanager
 def calling(who: Caller) -> Iterator[None]:
-    """What runs in the block is `who`'s."""
+    """Have the block work for `who`."""
     token = _CALLER.set(who)
     try:
         yield
@@ -136,7 +136,7 @@ def calling(who: Caller) -> Iterator[None]:
 
 
 class Keyring:
-    """Keys by what they are. Immutable; replaced as a whole when the file changes."""
+    """Hold keys by their digests. Immutable; replaced as a whole when the file changes."""
 
     def __init__(self, keys: Mapping[bytes, Key]) -> None:
         """keys: by SHA-256 digest."""
@@ -151,7 +151,7 @@ class Keyring:
         return len(self.keys)
 
     def find(self, secret: str) -> tuple[bytes, Key] | None:
-        """The digest and the entry of a key as its holder has it; None for one that is not here."""
+        """Return the digest and the entry of a key as its holder has it; None for a key that is not here."""
         digest = digest_of(secret)
         known = self._known.get(self._mac(digest), bytes(32))
         return (digest, self.keys[digest]) if hmac.compare_digest(known, digest) else None
@@ -161,12 +161,12 @@ class Keyring:
 
 
 def digest_of(secret: str) -> bytes:
-    """What a keys file holds of a key."""
+    """Return the digest by which a keys file holds `secret`."""
     return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).digest()
 
 
 def owners_keyring(keys: Iterable[str]) -> Keyring:
-    """Keys that may all do everything: --api-key. They have no tenant, so the server is shared by adapter."""
+    """Make a keyring of keys that may do everything (--api-key). They have no tenant, so fairness is by adapter."""
     return Keyring({digest_of(secret): replace(ANYONE, name=f"key-{i}") for i, secret in enumerate(keys)})
 
 

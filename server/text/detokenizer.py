@@ -1,4 +1,4 @@
-"""Tokens of one request to text, piece by piece: characters stay whole and stop strings never show. Free of torch.
+"""Tokens of one request to text, piece by piece: characters stay whole and stop strings never show.
 
 A piece is released as soon as nothing that follows can change it. Two things can: a character whose last byte has not
 come yet (the decoder shows it as U+FFFD at the end), and a text that may turn out to be the beginning of a stop string.

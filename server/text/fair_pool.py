@@ -1,4 +1,4 @@
-"""Threads for blocking work of many tenants: each tenant's next piece in turn, a bounded queue each. Free of torch.
+"""Threads for blocking work of many tenants: each tenant's next piece in turn, a bounded queue each.
 
 asyncio's own pool is one queue for everything: eight texts of 8 MB in it, and another tenant's key was looked up 20 s
 later. Event loop only.

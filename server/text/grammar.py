@@ -1,4 +1,4 @@
-"""Structured output: which tokens a grammar allows next. llguidance does the work; free of torch.
+"""Structured output: which tokens a grammar allows next. llguidance does the work.
 
     Grammars   one per server; compiles a GrammarSpec (any thread), keeps the latest ones
     Grammar    a compiled one, shared by requests

@@ -1,6 +1,6 @@
 """A JSON schema narrowed to what a small model can end: objects without invented keys, numbers without endless digits.
 
-What is left out are instances; none that is no instance comes in. Free of torch.
+What is left out are instances; none that is no instance comes in.
 
     close_objects   objects that list their properties have no others, unless the schema says so in so many words: as
                     xgrammar and outlines have it, and as OpenAI asks of strict schemas. Pydantic's plain schemas do not

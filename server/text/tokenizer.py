@@ -1,4 +1,4 @@
-"""Text to token ids and back, for one base. Free of torch; transformers is imported only without a tokenizer.json.
+"""Text to token ids and back, for one base. transformers is imported only without a tokenizer.json.
 
 tokenizer.json is read with the tokenizers library directly: importing transformers takes seconds, and adds nothing that
 a server needs beyond what is done here (special tokens of tokenizer_config.json, chat templates).

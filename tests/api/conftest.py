@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import httpx
@@ -23,14 +22,12 @@ async def server(tokenizer_folder: Path) -> FakeServer:
 
 
 @pytest.fixture
-async def client(server: FakeServer) -> AsyncIterator[httpx.AsyncClient]:
-    async with server.client() as client:
-        yield client
+async def client(server: FakeServer) -> httpx.AsyncClient:
+    return server.client()
 
 
 @pytest.fixture
-async def roomy(server: FakeServer) -> AsyncIterator[httpx.AsyncClient]:
+async def roomy(server: FakeServer) -> httpx.AsyncClient:
     """The same with a context that tools fit in."""
     server.max_model_len = 2048
-    async with server.client() as client:
-        yield client
+    return server.client()

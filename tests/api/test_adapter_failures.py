@@ -9,9 +9,8 @@ import pytest
 
 from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.info import AdapterInfo
-from loraplex.server.engine.request import FinishReason, GenerationRequest, TokenEvent
 from tests.support.asking import CHAT, COMPLETIONS, body_of, events_of
-from tests.support.fake_serving import FakeServer, say
+from tests.support.fake_serving import FakeServer
 
 
 def body(route: str, **fields: Any) -> dict[str, Any]:
@@ -24,13 +23,9 @@ async def failing(server: FakeServer) -> FakeServer:
     server.adapters.registry.register("bad", "/a/bad", AdapterInfo(8, (), 2, 4096))
     error = AdapterRefused("not_finite", "/a/bad: layer 3 q_proj lora_B holds NaN")
     good = server.engine.script
-
-    def script(request: GenerationRequest) -> Any:
-        if request.mix:
-            return [TokenEvent(request.request_id, None, finish=FinishReason.ERROR, error=error)]
-        return good(request)
-
-    server.engine.script = script
+    server.engine.break_off(error)
+    bad = server.engine.script
+    server.engine.script = lambda request: (bad if request.mix else good)(request)
     return server
 
 
@@ -58,13 +53,7 @@ async def test_one_of_several_choices_is_enough(failing: FakeServer, client: htt
 
 async def test_after_the_first_byte_it_is_an_event(failing: FakeServer, client: httpx.AsyncClient) -> None:
     """A sequence that was preempted, and whose adapter cannot be had again."""
-    error = AdapterRefused("changed", "the files have changed")
-
-    def script(request: GenerationRequest) -> Any:
-        tokens = say(failing.tokenizer, "the answer", request, stop=False)[:1]
-        return [*tokens, TokenEvent(request.request_id, None, finish=FinishReason.ERROR, error=error)]
-
-    failing.engine.script = script
+    failing.engine.break_off(AdapterRefused("changed", "the files have changed"), after=1)
     response = await client.post(COMPLETIONS, json=body(COMPLETIONS, stream=True, max_tokens=5))
     assert response.status_code == 200
     assert events_of(response)[-1]["error"]["code"] == "changed"

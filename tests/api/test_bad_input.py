@@ -11,11 +11,16 @@ import pytest
 from loraplex.adapters.errors import AdapterRefused
 from loraplex.server.api.fields import UNSUPPORTED
 from loraplex.server.engine.request import EngineDead, Overloaded
-from tests.support.asking import CHAT, COMPLETIONS, body_of, chat, completion
+from tests.support.asking import CHAT, COMPLETIONS, EMBEDDINGS, FORMS, RESPONSES, chat, completion
 from tests.support.fake_serving import MAX_MODEL_LEN, FakeServer
 from tests.support.tiny import VOCAB_SIZE
 
+TOKENIZE, DETOKENIZE = "/tokenize", "/detokenize"
 DEEP = "[" * 5000 + "]" * 5000
+
+
+def good(route: str) -> dict[str, Any]:
+    return dict(next(body for path, body in FORMS.values() if path == route))
 
 
 async def assert_refused(
@@ -32,7 +37,7 @@ async def assert_refused(
     assert error["param"] == param, error
     assert error["message"]
     assert not server.engine.requests
-    assert (await client.post(route, json=body_of(route))).status_code == 200
+    assert (await client.post(route, json=good(route))).status_code == 200
     server.engine.requests.clear()
     return error
 
@@ -136,11 +141,7 @@ BAD_CHATS = [
     ("messages", [{"role": "user", "content": 5}], "messages[0].content"),
     ("messages", [{"role": "user", "content": "a"}, {"role": "user", "content": ["b"]}], "messages[1].content"),
     ("messages", [{"role": "user", "content": [{"type": "text"}]}], "messages[0].content"),
-    (
-        "messages",
-        [{"role": "user", "content": [IMAGE]}],
-        "messages[0].content",
-    ),
+    ("messages", [{"role": "user", "content": [IMAGE]}], "messages[0].content"),
     ("messages", [{"role": "assistant", "content": "a", "tool_calls": [{}]}], "messages[0].tool_calls[0].function"),
     ("messages", [{"role": "user", "content": "a", "tool_calls": [CALL]}], "messages[0].tool_calls"),
     ("messages", [{"role": "assistant", "content": "a", "function_call": {"name": "f"}}], "messages[0].function_call"),
@@ -170,6 +171,10 @@ BAD_CHATS = [
     ("chat_template_kwargs", {"messages": []}, "chat_template_kwargs"),
     ("chat_template_kwargs", [], "chat_template_kwargs"),
     ("add_generation_prompt", 1, "add_generation_prompt"),
+    ("timeout", 0, "timeout"),
+    ("timeout", -1, "timeout"),
+    ("priority", 2**40, "priority"),
+    ("cache_salt", "", "cache_salt"),
 ]
 
 BAD_COMPLETIONS = [
@@ -200,6 +205,59 @@ BAD_COMPLETIONS = [
 ]
 
 
+BAD_RESPONSES = [
+    ("input", None, "input"),
+    ("input", [], "input"),
+    ("input", 5, "input"),
+    ("input", [{"role": "king", "content": "x"}], "input[0].role"),
+    ("input", [{"role": "user"}], "input[0].content"),
+    ("input", [{"role": "user", "content": [{"type": "input_image"}]}], "input[0].content"),
+    ("input", [{"type": "item_reference", "id": "x"}], "input[0].type"),
+    ("input", [{"type": "function_call", "name": "f", "arguments": "{}"}], "input[0].call_id"),
+    ("input", [{"type": "function_call_output", "call_id": "x", "output": 5}], "input[0].content"),
+    ("tools", [{"type": "web_search"}], "tools[0].type"),
+    ("tools", [{"type": "function"}], "tools[0].name"),
+    ("tools", [{"type": "function", "name": "a b"}], "tools[0].name"),
+    ("tool_choice", "required", "tool_choice"),
+    ("tool_choice", {"type": "function", "name": "nobody"}, "tool_choice"),
+    ("text", {"format": {"type": "xml"}}, "text.format.type"),
+    ("text", {"format": {"type": "json_schema", "name": "x"}}, "text.format.schema"),
+    ("response_format", {"type": "json_object"}, "response_format"),
+    ("n", 2, "n"),
+    ("max_tokens", 5, "max_tokens"),
+    ("max_output_tokens", 0, "max_output_tokens"),
+    ("top_logprobs", 21, "top_logprobs"),
+    ("previous_response_id", "resp_x", "previous_response_id"),
+    ("conversation", "c", "conversation"),
+    ("prompt", {"id": "x"}, "prompt"),
+    ("truncation", "x", "truncation"),
+    ("model", "nobody", "model"),
+]
+
+BAD_EMBEDDINGS = [
+    ("input", None, "input"),
+    ("input", [], "input"),
+    ("input", 5, "input"),
+    ("input", [[VOCAB_SIZE]], "input"),
+    ("input", [5] * MAX_MODEL_LEN, "input"),
+    ("input", ["x"] * 1025, "input"),
+    ("dimensions", 0, "dimensions"),
+    ("encoding_format", "hex", "encoding_format"),
+    ("pooling", "cls", "pooling"),
+    ("normalize", "yes", "normalize"),
+    ("model", "nobody", "model"),
+]
+
+BAD_TOKENS = [
+    (TOKENIZE, "prompt", None, "prompt"),
+    (TOKENIZE, "prompt", 5, "prompt"),
+    (TOKENIZE, "model", "nobody", "model"),
+    (DETOKENIZE, "tokens", ["x"], "tokens[0]"),
+    (DETOKENIZE, "tokens", [-1], "tokens[0]"),
+    (DETOKENIZE, "tokens", [2**31], "tokens[0]"),
+]
+
+
 def show(value: Any) -> str:
     return json.dumps(value)[:40]
 
@@ -209,51 +267,58 @@ def show(value: Any) -> str:
 async def test_bad_fields(
     client: httpx.AsyncClient, server: FakeServer, route: str, field: str, value: Any, param: str
 ) -> None:
-    body = body_of(route, **{"max_tokens": 16, field: value})
+    body = {**good(route), "max_tokens": 16, field: value}
     error = await assert_refused(client, server, route, body, 400, param)
     assert error["message"].startswith(param.split("[")[0].split(".")[0])
 
 
-@pytest.mark.parametrize(("field", "value", "param"), BAD_CHATS, ids=show)
-async def test_bad_chats(client: httpx.AsyncClient, server: FakeServer, field: str, value: Any, param: str) -> None:
-    for stream in (False, True):
-        await assert_refused(client, server, CHAT, chat(**{field: value}, stream=stream), 400, param)
+BAD_ON_ROUTES = [
+    *((CHAT, *row) for row in BAD_CHATS),
+    *((COMPLETIONS, *row) for row in BAD_COMPLETIONS),
+    *((RESPONSES, *row) for row in BAD_RESPONSES),
+    *((EMBEDDINGS, *row) for row in BAD_EMBEDDINGS),
+    *BAD_TOKENS,
+]
 
 
-@pytest.mark.parametrize(("field", "value", "param"), BAD_COMPLETIONS, ids=show)
-async def test_bad_completions(
-    client: httpx.AsyncClient, server: FakeServer, field: str, value: Any, param: str
+@pytest.mark.parametrize(("route", "field", "value", "param"), BAD_ON_ROUTES, ids=show)
+async def test_bad_fields_of_a_route(
+    client: httpx.AsyncClient, server: FakeServer, route: str, field: str, value: Any, param: str
 ) -> None:
-    for stream in (False, True):
-        await assert_refused(client, server, COMPLETIONS, completion(**{field: value}, stream=stream), 400, param)
+    for stream in ({"stream": False}, {"stream": True}) if route in (CHAT, COMPLETIONS, RESPONSES) else ({},):
+        status = 404 if field == "model" else 400
+        await assert_refused(client, server, route, {**good(route), field: value, **stream}, status, param)
 
 
 @pytest.mark.parametrize(
-    ("fields", "param"),
+    ("route", "fields", "param"),
     [
-        ({"n": 3, "best_of": 2}, "best_of"),
-        ({"best_of": 2, "stream": True}, "best_of"),
-        ({"max_tokens": 0}, "max_tokens"),
-        ({"guided_regex": "a", "response_format": {"type": "json_object"}}, "guided_regex"),
-        ({"guided_regex": "a", "ignore_eos": True}, "ignore_eos"),
+        (COMPLETIONS, {"n": 3, "best_of": 2}, "best_of"),
+        (COMPLETIONS, {"best_of": 2, "stream": True}, "best_of"),
+        (COMPLETIONS, {"max_tokens": 0}, "max_tokens"),  # without echo
+        (COMPLETIONS, {"guided_regex": "a", "response_format": {"type": "json_object"}}, "guided_regex"),
+        (COMPLETIONS, {"guided_regex": "a", "ignore_eos": True}, "ignore_eos"),
+        (CHAT, {"tools": [TOOL], "tool_choice": "required", "response_format": {"type": "json_object"}}, "tool_choice"),
+        (RESPONSES, {"background": True, "stream": True}, "background"),
+        (RESPONSES, {"background": True, "store": False}, "store"),
+        (EMBEDDINGS, {"input": "", "add_special_tokens": False}, "input"),
+        (TOKENIZE, {"messages": [{"role": "user", "content": "x"}]}, "prompt"),
+        (TOKENIZE, {"prompt": None, "messages": []}, "messages"),
+        (TOKENIZE, {"prompt": None, "messages": [{"role": "user"}]}, "messages[0].content"),
     ],
 )
 async def test_fields_that_do_not_go_together(
-    client: httpx.AsyncClient, server: FakeServer, fields: dict[str, Any], param: str
+    client: httpx.AsyncClient, server: FakeServer, route: str, fields: dict[str, Any], param: str
 ) -> None:
-    await assert_refused(client, server, COMPLETIONS, completion(**fields), 400, param)
-
-
-async def test_a_call_and_a_form_do_not_go_together(client: httpx.AsyncClient, server: FakeServer) -> None:
-    body = chat(tools=[TOOL], tool_choice="required", response_format={"type": "json_object"})
-    await assert_refused(client, server, CHAT, body, 400, "tool_choice")
+    await assert_refused(client, server, route, {**good(route), **fields}, 400, param)
 
 
 @pytest.mark.parametrize(
-    ("route", "missing"), [(CHAT, "model"), (CHAT, "messages"), (COMPLETIONS, "model"), (COMPLETIONS, "prompt")]
+    ("route", "missing"),
+    [(CHAT, "model"), (CHAT, "messages"), (COMPLETIONS, "model"), (COMPLETIONS, "prompt"), (DETOKENIZE, "tokens")],
 )
 async def test_missing_fields(client: httpx.AsyncClient, server: FakeServer, route: str, missing: str) -> None:
-    body = body_of(route)
+    body = good(route)
     del body[missing]
     error = await assert_refused(client, server, route, body, 400, missing)
     assert error["code"] == "missing_required_parameter"
@@ -395,8 +460,7 @@ async def test_a_queue_that_is_full_already_reads_no_prompt(
 async def test_a_dead_engine(client: httpx.AsyncClient, server: FakeServer) -> None:
     server.engine.refusal = EngineDead("the engine has stopped")
     response = await client.post(CHAT, json=chat())
-    assert response.status_code == 503
-    assert response.json()["error"]["type"] == "server_error"
+    assert (response.status_code, response.json()["error"]["type"]) == (503, "server_error")
 
 
 async def test_a_bug_is_not_shown(client: httpx.AsyncClient, server: FakeServer) -> None:

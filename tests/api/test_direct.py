@@ -17,14 +17,11 @@ from loraplex.server.api.services import Services
 from loraplex.server.command.app import create_app
 from loraplex.server.engine.request import FinishReason, GenerationRequest, TokenEvent
 from loraplex.server.http.listening import bind, make_server
-from tests.support.asking import post_scope
+from tests.support.asking import WORK, post_scope
 from tests.support.fake_serving import FakeServer, say
 
 SAID = 'the "fox"\n and \\ the end é€😀 the fox the end of the fox'
-ROUTES: list[tuple[str, dict[str, Any]]] = [
-    ("/v1/completions", {"prompt": "the"}),
-    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}]}),
-]
+ROUTES = [WORK["completions"], WORK["chat"]]
 FORMS: list[tuple[dict[str, Any], bool]] = [  # a request's fields, and whether its tokens are text and nothing else
     ({}, True),
     ({"stream_options": {"include_usage": True}}, True),

@@ -77,8 +77,7 @@ async def test_what_is_not_in_its_encoding(
 async def test_a_bomb_is_not_unpacked(client: httpx.AsyncClient, server: FakeServer) -> None:
     for content in (gzip.compress(b" " * 50_000_000, mtime=0), gzip.compress(b" " * (LIMIT // 2)) * 3):
         response = await post(client, "gzip", content)
-        assert response.status_code == 413
-        assert response.json()["error"]["code"] == "request_too_large"
+        assert (response.status_code, response.json()["error"]["code"]) == (413, "request_too_large")
     padded = BODY + b" " * (LIMIT - len(BODY))
     assert (await post(client, "gzip", gzip.compress(padded, mtime=0))).status_code == 200
     assert (await post(client, "gzip", gzip.compress(padded + b" ", mtime=0))).status_code == 413

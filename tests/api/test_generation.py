@@ -13,7 +13,7 @@ import pytest
 from loraplex.server.api.merge import merge
 from loraplex.server.engine.request import ContextTooLong, FinishReason, SamplingParams, TokenEvent
 from loraplex.server.text.generation_defaults import GenerationDefaults
-from tests.support.asking import CHAT, COMPLETIONS, chat, completion, events_of
+from tests.support.asking import CHAT, COMPLETIONS, body_of, chat, completion, events_of
 from tests.support.fake_serving import EOS_ID, MAX_MODEL_LEN, FakeServer, say
 
 
@@ -95,7 +95,7 @@ async def test_every_sampling_field_reaches_the_engine(client: httpx.AsyncClient
 
 @pytest.mark.parametrize("route", [CHAT, COMPLETIONS])
 async def test_null_means_not_given(client: httpx.AsyncClient, server: FakeServer, route: str) -> None:
-    body = chat() if route == CHAT else completion()
+    body = body_of(route)
     names = [
         *("max_tokens", "n", "temperature", "top_p", "top_k", "min_p", "seed", "presence_penalty", "stream", "stop"),
         *("frequency_penalty", "repetition_penalty", "logit_bias", "stop_token_ids", "ignore_eos", "min_tokens"),
@@ -129,13 +129,8 @@ async def test_the_checkpoints_defaults_fill_in(client: httpx.AsyncClient, serve
     await client.post(COMPLETIONS, json=completion())
     await client.post(COMPLETIONS, json=completion(temperature=0, top_k=-1))
     first, second = (request.params for request in server.engine.requests)
-    assert (first.temperature, first.top_p, first.top_k, first.min_p, first.repetition_penalty) == (
-        0.6,
-        0.95,
-        20,
-        0.05,
-        1.1,
-    )
+    assert (first.temperature, first.top_p, first.top_k) == (0.6, 0.95, 20)
+    assert (first.min_p, first.repetition_penalty) == (0.05, 1.1)
     assert (second.temperature, second.top_p, second.top_k) == (0, 0.95, 0)
 
 
@@ -261,7 +256,7 @@ async def test_a_stream_says_what_the_whole_says(client: httpx.AsyncClient, serv
     count = iter(range(100))
     server.engine.script = lambda request: say(server.tokenizer, answers[next(count) % 3], request)
     logprobs = {"logprobs": True, "top_logprobs": 2} if route == CHAT else {"logprobs": 2}
-    body = {**(chat() if route == CHAT else completion()), "n": 3, "max_tokens": 30, "stop": ["end"], **logprobs}
+    body = body_of(route, n=3, max_tokens=30, stop=["end"], **logprobs)
     whole = (await client.post(route, json=body)).json()["choices"]
     pieces = events_of(await client.post(route, json={**body, "stream": True}))
     for choice in whole:
@@ -279,26 +274,17 @@ async def test_a_stream_says_what_the_whole_says(client: httpx.AsyncClient, serv
 
 
 async def test_an_error_before_the_first_token_has_a_status(client: httpx.AsyncClient, server: FakeServer) -> None:
-    def fail(request: Any) -> list[TokenEvent]:
-        return [TokenEvent(request.request_id, None, finish=FinishReason.ERROR, error=ContextTooLong("no room"))]
-
-    server.engine.script = fail
+    server.engine.break_off(ContextTooLong("no room"))
     response = await client.post(CHAT, json=chat(stream=True))
-    assert response.status_code == 400
-    assert response.json()["error"]["message"] == "no room"
+    assert (response.status_code, response.json()["error"]["message"]) == (400, "no room")
 
 
 async def test_an_error_after_the_first_token_is_an_event(client: httpx.AsyncClient, server: FakeServer) -> None:
-    def fail(request: Any) -> list[TokenEvent]:
-        letter = server.tokenizer.encode("a", False)[0]
-        error = TokenEvent(request.request_id, None, finish=FinishReason.ERROR, error=RuntimeError("secret detail"))
-        return [TokenEvent(request.request_id, letter), error]
-
-    server.engine.script = fail
+    server.engine.break_off(RuntimeError("secret detail"), after=1)
     response = await client.post(CHAT, json=chat(stream=True))
     assert response.status_code == 200
     events = events_of(response)
-    assert events[1]["choices"][0]["delta"]["content"] == "a"
+    assert "the".startswith(events[1]["choices"][0]["delta"]["content"])
     assert events[-1]["error"]["type"] == "server_error"
     assert "secret" not in response.text
     whole = await client.post(CHAT, json=chat())
@@ -331,9 +317,7 @@ async def test_chat_logprobs(client: httpx.AsyncClient, server: FakeServer) -> N
     body = (await client.post(CHAT, json=chat(logprobs=True, top_logprobs=2))).json()
     content = body["choices"][0]["logprobs"]["content"]
     ids = server.tokenizer.encode("a€", False)
-    assert [entry["logprob"] for entry in content] == [
-        -0.25 * (i + 1) for i in range(len(ids))
-    ]  # no entry for the stop
+    assert [entry["logprob"] for entry in content] == [-0.25 * (i + 1) for i in range(len(ids))]  # none for the stop
     assert bytes(byte for entry in content for byte in entry["bytes"]) == "a€".encode()
     assert content[0]["token"] == "a"
     assert content[1]["token"] == "\ufffd"  # a part of the character
@@ -418,7 +402,7 @@ async def test_top_p_of_nothing_is_greedy(client: httpx.AsyncClient, server: Fak
 
 @pytest.mark.parametrize("route", [CHAT, COMPLETIONS])
 async def test_no_name_is_the_base(client: httpx.AsyncClient, server: FakeServer, route: str) -> None:
-    body = (chat if route == CHAT else completion)(model="")
+    body = body_of(route, model="")
     answer = (await client.post(route, json=body)).json()
     assert answer["model"] == "base"
     assert server.engine.requests[0].mix == ()

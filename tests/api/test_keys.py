@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import AsyncExitStack
-from dataclasses import dataclass, field, replace
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.files.beneath import below
 from loraplex.server.api.page.ui import page_files
 from loraplex.server.config_access import AuthConfig
-from loraplex.server.tenancy.access import Access
 from loraplex.server.tenancy.local_sources import LocalSources
 from loraplex.server.tenancy.rate_limits import Limits
 from loraplex.server.tenancy.tenants import Key, digest_of
@@ -35,36 +33,13 @@ KEYS = {
 ADAPTERS = ("acme/sql", "byte/poet", "shared", "private")
 
 
-@dataclass
-class Guarded:
-    """The application of a FakeServer, with keys."""
-
-    server: FakeServer
-    access: Access
-    stack: AsyncExitStack
-    services: dict[str, Any] = field(default_factory=dict)
-
-    def app(self) -> Any:
-        return self.server.app(access=self.access, **self.services)
-
-    def use_keys(self, keys: Mapping[str, Key]) -> None:
-        self.access = access_of(keys)
-
-    async def client(self, secret: str | None, app: Any = None) -> httpx.AsyncClient:
-        return await self.stack.enter_async_context(self.server.client(secret, app=app or self.app()))
-
-    async def clients(self, *secrets: str | None) -> list[httpx.AsyncClient]:
-        """Of one application."""
-        app = self.app()
-        return [await self.client(secret, app) for secret in secrets]
-
-
 @pytest.fixture
-async def guarded(server: FakeServer) -> AsyncIterator[Guarded]:
+async def guarded(server: FakeServer) -> FakeServer:
+    """With KEYS and ADAPTERS."""
     for name in ADAPTERS:
         await server.adapters.register(name, f"/adapters/{name}")
-    async with AsyncExitStack() as stack:
-        yield Guarded(server, access_of(KEYS), stack)
+    server.given["access"] = access_of(KEYS)
+    return server
 
 
 def chat(model: str, **fields: Any) -> dict[str, Any]:
@@ -79,9 +54,9 @@ def routes_of(app: Any) -> Iterator[Route]:
 # ---- at the door ----------------------------------------------------------------------------------------------------
 
 
-async def test_every_route_is_closed_but_those_that_machines_ask(guarded: Guarded) -> None:
+async def test_every_route_is_closed_but_those_that_machines_ask(guarded: FakeServer) -> None:
     app = guarded.app()
-    client = await guarded.client(None, app)
+    client = guarded.client(app=app)
     opened, paths = set(), set()
     for route in routes_of(app):
         paths.add(route.path)
@@ -117,8 +92,8 @@ async def test_every_route_is_closed_but_those_that_machines_ask(guarded: Guarde
         {"x-api-key": "Bearer " + ALICE},
     ],
 )
-async def test_without_a_known_key_nobody_gets_in(guarded: Guarded, headers: dict[str, Any]) -> None:
-    client = await guarded.client(None)
+async def test_without_a_known_key_nobody_gets_in(guarded: FakeServer, headers: dict[str, Any]) -> None:
+    client = guarded.client()
     answer = await client.post("/v1/chat/completions", json=chat("base"), headers=headers)
     assert answer.status_code == 401
     assert answer.headers["www-authenticate"] == "Bearer"
@@ -126,7 +101,7 @@ async def test_without_a_known_key_nobody_gets_in(guarded: Guarded, headers: dic
     assert (error["type"], error["code"], error["param"]) == ("invalid_request_error", "invalid_api_key", None)
     assert "lpx" not in answer.text
     assert "kkk" not in answer.text
-    assert guarded.server.engine.requests == []
+    assert guarded.engine.requests == []
 
 
 @pytest.mark.parametrize(
@@ -140,15 +115,15 @@ async def test_without_a_known_key_nobody_gets_in(guarded: Guarded, headers: dic
         {"x-api-key": "something-of-a-proxy", "Authorization": f"Bearer {ALICE}"},
     ],
 )
-async def test_a_key_is_known_from_either_header(guarded: Guarded, headers: dict[str, str]) -> None:
-    client = await guarded.client(None)
+async def test_a_key_is_known_from_either_header(guarded: FakeServer, headers: dict[str, str]) -> None:
+    client = guarded.client()
     answer = await client.post("/v1/chat/completions", json=chat("acme/sql"), headers=headers)
     assert answer.status_code == 200
-    (request,) = guarded.server.engine.requests
+    (request,) = guarded.engine.requests
     assert (request.tenant, request.weight) == ("acme", 2.0)
 
 
-async def test_a_body_is_not_read_for_strangers(guarded: Guarded) -> None:
+async def test_a_body_is_not_read_for_strangers(guarded: FakeServer) -> None:
     read = False
 
     async def body() -> AsyncIterator[bytes]:
@@ -156,40 +131,39 @@ async def test_a_body_is_not_read_for_strangers(guarded: Guarded) -> None:
         read = True
         yield b"{}"
 
-    client = await guarded.client(None)
+    client = guarded.client()
     assert (await client.post("/v1/completions", content=body())).status_code == 401
     assert not read
 
 
-async def test_lorax_routes_and_adapter_routes_refuse_in_their_own_words(guarded: Guarded) -> None:
-    client = await guarded.client("wrong")
+async def test_lorax_routes_and_adapter_routes_refuse_in_their_own_words(guarded: FakeServer) -> None:
+    client = guarded.client("wrong")
     lorax = await client.post("/generate", json={"inputs": "hi"})
     assert lorax.status_code == 401
     assert set(lorax.json()) == {"error", "error_type"}
     assert lorax.json()["error_type"] == "authentication"
     vllm = await client.post("/v1/load_lora_adapter", json={"lora_name": "x", "lora_path": "/x"})
-    assert vllm.status_code == 401
-    assert vllm.json()["object"] == "error"
+    assert (vllm.status_code, vllm.json()["object"]) == (401, "error")
     assert vllm.json()["error"]["code"] == "invalid_api_key"
 
 
-async def test_metrics_are_for_admins_and_those_it_is_given_to(guarded: Guarded) -> None:
-    stranger, alice, root, prometheus = await guarded.clients(None, ALICE, ROOT, PROMETHEUS)
+async def test_metrics_are_for_admins_and_those_it_is_given_to(guarded: FakeServer) -> None:
+    stranger, alice, root, prometheus = guarded.clients(None, ALICE, ROOT, PROMETHEUS)
     answers = [await client.get("/metrics") for client in (stranger, alice, root, prometheus)]
     assert [answer.status_code for answer in answers] == [401, 403, 200, 200]
     assert "loraplex:api_keys 4.0" in answers[2].text
     assert "loraplex:unauthorized_total 1.0" in answers[2].text
     assert "lpx_" not in answers[2].text
-    guarded.access.open_metrics = True
+    guarded.given["access"].open_metrics = True
     assert (await stranger.get("/metrics")).status_code == 200
 
 
-async def test_a_server_without_keys_asks_nobody(guarded: Guarded) -> None:
-    async with guarded.server.client() as client:
-        assert (await client.post("/v1/chat/completions", json=chat("private"))).status_code == 200
-        assert (await client.get("/metrics")).status_code == 200
-        request = guarded.server.engine.requests[0]
-        assert (request.tenant, request.weight) == ("", 1.0)
+async def test_a_server_without_keys_asks_nobody(guarded: FakeServer) -> None:
+    client = guarded.client(access=None)
+    assert (await client.post("/v1/chat/completions", json=chat("private"))).status_code == 200
+    assert (await client.get("/metrics")).status_code == 200
+    request = guarded.engine.requests[0]
+    assert (request.tenant, request.weight) == ("", 1.0)
 
 
 # ---- what a key sees ------------------------------------------------------------------------------------------------
@@ -205,9 +179,9 @@ async def test_a_server_without_keys_asks_nobody(guarded: Guarded) -> None:
     ],
 )
 async def test_the_list_shows_what_a_key_may_use_and_it_may_use_what_is_shown(
-    guarded: Guarded, secret: str, names: list[str]
+    guarded: FakeServer, secret: str, names: list[str]
 ) -> None:
-    client = await guarded.client(secret)
+    client = guarded.client(secret)
     shown = [card["id"] for card in (await client.get("/v1/models")).json()["data"]]
     assert shown == names
     for name in ("base", "alias", *ADAPTERS):
@@ -245,12 +219,12 @@ ASKS: dict[str, Ask] = {
 @pytest.mark.parametrize("ask", ASKS)
 @pytest.mark.parametrize("forbidden", ["acme/sql", "acme/bad", "private"])
 async def test_a_forbidden_adapter_and_one_that_is_not_there_cannot_be_told_apart(
-    guarded: Guarded, ask: str, forbidden: str
+    guarded: FakeServer, ask: str, forbidden: str
 ) -> None:
     """acme/bad was refused when it was read, which its own tenant is told."""
-    guarded.server.adapters.registry.mark_refused("acme/bad", AdapterRefused("shape_mismatch", "it does not fit"))
+    guarded.adapters.registry.mark_refused("acme/bad", AdapterRefused("shape_mismatch", "it does not fit"))
     unknown = forbidden[:-1] + "_"
-    bob, alice = await guarded.clients(BOB, ALICE)
+    bob, alice = guarded.clients(BOB, ALICE)
     there, absent = await ASKS[ask](bob, forbidden), await ASKS[ask](bob, unknown)
     assert there.status_code == absent.status_code >= 400
     assert there.text.replace(forbidden, "NAME") == absent.text.replace(unknown, "NAME")
@@ -259,12 +233,12 @@ async def test_a_forbidden_adapter_and_one_that_is_not_there_cannot_be_told_apar
         assert there.status_code == 404
     if ask == "chat" and forbidden == "acme/bad":
         assert (await ASKS[ask](alice, forbidden)).status_code == 400
-    assert guarded.server.engine.requests == []
+    assert guarded.engine.requests == []
 
 
-async def test_no_route_tells_a_tenant_of_anothers_adapters(guarded: Guarded) -> None:
+async def test_no_route_tells_a_tenant_of_anothers_adapters(guarded: FakeServer) -> None:
     app = guarded.app()
-    bob = await guarded.client(BOB, app)
+    bob = guarded.client(BOB, app=app)
     bodies = ({"model": "shared", "prompt": "hi"}, {"inputs": "hi"}, {"lora_name": "byte/x", "lora_path": "/x"})
     told = set()
     for route in routes_of(app):
@@ -279,8 +253,8 @@ async def test_no_route_tells_a_tenant_of_anothers_adapters(guarded: Guarded) ->
     assert {"/v1/models", "/v1/completions", "/lora-adapters"} <= told
 
 
-async def test_the_base_is_as_absent_to_those_who_may_not_use_it(guarded: Guarded) -> None:
-    bob = await guarded.client(BOB)
+async def test_the_base_is_as_absent_to_those_who_may_not_use_it(guarded: FakeServer) -> None:
+    bob = guarded.client(BOB)
     for ask in ("chat", "completion", "response", "card", "tokenize"):
         there, absent = await ASKS[ask](bob, "base"), await ASKS[ask](bob, "bose")
         assert there.status_code == absent.status_code == 404
@@ -295,9 +269,9 @@ def load(name: str, path: str = "/adapters/new", **fields: Any) -> dict[str, Any
     return {"lora_name": name, "lora_path": path, **fields}
 
 
-async def test_tenants_manage_their_own_namespace_and_admins_all(guarded: Guarded) -> None:
-    alice, bob, root = await guarded.clients(ALICE, BOB, ROOT)
-    registry = guarded.server.adapters.registry
+async def test_tenants_manage_their_own_namespace_and_admins_all(guarded: FakeServer) -> None:
+    alice, bob, root = guarded.clients(ALICE, BOB, ROOT)
+    registry = guarded.adapters.registry
     assert (await alice.post("/v1/load_lora_adapter", json=load("acme/new"))).status_code == 200
     assert (await alice.post("/v1/chat/completions", json=chat("acme/new"))).status_code == 200
     for name in ("byte/new", "byte/poet", "new", "acme", "shared"):
@@ -317,12 +291,14 @@ async def test_tenants_manage_their_own_namespace_and_admins_all(guarded: Guarde
     assert (await root.post("/v1/unload_lora_adapter", json={"lora_name": "byte/poet"})).status_code == 200
 
 
-async def test_requests_may_name_local_folders_only_where_the_operator_says(guarded: Guarded, tmp_path: Path) -> None:
+async def test_requests_may_name_local_folders_only_where_the_operator_says(
+    guarded: FakeServer, tmp_path: Path
+) -> None:
     (tmp_path / "in/side").mkdir(parents=True)
     (tmp_path / "out").mkdir()
     (tmp_path / "in/link").symlink_to(tmp_path / "out")
-    guarded.services = {"local_sources": LocalSources((tmp_path / "in",))}
-    root = await guarded.client(ROOT)
+    guarded.given |= {"local_sources": LocalSources((tmp_path / "in",))}
+    root = guarded.client(ROOT)
     statuses = {}
     for source in ("in/side", "in/absent", "out", "absent", "in/../out", "in/link"):
         body = load(f"a-{len(statuses)}", f"{tmp_path}/{source}")
@@ -342,14 +318,14 @@ async def test_requests_may_name_local_folders_only_where_the_operator_says(guar
         assert (await root.post("/v1/load_lora_adapter", json=body)).status_code == status, source
 
 
-async def test_a_path_gives_nobody_more_than_the_name_does(guarded: Guarded, tmp_path: Path) -> None:
+async def test_a_path_gives_nobody_more_than_the_name_does(guarded: FakeServer, tmp_path: Path) -> None:
     """Folders of --adapter-dir are adapters by their names: by its path, too, one is for those who may use it."""
     for name in ("shared", "private", "private/checkpoint-9"):
         (tmp_path / "named" / name).mkdir(parents=True)
     (tmp_path / "named/mine").symlink_to(tmp_path / "named/private")
-    guarded.services = {"local_sources": LocalSources((), tmp_path / "named")}
-    guarded.use_keys({"k": replace(KEYS[BOB], load_on_use=True), ROOT: KEYS[ROOT]})
-    bob, root = await guarded.clients("k", ROOT)
+    guarded.given |= {"local_sources": LocalSources((), tmp_path / "named")}
+    guarded.given["access"] = access_of({"k": replace(KEYS[BOB], load_on_use=True), ROOT: KEYS[ROOT]})
+    bob, root = guarded.clients("k", ROOT)
     answers: dict[str, tuple[int, int, str]] = {}
     for place in ("shared", "private", "private/checkpoint-9", "absent", "mine", ".", "../named"):
         body = load(f"byte/a{len(answers)}", f"{tmp_path}/named/{place}")
@@ -364,7 +340,7 @@ async def test_a_path_gives_nobody_more_than_the_name_does(guarded: Guarded, tmp
     assert (await root.post("/v1/load_lora_adapter", json=load("x", f"{tmp_path}/named/private"))).status_code == 200
 
 
-async def test_what_a_request_may_load_stays_where_it_was_looked_at(guarded: Guarded, tmp_path: Path) -> None:
+async def test_what_a_request_may_load_stays_where_it_was_looked_at(guarded: FakeServer, tmp_path: Path) -> None:
     """The source that is kept says what it must not be led out of, whatever is put in its place later."""
     for name in ("in/side", "named/shared/checkpoint-9", "named/private", "named/..data/sql"):
         (tmp_path / name).mkdir(parents=True)
@@ -372,9 +348,9 @@ async def test_what_a_request_may_load_stays_where_it_was_looked_at(guarded: Gua
     (tmp_path / "door").symlink_to("in")
     (tmp_path / "named/alias").symlink_to("shared")
     (tmp_path / "named/sql").symlink_to("..data/sql")
-    guarded.services = {"local_sources": LocalSources((tmp_path / "in",), tmp_path / "named")}
-    guarded.use_keys({"k": KEYS[BOB], ROOT: KEYS[ROOT]})
-    bob, root = await guarded.clients("k", ROOT)
+    guarded.given |= {"local_sources": LocalSources((tmp_path / "in",), tmp_path / "named")}
+    guarded.given["access"] = access_of({"k": KEYS[BOB], ROOT: KEYS[ROOT]})
+    bob, root = guarded.clients("k", ROOT)
     inside, named = tmp_path / "in", tmp_path / "named"
     expected = {
         "in/side": below(inside, "side"),
@@ -390,28 +366,28 @@ async def test_what_a_request_may_load_stays_where_it_was_looked_at(guarded: Gua
         for given in (f"{tmp_path}/{path}", f"file://{tmp_path}/{path}"):
             answer = await bob.post("/v1/load_lora_adapter", json=load(f"byte/a{i}", given, load_inplace=True))
             assert answer.status_code == 200
-            version = guarded.server.adapters.registry.get(f"byte/a{i}")
+            version = guarded.adapters.registry.get(f"byte/a{i}")
             assert version is not None
             assert version.source == source
     cards = {card["id"]: card["root"] for card in (await bob.get("/v1/models")).json()["data"]}
     assert cards["byte/a1"] == f"{inside}/link", "as it was given"
     await root.post("/v1/load_lora_adapter", json=load("all", f"{named}/sql"))
-    version = guarded.server.adapters.registry.get("all")
+    version = guarded.adapters.registry.get("all")
     assert version is not None
     assert version.source == below(named, "sql"), "an admin may use all of them: the link may be turned elsewhere"
 
 
 @pytest.mark.parametrize("route", ["/v1/load_lora_adapter", "/v1/completions"])
 async def test_nobody_learns_which_folders_there_are(
-    guarded: Guarded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, route: str
+    guarded: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, route: str
 ) -> None:
     """What could be a folder here or a repository of the Hub is the Hub's for tenants, whatever is here."""
     (tmp_path / "work/org/here1").mkdir(parents=True)
     (tmp_path / "here1").mkdir()
     monkeypatch.chdir(tmp_path / "work")
-    guarded.services = {"local_sources": LocalSources(())}
-    guarded.use_keys({"k": replace(KEYS[BOB], load_on_use=True)})
-    bob = await guarded.client("k")
+    guarded.given |= {"local_sources": LocalSources(())}
+    guarded.given["access"] = access_of({"k": replace(KEYS[BOB], load_on_use=True)})
+    bob = guarded.client("k")
     answers = []
     for name in ("here1", "gone1"):
         for text in (f"org/{name}", f"../{name}", f"{tmp_path}/{name}", f"~/{name}"):
@@ -423,23 +399,24 @@ async def test_nobody_learns_which_folders_there_are(
             answers.append((answer.status_code, told))
     assert answers[:4] == answers[4:]
     assert [status for status, _ in answers[:4]] == [200, 400, 400, 400]
-    sources = {version.source for version in guarded.server.adapters.registry.list()}
+    sources = {version.source for version in guarded.adapters.registry.list()}
     assert {s.removeprefix("hf://") for s in sources if "org" in s} == {"org/here1", "org/gone1"}
     assert "org/here1" not in sources, "with its scheme, so that the folder is not read"
 
 
-async def test_a_callers_token_is_for_that_caller_alone(guarded: Guarded, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_callers_token_is_for_that_caller_alone(guarded: FakeServer, caplog: pytest.LogCaptureFixture) -> None:
     """Neither another token nor none gets at what it fetched, no listing names it, and no log has it."""
-    guarded.use_keys({s: replace(KEYS[k], load_on_use=True, adapters=("**",)) for s, k in (("a", ALICE), ("b", BOB))})
+    keys = {s: replace(KEYS[k], load_on_use=True, adapters=("**",)) for s, k in (("a", ALICE), ("b", BOB))}
+    guarded.given["access"] = access_of(keys)
     accesses: list[Any] = []
-    register = guarded.server.adapters.register
+    register = guarded.adapters.register
 
     async def noted(name: str, source: str, **fields: Any) -> Any:
         accesses.append((name, fields["access"].token, fields["access"].ambient))
         return await register(name, source, **fields)
 
-    guarded.server.adapters.register = noted  # type: ignore[method-assign]
-    alice, bob = await guarded.clients("a", "b")
+    guarded.adapters.register = noted  # type: ignore[method-assign]
+    alice, bob = guarded.clients("a", "b")
     body = {"model": "base", "prompt": "hi", "adapter_id": "org/hush", "adapter_source": "hub", "max_tokens": 3}
     with caplog.at_level("DEBUG"):
         for client, token in ((alice, "hf_alices"), (bob, "hf_bobs"), (bob, None), (alice, "hf_alices")):
@@ -459,9 +436,9 @@ async def test_a_callers_token_is_for_that_caller_alone(guarded: Guarded, caplog
             assert asked.status_code == 404
 
 
-async def test_loading_on_first_use_is_for_keys_that_may(guarded: Guarded) -> None:
-    guarded.use_keys({"may": replace(KEYS[BOB], load_on_use=True), "not": KEYS[BOB]})
-    may, may_not = await guarded.clients("may", "not")
+async def test_loading_on_first_use_is_for_keys_that_may(guarded: FakeServer) -> None:
+    guarded.given["access"] = access_of({"may": replace(KEYS[BOB], load_on_use=True), "not": KEYS[BOB]})
+    may, may_not = guarded.clients("may", "not")
     body = {"model": "base", "prompt": "hi", "adapter_id": "org/name", "adapter_source": "hub", "max_tokens": 3}
     refused = await may_not.post("/v1/completions", json=body)
     assert refused.status_code == 404
@@ -471,8 +448,8 @@ async def test_loading_on_first_use_is_for_keys_that_may(guarded: Guarded) -> No
 # ---- what belongs to others -----------------------------------------------------------------------------------------
 
 
-async def test_stored_responses_are_their_tenants(guarded: Guarded) -> None:
-    alice, bob = await guarded.clients(ALICE, BOB)
+async def test_stored_responses_are_their_tenants(guarded: FakeServer) -> None:
+    alice, bob = guarded.clients(ALICE, BOB)
     body = {"model": "shared", "input": "hi", "max_output_tokens": 3}
     made = (await alice.post("/v1/responses", json=body)).json()["id"]
     for method, path in (("GET", ""), ("GET", "/input_items"), ("POST", "/cancel"), ("DELETE", "")):
@@ -485,9 +462,9 @@ async def test_stored_responses_are_their_tenants(guarded: Guarded) -> None:
     assert (await alice.get(f"/v1/responses/{made}")).status_code == 200
 
 
-async def test_nobody_aborts_the_answers_of_others(guarded: Guarded) -> None:
-    alice, bob = await guarded.clients(ALICE, BOB)
-    engine = guarded.server.engine
+async def test_nobody_aborts_the_answers_of_others(guarded: FakeServer) -> None:
+    alice, bob = guarded.clients(ALICE, BOB)
+    engine = guarded.engine
     engine.gate.clear()
     answer = asyncio.create_task(alice.post("/v1/completions", json={"model": "shared", "prompt": "a", "rid": "mine"}))
     await until(lambda: bool(engine.requests))
@@ -498,23 +475,23 @@ async def test_nobody_aborts_the_answers_of_others(guarded: Guarded) -> None:
     assert (await answer).json()["choices"][0]["finish_reason"] == "abort"
 
 
-async def test_tenants_are_told_to_the_engine_for_shares_and_cached_prefixes(guarded: Guarded) -> None:
-    alice, bob = await guarded.clients(ALICE, BOB)
+async def test_tenants_are_told_to_the_engine_for_shares_and_cached_prefixes(guarded: FakeServer) -> None:
+    alice, bob = guarded.clients(ALICE, BOB)
     for client in (alice, bob):
         assert (await client.post("/v1/chat/completions", json=chat("shared", cache_salt="s"))).status_code == 200
-    told = [(request.tenant, request.weight, request.cache_salt) for request in guarded.server.engine.requests]
+    told = [(request.tenant, request.weight, request.cache_salt) for request in guarded.engine.requests]
     assert told == [("acme", 2.0, "s"), ("byte", 1.0, "s")]
 
 
 # ---- browsers, and the official client ------------------------------------------------------------------------------
 
 
-async def test_web_pages_may_ask_only_where_the_operator_says(guarded: Guarded) -> None:
+async def test_web_pages_may_ask_only_where_the_operator_says(guarded: FakeServer) -> None:
     preflight = {"Origin": "https://ours.example", "Access-Control-Request-Method": "POST"}
-    closed = await guarded.client(None)
+    closed = guarded.client()
     assert "access-control-allow-origin" not in (await closed.options("/v1/models", headers=preflight)).headers
-    guarded.services = {"auth": AuthConfig(cors_origins=("https://ours.example",))}
-    browser, alice = await guarded.clients(None, ALICE)
+    guarded.given |= {"auth": AuthConfig(cors_origins=("https://ours.example",))}
+    browser, alice = guarded.clients(None, ALICE)
     allowed = await browser.options("/v1/models", headers=preflight)
     assert (allowed.status_code, allowed.headers["access-control-allow-origin"]) == (200, "https://ours.example")
     other = await browser.options("/v1/models", headers={**preflight, "Origin": "https://other.example"})
@@ -525,8 +502,8 @@ async def test_web_pages_may_ask_only_where_the_operator_says(guarded: Guarded) 
     assert (await alice.get("/v1/models", headers={"Origin": "https://ours.example"})).status_code == 200
 
 
-async def test_the_official_client_raises_what_it_raises_at_openai(guarded: Guarded) -> None:
-    guarded.use_keys({"k": replace(KEYS[ALICE], limits=Limits(requests_per_minute=2))})
+async def test_the_official_client_raises_what_it_raises_at_openai(guarded: FakeServer) -> None:
+    guarded.given["access"] = access_of({"k": replace(KEYS[ALICE], limits=Limits(requests_per_minute=2))})
     transport = httpx.ASGITransport(guarded.app())
 
     def official(secret: str) -> openai.AsyncOpenAI:

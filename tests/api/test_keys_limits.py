@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -28,20 +26,17 @@ ANSWER = 4  # tokens
 class Limited:
     """A server with one key, "k", and another without limits, "free"."""
 
-    def __init__(self, server: FakeServer, stack: AsyncExitStack) -> None:
-        self.server, self.clock, self._stack = server, Clock(), stack
-        self.access: Access
+    def __init__(self, server: FakeServer) -> None:
+        self.server, self.clock = server, Clock()
 
-    async def client(self, limits: Limits | None = None, access: Access | None = None) -> httpx.AsyncClient:
-        keys = {"k": Key("k", "acme", limits=limits or Limits()), "free": Key("free", "free", admin=True)}
-        self.access = access or access_of(keys, self.clock)
-        return await self._stack.enter_async_context(self.server.client("k", access=self.access))
+    def client(self, limits: Limits) -> httpx.AsyncClient:
+        keys = {"k": Key("k", "acme", limits=limits), "free": Key("free", "free", admin=True)}
+        return self.server.client("k", access=access_of(keys, self.clock))
 
 
 @pytest.fixture
-async def limited(server: FakeServer) -> AsyncIterator[Limited]:
-    async with AsyncExitStack() as stack:
-        yield Limited(server, stack)
+async def limited(server: FakeServer) -> Limited:
+    return Limited(server)
 
 
 def body(**fields: Any) -> dict[str, Any]:
@@ -53,7 +48,7 @@ async def ask(client: httpx.AsyncClient, **fields: Any) -> httpx.Response:
 
 
 async def test_requests_a_minute(limited: Limited) -> None:
-    client = await limited.client(Limits(requests_per_minute=3))
+    client = limited.client(Limits(requests_per_minute=3))
     remaining = [(await ask(client)).headers["x-ratelimit-remaining-requests"] for _ in range(3)]
     assert remaining == ["2", "1", "0"]
     refused = await ask(client)
@@ -72,7 +67,7 @@ async def test_requests_a_minute(limited: Limited) -> None:
 
 
 async def test_bad_requests_count_and_those_that_only_look_or_give_back_do_not(limited: Limited) -> None:
-    client = await limited.client(Limits(requests_per_minute=2))
+    client = limited.client(Limits(requests_per_minute=2))
     for _ in range(5):
         assert (await client.get("/v1/models")).status_code == 200
         assert (await client.post("/abort_request", json={"rid": "x"})).status_code == 200
@@ -84,7 +79,7 @@ async def test_bad_requests_count_and_those_that_only_look_or_give_back_do_not(l
 
 
 async def test_tokens_a_minute_are_those_of_usage(limited: Limited) -> None:
-    client = await limited.client(Limits(tokens_per_minute=100))
+    client = limited.client(Limits(tokens_per_minute=100))
     used = 0
     for fields in ({}, {"n": 2}, {"prompt": [PROMPT, PROMPT[:5]]}):
         answer = await ask(client, **fields)
@@ -95,7 +90,7 @@ async def test_tokens_a_minute_are_those_of_usage(limited: Limited) -> None:
 
 
 async def test_a_stream_is_paid_for_while_it_flows_and_when_it_is_left(limited: Limited) -> None:
-    client = await limited.client(Limits(tokens_per_minute=1000))
+    client = limited.client(Limits(tokens_per_minute=1000))
     answer = await ask(client, stream=True)
     assert answer.headers["x-ratelimit-limit-tokens"] == "1000"
     paid = 1000 - int((await client.post("/tokenize", json={"prompt": "x"})).headers["x-ratelimit-remaining-tokens"])
@@ -104,7 +99,7 @@ async def test_a_stream_is_paid_for_while_it_flows_and_when_it_is_left(limited: 
 
 
 async def test_a_prompt_that_is_not_affordable_is_refused_before_it_costs(limited: Limited) -> None:
-    client = await limited.client(Limits(tokens_per_minute=25))
+    client = limited.client(Limits(tokens_per_minute=25))
     assert (await ask(client)).status_code == 200
     refused = await ask(client, prompt=PROMPT * 2)
     assert refused.status_code == 429
@@ -118,12 +113,12 @@ async def test_a_prompt_that_is_not_affordable_is_refused_before_it_costs(limite
 
 
 async def test_streams_are_refused_with_a_status_too(limited: Limited) -> None:
-    client = await limited.client(Limits(tokens_per_minute=25))
+    client = limited.client(Limits(tokens_per_minute=25))
     assert (await ask(client, prompt=PROMPT * 3, stream=True)).status_code == 429
 
 
 async def test_at_most_so_many_at_once_and_a_place_comes_free_however_a_request_ends(limited: Limited) -> None:
-    client = await limited.client(Limits(max_concurrent=2))
+    client = limited.client(Limits(max_concurrent=2))
     engine = limited.server.engine
     engine.gate.clear()
     whole = asyncio.create_task(ask(client))
@@ -148,7 +143,7 @@ async def test_at_most_so_many_at_once_and_a_place_comes_free_however_a_request_
 
 
 async def test_work_in_the_background_is_open_until_it_ends(limited: Limited) -> None:
-    client = await limited.client(Limits(max_concurrent=1))
+    client = limited.client(Limits(max_concurrent=1))
     limited.server.engine.gate.clear()
     begun = await client.post(
         "/v1/responses", json={"model": "base", "input": "hi", "background": True, "max_output_tokens": 3}
@@ -163,7 +158,7 @@ async def test_work_in_the_background_is_open_until_it_ends(limited: Limited) ->
 
 
 async def test_one_keys_limit_is_nobody_elses(limited: Limited) -> None:
-    client = await limited.client(Limits(requests_per_minute=1))
+    client = limited.client(Limits(requests_per_minute=1))
     assert [(await ask(client)).status_code for _ in range(3)] == [200, 429, 429]
     free = {"Authorization": "Bearer free"}
     other = await client.post("/v1/completions", json=body(), headers=free)
@@ -174,11 +169,10 @@ async def test_one_keys_limit_is_nobody_elses(limited: Limited) -> None:
 
 
 async def test_lorax_clients_are_told_overloaded(limited: Limited) -> None:
-    client = await limited.client(Limits(requests_per_minute=1))
+    client = limited.client(Limits(requests_per_minute=1))
     await ask(client)
     answer = await client.post("/generate_stream", json={"inputs": "hi"})
-    assert answer.status_code == 429
-    assert answer.json()["error_type"] == "overloaded"
+    assert (answer.status_code, answer.json()["error_type"]) == (429, "overloaded")
 
 
 async def test_requests_under_way_outlive_their_key(limited: Limited, tmp_path: Path) -> None:
@@ -190,7 +184,7 @@ async def test_requests_under_way_outlive_their_key(limited: Limited, tmp_path: 
         path.write_text(yaml.safe_dump({"keys": entries}))
 
     write("k")
-    client = await limited.client(access=Access(KeysFile(path, limited.clock), clock=limited.clock))
+    client = limited.server.client("k", access=Access(KeysFile(path, limited.clock), clock=limited.clock))
     engine = limited.server.engine
     engine.gate.clear()
     answer = asyncio.create_task(ask(client))

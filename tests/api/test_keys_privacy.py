@@ -7,7 +7,7 @@ import logging
 import httpx
 import pytest
 
-from loraplex.server.engine.request import EngineDead, FinishReason, Overloaded, TokenEvent
+from loraplex.server.engine.request import EngineDead, Overloaded
 from loraplex.server.tenancy.rate_limits import Limits
 from loraplex.server.tenancy.tenants import Key, digest_of
 from tests.support.fake_serving import FakeServer, access_of
@@ -70,10 +70,7 @@ async def test_keys_and_prompts_are_never_logged(
     failures = {"bug": RuntimeError("a bug"), "dead": EngineDead("stopped"), "overloaded": Overloaded("full", 1.0)}
     server.engine.refusal = failures.get(trouble)
     if trouble == "midway":
-        server.engine.script = lambda request: [
-            TokenEvent(request.request_id, 10),
-            TokenEvent(request.request_id, None, finish=FinishReason.ERROR, error=RuntimeError("a bug")),
-        ]
+        server.engine.break_off(RuntimeError("a bug"), after=1)
     limits = Limits(tokens_per_minute=30) if trouble == "limited" else Limits()
     access = access_of({KEY: Key("k", "acme", admin=True, limits=limits)})
     loggers = [logging.getLogger(name) for name in logging.root.manager.loggerDict]
@@ -83,8 +80,8 @@ async def test_keys_and_prompts_are_never_logged(
         for logger, _ in before:
             logger.setLevel(logging.DEBUG)
         logging.getLogger("httpx").setLevel(logging.WARNING)  # the test's own client tells of its URLs
-        async with server.client(KEY, access=access) as client:
-            statuses = await every_kind_of_request(client)
+        client = server.client(KEY, access=access)
+        statuses = await every_kind_of_request(client)
     finally:
         for logger, level in before:
             logger.setLevel(level)

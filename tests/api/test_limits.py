@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from loraplex.server.api.limits import _depth
 from loraplex.server.config import RequestLimits
+from tests.support import asking
 from tests.support.fake_serving import FakeServer
 
 Json = dict[str, Any]
@@ -28,16 +29,7 @@ LIMITS = RequestLimits(
     max_schema_depth=5,
     max_scores=12,
 )
-USER = [{"role": "user", "content": "hi"}]
-FORMS: dict[str, tuple[str, Json]] = {
-    "chat": ("/v1/chat/completions", {"model": "base", "messages": USER}),
-    "completions": ("/v1/completions", {"model": "base", "prompt": "hi"}),
-    "responses": ("/v1/responses", {"model": "base", "input": "hi"}),
-    "embeddings": ("/v1/embeddings", {"model": "base", "input": "hi"}),
-    "sglang": ("/generate", {"text": "hi"}),
-    "lorax": ("/generate", {"inputs": "hi"}),
-    "tokenize": ("/tokenize", {"model": "base", "messages": USER}),
-}
+FORMS = asking.FORMS | {"tokenize": ("/tokenize", {"model": "base", "messages": [{"role": "user", "content": "hi"}]})}
 
 
 def tools(number: int, **parameters: Any) -> list[Json]:
@@ -75,10 +67,10 @@ BOUNDS: list[tuple[str, Json, Json, str, int, int, str]] = [
     ("chat", {"n": 2}, {"n": 3}, "n", 3, 2, "--max-n"),
     ("completions", {"n": 2}, {"n": 10**9}, "n", 10**9, 2, "--max-n"),
     ("completions", {"best_of": 2}, {"best_of": 3}, "best_of", 3, 2, "--max-n"),
-    ("lorax", {}, {"parameters": {"best_of": 3, "do_sample": True}}, "parameters.best_of", 3, 2, "--max-n"),
+    ("generate", {}, {"parameters": {"best_of": 3, "do_sample": True}}, "parameters.best_of", 3, 2, "--max-n"),
     ("sglang", {}, {"sampling_params": {"n": 3}}, "sampling_params.n", 3, 2, "--max-n"),
     ("chat", {"stop": "a"}, {"stop": ["a", "b"]}, "stop", 2, 1, "--max-stops"),
-    ("lorax", {}, {"parameters": {"stop": ["a", "b"]}}, "parameters.stop", 2, 1, "--max-stops"),
+    ("generate", {}, {"parameters": {"stop": ["a", "b"]}}, "parameters.stop", 2, 1, "--max-stops"),
     ("sglang", {}, {"sampling_params": {"stop": ["a", "b"]}}, "sampling_params.stop", 2, 1, "--max-stops"),
     ("responses", {"stop": ["a"]}, {"stop": ["a", "b"]}, "stop", 2, 1, "--max-stops"),
     ("completions", {"prompt": ["a"] * 3}, {"prompt": ["a"] * 4}, "prompt", 4, 3, "--max-prompts"),
@@ -116,7 +108,7 @@ BOUNDS: list[tuple[str, Json, Json, str, int, int, str]] = [
         *("guided_json", 301, 300, "--max-schema"),
     ),
     (
-        *("lorax", {}, {"parameters": {"response_format": {"type": "json_object", "schema": padded(301)}}}),
+        *("generate", {}, {"parameters": {"response_format": {"type": "json_object", "schema": padded(301)}}}),
         *("response_format", 301, 300, "--max-schema"),
     ),
     (
@@ -136,11 +128,10 @@ BOUNDS: list[tuple[str, Json, Json, str, int, int, str]] = [
 
 
 @pytest.fixture
-async def bounded(server: FakeServer) -> AsyncIterator[httpx.AsyncClient]:
+async def bounded(server: FakeServer) -> httpx.AsyncClient:
     """A client of a server with LIMITS."""
     server.max_model_len = 2048
-    async with server.client(limits=LIMITS) as client:
-        yield client
+    return server.client(limits=LIMITS)
 
 
 @pytest.mark.parametrize(
@@ -163,12 +154,12 @@ async def test_one_more_is_refused(
     assert good.status_code == 200, good.text
     server.engine.requests.clear()
     refused = await bounded.post(route, json=body | more)
-    assert refused.status_code == (422 if form == "lorax" else 400)
+    assert refused.status_code == (422 if form == "generate" else 400)
     error = refused.json()["error"]
-    message = error if form == "lorax" else error["message"]
+    message = error if form == "generate" else error["message"]
     assert f"{param}: found {found}" in message
     assert f"at most {limit} are possible here ({flag})" in message
-    assert form == "lorax" or error["param"] == param
+    assert form == "generate" or error["param"] == param
     assert not server.engine.requests
 
 
@@ -183,8 +174,7 @@ async def test_the_body_is_bounded_as_sent_and_as_declared(bounded: httpx.AsyncC
 
     for sent in (content, chunked()):
         refused = await bounded.post(route, content=sent)
-        assert refused.status_code == 413
-        assert refused.json()["error"]["code"] == "request_too_large"
+        assert (refused.status_code, refused.json()["error"]["code"]) == (413, "request_too_large")
         assert "at most 4000 are taken here (--max-body)" in refused.json()["error"]["message"]
 
 
@@ -197,10 +187,10 @@ async def test_no_depth_makes_the_server_fail(server: FakeServer, field: str, de
     bodies.append(f'{{"inputs": {text}}}')
     if field == "response_format":
         bodies = [f'{{"model": "base", "prompt": "hi", "response_format": {text}}}']
-    async with server.client(limits=RequestLimits(max_schema_bytes=8 << 20)) as client:
-        for body in bodies:
-            route = "/generate" if "inputs" in body else "/v1/completions"
-            assert (await client.post(route, content=body)).status_code in (400, 422)
+    client = server.client(limits=RequestLimits(max_schema_bytes=8 << 20))
+    for body in bodies:
+        route = "/generate" if "inputs" in body else "/v1/completions"
+        assert (await client.post(route, content=body)).status_code in (400, 422)
 
 
 async def test_lorax_is_told_the_limits(bounded: httpx.AsyncClient) -> None:

@@ -8,6 +8,7 @@ import httpx
 import pytest
 
 from loraplex.server.engine.request import GenerationRequest
+from tests.support.asking import FORMS
 from tests.support.fake_serving import FakeServer
 
 Wanted = dict[str, float]
@@ -67,19 +68,12 @@ async def test_names_are_one_lookup(
         assert loaded.adapters.registry.leases(version) == 0
 
 
-BODIES: dict[str, dict[str, Any]] = {
-    "/v1/completions": {"prompt": "one"},
-    "/v1/chat/completions": {"messages": [{"role": "user", "content": "one"}]},
-    "/v1/responses": {"input": "one"},
-    "/v1/embeddings": {"input": "one"},
-}
-
-
-@pytest.mark.parametrize("route", BODIES)
-async def test_every_route_takes_mixes(loaded: FakeServer, client: httpx.AsyncClient, route: str) -> None:
+@pytest.mark.parametrize("form", ["completions", "chat", "responses", "embeddings"])
+async def test_every_route_takes_mixes(loaded: FakeServer, client: httpx.AsyncClient, form: str) -> None:
+    route, own = FORMS[form]
     mix = [{"name": "sql", "weight": 0.7}, {"name": "pirate", "weight": 0.3}]
     for fields in ({"model": "sql*0.7+pirate*0.3"}, {"model": "base", "adapters": mix}):
-        await client.post(route, json={**BODIES[route], **fields})
+        await client.post(route, json=own | fields)
     assert [worn(request) for request in loaded.engine.requests] == [{"sql": 0.7, "pirate": 0.3}] * 2
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import AsyncIterator
 from pathlib import Path
 from unittest.mock import patch
 
@@ -16,10 +15,9 @@ from tests.support.fake_serving import FakeServer
 
 
 @pytest.fixture
-async def keeping(server: FakeServer, tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
+async def keeping(server: FakeServer, tmp_path: Path) -> httpx.AsyncClient:
     """A server with a folder for its state."""
-    async with server.client(adapters=Remembering(server.adapters, StateFile(tmp_path))) as client:
-        yield client
+    return server.client(adapters=Remembering(server.adapters, StateFile(tmp_path)))
 
 
 @pytest.mark.parametrize(

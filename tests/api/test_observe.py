@@ -7,7 +7,6 @@ import json
 import logging
 import re
 import time
-from collections.abc import AsyncIterator
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -18,24 +17,13 @@ from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from loraplex.server.drain import Drain
-from loraplex.server.engine.request import FinishReason, GenerationRequest, TokenEvent
+from loraplex.server.engine.request import GenerationRequest, TokenEvent
 from loraplex.server.telemetry.tracing import Tracing, make_provider
+from tests.support.asking import WORK
 from tests.support.fake_serving import FakeServer, say
 from tests.support.waiting import turns, until
 
 BODY = {"model": "base", "prompt": "secret prompt", "max_tokens": 8}
-
-WORK: list[tuple[str, dict[str, Any]]] = [
-    ("/v1/completions", {"model": "base", "prompt": "hi"}),
-    ("/v1/chat/completions", {"model": "base", "messages": [{"role": "user", "content": "hi"}]}),
-    ("/v1/responses", {"model": "base", "input": "hi"}),
-    ("/v1/embeddings", {"model": "base", "input": "hi"}),
-    ("/generate", {"inputs": "hi"}),
-    ("/generate", {"text": "hi"}),
-    ("/generate_stream", {"inputs": "hi"}),
-    ("/", {"inputs": "hi"}),
-    ("/embed", {"inputs": "hi"}),
-]
 
 
 def lines(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
@@ -106,10 +94,9 @@ async def test_a_background_response_is_told_of_when_it_is_done(
 
 
 @pytest.fixture
-async def draining(server: FakeServer) -> AsyncIterator[tuple[Drain, httpx.AsyncClient]]:
+async def draining(server: FakeServer) -> tuple[Drain, httpx.AsyncClient]:
     drain = Drain(lambda: 1000.0)
-    async with server.client(drain=drain) as client:
-        yield drain, client
+    return drain, server.client(drain=drain)
 
 
 async def test_ready_until_told_to_stop(draining: tuple[Drain, httpx.AsyncClient], server: FakeServer) -> None:
@@ -134,7 +121,7 @@ async def test_a_dead_engine_is_not_ready(client: httpx.AsyncClient, server: Fak
         assert (await client.get(path)).status_code == 503
 
 
-@pytest.mark.parametrize(("path", "body"), WORK, ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(("path", "body"), WORK.values(), ids=WORK)
 async def test_new_work_is_sent_elsewhere(
     draining: tuple[Drain, httpx.AsyncClient], server: FakeServer, path: str, body: dict[str, Any]
 ) -> None:
@@ -157,16 +144,11 @@ async def test_new_work_is_sent_elsewhere(
     assert (await client.get("/v1/models")).status_code == 200
 
 
-@pytest.mark.parametrize(("path", "body"), WORK[:3] + WORK[6:7])
+@pytest.mark.parametrize(("path", "body"), [WORK[name] for name in ("chat", "completions", "responses", "stream")])
 async def test_a_stream_that_is_cut_off_is_told_why(
     client: httpx.AsyncClient, server: FakeServer, path: str, body: dict[str, Any]
 ) -> None:
-    def cut(request: GenerationRequest) -> list[TokenEvent]:
-        begun = say(server.tokenizer, "it was about to", request, stop=False)[:2]
-        begun = [replace(event, finish=None) for event in begun]
-        return [*begun, TokenEvent(request.request_id, None, finish=FinishReason.ABORT)]
-
-    server.engine.script = cut
+    server.engine.break_off(after=2)
     answer = await client.post(path, json={**body, "stream": True})
     assert answer.status_code == 200
     events = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: {")]
@@ -191,10 +173,8 @@ class Traced:
 
 
 @pytest.fixture
-async def traced(server: FakeServer) -> AsyncIterator[Traced]:
-    made = Traced(server)
-    async with made.client:
-        yield made
+async def traced(server: FakeServer) -> Traced:
+    return Traced(server)
 
 
 async def test_a_request_is_one_trace_down_to_its_phases(traced: Traced, server: FakeServer) -> None:
@@ -233,14 +213,8 @@ async def test_a_request_is_one_trace_down_to_its_phases(traced: Traced, server:
     assert spans["decode"].start_time == spans["prefill"].end_time
     assert spans["load"].end_time == spans["prefill"].start_time
     assert spans["load"].end_time - spans["load"].start_time == pytest.approx(2e6, abs=1e3)
-    assert (
-        root.attributes.items()
-        >= {
-            "http.response.status_code": 200,
-            "gen_ai.request.model": "sql",
-            "loraplex.request_id": "mine",
-        }.items()
-    )
+    told = {"http.response.status_code": 200, "gen_ai.request.model": "sql", "loraplex.request_id": "mine"}
+    assert root.attributes.items() >= told.items()
     assert choice.attributes["loraplex.adapter.name"] == ("sql",)
     assert choice.attributes["loraplex.adapter.digest"] == ("digest-of-/adapters/sql",)
     assert choice.attributes["loraplex.cached_tokens"] == 5

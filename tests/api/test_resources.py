@@ -40,8 +40,7 @@ async def test_one_model(client: httpx.AsyncClient, server: FakeServer) -> None:
     for name in ("tenant/pirate", "base:tenant/pirate"):
         assert (await client.get(f"/v1/models/{name}")).json()["id"] == "tenant/pirate"
     response = await client.get("/v1/models/nobody")
-    assert response.status_code == 404
-    assert response.json()["error"]["code"] == "model_not_found"
+    assert (response.status_code, response.json()["error"]["code"]) == (404, "model_not_found")
 
 
 async def test_load_and_unload_in_vllms_words(client: httpx.AsyncClient, server: FakeServer) -> None:

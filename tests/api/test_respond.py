@@ -15,6 +15,7 @@ from loraplex.server.api.answer_schemas import Completion, CompletionChoice, Usa
 from loraplex.server.api.choice import Delta
 from loraplex.server.api.respond import Collected, Scores, TextFrame
 from loraplex.server.api.schemas import Wire
+from tests.support.asking import WORK
 from tests.support.fake_serving import FakeServer, say
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
@@ -53,10 +54,7 @@ def test_a_frame_writes_what_pydantic_writes(model: str, text: str, index: int, 
     assert TextFrame.of(rendering, index, hidden).around(text) == chunk.model_dump_json(exclude=hidden)
 
 
-ROUTES: list[tuple[str, dict[str, Any]]] = [
-    ("/v1/completions", {"prompt": "the"}),
-    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}]}),
-]
+ROUTES = [WORK["completions"], WORK["chat"]]
 
 
 @pytest.mark.parametrize("usage", [False, True])

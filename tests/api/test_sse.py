@@ -14,7 +14,7 @@ from openai.types.responses import ResponseErrorEvent
 from loraplex.server.api import sse
 from loraplex.server.api.sse import COMMENT, SseResponse, encode_event
 from loraplex.server.config import HttpConfig
-from loraplex.server.engine.request import EngineError, FinishReason, TokenEvent
+from loraplex.server.engine.request import EngineError
 from tests.support.fake_serving import FakeServer, say
 
 SEPARATORS = "a\u2028b\u2029c\x85d"
@@ -136,12 +136,12 @@ async def test_a_queued_stream_has_its_head(server: FakeServer, monkeypatch: pyt
     monkeypatch.setattr(sse, "HEAD_SECONDS", 0.01)
     begun = watch_heads(monkeypatch)
     server.engine.gate.clear()
-    async with server.client(http=HttpConfig(sse_keep_alive=0.01)) as client:
-        body = {"model": "base", "prompt": "hi", "stream": True}
-        asking = asyncio.create_task(client.post("/v1/completions", json=body))
-        await begun.wait()
-        server.engine.gate.set()
-        response = await asking
+    client = server.client(http=HttpConfig(sse_keep_alive=0.01))
+    body = {"model": "base", "prompt": "hi", "stream": True}
+    asking = asyncio.create_task(client.post("/v1/completions", json=body))
+    await begun.wait()
+    server.engine.gate.set()
+    response = await asking
     assert response.status_code == 200
     assert response.text.startswith(": keep-alive\n\n")
     assert response.text.endswith("data: [DONE]\n\n")
@@ -154,15 +154,13 @@ async def test_a_response_that_fails_after_its_head_says_so(
     monkeypatch.setattr(sse, "HEAD_SECONDS", 0.0)
     begun = watch_heads(monkeypatch)
     server.engine.gate.clear()
-    server.engine.script = lambda request: [
-        TokenEvent(request.request_id, None, finish=FinishReason.ERROR, error=EngineError("no"))
-    ]
-    async with server.client() as client:
-        body = {"model": "base", "input": "hi", "stream": True}
-        asking = asyncio.create_task(client.post("/v1/responses", json=body))
-        await begun.wait()
-        server.engine.gate.set()
-        text = (await asking).text
+    server.engine.break_off(EngineError("no"))
+    client = server.client()
+    body = {"model": "base", "input": "hi", "stream": True}
+    asking = asyncio.create_task(client.post("/v1/responses", json=body))
+    await begun.wait()
+    server.engine.gate.set()
+    text = (await asking).text
     [data] = [line[6:] for line in text.splitlines() if line.startswith("data: ")]
     assert "event: error\n" in text
     assert ResponseErrorEvent.model_validate_json(data).type == "error"

@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from loraplex.benchmarks.adversary import __main__ as command
 from loraplex.benchmarks.adversary.attacks import KINDS
@@ -23,30 +22,17 @@ from loraplex.benchmarks.adversary.watch import Seen, family, resident, watch
 from loraplex.benchmarks.load import Address
 from loraplex.benchmarks.random_adapters import WEIGHTS
 from tests.support.stub_openai import Stub, serving
-from tests.support.tiny import make_tiny_model, make_tiny_tokenizer
 from tests.support.waiting import LIMIT
 
 ROOT = Path(__file__).parent.parent.parent
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("models") / "tiny"
-    make_tiny_model("llama", path, dtype=torch.bfloat16, max_position_embeddings=4096)
-    return make_tiny_tokenizer(path)
-
-
-def test_two_attacks(base: Path) -> None:
+def test_two_attacks(tiny_base: Path) -> None:
     """One of requests that are refused, one of files that are; how the server bears them is not what is tested."""
     attacks = ["refusals", "many-tensors"]
-    words = [*attacks, "--base", str(base), "--seconds", "1", "--memory", "1G"]
-    ran = subprocess.run(
-        [sys.executable, "-m", "loraplex.benchmarks.adversary", *words],
-        capture_output=True,
-        text=True,
-        timeout=3 * LIMIT,
-        check=False,
-    )
+    words = [*attacks, "--base", str(tiny_base), "--seconds", "1", "--memory", "1G"]
+    command = [sys.executable, "-m", "loraplex.benchmarks.adversary", *words]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=3 * LIMIT, check=False)
     head, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in ran.stdout.splitlines()]
     assert tuple(head) == COLUMNS, ran.stderr
     assert [row[0] for row in rows] == attacks

@@ -4,27 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import jsonschema
 import pytest
-import torch
 
 from loraplex.benchmarks.api import __main__ as command
 from loraplex.benchmarks.api.__main__ import Load, Run, held_to, http_kinds, in_turns, mask_kinds, prompts
 from loraplex.benchmarks.api.host import Host, serve_host
 from loraplex.benchmarks.many.figures import Report
 from loraplex.benchmarks.many.served import NotStarted
-from tests.support.tiny import make_tiny_model, make_tiny_tokenizer
 
 SHORT = Load(streams=3, requests=6, tokens=10)
 
 
 @pytest.fixture(scope="module")
-def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
-    base = tmp_path_factory.mktemp("base") / "tiny"
-    make_tiny_model("llama", base, dtype=torch.bfloat16, max_position_embeddings=2048)
-    make_tiny_tokenizer(base)
-    with serve_host(str(base), rows=4) as started:
+def host(tiny_base: Path) -> Iterator[Host]:
+    with serve_host(str(tiny_base), rows=4) as started:
         assert started.model == "tiny"
         yield started
     assert started.process.returncode == 0

@@ -7,7 +7,6 @@ import json
 import re
 import signal
 import subprocess
-import sys
 import time
 import xml.etree.ElementTree as ElementTree
 from itertools import pairwise
@@ -29,6 +28,8 @@ from loraplex.benchmarks.load import Address, Request, send
 from loraplex.benchmarks.measures import Objective, Spread, jain, measure
 from loraplex.benchmarks.workload import Lengths, Planned, Spec, plan
 from loraplex.server.command.cli import app
+from tests.support.answering import HEAD, answering
+from tests.support.command import LORAPLEX
 from tests.support.stub_openai import Stub, serving
 from tests.support.waiting import LIMIT
 
@@ -36,8 +37,10 @@ FIRST, GAP = 0.1, 0.02
 CARDS = [{"id": "base", "parent": None}, *({"id": f"ad{n}", "parent": "base"} for n in range(3))]
 
 
-def bench(*words: str) -> tuple[int, str]:
-    result = CliRunner().invoke(app, ["bench", *words])
+def bench(url: str, words: str, *more: str) -> tuple[int, str]:
+    """`loraplex bench serve` with these words, of which those in `more` may have spaces: exit code and output."""
+    command = ["bench", "serve", *(("--base-url", url) if url else ()), *words.split(), *more]
+    result = CliRunner().invoke(app, command)
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result.exit_code, result.output
 
@@ -46,21 +49,8 @@ def test_the_figures_are_the_servers(tmp_path: Path) -> None:
     """Lower bounds are exact; upper ones tell seconds from milliseconds on the busiest machine."""
     figures, page = tmp_path / "figures.json", tmp_path / "page.html"
     with serving(Stub(FIRST, GAP, models=CARDS)) as stub:
-        code, told = bench(
-            *("serve", "--base-url", f"{stub.url}/v1", "--api-key", "sesame", "--rate", "40", "--requests", "60"),
-            *(
-                "--output",
-                "4:12",
-                "--prompt",
-                "5:9",
-                "--slo-first",
-                "5000",
-                "--json",
-                str(figures),
-                "--html",
-                str(page),
-            ),
-        )
+        words = "--api-key sesame --rate 40 --requests 60 --output 4:12 --prompt 5:9 --slo-first 5000"
+        code, told = bench(f"{stub.url}/v1", words, "--json", str(figures), "--html", str(page))
     assert code == 0, told
     content = json.loads(figures.read_text())
     found, samples = content["figures"], content["samples"]
@@ -85,10 +75,7 @@ def test_the_figures_are_the_servers(tmp_path: Path) -> None:
 def test_the_page_needs_nothing_from_anywhere(tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     with serving(Stub(0.0, 0.0, models=[{"id": "<b>&"}, {"id": "ad1"}])) as stub:
-        bench(
-            *("serve", "--base-url", stub.url, "--streams", "2", "--requests", "8"),
-            *("--output", "3", "--html", str(page)),
-        )
+        bench(stub.url, "--streams 2 --requests 8 --output 3", "--html", str(page))
     text = page.read_text()
     assert not re.search(r"(src=|href=|url\(|@import|<script)", text)
     assert "&lt;b&gt;&amp;" in text
@@ -102,10 +89,7 @@ def test_the_page_needs_nothing_from_anywhere(tmp_path: Path) -> None:
 
 def test_words_for_chats_and_chunks() -> None:
     with serving(Stub(0.01, 0.0, models=CARDS, chunked=True)) as stub:
-        code, told = bench(
-            *("serve", "--base-url", stub.url, "--chat", "--streams", "2", "--requests", "6", "--output", "5"),
-            *("--models", "ad{}", "--adapters", "2"),
-        )
+        code, told = bench(stub.url, "--chat --streams 2 --requests 6 --output 5 --models ad{} --adapters 2")
     assert code == 0, told
     assert {asked["_path"] for asked in stub.seen} == {"/v1/chat/completions"}
     assert all(len(asked["messages"][0]["content"].split()) == 96 for asked in stub.seen)
@@ -114,9 +98,7 @@ def test_words_for_chats_and_chunks() -> None:
 
 def test_a_proxy_that_refuses_http_1_0() -> None:
     with serving(Stub(0.01, 0.0, models=CARDS, chunked=True, modern=True)) as stub:
-        code, told = bench(
-            *("serve", "--base-url", stub.url, "--rate", "50", "--requests", "6", "--output", "5"),
-        )
+        code, told = bench(stub.url, "--rate 50 --requests 6 --output 5")
     assert code == 0, told
     assert len(stub.seen) == 6
 
@@ -125,7 +107,7 @@ def test_a_proxy_that_refuses_http_1_0() -> None:
 def test_a_server_that_knows_openais_fields_alone(ends: bool) -> None:
     """With --eos nothing is sent that OpenAI's reference does not have."""
     with serving(Stub(0.0, 0.0, models=CARDS)) as stub:
-        bench("serve", "--base-url", stub.url, "--streams", "1", "--requests", "2", *(["--eos"] if ends else []))
+        bench(stub.url, "--streams 1 --requests 2" + " --eos" * ends)
     for asked in stub.seen:
         sent = {name for name in asked if not name.startswith("_")}
         theirs = {"model", "prompt", "max_tokens", "temperature", "stream", "stream_options"}
@@ -187,10 +169,8 @@ async def test_a_late_client_says_so_and_counts_it(monkeypatch: pytest.MonkeyPat
 def test_what_fails_is_counted_and_never_left_out(tmp_path: Path) -> None:
     figures = tmp_path / "figures.json"
     with serving(Stub(0.0, 0.0, models=CARDS, fail=["ad1"])) as stub:
-        code, told = bench(
-            *("serve", "--base-url", stub.url, "--streams", "3", "--requests", "60", "--output", "2"),
-            *("--slo-whole", "10000", "--json", str(figures)),
-        )
+        words = "--streams 3 --requests 60 --output 2 --slo-whole 10000"
+        code, told = bench(stub.url, words, "--json", str(figures))
     found = json.loads(figures.read_text())["figures"]
     failed = sum(asked["model"] == "ad1" for asked in stub.seen)
     assert code == 1
@@ -204,13 +184,11 @@ def test_what_fails_is_counted_and_never_left_out(tmp_path: Path) -> None:
     assert "Refused" in run.samples[0].error
 
 
-@pytest.mark.parametrize("words", [["--rate", "50"], ["--streams", "4"]])
-def test_nothing_answered_is_reported_as_that(tmp_path: Path, words: list[str]) -> None:
+@pytest.mark.parametrize("words", ["--rate 50", "--streams 4"])
+def test_nothing_answered_is_reported_as_that(tmp_path: Path, words: str) -> None:
     figures, page = tmp_path / "figures.json", tmp_path / "page.html"
     with serving(Stub(models=CARDS, fail=["ad0", "ad1", "ad2"])) as stub:
-        code, told = bench(
-            *("serve", "--base-url", stub.url, *words, "--requests", "9", "--json", str(figures), "--html", str(page))
-        )
+        code, told = bench(stub.url, f"{words} --requests 9", "--json", str(figures), "--html", str(page))
     found = json.loads(figures.read_text())["figures"]
     assert code == 1
     assert (found["failed"], found["tokens_per_second"], found["attained"], found["goodput"]) == (9, 0, 0, 0)
@@ -226,10 +204,7 @@ def test_a_server_that_dies_midway_fails_what_comes_after(tmp_path: Path) -> Non
     """Those under way are broken off, later ones find nobody; all are counted."""
     figures = tmp_path / "figures.json"
     with serving(Stub(0.05, 0.05, models=CARDS, dies_after=10)) as stub:
-        code, _ = bench(
-            *("serve", "--base-url", stub.url, "--rate", "30", "--requests", "40", "--output", "4"),
-            *("--json", str(figures)),
-        )
+        code, _ = bench(stub.url, "--rate 30 --requests 40 --output 4", "--json", str(figures))
     found = json.loads(figures.read_text())
     assert code == 1
     assert found["figures"]["requests"] == 40
@@ -245,14 +220,7 @@ def test_control_c_ends_with_a_report(tmp_path: Path, words: list[str]) -> None:
     """Every answer but the first takes a minute: those under way fail, those to come are not counted."""
     figures, page = tmp_path / "figures.json", tmp_path / "page.html"
     with serving(Stub(0.0, 60.0)) as stub:
-        command = [
-            sys.executable,
-            "-c",
-            "from loraplex.server.command.cli import main; main()",
-            "bench",
-            "serve",
-            *words,
-        ]
+        command = [*LORAPLEX, "bench", "serve", *words]
         command += ["--base-url", stub.url, "--requests", "1000", "--output", "1:2", "--json", figures, "--html", page]
         run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         while len(stub.seen) < 5 and run.poll() is None:
@@ -286,12 +254,7 @@ def test_control_c_ends_with_a_report(tmp_path: Path, words: list[str]) -> None:
 async def test_what_is_no_openai_server(answer: bytes) -> None:
     """Neither the list of models nor a completion takes such an answer for one, nor falls over it."""
 
-    async def reply(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(answer)
-        writer.close()
-
-    async with await asyncio.start_server(reply, "127.0.0.1", 0) as server:
-        address = Address("127.0.0.1", server.sockets[0].getsockname()[1])
+    async with answering(answer) as address:
         with pytest.raises(ValueError, match=f"127.0.0.1:{address.port}/v1/models"):
             await served_models(address)
         sent = await send(address, Request("m", [1], 1))
@@ -299,15 +262,12 @@ async def test_what_is_no_openai_server(answer: bytes) -> None:
     assert sent.error
 
 
-@pytest.mark.parametrize("event", [b"[]", b"3", b'{"choices": [null]}', b'{"usage": {}}', b'{"choices": 7}', b"{"])
+@pytest.mark.parametrize(
+    "event", [b"[]", b"3", b'{"choices": [null]}', b'{"usage": {"prompt_tokens": 1}}', b'{"choices": 7}', b"{"]
+)
 async def test_events_that_are_none_of_a_completions(event: bytes) -> None:
-    async def reply(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
-        writer.write(head + b"data: " + event + b"\n\ndata: [DONE]\n\n")
-        writer.close()
-
-    async with await asyncio.start_server(reply, "127.0.0.1", 0) as server:
-        sent = await send(Address("127.0.0.1", server.sockets[0].getsockname()[1]), Request("m", [1], 1))
+    async with answering(HEAD + b"data: " + event + b"\n\ndata: [DONE]\n\n") as address:
+        sent = await send(address, Request("m", [1], 1))
     assert not sent.ok
     assert sent.error
 
@@ -316,13 +276,8 @@ async def test_events_as_the_standard_lets_them_be() -> None:
     """No space after the colon, lines that end in CR LF, comments and names of events between."""
     events = b': hello\r\n\r\nevent: x\r\ndata:{"choices": [{"text": "a"}]}\r\n\r\ndata:[DONE]\r\n\r\n'
 
-    async def reply(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.readuntil(b"}}")  # the body's end
-        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n" + events)
-        writer.close()
-
-    async with await asyncio.start_server(reply, "127.0.0.1", 0) as server:
-        sent = await send(Address("127.0.0.1", server.sockets[0].getsockname()[1]), Request("m", [1], 1))
+    async with answering(HEAD + events) as address:
+        sent = await send(address, Request("m", [1], 1))
     assert sent.ok
     assert len(sent.arrivals) == 1
 
@@ -330,35 +285,32 @@ async def test_events_as_the_standard_lets_them_be() -> None:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (
-            ["--base-url", "http://127.0.0.1:1", "--rate", "1", "--requests", "3"],
-            "nothing answers at http://127.0.0.1:1/",
-        ),
-        (["--base-url", "http://127.0.0.1:99999", "--rate", "1", "--requests", "3"], "99999"),
-        (["--base-url", "gopher://x", "--rate", "1", "--requests", "3"], "no base URL"),
-        (["--rate", "nan", "--requests", "3"], "a rate of nan"),
-        (["--rate", "inf", "--seconds", "3"], "a rate of inf"),
-        (["--rate", "1", "--requests", "3", "--cv", "1e-200"], "a coefficient of variation of 1e-200"),
-        (["--rate", "1", "--requests", "3", "--popularity", "zipf", "--alpha", "nan"], "Zipf's exponent is nan"),
-        (["--rate", "9", "--requests", "3", "--warmup", "60"], "and the warm-up is longer"),
-        (["--streams", "0", "--requests", "3"], "0 streams"),
-        (["--rate", "1", "--requests", "3", "--json", "nowhere/at/all.json"], "cannot be written"),
-        (["--rate", "1", "--requests", "3", "--html", "."], "cannot be written"),
-        (["--rate", "1", "--streams", "2"], "--rate is an open loop"),
-        (["--requests", "3"], "give --rate"),
-        (["--rate", "1"], "a number of requests is needed"),
-        (["--streams", "1", "--seconds", "3"], "needs --requests"),
-        (["--rate", "-1", "--requests", "3"], "a rate of -1"),
-        (["--streams", "1", "--requests", "3", "--prompt", "9:3"], "lengths from 9 to 3"),
-        (["--streams", "1", "--requests", "3", "--adapters", "9"], "9 models are wanted, and there are 3"),
-        (["--streams", "1", "--requests", "3", "--models", "x{}"], "needs --adapters"),
-        (["--streams", "1", "--requests", "3", "--export", "wrk=x"], "expected aiperf=FILE or guidellm=FILE"),
-        (["--rate", "1", "--trace", "nowhere.csv"], "nowhere.csv"),
+        ("--base-url http://127.0.0.1:1 --rate 1 --requests 3", "nothing answers at http://127.0.0.1:1/"),
+        ("--base-url http://127.0.0.1:99999 --rate 1 --requests 3", "99999"),
+        ("--base-url gopher://x --rate 1 --requests 3", "no base URL"),
+        ("--rate nan --requests 3", "a rate of nan"),
+        ("--rate inf --seconds 3", "a rate of inf"),
+        ("--rate 1 --requests 3 --cv 1e-200", "a coefficient of variation of 1e-200"),
+        ("--rate 1 --requests 3 --popularity zipf --alpha nan", "Zipf's exponent is nan"),
+        ("--rate 9 --requests 3 --warmup 60", "and the warm-up is longer"),
+        ("--streams 0 --requests 3", "0 streams"),
+        ("--rate 1 --requests 3 --json nowhere/at/all.json", "cannot be written"),
+        ("--rate 1 --requests 3 --html .", "cannot be written"),
+        ("--rate 1 --streams 2", "--rate is an open loop"),
+        ("--requests 3", "give --rate"),
+        ("--rate 1", "a number of requests is needed"),
+        ("--streams 1 --seconds 3", "needs --requests"),
+        ("--rate -1 --requests 3", "a rate of -1"),
+        ("--streams 1 --requests 3 --prompt 9:3", "lengths from 9 to 3"),
+        ("--streams 1 --requests 3 --adapters 9", "9 models are wanted, and there are 3"),
+        ("--streams 1 --requests 3 --models x{}", "needs --adapters"),
+        ("--streams 1 --requests 3 --export wrk=x", "expected aiperf=FILE or guidellm=FILE"),
+        ("--rate 1 --trace nowhere.csv", "nowhere.csv"),
     ],
 )
-def test_options_that_cannot_be_run(words: list[str], told: str) -> None:
+def test_options_that_cannot_be_run(words: str, told: str) -> None:
     with serving(Stub(models=CARDS)) as stub:
-        code, output = bench("serve", *(() if "--base-url" in words else ("--base-url", stub.url)), *words)
+        code, output = bench("" if "--base-url" in words else stub.url, words)
     assert code == 2
     assert told in output
     assert stub.seen == []

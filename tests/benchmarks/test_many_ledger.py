@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from loraplex.benchmarks.load import Address, Reply, Request, call, closed_loop, send
 from loraplex.benchmarks.many.ledger import End, Ledger, Lost, end_of
+from tests.support.answering import HEAD, answering, body_of
 
-HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\n\r\n"
 DONE = b"data: [DONE]\n\n"
 
 
@@ -54,7 +53,8 @@ ANSWERS: dict[str, tuple[bytes, End | str]] = {
 @pytest.mark.parametrize("name", ANSWERS)
 async def test_each_answer_has_one_end_or_is_lost(name: str) -> None:
     answer, expected = ANSWERS[name]
-    reply = (await _replies(answer, Request("m", [1, 2], 3)))[0]
+    async with answering(answer) as address:
+        reply = await send(address, Request("m", [1, 2], 3))
     if isinstance(expected, End):
         assert end_of(reply) is expected
         return
@@ -66,7 +66,8 @@ async def test_each_answer_has_one_end_or_is_lost(name: str) -> None:
 
 
 async def test_what_is_measured_of_a_stream() -> None:
-    reply = (await _replies(ANSWERS["finished"][0], Request("m", [1], 3)))[0]
+    async with answering(ANSWERS["finished"][0]) as address:
+        reply = await send(address, Request("m", [1], 3))
     assert reply.ok
     assert (len(reply.arrivals), len(reply.gaps), reply.tokens, reply.finishes) == (3, 2, 3, ["length"])
     assert reply.first > 0
@@ -79,14 +80,16 @@ async def test_leaving_before_and_after_events() -> None:
         def enough(reply: Reply, events: int = events) -> bool:
             return len(reply.arrivals) >= events
 
-        reply = (await _replies(ANSWERS["finished"][0], request, enough))[0]
+        async with answering(ANSWERS["finished"][0]) as address:
+            reply = await send(address, request, enough)
         assert end_of(reply) is End.CANCELLED
         assert len(reply.arrivals) == events
 
 
 async def test_a_request_says_what_is_wanted() -> None:
     bodies: list[dict[str, Any]] = []
-    await _replies(ANSWERS["in one piece"][0], Request("m", "hi", 3, {"stream": False, "temperature": 1}), seen=bodies)
+    async with answering(ANSWERS["in one piece"][0], bodies) as address:
+        await send(address, Request("m", "hi", 3, {"stream": False, "temperature": 1}))
     assert bodies == [
         {"model": "m", "prompt": "hi", "max_tokens": 3, "temperature": 1, "ignore_eos": True, "stream": False}
     ]
@@ -99,7 +102,7 @@ async def test_a_closed_loop_has_so_many_under_way_and_stops_at_an_error() -> No
         nonlocal running, most
         running += 1
         most = max(most, running)
-        body = await _body(reader)
+        body = await body_of(reader)
         await asyncio.sleep(0)
         writer.write(ANSWERS["finished" if body["model"] == "m" else "refused"][0])
         running -= 1
@@ -164,30 +167,3 @@ def test_counters_must_agree_with_the_clients() -> None:
         ledger.add("leave", unseen)
         ledger.compare({"loraplex:requests_refused_total": counted})
         assert bool(ledger.violations) is not right
-
-
-async def _replies(
-    answer: bytes,
-    request: Request,
-    enough: Callable[[Reply], bool] = lambda _: False,
-    seen: list[dict[str, Any]] | None = None,
-) -> list[Reply]:
-    """The reply to `request` of a server that answers with these bytes and closes."""
-
-    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        body = await _body(reader)
-        if seen is not None:
-            seen.append(body)
-        writer.write(answer)
-        writer.close()
-
-    async with await asyncio.start_server(handle, "127.0.0.1", 0) as server:
-        port = server.sockets[0].getsockname()[1]
-        return [await send(Address("127.0.0.1", port), request, enough)]
-
-
-async def _body(reader: asyncio.StreamReader) -> dict[str, Any]:
-    head = (await reader.readuntil(b"\r\n\r\n")).decode()
-    length = int(head.lower().split("content-length: ")[1].split("\r\n")[0])
-    found: dict[str, Any] = json.loads(await reader.readexactly(length))
-    return found

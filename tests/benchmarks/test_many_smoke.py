@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from loraplex.benchmarks.many import __main__ as command
 from loraplex.benchmarks.many import cold, served, soak, stall, throughput
@@ -20,17 +19,13 @@ from loraplex.benchmarks.many.guests import BAD, make_folder
 from loraplex.benchmarks.many.served import Died, NotStarted, Others, Server, serve
 from loraplex.benchmarks.many.world import RANKS, World
 from loraplex.benchmarks.random_adapters import ATTENTION, modules_of
-from tests.support.tiny import make_tiny_model, make_tiny_tokenizer
 
 COUNT = 24
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    folder = tmp_path_factory.mktemp("many")
-    base = make_tiny_model("llama", folder / "tiny", dtype=torch.bfloat16, max_position_embeddings=4096)
-    make_tiny_tokenizer(base)
-    return World.make(str(base), "tiny", base, folder / "adapters", COUNT)
+def world(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
+    return World.make(str(tiny_base), "tiny", tiny_base, tmp_path_factory.mktemp("many"), COUNT)
 
 
 @pytest.fixture(scope="module")

@@ -5,46 +5,44 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from loraplex.adapters.errors import AdapterNotFound, AdapterRefused
-from loraplex.adapters.info import AdapterInfo
-from loraplex.adapters.registry import AdapterVersion, Registry
+from loraplex.adapters.registry import AdapterVersion
 from loraplex.adapters.sources.merge_plan import MergePlan
 from loraplex.adapters.sources.sources import OPERATOR, SourceAccess, parse_source
-from loraplex.server.catalog.manager import AdapterManager
 from loraplex.server.catalog.on_demand import OnDemand, first_use_name, is_hidden, source_of
 from loraplex.server.catalog.quota import QuotaOwner, TooManyAdapters
 from loraplex.server.engine.request import Overloaded
+from tests.support.fake_serving import FakeAdapters
+from tests.support.refusals import refused
 from tests.support.waiting import turns
 
 PLAN = MergePlan("ties", (1.0, 1.0), 0.5)
 
 
-class Adapters(AdapterManager):
+class Adapters(FakeAdapters):
     """Loads nothing; counts. `gate` holds loads back."""
 
     def __init__(self) -> None:
-        self.registry = Registry()
+        super().__init__()
         self.loaded: list[str] = []
         self.accesses: list[SourceAccess] = []
         self.gate = asyncio.Event()
         self.gate.set()
         self.failure: Exception | None = None
 
-    def coming(self) -> tuple[str, ...]:
-        return ()
-
     async def register(
-        self, name: str, source: str, *, replace: bool = False, access: SourceAccess = OPERATOR
+        self, name: str, source: str, *, access: SourceAccess = OPERATOR, **given: Any
     ) -> AdapterVersion:
         self.loaded.append(source)
         self.accesses.append(access)
         await self.gate.wait()
         if self.failure is not None:
             raise self.failure
-        return self.registry.register(name, source, AdapterInfo(1, ("q_proj",), 1, 1, digest=f"digest of {source}"))
+        return await super().register(name, source, access=access, **given)
 
 
 class Merger:
@@ -195,11 +193,7 @@ async def test_what_an_operator_unloaded_is_loaded_again() -> None:
 async def test_what_a_token_fetched_is_for_those_who_have_it() -> None:
     adapters = Adapters()
     on_demand = OnDemand(adapters, Merger())
-    tokens = [
-        SourceAccess("secret-1", ambient=False),
-        SourceAccess("secret-2", ambient=False),
-        SourceAccess(None, ambient=False),
-    ]
+    tokens = [SourceAccess(token, ambient=False) for token in ("secret-1", "secret-2", None)]
     leases = [await on_demand.lease("org/name", access) for access in (*tokens, tokens[0])]
     names = [lease.version.name for lease in leases]
     assert len(set(names)) == 3
@@ -232,7 +226,7 @@ async def test_a_merge_that_cannot_be_served_is_not_kept() -> None:
     on_demand = OnDemand(adapters, merger)
     leases = [await on_demand.lease(f"/srv/{name}") for name in "ab"]
     adapters.failure = AdapterRefused("no_effect", "it is zero")
-    with pytest.raises(AdapterRefused, match="merged, the adapters cannot be served: it is zero"):
+    with refused("no_effect", "merged, the adapters cannot be served: it is zero"):
         await on_demand.merge(leases, PLAN)
     assert not Path(adapters.loaded[-1]).exists()
 
@@ -244,7 +238,7 @@ def test_sources_of_loraxs_kinds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (tmp_path / "org" / "name").mkdir(parents=True)
     assert source_of("hub", "org/name") == "hf://org/name", "the Hub's answer is never a folder's"
     for wrong in ("/srv/a", "name", "a/b/c", "../name", "a/..", "~/a"):
-        with pytest.raises(AdapterRefused, match="adapter_source is 'hub'"):
+        with refused("unsupported_kind", "adapter_source is 'hub'"):
             source_of("hub", wrong)
 
 

@@ -13,7 +13,6 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager
-from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -21,39 +20,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraplex.adapters.errors import AdapterExists, AdapterNotFound, AdapterRefused
-from loraplex.adapters.info import AdapterInfo
-from loraplex.adapters.registry import AdapterVersion, Registry
+from loraplex.adapters.errors import AdapterExists, AdapterNotFound
+from loraplex.adapters.registry import AdapterVersion
 from loraplex.adapters.sources.sources import OPERATOR, SourceAccess
-from loraplex.server.catalog.manager import AdapterManager, Around
 from loraplex.server.catalog.saved import FILE, Remembered, Remembering, StateError, StateFile, StateNotKept
+from tests.support.fake_serving import FakeAdapters
 from tests.support.full_disk import full_disk
+from tests.support.refusals import refused
 from tests.support.waiting import LIMIT, until, wait_for
 
 
-class Manager(AdapterManager):
-    """Registers anything but what is called missing."""
+class Manager(FakeAdapters):
+    """Notes what is begun, and what is expected to come."""
 
     def __init__(self) -> None:
-        self.registry = Registry()
+        super().__init__()
         self.begun: list[tuple[str, str, SourceAccess, bool]] = []
         self.expected: list[str] = []
-        self.pins: list[tuple[str, bool]] = []
-
-    async def register(
-        self,
-        name: str,
-        source: str,
-        *,
-        replace: bool = False,
-        pinned: bool = False,
-        access: SourceAccess = OPERATOR,
-        around: Around | None = None,
-    ) -> AdapterVersion:
-        if "missing" in source:
-            raise AdapterNotFound(f"{source}: no such folder")
-        point = partial(self.registry.register, name, source, AdapterInfo(8, (), 1, 1, source), replace=replace)
-        return point() if around is None else await asyncio.wrap_future(around(point))
 
     def begin(
         self, name: str, source: str, *, replace: bool = False, access: SourceAccess = OPERATOR, stale: bool = False
@@ -128,7 +111,7 @@ async def test_a_source_that_vanished_is_kept_and_its_name_says_why(
     StateFile(tmp_path).write(kept)
     manager = await asyncio.to_thread(restored, tmp_path)
     assert [version.name for version in manager.registry.list()] == ["b"]
-    with pytest.raises(AdapterRefused, match="no such folder"):
+    with refused("unavailable", "no such folder"):
         manager.registry.lease("a")
     assert "adapter a" in caplog.text
     remembering = Remembering(Manager(), StateFile(tmp_path))

@@ -31,7 +31,8 @@ def test_the_report_on_a_cpu(capsys: pytest.CaptureFixture[str], monkeypatch: py
     assert "32 decode rows, 32 adapters" in report
     assert "ok   ops, Phi-3-mini, float32" in report
     assert "ok   adapters of ranks 1 to 256, bfloat16" in report
-    assert report.endswith("15 of 15 checks passed\n")
+    assert "ok   quantised linears, bfloat16" in report
+    assert report.endswith("16 of 16 checks passed\n")
 
 
 def test_a_wrong_op_fails_the_report_and_is_named(

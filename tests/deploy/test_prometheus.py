@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import socket
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +21,7 @@ from loraplex.server.tenancy.keys_file import new_key
 from tests.support.deployment import DEPLOY
 from tests.support.live_server import live_server
 from tests.support.peft_adapters import make_peft_adapter
+from tests.support.processes import free_port, running
 from tests.support.tiny import load_oracle, make_tiny_model, make_tiny_tokenizer
 from tests.support.waiting import LIMIT, wait_for
 
@@ -50,19 +49,12 @@ def prometheus(folder: Path, target: str) -> Iterator[httpx.Client]:
     config["rule_files"] = [str(PROMETHEUS / name) for name in config["rule_files"]]
     config["scrape_configs"][0]["static_configs"] = [{"targets": [target]}]
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config), encoding="utf-8")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = ["prometheus", f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data"]
     command += [f"--web.listen-address=127.0.0.1:{port}"]
-    with (folder / "prometheus.log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log)
-        try:
-            with httpx.Client(base_url=f"http://127.0.0.1:{port}/api/v1", timeout=LIMIT) as client:
-                yield client
-        finally:
-            process.kill()
-            process.wait()
+    url = f"http://127.0.0.1:{port}"
+    with running(command, folder / "prometheus.log", f"{url}/-/ready"):
+        yield httpx.Client(base_url=f"{url}/api/v1", timeout=LIMIT)
 
 
 def ask(client: httpx.Client, path: str, **parameters: str) -> Any:

@@ -7,10 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import httpx
 import pytest
 
 from tests.support.command import LORAPLEX, address, serving
+from tests.support.live_server import Api
 from tests.support.waiting import LIMIT
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux keeps this limit")
@@ -48,7 +48,5 @@ def test_too_little_for_the_memory_wanted(base: Path) -> None:
 
 def test_enough_for_both(base: Path) -> None:
     with serving(str(base), "--served-model-name", "tiny", command=limited(PLENTY)) as (_, lines):
-        body = {"model": "tiny", "prompt": "the fox", "max_tokens": 4, "ignore_eos": True}
-        answer = httpx.post(f"{address(lines)}/v1/completions", json=body, timeout=LIMIT)
-    assert answer.status_code == 200
-    assert answer.json()["usage"]["completion_tokens"] == 4
+        answer = Api(address(lines)).complete(tokens=4)
+    assert (answer.status_code, answer.json()["usage"]["completion_tokens"]) == (200, 4)

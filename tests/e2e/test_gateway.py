@@ -115,19 +115,15 @@ def test_under_load_it_says_who_runs_and_who_waits(live: LiveServer) -> None:
         looked_at.acquire(timeout=LIMIT)  # a look a step
         return run(prepared)
 
-    def ask(name: str) -> int:
-        body = {"model": name, "prompt": "the", "max_tokens": 12, "ignore_eos": True}
-        return httpx.post(f"{live.url}/v1/completions", json=body, timeout=LIMIT).status_code
-
     scrapes: list[Scrape] = []
     worker.run = held  # type: ignore[method-assign, assignment]
     try:
         with ThreadPoolExecutor(12) as pool:
-            answers = [pool.submit(ask, name) for name in NAMES * 3]
+            answers = [pool.submit(live.complete, name, 12) for name in NAMES * 3]
             while not all(answer.done() for answer in answers):
                 scrapes.append(scrape(live.url))
                 looked_at.release()
-        assert [answer.result() for answer in answers] == [200] * 12
+        assert [answer.result().status_code for answer in answers] == [200] * 12
     finally:
         worker.run = run  # type: ignore[method-assign]
     for each in scrapes:
@@ -152,5 +148,4 @@ def test_under_load_it_says_who_runs_and_who_waits(live: LiveServer) -> None:
 
 def test_names_that_would_be_two_are_refused(live: LiveServer, tmp_path: Path) -> None:
     for name in ("a,b", "a b", 'a"b', "a\\b", "a\nb", ""):
-        body = {"lora_name": name, "lora_path": str(tmp_path)}
-        assert httpx.post(f"{live.url}/v1/load_lora_adapter", json=body, timeout=LIMIT).status_code in (400, 422), name
+        assert live.load(name, tmp_path).status_code in (400, 422), name

@@ -33,13 +33,16 @@ from tests.support.waiting import LIMIT
 EXACT = replace(TINY, activations=LinearInputs.exact)
 TOKENS = 16
 
+UNTIED: dict[str, Any] = {"head_dim": 32, "query_pre_attn_scalar": 32, "tie_word_embeddings": False}
+"""A tiny Gemma whose head is its table says one token again and again."""
+
 PROMPTS = ([0, 77, 80, 91, 300, 12], [0, 45, 200, 201, 13], [0, 99, 98, 97, 96, 95, 94])
 
 
 def write(folder: Path, family: str = "llama", kind: Any = Kind.Q4_1, **options: Any) -> WrittenGguf:
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tiny_tokenizer(folder / "tokenizer")
-    fields = {"hidden_size": 224} if family == "qwen2" else {}
+    fields = {"qwen2": {"hidden_size": 224}, "gemma3": UNTIED}.get(family, {})
     model = tiny_hf_model(family, intermediate_size=128, **fields)
     return write_gguf(model, folder / "tiny.Q4.gguf", kind, tokenizer=tokenizer, **options)
 
@@ -67,7 +70,7 @@ def test_the_command_serves_a_file(written: WrittenGguf, tmp_path: Path) -> None
     assert len(list((tmp_path / "gguf").iterdir())) == 1
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3"])
 def test_adapters_of_the_original_fit_the_file(family: str, tmp_path: Path) -> None:
     """q and k too, whose rows llama.cpp has in another order: each stream as PEFT's, all in one batch with the base."""
     written = write(tmp_path / "gguf", family)

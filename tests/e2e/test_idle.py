@@ -3,48 +3,19 @@
 from __future__ import annotations
 
 import os
-import re
-import subprocess
-import sys
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import pytest
 
-from tests.support.waiting import LIMIT, wait_for
+from tests.support.command import address, serving
+from tests.support.live_server import Api
+from tests.support.waiting import wait_for
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc here")
 
 SECONDS = 5.0
 MOST = 0.02  # of one core
-
-
-@pytest.fixture
-def server(base: Path, tmp_path: Path) -> Iterator[tuple[int, str]]:
-    """(process id, URL) of the real command, serving."""
-    command = [sys.executable, "-c", "from loraplex.server.command.cli import main; main()"]
-    command += ["serve", str(base), "--port", "0", "--memory", "768M"]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert process.stdout is not None
-    deadline = threading.Timer(LIMIT, process.kill)
-    deadline.start()
-    try:
-        said = ""
-        for line in process.stdout:
-            said += line
-            if found := re.search(r"http://127\.0\.0\.1:\d+", line):
-                break
-        else:
-            pytest.fail(said)
-        threading.Thread(target=process.stdout.read, daemon=True).start()  # a full pipe would block the server
-        yield process.pid, found[0]
-    finally:
-        deadline.cancel()
-        process.terminate()
-        process.wait(30)
 
 
 def cpu_seconds(pid: int) -> float:
@@ -59,12 +30,11 @@ def used_within(pid: int, seconds: float) -> float:
     return cpu_seconds(pid) - before
 
 
-def test_idle_server_uses_no_core(server: tuple[int, str]) -> None:
+def test_idle_server_uses_no_core(base: Path) -> None:
     """CPU time, so other processes do not matter; after a request, so that threads which spin when done are found."""
-    pid, url = server
-    body = {"model": "tiny", "prompt": "hello", "max_tokens": 8}
-    answer = httpx.post(f"{url}/v1/completions", json=body, timeout=LIMIT)
-    assert answer.status_code == 200, answer.text
-    wait_for(lambda: used_within(pid, 0.5) <= 0.01, "what the request left behind goes on")  # a tick of the kernel's
-    used = used_within(pid, SECONDS)
+    with serving(str(base)) as (process, lines):
+        assert Api(address(lines)).complete(tokens=8).status_code == 200
+        pid = process.pid
+        wait_for(lambda: used_within(pid, 0.5) <= 0.01, "what the request left behind goes on")  # the kernel's tick
+        used = used_within(pid, SECONDS)
     assert used / SECONDS < MOST, f"{used:.2f} s of CPU time in {SECONDS:.0f} idle seconds"

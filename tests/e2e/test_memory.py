@@ -87,16 +87,8 @@ def environment() -> dict[str, str]:
 def memory(request: pytest.FixtureRequest, base: Path, adapters: Path) -> Iterator[tuple[Server, int]]:
     """A server with little more than the least it needs."""
     arguments = [*SERVE, str(base), "--adapter-dir", str(adapters), "--port", "0", "--device", "cpu", *request.param]
-    arguments += [
-        "--dtype",
-        "bfloat16",
-        "--max-num-seqs",
-        "16",
-        "--token-budget",
-        "128",
-        "--max-waiting-tokens",
-        "65536",
-    ]
+    arguments += ["--dtype", "bfloat16", "--max-num-seqs", "16", "--token-budget", "128"]
+    arguments += ["--max-waiting-tokens", "65536"]
     total = least_memory(arguments) + 64 * MIB
     server = Server([*arguments, "--memory", str(total)])
     try:

@@ -9,14 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import openai
 import pytest
 
 from tests.support.peft_adapters import make_peft_adapter
 from tests.support.served import Served, greedy, serve_tiny
 from tests.support.tiny import EOS
-from tests.support.waiting import LIMIT, wait_for
+from tests.support.waiting import wait_for
 
 MESSAGES: list[Any] = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is the end, é?"}]
 ADAPTERS = {
@@ -49,11 +48,7 @@ def test_chat_says_what_the_oracle_says(served: Served, name: str) -> None:
     assert answer.usage is not None
     usage = answer.usage.to_dict()
     assert set(usage.pop("prompt_tokens_details")) == {"cached_tokens"}  # type: ignore[call-overload]
-    assert usage == {
-        "prompt_tokens": len(prompt),
-        "completion_tokens": 12,
-        "total_tokens": len(prompt) + 12,
-    }
+    assert usage == {"prompt_tokens": len(prompt), "completion_tokens": 12, "total_tokens": len(prompt) + 12}
 
 
 def test_adapters_say_something_else_than_the_base(served: Served) -> None:
@@ -225,15 +220,10 @@ def test_a_damaged_adapter_is_refused_and_others_go_on(served: Served, tmp_path:
     folder = make_peft_adapter(served.oracles["tiny"], tmp_path / "a", r=2, target_modules=["q_proj"]).folder
     file = folder / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    response = httpx.post(
-        f"{served.live.url}/v1/load_lora_adapter",
-        json={"lora_name": "damaged", "lora_path": str(folder)},
-        timeout=LIMIT,
-    )
+    response = served.live.load("damaged", folder)
     assert response.status_code == 400
     assert response.json()["type"] == response.json()["error"]["type"] == "BadRequestError"
-    missing = {"lora_name": "damaged", "lora_path": str(tmp_path / "nothing")}
-    assert httpx.post(f"{served.live.url}/v1/load_lora_adapter", json=missing, timeout=LIMIT).status_code == 404
+    assert served.live.load("damaged", tmp_path / "nothing").status_code == 404
     with pytest.raises(openai.NotFoundError):
         served.client.completions.create(model="damaged", prompt="the", max_tokens=1)
     test_completions_continue_text_and_token_ids(served)

@@ -8,7 +8,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import httpx
 import torch
 from prometheus_client.parser import text_string_to_metric_families
 from safetensors.torch import load_file, save_file
@@ -17,7 +16,6 @@ from loraplex.adapters.refusals import OTHER, REASONS
 from loraplex.server.config import EngineConfig
 from tests.support.live_server import live_server
 from tests.support.peft_adapters import make_peft_adapter
-from tests.support.waiting import LIMIT
 
 
 def test_adapters_that_take_turns(base: Path, oracle: Any, tmp_path: Path) -> None:
@@ -27,9 +25,8 @@ def test_adapters_that_take_turns(base: Path, oracle: Any, tmp_path: Path) -> No
     with live_server(base, "tiny", config) as server:
         asyncio.run(server.parts.adapters.register_folder(tmp_path / "adapters"))
         for name in ("one", "two", "one", "two", "two"):
-            body = {"model": name, "prompt": "the", "max_tokens": 3, "ignore_eos": True}
-            assert httpx.post(f"{server.url}/v1/completions", json=body, timeout=LIMIT).status_code == 200
-        text = httpx.get(f"{server.url}/metrics", timeout=LIMIT).text
+            assert server.complete(name, 3).status_code == 200
+        text = server.ask("GET", "/metrics").text
     families = list(text_string_to_metric_families(text))
     assert max(Counter(family.name for family in families).values()) == 1
     found = {
@@ -61,9 +58,8 @@ def test_refused_adapters_are_counted_by_reason(base: Path, oracle: Any, tmp_pat
     with live_server(base, "tiny", EngineConfig(device="cpu", memory=32 << 20)) as server:
         asyncio.run(server.parts.adapters.register_folder(tmp_path / "folder"))
         for source in (str(tmp_path / "values"), "ftp://nowhere"):
-            body = {"lora_name": "x", "lora_path": source}
-            assert httpx.post(f"{server.url}/v1/load_lora_adapter", json=body, timeout=LIMIT).status_code >= 400
-        text = httpx.get(f"{server.url}/metrics", timeout=LIMIT).text
+            assert server.load("x", source).status_code >= 400
+        text = server.ask("GET", "/metrics").text
     found = {
         (sample.name, sample.labels["reason"]): sample.value
         for family in text_string_to_metric_families(text)

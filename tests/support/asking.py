@@ -1,4 +1,4 @@
-"""Bodies for OpenAI's two routes, and the events of their streams."""
+"""Bodies for each route, and the events of streams."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+RESPONSES, EMBEDDINGS = "/v1/responses", "/v1/embeddings"
 
 
 def chat(**fields: Any) -> dict[str, Any]:
@@ -16,6 +17,23 @@ def chat(**fields: Any) -> dict[str, Any]:
 
 def completion(**fields: Any) -> dict[str, Any]:
     return {"model": "base", "prompt": "hi", **fields}
+
+
+WORK: dict[str, tuple[str, dict[str, Any]]] = {  # what the model is asked by, and with what
+    "chat": (CHAT, chat()),
+    "completions": (COMPLETIONS, completion()),
+    "responses": (RESPONSES, {"model": "base", "input": "hi"}),
+    "embeddings": (EMBEDDINGS, {"model": "base", "input": "hi"}),
+    "sglang": ("/generate", {"text": "hi"}),
+    "generate": ("/generate", {"inputs": "hi"}),
+    "lorax": ("/", {"inputs": "hi"}),
+    "stream": ("/generate_stream", {"inputs": "hi"}),
+    "embed": ("/embed", {"inputs": "hi"}),
+}
+FORMS = WORK | {
+    "tokenize": ("/tokenize", {"model": "base", "prompt": "hi"}),
+    "detokenize": ("/detokenize", {"model": "base", "tokens": [5]}),
+}
 
 
 def body_of(route: str, **fields: Any) -> dict[str, Any]:

@@ -113,12 +113,16 @@ class FakeEvents(EventStream):
 
 
 class FakeEngine(Engine):
-    """Says "the answer" to everything, or what `script` says. `gate` holds all tokens back while it is not set."""
+    """Says "the answer" to everything, or what `script` says. `gate` holds all tokens back while it is not set.
+
+    The embedding of a prompt is 3, 4, and its first two token ids.
+    """
 
     alive = True
     failure: BaseException | None = None
 
     def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
         self.requests: list[GenerationRequest] = []
         self.open: set[str] = set()
         self.aborted: list[str] = []  # by closing their events
@@ -129,7 +133,7 @@ class FakeEngine(Engine):
         self.gate = asyncio.Event()
         self.gate.set()
         self.current = EngineStats()
-        self.script: Script = lambda request: say(tokenizer, "the answer", request)
+        self.script: Script = lambda request: self._embed(request) if request.pooling else self._answer(request)
 
     def check_room(self, tenant: str, mix: Mix) -> None:
         if self.full is not None:
@@ -149,6 +153,23 @@ class FakeEngine(Engine):
 
     def stats(self) -> EngineStats:
         return self.current
+
+    def _answer(self, request: GenerationRequest) -> list[TokenEvent]:
+        return say(self._tokenizer, "the answer", request)
+
+    def _embed(self, request: GenerationRequest) -> list[TokenEvent]:
+        vector = np.array([3.0, 4.0, *request.prompt_ids[:2]], np.float32)
+        return [TokenEvent(request.request_id, 9, finish=FinishReason.LENGTH, embedding=vector)]
+
+    def break_off(self, error: Exception | None = None, *, after: int = 0) -> None:
+        """From now on, so many tokens of "the answer" come, and then an error; without one, an abort."""
+        finish = FinishReason.ABORT if error is None else FinishReason.ERROR
+
+        def script(request: GenerationRequest) -> list[TokenEvent]:
+            begun = [replace(event, finish=None) for event in self._answer(request)[:after]]
+            return [*begun, TokenEvent(request.request_id, None, finish=finish, error=error)]
+
+        self.script = script
 
 
 def say(tokenizer: Tokenizer, text: str, request: GenerationRequest, *, stop: bool = True) -> list[TokenEvent]:
@@ -215,7 +236,8 @@ class FakeServer:
     adapters: FakeAdapters = field(default_factory=FakeAdapters)
     defaults: GenerationDefaults = field(default_factory=lambda: GenerationDefaults((EOS_ID,)))
     config: ServeConfig = field(default_factory=lambda: CONFIG)
-    max_model_len: int = MAX_MODEL_LEN  # this and the template: of clients made from here on
+    max_model_len: int = MAX_MODEL_LEN  # this, the template and `given`: of applications made from here on
+    given: dict[str, Any] = field(default_factory=dict)  # what each of them is changed by, as app() takes it
     on_demand: OnDemand = field(init=False)
 
     def __post_init__(self) -> None:
@@ -231,6 +253,7 @@ class FakeServer:
 
     def app(self, **changes: Any) -> FastAPI:
         """A new application of these services. changes: fields of Services, or else of ServeConfig."""
+        changes = self.given | changes
         own = {each.name for each in fields(Services)}
         told = {each.name for each in fields(ServeConfig)} & changes.keys() - own
         self.config = replace(self.config, **{name: changes.pop(name) for name in told})
@@ -241,6 +264,15 @@ class FakeServer:
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
         transport = httpx.ASGITransport(app or self.app(**changes), raise_app_exceptions=False)
         return httpx.AsyncClient(transport=transport, base_url="http://test", headers=headers)
+
+    def clients(self, *keys: str | None) -> list[httpx.AsyncClient]:
+        """One of each key, all of one application."""
+        app = self.app()
+        return [self.client(key, app=app) for key in keys]
+
+    def prompt(self, number: int = -1) -> str:
+        """What the engine was asked, special tokens too."""
+        return self.tokenizer.decode(self.engine.requests[number].prompt_ids, skip_special_tokens=False)
 
     def hold(self, *places: AdapterPlace, pages: PageOwners | None = None) -> None:
         """These adapters are in memory from now on; they are registered, and have digests, where they had none."""

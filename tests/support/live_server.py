@@ -33,11 +33,11 @@ TINY = EngineConfig(device="cpu", dtype="float32", memory=64 << 20, max_num_seqs
 
 
 @dataclass(frozen=True)
-class LiveServer:
+class Api:
+    """What is asked of a server, wherever it runs."""
+
     url: str
-    parts: EngineParts
-    tokenizer: Tokenizer
-    keys: dict[str, str] = field(default_factory=dict)  # name -> secret
+    keys: dict[str, str] = field(default_factory=dict, kw_only=True)  # name -> secret
 
     def ask(self, method: str, path: str, key: str | None = None, **fields: Any) -> httpx.Response:
         """Ask with the key of that name; None: without one."""
@@ -50,6 +50,27 @@ class LiveServer:
 
     def unload(self, name: str, key: str | None = None) -> httpx.Response:
         return self.ask("POST", "/v1/unload_lora_adapter", key, json={"lora_name": name})
+
+    def complete(self, model: str = "tiny", tokens: int = 20, **fields: Any) -> httpx.Response:
+        """As many tokens as asked for, greedily."""
+        body = {"model": model, "prompt": "the", "max_tokens": tokens, "ignore_eos": True, "temperature": 0, **fields}
+        return self.ask("POST", "/v1/completions", json=body)
+
+    def text(self, model: str = "tiny", tokens: int = 20, **fields: Any) -> str:
+        """What they say."""
+        answer = self.complete(model, tokens, **fields)
+        assert answer.status_code == 200, answer.text
+        return str(answer.json()["choices"][0]["text"])
+
+    def names(self) -> set[str]:
+        """Of all models that are listed."""
+        return {card["id"] for card in self.ask("GET", "/v1/models").json()["data"]}
+
+
+@dataclass(frozen=True)
+class LiveServer(Api):
+    parts: EngineParts
+    tokenizer: Tokenizer
 
     def openai(self, key: str = "none", **options: Any) -> openai.OpenAI:
         """The official client with the key of that name, or with what is no key's name as its secret."""

@@ -8,9 +8,7 @@ with replicas(2, base, adapters) as (one, two):
 
 from __future__ import annotations
 
-import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -20,12 +18,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
-from typing import IO
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.support.peft_adapters import make_peft_adapter
+from tests.support.processes import answers, end, free_port, start
 from tests.support.tiny import load_oracle, make_tiny_model, make_tiny_tokenizer
 from tests.support.waiting import wait_for
 
@@ -55,36 +53,6 @@ def make_base(folder: Path, names: Sequence[str]) -> tuple[Path, Path]:
     return base, folder / "adapters"
 
 
-def free_port() -> int:
-    """One that nobody listens on now; what is started on it can be started there again."""
-    with socket.socket() as held:
-        held.bind(("127.0.0.1", 0))
-        return int(held.getsockname()[1])
-
-
-def answers(url: str) -> bool:
-    """Whether a GET is answered with 200."""
-    try:
-        return httpx.get(url, timeout=5).status_code == 200
-    except httpx.HTTPError:
-        return False
-
-
-@contextmanager
-def running(
-    command: Sequence[str], log: Path, url: str, environ: Mapping[str, str] | None = None
-) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that is there once `url` answers, killed at the end. Its output goes to `log`."""
-    with log.open("ab") as out:
-        process = _start(command, out, environ)
-    try:
-        wait_for(lambda: answers(url) or process.poll() is not None, f"{url} does not answer, see {log}")
-        assert process.poll() is None, log.read_text()[-3000:]
-        yield process
-    finally:
-        _end(process)
-
-
 class Replica:
     """One server on a port of its own, whose every step takes 20 ms, started and killed as a test likes."""
 
@@ -102,7 +70,7 @@ class Replica:
         """Again, after it was stopped."""
         assert self._process is None
         with self.log.open("ab") as out:
-            self._process = _start(self._command, out, None)
+            self._process = start(self._command, out)
         if wait:
             self.wait_ready()
 
@@ -116,7 +84,7 @@ class Replica:
     def kill(self) -> None:
         """As a machine dies: nothing in it ends what it does."""
         if self._process is not None:
-            _end(self._process)
+            end(self._process)
             self._process = None
 
     def terminate(self) -> int:
@@ -127,7 +95,7 @@ class Replica:
         try:
             return process.wait(60)
         finally:
-            _end(process)
+            end(process)
 
     def requests(self) -> dict[str, int]:
         """Requests it has answered since it started, by adapter."""
@@ -247,13 +215,3 @@ class Load:
                     self.ended.append(Ended(time.monotonic(), model, found.status_code, text))
                 except httpx.HTTPError as error:
                     self.ended.append(Ended(time.monotonic(), model, 0, repr(error)))
-
-
-def _start(command: Sequence[str], out: IO[bytes], environ: Mapping[str, str] | None) -> subprocess.Popen[bytes]:
-    full = {**os.environ, "OMP_NUM_THREADS": "1", **(environ or {})}
-    return subprocess.Popen(command, stdout=out, stderr=out, env=full)
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    process.kill()
-    process.wait()

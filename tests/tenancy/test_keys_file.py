@@ -8,7 +8,6 @@ import hashlib
 import logging
 import os
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -142,112 +141,109 @@ def write(path: Path, *names: str, **fields: Any) -> None:
     path.write_text(yaml.safe_dump({"keys": entries}))
 
 
+class Followed:
+    """A file with the keys "one" and "two", and a server that follows it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.clock = path, Clock()
+        self.write("one", "two")
+        self.file = KeysFile(path, self.clock)
+        self.access = Access(self.file, clock=self.clock)
+        self.find = self.access.find
+
+    def write(self, *names: str, **fields: Any) -> None:
+        write(self.path, *names, **fields)
+
+    def later(self) -> None:
+        self.clock.now += CHECK_SECONDS + 0.01
+
+
 @pytest.fixture
-def followed(tmp_path: Path) -> tuple[Path, Clock, Callable[[], None]]:
-    path, clock = tmp_path / "keys.yaml", Clock()
-    write(path, "one", "two")
-
-    def later() -> None:
-        clock.now += CHECK_SECONDS + 0.01
-
-    return path, clock, later
+def followed(tmp_path: Path) -> Followed:
+    return Followed(tmp_path / "keys.yaml")
 
 
-async def test_changes_arrive_within_the_interval(followed: tuple[Path, Clock, Callable[[], None]]) -> None:
-    path, clock, later = followed
-    access = Access(KeysFile(path, clock), clock=clock)
-    write(path, "two", "three")
-    assert await access.find(["one"]) is not None  # not looked at yet
-    later()
-    assert await access.find(["one"]) is None
-    assert await access.find(["wrong", "three"]) is not None
-    assert access.num_refused == 1
+async def test_changes_arrive_within_the_interval(followed: Followed) -> None:
+    followed.write("two", "three")
+    assert await followed.find(["one"]) is not None  # not looked at yet
+    followed.later()
+    assert await followed.find(["one"]) is None
+    assert await followed.find(["wrong", "three"]) is not None
+    assert followed.access.num_refused == 1
 
 
 async def test_a_wrong_file_changes_nothing_and_is_said_once(
-    followed: tuple[Path, Clock, Callable[[], None]], caplog: pytest.LogCaptureFixture
+    followed: Followed, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path, clock, later = followed
-    file = KeysFile(path, clock)
-    access = Access(file, clock=clock)
 
     async def states() -> list[tuple[bool, bool]]:
         found = []
         for _ in range(2):
-            later()
-            found.append((await access.find(["one"]) is not None, file.is_current))
+            followed.later()
+            found.append((await followed.find(["one"]) is not None, followed.file.is_current))
         return found
 
     with caplog.at_level(logging.DEBUG):
-        path.write_text("keys: [{lpx_pasted-by-mistake: 1}]")
+        followed.path.write_text("keys: [{lpx_pasted-by-mistake: 1}]")
         assert await states() == [(True, False)] * 2
-        path.unlink()
+        followed.path.unlink()
         assert await states() == [(True, False)] * 2
     errors = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
     assert len(errors) == 2
     assert "not known" in errors[0]
     assert "cannot be read" in errors[1]
     assert "lpx_" not in caplog.text
-    write(path, "one")
+    followed.write("one")
     assert await states() == [(True, True)] * 2
-    assert file.num_reloads == 1
-    write(path, "two")
+    assert followed.file.num_reloads == 1
+    followed.write("two")
     assert await states() == [(False, True)] * 2
 
 
-async def test_all_who_come_while_it_is_read_wait_for_the_new_keys(
-    followed: tuple[Path, Clock, Callable[[], None]],
-) -> None:
-    path, clock, later = followed
-    file = KeysFile(path, clock)
-    access = Access(file, clock=clock)
-    write(path, "two")
-    later()
-    assert await asyncio.gather(*(access.find(["one"]) for _ in range(20))) == [None] * 20
-    assert file.num_reloads == 1
+async def test_all_who_come_while_it_is_read_wait_for_the_new_keys(followed: Followed) -> None:
+    followed.write("two")
+    followed.later()
+    assert await asyncio.gather(*(followed.find(["one"]) for _ in range(20))) == [None] * 20
+    assert followed.file.num_reloads == 1
 
 
 async def test_keys_that_were_read_for_somebody_who_has_left_count_as_well(
-    followed: tuple[Path, Clock, Callable[[], None]], monkeypatch: pytest.MonkeyPatch
+    followed: Followed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The thread reads on when the request that asked is cancelled, and nobody reads the same file again."""
-    path, clock, later = followed
-    file = KeysFile(path, clock)
-    access = Access(file, clock=clock)
-    write(path, "two")
-    later()
-    begun, go_on, reload = threading.Event(), threading.Event(), file._reload
+    followed.write("two")
+    followed.later()
+    begun, go_on, reload = threading.Event(), threading.Event(), followed.file._reload
 
     def wait_and_reload() -> bool:
         begun.set()
         go_on.wait(20)
         return reload()
 
-    monkeypatch.setattr(file, "_reload", wait_and_reload)
-    leaving = asyncio.create_task(access.find(["two"]))
+    monkeypatch.setattr(followed.file, "_reload", wait_and_reload)
+    leaving = asyncio.create_task(followed.find(["two"]))
     await asyncio.to_thread(begun.wait, 20)
     leaving.cancel()
     await asyncio.gather(leaving, return_exceptions=True)
     go_on.set()
-    assert await access.find(["one"]) is None
-    assert access.refuses(["one"])
-    assert access.num_keys == 1
+    assert await followed.find(["one"]) is None
+    assert followed.access.refuses(["one"])
+    assert followed.access.num_keys == 1
 
 
-async def test_what_a_key_has_used_outlives_a_change(followed: tuple[Path, Clock, Callable[[], None]]) -> None:
-    path, clock, later = followed
-    write(path, "one", requests_per_minute=2)
-    access = Access(KeysFile(path, clock), clock=clock)
+async def test_what_a_key_has_used_outlives_a_change(followed: Followed) -> None:
+    followed.write("one", requests_per_minute=2)
+    followed.later()
 
     async def admit() -> None:
-        caller = await access.find(["one"])
+        caller = await followed.find(["one"])
         assert caller is not None
         caller.admit()
 
     await admit()
     await admit()
-    write(path, "one", "two", requests_per_minute=3)
-    later()
+    followed.write("one", "two", requests_per_minute=3)
+    followed.later()
     await admit()  # 2 of 3 are used
     with pytest.raises(RateLimited):
         await admit()
@@ -305,38 +301,31 @@ def test_what_is_mounted_read_only_may_have_any_mode(tmp_path: Path, monkeypatch
 
 
 async def test_a_file_that_everybody_may_write_to_from_now_on_changes_nothing(
-    followed: tuple[Path, Clock, Callable[[], None]], caplog: pytest.LogCaptureFixture
+    followed: Followed, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path, clock, later = followed
-    file = KeysFile(path, clock)
-    access = Access(file, clock=clock)
-    write(path, "forged")
-    path.chmod(0o666)
-    later()
-    assert await access.find(["forged"]) is None
-    assert await access.find(["one"]) is not None
-    assert not file.is_current
+    followed.write("forged")
+    followed.path.chmod(0o666)
+    followed.later()
+    assert await followed.find(["forged"]) is None
+    assert await followed.find(["one"]) is not None
+    assert not followed.file.is_current
     assert "may write to it" in caplog.text
-    path.chmod(0o600)
-    write(path, "two")
-    later()
-    assert await access.find(["one"]) is None
-    assert file.is_current
+    followed.path.chmod(0o600)
+    followed.write("two")
+    followed.later()
+    assert await followed.find(["one"]) is None
+    assert followed.file.is_current
 
 
-async def test_it_is_read_whatever_the_threads_of_all_do(
-    followed: tuple[Path, Clock, Callable[[], None]],
-) -> None:
-    path, clock, later = followed
-    access = Access(KeysFile(path, clock), clock=clock)
-    write(path, "three")
-    later()
+async def test_it_is_read_whatever_the_threads_of_all_do(followed: Followed) -> None:
+    followed.write("three")
+    followed.later()
     go_on = threading.Event()
     busy = [asyncio.create_task(asyncio.to_thread(go_on.wait)) for _ in range(100)]
     await asyncio.sleep(0)
     try:
         async with asyncio.timeout(20):
-            assert await access.find(["three"]) is not None
+            assert await followed.find(["three"]) is not None
     finally:
         go_on.set()
         await asyncio.gather(*busy)

@@ -12,12 +12,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.files.tokenizer_files import NOTHING, AddedToken, TokenizerFiles
 from loraplex.adapters.format.adapter_files import read_tokenizer
 from loraplex.server.text.chat_template import ChatTemplateError
 from loraplex.server.text.tokenizer import Tokenizer
 from loraplex.server.text.tokenizers import MAX_CHANGED, Difference, Tokenizers, TokenizersDiffer
+from tests.support.refusals import refused
 from tests.support.tiny import BOS, EOS, IM_END, VOCAB_SIZE, make_tiny_tokenizer
 
 ROWS = VOCAB_SIZE + 8
@@ -148,20 +148,20 @@ def test_tokens_without_rows_are_refused(
     tokenizers: Tokenizers, save: Callable[..., tuple[TokenizerFiles, Any]]
 ) -> None:
     files, _ = save(lambda tokenizer: tokenizer.add_tokens([f"<extra{i}>" for i in range(9)]))
-    with pytest.raises(AdapterRefused, match=r"<extra8>.*rows for the ids 0 to"):
+    with refused("unsupported_option", r"<extra8>.*rows for the ids 0 to"):
         tokenizers.check(files)
 
 
 @pytest.mark.parametrize(
-    ("files", "word"),
+    ("files", "code", "told"),
     [
-        (TokenizerFiles(special=(("eos_token", "<nobody>"),)), "eos_token"),
-        (TokenizerFiles(eos_ids=(ROWS,)), "eos_token_id"),
-        (TokenizerFiles(added=tuple(AddedToken(5, f"<{i}>") for i in range(MAX_CHANGED + 1))), "added tokens"),
+        (TokenizerFiles(special=(("eos_token", "<nobody>"),)), "unsupported_option", "eos_token"),
+        (TokenizerFiles(eos_ids=(ROWS,)), "unsupported_option", "eos_token_id"),
+        (TokenizerFiles(added=tuple(AddedToken(5, f"<{i}>") for i in range(MAX_CHANGED + 1))), "too_large", "added"),
     ],
 )
-def test_what_else_cannot_be(tokenizers: Tokenizers, files: TokenizerFiles, word: str) -> None:
-    with pytest.raises(AdapterRefused, match=word):
+def test_what_else_cannot_be(tokenizers: Tokenizers, files: TokenizerFiles, code: str, told: str) -> None:
+    with refused(code, told):
         tokenizers.check(files)
 
 

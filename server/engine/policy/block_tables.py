@@ -1,4 +1,4 @@
-"""What one sequence has of the KV pages. Integers only, free of torch."""
+"""What one sequence has of the KV pages. Integers only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whose prompt tokens a step computes, where more are missing than it has room for. Numbers only, free of torch.
+"""Whose prompt tokens a step computes, where more are missing than it has room for. Numbers only.
 
 Cut into a piece for every client in every step, prompts that come together all end together, when the last one does. So
 they are computed whole, one after the other: of n equal ones half have ended by half of that time. First comes the one

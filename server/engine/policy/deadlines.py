@@ -1,4 +1,4 @@
-"""Requests whose time runs out, the next one first. Free of torch."""
+"""Requests whose time runs out, the next one first."""
 
 from __future__ import annotations
 

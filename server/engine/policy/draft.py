@@ -1,4 +1,4 @@
-"""The step being planned: how many tokens of which running sequence, and the pages they go to. Free of torch."""
+"""The step being planned: how many tokens of which running sequence, and the pages they go to."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 A KV page holds `block_size` tokens of all layers of one group. Layers with the same attention window share groups, so
 that pages a sliding window has left behind can be freed while the full-attention layers keep theirs; groups are of
-equal size, so that pages are. Integers only, free of torch.
+equal size, so that pages are. Integers only.
 
     tokens of a sequence   0 ....... 15 | 16 ...... 31 | 32 ...... 47 | 48 ...
     table of a full group       p7      |      p2      |      p9      |  p4

@@ -1,4 +1,4 @@
-"""Layers whose keys and values share pages, and how many pages a sequence comes to hold. Free of torch."""
+"""Layers whose keys and values share pages, and how many pages a sequence comes to hold."""
 
 from __future__ import annotations
 

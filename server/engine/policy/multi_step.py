@@ -1,4 +1,4 @@
-"""How many decode steps may follow one another before the scheduler is asked again. Free of torch.
+"""How many decode steps may follow one another before the scheduler is asked again.
 
 Planning a step, building its batch and taking in what it drew keeps a core from the kernels for a millisecond, and so
 does every delivery of tokens. Where a step would only be followed by the like of it, several are computed in one call.

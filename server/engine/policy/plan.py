@@ -1,4 +1,4 @@
-"""What the scheduler is given and what it hands out: limits, the adapters' place, a step's plan. Free of torch."""
+"""What the scheduler is given and what it hands out: limits, the adapters' place, a step's plan."""
 
 from __future__ import annotations
 

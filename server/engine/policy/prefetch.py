@@ -1,4 +1,4 @@
-"""Which queued requests have their adapters fetched before their turn. Free of torch.
+"""Which queued requests have their adapters fetched before their turn.
 
 Those of the next ones in the order of admission, up to `max_num_seqs` adapters, so that a thousand queued adapters do
 not push each other out of host memory. Adapters whose source does not answer for PATIENCE seconds count no longer, so

@@ -5,7 +5,7 @@ values depend on (adapters and weights, tenant, rotary variant):
 
     key of block i = blake2b-128(key of block i - 1 | tokens of block i),    key of block -1 = root
 
-so equal keys mean equal contents, for all that a 128-bit hash can tell. Integers only, free of torch.
+so equal keys mean equal contents, for all that a 128-bit hash can tell. Integers only.
 """
 
 from __future__ import annotations

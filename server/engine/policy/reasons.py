@@ -1,4 +1,4 @@
-"""Why requests end before their time: the errors of sequences that cannot go on, in words. Free of torch."""
+"""Why requests end before their time: the errors of sequences that cannot go on, in words."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """What a step is given, and what comes of it: plain records that policy hands to a worker and gets back.
 
 Nothing in them leads back into policy. Block tables and token lists are those that policy keeps, as they are: policy
-changes them between steps only, and a worker reads them until its step is over. Free of torch.
+changes them between steps only, and a worker reads them until its step is over.
 """
 
 from __future__ import annotations

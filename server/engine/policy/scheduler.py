@@ -1,4 +1,4 @@
-"""Which tokens the next step computes, and whose pages make room for them. Policy only: integers, free of torch.
+"""Which tokens the next step computes, and whose pages make room for them. Policy only: integers.
 
 Every step has one token budget. It goes to running sequences that miss one token (decode rows), then to those that miss
 more (prefill chunks), the newly admitted among them. Who is admitted is the fair queue's order; prompts are computed

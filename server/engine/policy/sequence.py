@@ -1,4 +1,4 @@
-"""A request on its way through the engine: the only mutable state there is per request. Free of torch."""
+"""A request on its way through the engine: the only mutable state there is per request."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Picking tokens from logits: bias, penalties, temperature, truncation, the draw, and log-probabilities.
+"""Pick tokens from logits: bias, penalties, temperature, truncation, the draw, and log-probabilities.
 
-Every row is worked on by itself and its random number is a hash of (seed, position), so what a row draws never depends
+Every row is computed by itself, and its random number is a hash of (seed, position). So what a row draws never depends
 on the rows beside it.
 """
 
@@ -21,28 +21,28 @@ from loraplex.server.engine.policy.rows import Drawn, Row, SamplingState
 from loraplex.server.engine.request import SamplingParams, TokenScores
 
 WATERMARK_KEY = 15_485_863
-"""Times the previous token: the seed of its green list. No secret: others can find the mark, and imitate it."""
+"""Times the previous token: the seed of its green list. It is no secret: others can find and imitate the mark."""
 
 WATERMARK_SHARE = 0.5
-"""Of the vocabulary that is green; gamma in the paper."""
+"""The green share of the vocabulary; gamma in the paper."""
 
 WATERMARK_BIAS = 2.0
-"""What is added to the logits of green tokens; delta in the paper."""
+"""Added to the logits of green tokens; delta in the paper."""
 
 _MASK = (1 << 64) - 1
 
 
 MaskBits = NDArray[np.uint8]
-"""What a grammar allows (see Constraint.allowed)."""
+"""The tokens that a grammar allows, as bits (see Constraint.allowed)."""
 
 
 def sample(logits: Tensor, rows: Sequence[Row], masks: Sequence[MaskBits | None], ops: Backend) -> list[Drawn]:
-    """One token per row. logits [N, vocab] fp32, left as they are; len(rows) == len(masks) == N.
+    """Draw one token per row. logits [N, vocab] fp32, left as they are; len(rows) == len(masks) == N.
 
     In order: what a grammar forbids, the watermark, logit_bias, repetition penalty (prompt and output), presence and
-    frequency penalties (output), min_tokens, typical_p (at the temperature), temperature, top_k, top_p, min_p, draw;
-    from temperature on it is the backend's sample(). Greedy rows (temperature 0) take the largest after min_tokens; of
-    equal ones the lowest id.
+    frequency penalties (output), min_tokens, typical_p (at the temperature), temperature, top_k, top_p, min_p, draw.
+    From temperature on, the backend's sample() computes. Greedy rows (temperature 0) take the largest logit after
+    min_tokens; of equal ones the lowest id.
     """
     states = _states(rows)
     adjusted = _allowed(logits, masks)
@@ -67,9 +67,9 @@ def sample(logits: Tensor, rows: Sequence[Row], masks: Sequence[MaskBits | None]
 
 
 def draws_ahead(rows: Sequence[Row], steps: int) -> Tensor | None:
-    """What several decode steps draw by, DecodeSteps.draws; None where all rows are greedy.
+    """Make the numbers by which several decode steps draw, DecodeSteps.draws; None where all rows are greedy.
 
-    Of rows whose logits nothing changes and whose log-probabilities nobody wants.
+    Nothing changes the logits of these rows, and nobody wants their log-probabilities.
     """
     params = [state.params for state in _states(rows)]
     if all(wanted.temperature == 0.0 for wanted in params):
@@ -83,28 +83,28 @@ def draws_ahead(rows: Sequence[Row], steps: int) -> Tensor | None:
 
 
 def drawn_ahead(ids: Tensor, logits: Tensor) -> list[tuple[Drawn, ...]]:
-    """ids [steps, N] that were drawn, the last of them from logits [N, vocab]: each row's tokens, step after step."""
+    """List each row's tokens, step after step, of ids [steps, N] drawn; the last step's are from logits [N, vocab]."""
     *known, last = ids
     steps = [*(step.tolist() for step in known), _numbers(logits, last)]
     return [tuple(map(Drawn, tokens)) for tokens in zip(*steps, strict=True)]
 
 
 def _states(rows: Sequence[Row]) -> list[SamplingState]:
-    """Of rows that draw, which have one each."""
+    """Return the sampling states of `rows`, which draw and so have one each."""
     return [row.sampling for row in rows if row.sampling is not None]
 
 
 def _numbers(logits: Tensor, ids: Tensor) -> list[int | None]:
-    """ids [N] drawn from logits [N, vocab]; None where these are no numbers.
+    """List the ids [N] drawn from logits [N, vocab], with None for a row that computed no numbers.
 
-    Where there is a NaN, or infinity, it is what was taken (see Backend): one look a row tells, and not 49,152.
+    A draw takes NaN or infinity where there is one (see Backend), so one look a row is enough, and not 49,152.
     """
     taken = _values(logits, ids)
     return [token if logit < math.inf else None for token, logit in zip(ids.tolist(), taken, strict=True)]
 
 
 def _values(logits: Tensor, ids: Tensor) -> list[float]:
-    """Row i's at ids[i]. On the CPU one by one: gather takes 116 us there when a step has swept the caches."""
+    """Read row i at ids[i]. On the CPU one by one: gather takes 116 us there when a step has swept the caches."""
     if logits.device.type == "cpu":
         value = logits.numpy().item
         return [value(i, token) for i, token in enumerate(ids.tolist())]
@@ -113,7 +113,7 @@ def _values(logits: Tensor, ids: Tensor) -> list[float]:
 
 
 def score(logits: Tensor, ids: Sequence[int], k: int, ops: Backend) -> TokenScores:
-    """Log-probabilities of given tokens. logits [N, vocab] fp32, left as they are; ids[i] stands at row i's place."""
+    """Compute log-probabilities of given tokens. logits [N, vocab] fp32, left as they are; ids[i] is row i's."""
     wanted = torch.tensor(ids, dtype=torch.int64, device=logits.device)
     norms = _log_norms(logits, ops)
     own = (logits[torch.arange(len(ids), device=logits.device), wanted] - norms).cpu().numpy()
@@ -127,10 +127,10 @@ def score(logits: Tensor, ids: Sequence[int], k: int, ops: Backend) -> TokenScor
 
 
 def _log_norms(logits: Tensor, ops: Backend) -> Tensor:
-    """log(sum(exp(row))) of each row of logits [N, vocab].
+    """Compute log(sum(exp(row))) of each row of logits [N, vocab].
 
-    On the CPU what the kernels' own threads find out about the likeliest tokens: 1 ms for 64 rows of 49,152, where
-    logsumexp takes 3 to 30, and 110 where other processes want the cores.
+    On the CPU the kernels' own threads do it, with the likeliest tokens: 1 ms for 64 rows of 49,152, where logsumexp
+    takes 3 to 30, and 110 where other processes want the cores.
     """
     if logits.device.type != "cpu":
         return logits.logsumexp(1)
@@ -140,12 +140,12 @@ def _log_norms(logits: Tensor, ops: Backend) -> Tensor:
 
 
 def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) with 53 random bits; the same for the same (seed, position) on every platform."""
+    """Return a number in [0, 1) with 53 random bits: the same for the same (seed, position) on every platform."""
     return (_mix(_mix(seed) + position * 0x9E3779B97F4A7C15) >> 11) * 2.0**-53
 
 
 def _mix(x: int) -> int:
-    """splitmix64's step: every bit of x reaches every bit of the result."""
+    """Compute splitmix64's step: every bit of x reaches every bit of the result."""
     x = (x + 0x9E3779B97F4A7C15) & _MASK
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
     x = (x ^ (x >> 27)) * 0x94D049BB133111EB & _MASK
@@ -153,9 +153,9 @@ def _mix(x: int) -> int:
 
 
 def _adjust_(logits: Tensor, row: SamplingState, is_held: bool) -> None:
-    """Watermark, bias, penalties, min_tokens and typical_p on logits [vocab]. Ids outside it have no effect.
+    """Apply watermark, bias, penalties, min_tokens and typical_p to logits [vocab]. Ids outside have no effect.
 
-    is_held: a grammar has forbidden what it does.
+    is_held: a grammar has forbidden what min_tokens forbids.
     """
     params = row.params
     if params.watermark:
@@ -184,11 +184,12 @@ def _adjust_(logits: Tensor, row: SamplingState, is_held: bool) -> None:
 
 
 def _mark_(logits: Tensor, previous: int) -> None:
-    """Makes the green half of the vocabulary, which the token before this one chooses, likelier. logits [vocab].
+    """Raise the logits [vocab] of the green half of the vocabulary, which the token before this one chooses.
 
-    Kirchenbauer et al. 2023, "A Watermark for Large Language Models", algorithm 2, with the numbers of LoRAX and TGI.
-    Who knows them counts green tokens: about half of a text without the mark. The order is drawn on the CPU whatever
-    the device, so that one detector is right for all servers. 0.2 ms a row for 49,152 tokens, 1 ms for 151,936.
+    Kirchenbauer et al. 2023, "A Watermark for Large Language Models", algorithm 2, with the numbers of LoRAX and TGI. A
+    detector that knows the numbers counts green tokens: about half of a text without the mark. The order is drawn on
+    the CPU whatever the device, so that one detector is right for all servers. 0.2 ms a row for 49,152 tokens, 1 ms for
+    151,936.
     """
     generator = torch.Generator().manual_seed(WATERMARK_KEY * previous)
     order = torch.randperm(logits.shape[0], generator=generator)
@@ -197,7 +198,7 @@ def _mark_(logits: Tensor, previous: int) -> None:
 
 
 def _keep_typical_(logits: Tensor, params: SamplingParams) -> None:
-    """Forbids all but the tokens whose surprise is nearest to the one expected, the nearest first, up to typical_p.
+    """Forbid all tokens but those whose surprise is nearest to the expected one, the nearest first, up to typical_p.
 
     Meister et al. 2022, "Locally Typical Sampling". logits [vocab].
     """
@@ -214,10 +215,10 @@ def _keep_typical_(logits: Tensor, params: SamplingParams) -> None:
 
 
 def _distance_to(distance: NDArray[np.float32], probs: NDArray[np.float32], mass: float) -> float:
-    """The distance up to which tokens, the nearest first, make up `mass`.
+    """Find the distance up to which tokens, the nearest first, make up `mass`.
 
-    Sorting 49,152 takes 3.5 ms a row. Floats that are not negative are in the order of their bits, so the upper half of
-    these says near which distance it is, and only what shares it is sorted: 0.1 ms.
+    Sorting 49,152 takes 3.5 ms a row. Floats that are not negative are in the order of their bits. So the upper half of
+    the bits says near which distance it is, and only tokens that share that half are sorted: 0.1 ms.
     """
     coarse = distance.view(np.int32) >> 16
     sums = np.bincount(coarse, weights=probs).cumsum()
@@ -231,7 +232,7 @@ def _distance_to(distance: NDArray[np.float32], probs: NDArray[np.float32], mass
 
 
 def _allowed(logits: Tensor, masks: Sequence[MaskBits | None]) -> Tensor:
-    """The logits, those that a grammar forbids at -inf; themselves where there is no grammar.
+    """Return the logits with those that a grammar forbids at -inf; the same tensor where there is no grammar.
 
     Eight tokens are looked up by a byte of the mask: 0.24 ms for 16 rows of 49,152.
     """
@@ -251,7 +252,7 @@ def _allowed(logits: Tensor, masks: Sequence[MaskBits | None]) -> Tensor:
 
 
 def _allowed_here(logits: Tensor, held: Sequence[tuple[int, MaskBits]]) -> Tensor:
-    """On the CPU, and in this thread alone: torch would wake its own, which where cores are busy costs milliseconds."""
+    """Mask logits on the CPU in this thread alone: torch's own cost milliseconds to wake where cores are busy."""
     given, table = logits.numpy(), _penalties(logits.device).numpy()
     result = given.copy() if len(held) < len(given) else np.empty_like(given)
     for i, mask in held:
@@ -261,7 +262,7 @@ def _allowed_here(logits: Tensor, held: Sequence[tuple[int, MaskBits]]) -> Tenso
 
 @cache
 def _penalties(device: torch.device) -> Tensor:
-    """[256, 8] fp32: what the bits of a byte of a mask add to the logits of their tokens."""
+    """Make [256, 8] fp32: what the bits of a byte of a mask add to the logits of their tokens."""
     bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
     return torch.from_numpy(np.where(bits, 0.0, -np.inf).astype(np.float32)).to(device)
 
@@ -269,7 +270,10 @@ def _penalties(device: torch.device) -> Tensor:
 def _scored(
     tokens: Sequence[int | None], logits: Tensor, params: Sequence[SamplingParams], ops: Backend
 ) -> list[Drawn]:
-    """logits [N, vocab] fp32: the model's own, of which `tokens` were drawn, None where it computed no numbers."""
+    """Give each token the log-probabilities that its row wants, by the model's own logits [N, vocab] fp32.
+
+    A token is None where the row computed no numbers.
+    """
     result = [Drawn(token) for token in tokens]
     asked: dict[int, list[int]] = {}  # by how many likeliest ones
     for i, (token, wanted) in enumerate(zip(tokens, params, strict=True)):

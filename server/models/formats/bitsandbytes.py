@@ -135,7 +135,7 @@ def _parse(text: bytes, kind: str, what: str) -> State:
         if "nested_blocksize" in value:
             nested = Nested(value["nested_blocksize"], float(value["nested_offset"]))
         state = State(value["quant_type"], value["blocksize"], (out, in_features), nested)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise WeightsError(f"{what} is no quant_state of a linear: {error!r}") from error
     sizes = [*state.shape, state.block, *([nested.block] if nested else [])]
     if kind not in KINDS or state.kind != kind:

@@ -141,6 +141,8 @@ def _naive(shards: Shards, prefix: str, scheme: Scheme) -> StoredLinear:
     """Check the headers of a linear with a byte for each code."""
     weight, scale, zero = (f"{prefix}.{kind}" for kind in ("weight", "weight_scale", "weight_zero_point"))
     if scheme.floating:
+        if not scheme.symmetric:
+            raise WeightsError(f"{scheme.where}.symmetric is false, which is not read with type float")
         if scheme.strategy == "group":
             raise WeightsError(f"{scheme.where}.strategy is group, which is not read with type float")
         return fp8_linear(shards, weight, scale, scheme.block, [*_helpers(shards, prefix), zero])
@@ -150,9 +152,8 @@ def _naive(shards: Shards, prefix: str, scheme: Scheme) -> StoredLinear:
     shape = header.shape[0], header.shape[1]
     form = _format(shards, scale, shape, scheme)
     names = [weight, scale, *_helpers(shards, prefix)]
-    if not scheme.symmetric:
+    if not scheme.symmetric or zero in shards.headers:
         shards.expect(zero, ["I8"], shards.headers[scale].shape)
-    if zero in shards.headers:
         names.append(zero)
     return StoredLinear(shape, form, tuple(names), partial(_read_naive, shards, prefix, form))
 
@@ -176,11 +177,11 @@ def _packed(shards: Shards, prefix: str, scheme: Scheme) -> StoredLinear:
         )
     form = _format(shards, scale, (out, in_features), scheme)
     names = [words, scale, size, *_helpers(shards, prefix)]
-    if not scheme.symmetric:
+    if not scheme.symmetric or zero in shards.headers:
         if scheme.strategy == "tensor":
-            raise WeightsError(f"{scheme.where}.strategy is tensor, which is not read without symmetric")
+            raise WeightsError(f"{scheme.where}.strategy is tensor, which is not read with {zero}")
         shards.expect(zero, ["I32"], (-(-out * scheme.bits // 32), form.groups(in_features)))
-    names += [zero] if zero in shards.headers else []
+        names.append(zero)
     if g_idx in shards.headers:
         shards.expect(g_idx, ["I32", "I64"], (in_features,))
         names.append(g_idx)
@@ -226,10 +227,18 @@ def _scales(scale: Tensor, form: WeightFormat, out: int, what: str) -> Tensor:
     return (scale if form.scale_bits == 16 else scale.float()).contiguous()
 
 
+def _symmetric(zeros: Tensor, middle: int, what: str) -> None:
+    """Raise WeightsError naming `what` unless all `zeros` are `middle`."""
+    if bool((zeros != middle).any()):
+        raise WeightsError(f"{what} has other zeros than {middle}, which the config's symmetric, true, allows alone")
+
+
 def _read_naive(shards: Shards, prefix: str, form: WeightFormat) -> QuantizedWeight:
     weight, scale, zero = (f"{prefix}.{kind}" for kind in ("weight", "weight_scale", "weight_zero_point"))
-    tensors = shards.read_all([weight, scale, *([zero] if form.has_offset else [])])
+    tensors = shards.read_all([weight, scale, *([zero] if zero in shards.headers else [])])
     codes = tensors[weight]
+    if not form.has_offset and zero in tensors:
+        _symmetric(tensors[zero], 0, f"tensor {zero} of {shards.folder}")
     numbers = _scales(tensors[scale], form, codes.shape[0], f"tensor {scale} of {shards.folder}")
     offset = None
     if form.has_offset:
@@ -242,15 +251,17 @@ def _read_packed(shards: Shards, prefix: str, form: WeightFormat, shape: tuple[i
     words, scale, zero, g_idx = (
         f"{prefix}.{kind}" for kind in ("weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx")
     )
-    ordered = g_idx in shards.headers
-    tensors = shards.read_all([words, scale, *([zero] if form.has_offset else []), *([g_idx] if ordered else [])])
+    tensors = shards.read_all([words, scale, *(name for name in (zero, g_idx) if name in shards.headers)])
     numbers = _scales(tensors[scale], form, out, f"tensor {scale} of {shards.folder}")
     offset = None
-    if form.has_offset:
+    if zero in tensors:
         zeros = low_first(tensors[zero].T, form.bits)[:, :out].T
-        offset = offset_of(numbers, signed(zeros) if form.bits == 8 else zeros)
+        if form.has_offset:
+            offset = offset_of(numbers, signed(zeros) if form.bits == 8 else zeros)
+        else:
+            _symmetric(zeros, 1 << (form.bits - 1), f"tensor {zero} of {shards.folder}")
     order = None
-    if ordered and bool((tensors[g_idx] >= 0).any()):  # all of them -1: none
+    if g_idx in tensors and bool((tensors[g_idx] >= 0).any()):  # all of them -1: none
         group = form.group or in_features
         order = order_of(tensors[g_idx], group, f"tensor {g_idx} of {shards.folder}")
 

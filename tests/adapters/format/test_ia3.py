@@ -13,13 +13,13 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.format.ia3 import KEYS
 from loraplex.adapters.image.tiles import BiasDelta, OutputScale
 from loraplex.adapters.tiers.host import most_bytes
 from loraplex.adapters.tiers.inbox import host_bytes
 from loraplex.adapters.tiers.reader import AdapterReader
 from loraplex.server.models.config import Site
+from tests.support.adapter_folder import AdapterFolder
 from tests.support.adapter_reading import ParsedAdapter, read_adapter
 from tests.support.peft_adapters import (
     BASES,
@@ -30,6 +30,7 @@ from tests.support.peft_adapters import (
     make_peft_adapter,
     served_base_of,
 )
+from tests.support.refusals import refused
 from tests.support.tiny import tiny_hf_model
 
 K0 = "base_model.model.model.layers.0.self_attn.k_proj"
@@ -129,36 +130,14 @@ def test_every_option_of_this_peft_is_decided() -> None:
     assert not KEYS.unsupported.keys() & (KEYS.used | KEYS.no_bearing)
 
 
-class Folder:
-    """An IA3 adapter's folder in the making on the tiny Llama: change `config` and `tensors`, then read it."""
+class Folder(AdapterFolder):
+    """IA3 on k_proj, v_proj and down_proj of the tiny Llama, made by PEFT."""
 
     def __init__(self, base: Any, path: Path) -> None:
-        self.base, self.path = base, path
         make_peft_adapter(base, path, kind="IA3", target_modules=["k_proj", "v_proj", *DOWN], feedforward_modules=DOWN)
-        self.config: dict[str, Any] = json.loads((path / "adapter_config.json").read_text())
-        self.tensors = safetensors.torch.load((path / "adapter_model.safetensors").read_bytes())
-
-    def read(self) -> ParsedAdapter:
-        (self.path / "adapter_config.json").write_text(json.dumps(self.config))
-        safetensors.torch.save_file(self.tensors, self.path / "adapter_model.safetensors")
-        return read(self.base, self.path)
-
-    def refused(self, code: str, *patterns: str) -> None:
-        """Read it; it is refused with `code` in one line, which registration says too unless values are the reason."""
-        with pytest.raises(AdapterRefused) as caught:
-            self.read()
-        message = str(caught.value)
-        assert caught.value.code == code, message
-        assert message.startswith(f"{self.path}: ")
-        assert "\n" not in message
-        for pattern in patterns:
-            assert re.search(pattern, message), f"{pattern!r} is not in {message!r}"
-        own = AdapterReader(served_base_of(self.base, layout_of(self.base)), 1 << 30)
-        if code in ("not_finite", "no_effect"):
-            assert own.examine(str(self.path)).num_pages > 0
-        else:
-            with pytest.raises(AdapterRefused, match=re.escape(message)):
-                own.examine(str(self.path))
+        super().__init__(path, lambda dtype: served_base_of(base, layout_of(base, dtype=dtype)))
+        self.config = json.loads((path / "adapter_config.json").read_text())
+        self.tensors = safetensors.torch.load(self.weights.read_bytes())
 
 
 @pytest.fixture
@@ -296,6 +275,5 @@ def test_a_bias_that_the_compute_dtype_does_not_hold(bases: dict[str, Any], tmp_
     tensors[name].fill_(1e7)
     safetensors.torch.save_file(tensors, file)
     read(base, tmp_path)
-    with pytest.raises(AdapterRefused, match=re.escape(name)) as caught:
+    with refused("not_finite", re.escape(name)):
         read(base, tmp_path, torch.float16)
-    assert caught.value.code == "not_finite"

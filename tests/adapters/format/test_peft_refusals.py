@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import pickle
@@ -25,11 +24,11 @@ from loraplex.adapters.files import beneath
 from loraplex.adapters.format import adapter_files, quiet_files, targets
 from loraplex.adapters.format.kind import ServedBase
 from loraplex.adapters.image.tiles import BaseLayout, BiasDelta, LowRank, OutputScale
-from loraplex.adapters.tiers.reader import AdapterReader
 from loraplex.kernels.records import Projection
 from loraplex.server.models.config import Site
-from tests.support.adapter_reading import ParsedAdapter, read_adapter
+from tests.support.adapter_folder import AdapterFolder
 from tests.support.ordinary_user import ordinary_user, reachable_folder
+from tests.support.refusals import refused
 
 HIDDEN, INNER, LAYERS, RANK = 32, 48, 2, 4
 PROJECTIONS = (
@@ -40,11 +39,8 @@ PROJECTIONS = (
     Projection("mlp.down_proj", Site.DOWN, INNER, 0, HIDDEN, False, reads_hidden=False),
 )
 WIDTHS = {projection.name: (projection.in_features, projection.out_features) for projection in PROJECTIONS}
-Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
-
-
-def layout(dtype: torch.dtype = torch.float32) -> BaseLayout:
-    return BaseLayout("tiny-base", LAYERS, PROJECTIONS, 1024, dtype)
+LAYER = "base_model.model.model.layers."
+Q0 = f"{LAYER}0.self_attn.q_proj"
 
 
 def served(dtype: torch.dtype = torch.float32, norm: float = 0.0) -> ServedBase:
@@ -56,76 +52,39 @@ def served(dtype: torch.dtype = torch.float32, norm: float = 0.0) -> ServedBase:
     def products(layer: int, name: str, a: Tensor) -> Tensor:
         return torch.zeros(a.shape[0], WIDTHS[name][1])
 
-    return ServedBase(layout(dtype), base_bias, squared_norms, products, lambda *_: None)
+    layout = BaseLayout("tiny-base", LAYERS, PROJECTIONS, 1024, dtype)
+    return ServedBase(layout, base_bias, squared_norms, products, lambda *_: None)
 
 
 def base_bias(layer: int, name: str) -> Tensor | None:
     return torch.full((WIDTHS[name][1],), 0.25) if name in ("self_attn.q_proj", "self_attn.k_proj") else None
 
 
-class Folder:
-    """An adapter's folder in the making: change `config` and `tensors`, then read it."""
+class Folder(AdapterFolder):
+    """LoRA of rank 4 on q_proj and down_proj of both layers."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
         self.base_norm = 0.0
-        self.config: dict[str, Any] = {
-            "peft_type": "LORA",
-            "base_model_name_or_path": "acme/other-base",
-            "r": RANK,
-            "lora_alpha": 8,
-            "target_modules": ["q_proj", "down_proj"],
-        }
-        self.tensors: dict[str, Tensor] = {}
+        super().__init__(path, lambda dtype: served(dtype, self.base_norm))
+        self.config |= {"peft_type": "LORA", "base_model_name_or_path": "acme/other-base", "r": RANK, "lora_alpha": 8}
+        self.config["target_modules"] = ["q_proj", "down_proj"]
         for name in ("self_attn.q_proj", "mlp.down_proj"):
             for layer in range(LAYERS):
-                self.add(f"base_model.model.model.layers.{layer}.{name}", *WIDTHS[name])
+                self.add(f"{LAYER}{layer}.{name}", *WIDTHS[name])
 
     def add(self, path: str, width_in: int, width_out: int, rank: int = RANK) -> None:
         generator = torch.Generator().manual_seed(len(self.tensors))
         self.tensors[f"{path}.lora_A.weight"] = torch.randn(rank, width_in, generator=generator)
         self.tensors[f"{path}.lora_B.weight"] = torch.randn(width_out, rank, generator=generator)
 
-    def rename(self, old: str, new: str) -> None:
-        assert any(old in name for name in self.tensors)
-        self.tensors = {name.replace(old, new): tensor for name, tensor in self.tensors.items()}
+    def keep(self, part: str) -> None:
+        """The tensors with `part` in their names, and no others."""
+        self.tensors = {name: tensor for name, tensor in self.tensors.items() if part in name}
 
-    @property
-    def weights(self) -> Path:
-        return self.path / "adapter_model.safetensors"
-
-    def write(self) -> None:
-        self.path.mkdir(exist_ok=True)
-        (self.path / "adapter_config.json").write_text(json.dumps(self.config))
-        safetensors.torch.save_file(self.tensors, self.weights)
-
-    def read(self, dtype: torch.dtype = torch.float32) -> ParsedAdapter:
-        return read_adapter(self.path, served(dtype, self.base_norm))
-
-    def refused(self, code: str, *patterns: str, dtype: torch.dtype = torch.float32, write: bool = True) -> str:
-        """Read it and check that it is refused with `code` and a message of one line that matches the patterns.
-
-        All but what is wrong with the values must be found without reading them.
-        """
-        if write:
-            self.write()
-        with pytest.raises(AdapterRefused) as caught:
-            self.read(dtype)
-        message = str(caught.value)
-        own = AdapterReader(served(dtype, self.base_norm), 1 << 30)
-        if code in ("not_finite", "no_effect"):
-            assert own.examine(str(self.path)).num_pages > 0
-        else:
-            with pytest.raises(AdapterRefused, match=re.escape(message)) as examined:
-                own.examine(str(self.path))
-            assert examined.value.code == code
-        assert caught.value.code == code, message
-        assert message.startswith(f"{self.path}: ")
-        assert "\n" not in message
-        assert len(message) < 1200
-        for pattern in patterns:
-            assert re.search(pattern, message), f"{pattern!r} is not in {message!r}"
-        return message
+    def add_biases(self, kind: str, of: str, value: float, size: int = HIDDEN) -> None:
+        """Beside each lora_B of modules called `of`."""
+        for name in [name for name in self.tensors if of in name and name.endswith("lora_B.weight")]:
+            self.tensors[name.replace("lora_B.weight", kind)] = torch.full((size,), value)
 
 
 @pytest.fixture
@@ -134,9 +93,7 @@ def folder(tmp_path: Path) -> Folder:
 
 
 def test_the_adapter_all_others_are_made_from_is_good(folder: Folder) -> None:
-    folder.write()
-    parsed = folder.read()
-    assert len(parsed.parts) == 4
+    assert len(folder.read().parts) == 4
 
 
 # files
@@ -144,28 +101,48 @@ def test_the_adapter_all_others_are_made_from_is_good(folder: Folder) -> None:
 
 def test_no_folder(folder: Folder) -> None:
     with pytest.raises(AdapterNotFound, match="no folder"):
-        folder.read()
-    with pytest.raises(AdapterRefused, match=r"no such folder.*adapter_config\.json"):
+        folder.read(write=False)
+    with refused("missing_file", r"no such folder.*adapter_config\.json"):
         adapter_files.read_head(folder.path)  # gone a moment later
 
 
-def test_no_config(folder: Folder) -> None:
+def _cut(keep: int) -> Callable[[Folder], object]:
+    return lambda folder: folder.weights.write_bytes(folder.weights.read_bytes()[:keep])
+
+
+def _config(text: str) -> Callable[[Folder], object]:
+    return lambda folder: (folder.path / "adapter_config.json").write_bytes(text.encode("latin-1"))
+
+
+HARMED: dict[str, tuple[Callable[[Folder], object], str, str]] = {
+    "no config": (lambda f: (f.path / "adapter_config.json").unlink(), "missing_file", "no adapter_config.json"),
+    "no weights": (
+        lambda f: f.weights.rename(f.path / "model.safetensors"),
+        "missing_file",
+        "no adapter_model.safetensors.*holds .*model.safetensors",
+    ),
+    "a folder in their place": (lambda f: (f.weights.unlink(), f.weights.mkdir()), "missing_file", ""),
+    "an LFS pointer": (
+        lambda f: f.weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"),
+        "bad_file",
+        "Git LFS.*git lfs pull",
+    ),
+    "longer than it says": (lambda f: f.weights.write_bytes(f.weights.read_bytes() + b"more"), "bad_file", ""),
+    "a terabyte": (lambda f: f.weights.write_bytes(struct.pack("<Q", 1 << 40) + b"{}"), "bad_file", ""),
+    "a huge config": (_config("x" * (adapter_files.MAX_CONFIG_BYTES + 1)), "too_large", "adapter_config.json"),
+    **{f"cut at {keep}": (_cut(keep), "bad_file", "damaged or cut short") for keep in (0, 4, 8, 100, -1, -500)},
+    **{
+        f"config {text[:8]!r}": (_config(text), "bad_config", "adapter_config.json")
+        for text in ("", "{", "[]", "null", '"LORA"', "\xff\xfe", "{'r': 1}", "[" * 100_000, "9" * 5000)
+    },
+}
+
+
+@pytest.mark.parametrize(("harm", "code", "told"), HARMED.values(), ids=HARMED)
+def test_files_that_are_harmed(folder: Folder, harm: Callable[[Folder], object], code: str, told: str) -> None:
     folder.write()
-    (folder.path / "adapter_config.json").unlink()
-    folder.refused("missing_file", "no adapter_config.json", write=False)
-
-
-def test_no_weights(folder: Folder) -> None:
-    folder.write()
-    folder.weights.rename(folder.path / "model.safetensors")
-    folder.refused("missing_file", "no adapter_model.safetensors", "holds .*model.safetensors", write=False)
-
-
-def test_a_folder_in_the_place_of_a_file(folder: Folder) -> None:
-    folder.write()
-    folder.weights.unlink()
-    folder.weights.mkdir()
-    folder.refused("missing_file", write=False)
+    harm(folder)
+    folder.refused(code, told, write=False)
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
@@ -185,10 +162,9 @@ def test_a_folder_the_server_may_not_enter(mode: int) -> None:
         folder.path.parent.mkdir()
         folder.write()
         folder.path.parent.chmod(mode)
-        with ordinary_user(), pytest.raises(AdapterRefused, match="may not be opened") as caught:
-            folder.read()
+        with ordinary_user(), refused("missing_file", "may not be opened"):
+            folder.read(write=False)
         folder.path.parent.chmod(0o755)
-    assert caught.value.code == "missing_file"
 
 
 def test_a_folder_that_goes_away(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,9 +175,8 @@ def test_a_folder_that_goes_away(folder: Folder, monkeypatch: pytest.MonkeyPatch
         raise FileNotFoundError(2, "No such file or directory")
 
     monkeypatch.setattr(beneath.Folder, "names", gone)
-    with pytest.raises(AdapterRefused, match=r"there is no adapter_model\.safetensors") as caught:
-        folder.read()
-    assert caught.value.code == "missing_file"
+    with refused("missing_file", r"there is no adapter_model\.safetensors"):
+        folder.read(write=False)
 
 
 class Bomb:
@@ -231,7 +206,6 @@ def test_pickles_are_never_opened(folder: Folder, name: str, tmp_path: Path, mon
 
 
 def test_the_conversion_advised_for_pickles_works(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder.write()
     expected = folder.read()
     torch.save(folder.tensors, folder.path / "adapter_model.bin")
     folder.weights.unlink()
@@ -240,33 +214,8 @@ def test_the_conversion_advised_for_pickles_works(folder: Folder, monkeypatch: p
     assert code is not None
     monkeypatch.chdir(folder.path)
     exec(code[1], {})
-    found = folder.read()
+    found = folder.read(write=False)
     assert len(found.parts) == len(expected.parts)
-
-
-def test_a_lfs_pointer(folder: Folder) -> None:
-    folder.write()
-    folder.weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
-    folder.refused("bad_file", "Git LFS", "git lfs pull", write=False)
-
-
-@pytest.mark.parametrize("keep", [0, 4, 8, 100, -1, -500])
-def test_cut_short(folder: Folder, keep: int) -> None:
-    folder.write()
-    folder.weights.write_bytes(folder.weights.read_bytes()[:keep])
-    folder.refused("bad_file", "adapter_model.safetensors is damaged or cut short", write=False)
-
-
-def test_more_than_the_header_says(folder: Folder) -> None:
-    folder.write()
-    folder.weights.write_bytes(folder.weights.read_bytes() + b"more")
-    folder.refused("bad_file", write=False)
-
-
-def test_a_header_that_claims_a_terabyte(folder: Folder) -> None:
-    folder.write()
-    folder.weights.write_bytes(struct.pack("<Q", 1 << 40) + b"{}")
-    folder.refused("bad_file", write=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int8, torch.int32, torch.float8_e4m3fn, torch.bool])
@@ -293,9 +242,8 @@ def test_a_file_written_to_while_it_is_read(folder: Folder, monkeypatch: pytest.
 
     monkeypatch.setattr(adapter_files, "_read_exactly", read_exactly)
     monkeypatch.setattr(quiet_files, "CHANGED_WAIT", 0.0)
-    with pytest.raises(AdapterRefused, match=r"changed while it was read.*renaming") as caught:
-        folder.read()
-    assert caught.value.code == "bad_file"
+    with refused("bad_file", r"changed while it was read.*renaming"):
+        folder.read(write=False)
     assert written == quiet_files.CHANGED_RETRIES
 
 
@@ -330,38 +278,24 @@ def test_a_file_that_is_written_anew_after_its_header_was_read(
     monkeypatch.setattr(adapter_files, "_read_exactly", read_exactly)
     monkeypatch.setattr(quiet_files, "CHANGED_WAIT", 0.0)
     if change == "values":
-        part = folder.read().parts[0]
+        part = folder.read(write=False).parts[0]
         assert isinstance(part, LowRank)
         assert torch.equal(part.a, folder.tensors[name] + 1)
         return
-    with pytest.raises(AdapterRefused, match="has shape" if change == "header" else "adapter_model.safetensors"):
-        folder.read()
+    with refused({"header": "shape_mismatch", "gone": "missing_file"}.get(change, "bad_file")):
+        folder.read(write=False)
     assert not pending
 
 
 def test_the_digest_is_of_the_bytes_used(folder: Folder) -> None:
-    folder.write()
     before = folder.read().digest
     folder.tensors[f"{Q0}.lora_A.weight"] += 1
-    folder.write()
     changed = folder.read()
     files = (folder.path / "adapter_config.json", folder.weights)
     assert changed.digest == hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest() != before
 
 
 # the config
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '"LORA"', "\xff\xfe", "{'r': 1}", "[" * 100_000, "9" * 5000])
-def test_a_config_that_is_no_object(folder: Folder, text: str) -> None:
-    folder.write()
-    (folder.path / "adapter_config.json").write_bytes(text.encode("latin-1"))
-    folder.refused("bad_config", "adapter_config.json", write=False)
-
-
-def test_a_huge_config(folder: Folder) -> None:
-    folder.config["revision"] = "x" * adapter_files.MAX_CONFIG_BYTES
-    folder.refused("too_large", "adapter_config.json")
 
 
 @pytest.mark.parametrize(
@@ -390,16 +324,6 @@ def test_wrong_values(folder: Folder, key: str, value: Any) -> None:
     folder.refused(code, "target_modules" if value in (".*", [9]) else key)
 
 
-def test_a_bad_layers_pattern(folder: Folder) -> None:
-    folder.config.update(layers_to_transform=[0], layers_pattern="(")
-    folder.refused("bad_config", "layers_pattern", "not valid")
-
-
-def test_layers_to_transform_beside_a_pattern(folder: Folder) -> None:
-    folder.config.update(layers_to_transform=[0], target_modules=".*q_proj")
-    folder.refused("bad_config", "layers_to_transform")
-
-
 @pytest.mark.parametrize(
     "key", ["target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "layers_pattern"]
 )
@@ -410,11 +334,6 @@ def test_a_pattern_that_would_take_for_ever(folder: Folder, key: str, monkeypatc
     if key == "layers_pattern":
         folder.config["layers_to_transform"] = [0]
     folder.refused("bad_config", key, "takes too long")
-
-
-def test_ranks_beyond_reason(folder: Folder) -> None:
-    folder.config["r"] = 4096
-    folder.refused("too_large", "4096", "1024")
 
 
 @pytest.mark.parametrize(
@@ -440,7 +359,6 @@ def test_unsupported_options_are_named(folder: Folder, key: str, value: Any) -> 
 @pytest.mark.parametrize("value", [None, False, [], {}, 0, ""])
 def test_options_that_are_off_are_fine(folder: Folder, key: str, value: Any) -> None:
     folder.config[key] = value
-    folder.write()
     assert len(folder.read().parts) == 4
 
 
@@ -452,21 +370,13 @@ def test_options_without_bearing_on_inference_are_fine(folder: Folder) -> None:
         runtime_config={"ephemeral_gpu_offload": False}, lorap_emb_lr=1e-6, layers_pattern="layers",
         ensure_weight_tying=True,
     )  # fmt: skip
-    folder.write()
     assert len(folder.read().parts) == 4
-
-
-@pytest.mark.parametrize("name", ["lm_head", "embed_tokens", "model.embed_tokens"])
-def test_head_and_table_as_targets(folder: Folder, name: str) -> None:
-    folder.config["target_modules"].append(name)
-    folder.refused("unsupported_option", f"target_modules takes in .*{name}")
 
 
 @pytest.mark.parametrize("exclude", [["lm_head"], ".*lm_head"])
 def test_a_head_that_is_excluded_again(folder: Folder, exclude: Any) -> None:
     folder.config["target_modules"].append("lm_head")
     folder.config["exclude_modules"] = exclude
-    folder.write()
     assert len(folder.read().parts) == 4
 
 
@@ -482,11 +392,11 @@ def test_a_head_that_is_excluded_again(folder: Folder, exclude: Any) -> None:
         ("base_model.model.model.embed_tokens.weight", "unsupported_option", "embed_tokens"),
         (f"{Q0}.lora_magnitude_vector", "unmatched_tensor", "use_dora is false"),
         ("base_model.model.score.modules_to_save.weight", "unsupported_option", "modules_to_save"),
-        ("base_model.model.model.layers.2.self_attn.q_proj.lora_A.weight", "unmatched_tensor", "2 layers.*3 or more"),
-        ("base_model.model.model.layers.31.self_attn.q_proj.lora_A.weight", "unmatched_tensor", "32 or more"),
-        ("base_model.model.model.layers.0.self_attn.query.lora_A.weight", "unmatched_tensor", "self_attn.q_proj, "),
-        ("base_model.model.model.layers.0.mlp.q_proj.lora_A.weight", "unmatched_tensor", "mlp.down_proj"),
-        ("base_model.model.model.layers.00.self_attn.q_proj.lora_A.weight", "unmatched_tensor", "expected"),
+        (f"{LAYER}2.self_attn.q_proj.lora_A.weight", "unmatched_tensor", "2 layers.*3 or more"),
+        (f"{LAYER}31.self_attn.q_proj.lora_A.weight", "unmatched_tensor", "32 or more"),
+        (f"{LAYER}0.self_attn.query.lora_A.weight", "unmatched_tensor", "self_attn.q_proj, "),
+        (f"{LAYER}0.mlp.q_proj.lora_A.weight", "unmatched_tensor", "mlp.down_proj"),
+        (f"{LAYER}00.self_attn.q_proj.lora_A.weight", "unmatched_tensor", "expected"),
         ("base_model.model.transformer.h.0.attn.c_attn.lora_A.weight", "unmatched_tensor", r"model\.layers\.N\."),
         ("model.layers.0.self_attn.q_proj.lora_A.weight", "unmatched_tensor", r"base_model\.model\.model\.layers\.N\."),
         ("base_model.model.vision.model.layers.0.self_attn.q_proj.lora_A.weight", "unmatched_tensor", "begin with"),
@@ -496,10 +406,10 @@ def test_a_head_that_is_excluded_again(folder: Folder, exclude: Any) -> None:
         (f"{Q0}.base_layer.weight", "unmatched_tensor", "expected"),
         (f"{Q0}.weight", "unmatched_tensor", "expected"),
         (f"{Q0}.lora_A.default.weight", "unmatched_tensor", "the same thing twice"),
-        ("base_model.model.model.layers.0.self_attn.k_proj.lora_A.weight", "unmatched_tensor", "does not target"),
+        (f"{LAYER}0.self_attn.k_proj.lora_A.weight", "unmatched_tensor", "does not target"),
         (f"{Q0}.base_layer.bias", "unmatched_tensor", "bias is 'none'"),
         (f"{Q0}.lora_B.bias", "unmatched_tensor", "lora_bias is false"),
-        (f"base_model.model.model.layers.{'9' * 5000}.q_proj.lora_A.weight", "unmatched_tensor", "tiny|999"),
+        (f"{LAYER}{'9' * 5000}.q_proj.lora_A.weight", "unmatched_tensor", "tiny|999"),
         ("odd\nname" * 500, "unmatched_tensor", "odd name"),
     ],
 )  # fmt: skip
@@ -508,27 +418,91 @@ def test_tensors_that_match_nothing(folder: Folder, name: str, code: str, patter
     folder.refused(code, re.escape(" ".join(name.split())[:200]), pattern)
 
 
-@pytest.mark.parametrize("leaf", ["lora_A.weight", "lora_B.weight"])
-@pytest.mark.parametrize("layer", [0, 1])
-def test_a_missing_factor(folder: Folder, leaf: str, layer: int) -> None:
-    name = f"base_model.model.model.layers.{layer}.mlp.down_proj.{leaf}"
-    del folder.tensors[name]
-    folder.refused("missing_tensor", re.escape(name))
+def _without(name: str) -> Callable[[Folder], object]:
+    return lambda folder: folder.tensors.pop(name)
 
 
-def test_a_targeted_module_that_is_not_there(folder: Folder) -> None:
-    folder.config["target_modules"].append("k_proj")
-    folder.refused("missing_tensor", r"layers\.0\.self_attn\.k_proj\.lora_A\.weight")
+def _zeroed(leaf: str) -> Callable[[Folder], object]:
+    return lambda folder: zero(folder, leaf)
 
 
-def test_layers_that_are_not_there(folder: Folder) -> None:
-    folder.tensors = {name: tensor for name, tensor in folder.tensors.items() if "layers.0" in name}
-    folder.refused("missing_tensor", "ends at layer 0.*fewer layers")
+def _never_meeting(folder: Folder) -> None:
+    """A has its values in ranks 0 and 1, B in 2 and 3."""
+    for name, tensor in folder.tensors.items():
+        (tensor[2:] if "lora_A" in name else tensor[:, :2]).zero_()
 
 
-def test_no_tensor_at_all(folder: Folder) -> None:
-    folder.tensors = {}
-    folder.refused("missing_tensor", "no LoRA tensor at all")
+def _overflowing(folder: Folder) -> None:
+    folder.config["lora_alpha"] = 3e38
+    folder.tensors[f"{Q0}.lora_B.weight"][0, 0] = 100
+
+
+def _bias_of_another_length(folder: Folder) -> None:
+    folder.config["lora_bias"] = True
+    folder.add_biases("lora_B.bias", "proj", 1.0)
+    folder.tensors[f"{Q0}.lora_B.bias"] = torch.ones(31)
+
+
+def _bias_the_base_has_not(folder: Folder) -> None:
+    folder.config.update(target_modules=["down_proj"], bias="lora_only")
+    folder.keep("down_proj")
+    folder.tensors[f"{LAYER}0.mlp.down_proj.base_layer.bias"] = torch.ones(HIDDEN)
+
+
+def _biases_of_some(folder: Folder) -> None:
+    folder.config["bias"] = "all"
+    folder.add_biases("base_layer.bias", "q_proj", 1.0)
+
+
+def _biases_of_the_base(folder: Folder) -> None:
+    zero(folder, "lora_B")
+    folder.config["bias"] = "lora_only"
+    folder.add_biases("base_layer.bias", "q_proj", 0.25)
+
+
+WRONG: dict[str, tuple[Callable[[Folder], object], str, str]] = {
+    "a rank beyond reason": (lambda f: f.config.update(r=4096), "too_large", "4096.*1024"),
+    "a layers_pattern that is none": (
+        lambda f: f.config.update(layers_to_transform=[0], layers_pattern="("), "bad_config", "layers_pattern.*valid"
+    ),
+    "layers beside a pattern": (
+        lambda f: f.config.update(layers_to_transform=[0], target_modules=".*q_proj"), "bad_config", "layers_to_trans"
+    ),
+    "a module that is not there": (
+        lambda f: f.config["target_modules"].append("k_proj"), "missing_tensor", r"layers\.0\.self_attn\.k_proj\.lora_A"
+    ),
+    "too few layers": (lambda f: f.keep("layers.0"), "missing_tensor", "ends at layer 0.*fewer layers"),
+    "no tensor at all": (lambda f: f.tensors.clear(), "missing_tensor", "no LoRA tensor at all"),
+    "a scaling that overflows": (_overflowing, "not_finite", rf"{re.escape(Q0)}\.lora_B\.weight.*inf"),
+    "lora_A zero": (_zeroed("lora_A"), "no_effect", "lora_A is zero.*answer as the base does"),
+    "lora_B zero": (_zeroed("lora_B"), "no_effect", "lora_B is zero.*answer as the base does"),
+    "alpha zero": (lambda f: f.config.update(lora_alpha=0), "no_effect", "lora_alpha is 0"),
+    "factors that never meet": (_never_meeting, "no_effect", "cancels"),
+    "the base's own biases": (_biases_of_the_base, "no_effect", ""),
+    "no lora_bias": (lambda f: f.config.update(lora_bias=True), "missing_tensor", r"lora_B\.bias is missing"),
+    "no trained biases": (  # what was trained into them is gone, and the adapter would half apply
+        lambda f: f.config.update(bias="lora_only"), "missing_tensor", "trained biases were not saved"
+    ),
+    "not all trained biases": (_biases_of_some, "missing_tensor", r"layers\.0\.self_attn\.k_proj\.bias is missing"),
+    "a bias the base has not": (_bias_the_base_has_not, "unmatched_tensor", "down_proj.base_layer.bias.*base has none"),
+    "a bias of another length": (_bias_of_another_length, "shape_mismatch", r"has shape \[31\], expected \[32\]"),
+    **{
+        f"{name} as a target": (
+            lambda f, name=name: f.config["target_modules"].append(name), "unsupported_option", f"takes in .*{name}"
+        )
+        for name in ("lm_head", "embed_tokens", "model.embed_tokens")
+    },
+    **{
+        f"no {name}": (_without(f"{LAYER}{name}.weight"), "missing_tensor", re.escape(f"{LAYER}{name}.weight"))
+        for name in (f"{layer}.mlp.down_proj.lora_{factor}" for layer in range(LAYERS) for factor in "AB")
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "code", "told"), WRONG.values(), ids=WRONG)
+def test_what_does_not_go_together(folder: Folder, change: Callable[[Folder], object], code: str, told: str) -> None:
+    change(folder)
+    folder.refused(code, told)
 
 
 @pytest.mark.parametrize(
@@ -550,18 +524,17 @@ def test_no_tensor_at_all(folder: Folder) -> None:
 def test_wrong_shapes(
     folder: Folder, module: str, leaf: str, shape: tuple[int, ...], expected: list[int], hint: str
 ) -> None:
-    name = f"base_model.model.model.layers.1.{module}.{leaf}.weight"
+    name = f"{LAYER}1.{module}.{leaf}.weight"
     folder.tensors[name] = torch.ones(shape)
-    folder.refused(
-        "shape_mismatch", re.escape(f"{name} has shape {list(shape)}, expected {expected}"), "'tiny-base'", hint
-    )
+    wrong = re.escape(f"{name} has shape {list(shape)}, expected {expected}")
+    folder.refused("shape_mismatch", wrong, "'tiny-base'", hint)
 
 
 def test_an_adapter_for_a_wider_base(folder: Folder) -> None:
     folder.tensors.clear()
     for layer in range(LAYERS):
-        folder.add(f"base_model.model.model.layers.{layer}.self_attn.q_proj", 2 * HIDDEN, 2 * HIDDEN)
-        folder.add(f"base_model.model.model.layers.{layer}.mlp.down_proj", 2 * INNER, 2 * HIDDEN)
+        folder.add(f"{LAYER}{layer}.self_attn.q_proj", 2 * HIDDEN, 2 * HIDDEN)
+        folder.add(f"{LAYER}{layer}.mlp.down_proj", 2 * INNER, 2 * HIDDEN)
     folder.refused("shape_mismatch", rf"{re.escape(Q0)}.lora_A.weight", "made for a base of hidden size 64")
 
 
@@ -572,7 +545,7 @@ def test_an_adapter_for_a_wider_base(folder: Folder) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("leaf", ["lora_A.weight", "lora_B.weight"])
 def test_values_that_are_not_finite(folder: Folder, value: float, dtype: torch.dtype, leaf: str) -> None:
-    name = f"base_model.model.model.layers.1.mlp.down_proj.{leaf}"
+    name = f"{LAYER}1.mlp.down_proj.{leaf}"
     folder.tensors[name] = folder.tensors[name].to(dtype)
     folder.tensors[name][1, 2] = value
     folder.refused("not_finite", re.escape(name), f"1 values of {folder.tensors[name].numel()}")
@@ -581,16 +554,13 @@ def test_values_that_are_not_finite(folder: Folder, value: float, dtype: torch.d
 @pytest.mark.parametrize("leaf", ["lora_B.bias", "base_layer.bias"])
 def test_biases_that_are_not_finite(folder: Folder, leaf: str) -> None:
     folder.config.update(target_modules=["q_proj"], lora_bias=True, bias="lora_only")
-    folder.tensors = {name: tensor for name, tensor in folder.tensors.items() if "q_proj" in name}
-    for layer in range(LAYERS):
-        for kind in ("lora_B.bias", "base_layer.bias"):
-            folder.tensors[f"base_model.model.model.layers.{layer}.self_attn.q_proj.{kind}"] = torch.ones(32)
-    folder.write()
+    folder.keep("q_proj")
+    for kind in ("lora_B.bias", "base_layer.bias"):
+        folder.add_biases(kind, "q_proj", 1.0)
     assert sum(isinstance(part, BiasDelta) for part in folder.read().parts) == LAYERS
     folder.tensors[f"{Q0}.{leaf}"][3] = math.nan
     folder.refused("not_finite", re.escape(f"{Q0}.{leaf}"))
     folder.tensors[f"{Q0}.{leaf}"][3] = 1e6
-    folder.write()
     folder.read()
     folder.refused("not_finite", re.escape(Q0), "float16", dtype=torch.float16)
 
@@ -599,7 +569,6 @@ def test_biases_that_are_not_finite(folder: Folder, leaf: str) -> None:
 def test_values_beyond_the_compute_dtype(folder: Folder, leaf: str, what: str) -> None:
     name = f"{Q0}.{leaf}.weight"
     folder.tensors[name][0, 0] = 1e5
-    folder.write()
     folder.read()
     folder.read(torch.bfloat16)
     folder.refused("not_finite", re.escape(name), re.escape(what), "float16.*65504", dtype=torch.float16)
@@ -612,14 +581,7 @@ def test_scaling_counts_before_rounding(folder: Folder) -> None:
     folder.refused("not_finite", re.escape(name), "8e", dtype=torch.float16)
     folder.tensors[name][0, 0] = 1e5
     folder.config["lora_alpha"] = 1
-    folder.write()
     folder.read(torch.float16)
-
-
-def test_a_scaling_that_overflows(folder: Folder) -> None:
-    folder.config["lora_alpha"] = 3e38
-    folder.tensors[f"{Q0}.lora_B.weight"][0, 0] = 100
-    folder.refused("not_finite", re.escape(f"{Q0}.lora_B.weight"), "inf")
 
 
 # adapters that do nothing
@@ -631,37 +593,17 @@ def zero(folder: Folder, leaf: str) -> None:
             tensor.zero_()
 
 
-@pytest.mark.parametrize(("leaf", "why"), [("lora_B", "lora_B is zero"), ("lora_A", "lora_A is zero")])
-def test_untrained(folder: Folder, leaf: str, why: str) -> None:
-    zero(folder, leaf)
-    folder.refused("no_effect", why, "answer as the base does")
-
-
-def test_alpha_zero(folder: Folder) -> None:
-    folder.config["lora_alpha"] = 0
-    folder.refused("no_effect", "lora_alpha is 0")
-
-
 def test_effects_that_vanish_in_the_compute_dtype(folder: Folder) -> None:
     for name, tensor in folder.tensors.items():
         if "lora_B" in name:
             tensor.fill_(1e-9)
-    folder.write()
     assert len(folder.read().parts) == 4
     folder.refused("no_effect", "vanishes in float16", dtype=torch.float16)
 
 
-def test_factors_that_never_meet(folder: Folder) -> None:
-    """A has its values in ranks 0 and 1, B in 2 and 3."""
-    for name, tensor in folder.tensors.items():
-        (tensor[2:] if "lora_A" in name else tensor[:, :2]).zero_()
-    folder.refused("no_effect", "cancels")
-
-
 def test_one_value_is_an_effect(folder: Folder) -> None:
     zero(folder, "lora_B")
-    folder.tensors["base_model.model.model.layers.1.mlp.down_proj.lora_B.weight"][-1, -1] = 1e-6
-    folder.write()
+    folder.tensors[f"{LAYER}1.mlp.down_proj.lora_B.weight"][-1, -1] = 1e-6
     (part,) = folder.read().parts
     assert (part.layer, part.projection.name) == (1, "mlp.down_proj")
 
@@ -669,57 +611,16 @@ def test_one_value_is_an_effect(folder: Folder) -> None:
 def test_a_bias_is_an_effect(folder: Folder) -> None:
     zero(folder, "lora_B")
     folder.config["lora_bias"] = True
-    for name in [name for name in folder.tensors if name.endswith("lora_B.weight")]:
-        folder.tensors[name.replace("weight", "bias")] = torch.zeros(32)
+    folder.add_biases("lora_B.bias", "proj", 0.0)
     folder.refused("no_effect")
     folder.tensors[f"{Q0}.lora_B.bias"][5] = 1.5
-    folder.write()
     (part,) = folder.read().parts
     assert isinstance(part, BiasDelta)
     assert part.delta.nonzero().tolist() == [[5]]
     assert part.delta[5] == 1.5 * 8 / RANK
 
 
-def test_biases_equal_to_the_bases_are_none(folder: Folder) -> None:
-    zero(folder, "lora_B")
-    folder.config["bias"] = "lora_only"
-    for layer in range(LAYERS):
-        folder.tensors[f"base_model.model.model.layers.{layer}.self_attn.q_proj.base_layer.bias"] = torch.full(
-            (32,), 0.25
-        )
-    folder.refused("no_effect")
-
-
 # biases that are missing or too many
-
-
-def test_biases_the_config_promises(folder: Folder) -> None:
-    """A file without them: what was trained into the biases is gone, and the adapter would half apply."""
-    folder.config["bias"] = "lora_only"
-    folder.refused("missing_tensor", re.escape(f"{Q0}.base_layer.bias"), "trained biases were not saved")
-    folder.config["bias"] = "all"
-    for layer in range(LAYERS):
-        folder.tensors[f"base_model.model.model.layers.{layer}.self_attn.q_proj.base_layer.bias"] = torch.ones(32)
-    folder.refused("missing_tensor", r"layers\.0\.self_attn\.k_proj\.bias is missing")
-
-
-def test_a_bias_where_the_base_has_none(folder: Folder) -> None:
-    folder.config.update(target_modules=["down_proj"], bias="lora_only")
-    folder.tensors = {name: tensor for name, tensor in folder.tensors.items() if "down_proj" in name}
-    folder.tensors["base_model.model.model.layers.0.mlp.down_proj.base_layer.bias"] = torch.ones(HIDDEN)
-    folder.refused("unmatched_tensor", "down_proj.base_layer.bias", "base has none")
-
-
-def test_lora_bias_missing(folder: Folder) -> None:
-    folder.config["lora_bias"] = True
-    folder.refused("missing_tensor", r"lora_B\.bias is missing")
-
-
-def test_a_bias_of_the_wrong_length(folder: Folder) -> None:
-    folder.config["lora_bias"] = True
-    for name in [name for name in folder.tensors if name.endswith("lora_B.weight")]:
-        folder.tensors[name.replace("weight", "bias")] = torch.ones(31 if name.startswith(Q0) else 32)
-    folder.refused("shape_mismatch", re.escape(f"{Q0}.lora_B.bias has shape [31], expected [32]"))
 
 
 # anything at all
@@ -730,27 +631,11 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
     max_leaves=6,
 )
-KEYS = st.sampled_from(
-    [
-        "peft_type",
-        "r",
-        "lora_alpha",
-        "use_rslora",
-        "rank_pattern",
-        "alpha_pattern",
-        "target_modules",
-        "exclude_modules",
-        "layers_to_transform",
-        "layers_pattern",
-        "bias",
-        "lora_bias",
-        "init_lora_weights",
-        "base_model_name_or_path",
-        "use_dora",
-        "modules_to_save",
-        "else",
-    ]
-)
+KEYS = st.sampled_from([
+    "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules", "exclude_modules",
+    "layers_to_transform", "layers_pattern", "bias", "lora_bias", "init_lora_weights", "base_model_name_or_path",
+    "use_dora", "modules_to_save", "else",
+])  # fmt: skip
 
 
 @settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
@@ -758,7 +643,6 @@ KEYS = st.sampled_from(
 def test_any_config_is_read_or_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
     folder = Folder(tmp_path / "adapter")
     folder.config.update(changes)
-    folder.write()
     try:
         folder.read()
     except AdapterRefused as error:
@@ -776,7 +660,7 @@ def test_any_byte_changed_is_read_or_refused(tmp_path: Path, place: float, value
     data[int(place * end)] = value
     folder.weights.write_bytes(data)
     try:
-        folder.read()
+        folder.read(write=False)
     except AdapterRefused as error:
         assert "\n" not in str(error)  # noqa: PT017  both outcomes are right
 
@@ -799,18 +683,15 @@ MAGNITUDE = f"{Q0}.lora_magnitude_vector"
 
 
 def test_a_dora_adapter_is_read_whatever_stands_behind_its_magnitudes_name(dora: Folder) -> None:
-    dora.write()
     first = dora.read()
     for end in (".weight", ".default.weight"):
         dora.tensors = {f"{name}{end}" if "magnitude" in name else name: t for name, t in dora.tensors.items()}
-        dora.write()
         assert torch.equal(dora.read().image.pages, first.image.pages)
         dora.tensors = {name.removesuffix(end) if "magnitude" in name else name: t for name, t in dora.tensors.items()}
 
 
 def test_scales_of_one_are_left_out(dora: Folder) -> None:
     dora.tensors[MAGNITUDE] *= 1.5
-    dora.write()
     scales = [part for part in dora.read().parts if isinstance(part, OutputScale)]
     assert [(part.layer, part.projection.name) for part in scales] == [(0, "self_attn.q_proj")]
     torch.testing.assert_close(scales[0].values, torch.full((32,), 1.5))

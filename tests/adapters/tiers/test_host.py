@@ -9,11 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.image.tiles import AdapterImage
 from loraplex.adapters.tiers.entry import Entries, Entry
 from loraplex.adapters.tiers.host import HostTier
 from loraplex.adapters.tiers.inbox import Inbox
+from tests.support.refusals import refused
 
 
 def _image(nbytes: int) -> AdapterImage:
@@ -66,9 +66,8 @@ def test_the_least_recently_used_goes_first() -> None:
 def test_an_image_larger_than_the_tier_is_refused_and_pushes_nothing_out() -> None:
     store = Store(300)
     store.put("a", 100)
-    with pytest.raises(AdapterRefused, match=r"takes 301 bytes.*holds 300") as refused:
+    with refused("too_large", r"takes 301 bytes.*holds 300"):
         store.put("b", 301)
-    assert refused.value.code == "too_large"
     assert store.digests() == ["a"]
     with pytest.raises(ValueError, match="-1"):
         Inbox(-1)

@@ -7,9 +7,9 @@ import threading
 
 import pytest
 
-from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.tiers.loader import LoadCancelled
 from loraplex.adapters.tiers.workspace import SLACK, Workspace
+from tests.support.refusals import refused
 
 
 def test_many_threads_stay_within_it() -> None:
@@ -46,9 +46,8 @@ def test_many_threads_stay_within_it() -> None:
 
 def test_more_than_there_is_is_refused_with_the_numbers() -> None:
     told = r"101 bytes.*100 are set aside.*--host-memory"
-    with pytest.raises(AdapterRefused, match=told) as caught, Workspace(100).room(101, lambda: None):
+    with refused("too_large", told), Workspace(100).room(101, lambda: None):
         pass
-    assert caught.value.code == "too_large"
 
 
 def test_who_waits_can_be_cancelled() -> None:

@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from loraplex.adapters.errors import AdapterRefused
-from loraplex.server.engine.request import EngineError, FinishReason, GenerationRequest, Overloaded, TokenEvent
+from loraplex.server.engine.request import EngineError, GenerationRequest, Overloaded, TokenEvent
 from tests.support.fake_serving import EOS_ID, FakeServer, say, scores_of
 
 Json = dict[str, Any]
@@ -197,12 +197,7 @@ async def test_text_held_back_for_a_stop_string_comes_with_a_later_token(client:
 
 
 async def test_stream_errors_are_events(client: httpx.AsyncClient, server: FakeServer) -> None:
-    def fails_later(request: GenerationRequest) -> list[TokenEvent]:
-        first = say(server.tokenizer, "the answer", request)[0]
-        failed = TokenEvent(request.request_id, None, finish=FinishReason.ERROR, error=EngineError("it broke"))
-        return [first, failed]
-
-    server.engine.script = fails_later
+    server.engine.break_off(EngineError("it broke"), after=1)
     found = events((await client.post("/generate_stream", json=ask())).text)
     assert found[1:] == [{"error": "Request failed during generation: it broke", "error_type": "generation"}]
     missing = events((await client.post("/generate_stream", json=ask(adapter_id="nobody"))).text)
@@ -211,7 +206,7 @@ async def test_stream_errors_are_events(client: httpx.AsyncClient, server: FakeS
 
 
 async def test_an_answer_that_the_stopping_server_ends(client: httpx.AsyncClient, server: FakeServer) -> None:
-    server.engine.script = lambda request: [TokenEvent(request.request_id, None, finish=FinishReason.ABORT)]
+    server.engine.break_off()
     response = await client.post("/generate", json=ask())
     assert response.status_code == 503
     assert "shutting down" in response.json()["error"]
@@ -441,14 +436,7 @@ async def test_tokenize_by_inputs(client: httpx.AsyncClient, server: FakeServer)
 
 
 async def test_embed(client: httpx.AsyncClient, server: FakeServer) -> None:
-    import numpy as np
-
-    vector = np.array([0.5, -2.0, 3.0], dtype=np.float32)
-
-    def script(request: GenerationRequest) -> list[TokenEvent]:
-        assert request.pooling == "last"
-        return [TokenEvent(request.request_id, 5, finish=FinishReason.LENGTH, embedding=vector)]
-
-    server.engine.script = script
     response = await client.post("/embed", json={"inputs": "one"})
-    assert response.json() == {"embeddings": [0.5, -2.0, 3.0]}
+    [request] = server.engine.requests
+    assert request.pooling == "last"
+    assert response.json() == {"embeddings": [3, 4, *request.prompt_ids[:2]]}

@@ -189,11 +189,11 @@ async def test_pinned_adapters_stay(client: httpx.AsyncClient, server: FakeServe
 
 async def test_nobody_pins_but_an_admin(server: FakeServer) -> None:
     keys = {"t": Key("tenant", "acme"), "a": Key("root", "ops", admin=True)}
-    async with server.client(access=access_of(keys)) as client:
-        for secret, status in (("t", 400), ("a", 200)):
-            body = {"lora_name": "acme/x", "lora_path": "/a/x", "pinned": True}
-            answer = await client.post("/load_lora_adapter", json=body, headers={"x-api-key": secret})
-            assert answer.status_code == status, answer.text
+    client = server.client(access=access_of(keys))
+    for secret, status in (("t", 400), ("a", 200)):
+        body = {"lora_name": "acme/x", "lora_path": "/a/x", "pinned": True}
+        answer = await client.post("/load_lora_adapter", json=body, headers={"x-api-key": secret})
+        assert answer.status_code == status, answer.text
     assert server.adapters.pins == [("acme/x", True)]
 
 

@@ -19,7 +19,7 @@ from loraplex.server.api.tools.tool_formats import MAX_CALLS, ToolFormat, find_f
 from loraplex.server.engine.request import Constraint
 from loraplex.server.text.grammar import Grammars
 from loraplex.server.text.grammar_spec import GrammarSpec
-from tests.support.asking import CHAT, chat
+from tests.support.asking import CHAT, chat, events_of
 from tests.support.fake_serving import EOS_ID, FakeServer, say
 from tests.support.tiny import VOCAB_SIZE
 
@@ -44,13 +44,7 @@ NATIVE = "{{ tools | tojson }}|{% for m in messages %}{{ m | tojson }}{% endfor 
 
 
 def deltas_of(response: httpx.Response) -> list[dict[str, Any]]:
-    assert response.status_code == 200, response.text
-    blocks = response.text.split("\n\n")[:-2]
-    return [json.loads(block.removeprefix("data: "))["choices"][0] for block in blocks]
-
-
-def prompt_of(server: FakeServer, number: int = -1) -> str:
-    return server.tokenizer.decode(server.engine.requests[number].prompt_ids, skip_special_tokens=False)
+    return [event["choices"][0] for event in events_of(response)]
 
 
 STRICT = """{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}
@@ -63,35 +57,35 @@ STRICT = """{% if messages[0].role == 'system' %}{{ raise_exception('System role
 
 async def test_rewriting_fits_a_strict_template(roomy: httpx.AsyncClient, server: FakeServer) -> None:
     server.use_template(STRICT)
-    async with server.client() as client:
-        call = {"id": "c", "type": "function", "function": {"name": "hunt", "arguments": "{}"}}
-        messages = [
-            {"role": "user", "content": "hi"},
-            {"role": "assistant", "content": None, "tool_calls": [call]},
-            {"role": "tool", "tool_call_id": "c", "content": "a hen"},
-            {"role": "user", "content": "and now?"},
-        ]
-        answer = await client.post(CHAT, json=chat(messages=messages, tools=[HUNT], max_tokens=4))
-        assert answer.status_code == 200, answer.text
-        prompt = prompt_of(server)
-        assert prompt.startswith("<user># Tools")
-        assert prompt.index('"hunt"') < prompt.index("hi<assistant><tool_call>")
-        assert prompt.endswith("<user><tool_response>\na hen\n</tool_response>\n\nand now?")
-        answer = await client.post("/v1/responses", json={"model": "base", "input": "hi", "instructions": "Be brief."})
-        assert answer.status_code == 200, answer.text
-        assert prompt_of(server) == "<user>Be brief.\n\nhi"
+    client = server.client()
+    call = {"id": "c", "type": "function", "function": {"name": "hunt", "arguments": "{}"}}
+    messages = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c", "content": "a hen"},
+        {"role": "user", "content": "and now?"},
+    ]
+    answer = await client.post(CHAT, json=chat(messages=messages, tools=[HUNT], max_tokens=4))
+    assert answer.status_code == 200, answer.text
+    prompt = server.prompt()
+    assert prompt.startswith("<user># Tools")
+    assert prompt.index('"hunt"') < prompt.index("hi<assistant><tool_call>")
+    assert prompt.endswith("<user><tool_response>\na hen\n</tool_response>\n\nand now?")
+    answer = await client.post("/v1/responses", json={"model": "base", "input": "hi", "instructions": "Be brief."})
+    assert answer.status_code == 200, answer.text
+    assert server.prompt() == "<user>Be brief.\n\nhi"
 
 
 async def test_what_the_caller_sent_itself_is_refused_by_a_strict_template(server: FakeServer) -> None:
     server.use_template(STRICT)
-    async with server.client() as client:
-        for messages, why in (
-            ([{"role": "system", "content": "s"}, {"role": "user", "content": "hi"}], "System role not supported"),
-            ([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}], "must alternate"),
-        ):
-            answer = await client.post(CHAT, json=chat(messages=messages))
-            assert answer.status_code == 400
-            assert why in answer.json()["error"]["message"]
+    client = server.client()
+    for messages, why in (
+        ([{"role": "system", "content": "s"}, {"role": "user", "content": "hi"}], "System role not supported"),
+        ([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}], "must alternate"),
+    ):
+        answer = await client.post(CHAT, json=chat(messages=messages))
+        assert answer.status_code == 400
+        assert why in answer.json()["error"]["message"]
 
 
 async def test_an_answer_with_calls(roomy: httpx.AsyncClient, server: FakeServer) -> None:
@@ -108,7 +102,7 @@ async def test_an_answer_with_calls(roomy: httpx.AsyncClient, server: FakeServer
         [choice] = (await roomy.post(CHAT, json=body)).json()["choices"]
         assert (choice["finish_reason"], choice["message"]["content"]) == ("stop", f"I will.\n\n{CALL}\n{CALL}")
         assert "tool_calls" not in choice["message"]
-        assert "hunt" not in prompt_of(server)
+        assert "hunt" not in server.prompt()
 
 
 async def test_a_stream_with_calls(roomy: httpx.AsyncClient, server: FakeServer) -> None:
@@ -160,7 +154,7 @@ AFTER = [
 async def test_templates_without_tools(roomy: httpx.AsyncClient, server: FakeServer) -> None:
     """The system message tells of them, once, and earlier calls and results are text."""
     await roomy.post(CHAT, json=chat(messages=AFTER, tools=[HUNT, SLEEP], max_tokens=1))
-    prompt = prompt_of(server)
+    prompt = server.prompt()
     assert (
         prompt.index("you are a fox") < prompt.index("<tools>") < prompt.index('"of a fox"') < prompt.index("user\nhi<")
     )
@@ -169,29 +163,29 @@ async def test_templates_without_tools(roomy: httpx.AsyncClient, server: FakeSer
     assert '{"name": "sleep", "arguments": "no json"}' in prompt
     assert "<tool_response>\ngot it\n</tool_response>" in prompt
     await roomy.post(CHAT, json=chat(tools=[SLEEP], max_tokens=1))
-    assert prompt_of(server).index("# Tools") < prompt_of(server).index("user\nhi<")
+    assert server.prompt().index("# Tools") < server.prompt().index("user\nhi<")
 
 
 async def test_templates_with_tools(server: FakeServer) -> None:
     """They get what transformers would give them: the tools as they came, arguments as objects."""
     server.use_template(NATIVE)
     server.max_model_len = 2048
-    async with server.client() as client:
-        await client.post(CHAT, json=chat(messages=AFTER, tools=[HUNT, SLEEP], max_tokens=1))
-        tools, _, messages = prompt_of(server).partition("|")
-        assert json.loads(tools) == [HUNT, SLEEP]
-        assert '"arguments": {"what": "hen"}' in messages
-        assert '"tool_call_id": "abc"' in messages
-        assert '"content": null' not in messages
-        allowed = {
-            "type": "allowed_tools",
-            "mode": "auto",
-            "tools": [{"type": "function", "function": {"name": "sleep"}}],
-        }
-        await client.post(CHAT, json=chat(tools=[HUNT, SLEEP], tool_choice=allowed, max_tokens=1))
-        assert json.loads(prompt_of(server).partition("|")[0]) == [SLEEP]
-        await client.post(CHAT, json=chat(max_tokens=1))
-        assert prompt_of(server).startswith("null|")
+    client = server.client()
+    await client.post(CHAT, json=chat(messages=AFTER, tools=[HUNT, SLEEP], max_tokens=1))
+    tools, _, messages = server.prompt().partition("|")
+    assert json.loads(tools) == [HUNT, SLEEP]
+    assert '"arguments": {"what": "hen"}' in messages
+    assert '"tool_call_id": "abc"' in messages
+    assert '"content": null' not in messages
+    allowed = {
+        "type": "allowed_tools",
+        "mode": "auto",
+        "tools": [{"type": "function", "function": {"name": "sleep"}}],
+    }
+    await client.post(CHAT, json=chat(tools=[HUNT, SLEEP], tool_choice=allowed, max_tokens=1))
+    assert json.loads(server.prompt().partition("|")[0]) == [SLEEP]
+    await client.post(CHAT, json=chat(max_tokens=1))
+    assert server.prompt().startswith("null|")
 
 
 async def test_special_marks_are_read_where_a_family_has_them(server: FakeServer) -> None:
@@ -199,9 +193,9 @@ async def test_special_marks_are_read_where_a_family_has_them(server: FakeServer
     server.max_model_len = 2048
     text = '{"name": "sleep", "parameters": {}}<|im_end|>'
     server.engine.script = lambda request: say(server.tokenizer, text, request)
-    async with server.client() as client:
-        [plain] = (await client.post(CHAT, json=chat())).json()["choices"]
-        [called] = (await client.post(CHAT, json=chat(tools=[SLEEP]))).json()["choices"]
+    client = server.client()
+    [plain] = (await client.post(CHAT, json=chat())).json()["choices"]
+    [called] = (await client.post(CHAT, json=chat(tools=[SLEEP]))).json()["choices"]
     assert plain["message"]["content"] == text.removesuffix("<|im_end|>")
     assert called["message"]["tool_calls"][0]["function"]["name"] == "sleep"
 
@@ -354,9 +348,9 @@ async def test_thoughts_are_told_apart(server: FakeServer, stream: bool, opened:
     server.use_template(THINKING)
     answer = ("" if opened else "<think>\n") + "the fox\n</think>\n\nthe end"
     server.engine.script = lambda request: say(server.tokenizer, answer, request)
-    async with server.client() as client:
-        body = chat(stream=stream, chat_template_kwargs={"enable_thinking": opened})
-        response = await client.post(CHAT, json=body)
+    client = server.client()
+    body = chat(stream=stream, chat_template_kwargs={"enable_thinking": opened})
+    response = await client.post(CHAT, json=body)
     if stream:
         deltas = [choice["delta"] for choice in deltas_of(response)]
         thought, text = ("".join(d.get(name, "") for d in deltas) for name in ("reasoning_content", "content"))
@@ -368,10 +362,10 @@ async def test_thoughts_are_told_apart(server: FakeServer, stream: bool, opened:
 
 async def test_a_form_binds_what_comes_after_the_thought(server: FakeServer) -> None:
     server.use_template(THINKING)
-    async with server.client() as client:
-        body = chat(guided_choice=["yes"], chat_template_kwargs={"enable_thinking": True}, max_tokens=1)
-        await client.post(CHAT, json=body)
-        await client.post(CHAT, json=body | {"chat_template_kwargs": {}})
+    client = server.client()
+    body = chat(guided_choice=["yes"], chat_template_kwargs={"enable_thinking": True}, max_tokens=1)
+    await client.post(CHAT, json=body)
+    await client.post(CHAT, json=body | {"chat_template_kwargs": {}})
     opened, possible = (request.constraint for request in server.engine.requests)
     assert opened is not None
     assert possible is not None
@@ -382,6 +376,6 @@ async def test_a_form_binds_what_comes_after_the_thought(server: FakeServer) -> 
 
 async def test_the_effort_reaches_templates_that_have_it(server: FakeServer) -> None:
     server.use_template("{{ reasoning_effort }} {{ messages[0].content }}")
-    async with server.client() as client:
-        await client.post(CHAT, json=chat(reasoning_effort="high", max_tokens=1))
-    assert prompt_of(server) == "high hi"
+    client = server.client()
+    await client.post(CHAT, json=chat(reasoning_effort="high", max_tokens=1))
+    assert server.prompt() == "high hi"

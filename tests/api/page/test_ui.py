@@ -134,8 +134,7 @@ async def guarded(server: FakeServer) -> AsyncIterator[httpx.AsyncClient]:
         ),
         pages=PageOwners(("kv", *["adapter"] * 6, None), pages),
     )
-    async with server.client(access=access_of(KEYS)) as client:
-        yield client
+    return server.client(access=access_of(KEYS))
 
 
 async def test_files_need_no_key_and_what_they_show_does(guarded: httpx.AsyncClient) -> None:
@@ -194,15 +193,15 @@ async def test_the_last_minute_is_counted_as_requests_are_answered(server: FakeS
     metrics.recent = Recent(clock)
     server.engine.current = EngineStats(running=3, waiting=2, waiting_for_adapters=1)
     await server.adapters.register("sql", "/adapters/sql")
-    async with server.client(metrics=metrics) as client:
-        body = {"model": "sql", "prompt": "the question", "max_tokens": 3}
-        usage = (await client.post("/v1/completions", json=body)).json()["usage"]
-        assert usage["completion_tokens"] == 3
-        assert sum((await overview(client))["minute"]["tokens"]) == 0  # the second is not over
-        clock.now += 1
-        found = await overview(client)
-        clock.now += 5
-        later = await overview(client)
+    client = server.client(metrics=metrics)
+    body = {"model": "sql", "prompt": "the question", "max_tokens": 3}
+    usage = (await client.post("/v1/completions", json=body)).json()["usage"]
+    assert usage["completion_tokens"] == 3
+    assert sum((await overview(client))["minute"]["tokens"]) == 0  # the second is not over
+    clock.now += 1
+    found = await overview(client)
+    clock.now += 5
+    later = await overview(client)
     assert found["minute"]["tokens"] == [0] * 59 + [3]
     assert later["minute"]["tokens"] == [0] * 54 + [3] + [0] * 5
     assert found["minute"]["prompt_tokens"][-1] == usage["prompt_tokens"]

@@ -30,7 +30,12 @@ class World:
         self.ended: dict[str, FinishReason] = {}
         self.steps = 0
 
-    def send(self, adapter: str, prompt: int, max_tokens: int, **fields: object) -> GenerationRequest:
+    def send(
+        self, adapter: str, prompt: int, max_tokens: int, *, times: int = 1, **fields: object
+    ) -> GenerationRequest:
+        """Such requests, and returns the last one."""
+        for _ in range(times - 1):
+            self.send(adapter, prompt, max_tokens, **fields)
         if adapter and self.requests.registry.get(adapter) is None:
             self.requests.adapter(adapter, pages=2)
         request = replace(
@@ -42,7 +47,10 @@ class World:
         self.scheduler.add(request)
         return request
 
-    def step(self) -> StepPlan:
+    def step(self, times: int = 1) -> StepPlan:
+        """So many steps, and returns the last one's plan."""
+        for _ in range(times - 1):
+            self.step()
         plan = self.scheduler.schedule()
         self.steps += 1
         self.clock.now += 0.1
@@ -50,6 +58,11 @@ class World:
             self._note(event, plan)
         self.scheduler.check_integrity()
         return plan
+
+    def finish(self) -> None:
+        """Until nobody is open."""
+        while self.scheduler.num_open:
+            self.step()
 
     def until_first(self, request: GenerationRequest, most: int) -> int:
         """Steps until its first token."""
@@ -86,10 +99,8 @@ class TestHotAndCold:
     def test_first_token_in_time(self, prompt: int, hot_prompt: int, warm_up: int) -> None:
         budget = 64
         world = World(pages=2000, max_num_seqs=16, token_budget=budget)
-        for _ in range(100):
-            world.send("hot", hot_prompt, 400)
-        for _ in range(warm_up):
-            world.step()
+        world.send("hot", hot_prompt, 400, times=100)
+        world.step(warm_up)
         in_flight = world.scheduler.schedule()
         cold = world.send("cold", prompt, 5)
         world.scheduler.commit(in_flight, draws(in_flight.step))
@@ -100,8 +111,7 @@ class TestHotAndCold:
 
     def test_the_youngest_gives_its_place(self) -> None:
         world = World(max_num_seqs=4)
-        for _ in range(100):
-            world.send("hot", 3, 50)
+        world.send("hot", 3, 50, times=100)
         world.step()
         before = list(world.scheduler.running)
         world.send("cold", 3, 5)
@@ -111,8 +121,7 @@ class TestHotAndCold:
 
     def test_where_all_pages_are_taken(self) -> None:
         world = World(pages=40, max_num_seqs=16, token_budget=64)
-        for _ in range(100):
-            world.send("hot", 12, 60)
+        world.send("hot", 12, 60, times=100)
         while len(world.scheduler.running) == 0 or world.scheduler.kv.pool.num_free > 3:
             world.step()
         assert len(world.scheduler.running) < 16, "pages are what is short"
@@ -133,22 +142,18 @@ class TestHotAndCold:
 
     def test_where_the_only_slot_is_taken(self) -> None:
         world = World(max_num_seqs=8, num_slots=1)
-        for _ in range(100):
-            world.send("hot", 3, 60)
-        for _ in range(5):
-            world.step()
+        world.send("hot", 3, 60, times=100)
+        world.step(5)
         cold = world.send("cold", 20, 5)
         assert world.until_first(cold, 3) <= 3
         while cold.request_id not in world.ended:
             world.step()
-        for _ in range(4):  # what was computed is computed again
-            world.step()
+        world.step(4)  # what was computed is computed again
         assert world.running() == {"hot": 8}
 
     def test_a_cold_client_that_comes_again_and_again_does_not_starve_the_hot_one(self) -> None:
         world = World(max_num_seqs=8, num_slots=1)
-        for _ in range(100):
-            world.send("hot", 3, 60)
+        world.send("hot", 3, 60, times=100)
         cold = world.send("cold", 20, 5)
         for _ in range(600):
             world.step()
@@ -159,10 +164,8 @@ class TestHotAndCold:
     def test_long_prompts_of_one_client_leave_room_for_another(self) -> None:
         """The hot one's prompts could fill every step for ever."""
         world = World(pages=4000, max_num_seqs=16, token_budget=64)
-        for _ in range(100):
-            world.send("hot", 500, 2)
-        for _ in range(20):
-            world.step()
+        world.send("hot", 500, 2, times=100)
+        world.step(20)
         for _ in range(5):  # also when it has had its share already
             cold = world.send("cold", 320, 2)
             assert world.until_first(cold, 2 * ceil(320 / 64) + 1)
@@ -206,8 +209,7 @@ class TestWholePrompts:
         world = self.world()
         for n in range(15):
             world.send(f"a{n}", 800, 3)
-        for _ in range(warm_up):
-            world.step()
+        world.step(warm_up)
         short = world.send("short", prompt, 1)
         assert world.until_first(short, 2 * ceil(prompt / 64) + 1)
 
@@ -222,10 +224,8 @@ class TestWholePrompts:
 
     def test_many_long_ones_of_a_tenant_take_no_more_than_its_part(self) -> None:
         world = self.world()
-        for _ in range(30):
-            world.send("", 600, 1, tenant="greedy")
-        for _ in range(10):
-            world.step()
+        world.send("", 600, 1, tenant="greedy", times=30)
+        world.step(10)
         for _ in range(6):
             modest = world.send("a", 128, 1, tenant="modest")
             assert world.until_first(modest, 2 * ceil(128 / 64) + 1)
@@ -234,8 +234,7 @@ class TestWholePrompts:
     def test_a_heavier_client_goes_first(self) -> None:
         world = self.world()
         light, heavy = world.send("a", 300, 1, weight=1.0), world.send("b", 300, 1, weight=3.0)
-        while world.scheduler.num_open:
-            world.step()
+        world.finish()
         assert world.first[heavy.request_id] <= ceil(300 / 48) + 1
         assert world.first[light.request_id] == ceil(600 / 64)
 
@@ -247,8 +246,7 @@ class TestShares:
             world.send("many", 5, 40)
             if n % 6 == 0:
                 world.send("few", 5, 240)
-        for _ in range(100):
-            world.step()
+        world.step(100)
         assert world.running() == {"many": 4, "few": 4}
         assert abs(world.served["many"] - world.served["few"]) < 60
 
@@ -257,15 +255,13 @@ class TestShares:
         for _ in range(100):
             world.send("", 5, 40, tenant="gold", weight=3.0)
             world.send("a", 5, 40, tenant="iron", weight=1.0)
-        for _ in range(200):
-            world.step()
+        world.step(200)
         assert world.served[""] == pytest.approx(3 * world.served["a"], rel=0.1)
 
     def test_nothing_is_left_idle(self) -> None:
         """One client alone gets all places."""
         world = World(max_num_seqs=8)
-        for _ in range(20):
-            world.send("only", 4, 40)
+        world.send("only", 4, 40, times=20)
         world.step()
         assert world.running() == {"only": 8}
 
@@ -275,20 +271,16 @@ class TestShares:
             world.send("a", 3, 200)
             world.send("b", 3, 200)
         world.step()
-        for _ in range(50):
-            world.send("c", 3, 200)
-        for _ in range(100):
-            world.step()
+        world.send("c", 3, 200, times=50)
+        world.step(100)
         assert world.running() == {"a": 2, "b": 2, "c": 2}
         assert world.scheduler.preemptions == 2
 
     def test_more_clients_than_places_take_turns(self) -> None:
         world = World(max_num_seqs=4)
         for name in "abcdefghij":
-            for _ in range(5):
-                world.send(name, 3, 10)
-        for _ in range(110):  # 50 requests of 10 tokens in 4 places: 125 steps
-            world.step()
+            world.send(name, 3, 10, times=5)
+        world.step(110)  # 50 requests of 10 tokens in 4 places: 125 steps
         assert world.scheduler.preemptions == 0
         assert max(world.served.values()) - min(world.served.get(name, 0) for name in "abcdefghij") <= 10
 
@@ -296,15 +288,11 @@ class TestShares:
         """A client that comes back is lifted to the others: it gets its share and not what it left before."""
         world = World(max_num_seqs=8)
         world.send("pausing", 3, 5)
-        for _ in range(200):
-            world.send("steady", 3, 40)
-        for _ in range(200):
-            world.step()
-        for _ in range(200):
-            world.send("pausing", 3, 40)
+        world.send("steady", 3, 40, times=200)
+        world.step(200)
+        world.send("pausing", 3, 40, times=200)
         before = world.served.copy()
-        for _ in range(100):
-            world.step()
+        world.step(100)
         gained = world.served - before
         assert gained["steady"] == pytest.approx(gained["pausing"], rel=0.1)
 
@@ -314,21 +302,17 @@ class TestShares:
         for _ in range(100):
             world.send("slow", 3, 40)
             world.send("steady", 3, 40)
-        for _ in range(200):
-            world.step()
+        world.step(200)
         world.placement.away.clear()
         before = world.served.copy()
-        for _ in range(100):
-            world.step()
+        world.step(100)
         gained = world.served - before
         assert gained["steady"] == pytest.approx(gained["slow"], rel=0.15)
 
     def test_recomputing_is_not_charged_again(self) -> None:
         world = World(pages=14, max_num_seqs=4)
-        for _ in range(3):
-            world.send("", 8, 24)
-        while world.scheduler.num_open:
-            world.step()
+        world.send("", 8, 24, times=3)
+        world.finish()
         assert world.scheduler.preemptions
         assert world.scheduler.waiting._floor == 3 * (8 + 2 * 24)
 
@@ -339,34 +323,29 @@ class TestPriorities:
         world.send("", 3, 3)
         world.step()
         late = [world.send("", 3, 2, priority=priority) for priority in (5, 0, -2, 0)]
-        while world.scheduler.num_open:
-            world.step()
+        world.finish()
         order = sorted(late, key=lambda request: world.first[request.request_id])
         assert [late.index(request) for request in order] == [2, 1, 3, 0]
 
     def test_across_clients_too(self) -> None:
         world = World(max_num_seqs=2)
-        for _ in range(4):
-            world.send("a", 3, 5)
+        world.send("a", 3, 5, times=4)
         world.step()
         low = world.send("b", 3, 3, priority=1)
-        for _ in range(8):
-            world.step()
+        world.step(8)
         assert low.request_id not in world.first
 
     @pytest.mark.parametrize("client", ["other", ""])
     def test_nobody_waits_for_ever(self, client: str) -> None:
         """Urgent requests without end: after `ageing` seconds the next place is the other's."""
         world = World(max_num_seqs=2, ageing=5.0)
-        for _ in range(10):
-            world.send("", 3, 4, priority=-1)
+        world.send("", 3, 4, priority=-1, times=10)
         low = [world.send(client, 3, 4, priority=1_000_000) for _ in range(2)]
         started = world.clock.now
         waited = []
         while len(waited) < 2:
             world.step()
-            for _ in range(2):
-                world.send("", 3, 4, priority=-1)
+            world.send("", 3, 4, priority=-1, times=2)
             if low[len(waited)].request_id in world.first:
                 waited.append(world.clock.now - started)
         assert 5.0 <= waited[0] <= 5.0 + 0.1 * 5
@@ -392,8 +371,7 @@ class TestPriorities:
 def test_nobody_in_the_queue_is_overtaken_for_pages() -> None:
     """A client at its share that needs many pages gets them, although small ones could always slip by."""
     world = World(pages=30, max_num_seqs=8, token_budget=128)
-    for _ in range(3):
-        world.send("", 16, 12)
+    world.send("", 16, 12, times=3)
     world.step()
     large = world.send("", 80, 2)
     for _ in range(14):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -13,9 +14,13 @@ from loraplex.server.engine.policy.plan import SchedulerLimits, StepPlan
 from loraplex.server.engine.policy.rows import Drawn, RowResult, StepInput
 from loraplex.server.engine.policy.scheduler import Scheduler
 from loraplex.server.engine.request import ContextTooLong, FinishReason, TokenEvent
-from tests.support.scheduling import Requests, draws, make_scheduler
+from tests.support.scheduling import FakePlacement, Requests, draws, make_scheduler
 
 WINDOWED = (GroupSpec((0,), None), GroupSpec((1,), 8))
+
+
+def make(pages: int = 64, **limits: Any) -> tuple[Scheduler, FakePlacement, Requests]:
+    return *make_scheduler(pages, **limits), Requests()
 
 
 def step(scheduler: Scheduler) -> tuple[StepPlan, list[TokenEvent]]:
@@ -61,8 +66,7 @@ def test_a_prompt_is_cut_to_the_budget_and_then_decodes() -> None:
 
 
 def test_decode_rows_come_first_and_prefill_takes_the_rest() -> None:
-    scheduler, _ = make_scheduler(token_budget=10)
-    requests = Requests()
+    scheduler, _, requests = make(token_budget=10)
     scheduler.add(requests.make(9, 9))
     step(scheduler)
     scheduler.add(requests.make(30, 2))
@@ -81,8 +85,7 @@ def test_the_last_token_of_a_prompt_is_a_chunk_not_a_decode_row() -> None:
 
 
 def test_no_more_sequences_run_than_allowed() -> None:
-    scheduler, _ = make_scheduler(max_num_seqs=2)
-    requests = Requests()
+    scheduler, _, requests = make(max_num_seqs=2)
     for _ in range(3):
         scheduler.add(requests.make(2, 2))
     assert len(step(scheduler)[0].seqs) == 2
@@ -105,8 +108,7 @@ def test_a_stop_token_ends_the_request() -> None:
 
 
 def test_abort_frees_everything_at_once() -> None:
-    scheduler, placement = make_scheduler(pages=20)
-    requests = Requests()
+    scheduler, placement, requests = make(pages=20)
     requests.adapter("a", pages=3)
     scheduler.add(requests.make(20, 9, "a"))
     scheduler.add(requests.make(20, 9))
@@ -128,8 +130,7 @@ class TestRefusedAtTheDoor:
             scheduler.check(Requests().make(20, 11))
 
     def test_more_pages_than_there_are(self) -> None:
-        scheduler, _ = make_scheduler(pages=10, block_size=4)
-        requests = Requests()
+        scheduler, _, requests = make(pages=10, block_size=4)
         requests.adapter("big", pages=6)
         scheduler.check(requests.make(30, 11))  # 40 tokens are computed: ten blocks, and no adapter
         with pytest.raises(ContextTooLong, match=r"take 11 pages.*adapters 0.*has 10"):
@@ -143,8 +144,7 @@ class TestRefusedAtTheDoor:
         scheduler.check(Requests().make(300, 300))
 
     def test_more_adapters_than_slots(self) -> None:
-        scheduler, _ = make_scheduler(num_slots=1)
-        requests = Requests()
+        scheduler, _, requests = make(num_slots=1)
         with pytest.raises(ContextTooLong, match="2 adapters in one request, but there are 1 slots"):
             scheduler.check(requests.make(2, 2, requests.adapter("a"), requests.adapter("b")))
 
@@ -162,8 +162,7 @@ class TestRefusedAtTheDoor:
 
 class TestAdapters:
     def test_pinned_while_running_and_idle_after(self) -> None:
-        scheduler, placement = make_scheduler()
-        requests = Requests()
+        scheduler, placement, requests = make()
         scheduler.add(requests.make(3, 2, requests.adapter("a", pages=2)))
         scheduler.add(requests.make(3, 3, "a"))
         step(scheduler)
@@ -176,14 +175,12 @@ class TestAdapters:
         assert placement.loads == 1
 
     def test_asked_for_on_arrival(self) -> None:
-        scheduler, placement = make_scheduler()
-        requests = Requests()
+        scheduler, placement, requests = make()
         scheduler.add(requests.make(3, 2, requests.adapter("a"), requests.adapter("b")))
         assert placement.requested == ["a", "b"]
 
     def test_passed_over_while_on_its_way(self) -> None:
-        scheduler, placement = make_scheduler()
-        requests = Requests()
+        scheduler, placement, requests = make()
         placement.away.add("digest-slow")
         scheduler.add(requests.make(3, 5, requests.adapter("slow")))
         scheduler.add(requests.make(3, 5, requests.adapter("quick")))
@@ -193,16 +190,14 @@ class TestAdapters:
         assert ("r1", 3, False, True) in rows(step(scheduler)[0])
 
     def test_nothing_to_run_is_an_empty_plan(self) -> None:
-        scheduler, placement = make_scheduler()
-        requests = Requests()
+        scheduler, placement, requests = make()
         placement.away.add("digest-slow")
         scheduler.add(requests.make(3, 5, requests.adapter("slow")))
         assert step(scheduler)[0] == StepPlan(StepInput(()))
         assert scheduler.num_open == 1
 
     def test_a_failed_load_is_that_requests_own(self) -> None:
-        scheduler, placement = make_scheduler()
-        requests = Requests()
+        scheduler, placement, requests = make()
         placement.broken.add("digest-bad")
         scheduler.add(requests.make(3, 5, requests.adapter("bad")))
         scheduler.add(requests.make(3, 5))
@@ -214,8 +209,7 @@ class TestAdapters:
         assert [row[0] for row in rows(plan)] == ["r2"]
 
     def test_a_mix_needs_all_its_adapters(self) -> None:
-        scheduler, placement = make_scheduler()
-        requests = Requests()
+        scheduler, placement, requests = make()
         placement.away.add("digest-b")
         scheduler.add(requests.make(3, 5, requests.adapter("a"), requests.adapter("b")))
         assert not step(scheduler)[0].seqs
@@ -225,8 +219,7 @@ class TestAdapters:
         assert placement.pins == {"digest-a": 1, "digest-b": 1}
 
     def test_idle_adapters_make_room_the_least_recently_used_first(self) -> None:
-        scheduler, placement = make_scheduler(pages=8)
-        requests = Requests()
+        scheduler, placement, requests = make(pages=8)
         for name in ("a", "b", "c"):
             scheduler.add(requests.make(2, 1, requests.adapter(name, pages=2)))
             step(scheduler)
@@ -238,8 +231,7 @@ class TestAdapters:
         assert set(placement.device) == {"digest-a", "digest-c"}
 
     def test_what_a_sequence_wears_is_never_evicted_to_make_room_for_it(self) -> None:
-        scheduler, placement = make_scheduler(pages=8)
-        requests = Requests()
+        scheduler, placement, requests = make(pages=8)
         for name in ("mine", "other"):
             scheduler.add(requests.make(2, 1, requests.adapter(name, pages=3)))
             step(scheduler)
@@ -249,8 +241,7 @@ class TestAdapters:
         assert placement.loads == 2
 
     def test_a_slot_is_taken_from_an_idle_adapter(self) -> None:
-        scheduler, placement = make_scheduler(num_slots=1)
-        requests = Requests()
+        scheduler, placement, requests = make(num_slots=1)
         scheduler.add(requests.make(2, 3, requests.adapter("a")))
         scheduler.add(requests.make(2, 3, requests.adapter("b")))
         assert [row[0] for row in rows(step(scheduler)[0])] == ["r1"], "the only slot is pinned"
@@ -259,8 +250,7 @@ class TestAdapters:
         assert placement.evictions == 1
 
     def test_two_names_of_one_digest_are_one_adapter(self) -> None:
-        scheduler, placement = make_scheduler()
-        requests = Requests()
+        scheduler, placement, requests = make()
         for name in ("a", "b"):
             requests.registry.register(name, name, AdapterInfo(1, (), 2, 10, digest="same"), replace=True)
         seq = scheduler.add(requests.make(2, 3, "a", "b"))
@@ -269,8 +259,7 @@ class TestAdapters:
         assert placement.pins == {"same": 1}
 
     def test_the_head_of_the_queue_is_not_overtaken_by_what_is_smaller(self) -> None:
-        scheduler, _ = make_scheduler(pages=10)
-        requests = Requests()
+        scheduler, _, requests = make(pages=10)
         scheduler.add(requests.make(12, 10))
         step(scheduler)
         scheduler.add(requests.make(30, 1))  # eight blocks
@@ -284,8 +273,7 @@ class TestAdapters:
 
 class TestPreemption:
     def test_the_youngest_goes_and_keeps_its_tokens(self) -> None:
-        scheduler, placement = make_scheduler(pages=6, block_size=4)
-        requests = Requests()
+        scheduler, placement, requests = make(pages=6, block_size=4)
         requests.adapter("a", pages=1)
         scheduler.add(requests.make(6, 15))
         scheduler.add(requests.make(6, 12, "a"))
@@ -305,8 +293,7 @@ class TestPreemption:
         assert scheduler.prompt_tokens == 12, "a recomputed prompt is not a second prompt"
 
     def test_the_oldest_always_moves(self) -> None:
-        scheduler, _ = make_scheduler(pages=7, block_size=4, token_budget=16)
-        requests = Requests()
+        scheduler, _, requests = make(pages=7, block_size=4, token_budget=16)
         for _ in range(4):
             scheduler.add(requests.make(4, 20))
         while scheduler.num_open:
@@ -317,8 +304,7 @@ class TestPreemption:
         assert scheduler.preemptions
 
     def test_a_preempted_sequence_leaves_the_plan(self) -> None:
-        scheduler, _ = make_scheduler(pages=4, block_size=4, rope_switch=8)
-        requests = Requests()
+        scheduler, _, requests = make(pages=4, block_size=4, rope_switch=8)
         scheduler.add(requests.make(5, 8))
         scheduler.add(requests.make(4, 8))
         for _ in range(4):
@@ -328,8 +314,7 @@ class TestPreemption:
         assert scheduler.preemptions == 1
 
     def test_nobody_is_admitted_into_what_the_running_ones_will_need(self) -> None:
-        scheduler, _ = make_scheduler(pages=4, block_size=4)
-        requests = Requests()
+        scheduler, _, requests = make(pages=4, block_size=4)
         scheduler.add(requests.make(8, 9))
         step(scheduler)
         scheduler.add(requests.make(4, 1))  # one page; one is free in the next steps, but r1 comes to want it
@@ -339,8 +324,7 @@ class TestPreemption:
         assert not scheduler.preemptions
 
     def test_nobody_is_admitted_for_a_part_of_its_prompt(self) -> None:
-        scheduler, _ = make_scheduler(pages=12, block_size=4, token_budget=16)
-        requests = Requests()
+        scheduler, _, requests = make(pages=12, block_size=4, token_budget=16)
         scheduler.add(requests.make(8, 3))
         step(scheduler)
         scheduler.add(requests.make(40, 1))  # its first 15 tokens would fit at once, all of it only after r1
@@ -375,11 +359,8 @@ class TestRopeSwitch:
     def test_a_prompt_already_beyond_it_is_not_recomputed(self) -> None:
         scheduler, _ = make_scheduler(rope_switch=10)
         scheduler.add(Requests().make(11, 3))
-        assert [rows(step(scheduler)[0])[0][1:] for _ in range(3)] == [
-            (11, False, True),
-            (1, True, True),
-            (1, True, True),
-        ]
+        seen = [rows(step(scheduler)[0])[0][1:] for _ in range(3)]
+        assert seen == [(11, False, True), (1, True, True), (1, True, True)]
 
     def test_a_request_that_ends_there_is_not_recomputed(self) -> None:
         scheduler, _ = make_scheduler(rope_switch=10)

@@ -117,6 +117,8 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], list[str]]] = 
     "huge sizes": (change_state(shape=[1 << 40, 1 << 40]), [STATE, "sizes"]),
     "fp4 by the name of nf4": (change_state(quant_type="fp4"), [STATE, "'fp4'"]),
     "an offset of NaN": (change_state(nested_offset=float("nan")), [STATE, "nan"]),
+    "deep JSON": (put(f"weight.{STATE}", torch.full((4096,), 91, dtype=torch.uint8)), [STATE, "no quant_state"]),
+    "a huge offset": (change_state(nested_offset=10**400), [STATE, "no quant_state"]),
     "no JSON": (put(f"weight.{STATE}", torch.tensor([1, 2], dtype=torch.uint8)), [STATE, "no quant_state"]),
     "a state of a megabyte": (put(f"weight.{STATE}", torch.ones(1 << 20, dtype=torch.uint8)), [STATE, "4096 bytes"]),
     "a map of 15": (put("weight.quant_map", torch.ones(15)), ["quant_map", "[15]", "[16]"]),

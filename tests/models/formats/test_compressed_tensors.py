@@ -133,6 +133,17 @@ def test_what_belongs_to_activations_is_passed_over(tmp_path: Path) -> None:
     assert torch.equal(dequantize(weight), expected)
 
 
+def test_zeros_of_symmetric_weights_are_compared(tmp_path: Path) -> None:
+    """Early versions wrote them."""
+    made, expected, settings = compressed(NAIVE, ints(8, "channel"), torch.float32)
+    zeros = torch.zeros(OUT, 1, dtype=torch.int8)
+    folder = write_folder(tmp_path / "same", linear(**made, weight_zero_point=zeros), settings)
+    assert torch.equal(dequantize(read_weight(folder)), expected)
+    zeros[7] = 1
+    folder = write_folder(tmp_path / "other", linear(**made, weight_zero_point=zeros), settings)
+    refused(folder, "weight_zero_point", "other zeros than 0")
+
+
 def test_groups_of_linears_by_names_and_patterns(tmp_path: Path) -> None:
     four, expected_four, settings = compressed(PACKED, ints(4, "group", group_size=64), torch.float32)
     eight, expected_eight, _ = compressed(NAIVE, ints(8, "channel"), torch.float32)
@@ -190,6 +201,14 @@ REFUSED: dict[str, tuple[Change, list[str]]] = {
     "asymmetric without zeros": (weights_with(symmetric=False), ["lacks tensor", "weight_zero_point"]),
     "an unknown strategy": (weights_with(strategy="attn_head"), ["strategy"]),
     "blocks": (weights_with(strategy="block", block_structure=[1, 1]), ["weight_packed", "packed"]),
+    "symmetric with zeros": (
+        put(weight_zero_point=torch.full((5, 2), 0x11111111, dtype=torch.int32)),
+        ["weight_zero_point", "other zeros than 8"],
+    ),
+    "zeros of another shape": (
+        put(weight_zero_point=torch.zeros(5, 4).int()),
+        ["weight_zero_point", "[5, 4]", "[5, 2]"],
+    ),
     "no scale": (drop("weight_scale"), ["lacks tensor", "weight_scale"]),
     "no shape": (drop("weight_shape"), ["lacks tensor", "weight_shape"]),
     "another shape": (put(weight_shape=torch.tensor([40, 512])), ["weight_packed", "[40, 32]", "[40, 64]"]),
@@ -221,6 +240,7 @@ def test_refused(tmp_path: Path, name: str) -> None:
         (put(weight_scale=torch.full((OUT, 1), float("inf"))), ["weight_scale", "infinity"]),
         (put(weight=torch.full((OUT, COLUMNS), float("nan")).to(torch.float8_e4m3fn)), [WEIGHT, "NaN"]),
         (weights_with(strategy="group", group_size=64), ["strategy is group"]),
+        (weights_with(symmetric=False), ["symmetric is false"]),
         (weights_with(strategy="block"), ["block_structure"]),
         (weights_with(strategy="block", block_structure=[32, 128]), ["weight_scale", "[40, 1]", "[2, 2]"]),
         (weights_with(type="int"), [WEIGHT, "F8_E4M3", "I8"]),

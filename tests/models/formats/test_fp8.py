@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from loraplex.kernels.quantized import dequantize
+from loraplex.server.models.formats import unpack
 from loraplex.server.models.formats.folder import open_folder
 from loraplex.server.models.formats.fp8 import E4M3
 from tests.support.quantized_folders import WEIGHT, linear, read_weight, refused, write_folder
@@ -80,7 +81,8 @@ def test_refused(tmp_path: Path, tensors: dict[str, torch.Tensor], settings: dic
     refused(write_folder(tmp_path, linear(**whole), BLOCKS | settings), *said)
 
 
-def test_codes_that_are_nan(tmp_path: Path) -> None:
+def test_codes_that_are_nan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unpack, "SLICE", 128)  # two outputs
     weight = codes(24, 64)
     weight[3, 5] = float("nan")
     folder = write_folder(tmp_path, linear(weight=weight, weight_scale_inv=torch.ones(1, 1)), BLOCKS)

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from loraplex.kernels.quantized import dequantize
+from loraplex.server.models.formats import unpack
 from tests.models.formats.record_vectors import AWQ, GPTQ, VECTORS
 from tests.support.quantized_folders import LINEAR, linear, read_weight, refused, write_folder
 
@@ -77,6 +78,14 @@ def test_scales_in_other_types(tmp_path: Path) -> None:
         weight = read_weight(write_folder(tmp_path / str(dtype), linear(**tensors), settings))
         assert weight.format.scale_bits == 32
         assert torch.equal(weight.scale.shared, tensors["scales"].float().T)
+
+
+@pytest.mark.parametrize("name", [*GPTQ, *AWQ])
+def test_codes_that_are_unpacked_in_slices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(unpack, "SLICE", 64 * 8)  # 8 outputs, of 32
+    tensors, expected = recorded(name)
+    settings = gptq_settings(name) if name in GPTQ else {"quant_method": "awq", "bits": 4, "group_size": AWQ[name]}
+    assert torch.equal(dequantize(read_weight(write_folder(tmp_path, linear(**tensors), settings))), expected)
 
 
 @pytest.mark.parametrize("name", AWQ)
