@@ -45,7 +45,7 @@ def take_out(part: LowRank, start: str, base: ServedBase) -> LowRank:
     if weight is None:
         raise unsupported(
             f"init_lora_weights is {start!r}: the adapter's start has to be computed from the base's weights, and this "
-            "base's checkpoint is quantised; serve its original, or save the adapter with PEFT's "
+            "base is quantised; serve its original, or save the adapter with PEFT's "
             "path_initial_model_for_weight_conversion"
         )
     a0, b0 = _start(weight, part.a.shape[0], start, part.scaling)

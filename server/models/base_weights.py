@@ -55,7 +55,7 @@ class BaseWeights:
     def products(self, layer: int, projection_name: str, a: Tensor) -> Tensor:
         """Compute a W^T [r, out] fp32 of a [r, in], which is rounded to the compute dtype."""
         linear, projection = self._find(layer, projection_name)
-        rounded = a.to(self._ops.device, self._weights.dtype)
+        rounded = a.to(self._ops.device, self._weights.dtype).contiguous()
         return self._ops.logits(rounded, linear.weight)[:, _columns(projection)].cpu()
 
     def weight(self, layer: int, projection_name: str) -> Tensor | None:

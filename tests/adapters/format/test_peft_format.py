@@ -308,7 +308,7 @@ def test_what_is_asked_of_a_start(bases: dict[str, Any], tmp_path: Path) -> None
     info = AdapterReader(served, 1 << 30).examine(str(tmp_path))
     assert (info.rank, info.kind) == (8, "lora")
     assert "init_lora_weights is 'pissa'" in info.remark
-    with refused("unsupported_option", "checkpoint is quantised"):
+    with refused("unsupported_option", "this base is quantised"):
         read_adapter(tmp_path, replace(served, weight=lambda *_: None))
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     for more, code in (({"use_dora": True}, "unsupported_option"), ({"r": 513}, "too_large")):
