@@ -138,6 +138,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "llama_biased",
         {"r": 5, "target_modules": QV, "init_lora_weights": "olora", "bias": "lora_only"},
     ),
+    "kasa": ("llama", {"r": 4, "lora_alpha": 6, "target_modules": ALL, "kasa_config": {}}),
+    "kasa, fused": ("phi3", {"r": 3, "target_modules": "all-linear", "kasa_config": {}, "use_rslora": True}),
+    "kasa, base biases": ("llama_biased", {"r": 3, "target_modules": QV, "kasa_config": {}, "bias": "lora_only"}),
     "olora, fused": ("phi3", {"r": 4, "target_modules": "all-linear", "init_lora_weights": "olora"}),
     "float16 file": ("llama", {"target_modules": ALL, "dtype": torch.float16}),
     "bfloat16 file": ("llama", {"target_modules": ALL, "dtype": torch.bfloat16}),
@@ -343,6 +346,7 @@ _OWN_STD: dict[str, Callable[[Tensor], float]] = {
     "unilora_theta_d": lambda w: 4.0,
     "tinylora_v": lambda w: 1.0,
     "beft_bias": lambda w: 1.0,
+    "lora_diag": lambda w: 2.0,
     "deft_P": lambda w: w.shape[0] ** -0.5,
     "deft_R": lambda w: 0.5,
 }
