@@ -85,5 +85,6 @@ def _columns(projection: Projection) -> slice:
 def _squares(weight: Tensor | QuantizedWeight, dtype: torch.dtype) -> Tensor:
     """Sum the squares of each row as it is computed with: rounded to `dtype`, or what the codes stand for. fp32."""
     if isinstance(weight, QuantizedWeight):
-        return dequantize(weight).square().sum(1)
+        parts = (weight.rows(slice(start, start + ROWS)) for start in range(0, weight.out_features, ROWS))
+        return torch.cat([dequantize(part).square().sum(1) for part in parts])
     return torch.cat([rows.to(dtype).float().square().sum(1) for rows in weight.split(ROWS)])
