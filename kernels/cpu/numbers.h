@@ -40,7 +40,7 @@ INLINE fvec load_halves(const uint8_t* p) {
 // GCC 12 widens vectors of bytes one after the other.
 template <class B>
 INLINE fvec load_bytes(const uint8_t* p) {
-    constexpr bool kSigned = (B)-1 < 0;
+    [[maybe_unused]] constexpr bool kSigned = (B)-1 < 0;
 #if defined(__AVX512F__)
     __m128i bytes = _mm_loadu_si128((const __m128i*)p);
     return __builtin_convertvector((ivec)(kSigned ? _mm512_maskz_cvtepi8_epi32(-1, bytes) : _mm512_maskz_cvtepu8_epi32(-1, bytes)), fvec);
@@ -148,10 +148,11 @@ INLINE fvec look_up(const float* table, int bits, uvec codes) {
     return found;
 }
 
-// Floats of 8 bits, 4 of them an exponent with a bias of 7: moved to where those of a float lie, they lack a bias of 120. Exact.
+// Floats of 8 bits, 4 of them an exponent with a bias of 7: moved to where those of a float lie, they lack a bias of 120. Subnormal ones
+// are what is left of 2^-6: subnormal floats would take an assist of the CPU.
 INLINE fvec load_e4m3(uvec codes) {
-    uvec bits = codes & 0x7f;
-    fvec size = (fvec)(bits << 20) * 0x1p120f;
+    uvec bits = codes & 0x7f, moved = (bits << 20) + (120u << 23);
+    fvec size = bits < 8 ? (fvec)(moved + (1u << 23)) - 0x1p-6f : (fvec)moved;
     size = bits == 0x7f ? splat(NAN) : size;
     return (fvec)((uvec)size | (codes & 0x80) << 24);
 }
