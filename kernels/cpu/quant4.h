@@ -43,7 +43,7 @@ INLINE ivec whole_dots(ivec acc) {
 
 // Registers of columns and rows of the largest tile, and registers of one row's.
 #if LORAPLEX_LANES == 8
-constexpr int kByteRows = 8, kByteVecs = 1, kByteRowVecs = 2;
+constexpr int kByteRows = 8, kByteVecs = 1, kByteRowVecs = 4;
 #else
 constexpr int kByteRows = 6, kByteVecs = 4, kByteRowVecs = 4;
 #endif
