@@ -70,6 +70,10 @@ class GroupScales:
         shared = self.shared.float()
         return shared if self.codes is None else shared.repeat_interleave(self.span, 1) * self.codes.float()
 
+    def rows(self, outputs: slice) -> GroupScales:
+        """View the numbers of some outputs."""
+        return GroupScales(self.shared[outputs], None if self.codes is None else self.codes[outputs], self.span)
+
     def to(self, device: torch.device) -> GroupScales:
         """Copy the numbers to `device`; those that are there are shared."""
         return GroupScales(self.shared.to(device), None if self.codes is None else self.codes.to(device), self.span)
@@ -94,6 +98,11 @@ class QuantizedWeight:
     @property
     def in_features(self) -> int:
         return self.codes.shape[1]
+
+    def rows(self, outputs: slice) -> QuantizedWeight:
+        """View the weight of some outputs."""
+        offset = None if self.offset is None else self.offset.rows(outputs)
+        return QuantizedWeight(self.format, self.codes[outputs], self.scale.rows(outputs), offset, self.order)
 
     def to(self, device: torch.device) -> QuantizedWeight:
         """Copy the weight to `device`; what is there is shared."""

@@ -17,6 +17,7 @@ from loraplex.kernels.quantized import (
     round_activations,
 )
 from loraplex.kernels.reference import ReferenceBackend
+from tests.support.quantized import FORMATS, random_weight
 
 OUT, COLUMNS = 3, 512
 
@@ -107,3 +108,9 @@ def test_the_reference_multiplies_dense_and_quantised_parts_alike(activations: A
     torch.testing.assert_close(
         ops.embed(torch.tensor([4, 6]), packed, 2.0), torch.stack([dense[4], dequantize(weight)[1]]) * 2
     )
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_rows_are_rows_of_the_values(name: str) -> None:
+    weight = random_weight(name, 40, 512, seed=3)
+    assert torch.equal(dequantize(weight.rows(slice(7, 23))), dequantize(weight)[7:23])

@@ -17,14 +17,20 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from loraplex.kernels.ops import Backend
-from loraplex.kernels.quantized import Activations, GroupScales, QuantizedWeight, WeightFormat, dequantize
+from loraplex.kernels.quantized import Activations, GroupScales, QuantizedWeight, dequantize
 from loraplex.kernels.select import load_backend
 from loraplex.server.models.checkpoint import WeightsError
 from loraplex.server.models.config import ModelConfig, Site
 from loraplex.server.models.weight_sizes import expected_shapes, weights_bytes
-from loraplex.server.models.weights import ModelWeights, load_checkpoint, load_weights
+from loraplex.server.models.weights import (
+    ModelWeights,
+    activations_name,
+    default_activations,
+    load_checkpoint,
+    load_weights,
+)
 from tests.support.checkpoints import HeldCheckpoint
-from tests.support.quantised import Q4, Q8, ROWWISE, SIXTEEN, random_weight
+from tests.support.quantized import FORMATS, random_weight
 from tests.support.tiny import FAMILIES, make_tiny_model, tiny_hf_model
 
 
@@ -268,10 +274,10 @@ def held(path: Path, change: Callable[[dict[str, Any]], Any]) -> HeldCheckpoint:
     return HeldCheckpoint(tensors)
 
 
-def quantise(tensors: dict[str, Any], **forms: WeightFormat) -> None:
+def quantise(tensors: dict[str, Any], **formats: str) -> None:
     """Put random weights of a format in the place of the projections of every layer that are named."""
     for number, (name, tensor) in enumerate(sorted(tensors.items())):
-        for projection, form in forms.items():
+        for projection, form in formats.items():
             if name.endswith(f"{projection}_proj.weight"):
                 tensors[name] = random_weight(form, *tensor.shape, seed=number)
 
@@ -279,11 +285,11 @@ def quantise(tensors: dict[str, Any], **forms: WeightFormat) -> None:
 def test_quantised_neighbours_of_one_format_are_one_part(tmp_path: Path, ops: Backend) -> None:
     path = make_tiny_model("llama_biased", tmp_path)
     config = ModelConfig.from_hf(path)
-    checkpoint = held(path, lambda tensors: quantise(tensors, q=Q4, k=Q4, v=Q8, gate=ROWWISE, down=SIXTEEN))
+    checkpoint = held(path, lambda tensors: quantise(tensors, q="Q4_1", k="Q4_1", v="Q8_0", gate="int8", down="fp8"))
     weights = load_checkpoint(checkpoint, config, ops, torch.float32)
     layer = weights.layers[1]
     found = {name: [_format(part) for part in getattr(layer, name).weight.parts] for name in ("qkv", "gate_up", "down")}
-    assert found == {"qkv": [Q4, Q8], "gate_up": [ROWWISE, None], "down": [SIXTEEN]}
+    assert found == {"qkv": ["Q4_1", "Q8_0"], "gate_up": ["int8", None], "down": ["fp8"]}
     for name, block, parts in (("qkv", "self_attn", "qkv"), ("gate_up", "mlp", ("gate", "up"))):
         sources = [checkpoint.read(f"model.layers.1.{block}.{part}_proj.weight") for part in parts]
         dense = [source if isinstance(source, torch.Tensor) else dequantize(source) for source in sources]
@@ -293,17 +299,17 @@ def test_quantised_neighbours_of_one_format_are_one_part(tmp_path: Path, ops: Ba
     )
 
 
-def _format(part: torch.Tensor | QuantizedWeight) -> WeightFormat | None:
-    return None if isinstance(part, torch.Tensor) else part.format
+def _format(part: torch.Tensor | QuantizedWeight) -> str | None:
+    return None if isinstance(part, torch.Tensor) else part.format.name
 
 
 def test_another_order_or_another_kind_of_scale_is_another_part(tmp_path: Path, ops: Backend) -> None:
     path = make_tiny_model("llama", tmp_path)
 
     def change(tensors: dict[str, Any]) -> None:
-        quantise(tensors, q=Q8, k=Q8, v=Q8, gate=Q8, up=Q8)
+        quantise(tensors, **dict.fromkeys(("q", "k", "v", "gate", "up"), "Q8_0"))
         k, up = "model.layers.0.self_attn.k_proj.weight", "model.layers.0.mlp.up_proj.weight"
-        tensors[k] = random_weight(Q8, *tensors[k].codes.shape, seed=1, order=True)
+        tensors[k] = replace(tensors[k], order=torch.arange(64).flip(0))
         scale = tensors[up].scale.shared
         tensors[up] = replace(tensors[up], scale=GroupScales(scale, torch.ones(scale.shape, dtype=torch.int8)))
 
@@ -320,7 +326,7 @@ def test_a_quantised_table_is_the_tied_head(
 ) -> None:
     """Embedding and head are one, also where the files hold the same codes twice; with other codes they are two."""
     path = make_tiny_model("smollm2", tmp_path, hidden_size=96, num_attention_heads=3, num_key_value_heads=1)
-    tables = [random_weight(Q8, 320, 96, seed) for seed in (1, 1 if repeated else 2)]
+    tables = [random_weight("Q8_0", 320, 96, seed) for seed in (1, 1 if repeated else 2)]
     checkpoint = held(path, lambda found: found.update(zip(TABLES, tables, strict=True)))
     weights = load_checkpoint(checkpoint, ModelConfig.from_hf(path), ops, torch.float32)
     assert (weights.head is weights.embedding) == repeated
@@ -331,26 +337,34 @@ def test_a_quantised_table_is_the_tied_head(
 @pytest.mark.parametrize(
     ("form", "chosen", "expected"),
     [
-        (Q4, None, Activations.A8),
-        (SIXTEEN, None, Activations.EXACT),
-        (ROWWISE, None, Activations.EXACT),
-        (replace(ROWWISE, activations=Activations.A8), None, Activations.A8),
-        (Q4, Activations.EXACT, Activations.EXACT),
-        (SIXTEEN, Activations.A8, Activations.A8),
+        ("Q4_1", None, Activations.A8),
+        ("nf4", None, Activations.EXACT),
+        ("int8", None, Activations.EXACT),  # one scale for all inputs
+        ("Q4_1", Activations.EXACT, Activations.EXACT),
+        ("nf4", Activations.A8, Activations.A8),
     ],
 )
 def test_activations_are_the_formats_unless_they_are_chosen(
-    tmp_path: Path, ops: Backend, form: WeightFormat, chosen: Activations | None, expected: Activations
+    tmp_path: Path, ops: Backend, form: str, chosen: Activations | None, expected: Activations
 ) -> None:
     path = make_tiny_model("llama", tmp_path)
-    checkpoint = held(path, lambda tensors: quantise(tensors, down=form))
-    weights = load_checkpoint(checkpoint, ModelConfig.from_hf(path), ops, torch.float32, activations=chosen)
-    assert weights.layers[0].down.weight.activations is expected
+    checkpoint = held(path, lambda tensors: quantise(tensors, up=form))
+    config = ModelConfig.from_hf(path)
+    weights = load_checkpoint(checkpoint, config, ops, torch.float32, activations=chosen)
+    assert weights.layers[0].gate_up.weight.activations is expected
+    assert activations_name(checkpoint, config, ops.device, chosen) == expected.value
+
+
+def test_activations_of_several_formats() -> None:
+    cpu, made_for_8_bits = torch.device("cpu"), replace(FORMATS["int8"], activations=Activations.A8)
+    assert default_activations([made_for_8_bits, FORMATS["Q8_0"]], cpu) is Activations.A8
+    assert default_activations([FORMATS["Q4_K"], FORMATS["fp8"]], cpu) is Activations.EXACT
+    assert default_activations([FORMATS["Q4_K"]], torch.device("cuda")) is Activations.EXACT
 
 
 def test_a_quantised_vector_is_refused(tmp_path: Path, ops: Backend) -> None:
     path = make_tiny_model("llama", tmp_path)
-    tensors = {**load_file(path / "model.safetensors"), "model.norm.weight": random_weight(Q8, 1, 64, seed=0)}
+    tensors = {**load_file(path / "model.safetensors"), "model.norm.weight": random_weight("Q8_0", 1, 64)}
     checkpoint = HeldCheckpoint(tensors, shapes={"model.norm.weight": (64,)})
     with pytest.raises(WeightsError, match=r"model\.norm\.weight of .* is Q8_0"):
         load_checkpoint(checkpoint, ModelConfig.from_hf(path), ops, torch.float32)
