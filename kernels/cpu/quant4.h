@@ -19,13 +19,14 @@ constexpr bool kQuads = true;  // four of them, to int32
 constexpr bool kQuads = false;  // two of them, to int16: the 16 products of a unit in a lane are 16 * 15 * 127 at most
 #endif
 
+// `rounded` keeps the order: GCC adds the products of a unit as a tree else, and has all of them on the stack before.
 INLINE ivec dot_nibbles(ivec acc, uvec codes, uvec x) {
 #if defined(__AVX512VNNI__)
     return (ivec)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)codes, (__m512i)x);
 #elif defined(__AVX512BW__)
-    return (ivec)_mm512_add_epi16((__m512i)acc, _mm512_maddubs_epi16((__m512i)codes, (__m512i)x));
+    return rounded((ivec)_mm512_add_epi16((__m512i)acc, _mm512_maddubs_epi16((__m512i)codes, (__m512i)x)));
 #elif defined(__AVX2__)
-    return (ivec)_mm256_add_epi16((__m256i)acc, _mm256_maddubs_epi16((__m256i)codes, (__m256i)x));
+    return rounded((ivec)_mm256_add_epi16((__m256i)acc, _mm256_maddubs_epi16((__m256i)codes, (__m256i)x)));
 #else
     return acc;
 #endif
@@ -42,7 +43,7 @@ INLINE ivec whole_dots(ivec acc) {
 
 // Registers of columns and rows of the largest tile, and registers of one row's.
 #if LORAPLEX_LANES == 8
-constexpr int kByteRows = 8, kByteVecs = 1, kByteRowVecs = 2;
+constexpr int kByteRows = 8, kByteVecs = 1, kByteRowVecs = 4;
 #else
 constexpr int kByteRows = 6, kByteVecs = 4, kByteRowVecs = 4;
 #endif

@@ -61,6 +61,13 @@ BYTES = {
 }
 """The tile of most rows at a linear whose codes and inputs take 8 bits; halves: of a word's bytes."""
 
+NIBBLES = {
+    "avx512bf16": {"nibble_tile": ("vpdpbusd", 6 * 4 * 8), "pair_tile": ("vdpbf16ps", 6 * 4 * 16)},
+    "avx512": {"nibble_tile": ("vpmaddubsw", 6 * 4 * 8)},
+    "avx2": {"nibble_tile": ("vpmaddubsw", 8 * 8)},
+}
+"""By kernel of 4-bit codes: what it multiplies with, and how often in a unit of its largest tile."""
+
 WORDS = 8
 """Words of a unit, which are multiplied without a jump: lines are fetched in a loop of their own before them."""
 
@@ -114,6 +121,23 @@ def test_products_of_bytes_are_as_dense_as_their_tile_promises(isa: str) -> None
         last = max(place for place, line in enumerate(run) if INTEGERS.match(line))
         assert not [line for line in run[:last] if STACK.search(line) and VECTOR.search(line)], "\n".join(run)
         assert last <= tile.most * WORDS, "\n".join(run)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the library has these on x86-64")
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="objdump is missing: apt install binutils")
+@pytest.mark.parametrize("isa", NIBBLES)
+def test_products_of_nibbles_stay_in_registers(isa: str) -> None:
+    for kernel, (instruction, most) in NIBBLES[isa].items():
+        runs = [
+            (run, sum(line.startswith(instruction) for line in run))
+            for name, found in straight_runs(Path(abi.library()._name)).items()
+            if f"{len(isa)}{isa}" in name and kernel in name
+            for run in found
+        ]
+        assert max(count for _, count in runs) == most, f"no tile of {most} {instruction} in {kernel}"
+        for run, count in runs:
+            if count:
+                assert not [line for line in run if STACK.search(line) and VECTOR.search(line)], "\n".join(run)
 
 
 @pytest.mark.parametrize("isa", arm64_isas())
