@@ -37,10 +37,21 @@ INLINE fvec load_halves(const uint8_t* p) {
     return (fvec)((uvec)size | (bits & 0x8000) << 16);
 #endif
 }
+// GCC 12 widens vectors of bytes one after the other.
 template <class B>
 INLINE fvec load_bytes(const uint8_t* p) {
-    typedef B bvec __attribute__((vector_size(kLanes), aligned(1), may_alias));
-    return __builtin_convertvector(__builtin_convertvector(*(const bvec*)p, ivec), fvec);
+    constexpr bool kSigned = (B)-1 < 0;
+#if defined(__AVX512F__)
+    __m128i bytes = _mm_loadu_si128((const __m128i*)p);
+    return __builtin_convertvector((ivec)(kSigned ? _mm512_maskz_cvtepi8_epi32(-1, bytes) : _mm512_maskz_cvtepu8_epi32(-1, bytes)), fvec);
+#elif defined(__AVX2__)
+    __m128i bytes = _mm_loadl_epi64((const __m128i*)p);
+    return __builtin_convertvector((ivec)(kSigned ? _mm256_cvtepi8_epi32(bytes) : _mm256_cvtepu8_epi32(bytes)), fvec);
+#else
+    fvec found;
+    for (int i = 0; i < kLanes; i++) found[i] = (float)(B)p[i];
+    return found;
+#endif
 }
 // kLanes numbers from number `at` on.
 template <NumberKind K>

@@ -80,7 +80,7 @@ INLINE void multiply_panel(const Quantised& w, const Inputs& x, int64_t rows, in
         int64_t here = min2<int64_t>(K::rows, rows - row);
         float* sums = scratch.get(here * kPanel);
         memset(sums, 0, here * kPanel * sizeof(float));
-        each_stretch(w, parts, panel, K::stretch, (int)(n % kPanel), padded, K::bias(w), [&](int64_t unit, const Stretch& stretch) {
+        each_stretch(w, block_parts(w), panel, K::stretch, (int)(n % kPanel), padded, K::bias(w), [&](int64_t unit, const Stretch& stretch) {
             K::add(w, stretch, x, row, here, unit, sums, padded);
         });
         for (int64_t m = 0; m < here; m++)
