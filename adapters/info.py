@@ -21,7 +21,7 @@ class AdapterInfo:
     nbytes: int  # of the adapter's tiles
     digest: str | None = None  # of the files' content; None: the files have not been read
     tokenizer: TokenizerFiles = field(default=NOTHING, repr=False)
-    remark: str = ""  # what is to be known of it though it is served: it was made for another base
+    remark: str = ""  # what is to be known of it though it is served: made for another base, rounding
     num_tiles: int = 0  # rows of the tile table
     kind: str = "lora"  # lower case of PEFT's peft_type (format/kinds.py)
 

@@ -10,13 +10,15 @@ import json
 import math
 import re
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import regex  # type: ignore[import-untyped]  # re with a time limit
 
 from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.throttle import Throttle
+
+T = TypeVar("T")
 
 MAX_SIZE = 100_000
 """Characters of all patterns of an adapter, each times the product of its counted repeats: 0.2 s to compile."""
@@ -52,6 +54,10 @@ class Matcher:
     def end(self, key: str, pattern: str, path: str) -> bool:
         """Whether `pattern` matches the end of `path`, from some dot (or its start) on."""
         return self._run("match", key, rf"(.*\.)?({pattern})$", path) is not None
+
+    def first(self, key: str, patterns: Iterable[tuple[str, T]], path: str, default: T) -> T:
+        """The value of the first of `patterns`, entries of `key`, that matches the end of `path`; or `default`."""
+        return next((value for pattern, value in patterns if self.end(key, pattern, path)), default)
 
     def index(self, key: str, pattern: str, path: str) -> int | None:
         """The group `idx` of `pattern` at the start of `path`, as a number."""

@@ -25,6 +25,14 @@ COMMON_NO_BEARING = frozenset(
 )
 """Keys of all kinds that are about the training run or the base's name."""
 
+COMMON_UNSUPPORTED = {
+    "modules_to_save": "whole modules trained beside the adapter are not served; train without modules_to_save",
+}
+"""Of all kinds."""
+
+MAX_RANK = 1024
+"""Ranks above are no low-rank adapters any more, and one module of them would fill an arena."""
+
 _FP32_MAX = 3.4e38
 
 
@@ -94,6 +102,56 @@ def read_number(value: Any, key: str) -> float:
     if type(value) not in (int, float) or not -_FP32_MAX <= value <= _FP32_MAX:
         raise bad_config(f"{key} is {shown(value)}; expected a number")
     return float(value)
+
+
+def read_count(value: Any, key: str) -> int:
+    """Read a whole number from 1. Raises AdapterRefused("bad_config")."""
+    if type(value) is not int or value < 1:
+        raise bad_config(f"{key} is {shown(value)}; expected a whole number from 1")
+    return value
+
+
+def read_seed(value: Any, key: str) -> int:
+    """Read the seed of a generator, a whole number from 0. Raises AdapterRefused("bad_config")."""
+    if type(value) is not int or not 0 <= value < 1 << 63:
+        raise bad_config(f"{key} is {shown(value)}; expected a whole number from 0")
+    return value
+
+
+def read_rank(value: Any, key: str) -> int:
+    """Read a whole number from 1 to MAX_RANK. Raises AdapterRefused: "bad_config", "too_large"."""
+    rank = read_count(value, key)
+    if rank > MAX_RANK:
+        raise AdapterRefused("too_large", f"adapter_config.json: {key} is {rank}; ranks up to {MAX_RANK} are served")
+    return rank
+
+
+def read_ranks(raw: Mapping[str, Any]) -> tuple[tuple[str, int], ...]:
+    """Read rank_pattern: (pattern, rank), the first match counts. Raises AdapterRefused: "bad_config", "too_large"."""
+    return tuple((key, read_rank(rank, f"rank_pattern[{key!r}]")) for key, rank in read_map(raw, "rank_pattern"))
+
+
+def read_alphas(raw: Mapping[str, Any]) -> tuple[tuple[str, float], ...]:
+    """Read alpha_pattern: (pattern, alpha), the first match counts. Raises AdapterRefused("bad_config")."""
+    return tuple((key, read_number(alpha, f"alpha_pattern[{key!r}]")) for key, alpha in read_map(raw, "alpha_pattern"))
+
+
+def check_ranks(ranks: int, rank: int) -> int:
+    """Return `ranks`, what an adapter of the config's `rank` comes to. Raises AdapterRefused("too_large")."""
+    if ranks > MAX_RANK:
+        raise AdapterRefused(
+            "too_large",
+            f"adapter_config.json: rank {rank} comes to {ranks} ranks of a LoRA when it is served exactly, and up to "
+            f"{MAX_RANK} are; convert it to LoRA with PEFT and look at the error, or train it with a lower rank",
+        )
+    return ranks
+
+
+def refuse_biases(raw: Mapping[str, Any]) -> None:
+    """Refuse trained biases of the base. Raises AdapterRefused: "unsupported_option"."""
+    bias = raw.get("bias") or "none"
+    if bias != "none":
+        raise unsupported(f"bias is {shown(bias)}; trained biases are served beside LoRA alone, train with 'none'")
 
 
 def read_base_model(raw: Mapping[str, Any]) -> str | None:

@@ -30,7 +30,8 @@ MAX_NAME = 8192
 
 MAX_DIMENSION = 1 << 40
 
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_INTEGERS = {"U8": torch.uint8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64}
 
 
 @dataclass(frozen=True)
@@ -42,23 +43,25 @@ class TensorInfo:
     offset: int  # bytes from the start of the data, which the header precedes
 
 
-def parse_header(head: AdapterHead, max_tensors: int = MIN_TENSORS) -> dict[str, TensorInfo]:
+def parse_header(head: AdapterHead, max_tensors: int = MIN_TENSORS, *, integers: bool = False) -> dict[str, TensorInfo]:
     """The tensors by name; float32, float16 and bfloat16 only, one after the other with no byte between.
 
-    max_tensors: that an adapter of the base can have. Raises AdapterRefused("bad_file").
+    max_tensors: that an adapter of the base can have. integers: whole numbers of 8 to 64 bits may be there too. Raises
+    AdapterRefused("bad_file").
     """
     bound = max(MIN_TENSORS, max_tensors)
+    known = _FLOATS | (_INTEGERS if integers else {})
     try:
         raw = parse_json(head.header, METADATA_BYTES + TENSOR_BYTES * bound, TENSOR_VALUES * bound)
         found = sorted(_entry(name, described) for name, described in _tensors(raw, bound))
         tensors = {}
         at = 0
         for start, stop, name, dtype, shape in found:
-            if dtype not in _DTYPES:
+            if dtype not in known:
                 raise AdapterRefused(
-                    "bad_file", f"{WEIGHTS_FILE}: {name} is {dtype}; expected {', '.join(_DTYPES)}; convert it"
+                    "bad_file", f"{WEIGHTS_FILE}: {name} is {dtype}; expected {', '.join(known)}; convert it"
                 )
-            info = TensorInfo(_DTYPES[dtype], shape, at)
+            info = TensorInfo(known[dtype], shape, at)
             end = at + math.prod(shape) * info.dtype.itemsize
             if (start, stop) != (at, end):
                 raise ValueError(f"{name} of shape {list(shape)} lies at bytes {[start, stop]}, expected {[at, end]}")
@@ -74,12 +77,14 @@ def parse_header(head: AdapterHead, max_tensors: int = MIN_TENSORS) -> dict[str,
 def view_tensors(data: Tensor, header: Mapping[str, TensorInfo]) -> dict[str, Tensor]:
     """The tensors of `header` as views of `data`, wherever they start."""
     buffer = data.numpy()
-    return {
-        name: torch.frombuffer(buffer, dtype=info.dtype, count=math.prod(info.shape), offset=info.offset).reshape(
-            info.shape
-        )
-        for name, info in header.items()
-    }
+
+    def view(info: TensorInfo) -> Tensor:
+        count = math.prod(info.shape)
+        if not count:  # torch makes no view of nothing
+            return torch.empty(info.shape, dtype=info.dtype)
+        return torch.frombuffer(buffer, dtype=info.dtype, count=count, offset=info.offset).reshape(info.shape)
+
+    return {name: view(info) for name, info in header.items()}
 
 
 def _tensors(raw: Any, most: int) -> list[tuple[str, Any]]:

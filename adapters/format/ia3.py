@@ -36,7 +36,14 @@ from loraplex.adapters.format.kind import (
     ServedBase,
     Throttle,
 )
-from loraplex.adapters.format.modules import FoundModules, LeafNames, likely_base, match_tensors, wrong_shape
+from loraplex.adapters.format.modules import (
+    FoundModules,
+    LeafNames,
+    last_names,
+    likely_base,
+    match_tensors,
+    wrong_shape,
+)
 from loraplex.adapters.format.values import check_finite, make_bias, no_effect
 from loraplex.adapters.image.tiles import BaseLayout, OutputScale, Part, PartShape
 from loraplex.kernels.constants import TileKind
@@ -110,12 +117,12 @@ class Ia3(AdapterKind[Ia3Config]):
             if base.bias(scale.layer, scale.projection.name) is not None:
                 shapes.append(PartShape(scale.layer, scale.projection, 1, TileKind.BIAS))
         return ModuleMap(
-            kind=self.name,
+            config=config,
             header=header,
             modules=modules,
             shapes=tuple(shapes),
             rank=0,
-            targets=found.targets(base.layout),
+            targets=last_names(found.present, base.layout),
         )
 
     def parts(

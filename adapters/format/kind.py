@@ -1,6 +1,7 @@
 """Say what a kind of adapter is: how its config and header are checked against the base, and what its tensors add.
 
-A kind is a file beside this one (lora.py, ia3.py) and an entry in kinds.py. What all kinds share is not theirs: the
+A kind is a file beside this one (lora.py, ia3.py) and an entry in kinds.py; one whose modules each come to one part
+that is computed of their tensors is a ModuleKind (module_kind.py). What all kinds share is not theirs: the
 folder's bytes (adapter_files.py), the header (header.py), the config's syntax (config.py), PEFT's rules of which
 modules are targeted (targets.py), which tensor belongs to which module (modules.py), checks of values (values.py).
 """
@@ -8,7 +9,7 @@ modules are targeted (targets.py), which tensor belongs to which module (modules
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, Generic, TypeVar
@@ -29,6 +30,9 @@ SquaredNorms = Callable[[int, str], Tensor]
 Products = Callable[[int, str, Tensor], Tensor]
 """(layer, projection name, a [r, in]) -> a W^T [r, out] fp32 of that weight W; a is rounded to the compute dtype."""
 
+Weights = Callable[[int, str], Tensor | None]
+"""(layer, projection name) -> its weight [out, in] fp32 as the checkpoint has it; None where that is quantised."""
+
 Throttle = Callable[[], None]
 """Called between pieces of work; may raise, to end the work."""
 
@@ -41,6 +45,7 @@ class ServedBase:
     bias: BaseBias
     squared_norms: SquaredNorms
     products: Products
+    weight: Weights
     formats: str = ""  # of its quantised weights, as "Q4_1 + Q8_0"; "": there are none
 
 
@@ -51,6 +56,11 @@ class AdapterConfig:
     kind: str  # AdapterKind.name
     targets: Targets
     base_model: str | None = field(compare=False)  # for messages and remarks alone
+
+    @property
+    def remark(self) -> str:
+        """Say what is to be known of such an adapter though it is served; "": nothing."""
+        return ""
 
     def same_shapes(self) -> AdapterConfig:
         """A config that plans parts of the same shapes: equal for adapters that differ in factors alone."""
@@ -82,17 +92,24 @@ class FactorPair:
 class ModuleMap:
     """An adapter that is fit for the base by its config and header; any number of adapters may share one."""
 
-    kind: str
+    config: AdapterConfig
     header: Mapping[str, TensorInfo]
     modules: tuple[AdapterModule, ...]  # in the base's order
     shapes: tuple[PartShape, ...]  # of the parts it can come to at most
     rank: int  # the largest of its modules; 0: the kind has no rank
     targets: tuple[str, ...]  # last names of the projections it acts on: "q_proj", ...
+    shared: Mapping[str, str] = field(default_factory=dict)  # role -> name in the file, of what all modules share
+    making_bytes: int = 0  # that computing one module's part takes, and what all share; 0: nothing is computed
+
+    @property
+    def kind(self) -> str:
+        """AdapterKind.name."""
+        return self.config.kind
 
     @cached_property
     def pairs(self) -> tuple[FactorPair, ...]:
         """The factors of all modules, in their order, where the adapter is nothing but A and B; else empty."""
-        if any(module.tensors.keys() != {"A", "B"} for module in self.modules):
+        if self.making_bytes or any(module.tensors.keys() != {"A", "B"} for module in self.modules):
             return ()
         return tuple(
             FactorPair(shape, self.header[module.tensors["A"]], self.header[module.tensors["B"]], module.scaling)
@@ -108,6 +125,9 @@ class AdapterKind(ABC, Generic[C]):
 
     name: ClassVar[str]
     """Lower case of PEFT's peft_type; what receipts say."""
+
+    integers: ClassVar[bool] = False
+    """Whether some of its tensors may hold whole numbers."""
 
     @abstractmethod
     def read(self, raw: Mapping[str, Any]) -> C:
@@ -126,8 +146,9 @@ class AdapterKind(ABC, Generic[C]):
     @abstractmethod
     def parts(
         self, module_map: ModuleMap, tensors: Mapping[str, Tensor], base: ServedBase, throttle: Throttle
-    ) -> list[Part]:
+    ) -> Iterable[Part]:
         """Make what the adapter adds out of its tensors, by their names in the file; leave out what adds nothing.
 
-        Raises AdapterRefused: "not_finite", and "no_effect" when nothing is left.
+        Where module_map.making_bytes is not 0 they are made as they are asked for, so that one module's are in memory
+        at a time. Raises AdapterRefused, then or before: "not_finite", and "no_effect" when nothing is left.
         """

@@ -13,7 +13,7 @@ base_model.model.<layers>.N.<projection>.base_layer.bias [out]   BiasDelta, less
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -23,10 +23,12 @@ from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.format.header import TensorInfo
 from loraplex.adapters.format.kind import AdapterKind, AdapterModule, ModuleMap, ServedBase, Throttle
 from loraplex.adapters.format.lora_config import LoraConfig, ModulePlan, plan_modules, read_lora_config
+from loraplex.adapters.format.lora_start import start_bytes, take_out
 from loraplex.adapters.format.modules import (
     FoundModule,
     FoundModules,
     LeafNames,
+    last_names,
     likely_base,
     match_tensors,
     wrong_shape,
@@ -88,28 +90,30 @@ class Lora(AdapterKind[LoraConfig]):
         plans = plan_modules(config, found.by_path, found.outside, throttle)
         _check_complete(found, plans, config, base)
         _check_shapes(header, found, plans, config, base.layout)
-        modules = tuple(_module(module, plans.get(module.path)) for module in found.present)
+        modules = tuple(_module(module, plans.get(module.path), config) for module in found.present)
         return ModuleMap(
-            kind=self.name,
+            config=config,
             header=header,
             modules=modules,
             shapes=tuple(shape for module in modules for shape in _shapes(module)),
-            rank=max(plan.rank for plan in plans.values()),
-            targets=found.targets(base.layout),
+            rank=max(module.rank for module in modules),
+            targets=last_names(found.present, base.layout),
+            making_bytes=max(start_bytes(module) for module in modules) if config.start else 0,
         )
 
     def parts(
         self, module_map: ModuleMap, tensors: Mapping[str, Tensor], base: ServedBase, throttle: Throttle
-    ) -> list[Part]:
+    ) -> Iterator[Part]:
         check_finite(tensors, throttle)
-        parts: list[Part] = []
+        config = module_map.config
+        assert isinstance(config, LoraConfig), "plan() was given it"
         reasons: list[str] = []
-        effective = False
+        effective = cancelled = False
         for module in module_map.modules:
             throttle()
             bias = _bias_part(module, tensors, base)
             if bias is not None:
-                parts.append(bias)
+                yield bias
                 effective = True
             if not module.rank:
                 continue
@@ -118,24 +122,25 @@ class Lora(AdapterKind[LoraConfig]):
             if MAGNITUDE in module.tensors:
                 part, scale = _scaled(part, module.tensors[MAGNITUDE], tensors, base)
                 if not _is_one(scale.values):
-                    parts.append(scale)
+                    yield scale
                     effective = True
+            if config.start:
+                part = take_out(part, config.start, base)
             reason = _why_idle(part, module, base.layout)
             if reason is not None:
-                reasons.append(reason)
+                reasons.append(f"{reason}{' once its start is taken out' if config.start else ''}")
                 continue
-            effective = effective or not cancels(part)  # one that does not is enough: not all products are formed
-            parts.append(part)
+            cancelled = True  # unless one part does not, which is enough: not all products are formed
+            effective = effective or not cancels(part)
+            yield part
         if not effective:
-            cancelled = any(isinstance(part, LowRank) for part in parts)
             raise no_effect([*reasons, *(["B A cancels out to zero"] if cancelled else [])])
-        return parts
 
 
-def _module(module: FoundModule, plan: ModulePlan | None) -> AdapterModule:
+def _module(module: FoundModule, plan: ModulePlan | None, config: LoraConfig) -> AdapterModule:
     if plan is None or "A" not in module.tensors:
         return AdapterModule(module.layer, module.projection, module.tensors)
-    return AdapterModule(module.layer, module.projection, module.tensors, plan.rank, plan.scaling)
+    return AdapterModule(module.layer, module.projection, module.tensors, plan.rank * config.rank_factor, plan.scaling)
 
 
 def _shapes(module: AdapterModule) -> list[PartShape]:

@@ -7,24 +7,24 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.files.patterns import Matcher
 from loraplex.adapters.format import targets
 from loraplex.adapters.format.config import (
     COMMON_NO_BEARING,
     Keys,
     bad_config,
+    check_ranks,
+    read_alphas,
     read_base_model,
     read_flag,
-    read_map,
     read_number,
+    read_rank,
+    read_ranks,
     shown,
     unsupported,
 )
 from loraplex.adapters.format.kind import AdapterConfig
-
-MAX_RANK = 1024
-"""Ranks above are no low-rank adapters any more, and one module of them would fill an arena."""
+from loraplex.adapters.format.lora_start import REMARK, STARTS
 
 KEYS = Keys(
     used=frozenset(
@@ -76,6 +76,17 @@ class LoraConfig(AdapterConfig):
     bias: str  # "none", "lora_only" or "all"
     lora_bias: bool
     dora: bool
+    start: str = ""  # what it began with instead of nothing, out of the base's weights: one of STARTS
+
+    @property
+    def rank_factor(self) -> int:
+        """Ranks in an image for each of the file's: a start that is taken out again has as many."""
+        return 2 if self.start else 1
+
+    @property
+    def remark(self) -> str:
+        """Say how close a start is taken out again."""
+        return REMARK.format(self.start) if self.start else ""
 
     def same_shapes(self) -> LoraConfig:
         """Without the scaling, unless there are patterns of it, which have to be looked at."""
@@ -93,27 +104,28 @@ class ModulePlan:
 def read_lora_config(raw: Mapping[str, Any]) -> LoraConfig:
     """Read the config's object. Raises AdapterRefused: "bad_config", "unsupported_option", "too_large" (rank)."""
     KEYS.check(raw)
-    _check_init(raw.get("init_lora_weights", True))
+    start = _read_start(raw.get("init_lora_weights", True))
     bias = raw.get("bias") or "none"
     if bias not in ("none", "lora_only", "all"):
         raise bad_config(f"bias is {shown(bias)}; expected 'none', 'lora_only' or 'all'")
     dora, lora_bias = read_flag(raw, "use_dora"), read_flag(raw, "lora_bias")
     if dora and lora_bias:
         raise unsupported("use_dora and lora_bias are both true, which PEFT does not train; expected one of them")
+    if dora and start:
+        raise unsupported(f"use_dora beside init_lora_weights {start!r} is not served; train one of them")
     return LoraConfig(
         kind="lora",
         targets=targets.read_targets(raw, by_layer=True),
         base_model=read_base_model(raw),
-        rank=_rank(raw.get("r", 8), "r"),
+        rank=read_rank(raw.get("r", 8), "r"),
         alpha=read_number(raw.get("lora_alpha", 8), "lora_alpha"),
         rslora=read_flag(raw, "use_rslora"),
-        rank_pattern=tuple((key, _rank(rank, f"rank_pattern[{key!r}]")) for key, rank in read_map(raw, "rank_pattern")),
-        alpha_pattern=tuple(
-            (key, read_number(alpha, f"alpha_pattern[{key!r}]")) for key, alpha in read_map(raw, "alpha_pattern")
-        ),
+        rank_pattern=read_ranks(raw),
+        alpha_pattern=read_alphas(raw),
         bias=bias,
         lora_bias=lora_bias,
         dora=dora,
+        start=start,
     )
 
 
@@ -129,25 +141,22 @@ def plan_modules(
 
 
 def _plan(config: LoraConfig, path: str, match: Matcher) -> ModulePlan:
-    rank = next((r for key, r in config.rank_pattern if match.end("rank_pattern", key, path)), config.rank)
-    alpha = next((a for key, a in config.alpha_pattern if match.end("alpha_pattern", key, path)), config.alpha)
+    rank = match.first("rank_pattern", config.rank_pattern, path, config.rank)
+    alpha = match.first("alpha_pattern", config.alpha_pattern, path, config.alpha)
+    check_ranks(rank * config.rank_factor, rank)
     return ModulePlan(rank, alpha / math.sqrt(rank) if config.rslora else alpha / rank)
 
 
-def _check_init(init: Any) -> None:
+def _read_start(init: Any) -> str:
+    """Read init_lora_weights: what the adapter began with that has to be taken out again, "" for nothing."""
+    if isinstance(init, str) and init.lower() in STARTS:
+        return init.lower()
     if isinstance(init, str) and init.lower().startswith(_RESIDUAL_INITS):
         raise unsupported(
-            f"init_lora_weights is {init!r}, which took the adapter's start out of the base's weights, so the adapter "
-            "is wrong on the base as it is; save it again with PEFT's save_pretrained(..., "
+            f"init_lora_weights is {init!r}, which took the adapter's start out of the base's weights with random "
+            "numbers or data, so that it cannot be computed again; save it again with PEFT's save_pretrained(..., "
             "path_initial_model_for_weight_conversion=...), which makes it a plain LoRA"
         )
     if not isinstance(init, bool | None) and (not isinstance(init, str) or init.lower() not in _PLAIN_INITS):
         raise unsupported(f"init_lora_weights is {shown(init)}, which is not known here")
-
-
-def _rank(value: Any, key: str) -> int:
-    if type(value) is not int or value < 1:
-        raise bad_config(f"{key} is {shown(value)}; expected a whole number from 1")
-    if value > MAX_RANK:
-        raise AdapterRefused("too_large", f"adapter_config.json: {key} is {value}; ranks up to {MAX_RANK} are served")
-    return value
+    return ""

@@ -1,6 +1,7 @@
 """Find the module that each tensor of an adapter's file belongs to, and refuse by name what belongs to none.
 
 base_model.model.<layers>.N.<projection>.<leaf>      <leaf> is the kind's: "lora_A.weight", "ia3_l"
+base_model.<shared>                                  what all modules share: "vera_A"
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.image.tiles import BaseLayout
 from loraplex.kernels.records import Projection
 
+SHARED_PREFIX = "base_model."
 PREFIX = "base_model.model."
 
 _LAYERS = (
@@ -40,6 +42,7 @@ class LeafNames:
     expected: str  # in messages: "lora_A.weight, lora_B.weight or a bias"
     label: str  # of the kind, in messages: "LoRA"
     foreign: Mapping[str, str]  # part of a tensor's name -> the option that it belongs to
+    shared: Callable[[str], str | None] = lambda _: None  # a name behind SHARED_PREFIX -> what all modules share
 
 
 @dataclass
@@ -59,6 +62,7 @@ class FoundModules:
     label: str
     prefix: str  # how the file names the path to the layers: "model.layers."
     by_path: Mapping[str, FoundModule]  # in the base's order
+    shared: Mapping[str, str] = field(default_factory=dict)  # role -> name in the file
 
     @property
     def outside(self) -> tuple[str, str]:
@@ -69,11 +73,6 @@ class FoundModules:
     def present(self) -> list[FoundModule]:
         """The modules that the file has tensors for."""
         return [module for module in self.by_path.values() if module.tensors]
-
-    def targets(self, layout: BaseLayout) -> tuple[str, ...]:
-        """The last names of the projections that the file has tensors for, in the base's order: "q_proj", ..."""
-        names = {module.projection.name for module in self.present}
-        return tuple(p.name.rpartition(".")[2] for p in layout.projections if p.name in names)
 
     def missing(self, module: FoundModule, leaf: str, hint: str = "") -> AdapterRefused:
         """Make the refusal of a file without a tensor that the config asks for."""
@@ -86,6 +85,12 @@ class FoundModules:
         return AdapterRefused("missing_tensor", f"{name} is missing, which adapter_config.json asks for{hint}")
 
 
+def last_names(modules: Iterable[FoundModule], layout: BaseLayout) -> tuple[str, ...]:
+    """The last names of the modules' projections, each once, in the base's order: "q_proj", ..."""
+    names = {module.projection.name for module in modules}
+    return tuple(p.name.rpartition(".")[2] for p in layout.projections if p.name in names)
+
+
 def match_tensors(names: Iterable[str], layout: BaseLayout, leaves: LeafNames) -> FoundModules:
     """Give each tensor of the file to its module. Raises AdapterRefused: "unmatched_tensor", "unsupported_option"."""
     plain = {name: name.replace(_COMPILED, "") for name in sorted(names)}
@@ -96,17 +101,18 @@ def match_tensors(names: Iterable[str], layout: BaseLayout, leaves: LeafNames) -
         for projection in layout.projections
         for module in [FoundModule(layer, projection, f"{prefix}{layer}.{projection.name}")]
     }
+    shared: dict[str, str] = {}
     for name, known in plain.items():
+        role = leaves.shared(known.removeprefix(SHARED_PREFIX)) if known.startswith(SHARED_PREFIX) else None
+        if role is not None:
+            _note(role, name, shared)
+            continue
         path = known.removeprefix(PREFIX) if known.startswith(PREFIX) else ""
         module, role = next(((modules[p], leaves.role(leaf)) for p, leaf in _cuts(path) if p in modules), (None, None))
         if module is None or role is None:
             raise _unmatched(name, prefix, layout, leaves)
-        if role in module.tensors:
-            raise AdapterRefused(
-                "unmatched_tensor", f"{name} and {module.tensors[role]} are the same thing twice; expected one adapter"
-            )
-        module.tensors[role] = name
-    return FoundModules(leaves.label, prefix, modules)
+        _note(role, name, module.tensors)
+    return FoundModules(leaves.label, prefix, modules, shared)
 
 
 def wrong_shape(
@@ -125,6 +131,14 @@ def likely_base(projection: Projection, *, is_input: bool, width: int, base_mode
     if is_input == projection.reads_hidden:
         return f"; the adapter looks made for a base of hidden size {width}{named}"
     return f"; the adapter looks made for another base{named}"
+
+
+def _note(role: str, name: str, tensors: dict[str, str]) -> None:
+    if role in tensors:
+        raise AdapterRefused(
+            "unmatched_tensor", f"{name} and {tensors[role]} are the same thing twice; expected one adapter"
+        )
+    tensors[role] = name
 
 
 def _cuts(path: str) -> Iterator[tuple[str, str]]:

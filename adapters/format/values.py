@@ -26,6 +26,15 @@ def check_finite(tensors: Mapping[str, Tensor], throttle: Callable[[], None]) ->
             )
 
 
+def check_indices(indices: Tensor, count: int, name: str) -> None:
+    """Raise AdapterRefused("bad_file") where the tensor `name`, whole numbers, points beyond `count` things."""
+    if indices.numel() and (int(indices.min()) < 0 or int(indices.max()) >= count):
+        raise AdapterRefused(
+            "bad_file",
+            f"{name} points at {int(indices.min())} to {int(indices.max())}; expected from 0 to {count - 1}",
+        )
+
+
 def check_rounded(exact: Tensor, name: str, what: str, layout: BaseLayout) -> bool:
     """Whether any of `exact` is left in the compute dtype; what is beyond it raises AdapterRefused("not_finite")."""
     rounded = exact.to(layout.dtype)

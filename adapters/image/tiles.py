@@ -11,7 +11,7 @@ for each of its projections. Any sensible page is hundreds of rows; a smaller on
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -99,6 +99,7 @@ class ImagePlan:
 
     places: tuple[PartPlace, ...]  # of each shape given, in that order
     tiles: Tensor  # as in AdapterImage
+    owners: Tensor  # [n_tiles] int64: which of the shapes given a tile is of
     nbytes: int
     extent: int
     num_pages: int
@@ -131,6 +132,23 @@ def pack(parts: Sequence[Part], layout: BaseLayout) -> AdapterImage:
     return AdapterImage(pages, plan.tiles, plan.nbytes, plan.extent)
 
 
+def pack_each(parts: Iterable[Part], shapes: Sequence[PartShape], layout: BaseLayout) -> AdapterImage:
+    """Pack as pack() does, but each part as it comes, so that no two need be in memory at once.
+
+    shapes: of all that may come, each once, in any order. What does not come has no tiles, and its room stays empty.
+    """
+    plan = plan_image(shapes, layout)
+    pages = huge_zeros(plan.num_pages * layout.page_bytes).view(plan.num_pages, layout.page_bytes)
+    numbers = {shape: i for i, shape in enumerate(shapes)}
+    found = torch.zeros(len(shapes), dtype=torch.bool)
+    for part in parts:
+        _check([part], layout)
+        number = numbers[shape_of(part)]
+        _write(part, plan.places[number], pages.view(-1), layout.dtype)
+        found[number] = True
+    return AdapterImage(pages, plan.tiles[found[plan.owners]], plan.nbytes, plan.extent)
+
+
 def plan_image(shapes: Sequence[PartShape], layout: BaseLayout) -> ImagePlan:
     """Cut parts of these shapes into tiles and lay them into pages; shapes that fit the projection and the page.
 
@@ -139,11 +157,12 @@ def plan_image(shapes: Sequence[PartShape], layout: BaseLayout) -> ImagePlan:
     order = sorted(range(len(shapes)), key=lambda i: _order(shapes[i]))
     placements = [_placement(shapes[i], element_bytes(layout.dtype)) for i in order]
     extent, nbytes = place_rows(placements, layout.page_bytes)
-    rows = [row for i, placement in zip(order, placements, strict=True) for row in _tiles(shapes[i], placement)]
+    rows = [(i, row) for i, placement in zip(order, placements, strict=True) for row in _tiles(shapes[i], placement)]
     places = dict(zip(order, (placement.place() for placement in placements), strict=True))
     return ImagePlan(
         places=tuple(places[i] for i in range(len(shapes))),
-        tiles=torch.tensor(rows, dtype=torch.int32).reshape(len(rows), IMAGE_COLUMNS),
+        tiles=torch.tensor([row for _, row in rows], dtype=torch.int32).reshape(len(rows), IMAGE_COLUMNS),
+        owners=torch.tensor([i for i, _ in rows], dtype=torch.int64),
         nbytes=nbytes,
         extent=extent,
         num_pages=-(-extent // layout.page_bytes),

@@ -40,7 +40,7 @@ from loraplex.adapters.format.other_base import remark_on_base
 from loraplex.adapters.format.pack_plan import PackPlan
 from loraplex.adapters.format.quiet_files import read_quietly
 from loraplex.adapters.image.packing import OpenFile
-from loraplex.adapters.image.tiles import AdapterImage, most_tiles, pack, plan_image
+from loraplex.adapters.image.tiles import AdapterImage, most_tiles, pack, pack_each, plan_image
 from loraplex.adapters.info import AdapterInfo
 from loraplex.adapters.sources.sources import resolve
 from loraplex.adapters.throttle import Throttle
@@ -163,12 +163,13 @@ class AdapterReader:
         return _Place(self._locate(source), roots_of(source))
 
     def _whole_bytes(self, place: _Place, throttle: Callable[[], None]) -> int:
-        """What the file and its image take. Raises what refuses the header."""
+        """What the file, its image and the making of it take. Raises what refuses the header."""
         if self._workspace is None:
             return 0
         head = read_head(place.folder, place.roots)
-        info = self._draw(head, parse_config(head.config), throttle).info
-        return head.start + head.data_bytes + info.num_pages * self._base.layout.page_bytes
+        drawn = self._draw(head, parse_config(head.config), throttle)
+        image = drawn.info.num_pages * self._base.layout.page_bytes
+        return head.start + head.data_bytes + image + drawn.module_map.making_bytes
 
     def _room(self, nbytes: int, throttle: Callable[[], None]) -> AbstractContextManager[None]:
         return nullcontext() if self._workspace is None else self._workspace.room(nbytes, throttle)
@@ -228,8 +229,8 @@ class AdapterReader:
         return known
 
     def _remark(self, place: _Place, config: AdapterConfig) -> str:
-        """Say it in the log once for each base that configs name."""
-        remark = remark_on_base(config.base_model, self._base.formats)
+        """Say it in the log once for each base that configs name, and each kind that has something to say."""
+        remark = "; ".join(filter(None, (remark_on_base(config.base_model, self._base.formats), config.remark)))
         if remark and self._remarks.get(remark) is None:
             logger.warning("%s: %s", place.folder, self._remarks.put(remark, remark))
         return remark
@@ -239,7 +240,7 @@ class AdapterReader:
         drawn = self._drawn.get(key)
         if drawn is None:
             throttle()
-            header = self._headers.get(key[1]) or self._parse_header(head)
+            header = self._headers.get(key[1]) or self._parse_header(head, KINDS[config.kind].integers)
             throttle()
             module_map = KINDS[config.kind].plan(config, header, self._base, throttle)
             throttle()
@@ -264,8 +265,9 @@ class AdapterReader:
             )
         return drawn
 
-    def _parse_header(self, head: AdapterHead) -> dict[str, TensorInfo]:
-        return parse_header(head, TENSORS_A_MODULE * self._base.layout.num_layers * len(self._base.layout.projections))
+    def _parse_header(self, head: AdapterHead, integers: bool) -> dict[str, TensorInfo]:
+        most = TENSORS_A_MODULE * self._base.layout.num_layers * len(self._base.layout.projections)
+        return parse_header(head, most, integers=integers)
 
     def _make(
         self, drawn: _Drawn, files: AdapterBytes, throttle: Callable[[], None]
@@ -280,6 +282,9 @@ class AdapterReader:
                 return image, key
         tensors = view_tensors(files.data, module_map.header)
         parts = KINDS[module_map.kind].parts(module_map, tensors, self._base, throttle)
+        if module_map.making_bytes:
+            return pack_each(parts, module_map.shapes, self._base.layout), None
+        parts = list(parts)
         if module_map.pairs:
             left = frozenset((part.layer, part.projection.name) for part in parts)
             key = (drawn.key, left)

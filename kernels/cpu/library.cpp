@@ -38,7 +38,7 @@ struct Isa {
 
 static const Isa kIsas[] = {
 #ifdef __x86_64__
-    {"avx512bf16", avx512bf16::run, [] { return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq"); }},
+    {"avx512bf16", avx512bf16::run, [] { return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq"); }},
     {"avx512", avx512::run, [] { return __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq"); }},
     {"avx2", avx2::run, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }},
 #elif defined(__aarch64__)

@@ -18,11 +18,12 @@ INLINE int64_t code_bytes(const Quantised& w) { return (int64_t)w.unit * kPanel 
 // Where a block's parts begin, in bytes.
 struct BlockParts {
     int64_t shared_scale, shared_offset, scale, offset, codes;
+    int64_t unit;  // bytes of a unit's codes
 };
 INLINE BlockParts block_parts(const Quantised& w) {
     int64_t groups = w.block_units / w.group_units, shared = groups / w.span * kPanel * number_bytes(w.shared);
     int64_t scale = shared * (1 + (w.offset != NumberKind::kNone)), offset = scale + groups * kPanel * number_bytes(w.scale);
-    return {0, shared, scale, offset, offset + groups * kPanel * number_bytes(w.offset)};
+    return {0, shared, scale, offset, offset + groups * kPanel * number_bytes(w.offset), code_bytes(w)};
 }
 
 INLINE fvec load_halves(const uint8_t* p) {
@@ -42,14 +43,13 @@ INLINE fvec load_bytes(const uint8_t* p) {
     return __builtin_convertvector(__builtin_convertvector(*(const bvec*)p, ivec), fvec);
 }
 // kLanes numbers from number `at` on.
-INLINE fvec load_numbers(NumberKind kind, const uint8_t* p, int64_t at) {
+template <NumberKind K>
+INLINE fvec load_numbers(const uint8_t* p, int64_t at) {
     using enum NumberKind;
-    switch (kind) {
-        case kFp16: return load_halves(p + at * 2);
-        case kFp32: return load((const float*)p + at);
-        case kInt8: return load_bytes<int8_t>(p + at);
-        default: return load_bytes<uint8_t>(p + at);
-    }
+    if constexpr (K == kFp16) return load_halves(p + at * 2);
+    if constexpr (K == kFp32) return load((const float*)p + at);
+    if constexpr (K == kInt8) return load_bytes<int8_t>(p + at);
+    if constexpr (K == kUint8) return load_bytes<uint8_t>(p + at);
 }
 
 // A stretch of units of one panel, its numbers widened.
@@ -59,27 +59,59 @@ struct Stretch {
     alignas(64) float scale[kStretchUnits][kPanel], offset[kStretchUnits][kPanel];  // offset: not written where w has none and bias is 0
 };
 
-// Up to `most` units from `unit` on, as far as they lie in one block; columns from c on. offset becomes offset - bias * scale.
-INLINE void units_from(const Quantised& w, const uint8_t* panel, int64_t unit, int64_t most, int c, int columns, float bias, Stretch& to) {
-    BlockParts parts = block_parts(w);
-    bool two = w.shared != NumberKind::kNone, offsets = w.offset != NumberKind::kNone;
-    int64_t inside = unit % w.block_units;
-    const uint8_t* block = panel + unit / w.block_units * w.block_bytes;
-    to.codes = block + parts.codes + inside * code_bytes(w) + c * 4;
-    to.count = min2(most, w.block_units - inside);
-    for (int64_t i = 0; i < to.count; i++) {
-        int64_t group = (inside + i) / w.group_units;
-        for (int v = 0; v < columns; v += kLanes) {
-            int64_t at = group * kPanel + c + v, shared_at = group / w.span * kPanel + c + v;
-            fvec scale = load_numbers(w.scale, block + parts.scale, at), offset{};
-            if (two) scale *= load_numbers(w.shared, block + parts.shared_scale, shared_at);
-            store(to.scale[i] + v, scale);
-            if (!offsets && bias == 0.f) continue;
-            if (offsets) offset = load_numbers(w.offset, block + parts.offset, at);
-            if (offsets && two) offset *= load_numbers(w.shared, block + parts.shared_offset, shared_at);
-            store(to.offset[i] + v, offset - scale * bias);
+// to[i], columns of it, becomes the numbers of unit inside + i, or is multiplied by them. each: units that share a number.
+template <NumberKind K, bool Multiply>
+static void take_numbers(const uint8_t* numbers, int64_t each, int64_t inside, int64_t count, int c, int columns, float (*to)[kPanel]) {
+    bool flat = each == 1 && columns == kPanel;
+    int64_t lines = flat ? 1 : count, width = flat ? count * kPanel : columns;
+    for (int64_t i = 0; i < lines; i++) {
+        int64_t first = (each == 1 ? inside + i : (inside + i) / each) * kPanel + c;
+        for (int64_t v = 0; v < width; v += kLanes) {
+            fvec found = load_numbers<K>(numbers, first + v);
+            store(to[i] + v, Multiply ? found * load(to[i] + v) : found);
         }
     }
+}
+template <bool Multiply>
+INLINE void take_numbers(NumberKind kind, const uint8_t* numbers, int64_t each, int64_t inside, int64_t count, int c, int columns, float (*to)[kPanel]) {
+    using enum NumberKind;
+    switch (kind) {
+        case kNone: return;
+        case kFp16: return take_numbers<kFp16, Multiply>(numbers, each, inside, count, c, columns, to);
+        case kFp32: return take_numbers<kFp32, Multiply>(numbers, each, inside, count, c, columns, to);
+        case kInt8: return take_numbers<kInt8, Multiply>(numbers, each, inside, count, c, columns, to);
+        case kUint8: return take_numbers<kUint8, Multiply>(numbers, each, inside, count, c, columns, to);
+    }
+}
+
+// `count` units from `inside` of a block on; columns from c on. offset becomes offset - bias * scale.
+INLINE void stretch_from(const Quantised& w, const BlockParts& parts, const uint8_t* block, int64_t inside, int64_t count, int c, int columns, float bias, Stretch& to) {
+    bool offsets = w.offset != NumberKind::kNone;
+    to.codes = block + parts.codes + inside * parts.unit + c * 4;
+    to.count = count;
+    int64_t each = w.group_units, many = each * w.span;
+    take_numbers<false>(w.scale, block + parts.scale, each, inside, count, c, columns, to.scale);
+    take_numbers<true>(w.shared, block + parts.shared_scale, many, inside, count, c, columns, to.scale);
+    if (offsets) {
+        take_numbers<false>(w.offset, block + parts.offset, each, inside, count, c, columns, to.offset);
+        take_numbers<true>(w.shared, block + parts.shared_offset, many, inside, count, c, columns, to.offset);
+    }
+    for (int64_t i = 0; i < count && bias != 0.f; i++)
+        for (int v = 0; v < columns; v += kLanes) {
+            fvec offset = offsets ? load(to.offset[i] + v) : fvec{};
+            store(to.offset[i] + v, offset - load(to.scale[i] + v) * bias);
+        }
+}
+
+// Calls run(first unit, stretch) for all of a panel, `most` units or fewer at a time; columns from c on.
+template <class F>
+INLINE void each_stretch(const Quantised& w, const BlockParts& parts, const uint8_t* panel, int64_t most, int c, int columns, float bias, F run) {
+    static thread_local Stretch stretch;
+    for (int64_t first = 0; first < w.units; first += w.block_units, panel += w.block_bytes)
+        for (int64_t inside = 0; inside < w.block_units; inside += most) {
+            stretch_from(w, parts, panel, inside, min2(most, w.block_units - inside), c, columns, bias, stretch);
+            run(first + inside, stretch);
+        }
 }
 
 // ---- codes ----
@@ -146,15 +178,15 @@ static void pack_column(const Quantised& w, const QuantisedSource& from, int64_t
 
 // ---- x ----
 
-// What a kernel multiplies, [rows][in]: fp32; bf16; or bytes with a scale for each 32 inputs, in their order, or in each 8 in that of the
-// nibbles of a word: 0 4 1 5, 2 6 3 7.
+// What a kernel multiplies, [rows][in]: fp32; bf16; or bytes, in their order, or in each 8 in that of the nibbles of a word: 0 4 1 5,
+// 2 6 3 7.
 enum class Form { kFloats, kPairs, kBytes, kNibbleBytes };
 constexpr int kRounded = 32;  // inputs that share a scale (A8_GROUP of kernels/quantized.py)
 
 struct Inputs {
     uint8_t* x;
     int64_t in, units;   // of a row: inputs with their padding, numbers of `scale` and of `sums`
-    float *scale, *sums;  // [rows][units]: a scale for each kRounded inputs; sums of each unit's inputs, see prepare_row
+    float *scale, *sums;  // [rows][units]: of each unit's bytes, see prepare_row
 };
 INLINE Inputs inputs(const Quantised& w, Form form, int64_t rows, uint8_t* at) {
     int64_t in = (int64_t)w.units * w.unit, bytes = form == Form::kFloats ? 4 : form == Form::kPairs ? 2 : 1;
@@ -172,35 +204,122 @@ INLINE void gather_inputs(const Quantised& w, const T* x, float* to) {
     for (int64_t k = w.in; k < (int64_t)w.units * w.unit; k++) to[k] = 0.f;
 }
 
-// Largest size of n inputs, a multiple of 8.
-INLINE float largest(const float* x, int64_t n) {
-    float top = 0.f;
-    for (int64_t k = 0; k < n; k++) top = max2(top, std::fabs(x[k]));
-    return top;
+INLINE ivec add_lanes(ivec a, ivec b) { return a + b; }
+INLINE ivec larger(ivec a, ivec b) { return a > b ? a : b; }
+// All lanes of v joined, in every lane.
+template <class F>
+INLINE ivec join_lanes(ivec v, F join) {
+    if constexpr (kLanes > 8) v = join(v, __builtin_shuffle(v, kIota ^ 8));
+    if constexpr (kLanes > 4) v = join(v, __builtin_shuffle(v, kIota ^ 4));
+    v = join(v, __builtin_shuffle(v, kIota ^ 2));
+    return join(v, __builtin_shuffle(v, kIota ^ 1));
 }
-// n inputs over `scale`, rounded to integers of -127 to 127, halves to even.
-INLINE void round_inputs(const float* x, int64_t n, float scale, float* codes) {
-    constexpr float kMagic = 12582912.f;  // 1.5 * 2^23
-    for (int64_t k = 0; k < n; k++) {
-        float code = scale > 0.f ? x[k] / scale : 0.f;
-        code = rounded(code + kMagic) - kMagic;
-        codes[k] = max2(min2(code, 127.f), -127.f);
+
+constexpr int kRoundVecs = kRounded / kLanes;
+
+// x / divisor, given 1 / divisor, as a division rounds it: a product, and what it leaves of x (Markstein). It matters: half of a
+// group's largest input is a tie, and would go either way.
+INLINE fvec quotient(fvec x, fvec divisor, fvec inverse) {
+#if defined(__FMA__) || defined(__aarch64__)
+    fvec near = rounded(x * inverse);
+    return near + (x - near * divisor) * inverse;
+#else
+    return x / divisor;
+#endif
+}
+
+// What kRounded inputs are divided by, in all lanes.
+struct RoundBy {
+    fvec scale, inverse;
+};
+// Of n inputs, a multiple of kRounded; a NaN is larger than any.
+INLINE RoundBy round_by(const float* x, int64_t n) {
+    ivec top{};
+    for (int64_t k = 0; k < n; k += kLanes) top = larger(top, (ivec)load(x + k) & 0x7fffffff);  // ordered as the numbers are
+    fvec scale = quotient((fvec)join_lanes(top, larger), splat(127.f), splat(1.f / 127.f));
+    float inverse = 1.f / scale[0];  // of a whole vector it takes four times as long
+    return {scale, splat(scale[0] > 1e-30f ? inverse : 0.f)};  // what is smaller is 0
+}
+
+// kRounded inputs as integers of -127 to 127, halves to even.
+INLINE void round_inputs(const float* x, const RoundBy& by, ivec (&codes)[kRoundVecs]) {
+    constexpr float kMagic = 12582912.f;  // 1.5 * 2^23: the sum's last bits are the integer
+#pragma GCC unroll 8
+    for (int v = 0; v < kRoundVecs; v++) codes[v] = (ivec)rounded(quotient(load(x + v * kLanes), by.scale, by.inverse) + kMagic) - 0x4b400000;
+}
+typedef int8_t octets __attribute__((vector_size(16)));
+// 16 small integers as bytes. GCC 12 converts vectors one element after the other.
+INLINE octets narrow(const ivec* v) {
+#if defined(__AVX512F__)
+    return (octets)_mm512_maskz_cvtepi32_epi8(-1, (__m512i)v[0]);
+#elif defined(__AVX2__)
+    __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32((__m256i)v[0], (__m256i)v[1]), 0xd8);
+    return (octets)_mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+#else
+    octets all;
+    for (int i = 0; i < 16; i++) all[i] = (int8_t)v[i / kLanes][i % kLanes];
+    return all;
+#endif
+}
+template <Form form>
+INLINE void store_codes(const ivec (&codes)[kRoundVecs], int8_t* to) {
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; half++) {
+        octets all = narrow(codes + half * (16 / kLanes));
+        if (form == Form::kNibbleBytes) all = __builtin_shuffle(all, octets{0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15});
+        memcpy(to + half * 16, &all, 16);
+    }
+}
+
+// Codes and numbers of the units that are kRounded inputs from k on; x has the row's own.
+template <Form form>
+INLINE void prepare_bytes(const Quantised& w, const float* wide, int64_t k, const RoundBy& by, const Inputs& x, int64_t t) {
+    ivec codes[kRoundVecs];
+    round_inputs(wide + k, by, codes);
+    store_codes<form>(codes, (int8_t*)x.x + t * x.in + k);
+    int64_t at = t * x.units + k / kRounded * (kRounded / w.unit);
+    ivec total{};
+#pragma GCC unroll 8
+    for (int v = 0; v < kRoundVecs; v++) {
+        total += codes[v];
+        if ((v + 1) * kLanes & (w.unit - 1)) continue;  // a unit is 8, 16 or 32
+        int32_t sum = join_lanes(total, add_lanes)[0], zeros = sum * -w.zero;
+        x.scale[at] = by.scale[0];
+        if (w.offset != NumberKind::kNone)
+            x.sums[at] = by.scale[0] * (float)sum;
+        else
+            memcpy(x.sums + at, &zeros, 4);
+        total = ivec{};
+        at++;
     }
 }
 
 // Row t of x, widened, in the form of its kernel. Where activations are rounded the codes are those of round_activations of
-// kernels/quantized.py; as fp32 they are multiplied out again.
+// kernels/quantized.py; as fp32 they are multiplied out again. `sums` of a unit: of pairs, the sum of its inputs; of bytes, that of
+// the codes: times the scale as fp32 where w has an offset, else times -zero as int32.
 template <Form form>
 INLINE void prepare_row(const Quantised& w, float* wide, const Inputs& x, int64_t t) {
-    int64_t each = w.rounded == 2 ? x.in : kRounded;
-    if (form == Form::kFloats) {
-        for (int64_t k = 0; k < x.in && w.rounded; k += each) {
-            float scale = largest(wide + k, each) / 127.f;
-            round_inputs(wide + k, each, scale, wide + k);
-            for (int64_t i = 0; i < each; i++) wide[k + i] *= scale;
+    if constexpr (form == Form::kPairs) {
+        for (int64_t k = 0; k < x.in; k += kLanes) store_n((bf16*)x.x + t * x.in + k, load_n(wide + k, lanes_left(x.in - k)), lanes_left(x.in - k));
+        for (int64_t u = 0; u < x.units; u++) {
+            fvec total{};
+            for (int64_t k = 0; k < w.unit; k += kLanes) total += load_n(wide + u * w.unit + k, lanes_left(w.unit - k));
+            x.sums[t * x.units + u] = sum(total);
         }
-        memcpy(x.x + t * x.in * 4, wide, x.in * 4);
+        return;
     }
+    RoundBy by = w.rounded == 2 ? round_by(wide, x.in) : RoundBy{};
+    for (int64_t k = 0; k < x.in && w.rounded; k += kRounded) {
+        if (w.rounded == 1) by = round_by(wide + k, kRounded);
+        if constexpr (form == Form::kFloats) {
+            ivec codes[kRoundVecs];
+            round_inputs(wide + k, by, codes);
+            for (int v = 0; v < kRoundVecs; v++) store(wide + k + v * kLanes, __builtin_convertvector(codes[v], fvec) * by.scale);
+        } else {
+            prepare_bytes<form>(w, wide, k, by, x, t);
+        }
+    }
+    if constexpr (form == Form::kFloats) memcpy(x.x + t * x.in * 4, wide, x.in * 4);
 }
 
 }  // namespace LORAPLEX_ISA

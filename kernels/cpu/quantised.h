@@ -15,6 +15,7 @@
 // structs with its members (quant4.h), picked by `with_kernel`.
 #pragma once
 #include "numbers.h"
+#include "quant4.h"
 #include "records.h"
 
 namespace LORAPLEX_ISA {
@@ -38,6 +39,14 @@ struct Wide {
 // Calls run(kernel) with the kernel of w.
 template <class T, class F>
 INLINE void with_kernel(const Quantised& w, F run) {
+    bool whole = w.unit == 32, offset = w.offset != NumberKind::kNone;
+    if constexpr (kByteDots)
+        if (w.rounded && w.bits == 4 && whole && !w.codebook) return offset ? run(Nibbles<true>{}) : run(Nibbles<false>{});
+    if constexpr (kDots && sizeof(T) == 2)
+        if (!w.rounded && w.bits == 4 && whole) {
+            if (!w.codebook) return run(NibblePairs<false, true>{});
+            if constexpr (kLookUpPairs) return offset ? run(NibblePairs<true, true>{}) : run(NibblePairs<true, false>{});
+        }
     run(Wide<T>{});
 }
 
@@ -60,17 +69,15 @@ static void prepare(const Op& op, const Step& step, int64_t rows, int tid, int t
 template <class K, class O>
 INLINE void multiply_panel(const Quantised& w, const Inputs& x, int64_t rows, int64_t n, int columns, O* y, int64_t ldy) {
     static thread_local Scratch<float> scratch;
-    static thread_local Stretch units;
     int padded = (int)round_up(columns, 16);
     const uint8_t* panel = w.data + n / kPanel * w.panel_bytes;
     for (int64_t row = 0; row < rows; row += kQuantRows) {
         int64_t here = min2<int64_t>(kQuantRows, rows - row);
         float* sums = scratch.get(here * kPanel);
         memset(sums, 0, here * kPanel * sizeof(float));
-        for (int64_t unit = 0; unit < w.units; unit += units.count) {
-            units_from(w, panel, unit, K::stretch, (int)(n % kPanel), padded, K::bias(w), units);
-            K::add(w, units, x, row, here, unit, sums, padded);
-        }
+        each_stretch(w, block_parts(w), panel, K::stretch, (int)(n % kPanel), padded, K::bias(w), [&](int64_t unit, const Stretch& stretch) {
+            K::add(w, stretch, x, row, here, unit, sums, padded);
+        });
         for (int64_t m = 0; m < here; m++)
             for (int c = 0; c < columns; c += kLanes) store_n(y + (row + m) * ldy + n + c, load(sums + m * kPanel + c), min2(kLanes, columns - c));
     }
@@ -96,19 +103,17 @@ static void multiply(const Op& op, const Step& step, int64_t rows, int tid, int 
 template <class T>
 static void embed_quantised(const Op& op, const Step& step, int64_t rows, int tid, int threads) {
     const Quantised& w = *(const Quantised*)op.w;
-    static thread_local Stretch units;
     alignas(64) float wide[Wide<T>::stretch * 32 * 16];
     for (int64_t t = rows * tid / threads; t < rows * (tid + 1) / threads; t++) {
         int64_t id = step.ids[t];
         T* y = (T*)op.y + t * op.out;
-        for (int64_t unit = 0; unit < w.units; unit += units.count) {
-            units_from(w, w.data + id / kPanel * w.panel_bytes, unit, Wide<T>::stretch, (int)(id % kPanel / 16 * 16), 16, 0.f, units);
-            widen(w, units, 16, wide);
-            for (int64_t k = 0; k < units.count * w.unit && unit * w.unit + k < w.in; k++) {
+        each_stretch(w, block_parts(w), w.data + id / kPanel * w.panel_bytes, Wide<T>::stretch, (int)(id % kPanel / 16 * 16), 16, 0.f, [&](int64_t unit, const Stretch& stretch) {
+            widen(w, stretch, 16, wide);
+            for (int64_t k = 0; k < stretch.count * w.unit && unit * w.unit + k < w.in; k++) {
                 int64_t at = unit * w.unit + k;
                 from_float(wide[k * 16 + id % 16], y + (w.order ? w.order[at] : at));
             }
-        }
+        });
         for (int64_t k = 0; k < op.out && op.embed.scale != 1.f; k++) from_float(to_float(y[k]) * op.embed.scale, y + k);
     }
 }

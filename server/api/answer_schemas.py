@@ -105,7 +105,7 @@ class AdapterReceipt(Wire):
     rank: int  # 0: a kind that has none
     targets: list[str]
     pages: int
-    remark: str | None  # it was made for another base than this, as far as its config tells
+    remark: str | None  # it was made for another base than this, as far as its config tells, or is rounded otherwise
     tokenizer: TokenizerReceipt
 
 

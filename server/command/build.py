@@ -193,7 +193,7 @@ def _assemble(
     registry = Registry(taken=base_names)
     downloads = _downloads(download_config, registry)
     reader = AdapterReader(
-        ServedBase(layout, base.bias, base.squared_norms, base.products, base.formats),
+        ServedBase(layout, base.bias, base.squared_norms, base.products, base.weight, base.formats),
         max_pages=plan.num_pages - len(plan.groups),
         workspace=Workspace(plan.loading_bytes),
         locate=downloads.locate,

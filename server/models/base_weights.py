@@ -1,4 +1,4 @@
-"""Answer what adapters ask of the base's own weights when they are loaded: its biases, and norms of its rows.
+"""Answer what adapters ask of the base's own weights when they are loaded: biases, norms of rows, products, all of one.
 
 Loaders' threads ask, several at once, while the engine computes.
 """
@@ -55,8 +55,16 @@ class BaseWeights:
     def products(self, layer: int, projection_name: str, a: Tensor) -> Tensor:
         """Compute a W^T [r, out] fp32 of a [r, in], which is rounded to the compute dtype."""
         linear, projection = self._find(layer, projection_name)
-        rounded = a.to(self._ops.device, self._weights.dtype)
+        rounded = a.to(self._ops.device, self._weights.dtype).contiguous()
         return self._ops.logits(rounded, linear.weight)[:, _columns(projection)].cpu()
+
+    def weight(self, layer: int, projection_name: str) -> Tensor | None:
+        """Read the weight [out, in] fp32 of e.g. (3, "self_attn.q_proj") from the checkpoint; nothing of it is kept.
+
+        None where the checkpoint holds codes; WeightsError where the file is gone or another one.
+        """
+        weight = self._checkpoint.read(f"model.layers.{layer}.{projection_name}.weight")
+        return None if isinstance(weight, QuantizedWeight) else weight.float()
 
     def _find(self, layer: int, projection_name: str) -> tuple[Linear, Projection]:
         projection = self._projections[projection_name]

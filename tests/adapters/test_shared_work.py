@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import threading
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 
 import pytest
 from hypothesis import settings
@@ -112,23 +111,18 @@ async def test_work_of_an_event_loop() -> None:
 def test_joining_beside_ending_in_threads() -> None:
     """Whoever joins is told, by this work or the next: nobody is left behind."""
     shared: SharedWork[str, int] = SharedWork()
-    found: list[int] = []
 
-    def ask() -> None:
+    def ask(_: int) -> None:
         for _ in range(300):
             waiter = shared.join("a")
             if waiter is None:
                 work: Future[int] = Future()
                 waiter = shared.share("a", work)
                 work.set_result(1)
-            found.append(waiter.result(LIMIT))
+            assert waiter.result(LIMIT) == 1
 
-    threads = [threading.Thread(target=ask) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert found == [1] * 1200
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(ask, range(4)))
 
 
 def test_steps_follow_each_other_and_failures_reach_the_end() -> None:

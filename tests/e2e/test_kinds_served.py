@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from tests.support.adapter_reading import put
-from tests.support.peft_adapters import ALL, DOWN
+from tests.support.peft_adapters import ALL, DOWN, UNTRAINED
 from tests.support.served import Served, serve_tiny
 from tests.support.served import greedy as served_greedy
 from tests.support.tiny import load_oracle, make_tiny_model, make_tiny_tokenizer
@@ -35,7 +35,14 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "other": {**IA3, "target_modules": ALL},
     "lora": {"r": 4, "target_modules": ALL},
     "dora": {"r": 4, "use_dora": True, "target_modules": ALL},
+    "pissa": {"r": 4, "init_lora_weights": "pissa", "target_modules": ALL},
+    "loha": {**UNTRAINED, "kind": "LOHA", "r": 3},
+    "vera": {**UNTRAINED, "kind": "VERA", "r": 8, "save_projection": False},
+    "hra": {**UNTRAINED, "kind": "HRA"},
 }
+
+
+LOADED = tuple(name for name in ADAPTERS if name != "other")
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +50,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """A base with biases on all linears."""
     path = make_tiny_tokenizer(make_tiny_model("llama_biased", tmp_path_factory.mktemp("base")))
     folder = tmp_path_factory.mktemp("made")
-    with serve_tiny(path, load_oracle(path), folder, ADAPTERS, loaded=("ia3", "lora", "dora")) as made:
+    with serve_tiny(path, load_oracle(path), folder, ADAPTERS, loaded=LOADED) as made:
         yield made  # the other is loaded on first use
 
 
@@ -76,16 +83,32 @@ async def ask(client: httpx.AsyncClient, adapter: str | None, prompt: str) -> An
 
 
 async def test_greedy_tokens_are_pefts_under_mixed_load(served: Served) -> None:
-    """Sixty requests at once: two IA3 adapters, LoRA, DoRA and the base, each as it answers alone in PEFT."""
-    names = {"ia3": "ia3", "other": str(served.folders["other"]), "lora": "lora", "dora": "dora", "tiny": None}
+    """Over a hundred requests at once: eight adapters of six kinds and the base, each as it answers alone in PEFT."""
+    names = {name: name for name in LOADED} | {"other": str(served.folders["other"]), "tiny": None}
     expected = {(name, prompt): greedy(served, name, prompt) for name in names for prompt in PROMPTS}
     for prompt in PROMPTS:
-        assert len({ids_of(expected[name, prompt]) for name in names}) == 5, "an answer tells no adapter from another"
+        assert len({ids_of(expected[name, prompt]) for name in names}) == len(names), (
+            "an answer tells no adapter from another"
+        )
     async with httpx.AsyncClient(base_url=served.live.url, timeout=LIMIT) as client:
         asked = [(name, prompt) for _ in range(4) for prompt in PROMPTS for name in names]
         answers = await asyncio.gather(*(ask(client, names[name], prompt) for name, prompt in asked))
     for place, answer in zip(asked, answers, strict=True):
         assert_same(answer, expected[place])
+
+
+def test_what_is_told_of_adapters_that_are_computed(served: Served) -> None:
+    receipts = {
+        name: served.live.ask("GET", f"/v1/adapters/{name}").json() for name in ("pissa", "loha", "vera", "hra")
+    }
+    assert {name: (receipt["kind"], receipt["rank"]) for name, receipt in receipts.items()} == {
+        "pissa": ("lora", 8),
+        "loha": ("loha", 9),
+        "vera": ("vera", 8),
+        "hra": ("hra", 4),
+    }
+    assert "its start is computed again" in receipts["pissa"]["remark"]
+    assert all(receipt["remark"] is None for name, receipt in receipts.items() if name != "pissa")
 
 
 def test_what_is_told_of_an_ia3_adapter(served: Served) -> None:

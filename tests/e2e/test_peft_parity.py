@@ -19,6 +19,7 @@ from tests.support.peft_adapters import (
     BASES,
     CASES,
     IA3_CASES,
+    MODULE_KIND_CASES,
     QV,
     PeftAdapter,
     make_peft_adapter,
@@ -34,7 +35,7 @@ TOLERANCE = 2e-4
 VISIBLE = 0.1
 """By how much an adapter must move some logit, or the comparison shows nothing."""
 
-EVERY = {**CASES, **IA3_CASES}
+EVERY = {**CASES, **IA3_CASES, **MODULE_KIND_CASES}
 
 
 @dataclass

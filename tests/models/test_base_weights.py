@@ -68,11 +68,20 @@ def test_norms_and_products(make: Callable[..., Made], ops: Backend, family: str
         for projection in config.projections():
             weight = tensors[f"model.layers.{layer}.{projection.name}.weight"].to(dtype).double()
             torch.testing.assert_close(base.squared_norms(layer, projection.name).double(), weight.square().sum(1))
-            a = torch.randn(5, projection.in_features, generator=torch.Generator().manual_seed(layer))
+            a = torch.randn(projection.in_features, 5, generator=torch.Generator().manual_seed(layer)).T
             found = base.products(layer, projection.name, a)
             assert found.dtype == torch.float32
             close = 1e-5 if dtype == torch.float32 or ops.name == "cpu" else 2.0**-8  # a library rounds to bf16
             torch.testing.assert_close(found.double(), a.to(dtype).double() @ weight.T, atol=close, rtol=close)
+
+
+def test_a_weight_as_the_checkpoint_has_it(make: Callable[..., Made]) -> None:
+    """Whatever it is computed in."""
+    base, config, tensors = make("phi3", torch.bfloat16)
+    for projection in config.projections():
+        found = base.weight(1, projection.name)
+        assert found is not None
+        assert torch.equal(found, tensors[f"model.layers.1.{projection.name}.weight"].float())
 
 
 def test_a_checkpoint_that_is_gone(make: Callable[..., Made], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import errno
 import hashlib
 import importlib.metadata
@@ -398,9 +399,8 @@ def test_missing_package_says_how_to_install_it(tmp_path: Path, monkeypatch: pyt
 
 def test_the_gguf_itself_is_compared_with_what_pip_recorded(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Served as it is, it passes no conversion that would look at it."""
-    recorded = SimpleNamespace(
-        mode="sha256", value=demo._base64_of_hex(hashlib.sha256(source.read_bytes()).hexdigest())
-    )
+    digest = base64.urlsafe_b64encode(hashlib.sha256(source.read_bytes()).digest()).decode().rstrip("=")
+    recorded = SimpleNamespace(mode="sha256", value=digest)
     installed = SimpleNamespace(suffix=".gguf", hash=recorded, locate=lambda: source)
     monkeypatch.setattr(importlib.metadata, "files", lambda name: [installed])
     assert find_verified_source() == source

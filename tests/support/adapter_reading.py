@@ -17,7 +17,7 @@ from loraplex.adapters.format.adapter_files import read_bytes
 from loraplex.adapters.format.header import parse_header, view_tensors
 from loraplex.adapters.format.kind import ServedBase
 from loraplex.adapters.format.kinds import KINDS, parse_config
-from loraplex.adapters.image.tiles import AdapterImage, BaseLayout, Part, pack
+from loraplex.adapters.image.tiles import AdapterImage, BaseLayout, Part, pack, pack_each
 from loraplex.adapters.tiers.loader import LoadedContent, Reading
 from loraplex.adapters.tiers.reader import AdapterReader
 
@@ -37,7 +37,7 @@ def without_weights(layout: BaseLayout) -> ServedBase:
     def asked(*_: object) -> Tensor:
         raise AssertionError("nobody asks for weights here")
 
-    return ServedBase(layout, lambda *_: None, asked, asked)
+    return ServedBase(layout, lambda *_: None, asked, asked, asked)
 
 
 def no_breath() -> None:
@@ -68,13 +68,15 @@ def read_adapter(folder: Path, base: ServedBase) -> ParsedAdapter:
     files = read_bytes(folder, no_breath)
     config = parse_config(files.head.config)
     kind = KINDS[config.kind]
-    module_map = kind.plan(config, parse_header(files.head), base, no_breath)
+    module_map = kind.plan(config, parse_header(files.head, integers=kind.integers), base, no_breath)
     tensors = view_tensors(files.data, module_map.header)
-    parts = kind.parts(module_map, tensors, base, no_breath)
+    parts = list(kind.parts(module_map, tensors, base, no_breath))
     info = reader.examine(str(folder))
     assert same_image(first.image, again.image)
     assert first.digest == again.digest == files.digest
-    assert same_image(first.image, pack(parts, base.layout))
+    made = module_map.making_bytes
+    packed = pack_each(parts, module_map.shapes, base.layout) if made else pack(parts, base.layout)
+    assert same_image(first.image, packed)
     assert (first.info.rank, first.info.targets) == (info.rank, info.targets)
     assert first.info.num_pages == len(first.image.pages) <= info.num_pages
     assert first.info.nbytes == first.image.nbytes <= info.nbytes

@@ -79,7 +79,7 @@ class Server:
 
     def __init__(self, path: Path, page_bytes: int = 2048, **options: Any) -> None:
         """options: of the Harness."""
-        pages = 900
+        pages = 1200
         self.harness = Harness(path, num_pages=pages, page_bytes=page_bytes, **options)
         harness = self.harness
         pool = Pool(pages, harness.take_pages(700))
@@ -88,7 +88,7 @@ class Server:
         self.layout = BaseLayout(path.name, layers, projections, harness.page_bytes, dtype)
         self.residency = DeviceTier(harness.arena, pool, self.layout)  # type: ignore[arg-type]
         weights = BaseWeights(harness.config, harness.weights, harness.checkpoint, harness.ops.beside())
-        self._base = ServedBase(self.layout, weights.bias, weights.squared_norms, weights.products)
+        self._base = ServedBase(self.layout, weights.bias, weights.squared_norms, weights.products, weights.weight)
 
     def load(self, folder: Path) -> str:
         """Read and load an adapter; its digest."""

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,21 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "init orthogonal": ("llama", {"target_modules": QV, "init_lora_weights": "orthogonal"}),
     "init mica": ("llama", {"target_modules": QV, "init_lora_weights": "mica"}),
     "init off": ("llama", {"target_modules": QV, "init_lora_weights": False}),
+    "pissa": ("llama", {"r": 4, "lora_alpha": 6, "target_modules": ALL, "init_lora_weights": "pissa"}),
+    "pissa, rsLoRA and patterns": (
+        "qwen2",
+        {
+            **{"r": 6, "target_modules": ALL, "init_lora_weights": "pissa", "use_rslora": True},
+            **{"rank_pattern": {"k_proj": 3}, "alpha_pattern": {"up_proj": 20}},
+        },
+    ),
+    "pissa, wider than a module": ("gemma3", {"r": 20, "target_modules": ["k_proj"], "init_lora_weights": "pissa"}),
+    "olora": ("llama", {"r": 4, "lora_alpha": 6, "target_modules": ALL, "init_lora_weights": "olora"}),
+    "olora, base biases": (
+        "llama_biased",
+        {"r": 5, "target_modules": QV, "init_lora_weights": "olora", "bias": "lora_only"},
+    ),
+    "olora, fused": ("phi3", {"r": 4, "target_modules": "all-linear", "init_lora_weights": "olora"}),
     "float16 file": ("llama", {"target_modules": ALL, "dtype": torch.float16}),
     "bfloat16 file": ("llama", {"target_modules": ALL, "dtype": torch.bfloat16}),
     "bfloat16 file with biases": (
@@ -179,6 +195,83 @@ IA3_CASES: dict[str, tuple[str, dict[str, Any]]] = {
 """Every IA3 option, in the same form."""
 
 
+UNTRAINED = {"r": 4, "target_modules": ALL, "init_weights": False}
+
+MODULE_KIND_CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    f"{kind.lower()}, {name}": (family, {"kind": kind, **options})
+    for kind, cases in {
+        "ADALORA": {
+            "attention": ("llama", {"target_modules": QV, "init_r": 6, "lora_alpha": 9, "total_step": 10}),
+            "all, base biases": ("llama_biased", {"target_modules": ALL, "init_r": 3, "total_step": 10}),
+            "fused": ("phi3", {"target_modules": ["qkv_proj", "down_proj"], "init_r": 3, "total_step": 10}),
+        },
+        "LOHA": {
+            "all": ("llama", {**UNTRAINED, "r": 3, "alpha": 5}),
+            "patterns": (
+                "qwen2",
+                {**UNTRAINED, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.1.mlp.up_proj": 16}},
+            ),
+            "fused": ("phi3", {**UNTRAINED, "target_modules": "all-linear"}),
+            "bfloat16 file": ("gemma3", {**UNTRAINED, "dtype": torch.bfloat16}),
+        },
+        "VERA": {
+            "all": ("llama", {**UNTRAINED, "r": 8}),
+            "drawn again": ("llama_biased", {**UNTRAINED, "r": 8, "save_projection": False, "projection_prng_key": 7}),
+            "one layer": ("qwen2", {**UNTRAINED, "target_modules": QV, "layers_to_transform": [1]}),
+        },
+        "PVERA": {
+            "all": ("gemma3", {**UNTRAINED, "r": 8}),
+            "drawn again": ("llama", {**UNTRAINED, "target_modules": QV, "save_projection": False}),
+        },
+        "MISS": {
+            "all": ("llama", {**UNTRAINED, "r": 6}),
+            "fused": ("phi3", {**UNTRAINED, "target_modules": ["qkv_proj", "gate_up_proj"], "init_weights": True}),
+            "mini": ("qwen2", {**UNTRAINED, "r": 8, "mini_r": 4, "init_weights": "mini"}),
+        },
+        "DELORA": {
+            "all": ("llama", UNTRAINED),
+            "patterns": ("llama_biased", {**UNTRAINED, "rank_pattern": {"k_proj": 2}, "lambda_pattern": {"k_proj": 3}}),
+            "fused": ("phi3", {**UNTRAINED, "target_modules": ["qkv_proj", "down_proj"]}),
+        },
+        "VBLORA": {
+            "logits": ("llama", {"r": 3, "num_vectors": 9, "vector_length": 8, "topk": 3, "target_modules": ALL}),
+            "compact": (
+                "qwen2",
+                {
+                    **{"r": 3, "num_vectors": 9, "vector_length": 8, "topk": 2, "target_modules": QV},
+                    "save_only_topk_weights": True,
+                },
+            ),
+        },
+        "HRA": {
+            "all": ("llama", UNTRAINED),
+            "orthonormal, base biases": ("llama_biased", {**UNTRAINED, "r": 5, "apply_GS": True}),
+            "fused": ("phi3", {**UNTRAINED, "target_modules": "all-linear"}),
+            "gemma3": ("gemma3", {**UNTRAINED, "target_modules": QV}),
+        },
+        "UNILORA": {
+            "shuffled again": ("llama", {**UNTRAINED, "theta_d_length": 50}),
+            "in the file": ("qwen2", {**UNTRAINED, "target_modules": QV, "save_indices": True, "proj_seed": 3}),
+            "fused, in the model's order": ("phi3", {**UNTRAINED, "target_modules": "all-linear", "proj_seed": 5}),
+        },
+        "TINYLORA": {
+            "all": ("llama", {"r": 2, "u": 5, "target_modules": ALL}),
+            "tied": ("qwen2", {"r": 3, "u": 5, "target_modules": ALL, "weight_tying": 0.8}),
+            "drawn again, in the model's order": (
+                "phi3",
+                {"r": 2, "u": 5, "target_modules": "all-linear", "weight_tying": 0.5, "save_projection": False},
+            ),
+        },
+        "BEFT": {
+            "value": ("llama", {"target_modules": ["v_proj"]}),
+            "all, base biases": ("llama_biased", {"target_modules": ALL}),
+        },
+    }.items()
+    for name, (family, options) in cases.items()
+}
+"""Every option of the kinds that come to one part for each module."""
+
+
 @dataclass
 class PeftAdapter:
     """A PEFT model with one random adapter, saved in `folder`."""
@@ -223,13 +316,42 @@ def make_peft_adapter(
     return PeftAdapter(model, folder)
 
 
+_OWN_STD: dict[str, Callable[[Tensor], float]] = {
+    "lora_E": lambda w: 2.0,
+    "hada_w1_a": lambda w: w.shape[1] ** -0.5,
+    "hada_w1_b": lambda w: 2.0,
+    "hada_w2_a": lambda w: 2.0 * w.shape[1] ** -0.5,
+    "hada_w2_b": lambda w: 2.0 * w.shape[1] ** -0.5,
+    "vera_lambda_b": lambda w: 1.0,
+    "vera_lambda_d": lambda w: 1.0,
+    "miss_block": lambda w: 0.15,
+    "delora_A": lambda w: 1.0,
+    "delora_B": lambda w: 1.0,
+    "vblora_logits_A": lambda w: 2.0,
+    "vblora_logits_B": lambda w: 2.0,
+    "vblora_vector_bank": lambda w: 0.5,
+    "hra_u": lambda w: 1.0,
+    "unilora_theta_d": lambda w: 4.0,
+    "tinylora_v": lambda w: 1.0,
+    "beft_bias": lambda w: 1.0,
+}
+"""Of other kinds' parameters: standard deviations that move outputs by about their own size, at a strength of 1."""
+
+
+STARTS = ("pissa", "olora")
+"""Values of init_lora_weights whose start is taken out of the base's weights."""
+
+
 def randomise_adapter(model: Any, seed: int, dtype: torch.dtype, strength: float) -> None:
     generator = torch.Generator().manual_seed(seed)
+    config = next(iter(model.peft_config.values()))
     with torch.no_grad():
         for name, weight in model.named_parameters():
             mean: float | Tensor = 0.0
             std: float | Tensor
-            if ".lora_A." in name:
+            if ".lora_" in name and getattr(config, "init_lora_weights", None) in STARTS:
+                mean, std = weight, 0.1 * strength  # beside what it took out of the base
+            elif ".lora_A." in name:
                 std = weight.shape[1] ** -0.5
             elif ".lora_B." in name and name.endswith("weight"):
                 std = strength * weight.shape[1] ** -0.5
@@ -239,6 +361,8 @@ def randomise_adapter(model: Any, seed: int, dtype: torch.dtype, strength: float
                 mean, std = 1.0, strength
             elif ".lora_magnitude_vector." in name:
                 mean, std = weight, strength * weight  # the norms of the base's rows
+            elif (own := next((own for part, own in _OWN_STD.items() if f"{part}." in name), None)) is not None:
+                std = own(weight) * strength
             else:
                 continue
             drawn = mean + torch.randn(weight.shape, generator=generator) * std
@@ -290,4 +414,5 @@ def served_base_of(model: Any, layout: BaseLayout) -> ServedBase:
         bias=lambda layer, name: linear(layer, name).bias,
         squared_norms=lambda layer, name: linear(layer, name).weight.detach().square().sum(1),
         products=lambda layer, name, a: a @ linear(layer, name).weight.detach().T,
+        weight=lambda layer, name: linear(layer, name).weight.detach().float(),
     )

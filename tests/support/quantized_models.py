@@ -33,14 +33,20 @@ class Kind:
     draw: Callable[[int, int, torch.Generator], tuple[Tensors, torch.Tensor]]  # (out, in) -> tensors, values fp32
 
 
-def make_quantized_model(name: str, family: str, path: Path, **overrides: Any) -> tuple[Path, Any]:
-    """Write a model of KINDS[name] into `path`; return it, and transformers' model of its values in fp32."""
+def make_quantized_model(
+    name: str, family: str, path: Path, *, tables: bool = False, **overrides: Any
+) -> tuple[Path, Any]:
+    """Write a model of KINDS[name] into `path`; return it, and transformers' model of its values in fp32.
+
+    tables: embedding and head are quantised too.
+    """
     kind = KINDS[name]
     folder = make_tiny_model(family, path, **overrides)
     oracle = load_oracle(folder)
     kept = {key: tensor.clone() for key, tensor in load_file(folder / "model.safetensors").items()}
     generator = torch.Generator().manual_seed(11)
-    for key in [key for key in kept if key.endswith("_proj.weight")]:
+    quantised = ("_proj.weight", *(("embed_tokens.weight", "lm_head.weight") if tables else ()))
+    for key in [key for key in kept if key.endswith(quantised)]:
         out, columns = kept.pop(key).shape
         made, values = kind.draw(out, columns, generator)
         prefix = key.removesuffix("weight")
@@ -107,7 +113,7 @@ def _awq(out: int, columns: int, generator: torch.Generator) -> tuple[Tensors, t
 
 
 def _compressed(form: str, weights: dict[str, Any], **group: Any) -> dict[str, Any]:
-    groups = {"group_0": {"targets": ["Linear"], "weights": weights, **group}}
+    groups = {"group_0": {"targets": ["Linear", "Embedding"], "weights": weights, **group}}
     return {"quant_method": "compressed-tensors", "format": form, "config_groups": groups, "ignore": ["lm_head"]}
 
 

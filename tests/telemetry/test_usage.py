@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
-import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -134,11 +134,8 @@ def test_written_by_several_threads() -> None:
             table.ended([f"a{(number + i) % 5}"], used(1))
             table.loaded(f"a{i % 5}", 0.1)
 
-    threads = [threading.Thread(target=write, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, range(4)))
     found = read(table)
     assert sum(found["adapter_requests_total"].values()) == 2000
     assert sum(found["adapter_load_seconds_count"].values()) == 2000

@@ -50,8 +50,9 @@ class Scheme:
 
     def covers(self, module: str) -> bool:
         """Tell whether a target names `module`, such as "model.layers.0.mlp.up_proj"."""
+        kind = "Embedding" if module.endswith("embed_tokens") else "Linear"
         return any(
-            re.match(target.removeprefix("re:"), module) if target.startswith("re:") else target in (module, "Linear")
+            re.match(target.removeprefix("re:"), module) if target.startswith("re:") else target in (module, kind)
             for target in self.targets
         )
 

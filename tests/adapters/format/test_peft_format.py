@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,14 @@ import torch
 from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.format.kinds import KINDS
 from loraplex.adapters.image.tiles import BiasDelta, LowRank, OutputScale
+from loraplex.adapters.tiers.reader import AdapterReader
 from tests.support.adapter_reading import ParsedAdapter, read_adapter
 from tests.support.peft_adapters import (
+    ALL,
     BASES,
     CASES,
     QV,
+    STARTS,
     PeftAdapter,
     layout_of,
     make_peft_adapter,
@@ -49,12 +53,15 @@ def check_against_peft(base: Any, adapter: PeftAdapter) -> ParsedAdapter:
     scales = {f"model.layers.{p.layer}.{p.projection.name}": p for p in parsed.parts if isinstance(p, OutputScale)}
     modules = adapter.modules()
     assert set(low_rank) == set(modules)
+    start = adapter.model.peft_config["default"].init_lora_weights in STARTS
     assert set(scales) == {path for path, module in modules.items() if "default" in module.lora_magnitude_vector}
     for path, module in modules.items():
         part = low_rank[path]
-        assert part.a.shape[0] == module.r["default"]
+        assert part.a.shape[0] == module.r["default"] * (2 if start else 1)
         found = part.scaling * part.b.float() @ part.a.float()
         expected = module.get_delta_weight("default")
+        if start:  # PEFT has taken it out of the weights
+            expected = expected + module.base_layer.weight - base.get_submodule(path).weight
         if path in scales:
             found += scales.pop(path).values[:, None] * base.get_submodule(path).weight
             zero = torch.zeros(1, module.in_features)
@@ -231,13 +238,15 @@ def test_modules_without_effect_make_no_part(bases: dict[str, Any], tmp_path: Pa
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])
 def test_adapters_that_took_from_the_base(bases: dict[str, Any], tmp_path: Path, init: str) -> None:
-    """Such an adapter is wrong on the base as it is, and is refused; converted by PEFT it is plain LoRA, and right."""
+    """Such an adapter is wrong on the base as it is. Where its start is a matter of random numbers it is refused;
+    converted by PEFT it is plain LoRA, and right."""
     base = bases["llama"]
     adapter = make_peft_adapter(base, tmp_path / "bare", r=4, target_modules=QV, init_lora_weights=init, strength=0.1)
     residual = adapter.modules()["model.layers.0.self_attn.q_proj"].base_layer.weight
     assert not torch.equal(residual, base.model.layers[0].self_attn.q_proj.weight), "PEFT does not do so any more"
-    with refused("unsupported_option", rf"{init}.*path_initial_model_for_weight_conversion"):
-        read(base, tmp_path / "bare")
+    if init not in STARTS:
+        with refused("unsupported_option", rf"{init}.*path_initial_model_for_weight_conversion"):
+            read(base, tmp_path / "bare")
 
     from peft import LoraConfig, get_peft_model
 
@@ -282,6 +291,48 @@ def test_a_conversion_of_an_untrained_adapter_has_no_effect(bases: dict[str, Any
         read(base, tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("init", STARTS)
+def test_a_start_that_was_not_trained_has_no_effect(bases: dict[str, Any], tmp_path: Path, init: str) -> None:
+    make_peft_adapter(bases["llama"], tmp_path, r=4, target_modules=ALL, init_lora_weights=init, strength=0.0)
+    with refused("no_effect", "once its start is taken out"):
+        read(bases["llama"], tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_asked_of_a_start(bases: dict[str, Any], tmp_path: Path) -> None:
+    """The base as it was before it was quantised, no magnitudes, twice the ranks; and it says how close it is."""
+    base = bases["llama"]
+    make_peft_adapter(base, tmp_path, r=4, target_modules=QV, init_lora_weights="pissa")
+    served = served_base_of(base, layout_of(base))
+    info = AdapterReader(served, 1 << 30).examine(str(tmp_path))
+    assert (info.rank, info.kind) == (8, "lora")
+    assert "init_lora_weights is 'pissa'" in info.remark
+    with refused("unsupported_option", "this base is quantised"):
+        read_adapter(tmp_path, replace(served, weight=lambda *_: None))
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    for more, code in (({"use_dora": True}, "unsupported_option"), ({"r": 513}, "too_large")):
+        (tmp_path / "adapter_config.json").write_text(json.dumps({**config, **more}))
+        with refused(code):
+            read(base, tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_change_smaller_than_its_start_is_not_lost_in_bfloat16(bases: dict[str, Any], tmp_path: Path) -> None:
+    """s B A and its start are each a large part of W; only their difference is rounded, to 2^-8 of itself."""
+    base = bases["llama"]
+    adapter = make_peft_adapter(base, tmp_path, r=4, target_modules=QV, init_lora_weights="pissa", strength=0.05)
+    parsed = read(base, tmp_path, torch.bfloat16)
+    for part in parsed.parts:
+        assert isinstance(part, LowRank)
+        path = f"model.layers.{part.layer}.{part.projection.name}"
+        module = adapter.modules()[path]
+        wanted = module.base_layer.weight + module.get_delta_weight("default") - base.get_submodule(path).weight
+        found = part.b.bfloat16().float() @ part.a.bfloat16().float()
+        assert float((found - wanted).norm() / wanted.norm()) < 2.0**-8
+        assert float(wanted.norm() / module.get_delta_weight("default").norm()) < 0.1
+
+
 @pytest.mark.parametrize("init", ["gaussian", "orthogonal", "mica", True, False])
 def test_inits_that_leave_the_base_alone(bases: dict[str, Any], tmp_path: Path, init: Any) -> None:
     adapter = make_peft_adapter(bases["llama"], tmp_path, r=4, target_modules=QV, init_lora_weights=init)
@@ -301,6 +352,16 @@ def test_every_option_of_this_peft_is_decided() -> None:
     assert {field.name for field in fields(LoraConfig)} <= known
     assert not KEYS.used & KEYS.no_bearing
     assert not KEYS.unsupported.keys() & (KEYS.used | KEYS.no_bearing)
+
+
+def test_recipes_of_training_are_ordinary_files(bases: dict[str, Any], tmp_path: Path) -> None:
+    """LoRA+, LoRA-FA and LoRA-Pro are optimisers: at most their numbers are in the config, and the file is LoRA's."""
+    base = bases["llama"]
+    adapter = make_peft_adapter(base, tmp_path, r=4, target_modules=ALL)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    for recipe in ({"lorap_lr_ratio": 16.0, "lorap_emb_lr": 1e-6}, {"init_lora_weights": "gaussian"}, {}):
+        (tmp_path / "adapter_config.json").write_text(json.dumps({**config, **recipe}))
+        check_against_peft(base, adapter)
 
 
 def test_every_other_peft_type_is_refused_by_name(bases: dict[str, Any], tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -33,11 +34,8 @@ def test_many_threads_stay_within_it() -> None:
             except OSError:
                 failed += 1
 
-    threads = [threading.Thread(target=load, args=(seed,)) for seed in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(load, range(8)))
     assert 0 < most <= workspace.peak_bytes <= 100
     assert failed
     with workspace.room(100, lambda: None):

@@ -54,6 +54,16 @@ def test_nf4_of_zeros_and_of_one_value_in_all_blocks() -> None:
     assert torch.equal(dequantize(quantize_nf4(torch.zeros(4, 128))), torch.zeros(4, 128))
 
 
+def test_codes_of_nf4_at_their_bounds_and_at_the_ends_of_cells() -> None:
+    values = torch.tensor(quantize.NF4)
+    bounds = (values[:-1] + values[1:]) / 2
+    ends = torch.arange(quantize.CELLS + 1) / quantize.CELLS * 2 - 1
+    one = torch.ones(())
+    near = torch.cat([bounds, ends, values])
+    x = torch.cat([near, near.nextafter(one), near.nextafter(-one), torch.linspace(-1, 1, 100_001)]).clamp(-1, 1)
+    assert torch.equal(quantize.nf4_codes(x).long(), torch.bucketize(x, bounds))
+
+
 def test_the_dynamic_type_is_bitsandbytes() -> None:
     assert torch.equal(quantize.dynamic_values(), bnb.create_dynamic_map())
 

@@ -1,0 +1,84 @@
+"""DeLoRA as PEFT saves it: rows of A and columns of B without their lengths, one length for all, the base's for inputs.
+
+adapter_model.safetensors                    what it becomes
+...<projection>.delora_A [r, in]             LowRank.a, times the norms
+...<projection>.delora_B [out, r]            LowRank.b, column i times lambda / (r |A_i| |B_i|)
+...<projection>.delora_lambda [1]
+...<projection>.delora_w_norm [in]           norms of the columns of the base's weight, as they were in training
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from loraplex.adapters.files.patterns import Matcher
+from loraplex.adapters.format import targets
+from loraplex.adapters.format.config import (
+    COMMON_NO_BEARING,
+    COMMON_UNSUPPORTED,
+    Keys,
+    read_base_model,
+    read_rank,
+    read_ranks,
+    refuse_biases,
+)
+from loraplex.adapters.format.kind import AdapterConfig
+from loraplex.adapters.format.module_kind import Making, ModuleKind, Wanted
+from loraplex.adapters.format.modules import FoundModule
+from loraplex.adapters.image.tiles import Part
+
+_LEAST_NORM = 1e-4
+"""PEFT divides by no less."""
+
+KEYS = Keys(
+    used=frozenset(
+        {
+            *("peft_type", "base_model_name_or_path", "r", "rank_pattern", "bias"),
+            *targets.TARGET_KEYS,
+            *targets.LAYER_KEYS,
+        }
+    ),
+    no_bearing=COMMON_NO_BEARING
+    | {"delora_lambda", "lambda_pattern", "module_dropout", "init_weights"},  # lambda is in the file as it was trained
+    unsupported=COMMON_UNSUPPORTED,
+)
+
+
+@dataclass(frozen=True)
+class DeloraConfig(AdapterConfig):
+    """What inference needs of a DeLoRA adapter's config."""
+
+    rank: int
+    rank_pattern: tuple[tuple[str, int], ...]  # (pattern, rank), the first match counts
+
+
+class Delora(ModuleKind[DeloraConfig]):
+    """y += sum over i of lambda / (r |A_i| |B_i|) B_i (A_i (w_norm * x))."""
+
+    name = "delora"
+    label = "DeLoRA"
+    leaves = ("delora_A", "delora_B", "delora_lambda", "delora_w_norm")
+
+    def read(self, raw: Mapping[str, Any]) -> DeloraConfig:
+        KEYS.check(raw)
+        refuse_biases(raw)
+        return DeloraConfig(
+            kind=self.name,
+            targets=targets.read_targets(raw, by_layer=True),
+            base_model=read_base_model(raw),
+            rank=read_rank(raw.get("r", 8), "r"),
+            rank_pattern=read_ranks(raw),
+        )
+
+    def wanted(self, config: DeloraConfig, module: FoundModule, match: Matcher) -> Wanted:
+        rank = match.first("rank_pattern", config.rank_pattern, module.path, config.rank)
+        width, out = module.projection.in_features, module.projection.out_features
+        shapes = ((rank, width), (out, rank), (1,), (width,))
+        return Wanted(dict(zip(self.leaves, shapes, strict=True)), rank)
+
+    def make(self, making: Making[DeloraConfig]) -> Part:
+        a, b, length, norms = (making.floats(leaf) for leaf in self.leaves)
+        lengths = a.norm(dim=1).clamp(min=_LEAST_NORM) * b.norm(dim=0).clamp(min=_LEAST_NORM)
+        return making.low_rank(a * norms, b * (length / making.module.rank / lengths))

@@ -1,0 +1,76 @@
+"""Take the start of a LoRA out of its factors: what PiSSA and OLoRA took out of the base's weights before training.
+
+PEFT trains s B A beside W - s B0 A0, which it computes from W and never saves. Over W itself the adapter therefore is
+s B A - s B0 A0, of twice the rank. Both products are the largest part of W and nearly equal, so they are brought to
+one before anything is rounded: [s B, -s B0] [A; A0] = Qb (Rb Ra^T) Qa^T, and the small matrix between is taken apart
+into singular values. What is left is rounded as the small change that it is.
+
+    pissa    s B0 A0 = U_r S_r V_r^T, the r largest singular parts of W (arXiv 2404.02948)
+    olora    B0 A0 = Q_r R_r, the first r columns and rows of W = Q R (arXiv 2406.01775)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from loraplex.adapters.format.config import unsupported
+from loraplex.adapters.format.kind import AdapterModule, ServedBase
+from loraplex.adapters.image.tiles import LowRank
+
+STARTS = ("pissa", "olora")
+"""Values of init_lora_weights whose start follows from the base's weights alone."""
+
+REMARK = (
+    "init_lora_weights is '{}': its start is computed again from the base's weights and taken out. Its trainer rounded "
+    "the base without that start to the base's dtype, which nobody can repeat: up to 2^-9 of a weight in bfloat16"
+)
+
+_UNTRAINED = 2.0**-16
+"""What is left beside the start by the rounding of two libraries' decompositions; it came to 2^-20 at width 64."""
+
+
+def start_bytes(module: AdapterModule) -> int:
+    """Bound what take_out() takes for a module: W, its parts and the library's room for them, in fp32."""
+    width, out = module.projection.in_features, module.projection.out_features
+    return 4 * 5 * width * out + 8 * 4 * module.rank * (width + out)
+
+
+def take_out(part: LowRank, start: str, base: ServedBase) -> LowRank:
+    """Make of a trained `part` of rank r its change of the base, of rank 2 r; B is zero where that is nothing.
+
+    start: one of STARTS. Raises AdapterRefused("unsupported_option") where the base's checkpoint is quantised.
+    """
+    weight = base.weight(part.layer, part.projection.name)
+    if weight is None:
+        raise unsupported(
+            f"init_lora_weights is {start!r}: the adapter's start has to be computed from the base's weights, and this "
+            "base is quantised; serve its original, or save the adapter with PEFT's "
+            "path_initial_model_for_weight_conversion"
+        )
+    a0, b0 = _start(weight, part.a.shape[0], start, part.scaling)
+    a, b, values = _one(torch.cat((part.a.float(), a0)), torch.cat((part.b.float() * part.scaling, -b0), 1))
+    if float(values.max()) <= _UNTRAINED * float(b0.norm() * a0.norm()):
+        b.zero_()
+    return LowRank(part.layer, part.projection, a, b, 1.0)
+
+
+def _start(weight: Tensor, rank: int, start: str, scaling: float) -> tuple[Tensor, Tensor]:
+    """A0 [r, in] and s B0 [out, r] of W [out, in]; only their product is free of signs."""
+    if start == "pissa":
+        u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+        return vh[:rank], u[:, :rank] * s[:rank]
+    q, r = torch.linalg.qr(weight)
+    return r[:rank], q[:, :rank] * scaling
+
+
+def _one(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Factors of b a, [k, in] with rows of length 1 and [out, k], fp32, and its singular values; a and b as these."""
+    qa, ra = torch.linalg.qr(a.double().T)
+    qb, rb = torch.linalg.qr(b.double())
+    left, values, right = torch.linalg.svd(rb @ ra.T, full_matrices=False)
+    ranks = len(values)  # fewer than k where the module is narrower
+    new_a, new_b = torch.zeros(a.shape), torch.zeros(b.shape)
+    new_a[:ranks] = right @ qa.T
+    new_b[:, :ranks] = qb @ (left * values)
+    return new_a, new_b, values

@@ -1,0 +1,96 @@
+"""MiSS (formerly Bone) as PEFT saves it: each input goes, by its number modulo r, to one of r rows of outputs.
+
+adapter_model.safetensors                    what it becomes
+...<projection>.miss_block [r, out]          LowRank.b, transposed; a is 1 where input i = row modulo r, else 0
+          or [r, mini_r], init "mini"        the same, repeated over the outputs
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from loraplex.adapters.files.patterns import Matcher
+from loraplex.adapters.format import targets
+from loraplex.adapters.format.config import (
+    COMMON_NO_BEARING,
+    COMMON_UNSUPPORTED,
+    Keys,
+    bad_config,
+    read_base_model,
+    read_count,
+    read_rank,
+    refuse_biases,
+    shown,
+    unsupported,
+)
+from loraplex.adapters.format.kind import AdapterConfig
+from loraplex.adapters.format.module_kind import Making, ModuleKind, Wanted
+from loraplex.adapters.format.modules import FoundModule
+from loraplex.adapters.image.tiles import Part
+
+BLOCK = "miss_block"
+
+KEYS = Keys(
+    used=frozenset(
+        {
+            *("peft_type", "base_model_name_or_path", "r", "mini_r", "init_weights", "bias"),
+            *targets.TARGET_KEYS,
+            *targets.LAYER_KEYS,
+        }
+    ),
+    no_bearing=COMMON_NO_BEARING | {"miss_dropout"},
+    unsupported=COMMON_UNSUPPORTED,
+)
+
+
+@dataclass(frozen=True)
+class MissConfig(AdapterConfig):
+    """What inference needs of a MiSS adapter's config."""
+
+    rank: int
+    mini: int | None  # columns of the block, which is repeated; None: it has a column for each output
+
+
+class Miss(ModuleKind[MissConfig]):
+    """y[c] += sum over i of block[i mod r, c] x[i]."""
+
+    name = "miss"
+    label = "MiSS"
+    leaves = (BLOCK,)
+
+    def read(self, raw: Mapping[str, Any]) -> MissConfig:
+        KEYS.check(raw)
+        refuse_biases(raw)
+        init = raw.get("init_weights", True)
+        if init == "bat":
+            raise unsupported(
+                'init_weights is "bat", whose change of the base has full rank and depends on the base; convert it to '
+                "LoRA with PEFT and look at the error"
+            )
+        if init not in (True, False, None, "mini"):
+            raise unsupported(f"init_weights is {shown(init)}, which is not known here")
+        return MissConfig(
+            kind=self.name,
+            targets=targets.read_targets(raw, by_layer=True),
+            base_model=read_base_model(raw),
+            rank=read_rank(raw.get("r", 64), "r"),
+            mini=read_count(raw.get("mini_r", 1), "mini_r") if init == "mini" else None,
+        )
+
+    def wanted(self, config: MissConfig, module: FoundModule, match: Matcher) -> Wanted:
+        out, width = module.projection.out_features, module.projection.in_features
+        if config.rank > width:
+            raise bad_config(f"r is {config.rank}, and {module.path} has {width} inputs; expected no more than these")
+        if config.mini is not None and out % config.mini:
+            raise bad_config(f"mini_r is {config.mini}, which does not divide {module.path}'s {out} outputs")
+        return Wanted({BLOCK: (config.rank, config.mini or out)}, config.rank)
+
+    def make(self, making: Making[MissConfig]) -> Part:
+        projection, block = making.module.projection, making.floats(BLOCK)
+        rows = torch.arange(len(block))[:, None]
+        a = (torch.arange(projection.in_features)[None, :] % len(block) == rows).float()
+        return making.low_rank(a, block.repeat(1, projection.out_features // block.shape[1]).T)

@@ -1,0 +1,258 @@
+"""Kinds that come to one part for each module, computed of the module's tensors when the adapter is loaded.
+
+A kind says which tensors of which shapes it wants of a module and how many ranks they come to, and then makes the part
+of them. What is the same for all such kinds is here: each tensor the config asks for is there and no other, in its
+shape; values are finite; one module's part is made at a time.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar, Generic, TypeVar
+
+from torch import Tensor
+
+from loraplex.adapters.errors import AdapterRefused
+from loraplex.adapters.files.patterns import Matcher
+from loraplex.adapters.format.adapter_files import WEIGHTS_FILE
+from loraplex.adapters.format.header import TensorInfo
+from loraplex.adapters.format.kind import AdapterConfig, AdapterKind, AdapterModule, ModuleMap, ServedBase, Throttle
+from loraplex.adapters.format.modules import (
+    SHARED_PREFIX,
+    FoundModule,
+    FoundModules,
+    LeafNames,
+    last_names,
+    likely_base,
+    match_tensors,
+    wrong_shape,
+)
+from loraplex.adapters.format.targets import PATTERN_SECONDS, find_targets
+from loraplex.adapters.format.values import cancels, check_finite, check_rounded, no_effect
+from loraplex.adapters.image.tiles import BaseLayout, BiasDelta, LowRank, Part, PartShape
+from loraplex.kernels.constants import TileKind
+
+C = TypeVar("C", bound=AdapterConfig)
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""Of tensors, by the last part of their names."""
+
+PEFT_ORDER = (
+    *("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj"),
+    *("gate_proj", "up_proj", "gate_up_proj", "down_proj"),
+)
+"""Of a layer's linears as transformers' models declare them, which PEFT counts modules by."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a kind wants of the file for one module, and what it makes of it."""
+
+    shapes: Shapes
+    rank: int = 0  # of the A and B that come out
+    scaling: float = 1.0  # for the kind's own use
+    kind: TileKind | None = TileKind.LOW_RANK  # of the part; None: none comes out
+
+
+@dataclass(frozen=True)
+class Making(Generic[C]):
+    """One module whose part is to be made."""
+
+    config: C
+    module: AdapterModule
+    tensors: Mapping[str, Tensor]  # by the last part of their names, as in the file
+    shared: Mapping[str, Tensor]
+    index: int  # among the adapter's modules, as PEFT counts them
+    count: int  # of modules
+    base: ServedBase
+
+    def floats(self, leaf: str) -> Tensor:
+        """Return the module's tensor in fp32."""
+        return self.tensors[leaf].float()
+
+    def low_rank(self, a: Tensor, b: Tensor) -> LowRank:
+        """Make the part of a [rank, in] and b [out, rank], fp32."""
+        return LowRank(self.module.layer, self.module.projection, a, b, 1.0)
+
+
+class ModuleKind(AdapterKind[C]):
+    """A kind that comes to one part for each module."""
+
+    label: ClassVar[str]
+    """Of the kind, in messages."""
+
+    leaves: ClassVar[tuple[str, ...]]
+    """The last parts of the names of a module's tensors."""
+
+    integer_leaves: ClassVar[frozenset[str]] = frozenset()
+    """Those of them that hold whole numbers."""
+
+    @abstractmethod
+    def wanted(self, config: C, module: FoundModule, match: Matcher) -> Wanted:
+        """Say what tensors a targeted module has. Raises AdapterRefused: "bad_config", "too_large"."""
+
+    @abstractmethod
+    def make(self, making: Making[C]) -> Part:
+        """Make a module's part. Raises AdapterRefused for values that cannot be."""
+
+    def shared_role(self, name: str) -> str | None:
+        """Say what all modules share under "base_model.<name>"; None: nothing."""
+        return None
+
+    def shared_shapes(self, config: C, modules: Sequence[FoundModule]) -> Shapes:
+        """Say which shared tensors, by role, the adapter of these targeted modules has."""
+        return {}
+
+    def share(
+        self, config: C, modules: Sequence[AdapterModule], found: Mapping[str, Tensor], base: ServedBase
+    ) -> Mapping[str, Tensor]:
+        """Make what all modules share out of the file's shared tensors. modules: as PEFT counts them."""
+        return found
+
+    def making_bytes(self, config: C, modules: Sequence[AdapterModule]) -> int:
+        """Bound what one module's part takes while it is made, and what is shared: A, B and what they are made of."""
+        return max(12 * m.rank * (m.projection.in_features + m.projection.out_features) for m in modules) + 1
+
+    @cached_property
+    def _names(self) -> LeafNames:
+        known = frozenset(self.leaves)
+        return LeafNames(
+            role=lambda leaf: leaf if leaf in known else None,
+            expected=" or ".join(self.leaves),
+            label=self.label,
+            foreign={"modules_to_save": "modules_to_save"},
+            shared=self.shared_role,
+        )
+
+    def plan(self, config: C, header: Mapping[str, TensorInfo], base: ServedBase, throttle: Throttle) -> ModuleMap:
+        found = match_tensors(header, base.layout, self._names)
+        match = Matcher(PATTERN_SECONDS, throttle)
+        paths = find_targets(config.targets, found.by_path, found.outside, match)
+        wanted = {path: self.wanted(config, found.by_path[path], match) for path in paths}
+        targeted = [found.by_path[path] for path in paths]
+        shared = self.shared_shapes(config, targeted)
+        self._check_complete(found, wanted, shared)
+        for path, module in found.by_path.items():
+            for leaf, name in module.tensors.items():
+                self._check_type(name, header[name], leaf)
+                _check_shape(name, header[name], wanted[path].shapes[leaf], module, config, base.layout)
+        for role, name in found.shared.items():
+            self._check_type(name, header[name], role)
+            if header[name].shape != shared[role]:
+                hint = "; the config's numbers and the shapes of the targeted modules say so"
+                raise wrong_shape(name, header[name].shape, shared[role], base.layout, hint)
+        modules = tuple(
+            AdapterModule(module.layer, module.projection, module.tensors, want.rank, want.scaling)
+            for module, want in zip(targeted, wanted.values(), strict=True)
+        )
+        shapes = tuple(
+            PartShape(module.layer, module.projection, want.rank or 1, want.kind)
+            for module, want in zip(modules, wanted.values(), strict=True)
+            if want.kind is not None
+        )
+        return ModuleMap(
+            config=config,
+            header=header,
+            modules=modules,
+            shapes=shapes,
+            rank=max(module.rank for module in modules),
+            targets=last_names(targeted, base.layout),
+            shared=found.shared,
+            making_bytes=self.making_bytes(config, modules),
+        )
+
+    def parts(
+        self, module_map: ModuleMap, tensors: Mapping[str, Tensor], base: ServedBase, throttle: Throttle
+    ) -> Iterator[Part]:
+        check_finite({name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}, throttle)
+        config: C = module_map.config  # type: ignore[assignment]  # plan() was given it
+        modules = sorted(module_map.modules, key=_peft_order)
+        found = {role: tensors[name] for role, name in module_map.shared.items()}
+        shared = self.share(config, modules, found, base)
+        places = {(shape.layer, shape.projection.name) for shape in module_map.shapes}
+        effective = idle = False
+        for index, module in enumerate(modules):
+            throttle()
+            if (module.layer, module.projection.name) not in places:
+                continue
+            own = {leaf: tensors[name] for leaf, name in module.tensors.items()}
+            part = self.make(Making(config, module, own, shared, index, len(modules), base))
+            if _is_idle(part, next(iter(module.tensors.values()), ""), base.layout):
+                idle = True
+                continue
+            effective = effective or not isinstance(part, LowRank) or not cancels(part)
+            yield part
+        if not effective:
+            why = f"{', '.join(self.leaves)} come to zero" if idle else "what they come to cancels out to zero"
+            raise no_effect([why])
+
+    def _check_complete(self, found: FoundModules, wanted: Mapping[str, Wanted], shared: Shapes) -> None:
+        """Every tensor the config asks for is in the file, and no other."""
+        for path, module in found.by_path.items():
+            shapes = wanted[path].shapes if path in wanted else {}
+            for leaf in shapes:
+                if leaf not in module.tensors:
+                    raise found.missing(module, leaf)
+            for leaf, name in module.tensors.items():
+                if leaf not in shapes:
+                    what = "ask for it" if path in wanted else "target this module"
+                    raise AdapterRefused(
+                        "unmatched_tensor", f"{name} is in the file, but adapter_config.json does not {what}"
+                    )
+        for role in shared:
+            if role not in found.shared:
+                raise AdapterRefused(
+                    "missing_tensor", f"{SHARED_PREFIX}{role} is missing, which all modules of the adapter share"
+                )
+        for role, name in found.shared.items():
+            if role not in shared:
+                raise AdapterRefused(
+                    "unmatched_tensor", f"{name} is in the file, but adapter_config.json does not ask for it"
+                )
+
+    def _check_type(self, name: str, info: TensorInfo, leaf: str) -> None:
+        if info.dtype.is_floating_point == (leaf in self.integer_leaves):
+            expected = "whole numbers" if leaf in self.integer_leaves else "float32, float16 or bfloat16"
+            found = str(info.dtype).removeprefix("torch.")
+            raise AdapterRefused("bad_file", f"{WEIGHTS_FILE}: {name} is {found}; expected {expected}; convert it")
+
+
+def _peft_order(module: AdapterModule) -> tuple[int, int]:
+    return module.layer, PEFT_ORDER.index(module.projection.name.rpartition(".")[2])
+
+
+def _check_shape(
+    name: str,
+    info: TensorInfo,
+    expected: tuple[int, ...],
+    module: FoundModule,
+    config: AdapterConfig,
+    layout: BaseLayout,
+) -> None:
+    if info.shape == expected:
+        return
+    projection, hint = module.projection, "; adapter_config.json says so"
+    if len(info.shape) != len(expected):
+        hint = "; the file may hold a shard of the weights: gather them before saving"
+    else:
+        for found, wanted in zip(info.shape, expected, strict=True):
+            if found != wanted and wanted in (projection.in_features, projection.out_features):
+                is_input = wanted == projection.in_features
+                hint = likely_base(projection, is_input=is_input, width=found, base_model=config.base_model)
+    raise wrong_shape(name, info.shape, expected, layout, hint)
+
+
+def _is_idle(part: Part, name: str, layout: BaseLayout) -> bool:
+    """Whether nothing is left of a part in the compute dtype. Refuses values beyond that dtype by the tensor `name`."""
+    match part:
+        case LowRank():
+            factors = (("the A it comes to", part.a), ("the B it comes to", part.b))
+            left = [check_rounded(exact, name, what, layout) for what, exact in factors]
+        case BiasDelta():
+            left = [check_rounded(part.delta, name, "it", layout)]
+        case _:
+            left = [bool((part.values != 1).any())]
+    return not all(left)

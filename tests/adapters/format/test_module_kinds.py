@@ -1,0 +1,78 @@
+"""Kinds that come to one part for each module are read as PEFT reads them: the oracle is the installed PEFT."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from loraplex.adapters.image.tiles import BiasDelta, LowRank
+from loraplex.adapters.tiers.host import most_bytes
+from loraplex.adapters.tiers.inbox import host_bytes
+from loraplex.adapters.tiers.reader import AdapterReader
+from tests.support.adapter_reading import ParsedAdapter, read_adapter
+from tests.support.peft_adapters import (
+    BASES,
+    MODULE_KIND_CASES,
+    PeftAdapter,
+    layout_of,
+    make_peft_adapter,
+    served_base_of,
+)
+from tests.support.tiny import tiny_hf_model
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT warns of much that is meant here
+
+
+@pytest.fixture(scope="module")
+def bases() -> dict[str, Any]:
+    return {family: tiny_hf_model(family, **fields) for family, fields in BASES.items()}
+
+
+def read(base: Any, folder: Path, dtype: torch.dtype = torch.float32) -> ParsedAdapter:
+    return read_adapter(folder, served_base_of(base, layout_of(base, dtype=dtype)))
+
+
+def changes_of(base: Any, adapter: PeftAdapter) -> dict[str, tuple[Tensor, Tensor]]:
+    """By path: how far the weight and the bias that PEFT computes with are from the base's, fp32."""
+    found = {}
+    for path, module in adapter.modules().items():
+        linear = base.get_submodule(path)
+        with torch.no_grad():
+            zero = module(torch.zeros(1, linear.in_features))[0]
+            weight = (module(torch.eye(linear.in_features)) - zero).T
+        own = torch.zeros(()) if linear.bias is None else linear.bias.detach()
+        found[path] = weight - linear.weight.detach(), zero - own
+    return found
+
+
+def check_against_peft(base: Any, adapter: PeftAdapter) -> ParsedAdapter:
+    """Every module PEFT adapts and no other, with the change of its weight or bias that PEFT computes with."""
+    parsed = read(base, adapter.folder)
+    changes = changes_of(base, adapter)
+    paths = [f"model.layers.{part.layer}.{part.projection.name}" for part in parsed.parts]
+    assert sorted(paths) == sorted(changes)
+    for path, part in zip(paths, parsed.parts, strict=True):
+        weight, bias = changes[path]
+        if isinstance(part, BiasDelta):
+            assert float(weight.abs().max()) < 1e-6
+            torch.testing.assert_close(part.delta, bias, atol=1e-6, rtol=1e-5)
+            continue
+        assert isinstance(part, LowRank)
+        assert float(weight.abs().max()) > 0.01
+        torch.testing.assert_close(part.scaling * part.b @ part.a, weight, atol=2e-6, rtol=1e-5)
+        assert not bias.abs().gt(1e-6).any()
+    assert parsed.rank == max(part.a.shape[0] if isinstance(part, LowRank) else 0 for part in parsed.parts)
+    info = AdapterReader(served_base_of(base, layout_of(base)), 1 << 30).examine(str(adapter.folder))
+    assert (info.num_pages, info.nbytes) == (len(parsed.image.pages), parsed.image.nbytes)
+    assert host_bytes(parsed.image) <= most_bytes(layout_of(base), info)
+    return parsed
+
+
+@pytest.mark.parametrize("case", MODULE_KIND_CASES)
+def test_read_as_peft_computes(bases: dict[str, Any], tmp_path: Path, case: str) -> None:
+    family, options = MODULE_KIND_CASES[case]
+    check_against_peft(bases[family], make_peft_adapter(bases[family], tmp_path, **options))
