@@ -36,8 +36,11 @@ from loraplex.server.models.formats.quantize import INT4, INT8
 from loraplex.server.models.weight_sizes import EMBED, HEAD, expected_shapes
 from loraplex.server.options import parse_size
 
-RANK, PROMPT, ANSWER = 16, 32, 24
+RANK, PROMPT, ANSWER = 16, 8, 24
 LIMITS_SECONDS = 1.0
+
+PROMPTS = 100_000
+"""Token ids below this are in prompts."""
 
 NOISE = (16 << 20) + 64
 """Random bytes: no multiple of a row, so that rows differ."""
@@ -110,7 +113,7 @@ class Steps:
 async def answer(parts: EngineParts, number: int, adapter: str | None) -> float:
     """Take an answer; the seconds of each token after the first."""
     mix = () if adapter is None else ((parts.adapters.registry.lease(adapter), 1.0),)
-    prompt = tuple(torch.randint(1000, 100000, (PROMPT,), generator=torch.Generator().manual_seed(number)).tolist())
+    prompt = tuple(torch.randint(PROMPTS, (PROMPT,), generator=torch.Generator().manual_seed(number)).tolist())
     request = GenerationRequest(str(number), prompt, SamplingParams(ANSWER, temperature=0.0), mix)
     times = [time.perf_counter() async for _ in parts.engine.submit(request)]
     # all rows run together once the last prompt is computed: the second half of an answer
@@ -133,12 +136,12 @@ async def serve(parts: EngineParts, folder: Path, count: int, each: int, seconds
     """Register the adapters and measure until `seconds` are over, in turns with the machine's bandwidth."""
     for index in range(count):
         await parts.adapters.register(f"ad{index}", str(folder / f"ad{index}"))
-    cases = [(1, 0), (1, 1), (min(16, count), min(16, count)), (count, count)]
-    for rows, adapters in cases[-1:]:
-        await measure(parts, rows, adapters, each, 0)  # to the device
+    cases = dict.fromkeys([(1, 0), (1, 1), (min(16, count), min(16, count)), (count, count)])
     deadline, seed = time.monotonic() + seconds, 1
     while seed == 1 or time.monotonic() < deadline:
         for rows, adapters in cases:
+            if seed == 1 and adapters:
+                await measure(parts, rows, adapters, each, 0)  # they come to the device
             read = limits(LIMITS_SECONDS).read
             print((await measure(parts, rows, adapters, each, seed)).line(read), flush=True)
         seed += 1
@@ -146,25 +149,27 @@ async def serve(parts: EngineParts, folder: Path, count: int, each: int, seconds
 
 
 def main() -> None:
-    """Build the engine, measure, and print what it takes."""
+    """Read the command line and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--adapters", type=int, default=32)
     parser.add_argument("--layers", type=int, default=LLAMA_8B["num_hidden_layers"])
     parser.add_argument("--memory", type=parse_size, default=parse_size("12G"))
     parser.add_argument("--seconds", type=float, default=60, help="after which no further round is begun")
     arguments = parser.parse_args()
+    run(arguments.adapters, arguments.layers, arguments.memory, arguments.seconds)
+
+
+def run(adapters: int, layers: int, memory: int, seconds: float) -> None:
+    """Build the engine with so many adapters in a folder of its own, measure, and print what it takes."""
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder)
-        (base / "config.json").write_text(json.dumps({**LLAMA_8B, "num_hidden_layers": arguments.layers}))
+        (base / "config.json").write_text(json.dumps({**LLAMA_8B, "num_hidden_layers": layers}))
         config = ModelConfig.from_hf(base)
-        make_adapters(base, base / "adapters", arguments.adapters, ranks=(RANK,))
+        make_adapters(base, base / "adapters", adapters, ranks=(RANK,))
         start = time.monotonic()
         parts = build_engine(
-            EngineConfig(
-                device=Device.cpu, memory=arguments.memory, max_model_len=512, max_num_seqs=32, token_budget=64
-            ),
+            EngineConfig(Device.cpu, memory=memory, max_model_len=512, max_num_seqs=32, token_budget=64),
             base,
-            "large",
             "large",
             model_config=config,
             checkpoint=RandomCheckpoint(config),
@@ -174,7 +179,7 @@ def main() -> None:
         parts.engine.start()
         try:
             each = adapter_bytes(modules_of(base), RANK)
-            asyncio.run(serve(parts, base / "adapters", arguments.adapters, each, arguments.seconds))
+            asyncio.run(serve(parts, base / "adapters", adapters, each, seconds))
         finally:
             parts.engine.stop()
             parts.adapters.close()

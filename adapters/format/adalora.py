@@ -54,6 +54,7 @@ KEYS = Keys(
         **LORA_KEYS.unsupported,
         "use_dora": "AdaLoRA has no magnitudes",
         "lora_bias": "AdaLoRA has no bias of its own",
+        "kasa_config": "AdaLoRA leaves the base's weights as they are",
     },
 )
 

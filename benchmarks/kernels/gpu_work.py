@@ -157,7 +157,7 @@ def _adapters(
             for out in outs:
                 for at in range(0, rank, TILE_RANKS):
                     n = min(TILE_RANKS, rank - at)
-                    rows.append((put(n, n_in), put(n, out), n, start, out, TileKind.LOW_RANK))
+                    rows.append((put(n, n_in), put(n, out), n, start, out, TileKind.LOW_RANK, 0, n_in))
                 start += out
             ranges[slot, 0, site] = torch.tensor([first, len(rows)])
     tiles = torch.tensor(rows, dtype=torch.int32)

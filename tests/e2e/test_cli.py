@@ -148,6 +148,11 @@ def test_memory_and_device_that_are_not_there(run_main: Run, base: Path) -> None
         assert_one_line(run_main("serve", str(base), "--port", "0", "--device", "cuda"), "cuda")
 
 
+def test_activations_of_a_base_that_is_not_quantised(run_main: Run, base: Path) -> None:
+    start = ["serve", str(base), "--port", "0", "--memory", "2G", "--device", "cpu"]
+    assert_one_line(run_main(*start, "--activations", "a8"), "--activations a8", "not quantised")
+
+
 def test_named_adapters_that_cannot_be_served(run_main: Run, base: Path, adapters: Path) -> None:
     start = ["serve", str(base), "--port", "0", "--memory", "2G", "--device", "cpu"]
     assert_one_line(run_main(*start, "--adapter", "a=/nowhere/at/all"), "--adapter a=/nowhere/at/all")

@@ -20,6 +20,7 @@ from loraplex.adapters.image.tiles import (
     PartShape,
     most_tiles,
     pack,
+    pack_each,
     plan_image,
     shape_of,
 )
@@ -109,6 +110,12 @@ def _read(image: AdapterImage, parts: Parts, layout: BaseLayout) -> list[list[_T
 def _check(parts: Parts, layout: BaseLayout) -> AdapterImage:
     """Pack, follow the tiles, and put the factors together again: every element once, in order, bit for bit."""
     image = pack(parts, layout)
+    _check_image(image, parts, layout)
+    return image
+
+
+def _check_image(image: AdapterImage, parts: Parts, layout: BaseLayout) -> None:
+    """Follow the tiles, and put the factors together again."""
     assert (image.tiles.dtype, image.pages.dtype) == (torch.int32, torch.uint8)
     assert image.pages.shape == (-(-image.extent // layout.page_bytes), layout.page_bytes)
     for part, tiles in zip(parts, _read(image, parts, layout), strict=True):
@@ -124,7 +131,6 @@ def _check(parts: Parts, layout: BaseLayout) -> AdapterImage:
             column = tile.end % out
             rank += n if tile.end == out else 0
         assert (rank, column) == (len(b), 0), "part of B is in no tile"
-    return image
 
 
 def _projections(draw: st.DrawFn, dtype: torch.dtype, ragged: bool) -> tuple[Projection, ...]:
@@ -221,6 +227,25 @@ _GATE = Projection("mlp.gate_proj", Site.GATE_UP, 576, 0, 1536, False)
 _UP = Projection("mlp.up_proj", Site.GATE_UP, 576, 1536, 1536, False)
 _DOWN = Projection("mlp.down_proj", Site.DOWN, 1536, 0, 576, False)
 _SMOLLM2 = BaseLayout("SmolLM2-135M", 30, (_Q, _K, _V, _O, _GATE, _UP, _DOWN), 368_640, torch.bfloat16)
+
+
+@settings(max_examples=100)
+@given(_adapters(ragged=False), st.data())
+def test_parts_that_come_one_by_one_are_packed_where_all_of_them_would_be(
+    case: tuple[Parts, BaseLayout], data: st.DataObject
+) -> None:
+    """Those that do not come have no tiles, and all others are as they are."""
+    parts, layout = case
+    whole, shapes = pack(parts, layout), [shape_of(part) for part in parts]
+    some = data.draw(st.lists(st.sampled_from(parts), unique_by=id)) if parts else []
+    image = pack_each(iter(some), shapes, layout)
+    assert (image.pages.shape, image.nbytes, image.extent) == (whole.pages.shape, whole.nbytes, whole.extent)
+    _check_image(image, some, layout)
+    rows = {tuple(row) for row in whole.tiles.tolist()}
+    assert {tuple(row) for row in image.tiles.tolist()} <= rows
+    every = pack_each(iter(parts), shapes, layout)
+    assert torch.equal(every.pages, whole.pages)
+    assert torch.equal(every.tiles, whole.tiles)
 
 
 def test_rank_one_on_one_projection_of_one_layer_takes_one_page() -> None:

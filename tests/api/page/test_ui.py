@@ -163,6 +163,7 @@ async def test_a_tenant_sees_its_own_and_what_is_shared(guarded: httpx.AsyncClie
     assert found["arena"]["names"] == ["acme/sql"]
     assert decode(found["arena"]["runs"]) == [KV, OTHER + 1, OTHER + 1, OTHER, OTHER, OTHER, OTHER, 0]
     assert (found["server"]["may_use_base"], found["server"]["tenant"]) == (False, "acme")
+    assert found["server"]["formats"] == "Q4_1 + Q8_0, inputs a8, float32"
 
 
 @pytest.mark.parametrize("key", [ROOT, SEER])
