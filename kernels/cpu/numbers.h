@@ -40,7 +40,7 @@ INLINE fvec load_halves(const uint8_t* p) {
 // GCC 12 widens vectors of bytes one after the other.
 template <class B>
 INLINE fvec load_bytes(const uint8_t* p) {
-    constexpr bool kSigned = (B)-1 < 0;
+    [[maybe_unused]] constexpr bool kSigned = (B)-1 < 0;
 #if defined(__AVX512F__)
     __m128i bytes = _mm_loadu_si128((const __m128i*)p);
     return __builtin_convertvector((ivec)(kSigned ? _mm512_maskz_cvtepi8_epi32(-1, bytes) : _mm512_maskz_cvtepu8_epi32(-1, bytes)), fvec);
