@@ -28,7 +28,8 @@ from loraplex.kernels.quantized import GroupScales, QuantizedWeight, WeightForma
 from loraplex.server.command.build import EngineParts, build_engine
 from loraplex.server.config import Device, EngineConfig
 from loraplex.server.engine.request import GenerationRequest, SamplingParams
-from loraplex.server.engine.step.memory import resident_memory, size
+from loraplex.server.engine.step.memory import size
+from loraplex.server.engine.step.system_memory import resident_memory
 from loraplex.server.models.checkpoint import StoredTensor
 from loraplex.server.models.config import ModelConfig
 from loraplex.server.models.formats.quantize import INT4, INT8

@@ -167,7 +167,10 @@ def round_activations(x: Tensor, group: int | None) -> Tensor:
     """Round x [T, in] to 8 bits with a scale for each A8_GROUP inputs, or for each row where `group` is None, in fp32.
 
     Semantics: per group of a row s = max |x| / 127, y = s * clamp(round(x / s), -127, 127), halves to even; s 0: y 0.
+               Rows that are not of whole groups stay as they are.
     """
+    if group is not None and x.shape[1] % A8_GROUP:
+        return x.float()
     grouped = x.float().view(x.shape[0], -1, A8_GROUP if group is not None else x.shape[1])
     scale = grouped.abs().amax(-1, keepdim=True) / 127
     codes = torch.where(scale > 0, grouped / scale, 0).round().clamp(-127, 127)

@@ -8,6 +8,7 @@ from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.format.adalora import AdaLora
 from loraplex.adapters.format.beft import Beft
 from loraplex.adapters.format.config import bad_config, read_config
+from loraplex.adapters.format.deft import Deft
 from loraplex.adapters.format.delora import Delora
 from loraplex.adapters.format.hra import Hra
 from loraplex.adapters.format.ia3 import Ia3
@@ -22,7 +23,7 @@ from loraplex.adapters.format.vera import Pvera, Vera
 
 _ALL: tuple[AdapterKind[Any], ...] = (
     *(Lora(), Ia3()),
-    *(AdaLora(), Loha(), Vera(), Pvera(), Miss(), Delora(), Vblora(), Hra(), Unilora(), Tinylora(), Beft()),
+    *(AdaLora(), Loha(), Vera(), Pvera(), Miss(), Delora(), Vblora(), Hra(), Unilora(), Tinylora(), Beft(), Deft()),
 )
 
 KINDS: dict[str, AdapterKind[Any]] = {kind.name: kind for kind in _ALL}

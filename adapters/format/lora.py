@@ -6,6 +6,7 @@ base_model.model.<layers>.N.<projection>.lora_B.weight [out, r]  LowRank.b
 base_model.model.<layers>.N.<projection>.lora_B.bias [out]       BiasDelta, scaled as B is (lora_bias)
 base_model.model.<layers>.N.<projection>.lora_magnitude_vector   OutputScale g = m / the norms of the rows of W + s B A,
                                    [out], DoRA's m               and B times g; biases are not scaled (use_dora)
+base_model.model.<layers>.N.<projection>.lora_diag [r]           KaSA's diagonal, B times it (kasa_config)
 base_model.model.<layers>.N.<projection>.base_layer.bias [out]   BiasDelta, less the base's own: the file holds the
                                    or, not targeted, .bias       trained bias itself (bias "lora_only" or "all")
 """
@@ -23,7 +24,7 @@ from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.format.header import TensorInfo
 from loraplex.adapters.format.kind import AdapterKind, AdapterModule, ModuleMap, ServedBase, Throttle
 from loraplex.adapters.format.lora_config import LoraConfig, ModulePlan, plan_modules, read_lora_config
-from loraplex.adapters.format.lora_start import start_bytes, take_out
+from loraplex.adapters.format.lora_start import KASA, check_start, start_bytes, take_out
 from loraplex.adapters.format.modules import (
     FoundModule,
     FoundModules,
@@ -38,13 +39,16 @@ from loraplex.adapters.image.tiles import BaseLayout, BiasDelta, LowRank, Output
 from loraplex.kernels.constants import TileKind
 
 MAGNITUDE = "lora_magnitude_vector"
+DIAGONAL = "lora_diag"
 _LEAVES = {  # by role; "bias" has two names
     "A": "lora_A.weight",
     "B": "lora_B.weight",
     "B bias": "lora_B.bias",
     MAGNITUDE: MAGNITUDE,
+    DIAGONAL: DIAGONAL,
 }
 _FACTOR = re.compile(r"(lora_[AB])(?:\.[^.]+)?\.(weight|bias)")  # a name of the adapter may stand behind lora_A
+_DIAGONAL = re.compile(rf"{DIAGONAL}(?:\.[^.]+)?")
 _MAGNITUDE = re.compile(rf"{MAGNITUDE}(?:\.[^.]+)?(?:\.weight)?")
 _AS_IT_IS = 2.0**-8
 """A scale nearer to 1 is what rounding a magnitude to bf16 leaves of the base's own norm."""
@@ -60,6 +64,8 @@ def _role(leaf: str) -> str | None:
         return "bias"
     if _MAGNITUDE.fullmatch(leaf):
         return MAGNITUDE
+    if _DIAGONAL.fullmatch(leaf):
+        return DIAGONAL
     factor = _FACTOR.fullmatch(leaf)
     return None if factor is None else _ROLES.get((factor[1], factor[2]))
 
@@ -91,6 +97,7 @@ class Lora(AdapterKind[LoraConfig]):
         _check_complete(found, plans, config, base)
         _check_shapes(header, found, plans, config, base.layout)
         modules = tuple(_module(module, plans.get(module.path), config) for module in found.present)
+        check_start(modules, config.start)
         return ModuleMap(
             config=config,
             header=header,
@@ -118,6 +125,8 @@ class Lora(AdapterKind[LoraConfig]):
             if not module.rank:
                 continue
             a, b = tensors[module.tensors["A"]], tensors[module.tensors["B"]]
+            if DIAGONAL in module.tensors:
+                b = b.float() * tensors[module.tensors[DIAGONAL]].float()
             part = LowRank(module.layer, module.projection, a, b, module.scaling)
             if MAGNITUDE in module.tensors:
                 part, scale = _scaled(part, module.tensors[MAGNITUDE], tensors, base)
@@ -155,6 +164,7 @@ def _check_complete(found: FoundModules, plans: Mapping[str, ModulePlan], config
     """Every tensor the config asks for is in the file, and no other."""
     for path, module in found.by_path.items():
         more = (*(("B bias",) if config.lora_bias else ()), *((MAGNITUDE,) if config.dora else ()))
+        more += (DIAGONAL,) if config.start == KASA else ()
         roles = ("A", "B", *more) if path in plans else ()
         wanted = {role: _LEAVES[role] for role in roles}
         trained = config.bias == "all" or (config.bias == "lora_only" and path in plans)
@@ -179,6 +189,8 @@ def _why_not(role: str, config: LoraConfig) -> str:
         return "adapter_config.json says lora_bias is false"
     if role == MAGNITUDE and not config.dora:
         return "adapter_config.json says use_dora is false"
+    if role == DIAGONAL and config.start != KASA:
+        return "adapter_config.json has no kasa_config"
     return "adapter_config.json does not target this module"
 
 
@@ -192,7 +204,7 @@ def _check_shapes(
     for path, module in found.by_path.items():
         rank = plans[path].rank if path in plans else 0
         projection = module.projection
-        fits = {"A": (rank, projection.in_features), "B": (projection.out_features, rank)}
+        fits = {"A": (rank, projection.in_features), "B": (projection.out_features, rank), DIAGONAL: (rank,)}
         for role, name in module.tensors.items():
             shape, expected = header[name].shape, fits.get(role, (projection.out_features,))
             if shape != expected:
@@ -206,6 +218,8 @@ def _likely_base(
     axis = 1 if role == "A" else 0  # the one that is the base's; the other is the rank
     if len(found) != len(expected):
         return "; the file may hold a shard of the weights: gather them before saving"
+    if role == DIAGONAL:
+        return f"; the config says rank {expected[0]}"
     if found[axis] == expected[axis]:
         return f"; the config says rank {expected[1 - axis]} and the file {found[1 - axis]}"
     return likely_base(module.projection, is_input=role == "A", width=found[axis], base_model=config.base_model)

@@ -24,13 +24,14 @@ from loraplex.adapters.format.config import (
     unsupported,
 )
 from loraplex.adapters.format.kind import AdapterConfig
-from loraplex.adapters.format.lora_start import REMARK, STARTS
+from loraplex.adapters.format.lora_start import KASA, REMARK, STARTS
 
 KEYS = Keys(
     used=frozenset(
         {
             *("peft_type", "base_model_name_or_path", "init_lora_weights"),
             *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias", "lora_bias", "use_dora"),
+            "kasa_config",
             *targets.TARGET_KEYS,
             *targets.LAYER_KEYS,
         }
@@ -52,7 +53,6 @@ KEYS = Keys(
         "use_qalora": "QA-LoRA pools the input before A",
         "use_bdlora": "BD-LoRA stores A or B block by block",
         "arrow_config": "Arrow routes between several adapters",
-        "kasa_config": "KaSA changes the base's weights",
         "velora_config": "VeLoRA adapters are not supported; convert to plain LoRA with PEFT",
         "monteclora_config": "MonteCLoRA adapters are not supported; convert to plain LoRA with PEFT",
         "megatron_config": "adapters of Megatron's parallel layers are not supported",
@@ -76,7 +76,7 @@ class LoraConfig(AdapterConfig):
     bias: str  # "none", "lora_only" or "all"
     lora_bias: bool
     dora: bool
-    start: str = ""  # what it began with instead of nothing, out of the base's weights: one of STARTS
+    start: str = ""  # what was taken out of the base's weights before training: one of STARTS, or KASA
 
     @property
     def rank_factor(self) -> int:
@@ -105,6 +105,10 @@ def read_lora_config(raw: Mapping[str, Any]) -> LoraConfig:
     """Read the config's object. Raises AdapterRefused: "bad_config", "unsupported_option", "too_large" (rank)."""
     KEYS.check(raw)
     start = _read_start(raw.get("init_lora_weights", True))
+    if raw.get("kasa_config"):
+        if start:
+            raise unsupported(f"kasa_config is set beside init_lora_weights {start!r}; expected one of them")
+        start = KASA
     bias = raw.get("bias") or "none"
     if bias not in ("none", "lora_only", "all"):
         raise bad_config(f"bias is {shown(bias)}; expected 'none', 'lora_only' or 'all'")
@@ -112,7 +116,9 @@ def read_lora_config(raw: Mapping[str, Any]) -> LoraConfig:
     if dora and lora_bias:
         raise unsupported("use_dora and lora_bias are both true, which PEFT does not train; expected one of them")
     if dora and start:
-        raise unsupported(f"use_dora beside init_lora_weights {start!r} is not served; train one of them")
+        raise unsupported(
+            f"use_dora beside a start out of the base's weights ({start}) is not served; train one of them"
+        )
     return LoraConfig(
         kind="lora",
         targets=targets.read_targets(raw, by_layer=True),

@@ -1,4 +1,4 @@
-"""Take the start of a LoRA out of its factors: what PiSSA and OLoRA took out of the base's weights before training.
+"""Take out of a LoRA's factors what PiSSA, OLoRA or KaSA took out of the base's weights before training.
 
 PEFT trains s B A beside W - s B0 A0, which it computes from W and never saves. Over W itself the adapter therefore is
 s B A - s B0 A0, of twice the rank. Both products are the largest part of W and nearly equal, so they are brought to
@@ -7,23 +7,29 @@ into singular values. What is left is rounded as the small change that it is.
 
     pissa    s B0 A0 = U_r S_r V_r^T, the r largest singular parts of W (arXiv 2404.02948)
     olora    B0 A0 = Q_r R_r, the first r columns and rows of W = Q R (arXiv 2406.01775)
+    kasa     s B0 A0 = the r smallest singular parts, replaced by B diag A (arXiv 2412.06071)
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
-from loraplex.adapters.format.config import unsupported
+from loraplex.adapters.format.config import bad_config, unsupported
 from loraplex.adapters.format.kind import AdapterModule, ServedBase
 from loraplex.adapters.image.tiles import LowRank
 
 STARTS = ("pissa", "olora")
 """Values of init_lora_weights whose start follows from the base's weights alone."""
 
+KASA = "kasa"
+"""What kasa_config says; the third kind of a start."""
+
 REMARK = (
-    "init_lora_weights is '{}': its start is computed again from the base's weights and taken out. Its trainer rounded "
-    "the base without that start to the base's dtype, which nobody can repeat: up to 2^-9 of a weight in bfloat16"
+    "its start ({}) is computed again from the base's weights and taken out. Its trainer rounded the base without that "
+    "start to the base's dtype, which nobody can repeat: up to 2^-9 of a weight in bfloat16"
 )
 
 _UNTRAINED = 2.0**-16
@@ -36,15 +42,26 @@ def start_bytes(module: AdapterModule) -> int:
     return 4 * 5 * width * out + 8 * 4 * module.rank * (width + out)
 
 
+def check_start(modules: Iterable[AdapterModule], start: str) -> None:
+    """Refuse what PEFT does not train. Raises AdapterRefused("bad_config")."""
+    for module in modules:
+        least = min(module.projection.in_features, module.projection.out_features)
+        if start == KASA and module.rank // 2 >= least:
+            raise bad_config(
+                f"r is {module.rank // 2}, and {module.projection.name} has {least} singular parts; expected fewer "
+                "ranks beside kasa_config"
+            )
+
+
 def take_out(part: LowRank, start: str, base: ServedBase) -> LowRank:
     """Make of a trained `part` of rank r its change of the base, of rank 2 r; B is zero where that is nothing.
 
-    start: one of STARTS. Raises AdapterRefused("unsupported_option") where the base's checkpoint is quantised.
+    start: one of STARTS, or KASA. Raises AdapterRefused("unsupported_option") where the base's checkpoint is quantised.
     """
     weight = base.weight(part.layer, part.projection.name)
     if weight is None:
         raise unsupported(
-            f"init_lora_weights is {start!r}: the adapter's start has to be computed from the base's weights, and this "
+            f"the adapter's start ({start}) has to be computed from the base's weights, and this "
             "base is quantised; serve its original, or save the adapter with PEFT's "
             "path_initial_model_for_weight_conversion"
         )
@@ -57,9 +74,10 @@ def take_out(part: LowRank, start: str, base: ServedBase) -> LowRank:
 
 def _start(weight: Tensor, rank: int, start: str, scaling: float) -> tuple[Tensor, Tensor]:
     """A0 [r, in] and s B0 [out, r] of W [out, in]; only their product is free of signs."""
-    if start == "pissa":
+    if start != "olora":
         u, s, vh = torch.linalg.svd(weight, full_matrices=False)
-        return vh[:rank], u[:, :rank] * s[:rank]
+        some = slice(-rank, None) if start == KASA else slice(rank)
+        return vh[some], u[:, some] * s[some]
     q, r = torch.linalg.qr(weight)
     return r[:rank], q[:, :rank] * scaling
 

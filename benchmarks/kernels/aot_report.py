@@ -21,7 +21,7 @@ from multiprocessing import get_context
 
 import torch
 
-from loraplex.benchmarks.kernels.gpu_work import LLAMA3, SHAPES, SMOLLM2, make_work, run_all, run_linears
+from loraplex.benchmarks.kernels.gpu_work import LLAMA3, SHAPES, SMOLLM2, make_work, run_all, run_linears, run_quantized
 
 FLOAT16 = (SMOLLM2, LLAMA3, SHAPES[-1])
 """Models compiled for float16 too; the others, were they served in it, share these kernels or overflow."""
@@ -56,6 +56,8 @@ def compile_all(name: str) -> list[Row]:
                 run_all(ops, make_work(ops, shape, dtype, decode=2, prefill=(3, 5)))
             # The other kernels of a batch-invariant backend are among those above.
             run_linears(invariant, make_work(invariant, SMOLLM2, dtype, decode=2, prefill=(3,)))
+        for rows in (2, 17):  # in bf16 alone: weights are dequantised in fp32, whatever they meet
+            run_quantized(ops, make_work(ops, LLAMA3, torch.bfloat16, decode=rows, prefill=()))
 
     rows = []
     for variant in ahead.variants_of(work, target):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from loraplex.kernels.constants import ALIGN, BLOCK_SIZE, TILE_RANKS, TileKind
 from loraplex.kernels.ops import Backend
+from loraplex.kernels.quantized import Activations, GroupScales, QuantizedWeight, WeightFormat
 from loraplex.kernels.records import (
     AdapterSegments,
     AdapterStep,
@@ -236,6 +237,43 @@ def run_linears(ops: Backend, work: Work) -> list[Tensor]:
         weight = ops.pack_linear(_randn(ops, work, sum(outs), n_in, seed=30))
         outputs.append(ops.linear(_randn(ops, work, work.tokens, n_in), weight))
     return [*outputs, ops.logits(_randn(ops, work, work.tokens, n_in), weight)]
+
+
+FORMATS = (
+    WeightFormat("nf4", bits=4, group=64, codebook=tuple(i / 8 - 1 for i in range(16))),
+    WeightFormat("Q4_K", bits=4, group=32, scale_bits=8, has_offset=True),
+    WeightFormat("Q6_K", bits=6, group=16, zero=32, scale_bits=8),
+    WeightFormat("Q8_0", bits=8, group=32, scale_bits=16),
+    WeightFormat("int8", bits=8, group=None),
+)
+"""One of each kind of code, scale and offset."""
+
+
+def run_quantized(ops: Backend, work: Work) -> list[Tensor]:
+    """The base linear after attention in every format, logits, and rows of it as a table."""
+    (n_in, (n_out,)), outputs = work.shape.sites()[Site.O], []
+    x, ids = _randn(ops, work, work.tokens, n_in), torch.arange(work.tokens, device=ops.device)
+    for form in FORMATS:
+        weight = ops.pack_parts([_codes(ops, form, n_out, n_in)], work.dtype, Activations.EXACT)
+        outputs += [ops.linear(x, weight), ops.logits(x, weight), ops.embed(ids, weight, None)]
+    return [*outputs, ops.embed(ids, weight, 2.0)]
+
+
+def _codes(ops: Backend, form: WeightFormat, out: int, columns: int) -> QuantizedWeight:
+    """A weight of zeros: what compiles and moves is the same."""
+    signed = form.bits == 8
+
+    def numbers() -> GroupScales:
+        shape = (out, form.groups(columns))
+        if form.scale_bits == 8:
+            span = 256 // (form.group or 256)
+            shared = torch.zeros(out, shape[1] // span, dtype=torch.float16, device=ops.device)
+            return GroupScales(shared, torch.zeros(shape, dtype=torch.int8, device=ops.device), span)
+        kind = torch.float16 if form.scale_bits == 16 else torch.float32
+        return GroupScales(torch.zeros(shape, dtype=kind, device=ops.device))
+
+    codes = torch.zeros(out, columns, dtype=torch.int8 if signed else torch.uint8, device=ops.device)
+    return QuantizedWeight(form, codes, numbers(), numbers() if form.has_offset else None)
 
 
 def run_sampling(ops: Backend, work: Work) -> list[Tensor]:

@@ -83,7 +83,7 @@ class Quantised(ctypes.Structure):
         ("codebook", _Pointer),
         ("order", _Pointer),
         *((name, ctypes.c_int64) for name in ("columns_in", "columns_out", "panel_bytes", "block_bytes")),
-        *((name, _Int) for name in ("bits", "signed_codes", "zero")),
+        *((name, _Int) for name in ("bits", "zero", "e4m3")),
         *((name, _Int) for name in ("unit", "units", "block_units", "group_units", "span")),
         *((name, _Int) for name in ("scale", "offset", "shared", "rounded")),
     ]

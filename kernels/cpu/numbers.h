@@ -37,10 +37,21 @@ INLINE fvec load_halves(const uint8_t* p) {
     return (fvec)((uvec)size | (bits & 0x8000) << 16);
 #endif
 }
+// GCC 12 widens vectors of bytes one after the other.
 template <class B>
 INLINE fvec load_bytes(const uint8_t* p) {
-    typedef B bvec __attribute__((vector_size(kLanes), aligned(1), may_alias));
-    return __builtin_convertvector(__builtin_convertvector(*(const bvec*)p, ivec), fvec);
+    constexpr bool kSigned = (B)-1 < 0;
+#if defined(__AVX512F__)
+    __m128i bytes = _mm_loadu_si128((const __m128i*)p);
+    return __builtin_convertvector((ivec)(kSigned ? _mm512_maskz_cvtepi8_epi32(-1, bytes) : _mm512_maskz_cvtepu8_epi32(-1, bytes)), fvec);
+#elif defined(__AVX2__)
+    __m128i bytes = _mm_loadl_epi64((const __m128i*)p);
+    return __builtin_convertvector((ivec)(kSigned ? _mm256_cvtepi8_epi32(bytes) : _mm256_cvtepu8_epi32(bytes)), fvec);
+#else
+    fvec found;
+    for (int i = 0; i < kLanes; i++) found[i] = (float)(B)p[i];
+    return found;
+#endif
 }
 // kLanes numbers from number `at` on.
 template <NumberKind K>
@@ -137,6 +148,14 @@ INLINE fvec look_up(const float* table, int bits, uvec codes) {
     return found;
 }
 
+// Floats of 8 bits, 4 of them an exponent with a bias of 7: moved to where those of a float lie, they lack a bias of 120. Exact.
+INLINE fvec load_e4m3(uvec codes) {
+    uvec bits = codes & 0x7f;
+    fvec size = (fvec)(bits << 20) * 0x1p120f;
+    size = bits == 0x7f ? splat(NAN) : size;
+    return (fvec)((uvec)size | (codes & 0x80) << 24);
+}
+
 // Weights of a stretch, [count * unit][columns] fp32, as kernels/quantized.py's dequantize has them to the bit.
 INLINE void widen(const Quantised& w, const Stretch& units, int columns, float* to) {
     bool offsets = w.offset != NumberKind::kNone;
@@ -147,10 +166,12 @@ INLINE void widen(const Quantised& w, const Stretch& units, int columns, float* 
             for (int c = 0; c < columns; c += kLanes) {
                 uvec codes = load_codes(w.bits, unit, k, c);
                 fvec value;
-                if (w.codebook)
+                if (w.e4m3)
+                    value = load_e4m3(codes);
+                else if (w.codebook)
                     value = look_up(w.codebook, w.bits, codes);
                 else
-                    value = __builtin_convertvector(w.signed_codes ? (ivec)(codes << 24) >> 24 : (ivec)codes - w.zero, fvec);
+                    value = __builtin_convertvector((ivec)codes - w.zero, fvec);
                 value = rounded(value * load(units.scale[i] + c));
                 store(to + c, offsets ? value + load(units.offset[i] + c) : value);
             }
@@ -178,20 +199,20 @@ static void pack_column(const Quantised& w, const QuantisedSource& from, int64_t
 
 // ---- x ----
 
-// What a kernel multiplies, [rows][in]: fp32; bf16; or bytes, in their order, or in each 8 in that of the nibbles of a word: 0 4 1 5,
-// 2 6 3 7.
-enum class Form { kFloats, kPairs, kBytes, kNibbleBytes };
+// What a kernel multiplies, [rows][in]: fp32; bf16; bytes, in each 8 in the order of the nibbles of a word: 0 4 1 5, 2 6 3 7; or
+// bytes word by word (quant8.h).
+enum class Form { kFloats, kPairs, kNibbleBytes, kWords };
 constexpr int kRounded = 32;  // inputs that share a scale (A8_GROUP of kernels/quantized.py)
 
 struct Inputs {
     uint8_t* x;
-    int64_t in, units;   // of a row: inputs with their padding, numbers of `scale` and of `sums`
-    float *scale, *sums;  // [rows][units]: of each unit's bytes, see prepare_row
+    int64_t rows, in, units;  // of a row: inputs with their padding, numbers of `scale` and of `sums`
+    float *scale, *sums;      // [rows][units]: of each unit's bytes, see prepare_row
 };
 INLINE Inputs inputs(const Quantised& w, Form form, int64_t rows, uint8_t* at) {
-    int64_t in = (int64_t)w.units * w.unit, bytes = form == Form::kFloats ? 4 : form == Form::kPairs ? 2 : 1;
+    int64_t in = (int64_t)w.units * w.unit, bytes = form == Form::kFloats ? 4 : form == Form::kPairs || form == Form::kWords ? 2 : 1;
     float* scale = (float*)(at + round_up(rows * in * bytes, kAlign));
-    return {at, in, w.units, scale, scale + rows * w.units};
+    return {at, rows, in, w.units, scale, scale + rows * w.units};
 }
 
 // A row in the order of the codes, zeros behind it.
@@ -261,37 +282,31 @@ INLINE octets narrow(const ivec* v) {
     return all;
 #endif
 }
-template <Form form>
+// In the order of nibbles.
 INLINE void store_codes(const ivec (&codes)[kRoundVecs], int8_t* to) {
 #pragma GCC unroll 2
     for (int half = 0; half < 2; half++) {
         octets all = narrow(codes + half * (16 / kLanes));
-        if (form == Form::kNibbleBytes) all = __builtin_shuffle(all, octets{0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15});
+        all = __builtin_shuffle(all, octets{0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15});
         memcpy(to + half * 16, &all, 16);
     }
 }
 
-// Codes and numbers of the units that are kRounded inputs from k on; x has the row's own.
-template <Form form>
+// Codes and numbers of the unit of kRounded inputs from k on of row t.
 INLINE void prepare_bytes(const Quantised& w, const float* wide, int64_t k, const RoundBy& by, const Inputs& x, int64_t t) {
     ivec codes[kRoundVecs];
     round_inputs(wide + k, by, codes);
-    store_codes<form>(codes, (int8_t*)x.x + t * x.in + k);
-    int64_t at = t * x.units + k / kRounded * (kRounded / w.unit);
+    store_codes(codes, (int8_t*)x.x + t * x.in + k);
+    int64_t at = t * x.units + k / kRounded;
     ivec total{};
 #pragma GCC unroll 8
-    for (int v = 0; v < kRoundVecs; v++) {
-        total += codes[v];
-        if ((v + 1) * kLanes & (w.unit - 1)) continue;  // a unit is 8, 16 or 32
-        int32_t sum = join_lanes(total, add_lanes)[0], zeros = sum * -w.zero;
-        x.scale[at] = by.scale[0];
-        if (w.offset != NumberKind::kNone)
-            x.sums[at] = by.scale[0] * (float)sum;
-        else
-            memcpy(x.sums + at, &zeros, 4);
-        total = ivec{};
-        at++;
-    }
+    for (int v = 0; v < kRoundVecs; v++) total += codes[v];
+    int32_t sum = join_lanes(total, add_lanes)[0], zeros = sum * -w.zero;
+    x.scale[at] = by.scale[0];
+    if (w.offset != NumberKind::kNone)
+        x.sums[at] = by.scale[0] * (float)sum;
+    else
+        memcpy(x.sums + at, &zeros, 4);
 }
 
 // Row t of x, widened, in the form of its kernel. Where activations are rounded the codes are those of round_activations of
@@ -316,7 +331,7 @@ INLINE void prepare_row(const Quantised& w, float* wide, const Inputs& x, int64_
             round_inputs(wide + k, by, codes);
             for (int v = 0; v < kRoundVecs; v++) store(wide + k + v * kLanes, __builtin_convertvector(codes[v], fvec) * by.scale);
         } else {
-            prepare_bytes<form>(w, wide, k, by, x, t);
+            prepare_bytes(w, wide, k, by, x, t);
         }
     }
     if constexpr (form == Form::kFloats) memcpy(x.x + t * x.in * 4, wide, x.in * 4);

@@ -141,7 +141,7 @@ INLINE void add_tiles(const Quantised& w, const Stretch& units, int64_t rows, in
 template <bool Offset>
 struct Nibbles {
     static constexpr Form form = Form::kNibbleBytes;
-    static constexpr int stretch = kStretchUnits;
+    static constexpr int stretch = kStretchUnits, rows = 128;
     static float bias(const Quantised& w) { return Offset ? (float)w.zero : 0.f; }
     static void add(const Quantised& w, const Stretch& units, const Inputs& x, int64_t row, int64_t rows, int64_t unit, float* sums, int columns) {
         add_tiles<kByteRows, kByteVecs, kByteRowVecs>(w, units, rows, columns, [&](auto tile, auto vecs, int c, int64_t first, const Ahead& ahead) {
@@ -218,7 +218,7 @@ static NOINLINE void pair_tile(const Stretch& units, int c, const bf16* x, int64
 template <bool Codebook, bool Offset>
 struct NibblePairs {
     static constexpr Form form = Form::kPairs;
-    static constexpr int stretch = kStretchUnits;
+    static constexpr int stretch = kStretchUnits, rows = 128;
     static float bias(const Quantised& w) { return Codebook ? 0.f : 128.f + (float)w.zero; }
     static void add(const Quantised& w, const Stretch& units, const Inputs& x, int64_t row, int64_t rows, int64_t unit, float* sums, int columns) {
         add_tiles<kTileRows<bf16>, kTileVecs, kRowVecs>(w, units, rows, columns, [&](auto tile, auto vecs, int c, int64_t first, const Ahead& ahead) {

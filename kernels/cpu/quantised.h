@@ -12,20 +12,20 @@
 // alone, and adds stretch after stretch: a row's bits never depend on the others.
 //
 // Wide, the kernel of every format on every instruction set, widens the codes too and goes on as a linear of fp32. Faster ones are
-// structs with its members (quant4.h), picked by `with_kernel`.
+// structs with its members (quant4.h, quant8.h), picked by `with_kernel`.
 #pragma once
 #include "numbers.h"
 #include "quant4.h"
+#include "quant8.h"
 #include "records.h"
 
 namespace LORAPLEX_ISA {
-
-constexpr int kQuantRows = 128;  // rows that share what is widened; their sums take 32 KB
 
 template <class T>
 struct Wide {
     static constexpr Form form = Form::kFloats;
     static constexpr int stretch = 2;  // units: 16 KB when they are widened
+    static constexpr int rows = 128;   // that share what is widened; their sums take 32 KB
     static float bias(const Quantised&) { return 0.f; }
     static void add(const Quantised& w, const Stretch& units, const Inputs& x, int64_t row, int64_t rows, int64_t unit, float* sums, int columns) {
         alignas(64) float wide[stretch * 32 * kPanel];
@@ -39,7 +39,9 @@ struct Wide {
 // Calls run(kernel) with the kernel of w.
 template <class T, class F>
 INLINE void with_kernel(const Quantised& w, F run) {
-    bool whole = w.unit == 32, offset = w.offset != NumberKind::kNone;
+    bool whole = w.unit == 32, offset = w.offset != NumberKind::kNone, integers = !w.codebook && !w.e4m3;
+    if (w.rounded && w.bits == 8 && whole && integers) return offset ? run(Bytes<8, true>{}) : run(Bytes<8, false>{});
+    if (w.rounded && w.bits == 8 && w.unit == 16 && integers) return offset ? run(Bytes<4, true>{}) : run(Bytes<4, false>{});
     if constexpr (kByteDots)
         if (w.rounded && w.bits == 4 && whole && !w.codebook) return offset ? run(Nibbles<true>{}) : run(Nibbles<false>{});
     if constexpr (kDots && sizeof(T) == 2)
@@ -60,7 +62,10 @@ static void prepare(const Op& op, const Step& step, int64_t rows, int tid, int t
         Inputs x = inputs(w, form, rows, step.prepared);
         for (int64_t t = rows * tid / threads; t < rows * (tid + 1) / threads; t++) {
             gather_inputs(w, (const T*)op.x + t * w.in, wide);
-            prepare_row<form>(w, wide, x, t);
+            if constexpr (form == Form::kWords)
+                round_row(w, wide, x, t, decltype(kernel)::stretch);
+            else
+                prepare_row<form>(w, wide, x, t);
         }
     });
 }
@@ -71,8 +76,8 @@ INLINE void multiply_panel(const Quantised& w, const Inputs& x, int64_t rows, in
     static thread_local Scratch<float> scratch;
     int padded = (int)round_up(columns, 16);
     const uint8_t* panel = w.data + n / kPanel * w.panel_bytes;
-    for (int64_t row = 0; row < rows; row += kQuantRows) {
-        int64_t here = min2<int64_t>(kQuantRows, rows - row);
+    for (int64_t row = 0; row < rows; row += K::rows) {
+        int64_t here = min2<int64_t>(K::rows, rows - row);
         float* sums = scratch.get(here * kPanel);
         memset(sums, 0, here * kPanel * sizeof(float));
         each_stretch(w, block_parts(w), panel, K::stretch, (int)(n % kPanel), padded, K::bias(w), [&](int64_t unit, const Stretch& stretch) {

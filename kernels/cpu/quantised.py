@@ -106,7 +106,8 @@ def pack_quantised(
     found = layout(form, columns)
     assert found is not None, f"{form.name} of {columns} inputs is packed dense"
     packed = take(-(-out // PANEL) * found.panel_bytes)
-    codebook = None if form.codebook is None else torch.tensor(form.codebook, dtype=torch.float32)
+    e4m3 = form.codebook is not None and _is_e4m3(form.codebook)
+    codebook = None if form.codebook is None or e4m3 else torch.tensor(form.codebook, dtype=torch.float32)
     order = None if weight.order is None else weight.order.to(torch.int32)
     record = Quantised(
         codebook=_pointer(codebook),
@@ -116,16 +117,18 @@ def pack_quantised(
         panel_bytes=found.panel_bytes,
         block_bytes=found.block_bytes,
         bits=found.bits,
-        signed_codes=weight.codes.dtype == torch.int8,
         zero=form.zero,
+        e4m3=e4m3,
         unit=found.unit,
         units=found.units,
         block_units=found.block_units,
         group_units=found.group_units,
         span=found.span,
-        rounded=0 if activations is Activations.EXACT else 1 if form.group is not None else 2,
+        rounded=_rounded(form, columns, activations),
     )
     codes = weight.codes.contiguous()
+    if codes.dtype == torch.int8:  # kernels multiply unsigned codes
+        codes, record.zero = codes.view(torch.uint8) ^ 0x80, 128
     record.scale, scale, shared_scale = _stored(weight.scale, form)
     record.shared = NumberKind.NONE if shared_scale is None else NumberKind.FP16
     offset, shared_offset = None, None
@@ -136,6 +139,19 @@ def pack_quantised(
     team.emit(op, torch.float32)
     record.data = packed.data_ptr()
     return CpuQuantised(record, packed, tuple(kept for kept in (codebook, order) if kept is not None))
+
+
+def _is_e4m3(codebook: tuple[float, ...]) -> bool:
+    """Tell whether these are the values of float8_e4m3fn, its two NaN included."""
+    values = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    return len(codebook) == 256 and torch.allclose(torch.tensor(codebook), values, rtol=0, atol=0, equal_nan=True)
+
+
+def _rounded(form: WeightFormat, columns: int, activations: Activations) -> int:
+    """Tell how inputs are rounded, as round_activations does: 0 not at all, 1 in groups, 2 in rows."""
+    if activations is Activations.EXACT or (form.group is not None and columns % A8_GROUP):
+        return 0
+    return 1 if form.group is not None else 2
 
 
 def _stored(numbers: GroupScales, form: WeightFormat) -> tuple[NumberKind, Tensor, Tensor | None]:

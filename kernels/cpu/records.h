@@ -56,7 +56,7 @@ struct Quantised {
     int64_t in, out;
     int64_t panel_bytes, block_bytes;
     int32_t bits;                       // of a code as it is stored: 4 or 8
-    int32_t signed_codes, zero;
+    int32_t zero, e4m3;                 // e4m3: codes are floats of 8 bits, and need no codebook
     int32_t unit, units, block_units, group_units, span;
     NumberKind scale, offset, shared;   // offset kNone: there is none; shared kNone: one level
     int32_t rounded;                    // activations in 8 bits (A8): 1 with a scale for each 32 inputs, 2 with one for each row

@@ -9,15 +9,16 @@ captured in a CUDA graph.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812  its usual name
 
-from loraplex.kernels.gpu import attention, bgmv, linear, rowwise, sgmv
+from loraplex.kernels.gpu import attention, bgmv, linear, quantized, rowwise, sgmv, tuning
 from loraplex.kernels.ops import Backend, PackedLinear
+from loraplex.kernels.quantized import Activations, PartShape, QuantizedWeight
 from loraplex.kernels.records import (
     AdapterSegments,
     AdapterStep,
@@ -59,8 +60,8 @@ class TritonBackend(TorchSampling, Backend):
     """bf16, fp16 and fp32.
 
     A row's bits do not depend on the rows beside it in any op but linear() and logits(): cuBLAS picks its kernel, and
-    with it the order of its sums, by the number of rows. Batch-invariant, those two are a kernel of one shape, and all
-    rows take the kernels of prefill, so that a preempted answer is recomputed to the bit.
+    with it the order of its sums, by the number of rows, as quantised weights do. Batch-invariant, those two are a
+    kernel of one shape, and all rows take the kernels of prefill, so that a preempted answer is recomputed to the bit.
     """
 
     name = "triton"
@@ -76,11 +77,25 @@ class TritonBackend(TorchSampling, Backend):
     def pack_linear(self, weight: Tensor) -> PackedLinear:
         return TritonLinear(weight)
 
+    def pack_parts(
+        self, parts: Sequence[Tensor | QuantizedWeight], dtype: torch.dtype, activations: Activations
+    ) -> PackedLinear:
+        packed = [part.to(dtype) if isinstance(part, Tensor) else quantized.pack(part, dtype) for part in parts]
+        dense = [part for part in packed if isinstance(part, Tensor)]
+        if len(dense) == len(packed):
+            return self.pack_linear(torch.cat(dense))
+        return quantized.TritonParts(tuple(packed), dtype, activations)
+
+    def packed_bytes(self, linears: Iterable[Sequence[PartShape]], dtype: torch.dtype) -> int:
+        return sum(quantized.packed_bytes(*part, dtype) for parts in linears for part in parts)
+
     def embed(self, ids: Tensor, table: PackedLinear, scale: float | None) -> Tensor:
-        weight = _weight(table)
+        dtype = table.dtype if isinstance(table, quantized.TritonParts) else _weight(table).dtype
         if scale is not None:
-            scale = torch.tensor(scale, dtype=weight.dtype).item()
-        return rowwise.gather(weight, ids, scale)
+            scale = torch.tensor(scale, dtype=dtype).item()
+        if isinstance(table, quantized.TritonParts):
+            return quantized.embed(ids, table, scale)
+        return rowwise.gather(_weight(table), ids, scale)
 
     def take_rows(self, x: Tensor, rows: Tensor) -> Tensor:
         return rowwise.gather(x, rows, None)
@@ -91,14 +106,18 @@ class TritonBackend(TorchSampling, Backend):
         return rowwise.rms_norm(x, weight, eps, residual, offset)
 
     def linear(self, x: Tensor, weight: PackedLinear) -> Tensor:
-        if self.batch_invariant:
-            return linear.linear(x, _weight(weight), x.dtype)
-        return F.linear(x, _weight(weight))
+        return self._linear(x, weight, x.dtype)
 
     def logits(self, x: Tensor, weight: PackedLinear, room: Tensor | None = None) -> Tensor:
+        return self._linear(x, weight, torch.float32)
+
+    def _linear(self, x: Tensor, weight: PackedLinear, dtype: torch.dtype) -> Tensor:
+        if isinstance(weight, quantized.TritonParts):
+            few = x.shape[0] <= tuning.QUANTIZED_FEW.rows and not self.batch_invariant
+            return quantized.linear(x, weight, dtype, few)
         if self.batch_invariant:
-            return linear.linear(x, _weight(weight), torch.float32)
-        return F.linear(x, _weight(weight)).float()
+            return linear.linear(x, _weight(weight), dtype)
+        return F.linear(x, _weight(weight)).to(dtype)
 
     def add_bias_(self, y: Tensor, bias: Tensor) -> Tensor:
         rowwise.add_bias_(y, bias)

@@ -30,6 +30,12 @@ LINEAR_COLUMNS = 64
 LINEAR_DEPTH = 64
 LINEAR_WARPS = 4
 
+QUANTIZED_DEPTH = 64
+"""Inputs dequantised at a time, by the table's rows too: 2 KiB of codes of 4 bits for 64 columns."""
+
+QUANTIZED_IDS = 16
+"""Rows of a quantised table that one program looks up."""
+
 KV_SPLIT = 256
 """Keys one program of decode attention reads, counted from position 0: never from the batch."""
 
@@ -38,6 +44,22 @@ COMBINE_SPLITS = 16
 
 ELEMENTS = 1024
 """Columns of one program of the elementwise ops."""
+
+
+@dataclass(frozen=True)
+class LinearTile:
+    """Sizes of the product with quantised weights."""
+
+    rows: int
+    columns: int
+    warps: int
+
+
+QUANTIZED_FEW = LinearTile(rows=16, columns=32, warps=4)
+"""Up to so many rows, unless batch invariance is asked for: fewer columns, for more programs."""
+
+QUANTIZED_MANY = LinearTile(rows=64, columns=32, warps=4)
+"""With 64 columns weights that are dequantised and split spill on sm_80, with 8 warps too."""
 
 
 @dataclass(frozen=True)

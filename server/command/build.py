@@ -44,11 +44,9 @@ from loraplex.server.engine.policy.kv_cache import KVCache
 from loraplex.server.engine.policy.plan import SchedulerLimits
 from loraplex.server.engine.policy.scheduler import Scheduler
 from loraplex.server.engine.step.arena import allocate_arena, kv_layers
-from loraplex.server.engine.step.memory import (
-    MemoryPlan,
-    give_back_freed,
-)
+from loraplex.server.engine.step.memory import MemoryPlan
 from loraplex.server.engine.step.prefault import Prefault
+from loraplex.server.engine.step.system_memory import give_back_freed
 from loraplex.server.engine.step.worker import LocalWorker
 from loraplex.server.facts import BaseFormats
 from loraplex.server.models.base_weights import BaseWeights

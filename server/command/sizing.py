@@ -23,12 +23,11 @@ from loraplex.server.engine.step.memory import (
     MemoryPlan,
     NotEnoughMemory,
     Surroundings,
-    available_memory,
     page_bytes,
     plan_memory,
-    resident_memory,
     size,
 )
+from loraplex.server.engine.step.system_memory import available_memory, resident_memory
 from loraplex.server.models.checkpoint import Checkpoint
 from loraplex.server.models.config import ModelConfig
 from loraplex.server.models.decoder import Decoder

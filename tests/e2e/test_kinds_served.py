@@ -107,7 +107,7 @@ def test_what_is_told_of_adapters_that_are_computed(served: Served) -> None:
         "vera": ("vera", 8),
         "hra": ("hra", 4),
     }
-    assert "its start is computed again" in receipts["pissa"]["remark"]
+    assert "its start (pissa) is computed again" in receipts["pissa"]["remark"]
     assert all(receipt["remark"] is None for name, receipt in receipts.items() if name != "pissa")
 
 

@@ -17,10 +17,11 @@ from pathlib import Path
 import pytest
 
 from loraplex.kernels.cpu import abi
-from tests.support.inner_loops import STACK, inner_loops
+from tests.support.inner_loops import STACK, inner_loops, straight_runs
 from tests.support.kernel_builds import arm64_isas
 
-MULTIPLY = re.compile(r"vfmadd\d+ps|vdpbf16ps|mulps|fmla|bfdot")
+MULTIPLY = re.compile(r"vfmadd\d+ps|vdpbf16ps|vpdpbusd|v?pmaddwd|mulps|fmla|bfdot")
+INTEGERS = re.compile(r"vpdpbusd|v?pmaddwd")
 DIVIDE = re.compile(r"v?divps|fdiv")
 VECTOR = re.compile(r"%[xyz]mm|\b[qdv]\d")
 
@@ -52,6 +53,17 @@ TILES = {
     "avx2": Tile(6, 2, 2),
     "generic": Tile(3, 2, 2, each=3, mostly=0.2),
 }
+BYTES = {
+    "avx512bf16": Tile(6, 4, 1),
+    "avx512": Tile(5, 4, 2, each=2),
+    "avx2": Tile(5, 2, 2, each=2),
+    "generic": Tile(4, 2, 2, each=3),
+}
+"""The tile of most rows at a linear whose codes and inputs take 8 bits; halves: of a word's bytes."""
+
+WORDS = 8
+"""Words of a unit, which are multiplied without a jump: lines are fetched in a loop of their own before them."""
+
 ARM_TILES = {"neonbf16": Tile(6, 4, 1), "generic": Tile(5, 4, 2)}
 
 
@@ -83,6 +95,25 @@ def _check(functions: Mapping[str, list[list[str]]], isa: str, tile: Tile) -> No
 @pytest.mark.parametrize("isa", TILES)
 def test_sums_stay_in_registers(isa: str) -> None:
     _check(inner_loops(Path(abi.library()._name)), isa, TILES[isa])
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the library has these on x86-64")
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="objdump is missing: apt install binutils")
+@pytest.mark.parametrize("isa", BYTES)
+def test_products_of_bytes_are_as_dense_as_their_tile_promises(isa: str) -> None:
+    tile = BYTES[isa]
+    runs = [
+        run
+        for name, found in straight_runs(Path(abi.library()._name)).items()
+        if f"{len(isa)}{isa}" in name and "add_stretch" in name
+        for run in found
+        if sum(bool(INTEGERS.match(line)) for line in run) == tile.multiplies * WORDS
+    ]
+    assert runs, f"no {tile.multiplies * WORDS} multiply-adds one after the other"
+    for run in runs:
+        last = max(place for place, line in enumerate(run) if INTEGERS.match(line))
+        assert not [line for line in run[:last] if STACK.search(line) and VECTOR.search(line)], "\n".join(run)
+        assert last <= tile.most * WORDS, "\n".join(run)
 
 
 @pytest.mark.parametrize("isa", arm64_isas())

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from loraplex.kernels.ops import Backend
-from loraplex.kernels.quantized import Activations, QuantizedWeight, dequantize, round_activations
+from loraplex.kernels.quantized import Activations, GroupScales, QuantizedWeight, dequantize, round_activations
 from tests.support.quantized import FORMATS, random_weight
 from tests.support.rounding import Exact, assert_near, exact
 
@@ -90,6 +90,18 @@ def test_parts_of_several_formats_and_a_dense_one(
             assert_near(y, exact(x) @ exact(part).T, np.abs(exact(x)) @ np.abs(exact(part)).T)
         else:
             assert_near(y, *_sums(part, x, activations))
+
+
+def test_inputs_of_no_whole_groups_stay_exact(backend: Backend) -> None:
+    """48 inputs in groups of 16: 8-bit activations have groups of 32."""
+    weight = random_weight("Q6_K", 20, 512)
+    scale = GroupScales(weight.scale.shared.float().repeat_interleave(3, 1)[:, :3])
+    cut = replace(
+        weight, format=replace(weight.format, scale_bits=32), codes=weight.codes[:, :48].contiguous(), scale=scale
+    )
+    packed = backend.pack_parts([cut], torch.float32, Activations.A8)
+    x = torch.randn(3, 48, generator=torch.Generator().manual_seed(5))
+    assert_near(backend.linear(x.to(backend.device), packed), *_sums(cut, x, Activations.EXACT))
 
 
 @NAMED

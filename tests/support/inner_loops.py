@@ -17,10 +17,28 @@ _JUMP = re.compile(r"^(?:j\w+|b\.?\w*|cbn?z|tbn?z)\s.*?\b([0-9a-f]+) <")
 
 def inner_loops(library: Path, objdump: str = "objdump") -> Mapping[str, list[list[str]]]:
     """By function, the instructions of each of its loops that has no other inside."""
+    return {name: _loops(body) for name, body in _functions(library, objdump).items()}
+
+
+def straight_runs(library: Path, objdump: str = "objdump") -> Mapping[str, list[list[str]]]:
+    """By function, its instructions from one jump to the next."""
+    return {name: _runs(body) for name, body in _functions(library, objdump).items()}
+
+
+def _functions(library: Path, objdump: str) -> Mapping[str, str]:
     command = [objdump, "-d", "--no-show-raw-insn", str(library)]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     _, *parts = _FUNCTION.split(text)
-    return {name: _loops(body) for name, body in zip(parts[::2], parts[1::2], strict=True)}
+    return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+def _runs(body: str) -> list[list[str]]:
+    runs: list[list[str]] = [[]]
+    for _, shown in _INSTRUCTION.findall(body):
+        runs[-1].append(shown.strip())
+        if _JUMP.match(shown):
+            runs.append([])
+    return runs
 
 
 def _loops(body: str) -> list[list[str]]:

@@ -138,6 +138,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "llama_biased",
         {"r": 5, "target_modules": QV, "init_lora_weights": "olora", "bias": "lora_only"},
     ),
+    "kasa": ("llama", {"r": 4, "lora_alpha": 6, "target_modules": ALL, "kasa_config": {}}),
+    "kasa, fused": ("phi3", {"r": 3, "target_modules": "all-linear", "kasa_config": {}, "use_rslora": True}),
+    "kasa, base biases": ("llama_biased", {"r": 3, "target_modules": QV, "kasa_config": {}, "bias": "lora_only"}),
     "olora, fused": ("phi3", {"r": 4, "target_modules": "all-linear", "init_lora_weights": "olora"}),
     "float16 file": ("llama", {"target_modules": ALL, "dtype": torch.float16}),
     "bfloat16 file": ("llama", {"target_modules": ALL, "dtype": torch.bfloat16}),
@@ -262,6 +265,12 @@ MODULE_KIND_CASES: dict[str, tuple[str, dict[str, Any]]] = {
                 {"r": 2, "u": 5, "target_modules": "all-linear", "weight_tying": 0.5, "save_projection": False},
             ),
         },
+        "DEFT": {
+            "all": ("llama", {**UNTRAINED, "alpha": 9}),
+            "orthonormal, base biases": ("llama_biased", {**UNTRAINED, "decomposition_method": "qr"}),
+            "para": ("qwen2", {**UNTRAINED, "target_modules": QV, "para": True, "decomposition_method": "qr"}),
+            "fused": ("phi3", {**UNTRAINED, "target_modules": "all-linear", "decomposition_method": "qr"}),
+        },
         "BEFT": {
             "value": ("llama", {"target_modules": ["v_proj"]}),
             "all, base biases": ("llama_biased", {"target_modules": ALL}),
@@ -299,10 +308,12 @@ def make_peft_adapter(
     kind: str = "LORA",
     seed: int = 1,
     dtype: torch.dtype = torch.float32,
-    strength: float = 0.5,
+    strength: float | None = 0.5,
     **options: Any,
 ) -> PeftAdapter:
     """A random adapter of a peft_type with the options of its config, its file in `dtype`, as PEFT saves it.
+
+    strength: None leaves it as it began.
 
     A and B, and IA3's vectors, are drawn so that each module's own output changes by `strength` of its size before
     scaling; biases that the config trains get values of their own.
@@ -311,7 +322,8 @@ def make_peft_adapter(
 
     config = get_peft_config({"peft_type": kind, "task_type": "CAUSAL_LM", **options})
     model = get_peft_model(copy.deepcopy(base), config).eval()
-    randomise_adapter(model, seed, dtype, strength)
+    if strength is not None:
+        randomise_adapter(model, seed, dtype, strength)
     save_adapter(model, folder, dtype)
     return PeftAdapter(model, folder)
 
@@ -334,6 +346,9 @@ _OWN_STD: dict[str, Callable[[Tensor], float]] = {
     "unilora_theta_d": lambda w: 4.0,
     "tinylora_v": lambda w: 1.0,
     "beft_bias": lambda w: 1.0,
+    "lora_diag": lambda w: 2.0,
+    "deft_P": lambda w: w.shape[0] ** -0.5,
+    "deft_R": lambda w: 0.5,
 }
 """Of other kinds' parameters: standard deviations that move outputs by about their own size, at a strength of 1."""
 

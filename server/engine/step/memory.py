@@ -10,11 +10,8 @@ the device's: weights, arena and scratch; process and host store are in another 
 
 from __future__ import annotations
 
-import ctypes
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -255,34 +252,6 @@ def logit_rows(vocab_size: int) -> int:
     return max(1, min(LOGIT_ROWS, LOGIT_BYTES // (vocab_size * 4)))
 
 
-def available_memory(device: torch.device) -> int:
-    """Bytes that could be allocated on `device` now; on the CPU no more than the container is allowed."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    available = _meminfo()
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-    except (OSError, ValueError):
-        return available
-    return available if limit == "max" else min(available, max(0, int(limit) - used))
-
-
-def resident_memory() -> int:
-    """Bytes of this process that are in memory now; 0 where the system does not say."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError):  # not Linux
-        return 0
-
-
-def give_back_freed() -> None:
-    """Return to the system what the allocator has been given back: after loading, some 60 MiB of the demo base's."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "malloc_trim"):  # glibc
-        libc.malloc_trim(0)
-
-
 def size(nbytes: int) -> str:
     """Bytes for people."""
     for unit, power in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
@@ -311,14 +280,6 @@ def _too_little(budget: int, fixed: int, sequence: int, length: int, weights: in
         f"{size(budget)} of memory are too little: {', '.join(parts)}; give at least --memory {least}, or lower "
         "--max-model-len"
     )
-
-
-def _meminfo() -> int:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):  # not Linux
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 def _typical_pages(config: ModelConfig, dtype: torch.dtype, page: int) -> int:

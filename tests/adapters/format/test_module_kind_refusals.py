@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 
 from loraplex.adapters.errors import AdapterRefused
-from loraplex.adapters.format import adalora, beft, delora, hra, loha, miss, tinylora, unilora, vblora
+from loraplex.adapters.format import adalora, beft, deft, delora, hra, loha, miss, tinylora, unilora, vblora
 from loraplex.adapters.format.config import Keys
 from loraplex.adapters.format.vera import Pvera, Vera
 from tests.support.adapter_folder import AdapterFolder
@@ -38,6 +38,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "UNILORA": {**OPTIONS, "save_indices": True},
     "TINYLORA": {"r": 2, "u": 5, "target_modules": QV},
     "BEFT": {"target_modules": QV},
+    "DEFT": OPTIONS,
 }
 CONFIGS: dict[str, tuple[str, Keys]] = {
     "ADALORA": ("AdaLoraConfig", adalora.KEYS),
@@ -51,6 +52,7 @@ CONFIGS: dict[str, tuple[str, Keys]] = {
     "UNILORA": ("UniLoraConfig", unilora.KEYS),
     "TINYLORA": ("TinyLoraConfig", tinylora.KEYS),
     "BEFT": ("BeftConfig", beft.KEYS),
+    "DEFT": ("DeftConfig", deft.KEYS),
 }
 WITHOUT_BIAS = ("LOHA", "BEFT")
 """Kinds whose configs have no such option."""
@@ -208,6 +210,9 @@ def test_contradicting_configs(base: Any, tmp_path: Path, kind: str) -> None:
         ("TINYLORA", {"weight_tying": 2}, "bad_config", "weight_tying"),
         ("TINYLORA", {"save_projection": False}, "unmatched_tensor", "tinylora_P"),
         ("BEFT", {"r": 4}, "unsupported_option", "r is 4"),
+        ("DEFT", {"decomposition_method": "svd"}, "unsupported_option", "svd"),
+        ("DEFT", {"para": True}, "unmatched_tensor", "deft_R"),
+        ("DEFT", {"alpha": "8"}, "bad_config", "alpha"),
     ],
 )  # fmt: skip
 def test_configs_of_each_kind(
@@ -256,6 +261,19 @@ def test_reflections_without_a_direction(base: Any, tmp_path: Path, orthonormal:
     name = folder.names("hra_u")[0]
     folder.tensors[name][:, 1] = folder.tensors[name][:, 0] if orthonormal else 0
     folder.refused("not_finite", re.escape(name))
+
+
+def test_an_injection_that_is_what_was_taken_has_no_effect(base: Any, tmp_path: Path) -> None:
+    """So DEFT begins."""
+    make_peft_adapter(base, tmp_path, kind="DEFT", r=4, target_modules=QV, strength=None)
+    with refused("no_effect"):
+        read_adapter(tmp_path, served_base_of(base, layout_of(base)))
+
+
+def test_a_quantised_base_has_no_weights_to_take_from(base: Any, tmp_path: Path) -> None:
+    make_peft_adapter(base, tmp_path, kind="DEFT", **KINDS["DEFT"])
+    with refused("unsupported_option", "this base is quantised"):
+        read_adapter(tmp_path, replace(served_base_of(base, layout_of(base)), weight=lambda *_: None))
 
 
 def test_modules_without_effect_have_no_tiles(base: Any, tmp_path: Path) -> None:

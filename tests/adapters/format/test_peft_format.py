@@ -18,6 +18,7 @@ from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.format.kinds import KINDS
 from loraplex.adapters.image.tiles import BiasDelta, LowRank, OutputScale
 from loraplex.adapters.tiers.reader import AdapterReader
+from tests.support.adapter_folder import AdapterFolder
 from tests.support.adapter_reading import ParsedAdapter, read_adapter
 from tests.support.peft_adapters import (
     ALL,
@@ -53,7 +54,8 @@ def check_against_peft(base: Any, adapter: PeftAdapter) -> ParsedAdapter:
     scales = {f"model.layers.{p.layer}.{p.projection.name}": p for p in parsed.parts if isinstance(p, OutputScale)}
     modules = adapter.modules()
     assert set(low_rank) == set(modules)
-    start = adapter.model.peft_config["default"].init_lora_weights in STARTS
+    config = adapter.model.peft_config["default"]
+    start = config.init_lora_weights in STARTS or config.kasa_config is not None
     assert set(scales) == {path for path, module in modules.items() if "default" in module.lora_magnitude_vector}
     for path, module in modules.items():
         part = low_rank[path]
@@ -61,7 +63,8 @@ def check_against_peft(base: Any, adapter: PeftAdapter) -> ParsedAdapter:
         found = part.scaling * part.b.float() @ part.a.float()
         expected = module.get_delta_weight("default")
         if start:  # PEFT has taken it out of the weights
-            expected = expected + module.base_layer.weight - base.get_submodule(path).weight
+            zero = torch.zeros(1, module.in_features)
+            expected = (module(torch.eye(module.in_features)) - module(zero)).T - base.get_submodule(path).weight
         if path in scales:
             found += scales.pop(path).values[:, None] * base.get_submodule(path).weight
             zero = torch.zeros(1, module.in_features)
@@ -307,14 +310,37 @@ def test_what_is_asked_of_a_start(bases: dict[str, Any], tmp_path: Path) -> None
     served = served_base_of(base, layout_of(base))
     info = AdapterReader(served, 1 << 30).examine(str(tmp_path))
     assert (info.rank, info.kind) == (8, "lora")
-    assert "init_lora_weights is 'pissa'" in info.remark
+    assert "its start (pissa) is computed again" in info.remark
     with refused("unsupported_option", "this base is quantised"):
         read_adapter(tmp_path, replace(served, weight=lambda *_: None))
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    for more, code in (({"use_dora": True}, "unsupported_option"), ({"r": 513}, "too_large")):
+    refusals = (({"use_dora": True}, "unsupported_option"), ({"kasa_config": {"beta": 1}}, "unsupported_option"))
+    for more, code in (*refusals, ({"r": 513}, "too_large")):
         (tmp_path / "adapter_config.json").write_text(json.dumps({**config, **more}))
         with refused(code):
             read(base, tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_asked_of_kasa(bases: dict[str, Any], tmp_path: Path) -> None:
+    base = bases["llama"]
+    make_peft_adapter(base, tmp_path, r=4, target_modules=QV, kasa_config={})
+    folder = AdapterFolder(tmp_path, lambda dtype: served_base_of(base, layout_of(base, dtype=dtype)))
+    folder.config = json.loads((tmp_path / "adapter_config.json").read_text())
+    folder.tensors = safetensors.torch.load(folder.weights.read_bytes())
+    sound, name = dict(folder.tensors), "base_model.model.model.layers.1.self_attn.v_proj.lora_diag"
+    folder.tensors = {**sound, name: sound[name][:3]}
+    folder.refused("shape_mismatch", "lora_diag has shape")
+    folder.tensors = {other: tensor for other, tensor in sound.items() if other != name}
+    folder.refused("missing_tensor", "lora_diag is missing")
+    folder.tensors = {**sound, name: sound[name] * math.inf}
+    folder.refused("not_finite", "lora_diag")
+    folder.tensors = sound
+    folder.config["kasa_config"] = None
+    folder.refused("unmatched_tensor", "lora_diag.*no kasa_config")
+    folder.config |= {"kasa_config": {"beta": 0.1}, "r": 32}
+    folder.tensors = {n: torch.ones([32 if size == 4 else size for size in t.shape]) for n, t in sound.items()}
+    folder.refused("bad_config", "32 singular parts")
 
 
 @pytest.mark.filterwarnings("ignore")

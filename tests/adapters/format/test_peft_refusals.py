@@ -342,7 +342,7 @@ def test_a_pattern_that_would_take_for_ever(folder: Folder, key: str, monkeypatc
         ("alora_invocation_tokens", [1, 2]), ("modules_to_save", ["lm_head"]),
         ("trainable_token_indices", [3]), ("trainable_token_indices", {"embed_tokens": [3]}),
         ("target_parameters", ["mlp.experts.gate_up_proj"]), ("layer_replication", [[0, 2]]), ("use_qalora", True),
-        ("use_bdlora", {"nblocks": 2}), ("arrow_config", {"top_k": 1}), ("kasa_config", {"beta": 1}),
+        ("use_bdlora", {"nblocks": 2}), ("arrow_config", {"top_k": 1}),
         ("velora_config", {"scale": 1.0}), ("monteclora_config", {"num_samples": 2}), ("megatron_config", {"a": 1}),
         ("enable_lora", [True, False]), ("init_lora_weights", "pissa_niter_4"), ("init_lora_weights", "PiSSA_niter_16"),
         ("init_lora_weights", "lora_ga"), ("init_lora_weights", "corda"), ("init_lora_weights", "loftq"),

@@ -22,13 +22,12 @@ from loraplex.server.engine.step.memory import (
     Demand,
     NotEnoughMemory,
     Surroundings,
-    available_memory,
     logit_rows,
     page_bytes,
     plan_memory,
-    resident_memory,
     scratch_bytes,
 )
+from loraplex.server.engine.step.system_memory import resident_memory
 from loraplex.server.models.config import ModelConfig
 from loraplex.server.models.decoder import Decoder
 from loraplex.server.models.opening import open_checkpoint
@@ -282,8 +281,6 @@ def test_logit_slices_are_bounded() -> None:
     assert logit_rows(10**9) == 1
 
 
-def test_available_memory_is_something() -> None:
-    assert 10**6 < available_memory(torch.device("cpu")) < 10**15
-    assert 10**7 < resident_memory() < available_memory(torch.device("cpu"))
+def test_weights_take_no_less_than_their_numbers() -> None:
     ops, checkpoint = load_backend("cpu", "cpu"), HeldCheckpoint.of_shapes(SMOLLM2)
     assert resident_bytes(checkpoint, SMOLLM2, BF16, ops, own_head=False) >= 2 * 134_515_008

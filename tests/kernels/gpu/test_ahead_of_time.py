@@ -9,7 +9,17 @@ import torch
 
 from loraplex.benchmarks.kernels import ahead
 from loraplex.benchmarks.kernels.aot_report import compile_for
-from loraplex.benchmarks.kernels.gpu_work import SHAPES, SMOLLM2, Shape, Work, make_work, run_all, run_linears
+from loraplex.benchmarks.kernels.gpu_work import (
+    LLAMA3,
+    SHAPES,
+    SMOLLM2,
+    Shape,
+    Work,
+    make_work,
+    run_all,
+    run_linears,
+    run_quantized,
+)
 from loraplex.kernels.gpu.backend import TritonBackend
 from loraplex.kernels.records import AdapterStep
 
@@ -20,6 +30,8 @@ KERNELS = {
     "decode_attention._split",
     "linear._tile",
     "prefill_attention._tile",
+    "quantized._rows",
+    "quantized._tile",
     "rowwise._act_mul",
     "rowwise._add_bias",
     "rowwise._gather",
@@ -56,7 +68,12 @@ def test_steady_state_compiles_nothing(ops: TritonBackend, shape: Shape) -> None
     with ahead.noted(ahead.TARGETS["sm_90"]) as variants:
         run((2, (3, 5), 16, 64))
         first = set(variants)
-        assert {variants[key].kernel for key in first} >= KERNELS - {"rowwise._add_bias", "linear._tile"}
+        assert {variants[key].kernel for key in first} >= KERNELS - {
+            "rowwise._add_bias",
+            "linear._tile",
+            "quantized._rows",
+            "quantized._tile",
+        }
         for step in steps:
             run(step)
             assert {variants[key].label for key in set(variants) - first} == set()
@@ -69,6 +86,18 @@ def test_linears_of_any_number_of_rows_share_a_variant() -> None:
             run_linears(invariant, make_work(invariant, SMOLLM2, torch.bfloat16, rows, ()))
     # Results in bf16 and, for logits, in fp32.
     assert [variant.kernel for variant in variants.values()] == ["linear._tile"] * 2
+
+
+def test_quantised_linears_have_a_variant_for_few_rows_and_one_for_many(ops: TritonBackend) -> None:
+    work = {rows: make_work(ops, LLAMA3, torch.bfloat16, rows, ()) for rows in (2, 5, 16, 17, 33, 129)}
+    with ahead.noted(ahead.TARGETS["sm_90"]) as variants:
+        for rows in (2, 17):
+            run_quantized(ops, work[rows])
+        first = set(variants)
+        assert {variants[key].kernel for key in first} == {"quantized._rows", "quantized._tile"}
+        for rows in (5, 16, 33, 129):
+            run_quantized(ops, work[rows])
+    assert {variants[key].label for key in set(variants) - first} == set()
 
 
 def test_layers_and_slots_share_a_variant(ops: TritonBackend) -> None:
