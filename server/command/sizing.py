@@ -31,7 +31,7 @@ from loraplex.server.engine.step.system_memory import available_memory, resident
 from loraplex.server.models.checkpoint import Checkpoint
 from loraplex.server.models.config import ModelConfig
 from loraplex.server.models.decoder import Decoder
-from loraplex.server.models.weight_sizes import loading_bytes, resident_bytes
+from loraplex.server.models.weight_sizes import format_names, loading_bytes, resident_bytes
 from loraplex.server.models.weights import ModelWeights
 
 TORCH_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DType if name is not DType.auto}
@@ -70,6 +70,7 @@ class MachineMemory:
             loading_bytes=loading_bytes(checkpoint, model_config, dtype),
             threads=torch.get_num_threads(),
             lean=ops.name == "cpu",
+            quantised=bool(format_names(checkpoint)),
         )
 
     def plan(self, token_budget: int, own_head: bool) -> MemoryPlan:

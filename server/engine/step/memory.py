@@ -70,6 +70,7 @@ class Surroundings:
     loading_bytes: int = 0  # that reading the weights takes for a while, before the arena is written
     threads: int = 1  # that compute, each with scratch of its own
     lean: bool = False  # the CPU kernels: they work in place, where plain PyTorch makes fp32 copies and whole scores
+    quantised: bool = False  # some linears of the base are
 
 
 @dataclass(frozen=True)
@@ -230,6 +231,8 @@ def scratch_bytes(
         # A thread's own: attention's sums; rows widened to fp32 for the linears and for the adapters (kWidened, or a
         # block of rows where that is more, and half as much again: Scratch); sampling's candidates.
         activations += around.threads * ((5 << 19) + 1024 * max(hidden, inner, q) + 32 * vocab)
+        if around.quantised:  # a step's inputs of one linear as its kernel wants them (prepared_bytes in records.h)
+            activations += 5 * tokens * max(hidden, inner, q)
     else:
         activations = tokens * (4 * hidden + 2 * (q + 2 * kv) + 4 * inner) * max(4, element)  # ops work on fp32 copies
         activations += 2 * config.num_heads * min(tokens, 128) * length * 4 + 4 * kv * length * 4  # scores; KV gathered

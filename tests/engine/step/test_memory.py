@@ -14,6 +14,8 @@ from loraplex.kernels import hugepages
 from loraplex.kernels.constants import BLOCK_SIZE
 from loraplex.kernels.cpu import backend as cpu_backend
 from loraplex.kernels.cpu.program import CpuProgram
+from loraplex.kernels.cpu.quantised import layout
+from loraplex.kernels.quantized import WeightFormat
 from loraplex.kernels.select import load_backend
 from loraplex.server.engine.policy.kv_groups import kv_groups, peak_pages
 from loraplex.server.engine.step.arena import allocate_arena, kv_layers
@@ -246,6 +248,17 @@ class TestCounts:
         per_token = (scratch(tokens) - scratch(0)) / tokens
         taken = sum(tensor.nbytes for tensor in program._workspace)
         assert taken <= per_token * tokens, "what a step's results take is planned for"
+
+    @pytest.mark.parametrize("group", [8, 16, 32, 128, None])
+    def test_inputs_of_quantised_linears_are_planned_for(self, group: int | None) -> None:
+        """As prepared_bytes of records.h has them: fp32, two numbers for each unit, and an alignment."""
+        tokens, around = 256, Surroundings(lean=True)
+        demand = Demand(1024, 8, tokens)
+        plain, more = (scratch_bytes(SMOLLM2, BF16, 1024, demand, s) for s in (around, replace(around, quantised=True)))
+        widest = max(projection.in_features for projection in SMOLLM2.projections())
+        found = layout(WeightFormat("any", bits=4, group=group), widest)
+        assert found is not None
+        assert found.units * (found.unit * 4 + 8) * tokens <= more - plain <= 5 * widest * tokens
 
     def test_the_arena_takes_its_bytes_and_no_more(self) -> None:
         """Zero pages until touched: then all of it is resident, and little else."""
