@@ -310,18 +310,22 @@ INLINE void prepare_bytes(const Quantised& w, const float* wide, int64_t k, cons
         memcpy(x.sums + at, &zeros, 4);
 }
 
+INLINE void sum_units(const Quantised& w, const float* wide, const Inputs& x, int64_t t) {
+    for (int64_t u = 0; u < x.units; u++) {
+        fvec total{};
+        for (int64_t k = 0; k < w.unit; k += kLanes) total += load_n(wide + u * w.unit + k, lanes_left(w.unit - k));
+        x.sums[t * x.units + u] = sum(total);
+    }
+}
+
 // Row t of x, widened, in the form of its kernel. Where activations are rounded the codes are those of round_activations of
-// kernels/quantized.py; as fp32 they are multiplied out again. `sums` of a unit: of pairs, the sum of its inputs; of bytes, that of
+// kernels/quantized.py; as fp32 they are multiplied out again. `sums` of a unit: of pairs and fp32, the sum of its inputs; of bytes, that of
 // the codes: times the scale as fp32 where w has an offset, else times -zero as int32.
 template <Form form>
 INLINE void prepare_row(const Quantised& w, float* wide, const Inputs& x, int64_t t) {
     if constexpr (form == Form::kPairs) {
         for (int64_t k = 0; k < x.in; k += kLanes) store_n((bf16*)x.x + t * x.in + k, load_n(wide + k, lanes_left(x.in - k)), lanes_left(x.in - k));
-        for (int64_t u = 0; u < x.units; u++) {
-            fvec total{};
-            for (int64_t k = 0; k < w.unit; k += kLanes) total += load_n(wide + u * w.unit + k, lanes_left(w.unit - k));
-            x.sums[t * x.units + u] = sum(total);
-        }
+        sum_units(w, wide, x, t);
         return;
     }
     RoundBy by = w.rounded == 2 ? round_by(wide, x.in) : RoundBy{};
@@ -335,7 +339,10 @@ INLINE void prepare_row(const Quantised& w, float* wide, const Inputs& x, int64_
             prepare_bytes(w, wide, k, by, x, t);
         }
     }
-    if constexpr (form == Form::kFloats) memcpy(x.x + t * x.in * 4, wide, x.in * 4);
+    if constexpr (form == Form::kFloats) {
+        memcpy(x.x + t * x.in * 4, wide, x.in * 4);
+        sum_units(w, wide, x, t);
+    }
 }
 
 }  // namespace LORAPLEX_ISA

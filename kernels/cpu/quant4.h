@@ -2,7 +2,8 @@
 //
 // Nibbles multiplies them by x in bytes, as integers: 32 products of a unit are one sum in int32, which the scales of both are
 // multiplied to. NibblePairs multiplies them by x in bf16: a code beside the bits of 128 is the bf16 number 128 + code, and 128 times
-// the sum of x comes off with the offset; of a codebook the codes are looked up.
+// the sum of x comes off with the offset; of a codebook the codes are looked up. NibbleFloats multiplies them by x in fp32, each code as a
+// float on its way through a register.
 #pragma once
 #include "numbers.h"
 
@@ -225,6 +226,92 @@ struct NibblePairs {
         add_tiles<kTileRows<bf16>, kTileVecs, kRowVecs>(w, units, rows, columns, [&](auto tile, auto vecs, int c, int64_t first, const Ahead& ahead) {
             int64_t at = row + first;
             pair_tile<tile.count, vecs.count, Codebook, Offset>(units, c, (const bf16*)x.x + at * x.in + unit * 32, x.in, x.sums + at * x.units + unit, x.units, sums + first * kPanel + c, w.codebook, ahead);
+        });
+    }
+};
+
+// ---- x in fp32 ----
+
+// Lanes hold a codebook, in one register or two.
+constexpr bool kFloatCodes = LORAPLEX_LANES >= 8 && kByteDots;
+
+#if LORAPLEX_LANES == 8
+constexpr int kFloatVecs = 1, kFloatRowVecs = 4, kFloatTileRows = 6;
+#else
+constexpr int kFloatVecs = 2, kFloatRowVecs = 4, kFloatTileRows = 6;
+#endif
+
+struct FloatTable {
+    fvec low, high;
+};
+
+// Codes of bits [shift, shift + 4) of words as floats: themselves, or what a codebook has for them.
+template <bool Codebook>
+INLINE fvec code_floats(uvec words, int shift, const FloatTable& table) {
+#if LORAPLEX_LANES == 16
+    if constexpr (Codebook)  // of an index the last 4 bits count
+        return __builtin_shuffle(table.low, (ivec)(words >> shift));
+#elif LORAPLEX_LANES == 8
+    if constexpr (Codebook) {  // the last 3; the fourth says which register, as a sign
+        __m256i index = (__m256i)(words >> shift);
+        __m256 low = _mm256_permutevar8x32_ps((__m256)table.low, index), high = _mm256_permutevar8x32_ps((__m256)table.high, index);
+        return (fvec)_mm256_blendv_ps(low, high, (__m256)(words << (28 - shift)));
+    }
+#endif
+    return __builtin_convertvector((ivec)(words >> shift & 15), fvec);
+}
+
+template <int M, int V, bool Codebook, bool Offset>
+static NOINLINE void float_tile(const Stretch& units, int c, const float* x, int64_t ldx, const float* xsum, int64_t ldn, float* sums, const float* codebook, Ahead ahead) {
+    FloatTable table{};
+    if constexpr (Codebook) table = {load(codebook), kLanes < 16 ? load(codebook + 16 - kLanes) : fvec{}};
+    const uint8_t* w = units.codes + c * 4;
+    for (int64_t u = 0; u < units.count; u++, x += 32) {
+        ahead.next();
+        fvec acc[M][V];
+#pragma GCC unroll 8
+        for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
+            for (int v = 0; v < V; v++) acc[m][v] = fvec{};
+        for (int j = 0; j < 4; j++, w += 256) {
+            const float* from = x + j * 8;
+#pragma GCC unroll 8
+            for (int n = 0; n < 8; n++) {
+                fvec codes[V];
+#pragma GCC unroll 4
+                for (int v = 0; v < V; v++) codes[v] = code_floats<Codebook>(load_pairs(w + v * kLanes * 4), n % 2 * 16 + n / 2 * 4, table);
+#pragma GCC unroll 8
+                for (int m = 0; m < M; m++) {
+                    fvec a = splat(from[m * ldx + n]);
+#pragma GCC unroll 4
+                    for (int v = 0; v < V; v++) acc[m][v] = multiply_add(acc[m][v], a, codes[v]);
+                }
+            }
+        }
+#pragma GCC unroll 4
+        for (int v = 0; v < V; v++) {
+            fvec scale = load(units.scale[u] + c + v * kLanes), offset{};
+            if (Offset) offset = load(units.offset[u] + c + v * kLanes);
+#pragma GCC unroll 8
+            for (int m = 0; m < M; m++) {
+                float* at = sums + m * kPanel + v * kLanes;
+                fvec total = multiply_add(load(at), acc[m][v], scale);
+                if (Offset) total = multiply_add(total, offset, splat(xsum[m * ldn + u]));
+                store(at, total);
+            }
+        }
+    }
+}
+
+template <bool Codebook, bool Offset>
+struct NibbleFloats {
+    static constexpr Form form = Form::kFloats;
+    static constexpr int stretch = kStretchUnits, rows = 128;
+    static float bias(const Quantised& w) { return Codebook ? 0.f : (float)w.zero; }
+    static void add(const Quantised& w, const Stretch& units, const Inputs& x, int64_t row, int64_t rows, int64_t unit, float* sums, int columns) {
+        add_tiles<kFloatTileRows, kFloatVecs, kFloatRowVecs>(w, units, rows, columns, [&](auto tile, auto vecs, int c, int64_t first, const Ahead& ahead) {
+            int64_t at = row + first;
+            float_tile<tile.count, vecs.count, Codebook, Offset>(units, c, (const float*)x.x + at * x.in + unit * 32, x.in, x.sums + at * x.units + unit, x.units, sums + first * kPanel + c, w.codebook, ahead);
         });
     }
 };

@@ -51,6 +51,11 @@ INLINE void with_kernel(const Quantised& w, F run) {
             if (!w.codebook) return run(NibblePairs<false, true>{});
             if constexpr (kLookUpPairs) return offset ? run(NibblePairs<true, true>{}) : run(NibblePairs<true, false>{});
         }
+    if constexpr (kFloatCodes)
+        if (w.bits == 4 && whole && !w.e4m3) {
+            if (!w.codebook) return run(NibbleFloats<false, true>{});
+            return offset ? run(NibbleFloats<true, true>{}) : run(NibbleFloats<true, false>{});
+        }
     run(Wide<T>{});
 }
 

@@ -63,10 +63,10 @@ BYTES = {
 
 NIBBLES = {
     "avx512bf16": {"nibble_tile": ("vpdpbusd", 6 * 4 * 8), "pair_tile": ("vdpbf16ps", 6 * 4 * 16)},
-    "avx512": {"nibble_tile": ("vpmaddubsw", 6 * 4 * 8)},
-    "avx2": {"nibble_tile": ("vpmaddubsw", 8 * 8)},
+    "avx512": {"nibble_tile": ("vpmaddubsw", 6 * 4 * 8), "float_tile": ("vfmadd231ps", 6 * 2 * 8)},
+    "avx2": {"nibble_tile": ("vpmaddubsw", 8 * 8), "float_tile": ("vfmadd231ps", 6 * 8)},
 }
-"""By kernel of 4-bit codes: what it multiplies with, and how often in a unit of its largest tile."""
+"""By kernel of 4-bit codes: what it multiplies with, and how often in a unit of its largest tile (float_tile: a fourth)."""
 
 WORDS = 8
 """Words of a unit, which are multiplied without a jump: lines are fetched in a loop of their own before them."""
