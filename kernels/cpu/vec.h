@@ -66,7 +66,10 @@ INLINE A rounded(A v) {
 #elif defined(__x86_64__)
     asm("" : "+x"(v));
 #elif defined(__aarch64__)
-    asm("" : "+w"(v));
+    if constexpr (sizeof(A) > 16)
+        asm("" : "+m"(v));  // no register holds it
+    else
+        asm("" : "+w"(v));
 #endif
     return v;
 }

@@ -52,7 +52,7 @@ def test_refused_adapters_are_counted_by_reason(base: Path, oracle: Any, tmp_pat
     for name in ("folder/kind", "values"):
         make_peft_adapter(oracle, tmp_path / name, r=2, target_modules=["q_proj"])
     config = tmp_path / "folder/kind/adapter_config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"peft_type": "ADALORA"}))
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"peft_type": "LILY"}))
     weights = tmp_path / "values/adapter_model.safetensors"
     save_file({name: torch.full_like(tensor, torch.nan) for name, tensor in load_file(weights).items()}, weights)
     with live_server(base, "tiny", EngineConfig(device="cpu", memory=32 << 20)) as server:

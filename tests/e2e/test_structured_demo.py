@@ -29,8 +29,8 @@ from tests.support.schemas import Schema, bounded_schemas
 
 COUNT, STREAMS, LIMIT = 200, 16, 400
 EXAMPLES = Path(__file__).parents[2] / "examples" / "adapters"
-EOS_IDS = [2]
-"""<|im_end|>."""
+EOS_IDS = [2, 0]
+"""<|im_end|>, and <|endoftext|>, which ends answers in llama.cpp too."""
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ NIBBLES = {
     "avx512": {"nibble_tile": ("vpmaddubsw", 6 * 4 * 8), "float_tile": ("vfmadd231ps", 6 * 2 * 8)},
     "avx2": {"nibble_tile": ("vpmaddubsw", 8 * 8), "float_tile": ("vfmadd231ps", 6 * 8)},
 }
-"""By kernel of 4-bit codes: what it multiplies with, and how often in its largest tile in a unit, or a fourth of one."""
+"""By kernel of 4-bit codes: its instruction, and how often a unit (float_tile: a fourth) has it in the largest tile."""
 
 WORDS = 8
 """Words of a unit, which are multiplied without a jump: lines are fetched in a loop of their own before them."""
