@@ -33,7 +33,7 @@ def test_it_is_served_and_measured(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     monkeypatch.setattr(large, "ANSWER", 4)
     monkeypatch.setattr(large, "PROMPTS", 500)
     monkeypatch.setattr(large, "LIMITS_SECONDS", 0.01)
-    large.run(adapters=2, layers=2, memory=1 << 30, seconds=0.0)
+    large.run(adapters=2, layers=2, memory=4 << 30, seconds=0.0)
     told = capsys.readouterr().out
     assert "loaded in" in told
     assert "2 rows, 2 adapters" in told
