@@ -44,7 +44,7 @@ class CpuQuantised:
 
 
 @dataclass(frozen=True)
-class Layout:
+class PanelLayout:
     """How a format's weight lies in panels: the fields of abi.Quantised that count."""
 
     bits: int
@@ -60,7 +60,7 @@ class Layout:
         return self.units // self.block_units * self.block_bytes
 
 
-def layout(form: WeightFormat, in_features: int) -> Layout | None:
+def layout(form: WeightFormat, in_features: int) -> PanelLayout | None:
     """Lay out a panel of a weight with so many inputs; None where the kernels cannot keep its codes.
 
     They cannot where a group is not of whole 8 inputs, or where two levels do not share SHARED_INPUTS.
@@ -83,7 +83,7 @@ def layout(form: WeightFormat, in_features: int) -> Layout | None:
     numbers = 1 + form.has_offset
     groups = block // group_units
     number_bits = form.scale_bits * groups + (16 * (groups // span) if two else 0)
-    return Layout(
+    return PanelLayout(
         bits, unit, units, block, group_units, span, PANEL * (numbers * number_bits + block * unit * bits) // 8
     )
 

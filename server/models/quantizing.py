@@ -37,7 +37,7 @@ class Quantizer:
 
 
 @dataclass(frozen=True)
-class Scheme:
+class LoadScheme:
     """How a whole base is quantised."""
 
     linears: Quantizer  # of the decoder
@@ -48,12 +48,12 @@ _INT8 = Quantizer(lambda _: INT8, quantize_int8)
 _INT4 = Quantizer(lambda _: INT4, quantize_int4)
 _NF4 = Quantizer(nf4_format, quantize_nf4)
 
-SCHEMES: Mapping[str, Scheme] = {
+SCHEMES: Mapping[str, LoadScheme] = {
     # A head of 49,152 x 576 in bf16 is 0.46 of the bytes of SmolLM2-135M in int4, in 8 bits 0.31; 4 bits are too few
     # for it: llama.cpp keeps it at 6 to 8.
-    "int8": Scheme(_INT8, _INT8),
-    "int4": Scheme(_INT4, _INT8),
-    "nf4": Scheme(_NF4, None),  # as QLoRA trains it
+    "int8": LoadScheme(_INT8, _INT8),
+    "int4": LoadScheme(_INT4, _INT8),
+    "nf4": LoadScheme(_NF4, None),  # as QLoRA trains it
 }
 """By the word of `--quantize`."""
 
@@ -105,7 +105,7 @@ class QuantizingCheckpoint:
             raise WeightsError(f"tensor {name} of {self._tensors[name].file}: {error}") from error
 
 
-def _quantizer(scheme: Scheme, name: str) -> Quantizer | None:
+def _quantizer(scheme: LoadScheme, name: str) -> Quantizer | None:
     if name in (EMBED, HEAD):
         return scheme.tables
     return scheme.linears if name.endswith("_proj.weight") else None

@@ -31,7 +31,7 @@ STRATEGIES = ("tensor", "channel", "group", "block")
 
 
 @dataclass(frozen=True)
-class Scheme:
+class GroupScheme:
     """How the linears of a config_group are quantised."""
 
     where: str  # of its settings, for messages
@@ -79,7 +79,7 @@ def read_compressed_tensors(shards: Shards, settings: Settings) -> dict[str, Sto
     return found
 
 
-def _scheme(part: Settings, whole: Settings) -> Scheme:
+def _scheme(part: Settings, whole: Settings) -> GroupScheme:
     """Read one config_group. Raises WeightsError."""
     settings = part if part.values.get("format") else whole
     settings.text("format", FORMATS)
@@ -97,7 +97,7 @@ def _scheme(part: Settings, whole: Settings) -> Scheme:
     floating = weights.text("type", ("int", "float"), default="int") == "float"
     group = weights.values.get("group_size")
     strategy = weights.text("strategy", STRATEGIES, default=_strategy(group))
-    return Scheme(
+    return GroupScheme(
         where=weights.where,
         targets=tuple(targets),
         floating=floating,
@@ -124,7 +124,7 @@ def _compiles(target: str, part: Settings) -> None:
         raise part.error("targets", f"patterns of re ({error})") from error
 
 
-def _scheme_of(module: str, schemes: Iterable[Scheme], tensor: str) -> Scheme:
+def _scheme_of(module: str, schemes: Iterable[GroupScheme], tensor: str) -> GroupScheme:
     for scheme in schemes:
         if scheme.covers(module):
             return scheme
@@ -138,7 +138,7 @@ def _helpers(shards: Shards, prefix: str) -> tuple[str, ...]:
     return tuple(name for name in (f"{prefix}.input_scale", f"{prefix}.input_zero_point") if name in shards.headers)
 
 
-def _naive(shards: Shards, prefix: str, scheme: Scheme) -> StoredLinear:
+def _naive(shards: Shards, prefix: str, scheme: GroupScheme) -> StoredLinear:
     """Check the headers of a linear with a byte for each code."""
     weight, scale, zero = (f"{prefix}.{kind}" for kind in ("weight", "weight_scale", "weight_zero_point"))
     if scheme.floating:
@@ -159,7 +159,7 @@ def _naive(shards: Shards, prefix: str, scheme: Scheme) -> StoredLinear:
     return StoredLinear(shape, form, tuple(names), partial(_read_naive, shards, prefix, form))
 
 
-def _packed(shards: Shards, prefix: str, scheme: Scheme) -> StoredLinear:
+def _packed(shards: Shards, prefix: str, scheme: GroupScheme) -> StoredLinear:
     """Check the headers of a linear with int32 words of codes."""
     words, scale, zero, size, g_idx = (
         f"{prefix}.{kind}"
@@ -190,7 +190,7 @@ def _packed(shards: Shards, prefix: str, scheme: Scheme) -> StoredLinear:
     return StoredLinear((out, in_features), form, tuple(names), read)
 
 
-def _format(shards: Shards, scale: str, shape: tuple[int, int], scheme: Scheme) -> WeightFormat:
+def _format(shards: Shards, scale: str, shape: tuple[int, int], scheme: GroupScheme) -> WeightFormat:
     """Check the header of `scale` and say which format its weight is of."""
     out, in_features = shape
     group = scheme.group if scheme.strategy == "group" else None

@@ -30,7 +30,7 @@ AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
 @dataclass(frozen=True)
-class Layout:
+class IntLayout:
     """How all quantised linears of a folder are laid out."""
 
     method: str  # "gptq" or "awq"
@@ -82,7 +82,7 @@ def read_gptq(shards: Shards, settings: Settings) -> dict[str, StoredLinear]:
     """Find the linears that GPTQ has quantised by their weights' names. Raises WeightsError."""
     settings.text("pack_dtype", ("int32",), default="int32")
     settings.refuse(["dynamic"], "none: a checkpoint whose linears differ is not read here")
-    layout = Layout(
+    layout = IntLayout(
         method="gptq",
         bits=settings.integer("bits", (4, 8)),
         group=_group(settings, "group_size"),
@@ -99,7 +99,7 @@ def read_awq(shards: Shards, settings: Settings) -> dict[str, StoredLinear]:
         raise settings.error("zero_point", "true")
     bits = settings.integer("w_bit" if "w_bit" in settings.values else "bits", (4,))
     group = _group(settings, "q_group_size" if "q_group_size" in settings.values else "group_size")
-    return _linears(shards, Layout("awq", bits, group, symmetric=False, zero_shift=0))
+    return _linears(shards, IntLayout("awq", bits, group, symmetric=False, zero_shift=0))
 
 
 def _group(settings: Settings, name: str) -> int | None:
@@ -108,12 +108,12 @@ def _group(settings: Settings, name: str) -> int | None:
     return settings.integer(name)
 
 
-def _linears(shards: Shards, layout: Layout) -> dict[str, StoredLinear]:
+def _linears(shards: Shards, layout: IntLayout) -> dict[str, StoredLinear]:
     prefixes = [name.removesuffix("qweight") for name in shards.headers if name.endswith(".qweight")]
     return {f"{prefix}weight": _linear(shards, layout, prefix) for prefix in prefixes}
 
 
-def _linear(shards: Shards, layout: Layout, prefix: str) -> StoredLinear:
+def _linear(shards: Shards, layout: IntLayout, prefix: str) -> StoredLinear:
     """Check the headers of one linear."""
     words = shards.expect(f"{prefix}qweight", ["I32"])
     what = f"tensor {prefix}qweight of {words.file}"
@@ -143,7 +143,7 @@ def _linear(shards: Shards, layout: Layout, prefix: str) -> StoredLinear:
     return StoredLinear((out, in_features), form, tuple(names), partial(_read, shards, layout, prefix, form, names))
 
 
-def _read(shards: Shards, layout: Layout, prefix: str, form: WeightFormat, names: list[str]) -> QuantizedWeight:
+def _read(shards: Shards, layout: IntLayout, prefix: str, form: WeightFormat, names: list[str]) -> QuantizedWeight:
     tensors = shards.read_all(names)
     scale = finite(tensors[f"{prefix}scales"], f"tensor {prefix}scales of {shards.folder}").T
     scale = (scale if form.scale_bits == 16 else scale.float()).contiguous()
