@@ -31,7 +31,7 @@ KEYS = Keys(
         {
             *("peft_type", "base_model_name_or_path", "init_lora_weights"),
             *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias", "lora_bias", "use_dora"),
-            "kasa_config",
+            *("kasa_config", "alora_invocation_tokens"),
             *targets.TARGET_KEYS,
             *targets.LAYER_KEYS,
         }
@@ -45,7 +45,6 @@ KEYS = Keys(
         "ensure_weight_tying",  # concerns embed_tokens and lm_head only, which are refused as targets
     },
     unsupported={
-        "alora_invocation_tokens": "an activated LoRA (aLoRA) acts from its invocation tokens on only",
         "modules_to_save": "whole modules trained beside the adapter are not served; train without modules_to_save",
         "trainable_token_indices": "trained rows of the embedding table are not served",
         "target_parameters": "LoRA on bare parameters (mixture-of-experts weights) is not served",
@@ -59,6 +58,11 @@ KEYS = Keys(
         "enable_lora": "merged linears of early PEFT are not supported",
     },
 )
+
+INVOKED = "it acts from the last occurrence of its invocation tokens {} in a prompt on; one without them is the base's"
+
+MAX_INVOCATION = 1024
+"""Tokens; those in use are a handful, the head of a turn."""
 
 _PLAIN_INITS = frozenset({"gaussian", "eva", "orthogonal", "mica"})
 _RESIDUAL_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")  # they took their part out of the base's weights
@@ -77,6 +81,7 @@ class LoraConfig(AdapterConfig):
     lora_bias: bool
     dora: bool
     start: str = ""  # what was taken out of the base's weights before training: one of STARTS, or KASA
+    invoked_by: tuple[int, ...] = ()  # aLoRA: tokens from whose last occurrence in a prompt on it acts
 
     @property
     def rank_factor(self) -> int:
@@ -85,8 +90,15 @@ class LoraConfig(AdapterConfig):
 
     @property
     def remark(self) -> str:
-        """Say how close a start is taken out again."""
+        """Say how close a start is taken out again, and from where on an activated LoRA acts."""
+        if self.invoked_by:
+            return INVOKED.format(list(self.invoked_by))
         return REMARK.format(self.start) if self.start else ""
+
+    @property
+    def invocation(self) -> tuple[int, ...]:
+        """Return aLoRA's invocation tokens."""
+        return self.invoked_by
 
     def same_shapes(self) -> LoraConfig:
         """Without the scaling, unless there are patterns of it, which have to be looked at."""
@@ -119,6 +131,17 @@ def read_lora_config(raw: Mapping[str, Any]) -> LoraConfig:
         raise unsupported(
             f"use_dora beside a start out of the base's weights ({start}) is not served; train one of them"
         )
+    invoked_by = _read_invocation(raw)
+    for key, found in (
+        ("use_dora", dora),
+        ("kasa_config" if start == KASA else "init_lora_weights", start),
+        ("bias", bias != "none" and bias),
+    ):
+        if invoked_by and found:
+            raise unsupported(
+                f"{key} is {shown(raw.get(key, found))} beside alora_invocation_tokens; an activated LoRA (aLoRA) "
+                "leaves the base as it is before its invocation, and so it is served with A and B alone"
+            )
     return LoraConfig(
         kind="lora",
         targets=targets.read_targets(raw, by_layer=True),
@@ -132,6 +155,7 @@ def read_lora_config(raw: Mapping[str, Any]) -> LoraConfig:
         lora_bias=lora_bias,
         dora=dora,
         start=start,
+        invoked_by=invoked_by,
     )
 
 
@@ -151,6 +175,20 @@ def _plan(config: LoraConfig, path: str, match: Matcher) -> ModulePlan:
     alpha = match.first("alpha_pattern", config.alpha_pattern, path, config.alpha)
     check_ranks(rank * config.rank_factor, rank)
     return ModulePlan(rank, alpha / math.sqrt(rank) if config.rslora else alpha / rank)
+
+
+def _read_invocation(raw: Mapping[str, Any]) -> tuple[int, ...]:
+    """Read alora_invocation_tokens; () where they are not set."""
+    value = raw.get("alora_invocation_tokens")
+    if value is None:
+        return ()
+    if not isinstance(value, list) or not 0 < len(value) <= MAX_INVOCATION:
+        raise bad_config(
+            f"alora_invocation_tokens is {shown(value)}; expected a list of 1 to {MAX_INVOCATION} ids of tokens"
+        )
+    if any(type(token) is not int or not 0 <= token < 1 << 31 for token in value):
+        raise bad_config(f"alora_invocation_tokens is {shown(value)}; expected ids of tokens, whole numbers from 0")
+    return tuple(value)
 
 
 def _read_start(init: Any) -> str:
