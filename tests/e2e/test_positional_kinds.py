@@ -120,7 +120,7 @@ async def answer(parts: EngineParts, ask: Ask) -> tuple[Answer, int]:
     adapters = () if ask.adapter is None else ask.adapter.split("+")
     mix = tuple((parts.adapters.registry.lease(name), 1.0) for name in adapters)
     params = SamplingParams(TOKENS, temperature=0.0, logprobs=0)
-    name = f"{ASKS.index(ask)}-{id(mix)}"
+    name = f"{hash(ask)}-{id(params)}"
     events: list[TokenEvent] = [
         event async for event in parts.engine.submit(GenerationRequest(name, ask.prompt, params, mix))
     ]
@@ -194,3 +194,7 @@ async def test_the_bases_keys_before_an_invocation_are_used(world: World, config
     async with whole_engine(world.base, config, world.folders) as parts:
         for adapter, cached in (("alora", 0), (None, whole), ("alora-biased", whole)):
             assert (await answer(parts, Ask(PROMPTS[0], adapter)))[1] == cached
+        known = (*PROMPTS[0], *(token for token, _ in world.answers[Ask(PROMPTS[0], None)]))
+        for adapter, cached in (("alora", len(known)), ("lora", 0)):  # about what the base has said
+            found = (await answer(parts, Ask((*known, *ASK), adapter)))[1]
+            assert found == (cached - 1) // BLOCK_SIZE * BLOCK_SIZE if cached else found == 0
