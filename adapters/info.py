@@ -8,6 +8,15 @@ from loraplex.adapters.files.tokenizer_files import NOTHING, TokenizerFiles
 
 
 @dataclass(frozen=True)
+class Front:
+    """What an adapter puts in front of each prompt."""
+
+    tokens: int  # virtual ones: the prompt's positions begin behind them
+    stored: bool  # keys and values of every layer as the cache holds them; else embeddings, in the stream's scale
+    width: int  # values of a token
+
+
+@dataclass(frozen=True)
 class AdapterInfo:
     """Facts of one content of an adapter's source.
 
@@ -25,6 +34,7 @@ class AdapterInfo:
     num_tiles: int = 0  # rows of the tile table
     kind: str = "lora"  # lower case of PEFT's peft_type (format/kinds.py)
     invocation: tuple[int, ...] = ()  # tokens from whose last occurrence in a prompt on it acts; (): from the first on
+    front: Front | None = None
 
     @property
     def size(self) -> str:

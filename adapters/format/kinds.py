@@ -10,6 +10,7 @@ from loraplex.adapters.format.beft import Beft
 from loraplex.adapters.format.config import bad_config, read_config
 from loraplex.adapters.format.deft import Deft
 from loraplex.adapters.format.delora import Delora
+from loraplex.adapters.format.fronts import Cartridge, Cpt, MultitaskPromptTuning, PrefixTuning, PromptTuning, PTuning
 from loraplex.adapters.format.hra import Hra
 from loraplex.adapters.format.ia3 import Ia3
 from loraplex.adapters.format.kind import AdapterConfig, AdapterKind
@@ -24,6 +25,7 @@ from loraplex.adapters.format.vera import Pvera, Vera
 _ALL: tuple[AdapterKind[Any], ...] = (
     *(Lora(), Ia3()),
     *(AdaLora(), Loha(), Vera(), Pvera(), Miss(), Delora(), Vblora(), Hra(), Unilora(), Tinylora(), Beft(), Deft()),
+    *(PromptTuning(), PTuning(), MultitaskPromptTuning(), Cpt(), PrefixTuning(), Cartridge()),
 )
 
 KINDS: dict[str, AdapterKind[Any]] = {kind.name: kind for kind in _ALL}
