@@ -5,15 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from loraplex.adapters.files.tokenizer_files import NOTHING, TokenizerFiles
-
-
-@dataclass(frozen=True)
-class Front:
-    """What an adapter puts in front of each prompt."""
-
-    tokens: int  # virtual ones: the prompt's positions begin behind them
-    stored: bool  # keys and values of every layer as the cache holds them; else embeddings, in the stream's scale
-    width: int  # values of a token
+from loraplex.adapters.front import Front
 
 
 @dataclass(frozen=True)

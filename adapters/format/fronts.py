@@ -35,8 +35,8 @@ from loraplex.adapters.format.kind import AdapterConfig, AdapterKind, ModuleMap,
 from loraplex.adapters.format.modules import wrong_shape
 from loraplex.adapters.format.targets import Targets
 from loraplex.adapters.format.values import check_finite, check_rounded
+from loraplex.adapters.front import Front
 from loraplex.adapters.image.tiles import BaseLayout, Part
-from loraplex.adapters.info import Front
 
 ROWS = "prompt_embeddings"
 COLUMNS_OF_TASK, ROWS_OF_TASK = "prefix_task_cols", "prefix_task_rows"

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from loraplex.adapters.format.header import TensorInfo
 from loraplex.adapters.format.targets import Targets
+from loraplex.adapters.front import Front
 from loraplex.adapters.image.tiles import BaseLayout, Part, PartShape
-from loraplex.adapters.info import Front
 from loraplex.kernels.records import Projection
 
 BaseBias = Callable[[int, str], Tensor | None]

@@ -39,7 +39,7 @@ from loraplex.adapters.format.kinds import KINDS, parse_config
 from loraplex.adapters.format.other_base import remark_on_base
 from loraplex.adapters.format.pack_plan import PackPlan
 from loraplex.adapters.format.quiet_files import read_quietly
-from loraplex.adapters.image.front import front_bytes, pack_front
+from loraplex.adapters.image.front_pages import front_bytes, pack_front
 from loraplex.adapters.image.packing import OpenFile
 from loraplex.adapters.image.tiles import AdapterImage, most_tiles, pack, pack_each, plan_image
 from loraplex.adapters.info import AdapterInfo

@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from loraplex.adapters.info import Front
+from loraplex.adapters.front import Front
 from loraplex.server.engine.request import Constraint, SamplingParams, TokenScores
 
 Mix = tuple[tuple[int, float], ...]

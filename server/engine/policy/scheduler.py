@@ -192,7 +192,7 @@ class Scheduler:
                     if events[-1].finish is not None:
                         self._close(seq)
                         continue
-                if seq.num_computed:
+                if seq.num_computed == computed:  # else it begins anew, with other angles
                     kv.trim(seq.number, computed)
         return events
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from loraplex.adapters.info import Front
+from loraplex.adapters.front import Front
 from loraplex.adapters.registry import AdapterVersion
 from loraplex.server.engine.policy.prefix_cache import Turns
 from loraplex.server.engine.policy.rows import Mix, Row, RowFront, RowResult, SamplingState, Want

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import TypeVar
 
-from loraplex.adapters.info import Front
+from loraplex.adapters.front import Front
 from loraplex.adapters.registry import AdapterVersion
 from loraplex.server.engine.policy.prefix_cache import Turns
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loraplex.adapters.image.front import front_rows
+from loraplex.adapters.image.front_pages import front_rows
 from loraplex.adapters.tiers.device import DeviceTier
 from loraplex.server.engine.policy.rows import Row, RowFront
 
