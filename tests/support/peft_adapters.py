@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from loraplex.adapters.format.kind import ServedBase
-from loraplex.adapters.image.tiles import BaseLayout
+from loraplex.adapters.image.tiles import BaseLayout, LowRank
 from loraplex.kernels.records import Projection
 from loraplex.server.models.config import Site
 
@@ -116,6 +116,49 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "bfloat16 file": ("llama", {"target_modules": ["v_proj", "down_proj"], "dtype": torch.bfloat16}),
         }.items()
     },
+    "bd-lora": (
+        "llama",
+        {
+            **{"r": 8, "lora_alpha": 12, "target_modules": ALL},
+            "use_bdlora": {
+                **{"target_modules_bd_a": ["o_proj", "down_proj"], "target_modules_bd_b": ["q_proj", "mlp.up"]},
+                **{"nblocks": 4, "match_strict": False},
+            },
+        },
+    ),
+    "bd-lora, base biases, patterns": (
+        "llama_biased",
+        {
+            **{"r": 4, "target_modules": ALL, "rank_pattern": {"q_proj": 6}, "use_rslora": True, "bias": "all"},
+            "use_bdlora": {
+                "target_modules_bd_a": ["o_proj", "mlp.down"],
+                "target_modules_bd_b": ["q_", "k_", "v_", "gate", "up"],
+                "nblocks": 2,
+            },
+        },
+    ),
+    "bd-lora of one block": (
+        "qwen2",
+        {"target_modules": QV, "use_bdlora": {"target_modules_bd_a": ["v"], "match_strict": False}},
+    ),
+    "bd-lora, fused": (
+        "phi3",
+        {"r": 6, "target_modules": "all-linear", "use_bdlora": {"target_modules_bd_b": ["model"], "nblocks": 2}},
+    ),
+    "target_parameters": (
+        "llama",
+        {
+            **{"r": 4, "lora_alpha": 6, "target_modules": [], "rank_pattern": {"q_proj.weight": 2, "down_proj": 7}},
+            "target_parameters": ["q_proj.weight", "mlp.down_proj.weight", "model.layers.1.mlp.up_proj.weight"],
+        },
+    ),
+    "target_parameters beside target_modules": (
+        "phi3",
+        {
+            **{"r": 4, "target_modules": ["o_proj"], "target_parameters": ["qkv_proj.weight"]},
+            **{"layers_to_transform": [1], "exclude_modules": ["qkv_proj"]},
+        },
+    ),
     "fused qkv": ("phi3", {"r": 4, "target_modules": ["qkv_proj"]}),
     "fused gate_up": ("phi3", {"r": 4, "target_modules": ["gate_up_proj", "o_proj"]}),
     "fused, all-linear": ("phi3", {"r": 4, "target_modules": "all-linear", "rank_pattern": {"qkv_proj": 9}}),
@@ -271,6 +314,24 @@ MODULE_KIND_CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "para": ("qwen2", {**UNTRAINED, "target_modules": QV, "para": True, "decomposition_method": "qr"}),
             "fused": ("phi3", {**UNTRAINED, "target_modules": "all-linear", "decomposition_method": "qr"}),
         },
+        "LOKR": {
+            "all, w2 whole": ("llama", {**UNTRAINED, "alpha": 9}),
+            "w2 decomposed": ("llama", {**UNTRAINED, "r": 2, "decompose_factor": 2}),
+            "both decomposed": ("llama_biased", {**UNTRAINED, "r": 1, "decompose_both": True, "decompose_factor": 8}),
+            "both, no divisor": ("qwen2", {**UNTRAINED, "r": 2, "decompose_both": True, "decompose_factor": 7}),
+            "patterns": (
+                "qwen2",
+                {**UNTRAINED, "rank_pattern": {"q_proj": 1}, "alpha_pattern": {"layers.1.mlp.up_proj": 16}},
+            ),
+            "one block": ("gemma3", {**UNTRAINED, "alpha": 80, "decompose_factor": 1}),
+            "fused": ("phi3", {**UNTRAINED, "r": 2, "target_modules": "all-linear", "decompose_factor": 4}),
+        },
+        "GRALORA": {
+            "all": ("llama", {**UNTRAINED, "r": 6, "gralora_k": 2, "alpha": 9}),
+            "hybrid, base biases": ("llama_biased", {**UNTRAINED, "r": 8, "gralora_k": 4, "hybrid_r": 3}),
+            "fused": ("phi3", {**UNTRAINED, "r": 32, "target_modules": "all-linear"}),
+            "one block": ("gemma3", {**UNTRAINED, "gralora_k": 1, "dtype": torch.bfloat16}),
+        },
         "BEFT": {
             "value": ("llama", {"target_modules": ["v_proj"]}),
             "all, base biases": ("llama_biased", {"target_modules": ALL}),
@@ -347,6 +408,16 @@ _OWN_STD: dict[str, Callable[[Tensor], float]] = {
     "tinylora_v": lambda w: 1.0,
     "beft_bias": lambda w: 1.0,
     "lora_diag": lambda w: 2.0,
+    "lokr_w1": lambda w: 1.0,
+    "lokr_w1_a": lambda w: 1.0,
+    "lokr_w1_b": lambda w: w.shape[0] ** -0.5,
+    "lokr_w2": lambda w: w.shape[1] ** -0.5,
+    "lokr_w2_a": lambda w: 1.0,
+    "lokr_w2_b": lambda w: (w.shape[0] * w.shape[1]) ** -0.5,
+    "gralora_A": lambda w: w.shape[1] ** -0.5,
+    "gralora_B": lambda w: 0.5,
+    "gralora_A_general": lambda w: w.shape[1] ** -0.5,
+    "gralora_B_general": lambda w: 0.5,
     "deft_P": lambda w: w.shape[0] ** -0.5,
     "deft_R": lambda w: 0.5,
 }
@@ -416,6 +487,19 @@ def layout_of(model: Any, *, dtype: torch.dtype = torch.float32, page_bytes: int
                 )
             )
     return BaseLayout("tiny", len(layers), tuple(projections), page_bytes, dtype)
+
+
+def sum_of_windows(parts: Sequence[LowRank], layout: BaseLayout) -> Tensor:
+    """The change of the weight [out, in] that the parts of one module come to, each where its window is."""
+    name = parts[0].projection.name
+    whole = next(projection for projection in layout.projections if projection.name == name)
+    found = torch.zeros(whole.out_features, whole.in_features)
+    for part in parts:
+        own = part.projection
+        rows = slice(own.out_start - whole.out_start, own.out_start - whole.out_start + own.out_features)
+        columns = slice(own.in_start, own.in_start + own.in_features)
+        found[rows, columns] += part.scaling * part.b.float() @ part.a.float()
+    return found
 
 
 def served_base_of(model: Any, layout: BaseLayout) -> ServedBase:

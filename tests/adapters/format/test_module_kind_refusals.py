@@ -13,7 +13,20 @@ import safetensors.torch
 import torch
 
 from loraplex.adapters.errors import AdapterRefused
-from loraplex.adapters.format import adalora, beft, deft, delora, hra, loha, miss, tinylora, unilora, vblora
+from loraplex.adapters.format import (
+    adalora,
+    beft,
+    deft,
+    delora,
+    gralora,
+    hra,
+    loha,
+    lokr,
+    miss,
+    tinylora,
+    unilora,
+    vblora,
+)
 from loraplex.adapters.format.config import Keys
 from loraplex.adapters.format.vera import Pvera, Vera
 from tests.support.adapter_folder import AdapterFolder
@@ -39,6 +52,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "TINYLORA": {"r": 2, "u": 5, "target_modules": QV},
     "BEFT": {"target_modules": QV},
     "DEFT": OPTIONS,
+    "LOKR": {**OPTIONS, "r": 2, "decompose_factor": 4},
+    "GRALORA": {**OPTIONS, "hybrid_r": 3},
 }
 CONFIGS: dict[str, tuple[str, Keys]] = {
     "ADALORA": ("AdaLoraConfig", adalora.KEYS),
@@ -53,8 +68,10 @@ CONFIGS: dict[str, tuple[str, Keys]] = {
     "TINYLORA": ("TinyLoraConfig", tinylora.KEYS),
     "BEFT": ("BeftConfig", beft.KEYS),
     "DEFT": ("DeftConfig", deft.KEYS),
+    "LOKR": ("LoKrConfig", lokr.KEYS),
+    "GRALORA": ("GraloraConfig", gralora.KEYS),
 }
-WITHOUT_BIAS = ("LOHA", "BEFT")
+WITHOUT_BIAS = ("LOHA", "LOKR", "BEFT")
 """Kinds whose configs have no such option."""
 
 
@@ -146,10 +163,10 @@ def test_contradicting_configs(base: Any, tmp_path: Path, kind: str) -> None:
     if kind != "BEFT":
         rank = "init_r" if kind == "ADALORA" else "r"
         cases += [({rank: value}, "bad_config", f"{rank} is") for value in (0, -1, 2.5, "8", True)]
-        cases += [({rank: 1025}, "too_large", f"{rank} is 1025"), ({rank: 3}, "shape_mismatch", "expected")]
+        cases += [({rank: 1025}, "too_large", f"{rank} is 1025"), ({rank: 6}, "shape_mismatch", "expected")]
     for change, code, pattern in cases:
         folder.config = {**sound, **change}
-        if kind == "TINYLORA" and change.get("r") == 3:
+        if kind == "TINYLORA" and change.get("r") == 6:
             continue  # its A has as many rows as are saved, but for narrow modules
         folder.refused(code, pattern)
     folder.config = {**sound, "target_modules": [*QV, "k_proj"]}
@@ -210,6 +227,19 @@ def test_contradicting_configs(base: Any, tmp_path: Path, kind: str) -> None:
         ("TINYLORA", {"weight_tying": 2}, "bad_config", "weight_tying"),
         ("TINYLORA", {"save_projection": False}, "unmatched_tensor", "tinylora_P"),
         ("BEFT", {"r": 4}, "unsupported_option", "r is 4"),
+        ("LOKR", {"decompose_factor": 0}, "bad_config", "decompose_factor is 0"),
+        ("LOKR", {"decompose_factor": 2.0}, "bad_config", "decompose_factor is 2.0"),
+        ("LOKR", {"decompose_factor": 2}, "shape_mismatch", "lokr_w"),
+        ("LOKR", {"decompose_both": True, "r": 1}, "missing_tensor", "lokr_w1_a is missing"),
+        ("LOKR", {"decompose_both": "yes"}, "bad_config", "decompose_both"),
+        ("LOKR", {"r": 16}, "missing_tensor", "lokr_w2 is missing"),
+        ("GRALORA", {"gralora_k": 4}, "shape_mismatch", "gralora_A"),
+        ("GRALORA", {"gralora_k": 3}, "bad_config", "does not divide r, 4"),
+        ("GRALORA", {"gralora_k": 0}, "bad_config", "gralora_k is 0"),
+        ("GRALORA", {"gralora_k": 3, "r": 3}, "bad_config", "64 inputs"),
+        ("GRALORA", {"hybrid_r": 0}, "unmatched_tensor", "general"),
+        ("GRALORA", {"hybrid_r": -1}, "bad_config", "hybrid_r is -1"),
+        ("GRALORA", {"r": 1024}, "too_large", "1027 ranks"),
         ("DEFT", {"decomposition_method": "svd"}, "unsupported_option", "svd"),
         ("DEFT", {"para": True}, "unmatched_tensor", "deft_R"),
         ("DEFT", {"alpha": "8"}, "bad_config", "alpha"),
