@@ -18,6 +18,9 @@ from loraplex.adapters.format.loha import Loha
 from loraplex.adapters.format.lokr import Lokr
 from loraplex.adapters.format.lora import Lora
 from loraplex.adapters.format.miss import Miss
+from loraplex.adapters.format.osf import Osf
+from loraplex.adapters.format.peanut import Peanut
+from loraplex.adapters.format.poly import Poly
 from loraplex.adapters.format.tinylora import Tinylora
 from loraplex.adapters.format.unilora import Unilora
 from loraplex.adapters.format.vblora import Vblora
@@ -26,7 +29,7 @@ from loraplex.adapters.format.vera import Pvera, Vera
 _ALL: tuple[AdapterKind[Any], ...] = (
     *(Lora(), Ia3()),
     *(AdaLora(), Loha(), Vera(), Pvera(), Miss(), Delora(), Vblora(), Hra(), Unilora(), Tinylora(), Beft(), Deft()),
-    *(Lokr(), Gralora()),
+    *(Lokr(), Gralora(), Osf(), Peanut(), Poly()),
 )
 
 KINDS: dict[str, AdapterKind[Any]] = {kind.name: kind for kind in _ALL}

@@ -9,8 +9,9 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -332,6 +333,28 @@ MODULE_KIND_CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "fused": ("phi3", {**UNTRAINED, "r": 32, "target_modules": "all-linear"}),
             "one block": ("gemma3", {**UNTRAINED, "gralora_k": 1, "dtype": torch.bfloat16}),
         },
+        "OSF": {
+            "all": ("llama", {"target_modules": ALL, "effective_rank": 28}),
+            "half, base biases": ("llama_biased", {"target_modules": ["k_proj", "down_proj"]}),
+            "patterns": (
+                "qwen2",
+                {"target_modules": QV, "effective_rank": 0.9, "rank_pattern": {"layers.1.*q_proj$": 50, "^v": 3}},
+            ),
+            "fused": ("phi3", {"target_modules": "all-linear", "effective_rank": 32}),
+        },
+        "PEANUT": {
+            "all": ("llama", {**UNTRAINED, "act_fn": "silu", "scaling": 1.5}),
+            "deep, base biases": ("llama_biased", {**UNTRAINED, "depth": 2}),
+            "fused": ("phi3", {**UNTRAINED, "target_modules": "all-linear", "depth": 1, "act_fn": "gelu"}),
+        },
+        "POLY": {
+            "one task": ("llama", {**UNTRAINED, "task_id": 0}),
+            "splits, base biases": (
+                "llama_biased",
+                {**UNTRAINED, "n_tasks": 3, "n_skills": 2, "n_splits": 4, "task_id": 2},
+            ),
+            "fused": ("phi3", {**UNTRAINED, "target_modules": ["qkv_proj", "down_proj"], "n_tasks": 2, "task_id": 1}),
+        },
         "BEFT": {
             "value": ("llama", {"target_modules": ["v_proj"]}),
             "all, base biases": ("llama_biased", {"target_modules": ALL}),
@@ -348,11 +371,12 @@ class PeftAdapter:
 
     model: Any  # peft.PeftModel, eval mode
     folder: Path
+    told: dict[str, Tensor] = field(default_factory=dict)  # beside the tokens, at each call
 
     def logits(self, ids: list[int]) -> Tensor:
         """[len(ids), vocab] fp32, computed alone."""
         with torch.no_grad():
-            return self.model(torch.tensor([ids])).logits[0].float()
+            return self.model(torch.tensor([ids]), **self.told).logits[0].float()
 
     def modules(self) -> dict[str, Any]:
         """PEFT's own layers by path, as "model.layers.0.self_attn.q_proj"."""
@@ -370,11 +394,12 @@ def make_peft_adapter(
     seed: int = 1,
     dtype: torch.dtype = torch.float32,
     strength: float | None = 0.5,
+    task_id: int | None = None,
     **options: Any,
 ) -> PeftAdapter:
     """A random adapter of a peft_type with the options of its config, its file in `dtype`, as PEFT saves it.
 
-    strength: None leaves it as it began.
+    strength: None leaves it as it began. task_id: which PEFT is told at each call, written to the config.
 
     A and B, and IA3's vectors, are drawn so that each module's own output changes by `strength` of its size before
     scaling; biases that the config trains get values of their own.
@@ -386,7 +411,11 @@ def make_peft_adapter(
     if strength is not None:
         randomise_adapter(model, seed, dtype, strength)
     save_adapter(model, folder, dtype)
-    return PeftAdapter(model, folder)
+    if task_id is None:
+        return PeftAdapter(model, folder)
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "task_id": task_id}))
+    return PeftAdapter(model, folder, {"task_ids": torch.tensor([task_id])})
 
 
 _OWN_STD: dict[str, Callable[[Tensor], float]] = {
@@ -418,6 +447,13 @@ _OWN_STD: dict[str, Callable[[Tensor], float]] = {
     "gralora_B": lambda w: 0.5,
     "gralora_A_general": lambda w: w.shape[1] ** -0.5,
     "gralora_B_general": lambda w: 0.5,
+    "peanut_A": lambda w: 8.0,
+    "peanut_B": lambda w: 0.1,
+    "peanut_encoders": lambda w: 2 * w.shape[1] ** -0.5,
+    "peanut_decoders": lambda w: 2 * w.shape[1] ** -0.5,
+    "poly_lora_A": lambda w: 2.0 * (w.shape[0] * w.shape[2]) ** -0.5,
+    "poly_lora_B": lambda w: 8.0,
+    "module_logits": lambda w: 4.0,
     "deft_P": lambda w: w.shape[0] ** -0.5,
     "deft_R": lambda w: 0.5,
 }
@@ -437,6 +473,8 @@ def randomise_adapter(model: Any, seed: int, dtype: torch.dtype, strength: float
             std: float | Tensor
             if ".lora_" in name and getattr(config, "init_lora_weights", None) in STARTS:
                 mean, std = weight, 0.1 * strength  # beside what it took out of the base
+            elif ".osf_svd_params." in name:
+                mean, std = weight, 4 * strength * weight.norm() * weight.numel() ** -0.5  # likewise
             elif ".lora_A." in name:
                 std = weight.shape[1] ** -0.5
             elif ".lora_B." in name and name.endswith("weight"):

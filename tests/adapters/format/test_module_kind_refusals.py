@@ -23,6 +23,9 @@ from loraplex.adapters.format import (
     loha,
     lokr,
     miss,
+    osf,
+    peanut,
+    poly,
     tinylora,
     unilora,
     vblora,
@@ -54,6 +57,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "DEFT": OPTIONS,
     "LOKR": {**OPTIONS, "r": 2, "decompose_factor": 4},
     "GRALORA": {**OPTIONS, "hybrid_r": 3},
+    "OSF": {"target_modules": QV, "effective_rank": 28},
+    "PEANUT": {**OPTIONS, "depth": 1},
+    "POLY": {**OPTIONS, "n_tasks": 2, "n_skills": 3, "task_id": 1},
 }
 CONFIGS: dict[str, tuple[str, Keys]] = {
     "ADALORA": ("AdaLoraConfig", adalora.KEYS),
@@ -70,9 +76,13 @@ CONFIGS: dict[str, tuple[str, Keys]] = {
     "DEFT": ("DeftConfig", deft.KEYS),
     "LOKR": ("LoKrConfig", lokr.KEYS),
     "GRALORA": ("GraloraConfig", gralora.KEYS),
+    "OSF": ("OSFConfig", osf.KEYS),
+    "PEANUT": ("PeanutConfig", peanut.KEYS),
+    "POLY": ("PolyConfig", poly.KEYS),
 }
-WITHOUT_BIAS = ("LOHA", "LOKR", "BEFT")
+WITHOUT_BIAS = ("LOHA", "LOKR", "BEFT", "OSF", "PEANUT", "POLY")
 """Kinds whose configs have no such option."""
+WITHOUT_RANK = ("BEFT", "OSF")
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +170,7 @@ def test_contradicting_configs(base: Any, tmp_path: Path, kind: str) -> None:
     ]
     if kind not in WITHOUT_BIAS:
         cases.append(({"bias": "all"}, "unsupported_option", "bias"))
-    if kind != "BEFT":
+    if kind not in WITHOUT_RANK:
         rank = "init_r" if kind == "ADALORA" else "r"
         cases += [({rank: value}, "bad_config", f"{rank} is") for value in (0, -1, 2.5, "8", True)]
         cases += [({rank: 1025}, "too_large", f"{rank} is 1025"), ({rank: 6}, "shape_mismatch", "expected")]
@@ -240,6 +250,21 @@ def test_contradicting_configs(base: Any, tmp_path: Path, kind: str) -> None:
         ("GRALORA", {"hybrid_r": 0}, "unmatched_tensor", "general"),
         ("GRALORA", {"hybrid_r": -1}, "bad_config", "hybrid_r is -1"),
         ("GRALORA", {"r": 1024}, "too_large", "1027 ranks"),
+        ("OSF", {"effective_rank": 27}, "shape_mismatch", "osf_svd_params"),
+        ("OSF", {"effective_rank": 0}, "bad_config", "effective_rank is 0"),
+        ("OSF", {"effective_rank": "half"}, "bad_config", "effective_rank"),
+        ("OSF", {"rank_pattern": {"(": 3}}, "bad_config", "rank_pattern"),
+        ("OSF", {"rank_pattern": {"q": -1}}, "bad_config", "rank_pattern"),
+        ("PEANUT", {"act_fn": "snake"}, "unsupported_option", "act_fn"),
+        ("PEANUT", {"depth": 2}, "missing_tensor", r"coders\.1\.weight is missing"),
+        ("PEANUT", {"depth": 0}, "unmatched_tensor", "coders"),
+        ("PEANUT", {"depth": 17}, "bad_config", "depth is 17"),
+        ("POLY", {"task_id": None}, "needs_setting", "n_tasks is 2.*task_id"),
+        ("POLY", {"task_id": 2}, "bad_config", "below n_tasks, 2"),
+        ("POLY", {"task_id": "a"}, "bad_config", "task_id"),
+        ("POLY", {"poly_type": "other"}, "unsupported_option", "poly_type"),
+        ("POLY", {"n_splits": 3}, "bad_config", "n_splits is 3"),
+        ("POLY", {"n_skills": 4}, "shape_mismatch", "poly_"),
         ("DEFT", {"decomposition_method": "svd"}, "unsupported_option", "svd"),
         ("DEFT", {"para": True}, "unmatched_tensor", "deft_R"),
         ("DEFT", {"alpha": "8"}, "bad_config", "alpha"),
@@ -300,8 +325,17 @@ def test_an_injection_that_is_what_was_taken_has_no_effect(base: Any, tmp_path: 
         read_adapter(tmp_path, served_base_of(base, layout_of(base)))
 
 
-def test_a_quantised_base_has_no_weights_to_take_from(base: Any, tmp_path: Path) -> None:
-    make_peft_adapter(base, tmp_path, kind="DEFT", **KINDS["DEFT"])
+@pytest.mark.parametrize("kind", ["OSF", "PEANUT"])
+def test_what_has_not_left_the_base_has_no_effect(base: Any, tmp_path: Path, kind: str) -> None:
+    options = {**KINDS[kind], **({"init_weights": True} if kind == "PEANUT" else {})}
+    make_peft_adapter(base, tmp_path, kind=kind, strength=None, **options)
+    with refused("no_effect"):
+        read_adapter(tmp_path, served_base_of(base, layout_of(base)))
+
+
+@pytest.mark.parametrize("kind", ["DEFT", "OSF", "PEANUT"])
+def test_a_quantised_base_has_no_weights_to_take_from(base: Any, tmp_path: Path, kind: str) -> None:
+    make_peft_adapter(base, tmp_path, kind=kind, **KINDS[kind])
     with refused("unsupported_option", "this base is quantised"):
         read_adapter(tmp_path, replace(served_base_of(base, layout_of(base)), weight=lambda *_: None))
 

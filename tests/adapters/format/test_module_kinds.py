@@ -43,8 +43,8 @@ def changes_of(base: Any, adapter: PeftAdapter) -> dict[str, tuple[Tensor, Tenso
     for path, module in adapter.modules().items():
         linear = base.get_submodule(path)
         with torch.no_grad():
-            zero = module(torch.zeros(1, linear.in_features))[0]
-            weight = (module(torch.eye(linear.in_features)) - zero).T
+            zero = module(torch.zeros(1, 1, linear.in_features), **adapter.told)[0, 0]
+            weight = (module(torch.eye(linear.in_features)[None], **adapter.told)[0] - zero).T
         own = torch.zeros(()) if linear.bias is None else linear.bias.detach()
         found[path] = weight - linear.weight.detach(), zero - own
     return found
