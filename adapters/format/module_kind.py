@@ -43,8 +43,8 @@ Shapes = Mapping[str, tuple[int, ...]]
 """Of tensors, by the last part of their names."""
 
 MOST_DENSE_BYTES = 512 << 20
-"""Of an adapter's dense changes. A decoded token reads all of them, 10 ms at 50 GB/s; in bfloat16 it is q and v of a base
-of three billion weights, or all linears of one of two hundred million."""
+"""Of an adapter's dense changes. A decoded token reads all of them, 10 ms at 50 GB/s; in bfloat16 it is q and v of a
+base of three billion weights, or all linears of one of two hundred million."""
 
 PEFT_ORDER = (
     *("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj"),

@@ -127,7 +127,8 @@ def test_broken_files(base: Any, tmp_path: Path, kind: str) -> None:
     """Each tensor in turn: gone, twice, of another shape, of another type, not finite; then cut short."""
     folder = Folder(base, tmp_path, kind)
     sound = dict(folder.tensors)
-    for name in sorted(sound)[:5] + sorted(sound)[-3:]:
+    looked_at = [name for name in sorted(sound) if not re.search(r"proj\.randlora_[AB]$", name)]
+    for name in looked_at[:5] + looked_at[-3:]:
         tensor = sound[name]
         folder.tensors = {other: t for other, t in sound.items() if other != name}
         folder.refused("missing_tensor", re.escape(name))
