@@ -30,7 +30,7 @@ from loraplex.adapters.format.config import (
 from loraplex.adapters.format.header import TensorInfo
 from loraplex.adapters.format.kind import AdapterConfig, AdapterModule, ModuleMap, ServedBase, Throttle
 from loraplex.adapters.format.module_kind import Making, ModuleKind, Shapes, Wanted
-from loraplex.adapters.format.modules import SHARED_PREFIX, FoundModule, wrong_shape
+from loraplex.adapters.format.modules import SHARED_PREFIX, FoundModule
 from loraplex.adapters.image.tiles import Part
 from loraplex.kernels.constants import TileKind
 from loraplex.kernels.records import Projection
@@ -84,13 +84,8 @@ class Randlora(ModuleKind[RandLoraConfig]):
     def plan(
         self, config: RandLoraConfig, header: Mapping[str, TensorInfo], base: ServedBase, throttle: Throttle
     ) -> ModuleMap:
-        copies = {name: name.rpartition(".")[2] for name in header if name.endswith((f".{A}", f".{B}"))}
-        shared = {leaf: f"{SHARED_PREFIX}{leaf}" for leaf in (A, B)}
-        for name, leaf in copies.items():
-            if name != shared[leaf] and shared[leaf] in header and header[name].shape != header[shared[leaf]].shape:
-                hint = f"; {shared[leaf]} has it"
-                raise wrong_shape(name, header[name].shape, header[shared[leaf]].shape, base.layout, hint)
-        own = {n: info for n, info in header.items() if n not in copies or n in shared.values()}
+        shared = (f"{SHARED_PREFIX}{A}", f"{SHARED_PREFIX}{B}")
+        own = {n: info for n, info in header.items() if n in shared or not n.endswith((f".{A}", f".{B}"))}
         return super().plan(config, own, base, throttle)
 
     def wanted(self, config: RandLoraConfig, module: FoundModule, match: Matcher) -> Wanted:
