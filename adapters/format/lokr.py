@@ -11,6 +11,8 @@ With w1 = P Q, kron(w1, w2) = kron(P, L) kron(Q, R). Of the ways to have P and Q
     a window for each block j of inputs     P = w1[:, j], Q = 1: A is R, on that window of x
     a window for each block i of outputs    P = 1, Q = w1[i]: B is L, on that window of y
     one for the whole module                P and Q as the file has them: where w1 is decomposed to a low rank
+
+Where that is more than the change itself, or more ranks than are served, it is a DenseDelta.
 """
 
 from __future__ import annotations
@@ -27,9 +29,9 @@ from loraplex.adapters.format import targets
 from loraplex.adapters.format.config import (
     COMMON_NO_BEARING,
     COMMON_UNSUPPORTED,
+    MAX_RANK,
     Keys,
     bad_config,
-    check_ranks,
     read_alphas,
     read_base_model,
     read_flag,
@@ -43,6 +45,7 @@ from loraplex.adapters.format.module_kind import Making, ModuleKind, Wanted
 from loraplex.adapters.format.modules import FoundModule
 from loraplex.adapters.format.windows import Window, blocks_together
 from loraplex.adapters.image.tiles import Part
+from loraplex.kernels.constants import TileKind
 
 KEYS = Keys(
     used=frozenset(
@@ -131,20 +134,22 @@ class Lokr(ModuleKind[LokrConfig]):
         rank1 = rank if config.both and rank < max(out_blocks, in_blocks) / 2 else 0
         rank2 = rank if rank < max(out_block, in_block) / 2 else 0
         windows = _Blocks(out_blocks, out_block, in_blocks, in_block, rank1, rank2).windows()
-        return Wanted(
-            _shapes("lokr_w1", out_blocks, in_blocks, rank1) | _shapes("lokr_w2", out_block, in_block, rank2),
-            check_ranks(sum(window.rank for window in windows), rank),
-            scaling=alpha / rank,
-            windows=windows,
-        )
+        shapes = _shapes("lokr_w1", out_blocks, in_blocks, rank1) | _shapes("lokr_w2", out_block, in_block, rank2)
+        whole = module.projection.in_features * module.projection.out_features
+        ranks = sum(window.rank for window in windows)
+        if whole < sum(window.elements for window in windows) or ranks > MAX_RANK:
+            return Wanted(shapes, scaling=alpha / rank, kind=TileKind.DENSE)
+        return Wanted(shapes, ranks, alpha / rank, windows=windows)
 
     def making_bytes(self, config: LokrConfig, modules: Sequence[AdapterModule]) -> int:
         return 2 * super().making_bytes(config, modules)  # all windows of a module at once
 
-    def make(self, making: Making[LokrConfig]) -> Sequence[Part]:
+    def make(self, making: Making[LokrConfig]) -> Part | Sequence[Part]:
         p, q = _pair(making, "lokr_w1")
         left, right = _pair(making, "lokr_w2")
         module = making.module
+        if not module.windows:
+            return making.dense(torch.kron(p @ q, left @ right) * module.scaling)
         return [
             window.part(module.layer, module.projection, torch.kron(b, right), torch.kron(a, left) * module.scaling)
             for window in module.windows

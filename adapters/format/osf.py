@@ -5,7 +5,8 @@ adapter_model.safetensors                                   what it becomes
                .osf_svd_params.S_low [k]                    largest parts, which stay; k = min(out, in) - effective_rank
                .osf_svd_params.V_low [k, in]
 
-PEFT takes half of the parts where nothing is said, so both terms together have the full rank.
+PEFT takes half of the parts where nothing is said, so both terms together have the full rank: a DenseDelta where
+that is less than A and B.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ from loraplex.adapters.format.config import (
     read_base_model,
     read_map,
     shown,
-    unsupported,
 )
 from loraplex.adapters.format.kind import AdapterConfig, AdapterModule
 from loraplex.adapters.format.lora_start import REMARK, UNTRAINED
-from loraplex.adapters.format.module_kind import Making, ModuleKind, Wanted
+from loraplex.adapters.format.module_kind import Making, ModuleKind, Wanted, is_dense
 from loraplex.adapters.format.modules import FoundModule
 from loraplex.adapters.format.one_product import one_product
 from loraplex.adapters.image.tiles import Part
+from loraplex.kernels.constants import TileKind
 
 U, S, V = "osf_svd_params.U_low", "osf_svd_params.S_low", "osf_svd_params.V_low"
 
@@ -95,7 +96,10 @@ class Osf(ModuleKind[OsfConfig]):
         shapes = {U: (out, trained), S: (trained,), V: (trained, width)}
         if trained == 0:  # PEFT saves such a module too, with empty tensors
             return Wanted(shapes, kind=None)
-        return Wanted(shapes, check_ranks(min(2 * trained, parts), trained))
+        ranks = min(2 * trained, parts)
+        if is_dense(module.projection, ranks):
+            return Wanted(shapes, kind=TileKind.DENSE)
+        return Wanted(shapes, check_ranks(ranks, trained))
 
     def making_bytes(self, config: OsfConfig, modules: Sequence[AdapterModule]) -> int:
         weights = max(m.projection.in_features * m.projection.out_features for m in modules)
@@ -103,15 +107,13 @@ class Osf(ModuleKind[OsfConfig]):
 
     def make(self, making: Making[OsfConfig]) -> Part:
         module = making.module
-        weight = making.base.weight(module.layer, module.projection.name)
-        if weight is None:
-            raise unsupported(
-                "what an OSF adapter replaces has to be computed from the base's weights, and this base is quantised; "
-                "serve its original"
-            )
+        weight = making.weight()
         trained = making.tensors[S].numel()
         left, values, right = torch.linalg.svd(weight, full_matrices=False)
         a0, b0 = right[-trained:], left[:, -trained:] * values[-trained:]
+        if not module.rank:
+            delta = (making.floats(U) * making.floats(S)) @ making.floats(V) - b0 @ a0
+            return making.dense(delta if float(delta.norm()) > UNTRAINED * float(weight.norm()) else delta.zero_())
         b = torch.cat((making.floats(U) * making.floats(S), -b0), 1)
         a, b, values = one_product(torch.cat((making.floats(V), a0)), b)
         if float(values.max()) <= UNTRAINED * float(b0.norm() * a0.norm()):

@@ -120,13 +120,7 @@ class Peanut(ModuleKind[PeanutConfig]):
         return super().making_bytes(config, modules) + 2 * weights + hidden
 
     def make(self, making: Making[PeanutConfig]) -> Part:
-        module, config = making.module, making.config
-        weight = making.base.weight(module.layer, module.projection.name)
-        if weight is None:
-            raise unsupported(
-                "a PEANuT adapter's A has to be computed from the base's weights, and this base is quantised; serve "
-                "its original"
-            )
+        module, config, weight = making.module, making.config, making.weight()
         function = FUNCTIONS[config.function]
         hidden = [function(weight.T @ making.floats(FIRST).T)]
         for i in range(config.depth):

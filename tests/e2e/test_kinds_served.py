@@ -42,6 +42,8 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "lokr": {**UNTRAINED, "kind": "LOKR", "r": 2, "decompose_factor": 4, "alpha": 8},
     "gralora": {**UNTRAINED, "kind": "GRALORA"},
     "bdlora": {"r": 4, "target_modules": ALL, "use_bdlora": {"target_modules_bd_b": ["proj"], "nblocks": 2}},
+    "shira": {"kind": "SHIRA", "r": 4, "target_modules": ALL, "random_seed": 1, "init_weights": False},
+    "hira": {**UNTRAINED, "kind": "HIRA"},
 }
 
 
@@ -86,7 +88,7 @@ async def ask(client: httpx.AsyncClient, adapter: str | None, prompt: str) -> An
 
 
 async def test_greedy_tokens_are_pefts_under_mixed_load(served: Served) -> None:
-    """Over a hundred requests at once: eleven adapters of eight kinds and the base, each as PEFT answers it alone."""
+    """Over a hundred requests at once: a dozen adapters of ten kinds and the base, each as PEFT answers it alone."""
     names = {name: name for name in LOADED} | {"other": str(served.folders["other"]), "tiny": None}
     expected = {(name, prompt): greedy(served, name, prompt) for name in names for prompt in PROMPTS}
     for prompt in PROMPTS:

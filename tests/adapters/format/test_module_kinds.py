@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from loraplex.adapters.image.tiles import BiasDelta, LowRank, Part
+from loraplex.adapters.image.tiles import BiasDelta, DenseDelta, LowRank, Part
 from loraplex.adapters.tiers.host import most_bytes
 from loraplex.adapters.tiers.inbox import host_bytes
 from loraplex.adapters.tiers.reader import AdapterReader
@@ -67,7 +67,8 @@ def check_against_peft(base: Any, adapter: PeftAdapter) -> ParsedAdapter:
             continue
         assert float(weight.abs().max()) > 0.01
         windows = [part for part in found[path] if isinstance(part, LowRank)]
-        torch.testing.assert_close(sum_of_windows(windows, layout), weight, atol=2e-6, rtol=1e-5)
+        made = first.delta if isinstance(first, DenseDelta) else sum_of_windows(windows, layout)
+        torch.testing.assert_close(made, weight, atol=2e-6, rtol=1e-5)
         assert not bias.abs().gt(1e-6).any()
     if len(found) == len(parsed.parts):  # no windows, whose ranks are not the module's
         assert parsed.rank == max(part.a.shape[0] if isinstance(part, LowRank) else 0 for part in parsed.parts)
