@@ -84,8 +84,8 @@ class Randlora(ModuleKind[RandLoraConfig]):
     def plan(
         self, config: RandLoraConfig, header: Mapping[str, TensorInfo], base: ServedBase, throttle: Throttle
     ) -> ModuleMap:
-        stems = [name.removesuffix(LAMBDA) for name in header if name.endswith(f".{LAMBDA}")]
-        copies = {stem + leaf for stem in stems for leaf in (A, B)}
+        own = [name.rpartition(".") for name in header]
+        copies = {f"{path}.{leaf}" for path, _, last in own if last in self.leaves for leaf in (A, B)}
         return super().plan(config, {n: info for n, info in header.items() if n not in copies}, base, throttle)
 
     def wanted(self, config: RandLoraConfig, module: FoundModule, match: Matcher) -> Wanted:
