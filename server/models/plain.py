@@ -56,7 +56,7 @@ class _PlainOps(ReferenceBackend):
         self._change = change
         self._adapted = adapted
 
-    def embed(self, ids: Tensor, table: PackedLinear, scale: float | None) -> Tensor:
+    def embed(self, ids: Tensor, table: PackedLinear, scale: float | None, own: Tensor | None = None) -> Tensor:
         weight = self._checkpoint.read(_streamed(table).names[0])
         rows = [_rows(weight, slice(i, i + 1)) for i in ids.tolist()]
         return torch.cat(rows) * (1.0 if scale is None else scale)
