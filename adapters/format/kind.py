@@ -57,6 +57,7 @@ class AdapterConfig:
     kind: str  # AdapterKind.name
     targets: Targets
     base_model: str | None = field(compare=False)  # for messages and remarks alone
+    bias: str = field(default="none", kw_only=True)  # of the base's biases those trained: none, all, only the targeted
 
     @property
     def remark(self) -> str:

@@ -12,10 +12,10 @@ from loraplex.adapters.format import targets
 from loraplex.adapters.format.config import (
     COMMON_NO_BEARING,
     Keys,
-    bad_config,
     check_ranks,
     read_alphas,
     read_base_model,
+    read_biases,
     read_flag,
     read_names,
     read_number,
@@ -77,7 +77,6 @@ class LoraConfig(AdapterConfig):
     rslora: bool
     rank_pattern: tuple[tuple[str, int], ...]  # (pattern, rank), the first match counts
     alpha_pattern: tuple[tuple[str, float], ...]
-    bias: str  # "none", "lora_only" or "all"
     lora_bias: bool
     dora: bool
     start: str = ""  # what was taken out of the base's weights before training: one of STARTS, or KASA
@@ -128,9 +127,7 @@ def read_lora_config(raw: Mapping[str, Any]) -> LoraConfig:
         if start:
             raise unsupported(f"kasa_config is set beside init_lora_weights {start!r}; expected one of them")
         start = KASA
-    bias = raw.get("bias") or "none"
-    if bias not in ("none", "lora_only", "all"):
-        raise bad_config(f"bias is {shown(bias)}; expected 'none', 'lora_only' or 'all'")
+    bias = read_biases(raw)
     dora, lora_bias = read_flag(raw, "use_dora"), read_flag(raw, "lora_bias")
     if dora and lora_bias:
         raise unsupported("use_dora and lora_bias are both true, which PEFT does not train; expected one of them")
