@@ -23,10 +23,12 @@ from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.format.config import (
     COMMON_NO_BEARING,
     COMMON_UNSUPPORTED,
+    TASK,
     Keys,
     bad_config,
     read_base_model,
     read_count,
+    read_task,
     shown,
     unsupported,
 )
@@ -60,7 +62,9 @@ class FrontConfig(AdapterConfig):
 
     tokens: int
     shape_of_base: tuple[int | None, ...]  # layers, heads of keys, width of keys; None: not in the config
-    ranks: int = 0  # of a task's cols and rows; 0: there are none
+    tasks: int = 0  # that have cols and rows of their own; 0: there are none
+    ranks: int = 0  # of cols and rows
+    task: int = 0  # the one that is asked for
 
     @property
     def remark(self) -> str:
@@ -86,7 +90,7 @@ class FrontKind(AdapterKind[FrontConfig]):
             read_base_model(raw),
             self._tokens(raw),
             tuple(_optional(raw, key) for key in ("num_layers", "num_attention_heads", "token_dim")),
-            self._ranks(raw),
+            *self._task(raw),
         )
 
     def plan(
@@ -94,8 +98,9 @@ class FrontKind(AdapterKind[FrontConfig]):
     ) -> ModuleMap:
         width = self._width(config, base.layout)
         wanted: dict[str, tuple[int, ...]] = {ROWS: (config.tokens, width)}
-        if config.ranks:
-            wanted |= {COLUMNS_OF_TASK: (1, config.tokens, config.ranks), ROWS_OF_TASK: (1, config.ranks, width)}
+        if config.tasks:
+            tasks, ranks = config.tasks, config.ranks
+            wanted |= {COLUMNS_OF_TASK: (tasks, config.tokens, ranks), ROWS_OF_TASK: (tasks, ranks, width)}
         for name in header:
             if name not in wanted:
                 raise AdapterRefused("unmatched_tensor", f"{name} is in the file; expected {', '.join(wanted)} alone")
@@ -113,11 +118,15 @@ class FrontKind(AdapterKind[FrontConfig]):
     ) -> Iterable[Part]:
         return ()
 
-    def front(self, tensors: Mapping[str, Tensor], layout: BaseLayout, throttle: Throttle) -> Tensor:
+    def front(
+        self, module_map: ModuleMap, tensors: Mapping[str, Tensor], layout: BaseLayout, throttle: Throttle
+    ) -> Tensor:
         check_finite(tensors, throttle)
-        rows = tensors[ROWS].float()
-        if COLUMNS_OF_TASK in tensors:
-            rows = rows * (tensors[COLUMNS_OF_TASK][0].float() @ tensors[ROWS_OF_TASK][0].float())
+        config, rows = module_map.config, tensors[ROWS].float()
+        assert isinstance(config, FrontConfig), "plan() was given it"
+        if config.tasks:
+            columns, own = (tensors[name][config.task].float() for name in (COLUMNS_OF_TASK, ROWS_OF_TASK))
+            rows = rows * (columns @ own)
         check_rounded(rows, ROWS, "it", layout)
         return rows
 
@@ -133,8 +142,9 @@ class FrontKind(AdapterKind[FrontConfig]):
             )
         return tokens
 
-    def _ranks(self, raw: Mapping[str, Any]) -> int:
-        return 0
+    def _task(self, raw: Mapping[str, Any]) -> tuple[int, int, int]:
+        """Read tasks, ranks, and the task that is asked for. Raises AdapterRefused."""
+        return 0, 0, 0
 
 
 class _Virtual(FrontKind):
@@ -185,18 +195,12 @@ class MultitaskPromptTuning(_Virtual):
     keys = front_keys(
         *("prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"),
         *("prompt_tuning_init_state_dict_path", "prompt_tuning_init_task"),
-        used=("num_tasks", "num_ranks"),
+        used=("num_tasks", "num_ranks", TASK),
     )
 
-    def _ranks(self, raw: Mapping[str, Any]) -> int:
+    def _task(self, raw: Mapping[str, Any]) -> tuple[int, int, int]:
         tasks = read_count(raw.get("num_tasks", 1), "num_tasks")
-        if tasks != 1:
-            raise AdapterRefused(
-                "needs_setting",
-                f"adapter_config.json: num_tasks is {tasks}, and the file does not say which task is meant; keep one "
-                "task's row of prefix_task_cols and prefix_task_rows in the file, and set num_tasks to 1",
-            )
-        return read_count(raw.get("num_ranks", 1), "num_ranks")
+        return tasks, read_count(raw.get("num_ranks", 1), "num_ranks"), read_task(raw, "num_tasks", tasks)
 
 
 class PrefixTuning(FrontKind):

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from loraplex.adapters.format.header import TensorInfo
 from loraplex.adapters.format.targets import Targets
+from loraplex.adapters.format.windows import Window
 from loraplex.adapters.front import Front
 from loraplex.adapters.image.tiles import BaseLayout, Part, PartShape
 from loraplex.kernels.records import Projection
@@ -57,6 +58,7 @@ class AdapterConfig:
     kind: str  # AdapterKind.name
     targets: Targets
     base_model: str | None = field(compare=False)  # for messages and remarks alone
+    bias: str = field(default="none", kw_only=True)  # of the base's biases those trained: none, all, only the targeted
 
     @property
     def remark(self) -> str:
@@ -82,6 +84,7 @@ class AdapterModule:
     tensors: Mapping[str, str]  # role -> name in the file; A and B are low-rank factors, other roles the kind's own
     rank: int = 0  # 0: no low-rank factors
     scaling: float = 1.0  # of the low-rank factors' product
+    windows: tuple[Window, ...] = ()  # that its parts have; (): one part has all inputs and outputs
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,7 @@ class ModuleMap:
     @cached_property
     def pairs(self) -> tuple[FactorPair, ...]:
         """The factors of all modules, in their order, where the adapter is nothing but A and B; else empty."""
-        if self.making_bytes or any(module.tensors.keys() != {"A", "B"} for module in self.modules):
+        if self.making_bytes or any(m.windows or m.tensors.keys() != {"A", "B"} for m in self.modules):
             return ()
         return tuple(
             FactorPair(shape, self.header[module.tensors["A"]], self.header[module.tensors["B"]], module.scaling)
@@ -160,8 +163,10 @@ class AdapterKind(ABC, Generic[C]):
         at a time. Raises AdapterRefused, then or before: "not_finite", and "no_effect" when nothing is left.
         """
 
-    def front(self, tensors: Mapping[str, Tensor], layout: BaseLayout, throttle: Throttle) -> Tensor:
-        """Make the rows [V, W] fp32 of a module_map.front out of the file's tensors.
+    def front(
+        self, module_map: ModuleMap, tensors: Mapping[str, Tensor], layout: BaseLayout, throttle: Throttle
+    ) -> Tensor:
+        """Make the rows [V, W] fp32 of module_map.front out of the file's tensors.
 
         Raises AdapterRefused("not_finite"); ValueError where the kind puts nothing there.
         """

@@ -59,7 +59,7 @@ FRONTS: dict[str, dict[str, Any]] = {
         **{"kind": "P_TUNING", "num_virtual_tokens": 3, "encoder_hidden_size": 16},
         "encoder_reparameterization_type": "LSTM",
     },
-    "task": {"kind": "MULTITASK_PROMPT_TUNING", "num_virtual_tokens": 6, "num_tasks": 1, "num_ranks": 2},
+    "task": {"kind": "MULTITASK_PROMPT_TUNING", "num_virtual_tokens": 6, "num_tasks": 3, "num_ranks": 2, "task_id": 2},
     "context": {
         **{"kind": "CPT", "cpt_token_ids": [30, 40, 50, 60], "cpt_mask": [1, 1, 1, 1]},
         **{"cpt_tokens_type_mask": [1, 2, 2, 3], "opt_projection_epsilon": 5.0, "opt_projection_format_epsilon": 5.0},
@@ -99,7 +99,7 @@ def expected(model: Any, adapter: str | None, prompt: tuple[int, ...]) -> Answer
     """What PEFT says, with its whole context at every token."""
     ids, answer = list(prompt), list[tuple[int, float]]()
     invocation = ADAPTERS[adapter.split("+")[-1]].get("alora_invocation_tokens") if adapter else None
-    tasks = {"task_ids": torch.tensor([0])} if adapter == "task" else {}
+    tasks = {"task_ids": torch.tensor([2])} if adapter == "task" else {}
     places = [i for i in range(len(prompt)) if invocation and list(prompt[i : i + len(invocation)]) == invocation]
     for _ in range(TOKENS):
         more: dict[str, Any] = {"alora_offsets": [len(ids) - places[-1] if places else None]} if invocation else {}
@@ -147,7 +147,9 @@ def make_front(oracle: Any, folder: Path, seed: int, options: dict[str, Any]) ->
     with torch.no_grad():
         for weight in made.model.prompt_encoder.parameters():
             weight.copy_(0.5 * torch.randn(weight.shape, generator=generator))
+    config = (folder / "adapter_config.json").read_text()
     made.model.save_pretrained(folder)
+    (folder / "adapter_config.json").write_text(config)  # with a task_id, which PEFT does not write
     return made
 
 

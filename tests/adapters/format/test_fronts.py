@@ -29,7 +29,7 @@ KINDS: dict[str, tuple[str, Keys, dict[str, Any]]] = {
     "P_TUNING": ("PromptEncoderConfig", fronts.PTuning.keys, {"num_virtual_tokens": TOKENS, "encoder_hidden_size": 8}),
     "MULTITASK_PROMPT_TUNING": (
         *("MultitaskPromptTuningConfig", fronts.MultitaskPromptTuning.keys),
-        {"num_virtual_tokens": TOKENS, "num_tasks": 1, "num_ranks": 2},
+        {"num_virtual_tokens": TOKENS, "num_tasks": 2, "num_ranks": 2, "task_id": 1},
     ),
     "CPT": (
         *("CPTConfig", fronts.Cpt.keys),
@@ -108,7 +108,9 @@ def test_broken_files(base: Any, tmp_path: Path, kind: str) -> None:
         *((kind, "num_layers", 3, "shape_mismatch") for kind in STORED),
         *((kind, "token_dim", 7, "shape_mismatch") for kind in STORED),
         *((kind, "num_attention_heads", 5, "bad_config") for kind in STORED),
-        ("MULTITASK_PROMPT_TUNING", "num_tasks", 3, "needs_setting"),
+        ("MULTITASK_PROMPT_TUNING", "task_id", None, "needs_setting"),
+        *(("MULTITASK_PROMPT_TUNING", "task_id", value, "bad_config") for value in (2, -1, "1", True)),
+        ("MULTITASK_PROMPT_TUNING", "num_tasks", 3, "shape_mismatch"),
         ("MULTITASK_PROMPT_TUNING", "num_tasks", 0, "bad_config"),
         ("MULTITASK_PROMPT_TUNING", "num_ranks", 3, "shape_mismatch"),
         ("MULTITASK_PROMPT_TUNING", "num_ranks", "2", "bad_config"),
@@ -117,7 +119,7 @@ def test_broken_files(base: Any, tmp_path: Path, kind: str) -> None:
 def test_options(base: Any, tmp_path: Path, kind: str, key: str, value: Any, code: str) -> None:
     folder = Folder(base, tmp_path, kind)
     folder.config[key] = value
-    counted = code == "shape_mismatch" and key in ("num_virtual_tokens", "num_ranks")
+    counted = code == "shape_mismatch" and key in ("num_virtual_tokens", "num_ranks", "num_tasks")
     folder.refused(code, "prompt_embeddings|prefix_task_cols" if counted else key)
 
 
@@ -140,7 +142,7 @@ def test_rows_are_what_the_file_says(base: Any, tmp_path: Path, kind: str, dtype
     content = AdapterReader(served_base_of(base, layout), 1 << 20).read(Reading(str(tmp_path), True, lambda: None))
     wanted = folder.tensors["prompt_embeddings"].float()
     if "prefix_task_cols" in folder.tensors:
-        wanted = wanted * (folder.tensors["prefix_task_cols"][0] @ folder.tensors["prefix_task_rows"][0])
+        wanted = wanted * (folder.tensors["prefix_task_cols"][1] @ folder.tensors["prefix_task_rows"][1])
     front, pages = content.info.front, list(content.image.pages)
     assert front is not None
     assert (front.tokens, front.stored, front.width) == (TOKENS, kind in STORED, wanted.shape[1])
