@@ -1,6 +1,7 @@
 """--batch-invariant, whole answers: tokens and log-probabilities have the same bits alone and in any company.
 
-The company is hard: twelve requests with adapters and mixes, a budget of seven tokens a step, too few pages.
+The company is hard: fourteen requests with adapters, mixes, virtual tokens and an invocation, a budget of seven tokens
+a step, too few pages.
 """
 
 from __future__ import annotations
@@ -24,12 +25,15 @@ from tests.support.whole_engine import whole_engine
 ADAPTERS: dict[str, dict[str, Any]] = {
     "all": {"r": 16, "lora_alpha": 8, "target_modules": "all-linear"},
     "qv": {"r": 4, "target_modules": ["q_proj", "v_proj"]},
+    "asked": {"r": 4, "target_modules": ["q_proj", "down_proj"], "alora_invocation_tokens": [7]},
+    "prompt": {"kind": "PROMPT_TUNING", "num_virtual_tokens": 18, "strength": None},
+    "prefix": {"kind": "PREFIX_TUNING", "num_virtual_tokens": 19, "strength": None},
 }
 CONFIG = EngineConfig(
     device="cpu", max_model_len=128, max_num_seqs=16, token_budget=128, memory=1 << 28, batch_invariant=True
 )
 PRESSURE = 26
-"""Pages that twelve answers compete for; one request needs up to eight beside the adapters' own."""
+"""Pages that all answers compete for; one request needs up to eight beside the adapters' own."""
 
 
 @dataclass(frozen=True)
@@ -41,14 +45,15 @@ class Ask:
 
 def asks() -> list[Ask]:
     rng = random.Random(11)
-    mixes = ((("all", 1.0),), (), (("qv", 1.0),), (("all", 0.5), ("qv", -0.75)))
+    plain = ((("all", 1.0),), (), (("qv", 1.0),), (("all", 0.5), ("qv", -0.75)))
+    mixes = (*plain, (("asked", 1.0),), (("prompt", 1.0), ("all", 0.5)), (("prefix", 1.0),))
     return [
         Ask(
-            tuple(rng.randrange(4, 320) for _ in range(rng.randint(3, 40))),
+            (*(rng.randrange(8, 320) for _ in range(rng.randint(3, 30))), 7, *range(30, 30 + index % 5)),
             mixes[index % len(mixes)],
             SamplingParams(40, temperature=0.8 * (index % 2), seed=index, logprobs=3),
         )
-        for index in range(12)
+        for index in range(14)
     ]
 
 
