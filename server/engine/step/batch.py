@@ -23,7 +23,7 @@ from loraplex.server.models.inputs import ForwardBatch
 
 Shape = tuple[int, ...]
 
-OwnRows = Callable[[ListLike[RowFront]], Tensor]
+OwnEmbeddings = Callable[[ListLike[RowFront]], Tensor]
 """Makes the embeddings [E, H] of the virtual tokens of several rows, one after the other."""
 
 ALIGN = 16
@@ -57,7 +57,7 @@ def build_batch(
     device: torch.device,
     kept: Kept | None = None,
     steps: int = 1,
-    own: OwnRows | None = None,
+    own: OwnEmbeddings | None = None,
 ) -> ForwardBatch:
     """The tensors of one step, or of several of decode rows, whose tokens after the first are not known yet.
 
