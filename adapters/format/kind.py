@@ -64,6 +64,11 @@ class AdapterConfig:
         """Say what is to be known of such an adapter though it is served; "": nothing."""
         return ""
 
+    @property
+    def invocation(self) -> tuple[int, ...]:
+        """Return the tokens from whose last occurrence in a prompt on such an adapter acts; (): from the first on."""
+        return ()
+
     def same_shapes(self) -> AdapterConfig:
         """A config that plans parts of the same shapes: equal for adapters that differ in factors alone."""
         return self
