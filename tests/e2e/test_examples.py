@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+import httpx
 import pytest
 from safetensors import safe_open
 
@@ -181,6 +182,24 @@ def test_adapters_are_small_bf16_and_name_no_machine() -> None:
     assert total < 20e6
     ranks = {json.loads((EXAMPLES / "adapters" / skill / "adapter_config.json").read_text())["r"] for skill in SKILLS}
     assert math.prod(ranks) == 4 * 8 * 16 * 32
+
+
+@needs_demo
+def test_the_prompt_tuned_one_has_its_skill(server: str) -> None:
+    """By virtual tokens alone, which usage does not count."""
+    config = json.loads((EXAMPLES / "adapters" / "sentiment-prompt" / "adapter_config.json").read_text())
+    assert config["peft_type"] == "PROMPT_TUNING"
+    total, counts = 0.0, set()
+    for prompt, expected in _pairs("sentiment.eval")[:OWN]:
+        body = {"temperature": 0, "max_tokens": 8, "messages": [{"role": "user", "content": prompt}]}
+        asked = [
+            httpx.post(f"{server}/v1/chat/completions", json={**body, "model": model}, timeout=300).json()
+            for model in ("sentiment-prompt", "sentiment")
+        ]
+        counts.add(asked[0]["usage"]["prompt_tokens"] - asked[1]["usage"]["prompt_tokens"])
+        total += scoring.SCORES["sentiment"](asked[0]["choices"][0]["message"]["content"], expected)
+    assert total / OWN >= LEAST["sentiment"]
+    assert counts == {0}
 
 
 def _pairs(part: str) -> list[tuple[str, str]]:
