@@ -7,15 +7,20 @@ from typing import Any
 from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.format.adalora import AdaLora
 from loraplex.adapters.format.beft import Beft
+from loraplex.adapters.format.c3a import C3a
 from loraplex.adapters.format.config import bad_config, read_config
 from loraplex.adapters.format.deft import Deft
 from loraplex.adapters.format.delora import Delora
+from loraplex.adapters.format.fourierft import Fourierft, Waveft
+from loraplex.adapters.format.hira import Hira
 from loraplex.adapters.format.hra import Hra
 from loraplex.adapters.format.ia3 import Ia3
 from loraplex.adapters.format.kind import AdapterConfig, AdapterKind
 from loraplex.adapters.format.loha import Loha
 from loraplex.adapters.format.lora import Lora
 from loraplex.adapters.format.miss import Miss
+from loraplex.adapters.format.randlora import Randlora
+from loraplex.adapters.format.shira import Shira
 from loraplex.adapters.format.tinylora import Tinylora
 from loraplex.adapters.format.unilora import Unilora
 from loraplex.adapters.format.vblora import Vblora
@@ -24,6 +29,7 @@ from loraplex.adapters.format.vera import Pvera, Vera
 _ALL: tuple[AdapterKind[Any], ...] = (
     *(Lora(), Ia3()),
     *(AdaLora(), Loha(), Vera(), Pvera(), Miss(), Delora(), Vblora(), Hra(), Unilora(), Tinylora(), Beft(), Deft()),
+    *(Shira(), Fourierft(), Waveft(), C3a(), Hira(), Randlora()),
 )
 
 KINDS: dict[str, AdapterKind[Any]] = {kind.name: kind for kind in _ALL}
