@@ -5,7 +5,9 @@ Free of torch. adapters/format/effect.py measures one module, adapters/tiers/mea
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from loraplex.adapters.files.model_card import Card
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Measured:
     rounding: float  # as SiteEffect.rounding, over all sites
     bias: float  # Euclidean norm of all that is added to biases
     base_named: str | None  # the base that its config names
+    card: Card = field(default_factory=dict, hash=False)  # what its README.md says of it
 
     @property
     def is_noop(self) -> bool:

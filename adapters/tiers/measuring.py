@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from loraplex.adapters.errors import AdapterRefused
+from loraplex.adapters.files.model_card import Card
 from loraplex.adapters.format.effect import ModuleEffect, base_square, measure_module, ratio
 from loraplex.adapters.format.kind import ModuleMap, ServedBase
 from loraplex.adapters.image.tiles import Part
@@ -21,6 +22,7 @@ class OpenAdapter:
     """An adapter whose bytes are in memory, as long as the block that opened it."""
 
     digest: str
+    card: Card
     module_map: ModuleMap
     parts: Callable[[], Iterable[Part]]  # anew at each call, in the order of the layers; nothing for a no-op
 
@@ -41,7 +43,7 @@ class Measurer:
     @contextmanager
     def opened(self, source: str, throttle: Callable[[], None]) -> Iterator[OpenAdapter]:
         """Read all of `source`. Raises as AdapterReader.read() does, and what `throttle` raises."""
-        with self._reader.opened(source, throttle) as (digest, module_map, parts):
+        with self._reader.opened(source, throttle) as (digest, card, module_map, parts):
 
             def effective() -> Iterator[Part]:
                 try:
@@ -50,7 +52,7 @@ class Measurer:
                     if error.code != "no_effect":
                         raise
 
-            yield OpenAdapter(digest, module_map, effective)
+            yield OpenAdapter(digest, card, module_map, effective)
 
     def measure(self, adapter: OpenAdapter, throttle: Callable[[], None]) -> Measured:
         """Measure `adapter`, calling `throttle` between modules. WeightsError where the base's files are gone."""
@@ -83,6 +85,7 @@ class Measurer:
             rounding=ratio(total.rounded, total.low_rank),
             bias=total.bias**0.5,
             base_named=adapter.module_map.config.base_model,
+            card=adapter.card,
         )
 
     def _base_squares(self, throttle: Callable[[], None]) -> dict[tuple[int, int], float]:

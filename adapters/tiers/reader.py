@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from loraplex.adapters.errors import AdapterRefused, about_folder
-from loraplex.adapters.files.beneath import roots_of
+from loraplex.adapters.files.beneath import opened, roots_of
+from loraplex.adapters.files.model_card import Card, read_card
 from loraplex.adapters.files.tokenizer_files import NOTHING, TokenizerFiles
 from loraplex.adapters.format.adapter_files import (
     AdapterBytes,
@@ -166,8 +167,8 @@ class AdapterReader:
     @contextmanager
     def opened(
         self, source: str, throttle: Callable[[], None]
-    ) -> Iterator[tuple[str, ModuleMap, Callable[[], Iterable[Part]]]]:
-        """Read all of `source` and give its digest, its ModuleMap and what makes its parts, while the block lasts.
+    ) -> Iterator[tuple[str, Card, ModuleMap, Callable[[], Iterable[Part]]]]:
+        """Read all of `source` and give its digest, card, ModuleMap and what makes its parts, while the block lasts.
 
         Raises as read() does, and so do the parts while they are made.
         """
@@ -177,7 +178,14 @@ class AdapterReader:
             module_map = self._draw(files.head, parse_config(files.head.config), throttle).module_map
             tensors = view_tensors(files.data, module_map.header)
             digest = self._tokenizer(place).mark(files.digest)
-            yield digest, module_map, lambda: KINDS[module_map.kind].parts(module_map, tensors, self._base, throttle)
+            with opened(place.folder, place.roots) as folder:
+                card = read_card(folder)
+            yield (
+                digest,
+                card,
+                module_map,
+                lambda: KINDS[module_map.kind].parts(module_map, tensors, self._base, throttle),
+            )
 
     def _place(self, source: str) -> _Place:
         return _Place(self._locate(source), roots_of(source))

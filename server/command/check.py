@@ -11,8 +11,8 @@ from typing import Any
 
 from loraplex.adapters.errors import AdapterError, AdapterRefused
 from loraplex.server.command.build import EngineParts, build_engine
-from loraplex.server.command.compose import make_prover
 from loraplex.server.command.load import read_config, read_defaults, read_tokenizers
+from loraplex.server.command.proving import make_prover
 from loraplex.server.config import EngineConfig
 from loraplex.server.proof.receipt import Receipt
 

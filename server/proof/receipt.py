@@ -107,14 +107,19 @@ class Receipt:
                 "adapter": _short(self.probe.adapter) if self.probe else None,
                 "error": self.probe_error,
             },
+            "card": dict(found.card),
             "remark": self.remark or None,
         }
 
     @property
+    def text(self) -> str:
+        """Write as_json() with sorted keys and without spaces."""
+        return json.dumps(self.as_json(), sort_keys=True, separators=(",", ":"))
+
+    @property
     def digest(self) -> str:
-        """Compute the sha256, in hex, of as_json() with sorted keys and without spaces."""
-        text = json.dumps(self.as_json(), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()
+        """Compute the sha256, in hex, of `text`."""
+        return hashlib.sha256(self.text.encode()).hexdigest()
 
 
 def _short(value: float) -> float:
