@@ -53,8 +53,8 @@ from loraplex.kernels.hugepages import Region, huge_zeros
 
 logger = logging.getLogger(__name__)
 
-TENSORS_A_MODULE = 4
-"""At most, of any kind: A, B, the module's bias, and B's bias or a magnitude."""
+TENSORS_A_MODULE = 8
+"""At most, of any kind; LoRA has A, B, the module's bias, and B's bias or a magnitude, PEANuT two and two a layer."""
 
 MAX_MODULE_MAPS = 32
 """Some 250 KB each. A folder of thousands has a handful."""
