@@ -103,11 +103,12 @@ class MeasuredAdapter(Wire):
 
 
 class MatchedTensors(Wire):
-    """Of the file. What is ignored or matches nothing is refused, so both lists are empty."""
+    """Of the file, how many. A file with one that matches nothing is refused."""
 
     matched: int
-    ignored: list[str]
-    unmatched: list[str]
+    ignored: int
+    why_ignored: str | None
+    unmatched: Literal[0]
 
 
 class StoredTypes(Wire):

@@ -119,7 +119,7 @@ def describe(receipt: Receipt) -> list[str]:
     found, probe = receipt.measured, receipt.probe
     rank = f" of rank {found.rank}" if found.rank else ""
     lines = [
-        f"{found.kind}{rank}, {found.modules} modules, {found.tensors} tensors: all matched",
+        f"{found.kind}{rank}, {found.modules} modules, {found.tensors} tensors matched, {len(found.ignored)} ignored",
         f"digest    {found.digest}",
         f"base      {receipt.base.digest} ({receipt.base.formats})",
         f"type      {', '.join(found.dtypes)} in the file, {found.dtype} here: {found.rounding:.2g} of it rounded off",

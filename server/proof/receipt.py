@@ -78,7 +78,12 @@ class Receipt:
                 "idle_modules": found.idle,
                 "noop": found.is_noop,
             },
-            "tensors": {"matched": found.tensors, "ignored": [], "unmatched": []},
+            "tensors": {
+                "matched": found.tensors,
+                "ignored": len(found.ignored),
+                "why_ignored": f"they repeat others, as {found.ignored[0]} does" if found.ignored else None,
+                "unmatched": 0,
+            },
             "dtype": {"file": list(found.dtypes), "packed": found.dtype, "rounding": _short(found.rounding)},
             "effect": {
                 "relative": _short(found.relative),

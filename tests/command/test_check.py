@@ -53,7 +53,7 @@ def test_a_sound_one_has_the_receipt_of_a_server(base: Path, tmp_path: Path) -> 
     assert (told["outcome"], told["digest"]) == ("sound", found.receipt.digest)
     assert told["receipt"] == found.receipt.as_json()
     assert told["receipt"]["tensors"]["matched"] == 8
-    assert "8 tensors: all matched" in found.as_text()
+    assert "8 tensors matched, 0 ignored" in found.as_text()
 
 
 @pytest.mark.parametrize(("spoil", "code"), [(cut_short, "bad_file"), (widen_targets, "missing_tensor")])
@@ -86,7 +86,7 @@ def test_a_noop_is_refused_unless_it_is_allowed(base: Path, tmp_path: Path) -> N
 def test_what_is_doubted(probe: Probe | None, doubted: bool) -> None:
     receipt = replace(RECEIPT, probe=probe, probe_error=None if probe else "busy")
     assert (doubt_of(receipt) is not None) is doubted
-    assert describe(receipt)[0] == "lora of rank 8, 4 modules, 8 tensors: all matched"
+    assert describe(receipt)[0] == "lora of rank 8, 4 modules, 8 tensors matched, 0 ignored"
 
 
 def test_exit_codes_of_the_command(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
