@@ -19,7 +19,12 @@ class Plain(Protocol):
     """PlainModel.logprobs."""
 
     def __call__(
-        self, base: tuple[int, ...], adapted: tuple[int, ...], change: PlainChange, throttle: Callable[[], None]
+        self,
+        base: tuple[int, ...],
+        adapted: tuple[int, ...],
+        change: PlainChange,
+        throttle: Callable[[], None],
+        start: int,
     ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -52,6 +57,6 @@ class Examiner:
             if fused is None:
                 return Receipt(measured, self._base, None, error)
             change = PlainChange(by_layer(adapter))
-            base, adapted = self._plain(fused.base.ids, fused.adapted.ids, change, throttle)
+            base, adapted = self._plain(fused.base.ids, fused.adapted.ids, change, throttle, fused.start)
         probe = Probe(len(fused.base.logprobs), fused.base.furthest(base), fused.adapted.furthest(adapted))
         return Receipt(measured, self._base, probe)
