@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 from torch import Tensor
 
 from loraplex.adapters.format.header import TensorInfo
+from loraplex.adapters.format.outside import BaseOutside, OwnConfig, OwnTensor
 from loraplex.adapters.format.targets import Targets
 from loraplex.adapters.image.tiles import BaseLayout, Part, PartShape
 from loraplex.kernels.records import Projection
@@ -47,6 +48,7 @@ class ServedBase:
     products: Products
     weight: Weights
     formats: str = ""  # of its quantised weights, as "Q4_1 + Q8_0"; "": there are none
+    outside: BaseOutside | None = None  # None: adapters that have more than linears are refused
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class AdapterConfig:
     kind: str  # AdapterKind.name
     targets: Targets
     base_model: str | None = field(compare=False)  # for messages and remarks alone
+    own: OwnConfig = field(default=OwnConfig(), kw_only=True)
 
     @property
     def remark(self) -> str:
@@ -100,6 +103,7 @@ class ModuleMap:
     targets: tuple[str, ...]  # last names of the projections it acts on: "q_proj", ...
     shared: Mapping[str, str] = field(default_factory=dict)  # role -> name in the file, of what all modules share
     making_bytes: int = 0  # that computing one module's part takes, and what all share; 0: nothing is computed
+    own: tuple[OwnTensor, ...] = ()  # what stands in place of the base's rows, beside the modules
 
     @property
     def kind(self) -> str:
@@ -109,7 +113,7 @@ class ModuleMap:
     @cached_property
     def pairs(self) -> tuple[FactorPair, ...]:
         """The factors of all modules, in their order, where the adapter is nothing but A and B; else empty."""
-        if self.making_bytes or any(module.tensors.keys() != {"A", "B"} for module in self.modules):
+        if self.making_bytes or self.own or any(module.tensors.keys() != {"A", "B"} for module in self.modules):
             return ()
         return tuple(
             FactorPair(shape, self.header[module.tensors["A"]], self.header[module.tensors["B"]], module.scaling)

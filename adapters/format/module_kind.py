@@ -32,7 +32,7 @@ from loraplex.adapters.format.modules import (
 )
 from loraplex.adapters.format.targets import PATTERN_SECONDS, find_targets
 from loraplex.adapters.format.values import cancels, check_finite, check_rounded, no_effect
-from loraplex.adapters.image.tiles import BaseLayout, BiasDelta, LowRank, Part, PartShape
+from loraplex.adapters.image.tiles import BaseLayout, BiasDelta, LowRank, OutputScale, OwnRows, Part, PartShape
 from loraplex.kernels.constants import TileKind
 
 C = TypeVar("C", bound=AdapterConfig)
@@ -253,6 +253,8 @@ def _is_idle(part: Part, name: str, layout: BaseLayout) -> bool:
             left = [check_rounded(exact, name, what, layout) for what, exact in factors]
         case BiasDelta():
             left = [check_rounded(part.delta, name, "it", layout)]
-        case _:
+        case OutputScale():
             left = [bool((part.values != 1).any())]
+        case OwnRows():
+            left = [True]
     return not all(left)

@@ -21,7 +21,7 @@ from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.image.placement import PartPlace, RowPlacement, Strip, padded, place_rows
 from loraplex.kernels.constants import ALIGN, TILE_COLUMNS, TILE_RANKS, TileKind
 from loraplex.kernels.hugepages import huge_zeros
-from loraplex.kernels.records import Projection, element_bytes
+from loraplex.kernels.records import OwnPlaces, Projection, element_bytes
 
 IMAGE_COLUMNS = 2 + TILE_COLUMNS
 
@@ -80,7 +80,24 @@ class OutputScale:
     values: Tensor  # [out] fp32, kept in fp32
 
 
-Part = LowRank | BiasDelta | OutputScale
+@dataclass(frozen=True)
+class OwnRows:
+    """Rows in place of the base's: a norm's weight, or neighbouring rows of the embedding or the head.
+
+    `projection` says which, see own_projection().
+    """
+
+    layer: int  # the base's num_layers: behind all of them
+    projection: Projection
+    rows: Tensor  # [n, width]; norms are kept in fp32, rows of tables in the compute dtype
+
+
+Part = LowRank | BiasDelta | OutputScale | OwnRows
+
+
+def own_projection(name: str, place: int, first: int, rows: int, width: int) -> Projection:
+    """Describe rows `first` to first + rows - 1, each `width` wide, at `place` of OwnPlaces."""
+    return Projection(name, place, width, first, rows, False)
 
 
 @dataclass(frozen=True)
@@ -186,6 +203,13 @@ def shape_of(part: Part) -> PartShape:
             return PartShape(part.layer, part.projection, 1, TileKind.BIAS)
         case OutputScale():
             return PartShape(part.layer, part.projection, 1, TileKind.SCALE)
+        case OwnRows():
+            return own_shape(part.layer, part.projection)
+
+
+def own_shape(num_layers: int, projection: Projection) -> PartShape:
+    """Return the shape of OwnRows."""
+    return PartShape(num_layers, projection, projection.out_features, TileKind.OWN)
 
 
 def _order(shape: PartShape) -> tuple[int, int, int, int]:
@@ -198,6 +222,10 @@ def _check(parts: Sequence[Part], layout: BaseLayout) -> None:
     for part in parts:
         projection = part.projection
         where = f"layer {part.layer} {projection.name}"
+        if isinstance(part, OwnRows):
+            if part.rows.shape != (projection.out_features, projection.in_features):
+                raise ValueError(f"{projection.name}: rows of shape {list(part.rows.shape)}")
+            continue
         if not 0 <= part.layer < layout.num_layers:
             raise ValueError(f"{where}: the base has layers 0 to {layout.num_layers - 1}")
         if not isinstance(part, LowRank):
@@ -220,13 +248,16 @@ def _check(parts: Sequence[Part], layout: BaseLayout) -> None:
 def _placement(shape: PartShape, item: int) -> RowPlacement:
     """Begin to place a part; item: bytes of an element of the compute dtype."""
     out = shape.projection.out_features
-    if shape.kind == TileKind.SCALE:
+    if shape.kind == TileKind.SCALE or _is_norm(shape):
         item = SCALE_BYTES
     b_row = padded(out * item)
-    if shape.kind != TileKind.LOW_RANK:
+    if shape.kind not in (TileKind.LOW_RANK, TileKind.OWN):
         return RowPlacement(1, out, 0, b_row, item, 1, 0)
     a_bytes = shape.projection.in_features * item
     a_row = padded(a_bytes)
+    if shape.kind == TileKind.OWN:  # of A alone: no row of B is left to be placed
+        step, wide = TILE_RANKS if a_row == a_bytes else 1, shape.projection.in_features
+        return RowPlacement(shape.rank, out, a_row, 0, item, step, wide, rank=shape.rank)
     # A tile's rows are contiguous and its start aligned. Where a row is no multiple of 64 bytes, only tiles of one
     # rank can start anywhere. Hidden sizes in use are multiples of 32 and never get here.
     even = a_row == a_bytes and b_row == out * item
@@ -252,6 +283,9 @@ def _write(part: Part, place: PartPlace, image: Tensor, dtype: torch.dtype) -> N
             write(part.delta.unsqueeze(0), place.b_row, place.b, "bias")
         case OutputScale():
             write(part.values.unsqueeze(0), place.b_row, place.b, "scale", torch.float32)
+        case OwnRows():
+            exact = torch.float32 if _is_norm(shape_of(part)) else dtype
+            write(part.rows, place.a_row, place.a, "a row", exact)
 
 
 def _folded(part: LowRank) -> Tensor:
@@ -272,6 +306,8 @@ def _check_finite(strip: Tensor, part: Part, what: str) -> None:
 def _tiles(shape: PartShape, placement: RowPlacement) -> list[tuple[int, ...]]:
     """Rows of AdapterImage.tiles: ranks are cut where A is, where B is, and every `step`."""
     rows: list[tuple[int, ...]] = []
+    if shape.kind == TileKind.OWN:
+        return _own_tiles(shape, placement)
     head, window = (shape.layer, int(shape.projection.site)), (shape.projection.in_start, shape.projection.in_features)
     for first, last, begin, end, b_position in placement.b_strips:
         out = (shape.projection.out_start + begin, end - begin)
@@ -284,3 +320,18 @@ def _tiles(shape: PartShape, placement: RowPlacement) -> list[tuple[int, ...]]:
                 b_pos = (b_position + (rank - first) * placement.b_row) // ALIGN
                 rows.append((*head, a_pos, b_pos, min(placement.step, stop - rank), *out, shape.kind, *window))
     return rows
+
+
+def _own_tiles(shape: PartShape, placement: RowPlacement) -> list[tuple[int, ...]]:
+    """Rows of AdapterImage.tiles of OwnRows, cut as A is and every `step`."""
+    rows: list[tuple[int, ...]] = []
+    head, wide = (shape.layer, int(shape.projection.site)), shape.projection.in_features
+    for first, last, position in placement.a_strips:
+        for row in range(first, last, placement.step):
+            at, n = (position + (row - first) * placement.a_row) // ALIGN, min(placement.step, last - row)
+            rows.append((*head, at, -1, n, shape.projection.out_start + row, n, shape.kind, 0, wide))
+    return rows
+
+
+def _is_norm(shape: PartShape) -> bool:
+    return shape.kind == TileKind.OWN and shape.projection.site <= OwnPlaces(shape.layer).last_norm

@@ -35,12 +35,13 @@ from loraplex.adapters.format.adapter_files import (
 )
 from loraplex.adapters.format.header import TensorInfo, parse_header, view_tensors
 from loraplex.adapters.format.kind import AdapterConfig, FactorPair, ModuleMap, ServedBase
-from loraplex.adapters.format.kinds import KINDS, parse_config
+from loraplex.adapters.format.kinds import KINDS, make_parts, make_rows, parse_config, plan_adapter
 from loraplex.adapters.format.other_base import remark_on_base
+from loraplex.adapters.format.outside import own_shapes
 from loraplex.adapters.format.pack_plan import PackPlan
 from loraplex.adapters.format.quiet_files import read_quietly
 from loraplex.adapters.image.packing import OpenFile
-from loraplex.adapters.image.tiles import AdapterImage, most_tiles, pack, pack_each, plan_image
+from loraplex.adapters.image.tiles import AdapterImage, most_tiles, pack, pack_each, plan_image, shape_of
 from loraplex.adapters.info import AdapterInfo
 from loraplex.adapters.sources.sources import resolve
 from loraplex.adapters.throttle import Throttle
@@ -203,6 +204,7 @@ class AdapterReader:
             config = parse_config(head.config)
             drawn = self._draw(head, config, reading.throttle)
             image, plan = self._make(drawn, files, reading.throttle)
+            self._check_pages(len(image.pages))
             tokenizer = self._tokenizer(place)  # read after its stamp: a change meanwhile shows at the next look
         except AdapterRefused as error:
             if settled:
@@ -242,28 +244,40 @@ class AdapterReader:
             throttle()
             header = self._headers.get(key[1]) or self._parse_header(head, KINDS[config.kind].integers)
             throttle()
-            module_map = KINDS[config.kind].plan(config, header, self._base, throttle)
+            module_map = plan_adapter(config, header, self._base, throttle)
             throttle()
             layout = self._base.layout
-            plan = plan_image(module_map.shapes, layout)
+            shapes = (*module_map.shapes, *own_shapes(module_map.own, layout))
+            plan = plan_image(shapes, layout)
             info = AdapterInfo(
                 module_map.rank,
                 module_map.targets,
-                plan.num_pages,
+                self._pages(module_map, plan.num_pages),
                 plan.nbytes,
-                num_tiles=most_tiles(module_map.shapes, layout, plan.num_pages),
+                num_tiles=most_tiles(shapes, layout, plan.num_pages),
                 kind=module_map.kind,
+                alone=" and ".join(dict.fromkeys(tensor.short for tensor in module_map.own)),
             )
             drawn = _Drawn(key, module_map, info)
             self._drawn.put(key, drawn)
             self._headers.put(key[1], header)  # it fits the base: no larger than what is planned for
-        if drawn.info.num_pages > self._max_pages:
+        self._check_pages(drawn.info.num_pages)
+        return drawn
+
+    def _pages(self, module_map: ModuleMap, most: int) -> int:
+        """Bound an adapter's pages. A whole table may turn out to be the base's own but for a few rows: no more pages
+        are planned for it than there can be, and if it needs them the image is refused."""
+        if most <= self._max_pages or all(tensor.ids is not None for tensor in module_map.own):
+            return most
+        return max(self._max_pages, plan_image(module_map.shapes, self._base.layout).num_pages)
+
+    def _check_pages(self, num_pages: int) -> None:
+        if num_pages > self._max_pages:
             raise AdapterRefused(
                 "too_large",
-                f"the adapter takes {drawn.info.num_pages} pages, but only {self._max_pages} can be had beside one "
-                "sequence; give the server more memory (--memory)",
+                f"the adapter takes {num_pages} pages, but only {self._max_pages} can be had beside one sequence; give "
+                "the server more memory (--memory)",
             )
-        return drawn
 
     def _parse_header(self, head: AdapterHead, integers: bool) -> dict[str, TensorInfo]:
         most = TENSORS_A_MODULE * self._base.layout.num_layers * len(self._base.layout.projections)
@@ -281,10 +295,11 @@ class AdapterReader:
             if sound:
                 return image, key
         tensors = view_tensors(files.data, module_map.header)
-        parts = KINDS[module_map.kind].parts(module_map, tensors, self._base, throttle)
+        rows = make_rows(module_map, tensors, self._base, throttle)
+        made = make_parts(module_map, rows, tensors, self._base, throttle)
         if module_map.making_bytes:
-            return pack_each(parts, module_map.shapes, self._base.layout), None
-        parts = list(parts)
+            return pack_each(made, (*module_map.shapes, *map(shape_of, rows)), self._base.layout), None
+        parts = list(made)
         if module_map.pairs:
             left = frozenset((part.layer, part.projection.name) for part in parts)
             key = (drawn.key, left)

@@ -84,8 +84,22 @@ async def leased(services: Services, record: AdapterFields) -> AsyncIterator[Ada
         if choice.merge is not None:
             with counting_adapters() as owner:
                 leases = [held.enter_context(await services.on_demand.merge(leases, choice.merge, owner))]
+        else:
+            _check_alone(choice, leases)
         weights = (1.0,) if choice.merge is not None else (term.weight for term in choice.terms)
         yield AdapterUse(tuple(zip(leases, weights, strict=True)), tokenizer)
+
+
+def _check_alone(choice: AdapterChoice, leases: Sequence[AdapterLease]) -> None:
+    """Raises InvalidField where an adapter that has rows in place of the base's is in a mix, or weighted."""
+    for term, lease in zip(choice.terms, leases, strict=True):
+        if lease.version.info.alone and (len(leases) > 1 or term.weight != 1.0):
+            param = term.param.partition(".")[0].partition("[")[0]
+            raise InvalidField(
+                param,
+                f"{param}: the adapter {_show(term.text)!r} has {lease.version.info.alone} of its own in place of the "
+                "base's, which cannot be added to another's; ask for it alone, with weight 1",
+            )
 
 
 def tokenizer_of(services: Services, model: str) -> Tokenizer:

@@ -13,6 +13,7 @@ import torch
 
 from loraplex.adapters.files.tokenizer_files import TokenizerFiles
 from loraplex.adapters.format.kind import ServedBase
+from loraplex.adapters.format.outside import BaseOutside
 from loraplex.adapters.image.tiles import BaseLayout
 from loraplex.adapters.registry import Registry
 from loraplex.adapters.sources.addresses import Reach
@@ -58,7 +59,7 @@ from loraplex.server.models.graphs import GraphedDecoder
 from loraplex.server.models.opening import open_checkpoint
 from loraplex.server.models.quantizing import QuantizingCheckpoint
 from loraplex.server.models.recorded import RecordedDecoder, record
-from loraplex.server.models.weight_sizes import format_names
+from loraplex.server.models.weight_sizes import format_names, norms_in_order
 from loraplex.server.models.weights import ModelWeights, activations_name, load_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -184,6 +185,14 @@ def _assemble(
     device, dtype = ops.device, weights.dtype
     arena = allocate_arena(plan, device)
     layout = BaseLayout(base_names[0], model_config.num_layers, model_config.projections(), plan.page_bytes, dtype)
+    outside = BaseOutside(
+        norms=norms_in_order(model_config),
+        vocab=model_config.vocab_size,
+        hidden=model_config.hidden_size,
+        tied=base.is_tied,
+        embed_scale=model_config.embed_scale,
+        read=base.tensor,
+    )
     pool = PagePool(plan.num_pages)
     reclaimer = Reclaimer()
     residency = DeviceTier(arena, pool, layout, config.num_slots, reclaimer)
@@ -191,7 +200,7 @@ def _assemble(
     registry = Registry(taken=base_names)
     downloads = _downloads(download_config, registry)
     reader = AdapterReader(
-        ServedBase(layout, base.bias, base.squared_norms, base.products, base.weight, base.formats),
+        ServedBase(layout, base.bias, base.squared_norms, base.products, base.weight, base.formats, outside),
         max_pages=plan.num_pages - len(plan.groups),
         workspace=Workspace(plan.loading_bytes),
         locate=downloads.locate,

@@ -10,7 +10,7 @@ from torch import Tensor
 from loraplex.kernels.ops import DecodeSteps, Program, StepInputs
 from loraplex.kernels.records import AdapterSegments
 from loraplex.server.models.decoder import Decoder
-from loraplex.server.models.inputs import ForwardBatch, no_tiles
+from loraplex.server.models.inputs import ForwardBatch, HeadRows, no_tiles
 
 
 def record(decoder: Decoder, max_tokens: int, max_rows: int) -> Decoder | RecordedDecoder:
@@ -69,9 +69,9 @@ class RecordedDecoder:
         steps = DecodeSteps(batch.steps, self._hidden, self._decoder.weights.head, draws, stops, halt)
         return self._program.decode(self._inputs(batch), steps)
 
-    def logits(self, hidden: Tensor, room: Tensor | None = None) -> Tensor:
+    def logits(self, hidden: Tensor, room: Tensor | None = None, own: HeadRows | None = None) -> Tensor:
         """Compute logits as Decoder.logits does."""
-        return self._decoder.logits(hidden, room)
+        return self._decoder.logits(hidden, room, own)
 
     def _inputs(self, batch: ForwardBatch) -> StepInputs:
         return StepInputs(
