@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -126,7 +127,7 @@ class AdapterStep:
     table: TileTable
     segments: AdapterSegments
 
-    @property
+    @cached_property
     def own(self) -> int:
         """Return what its tokens have rows of their own for: bits of Own."""
         own = self.table.own

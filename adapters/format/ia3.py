@@ -59,7 +59,6 @@ KEYS = Keys(
         "init_ia3_weights",
     },
     unsupported={
-        "modules_to_save": "whole modules trained beside the adapter are not served; train without modules_to_save",
     },
 )
 

@@ -40,10 +40,6 @@ _ALL: tuple[AdapterKind[Any], ...] = (
 KINDS: dict[str, AdapterKind[Any]] = {kind.name: kind for kind in _ALL}
 
 
-OWN_KEYS = frozenset({"modules_to_save", "trainable_token_indices", "ensure_weight_tying"})
-"""Keys of all kinds' configs that are read here."""
-
-
 def parse_config(data: bytes) -> AdapterConfig:
     """Read adapter_config.json's bytes as its kind reads them.
 
@@ -63,7 +59,7 @@ def parse_config(data: bytes) -> AdapterConfig:
             "unsupported_kind", f"adapter_config.json: peft_type is {found[:40]!r}; supported is {supported}"
         )
     own = read_own(raw)
-    config: AdapterConfig = kind.read({key: value for key, value in raw.items() if key not in OWN_KEYS})
+    config: AdapterConfig = kind.read(raw)
     return replace(config, own=replace(own, tokens=own.tokens + config.own.tokens, tuned=config.own.tuned))
 
 

@@ -89,9 +89,9 @@ class OwnTensor:
 
 def read_own(raw: Mapping[str, Any]) -> OwnConfig:
     """Read the keys about modules outside the linears. Raises AdapterRefused: "bad_config"."""
-    saved = read_names(raw, "modules_to_save")
-    tokens = raw.get("trainable_token_indices")
-    given = tokens if isinstance(tokens, dict) else {EMBED: tokens} if tokens else {}
+    saved = read_names(raw, "modules_to_save") if raw.get("modules_to_save") else ()
+    tokens = raw.get("trainable_token_indices") or {}
+    given = tokens if isinstance(tokens, dict) else {EMBED: tokens}
     return OwnConfig(
         saved=(saved,) if isinstance(saved, str) else saved,
         tokens=tuple((name, read_ids(ids, f"trainable_token_indices[{name!r}]")) for name, ids in given.items()),
@@ -292,7 +292,8 @@ class _Modules:
             if expected[0] > base.vocab + MAX_ADDED:
                 raise _too_many(f"{name} has {expected[0]} rows", base.vocab)
         elif leaf in _TOKENS:
-            ids = next((ids for table, ids in config.tokens if path.endswith(table)), None)
+            tables = (path, self.embed) if base.tied else (path,)  # TRAINABLE_TOKENS saves a tied head's twice
+            ids = next((ids for table in tables for end, ids in config.tokens if table.endswith(end)), None)
             if ids is None:
                 raise AdapterRefused("unmatched_tensor", f"{name} is in the file, but the config names no such tokens")
             expected = (len(ids), base.hidden)

@@ -37,27 +37,31 @@ class DecoderLayer:
         rotations: Rotations,
         meta: AttentionMeta,
         adapters: AdapterStep | None,
+        norms: AdapterStep | None,
     ) -> tuple[Tensor, Tensor]:
-        """Compute x and residual [T, H] of x and residual [T, H]. The stream is their sum; the next norm adds them."""
+        """Compute x and residual [T, H] of x and residual [T, H]. The stream is their sum; the next norm adds them.
+
+        norms: the adapters, where some have norms of their own.
+        """
         weights = self._weights
-        x, residual = self._norm(x, weights.attention_norm, residual, 0, adapters)
+        x, residual = self._norm(x, weights.attention_norm, residual, 0, norms)
         x = self._attention(x, rotations, meta, adapters)
         if weights.attention_out_norm is not None:
-            x, _ = self._norm(x, weights.attention_out_norm, None, 1, adapters)
-        x, residual = self._norm(x, weights.mlp_norm, residual, 2, adapters)
+            x, _ = self._norm(x, weights.attention_out_norm, None, 1, norms)
+        x, residual = self._norm(x, weights.mlp_norm, residual, 2, norms)
         x = self._mlp(x, adapters)
         if weights.mlp_out_norm is not None:
-            x, _ = self._norm(x, weights.mlp_out_norm, None, 3, adapters)
+            x, _ = self._norm(x, weights.mlp_out_norm, None, 3, norms)
         return x, residual
 
     def _norm(
-        self, x: Tensor, weight: Tensor, residual: Tensor | None, index: int, adapters: AdapterStep | None
+        self, x: Tensor, weight: Tensor, residual: Tensor | None, index: int, norms: AdapterStep | None
     ) -> tuple[Tensor, Tensor]:
         """index: among the layer's norms, as of OwnPlaces.norm."""
         y, r = self._ops.rms_norm(x, weight, self._eps, residual, self._offset)
-        if adapters is not None:
+        if norms is not None:
             place = self._places.norm(self._index, index)
-            y = self._ops.adapter_norm_(y, r, self._eps, self._offset, place, adapters)
+            y = self._ops.adapter_norm_(y, r, self._eps, self._offset, place, norms)
         return y, r
 
 
@@ -108,21 +112,23 @@ class Decoder:
         """Compute forward() with the angles given. Ops alone touch tensors here, so that a backend can record them."""
         config, ops, places = self.config, self.ops, self._places
         adapters, own = self.adapters(batch), batch.own
-        if own is None and adapters is not None and adapters.own & Own.EMBED:
+        tokens = adapters if adapters is not None and adapters.own & Own.EMBED else None
+        norms = adapters if adapters is not None and adapters.own & Own.NORM else None
+        if own is None and tokens is not None:
             own = self._no_rows  # tokens that an adapter has added are beyond the table
         x = ops.embed(batch.input_ids, self.weights.embedding, config.embed_scale, own)
-        if adapters is not None:
-            x = ops.adapter_embed_(x, batch.input_ids, places.embed, adapters)
+        if tokens is not None:
+            x = ops.adapter_embed_(x, batch.input_ids, places.embed, tokens)
         residual: Tensor | None = None
         for layer in self._layers:
-            x, residual = layer.forward(x, residual, rotations, batch.attention, adapters)
+            x, residual = layer.forward(x, residual, rotations, batch.attention, adapters, norms)
         x = ops.take_rows(x, batch.logit_rows)
         if residual is not None:
             residual = ops.take_rows(residual, batch.logit_rows)
         hidden, r = ops.rms_norm(x, self.weights.norm, config.rms_norm_eps, residual, config.norm_offset)
-        if adapters is not None:
+        if norms is not None:
             eps, offset = config.rms_norm_eps, config.norm_offset
-            hidden = ops.adapter_norm_(hidden, r, eps, offset, places.last_norm, adapters, batch.logit_rows)
+            hidden = ops.adapter_norm_(hidden, r, eps, offset, places.last_norm, norms, batch.logit_rows)
         return hidden
 
     def logits(self, hidden: Tensor, room: Tensor | None = None, own: HeadRows | None = None) -> Tensor:

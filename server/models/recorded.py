@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from loraplex.kernels.constants import Own
 from loraplex.kernels.ops import DecodeSteps, Program, StepInputs
-from loraplex.kernels.records import AdapterSegments
+from loraplex.kernels.records import AdapterSegments, OwnPlaces, OwnTable
 from loraplex.server.models.decoder import Decoder
 from loraplex.server.models.inputs import ForwardBatch, HeadRows, no_tiles
 
@@ -19,12 +21,14 @@ def record(decoder: Decoder, max_tokens: int, max_rows: int) -> Decoder | Record
     Returns `decoder` itself where the backend runs its ops one by one.
     """
     none = torch.zeros(1, dtype=torch.int32)  # only shapes, and that there are segments, are looked at while recording
+    tiles = no_tiles(decoder.config)
+    own = torch.zeros(1, OwnPlaces(decoder.config.num_layers).count, 2, dtype=torch.int32)
     stand_in = ForwardBatch.blank(
-        no_tiles(decoder.config),
+        replace(tiles, own=OwnTable(own, own, {0: Own.NORM | Own.EMBED})),
         decoder.num_kv_groups,
         tokens=max_tokens,
         logit_rows=max_rows,
-        adapters=AdapterSegments(none, none, none, torch.zeros(1), (0,), (), 0),
+        adapters=AdapterSegments(none, none, none, torch.zeros(1), (0, 1), (((0, 1.0),),), 0),
     )
     rotations = decoder.rotations(stand_in)
     recorder = decoder.ops.recorder(decoder.weights.dtype, [cos for cos, _ in rotations])

@@ -26,7 +26,7 @@ GEMMA_NORMS = (
     *("input_layernorm", "post_attention_layernorm"),
     *("pre_feedforward_layernorm", "post_feedforward_layernorm"),
 )
-TRAINED = [3, 4, 5, 40, 200, 319]
+TRAINED = [*range(1, 310, 3), 310, 311, 312]
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "ln": ("llama", {"kind": "LN_TUNING", "target_modules": ["input_layernorm", "post_attention_layernorm", "norm"]}),
     "ln of some": ("smollm2", {"kind": "LN_TUNING", "target_modules": ".*layers.1.post_attention_layernorm"}),
@@ -48,6 +48,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen2",
         {"kind": "LOHA", "r": 2, "target_modules": ALL, "modules_to_save": ["input_layernorm"]},
     ),
+    "tokens": ("llama", {**LORA, "trainable_token_indices": TRAINED}),
+    "tokens of a tied base": ("smollm2", {**LORA, "trainable_token_indices": {"embed_tokens": TRAINED}}),
+    "tokens alone": ("gemma2", {"kind": "TRAINABLE_TOKENS", "token_indices": TRAINED}),
+    "tokens alone on Qwen": ("qwen2", {"kind": "TRAINABLE_TOKENS", "token_indices": TRAINED}),
+    "both tables": ("llama", {**LORA, "modules_to_save": ["embed_tokens", "lm_head"]}),
+    "the head of a tied base": ("smollm2", {**LORA, "modules_to_save": ["lm_head"]}),
+    "the embedding of a tied base": ("gemma2", {**LORA, "modules_to_save": ["embed_tokens"]}),
+    "tied tables": ("qwen2", {**LORA, "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}),
 }
 FAMILIES = tuple(dict.fromkeys(family for family, _ in CASES.values()))
 

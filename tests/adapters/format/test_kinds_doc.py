@@ -9,7 +9,7 @@ from loraplex.adapters.format.kinds import KINDS
 from loraplex.adapters.format.module_kind import ModuleKind
 
 TEXT = (Path(__file__).parents[3] / "docs" / "adapters.md").read_text(encoding="utf-8")
-ROW = re.compile(r"^\| ([^|]+) \| `([A-Z0-9]+)`[^|]* \|.*\|$", re.MULTILINE)
+ROW = re.compile(r"^\| ([^|]+) \| `([A-Z0-9_]+)`[^|]* \|.*\|$", re.MULTILINE)
 
 
 def test_the_table_has_the_kinds_of_the_registry() -> None:
