@@ -58,8 +58,7 @@ KEYS = Keys(
         "fan_in_fan_out",  # how the base stores its weight; the vectors are the same either way
         "init_ia3_weights",
     },
-    unsupported={
-    },
+    unsupported={},
 )
 
 NAMES = LeafNames(

@@ -12,10 +12,13 @@ from torch import Tensor
 from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.format.adalora import AdaLora
 from loraplex.adapters.format.beft import Beft
+from loraplex.adapters.format.c3a import C3a
 from loraplex.adapters.format.config import bad_config, read_config
 from loraplex.adapters.format.deft import Deft
 from loraplex.adapters.format.delora import Delora
+from loraplex.adapters.format.fourierft import Fourierft, Waveft
 from loraplex.adapters.format.header import TensorInfo
+from loraplex.adapters.format.hira import Hira
 from loraplex.adapters.format.hra import Hra
 from loraplex.adapters.format.ia3 import Ia3
 from loraplex.adapters.format.kind import AdapterConfig, AdapterKind, ModuleMap, ServedBase, Throttle
@@ -24,6 +27,8 @@ from loraplex.adapters.format.loha import Loha
 from loraplex.adapters.format.lora import Lora
 from loraplex.adapters.format.miss import Miss
 from loraplex.adapters.format.outside import match_own, own_parts, read_own
+from loraplex.adapters.format.randlora import Randlora
+from loraplex.adapters.format.shira import Shira
 from loraplex.adapters.format.tinylora import Tinylora
 from loraplex.adapters.format.unilora import Unilora
 from loraplex.adapters.format.values import no_effect
@@ -35,6 +40,7 @@ _ALL: tuple[AdapterKind[Any], ...] = (
     *(Lora(), Ia3()),
     *(AdaLora(), Loha(), Vera(), Pvera(), Miss(), Delora(), Vblora(), Hra(), Unilora(), Tinylora(), Beft(), Deft()),
     *(LnTuning(), TrainableTokens()),
+    *(Shira(), Fourierft(), Waveft(), C3a(), Hira(), Randlora()),
 )
 
 KINDS: dict[str, AdapterKind[Any]] = {kind.name: kind for kind in _ALL}

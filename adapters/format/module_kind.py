@@ -18,6 +18,7 @@ from torch import Tensor
 from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.files.patterns import Matcher
 from loraplex.adapters.format.adapter_files import WEIGHTS_FILE
+from loraplex.adapters.format.config import unsupported
 from loraplex.adapters.format.header import TensorInfo
 from loraplex.adapters.format.kind import AdapterConfig, AdapterKind, AdapterModule, ModuleMap, ServedBase, Throttle
 from loraplex.adapters.format.modules import (
@@ -32,13 +33,27 @@ from loraplex.adapters.format.modules import (
 )
 from loraplex.adapters.format.targets import PATTERN_SECONDS, find_targets
 from loraplex.adapters.format.values import cancels, check_finite, check_rounded, no_effect
-from loraplex.adapters.image.tiles import BaseLayout, BiasDelta, LowRank, OutputScale, OwnRows, Part, PartShape
+from loraplex.adapters.image.tiles import (
+    BaseLayout,
+    BiasDelta,
+    DenseDelta,
+    LowRank,
+    OutputScale,
+    OwnRows,
+    Part,
+    PartShape,
+)
 from loraplex.kernels.constants import TileKind
+from loraplex.kernels.records import Projection, element_bytes
 
 C = TypeVar("C", bound=AdapterConfig)
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Of tensors, by the last part of their names."""
+
+MOST_DENSE_BYTES = 512 << 20
+"""Of an adapter's dense changes. A decoded token reads all of them, 10 ms at 50 GB/s; in bfloat16 it is q and v of a
+base of three billion weights, or all linears of one of two hundred million."""
 
 PEFT_ORDER = (
     *("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj"),
@@ -54,7 +69,7 @@ class Wanted:
     shapes: Shapes
     rank: int = 0  # of the A and B that come out
     scaling: float = 1.0  # for the kind's own use
-    kind: TileKind | None = TileKind.LOW_RANK  # of the part; None: none comes out
+    kind: TileKind | None = TileKind.LOW_RANK  # of the part; None: none comes out. What is DENSE has no rank
 
 
 @dataclass(frozen=True)
@@ -76,6 +91,20 @@ class Making(Generic[C]):
     def low_rank(self, a: Tensor, b: Tensor) -> LowRank:
         """Make the part of a [rank, in] and b [out, rank], fp32."""
         return LowRank(self.module.layer, self.module.projection, a, b, 1.0)
+
+    def dense(self, delta: Tensor) -> DenseDelta:
+        """Make the part of a change of the weight, [out, in] fp32."""
+        return DenseDelta(self.module.layer, self.module.projection, delta)
+
+    def weight(self) -> Tensor:
+        """Read the base's weight [out, in] fp32. Raises AdapterRefused("unsupported_option") where it is quantised."""
+        weight = self.base.weight(self.module.layer, self.module.projection.name)
+        if weight is None:
+            raise unsupported(
+                "the change that such an adapter makes has to be computed from the base's weights, and this base is "
+                "quantised; serve its original"
+            )
+        return weight
 
 
 class ModuleKind(AdapterKind[C]):
@@ -113,8 +142,16 @@ class ModuleKind(AdapterKind[C]):
         return found
 
     def making_bytes(self, config: C, modules: Sequence[AdapterModule]) -> int:
-        """Bound what one module's part takes while it is made, and what is shared: A, B and what they are made of."""
-        return max(12 * m.rank * (m.projection.in_features + m.projection.out_features) for m in modules) + 1
+        """Bound what one module's part takes while it is made, and what is shared: A, B and what they are made of.
+
+        A module without ranks may come to a dense change; of such a one three are in memory at once.
+        """
+
+        def elements(projection: Projection, rank: int) -> int:
+            width, out = projection.in_features, projection.out_features
+            return rank * (width + out) if rank else width * out
+
+        return max(12 * elements(module.projection, module.rank) for module in modules) + 1
 
     @cached_property
     def _names(self) -> LeafNames:
@@ -149,10 +186,11 @@ class ModuleKind(AdapterKind[C]):
             for module, want in zip(targeted, wanted.values(), strict=True)
         )
         shapes = tuple(
-            PartShape(module.layer, module.projection, want.rank or 1, want.kind)
+            PartShape(module.layer, module.projection, _rows(module, want), want.kind)
             for module, want in zip(modules, wanted.values(), strict=True)
             if want.kind is not None
         )
+        _check_dense(shapes, base.layout)
         return ModuleMap(
             config=config,
             header=header,
@@ -220,6 +258,23 @@ class ModuleKind(AdapterKind[C]):
             raise AdapterRefused("bad_file", f"{WEIGHTS_FILE}: {name} is {found}; expected {expected}; convert it")
 
 
+def _rows(module: AdapterModule, want: Wanted) -> int:
+    return module.projection.out_features if want.kind == TileKind.DENSE else want.rank or 1
+
+
+def _check_dense(shapes: Sequence[PartShape], layout: BaseLayout) -> None:
+    """Raise AdapterRefused("too_large") where dense changes take more than MOST_DENSE_BYTES."""
+    dense = [shape.projection for shape in shapes if shape.kind == TileKind.DENSE]
+    sizes = [p.in_features * p.out_features * element_bytes(layout.dtype) for p in dense]
+    if sum(sizes) > MOST_DENSE_BYTES:
+        raise AdapterRefused(
+            "too_large",
+            f"adapter_config.json: the change it makes has full rank; served exactly it takes {sum(sizes) >> 20} MB, "
+            f"{max(sizes) >> 20} MB for the largest of {len(sizes)} modules, and the limit is {MOST_DENSE_BYTES >> 20} "
+            "MB. Target fewer modules, or convert it to LoRA with PEFT and look at the error",
+        )
+
+
 def _peft_order(module: AdapterModule) -> tuple[int, int]:
     return module.layer, PEFT_ORDER.index(module.projection.name.rpartition(".")[2])
 
@@ -253,6 +308,8 @@ def _is_idle(part: Part, name: str, layout: BaseLayout) -> bool:
             left = [check_rounded(exact, name, what, layout) for what, exact in factors]
         case BiasDelta():
             left = [check_rounded(part.delta, name, "it", layout)]
+        case DenseDelta():
+            left = [check_rounded(part.delta, name, "the change it comes to", layout)]
         case OutputScale():
             left = [bool((part.values != 1).any())]
         case OwnRows():

@@ -39,6 +39,8 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "loha": {**UNTRAINED, "kind": "LOHA", "r": 3},
     "vera": {**UNTRAINED, "kind": "VERA", "r": 8, "save_projection": False},
     "hra": {**UNTRAINED, "kind": "HRA"},
+    "shira": {"kind": "SHIRA", "r": 4, "target_modules": ALL, "random_seed": 1, "init_weights": False},
+    "hira": {**UNTRAINED, "kind": "HIRA"},
 }
 
 
@@ -83,7 +85,7 @@ async def ask(client: httpx.AsyncClient, adapter: str | None, prompt: str) -> An
 
 
 async def test_greedy_tokens_are_pefts_under_mixed_load(served: Served) -> None:
-    """Over a hundred requests at once: eight adapters of six kinds and the base, each as it answers alone in PEFT."""
+    """Over a hundred requests at once: ten adapters of eight kinds and the base, each as it answers alone in PEFT."""
     names = {name: name for name in LOADED} | {"other": str(served.folders["other"]), "tiny": None}
     expected = {(name, prompt): greedy(served, name, prompt) for name in names for prompt in PROMPTS}
     for prompt in PROMPTS:

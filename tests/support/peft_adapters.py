@@ -230,6 +230,8 @@ MODULE_KIND_CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "all": ("llama", {**UNTRAINED, "r": 6}),
             "fused": ("phi3", {**UNTRAINED, "target_modules": ["qkv_proj", "gate_up_proj"], "init_weights": True}),
             "mini": ("qwen2", {**UNTRAINED, "r": 8, "mini_r": 4, "init_weights": "mini"}),
+            "bat": ("llama_biased", {**UNTRAINED, "r": 8, "init_weights": "bat"}),
+            "bat, fused": ("phi3", {**UNTRAINED, "r": 16, "init_weights": "bat", "target_modules": "all-linear"}),
         },
         "DELORA": {
             "all": ("llama", UNTRAINED),
@@ -270,6 +272,35 @@ MODULE_KIND_CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "orthonormal, base biases": ("llama_biased", {**UNTRAINED, "decomposition_method": "qr"}),
             "para": ("qwen2", {**UNTRAINED, "target_modules": QV, "para": True, "decomposition_method": "qr"}),
             "fused": ("phi3", {**UNTRAINED, "target_modules": "all-linear", "decomposition_method": "qr"}),
+        },
+        "SHIRA": {
+            "all": ("llama", {"r": 3, "target_modules": ALL, "random_seed": 3, "init_weights": False}),
+            "fused": ("phi3", {"r": 2, "target_modules": "all-linear", "init_weights": False}),
+        },
+        "FOURIERFT": {
+            "all": ("llama", {"n_frequency": 300, "scaling": 20.0, "target_modules": ALL}),
+            "few waves": ("qwen2", {"n_frequency": 9, "n_frequency_pattern": {"v_proj": 5}, "target_modules": QV}),
+            "fused": ("phi3", {"n_frequency": 200, "target_modules": "all-linear", "random_loc_seed": 4}),
+        },
+        "WAVEFT": {
+            "all": ("llama", {"n_frequency": 300, "target_modules": ALL, "init_weights": False}),
+            "not transformed": (
+                "llama_biased",
+                {"n_frequency": 90, "n_frequency_pattern": {"k_proj": 50}, "use_idwt": False, "target_modules": ALL},
+            ),
+        },
+        "C3A": {
+            "all": ("llama", {"block_size": 16, "block_size_pattern": {"up_proj": 8}, "target_modules": ALL}),
+            "fused": ("phi3", {"block_size": 8, "target_modules": "all-linear"}),
+        },
+        "HIRA": {
+            "all": ("llama", {**UNTRAINED, "rank_pattern": {"k_proj": 7}}),  # which PEFT does not heed
+            "fused, bfloat16 file": ("phi3", {**UNTRAINED, "target_modules": "all-linear", "dtype": torch.bfloat16}),
+        },
+        "RANDLORA": {
+            "all": ("llama", {**UNTRAINED, "r": 10, "randlora_alpha": 20}),
+            "sparse": ("qwen2", {**UNTRAINED, "r": 16, "target_modules": QV, "sparse": True}),
+            "fused": ("phi3", {**UNTRAINED, "r": 24, "target_modules": "all-linear"}),
         },
         "BEFT": {
             "value": ("llama", {"target_modules": ["v_proj"]}),
@@ -349,6 +380,14 @@ _OWN_STD: dict[str, Callable[[Tensor], float]] = {
     "lora_diag": lambda w: 2.0,
     "deft_P": lambda w: w.shape[0] ** -0.5,
     "deft_R": lambda w: 0.5,
+    "shira_weight": lambda w: 0.5,
+    "fourierft_spectrum": lambda w: 8.0,
+    "waveft_spectrum": lambda w: 0.05,
+    "c3a_kernel": lambda w: 8.0,
+    "hira_A": lambda w: w.shape[1] ** 0.5,
+    "hira_B": lambda w: 1.0,
+    "randlora_lambda": lambda w: 1.0,
+    "randlora_gamma": lambda w: w.shape[1] ** -1.0,
 }
 """Of other kinds' parameters: standard deviations that move outputs by about their own size, at a strength of 1."""
 

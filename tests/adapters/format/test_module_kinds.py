@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from loraplex.adapters.image.tiles import BiasDelta, LowRank
+from loraplex.adapters.image.tiles import BiasDelta, DenseDelta, LowRank
 from loraplex.adapters.tiers.host import most_bytes
 from loraplex.adapters.tiers.inbox import host_bytes
 from loraplex.adapters.tiers.reader import AdapterReader
@@ -61,9 +61,10 @@ def check_against_peft(base: Any, adapter: PeftAdapter) -> ParsedAdapter:
             assert float(weight.abs().max()) < 1e-6
             torch.testing.assert_close(part.delta, bias, atol=1e-6, rtol=1e-5)
             continue
-        assert isinstance(part, LowRank)
+        assert isinstance(part, LowRank | DenseDelta)
         assert float(weight.abs().max()) > 0.01
-        torch.testing.assert_close(part.scaling * part.b @ part.a, weight, atol=2e-6, rtol=1e-5)
+        made = part.delta if isinstance(part, DenseDelta) else part.scaling * part.b @ part.a
+        torch.testing.assert_close(made, weight, atol=2e-6, rtol=1e-5)
         assert not bias.abs().gt(1e-6).any()
     assert parsed.rank == max(part.a.shape[0] if isinstance(part, LowRank) else 0 for part in parsed.parts)
     info = AdapterReader(served_base_of(base, layout_of(base)), 1 << 30).examine(str(adapter.folder))
