@@ -140,6 +140,7 @@ def match_own(
         if path not in found:
             raise AdapterRefused("missing_tensor", f"the file has no tensor of {path}, which {key} asks for")
     modules.tie(found, config)
+    modules.check_added(found)
     return tuple(sorted(found.values(), key=lambda tensor: tensor.place)), rest
 
 
@@ -151,6 +152,13 @@ def own_shapes(own: Sequence[OwnTensor], layout: BaseLayout) -> list[PartShape]:
         counts = [(0, rows)] if tensor.ids is None else [(token, 1) for token in tensor.ids]
         shapes += [_shape(tensor, first, count, width, layout) for first, count in counts]
     return shapes
+
+
+def added_tokens(own: Sequence[OwnTensor], base: BaseOutside | None) -> int:
+    """Return where the ids of tokens end that are beyond the base's, 0 where there are none."""
+    ends = [tensor.shape[0] if tensor.ids is None else max(tensor.ids) + 1 for tensor in own if len(tensor.shape) > 1]
+    last = max(ends, default=0)
+    return last if base is not None and last > base.vocab else 0
 
 
 def own_parts(
@@ -322,9 +330,28 @@ class _Modules:
             tensor = found[path]
             found[path] = OwnTensor(tensor.name, self._table(), tensor.place, tensor.shape, tensor.ids)
 
+    def check_added(self, found: Mapping[str, OwnTensor]) -> None:
+        """Raise AdapterRefused where tokens beyond the base's have a row in one table and none in the other."""
+        added = {path: added_ids(found.get(path), self._base.vocab) for path in (self.embed, self.head)}
+        if added[self.embed] != added[self.head]:
+            token = min(added[self.embed] ^ added[self.head])
+            absent = self.head if token in added[self.embed] else self.embed
+            raise AdapterRefused(
+                "missing_tensor",
+                f"the token {token} is beyond the base's {self._base.vocab} and has no row of {absent} in the file; "
+                "save both tables with the adapter (PEFT's save_embedding_layers=True)",
+            )
+
     def _table(self) -> str:
         """Return the checkpoint's name of the one table of a tied base."""
         return f"{self.embed}.weight"
+
+
+def added_ids(tensor: OwnTensor | None, vocab: int) -> set[int]:
+    """List the ids beyond the base's that a tensor has rows for."""
+    if tensor is None:
+        return set()
+    return {i for i in tensor.ids if i >= vocab} if tensor.ids is not None else set(range(vocab, tensor.shape[0]))
 
 
 def _too_many(what: str, vocab: int) -> AdapterRefused:

@@ -37,7 +37,7 @@ from loraplex.adapters.format.header import TensorInfo, parse_header, view_tenso
 from loraplex.adapters.format.kind import AdapterConfig, FactorPair, ModuleMap, ServedBase
 from loraplex.adapters.format.kinds import KINDS, make_parts, make_rows, parse_config, plan_adapter
 from loraplex.adapters.format.other_base import remark_on_base
-from loraplex.adapters.format.outside import own_shapes
+from loraplex.adapters.format.outside import added_tokens, own_shapes
 from loraplex.adapters.format.pack_plan import PackPlan
 from loraplex.adapters.format.quiet_files import read_quietly
 from loraplex.adapters.image.packing import OpenFile
@@ -106,12 +106,13 @@ class AdapterReader:
         max_pages: int,
         workspace: Workspace[Region] | None = None,
         locate: Callable[[str], Path] = resolve,
-        check_tokenizer: Callable[[TokenizerFiles], str] = lambda files: "",
+        check_tokenizer: Callable[[TokenizerFiles, int], str] = lambda files, tokens: "",
     ) -> None:
         """max_pages: what an adapter may take so that one sequence still fits beside it.
 
         workspace: bounds what all loads under way take together; None: nothing does. locate: a source's folder.
-        check_tokenizer: what tokenizer files change, in words; raises AdapterRefused for those the base cannot go with.
+        check_tokenizer: what tokenizer files change, in words; raises AdapterRefused for those the base cannot go with,
+        whose ids end at the number given where the adapter has added tokens (0: none).
         """
         self._check_tokenizer = check_tokenizer
         self._locate = locate
@@ -142,7 +143,7 @@ class AdapterReader:
             config = parse_config(head.config)
             key = (config.same_shapes(), _key_of(head))
             info = self._infos.get(key) or self._infos.put(key, self._draw(head, config, Throttle(lambda: None)).info)
-            return replace(info, tokenizer=self._tokenizer(place), remark=self._remark(place, config))
+            return replace(info, tokenizer=self._tokenizer(place, info.tokens), remark=self._remark(place, config))
 
     def read(self, reading: Reading) -> LoadedContent:
         """Read, check and pack an adapter. Raises as examine() does, and what reading.throttle() raises.
@@ -205,7 +206,9 @@ class AdapterReader:
             drawn = self._draw(head, config, reading.throttle)
             image, plan = self._make(drawn, files, reading.throttle)
             self._check_pages(len(image.pages))
-            tokenizer = self._tokenizer(place)  # read after its stamp: a change meanwhile shows at the next look
+            tokenizer = self._tokenizer(
+                place, drawn.info.tokens
+            )  # read after its stamp: a change meanwhile shows at the next look
         except AdapterRefused as error:
             if settled:
                 refusal = AdapterRefused(error.code, str(error))  # without the frames, which hold the file's bytes
@@ -218,16 +221,16 @@ class AdapterReader:
             self._remembered.put(reading.source, known)
         return _loaded(info, image, head.data_bytes)
 
-    def _tokenizer(self, place: _Place) -> TokenizerFiles:
+    def _tokenizer(self, place: _Place, tokens: int) -> TokenizerFiles:
         """Equal ones are one object: a folder of thousands has the same file in each. Raises AdapterRefused."""
         found = read_tokenizer(place.folder, place.roots)
         if found == NOTHING:
             return NOTHING
-        known = self._tokenizers.get(found)
+        known = self._tokenizers.get((found, tokens))
         if known is None:
-            if changes := self._check_tokenizer(found):
+            if changes := self._check_tokenizer(found, tokens):
                 logger.info("%s has tokenizer files of its own: %s", place.folder, changes)
-            known = self._tokenizers.put(found, found)
+            known = self._tokenizers.put((found, tokens), found)
         return known
 
     def _remark(self, place: _Place, config: AdapterConfig) -> str:
@@ -256,6 +259,7 @@ class AdapterReader:
                 plan.nbytes,
                 num_tiles=most_tiles(shapes, layout, plan.num_pages),
                 kind=module_map.kind,
+                tokens=added_tokens(module_map.own, self._base.outside),
                 alone=" and ".join(dict.fromkeys(tensor.short for tensor in module_map.own)),
             )
             drawn = _Drawn(key, module_map, info)

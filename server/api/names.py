@@ -46,6 +46,11 @@ class AdapterUse:
     mix: Mix
     tokenizer: Tokenizer
 
+    @property
+    def tokens(self) -> int:
+        """Return where the ids of tokens end that adapters have added; 0: none have."""
+        return max((lease.version.info.tokens for lease, _ in self.mix), default=0)
+
 
 _TERM = re.compile(r"(?P<name>[^*]+)(?:\*\s*(?P<weight>-?(?:\d+\.?\d*|\.\d+)(?:[eE]-?\d+)?))?")
 

@@ -88,7 +88,7 @@ def build_engine(
     *base_names: str,
     model_config: ModelConfig | None = None,
     checkpoint: Checkpoint | None = None,
-    check_tokenizer: Callable[[TokenizerFiles], str] = lambda files: "",
+    check_tokenizer: Callable[[TokenizerFiles, int], str] = lambda files, tokens: "",
     downloads: DownloadConfig = DownloadConfig(),
     count_process: bool = False,
 ) -> EngineParts:
@@ -178,7 +178,7 @@ def _assemble(
     budget: TokenBudget,
     most: int,
     base_names: tuple[str, ...],
-    check_tokenizer: Callable[[TokenizerFiles], str],
+    check_tokenizer: Callable[[TokenizerFiles, int], str],
     download_config: DownloadConfig,
 ) -> tuple[Engine, AdapterManager, AdapterCache, Prefault | None]:
     """Allocate the arena and put everything around it together. most: tokens of a step."""

@@ -90,7 +90,8 @@ class LocalWorker:
         for start in range(0, len(rows), self._slice):  # a vocabulary of 256k costs 1 MB a row
             end = min(start + self._slice, len(rows))
             logits = self._decoder.logits(hidden[start:end], self._room, self._head(rows[start:end]))
-            tokens = sample(logits, rows[start:end], masks[start:end], self._decoder.ops)
+            vocab = self._decoder.config.vocab_size
+            tokens = sample(logits, rows[start:end], masks[start:end], self._decoder.ops, vocab)
             drawn += [RowResult((token,)) for token in tokens]
         for place in late:
             drawn[place] = CHUNK
@@ -113,9 +114,9 @@ class LocalWorker:
 
     def _head(self, rows: Sequence[Row]) -> HeadRows | None:
         """Find the heads that adapters of these rows have of their own."""
-        tiles = self._residency.table
-        if tiles.own is None or not tiles.own.wearers:
+        if not any(row.mix for row in rows):
             return None
+        tiles = self._residency.table
         slots = [row.mix[0][0] if len(row.mix) == 1 else -1 for row in rows]
         return HeadRows.of(slots, tiles, self._decoder.config.vocab_size)
 
