@@ -17,6 +17,7 @@ from loraplex.adapters.format.config import bad_config, read_config
 from loraplex.adapters.format.deft import Deft
 from loraplex.adapters.format.delora import Delora
 from loraplex.adapters.format.fourierft import Fourierft, Waveft
+from loraplex.adapters.format.gralora import Gralora
 from loraplex.adapters.format.header import TensorInfo
 from loraplex.adapters.format.hira import Hira
 from loraplex.adapters.format.hra import Hra
@@ -24,9 +25,13 @@ from loraplex.adapters.format.ia3 import Ia3
 from loraplex.adapters.format.kind import AdapterConfig, AdapterKind, ModuleMap, ServedBase, Throttle
 from loraplex.adapters.format.ln_tuning import LnTuning, TrainableTokens
 from loraplex.adapters.format.loha import Loha
+from loraplex.adapters.format.lokr import Lokr
 from loraplex.adapters.format.lora import Lora
 from loraplex.adapters.format.miss import Miss
+from loraplex.adapters.format.osf import Osf
 from loraplex.adapters.format.outside import match_own, own_parts, read_own
+from loraplex.adapters.format.peanut import Peanut
+from loraplex.adapters.format.poly import Poly
 from loraplex.adapters.format.randlora import Randlora
 from loraplex.adapters.format.shira import Shira
 from loraplex.adapters.format.tinylora import Tinylora
@@ -40,10 +45,24 @@ _ALL: tuple[AdapterKind[Any], ...] = (
     *(Lora(), Ia3()),
     *(AdaLora(), Loha(), Vera(), Pvera(), Miss(), Delora(), Vblora(), Hra(), Unilora(), Tinylora(), Beft(), Deft()),
     *(LnTuning(), TrainableTokens()),
+    *(Lokr(), Gralora(), Osf(), Peanut(), Poly()),
     *(Shira(), Fourierft(), Waveft(), C3a(), Hira(), Randlora()),
 )
 
 KINDS: dict[str, AdapterKind[Any]] = {kind.name: kind for kind in _ALL}
+
+UNSERVED = {
+    "road": "it turns pairs of a linear's outputs, its bias with them, which comes to a change of full rank; train OFT "
+    "or LoRA",
+    "lily": "its router averages over all tokens of a batch, so an answer would depend on other requests",
+    "xlora": "it weighs adapters anew for every token; serve its adapters with fixed weights",
+    "shadow": "it is a second network beside the base",
+    "adamss": "the order of its outputs is not in the file but found by clustering at load; merge it with PEFT",
+    "psoft": "it needs the signs of the singular vectors that its trainer's library found; convert it to LoRA with "
+    "PEFT where it was trained",
+    "adaption_prompt": "it attends to its prompt in a separate softmax",
+}
+"""Kinds of PEFT that are refused, by peft_type, and why."""
 
 
 def parse_config(data: bytes) -> AdapterConfig:
@@ -61,9 +80,8 @@ def parse_config(data: bytes) -> AdapterConfig:
         )
     kind = KINDS.get(found.lower())
     if kind is None:
-        raise AdapterRefused(
-            "unsupported_kind", f"adapter_config.json: peft_type is {found[:40]!r}; supported is {supported}"
-        )
+        why = UNSERVED.get(found.lower(), f"supported is {supported}")
+        raise AdapterRefused("unsupported_kind", f"adapter_config.json: peft_type is {found[:40]!r}; {why}")
     own = read_own(raw)
     config: AdapterConfig = kind.read(raw)
     return replace(config, own=replace(own, tokens=own.tokens + config.own.tokens, tuned=config.own.tuned))

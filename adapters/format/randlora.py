@@ -30,7 +30,7 @@ from loraplex.adapters.format.config import (
 from loraplex.adapters.format.header import TensorInfo
 from loraplex.adapters.format.kind import AdapterConfig, AdapterModule, ModuleMap, ServedBase, Throttle
 from loraplex.adapters.format.module_kind import Making, ModuleKind, Shapes, Wanted
-from loraplex.adapters.format.modules import SHARED_PREFIX, FoundModule
+from loraplex.adapters.format.modules import FoundModule
 from loraplex.adapters.image.tiles import Part
 from loraplex.kernels.constants import TileKind
 from loraplex.kernels.records import Projection
@@ -84,9 +84,9 @@ class Randlora(ModuleKind[RandLoraConfig]):
     def plan(
         self, config: RandLoraConfig, header: Mapping[str, TensorInfo], base: ServedBase, throttle: Throttle
     ) -> ModuleMap:
-        shared = (f"{SHARED_PREFIX}{A}", f"{SHARED_PREFIX}{B}")
-        own = {n: info for n, info in header.items() if n in shared or not n.endswith((f".{A}", f".{B}"))}
-        return super().plan(config, own, base, throttle)
+        own = [name.rpartition(".") for name in header]
+        copies = {f"{path}.{leaf}" for path, _, last in own if last in self.leaves for leaf in (A, B)}
+        return super().plan(config, {n: info for n, info in header.items() if n not in copies}, base, throttle)
 
     def wanted(self, config: RandLoraConfig, module: FoundModule, match: Matcher) -> Wanted:
         least, _ = _sides(module.projection)

@@ -13,11 +13,12 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Hashable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from loraplex.adapters.errors import AdapterRefused, about_folder
@@ -41,7 +42,16 @@ from loraplex.adapters.format.outside import added_tokens, own_shapes
 from loraplex.adapters.format.pack_plan import PackPlan
 from loraplex.adapters.format.quiet_files import read_quietly
 from loraplex.adapters.image.packing import OpenFile
-from loraplex.adapters.image.tiles import AdapterImage, most_tiles, pack, pack_each, plan_image, shape_of
+from loraplex.adapters.image.tiles import (
+    AdapterImage,
+    BiasDelta,
+    Part,
+    most_tiles,
+    pack,
+    pack_each,
+    plan_image,
+    shape_of,
+)
 from loraplex.adapters.info import AdapterInfo
 from loraplex.adapters.sources.sources import resolve
 from loraplex.adapters.throttle import Throttle
@@ -52,8 +62,8 @@ from loraplex.kernels.hugepages import Region, huge_zeros
 
 logger = logging.getLogger(__name__)
 
-TENSORS_A_MODULE = 4
-"""At most, of any kind: A, B, the module's bias, and B's bias or a magnitude."""
+TENSORS_A_MODULE = 8
+"""At most, of any kind; LoRA has A, B, the module's bias, and B's bias or a magnitude, PEANuT two and two a layer."""
 
 MAX_MODULE_MAPS = 32
 """Some 250 KB each. A folder of thousands has a handful."""
@@ -107,13 +117,16 @@ class AdapterReader:
         workspace: Workspace[Region] | None = None,
         locate: Callable[[str], Path] = resolve,
         check_tokenizer: Callable[[TokenizerFiles, int], str] = lambda files, tokens: "",
+        allow_noop: bool = False,
     ) -> None:
         """max_pages: what an adapter may take so that one sequence still fits beside it.
 
         workspace: bounds what all loads under way take together; None: nothing does. locate: a source's folder.
         check_tokenizer: what tokenizer files change, in words; raises AdapterRefused for those the base cannot go with,
         whose ids end at the number given where the adapter has added tokens (0: none).
+        allow_noop: an adapter that changes nothing is served, as a bias of zeros.
         """
+        self._allow_noop = allow_noop
         self._check_tokenizer = check_tokenizer
         self._locate = locate
         self._workspace = workspace
@@ -161,6 +174,23 @@ class AdapterReader:
             with self._room(self._whole_bytes(place, reading.throttle), reading.throttle):
                 return self._read_whole(place, reading)
 
+    @contextmanager
+    def opened(
+        self, source: str, throttle: Callable[[], None]
+    ) -> Iterator[tuple[str, ModuleMap, Callable[[], Iterable[Part]]]]:
+        """Read all of `source` and give its digest, its ModuleMap and what makes its modules' parts, for the block.
+
+        Raises as read() does, and so do the parts while they are made.
+        """
+        place = self._place(source)
+        with about_folder(place.folder), self._room(self._whole_bytes(place, throttle), throttle):
+            files, _ = read_quietly(place.folder, place.roots, throttle, self._memory)
+            drawn = self._draw(files.head, parse_config(files.head.config), throttle)
+            module_map = drawn.module_map
+            tensors = view_tensors(files.data, module_map.header)
+            digest = self._tokenizer(place, drawn.info.tokens).mark(files.digest)
+            yield digest, module_map, lambda: make_parts(module_map, (), tensors, self._base, throttle)
+
     def _place(self, source: str) -> _Place:
         return _Place(self._locate(source), roots_of(source))
 
@@ -204,11 +234,10 @@ class AdapterReader:
         try:
             config = parse_config(head.config)
             drawn = self._draw(head, config, reading.throttle)
-            image, plan = self._make(drawn, files, reading.throttle)
+            image, plan = self._make_any(drawn, files, reading.throttle)
             self._check_pages(len(image.pages))
-            tokenizer = self._tokenizer(
-                place, drawn.info.tokens
-            )  # read after its stamp: a change meanwhile shows at the next look
+            # read after its stamp: a change meanwhile shows at the next look
+            tokenizer = self._tokenizer(place, drawn.info.tokens)
         except AdapterRefused as error:
             if settled:
                 refusal = AdapterRefused(error.code, str(error))  # without the frames, which hold the file's bytes
@@ -286,6 +315,22 @@ class AdapterReader:
     def _parse_header(self, head: AdapterHead, integers: bool) -> dict[str, TensorInfo]:
         most = TENSORS_A_MODULE * self._base.layout.num_layers * len(self._base.layout.projections)
         return parse_header(head, most, integers=integers)
+
+    def _make_any(
+        self, drawn: _Drawn, files: AdapterBytes, throttle: Callable[[], None]
+    ) -> tuple[AdapterImage, Hashable | None]:
+        """Make the image as _make() does; of what changes nothing, where that is allowed, one that adds a bias of 0.
+
+        Without any tile it would have no page, and what has no page on the device is not there.
+        """
+        try:
+            return self._make(drawn, files, throttle)
+        except AdapterRefused as error:
+            if error.code != "no_effect" or not self._allow_noop:
+                raise
+            layout = self._base.layout
+            first = layout.projections[0]
+            return pack([BiasDelta(0, first, torch.zeros(first.out_features))], layout), None
 
     def _make(
         self, drawn: _Drawn, files: AdapterBytes, throttle: Callable[[], None]
