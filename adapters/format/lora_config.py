@@ -47,7 +47,6 @@ KEYS = Keys(
     },
     unsupported={
         "alora_invocation_tokens": "an activated LoRA (aLoRA) acts from its invocation tokens on only",
-        "target_parameters": "LoRA on bare parameters (mixture-of-experts weights) is not served",
         "layer_replication": "the adapter is for a base with repeated layers",
         "use_qalora": "QA-LoRA pools the input before A",
         "arrow_config": "Arrow routes between several adapters",
