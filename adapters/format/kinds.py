@@ -13,7 +13,7 @@ from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.format.adalora import AdaLora
 from loraplex.adapters.format.beft import Beft
 from loraplex.adapters.format.c3a import C3a
-from loraplex.adapters.format.config import bad_config, read_config
+from loraplex.adapters.format.config import bad_config, read_config, unsupported
 from loraplex.adapters.format.deft import Deft
 from loraplex.adapters.format.delora import Delora
 from loraplex.adapters.format.fourierft import Fourierft, Waveft
@@ -95,6 +95,11 @@ def plan_adapter(
     Raises AdapterRefused as AdapterKind.plan and match_own do.
     """
     own, rest = match_own(config.own, header, base.layout, base.outside)
+    if own and config.invocation:
+        raise unsupported(
+            f"alora_invocation_tokens is set beside {own[0].name}; what stands in place of the base's rows acts on all "
+            "of a prompt, and an activated LoRA leaves what is before its invocation as it is"
+        )
     plan: ModuleMap = KINDS[config.kind].plan(config, rest, base, throttle)
     names = dict.fromkeys((*plan.targets, *(tensor.short for tensor in own)))
     return replace(plan, header=header, own=own, targets=tuple(names))

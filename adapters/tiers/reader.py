@@ -290,6 +290,7 @@ class AdapterReader:
                 kind=module_map.kind,
                 tokens=added_tokens(module_map.own, self._base.outside),
                 alone=" and ".join(dict.fromkeys(tensor.short for tensor in module_map.own)),
+                invocation=config.invocation,
             )
             drawn = _Drawn(key, module_map, info)
             self._drawn.put(key, drawn)
