@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from loraplex.adapters.files.tokenizer_files import NOTHING, TokenizerFiles
+from loraplex.adapters.front import Front
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class AdapterInfo:
     tokens: int = 0  # the ids below it are tokens of its requests, where it has added some to the base's; else 0
     alone: str = ""  # what it has in place of the base's and is worn alone for: "norm and embed_tokens"; "": nothing
     invocation: tuple[int, ...] = ()  # tokens from whose last occurrence in a prompt on it acts; (): from the first on
+    front: Front | None = None
 
     @property
     def size(self) -> str:

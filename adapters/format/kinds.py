@@ -17,6 +17,7 @@ from loraplex.adapters.format.config import bad_config, read_config, unsupported
 from loraplex.adapters.format.deft import Deft
 from loraplex.adapters.format.delora import Delora
 from loraplex.adapters.format.fourierft import Fourierft, Waveft
+from loraplex.adapters.format.fronts import Cartridge, Cpt, MultitaskPromptTuning, PrefixTuning, PromptTuning, PTuning
 from loraplex.adapters.format.gralora import Gralora
 from loraplex.adapters.format.header import TensorInfo
 from loraplex.adapters.format.hira import Hira
@@ -47,6 +48,7 @@ _ALL: tuple[AdapterKind[Any], ...] = (
     *(LnTuning(), TrainableTokens()),
     *(Lokr(), Gralora(), Osf(), Peanut(), Poly()),
     *(Shira(), Fourierft(), Waveft(), C3a(), Hira(), Randlora()),
+    *(PromptTuning(), PTuning(), MultitaskPromptTuning(), Cpt(), PrefixTuning(), Cartridge()),
 )
 
 KINDS: dict[str, AdapterKind[Any]] = {kind.name: kind for kind in _ALL}
@@ -101,6 +103,8 @@ def plan_adapter(
             "of a prompt, and an activated LoRA leaves what is before its invocation as it is"
         )
     plan: ModuleMap = KINDS[config.kind].plan(config, rest, base, throttle)
+    if own and plan.front is not None:
+        raise unsupported(f"{own[0].name} stands beside what is put in front of the prompt; expected one of them")
     names = dict.fromkeys((*plan.targets, *(tensor.short for tensor in own)))
     return replace(plan, header=header, own=own, targets=tuple(names))
 

@@ -41,6 +41,7 @@ from loraplex.adapters.format.other_base import remark_on_base
 from loraplex.adapters.format.outside import added_tokens, own_shapes
 from loraplex.adapters.format.pack_plan import PackPlan
 from loraplex.adapters.format.quiet_files import read_quietly
+from loraplex.adapters.image.front_pages import front_bytes, pack_front
 from loraplex.adapters.image.packing import OpenFile
 from loraplex.adapters.image.tiles import (
     AdapterImage,
@@ -280,17 +281,20 @@ class AdapterReader:
             throttle()
             layout = self._base.layout
             shapes = (*module_map.shapes, *own_shapes(module_map.own, layout))
-            plan = plan_image(shapes, layout)
+            plan, front = plan_image(shapes, layout), module_map.front
+            nbytes = plan.nbytes if front is None else front_bytes(front.tokens, front.width, layout.dtype)
+            most = self._pages(module_map, plan.num_pages)
             info = AdapterInfo(
                 module_map.rank,
                 module_map.targets,
-                self._pages(module_map, plan.num_pages),
-                plan.nbytes,
+                most if front is None else -(-nbytes // layout.page_bytes),
+                nbytes,
                 num_tiles=most_tiles(shapes, layout, plan.num_pages),
                 kind=module_map.kind,
                 tokens=added_tokens(module_map.own, self._base.outside),
                 alone=" and ".join(dict.fromkeys(tensor.short for tensor in module_map.own)),
                 invocation=config.invocation,
+                front=front,
             )
             drawn = _Drawn(key, module_map, info)
             self._drawn.put(key, drawn)
@@ -345,6 +349,9 @@ class AdapterReader:
             if sound:
                 return image, key
         tensors = view_tensors(files.data, module_map.header)
+        if module_map.front is not None:
+            front = KINDS[module_map.kind].front(module_map, tensors, self._base.layout, throttle)
+            return pack_front(front, self._base.layout), None
         rows = make_rows(module_map, tensors, self._base, throttle)
         made = make_parts(module_map, rows, tensors, self._base, throttle)
         if module_map.making_bytes:
