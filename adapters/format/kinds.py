@@ -7,6 +7,7 @@ from typing import Any
 from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.format.adalora import AdaLora
 from loraplex.adapters.format.beft import Beft
+from loraplex.adapters.format.bottleneck import Bottlenecks
 from loraplex.adapters.format.c3a import C3a
 from loraplex.adapters.format.config import bad_config, read_config
 from loraplex.adapters.format.deft import Deft
@@ -29,7 +30,7 @@ from loraplex.adapters.format.vera import Pvera, Vera
 _ALL: tuple[AdapterKind[Any], ...] = (
     *(Lora(), Ia3()),
     *(AdaLora(), Loha(), Vera(), Pvera(), Miss(), Delora(), Vblora(), Hra(), Unilora(), Tinylora(), Beft(), Deft()),
-    *(Shira(), Fourierft(), Waveft(), C3a(), Hira(), Randlora()),
+    *(Shira(), Fourierft(), Waveft(), C3a(), Hira(), Randlora(), Bottlenecks()),
 )
 
 KINDS: dict[str, AdapterKind[Any]] = {kind.name: kind for kind in _ALL}

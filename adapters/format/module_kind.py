@@ -33,7 +33,16 @@ from loraplex.adapters.format.modules import (
 )
 from loraplex.adapters.format.targets import PATTERN_SECONDS, find_targets
 from loraplex.adapters.format.values import cancels, check_finite, check_rounded, no_effect
-from loraplex.adapters.image.tiles import BaseLayout, BiasDelta, DenseDelta, LowRank, Part, PartShape
+from loraplex.adapters.image.tiles import (
+    BaseLayout,
+    BiasDelta,
+    Bottleneck,
+    DenseDelta,
+    LowRank,
+    OutputScale,
+    Part,
+    PartShape,
+)
 from loraplex.kernels.constants import TileKind
 from loraplex.kernels.records import Projection, element_bytes
 
@@ -301,6 +310,8 @@ def _is_idle(part: Part, name: str, layout: BaseLayout) -> bool:
             left = [check_rounded(part.delta, name, "it", layout)]
         case DenseDelta():
             left = [check_rounded(part.delta, name, "the change it comes to", layout)]
-        case _:
+        case Bottleneck():
+            left = [True]
+        case OutputScale():
             left = [bool((part.values != 1).any())]
     return not all(left)

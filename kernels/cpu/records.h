@@ -86,6 +86,7 @@ struct LinearArgs {  // of kLinear and kQuantised
 };
 struct AdapterArgs {
     int32_t layer, site;
+    const void* residual;  // at block sites, where y is x; null elsewhere
 };
 struct CachedLayer {  // the layer's keys and values in page 0, and the elements from page to page
     void *k, *v;

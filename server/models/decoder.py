@@ -9,7 +9,7 @@ from torch import Tensor
 from loraplex.kernels.ops import Backend
 from loraplex.kernels.records import AdapterStep, AttentionMeta, KVLayer
 from loraplex.server.models.blocks import Attention, Mlp
-from loraplex.server.models.config import ModelConfig
+from loraplex.server.models.config import Block, ModelConfig
 from loraplex.server.models.inputs import ForwardBatch, Rotations
 from loraplex.server.models.rotary import RotaryTable
 from loraplex.server.models.weights import LayerWeights, ModelWeights
@@ -20,6 +20,7 @@ class DecoderLayer:
 
     def __init__(self, index: int, config: ModelConfig, weights: LayerWeights, ops: Backend, kv: KVLayer) -> None:
         self._ops = ops
+        self._index = index
         self._weights = weights
         self._eps = config.rms_norm_eps
         self._offset = config.norm_offset
@@ -37,14 +38,20 @@ class DecoderLayer:
         """Compute x and residual [T, H] of x and residual [T, H]. The stream is their sum; the next norm adds them."""
         weights = self._weights
         x, residual = self._norm(x, weights.attention_norm, residual)
-        x = self._attention(x, rotations, meta, adapters)
+        x = self._block(self._attention(x, rotations, meta, adapters), residual, Block.ATTENTION_OUT, adapters)
         if weights.attention_out_norm is not None:
             x, _ = self._norm(x, weights.attention_out_norm, None)
         x, residual = self._norm(x, weights.mlp_norm, residual)
-        x = self._mlp(x, adapters)
+        x = self._block(self._mlp(x, adapters), residual, Block.MLP_OUT, adapters)
         if weights.mlp_out_norm is not None:
             x, _ = self._norm(x, weights.mlp_out_norm, None)
         return x, residual
+
+    def _block(self, x: Tensor, residual: Tensor, block: Block, adapters: AdapterStep | None) -> Tensor:
+        """Add bottlenecks to x [T, H], which is about to be added to residual; a step without any computes nothing."""
+        if adapters is None:
+            return x
+        return self._ops.adapter_add_(x, x, self._index, block, adapters, residual)
 
     def _norm(self, x: Tensor, weight: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         return self._ops.rms_norm(x, weight, self._eps, residual, self._offset)

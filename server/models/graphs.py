@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from loraplex.kernels.records import AdapterSegments, TileTable
+from loraplex.server.models.config import Site
 from loraplex.server.models.decoder import Decoder
 from loraplex.server.models.inputs import ForwardBatch
 
@@ -32,6 +33,7 @@ class Size:
     keys: int  # of the longest sequence
     tiles: int  # of any row's mix at any layer and site
     mix: int  # adapters in any row's mix
+    blocks: bool = False  # whether any of them has tiles at a block: else no op is launched there
 
     @classmethod
     def of(cls, batch: ForwardBatch) -> Size:
@@ -43,7 +45,9 @@ class Size:
         most = (ranges[..., 1] - ranges[..., 0]).amax((1, 2)).tolist()  # per slot
         mixes = batch.adapters.mixes
         tiles = max(sum(most[slot] for slot, _ in mix) for mix in mixes)
-        return cls(rows, keys, _power_of_two(max(1, tiles)), _power_of_two(max(1, *map(len, mixes))))
+        worn = list({slot for mix in mixes for slot, _ in mix})
+        at_blocks = ranges[worn][:, :, len(Site) :, 1].any().item()
+        return cls(rows, keys, _power_of_two(max(1, tiles)), _power_of_two(max(1, *map(len, mixes))), bool(at_blocks))
 
 
 class GraphedDecoder:
@@ -90,7 +94,7 @@ class _Step:
     def __init__(self, decoder: Decoder, like: ForwardBatch, size: Size) -> None:
         self._decoder = decoder
         self._batch = ForwardBatch.blank(
-            _table(like.tiles, size.tiles),
+            _table(like.tiles, size),
             len(like.attention.groups),
             sequences=size.rows,
             length=size.keys,
@@ -177,10 +181,10 @@ def _segments(size: Size, device: torch.device) -> AdapterSegments:
     )
 
 
-def _table(table: TileTable, tiles: int) -> TileTable:
-    """Pair the table on the device with one on the host that has `tiles` tiles everywhere."""
+def _table(table: TileTable, size: Size) -> TileTable:
+    """Pair the table on the device with one on the host that has the most tiles there can be everywhere."""
     ranges = torch.zeros(1, *table.ranges.shape[1:], dtype=torch.int32)
-    ranges[..., 1] = tiles
+    ranges[:, :, : None if size.blocks else len(Site), 1] = size.tiles
     return TileTable(table.ranges, table.tiles, ranges, table.tiles_host)
 
 
