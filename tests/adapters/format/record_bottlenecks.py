@@ -22,6 +22,7 @@ from tests.support.tiny import tiny_hf_model
 
 VECTORS = Path(__file__).parent / "vectors" / "bottlenecks.safetensors"
 IDS = [1, 17, 42, 99, 5, 63, 120, 7, 33, 150, 8, 21]
+TOKENS = 12
 NAME, LIBRARY = "tuned", "adapters"
 
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {  # base, the library's config, its fields
@@ -40,7 +41,10 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {  # base, the library's con
 
 
 def main() -> None:
-    """Write VECTORS: by case its tensors as saved, `logits` [12, vocab] and `base` alike; configs as metadata."""
+    """Write VECTORS; configs are its metadata.
+
+    By case: tensors as saved; `logits` [12, vocab] of IDS and `base` alike; `greedy` [TOKENS] behind IDS.
+    """
     found: dict[str, torch.Tensor] = {}
     configs = {}
     for case, (family, kind, fields) in CASES.items():
@@ -66,12 +70,17 @@ def _record(family: str, kind: str, fields: dict[str, Any]) -> tuple[Any, dict[s
             if f".{NAME}." in name or "shared_parameters" in name:
                 drawn = torch.randn(weight.shape, generator=generator)
                 weight.copy_(1 + 0.3 * drawn if "scaling" in name else weight + 0.15 * drawn)
-        logits = model.eval()(ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0]
+        model.eval()
+        logits = model(ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0]
+        text = ids
+        for _ in range(TOKENS):
+            last = model(text, attention_mask=torch.ones_like(text), use_cache=False).logits[:, -1:]
+            text = torch.cat((text, last.argmax(-1)), 1)
     with TemporaryDirectory() as folder:
         model.save_adapter(folder, NAME, use_safetensors=True)
         config = json.loads((Path(folder) / "adapter_config.json").read_text())
         tensors = load_file(Path(folder) / "adapter.safetensors")
-    return config, tensors, {"logits": logits.clone(), "base": base}
+    return config, tensors, {"logits": logits.clone(), "base": base, "greedy": text[0, len(IDS) :].clone()}
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def ops(request: pytest.FixtureRequest) -> Backend:
 
 
 def saved(case: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The config and the tensors of a case, and beside these `logits` and `base`."""
+    """The config and the tensors of a case, and beside these `logits`, `base` and `greedy`."""
     with safe_open(VECTORS, "pt") as file:
         own = [name for name in file.keys() if name.startswith(f"{case}/")]  # noqa: SIM118  no mapping
         tensors = {name.removeprefix(f"{case}/"): file.get_tensor(name) for name in own}
@@ -53,7 +53,7 @@ def saved(case: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def save_as_the_library(case: str, folder: Path, *, pickled: bool = False) -> Path:
     config, tensors = saved(case)
-    own = {name: tensor for name, tensor in tensors.items() if name not in ("logits", "base")}
+    own = {name: tensor for name, tensor in tensors.items() if name not in ("logits", "base", "greedy")}
     folder.mkdir(parents=True)
     (folder / "adapter_config.json").write_text(json.dumps(config))
     if pickled:
@@ -113,6 +113,11 @@ def test_logits_are_the_librarys(bases: dict[str, Path], tmp_path: Path, ops: Ba
         decode = int(chunked.computed >= 8)
         parts += harness.step([(chunked, count)], wearing([(count, own)], num_decode=decode), tiles)
     torch.testing.assert_close(torch.cat(parts), wanted["logits"], atol=CLOSE, rtol=0)
+    last = parts[-1]
+    for token in wanted["greedy"].tolist():
+        assert int(last[-1].argmax()) == token
+        chunked.ids.append(token)
+        [last] = harness.step([(chunked, 1)], wearing([(1, own)], num_decode=1), tiles)
 
 
 def test_one_batch_of_all(bases: dict[str, Path], tmp_path: Path, ops: Backend) -> None:

@@ -19,11 +19,16 @@ from loraplex.adapters.format import (
     c3a,
     deft,
     delora,
+    gralora,
     hira,
     hra,
     loha,
+    lokr,
     miss,
     module_kind,
+    osf,
+    peanut,
+    poly,
     randlora,
     shira,
     tinylora,
@@ -56,6 +61,11 @@ KINDS: dict[str, dict[str, Any]] = {
     "TINYLORA": {"r": 2, "u": 5, "target_modules": QV},
     "BEFT": {"target_modules": QV},
     "DEFT": OPTIONS,
+    "LOKR": {**OPTIONS, "r": 2, "decompose_factor": 4},
+    "GRALORA": {**OPTIONS, "hybrid_r": 3},
+    "OSF": {"target_modules": QV, "effective_rank": 28},
+    "PEANUT": {**OPTIONS, "depth": 1},
+    "POLY": {**OPTIONS, "n_tasks": 2, "n_skills": 3, "task_id": 1},
     "SHIRA": {"r": 4, "target_modules": QV, "random_seed": 1, "init_weights": False},
     "FOURIERFT": {"n_frequency": 40, "target_modules": QV},
     "WAVEFT": {"n_frequency": 40, "target_modules": QV, "init_weights": False},
@@ -76,6 +86,11 @@ CONFIGS: dict[str, tuple[str, Keys]] = {
     "TINYLORA": ("TinyLoraConfig", tinylora.KEYS),
     "BEFT": ("BeftConfig", beft.KEYS),
     "DEFT": ("DeftConfig", deft.KEYS),
+    "LOKR": ("LoKrConfig", lokr.KEYS),
+    "GRALORA": ("GraloraConfig", gralora.KEYS),
+    "OSF": ("OSFConfig", osf.KEYS),
+    "PEANUT": ("PeanutConfig", peanut.KEYS),
+    "POLY": ("PolyConfig", poly.KEYS),
     "SHIRA": ("ShiraConfig", shira.KEYS),
     "FOURIERFT": ("FourierFTConfig", Fourierft.keys),
     "WAVEFT": ("WaveFTConfig", Waveft.keys),
@@ -83,9 +98,16 @@ CONFIGS: dict[str, tuple[str, Keys]] = {
     "HIRA": ("HiraConfig", hira.KEYS),
     "RANDLORA": ("RandLoraConfig", randlora.KEYS),
 }
-WITHOUT_BIAS = ("LOHA", "BEFT", "SHIRA", "HIRA")
+WITHOUT_BIAS = ("LOHA", "LOKR", "BEFT", "OSF", "PEANUT", "POLY", "SHIRA", "HIRA")
 """Kinds whose configs have no such option."""
-RANKS = {"ADALORA": "init_r", "FOURIERFT": "n_frequency", "WAVEFT": "n_frequency", "C3A": "block_size", "BEFT": ""}
+RANKS = {
+    "ADALORA": "init_r",
+    "FOURIERFT": "n_frequency",
+    "WAVEFT": "n_frequency",
+    "C3A": "block_size",
+    "BEFT": "",
+    "OSF": "",
+}
 """What says the size of a module's tensors, where it is not r."""
 ANY_SIZE = ("SHIRA", "FOURIERFT", "WAVEFT", "C3A")
 """Kinds whose size is no rank."""
@@ -101,6 +123,16 @@ class Folder(AdapterFolder):
 
     def __init__(self, base: Any, path: Path, kind: str) -> None:
         make_peft_adapter(base, path, kind=kind, **KINDS[kind])
+        self._open(base, path)
+
+    @classmethod
+    def of(cls, base: Any, path: Path) -> Folder:
+        """The adapter that is at `path`."""
+        folder = cls.__new__(cls)
+        folder._open(base, path)
+        return folder
+
+    def _open(self, base: Any, path: Path) -> None:
         super().__init__(path, lambda dtype: served_base_of(base, layout_of(base, dtype=dtype)))
         self.config = json.loads((path / "adapter_config.json").read_text())
         self.tensors = safetensors.torch.load(self.weights.read_bytes())
@@ -176,15 +208,15 @@ def test_contradicting_configs(base: Any, tmp_path: Path, kind: str) -> None:
         ({"target_modules": "("}, "bad_config", "not valid"),
     ]
     if kind not in WITHOUT_BIAS:
-        cases.append(({"bias": "all"}, "unsupported_option", "bias"))
+        cases.append(({"bias": "some"}, "bad_config", "bias is"))
     if rank := RANKS.get(kind, "r"):
         cases += [({rank: value}, "bad_config", f"{rank} is") for value in (0, -1, 2.5, "8", True)]
-        cases.append(({rank: 8 if kind == "C3A" else 3}, "shape_mismatch", "expected"))
+        cases.append(({rank: 8 if kind == "C3A" else 6}, "shape_mismatch", "expected"))
         if kind not in ANY_SIZE:
             cases.append(({rank: 1025}, "too_large", f"{rank} is 1025"))
     for change, code, pattern in cases:
         folder.config = {**sound, **change}
-        if kind == "TINYLORA" and change.get("r") == 3:
+        if kind == "TINYLORA" and change.get("r") == 6:
             continue  # its A has as many rows as are saved, but for narrow modules
         folder.refused(code, pattern)
     folder.config = {**sound, "target_modules": [*QV, "k_proj"]}
@@ -246,6 +278,34 @@ def test_contradicting_configs(base: Any, tmp_path: Path, kind: str) -> None:
         ("TINYLORA", {"weight_tying": 2}, "bad_config", "weight_tying"),
         ("TINYLORA", {"save_projection": False}, "unmatched_tensor", "tinylora_P"),
         ("BEFT", {"r": 4}, "unsupported_option", "r is 4"),
+        ("LOKR", {"decompose_factor": 0}, "bad_config", "decompose_factor is 0"),
+        ("LOKR", {"decompose_factor": 2.0}, "bad_config", "decompose_factor is 2.0"),
+        ("LOKR", {"decompose_factor": 2}, "shape_mismatch", "lokr_w"),
+        ("LOKR", {"decompose_both": True, "r": 1}, "missing_tensor", "lokr_w1_a is missing"),
+        ("LOKR", {"decompose_both": "yes"}, "bad_config", "decompose_both"),
+        ("LOKR", {"r": 16}, "missing_tensor", "lokr_w2 is missing"),
+        ("GRALORA", {"gralora_k": 4}, "shape_mismatch", "gralora_A"),
+        ("GRALORA", {"gralora_k": 3}, "bad_config", "does not divide r, 4"),
+        ("GRALORA", {"gralora_k": 0}, "bad_config", "gralora_k is 0"),
+        ("GRALORA", {"gralora_k": 3, "r": 3}, "bad_config", "64 inputs"),
+        ("GRALORA", {"hybrid_r": 0}, "unmatched_tensor", "general"),
+        ("GRALORA", {"hybrid_r": -1}, "bad_config", "hybrid_r is -1"),
+        ("GRALORA", {"r": 1024}, "too_large", "1027 ranks"),
+        ("OSF", {"effective_rank": 27}, "shape_mismatch", "osf_svd_params"),
+        ("OSF", {"effective_rank": 0}, "bad_config", "effective_rank is 0"),
+        ("OSF", {"effective_rank": "half"}, "bad_config", "effective_rank"),
+        ("OSF", {"rank_pattern": {"(": 3}}, "bad_config", "rank_pattern"),
+        ("OSF", {"rank_pattern": {"q": -1}}, "bad_config", "rank_pattern"),
+        ("PEANUT", {"act_fn": "snake"}, "unsupported_option", "act_fn"),
+        ("PEANUT", {"depth": 2}, "missing_tensor", r"coders\.1\.weight is missing"),
+        ("PEANUT", {"depth": 0}, "unmatched_tensor", "coders"),
+        ("PEANUT", {"depth": 17}, "bad_config", "depth is 17"),
+        ("POLY", {"task_id": None}, "needs_setting", "n_tasks is 2.*task_id"),
+        ("POLY", {"task_id": 2}, "bad_config", "below n_tasks, 2"),
+        ("POLY", {"task_id": "a"}, "bad_config", "task_id"),
+        ("POLY", {"poly_type": "other"}, "unsupported_option", "poly_type"),
+        ("POLY", {"n_splits": 3}, "bad_config", "n_splits is 3"),
+        ("POLY", {"n_skills": 4}, "shape_mismatch", "poly_"),
         ("DEFT", {"decomposition_method": "svd"}, "unsupported_option", "svd"),
         ("DEFT", {"para": True}, "unmatched_tensor", "deft_R"),
         ("DEFT", {"alpha": "8"}, "bad_config", "alpha"),
@@ -269,6 +329,31 @@ def test_configs_of_each_kind(
     folder = Folder(base, tmp_path, kind)
     folder.config.update(change)
     folder.refused(code, pattern)
+
+
+def test_biases_that_were_not_saved_or_not_asked_for(tmp_path: Path) -> None:
+    base = tiny_hf_model("qwen2", num_hidden_layers=1)  # biases on q, k and v
+    options = {**UNTRAINED, "target_modules": ["q_proj", "up_proj"]}
+    make_peft_adapter(base, tmp_path, kind="HRA", **options, bias="all")
+    folder = Folder.of(base, tmp_path)
+    sound, path = dict(folder.tensors), "base_model.model.model.layers.0"
+    q, k = f"{path}.self_attn.q_proj.base_layer.bias", f"{path}.self_attn.k_proj.bias"
+    for name in (q, k):
+        folder.tensors = {other: tensor for other, tensor in sound.items() if other != name}
+        folder.refused("missing_tensor", re.escape(name), "not saved")
+        folder.tensors = {**sound, name: torch.zeros(3)}
+        folder.refused("shape_mismatch", re.escape(name), "a bias of the base")
+        folder.tensors = {**sound, name: torch.full_like(sound[name], float("inf"))}
+        folder.refused("not_finite", re.escape(name))
+    folder.tensors = {**sound, f"{path}.mlp.up_proj.base_layer.bias": torch.zeros(96)}
+    folder.refused("unmatched_tensor", "up_proj.base_layer.bias", "no such bias")
+    folder.tensors = sound
+    folder.config["bias"] = "hra_only"
+    folder.refused("unmatched_tensor", "k_proj.bias|v_proj.bias")
+    folder.config["bias"] = "none"
+    folder.refused("unmatched_tensor", "bias does not ask")
+    folder.config["bias"] = "all"
+    folder.read()
 
 
 def test_an_adapter_for_a_wider_base(base: Any, tmp_path: Path) -> None:
@@ -319,7 +404,18 @@ def test_an_injection_that_is_what_was_taken_has_no_effect(base: Any, tmp_path: 
         read_adapter(tmp_path, served_base_of(base, layout_of(base)))
 
 
-@pytest.mark.parametrize(("kind", "options"), [("DEFT", {}), ("HIRA", {}), ("MISS", {"r": 8, "init_weights": "bat"})])
+@pytest.mark.parametrize("kind", ["OSF", "PEANUT"])
+def test_what_has_not_left_the_base_has_no_effect(base: Any, tmp_path: Path, kind: str) -> None:
+    options = {**KINDS[kind], **({"init_weights": True} if kind == "PEANUT" else {})}
+    make_peft_adapter(base, tmp_path, kind=kind, strength=None, **options)
+    with refused("no_effect"):
+        read_adapter(tmp_path, served_base_of(base, layout_of(base)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("DEFT", {}), ("HIRA", {}), ("OSF", {}), ("PEANUT", {}), ("MISS", {"r": 8, "init_weights": "bat"})],
+)
 def test_a_quantised_base_has_no_weights_to_take_from(
     base: Any, tmp_path: Path, kind: str, options: dict[str, Any]
 ) -> None:
