@@ -12,6 +12,7 @@ from loraplex.adapters.format import targets
 from loraplex.adapters.format.config import (
     COMMON_NO_BEARING,
     Keys,
+    bad_config,
     check_ranks,
     read_alphas,
     read_base_model,
