@@ -149,8 +149,8 @@ def _shrink(
             if bottlenecks:
                 found, source, function, c = activation_of(tiles, tile, least)
                 stream = residual + rows.to(tl.int64)[:, None] * n_in + in_start
-                for start in range(0, in_len, depth):
-                    k = start + tl.arange(0, depth)
+                for start in range(0, in_len, depth // 4):  # two inputs a step: deeper ones spill
+                    k = start + tl.arange(0, depth // 4)
                     inside = (k < in_len)[None, :]
                     xs = sourced(x_rows + in_start, stream, k[None, :], mine[:, None] & inside, source)
                     wanted = (rank < n)[:, None] & inside
