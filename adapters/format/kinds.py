@@ -13,6 +13,7 @@ from loraplex.adapters.format.config import bad_config, read_config
 from loraplex.adapters.format.deft import Deft
 from loraplex.adapters.format.delora import Delora
 from loraplex.adapters.format.fourierft import Fourierft, Waveft
+from loraplex.adapters.format.fronts import Cartridge, Cpt, MultitaskPromptTuning, PrefixTuning, PromptTuning, PTuning
 from loraplex.adapters.format.gralora import Gralora
 from loraplex.adapters.format.hira import Hira
 from loraplex.adapters.format.hra import Hra
@@ -22,6 +23,7 @@ from loraplex.adapters.format.loha import Loha
 from loraplex.adapters.format.lokr import Lokr
 from loraplex.adapters.format.lora import Lora
 from loraplex.adapters.format.miss import Miss
+from loraplex.adapters.format.oft import Boft, Oft
 from loraplex.adapters.format.osf import Osf
 from loraplex.adapters.format.peanut import Peanut
 from loraplex.adapters.format.poly import Poly
@@ -36,7 +38,9 @@ _ALL: tuple[AdapterKind[Any], ...] = (
     *(Lora(), Ia3()),
     *(AdaLora(), Loha(), Vera(), Pvera(), Miss(), Delora(), Vblora(), Hra(), Unilora(), Tinylora(), Beft(), Deft()),
     *(Lokr(), Gralora(), Osf(), Peanut(), Poly()),
-    *(Shira(), Fourierft(), Waveft(), C3a(), Hira(), Randlora(), Bottlenecks()),
+    *(Shira(), Fourierft(), Waveft(), C3a(), Hira(), Randlora()),
+    *(PromptTuning(), PTuning(), MultitaskPromptTuning(), Cpt(), PrefixTuning(), Cartridge()),
+    *(Bottlenecks(), Oft(), Boft()),
 )
 
 KINDS: dict[str, AdapterKind[Any]] = {kind.name: kind for kind in _ALL}

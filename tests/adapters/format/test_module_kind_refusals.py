@@ -26,6 +26,7 @@ from loraplex.adapters.format import (
     lokr,
     miss,
     module_kind,
+    oft,
     osf,
     peanut,
     poly,
@@ -72,6 +73,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "C3A": {"block_size": 16, "target_modules": QV},
     "HIRA": OPTIONS,
     "RANDLORA": OPTIONS,
+    "OFT": {"oft_block_size": 16, "target_modules": QV, "init_weights": False},
+    "BOFT": {"boft_block_size": 16, "target_modules": QV, "init_weights": False},
 }
 CONFIGS: dict[str, tuple[str, Keys]] = {
     "ADALORA": ("AdaLoraConfig", adalora.KEYS),
@@ -97,6 +100,8 @@ CONFIGS: dict[str, tuple[str, Keys]] = {
     "C3A": ("C3AConfig", c3a.KEYS),
     "HIRA": ("HiraConfig", hira.KEYS),
     "RANDLORA": ("RandLoraConfig", randlora.KEYS),
+    "OFT": ("OFTConfig", oft.KEYS),
+    "BOFT": ("BOFTConfig", oft.BOFT_KEYS),
 }
 WITHOUT_BIAS = ("LOHA", "LOKR", "BEFT", "OSF", "PEANUT", "POLY", "SHIRA", "HIRA")
 """Kinds whose configs have no such option."""
@@ -320,6 +325,16 @@ def test_contradicting_configs(base: Any, tmp_path: Path, kind: str) -> None:
         ("C3A", {"block_size": 24}, "bad_config", "block_size is 24"),
         ("C3A", {"block_size_pattern": {"q_proj": 8}}, "shape_mismatch", "c3a_kernel"),
         ("RANDLORA", {"save_projection": False}, "unsupported_option", "save_projection"),
+        ("OFT", {"peft_version": "0.17.1"}, "unsupported_option", "peft_version is \"0.17.1\""),
+        ("OFT", {"peft_version": None}, "unsupported_option", "before 0.18"),
+        ("OFT", {"r": 4}, "bad_config", "one of them 0"),
+        ("OFT", {"oft_block_size": 0}, "bad_config", "one of them 0"),
+        ("OFT", {"block_share": True}, "shape_mismatch", "oft_R"),
+        ("OFT", {"coft": True, "eps": "x"}, "bad_config", "eps"),
+        ("OFT", {"num_cayley_neumann_terms": 0}, "bad_config", "num_cayley_neumann_terms"),
+        ("BOFT", {"boft_n_butterfly_factor": 2}, "unsupported_option", "boft_n_butterfly_factor is 2"),
+        ("BOFT", {"boft_block_size": 24}, "bad_config", "boft_block_size is 24"),
+        ("BOFT", {"boft_block_size": 0, "boft_block_num": 5}, "bad_config", "boft_block_num is 5"),
         ("RANDLORA", {"randlora_alpha": None}, "bad_config", "randlora_alpha"),
     ],
 )  # fmt: skip
