@@ -183,7 +183,9 @@ def _read_sizes(raw: Mapping[str, Any], blocks: str, size: str, no_blocks: int, 
         if value != 0:
             read_count(value, key)
     if bool(found[blocks]) == bool(found[size]):
-        raise bad_config(f"{blocks} is {shown(found[blocks])} and {size} {shown(found[size])}; expected one of them 0")
+        raise bad_config(
+            f"{blocks} is {shown(found[blocks])} and {size} is {shown(found[size])}; expected one of them 0"
+        )
     return int(found[blocks]), int(found[size])
 
 
