@@ -194,7 +194,7 @@ class ReferenceBackend(TorchSampling, Backend):
         return (y * up).to(gate_up.dtype)
 
 
-_FUNCTIONS: dict[Function, Callable[[Tensor], Tensor]] = {
+FUNCTIONS: dict[Function, Callable[[Tensor], Tensor]] = {
     Function.IDENTITY: lambda u: u,
     Function.RELU: F.relu,
     Function.GELU: F.gelu,
@@ -242,7 +242,7 @@ def _add_tiles_(y: Tensor, sources: Sequence[Tensor], elements: Tensor, tiles: l
             if c is None:
                 u = F.linear(s, a).float()
             else:
-                u = _FUNCTIONS[Function(function)](F.linear(s.float(), a.float()) + c[:n]).to(y.dtype).float()
+                u = FUNCTIONS[Function(function)](F.linear(s.float(), a.float()) + c[:n]).to(y.dtype).float()
             u_of, activation = (a_off, n), None
         if kind == TileKind.DENSE:
             columns.add_(u, alpha=w)

@@ -12,6 +12,8 @@ from typing import Annotated, NoReturn
 import typer
 
 from loraplex.benchmarks.commands import app as bench  # a typer group that loads nothing more
+from loraplex.server.command.adapters import app as adapters  # typer groups that load nothing more
+from loraplex.server.command.audit import app as audit
 from loraplex.server.command.greeting import greet
 from loraplex.server.command.option_groups import grouped
 from loraplex.server.config import Device, Quantize, ServeConfig
@@ -31,9 +33,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 keys = typer.Typer(no_args_is_help=True, help="API keys.", rich_markup_mode="rich")
-adapters = typer.Typer(no_args_is_help=True, help="Adapters' files.", rich_markup_mode="rich")
 app.add_typer(keys, name="keys")
 app.add_typer(adapters, name="adapters")
+app.add_typer(audit, name="audit")
 app.add_typer(bench, name="bench")
 
 
@@ -134,25 +136,6 @@ def new(
         _give_up(str(error))
     print(f"key, shown only now:  {secret}\n")
     print(f"{file} has its entry" if file is not None else f"for the file, under 'keys:'\n\n{entry}")
-
-
-@adapters.command("convert")
-def convert_adapter(
-    folder: Annotated[Path, typer.Argument(help="What save_adapter of the `adapters` library wrote.")],
-    out: Annotated[Path, typer.Argument(help="A folder to write the adapter to.")],
-) -> None:
-    """Convert a bottleneck adapter (Houlsby, Pfeiffer, parallel, Compacter) to a folder that is served.
-
-    Pickles are opened here, for tensors alone, and never by a server.
-    """
-    from loraplex.adapters.errors import AdapterRefused
-    from loraplex.server.command.convert import convert
-
-    try:
-        config = convert(folder, out)
-    except (AdapterRefused, OSError) as error:
-        _give_up(str(error))
-    print(f"{out}: {config['peft_type']}, {config['non_linearity']} of {config['source']}")
 
 
 @app.command()

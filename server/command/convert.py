@@ -19,7 +19,7 @@ TENSORS, PICKLE = "adapter.safetensors", "pytorch_adapter.bin"
 """What the library writes beside adapter_config.json; the second unless safetensors were asked for."""
 
 
-def convert(folder: Path, out: Path) -> dict[str, Any]:
+def convert_folder(folder: Path, out: Path) -> dict[str, Any]:
     """Write `out`/adapter_config.json and adapter_model.safetensors from what `save_adapter` wrote in `folder`.
 
     Returns the config written. Raises AdapterRefused: "missing_file", "bad_file", and what convert_bottlenecks() does;

@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from loraplex.server.command.convert import convert
+from loraplex.server.command.convert import convert_folder
 from tests.adapters.format.record_bottlenecks import IDS
 from tests.adapters.format.test_bottleneck import save_as_the_library, saved
 from tests.support.live_server import LiveServer, live_server
@@ -33,7 +33,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[LiveServe
     with live_server(base) as live:
         assert live.load("lora", lora.folder).status_code == 200
         for name, case in ADAPTERS.items():
-            convert(save_as_the_library(case, folder / f"saved {name}"), folder / name)
+            convert_folder(save_as_the_library(case, folder / f"saved {name}"), folder / name)
             assert live.load(name, folder / name).status_code == 200
             expected[name] = saved(case)[1]["greedy"].tolist()
         tokens = len(expected["houlsby"])
@@ -73,7 +73,7 @@ def test_the_same_after_it_has_left_and_come_back(
     served: tuple[LiveServer, dict[str, list[int]]], tmp_path: Path
 ) -> None:
     live, expected = served
-    convert(save_as_the_library("Houlsby", tmp_path / "saved"), tmp_path / "again")
+    convert_folder(save_as_the_library("Houlsby", tmp_path / "saved"), tmp_path / "again")
     wanted = live.tokenizer.decode(expected["houlsby"])
     for _ in range(2):
         assert live.load("again", tmp_path / "again").status_code == 200

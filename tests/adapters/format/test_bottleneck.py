@@ -18,7 +18,7 @@ from loraplex.adapters.image.tiles import BaseLayout
 from loraplex.kernels.ops import Backend
 from loraplex.kernels.records import TileTable
 from loraplex.kernels.select import load_backend
-from loraplex.server.command.convert import convert
+from loraplex.server.command.convert import convert_folder
 from loraplex.server.models.recorded import record
 from tests.adapters.format.record_bottlenecks import CASES, IDS, VECTORS
 from tests.support.adapter_folder import AdapterFolder
@@ -82,7 +82,7 @@ def place(harness: Harness, cases: list[str], folder: Path) -> TileTable:
     rows = TileRows(len(cases), layout, torch.device("cpu"))
     for slot, case in enumerate(cases):
         out = folder / f"served {slot}"
-        convert(save_as_the_library(case, folder / f"saved {slot}"), out)
+        convert_folder(save_as_the_library(case, folder / f"saved {slot}"), out)
         image = read_adapter(out, served_base_of(layout)).image
         pages = harness.take_pages(len(image.pages))
         harness.arena[pages] = image.pages
@@ -144,7 +144,7 @@ class Folder(AdapterFolder):
 
     def __init__(self, base: Path, path: Path) -> None:
         harness = Harness(base)
-        convert(save_as_the_library("Houlsby", path / "saved"), path / "served")
+        convert_folder(save_as_the_library("Houlsby", path / "saved"), path / "served")
         super().__init__(path / "served", lambda dtype: served_base_of(layout_of(harness)))
         self.config = json.loads((self.path / "adapter_config.json").read_text())
         with safe_open(self.weights, "pt") as file:
@@ -212,15 +212,15 @@ def test_what_was_not_trained_has_no_effect(folder: Folder) -> None:
 
 
 def test_a_pickle_of_tensors_is_converted_and_no_other(tmp_path: Path) -> None:
-    from_pickle = convert(save_as_the_library("Pfeiffer", tmp_path / "a", pickled=True), tmp_path / "served")
-    assert from_pickle == convert(save_as_the_library("Pfeiffer", tmp_path / "b"), tmp_path / "other")
+    from_pickle = convert_folder(save_as_the_library("Pfeiffer", tmp_path / "a", pickled=True), tmp_path / "served")
+    assert from_pickle == convert_folder(save_as_the_library("Pfeiffer", tmp_path / "b"), tmp_path / "other")
     weights = [(tmp_path / out / "adapter_model.safetensors").read_bytes() for out in ("served", "other")]
     assert weights[0] == weights[1]
     with pytest.raises(FileExistsError):
-        convert(tmp_path / "a", tmp_path / "served")
+        convert_folder(tmp_path / "a", tmp_path / "served")
     torch.save({"model.layers.0": Path("anything")}, tmp_path / "a" / "pytorch_adapter.bin")
     with refused("bad_file", "more than tensors"):
-        convert(tmp_path / "a", tmp_path / "third")
+        convert_folder(tmp_path / "a", tmp_path / "third")
 
 
 @pytest.mark.parametrize(
@@ -241,14 +241,14 @@ def test_what_is_not_converted(tmp_path: Path, change: dict[str, Any], code: str
     config["config"].update(change)
     (folder / "adapter_config.json").write_text(json.dumps(config))
     with refused(code, pattern):
-        convert(folder, tmp_path / "served")
+        convert_folder(folder, tmp_path / "served")
 
 
 def test_adapters_of_another_name_or_none(tmp_path: Path) -> None:
     with refused("missing_file", "save_adapter"):
-        convert(tmp_path, tmp_path / "served")
+        convert_folder(tmp_path, tmp_path / "served")
     folder = save_as_the_library("Houlsby", tmp_path / "saved")
     config, _ = saved("Houlsby")
     (folder / "adapter_config.json").write_text(json.dumps({**config, "name": "another"}))
     with refused("unmatched_tensor", "'another'"):
-        convert(folder, tmp_path / "served")
+        convert_folder(folder, tmp_path / "served")
