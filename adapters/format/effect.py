@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812  its usual name
 
 from loraplex.adapters.format.kind import ServedBase
-from loraplex.adapters.image.tiles import BiasDelta, Bottleneck, DenseDelta, LowRank, OutputScale, Part
+from loraplex.adapters.image.tiles import BiasDelta, Bottleneck, DenseDelta, LowRank, OutputScale, OwnRows, Part
 from loraplex.kernels.records import Projection
 
 
@@ -84,6 +84,8 @@ def measure_module(parts: Sequence[Part], base: ServedBase) -> ModuleEffect:
                 bias += _square(part.delta)
             case Bottleneck():
                 pass
+            case OwnRows():
+                pass  # OpenContent.parts gives none: a receipt is about linears
             case _:
                 assert_never(part)
     if any(isinstance(part, Bottleneck) for part in parts):

@@ -43,6 +43,7 @@ from loraplex.adapters.image.tiles import (
     DenseDelta,
     LowRank,
     OutputScale,
+    OwnRows,
     Part,
     PartShape,
 )
@@ -334,4 +335,6 @@ def _is_idle(part: Part, name: str, layout: BaseLayout) -> bool:
             left = [True]
         case OutputScale():
             left = [bool((part.values != 1).any())]
+        case OwnRows():
+            left = [True]
     return not all(left)

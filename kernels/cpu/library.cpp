@@ -146,10 +146,20 @@ static uint64_t sites_in_use(const Step& step) {
     return sites;
 }
 
+// Whether nobody in the step has what the op is for.
+static bool is_idle(const Op& op, const Step& step, uint64_t sites) {
+    switch (op.code) {
+        case OpCode::kAdapter: return !(sites >> op.adapter.site & 1);
+        case OpCode::kOwnNorm: return !(step.own_worn & (int)Own::kNorm);
+        case OpCode::kOwnEmbed: return !(step.own_worn & (int)Own::kEmbed);
+        default: return false;
+    }
+}
+
 static void run_ops(Run run, const Op* ops, int count, const Step& step, uint64_t sites, ComputeType type, int chunks, Phase* phases) {
     for (int i = 0; i < count; i++) {
         bool adapter = ops[i].code == OpCode::kAdapter, two = adapter || ops[i].code == OpCode::kQuantised || (ops[i].code == OpCode::kAttention && step.partials);
-        if (adapter && !(sites >> ops[i].adapter.site & 1)) continue;
+        if (is_idle(ops[i], step, sites)) continue;
         for (int phase = adapter && !step.decode_segments; phase < 1 + two; phase++)
             phases[i * 2 + phase].work(chunks, [&](int chunk) { run(ops[i], step, type, phase, chunk, chunks); });
     }

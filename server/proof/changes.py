@@ -8,7 +8,7 @@ from typing import assert_never
 from torch import Tensor
 
 from loraplex.adapters.image.formulas import through
-from loraplex.adapters.image.tiles import BiasDelta, Bottleneck, DenseDelta, LowRank, OutputScale, Part
+from loraplex.adapters.image.tiles import BiasDelta, Bottleneck, DenseDelta, LowRank, OutputScale, OwnRows, Part
 
 
 class PlainChange:
@@ -51,5 +51,7 @@ class PlainChange:
                     own.add_(inputs @ part.a.float().T @ part.b.float().T, alpha=part.scaling)
                 case Bottleneck():
                     pass  # its LowRank heeds it
+                case OwnRows():
+                    pass  # OpenContent.parts gives none: a receipt is about linears
                 case _:
                     assert_never(part)
