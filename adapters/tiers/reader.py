@@ -196,8 +196,7 @@ class AdapterReader:
         place = self._place(source)
         with about_folder(place.folder), self._room(self._whole_bytes(place, throttle), throttle):
             files, _ = read_quietly(place.folder, place.roots, throttle, self._memory)
-            config = parse_config(files.head.config)
-            drawn = self._draw(files.head, config, throttle)
+            drawn = self._draw(files.head, parse_config(files.head.config), throttle)
             module_map = drawn.module_map
             tensors = view_tensors(files.data, module_map.header)
             with opened(place.folder, place.roots) as folder:
@@ -206,7 +205,7 @@ class AdapterReader:
                 digest=self._tokenizer(place, drawn.info.tokens).mark(files.digest),
                 card=card,
                 module_map=module_map,
-                names=frozenset(self._parse_header(files.head, KINDS[config.kind].integers)),
+                names=frozenset(self._parse_header(files.head, KINDS[module_map.config.kind].integers)),
                 parts=lambda: make_parts(module_map, (), tensors, self._base, throttle),
             )
 

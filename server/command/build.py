@@ -221,8 +221,9 @@ def _assemble(
     registry = Registry(taken=base_names)
     downloads = _downloads(download_config, registry)
     starts = KeptStarts(default_cache_dir() / "starts")
-    weights_of = base.bias, base.squared_norms, base.products, base.weight
-    served = ServedBase(layout, *weights_of, formats=base.formats, starts=starts, outside=outside)
+    served = ServedBase(
+        layout, base.bias, base.squared_norms, base.products, base.weight, base.formats, starts, outside
+    )
     reader = AdapterReader(
         served,
         max_pages=plan.num_pages - len(plan.groups),
