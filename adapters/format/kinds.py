@@ -32,7 +32,8 @@ from loraplex.adapters.format.lora import Lora
 from loraplex.adapters.format.miss import Miss
 from loraplex.adapters.format.oft import Boft, Oft
 from loraplex.adapters.format.osf import Osf
-from loraplex.adapters.format.outside import match_own, own_parts, read_own
+from loraplex.adapters.format.outside import own_parts, read_own
+from loraplex.adapters.format.outside_modules import match_own
 from loraplex.adapters.format.peanut import Peanut
 from loraplex.adapters.format.poly import Poly
 from loraplex.adapters.format.randlora import Randlora

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from loraplex.kernels.constants import ALIGN, BLOCK_SIZE, TILE_RANKS, TileKind
+from loraplex.kernels.constants import ALIGN, BLOCK_SIZE, TILE_RANKS, Own, TileKind
 from loraplex.kernels.ops import Backend
 from loraplex.kernels.quantized import Activations, GroupScales, QuantizedWeight, WeightFormat
 from loraplex.kernels.records import (
@@ -19,6 +19,8 @@ from loraplex.kernels.records import (
     AttentionParams,
     KVGroup,
     KVLayer,
+    OwnPlaces,
+    OwnTable,
     QKNorm,
     TileTable,
     element_bytes,
@@ -239,6 +241,26 @@ def run_rowwise(ops: Backend, work: Work) -> list[Tensor]:
     return outputs
 
 
+def run_own(ops: Backend, work: Work) -> list[Tensor]:
+    """Norms, rows of the embedding and of the head that adapters have of their own: the first A of each stands in."""
+    shape, places, slots = work.shape, OwnPlaces(1), len(work.segments.mixes)
+    ranges = torch.zeros(slots, places.count, 2, dtype=torch.int32)
+    ranges[:, :, 0] = work.table.ranges_host[:, 0, Site.QKV, :1]
+    ranges[:, :, 1] = ranges[:, :, 0] + 1
+    own = OwnTable(ranges.to(ops.device), ranges, dict.fromkeys(range(slots), Own.NORM | Own.EMBED | Own.HEAD))
+    step = AdapterStep(work.arena, replace(work.table, own=own), work.segments)
+    x = _randn(ops, work, work.tokens, shape.hidden)
+    rows = torch.arange(work.tokens - 1, -1, -1, device=ops.device)
+    heads = torch.arange(work.tokens, dtype=torch.int32) % slots
+    logits = torch.zeros(work.tokens, TILE_RANKS, device=ops.device)
+    return [
+        ops.adapter_norm_(x.clone(), x, 1e-6, shape.offset, 0, step),
+        ops.adapter_norm_(x.clone(), x, 1e-6, shape.offset, 0, step, rows),
+        ops.adapter_embed_(x.clone(), rows % TILE_RANKS, places.embed, step),
+        ops.adapter_head_(logits, x, heads, places.head, step.arena, step.table),
+    ]
+
+
 def run_linears(ops: Backend, work: Work) -> list[Tensor]:
     """The base linears of the four sites, and logits."""
     outputs = []
@@ -296,7 +318,8 @@ def run_sampling(ops: Backend, work: Work) -> list[Tensor]:
 
 def run_all(ops: Backend, work: Work) -> list[Tensor]:
     """Every op but the base linears, which are a library's unless batch invariance is asked for."""
-    return [*run_adapters(ops, work), *run_blocks(ops, work), *run_attention(ops, work), *run_rowwise(ops, work)]
+    rows = [*run_attention(ops, work), *run_rowwise(ops, work), *run_own(ops, work)]
+    return [*run_adapters(ops, work), *run_blocks(ops, work), *rows]
 
 
 def _randn(ops: Backend, work: Work, *shape: int, seed: int = 0) -> Tensor:

@@ -19,7 +19,7 @@ from loraplex.kernels.records import AdapterSegments
 from loraplex.kernels.select import load_backend
 from loraplex.server.models.graphs import GraphedDecoder, Size
 from tests.support.harness import Harness
-from tests.support.harness_adapters import wearing, write_adapters
+from tests.support.harness_adapters import wearing, write_adapters, write_own_rows
 from tests.support.tiny import make_tiny_model
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="run by tests/kernels/gpu")
@@ -73,6 +73,36 @@ def test_the_same_as_the_reference_one_op_at_a_time(family: str, tmp_path: Path)
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
     # Rows 4, 2 and 1; without adapters, with one tile, and with mixes of two: no step captures anew.
     assert 0 < capture.captured <= 9
+
+
+def _own_world(path: Path, capture: _Rerun | None) -> list[Tensor]:
+    """Decode steps of three sequences, of which none, the first or two wear rows of their own."""
+    ops = load_backend("reference" if capture is None else "triton", "cpu")
+    harness = Harness(path, ops=ops, group_size=1, num_pages=96, page_bytes=1 << 15)
+    if capture is not None:
+        harness.decoder = GraphedDecoder(harness.decoder, capture)
+    vocab = harness.config.vocab_size
+    tiles = write_own_rows(harness, write_adapters(harness, 2), 1, (7, 8, 30, vocab))
+    a, b, c = (harness.sequence([5, 7]) for _ in range(3))
+    out = harness.step([(a, 2), (b, 2), (c, 2)])
+    for s in (a, b, c):
+        s.ids.append(30)
+    for mixes in ([], [1], [0, 1], [1, 1], [0]):
+        adapters = wearing([(1, ((slot, 1.0),)) for slot in mixes], num_decode=len(mixes)) if mixes else None
+        out += harness.step([(s, 1) for s in (a, b, c)], adapters=adapters, tiles=tiles)
+        for s, token in zip((a, b, c), (8, 7, 9), strict=True):
+            s.ids.append(token)
+    return [logits.clone() for logits in out]
+
+
+def test_rows_of_an_adapters_own_are_in_a_graph_of_their_own(tmp_path: Path) -> None:
+    path = make_tiny_model("llama", tmp_path / "model", num_hidden_layers=1)
+    capture = _Rerun()
+    graphed, eager = _own_world(path, capture), _own_world(path, None)
+    for got, expected in zip(graphed, eager, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    assert eager[6].shape[1] == eager[0].shape[1] + 1, "the step's logits have a column for the added token"
+    assert capture.captured == 3, "without adapters, with rows of their own, and without these"
 
 
 def test_sizes_are_powers_of_two_and_apart_by_adapters() -> None:

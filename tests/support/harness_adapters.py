@@ -7,12 +7,13 @@ harness.step([(a, 5), (b, 1)], adapters=wearing([(5, ((0, 1.0),)), (1, ((1, 0.5)
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate
 
 import torch
 
-from loraplex.kernels.constants import TILE_RANKS, TileKind
-from loraplex.kernels.records import AdapterSegments, TileTable
+from loraplex.kernels.constants import TILE_RANKS, Own, TileKind
+from loraplex.kernels.records import AdapterSegments, OwnPlaces, OwnTable, TileTable
 from loraplex.server.models.config import Site
 from tests.support.harness import Harness
 
@@ -43,6 +44,28 @@ def write_adapters(harness: Harness, slots: int) -> TileTable:
                 ranges[slot, layer, site] = torch.tensor([first, len(rows)])
     tiles = torch.tensor(rows, dtype=torch.int32)
     return TileTable(ranges, tiles, ranges, tiles)
+
+
+def write_own_rows(harness: Harness, table: TileTable, slot: int, ids: Sequence[int]) -> TileTable:
+    """`table`, in which `slot` has a norm of layer 0, the last norm, and rows of both tables for `ids` of its own."""
+    config, generator = harness.config, torch.Generator().manual_seed(6)
+    places = OwnPlaces(config.num_layers)
+    ranges = torch.zeros(table.ranges_host.shape[0], places.count, 2, dtype=torch.int32)
+    rows: list[list[int]] = table.tiles_host.tolist()
+    for place in (places.norm(0, 2), places.last_norm, places.embed, places.head):
+        is_norm, first = place <= places.last_norm, len(rows)
+        for number in [0] if is_norm else sorted(ids):
+            row = torch.randn(config.hidden_size, generator=generator).to(
+                torch.float32 if is_norm else harness.weights.dtype
+            )
+            page, raw = harness.take_pages(1)[0], row.view(torch.uint8)
+            harness.arena[page, : raw.numel()] = raw
+            at = page * harness.page_bytes // 64
+            rows.append([at, -1, 1, number, 1, TileKind.OWN, 0, config.hidden_size])
+        ranges[slot, place] = torch.tensor([first, len(rows)])
+    tiles = torch.tensor(rows, dtype=torch.int32)
+    own = OwnTable(ranges, ranges, {slot: Own.NORM | Own.EMBED | Own.HEAD})
+    return replace(table, tiles=tiles, tiles_host=tiles, own=own)
 
 
 def wearing(segments: Sequence[tuple[int, Mix]], num_decode: int = 0) -> AdapterSegments:

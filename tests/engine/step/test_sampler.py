@@ -221,6 +221,32 @@ def test_the_mark_is_a_function_of_the_token_before_alone() -> None:
     assert len(set(sample(logits.expand(20, -1), others))) > 1
 
 
+def test_columns_of_another_rows_added_tokens_change_nothing() -> None:
+    """A step's logits are as wide as the row that has most tokens; the others' further columns are -inf."""
+    logits = _logits(1, VOCAB, seed=24)
+    wide = torch.cat((logits, torch.full((1, 13), -torch.inf)), 1)
+    for params in ({"watermark": True}, {"typical_p": 0.5}, {"top_p": 0.7, "min_p": 0.01}, {"temperature": 0.0}):
+        rows = [_row(seed=seed, logprobs=3, **params) for seed in range(40)]
+        nobody = [None] * len(rows)
+        found = sampler.sample(wide.expand(40, -1), rows, nobody, used, VOCAB)
+        plain = sampler.sample(logits.expand(40, -1), rows, nobody, used, VOCAB)
+        assert [(drawn.token_id, [token for token, _ in drawn.top_logprobs]) for drawn in found] == [
+            (drawn.token_id, [token for token, _ in drawn.top_logprobs]) for drawn in plain
+        ]
+
+
+@pytest.mark.parametrize("held", [[0], [0, 1]])
+def test_a_grammar_forbids_added_tokens_that_it_does_not_know(held: list[int]) -> None:
+    """Its mask ends with the base's vocabulary, or behind an added token that ends an answer."""
+    logits = torch.zeros(2, VOCAB + 13)
+    logits[:, VOCAB + 12], logits[:, VOCAB + 1], logits[:, 9] = 9.0, 8.0, 7.0
+    rows = [_row(temperature=0.0) for _ in range(2)]
+    for width, expected in ((VOCAB, 9), (VOCAB + 2, VOCAB + 1)):
+        mask = np.packbits(np.ones(width, np.bool_), bitorder="little")
+        found = sampler.sample(logits, rows, [mask if i in held else None for i in range(2)], used, VOCAB)
+        assert [drawn.token_id for drawn in found] == [expected if i in held else VOCAB + 12 for i in range(2)]
+
+
 def test_nobody_else_pays_for_the_mark(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = _logits(3, VOCAB, seed=23)
     calls: list[int] = []
