@@ -6,6 +6,7 @@ import json
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -87,21 +88,22 @@ def own_server(base: str, adapter: Path) -> Iterator[Remote]:
         port = free.getsockname()[1]
     command = [sys.executable, "-c", "from loraplex.server.command.cli import main; main()", "serve", base]
     command += ["--adapter", f"{CANDIDATE}={adapter}", "--host", "127.0.0.1", "--port", str(port)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     remote = Remote(f"http://127.0.0.1:{port}")
-    try:
-        deadline = time.monotonic() + STARTING_SECONDS
-        while not _is_up(remote):
-            if process.poll() is not None:
-                _, said = process.communicate()
-                raise RemoteError((said.strip().splitlines() or ["the server ended without a word"])[-1])
-            if time.monotonic() > deadline:
-                raise RemoteError(f"the server was not up after {STARTING_SECONDS:g} s")
-            time.sleep(0.2)
-        yield remote
-    finally:
-        process.kill()
-        process.communicate()
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said:  # a pipe that nobody reads is full
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said)
+        try:
+            deadline = time.monotonic() + STARTING_SECONDS
+            while not _is_up(remote):
+                if process.poll() is not None:
+                    said.seek(0)
+                    raise RemoteError((said.read().strip().splitlines() or ["the server ended without a word"])[-1])
+                if time.monotonic() > deadline:
+                    raise RemoteError(f"the server was not up after {STARTING_SECONDS:g} s")
+                time.sleep(0.2)
+            yield remote
+        finally:
+            process.kill()
+            process.wait()
 
 
 def _is_up(remote: Remote) -> bool:
