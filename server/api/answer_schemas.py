@@ -162,7 +162,7 @@ class ReceiptBody(Wire):
 
 
 class ProofAnswer(Wire):
-    """The receipt that is made after a load; `wait` seconds for it, or ask again."""
+    """The receipt that is made after a load, or where `wait` was given."""
 
     status: Literal["made", "pending", "failed", "none"]  # none: nobody has asked for it yet
     error: str | None  # of the last try

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from contextlib import nullcontext
@@ -126,6 +127,43 @@ def evaluate(
     for line in unmet:
         print(f"loraplex: {line}", file=sys.stderr)
     raise typer.Exit(1 if unmet else 0)
+
+
+@app.command("list")
+@grouped
+def list_all(
+    server: ServerOptions,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """List the adapters of a running server."""
+    from loraplex.server.command.compare import list_adapters, table
+    from loraplex.server.command.remote import Remote, RemoteError
+
+    try:
+        found = list_adapters(Remote(server.url, server.api_key))
+    except RemoteError as error:
+        give_up(str(error))
+    print(json.dumps(found, indent=2) if as_json else table(found))
+
+
+@app.command()
+@grouped
+def diff(
+    one: Annotated[str, typer.Argument(metavar="NAME", help="An adapter of a running server.")],
+    other: Annotated[str, typer.Argument(metavar="OTHER", help="Another.")],
+    server: ServerOptions,
+) -> None:
+    """Compare the receipts of two adapters of a running server. Exit codes: 0 the same content, 1 not, 2 misused."""
+    from loraplex.server.command.compare import find_differences
+    from loraplex.server.command.remote import Remote, RemoteError
+
+    try:
+        found = find_differences(Remote(server.url, server.api_key), one, other)
+    except RemoteError as error:
+        give_up(str(error))
+    for each in found:
+        print(f"{each.path}: {json.dumps(each.one)} -> {json.dumps(each.other)}")
+    raise typer.Exit(1 if found else 0)
 
 
 def give_up(reason: str) -> NoReturn:
