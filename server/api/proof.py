@@ -12,7 +12,7 @@ MAX_WAIT = 60.0
 """Seconds that a request may wait for a receipt."""
 
 
-async def prove(services: Services, version: AdapterVersion, wait: float) -> ProofAnswer:
+async def prove(services: Services, version: AdapterVersion, wait: float = 0.0) -> ProofAnswer:
     """Tell the receipt of `version`; where `wait` seconds are given, begin it if need be, and wait so long for it.
 
     Whoever only looks begins nothing: a list of a thousand adapters would be a thousand probes.
