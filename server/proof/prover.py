@@ -109,7 +109,7 @@ class Prover:
     async def _receipt(self, version: AdapterVersion) -> Receipt:
         async with self._turn:
             known = self.known(version)
-            if known is not None and known.probe is not None:
+            if known is not None and (known.probe is not None or known.measured.own):
                 return known
             began = time.monotonic()
             if version.digest is None:
