@@ -75,6 +75,7 @@ class Measurer:
             relative=ratio(total.weight, sum(squares.values())),
             rounding=ratio(total.rounded, total.added),
             bias=total.bias**0.5,
+            own=len(adapter.module_map.own),
             base_named=adapter.module_map.config.base_model,
             card=adapter.card,
         )

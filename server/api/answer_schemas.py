@@ -109,6 +109,7 @@ class MatchedTensors(Wire):
     ignored: int
     why_ignored: str | None
     unmatched: Literal[0]
+    own_rows: int  # of those matched, that stand in for rows of the base's norms, embedding or head
 
 
 class StoredTypes(Wire):
@@ -162,7 +163,7 @@ class ReceiptBody(Wire):
 
 
 class ProofAnswer(Wire):
-    """The receipt that is made after a load; `wait` seconds for it, or ask again."""
+    """The receipt that is made after a load, or where `wait` was given."""
 
     status: Literal["made", "pending", "failed", "none"]  # none: nobody has asked for it yet
     error: str | None  # of the last try

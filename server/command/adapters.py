@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -49,6 +52,118 @@ def check(
         give_up(f"{path}: {error}")
     print(checked.as_json() if as_json else checked.as_text())
     raise typer.Exit(int(checked.outcome))
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """Which server is asked."""
+
+    url: Annotated[str, typer.Option(metavar="URL", help="Of the server.")] = "http://127.0.0.1:8000"
+    api_key: Annotated[
+        str | None, typer.Option("--api-key", envvar="LORAPLEX_API_KEY", metavar="KEY", help="Sent with each request.")
+    ] = None
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """What is asked of a golden set, and where it is written."""
+
+    golden: Annotated[
+        Path | None, typer.Option(metavar="FILE", show_default="golden.jsonl in the adapter's folder", help="The set.")
+    ] = None
+    base: Annotated[
+        str | None, typer.Option(metavar="BASE", help="Start a server of one's own on it; ADAPTER is a folder then.")
+    ] = None
+    in_place: Annotated[
+        str | None, typer.Option("--in-place", metavar="NAME", help="The version that is served now, to compare with.")
+    ] = None
+    fail_under: Annotated[float | None, typer.Option(metavar="SCORE", min=0, max=1, help="Least score, 0 to 1.")] = None
+    drift: Annotated[
+        float | None, typer.Option(metavar="D", min=0, help="How far below the score of --in-place is allowed.")
+    ] = None
+    report: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all answers.")] = None
+    page: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write a page for people.")] = None
+
+
+@app.command("eval")
+@grouped
+def evaluate(
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="Its name on the server, or its folder.")],
+    options: EvalOptions,
+    server: ServerOptions,
+) -> None:
+    """Ask an adapter a golden set, on a running server or ([b]--base[/b]) without one, and score its answers.
+
+    Exit codes: 0 all that was demanded, 1 not, 2 cannot be run so.
+    """
+    from loraplex.server.command.golden import Demands, run_golden
+    from loraplex.server.command.remote import CANDIDATE, Remote, RemoteError, own_server
+    from loraplex.server.proof.golden import GoldenError, read_golden
+
+    if options.drift is not None and options.in_place is None:
+        give_up("--drift compares with a version in place; name it with --in-place")
+    if options.base is not None and options.in_place not in (None, options.base):
+        give_up(f"--base starts a server that has no other adapter; --in-place may be {options.base!r} itself")
+    golden = options.golden or Path(adapter) / "golden.jsonl"
+    try:
+        questions = read_golden(golden)
+        with (
+            nullcontext(Remote(server.url, server.api_key))
+            if options.base is None
+            else own_server(options.base, Path(adapter))
+        ) as remote:
+            name = adapter if options.base is None else CANDIDATE
+            found = run_golden(remote, name, questions, golden, options.in_place)
+        for path, text in ((options.report, found.as_json), (options.page, found.as_html)):
+            if path is not None:
+                path.write_text(text(), encoding="utf-8")
+    except (GoldenError, RemoteError, OSError) as error:
+        give_up(str(error))
+    passed = len(found.answers) - len(found.failures)
+    print(f"score {found.score:.4f}: {passed} of {len(found.answers)} passed, of version {found.digest or 'unknown'}")
+    if found.previous is not None:
+        print(f"in place {found.previous:.4f}; mean KL from it {found.divergence:.6f}")
+    unmet = Demands(options.fail_under, options.drift).unmet(found)
+    for line in unmet:
+        print(f"loraplex: {line}", file=sys.stderr)
+    raise typer.Exit(1 if unmet else 0)
+
+
+@app.command("list")
+@grouped
+def list_all(
+    server: ServerOptions,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """List the adapters of a running server."""
+    from loraplex.server.command.compare import list_adapters, table
+    from loraplex.server.command.remote import Remote, RemoteError
+
+    try:
+        found = list_adapters(Remote(server.url, server.api_key))
+    except RemoteError as error:
+        give_up(str(error))
+    print(json.dumps(found, indent=2) if as_json else table(found))
+
+
+@app.command()
+@grouped
+def diff(
+    one: Annotated[str, typer.Argument(metavar="NAME", help="An adapter of a running server.")],
+    other: Annotated[str, typer.Argument(metavar="OTHER", help="Another.")],
+    server: ServerOptions,
+) -> None:
+    """Compare the receipts of two adapters of a running server. Exit codes: 0 the same content, 1 not, 2 misused."""
+    from loraplex.server.command.compare import find_differences
+    from loraplex.server.command.remote import Remote, RemoteError
+
+    try:
+        found = find_differences(Remote(server.url, server.api_key), one, other)
+    except RemoteError as error:
+        give_up(str(error))
+    for each in found:
+        print(f"{each.path}: {json.dumps(each.one)} -> {json.dumps(each.other)}")
+    raise typer.Exit(1 if found else 0)
 
 
 @app.command()

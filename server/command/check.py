@@ -26,7 +26,7 @@ CLOSE = 1e-2
 """Log-probability within which no answer is doubted."""
 
 
-class Outcome(IntEnum):
+class Verdict(IntEnum):
     """Exit codes; 2 is the command's that cannot be run as it was given."""
 
     sound = 0
@@ -38,7 +38,7 @@ class Outcome(IntEnum):
 class Checked:
     """What a check came to."""
 
-    outcome: Outcome
+    outcome: Verdict
     receipt: Receipt | None = None
     code: str | None = None  # of the refusal
     message: str | None = None
@@ -89,15 +89,15 @@ async def _check(parts: EngineParts, source: str, names: tuple[str, ...]) -> Che
         version = await parts.adapters.register("adapter", source)
         receipt = await prover.wait(version, SECONDS)
     except AdapterRefused as error:
-        return Checked(Outcome.refused, code=error.code, message=str(error))
+        return Checked(Verdict.refused, code=error.code, message=str(error))
     except AdapterError as error:
-        return Checked(Outcome.refused, code="not_found", message=str(error))
+        return Checked(Verdict.refused, code="not_found", message=str(error))
     finally:
         prover.close()
     if receipt is None:
         raise AdapterError(prover.failure(version) or f"it took longer than {SECONDS:g} s")
     doubt = doubt_of(receipt)
-    return Checked(Outcome.doubtful if doubt else Outcome.sound, receipt, message=doubt)
+    return Checked(Verdict.doubtful if doubt else Verdict.sound, receipt, message=doubt)
 
 
 def doubt_of(receipt: Receipt) -> str | None:

@@ -17,6 +17,10 @@ from loraplex.server.proof.receipt import BaseIdentity, Probe, Receipt
 OWN_ROWS = "it has rows of its own in place of the base's, which the plain reference does not compute"
 
 
+OWN_ROWS = "it stands in for rows of the base's norms, embedding or head, which the plain reference does not compute"
+"""Why such an adapter is not probed."""
+
+
 class Plain(Protocol):
     """PlainModel.logprobs."""
 

@@ -60,6 +60,8 @@ class Receipt:
         remarks = []
         if found.is_noop:
             remarks.append("it changes nothing and answers as the base does")
+        elif found.own:
+            remarks.append(f"{found.own} of its tensors stand in for rows of the base, whose effect is not measured")
         elif found.idle:
             remarks.append(f"{found.idle} of its {found.modules} modules come to nothing")
         if self.base.is_named(named) is False:
@@ -83,6 +85,7 @@ class Receipt:
                 "ignored": len(found.ignored),
                 "why_ignored": f"they repeat others, as {found.ignored[0]} does" if found.ignored else None,
                 "unmatched": 0,
+                "own_rows": found.own,
             },
             "dtype": {"file": list(found.dtypes), "packed": found.dtype, "rounding": _short(found.rounding)},
             "effect": {

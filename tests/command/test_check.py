@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from loraplex.server.command import cli
-from loraplex.server.command.check import Outcome, check_adapter, describe, doubt_of
+from loraplex.server.command.check import Verdict, check_adapter, describe, doubt_of
 from loraplex.server.command.convert import convert_folder
 from loraplex.server.config import Device, DType, EngineConfig
 from loraplex.server.proof.receipt import Probe
@@ -49,7 +49,7 @@ def widen_targets(folder: Path) -> None:
 
 def test_a_sound_one_has_the_receipt_of_a_server(base: Path, tmp_path: Path) -> None:
     found = check_adapter(make(base, tmp_path), "tiny", base, CONFIG, allow_noop=False)
-    assert (found.outcome, found.code, found.message) == (Outcome.sound, None, None)
+    assert (found.outcome, found.code, found.message) == (Verdict.sound, None, None)
     assert found.receipt is not None
     told = json.loads(found.as_json())
     assert (told["outcome"], told["digest"]) == ("sound", found.receipt.digest)
@@ -62,7 +62,7 @@ def test_a_sound_one_has_the_receipt_of_a_server(base: Path, tmp_path: Path) -> 
 def test_a_bottleneck_answers_as_the_plain_base_with_it(base: Path, tmp_path: Path, case: str) -> None:
     convert_folder(save_as_the_library(case, tmp_path / "saved"), tmp_path / "made")
     found = check_adapter(tmp_path / "made", "tiny", base, CONFIG, allow_noop=False)
-    assert (found.outcome, found.message) == (Outcome.sound, None)
+    assert (found.outcome, found.message) == (Verdict.sound, None)
     assert found.receipt is not None
     assert found.receipt.probe is not None
 
@@ -72,7 +72,7 @@ def test_what_is_refused_says_why(base: Path, tmp_path: Path, spoil: Callable[[P
     folder = make(base, tmp_path)
     spoil(folder)
     found = check_adapter(folder, "tiny", base, CONFIG, allow_noop=True)
-    assert (found.outcome, found.code, found.receipt) == (Outcome.refused, code, None)
+    assert (found.outcome, found.code, found.receipt) == (Verdict.refused, code, None)
     assert code in found.as_text()
 
 
@@ -80,7 +80,7 @@ def test_a_noop_is_refused_unless_it_is_allowed(base: Path, tmp_path: Path) -> N
     folder = make(base, tmp_path, strength=None)
     assert check_adapter(folder, "tiny", base, CONFIG, allow_noop=False).code == "no_effect"
     found = check_adapter(folder, "tiny", base, CONFIG, allow_noop=True)
-    assert (found.outcome, "changes nothing" in found.as_text()) == (Outcome.sound, True)
+    assert (found.outcome, "changes nothing" in found.as_text()) == (Verdict.sound, True)
 
 
 @pytest.mark.parametrize(

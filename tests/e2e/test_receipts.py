@@ -45,6 +45,13 @@ def test_asking_waits_for_it(served: Served) -> None:
     assert served.live.ask("GET", "/v1/adapters/again?wait=61").status_code == 400
 
 
+def test_looking_begins_nothing(served: Served) -> None:
+    version = served.live.parts.adapters.register_unread(served.folders["other"])
+    assert version is not None
+    for _ in range(2):
+        assert served.live.ask("GET", "/v1/adapters/other").json()["proof"]["status"] == "none"
+
+
 def test_files_that_are_gone_are_told(served: Served, tmp_path: Path) -> None:
     unread = tmp_path / "unread"
     unread.mkdir()

@@ -171,3 +171,14 @@ def test_an_invocation_too_long_is_not_probed() -> None:
     assert len(probe_ids(320, range(11))) == 12
     with pytest.raises(ProbeFailed, match="12 tokens"):
         probe_ids(320, range(12))
+
+
+async def test_rows_in_place_of_the_bases_are_told_and_not_probed(base: Path, tmp_path: Path) -> None:
+    options = {**OPTIONS, "trainable_token_indices": {"embed_tokens": [3, 5]}}
+    folder = make_peft_adapter(load_oracle(base), tmp_path / "own", **options).folder
+    async with proving(base, folder) as (parts, prover):
+        receipt = await prover.wait(version_of(parts), LIMIT)
+        assert receipt is not None, prover.failure(version_of(parts))
+        assert (receipt.measured.own > 0, receipt.measured.is_noop, receipt.probe) == (True, False, None)
+        assert "rows of the base" in str(receipt.probe_error)
+        assert "rows of the base" in receipt.remark

@@ -18,6 +18,7 @@ MEASURED = Measured(
     0.01,
     1e-3,
     0.0,
+    0,
     "org/SmolLM2-135M-Instruct",
 )
 BASE = BaseIdentity(("demo", "/models/smollm2-135m-instruct"), "cd" * 32, "bfloat16")

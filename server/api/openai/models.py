@@ -29,7 +29,7 @@ def make_router(services: Services) -> APIRouter:
 
     @router.get("/v1/adapters/{name:path}", responses=failures((400, 401, 404)))
     async def get_adapter(name: str, wait: Annotated[float, Query(ge=0, le=MAX_WAIT)] = 0.0) -> AdapterReceipt:
-        """What was found in an adapter's files; its proof is begun where it is not made, and waited for."""
+        """What was found in an adapter's files; `wait` seconds begin its proof if need be, and wait for it."""
         return await find_receipt(services, name, wait)
 
     return router

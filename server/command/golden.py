@@ -1,0 +1,173 @@
+"""`loraplex adapters eval`: a golden set asked of a server, scored, and held against the version in place."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from loraplex.server.command.remote import Remote, RemoteError
+from loraplex.server.proof.golden import GoldenQuestion
+from loraplex.server.proof.golden_report import Answered, GoldenReport
+from loraplex.server.whole_file import replace_file
+
+AT_ONCE = 8
+"""Questions under way."""
+
+LIKELIEST = 20
+"""Tokens of a place whose log-probabilities are compared; all others are one more."""
+
+SCORES = "golden.scores.json"
+"""Beside a golden set: the score of each version that was asked, by digest and set."""
+
+
+@dataclass(frozen=True)
+class Demands:
+    """What a run has to come to."""
+
+    fail_under: float | None = None  # least score
+    drift: float | None = None  # most that the score may be below that of the version in place
+
+    def unmet(self, report: GoldenReport) -> list[str]:
+        """Say which are not met."""
+        found = []
+        if self.fail_under is not None and report.score < self.fail_under:
+            found.append(f"the score is {report.score:.4f}; at least {self.fail_under:g} was asked for")
+        if self.drift is not None and report.previous is not None and report.score < report.previous - self.drift:
+            found.append(
+                f"the score is {report.score:.4f} and that of the version in place {report.previous:.4f}; it may be "
+                f"{self.drift:g} below at most"
+            )
+        return found
+
+
+def run_golden(
+    remote: Remote, adapter: str, questions: Sequence[GoldenQuestion], golden: Path, in_place: str | None = None
+) -> GoldenReport:
+    """Ask all questions of `adapter`, and compare with `in_place`, another name on the same server, if there is one.
+
+    The score of the version in place is the one recorded beside the golden set, or else it is asked as well. Raises
+    RemoteError where the server is not there or does not know a name; single questions may fail.
+    """
+    set_digest = hashlib.sha256(golden.read_bytes()).hexdigest()
+    digest = _read(remote, adapter)
+    answers = ask_all(remote, adapter, questions)
+    previous = divergence = None
+    if in_place is not None:
+        placed = _read(remote, in_place)
+        previous = read_score(golden, placed, set_digest)
+        if previous is None:
+            previous = _mean([each.score for each in ask_all(remote, in_place, questions)])
+            record_score(golden, placed, set_digest, previous)
+        divergence = mean_divergence(remote, in_place, adapter, questions)
+    report = GoldenReport(adapter, digest, set_digest, time.time(), tuple(answers), previous, divergence)
+    record_score(golden, digest, set_digest, report.score)
+    return report
+
+
+def ask_all(remote: Remote, model: str, questions: Sequence[GoldenQuestion]) -> list[Answered]:
+    """Ask each question, greedily, and score its answer."""
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return list(pool.map(partial(_ask, remote, model), questions))
+
+
+def mean_divergence(remote: Remote, placed: str, candidate: str, questions: Sequence[GoldenQuestion]) -> float:
+    """Compute the mean KL, in nats, of `placed` from `candidate` over all tokens of all prompts but the first.
+
+    Semantics: mean over places of sum over t of p(t) log(p(t) / q(t)), p being the version in place; t are its
+    LIKELIEST tokens that the candidate tells of as well, and all others as one more. Never more than the KL itself.
+    """
+    total, count = 0.0, 0
+    for question in questions:
+        ids = _prompt_ids(remote, candidate, question)
+        pairs = zip(_places(remote, placed, ids), _places(remote, candidate, ids), strict=True)
+        for p, q in pairs:
+            if p is not None and q is not None:
+                total += divergence_at(p, q)
+                count += 1
+    return total / count if count else 0.0
+
+
+def divergence_at(p: Mapping[str, float], q: Mapping[str, float]) -> float:
+    """Compute the KL of one place from the log-probabilities of its likeliest tokens; the rest is one token more."""
+    both = p.keys() & q.keys()
+    pairs = [(math.exp(p[token]), math.exp(q[token])) for token in both]
+    pairs.append((max(0.0, 1 - sum(one for one, _ in pairs)), max(0.0, 1 - sum(other for _, other in pairs))))
+    return max(0.0, sum(one * math.log(one / max(other, 1e-12)) for one, other in pairs if one > 0))
+
+
+def read_score(golden: Path, digest: str | None, set_digest: str) -> float | None:
+    """Read the recorded score of a version; None: it was not asked yet, or the set was another one."""
+    found = _scores(golden).get(f"{digest}/{set_digest}", {}).get("score")
+    return float(found) if isinstance(found, int | float) and digest else None
+
+
+def record_score(golden: Path, digest: str | None, set_digest: str, score: float) -> None:
+    """Record the score of a version beside the golden set; one without a digest is left out. Raises OSError."""
+    if digest is None:
+        return
+    known = _scores(golden)
+    known[f"{digest}/{set_digest}"] = {"score": score, "when": time.time()}
+    replace_file(golden.with_name(SCORES), json.dumps(known, indent=2, sort_keys=True), 0o644)
+
+
+def _scores(golden: Path) -> dict[str, dict[str, Any]]:
+    try:
+        found = json.loads(golden.with_name(SCORES).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return {key: value for key, value in found.items() if isinstance(value, dict)} if isinstance(found, dict) else {}
+
+
+def _read(remote: Remote, name: str) -> str | None:
+    """The digest of what a name stands for, which is read in full for it; None of the base, or of an alias."""
+    try:
+        found = remote.adapter(name, wait=1.0)
+    except RemoteError as error:
+        if error.status == 404:
+            remote.ask("GET", f"/v1/models/{name}")  # raises where there is no such name at all
+            return None
+        raise
+    return found["digest"] if isinstance(found.get("digest"), str) else None
+
+
+def _ask(remote: Remote, model: str, question: GoldenQuestion) -> Answered:
+    body: dict[str, Any] = {"model": model, "max_tokens": question.max_tokens, "temperature": 0}
+    expected, error, answer, score = question.expected, None, "", 0.0
+    asked = question.prompt or "\n".join(f"{each['role']}: {each['content']}" for each in question.messages)
+    try:
+        if question.prompt is not None:
+            found = remote.ask("POST", "/v1/completions", {**body, "prompt": question.prompt})
+            answer = str(found["choices"][0]["text"])
+        else:
+            found = remote.ask("POST", "/v1/chat/completions", {**body, "messages": list(question.messages)})
+            answer = str(found["choices"][0]["message"]["content"] or "")
+        score = expected.score(answer)
+    except (RemoteError, KeyError, IndexError, TypeError) as failure:
+        error = str(failure) or type(failure).__name__
+    passed = error is None and score >= expected.at_least
+    return Answered(question.id, question.line, asked, expected.kind, expected.told, answer, score, passed, error)
+
+
+def _prompt_ids(remote: Remote, model: str, question: GoldenQuestion) -> list[int]:
+    body = {"prompt": question.prompt} if question.prompt is not None else {"messages": list(question.messages)}
+    found: list[int] = remote.ask("POST", "/tokenize", {"model": model, **body})["tokens"]
+    return found
+
+
+def _places(remote: Remote, model: str, ids: list[int]) -> list[dict[str, float] | None]:
+    """The likeliest tokens of each place of a prompt; None of the first."""
+    body = {"model": model, "prompt": ids, "max_tokens": 1, "temperature": 0, "echo": True, "logprobs": LIKELIEST}
+    found = remote.ask("POST", "/v1/completions", body)["choices"][0]["logprobs"]["top_logprobs"]
+    return list(found[: len(ids)])
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

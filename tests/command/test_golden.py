@@ -1,0 +1,130 @@
+"""`loraplex adapters eval` against a whole server: scores, what is demanded, drift from the version in place."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from loraplex.server.command import cli
+from loraplex.server.command.golden import SCORES, divergence_at, mean_divergence, read_score
+from loraplex.server.command.remote import Remote
+from loraplex.server.proof.golden import read_golden
+from tests.support.served import Served, serve_tiny
+from tests.support.tiny import load_oracle, make_tiny_model, make_tiny_tokenizer
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    path = make_tiny_tokenizer(make_tiny_model("llama", tmp_path_factory.mktemp("base")))
+    adapters = {name: {"r": 4, "target_modules": ["q_proj", "o_proj"]} for name in ("new", "old")}
+    with serve_tiny(path, load_oracle(path), tmp_path_factory.mktemp("made"), adapters) as made:
+        yield made
+
+
+@pytest.fixture
+def golden(served: Served, tmp_path: Path) -> Path:
+    """Two questions that "new" passes, one that nobody does, and a conversation."""
+    path = tmp_path / "golden.jsonl"
+    lines = [
+        {"prompt": prompt, "exact": served.live.text("new", 6, prompt=prompt), "max_tokens": 6}
+        for prompt in ("the", "fox")
+    ]
+    lines += [{"prompt": "the", "exact": "never", "max_tokens": 2}]
+    lines += [{"messages": [{"role": "user", "content": "the dog"}], "regex": "(?s).*", "max_tokens": 3}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def run(served: Served, adapter: str, golden: Path, *more: str) -> int:
+    given = ["adapters", "eval", adapter, "--golden", str(golden), "--url", served.live.url, *more]
+    try:
+        return int(cli.app(given, standalone_mode=False) or 0)
+    except SystemExit as ended:
+        return int(ended.code or 0)
+
+
+def test_a_run_is_scored_reported_and_recorded(served: Served, golden: Path, tmp_path: Path) -> None:
+    report, page = tmp_path / "report.json", tmp_path / "report.html"
+    assert run(served, "new", golden, "--json", str(report), "--html", str(page)) == 0
+    told = json.loads(report.read_text())
+    assert (told["score"], [answer["passed"] for answer in told["answers"]]) == (0.75, [True, True, False, True])
+    digest = served.live.ask("GET", "/v1/adapters/new").json()["digest"]
+    assert told["digest"] == digest
+    assert read_score(golden, digest, told["golden"]) == 0.75
+    assert read_score(golden, digest, "another set") is None
+    assert "<h1>new: 0.7500</h1>" in page.read_text()
+
+
+def test_what_is_demanded_decides_the_exit_code(
+    served: Served, golden: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(served, "new", golden, "--fail-under", "0.75") == 0
+    assert run(served, "new", golden, "--fail-under", "0.76") == 1
+    assert "0.7500; at least 0.76" in capsys.readouterr().err
+    assert run(served, "new", golden, "--in-place", "old", "--drift", "0.02") == 0
+    assert run(served, "old", golden, "--in-place", "new", "--drift", "0.02") == 1
+    assert "0.02 below at most" in capsys.readouterr().err
+    assert len(json.loads(golden.with_name(SCORES).read_text())) == 2
+
+
+def test_the_recorded_score_of_the_version_in_place_counts(served: Served, golden: Path) -> None:
+    assert run(served, "old", golden) == 0
+    scores = golden.with_name(SCORES)
+    known = json.loads(scores.read_text())
+    scores.write_text(json.dumps({key: {**value, "score": 0.9} for key, value in known.items()}))
+    assert run(served, "new", golden, "--in-place", "old", "--drift", "0.1") == 1
+    assert run(served, "new", golden, "--in-place", "old", "--drift", "0.2") == 0
+
+
+def test_misuse(served: Served, golden: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(served, "nobody", golden) == 2
+    assert run(served, "new", golden, "--drift", "0.1") == 2
+    assert run(served, "new", tmp_path / "none.jsonl") == 2
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": "x", "exact": "y"}\n{"prompt": "x"}\n')
+    assert run(served, "new", bad) == 2
+    assert "bad.jsonl, line 2: " in capsys.readouterr().err
+    away = ["adapters", "eval", "new", "--golden", str(golden), "--url", "http://127.0.0.1:9"]
+    with pytest.raises(SystemExit) as ended:
+        cli.app(away, standalone_mode=False)
+    assert ended.value.code == 2
+
+
+def test_without_a_server_one_is_started(served: Served, golden: Path, tmp_path: Path) -> None:
+    base = str(served.live.parts.proof.plain._checkpoint.folder)
+    report = tmp_path / "report.json"
+    given = ["adapters", "eval", str(served.folders["new"]), "--golden", str(golden), "--base", base]
+    assert cli.app([*given, "--json", str(report), "--fail-under", "0.5"], standalone_mode=False) == 0
+    assert json.loads(report.read_text())["digest"] == served.live.ask("GET", "/v1/adapters/new").json()["digest"]
+    (tmp_path / "empty").mkdir()
+    given[2] = str(tmp_path / "empty")
+    with pytest.raises(SystemExit) as ended:
+        cli.app(given, standalone_mode=False)
+    assert ended.value.code == 2
+
+
+def test_divergence_is_that_of_the_models(served: Served, golden: Path) -> None:
+    remote = Remote(served.live.url)
+    questions = [question for question in read_golden(golden) if question.prompt is not None]
+    found = mean_divergence(remote, "old", "new", questions)
+    exact = []
+    for question in questions:
+        ids = served.live.tokenizer.encode(question.prompt or "")
+        p, q = (served.logprobs(name, ids).double()[:-1] for name in ("old", "new"))
+        exact += (p.exp() * (p - q)).sum(-1).tolist()
+    whole = sum(exact) / len(exact)
+    assert 0.02 * whole < found <= whole * 1.0001
+    assert mean_divergence(remote, "new", "new", questions) < 1e-9
+
+
+def test_divergence_of_one_place() -> None:
+    half = {"a": math.log(0.5), "b": math.log(0.25)}
+    assert divergence_at(half, half) == 0
+    other = {"a": math.log(0.25), "b": math.log(0.5)}
+    assert divergence_at(half, other) == pytest.approx(0.5 * math.log(2) - 0.25 * math.log(2))
