@@ -50,7 +50,7 @@ class Completion(Wire):
     model: str
     choices: list[CompletionChoice]
     usage: Usage | None = None
-    system_fingerprint: None = None
+    system_fingerprint: str | None = None  # the versions that answer: sql@3fa9c1d20b44; null: the base alone
 
 
 class ModelPermission(Wire):
