@@ -13,8 +13,8 @@ from loraplex.adapters.errors import AdapterNotFound
 from loraplex.server.api.alias_terms import may_use_alias
 from loraplex.server.api.body import NAMES_BODY, body_schema
 from loraplex.server.api.catalog import visible_aliases
-from loraplex.server.api.errors import ApiError
-from loraplex.server.api.manage import asking, check_may_load
+from loraplex.server.api.errors import ApiError, InvalidField
+from loraplex.server.api.manage import asking, check_may_load, counting_adapters
 from loraplex.server.api.names import HOW_TO_LIST, not_found
 from loraplex.server.api.openapi import answers
 from loraplex.server.api.schemas import Incoming, Wire
@@ -22,6 +22,7 @@ from loraplex.server.api.services import Services
 from loraplex.server.catalog.aliases import Alias, AliasState, Target
 from loraplex.server.catalog.labels import drop_label, set_label
 from loraplex.server.catalog.on_demand import is_hidden
+from loraplex.server.catalog.quota import TooManyAdapters
 from loraplex.server.tenancy.tenants import current_key
 
 MANAGED = (400, 401, 403, 404, 409, 410, 413, 429, 507)
@@ -97,10 +98,11 @@ def make_router(services: Services) -> APIRouter:
     )
     async def put_alias(name: str, request: Request) -> Response:
         """Have a name stand for other names, from the next request on."""
-        _check_may_change(name)
+        _check_may_change(services, name)
         record = await services.bodies.read(request, AliasRequest, NAMES_BODY)
         for target in record.targets:
             _check_may_use(services, target.adapter)
+        _check_number(services, name)
         targets = tuple(Target(each.adapter, each.weight) for each in record.targets)
         alias = await services.aliases.put(name, AliasState(record.kind, targets), asking(), record.expected)
         return _told(_card(alias))
@@ -110,7 +112,7 @@ def make_router(services: Services) -> APIRouter:
     )
     async def promote(name: str, request: Request) -> Response:
         """Give all requests for an alias to one of its targets: the one with the least share, unless one is named."""
-        _check_may_change(name)
+        _check_may_change(services, name)
         record = await services.bodies.read(request, AliasChange, NAMES_BODY)
         return _told(_card(await services.aliases.promote(name, record.target, asking(), record.expected)))
 
@@ -119,7 +121,7 @@ def make_router(services: Services) -> APIRouter:
     )
     async def roll_back(name: str, request: Request) -> Response:
         """Have an alias stand for what it stood for before its last change."""
-        _check_may_change(name)
+        _check_may_change(services, name)
         record = await services.bodies.read(request, AliasChange, NAMES_BODY)
         return _told(_card(await services.aliases.roll_back(name, asking(), record.expected)))
 
@@ -134,7 +136,7 @@ def make_router(services: Services) -> APIRouter:
     @router.delete("/v1/aliases/{name:path}", **answers(AliasCard, errors=MANAGED))
     async def delete_alias(name: str) -> Response:
         """Take an alias away; what it stood for stays."""
-        _check_may_change(name)
+        _check_may_change(services, name)
         alias = services.aliases.get(name)
         await services.aliases.delete(name, asking())
         assert alias is not None
@@ -147,7 +149,7 @@ def make_router(services: Services) -> APIRouter:
     )
     async def put_label(name: str, label: str, request: Request) -> Response:
         """Have `name@label` stand for one version of an adapter, which stays for as long."""
-        _check_may_change(name)
+        _check_may_change(services, name)
         record = await services.bodies.read(request, LabelRequest, NAMES_BODY)
         digest = await set_label(services.adapters, name, label, record.version, asking(), record.expected)
         return _told(LabelCard(id=f"{name}@{label}", digest=digest))
@@ -155,7 +157,7 @@ def make_router(services: Services) -> APIRouter:
     @router.delete("/v1/adapters/{name:path}/labels/{label}", **answers(LabelCard, errors=MANAGED))
     async def delete_label(name: str, label: str) -> Response:
         """Take a label away."""
-        _check_may_change(name)
+        _check_may_change(services, name)
         digest = await drop_label(services.adapters, name, label, asking())
         return _told(LabelCard(id=f"{name}@{label}", digest=digest))
 
@@ -183,11 +185,24 @@ def _targets(state: AliasState) -> list[TargetFields]:
     return [TargetFields(adapter=each.name, weight=each.weight) for each in state.targets]
 
 
-def _check_may_change(name: str) -> None:
+def _check_may_change(services: Services, name: str) -> None:
     """Raises ApiError, AdapterNotFound for names that the caller may not even know."""
+    if name in services.facts.names or is_hidden(name):
+        raise InvalidField("name", f"the name '{name[:200]}' is the base's own, or the server's; choose another")
     if not current_key().may_manage(name) and not current_key().may_use(name):
         raise AdapterNotFound(f"there is no {name[:200]!r}; {HOW_TO_LIST}")
     check_may_load(name)
+
+
+def _check_number(services: Services, name: str) -> None:
+    """A tenant may have as many aliases as adapters. Raises RateLimited."""
+    with counting_adapters() as owner:
+        if owner is None or owner.most is None or services.aliases.get(name) is not None:
+            return
+        found = sum(alias.name.startswith(f"{owner.tenant}/") for alias in services.aliases.all())
+        if found >= owner.most:
+            told = f"tenant {owner.tenant!r} has {found} aliases here and may have {owner.most}: delete one first"
+            raise TooManyAdapters(told, passes=False)
 
 
 def _check_may_use(services: Services, target: str) -> None:

@@ -32,7 +32,7 @@ class VersionCopies:
     def __init__(self, folder: Path | None, max_bytes: int, locate: Callable[[str], Path]) -> None:
         """folder: made if need be; None: a temporary one. max_bytes: of all. locate: a source's folder."""
         self._own = tempfile.TemporaryDirectory(prefix="loraplex-versions-") if folder is None else None
-        self.folder = folder if self._own is None else Path(self._own.name)
+        self.folder: Path = Path(self._own.name) if self._own is not None else folder or Path()
         self.max_bytes = max_bytes
         self._locate = locate
         self._thread = ThreadPoolExecutor(1, "copies")
@@ -47,7 +47,6 @@ class VersionCopies:
 
     def place(self, name: str) -> str:
         """Return the source of the copy called `name`."""
-        assert self.folder is not None
         return str(self.folder / name)
 
     def name_of(self, source: str) -> str:
@@ -67,12 +66,15 @@ class VersionCopies:
 
     def clean(self, known: Collection[str]) -> None:
         """Remove what no version is made of: a server was killed while it copied."""
-        assert self.folder is not None
         with suppress(FileNotFoundError):
             for entry in os.scandir(self.folder):
                 if entry.name not in known:
                     logger.info("%s is removed: the server that made it was killed", entry.path)
                     shutil.rmtree(entry.path, ignore_errors=True)
+
+    def settle(self) -> None:
+        """Wait until all that was begun is done."""
+        self._thread.submit(lambda: None).result()
 
     def close(self) -> None:
         """Finish what was begun."""

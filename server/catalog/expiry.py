@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import threading
-import time
-from collections.abc import Callable
 
 from loraplex.server.catalog.saved import Remembering
 from loraplex.server.catalog.state_store import StateNotKept
@@ -21,9 +19,8 @@ INTERVAL = 1.0
 class Expiry:
     """start() it once; tick() is what it has the state writer's thread do. Requests that run go on."""
 
-    def __init__(self, adapters: Remembering, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, adapters: Remembering) -> None:
         self._adapters = adapters
-        self._clock = clock
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="expiry", daemon=True)
 
@@ -39,7 +36,7 @@ class Expiry:
 
     def tick(self) -> None:
         """Take away what is over. In the state writer's thread. Raises StateNotKept: it is tried again then."""
-        now, adapters = self._clock(), self._adapters
+        now, adapters = self._adapters.clock(), self._adapters
         for row in adapters.versions.all():
             if row.expires is not None and row.expires <= now and not row.gone:
                 self._expire(row)
@@ -58,7 +55,7 @@ class Expiry:
             self._adapters.take_away(row.name, what="expire", why="expired")
             return
         gone = dataclasses.replace(row, gone="expired")
-        change = Change(Who(), self._clock(), "expire", row.name, row.digest)
+        change = Change(Who(), self._adapters.clock(), "expire", row.name, row.digest)
         with self._adapters.writer.changing(change) as transaction:
             transaction.put(gone)
         self._adapters.versions.accept(gone)

@@ -52,6 +52,7 @@ class Remembering:
         versions: Versions,
         copies: VersionCopies | None = None,
         retain: int = 0,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         """copies: of versions that are retained; None: none is. retain: how many, where a load does not say."""
         self.versions = versions
@@ -59,6 +60,7 @@ class Remembering:
         self.writer = writer
         self._adapters = adapters
         self._copies = copies
+        self.clock = clock
         self._retain = retain if copies is not None else 0
         self._known: dict[str, KeptName] = {}
         self.check_free: list[
@@ -135,7 +137,7 @@ class Remembering:
 
     def _enter(self, loading: _Loading, info: AdapterInfo, place: str, point: Point) -> AdapterVersion:
         """In the writer's thread."""
-        kept, terms, now = loading.kept, loading.terms, time.time()
+        kept, terms, now = loading.kept, loading.terms, self.clock()
         for check in self.check_free:
             check(kept.name)
         self._check_expected(kept.name, terms.expected)

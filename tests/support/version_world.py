@@ -74,10 +74,12 @@ class VersionWorld:
         self.store = StateStore(folder)
         self.writer = StateWriter(self.store)
         self.copies = VersionCopies(folder / "versions", retained_bytes, find_folder)
-        self.adapters = Remembering(self.manager, self.writer, Versions(self.writer), self.copies)
+        self.adapters = Remembering(
+            self.manager, self.writer, Versions(self.writer), self.copies, clock=lambda: self.now
+        )
         self.registry.on_drained = self.adapters.drained
         self.aliases = Aliases(self.adapters)
-        self.expiry = Expiry(self.adapters, lambda: self.now)
+        self.expiry = Expiry(self.adapters)
         self.adapters.restore()
 
     def load(self, name: str, folder: Path, *, replace: bool = True, **terms: Any) -> AdapterVersion:

@@ -84,6 +84,8 @@ async def load(services: Services, record: LoadAdapterRequest, *, pinned: bool =
                 terms=LoadTerms(record.expected_version, record.retain, record.ttl, record.keep_alive),
             )
     except AdapterExists:
+        if services.adapters.registry.get(name) is None:
+            raise  # it is an alias
         raise AdapterExists(
             f"The lora adapter '{name}' has already been loaded. If you want to load the adapter in place, set "
             "'load_inplace' to True."
