@@ -149,6 +149,9 @@ class AdaptersConfig:
     retained_bytes: Annotated[
         int, Option(parser=size, metavar="SIZE", show_default="16G", help="Of all such copies, below --state-dir.")
     ] = 16 << 30
+    allow_noop: Annotated[
+        bool, Option("--allow-noop", help="Serve adapters that change nothing, which are refused otherwise.")
+    ] = False
     downloads: DownloadConfig = field(default_factory=DownloadConfig)
 
     @property
