@@ -168,6 +168,19 @@ class ProofAnswer(Wire):
     receipt: ReceiptBody | None
 
 
+class VersionCard(Wire):
+    """One version of an adapter."""
+
+    digest: str
+    state: Literal["serving", "kept", "draining", "gone"]
+    labels: list[str]
+    created: int
+    source: str
+    by: str | None  # the name of the key that brought it
+    expires: int | None
+    gone: str | None  # why: "expired", "replaced", "dropped" or "unloaded"
+
+
 class AdapterReceipt(Wire):
     """What was found in an adapter's files."""
 
@@ -182,6 +195,7 @@ class AdapterReceipt(Wire):
     pages: int
     remark: str | None  # it was made for another base than this, as far as its config tells, or is rounded otherwise
     tokenizer: TokenizerReceipt
+    versions: list[VersionCard]  # the latest first
     proof: ProofAnswer
 
 

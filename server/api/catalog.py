@@ -9,6 +9,7 @@ from loraplex.server.api.answer_schemas import AdapterReceipt, ModelCard, ModelP
 from loraplex.server.api.names import not_found
 from loraplex.server.api.proof import prove
 from loraplex.server.api.services import Services
+from loraplex.server.api.version_cards import version_cards
 from loraplex.server.api.wish import strip_base
 from loraplex.server.catalog.aliases import Alias
 from loraplex.server.catalog.on_demand import is_hidden
@@ -79,6 +80,7 @@ async def find_receipt(services: Services, name: str, wait: float) -> AdapterRec
             special_tokens=dict(difference.special),
             added_tokens={token.text: token.id for token in difference.added},
         ),
+        versions=version_cards(services, name),
         proof=proof,
     )
 

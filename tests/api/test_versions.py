@@ -82,6 +82,14 @@ async def test_a_version_has_names(loaded: httpx.AsyncClient, server: FakeServer
     assert await ask(loaded, old) == await ask(loaded, "sql@previous") == (410, "version_gone")
 
 
+async def test_what_is_told_of_versions(loaded: httpx.AsyncClient) -> None:
+    assert (await load(loaded, "/new", load_inplace=True)).status_code == 200
+    await loaded.put("/v1/adapters/sql/labels/prod", json={})
+    told = (await loaded.get("/v1/adapters/sql")).json()["versions"]
+    shown = [(each["digest"], each["state"], each["labels"], each["source"], each["gone"]) for each in told]
+    assert shown == [(NEW, "serving", ["prod"], "/new", None), (OLD, "gone", [], "/old", "replaced")]
+
+
 @pytest.mark.parametrize("label", ["latest", "previous", "abc123", "Prod", "a b", "x" * 65])
 async def test_what_is_no_label(loaded: httpx.AsyncClient, label: str) -> None:
     answer = await loaded.put(f"/v1/adapters/sql/labels/{label}", json={})
