@@ -4,22 +4,33 @@ from __future__ import annotations
 
 from loraplex.adapters.files.tokenizer_files import NOTHING
 from loraplex.adapters.registry import AdapterVersion
+from loraplex.server.api.alias_terms import may_use_alias
 from loraplex.server.api.answer_schemas import AdapterReceipt, ModelCard, ModelPermission, TokenizerReceipt
-from loraplex.server.api.names import not_found, strip_base
+from loraplex.server.api.names import not_found
 from loraplex.server.api.proof import prove
 from loraplex.server.api.services import Services
+from loraplex.server.api.version_cards import version_cards
+from loraplex.server.api.wish import strip_base
+from loraplex.server.catalog.aliases import Alias
 from loraplex.server.catalog.on_demand import is_hidden
 from loraplex.server.facts import Facts
 from loraplex.server.tenancy.tenants import current_key
 
 
 def list_cards(services: Services) -> list[ModelCard]:
-    """The base under each of its names, then the adapters: what the caller may use of them."""
+    """The base under each of its names, the adapters, the aliases: what the caller may use of them."""
     names = services.facts.names if current_key().may_use_base else ()
     return [
         *(_base_card(services.facts, name) for name in names),
         *(_adapter_card(services.facts, version) for version in visible_adapters(services)),
+        *(_alias_card(services.facts, alias) for alias in visible_aliases(services)),
     ]
+
+
+def visible_aliases(services: Services) -> list[Alias]:
+    """The aliases that the caller may use, by name."""
+    key = current_key()
+    return [alias for alias in services.aliases.all() if may_use_alias(services, key, alias)]
 
 
 def visible_adapters(services: Services) -> list[AdapterVersion]:
@@ -36,6 +47,9 @@ def find_card(services: Services, model: str) -> ModelCard:
         if not key.may_use_base:
             raise not_found(model)
         return _base_card(services.facts, model)
+    alias = services.aliases.get(name)
+    if alias is not None and may_use_alias(services, key, alias):
+        return _alias_card(services.facts, alias)
     return _adapter_card(services.facts, _find(services, name, model))
 
 
@@ -66,6 +80,7 @@ async def find_receipt(services: Services, name: str, wait: float) -> AdapterRec
             special_tokens=dict(difference.special),
             added_tokens={token.text: token.id for token in difference.added},
         ),
+        versions=version_cards(services, name),
         proof=proof,
     )
 
@@ -85,6 +100,18 @@ def _base_card(facts: Facts, name: str) -> ModelCard:
         parent=None,
         max_model_len=facts.max_model_len,
         permission=[ModelPermission(id=f"modelperm-{name}", created=facts.created)],
+    )
+
+
+def _alias_card(facts: Facts, alias: Alias) -> ModelCard:
+    created = int(alias.changed)
+    return ModelCard(
+        id=alias.name,
+        created=created,
+        root=str(alias.state),
+        parent=facts.names[0],
+        max_model_len=None,
+        permission=[ModelPermission(id=f"modelperm-{alias.name}-{alias.revision}", created=created)],
     )
 
 

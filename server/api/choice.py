@@ -14,7 +14,7 @@ from loraplex.adapters.histogram import Histogram
 from loraplex.server.api.errors import InvalidField
 from loraplex.server.api.prompts import Echo, GenerationOptions, ScoredPrompt, ScoredToken
 from loraplex.server.api.submission import Submission
-from loraplex.server.engine.request import EngineError, FinishReason, Phases, ShuttingDown, TokenEvent
+from loraplex.server.engine.request import EngineError, FinishReason, Mix, Phases, ShuttingDown, TokenEvent
 from loraplex.server.engine.streams import Shortcut
 from loraplex.server.telemetry.metrics import Metrics
 from loraplex.server.telemetry.request_context import ChoiceTimes
@@ -83,6 +83,11 @@ class Choice:
     def cached_tokens(self) -> int:
         """Of the prompt, found in the prefix cache; known with the first delta."""
         return self._phases.cached_tokens if self._phases is not None else 0
+
+    @property
+    def mix(self) -> Mix:
+        """What it wears."""
+        return self._submission.request.mix
 
     @property
     def is_plain(self) -> bool:

@@ -7,6 +7,7 @@ from functools import cached_property
 
 from loraplex.server.api.abort import OpenAnswers
 from loraplex.server.api.body import Bodies
+from loraplex.server.catalog.aliases import Aliases
 from loraplex.server.catalog.on_demand import OnDemand
 from loraplex.server.catalog.saved import Remembering
 from loraplex.server.config import RequestLimits
@@ -32,6 +33,7 @@ class Services:
     facts: Facts
     engine: Engine
     adapters: Remembering
+    aliases: Aliases
     on_demand: OnDemand
     tokenizers: Tokenizers
     texts: TextPools
