@@ -107,6 +107,7 @@ class AdapterReceipt(Wire):
     pages: int
     remark: str | None  # it was made for another base than this, as far as its config tells, or is rounded otherwise
     tokenizer: TokenizerReceipt
+    expires_in: float | None = None  # seconds; null: it stays
 
 
 class ModelList(Wire):

@@ -5,9 +5,11 @@ from __future__ import annotations
 from loraplex.adapters.files.tokenizer_files import NOTHING
 from loraplex.adapters.registry import AdapterVersion
 from loraplex.server.api.answer_schemas import AdapterReceipt, ModelCard, ModelPermission, TokenizerReceipt
+from loraplex.server.api.manage import push_owner
 from loraplex.server.api.names import not_found, strip_base
 from loraplex.server.api.services import Services
 from loraplex.server.catalog.on_demand import is_hidden
+from loraplex.server.catalog.pushed import shown_name
 from loraplex.server.facts import Facts
 from loraplex.server.tenancy.tenants import current_key
 
@@ -40,12 +42,16 @@ def find_card(services: Services, model: str) -> ModelCard:
 
 def find_receipt(services: Services, name: str) -> AdapterReceipt:
     """What is known of an adapter. Raises ApiError (404), also for what the caller may not use."""
-    version = _find(services, name, name)
+    return receipt_of(services, _find(services, name, name))
+
+
+def receipt_of(services: Services, version: AdapterVersion) -> AdapterReceipt:
+    """What is known of a version."""
     tokenizers, files = services.tokenizers, version.info.tokenizer
     difference = tokenizers.difference(files)
     own = tokenizers.of([files])
     return AdapterReceipt(
-        id=version.name,
+        id=shown_name(version),
         created=version.created,
         source=version.origin,
         digest=version.digest,
@@ -61,10 +67,16 @@ def find_receipt(services: Services, name: str) -> AdapterReceipt:
             special_tokens=dict(difference.special),
             added_tokens={token.text: token.id for token in difference.added},
         ),
+        expires_in=services.pushed.seconds_left(version),
     )
 
 
 def _find(services: Services, name: str, asked: str) -> AdapterVersion:
+    if name.startswith("@"):
+        pushed = services.pushed.find(name, push_owner())
+        if pushed is None:
+            raise not_found(asked)
+        return pushed
     version = services.adapters.registry.get(name)
     if version is None or is_hidden(name) or not current_key().may_use(name):
         raise not_found(asked)

@@ -1,6 +1,7 @@
 """What a request wears: every way to name an adapter, or several with weights, to leases. The one lookup there is.
 
-    model            "" (the base), "sql", "base:sql", "sql@3fa9c1" (a version still known), "sql*0.7+pirate*0.3"
+    model            "" (the base), "sql", "base:sql", "sql@3fa9c1" (a version still known), "sql*0.7+pirate*0.3",
+                     "@sha256:3fa9c1..." (pushed without a name)
     adapters         [{"name": "sql", "weight": 0.7}, {"name": "pirate", "weight": 0.3}]
     adapter_id       LoRAX's, with an adapter_source an adapter not known here is loaded on first use
     merged_adapters  LoRAX's: linear is the same as `adapters`, the other strategies make an adapter of their own
@@ -24,7 +25,7 @@ from loraplex.adapters.registry import AdapterLease
 from loraplex.adapters.sources.merge_plan import MergePlan
 from loraplex.adapters.sources.sources import SourceAccess
 from loraplex.server.api.errors import ApiError, InvalidField, UnsupportedField
-from loraplex.server.api.manage import counting_adapters, permitted_source
+from loraplex.server.api.manage import counting_adapters, permitted_source, push_owner
 from loraplex.server.api.schemas import MAX_TERMS, MAX_WEIGHT, AdapterFields, MergedAdapters
 from loraplex.server.api.services import Services
 from loraplex.server.catalog.on_demand import is_hidden, source_of
@@ -247,7 +248,9 @@ async def _lease(services: Services, term: Term, token: str | None) -> AdapterLe
 
 
 def _find(services: Services, term: Term) -> AdapterLease:
-    """A lease of what is registered. Raises ApiError (404), AdapterRefused."""
+    """A lease of what is registered. Raises ApiError (404), AdapterRefused, AdapterExpired."""
+    if term.text.startswith("@"):
+        return _find_pushed(services, term)
     name, at, version = term.text.partition("@")
     registry = services.adapters.registry
     if is_hidden(name) or not current_key().may_use(name):
@@ -258,6 +261,19 @@ def _find(services: Services, term: Term) -> AdapterLease:
         if at and registry.get(name) is not None:
             raise ApiError(404, f"{term.param}: {error}", param=term.param, code="model_not_found") from None
         raise not_found(term.text, term.param) from None
+
+
+def _find_pushed(services: Services, term: Term) -> AdapterLease:
+    """A lease of what the caller pushed without a name. Raises ApiError (404), AdapterExpired, RateLimited."""
+    owner = push_owner()
+    try:
+        version = services.pushed.find(term.text, owner)
+        if version is not None:
+            with counting_adapters():
+                return services.pushed.lease(version, owner)
+    except AdapterNotFound as error:
+        raise ApiError(404, f"{term.param}: {error}", param=term.param, code="model_not_found") from None
+    raise not_found(term.text, term.param)
 
 
 def _show(text: str) -> str:

@@ -71,6 +71,12 @@ class ResponseDeleted(Wire):
     deleted: Literal[True]
 
 
+class AdapterDeleted(Wire):
+    id: str
+    object: Literal["adapter"]
+    deleted: Literal[True]
+
+
 class ListedAdapter(Wire):
     """llama.cpp's."""
 
@@ -129,7 +135,10 @@ WHEN = {
     401: "The server has keys and none of them was given.",
     403: "The key may not do this.",
     404: "There is no such thing, or the key may not use it.",
+    409: "Another change came first.",
+    410: "It was here, and its time is over.",
     413: "The body is too large.",
+    415: "The body is of another kind than is taken.",
     422: "The request cannot be.",
     424: "It failed on the way: the adapter is not there or cannot be loaded.",
     429: "Too much at once, of this key or of all; Retry-After says when.",

@@ -6,16 +6,19 @@ import time
 from functools import partial
 from pathlib import Path
 
+from loraplex.adapters.sources.spool import Spool
 from loraplex.adapters.tiers.merging import merge_versions
 from loraplex.kernels.constants import BLOCK_SIZE
 from loraplex.server.api.services import Services
 from loraplex.server.catalog.manager import AdapterManager
 from loraplex.server.catalog.on_demand import OnDemand
+from loraplex.server.catalog.pushed import Pushed
 from loraplex.server.catalog.saved import Remembering, StateError, StateFile
 from loraplex.server.command.build import EngineParts
 from loraplex.server.command.keys import open_access
 from loraplex.server.config import ServeConfig
 from loraplex.server.facts import Facts
+from loraplex.server.models.demo import default_cache_dir
 from loraplex.server.startup import StartError
 from loraplex.server.telemetry.metrics import Metrics
 from loraplex.server.telemetry.tracing import TracingUnavailable, start_tracing
@@ -46,11 +49,13 @@ def make_services(
     downloads = manager.downloads
     merge = merge_versions if downloads is None else partial(merge_versions, locate=downloads.locate)
     keys = config.auth.keys_file
+    on_demand = OnDemand(manager, merge)
     return Services(
         facts=facts,
         engine=engine,
         adapters=adapters,
-        on_demand=OnDemand(manager, merge),
+        on_demand=on_demand,
+        pushed=Pushed(manager, on_demand.quota, spool_of(config), config.adapters.downloads.max_bytes),
         tokenizers=tokenizers,
         texts=TextPools(),
         grammars=grammars,
@@ -60,6 +65,14 @@ def make_services(
         local_sources=None if keys is None else LocalSources(config.auth.allowed_paths, config.adapters.directory),
         tracing=tracing,
     )
+
+
+def spool_of(config: ServeConfig) -> Spool:
+    """Keep what clients push beside the state, which remembers it, or for the life of the process."""
+    adapters, state = config.adapters, config.run.state_dir
+    if state is not None:
+        return Spool(state / "pushed", adapters.pushed_bytes, keep=True)
+    return Spool(adapters.downloads.folder or default_cache_dir() / "downloads", adapters.pushed_bytes)
 
 
 def make_facts(config: ServeConfig, parts: EngineParts) -> Facts:

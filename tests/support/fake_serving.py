@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -19,10 +20,12 @@ from loraplex.adapters.info import AdapterInfo
 from loraplex.adapters.registry import AdapterVersion, Registry
 from loraplex.adapters.sources.merge_plan import MergePlan
 from loraplex.adapters.sources.sources import OPERATOR, SourceAccess
+from loraplex.adapters.sources.spool import Spool
 from loraplex.adapters.tiers.stats import AdapterPlace, PageOwners
 from loraplex.server.api.services import Services
 from loraplex.server.catalog.manager import AdapterManager, Around
 from loraplex.server.catalog.on_demand import OnDemand
+from loraplex.server.catalog.pushed import Pushed
 from loraplex.server.command.app import create_app
 from loraplex.server.config import EngineConfig, RequestLimits, ServeConfig
 from loraplex.server.engine.engine import Engine
@@ -239,12 +242,15 @@ class FakeServer:
     max_model_len: int = MAX_MODEL_LEN  # this, the template and `given`: of applications made from here on
     given: dict[str, Any] = field(default_factory=dict)  # what each of them is changed by, as app() takes it
     on_demand: OnDemand = field(init=False)
+    pushed: Pushed = field(init=False)
 
     def __post_init__(self) -> None:
         def merge(versions: Sequence[AdapterVersion], plan: MergePlan, root: Path) -> str:
             return plan.key([version.digest or "" for version in versions])
 
         self.on_demand = OnDemand(self.adapters, merge)
+        spool = Spool(Path(tempfile.gettempdir()), 1 << 20)
+        self.pushed = Pushed(self.adapters, self.on_demand.quota, spool, 1 << 19)
 
     def use_template(self, source: str) -> None:
         """Another chat template."""
@@ -312,6 +318,7 @@ class FakeServer:
             engine=self.engine,
             adapters=self.adapters,
             on_demand=self.on_demand,
+            pushed=self.pushed,
             tokenizers=Tokenizers(self.tokenizer, VOCAB_SIZE, self.defaults.eos_token_ids),
             texts=TextPools(),
             grammars=Grammars(self.tokenizer, VOCAB_SIZE, self.defaults.eos_token_ids),

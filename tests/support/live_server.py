@@ -41,7 +41,9 @@ class Api:
 
     def ask(self, method: str, path: str, key: str | None = None, **fields: Any) -> httpx.Response:
         """Ask with the key of that name; None: without one."""
-        headers = {} if key is None else {"Authorization": f"Bearer {self.keys[key]}"}
+        headers = dict(fields.pop("headers", {})) | (
+            {} if key is None else {"Authorization": f"Bearer {self.keys[key]}"}
+        )
         return httpx.request(method, f"{self.url}{path}", headers=headers, timeout=LIMIT, **fields)
 
     def load(self, name: str, folder: Path | str, key: str | None = None, **fields: Any) -> httpx.Response:

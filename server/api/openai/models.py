@@ -24,7 +24,7 @@ def make_router(services: Services) -> APIRouter:
         """One of them."""
         return find_card(services, model)
 
-    @router.get("/v1/adapters/{name:path}", responses=failures((401, 404)))
+    @router.get("/v1/adapters/{name:path}", responses=failures((401, 404, 410)))
     async def get_adapter(name: str) -> AdapterReceipt:
         """What was found in an adapter's files."""
         return find_receipt(services, name)
