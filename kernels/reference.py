@@ -95,10 +95,14 @@ class ReferenceBackend(TorchSampling, Backend):
     ) -> PackedLinear:
         return ReferenceParts(parts, dtype, activations)
 
-    def embed(self, ids: Tensor, table: PackedLinear, scale: float | None) -> Tensor:
-        y = F.embedding(ids, table.table() if isinstance(table, ReferenceParts) else _weight(table))
+    def embed(self, ids: Tensor, table: PackedLinear, scale: float | None, own: Tensor | None = None) -> Tensor:
+        known = ids if own is None else ids.clamp(0, table.out_features - 1)
+        y = F.embedding(known, table.table() if isinstance(table, ReferenceParts) else _weight(table))
         if scale is not None:
             y *= torch.tensor(scale, dtype=y.dtype).item()
+        if own is not None:
+            y[ids >= table.out_features] = 0
+            y[ids < 0] = own[-1 - ids[ids < 0]]
         return y
 
     def take_rows(self, x: Tensor, rows: Tensor) -> Tensor:

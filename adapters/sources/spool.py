@@ -43,7 +43,7 @@ class Spool:
         keep: the folder is `parent` itself and stays when the process ends (keep_only() says what of it); otherwise it
         is the process's own. No folder is made before the first adapter comes.
         """
-        self._parent = parent
+        self._parent = parent.absolute()
         self._most = most
         self._keep = keep
         self._own: ProcessFolder | None = None

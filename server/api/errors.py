@@ -27,7 +27,7 @@ from loraplex.adapters.errors import (
 )
 from loraplex.adapters.sources.spool import NoRoom
 from loraplex.server.catalog.pushed import AdapterExpired, TooManyBytes
-from loraplex.server.catalog.saved import StateNotKept
+from loraplex.server.catalog.state_store import StateNotKept
 from loraplex.server.engine.request import (
     ContextTooLong,
     DeadlineExceeded,

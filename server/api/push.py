@@ -22,7 +22,7 @@ from loraplex.adapters.sources.spool import CONFIG_KEY
 from loraplex.server.api.answer_schemas import AdapterReceipt
 from loraplex.server.api.catalog import receipt_of
 from loraplex.server.api.errors import ApiError, InvalidField
-from loraplex.server.api.manage import check_may_load, check_may_unload, counting_adapters, push_owner
+from loraplex.server.api.manage import asking, check_may_load, check_may_unload, counting_adapters, push_owner
 from loraplex.server.api.names import not_found
 from loraplex.server.api.openapi import AdapterDeleted, answers
 from loraplex.server.api.services import Services
@@ -95,7 +95,7 @@ def make_router(services: Services) -> APIRouter:
                 services.pushed.remove(pushed)
             else:
                 check_may_unload(name)
-                await services.adapters.unregister(name)
+                await services.adapters.unregister(name, asking())
         except AdapterNotFound:
             raise not_found(name, "name") from None
         logger.info("adapter %s unloaded", name)
@@ -121,7 +121,7 @@ async def push(services: Services, request: Request, name: str | None) -> Adapte
         if name is None:
             return await pushed.add(source, owner, ttl or DEFAULT_TTL)
         with services.on_demand.quota.loading(counted, name):
-            version = await services.adapters.register(name, source, replace=True)
+            version = await services.adapters.register(name, source, replace=True, who=asking())
     if ttl is not None:
         pushed.expire_after(ttl, version, services.adapters.unregister)
     logger.info("adapter %s pushed: %s", version.name, version.info.size)

@@ -7,7 +7,6 @@ from functools import cached_property
 
 from loraplex.server.api.abort import OpenAnswers
 from loraplex.server.api.body import Bodies
-from loraplex.server.catalog.manager import AdapterManager
 from loraplex.server.catalog.on_demand import OnDemand
 from loraplex.server.catalog.pushed import Pushed
 from loraplex.server.catalog.saved import Remembering
@@ -31,7 +30,7 @@ class Services:
 
     facts: Facts
     engine: Engine
-    adapters: AdapterManager | Remembering
+    adapters: Remembering
     on_demand: OnDemand
     pushed: Pushed
     tokenizers: Tokenizers

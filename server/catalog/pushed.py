@@ -16,7 +16,7 @@ import re
 import secrets
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -75,8 +75,15 @@ class PushOwner:
 class Pushed:
     """What came over the network."""
 
-    def __init__(self, adapters: AdapterManager, quota: Quota, spool: Spool, most_bytes: int) -> None:
-        """most_bytes: of one adapter."""
+    def __init__(
+        self,
+        adapters: AdapterManager,
+        quota: Quota,
+        spool: Spool,
+        most_bytes: int,
+        kept: Mapping[str, str] | None = None,
+    ) -> None:
+        """most_bytes: of one adapter. kept: sources that an earlier process left in the spool -> their tenants."""
         self.most_bytes = most_bytes
         self.spool = spool
         self.threads = ThreadPoolExecutor(THREADS, "pushed")
@@ -89,6 +96,9 @@ class Pushed:
         self._names: dict[tuple[str, str], str] = {}  # (tenant, digest) of one without a name -> the name it has here
         self._gone: OrderedDict[tuple[str, str], None] = OrderedDict()
         self._timers: dict[str, tuple[int, asyncio.TimerHandle]] = {}  # by name: of which version
+        for source, tenant in (kept or {}).items():
+            if spool.owns(source):
+                self.hold(source, tenant)
         then = adapters.registry.on_drained
 
         def drained(version: AdapterVersion) -> None:

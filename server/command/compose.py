@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from functools import partial
-from pathlib import Path
 
 from loraplex.adapters.sources.spool import Spool
 from loraplex.adapters.tiers.merging import merge_versions
 from loraplex.kernels.constants import BLOCK_SIZE
 from loraplex.server.api.services import Services
-from loraplex.server.catalog.manager import AdapterManager
 from loraplex.server.catalog.on_demand import OnDemand
 from loraplex.server.catalog.pushed import Pushed
-from loraplex.server.catalog.saved import Remembering, StateError, StateFile
+from loraplex.server.catalog.saved import Remembering
+from loraplex.server.catalog.state_store import StateError, StateStore
+from loraplex.server.catalog.state_writer import StateWriter
+from loraplex.server.catalog.version_records import KeptName
+from loraplex.server.catalog.versions import Versions
 from loraplex.server.command.build import EngineParts
 from loraplex.server.command.keys import open_access
 from loraplex.server.config import ServeConfig
@@ -30,22 +33,29 @@ from loraplex.server.text.tokenizers import Tokenizers
 
 
 def make_services(
-    config: ServeConfig, parts: EngineParts, tokenizers: Tokenizers, defaults: GenerationDefaults, grammars: Grammars
+    config: ServeConfig,
+    state: StateStore,
+    parts: EngineParts,
+    tokenizers: Tokenizers,
+    defaults: GenerationDefaults,
+    grammars: Grammars,
 ) -> Services:
     """Put the services around a loaded base together; begin to load what was loaded before. Raises StartError."""
     engine, manager, cache = parts.engine, parts.adapters, parts.cache
     facts = make_facts(config, parts)
     metrics = Metrics(facts, engine.stats, manager.registry)
     cache.watch = metrics.adapters
-    adapters: AdapterManager | Remembering = manager
-    endpoint, folder = config.run.otlp_endpoint, config.run.state_dir
+    endpoint, writer = config.run.otlp_endpoint, StateWriter(state)
     try:
         tracing = None if endpoint is None else start_tracing(endpoint)
-        if folder is not None:
-            adapters = _remembering(manager, folder)
-            metrics.add(adapters.collector())
+        kept = {row.source: row.name.rpartition("/")[0] for row in state.rows(KeptName)}
+        spool = _spool(config, state, kept)
+        adapters = Remembering(manager, writer, Versions(writer))
+        adapters.restore()
     except (TracingUnavailable, StateError) as error:
         raise StartError(error) from error
+    if state.folder is not None:
+        metrics.add(writer.collector())
     downloads = manager.downloads
     merge = merge_versions if downloads is None else partial(merge_versions, locate=downloads.locate)
     keys = config.auth.keys_file
@@ -55,7 +65,7 @@ def make_services(
         engine=engine,
         adapters=adapters,
         on_demand=on_demand,
-        pushed=Pushed(manager, on_demand.quota, spool_of(config), config.adapters.downloads.max_bytes),
+        pushed=Pushed(manager, on_demand.quota, spool, config.adapters.downloads.max_bytes, kept),
         tokenizers=tokenizers,
         texts=TextPools(),
         grammars=grammars,
@@ -67,11 +77,13 @@ def make_services(
     )
 
 
-def spool_of(config: ServeConfig) -> Spool:
+def _spool(config: ServeConfig, state: StateStore, kept: Collection[str]) -> Spool:
     """Keep what clients push beside the state, which remembers it, or for the life of the process."""
-    adapters, state = config.adapters, config.run.state_dir
-    if state is not None:
-        return Spool(state / "pushed", adapters.pushed_bytes, keep=True)
+    adapters = config.adapters
+    if state.folder is not None:
+        spool = Spool(state.folder / "pushed", adapters.pushed_bytes, keep=True)
+        spool.keep_only(kept)
+        return spool
     return Spool(adapters.downloads.folder or default_cache_dir() / "downloads", adapters.pushed_bytes)
 
 
@@ -90,10 +102,3 @@ def make_facts(config: ServeConfig, parts: EngineParts) -> Facts:
         device="cpu" if memory.shared else "cuda",
         memory=tuple(memory.parts()),
     )
-
-
-def _remembering(manager: AdapterManager, folder: Path) -> Remembering:
-    """Raises StateError."""
-    remembering = Remembering(manager, StateFile(folder))
-    remembering.restore()
-    return remembering

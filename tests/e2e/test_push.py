@@ -289,3 +289,20 @@ def test_a_tenants_bytes(tenants: LiveServer, made: dict[str, Any], spooled: Pat
     assert len(left(spooled)) == before
     assert tenants.ask("DELETE", "/v1/adapters/byte/a", "bob").status_code == 200
     wait_for(lambda: push("c", "three").status_code == 200)
+
+
+def test_a_restart(base: Path, made: dict[str, Any], tmp_path: Path) -> None:
+    """What has a name is there again, and its files still go with it; what has none does not stay."""
+    body = one_body(made["two"].folder)
+    with live_server(base, state=tmp_path / "state") as server:
+        assert put(server, "kept", body).status_code == 200
+        server.ask("POST", "/v1/adapters", content=body, headers=SAFETENSORS)
+        assert len(left(tmp_path / "state" / "pushed")) == 4
+    with live_server(base, state=tmp_path / "state") as server:
+        assert server.text("kept") == says(server, made["two"])
+        assert sorted(left(tmp_path / "state" / "pushed")) == [CONFIG_FILE, WEIGHTS_FILE]
+        assert put(server, "kept", one_body(made["one"].folder)).status_code == 200
+        assert server.text("kept") == says(server, made["one"])
+        wait_for(lambda: len(left(tmp_path / "state" / "pushed")) == 2)
+        assert server.ask("DELETE", "/v1/adapters/kept").status_code == 200
+        wait_for(lambda: left(tmp_path / "state" / "pushed") == [])

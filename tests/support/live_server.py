@@ -15,6 +15,7 @@ import httpx
 import openai
 import yaml
 
+from loraplex.server.catalog.state_store import StateStore
 from loraplex.server.command.app import create_app
 from loraplex.server.command.build import EngineParts, build_engine
 from loraplex.server.command.compose import make_services
@@ -96,8 +97,9 @@ def live_server(
     keys: Iterable[tuple[str, str]] = (),
     auth: AuthConfig | None = None,
     downloads: DownloadConfig = DownloadConfig(),
+    state: Path | None = None,
 ) -> Iterator[LiveServer]:
-    """Serve the checkpoint in `base` as `name` while the block runs. keys: what new_key() made."""
+    """Serve the checkpoint in `base` as `name` while the block runs. keys: what new_key() made; state: --state-dir."""
     with tempfile.TemporaryDirectory() as folder:
         made = tuple(keys)
         secrets = {yaml.safe_load(entry)[0]["name"]: secret for secret, entry in made}
@@ -105,7 +107,7 @@ def live_server(
         if made:
             (Path(folder) / "keys.yaml").write_text("keys:\n" + "".join(entry for _, entry in made))
             auth = replace(auth, keys_file=Path(folder) / "keys.yaml")
-        adapters, run = AdaptersConfig(downloads=downloads), RunConfig(grace_seconds=1)
+        adapters, run = AdaptersConfig(downloads=downloads), RunConfig(grace_seconds=1, state_dir=state)
         with _listening(ServeConfig(str(base), (name,), None, adapters, auth=auth, engine=engine, run=run)) as live:
             yield replace(live, keys=secrets)
 
@@ -126,7 +128,8 @@ def _listening(config: ServeConfig) -> Iterator[LiveServer]:
     )
     held = bind("127.0.0.1", 0)
     listening = threading.Event()
-    app = create_app(make_services(config, parts, tokenizers, defaults, grammars))
+    state = StateStore(config.run.state_dir)
+    app = create_app(make_services(config, state, parts, tokenizers, defaults, grammars))
     server = make_server(app, lambda port: listening.set())
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[held])))
     parts.engine.start()
@@ -139,5 +142,6 @@ def _listening(config: ServeConfig) -> Iterator[LiveServer]:
         thread.join(LIMIT)
         parts.engine.stop()
         parts.adapters.close()
+        state.close()
         tokenizers.close()
         held.close()
