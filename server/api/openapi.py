@@ -65,6 +65,22 @@ class Aborted(Wire):
     aborted: int
 
 
+class Paused(Wire):
+    status: Literal["paused", "resumed"]
+
+
+class PauseState(Wire):
+    is_paused: bool
+
+
+class WorldSize(Wire):
+    world_size: int
+
+
+class ServerInfo(Wire):
+    vllm_config: dict[str, dict[str, Any]]
+
+
 class ResponseDeleted(Wire):
     id: str
     object: Literal["response"]

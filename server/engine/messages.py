@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 from loraplex.adapters.registry import AdapterVersion
@@ -43,8 +44,21 @@ class Wake:
 
 
 @dataclass(frozen=True)
+class Pause:
+    """Compute nothing from now on; without `keep`, once what is open has ended. `done` is told then."""
+
+    keep: bool
+    done: Future[None]
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Compute again."""
+
+
+@dataclass(frozen=True)
 class Stop:
     """End the thread."""
 
 
-Message = Submit | Abort | Forget | Pin | Wake | Stop
+Message = Submit | Abort | Forget | Pin | Wake | Pause | Resume | Stop
