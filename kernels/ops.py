@@ -185,6 +185,7 @@ class Backend(Protocol):
                                  acc[window] += w * (u @ B)
                        BIAS:     acc[window] += w * B
                        SCALE:    acc[window] += w * (v - 1) * y[t, window]
+                       DENSE:    acc[window] += w * u
                      y[t] = round(y[t] + acc)
                    Tokens past the last segment are not touched.
         """

@@ -44,6 +44,7 @@ class TileTable:
                       transposed), alpha/r already folded in
         BIAS      B as above with n = 1, and no A: a_off is -1
         SCALE     v = arena[b_off * 64 :] as [out_len] of fp32, whatever the compute dtype; n = 1, a_off is -1
+        DENSE     A as above with n = out_len, and no B: b_off is -1
     TileKind says what each adds. Several LOW_RANK tiles may share an A and so its window (a B cut into pieces), and an
     A may be followed by its B on another page.
     """

@@ -141,6 +141,9 @@ class AdaptersConfig:
         int,
         Option(parser=size, metavar="SIZE", show_default="16G", help="On disk, of all adapters that clients push."),
     ] = 16 << 30
+    allow_noop: Annotated[
+        bool, Option("--allow-noop", help="Serve adapters that change nothing, which are refused otherwise.")
+    ] = False
     downloads: DownloadConfig = field(default_factory=DownloadConfig)
 
     @property

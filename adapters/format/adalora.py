@@ -55,6 +55,8 @@ KEYS = Keys(
         "use_dora": "AdaLoRA has no magnitudes",
         "lora_bias": "AdaLoRA has no bias of its own",
         "kasa_config": "AdaLoRA leaves the base's weights as they are",
+        "use_bdlora": "AdaLoRA has no blocks",
+        "target_parameters": "AdaLoRA is of modules alone",
     },
 )
 

@@ -131,6 +131,11 @@ def read_ranks(raw: Mapping[str, Any]) -> tuple[tuple[str, int], ...]:
     return tuple((key, read_rank(rank, f"rank_pattern[{key!r}]")) for key, rank in read_map(raw, "rank_pattern"))
 
 
+def read_counts(raw: Mapping[str, Any], key: str) -> tuple[tuple[str, int], ...]:
+    """Read an object of (pattern, whole number from 1), the first match counts. Raises AdapterRefused("bad_config")."""
+    return tuple((pattern, read_count(count, f"{key}[{pattern!r}]")) for pattern, count in read_map(raw, key))
+
+
 def read_alphas(raw: Mapping[str, Any]) -> tuple[tuple[str, float], ...]:
     """Read alpha_pattern: (pattern, alpha), the first match counts. Raises AdapterRefused("bad_config")."""
     return tuple((key, read_number(alpha, f"alpha_pattern[{key!r}]")) for key, alpha in read_map(raw, "alpha_pattern"))

@@ -96,12 +96,7 @@ class Deft(ModuleKind[DeftConfig]):
 
     def make(self, making: Making[DeftConfig]) -> Part:
         module, p = making.module, making.floats(P)
-        weight = making.base.weight(module.layer, module.projection.name)
-        if weight is None:
-            raise unsupported(
-                "the change that a DEFT adapter makes has to be computed from the base's weights, and this base is "
-                "quantised; serve its original"
-            )
+        weight = making.weight()
         q = torch.linalg.qr(p)[0] if making.config.orthonormal else p
         taken = (q if making.config.orthonormal else p.relu()).T @ weight
         if making.config.para:

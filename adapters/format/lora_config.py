@@ -17,6 +17,7 @@ from loraplex.adapters.format.config import (
     read_alphas,
     read_base_model,
     read_flag,
+    read_names,
     read_number,
     read_rank,
     read_ranks,
@@ -24,6 +25,7 @@ from loraplex.adapters.format.config import (
     unsupported,
 )
 from loraplex.adapters.format.kind import AdapterConfig
+from loraplex.adapters.format.lora_blocks import BlockDiagonal, Blocks, read_blocks
 from loraplex.adapters.format.lora_start import KASA, REMARK, STARTS
 
 KEYS = Keys(
@@ -31,7 +33,7 @@ KEYS = Keys(
         {
             *("peft_type", "base_model_name_or_path", "init_lora_weights"),
             *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias", "lora_bias", "use_dora"),
-            "kasa_config",
+            *("kasa_config", "use_bdlora", "target_parameters"),
             *targets.TARGET_KEYS,
             *targets.LAYER_KEYS,
         }
@@ -48,10 +50,8 @@ KEYS = Keys(
         "alora_invocation_tokens": "an activated LoRA (aLoRA) acts from its invocation tokens on only",
         "modules_to_save": "whole modules trained beside the adapter are not served; train without modules_to_save",
         "trainable_token_indices": "trained rows of the embedding table are not served",
-        "target_parameters": "LoRA on bare parameters (mixture-of-experts weights) is not served",
         "layer_replication": "the adapter is for a base with repeated layers",
         "use_qalora": "QA-LoRA pools the input before A",
-        "use_bdlora": "BD-LoRA stores A or B block by block",
         "arrow_config": "Arrow routes between several adapters",
         "velora_config": "VeLoRA adapters are not supported; convert to plain LoRA with PEFT",
         "monteclora_config": "MonteCLoRA adapters are not supported; convert to plain LoRA with PEFT",
@@ -77,11 +77,17 @@ class LoraConfig(AdapterConfig):
     lora_bias: bool
     dora: bool
     start: str = ""  # what was taken out of the base's weights before training: one of STARTS, or KASA
+    blocks: BlockDiagonal | None = None  # of modules' A or B; None: they have none
 
     @property
     def rank_factor(self) -> int:
         """Ranks in an image for each of the file's: a start that is taken out again has as many."""
         return 2 if self.start else 1
+
+    @property
+    def factors_alone(self) -> bool:
+        """Whether the file's A and B, scaled, are all that such an adapter adds."""
+        return not (self.start or self.dora or self.blocks)
 
     @property
     def remark(self) -> str:
@@ -99,6 +105,7 @@ class ModulePlan:
 
     rank: int
     scaling: float  # alpha / r, or alpha / sqrt(r) with rsLoRA
+    blocks: Blocks | None = None  # of A or B
 
 
 def read_lora_config(raw: Mapping[str, Any]) -> LoraConfig:
@@ -119,9 +126,10 @@ def read_lora_config(raw: Mapping[str, Any]) -> LoraConfig:
         raise unsupported(
             f"use_dora beside a start out of the base's weights ({start}) is not served; train one of them"
         )
+    blocks, parameters = _read_variants(raw, bias, start)
     return LoraConfig(
         kind="lora",
-        targets=targets.read_targets(raw, by_layer=True),
+        targets=targets.read_targets(raw, by_layer=True, parameters=parameters),
         base_model=read_base_model(raw),
         rank=read_rank(raw.get("r", 8), "r"),
         alpha=read_number(raw.get("lora_alpha", 8), "lora_alpha"),
@@ -132,6 +140,7 @@ def read_lora_config(raw: Mapping[str, Any]) -> LoraConfig:
         lora_bias=lora_bias,
         dora=dora,
         start=start,
+        blocks=blocks,
     )
 
 
@@ -147,10 +156,27 @@ def plan_modules(
 
 
 def _plan(config: LoraConfig, path: str, match: Matcher) -> ModulePlan:
-    rank = match.first("rank_pattern", config.rank_pattern, path, config.rank)
-    alpha = match.first("alpha_pattern", config.alpha_pattern, path, config.alpha)
+    key = f"{path}.weight" if config.targets.has_parameter(path) else path  # what PEFT's patterns see
+    rank = match.first("rank_pattern", config.rank_pattern, key, config.rank)
+    alpha = match.first("alpha_pattern", config.alpha_pattern, key, config.alpha)
     check_ranks(rank * config.rank_factor, rank)
-    return ModulePlan(rank, alpha / math.sqrt(rank) if config.rslora else alpha / rank)
+    side = config.blocks.side(path) if config.blocks else ""
+    blocks = Blocks(side, config.blocks.count) if config.blocks and side else None
+    return ModulePlan(rank, alpha / math.sqrt(rank) if config.rslora else alpha / rank, blocks)
+
+
+def _read_variants(raw: Mapping[str, Any], bias: str, start: str) -> tuple[BlockDiagonal | None, tuple[str, ...]]:
+    """Read use_bdlora and target_parameters, and refuse what PEFT does not train beside them."""
+    blocks, parameters = read_blocks(raw), read_names(raw, "target_parameters")
+    beside = [key for key in ("use_dora", "lora_bias") if raw.get(key)] + ([start] if start else [])
+    if blocks and (parameters or beside):
+        raise unsupported(
+            f"use_bdlora beside {', '.join(beside or ['target_parameters'])} is not served; train one alone"
+        )
+    if parameters and (beside or bias != "none"):
+        beside += [f"bias {bias!r}"] if bias != "none" else []
+        raise unsupported(f"target_parameters beside {', '.join(beside)} is not served; train one alone")
+    return blocks, (parameters,) if isinstance(parameters, str) else parameters
 
 
 def _read_start(init: Any) -> str:

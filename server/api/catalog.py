@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from loraplex.adapters.files.tokenizer_files import NOTHING
 from loraplex.adapters.registry import AdapterVersion
-from loraplex.server.api.answer_schemas import AdapterReceipt, ModelCard, ModelPermission, TokenizerReceipt
+from loraplex.server.api.answer_schemas import AdapterReceipt, ModelCard, ModelPermission, ProofAnswer, TokenizerReceipt
 from loraplex.server.api.manage import push_owner
 from loraplex.server.api.names import not_found, strip_base
+from loraplex.server.api.proof import prove
 from loraplex.server.api.services import Services
 from loraplex.server.catalog.on_demand import is_hidden
 from loraplex.server.catalog.pushed import shown_name
@@ -40,12 +41,16 @@ def find_card(services: Services, model: str) -> ModelCard:
     return _adapter_card(services.facts, _find(services, name, model))
 
 
-def find_receipt(services: Services, name: str) -> AdapterReceipt:
-    """What is known of an adapter. Raises ApiError (404), also for what the caller may not use."""
-    return receipt_of(services, _find(services, name, name))
+async def find_receipt(services: Services, name: str, wait: float) -> AdapterReceipt:
+    """What is known of an adapter, waiting up to `wait` seconds for what is measured of it.
+
+    Raises ApiError (404, 410), also for what the caller may not use.
+    """
+    version = _find(services, name, name)
+    return receipt_of(services, version, await prove(services, version, wait))
 
 
-def receipt_of(services: Services, version: AdapterVersion) -> AdapterReceipt:
+def receipt_of(services: Services, version: AdapterVersion, proof: ProofAnswer) -> AdapterReceipt:
     """What is known of a version."""
     tokenizers, files = services.tokenizers, version.info.tokenizer
     difference = tokenizers.difference(files)
@@ -67,6 +72,7 @@ def receipt_of(services: Services, version: AdapterVersion) -> AdapterReceipt:
             special_tokens=dict(difference.special),
             added_tokens={token.text: token.id for token in difference.added},
         ),
+        proof=proof,
         expires_in=services.pushed.seconds_left(version),
     )
 

@@ -25,6 +25,7 @@ from loraplex.server.api.errors import ApiError, InvalidField
 from loraplex.server.api.manage import asking, check_may_load, check_may_unload, counting_adapters, push_owner
 from loraplex.server.api.names import not_found
 from loraplex.server.api.openapi import AdapterDeleted, answers
+from loraplex.server.api.proof import prove
 from loraplex.server.api.services import Services
 from loraplex.server.api.upload import MULTIPART, SAFETENSORS, receive
 from loraplex.server.catalog.on_demand import is_hidden
@@ -78,13 +79,13 @@ def make_router(services: Services) -> APIRouter:
     async def put_adapter(request: Request, name: str) -> Response:
         """Serve the adapter in the body under this name, in place of the one that has it."""
         version = await push(services, request, name)
-        return JSONResponse(receipt_of(services, version).model_dump())
+        return JSONResponse(receipt_of(services, version, await prove(services, version, begin=False)).model_dump())
 
     @router.post("/v1/adapters", openapi_extra=BODY | _query(ttl=TTL), **answers(AdapterReceipt, errors=PUSH))
     async def post_adapter(request: Request) -> Response:
         """Serve the adapter in the body without a name: `model` is "@sha256:" and the digest in the answer's `id`."""
         version = await push(services, request, None)
-        return JSONResponse(receipt_of(services, version).model_dump())
+        return JSONResponse(receipt_of(services, version, await prove(services, version, begin=False)).model_dump())
 
     @router.delete("/v1/adapters/{name:path}", **answers(AdapterDeleted, errors=DELETE))
     async def delete_adapter(name: str) -> Response:

@@ -14,6 +14,7 @@ from loraplex.server.config import RequestLimits
 from loraplex.server.drain import Drain
 from loraplex.server.engine.engine import Engine
 from loraplex.server.facts import Facts
+from loraplex.server.proof.prover import Prover
 from loraplex.server.telemetry.metrics import Metrics
 from loraplex.server.telemetry.tracing import Tracing
 from loraplex.server.tenancy.access import Access
@@ -41,6 +42,7 @@ class Services:
     access: Access | None = None  # None: no keys are asked for
     local_sources: LocalSources | None = None  # folders that requests may load adapters from; None: any
     tracing: Tracing | None = None  # None: no traces
+    prover: Prover | None = None  # None: no receipts are made
     drain: Drain = field(default_factory=Drain)
     open_answers: OpenAnswers = field(default_factory=OpenAnswers)
 

@@ -131,6 +131,8 @@ async def _serve(
     finally:
         ending.cancel()
         reconciler.stop()
+        if services.prover is not None:
+            services.prover.close()
         if services.tracing is not None:
             await asyncio.to_thread(services.tracing.flush)
 

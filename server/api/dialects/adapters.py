@@ -82,6 +82,8 @@ async def load(services: Services, record: LoadAdapterRequest, *, pinned: bool =
             "'load_inplace' to True."
         ) from None
     logger.info("adapter %s loaded: %s", version.name, version.info.size)
+    if services.prover is not None:
+        services.prover.offer(version)
     return version
 
 
