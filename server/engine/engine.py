@@ -18,12 +18,13 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
 from loraplex.adapters.registry import AdapterVersion
 from loraplex.adapters.shared_work import tell
-from loraplex.server.engine.messages import Abort, Forget, Message, Pause, Pin, Resume, Stop, Submit, Wake
+from loraplex.server.engine.messages import Abort, Forget, Message, Pause, Pin, Resume, Stop, Submit, Wake, Warm
 from loraplex.server.engine.open_requests import CRASHED, STOPPED, OpenRequests, release
 from loraplex.server.engine.pausing import Pace, Pausing
 from loraplex.server.engine.policy.plan import Placement
@@ -51,6 +52,8 @@ class DeviceAdapters(Placement, AdapterBooks, Protocol):
     def forget(self, version: AdapterVersion) -> None: ...
 
     def pin_forever(self, version: AdapterVersion, pinned: bool) -> None: ...
+
+    def warm(self, version: AdapterVersion, done: Callable[[], None]) -> None: ...
 
     def check_integrity(self) -> None:
         """Raises AssertionError unless its books agree."""
@@ -158,6 +161,12 @@ class Engine:
         """Bring `version` to the device as soon as there is room, and never evict it; or let it be evicted again."""
         self._post(Pin(version, pinned))
 
+    def warm_adapter(self, version: AdapterVersion) -> Future[None]:
+        """Bring `version` to the device ahead of its requests. Done once it is there, or cannot be had so."""
+        done: Future[None] = Future()
+        self._post(Warm(version, done))
+        return done
+
     def pause(self, *, keep: bool) -> Future[None]:
         """Compute nothing from now on: at once (`keep`: what is open stays where it is), or once that has ended.
 
@@ -230,6 +239,8 @@ class Engine:
                     self._adapters.forget(version)
                 case Pin(version, pinned):
                     self._adapters.pin_forever(version, pinned)
+                case Warm(version, done):
+                    self._adapters.warm(version, partial(tell, done, None))
                 case Pause(keep, done):
                     self._pausing.stop(keep, done)
                 case Resume():

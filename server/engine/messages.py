@@ -39,6 +39,14 @@ class Pin:
 
 
 @dataclass(frozen=True)
+class Warm:
+    """Bring a version to the device; `done` is told once it is there, or cannot be had."""
+
+    version: AdapterVersion
+    done: Future[None]
+
+
+@dataclass(frozen=True)
 class Wake:
     """Look again: something has come that somebody may wait for."""
 
@@ -61,4 +69,4 @@ class Stop:
     """End the thread."""
 
 
-Message = Submit | Abort | Forget | Pin | Wake | Pause | Resume | Stop
+Message = Submit | Abort | Forget | Pin | Warm | Wake | Pause | Resume | Stop

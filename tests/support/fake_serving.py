@@ -34,6 +34,7 @@ from loraplex.server.catalog.versions import Versions
 from loraplex.server.command.app import create_app
 from loraplex.server.config import EngineConfig, RequestLimits, ServeConfig
 from loraplex.server.engine.engine import Engine
+from loraplex.server.engine.pausing import Pace
 from loraplex.server.engine.request import FinishReason, GenerationRequest, Mix, TokenEvent, TokenScores
 from loraplex.server.engine.stats import EngineStats
 from loraplex.server.engine.streams import EventStream, Shortcut
@@ -161,6 +162,10 @@ class FakeEngine(Engine):
 
     def stats(self) -> EngineStats:
         return self.current
+
+    @property
+    def pace(self) -> Pace:
+        return Pace.PAUSED
 
     def _answer(self, request: GenerationRequest) -> list[TokenEvent]:
         return say(self._tokenizer, "the answer", request)
