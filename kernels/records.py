@@ -60,7 +60,8 @@ class AdapterSegments:
     """Token ranges of a step and the mix of adapters each wears.
 
     Segment s covers tokens [indptr[s], indptr[s + 1]) and adds sum over m in [mix_ptr[s], mix_ptr[s + 1]) of
-    mix_weight[m] * (adapter in slot mix_slot[m]). Tokens from indptr[S] on are base-only and cost nothing.
+    mix_weight[m] * (adapter in slot mix_slot[m]). Tokens from indptr[S] on are base-only and cost nothing; so are those
+    of a segment between others whose mix is empty (what a sequence had before it called an adapter).
     The first `num_decode_segments` segments hold decode rows (bgmv), the others prefill chunks (sgmv): the choice
     is the token's own role and never depends on its neighbours, so neither does its result.
     """

@@ -20,9 +20,9 @@ from loraplex.adapters.format.config import (
     Keys,
     bad_config,
     read_base_model,
+    read_biases,
     read_count,
     read_counts,
-    refuse_biases,
 )
 from loraplex.adapters.format.kind import AdapterConfig
 from loraplex.adapters.format.module_kind import Making, ModuleKind, Wanted
@@ -62,11 +62,11 @@ class C3a(ModuleKind[C3aConfig]):
 
     def read(self, raw: Mapping[str, Any]) -> C3aConfig:
         KEYS.check(raw)
-        refuse_biases(raw)
         return C3aConfig(
             kind=self.name,
             targets=targets.read_targets(raw, by_layer=True),
             base_model=read_base_model(raw),
+            bias=read_biases(raw),
             block=read_count(raw.get("block_size", 256), "block_size"),
             block_pattern=read_counts(raw, "block_size_pattern"),
         )

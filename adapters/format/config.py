@@ -152,11 +152,17 @@ def check_ranks(ranks: int, rank: int) -> int:
     return ranks
 
 
-def refuse_biases(raw: Mapping[str, Any]) -> None:
-    """Refuse trained biases of the base. Raises AdapterRefused: "unsupported_option"."""
+def read_biases(raw: Mapping[str, Any]) -> str:
+    """Read which biases of the base were trained: "none", "all", or "only" those of the targeted modules.
+
+    Raises AdapterRefused("bad_config").
+    """
     bias = raw.get("bias") or "none"
-    if bias != "none":
-        raise unsupported(f"bias is {shown(bias)}; trained biases are served beside LoRA alone, train with 'none'")
+    if isinstance(bias, str) and bias.endswith("_only"):
+        return "only"  # "hra_only": each kind has its own word for it
+    if bias not in ("none", "all"):
+        raise bad_config(f"bias is {shown(bias)}; expected 'none', 'all', or a kind's name and '_only'")
+    return str(bias)
 
 
 def read_base_model(raw: Mapping[str, Any]) -> str | None:

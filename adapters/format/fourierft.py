@@ -27,12 +27,12 @@ from loraplex.adapters.format.config import (
     Keys,
     bad_config,
     read_base_model,
+    read_biases,
     read_count,
     read_counts,
     read_flag,
     read_number,
     read_seed,
-    refuse_biases,
     shown,
     unsupported,
 )
@@ -81,11 +81,11 @@ class Fourierft(ModuleKind[SpectrumConfig]):
 
     def read(self, raw: Mapping[str, Any]) -> SpectrumConfig:
         self.keys.check(raw)
-        refuse_biases(raw)
         return SpectrumConfig(
             kind=self.name,
             targets=targets.read_targets(raw, by_layer=True),
             base_model=read_base_model(raw),
+            bias=read_biases(raw),
             count=read_count(raw.get("n_frequency", self.count), "n_frequency"),
             count_pattern=read_counts(raw, "n_frequency_pattern"),
             scaling=read_number(raw.get("scaling", self.scaling), "scaling"),

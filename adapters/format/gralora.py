@@ -22,10 +22,10 @@ from loraplex.adapters.format.config import (
     bad_config,
     check_ranks,
     read_base_model,
+    read_biases,
     read_count,
     read_number,
     read_rank,
-    refuse_biases,
 )
 from loraplex.adapters.format.kind import AdapterConfig
 from loraplex.adapters.format.module_kind import Making, ModuleKind, Wanted
@@ -68,7 +68,6 @@ class Gralora(ModuleKind[GraloraConfig]):
 
     def read(self, raw: Mapping[str, Any]) -> GraloraConfig:
         KEYS.check(raw)
-        refuse_biases(raw)
         rank, blocks = read_rank(raw.get("r", 32), "r"), read_count(raw.get("gralora_k", 2), "gralora_k")
         if rank % blocks:
             raise bad_config(f"gralora_k is {blocks}, which does not divide r, {rank}")
@@ -77,6 +76,7 @@ class Gralora(ModuleKind[GraloraConfig]):
             kind=self.name,
             targets=targets.read_targets(raw, by_layer=True),
             base_model=read_base_model(raw),
+            bias=read_biases(raw),
             rank=rank,
             whole=0 if whole == 0 else read_rank(whole, "hybrid_r"),
             alpha=read_number(raw.get("alpha", 64), "alpha"),

@@ -57,11 +57,17 @@ class AdapterConfig:
     kind: str  # AdapterKind.name
     targets: Targets
     base_model: str | None = field(compare=False)  # for messages and remarks alone
+    bias: str = field(default="none", kw_only=True)  # of the base's biases those trained: none, all, only the targeted
 
     @property
     def remark(self) -> str:
         """Say what is to be known of such an adapter though it is served; "": nothing."""
         return ""
+
+    @property
+    def invocation(self) -> tuple[int, ...]:
+        """Return the tokens from whose last occurrence in a prompt on such an adapter acts; (): from the first on."""
+        return ()
 
     def same_shapes(self) -> AdapterConfig:
         """A config that plans parts of the same shapes: equal for adapters that differ in factors alone."""

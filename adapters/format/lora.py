@@ -172,7 +172,7 @@ def _check_complete(found: FoundModules, plans: Mapping[str, ModulePlan], config
         more += (DIAGONAL,) if config.start == KASA else ()
         roles = ("A", "B", *more) if path in plans else ()
         wanted = {role: _LEAVES[role] for role in roles}
-        trained = config.bias == "all" or (config.bias == "lora_only" and path in plans)
+        trained = config.bias == "all" or (config.bias == "only" and path in plans)
         if trained and base.bias(module.layer, module.projection.name) is not None:
             wanted["bias"] = "base_layer.bias" if path in plans else "bias"
         for role, leaf in wanted.items():

@@ -22,9 +22,9 @@ from loraplex.adapters.format.config import (
     Keys,
     bad_config,
     read_base_model,
+    read_biases,
     read_count,
     read_rank,
-    refuse_biases,
     shown,
     unsupported,
 )
@@ -67,7 +67,6 @@ class Miss(ModuleKind[MissConfig]):
 
     def read(self, raw: Mapping[str, Any]) -> MissConfig:
         KEYS.check(raw)
-        refuse_biases(raw)
         init = raw.get("init_weights", True)
         if init not in (True, False, None, "mini", "bat"):
             raise unsupported(f"init_weights is {shown(init)}, which is not known here")
@@ -75,6 +74,7 @@ class Miss(ModuleKind[MissConfig]):
             kind=self.name,
             targets=targets.read_targets(raw, by_layer=True),
             base_model=read_base_model(raw),
+            bias=read_biases(raw),
             rank=read_rank(raw.get("r", 64), "r"),
             mini=read_count(raw.get("mini_r", 1), "mini_r") if init == "mini" else None,
             blocks=init == "bat",

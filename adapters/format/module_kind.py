@@ -32,6 +32,8 @@ from loraplex.adapters.format.modules import (
     wrong_shape,
 )
 from loraplex.adapters.format.targets import PATTERN_SECONDS, find_targets
+from loraplex.adapters.format.trained_biases import BIAS, bias_parts, bias_shapes, take_biases
+from loraplex.adapters.format.trained_biases import LEAVES as BIAS_LEAVES
 from loraplex.adapters.format.values import cancels, check_finite, check_rounded, no_effect
 from loraplex.adapters.format.windows import Window
 from loraplex.adapters.image.tiles import BaseLayout, BiasDelta, DenseDelta, LowRank, Part, PartShape
@@ -162,7 +164,7 @@ class ModuleKind(AdapterKind[C]):
     def _names(self) -> LeafNames:
         known = frozenset(self.leaves)
         return LeafNames(
-            role=lambda leaf: leaf if leaf in known else None,
+            role=lambda leaf: leaf if leaf in known else BIAS if leaf in BIAS_LEAVES else None,
             expected=" or ".join(self.leaves),
             label=self.label,
             foreign={"modules_to_save": "modules_to_save"},
@@ -175,6 +177,7 @@ class ModuleKind(AdapterKind[C]):
         paths = find_targets(config.targets, found.by_path, found.outside, match)
         wanted = {path: self.wanted(config, found.by_path[path], match) for path in paths}
         targeted = [found.by_path[path] for path in paths]
+        biases = take_biases(found, header, config, wanted.keys(), base)
         shared = self.shared_shapes(config, targeted)
         self._check_complete(found, wanted, shared)
         for path, module in found.by_path.items():
@@ -197,8 +200,8 @@ class ModuleKind(AdapterKind[C]):
         return ModuleMap(
             config=config,
             header=header,
-            modules=modules,
-            shapes=shapes,
+            modules=(*modules, *biases),
+            shapes=(*shapes, *bias_shapes(biases)),
             rank=max(module.rank for module in modules),
             targets=last_names(targeted, base.layout),
             shared=found.shared,
@@ -210,11 +213,15 @@ class ModuleKind(AdapterKind[C]):
     ) -> Iterator[Part]:
         check_finite({name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}, throttle)
         config: C = module_map.config  # type: ignore[assignment]  # plan() was given it
-        modules = sorted(module_map.modules, key=_peft_order)
+        biases = [module for module in module_map.modules if module.tensors.keys() == {BIAS}]
+        modules = sorted((m for m in module_map.modules if m.tensors.keys() != {BIAS}), key=_peft_order)
         found = {role: tensors[name] for role, name in module_map.shared.items()}
         shared = self.share(config, modules, found, base)
-        places = {(shape.layer, shape.projection.name) for shape in module_map.shapes}
+        places = {(s.layer, s.projection.name) for s in module_map.shapes[: len(module_map.shapes) - len(biases)]}
         effective = idle = False
+        for bias in bias_parts(biases, tensors, base):
+            effective = True
+            yield bias
         for index, module in enumerate(modules):
             throttle()
             if (module.layer, module.projection.name) not in places:

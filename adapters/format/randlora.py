@@ -21,10 +21,10 @@ from loraplex.adapters.format.config import (
     COMMON_UNSUPPORTED,
     Keys,
     read_base_model,
+    read_biases,
     read_flag,
     read_number,
     read_rank,
-    refuse_biases,
     unsupported,
 )
 from loraplex.adapters.format.header import TensorInfo
@@ -69,7 +69,6 @@ class Randlora(ModuleKind[RandLoraConfig]):
 
     def read(self, raw: Mapping[str, Any]) -> RandLoraConfig:
         KEYS.check(raw)
-        refuse_biases(raw)
         if raw.get("save_projection") is not None and not read_flag(raw, "save_projection"):
             raise unsupported("save_projection is false, so the random products are not in the file; save it with true")
         rank = read_rank(raw.get("r", 32), "r")
@@ -77,6 +76,7 @@ class Randlora(ModuleKind[RandLoraConfig]):
             kind=self.name,
             targets=targets.read_targets(raw, by_layer=True),
             base_model=read_base_model(raw),
+            bias=read_biases(raw),
             rank=rank,
             scaling=read_number(raw.get("randlora_alpha", 640), "randlora_alpha") / rank,
         )

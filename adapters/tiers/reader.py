@@ -273,6 +273,7 @@ class AdapterReader:
                 plan.nbytes,
                 num_tiles=most_tiles(module_map.shapes, layout, plan.num_pages),
                 kind=module_map.kind,
+                invocation=config.invocation,
             )
             drawn = _Drawn(key, module_map, info)
             self._drawn.put(key, drawn)

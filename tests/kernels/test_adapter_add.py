@@ -239,6 +239,15 @@ def test_ranks_and_shapes(backend: Backend, dtype: torch.dtype, shape: tuple[int
     _check(backend, dtype, world, [(1, _one(2)), (5, _one(2))], shape, num_decode=1)
 
 
+@pytest.mark.parametrize("num_decode", [0, 1])
+def test_tokens_between_that_wear_nothing(backend: Backend, dtype: torch.dtype, num_decode: int) -> None:
+    """Before an invocation a sequence has none, beside others that do: its rows keep their bits."""
+    rng = np.random.default_rng(3)
+    world = _world(backend, dtype, {2: [_low_rank(rng, 17, 64, 96)], 0: [_low_rank(rng, 3, 64, 96)]}, 4, seed=3)
+    segments = [(1, _one(2)), (70, ()), (2, _one(2)), (5, ()), (9, ((0, 0.5), (2, 1.0)))]
+    _check(backend, dtype, world, segments, (64, 96), num_decode=num_decode)
+
+
 POPULARITY = ["identical", "distinct", "uniform", "zipf", "skewed"]
 
 

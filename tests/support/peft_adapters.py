@@ -262,6 +262,7 @@ MODULE_KIND_CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "bfloat16 file": ("gemma3", {**UNTRAINED, "dtype": torch.bfloat16}),
         },
         "VERA": {
+            "bias all": ("llama_biased", {**UNTRAINED, "r": 8, "target_modules": QV, "bias": "all"}),
             "all": ("llama", {**UNTRAINED, "r": 8}),
             "drawn again": ("llama_biased", {**UNTRAINED, "r": 8, "save_projection": False, "projection_prng_key": 7}),
             "one layer": ("qwen2", {**UNTRAINED, "target_modules": QV, "layers_to_transform": [1]}),
@@ -278,6 +279,10 @@ MODULE_KIND_CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "bat, fused": ("phi3", {**UNTRAINED, "r": 16, "init_weights": "bat", "target_modules": "all-linear"}),
         },
         "DELORA": {
+            "its own biases": (
+                "llama_biased",
+                {**UNTRAINED, "target_modules": ["k_proj", "down_proj"], "bias": "delora_only"},
+            ),
             "all": ("llama", UNTRAINED),
             "patterns": ("llama_biased", {**UNTRAINED, "rank_pattern": {"k_proj": 2}, "lambda_pattern": {"k_proj": 3}}),
             "fused": ("phi3", {**UNTRAINED, "target_modules": ["qkv_proj", "down_proj"]}),
@@ -293,6 +298,7 @@ MODULE_KIND_CASES: dict[str, tuple[str, dict[str, Any]]] = {
             ),
         },
         "HRA": {
+            "bias all": ("qwen2", {**UNTRAINED, "target_modules": ["v_proj", "up_proj"], "bias": "all"}),
             "all": ("llama", UNTRAINED),
             "orthonormal, base biases": ("llama_biased", {**UNTRAINED, "r": 5, "apply_GS": True}),
             "fused": ("phi3", {**UNTRAINED, "target_modules": "all-linear"}),
@@ -304,6 +310,7 @@ MODULE_KIND_CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "fused, in the model's order": ("phi3", {**UNTRAINED, "target_modules": "all-linear", "proj_seed": 5}),
         },
         "TINYLORA": {
+            "its own biases": ("qwen2", {"r": 2, "u": 5, "target_modules": ALL, "bias": "tinylora_only"}),
             "all": ("llama", {"r": 2, "u": 5, "target_modules": ALL}),
             "tied": ("qwen2", {"r": 3, "u": 5, "target_modules": ALL, "weight_tying": 0.8}),
             "drawn again, in the model's order": (
@@ -330,6 +337,7 @@ MODULE_KIND_CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "fused": ("phi3", {**UNTRAINED, "r": 2, "target_modules": "all-linear", "decompose_factor": 4}),
         },
         "GRALORA": {
+            "bias all": ("llama_biased", {**UNTRAINED, "target_modules": QV, "bias": "all"}),
             "all": ("llama", {**UNTRAINED, "r": 6, "gralora_k": 2, "alpha": 9}),
             "hybrid, base biases": ("llama_biased", {**UNTRAINED, "r": 8, "gralora_k": 4, "hybrid_r": 3}),
             "fused": ("phi3", {**UNTRAINED, "r": 32, "target_modules": "all-linear"}),
@@ -374,6 +382,7 @@ MODULE_KIND_CASES: dict[str, tuple[str, dict[str, Any]]] = {
             ),
         },
         "C3A": {
+            "bias all": ("qwen2", {"block_size": 8, "target_modules": ["q_proj"], "bias": "all"}),
             "all": ("llama", {"block_size": 16, "block_size_pattern": {"up_proj": 8}, "target_modules": ALL}),
             "fused": ("phi3", {"block_size": 8, "target_modules": "all-linear"}),
         },

@@ -123,6 +123,16 @@ class Folder(AdapterFolder):
 
     def __init__(self, base: Any, path: Path, kind: str) -> None:
         make_peft_adapter(base, path, kind=kind, **KINDS[kind])
+        self._open(base, path)
+
+    @classmethod
+    def of(cls, base: Any, path: Path) -> Folder:
+        """The adapter that is at `path`."""
+        folder = cls.__new__(cls)
+        folder._open(base, path)
+        return folder
+
+    def _open(self, base: Any, path: Path) -> None:
         super().__init__(path, lambda dtype: served_base_of(base, layout_of(base, dtype=dtype)))
         self.config = json.loads((path / "adapter_config.json").read_text())
         self.tensors = safetensors.torch.load(self.weights.read_bytes())
@@ -198,7 +208,7 @@ def test_contradicting_configs(base: Any, tmp_path: Path, kind: str) -> None:
         ({"target_modules": "("}, "bad_config", "not valid"),
     ]
     if kind not in WITHOUT_BIAS:
-        cases.append(({"bias": "all"}, "unsupported_option", "bias"))
+        cases.append(({"bias": "some"}, "bad_config", "bias is"))
     if rank := RANKS.get(kind, "r"):
         cases += [({rank: value}, "bad_config", f"{rank} is") for value in (0, -1, 2.5, "8", True)]
         cases.append(({rank: 8 if kind == "C3A" else 6}, "shape_mismatch", "expected"))
@@ -319,6 +329,31 @@ def test_configs_of_each_kind(
     folder = Folder(base, tmp_path, kind)
     folder.config.update(change)
     folder.refused(code, pattern)
+
+
+def test_biases_that_were_not_saved_or_not_asked_for(tmp_path: Path) -> None:
+    base = tiny_hf_model("qwen2", num_hidden_layers=1)  # biases on q, k and v
+    options = {**UNTRAINED, "target_modules": ["q_proj", "up_proj"]}
+    make_peft_adapter(base, tmp_path, kind="HRA", **options, bias="all")
+    folder = Folder.of(base, tmp_path)
+    sound, path = dict(folder.tensors), "base_model.model.model.layers.0"
+    q, k = f"{path}.self_attn.q_proj.base_layer.bias", f"{path}.self_attn.k_proj.bias"
+    for name in (q, k):
+        folder.tensors = {other: tensor for other, tensor in sound.items() if other != name}
+        folder.refused("missing_tensor", re.escape(name), "not saved")
+        folder.tensors = {**sound, name: torch.zeros(3)}
+        folder.refused("shape_mismatch", re.escape(name), "a bias of the base")
+        folder.tensors = {**sound, name: torch.full_like(sound[name], float("inf"))}
+        folder.refused("not_finite", re.escape(name))
+    folder.tensors = {**sound, f"{path}.mlp.up_proj.base_layer.bias": torch.zeros(96)}
+    folder.refused("unmatched_tensor", "up_proj.base_layer.bias", "no such bias")
+    folder.tensors = sound
+    folder.config["bias"] = "hra_only"
+    folder.refused("unmatched_tensor", "k_proj.bias|v_proj.bias")
+    folder.config["bias"] = "none"
+    folder.refused("unmatched_tensor", "bias does not ask")
+    folder.config["bias"] = "all"
+    folder.read()
 
 
 def test_an_adapter_for_a_wider_base(base: Any, tmp_path: Path) -> None:

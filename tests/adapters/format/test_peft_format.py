@@ -415,7 +415,6 @@ def test_every_other_peft_type_is_refused_by_name(bases: dict[str, Any], tmp_pat
 def test_variants_saved_by_peft_are_refused_by_name(bases: dict[str, Any], tmp_path: Path) -> None:
     base = bases["llama"]
     cases: dict[str, dict[str, Any]] = {
-        "alora_invocation_tokens": {"alora_invocation_tokens": [5, 6]},
         "modules_to_save": {"modules_to_save": ["lm_head"]},
         "trainable_token_indices": {"trainable_token_indices": [1, 2]},
         "layer_replication": {"layer_replication": [[0, 2], [1, 3]]},

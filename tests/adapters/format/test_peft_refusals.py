@@ -313,6 +313,9 @@ def test_the_digest_is_of_the_bytes_used(folder: Folder) -> None:
         ("exclude_modules", 7), ("exclude_modules", "["), ("exclude_modules", ".*"),
         ("layers_to_transform", "1"), ("layers_to_transform", [-1]), ("layers_to_transform", [True]),
         ("layers_to_transform", [9]), ("layers_pattern", {"a": 1}),
+        ("alora_invocation_tokens", []), ("alora_invocation_tokens", 5), ("alora_invocation_tokens", "<ask>"),
+        ("alora_invocation_tokens", [1, -2]), ("alora_invocation_tokens", [1.0]), ("alora_invocation_tokens", [True]),
+        ("alora_invocation_tokens", [1 << 31]), ("alora_invocation_tokens", [1] * 1025),
         ("peft_type", None), ("peft_type", 5), ("peft_type", ""),
     ],
 )  # fmt: skip
@@ -339,7 +342,7 @@ def test_a_pattern_that_would_take_for_ever(folder: Folder, key: str, monkeypatc
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("alora_invocation_tokens", [1, 2]), ("modules_to_save", ["lm_head"]),
+        ("modules_to_save", ["lm_head"]),
         ("trainable_token_indices", [3]), ("trainable_token_indices", {"embed_tokens": [3]}),
         ("target_parameters", ["mlp.experts.gate_up_proj"]), ("layer_replication", [[0, 2]]), ("use_qalora", True),
         ("use_bdlora", {"nblocks": 2, "shards": 2}), ("arrow_config", {"top_k": 1}),
@@ -396,6 +399,18 @@ def test_blocks_that_cannot_be(folder: Folder, value: Any, code: str, pattern: s
 def test_parameters_and_blocks_beside_others(folder: Folder, change: dict[str, Any], code: str, pattern: str) -> None:
     folder.config.update(change)
     folder.refused(code, pattern)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("use_dora", True), ("init_lora_weights", "pissa"), ("kasa_config", {"beta": 1}), ("bias", "all")),
+        ("use_bdlora", {"target_modules_bd_b": ["_proj"]}),
+    ],
+)
+def test_what_would_change_the_base_before_an_invocation(folder: Folder, key: str, value: Any) -> None:
+    folder.config.update({"alora_invocation_tokens": [1, 2], key: value})
+    folder.refused("unsupported_option", key, "alora_invocation_tokens")
 
 
 @pytest.mark.parametrize("key", ["modules_to_save", "layer_replication", "use_qalora", "some_new_option"])
