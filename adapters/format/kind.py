@@ -19,6 +19,7 @@ from torch import Tensor
 from loraplex.adapters.format.header import TensorInfo
 from loraplex.adapters.format.targets import Targets
 from loraplex.adapters.format.windows import Window
+from loraplex.adapters.front import Front
 from loraplex.adapters.image.tiles import BaseLayout, Part, PartShape
 from loraplex.kernels.records import Projection
 
@@ -107,6 +108,7 @@ class ModuleMap:
     rank: int  # the largest of its modules; 0: the kind has no rank
     targets: tuple[str, ...]  # last names of the projections it acts on: "q_proj", ...
     shared: Mapping[str, str] = field(default_factory=dict)  # role -> name in the file, of what all modules share
+    front: Front | None = None  # what it puts in front of the prompt, with no modules beside it
     making_bytes: int = 0  # that computing one module's part takes, and what all share; 0: nothing is computed
 
     @property
@@ -160,3 +162,12 @@ class AdapterKind(ABC, Generic[C]):
         Where module_map.making_bytes is not 0 they are made as they are asked for, so that one module's are in memory
         at a time. Raises AdapterRefused, then or before: "not_finite", and "no_effect" when nothing is left.
         """
+
+    def front(
+        self, module_map: ModuleMap, tensors: Mapping[str, Tensor], layout: BaseLayout, throttle: Throttle
+    ) -> Tensor:
+        """Make the rows [V, W] fp32 of module_map.front out of the file's tensors.
+
+        Raises AdapterRefused("not_finite"); ValueError where the kind puts nothing there.
+        """
+        raise ValueError(f"{self.name} puts nothing in front of the prompt")

@@ -40,6 +40,7 @@ from loraplex.adapters.format.kinds import KINDS, parse_config
 from loraplex.adapters.format.other_base import remark_on_base
 from loraplex.adapters.format.pack_plan import PackPlan
 from loraplex.adapters.format.quiet_files import read_quietly
+from loraplex.adapters.image.front_pages import front_bytes, pack_front
 from loraplex.adapters.image.packing import OpenFile
 from loraplex.adapters.image.tiles import AdapterImage, BiasDelta, Part, most_tiles, pack, pack_each, plan_image
 from loraplex.adapters.info import AdapterInfo
@@ -265,15 +266,17 @@ class AdapterReader:
             module_map = KINDS[config.kind].plan(config, header, self._base, throttle)
             throttle()
             layout = self._base.layout
-            plan = plan_image(module_map.shapes, layout)
+            plan, front = plan_image(module_map.shapes, layout), module_map.front
+            nbytes = plan.nbytes if front is None else front_bytes(front.tokens, front.width, layout.dtype)
             info = AdapterInfo(
                 module_map.rank,
                 module_map.targets,
-                plan.num_pages,
-                plan.nbytes,
+                plan.num_pages if front is None else -(-nbytes // layout.page_bytes),
+                nbytes,
                 num_tiles=most_tiles(module_map.shapes, layout, plan.num_pages),
                 kind=module_map.kind,
                 invocation=config.invocation,
+                front=front,
             )
             drawn = _Drawn(key, module_map, info)
             self._drawn.put(key, drawn)
@@ -318,6 +321,9 @@ class AdapterReader:
             if sound:
                 return image, key
         tensors = view_tensors(files.data, module_map.header)
+        if module_map.front is not None:
+            rows = KINDS[module_map.kind].front(module_map, tensors, self._base.layout, throttle)
+            return pack_front(rows, self._base.layout), None
         parts = KINDS[module_map.kind].parts(module_map, tensors, self._base, throttle)
         if module_map.making_bytes:
             return pack_each(parts, module_map.shapes, self._base.layout), None
