@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 from torch import Tensor
 
 from loraplex.adapters.format.header import TensorInfo
+from loraplex.adapters.format.kept_starts import KeptStarts
 from loraplex.adapters.format.targets import Targets
 from loraplex.adapters.format.windows import Window
 from loraplex.adapters.front import Front
@@ -49,6 +50,7 @@ class ServedBase:
     products: Products
     weight: Weights
     formats: str = ""  # of its quantised weights, as "Q4_1 + Q8_0"; "": there are none
+    starts: KeptStarts | None = None  # where singular parts of weights are kept; None: they are computed each time
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from loraplex.adapters.errors import AdapterRefused, about_folder
-from loraplex.adapters.files.beneath import roots_of
+from loraplex.adapters.files.beneath import opened, roots_of
+from loraplex.adapters.files.model_card import Card, read_card
 from loraplex.adapters.files.tokenizer_files import NOTHING, TokenizerFiles
 from loraplex.adapters.format.adapter_files import (
     AdapterBytes,
@@ -98,6 +99,17 @@ class _Remembered:
     refusal: AdapterRefused | None = None
 
 
+@dataclass(frozen=True)
+class OpenContent:
+    """An adapter whose bytes are in memory."""
+
+    digest: str
+    card: Card
+    module_map: ModuleMap
+    names: frozenset[str]  # of all tensors in the file
+    parts: Callable[[], Iterable[Part]]  # made anew at each call
+
+
 class AdapterReader:
     """`read` is what loaders' threads call, several at once."""
 
@@ -165,20 +177,27 @@ class AdapterReader:
                 return self._read_whole(place, reading)
 
     @contextmanager
-    def opened(
-        self, source: str, throttle: Callable[[], None]
-    ) -> Iterator[tuple[str, ModuleMap, Callable[[], Iterable[Part]]]]:
-        """Read all of `source` and give its digest, its ModuleMap and what makes its parts, while the block lasts.
+    def opened(self, source: str, throttle: Callable[[], None]) -> Iterator[OpenContent]:
+        """Read all of `source`, for as long as the block lasts.
 
         Raises as read() does, and so do the parts while they are made.
         """
         place = self._place(source)
         with about_folder(place.folder), self._room(self._whole_bytes(place, throttle), throttle):
             files, _ = read_quietly(place.folder, place.roots, throttle, self._memory)
-            module_map = self._draw(files.head, parse_config(files.head.config), throttle).module_map
+            config = parse_config(files.head.config)
+            module_map = self._draw(files.head, config, throttle).module_map
+            kind = KINDS[config.kind]
             tensors = view_tensors(files.data, module_map.header)
-            digest = self._tokenizer(place).mark(files.digest)
-            yield digest, module_map, lambda: KINDS[module_map.kind].parts(module_map, tensors, self._base, throttle)
+            with opened(place.folder, place.roots) as folder:
+                card = read_card(folder)
+            yield OpenContent(
+                digest=self._tokenizer(place).mark(files.digest),
+                card=card,
+                module_map=module_map,
+                names=frozenset(self._parse_header(files.head, kind.integers)),
+                parts=lambda: kind.parts(module_map, tensors, self._base, throttle),
+            )
 
     def _place(self, source: str) -> _Place:
         return _Place(self._locate(source), roots_of(source))
