@@ -22,6 +22,22 @@ class AdapterUnavailable(AdapterError):
     """Its source cannot be reached at present, is too slow, or broke off: trying again later may help."""
 
 
+class VersionGone(AdapterError):
+    """A version of an adapter was here and is no more: it expired, or newer ones took its place."""
+
+
+class VersionUnclear(AdapterError):
+    """What follows the @ stands for no version, or for several."""
+
+
+class VersionMoved(AdapterError):
+    """The name does not point at the version that the caller expected: somebody else was first."""
+
+    def __init__(self, message: str, present: str | None) -> None:
+        super().__init__(message)
+        self.present = present  # the digest; None: there is no such name
+
+
 class AdapterExists(AdapterError):
     """The name is taken."""
 

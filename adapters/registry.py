@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 
-from loraplex.adapters.errors import AdapterExists, AdapterNotFound, AdapterRefused, InvalidAdapterName
+from loraplex.adapters.errors import AdapterExists, AdapterNotFound, AdapterRefused, InvalidAdapterName, VersionUnclear
 from loraplex.adapters.files.beneath import shown
 from loraplex.adapters.info import AdapterInfo
 from loraplex.adapters.names import check_name
@@ -43,6 +43,7 @@ class AdapterVersion:
     source: str  # as sources.parse_source() has it
     created: int  # unix seconds
     _known: _Known = field(repr=False, compare=False)
+    given: str = ""  # where it came from, if `source` is a copy
 
     @property
     def info(self) -> AdapterInfo:
@@ -59,8 +60,8 @@ class AdapterVersion:
 
     @property
     def origin(self) -> str:
-        """Return `source` as messages and listings show it."""
-        return shown(self.source)
+        """Return where it came from, as messages and listings show it."""
+        return shown(self.given or self.source)
 
 
 class AdapterLease:
@@ -110,7 +111,9 @@ class Registry:
         self.refusals = Refusals()
         self._lock = threading.Lock()
         self._current: dict[str, AdapterVersion] = {}
-        self._draining: dict[int, AdapterVersion] = {}  # uid -> version whose name is gone but whose leases are not
+        self._draining: dict[int, AdapterVersion] = {}  # uid -> version whose name is gone, and which is used or kept
+        self._used: dict[int, float] = {}  # uid -> time.monotonic() when it was registered or a lease of it ended
+        self._kept: set[int] = set()  # uids of versions that do not drain when their leases end
         self._leases: dict[int, int] = {}  # uid -> leases not released, for every version not drained
         self._refused: dict[str, AdapterRefused] = {}
         self._next_uid = 1
@@ -122,8 +125,11 @@ class Registry:
         info: AdapterInfo,
         *,
         replace: bool = False,
+        origin: str = "",
     ) -> AdapterVersion:
         """Point `name` at a new version. With `replace`, a version the name pointed at drains.
+
+        origin: where the content came from, if `source` is a copy.
 
         Raises InvalidAdapterName, and AdapterExists when the name is taken and `replace` is false.
         """
@@ -134,7 +140,7 @@ class Registry:
                 raise AdapterExists(
                     f"adapter {name!r} is already loaded, from {old.origin!r}; unload it first, or ask to replace it"
                 )
-            version, drained = self._point(name, source, info)
+            version, drained = self._point(name, source, info, origin)
         self._notify(drained)
         return version
 
@@ -176,24 +182,74 @@ class Registry:
             return AdapterLease(self, version)
 
     def lease_version(self, name: str, digest: str) -> AdapterLease:
-        """Lease the version of `name`, current or draining, whose digest begins with `digest`.
+        """Lease the version of `name`, current, kept or draining, whose digest begins with `digest`.
 
-        Raises AdapterNotFound when none does or several do, naming those there are.
+        Raises AdapterNotFound when none does, VersionUnclear when several do, naming those there are.
         """
         with self._lock:
-            current = self._current.get(name)
-            known = [version for version in self._draining.values() if version.name == name]
-            known += [current] if current is not None else []
+            known = self._versions(name)
             if not known:
                 raise self._absent(name)
             found = {v.digest: v for v in known if v.digest is not None and v.digest.startswith(digest)}
             if len(found) != 1:
                 there = ", ".join(v.digest[:12] if v.digest else "one that is not read yet" for v in known)
-                why = "no version of it begins so" if not found else "several versions of it begin so"
-                raise AdapterNotFound(f"adapter {name!r} is there, but with @{digest!r} {why}; there is {there}")
+                if found:
+                    raise VersionUnclear(
+                        f"several versions of adapter {name!r} begin with {digest!r}; there is {there}"
+                    )
+                raise AdapterNotFound(f"adapter {name!r} is there, but no version {digest!r} of it; there is {there}")
             (version,) = found.values()
             self._leases[version.uid] += 1
             return AdapterLease(self, version, exact=True)
+
+    def versions(self, name: str) -> tuple[AdapterVersion, ...]:
+        """List the versions of `name` that can be leased, the one it points at first, then the latest first."""
+        with self._lock:
+            return self._versions(name)
+
+    def _versions(self, name: str) -> tuple[AdapterVersion, ...]:
+        current = self._current.get(name)
+        old = [self._draining[uid] for uid in sorted(self._draining, reverse=True) if self._draining[uid].name == name]
+        return tuple(old if current is None else (current, *old))
+
+    def keep(self, version: AdapterVersion) -> bool:
+        """Have `version` stay when its name and its leases are gone, until let_go(): its source has it for good.
+
+        Returns False where it has drained.
+        """
+        with self._lock:
+            if version.uid not in self._leases:
+                return False
+            self._kept.add(version.uid)
+            return True
+
+    def is_kept(self, version: AdapterVersion) -> bool:
+        """Return whether the source of `version` has its content for good."""
+        return version.uid in self._kept
+
+    def idle_seconds(self, version: AdapterVersion) -> float:
+        """Return for how long nobody has had a lease of `version`; 0 while somebody has."""
+        with self._lock:
+            used = self._used.get(version.uid)
+            return 0.0 if used is None or self._leases.get(version.uid) else time.monotonic() - used
+
+    def let_go(self, version: AdapterVersion) -> None:
+        """Have `version` drain as others do: at once where neither its name nor a lease is left."""
+        drained = None
+        with self._lock:
+            self._kept.discard(version.uid)
+            if version.uid in self._draining and not self._leases[version.uid]:
+                drained = self._drain(version.uid)
+        self._notify(drained)
+
+    def add_kept(self, name: str, source: str, info: AdapterInfo, origin: str = "") -> AdapterVersion:
+        """Register a version that `name` does not point at, as keep() would have left it. Raises InvalidAdapterName."""
+        self.check_name(name)
+        with self._lock:
+            version = self._new(name, source, info, origin)
+            self._draining[version.uid] = version
+            self._kept.add(version.uid)
+        return version
 
     def get(self, name: str) -> AdapterVersion | None:
         """Return the version that `name` points at now, without a lease: for listings and metrics."""
@@ -238,9 +294,14 @@ class Registry:
             return tuple(self._current[name] for name in sorted(self._current))
 
     def draining(self) -> tuple[AdapterVersion, ...]:
-        """List the versions whose name is gone but which requests in flight still use, oldest first."""
+        """List the versions whose name is gone but which requests in flight still use, and kept ones, oldest first."""
         with self._lock:
             return tuple(self._draining[uid] for uid in sorted(self._draining))
+
+    def all(self) -> tuple[AdapterVersion, ...]:
+        """List all versions that have not drained."""
+        with self._lock:
+            return (*self._current.values(), *self._draining.values())
 
     def leases(self, version: AdapterVersion) -> int:
         """Count the leases of `version` that are not yet released."""
@@ -258,23 +319,31 @@ class Registry:
             return AdapterRefused(refused.code, f"adapter {name!r} was refused: {refused}")
         return AdapterNotFound(f"no adapter {name!r} is loaded; GET /v1/models lists the names there are")
 
-    def _point(self, name: str, source: str, info: AdapterInfo) -> tuple[AdapterVersion, AdapterVersion | None]:
+    def _point(
+        self, name: str, source: str, info: AdapterInfo, origin: str = ""
+    ) -> tuple[AdapterVersion, AdapterVersion | None]:
         """Give `name` to a new version (lock held). Returns the new version and the one that drained by it."""
-        version = AdapterVersion(name, self._next_uid, source, int(time.time()), _Known(info))
         old = self._current.get(name)
-        self._next_uid += 1
-        self._current[name] = version
-        self._leases[version.uid] = 0
+        version = self._current[name] = self._new(name, source, info, origin)
         self._refused.pop(name, None)
         return version, self._retire(old) if old is not None else None
 
+    def _new(self, name: str, source: str, info: AdapterInfo, origin: str) -> AdapterVersion:
+        version = AdapterVersion(name, self._next_uid, source, int(time.time()), _Known(info), origin)
+        self._next_uid += 1
+        self._leases[version.uid] = 0
+        self._used[version.uid] = time.monotonic()
+        return version
+
     def _retire(self, version: AdapterVersion) -> AdapterVersion | None:
-        """Drain `version` and return it, if it has no lease; else its last lease drains it. The lock is held."""
-        if self._leases[version.uid] == 0:
-            del self._leases[version.uid]
-            return version
+        """Drain `version` and return it, if it has no lease and is not kept; else its end drains it. Lock held."""
         self._draining[version.uid] = version
-        return None
+        return None if self._leases[version.uid] or version.uid in self._kept else self._drain(version.uid)
+
+    def _drain(self, uid: int) -> AdapterVersion:
+        del self._leases[uid]
+        self._used.pop(uid, None)
+        return self._draining.pop(uid)
 
     def _release(self, lease: AdapterLease) -> None:
         drained = None
@@ -284,9 +353,9 @@ class Registry:
             lease._released = True
             uid = lease.version.uid
             self._leases[uid] -= 1
-            if self._leases[uid] == 0 and uid in self._draining:
-                del self._leases[uid]
-                drained = self._draining.pop(uid)
+            self._used[uid] = time.monotonic()
+            if self._leases[uid] == 0 and uid in self._draining and uid not in self._kept:
+                drained = self._drain(uid)
         self._notify(drained)
 
     def _share(self, lease: AdapterLease) -> AdapterLease:

@@ -141,6 +141,24 @@ class AdaptersConfig:
         int,
         Option(parser=size, metavar="SIZE", show_default="16G", help="On disk, of all adapters that clients push."),
     ] = 16 << 30
+    default_adapter: Annotated[
+        str | None,
+        Option(metavar="NAME", help="What requests wear that name none, or only the base; or an alias."),
+    ] = None
+    require_adapter: Annotated[
+        bool, Option("--require-adapter", help="Refuse requests that name no adapter, or only the base.")
+    ] = False
+    retain: Annotated[
+        int,
+        Option(
+            metavar="N",
+            min=0,
+            help="Versions of an adapter loaded over the API that stay beside the one its name has, in copies.",
+        ),
+    ] = 0
+    retained_bytes: Annotated[
+        int, Option(parser=size, metavar="SIZE", show_default="16G", help="Of all such copies, below --state-dir.")
+    ] = 16 << 30
     allow_noop: Annotated[
         bool, Option("--allow-noop", help="Serve adapters that change nothing, which are refused otherwise.")
     ] = False

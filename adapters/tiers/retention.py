@@ -85,7 +85,9 @@ class Retention:
         self._answered = {}
         for version in self._registry.draining():
             entry = self._entries.get(version.digest or "")
-            if entry and entry.is_begun and entry not in self._kept and self._device.is_resident(entry.digest):
+            if entry is None or not entry.is_begun or entry in self._kept:
+                continue
+            if self._device.is_resident(entry.digest) and self._is_old(entry):
                 self._secure(entry)
 
     def idles(self, entry: Entry) -> None:
@@ -108,8 +110,9 @@ class Retention:
     # -- parts ---------------------------------------------------------------------------------------------------------
 
     def _is_old(self, entry: Entry) -> bool:
-        """Whether it may be that no source has it: some name that had it does not mean it any more."""
-        return any(version.digest == entry.digest for version in self._registry.draining())
+        """Whether it may be that no source has it: some name that had it does not mean it any more, nor is it kept."""
+        old = [version for version in self._registry.draining() if version.digest == entry.digest]
+        return bool(old) and not any(map(self._registry.is_kept, old))
 
     def _secure(self, entry: Entry) -> None:
         """Reserve room for an image and let the entry leave the device, or have it stay there."""

@@ -66,7 +66,7 @@ class Completion(Wire):
     model: str
     choices: list[RolloutChoice | CompletionChoice]
     usage: Usage | None = None
-    system_fingerprint: None = None
+    system_fingerprint: str | None = None  # the versions that answer: sql@3fa9c1d20b44; null: the base alone
 
 
 class ModelPermission(Wire):
@@ -186,6 +186,19 @@ class ProofAnswer(Wire):
     receipt: ReceiptBody | None
 
 
+class VersionCard(Wire):
+    """One version of an adapter."""
+
+    digest: str
+    state: Literal["serving", "kept", "draining", "gone"]
+    labels: list[str]
+    created: int
+    source: str
+    by: str | None  # the name of the key that brought it
+    expires: int | None
+    gone: str | None  # why: "expired", "replaced", "dropped" or "unloaded"
+
+
 class AdapterReceipt(Wire):
     """What was found in an adapter's files."""
 
@@ -200,6 +213,7 @@ class AdapterReceipt(Wire):
     pages: int
     remark: str | None  # it was made for another base than this, as far as its config tells, or is rounded otherwise
     tokenizer: TokenizerReceipt
+    versions: list[VersionCard]  # the latest first
     proof: ProofAnswer
     expires_in: float | None = None  # seconds; null: it stays
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import time
+
 from loraplex.adapters.files.tokenizer_files import NOTHING
 from loraplex.adapters.registry import AdapterVersion
+from loraplex.server.api.alias_terms import may_use_alias
 from loraplex.server.api.answer_schemas import AdapterReceipt, ModelCard, ModelPermission, ProofAnswer, TokenizerReceipt
 from loraplex.server.api.manage import push_owner
-from loraplex.server.api.names import not_found, strip_base
+from loraplex.server.api.names import not_found
 from loraplex.server.api.proof import prove
 from loraplex.server.api.services import Services
+from loraplex.server.api.version_cards import version_cards
+from loraplex.server.api.wish import strip_base
+from loraplex.server.catalog.aliases import Alias
 from loraplex.server.catalog.on_demand import is_hidden
 from loraplex.server.catalog.pushed import shown_name
 from loraplex.server.facts import Facts
@@ -16,12 +22,19 @@ from loraplex.server.tenancy.tenants import current_key
 
 
 def list_cards(services: Services) -> list[ModelCard]:
-    """The base under each of its names, then the adapters: what the caller may use of them."""
+    """The base under each of its names, the adapters, the aliases: what the caller may use of them."""
     names = services.facts.names if current_key().may_use_base else ()
     return [
         *(_base_card(services.facts, name) for name in names),
         *(_adapter_card(services.facts, version) for version in visible_adapters(services)),
+        *(_alias_card(services.facts, alias) for alias in visible_aliases(services)),
     ]
+
+
+def visible_aliases(services: Services) -> list[Alias]:
+    """The aliases that the caller may use, by name."""
+    key = current_key()
+    return [alias for alias in services.aliases.all() if may_use_alias(services, key, alias)]
 
 
 def visible_adapters(services: Services) -> list[AdapterVersion]:
@@ -38,6 +51,9 @@ def find_card(services: Services, model: str) -> ModelCard:
         if not key.may_use_base:
             raise not_found(model)
         return _base_card(services.facts, model)
+    alias = services.aliases.get(name)
+    if alias is not None and may_use_alias(services, key, alias):
+        return _alias_card(services.facts, alias)
     return _adapter_card(services.facts, _find(services, name, model))
 
 
@@ -72,9 +88,18 @@ def receipt_of(services: Services, version: AdapterVersion, proof: ProofAnswer) 
             special_tokens=dict(difference.special),
             added_tokens={token.text: token.id for token in difference.added},
         ),
+        versions=version_cards(services, version.name),
         proof=proof,
-        expires_in=services.pushed.seconds_left(version),
+        expires_in=_seconds_left(services, version),
     )
+
+
+def _seconds_left(services: Services, version: AdapterVersion) -> float | None:
+    """For how long a version stays; None: nothing ends it."""
+    row = services.adapters.versions.find(version.name, version.digest or "")
+    if row is None or row.expires is None:
+        return services.pushed.seconds_left(version)
+    return max(0.0, row.expires - time.time())
 
 
 def _find(services: Services, name: str, asked: str) -> AdapterVersion:
@@ -97,6 +122,18 @@ def _base_card(facts: Facts, name: str) -> ModelCard:
         parent=None,
         max_model_len=facts.max_model_len,
         permission=[ModelPermission(id=f"modelperm-{name}", created=facts.created)],
+    )
+
+
+def _alias_card(facts: Facts, alias: Alias) -> ModelCard:
+    created = int(alias.changed)
+    return ModelCard(
+        id=alias.name,
+        created=created,
+        root=str(alias.state),
+        parent=facts.names[0],
+        max_model_len=None,
+        permission=[ModelPermission(id=f"modelperm-{alias.name}-{alias.revision}", created=created)],
     )
 
 

@@ -173,7 +173,7 @@ class ChatCompletion(Wire):
     model: str
     choices: list[ChatChoice]
     usage: Usage
-    system_fingerprint: None = None
+    system_fingerprint: str | None = None  # the versions that answer: sql@3fa9c1d20b44; null: the base alone
 
 
 class FunctionPart(TypedDict):
@@ -235,4 +235,4 @@ class ChatChunk(Wire):
     model: str
     choices: list[ChatChunkChoice]
     usage: Usage | None = None
-    system_fingerprint: None = None
+    system_fingerprint: str | None = None  # the versions that answer: sql@3fa9c1d20b44; null: the base alone

@@ -14,7 +14,7 @@ from loraplex.adapters.histogram import Histogram
 from loraplex.server.api.errors import InvalidField
 from loraplex.server.api.prompts import Echo, GenerationOptions, ScoredPrompt, ScoredToken
 from loraplex.server.api.submission import Submission
-from loraplex.server.engine.request import EngineError, FinishReason, Phases, ShuttingDown, TokenEvent
+from loraplex.server.engine.request import EngineError, FinishReason, Mix, Phases, ShuttingDown, TokenEvent
 from loraplex.server.engine.streams import Shortcut
 from loraplex.server.telemetry.metrics import Metrics
 from loraplex.server.telemetry.request_context import ChoiceTimes
@@ -90,6 +90,11 @@ class Choice:
     def prompt_ids(self) -> Sequence[int]:
         """What it goes on from."""
         return self._submission.request.prompt_ids
+
+    @property
+    def mix(self) -> Mix:
+        """What it wears."""
+        return self._submission.request.mix
 
     @property
     def is_plain(self) -> bool:

@@ -24,8 +24,12 @@ from loraplex.adapters.errors import (
     AdapterRefused,
     AdapterUnavailable,
     InvalidAdapterName,
+    VersionGone,
+    VersionMoved,
+    VersionUnclear,
 )
 from loraplex.adapters.sources.spool import NoRoom
+from loraplex.server.catalog.aliases import AliasRefused
 from loraplex.server.catalog.pushed import AdapterExpired, TooManyBytes
 from loraplex.server.catalog.state_store import StateNotKept
 from loraplex.server.engine.request import (
@@ -44,7 +48,7 @@ SERVER = "server_error"
 
 
 class ApiError(Exception):
-    """An answer with an error in it: status, OpenAI's four fields, and headers."""
+    """An answer with an error in it: status, OpenAI's four fields, `details` beside them, and headers."""
 
     def __init__(
         self,
@@ -55,6 +59,7 @@ class ApiError(Exception):
         param: str | None = None,
         code: str | int | None = None,
         headers: dict[str, str] | None = None,
+        details: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -63,10 +68,11 @@ class ApiError(Exception):
         self.param = param
         self.code = code
         self.headers = headers or {}
+        self.details = details or {}
 
     def fields(self) -> dict[str, Any]:
         """The object under "error"."""
-        return {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
+        return {"message": self.message, "type": self.type, "param": self.param, "code": self.code, **self.details}
 
 
 class InvalidField(ApiError):
@@ -94,6 +100,15 @@ def to_api_error(error: Exception, prompt_param: str | None = None) -> ApiError:
             return error
         case AdapterNotFound():
             return ApiError(404, str(error), param="model", code="model_not_found")
+        case VersionGone():
+            return ApiError(410, str(error), param="model", code="version_gone")
+        case VersionUnclear():
+            return ApiError(400, str(error), param="model", code="version_unclear")
+        case AliasRefused():
+            return ApiError(400, str(error), param="targets", code="alias_refused")
+        case VersionMoved():
+            present = {"present": error.present}
+            return ApiError(409, str(error), param="expected", code="version_moved", details=present)
         case AdapterRefused():
             return ApiError(400, str(error), param="model", code=error.code)
         case AdapterUnavailable():
@@ -150,7 +165,9 @@ def to_adapter_route_error(error: Exception) -> ApiError:
         case _:
             known = to_api_error(error)
             kind = "InternalServerError" if known.status >= 500 else known.type
-            return ApiError(known.status, known.message, type=kind, code=known.status, headers=known.headers)
+            return ApiError(
+                known.status, known.message, type=kind, code=known.status, headers=known.headers, details=known.details
+            )
 
 
 def _vllm(status: int, message: str, type: str, param: str | None = None) -> ApiError:

@@ -19,7 +19,7 @@ from loraplex.server.api.errors import InvalidField, to_api_error
 from loraplex.server.api.limits import check_length, check_prompt, check_scores, check_sequences
 from loraplex.server.api.logprobs import PromptScores
 from loraplex.server.api.merge import merge
-from loraplex.server.api.names import leased
+from loraplex.server.api.names import leased, shown_mix
 from loraplex.server.api.prompts import Echo, GenerationOptions, Prompt, PromptSource
 from loraplex.server.api.sampling import SamplingSpec
 from loraplex.server.api.schemas import GenerationFields
@@ -60,6 +60,7 @@ class Generation:
         self._arrival = time.monotonic()
         self._caller = current_caller()
         self._choices: list[Choice] = []
+        self._mix: Mix = ()  # once it is leased
         self.key = secrets.token_hex(16)  # unique; part of ids on the wire
         self.client_id: str | None = None  # the client's own name for it, to abort it by
         self.created = int(time.time())
@@ -94,6 +95,13 @@ class Generation:
         """Prompt tokens that choice `index` found in the prefix cache."""
         return self._choices[index].cached_tokens
 
+    def worn(self) -> str:
+        """Say which versions answer: "sql@3fa9c1d20b44", or the terms of a mix; "" for the base, and before it leases.
+
+        Where an adapter's files turned out to be others by now, it is the version that took their place.
+        """
+        return shown_mix(self._choices[0].mix if self._choices else self._mix)
+
     def usage(self) -> Usage:
         """Counted so far: final once the deltas have ended."""
         answered = 0 if self._options.prompt_only else sum(choice.num_tokens for choice in self._choices)
@@ -117,6 +125,7 @@ class Generation:
         with self._services.drain.at_work(), self._noted():
             try:
                 async with leased(self._services, self._record) as worn:
+                    self._mix = worn.mix
                     self._note_model()
                     self.tokenizer = worn.tokenizer
                     self._services.engine.check_room(self._caller.key.tenant, worn.mix)  # texts take time to read
@@ -185,6 +194,7 @@ class Generation:
         context = current_request_context()
         if context is not None:
             context.model = self._record.model or self._services.facts.names[0]
+            context.worn = self.worn
 
     async def _end(self) -> None:
         """Close all choices and tell of them."""

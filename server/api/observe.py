@@ -1,4 +1,5 @@
-"""The outermost middleware: every request gets an id, a line in the log and, where they are on, a trace."""
+"""The outermost middleware: every request gets an id, a line in the log and, where they are on, a trace; every answer
+says which versions of which adapters wrote it."""
 
 from __future__ import annotations
 
@@ -19,6 +20,15 @@ logger = logging.getLogger(__name__)
 
 HEADER = "x-request-id"
 
+STICKY_HEADER = "x-loraplex-sticky"
+"""Says whose requests an alias shall treat alike."""
+
+MAX_STICKY = 256
+"""Characters of it that count."""
+
+WORN_HEADER = "x-loraplex-adapter"
+"""Says which versions wrote an answer, also one with an error in it: "sql@3fa9c1d20b44", or the terms of a mix."""
+
 
 class ObserveMiddleware:
     """ASGI middleware."""
@@ -37,13 +47,17 @@ class ObserveMiddleware:
         if headers.get(HEADER) != context.request_id:  # further in there is only the one it has
             others = [(name, value) for name, value in scope["headers"] if name != HEADER.encode()]
             scope = {**scope, "headers": [*others, (HEADER.encode(), context.request_id.encode())]}
+        context.sticky = headers.get(STICKY_HEADER, "")[:MAX_STICKY]
         if self._tracing is not None:
             self._tracing.begin(context, headers)
 
         async def send_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 context.status = message["status"]
-                MutableHeaders(scope=message)[HEADER] = context.request_id
+                answered = MutableHeaders(scope=message)
+                answered[HEADER] = context.request_id
+                if worn := context.worn():
+                    answered[WORN_HEADER] = worn
             await send(message)
 
         with in_request_context(context):

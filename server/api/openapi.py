@@ -25,6 +25,7 @@ class ErrorFields(Wire):
     type: str
     param: str | None  # the field at fault, as a path
     code: str | int | None
+    present: str | None = None  # of a 409: what is there instead of what was expected
 
 
 class ErrorAnswer(Wire):
@@ -142,8 +143,8 @@ class SglangAnswer(Wire):
 
 READ = (401,)
 CHANGE = (400, 401, 413, 429, 503)
-MANAGE = (400, 401, 403, 404, 413, 429, 503, 507)
-GENERATE = (400, 401, 404, 413, 429, 503, 504)
+MANAGE = (400, 401, 403, 404, 409, 413, 429, 503, 507)
+GENERATE = (400, 401, 404, 410, 413, 429, 503, 504)
 LORAX = (401, 413, 422, 424, 429, 503)
 
 WHEN = {
@@ -151,8 +152,8 @@ WHEN = {
     401: "The server has keys and none of them was given.",
     403: "The key may not do this.",
     404: "There is no such thing, or the key may not use it.",
-    409: "Another change came first.",
-    410: "It was here, and its time is over.",
+    409: "Somebody else was first: the error's `present` says what is there.",
+    410: "That version was here, and is no more.",
     413: "The body is too large.",
     415: "The body is of another kind than is taken.",
     422: "The request cannot be.",

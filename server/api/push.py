@@ -31,6 +31,7 @@ from loraplex.server.api.services import Services
 from loraplex.server.api.upload import MULTIPART, SAFETENSORS, receive
 from loraplex.server.catalog.on_demand import is_hidden
 from loraplex.server.catalog.pushed import Pushed, PushOwner
+from loraplex.server.catalog.saved import LoadTerms
 from loraplex.server.engine.pausing import Pace
 from loraplex.server.tenancy.tenants import current_key
 
@@ -71,6 +72,7 @@ def _query(**described: tuple[dict[str, Any], str]) -> dict[str, Any]:
     }
 
 
+EXPECTED = ({"type": "string"}, "The digest that the name has (12 digits or more), or nothing: no such name. Else 409.")
 TTL = ({"type": "number", "exclusiveMinimum": 0, "maximum": MAX_TTL}, "Seconds after which it goes by itself.")
 
 
@@ -79,7 +81,9 @@ def make_router(services: Services) -> APIRouter:
     router = APIRouter()
 
     @router.put(
-        "/v1/adapters/{name:path}", openapi_extra=BODY | _query(ttl=TTL), **answers(AdapterReceipt, errors=PUSH)
+        "/v1/adapters/{name:path}",
+        openapi_extra=BODY | _query(ttl=TTL, expected=EXPECTED),
+        **answers(AdapterReceipt, errors=PUSH),
     )
     async def put_adapter(request: Request, name: str) -> Response:
         """Serve the adapter in the body under this name, in place of the one that has it."""
@@ -129,10 +133,10 @@ async def push(services: Services, request: Request, name: str | None) -> Adapte
             await _warm(services, version)
             return version
         with services.on_demand.quota.loading(counted, name):
-            version = await services.adapters.register(name, source, replace=True, who=asking())
+            version = await services.adapters.register(
+                name, source, replace=True, who=asking(), terms=LoadTerms(_expected(request), ttl=ttl), what="push"
+            )
     await _warm(services, version)
-    if ttl is not None:
-        pushed.expire_after(ttl, version, services.adapters.unregister)
     logger.info("adapter %s pushed: %s", version.name, version.info.size)
     return version
 
@@ -164,6 +168,11 @@ def _check_name(services: Services, name: str) -> None:
     except InvalidAdapterName as error:
         raise InvalidField("name", str(error), "invalid_name") from None
     check_may_load(name)
+
+
+def _expected(request: Request) -> str | None:
+    """The digest that the name must have for the push to be made; "": there must be no such name; None: whatever."""
+    return request.query_params.get("expected")
 
 
 def _ttl(request: Request) -> float | None:

@@ -241,12 +241,20 @@ class CompletionRequest(GenerationFields):
     return_tokens_as_token_ids: bool | None = None
 
 
+MAX_SECONDS = 10 * 366 * 86400.0
+"""That anything may be told to stay."""
+
+
 class LoadAdapterRequest(Incoming):
     """POST /v1/load_lora_adapter, vLLM's body."""
 
     lora_name: str = ""
     lora_path: str = ""
     load_inplace: bool | None = None
+    expected_version: str | None = None  # the digest that the name has, or 12 digits or more of it; "": no such name
+    retain: int | None = Field(default=None, ge=0, le=1000)  # versions before this one that can still be asked for
+    ttl: float | None = Field(default=None, gt=0, le=MAX_SECONDS)  # that this version stays
+    keep_alive: float | None = Field(default=None, gt=0, le=MAX_SECONDS)  # without a request, after which the name goes
     is_3d_lora_weight: bool | None = None
 
 

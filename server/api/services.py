@@ -7,6 +7,7 @@ from functools import cached_property
 
 from loraplex.server.api.abort import OpenAnswers
 from loraplex.server.api.body import Bodies
+from loraplex.server.catalog.aliases import Aliases
 from loraplex.server.catalog.on_demand import OnDemand
 from loraplex.server.catalog.pushed import Pushed
 from loraplex.server.catalog.saved import Remembering
@@ -33,6 +34,7 @@ class Services:
     facts: Facts
     engine: Engine
     adapters: Remembering
+    aliases: Aliases
     on_demand: OnDemand
     pushed: Pushed
     tokenizers: Tokenizers

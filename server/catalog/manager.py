@@ -29,6 +29,9 @@ Around = Callable[[AdapterInfo, Point], Future[AdapterVersion]]
 """Makes the change, some time, with what has to be done before or after it; the info is of what was read."""
 
 
+Copy = Callable[[str], Future[str]]
+"""Copies a source that is here, some time; the copy's own source."""
+
 Examine = Callable[[str], AdapterInfo]
 """Check config and header of a source (AdapterReader.examine). Raises AdapterNotFound, AdapterRefused."""
 
@@ -64,17 +67,19 @@ class AdapterManager:
         pinned: bool = False,
         access: SourceAccess = OPERATOR,
         around: Around | None = None,
+        copy: Copy | None = None,
     ) -> AdapterVersion:
         """Fetch and read all of `source` (see sources.py) in the background and give it `name`.
 
         pinned: on the device from soon on and never evicted, until it is unloaded.
         around: called in a background thread once all is read, to have the name given; its result is the result.
+        copy: makes the copy that is read instead, from then on too.
 
         Raises InvalidAdapterName, AdapterExists (name taken and not `replace`), AdapterNotFound (no such folder or
         repository), AdapterRefused (damaged, for another base, unsupported, too large for this server's memory),
         AdapterUnavailable (its source cannot be reached). Nothing is registered when it raises.
         """
-        coming = self.begin(name, source, replace=replace, access=access, around=around)
+        coming = self.begin(name, source, replace=replace, access=access, around=around, copy=copy)
         version = await asyncio.wrap_future(coming)
         if pinned:
             self.pin(version, True)
@@ -89,10 +94,13 @@ class AdapterManager:
         access: SourceAccess = OPERATOR,
         stale: bool = False,
         around: Around | None = None,
+        copy: Copy | None = None,
+        origin: str = "",
     ) -> Future[AdapterVersion]:
         """register() without waiting: the future fails as it raises. Once cancelled, nothing is registered.
 
         stale: where the source is out of reach, take what was fetched of it earlier.
+        origin: what `source` is a copy of.
         """
         outcome: Future[AdapterVersion] = Future()
         try:
@@ -105,11 +113,18 @@ class AdapterManager:
             return outcome
 
         def load() -> None:
-            when_done(self.loader.load(found.text), outcome, enter)
+            if copy is None:
+                read(found.text)
+            else:
+                when_done(copy(found.text), outcome, read)
 
-        def enter(loaded: LoadedContent) -> None:
+        def read(place: str) -> None:
+            when_done(self.loader.load(place), outcome, lambda loaded: enter(place, loaded))
+
+        def enter(place: str, loaded: LoadedContent) -> None:
             if outcome.set_running_or_notify_cancel():
-                point = partial(self.registry.register, name, found.text, loaded.info, replace=replace)
+                register, given = self.registry.register, origin if place == found.text else found.text
+                point = partial(register, name, place, loaded.info, replace=replace, origin=given)
                 if around is None:
                     outcome.set_result(point())
                 else:
@@ -140,6 +155,10 @@ class AdapterManager:
     def coming(self) -> tuple[str, ...]:
         """Names that requests wait for: they are not registered yet."""
         return self._arrivals.keys()
+
+    def examine(self, source: str) -> AdapterInfo:
+        """Check config and header of a source that is here. Raises AdapterNotFound, AdapterRefused."""
+        return self._examine(source)
 
     def pin(self, version: AdapterVersion, pinned: bool) -> None:
         """Have `version` on the device from soon on and never evicted, or let it be evicted again."""

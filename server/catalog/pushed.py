@@ -16,11 +16,10 @@ import re
 import secrets
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Coroutine, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 from loraplex.adapters.errors import AdapterError, AdapterNotFound
 from loraplex.adapters.registry import AdapterLease, AdapterVersion
@@ -44,10 +43,6 @@ LEAST_PREFIX = 12
 """Hex digits by which an adapter without a name is asked for."""
 
 _BY_DIGEST = re.compile(r"@(?:sha256:)?([0-9a-f]{1,64})")
-
-
-Unload = Callable[[str], Coroutine[Any, Any, object]]
-"""Takes a name away (AdapterManager.unregister)."""
 
 
 class TooManyBytes(AdapterError):
@@ -223,16 +218,6 @@ class Pushed:
         return max(0.0, timer.when() - asyncio.get_running_loop().time())
 
     # -- what goes -----------------------------------------------------------------------------------------------------
-
-    def expire_after(self, ttl: float, version: AdapterVersion, unload: Unload) -> None:
-        """Have `unload` take the version's name away after `ttl` seconds, if it still stands for the version."""
-
-        def expired() -> None:
-            if self._adapters.registry.get(version.name) is version:
-                task = asyncio.ensure_future(unload(version.name))
-                task.add_done_callback(lambda done: logger.info("adapter %s has expired", version.name))
-
-        self._expire_after(ttl, version, expired)
 
     def _expire_after(self, ttl: float, version: AdapterVersion, expired: Callable[[], None]) -> None:
         """Not before what was said of the same version earlier."""

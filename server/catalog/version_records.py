@@ -27,6 +27,8 @@ class KeptName:
     source: str  # as the caller gave it, or where its copy is
     ambient: bool = True  # see SourceAccess; a caller's own token is not kept
     pinned: bool = False
+    retain: int = 0  # versions before the one it has that can still be asked for
+    keep_alive: float | None = None  # seconds without a request after which it is taken away; None: never
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,30 @@ class KeptVersion:
     expires: float | None = None  # seconds since 1970; None: never
     gone: str = ""  # why it cannot be asked for any more; "": it can
     receipt: str = ""  # JSON
+
+
+@dataclass(frozen=True)
+class KeptLabel:
+    """Name one version of an adapter: `name@label`."""
+
+    KEY: ClassVar[tuple[str, ...]] = ("name", "label")
+
+    name: str
+    label: str
+    digest: str
+
+
+@dataclass(frozen=True)
+class KeptAlias:
+    """Say what an alias stands for (aliases.py)."""
+
+    KEY: ClassVar[tuple[str, ...]] = ("name",)
+
+    name: str
+    revision: int
+    state: str  # JSON
+    previous: str  # JSON; "": it was never changed
+    changed: float  # seconds since 1970
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ import time
 from dataclasses import replace
 
 from loraplex.server.catalog.state_writer import OnChange, StateWriter
-from loraplex.server.catalog.version_records import KeptVersion, Who
+from loraplex.server.catalog.version_plan import Held
+from loraplex.server.catalog.version_records import KeptLabel, KeptVersion, Who
 
 MAX_GONE = 64
 """Versions of one name that are remembered though they cannot be asked for any more: newer ones go before."""
@@ -19,10 +20,12 @@ class Versions:
     def __init__(self, writer: StateWriter) -> None:
         """Read what the state has of them. Raises StateError."""
         self._writer = writer
+        self.holders: list[Held] = []
         self._lock = threading.Lock()
         self._known: dict[str, dict[str, KeptVersion]] = {}  # by name, then digest
         for row in writer.store.rows(KeptVersion):
             self._known.setdefault(row.name, {})[row.digest] = row
+        self._labels = {(row.name, row.label): row.digest for row in writer.store.rows(KeptLabel)}
 
     def on_change(self, listener: OnChange) -> None:
         """Tell `listener` of every change before it is written; what it raises refuses the change."""
@@ -39,6 +42,27 @@ class Versions:
         with self._lock:
             return self._known.get(name, {}).get(digest)
 
+    def all(self) -> tuple[KeptVersion, ...]:
+        """List the versions of all names."""
+        with self._lock:
+            return tuple(row for known in self._known.values() for row in known.values())
+
+    def is_held(self, row: KeptVersion) -> bool:
+        """Return whether a label or an alias stands for the version, which has to stay then."""
+        return row.digest in self.labels(row.name).values() or any(held(row) for held in self.holders)
+
+    def labels(self, name: str) -> dict[str, str]:
+        """Return the digests by label."""
+        with self._lock:
+            return {label: digest for (of, label), digest in self._labels.items() if of == name}
+
+    def set_label(self, name: str, label: str, digest: str) -> None:
+        """Know a label that is on disk; a digest of "": it is gone."""
+        with self._lock:
+            self._labels.pop((name, label), None)
+            if digest:
+                self._labels[name, label] = digest
+
     def record(self, name: str, digest: str, source: str, who: Who = Who(), receipt: str = "") -> KeptVersion:
         """Write down that `name` has the content `digest` from now on. Raises StateNotKept. In the writer's thread."""
         row = self.draft(name, digest, source, who, receipt)
@@ -52,7 +76,16 @@ class Versions:
         old = self.find(name, digest)
         if old is not None:
             latest = old.number if old.number == number - 1 else number
-            return replace(old, number=latest, source=source, gone="", expires=None, receipt=receipt or old.receipt)
+            return replace(
+                old,
+                number=latest,
+                source=source,
+                gone="",
+                expires=None,
+                copy="",
+                nbytes=0,
+                receipt=receipt or old.receipt,
+            )
         return KeptVersion(name, digest, number, source, time.time(), who.key, who.tenant, receipt=receipt)
 
     def set_receipt(self, name: str, digest: str, receipt: str) -> None:

@@ -6,10 +6,16 @@ import time
 from collections.abc import Collection
 from functools import partial
 
+from loraplex.adapters.registry import AdapterVersion
+from loraplex.adapters.sources.sources import resolve
 from loraplex.adapters.sources.spool import Spool
 from loraplex.adapters.tiers.merging import merge_versions
 from loraplex.kernels.constants import BLOCK_SIZE
 from loraplex.server.api.services import Services
+from loraplex.server.catalog.aliases import Aliases
+from loraplex.server.catalog.copies import VersionCopies
+from loraplex.server.catalog.expiry import Expiry
+from loraplex.server.catalog.manager import AdapterManager
 from loraplex.server.catalog.on_demand import OnDemand
 from loraplex.server.catalog.pushed import Pushed
 from loraplex.server.catalog.saved import Remembering
@@ -51,8 +57,8 @@ def make_services(
         tracing = None if endpoint is None else start_tracing(endpoint)
         kept = {row.source: row.name.rpartition("/")[0] for row in state.rows(KeptName)}
         spool = _spool(config, state, kept)
-        adapters = Remembering(manager, writer, Versions(writer))
-        adapters.restore()
+        adapters = _remembering(config, manager, writer)
+        aliases = Aliases(adapters)
     except (TracingUnavailable, StateError) as error:
         raise StartError(error) from error
     prover, audit = make_prover(parts, (*config.base_names, config.base)), None
@@ -70,6 +76,7 @@ def make_services(
         facts=facts,
         engine=engine,
         adapters=adapters,
+        aliases=aliases,
         on_demand=on_demand,
         pushed=Pushed(manager, on_demand.quota, spool, config.adapters.downloads.max_bytes, kept),
         tokenizers=tokenizers,
@@ -108,3 +115,21 @@ def make_facts(config: ServeConfig, parts: EngineParts) -> Facts:
         device="cpu" if memory.shared else "cuda",
         memory=tuple(memory.parts()),
     )
+
+
+def _remembering(config: ServeConfig, manager: AdapterManager, writer: StateWriter) -> Remembering:
+    """Have changes written down, and what was loaded before come back. Raises StateError."""
+    folder, locate = config.run.state_dir, resolve if manager.downloads is None else manager.downloads.locate
+    copies = VersionCopies(None if folder is None else folder / "versions", config.adapters.retained_bytes, locate)
+    adapters = Remembering(manager, writer, Versions(writer), copies, config.adapters.retain)
+    forget = manager.registry.on_drained
+
+    def drained(version: AdapterVersion) -> None:
+        if forget is not None:
+            forget(version)
+        adapters.drained(version)
+
+    manager.registry.on_drained = drained
+    adapters.restore()
+    Expiry(adapters).start()
+    return adapters

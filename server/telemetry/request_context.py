@@ -62,6 +62,8 @@ class RequestContext:
     choices: list[ChoiceTimes] = field(default_factory=list)
     trace_id: str | None = None
     num_holds: int = 0
+    sticky: str = ""  # whose requests an alias treats alike
+    worn: Callable[[], str] = lambda: ""  # the versions that write the answer, as far as they are known by now
     on_end: Callable[[RequestContext], None] = lambda context: None
 
     @contextmanager

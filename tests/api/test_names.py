@@ -85,7 +85,13 @@ WRONG: dict[str, tuple[dict[str, Any], int, str, str]] = {
     "unknown in adapters": ({"adapters": [{"name": "sql"}, {"name": "nobody"}]}, 404, "adapters[1].name", MISSING),
     "unknown adapter_id": ({"adapter_id": "nobody"}, 404, "adapter_id", MISSING),
     "unknown lora_path": ({"lora_path": "nobody"}, 404, "lora_path", MISSING),
-    "unknown version": ({"model": "sql@abc"}, 404, "model", f"there is {digest_of_source('/adapters/sql')[:12]}"),
+    "a short version": ({"model": "sql@abc"}, 400, "model", "found 3 digits of a digest, expected 12 or more"),
+    "unknown version": (
+        {"model": "sql@abcabcabcabc"},
+        404,
+        "model",
+        f"there is {digest_of_source('/adapters/sql')[:12]}",
+    ),
     "version of nobody": ({"model": "nobody@abc"}, 404, "model", "`nobody@abc` does not exist"),
     "a merge's name": ({"model": "merged/abc"}, 404, "model", "does not exist"),
     "two fields": (

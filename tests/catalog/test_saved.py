@@ -35,7 +35,14 @@ class Manager(FakeAdapters):
         self.expected: list[str] = []
 
     def begin(
-        self, name: str, source: str, *, replace: bool = False, access: SourceAccess = OPERATOR, stale: bool = False
+        self,
+        name: str,
+        source: str,
+        *,
+        replace: bool = False,
+        access: SourceAccess = OPERATOR,
+        stale: bool = False,
+        origin: str = "",
     ) -> Future[AdapterVersion]:
         self.begun.append((name, source, access, stale))
         coming: Future[AdapterVersion] = Future()

@@ -125,13 +125,43 @@ def test_adapters_are_shown_with_their_levels_and_come_as_they_are_loaded(page: 
     page.wait(lambda: "late" in rows(page), "the adapter that came")
     levels = {row["name"]: row["level"] for row in served.overview()["adapters"]["rows"]}
     assert rows(page) == levels
-    assert levels["late"] in ("host", "disk")
     served.answer("late")
     page.wait(lambda: rows(page)["late"] == "device", "its way to the device")
     page.one("#filter").send_keys("LAT")
     page.wait(lambda: list(rows(page)) == ["late"], "the filter")
     served.ask("POST", "/v1/unload_lora_adapter", json={"lora_name": "late"})
     page.wait(lambda: not rows(page), "its end")
+
+
+def test_versions_and_aliases_are_shown(page: Browser, served: Served) -> None:
+    served.load("turn", "one")
+    old = served.ask("GET", "/v1/adapters/turn").json()["digest"]
+    assert served.live.load("turn", served.adapters / "two", "root", load_inplace=True, retain=1).status_code == 200
+    assert served.live.load("turn", served.adapters / "three", "root", load_inplace=True, retain=1).status_code == 200
+    versions = served.ask("GET", "/v1/adapters/turn").json()["versions"]
+    assert [(each["state"], each["gone"]) for each in versions] == [
+        ("serving", None),
+        ("kept", None),
+        ("gone", "replaced"),
+    ]
+    assert versions[2]["digest"] == old
+    served.ask("PUT", "/v1/adapters/turn/labels/prod", json={"version": "previous"})
+    targets = [{"adapter": "turn@prod", "weight": 95}, {"adapter": "turn", "weight": 5}]
+    served.ask("PUT", "/v1/aliases/support", json={"targets": targets})
+    row = "return [...document.querySelectorAll('#rows tr')].find(r => r.dataset.name === 'turn')"
+    new, kept = (each["digest"][:12] for each in versions[:2])
+
+    def shown() -> list[str] | None:
+        return page.run(
+            f"{row}?.querySelector('.version') && (v => [v.textContent, v.title])({row[7:]}.querySelector('.version'))"
+        )
+
+    page.wait(lambda: shown() == [f"{new} +1", f"{new} serving\n{kept} prod kept"], "the versions")
+    page.wait(lambda: page.texts("#alias-rows th") == ["support"], "the alias")
+    assert page.texts("#alias-rows td") == ["split", f"turn@{kept} 95 %, turn 5 %", "1"]
+    served.ask("DELETE", "/v1/aliases/support")
+    page.wait(lambda: not page.one("#aliases").is_displayed(), "its end")
+    served.ask("POST", "/v1/unload_lora_adapter", json={"lora_name": "turn"})
 
 
 def test_the_playground_streams_what_each_adapter_says(page: Browser, served: Served) -> None:

@@ -24,7 +24,8 @@ from loraplex.adapters.sources.sources import OPERATOR, SourceAccess
 from loraplex.adapters.sources.spool import Spool
 from loraplex.adapters.tiers.stats import AdapterPlace, PageOwners
 from loraplex.server.api.services import Services
-from loraplex.server.catalog.manager import AdapterManager, Around
+from loraplex.server.catalog.aliases import Aliases
+from loraplex.server.catalog.manager import AdapterManager, Around, Copy
 from loraplex.server.catalog.on_demand import OnDemand
 from loraplex.server.catalog.pushed import Pushed
 from loraplex.server.catalog.saved import Remembering
@@ -220,6 +221,7 @@ class FakeAdapters(AdapterManager):
         pinned: bool = False,
         access: SourceAccess = OPERATOR,
         around: Around | None = None,
+        copy: Copy | None = None,
     ) -> AdapterVersion:
         await asyncio.sleep(0)
         if "missing" in source:
@@ -324,10 +326,12 @@ class FakeServer:
             formats=BaseFormats("float32", "Q4_1 + Q8_0", "a8"),
             memory=(("weights", 3 << 20, ""), ("arena", 4096 * 100, "100 pages")),
         )
+        adapters = remembering(self.adapters, self.state)
         return Services(
             facts=facts,
             engine=self.engine,
-            adapters=remembering(self.adapters, self.state),
+            adapters=adapters,
+            aliases=Aliases(adapters),
             on_demand=self.on_demand,
             pushed=self.pushed,
             tokenizers=Tokenizers(self.tokenizer, VOCAB_SIZE, self.defaults.eos_token_ids),

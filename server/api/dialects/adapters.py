@@ -18,6 +18,7 @@ from loraplex.server.api.openapi import MANAGE, AdapterErrorAnswer, answers
 from loraplex.server.api.schemas import LoadAdapterRequest, UnloadAdapterRequest
 from loraplex.server.api.services import Services
 from loraplex.server.catalog.on_demand import is_hidden
+from loraplex.server.catalog.saved import LoadTerms
 from loraplex.server.tenancy.tenants import current_key
 
 logger = logging.getLogger(__name__)
@@ -74,9 +75,17 @@ async def load(services: Services, record: LoadAdapterRequest, *, pinned: bool =
     try:
         with counting_adapters() as owner, services.on_demand.quota.loading(owner, name):
             version = await services.adapters.register(
-                name, source, replace=bool(record.load_inplace), pinned=pinned, access=access, who=asking()
+                name,
+                source,
+                replace=bool(record.load_inplace),
+                pinned=pinned,
+                access=access,
+                who=asking(),
+                terms=LoadTerms(record.expected_version, record.retain, record.ttl, record.keep_alive),
             )
     except AdapterExists:
+        if services.adapters.registry.get(name) is None:
+            raise  # it is an alias
         raise AdapterExists(
             f"The lora adapter '{name}' has already been loaded. If you want to load the adapter in place, set "
             "'load_inplace' to True."

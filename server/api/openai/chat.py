@@ -132,13 +132,14 @@ class _ChatRendering:
         return known and not delta.tokens and delta.finish_reason is None
 
     def usage_chunk(self, usage: Usage) -> ChatChunk:
-        return ChatChunk(id=self._id, created=self._generation.created, model=self._model, choices=[], usage=usage)
+        return self._chunk(None, usage)
 
     def whole(self, choices: list[Collected], usage: Usage) -> ChatCompletion:
         return ChatCompletion(
             id=self._id,
             created=self._generation.created,
             model=self._model,
+            system_fingerprint=self._generation.worn() or None,
             choices=[self._choice(index, choice) for index, choice in enumerate(choices)],
             usage=usage,
         )
@@ -179,9 +180,14 @@ class _ChatRendering:
             case CallArguments(text):
                 return ChatDelta(tool_calls=[ToolCallDelta(index=answer.num_calls - 1, arguments=text)])
 
-    def _chunk(self, choice: ChatChunkChoice, usage: Usage | None) -> ChatChunk:
+    def _chunk(self, choice: ChatChunkChoice | None, usage: Usage | None) -> ChatChunk:
         return ChatChunk(
-            id=self._id, created=self._generation.created, model=self._model, choices=[choice], usage=usage
+            id=self._id,
+            created=self._generation.created,
+            model=self._model,
+            system_fingerprint=self._generation.worn() or None,
+            choices=[] if choice is None else [choice],
+            usage=usage,
         )
 
 

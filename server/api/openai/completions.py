@@ -127,7 +127,14 @@ class _CompletionRendering:
         return self._completion([self._choice(i, choice, i // n * best_of) for i, choice in enumerate(kept)], usage)
 
     def _completion(self, choices: list[CompletionChoice], usage: Usage | None = None) -> Completion:
-        return Completion(id=self._id, created=self._created, model=self._model, choices=choices, usage=usage)
+        return Completion(
+            id=self._id,
+            created=self._created,
+            model=self._model,
+            system_fingerprint=self._generation.worn() or None,
+            choices=choices,
+            usage=usage,
+        )
 
     def _choice(self, index: int, choice: Collected, prompt: int | None) -> CompletionChoice:
         """prompt: of which choice of the generation; None: it is not told here."""

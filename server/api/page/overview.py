@@ -14,9 +14,12 @@ from typing import Any
 
 from loraplex.adapters.registry import AdapterVersion
 from loraplex.adapters.tiers.stats import AdapterPlace, PageOwners
+from loraplex.server.api.catalog import visible_aliases
 from loraplex.server.api.errors import InvalidField
 from loraplex.server.api.page.page_map import json_of, page_runs
 from loraplex.server.api.services import Services
+from loraplex.server.api.version_cards import version_cards
+from loraplex.server.catalog.aliases import Alias
 from loraplex.server.catalog.on_demand import is_hidden
 from loraplex.server.telemetry.recent import Quantiles
 from loraplex.server.tenancy.tenants import Key, current_key
@@ -91,6 +94,7 @@ def overview(services: Services, view: View) -> bytes:
         },
         "memory": [{"name": name, "bytes": size, "remark": remark} for name, size, remark in facts.memory],
         "adapters": _table(services, key, adapters, places, view),
+        "aliases": [_alias(alias) for alias in visible_aliases(services)[:MAX_ROWS]],
     }
     return _json(answer)[:-1] + b',"arena":' + _arena(services, stats.adapters.pages, adapters, places) + b"}"
 
@@ -150,7 +154,18 @@ def _row(services: Services, key: Key, each: AdapterVersion, level: str, place: 
     """None in a column: not counted apart, or not this caller's to know."""
     row = {column: _value(services, key, each, level, column) for column in COLUMNS[2:]}
     pinned = place is not None and place.pinned
-    return {"name": each.name, "uid": each.uid, "level": level, "pinned": pinned, **row}
+    versions = [
+        {"digest": card.digest, "state": card.state, "labels": card.labels}
+        for card in version_cards(services, each.name)
+        if card.state != "gone"
+    ]
+    versions.sort(key=lambda card: card["state"] != "serving")
+    return {"name": each.name, "uid": each.uid, "level": level, "pinned": pinned, "versions": versions, **row}
+
+
+def _alias(alias: Alias) -> dict[str, Any]:
+    targets = [{"adapter": each.name, "weight": each.weight} for each in alias.state.targets]
+    return {"name": alias.name, "kind": alias.state.kind, "targets": targets, "revision": alias.revision}
 
 
 def _value(services: Services, key: Key, each: AdapterVersion, level: str, column: str) -> int | None:

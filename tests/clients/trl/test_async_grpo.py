@@ -23,7 +23,15 @@ from trl.experimental.async_grpo.async_grpo_trainer import select_adapter_sync
 from trl.experimental.async_grpo.async_rollout_worker import _AsyncRolloutLoop
 from trl.experimental.async_grpo.vllm_client import VLLMClient
 
-TEMPLATE = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+RESPONSES = {  # of templates that TRL knows, it has this by itself
+    "defaults": {"role": "assistant"},
+    "start_anchor": "assistant: ",
+    "fields": {"content": {"close_pattern": "</s>", "content": "text"}},
+}
 NAME, CLOSE, SECONDS = "trl-policy", 2e-4, 60.0
 
 
@@ -75,10 +83,7 @@ class Rollouts:
     def __init__(self, url: str, base: Path, **sampling: Any) -> None:
         tokenizer = transformers.AutoTokenizer.from_pretrained(base)
         tokenizer.chat_template = TEMPLATE
-        tokenizer.response_schema = {  # of templates it knows, TRL knows this by itself
-            "type": "object",
-            "properties": {"role": {"const": "assistant"}, "content": {"type": "string", "x-regex": "(?s)(.*)"}},
-        }
+        tokenizer.response_template = RESPONSES
         context = multiprocessing.get_context("spawn")
         self.version = context.Value("i", 0)
         self.buffer = context.Queue(2)  # so that it runs no further ahead than it must

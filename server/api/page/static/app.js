@@ -6,6 +6,7 @@ import { byId, bytes, count, element, setText, short } from "./format.js";
 import { PageMap } from "./map.js";
 import { Playground } from "./playground.js";
 import { AdapterTable } from "./table.js";
+import { showAliases } from "./versions.js";
 
 const EVERY = 1000; // ms
 const PATIENCE = 10000; // ms, until it does not answer
@@ -78,6 +79,7 @@ function show(found) {
   showMemory(found.memory);
   playground.know(found.adapters.rows, server.may_use_base ? server.base : null);
   table.update(found.adapters, playground.picked);
+  showAliases(found.aliases);
 }
 
 function showLatency(id, scale, found) {
