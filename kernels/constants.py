@@ -30,6 +30,19 @@ class TileKind(IntEnum):
     BIAS = 1  # w * B, one row
     SCALE = 2  # w * (v - 1) * y, v one row of fp32: y becomes (1 + sum of w * (v - 1)) * y
     DENSE = 3  # w * A x[in_start : in_start + in_len], A having a row for each column of the window, and no B
+    OWN = 7  # nothing: it holds rows in place of the base's, see OwnTable
+
+
+class Own(IntEnum):
+    """What of the base an adapter has rows of its own for: bits of OwnTable.wearers."""
+
+    NORM = 1
+    EMBED = 2
+    HEAD = 4
+
+
+OWN_NORMS = 4
+"""Norms of a layer that have places of their own, in the order of the pass; two of them with sandwich norms alone."""
 
 
 # ---- the records of kernels/cpu ----
@@ -66,6 +79,9 @@ class OpCode(IntEnum):
     PACK = 10
     QUANTISED = 11
     PACK_QUANTISED = 12
+    OWN_NORM = 13
+    OWN_EMBED = 14
+    OWN_HEAD = 15
 
 
 class NumberKind(IntEnum):

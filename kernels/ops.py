@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from loraplex.kernels.quantized import Activations, PartShape, QuantizedWeight, dequantize
-from loraplex.kernels.records import AdapterStep, AttentionMeta, AttentionParams, KVLayer, QKNorm
+from loraplex.kernels.records import AdapterStep, AttentionMeta, AttentionParams, KVLayer, QKNorm, TileTable
 
 
 class BackendUnavailable(RuntimeError):
@@ -188,6 +188,42 @@ class Backend(Protocol):
                        DENSE:    acc[window] += w * u
                      y[t] = round(y[t] + acc)
                    Tokens past the last segment are not touched.
+        """
+        ...
+
+    def adapter_norm_(
+        self,
+        y: Tensor,
+        r: Tensor,
+        eps: float,
+        offset: float,
+        place: int,
+        adapters: AdapterStep,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """y, r [L, H] as rms_norm returns them, rows [L] int64: the tokens they are of; None: token t in row t.
+
+        place: of OwnPlaces.
+
+        Semantics: for each row whose token's mix is one slot with a tile at `place`: y = as rms_norm of r with the
+                   tile's row, fp32, as the weight. Other rows are not touched.
+        """
+        ...
+
+    def adapter_embed_(self, y: Tensor, ids: Tensor, place: int, adapters: AdapterStep) -> Tensor:
+        """y [T, H] as embed() of ids [T] int64 returns it.
+
+        Semantics: for each token t whose mix is one slot with a row for ids[t] at `place`: y[t] = that row.
+        """
+        ...
+
+    def adapter_head_(
+        self, logits: Tensor, x: Tensor, slots: Tensor, place: int, arena: Tensor, table: TileTable
+    ) -> Tensor:
+        """logits [L, at least the vocabulary] fp32, x [L, H], slots [L] int32 on the host, -1: the base's rows alone.
+
+        Semantics: for each row i and each row w that the tiles of slots[i] at `place` hold for a token c:
+                   logits[i, c] = x[i] . w, accumulated in fp32; rounded to the compute dtype at most.
         """
         ...
 

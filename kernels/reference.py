@@ -16,10 +16,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812  its usual name
 
-from loraplex.kernels.constants import ALIGN, TileKind
+from loraplex.kernels.constants import ALIGN, Own, TileKind
 from loraplex.kernels.ops import Backend, PackedLinear
 from loraplex.kernels.quantized import Activations, QuantizedWeight, dequantize, round_activations
-from loraplex.kernels.records import AdapterStep, AttentionMeta, AttentionParams, KVLayer, QKNorm, element_bytes
+from loraplex.kernels.records import (
+    AdapterStep,
+    AttentionMeta,
+    AttentionParams,
+    KVLayer,
+    QKNorm,
+    TileTable,
+    element_bytes,
+)
+from loraplex.kernels.reference_own import own_rows, slots_of
 from loraplex.kernels.sampling import TorchSampling
 
 QUERY_BLOCK = 128
@@ -144,6 +153,43 @@ class ReferenceBackend(TorchSampling, Backend):
             if tiles and stop > start:
                 _add_tiles_(y[start:stop], x[start:stop], elements, tiles)
         return y
+
+    def adapter_norm_(
+        self,
+        y: Tensor,
+        r: Tensor,
+        eps: float,
+        offset: float,
+        place: int,
+        adapters: AdapterStep,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        if adapters.own & Own.NORM:
+            tokens = range(y.shape[0]) if rows is None else rows.tolist()
+            slots = slots_of(adapters.segments, tokens)
+            for slot in set(slots) - {-1}:
+                for _, weight in own_rows(adapters.table, adapters.arena, slot, place, torch.float32):
+                    worn = [i for i, other in enumerate(slots) if other == slot]
+                    normed, _ = self.rms_norm(r[worn], weight[0], eps, None, offset)
+                    y[worn] = normed.to(y.dtype)
+        return y
+
+    def adapter_embed_(self, y: Tensor, ids: Tensor, place: int, adapters: AdapterStep) -> Tensor:
+        if adapters.own & Own.EMBED:
+            slots = torch.tensor(slots_of(adapters.segments, range(len(ids))), device=ids.device)
+            for slot in set(slots.tolist()) - {-1}:
+                for first, own in own_rows(adapters.table, adapters.arena, slot, place, y.dtype):
+                    at = ((slots == slot) & (ids >= first) & (ids < first + len(own))).nonzero().squeeze(1)
+                    y[at] = own[ids[at] - first]
+        return y
+
+    def adapter_head_(
+        self, logits: Tensor, x: Tensor, slots: Tensor, place: int, arena: Tensor, table: TileTable
+    ) -> Tensor:
+        for i, slot in enumerate(slots.tolist()):
+            for first, own in own_rows(table, arena, slot, place, x.dtype) if slot >= 0 else ():
+                logits[i, first : first + len(own)] = F.linear(x[i], own).float()
+        return logits
 
     def rope_store_kv(
         self,

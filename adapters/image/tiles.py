@@ -21,7 +21,7 @@ from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.image.placement import PartPlace, RowPlacement, Strip, padded, place_rows
 from loraplex.kernels.constants import ALIGN, TILE_COLUMNS, TILE_RANKS, TileKind
 from loraplex.kernels.hugepages import huge_zeros
-from loraplex.kernels.records import Projection, element_bytes
+from loraplex.kernels.records import OwnPlaces, Projection, element_bytes
 
 IMAGE_COLUMNS = 2 + TILE_COLUMNS
 
@@ -81,6 +81,23 @@ class OutputScale:
 
 
 @dataclass(frozen=True)
+class OwnRows:
+    """Rows in place of the base's: a norm's weight, or neighbouring rows of the embedding or the head.
+
+    `projection` says which, see own_projection().
+    """
+
+    layer: int  # the base's num_layers: behind all of them
+    projection: Projection
+    rows: Tensor  # [n, width]; norms are kept in fp32, rows of tables in the compute dtype
+
+
+def own_projection(name: str, place: int, first: int, rows: int, width: int) -> Projection:
+    """Describe rows `first` to first + rows - 1, each `width` wide, at `place` of OwnPlaces."""
+    return Projection(name, place, width, first, rows, False)
+
+
+@dataclass(frozen=True)
 class DenseDelta:
     """y += delta x on one projection of one layer: a change of full rank, as large as the weight that it changes."""
 
@@ -89,7 +106,7 @@ class DenseDelta:
     delta: Tensor  # [out, in], any float dtype
 
 
-Part = LowRank | BiasDelta | OutputScale | DenseDelta
+Part = LowRank | BiasDelta | OutputScale | DenseDelta | OwnRows
 
 
 @dataclass(frozen=True)
@@ -197,6 +214,13 @@ def shape_of(part: Part) -> PartShape:
             return PartShape(part.layer, part.projection, 1, TileKind.SCALE)
         case DenseDelta():
             return PartShape(part.layer, part.projection, part.delta.shape[0], TileKind.DENSE)
+        case OwnRows():
+            return own_shape(part.layer, part.projection)
+
+
+def own_shape(num_layers: int, projection: Projection) -> PartShape:
+    """Return the shape of OwnRows."""
+    return PartShape(num_layers, projection, projection.out_features, TileKind.OWN)
 
 
 def _order(shape: PartShape) -> tuple[int, int, int, int]:
@@ -209,6 +233,10 @@ def _check(parts: Sequence[Part], layout: BaseLayout) -> None:
     for part in parts:
         projection = part.projection
         where = f"layer {part.layer} {projection.name}"
+        if isinstance(part, OwnRows):
+            if part.rows.shape != (projection.out_features, projection.in_features):
+                raise ValueError(f"{projection.name}: rows of shape {list(part.rows.shape)}")
+            continue
         if not 0 <= part.layer < layout.num_layers:
             raise ValueError(f"{where}: the base has layers 0 to {layout.num_layers - 1}")
         if isinstance(part, BiasDelta | OutputScale):
@@ -233,7 +261,7 @@ def _check(parts: Sequence[Part], layout: BaseLayout) -> None:
 def _placement(shape: PartShape, item: int) -> RowPlacement:
     """Begin to place a part; item: bytes of an element of the compute dtype."""
     out = shape.projection.out_features
-    if shape.kind == TileKind.SCALE:
+    if shape.kind == TileKind.SCALE or _is_norm(shape):
         item = SCALE_BYTES
     b_row = padded(out * item)
     if shape.kind in (TileKind.BIAS, TileKind.SCALE):
@@ -242,7 +270,7 @@ def _placement(shape: PartShape, item: int) -> RowPlacement:
     a_row = padded(a_bytes)
     # A tile's rows are contiguous and its start aligned. Where a row is no multiple of 64 bytes, only tiles of one
     # rank can start anywhere. Hidden sizes in use are multiples of 32 and never get here.
-    if shape.kind == TileKind.DENSE:
+    if shape.kind in (TileKind.DENSE, TileKind.OWN):  # of A alone: no row of B is left to be placed
         step = TILE_RANKS if a_row == a_bytes else 1
         return RowPlacement(shape.rank, out, a_row, 0, item, step, shape.projection.in_features, rank=shape.rank)
     even = a_row == a_bytes and b_row == out * item
@@ -268,6 +296,9 @@ def _write(part: Part, place: PartPlace, image: Tensor, dtype: torch.dtype) -> N
             write(part.delta.unsqueeze(0), place.b_row, place.b, "bias")
         case OutputScale():
             write(part.values.unsqueeze(0), place.b_row, place.b, "scale", torch.float32)
+        case OwnRows():
+            exact = torch.float32 if _is_norm(shape_of(part)) else dtype
+            write(part.rows, place.a_row, place.a, "a row", exact)
         case DenseDelta():
             write(part.delta, place.a_row, place.a, "the change")
 
@@ -301,8 +332,12 @@ def _tiles(shape: PartShape, placement: RowPlacement) -> list[tuple[int, ...]]:
                 a_pos = (a_position + (rank - a_first) * placement.a_row) // ALIGN
                 b_pos = (b_position + (rank - first) * placement.b_row) // ALIGN
                 rows.append((*head, a_pos, b_pos, min(placement.step, stop - rank), *out, shape.kind, *window))
-    for first, last, position in placement.a_strips if shape.kind == TileKind.DENSE else ():
+    for first, last, position in placement.a_strips if shape.kind in (TileKind.DENSE, TileKind.OWN) else ():
         for rank in range(first, last, placement.step):
             a_pos, n = (position + (rank - first) * placement.a_row) // ALIGN, min(placement.step, last - rank)
             rows.append((*head, a_pos, -1, n, shape.projection.out_start + rank, n, shape.kind, *window))
     return rows
+
+
+def _is_norm(shape: PartShape) -> bool:
+    return shape.kind == TileKind.OWN and shape.projection.site <= OwnPlaces(shape.layer).last_norm

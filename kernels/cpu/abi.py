@@ -42,6 +42,9 @@ class Step(ctypes.Structure):
         ("ranges", _Pointer),
         ("tiles", _Pointer),
         ("arena", _Pointer),
+        ("own_ranges", _Pointer),
+        ("own_places", ctypes.c_int32),
+        ("own_worn", ctypes.c_int32),
         ("draws", _Pointer),
         ("drawn", _Pointer),
         ("ranks", _Pointer),  # scratch of the library, all three
@@ -100,6 +103,10 @@ class AdapterArgs(ctypes.Structure):
     _fields_ = [("layer", _Int), ("site", _Int)]
 
 
+class OwnArgs(ctypes.Structure):
+    _fields_ = [("place", _Int), ("eps", _Float), ("offset", _Float), ("ldy", ctypes.c_int64)]
+
+
 class CachedLayer(ctypes.Structure):
     _fields_ = [("k", _Pointer), ("v", _Pointer), ("page", ctypes.c_int64), ("group", _Int)]
 
@@ -138,6 +145,7 @@ class _Args(ctypes.Union):
         ("norm", NormArgs),
         ("linear", LinearArgs),
         ("adapter", AdapterArgs),
+        ("own", OwnArgs),
         ("rope", RopeArgs),
         ("attention", AttentionArgs),
         ("act_mul", ActMulArgs),

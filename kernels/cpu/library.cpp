@@ -135,10 +135,20 @@ static uint8_t* prepared_scratch(const Step& step, const Op* ops, int count) {
     return (uint8_t*)(((uintptr_t)scratch.get() + kAlign - 1) / kAlign * kAlign);
 }
 
+// Whether nobody in the step has what the op is for.
+static bool is_idle(const Op& op, const Step& step) {
+    switch (op.code) {
+        case OpCode::kAdapter: return !step.segments;
+        case OpCode::kOwnNorm: return !(step.own_worn & (int)Own::kNorm);
+        case OpCode::kOwnEmbed: return !(step.own_worn & (int)Own::kEmbed);
+        default: return false;
+    }
+}
+
 static void run_ops(Run run, const Op* ops, int count, const Step& step, ComputeType type, int chunks, Phase* phases) {
     for (int i = 0; i < count; i++) {
         bool adapter = ops[i].code == OpCode::kAdapter, two = adapter || ops[i].code == OpCode::kQuantised || (ops[i].code == OpCode::kAttention && step.partials);
-        if (adapter && !step.segments) continue;
+        if (is_idle(ops[i], step)) continue;
         for (int phase = adapter && !step.decode_segments; phase < 1 + two; phase++)
             phases[i * 2 + phase].work(chunks, [&](int chunk) { run(ops[i], step, type, phase, chunk, chunks); });
     }

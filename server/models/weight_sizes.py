@@ -53,6 +53,13 @@ def layer_norms(config: ModelConfig) -> dict[str, str]:
     }
 
 
+def norms_in_order(config: ModelConfig) -> tuple[str, ...]:
+    """List the names of a layer's norms in the order of the pass, with "" where a base without a sandwich has none."""
+    names = layer_norms(config)
+    fields = ("attention_norm", "attention_out_norm", "mlp_norm", "mlp_out_norm")
+    return tuple(names.get(field, "").removesuffix(".weight") for field in fields)
+
+
 def linear_names(config: ModelConfig) -> Iterator[tuple[str, ...]]:
     """List the checkpoint's names of the parts of each decoder linear, in packing order."""
     for layer in range(config.num_layers):

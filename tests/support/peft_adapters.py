@@ -533,6 +533,10 @@ def randomise_adapter(model: Any, seed: int, dtype: torch.dtype, strength: float
                 mean, std = 1.0, strength
             elif ".lora_magnitude_vector." in name:
                 mean, std = weight, strength * weight  # the norms of the base's rows
+            elif ".modules_to_save." in name or ".ln_tuning_layers." in name:
+                mean, std = weight, strength * float(weight.std() + 0.5 * weight.abs().mean())
+            elif ".trainable_tokens_delta." in name:
+                mean, std = weight, strength * float(weight.std())
             elif (own := next((own for part, own in _OWN_STD.items() if f"{part}." in name), None)) is not None:
                 std = own(weight) * strength
             else:
