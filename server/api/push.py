@@ -136,6 +136,7 @@ async def push(services: Services, request: Request, name: str | None) -> Adapte
             version = await services.adapters.register(
                 name, source, replace=True, who=asking(), terms=LoadTerms(_expected(request), ttl=ttl), what="push"
             )
+    pushed.settled(source, version)
     await _warm(services, version)
     logger.info("adapter %s pushed: %s", version.name, version.info.size)
     return version

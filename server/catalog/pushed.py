@@ -147,6 +147,11 @@ class Pushed:
             self._held[source] = (tenant, self.spool.size_of(source))
             self._bytes[tenant] += self._held[source][1]
 
+    def settled(self, source: str, version: AdapterVersion) -> None:
+        """What came to `source` is `version` now; where that was made of a copy (--retain), the files go."""
+        if version.source != source:
+            self.threads.submit(self._drop, source)
+
     def bytes_of(self, tenant: str) -> int:
         """Return what the tenant's adapters take on disk. Any thread."""
         with self._lock:
