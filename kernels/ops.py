@@ -174,8 +174,10 @@ class Backend(Protocol):
         """Semantics: y += bias, bias [out]."""
         ...
 
-    def adapter_add_(self, y: Tensor, x: Tensor, layer: int, site: int, adapters: AdapterStep) -> Tensor:
-        """y [T, out_of_site], x [T, in] -> y.
+    def adapter_add_(
+        self, y: Tensor, x: Tensor, layer: int, site: int, adapters: AdapterStep, residual: Tensor | None = None
+    ) -> Tensor:
+        """y [T, out_of_site], x [T, in] -> y. residual [T, in]: at block sites, where y may be x itself.
 
         Semantics: for each segment s and token t in it:
                      acc = 0 (fp32, [out])
@@ -186,6 +188,8 @@ class Backend(Protocol):
                        BIAS:     acc[window] += w * B
                        SCALE:    acc[window] += w * (v - 1) * y[t, window]
                        DENSE:    acc[window] += w * u
+                       ACTIVATION: of the next tile u = round(f(A s + c)), in fp32 but for s = x[t],
+                                 round(x[t] + residual[t]) or residual[t], by its source
                      y[t] = round(y[t] + acc)
                    Tokens past the last segment are not touched.
         """

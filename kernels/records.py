@@ -90,6 +90,8 @@ class TileTable:
         BIAS      B as above with n = 1, and no A: a_off is -1
         SCALE     v = arena[b_off * 64 :] as [out_len] of fp32, whatever the compute dtype; n = 1, a_off is -1
         DENSE     A as above with n = out_len, and no B: b_off is -1
+        ACTIVATION  (-1, c_off, source, 0, 0, kind, function, first): the LOW_RANK tile of the next row is of a
+                  bottleneck; c = arena[c_off * 64 :] as fp32 from element `first` on, one for each rank of that
     TileKind says what each adds. Several LOW_RANK tiles may share an A and so its window (a B cut into pieces), and an
     A may be followed by its B on another page.
     """

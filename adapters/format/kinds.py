@@ -12,6 +12,7 @@ from torch import Tensor
 from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.format.adalora import AdaLora
 from loraplex.adapters.format.beft import Beft
+from loraplex.adapters.format.bottleneck import Bottlenecks
 from loraplex.adapters.format.c3a import C3a
 from loraplex.adapters.format.config import bad_config, read_config, unsupported
 from loraplex.adapters.format.deft import Deft
@@ -29,6 +30,7 @@ from loraplex.adapters.format.loha import Loha
 from loraplex.adapters.format.lokr import Lokr
 from loraplex.adapters.format.lora import Lora
 from loraplex.adapters.format.miss import Miss
+from loraplex.adapters.format.oft import Boft, Oft
 from loraplex.adapters.format.osf import Osf
 from loraplex.adapters.format.outside import match_own, own_parts, read_own
 from loraplex.adapters.format.peanut import Peanut
@@ -49,6 +51,7 @@ _ALL: tuple[AdapterKind[Any], ...] = (
     *(Lokr(), Gralora(), Osf(), Peanut(), Poly()),
     *(Shira(), Fourierft(), Waveft(), C3a(), Hira(), Randlora()),
     *(PromptTuning(), PTuning(), MultitaskPromptTuning(), Cpt(), PrefixTuning(), Cartridge()),
+    *(Bottlenecks(), Oft(), Boft()),
 )
 
 KINDS: dict[str, AdapterKind[Any]] = {kind.name: kind for kind in _ALL}

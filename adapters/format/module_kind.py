@@ -39,6 +39,7 @@ from loraplex.adapters.format.windows import Window
 from loraplex.adapters.image.tiles import (
     BaseLayout,
     BiasDelta,
+    Bottleneck,
     DenseDelta,
     LowRank,
     OutputScale,
@@ -330,6 +331,8 @@ def _is_idle(part: Part, name: str, layout: BaseLayout) -> bool:
             left = [check_rounded(part.delta, name, "it", layout)]
         case DenseDelta():
             left = [check_rounded(part.delta, name, "the change it comes to", layout)]
+        case Bottleneck():
+            left = [True]
         case OutputScale():
             left = [bool((part.values != 1).any())]
         case OwnRows():

@@ -100,7 +100,7 @@ class QuantisedSource(ctypes.Structure):
 
 
 class AdapterArgs(ctypes.Structure):
-    _fields_ = [("layer", _Int), ("site", _Int)]
+    _fields_ = [("layer", _Int), ("site", _Int), ("residual", _Pointer)]
 
 
 class OwnArgs(ctypes.Structure):

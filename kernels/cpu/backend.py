@@ -181,7 +181,9 @@ class CpuBackend(Backend):
         self._sink.emit(op, x.dtype, Step(rows=rows.data_ptr()))
         return y
 
-    def adapter_add_(self, y: Tensor, x: Tensor, layer: int, site: int, adapters: AdapterStep) -> Tensor:
+    def adapter_add_(
+        self, y: Tensor, x: Tensor, layer: int, site: int, adapters: AdapterStep, residual: Tensor | None = None
+    ) -> Tensor:
         op = Op(
             code=OpCode.ADAPTER,
             rows=x.shape[0],
@@ -189,7 +191,7 @@ class CpuBackend(Backend):
             y=y.data_ptr(),
             columns_in=x.shape[1],
             columns_out=y.shape[1],
-            adapter=AdapterArgs(layer, site),
+            adapter=AdapterArgs(layer, site, _pointer(residual)),
         )
         step = Step()
         fill_adapters(step, adapters, self.batch_invariant)

@@ -88,6 +88,7 @@ struct LinearArgs {  // of kLinear and kQuantised
 };
 struct AdapterArgs {
     int32_t layer, site;
+    const void* residual;  // at block sites, where y is x; null elsewhere
 };
 struct OwnArgs {  // of kOwnNorm, kOwnEmbed and kOwnHead
     int32_t place;

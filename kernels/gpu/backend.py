@@ -129,16 +129,18 @@ class TritonBackend(TorchSampling, Backend):
         rowwise.add_bias_(y, bias)
         return y
 
-    def adapter_add_(self, y: Tensor, x: Tensor, layer: int, site: int, adapters: AdapterStep) -> Tensor:
+    def adapter_add_(
+        self, y: Tensor, x: Tensor, layer: int, site: int, adapters: AdapterStep, residual: Tensor | None = None
+    ) -> Tensor:
         table, segments = adapters.table, adapters.segments
         most = self._most_tiles(table, segments)
         decode, prefill = most.decode[layer][site], most.prefill[layer][site]
         first = self._first_prefill(segments)
         elements = adapters.arena.view(-1).view(y.dtype)
         if decode and segments.bounds[first]:
-            bgmv.add_(y, x, elements, table, layer, site, segments, decode)
+            bgmv.add_(y, x, residual, elements, table, layer, site, segments, decode)
         if prefill and segments.bounds[-1] > segments.bounds[first]:
-            sgmv.add_(y, x, elements, table, layer, site, segments, first, prefill)
+            sgmv.add_(y, x, residual, elements, table, layer, site, segments, first, prefill)
         return y
 
     def _first_prefill(self, segments: AdapterSegments) -> int:

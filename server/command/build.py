@@ -205,7 +205,14 @@ def _assemble(
     """Allocate the arena and put everything around it together. most: tokens of a step."""
     device, dtype = ops.device, weights.dtype
     arena = allocate_arena(plan, device)
-    layout = BaseLayout(base_names[0], model_config.num_layers, model_config.projections(), plan.page_bytes, dtype)
+    layout = BaseLayout(
+        base_names[0],
+        model_config.num_layers,
+        model_config.projections(),
+        plan.page_bytes,
+        dtype,
+        model_config.blocks(),
+    )
     outside = BaseOutside(
         norms=norms_in_order(model_config),
         vocab=model_config.vocab_size,

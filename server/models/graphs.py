@@ -15,6 +15,7 @@ from torch import Tensor
 
 from loraplex.kernels.constants import Own
 from loraplex.kernels.records import AdapterSegments, AdapterStep, OwnTable, TileTable
+from loraplex.server.models.config import Site
 from loraplex.server.models.decoder import Decoder
 from loraplex.server.models.inputs import ForwardBatch, HeadRows
 
@@ -33,6 +34,7 @@ class Size:
     keys: int  # of the longest sequence
     tiles: int  # of any row's mix at any layer and site
     mix: int  # adapters in any row's mix
+    blocks: bool = False  # whether any of them has tiles at a block: else no op is launched there
     own: int = 0  # what rows have of their own: bits of Own, as they are
 
     @classmethod
@@ -45,8 +47,17 @@ class Size:
         most = (ranges[..., 1] - ranges[..., 0]).amax((1, 2)).tolist()  # per slot
         mixes = batch.adapters.mixes
         tiles = max(sum(most[slot] for slot, _ in mix) for mix in mixes)
+        worn = list({slot for mix in mixes for slot, _ in mix})
+        at_blocks = ranges[worn][:, :, len(Site) :, 1].any().item()
         own = AdapterStep(batch.input_ids, batch.tiles, batch.adapters).own & ~Own.HEAD  # the head is no graph's
-        return cls(rows, keys, _power_of_two(max(1, tiles)), _power_of_two(max(1, *map(len, mixes))), own)
+        return cls(
+            rows,
+            keys,
+            _power_of_two(max(1, tiles)),
+            _power_of_two(max(1, *map(len, mixes))),
+            bool(at_blocks),
+            own,
+        )
 
 
 class GraphedDecoder:
@@ -187,7 +198,7 @@ def _segments(size: Size, device: torch.device) -> AdapterSegments:
 def _table(table: TileTable, size: Size) -> TileTable:
     """Pair the table on the device with one on the host: size.tiles tiles everywhere, and size.own in slot 0."""
     ranges = torch.zeros(1, *table.ranges.shape[1:], dtype=torch.int32)
-    ranges[..., 1] = size.tiles
+    ranges[:, :, : None if size.blocks else len(Site), 1] = size.tiles
     own = None
     if table.own is not None and size.own:
         own = OwnTable(table.own.ranges, table.own.ranges_host, {0: size.own})
