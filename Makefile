@@ -31,7 +31,7 @@ help:
 	@echo 'make test     lint, then the tests of the product, JOBS=2 at a time (PYTEST_FLAGS=)'
 	@echo 'make test-benchmarks  the tests of benchmarks/'
 	@echo 'make test-routers  two servers behind the routers of SGLang and vLLM, and under Ray Serve'
-	@echo 'make test-clients  LangChain, LiteLLM, lm-eval, lorax-client and schemathesis against a server (CLIENTS=)'
+	@echo 'make test-clients  LangChain, LiteLLM, lm-eval, lorax-client, schemathesis and TRL against a server (CLIENTS=)'
 	@echo 'make test-aiperf   the load harness beside aiperf'
 	@echo 'make bench    the figures of README, measured here in under ten minutes'
 	@echo 'make lint     ruff and mypy'

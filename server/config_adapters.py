@@ -71,7 +71,13 @@ class DownloadConfig:
     ] = DownloadLimits.cache_bytes
     max_bytes: Annotated[
         int,
-        Option("--max-adapter-size", parser=size, metavar="SIZE", show_default="4G", help="Of one that is downloaded."),
+        Option(
+            "--max-adapter-size",
+            parser=size,
+            metavar="SIZE",
+            show_default="4G",
+            help="Of one that is downloaded or pushed.",
+        ),
     ] = DownloadLimits.max_bytes
     max_seconds: Annotated[
         float, Option("--download-timeout", metavar="S", min=1, help="Seconds that one may take.")
@@ -131,6 +137,10 @@ class AdaptersConfig:
             help="A list of the adapters that shall be there (ensurePresent, ensureAbsent); followed.",
         ),
     ] = None
+    pushed_bytes: Annotated[
+        int,
+        Option(parser=size, metavar="SIZE", show_default="16G", help="On disk, of all adapters that clients push."),
+    ] = 16 << 30
     default_adapter: Annotated[
         str | None,
         Option(metavar="NAME", help="What requests wear that name none, or only the base; or an alias."),

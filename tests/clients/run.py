@@ -41,6 +41,7 @@ WORLDS = {
     "litellm": "demo",
     "lm-eval": "tiny",
     "schemathesis": "tiny",
+    "trl": "tiny",
 }
 """Client -> which server its tests need: the demo base and the example adapters, or a tiny random model."""
 
