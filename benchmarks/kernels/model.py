@@ -110,7 +110,7 @@ def make_model(adapters: int = max(ROWS), config: ModelConfig = SMOLLM2) -> Mode
     demand = Demand(max_model_len=MODEL_LEN, max_num_seqs=max(ROWS), token_budget=max(ROWS))
     plan = plan_memory(config, DTYPE, 2 << 30, weights_bytes(config, DTYPE), demand, 4 << 30)
     arena = allocate_arena(plan, ops.device)
-    layout = BaseLayout("smollm2", config.num_layers, config.projections(), plan.page_bytes, DTYPE)
+    layout = BaseLayout("smollm2", config.num_layers, config.projections(), plan.page_bytes, DTYPE, config.blocks())
     pool, reclaimer = PagePool(plan.num_pages), Reclaimer()
     residency = DeviceTier(arena, pool, layout, reclaimer=reclaimer)
     for index in range(adapters):

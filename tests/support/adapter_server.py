@@ -88,7 +88,7 @@ class Server:
         config = harness.config
         projections = config.projections()
         layers, dtype = harness.config.num_layers, harness.weights.dtype
-        self.layout = BaseLayout(path.name, layers, projections, harness.page_bytes, dtype)
+        self.layout = BaseLayout(path.name, layers, projections, harness.page_bytes, dtype, harness.config.blocks())
         self.residency = DeviceTier(harness.arena, pool, self.layout)  # type: ignore[arg-type]
         weights = BaseWeights(harness.config, harness.weights, harness.checkpoint, harness.ops.beside())
         self._base = ServedBase(
