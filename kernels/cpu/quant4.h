@@ -120,7 +120,7 @@ INLINE void even_tiles(int64_t rows, F tile) {
     }
 }
 
-constexpr int kCodesAhead = 8192;
+constexpr int kCodesAhead = 12288;
 
 // Adds a stretch's products to the rows' sums: in tiles of up to Rows rows and Vecs registers of columns (of one row: RowVecs), which
 // share what is fetched meanwhile. run(Rows<M>, Rows<V>, column, row, what to fetch) is one tile.
