@@ -28,7 +28,7 @@ from loraplex.server.engine.step.memory import Demand, plan_memory
 from loraplex.server.models.config import ModelConfig, Site
 from loraplex.server.models.decoder import Decoder
 from loraplex.server.models.inputs import ForwardBatch
-from loraplex.server.models.quantizing import SCHEMES, LoadScheme, Quantizer
+from loraplex.server.models.quantizing import SCHEMES, Quantizer
 from loraplex.server.models.recorded import RecordedDecoder, record
 from loraplex.server.models.rotary import RopeConfig
 from loraplex.server.models.weight_sizes import weights_bytes
@@ -146,7 +146,7 @@ def _random_adapter(config: ModelConfig, seed: int) -> list[LowRank]:
 
 def _random_weights(config: ModelConfig, ops: CpuBackend, quantize: str | None) -> ModelWeights:
     generator = torch.Generator().manual_seed(0)
-    scheme = SCHEMES[quantize] if quantize else LoadScheme(None, None)
+    scheme = SCHEMES[quantize] if quantize else None
 
     def packed(weight: Tensor, quantizer: Quantizer | None) -> PackedLinear:
         if quantizer is None:
@@ -158,7 +158,7 @@ def _random_weights(config: ModelConfig, ops: CpuBackend, quantize: str | None) 
         parts = [p for p in config.projections() if p.site == site]
         n_in, n_out = parts[0].in_features, sum(p.out_features for p in parts)
         weight = torch.randn(n_out, n_in, generator=generator).mul_(n_in**-0.5).to(DTYPE)
-        return Linear(packed(weight, scheme.linears), None)
+        return Linear(packed(weight, scheme and scheme.linears), None)
 
     norm = torch.ones(config.hidden_size, dtype=DTYPE)
     layers = [
@@ -177,7 +177,7 @@ def _random_weights(config: ModelConfig, ops: CpuBackend, quantize: str | None) 
         for _ in range(config.num_layers)
     ]
     table = torch.randn(config.vocab_size, config.hidden_size, generator=generator).to(DTYPE)
-    embedding = packed(table, scheme.tables)
+    embedding = packed(table, scheme and scheme.tables)
     return ModelWeights(embedding, tuple(layers), norm, embedding, DTYPE)
 
 
