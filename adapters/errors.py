@@ -35,8 +35,9 @@ class AdapterRefused(AdapterError):
 
     `code` is a stable machine-readable reason: "missing_file", "bad_config", "bad_file", "unsupported_kind",
     "unsupported_option", "unmatched_tensor", "missing_tensor", "shape_mismatch", "not_finite", "no_effect",
-    "too_large", "changed" (the files are other ones than when the request came in), "forbidden" (a path or an address
-    that callers may not reach), "missing_extra" (a library is not installed).
+    "too_large", "needs_setting" (the config leaves open what its library is told at each call), "changed" (the files
+    are other ones than when the request came in), "forbidden" (a path or an address that callers may not reach),
+    "missing_extra" (a library is not installed).
     """
 
     def __init__(self, code: str, message: str) -> None:

@@ -24,6 +24,7 @@ class AdapterInfo:
     remark: str = ""  # what is to be known of it though it is served: made for another base, rounding
     num_tiles: int = 0  # rows of the tile table
     kind: str = "lora"  # lower case of PEFT's peft_type (format/kinds.py)
+    invocation: tuple[int, ...] = ()  # tokens from whose last occurrence in a prompt on it acts; (): from the first on
 
     @property
     def size(self) -> str:

@@ -29,6 +29,7 @@ class TileKind(IntEnum):
     LOW_RANK = 0  # w * (A x[in_start : in_start + in_len]) B
     BIAS = 1  # w * B, one row
     SCALE = 2  # w * (v - 1) * y, v one row of fp32: y becomes (1 + sum of w * (v - 1)) * y
+    DENSE = 3  # w * A x[in_start : in_start + in_len], A having a row for each column of the window, and no B
 
 
 # ---- the records of kernels/cpu ----

@@ -58,6 +58,7 @@ class StepInputs:
     rotations: Sequence[tuple[Tensor, Tensor]]  # (cos, sin) [T, rotary_dim] fp32 per rotary kind
     attention: AttentionMeta
     adapters: AdapterStep | None  # None: no row uses one
+    own: Tensor | None = None  # of Backend.embed
 
 
 class Program(Protocol):
@@ -126,10 +127,14 @@ class Backend(Protocol):
         """
         return sum(out * columns for parts in linears for out, columns, _ in parts) * dtype.itemsize
 
-    def embed(self, ids: Tensor, table: PackedLinear, scale: float | None) -> Tensor:
-        """ids [T] int64, table packed from [vocab, H] (a tied head's own copy) -> [T, H].
+    def embed(self, ids: Tensor, table: PackedLinear, scale: float | None, own: Tensor | None = None) -> Tensor:
+        """ids [T] int64, table packed from [vocab, H] (a tied head's own copy), own [E, H] -> [T, H].
 
-        Semantics: y[t] = table[ids[t]] * scale, scale rounded to the compute dtype first (Gemma).
+        own: rows of this step alone, virtual tokens for one. Without it all ids are within the table.
+
+        Semantics: 0 <= ids[t] < vocab: y[t] = table[ids[t]] * scale, scale rounded to the compute dtype first (Gemma)
+                   ids[t] < 0: y[t] = own[-1 - ids[t]], as it is
+                   ids[t] >= vocab, tokens that an adapter has added: y[t] = 0
         """
         ...
 
@@ -180,6 +185,7 @@ class Backend(Protocol):
                                  acc[window] += w * (u @ B)
                        BIAS:     acc[window] += w * B
                        SCALE:    acc[window] += w * (v - 1) * y[t, window]
+                       DENSE:    acc[window] += w * u
                      y[t] = round(y[t] + acc)
                    Tokens past the last segment are not touched.
         """

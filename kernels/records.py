@@ -44,6 +44,7 @@ class TileTable:
                       transposed), alpha/r already folded in
         BIAS      B as above with n = 1, and no A: a_off is -1
         SCALE     v = arena[b_off * 64 :] as [out_len] of fp32, whatever the compute dtype; n = 1, a_off is -1
+        DENSE     A as above with n = out_len, and no B: b_off is -1
     TileKind says what each adds. Several LOW_RANK tiles may share an A and so its window (a B cut into pieces), and an
     A may be followed by its B on another page.
     """
@@ -59,7 +60,8 @@ class AdapterSegments:
     """Token ranges of a step and the mix of adapters each wears.
 
     Segment s covers tokens [indptr[s], indptr[s + 1]) and adds sum over m in [mix_ptr[s], mix_ptr[s + 1]) of
-    mix_weight[m] * (adapter in slot mix_slot[m]). Tokens from indptr[S] on are base-only and cost nothing.
+    mix_weight[m] * (adapter in slot mix_slot[m]). Tokens from indptr[S] on are base-only and cost nothing; so are those
+    of a segment between others whose mix is empty (what a sequence had before it called an adapter).
     The first `num_decode_segments` segments hold decode rows (bgmv), the others prefill chunks (sgmv): the choice
     is the token's own role and never depends on its neighbours, so neither does its result.
     """

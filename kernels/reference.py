@@ -95,10 +95,14 @@ class ReferenceBackend(TorchSampling, Backend):
     ) -> PackedLinear:
         return ReferenceParts(parts, dtype, activations)
 
-    def embed(self, ids: Tensor, table: PackedLinear, scale: float | None) -> Tensor:
-        y = F.embedding(ids, table.table() if isinstance(table, ReferenceParts) else _weight(table))
+    def embed(self, ids: Tensor, table: PackedLinear, scale: float | None, own: Tensor | None = None) -> Tensor:
+        known = ids if own is None else ids.clamp(0, table.out_features - 1)
+        y = F.embedding(known, table.table() if isinstance(table, ReferenceParts) else _weight(table))
         if scale is not None:
             y *= torch.tensor(scale, dtype=y.dtype).item()
+        if own is not None:
+            y[ids >= table.out_features] = 0
+            y[ids < 0] = own[-1 - ids[ids < 0]]
         return y
 
     def take_rows(self, x: Tensor, rows: Tensor) -> Tensor:
@@ -207,15 +211,18 @@ def _add_tiles_(y: Tensor, x: Tensor, elements: Tensor, tiles: list[tuple[float,
             v = elements.view(torch.float32)[b_off * ALIGN // 4 :][:out_len]
             columns.addcmul_(v - 1, y[:, out_start : out_start + out_len].float(), value=w)
             continue
-        b = elements.as_strided((n, out_len), (out_len, 1), b_off * unit).float()
         if kind == TileKind.BIAS:
-            columns.add_(b, alpha=w)
+            columns.add_(elements[b_off * unit :][:out_len], alpha=w)
             continue
         if u_of != (a_off, n):
             a = elements.as_strided((n, in_len), (in_len, 1), a_off * unit)
             u = F.linear(x[:, in_start : in_start + in_len], a).float()
             u_of = (a_off, n)
-        columns.addmm_(u, b, alpha=w)
+        if kind == TileKind.DENSE:
+            columns.add_(u, alpha=w)
+        else:
+            b = elements.as_strided((n, out_len), (out_len, 1), b_off * unit).float()
+            columns.addmm_(u, b, alpha=w)
     columns = y[:, lo:hi]
     columns.copy_(acc.add_(columns))
 

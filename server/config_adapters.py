@@ -131,6 +131,9 @@ class AdaptersConfig:
             help="A list of the adapters that shall be there (ensurePresent, ensureAbsent); followed.",
         ),
     ] = None
+    allow_noop: Annotated[
+        bool, Option("--allow-noop", help="Serve adapters that change nothing, which are refused otherwise.")
+    ] = False
     downloads: DownloadConfig = field(default_factory=DownloadConfig)
 
     @property

@@ -21,10 +21,10 @@ from loraplex.adapters.format.config import (
     Keys,
     bad_config,
     read_base_model,
+    read_biases,
     read_map,
     read_number,
     read_rank,
-    refuse_biases,
     shown,
 )
 from loraplex.adapters.format.kind import AdapterConfig
@@ -55,6 +55,8 @@ KEYS = Keys(
         "use_dora": "AdaLoRA has no magnitudes",
         "lora_bias": "AdaLoRA has no bias of its own",
         "kasa_config": "AdaLoRA leaves the base's weights as they are",
+        "use_bdlora": "AdaLoRA has no blocks",
+        "target_parameters": "AdaLoRA is of modules alone",
     },
 )
 
@@ -77,13 +79,13 @@ class AdaLora(ModuleKind[AdaLoraConfig]):
 
     def read(self, raw: Mapping[str, Any]) -> AdaLoraConfig:
         KEYS.check(raw)
-        refuse_biases(raw)
         rank = read_rank(raw.get("init_r", 12), "init_r")
         alpha = read_number(raw.get("lora_alpha", 8), "lora_alpha")
         return AdaLoraConfig(
             kind=self.name,
             targets=targets.read_targets(raw, by_layer=True),
             base_model=read_base_model(raw),
+            bias=read_biases(raw),
             rank=rank,
             alpha=alpha if alpha > 0 else float(rank),
             kept=tuple(sorted(_kept(name, kept, rank) for name, kept in read_map(raw, "rank_pattern"))),

@@ -131,6 +131,11 @@ def read_ranks(raw: Mapping[str, Any]) -> tuple[tuple[str, int], ...]:
     return tuple((key, read_rank(rank, f"rank_pattern[{key!r}]")) for key, rank in read_map(raw, "rank_pattern"))
 
 
+def read_counts(raw: Mapping[str, Any], key: str) -> tuple[tuple[str, int], ...]:
+    """Read an object of (pattern, whole number from 1), the first match counts. Raises AdapterRefused("bad_config")."""
+    return tuple((pattern, read_count(count, f"{key}[{pattern!r}]")) for pattern, count in read_map(raw, key))
+
+
 def read_alphas(raw: Mapping[str, Any]) -> tuple[tuple[str, float], ...]:
     """Read alpha_pattern: (pattern, alpha), the first match counts. Raises AdapterRefused("bad_config")."""
     return tuple((key, read_number(alpha, f"alpha_pattern[{key!r}]")) for key, alpha in read_map(raw, "alpha_pattern"))
@@ -147,11 +152,17 @@ def check_ranks(ranks: int, rank: int) -> int:
     return ranks
 
 
-def refuse_biases(raw: Mapping[str, Any]) -> None:
-    """Refuse trained biases of the base. Raises AdapterRefused: "unsupported_option"."""
+def read_biases(raw: Mapping[str, Any]) -> str:
+    """Read which biases of the base were trained: "none", "all", or "only" those of the targeted modules.
+
+    Raises AdapterRefused("bad_config").
+    """
     bias = raw.get("bias") or "none"
-    if bias != "none":
-        raise unsupported(f"bias is {shown(bias)}; trained biases are served beside LoRA alone, train with 'none'")
+    if isinstance(bias, str) and bias.endswith("_only"):
+        return "only"  # "hra_only": each kind has its own word for it
+    if bias not in ("none", "all"):
+        raise bad_config(f"bias is {shown(bias)}; expected 'none', 'all', or a kind's name and '_only'")
+    return str(bias)
 
 
 def read_base_model(raw: Mapping[str, Any]) -> str | None:

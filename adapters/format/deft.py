@@ -20,10 +20,10 @@ from loraplex.adapters.format.config import (
     COMMON_UNSUPPORTED,
     Keys,
     read_base_model,
+    read_biases,
     read_flag,
     read_number,
     read_rank,
-    refuse_biases,
     shown,
     unsupported,
 )
@@ -69,7 +69,6 @@ class Deft(ModuleKind[DeftConfig]):
 
     def read(self, raw: Mapping[str, Any]) -> DeftConfig:
         KEYS.check(raw)
-        refuse_biases(raw)
         method = raw.get("decomposition_method", "relu")
         if method not in ("relu", "qr"):
             raise unsupported(f"decomposition_method is {shown(method)}; 'relu' and 'qr' are known")
@@ -78,6 +77,7 @@ class Deft(ModuleKind[DeftConfig]):
             kind=self.name,
             targets=targets.read_targets(raw, by_layer=True),
             base_model=read_base_model(raw),
+            bias=read_biases(raw),
             rank=read_rank(raw.get("r", 8), "r"),
             alpha=read_number(alpha, "alpha") if alpha else None,
             orthonormal=method == "qr",
@@ -96,12 +96,7 @@ class Deft(ModuleKind[DeftConfig]):
 
     def make(self, making: Making[DeftConfig]) -> Part:
         module, p = making.module, making.floats(P)
-        weight = making.base.weight(module.layer, module.projection.name)
-        if weight is None:
-            raise unsupported(
-                "the change that a DEFT adapter makes has to be computed from the base's weights, and this base is "
-                "quantised; serve its original"
-            )
+        weight = making.weight()
         q = torch.linalg.qr(p)[0] if making.config.orthonormal else p
         taken = (q if making.config.orthonormal else p.relu()).T @ weight
         if making.config.para:

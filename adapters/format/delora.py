@@ -20,9 +20,9 @@ from loraplex.adapters.format.config import (
     COMMON_UNSUPPORTED,
     Keys,
     read_base_model,
+    read_biases,
     read_rank,
     read_ranks,
-    refuse_biases,
 )
 from loraplex.adapters.format.kind import AdapterConfig
 from loraplex.adapters.format.module_kind import Making, ModuleKind, Wanted
@@ -63,11 +63,11 @@ class Delora(ModuleKind[DeloraConfig]):
 
     def read(self, raw: Mapping[str, Any]) -> DeloraConfig:
         KEYS.check(raw)
-        refuse_biases(raw)
         return DeloraConfig(
             kind=self.name,
             targets=targets.read_targets(raw, by_layer=True),
             base_model=read_base_model(raw),
+            bias=read_biases(raw),
             rank=read_rank(raw.get("r", 8), "r"),
             rank_pattern=read_ranks(raw),
         )

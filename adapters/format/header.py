@@ -104,8 +104,8 @@ def _entry(name: str, described: Any) -> tuple[int, int, str, str, tuple[int, ..
     match described:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(start), int(stop)]} if len(
             shape
-        ) <= 3 and all(type(n) is int and 0 <= n <= MAX_DIMENSION for n in (*shape, start, stop)):
+        ) <= 4 and all(type(n) is int and 0 <= n <= MAX_DIMENSION for n in (*shape, start, stop)):
             return start, stop, name, dtype[:32], tuple(shape)
     raise ValueError(
-        f"{name} is not described by a dtype, a shape of up to three sizes and two data_offsets, all from 0 to 2 ** 40"
+        f"{name} is not described by a dtype, a shape of up to four sizes and two data_offsets, all from 0 to 2 ** 40"
     )

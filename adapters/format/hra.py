@@ -26,9 +26,9 @@ from loraplex.adapters.format.config import (
     Keys,
     bad_config,
     read_base_model,
+    read_biases,
     read_flag,
     read_rank,
-    refuse_biases,
 )
 from loraplex.adapters.format.kind import AdapterConfig
 from loraplex.adapters.format.module_kind import Making, ModuleKind, Wanted
@@ -73,11 +73,11 @@ class Hra(ModuleKind[HraConfig]):
 
     def read(self, raw: Mapping[str, Any]) -> HraConfig:
         KEYS.check(raw)
-        refuse_biases(raw)
         return HraConfig(
             kind=self.name,
             targets=targets.read_targets(raw, by_layer=True),
             base_model=read_base_model(raw),
+            bias=read_biases(raw),
             rank=read_rank(raw.get("r", 8), "r"),
             orthonormal=read_flag(raw, "apply_GS"),
         )

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from loraplex.adapters.format.header import TensorInfo
 from loraplex.adapters.format.targets import Targets
+from loraplex.adapters.format.windows import Window
 from loraplex.adapters.image.tiles import BaseLayout, Part, PartShape
 from loraplex.kernels.records import Projection
 
@@ -56,11 +57,17 @@ class AdapterConfig:
     kind: str  # AdapterKind.name
     targets: Targets
     base_model: str | None = field(compare=False)  # for messages and remarks alone
+    bias: str = field(default="none", kw_only=True)  # of the base's biases those trained: none, all, only the targeted
 
     @property
     def remark(self) -> str:
         """Say what is to be known of such an adapter though it is served; "": nothing."""
         return ""
+
+    @property
+    def invocation(self) -> tuple[int, ...]:
+        """Return the tokens from whose last occurrence in a prompt on such an adapter acts; (): from the first on."""
+        return ()
 
     def same_shapes(self) -> AdapterConfig:
         """A config that plans parts of the same shapes: equal for adapters that differ in factors alone."""
@@ -76,6 +83,7 @@ class AdapterModule:
     tensors: Mapping[str, str]  # role -> name in the file; A and B are low-rank factors, other roles the kind's own
     rank: int = 0  # 0: no low-rank factors
     scaling: float = 1.0  # of the low-rank factors' product
+    windows: tuple[Window, ...] = ()  # that its parts have; (): one part has all inputs and outputs
 
 
 @dataclass(frozen=True)
@@ -109,7 +117,7 @@ class ModuleMap:
     @cached_property
     def pairs(self) -> tuple[FactorPair, ...]:
         """The factors of all modules, in their order, where the adapter is nothing but A and B; else empty."""
-        if self.making_bytes or any(module.tensors.keys() != {"A", "B"} for module in self.modules):
+        if self.making_bytes or any(m.windows or m.tensors.keys() != {"A", "B"} for m in self.modules):
             return ()
         return tuple(
             FactorPair(shape, self.header[module.tensors["A"]], self.header[module.tensors["B"]], module.scaling)

@@ -23,6 +23,7 @@ from torch import Tensor
 from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.format.header import TensorInfo
 from loraplex.adapters.format.kind import AdapterKind, AdapterModule, ModuleMap, ServedBase, Throttle
+from loraplex.adapters.format.lora_blocks import by_windows
 from loraplex.adapters.format.lora_config import LoraConfig, ModulePlan, plan_modules, read_lora_config
 from loraplex.adapters.format.lora_start import KASA, check_start, start_bytes, take_out
 from loraplex.adapters.format.modules import (
@@ -135,13 +136,14 @@ class Lora(AdapterKind[LoraConfig]):
                     effective = True
             if config.start:
                 part = take_out(part, config.start, base)
-            reason = _why_idle(part, module, base.layout)
-            if reason is not None:
-                reasons.append(f"{reason}{' once its start is taken out' if config.start else ''}")
-                continue
-            cancelled = True  # unless one part does not, which is enough: not all products are formed
-            effective = effective or not cancels(part)
-            yield part
+            for window in by_windows(part, module.windows):
+                reason = _why_idle(window, module, base.layout)
+                if reason is not None:
+                    reasons.append(f"{reason}{' once its start is taken out' if config.start else ''}")
+                    continue
+                cancelled = True  # unless one part does not, which is enough: not all products are formed
+                effective = effective or not cancels(window)
+                yield window
         if not effective:
             raise no_effect([*reasons, *(["B A cancels out to zero"] if cancelled else [])])
 
@@ -149,15 +151,18 @@ class Lora(AdapterKind[LoraConfig]):
 def _module(module: FoundModule, plan: ModulePlan | None, config: LoraConfig) -> AdapterModule:
     if plan is None or "A" not in module.tensors:
         return AdapterModule(module.layer, module.projection, module.tensors)
-    return AdapterModule(module.layer, module.projection, module.tensors, plan.rank * config.rank_factor, plan.scaling)
+    rank = plan.rank * config.rank_factor
+    windows = plan.blocks.windows(rank, module.projection, module.path) if plan.blocks else ()
+    return AdapterModule(module.layer, module.projection, module.tensors, rank, plan.scaling, windows)
 
 
 def _shapes(module: AdapterModule) -> list[PartShape]:
     """A module's bias before its A and B."""
     rows = [(1, TileKind.BIAS)] if module.tensors.keys() & {"bias", "B bias"} else []
     rows += [(1, TileKind.SCALE)] if MAGNITUDE in module.tensors else []
-    ranks = [(module.rank, TileKind.LOW_RANK)] if module.rank else []
-    return [PartShape(module.layer, module.projection, rank, kind) for rank, kind in (*rows, *ranks)]
+    ranks = [(module.rank, TileKind.LOW_RANK)] if module.rank and not module.windows else []
+    shapes = [PartShape(module.layer, module.projection, rank, kind) for rank, kind in (*rows, *ranks)]
+    return shapes + [window.shape(module.layer, module.projection) for window in module.windows]
 
 
 def _check_complete(found: FoundModules, plans: Mapping[str, ModulePlan], config: LoraConfig, base: ServedBase) -> None:
@@ -167,7 +172,7 @@ def _check_complete(found: FoundModules, plans: Mapping[str, ModulePlan], config
         more += (DIAGONAL,) if config.start == KASA else ()
         roles = ("A", "B", *more) if path in plans else ()
         wanted = {role: _LEAVES[role] for role in roles}
-        trained = config.bias == "all" or (config.bias == "lora_only" and path in plans)
+        trained = config.bias == "all" or (config.bias == "only" and path in plans)
         if trained and base.bias(module.layer, module.projection.name) is not None:
             wanted["bias"] = "base_layer.bias" if path in plans else "bias"
         for role, leaf in wanted.items():
@@ -205,6 +210,9 @@ def _check_shapes(
         rank = plans[path].rank if path in plans else 0
         projection = module.projection
         fits = {"A": (rank, projection.in_features), "B": (projection.out_features, rank), DIAGONAL: (rank,)}
+        if path in plans and (blocks := plans[path].blocks):
+            blocks.windows(rank, projection, path)  # or the blocks are uneven
+            fits |= blocks.shapes(rank, projection)
         for role, name in module.tensors.items():
             shape, expected = header[name].shape, fits.get(role, (projection.out_features,))
             if shape != expected:

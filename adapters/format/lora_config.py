@@ -16,7 +16,9 @@ from loraplex.adapters.format.config import (
     check_ranks,
     read_alphas,
     read_base_model,
+    read_biases,
     read_flag,
+    read_names,
     read_number,
     read_rank,
     read_ranks,
@@ -24,6 +26,7 @@ from loraplex.adapters.format.config import (
     unsupported,
 )
 from loraplex.adapters.format.kind import AdapterConfig
+from loraplex.adapters.format.lora_blocks import BlockDiagonal, Blocks, read_blocks
 from loraplex.adapters.format.lora_start import KASA, REMARK, STARTS
 
 KEYS = Keys(
@@ -31,7 +34,7 @@ KEYS = Keys(
         {
             *("peft_type", "base_model_name_or_path", "init_lora_weights"),
             *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias", "lora_bias", "use_dora"),
-            "kasa_config",
+            *("kasa_config", "use_bdlora", "target_parameters", "alora_invocation_tokens"),
             *targets.TARGET_KEYS,
             *targets.LAYER_KEYS,
         }
@@ -45,13 +48,10 @@ KEYS = Keys(
         "ensure_weight_tying",  # concerns embed_tokens and lm_head only, which are refused as targets
     },
     unsupported={
-        "alora_invocation_tokens": "an activated LoRA (aLoRA) acts from its invocation tokens on only",
         "modules_to_save": "whole modules trained beside the adapter are not served; train without modules_to_save",
         "trainable_token_indices": "trained rows of the embedding table are not served",
-        "target_parameters": "LoRA on bare parameters (mixture-of-experts weights) is not served",
         "layer_replication": "the adapter is for a base with repeated layers",
         "use_qalora": "QA-LoRA pools the input before A",
-        "use_bdlora": "BD-LoRA stores A or B block by block",
         "arrow_config": "Arrow routes between several adapters",
         "velora_config": "VeLoRA adapters are not supported; convert to plain LoRA with PEFT",
         "monteclora_config": "MonteCLoRA adapters are not supported; convert to plain LoRA with PEFT",
@@ -59,6 +59,11 @@ KEYS = Keys(
         "enable_lora": "merged linears of early PEFT are not supported",
     },
 )
+
+INVOKED = "it acts from the last occurrence of its invocation tokens {} in a prompt on; one without them is the base's"
+
+MAX_INVOCATION = 1024
+"""Tokens; those in use are a handful, the head of a turn."""
 
 _PLAIN_INITS = frozenset({"gaussian", "eva", "orthogonal", "mica"})
 _RESIDUAL_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")  # they took their part out of the base's weights
@@ -73,10 +78,11 @@ class LoraConfig(AdapterConfig):
     rslora: bool
     rank_pattern: tuple[tuple[str, int], ...]  # (pattern, rank), the first match counts
     alpha_pattern: tuple[tuple[str, float], ...]
-    bias: str  # "none", "lora_only" or "all"
     lora_bias: bool
     dora: bool
     start: str = ""  # what was taken out of the base's weights before training: one of STARTS, or KASA
+    blocks: BlockDiagonal | None = None  # of modules' A or B; None: they have none
+    invoked_by: tuple[int, ...] = ()  # aLoRA: tokens from whose last occurrence in a prompt on it acts
 
     @property
     def rank_factor(self) -> int:
@@ -84,9 +90,21 @@ class LoraConfig(AdapterConfig):
         return 2 if self.start else 1
 
     @property
+    def factors_alone(self) -> bool:
+        """Whether the file's A and B, scaled, are all that such an adapter adds."""
+        return not (self.start or self.dora or self.blocks or self.invoked_by)
+
+    @property
     def remark(self) -> str:
-        """Say how close a start is taken out again."""
+        """Say how close a start is taken out again, and from where on an activated LoRA acts."""
+        if self.invoked_by:
+            return INVOKED.format(list(self.invoked_by))
         return REMARK.format(self.start) if self.start else ""
+
+    @property
+    def invocation(self) -> tuple[int, ...]:
+        """Return aLoRA's invocation tokens."""
+        return self.invoked_by
 
     def same_shapes(self) -> LoraConfig:
         """Without the scaling, unless there are patterns of it, which have to be looked at."""
@@ -99,6 +117,7 @@ class ModulePlan:
 
     rank: int
     scaling: float  # alpha / r, or alpha / sqrt(r) with rsLoRA
+    blocks: Blocks | None = None  # of A or B
 
 
 def read_lora_config(raw: Mapping[str, Any]) -> LoraConfig:
@@ -109,9 +128,7 @@ def read_lora_config(raw: Mapping[str, Any]) -> LoraConfig:
         if start:
             raise unsupported(f"kasa_config is set beside init_lora_weights {start!r}; expected one of them")
         start = KASA
-    bias = raw.get("bias") or "none"
-    if bias not in ("none", "lora_only", "all"):
-        raise bad_config(f"bias is {shown(bias)}; expected 'none', 'lora_only' or 'all'")
+    bias = read_biases(raw)
     dora, lora_bias = read_flag(raw, "use_dora"), read_flag(raw, "lora_bias")
     if dora and lora_bias:
         raise unsupported("use_dora and lora_bias are both true, which PEFT does not train; expected one of them")
@@ -119,9 +136,23 @@ def read_lora_config(raw: Mapping[str, Any]) -> LoraConfig:
         raise unsupported(
             f"use_dora beside a start out of the base's weights ({start}) is not served; train one of them"
         )
+    blocks, parameters = _read_variants(raw, bias, start)
+    invoked_by = _read_invocation(raw)
+    for key, found in (
+        ("use_dora", dora),
+        ("kasa_config" if start == KASA else "init_lora_weights", start),
+        ("bias", bias != "none" and bias),
+        ("use_bdlora", blocks),
+        ("target_parameters", parameters),
+    ):
+        if invoked_by and found:
+            raise unsupported(
+                f"{key} is {shown(raw.get(key, found))} beside alora_invocation_tokens; an activated LoRA (aLoRA) "
+                "leaves the base as it is before its invocation, and so it is served with A and B alone"
+            )
     return LoraConfig(
         kind="lora",
-        targets=targets.read_targets(raw, by_layer=True),
+        targets=targets.read_targets(raw, by_layer=True, parameters=parameters),
         base_model=read_base_model(raw),
         rank=read_rank(raw.get("r", 8), "r"),
         alpha=read_number(raw.get("lora_alpha", 8), "lora_alpha"),
@@ -132,6 +163,8 @@ def read_lora_config(raw: Mapping[str, Any]) -> LoraConfig:
         lora_bias=lora_bias,
         dora=dora,
         start=start,
+        blocks=blocks,
+        invoked_by=invoked_by,
     )
 
 
@@ -147,10 +180,41 @@ def plan_modules(
 
 
 def _plan(config: LoraConfig, path: str, match: Matcher) -> ModulePlan:
-    rank = match.first("rank_pattern", config.rank_pattern, path, config.rank)
-    alpha = match.first("alpha_pattern", config.alpha_pattern, path, config.alpha)
+    key = f"{path}.weight" if config.targets.has_parameter(path) else path  # what PEFT's patterns see
+    rank = match.first("rank_pattern", config.rank_pattern, key, config.rank)
+    alpha = match.first("alpha_pattern", config.alpha_pattern, key, config.alpha)
     check_ranks(rank * config.rank_factor, rank)
-    return ModulePlan(rank, alpha / math.sqrt(rank) if config.rslora else alpha / rank)
+    side = config.blocks.side(path) if config.blocks else ""
+    blocks = Blocks(side, config.blocks.count) if config.blocks and side else None
+    return ModulePlan(rank, alpha / math.sqrt(rank) if config.rslora else alpha / rank, blocks)
+
+
+def _read_variants(raw: Mapping[str, Any], bias: str, start: str) -> tuple[BlockDiagonal | None, tuple[str, ...]]:
+    """Read use_bdlora and target_parameters, and refuse what PEFT does not train beside them."""
+    blocks, parameters = read_blocks(raw), read_names(raw, "target_parameters")
+    beside = [key for key in ("use_dora", "lora_bias") if raw.get(key)] + ([start] if start else [])
+    if blocks and (parameters or beside):
+        raise unsupported(
+            f"use_bdlora beside {', '.join(beside or ['target_parameters'])} is not served; train one alone"
+        )
+    if parameters and (beside or bias != "none"):
+        beside += [f"bias {bias!r}"] if bias != "none" else []
+        raise unsupported(f"target_parameters beside {', '.join(beside)} is not served; train one alone")
+    return blocks, (parameters,) if isinstance(parameters, str) else parameters
+
+
+def _read_invocation(raw: Mapping[str, Any]) -> tuple[int, ...]:
+    """Read alora_invocation_tokens; () where they are not set."""
+    value = raw.get("alora_invocation_tokens")
+    if value is None:
+        return ()
+    if not isinstance(value, list) or not 0 < len(value) <= MAX_INVOCATION:
+        raise bad_config(
+            f"alora_invocation_tokens is {shown(value)}; expected a list of 1 to {MAX_INVOCATION} ids of tokens"
+        )
+    if any(type(token) is not int or not 0 <= token < 1 << 31 for token in value):
+        raise bad_config(f"alora_invocation_tokens is {shown(value)}; expected ids of tokens, whole numbers from 0")
+    return tuple(value)
 
 
 def _read_start(init: Any) -> str:

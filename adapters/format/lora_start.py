@@ -2,8 +2,7 @@
 
 PEFT trains s B A beside W - s B0 A0, which it computes from W and never saves. Over W itself the adapter therefore is
 s B A - s B0 A0, of twice the rank. Both products are the largest part of W and nearly equal, so they are brought to
-one before anything is rounded: [s B, -s B0] [A; A0] = Qb (Rb Ra^T) Qa^T, and the small matrix between is taken apart
-into singular values. What is left is rounded as the small change that it is.
+one before anything is rounded (one_product.py).
 
     pissa    s B0 A0 = U_r S_r V_r^T, the r largest singular parts of W (arXiv 2404.02948)
     olora    B0 A0 = Q_r R_r, the first r columns and rows of W = Q R (arXiv 2406.01775)
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from loraplex.adapters.format.config import bad_config, unsupported
 from loraplex.adapters.format.kind import AdapterModule, ServedBase
+from loraplex.adapters.format.one_product import one_product
 from loraplex.adapters.image.tiles import LowRank
 
 STARTS = ("pissa", "olora")
@@ -32,7 +32,7 @@ REMARK = (
     "start to the base's dtype, which nobody can repeat: up to 2^-9 of a weight in bfloat16"
 )
 
-_UNTRAINED = 2.0**-16
+UNTRAINED = 2.0**-16
 """What is left beside the start by the rounding of two libraries' decompositions; it came to 2^-20 at width 64."""
 
 
@@ -66,8 +66,8 @@ def take_out(part: LowRank, start: str, base: ServedBase) -> LowRank:
             "path_initial_model_for_weight_conversion"
         )
     a0, b0 = _start(weight, part.a.shape[0], start, part.scaling)
-    a, b, values = _one(torch.cat((part.a.float(), a0)), torch.cat((part.b.float() * part.scaling, -b0), 1))
-    if float(values.max()) <= _UNTRAINED * float(b0.norm() * a0.norm()):
+    a, b, values = one_product(torch.cat((part.a.float(), a0)), torch.cat((part.b.float() * part.scaling, -b0), 1))
+    if float(values.max()) <= UNTRAINED * float(b0.norm() * a0.norm()):
         b.zero_()
     return LowRank(part.layer, part.projection, a, b, 1.0)
 
@@ -80,15 +80,3 @@ def _start(weight: Tensor, rank: int, start: str, scaling: float) -> tuple[Tenso
         return vh[some], u[:, some] * s[some]
     q, r = torch.linalg.qr(weight)
     return r[:rank], q[:, :rank] * scaling
-
-
-def _one(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Factors of b a, [k, in] with rows of length 1 and [out, k], fp32, and its singular values; a and b as these."""
-    qa, ra = torch.linalg.qr(a.double().T)
-    qb, rb = torch.linalg.qr(b.double())
-    left, values, right = torch.linalg.svd(rb @ ra.T, full_matrices=False)
-    ranks = len(values)  # fewer than k where the module is narrower
-    new_a, new_b = torch.zeros(a.shape), torch.zeros(b.shape)
-    new_a[:ranks] = right @ qa.T
-    new_b[:, :ranks] = qb @ (left * values)
-    return new_a, new_b, values

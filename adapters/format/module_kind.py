@@ -1,4 +1,4 @@
-"""Kinds that come to one part for each module, computed of the module's tensors when the adapter is loaded.
+"""Kinds that come to a part for each module, or one for each of its windows, computed when the adapter is loaded.
 
 A kind says which tensors of which shapes it wants of a module and how many ranks they come to, and then makes the part
 of them. What is the same for all such kinds is here: each tensor the config asks for is there and no other, in its
@@ -18,6 +18,7 @@ from torch import Tensor
 from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.files.patterns import Matcher
 from loraplex.adapters.format.adapter_files import WEIGHTS_FILE
+from loraplex.adapters.format.config import unsupported
 from loraplex.adapters.format.header import TensorInfo
 from loraplex.adapters.format.kind import AdapterConfig, AdapterKind, AdapterModule, ModuleMap, ServedBase, Throttle
 from loraplex.adapters.format.modules import (
@@ -31,14 +32,22 @@ from loraplex.adapters.format.modules import (
     wrong_shape,
 )
 from loraplex.adapters.format.targets import PATTERN_SECONDS, find_targets
+from loraplex.adapters.format.trained_biases import BIAS, bias_parts, bias_shapes, take_biases
+from loraplex.adapters.format.trained_biases import LEAVES as BIAS_LEAVES
 from loraplex.adapters.format.values import cancels, check_finite, check_rounded, no_effect
-from loraplex.adapters.image.tiles import BaseLayout, BiasDelta, LowRank, Part, PartShape
+from loraplex.adapters.format.windows import Window
+from loraplex.adapters.image.tiles import BaseLayout, BiasDelta, DenseDelta, LowRank, Part, PartShape
 from loraplex.kernels.constants import TileKind
+from loraplex.kernels.records import Projection, element_bytes
 
 C = TypeVar("C", bound=AdapterConfig)
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Of tensors, by the last part of their names."""
+
+MOST_DENSE_BYTES = 512 << 20
+"""Of an adapter's dense changes. A decoded token reads all of them, 10 ms at 50 GB/s; in bfloat16 it is q and v of a
+base of three billion weights, or all linears of one of two hundred million."""
 
 PEFT_ORDER = (
     *("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj"),
@@ -54,7 +63,14 @@ class Wanted:
     shapes: Shapes
     rank: int = 0  # of the A and B that come out
     scaling: float = 1.0  # for the kind's own use
-    kind: TileKind | None = TileKind.LOW_RANK  # of the part; None: none comes out
+    kind: TileKind | None = TileKind.LOW_RANK  # of the part; None: none comes out. What is DENSE has no rank
+    windows: tuple[Window, ...] = ()  # where a part comes out for each of them; (): one for the whole module
+
+    def part_shapes(self, module: FoundModule) -> list[PartShape]:
+        """Say how the parts that come out are placed."""
+        if self.windows:
+            return [window.shape(module.layer, module.projection) for window in self.windows]
+        return [] if self.kind is None else [PartShape(module.layer, module.projection, _rows(module, self), self.kind)]
 
 
 @dataclass(frozen=True)
@@ -77,6 +93,26 @@ class Making(Generic[C]):
         """Make the part of a [rank, in] and b [out, rank], fp32."""
         return LowRank(self.module.layer, self.module.projection, a, b, 1.0)
 
+    def dense(self, delta: Tensor) -> DenseDelta:
+        """Make the part of a change of the weight, [out, in] fp32."""
+        return DenseDelta(self.module.layer, self.module.projection, delta)
+
+    def weight(self) -> Tensor:
+        """Read the base's weight [out, in] fp32. Raises AdapterRefused("unsupported_option") where it is quantised."""
+        weight = self.base.weight(self.module.layer, self.module.projection.name)
+        if weight is None:
+            raise unsupported(
+                "the change that such an adapter makes has to be computed from the base's weights, and this base is "
+                "quantised; serve its original"
+            )
+        return weight
+
+
+def is_dense(projection: Projection, ranks: int) -> bool:
+    """Whether the change of a projection takes less as it is than as A and B of so many ranks."""
+    width, out = projection.in_features, projection.out_features
+    return width * out < ranks * (width + out)
+
 
 class ModuleKind(AdapterKind[C]):
     """A kind that comes to one part for each module."""
@@ -95,8 +131,8 @@ class ModuleKind(AdapterKind[C]):
         """Say what tensors a targeted module has. Raises AdapterRefused: "bad_config", "too_large"."""
 
     @abstractmethod
-    def make(self, making: Making[C]) -> Part:
-        """Make a module's part. Raises AdapterRefused for values that cannot be."""
+    def make(self, making: Making[C]) -> Part | Sequence[Part]:
+        """Make a module's part, or those of its windows. Raises AdapterRefused for values that cannot be."""
 
     def shared_role(self, name: str) -> str | None:
         """Say what all modules share under "base_model.<name>"; None: nothing."""
@@ -113,14 +149,22 @@ class ModuleKind(AdapterKind[C]):
         return found
 
     def making_bytes(self, config: C, modules: Sequence[AdapterModule]) -> int:
-        """Bound what one module's part takes while it is made, and what is shared: A, B and what they are made of."""
-        return max(12 * m.rank * (m.projection.in_features + m.projection.out_features) for m in modules) + 1
+        """Bound what one module's part takes while it is made, and what is shared: A, B and what they are made of.
+
+        A module without ranks may come to a dense change; of such a one three are in memory at once.
+        """
+
+        def elements(projection: Projection, rank: int) -> int:
+            width, out = projection.in_features, projection.out_features
+            return rank * (width + out) if rank else width * out
+
+        return max(12 * elements(module.projection, module.rank) for module in modules) + 1
 
     @cached_property
     def _names(self) -> LeafNames:
         known = frozenset(self.leaves)
         return LeafNames(
-            role=lambda leaf: leaf if leaf in known else None,
+            role=lambda leaf: leaf if leaf in known else BIAS if leaf in BIAS_LEAVES else None,
             expected=" or ".join(self.leaves),
             label=self.label,
             foreign={"modules_to_save": "modules_to_save"},
@@ -133,6 +177,7 @@ class ModuleKind(AdapterKind[C]):
         paths = find_targets(config.targets, found.by_path, found.outside, match)
         wanted = {path: self.wanted(config, found.by_path[path], match) for path in paths}
         targeted = [found.by_path[path] for path in paths]
+        biases = take_biases(found, header, config, wanted.keys(), base)
         shared = self.shared_shapes(config, targeted)
         self._check_complete(found, wanted, shared)
         for path, module in found.by_path.items():
@@ -145,19 +190,18 @@ class ModuleKind(AdapterKind[C]):
                 hint = "; the config's numbers and the shapes of the targeted modules say so"
                 raise wrong_shape(name, header[name].shape, shared[role], base.layout, hint)
         modules = tuple(
-            AdapterModule(module.layer, module.projection, module.tensors, want.rank, want.scaling)
+            AdapterModule(module.layer, module.projection, module.tensors, want.rank, want.scaling, want.windows)
             for module, want in zip(targeted, wanted.values(), strict=True)
         )
         shapes = tuple(
-            PartShape(module.layer, module.projection, want.rank or 1, want.kind)
-            for module, want in zip(modules, wanted.values(), strict=True)
-            if want.kind is not None
+            shape for module, want in zip(targeted, wanted.values(), strict=True) for shape in want.part_shapes(module)
         )
+        _check_dense(shapes, base.layout)
         return ModuleMap(
             config=config,
             header=header,
-            modules=modules,
-            shapes=shapes,
+            modules=(*modules, *biases),
+            shapes=(*shapes, *bias_shapes(biases)),
             rank=max(module.rank for module in modules),
             targets=last_names(targeted, base.layout),
             shared=found.shared,
@@ -169,22 +213,27 @@ class ModuleKind(AdapterKind[C]):
     ) -> Iterator[Part]:
         check_finite({name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}, throttle)
         config: C = module_map.config  # type: ignore[assignment]  # plan() was given it
-        modules = sorted(module_map.modules, key=_peft_order)
+        biases = [module for module in module_map.modules if module.tensors.keys() == {BIAS}]
+        modules = sorted((m for m in module_map.modules if m.tensors.keys() != {BIAS}), key=_peft_order)
         found = {role: tensors[name] for role, name in module_map.shared.items()}
         shared = self.share(config, modules, found, base)
-        places = {(shape.layer, shape.projection.name) for shape in module_map.shapes}
+        places = {(s.layer, s.projection.name) for s in module_map.shapes[: len(module_map.shapes) - len(biases)]}
         effective = idle = False
+        for bias in bias_parts(biases, tensors, base):
+            effective = True
+            yield bias
         for index, module in enumerate(modules):
             throttle()
             if (module.layer, module.projection.name) not in places:
                 continue
             own = {leaf: tensors[name] for leaf, name in module.tensors.items()}
-            part = self.make(Making(config, module, own, shared, index, len(modules), base))
-            if _is_idle(part, next(iter(module.tensors.values()), ""), base.layout):
-                idle = True
-                continue
-            effective = effective or not isinstance(part, LowRank) or not cancels(part)
-            yield part
+            made = self.make(Making(config, module, own, shared, index, len(modules), base))
+            for part in made if isinstance(made, Sequence) else (made,):
+                if _is_idle(part, next(iter(module.tensors.values()), ""), base.layout):
+                    idle = True
+                    continue
+                effective = effective or not isinstance(part, LowRank) or not cancels(part)
+                yield part
         if not effective:
             why = f"{', '.join(self.leaves)} come to zero" if idle else "what they come to cancels out to zero"
             raise no_effect([why])
@@ -220,6 +269,23 @@ class ModuleKind(AdapterKind[C]):
             raise AdapterRefused("bad_file", f"{WEIGHTS_FILE}: {name} is {found}; expected {expected}; convert it")
 
 
+def _rows(module: FoundModule, want: Wanted) -> int:
+    return module.projection.out_features if want.kind == TileKind.DENSE else want.rank or 1
+
+
+def _check_dense(shapes: Sequence[PartShape], layout: BaseLayout) -> None:
+    """Raise AdapterRefused("too_large") where dense changes take more than MOST_DENSE_BYTES."""
+    dense = [shape.projection for shape in shapes if shape.kind == TileKind.DENSE]
+    sizes = [p.in_features * p.out_features * element_bytes(layout.dtype) for p in dense]
+    if sum(sizes) > MOST_DENSE_BYTES:
+        raise AdapterRefused(
+            "too_large",
+            f"adapter_config.json: the change it makes has full rank; served exactly it takes {sum(sizes) >> 20} MB, "
+            f"{max(sizes) >> 20} MB for the largest of {len(sizes)} modules, and the limit is {MOST_DENSE_BYTES >> 20} "
+            "MB. Target fewer modules, or convert it to LoRA with PEFT and look at the error",
+        )
+
+
 def _peft_order(module: AdapterModule) -> tuple[int, int]:
     return module.layer, PEFT_ORDER.index(module.projection.name.rpartition(".")[2])
 
@@ -253,6 +319,8 @@ def _is_idle(part: Part, name: str, layout: BaseLayout) -> bool:
             left = [check_rounded(exact, name, what, layout) for what, exact in factors]
         case BiasDelta():
             left = [check_rounded(part.delta, name, "it", layout)]
+        case DenseDelta():
+            left = [check_rounded(part.delta, name, "the change it comes to", layout)]
         case _:
             left = [bool((part.values != 1).any())]
     return not all(left)

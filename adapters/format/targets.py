@@ -7,7 +7,7 @@ Patterns come from strangers, so they are matched within bounds (patterns.py).
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from loraplex.adapters.files.patterns import Matcher
@@ -28,13 +28,22 @@ class Targets:
     excluded: str | tuple[str, ...]
     layers: frozenset[int] | None = None  # layers_to_transform
     layers_pattern: tuple[str, ...] = ()
+    parameters: tuple[str, ...] = ()  # target_parameters: ends of parameters' paths, as "mlp.up_proj.weight"
+
+    def has_parameter(self, path: str) -> bool:
+        """Whether the weight of the module `path` is among the parameters."""
+        weight = f"{path}.weight"
+        return any(weight == name or weight.endswith(f".{name}") for name in self.parameters)
 
 
-def read_targets(raw: Mapping[str, Any], *, by_layer: bool) -> Targets:
-    """Read the keys that choose modules; by_layer: LAYER_KEYS too. Raises AdapterRefused("bad_config")."""
+def read_targets(raw: Mapping[str, Any], *, by_layer: bool, parameters: tuple[str, ...] = ()) -> Targets:
+    """Read the keys that choose modules; by_layer: LAYER_KEYS too. Raises AdapterRefused("bad_config").
+
+    parameters: that are targeted beside them.
+    """
     layers = _read_layers(raw) if by_layer else None
     modules = read_names(raw, "target_modules")
-    if not modules:
+    if not modules and not parameters:
         raise bad_config("target_modules names no module; expected a list of names, a pattern, or 'all-linear'")
     if isinstance(modules, str) and layers is not None:
         raise bad_config(
@@ -42,7 +51,11 @@ def read_targets(raw: Mapping[str, Any], *, by_layer: bool) -> Targets:
         )
     patterns = read_names(raw, "layers_pattern") if by_layer else ()
     return Targets(
-        modules, read_names(raw, "exclude_modules"), layers, (patterns,) if isinstance(patterns, str) else patterns
+        modules,
+        read_names(raw, "exclude_modules"),
+        layers,
+        (patterns,) if isinstance(patterns, str) else patterns,
+        parameters,
     )
 
 
@@ -58,12 +71,23 @@ def find_targets(targets: Targets, paths: Iterable[str], others: Iterable[str], 
     for path in others:  # PEFT's "all-linear" leaves the head out, and a table is not linear
         if not chosen.all_linear and chosen.has(path):
             raise unsupported(f"target_modules takes in {path}, which is not supported; train without it")
+        if targets.has_parameter(path):
+            raise unsupported(f"target_parameters takes in {path}, which is not supported; train without it")
     if not isinstance(targets.modules, str):
         known = {tail for path in paths + others for tail in _tails(path)}
         for name in targets.modules:
             if name not in known:
                 raise bad_config(f"target_modules names {name!r}, which the base does not have; it has {_ends(paths)}")
-    found = [path for path in paths if chosen.has(path)]
+    for name in targets.parameters:
+        if not any(replace(targets, parameters=(name,)).has_parameter(path) for path in paths):
+            raise unsupported(
+                f"target_parameters has {name!r}, which is the weight of no linear layer of the base; it has "
+                f"{_ends(paths)} (expert weights of a mixture are not served)"
+            )
+    found = [path for path in paths if chosen.has(path) or targets.has_parameter(path)]
+    twice = next((path for path in found if targets.has_parameter(path) and chosen.has(path)), None)
+    if twice is not None:
+        raise bad_config(f"target_modules and target_parameters both take in {twice}; expected one of them")
     if not found:
         raise bad_config(f"target_modules and its kin leave no module of the base, which has {_ends(paths)}")
     return found

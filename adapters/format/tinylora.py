@@ -25,12 +25,12 @@ from loraplex.adapters.format.config import (
     Keys,
     bad_config,
     read_base_model,
+    read_biases,
     read_count,
     read_flag,
     read_number,
     read_rank,
     read_seed,
-    refuse_biases,
 )
 from loraplex.adapters.format.kind import AdapterConfig, AdapterModule
 from loraplex.adapters.format.module_kind import Making, ModuleKind, Shapes, Wanted
@@ -74,7 +74,6 @@ class Tinylora(ModuleKind[TinyloraConfig]):
 
     def read(self, raw: Mapping[str, Any]) -> TinyloraConfig:
         KEYS.check(raw)
-        refuse_biases(raw)
         tying = read_number(raw.get("weight_tying", 0.0), "weight_tying")
         if not 0 <= tying <= 1:
             raise bad_config(f"weight_tying is {tying}; expected a number from 0 to 1")
@@ -87,6 +86,7 @@ class Tinylora(ModuleKind[TinyloraConfig]):
             kind=self.name,
             targets=targets.read_targets(raw, by_layer=True),
             base_model=read_base_model(raw),
+            bias=read_biases(raw),
             rank=read_rank(raw.get("r", 2), "r"),
             length=length,
             tying=tying,

@@ -24,11 +24,11 @@ from loraplex.adapters.format.config import (
     COMMON_UNSUPPORTED,
     Keys,
     read_base_model,
+    read_biases,
     read_count,
     read_flag,
     read_rank,
     read_seed,
-    refuse_biases,
 )
 from loraplex.adapters.format.kind import AdapterConfig, AdapterModule, ServedBase
 from loraplex.adapters.format.module_kind import Making, ModuleKind, Shapes, Wanted
@@ -73,12 +73,12 @@ class Unilora(ModuleKind[UniloraConfig]):
 
     def read(self, raw: Mapping[str, Any]) -> UniloraConfig:
         KEYS.check(raw)
-        refuse_biases(raw)
         seed = read_seed(raw.get("proj_seed", 42), "proj_seed")
         return UniloraConfig(
             kind=self.name,
             targets=targets.read_targets(raw, by_layer=True),
             base_model=read_base_model(raw),
+            bias=read_biases(raw),
             rank=read_rank(raw.get("r", 4), "r"),
             length=read_count(raw.get("theta_d_length", 256), "theta_d_length"),
             seed=None if read_flag(raw, "save_indices") else seed,

@@ -26,10 +26,10 @@ from loraplex.adapters.format.config import (
     Keys,
     bad_config,
     read_base_model,
+    read_biases,
     read_count,
     read_flag,
     read_rank,
-    refuse_biases,
 )
 from loraplex.adapters.format.kind import AdapterConfig, AdapterModule
 from loraplex.adapters.format.module_kind import Making, ModuleKind, Shapes, Wanted
@@ -74,7 +74,6 @@ class Vblora(ModuleKind[VbloraConfig]):
 
     def read(self, raw: Mapping[str, Any]) -> VbloraConfig:
         KEYS.check(raw)
-        refuse_biases(raw)
         vectors = read_count(raw.get("num_vectors", 256), "num_vectors")
         topk = read_count(raw.get("topk", 2), "topk")
         if topk > vectors:
@@ -83,6 +82,7 @@ class Vblora(ModuleKind[VbloraConfig]):
             kind=self.name,
             targets=targets.read_targets(raw, by_layer=True),
             base_model=read_base_model(raw),
+            bias=read_biases(raw),
             rank=read_rank(raw.get("r", 4), "r"),
             vectors=vectors,
             length=read_count(raw.get("vector_length", 256), "vector_length"),

@@ -27,10 +27,10 @@ from loraplex.adapters.format.config import (
     COMMON_UNSUPPORTED,
     Keys,
     read_base_model,
+    read_biases,
     read_flag,
     read_rank,
     read_seed,
-    refuse_biases,
 )
 from loraplex.adapters.format.kind import AdapterConfig, AdapterModule, ServedBase
 from loraplex.adapters.format.module_kind import Making, ModuleKind, Shapes, Wanted
@@ -73,13 +73,13 @@ class Vera(ModuleKind[VeraConfig]):
 
     def read(self, raw: Mapping[str, Any]) -> VeraConfig:
         self.keys.check(raw)
-        refuse_biases(raw)
         seed = read_seed(raw.get("projection_prng_key", 0), "projection_prng_key")
         saved = raw.get("save_projection") is None or read_flag(raw, "save_projection")
         return VeraConfig(
             kind=self.name,
             targets=targets.read_targets(raw, by_layer=True),
             base_model=read_base_model(raw),
+            bias=read_biases(raw),
             rank=read_rank(raw.get("r", 256), "r"),
             seed=None if saved else seed,
         )

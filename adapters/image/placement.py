@@ -24,7 +24,7 @@ class PartPlace:
     """Where the rows of one part go: row r of a strip is `a_row` or `b_row` bytes, a multiple of 64, after r - 1."""
 
     a_row: int  # 0: no A
-    b_row: int
+    b_row: int  # 0: no B
     a: tuple[Strip, ...]
     b: tuple[Strip, ...]
 
@@ -41,7 +41,7 @@ class RowPlacement:
     ranks: int
     out: int  # elements of a row of B
     a_row: int  # bytes from one row of A to the next, a multiple of 64; 0: no A
-    b_row: int
+    b_row: int  # 0: no B, `rank` is past the last from the start
     item: int  # bytes of an element
     step: int  # most ranks of a tile
     wide: int  # elements of a row of A

@@ -34,7 +34,7 @@ class TileRows:
         rows = slice(first, first + num_rows)
         tiles = self.table.tiles_host.numpy()[rows]
         tiles[:] = image_tiles[:, 2:]
-        for column in (0, 1):  # A's and B's offsets: within the image; -1 where there is no A
+        for column in (0, 1):  # A's and B's offsets: within the image; -1 where there is none
             offset = tiles[:, column]
             page, within = np.divmod(offset, self._page_units)
             np.copyto(offset, units[page] + within, where=offset >= 0)

@@ -80,7 +80,16 @@ class OutputScale:
     values: Tensor  # [out] fp32, kept in fp32
 
 
-Part = LowRank | BiasDelta | OutputScale
+@dataclass(frozen=True)
+class DenseDelta:
+    """y += delta x on one projection of one layer: a change of full rank, as large as the weight that it changes."""
+
+    layer: int
+    projection: Projection
+    delta: Tensor  # [out, in], any float dtype
+
+
+Part = LowRank | BiasDelta | OutputScale | DenseDelta
 
 
 @dataclass(frozen=True)
@@ -89,7 +98,7 @@ class PartShape:
 
     layer: int
     projection: Projection
-    rank: int  # 1 where the kind has no ranks
+    rank: int  # rows of A: those of a DenseDelta's delta; 1 where there is no A
     kind: TileKind = TileKind.LOW_RANK
 
 
@@ -186,6 +195,8 @@ def shape_of(part: Part) -> PartShape:
             return PartShape(part.layer, part.projection, 1, TileKind.BIAS)
         case OutputScale():
             return PartShape(part.layer, part.projection, 1, TileKind.SCALE)
+        case DenseDelta():
+            return PartShape(part.layer, part.projection, part.delta.shape[0], TileKind.DENSE)
 
 
 def _order(shape: PartShape) -> tuple[int, int, int, int]:
@@ -200,15 +211,17 @@ def _check(parts: Sequence[Part], layout: BaseLayout) -> None:
         where = f"layer {part.layer} {projection.name}"
         if not 0 <= part.layer < layout.num_layers:
             raise ValueError(f"{where}: the base has layers 0 to {layout.num_layers - 1}")
-        if not isinstance(part, LowRank):
+        if isinstance(part, BiasDelta | OutputScale):
             what, row = ("bias", part.delta) if isinstance(part, BiasDelta) else ("scale", part.values)
             if row.shape != (projection.out_features,):
                 raise ValueError(f"{where}: {what} of shape {list(row.shape)}; expected [{projection.out_features}]")
             continue
-        rank = part.a.shape[0]
-        if rank == 0 or part.a.shape != (rank, projection.in_features):
-            raise ValueError(f"{where}: A of shape {list(part.a.shape)}; expected [rank, {projection.in_features}]")
-        if part.b.shape != (projection.out_features, rank):
+        a = part.a if isinstance(part, LowRank) else part.delta
+        rank = a.shape[0] if isinstance(part, LowRank) else projection.out_features
+        if rank == 0 or a.shape != (rank, projection.in_features):
+            expected = f"[{'rank' if isinstance(part, LowRank) else rank}, {projection.in_features}]"
+            raise ValueError(f"{where}: A of shape {list(a.shape)}; expected {expected}")
+        if isinstance(part, LowRank) and part.b.shape != (projection.out_features, rank):
             raise ValueError(f"{where}: B of shape {list(part.b.shape)}; expected [{projection.out_features}, {rank}]")
         row_bytes = projection.in_features * element_bytes(layout.dtype)
         if row_bytes > layout.page_bytes:
@@ -223,12 +236,15 @@ def _placement(shape: PartShape, item: int) -> RowPlacement:
     if shape.kind == TileKind.SCALE:
         item = SCALE_BYTES
     b_row = padded(out * item)
-    if shape.kind != TileKind.LOW_RANK:
+    if shape.kind in (TileKind.BIAS, TileKind.SCALE):
         return RowPlacement(1, out, 0, b_row, item, 1, 0)
     a_bytes = shape.projection.in_features * item
     a_row = padded(a_bytes)
     # A tile's rows are contiguous and its start aligned. Where a row is no multiple of 64 bytes, only tiles of one
     # rank can start anywhere. Hidden sizes in use are multiples of 32 and never get here.
+    if shape.kind == TileKind.DENSE:
+        step = TILE_RANKS if a_row == a_bytes else 1
+        return RowPlacement(shape.rank, out, a_row, 0, item, step, shape.projection.in_features, rank=shape.rank)
     even = a_row == a_bytes and b_row == out * item
     return RowPlacement(shape.rank, out, a_row, b_row, item, TILE_RANKS if even else 1, shape.projection.in_features)
 
@@ -252,6 +268,8 @@ def _write(part: Part, place: PartPlace, image: Tensor, dtype: torch.dtype) -> N
             write(part.delta.unsqueeze(0), place.b_row, place.b, "bias")
         case OutputScale():
             write(part.values.unsqueeze(0), place.b_row, place.b, "scale", torch.float32)
+        case DenseDelta():
+            write(part.delta, place.a_row, place.a, "the change")
 
 
 def _folded(part: LowRank) -> Tensor:
@@ -283,4 +301,8 @@ def _tiles(shape: PartShape, placement: RowPlacement) -> list[tuple[int, ...]]:
                 a_pos = (a_position + (rank - a_first) * placement.a_row) // ALIGN
                 b_pos = (b_position + (rank - first) * placement.b_row) // ALIGN
                 rows.append((*head, a_pos, b_pos, min(placement.step, stop - rank), *out, shape.kind, *window))
+    for first, last, position in placement.a_strips if shape.kind == TileKind.DENSE else ():
+        for rank in range(first, last, placement.step):
+            a_pos, n = (position + (rank - first) * placement.a_row) // ALIGN, min(placement.step, last - rank)
+            rows.append((*head, a_pos, -1, n, shape.projection.out_start + rank, n, shape.kind, *window))
     return rows

@@ -154,6 +154,12 @@ def _factors(files: AdapterBytes, name: str) -> Factors:
             f"adapter {name!r} is of kind {config.kind!r}, which has no A and B to merge by; only merge_strategy "
             "'linear' combines such adapters",
         )
+    if not config.factors_alone:
+        raise AdapterRefused(
+            "unsupported_option",
+            f"adapter {name!r} adds more or other than the A and B of its file, which therefore cannot be merged by "
+            "themselves; only merge_strategy 'linear' combines such adapters",
+        )
     found: dict[str, dict[str, Tensor]] = {}
     for tensor_name, tensor in view_tensors(files.data, parse_header(files.head)).items():
         match = _FACTOR.fullmatch(tensor_name)

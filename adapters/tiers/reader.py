@@ -13,11 +13,12 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Hashable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from loraplex.adapters.errors import AdapterRefused, about_folder
@@ -40,7 +41,7 @@ from loraplex.adapters.format.other_base import remark_on_base
 from loraplex.adapters.format.pack_plan import PackPlan
 from loraplex.adapters.format.quiet_files import read_quietly
 from loraplex.adapters.image.packing import OpenFile
-from loraplex.adapters.image.tiles import AdapterImage, most_tiles, pack, pack_each, plan_image
+from loraplex.adapters.image.tiles import AdapterImage, BiasDelta, Part, most_tiles, pack, pack_each, plan_image
 from loraplex.adapters.info import AdapterInfo
 from loraplex.adapters.sources.sources import resolve
 from loraplex.adapters.throttle import Throttle
@@ -51,8 +52,8 @@ from loraplex.kernels.hugepages import Region, huge_zeros
 
 logger = logging.getLogger(__name__)
 
-TENSORS_A_MODULE = 4
-"""At most, of any kind: A, B, the module's bias, and B's bias or a magnitude."""
+TENSORS_A_MODULE = 8
+"""At most, of any kind; LoRA has A, B, the module's bias, and B's bias or a magnitude, PEANuT two and two a layer."""
 
 MAX_MODULE_MAPS = 32
 """Some 250 KB each. A folder of thousands has a handful."""
@@ -106,12 +107,15 @@ class AdapterReader:
         workspace: Workspace[Region] | None = None,
         locate: Callable[[str], Path] = resolve,
         check_tokenizer: Callable[[TokenizerFiles], str] = lambda files: "",
+        allow_noop: bool = False,
     ) -> None:
         """max_pages: what an adapter may take so that one sequence still fits beside it.
 
         workspace: bounds what all loads under way take together; None: nothing does. locate: a source's folder.
         check_tokenizer: what tokenizer files change, in words; raises AdapterRefused for those the base cannot go with.
+        allow_noop: an adapter that changes nothing is served, as a bias of zeros.
         """
+        self._allow_noop = allow_noop
         self._check_tokenizer = check_tokenizer
         self._locate = locate
         self._workspace = workspace
@@ -159,6 +163,22 @@ class AdapterReader:
             with self._room(self._whole_bytes(place, reading.throttle), reading.throttle):
                 return self._read_whole(place, reading)
 
+    @contextmanager
+    def opened(
+        self, source: str, throttle: Callable[[], None]
+    ) -> Iterator[tuple[str, ModuleMap, Callable[[], Iterable[Part]]]]:
+        """Read all of `source` and give its digest, its ModuleMap and what makes its parts, while the block lasts.
+
+        Raises as read() does, and so do the parts while they are made.
+        """
+        place = self._place(source)
+        with about_folder(place.folder), self._room(self._whole_bytes(place, throttle), throttle):
+            files, _ = read_quietly(place.folder, place.roots, throttle, self._memory)
+            module_map = self._draw(files.head, parse_config(files.head.config), throttle).module_map
+            tensors = view_tensors(files.data, module_map.header)
+            digest = self._tokenizer(place).mark(files.digest)
+            yield digest, module_map, lambda: KINDS[module_map.kind].parts(module_map, tensors, self._base, throttle)
+
     def _place(self, source: str) -> _Place:
         return _Place(self._locate(source), roots_of(source))
 
@@ -202,7 +222,7 @@ class AdapterReader:
         try:
             config = parse_config(head.config)
             drawn = self._draw(head, config, reading.throttle)
-            image, plan = self._make(drawn, files, reading.throttle)
+            image, plan = self._make_any(drawn, files, reading.throttle)
             tokenizer = self._tokenizer(place)  # read after its stamp: a change meanwhile shows at the next look
         except AdapterRefused as error:
             if settled:
@@ -253,6 +273,7 @@ class AdapterReader:
                 plan.nbytes,
                 num_tiles=most_tiles(module_map.shapes, layout, plan.num_pages),
                 kind=module_map.kind,
+                invocation=config.invocation,
             )
             drawn = _Drawn(key, module_map, info)
             self._drawn.put(key, drawn)
@@ -268,6 +289,22 @@ class AdapterReader:
     def _parse_header(self, head: AdapterHead, integers: bool) -> dict[str, TensorInfo]:
         most = TENSORS_A_MODULE * self._base.layout.num_layers * len(self._base.layout.projections)
         return parse_header(head, most, integers=integers)
+
+    def _make_any(
+        self, drawn: _Drawn, files: AdapterBytes, throttle: Callable[[], None]
+    ) -> tuple[AdapterImage, Hashable | None]:
+        """Make the image as _make() does; of what changes nothing, where that is allowed, one that adds a bias of 0.
+
+        Without any tile it would have no page, and what has no page on the device is not there.
+        """
+        try:
+            return self._make(drawn, files, throttle)
+        except AdapterRefused as error:
+            if error.code != "no_effect" or not self._allow_noop:
+                raise
+            layout = self._base.layout
+            first = layout.projections[0]
+            return pack([BiasDelta(0, first, torch.zeros(first.out_features))], layout), None
 
     def _make(
         self, drawn: _Drawn, files: AdapterBytes, throttle: Callable[[], None]

@@ -222,6 +222,7 @@ def run_rowwise(ops: Backend, work: Work) -> list[Tensor]:
         ops.act_mul(_randn(ops, work, tokens, 2 * shape.inner), shape.activation),
         ops.take_rows(x, rows),
         ops.embed(rows, ops.pack_linear(x), 2.0 if shape.offset else None),
+        ops.embed(rows - tokens, ops.pack_linear(_randn(ops, work, 64, shape.hidden)), None, residual),
     ]
     if shape.bias:
         outputs.append(

@@ -26,6 +26,7 @@ class Step(ctypes.Structure):
         ("num_layers", ctypes.c_int32),
         ("num_sites", ctypes.c_int32),
         ("ids", _Pointer),
+        ("own", _Pointer),
         ("rows", _Pointer),
         ("query_ptr", _Pointer),
         ("kv_lens", _Pointer),

@@ -129,11 +129,12 @@ class CpuBackend(Backend):
         first = packed[0]
         return first if len(packed) == 1 and isinstance(first, CpuLinear) else CpuParts(tuple(packed), dtype)
 
-    def embed(self, ids: Tensor, table: PackedLinear, scale: float | None) -> Tensor:
+    def embed(self, ids: Tensor, table: PackedLinear, scale: float | None, own: Tensor | None = None) -> Tensor:
         assert isinstance(table, CpuLinear | CpuParts)
         y = self._sink.new(ids.shape[0], table.in_features, dtype=table.dtype)
         factor = 1.0 if scale is None else torch.tensor(scale, dtype=table.dtype).item()
-        self._sink.emit(embed_op(ids, table, factor, y), table.dtype, Step(ids=ids.data_ptr()))
+        step = Step(ids=ids.data_ptr(), own=_pointer(own))
+        self._sink.emit(embed_op(ids, table, factor, y), table.dtype, step)
         return y
 
     def rms_norm(

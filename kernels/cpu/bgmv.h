@@ -101,13 +101,13 @@ static void shrink(const Shrink<T>& s, Fetcher& fetch) {
     }
 }
 
-// ---- expand: y[0, columns) += sum over parts and k of u[k] B[k], or of u[0] (v - 1) y where a part is a scale ----
+// ---- expand: y[0, columns) += sum over parts and k of u[k] B[k], of u[0] (v - 1) y where a part is a scale, or of u where it is dense ----
 
 template <class T>
 struct Part {
-    const T* b;      // at the unit's first column
+    const T* b;      // at the unit's first column; null: dense, or a scale
     const float* v;  // likewise; null: no scale
-    const float* u;
+    const float* u;  // of the first rank; dense: of the unit's first column
     int64_t len;  // elements from rank to rank
     int n;
 };
@@ -174,6 +174,7 @@ INLINE void take_sums(const float* acc, int n, T* y) {
 }
 
 constexpr int kColumns = 4096;  // most of a unit: its fp32 sums stay in L1
+constexpr int kFewTiles = 64;   // of a row: fewer are not counted by interval, which takes as long as reading them twice
 
 template <class T>
 static void expand(const Expand<T>& e, const Part<T>* parts, Fetcher& fetch) {
@@ -182,6 +183,10 @@ static void expand(const Expand<T>& e, const Part<T>* parts, Fetcher& fetch) {
     for (const Part<T>* p = parts; p < parts + e.parts; p++) {
         if (p->v) {
             add_scaled(p->v, p->u[0], e.y, acc, e.columns, fetch);
+            continue;
+        }
+        if (!p->b) {  // of kTileRanks columns at most, which no register takes in pairs: acc is in their order
+            for (int c = 0; c < e.columns; c++) acc[c] += p->u[c];
             continue;
         }
         int k = 0;
@@ -242,8 +247,9 @@ static void bgmv_expand(const Op& op, const Step& step, Units<T>& units, int tid
     int64_t total = 0, at = 0, count = 0, num_parts = 0, most_units = 0, most_parts = 0;
     each_row(op, step, tiles, [&](int64_t, float*) {
         for (int i = 0; i < tiles.count; i++) total += tiles[i].len;
-        int64_t pieces = tiles.count * 2 + op.out / kColumns + 1;
-        most_units += pieces, most_parts += pieces * tiles.count;
+        int64_t more = op.out / kColumns + 1, pieces = tiles.count * 2 + more;  // an interval is cut every kColumns
+        most_units += pieces;
+        most_parts += tiles.count < kFewTiles ? pieces * tiles.count : column_cuts(tiles) + more * tiles.count;
     });
     int64_t first = total * tid / threads, last = total * (tid + 1) / threads;
     Expand<T>* list = units.expands.get(most_units);
@@ -252,8 +258,8 @@ static void bgmv_expand(const Op& op, const Step& step, Units<T>& units, int tid
         column_cuts(tiles);
         for (int c = 0; c + 1 < tiles.num_cuts; c++) {
             int from = tiles.cuts.data[c], to = tiles.cuts.data[c + 1];
-            int64_t covers = 0, columns = to - from;
-            for (int i = 0; i < tiles.count; i++) covers += tiles[i].start <= from && tiles[i].start + tiles[i].len >= to;
+            const int *cover = tiles.covers.data + tiles.first.data[c], *end_cover = tiles.covers.data + tiles.first.data[c + 1];
+            int64_t covers = end_cover - cover, columns = to - from;
             if (!covers) continue;
             auto border = [&](int64_t share) {
                 return share <= at ? 0 : share >= at + columns * covers ? columns : (share - at) / covers / 64 * 64;
@@ -263,25 +269,27 @@ static void bgmv_expand(const Op& op, const Step& step, Units<T>& units, int tid
             for (int64_t col = from + begin; col < from + end; col += kColumns) {
                 int n = (int)min2<int64_t>(kColumns, from + end - col);
                 list[count++] = {(T*)op.y + row * op.out + col, n, (int)num_parts, (int)covers};
-                for (int i = 0; i < tiles.count; i++) {
-                    const Tile<T>& t = tiles[i];
-                    if (t.start <= from && t.start + t.len >= to)
-                        parts[num_parts++] = {t.b + (col - t.start), t.v ? t.v + (col - t.start) : nullptr, u + i * kTileRanks, t.len, t.n};
+                for (const int* i = cover; i < end_cover; i++) {
+                    const Tile<T>& t = tiles[*i];
+                    int64_t skip = col - t.start;
+                    const float* own = u + *i * kTileRanks + (t.a && !t.b ? skip : 0);
+                    parts[num_parts++] = {t.b ? t.b + skip : nullptr, t.v ? t.v + skip : nullptr, own, t.len, t.n};
                 }
             }
         }
     });
     Run* runs = units.runs.get(num_parts);
+    int64_t num_runs = 0;
     for (int64_t i = 0; i < count; i++)
         for (int p = list[i].first_part; p < list[i].first_part + list[i].parts; p++) {
             int64_t width = list[i].columns * (int64_t)sizeof(T), stride = parts[p].len * (int64_t)sizeof(T);
             if (parts[p].v)
-                runs[p] = {(const char*)parts[p].v, list[i].columns * (int64_t)sizeof(float), 0, 1};
-            else
-                runs[p] = width == stride ? Run{(const char*)parts[p].b, width * parts[p].n, 0, 1} : Run{(const char*)parts[p].b, width, stride, parts[p].n};
+                runs[num_runs++] = {(const char*)parts[p].v, list[i].columns * (int64_t)sizeof(float), 0, 1};
+            else if (parts[p].b)
+                runs[num_runs++] = width == stride ? Run{(const char*)parts[p].b, width * parts[p].n, 0, 1} : Run{(const char*)parts[p].b, width, stride, parts[p].n};
         }
     Fetcher fetch;
-    fetch.start(runs, num_parts);
+    fetch.start(runs, num_runs);
     for (int64_t i = 0; i < count; i++) expand(list[i], parts + list[i].first_part, fetch);
 }
 

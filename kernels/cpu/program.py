@@ -121,6 +121,7 @@ class CpuProgram:
         if len(attention.groups) > MAX_GROUPS:
             raise ValueError(f"{len(attention.groups)} KV groups; the CPU backend has room for {MAX_GROUPS}")
         step = Step(tokens=ids.shape[0], logit_rows=rows.shape[0], ids=ids.data_ptr(), rows=rows.data_ptr())
+        step.own = None if inputs.own is None else inputs.own.data_ptr()
         fill_attention(step, attention)
         for index, (cos, sin) in enumerate(inputs.rotations):
             step.cos[index], step.sin[index] = cos.data_ptr(), sin.data_ptr()

@@ -18,6 +18,7 @@
 #include "quant4.h"
 #include "quant8.h"
 #include "records.h"
+#include "rowwise.h"
 
 namespace LORAPLEX_ISA {
 
@@ -126,6 +127,7 @@ static void embed_quantised(const Op& op, const Step& step, int64_t rows, int ti
     for (int64_t t = rows * tid / threads; t < rows * (tid + 1) / threads; t++) {
         int64_t id = step.ids[t];
         T* y = (T*)op.y + t * op.out;
+        if (embed_outside(op, step, id, y)) continue;
         each_stretch(w, block_parts(w), w.data + id / kPanel * w.panel_bytes, Wide<T>::stretch, (int)(id % kPanel / 16 * 16), 16, 0.f, [&](int64_t unit, const Stretch& stretch) {
             widen(w, stretch, 16, wide);
             for (int64_t k = 0; k < stretch.count * w.unit && unit * w.unit + k < w.in; k++) {

@@ -13,6 +13,7 @@ struct Step {
     int32_t tokens, seqs, segments, decode_segments;
     int32_t logit_rows, num_layers, num_sites;
     const int64_t* ids;          // [tokens]
+    const void* own;             // [E, hidden]: rows of the embedding that are this step's own; null: there are none
     const int64_t* rows;         // [logit_rows]: tokens whose logits are wanted
     const int32_t* query_ptr;    // [seqs + 1]
     const int32_t* kv_lens;      // [seqs]

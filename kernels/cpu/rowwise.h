@@ -59,15 +59,27 @@ static void rms_norm(const Op& op, int64_t rows, int tid, int threads) {
     }
 }
 
+// A row of an id outside the table (ops.py: embed), or false.
+template <class T>
+INLINE bool embed_outside(const Op& op, const Step& step, int64_t id, T* y) {
+    if (id >= 0 && id < op.in) return false;
+    if (id < 0)
+        memcpy((void*)y, (const T*)step.own + (-1 - id) * op.out, op.out * sizeof(T));
+    else
+        memset((void*)y, 0, op.out * sizeof(T));
+    return true;
+}
+
 // Rows of a packed table (linear.h): the head's own copy serves a tied embedding. in: rows of the table, out: columns.
 template <class T>
 static void embed(const Op& op, const Step& step, int64_t rows, int tid, int threads) {
     constexpr int P = Pack<T>::P;
     Range range = share(rows, tid, threads);
     for (int64_t t = range.first; t < range.last; t++) {
+        T* y = (T*)op.y + t * op.out;
+        if (embed_outside(op, step, step.ids[t], y)) continue;
         int64_t id = step.ids[t], base = id / 64 * 64, width = min2<int64_t>(64, round_up(op.in - base, 16));
         const T* panel = (const T*)op.w + base * op.out + (id - base) * P;
-        T* y = (T*)op.y + t * op.out;
         for (int64_t k = 0; k < op.out; k += P) memcpy((void*)(y + k), panel + k * width, P * sizeof(T));
         if (op.embed.scale == 1.f) continue;
         for (int64_t i = 0; i < op.out; i += kLanes) {

@@ -29,8 +29,6 @@ struct SegmentScratch {
     Scratch<T> a, u, b;
     Scratch<Operand<T>> x, wide;
     Scratch<float> sums;
-    Scratch<int> which;
-    Scratch<float> weight;
     TileList<T> tiles;
 };
 
@@ -84,15 +82,22 @@ NOINLINE static void add_scaled_rows(const float* v, float weight, int64_t rows,
     }
 }
 
-// y[:, col, col + n) += the covering tiles' part, n <= 64.
+// sums[rows, n] += weight u of a dense tile, from the column's rank on
+template <class U>
+NOINLINE static void add_dense_rows(const U* u, int64_t ldu, float weight, int64_t rows, int n, float* sums, int width) {
+    for (int64_t m = 0; m < rows; m++)
+        for (int c = 0; c < n; c++) sums[m * width + c] += weight * to_float(u[m * ldu + c]);
+}
+
+// y[:, col, col + n) += the covering tiles' part, n <= 64; which [covers]: these tiles.
 template <class T>
-static void segment_expand(SegmentScratch<T>& s, const Operand<T>* u, int64_t rows, int covers, int col, int n, T* y, int64_t ldy) {
+static void segment_expand(SegmentScratch<T>& s, const Operand<T>* u, int64_t rows, const int* which, int covers, int col, int n, T* y, int64_t ldy) {
     constexpr int P = Pack<T>::P;
     int width = n > 32 ? 64 : 32;
     T* b = s.b.get((int64_t)covers * kTileRanks * width);
     for (int i = 0; i < covers; i++) {
-        const Tile<T>& t = s.tiles[s.which.data[i]];
-        if (t.v) continue;
+        const Tile<T>& t = s.tiles[which[i]];
+        if (!t.b) continue;
         for (int c = 0; c < width; c += 16)
             interleave_ranks(t.b + (col - t.start) + c, c < n ? t.n : 0, t.len, max2(min2(16, n - c), 0), b + (int64_t)i * kTileRanks * width + c * P, width * P);
     }
@@ -100,17 +105,22 @@ static void segment_expand(SegmentScratch<T>& s, const Operand<T>* u, int64_t ro
     float *sums = s.sums.get(2 * rows * width), *part = sums + rows * width;
     memset(sums, 0, sizeof(float) * rows * width);
     for (int i = 0; i < covers; i++) {
-        const Tile<T>& t = s.tiles[s.which.data[i]];
+        const Tile<T>& t = s.tiles[which[i]];
+        const Operand<T>* own = u + which[i] * kTileRanks;
         if (t.v) {
-            add_scaled_rows(t.v + (col - t.start), s.weight.data[i], rows, n, y, ldy, sums, width);
+            add_scaled_rows(t.v + (col - t.start), t.weight, rows, n, y, ldy, sums, width);
             continue;
         }
-        bool whole = s.weight.data[i] == 1.f;
+        if (!t.b) {
+            add_dense_rows(own + (col - t.start), ldu, t.weight, rows, n, sums, width);
+            continue;
+        }
+        bool whole = t.weight == 1.f;
         if (!whole) memset(part, 0, sizeof(float) * rows * width);
         Fetch none;
-        add_rows(rows, whole ? sums : part, width, u + s.which.data[i] * kTileRanks, ldu, b + (int64_t)i * kTileRanks * width, width * P, kTileRanks / P, width, none);
+        add_rows(rows, whole ? sums : part, width, own, ldu, b + (int64_t)i * kTileRanks * width, width * P, kTileRanks / P, width, none);
         if (!whole)
-            for (int64_t j = 0; j < rows * width; j += kLanes) store(sums + j, load(sums + j) + load(part + j) * s.weight.data[i]);
+            for (int64_t j = 0; j < rows * width; j += kLanes) store(sums + j, load(sums + j) + load(part + j) * t.weight);
     }
     for (int64_t m = 0; m < rows; m++)
         for (int c = 0; c < n; c += kLanes) {
@@ -123,18 +133,14 @@ template <class T>
 static void segment_rows(const Op& op, SegmentScratch<T>& s, int64_t row, int64_t rows) {
     const Operand<T>* u = segment_shrink(s, (const T*)op.x + row * op.in, op.in, rows);
     column_cuts(s.tiles);
-    int* which = s.which.get(s.tiles.count);
-    float* weight = s.weight.get(s.tiles.count);
+    const int *cuts = s.tiles.cuts.data, *first = s.tiles.first.data;
     for (int c = 0; c + 1 < s.tiles.num_cuts; c++) {
-        int from = s.tiles.cuts.data[c], to = s.tiles.cuts.data[c + 1], covers = 0;
-        for (int i = 0; i < s.tiles.count; i++)
-            if (s.tiles[i].start <= from && s.tiles[i].start + s.tiles[i].len >= to)
-                which[covers] = i, weight[covers++] = s.tiles[i].weight;
+        int from = cuts[c], to = cuts[c + 1], covers = first[c + 1] - first[c];
         if (!covers) continue;
         for (int col = from; col < to; col += 64) {
             int n = min2(64, to - col);
             T* y = (T*)op.y + row * op.out + col;
-            segment_expand(s, u, rows, covers, col, n, y, op.out);
+            segment_expand(s, u, rows, s.tiles.covers.data + first[c], covers, col, n, y, op.out);
         }
     }
 }

@@ -1,10 +1,13 @@
 // The tiles of a mix at one site, looked up in the tile table (kernels/records.py).
 //
 // A tile is read where it lies in the arena. It is A [n, in] and B [n, out_len], n <= kTileRanks, row major: y += weight * B^T A x, x
-// from `in_start` on; or a bias, B alone: y += weight * B; or a scale, v [out_len] in fp32: y += weight * (v - 1) * y. The out ranges of a row's tiles (q,
-// k and v have their own; pages cut some) are cut into intervals over which the list of tiles is constant, so that bgmv.h and
-// sgmv.h write y once whatever the tiles are.
+// from `in_start` on; or a bias, B alone: y += weight * B; or a scale, v [out_len] in fp32: y += weight * (v - 1) * y; or dense, A alone:
+// y += weight * A x, n = out_len. The out ranges of a row's tiles (q, k and v have their own; pages cut some; a dense linear has one
+// for every 16 columns) are cut into intervals over which the list of tiles is constant, so that bgmv.h and sgmv.h write y once
+// whatever the tiles are.
 #pragma once
+#include <algorithm>
+
 #include "linear.h"
 #include "records.h"
 #include "rowwise.h"
@@ -13,7 +16,7 @@ namespace LORAPLEX_ISA {
 
 template <class T>
 struct Tile {
-    const T *a, *b;  // a null: a bias or a scale, u is the constant one
+    const T *a, *b;  // a null: a bias or a scale, u is the constant one; b null: a scale, or dense
     const float* v;  // null: no scale
     int n, start, len, in_start, in;
     float weight;
@@ -22,7 +25,7 @@ struct Tile {
 template <class T>
 struct TileList {
     Scratch<Tile<T>> tiles;
-    Scratch<int> cuts;
+    Scratch<int> cuts, first, covers;  // interval c: columns [cuts[c], cuts[c + 1]), tiles covers[first[c], first[c + 1]) in order
     int count = 0, num_cuts = 0;
     Tile<T>& operator[](int i) { return tiles.data[i]; }
 };
@@ -45,28 +48,40 @@ static void mix_tiles(const Step& step, int segment, int layer, int site, TileLi
         const int32_t* range = tile_range(step, m, layer, site);
         for (int i = range[0]; i < range[1]; i++) {
             const int32_t* r = step.tiles + (int64_t)i * kTileColumns;
-            const uint8_t* b = step.arena + (int64_t)r[1] * kAlign;
-            TileKind kind = (TileKind)r[5];
-            out[list.count++] = {kind == TileKind::kLowRank ? (const T*)(step.arena + (int64_t)r[0] * kAlign) : nullptr, (const T*)b,
-                                 kind == TileKind::kScale ? (const float*)b : nullptr, r[2], r[3], r[4], r[6], r[7], step.mix_weight[m]};
+            bool scale = (TileKind)r[5] == TileKind::kScale;
+            const uint8_t *a = r[0] < 0 ? nullptr : step.arena + (int64_t)r[0] * kAlign, *b = r[1] < 0 ? nullptr : step.arena + (int64_t)r[1] * kAlign;
+            out[list.count++] = {(const T*)a, scale ? nullptr : (const T*)b, scale ? (const float*)b : nullptr, r[2], r[3], r[4], r[6], r[7], step.mix_weight[m]};
         }
     }
 }
 
-// Sorted, disjoint ranges of columns between which no tile starts or ends.
+// Sorted, disjoint ranges of columns between which no tile starts or ends, and the tiles that cover each. Returns how many covers
+// there are in all. Tiles come sorted by their first columns (of each adapter), so nearly all cuts are put behind the last.
 template <class T>
-static void column_cuts(TileList<T>& list) {
-    int* cuts = list.cuts.get(list.count * 2 + 1);
-    int n = 0;
-    for (int i = 0; i < list.count * 2; i++) {  // insertion into a sorted list: there are a handful
-        int cut = i & 1 ? list[i / 2].start + list[i / 2].len : list[i / 2].start, at = n;
-        while (at > 0 && cuts[at - 1] > cut) at--;
-        if (at > 0 && cuts[at - 1] == cut) continue;
-        for (int j = n; j > at; j--) cuts[j] = cuts[j - 1];
+static int64_t column_cuts(TileList<T>& list) {
+    int *cuts = list.cuts.get(list.count * 2 + 1), n = 0;
+    for (int i = 0; i < list.count * 2; i++) {
+        int cut = i & 1 ? list[i / 2].start + list[i / 2].len : list[i / 2].start;
+        int at = n && cuts[n - 1] < cut ? n : (int)(std::lower_bound(cuts, cuts + n, cut) - cuts);
+        if (at < n && cuts[at] == cut) continue;
+        memmove(cuts + at + 1, cuts + at, sizeof(int) * (n - at));
         cuts[at] = cut;
         n++;
     }
     list.num_cuts = n;
+    int* first = list.first.get(n + 2);  // counted two places on, so that filling leaves each where it belongs
+    memset(first, 0, sizeof(int) * (n + 2));
+    auto each_cover = [&](auto visit) {
+        for (int i = 0, c = 0; i < list.count; i++) {
+            if (cuts[c] != list[i].start) c = (int)(std::lower_bound(cuts, cuts + n, list[i].start) - cuts);
+            for (int j = c; cuts[j] < list[i].start + list[i].len; j++) visit(i, j);
+        }
+    };
+    each_cover([&](int, int c) { first[c + 2]++; });
+    for (int c = 0; c < n; c++) first[c + 2] += first[c + 1];
+    int* covers = list.covers.get(first[n + 1]);
+    each_cover([&](int i, int c) { covers[first[c + 1]++] = i; });
+    return first[n + 1];
 }
 
 }  // namespace LORAPLEX_ISA

@@ -89,13 +89,18 @@ class TritonBackend(TorchSampling, Backend):
     def packed_bytes(self, linears: Iterable[Sequence[PartShape]], dtype: torch.dtype) -> int:
         return sum(quantized.packed_bytes(*part, dtype) for parts in linears for part in parts)
 
-    def embed(self, ids: Tensor, table: PackedLinear, scale: float | None) -> Tensor:
+    def embed(self, ids: Tensor, table: PackedLinear, scale: float | None, own: Tensor | None = None) -> Tensor:
         dtype = table.dtype if isinstance(table, quantized.TritonParts) else _weight(table).dtype
         if scale is not None:
             scale = torch.tensor(scale, dtype=dtype).item()
+        known = ids if own is None else ids.clamp(0, table.out_features - 1)
         if isinstance(table, quantized.TritonParts):
-            return quantized.embed(ids, table, scale)
-        return rowwise.gather(_weight(table), ids, scale)
+            y = quantized.embed(known, table, scale)
+        else:
+            y = rowwise.gather(_weight(table), known, scale)
+        if own is not None:
+            rowwise.place_own_(y, ids, own, table.out_features)
+        return y
 
     def take_rows(self, x: Tensor, rows: Tensor) -> Tensor:
         return rowwise.gather(x, rows, None)

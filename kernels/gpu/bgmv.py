@@ -17,7 +17,7 @@ from torch import Tensor
 from loraplex.kernels.constants import ALIGN
 from loraplex.kernels.gpu import tuning
 from loraplex.kernels.gpu.tiles import (
-    LOW_RANK,
+    DENSE,
     RANKS,
     SCALE,
     load_b,
@@ -25,6 +25,7 @@ from loraplex.kernels.gpu.tiles import (
     next_tile,
     scaled,
     segment_of,
+    selected,
     shrink_tile,
     tile_range,
 )
@@ -216,12 +217,15 @@ def _expand(
                     at = (row.to(tl.int64) * most_tiles + u_at) * splits
                     parts = tl.load(
                         partial + (at + part)[:, None] * ranks + rank[None, :],
-                        mask=(part < tl.where(kind == LOW_RANK, splits, 0))[:, None],
+                        mask=(part < tl.where(a_off >= 0, splits, 0))[:, None],
                         other=0.0,
                     )
                     u = tl.sum(parts, axis=0).to(y.dtype.element_ty).to(tl.float32)
-                    u = tl.where(rank < tl.where(kind == LOW_RANK, 0, 1), 1.0, u)
-                    b = load_b(elements, b_off, n, out_start, out_len, columns, rank, unit).to(tl.float32)
+                    u = tl.where(rank < tl.where(a_off >= 0, 0, 1), 1.0, u)
+                    if kind == DENSE:
+                        b = selected(n, out_start, columns, rank)
+                    else:
+                        b = load_b(elements, b_off, n, out_start, out_len, columns, rank, unit).to(tl.float32)
                     acc += weight * tl.sum(u[:, None] * b, axis=0)
                 touched += here.to(tl.int32)
     mine = (touched > 0) & (columns < n_out)

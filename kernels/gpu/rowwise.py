@@ -28,6 +28,15 @@ def gather(table: Tensor, ids: Tensor, scale: float | None) -> Tensor:
     return y
 
 
+def place_own_(y: Tensor, ids: Tensor, own: Tensor, vocab: int) -> None:
+    """Write own [E, H] over the rows of y [T, H] whose ids [T] are outside the table; see Backend.embed."""
+    columns = y.shape[1]
+    if y.numel():
+        _place_own[(ids.shape[0], triton.cdiv(columns, tuning.ELEMENTS))](
+            y, ids, own, columns, vocab, block=tuning.ELEMENTS
+        )
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, offset: float) -> tuple[Tensor, Tensor]:
     """As Backend.rms_norm; x is contiguous."""
     columns = x.shape[-1]
@@ -121,6 +130,17 @@ def _gather(table, ids, y, columns, scale, has_scale: tl.constexpr, block: tl.co
     if has_scale:
         values = (values.to(tl.float32) * scale).to(y.dtype.element_ty)
     tl.store(y + row * columns + column, values, mask=inside)
+
+
+@triton.jit
+def _place_own(y, ids, own, columns, vocab, block: tl.constexpr):
+    """Grid (row, block of columns). Semantics: ids[i] < 0: y[i] = own[-1 - ids[i]]; ids[i] >= vocab: y[i] = 0."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * block + tl.arange(0, block)
+    inside = column < columns
+    token = tl.load(ids + row)
+    values = tl.load(own + (-1 - token) * columns + column, mask=inside & (token < 0), other=0.0)
+    tl.store(y + row * columns + column, values, mask=inside & ((token < 0) | (token >= vocab)))
 
 
 @triton.jit

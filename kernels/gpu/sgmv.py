@@ -17,7 +17,7 @@ from torch import Tensor
 from loraplex.kernels.constants import ALIGN
 from loraplex.kernels.gpu import tuning
 from loraplex.kernels.gpu.tiles import (
-    LOW_RANK,
+    DENSE,
     RANKS,
     SCALE,
     load_b,
@@ -25,6 +25,7 @@ from loraplex.kernels.gpu.tiles import (
     next_tile,
     scaled,
     segment_of,
+    selected,
     shrink_tile,
     tile_range,
 )
@@ -225,12 +226,15 @@ def _expand(
                         at = ((rows - first_row).to(tl.int64) * most_tiles + u_at) * ranks
                         shrunk = tl.load(
                             u + at[:, None] + rank[None, :],
-                            mask=mine[:, None] & (rank < tl.where(kind == LOW_RANK, n, 0))[None, :],
+                            mask=mine[:, None] & (rank < tl.where(a_off >= 0, n, 0))[None, :],
                             other=0.0,
                         )
-                        one = mine[:, None] & (rank < tl.where(kind == LOW_RANK, 0, 1))[None, :]
+                        one = mine[:, None] & (rank < tl.where(a_off >= 0, 0, 1))[None, :]
                         shrunk = tl.where(one, 1.0, shrunk.to(tl.float32)).to(u.dtype.element_ty)
-                        b = load_b(elements, b_off, n, out_start, out_len, columns, rank, unit)
+                        if kind == DENSE:
+                            b = selected(n, out_start, columns, rank).to(u.dtype.element_ty)
+                        else:
+                            b = load_b(elements, b_off, n, out_start, out_len, columns, rank, unit)
                         acc = tl.where(here, acc + weight * tl.dot(shrunk, b, input_precision="ieee"), acc)
                     touched |= here
     touched &= (columns < n_out)[None, :]

@@ -17,7 +17,7 @@ RANKS = TILE_RANKS
 
 _COLUMNS = tl.constexpr(TILE_COLUMNS)
 _FLOATS = tl.constexpr(ALIGN // 4)
-LOW_RANK = tl.constexpr(int(TileKind.LOW_RANK))
+DENSE = tl.constexpr(int(TileKind.DENSE))
 SCALE = tl.constexpr(int(TileKind.SCALE))
 
 
@@ -64,12 +64,11 @@ def shrink_tile(tiles, ranges, mix_slot, begin, end, slot_stride, cell, j):
     row = tiles + tile.to(tl.int64) * _COLUMNS
     a_off = tl.load(row, mask=tile >= 0, other=-1)
     n = tl.load(row + 2, mask=tile >= 0, other=0)
-    kind = tl.load(row + 5, mask=tile >= 0, other=LOW_RANK)
     a_before = tl.load(row - _COLUMNS, mask=tile > first, other=-1)
     n_before = tl.load(row - _COLUMNS + 2, mask=tile > first, other=0)
     in_start = tl.load(row + 6, mask=tile >= 0, other=0)
     in_len = tl.load(row + 7, mask=tile >= 0, other=0)
-    return a_off, tl.where((kind != LOW_RANK) | ((a_off == a_before) & (n == n_before)), 0, n), in_start, in_len
+    return a_off, tl.where((a_off < 0) | ((a_off == a_before) & (n == n_before)), 0, n), in_start, in_len
 
 
 @triton.jit
@@ -104,6 +103,12 @@ def load_b(elements, b_off, n, out_start, out_len, columns, ranks, unit: tl.cons
         at = ranks[:, None] * out_len + (columns - out_start)[None, :]
         b = tl.load(base + at, mask=(ranks < n)[:, None] & inside[None, :], other=0.0)
     return b
+
+
+@triton.jit
+def selected(n, out_start, columns, ranks):
+    """Semantics: [ranks, columns] that are one where a row of a DENSE tile is of that column of y, else zero."""
+    return tl.where((ranks < n)[:, None] & (ranks[:, None] == (columns - out_start)[None, :]), 1.0, 0.0)
 
 
 @triton.jit

@@ -93,6 +93,81 @@ class TokenizerReceipt(Wire):
     added_tokens: dict[str, int]  # that the base has not, or under another id
 
 
+class MeasuredAdapter(Wire):
+    digest: str
+    kind: str
+    rank: int
+    modules: int  # that it has tensors for
+    idle_modules: int  # of these, whose tensors come to nothing
+    noop: bool  # it answers as the base does; served with --allow-noop alone
+
+
+class MatchedTensors(Wire):
+    """Of the file. What is ignored or matches nothing is refused, so both lists are empty."""
+
+    matched: int
+    ignored: list[str]
+    unmatched: list[str]
+
+
+class StoredTypes(Wire):
+    file: list[str]
+    packed: str
+    rounding: float  # |delta W as packed - delta W| / |delta W|, Frobenius
+
+
+class SiteNorms(Wire):
+    projections: list[str]
+    modules: int
+    relative: float  # |delta W| / |W| over all layers, Frobenius
+    largest: float  # of one layer
+    layer: int  # that one
+    rounding: float
+
+
+class EffectNorms(Wire):
+    relative: float  # |delta W| / |W| over all of the base's linears
+    bias: float  # norm of what is added to biases
+    sites: list[SiteNorms]
+
+
+class CheckedBase(Wire):
+    digest: str
+    formats: str
+    named: str | None  # by the adapter's config
+    is_named: bool | None  # whether that is this base, as far as names tell
+
+
+class ProbeResult(Wire):
+    """Largest differences in log-probability between fused answers and the plain reference."""
+
+    tokens: int
+    base: float | None
+    adapter: float | None
+    error: str | None  # why there are none
+
+
+class ReceiptBody(Wire):
+    """What the digest of a receipt is of."""
+
+    adapter: MeasuredAdapter
+    tensors: MatchedTensors
+    dtype: StoredTypes
+    effect: EffectNorms
+    base: CheckedBase
+    probe: ProbeResult
+    remark: str | None
+
+
+class ProofAnswer(Wire):
+    """The receipt that is made after a load; `wait` seconds for it, or ask again."""
+
+    status: Literal["made", "pending", "failed", "none"]  # none: nobody has asked for it yet
+    error: str | None  # of the last try
+    digest: str | None
+    receipt: ReceiptBody | None
+
+
 class AdapterReceipt(Wire):
     """What was found in an adapter's files."""
 
@@ -107,6 +182,7 @@ class AdapterReceipt(Wire):
     pages: int
     remark: str | None  # it was made for another base than this, as far as its config tells, or is rounded otherwise
     tokenizer: TokenizerReceipt
+    proof: ProofAnswer
 
 
 class ModelList(Wire):

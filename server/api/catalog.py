@@ -6,6 +6,7 @@ from loraplex.adapters.files.tokenizer_files import NOTHING
 from loraplex.adapters.registry import AdapterVersion
 from loraplex.server.api.answer_schemas import AdapterReceipt, ModelCard, ModelPermission, TokenizerReceipt
 from loraplex.server.api.names import not_found, strip_base
+from loraplex.server.api.proof import prove
 from loraplex.server.api.services import Services
 from loraplex.server.catalog.on_demand import is_hidden
 from loraplex.server.facts import Facts
@@ -38,9 +39,13 @@ def find_card(services: Services, model: str) -> ModelCard:
     return _adapter_card(services.facts, _find(services, name, model))
 
 
-def find_receipt(services: Services, name: str) -> AdapterReceipt:
-    """What is known of an adapter. Raises ApiError (404), also for what the caller may not use."""
+async def find_receipt(services: Services, name: str, wait: float) -> AdapterReceipt:
+    """What is known of an adapter, waiting up to `wait` seconds for what is measured of it.
+
+    Raises ApiError (404), also for what the caller may not use.
+    """
     version = _find(services, name, name)
+    proof = await prove(services, version, wait)
     tokenizers, files = services.tokenizers, version.info.tokenizer
     difference = tokenizers.difference(files)
     own = tokenizers.of([files])
@@ -61,6 +66,7 @@ def find_receipt(services: Services, name: str) -> AdapterReceipt:
             special_tokens=dict(difference.special),
             added_tokens={token.text: token.id for token in difference.added},
         ),
+        proof=proof,
     )
 
 

@@ -25,7 +25,7 @@ from loraplex.adapters.errors import (
     AdapterUnavailable,
     InvalidAdapterName,
 )
-from loraplex.server.catalog.saved import StateNotKept
+from loraplex.server.catalog.state_store import StateNotKept
 from loraplex.server.engine.request import (
     ContextTooLong,
     DeadlineExceeded,

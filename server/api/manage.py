@@ -10,6 +10,7 @@ from loraplex.adapters.sources.sources import is_hub_id, parse_source
 from loraplex.server.api.errors import ApiError
 from loraplex.server.api.services import Services
 from loraplex.server.catalog.quota import QuotaOwner, TooManyAdapters
+from loraplex.server.catalog.version_records import Who
 from loraplex.server.tenancy.rate_limits import RateLimited
 from loraplex.server.tenancy.tenants import current_caller, current_key
 
@@ -34,6 +35,12 @@ def check_may_unload(name: str) -> None:
         if not key.may_use(name):
             raise AdapterNotFound(f"no adapter {name[:200]!r} is loaded")
         check_may_load(name)
+
+
+def asking() -> Who:
+    """Say whose request it is, for what is kept of a change."""
+    key = current_key()
+    return Who(key.name, key.tenant)
 
 
 class AllPlacesTaken(RateLimited):

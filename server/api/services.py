@@ -7,13 +7,13 @@ from functools import cached_property
 
 from loraplex.server.api.abort import OpenAnswers
 from loraplex.server.api.body import Bodies
-from loraplex.server.catalog.manager import AdapterManager
 from loraplex.server.catalog.on_demand import OnDemand
 from loraplex.server.catalog.saved import Remembering
 from loraplex.server.config import RequestLimits
 from loraplex.server.drain import Drain
 from loraplex.server.engine.engine import Engine
 from loraplex.server.facts import Facts
+from loraplex.server.proof.prover import Prover
 from loraplex.server.telemetry.metrics import Metrics
 from loraplex.server.telemetry.tracing import Tracing
 from loraplex.server.tenancy.access import Access
@@ -30,7 +30,7 @@ class Services:
 
     facts: Facts
     engine: Engine
-    adapters: AdapterManager | Remembering
+    adapters: Remembering
     on_demand: OnDemand
     tokenizers: Tokenizers
     texts: TextPools
@@ -40,6 +40,7 @@ class Services:
     access: Access | None = None  # None: no keys are asked for
     local_sources: LocalSources | None = None  # folders that requests may load adapters from; None: any
     tracing: Tracing | None = None  # None: no traces
+    prover: Prover | None = None  # None: no receipts are made
     drain: Drain = field(default_factory=Drain)
     open_answers: OpenAnswers = field(default_factory=OpenAnswers)
 

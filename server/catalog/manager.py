@@ -25,8 +25,8 @@ logger = logging.getLogger(__name__)
 Point = Callable[[], AdapterVersion]
 """Changes what a name stands for. Raises AdapterError."""
 
-Around = Callable[[Point], Future[AdapterVersion]]
-"""Makes the change, some time, with what has to be done before or after it."""
+Around = Callable[[AdapterInfo, Point], Future[AdapterVersion]]
+"""Makes the change, some time, with what has to be done before or after it; the info is of what was read."""
 
 
 Examine = Callable[[str], AdapterInfo]
@@ -113,7 +113,7 @@ class AdapterManager:
                 if around is None:
                     outcome.set_result(point())
                 else:
-                    when_done(around(point), outcome, outcome.set_result)
+                    when_done(around(loaded.info, point), outcome, outcome.set_result)
 
         if not found.is_remote:
             load()

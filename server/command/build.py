@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from loraplex.adapters.tiers.device import DeviceTier
 from loraplex.adapters.tiers.eviction import Reclaimer
 from loraplex.adapters.tiers.inbox import Inbox
 from loraplex.adapters.tiers.loader import Loader
+from loraplex.adapters.tiers.measuring import Measurer
 from loraplex.adapters.tiers.pages import PagePool
 from loraplex.adapters.tiers.reader import AdapterReader
 from loraplex.adapters.tiers.workspace import Workspace
@@ -49,6 +51,7 @@ from loraplex.server.engine.step.prefault import Prefault
 from loraplex.server.engine.step.system_memory import give_back_freed
 from loraplex.server.engine.step.worker import LocalWorker
 from loraplex.server.facts import BaseFormats
+from loraplex.server.models.base_digest import base_digest
 from loraplex.server.models.base_weights import BaseWeights
 from loraplex.server.models.checkpoint import Checkpoint, WeightsError
 from loraplex.server.models.config import ModelConfig
@@ -56,12 +59,22 @@ from loraplex.server.models.decoder import Decoder
 from loraplex.server.models.demo import default_cache_dir
 from loraplex.server.models.graphs import GraphedDecoder
 from loraplex.server.models.opening import open_checkpoint
+from loraplex.server.models.plain import PlainModel
 from loraplex.server.models.quantizing import QuantizingCheckpoint
 from loraplex.server.models.recorded import RecordedDecoder, record
 from loraplex.server.models.weight_sizes import format_names
 from loraplex.server.models.weights import ModelWeights, activations_name, load_checkpoint
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ProofParts:
+    """What receipts are made with, beside the engine."""
+
+    measurer: Measurer
+    plain: PlainModel
+    digest: Callable[[], str]  # of the base; takes a moment
 
 
 @dataclass(frozen=True)
@@ -75,6 +88,7 @@ class EngineParts:
     model_config: ModelConfig
     dtype: torch.dtype  # of dense weights, adapters and KV cache
     formats: BaseFormats
+    proof: ProofParts
     memory: MemoryPlan
     token_budget: int  # tokens of a step, at first
     cost: StepCost
@@ -89,13 +103,14 @@ def build_engine(
     checkpoint: Checkpoint | None = None,
     check_tokenizer: Callable[[TokenizerFiles], str] = lambda files: "",
     downloads: DownloadConfig = DownloadConfig(),
+    allow_noop: bool = False,
     count_process: bool = False,
 ) -> EngineParts:
     """Load the base in the folder `model_path` and lay out its memory.
 
     base_names: what requests call it, at least one: messages do by the first, and no adapter may have any of them.
     model_config: of the base, where it has been read already: that takes a second. checkpoint: its weights, where they
-    are not in the folder. check_tokenizer: see AdapterReader.
+    are not in the folder. check_tokenizer, allow_noop: see AdapterReader.
 
     count_process: the memory given is also for this process without the engine (CPU).
 
@@ -126,7 +141,7 @@ def build_engine(
         logger.warning(
             "context cut from %d to %d tokens by the memory there is", model_config.max_position, plan.max_model_len
         )
-    engine, adapters, cache, prefault = _assemble(
+    engine, adapters, cache, prefault, measurer = _assemble(
         config,
         model_config,
         weights,
@@ -138,6 +153,7 @@ def build_engine(
         base_names,
         check_tokenizer,
         downloads,
+        allow_noop,
     )
     watch.lap("arena")
     return EngineParts(
@@ -148,6 +164,9 @@ def build_engine(
         model_config=model_config,
         dtype=dtype,
         formats=formats,
+        proof=ProofParts(
+            measurer, PlainModel(model_config, checkpoint), partial(base_digest, Path(model_path), checkpoint)
+        ),
         memory=replace(plan, weights_remark=str(formats)),
         token_budget=budget.tokens,
         cost=cost,
@@ -179,7 +198,8 @@ def _assemble(
     base_names: tuple[str, ...],
     check_tokenizer: Callable[[TokenizerFiles], str],
     download_config: DownloadConfig,
-) -> tuple[Engine, AdapterManager, AdapterCache, Prefault | None]:
+    allow_noop: bool,
+) -> tuple[Engine, AdapterManager, AdapterCache, Prefault | None, Measurer]:
     """Allocate the arena and put everything around it together. most: tokens of a step."""
     device, dtype = ops.device, weights.dtype
     arena = allocate_arena(plan, device)
@@ -190,12 +210,14 @@ def _assemble(
     inbox = Inbox(plan.images_bytes)
     registry = Registry(taken=base_names)
     downloads = _downloads(download_config, registry)
+    served = ServedBase(layout, base.bias, base.squared_norms, base.products, base.weight, base.formats)
     reader = AdapterReader(
-        ServedBase(layout, base.bias, base.squared_norms, base.products, base.weight, base.formats),
+        served,
         max_pages=plan.num_pages - len(plan.groups),
         workspace=Workspace(plan.loading_bytes),
         locate=downloads.locate,
         check_tokenizer=check_tokenizer,
+        allow_noop=allow_noop,
     )
     loader = Loader(reader.read, inbox.put, registry, config.loader_threads)
     cache = AdapterCache(residency, inbox, loader, registry, exclusive=plan.shared)
@@ -233,7 +255,8 @@ def _assemble(
     cache.host.on_ready = inbox.on_arrival = worker.masks.wake = engine.wake
     registry.on_drained = engine.forget_adapter
     prefault = Prefault(arena, pool) if plan.shared else None
-    return engine, AdapterManager(registry, loader, reader.examine, downloads, engine.pin_adapter), cache, prefault
+    manager = AdapterManager(registry, loader, reader.examine, downloads, engine.pin_adapter)
+    return engine, manager, cache, prefault, Measurer(reader, served)
 
 
 def _downloads(config: DownloadConfig, registry: Registry) -> Downloads:

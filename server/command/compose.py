@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import time
 from functools import partial
-from pathlib import Path
 
 from loraplex.adapters.tiers.merging import merge_versions
 from loraplex.kernels.constants import BLOCK_SIZE
 from loraplex.server.api.services import Services
-from loraplex.server.catalog.manager import AdapterManager
 from loraplex.server.catalog.on_demand import OnDemand
-from loraplex.server.catalog.saved import Remembering, StateError, StateFile
+from loraplex.server.catalog.saved import Remembering
+from loraplex.server.catalog.state_store import StateError, StateStore
+from loraplex.server.catalog.state_writer import StateWriter
+from loraplex.server.catalog.versions import Versions
 from loraplex.server.command.build import EngineParts
 from loraplex.server.command.keys import open_access
 from loraplex.server.config import ServeConfig
 from loraplex.server.facts import Facts
+from loraplex.server.proof.examiner import Examiner
+from loraplex.server.proof.prober import Prober
+from loraplex.server.proof.prover import REST, Prover
+from loraplex.server.proof.receipt import BaseIdentity
 from loraplex.server.startup import StartError
 from loraplex.server.telemetry.metrics import Metrics
 from loraplex.server.telemetry.tracing import TracingUnavailable, start_tracing
@@ -27,26 +32,32 @@ from loraplex.server.text.tokenizers import Tokenizers
 
 
 def make_services(
-    config: ServeConfig, parts: EngineParts, tokenizers: Tokenizers, defaults: GenerationDefaults, grammars: Grammars
+    config: ServeConfig,
+    state: StateStore,
+    parts: EngineParts,
+    tokenizers: Tokenizers,
+    defaults: GenerationDefaults,
+    grammars: Grammars,
 ) -> Services:
     """Put the services around a loaded base together; begin to load what was loaded before. Raises StartError."""
     engine, manager, cache = parts.engine, parts.adapters, parts.cache
     facts = make_facts(config, parts)
     metrics = Metrics(facts, engine.stats, manager.registry)
     cache.watch = metrics.adapters
-    adapters: AdapterManager | Remembering = manager
-    endpoint, folder = config.run.otlp_endpoint, config.run.state_dir
+    endpoint, writer = config.run.otlp_endpoint, StateWriter(state)
     try:
         tracing = None if endpoint is None else start_tracing(endpoint)
-        if folder is not None:
-            adapters = _remembering(manager, folder)
-            metrics.add(adapters.collector())
+        adapters = Remembering(manager, writer, Versions(writer))
+        adapters.restore()
     except (TracingUnavailable, StateError) as error:
         raise StartError(error) from error
+    if state.folder is not None:
+        metrics.add(writer.collector())
     downloads = manager.downloads
     merge = merge_versions if downloads is None else partial(merge_versions, locate=downloads.locate)
     keys = config.auth.keys_file
     return Services(
+        prover=make_prover(parts, (*config.base_names, config.base)),
         facts=facts,
         engine=engine,
         adapters=adapters,
@@ -60,6 +71,18 @@ def make_services(
         local_sources=None if keys is None else LocalSources(config.auth.allowed_paths, config.adapters.directory),
         tracing=tracing,
     )
+
+
+def make_prover(parts: EngineParts, names: tuple[str, ...], rest: float = REST) -> Prover:
+    """Make what makes receipts of adapters of an engine's base, which is called `names`; in its event loop."""
+    proof = parts.proof
+
+    def identify() -> BaseIdentity:
+        return BaseIdentity(names, proof.digest(), str(parts.formats))
+
+    examine = Examiner(proof.measurer, proof.plain.logprobs, identify)
+    prober = Prober(parts.engine, parts.adapters.registry, parts.model_config.vocab_size)
+    return Prover(prober, parts.adapters.loader, examine, rest)
 
 
 def make_facts(config: ServeConfig, parts: EngineParts) -> Facts:
@@ -77,10 +100,3 @@ def make_facts(config: ServeConfig, parts: EngineParts) -> Facts:
         device="cpu" if memory.shared else "cuda",
         memory=tuple(memory.parts()),
     )
-
-
-def _remembering(manager: AdapterManager, folder: Path) -> Remembering:
-    """Raises StateError."""
-    remembering = Remembering(manager, StateFile(folder))
-    remembering.restore()
-    return remembering

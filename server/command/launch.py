@@ -27,6 +27,7 @@ from loraplex.server.startup import StartError, bound_malloc, raise_descriptors
 if TYPE_CHECKING:
     from loraplex.server.api.services import Services
     from loraplex.server.catalog.reconciler import Reconciler
+    from loraplex.server.catalog.state_store import StateStore
     from loraplex.server.command.build import EngineParts
     from loraplex.server.text.tokenizer import Tokenizer
 
@@ -48,6 +49,7 @@ def run(config: ServeConfig, held: socket.socket, folder: Path, ready: Ready) ->
         import_module(name)  # before the weights: what the process takes for itself is counted between them
     from loraplex.server.command.compose import make_services
 
+    state = _open_state(config)
     imported = time.perf_counter()
     model_config, defaults = read_config(folder), read_defaults(folder)
     configured = time.perf_counter()
@@ -70,15 +72,26 @@ def run(config: ServeConfig, held: socket.socket, folder: Path, ready: Ready) ->
         parts.prefault.start()
     parts.engine.start()
     try:
-        services = partial(make_services, config, parts, tokenizers, defaults, grammars)
+        services = partial(make_services, config, state, parts, tokenizers, defaults, grammars)
         asyncio.run(_serve(config, parts, services, held, ready))
     finally:
         parts.engine.stop()
         tokenizers.close()
         parts.adapters.close()
+        state.close()
         if parts.prefault is not None:
             parts.prefault.stop()
     return 1 if parts.engine.failure is not None else 0
+
+
+def _open_state(config: ServeConfig) -> StateStore:
+    """Take the folder of the state before anything that takes long. Raises StartError."""
+    from loraplex.server.catalog.state_store import StateError, StateStore
+
+    try:
+        return StateStore(config.run.state_dir)
+    except StateError as error:
+        raise StartError(error) from error
 
 
 async def _serve(
@@ -118,6 +131,8 @@ async def _serve(
     finally:
         ending.cancel()
         reconciler.stop()
+        if services.prover is not None:
+            services.prover.close()
         if services.tracing is not None:
             await asyncio.to_thread(services.tracing.flush)
 

@@ -84,6 +84,7 @@ def load_engine(config: ServeConfig, folder: Path, model_config: ModelConfig, to
             model_config=model_config,
             check_tokenizer=tokenizers.check,
             downloads=config.adapters.downloads,
+            allow_noop=config.adapters.allow_noop,
             count_process=True,
         )
     except Exception as error:

@@ -94,7 +94,7 @@ class Decoder:
     def hidden(self, batch: ForwardBatch, rotations: Rotations) -> Tensor:
         """Compute forward() with the angles given. Ops alone touch tensors here, so that a backend can record them."""
         config, ops = self.config, self.ops
-        x = ops.embed(batch.input_ids, self.weights.embedding, config.embed_scale)
+        x = ops.embed(batch.input_ids, self.weights.embedding, config.embed_scale, batch.own)
         residual: Tensor | None = None
         adapters = self.adapters(batch)
         for layer in self._layers:

@@ -35,6 +35,7 @@ class ForwardBatch:
     tiles: TileTable
     logit_rows: Tensor  # [L] int64: tokens whose logits are wanted, in the order of the plan
     steps: int = 1
+    own: Tensor | None = None  # [E, H]: rows that input_ids below 0 stand for (Backend.embed); None: there are none
 
     @classmethod
     def blank(

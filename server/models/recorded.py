@@ -80,4 +80,5 @@ class RecordedDecoder:
             self._decoder.rotations(batch),
             batch.attention,
             self._decoder.adapters(batch),
+            batch.own,
         )

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import errno
-import os
 from pathlib import Path
-from unittest.mock import patch
 
 import httpx
 import pytest
 
-from loraplex.server.catalog.saved import Remembering, StateFile
-from tests.support.fake_serving import FakeServer
+from loraplex.server.catalog.state_store import StateStore
+from tests.support.fake_serving import FakeServer, remembering
+from tests.support.full_disk import full_disk
 
 
 @pytest.fixture
 async def keeping(server: FakeServer, tmp_path: Path) -> httpx.AsyncClient:
     """A server with a folder for its state."""
-    return server.client(adapters=Remembering(server.adapters, StateFile(tmp_path)))
+    return server.client(adapters=remembering(server.adapters, StateStore(tmp_path)))
 
 
 @pytest.mark.parametrize(
@@ -31,16 +29,15 @@ async def keeping(server: FakeServer, tmp_path: Path) -> httpx.AsyncClient:
 async def test_a_full_disk(keeping: httpx.AsyncClient, server: FakeServer, route: str, body: dict[str, object]) -> None:
     old = {"lora_name": "old", "lora_path": "/old"}
     assert (await keeping.post("/v1/load_lora_adapter", json=old)).status_code == 200
-    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    with patch.object(os, "fsync", side_effect=full):
+    with full_disk():
         vllm = await keeping.post(f"/v1/{route}_lora_adapter", json=body)
         sglang = await keeping.post(f"/{route}_lora_adapter", json=body)
     assert (vllm.status_code, vllm.json()["object"]) == (507, "error")
     assert (vllm.json()["error"]["type"], vllm.json()["error"]["code"]) == ("InternalServerError", 507)
-    assert "No space left on device" in vllm.json()["message"]
+    assert "--state-dir cannot be written" in vllm.json()["message"]
     if "load_inplace" not in body:  # SGLang's has no such field: the name is taken
         assert sglang.status_code == 507
         assert sglang.json()["success"] is False
-        assert "No space left on device" in sglang.json()["error_message"]
+        assert "--state-dir cannot be written" in sglang.json()["error_message"]
         assert sglang.json()["loaded_adapters"].keys() == {"old"}
     assert [(version.name, version.source) for version in server.adapters.registry.list()] == [("old", "/old")]

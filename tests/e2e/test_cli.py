@@ -18,6 +18,7 @@ import httpx
 import pytest
 
 from loraplex.server import startup
+from loraplex.server.catalog.state_store import StateStore
 from loraplex.server.command import cli
 from loraplex.server.config import ServeConfig
 from loraplex.server.config_adapters import NamedAdapter
@@ -116,6 +117,14 @@ def test_a_port_in_use(run_main: Run) -> None:
         taken.listen()
         port = str(taken.getsockname()[1])
         assert_one_line(run_main("serve", "x", "--port", port), port, "in use", "--port")
+
+
+def test_a_state_of_another_server(run_main: Run, base: Path, tmp_path: Path) -> None:
+    """It is refused before the base is loaded."""
+    other = StateStore(tmp_path)
+    start = ["serve", str(base), "--port", "0", "--state-dir", str(tmp_path)]
+    assert_one_line(run_main(*start), f"--state-dir {tmp_path}", "another server")
+    other.close()
 
 
 def test_bases_that_cannot_be_served(run_main: Run, base: Path, tmp_path: Path) -> None:

@@ -39,6 +39,11 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "loha": {**UNTRAINED, "kind": "LOHA", "r": 3},
     "vera": {**UNTRAINED, "kind": "VERA", "r": 8, "save_projection": False},
     "hra": {**UNTRAINED, "kind": "HRA"},
+    "lokr": {**UNTRAINED, "kind": "LOKR", "r": 2, "decompose_factor": 4, "alpha": 8},
+    "gralora": {**UNTRAINED, "kind": "GRALORA"},
+    "bdlora": {"r": 4, "target_modules": ALL, "use_bdlora": {"target_modules_bd_b": ["proj"], "nblocks": 2}},
+    "shira": {"kind": "SHIRA", "r": 4, "target_modules": ALL, "random_seed": 1, "init_weights": False},
+    "hira": {**UNTRAINED, "kind": "HIRA"},
 }
 
 
@@ -83,7 +88,7 @@ async def ask(client: httpx.AsyncClient, adapter: str | None, prompt: str) -> An
 
 
 async def test_greedy_tokens_are_pefts_under_mixed_load(served: Served) -> None:
-    """Over a hundred requests at once: eight adapters of six kinds and the base, each as it answers alone in PEFT."""
+    """Over a hundred requests at once: a dozen adapters of ten kinds and the base, each as PEFT answers it alone."""
     names = {name: name for name in LOADED} | {"other": str(served.folders["other"]), "tiny": None}
     expected = {(name, prompt): greedy(served, name, prompt) for name in names for prompt in PROMPTS}
     for prompt in PROMPTS:
@@ -98,14 +103,15 @@ async def test_greedy_tokens_are_pefts_under_mixed_load(served: Served) -> None:
 
 
 def test_what_is_told_of_adapters_that_are_computed(served: Served) -> None:
-    receipts = {
-        name: served.live.ask("GET", f"/v1/adapters/{name}").json() for name in ("pissa", "loha", "vera", "hra")
-    }
+    names = ("pissa", "loha", "vera", "hra", "lokr", "gralora")
+    receipts = {name: served.live.ask("GET", f"/v1/adapters/{name}").json() for name in names}
     assert {name: (receipt["kind"], receipt["rank"]) for name, receipt in receipts.items()} == {
         "pissa": ("lora", 8),
         "loha": ("loha", 9),
         "vera": ("vera", 8),
         "hra": ("hra", 4),
+        "lokr": ("lokr", 8),
+        "gralora": ("gralora", 4),
     }
     assert "its start (pissa) is computed again" in receipts["pissa"]["remark"]
     assert all(receipt["remark"] is None for name, receipt in receipts.items() if name != "pissa")

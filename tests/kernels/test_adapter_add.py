@@ -42,7 +42,14 @@ class _Scale:
     out_start: int
 
 
-_Part = _LowRank | _Bias | _Scale
+@dataclass
+class _Dense:
+    a: Tensor  # [out_len, in_len]
+    out_start: int
+    in_start: int = 0
+
+
+_Part = _LowRank | _Bias | _Scale | _Dense
 _Adapter = list[_Part]  # what one slot does at one (layer, site)
 
 
@@ -79,6 +86,10 @@ def _rows_of(part: _Part, arena: _Arena, rng: np.random.Generator) -> list[tuple
             (-1, arena.put(part.values[a:b], torch.float32), 1, part.out_start + a, b - a, TileKind.SCALE, 0, 0)
             for a, b in pairwise(cuts)
         ]
+    if isinstance(part, _Dense):
+        cuts = sorted({*range(0, len(part.a), int(rng.integers(1, 17))), len(part.a)})
+        window = (TileKind.DENSE, part.in_start, part.a.shape[1])
+        return [(arena.put(part.a[a:b]), -1, b - a, part.out_start + a, b - a, *window) for a, b in pairwise(cuts)]
     rows = []
     rank, out = part.b.shape
     first = 0
@@ -179,14 +190,18 @@ def _check(
                     added = w32 * (exact(part.values) - 1) * exact(y[rows, columns])
                     terms[rows, columns] += np.abs(added) + np.abs(exact(y[rows, columns]))
                 else:
-                    columns = slice(part.out_start, part.out_start + part.b.shape[1])
-                    a, b = exact(part.a.to(dtype)), exact(part.b.to(dtype))
+                    b = np.eye(len(part.a)) if isinstance(part, _Dense) else exact(part.b.to(dtype))
+                    columns = slice(part.out_start, part.out_start + b.shape[1])
+                    a = exact(part.a.to(dtype))
                     seen = exact(x[rows, part.in_start : part.in_start + a.shape[1]])
                     u = rounded(seen @ a.T, dtype)
                     added = w32 * (u @ b)
                     terms[rows, columns] += abs(w32) * (np.abs(seen) @ np.abs(a).T @ np.abs(b))
-                    # An element of u that is rounded the other way: at most one in a few, so a tenth of all at once.
-                    wobble[rows, columns] += 0.1 * abs(w32) * (np.abs(u) @ np.abs(b))
+                    # An element of u that is rounded the other way: at most one in a few, so a tenth of all at once;
+                    # what is dense has one alone.
+                    wobble[rows, columns] += (
+                        (1.0 if isinstance(part, _Dense) else 0.1) * abs(w32) * (np.abs(u) @ np.abs(b))
+                    )
                 expected[rows, columns] += added
                 touched[rows, columns] = True
     before = y.clone()
@@ -222,6 +237,15 @@ def test_ranks_and_shapes(backend: Backend, dtype: torch.dtype, shape: tuple[int
     rng = np.random.default_rng(rank)
     world = _world(backend, dtype, {2: [_low_rank(rng, rank, *shape)]}, 4, seed=rank)
     _check(backend, dtype, world, [(1, _one(2)), (5, _one(2))], shape, num_decode=1)
+
+
+@pytest.mark.parametrize("num_decode", [0, 1])
+def test_tokens_between_that_wear_nothing(backend: Backend, dtype: torch.dtype, num_decode: int) -> None:
+    """Before an invocation a sequence has none, beside others that do: its rows keep their bits."""
+    rng = np.random.default_rng(3)
+    world = _world(backend, dtype, {2: [_low_rank(rng, 17, 64, 96)], 0: [_low_rank(rng, 3, 64, 96)]}, 4, seed=3)
+    segments = [(1, _one(2)), (70, ()), (2, _one(2)), (5, ()), (9, ((0, 0.5), (2, 1.0)))]
+    _check(backend, dtype, world, segments, (64, 96), num_decode=num_decode)
 
 
 POPULARITY = ["identical", "distinct", "uniform", "zipf", "skewed"]
@@ -327,6 +351,26 @@ def test_windows_of_the_input(backend: Backend, dtype: torch.dtype, n_in: int, c
     decode = [(1, _one(0)), (2, _one(1)), (1, ((2, 0.5), (0, 1.0)))]
     chunks = [(9, _one(0)), (3, _one(2)), (30, ((1, -0.5), (2, 1.0)))]
     _check(backend, dtype, world, decode + chunks, (n_in, 48), num_decode=3)
+
+
+def _dense(rng: np.random.Generator, n_in: int, out_len: int, out_start: int = 0, in_start: int = 0) -> _Dense:
+    return _Dense(torch.from_numpy(rng.standard_normal((out_len, n_in)) / np.sqrt(n_in)), out_start, in_start)
+
+
+@pytest.mark.parametrize(("n_in", "out"), [(64, 96), (33, 7), (130, 257), (576, 192), (32, 1100)])
+def test_dense_rows(backend: Backend, dtype: torch.dtype, n_in: int, out: int) -> None:
+    """Alone, on a part of the columns, of a window of the input, beside all other kinds, and in mixes."""
+    rng = np.random.default_rng(out)
+    part, bias = out // 2, _Bias(torch.from_numpy(rng.standard_normal(out)), 0)
+    adapters: dict[int, _Adapter] = {
+        0: [_dense(rng, n_in, out)],
+        1: [_dense(rng, n_in - 5, part, out - part, 5), _low_rank(rng, 17, n_in, out), bias, _scale(rng, out, 0)],
+        2: [_low_rank(rng, 8, n_in, out)],
+    }
+    world = _world(backend, dtype, adapters, 3, seed=out)
+    decode = [(2, _one(0)), (1, _one(1)), (1, ((0, 0.5), (1, -1.5))), (1, _one(2))]
+    chunks = [(9, _one(1)), (33, _one(0)), (3, ((2, 0.25), (0, 1.0))), (2, _one(2))]
+    _check(backend, dtype, world, decode + chunks, (n_in, out), num_decode=4)
 
 
 def _scale(rng: np.random.Generator, n: int, start: int) -> _Scale:

@@ -30,6 +30,14 @@ def test_embed_rounds_the_scale_before_it_is_used(backend: Backend, dtype: torch
     assert torch.equal(table, before)
 
 
+def test_embed_takes_rows_of_the_step(backend: Backend, dtype: torch.dtype) -> None:
+    table, own = _randn(backend, dtype, 50, 24), _randn(backend, dtype, 3, 24, seed=1)
+    ids = torch.tensor([-1, 49, 50, 7, -3, 1 << 40], device=backend.device)
+    y = backend.embed(ids, backend.pack_linear(table), 2.0, own)
+    nothing = torch.zeros_like(own[0])
+    assert torch.equal(y, torch.stack([own[0], table[49] * 2, nothing, table[7] * 2, own[2], nothing]))
+
+
 @pytest.mark.parametrize("shape", [(1, 33), (5, 576), (3, 4, 64)])
 @pytest.mark.parametrize("with_residual", [False, True])
 @pytest.mark.parametrize("offset", [0.0, 1.0])

@@ -114,6 +114,9 @@ def test_embed_is_the_dequantised_row_rounded_once(backend: Backend, dtype: torc
         if scale is not None:
             expected *= torch.tensor(scale, dtype=dtype).item()
         assert torch.equal(backend.embed(ids, packed, scale).cpu(), expected)
+        own = expected[:1].to(ids.device) + 1
+        outside = torch.tensor([-1, weight.out_features], device=ids.device)
+        assert torch.equal(backend.embed(outside, packed, scale, own).cpu(), torch.cat((own, 0 * own)).cpu())
 
 
 def test_groups_that_no_panel_holds_are_multiplied_dense(backend: Backend) -> None:

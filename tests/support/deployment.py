@@ -13,7 +13,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from loraplex.adapters.histogram import Histogram
 from loraplex.adapters.tiers.stats import AdapterPlace, AdapterStats, TierStats
 from loraplex.server.api.gate import Gate
-from loraplex.server.catalog.saved import Remembering, StateFile
+from loraplex.server.catalog.state_store import StateStore
+from loraplex.server.catalog.state_writer import StateWriter
 from loraplex.server.command.app import create_app
 from loraplex.server.command.cli import app as cli
 from loraplex.server.engine.stats import EngineStats
@@ -69,7 +70,7 @@ def exported(server: FakeServer) -> dict[str, set[str]]:
     metrics.add(_keys_in_use().collector())
     metrics.add(Gate().collector())
     with tempfile.TemporaryDirectory() as folder:
-        metrics.add(Remembering(server.adapters, StateFile(Path(folder))).collector())
+        metrics.add(StateWriter(StateStore(Path(folder))).collector())
     for family in text_string_to_metric_families(metrics.render().decode()):
         for sample in family.samples:
             found.setdefault(sample.name, set()).update(sample.labels)

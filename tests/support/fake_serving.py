@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -23,6 +24,10 @@ from loraplex.adapters.tiers.stats import AdapterPlace, PageOwners
 from loraplex.server.api.services import Services
 from loraplex.server.catalog.manager import AdapterManager, Around
 from loraplex.server.catalog.on_demand import OnDemand
+from loraplex.server.catalog.saved import Remembering
+from loraplex.server.catalog.state_store import StateStore
+from loraplex.server.catalog.state_writer import StateWriter
+from loraplex.server.catalog.versions import Versions
 from loraplex.server.command.app import create_app
 from loraplex.server.config import EngineConfig, RequestLimits, ServeConfig
 from loraplex.server.engine.engine import Engine
@@ -213,9 +218,9 @@ class FakeAdapters(AdapterManager):
             raise AdapterNotFound(f"{source}: no such folder")
         if "bad" in source:
             raise AdapterRefused("shape_mismatch", f"{source}: lora_A of layer 0 is [8, 63], expected [8, 64]")
-        info = AdapterInfo(8, ("self_attn.q_proj",), 2, 4096, f"digest-of-{source}")
+        info = AdapterInfo(8, ("self_attn.q_proj",), 2, 4096, digest_of_source(source))
         point = partial(self.registry.register, name, source, info, replace=replace)
-        version = point() if around is None else await asyncio.wrap_future(around(point))
+        version = point() if around is None else await asyncio.wrap_future(around(info, point))
         if pinned:
             self.pins.append((name, pinned))
         return version
@@ -238,6 +243,7 @@ class FakeServer:
     config: ServeConfig = field(default_factory=lambda: CONFIG)
     max_model_len: int = MAX_MODEL_LEN  # this, the template and `given`: of applications made from here on
     given: dict[str, Any] = field(default_factory=dict)  # what each of them is changed by, as app() takes it
+    state: StateStore = field(default_factory=StateStore)
     on_demand: OnDemand = field(init=False)
 
     def __post_init__(self) -> None:
@@ -310,7 +316,7 @@ class FakeServer:
         return Services(
             facts=facts,
             engine=self.engine,
-            adapters=self.adapters,
+            adapters=remembering(self.adapters, self.state),
             on_demand=self.on_demand,
             tokenizers=Tokenizers(self.tokenizer, VOCAB_SIZE, self.defaults.eos_token_ids),
             texts=TextPools(),
@@ -318,6 +324,17 @@ class FakeServer:
             defaults=self.defaults,
             metrics=Metrics(facts, self.engine.stats, self.adapters.registry),
         )
+
+
+def digest_of_source(source: str) -> str:
+    """Of what FakeAdapters finds there."""
+    return hashlib.sha256(source.encode()).hexdigest()
+
+
+def remembering(adapters: AdapterManager, state: StateStore) -> Remembering:
+    """What the routes change adapters by."""
+    writer = StateWriter(state)
+    return Remembering(adapters, writer, Versions(writer))
 
 
 def access_of(keys: Mapping[str, Key], clock: Callable[[], float] = time.monotonic) -> Access:

@@ -15,6 +15,7 @@ import httpx
 import openai
 import yaml
 
+from loraplex.server.catalog.state_store import StateStore
 from loraplex.server.command.app import create_app
 from loraplex.server.command.build import EngineParts, build_engine
 from loraplex.server.command.compose import make_services
@@ -124,7 +125,8 @@ def _listening(config: ServeConfig) -> Iterator[LiveServer]:
     )
     held = bind("127.0.0.1", 0)
     listening = threading.Event()
-    app = create_app(make_services(config, parts, tokenizers, defaults, grammars))
+    state = StateStore(config.run.state_dir)
+    app = create_app(make_services(config, state, parts, tokenizers, defaults, grammars))
     server = make_server(app, lambda port: listening.set())
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[held])))
     parts.engine.start()
@@ -137,5 +139,6 @@ def _listening(config: ServeConfig) -> Iterator[LiveServer]:
         thread.join(LIMIT)
         parts.engine.stop()
         parts.adapters.close()
+        state.close()
         tokenizers.close()
         held.close()

@@ -9,8 +9,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from loraplex.adapters.format.kind import ServedBase
-from loraplex.adapters.image.tiles import BaseLayout
+from loraplex.adapters.image.tiles import BaseLayout, LowRank
 from loraplex.kernels.records import Projection
 from loraplex.server.models.config import Site
 
@@ -116,6 +117,49 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "bfloat16 file": ("llama", {"target_modules": ["v_proj", "down_proj"], "dtype": torch.bfloat16}),
         }.items()
     },
+    "bd-lora": (
+        "llama",
+        {
+            **{"r": 8, "lora_alpha": 12, "target_modules": ALL},
+            "use_bdlora": {
+                **{"target_modules_bd_a": ["o_proj", "down_proj"], "target_modules_bd_b": ["q_proj", "mlp.up"]},
+                **{"nblocks": 4, "match_strict": False},
+            },
+        },
+    ),
+    "bd-lora, base biases, patterns": (
+        "llama_biased",
+        {
+            **{"r": 4, "target_modules": ALL, "rank_pattern": {"q_proj": 6}, "use_rslora": True, "bias": "all"},
+            "use_bdlora": {
+                "target_modules_bd_a": ["o_proj", "mlp.down"],
+                "target_modules_bd_b": ["q_", "k_", "v_", "gate", "up"],
+                "nblocks": 2,
+            },
+        },
+    ),
+    "bd-lora of one block": (
+        "qwen2",
+        {"target_modules": QV, "use_bdlora": {"target_modules_bd_a": ["v"], "match_strict": False}},
+    ),
+    "bd-lora, fused": (
+        "phi3",
+        {"r": 6, "target_modules": "all-linear", "use_bdlora": {"target_modules_bd_b": ["model"], "nblocks": 2}},
+    ),
+    "target_parameters": (
+        "llama",
+        {
+            **{"r": 4, "lora_alpha": 6, "target_modules": [], "rank_pattern": {"q_proj.weight": 2, "down_proj": 7}},
+            "target_parameters": ["q_proj.weight", "mlp.down_proj.weight", "model.layers.1.mlp.up_proj.weight"],
+        },
+    ),
+    "target_parameters beside target_modules": (
+        "phi3",
+        {
+            **{"r": 4, "target_modules": ["o_proj"], "target_parameters": ["qkv_proj.weight"]},
+            **{"layers_to_transform": [1], "exclude_modules": ["qkv_proj"]},
+        },
+    ),
     "fused qkv": ("phi3", {"r": 4, "target_modules": ["qkv_proj"]}),
     "fused gate_up": ("phi3", {"r": 4, "target_modules": ["gate_up_proj", "o_proj"]}),
     "fused, all-linear": ("phi3", {"r": 4, "target_modules": "all-linear", "rank_pattern": {"qkv_proj": 9}}),
@@ -218,6 +262,7 @@ MODULE_KIND_CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "bfloat16 file": ("gemma3", {**UNTRAINED, "dtype": torch.bfloat16}),
         },
         "VERA": {
+            "bias all": ("llama_biased", {**UNTRAINED, "r": 8, "target_modules": QV, "bias": "all"}),
             "all": ("llama", {**UNTRAINED, "r": 8}),
             "drawn again": ("llama_biased", {**UNTRAINED, "r": 8, "save_projection": False, "projection_prng_key": 7}),
             "one layer": ("qwen2", {**UNTRAINED, "target_modules": QV, "layers_to_transform": [1]}),
@@ -230,8 +275,14 @@ MODULE_KIND_CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "all": ("llama", {**UNTRAINED, "r": 6}),
             "fused": ("phi3", {**UNTRAINED, "target_modules": ["qkv_proj", "gate_up_proj"], "init_weights": True}),
             "mini": ("qwen2", {**UNTRAINED, "r": 8, "mini_r": 4, "init_weights": "mini"}),
+            "bat": ("llama_biased", {**UNTRAINED, "r": 8, "init_weights": "bat"}),
+            "bat, fused": ("phi3", {**UNTRAINED, "r": 16, "init_weights": "bat", "target_modules": "all-linear"}),
         },
         "DELORA": {
+            "its own biases": (
+                "llama_biased",
+                {**UNTRAINED, "target_modules": ["k_proj", "down_proj"], "bias": "delora_only"},
+            ),
             "all": ("llama", UNTRAINED),
             "patterns": ("llama_biased", {**UNTRAINED, "rank_pattern": {"k_proj": 2}, "lambda_pattern": {"k_proj": 3}}),
             "fused": ("phi3", {**UNTRAINED, "target_modules": ["qkv_proj", "down_proj"]}),
@@ -247,6 +298,7 @@ MODULE_KIND_CASES: dict[str, tuple[str, dict[str, Any]]] = {
             ),
         },
         "HRA": {
+            "bias all": ("qwen2", {**UNTRAINED, "target_modules": ["v_proj", "up_proj"], "bias": "all"}),
             "all": ("llama", UNTRAINED),
             "orthonormal, base biases": ("llama_biased", {**UNTRAINED, "r": 5, "apply_GS": True}),
             "fused": ("phi3", {**UNTRAINED, "target_modules": "all-linear"}),
@@ -258,6 +310,7 @@ MODULE_KIND_CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "fused, in the model's order": ("phi3", {**UNTRAINED, "target_modules": "all-linear", "proj_seed": 5}),
         },
         "TINYLORA": {
+            "its own biases": ("qwen2", {"r": 2, "u": 5, "target_modules": ALL, "bias": "tinylora_only"}),
             "all": ("llama", {"r": 2, "u": 5, "target_modules": ALL}),
             "tied": ("qwen2", {"r": 3, "u": 5, "target_modules": ALL, "weight_tying": 0.8}),
             "drawn again, in the model's order": (
@@ -270,6 +323,77 @@ MODULE_KIND_CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "orthonormal, base biases": ("llama_biased", {**UNTRAINED, "decomposition_method": "qr"}),
             "para": ("qwen2", {**UNTRAINED, "target_modules": QV, "para": True, "decomposition_method": "qr"}),
             "fused": ("phi3", {**UNTRAINED, "target_modules": "all-linear", "decomposition_method": "qr"}),
+        },
+        "LOKR": {
+            "all, w2 whole": ("llama", {**UNTRAINED, "alpha": 9}),
+            "w2 decomposed": ("llama", {**UNTRAINED, "r": 2, "decompose_factor": 2}),
+            "both decomposed": ("llama_biased", {**UNTRAINED, "r": 1, "decompose_both": True, "decompose_factor": 8}),
+            "both, no divisor": ("qwen2", {**UNTRAINED, "r": 2, "decompose_both": True, "decompose_factor": 7}),
+            "patterns": (
+                "qwen2",
+                {**UNTRAINED, "rank_pattern": {"q_proj": 1}, "alpha_pattern": {"layers.1.mlp.up_proj": 16}},
+            ),
+            "one block": ("gemma3", {**UNTRAINED, "alpha": 80, "decompose_factor": 1}),
+            "fused": ("phi3", {**UNTRAINED, "r": 2, "target_modules": "all-linear", "decompose_factor": 4}),
+        },
+        "GRALORA": {
+            "bias all": ("llama_biased", {**UNTRAINED, "target_modules": QV, "bias": "all"}),
+            "all": ("llama", {**UNTRAINED, "r": 6, "gralora_k": 2, "alpha": 9}),
+            "hybrid, base biases": ("llama_biased", {**UNTRAINED, "r": 8, "gralora_k": 4, "hybrid_r": 3}),
+            "fused": ("phi3", {**UNTRAINED, "r": 32, "target_modules": "all-linear"}),
+            "one block": ("gemma3", {**UNTRAINED, "gralora_k": 1, "dtype": torch.bfloat16}),
+        },
+        "OSF": {
+            "all": ("llama", {"target_modules": ALL, "effective_rank": 28}),
+            "half, base biases": ("llama_biased", {"target_modules": ["k_proj", "down_proj"]}),
+            "patterns": (
+                "qwen2",
+                {"target_modules": QV, "effective_rank": 0.9, "rank_pattern": {"layers.1.*q_proj$": 50, "^v": 3}},
+            ),
+            "fused": ("phi3", {"target_modules": "all-linear", "effective_rank": 32}),
+        },
+        "PEANUT": {
+            "all": ("llama", {**UNTRAINED, "act_fn": "silu", "scaling": 1.5}),
+            "deep, base biases": ("llama_biased", {**UNTRAINED, "depth": 2}),
+            "fused": ("phi3", {**UNTRAINED, "target_modules": "all-linear", "depth": 1, "act_fn": "gelu"}),
+        },
+        "POLY": {
+            "one task": ("llama", {**UNTRAINED, "task_id": 0}),
+            "splits, base biases": (
+                "llama_biased",
+                {**UNTRAINED, "n_tasks": 3, "n_skills": 2, "n_splits": 4, "task_id": 2},
+            ),
+            "fused": ("phi3", {**UNTRAINED, "target_modules": ["qkv_proj", "down_proj"], "n_tasks": 2, "task_id": 1}),
+        },
+        "SHIRA": {
+            "all": ("llama", {"r": 3, "target_modules": ALL, "random_seed": 3, "init_weights": False}),
+            "fused": ("phi3", {"r": 2, "target_modules": "all-linear", "init_weights": False}),
+        },
+        "FOURIERFT": {
+            "all": ("llama", {"n_frequency": 300, "scaling": 20.0, "target_modules": ALL}),
+            "few waves": ("qwen2", {"n_frequency": 9, "n_frequency_pattern": {"v_proj": 5}, "target_modules": QV}),
+            "fused": ("phi3", {"n_frequency": 200, "target_modules": "all-linear", "random_loc_seed": 4}),
+        },
+        "WAVEFT": {
+            "all": ("llama", {"n_frequency": 300, "target_modules": ALL, "init_weights": False}),
+            "not transformed": (
+                "llama_biased",
+                {"n_frequency": 90, "n_frequency_pattern": {"k_proj": 50}, "use_idwt": False, "target_modules": ALL},
+            ),
+        },
+        "C3A": {
+            "bias all": ("qwen2", {"block_size": 8, "target_modules": ["q_proj"], "bias": "all"}),
+            "all": ("llama", {"block_size": 16, "block_size_pattern": {"up_proj": 8}, "target_modules": ALL}),
+            "fused": ("phi3", {"block_size": 8, "target_modules": "all-linear"}),
+        },
+        "HIRA": {
+            "all": ("llama", {**UNTRAINED, "rank_pattern": {"k_proj": 7}}),  # which PEFT does not heed
+            "fused, bfloat16 file": ("phi3", {**UNTRAINED, "target_modules": "all-linear", "dtype": torch.bfloat16}),
+        },
+        "RANDLORA": {
+            "all": ("llama", {**UNTRAINED, "r": 10, "randlora_alpha": 20}),
+            "sparse": ("qwen2", {**UNTRAINED, "r": 16, "target_modules": QV, "sparse": True}),
+            "fused": ("phi3", {**UNTRAINED, "r": 24, "target_modules": "all-linear"}),
         },
         "BEFT": {
             "value": ("llama", {"target_modules": ["v_proj"]}),
@@ -287,11 +411,12 @@ class PeftAdapter:
 
     model: Any  # peft.PeftModel, eval mode
     folder: Path
+    told: dict[str, Tensor] = field(default_factory=dict)  # beside the tokens, at each call
 
     def logits(self, ids: list[int]) -> Tensor:
         """[len(ids), vocab] fp32, computed alone."""
         with torch.no_grad():
-            return self.model(torch.tensor([ids])).logits[0].float()
+            return self.model(torch.tensor([ids]), **self.told).logits[0].float()
 
     def modules(self) -> dict[str, Any]:
         """PEFT's own layers by path, as "model.layers.0.self_attn.q_proj"."""
@@ -309,11 +434,12 @@ def make_peft_adapter(
     seed: int = 1,
     dtype: torch.dtype = torch.float32,
     strength: float | None = 0.5,
+    task_id: int | None = None,
     **options: Any,
 ) -> PeftAdapter:
     """A random adapter of a peft_type with the options of its config, its file in `dtype`, as PEFT saves it.
 
-    strength: None leaves it as it began.
+    strength: None leaves it as it began. task_id: which PEFT is told at each call, written to the config.
 
     A and B, and IA3's vectors, are drawn so that each module's own output changes by `strength` of its size before
     scaling; biases that the config trains get values of their own.
@@ -325,7 +451,11 @@ def make_peft_adapter(
     if strength is not None:
         randomise_adapter(model, seed, dtype, strength)
     save_adapter(model, folder, dtype)
-    return PeftAdapter(model, folder)
+    if task_id is None:
+        return PeftAdapter(model, folder)
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "task_id": task_id}))
+    return PeftAdapter(model, folder, {"task_ids": torch.tensor([task_id])})
 
 
 _OWN_STD: dict[str, Callable[[Tensor], float]] = {
@@ -347,8 +477,33 @@ _OWN_STD: dict[str, Callable[[Tensor], float]] = {
     "tinylora_v": lambda w: 1.0,
     "beft_bias": lambda w: 1.0,
     "lora_diag": lambda w: 2.0,
+    "lokr_w1": lambda w: 1.0,
+    "lokr_w1_a": lambda w: 1.0,
+    "lokr_w1_b": lambda w: w.shape[0] ** -0.5,
+    "lokr_w2": lambda w: w.shape[1] ** -0.5,
+    "lokr_w2_a": lambda w: 1.0,
+    "lokr_w2_b": lambda w: (w.shape[0] * w.shape[1]) ** -0.5,
+    "gralora_A": lambda w: w.shape[1] ** -0.5,
+    "gralora_B": lambda w: 0.5,
+    "gralora_A_general": lambda w: w.shape[1] ** -0.5,
+    "gralora_B_general": lambda w: 0.5,
+    "peanut_A": lambda w: 8.0,
+    "peanut_B": lambda w: 0.05,
+    "peanut_encoders": lambda w: 2 * w.shape[1] ** -0.5,
+    "peanut_decoders": lambda w: 2 * w.shape[1] ** -0.5,
+    "poly_lora_A": lambda w: 2.0 * (w.shape[0] * w.shape[2]) ** -0.5,
+    "poly_lora_B": lambda w: 8.0,
+    "module_logits": lambda w: 4.0,
     "deft_P": lambda w: w.shape[0] ** -0.5,
     "deft_R": lambda w: 0.5,
+    "shira_weight": lambda w: 0.5,
+    "fourierft_spectrum": lambda w: 8.0,
+    "waveft_spectrum": lambda w: 0.05,
+    "c3a_kernel": lambda w: 8.0,
+    "hira_A": lambda w: w.shape[1] ** 0.5,
+    "hira_B": lambda w: 1.0,
+    "randlora_lambda": lambda w: 1.0,
+    "randlora_gamma": lambda w: w.shape[1] ** -1.0,
 }
 """Of other kinds' parameters: standard deviations that move outputs by about their own size, at a strength of 1."""
 
@@ -366,6 +521,8 @@ def randomise_adapter(model: Any, seed: int, dtype: torch.dtype, strength: float
             std: float | Tensor
             if ".lora_" in name and getattr(config, "init_lora_weights", None) in STARTS:
                 mean, std = weight, 0.1 * strength  # beside what it took out of the base
+            elif ".osf_svd_params." in name:
+                mean, std = weight, 2 * strength * weight.norm() * weight.numel() ** -0.5  # likewise
             elif ".lora_A." in name:
                 std = weight.shape[1] ** -0.5
             elif ".lora_B." in name and name.endswith("weight"):
@@ -416,6 +573,19 @@ def layout_of(model: Any, *, dtype: torch.dtype = torch.float32, page_bytes: int
                 )
             )
     return BaseLayout("tiny", len(layers), tuple(projections), page_bytes, dtype)
+
+
+def sum_of_windows(parts: Sequence[LowRank], layout: BaseLayout) -> Tensor:
+    """The change of the weight [out, in] that the parts of one module come to, each where its window is."""
+    name = parts[0].projection.name
+    whole = next(projection for projection in layout.projections if projection.name == name)
+    found = torch.zeros(whole.out_features, whole.in_features)
+    for part in parts:
+        own = part.projection
+        rows = slice(own.out_start - whole.out_start, own.out_start - whole.out_start + own.out_features)
+        columns = slice(own.in_start, own.in_start + own.in_features)
+        found[rows, columns] += part.scaling * part.b.float() @ part.a.float()
+    return found
 
 
 def served_base_of(model: Any, layout: BaseLayout) -> ServedBase:

@@ -18,6 +18,8 @@ from tests.support.scheduling import Requests, draws, make_scheduler, next_token
 
 STEP_SECONDS = 0.1
 ADAPTERS = ("a", "b", "c", "d")
+INVOCATIONS = {"c": (5,), "d": (8, 8)}
+"""Of those that act from their last occurrence in a prompt on; the others act from the first token on."""
 GROUPS = {
     "full": (GroupSpec((0,), None),),
     "two windows": (GroupSpec((0,), None), GroupSpec((1,), 5)),
@@ -64,7 +66,7 @@ class SchedulerWorld:
         self.requests = Requests()
         self.placement.registry = self.requests.registry
         for count, name in enumerate(ADAPTERS, start=1):
-            self.requests.adapter(name, pages=count, is_read=count % 2 == 0)
+            self.requests.adapter(name, pages=count, is_read=count % 2 == 0, invocation=INVOCATIONS.get(name, ()))
         self.sent: dict[str, GenerationRequest] = {}
         self.open: dict[str, float] = {}  # request -> when it was sent
         self.tokens: dict[str, list[int]] = {}
@@ -168,7 +170,12 @@ class SchedulerWorld:
             assert row.tokens == seq.tokens[row.start : row.start + count]
             assert row.draws == (count == seq.num_missing) == (row.sampling is not None)
             assert not row.is_decode or count == 1
-            assert row.mix == tuple((self.placement.slots[digest], weight) for digest, weight in seq.mix)
+            wants = [
+                tuple((self.placement.slots[digest], weight) for digest, weight in self._worn(seq, position))
+                for position in range(row.start, row.start + count)
+            ]
+            found = [mix for times, mix in row.earlier for _ in range(times)]
+            assert [*found, *[row.mix] * (count - len(found))] == wants
             assert all(map(self.placement.is_ready, seq.versions)), "its adapters are there, to the last byte"
             assert row.tables is self.scheduler.kv.tables(seq.number)
             for table in row.tables:
@@ -186,8 +193,8 @@ class SchedulerWorld:
         tokens = seq.tokens + drawn
         is_long = self.setting.switch is not None and len(tokens) > self.setting.switch
         request = seq.request
-        state = hash((request.tenant, request.cache_salt, seq.mix, is_long))
-        states = [state := hash((state, token)) for token in tokens[:end]]
+        state = hash((request.tenant, request.cache_salt, is_long))
+        states = [state := hash((state, self._worn(seq, at), token)) for at, token in enumerate(tokens[:end])]
         for group, table in zip(self.scheduler.kv.groups, self.scheduler.kv.tables(seq.number), strict=True):
             for position in range(start, end):
                 self._memory[table[position // 4], position % 4] = states[position]
@@ -196,6 +203,16 @@ class SchedulerWorld:
                 assert table[position // 4] != FREED, "a page was freed that is still seen"
                 stored = self._memory[table[position // 4], position % 4]
                 assert stored == states[position], f"{seq!r} reads another's keys and values at {position}"
+
+    def _worn(self, seq: Sequence, position: int) -> tuple[tuple[str, float], ...]:
+        """What of its mix acts at a position."""
+        prompt, worn = list(seq.request.prompt_ids), []
+        for digest, weight in seq.mix:
+            invocation = list(INVOCATIONS.get(digest.removeprefix("digest-"), ()))
+            places = [i for i in range(len(prompt)) if invocation and prompt[i : i + len(invocation)] == invocation]
+            if not invocation or (places and places[-1] <= position):
+                worn.append((digest, weight))
+        return tuple(worn)
 
     def _watch(self, plan: StepPlan) -> None:
         """How long clients wait that could run: one whose adapters are away, broken or being copied could not."""

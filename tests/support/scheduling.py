@@ -164,9 +164,10 @@ class Requests:
         self.registry = Registry()
         self._count = 0
 
-    def adapter(self, name: str, pages: int = 1, *, is_read: bool = True) -> str:
+    def adapter(self, name: str, pages: int = 1, *, is_read: bool = True, invocation: tuple[int, ...] = ()) -> str:
         digest = f"digest-{name}" if is_read else None
-        self.registry.register(name, name, AdapterInfo(1, ("q_proj",), pages, pages * 100, digest))
+        info = AdapterInfo(1, ("q_proj",), pages, pages * 100, digest, invocation=invocation)
+        self.registry.register(name, name, info)
         return name
 
     def lease(self, name: str) -> AdapterLease:

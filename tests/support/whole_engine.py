@@ -16,9 +16,11 @@ async def whole_engine(
     config: EngineConfig,
     adapters: Mapping[str, Path] | None = None,
     before: Callable[[EngineParts], object] = lambda parts: None,
+    *,
+    allow_noop: bool = False,
 ) -> AsyncIterator[EngineParts]:
     """Started, with adapters registered by name. before: what is done to it before it starts."""
-    parts = build_engine(config, base, "base")
+    parts = build_engine(config, base, "base", allow_noop=allow_noop)
     before(parts)
     parts.engine.start()
     try:

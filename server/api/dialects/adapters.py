@@ -13,7 +13,7 @@ from loraplex.adapters.registry import AdapterVersion
 from loraplex.adapters.sources.sources import SourceAccess
 from loraplex.server.api.body import NAMES_BODY, body_schema
 from loraplex.server.api.errors import ClientGone, InvalidField, error_response, to_adapter_route_error
-from loraplex.server.api.manage import check_may_load, check_may_unload, counting_adapters, permitted_source
+from loraplex.server.api.manage import asking, check_may_load, check_may_unload, counting_adapters, permitted_source
 from loraplex.server.api.openapi import MANAGE, AdapterErrorAnswer, answers
 from loraplex.server.api.schemas import LoadAdapterRequest, UnloadAdapterRequest
 from loraplex.server.api.services import Services
@@ -74,7 +74,7 @@ async def load(services: Services, record: LoadAdapterRequest, *, pinned: bool =
     try:
         with counting_adapters() as owner, services.on_demand.quota.loading(owner, name):
             version = await services.adapters.register(
-                name, source, replace=bool(record.load_inplace), pinned=pinned, access=access
+                name, source, replace=bool(record.load_inplace), pinned=pinned, access=access, who=asking()
             )
     except AdapterExists:
         raise AdapterExists(
@@ -82,6 +82,8 @@ async def load(services: Services, record: LoadAdapterRequest, *, pinned: bool =
             "'load_inplace' to True."
         ) from None
     logger.info("adapter %s loaded: %s", version.name, version.info.size)
+    if services.prover is not None:
+        services.prover.offer(version)
     return version
 
 
@@ -91,7 +93,7 @@ async def unload(services: Services, record: UnloadAdapterRequest) -> None:
         raise InvalidField("lora_name", "'lora_name' needs to be provided to unload a LoRA adapter.")
     try:
         check_may_unload(record.lora_name)
-        await services.adapters.unregister(record.lora_name)
+        await services.adapters.unregister(record.lora_name, asking())
     except AdapterNotFound:
         raise AdapterNotFound(f"The lora adapter '{record.lora_name}' cannot be found.") from None
     logger.info("adapter %s unloaded", record.lora_name)

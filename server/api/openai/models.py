@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter
+from typing import Annotated
+
+from fastapi import APIRouter, Query
 
 from loraplex.server.api.answer_schemas import AdapterReceipt, ModelCard, ModelList
 from loraplex.server.api.catalog import find_card, find_receipt, list_cards
 from loraplex.server.api.openapi import READ, failures
+from loraplex.server.api.proof import MAX_WAIT
 from loraplex.server.api.services import Services
 
 
@@ -24,9 +27,9 @@ def make_router(services: Services) -> APIRouter:
         """One of them."""
         return find_card(services, model)
 
-    @router.get("/v1/adapters/{name:path}", responses=failures((401, 404)))
-    async def get_adapter(name: str) -> AdapterReceipt:
-        """What was found in an adapter's files."""
-        return find_receipt(services, name)
+    @router.get("/v1/adapters/{name:path}", responses=failures((400, 401, 404)))
+    async def get_adapter(name: str, wait: Annotated[float, Query(ge=0, le=MAX_WAIT)] = 0.0) -> AdapterReceipt:
+        """What was found in an adapter's files; its proof is begun where it is not made, and waited for."""
+        return await find_receipt(services, name, wait)
 
     return router

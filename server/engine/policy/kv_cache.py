@@ -22,7 +22,7 @@ from loraplex.adapters.tiers.eviction import Reclaimer
 from loraplex.adapters.tiers.pages import PagePool
 from loraplex.server.engine.policy.block_tables import FREED, BlockTables
 from loraplex.server.engine.policy.kv_groups import GroupSpec, peak_pages
-from loraplex.server.engine.policy.prefix_cache import USED, Block, PrefixCache, block_key
+from loraplex.server.engine.policy.prefix_cache import USED, Block, PrefixCache, Turns, block_key, turned_in
 
 
 class KVCache:
@@ -57,19 +57,19 @@ class KVCache:
 
     # -- what is shared ------------------------------------------------------------------------------------------------
 
-    def adopt(self, seq: int, root: bytes | None, tokens: ListLike[int]) -> int:
+    def adopt(self, seq: int, root: bytes | None, tokens: ListLike[int], turns: Turns = ()) -> int:
         """Give a sequence that holds nothing the cached blocks that `tokens` begin with, before its first grow().
 
-        `root` stands for all that keys and values depend on beside the tokens; None: nothing is shared. Returns how
-        many tokens need not be computed: a multiple of block_size, less than len(tokens). 0: nothing was taken. Call
-        free() where nothing comes of it.
+        `root` and `turns` stand for all that keys and values depend on beside the tokens; None: nothing is shared.
+        Returns how many tokens need not be computed: a multiple of block_size, less than len(tokens). 0: nothing was
+        taken. Call free() where nothing comes of it.
         """
         if seq in self._held:
             raise ValueError(f"sequence {seq} holds pages already; cached blocks come before any of its own")
         if root is None:
             return 0
         self._asked[seq] = len(tokens)
-        keys = self._longest(root, tokens)
+        keys = self._longest(root, tokens, turns)
         if not keys:
             return 0
         held = self._held[seq] = self._new(len(keys) * self.block_size)
@@ -87,8 +87,10 @@ class KVCache:
                 held.blocks[lane].append(block)
         return len(keys) * self.block_size
 
-    def publish(self, seq: int, root: bytes | None, tokens: ListLike[int], num_computed: int) -> None:
-        """Make the full blocks among the first `num_computed` of `tokens` findable under `root`; None: do nothing.
+    def publish(
+        self, seq: int, root: bytes | None, tokens: ListLike[int], num_computed: int, turns: Turns = ()
+    ) -> None:
+        """Make the full blocks among the first `num_computed` of `tokens` findable as adopt() looks for them.
 
         Call after every step, before trim(); cheap where no block has become full. A block that another sequence was
         first to publish is swapped for that one, and its pages are freed.
@@ -99,7 +101,7 @@ class KVCache:
         if held.published == 0:
             held.key = root
         for index in range(held.published, num_computed // self.block_size):
-            held.key = block_key(held.key, self._block_tokens(tokens, index))
+            held.key = self._key(held.key, tokens, index, turns)
             for lane, (_, members) in enumerate(self._lanes):
                 held.blocks[lane].append(self._share(held, lane, members, index))
         held.published = num_computed // self.block_size
@@ -224,7 +226,7 @@ class KVCache:
 
     # -- parts ---------------------------------------------------------------------------------------------------------
 
-    def _longest(self, root: bytes, tokens: ListLike[int]) -> list[bytes]:
+    def _longest(self, root: bytes, tokens: ListLike[int], turns: Turns) -> list[bytes]:
         """The keys of the longest usable cached prefix; one token is always left to compute.
 
         A prefix is usable if each lane has the blocks that its window sees from there on.
@@ -233,7 +235,7 @@ class KVCache:
         usable = 0
         runs = [0] * len(self._lanes)  # cached blocks in a row, up to here
         for count in range(1, (len(tokens) - 1) // self.block_size + 1):
-            keys.append(block_key(keys[-1] if keys else root, self._block_tokens(tokens, count - 1)))
+            keys.append(self._key(keys[-1] if keys else root, tokens, count - 1, turns))
             enough = True
             for lane, (window, _) in enumerate(self._lanes):
                 runs[lane] = runs[lane] + 1 if self._prefixes.find(lane, keys[-1]) is not None else 0
@@ -286,8 +288,9 @@ class KVCache:
         tables = tuple(array("i", [FREED] * self._first_visible(group.window, num_computed)) for group in self.groups)
         return BlockTables(tables, len(self._lanes))
 
-    def _block_tokens(self, tokens: ListLike[int], index: int) -> ListLike[int]:
-        return tokens[index * self.block_size : (index + 1) * self.block_size]
+    def _key(self, before: bytes, tokens: ListLike[int], index: int, turns: Turns) -> bytes:
+        start, stop = index * self.block_size, (index + 1) * self.block_size
+        return block_key(before, tokens[start:stop], turned_in(turns, start, stop) if turns else b"")
 
     def _first_visible(self, window: int | None, position: int) -> int:
         """The first block that a query at `position` or later can see."""

@@ -3,9 +3,11 @@
 A block's key is a hash chained over the tokens before it, from a root that stands for everything else that its keys and
 values depend on (adapters and weights, tenant, rotary variant):
 
-    key of block i = blake2b-128(key of block i - 1 | tokens of block i),    key of block -1 = root
+    key of block i = blake2b-128(key of block i - 1 | turns in block i | tokens of block i),    key of block -1 = root
 
-so equal keys mean equal contents, for all that a 128-bit hash can tell. Integers only.
+A turn is a position from which on the sequence wears more than before (an activated LoRA): blocks before it are found
+by whoever wears what they were computed with, the base itself mostly. So equal keys mean equal contents, for all that a
+128-bit hash can tell. Integers only.
 """
 
 from __future__ import annotations
@@ -24,9 +26,21 @@ IDLE = "prefix"
 """The pool's name for pages of cached blocks that no sequence refers to."""
 
 
-def block_key(before: bytes, tokens: ListLike[int]) -> bytes:
-    """The key [16 bytes] of the block with `tokens` after the block with key `before` (or the root)."""
-    return blake2b(before + array("i", tokens).tobytes(), digest_size=16).digest()
+Turns = tuple[tuple[int, bytes], ...]
+"""(position, what the keys and values depend on from there on), by position."""
+
+
+def block_key(before: bytes, tokens: ListLike[int], turned: bytes = b"") -> bytes:
+    """The key [16 bytes] of the block with `tokens` after the block with key `before` (or the root).
+
+    turned: the turns in the block.
+    """
+    return blake2b(before + turned + array("i", tokens).tobytes(), digest_size=16).digest()
+
+
+def turned_in(turns: Turns, start: int, stop: int) -> bytes:
+    """What turns at the positions [start, stop)."""
+    return b"".join(what for position, what in turns if start <= position < stop)
 
 
 class Block:

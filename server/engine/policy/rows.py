@@ -54,6 +54,8 @@ class Row(NamedTuple):
     draws: int  # tokens drawn after the row's last: 0 for a chunk of a prompt, else 1
     sampling: SamplingState | None  # None: nothing is drawn
     want: Want | None
+    earlier: tuple[tuple[int, Mix], ...] = ()
+    """(count, mix) of the row's first tokens, where these wear less than `mix`, which the others wear."""
 
 
 @dataclass(frozen=True)

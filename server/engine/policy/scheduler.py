@@ -184,7 +184,7 @@ class Scheduler:
                     seq.charged = max(known, seq.charged)
                 charge(seq, tokens, now)
                 if seq.cache_root is not None:
-                    kv.publish(seq.number, seq.cache_root, seq.tokens, computed)
+                    kv.publish(seq.number, seq.cache_root, seq.tokens, computed, seq.turns)
                 if row.want is not None:
                     seq.read(result)
                 if draw is not None:

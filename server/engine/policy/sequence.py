@@ -12,7 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loraplex.adapters.registry import AdapterVersion
+from loraplex.server.engine.policy.prefix_cache import Turns
 from loraplex.server.engine.policy.rows import Mix, Row, RowResult, SamplingState, Want
+from loraplex.server.engine.policy.wearing import invoked_at, turns_of, worn_at, worn_between
 from loraplex.server.engine.request import FinishReason, GenerationRequest, Phases, TokenScores
 
 if TYPE_CHECKING:
@@ -50,7 +52,9 @@ class Sequence:
         "scoring",
         "slots",
         "stalled",
+        "starts",
         "tokens",
+        "turns",
         "urgency",
         "versions",
         "wanted",
@@ -86,9 +90,11 @@ class Sequence:
         self.is_ready = False  # running, and all bytes of its adapters are on the device
         self.is_bound = False
         self.mix: tuple[tuple[str, float], ...] = ()  # (digest, weight): the order in which the ops add them up
+        self.starts: tuple[int, ...] = ()  # from which position each of the mix acts; (): all from the first token on
         self.cache_root: bytes | None = (
-            None  # all that its keys and values depend on beside the tokens; None: not shared
+            None  # all that its keys and values depend on beside tokens and turns; None: not shared
         )
+        self.turns: Turns = ()
         self.wanted: tuple[AdapterVersion, ...] = tuple(
             {lease.version.uid: lease.version for lease, _ in request.mix}.values()
         )
@@ -111,17 +117,21 @@ class Sequence:
             versions.setdefault(digest, lease.version)
         self.mix = tuple(sorted(weights.items()))
         self.versions = tuple(versions[digest] for digest, _ in self.mix)
+        starts = tuple(invoked_at(self.request.prompt_ids, version.info.invocation) for version in self.versions)
+        if any(starts):
+            self.starts, self.turns = starts, turns_of(self.mix, starts)
         self.is_bound = True
 
     def share_prefix(self, rope_switch: int | None) -> None:
-        """Set cache_root, once bound: the mix by content, the tenant and its salt, and which angles are in use.
+        """Set cache_root, once bound: the first token's mix by content, the tenant and its salt, and the angles in use.
 
         rope_switch: see SchedulerLimits.
         """
         if self.cache_root is not None and rope_switch is None:
             return
         angles = "long" if rope_switch is not None and self.num_tokens > rope_switch else "short"
-        salted = [self.request.tenant, self.request.cache_salt, angles, self.mix]
+        worn = worn_at(self.mix, self.starts, 0) if self.starts else self.mix
+        salted = [self.request.tenant, self.request.cache_salt, angles, worn]
         self.cache_root = hashlib.sha256(json.dumps(salted).encode()).digest()
 
     def wait_for_adapters(self, now: float) -> None:
@@ -154,17 +164,19 @@ class Sequence:
         """The next `count` of its missing tokens, as a row of a step."""
         start, known = self.num_computed, len(self.tokens)
         draws = start + count == known
+        mix, earlier = worn_between(self.slots, self.starts, start, start + count) if self.starts else (self.slots, ())
         return Row(
             self.number,
             start,
             self.tokens[start : start + count],
             known,
             tables,
-            self.slots,
+            mix,
             known - 1 == start >= self.num_prompt,
             int(draws),
             self.sampling if draws else None,
             None if self.output else self._want(start, count, draws),
+            earlier,
         )
 
     def _want(self, start: int, count: int, draws: bool) -> Want | None:

@@ -148,14 +148,13 @@ class _Packer:
 
 
 class _Segments:
-    """Neighbours of equal mix and role; base rows come last and have none."""
+    """Neighbours of equal mix and role; base rows come last and have none, but tokens before an invocation may."""
 
     def __init__(self, rows: ListLike[Row]) -> None:
         bounds, mixes, decode = [0], [], 0
-        for (is_decode, mix), members in groupby(rows, key=lambda row: (row.is_decode, row.mix)):
-            if not mix:
-                break
-            bounds.append(bounds[-1] + sum(len(row.tokens) for row in members))
+        spans = (span for row in rows if row.mix for span in _spans(row))
+        for (is_decode, mix), members in groupby(spans, key=lambda span: span[:2]):
+            bounds.append(bounds[-1] + sum(count for _, _, count in members))
             mixes.append(mix)
             decode += is_decode
         self._bounds, self._mixes, self._decode = tuple(bounds), tuple(mixes), decode
@@ -182,6 +181,15 @@ class _Segments:
             mixes=self._mixes,
             num_decode_segments=self._decode,
         )
+
+
+def _spans(row: Row) -> Iterable[tuple[bool, Mix, int]]:
+    """(is_decode, mix, tokens) of a row's parts that wear the same, one after the other."""
+    left = len(row.tokens)
+    for count, mix in row.earlier:
+        left -= count
+        yield row.is_decode, mix, count
+    yield row.is_decode, row.mix, left
 
 
 def _positions(rows: ListLike[Row], step: int) -> list[int]:

@@ -13,8 +13,30 @@ import safetensors.torch
 import torch
 
 from loraplex.adapters.errors import AdapterRefused
-from loraplex.adapters.format import adalora, beft, deft, delora, hra, loha, miss, tinylora, unilora, vblora
+from loraplex.adapters.format import (
+    adalora,
+    beft,
+    c3a,
+    deft,
+    delora,
+    gralora,
+    hira,
+    hra,
+    loha,
+    lokr,
+    miss,
+    module_kind,
+    osf,
+    peanut,
+    poly,
+    randlora,
+    shira,
+    tinylora,
+    unilora,
+    vblora,
+)
 from loraplex.adapters.format.config import Keys
+from loraplex.adapters.format.fourierft import Fourierft, Waveft
 from loraplex.adapters.format.vera import Pvera, Vera
 from tests.support.adapter_folder import AdapterFolder
 from tests.support.adapter_reading import read_adapter
@@ -39,6 +61,17 @@ KINDS: dict[str, dict[str, Any]] = {
     "TINYLORA": {"r": 2, "u": 5, "target_modules": QV},
     "BEFT": {"target_modules": QV},
     "DEFT": OPTIONS,
+    "LOKR": {**OPTIONS, "r": 2, "decompose_factor": 4},
+    "GRALORA": {**OPTIONS, "hybrid_r": 3},
+    "OSF": {"target_modules": QV, "effective_rank": 28},
+    "PEANUT": {**OPTIONS, "depth": 1},
+    "POLY": {**OPTIONS, "n_tasks": 2, "n_skills": 3, "task_id": 1},
+    "SHIRA": {"r": 4, "target_modules": QV, "random_seed": 1, "init_weights": False},
+    "FOURIERFT": {"n_frequency": 40, "target_modules": QV},
+    "WAVEFT": {"n_frequency": 40, "target_modules": QV, "init_weights": False},
+    "C3A": {"block_size": 16, "target_modules": QV},
+    "HIRA": OPTIONS,
+    "RANDLORA": OPTIONS,
 }
 CONFIGS: dict[str, tuple[str, Keys]] = {
     "ADALORA": ("AdaLoraConfig", adalora.KEYS),
@@ -53,9 +86,31 @@ CONFIGS: dict[str, tuple[str, Keys]] = {
     "TINYLORA": ("TinyLoraConfig", tinylora.KEYS),
     "BEFT": ("BeftConfig", beft.KEYS),
     "DEFT": ("DeftConfig", deft.KEYS),
+    "LOKR": ("LoKrConfig", lokr.KEYS),
+    "GRALORA": ("GraloraConfig", gralora.KEYS),
+    "OSF": ("OSFConfig", osf.KEYS),
+    "PEANUT": ("PeanutConfig", peanut.KEYS),
+    "POLY": ("PolyConfig", poly.KEYS),
+    "SHIRA": ("ShiraConfig", shira.KEYS),
+    "FOURIERFT": ("FourierFTConfig", Fourierft.keys),
+    "WAVEFT": ("WaveFTConfig", Waveft.keys),
+    "C3A": ("C3AConfig", c3a.KEYS),
+    "HIRA": ("HiraConfig", hira.KEYS),
+    "RANDLORA": ("RandLoraConfig", randlora.KEYS),
 }
-WITHOUT_BIAS = ("LOHA", "BEFT")
+WITHOUT_BIAS = ("LOHA", "LOKR", "BEFT", "OSF", "PEANUT", "POLY", "SHIRA", "HIRA")
 """Kinds whose configs have no such option."""
+RANKS = {
+    "ADALORA": "init_r",
+    "FOURIERFT": "n_frequency",
+    "WAVEFT": "n_frequency",
+    "C3A": "block_size",
+    "BEFT": "",
+    "OSF": "",
+}
+"""What says the size of a module's tensors, where it is not r."""
+ANY_SIZE = ("SHIRA", "FOURIERFT", "WAVEFT", "C3A")
+"""Kinds whose size is no rank."""
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +123,16 @@ class Folder(AdapterFolder):
 
     def __init__(self, base: Any, path: Path, kind: str) -> None:
         make_peft_adapter(base, path, kind=kind, **KINDS[kind])
+        self._open(base, path)
+
+    @classmethod
+    def of(cls, base: Any, path: Path) -> Folder:
+        """The adapter that is at `path`."""
+        folder = cls.__new__(cls)
+        folder._open(base, path)
+        return folder
+
+    def _open(self, base: Any, path: Path) -> None:
         super().__init__(path, lambda dtype: served_base_of(base, layout_of(base, dtype=dtype)))
         self.config = json.loads((path / "adapter_config.json").read_text())
         self.tensors = safetensors.torch.load(self.weights.read_bytes())
@@ -94,7 +159,8 @@ def test_broken_files(base: Any, tmp_path: Path, kind: str) -> None:
     """Each tensor in turn: gone, twice, of another shape, of another type, not finite; then cut short."""
     folder = Folder(base, tmp_path, kind)
     sound = dict(folder.tensors)
-    for name in sorted(sound)[:5] + sorted(sound)[-3:]:
+    looked_at = [name for name in sorted(sound) if not re.search(r"proj\.randlora_[AB]$", name)]
+    for name in looked_at[:5] + looked_at[-3:]:
         tensor = sound[name]
         folder.tensors = {other: t for other, t in sound.items() if other != name}
         folder.refused("missing_tensor", re.escape(name))
@@ -142,14 +208,15 @@ def test_contradicting_configs(base: Any, tmp_path: Path, kind: str) -> None:
         ({"target_modules": "("}, "bad_config", "not valid"),
     ]
     if kind not in WITHOUT_BIAS:
-        cases.append(({"bias": "all"}, "unsupported_option", "bias"))
-    if kind != "BEFT":
-        rank = "init_r" if kind == "ADALORA" else "r"
+        cases.append(({"bias": "some"}, "bad_config", "bias is"))
+    if rank := RANKS.get(kind, "r"):
         cases += [({rank: value}, "bad_config", f"{rank} is") for value in (0, -1, 2.5, "8", True)]
-        cases += [({rank: 1025}, "too_large", f"{rank} is 1025"), ({rank: 3}, "shape_mismatch", "expected")]
+        cases.append(({rank: 8 if kind == "C3A" else 6}, "shape_mismatch", "expected"))
+        if kind not in ANY_SIZE:
+            cases.append(({rank: 1025}, "too_large", f"{rank} is 1025"))
     for change, code, pattern in cases:
         folder.config = {**sound, **change}
-        if kind == "TINYLORA" and change.get("r") == 3:
+        if kind == "TINYLORA" and change.get("r") == 6:
             continue  # its A has as many rows as are saved, but for narrow modules
         folder.refused(code, pattern)
     folder.config = {**sound, "target_modules": [*QV, "k_proj"]}
@@ -185,7 +252,8 @@ def test_contradicting_configs(base: Any, tmp_path: Path, kind: str) -> None:
         ("VERA", {"save_projection": "no"}, "bad_config", "save_projection"),
         ("PVERA", {"sample_at_inference": True}, "unsupported_option", "sample_at_inference"),
         ("PVERA", {"peft_type": "VERA"}, "unmatched_tensor", "pvera_"),
-        ("MISS", {"init_weights": "bat"}, "unsupported_option", "bat"),
+        ("MISS", {"init_weights": "bat"}, "shape_mismatch", "miss_block"),
+        ("MISS", {"init_weights": "bat", "r": 24}, "bad_config", "r is 24"),
         ("MISS", {"init_weights": "more"}, "unsupported_option", "more"),
         ("MISS", {"init_weights": "mini", "mini_r": 7}, "bad_config", "mini_r is 7"),
         ("MISS", {"init_weights": "mini", "mini_r": 0}, "bad_config", "mini_r is 0"),
@@ -210,9 +278,49 @@ def test_contradicting_configs(base: Any, tmp_path: Path, kind: str) -> None:
         ("TINYLORA", {"weight_tying": 2}, "bad_config", "weight_tying"),
         ("TINYLORA", {"save_projection": False}, "unmatched_tensor", "tinylora_P"),
         ("BEFT", {"r": 4}, "unsupported_option", "r is 4"),
+        ("LOKR", {"decompose_factor": 0}, "bad_config", "decompose_factor is 0"),
+        ("LOKR", {"decompose_factor": 2.0}, "bad_config", "decompose_factor is 2.0"),
+        ("LOKR", {"decompose_factor": 2}, "shape_mismatch", "lokr_w"),
+        ("LOKR", {"decompose_both": True, "r": 1}, "missing_tensor", "lokr_w1_a is missing"),
+        ("LOKR", {"decompose_both": "yes"}, "bad_config", "decompose_both"),
+        ("LOKR", {"r": 16}, "missing_tensor", "lokr_w2 is missing"),
+        ("GRALORA", {"gralora_k": 4}, "shape_mismatch", "gralora_A"),
+        ("GRALORA", {"gralora_k": 3}, "bad_config", "does not divide r, 4"),
+        ("GRALORA", {"gralora_k": 0}, "bad_config", "gralora_k is 0"),
+        ("GRALORA", {"gralora_k": 3, "r": 3}, "bad_config", "64 inputs"),
+        ("GRALORA", {"hybrid_r": 0}, "unmatched_tensor", "general"),
+        ("GRALORA", {"hybrid_r": -1}, "bad_config", "hybrid_r is -1"),
+        ("GRALORA", {"r": 1024}, "too_large", "1027 ranks"),
+        ("OSF", {"effective_rank": 27}, "shape_mismatch", "osf_svd_params"),
+        ("OSF", {"effective_rank": 0}, "bad_config", "effective_rank is 0"),
+        ("OSF", {"effective_rank": "half"}, "bad_config", "effective_rank"),
+        ("OSF", {"rank_pattern": {"(": 3}}, "bad_config", "rank_pattern"),
+        ("OSF", {"rank_pattern": {"q": -1}}, "bad_config", "rank_pattern"),
+        ("PEANUT", {"act_fn": "snake"}, "unsupported_option", "act_fn"),
+        ("PEANUT", {"depth": 2}, "missing_tensor", r"coders\.1\.weight is missing"),
+        ("PEANUT", {"depth": 0}, "unmatched_tensor", "coders"),
+        ("PEANUT", {"depth": 17}, "bad_config", "depth is 17"),
+        ("POLY", {"task_id": None}, "needs_setting", "n_tasks is 2.*task_id"),
+        ("POLY", {"task_id": 2}, "bad_config", "below n_tasks, 2"),
+        ("POLY", {"task_id": "a"}, "bad_config", "task_id"),
+        ("POLY", {"poly_type": "other"}, "unsupported_option", "poly_type"),
+        ("POLY", {"n_splits": 3}, "bad_config", "n_splits is 3"),
+        ("POLY", {"n_skills": 4}, "shape_mismatch", "poly_"),
         ("DEFT", {"decomposition_method": "svd"}, "unsupported_option", "svd"),
         ("DEFT", {"para": True}, "unmatched_tensor", "deft_R"),
         ("DEFT", {"alpha": "8"}, "bad_config", "alpha"),
+        ("SHIRA", {"r": 33}, "bad_config", "r is 33, which is 4224 elements"),
+        ("FOURIERFT", {"n_frequency": 5000}, "bad_config", "4096 elements"),
+        ("FOURIERFT", {"n_frequency_pattern": {"v_proj": 2.5}}, "bad_config", "n_frequency_pattern"),
+        ("FOURIERFT", {"scaling": "1"}, "bad_config", "scaling"),
+        ("FOURIERFT", {"random_loc_seed": -1}, "bad_config", "random_loc_seed"),
+        ("WAVEFT", {"wavelet_family": "db2"}, "unsupported_option", "db2"),
+        ("WAVEFT", {"use_idwt": "yes"}, "bad_config", "use_idwt"),
+        ("WAVEFT", {"proportional_parameters": True}, "unsupported_option", "proportional_parameters"),
+        ("C3A", {"block_size": 24}, "bad_config", "block_size is 24"),
+        ("C3A", {"block_size_pattern": {"q_proj": 8}}, "shape_mismatch", "c3a_kernel"),
+        ("RANDLORA", {"save_projection": False}, "unsupported_option", "save_projection"),
+        ("RANDLORA", {"randlora_alpha": None}, "bad_config", "randlora_alpha"),
     ],
 )  # fmt: skip
 def test_configs_of_each_kind(
@@ -221,6 +329,31 @@ def test_configs_of_each_kind(
     folder = Folder(base, tmp_path, kind)
     folder.config.update(change)
     folder.refused(code, pattern)
+
+
+def test_biases_that_were_not_saved_or_not_asked_for(tmp_path: Path) -> None:
+    base = tiny_hf_model("qwen2", num_hidden_layers=1)  # biases on q, k and v
+    options = {**UNTRAINED, "target_modules": ["q_proj", "up_proj"]}
+    make_peft_adapter(base, tmp_path, kind="HRA", **options, bias="all")
+    folder = Folder.of(base, tmp_path)
+    sound, path = dict(folder.tensors), "base_model.model.model.layers.0"
+    q, k = f"{path}.self_attn.q_proj.base_layer.bias", f"{path}.self_attn.k_proj.bias"
+    for name in (q, k):
+        folder.tensors = {other: tensor for other, tensor in sound.items() if other != name}
+        folder.refused("missing_tensor", re.escape(name), "not saved")
+        folder.tensors = {**sound, name: torch.zeros(3)}
+        folder.refused("shape_mismatch", re.escape(name), "a bias of the base")
+        folder.tensors = {**sound, name: torch.full_like(sound[name], float("inf"))}
+        folder.refused("not_finite", re.escape(name))
+    folder.tensors = {**sound, f"{path}.mlp.up_proj.base_layer.bias": torch.zeros(96)}
+    folder.refused("unmatched_tensor", "up_proj.base_layer.bias", "no such bias")
+    folder.tensors = sound
+    folder.config["bias"] = "hra_only"
+    folder.refused("unmatched_tensor", "k_proj.bias|v_proj.bias")
+    folder.config["bias"] = "none"
+    folder.refused("unmatched_tensor", "bias does not ask")
+    folder.config["bias"] = "all"
+    folder.read()
 
 
 def test_an_adapter_for_a_wider_base(base: Any, tmp_path: Path) -> None:
@@ -236,7 +369,8 @@ def test_an_adapter_for_a_wider_base(base: Any, tmp_path: Path) -> None:
     [
         *[("ADALORA", "lora_E"), ("LOHA", "hada_w2_b"), ("VERA", "vera_lambda_b"), ("PVERA", "pvera_lambda_b")],
         *[("MISS", "miss_block"), ("DELORA", "delora_lambda"), ("VBLORA", "vector_bank"), ("UNILORA", "theta_d")],
-        *[("BEFT", "beft_bias")],
+        *[("BEFT", "beft_bias"), ("SHIRA", "shira_weight"), ("FOURIERFT", "spectrum"), ("WAVEFT", "spectrum")],
+        *[("C3A", "c3a_kernel"), ("HIRA", "hira_B"), ("RANDLORA", "randlora_lambda")],
     ],
 )
 def test_what_was_not_trained_has_no_effect(base: Any, tmp_path: Path, kind: str, end: str) -> None:
@@ -270,10 +404,33 @@ def test_an_injection_that_is_what_was_taken_has_no_effect(base: Any, tmp_path: 
         read_adapter(tmp_path, served_base_of(base, layout_of(base)))
 
 
-def test_a_quantised_base_has_no_weights_to_take_from(base: Any, tmp_path: Path) -> None:
-    make_peft_adapter(base, tmp_path, kind="DEFT", **KINDS["DEFT"])
+@pytest.mark.parametrize("kind", ["OSF", "PEANUT"])
+def test_what_has_not_left_the_base_has_no_effect(base: Any, tmp_path: Path, kind: str) -> None:
+    options = {**KINDS[kind], **({"init_weights": True} if kind == "PEANUT" else {})}
+    make_peft_adapter(base, tmp_path, kind=kind, strength=None, **options)
+    with refused("no_effect"):
+        read_adapter(tmp_path, served_base_of(base, layout_of(base)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("DEFT", {}), ("HIRA", {}), ("OSF", {}), ("PEANUT", {}), ("MISS", {"r": 8, "init_weights": "bat"})],
+)
+def test_a_quantised_base_has_no_weights_to_take_from(
+    base: Any, tmp_path: Path, kind: str, options: dict[str, Any]
+) -> None:
+    make_peft_adapter(base, tmp_path, kind=kind, **{**KINDS[kind], **options})
     with refused("unsupported_option", "this base is quantised"):
         read_adapter(tmp_path, replace(served_base_of(base, layout_of(base)), weight=lambda *_: None))
+
+
+def test_dense_changes_beyond_the_limit(base: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Folder(base, tmp_path, "SHIRA")
+    taken = LAYERS * (64 + 32) * 64 * 4
+    monkeypatch.setattr(module_kind, "MOST_DENSE_BYTES", taken)
+    folder.read()
+    monkeypatch.setattr(module_kind, "MOST_DENSE_BYTES", taken - 1)
+    folder.refused("too_large", "full rank", "the largest of 4 modules")
 
 
 def test_modules_without_effect_have_no_tiles(base: Any, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from loraplex.adapters.image.tiles import BiasDelta, LowRank
+from loraplex.adapters.image.tiles import BiasDelta, DenseDelta, LowRank, Part
 from loraplex.adapters.tiers.host import most_bytes
 from loraplex.adapters.tiers.inbox import host_bytes
 from loraplex.adapters.tiers.reader import AdapterReader
@@ -21,6 +21,7 @@ from tests.support.peft_adapters import (
     layout_of,
     make_peft_adapter,
     served_base_of,
+    sum_of_windows,
 )
 from tests.support.tiny import tiny_hf_model
 
@@ -39,33 +40,45 @@ def read(base: Any, folder: Path, dtype: torch.dtype = torch.float32) -> ParsedA
 def changes_of(base: Any, adapter: PeftAdapter) -> dict[str, tuple[Tensor, Tensor]]:
     """By path: how far the weight and the bias that PEFT computes with are from the base's, fp32."""
     found = {}
-    for path, module in adapter.modules().items():
-        linear = base.get_submodule(path)
-        with torch.no_grad():
-            zero = module(torch.zeros(1, linear.in_features))[0]
-            weight = (module(torch.eye(linear.in_features)) - zero).T
-        own = torch.zeros(()) if linear.bias is None else linear.bias.detach()
-        found[path] = weight - linear.weight.detach(), zero - own
+    modules = adapter.modules()
+    for path, linear in base.named_modules():
+        if not isinstance(linear, torch.nn.Linear) or path == "lm_head":
+            continue
+        own = torch.zeros(linear.out_features) if linear.bias is None else linear.bias.detach()
+        if path in modules:
+            module = modules[path]
+            with torch.no_grad():
+                zero = module(torch.zeros(1, 1, linear.in_features), **adapter.told)[0, 0]
+                weight = (module(torch.eye(linear.in_features)[None], **adapter.told)[0] - zero).T
+            found[path] = weight - linear.weight.detach(), zero - own
+        elif linear.bias is not None:
+            bias = adapter.model.get_base_model().get_submodule(path).bias.detach() - own
+            if bias.any():  # which the adapter trained beside its targets
+                found[path] = torch.zeros_like(linear.weight), bias
     return found
 
 
 def check_against_peft(base: Any, adapter: PeftAdapter) -> ParsedAdapter:
     """Every module PEFT adapts and no other, with the change of its weight or bias that PEFT computes with."""
     parsed = read(base, adapter.folder)
-    changes = changes_of(base, adapter)
-    paths = [f"model.layers.{part.layer}.{part.projection.name}" for part in parsed.parts]
-    assert sorted(paths) == sorted(changes)
-    for path, part in zip(paths, parsed.parts, strict=True):
-        weight, bias = changes[path]
-        if isinstance(part, BiasDelta):
+    layout, changes = layout_of(base), changes_of(base, adapter)
+    found: dict[str, list[Part]] = {}
+    for part in parsed.parts:
+        found.setdefault(f"model.layers.{part.layer}.{part.projection.name}", []).append(part)
+    assert found.keys() == changes.keys()
+    for path, (weight, bias) in changes.items():
+        deltas = [part.delta for part in found[path] if isinstance(part, BiasDelta)]
+        torch.testing.assert_close(sum(deltas, torch.zeros(len(weight))), bias, atol=2e-6, rtol=1e-5)
+        others = [part for part in found[path] if not isinstance(part, BiasDelta)]
+        if not others:
             assert float(weight.abs().max()) < 1e-6
-            torch.testing.assert_close(part.delta, bias, atol=1e-6, rtol=1e-5)
             continue
-        assert isinstance(part, LowRank)
         assert float(weight.abs().max()) > 0.01
-        torch.testing.assert_close(part.scaling * part.b @ part.a, weight, atol=2e-6, rtol=1e-5)
-        assert not bias.abs().gt(1e-6).any()
-    assert parsed.rank == max(part.a.shape[0] if isinstance(part, LowRank) else 0 for part in parsed.parts)
+        windows = [part for part in others if isinstance(part, LowRank)]
+        made = others[0].delta if isinstance(others[0], DenseDelta) else sum_of_windows(windows, layout)
+        torch.testing.assert_close(made, weight, atol=2e-6, rtol=1e-5)
+    if len(found) == len(parsed.parts):  # no windows, whose ranks are not the module's
+        assert parsed.rank == max(part.a.shape[0] if isinstance(part, LowRank) else 0 for part in parsed.parts)
     info = AdapterReader(served_base_of(base, layout_of(base)), 1 << 30).examine(str(adapter.folder))
     assert (info.num_pages, info.nbytes) == (len(parsed.image.pages), parsed.image.nbytes)
     assert host_bytes(parsed.image) <= most_bytes(layout_of(base), info)

@@ -32,6 +32,7 @@ from tests.support.peft_adapters import (
     randomise_adapter,
     save_adapter,
     served_base_of,
+    sum_of_windows,
 )
 from tests.support.refusals import refused
 from tests.support.tiny import tiny_hf_model
@@ -49,7 +50,11 @@ def read(base: Any, folder: Path, dtype: torch.dtype = torch.float32) -> ParsedA
 def check_against_peft(base: Any, adapter: PeftAdapter) -> ParsedAdapter:
     """Every module PEFT adapts and no other, with the weight delta and the bias PEFT computes with."""
     parsed = read(base, adapter.folder)
-    low_rank = {f"model.layers.{p.layer}.{p.projection.name}": p for p in parsed.parts if isinstance(p, LowRank)}
+    layout = layout_of(base)
+    low_rank: dict[str, list[LowRank]] = {}
+    for part in parsed.parts:
+        if isinstance(part, LowRank):
+            low_rank.setdefault(f"model.layers.{part.layer}.{part.projection.name}", []).append(part)
     deltas = {f"model.layers.{p.layer}.{p.projection.name}": p for p in parsed.parts if isinstance(p, BiasDelta)}
     scales = {f"model.layers.{p.layer}.{p.projection.name}": p for p in parsed.parts if isinstance(p, OutputScale)}
     modules = adapter.modules()
@@ -58,13 +63,15 @@ def check_against_peft(base: Any, adapter: PeftAdapter) -> ParsedAdapter:
     start = config.init_lora_weights in STARTS or config.kasa_config is not None
     assert set(scales) == {path for path, module in modules.items() if "default" in module.lora_magnitude_vector}
     for path, module in modules.items():
-        part = low_rank[path]
-        assert part.a.shape[0] == module.r["default"] * (2 if start else 1)
-        found = part.scaling * part.b.float() @ part.a.float()
-        expected = module.get_delta_weight("default")
-        if start:  # PEFT has taken it out of the weights
+        parts = low_rank[path]
+        assert sum(part.a.shape[0] for part in parts) == module.r["default"] * (2 if start else 1)
+        found = sum_of_windows(parts, layout)
+        assert len(parts) == 1 or config.use_bdlora is not None
+        if start or config.use_bdlora is not None:  # PEFT has taken it out of the weights, or does not write it out
             zero = torch.zeros(1, module.in_features)
             expected = (module(torch.eye(module.in_features)) - module(zero)).T - base.get_submodule(path).weight
+        else:
+            expected = module.get_delta_weight("default")
         if path in scales:
             found += scales.pop(path).values[:, None] * base.get_submodule(path).weight
             zero = torch.zeros(1, module.in_features)
@@ -79,8 +86,9 @@ def check_against_peft(base: Any, adapter: PeftAdapter) -> ParsedAdapter:
             lora = modules.get(path)
             own = base.get_submodule(path).bias
             delta = zero if own is None else (lora.base_layer if lora is not None else linear).bias - own
-            if lora is not None and lora.lora_B["default"].bias is not None:
-                delta = delta + lora.scaling["default"] * lora.lora_B["default"].bias
+            of_b = None if lora is None else getattr(lora.lora_B["default"], "bias", None)  # BD-LoRA has none
+            if of_b is not None:
+                delta = delta + lora.scaling["default"] * of_b
             if delta.any():
                 biases[path] = delta
     assert set(deltas) == set(biases)
@@ -407,7 +415,6 @@ def test_every_other_peft_type_is_refused_by_name(bases: dict[str, Any], tmp_pat
 def test_variants_saved_by_peft_are_refused_by_name(bases: dict[str, Any], tmp_path: Path) -> None:
     base = bases["llama"]
     cases: dict[str, dict[str, Any]] = {
-        "alora_invocation_tokens": {"alora_invocation_tokens": [5, 6]},
         "modules_to_save": {"modules_to_save": ["lm_head"]},
         "trainable_token_indices": {"trainable_token_indices": [1, 2]},
         "layer_replication": {"layer_replication": [[0, 2], [1, 3]]},

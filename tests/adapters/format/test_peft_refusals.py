@@ -313,6 +313,9 @@ def test_the_digest_is_of_the_bytes_used(folder: Folder) -> None:
         ("exclude_modules", 7), ("exclude_modules", "["), ("exclude_modules", ".*"),
         ("layers_to_transform", "1"), ("layers_to_transform", [-1]), ("layers_to_transform", [True]),
         ("layers_to_transform", [9]), ("layers_pattern", {"a": 1}),
+        ("alora_invocation_tokens", []), ("alora_invocation_tokens", 5), ("alora_invocation_tokens", "<ask>"),
+        ("alora_invocation_tokens", [1, -2]), ("alora_invocation_tokens", [1.0]), ("alora_invocation_tokens", [True]),
+        ("alora_invocation_tokens", [1 << 31]), ("alora_invocation_tokens", [1] * 1025),
         ("peft_type", None), ("peft_type", 5), ("peft_type", ""),
     ],
 )  # fmt: skip
@@ -339,10 +342,10 @@ def test_a_pattern_that_would_take_for_ever(folder: Folder, key: str, monkeypatc
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("alora_invocation_tokens", [1, 2]), ("modules_to_save", ["lm_head"]),
+        ("modules_to_save", ["lm_head"]),
         ("trainable_token_indices", [3]), ("trainable_token_indices", {"embed_tokens": [3]}),
         ("target_parameters", ["mlp.experts.gate_up_proj"]), ("layer_replication", [[0, 2]]), ("use_qalora", True),
-        ("use_bdlora", {"nblocks": 2}), ("arrow_config", {"top_k": 1}),
+        ("use_bdlora", {"nblocks": 2, "shards": 2}), ("arrow_config", {"top_k": 1}),
         ("velora_config", {"scale": 1.0}), ("monteclora_config", {"num_samples": 2}), ("megatron_config", {"a": 1}),
         ("enable_lora", [True, False]), ("init_lora_weights", "pissa_niter_4"), ("init_lora_weights", "PiSSA_niter_16"),
         ("init_lora_weights", "lora_ga"), ("init_lora_weights", "corda"), ("init_lora_weights", "loftq"),
@@ -353,6 +356,61 @@ def test_a_pattern_that_would_take_for_ever(folder: Folder, key: str, monkeypatc
 def test_unsupported_options_are_named(folder: Folder, key: str, value: Any) -> None:
     folder.config[key] = value
     folder.refused("unsupported_option", key)
+
+
+@pytest.mark.parametrize(
+    ("value", "code", "pattern"),
+    [
+        ([2], "bad_config", "expected an object"),
+        ({"nblocks": 2}, "bad_config", "neither A nor B of .*q_proj"),
+        ({"target_modules_bd_a": ["q_"], "target_modules_bd_b": ["proj"]}, "bad_config", "both A and B of .*q_proj"),
+        ({"target_modules_bd_b": ["_proj"], "nblocks": 0}, "bad_config", "nblocks is 0"),
+        ({"target_modules_bd_b": ["_proj"], "nblocks": 3}, "bad_config", "nblocks 3, which divides not both"),
+        ({"target_modules_bd_b": ["_proj"], "nblocks": 2, "match_strict": 1}, "bad_config", "match_strict"),
+        ({"target_modules_bd_a": ["_proj"], "nblocks": 2}, "shape_mismatch", "lora_A.weight"),
+        ({"target_modules_bd_b": ["_proj"], "nblocks": 2}, "shape_mismatch", "lora_B.weight"),
+    ],
+)
+def test_blocks_that_cannot_be(folder: Folder, value: Any, code: str, pattern: str) -> None:
+    folder.config["use_bdlora"] = value
+    folder.refused(code, pattern)
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "pattern"),
+    [
+        ({"target_parameters": ["q_proj.weight"]}, "bad_config", "target_modules and target_parameters both"),
+        ({"target_parameters": ["q_proj.bias"]}, "unsupported_option", "'q_proj.bias'"),
+        ({"target_parameters": ["embed_tokens.weight"]}, "unsupported_option", "takes in model.embed_tokens"),
+        ({"target_parameters": [3]}, "bad_config", "target_parameters is"),
+        ({"target_parameters": ["o_proj.weight"]}, "missing_tensor", "o_proj.lora_A.weight is missing"),
+        ({"target_parameters": ["o_proj.weight"], "use_dora": True}, "unsupported_option", "beside use_dora"),
+        ({"target_parameters": ["o_proj.weight"], "bias": "all"}, "unsupported_option", "beside bias 'all'"),
+        (
+            {"target_parameters": ["o_proj.weight"], "use_bdlora": {"target_modules_bd_b": ["_proj"]}},
+            *("unsupported_option", "beside target_parameters"),
+        ),
+        (
+            {"use_bdlora": {"target_modules_bd_b": ["_proj"]}, "init_lora_weights": "pissa"},
+            *("unsupported_option", "beside pissa"),
+        ),
+    ],
+)
+def test_parameters_and_blocks_beside_others(folder: Folder, change: dict[str, Any], code: str, pattern: str) -> None:
+    folder.config.update(change)
+    folder.refused(code, pattern)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("use_dora", True), ("init_lora_weights", "pissa"), ("kasa_config", {"beta": 1}), ("bias", "all")),
+        ("use_bdlora", {"target_modules_bd_b": ["_proj"]}),
+    ],
+)
+def test_what_would_change_the_base_before_an_invocation(folder: Folder, key: str, value: Any) -> None:
+    folder.config.update({"alora_invocation_tokens": [1, 2], key: value})
+    folder.refused("unsupported_option", key, "alora_invocation_tokens")
 
 
 @pytest.mark.parametrize("key", ["modules_to_save", "layer_replication", "use_qalora", "some_new_option"])

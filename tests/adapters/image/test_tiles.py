@@ -14,6 +14,7 @@ from loraplex.adapters.image.tiles import (
     AdapterImage,
     BaseLayout,
     BiasDelta,
+    DenseDelta,
     LowRank,
     OutputScale,
     Part,
@@ -394,3 +395,35 @@ def test_the_bound_on_tiles_holds_for_fewer_parts_too(
     left = [shape for shape in shapes if data.draw(st.booleans())]
     assert len(plan_image(shapes, layout).tiles) <= most
     assert len(plan_image(left, layout).tiles) <= most
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("width", "out", "page"), [(64, 96, 4096), (64, 96, 960), (33, 50, 1024), (32, 16, 65536)])
+def test_dense_changes_are_rows_of_a_alone(dtype: torch.dtype, width: int, out: int, page: int) -> None:
+    """Every row once, a tile's columns those of its rows; beside a low rank, which fills what rows leave of a page."""
+    projection = Projection("self_attn.k_proj", Site.QKV, width, 40, out, False)
+    layout = BaseLayout("tiny", 2, (projection,), page // ALIGN * ALIGN, dtype)
+    dense = DenseDelta(1, projection, torch.randn(out, width))
+    image = pack([_low_rank(0, projection, 3), dense], layout)
+    elements, item = image.pages.view(-1).view(dtype), element_bytes(dtype)
+    found = torch.zeros(out, width, dtype=dtype)
+    rows = [row for row in image.tiles.tolist() if row[7] == TileKind.DENSE]
+    for layer, site, a_pos, b_pos, n, out_start, out_len, _, *window in rows:
+        assert (layer, site, b_pos, window) == (1, Site.QKV, -1, [0, width])
+        assert 1 <= n == out_len <= TILE_RANKS
+        begin = a_pos * ALIGN
+        assert begin // layout.page_bytes == (begin + n * width * item - 1) // layout.page_bytes
+        assert begin + n * width * item <= image.extent
+        found[out_start - 40 : out_start - 40 + n] = elements[begin // item :][: n * width].view(n, width)
+    assert sum(row[4] for row in rows) == out
+    assert torch.equal(found, dense.delta.to(dtype))
+    shapes = [shape_of(part) for part in (_low_rank(0, projection, 3), dense)]
+    assert len(image.tiles) <= most_tiles(shapes, layout, len(image.pages))
+    lost = len(image.pages) * (width * item + ALIGN)  # a page's end holds no row
+    assert image.extent <= _padded(width * item) * (out + 3) + _padded(out * item) * 3 + lost
+
+
+def test_dense_changes_of_another_shape() -> None:
+    projection = Projection("self_attn.k_proj", Site.QKV, 64, 0, 32, False)
+    with pytest.raises(ValueError, match=r"expected \[32, 64\]"):
+        pack([DenseDelta(0, projection, torch.ones(16, 64))], BaseLayout("tiny", 1, (projection,), 4096, torch.float32))

@@ -55,6 +55,8 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "two": {"r": 4, "lora_alpha": 4, "target_modules": ["q_proj", "up_proj"], "dtype": torch.bfloat16},
         "wide": {"r": 8, "target_modules": ["q_proj"]},
         "biased": {"r": 4, "target_modules": ["q_proj"], "lora_bias": True},
+        "pissa": {"r": 4, "target_modules": ["q_proj"], "init_lora_weights": "pissa"},
+        "asked": {"r": 4, "target_modules": ["q_proj"], "alora_invocation_tokens": [5]},
     }
     folders = {}
     for seed, (name, given) in enumerate(options.items()):
@@ -105,6 +107,8 @@ def test_what_cannot_be_merged(adapters: dict[str, Path], tmp_path: Path) -> Non
     for name, code, message in (
         ("wide", "shape_mismatch", "needs adapters of equal ranks"),
         ("biased", "unsupported_option", "lora_B.bias"),
+        ("pissa", "unsupported_option", "more or other than the A and B of its file"),
+        ("asked", "unsupported_option", "more or other than the A and B of its file"),
     ):
         versions = [version(registry, f"one-{name}", adapters["one"]), version(registry, name, adapters[name])]
         with refused(code, message):

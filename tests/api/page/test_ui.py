@@ -18,7 +18,7 @@ from loraplex.server.engine.stats import EngineStats
 from loraplex.server.telemetry.recent import Recent
 from loraplex.server.tenancy.tenants import Key
 from tests.support.clock import Clock
-from tests.support.fake_serving import FakeServer, access_of
+from tests.support.fake_serving import FakeServer, access_of, digest_of_source
 
 ALICE, ROOT, SEER = "lpx_alice-secret", "lpx_root-secret", "lpx_seer-secret"
 KEYS = {
@@ -125,7 +125,7 @@ async def guarded(server: FakeServer) -> AsyncIterator[httpx.AsyncClient]:
     """With keys, and acme's, byte's and a shared adapter in memory, two pages each."""
     for name in ("acme/sql", "byte/poet", "shared", "merged/of-two"):
         await server.adapters.register(name, f"/adapters/{name}")
-    digests = [f"digest-of-/adapters/{name}" for name in ("acme/sql", "byte/poet", "merged/of-two")]
+    digests = [digest_of_source(f"/adapters/{name}") for name in ("acme/sql", "byte/poet", "merged/of-two")]
     pages = {digest: [1 + 2 * i, 2 + 2 * i] for i, digest in enumerate(digests)}
     server.hold(
         *(

@@ -259,6 +259,32 @@ def test_a_shared_system_prompt_is_found_by_the_same_root_alone() -> None:
     cache.check_integrity()
 
 
+def test_what_is_before_a_turn_is_everybodys_and_what_is_after_it_its_own() -> None:
+    """Blocks of 4: the turn at 10 is in the third one, and the turn at 8 begins it."""
+    cache = _cache()
+    tokens = list(range(100, 118))
+    asked = ((10, b"asked"),)
+
+    def run(seq: int, turns: tuple[tuple[int, bytes], ...]) -> int:
+        found = cache.adopt(seq, b"root", tokens, turns)
+        assert cache.grow(seq, found, len(tokens))
+        cache.publish(seq, b"root", tokens, len(tokens), turns)
+        return found
+
+    assert run(1, ()) == 0
+    assert run(2, asked) == 8, "the two blocks before it are the base's"
+    assert run(3, asked) == 16
+    assert run(4, ((10, b"other"),)) == 8
+    assert run(5, ((9, b"asked, from 9"),)) == 8
+    assert run(6, ((8, b"asked, from 8"),)) == 8
+    assert run(7, ((7, b"asked, from 7"),)) == 4
+    assert run(8, ((2, b"first"), (10, b"asked"))) == 0
+    assert run(9, ((2, b"first"),)) == 8
+    assert run(10, ((2, b"first"), (10, b"asked"))) == 16
+    assert run(11, ((40, b"beyond"),)) == 16
+    cache.check_integrity()
+
+
 def test_one_token_is_always_left() -> None:
     cache = _cache()
     assert _run(cache, 1, list(range(8))) == 0

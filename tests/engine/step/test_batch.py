@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import torch
 from hypothesis import given, settings
@@ -27,17 +28,32 @@ TILES = TileTable(EMPTY, EMPTY, EMPTY, EMPTY)
 Rows = list[tuple[Sequence, int]]  # with the tokens it has in the step
 
 
+INVOCATION = (7, 8)
+"""Of the adapter "c": prompts are 1, 2, 3, ..."""
+
+BEFORE = INVOCATION[0] - 1
+
+
+def worn(seq: Sequence, position: int) -> list[tuple[str, float]]:
+    """What of its mix acts at a position."""
+    called = seq.num_prompt > INVOCATION[1] - 1
+    late = position < BEFORE or not called
+    return [(digest, weight) for digest, weight in seq.mix if digest != "digest-c" or not late]
+
+
 def rows_by_hand(plan: StepPlan, slot_of: dict[str, int]) -> Rows:
     """In the order of the batch, from what the scheduler knows."""
 
     def mix(row: tuple[Sequence, int]) -> list[tuple[int, float]]:
-        return [(slot_of[digest], weight) for digest, weight in row[0].mix]
+        """Of the row's last token."""
+        seq, count = row
+        return [(slot_of[digest], weight) for digest, weight in worn(seq, seq.num_computed + count - 1)]
 
     planned = [(seq, len(row.tokens)) for seq, row in zip(plan.seqs, plan.step.rows, strict=True)]
     rows: Rows = []
     for wears in (True, False):
         for decode in (True, False):
-            bucket = [row for row in planned if bool(row[0].mix) == wears and row[0].is_decode == decode]
+            bucket = [row for row in planned if bool(mix(row)) == wears and row[0].is_decode == decode]
             rows += sorted(bucket, key=mix)
     return rows
 
@@ -86,7 +102,7 @@ def check(batch: ForwardBatch, plan: StepPlan, kv: KVCache, slot_of: dict[str, i
 
 
 def check_segments(batch: ForwardBatch, rows: Rows, slot_of: dict[str, int], owners: list[int]) -> None:
-    wearing = sum(count for seq, count in rows if seq.mix)
+    wearing = sum(count for seq, count in rows if worn(seq, seq.num_computed + count - 1))
     if not wearing:
         assert batch.adapters is None
         return
@@ -102,12 +118,15 @@ def check_segments(batch: ForwardBatch, rows: Rows, slot_of: dict[str, int], own
         kinds.append((s < segments.num_decode_segments, mix))
         for token in range(start, stop):
             seq, _ = rows[owners[token]]
-            assert mix == tuple((slot_of[digest], weight) for digest, weight in seq.mix)
+            acting = worn(seq, int(batch.positions[token]))
+            assert mix == tuple((slot_of[digest], weight) for digest, weight in acting)
             assert seq.is_decode == (s < segments.num_decode_segments)
         first, last = segments.mix_ptr[s].item(), segments.mix_ptr[s + 1].item()
         on_device = zip(segments.mix_slot[first:last].tolist(), segments.mix_weight[first:last].tolist(), strict=True)
         assert tuple(on_device) == mix
-    assert len(set(kinds)) == len(kinds), "equal mixes of equal role are one segment"
+    assert all(kind != after for kind, after in pairwise(kinds)), "neighbours of equal mix and role are one segment"
+    if not any("digest-c" in dict(seq.mix) for seq, _ in rows):
+        assert len(set(kinds)) == len(kinds), "equal mixes of equal role are one segment"
     assert segments.mix_ptr[-1].item() == len(segments.mix_slot)
     assert segments.indptr.dtype == segments.mix_ptr.dtype == segments.mix_slot.dtype == torch.int32
     assert segments.mix_weight.dtype == torch.float32
@@ -124,7 +143,7 @@ def test_every_step_of_random_histories(wanted: list[tuple[int, int, list[str]]]
     scheduler, placement = make_scheduler(60, groups=GROUPS, token_budget=budget, max_num_seqs=6)
     requests = Requests()
     for name in ADAPTERS:
-        requests.adapter(name)
+        requests.adapter(name, invocation=INVOCATION if name == "c" else ())
     for index, (prompt, max_tokens, adapters) in enumerate(wanted):
         request = requests.make(prompt, max_tokens, *adapters)
         weighted = tuple((lease, 0.25 * (place + index % 2 + 1)) for place, (lease, _) in enumerate(request.mix))
@@ -153,6 +172,23 @@ def test_a_step_of_the_same_sizes_makes_no_tensors() -> None:
     assert scheduler.kv.block_size == 4
     assert len(set(addresses[1:5])) == 1
     assert addresses[5] != addresses[4]
+
+
+def test_an_invocation_cuts_a_chunk_in_two() -> None:
+    """Between two of the plain adapter's rows: what is before the invocation wears nothing, or the plain one alone."""
+    scheduler, placement = make_scheduler(60, token_budget=60)
+    requests = Requests()
+    requests.adapter("a")
+    requests.adapter("c", invocation=INVOCATION)
+    for prompt, adapters in ((10, ("c",)), (5, ("c",)), (3, ("a",)), (9, ("a", "c"))):
+        scheduler.add(requests.make(prompt, 9, *adapters))
+    batch = build_batch(scheduler.schedule().step, TILES, scheduler.kv.block_size, CPU)
+    assert batch.adapters is not None
+    a, c = ((placement.slots[f"digest-{name}"], 1.0) for name in "ac")
+    assert (a[0], c[0]) == (1, 0)
+    # c: 6 tokens before it and 4; a: 3, and 6 of the pair's, then 3. The prompt of 5 tokens has none and is the base's.
+    assert batch.adapters.mixes == ((), (c,), (a,), (a, c))
+    assert batch.adapters.bounds == (0, 6, 10, 19, 22)
 
 
 def test_an_example_by_hand() -> None:

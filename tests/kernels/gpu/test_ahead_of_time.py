@@ -35,6 +35,7 @@ KERNELS = {
     "rowwise._act_mul",
     "rowwise._add_bias",
     "rowwise._gather",
+    "rowwise._place_own",
     "rowwise._rms_norm",
     "rowwise._rope_store_kv",
     "sgmv._expand",

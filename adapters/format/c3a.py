@@ -1,0 +1,89 @@
+"""C3A as PEFT saves it: blocks of the change are circulant, so that a block is one vector.
+
+adapter_model.safetensors                           what it becomes
+...<projection>.c3a_kernel [out / b, in / b, b]     DenseDelta: in a block, row j, column i is k[(i - j) mod b] / in
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from loraplex.adapters.files.patterns import Matcher
+from loraplex.adapters.format import targets
+from loraplex.adapters.format.config import (
+    COMMON_NO_BEARING,
+    COMMON_UNSUPPORTED,
+    Keys,
+    bad_config,
+    read_base_model,
+    read_biases,
+    read_count,
+    read_counts,
+)
+from loraplex.adapters.format.kind import AdapterConfig
+from loraplex.adapters.format.module_kind import Making, ModuleKind, Wanted
+from loraplex.adapters.format.modules import FoundModule
+from loraplex.adapters.image.tiles import Part
+from loraplex.kernels.constants import TileKind
+
+LEAF = "c3a_kernel"
+
+KEYS = Keys(
+    used=frozenset(
+        {
+            *("peft_type", "base_model_name_or_path", "block_size", "block_size_pattern", "bias"),
+            *targets.TARGET_KEYS,
+            *targets.LAYER_KEYS,
+        }
+    ),
+    no_bearing=COMMON_NO_BEARING | {"init_weights"},
+    unsupported=COMMON_UNSUPPORTED,
+)
+
+
+@dataclass(frozen=True)
+class C3aConfig(AdapterConfig):
+    """What inference needs of a C3A adapter's config."""
+
+    block: int
+    block_pattern: tuple[tuple[str, int], ...]  # (pattern, block), the first match counts
+
+
+class C3a(ModuleKind[C3aConfig]):
+    """y += D x, D of circulant blocks."""
+
+    name = "c3a"
+    label = "C3A"
+    leaves = (LEAF,)
+
+    def read(self, raw: Mapping[str, Any]) -> C3aConfig:
+        KEYS.check(raw)
+        return C3aConfig(
+            kind=self.name,
+            targets=targets.read_targets(raw, by_layer=True),
+            base_model=read_base_model(raw),
+            bias=read_biases(raw),
+            block=read_count(raw.get("block_size", 256), "block_size"),
+            block_pattern=read_counts(raw, "block_size_pattern"),
+        )
+
+    def wanted(self, config: C3aConfig, module: FoundModule, match: Matcher) -> Wanted:
+        block = match.first("block_size_pattern", config.block_pattern, module.path, config.block)
+        out, width = module.projection.out_features, module.projection.in_features
+        if out % block or width % block:
+            raise bad_config(
+                f"block_size is {block}, which does not divide both the {width} inputs and the {out} outputs of "
+                f"{module.path}"
+            )
+        return Wanted({LEAF: (out // block, width // block, block)}, kind=TileKind.DENSE)
+
+    def make(self, making: Making[C3aConfig]) -> Part:
+        kernel, projection = making.floats(LEAF), making.module.projection
+        steps = torch.arange(kernel.shape[2])
+        blocks = kernel[:, :, (steps[None, :] - steps[:, None]) % len(steps)]  # [out / b, in / b, row, column]
+        delta = blocks.transpose(1, 2).reshape(projection.out_features, projection.in_features)
+        return making.dense(delta.div_(projection.in_features))

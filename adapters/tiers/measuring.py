@@ -1,0 +1,125 @@
+"""Measure an adapter's files: read again, module after module, by a thread that nobody waits for with a stream."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+
+from loraplex.adapters.errors import AdapterRefused
+from loraplex.adapters.format.effect import ModuleEffect, base_square, measure_module, ratio
+from loraplex.adapters.format.kind import ModuleMap, ServedBase
+from loraplex.adapters.image.tiles import Part
+from loraplex.adapters.receipt import Measured, SiteEffect
+from loraplex.adapters.tiers.reader import AdapterReader
+
+
+@dataclass(frozen=True)
+class OpenAdapter:
+    """An adapter whose bytes are in memory, as long as the block that opened it."""
+
+    digest: str
+    module_map: ModuleMap
+    parts: Callable[[], Iterable[Part]]  # anew at each call, in the order of the layers; nothing for a no-op
+
+    def by_layer(self) -> Iterator[tuple[int, list[Part]]]:
+        """Give each layer's parts, those of one layer being in memory at a time."""
+        for layer, parts in groupby(self.parts(), key=lambda part: part.layer):
+            yield layer, list(parts)
+
+
+class Measurer:
+    """Opens contents of adapters. Any thread may; each opening takes the room of a load."""
+
+    def __init__(self, reader: AdapterReader, base: ServedBase) -> None:
+        """base: what `reader` checks adapters against."""
+        self._reader = reader
+        self._base = base
+
+    @contextmanager
+    def opened(self, source: str, throttle: Callable[[], None]) -> Iterator[OpenAdapter]:
+        """Read all of `source`. Raises as AdapterReader.read() does, and what `throttle` raises."""
+        with self._reader.opened(source, throttle) as (digest, module_map, parts):
+
+            def effective() -> Iterator[Part]:
+                try:
+                    yield from parts()
+                except AdapterRefused as error:
+                    if error.code != "no_effect":
+                        raise
+
+            yield OpenAdapter(digest, module_map, effective)
+
+    def measure(self, adapter: OpenAdapter, throttle: Callable[[], None]) -> Measured:
+        """Measure `adapter`, calling `throttle` between modules. WeightsError where the base's files are gone."""
+        effects: dict[int, dict[int, ModuleEffect]] = defaultdict(dict)  # site -> layer -> sum of its modules
+        modules: dict[int, int] = defaultdict(int)  # by site
+        for (layer, site, _), parts in groupby(adapter.parts(), key=_module_of):
+            throttle()
+            effect = measure_module(list(parts), self._base)
+            modules[site] += 1
+            known = effects[site].get(layer)
+            effects[site][layer] = effect if known is None else _sum((known, effect))
+        header = adapter.module_map.header.values()
+        total = _sum(effect for layers in effects.values() for effect in layers.values())
+        squares = self._base_squares(throttle)
+        return Measured(
+            digest=adapter.digest,
+            kind=adapter.module_map.kind,
+            rank=adapter.module_map.rank,
+            tensors=len(header),
+            dtypes=tuple(sorted({str(info.dtype).removeprefix("torch.") for info in header})),
+            dtype=str(self._base.layout.dtype).removeprefix("torch."),
+            modules=len(adapter.module_map.modules),
+            idle=max(0, len(adapter.module_map.modules) - sum(modules.values())),
+            sites=tuple(
+                self._site(site, modules[site], effects[site], squares)
+                for site in sorted(effects)
+                if _sum(effects[site].values()).weight > 0
+            ),
+            relative=ratio(total.weight, sum(squares.values())),
+            rounding=ratio(total.rounded, total.low_rank),
+            bias=total.bias**0.5,
+            base_named=adapter.module_map.config.base_model,
+        )
+
+    def _base_squares(self, throttle: Callable[[], None]) -> dict[tuple[int, int], float]:
+        """|W|^2 by layer and site. The rows' norms are kept by the base: the first call reads all of its weights."""
+        squares: dict[tuple[int, int], float] = defaultdict(float)
+        for layer in range(self._base.layout.num_layers):
+            for projection in self._base.layout.projections:
+                throttle()
+                squares[layer, projection.site] += base_square(layer, projection, self._base)
+        return squares
+
+    def _site(
+        self, site: int, modules: int, layers: dict[int, ModuleEffect], squares: dict[tuple[int, int], float]
+    ) -> SiteEffect:
+        whole = _sum(layers.values())
+        shares = {layer: ratio(effect.weight, squares[layer, site]) for layer, effect in layers.items()}
+        layer = max(shares, key=lambda each: shares[each])
+        projections = (p.name.rpartition(".")[2] for p in self._base.layout.projections if p.site == site)
+        return SiteEffect(
+            projections=tuple(projections),
+            modules=modules,
+            relative=ratio(whole.weight, sum(s for (_, where), s in squares.items() if where == site)),
+            largest=shares[layer],
+            layer=layer,
+            rounding=ratio(whole.rounded, whole.low_rank),
+        )
+
+
+def _module_of(part: Part) -> tuple[int, int, str]:
+    return part.layer, part.projection.site, part.projection.name
+
+
+def _sum(effects: Iterable[ModuleEffect]) -> ModuleEffect:
+    found = list(effects)
+    return ModuleEffect(
+        weight=sum(effect.weight for effect in found),
+        low_rank=sum(effect.low_rank for effect in found),
+        rounded=sum(effect.rounded for effect in found),
+        bias=sum(effect.bias for effect in found),
+    )

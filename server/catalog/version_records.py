@@ -1,0 +1,62 @@
+"""What a server knows of names and versions, as rows of its state (state_store.py), and what it tells of a change."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+What = Literal["load", "push", "unload", "pin", "label", "alias", "promote", "rollback", "expire"]
+"""What may happen to a name."""
+
+
+@dataclass(frozen=True)
+class Who:
+    """Name whoever asked for a change: a key's name and its tenant, both "" for the server itself and without keys."""
+
+    key: str = ""
+    tenant: str = ""
+
+
+@dataclass(frozen=True)
+class KeptName:
+    """Say where the adapter of a name came from: a row of what was loaded over the API."""
+
+    KEY: ClassVar[tuple[str, ...]] = ("name",)
+
+    name: str
+    source: str  # as the caller gave it, or where its copy is
+    ambient: bool = True  # see SourceAccess; a caller's own token is not kept
+    pinned: bool = False
+
+
+@dataclass(frozen=True)
+class KeptVersion:
+    """Describe one content that a name has or had, the later ones with the greater `number`."""
+
+    KEY: ClassVar[tuple[str, ...]] = ("name", "digest")
+
+    name: str
+    digest: str  # 64 hex digits
+    number: int
+    source: str  # where it came from, as listings show it
+    made: float  # seconds since 1970
+    key: str = ""  # who brought it
+    tenant: str = ""
+    copy: str = ""  # the folder with its own copy of the files; "": there is none
+    nbytes: int = 0  # of the copy
+    expires: float | None = None  # seconds since 1970; None: never
+    gone: str = ""  # why it cannot be asked for any more; "": it can
+    receipt: str = ""  # JSON
+
+
+@dataclass(frozen=True)
+class Change:
+    """Tell of one change, once it is sure to be made."""
+
+    who: Who
+    when: float  # seconds since 1970
+    what: What
+    name: str
+    before: str = ""  # a digest, or what an alias stood for; "": nothing
+    after: str = ""
+    receipt: str = ""  # of the version that `after` names, as JSON

@@ -1,0 +1,173 @@
+"""The base in plain fp32, its weights read from the checkpoint piece by piece: what fused answers are compared with.
+
+It shares the decoder's arrangement and the reference's formulas with what serves, and neither its kernels, its packed
+weights, its tiles nor its rounding. A piece of a weight is in memory at a time, and others run in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812  its usual name
+
+from loraplex.kernels.constants import BLOCK_SIZE
+from loraplex.kernels.ops import PackedLinear
+from loraplex.kernels.quantized import QuantizedWeight, dequantize
+from loraplex.kernels.records import KVLayer
+from loraplex.kernels.reference import ReferenceBackend
+from loraplex.server.models.checkpoint import Checkpoint
+from loraplex.server.models.config import ModelConfig, Site
+from loraplex.server.models.decoder import Decoder
+from loraplex.server.models.inputs import ForwardBatch, no_tiles
+from loraplex.server.models.weight_sizes import EMBED, HEAD, NORM, layer_norms
+from loraplex.server.models.weights import LayerWeights, Linear, ModelWeights
+
+MAX_TOKENS = BLOCK_SIZE
+"""Of a sequence: one block of keys and values."""
+
+PIECE = 1 << 18
+"""Elements of a weight that are widened at a time: 1 MiB, and with a dozen tokens half a millisecond."""
+
+Change = Callable[[int, int, Tensor, Tensor], None]
+"""(layer, site, y [n, out], x [n, in]): y, the base linear's output before its bias, becomes the adapted one's."""
+
+
+@dataclass(frozen=True)
+class _Streamed:
+    """A linear that stays in its file."""
+
+    names: tuple[str, ...]  # of the weights in the checkpoint, whose outputs lie one behind the other
+    in_features: int
+    out_features: int
+    place: tuple[int, int] | None = None  # layer and site; None: the table or the head
+
+
+class _PlainOps(ReferenceBackend):
+    """The reference's ops on linears that are read as they are used."""
+
+    def __init__(self, checkpoint: Checkpoint, throttle: Callable[[], None], change: Change, adapted: slice) -> None:
+        """adapted: the rows that `change` is for."""
+        super().__init__(torch.device("cpu"))
+        self._checkpoint = checkpoint
+        self._throttle = throttle
+        self._change = change
+        self._adapted = adapted
+
+    def embed(self, ids: Tensor, table: PackedLinear, scale: float | None, own: Tensor | None = None) -> Tensor:
+        weight = self._checkpoint.read(_streamed(table).names[0])
+        rows = [_rows(weight, slice(i, i + 1)) for i in ids.tolist()]
+        return torch.cat(rows) * (1.0 if scale is None else scale)
+
+    def linear(self, x: Tensor, weight: PackedLinear) -> Tensor:
+        streamed = _streamed(weight)
+        y = torch.cat([F.linear(x, piece) for piece in self._pieces(streamed)], dim=1)
+        if streamed.place is not None:
+            self._change(*streamed.place, y[self._adapted], x[self._adapted])
+        return y
+
+    def logits(self, x: Tensor, weight: PackedLinear, room: Tensor | None = None) -> Tensor:
+        return self.linear(x, weight)
+
+    def _pieces(self, linear: _Streamed) -> Iterator[Tensor]:
+        """Give the weight's rows in fp32, PIECE elements at a time."""
+        step = max(1, PIECE // linear.in_features)
+        for name in linear.names:
+            weight = self._checkpoint.read(name)
+            count = weight.out_features if isinstance(weight, QuantizedWeight) else len(weight)
+            for start in range(0, count, step):
+                self._throttle()
+                yield _rows(weight, slice(start, start + step))
+
+
+class PlainModel:
+    """Log-probabilities of tokens, of the base and of what an adapter makes of it, in one pass."""
+
+    def __init__(self, config: ModelConfig, checkpoint: Checkpoint) -> None:
+        self._config = config
+        self._checkpoint = checkpoint
+
+    def logprobs(
+        self, base: Sequence[int], adapted: Sequence[int], change: Change, throttle: Callable[[], None]
+    ) -> tuple[Tensor, Tensor]:
+        """Compute those of all tokens but the first, [n - 1] fp32 each, of the base's and of the adapter's sequence.
+
+        base, adapted: token ids, as many of each and MAX_TOKENS at most. change: called for each layer and site once,
+        in the order of the layers. WeightsError where the base's files are gone or others.
+        """
+        count = len(base)
+        if len(adapted) != count or not 2 <= count <= MAX_TOKENS:
+            raise ValueError(f"{count} and {len(adapted)} tokens; expected as many of each, from 2 to {MAX_TOKENS}")
+        config = self._config
+        ops = _PlainOps(self._checkpoint, throttle, change, slice(count, 2 * count))
+        heads, dim = config.num_kv_heads, config.head_dim
+        kv = KVLayer(torch.zeros(2, heads, BLOCK_SIZE, dim), torch.zeros(2, heads, BLOCK_SIZE, dim), 0)
+        layers = (kv,) * config.num_layers  # each is done with it before the next writes
+        decoder = Decoder(config, self._weights(throttle), ops, layers, torch.zeros(2, 0, dtype=torch.uint8))
+        ids = torch.tensor([*base, *adapted])
+        batch = ForwardBatch.blank(no_tiles(config), 1, sequences=2, tokens=count)
+        batch = replace(batch, input_ids=ids, logit_rows=torch.arange(2 * count))
+        with torch.inference_mode():
+            scores = decoder.logits(decoder.forward(batch)).log_softmax(-1)
+        base_scores, adapted_scores = scores.split(count)
+        return _of(base_scores, ids[:count]), _of(adapted_scores, ids[count:])
+
+    def _weights(self, throttle: Callable[[], None]) -> ModelWeights:
+        config = self._config
+        table = _Streamed((EMBED,), config.hidden_size, config.vocab_size)
+        has_head = HEAD in self._checkpoint.tensors
+        return ModelWeights(
+            embedding=table,
+            layers=tuple(self._layer(index, throttle) for index in range(config.num_layers)),
+            norm=self._vector(NORM),
+            head=replace(table, names=(HEAD,)) if has_head else table,
+            dtype=torch.float32,
+        )
+
+    def _layer(self, index: int, throttle: Callable[[], None]) -> LayerWeights:
+        throttle()
+        prefix = f"model.layers.{index}."
+        norms = {field: self._vector(prefix + name) for field, name in layer_norms(self._config).items()}
+        qk_norm = self._config.qk_norm
+        return LayerWeights(
+            attention_norm=norms["attention_norm"],
+            qkv=self._linear(index, Site.QKV),
+            q_norm=self._vector(prefix + "self_attn.q_norm.weight") if qk_norm else None,
+            k_norm=self._vector(prefix + "self_attn.k_norm.weight") if qk_norm else None,
+            o=self._linear(index, Site.O),
+            attention_out_norm=norms.get("attention_out_norm"),
+            mlp_norm=norms["mlp_norm"],
+            gate_up=self._linear(index, Site.GATE_UP),
+            down=self._linear(index, Site.DOWN),
+            mlp_out_norm=norms.get("mlp_out_norm"),
+        )
+
+    def _linear(self, layer: int, site: Site) -> Linear:
+        parts = [projection for projection in self._config.projections() if projection.site == site]
+        names = tuple(f"model.layers.{layer}.{part.name}" for part in parts)
+        bias = torch.cat([self._vector(f"{name}.bias") for name in names]) if parts[0].has_bias else None
+        width = sum(part.out_features for part in parts)
+        weights = tuple(f"{name}.weight" for name in names)
+        return Linear(_Streamed(weights, parts[0].in_features, width, (layer, int(site))), bias)
+
+    def _vector(self, name: str) -> Tensor:
+        vector = self._checkpoint.read(name)
+        assert isinstance(vector, Tensor), f"{name} is a vector, which no format quantises"
+        return vector.float()
+
+
+def _streamed(linear: PackedLinear) -> _Streamed:
+    assert isinstance(linear, _Streamed), "made by PlainModel"
+    return linear
+
+
+def _rows(weight: Tensor | QuantizedWeight, outputs: slice) -> Tensor:
+    """Some rows of a weight in fp32."""
+    return dequantize(weight.rows(outputs)) if isinstance(weight, QuantizedWeight) else weight[outputs].float()
+
+
+def _of(scores: Tensor, ids: Tensor) -> Tensor:
+    """Pick the log-probability of each token but the first: scores [n, vocab], ids [n] -> [n - 1]."""
+    return scores[:-1].gather(1, ids[1:, None]).squeeze(1)

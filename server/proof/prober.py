@@ -1,0 +1,90 @@
+"""Have the engine answer fixed token ids, with an adapter and without, as it answers everybody."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from loraplex.adapters.registry import AdapterVersion, Registry
+from loraplex.server.engine.engine import Engine
+from loraplex.server.engine.request import FinishReason, GenerationRequest, Mix, SamplingParams
+
+PROMPT_TOKENS, ANSWER_TOKENS = 8, 4
+"""The prompt goes through the kernels of prefill, the answer through those of decode; 16 are the reference's most."""
+
+LAST = 1 << 30
+"""Priority: after everybody."""
+
+SECONDS = 120.0
+"""That a probe may take, waiting in the queue of a busy server."""
+
+
+class ProbeFailed(Exception):
+    """The engine did not answer; the message says why."""
+
+
+@dataclass(frozen=True)
+class FusedAnswer:
+    """Token ids of prompt and answer, and what the engine says of all but the first."""
+
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...]  # one fewer than ids
+
+    def furthest(self, plain: Iterable[float]) -> float:
+        """Return the largest difference from the plain reference's log-probabilities."""
+        return max(abs(one - float(other)) for one, other in zip(self.logprobs, plain, strict=True))
+
+
+@dataclass(frozen=True)
+class FusedAnswers:
+    """Of one probe."""
+
+    base: FusedAnswer
+    adapted: FusedAnswer
+
+
+def probe_ids(vocab_size: int) -> tuple[int, ...]:
+    """List the fixed token ids, spread over the vocabulary by a prime."""
+    return tuple(7919 * (place + 1) % vocab_size for place in range(PROMPT_TOKENS))
+
+
+class Prober:
+    """Asks one engine. On its event loop's thread only."""
+
+    def __init__(self, engine: Engine, registry: Registry, vocab_size: int) -> None:
+        self._engine = engine
+        self._registry = registry
+        self._prompt = probe_ids(vocab_size)
+
+    async def ask(self, version: AdapterVersion | None) -> FusedAnswer:
+        """Answer greedily as `version`, or as the base. Raises ProbeFailed, AdapterError."""
+        mix: Mix = ()
+        if version is not None:
+            lease = self._registry.lease(version.name)
+            if lease.version.uid != version.uid:
+                lease.release()
+                raise ProbeFailed("its name stands for another version by now")
+            mix = ((lease, 1.0),)
+        request = GenerationRequest(
+            request_id=f"probe-{uuid.uuid4().hex}",
+            prompt_ids=self._prompt,
+            params=SamplingParams(ANSWER_TOKENS, temperature=0.0, logprobs=0, prompt_logprobs=0),
+            mix=mix,
+            arrival=time.monotonic(),
+            priority=LAST,
+            deadline=time.monotonic() + SECONDS,
+        )
+        ids, logprobs = list(self._prompt), list[float]()
+        async for event in self._engine.submit(request):
+            if event.prompt_logprobs is not None:
+                logprobs += event.prompt_logprobs.logprobs.tolist()
+            if event.token_id is not None and event.logprob is not None:
+                ids.append(event.token_id)
+                logprobs.append(event.logprob)
+            if event.finish in (FinishReason.ERROR, FinishReason.ABORT):
+                raise ProbeFailed(f"the engine did not answer: {event.error or 'it was stopped'}")
+            await asyncio.sleep(0)
+        return FusedAnswer(tuple(ids), tuple(logprobs))

@@ -1,0 +1,134 @@
+"""A version's receipt: what its files are, how much they change this base, and how exactly they are computed with."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+from loraplex.adapters.receipt import Measured
+
+_SIGNIFICANT = 6
+"""Digits of the numbers that are told."""
+
+
+@dataclass(frozen=True)
+class BaseIdentity:
+    """Which base it was that an adapter was checked against."""
+
+    names: tuple[str, ...]  # what requests call it, and where it was loaded from
+    digest: str  # models/base_digest.py
+    formats: str  # of its weights in memory, as "nf4, inputs exact, bfloat16"
+
+    def is_named(self, named: str | None) -> bool | None:
+        """Whether `named` is this base, as far as names tell; None: nothing is named.
+
+        The last part counts, whoever publishes it, and a folder of the Hub's cache by the repository it is of.
+        """
+        if not named:
+            return None
+        return _last(named) in {part for name in self.names for part in _parts(name)}
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Largest differences in log-probability between fused answers and the plain reference, on fixed token ids."""
+
+    tokens: int  # compared, of prompt and answer, of the base and of the adapter each
+    base: float
+    adapter: float
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What is known of one content once it was measured and probed."""
+
+    measured: Measured
+    base: BaseIdentity
+    probe: Probe | None
+    probe_error: str | None = None  # why there is none
+    seconds: float = 0.0  # that it took to make
+
+    @property
+    def remark(self) -> str:
+        """Say what a reader should look at first; "": nothing."""
+        found, named = self.measured, self.measured.base_named
+        remarks = []
+        if found.is_noop:
+            remarks.append("it changes nothing and answers as the base does")
+        elif found.idle:
+            remarks.append(f"{found.idle} of its {found.modules} modules come to nothing")
+        if self.base.is_named(named) is False:
+            remarks.append(f"its config names the base {str(named)[:200]!r}, and this one is {self.base.names[0]!r}")
+        return "; ".join(remarks)
+
+    def as_json(self) -> dict[str, Any]:
+        """Make the object that is shown, kept and digested."""
+        found = self.measured
+        return {
+            "adapter": {
+                "digest": found.digest,
+                "kind": found.kind,
+                "rank": found.rank,
+                "modules": found.modules,
+                "idle_modules": found.idle,
+                "noop": found.is_noop,
+            },
+            "tensors": {"matched": found.tensors, "ignored": [], "unmatched": []},
+            "dtype": {"file": list(found.dtypes), "packed": found.dtype, "rounding": _short(found.rounding)},
+            "effect": {
+                "relative": _short(found.relative),
+                "bias": _short(found.bias),
+                "sites": [
+                    {
+                        "projections": list(site.projections),
+                        "modules": site.modules,
+                        "relative": _short(site.relative),
+                        "largest": _short(site.largest),
+                        "layer": site.layer,
+                        "rounding": _short(site.rounding),
+                    }
+                    for site in found.sites
+                ],
+            },
+            "base": {
+                "digest": self.base.digest,
+                "formats": self.base.formats,
+                "named": found.base_named,
+                "is_named": self.base.is_named(found.base_named),
+            },
+            "probe": {
+                "tokens": self.probe.tokens if self.probe else 0,
+                "base": _short(self.probe.base) if self.probe else None,
+                "adapter": _short(self.probe.adapter) if self.probe else None,
+                "error": self.probe_error,
+            },
+            "remark": self.remark or None,
+        }
+
+    @property
+    def digest(self) -> str:
+        """Compute the sha256, in hex, of as_json() with sorted keys and without spaces."""
+        text = json.dumps(self.as_json(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.{_SIGNIFICANT}g}")
+
+
+def _last(name: str) -> str:
+    return PurePosixPath(name.rstrip("/")).name.casefold()
+
+
+def _parts(name: str) -> Iterable[str]:
+    """What `name`, a path or a repository, may be called by."""
+    yield _last(name)
+    yield _last(name).removesuffix(".gguf")
+    for part in PurePosixPath(name).parts:
+        if found := re.fullmatch(r"models--(?:.+--)?(.+?)", part):
+            yield found[1].casefold()

@@ -1,0 +1,200 @@
+"""Adapters that act at some positions only, or put something in front of the prompt: what they answer is PEFT's.
+
+Below the API, on the reference and in C++: alone, in pieces, together with LoRA and the base, preempted, and after they
+were evicted. The oracle computes the whole text at every token, without a cache.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from loraplex.kernels.constants import BLOCK_SIZE
+from loraplex.server.command.build import EngineParts
+from loraplex.server.config import EngineConfig
+from loraplex.server.engine.policy.running import RunningSet
+from loraplex.server.engine.request import GenerationRequest, SamplingParams, TokenEvent
+from tests.support.peft_adapters import ALL, PeftAdapter, make_peft_adapter
+from tests.support.tiny import load_oracle, make_tiny_model
+from tests.support.whole_engine import whole_engine
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+TOKENS = 20
+CLOSE = 2e-4
+"""Log-probabilities in fp32, summed in another order."""
+
+ASK = (7, 8, 9)
+"""Invocation tokens."""
+
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "lora": {"r": 4, "target_modules": ALL},
+    "alora": {"r": 4, "target_modules": ALL, "alora_invocation_tokens": list(ASK)},
+    "alora-biased": {
+        "r": 19,
+        "target_modules": ["q_proj", "down_proj"],
+        "alora_invocation_tokens": [8],
+        "lora_bias": True,
+    },
+}
+
+CONFIG = EngineConfig(
+    device="cpu", dtype="float32", max_model_len=200, max_num_seqs=16, token_budget=128, memory=1 << 28
+)
+
+
+def text(seed: int, count: int) -> tuple[int, ...]:
+    return tuple(torch.randint(10, 320, (count,), generator=torch.Generator().manual_seed(seed)).tolist())
+
+
+PROMPTS = (
+    (*text(1, 40), *ASK, *text(2, 9)),
+    (*ASK, *text(3, 37), *ASK[:2], 5, *ASK, *ASK),  # the last occurrence counts, and parts of it do not
+    (*text(1, 40), *text(4, 8)),  # none: the base's; it begins as the first does
+    ASK,
+)
+
+
+@dataclass(frozen=True)
+class Ask:
+    prompt: tuple[int, ...]
+    adapter: str | None
+
+
+PAIR = "lora+alora"
+"""Both at once, each with weight 1."""
+
+ASKS = tuple(Ask(prompt, adapter) for adapter in (*ADAPTERS, PAIR, None) for prompt in PROMPTS)
+
+Answer = list[tuple[int, float]]
+"""Ids of tokens and their log-probabilities."""
+
+
+def expected(model: Any, adapter: str | None, prompt: tuple[int, ...]) -> Answer:
+    """What PEFT says, with its whole context at every token."""
+    ids, answer = list(prompt), list[tuple[int, float]]()
+    invocation = ADAPTERS[adapter.split("+")[-1]].get("alora_invocation_tokens") if adapter else None
+    places = [i for i in range(len(prompt)) if invocation and list(prompt[i : i + len(invocation)]) == invocation]
+    for _ in range(TOKENS):
+        offsets = {"alora_offsets": [len(ids) - places[-1] if places else None]} if invocation else {}
+        with torch.no_grad():
+            row = model(torch.tensor([ids]), **offsets).logits[0, -1].float().log_softmax(-1)
+        answer.append((int(row.argmax()), float(row.max())))
+        ids.append(answer[-1][0])
+    return answer
+
+
+@dataclass(frozen=True)
+class World:
+    base: Path
+    adapters: dict[str, PeftAdapter]
+    answers: dict[Ask, Answer]  # PEFT's
+
+    @property
+    def folders(self) -> dict[str, Path]:
+        return {name: adapter.folder for name, adapter in self.adapters.items()}
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma3"])
+def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> World:
+    base = make_tiny_model(request.param, tmp_path_factory.mktemp("base"))
+    oracle, folder = load_oracle(base), tmp_path_factory.mktemp("adapters")
+    adapters = {
+        name: make_peft_adapter(oracle, folder / str(seed), seed=seed, **options)
+        for seed, (name, options) in enumerate(ADAPTERS.items())
+    }
+    models = {None: oracle, **{name: adapter.model for name, adapter in adapters.items()}}
+    models[PAIR] = both = make_peft_adapter(oracle, folder / "again", seed=0, **ADAPTERS["lora"]).model
+    both.load_adapter(str(adapters["alora"].folder), "alora")
+    both.base_model.set_adapter(["default", "alora"])
+    return World(base, adapters, {ask: expected(models[ask.adapter], ask.adapter, ask.prompt) for ask in ASKS})
+
+
+async def answer(parts: EngineParts, ask: Ask) -> tuple[Answer, int]:
+    """Tokens, and how many of the prompt's were found in the cache."""
+    adapters = () if ask.adapter is None else ask.adapter.split("+")
+    mix = tuple((parts.adapters.registry.lease(name), 1.0) for name in adapters)
+    params = SamplingParams(TOKENS, temperature=0.0, logprobs=0)
+    name = f"{hash(ask)}-{id(params)}"
+    events: list[TokenEvent] = [
+        event async for event in parts.engine.submit(GenerationRequest(name, ask.prompt, params, mix))
+    ]
+    assert events[-1].error is None, events[-1]
+    for lease, _ in mix:
+        lease.release()
+    found = [(e.token_id, e.logprob) for e in events if e.token_id is not None and e.logprob is not None]
+    assert events[0].phases is not None
+    return found, events[0].phases.cached_tokens
+
+
+def assert_same(found: Answer, wanted: Answer, what: object) -> None:
+    assert [token for token, _ in found] == [token for token, _ in wanted], what
+    assert [logprob for _, logprob in found] == pytest.approx([logprob for _, logprob in wanted], abs=CLOSE), what
+
+
+@pytest.fixture(scope="module", params=["reference", "cpu"])
+def config(request: pytest.FixtureRequest) -> EngineConfig:
+    return replace(CONFIG, backend=request.param)
+
+
+def test_the_adapters_matter(world: World) -> None:
+    """Where they act: a prompt without their invocation is the base's."""
+    for name in ADAPTERS:
+        for prompt in PROMPTS:
+            own, base = world.answers[Ask(prompt, name)], world.answers[Ask(prompt, None)]
+            acts = not name.startswith("alora") or prompt != PROMPTS[2]
+            assert (own != base) == acts, (name, prompt)
+
+
+async def test_alone_and_in_pieces(world: World, config: EngineConfig) -> None:
+    for budget in (128, 7):
+        async with whole_engine(world.base, replace(config, token_budget=budget), world.folders) as parts:
+            for ask in ASKS:
+                assert_same((await answer(parts, ask))[0], world.answers[ask], ask)
+
+
+async def test_all_together_preempted_and_evicted(
+    world: World, config: EngineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RunningSet, "reserve", lambda self: 0)  # admit whoever fits now: more to preempt
+
+    async with whole_engine(world.base, config, world.folders) as parts:
+        most = max(version.info.num_pages for version in parts.adapters.registry.list())
+
+    def take_pages(parts: EngineParts) -> None:
+        kv = parts.engine._scheduler.kv
+        left = most + 3 * kv.peak_pages(max(map(len, PROMPTS)) + TOKENS, config.token_budget) - 2
+        assert kv.pool.alloc(kv.pool.num_free - left, "nobody") is not None
+
+    config = replace(config, token_budget=29, num_slots=2)
+    async with whole_engine(world.base, config, world.folders, take_pages) as parts:
+        for _ in range(2):
+            answers = await asyncio.gather(*(answer(parts, ask) for ask in ASKS))
+            for ask, (found, _) in zip(ASKS, answers, strict=True):
+                assert_same(found, world.answers[ask], ask)
+        stats = parts.engine.stats()
+        assert stats.preemptions > 0
+        assert stats.adapters.evictions > 0
+
+
+async def test_the_bases_keys_before_an_invocation_are_used(world: World, config: EngineConfig) -> None:
+    """And the base finds those of an activated LoRA. A plain LoRA's and what comes after the invocation are its own."""
+    whole = 40 // BLOCK_SIZE * BLOCK_SIZE
+    async with whole_engine(world.base, config, world.folders) as parts:
+        for adapter, cached in ((None, 0), ("alora", whole), ("lora", 0), ("alora-biased", whole), ("alora", 48)):
+            ask = Ask(PROMPTS[0], adapter)
+            found, hit = await answer(parts, ask)
+            assert_same(found, world.answers[ask], ask)
+            assert hit == cached, ask
+    async with whole_engine(world.base, config, world.folders) as parts:
+        for adapter, cached in (("alora", 0), (None, whole), ("alora-biased", whole)):
+            assert (await answer(parts, Ask(PROMPTS[0], adapter)))[1] == cached
+        known = (*PROMPTS[0], *(token for token, _ in world.answers[Ask(PROMPTS[0], None)]))
+        for adapter, cached in (("alora", len(known)), ("lora", 0)):  # about what the base has said
+            found = (await answer(parts, Ask((*known, *ASK), adapter)))[1]
+            assert found == (cached - 1) // BLOCK_SIZE * BLOCK_SIZE if cached else found == 0

@@ -1,0 +1,152 @@
+"""Receipts of a whole engine: the probe sees what is computed wrong, and what cannot be proved is said."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from loraplex.adapters.image.tiles import AdapterImage
+from loraplex.adapters.registry import AdapterVersion
+from loraplex.server.command.build import EngineParts
+from loraplex.server.command.compose import make_prover
+from loraplex.server.config import Device, DType, EngineConfig
+from loraplex.server.engine.request import Overloaded
+from loraplex.server.proof.prover import MAX_OFFERED, Prover
+from tests.support.peft_adapters import make_peft_adapter
+from tests.support.tiny import load_oracle, make_tiny_model
+from tests.support.waiting import LIMIT
+from tests.support.whole_engine import whole_engine
+
+CONFIG = EngineConfig(Device.cpu, DType.float32, memory=256 << 20)
+OPTIONS: dict[str, Any] = {"r": 4, "target_modules": ["q_proj", "v_proj", "down_proj"]}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model("qwen2", tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture
+def adapter(base: Path, tmp_path: Path) -> Path:
+    return make_peft_adapter(load_oracle(base), tmp_path / "adapter", **OPTIONS).folder
+
+
+@asynccontextmanager
+async def proving(
+    base: Path, adapter: Path, config: EngineConfig = CONFIG
+) -> AsyncIterator[tuple[EngineParts, Prover]]:
+    async with whole_engine(base, config, {"a": adapter}) as parts:
+        prover = make_prover(parts, ("base", str(base)), rest=0.0)
+        try:
+            yield parts, prover
+        finally:
+            prover.close()
+
+
+def version_of(parts: EngineParts, name: str = "a") -> AdapterVersion:
+    found = parts.adapters.registry.get(name)
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(DType.float32, 1e-4), (DType.bfloat16, 0.2)])
+async def test_a_sound_adapter_has_a_small_difference(base: Path, adapter: Path, dtype: DType, most: float) -> None:
+    async with proving(base, adapter, EngineConfig(Device.cpu, dtype, memory=256 << 20)) as (parts, prover):
+        receipt = await prover.wait(version_of(parts), LIMIT)
+        assert receipt is not None
+        assert receipt.probe is not None
+        assert receipt.probe.tokens == 11
+        assert 0 <= receipt.probe.base < most
+        assert 0 < receipt.probe.adapter < most
+        assert receipt.measured.digest == version_of(parts).digest
+        assert receipt.as_json()["base"]["is_named"] is True
+        assert prover.begin(version_of(parts)).result is not None  # made: told again, not made again
+        assert await prover.wait(version_of(parts), LIMIT) is receipt
+
+
+async def test_the_probe_sees_an_image_that_is_packed_wrong(
+    base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from loraplex.adapters.tiers import reader
+
+    loaded = reader._loaded
+
+    def wrong(info: Any, image: AdapterImage, bytes_read: int) -> Any:
+        image.pages.view(torch.float32).mul_(1.05)
+        return loaded(info, image, bytes_read)
+
+    monkeypatch.setattr(reader, "_loaded", wrong)
+    async with proving(base, adapter) as (parts, prover):
+        receipt = await prover.wait(version_of(parts), LIMIT)
+        assert receipt is not None
+        assert receipt.probe is not None
+        assert receipt.probe.base < 1e-4
+        assert receipt.probe.adapter > 1e-2
+
+
+async def test_an_engine_that_does_not_answer_leaves_a_receipt_without_a_probe_which_is_tried_again(
+    base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with proving(base, adapter) as (parts, prover):
+        with monkeypatch.context() as busy:
+
+            def refuse(*_: object) -> None:
+                raise Overloaded("the queue is full", 1.0)
+
+            busy.setattr(parts.engine._requests, "enter", refuse)
+            receipt = await prover.wait(version_of(parts), LIMIT)
+        assert receipt is not None
+        assert (receipt.probe, receipt.probe_error) == (None, "the queue is full")
+        assert receipt.measured.relative > 0
+        again = await prover.wait(version_of(parts), LIMIT)
+        assert again is not None
+        assert again.probe is not None
+
+
+async def test_other_files_by_now_are_no_receipt(base: Path, adapter: Path) -> None:
+    async with proving(base, adapter) as (parts, prover):
+        make_peft_adapter(load_oracle(base), adapter, seed=2, **OPTIONS)
+        version = version_of(parts)
+        assert await prover.wait(version, LIMIT) is None
+        assert "by now" in (prover.failure(version) or "")
+        assert not prover.is_under_way(version)
+
+
+async def test_a_version_that_nobody_has_read_is_read_for_its_receipt(base: Path, adapter: Path) -> None:
+    async with proving(base, adapter) as (parts, prover):
+        parts.adapters.register_unread(adapter)
+        version = version_of(parts, adapter.name)
+        assert version.digest is None
+        receipt = await prover.wait(version, LIMIT)
+        assert receipt is not None
+        assert receipt.measured.digest == version.digest == version_of(parts).digest
+
+
+async def test_loads_are_offered_and_bounded(base: Path, adapter: Path) -> None:
+    async with proving(base, adapter) as (parts, prover):
+        versions = [await parts.adapters.register(f"a{i}", str(adapter)) for i in range(MAX_OFFERED + 3)]
+        for version in versions:
+            prover.offer(version)
+        assert sum(map(prover.is_under_way, versions)) == MAX_OFFERED
+        await asyncio.gather(*(prover.begin(version) for version in versions[:MAX_OFFERED]))
+        assert all(prover.known(version) for version in versions)  # they have the same content
+        prover.offer(versions[-1])
+        assert not prover.is_under_way(versions[-1])
+
+
+async def test_a_noop_that_is_allowed_is_served_as_the_base_and_its_receipt_says_so(base: Path, tmp_path: Path) -> None:
+    noop = make_peft_adapter(load_oracle(base), tmp_path / "noop", strength=None, **OPTIONS).folder
+    async with whole_engine(base, CONFIG, {"noop": noop}, allow_noop=True) as parts:
+        prover = make_prover(parts, ("base",), rest=0.0)
+        receipt = await prover.wait(version_of(parts, "noop"), LIMIT)
+        prover.close()
+        assert receipt is not None
+        assert receipt.measured.is_noop
+        assert receipt.probe is not None
+        assert receipt.probe.adapter == receipt.probe.base < 1e-4
