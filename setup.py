@@ -51,7 +51,19 @@ class BuildKernels(build_ext):
 
 
 PARTS = (
-    *("vec", "records", "linear", "packing", "numbers", "quant4", "quant8", "quantised", "rowwise", "sampling"),
+    *(
+        "vec",
+        "records",
+        "linear",
+        "packing",
+        "numbers",
+        "quant4",
+        "quant8",
+        "exact",
+        "quantised",
+        "rowwise",
+        "sampling",
+    ),
     *("tiles", "bgmv", "sgmv", "kv_pages", "attention"),
 )
 LOADING = ("adapters/image/packing.cpp", "adapters/image/hashing.cpp")

@@ -12,8 +12,9 @@
 // alone, and adds stretch after stretch: a row's bits never depend on the others.
 //
 // Wide, the kernel of every format on every instruction set, widens the codes too and goes on as a linear of fp32. Faster ones are
-// structs with its members (quant4.h, quant8.h), picked by `with_kernel`.
+// structs with its members (quant4.h, quant8.h, exact.h), picked by `with_kernel`.
 #pragma once
+#include "exact.h"
 #include "numbers.h"
 #include "quant4.h"
 #include "quant8.h"
@@ -37,6 +38,24 @@ struct Wide {
     }
 };
 
+template <class X, int Bits, Codes C, int T = 1, class F>
+INLINE bool run_exact(bool offset, F& run) {
+    offset ? run(Exact<X, Bits, C, true, T>{}) : run(Exact<X, Bits, C, false, T>{});
+    return true;
+}
+// Calls run(kernel) with the kernel of w for inputs as X, if there is one.
+template <class X, class F>
+INLINE bool with_exact(const Quantised& w, F& run) {
+    using enum Codes;
+    bool offset = w.offset != NumberKind::kNone;
+    if (w.bits == 8 && w.e4m3) return run_exact<X, 8, kE4m3>(offset, run);
+    if (w.bits == 8 && !w.codebook) return run_exact<X, 8, kIntegers>(offset || (w.zero && sizeof(X) == 4), run);
+    if (w.bits == 8 || w.unit != 32) return false;
+    if (!w.codebook) return run_exact<X, 4, kIntegers>(offset || w.zero || sizeof(X) == 2, run);
+    if constexpr (CodeValues<X, 4, kCodebook>::direct) return w.group_units % 2 ? run_exact<X, 4, kCodebook>(offset, run) : run_exact<X, 4, kCodebook, 2>(offset, run);
+    return false;
+}
+
 // Calls run(kernel) with the kernel of w.
 template <class T, class F>
 INLINE void with_kernel(const Quantised& w, F run) {
@@ -46,17 +65,9 @@ INLINE void with_kernel(const Quantised& w, F run) {
     if constexpr (kByteDots)
         if (w.rounded && w.bits == 4 && whole && !w.codebook) return offset ? run(Nibbles<true>{}) : run(Nibbles<false>{});
     if constexpr (kDots && sizeof(T) == 2)
-        if (!w.rounded && w.bits == 8 && !w.codebook) return offset ? run(BytePairs<true>{}) : run(BytePairs<false>{});
-    if constexpr (kDots && sizeof(T) == 2)
-        if (!w.rounded && w.bits == 4 && whole) {
-            if (!w.codebook) return run(NibblePairs<false, true>{});
-            if constexpr (kLookUpPairs) return offset ? run(NibblePairs<true, true>{}) : run(NibblePairs<true, false>{});
-        }
+        if (!w.rounded && with_exact<bf16>(w, run)) return;
     if constexpr (kFloatCodes)
-        if (w.bits == 4 && whole && !w.e4m3) {
-            if (!w.codebook) return run(NibbleFloats<false, true>{});
-            return offset ? run(NibbleFloats<true, true>{}) : run(NibbleFloats<true, false>{});
-        }
+        if (with_exact<float>(w, run)) return;
     run(Wide<T>{});
 }
 
