@@ -146,7 +146,7 @@ def _random_adapter(config: ModelConfig, seed: int) -> list[LowRank]:
 
 def _random_weights(config: ModelConfig, ops: CpuBackend, quantize: str | None) -> ModelWeights:
     generator = torch.Generator().manual_seed(0)
-    scheme = SCHEMES[quantize] if quantize else None
+    linears, tables = (SCHEMES[quantize].linears, SCHEMES[quantize].tables) if quantize else (None, None)
 
     def packed(weight: Tensor, quantizer: Quantizer | None) -> PackedLinear:
         if quantizer is None:
@@ -158,7 +158,7 @@ def _random_weights(config: ModelConfig, ops: CpuBackend, quantize: str | None) 
         parts = [p for p in config.projections() if p.site == site]
         n_in, n_out = parts[0].in_features, sum(p.out_features for p in parts)
         weight = torch.randn(n_out, n_in, generator=generator).mul_(n_in**-0.5).to(DTYPE)
-        return Linear(packed(weight, scheme and scheme.linears), None)
+        return Linear(packed(weight, linears), None)
 
     norm = torch.ones(config.hidden_size, dtype=DTYPE)
     layers = [
@@ -177,7 +177,7 @@ def _random_weights(config: ModelConfig, ops: CpuBackend, quantize: str | None) 
         for _ in range(config.num_layers)
     ]
     table = torch.randn(config.vocab_size, config.hidden_size, generator=generator).to(DTYPE)
-    embedding = packed(table, scheme and scheme.tables)
+    embedding = packed(table, tables)
     return ModelWeights(embedding, tuple(layers), norm, embedding, DTYPE)
 
 
