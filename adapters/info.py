@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from loraplex.adapters.files.tokenizer_files import NOTHING, TokenizerFiles
+from loraplex.adapters.front import Front
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class AdapterInfo:
     num_tiles: int = 0  # rows of the tile table
     kind: str = "lora"  # lower case of PEFT's peft_type (format/kinds.py)
     invocation: tuple[int, ...] = ()  # tokens from whose last occurrence in a prompt on it acts; (): from the first on
+    front: Front | None = None
 
     @property
     def size(self) -> str:

@@ -26,7 +26,7 @@ LEAVES = (
 )
 """Files of server/ itself that folders below it use."""
 
-LOW = ("adapters.errors", "adapters.throttle", "adapters.shared_work")
+LOW = ("adapters.errors", "adapters.front", "adapters.throttle", "adapters.shared_work")
 MIDDLE = ("server.text", "server.catalog", "server.tenancy", "server.telemetry")
 
 # What the files of a folder may import of ours; all below a name is meant. The longest name counts.
@@ -46,7 +46,7 @@ LAW: dict[str, tuple[str, ...]] = {
     "server.catalog": ("server.catalog", "server.engine.request", "adapters", *LEAVES),
     "server.tenancy": ("server.tenancy", "server.engine.request", "adapters", *LEAVES),
     "server.telemetry": ("server.telemetry", "server.engine", "adapters", *LEAVES),
-    "server.proof": ("server.proof", "server.engine", "adapters", *LEAVES),
+    "server.proof": ("server.proof", *MIDDLE, "server.engine", "adapters", *LEAVES),
     "server.api": ("server.api", *MIDDLE, "server.proof", "server.engine", "adapters", *LEAVES),
     "server.http": ("server.http", "server.api", "server.startup", *LEAVES),
     "server.command": PARTS,

@@ -56,6 +56,7 @@ KEYS = Keys(
         "lora_bias": "AdaLoRA has no bias of its own",
         "kasa_config": "AdaLoRA leaves the base's weights as they are",
         "use_bdlora": "AdaLoRA has no blocks",
+        "alora_invocation_tokens": "AdaLoRA acts from the first token on",
         "target_parameters": "AdaLoRA is of modules alone",
     },
 )

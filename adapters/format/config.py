@@ -30,6 +30,9 @@ COMMON_UNSUPPORTED = {
 }
 """Of all kinds."""
 
+TASK = "task_id"
+"""The key that says which of an adapter's tasks is asked for."""
+
 MAX_RANK = 1024
 """Ranks above are no low-rank adapters any more, and one module of them would fill an arena."""
 
@@ -139,6 +142,24 @@ def read_counts(raw: Mapping[str, Any], key: str) -> tuple[tuple[str, int], ...]
 def read_alphas(raw: Mapping[str, Any]) -> tuple[tuple[str, float], ...]:
     """Read alpha_pattern: (pattern, alpha), the first match counts. Raises AdapterRefused("bad_config")."""
     return tuple((key, read_number(alpha, f"alpha_pattern[{key!r}]")) for key, alpha in read_map(raw, "alpha_pattern"))
+
+
+def read_task(raw: Mapping[str, Any], key: str, tasks: int) -> int:
+    """Read which of `tasks`, the value of `key`, is asked for, which PEFT is told at each call and writes nowhere.
+
+    Raises AdapterRefused: "bad_config", "needs_setting".
+    """
+    value = raw.get(TASK)
+    if value is None and tasks > 1:
+        raise AdapterRefused(
+            "needs_setting",
+            f"adapter_config.json: {key} is {tasks}, and the files do not say which task is asked for; set "
+            f'"{TASK}" in adapter_config.json, a number below {tasks}',
+        )
+    task = 0 if value is None else value
+    if type(task) is not int or not 0 <= task < tasks:
+        raise bad_config(f"{TASK} is {shown(task)}; expected a whole number below {key}, {tasks}")
+    return task
 
 
 def check_ranks(ranks: int, rank: int) -> int:

@@ -17,8 +17,10 @@ from typing import Any, ClassVar, Generic, TypeVar
 from torch import Tensor
 
 from loraplex.adapters.format.header import TensorInfo
+from loraplex.adapters.format.kept_starts import KeptStarts
 from loraplex.adapters.format.targets import Targets
 from loraplex.adapters.format.windows import Window
+from loraplex.adapters.front import Front
 from loraplex.adapters.image.tiles import BaseLayout, Part, PartShape
 from loraplex.kernels.records import Projection
 
@@ -48,6 +50,7 @@ class ServedBase:
     products: Products
     weight: Weights
     formats: str = ""  # of its quantised weights, as "Q4_1 + Q8_0"; "": there are none
+    starts: KeptStarts | None = None  # where singular parts of weights are kept; None: they are computed each time
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,7 @@ class ModuleMap:
     rank: int  # the largest of its modules; 0: the kind has no rank
     targets: tuple[str, ...]  # last names of the projections it acts on: "q_proj", ...
     shared: Mapping[str, str] = field(default_factory=dict)  # role -> name in the file, of what all modules share
+    front: Front | None = None  # what it puts in front of the prompt, with no modules beside it
     making_bytes: int = 0  # that computing one module's part takes, and what all share; 0: nothing is computed
 
     @property
@@ -160,3 +164,12 @@ class AdapterKind(ABC, Generic[C]):
         Where module_map.making_bytes is not 0 they are made as they are asked for, so that one module's are in memory
         at a time. Raises AdapterRefused, then or before: "not_finite", and "no_effect" when nothing is left.
         """
+
+    def front(
+        self, module_map: ModuleMap, tensors: Mapping[str, Tensor], layout: BaseLayout, throttle: Throttle
+    ) -> Tensor:
+        """Make the rows [V, W] fp32 of module_map.front out of the file's tensors.
+
+        Raises AdapterRefused("not_finite"); ValueError where the kind puts nothing there.
+        """
+        raise ValueError(f"{self.name} puts nothing in front of the prompt")

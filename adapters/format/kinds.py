@@ -12,6 +12,7 @@ from loraplex.adapters.format.config import bad_config, read_config
 from loraplex.adapters.format.deft import Deft
 from loraplex.adapters.format.delora import Delora
 from loraplex.adapters.format.fourierft import Fourierft, Waveft
+from loraplex.adapters.format.fronts import Cartridge, Cpt, MultitaskPromptTuning, PrefixTuning, PromptTuning, PTuning
 from loraplex.adapters.format.gralora import Gralora
 from loraplex.adapters.format.hira import Hira
 from loraplex.adapters.format.hra import Hra
@@ -36,6 +37,7 @@ _ALL: tuple[AdapterKind[Any], ...] = (
     *(AdaLora(), Loha(), Vera(), Pvera(), Miss(), Delora(), Vblora(), Hra(), Unilora(), Tinylora(), Beft(), Deft()),
     *(Lokr(), Gralora(), Osf(), Peanut(), Poly()),
     *(Shira(), Fourierft(), Waveft(), C3a(), Hira(), Randlora()),
+    *(PromptTuning(), PTuning(), MultitaskPromptTuning(), Cpt(), PrefixTuning(), Cartridge()),
 )
 
 KINDS: dict[str, AdapterKind[Any]] = {kind.name: kind for kind in _ALL}

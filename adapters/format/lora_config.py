@@ -192,7 +192,8 @@ def _plan(config: LoraConfig, path: str, match: Matcher) -> ModulePlan:
 def _read_variants(raw: Mapping[str, Any], bias: str, start: str) -> tuple[BlockDiagonal | None, tuple[str, ...]]:
     """Read use_bdlora and target_parameters, and refuse what PEFT does not train beside them."""
     blocks, parameters = read_blocks(raw), read_names(raw, "target_parameters")
-    beside = [key for key in ("use_dora", "lora_bias") if raw.get(key)] + ([start] if start else [])
+    variants = ("use_dora", "lora_bias", "alora_invocation_tokens")
+    beside = [key for key in variants if raw.get(key)] + ([start] if start else [])
     if blocks and (parameters or beside):
         raise unsupported(
             f"use_bdlora beside {', '.join(beside or ['target_parameters'])} is not served; train one alone"

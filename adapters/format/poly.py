@@ -17,17 +17,18 @@ from typing import Any
 
 import torch
 
-from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.files.patterns import Matcher
 from loraplex.adapters.format import targets
 from loraplex.adapters.format.config import (
     COMMON_NO_BEARING,
     COMMON_UNSUPPORTED,
+    TASK,
     Keys,
     bad_config,
     read_base_model,
     read_count,
     read_rank,
+    read_task,
     shown,
     unsupported,
 )
@@ -38,7 +39,6 @@ from loraplex.adapters.image.tiles import Part
 
 A, B, LOGITS = "poly_lora_A", "poly_lora_B", "poly_router.module_logits"
 
-TASK = "task_id"
 
 _EPSILON = 1e-12
 """PEFT adds it to the sum that it divides by."""
@@ -86,7 +86,7 @@ class Poly(ModuleKind[PolyConfig]):
             tasks=tasks,
             skills=read_count(raw.get("n_skills", 4), "n_skills"),
             splits=read_count(raw.get("n_splits", 1), "n_splits"),
-            task=_read_task(raw.get(TASK), tasks),
+            task=read_task(raw, "n_tasks", tasks),
         )
 
     def wanted(self, config: PolyConfig, module: FoundModule, match: Matcher) -> Wanted:
@@ -109,16 +109,3 @@ class Poly(ModuleKind[PolyConfig]):
         a = torch.einsum("qs,qsdr->rqd", weights, making.floats(A)).flatten(1)
         b = torch.einsum("qs,qsrd->qdr", weights, making.floats(B)).flatten(0, 1)
         return making.low_rank(a, b * making.module.scaling)
-
-
-def _read_task(value: Any, tasks: int) -> int:
-    if value is None and tasks > 1:
-        raise AdapterRefused(
-            "needs_setting",
-            f"adapter_config.json: n_tasks is {tasks}, and the files do not say which task is asked for; set "
-            f'"{TASK}" in adapter_config.json, a number below {tasks}',
-        )
-    task = 0 if value is None else value
-    if type(task) is not int or not 0 <= task < tasks:
-        raise bad_config(f"{TASK} is {shown(task)}; expected a whole number below n_tasks, {tasks}")
-    return task

@@ -35,6 +35,10 @@ class ArenaPages:
         for start, stop, target in spans:
             self._memory[target : target + stop - start] = data[start:stop]
 
+    def views(self, pages: Sequence[int]) -> list[Tensor]:
+        """Return `pages` as they lie, [page_bytes] uint8 each."""
+        return [self._arena[page] for page in pages]
+
     def read(self, pages: Sequence[int]) -> Tensor:
         """Return what `pages` hold, [len(pages), page_bytes] uint8, in new host memory."""
         found = huge_zeros(len(pages) * self._arena.shape[1]).view(len(pages), -1)

@@ -218,6 +218,13 @@ class DeviceTier:
         pages = self._memory.read(resident.pages)
         return AdapterImage(pages=pages, tiles=image.tiles, nbytes=image.nbytes, extent=image.extent)
 
+    def pages_of(self, slot: int) -> list[Tensor]:
+        """The pages [page_bytes] uint8 of the adapter in `slot`, views of the arena. Raises KeyError."""
+        for resident in self._residents.values():
+            if resident.slot == slot:
+                return self._memory.views(resident.pages)
+        raise KeyError(slot)
+
     # -- staying and going ---------------------------------------------------------------------------------------------
 
     def pin(self, digest: str) -> None:

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from loraplex.adapters.errors import AdapterRefused, about_folder
-from loraplex.adapters.files.beneath import roots_of
+from loraplex.adapters.files.beneath import opened, roots_of
+from loraplex.adapters.files.model_card import Card, read_card
 from loraplex.adapters.files.tokenizer_files import NOTHING, TokenizerFiles
 from loraplex.adapters.format.adapter_files import (
     AdapterBytes,
@@ -40,6 +41,7 @@ from loraplex.adapters.format.kinds import KINDS, parse_config
 from loraplex.adapters.format.other_base import remark_on_base
 from loraplex.adapters.format.pack_plan import PackPlan
 from loraplex.adapters.format.quiet_files import read_quietly
+from loraplex.adapters.image.front_pages import front_bytes, pack_front
 from loraplex.adapters.image.packing import OpenFile
 from loraplex.adapters.image.tiles import AdapterImage, BiasDelta, Part, most_tiles, pack, pack_each, plan_image
 from loraplex.adapters.info import AdapterInfo
@@ -95,6 +97,17 @@ class _Remembered:
     info: AdapterInfo | None = None
     plan: Hashable = None  # its key; None: it has to be packed part by part
     refusal: AdapterRefused | None = None
+
+
+@dataclass(frozen=True)
+class OpenContent:
+    """An adapter whose bytes are in memory."""
+
+    digest: str
+    card: Card
+    module_map: ModuleMap
+    names: frozenset[str]  # of all tensors in the file
+    parts: Callable[[], Iterable[Part]]  # made anew at each call
 
 
 class AdapterReader:
@@ -164,20 +177,27 @@ class AdapterReader:
                 return self._read_whole(place, reading)
 
     @contextmanager
-    def opened(
-        self, source: str, throttle: Callable[[], None]
-    ) -> Iterator[tuple[str, ModuleMap, Callable[[], Iterable[Part]]]]:
-        """Read all of `source` and give its digest, its ModuleMap and what makes its parts, while the block lasts.
+    def opened(self, source: str, throttle: Callable[[], None]) -> Iterator[OpenContent]:
+        """Read all of `source`, for as long as the block lasts.
 
         Raises as read() does, and so do the parts while they are made.
         """
         place = self._place(source)
         with about_folder(place.folder), self._room(self._whole_bytes(place, throttle), throttle):
             files, _ = read_quietly(place.folder, place.roots, throttle, self._memory)
-            module_map = self._draw(files.head, parse_config(files.head.config), throttle).module_map
+            config = parse_config(files.head.config)
+            module_map = self._draw(files.head, config, throttle).module_map
+            kind = KINDS[config.kind]
             tensors = view_tensors(files.data, module_map.header)
-            digest = self._tokenizer(place).mark(files.digest)
-            yield digest, module_map, lambda: KINDS[module_map.kind].parts(module_map, tensors, self._base, throttle)
+            with opened(place.folder, place.roots) as folder:
+                card = read_card(folder)
+            yield OpenContent(
+                digest=self._tokenizer(place).mark(files.digest),
+                card=card,
+                module_map=module_map,
+                names=frozenset(self._parse_header(files.head, kind.integers)),
+                parts=lambda: kind.parts(module_map, tensors, self._base, throttle),
+            )
 
     def _place(self, source: str) -> _Place:
         return _Place(self._locate(source), roots_of(source))
@@ -265,15 +285,17 @@ class AdapterReader:
             module_map = KINDS[config.kind].plan(config, header, self._base, throttle)
             throttle()
             layout = self._base.layout
-            plan = plan_image(module_map.shapes, layout)
+            plan, front = plan_image(module_map.shapes, layout), module_map.front
+            nbytes = plan.nbytes if front is None else front_bytes(front.tokens, front.width, layout.dtype)
             info = AdapterInfo(
                 module_map.rank,
                 module_map.targets,
-                plan.num_pages,
-                plan.nbytes,
+                plan.num_pages if front is None else -(-nbytes // layout.page_bytes),
+                nbytes,
                 num_tiles=most_tiles(module_map.shapes, layout, plan.num_pages),
                 kind=module_map.kind,
                 invocation=config.invocation,
+                front=front,
             )
             drawn = _Drawn(key, module_map, info)
             self._drawn.put(key, drawn)
@@ -318,6 +340,9 @@ class AdapterReader:
             if sound:
                 return image, key
         tensors = view_tensors(files.data, module_map.header)
+        if module_map.front is not None:
+            rows = KINDS[module_map.kind].front(module_map, tensors, self._base.layout, throttle)
+            return pack_front(rows, self._base.layout), None
         parts = KINDS[module_map.kind].parts(module_map, tensors, self._base, throttle)
         if module_map.making_bytes:
             return pack_each(parts, module_map.shapes, self._base.layout), None

@@ -25,7 +25,7 @@ from loraplex.server.api.schemas import GenerationFields
 from loraplex.server.api.services import Services
 from loraplex.server.api.submission import Submission
 from loraplex.server.api.turns import Turn
-from loraplex.server.engine.request import ContextTooLong, GenerationRequest, Mix, TokenEvent
+from loraplex.server.engine.request import ContextTooLong, GenerationRequest, Mix, TokenEvent, virtual_tokens
 from loraplex.server.telemetry.request_context import current_request_context
 from loraplex.server.tenancy.tenants import current_caller
 from loraplex.server.text.detokenizer import Detokenizer
@@ -243,10 +243,11 @@ class Generation:
 
     def _request(self, ids: tuple[int, ...], choice: int, grammar: Grammar | None, mix: Mix) -> GenerationRequest:
         """Choice number `choice` of a prompt, with leases of its own."""
+        room = self._services.facts.max_model_len - len(ids) - virtual_tokens(mix)
         return GenerationRequest(
             request_id=f"{self.key}-{len(self._choices)}",
             prompt_ids=ids,
-            params=self._spec.params(self._services.facts.max_model_len - len(ids), choice, self.tokenizer.eos_ids),
+            params=self._spec.params(max(1, room), choice, self.tokenizer.eos_ids),
             mix=tuple((lease.share(), weight) for lease, weight in mix),
             tenant=self._caller.key.tenant,
             weight=self._caller.key.weight,

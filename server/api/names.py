@@ -84,7 +84,8 @@ async def leased(services: Services, record: AdapterFields) -> AsyncIterator[Ada
         if choice.merge is not None:
             with counting_adapters() as owner:
                 leases = [held.enter_context(await services.on_demand.merge(leases, choice.merge, owner))]
-        weights = (1.0,) if choice.merge is not None else (term.weight for term in choice.terms)
+        weights = (1.0,) if choice.merge is not None else tuple(term.weight for term in choice.terms)
+        _check_fronts(choice, leases, weights)
         yield AdapterUse(tuple(zip(leases, weights, strict=True)), tokenizer)
 
 
@@ -95,6 +96,21 @@ def tokenizer_of(services: Services, model: str) -> Tokenizer:
         raise not_found(model)
     with ExitStack() as held:
         return _tokenizer(services, choice, [held.enter_context(_find(services, term)) for term in choice.terms])
+
+
+def _check_fronts(choice: AdapterChoice, leases: Sequence[AdapterLease], weights: Sequence[float]) -> None:
+    """Raises InvalidField where what stands in front of a prompt is weighted, or would be there twice."""
+    fronts = [i for i, lease in enumerate(leases) if lease.version.info.front is not None]
+    if not fronts or (len(fronts) == 1 and weights[fronts[0]] == 1.0):
+        return
+    param = choice.terms[0].param.partition(".")[0].partition("[")[0]
+    names = ", ".join(repr(leases[i].version.name) for i in fronts)
+    found = f"{len(fronts)} of them" if len(fronts) > 1 else f"weight {weights[fronts[0]]:g}"
+    raise InvalidField(
+        param,
+        f"{param}: {names} puts virtual tokens in front of the prompt; found {found}, expected one such adapter of a "
+        "request, with weight 1, beside any number of others",
+    )
 
 
 def _tokenizer(services: Services, choice: AdapterChoice, leases: Sequence[AdapterLease]) -> Tokenizer:

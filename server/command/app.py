@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
-from loraplex.server.api import abort, errors, fleet, openapi, ops
+from loraplex.server.api import abort, audit, errors, fleet, openapi, ops
 from loraplex.server.api.auth import KeyMiddleware
 from loraplex.server.api.dialects import adapters, lorax, sglang, tokenize
 from loraplex.server.api.gate import Gate
@@ -49,6 +49,7 @@ def create_app(services: Services) -> FastAPI:
         lorax,
         sglang,
         fleet,
+        audit,
         abort,
         ui,
     ):

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from loraplex.adapters.files.tokenizer_files import TokenizerFiles
+from loraplex.adapters.format.kept_starts import KeptStarts
 from loraplex.adapters.format.kind import ServedBase
 from loraplex.adapters.image.tiles import BaseLayout
 from loraplex.adapters.registry import Registry
@@ -210,7 +211,8 @@ def _assemble(
     inbox = Inbox(plan.images_bytes)
     registry = Registry(taken=base_names)
     downloads = _downloads(download_config, registry)
-    served = ServedBase(layout, base.bias, base.squared_norms, base.products, base.weight, base.formats)
+    starts = KeptStarts(default_cache_dir() / "starts")
+    served = ServedBase(layout, base.bias, base.squared_norms, base.products, base.weight, base.formats, starts)
     reader = AdapterReader(
         served,
         max_pages=plan.num_pages - len(plan.groups),

@@ -15,12 +15,9 @@ from loraplex.server.catalog.state_writer import StateWriter
 from loraplex.server.catalog.versions import Versions
 from loraplex.server.command.build import EngineParts
 from loraplex.server.command.keys import open_access
+from loraplex.server.command.proving import keep_receipt, make_prover, open_audit
 from loraplex.server.config import ServeConfig
 from loraplex.server.facts import Facts
-from loraplex.server.proof.examiner import Examiner
-from loraplex.server.proof.prober import Prober
-from loraplex.server.proof.prover import REST, Prover
-from loraplex.server.proof.receipt import BaseIdentity
 from loraplex.server.startup import StartError
 from loraplex.server.telemetry.metrics import Metrics
 from loraplex.server.telemetry.tracing import TracingUnavailable, start_tracing
@@ -51,13 +48,17 @@ def make_services(
         adapters.restore()
     except (TracingUnavailable, StateError) as error:
         raise StartError(error) from error
+    prover, audit = make_prover(parts, (*config.base_names, config.base)), None
     if state.folder is not None:
         metrics.add(writer.collector())
+        audit = open_audit(state.folder, adapters.versions)
+    prover.on_made = partial(keep_receipt, writer, adapters.versions, audit)
     downloads = manager.downloads
     merge = merge_versions if downloads is None else partial(merge_versions, locate=downloads.locate)
     keys = config.auth.keys_file
     return Services(
-        prover=make_prover(parts, (*config.base_names, config.base)),
+        prover=prover,
+        audit=audit,
         facts=facts,
         engine=engine,
         adapters=adapters,
@@ -71,18 +72,6 @@ def make_services(
         local_sources=None if keys is None else LocalSources(config.auth.allowed_paths, config.adapters.directory),
         tracing=tracing,
     )
-
-
-def make_prover(parts: EngineParts, names: tuple[str, ...], rest: float = REST) -> Prover:
-    """Make what makes receipts of adapters of an engine's base, which is called `names`; in its event loop."""
-    proof = parts.proof
-
-    def identify() -> BaseIdentity:
-        return BaseIdentity(names, proof.digest(), str(parts.formats))
-
-    examine = Examiner(proof.measurer, proof.plain.logprobs, identify)
-    prober = Prober(parts.engine, parts.adapters.registry, parts.model_config.vocab_size)
-    return Prover(prober, parts.adapters.loader, examine, rest)
 
 
 def make_facts(config: ServeConfig, parts: EngineParts) -> Facts:

@@ -132,6 +132,11 @@ Mix = tuple[tuple[AdapterLease, float], ...]
 """Adapters and their weights; empty: the base."""
 
 
+def virtual_tokens(mix: Mix) -> int:
+    """How many tokens the adapters of `mix` put in front of the prompt: the context counts them, usage does not."""
+    return sum(lease.version.info.front.tokens for lease, _ in mix if lease.version.info.front is not None)
+
+
 @dataclass(frozen=True)
 class GenerationRequest:
     request_id: str

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from loraplex.kernels.ops import Backend
@@ -104,6 +105,24 @@ class Decoder:
             residual = ops.take_rows(residual, batch.logit_rows)
         hidden, _ = ops.rms_norm(x, self.weights.norm, config.rms_norm_eps, residual, config.norm_offset)
         return hidden
+
+    def store(self, rows: Tensor, places: Sequence[Tensor]) -> None:
+        """Write keys and values that were not computed, as they are, into pages.
+
+        rows [n, layers * 2 * kv_heads * head_dim]: of n tokens, keys before values in each layer; places: per KV group
+        [up to n] int64 page * block_size + offset, of the last ones of the tokens.
+        """
+        config, kv = self.config, rows.view(rows.shape[0], self.config.num_layers, -1)
+        for index, layer in enumerate(self.kv_layers):
+            place = places[layer.group]
+            count = place.shape[0]
+            if count:
+                params = config.attention_params(index)
+                qkv = rows.new_zeros(count, (params.num_heads + 2 * params.num_kv_heads) * params.head_dim)
+                qkv[:, params.num_heads * params.head_dim :] = kv[-count:, index]
+                width = config.ropes[config.rope_of_layer[index]].rotary_dim
+                unturned = torch.ones(count, width, device=rows.device), torch.zeros(count, width, device=rows.device)
+                self.ops.rope_store_kv(qkv, *unturned, layer, place, params, None)
 
     def logits(self, hidden: Tensor, room: Tensor | None = None) -> Tensor:
         """Compute the logits [L, vocab] fp32, soft-capped where the base does so, of forward()'s hidden [L, H].

@@ -7,7 +7,7 @@ prefill chunk runs the ops one by one. Rows that fill a graph up have no query, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -78,6 +78,10 @@ class GraphedDecoder:
         else:
             step.load(batch)
         return step.run()[: batch.logit_rows.shape[0]]
+
+    def store(self, rows: Tensor, places: Sequence[Tensor]) -> None:
+        """Write keys and values as Decoder.store does."""
+        self._decoder.store(rows, places)
 
     def logits(self, hidden: Tensor, room: Tensor | None = None) -> Tensor:
         """Compute logits as Decoder.logits does."""

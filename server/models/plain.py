@@ -90,18 +90,25 @@ class PlainModel:
         self._checkpoint = checkpoint
 
     def logprobs(
-        self, base: Sequence[int], adapted: Sequence[int], change: Change, throttle: Callable[[], None]
+        self,
+        base: Sequence[int],
+        adapted: Sequence[int],
+        change: Change,
+        throttle: Callable[[], None],
+        start: int = 0,
     ) -> tuple[Tensor, Tensor]:
         """Compute those of all tokens but the first, [n - 1] fp32 each, of the base's and of the adapter's sequence.
 
         base, adapted: token ids, as many of each and MAX_TOKENS at most. change: called for each layer and site once,
-        in the order of the layers. WeightsError where the base's files are gone or others.
+        in the order of the layers. start: the position that it acts from.
+
+        Raises ValueError for other counts, and WeightsError where the base's files are gone or others.
         """
         count = len(base)
         if len(adapted) != count or not 2 <= count <= MAX_TOKENS:
             raise ValueError(f"{count} and {len(adapted)} tokens; expected as many of each, from 2 to {MAX_TOKENS}")
         config = self._config
-        ops = _PlainOps(self._checkpoint, throttle, change, slice(count, 2 * count))
+        ops = _PlainOps(self._checkpoint, throttle, change, slice(count + start, 2 * count))
         heads, dim = config.num_kv_heads, config.head_dim
         kv = KVLayer(torch.zeros(2, heads, BLOCK_SIZE, dim), torch.zeros(2, heads, BLOCK_SIZE, dim), 0)
         layers = (kv,) * config.num_layers  # each is done with it before the next writes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -68,6 +69,10 @@ class RecordedDecoder:
         """
         steps = DecodeSteps(batch.steps, self._hidden, self._decoder.weights.head, draws, stops, halt)
         return self._program.decode(self._inputs(batch), steps)
+
+    def store(self, rows: Tensor, places: Sequence[Tensor]) -> None:
+        """Write keys and values as Decoder.store does."""
+        self._decoder.store(rows, places)
 
     def logits(self, hidden: Tensor, room: Tensor | None = None) -> Tensor:
         """Compute logits as Decoder.logits does."""

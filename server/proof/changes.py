@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import assert_never
 
 from torch import Tensor
 
-from loraplex.adapters.image.tiles import BiasDelta, LowRank, OutputScale, Part
+from loraplex.adapters.image.tiles import BiasDelta, DenseDelta, LowRank, OutputScale, Part
 
 
 class PlainChange:
@@ -21,7 +22,7 @@ class PlainChange:
     def __call__(self, layer: int, site: int, y: Tensor, x: Tensor) -> None:
         """Change y [n, out], the base's output at the site before its bias, for the input x [n, in], in place.
 
-        Semantics: y = g * y + s B (A x) + delta, each part on its own outputs, and A on its own inputs.
+        Semantics: y = g * y + s B (A x) + D x + delta, each part on its own outputs, and A on its own inputs.
         """
         while self._at < layer:
             self._at, self._parts = next(self._layers, (1 << 30, []))
@@ -31,11 +32,15 @@ class PlainChange:
         for part in sorted(parts, key=lambda part: not isinstance(part, OutputScale)):
             projection = part.projection
             own = y[:, projection.out_start : projection.out_start + projection.out_features]
+            inputs = x[:, projection.in_start : projection.in_start + projection.in_features]
             match part:
                 case OutputScale():
                     own.mul_(part.values)
                 case BiasDelta():
                     own.add_(part.delta)
+                case DenseDelta():
+                    own.add_(inputs @ part.delta.float().T)
                 case LowRank():
-                    inputs = x[:, projection.in_start : projection.in_start + projection.in_features]
                     own.add_(inputs @ part.a.float().T @ part.b.float().T, alpha=part.scaling)
+                case _:
+                    assert_never(part)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.registry import AdapterVersion
-from loraplex.adapters.tiers.measuring import Measurer
+from loraplex.adapters.tiers.measuring import Measurer, by_layer
 from loraplex.server.proof.changes import PlainChange
 from loraplex.server.proof.prober import FusedAnswers
 from loraplex.server.proof.receipt import BaseIdentity, Probe, Receipt
@@ -19,7 +19,12 @@ class Plain(Protocol):
     """PlainModel.logprobs."""
 
     def __call__(
-        self, base: tuple[int, ...], adapted: tuple[int, ...], change: PlainChange, throttle: Callable[[], None]
+        self,
+        base: tuple[int, ...],
+        adapted: tuple[int, ...],
+        change: PlainChange,
+        throttle: Callable[[], None],
+        start: int,
     ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -51,7 +56,7 @@ class Examiner:
             measured = self._measurer.measure(adapter, throttle)
             if fused is None:
                 return Receipt(measured, self._base, None, error)
-            change = PlainChange(adapter.by_layer())
-            base, adapted = self._plain(fused.base.ids, fused.adapted.ids, change, throttle)
+            change = PlainChange(by_layer(adapter))
+            base, adapted = self._plain(fused.base.ids, fused.adapted.ids, change, throttle, fused.start)
         probe = Probe(len(fused.base.logprobs), fused.base.furthest(base), fused.adapted.furthest(adapted))
         return Receipt(measured, self._base, probe)

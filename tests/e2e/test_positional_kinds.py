@@ -52,6 +52,26 @@ def text(seed: int, count: int) -> tuple[int, ...]:
     return tuple(torch.randint(10, 320, (count,), generator=torch.Generator().manual_seed(seed)).tolist())
 
 
+FRONTS: dict[str, dict[str, Any]] = {
+    "prompt": {"kind": "PROMPT_TUNING", "num_virtual_tokens": 21},
+    "encoded": {"kind": "P_TUNING", "num_virtual_tokens": 5, "encoder_hidden_size": 16},
+    "recurrent": {
+        **{"kind": "P_TUNING", "num_virtual_tokens": 3, "encoder_hidden_size": 16},
+        "encoder_reparameterization_type": "LSTM",
+    },
+    "task": {"kind": "MULTITASK_PROMPT_TUNING", "num_virtual_tokens": 6, "num_tasks": 3, "num_ranks": 2, "task_id": 2},
+    "context": {
+        **{"kind": "CPT", "cpt_token_ids": [30, 40, 50, 60], "cpt_mask": [1, 1, 1, 1]},
+        **{"cpt_tokens_type_mask": [1, 2, 2, 3], "opt_projection_epsilon": 5.0, "opt_projection_format_epsilon": 5.0},
+    },
+    "prefix": {"kind": "PREFIX_TUNING", "num_virtual_tokens": 37},
+    "projected": {
+        **{"kind": "PREFIX_TUNING", "num_virtual_tokens": 5, "prefix_projection": True, "encoder_hidden_size": 16},
+    },
+    "cartridge": {"kind": "CARTRIDGE", "num_virtual_tokens": 16},
+}
+ADAPTERS |= FRONTS
+
 PROMPTS = (
     (*text(1, 40), *ASK, *text(2, 9)),
     (*ASK, *text(3, 37), *ASK[:2], 5, *ASK, *ASK),  # the last occurrence counts, and parts of it do not
@@ -79,11 +99,14 @@ def expected(model: Any, adapter: str | None, prompt: tuple[int, ...]) -> Answer
     """What PEFT says, with its whole context at every token."""
     ids, answer = list(prompt), list[tuple[int, float]]()
     invocation = ADAPTERS[adapter.split("+")[-1]].get("alora_invocation_tokens") if adapter else None
+    tasks = {"task_ids": torch.tensor([2])} if adapter == "task" else {}
     places = [i for i in range(len(prompt)) if invocation and list(prompt[i : i + len(invocation)]) == invocation]
     for _ in range(TOKENS):
-        offsets = {"alora_offsets": [len(ids) - places[-1] if places else None]} if invocation else {}
+        more: dict[str, Any] = {"alora_offsets": [len(ids) - places[-1] if places else None]} if invocation else {}
+        if adapter in FRONTS:
+            more = {**tasks, "use_cache": ADAPTERS[adapter]["kind"] in ("PREFIX_TUNING", "CARTRIDGE")}
         with torch.no_grad():
-            row = model(torch.tensor([ids]), **offsets).logits[0, -1].float().log_softmax(-1)
+            row = model(torch.tensor([ids]), **more).logits[0, -1].float().log_softmax(-1)
         answer.append((int(row.argmax()), float(row.max())))
         ids.append(answer[-1][0])
     return answer
@@ -105,7 +128,9 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     base = make_tiny_model(request.param, tmp_path_factory.mktemp("base"))
     oracle, folder = load_oracle(base), tmp_path_factory.mktemp("adapters")
     adapters = {
-        name: make_peft_adapter(oracle, folder / str(seed), seed=seed, **options)
+        name: make_front(oracle, folder / str(seed), seed, options)
+        if name in FRONTS
+        else make_peft_adapter(oracle, folder / str(seed), seed=seed, **options)
         for seed, (name, options) in enumerate(ADAPTERS.items())
     }
     models = {None: oracle, **{name: adapter.model for name, adapter in adapters.items()}}
@@ -113,6 +138,19 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     both.load_adapter(str(adapters["alora"].folder), "alora")
     both.base_model.set_adapter(["default", "alora"])
     return World(base, adapters, {ask: expected(models[ask.adapter], ask.adapter, ask.prompt) for ask in ASKS})
+
+
+def make_front(oracle: Any, folder: Path, seed: int, options: dict[str, Any]) -> PeftAdapter:
+    """An adapter that stands in front of the prompt, all of its weights random."""
+    made = make_peft_adapter(oracle, folder, strength=None, **options)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in made.model.prompt_encoder.parameters():
+            weight.copy_(0.5 * torch.randn(weight.shape, generator=generator))
+    config = (folder / "adapter_config.json").read_text()
+    made.model.save_pretrained(folder)
+    (folder / "adapter_config.json").write_text(config)  # with a task_id, which PEFT does not write
+    return made
 
 
 async def answer(parts: EngineParts, ask: Ask) -> tuple[Answer, int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+from loraplex.adapters.front import Front
 from loraplex.server.engine.policy.kv_cache import FREED
 from loraplex.server.engine.policy.kv_groups import GroupSpec
 from loraplex.server.engine.policy.plan import StepPlan
@@ -17,9 +18,12 @@ from tests.support.clock import Clock
 from tests.support.scheduling import Requests, draws, make_scheduler, next_token
 
 STEP_SECONDS = 0.1
-ADAPTERS = ("a", "b", "c", "d")
+ADAPTERS = ("a", "b", "c", "d", "e", "f")
 INVOCATIONS = {"c": (5,), "d": (8, 8)}
 """Of those that act from their last occurrence in a prompt on; the others act from the first token on."""
+
+FRONTS = {"e": Front(5, stored=False, width=1), "f": Front(6, stored=True, width=1)}
+"""Of those that put virtual tokens in front of the prompt: computed ones, and ones whose keys and values they bring."""
 GROUPS = {
     "full": (GroupSpec((0,), None),),
     "two windows": (GroupSpec((0,), None), GroupSpec((1,), 5)),
@@ -66,7 +70,10 @@ class SchedulerWorld:
         self.requests = Requests()
         self.placement.registry = self.requests.registry
         for count, name in enumerate(ADAPTERS, start=1):
-            self.requests.adapter(name, pages=count, is_read=count % 2 == 0, invocation=INVOCATIONS.get(name, ()))
+            front = FRONTS.get(name)
+            self.requests.adapter(
+                name, front=front, pages=count, is_read=count % 2 == 0, invocation=INVOCATIONS.get(name, ())
+            )
         self.sent: dict[str, GenerationRequest] = {}
         self.open: dict[str, float] = {}  # request -> when it was sent
         self.tokens: dict[str, list[int]] = {}
@@ -78,7 +85,9 @@ class SchedulerWorld:
         self._memory: dict[tuple[int, int], int] = {}  # (page, offset) -> what is stored
 
     def submit(self, prompt: tuple[int, ...], max_tokens: int, adapters: tuple[str, ...], **fields: object) -> bool:
-        """False: refused at the door, as what could never fit is."""
+        """False: refused at the door, as what could never fit is. Of two that stand in front of the prompt one does."""
+        if len(FRONTS.keys() & set(adapters)) > 1:
+            adapters = tuple(name for name in adapters if name != "e")
         request = self.requests.make(1, max_tokens, *adapters, stop_token_ids=frozenset({STOP}))
         request = replace(request, prompt_ids=prompt, arrival=self.clock.now, **fields)  # type: ignore[arg-type]
         try:
@@ -174,6 +183,14 @@ class SchedulerWorld:
                 tuple((self.placement.slots[digest], weight) for digest, weight in self._worn(seq, position))
                 for position in range(row.start, row.start + count)
             ]
+            names = [digest.removeprefix("digest-") for digest, _ in seq.mix]
+            fronts = [FRONTS[name] for name in names if name in FRONTS]
+            assert seq.num_front == sum(front.tokens for front in fronts)
+            assert list(row.tokens[: max(0, seq.num_front - row.start)]) == [
+                -1 - at for at in range(row.start, min(seq.num_front, row.start + count))
+            ]
+            if any(front.stored for front in fronts):
+                assert row.start >= seq.num_front, "what is brought is not computed"
             found = [mix for times, mix in row.earlier for _ in range(times)]
             assert [*found, *[row.mix] * (count - len(found))] == wants
             assert all(map(self.placement.is_ready, seq.versions)), "its adapters are there, to the last byte"
@@ -185,7 +202,7 @@ class SchedulerWorld:
         assert not waiting & {seq.request.request_id for seq in plan.seqs}
 
     def _compute(self, seq: Sequence, count: int, drawn: list[int]) -> None:
-        """Store keys and values of `count` tokens, after looking at all that their queries see.
+        """Store keys and values of `count` tokens and those that a front brings, after looking at all that is seen.
 
         drawn: in this plan's earlier steps.
         """
@@ -193,9 +210,16 @@ class SchedulerWorld:
         tokens = seq.tokens + drawn
         is_long = self.setting.switch is not None and len(tokens) > self.setting.switch
         request = seq.request
-        state = hash((request.tenant, request.cache_salt, is_long))
-        states = [state := hash((state, self._worn(seq, at), token)) for at, token in enumerate(tokens[:end])]
+        front = [digest for digest, _ in seq.mix if digest.removeprefix("digest-") in FRONTS]
+        state, own = hash((is_long, *front)), hash((request.tenant, request.cache_salt))
+        states = []
+        for at, token in enumerate(tokens[:end]):
+            state = hash((state, self._worn(seq, at), token, own if at >= seq.num_front else 0))
+            states.append(state)
         for group, table in zip(self.scheduler.kv.groups, self.scheduler.kv.tables(seq.number), strict=True):
+            for position in range(*self._brought(seq), 1):
+                if table[position // 4] != FREED:
+                    self._memory[table[position // 4], position % 4] = states[position]
             for position in range(start, end):
                 self._memory[table[position // 4], position % 4] = states[position]
             first = 0 if group.window is None else max(0, start - group.window + 1)
@@ -204,12 +228,21 @@ class SchedulerWorld:
                 stored = self._memory[table[position // 4], position % 4]
                 assert stored == states[position], f"{seq!r} reads another's keys and values at {position}"
 
+    def _brought(self, seq: Sequence) -> tuple[int, int]:
+        """Positions whose keys and values come with the sequence's next row."""
+        row = seq.row(1, ())
+        front = None if row.front is None or not row.front.front.stored else row.front
+        return (0, 0) if front is None else (front.first, front.end)
+
     def _worn(self, seq: Sequence, position: int) -> tuple[tuple[str, float], ...]:
         """What of its mix acts at a position."""
         prompt, worn = list(seq.request.prompt_ids), []
+        position -= seq.num_front
         for digest, weight in seq.mix:
             invocation = list(INVOCATIONS.get(digest.removeprefix("digest-"), ()))
             places = [i for i in range(len(prompt)) if invocation and prompt[i : i + len(invocation)] == invocation]
+            if digest.removeprefix("digest-") in FRONTS:
+                continue
             if not invocation or (places and places[-1] <= position):
                 worn.append((digest, weight))
         return tuple(worn)

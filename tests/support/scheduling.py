@@ -8,6 +8,7 @@ from collections.abc import Sequence as ListLike
 from dataclasses import dataclass, field
 
 from loraplex.adapters.errors import AdapterRefused
+from loraplex.adapters.front import Front
 from loraplex.adapters.info import AdapterInfo
 from loraplex.adapters.registry import AdapterLease, AdapterVersion, Registry
 from loraplex.adapters.tiers.eviction import IdleSet, Reclaimer
@@ -164,9 +165,17 @@ class Requests:
         self.registry = Registry()
         self._count = 0
 
-    def adapter(self, name: str, pages: int = 1, *, is_read: bool = True, invocation: tuple[int, ...] = ()) -> str:
+    def adapter(
+        self,
+        name: str,
+        pages: int = 1,
+        *,
+        is_read: bool = True,
+        invocation: tuple[int, ...] = (),
+        front: Front | None = None,
+    ) -> str:
         digest = f"digest-{name}" if is_read else None
-        info = AdapterInfo(1, ("q_proj",), pages, pages * 100, digest, invocation=invocation)
+        info = AdapterInfo(1, ("q_proj",), pages, pages * 100, digest, invocation=invocation, front=front)
         self.registry.register(name, name, info)
         return name
 

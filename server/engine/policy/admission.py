@@ -176,7 +176,7 @@ class Admission:
                 self._adapters.pin(digest)
                 pinned.append(digest)
         scored = seq.reads_prompt and not seq.output  # every prompt token is computed
-        seq.num_computed = self._kv.adopt(seq.number, None if scored else seq.cache_root, seq.tokens, seq.turns)
+        seq.begin_at(self._kv.adopt(seq.number, None if scored else seq.cache_root, seq.tokens, seq.turns))
         lacks = self._choose(seq, pages, preemption)
         if lacks is _Lacks.NOTHING:
             lacks = self._take(seq, pages, preemption, pinned, step)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from loraplex.server.engine.policy.clients import ClientKey
 from loraplex.server.engine.policy.kv_cache import KVCache
 from loraplex.server.engine.policy.plan import SchedulerLimits
-from loraplex.server.engine.request import ContextTooLong, GenerationRequest, Overloaded
+from loraplex.server.engine.request import ContextTooLong, GenerationRequest, Overloaded, virtual_tokens
 
 EAGER = 8
 
@@ -36,15 +36,17 @@ def check_fits(request: GenerationRequest, limits: SchedulerLimits, kv: KVCache)
         raise ValueError(f"the weight is {request.weight}; expected more than 0")
     if not 0 <= min(request.prompt_ids) <= max(request.prompt_ids) < limits.vocab_size:
         raise ValueError(f"the prompt has token ids outside 0..{limits.vocab_size - 1}")
-    if prompt + wanted > limits.max_model_len:
+    virtual = virtual_tokens(request.mix)
+    if virtual + prompt + wanted > limits.max_model_len:
+        beside = f"{virtual} virtual tokens of its adapter, " if virtual else ""
         raise ContextTooLong(
-            f"{prompt} prompt tokens and max_tokens {wanted} make {prompt + wanted} tokens, but the context holds "
-            f"{limits.max_model_len}; shorten the prompt or lower max_tokens"
+            f"{beside}{prompt} prompt tokens and max_tokens {wanted} make {virtual + prompt + wanted} tokens, but the "
+            f"context holds {limits.max_model_len}; shorten the prompt or lower max_tokens"
         )
     versions = {lease.version.digest or lease.version.uid: lease.version for lease, _ in request.mix}
     if len(versions) > limits.num_slots:
         raise ContextTooLong(f"{len(versions)} adapters in one request, but there are {limits.num_slots} slots")
-    kv_pages = kv.peak_pages(prompt + wanted - 1, limits.token_budget)  # the last token is never computed
+    kv_pages = kv.peak_pages(virtual + prompt + wanted - 1, limits.token_budget)  # the last token is never computed
     adapter_pages = sum(version.info.num_pages for version in versions.values())
     if kv_pages + adapter_pages > kv.pool.num_pages:
         raise ContextTooLong(

@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from loraplex.adapters.front import Front
 from loraplex.server.engine.request import Constraint, SamplingParams, TokenScores
 
 Mix = tuple[tuple[int, float], ...]
@@ -38,6 +39,15 @@ class Want(NamedTuple):
     top: int = 0  # likeliest tokens beside each score
 
 
+class RowFront(NamedTuple):
+    """Of what an adapter puts in front of the prompt, the tokens [first, end) that a row needs."""
+
+    slot: int  # the adapter's
+    front: Front
+    first: int
+    end: int
+
+
 class Row(NamedTuple):
     """One sequence's part of a step.
 
@@ -56,6 +66,8 @@ class Row(NamedTuple):
     want: Want | None
     earlier: tuple[tuple[int, Mix], ...] = ()
     """(count, mix) of the row's first tokens, where these wear less than `mix`, which the others wear."""
+    front: RowFront | None = None
+    """Embeddings of the row's first tokens, whose ids are below 0; or keys and values to be stored before the row's."""
 
 
 @dataclass(frozen=True)

@@ -81,8 +81,8 @@ class RunningSet:
         if not self._is_ready(seq):
             seq.wait_for_adapters(now)
         if seq.admitted is None:
-            seq.admitted, seq.ready, seq.cached_tokens = now, now, seq.num_computed
-            self.prompt_tokens += seq.num_prompt
+            seq.admitted, seq.ready, seq.cached_tokens = now, now, max(0, seq.num_computed - seq.num_front)
+            self.prompt_tokens += seq.num_prompt - seq.num_front
 
     def preempt(self, seq: Sequence) -> None:
         """Back to the queue: tokens are kept, keys and values are computed anew."""

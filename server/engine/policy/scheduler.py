@@ -192,7 +192,7 @@ class Scheduler:
                     if events[-1].finish is not None:
                         self._close(seq)
                         continue
-                if seq.num_computed:
+                if seq.num_computed == computed:  # else it begins anew, with other angles
                     kv.trim(seq.number, computed)
         return events
 
@@ -255,7 +255,7 @@ class Scheduler:
         if self.limits.rope_switch is not None and seq.num_tokens == self.limits.rope_switch + 1 and finish is None:
             # From here on its positions are turned by other angles: what is cached no longer agrees with them.
             self.kv.free(seq.number)
-            seq.num_computed = 0
+            seq.begin_at(0)
             if seq.cache_root is not None:
                 seq.share_prefix(self.limits.rope_switch)
         first = len(seq.output) == 1

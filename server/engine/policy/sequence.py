@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from loraplex.adapters.front import Front
 from loraplex.adapters.registry import AdapterVersion
 from loraplex.server.engine.policy.prefix_cache import Turns
-from loraplex.server.engine.policy.rows import Mix, Row, RowResult, SamplingState, Want
-from loraplex.server.engine.policy.wearing import invoked_at, turns_of, worn_at, worn_between
-from loraplex.server.engine.request import FinishReason, GenerationRequest, Phases, TokenScores
+from loraplex.server.engine.policy.rows import Mix, Row, RowFront, RowResult, SamplingState, Want
+from loraplex.server.engine.policy.wearing import NEVER, front_of, invoked_at, turns_of, worn_at, worn_between
+from loraplex.server.engine.request import FinishReason, GenerationRequest, Phases, TokenScores, virtual_tokens
 
 if TYPE_CHECKING:
     from loraplex.server.engine.policy.clients import Flow
@@ -33,12 +34,15 @@ class Sequence:
         "cache_root",
         "cached_tokens",
         "charged",
+        "filled",
         "flow",
+        "front",
         "is_bound",
         "is_ready",
         "load",
         "mix",
         "num_computed",
+        "num_front",
         "num_prompt",
         "number",
         "output",
@@ -67,9 +71,12 @@ class Sequence:
         self.number = number  # of arrival, never reused: its age, and its key in the KV cache
         self.scoring = scoring if request.params.prompt_logprobs is not None else 0.0
         self.request = request
-        self.tokens: list[int] = list(request.prompt_ids)
+        self.num_front = virtual_tokens(request.mix)  # tokens before the prompt's own
+        self.tokens: list[int] = [*range(-1, -1 - self.num_front, -1), *request.prompt_ids]
         self.output: list[int] = []  # the generated tail of `tokens`
-        self.num_prompt = len(self.tokens)
+        self.num_prompt = len(self.tokens)  # known ones that were not generated
+        self.front: tuple[int, Front] | None = None  # whose of the mix they are, and what, by bind()
+        self.filled: int | None = None  # stored ones are in the cache up to here; None: they are computed, or all there
         penalised = request.params.repetition_penalty != 1.0
         prompt = request.prompt_array if penalised else request.prompt_ids
         self.sampling = SamplingState(request.params, prompt, self.output, request.constraint)
@@ -117,13 +124,23 @@ class Sequence:
             versions.setdefault(digest, lease.version)
         self.mix = tuple(sorted(weights.items()))
         self.versions = tuple(versions[digest] for digest, _ in self.mix)
-        starts = tuple(invoked_at(self.request.prompt_ids, version.info.invocation) for version in self.versions)
+        self.front = front_of(self.versions)
+        starts = tuple(map(self._start, self.versions))
         if any(starts):
             self.starts, self.turns = starts, turns_of(self.mix, starts)
         self.is_bound = True
 
+    def _start(self, version: AdapterVersion) -> int:
+        """From which position on it acts: on virtual tokens, too, unless the prompt says where."""
+        if version.info.front is not None:
+            return NEVER
+        start = invoked_at(self.request.prompt_ids, version.info.invocation)
+        return start + self.num_front if version.info.invocation and start != NEVER else start
+
     def share_prefix(self, rope_switch: int | None) -> None:
         """Set cache_root, once bound: the first token's mix by content, the tenant and its salt, and the angles in use.
+
+        What stands in front of the prompt is everybody's: there tenant and salt count from the prompt's first token on.
 
         rope_switch: see SchedulerLimits.
         """
@@ -131,8 +148,22 @@ class Sequence:
             return
         angles = "long" if rope_switch is not None and self.num_tokens > rope_switch else "short"
         worn = worn_at(self.mix, self.starts, 0) if self.starts else self.mix
-        salted = [self.request.tenant, self.request.cache_salt, angles, worn]
+        own = [self.request.tenant, self.request.cache_salt]
+        if self.front is None:
+            salted: list[object] = [*own, angles, worn]
+        else:
+            salted = ["front", self.mix[self.front[0]][0], angles, worn]
+            self.turns = (
+                (self.num_front, json.dumps(own).encode()),
+                *turns_of(self.mix, self.starts),
+            )
         self.cache_root = hashlib.sha256(json.dumps(salted).encode()).digest()
+
+    def begin_at(self, found: int) -> None:
+        """Let the first `found` tokens be those in the cache. What is stored of a front is never computed."""
+        self.num_computed, self.filled = found, None
+        if self.front is not None and self.front[1].stored and found < self.num_front:
+            self.num_computed, self.filled = self.num_front, found
 
     def wait_for_adapters(self, now: float) -> None:
         """It could go on if its adapters were there."""
@@ -177,19 +208,30 @@ class Sequence:
             self.sampling if draws else None,
             None if self.output else self._want(start, count, draws),
             earlier,
+            None if self.front is None else self._front_of_row(start, count),
         )
+
+    def _front_of_row(self, start: int, count: int) -> RowFront | None:
+        """What the row of `count` tokens from `start` on needs of the front."""
+        assert self.front is not None
+        index, front = self.front
+        slot, end = self.slots[index][0], self.num_front
+        if front.stored:
+            return RowFront(slot, front, self.filled, end) if self.filled is not None and start == end else None
+        return RowFront(slot, front, start, min(start + count, end)) if start < end else None
 
     def _want(self, start: int, count: int, draws: bool) -> Want | None:
         """What is wanted of the hidden states of `count` prompt tokens from `start` on."""
         pooling, top = self.request.pooling, self.request.params.prompt_logprobs
+        virtual = min(count, max(0, self.num_front - start))
         if pooling == "mean":
-            return Want(range(count), None)
+            return Want(range(virtual, count), None) if virtual < count else None
         if pooling == "last":
             return Want(range(count - 1, count), None) if draws else None
         scored = min(count, self.num_prompt - 1 - start) if top is not None else 0  # the last one's next is drawn
-        if not scored or top is None:
+        if scored <= virtual or top is None:
             return None
-        return Want(range(scored), self.tokens[start + 1 : start + 1 + scored], top)
+        return Want(range(virtual, scored), self.tokens[start + 1 + virtual : start + 1 + scored], top)
 
     def read(self, result: RowResult) -> None:
         """Keep what a step found out about prompt tokens."""
@@ -203,7 +245,7 @@ class Sequence:
         """The prompt as one vector [H], once all of it is computed; None where it is not asked for."""
         if self.pooled is None or self.request.pooling == "last":
             return self.pooled
-        return self.pooled / np.float32(self.num_prompt)
+        return self.pooled / np.float32(self.num_prompt - self.num_front)
 
     @property
     def is_held(self) -> bool:

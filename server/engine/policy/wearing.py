@@ -6,15 +6,20 @@ move it:
     prompt      a  b  c  d  e  <ask> f  g        mix: (plain, 1.0), (activated, 1.0), called by <ask>
     plain       x  x  x  x  x    x   x  x        starts: 0
     activated                    x   x  x        starts: 5
+
+What an adapter puts in front of the prompt are tokens of the sequence as others are, with ids -1, -2, ...: positions,
+pages and chunks count them. That adapter itself acts nowhere.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import TypeVar
 
+from loraplex.adapters.front import Front
+from loraplex.adapters.registry import AdapterVersion
 from loraplex.server.engine.policy.prefix_cache import Turns
 
 NEVER = 1 << 62
@@ -47,6 +52,12 @@ def worn_between(
     cuts = (first, *sorted({start for start in starts if first < start < end}), end)
     *earlier, (_, last) = [(stop - start, worn_at(mix, starts, start)) for start, stop in pairwise(cuts)]
     return last, tuple(earlier)
+
+
+def front_of(versions: Iterable[AdapterVersion]) -> tuple[int, Front] | None:
+    """Find the one of a request's adapters that puts something in front of the prompt, and what."""
+    found = ((index, version.info.front) for index, version in enumerate(versions))
+    return next(((index, front) for index, front in found if front is not None), None)
 
 
 def turns_of(mix: Sequence[tuple[str, float]], starts: Sequence[int]) -> Turns:

@@ -18,10 +18,13 @@ import torch
 from torch import Tensor
 
 from loraplex.kernels.records import AdapterSegments, AttentionMeta, KVGroup, TileTable
-from loraplex.server.engine.policy.rows import Mix, Row, StepInput
+from loraplex.server.engine.policy.rows import Mix, Row, RowFront, StepInput
 from loraplex.server.models.inputs import ForwardBatch
 
 Shape = tuple[int, ...]
+
+OwnRows = Callable[[ListLike[RowFront]], Tensor]
+"""Makes the embeddings [E, H] of the virtual tokens of several rows, one after the other."""
 
 ALIGN = 16
 """Bytes at which every tensor starts: what a GPU kernel is compiled for depends on it."""
@@ -54,10 +57,11 @@ def build_batch(
     device: torch.device,
     kept: Kept | None = None,
     steps: int = 1,
+    own: OwnRows | None = None,
 ) -> ForwardBatch:
     """The tensors of one step, or of several of decode rows, whose tokens after the first are not known yet.
 
-    With `kept` a batch holds until the next one is built.
+    With `kept` a batch holds until the next one is built. own: where virtual tokens' embeddings come from.
 
     logit_rows is in the order of the step's rows that draw, whatever the order in the batch; behind them come the
     hidden states that rows want, in the step's order too.
@@ -77,7 +81,7 @@ def build_batch(
     most = max(len(table[0]) for table in tables)  # a sequence's tables are of one length in all groups
 
     longs, ints = _Packer("q", torch.int64), _Packer("i", torch.int32)
-    ids = [token for row in rows for token in row.tokens]
+    ids, fronts = _ids(rows)
     longs.add(ids + [0] * (len(ids) * (steps - 1)))
     longs.add(position for later in ahead for position in _positions(rows, later))
     longs.add(logit_rows)
@@ -107,6 +111,7 @@ def build_batch(
         tiles=tiles,
         logit_rows=logits,
         steps=steps,
+        own=own(fronts) if fronts and own is not None else None,
     )
 
 
@@ -190,6 +195,24 @@ def _spans(row: Row) -> Iterable[tuple[bool, Mix, int]]:
         left -= count
         yield row.is_decode, mix, count
     yield row.is_decode, row.mix, left
+
+
+def _ids(rows: ListLike[Row]) -> tuple[list[int], list[RowFront]]:
+    """Ids of all tokens, those of virtual ones counting down from -1 over the step, and which ones these are."""
+    ids: list[int] = []
+    fronts: list[RowFront] = []
+    virtual = 0
+    for row in rows:
+        front = row.front
+        if front is None or front.front.stored:
+            ids += row.tokens
+            continue
+        count = front.end - front.first
+        ids += range(-1 - virtual, -1 - virtual - count, -1)
+        ids += row.tokens[count:]
+        virtual += count
+        fronts.append(front)
+    return ids, fronts
 
 
 def _positions(rows: ListLike[Row], step: int) -> list[int]:

@@ -6,6 +6,7 @@ import ctypes
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from loraplex.adapters.tiers.device import DeviceTier
 from loraplex.server.engine.policy.rows import Row, RowResult, StepInput, Want
 from loraplex.server.engine.request import TokenScores
 from loraplex.server.engine.step.batch import Kept, build_batch
+from loraplex.server.engine.step.fronts import Fill, embeddings, fills
 from loraplex.server.engine.step.masks import WAIT_SECONDS, Mask, MaskPool
 from loraplex.server.engine.step.memory import logit_rows
 from loraplex.server.engine.step.sampler import MaskBits, drawn_ahead, draws_ahead, sample, score
@@ -37,6 +39,7 @@ class PreparedStep:
     masks: list[Mask | None]  # of these
     stops: Tensor | None = None  # where several steps follow one another: what ends them
     draws: Tensor | None = None  # and DecodeSteps.draws
+    fills: tuple[Fill, ...] = ()  # what is stored before it
 
 
 class LocalWorker:
@@ -67,12 +70,14 @@ class LocalWorker:
     def prepare(self, step: StepInput) -> PreparedStep:
         """Lay out the tensors of `step` and begin its masks. What was prepared before holds no longer."""
         steps = step.steps if len(step.rows) <= self._slice else 1
-        batch = build_batch(step, self._residency.table, self._block_size, self._device, self._kept, steps)
+        own = partial(embeddings, residency=self._residency)
+        batch = build_batch(step, self._residency.table, self._block_size, self._device, self._kept, steps, own)
         drawing = [row for row in step.rows if row.draws]
         states = [row.sampling for row in drawing if row.sampling is not None]
         masks = self.masks.begin([(state.constraint, state.output) for state in states])
         if steps == 1:
-            return PreparedStep(step, batch, drawing, masks)
+            stored = fills(step.rows, self._block_size, self._residency)
+            return PreparedStep(step, batch, drawing, masks, fills=stored)
         stops = torch.from_numpy(np.unique(np.concatenate([state.params.stops for state in states])))
         return PreparedStep(step, batch, drawing, masks, stops, draws_ahead(drawing, steps))
 
@@ -83,6 +88,8 @@ class LocalWorker:
             assert isinstance(self._decoder, RecordedDecoder), "steps follow one another where the pass is recorded"
             ids, logits = self._decoder.decode(prepared.batch, prepared.draws, prepared.stops, self._halt)
             return [RowResult(tokens) for tokens in drawn_ahead(ids, logits)]
+        for fill in prepared.fills:
+            self._decoder.store(fill.rows, fill.places)
         hidden = self._decoder.forward(prepared.batch)  # [L, H]
         rows = prepared.drawing
         masks, late = _taken(prepared.masks)

@@ -11,7 +11,7 @@ from loraplex.adapters.format.module_kind import ModuleKind
 from tests.support.refusals import refused
 
 TEXT = (Path(__file__).parents[3] / "docs" / "adapters.md").read_text(encoding="utf-8")
-ROW = re.compile(r"^\| ([^|]+) \| `([A-Z0-9]+)`[^|]* \|.*\|$", re.MULTILINE)
+ROW = re.compile(r"^\| ([^|]+) \| `([A-Z0-9_]+)`[^|]* \|.*\|$", re.MULTILINE)
 
 
 def test_the_table_has_the_kinds_of_the_registry() -> None:

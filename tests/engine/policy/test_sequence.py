@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
+
+from loraplex.adapters.front import Front
+from loraplex.server.engine.policy.rows import RowFront, Want
 from loraplex.server.engine.policy.sequence import Sequence
 from loraplex.server.engine.request import FinishReason
 from tests.support.scheduling import Requests
@@ -71,6 +75,86 @@ def test_what_is_cached_before_an_invocation_is_what_the_others_wear() -> None:
     assert base == asked != plain == both
     assert [position for position, _ in turns] == [position for position, _ in more] == [2]
     assert none == () != turns != more
+
+
+COMPUTED, STORED = Front(5, stored=False, width=64), Front(5, stored=True, width=64)
+
+
+def fronted(front: Front, *more: str, prompt: int = 6, **params: object) -> Sequence:
+    """A sequence with `front` before a prompt of tokens 1, 2, ..., its adapter in slot 3, and others of the mix."""
+    requests = Requests()
+    requests.adapter("front", front=front)
+    for name in more:
+        requests.adapter(name, invocation=(3, 4) if name == "asked" else ())
+    seq = Sequence(0, requests.make(prompt, 9, "front", *more, **params))
+    seq.bind()
+    seq.slots = tuple((3 if digest == "digest-front" else 0, 1.0) for digest, _ in seq.mix)
+    return seq
+
+
+def test_virtual_tokens_are_tokens_of_the_sequence() -> None:
+    seq = fronted(COMPUTED)
+    assert seq.tokens == [-1, -2, -3, -4, -5, 1, 2, 3, 4, 5, 6]
+    assert (seq.num_front, seq.num_prompt, seq.num_tokens) == (5, 11, 11)
+    first, last = seq.row(3, ()), seq.row(11, ())
+    assert (first.front, first.mix, list(first.tokens)) == (RowFront(3, COMPUTED, 0, 3), (), [-1, -2, -3])
+    assert last.front == RowFront(3, COMPUTED, 0, 5)
+    seq.begin_at(4)
+    assert seq.row(2, ()).front == RowFront(3, COMPUTED, 4, 5)
+    seq.begin_at(5)
+    assert seq.row(2, ()).front is None
+
+
+def test_stored_ones_come_with_the_first_row_and_are_never_computed() -> None:
+    seq = fronted(STORED)
+    seq.begin_at(4)
+    assert (seq.num_computed, seq.num_missing) == (5, 6)
+    row = seq.row(2, ())
+    assert (row.start, list(row.tokens), row.front) == (5, [1, 2], RowFront(3, STORED, 4, 5))
+    seq.num_computed = 7
+    assert seq.row(2, ()).front is None
+    seq.start_over()
+    seq.begin_at(0)
+    assert seq.row(1, ()).front == RowFront(3, STORED, 0, 5)
+    seq.begin_at(8)
+    assert (seq.num_computed, seq.row(1, ()).front) == (8, None)
+    seq.begin_at(5)
+    assert seq.row(1, ()).front is None, "all of it was found"
+
+
+def test_others_of_the_mix_act_on_virtual_tokens_and_an_invocation_is_behind_them() -> None:
+    seq = fronted(COMPUTED, "plain", "asked")  # the invocation is at 2 of the prompt
+    row = seq.row(11, ())
+    assert [count for count, _ in row.earlier] == [7]
+    assert len(row.earlier[0][1]) == 1
+    assert len(row.mix) == 2
+    assert 3 not in dict(row.mix), "what stands in front acts nowhere"
+
+
+def test_what_is_wanted_of_a_prompt_is_not_of_virtual_tokens() -> None:
+    scored = fronted(COMPUTED, prompt_logprobs=0)
+    assert scored.row(3, ()).want is None
+    assert scored.row(6, ()).want == Want(range(5, 6), [2], 0)
+    assert scored.row(11, ()).want == Want(range(5, 10), [2, 3, 4, 5, 6], 0)
+    pooled = fronted(COMPUTED)
+    pooled.request = replace(pooled.request, pooling="mean")
+    assert pooled.row(4, ()).want is None
+    assert pooled.row(7, ()).want == Want(range(5, 7), None)
+    pooled.pooled = np.full(2, 12.0, np.float32)
+    assert pooled.embedding is not None
+    assert pooled.embedding.tolist() == [2.0, 2.0]
+
+
+def test_what_stands_in_front_is_cached_for_all_tenants() -> None:
+    seqs = [fronted(COMPUTED), fronted(COMPUTED), fronted(COMPUTED, "plain"), fronted(STORED)]
+    seqs[1].request = replace(seqs[1].request, tenant="other")
+    for seq in seqs:
+        seq.share_prefix(None)
+    own, other, mixed, stored = seqs
+    assert own.cache_root == other.cache_root == stored.cache_root != mixed.cache_root
+    assert [position for position, _ in own.turns] == [5] == [position for position, _ in other.turns]
+    assert own.turns != other.turns
+    assert own.turns == stored.turns
 
 
 def test_ends() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as ListLike
 from dataclasses import replace
 from itertools import pairwise
 
@@ -9,10 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from loraplex.adapters.front import Front
 from loraplex.kernels.records import TileTable
 from loraplex.server.engine.policy.kv_cache import KVCache
 from loraplex.server.engine.policy.kv_groups import GroupSpec
 from loraplex.server.engine.policy.plan import StepPlan
+from loraplex.server.engine.policy.rows import RowFront
 from loraplex.server.engine.policy.sequence import Sequence
 from loraplex.server.engine.step.batch import Kept, build_batch
 from loraplex.server.models.inputs import ForwardBatch
@@ -189,6 +192,40 @@ def test_an_invocation_cuts_a_chunk_in_two() -> None:
     # c: 6 tokens before it and 4; a: 3, and 6 of the pair's, then 3. The prompt of 5 tokens has none and is the base's.
     assert batch.adapters.mixes == ((), (c,), (a,), (a, c))
     assert batch.adapters.bounds == (0, 6, 10, 19, 22)
+
+
+def test_virtual_tokens_point_to_rows_of_the_steps_own() -> None:
+    """Two sequences of one adapter and one of another; those whose keys are stored have none in the step."""
+    scheduler, placement = make_scheduler(60, token_budget=30)
+    requests = Requests()
+    requests.adapter("a", front=Front(3, stored=False, width=2))
+    requests.adapter("b", front=Front(6, stored=False, width=2))
+    requests.adapter("c", front=Front(4, stored=True, width=2))
+    for adapters in (("a",), (), ("b",), ("c",), ("a",)):
+        scheduler.add(requests.make(2, 9, *adapters))
+    asked: list[RowFront] = []
+
+    def own(fronts: ListLike[RowFront]) -> torch.Tensor:
+        asked.extend(fronts)
+        return torch.arange(24.0).view(12, 2)
+
+    plan = scheduler.schedule()
+    batch = build_batch(plan.step, TILES, scheduler.kv.block_size, CPU, own=own)
+    assert batch.adapters is None, "nothing is added to a linear"
+    assert batch.input_ids.tolist() == [
+        *(-1, -2, -3, 1, 2),
+        *(1, 2),
+        *(-4, -5, -6, -7, -8, -9, 1, 2),
+        *(1, 2),
+        *(-10, -11, -12, 1, 2),
+    ]
+    assert batch.positions.tolist() == [*range(5), *range(2), *range(8), 4, 5, *range(5)]
+    a, b = placement.slots["digest-a"], placement.slots["digest-b"]
+    assert [(front.slot, front.first, front.end) for front in asked] == [(a, 0, 3), (b, 0, 6), (a, 0, 3)]
+    assert batch.own is not None
+    assert batch.own.shape == (12, 2)
+    scheduler.commit(plan, draws(plan.step))
+    assert build_batch(scheduler.schedule().step, TILES, scheduler.kv.block_size, CPU, own=own).own is None
 
 
 def test_an_example_by_hand() -> None:
