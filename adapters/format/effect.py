@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812  its usual name
 
 from loraplex.adapters.format.kind import ServedBase
-from loraplex.adapters.image.tiles import BiasDelta, DenseDelta, LowRank, OutputScale, Part
+from loraplex.adapters.image.tiles import BiasDelta, Bottleneck, DenseDelta, LowRank, OutputScale, OwnRows, Part
 from loraplex.kernels.records import Projection
 
 
@@ -82,8 +82,14 @@ def measure_module(parts: Sequence[Part], base: ServedBase) -> ModuleEffect:
                 weight += float(((part.values - 1).square() * _row_squares(part.layer, part.projection, base)).sum())
             case BiasDelta():
                 bias += _square(part.delta)
+            case Bottleneck():
+                pass
+            case OwnRows():
+                pass  # OpenContent.parts gives none: a receipt is about linears
             case _:
                 assert_never(part)
+    if any(isinstance(part, Bottleneck) for part in parts):
+        return ModuleEffect(0.0, added, rounded, bias)  # it changes no weight
     return ModuleEffect(max(weight + added, 0.0), added, rounded, bias)
 
 

@@ -173,6 +173,27 @@ static uint8_t* prepared_scratch(const Step& step, const Op* ops, int count) {
     return (uint8_t*)(((uintptr_t)scratch.get() + kAlign - 1) / kAlign * kAlign);
 }
 
+// Bit `site` is set where a mix of the step has tiles at that site of any layer; 64 sites at most, which all bases have.
+static uint64_t sites_in_use(const Step& step) {
+    uint64_t sites = 0;
+    if (!step.segments) return sites;
+    for (int m = step.mix_ptr[0]; m < step.mix_ptr[step.segments]; m++) {
+        const int32_t* range = step.ranges + (int64_t)step.mix_slot[m] * step.num_layers * step.num_sites * 2;
+        for (int i = 0; i < step.num_layers * step.num_sites; i++) sites |= (uint64_t)(range[i * 2 + 1] > range[i * 2]) << i % step.num_sites;
+    }
+    return sites;
+}
+
+// Whether nobody in the step has what the op is for.
+static bool is_idle(const Op& op, const Step& step, uint64_t sites) {
+    switch (op.code) {
+        case OpCode::kAdapter: return !(sites >> op.adapter.site & 1);
+        case OpCode::kOwnNorm: return !(step.own_worn & (int)Own::kNorm);
+        case OpCode::kOwnEmbed: return !(step.own_worn & (int)Own::kEmbed);
+        default: return false;
+    }
+}
+
 // Whether inputs of a quantised linear are prepared by whoever multiplies them: a phase of its own, and its barrier, would take longer.
 static bool prepared_apart(const Op& op, const Step& step) {
     return op.code == OpCode::kQuantised && rows_of(op, step) > kAlone;
@@ -185,10 +206,10 @@ static bool for_one(const Op& op, const Step& step) {
     return by_rows && rows_of(op, step) == 1;
 }
 
-static void run_ops(Run run, const Op* ops, int count, const Step& step, ComputeType type, const Member& me, Phases& phases, int64_t first) {
+static void run_ops(Run run, const Op* ops, int count, const Step& step, uint64_t sites, ComputeType type, const Member& me, Phases& phases, int64_t first) {
     for (int i = 0; i < count; i++) {
         bool adapter = ops[i].code == OpCode::kAdapter, two = adapter || prepared_apart(ops[i], step) || (ops[i].code == OpCode::kAttention && step.partials);
-        if (adapter && !step.segments) continue;
+        if (is_idle(ops[i], step, sites)) continue;
         bool one = for_one(ops[i], step) || me.threads == 1;
         int each = one ? 1 : kChunks, owners = one ? 1 : me.threads;
         for (int phase = adapter && !step.decode_segments; phase < 1 + two; phase++)
@@ -242,6 +263,7 @@ int loraplex_run(int isa, const Op* ops, int count, const Step* given, ComputeTy
     Run run = kIsas[isa].run;
     Step own = *given, *step = &own;
     int most = steps ? steps->most : 1, each = count * 2 + 1, done = 1;
+    uint64_t sites = sites_in_use(own);
     own.ranks = rank_scratch(own);
     own.prepared = prepared_scratch(own, ops, count);
     own.partials = threads > 1 ? partial_scratch(own, ops, count, threads, most) : nullptr;
@@ -252,7 +274,7 @@ int loraplex_run(int isa, const Op* ops, int count, const Step* given, ComputeTy
         Member me{omp_get_thread_num(), omp_get_num_threads()};
         for (int s = 0;; s++) {
             int64_t first = (int64_t)s * each;
-            run_ops(run, ops, count, *step, type, me, phases, first);
+            run_ops(run, ops, count, *step, sites, type, me, phases, first);
             if (s + 1 == most) break;
             phases.at(first + count * 2, 1, 1).work(me, [&](int) { done += goes_on[s] = go_on(own, *steps); }, [] {});
             if (!goes_on[s]) break;

@@ -15,7 +15,7 @@ from loraplex.server.config import EngineConfig, Quantize
 MISUSED = 2
 """Exit code: the command cannot be run as it was given."""
 
-app = typer.Typer(no_args_is_help=True, help="Adapters: check, compare, promote.", rich_markup_mode="rich")
+app = typer.Typer(no_args_is_help=True, help="Adapters: check, convert, compare, promote.", rich_markup_mode="rich")
 
 
 @app.command()
@@ -49,6 +49,25 @@ def check(
         give_up(f"{path}: {error}")
     print(checked.as_json() if as_json else checked.as_text())
     raise typer.Exit(int(checked.outcome))
+
+
+@app.command()
+def convert(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What the library's save_adapter wrote.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder for what is served.")],
+) -> None:
+    """Convert a bottleneck of the [b]adapters[/b] library (Houlsby, Pfeiffer, parallel, Compacter) to what is served.
+
+    Pickles are opened here, for tensors alone, and never by a server.
+    """
+    from loraplex.adapters.errors import AdapterRefused
+    from loraplex.server.command.convert import convert_folder
+
+    try:
+        config = convert_folder(folder, out)
+    except (AdapterRefused, OSError) as error:
+        give_up(str(error))
+    print(f"{out}: {config['peft_type']}, {config['non_linearity']} of {config['source']}")
 
 
 def give_up(reason: str) -> NoReturn:

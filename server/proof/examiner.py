@@ -14,6 +14,8 @@ from loraplex.server.proof.changes import PlainChange
 from loraplex.server.proof.prober import FusedAnswers
 from loraplex.server.proof.receipt import BaseIdentity, Probe, Receipt
 
+OWN_ROWS = "it has rows of its own in place of the base's, which the plain reference does not compute"
+
 
 class Plain(Protocol):
     """PlainModel.logprobs."""
@@ -54,8 +56,8 @@ class Examiner:
                     "changed", f"its source holds {adapter.digest[:12]} by now, and it is {str(version.digest)[:12]}"
                 )
             measured = self._measurer.measure(adapter, throttle)
-            if fused is None:
-                return Receipt(measured, self._base, None, error)
+            if fused is None or adapter.module_map.own:
+                return Receipt(measured, self._base, None, error or OWN_ROWS)
             change = PlainChange(by_layer(adapter))
             base, adapted = self._plain(fused.base.ids, fused.adapted.ids, change, throttle, fused.start)
         probe = Probe(len(fused.base.logprobs), fused.base.furthest(base), fused.adapted.furthest(adapted))

@@ -12,8 +12,10 @@ import pytest
 
 from loraplex.server.command import cli
 from loraplex.server.command.check import Outcome, check_adapter, describe, doubt_of
+from loraplex.server.command.convert import convert_folder
 from loraplex.server.config import Device, DType, EngineConfig
 from loraplex.server.proof.receipt import Probe
+from tests.adapters.format.test_bottleneck import save_as_the_library
 from tests.proof.test_receipt import RECEIPT
 from tests.support.peft_adapters import make_peft_adapter
 from tests.support.tiny import load_oracle, make_tiny_model, make_tiny_tokenizer
@@ -54,6 +56,15 @@ def test_a_sound_one_has_the_receipt_of_a_server(base: Path, tmp_path: Path) -> 
     assert told["receipt"] == found.receipt.as_json()
     assert told["receipt"]["tensors"]["matched"] == 8
     assert "8 tensors matched, 0 ignored" in found.as_text()
+
+
+@pytest.mark.parametrize("case", ["Houlsby", "Pfeiffer", "parallel"])
+def test_a_bottleneck_answers_as_the_plain_base_with_it(base: Path, tmp_path: Path, case: str) -> None:
+    convert_folder(save_as_the_library(case, tmp_path / "saved"), tmp_path / "made")
+    found = check_adapter(tmp_path / "made", "tiny", base, CONFIG, allow_noop=False)
+    assert (found.outcome, found.message) == (Outcome.sound, None)
+    assert found.receipt is not None
+    assert found.receipt.probe is not None
 
 
 @pytest.mark.parametrize(("spoil", "code"), [(cut_short, "bad_file"), (widen_targets, "missing_tensor")])

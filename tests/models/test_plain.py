@@ -40,7 +40,7 @@ ADAPTED = {
 }
 
 
-def unchanged(layer: int, site: int, y: torch.Tensor, x: torch.Tensor) -> None:
+def unchanged(layer: int, site: int, y: torch.Tensor, x: torch.Tensor, residual: torch.Tensor | None) -> None:
     """No adapter."""
 
 
