@@ -20,6 +20,7 @@ from loraplex.kernels.constants import BLOCK_SIZE
 from loraplex.kernels.cpu.abi import Op, Step, Steps
 from loraplex.kernels.cpu.backend import CpuBackend
 from loraplex.kernels.cpu.team import Team
+from loraplex.kernels.ops import PackedLinear
 from loraplex.kernels.records import AdapterSegments, KVGroup
 from loraplex.server.engine.policy.kv_cache import KVCache
 from loraplex.server.engine.step.arena import allocate_arena, kv_layers
@@ -27,10 +28,11 @@ from loraplex.server.engine.step.memory import Demand, plan_memory
 from loraplex.server.models.config import ModelConfig, Site
 from loraplex.server.models.decoder import Decoder
 from loraplex.server.models.inputs import ForwardBatch
+from loraplex.server.models.quantizing import SCHEMES, Quantizer
 from loraplex.server.models.recorded import RecordedDecoder, record
 from loraplex.server.models.rotary import RopeConfig
 from loraplex.server.models.weight_sizes import weights_bytes
-from loraplex.server.models.weights import LayerWeights, Linear, ModelWeights
+from loraplex.server.models.weights import LayerWeights, Linear, ModelWeights, default_activations
 
 DTYPE = torch.bfloat16
 CONTEXT, RANK = 256, 16  # tokens in the cache of every row, rank of every adapter
@@ -104,7 +106,8 @@ class Model:
             self.arena[list(table)] = 0
 
 
-def make_model(adapters: int = max(ROWS), config: ModelConfig = SMOLLM2) -> Model:
+def make_model(adapters: int = max(ROWS), config: ModelConfig = SMOLLM2, quantize: str | None = None) -> Model:
+    """Make it; quantize: a word of SCHEMES for its weights, None leaves them in bf16."""
     team = TimedTeam()
     ops = CpuBackend(team=team)
     demand = Demand(max_model_len=MODEL_LEN, max_num_seqs=max(ROWS), token_budget=max(ROWS))
@@ -118,7 +121,7 @@ def make_model(adapters: int = max(ROWS), config: ModelConfig = SMOLLM2) -> Mode
             raise RuntimeError(f"adapter {index} has no room in {plan}")
         residency.pin(f"ad{index}")
     layers = kv_layers(arena, config, DTYPE, plan.groups)
-    decoder = record(Decoder(config, _random_weights(config, ops), ops, layers, arena), max(ROWS), max(ROWS))
+    decoder = record(Decoder(config, _random_weights(config, ops, quantize), ops, layers, arena), max(ROWS), max(ROWS))
     assert isinstance(decoder, RecordedDecoder)
     model = Model(config, ops, team, decoder, residency, KVCache(pool, plan.groups, BLOCK_SIZE, reclaimer), arena)
     for row in range(max(ROWS)):
@@ -141,14 +144,21 @@ def _random_adapter(config: ModelConfig, seed: int) -> list[LowRank]:
     ]
 
 
-def _random_weights(config: ModelConfig, ops: CpuBackend) -> ModelWeights:
+def _random_weights(config: ModelConfig, ops: CpuBackend, quantize: str | None) -> ModelWeights:
     generator = torch.Generator().manual_seed(0)
+    linears, tables = (SCHEMES[quantize].linears, SCHEMES[quantize].tables) if quantize else (None, None)
+
+    def packed(weight: Tensor, quantizer: Quantizer | None) -> PackedLinear:
+        if quantizer is None:
+            return ops.pack_linear(weight)
+        activations = default_activations([quantizer.format(weight.shape[1])], ops.device)
+        return ops.pack_parts([quantizer.quantize(weight)], DTYPE, activations)
 
     def linear(site: Site) -> Linear:
         parts = [p for p in config.projections() if p.site == site]
         n_in, n_out = parts[0].in_features, sum(p.out_features for p in parts)
         weight = torch.randn(n_out, n_in, generator=generator).mul_(n_in**-0.5).to(DTYPE)
-        return Linear(ops.pack_linear(weight), None)
+        return Linear(packed(weight, linears), None)
 
     norm = torch.ones(config.hidden_size, dtype=DTYPE)
     layers = [
@@ -167,7 +177,7 @@ def _random_weights(config: ModelConfig, ops: CpuBackend) -> ModelWeights:
         for _ in range(config.num_layers)
     ]
     table = torch.randn(config.vocab_size, config.hidden_size, generator=generator).to(DTYPE)
-    embedding = ops.pack_linear(table)
+    embedding = packed(table, tables)
     return ModelWeights(embedding, tuple(layers), norm, embedding, DTYPE)
 
 

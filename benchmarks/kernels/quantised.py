@@ -38,6 +38,7 @@ FORMATS = {
         Activations.EXACT,
     ),
     "Q8_0": (WeightFormat("Q8_0", bits=8, group=32, scale_bits=16), Activations.A8),
+    "Q8_0 exact": (WeightFormat("Q8_0", bits=8, group=32, scale_bits=16), Activations.EXACT),
 }
 
 

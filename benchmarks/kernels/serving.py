@@ -1,6 +1,6 @@
 """What a decode step of the engine spends outside the kernels: scheduler, batch, sampling, and Python around them.
 
-    python -m loraplex.benchmarks.kernels.serving
+    python -m loraplex.benchmarks.kernels.serving [--quantize int4]
 
 The engine's own Scheduler, KVCache, DeviceTier and LocalWorker over SmolLM2-135M with random weights: rows at 256
 tokens and more, every one with an adapter of its own or none. Prompts are planned and committed but not computed. Left
@@ -9,6 +9,7 @@ out are the API, detokenizing and adapters that come and go.
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from loraplex.server.engine.policy.scheduler import Scheduler
 from loraplex.server.engine.request import GenerationRequest, SamplingParams
 from loraplex.server.engine.step.batch import build_batch
 from loraplex.server.engine.step.worker import LocalWorker
+from loraplex.server.models.quantizing import SCHEMES
 
 STEPS = 60
 """Measured, of a sequence's MODEL_LEN - CONTEXT."""
@@ -175,7 +177,9 @@ def run(model: Model, rows: int, adapters: bool, greedy: bool = True, steps: int
 
 
 def main() -> None:
-    model = make_model()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quantize", choices=SCHEMES, help="what the base is in; bf16 without it")
+    model = make_model(quantize=parser.parse_args().quantize)
     read_memory()
     for rows in (1, 16):
         for adapters in (False, True):

@@ -11,7 +11,7 @@ namespace LORAPLEX_ISA {
 
 template <class T>
 static void dispatch(const Op& op, const Step& step, int phase, int tid, int threads) {
-    int64_t rows = op.rows == kAllTokens ? step.tokens : op.rows == kLogitRows ? step.logit_rows : op.rows;
+    int64_t rows = rows_of(op, step);
     using enum OpCode;
     switch (op.code) {
         case kEmbed: return op.embed.quantised ? embed_quantised<T>(op, step, rows, tid, threads) : embed<T>(op, step, rows, tid, threads);
@@ -32,7 +32,7 @@ static void dispatch(const Op& op, const Step& step, int phase, int tid, int thr
         case kSample: return sample(op, step, rows, tid, threads);
         case kPack: return pack_linear((const T*)op.x, op.out, op.in, (T*)op.y, tid, threads);
         case kQuantised:
-            if (!phase) return prepare<T>(op, step, rows, tid, threads);
+            if (!phase && rows > kAlone) return prepare<T>(op, step, rows, tid, threads);
             return op.linear.to_float ? multiply<T, float>(op, step, rows, tid, threads) : multiply<T, T>(op, step, rows, tid, threads);
         case kOwnNorm: return own_norm<T>(op, step, rows, tid, threads);
         case kOwnEmbed: return own_embed<T>(op, step, rows, tid, threads);

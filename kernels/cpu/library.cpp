@@ -47,29 +47,68 @@ static const Isa kIsas[] = {
     {"generic", generic::run, [] { return true; }},
 };
 
-// One phase of one op, cut into chunks that threads take as they come. Nobody waits for a thread, only for chunks: when another
-// process has taken a thread's core, the others do its share, and wait only if it was stopped inside a chunk. (With equal
-// shares and a barrier, one busy process on two cores made a step of 6 ms take 25.)
+struct Member {
+    int tid, threads;
+};
+
+// One phase of one op, cut into `each` chunks of each of its `owners`, the first threads of the team. A thread takes its own, and
+// after a while what others have not begun. Nobody waits for a thread, only for chunks: when another process has taken a thread's core, the
+// others do its share, and wait only if it was stopped inside a chunk. (With equal shares and a barrier, one busy process on two
+// cores made a step of 6 ms take 25.)
 struct Phase {
-    std::atomic<int> next{0}, done{0};
+    int each, owners;
+    std::atomic<uint16_t>* begun;  // of owner 0; those of the next lie `stride` on
+    int64_t stride;
+    std::atomic<int>& done;
+    // meanwhile() is called once a thread's own chunks are done.
+    template <class F, class G>
+    void work(const Member& me, F run, G meanwhile) {
+        if (me.tid < owners) take(me.tid, run);
+        meanwhile();
+        if (finished(kPatience)) return;
+        for (int i = 1; i < me.threads; i++)
+            if (int owner = (me.tid + i) % me.threads; owner < owners) take(owner, run);
+        if (finished(kSpins)) return;
+        for (int seen; (seen = done.load(std::memory_order_acquire)) < each * owners;) done.wait(seen, std::memory_order_acquire);
+    }
     template <class F>
-    void work(int chunks, F run) {
-        for (int chunk; (chunk = next.fetch_add(1, std::memory_order_relaxed)) < chunks;) {
-            run(chunk);
-            if (done.fetch_add(1, std::memory_order_acq_rel) == chunks - 1) done.notify_all();
-        }
-        for (int spin = 0; spin < kSpins; spin++) {
-            if (done.load(std::memory_order_acquire) == chunks) return;
+    void take(int owner, F run) {
+        std::atomic<uint16_t>& next = begun[owner * stride];
+        int count = 0;
+        for (int chunk; next.load(std::memory_order_relaxed) < each && (chunk = next.fetch_add(1, std::memory_order_relaxed)) < each; count++) run(owner * each + chunk);
+        if (count && done.fetch_add(count, std::memory_order_acq_rel) == each * owners - count) done.notify_all();
+    }
+    bool finished(int spins) const {
+        for (int spin = 0; spin < spins; spin++) {
+            if (done.load(std::memory_order_acquire) == each * owners) return true;
 #ifdef __x86_64__
             __builtin_ia32_pause();
 #endif
         }
-        for (int seen; (seen = done.load(std::memory_order_acquire)) < chunks;) done.wait(seen, std::memory_order_acquire);
+        return false;
     }
-    static constexpr int kSpins = 2000;  // some 25 microseconds: ops take less
+    static constexpr int kPatience = 100, kSpins = 2000;  // some 1 and 25 microseconds: ops take less
+};
+// Those of a call, in zeros; phase p's counters of owner t.
+struct Phases {
+    std::unique_ptr<std::atomic<int>[]> done;
+    std::unique_ptr<std::atomic<uint16_t>[]> begun;
+    int64_t count;
+    Phases(int64_t count, int threads) : done(new std::atomic<int>[count]()), begun(new std::atomic<uint16_t>[count * threads]()), count(count) {}
+    Phase at(int64_t p, int each, int owners) { return {each, owners, &begun[p], count, done[p]}; }
 };
 
 constexpr int kChunks = 2;  // a thread
+constexpr int kFirstBytes = 4096;
+
+// Fetches the weights that a thread begins the op with, before it waits for others: 1 to 2 % of a step of one row (Zen 5).
+static void fetch_weights(const Op& op, ComputeType type, const Member& me) {
+    int64_t panel = (op.out + kPanel - 1) / kPanel * me.tid / me.threads;
+    const char* at = nullptr;
+    if (op.code == OpCode::kLinear) at = (const char*)op.w + panel * kPanel * op.in * (type == ComputeType::kBf16 ? 2 : 4);
+    if (op.code == OpCode::kQuantised) at = (const char*)((const Quantised*)op.w)->data + panel * ((const Quantised*)op.w)->panel_bytes;
+    for (int i = 0; at && i < kFirstBytes; i += 64) __builtin_prefetch(at + i, 0, 2);
+}
 
 // Room for kTileRanks floats per decode row and tile, at whichever layer and site has most of them.
 static float* rank_scratch(const Step& step) {
@@ -125,8 +164,7 @@ static uint8_t* prepared_scratch(const Step& step, const Op* ops, int count) {
     int64_t wanted = 0;
     for (const Op* op = ops; op < ops + count; op++) {
         if (op->code != OpCode::kQuantised) continue;
-        int64_t rows = op->rows == kAllTokens ? step.tokens : op->rows == kLogitRows ? step.logit_rows : op->rows;
-        wanted = std::max(wanted, rows * prepared_bytes(*(const Quantised*)op->w));
+        wanted = std::max(wanted, rows_of(*op, step) * prepared_bytes(*(const Quantised*)op->w));
     }
     if (wanted > size) {
         size = wanted;
@@ -156,12 +194,30 @@ static bool is_idle(const Op& op, const Step& step, uint64_t sites) {
     }
 }
 
-static void run_ops(Run run, const Op* ops, int count, const Step& step, uint64_t sites, ComputeType type, int chunks, Phase* phases) {
+// Whether inputs of a quantised linear are prepared by whoever multiplies them: a phase of its own, and its barrier, would take longer.
+static bool prepared_apart(const Op& op, const Step& step) {
+    return op.code == OpCode::kQuantised && rows_of(op, step) > kAlone;
+}
+
+// Whether one row is all there is, of an op whose threads share rows: the chunks of others would only cost their counting.
+static bool for_one(const Op& op, const Step& step) {
+    using enum OpCode;
+    bool by_rows = op.code == kEmbed || op.code == kRmsNorm || op.code == kRope || op.code == kActMul || op.code == kGather || op.code == kSample;
+    return by_rows && rows_of(op, step) == 1;
+}
+
+static void run_ops(Run run, const Op* ops, int count, const Step& step, uint64_t sites, ComputeType type, const Member& me, Phases& phases, int64_t first) {
     for (int i = 0; i < count; i++) {
-        bool adapter = ops[i].code == OpCode::kAdapter, two = adapter || ops[i].code == OpCode::kQuantised || (ops[i].code == OpCode::kAttention && step.partials);
+        bool adapter = ops[i].code == OpCode::kAdapter, two = adapter || prepared_apart(ops[i], step) || (ops[i].code == OpCode::kAttention && step.partials);
         if (is_idle(ops[i], step, sites)) continue;
+        bool one = for_one(ops[i], step) || me.threads == 1;
+        int each = one ? 1 : kChunks, owners = one ? 1 : me.threads;
         for (int phase = adapter && !step.decode_segments; phase < 1 + two; phase++)
-            phases[i * 2 + phase].work(chunks, [&](int chunk) { run(ops[i], step, type, phase, chunk, chunks); });
+            phases.at(first + i * 2 + phase, each, owners).work(
+                me, [&](int chunk) { run(ops[i], step, type, phase, chunk, each * owners); },
+                [&] {
+                    if (i + 1 < count) fetch_weights(ops[i + 1], type, me);
+                });
     }
 }
 
@@ -211,16 +267,16 @@ int loraplex_run(int isa, const Op* ops, int count, const Step* given, ComputeTy
     own.ranks = rank_scratch(own);
     own.prepared = prepared_scratch(own, ops, count);
     own.partials = threads > 1 ? partial_scratch(own, ops, count, threads, most) : nullptr;
-    std::unique_ptr<Phase[]> phases(new Phase[each * most]);
+    Phases phases((int64_t)each * most, threads);
     std::unique_ptr<bool[]> goes_on(new bool[most]);  // by step: a thread that was held up may be steps behind
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        int chunks = omp_get_num_threads() > 1 ? omp_get_num_threads() * kChunks : 1;
+        Member me{omp_get_thread_num(), omp_get_num_threads()};
         for (int s = 0;; s++) {
-            Phase* phase = &phases[s * each];
-            run_ops(run, ops, count, *step, sites, type, chunks, phase);
+            int64_t first = (int64_t)s * each;
+            run_ops(run, ops, count, *step, sites, type, me, phases, first);
             if (s + 1 == most) break;
-            phase[count * 2].work(1, [&](int) { done += goes_on[s] = go_on(own, *steps); });
+            phases.at(first + count * 2, 1, 1).work(me, [&](int) { done += goes_on[s] = go_on(own, *steps); }, [] {});
             if (!goes_on[s]) break;
         }
     }

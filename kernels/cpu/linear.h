@@ -150,15 +150,19 @@ INLINE void with_rows(int m, int64_t first, F& run) {
     if (m == M) return run(Rows<M>{}, first);
     if constexpr (M > 1) with_rows<M - 1>(m, first, run);
 }
-// Calls run(Rows<M>, first row) for each tile of rows. Tiles are even: 8 rows are 4 + 4, not 5 + 3.
-template <class X, class F>
-INLINE void each_tile(int64_t rows, F run) {
-    int64_t tiles = (rows + kTileRows<X> - 1) / kTileRows<X>, first = 0;
+// Calls run(Rows<M>, first row) for each tile of rows, of R at the most. Tiles are even: 8 rows are 4 + 4, not 5 + 3.
+template <int R, class F>
+INLINE void each_tile_of(int64_t rows, F run) {
+    int64_t tiles = (rows + R - 1) / R, first = 0;
     for (int64_t i = tiles; i > 0; i--) {
         int m = (int)((rows - first + i - 1) / i);
-        with_rows<kTileRows<X>>(m, first, run);
+        with_rows<R>(m, first, run);
         first += m;
     }
+}
+template <class X, class F>
+INLINE void each_tile(int64_t rows, F run) {
+    each_tile_of<kTileRows<X>>(rows, run);
 }
 
 // sums[rows, columns] += x w; columns is a multiple of 16.

@@ -150,17 +150,6 @@ INLINE void add_units(float* sums, Words x, const uint8_t* w, const float* scale
     }
 }
 
-// As each_tile, in tiles of at most R rows.
-template <int R, class F>
-INLINE void each_tile_of(int64_t rows, F run) {
-    int64_t tiles = (rows + R - 1) / R, first = 0;
-    for (int64_t i = tiles; i > 0; i--) {
-        int m = (int)((rows - first + i - 1) / i);
-        with_rows<R>(m, first, run);
-        first += m;
-    }
-}
-
 // sums[rows, columns] += a stretch; columns is a multiple of 16.
 template <int W, bool Offset>
 static void add_stretch(float* sums, const Words& x, const Stretch& units, int64_t together, int columns, int64_t step, bool once) {
@@ -191,11 +180,19 @@ INLINE Words words_of(const Inputs& x, int64_t row) {
     const float* scale = x.scale + row * x.units;
     return {(const uint32_t*)x.x + row * (x.in / 4) * kInputWords, scale, (const int32_t*)(scale + numbers), scale + 2 * numbers, rows};
 }
-// The words of 4 inputs, `rows` apart.
-INLINE void store_words(const int32_t* codes, uint32_t* to, int64_t rows) {
-    for (int i = 0; i < kInputWords; i++)
-        to[i * rows] = kWordDots ? (codes[0] & 255) | (codes[1] & 255) << 8 | (codes[2] & 255) << 16 | (uint32_t)codes[3] << 24
-                                 : (codes[i] & 0xffff) | (uint32_t)codes[i + 2] << 16;
+// The words of kRounded inputs, `rows` apart.
+INLINE void store_words(const ivec (&vectors)[kRoundVecs], uint32_t* to, int64_t rows) {
+    if constexpr (kWordDots) {
+        octets bytes[] = {narrow(vectors), narrow(vectors + 16 / kLanes)};
+        uint32_t words[kRounded / 4];
+        memcpy(words, bytes, sizeof words);
+        for (int i = 0; i < kRounded / 4; i++) to[i * rows] = words[i];
+    } else {
+        int32_t codes[kRounded];
+        memcpy(codes, vectors, sizeof codes);
+        for (int i = 0; i < kRounded; i += 4, to += 2 * rows)
+            for (int half = 0; half < 2; half++) to[half * rows] = (codes[i + half] & 0xffff) | (uint32_t)codes[i + half + 2] << 16;
+    }
 }
 // Row t of x, widened, into its place. Where weights have a scale a column, so has a row of x, and `stretch` units are summed up together.
 INLINE void round_row(const Quantised& w, const float* wide, const Inputs& x, int64_t t, int64_t stretch) {
@@ -207,11 +204,10 @@ INLINE void round_row(const Quantised& w, const float* wide, const Inputs& x, in
     RoundBy by = round_by(wide, w.rounded == 2 ? x.in : kRounded);
     for (int64_t k = 0, u = 0; k < x.in; k += kRounded) {
         ivec vectors[kRoundVecs];
-        int32_t codes[kRounded];
         if (w.rounded == 1) by = round_by(wide + k, kRounded);
         round_inputs(wide + k, by, vectors);
-        memcpy(codes, vectors, sizeof codes);
-        for (int i = 0; i < kRounded; i += 4, words += kInputWords * to.rows) store_words(codes + i, words, to.rows);
+        store_words(vectors, words, to.rows);
+        words += kRounded / 4 * kInputWords * to.rows;
         for (int64_t half = 0; half < halves; half++, u++, scale += to.rows, total += to.rows, start += to.rows) {
             ivec sums{};
             for (int v = 0; v < w.unit / kLanes; v++) sums += vectors[half * (w.unit / kLanes) + v];
@@ -235,64 +231,6 @@ struct Bytes {
         here.scale += unit * here.rows, here.start += unit * here.rows, here.total += unit * here.rows;
         int64_t step = row > 0 ? 0 : w.block_bytes / w.block_units * columns / kPanel;  // others have met these rows: they lie in L2
         add_stretch<W, Offset>(sums, here, units, w.rounded == 2 ? units.count : 1, columns, step, x.rows <= kRowBlock);
-    }
-};
-
-// ---- x in bf16 ----
-
-// Inputs 2 i, 2 i + 1 of the words of kLanes columns as pairs of bf16: integers of 8 bits and e4m3 are exact in it.
-INLINE uvec value_pairs(const Quantised& w, uvec words, int i) {
-    uvec low = words >> i * 16 & 255, high = words >> (i * 16 + 8) & 255;
-    fvec first = w.e4m3 ? load_e4m3(low) : __builtin_convertvector((ivec)low - w.zero, fvec);
-    fvec second = w.e4m3 ? load_e4m3(high) : __builtin_convertvector((ivec)high - w.zero, fvec);
-    return (uvec)first >> 16 | ((uvec)second & 0xffff0000u);
-}
-
-// sums[M, V registers] += x times a unit's pairs.
-template <int M, int V, bool Offset>
-INLINE void add_pairs_of(const Quantised& w, float* sums, const bf16* x, int64_t ldx, const bf16* pairs, const float* scale, const float* offset, const float* total, int64_t units) {
-    fvec acc[M][V] = {};
-    const bf16* from[] = {pairs};
-    accumulate<M, V>(acc, x, ldx, from, kPanel * 2, w.unit / 2);
-#pragma GCC unroll 8
-    for (int m = 0; m < M; m++)
-#pragma GCC unroll 16
-        for (int v = 0; v < V; v++) {
-            float* at = sums + m * kPanel + v * kLanes;
-            fvec sum = multiply_add(load(at), acc[m][v], load(scale + v * kLanes));
-            if constexpr (Offset) sum = multiply_add(sum, load(offset + v * kLanes), splat(total[m * units]));
-            store(at, sum);
-        }
-}
-
-// The kernel of codes of 8 bits where x is not rounded and the CPU multiplies pairs: a unit is widened once for all rows.
-template <bool Offset>
-struct BytePairs {
-    static constexpr Form form = Form::kPairs;
-    static constexpr int stretch = kStretchUnits, rows = 128;
-    static float bias(const Quantised&) { return 0.f; }
-    static void add(const Quantised& w, const Stretch& units, const Inputs& x, int64_t row, int64_t rows, int64_t unit, float* sums, int columns) {
-        alignas(64) bf16 pairs[kRounded * kPanel];
-        const uint8_t* codes = units.codes;
-        for (int64_t u = 0; u < units.count; u++) {
-            for (int k = 0; k < w.unit; k += 4, codes += kWordBytes)
-                for (int c = 0; c < columns; c += kLanes) {
-                    uvec words = load_pairs(codes + c * 4);
-                    __builtin_prefetch(codes + c * 4 + kAhead, 0, 2);
-                    for (int i = 0; i < 2; i++) *(uvec_u*)(pairs + (k / 2 + i) * kPanel * 2 + c * 2) = value_pairs(w, words, i);
-                }
-            each_tile_of<kTileRows<bf16>>(rows, [&](auto tile, int64_t first) NOINLINE {
-                constexpr int M = tile.count, V = tile_vecs(M), N = kLeastVecs;
-                int64_t at = row + first;
-                auto run = [&](auto width, int c) {
-                    add_pairs_of<M, width.count, Offset>(w, sums + first * kPanel + c, (const bf16*)x.x + at * x.in + (unit + u) * w.unit, x.in, pairs + c * 2, units.scale[u] + c, units.offset[u] + c, x.sums + at * x.units + unit + u, x.units);
-                };
-                int c = 0;
-                for (; c + V * kLanes <= columns; c += V * kLanes) run(Rows<V>{}, c);
-                if constexpr (V > N)
-                    for (; c < columns; c += N * kLanes) run(Rows<N>{}, c);
-            });
-        }
     }
 };
 

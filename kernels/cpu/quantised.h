@@ -6,14 +6,15 @@
 //     8 bits  [unit / 4][64] words of 32 bits, byte i of a word is input i of its 4
 // so that memory is read from front to end, whatever the format.
 //
-// An op has two phases. `prepare` makes of each row of x what the weight's kernel multiplies (Form): fp32, bf16, or bytes with a scale
-// for each 32 inputs. `multiply` takes a panel a stretch of units at a time: the numbers are widened to fp32 once for all rows, then
+// An op has two phases, unless every thread prepares the few rows for itself (kAlone). `prepare` makes of each row of x what the weight's
+// kernel multiplies (Form): fp32, bf16, or bytes with a scale for each 32 inputs. `multiply` takes a panel a stretch of units at a time: the numbers are widened to fp32 once for all rows, then
 // the kernel adds the stretch's products to the rows' sums. The kernel of a weight depends on its format and the instruction set
 // alone, and adds stretch after stretch: a row's bits never depend on the others.
 //
 // Wide, the kernel of every format on every instruction set, widens the codes too and goes on as a linear of fp32. Faster ones are
-// structs with its members (quant4.h, quant8.h), picked by `with_kernel`.
+// structs with its members (quant4.h, quant8.h, exact.h), picked by `with_kernel`.
 #pragma once
+#include "exact.h"
 #include "numbers.h"
 #include "quant4.h"
 #include "quant8.h"
@@ -37,6 +38,24 @@ struct Wide {
     }
 };
 
+template <class X, int Bits, Codes C, int T = 1, class F>
+INLINE bool run_exact(bool offset, F& run) {
+    offset ? run(Exact<X, Bits, C, true, T>{}) : run(Exact<X, Bits, C, false, T>{});
+    return true;
+}
+// Calls run(kernel) with the kernel of w for inputs as X, if there is one.
+template <class X, class F>
+INLINE bool with_exact(const Quantised& w, F& run) {
+    using enum Codes;
+    bool offset = w.offset != NumberKind::kNone;
+    if (w.bits == 8 && w.e4m3) return run_exact<X, 8, kE4m3>(offset, run);
+    if (w.bits == 8 && !w.codebook) return run_exact<X, 8, kIntegers>(offset || (w.zero && sizeof(X) == 4), run);
+    if (w.bits == 8 || w.unit != 32) return false;
+    if (!w.codebook) return run_exact<X, 4, kIntegers>(offset || w.zero || sizeof(X) == 2, run);
+    if constexpr (CodeValues<X, 4, kCodebook>::direct) return w.group_units % 2 ? run_exact<X, 4, kCodebook>(offset, run) : run_exact<X, 4, kCodebook, 2>(offset, run);
+    return false;
+}
+
 // Calls run(kernel) with the kernel of w.
 template <class T, class F>
 INLINE void with_kernel(const Quantised& w, F run) {
@@ -46,35 +65,31 @@ INLINE void with_kernel(const Quantised& w, F run) {
     if constexpr (kByteDots)
         if (w.rounded && w.bits == 4 && whole && !w.codebook) return offset ? run(Nibbles<true>{}) : run(Nibbles<false>{});
     if constexpr (kDots && sizeof(T) == 2)
-        if (!w.rounded && w.bits == 8 && !w.codebook) return offset ? run(BytePairs<true>{}) : run(BytePairs<false>{});
-    if constexpr (kDots && sizeof(T) == 2)
-        if (!w.rounded && w.bits == 4 && whole) {
-            if (!w.codebook) return run(NibblePairs<false, true>{});
-            if constexpr (kLookUpPairs) return offset ? run(NibblePairs<true, true>{}) : run(NibblePairs<true, false>{});
-        }
+        if (!w.rounded && with_exact<bf16>(w, run)) return;
     if constexpr (kFloatCodes)
-        if (w.bits == 4 && whole && !w.e4m3) {
-            if (!w.codebook) return run(NibbleFloats<false, true>{});
-            return offset ? run(NibbleFloats<true, true>{}) : run(NibbleFloats<true, false>{});
-        }
+        if (with_exact<float>(w, run)) return;
     run(Wide<T>{});
 }
 
+// Rows [first, last) of x in the form of the kernel K.
+template <class K, class T>
+INLINE void prepare_rows(const Quantised& w, const T* from, const Inputs& x, int64_t first, int64_t last) {
+    static thread_local Scratch<float> scratch;
+    float* wide = scratch.get((int64_t)w.units * w.unit);
+    for (int64_t t = first; t < last; t++) {
+        gather_inputs(w, from + t * w.in, wide);
+        if constexpr (K::form == Form::kWords)
+            round_row(w, wide, x, t, K::stretch);
+        else
+            prepare_row<K::form>(w, wide, x, t);
+    }
+}
 template <class T>
 static void prepare(const Op& op, const Step& step, int64_t rows, int tid, int threads) {
     const Quantised& w = *(const Quantised*)op.w;
-    static thread_local Scratch<float> scratch;
-    float* wide = scratch.get((int64_t)w.units * w.unit);
     with_kernel<T>(w, [&](auto kernel) {
-        constexpr Form form = decltype(kernel)::form;
-        Inputs x = inputs(w, form, rows, step.prepared);
-        for (int64_t t = rows * tid / threads; t < rows * (tid + 1) / threads; t++) {
-            gather_inputs(w, (const T*)op.x + t * w.in, wide);
-            if constexpr (form == Form::kWords)
-                round_row(w, wide, x, t, decltype(kernel)::stretch);
-            else
-                prepare_row<form>(w, wide, x, t);
-        }
+        using K = decltype(kernel);
+        prepare_rows<K>(w, (const T*)op.x, inputs(w, K::form, rows, step.prepared), rows * tid / threads, rows * (tid + 1) / threads);
     });
 }
 
@@ -104,7 +119,10 @@ static void multiply(const Op& op, const Step& step, int64_t rows, int tid, int 
     int64_t end = min2(units * (tid + 1) / threads * unit, w.out);
     with_kernel<T>(w, [&](auto kernel) {
         using K = decltype(kernel);
-        Inputs x = inputs(w, K::form, rows, step.prepared);
+        static thread_local Scratch<uint8_t> own;
+        bool alone = rows <= kAlone;
+        Inputs x = inputs(w, K::form, rows, alone ? own.get(rows * prepared_bytes(w)) : step.prepared);
+        if (alone) prepare_rows<K>(w, (const T*)op.x, x, 0, rows);
         for (int64_t n = units * tid / threads * unit, columns; n < end; n += columns) {
             columns = min2(n / kPanel * kPanel + kPanel, end) - n;
             multiply_panel<K>(w, x, rows, n, (int)columns, (O*)op.y, op.linear.ldy);

@@ -137,3 +137,5 @@ struct Op {
         SampleArgs sample;
     };
 };
+static inline int64_t rows_of(const Op& op, const Step& step) { return op.rows == kAllTokens ? step.tokens : op.rows == kLogitRows ? step.logit_rows : op.rows; }
+constexpr int kAlone = 1;  // rows of a quantised linear that every thread prepares for itself
