@@ -14,6 +14,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import urlsplit
 
+JSON = "application/json"
+
 NO_ANSWER = 120.0
 """Seconds after which a request is given up: nothing here takes a tenth of it."""
 
@@ -265,11 +267,16 @@ def _read_whole(reply: Reply, content: bytes) -> None:
     reply.done = True
 
 
-async def call(address: Address, method: str, path: str, body: Mapping[str, Any] | None = None) -> tuple[int, str]:
-    """Any other route: status and content. Raises OSError (TimeoutError too), and others of NOT_AN_ANSWER."""
-    content = b"" if body is None else json.dumps(body).encode()
+async def call(
+    address: Address, method: str, path: str, body: Mapping[str, Any] | bytes | None = None, kind: str = JSON
+) -> tuple[int, str]:
+    """Any other route: status and content. kind: the media type of a body of bytes.
+
+    Raises OSError (TimeoutError too), and others of NOT_AN_ANSWER.
+    """
+    content = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
     async with asyncio.timeout(NO_ANSWER):
-        reader, writer = await _open(address, method, path, content)
+        reader, writer = await _open(address, method, path, content, kind)
         try:
             status, headers = await _read_head(reader)
             return status, (await _whole(reader, headers)).decode(errors="replace")
@@ -287,10 +294,10 @@ async def spoken(address: Address) -> Address:
 
 
 async def _open(
-    address: Address, method: str, path: str, content: bytes
+    address: Address, method: str, path: str, content: bytes, kind: str = JSON
 ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     head = f"{method} {address.prefix}{path} HTTP/{address.http}\r\nHost: {address.host}\r\nConnection: close\r\n"
-    head += "Content-Type: application/json\r\n"
+    head += f"Content-Type: {kind}\r\n"
     if address.api_key:
         head += f"Authorization: Bearer {address.api_key}\r\n"
     context = ssl.create_default_context() if address.tls else None

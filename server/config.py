@@ -50,6 +50,13 @@ class LinearInputs(StrEnum):
     a8 = "a8"
 
 
+class LogprobsMode(StrEnum):
+    """Which log-probabilities answers give: the model's own, or those of what was drawn from. vLLM's words."""
+
+    raw_logprobs = "raw_logprobs"
+    processed_logprobs = "processed_logprobs"
+
+
 class LogFormat(StrEnum):
     """How lines are written."""
 
@@ -286,6 +293,13 @@ class RunConfig:
         Path | None,
         Option(metavar="DIR", help="Keep what is loaded over the API in DIR: a restarted server has it again."),
     ] = None
+    logprobs_mode: Annotated[
+        LogprobsMode,
+        Option(
+            metavar="raw_logprobs|processed_logprobs",
+            help="Log-probabilities before or after bias, penalties, temperature and truncation.",
+        ),
+    ] = LogprobsMode.raw_logprobs
     log_format: Annotated[LogFormat, Option(metavar="text|json", help="How log lines are written.")] = LogFormat.text
     otlp_endpoint: Annotated[
         str | None, Option(metavar="URL", help=r"Send traces there, by OTLP over HTTP; needs loraplex\[otel].")

@@ -71,7 +71,13 @@ class DownloadConfig:
     ] = DownloadLimits.cache_bytes
     max_bytes: Annotated[
         int,
-        Option("--max-adapter-size", parser=size, metavar="SIZE", show_default="4G", help="Of one that is downloaded."),
+        Option(
+            "--max-adapter-size",
+            parser=size,
+            metavar="SIZE",
+            show_default="4G",
+            help="Of one that is downloaded or pushed.",
+        ),
     ] = DownloadLimits.max_bytes
     max_seconds: Annotated[
         float, Option("--download-timeout", metavar="S", min=1, help="Seconds that one may take.")
@@ -148,6 +154,10 @@ class AdaptersConfig:
     ] = 0
     retained_bytes: Annotated[
         int, Option(parser=size, metavar="SIZE", show_default="16G", help="Of all such copies, below --state-dir.")
+    ] = 16 << 30
+    pushed_bytes: Annotated[
+        int,
+        Option(parser=size, metavar="SIZE", show_default="16G", help="On disk, of all adapters that clients push."),
     ] = 16 << 30
     allow_noop: Annotated[
         bool, Option("--allow-noop", help="Serve adapters that change nothing, which are refused otherwise.")

@@ -8,13 +8,14 @@
     device.py     slots, pages and copies on the device
     retention.py  what must be had again once a request has used it
     pinned.py     what the operator wants on the device
+    warming.py    what is brought there ahead of its requests
 
 What a request waits for is held in host memory until it is on the device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from time import perf_counter
 
 from loraplex.adapters.registry import AdapterVersion, Registry
@@ -26,6 +27,7 @@ from loraplex.adapters.tiers.loader import Loader
 from loraplex.adapters.tiers.pinned import OperatorPins
 from loraplex.adapters.tiers.retention import Retention
 from loraplex.adapters.tiers.stats import AdapterStats, PageOwners, TierStats
+from loraplex.adapters.tiers.warming import Warming
 
 COPY_BUDGET = 4 << 20
 """Bytes copied to the device in a step while streams decode.
@@ -57,6 +59,7 @@ class AdapterCache:
         self._registry = registry
         self._retention = Retention(self.entries, device, self.host, registry)
         self._pins = OperatorPins(self)
+        self._warming = Warming(self)
         self._left: int | None = None  # bytes that may still be copied in this step; None: no bound
         self._busy = False
         self._wanted: dict[int, int] = {}  # uid -> open requests
@@ -132,7 +135,9 @@ class AdapterCache:
         self._retention.start_step()
         for version in self._pins.bring():
             self.pin_forever(version, False)
+        self._warming.bring()
         self._copy()
+        self._warming.look()
         return self.device.is_copying
 
     def missing_pages(self, versions: Sequence[AdapterVersion]) -> list[int] | None:
@@ -202,12 +207,22 @@ class AdapterCache:
         """
         if pinned:
             self._pins.add(version)
-        elif self._pins.remove(version) and version.uid not in self._wanted:
+        elif self._pins.remove(version):
+            self.drop_fetch(version)
+
+    def warm(self, version: AdapterVersion, done: Callable[[], None]) -> None:
+        """Bring `version` to the device with nobody asking, where that takes nothing from others: see Warming.add."""
+        self._warming.add(version, done)
+
+    def drop_fetch(self, version: AdapterVersion) -> None:
+        """Nobody but requests wants `version` in host memory any more."""
+        if version.uid not in self._wanted:
             self.host.forget(version.uid)
 
     def forget(self, version: AdapterVersion) -> None:
         """A version has drained: drop its bytes from device and host unless another version has the same ones."""
         self.pin_forever(version, False)
+        self._warming.remove(version)
         self.host.receive()  # what has been read of it, too
         self.host.forget(version.uid)
         digest = version.digest

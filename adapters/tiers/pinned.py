@@ -56,13 +56,14 @@ class OperatorPins:
                 version.name,
             )
             return False
-        if not missing[0] or self._load(version, missing[0]):
+        if not missing[0] or load_into_room(self._cache, version, missing[0]):
             device.pin_forever(version.digest)
             del self._missing[version.uid]
         return True
 
-    def _load(self, version: AdapterVersion, pages: int) -> bool:
-        """Load `version` into so many pages, evicting what is idle. False: there is no room."""
-        if not self._cache.device.make_room(pages):
-            return False
-        return self._cache.load(version) or (self._cache.device.evict_one() and self._cache.load(version))
+
+def load_into_room(cache: AdapterCache, version: AdapterVersion, pages: int) -> bool:
+    """Load `version` into so many pages, evicting what is idle. False: there is no room."""
+    if not cache.device.make_room(pages):
+        return False
+    return cache.load(version) or (cache.device.evict_one() and cache.load(version))

@@ -107,7 +107,10 @@ def kinds_of(world: World, address: Address) -> dict[str, Event]:
     return {"quiet": nothing, "requests": request, "loads": load, "register": register}
 
 
-async def measure(world: World, server: Server, event: Event, seconds: float, ramp: float = RAMP) -> Run:
+async def measure(
+    world: World, server: Server, event: Event, seconds: float, ramp: float = RAMP, per_second: float = PER_SECOND
+) -> Run:
+    """What `event`, `per_second` times a second, does to streams in `seconds`, once they have run for `ramp`."""
     rng, ended = random.Random(1), asyncio.Event()
     streams = [
         asyncio.create_task(
@@ -121,7 +124,7 @@ async def measure(world: World, server: Server, event: Event, seconds: float, ra
     ]
     await asyncio.sleep(ramp)
     others, before, start = Others(server), await server.metrics(), time.perf_counter()
-    late = await _pace(event, round(seconds * PER_SECOND))
+    late = await _pace(event, round(seconds * per_second), per_second)
     await asyncio.sleep(start + seconds - time.perf_counter())
     end, after, share = time.perf_counter(), await server.metrics(), others.share()
     ended.set()
@@ -145,12 +148,12 @@ async def measure(world: World, server: Server, event: Event, seconds: float, ra
     )
 
 
-async def _pace(event: Event, count: int) -> float:
+async def _pace(event: Event, count: int, per_second: float) -> float:
     """Begin `count` events on time, whether or not those before have ended; returns how late the latest began."""
     start, late = time.perf_counter(), 0.0
     async with asyncio.TaskGroup() as group:
         for number in range(count):
-            due = start + number / PER_SECOND
+            due = start + number / per_second
             await asyncio.sleep(max(0.0, due - time.perf_counter()))
             late = max(late, time.perf_counter() - due)
             group.create_task(event())

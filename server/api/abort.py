@@ -44,6 +44,11 @@ class OpenAnswers:
                 if not self._aborts[name]:
                     del self._aborts[name]
 
+    def abort_all(self) -> None:
+        """End everybody's answers."""
+        for abort in {abort: None for aborts in self._aborts.values() for abort in aborts}:
+            abort()
+
     def abort(self, tenant: str, name: str) -> int:
         """End all answers of `tenant` known as `name`. Returns how many."""
         aborts = tuple(self._aborts.get((tenant, name), ()) or self._aborts.get((tenant, name[-KEY_LENGTH:]), ()))

@@ -41,6 +41,22 @@ class CompletionChoice(Wire):
     stop_reason: int | str | None = None
 
 
+class PromptLogprob(Wire):
+    """vLLM's, of one token at one place of a prompt."""
+
+    logprob: float
+    rank: int | None  # 1: the likeliest; null: it is not among the likeliest ones that were asked for
+    decoded_token: str
+
+
+class RolloutChoice(CompletionChoice):
+    """A choice with what trainers ask for; what nobody asked for is null."""
+
+    token_ids: list[int] | None  # that were drawn, the one that stops among them
+    prompt_token_ids: list[int] | None
+    prompt_logprobs: list[dict[str, PromptLogprob] | None] | None  # null: the first token has none
+
+
 class Completion(Wire):
     """Also the chunks of a stream: completions have no object of their own for them."""
 
@@ -48,7 +64,7 @@ class Completion(Wire):
     object: Literal["text_completion"] = "text_completion"
     created: int
     model: str
-    choices: list[CompletionChoice]
+    choices: list[RolloutChoice | CompletionChoice]
     usage: Usage | None = None
     system_fingerprint: str | None = None  # the versions that answer: sql@3fa9c1d20b44; null: the base alone
 
@@ -197,6 +213,7 @@ class AdapterReceipt(Wire):
     tokenizer: TokenizerReceipt
     versions: list[VersionCard]  # the latest first
     proof: ProofAnswer
+    expires_in: float | None = None  # seconds; null: it stays
 
 
 class ModelList(Wire):

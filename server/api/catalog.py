@@ -5,14 +5,16 @@ from __future__ import annotations
 from loraplex.adapters.files.tokenizer_files import NOTHING
 from loraplex.adapters.registry import AdapterVersion
 from loraplex.server.api.alias_terms import may_use_alias
-from loraplex.server.api.answer_schemas import AdapterReceipt, ModelCard, ModelPermission, TokenizerReceipt
+from loraplex.server.api.answer_schemas import AdapterReceipt, ModelCard, ModelPermission, ProofAnswer, TokenizerReceipt
+from loraplex.server.api.manage import push_owner
 from loraplex.server.api.names import not_found
 from loraplex.server.api.proof import prove
 from loraplex.server.api.services import Services
-from loraplex.server.api.version_cards import version_cards
+from loraplex.server.api.version_cards import seconds_left, version_cards
 from loraplex.server.api.wish import strip_base
 from loraplex.server.catalog.aliases import Alias
 from loraplex.server.catalog.on_demand import is_hidden
+from loraplex.server.catalog.pushed import shown_name
 from loraplex.server.facts import Facts
 from loraplex.server.tenancy.tenants import current_key
 
@@ -56,15 +58,19 @@ def find_card(services: Services, model: str) -> ModelCard:
 async def find_receipt(services: Services, name: str, wait: float) -> AdapterReceipt:
     """What is known of an adapter, waiting up to `wait` seconds for what is measured of it.
 
-    Raises ApiError (404), also for what the caller may not use.
+    Raises ApiError (404, 410), also for what the caller may not use.
     """
     version = _find(services, name, name)
-    proof = await prove(services, version, wait)
+    return receipt_of(services, version, await prove(services, version, wait))
+
+
+def receipt_of(services: Services, version: AdapterVersion, proof: ProofAnswer) -> AdapterReceipt:
+    """What is known of a version."""
     tokenizers, files = services.tokenizers, version.info.tokenizer
     difference = tokenizers.difference(files)
     own = tokenizers.of([files])
     return AdapterReceipt(
-        id=version.name,
+        id=shown_name(version),
         created=version.created,
         source=version.origin,
         digest=version.digest,
@@ -80,12 +86,18 @@ async def find_receipt(services: Services, name: str, wait: float) -> AdapterRec
             special_tokens=dict(difference.special),
             added_tokens={token.text: token.id for token in difference.added},
         ),
-        versions=version_cards(services, name),
+        versions=version_cards(services, version.name),
         proof=proof,
+        expires_in=services.pushed.seconds_left(version) or seconds_left(services, version),
     )
 
 
 def _find(services: Services, name: str, asked: str) -> AdapterVersion:
+    if name.startswith("@"):
+        pushed = services.pushed.find(name, push_owner())
+        if pushed is None:
+            raise not_found(asked)
+        return pushed
     version = services.adapters.registry.get(name)
     if version is None or is_hidden(name) or not current_key().may_use(name):
         raise not_found(asked)

@@ -30,6 +30,7 @@ class Delta:
     text: str
     tokens: tuple[ScoredToken, ...] = ()
     prompt: ScoredPrompt | None = None  # before these, where it is echoed and its tokens are scored
+    prompt_scores: ScoredPrompt | None = None  # the same beside the answer, where that was asked for
     finish_reason: str | None = None  # "stop" | "length"; set in the last delta of the choice
     stop_reason: int | str | None = None
     embedding: NDArray[np.float32] | None = None  # [H], where it was asked for
@@ -60,6 +61,7 @@ class Choice:
         self._aborted = False
         self._echo = echo  # until it was said
         self._options = options
+        self._beside = options.prompt_logprobs  # until they were said
         self._shift = len(echo.text) if echo is not None else 0
         self._last_time = submission.request.arrival
         self._first_time: float | None = None
@@ -90,10 +92,16 @@ class Choice:
         return self._submission.request.mix
 
     @property
+    def prompt_ids(self) -> Sequence[int]:
+        """What it goes on from."""
+        return self._submission.request.prompt_ids
+
+    @property
     def is_plain(self) -> bool:
         """Whether its tokens after the first are text and nothing else, but for the one that ends it."""
         options = self._options
-        return not self._detokenizer.has_stops and options.logprobs is None and not options.prompt_only
+        scored = options.logprobs is not None or options.every_token
+        return not self._detokenizer.has_stops and not scored and not options.prompt_only
 
     def divert(self, shortcut: Shortcut) -> None:
         """See Submission.divert: what `shortcut` takes is not among the deltas."""
@@ -146,7 +154,7 @@ class Choice:
             self._count(event)
             if event.finish is FinishReason.STOP:
                 stop_reason = None if event.token_id in self._eos_ids else event.token_id
-                if self._options.whole_tokens:
+                if self._options.whole_tokens or self._options.every_token:
                     self._score(event.token_id, event)
             elif not self._options.prompt_only:  # the token that stops is no part of the answer
                 text = self._show(event.token_id, event)
@@ -168,9 +176,12 @@ class Choice:
         tokens, prompt = self._release(finish is not None), None
         if self._echo is not None:
             text = self._echo.text + text
-            prompt = self._echo.prompt(self._submission.request.prompt_ids, event.prompt_logprobs)
+            prompt = self._echo.prompt(self.prompt_ids, event.prompt_logprobs, self._options.logprobs)
             self._echo = None
-        return Delta(self._index, text, tokens, prompt, finish, stop_reason, event.embedding)
+        beside, self._beside = self._beside, None
+        scored = ScoredPrompt(self.prompt_ids, range(len(self.prompt_ids)), event.prompt_logprobs, beside or 0)
+        shown = scored if beside is not None else None
+        return Delta(self._index, text, tokens, prompt, shown, finish, stop_reason, event.embedding)
 
     def _check_constraint(self) -> None:
         """Raises ApiError where the grammar gave up: the answer ends where it should not."""
@@ -189,14 +200,14 @@ class Choice:
         return self._detokenizer.push(token_id)
 
     def _score(self, token_id: int, event: TokenEvent) -> None:
-        if event.logprob is not None:
+        if event.logprob is not None or self._options.every_token:
             offset = self._shift + self._detokenizer.decoded
             self._unreleased.append(ScoredToken(token_id, event.logprob, event.top_logprobs, offset))
 
     def _release(self, ended: bool) -> tuple[ScoredToken, ...]:
         """Scored tokens whose text is out. At the end all, but for those that a stop string cut off."""
         out = []
-        everything = ended and self._detokenizer.stopped_by is None
+        everything = self._options.every_token or (ended and self._detokenizer.stopped_by is None)
         while self._unreleased and (everything or self._is_out(ended)):
             out.append(self._unreleased.popleft())
         return tuple(out)

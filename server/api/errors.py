@@ -28,7 +28,9 @@ from loraplex.adapters.errors import (
     VersionMoved,
     VersionUnclear,
 )
+from loraplex.adapters.sources.spool import NoRoom
 from loraplex.server.catalog.aliases import AliasRefused
+from loraplex.server.catalog.pushed import AdapterExpired, TooManyBytes
 from loraplex.server.catalog.state_store import StateNotKept
 from loraplex.server.engine.request import (
     ContextTooLong,
@@ -111,6 +113,12 @@ def to_api_error(error: Exception, prompt_param: str | None = None) -> ApiError:
             return ApiError(400, str(error), param="model", code=error.code)
         case AdapterUnavailable():
             return ApiError(503, str(error), type=SERVER, param="model", code="adapter_unavailable")
+        case AdapterExpired():
+            return ApiError(410, str(error), param="model", code="adapter_expired")
+        case NoRoom():
+            return ApiError(507, str(error), type=SERVER, code="no_room")
+        case TooManyBytes():
+            return ApiError(413, str(error), code="quota_exceeded")
         case AdapterError():
             return ApiError(400, str(error), param="model")
         case ContextTooLong():

@@ -70,9 +70,9 @@ UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "documents": ((), _PROMPT),
     "add_special_tokens": ((False,), "the chat template writes the special tokens"),  # completions have it
     # what comes out
-    "prompt_logprobs": ((False,), "completions give them with echo and logprobs"),
-    "return_tokens_as_token_ids": ((False,), "tokens are given as text"),
-    "return_token_ids": ((False,), "tokens are given as text"),
+    "prompt_logprobs": ((False,), "only completions have it"),
+    "return_tokens_as_token_ids": ((False,), "only completions have it"),
+    "return_token_ids": ((False,), "only completions have it"),
     "audio": ((), _TEXT_ONLY),
     "modalities": ((["text"],), _TEXT_ONLY),
     "mm_processor_kwargs": ((), _TEXT_ONLY),

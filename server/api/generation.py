@@ -17,6 +17,7 @@ from loraplex.server.api.choice import Choice, Delta
 from loraplex.server.api.direct import DirectBody
 from loraplex.server.api.errors import InvalidField, to_api_error
 from loraplex.server.api.limits import check_length, check_prompt, check_scores, check_sequences
+from loraplex.server.api.logprobs import PromptScores
 from loraplex.server.api.merge import merge
 from loraplex.server.api.names import leased, shown_mix
 from loraplex.server.api.prompts import Echo, GenerationOptions, Prompt, PromptSource
@@ -52,8 +53,9 @@ class Generation:
             services.facts.vocab_size,
             options.max_tokens,
             options.logprobs,
-            prompt_logprobs=options.logprobs if options.echo else None,
+            prompt_logprobs=options.prompt_scores,
             watermark=options.watermark,
+            processed=(record.logprobs_mode or services.facts.config.run.logprobs_mode) == "processed_logprobs",
         )
         self._arrival = time.monotonic()
         self._caller = current_caller()
@@ -80,6 +82,14 @@ class Generation:
     def tokens_of(self, index: int) -> int:
         """Generated so far by choice `index`."""
         return self._choices[index].num_tokens
+
+    def prompt_ids_of(self, index: int) -> Sequence[int]:
+        """Token ids of the prompt of choice `index`."""
+        return self._choices[index].prompt_ids
+
+    def prompt_scores(self) -> PromptScores | None:
+        """What writes a prompt's log-probabilities beside an answer; None where nobody asked."""
+        return PromptScores(self.tokenizer) if self._options.prompt_logprobs is not None else None
 
     def cached_of(self, index: int) -> int:
         """Prompt tokens that choice `index` found in the prefix cache."""
@@ -222,9 +232,9 @@ class Generation:
         for prompt in prompts:
             check_prompt(prompt.ids, facts, source.param)
         self.prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
-        if self._options.echo and self._options.logprobs is not None:
+        if (top := self._options.prompt_scores) is not None:
             answers = n * self._options.beside
-            check_scores(self.prompt_tokens, answers, self._options.logprobs, source.param, self._services.limits)
+            check_scores(self.prompt_tokens, answers, top, source.param, self._services.limits)
         self.thought = prompts[0].thought
         return prompts
 

@@ -14,7 +14,7 @@ from functools import lru_cache
 from json.encoder import encode_basestring
 from typing import Protocol
 
-from loraplex.server.api.answer_schemas import CompletionLogprobs
+from loraplex.server.api.answer_schemas import CompletionLogprobs, PromptLogprob
 from loraplex.server.api.chat_schemas import ChatLogprobs, TokenLogprob, TopLogprob
 from loraplex.server.api.prompts import ScoredPrompt, ScoredToken
 from loraplex.server.api.turns import Turn
@@ -61,7 +61,9 @@ def fill_in(content: str, written: Iterable[Written]) -> str:
 class CompletionScores:
     """Parallel lists. The top ones always include the token drawn, and are one more where it is not among them."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, as_ids: bool = False) -> None:
+        """as_ids: tokens are "token_id:5" and not text."""
+        self._text_of = _id_of if as_ids else _text_of
         self.record = CompletionLogprobs(tokens=[secrets.token_hex(8)])
         self.placeholder = self.record.model_dump_json()
         self._tokenizer = tokenizer
@@ -71,7 +73,7 @@ class CompletionScores:
         self._offsets: list[str] = []
 
     def add(self, token: ScoredToken) -> None:
-        text = _text_of(self._tokenizer, token.token_id)
+        text = self._text_of(self._tokenizer, token.token_id)
         self._tokens.append(text)
         self._offsets.append(str(token.offset))
         if token.logprob is None:  # nothing predicts a prompt's first token
@@ -83,7 +85,7 @@ class CompletionScores:
         # Where two tokens read the same (parts of characters do), the likelier one stays
         top: dict[str, str] = {}
         for token_id, logprob in token.top:
-            top.setdefault(_text_of(self._tokenizer, token_id), number(logprob))
+            top.setdefault(self._text_of(self._tokenizer, token_id), number(logprob))
         top.setdefault(text, own)
         self._tops.append("{" + ",".join([f"{name}:{value}" for name, value in top.items()]) + "}")
 
@@ -95,6 +97,35 @@ class CompletionScores:
             "text_offset": self._offsets,
         }
         return "{" + ",".join(f'"{name}":[{",".join(values)}]' for name, values in lists.items()) + "}"
+
+
+class PromptScores:
+    """vLLM's form of a prompt's: for each token an object of it and the likeliest ones, by id; null for the first."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        mark = PromptLogprob(logprob=0.0, rank=None, decoded_token=secrets.token_hex(8))
+        self.record: list[dict[str, PromptLogprob] | None] = [{"0": mark}]
+        self.placeholder = mark.model_dump_json().join(('{"0":', "}"))
+        self._tokenizer = tokenizer
+        self._entries: list[str] = []
+
+    def add(self, token: ScoredToken) -> None:
+        if token.logprob is None:
+            self._entries.append("null")
+            return
+        ranks = {token_id: rank for rank, (token_id, _) in enumerate(token.top, 1)}
+        scored = {token.token_id: token.logprob, **dict(token.top)}
+        parts = [self._entry(each, logprob, ranks.get(each)) for each, logprob in scored.items()]
+        self._entries.append("{" + ",".join(parts) + "}")
+
+    def text(self) -> str:
+        return ",".join(self._entries)
+
+    def _entry(self, token_id: int, logprob: float, rank: int | None) -> str:
+        """The rank of a token that is not among the likeliest ones is not counted."""
+        known = "null" if rank is None else rank
+        text = _text_of(self._tokenizer, token_id)
+        return f'"{token_id}":{{"logprob":{number(logprob)},"rank":{known},"decoded_token":{text}}}'
 
 
 class ChatScores:
@@ -143,6 +174,10 @@ def number(logprob: float) -> str:
 @lru_cache(_KNOWN)
 def _text_of(tokenizer: Tokenizer, token_id: int) -> str:
     return encode_basestring(tokenizer.token_text(token_id))
+
+
+def _id_of(_: Tokenizer, token_id: int) -> str:
+    return f'"token_id:{token_id}"'
 
 
 @lru_cache(_KNOWN)

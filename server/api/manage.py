@@ -9,6 +9,7 @@ from loraplex.adapters.errors import AdapterNotFound, AdapterRefused
 from loraplex.adapters.sources.sources import is_hub_id, parse_source
 from loraplex.server.api.errors import ApiError
 from loraplex.server.api.services import Services
+from loraplex.server.catalog.pushed import PushOwner
 from loraplex.server.catalog.quota import QuotaOwner, TooManyAdapters
 from loraplex.server.catalog.version_records import Who
 from loraplex.server.tenancy.rate_limits import RateLimited
@@ -63,6 +64,14 @@ def counting_adapters() -> Iterator[QuotaOwner | None]:
         except TooManyAdapters as error:
             kind = RateLimited if error.passes else AllPlacesTaken
             raise kind(str(error), error.retry_after, "adapters") from None
+
+
+def push_owner() -> PushOwner:
+    """Whose an adapter is that the current caller pushes."""
+    key = current_key()
+    if key.admin:
+        return PushOwner(key.tenant)
+    return PushOwner(key.tenant, key.max_adapters, key.max_pushed_bytes)
 
 
 def permitted_source(services: Services, source: str) -> str:

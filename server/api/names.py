@@ -1,7 +1,8 @@
 """What a request wears: every way to name an adapter, or several with weights, to leases. The one lookup there is.
 
     model            "" (the base), "sql", "base:sql", "sql@3fa9c1d20b44", "sql@previous", "sql@prod" (a label),
-                     "sql*0.7+pirate*0.3", "support" (an alias: what it stands for, for this request)
+                     "sql*0.7+pirate*0.3", "support" (an alias: what it stands for, for this request),
+                     "@sha256:3fa9c1..." (pushed without a name)
     adapters         [{"name": "sql", "weight": 0.7}, {"name": "pirate", "weight": 0.3}]
     adapter_id       LoRAX's, with an adapter_source an adapter not known here is loaded on first use
     merged_adapters  LoRAX's: linear is the same as `adapters`, the other strategies make an adapter of their own
@@ -23,7 +24,7 @@ from loraplex.adapters.registry import AdapterLease, AdapterVersion
 from loraplex.adapters.sources.sources import SourceAccess
 from loraplex.server.api.alias_terms import expand, sticky_of
 from loraplex.server.api.errors import ApiError, InvalidField, UnsupportedField, to_api_error
-from loraplex.server.api.manage import counting_adapters, permitted_source
+from loraplex.server.api.manage import counting_adapters, permitted_source, push_owner
 from loraplex.server.api.schemas import AdapterFields
 from loraplex.server.api.services import Services
 from loraplex.server.api.wish import LORAX_BASE, AdapterChoice, Term, asks_for_base, read_text, read_wish, show
@@ -157,7 +158,9 @@ async def _lease(services: Services, term: Term, token: str | None) -> AdapterLe
 
 
 def _find(services: Services, term: Term) -> AdapterLease:
-    """A lease of what is registered. Raises ApiError (404), AdapterRefused."""
+    """A lease of what is registered. Raises ApiError (404), AdapterRefused, AdapterExpired."""
+    if term.text.startswith("@"):
+        return _find_pushed(services, term)
     name, at, wanted = term.text.partition("@")
     if is_hidden(name) or not current_key().may_use(name) or (at and not wanted):
         raise not_found(term.asked, term.param)
@@ -171,3 +174,16 @@ def _find(services: Services, term: Term) -> AdapterLease:
         if at and adapters.registry.get(name) is not None:
             raise ApiError(404, f"{term.param}: {error}", param=term.param, code="model_not_found") from None
         raise not_found(term.asked, term.param) from None
+
+
+def _find_pushed(services: Services, term: Term) -> AdapterLease:
+    """A lease of what the caller pushed without a name. Raises ApiError (404), AdapterExpired, RateLimited."""
+    owner = push_owner()
+    try:
+        version = services.pushed.find(term.text, owner)
+        if version is not None:
+            with counting_adapters():
+                return services.pushed.lease(version, owner)
+    except AdapterNotFound as error:
+        raise ApiError(404, f"{term.param}: {error}", param=term.param, code="model_not_found") from None
+    raise not_found(term.asked, term.param)

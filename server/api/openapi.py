@@ -66,9 +66,31 @@ class Aborted(Wire):
     aborted: int
 
 
+class Paused(Wire):
+    status: Literal["paused", "resumed"]
+
+
+class PauseState(Wire):
+    is_paused: bool
+
+
+class WorldSize(Wire):
+    world_size: int
+
+
+class ServerInfo(Wire):
+    vllm_config: dict[str, dict[str, Any]]
+
+
 class ResponseDeleted(Wire):
     id: str
     object: Literal["response"]
+    deleted: Literal[True]
+
+
+class AdapterDeleted(Wire):
+    id: str
+    object: Literal["adapter"]
     deleted: Literal[True]
 
 
@@ -133,6 +155,7 @@ WHEN = {
     409: "Somebody else was first: the error's `present` says what is there.",
     410: "That version was here, and is no more.",
     413: "The body is too large.",
+    415: "The body is of another kind than is taken.",
     422: "The request cannot be.",
     424: "It failed on the way: the adapter is not there or cannot be loaded.",
     429: "Too much at once, of this key or of all; Retry-After says when.",

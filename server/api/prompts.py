@@ -32,13 +32,14 @@ class ScoredPrompt:
     ids: Sequence[int]
     offsets: Sequence[int]
     scores: TokenScores | None  # of all ids but the first, which nothing predicts
+    top: int  # likeliest ones of each place that are shown
 
     def tokens(self, start: int = 0) -> Iterator[ScoredToken]:
         """From number `start` on."""
         for place in range(start, len(self.ids)):
             known = self.scores if place else None
             logprob = None if known is None else float(known.logprobs[place - 1])
-            top = () if known is None else known.top(place - 1)
+            top = () if known is None else known.top(place - 1)[: self.top]
             yield ScoredToken(self.ids[place], logprob, top, self.offsets[place])
 
 
@@ -68,6 +69,14 @@ class GenerationOptions:
     prompt_only: bool = False  # nothing of the answer is shown
     pooling: Pooling | None = None  # the prompt as one vector
     watermark: bool = False  # see SamplingParams
+    every_token: bool = False  # all that are drawn come, at once: the one that stops, and what a stop string cuts off
+    prompt_logprobs: int | None = None  # the prompt's own, with so many of the likeliest tokens, beside the answer
+
+    @property
+    def prompt_scores(self) -> int | None:
+        """The likeliest tokens of each place of the prompt that are wanted, for an echo or beside the answer."""
+        wanted = [self.logprobs if self.echo else None, self.prompt_logprobs]
+        return max((k for k in wanted if k is not None), default=None)
 
 
 def _as_it_is(tokenizer: Tokenizer, options: GenerationOptions) -> GenerationOptions:
@@ -106,6 +115,6 @@ class Echo:
             await turn.take()
         return cls(text, tuple(offsets))
 
-    def prompt(self, ids: Sequence[int], scores: TokenScores | None) -> ScoredPrompt | None:
+    def prompt(self, ids: Sequence[int], scores: TokenScores | None, top: int | None) -> ScoredPrompt | None:
         """Its tokens; None where they are not scored."""
-        return ScoredPrompt(ids, self.offsets, scores) if self.offsets else None
+        return ScoredPrompt(ids, self.offsets, scores, top or 0) if self.offsets else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from json.encoder import encode_basestring
 from typing import Protocol
 
@@ -16,7 +16,7 @@ from loraplex.server.api.answer_schemas import Usage
 from loraplex.server.api.choice import Delta
 from loraplex.server.api.direct import DirectBody, direct_body
 from loraplex.server.api.generation import Generation
-from loraplex.server.api.logprobs import ChatScores, CompletionScores, fill_in, write_prompt
+from loraplex.server.api.logprobs import ChatScores, CompletionScores, PromptScores, fill_in, write_prompt
 from loraplex.server.api.schemas import GenerationFields, StreamOptions, Wire
 from loraplex.server.api.sse import SseResponse, answer_or_disconnect, encode_event
 
@@ -28,18 +28,23 @@ class Collected:
     """All deltas of one choice."""
 
     scores: Scores | None = None  # where they are asked for
+    prompt_scores: PromptScores | None = None  # likewise
     text: str = ""
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     likelihood: float = 0.0  # the log-probabilities of its own tokens, added up
     tokens: int = 0  # these are of
+    token_ids: list[int] = field(default_factory=list)
 
     async def add(self, delta: Delta) -> None:
         if self.scores is not None and delta.prompt is not None:
             await write_prompt(self.scores, delta.prompt)
+        if self.prompt_scores is not None and delta.prompt_scores is not None:
+            await write_prompt(self.prompt_scores, delta.prompt_scores)
         for token in delta.tokens:
             self.likelihood += token.logprob or 0.0
             self.tokens += 1
+            self.token_ids.append(token.token_id)
             if self.scores is not None:
                 self.scores.add(token)
         self.text += delta.text
@@ -117,10 +122,11 @@ async def collect(generation: Generation, rendering: Rendering) -> str:
     async with aclosing(generation.deltas()) as deltas:
         async for delta in deltas:
             if delta.index not in choices:
-                choices[delta.index] = Collected(rendering.scores())
+                choices[delta.index] = Collected(rendering.scores(), generation.prompt_scores())
             await choices[delta.index].add(delta)
     whole = rendering.whole([choices[index] for index in sorted(choices)], generation.usage())
-    return fill_in(whole.model_dump_json(), (c.scores for c in choices.values() if c.scores is not None))
+    written = [each for c in choices.values() for each in (c.scores, c.prompt_scores) if each is not None]
+    return fill_in(whole.model_dump_json(), written)
 
 
 async def _chunks(

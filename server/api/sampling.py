@@ -39,6 +39,7 @@ class SamplingSpec:
         *,
         prompt_logprobs: int | None = None,
         watermark: bool = False,
+        processed: bool = False,
     ) -> SamplingSpec:
         """The caller's values, else the checkpoint's, else neutral ones. Raises InvalidField."""
         min_tokens = record.min_tokens or 0
@@ -66,6 +67,7 @@ class SamplingSpec:
                 repetition_penalty=_first(record.repetition_penalty, defaults.repetition_penalty, 1.0),
                 logit_bias=_logit_bias(record.logit_bias or {}, vocab_size),
                 logprobs=logprobs,
+                processed=processed and logprobs is not None,
                 prompt_logprobs=prompt_logprobs,
                 stop_token_ids=_stop_tokens(record, defaults, vocab_size),
                 min_tokens=min_tokens,

@@ -224,6 +224,7 @@ class GenerationFields(AdapterFields, SharedFields):
     ignore_eos: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    logprobs_mode: Literal["raw_logprobs", "processed_logprobs"] | None = None  # vLLM's words; null: --logprobs-mode
 
 
 class CompletionRequest(GenerationFields):
@@ -235,6 +236,9 @@ class CompletionRequest(GenerationFields):
     echo: bool | None = None
     add_special_tokens: bool | None = None  # null: true
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None  # this and the next two are vLLM's
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
 
 
 MAX_SECONDS = 10 * 366 * 86400.0

@@ -9,6 +9,7 @@ from loraplex.server.api.abort import OpenAnswers
 from loraplex.server.api.body import Bodies
 from loraplex.server.catalog.aliases import Aliases
 from loraplex.server.catalog.on_demand import OnDemand
+from loraplex.server.catalog.pushed import Pushed
 from loraplex.server.catalog.saved import Remembering
 from loraplex.server.config import RequestLimits
 from loraplex.server.drain import Drain
@@ -34,6 +35,7 @@ class Services:
     adapters: Remembering
     aliases: Aliases
     on_demand: OnDemand
+    pushed: Pushed
     tokenizers: Tokenizers
     texts: TextPools
     grammars: Grammars

@@ -4,8 +4,9 @@
     local/<folder>-<hash>    a source that a request named, registered by itself      anybody's who may use it
     private/<folder>-<hash>  the same, fetched with a caller's token                  those who bring that token
     merged/<key>             several adapters merged; the key is of their content     those who ask for the same merge
+    pushed/<id>              sent by its tenant, without a name (pushed.py)           its tenant's
 
-All are registered like any other adapter and served like it; the last two cannot be named by requests. The least
+All are registered like any other adapter and served like it; the last three cannot be named by requests. The least
 recently used idle ones are taken off again, so that requests cannot fill the registry or the disk, nor those of one
 tenant more than its share of it (quota.py). Event loop only.
 """
@@ -26,8 +27,8 @@ from typing import Any
 from loraplex.adapters.errors import AdapterRefused, AdapterUnavailable
 from loraplex.adapters.registry import AdapterLease, AdapterVersion, Registry
 from loraplex.adapters.shared_work import SharedWork
-from loraplex.adapters.sources.merge_folder import MergeFolder, remove_stale
 from loraplex.adapters.sources.merge_plan import MergePlan
+from loraplex.adapters.sources.process_folder import ProcessFolder, remove_stale
 from loraplex.adapters.sources.sources import OPERATOR, Source, SourceAccess, is_hub_id, parse_source
 from loraplex.server.catalog.manager import AdapterManager
 from loraplex.server.catalog.quota import RETRY_AFTER, Key, Quota, QuotaOwner
@@ -35,7 +36,7 @@ from loraplex.server.engine.request import Overloaded
 
 logger = logging.getLogger(__name__)
 
-MERGED, PRIVATE = "merged/", "private/"
+MERGED, PRIVATE, PUSHED = "merged/", "private/", "pushed/"
 """Begin the names that no request may name."""
 
 MAX_FIRST_USE = 1024
@@ -66,7 +67,7 @@ class OnDemand:
         self._under_way: SharedWork[Key, str] = SharedWork()  # what is loaded or merged now -> its name to be
         self._merging = asyncio.Semaphore(MAX_MERGING)
         self._known: OrderedDict[Key, str] = OrderedDict()  # (uids, plan) -> name, of merges made
-        self._folder: MergeFolder | None = None
+        self._folder: ProcessFolder | None = None
         remove_stale()
 
     async def lease(
@@ -144,7 +145,7 @@ class OnDemand:
     def _root(self) -> Path:
         if self._folder is None:
             try:
-                self._folder = MergeFolder()
+                self._folder = ProcessFolder()
             except OSError as error:
                 raise AdapterUnavailable(f"there is no folder for merged adapters: {error.strerror}") from error
         return self._folder.path
@@ -195,7 +196,7 @@ class _Names:
 
 def is_hidden(name: str) -> bool:
     """Whether an adapter of this name is for those alone who asked for it in full."""
-    return name.startswith((MERGED, PRIVATE))
+    return name.startswith((MERGED, PRIVATE, PUSHED))
 
 
 def first_use_name(source: Source) -> str:

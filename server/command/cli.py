@@ -107,6 +107,7 @@ class KeyFields:
     tokens_per_minute: Annotated[int | None, typer.Option(metavar="N", min=1, help="Of prompts and answers.")] = None
     max_concurrent: Annotated[int | None, typer.Option(metavar="N", min=1, help="Requests at once.")] = None
     max_adapters: Annotated[int | None, typer.Option(metavar="N", min=1, help="Of the tenant, at a time.")] = None
+    max_pushed_bytes: Annotated[int | None, typer.Option(metavar="N", min=1, help="Of those it pushed.")] = None
 
 
 @keys.command()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from functools import partial
 
 from loraplex.adapters.registry import AdapterVersion
 from loraplex.adapters.sources.sources import resolve
+from loraplex.adapters.sources.spool import Spool
 from loraplex.adapters.tiers.merging import merge_versions
 from loraplex.kernels.constants import BLOCK_SIZE
 from loraplex.server.api.services import Services
@@ -15,14 +17,17 @@ from loraplex.server.catalog.copies import VersionCopies
 from loraplex.server.catalog.expiry import Expiry
 from loraplex.server.catalog.manager import AdapterManager
 from loraplex.server.catalog.on_demand import OnDemand
+from loraplex.server.catalog.pushed import Pushed
 from loraplex.server.catalog.saved import Remembering
 from loraplex.server.catalog.state_store import StateError, StateStore
 from loraplex.server.catalog.state_writer import StateWriter
+from loraplex.server.catalog.version_records import KeptName
 from loraplex.server.catalog.versions import Versions
 from loraplex.server.command.build import EngineParts
 from loraplex.server.command.keys import open_access
 from loraplex.server.config import ServeConfig
 from loraplex.server.facts import Facts
+from loraplex.server.models.demo import default_cache_dir
 from loraplex.server.proof.examiner import Examiner
 from loraplex.server.proof.prober import Prober
 from loraplex.server.proof.prover import REST, Prover
@@ -53,6 +58,8 @@ def make_services(
     endpoint, writer = config.run.otlp_endpoint, StateWriter(state)
     try:
         tracing = None if endpoint is None else start_tracing(endpoint)
+        kept = {row.source: row.name.rpartition("/")[0] for row in state.rows(KeptName)}
+        spool = _spool(config, state, kept)
         adapters = _remembering(config, manager, writer)
         aliases = Aliases(adapters)
     except (TracingUnavailable, StateError) as error:
@@ -62,13 +69,15 @@ def make_services(
     downloads = manager.downloads
     merge = merge_versions if downloads is None else partial(merge_versions, locate=downloads.locate)
     keys = config.auth.keys_file
+    on_demand = OnDemand(manager, merge)
     return Services(
         prover=make_prover(parts, (*config.base_names, config.base)),
         facts=facts,
         engine=engine,
         adapters=adapters,
         aliases=aliases,
-        on_demand=OnDemand(manager, merge),
+        on_demand=on_demand,
+        pushed=Pushed(manager, on_demand.quota, spool, config.adapters.downloads.max_bytes, kept),
         tokenizers=tokenizers,
         texts=TextPools(),
         grammars=grammars,
@@ -78,6 +87,16 @@ def make_services(
         local_sources=None if keys is None else LocalSources(config.auth.allowed_paths, config.adapters.directory),
         tracing=tracing,
     )
+
+
+def _spool(config: ServeConfig, state: StateStore, kept: Collection[str]) -> Spool:
+    """Keep what clients push beside the state, which remembers it, or for the life of the process."""
+    adapters = config.adapters
+    if state.folder is not None:
+        spool = Spool(state.folder / "pushed", adapters.pushed_bytes, keep=True)
+        spool.keep_only(kept)
+        return spool
+    return Spool(adapters.downloads.folder or default_cache_dir() / "downloads", adapters.pushed_bytes)
 
 
 def make_prover(parts: EngineParts, names: tuple[str, ...], rest: float = REST) -> Prover:

@@ -16,19 +16,23 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
 from loraplex.adapters.registry import AdapterVersion
-from loraplex.server.engine.messages import Abort, Forget, Message, Pin, Stop, Submit, Wake
-from loraplex.server.engine.open_requests import OpenRequests, release
+from loraplex.adapters.shared_work import tell
+from loraplex.server.engine.messages import Abort, Forget, Message, Pause, Pin, Resume, Stop, Submit, Wake, Warm
+from loraplex.server.engine.open_requests import CRASHED, STOPPED, OpenRequests, release
+from loraplex.server.engine.pausing import Pace, Pausing
 from loraplex.server.engine.policy.plan import Placement
 from loraplex.server.engine.policy.queue_limits import QueueLimits, Running
 from loraplex.server.engine.policy.rows import Worker
 from loraplex.server.engine.policy.scheduler import Scheduler
 from loraplex.server.engine.published import AdapterBooks, PublishedStats
-from loraplex.server.engine.request import FinishReason, GenerationRequest, Mix, TokenEvent
+from loraplex.server.engine.request import EngineDead, FinishReason, GenerationRequest, Mix, TokenEvent
 from loraplex.server.engine.stats import EngineStats
 from loraplex.server.engine.streams import EventStream, Mailbox, post
 
@@ -48,6 +52,8 @@ class DeviceAdapters(Placement, AdapterBooks, Protocol):
     def forget(self, version: AdapterVersion) -> None: ...
 
     def pin_forever(self, version: AdapterVersion, pinned: bool) -> None: ...
+
+    def warm(self, version: AdapterVersion, done: Callable[[], None]) -> None: ...
 
     def check_integrity(self) -> None:
         """Raises AssertionError unless its books agree."""
@@ -77,6 +83,7 @@ class Engine:
         self._coming: dict[str, GenerationRequest] = {}  # out of it, and not with the scheduler yet
         self._halt = halt if halt is not None else ctypes.c_int32()  # one of 0 is false
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._pausing = Pausing()
         self._outbox: list[TokenEvent] = []  # the engine thread's own
         self._failure: BaseException | None = None
         self._unchecked = False  # whether steps have run since the books were checked
@@ -154,6 +161,32 @@ class Engine:
         """Bring `version` to the device as soon as there is room, and never evict it; or let it be evicted again."""
         self._post(Pin(version, pinned))
 
+    def warm_adapter(self, version: AdapterVersion) -> Future[None]:
+        """Bring `version` to the device ahead of its requests. Done once it is there, or cannot be had so."""
+        done: Future[None] = Future()
+        self._post(Warm(version, done))
+        return done
+
+    def pause(self, *, keep: bool) -> Future[None]:
+        """Compute nothing from now on: at once (`keep`: what is open stays where it is), or once that has ended.
+
+        The future is done once no step runs; requests that come wait for resume(). It fails with EngineDead.
+        """
+        done: Future[None] = Future()
+        self._post(Pause(keep, done))
+        if self._requests.is_closed:  # it may have ended before it could look
+            tell(done, EngineDead(STOPPED))
+        return done
+
+    def resume(self) -> None:
+        """Compute again. Whoever still waits for a pause need not wait any more."""
+        self._post(Resume())
+
+    @property
+    def pace(self) -> Pace:
+        """Whether steps run."""
+        return self._pausing.pace
+
     def wake(self) -> None:
         """An adapter has come to host memory, or failed to, or a mask that somebody waits for is there."""
         self._post(Wake())
@@ -168,13 +201,15 @@ class Engine:
         try:
             busy = False
             while self._receive(block=not busy):
-                busy = self._step()
+                is_paused = self._pausing.look(self._scheduler.num_open)
+                busy = self._stand_still() if is_paused else self._step()
                 self._unchecked = self._unchecked or busy
         except BaseException as error:
             logger.exception("the engine has crashed")
             self._failure = error
         post(self._requests.account(self._outbox, Running()))
         post(self._requests.account(self._requests.close(crashed=self._failure is not None), Running()))
+        self._pausing.fail(EngineDead(CRASHED if self._failure is not None else STOPPED))
         if self._failure is not None:
             self.on_crash()
 
@@ -184,8 +219,8 @@ class Engine:
         False: stop.
         """
         self._halt.value = 0  # before looking: a message that comes from now on sets it again
-        block = block and not self._coming
-        timeout = self._scheduler.idle_seconds() if block else None
+        block = block and (not self._coming or self._pausing.holds_back)
+        timeout = self._scheduler.idle_seconds() if block and self.pace is not Pace.PAUSED else None
         checks = block and timeout is None and self._unchecked
         while True:
             try:
@@ -204,9 +239,16 @@ class Engine:
                     self._adapters.forget(version)
                 case Pin(version, pinned):
                     self._adapters.pin_forever(version, pinned)
+                case Warm(version, done):
+                    self._adapters.warm(version, partial(tell, done, None))
+                case Pause(keep, done):
+                    self._pausing.stop(keep, done)
+                case Resume():
+                    self._pausing.resume()
                 case Stop():
                     return False
-        self._take_in()
+        if not self._pausing.holds_back:
+            self._take_in()
         return True
 
     def _take_in(self) -> None:
@@ -260,6 +302,11 @@ class Engine:
         self._outbox += self._scheduler.commit(plan, results)
         self._queue_limits.drained(num_tokens * steps, time.monotonic() - began)
         return True
+
+    def _stand_still(self) -> bool:
+        """Do what is done between steps, where none may run."""
+        self._deliver(idle=True)
+        return False
 
     def _deliver(self, *, idle: bool = False) -> None:
         """Hand the outbox to the streams' loops. idle: nothing follows, so the state is told at once."""

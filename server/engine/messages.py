@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 from loraplex.adapters.registry import AdapterVersion
@@ -38,8 +39,29 @@ class Pin:
 
 
 @dataclass(frozen=True)
+class Warm:
+    """Bring a version to the device; `done` is told once it is there, or cannot be had."""
+
+    version: AdapterVersion
+    done: Future[None]
+
+
+@dataclass(frozen=True)
 class Wake:
     """Look again: something has come that somebody may wait for."""
+
+
+@dataclass(frozen=True)
+class Pause:
+    """Compute nothing from now on; without `keep`, once what is open has ended. `done` is told then."""
+
+    keep: bool
+    done: Future[None]
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Compute again."""
 
 
 @dataclass(frozen=True)
@@ -47,4 +69,4 @@ class Stop:
     """End the thread."""
 
 
-Message = Submit | Abort | Forget | Pin | Wake | Stop
+Message = Submit | Abort | Forget | Pin | Warm | Wake | Pause | Resume | Stop

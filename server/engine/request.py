@@ -90,6 +90,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0  # over prompt and generated tokens
     logit_bias: tuple[tuple[int, float], ...] = ()
     logprobs: int | None = None  # None: none; k: the sampled token's and the k most likely ones'
+    processed: bool = False  # logprobs are of what was drawn from: after bias, penalties, temperature and truncation
     prompt_logprobs: int | None = None  # the same for the prompt's tokens but the first; its cached prefix is not used
     stop_token_ids: frozenset[int] = frozenset()  # end-of-sequence ids and the caller's own
     min_tokens: int = 0  # stop tokens are forbidden before

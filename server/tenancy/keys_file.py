@@ -14,6 +14,7 @@
         tokens_per_minute: 100000
         max_concurrent: 16
         max_adapters: 50         # the tenant may have here at a time (catalog/quota.py); one for all keys of a tenant
+        max_pushed_bytes: 1000000000   # of those that it pushed (catalog/pushed.py), likewise
 
 Patterns are those of tenants.py. A file that cannot be read, is wrong, or that everybody on the machine may write to
 stops the start, and leaves the keys as they were later on. A key that is taken away gets nothing new; answers under way
@@ -61,7 +62,7 @@ _MAX_WEIGHT = 1000.0
 _LIST = re.compile(r"^keys:[^\n]*\n(?:\s*(?:#[^\n]*)?\n)*([ ]*)-", re.MULTILINE)
 _EMPTY = re.compile(r"^keys:[ ]*\[\][ ]*$", re.MULTILINE)
 
-RESERVED = frozenset({"merged", "private", "hub", "local", "s3", "gs", "http", "https"})
+RESERVED = frozenset({"merged", "private", "pushed", "hub", "local", "s3", "gs", "http", "https"})
 """Namespaces of adapters that requests bring with them (catalog/on_demand.py): they belong to no tenant."""
 
 Stamp = tuple[int, int, int, int]
@@ -167,7 +168,7 @@ def parse_keys(text: str) -> Keyring:
     keys: dict[bytes, Key] = {}
     names: set[str] = set()
     weights: dict[str, float] = {}
-    bounds: dict[str, int | None] = {}
+    bounds: dict[tuple[str, str], int | None] = {}
     for i, entry in enumerate(document["keys"]):
         where = f"keys[{i}]"
         digest, key = _parse_key(entry, where)
@@ -180,11 +181,13 @@ def parse_keys(text: str) -> Keyring:
                 f"{where}.weight: tenant {key.tenant!r} has weight {weights[key.tenant]:g} with another key; "
                 "give all its keys one"
             )
-        if not key.admin and bounds.setdefault(key.tenant, key.max_adapters) != key.max_adapters:
-            raise KeysError(
-                f"{where}.max_adapters: tenant {key.tenant!r} may have {bounds[key.tenant] or 'any number'} with "
-                "another key; give all its keys one"
-            )
+        for bound in () if key.admin else _TENANTS:
+            known = bounds.setdefault((key.tenant, bound), getattr(key, bound))
+            if known != getattr(key, bound):
+                raise KeysError(
+                    f"{where}.{bound}: tenant {key.tenant!r} may have {known or 'any number'} with another key; give "
+                    "all its keys one"
+                )
         keys[digest] = key
         names.add(key.name)
     return Keyring(keys)
@@ -192,7 +195,8 @@ def parse_keys(text: str) -> Keyring:
 
 _KINDS: dict[str, type] = {"base": bool, "admin": bool, "metrics": bool, "load_on_use": bool}
 _LIMITS = tuple(each.name for each in fields(Limits))
-_FIELDS = ("name", "sha256", "tenant", "adapters", "weight", *_KINDS, *_LIMITS, "max_adapters")
+_TENANTS = ("max_adapters", "max_pushed_bytes")
+_FIELDS = ("name", "sha256", "tenant", "adapters", "weight", *_KINDS, *_LIMITS, *_TENANTS)
 
 
 def _parse_key(entry: Any, where: str) -> tuple[bytes, Key]:
@@ -225,8 +229,8 @@ def _parse_key(entry: Any, where: str) -> tuple[bytes, Key]:
         metrics=entry.get("metrics", False),
         load_on_use=entry.get("load_on_use", False),
         weight=float(weight),
-        max_adapters=_parse_limit(entry.get("max_adapters"), f"{where}.max_adapters"),
         limits=Limits(**{name: _parse_limit(entry.get(name), f"{where}.{name}") for name in _LIMITS}),
+        **{name: _parse_limit(entry.get(name), f"{where}.{name}") for name in _TENANTS},
     )
     return bytes.fromhex(entry["sha256"]), key
 

@@ -33,6 +33,7 @@ class Key:
     load_on_use: bool = False
     weight: float = 1.0
     max_adapters: int | None = None  # that its tenant may have here; None: any number
+    max_pushed_bytes: int | None = None  # of those its tenant has pushed; None: any number
     limits: Limits = field(default_factory=Limits)
 
     def may_use(self, adapter: str) -> bool:

@@ -367,12 +367,12 @@ ASKING: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("name", [*UNSUPPORTED, "prompt_logprobs"])
+@pytest.mark.parametrize("name", UNSUPPORTED)
 async def test_fields_that_would_change_the_answer_are_refused(
     client: httpx.AsyncClient, server: FakeServer, name: str
 ) -> None:
     neutral, _ = UNSUPPORTED[name]
-    only_completions = ("add_special_tokens", "best_of", "echo")
+    only_completions = {"add_special_tokens", *(each for each, (_, why) in UNSUPPORTED.items() if "only compl" in why)}
     route, body = (CHAT, chat()) if name in only_completions else (COMPLETIONS, completion())
     error = await assert_refused(client, server, route, {**body, name: ASKING.get(name, 17)}, 400, name)
     assert error["code"] == "unsupported_parameter"

@@ -82,7 +82,7 @@ async def test_others_have_their_turn_while_a_long_prompt_is_written(
     monkeypatch.setattr(turns, "SECONDS", 0.0)
     ids = [20 + i % 200 for i in range(500)]
     echo = await Echo.build(tokenizer, Prompt(ids), scored=True)
-    prompt = ScoredPrompt(ids, echo.offsets, scores_of([(-1.0, [(7, -0.5), (8, -1.5)])] * 499))
+    prompt = ScoredPrompt(ids, echo.offsets, scores_of([(-1.0, [(7, -0.5), (8, -1.5)])] * 499), 2)
     written = CompletionScores(tokenizer)
     assert await others_turns(write_prompt(written, prompt)) >= 400
     assert await others_turns(Echo.build(tokenizer, Prompt(ids), scored=True)) >= 400

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -20,11 +21,13 @@ from loraplex.adapters.info import AdapterInfo
 from loraplex.adapters.registry import AdapterVersion, Registry
 from loraplex.adapters.sources.merge_plan import MergePlan
 from loraplex.adapters.sources.sources import OPERATOR, SourceAccess
+from loraplex.adapters.sources.spool import Spool
 from loraplex.adapters.tiers.stats import AdapterPlace, PageOwners
 from loraplex.server.api.services import Services
 from loraplex.server.catalog.aliases import Aliases
 from loraplex.server.catalog.manager import AdapterManager, Around, Copy
 from loraplex.server.catalog.on_demand import OnDemand
+from loraplex.server.catalog.pushed import Pushed
 from loraplex.server.catalog.saved import Remembering
 from loraplex.server.catalog.state_store import StateStore
 from loraplex.server.catalog.state_writer import StateWriter
@@ -32,6 +35,7 @@ from loraplex.server.catalog.versions import Versions
 from loraplex.server.command.app import create_app
 from loraplex.server.config import EngineConfig, RequestLimits, ServeConfig
 from loraplex.server.engine.engine import Engine
+from loraplex.server.engine.pausing import Pace
 from loraplex.server.engine.request import FinishReason, GenerationRequest, Mix, TokenEvent, TokenScores
 from loraplex.server.engine.stats import EngineStats
 from loraplex.server.engine.streams import EventStream, Shortcut
@@ -160,6 +164,10 @@ class FakeEngine(Engine):
     def stats(self) -> EngineStats:
         return self.current
 
+    @property
+    def pace(self) -> Pace:
+        return Pace.PAUSED
+
     def _answer(self, request: GenerationRequest) -> list[TokenEvent]:
         return say(self._tokenizer, "the answer", request)
 
@@ -247,12 +255,15 @@ class FakeServer:
     given: dict[str, Any] = field(default_factory=dict)  # what each of them is changed by, as app() takes it
     state: StateStore = field(default_factory=StateStore)
     on_demand: OnDemand = field(init=False)
+    pushed: Pushed = field(init=False)
 
     def __post_init__(self) -> None:
         def merge(versions: Sequence[AdapterVersion], plan: MergePlan, root: Path) -> str:
             return plan.key([version.digest or "" for version in versions])
 
         self.on_demand = OnDemand(self.adapters, merge)
+        spool = Spool(Path(tempfile.gettempdir()), 1 << 20)
+        self.pushed = Pushed(self.adapters, self.on_demand.quota, spool, 1 << 19)
 
     def use_template(self, source: str) -> None:
         """Another chat template."""
@@ -322,6 +333,7 @@ class FakeServer:
             adapters=adapters,
             aliases=Aliases(adapters),
             on_demand=self.on_demand,
+            pushed=self.pushed,
             tokenizers=Tokenizers(self.tokenizer, VOCAB_SIZE, self.defaults.eos_token_ids),
             texts=TextPools(),
             grammars=Grammars(self.tokenizer, VOCAB_SIZE, self.defaults.eos_token_ids),

@@ -42,7 +42,9 @@ class Api:
 
     def ask(self, method: str, path: str, key: str | None = None, **fields: Any) -> httpx.Response:
         """Ask with the key of that name; None: without one."""
-        headers = {} if key is None else {"Authorization": f"Bearer {self.keys[key]}"}
+        headers = dict(fields.pop("headers", {})) | (
+            {} if key is None else {"Authorization": f"Bearer {self.keys[key]}"}
+        )
         return httpx.request(method, f"{self.url}{path}", headers=headers, timeout=LIMIT, **fields)
 
     def load(self, name: str, folder: Path | str, key: str | None = None, **fields: Any) -> httpx.Response:
@@ -95,8 +97,9 @@ def live_server(
     keys: Iterable[tuple[str, str]] = (),
     auth: AuthConfig | None = None,
     downloads: DownloadConfig = DownloadConfig(),
+    state: Path | None = None,
 ) -> Iterator[LiveServer]:
-    """Serve the checkpoint in `base` as `name` while the block runs. keys: what new_key() made."""
+    """Serve the checkpoint in `base` as `name` while the block runs. keys: what new_key() made; state: --state-dir."""
     with tempfile.TemporaryDirectory() as folder:
         made = tuple(keys)
         secrets = {yaml.safe_load(entry)[0]["name"]: secret for secret, entry in made}
@@ -104,7 +107,7 @@ def live_server(
         if made:
             (Path(folder) / "keys.yaml").write_text("keys:\n" + "".join(entry for _, entry in made))
             auth = replace(auth, keys_file=Path(folder) / "keys.yaml")
-        adapters, run = AdaptersConfig(downloads=downloads), RunConfig(grace_seconds=1)
+        adapters, run = AdaptersConfig(downloads=downloads), RunConfig(grace_seconds=1, state_dir=state)
         with _listening(ServeConfig(str(base), (name,), None, adapters, auth=auth, engine=engine, run=run)) as live:
             yield replace(live, keys=secrets)
 

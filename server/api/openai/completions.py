@@ -8,7 +8,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from loraplex.server.api.answer_schemas import Completion, CompletionChoice, Usage
+from loraplex.server.api.answer_schemas import Completion, CompletionChoice, RolloutChoice, Usage
 from loraplex.server.api.body import body_schema, ignored_fields
 from loraplex.server.api.choice import Delta
 from loraplex.server.api.errors import InvalidField
@@ -52,6 +52,8 @@ def _options(record: CompletionRequest, limits: RequestLimits) -> GenerationOpti
         raise InvalidField("best_of", "best_of: the best is known only at the end, so not with stream: true")
     if record.max_tokens == 0 and not record.echo:
         raise InvalidField("max_tokens", "max_tokens: found 0, which only makes sense with echo: true")
+    if record.prompt_logprobs is not None and record.stream:
+        raise InvalidField("prompt_logprobs", "prompt_logprobs: they come with the whole answer, not with stream: true")
     return GenerationOptions(
         max_tokens=_max_tokens(record),
         num_choices=best_of,
@@ -59,6 +61,8 @@ def _options(record: CompletionRequest, limits: RequestLimits) -> GenerationOpti
         grammar=read_structured(record, limits),
         echo=bool(record.echo),
         prompt_only=record.max_tokens == 0,
+        every_token=bool(record.return_token_ids),
+        prompt_logprobs=record.prompt_logprobs,
     )
 
 
@@ -86,6 +90,10 @@ class _CompletionRendering:
         self._n = record.n or 1
         self._best_of = record.best_of or self._n
         self._wants_logprobs = record.logprobs is not None
+        self._as_ids = bool(record.return_tokens_as_token_ids)
+        self._wants_ids = bool(record.return_token_ids)
+        self._wants_prompt = record.prompt_logprobs is not None
+        self._opened: set[int] = set()  # choices that have had a chunk
         self._id = f"cmpl-{generation.key}"
         self._created = generation.created
 
@@ -93,15 +101,21 @@ class _CompletionRendering:
         return ()
 
     def scores(self) -> CompletionScores | None:
-        return CompletionScores(self._generation.tokenizer) if self._wants_logprobs else None
+        return CompletionScores(self._generation.tokenizer, self._as_ids) if self._wants_logprobs else None
 
     def chunks(self, delta: Delta, scores: Scores | None, usage: Usage | None) -> Iterable[Completion]:
         if delta.text or delta.tokens or delta.prompt is not None or delta.finish_reason is not None:
-            choice = Collected(scores, delta.text, delta.finish_reason, delta.stop_reason)
-            yield self._completion([self._choice(delta.index, choice)], usage)
+            ids = [token.token_id for token in delta.tokens]
+            choice = Collected(
+                scores, text=delta.text, finish_reason=delta.finish_reason, stop_reason=delta.stop_reason, token_ids=ids
+            )
+            prompt = None if delta.index in self._opened else delta.index
+            self._opened.add(delta.index)
+            yield self._completion([self._choice(delta.index, choice, prompt)], usage)
 
     def is_plain(self, delta: Delta) -> bool:
-        return not delta.tokens and delta.finish_reason is None and not self._wants_logprobs
+        scored = self._wants_logprobs or self._wants_ids
+        return not delta.tokens and delta.finish_reason is None and not scored
 
     def usage_chunk(self, usage: Usage) -> Completion:
         return self._completion([], usage)
@@ -109,7 +123,8 @@ class _CompletionRendering:
     def whole(self, choices: list[Collected], usage: Usage) -> Completion:
         groups = (choices[start : start + self._best_of] for start in range(0, len(choices), self._best_of))
         kept = [best for group in groups for best in _best(group, self._n)]
-        return self._completion([self._choice(index, choice) for index, choice in enumerate(kept)], usage)
+        n, best_of = self._n, self._best_of
+        return self._completion([self._choice(i, choice, i // n * best_of) for i, choice in enumerate(kept)], usage)
 
     def _completion(self, choices: list[CompletionChoice], usage: Usage | None = None) -> Completion:
         return Completion(
@@ -121,13 +136,23 @@ class _CompletionRendering:
             usage=usage,
         )
 
-    def _choice(self, index: int, choice: Collected) -> CompletionChoice:
-        return CompletionChoice(
+    def _choice(self, index: int, choice: Collected, prompt: int | None) -> CompletionChoice:
+        """prompt: of which choice of the generation; None: it is not told here."""
+        plain = CompletionChoice(
             index=index,
             text=choice.text,
             logprobs=choice.scores.record if isinstance(choice.scores, CompletionScores) else None,
             finish_reason=choice.finish_reason,
             stop_reason=choice.stop_reason,
+        )
+        if not self._wants_ids and not self._wants_prompt:
+            return plain
+        ids = self._generation.prompt_ids_of(prompt) if self._wants_ids and prompt is not None else None
+        return RolloutChoice(
+            **dict(plain),
+            token_ids=choice.token_ids if self._wants_ids else None,
+            prompt_token_ids=None if ids is None else list(ids),
+            prompt_logprobs=choice.prompt_scores.record if choice.prompt_scores is not None else None,
         )
 
 

@@ -27,7 +27,7 @@ def make_router(services: Services) -> APIRouter:
         """One of them."""
         return find_card(services, model)
 
-    @router.get("/v1/adapters/{name:path}", responses=failures((400, 401, 404)))
+    @router.get("/v1/adapters/{name:path}", responses=failures((400, 401, 404, 410)))
     async def get_adapter(name: str, wait: Annotated[float, Query(ge=0, le=MAX_WAIT)] = 0.0) -> AdapterReceipt:
         """What was found in an adapter's files; its proof is begun where it is not made, and waited for."""
         return await find_receipt(services, name, wait)

@@ -63,7 +63,7 @@ def sample(logits: Tensor, rows: Sequence[Row], masks: Sequence[MaskBits | None]
             [wanted.min_p for wanted in params],
             [uniform(wanted.seed, row.known) for wanted, row in zip(params, rows, strict=True)],
         )
-    return _scored(_numbers(adjusted, ids), logits, params, ops)
+    return _scored(_numbers(adjusted, ids), logits, adjusted, params, ops)
 
 
 def draws_ahead(rows: Sequence[Row], steps: int) -> Tensor | None:
@@ -110,6 +110,27 @@ def _values(logits: Tensor, ids: Tensor) -> list[float]:
         return [value(i, token) for i, token in enumerate(ids.tolist())]
     values: list[float] = logits.gather(1, ids.unsqueeze(1)).squeeze(1).tolist()
     return values
+
+
+def drawn_from(logits: Tensor, params: SamplingParams) -> Tensor:
+    """Compute the logits [vocab] fp32 whose softmax a token is drawn from, of logits [vocab] after bias and penalties.
+
+    Semantics: as Backend.sample: top_k, temperature, top_p, min_p, with -inf for what is left out; temperature 0: as
+    given. Sorting for top_p takes 3.5 ms for 49,152 tokens.
+    """
+    if params.temperature == 0.0:
+        return logits
+    scaled = (logits - logits.max()) / max(params.temperature, 1e-6)
+    if 0 < params.top_k < len(logits):
+        scaled = scaled.masked_fill(logits < logits.topk(params.top_k).values[-1], -torch.inf)
+    if params.top_p < 1.0:
+        ordered, order = scaled.sort(descending=True, stable=True)
+        before = ordered.double().exp().cumsum(0)
+        left_out = before.roll(1).index_fill(0, torch.zeros(1, dtype=torch.int64, device=logits.device), 0.0)
+        scaled = scaled.index_fill(0, order[left_out >= params.top_p * before[-1]], -torch.inf)
+    if params.min_p > 0.0:
+        scaled = scaled.masked_fill(scaled < math.log(params.min_p), -torch.inf)
+    return scaled
 
 
 def score(logits: Tensor, ids: Sequence[int], k: int, ops: Backend) -> TokenScores:
@@ -268,19 +289,23 @@ def _penalties(device: torch.device) -> Tensor:
 
 
 def _scored(
-    tokens: Sequence[int | None], logits: Tensor, params: Sequence[SamplingParams], ops: Backend
+    tokens: Sequence[int | None], logits: Tensor, adjusted: Tensor, params: Sequence[SamplingParams], ops: Backend
 ) -> list[Drawn]:
     """Give each token the log-probabilities that its row wants, by the model's own logits [N, vocab] fp32.
 
-    A token is None where the row computed no numbers.
+    Rows that want processed ones have them by what is drawn from, which `adjusted` [N, vocab] becomes. A token is None
+    where the row computed no numbers.
     """
     result = [Drawn(token) for token in tokens]
-    asked: dict[int, list[int]] = {}  # by how many likeliest ones
+    asked: dict[tuple[int, bool], list[int]] = {}  # by how many likeliest ones, and of which logits
     for i, (token, wanted) in enumerate(zip(tokens, params, strict=True)):
         if wanted.logprobs is not None and token is not None:
-            asked.setdefault(wanted.logprobs, []).append(i)
-    for k, places in asked.items():
-        own = logits if len(places) == len(tokens) else logits[places]
+            asked.setdefault((wanted.logprobs, wanted.processed), []).append(i)
+    for (k, processed), places in asked.items():
+        if processed:
+            own = torch.stack([drawn_from(adjusted[i], params[i]) for i in places])
+        else:
+            own = logits if len(places) == len(tokens) else logits[places]
         drawn = [token for i in places if (token := tokens[i]) is not None]
         scores = score(own, drawn, k, ops)
         for place, i in enumerate(places):

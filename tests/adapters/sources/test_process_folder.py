@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from loraplex.adapters.sources.merge_folder import PREFIX, MergeFolder, remove_stale
+from loraplex.adapters.sources.process_folder import MERGED, ProcessFolder, remove_stale
 
 ANOTHER = """
 import sys
-from loraplex.adapters.sources.merge_folder import MergeFolder
-folder = MergeFolder()
+from loraplex.adapters.sources.process_folder import ProcessFolder
+folder = ProcessFolder()
 (folder.path / "key").mkdir()
 (folder.path / "key" / "adapter_model.safetensors").write_bytes(b"merged")
 print(folder.path, flush=True)
@@ -39,11 +39,11 @@ def another() -> tuple[subprocess.Popen[str], Path]:
 
 
 def test_what_a_killed_process_left_is_removed_and_nothing_else(folder: Path) -> None:
-    own = MergeFolder()
+    own = ProcessFolder()
     others = folder / "loraplex-other"
     others.mkdir()
-    (folder / f"{PREFIX}file").write_text("no folder")
-    (folder / f"{PREFIX}link").symlink_to(others)
+    (folder / f"{MERGED}file").write_text("no folder")
+    (folder / f"{MERGED}link").symlink_to(others)
     (alive, living), (dead, left) = another(), another()
     dead.kill()
     dead.communicate()
@@ -58,10 +58,10 @@ def test_what_a_killed_process_left_is_removed_and_nothing_else(folder: Path) ->
 
 
 def test_it_goes_with_the_object() -> None:
-    made = MergeFolder()
+    made = ProcessFolder()
     path = made.path
     assert path.is_dir()
     del made
     assert not path.exists()
-    again = MergeFolder()
+    again = ProcessFolder()
     assert again.path.is_dir()
