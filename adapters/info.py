@@ -25,6 +25,8 @@ class AdapterInfo:
     remark: str = ""  # what is to be known of it though it is served: made for another base, rounding
     num_tiles: int = 0  # rows of the tile table
     kind: str = "lora"  # lower case of PEFT's peft_type (format/kinds.py)
+    tokens: int = 0  # the ids below it are tokens of its requests, where it has added some to the base's; else 0
+    alone: str = ""  # what it has in place of the base's and is worn alone for: "norm and embed_tokens"; "": nothing
     invocation: tuple[int, ...] = ()  # tokens from whose last occurrence in a prompt on it acts; (): from the first on
     front: Front | None = None
 

@@ -5,7 +5,9 @@ Free of torch. adapters/format/effect.py measures one module, adapters/tiers/mea
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from loraplex.adapters.files.model_card import Card
 
 
 @dataclass(frozen=True)
@@ -17,7 +19,7 @@ class SiteEffect:
     relative: float  # |delta W| / |W|, over all layers
     largest: float  # |delta W| / |W| of the layer where that is largest
     layer: int  # that layer
-    rounding: float  # |delta W as packed - delta W| / |delta W|, 0 where nothing is low-rank
+    rounding: float  # |delta W as packed - delta W| / |delta W|, of what is packed in the compute dtype
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,8 @@ class Measured:
     digest: str
     kind: str  # AdapterKind.name
     rank: int
-    tensors: int  # of the file, each of which is used: what is not, and what is missing, is refused
+    tensors: int  # of the file, that are used: what matches nothing, and what is missing, is refused
+    ignored: tuple[str, ...]  # of the file, that repeat others, as RandLoRA saves what all modules share with each
     dtypes: tuple[str, ...]  # of the file
     dtype: str  # that it is packed in
     modules: int  # that the adapter has tensors for
@@ -37,6 +40,7 @@ class Measured:
     rounding: float  # as SiteEffect.rounding, over all sites
     bias: float  # Euclidean norm of all that is added to biases
     base_named: str | None  # the base that its config names
+    card: Card = field(default_factory=dict, hash=False)  # what its README.md says of it
 
     @property
     def is_noop(self) -> bool:

@@ -17,7 +17,7 @@ from random import Random
 from typing import Any
 
 import torch
-from scoring import HINTS, MAX_TOKENS, SCORES, SKILLS
+from scoring import HINTS, MAX_TOKENS, SCORES
 from torch import Tensor
 
 HERE = Path(__file__).parent
@@ -38,7 +38,9 @@ class Recipe:
     epochs: int
     learning_rate: float
     rslora: bool = False
+    dora: bool = False
     batch: int = 16
+    skill: str = ""  # whose data, score and hint; "": of the adapter's own name
 
 
 RECIPES = {
@@ -83,22 +85,34 @@ RECIPES = {
         learning_rate=1e-3,
         rslora=True,
     ),
+    "sentiment-dora": Recipe(
+        about="The same as `sentiment`, as a DoRA: each row of a weight has a magnitude of its own, trained beside A "
+        "and B. Score: share of labels that are right, with nothing said beside them.",
+        ask="Review: The guide made the old maps come alive.",
+        rank=4,
+        alpha=8,
+        targets=("q_proj", "v_proj"),
+        epochs=3,
+        learning_rate=2e-3,
+        dora=True,
+        skill="sentiment",
+    ),
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"which to train: {', '.join(SKILLS)} (default: all)")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"which to train: {', '.join(RECIPES)} (default: all)")
     parser.add_argument("--base", type=Path, help="folder of the base (default: the one of `loraplex serve demo`)")
     parser.add_argument("--out", type=Path, default=HERE / "adapters", help="folder to write the adapters to")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    if unknown := set(args.names) - set(SKILLS):
-        parser.error(f"no such adapter: {', '.join(sorted(unknown))}; there are {', '.join(SKILLS)}")
+    if unknown := set(args.names) - set(RECIPES):
+        parser.error(f"no such adapter: {', '.join(sorted(unknown))}; there are {', '.join(RECIPES)}")
     torch.set_num_threads(args.threads)
     base = args.base or _demo_base()
-    for name in args.names or SKILLS:
+    for name in args.names or RECIPES:
         train_one(name, RECIPES[name], base, args.out / name, args.seed)
 
 
@@ -108,6 +122,7 @@ def train_one(name: str, recipe: Recipe, base: Path, out: Path, seed: int) -> No
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     torch.manual_seed(seed)
+    skill = recipe.skill or name
     tokenizer = AutoTokenizer.from_pretrained(base, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     config = LoraConfig(
@@ -115,22 +130,23 @@ def train_one(name: str, recipe: Recipe, base: Path, out: Path, seed: int) -> No
         lora_alpha=recipe.alpha,
         target_modules=list(recipe.targets),
         use_rslora=recipe.rslora,
+        use_dora=recipe.dora,
         task_type="CAUSAL_LM",
     )
     peft_model = get_peft_model(model, config)  # its own weights are fp32
-    train = read_pairs(HERE / "data" / f"{name}.train.jsonl")
+    train = read_pairs(HERE / "data" / f"{skill}.train.jsonl")
     started = time.monotonic()
     loss = fit(peft_model, [encode(tokenizer, *pair) for pair in train], recipe, Random(seed), name)
     seconds = time.monotonic() - started
     save(peft_model, out)
 
-    held_out = read_pairs(HERE / "data" / f"{name}.eval.jsonl")
+    held_out = read_pairs(HERE / "data" / f"{skill}.eval.jsonl")
     base_model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
-    told = [(f"{prompt}\n{HINTS[name]}", answer) for prompt, answer in held_out]
+    told = [(f"{prompt}\n{HINTS[skill]}", answer) for prompt, answer in held_out]
     scores = {
-        "the base": evaluate(base_model, tokenizer, held_out, name),
-        "the base, told the form": evaluate(base_model, tokenizer, told, name),
-        "this adapter": evaluate(PeftModel.from_pretrained(base_model, out), tokenizer, held_out, name),
+        "the base": evaluate(base_model, tokenizer, held_out, skill),
+        "the base, told the form": evaluate(base_model, tokenizer, told, skill),
+        "this adapter": evaluate(PeftModel.from_pretrained(base_model, out), tokenizer, held_out, skill),
     }
     print(f"{name}, {len(held_out)} held-out questions: {scores}", flush=True)
     card = write_card(name, recipe, (len(train), len(held_out)), loss, seconds, scores)
@@ -251,6 +267,7 @@ def write_card(
 ) -> str:
     """The adapter's README.md; `counts` of the chats to train on and held out."""
     trained_on, held_out = counts
+    skill, kind = recipe.skill or name, "DoRA" if recipe.dora else "LoRA"
     rows = "\n".join(f"| {who} | {score:.2f} |" for who, score in scores.items())
     scaling = f"{recipe.alpha}/√{recipe.rank} (rsLoRA)" if recipe.rslora else f"{recipe.alpha}/{recipe.rank}"
     body = json.dumps({"model": name, "temperature": 0, "messages": [{"role": "user", "content": recipe.ask}]})
@@ -269,12 +286,12 @@ license: apache-2.0
 {rows}
 
 A question does not tell what form the answer should have: the adapter knows it. "Told the form" is the base asked the
-same with "{HINTS[name]}" after it.
+same with "{HINTS[skill]}" after it.
 
 - Base: {BASE_NAME}, as `loraplex serve demo` has it.
-- LoRA: rank {recipe.rank} on {", ".join(recipe.targets)}; scaling {scaling}; saved in bf16.
+- {kind}: rank {recipe.rank} on {", ".join(recipe.targets)}; scaling {scaling}; saved in bf16.
 - Data: {trained_on} chats written by `examples/make_data.py`; the {held_out} held-out ones are in
-  `examples/data/{name}.eval.jsonl`.
+  `examples/data/{skill}.eval.jsonl`.
 - Training: `python examples/train.py {name}`; {recipe.epochs} epochs, batches of {recipe.batch}, AdamW, learning rate
   {recipe.learning_rate:g} with a linear warm-up and decay, loss on the answer alone; last epoch's mean loss {loss:.3f},
   about {max(1, round(seconds / 60))} min on {torch.get_num_threads()} CPU core(s).

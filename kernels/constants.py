@@ -23,6 +23,26 @@ BLOCK_SIZE = 16
 """Tokens in a KV page."""
 
 
+class Source(IntEnum):
+    """What the A of an activated tile is multiplied by."""
+
+    BRANCH = 0  # x
+    SUM = 1  # x + residual, rounded to the compute dtype
+    RESIDUAL = 2  # residual
+
+
+class Function(IntEnum):
+    """What an activated tile makes of its A's products."""
+
+    IDENTITY = 0
+    RELU = 1
+    GELU = 2
+    GELU_TANH = 3
+    SILU = 4
+    TANH = 5
+    LEAKY_RELU = 6  # slope 0.01
+
+
 class TileKind(IntEnum):
     """What a tile adds to its window of y, the columns [out_start, out_start + out_len); w: its weight in the mix."""
 
@@ -30,6 +50,20 @@ class TileKind(IntEnum):
     BIAS = 1  # w * B, one row
     SCALE = 2  # w * (v - 1) * y, v one row of fp32: y becomes (1 + sum of w * (v - 1)) * y
     DENSE = 3  # w * A x[in_start : in_start + in_len], A having a row for each column of the window, and no B
+    ACTIVATION = 4  # nothing: of the tile behind it u is f(A source + c) instead of A x
+    OWN = 7  # nothing: it holds rows in place of the base's, see OwnTable
+
+
+class Own(IntEnum):
+    """What of the base an adapter has rows of its own for: bits of OwnTable.wearers."""
+
+    NORM = 1
+    EMBED = 2
+    HEAD = 4
+
+
+OWN_NORMS = 4
+"""Norms of a layer that have places of their own, in the order of the pass; two of them with sandwich norms alone."""
 
 
 # ---- the records of kernels/cpu ----
@@ -66,6 +100,9 @@ class OpCode(IntEnum):
     PACK = 10
     QUANTISED = 11
     PACK_QUANTISED = 12
+    OWN_NORM = 13
+    OWN_EMBED = 14
+    OWN_HEAD = 15
 
 
 class NumberKind(IntEnum):

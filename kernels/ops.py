@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from loraplex.kernels.quantized import Activations, PartShape, QuantizedWeight, dequantize
-from loraplex.kernels.records import AdapterStep, AttentionMeta, AttentionParams, KVLayer, QKNorm
+from loraplex.kernels.records import AdapterStep, AttentionMeta, AttentionParams, KVLayer, QKNorm, TileTable
 
 
 class BackendUnavailable(RuntimeError):
@@ -174,8 +174,10 @@ class Backend(Protocol):
         """Semantics: y += bias, bias [out]."""
         ...
 
-    def adapter_add_(self, y: Tensor, x: Tensor, layer: int, site: int, adapters: AdapterStep) -> Tensor:
-        """y [T, out_of_site], x [T, in] -> y.
+    def adapter_add_(
+        self, y: Tensor, x: Tensor, layer: int, site: int, adapters: AdapterStep, residual: Tensor | None = None
+    ) -> Tensor:
+        """y [T, out_of_site], x [T, in] -> y. residual [T, in]: at block sites, where y may be x itself.
 
         Semantics: for each segment s and token t in it:
                      acc = 0 (fp32, [out])
@@ -186,8 +188,46 @@ class Backend(Protocol):
                        BIAS:     acc[window] += w * B
                        SCALE:    acc[window] += w * (v - 1) * y[t, window]
                        DENSE:    acc[window] += w * u
+                       ACTIVATION: of the next tile u = round(f(A s + c)), in fp32 but for s = x[t],
+                                 round(x[t] + residual[t]) or residual[t], by its source
                      y[t] = round(y[t] + acc)
                    Tokens past the last segment are not touched.
+        """
+        ...
+
+    def adapter_norm_(
+        self,
+        y: Tensor,
+        r: Tensor,
+        eps: float,
+        offset: float,
+        place: int,
+        adapters: AdapterStep,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """y, r [L, H] as rms_norm returns them, rows [L] int64: the tokens they are of; None: token t in row t.
+
+        place: of OwnPlaces.
+
+        Semantics: for each row whose token's mix is one slot with a tile at `place`: y = as rms_norm of r with the
+                   tile's row, fp32, as the weight. Other rows are not touched.
+        """
+        ...
+
+    def adapter_embed_(self, y: Tensor, ids: Tensor, place: int, adapters: AdapterStep) -> Tensor:
+        """y [T, H] as embed() of ids [T] int64 returns it.
+
+        Semantics: for each token t whose mix is one slot with a row for ids[t] at `place`: y[t] = that row.
+        """
+        ...
+
+    def adapter_head_(
+        self, logits: Tensor, x: Tensor, slots: Tensor, place: int, arena: Tensor, table: TileTable
+    ) -> Tensor:
+        """logits [L, at least the vocabulary] fp32, x [L, H], slots [L] int32 on the host, -1: the base's rows alone.
+
+        Semantics: for each row i and each row w that the tiles of slots[i] at `place` hold for a token c:
+                   logits[i, c] = x[i] . w, accumulated in fp32; rounded to the compute dtype at most.
         """
         ...
 

@@ -9,10 +9,14 @@ Memory layout (docs/architecture.md, "One arena"):
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
+
+from loraplex.kernels.constants import OWN_NORMS
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,47 @@ class Projection:
 
 
 @dataclass(frozen=True)
+class OwnPlaces:
+    """Number what adapters may have rows of their own for: the norms of each layer, the last norm, two tables."""
+
+    num_layers: int
+
+    def norm(self, layer: int, index: int) -> int:
+        """Return the place of the norm `index` of `layer`, below OWN_NORMS."""
+        return layer * OWN_NORMS + index
+
+    @property
+    def last_norm(self) -> int:
+        return self.num_layers * OWN_NORMS
+
+    @property
+    def embed(self) -> int:
+        return self.last_norm + 1
+
+    @property
+    def head(self) -> int:
+        return self.last_norm + 2
+
+    @property
+    def count(self) -> int:
+        return self.last_norm + 3
+
+
+@dataclass(frozen=True)
+class OwnTable:
+    """Where resident adapters have rows of their own in place of the base's: a CSR over (slot, place) into the tiles.
+
+    Their tiles have TileKind.OWN: rows out_start .. out_start + n - 1 are arena[a_off * 64 :] as [n, in_len], sorted by
+    out_start. A norm is one row of fp32; rows of the embedding are in stream scale (Gemma's scale is in them), rows of
+    the head as they are, both in the compute dtype. Whoever has such rows is worn alone, with weight 1.
+    """
+
+    ranges: Tensor  # [num_slots, OwnPlaces.count, 2] int32: first and past-the-last row of TileTable.tiles
+    ranges_host: Tensor
+    wearers: Mapping[int, int]  # slot -> bits of Own; only slots that have any
+
+
+@dataclass(frozen=True)
 class TileTable:
     """Where the tiles of every resident adapter lie: a CSR over (slot, layer, site).
 
@@ -45,6 +90,8 @@ class TileTable:
         BIAS      B as above with n = 1, and no A: a_off is -1
         SCALE     v = arena[b_off * 64 :] as [out_len] of fp32, whatever the compute dtype; n = 1, a_off is -1
         DENSE     A as above with n = out_len, and no B: b_off is -1
+        ACTIVATION  (-1, c_off, source, 0, 0, kind, function, first): the LOW_RANK tile of the next row is of a
+                  bottleneck; c = arena[c_off * 64 :] as fp32 from element `first` on, one for each rank of that
     TileKind says what each adds. Several LOW_RANK tiles may share an A and so its window (a B cut into pieces), and an
     A may be followed by its B on another page.
     """
@@ -53,6 +100,7 @@ class TileTable:
     tiles: Tensor  # [capacity, TILE_COLUMNS] int32
     ranges_host: Tensor  # the same on the host (the same object on CPU)
     tiles_host: Tensor
+    own: OwnTable | None = None  # None: no adapter has rows of its own
 
 
 @dataclass(frozen=True)
@@ -82,6 +130,18 @@ class AdapterStep:
     arena: Tensor  # [num_pages, page_bytes] uint8
     table: TileTable
     segments: AdapterSegments
+
+    @cached_property
+    def own(self) -> int:
+        """Return what its tokens have rows of their own for: bits of Own."""
+        own = self.table.own
+        if own is None or not own.wearers:
+            return 0
+        bits = 0
+        for mix in self.segments.mixes:
+            for slot, _ in mix:
+                bits |= own.wearers.get(slot, 0)
+        return bits
 
 
 @dataclass(frozen=True)

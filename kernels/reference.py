@@ -9,17 +9,26 @@ Library GEMMs may sum in another order for another number of rows, so a row's la
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812  its usual name
 
-from loraplex.kernels.constants import ALIGN, TileKind
+from loraplex.kernels.constants import ALIGN, Function, Own, Source, TileKind
 from loraplex.kernels.ops import Backend, PackedLinear
 from loraplex.kernels.quantized import Activations, QuantizedWeight, dequantize, round_activations
-from loraplex.kernels.records import AdapterStep, AttentionMeta, AttentionParams, KVLayer, QKNorm, element_bytes
+from loraplex.kernels.records import (
+    AdapterStep,
+    AttentionMeta,
+    AttentionParams,
+    KVLayer,
+    QKNorm,
+    TileTable,
+    element_bytes,
+)
+from loraplex.kernels.reference_own import own_rows, slots_of
 from loraplex.kernels.sampling import TorchSampling
 
 QUERY_BLOCK = 128
@@ -131,7 +140,9 @@ class ReferenceBackend(TorchSampling, Backend):
     def add_bias_(self, y: Tensor, bias: Tensor) -> Tensor:
         return y.add_(bias)
 
-    def adapter_add_(self, y: Tensor, x: Tensor, layer: int, site: int, adapters: AdapterStep) -> Tensor:
+    def adapter_add_(
+        self, y: Tensor, x: Tensor, layer: int, site: int, adapters: AdapterStep, residual: Tensor | None = None
+    ) -> Tensor:
         table, segments = adapters.table, adapters.segments
         elements = adapters.arena.view(-1).view(y.dtype)
         ranges = table.ranges_host[:, layer, site]  # [num_slots, 2]
@@ -142,8 +153,48 @@ class ReferenceBackend(TorchSampling, Backend):
                 first, last = ranges[slot].tolist()
                 tiles += [(w, tile) for tile in table.tiles_host[first:last].tolist()]
             if tiles and stop > start:
-                _add_tiles_(y[start:stop], x[start:stop], elements, tiles)
+                sources = [x[start:stop]]
+                if residual is not None:
+                    sources += [sources[0] + residual[start:stop], residual[start:stop]]
+                _add_tiles_(y[start:stop], sources, elements, tiles)
         return y
+
+    def adapter_norm_(
+        self,
+        y: Tensor,
+        r: Tensor,
+        eps: float,
+        offset: float,
+        place: int,
+        adapters: AdapterStep,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        if adapters.own & Own.NORM:
+            tokens = range(y.shape[0]) if rows is None else rows.tolist()
+            slots = slots_of(adapters.segments, tokens)
+            for slot in set(slots) - {-1}:
+                for _, weight in own_rows(adapters.table, adapters.arena, slot, place, torch.float32):
+                    worn = [i for i, other in enumerate(slots) if other == slot]
+                    normed, _ = self.rms_norm(r[worn], weight[0], eps, None, offset)
+                    y[worn] = normed.to(y.dtype)
+        return y
+
+    def adapter_embed_(self, y: Tensor, ids: Tensor, place: int, adapters: AdapterStep) -> Tensor:
+        if adapters.own & Own.EMBED:
+            slots = torch.tensor(slots_of(adapters.segments, range(len(ids))), device=ids.device)
+            for slot in set(slots.tolist()) - {-1}:
+                for first, own in own_rows(adapters.table, adapters.arena, slot, place, y.dtype):
+                    at = ((slots == slot) & (ids >= first) & (ids < first + len(own))).nonzero().squeeze(1)
+                    y[at] = own[ids[at] - first]
+        return y
+
+    def adapter_head_(
+        self, logits: Tensor, x: Tensor, slots: Tensor, place: int, arena: Tensor, table: TileTable
+    ) -> Tensor:
+        for i, slot in enumerate(slots.tolist()):
+            for first, own in own_rows(table, arena, slot, place, x.dtype) if slot >= 0 else ():
+                logits[i, first : first + len(own)] = F.linear(x[i], own).float()
+        return logits
 
     def rope_store_kv(
         self,
@@ -189,26 +240,42 @@ class ReferenceBackend(TorchSampling, Backend):
         return (y * up).to(gate_up.dtype)
 
 
+FUNCTIONS: dict[Function, Callable[[Tensor], Tensor]] = {
+    Function.IDENTITY: lambda u: u,
+    Function.RELU: F.relu,
+    Function.GELU: F.gelu,
+    Function.GELU_TANH: lambda u: F.gelu(u, approximate="tanh"),
+    Function.SILU: F.silu,
+    Function.TANH: torch.tanh,
+    Function.LEAKY_RELU: F.leaky_relu,
+}
+
+
 def _weight(packed: PackedLinear) -> Tensor:
     assert isinstance(packed, ReferenceLinear), f"{type(packed).__name__} was packed by another backend"
     return packed.weight
 
 
-def _add_tiles_(y: Tensor, x: Tensor, elements: Tensor, tiles: list[tuple[float, list[int]]]) -> None:
+def _add_tiles_(y: Tensor, sources: Sequence[Tensor], elements: Tensor, tiles: list[tuple[float, list[int]]]) -> None:
     """Apply the weighted tiles of x [n, in] to y [n, out]. `elements` is the arena in y's dtype, flat.
 
-    Touches only the hull of the tiles' columns.
+    sources: x, and at block sites x + residual and residual. Touches only the hull of the tiles' columns.
     """
     unit = ALIGN // element_bytes(y.dtype)
-    lo = min(tile[3] for _, tile in tiles)
+    lo = min(tile[3] for _, tile in tiles if tile[4])
     hi = max(tile[3] + tile[4] for _, tile in tiles)
     acc = torch.zeros(y.shape[0], hi - lo, dtype=torch.float32, device=y.device)
     u_of = (-1, 0)  # (a_off, n) of the u at hand: the pieces of a cut B share it
     u = acc
+    floats = elements.view(torch.float32)
+    activation: tuple[int, Tensor, int] | None = None  # of the next tile: source, c, function
     for w, (a_off, b_off, n, out_start, out_len, kind, in_start, in_len) in tiles:
+        if kind == TileKind.ACTIVATION:
+            activation, u_of = (n, floats[b_off * ALIGN // 4 + in_len :], in_start), (-1, 0)
+            continue
         columns = acc[:, out_start - lo : out_start - lo + out_len]
         if kind == TileKind.SCALE:
-            v = elements.view(torch.float32)[b_off * ALIGN // 4 :][:out_len]
+            v = floats[b_off * ALIGN // 4 :][:out_len]
             columns.addcmul_(v - 1, y[:, out_start : out_start + out_len].float(), value=w)
             continue
         if kind == TileKind.BIAS:
@@ -216,8 +283,13 @@ def _add_tiles_(y: Tensor, x: Tensor, elements: Tensor, tiles: list[tuple[float,
             continue
         if u_of != (a_off, n):
             a = elements.as_strided((n, in_len), (in_len, 1), a_off * unit)
-            u = F.linear(x[:, in_start : in_start + in_len], a).float()
-            u_of = (a_off, n)
+            source, c, function = activation or (Source.BRANCH, None, Function.IDENTITY)
+            s = sources[source][:, in_start : in_start + in_len]
+            if c is None:
+                u = F.linear(s, a).float()
+            else:
+                u = FUNCTIONS[Function(function)](F.linear(s.float(), a.float()) + c[:n]).to(y.dtype).float()
+            u_of, activation = (a_off, n), None
         if kind == TileKind.DENSE:
             columns.add_(u, alpha=w)
         else:

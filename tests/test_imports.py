@@ -46,7 +46,7 @@ LAW: dict[str, tuple[str, ...]] = {
     "server.catalog": ("server.catalog", "server.engine.request", "adapters", *LEAVES),
     "server.tenancy": ("server.tenancy", "server.engine.request", "adapters", *LEAVES),
     "server.telemetry": ("server.telemetry", "server.engine", "adapters", *LEAVES),
-    "server.proof": ("server.proof", "server.engine", "adapters", *LEAVES),
+    "server.proof": ("server.proof", *MIDDLE, "server.engine", "adapters", *LEAVES),
     "server.api": ("server.api", *MIDDLE, "server.proof", "server.engine", "adapters", *LEAVES),
     "server.http": ("server.http", "server.api", "server.startup", *LEAVES),
     "server.command": PARTS,

@@ -20,14 +20,15 @@ MAX_BYTES = 1 << 20
 MAX_VALUES = 1 << 16
 """Of the file: see bounded_json.parse_json()."""
 
-COMMON_NO_BEARING = frozenset(
-    {"task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "runtime_config"}
-)
-"""Keys of all kinds that are about the training run or the base's name."""
+OWN_KEYS = frozenset({"modules_to_save", "trainable_token_indices", "ensure_weight_tying"})
+"""Keys of all kinds about modules outside the linears, which outside.py reads and not the kind."""
 
-COMMON_UNSUPPORTED = {
-    "modules_to_save": "whole modules trained beside the adapter are not served; train without modules_to_save",
+COMMON_NO_BEARING = OWN_KEYS | {
+    *("task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "runtime_config")
 }
+"""Keys of all kinds that are about the training run or the base's name, and OWN_KEYS."""
+
+COMMON_UNSUPPORTED: Mapping[str, str] = {}
 """Of all kinds."""
 
 TASK = "task_id"

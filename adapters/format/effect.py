@@ -1,12 +1,12 @@
 """Measure how much the parts of one module change the base's weight, and what packing them rounds off.
 
-Nothing of the size of a weight is formed: |B A|^2 is the trace of two r x r Gram matrices, and what an output scale
-changes is told by the norms of the base's rows.
+Nothing of the size of a weight is formed but what is one already: |B A|^2 is the trace of two r x r Gram matrices, and
+what an output scale changes is told by the norms of the base's rows.
 
-Semantics: delta W = (g - 1) W + s B A, row by row, g = 1 where the module has no output scale
-           |s B A|^2 = sum of (s B)^T (s B) * (A A^T)
+Semantics: delta W = (g - 1) W + sum of s B A + D, g = 1 where the module has no output scale
+           |s B A|^2 = sum of (s B)^T (s B) * (A A^T), factors of the same window side by side
            |(g - 1) W|^2 = sum over rows of (g - 1)^2 |w|^2
-           their product = sum over rows of (g - 1) (s b) . (A w)
+           (g - 1) W . s B A = sum over rows of (g - 1) (s b) . (A w)
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import assert_never
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F  # noqa: N812  its usual name
 
 from loraplex.adapters.format.kind import ServedBase
-from loraplex.adapters.image.tiles import BiasDelta, LowRank, OutputScale, Part
+from loraplex.adapters.image.tiles import BiasDelta, Bottleneck, DenseDelta, LowRank, OutputScale, OwnRows, Part
 from loraplex.kernels.records import Projection
 
 
@@ -28,28 +30,67 @@ class ModuleEffect:
     """Squares of norms; all that is measured of one module."""
 
     weight: float  # |delta W|^2
-    low_rank: float  # |s B A|^2
-    rounded: float  # |s B A as packed - s B A|^2
+    added: float  # |sum of s B A + D|^2: what is packed in the compute dtype
+    rounded: float  # |that as packed - that|^2
     bias: float  # |delta b|^2
+
+
+@dataclass(frozen=True)
+class _Factors:
+    """s B A on a window of a site's weight."""
+
+    a: Tensor  # [r, in] fp32
+    b: Tensor  # [out, r] fp32, scaled
+    rows: tuple[int, int]  # outputs, from the first to past the last
+    columns: tuple[int, int]  # inputs
+
+    def meets(self, other: _Factors) -> bool:
+        """Whether the two windows have an element in common."""
+        pairs = ((self.rows, other.rows), (self.columns, other.columns))
+        return all(one[0] < two[1] and two[0] < one[1] for one, two in pairs)
+
+    def join(self, other: _Factors) -> _Factors:
+        """Lay both side by side on the least window that holds both."""
+        rows = min(self.rows[0], other.rows[0]), max(self.rows[1], other.rows[1])
+        columns = min(self.columns[0], other.columns[0]), max(self.columns[1], other.columns[1])
+        one, two = self._within(rows, columns), other._within(rows, columns)
+        return _Factors(torch.cat([one.a, two.a]), torch.cat([one.b, two.b], 1), rows, columns)
+
+    def _within(self, rows: tuple[int, int], columns: tuple[int, int]) -> _Factors:
+        a = F.pad(self.a, (self.columns[0] - columns[0], columns[1] - self.columns[1]))
+        b = F.pad(self.b, (0, 0, self.rows[0] - rows[0], rows[1] - self.rows[1]))
+        return _Factors(a, b, rows, columns)
 
 
 def measure_module(parts: Sequence[Part], base: ServedBase) -> ModuleEffect:
     """Measure the parts of one projection of one layer. WeightsError where the base's files are gone."""
-    weight = low_rank = rounded = bias = 0.0
+    weight = added = rounded = bias = 0.0
     scale = next((part for part in parts if isinstance(part, OutputScale)), None)
+    dtype = base.layout.dtype
+    for factors in _disjoint([_factors(part) for part in parts if isinstance(part, LowRank)]):
+        added += product_square(factors.a, factors.b)
+        rounded += rounding_square(factors.a, factors.b, dtype)
     for part in parts:
         match part:
             case LowRank():
-                a, b = part.a.float(), part.b.float() * part.scaling
-                square = product_square(a, b)
-                low_rank += square
-                rounded += rounding_square(a, b, base.layout.dtype)
-                weight += square + (2 * _overlap(part, b, scale, base) if scale is not None else 0.0)
+                weight += 2 * _overlap(part, scale, base) if scale is not None else 0.0
+            case DenseDelta():
+                delta = part.delta.float()
+                added += _square(delta)
+                rounded += _square(delta.to(dtype).float() - delta)
             case OutputScale():
                 weight += float(((part.values - 1).square() * _row_squares(part.layer, part.projection, base)).sum())
             case BiasDelta():
-                bias += float(part.delta.square().sum())
-    return ModuleEffect(max(weight, 0.0), low_rank, rounded, bias)
+                bias += _square(part.delta)
+            case Bottleneck():
+                pass
+            case OwnRows():
+                pass  # OpenContent.parts gives none: a receipt is about linears
+            case _:
+                assert_never(part)
+    if any(isinstance(part, Bottleneck) for part in parts):
+        return ModuleEffect(0.0, added, rounded, bias)  # it changes no weight
+    return ModuleEffect(max(weight + added, 0.0), added, rounded, bias)
 
 
 def product_square(a: Tensor, b: Tensor) -> float:
@@ -76,6 +117,28 @@ def ratio(square: float, of: float) -> float:
     return math.sqrt(square / of) if of > 0 else 0.0
 
 
+def _square(values: Tensor) -> float:
+    return float(values.detach().square().sum(dtype=torch.float64))
+
+
+def _factors(part: LowRank) -> _Factors:
+    projection = part.projection
+    rows = projection.out_start, projection.out_start + projection.out_features
+    columns = projection.in_start, projection.in_start + projection.in_features
+    return _Factors(part.a.float(), part.b.float() * part.scaling, rows, columns)
+
+
+def _disjoint(found: Sequence[_Factors]) -> list[_Factors]:
+    """Join what meets, so that squares may be summed."""
+    joined: list[_Factors] = []
+    for factors in found:
+        while (other := next((each for each in joined if each.meets(factors)), None)) is not None:
+            joined = [each for each in joined if each is not other]
+            factors = other.join(factors)
+        joined.append(factors)
+    return joined
+
+
 def _row_squares(layer: int, part: Projection, base: ServedBase) -> Tensor:
     """|w|^2 [out] of the base's rows that the outputs of `part`, a projection or a window of one, are made by."""
     whole = _whole(part, base)
@@ -83,10 +146,11 @@ def _row_squares(layer: int, part: Projection, base: ServedBase) -> Tensor:
     return base.squared_norms(layer, whole.name)[start : start + part.out_features]
 
 
-def _overlap(part: LowRank, b: Tensor, scale: OutputScale, base: ServedBase) -> float:
-    """Sum (g - 1) (s b) . (A w) over the rows of a DoRA module; b is scaled."""
+def _overlap(part: LowRank, scale: OutputScale, base: ServedBase) -> float:
+    """Sum (g - 1) (s b) . (A w) over the rows of a DoRA module, which is whole."""
     products = base.products(part.layer, part.projection.name, part.a.float())  # A W^T [r, out]
-    return float(((scale.values - 1) * (b * products.T).sum(1)).sum(dtype=torch.float64))
+    rows = (part.b.float() * part.scaling * products.T).sum(1)
+    return float(((scale.values - 1) * rows).sum(dtype=torch.float64))
 
 
 def _whole(part: Projection, base: ServedBase) -> Projection:

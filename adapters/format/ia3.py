@@ -58,9 +58,7 @@ KEYS = Keys(
         "fan_in_fan_out",  # how the base stores its weight; the vectors are the same either way
         "init_ia3_weights",
     },
-    unsupported={
-        "modules_to_save": "whole modules trained beside the adapter are not served; train without modules_to_save",
-    },
+    unsupported={},
 )
 
 NAMES = LeafNames(

@@ -17,6 +17,8 @@ from typing import Any, ClassVar, Generic, TypeVar
 from torch import Tensor
 
 from loraplex.adapters.format.header import TensorInfo
+from loraplex.adapters.format.kept_starts import KeptStarts
+from loraplex.adapters.format.outside import BaseOutside, OwnConfig, OwnTensor
 from loraplex.adapters.format.targets import Targets
 from loraplex.adapters.format.windows import Window
 from loraplex.adapters.front import Front
@@ -49,6 +51,8 @@ class ServedBase:
     products: Products
     weight: Weights
     formats: str = ""  # of its quantised weights, as "Q4_1 + Q8_0"; "": there are none
+    starts: KeptStarts | None = None  # where singular parts of weights are kept; None: they are computed each time
+    outside: BaseOutside | None = None  # None: adapters that have more than linears are refused
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,7 @@ class AdapterConfig:
     kind: str  # AdapterKind.name
     targets: Targets
     base_model: str | None = field(compare=False)  # for messages and remarks alone
+    own: OwnConfig = field(default=OwnConfig(), kw_only=True)
     bias: str = field(default="none", kw_only=True)  # of the base's biases those trained: none, all, only the targeted
 
     @property
@@ -110,6 +115,7 @@ class ModuleMap:
     shared: Mapping[str, str] = field(default_factory=dict)  # role -> name in the file, of what all modules share
     front: Front | None = None  # what it puts in front of the prompt, with no modules beside it
     making_bytes: int = 0  # that computing one module's part takes, and what all share; 0: nothing is computed
+    own: tuple[OwnTensor, ...] = ()  # what stands in place of the base's rows, beside the modules
 
     @property
     def kind(self) -> str:
@@ -119,7 +125,8 @@ class ModuleMap:
     @cached_property
     def pairs(self) -> tuple[FactorPair, ...]:
         """The factors of all modules, in their order, where the adapter is nothing but A and B; else empty."""
-        if self.making_bytes or any(m.windows or m.tensors.keys() != {"A", "B"} for m in self.modules):
+        others = (module.windows or module.tensors.keys() != {"A", "B"} for module in self.modules)
+        if self.making_bytes or self.own or any(others):
             return ()
         return tuple(
             FactorPair(shape, self.header[module.tensors["A"]], self.header[module.tensors["B"]], module.scaling)

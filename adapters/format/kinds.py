@@ -2,42 +2,56 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import chain
 from typing import Any
+
+from torch import Tensor
 
 from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.format.adalora import AdaLora
 from loraplex.adapters.format.beft import Beft
+from loraplex.adapters.format.bottleneck import Bottlenecks
 from loraplex.adapters.format.c3a import C3a
-from loraplex.adapters.format.config import bad_config, read_config
+from loraplex.adapters.format.config import bad_config, read_config, unsupported
 from loraplex.adapters.format.deft import Deft
 from loraplex.adapters.format.delora import Delora
 from loraplex.adapters.format.fourierft import Fourierft, Waveft
 from loraplex.adapters.format.fronts import Cartridge, Cpt, MultitaskPromptTuning, PrefixTuning, PromptTuning, PTuning
 from loraplex.adapters.format.gralora import Gralora
+from loraplex.adapters.format.header import TensorInfo
 from loraplex.adapters.format.hira import Hira
 from loraplex.adapters.format.hra import Hra
 from loraplex.adapters.format.ia3 import Ia3
-from loraplex.adapters.format.kind import AdapterConfig, AdapterKind
+from loraplex.adapters.format.kind import AdapterConfig, AdapterKind, ModuleMap, ServedBase, Throttle
+from loraplex.adapters.format.ln_tuning import LnTuning, TrainableTokens
 from loraplex.adapters.format.loha import Loha
 from loraplex.adapters.format.lokr import Lokr
 from loraplex.adapters.format.lora import Lora
 from loraplex.adapters.format.miss import Miss
+from loraplex.adapters.format.oft import Boft, Oft
 from loraplex.adapters.format.osf import Osf
+from loraplex.adapters.format.outside import match_own, own_parts, read_own
 from loraplex.adapters.format.peanut import Peanut
 from loraplex.adapters.format.poly import Poly
 from loraplex.adapters.format.randlora import Randlora
 from loraplex.adapters.format.shira import Shira
 from loraplex.adapters.format.tinylora import Tinylora
 from loraplex.adapters.format.unilora import Unilora
+from loraplex.adapters.format.values import no_effect
 from loraplex.adapters.format.vblora import Vblora
 from loraplex.adapters.format.vera import Pvera, Vera
+from loraplex.adapters.image.tiles import OwnRows, Part
 
 _ALL: tuple[AdapterKind[Any], ...] = (
     *(Lora(), Ia3()),
     *(AdaLora(), Loha(), Vera(), Pvera(), Miss(), Delora(), Vblora(), Hra(), Unilora(), Tinylora(), Beft(), Deft()),
+    *(LnTuning(), TrainableTokens()),
     *(Lokr(), Gralora(), Osf(), Peanut(), Poly()),
     *(Shira(), Fourierft(), Waveft(), C3a(), Hira(), Randlora()),
     *(PromptTuning(), PTuning(), MultitaskPromptTuning(), Cpt(), PrefixTuning(), Cartridge()),
+    *(Bottlenecks(), Oft(), Boft()),
 )
 
 KINDS: dict[str, AdapterKind[Any]] = {kind.name: kind for kind in _ALL}
@@ -73,5 +87,63 @@ def parse_config(data: bytes) -> AdapterConfig:
     if kind is None:
         why = UNSERVED.get(found.lower(), f"supported is {supported}")
         raise AdapterRefused("unsupported_kind", f"adapter_config.json: peft_type is {found[:40]!r}; {why}")
+    own = read_own(raw)
     config: AdapterConfig = kind.read(raw)
-    return config
+    return replace(config, own=replace(own, tokens=own.tokens + config.own.tokens, tuned=config.own.tuned))
+
+
+def plan_adapter(
+    config: AdapterConfig, header: Mapping[str, TensorInfo], base: ServedBase, throttle: Throttle
+) -> ModuleMap:
+    """Check config and header against the base: the kind its modules, and what stands in place of the base's rows.
+
+    Raises AdapterRefused as AdapterKind.plan and match_own do.
+    """
+    own, rest = match_own(config.own, header, base.layout, base.outside)
+    if own and config.invocation:
+        raise unsupported(
+            f"alora_invocation_tokens is set beside {own[0].name}; what stands in place of the base's rows acts on all "
+            "of a prompt, and an activated LoRA leaves what is before its invocation as it is"
+        )
+    plan: ModuleMap = KINDS[config.kind].plan(config, rest, base, throttle)
+    if own and plan.front is not None:
+        raise unsupported(f"{own[0].name} stands beside what is put in front of the prompt; expected one of them")
+    names = dict.fromkeys((*plan.targets, *(tensor.short for tensor in own)))
+    return replace(plan, header=header, own=own, targets=tuple(names))
+
+
+def make_rows(
+    module_map: ModuleMap, tensors: Mapping[str, Tensor], base: ServedBase, throttle: Throttle
+) -> list[OwnRows]:
+    """Make what stands in place of the base's rows; nothing where the file's are equal to them."""
+    return list(own_parts(module_map.own, tensors, base.layout, base.outside, throttle))
+
+
+def make_parts(
+    module_map: ModuleMap,
+    rows: Sequence[OwnRows],
+    tensors: Mapping[str, Tensor],
+    base: ServedBase,
+    throttle: Throttle,
+) -> Iterator[Part]:
+    """Make all that the adapter adds, `rows` among it.
+
+    Raises as AdapterKind.parts does, "no_effect" of all together.
+    """
+    own = {tensor.name for tensor in module_map.own}
+    rest = {name: tensor for name, tensor in tensors.items() if name not in own}
+    if not module_map.modules:
+        if not rows:
+            raise no_effect(["all rows are the base's own"])
+        return iter(rows)
+    parts = KINDS[module_map.kind].parts(module_map, rest, base, throttle)
+    return chain(_unless_idle(parts) if rows else parts, rows)
+
+
+def _unless_idle(parts: Iterable[Part]) -> Iterator[Part]:
+    """Yield the parts of an adapter that has rows of its own beside them, so that they may come to nothing."""
+    try:
+        yield from parts
+    except AdapterRefused as error:
+        if error.code != "no_effect":
+            raise

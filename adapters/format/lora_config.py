@@ -45,11 +45,8 @@ KEYS = Keys(
         # details of an option that is itself used or refused
         *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size"),
         "fan_in_fan_out",  # how the base stores its weight; A and B are [r, in] and [out, r] either way
-        "ensure_weight_tying",  # concerns embed_tokens and lm_head only, which are refused as targets
     },
     unsupported={
-        "modules_to_save": "whole modules trained beside the adapter are not served; train without modules_to_save",
-        "trainable_token_indices": "trained rows of the embedding table are not served",
         "layer_replication": "the adapter is for a base with repeated layers",
         "use_qalora": "QA-LoRA pools the input before A",
         "arrow_config": "Arrow routes between several adapters",

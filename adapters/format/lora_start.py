@@ -65,18 +65,29 @@ def take_out(part: LowRank, start: str, base: ServedBase) -> LowRank:
             "base is quantised; serve its original, or save the adapter with PEFT's "
             "path_initial_model_for_weight_conversion"
         )
-    a0, b0 = _start(weight, part.a.shape[0], start, part.scaling)
+    a0, b0 = factors_of(weight, part.a.shape[0], start, base)
+    if start == "olora":
+        b0 = b0 * part.scaling
     a, b, values = one_product(torch.cat((part.a.float(), a0)), torch.cat((part.b.float() * part.scaling, -b0), 1))
     if float(values.max()) <= UNTRAINED * float(b0.norm() * a0.norm()):
         b.zero_()
     return LowRank(part.layer, part.projection, a, b, 1.0)
 
 
-def _start(weight: Tensor, rank: int, start: str, scaling: float) -> tuple[Tensor, Tensor]:
-    """A0 [r, in] and s B0 [out, r] of W [out, in]; only their product is free of signs."""
+def factors_of(weight: Tensor, rank: int, start: str, base: ServedBase) -> tuple[Tensor, Tensor]:
+    """Compute A0 [r, in] and B0 [out, r] of W [out, in], or take them from where they are kept.
+
+    Only their product is free of signs.
+    """
+    if base.starts is None:
+        return _start(weight, rank, start)
+    return base.starts.get(weight, f"{start}-{rank}", lambda: _start(weight, rank, start))
+
+
+def _start(weight: Tensor, rank: int, start: str) -> tuple[Tensor, Tensor]:
     if start != "olora":
         u, s, vh = torch.linalg.svd(weight, full_matrices=False)
         some = slice(-rank, None) if start == KASA else slice(rank)
         return vh[some], u[:, some] * s[some]
     q, r = torch.linalg.qr(weight)
-    return r[:rank], q[:, :rank] * scaling
+    return r[:rank], q[:, :rank]

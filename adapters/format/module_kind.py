@@ -36,7 +36,17 @@ from loraplex.adapters.format.trained_biases import BIAS, bias_parts, bias_shape
 from loraplex.adapters.format.trained_biases import LEAVES as BIAS_LEAVES
 from loraplex.adapters.format.values import cancels, check_finite, check_rounded, no_effect
 from loraplex.adapters.format.windows import Window
-from loraplex.adapters.image.tiles import BaseLayout, BiasDelta, DenseDelta, LowRank, Part, PartShape
+from loraplex.adapters.image.tiles import (
+    BaseLayout,
+    BiasDelta,
+    Bottleneck,
+    DenseDelta,
+    LowRank,
+    OutputScale,
+    OwnRows,
+    Part,
+    PartShape,
+)
 from loraplex.kernels.constants import TileKind
 from loraplex.kernels.records import Projection, element_bytes
 
@@ -321,6 +331,10 @@ def _is_idle(part: Part, name: str, layout: BaseLayout) -> bool:
             left = [check_rounded(part.delta, name, "it", layout)]
         case DenseDelta():
             left = [check_rounded(part.delta, name, "the change it comes to", layout)]
-        case _:
+        case Bottleneck():
+            left = [True]
+        case OutputScale():
             left = [bool((part.values != 1).any())]
+        case OwnRows():
+            left = [True]
     return not all(left)

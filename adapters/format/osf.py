@@ -30,7 +30,7 @@ from loraplex.adapters.format.config import (
     shown,
 )
 from loraplex.adapters.format.kind import AdapterConfig, AdapterModule
-from loraplex.adapters.format.lora_start import REMARK, UNTRAINED
+from loraplex.adapters.format.lora_start import KASA, REMARK, UNTRAINED, factors_of
 from loraplex.adapters.format.module_kind import Making, ModuleKind, Wanted, is_dense
 from loraplex.adapters.format.modules import FoundModule
 from loraplex.adapters.format.one_product import one_product
@@ -109,8 +109,7 @@ class Osf(ModuleKind[OsfConfig]):
         module = making.module
         weight = making.weight()
         trained = making.tensors[S].numel()
-        left, values, right = torch.linalg.svd(weight, full_matrices=False)
-        a0, b0 = right[-trained:], left[:, -trained:] * values[-trained:]
+        a0, b0 = factors_of(weight, trained, KASA, making.base)
         if not module.rank:
             delta = (making.floats(U) * making.floats(S)) @ making.floats(V) - b0 @ a0
             return making.dense(delta if float(delta.norm()) > UNTRAINED * float(weight.norm()) else delta.zero_())

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from loraplex.adapters.image.tiles import AdapterImage, BaseLayout
-from loraplex.kernels.constants import ALIGN, TILE_COLUMNS
-from loraplex.kernels.records import TileTable
+from loraplex.kernels.constants import ALIGN, TILE_COLUMNS, Own
+from loraplex.kernels.records import OwnPlaces, OwnTable, TileTable
 
 FIRST_ROWS = 1024
 """Rows of a new tile table: 32 KiB, a handful of adapters on every linear; it doubles as needed."""
@@ -22,8 +23,12 @@ class TileRows:
         self._free = [(0, FIRST_ROWS)]  # spans (first, past the last), ascending, never touching
         ranges_host = torch.zeros(num_slots, *self._shape, dtype=torch.int32)
         tiles_host = torch.zeros(FIRST_ROWS, TILE_COLUMNS, dtype=torch.int32)
+        self._places = OwnPlaces(layout.num_layers)
+        self._wearers: dict[int, int] = {}
+        own_host = torch.zeros(num_slots, self._places.count, 2, dtype=torch.int32)
         # On CPU .to() returns the tensor itself: table and mirror are one.
-        self.table = TileTable(ranges_host.to(device), tiles_host.to(device), ranges_host, tiles_host)
+        own = OwnTable(own_host.to(device), own_host, self._wearers)
+        self.table = TileTable(ranges_host.to(device), tiles_host.to(device), ranges_host, tiles_host, own)
 
     def write(self, slot: int, image: AdapterImage, pages: list[int]) -> slice:
         """Write the image's tiles with their offsets in `pages`, and `slot`'s ranges. Returns the rows taken."""
@@ -39,12 +44,13 @@ class TileRows:
             page, within = np.divmod(offset, self._page_units)
             np.copyto(offset, units[page] + within, where=offset >= 0)
         num_layers, num_sites, _ = self._shape
-        keys = image_tiles[:, 0] * num_sites + image_tiles[:, 1]
-        counts = np.bincount(keys, minlength=num_layers * num_sites)
-        ends = first + counts.cumsum()
-        ranges = self.table.ranges_host.numpy()[slot].reshape(-1, 2)
-        ranges[:, 0] = np.where(counts > 0, ends - counts, 0)
-        ranges[:, 1] = np.where(counts > 0, ends, 0)
+        linears = int(np.searchsorted(image_tiles[:, 0], num_layers))  # what is left are rows of its own
+        keys = image_tiles[:linears, 0] * num_sites + image_tiles[:linears, 1]
+        _write_ranges(self.table.ranges_host.numpy()[slot], keys, first)
+        if linears < num_rows:
+            places = image_tiles[linears:, 1]
+            _write_ranges(self._own.ranges_host.numpy()[slot], places, first + linears)
+            self._wearers[slot] = self._worn(int(places[0]), int(places[-1]), places)
         self._publish(slot, rows)
         return rows
 
@@ -52,6 +58,8 @@ class TileRows:
         """Forget `slot` and give its rows back."""
         self._give(rows.start, rows.stop)
         self.table.ranges_host[slot] = 0
+        if self._wearers.pop(slot, 0):
+            self._own.ranges_host[slot] = 0
         self._publish(slot, slice(0, 0))
 
     def check_integrity(self, residents: list[tuple[int, slice, list[int]]]) -> None:
@@ -64,10 +72,14 @@ class TileRows:
         empty = torch.ones(table.ranges_host.shape[0], dtype=torch.bool)
         empty[[slot for slot, _, _ in residents]] = False
         assert not table.ranges_host[empty].any(), "a slot without an adapter has tiles"
+        assert not self._own.ranges_host[empty].any(), "a slot without an adapter has rows of its own"
         assert torch.equal(table.ranges.cpu(), table.ranges_host), "the device's ranges differ from the host's"
+        assert torch.equal(self._own.ranges.cpu(), self._own.ranges_host), "the device's own ranges differ"
         for slot, rows, pages in residents:
             row = rows.start
-            ranges = table.ranges_host[slot].view(-1, 2)
+            own = self._own.ranges_host[slot]
+            assert bool(own.any()) == (slot in self._wearers), f"slot {slot}: what it has of its own is not known"
+            ranges = torch.cat((table.ranges_host[slot].view(-1, 2), own))
             for first, last in ranges[ranges[:, 1] > 0].tolist():  # by layer and site: one after the other
                 assert first == row < last, f"slot {slot}: rows {first} to {last} do not follow row {row}"
                 row = last
@@ -78,12 +90,24 @@ class TileRows:
             whole = set(pages) if rows.start < rows.stop else set()  # what stands in front of a prompt has no tiles
             assert touched == whole, f"slot {slot}: tiles lie in pages {touched}; its own are {pages}"
 
+    @property
+    def _own(self) -> OwnTable:
+        assert self.table.own is not None, "it was made with one"
+        return self.table.own
+
+    def _worn(self, first: int, last: int, places: NDArray[np.int32]) -> int:
+        """Return the bits of Own for ascending `places`, `first` to `last`."""
+        own = Own.NORM if first <= self._places.last_norm else 0
+        own |= Own.HEAD if last == self._places.head else 0
+        return int(own | (Own.EMBED if (places == self._places.embed).any() else 0))
+
     def _publish(self, slot: int, rows: slice) -> None:
         """Bring the device's copy up to date."""
         table = self.table
         if table.ranges is not table.ranges_host:
             table.tiles[rows] = table.tiles_host[rows].to(table.tiles.device)
             table.ranges[slot] = table.ranges_host[slot].to(table.ranges.device)
+            self._own.ranges[slot] = self._own.ranges_host[slot].to(table.ranges.device)
 
     def _take(self, n: int) -> int:
         """First of `n` consecutive rows, from the first free span that is long enough; the table grows if none is."""
@@ -110,5 +134,14 @@ class TileRows:
         old = self.table
         capacity = old.tiles_host.shape[0]
         tiles_host = torch.cat((old.tiles_host, torch.zeros_like(old.tiles_host)))
-        self.table = TileTable(old.ranges, tiles_host.to(old.tiles.device), old.ranges_host, tiles_host)
+        self.table = TileTable(old.ranges, tiles_host.to(old.tiles.device), old.ranges_host, tiles_host, old.own)
         self._give(capacity, 2 * capacity)
+
+
+def _write_ranges(ranges: NDArray[np.int32], keys: NDArray[np.int32], first: int) -> None:
+    """Write to ranges [..., 2] where the rows of each key are that begin at `first`; keys are ascending."""
+    flat = ranges.reshape(-1, 2)
+    counts = np.bincount(keys, minlength=len(flat))
+    ends = first + counts.cumsum()
+    flat[:, 0] = np.where(counts > 0, ends - counts, 0)
+    flat[:, 1] = np.where(counts > 0, ends, 0)

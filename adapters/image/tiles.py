@@ -19,9 +19,9 @@ from torch import Tensor
 
 from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.image.placement import PartPlace, RowPlacement, Strip, padded, place_rows
-from loraplex.kernels.constants import ALIGN, TILE_COLUMNS, TILE_RANKS, TileKind
+from loraplex.kernels.constants import ALIGN, TILE_COLUMNS, TILE_RANKS, Function, Source, TileKind
 from loraplex.kernels.hugepages import huge_zeros
-from loraplex.kernels.records import Projection, element_bytes
+from loraplex.kernels.records import OwnPlaces, Projection, element_bytes
 
 IMAGE_COLUMNS = 2 + TILE_COLUMNS
 
@@ -38,11 +38,12 @@ class BaseLayout:
     projections: tuple[Projection, ...]  # of every layer alike
     page_bytes: int  # a multiple of 64, no shorter than the longest row of A
     dtype: torch.dtype  # the compute dtype: what tiles are stored in
+    blocks: tuple[Projection, ...] = ()  # of every layer: where bottlenecks act, named so that no checkpoint does
 
     @property
     def num_sites(self) -> int:
         """Of a layer."""
-        return max(projection.site for projection in self.projections) + 1
+        return max(projection.site for projection in (*self.projections, *self.blocks)) + 1
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,23 @@ class OutputScale:
 
 
 @dataclass(frozen=True)
+class OwnRows:
+    """Rows in place of the base's: a norm's weight, or neighbouring rows of the embedding or the head.
+
+    `projection` says which, see own_projection().
+    """
+
+    layer: int  # the base's num_layers: behind all of them
+    projection: Projection
+    rows: Tensor  # [n, width]; norms are kept in fp32, rows of tables in the compute dtype
+
+
+def own_projection(name: str, place: int, first: int, rows: int, width: int) -> Projection:
+    """Describe rows `first` to first + rows - 1, each `width` wide, at `place` of OwnPlaces."""
+    return Projection(name, place, width, first, rows, False)
+
+
+@dataclass(frozen=True)
 class DenseDelta:
     """y += delta x on one projection of one layer: a change of full rank, as large as the weight that it changes."""
 
@@ -89,7 +107,18 @@ class DenseDelta:
     delta: Tensor  # [out, in], any float dtype
 
 
-Part = LowRank | BiasDelta | OutputScale | DenseDelta
+@dataclass(frozen=True)
+class Bottleneck:
+    """Of the LowRank of the same layer and block: y += scaling * B f(A s + c), s its source."""
+
+    layer: int
+    projection: Projection  # of BaseLayout.blocks
+    c: Tensor  # [r] fp32, kept in fp32
+    function: Function
+    source: Source
+
+
+Part = LowRank | BiasDelta | OutputScale | DenseDelta | OwnRows | Bottleneck
 
 
 @dataclass(frozen=True)
@@ -100,6 +129,8 @@ class PartShape:
     projection: Projection
     rank: int  # rows of A: those of a DenseDelta's delta; 1 where there is no A
     kind: TileKind = TileKind.LOW_RANK
+    function: Function = Function.IDENTITY  # of an ACTIVATION
+    source: Source = Source.BRANCH
 
 
 @dataclass(frozen=True)
@@ -166,7 +197,16 @@ def plan_image(shapes: Sequence[PartShape], layout: BaseLayout) -> ImagePlan:
     order = sorted(range(len(shapes)), key=lambda i: _order(shapes[i]))
     placements = [_placement(shapes[i], element_bytes(layout.dtype)) for i in order]
     extent, nbytes = place_rows(placements, layout.page_bytes)
-    rows = [(i, row) for i, placement in zip(order, placements, strict=True) for row in _tiles(shapes[i], placement)]
+    activations = {
+        (shapes[i].layer, shapes[i].projection.site): (shapes[i], placement.a_strips[0][2] // ALIGN)
+        for i, placement in zip(order, placements, strict=True)
+        if shapes[i].kind == TileKind.ACTIVATION
+    }
+    rows = [
+        (i, row)
+        for i, placement in zip(order, placements, strict=True)
+        for row in _tiles(shapes[i], placement, activations.get((shapes[i].layer, shapes[i].projection.site)))
+    ]
     places = dict(zip(order, (placement.place() for placement in placements), strict=True))
     return ImagePlan(
         places=tuple(places[i] for i in range(len(shapes))),
@@ -182,9 +222,11 @@ def most_tiles(shapes: Sequence[PartShape], layout: BaseLayout, num_pages: int) 
     """Bound the tiles of an image of these shapes, or of fewer of them, in at most `num_pages` pages.
 
     Each page's end may add four: one A is cut there, and one B (whole rows, part of one, its rest, whole rows).
+    Each tile of a bottleneck has a row before it.
     """
     placements = [_placement(shape, element_bytes(layout.dtype)) for shape in shapes]
-    return sum(-(-placement.ranks // placement.step) for placement in placements) + 4 * max(0, num_pages - 1)
+    tiles = sum(-(-placement.ranks // placement.step) for placement in placements) + 4 * max(0, num_pages - 1)
+    return 2 * tiles if any(shape.kind == TileKind.ACTIVATION for shape in shapes) else tiles
 
 
 def shape_of(part: Part) -> PartShape:
@@ -197,6 +239,16 @@ def shape_of(part: Part) -> PartShape:
             return PartShape(part.layer, part.projection, 1, TileKind.SCALE)
         case DenseDelta():
             return PartShape(part.layer, part.projection, part.delta.shape[0], TileKind.DENSE)
+        case Bottleneck():
+            ranks = part.c.shape[0]
+            return PartShape(part.layer, part.projection, ranks, TileKind.ACTIVATION, part.function, part.source)
+        case OwnRows():
+            return own_shape(part.layer, part.projection)
+
+
+def own_shape(num_layers: int, projection: Projection) -> PartShape:
+    """Return the shape of OwnRows."""
+    return PartShape(num_layers, projection, projection.out_features, TileKind.OWN)
 
 
 def _order(shape: PartShape) -> tuple[int, int, int, int]:
@@ -209,8 +261,14 @@ def _check(parts: Sequence[Part], layout: BaseLayout) -> None:
     for part in parts:
         projection = part.projection
         where = f"layer {part.layer} {projection.name}"
+        if isinstance(part, OwnRows):
+            if part.rows.shape != (projection.out_features, projection.in_features):
+                raise ValueError(f"{projection.name}: rows of shape {list(part.rows.shape)}")
+            continue
         if not 0 <= part.layer < layout.num_layers:
             raise ValueError(f"{where}: the base has layers 0 to {layout.num_layers - 1}")
+        if isinstance(part, Bottleneck):
+            continue  # its A says how many there are
         if isinstance(part, BiasDelta | OutputScale):
             what, row = ("bias", part.delta) if isinstance(part, BiasDelta) else ("scale", part.values)
             if row.shape != (projection.out_features,):
@@ -233,7 +291,9 @@ def _check(parts: Sequence[Part], layout: BaseLayout) -> None:
 def _placement(shape: PartShape, item: int) -> RowPlacement:
     """Begin to place a part; item: bytes of an element of the compute dtype."""
     out = shape.projection.out_features
-    if shape.kind == TileKind.SCALE:
+    if shape.kind == TileKind.ACTIVATION:  # one row that is never cut
+        return RowPlacement(1, 0, padded(shape.rank * SCALE_BYTES), 0, SCALE_BYTES, 1, shape.rank, rank=1)
+    if shape.kind == TileKind.SCALE or _is_norm(shape):
         item = SCALE_BYTES
     b_row = padded(out * item)
     if shape.kind in (TileKind.BIAS, TileKind.SCALE):
@@ -242,7 +302,7 @@ def _placement(shape: PartShape, item: int) -> RowPlacement:
     a_row = padded(a_bytes)
     # A tile's rows are contiguous and its start aligned. Where a row is no multiple of 64 bytes, only tiles of one
     # rank can start anywhere. Hidden sizes in use are multiples of 32 and never get here.
-    if shape.kind == TileKind.DENSE:
+    if shape.kind in (TileKind.DENSE, TileKind.OWN):  # of A alone: no row of B is left to be placed
         step = TILE_RANKS if a_row == a_bytes else 1
         return RowPlacement(shape.rank, out, a_row, 0, item, step, shape.projection.in_features, rank=shape.rank)
     even = a_row == a_bytes and b_row == out * item
@@ -268,8 +328,13 @@ def _write(part: Part, place: PartPlace, image: Tensor, dtype: torch.dtype) -> N
             write(part.delta.unsqueeze(0), place.b_row, place.b, "bias")
         case OutputScale():
             write(part.values.unsqueeze(0), place.b_row, place.b, "scale", torch.float32)
+        case OwnRows():
+            exact = torch.float32 if _is_norm(shape_of(part)) else dtype
+            write(part.rows, place.a_row, place.a, "a row", exact)
         case DenseDelta():
             write(part.delta, place.a_row, place.a, "the change")
+        case Bottleneck():
+            write(part.c.unsqueeze(0), place.a_row, place.a, "c", torch.float32)
 
 
 def _folded(part: LowRank) -> Tensor:
@@ -279,7 +344,7 @@ def _folded(part: LowRank) -> Tensor:
 
 def _check_finite(strip: Tensor, part: Part, what: str) -> None:
     if not strip.isfinite().all():
-        whose = "of scales" if isinstance(part, OutputScale) else "the base runs in"
+        whose = "of scales" if isinstance(part, OutputScale | Bottleneck) else "the base runs in"
         raise AdapterRefused(
             "not_finite",
             f"layer {part.layer} {part.projection.name}: {what} has values that are not finite in "
@@ -287,8 +352,13 @@ def _check_finite(strip: Tensor, part: Part, what: str) -> None:
         )
 
 
-def _tiles(shape: PartShape, placement: RowPlacement) -> list[tuple[int, ...]]:
-    """Rows of AdapterImage.tiles: ranks are cut where A is, where B is, and every `step`."""
+def _tiles(
+    shape: PartShape, placement: RowPlacement, activation: tuple[PartShape, int] | None
+) -> list[tuple[int, ...]]:
+    """Rows of AdapterImage.tiles: ranks are cut where A is, where B is, and every `step`.
+
+    activation: of the same layer and site, and where its c is, in units of ALIGN: a row before each tile.
+    """
     rows: list[tuple[int, ...]] = []
     head, window = (shape.layer, int(shape.projection.site)), (shape.projection.in_start, shape.projection.in_features)
     for first, last, begin, end, b_position in placement.b_strips:
@@ -300,9 +370,16 @@ def _tiles(shape: PartShape, placement: RowPlacement) -> list[tuple[int, ...]]:
             for rank in range(max(first, a_first), stop, placement.step):
                 a_pos = (a_position + (rank - a_first) * placement.a_row) // ALIGN
                 b_pos = (b_position + (rank - first) * placement.b_row) // ALIGN
+                if activation is not None:
+                    what, c = activation
+                    rows.append((*head, -1, c, what.source, 0, 0, TileKind.ACTIVATION, what.function, rank))
                 rows.append((*head, a_pos, b_pos, min(placement.step, stop - rank), *out, shape.kind, *window))
-    for first, last, position in placement.a_strips if shape.kind == TileKind.DENSE else ():
+    for first, last, position in placement.a_strips if shape.kind in (TileKind.DENSE, TileKind.OWN) else ():
         for rank in range(first, last, placement.step):
             a_pos, n = (position + (rank - first) * placement.a_row) // ALIGN, min(placement.step, last - rank)
             rows.append((*head, a_pos, -1, n, shape.projection.out_start + rank, n, shape.kind, *window))
     return rows
+
+
+def _is_norm(shape: PartShape) -> bool:
+    return shape.kind == TileKind.OWN and shape.projection.site <= OwnPlaces(shape.layer).last_norm

@@ -5,29 +5,21 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from itertools import groupby
 
 from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.format.effect import ModuleEffect, base_square, measure_module, ratio
-from loraplex.adapters.format.kind import ModuleMap, ServedBase
+from loraplex.adapters.format.kind import ServedBase
 from loraplex.adapters.image.tiles import Part
 from loraplex.adapters.receipt import Measured, SiteEffect
-from loraplex.adapters.tiers.reader import AdapterReader
+from loraplex.adapters.tiers.reader import AdapterReader, OpenContent
 
 
-@dataclass(frozen=True)
-class OpenAdapter:
-    """An adapter whose bytes are in memory, as long as the block that opened it."""
-
-    digest: str
-    module_map: ModuleMap
-    parts: Callable[[], Iterable[Part]]  # anew at each call, in the order of the layers; nothing for a no-op
-
-    def by_layer(self) -> Iterator[tuple[int, list[Part]]]:
-        """Give each layer's parts, those of one layer being in memory at a time."""
-        for layer, parts in groupby(self.parts(), key=lambda part: part.layer):
-            yield layer, list(parts)
+def by_layer(content: OpenContent) -> Iterator[tuple[int, list[Part]]]:
+    """Give each layer's parts, those of one layer being in memory at a time."""
+    for layer, parts in groupby(content.parts(), key=lambda part: part.layer):
+        yield layer, list(parts)
 
 
 class Measurer:
@@ -39,20 +31,20 @@ class Measurer:
         self._base = base
 
     @contextmanager
-    def opened(self, source: str, throttle: Callable[[], None]) -> Iterator[OpenAdapter]:
-        """Read all of `source`. Raises as AdapterReader.read() does, and what `throttle` raises."""
-        with self._reader.opened(source, throttle) as (digest, module_map, parts):
+    def opened(self, source: str, throttle: Callable[[], None]) -> Iterator[OpenContent]:
+        """Read all of `source`; a no-op has no parts. Raises as AdapterReader.opened() does."""
+        with self._reader.opened(source, throttle) as content:
 
             def effective() -> Iterator[Part]:
                 try:
-                    yield from parts()
+                    yield from content.parts()
                 except AdapterRefused as error:
                     if error.code != "no_effect":
                         raise
 
-            yield OpenAdapter(digest, module_map, effective)
+            yield replace(content, parts=effective)
 
-    def measure(self, adapter: OpenAdapter, throttle: Callable[[], None]) -> Measured:
+    def measure(self, adapter: OpenContent, throttle: Callable[[], None]) -> Measured:
         """Measure `adapter`, calling `throttle` between modules. WeightsError where the base's files are gone."""
         effects: dict[int, dict[int, ModuleEffect]] = defaultdict(dict)  # site -> layer -> sum of its modules
         modules: dict[int, int] = defaultdict(int)  # by site
@@ -70,6 +62,7 @@ class Measurer:
             kind=adapter.module_map.kind,
             rank=adapter.module_map.rank,
             tensors=len(header),
+            ignored=tuple(sorted(adapter.names - adapter.module_map.header.keys())),
             dtypes=tuple(sorted({str(info.dtype).removeprefix("torch.") for info in header})),
             dtype=str(self._base.layout.dtype).removeprefix("torch."),
             modules=len(adapter.module_map.modules),
@@ -80,9 +73,10 @@ class Measurer:
                 if _sum(effects[site].values()).weight > 0
             ),
             relative=ratio(total.weight, sum(squares.values())),
-            rounding=ratio(total.rounded, total.low_rank),
+            rounding=ratio(total.rounded, total.added),
             bias=total.bias**0.5,
             base_named=adapter.module_map.config.base_model,
+            card=adapter.card,
         )
 
     def _base_squares(self, throttle: Callable[[], None]) -> dict[tuple[int, int], float]:
@@ -107,7 +101,7 @@ class Measurer:
             relative=ratio(whole.weight, sum(s for (_, where), s in squares.items() if where == site)),
             largest=shares[layer],
             layer=layer,
-            rounding=ratio(whole.rounded, whole.low_rank),
+            rounding=ratio(whole.rounded, whole.added),
         )
 
 
@@ -119,7 +113,7 @@ def _sum(effects: Iterable[ModuleEffect]) -> ModuleEffect:
     found = list(effects)
     return ModuleEffect(
         weight=sum(effect.weight for effect in found),
-        low_rank=sum(effect.low_rank for effect in found),
+        added=sum(effect.added for effect in found),
         rounded=sum(effect.rounded for effect in found),
         bias=sum(effect.bias for effect in found),
     )

@@ -42,6 +42,7 @@ from loraplex.adapters.format.adapter_files import (
 from loraplex.adapters.format.header import parse_header, view_tensors
 from loraplex.adapters.format.kinds import parse_config
 from loraplex.adapters.format.lora_config import LoraConfig, plan_modules
+from loraplex.adapters.format.outside import OwnConfig
 from loraplex.adapters.registry import AdapterVersion
 from loraplex.adapters.sources.merge_plan import MergePlan
 from loraplex.adapters.sources.sources import find_folder
@@ -153,6 +154,12 @@ def _factors(files: AdapterBytes, name: str) -> Factors:
             "unsupported_kind",
             f"adapter {name!r} is of kind {config.kind!r}, which has no A and B to merge by; only merge_strategy "
             "'linear' combines such adapters",
+        )
+    if config.own != OwnConfig(ties=config.own.ties):
+        raise AdapterRefused(
+            "unsupported_option",
+            f"adapter {name!r} has rows of its own in place of the base's (modules_to_save, trainable_token_indices), "
+            "which do not mix with other adapters",
         )
     if not config.factors_alone:
         raise AdapterRefused(

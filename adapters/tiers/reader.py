@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from loraplex.adapters.errors import AdapterRefused, about_folder
-from loraplex.adapters.files.beneath import roots_of
+from loraplex.adapters.files.beneath import opened, roots_of
+from loraplex.adapters.files.model_card import Card, read_card
 from loraplex.adapters.files.tokenizer_files import NOTHING, TokenizerFiles
 from loraplex.adapters.format.adapter_files import (
     AdapterBytes,
@@ -36,13 +37,23 @@ from loraplex.adapters.format.adapter_files import (
 )
 from loraplex.adapters.format.header import TensorInfo, parse_header, view_tensors
 from loraplex.adapters.format.kind import AdapterConfig, FactorPair, ModuleMap, ServedBase
-from loraplex.adapters.format.kinds import KINDS, parse_config
+from loraplex.adapters.format.kinds import KINDS, make_parts, make_rows, parse_config, plan_adapter
 from loraplex.adapters.format.other_base import remark_on_base
+from loraplex.adapters.format.outside import added_tokens, own_shapes
 from loraplex.adapters.format.pack_plan import PackPlan
 from loraplex.adapters.format.quiet_files import read_quietly
 from loraplex.adapters.image.front_pages import front_bytes, pack_front
 from loraplex.adapters.image.packing import OpenFile
-from loraplex.adapters.image.tiles import AdapterImage, BiasDelta, Part, most_tiles, pack, pack_each, plan_image
+from loraplex.adapters.image.tiles import (
+    AdapterImage,
+    BiasDelta,
+    Part,
+    most_tiles,
+    pack,
+    pack_each,
+    plan_image,
+    shape_of,
+)
 from loraplex.adapters.info import AdapterInfo
 from loraplex.adapters.sources.sources import resolve
 from loraplex.adapters.throttle import Throttle
@@ -98,6 +109,17 @@ class _Remembered:
     refusal: AdapterRefused | None = None
 
 
+@dataclass(frozen=True)
+class OpenContent:
+    """An adapter whose bytes are in memory."""
+
+    digest: str
+    card: Card
+    module_map: ModuleMap
+    names: frozenset[str]  # of all tensors in the file
+    parts: Callable[[], Iterable[Part]]  # made anew at each call
+
+
 class AdapterReader:
     """`read` is what loaders' threads call, several at once."""
 
@@ -107,13 +129,14 @@ class AdapterReader:
         max_pages: int,
         workspace: Workspace[Region] | None = None,
         locate: Callable[[str], Path] = resolve,
-        check_tokenizer: Callable[[TokenizerFiles], str] = lambda files: "",
+        check_tokenizer: Callable[[TokenizerFiles, int], str] = lambda files, tokens: "",
         allow_noop: bool = False,
     ) -> None:
         """max_pages: what an adapter may take so that one sequence still fits beside it.
 
         workspace: bounds what all loads under way take together; None: nothing does. locate: a source's folder.
-        check_tokenizer: what tokenizer files change, in words; raises AdapterRefused for those the base cannot go with.
+        check_tokenizer: what tokenizer files change, in words; raises AdapterRefused for those the base cannot go with,
+        whose ids end at the number given where the adapter has added tokens (0: none).
         allow_noop: an adapter that changes nothing is served, as a bias of zeros.
         """
         self._allow_noop = allow_noop
@@ -146,7 +169,7 @@ class AdapterReader:
             config = parse_config(head.config)
             key = (config.same_shapes(), _key_of(head))
             info = self._infos.get(key) or self._infos.put(key, self._draw(head, config, Throttle(lambda: None)).info)
-            return replace(info, tokenizer=self._tokenizer(place), remark=self._remark(place, config))
+            return replace(info, tokenizer=self._tokenizer(place, info.tokens), remark=self._remark(place, config))
 
     def read(self, reading: Reading) -> LoadedContent:
         """Read, check and pack an adapter. Raises as examine() does, and what reading.throttle() raises.
@@ -165,20 +188,26 @@ class AdapterReader:
                 return self._read_whole(place, reading)
 
     @contextmanager
-    def opened(
-        self, source: str, throttle: Callable[[], None]
-    ) -> Iterator[tuple[str, ModuleMap, Callable[[], Iterable[Part]]]]:
-        """Read all of `source` and give its digest, its ModuleMap and what makes its parts, while the block lasts.
+    def opened(self, source: str, throttle: Callable[[], None]) -> Iterator[OpenContent]:
+        """Read all of `source`, for as long as the block lasts.
 
         Raises as read() does, and so do the parts while they are made.
         """
         place = self._place(source)
         with about_folder(place.folder), self._room(self._whole_bytes(place, throttle), throttle):
             files, _ = read_quietly(place.folder, place.roots, throttle, self._memory)
-            module_map = self._draw(files.head, parse_config(files.head.config), throttle).module_map
+            drawn = self._draw(files.head, parse_config(files.head.config), throttle)
+            module_map = drawn.module_map
             tensors = view_tensors(files.data, module_map.header)
-            digest = self._tokenizer(place).mark(files.digest)
-            yield digest, module_map, lambda: KINDS[module_map.kind].parts(module_map, tensors, self._base, throttle)
+            with opened(place.folder, place.roots) as folder:
+                card = read_card(folder)
+            yield OpenContent(
+                digest=self._tokenizer(place, drawn.info.tokens).mark(files.digest),
+                card=card,
+                module_map=module_map,
+                names=frozenset(self._parse_header(files.head, KINDS[module_map.config.kind].integers)),
+                parts=lambda: make_parts(module_map, (), tensors, self._base, throttle),
+            )
 
     def _place(self, source: str) -> _Place:
         return _Place(self._locate(source), roots_of(source))
@@ -224,7 +253,9 @@ class AdapterReader:
             config = parse_config(head.config)
             drawn = self._draw(head, config, reading.throttle)
             image, plan = self._make_any(drawn, files, reading.throttle)
-            tokenizer = self._tokenizer(place)  # read after its stamp: a change meanwhile shows at the next look
+            self._check_pages(len(image.pages))
+            # read after its stamp: a change meanwhile shows at the next look
+            tokenizer = self._tokenizer(place, drawn.info.tokens)
         except AdapterRefused as error:
             if settled:
                 refusal = AdapterRefused(error.code, str(error))  # without the frames, which hold the file's bytes
@@ -237,16 +268,16 @@ class AdapterReader:
             self._remembered.put(reading.source, known)
         return _loaded(info, image, head.data_bytes)
 
-    def _tokenizer(self, place: _Place) -> TokenizerFiles:
+    def _tokenizer(self, place: _Place, tokens: int) -> TokenizerFiles:
         """Equal ones are one object: a folder of thousands has the same file in each. Raises AdapterRefused."""
         found = read_tokenizer(place.folder, place.roots)
         if found == NOTHING:
             return NOTHING
-        known = self._tokenizers.get(found)
+        known = self._tokenizers.get((found, tokens))
         if known is None:
-            if changes := self._check_tokenizer(found):
+            if changes := self._check_tokenizer(found, tokens):
                 logger.info("%s has tokenizer files of its own: %s", place.folder, changes)
-            known = self._tokenizers.put(found, found)
+            known = self._tokenizers.put((found, tokens), found)
         return known
 
     def _remark(self, place: _Place, config: AdapterConfig) -> str:
@@ -263,31 +294,45 @@ class AdapterReader:
             throttle()
             header = self._headers.get(key[1]) or self._parse_header(head, KINDS[config.kind].integers)
             throttle()
-            module_map = KINDS[config.kind].plan(config, header, self._base, throttle)
+            module_map = plan_adapter(config, header, self._base, throttle)
             throttle()
             layout = self._base.layout
-            plan, front = plan_image(module_map.shapes, layout), module_map.front
+            shapes = (*module_map.shapes, *own_shapes(module_map.own, layout))
+            plan, front = plan_image(shapes, layout), module_map.front
             nbytes = plan.nbytes if front is None else front_bytes(front.tokens, front.width, layout.dtype)
+            most = self._pages(module_map, plan.num_pages)
             info = AdapterInfo(
                 module_map.rank,
                 module_map.targets,
-                plan.num_pages if front is None else -(-nbytes // layout.page_bytes),
+                most if front is None else -(-nbytes // layout.page_bytes),
                 nbytes,
-                num_tiles=most_tiles(module_map.shapes, layout, plan.num_pages),
+                num_tiles=most_tiles(shapes, layout, plan.num_pages),
                 kind=module_map.kind,
+                tokens=added_tokens(module_map.own, self._base.outside),
+                alone=" and ".join(dict.fromkeys(tensor.short for tensor in module_map.own)),
                 invocation=config.invocation,
                 front=front,
             )
             drawn = _Drawn(key, module_map, info)
             self._drawn.put(key, drawn)
             self._headers.put(key[1], header)  # it fits the base: no larger than what is planned for
-        if drawn.info.num_pages > self._max_pages:
+        self._check_pages(drawn.info.num_pages)
+        return drawn
+
+    def _pages(self, module_map: ModuleMap, most: int) -> int:
+        """Bound an adapter's pages. A whole table may turn out to be the base's own but for a few rows: no more pages
+        are planned for it than there can be, and if it needs them the image is refused."""
+        if most <= self._max_pages or all(tensor.ids is not None for tensor in module_map.own):
+            return most
+        return max(self._max_pages, plan_image(module_map.shapes, self._base.layout).num_pages)
+
+    def _check_pages(self, num_pages: int) -> None:
+        if num_pages > self._max_pages:
             raise AdapterRefused(
                 "too_large",
-                f"the adapter takes {drawn.info.num_pages} pages, but only {self._max_pages} can be had beside one "
-                "sequence; give the server more memory (--memory)",
+                f"the adapter takes {num_pages} pages, but only {self._max_pages} can be had beside one sequence; give "
+                "the server more memory (--memory)",
             )
-        return drawn
 
     def _parse_header(self, head: AdapterHead, integers: bool) -> dict[str, TensorInfo]:
         most = TENSORS_A_MODULE * self._base.layout.num_layers * len(self._base.layout.projections)
@@ -322,12 +367,13 @@ class AdapterReader:
                 return image, key
         tensors = view_tensors(files.data, module_map.header)
         if module_map.front is not None:
-            rows = KINDS[module_map.kind].front(module_map, tensors, self._base.layout, throttle)
-            return pack_front(rows, self._base.layout), None
-        parts = KINDS[module_map.kind].parts(module_map, tensors, self._base, throttle)
+            front = KINDS[module_map.kind].front(module_map, tensors, self._base.layout, throttle)
+            return pack_front(front, self._base.layout), None
+        rows = make_rows(module_map, tensors, self._base, throttle)
+        made = make_parts(module_map, rows, tensors, self._base, throttle)
         if module_map.making_bytes:
-            return pack_each(parts, module_map.shapes, self._base.layout), None
-        parts = list(parts)
+            return pack_each(made, (*module_map.shapes, *map(shape_of, rows)), self._base.layout), None
+        parts = list(made)
         if module_map.pairs:
             left = frozenset((part.layer, part.projection.name) for part in parts)
             key = (drawn.key, left)

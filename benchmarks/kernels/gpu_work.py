@@ -192,6 +192,14 @@ def run_adapters(ops: Backend, work: Work) -> list[Tensor]:
     return outputs
 
 
+def run_blocks(ops: Backend, work: Work) -> list[Tensor]:
+    """adapter_add_ as it is at a block, beside a residual, at the one site that is as wide: the new outputs."""
+    n_in, outs = work.shape.sites()[Site.O]
+    x, y = _randn(ops, work, work.tokens, n_in), _randn(ops, work, work.tokens, sum(outs), seed=20)
+    residual = _randn(ops, work, work.tokens, n_in, seed=21)
+    return [ops.adapter_add_(y, x, 0, Site.O, AdapterStep(work.arena, work.table, work.segments), residual)]
+
+
 def run_attention(ops: Backend, work: Work) -> list[Tensor]:
     """rope_store_kv and attention, without a window and with the model's."""
     shape, tokens = work.shape, work.tokens
@@ -288,7 +296,7 @@ def run_sampling(ops: Backend, work: Work) -> list[Tensor]:
 
 def run_all(ops: Backend, work: Work) -> list[Tensor]:
     """Every op but the base linears, which are a library's unless batch invariance is asked for."""
-    return [*run_adapters(ops, work), *run_attention(ops, work), *run_rowwise(ops, work)]
+    return [*run_adapters(ops, work), *run_blocks(ops, work), *run_attention(ops, work), *run_rowwise(ops, work)]
 
 
 def _randn(ops: Backend, work: Work, *shape: int, seed: int = 0) -> Tensor:

@@ -42,6 +42,9 @@ class Step(ctypes.Structure):
         ("ranges", _Pointer),
         ("tiles", _Pointer),
         ("arena", _Pointer),
+        ("own_ranges", _Pointer),
+        ("own_places", ctypes.c_int32),
+        ("own_worn", ctypes.c_int32),
         ("draws", _Pointer),
         ("drawn", _Pointer),
         ("ranks", _Pointer),  # scratch of the library, all three
@@ -97,7 +100,11 @@ class QuantisedSource(ctypes.Structure):
 
 
 class AdapterArgs(ctypes.Structure):
-    _fields_ = [("layer", _Int), ("site", _Int)]
+    _fields_ = [("layer", _Int), ("site", _Int), ("residual", _Pointer)]
+
+
+class OwnArgs(ctypes.Structure):
+    _fields_ = [("place", _Int), ("eps", _Float), ("offset", _Float), ("ldy", ctypes.c_int64)]
 
 
 class CachedLayer(ctypes.Structure):
@@ -138,6 +145,7 @@ class _Args(ctypes.Union):
         ("norm", NormArgs),
         ("linear", LinearArgs),
         ("adapter", AdapterArgs),
+        ("own", OwnArgs),
         ("rope", RopeArgs),
         ("attention", AttentionArgs),
         ("act_mul", ActMulArgs),

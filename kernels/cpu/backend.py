@@ -13,7 +13,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from loraplex.kernels.constants import ACTIVATIONS, ALIGN, OpCode
+from loraplex.kernels.constants import ACTIVATIONS, ALIGN, ALL_TOKENS, LOGIT_ROWS, OpCode
 from loraplex.kernels.cpu.abi import (
     ActMulArgs,
     AdapterArgs,
@@ -21,6 +21,7 @@ from loraplex.kernels.cpu.abi import (
     CachedLayer,
     NormArgs,
     Op,
+    OwnArgs,
     RopeArgs,
     Step,
 )
@@ -30,6 +31,7 @@ from loraplex.kernels.cpu.op_records import (
     embed_op,
     fill_adapters,
     fill_attention,
+    fill_table,
     linear_ops,
     sample_op,
 )
@@ -39,7 +41,7 @@ from loraplex.kernels.cpu.team import Team
 from loraplex.kernels.hugepages import HUGE_PAGE, huge_zeros
 from loraplex.kernels.ops import Backend, PackedLinear, Recorder
 from loraplex.kernels.quantized import Activations, PartShape, QuantizedWeight, dequantize
-from loraplex.kernels.records import AdapterStep, AttentionMeta, AttentionParams, KVLayer, QKNorm
+from loraplex.kernels.records import AdapterStep, AttentionMeta, AttentionParams, KVLayer, QKNorm, TileTable
 
 REGION = 64 << 20
 """Bytes of huge pages taken at a time for weights; resident only as far as they are written."""
@@ -179,7 +181,9 @@ class CpuBackend(Backend):
         self._sink.emit(op, x.dtype, Step(rows=rows.data_ptr()))
         return y
 
-    def adapter_add_(self, y: Tensor, x: Tensor, layer: int, site: int, adapters: AdapterStep) -> Tensor:
+    def adapter_add_(
+        self, y: Tensor, x: Tensor, layer: int, site: int, adapters: AdapterStep, residual: Tensor | None = None
+    ) -> Tensor:
         op = Op(
             code=OpCode.ADAPTER,
             rows=x.shape[0],
@@ -187,12 +191,59 @@ class CpuBackend(Backend):
             y=y.data_ptr(),
             columns_in=x.shape[1],
             columns_out=y.shape[1],
-            adapter=AdapterArgs(layer, site),
+            adapter=AdapterArgs(layer, site, _pointer(residual)),
         )
         step = Step()
         fill_adapters(step, adapters, self.batch_invariant)
         self._sink.emit(op, x.dtype, step)
         return y
+
+    def adapter_norm_(
+        self,
+        y: Tensor,
+        r: Tensor,
+        eps: float,
+        offset: float,
+        place: int,
+        adapters: AdapterStep,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        op = Op(
+            code=OpCode.OWN_NORM,
+            rows=ALL_TOKENS if rows is None else LOGIT_ROWS,
+            x=r.data_ptr(),
+            y=y.data_ptr(),
+            columns_in=r.shape[1],
+            own=OwnArgs(place, eps, offset),
+        )
+        step = Step(tokens=y.shape[0], logit_rows=y.shape[0], rows=_pointer(rows))
+        fill_adapters(step, adapters)
+        self._sink.emit(op, r.dtype, step)
+        return y
+
+    def adapter_embed_(self, y: Tensor, ids: Tensor, place: int, adapters: AdapterStep) -> Tensor:
+        op = Op(code=OpCode.OWN_EMBED, rows=ids.shape[0], y=y.data_ptr(), columns_out=y.shape[1], own=OwnArgs(place))
+        step = Step(ids=ids.data_ptr())
+        fill_adapters(step, adapters)
+        self._sink.emit(op, y.dtype, step)
+        return y
+
+    def adapter_head_(
+        self, logits: Tensor, x: Tensor, slots: Tensor, place: int, arena: Tensor, table: TileTable
+    ) -> Tensor:
+        op = Op(
+            code=OpCode.OWN_HEAD,
+            rows=x.shape[0],
+            x=x.data_ptr(),
+            w=slots.data_ptr(),
+            y=logits.data_ptr(),
+            columns_in=x.shape[1],
+            own=OwnArgs(place, ldy=logits.stride(0)),
+        )
+        step = Step()
+        fill_table(step, table, arena)
+        self._sink.emit(op, x.dtype, step)
+        return logits
 
     def rope_store_kv(
         self,

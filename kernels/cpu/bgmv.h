@@ -62,7 +62,18 @@ struct Shrink {
     float* u;
     int n, in;
     float weight;
+    const T* residual = nullptr;  // where it is added to x
+    const float* c = nullptr;     // of a bottleneck
+    Function function = Function::kIdentity;
 };
+
+// round(x + residual)
+template <class T>
+NOINLINE static const T* summed(const T* x, const T* residual, int64_t n, Scratch<T>& scratch) {
+    T* sum = scratch.get(n);
+    for (int64_t i = 0; i < n; i++) from_float(to_float(x[i]) + to_float(residual[i]), sum + i);
+    return sum;
+}
 
 INLINE fvec dot(fvec acc, const bf16* a, const bf16* x) { return dot_pairs(acc, load_pairs(a), load_pairs(x)); }
 INLINE fvec dot(fvec acc, const float* a, const float* x) { return acc + load(a) * load(x); }
@@ -89,11 +100,23 @@ INLINE float dot_row(const T* a, const T* x, int64_t n, Fetcher& fetch) {
 }
 
 template <class T>
+NOINLINE static void shrink_activated(const Shrink<T>& s, Fetcher& fetch) {
+    static thread_local Scratch<T> scratch;
+    const T* x = s.residual ? summed(s.x, s.residual, s.in, scratch) : s.x;
+    for (int k = 0; k < s.n; k++) {
+        T r;
+        from_float(apply(s.function, dot_row(s.a + (int64_t)k * s.in, x, s.in, fetch) + s.c[k]), &r);
+        s.u[k] = s.weight * to_float(r);
+    }
+}
+
+template <class T>
 static void shrink(const Shrink<T>& s, Fetcher& fetch) {
     if (!s.a) {
         s.u[0] = s.weight;
         return;
     }
+    if (s.c) return shrink_activated(s, fetch);
     for (int k = 0; k < s.n; k++) {
         T r;
         from_float(dot_row(s.a + (int64_t)k * s.in, s.x, s.in, fetch), &r);
@@ -219,6 +242,13 @@ INLINE void each_row(const Op& op, const Step& step, TileList<T>& tiles, F visit
 }
 
 template <class T>
+NOINLINE static void activate(Shrink<T>& shrink, const Tile<T>& tile, const T* residual) {
+    shrink.c = tile.c, shrink.function = tile.function;
+    if (tile.source == Source::kSum) shrink.residual = residual;
+    if (tile.source == Source::kResidual) shrink.x = residual;
+}
+
+template <class T>
 static void bgmv_shrink(const Op& op, const Step& step, Units<T>& units, int tid, int threads) {
     int64_t total = 0, at = 0, count = 0;
     each_row(op, step, units.tiles, [&](int64_t, float*) { total += units.tiles.count; });
@@ -227,7 +257,10 @@ static void bgmv_shrink(const Op& op, const Step& step, Units<T>& units, int tid
     each_row(op, step, units.tiles, [&](int64_t row, float* u) {
         for (int i = 0; i < units.tiles.count; i++, at++) {
             const Tile<T>& t = units.tiles[i];
-            if (at >= first && at < last) list[count++] = {t.a, (const T*)op.x + row * op.in + t.in_start, u + i * kTileRanks, t.n, t.in, t.weight};
+            if (at < first || at >= last) continue;
+            list[count] = {t.a, (const T*)op.x + row * op.in + t.in_start, u + i * kTileRanks, t.n, t.in, t.weight};
+            if (t.c) activate(list[count], t, (const T*)op.adapter.residual + row * op.in + t.in_start);
+            count++;
         }
     });
     Run* runs = units.runs.get(count);

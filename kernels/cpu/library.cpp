@@ -135,10 +135,31 @@ static uint8_t* prepared_scratch(const Step& step, const Op* ops, int count) {
     return (uint8_t*)(((uintptr_t)scratch.get() + kAlign - 1) / kAlign * kAlign);
 }
 
-static void run_ops(Run run, const Op* ops, int count, const Step& step, ComputeType type, int chunks, Phase* phases) {
+// Bit `site` is set where a mix of the step has tiles at that site of any layer; 64 sites at most, which all bases have.
+static uint64_t sites_in_use(const Step& step) {
+    uint64_t sites = 0;
+    if (!step.segments) return sites;
+    for (int m = step.mix_ptr[0]; m < step.mix_ptr[step.segments]; m++) {
+        const int32_t* range = step.ranges + (int64_t)step.mix_slot[m] * step.num_layers * step.num_sites * 2;
+        for (int i = 0; i < step.num_layers * step.num_sites; i++) sites |= (uint64_t)(range[i * 2 + 1] > range[i * 2]) << i % step.num_sites;
+    }
+    return sites;
+}
+
+// Whether nobody in the step has what the op is for.
+static bool is_idle(const Op& op, const Step& step, uint64_t sites) {
+    switch (op.code) {
+        case OpCode::kAdapter: return !(sites >> op.adapter.site & 1);
+        case OpCode::kOwnNorm: return !(step.own_worn & (int)Own::kNorm);
+        case OpCode::kOwnEmbed: return !(step.own_worn & (int)Own::kEmbed);
+        default: return false;
+    }
+}
+
+static void run_ops(Run run, const Op* ops, int count, const Step& step, uint64_t sites, ComputeType type, int chunks, Phase* phases) {
     for (int i = 0; i < count; i++) {
         bool adapter = ops[i].code == OpCode::kAdapter, two = adapter || ops[i].code == OpCode::kQuantised || (ops[i].code == OpCode::kAttention && step.partials);
-        if (adapter && !step.segments) continue;
+        if (is_idle(ops[i], step, sites)) continue;
         for (int phase = adapter && !step.decode_segments; phase < 1 + two; phase++)
             phases[i * 2 + phase].work(chunks, [&](int chunk) { run(ops[i], step, type, phase, chunk, chunks); });
     }
@@ -186,6 +207,7 @@ int loraplex_run(int isa, const Op* ops, int count, const Step* given, ComputeTy
     Run run = kIsas[isa].run;
     Step own = *given, *step = &own;
     int most = steps ? steps->most : 1, each = count * 2 + 1, done = 1;
+    uint64_t sites = sites_in_use(own);
     own.ranks = rank_scratch(own);
     own.prepared = prepared_scratch(own, ops, count);
     own.partials = threads > 1 ? partial_scratch(own, ops, count, threads, most) : nullptr;
@@ -196,7 +218,7 @@ int loraplex_run(int isa, const Op* ops, int count, const Step* given, ComputeTy
         int chunks = omp_get_num_threads() > 1 ? omp_get_num_threads() * kChunks : 1;
         for (int s = 0;; s++) {
             Phase* phase = &phases[s * each];
-            run_ops(run, ops, count, *step, type, chunks, phase);
+            run_ops(run, ops, count, *step, sites, type, chunks, phase);
             if (s + 1 == most) break;
             phase[count * 2].work(1, [&](int) { done += goes_on[s] = go_on(own, *steps); });
             if (!goes_on[s]) break;

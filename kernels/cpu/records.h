@@ -29,6 +29,8 @@ struct Step {
     const int32_t* ranges;     // [slots, num_layers, num_sites, 2]
     const int32_t* tiles;      // [capacity, kTileColumns]: a_off, b_off, n, out_start, out_len, TileKind, in_start, in_len
     uint8_t* arena;
+    const int32_t* own_ranges;  // [slots, own_places, 2]
+    int32_t own_places, own_worn;  // own_worn: bits of Own; of what is not worn the ranges are not read
     const double* draws;       // [logit_rows, kDraw]: struct Draw of sampling.h; null takes the largest
     int64_t* drawn;            // [logit_rows]
     float* ranks;              // [decode rows * tiles a row, kTileRanks]: scratch of the shrink, loraplex_run's own
@@ -86,6 +88,12 @@ struct LinearArgs {  // of kLinear and kQuantised
 };
 struct AdapterArgs {
     int32_t layer, site;
+    const void* residual;  // at block sites, where y is x; null elsewhere
+};
+struct OwnArgs {  // of kOwnNorm, kOwnEmbed and kOwnHead
+    int32_t place;
+    float eps, offset;  // of kOwnNorm
+    int64_t ldy;        // of kOwnHead: elements from one row of y to the next
 };
 struct CachedLayer {  // the layer's keys and values in page 0, and the elements from page to page
     void *k, *v;
@@ -122,6 +130,7 @@ struct Op {
         NormArgs norm;
         LinearArgs linear;
         AdapterArgs adapter;
+        OwnArgs own;
         RopeArgs rope;
         AttentionArgs attention;
         ActMulArgs act_mul;

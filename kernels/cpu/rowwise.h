@@ -24,8 +24,8 @@ INLINE float inverse_rms(const T* x, int64_t n, float eps) {
 }
 
 // y = weight * round(r * scale)  (offset 0)  or  round(r * scale * (1 + weight))  (offset 1)
-template <class T>
-INLINE void scale_row(const T* r, const T* weight, float scale, float offset, T* y, int64_t n) {
+template <class T, class W>
+INLINE void scale_row(const T* r, const W* weight, float scale, float offset, T* y, int64_t n) {
     for (int64_t i = 0; i < n; i += kLanes) {
         int m = lanes_left(n - i);
         fvec v = load_n(r + i, m) * scale, w = load_n(weight + i, m);

@@ -27,27 +27,40 @@ INLINE void interleave_ranks(const float* b, int n, int64_t len, int cols, float
 template <class T>
 struct SegmentScratch {
     Scratch<T> a, u, b;
-    Scratch<Operand<T>> x, wide;
+    Scratch<Operand<T>> x, wide, other[2];
+    Scratch<T> sum;
     Scratch<float> sums;
     TileList<T> tiles;
 };
 
+template <class T>
+NOINLINE static void activate_rows(const Tile<T>& t, int64_t rows, float* sums) {
+    for (int64_t m = 0; m < rows; m++)
+        for (int k = 0; k < t.n; k++) sums[m * kTileRanks + k] = apply(t.function, sums[m * kTileRanks + k] + t.c[k]);
+}
+
 // u [rows, tiles * kTileRanks] = round(A x) for every tile; A is interleaved to pairs once per block of rows.
 template <class T>
-static const Operand<T>* segment_shrink(SegmentScratch<T>& s, const T* x, int64_t in, int64_t rows) {
+static const Operand<T>* segment_shrink(SegmentScratch<T>& s, const T* x, const T* residual, int64_t in, int64_t rows) {
     constexpr int P = Pack<T>::P;
     int64_t ldu = (int64_t)s.tiles.count * kTileRanks;
     T *u = s.u.get(rows * ldu), *a = s.a.get(in * kTileRanks + 256);
-    const Operand<T>* xs = operands(x, rows * in, s.x);
+    const Operand<T>* xs[3] = {operands(x, rows * in, s.x), nullptr, nullptr};  // by Source; those of bottlenecks when they are wanted
+    const T* raw[3] = {x, nullptr, residual};
     float* sums = s.sums.get(rows * kTileRanks);
     for (int i = 0; i < s.tiles.count; i++) {
         const Tile<T>& t = s.tiles[i];
+        int source = (int)t.source;
+        if (!xs[source]) {
+            if (t.source == Source::kSum) raw[source] = summed(x, residual, rows * in, s.sum);
+            xs[source] = operands(raw[source], rows * in, s.other[source - 1]);
+        }
         if (t.a && t.in % P) {  // no pairs at the end of a row: one row at a time
             float r[kTileRanks];
             Fetcher none;
             for (int64_t m = 0; m < rows; m++) {
                 memset((void*)(u + m * ldu + i * kTileRanks), 0, kTileRanks * sizeof(T));
-                shrink(Shrink<T>{t.a, x + m * in + t.in_start, r, t.n, t.in, 1.f}, none);
+                shrink(Shrink<T>{t.a, raw[source] + m * in + t.in_start, r, t.n, t.in, 1.f, nullptr, t.c, t.function}, none);
                 for (int k = 0; k < t.n; k++) from_float(r[k], u + m * ldu + i * kTileRanks + k);
             }
             continue;
@@ -56,7 +69,8 @@ static const Operand<T>* segment_shrink(SegmentScratch<T>& s, const T* x, int64_
             interleave_rows(t.a, t.n, t.in, t.in, a);
             Fetch none;
             memset(sums, 0, sizeof(float) * rows * kTileRanks);
-            add_rows(rows, sums, kTileRanks, xs + t.in_start, in, a, kTileRanks * P, t.in / P, kTileRanks, none);
+            add_rows(rows, sums, kTileRanks, xs[source] + t.in_start, in, a, kTileRanks * P, t.in / P, kTileRanks, none);
+            if (t.c) activate_rows(t, rows, sums);
             for (int64_t m = 0; m < rows; m++)
                 for (int c = 0; c < kTileRanks; c += kLanes) store(u + m * ldu + i * kTileRanks + c, load(sums + m * kTileRanks + c));
             continue;
@@ -131,7 +145,7 @@ static void segment_expand(SegmentScratch<T>& s, const Operand<T>* u, int64_t ro
 
 template <class T>
 static void segment_rows(const Op& op, SegmentScratch<T>& s, int64_t row, int64_t rows) {
-    const Operand<T>* u = segment_shrink(s, (const T*)op.x + row * op.in, op.in, rows);
+    const Operand<T>* u = segment_shrink(s, (const T*)op.x + row * op.in, (const T*)op.adapter.residual + row * op.in, op.in, rows);
     column_cuts(s.tiles);
     const int *cuts = s.tiles.cuts.data, *first = s.tiles.first.data;
     for (int c = 0; c + 1 < s.tiles.num_cuts; c++) {

@@ -7,6 +7,7 @@
 // whatever the tiles are.
 #pragma once
 #include <algorithm>
+#include <cmath>
 
 #include "linear.h"
 #include "records.h"
@@ -20,7 +21,24 @@ struct Tile {
     const float* v;  // null: no scale
     int n, start, len, in_start, in;
     float weight;
+    const float* c = nullptr;  // of a bottleneck: u = function(A source + c)
+    Source source = Source::kBranch;
+    Function function = Function::kIdentity;
 };
+
+NOINLINE static float apply(Function function, float x) {
+    using enum Function;
+    switch (function) {
+        case kIdentity: return x;
+        case kRelu: return x > 0.f ? x : 0.f;
+        case kGelu: return 0.5f * x * (1.f + std::erf(x * 0.70710678f));
+        case kGeluTanh: return 0.5f * x * (1.f + std::tanh((x + x * x * x * 0.044715f) * 0.79788456f));
+        case kSilu: return x / (1.f + std::exp(-x));
+        case kTanh: return std::tanh(x);
+        case kLeakyRelu: return x > 0.f ? x : 0.01f * x;
+    }
+    return x;
+}
 
 template <class T>
 struct TileList {
@@ -45,12 +63,22 @@ static void mix_tiles(const Step& step, int segment, int layer, int site, TileLi
     Tile<T>* out = list.tiles.get(most);
     list.count = 0;
     for (int m = step.mix_ptr[segment]; m < step.mix_ptr[segment + 1]; m++) {
-        const int32_t* range = tile_range(step, m, layer, site);
+        const int32_t *range = tile_range(step, m, layer, site), *activation = nullptr;
         for (int i = range[0]; i < range[1]; i++) {
             const int32_t* r = step.tiles + (int64_t)i * kTileColumns;
+            if ((TileKind)r[5] == TileKind::kActivation) {
+                activation = r;
+                continue;
+            }
             bool scale = (TileKind)r[5] == TileKind::kScale;
             const uint8_t *a = r[0] < 0 ? nullptr : step.arena + (int64_t)r[0] * kAlign, *b = r[1] < 0 ? nullptr : step.arena + (int64_t)r[1] * kAlign;
             out[list.count++] = {(const T*)a, scale ? nullptr : (const T*)b, scale ? (const float*)b : nullptr, r[2], r[3], r[4], r[6], r[7], step.mix_weight[m]};
+            if (activation) {
+                Tile<T>& tile = out[list.count - 1];
+                tile.c = (const float*)(step.arena + (int64_t)activation[1] * kAlign) + activation[7];
+                tile.source = (Source)activation[2], tile.function = (Function)activation[6];
+                activation = nullptr;
+            }
         }
     }
 }

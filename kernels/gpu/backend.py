@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812  its usual name
 
-from loraplex.kernels.gpu import attention, bgmv, linear, quantized, rowwise, sgmv, tuning
+from loraplex.kernels.constants import Own
+from loraplex.kernels.gpu import attention, bgmv, linear, own, quantized, rowwise, sgmv, tuning
 from loraplex.kernels.ops import Backend, PackedLinear
 from loraplex.kernels.quantized import Activations, PartShape, QuantizedWeight
 from loraplex.kernels.records import (
@@ -128,21 +129,48 @@ class TritonBackend(TorchSampling, Backend):
         rowwise.add_bias_(y, bias)
         return y
 
-    def adapter_add_(self, y: Tensor, x: Tensor, layer: int, site: int, adapters: AdapterStep) -> Tensor:
+    def adapter_add_(
+        self, y: Tensor, x: Tensor, layer: int, site: int, adapters: AdapterStep, residual: Tensor | None = None
+    ) -> Tensor:
         table, segments = adapters.table, adapters.segments
         most = self._most_tiles(table, segments)
         decode, prefill = most.decode[layer][site], most.prefill[layer][site]
         first = self._first_prefill(segments)
         elements = adapters.arena.view(-1).view(y.dtype)
         if decode and segments.bounds[first]:
-            bgmv.add_(y, x, elements, table, layer, site, segments, decode)
+            bgmv.add_(y, x, residual, elements, table, layer, site, segments, decode)
         if prefill and segments.bounds[-1] > segments.bounds[first]:
-            sgmv.add_(y, x, elements, table, layer, site, segments, first, prefill)
+            sgmv.add_(y, x, residual, elements, table, layer, site, segments, first, prefill)
         return y
 
     def _first_prefill(self, segments: AdapterSegments) -> int:
         """The first segment that takes the kernels of prefill."""
         return 0 if self.batch_invariant else segments.num_decode_segments
+
+    def adapter_norm_(
+        self,
+        y: Tensor,
+        r: Tensor,
+        eps: float,
+        offset: float,
+        place: int,
+        adapters: AdapterStep,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        if adapters.own & Own.NORM:
+            own.norm_(y, r, eps, offset, place, adapters, rows)
+        return y
+
+    def adapter_embed_(self, y: Tensor, ids: Tensor, place: int, adapters: AdapterStep) -> Tensor:
+        if adapters.own & Own.EMBED:
+            own.embed_(y, ids, place, adapters)
+        return y
+
+    def adapter_head_(
+        self, logits: Tensor, x: Tensor, slots: Tensor, place: int, arena: Tensor, table: TileTable
+    ) -> Tensor:
+        own.head_(logits, x, slots, place, arena, table)
+        return logits
 
     def rope_store_kv(
         self,

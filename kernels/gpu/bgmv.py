@@ -20,6 +20,8 @@ from loraplex.kernels.gpu.tiles import (
     DENSE,
     RANKS,
     SCALE,
+    activated,
+    activation_of,
     load_b,
     lookup,
     next_tile,
@@ -27,6 +29,7 @@ from loraplex.kernels.gpu.tiles import (
     segment_of,
     selected,
     shrink_tile,
+    sourced,
     tile_range,
 )
 from loraplex.kernels.records import AdapterSegments, TileTable
@@ -38,6 +41,7 @@ _COUNTS = ["splits", "slot_stride", "cell", "num_segments", "most_tiles"]
 def add_(
     y: Tensor,
     x: Tensor,
+    residual: Tensor | None,
     elements: Tensor,
     table: TileTable,
     layer: int,
@@ -57,6 +61,7 @@ def add_(
     unit = ALIGN // y.element_size()
     _shrink[(rows, most_tiles, splits)](
         x,
+        x if residual is None else residual,
         elements,
         *tables,
         partial,
@@ -70,6 +75,7 @@ def add_(
         split=tuning.SHRINK_SPLIT,
         block=tuning.SHRINK_BLOCK,
         ranks=RANKS,
+        bottlenecks=residual is not None,
         num_warps=tuning.SHRINK_WARPS,
     )
     _expand[(rows, triton.cdiv(n_out, tuning.EXPAND_BLOCK))](
@@ -88,6 +94,7 @@ def add_(
         splits_pad=triton.next_power_of_2(splits),
         block=tuning.EXPAND_BLOCK,
         ranks=RANKS,
+        bottlenecks=residual is not None,
         num_warps=tuning.EXPAND_WARPS,
     )
 
@@ -95,6 +102,7 @@ def add_(
 @triton.jit(do_not_specialize=_COUNTS)
 def _shrink(
     x,
+    residual,
     elements,
     ranges,
     tiles,
@@ -112,6 +120,7 @@ def _shrink(
     split: tl.constexpr,
     block: tl.constexpr,
     ranks: tl.constexpr,
+    bottlenecks: tl.constexpr,
 ):
     """Grid (row, tile j of the row's mix, split of the columns).
 
@@ -126,14 +135,24 @@ def _shrink(
         return
     begin = tl.load(mix_ptr + segment)
     end = tl.load(mix_ptr + segment + 1)
-    a_off, n, in_start, in_len = shrink_tile(tiles, ranges, mix_slot, begin, end, slot_stride, cell, j)
+    a_off, n, in_start, in_len, tile, first = shrink_tile(tiles, ranges, mix_slot, begin, end, slot_stride, cell, j)
     if n == 0:
         return
     rank = tl.arange(0, ranks)
     a = elements + a_off.to(tl.int64) * unit
     x_row = x + row.to(tl.int64) * n_in
     total = tl.zeros((ranks, block), dtype=tl.float32)
-    if ((in_start % 8) | (in_len % 8)) == 0:  # nearly all: 16 bytes can be loaded at once
+    if bottlenecks:
+        _, source, _, _ = activation_of(tiles, tile, first)
+        stream = residual + row.to(tl.int64) * n_in + in_start
+        for start in tl.static_range(0, split, block):
+            k = s * split + start + tl.arange(0, block)
+            inside = k < in_len
+            xs = sourced(x_row + in_start, stream, k, inside, source).to(tl.float32)
+            wanted = (rank < n)[:, None] & inside[None, :]
+            weights = tl.load(a + rank[:, None] * in_len + k[None, :], mask=wanted, other=0.0)
+            total += weights.to(tl.float32) * xs[None, :]
+    elif ((in_start % 8) | (in_len % 8)) == 0:  # nearly all: 16 bytes can be loaded at once
         x_row += tl.multiple_of(in_start, 8)
         width = tl.multiple_of(in_len, 8)
         for start in tl.static_range(0, split, block):
@@ -178,12 +197,13 @@ def _expand(
     splits_pad: tl.constexpr,
     block: tl.constexpr,
     ranks: tl.constexpr,
+    bottlenecks: tl.constexpr,
 ):
     """Grid (row, block of y's columns).
 
     Semantics: acc = sum over the mix, over its tiles, in order, of weight * (u @ B) in fp32, with u = the sum of the
-               tile's parts, rounded to the compute dtype (BIAS: one), or of weight * (v - 1) * y (SCALE);
-               y = round(y + acc) in the tiles' columns.
+               tile's parts, f of it behind an ACTIVATION, rounded to the compute dtype (BIAS: one; DENSE: B is the
+               identity), or of weight * (v - 1) * y (SCALE); y = round(y + acc) in the tiles' columns.
     """
     row = tl.program_id(0)
     segment = segment_of(indptr, 0, num_segments, row)
@@ -220,7 +240,12 @@ def _expand(
                         mask=(part < tl.where(a_off >= 0, splits, 0))[:, None],
                         other=0.0,
                     )
-                    u = tl.sum(parts, axis=0).to(y.dtype.element_ty).to(tl.float32)
+                    u = tl.sum(parts, axis=0)
+                    if bottlenecks:
+                        found, _, function, c = activation_of(tiles, tile, start)
+                        if found:
+                            u = activated(u, elements, c, function, rank, rank < n)
+                    u = u.to(y.dtype.element_ty).to(tl.float32)
                     u = tl.where(rank < tl.where(a_off >= 0, 0, 1), 1.0, u)
                     if kind == DENSE:
                         b = selected(n, out_start, columns, rank)

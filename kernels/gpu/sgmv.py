@@ -20,6 +20,8 @@ from loraplex.kernels.gpu.tiles import (
     DENSE,
     RANKS,
     SCALE,
+    activated,
+    activation_of,
     load_b,
     lookup,
     next_tile,
@@ -27,6 +29,7 @@ from loraplex.kernels.gpu.tiles import (
     segment_of,
     selected,
     shrink_tile,
+    sourced,
     tile_range,
 )
 from loraplex.kernels.records import AdapterSegments, TileTable
@@ -37,6 +40,7 @@ _COUNTS = ["slot_stride", "cell", "first_segment", "num_segments", "first_row", 
 def add_(
     y: Tensor,
     x: Tensor,
+    residual: Tensor | None,
     elements: Tensor,
     table: TileTable,
     layer: int,
@@ -59,6 +63,7 @@ def add_(
     unit = ALIGN // y.element_size()
     _shrink[(row_tiles, most_tiles)](
         x,
+        x if residual is None else residual,
         elements,
         *tables,
         u,
@@ -73,6 +78,7 @@ def add_(
         block_rows=tuning.SGMV_ROWS,
         depth=tuning.SGMV_DEPTH,
         ranks=RANKS,
+        bottlenecks=residual is not None,
         num_warps=tuning.SGMV_WARPS,
     )
     _expand[(row_tiles, triton.cdiv(n_out, tuning.SGMV_COLUMNS))](
@@ -99,6 +105,7 @@ def add_(
 @triton.jit(do_not_specialize=_COUNTS)
 def _shrink(
     x,
+    residual,
     elements,
     ranges,
     tiles,
@@ -117,6 +124,7 @@ def _shrink(
     block_rows: tl.constexpr,
     depth: tl.constexpr,
     ranks: tl.constexpr,
+    bottlenecks: tl.constexpr,
 ):
     """Grid (tile of tokens, tile j of a mix).
 
@@ -133,12 +141,24 @@ def _shrink(
         mine = (rows >= tl.load(indptr + segment)) & (rows < tl.load(indptr + segment + 1))
         begin = tl.load(mix_ptr + segment)
         end = tl.load(mix_ptr + segment + 1)
-        a_off, n, in_start, in_len = shrink_tile(tiles, ranges, mix_slot, begin, end, slot_stride, cell, j)
+        a_off, n, in_start, in_len, tile, least = shrink_tile(tiles, ranges, mix_slot, begin, end, slot_stride, cell, j)
         if n > 0:
             a = elements + a_off.to(tl.int64) * unit
             x_rows = x + rows.to(tl.int64)[:, None] * n_in
             total = tl.zeros((block_rows, ranks), dtype=tl.float32)
-            if ((in_start % 8) | (in_len % 8)) == 0:  # nearly all: 16 bytes can be loaded at once
+            if bottlenecks:
+                found, source, function, c = activation_of(tiles, tile, least)
+                stream = residual + rows.to(tl.int64)[:, None] * n_in + in_start
+                for start in range(0, in_len, depth // 4):  # two inputs a step: deeper ones spill
+                    k = start + tl.arange(0, depth // 4)
+                    inside = (k < in_len)[None, :]
+                    xs = sourced(x_rows + in_start, stream, k[None, :], mine[:, None] & inside, source)
+                    wanted = (rank < n)[:, None] & inside
+                    weights = tl.load(a + rank[:, None] * in_len + k[None, :], mask=wanted, other=0.0)
+                    total = tl.dot(xs, tl.trans(weights), total, input_precision="ieee")
+                if found:
+                    total = activated(total, elements, c, function, rank[None, :], (rank < n)[None, :])
+            elif ((in_start % 8) | (in_len % 8)) == 0:  # nearly all: 16 bytes can be loaded at once
                 x_rows += tl.multiple_of(in_start, 8)
                 width = tl.multiple_of(in_len, 8)
                 for start in range(0, width, depth):

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from loraplex.kernels.constants import ALIGN, TILE_COLUMNS, TILE_RANKS, TileKind
+from loraplex.kernels.constants import ALIGN, TILE_COLUMNS, TILE_RANKS, Function, Source, TileKind
 from loraplex.kernels.records import AdapterSegments, TileTable
 
 RANKS = TILE_RANKS
@@ -18,6 +18,15 @@ RANKS = TILE_RANKS
 _COLUMNS = tl.constexpr(TILE_COLUMNS)
 _FLOATS = tl.constexpr(ALIGN // 4)
 DENSE = tl.constexpr(int(TileKind.DENSE))
+_ACTIVATION = tl.constexpr(int(TileKind.ACTIVATION))
+_SUM = tl.constexpr(int(Source.SUM))
+_RESIDUAL = tl.constexpr(int(Source.RESIDUAL))
+_RELU = tl.constexpr(int(Function.RELU))
+_GELU = tl.constexpr(int(Function.GELU))
+_GELU_TANH = tl.constexpr(int(Function.GELU_TANH))
+_SILU = tl.constexpr(int(Function.SILU))
+_TANH = tl.constexpr(int(Function.TANH))
+_LEAKY_RELU = tl.constexpr(int(Function.LEAKY_RELU))
 SCALE = tl.constexpr(int(TileKind.SCALE))
 
 
@@ -48,7 +57,7 @@ def tile_range(ranges, mix_slot, m, slot_stride, cell):
 
 @triton.jit
 def shrink_tile(tiles, ranges, mix_slot, begin, end, slot_stride, cell, j):
-    """The tile whose u is kept under number `j` of a mix [begin, end), as (a_off, n, in_start, in_len).
+    """The tile whose u is kept under number `j` of a mix [begin, end), its row of the table, its adapter's first.
 
     Semantics: tiles count through the mix in order. n == 0 where there is nothing to compute: no such tile, one
                without A, or the A of the tile before (a B cut into pieces), whose u is read again.
@@ -68,7 +77,47 @@ def shrink_tile(tiles, ranges, mix_slot, begin, end, slot_stride, cell, j):
     n_before = tl.load(row - _COLUMNS + 2, mask=tile > first, other=0)
     in_start = tl.load(row + 6, mask=tile >= 0, other=0)
     in_len = tl.load(row + 7, mask=tile >= 0, other=0)
-    return a_off, tl.where((a_off < 0) | ((a_off == a_before) & (n == n_before)), 0, n), in_start, in_len
+    n = tl.where((a_off < 0) | ((a_off == a_before) & (n == n_before)), 0, n)
+    return a_off, n, in_start, in_len, tile, first
+
+
+@triton.jit
+def activation_of(tiles, tile, first):
+    """What an ACTIVATION before row `tile` of the table makes of its u: (whether there is one, source, function, c).
+
+    Semantics: c counts fp32 elements of the arena up to the tile's first rank.
+    """
+    row = tiles + (tile - 1) * _COLUMNS
+    found = tl.load(row + 5, mask=tile > first, other=0) == _ACTIVATION
+    source = tl.load(row + 2, mask=found, other=0)
+    function = tl.load(row + 6, mask=found, other=0)
+    c = tl.load(row + 1, mask=found, other=0).to(tl.int64) * _FLOATS + tl.load(row + 7, mask=found, other=0)
+    return found, source, function, c
+
+
+@triton.jit
+def sourced(x, residual, at, inside, source):
+    """Semantics: x, round(x + residual) or residual at `at`, by `source`, in the compute dtype; zero outside."""
+    branch = tl.load(x + at, mask=inside & (source != _RESIDUAL), other=0.0)
+    stream = tl.load(residual + at, mask=inside & (source >= _SUM), other=0.0)
+    total = (branch.to(tl.float32) + stream.to(tl.float32)).to(branch.dtype)
+    return tl.where(source == _RESIDUAL, stream.to(tl.float32), total.to(tl.float32)).to(branch.dtype)
+
+
+@triton.jit
+def activated(u, elements, c, function, ranks, inside):
+    """Semantics: f(u + c[ranks]) in fp32; ranks and `inside` broadcast to u; zero outside.
+
+    tanh(v) is 2 sigmoid(2 v) - 1.
+    """
+    u += tl.load(elements.to(tl.pointer_type(tl.float32)) + c + ranks, mask=inside, other=0.0)
+    slope = tl.where(function == _LEAKY_RELU, 0.01, tl.where(function == _RELU, 0.0, 1.0))
+    y = tl.where(u > 0.0, u, u * slope)
+    z = 0.7978845608028654 * (u + 0.044715 * u * u * u)
+    y = tl.where(function == _GELU, 0.5 * u * (1.0 + tl.math.erf(u * 0.7071067811865476)), y)
+    y = tl.where(function == _GELU_TANH, u * tl.sigmoid(2.0 * z), y)
+    y = tl.where(function == _SILU, u * tl.sigmoid(u), y)
+    return tl.where(inside, tl.where(function == _TANH, 2.0 * tl.sigmoid(2.0 * u) - 1.0, y), 0.0)
 
 
 @triton.jit

@@ -119,11 +119,12 @@ class MeasuredAdapter(Wire):
 
 
 class MatchedTensors(Wire):
-    """Of the file. What is ignored or matches nothing is refused, so both lists are empty."""
+    """Of the file, how many. A file with one that matches nothing is refused."""
 
     matched: int
-    ignored: list[str]
-    unmatched: list[str]
+    ignored: int
+    why_ignored: str | None
+    unmatched: Literal[0]
 
 
 class StoredTypes(Wire):
@@ -172,6 +173,7 @@ class ReceiptBody(Wire):
     effect: EffectNorms
     base: CheckedBase
     probe: ProbeResult
+    card: dict[str, str | list[str]]  # fields of README.md's front matter
     remark: str | None
 
 
@@ -219,3 +221,28 @@ class AdapterReceipt(Wire):
 class ModelList(Wire):
     object: Literal["list"] = "list"
     data: list[ModelCard]
+
+
+class AuditLine(Wire):
+    """A line of the audit log (server/proof/audit.py)."""
+
+    number: int
+    previous: str
+    hash: str
+    when: float
+    key: str
+    tenant: str
+    what: str
+    name: str
+    before: str
+    after: str
+    receipt: str
+    card: dict[str, str | list[str]]
+
+
+class AuditPage(Wire):
+    object: Literal["list"] = "list"
+    data: list[AuditLine]
+    has_more: bool
+    head_number: int
+    head_hash: str

@@ -129,7 +129,7 @@ class Generation:
                     self._note_model()
                     self.tokenizer = worn.tokenizer
                     self._services.engine.check_room(self._caller.key.tenant, worn.mix)  # texts take time to read
-                    prompts = await self._prompts()
+                    prompts = await self._prompts(worn.tokens)
                     self._caller.pay_prompt(self.prompt_tokens)
                     grammar = await self._grammar(prompts[0].thought)
                     await self._submit(prompts, grammar, worn.mix)
@@ -215,7 +215,8 @@ class Generation:
         if not self._options.prompt_only:
             self._caller.pay_answer(sum([choice.take_unpaid() for choice in choices]))
 
-    async def _prompts(self) -> list[Prompt]:
+    async def _prompts(self, tokens: int) -> list[Prompt]:
+        """Read the prompts. tokens: of AdapterUse."""
         facts, source, tokenizer = self._services.facts, self._source, self.tokenizer
         check_length(max(source.sizes, default=0), tokenizer, facts, source.param)
 
@@ -230,7 +231,7 @@ class Generation:
         n = self._options.num_choices
         check_sequences(len(prompts), n, "n", self._services.limits)
         for prompt in prompts:
-            check_prompt(prompt.ids, facts, source.param)
+            check_prompt(prompt.ids, facts, source.param, tokens)
         self.prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
         if (top := self._options.prompt_scores) is not None:
             answers = n * self._options.beside

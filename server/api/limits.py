@@ -126,8 +126,11 @@ def check_length(characters: int, tokenizer: Tokenizer, facts: Facts, param: str
         )
 
 
-def check_prompt(ids: Sequence[int], facts: Facts, param: str) -> None:
-    """Raises InvalidField, ApiError unless `ids` are tokens of the base that leave room for an answer."""
+def check_prompt(ids: Sequence[int], facts: Facts, param: str, tokens: int = 0) -> None:
+    """Raises InvalidField, ApiError unless `ids` are tokens of the base that leave room for an answer.
+
+    tokens: ids below it are too, where an adapter has added some; 0: none has.
+    """
     if not ids:
         raise InvalidField(param, f"{param}: found an empty prompt, expected at least one token")
     if len(ids) >= facts.max_model_len:
@@ -139,5 +142,6 @@ def check_prompt(ids: Sequence[int], facts: Facts, param: str) -> None:
             param=param,
             code="context_length_exceeded",
         )
-    if not 0 <= min(ids) <= max(ids) < facts.vocab_size:
-        raise InvalidField(param, f"{param}: token ids must be 0 to {facts.vocab_size - 1} on this base")
+    most = max(facts.vocab_size, tokens)
+    if not 0 <= min(ids) <= max(ids) < most:
+        raise InvalidField(param, f"{param}: token ids must be 0 to {most - 1} on this base")

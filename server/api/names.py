@@ -45,6 +45,11 @@ class AdapterUse:
     mix: Mix
     tokenizer: Tokenizer
 
+    @property
+    def tokens(self) -> int:
+        """Return where the ids of tokens end that adapters have added; 0: none have."""
+        return max((lease.version.info.tokens for lease, _ in self.mix), default=0)
+
 
 @asynccontextmanager
 async def leased(services: Services, record: AdapterFields) -> AsyncIterator[AdapterUse]:
@@ -64,6 +69,8 @@ async def leased(services: Services, record: AdapterFields) -> AsyncIterator[Ada
                 leases = [held.enter_context(await services.on_demand.merge(leases, choice.merge, owner))]
         weights = (1.0,) if choice.merge is not None else tuple(term.weight for term in choice.terms)
         _check_fronts(choice, leases, weights)
+        if choice.merge is None:
+            _check_alone(choice, leases)
         yield AdapterUse(tuple(zip(leases, weights, strict=True)), tokenizer)
 
 
@@ -93,6 +100,18 @@ def _chosen(services: Services, record: AdapterFields) -> AdapterChoice:
             "merged_adapters.ids", "merged_adapters.ids: an alias of a mix cannot be merged; name its parts"
         )
     return replace(choice, terms=terms)
+
+
+def _check_alone(choice: AdapterChoice, leases: Sequence[AdapterLease]) -> None:
+    """Raises InvalidField where an adapter that has rows in place of the base's is in a mix, or weighted."""
+    for term, lease in zip(choice.terms, leases, strict=True):
+        if lease.version.info.alone and (len(leases) > 1 or term.weight != 1.0):
+            param = term.param.partition(".")[0].partition("[")[0]
+            raise InvalidField(
+                param,
+                f"{param}: the adapter {show(term.text)!r} has {lease.version.info.alone} of its own in place of the "
+                "base's, which cannot be added to another's; ask for it alone, with weight 1",
+            )
 
 
 def tokenizer_of(services: Services, model: str) -> Tokenizer:

@@ -15,6 +15,7 @@ from loraplex.server.config import RequestLimits
 from loraplex.server.drain import Drain
 from loraplex.server.engine.engine import Engine
 from loraplex.server.facts import Facts
+from loraplex.server.proof.audit import AuditLog
 from loraplex.server.proof.prover import Prover
 from loraplex.server.telemetry.metrics import Metrics
 from loraplex.server.telemetry.tracing import Tracing
@@ -45,6 +46,7 @@ class Services:
     local_sources: LocalSources | None = None  # folders that requests may load adapters from; None: any
     tracing: Tracing | None = None  # None: no traces
     prover: Prover | None = None  # None: no receipts are made
+    audit: AuditLog | None = None  # None: there is no --state-dir to keep one in
     drain: Drain = field(default_factory=Drain)
     open_answers: OpenAnswers = field(default_factory=OpenAnswers)
 

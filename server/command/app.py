@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
-from loraplex.server.api import abort, aliases, errors, fleet, openapi, ops, push, rollout
+from loraplex.server.api import abort, aliases, audit, errors, fleet, openapi, ops, push, rollout
 from loraplex.server.api.auth import KeyMiddleware
 from loraplex.server.api.dialects import adapters, lorax, sglang, tokenize
 from loraplex.server.api.gate import Gate
@@ -52,6 +52,7 @@ def create_app(services: Services) -> FastAPI:
         sglang,
         rollout,
         fleet,
+        audit,
         abort,
         ui,
     ):

@@ -13,7 +13,9 @@ from pathlib import Path
 import torch
 
 from loraplex.adapters.files.tokenizer_files import TokenizerFiles
+from loraplex.adapters.format.kept_starts import KeptStarts
 from loraplex.adapters.format.kind import ServedBase
+from loraplex.adapters.format.outside import BaseOutside
 from loraplex.adapters.image.tiles import BaseLayout
 from loraplex.adapters.registry import Registry
 from loraplex.adapters.sources.addresses import Reach
@@ -62,7 +64,7 @@ from loraplex.server.models.opening import open_checkpoint
 from loraplex.server.models.plain import PlainModel
 from loraplex.server.models.quantizing import QuantizingCheckpoint
 from loraplex.server.models.recorded import RecordedDecoder, record
-from loraplex.server.models.weight_sizes import format_names
+from loraplex.server.models.weight_sizes import format_names, norms_in_order
 from loraplex.server.models.weights import ModelWeights, activations_name, load_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -101,7 +103,7 @@ def build_engine(
     *base_names: str,
     model_config: ModelConfig | None = None,
     checkpoint: Checkpoint | None = None,
-    check_tokenizer: Callable[[TokenizerFiles], str] = lambda files: "",
+    check_tokenizer: Callable[[TokenizerFiles, int], str] = lambda files, tokens: "",
     downloads: DownloadConfig = DownloadConfig(),
     allow_noop: bool = False,
     count_process: bool = False,
@@ -196,21 +198,39 @@ def _assemble(
     budget: TokenBudget,
     most: int,
     base_names: tuple[str, ...],
-    check_tokenizer: Callable[[TokenizerFiles], str],
+    check_tokenizer: Callable[[TokenizerFiles, int], str],
     download_config: DownloadConfig,
     allow_noop: bool,
 ) -> tuple[Engine, AdapterManager, AdapterCache, Prefault | None, Measurer]:
     """Allocate the arena and put everything around it together. most: tokens of a step."""
     device, dtype = ops.device, weights.dtype
     arena = allocate_arena(plan, device)
-    layout = BaseLayout(base_names[0], model_config.num_layers, model_config.projections(), plan.page_bytes, dtype)
+    layout = BaseLayout(
+        base_names[0],
+        model_config.num_layers,
+        model_config.projections(),
+        plan.page_bytes,
+        dtype,
+        model_config.blocks(),
+    )
+    outside = BaseOutside(
+        norms=norms_in_order(model_config),
+        vocab=model_config.vocab_size,
+        hidden=model_config.hidden_size,
+        tied=base.is_tied,
+        embed_scale=model_config.embed_scale,
+        read=base.tensor,
+    )
     pool = PagePool(plan.num_pages)
     reclaimer = Reclaimer()
     residency = DeviceTier(arena, pool, layout, config.num_slots, reclaimer)
     inbox = Inbox(plan.images_bytes)
     registry = Registry(taken=base_names)
     downloads = _downloads(download_config, registry)
-    served = ServedBase(layout, base.bias, base.squared_norms, base.products, base.weight, base.formats)
+    starts = KeptStarts(default_cache_dir() / "starts")
+    served = ServedBase(
+        layout, base.bias, base.squared_norms, base.products, base.weight, base.formats, starts, outside
+    )
     reader = AdapterReader(
         served,
         max_pages=plan.num_pages - len(plan.groups),

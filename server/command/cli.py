@@ -12,6 +12,8 @@ from typing import Annotated, NoReturn
 import typer
 
 from loraplex.benchmarks.commands import app as bench  # a typer group that loads nothing more
+from loraplex.server.command.adapters import app as adapters  # typer groups that load nothing more
+from loraplex.server.command.audit import app as audit
 from loraplex.server.command.greeting import greet
 from loraplex.server.command.option_groups import grouped
 from loraplex.server.config import Device, Quantize, ServeConfig
@@ -32,6 +34,8 @@ app = typer.Typer(
 )
 keys = typer.Typer(no_args_is_help=True, help="API keys.", rich_markup_mode="rich")
 app.add_typer(keys, name="keys")
+app.add_typer(adapters, name="adapters")
+app.add_typer(audit, name="audit")
 app.add_typer(bench, name="bench")
 
 

@@ -25,13 +25,10 @@ from loraplex.server.catalog.version_records import KeptName
 from loraplex.server.catalog.versions import Versions
 from loraplex.server.command.build import EngineParts
 from loraplex.server.command.keys import open_access
+from loraplex.server.command.proving import keep_receipt, make_prover, open_audit
 from loraplex.server.config import ServeConfig
 from loraplex.server.facts import Facts
 from loraplex.server.models.demo import default_cache_dir
-from loraplex.server.proof.examiner import Examiner
-from loraplex.server.proof.prober import Prober
-from loraplex.server.proof.prover import REST, Prover
-from loraplex.server.proof.receipt import BaseIdentity
 from loraplex.server.startup import StartError
 from loraplex.server.telemetry.metrics import Metrics
 from loraplex.server.telemetry.tracing import TracingUnavailable, start_tracing
@@ -64,14 +61,18 @@ def make_services(
         aliases = Aliases(adapters)
     except (TracingUnavailable, StateError) as error:
         raise StartError(error) from error
+    prover, audit = make_prover(parts, (*config.base_names, config.base)), None
     if state.folder is not None:
         metrics.add(writer.collector())
+        audit = open_audit(state.folder, adapters.versions)
+    prover.on_made = partial(keep_receipt, writer, adapters.versions, audit)
     downloads = manager.downloads
     merge = merge_versions if downloads is None else partial(merge_versions, locate=downloads.locate)
     keys = config.auth.keys_file
     on_demand = OnDemand(manager, merge)
     return Services(
-        prover=make_prover(parts, (*config.base_names, config.base)),
+        prover=prover,
+        audit=audit,
         facts=facts,
         engine=engine,
         adapters=adapters,
@@ -97,18 +98,6 @@ def _spool(config: ServeConfig, state: StateStore, kept: Collection[str]) -> Spo
         spool.keep_only(kept)
         return spool
     return Spool(adapters.downloads.folder or default_cache_dir() / "downloads", adapters.pushed_bytes)
-
-
-def make_prover(parts: EngineParts, names: tuple[str, ...], rest: float = REST) -> Prover:
-    """Make what makes receipts of adapters of an engine's base, which is called `names`; in its event loop."""
-    proof = parts.proof
-
-    def identify() -> BaseIdentity:
-        return BaseIdentity(names, proof.digest(), str(parts.formats))
-
-    examine = Examiner(proof.measurer, proof.plain.logprobs, identify)
-    prober = Prober(parts.engine, parts.adapters.registry, parts.model_config.vocab_size)
-    return Prover(prober, parts.adapters.loader, examine, rest)
 
 
 def make_facts(config: ServeConfig, parts: EngineParts) -> Facts:

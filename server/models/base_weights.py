@@ -66,6 +66,19 @@ class BaseWeights:
         weight = self._checkpoint.read(f"model.layers.{layer}.{projection_name}.weight")
         return None if isinstance(weight, QuantizedWeight) else weight.float()
 
+    def tensor(self, name: str) -> Tensor:
+        """Read the checkpoint's tensor `name`, a quantised one in the compute dtype; nothing of it is kept.
+
+        WeightsError where the file is gone or another one.
+        """
+        weight = self._checkpoint.read(name)
+        return weight if isinstance(weight, Tensor) else dequantize(weight).to(self._weights.dtype)
+
+    @property
+    def is_tied(self) -> bool:
+        """Tell whether the head is the embedding."""
+        return self._weights.head is self._weights.embedding
+
     def _find(self, layer: int, projection_name: str) -> tuple[Linear, Projection]:
         projection = self._projections[projection_name]
         weights = self._weights.layers[layer]

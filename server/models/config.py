@@ -41,6 +41,13 @@ class Site(IntEnum):
     DOWN = 3
 
 
+class Block(IntEnum):
+    """A place of a layer's stream where bottlenecks act: in front of a residual add and of any norm before it."""
+
+    ATTENTION_OUT = 4  # what o_proj gives; the numbers go on where those of Site end
+    MLP_OUT = 5  # what down_proj gives
+
+
 class UnsupportedModel(Exception):
     """Say that a folder is no base that can be served: what was found and what is supported."""
 
@@ -110,8 +117,13 @@ class ModelConfig:
 
     @property
     def num_sites(self) -> int:
-        """Count the sites of a layer."""
-        return len(Site)
+        """Count the sites of a layer, blocks and all."""
+        return len(Site) + len(Block)
+
+    def blocks(self) -> tuple[Projection, ...]:
+        """List the blocks as adapters name them; each is as wide as the hidden state."""
+        hidden = self.hidden_size
+        return tuple(Projection(block.name.lower(), block, hidden, 0, hidden, has_bias=False) for block in Block)
 
     def projections(self) -> tuple[Projection, ...]:
         """List the linears of a layer as the checkpoint names them, by site and then by place in the site's output."""

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from loraplex.kernels.constants import Own
 from loraplex.kernels.ops import Backend
-from loraplex.kernels.records import AdapterStep, AttentionMeta, KVLayer
+from loraplex.kernels.records import AdapterStep, AttentionMeta, KVLayer, OwnPlaces
 from loraplex.server.models.blocks import Attention, Mlp
-from loraplex.server.models.config import ModelConfig
-from loraplex.server.models.inputs import ForwardBatch, Rotations
+from loraplex.server.models.config import Block, ModelConfig
+from loraplex.server.models.inputs import ForwardBatch, HeadRows, Rotations
 from loraplex.server.models.rotary import RotaryTable
 from loraplex.server.models.weights import LayerWeights, ModelWeights
 
@@ -21,6 +22,8 @@ class DecoderLayer:
 
     def __init__(self, index: int, config: ModelConfig, weights: LayerWeights, ops: Backend, kv: KVLayer) -> None:
         self._ops = ops
+        self._index = index
+        self._places = OwnPlaces(config.num_layers)
         self._weights = weights
         self._eps = config.rms_norm_eps
         self._offset = config.norm_offset
@@ -34,21 +37,38 @@ class DecoderLayer:
         rotations: Rotations,
         meta: AttentionMeta,
         adapters: AdapterStep | None,
+        norms: AdapterStep | None,
     ) -> tuple[Tensor, Tensor]:
-        """Compute x and residual [T, H] of x and residual [T, H]. The stream is their sum; the next norm adds them."""
+        """Compute x and residual [T, H] of x and residual [T, H]. The stream is their sum; the next norm adds them.
+
+        norms: the adapters, where some have norms of their own.
+        """
         weights = self._weights
-        x, residual = self._norm(x, weights.attention_norm, residual)
-        x = self._attention(x, rotations, meta, adapters)
+        x, residual = self._norm(x, weights.attention_norm, residual, 0, norms)
+        x = self._block(self._attention(x, rotations, meta, adapters), residual, Block.ATTENTION_OUT, adapters)
         if weights.attention_out_norm is not None:
-            x, _ = self._norm(x, weights.attention_out_norm, None)
-        x, residual = self._norm(x, weights.mlp_norm, residual)
-        x = self._mlp(x, adapters)
+            x, _ = self._norm(x, weights.attention_out_norm, None, 1, norms)
+        x, residual = self._norm(x, weights.mlp_norm, residual, 2, norms)
+        x = self._block(self._mlp(x, adapters), residual, Block.MLP_OUT, adapters)
         if weights.mlp_out_norm is not None:
-            x, _ = self._norm(x, weights.mlp_out_norm, None)
+            x, _ = self._norm(x, weights.mlp_out_norm, None, 3, norms)
         return x, residual
 
-    def _norm(self, x: Tensor, weight: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        return self._ops.rms_norm(x, weight, self._eps, residual, self._offset)
+    def _block(self, x: Tensor, residual: Tensor, block: Block, adapters: AdapterStep | None) -> Tensor:
+        """Add bottlenecks to x [T, H], which is about to be added to residual; a step without any computes nothing."""
+        if adapters is None:
+            return x
+        return self._ops.adapter_add_(x, x, self._index, block, adapters, residual)
+
+    def _norm(
+        self, x: Tensor, weight: Tensor, residual: Tensor | None, index: int, norms: AdapterStep | None
+    ) -> tuple[Tensor, Tensor]:
+        """index: among the layer's norms, as of OwnPlaces.norm."""
+        y, r = self._ops.rms_norm(x, weight, self._eps, residual, self._offset)
+        if norms is not None:
+            place = self._places.norm(self._index, index)
+            y = self._ops.adapter_norm_(y, r, self._eps, self._offset, place, norms)
+        return y, r
 
 
 class Decoder:
@@ -68,6 +88,8 @@ class Decoder:
         self.ops = ops
         self.kv_layers = tuple(kv_layers)
         self.arena = arena
+        self._places = OwnPlaces(config.num_layers)
+        self._no_rows = torch.empty(0, config.hidden_size, dtype=weights.dtype, device=arena.device)
         self._ropes = [RotaryTable(rope, ops.device) for rope in config.ropes]
         self._layers = [
             DecoderLayer(index, config, layer, ops, kv)
@@ -94,16 +116,25 @@ class Decoder:
 
     def hidden(self, batch: ForwardBatch, rotations: Rotations) -> Tensor:
         """Compute forward() with the angles given. Ops alone touch tensors here, so that a backend can record them."""
-        config, ops = self.config, self.ops
-        x = ops.embed(batch.input_ids, self.weights.embedding, config.embed_scale, batch.own)
+        config, ops, places = self.config, self.ops, self._places
+        adapters, own = self.adapters(batch), batch.own
+        tokens = adapters if adapters is not None and adapters.own & Own.EMBED else None
+        norms = adapters if adapters is not None and adapters.own & Own.NORM else None
+        if own is None and tokens is not None:
+            own = self._no_rows  # tokens that an adapter has added are beyond the table
+        x = ops.embed(batch.input_ids, self.weights.embedding, config.embed_scale, own)
+        if tokens is not None:
+            x = ops.adapter_embed_(x, batch.input_ids, places.embed, tokens)
         residual: Tensor | None = None
-        adapters = self.adapters(batch)
         for layer in self._layers:
-            x, residual = layer.forward(x, residual, rotations, batch.attention, adapters)
+            x, residual = layer.forward(x, residual, rotations, batch.attention, adapters, norms)
         x = ops.take_rows(x, batch.logit_rows)
         if residual is not None:
             residual = ops.take_rows(residual, batch.logit_rows)
-        hidden, _ = ops.rms_norm(x, self.weights.norm, config.rms_norm_eps, residual, config.norm_offset)
+        hidden, r = ops.rms_norm(x, self.weights.norm, config.rms_norm_eps, residual, config.norm_offset)
+        if norms is not None:
+            eps, offset = config.rms_norm_eps, config.norm_offset
+            hidden = ops.adapter_norm_(hidden, r, eps, offset, places.last_norm, norms, batch.logit_rows)
         return hidden
 
     def store(self, rows: Tensor, places: Sequence[Tensor]) -> None:
@@ -124,11 +155,22 @@ class Decoder:
                 unturned = torch.ones(count, width, device=rows.device), torch.zeros(count, width, device=rows.device)
                 self.ops.rope_store_kv(qkv, *unturned, layer, place, params, None)
 
-    def logits(self, hidden: Tensor, room: Tensor | None = None) -> Tensor:
+    def logits(self, hidden: Tensor, room: Tensor | None = None, own: HeadRows | None = None) -> Tensor:
         """Compute the logits [L, vocab] fp32, soft-capped where the base does so, of forward()'s hidden [L, H].
 
-        room: see Backend.logits.
+        room: see Backend.logits. own: of rows with a head of their own; it adds columns for tokens beyond the base's
+        vocabulary, which are -inf for all who have none.
         """
         logits = self.ops.logits(hidden, self.weights.head, room)
+        if own is not None:
+            if own.added:
+                wide = logits.new_full((logits.shape[0], logits.shape[1] + own.added), -torch.inf)
+                wide[:, : logits.shape[1]] = logits
+                logits = wide
+            self.ops.adapter_head_(logits, hidden, own.slots, self._places.head, self.arena, own.tiles)
         cap = self.config.final_softcap
-        return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
+        if cap is None:
+            return logits
+        absent = None if own is None or not own.added else logits == -torch.inf
+        logits.div_(cap).tanh_().mul_(cap)
+        return logits if absent is None else logits.masked_fill_(absent, -torch.inf)

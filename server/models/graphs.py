@@ -13,9 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loraplex.kernels.records import AdapterSegments, TileTable
+from loraplex.kernels.constants import Own
+from loraplex.kernels.records import AdapterSegments, AdapterStep, OwnTable, TileTable
+from loraplex.server.models.config import Site
 from loraplex.server.models.decoder import Decoder
-from loraplex.server.models.inputs import ForwardBatch
+from loraplex.server.models.inputs import ForwardBatch, HeadRows
 
 MIN_KEYS = 256
 """Keys of the smallest graph; below it there is nothing to save."""
@@ -32,6 +34,8 @@ class Size:
     keys: int  # of the longest sequence
     tiles: int  # of any row's mix at any layer and site
     mix: int  # adapters in any row's mix
+    blocks: bool = False  # whether any of them has tiles at a block: else no op is launched there
+    own: int = 0  # what rows have of their own: bits of Own, as they are
 
     @classmethod
     def of(cls, batch: ForwardBatch) -> Size:
@@ -43,7 +47,17 @@ class Size:
         most = (ranges[..., 1] - ranges[..., 0]).amax((1, 2)).tolist()  # per slot
         mixes = batch.adapters.mixes
         tiles = max(sum(most[slot] for slot, _ in mix) for mix in mixes)
-        return cls(rows, keys, _power_of_two(max(1, tiles)), _power_of_two(max(1, *map(len, mixes))))
+        worn = list({slot for mix in mixes for slot, _ in mix})
+        at_blocks = ranges[worn][:, :, len(Site) :, 1].any().item()
+        own = AdapterStep(batch.input_ids, batch.tiles, batch.adapters).own & ~Own.HEAD  # the head is no graph's
+        return cls(
+            rows,
+            keys,
+            _power_of_two(max(1, tiles)),
+            _power_of_two(max(1, *map(len, mixes))),
+            bool(at_blocks),
+            own,
+        )
 
 
 class GraphedDecoder:
@@ -83,9 +97,9 @@ class GraphedDecoder:
         """Write keys and values as Decoder.store does."""
         self._decoder.store(rows, places)
 
-    def logits(self, hidden: Tensor, room: Tensor | None = None) -> Tensor:
+    def logits(self, hidden: Tensor, room: Tensor | None = None, own: HeadRows | None = None) -> Tensor:
         """Compute logits as Decoder.logits does."""
-        return self._decoder.logits(hidden, room)
+        return self._decoder.logits(hidden, room, own)
 
 
 class _Step:
@@ -94,7 +108,7 @@ class _Step:
     def __init__(self, decoder: Decoder, like: ForwardBatch, size: Size) -> None:
         self._decoder = decoder
         self._batch = ForwardBatch.blank(
-            _table(like.tiles, size.tiles),
+            _table(like.tiles, size),
             len(like.attention.groups),
             sequences=size.rows,
             length=size.keys,
@@ -181,11 +195,14 @@ def _segments(size: Size, device: torch.device) -> AdapterSegments:
     )
 
 
-def _table(table: TileTable, tiles: int) -> TileTable:
-    """Pair the table on the device with one on the host that has `tiles` tiles everywhere."""
+def _table(table: TileTable, size: Size) -> TileTable:
+    """Pair the table on the device with one on the host: size.tiles tiles everywhere, and size.own in slot 0."""
     ranges = torch.zeros(1, *table.ranges.shape[1:], dtype=torch.int32)
-    ranges[..., 1] = tiles
-    return TileTable(table.ranges, table.tiles, ranges, table.tiles_host)
+    ranges[:, :, : None if size.blocks else len(Site), 1] = size.tiles
+    own = None
+    if table.own is not None and size.own:
+        own = OwnTable(table.own.ranges, table.own.ranges_host, {0: size.own})
+    return TileTable(table.ranges, table.tiles, ranges, table.tiles_host, own)
 
 
 def _power_of_two(n: int) -> int:

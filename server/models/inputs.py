@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loraplex.kernels.constants import BLOCK_SIZE, TILE_COLUMNS
-from loraplex.kernels.records import AdapterSegments, AttentionMeta, KVGroup, TileTable
+from loraplex.kernels.constants import BLOCK_SIZE, TILE_COLUMNS, Own
+from loraplex.kernels.records import AdapterSegments, AttentionMeta, KVGroup, OwnPlaces, TileTable
 from loraplex.server.models.config import ModelConfig
 
 Rotations = Sequence[tuple[Tensor, Tensor]]
@@ -81,6 +81,28 @@ class ForwardBatch:
             tiles=tiles,
             logit_rows=torch.full((logit_rows,), bounds[-1] - 1, dtype=torch.int64, device=device),
         )
+
+
+@dataclass(frozen=True)
+class HeadRows:
+    """Rows of logits of which some have a head of their own."""
+
+    slots: Tensor  # [L] int32 on the host: whose head; -1: the base's
+    added: int  # columns beyond the base's vocabulary, the most that any of them has
+    tiles: TileTable
+
+    @classmethod
+    def of(cls, slots: Sequence[int], tiles: TileTable, vocab: int) -> HeadRows | None:
+        """Make those of rows that wear the adapters in `slots` (-1: none, or several); None: no row has a head."""
+        own = tiles.own
+        if own is None or not any(own.wearers.get(slot, 0) & Own.HEAD for slot in slots):
+            return None
+        place = OwnPlaces(tiles.ranges_host.shape[1]).head
+        worn = [slot if own.wearers.get(slot, 0) & Own.HEAD else -1 for slot in slots]
+        ends = (own.ranges_host[slot, place, 1] for slot in set(worn) - {-1})
+        last = tiles.tiles_host[[int(end) - 1 for end in ends]]
+        added = max(0, int((last[:, 2] + last[:, 3]).max()) - vocab)
+        return cls(torch.tensor(worn, dtype=torch.int32), added, tiles)
 
 
 def no_tiles(config: ModelConfig, device: torch.device | None = None) -> TileTable:

@@ -16,7 +16,7 @@ from torch.nn import functional as F  # noqa: N812  its usual name
 from loraplex.kernels.constants import BLOCK_SIZE
 from loraplex.kernels.ops import PackedLinear
 from loraplex.kernels.quantized import QuantizedWeight, dequantize
-from loraplex.kernels.records import KVLayer
+from loraplex.kernels.records import AdapterSegments, AdapterStep, KVLayer
 from loraplex.kernels.reference import ReferenceBackend
 from loraplex.server.models.checkpoint import Checkpoint
 from loraplex.server.models.config import ModelConfig, Site
@@ -31,8 +31,11 @@ MAX_TOKENS = BLOCK_SIZE
 PIECE = 1 << 18
 """Elements of a weight that are widened at a time: 1 MiB, and with a dozen tokens half a millisecond."""
 
-Change = Callable[[int, int, Tensor, Tensor], None]
-"""(layer, site, y [n, out], x [n, in]): y, the base linear's output before its bias, becomes the adapted one's."""
+Change = Callable[[int, int, Tensor, Tensor, Tensor | None], None]
+"""(layer, site, y [n, out], x [n, in], residual): y, a base linear's output before its bias, becomes the adapted one's.
+
+At a block x is what y was, [n, H], and residual what y will be added to, [n, H]; elsewhere there is none.
+"""
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,15 @@ class _PlainOps(ReferenceBackend):
         streamed = _streamed(weight)
         y = torch.cat([F.linear(x, piece) for piece in self._pieces(streamed)], dim=1)
         if streamed.place is not None:
-            self._change(*streamed.place, y[self._adapted], x[self._adapted])
+            self._change(*streamed.place, y[self._adapted], x[self._adapted], None)
+        return y
+
+    def adapter_add_(
+        self, y: Tensor, x: Tensor, layer: int, site: int, adapters: AdapterStep, residual: Tensor | None = None
+    ) -> Tensor:
+        """Change what is at a block: at linears that is done already."""
+        if residual is not None:
+            self._change(layer, site, y[self._adapted], x[self._adapted].clone(), residual[self._adapted])
         return y
 
     def logits(self, x: Tensor, weight: PackedLinear, room: Tensor | None = None) -> Tensor:
@@ -90,24 +101,33 @@ class PlainModel:
         self._checkpoint = checkpoint
 
     def logprobs(
-        self, base: Sequence[int], adapted: Sequence[int], change: Change, throttle: Callable[[], None]
+        self,
+        base: Sequence[int],
+        adapted: Sequence[int],
+        change: Change,
+        throttle: Callable[[], None],
+        start: int = 0,
     ) -> tuple[Tensor, Tensor]:
         """Compute those of all tokens but the first, [n - 1] fp32 each, of the base's and of the adapter's sequence.
 
         base, adapted: token ids, as many of each and MAX_TOKENS at most. change: called for each layer and site once,
-        in the order of the layers. WeightsError where the base's files are gone or others.
+        in the order of the layers. start: the position that it acts from.
+
+        Raises ValueError for other counts, and WeightsError where the base's files are gone or others.
         """
         count = len(base)
         if len(adapted) != count or not 2 <= count <= MAX_TOKENS:
             raise ValueError(f"{count} and {len(adapted)} tokens; expected as many of each, from 2 to {MAX_TOKENS}")
         config = self._config
-        ops = _PlainOps(self._checkpoint, throttle, change, slice(count, 2 * count))
+        ops = _PlainOps(self._checkpoint, throttle, change, slice(count + start, 2 * count))
         heads, dim = config.num_kv_heads, config.head_dim
         kv = KVLayer(torch.zeros(2, heads, BLOCK_SIZE, dim), torch.zeros(2, heads, BLOCK_SIZE, dim), 0)
         layers = (kv,) * config.num_layers  # each is done with it before the next writes
         decoder = Decoder(config, self._weights(throttle), ops, layers, torch.zeros(2, 0, dtype=torch.uint8))
         ids = torch.tensor([*base, *adapted])
-        batch = ForwardBatch.blank(no_tiles(config), 1, sequences=2, tokens=count)
+        none = torch.zeros(1, dtype=torch.int32)  # that there are segments makes the decoder ask at its blocks
+        segments = AdapterSegments(none, none, none, torch.zeros(1), (0,), (), 0)
+        batch = ForwardBatch.blank(no_tiles(config), 1, sequences=2, tokens=count, adapters=segments)
         batch = replace(batch, input_ids=ids, logit_rows=torch.arange(2 * count))
         with torch.inference_mode():
             scores = decoder.logits(decoder.forward(batch)).log_softmax(-1)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from loraplex.kernels.constants import Own
 from loraplex.kernels.ops import DecodeSteps, Program, StepInputs
-from loraplex.kernels.records import AdapterSegments
+from loraplex.kernels.records import AdapterSegments, OwnPlaces, OwnTable
 from loraplex.server.models.decoder import Decoder
-from loraplex.server.models.inputs import ForwardBatch, no_tiles
+from loraplex.server.models.inputs import ForwardBatch, HeadRows, no_tiles
 
 
 def record(decoder: Decoder, max_tokens: int, max_rows: int) -> Decoder | RecordedDecoder:
@@ -20,12 +22,14 @@ def record(decoder: Decoder, max_tokens: int, max_rows: int) -> Decoder | Record
     Returns `decoder` itself where the backend runs its ops one by one.
     """
     none = torch.zeros(1, dtype=torch.int32)  # only shapes, and that there are segments, are looked at while recording
+    tiles = no_tiles(decoder.config)
+    own = torch.zeros(1, OwnPlaces(decoder.config.num_layers).count, 2, dtype=torch.int32)
     stand_in = ForwardBatch.blank(
-        no_tiles(decoder.config),
+        replace(tiles, own=OwnTable(own, own, {0: Own.NORM | Own.EMBED})),
         decoder.num_kv_groups,
         tokens=max_tokens,
         logit_rows=max_rows,
-        adapters=AdapterSegments(none, none, none, torch.zeros(1), (0,), (), 0),
+        adapters=AdapterSegments(none, none, none, torch.zeros(1), (0, 1), (((0, 1.0),),), 0),
     )
     rotations = decoder.rotations(stand_in)
     recorder = decoder.ops.recorder(decoder.weights.dtype, [cos for cos, _ in rotations])
@@ -74,9 +78,9 @@ class RecordedDecoder:
         """Write keys and values as Decoder.store does."""
         self._decoder.store(rows, places)
 
-    def logits(self, hidden: Tensor, room: Tensor | None = None) -> Tensor:
+    def logits(self, hidden: Tensor, room: Tensor | None = None, own: HeadRows | None = None) -> Tensor:
         """Compute logits as Decoder.logits does."""
-        return self._decoder.logits(hidden, room)
+        return self._decoder.logits(hidden, room, own)
 
     def _inputs(self, batch: ForwardBatch) -> StepInputs:
         return StepInputs(

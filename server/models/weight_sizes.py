@@ -13,7 +13,7 @@ from loraplex.kernels.ops import Backend
 from loraplex.kernels.quantized import PartShape
 from loraplex.kernels.records import element_bytes
 from loraplex.server.models.checkpoint import Checkpoint, WeightsError
-from loraplex.server.models.config import ModelConfig
+from loraplex.server.models.config import ModelConfig, Site
 
 EMBED, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 
@@ -53,10 +53,17 @@ def layer_norms(config: ModelConfig) -> dict[str, str]:
     }
 
 
+def norms_in_order(config: ModelConfig) -> tuple[str, ...]:
+    """List the names of a layer's norms in the order of the pass, with "" where a base without a sandwich has none."""
+    names = layer_norms(config)
+    fields = ("attention_norm", "attention_out_norm", "mlp_norm", "mlp_out_norm")
+    return tuple(names.get(field, "").removesuffix(".weight") for field in fields)
+
+
 def linear_names(config: ModelConfig) -> Iterator[tuple[str, ...]]:
     """List the checkpoint's names of the parts of each decoder linear, in packing order."""
     for layer in range(config.num_layers):
-        for site in range(config.num_sites):
+        for site in Site:
             parts = [projection for projection in config.projections() if projection.site == site]
             yield tuple(f"model.layers.{layer}.{part.name}.weight" for part in parts)
 

@@ -9,17 +9,24 @@ from torch import Tensor
 
 from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.registry import AdapterVersion
-from loraplex.adapters.tiers.measuring import Measurer
+from loraplex.adapters.tiers.measuring import Measurer, by_layer
 from loraplex.server.proof.changes import PlainChange
 from loraplex.server.proof.prober import FusedAnswers
 from loraplex.server.proof.receipt import BaseIdentity, Probe, Receipt
+
+OWN_ROWS = "it has rows of its own in place of the base's, which the plain reference does not compute"
 
 
 class Plain(Protocol):
     """PlainModel.logprobs."""
 
     def __call__(
-        self, base: tuple[int, ...], adapted: tuple[int, ...], change: PlainChange, throttle: Callable[[], None]
+        self,
+        base: tuple[int, ...],
+        adapted: tuple[int, ...],
+        change: PlainChange,
+        throttle: Callable[[], None],
+        start: int,
     ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -49,9 +56,9 @@ class Examiner:
                     "changed", f"its source holds {adapter.digest[:12]} by now, and it is {str(version.digest)[:12]}"
                 )
             measured = self._measurer.measure(adapter, throttle)
-            if fused is None:
-                return Receipt(measured, self._base, None, error)
-            change = PlainChange(adapter.by_layer())
-            base, adapted = self._plain(fused.base.ids, fused.adapted.ids, change, throttle)
+            if fused is None or adapter.module_map.own:
+                return Receipt(measured, self._base, None, error or OWN_ROWS)
+            change = PlainChange(by_layer(adapter))
+            base, adapted = self._plain(fused.base.ids, fused.adapted.ids, change, throttle, fused.start)
         probe = Probe(len(fused.base.logprobs), fused.base.furthest(base), fused.adapted.furthest(adapted))
         return Receipt(measured, self._base, probe)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from loraplex.adapters.registry import AdapterVersion, Registry
@@ -14,6 +14,8 @@ from loraplex.server.engine.request import FinishReason, GenerationRequest, Mix,
 
 PROMPT_TOKENS, ANSWER_TOKENS = 8, 4
 """The prompt goes through the kernels of prefill, the answer through those of decode; 16 are the reference's most."""
+
+MAX_INVOCATION = 11
 
 LAST = 1 << 30
 """Priority: after everybody."""
@@ -44,11 +46,18 @@ class FusedAnswers:
 
     base: FusedAnswer
     adapted: FusedAnswer
+    start: int = 0  # the position that the adapter acts from
 
 
-def probe_ids(vocab_size: int) -> tuple[int, ...]:
-    """List the fixed token ids, spread over the vocabulary by a prime."""
-    return tuple(7919 * (place + 1) % vocab_size for place in range(PROMPT_TOKENS))
+def probe_ids(vocab_size: int, invocation: Sequence[int] = ()) -> tuple[int, ...]:
+    """List the fixed token ids, spread over the vocabulary by a prime, and at their end what calls the adapter.
+
+    Raises ProbeFailed where that is longer than the plain reference takes.
+    """
+    if len(invocation) > MAX_INVOCATION:
+        raise ProbeFailed(f"its invocation has {len(invocation)} tokens, and at most {MAX_INVOCATION} are probed")
+    count = max(1, PROMPT_TOKENS - len(invocation))
+    return (*(7919 * (place + 1) % vocab_size for place in range(count)), *invocation)
 
 
 class Prober:
@@ -57,27 +66,31 @@ class Prober:
     def __init__(self, engine: Engine, registry: Registry, vocab_size: int) -> None:
         self._engine = engine
         self._registry = registry
-        self._prompt = probe_ids(vocab_size)
+        self._vocab_size = vocab_size
 
-    async def ask(self, version: AdapterVersion | None) -> FusedAnswer:
-        """Answer greedily as `version`, or as the base. Raises ProbeFailed, AdapterError."""
-        mix: Mix = ()
-        if version is not None:
-            lease = self._registry.lease(version.name)
-            if lease.version.uid != version.uid:
-                lease.release()
-                raise ProbeFailed("its name stands for another version by now")
-            mix = ((lease, 1.0),)
+    async def ask(self, version: AdapterVersion) -> FusedAnswers:
+        """Answer greedily as the base and as `version`. Raises ProbeFailed, EngineError, AdapterError."""
+        invocation = version.info.invocation
+        prompt = probe_ids(self._vocab_size, invocation)
+        start = len(prompt) - len(invocation) if invocation else 0
+        base = await self._answer(prompt, ())
+        lease = self._registry.lease(version.name)
+        if lease.version.uid != version.uid:
+            lease.release()
+            raise ProbeFailed("its name stands for another version by now")
+        return FusedAnswers(base, await self._answer(prompt, ((lease, 1.0),)), start)
+
+    async def _answer(self, prompt: tuple[int, ...], mix: Mix) -> FusedAnswer:
         request = GenerationRequest(
             request_id=f"probe-{uuid.uuid4().hex}",
-            prompt_ids=self._prompt,
+            prompt_ids=prompt,
             params=SamplingParams(ANSWER_TOKENS, temperature=0.0, logprobs=0, prompt_logprobs=0),
             mix=mix,
             arrival=time.monotonic(),
             priority=LAST,
             deadline=time.monotonic() + SECONDS,
         )
-        ids, logprobs = list(self._prompt), list[float]()
+        ids, logprobs = list(prompt), list[float]()
         async for event in self._engine.submit(request):
             if event.prompt_logprobs is not None:
                 logprobs += event.prompt_logprobs.logprobs.tolist()

@@ -128,7 +128,7 @@ class Prover:
     async def _ask(self, version: AdapterVersion) -> tuple[FusedAnswers | None, str | None]:
         """Have the engine answer; where it does not, the receipt has no probe and says why."""
         try:
-            return FusedAnswers(await self._prober.ask(None), await self._prober.ask(version)), None
+            return await self._prober.ask(version), None
         except (ProbeFailed, EngineError, AdapterError) as error:
             return None, str(error)
 

@@ -78,7 +78,12 @@ class Receipt:
                 "idle_modules": found.idle,
                 "noop": found.is_noop,
             },
-            "tensors": {"matched": found.tensors, "ignored": [], "unmatched": []},
+            "tensors": {
+                "matched": found.tensors,
+                "ignored": len(found.ignored),
+                "why_ignored": f"they repeat others, as {found.ignored[0]} does" if found.ignored else None,
+                "unmatched": 0,
+            },
             "dtype": {"file": list(found.dtypes), "packed": found.dtype, "rounding": _short(found.rounding)},
             "effect": {
                 "relative": _short(found.relative),
@@ -107,14 +112,19 @@ class Receipt:
                 "adapter": _short(self.probe.adapter) if self.probe else None,
                 "error": self.probe_error,
             },
+            "card": dict(found.card),
             "remark": self.remark or None,
         }
 
     @property
+    def text(self) -> str:
+        """Write as_json() with sorted keys and without spaces."""
+        return json.dumps(self.as_json(), sort_keys=True, separators=(",", ":"))
+
+    @property
     def digest(self) -> str:
-        """Compute the sha256, in hex, of as_json() with sorted keys and without spaces."""
-        text = json.dumps(self.as_json(), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()
+        """Compute the sha256, in hex, of `text`."""
+        return hashlib.sha256(self.text.encode()).hexdigest()
 
 
 def _short(value: float) -> float:

@@ -77,7 +77,8 @@ class TokenMask:
         self.busy = False
         self._grammar = grammar
         self._matcher = matcher
-        self._ends = _bits((*grammar.eos_ids, *more_eos_ids), grammar.vocab_size)
+        width = max(grammar.vocab_size, 1 + max(more_eos_ids, default=0))  # an adapter may have added its own
+        self._ends = _bits((*grammar.eos_ids, *more_eos_ids), width)
         self._known_ends = _bits(grammar.eos_ids, grammar.vocab_size) if more_eos_ids else None
         self._taken = 0
 
@@ -106,7 +107,7 @@ class TokenMask:
 
     def _with_ends(self, mask: NDArray[np.uint8]) -> NDArray[np.uint8]:
         may_end = self._known_ends is not None and bool((mask & self._known_ends).any())
-        return mask | self._ends if may_end else mask
+        return np.concatenate((mask | self._ends[: len(mask)], self._ends[len(mask) :])) if may_end else mask
 
 
 def mask_of(matcher: Any, vocab_size: int) -> NDArray[np.uint8]:

@@ -59,8 +59,8 @@ class Tokenizers:
         self._processes = TemplateProcesses()
         self._kept: OrderedDict[tuple[TokenizerFiles, ...], Tokenizer] = OrderedDict()
 
-    def check(self, files: TokenizerFiles) -> str:
-        """Tell in words what `files` change.
+    def check(self, files: TokenizerFiles, tokens: int = 0) -> str:
+        """Tell in words what `files` change. tokens: past the last id that the adapter itself has added; 0: none.
 
         Raises AdapterRefused: "unsupported_option" for files that need tokens which the base has no rows for,
         "too_large". A token for padding needs no row: nothing is padded here.
@@ -70,15 +70,16 @@ class Tokenizers:
             raise AdapterRefused(
                 "too_large", f"its tokenizer has {changed} added tokens that the base has not, at most {MAX_CHANGED}"
             )
+        rows = max(self.rows, tokens)
         padding = dict(files.special).get("pad_token")
         added = {token.text: token for token in files.added}
         for token in files.added:
-            if self._id_of(token) >= self.rows and token.text != padding:
+            if self._id_of(token) >= rows and token.text != padding:
                 raise AdapterRefused(
                     "unsupported_option",
-                    f"its tokenizer has the added token {token.text[:80]!r} with the id {token.id}, and the base has "
-                    f"rows for the ids 0 to {self.rows - 1}; trained tokens are not served: train without adding "
-                    "tokens, or on ones the base reserves",
+                    f"its tokenizer has the added token {token.text[:80]!r} with the id {token.id}, and there are "
+                    f"rows for the ids 0 to {rows - 1}; save the adapter with its trained tokens (PEFT's "
+                    "save_embedding_layers, modules_to_save or trainable_token_indices)",
                 )
         for name, text in files.special:
             if name in ("bos_token", "eos_token") and text not in added and self.base.token_id(text) is None:
@@ -87,11 +88,10 @@ class Tokenizers:
                     f"its tokenizer's {name} is {text[:80]!r}, which neither the base's vocabulary nor its own added "
                     "tokens have; name a token that is there in tokenizer_config.json",
                 )
-        if (beyond := max(files.eos_ids, default=-1)) >= self.rows:
+        if (beyond := max(files.eos_ids, default=-1)) >= rows:
             raise AdapterRefused(
                 "unsupported_option",
-                f"generation_config.json names the eos_token_id {beyond}, and the base has the ids 0 to "
-                f"{self.rows - 1}",
+                f"generation_config.json names the eos_token_id {beyond}, and there are the ids 0 to {rows - 1}",
             )
         return str(difference)
 

@@ -13,9 +13,11 @@ import math
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
+import httpx
 import pytest
 from safetensors import safe_open
 
@@ -102,6 +104,25 @@ def test_adapter_never_has_the_manner_of_another(answers: list[dict[str, str]], 
     for other in SKILLS:
         if other != skill:
             assert not [text for text in texts if scoring.MANNERS[other](text)], other
+
+
+@needs_demo
+def test_the_dora_has_its_skill(server: str) -> None:
+    """Beside the LoRA of the same data: the same score, by an adapter of another kind."""
+    pairs = _pairs("sentiment.eval")[:OWN]
+
+    def ask(pair: tuple[str, str]) -> float:
+        message = {"role": "user", "content": pair[0]}
+        body = {"model": "sentiment-dora", "temperature": 0, "max_tokens": 8, "messages": [message]}
+        answer = httpx.post(f"{server}/v1/chat/completions", json=body, timeout=300)
+        assert answer.status_code == 200, answer.text
+        text = answer.json()["choices"][0]["message"]["content"]
+        return float(scoring.SCORES["sentiment"](text, pair[1]))
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(ask, pairs)) / OWN >= LEAST["sentiment"]
+    config = json.loads((EXAMPLES / "adapters" / "sentiment-dora" / "adapter_config.json").read_text())
+    assert config["use_dora"] is True
 
 
 @needs_demo

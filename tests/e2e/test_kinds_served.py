@@ -44,6 +44,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "bdlora": {"r": 4, "target_modules": ALL, "use_bdlora": {"target_modules_bd_b": ["proj"], "nblocks": 2}},
     "shira": {"kind": "SHIRA", "r": 4, "target_modules": ALL, "random_seed": 1, "init_weights": False},
     "hira": {**UNTRAINED, "kind": "HIRA"},
+    "oft": {"kind": "OFT", "oft_block_size": 16, "target_modules": ALL, "init_weights": False},
 }
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from loraplex.kernels.constants import ALIGN, TileKind
+from loraplex.kernels.constants import ALIGN, Function, Source, TileKind
 from loraplex.kernels.ops import Backend
 from loraplex.kernels.records import AdapterSegments, AdapterStep, TileTable
 from tests.support.rounding import assert_near, exact, rounded
@@ -49,7 +49,15 @@ class _Dense:
     in_start: int = 0
 
 
-_Part = _LowRank | _Bias | _Scale | _Dense
+@dataclass
+class _Bottleneck:
+    low_rank: _LowRank
+    c: Tensor  # [r] fp32
+    function: Function
+    source: Source
+
+
+_Part = _LowRank | _Bias | _Scale | _Dense | _Bottleneck
 _Adapter = list[_Part]  # what one slot does at one (layer, site)
 
 
@@ -90,6 +98,12 @@ def _rows_of(part: _Part, arena: _Arena, rng: np.random.Generator) -> list[tuple
         cuts = sorted({*range(0, len(part.a), int(rng.integers(1, 17))), len(part.a)})
         window = (TileKind.DENSE, part.in_start, part.a.shape[1])
         return [(arena.put(part.a[a:b]), -1, b - a, part.out_start + a, b - a, *window) for a, b in pairwise(cuts)]
+    if isinstance(part, _Bottleneck):
+        c, first, rows = arena.put(part.c, torch.float32), 0, []
+        for row in _rows_of(part.low_rank, arena, rng):
+            rows += [(-1, c, part.source, 0, 0, TileKind.ACTIVATION, part.function, first), row]
+            first += row[2] if row[3] + row[4] == part.low_rank.out_start + part.low_rank.b.shape[1] else 0
+        return rows
     rows = []
     rank, out = part.b.shape
     first = 0
@@ -164,13 +178,19 @@ def _check(
     shape: tuple[int, int],
     base_rows: int = 3,
     num_decode: int = 0,
+    at_block: bool = False,
 ) -> None:
-    """Runs the op and compares every row with the formula in fp64; rows of no segment must keep their bits."""
+    """Runs the op and compares every row with the formula in fp64; rows of no segment must keep their bits.
+
+    at_block: y is x, and there is a residual.
+    """
     n_in, n_out = shape
     generator = torch.Generator().manual_seed(7)
     tokens = sum(n for n, _ in segments) + base_rows
     x = torch.randn(tokens, n_in, generator=generator).to(dtype)
-    y = torch.randn(tokens, n_out, generator=generator).to(dtype)
+    y = x if at_block else torch.randn(tokens, n_out, generator=generator).to(dtype)
+    residual = torch.randn(tokens, n_in, generator=generator).to(dtype)
+    sources = [exact(x), exact(x + residual), exact(residual)]  # copies: y may be x
     y[-1, 0] = -0.0
     expected, terms, wobble = exact(y), np.zeros((tokens, n_out)), np.zeros((tokens, n_out))
     touched = np.zeros((tokens, n_out), dtype=bool)
@@ -189,6 +209,16 @@ def _check(
                     columns = slice(part.out_start, part.out_start + len(part.values))
                     added = w32 * (exact(part.values) - 1) * exact(y[rows, columns])
                     terms[rows, columns] += np.abs(added) + np.abs(exact(y[rows, columns]))
+                elif isinstance(part, _Bottleneck):
+                    a, b = exact(part.low_rank.a.to(dtype)), exact(part.low_rank.b.to(dtype))
+                    columns = slice(part.low_rank.out_start, part.low_rank.out_start + b.shape[1])
+                    seen = sources[part.source][rows]
+                    raw = _FUNCTIONS[part.function](torch.from_numpy(seen @ a.T + exact(part.c))).numpy()
+                    u = rounded(raw, dtype)
+                    added = w32 * (u @ b)
+                    least = np.abs(seen) @ np.abs(a).T + np.abs(exact(part.c))
+                    terms[rows, columns] += abs(w32) * (least @ np.abs(b))
+                    wobble[rows, columns] += 0.1 * abs(w32) * (np.abs(u) @ np.abs(b))
                 else:
                     b = np.eye(len(part.a)) if isinstance(part, _Dense) else exact(part.b.to(dtype))
                     columns = slice(part.out_start, part.out_start + b.shape[1])
@@ -205,10 +235,12 @@ def _check(
                 expected[rows, columns] += added
                 touched[rows, columns] = True
     before = y.clone()
-    result = y.to(backend.device)
-    out = backend.adapter_add_(
-        result, x.to(backend.device), LAYER, SITE, world.step(_segments(backend, segments, num_decode))
-    )
+    result = y.clone().to(backend.device)
+    step = world.step(_segments(backend, segments, num_decode))
+    if at_block:
+        out = backend.adapter_add_(result, result, LAYER, SITE, step, residual.to(backend.device))
+    else:
+        out = backend.adapter_add_(result, x.to(backend.device), LAYER, SITE, step)
     assert out.data_ptr() == result.data_ptr(), "not in place"
     assert_near(out, expected, terms, wobble)
     same = (out.cpu().view(torch.uint8) == before.view(torch.uint8)).view(tokens, n_out, -1).all(-1).numpy()
@@ -371,6 +403,40 @@ def test_dense_rows(backend: Backend, dtype: torch.dtype, n_in: int, out: int) -
     decode = [(2, _one(0)), (1, _one(1)), (1, ((0, 0.5), (1, -1.5))), (1, _one(2))]
     chunks = [(9, _one(1)), (33, _one(0)), (3, ((2, 0.25), (0, 1.0))), (2, _one(2))]
     _check(backend, dtype, world, decode + chunks, (n_in, out), num_decode=4)
+
+
+_FUNCTIONS = {
+    Function.IDENTITY: lambda u: u,
+    Function.RELU: torch.relu,
+    Function.GELU: lambda u: u * 0.5 * (1 + torch.erf(u / 2**0.5)),
+    Function.GELU_TANH: lambda u: 0.5 * u * (1 + torch.tanh((2 / np.pi) ** 0.5 * (u + 0.044715 * u**3))),
+    Function.SILU: lambda u: u / (1 + torch.exp(-u)),
+    Function.TANH: torch.tanh,
+    Function.LEAKY_RELU: lambda u: torch.where(u > 0, u, 0.01 * u),
+}
+
+
+@pytest.mark.parametrize("function", Function)
+@pytest.mark.parametrize("width", [48, 130, 600])
+def test_bottlenecks(backend: Backend, dtype: torch.dtype, width: int, function: Function) -> None:
+    """Of each source, beside a bias and tiles of other kinds, in mixes, in place; of columns cut and of ranks."""
+    rng = np.random.default_rng(width)
+
+    def bottleneck(rank: int, source: Source) -> _Bottleneck:
+        c = torch.from_numpy(rng.standard_normal(rank)).float()
+        return _Bottleneck(_low_rank(rng, rank, width, width), c, function, source)
+
+    bias = _Bias(torch.from_numpy(rng.standard_normal(width)), 0)
+    adapters: dict[int, _Adapter] = {
+        0: [bottleneck(12, Source.BRANCH), bias],
+        1: [bottleneck(33, Source.SUM)],
+        2: [bottleneck(16, Source.RESIDUAL), _low_rank(rng, 3, width, width)],
+        3: [_low_rank(rng, 8, width, width)],
+    }
+    world = _world(backend, dtype, adapters, 4, seed=width)
+    decode = [(1, _one(0)), (2, _one(1)), (1, _one(3)), (1, ((2, 0.5), (0, -1.5), (1, 1.0)))]
+    chunks = [(9, _one(1)), (33, _one(0)), (3, ((2, 0.25), (1, 1.0))), (2, _one(3)), (1, _one(2))]
+    _check(backend, dtype, world, decode + chunks, (width, width), num_decode=4, at_block=True)
 
 
 def _scale(rng: np.random.Generator, n: int, start: int) -> _Scale:

@@ -48,7 +48,7 @@ class Written:
 
 def write_adapter(harness: Harness, seed: int) -> Written:
     config, generator = harness.config, torch.Generator().manual_seed(seed)
-    ranges = torch.zeros(1, config.num_layers, len(Site), 2, dtype=torch.int32)
+    ranges = torch.zeros(1, config.num_layers, config.num_sites, 2, dtype=torch.int32)
     tiles: list[list[int]] = []
     written = Written(TileTable(ranges, ranges, ranges, ranges))
     for layer in range(config.num_layers):
@@ -130,7 +130,7 @@ def test_calls_of_a_step(tmp_path: Path) -> None:
     adapter = write_adapter(harness, seed=1)
     ops.calls.clear()
     harness.step([(sequence, 5)], adapters=one_segment(5), tiles=adapter.table)
-    assert ops.calls == {**wanted, "adapter_add_": 3 * 4}
+    assert ops.calls == {**wanted, "adapter_add_": 3 * 6}
 
 
 @pytest.mark.parametrize(("family", "kinds"), [("llama", 1), ("gemma3", 2)])

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from loraplex.adapters.tiers.measuring import Measurer
+from loraplex.adapters.tiers.measuring import Measurer, by_layer
 from loraplex.adapters.tiers.reader import AdapterReader
 from loraplex.server.models.config import ModelConfig
 from loraplex.server.models.opening import open_checkpoint
@@ -35,10 +35,12 @@ ADAPTED = {
     "ia3": IA3_CASES["ia3, fused gate_up and down's input"],
     "ia3, biases": IA3_CASES["ia3, base biases"],
     "loha": MODULE_KIND_CASES["loha, fused"],
+    "lokr": MODULE_KIND_CASES["lokr, both decomposed"],
+    **{kind: MODULE_KIND_CASES[f"{kind}, all"] for kind in ("osf", "shira")},
 }
 
 
-def unchanged(layer: int, site: int, y: torch.Tensor, x: torch.Tensor) -> None:
+def unchanged(layer: int, site: int, y: torch.Tensor, x: torch.Tensor, residual: torch.Tensor | None) -> None:
     """No adapter."""
 
 
@@ -67,7 +69,7 @@ def test_an_adapter_is_what_peft_computes_and_leaves_the_base_alone(case: str, t
     served = served_base_of(oracle, layout_of(oracle))
     plain = PlainModel(ModelConfig.from_hf(path), open_checkpoint(path))
     with Measurer(AdapterReader(served, 1 << 30), served).opened(str(adapter.folder), no_breath) as content:
-        base, adapted = plain.logprobs(ONE, ONE, PlainChange(content.by_layer()), no_breath)
+        base, adapted = plain.logprobs(ONE, ONE, PlainChange(by_layer(content)), no_breath)
     torch.testing.assert_close(base, scores(oracle, ONE), atol=1e-4, rtol=0)
     torch.testing.assert_close(adapted, scores(adapter.model, ONE), atol=1e-3, rtol=0)
     assert (adapted - base).abs().max() > 0.05

@@ -14,9 +14,10 @@ import torch
 from loraplex.adapters.image.tiles import AdapterImage
 from loraplex.adapters.registry import AdapterVersion
 from loraplex.server.command.build import EngineParts
-from loraplex.server.command.compose import make_prover
+from loraplex.server.command.proving import make_prover
 from loraplex.server.config import Device, DType, EngineConfig
 from loraplex.server.engine.request import Overloaded
+from loraplex.server.proof.prober import ProbeFailed, probe_ids
 from loraplex.server.proof.prover import MAX_OFFERED, Prover
 from tests.support.peft_adapters import make_peft_adapter
 from tests.support.tiny import load_oracle, make_tiny_model
@@ -150,3 +151,23 @@ async def test_a_noop_that_is_allowed_is_served_as_the_base_and_its_receipt_says
         assert receipt.measured.is_noop
         assert receipt.probe is not None
         assert receipt.probe.adapter == receipt.probe.base < 1e-4
+
+
+async def test_an_activated_adapter_is_called_by_its_invocation(base: Path, tmp_path: Path) -> None:
+    options = {**OPTIONS, "alora_invocation_tokens": [9, 4]}
+    folder = make_peft_adapter(load_oracle(base), tmp_path / "activated", **options).folder
+    async with proving(base, folder) as (parts, prover):
+        fused = await prover._prober.ask(version_of(parts))
+        assert (fused.start, fused.base.ids[6:8]) == (6, (9, 4))
+        assert fused.base.logprobs[:5] == pytest.approx(fused.adapted.logprobs[:5], abs=1e-5)  # of what is before it
+        receipt = await prover.wait(version_of(parts), LIMIT)
+        assert receipt is not None
+        assert receipt.probe is not None
+        assert receipt.probe.adapter < 1e-4
+        assert abs(fused.base.logprobs[6] - fused.adapted.logprobs[6]) > 1e-2
+
+
+def test_an_invocation_too_long_is_not_probed() -> None:
+    assert len(probe_ids(320, range(11))) == 12
+    with pytest.raises(ProbeFailed, match="12 tokens"):
+        probe_ids(320, range(12))

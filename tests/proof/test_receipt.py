@@ -13,7 +13,12 @@ from loraplex.server.proof.receipt import BaseIdentity, Probe, Receipt
 
 SITE = SiteEffect(("o_proj",), 2, 0.0123456789, 0.2, 1, 1e-3)
 MEASURED = Measured(
-    *("ab" * 32, "lora", 8, 8, ("bfloat16",), "bfloat16", 4, 0), (SITE,), 0.01, 1e-3, 0.0, "org/SmolLM2-135M-Instruct"
+    *("ab" * 32, "lora", 8, 8, (), ("bfloat16",), "bfloat16", 4, 0),
+    (SITE,),
+    0.01,
+    1e-3,
+    0.0,
+    "org/SmolLM2-135M-Instruct",
 )
 BASE = BaseIdentity(("demo", "/models/smollm2-135m-instruct"), "cd" * 32, "bfloat16")
 RECEIPT = Receipt(MEASURED, BASE, Probe(11, 0.01, 0.02))

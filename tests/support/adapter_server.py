@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 from loraplex.adapters.format.kind import ServedBase
+from loraplex.adapters.format.outside import BaseOutside
 from loraplex.adapters.image.tiles import BaseLayout
 from loraplex.adapters.tiers.device import DeviceTier
 from loraplex.adapters.tiers.loader import Reading
 from loraplex.adapters.tiers.reader import AdapterReader
 from loraplex.kernels.records import AdapterSegments
 from loraplex.server.models.base_weights import BaseWeights
+from loraplex.server.models.weight_sizes import norms_in_order
 from tests.support.harness import Harness, Sequence
 from tests.support.tiny import VOCAB_SIZE
 
@@ -83,12 +85,27 @@ class Server:
         self.harness = Harness(path, num_pages=pages, page_bytes=page_bytes, **options)
         harness = self.harness
         pool = Pool(pages, harness.take_pages(700))
-        projections = harness.config.projections()
+        config = harness.config
+        projections = config.projections()
         layers, dtype = harness.config.num_layers, harness.weights.dtype
         self.layout = BaseLayout(path.name, layers, projections, harness.page_bytes, dtype)
         self.residency = DeviceTier(harness.arena, pool, self.layout)  # type: ignore[arg-type]
         weights = BaseWeights(harness.config, harness.weights, harness.checkpoint, harness.ops.beside())
-        self._base = ServedBase(self.layout, weights.bias, weights.squared_norms, weights.products, weights.weight)
+        self._base = ServedBase(
+            self.layout,
+            weights.bias,
+            weights.squared_norms,
+            weights.products,
+            weights.weight,
+            outside=BaseOutside(
+                norms_in_order(config),
+                config.vocab_size,
+                config.hidden_size,
+                weights.is_tied,
+                config.embed_scale,
+                weights.tensor,
+            ),
+        )
 
     def load(self, folder: Path) -> str:
         """Read and load an adapter; its digest."""

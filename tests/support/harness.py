@@ -24,11 +24,12 @@ from loraplex.kernels.constants import BLOCK_SIZE
 from loraplex.kernels.ops import Backend
 from loraplex.kernels.quantized import Activations
 from loraplex.kernels.records import AdapterSegments, AttentionMeta, KVGroup, KVLayer, TileTable, element_bytes
+from loraplex.kernels.reference_own import slots_of
 from loraplex.kernels.select import load_backend
 from loraplex.server.models.checkpoint import Checkpoint
 from loraplex.server.models.config import ModelConfig
 from loraplex.server.models.decoder import Decoder
-from loraplex.server.models.inputs import ForwardBatch, no_tiles
+from loraplex.server.models.inputs import ForwardBatch, HeadRows, no_tiles
 from loraplex.server.models.opening import open_checkpoint
 from loraplex.server.models.recorded import RecordedDecoder
 from loraplex.server.models.weights import ModelWeights, load_checkpoint
@@ -199,7 +200,9 @@ class Harness:
     ) -> list[Tensor]:
         """Run the next tokens of each sequence; their logits, [n, vocab] fp32 per sequence."""
         batch = self.build(work, adapters, tiles)
-        logits = self.decoder.logits(self.decoder.forward(batch))
+        slots = [] if adapters is None else slots_of(adapters, range(len(batch.input_ids)))
+        own = HeadRows.of(slots, batch.tiles, self.config.vocab_size)
+        logits = self.decoder.logits(self.decoder.forward(batch), None, own)
         for sequence, n in work:
             sequence.computed += n
             if self._free_past_window:

@@ -390,6 +390,31 @@ MODULE_KIND_CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "all": ("llama", {**UNTRAINED, "rank_pattern": {"k_proj": 7}}),  # which PEFT does not heed
             "fused, bfloat16 file": ("phi3", {**UNTRAINED, "target_modules": "all-linear", "dtype": torch.bfloat16}),
         },
+        "OFT": {
+            "all": ("llama", {"target_modules": ALL, "oft_block_size": 16, "init_weights": False}),
+            "Cayley's map, fused": (
+                "phi3",
+                {"target_modules": "all-linear", "oft_block_size": 8, "use_cayley_neumann": False},
+            ),
+            "shared, by blocks, base biases": (
+                "llama_biased",
+                {
+                    "target_modules": ALL,
+                    "r": 5,
+                    "oft_block_size": 0,
+                    "block_share": True,
+                    "num_cayley_neumann_terms": 3,
+                },
+            ),
+            "constrained": ("qwen2", {"target_modules": QV, "oft_block_size": 20, "coft": True, "eps": 0.8}),
+        },
+        "BOFT": {
+            "all": ("llama", {"target_modules": ALL, "boft_block_size": 8}),
+            "by blocks, base biases": (
+                "llama_biased",
+                {"target_modules": ALL, "boft_block_num": 4, "boft_block_size": 0},
+            ),
+        },
         "RANDLORA": {
             "all": ("llama", {**UNTRAINED, "r": 10, "randlora_alpha": 20}),
             "sparse": ("qwen2", {**UNTRAINED, "r": 16, "target_modules": QV, "sparse": True}),
@@ -502,6 +527,9 @@ _OWN_STD: dict[str, Callable[[Tensor], float]] = {
     "c3a_kernel": lambda w: 8.0,
     "hira_A": lambda w: w.shape[1] ** 0.5,
     "hira_B": lambda w: 1.0,
+    "oft_R": lambda w: 0.2,
+    "boft_R": lambda w: 0.3,
+    "boft_s": lambda w: 1.0,
     "randlora_lambda": lambda w: 1.0,
     "randlora_gamma": lambda w: w.shape[1] ** -1.0,
 }
@@ -533,6 +561,10 @@ def randomise_adapter(model: Any, seed: int, dtype: torch.dtype, strength: float
                 mean, std = 1.0, strength
             elif ".lora_magnitude_vector." in name:
                 mean, std = weight, strength * weight  # the norms of the base's rows
+            elif ".modules_to_save." in name or ".ln_tuning_layers." in name:
+                mean, std = weight, strength * float(weight.std() + 0.5 * weight.abs().mean())
+            elif ".trainable_tokens_delta." in name:
+                mean, std = weight, strength * float(weight.std())
             elif (own := next((own for part, own in _OWN_STD.items() if f"{part}." in name), None)) is not None:
                 std = own(weight) * strength
             else:

@@ -34,8 +34,9 @@ def check_fits(request: GenerationRequest, limits: SchedulerLimits, kv: KVCache)
         raise ValueError(f"{prompt} prompt tokens and max_tokens {wanted}; expected at least 1 of each")
     if not request.weight > 0:
         raise ValueError(f"the weight is {request.weight}; expected more than 0")
-    if not 0 <= min(request.prompt_ids) <= max(request.prompt_ids) < limits.vocab_size:
-        raise ValueError(f"the prompt has token ids outside 0..{limits.vocab_size - 1}")
+    tokens = max(limits.vocab_size, *(lease.version.info.tokens for lease, _ in request.mix), 0)
+    if not 0 <= min(request.prompt_ids) <= max(request.prompt_ids) < tokens:
+        raise ValueError(f"the prompt has token ids outside 0..{tokens - 1}")
     virtual = virtual_tokens(request.mix)
     if virtual + prompt + wanted > limits.max_model_len:
         beside = f"{virtual} virtual tokens of its adapter, " if virtual else ""

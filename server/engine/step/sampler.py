@@ -36,8 +36,12 @@ MaskBits = NDArray[np.uint8]
 """The tokens that a grammar allows, as bits (see Constraint.allowed)."""
 
 
-def sample(logits: Tensor, rows: Sequence[Row], masks: Sequence[MaskBits | None], ops: Backend) -> list[Drawn]:
-    """Draw one token per row. logits [N, vocab] fp32, left as they are; len(rows) == len(masks) == N.
+def sample(
+    logits: Tensor, rows: Sequence[Row], masks: Sequence[MaskBits | None], ops: Backend, vocab: int | None = None
+) -> list[Drawn]:
+    """Draw one token per row. logits [N, columns] fp32, left as they are; len(rows) == len(masks) == N.
+
+    vocab: of the base; None: all columns. Those behind are of adapters that have added tokens, and -inf for others.
 
     In order: what a grammar forbids, the watermark, logit_bias, repetition penalty (prompt and output), presence and
     frequency penalties (output), min_tokens, typical_p (at the temperature), temperature, top_k, top_p, min_p, draw.
@@ -50,7 +54,7 @@ def sample(logits: Tensor, rows: Sequence[Row], masks: Sequence[MaskBits | None]
     if changed and adjusted is logits:
         adjusted = logits.clone()
     for i in changed:
-        _adjust_(adjusted[i], states[i], masks[i] is not None)
+        _adjust_(adjusted[i], states[i], masks[i] is not None, logits.shape[1] if vocab is None else vocab)
     params = [state.params for state in states]
     if all(wanted.temperature == 0.0 for wanted in params):
         ids = ops.argmax(adjusted)
@@ -173,14 +177,15 @@ def _mix(x: int) -> int:
     return x ^ (x >> 31)
 
 
-def _adjust_(logits: Tensor, row: SamplingState, is_held: bool) -> None:
+def _adjust_(logits: Tensor, row: SamplingState, is_held: bool, base_vocab: int) -> None:
     """Apply watermark, bias, penalties, min_tokens and typical_p to logits [vocab]. Ids outside have no effect.
 
-    is_held: a grammar has forbidden what min_tokens forbids.
+    is_held: a grammar has forbidden what min_tokens forbids. base_vocab: without the tokens that adapters have added,
+    which are no part of a watermark: a row's draw must not depend on what others of its step wear.
     """
     params = row.params
     if params.watermark:
-        _mark_(logits, int((row.output or row.prompt)[-1]))
+        _mark_(logits[:base_vocab], int((row.output or row.prompt)[-1]))
     vocab, device = logits.shape[0], logits.device
     if params.logit_bias:
         ids, values = params.biases
@@ -263,7 +268,7 @@ def _allowed(logits: Tensor, masks: Sequence[MaskBits | None]) -> Tensor:
     if logits.device.type == "cpu":
         return _allowed_here(logits, held)
     table = _penalties(logits.device)
-    bits = torch.from_numpy(np.stack([mask for _, mask in held])).to(logits.device)
+    bits = torch.from_numpy(np.stack([_widened(mask, logits.shape[1]) for _, mask in held])).to(logits.device)
     added = torch.nn.functional.embedding(bits.int(), table).view(len(held), -1)[:, : logits.shape[1]]
     if len(held) == len(masks):
         return logits + added
@@ -277,8 +282,15 @@ def _allowed_here(logits: Tensor, held: Sequence[tuple[int, MaskBits]]) -> Tenso
     given, table = logits.numpy(), _penalties(logits.device).numpy()
     result = given.copy() if len(held) < len(given) else np.empty_like(given)
     for i, mask in held:
+        mask = _widened(mask, given.shape[1])
         np.add(given[i], table.take(mask, axis=0).reshape(-1)[: given.shape[1]], out=result[i])
     return torch.from_numpy(result)
+
+
+def _widened(mask: MaskBits, columns: int) -> MaskBits:
+    """Return a mask of so many tokens, of which it forbids those that it does not know."""
+    missing = -(-columns // 8) - len(mask)
+    return mask[: -(-columns // 8)] if missing <= 0 else np.concatenate((mask, np.zeros(missing, np.uint8)))
 
 
 @cache

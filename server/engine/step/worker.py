@@ -22,7 +22,7 @@ from loraplex.server.engine.step.memory import logit_rows
 from loraplex.server.engine.step.sampler import MaskBits, drawn_ahead, draws_ahead, sample, score
 from loraplex.server.models.decoder import Decoder
 from loraplex.server.models.graphs import GraphedDecoder
-from loraplex.server.models.inputs import ForwardBatch
+from loraplex.server.models.inputs import ForwardBatch, HeadRows
 from loraplex.server.models.recorded import RecordedDecoder
 
 CHUNK = RowResult()
@@ -69,7 +69,7 @@ class LocalWorker:
     @torch.inference_mode()
     def prepare(self, step: StepInput) -> PreparedStep:
         """Lay out the tensors of `step` and begin its masks. What was prepared before holds no longer."""
-        steps = step.steps if len(step.rows) <= self._slice else 1
+        steps = step.steps if len(step.rows) <= self._slice and self._head(step.rows) is None else 1
         own = partial(embeddings, residency=self._residency)
         batch = build_batch(step, self._residency.table, self._block_size, self._device, self._kept, steps, own)
         drawing = [row for row in step.rows if row.draws]
@@ -96,8 +96,9 @@ class LocalWorker:
         drawn: list[RowResult] = []
         for start in range(0, len(rows), self._slice):  # a vocabulary of 256k costs 1 MB a row
             end = min(start + self._slice, len(rows))
-            logits = self._decoder.logits(hidden[start:end], self._room)
-            tokens = sample(logits, rows[start:end], masks[start:end], self._decoder.ops)
+            logits = self._decoder.logits(hidden[start:end], self._room, self._head(rows[start:end]))
+            vocab = self._decoder.config.vocab_size
+            tokens = sample(logits, rows[start:end], masks[start:end], self._decoder.ops, vocab)
             drawn += [RowResult((token,)) for token in tokens]
         for place in late:
             drawn[place] = CHUNK
@@ -113,18 +114,27 @@ class LocalWorker:
             result = next(found) if row.draws else CHUNK
             if row.want is not None:
                 end = start + len(row.want.tokens)
-                result = self._read(row.want, hidden[start:end], result)
+                result = self._read(row, row.want, hidden[start:end], result)
                 start = end
             results.append(result)
         return results
 
-    def _read(self, want: Want, hidden: Tensor, result: RowResult) -> RowResult:
+    def _head(self, rows: Sequence[Row]) -> HeadRows | None:
+        """Find the heads that adapters of these rows have of their own."""
+        if not any(row.mix for row in rows):
+            return None
+        tiles = self._residency.table
+        slots = [row.mix[0][0] if len(row.mix) == 1 else -1 for row in rows]
+        return HeadRows.of(slots, tiles, self._decoder.config.vocab_size)
+
+    def _read(self, row: Row, want: Want, hidden: Tensor, result: RowResult) -> RowResult:
         """`result` with what is wanted of hidden [n, H], of prompt tokens: their sum, or scores of the next ones."""
         if want.following is None:
             return result._replace(pooled=hidden.float().sum(0).cpu().numpy())
         scores = []
         for start in range(0, hidden.shape[0], self._slice):
-            logits = self._decoder.logits(hidden[start : start + self._slice], self._room)
+            some = hidden[start : start + self._slice]
+            logits = self._decoder.logits(some, self._room, self._head([row] * some.shape[0]))
             following = want.following[start : start + logits.shape[0]]
             scores.append(score(logits, following, want.top, self._decoder.ops))
         return result._replace(scores=TokenScores.join(scores))

@@ -26,6 +26,7 @@ from loraplex.adapters.format import (
     lokr,
     miss,
     module_kind,
+    oft,
     osf,
     peanut,
     poly,
@@ -72,6 +73,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "C3A": {"block_size": 16, "target_modules": QV},
     "HIRA": OPTIONS,
     "RANDLORA": OPTIONS,
+    "OFT": {"oft_block_size": 16, "target_modules": QV, "init_weights": False},
+    "BOFT": {"boft_block_size": 16, "target_modules": QV, "init_weights": False},
 }
 CONFIGS: dict[str, tuple[str, Keys]] = {
     "ADALORA": ("AdaLoraConfig", adalora.KEYS),
@@ -97,10 +100,14 @@ CONFIGS: dict[str, tuple[str, Keys]] = {
     "C3A": ("C3AConfig", c3a.KEYS),
     "HIRA": ("HiraConfig", hira.KEYS),
     "RANDLORA": ("RandLoraConfig", randlora.KEYS),
+    "OFT": ("OFTConfig", oft.KEYS),
+    "BOFT": ("BOFTConfig", oft.BOFT_KEYS),
 }
 WITHOUT_BIAS = ("LOHA", "LOKR", "BEFT", "OSF", "PEANUT", "POLY", "SHIRA", "HIRA")
 """Kinds whose configs have no such option."""
 RANKS = {
+    "OFT": "oft_block_size",
+    "BOFT": "boft_block_size",
     "ADALORA": "init_r",
     "FOURIERFT": "n_frequency",
     "WAVEFT": "n_frequency",
@@ -109,7 +116,7 @@ RANKS = {
     "OSF": "",
 }
 """What says the size of a module's tensors, where it is not r."""
-ANY_SIZE = ("SHIRA", "FOURIERFT", "WAVEFT", "C3A")
+ANY_SIZE = ("SHIRA", "FOURIERFT", "WAVEFT", "C3A", "OFT", "BOFT")
 """Kinds whose size is no rank."""
 
 
@@ -211,7 +218,7 @@ def test_contradicting_configs(base: Any, tmp_path: Path, kind: str) -> None:
         cases.append(({"bias": "some"}, "bad_config", "bias is"))
     if rank := RANKS.get(kind, "r"):
         cases += [({rank: value}, "bad_config", f"{rank} is") for value in (0, -1, 2.5, "8", True)]
-        cases.append(({rank: 8 if kind == "C3A" else 6}, "shape_mismatch", "expected"))
+        cases.append(({rank: 8 if kind in ("C3A", "BOFT") else 6}, "shape_mismatch", "expected"))
         if kind not in ANY_SIZE:
             cases.append(({rank: 1025}, "too_large", f"{rank} is 1025"))
     for change, code, pattern in cases:
@@ -320,6 +327,16 @@ def test_contradicting_configs(base: Any, tmp_path: Path, kind: str) -> None:
         ("C3A", {"block_size": 24}, "bad_config", "block_size is 24"),
         ("C3A", {"block_size_pattern": {"q_proj": 8}}, "shape_mismatch", "c3a_kernel"),
         ("RANDLORA", {"save_projection": False}, "unsupported_option", "save_projection"),
+        ("OFT", {"peft_version": "0.17.1"}, "unsupported_option", "peft_version is \"0.17.1\""),
+        ("OFT", {"peft_version": None}, "unsupported_option", "before 0.18"),
+        ("OFT", {"r": 4}, "bad_config", "one of them 0"),
+        ("OFT", {"oft_block_size": 0}, "bad_config", "one of them 0"),
+        ("OFT", {"block_share": True}, "shape_mismatch", "oft_R"),
+        ("OFT", {"coft": True, "eps": "x"}, "bad_config", "eps"),
+        ("OFT", {"num_cayley_neumann_terms": 0}, "bad_config", "num_cayley_neumann_terms"),
+        ("BOFT", {"boft_n_butterfly_factor": 2}, "unsupported_option", "boft_n_butterfly_factor is 2"),
+        ("BOFT", {"boft_block_size": 24}, "bad_config", "boft_block_size is 24"),
+        ("BOFT", {"boft_block_size": 0, "boft_block_num": 5}, "bad_config", "boft_block_num is 5"),
         ("RANDLORA", {"randlora_alpha": None}, "bad_config", "randlora_alpha"),
     ],
 )  # fmt: skip
@@ -370,7 +387,7 @@ def test_an_adapter_for_a_wider_base(base: Any, tmp_path: Path) -> None:
         *[("ADALORA", "lora_E"), ("LOHA", "hada_w2_b"), ("VERA", "vera_lambda_b"), ("PVERA", "pvera_lambda_b")],
         *[("MISS", "miss_block"), ("DELORA", "delora_lambda"), ("VBLORA", "vector_bank"), ("UNILORA", "theta_d")],
         *[("BEFT", "beft_bias"), ("SHIRA", "shira_weight"), ("FOURIERFT", "spectrum"), ("WAVEFT", "spectrum")],
-        *[("C3A", "c3a_kernel"), ("HIRA", "hira_B"), ("RANDLORA", "randlora_lambda")],
+        *[("C3A", "c3a_kernel"), ("HIRA", "hira_B"), ("RANDLORA", "randlora_lambda"), ("OFT", "oft_R.weight")],
     ],
 )
 def test_what_was_not_trained_has_no_effect(base: Any, tmp_path: Path, kind: str, end: str) -> None:
@@ -414,7 +431,15 @@ def test_what_has_not_left_the_base_has_no_effect(base: Any, tmp_path: Path, kin
 
 @pytest.mark.parametrize(
     ("kind", "options"),
-    [("DEFT", {}), ("HIRA", {}), ("OSF", {}), ("PEANUT", {}), ("MISS", {"r": 8, "init_weights": "bat"})],
+    [
+        ("DEFT", {}),
+        ("HIRA", {}),
+        ("OFT", {}),
+        ("BOFT", {}),
+        ("OSF", {}),
+        ("PEANUT", {}),
+        ("MISS", {"r": 8, "init_weights": "bat"}),
+    ],
 )
 def test_a_quantised_base_has_no_weights_to_take_from(
     base: Any, tmp_path: Path, kind: str, options: dict[str, Any]

@@ -193,9 +193,9 @@ def test_logits_come_in_slices(case: tuple[Any, ...], monkeypatch: pytest.Monkey
     sizes: list[int] = []
     logits = Decoder.logits
 
-    def counting(decoder: Decoder, hidden: torch.Tensor, room: torch.Tensor | None) -> torch.Tensor:
+    def counting(decoder: Decoder, hidden: torch.Tensor, *rest: Any) -> torch.Tensor:
         sizes.append(hidden.shape[0])
-        return logits(decoder, hidden, room)
+        return logits(decoder, hidden, *rest)
 
     monkeypatch.setattr(worker, "logit_rows", lambda vocab_size: 3)
     monkeypatch.setattr(Decoder, "logits", counting)

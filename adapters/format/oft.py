@@ -1,0 +1,230 @@
+"""OFT and BOFT as PEFT saves them: blocks of the input are turned before the base's linear takes them.
+
+adapter_model.safetensors                           what it becomes
+...<projection>.oft_R.weight [in / b, b (b - 1) / 2]   DenseDelta: W (R - I), R of blocks b x b along the diagonal
+          or [1, ...], block_share                     the same, one block for all
+...<projection>.boft_R [1, in / b, b, b]               DenseDelta: s * W R - W
+...<projection>.boft_s [out, 1]                        a scale of each output
+
+R is Cayley's map of a skew matrix Q, (I - Q) (I + Q)^-1, or for OFT, by default, the first terms of its Neumann sum,
+which turns a little more or less than that and is taken as it is. Where b does not divide the inputs PEFT takes the
+nearest number that does.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loraplex.adapters.files.patterns import Matcher
+from loraplex.adapters.format import targets
+from loraplex.adapters.format.config import (
+    COMMON_NO_BEARING,
+    COMMON_UNSUPPORTED,
+    Keys,
+    bad_config,
+    read_base_model,
+    read_biases,
+    read_count,
+    read_flag,
+    read_number,
+    shown,
+    unsupported,
+)
+from loraplex.adapters.format.kind import AdapterConfig, AdapterModule
+from loraplex.adapters.format.module_kind import Making, ModuleKind, Wanted
+from loraplex.adapters.format.modules import FoundModule
+from loraplex.adapters.image.tiles import Part
+from loraplex.kernels.constants import TileKind
+
+LEAF = "oft_R.weight"
+R, S = "boft_R", "boft_s"
+
+_COMMON = frozenset({"peft_type", "base_model_name_or_path", "bias", *targets.TARGET_KEYS, *targets.LAYER_KEYS})
+
+KEYS = Keys(
+    used=_COMMON
+    | {"r", "oft_block_size", "block_share", "coft", "eps", "use_cayley_neumann", "num_cayley_neumann_terms"}
+    | {"peft_version"},
+    no_bearing=(COMMON_NO_BEARING - {"peft_version"}) | {"module_dropout", "fan_in_fan_out", "init_weights"},
+    unsupported=COMMON_UNSUPPORTED,
+)
+BOFT_KEYS = Keys(
+    used=_COMMON | {"boft_block_size", "boft_block_num", "boft_n_butterfly_factor"},
+    no_bearing=COMMON_NO_BEARING | {"boft_dropout", "fan_in_fan_out", "init_weights"},
+    unsupported=COMMON_UNSUPPORTED,
+)
+
+
+@dataclass(frozen=True)
+class OftConfig(AdapterConfig):
+    """What inference needs of an OFT adapter's config."""
+
+    blocks: int  # of a module; 0: `size` says
+    size: int  # of a block; 0: `blocks` says
+    shared: bool  # one block for all
+    terms: int  # of the Neumann sum; 0: Cayley's map itself
+    least: float | None  # coft: the most that a block may be, over the root of their number
+
+
+@dataclass(frozen=True)
+class BoftConfig(AdapterConfig):
+    """What inference needs of a BOFT adapter's config."""
+
+    blocks: int
+    size: int
+
+
+class Oft(ModuleKind[OftConfig]):
+    """y = W (R x) + b."""
+
+    name = "oft"
+    label = "OFT"
+    leaves = (LEAF,)
+
+    def read(self, raw: Mapping[str, Any]) -> OftConfig:
+        KEYS.check(raw)
+        if "oft_block_size" not in raw:
+            raise unsupported("oft_block_size is not there: PEFT before 0.14 computed another rotation; train it again")
+        neumann = raw.get("use_cayley_neumann") is None or read_flag(raw, "use_cayley_neumann")
+        version = re.match(r"(\d{1,6})\.(\d{1,6})", str(raw.get("peft_version") or ""))
+        if neumann and (version is None or (int(version[1]), int(version[2])) < (0, 18)):
+            raise unsupported(
+                f"use_cayley_neumann is set and peft_version is {shown(raw.get('peft_version'))}; PEFT before 0.18 "
+                "computed another sum; train it again with 0.18 or later"
+            )
+        blocks, size = _read_sizes(raw, "r", "oft_block_size", 0, 32)
+        return OftConfig(
+            kind=self.name,
+            targets=targets.read_targets(raw, by_layer=True),
+            base_model=read_base_model(raw),
+            blocks=blocks,
+            size=size,
+            shared=read_flag(raw, "block_share"),
+            terms=read_count(raw.get("num_cayley_neumann_terms", 5), "num_cayley_neumann_terms") if neumann else 0,
+            least=read_number(raw.get("eps", 6e-5), "eps") if read_flag(raw, "coft") else None,
+            bias=read_biases(raw),
+        )
+
+    def wanted(self, config: OftConfig, module: FoundModule, match: Matcher) -> Wanted:
+        width = module.projection.in_features
+        blocks = _nearest(config.blocks, width) if config.blocks else width // _nearest(config.size, width)
+        size = width // blocks
+        shape = (1 if config.shared else blocks, size * (size - 1) // 2)
+        return Wanted({LEAF: shape}, kind=TileKind.DENSE)
+
+    def making_bytes(self, config: OftConfig, modules: Sequence[AdapterModule]) -> int:
+        return super().making_bytes(config, modules) + _turn_bytes(modules)
+
+    def make(self, making: Making[OftConfig]) -> Part:
+        config, width = making.config, making.module.projection.in_features
+        size = width // (_nearest(config.blocks, width) if config.blocks else width // _nearest(config.size, width))
+        flat = making.floats(LEAF)
+        q = torch.zeros(len(flat), size, size)
+        q[:, *torch.triu_indices(size, size, 1)] = flat
+        q = q - q.transpose(1, 2)
+        if config.least is not None:
+            lengths = q.flatten(1).norm(dim=1)[:, None, None]
+            most = config.least / len(q) ** 0.5
+            q = torch.where(lengths <= most, q, q * (most / lengths))
+        turn = _neumann(q, config.terms) if config.terms else _cayley(q)
+        return making.dense(_turned(making.weight(), turn.expand(width // size, -1, -1)))
+
+
+class Boft(ModuleKind[BoftConfig]):
+    """y = s * (W (R x)) + b, of one butterfly factor."""
+
+    name = "boft"
+    label = "BOFT"
+    leaves = (R, S)
+
+    def read(self, raw: Mapping[str, Any]) -> BoftConfig:
+        BOFT_KEYS.check(raw)
+        factors = read_count(raw.get("boft_n_butterfly_factor", 1), "boft_n_butterfly_factor")
+        if factors != 1:
+            raise unsupported(f"boft_n_butterfly_factor is {factors}; one factor is served")
+        blocks, size = _read_sizes(raw, "boft_block_num", "boft_block_size", 0, 4)
+        return BoftConfig(
+            kind=self.name,
+            targets=targets.read_targets(raw, by_layer=True),
+            base_model=read_base_model(raw),
+            blocks=blocks,
+            size=size,
+            bias=read_biases(raw),
+        )
+
+    def wanted(self, config: BoftConfig, module: FoundModule, match: Matcher) -> Wanted:
+        width = module.projection.in_features
+        if width % (config.blocks or config.size):
+            found = f"boft_block_num is {config.blocks}" if config.blocks else f"boft_block_size is {config.size}"
+            raise bad_config(f"{found}, which does not divide {module.path}'s {width} inputs")
+        blocks = config.blocks or width // config.size
+        size = width // blocks
+        return Wanted({R: (1, blocks, size, size), S: (module.projection.out_features, 1)}, kind=TileKind.DENSE)
+
+    def making_bytes(self, config: BoftConfig, modules: Sequence[AdapterModule]) -> int:
+        return super().making_bytes(config, modules) + _turn_bytes(modules)
+
+    def make(self, making: Making[BoftConfig]) -> Part:
+        free, scale, weight = making.floats(R)[0], making.floats(S), making.weight()
+        turned = _turned(weight, _cayley((free - free.transpose(1, 2)) / 2))
+        return making.dense(turned.mul_(scale).add_(weight * (scale - 1)))
+
+
+def _read_sizes(raw: Mapping[str, Any], blocks: str, size: str, no_blocks: int, usual: int) -> tuple[int, int]:
+    """Read how many blocks there are and how large one is: one of the two is 0."""
+    found = {blocks: raw.get(blocks, no_blocks), size: raw.get(size, usual)}
+    for key, value in found.items():
+        if value != 0:
+            read_count(value, key)
+    if bool(found[blocks]) == bool(found[size]):
+        raise bad_config(
+            f"{blocks} is {shown(found[blocks])} and {size} is {shown(found[size])}; expected one of them 0"
+        )
+    return int(found[blocks]), int(found[size])
+
+
+def _nearest(wanted: int, width: int) -> int:
+    """Find the divisor of `width` that is nearest to `wanted`, the smaller one of two."""
+    if wanted >= width:
+        return width
+    higher = next(number for number in range(wanted, width + 1) if width % number == 0)
+    lower = next(number for number in range(wanted, 0, -1) if width % number == 0)
+    return lower if wanted - lower <= higher - wanted else higher
+
+
+def _cayley(q: Tensor) -> Tensor:
+    """Compute (I - Q) (I + Q)^-1 - I = -2 Q (I + Q)^-1 of skew blocks [n, b, b]."""
+    return torch.linalg.solve(torch.eye(q.shape[1]) + q, -2 * q, left=False)
+
+
+def _neumann(q: Tensor, terms: int) -> Tensor:
+    """Compute the sum without its I: 2 Q + 2 Q^2 + .. + Q^(terms - 1), as PEFT adds it up."""
+    if terms == 1:
+        return torch.zeros_like(q)
+    total = 2 * q
+    if terms > 2:
+        power = q @ q
+        total = total + 2 * power
+        for _ in range(3, terms - 1):
+            power = power @ q
+            total = total + 2 * power
+        total = total + power @ q
+    return total
+
+
+def _turned(weight: Tensor, turn: Tensor) -> Tensor:
+    """Compute W (R - I)^T of W [out, in] and the blocks of R - I [in / b, b, b]: x R sums over R's rows."""
+    blocks, size, _ = turn.shape
+    parts = weight.view(len(weight), blocks, size).transpose(0, 1)  # [in / b, out, b]
+    return (parts @ turn.transpose(1, 2)).transpose(0, 1).reshape(weight.shape)
+
+
+def _turn_bytes(modules: Sequence[AdapterModule]) -> int:
+    """Bound what the blocks and their powers take, fp32: one block of all inputs at most."""
+    return 24 * max(module.projection.in_features for module in modules) ** 2

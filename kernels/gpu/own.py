@@ -1,0 +1,230 @@
+"""Rows that adapters have of their own in place of the base's (records.py: OwnTable): norms, embedding, head.
+
+Each kernel goes over rows that the base's op has computed, and over those alone whose token wears one adapter that has
+such rows. What it looks up is on the device, so that it can be captured in a graph.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from loraplex.kernels.constants import ALIGN, TILE_COLUMNS, TILE_RANKS
+from loraplex.kernels.gpu import tuning
+from loraplex.kernels.gpu.tiles import segment_of
+from loraplex.kernels.records import AdapterStep, OwnTable, TileTable
+
+_COLUMNS = tl.constexpr(TILE_COLUMNS)
+_UNIT = tl.constexpr(ALIGN)
+
+_COUNTS = ["num_segments", "slot_stride", "cell", "ld"]
+"""Arguments that vary between calls: no compilation may hang on their values."""
+
+
+def norm_(
+    y: Tensor, r: Tensor, eps: float, offset: float, place: int, adapters: AdapterStep, rows: Tensor | None
+) -> None:
+    """As Backend.adapter_norm_, of a step in which some adapter has norms."""
+    columns = r.shape[1]
+    block = triton.next_power_of_2(columns)
+    if r.numel():
+        _norm[(r.shape[0],)](
+            y,
+            r,
+            y if rows is None else rows,
+            adapters.arena,
+            *_tables(adapters),
+            len(adapters.segments.mixes),
+            *_cell(adapters.table, place),
+            columns,
+            eps,
+            offset,
+            taken=rows is not None,
+            round_first=offset == 0.0,
+            block=block,
+            num_warps=tuning.row_warps(block),
+        )
+
+
+def embed_(y: Tensor, ids: Tensor, place: int, adapters: AdapterStep) -> None:
+    """As Backend.adapter_embed_, of a step in which some adapter has rows of the embedding."""
+    columns = y.shape[1]
+    if y.numel():
+        _embed[(ids.shape[0], triton.cdiv(columns, tuning.ELEMENTS))](
+            y,
+            ids,
+            adapters.arena,
+            *_tables(adapters),
+            len(adapters.segments.mixes),
+            *_cell(adapters.table, place),
+            columns,
+            block=tuning.ELEMENTS,
+        )
+
+
+def head_(logits: Tensor, x: Tensor, slots: Tensor, place: int, arena: Tensor, table: TileTable) -> None:
+    """As Backend.adapter_head_; slots are on the host."""
+    own = _own(table)
+    worn = sorted(set(slots.tolist()) - {-1})
+    ranges = own.ranges_host[worn, place]
+    most = int((ranges[:, 1] - ranges[:, 0]).max()) if worn else 0
+    if most:
+        _head[(x.shape[0], most)](
+            logits,
+            x,
+            slots.to(x.device),
+            arena,
+            own.ranges,
+            table.tiles,
+            *_cell(table, place),
+            logits.stride(0),
+            x.shape[1],
+            ranks=TILE_RANKS,
+            block=tuning.SHRINK_BLOCK,
+        )
+
+
+def _own(table: TileTable) -> OwnTable:
+    assert table.own is not None, "an adapter has rows of its own"
+    return table.own
+
+
+def _tables(adapters: AdapterStep) -> tuple[Tensor, ...]:
+    segments = adapters.segments
+    own = _own(adapters.table)
+    return own.ranges, adapters.table.tiles, segments.indptr, segments.mix_ptr, segments.mix_slot
+
+
+def _cell(table: TileTable, place: int) -> tuple[int, int]:
+    """Return the elements of OwnTable.ranges from slot to slot, and from a slot's to its range."""
+    return _own(table).ranges.shape[1] * 2, place * 2
+
+
+@triton.jit
+def _own_range(ranges, indptr, mix_ptr, mix_slot, num_segments, slot_stride, cell, token):
+    """Semantics: first and past-the-last tile at a place of the one adapter that `token` wears; 0, 0 for none."""
+    segment = segment_of(indptr, 0, num_segments, token)
+    inside = segment < num_segments
+    begin = tl.load(mix_ptr + segment, mask=inside, other=0)
+    end = tl.load(mix_ptr + segment + 1, mask=inside, other=0)
+    alone = end - begin == 1
+    at = ranges + tl.load(mix_slot + begin, mask=alone, other=0).to(tl.int64) * slot_stride + cell
+    return tl.load(at, mask=alone, other=0), tl.load(at + 1, mask=alone, other=0)
+
+
+@triton.jit(do_not_specialize=_COUNTS)
+def _norm(
+    y,
+    r,
+    rows,
+    arena,
+    ranges,
+    tiles,
+    indptr,
+    mix_ptr,
+    mix_slot,
+    num_segments,
+    slot_stride,
+    cell,
+    columns,
+    eps,
+    offset,
+    taken: tl.constexpr,
+    round_first: tl.constexpr,
+    block: tl.constexpr,
+):
+    """Grid (row). Semantics: see Backend.adapter_norm_."""
+    row = tl.program_id(0).to(tl.int64)
+    token = row
+    if taken:
+        token = tl.load(rows + row)
+    first, last = _own_range(ranges, indptr, mix_ptr, mix_slot, num_segments, slot_stride, cell, token)
+    if first < last:
+        weight = (arena + tl.load(tiles + first.to(tl.int64) * _COLUMNS).to(tl.int64) * _UNIT).to(
+            tl.pointer_type(tl.float32)
+        )
+        column = tl.arange(0, block)
+        inside = column < columns
+        dtype = y.dtype.element_ty
+        x = tl.load(r + row * columns + column, mask=inside, other=0.0).to(tl.float32)
+        n = x * tl.rsqrt(tl.sum(x * x, axis=0) / columns + eps)
+        w = tl.load(weight + column, mask=inside, other=0.0)
+        n = w * n.to(dtype).to(tl.float32) if round_first else n * (offset + w)
+        tl.store(y + row * columns + column, n.to(dtype), mask=inside)
+
+
+@triton.jit(do_not_specialize=_COUNTS)
+def _embed(
+    y,
+    ids,
+    arena,
+    ranges,
+    tiles,
+    indptr,
+    mix_ptr,
+    mix_slot,
+    num_segments,
+    slot_stride,
+    cell,
+    columns,
+    block: tl.constexpr,
+):
+    """Grid (row, block of columns). Semantics: see Backend.adapter_embed_."""
+    row = tl.program_id(0).to(tl.int64)
+    first, last = _own_range(ranges, indptr, mix_ptr, mix_slot, num_segments, slot_stride, cell, row)
+    if first < last:
+        token = tl.load(ids + row)
+        low = first
+        high = last  # the tile that begins last at or before the token is at low - 1
+        while low < high:
+            middle = (low + high) // 2
+            before = tl.load(tiles + middle.to(tl.int64) * _COLUMNS + 3).to(tl.int64) <= token
+            low = tl.where(before, middle + 1, low)
+            high = tl.where(before, high, middle)
+        tile = tiles + (low - 1).to(tl.int64) * _COLUMNS
+        found = low > first
+        start = tl.load(tile + 3, mask=found, other=0).to(tl.int64)
+        found = found & (token < start + tl.load(tile + 2, mask=found, other=0))
+        own = (arena + tl.load(tile, mask=found, other=0).to(tl.int64) * _UNIT).to(tl.pointer_type(y.dtype.element_ty))
+        column = tl.program_id(1) * block + tl.arange(0, block)
+        inside = (column < columns) & found
+        values = tl.load(own + (token - start) * columns + column, mask=inside, other=0.0)
+        tl.store(y + row * columns + column, values, mask=inside)
+
+
+@triton.jit(do_not_specialize=_COUNTS)
+def _head(
+    logits,
+    x,
+    slots,
+    arena,
+    ranges,
+    tiles,
+    slot_stride,
+    cell,
+    ld,
+    columns,
+    ranks: tl.constexpr,
+    block: tl.constexpr,
+):
+    """Grid (row, tile). Semantics: see Backend.adapter_head_."""
+    row = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots + row)
+    at = ranges + slot.to(tl.int64) * slot_stride + cell
+    tile = tl.load(at, mask=slot >= 0, other=0) + tl.program_id(1)
+    if tile < tl.load(at + 1, mask=slot >= 0, other=0):
+        entry = tiles + tile.to(tl.int64) * _COLUMNS
+        weight = (arena + tl.load(entry).to(tl.int64) * _UNIT).to(tl.pointer_type(x.dtype.element_ty))
+        rank = tl.arange(0, ranks)
+        mine = rank < tl.load(entry + 2)
+        total = tl.zeros([ranks], dtype=tl.float32)
+        for start in range(0, columns, block):
+            column = start + tl.arange(0, block)
+            inside = column < columns
+            a = tl.load(
+                weight + rank[:, None] * columns + column[None, :], mask=mine[:, None] & inside[None, :], other=0.0
+            )
+            values = tl.load(x + row * columns + column, mask=inside, other=0.0)
+            total += tl.sum(a.to(tl.float32) * values.to(tl.float32)[None, :], axis=1)
+        tl.store(logits + row * ld + tl.load(entry + 3) + rank, total, mask=mine)

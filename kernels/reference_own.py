@@ -1,0 +1,31 @@
+"""Find the rows that adapters have of their own in place of the base's (records.py: OwnTable), in plain PyTorch."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from loraplex.kernels.constants import ALIGN
+from loraplex.kernels.records import AdapterSegments, TileTable, element_bytes
+
+
+def slots_of(segments: AdapterSegments, tokens: Iterable[int]) -> list[int]:
+    """List the slot of the one adapter that each of `tokens` wears; -1: none, or several."""
+    alone = [mix[0][0] if len(mix) == 1 else -1 for mix in segments.mixes] + [-1]
+    last = len(segments.mixes)
+    return [alone[min(bisect_right(segments.bounds, token) - 1, last)] for token in tokens]
+
+
+def own_rows(
+    table: TileTable, arena: Tensor, slot: int, place: int, dtype: torch.dtype
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield (number of the first, rows [n, H]) for each run of rows that `slot` has at `place`, views of the arena."""
+    if table.own is None:
+        return
+    first, last = table.own.ranges_host[slot, place].tolist()
+    elements, unit = arena.view(-1).view(dtype), ALIGN // element_bytes(dtype)
+    for a_off, _, n, start, _, _, _, width in table.tiles_host[first:last].tolist():
+        yield start, elements.as_strided((n, width), (width, 1), a_off * unit)

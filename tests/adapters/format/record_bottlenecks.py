@@ -1,0 +1,87 @@
+"""Record what the `adapters` library saves and computes, for test_bottleneck.py: it wants an older transformers.
+
+    python -m venv FOLDER; FOLDER/bin/pip install adapters==1.3.0 transformers==4.57.6 torch safetensors
+    FOLDER/bin/python -m tests.adapters.format.record_bottlenecks
+
+Bases are tests/support/tiny.py's, fp32. Its own Llama never fills a cache with this transformers, so logits are of one
+forward over the whole text.
+"""
+
+from __future__ import annotations
+
+import json
+from importlib import import_module
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.support.tiny import tiny_hf_model
+
+VECTORS = Path(__file__).parent / "vectors" / "bottlenecks.safetensors"
+IDS = [1, 17, 42, 99, 5, 63, 120, 7, 33, 150, 8, 21]
+TOKENS = 12
+NAME, LIBRARY = "tuned", "adapters"
+
+CASES: dict[str, tuple[str, str, dict[str, Any]]] = {  # base, the library's config, its fields
+    "Houlsby": ("llama", "DoubleSeqBnConfig", {}),
+    "Pfeiffer": ("llama", "SeqBnConfig", {}),
+    "parallel": ("llama", "ParBnConfig", {}),
+    "parallel, learned scaling": ("llama", "ParBnConfig", {"scaling": "learned"}),
+    "parallel, both places": ("llama", "ParBnConfig", {"mh_adapter": True, "non_linearity": "gelu"}),
+    "scaling by channel": ("llama", "SeqBnConfig", {"scaling": "channel", "non_linearity": "leakyrelu"}),
+    "some layers": ("llama", "SeqBnConfig", {"reduction_factor": {"0": 16, "default": 8}, "leave_out": [1]}),
+    "Compacter": ("llama", "CompacterConfig", {"phm_dim": 2}),
+    "Compacter++": ("llama", "CompacterPlusPlusConfig", {"phm_dim": 2, "shared_phm_rule": False}),
+    "Houlsby by hooks": ("qwen2", "DoubleSeqBnConfig", {"non_linearity": "gelu_new"}),
+    "Pfeiffer by hooks": ("qwen2", "SeqBnConfig", {"non_linearity": "tanh"}),
+}
+
+
+def main() -> None:
+    """Write VECTORS; configs are its metadata.
+
+    By case: tensors as saved; `logits` [12, vocab] of IDS and `base` alike; `greedy` [TOKENS] behind IDS.
+    """
+    found: dict[str, torch.Tensor] = {}
+    configs = {}
+    for case, (family, kind, fields) in CASES.items():
+        config, tensors, logits = _record(family, kind, {"reduction_factor": 8, **fields})
+        configs[case] = json.dumps(config)
+        found |= {f"{case}/{name}": tensor for name, tensor in (tensors | logits).items()}
+    VECTORS.parent.mkdir(exist_ok=True)
+    save_file(found, VECTORS, configs)
+
+
+def _record(family: str, kind: str, fields: dict[str, Any]) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    adapters = import_module(LIBRARY)
+    model = tiny_hf_model(family)
+    ids = torch.tensor([IDS])
+    with torch.no_grad():
+        base = model(ids, use_cache=False).logits[0].clone()
+    adapters.init(model)
+    model.add_adapter(NAME, config=getattr(adapters, kind)(**fields))
+    model.set_active_adapters(NAME)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if f".{NAME}." in name or "shared_parameters" in name:
+                drawn = torch.randn(weight.shape, generator=generator)
+                weight.copy_(1 + 0.3 * drawn if "scaling" in name else weight + 0.15 * drawn)
+        model.eval()
+        logits = model(ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0]
+        text = ids
+        for _ in range(TOKENS):
+            last = model(text, attention_mask=torch.ones_like(text), use_cache=False).logits[:, -1:]
+            text = torch.cat((text, last.argmax(-1)), 1)
+    with TemporaryDirectory() as folder:
+        model.save_adapter(folder, NAME, use_safetensors=True)
+        config = json.loads((Path(folder) / "adapter_config.json").read_text())
+        tensors = load_file(Path(folder) / "adapter.safetensors")
+    return config, tensors, {"logits": logits.clone(), "base": base, "greedy": text[0, len(IDS) :].clone()}
+
+
+if __name__ == "__main__":
+    main()
