@@ -137,10 +137,6 @@ class AdaptersConfig:
             help="A list of the adapters that shall be there (ensurePresent, ensureAbsent); followed.",
         ),
     ] = None
-    pushed_bytes: Annotated[
-        int,
-        Option(parser=size, metavar="SIZE", show_default="16G", help="On disk, of all adapters that clients push."),
-    ] = 16 << 30
     default_adapter: Annotated[
         str | None,
         Option(metavar="NAME", help="What requests wear that name none, or only the base; or an alias."),
@@ -158,6 +154,10 @@ class AdaptersConfig:
     ] = 0
     retained_bytes: Annotated[
         int, Option(parser=size, metavar="SIZE", show_default="16G", help="Of all such copies, below --state-dir.")
+    ] = 16 << 30
+    pushed_bytes: Annotated[
+        int,
+        Option(parser=size, metavar="SIZE", show_default="16G", help="On disk, of all adapters that clients push."),
     ] = 16 << 30
     allow_noop: Annotated[
         bool, Option("--allow-noop", help="Serve adapters that change nothing, which are refused otherwise.")

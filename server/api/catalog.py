@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 from loraplex.adapters.files.tokenizer_files import NOTHING
 from loraplex.adapters.registry import AdapterVersion
 from loraplex.server.api.alias_terms import may_use_alias
@@ -12,7 +10,7 @@ from loraplex.server.api.manage import push_owner
 from loraplex.server.api.names import not_found
 from loraplex.server.api.proof import prove
 from loraplex.server.api.services import Services
-from loraplex.server.api.version_cards import version_cards
+from loraplex.server.api.version_cards import seconds_left, version_cards
 from loraplex.server.api.wish import strip_base
 from loraplex.server.catalog.aliases import Alias
 from loraplex.server.catalog.on_demand import is_hidden
@@ -90,16 +88,8 @@ def receipt_of(services: Services, version: AdapterVersion, proof: ProofAnswer) 
         ),
         versions=version_cards(services, version.name),
         proof=proof,
-        expires_in=_seconds_left(services, version),
+        expires_in=services.pushed.seconds_left(version) or seconds_left(services, version),
     )
-
-
-def _seconds_left(services: Services, version: AdapterVersion) -> float | None:
-    """For how long a version stays; None: nothing ends it."""
-    row = services.adapters.versions.find(version.name, version.digest or "")
-    if row is None or row.expires is None:
-        return services.pushed.seconds_left(version)
-    return max(0.0, row.expires - time.time())
 
 
 def _find(services: Services, name: str, asked: str) -> AdapterVersion:

@@ -72,8 +72,12 @@ def _query(**described: tuple[dict[str, Any], str]) -> dict[str, Any]:
     }
 
 
-EXPECTED = ({"type": "string"}, "The digest that the name has (12 digits or more), or nothing: no such name. Else 409.")
 TTL = ({"type": "number", "exclusiveMinimum": 0, "maximum": MAX_TTL}, "Seconds after which it goes by itself.")
+
+TERMS: dict[str, tuple[dict[str, Any], str]] = {
+    "expected": ({"type": "string"}, "The digest that the name has, or 12 digits or more of it; empty: no such name."),
+    "retain": ({"type": "integer", "minimum": 0, "maximum": 1000}, "Versions before this one that can be asked for."),
+}
 
 
 def make_router(services: Services) -> APIRouter:
@@ -82,7 +86,7 @@ def make_router(services: Services) -> APIRouter:
 
     @router.put(
         "/v1/adapters/{name:path}",
-        openapi_extra=BODY | _query(ttl=TTL, expected=EXPECTED),
+        openapi_extra=BODY | _query(ttl=TTL, **TERMS),
         **answers(AdapterReceipt, errors=PUSH),
     )
     async def put_adapter(request: Request, name: str) -> Response:
@@ -133,10 +137,12 @@ async def push(services: Services, request: Request, name: str | None) -> Adapte
             await _warm(services, version)
             return version
         with services.on_demand.quota.loading(counted, name):
+            terms = LoadTerms(request.query_params.get("expected"), _retain(request, owner), ttl)
             version = await services.adapters.register(
-                name, source, replace=True, who=asking(), terms=LoadTerms(_expected(request), ttl=ttl), what="push"
+                name, source, replace=True, who=asking(), terms=terms, what="push"
             )
-    pushed.settled(source, version)
+            if version.source != source:
+                pushed.drop(source)  # it has a copy of its own
     await _warm(services, version)
     logger.info("adapter %s pushed: %s", version.name, version.info.size)
     return version
@@ -171,9 +177,17 @@ def _check_name(services: Services, name: str) -> None:
     check_may_load(name)
 
 
-def _expected(request: Request) -> str | None:
-    """The digest that the name must have for the push to be made; "": there must be no such name; None: whatever."""
-    return request.query_params.get("expected")
+def _retain(request: Request, owner: PushOwner) -> int | None:
+    """How many versions stay beside this one; None: as the server was told.
+
+    Raises InvalidField.
+    """
+    given = request.query_params.get("retain")
+    if given is not None and not (given.isascii() and given.isdigit() and int(given[:9]) <= 1000):
+        raise InvalidField("retain", f"retain: found {given[:40]!r}, expected a number from 0 to 1000")
+    if given is not None and owner.most_bytes is not None:
+        raise InvalidField("retain", "retain: not for keys with max_pushed_bytes, which counts no copies")
+    return None if given is None else int(given)
 
 
 def _ttl(request: Request) -> float | None:

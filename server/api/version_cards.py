@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from typing import Literal
 
 from loraplex.adapters.files.beneath import shown
+from loraplex.adapters.registry import AdapterVersion
 from loraplex.server.api.answer_schemas import VersionCard
 from loraplex.server.api.services import Services
 from loraplex.server.tenancy.tenants import current_key
+
+
+def seconds_left(services: Services, version: AdapterVersion) -> float | None:
+    """Return for how long a version stays that was loaded with a time to live; None: nothing ends it."""
+    row = services.adapters.versions.find(version.name, version.digest or "")
+    return None if row is None or row.expires is None else max(0.0, row.expires - time.time())
 
 
 def version_cards(services: Services, name: str) -> list[VersionCard]:

@@ -138,7 +138,7 @@ class Pushed:
             self.hold(source, owner.tenant)
             yield
         except BaseException:
-            self._drop(source)
+            self.drop(source)
             raise
 
     def hold(self, source: str, tenant: str) -> None:
@@ -146,11 +146,6 @@ class Pushed:
         with self._lock:
             self._held[source] = (tenant, self.spool.size_of(source))
             self._bytes[tenant] += self._held[source][1]
-
-    def settled(self, source: str, version: AdapterVersion) -> None:
-        """What came to `source` is `version` now; where that was made of a copy (--retain), the files go."""
-        if version.source != source:
-            self.threads.submit(self._drop, source)
 
     def bytes_of(self, tenant: str) -> int:
         """Return what the tenant's adapters take on disk. Any thread."""
@@ -251,14 +246,14 @@ class Pushed:
     def _drained(self, version: AdapterVersion) -> None:
         """In whatever thread: nobody has the version any more."""
         if version.source in self._held and not self._is_used(version.source):
-            self.threads.submit(self._drop, version.source)
+            self.threads.submit(self.drop, version.source)
 
     def _is_used(self, source: str) -> bool:
         registry = self._adapters.registry
         return any(version.source == source for version in (*registry.list(), *registry.draining()))
 
-    def _drop(self, source: str) -> None:
-        """Any thread."""
+    def drop(self, source: str) -> None:
+        """Remove the files at `source`, which nobody reads any more. Any thread."""
         with self._lock:
             tenant, size = self._held.pop(source, ("", 0))
             self._bytes[tenant] -= size

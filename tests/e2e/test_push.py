@@ -229,6 +229,20 @@ def test_without_a_name(live: LiveServer, made: dict[str, Any], spooled: Path) -
     wait_for(lambda: len(left(spooled)) == before)
 
 
+def test_a_push_may_expect_a_version(live: LiveServer, made: dict[str, Any], spooled: Path) -> None:
+    one, two = (one_body(made[name].folder) for name in ("one", "two"))
+    first = put(live, "swapped?expected=", one)
+    assert first.status_code == 200
+    digest = first.json()["digest"]
+    lost = put(live, "swapped?expected=", two)
+    assert (lost.status_code, lost.json()["error"]["present"]) == (409, digest)
+    assert put(live, f"swapped?expected={digest[:12]}&retain=1", two).status_code == 200
+    assert live.text("swapped") == says(live, made["two"])
+    assert put(live, f"swapped?expected={digest}", two).status_code == 409
+    assert live.ask("DELETE", "/v1/adapters/swapped").status_code == 200
+    wait_for(lambda: left(spooled) == [])
+
+
 def test_its_time_is_over(live: LiveServer, made: dict[str, Any], spooled: Path) -> None:
     before = len(left(spooled))
     body = one_body(made["three"].folder)
@@ -236,7 +250,7 @@ def test_its_time_is_over(live: LiveServer, made: dict[str, Any], spooled: Path)
     assert put(live, "short?ttl=0.1", body).json()["expires_in"] <= 0.1
     wait_for(lambda: live.complete(nameless).status_code == 410)
     assert live.complete(nameless).json()["error"]["code"] == "adapter_expired"
-    wait_for(lambda: live.complete("short").status_code in (404, 410))
+    wait_for(lambda: live.complete("short").status_code == 410)
     wait_for(lambda: len(left(spooled)) == before)
     live.ask("POST", "/v1/adapters?ttl=60", content=body, headers=SAFETENSORS)
     assert live.complete(nameless).status_code == 200
