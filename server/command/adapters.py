@@ -119,7 +119,7 @@ def evaluate(
             else own_server(options.base, Path(adapter))
         ) as remote:
             name = adapter if options.base is None else CANDIDATE
-            found = run_golden(remote, name, questions, golden, options.in_place)
+            found = run_golden(remote, name, questions, golden, options.in_place, _warn)
         for path, text in ((options.report, found.as_json), (options.page, found.as_html)):
             if path is not None:
                 path.write_text(text(), encoding="utf-8")
@@ -131,7 +131,7 @@ def evaluate(
         print(f"in place {found.previous:.4f}; mean KL from it {found.divergence:.6f}")
     unmet = Demands(options.fail_under, options.drift).unmet(found)
     for line in unmet:
-        print(f"loraplex: {line}", file=sys.stderr)
+        _warn(line)
     raise typer.Exit(1 if unmet else 0)
 
 
@@ -280,9 +280,13 @@ def convert(
     print(f"{out}: {config['peft_type']}, {config['non_linearity']} of {config['source']}")
 
 
+def _warn(line: str) -> None:
+    print(f"loraplex: {' '.join(line.split())}", file=sys.stderr)
+
+
 def give_up(reason: str) -> NoReturn:
     """End with one line."""
-    print(f"loraplex: {' '.join(reason.split())}", file=sys.stderr)
+    _warn(reason)
     sys.exit(MISUSED)
 
 
@@ -290,5 +294,5 @@ def end_refused(error: RemoteError) -> NoReturn:
     """End with the server's words: MISUSED where there is no server, no such name or no right to it, else REFUSED."""
     if error.status in (0, 401, 404):
         give_up(str(error))
-    print(f"loraplex: {' '.join(str(error).split())}", file=sys.stderr)
+    _warn(str(error))
     sys.exit(REFUSED)

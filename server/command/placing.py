@@ -90,7 +90,8 @@ def history_table(versions: Sequence[Mapping[str, Any]]) -> str:
 def alias_line(alias: Mapping[str, Any]) -> str:
     """Write what an alias stands for now, in one line."""
     targets = ", ".join(f"{each['adapter']} {each['weight']:g}" for each in alias["targets"])
-    return f"{alias['id']} (revision {alias['revision']}): {alias['kind']} {targets}"
+    required = f", requires {alias['requires']}" if alias["requires"] else ""
+    return f"{alias['id']} (revision {alias['revision']}): {alias['kind']} {targets}{required}"
 
 
 def _row(version: Mapping[str, Any]) -> tuple[str, ...]:
