@@ -15,6 +15,7 @@ REASONS = (
     "missing_extra",
     "missing_file",
     "missing_tensor",
+    "needs_setting",
     "no_effect",
     "not_finite",
     "shape_mismatch",
@@ -24,8 +25,8 @@ REASONS = (
     "unsupported_kind",
     "unsupported_option",
 )
-"""AdapterRefused's codes, but for "changed": that is a request's misfortune, and its adapter is served on. Further
-"unavailable": the source could not be reached.
+"""AdapterRefused's codes, but for "changed" and "unread": those are a request's misfortune, and its
+adapter is served on. Further "unavailable": the source could not be reached.
 """
 
 OTHER = "other"

@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import APIRouter
 from starlette.responses import JSONResponse, Response
 
+from loraplex.adapters.format.config import MAX_RANK
 from loraplex.server.api.services import Services
 from loraplex.server.version import version
 
@@ -68,6 +69,7 @@ def _server_info(services: Services) -> dict[str, Any]:
         "max_req_input_len": facts.max_model_len - 1,
         "internal_states": [_load(services)],
         "version": version(),
+        "vllm_config": _configuration(services),
     }
 
 
@@ -82,4 +84,23 @@ def _model_info(services: Services) -> dict[str, Any]:
         "has_audio_understanding": False,
         "model_type": None,
         "architectures": None,
+    }
+
+
+def _configuration(services: Services) -> dict[str, Any]:
+    """Tell what trainers look at of vLLM's configuration (TRL's get_server_info)."""
+    facts = services.facts
+    return {
+        "model_config": {
+            "model": facts.config.base,
+            "served_model_name": list(facts.names),
+            "dtype": f"torch.{facts.formats.dtype}",
+            "max_model_len": facts.max_model_len,
+        },
+        "lora_config": {
+            "max_lora_rank": MAX_RANK,
+            "max_loras": facts.config.engine.num_slots,
+            "lora_dtype": f"torch.{facts.formats.dtype}",
+        },
+        "parallel_config": {"world_size": 1, "tensor_parallel_size": 1, "data_parallel_size": 1},
     }

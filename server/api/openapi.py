@@ -78,10 +78,6 @@ class WorldSize(Wire):
     world_size: int
 
 
-class ServerInfo(Wire):
-    vllm_config: dict[str, dict[str, Any]]
-
-
 class ResponseDeleted(Wire):
     id: str
     object: Literal["response"]

@@ -1,4 +1,4 @@
-"""What trainers call around their rollouts: POST /pause and /resume, GET /is_paused, /get_world_size, /server_info.
+"""What trainers call around their rollouts: POST /pause and /resume, GET /is_paused, /get_world_size.
 
     /pause?mode=keep    at once; what is open goes on where it is after /resume      (vLLM's)
     /pause?mode=wait    once what is open has ended
@@ -11,15 +11,14 @@ the adapter that computed them, so none of another version is ever used. SGLang'
 from __future__ import annotations
 
 import asyncio
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from loraplex.adapters.format.config import MAX_RANK
 from loraplex.server.api.errors import ApiError, InvalidField
-from loraplex.server.api.openapi import Paused, PauseState, ServerInfo, WorldSize, answers
+from loraplex.server.api.openapi import Paused, PauseState, WorldSize, answers
 from loraplex.server.api.services import Services
 from loraplex.server.engine.pausing import Pace
 from loraplex.server.tenancy.tenants import current_key
@@ -67,11 +66,6 @@ def make_router(services: Services) -> APIRouter:
         """Processes that share one model: there is one."""
         return JSONResponse({"world_size": 1})
 
-    @router.get("/server_info", **answers(ServerInfo, errors=(401,)))
-    async def server_info() -> Response:
-        """What trainers look at of vLLM's configuration."""
-        return JSONResponse({"vllm_config": _configuration(services)})
-
     return router
 
 
@@ -100,21 +94,3 @@ def _check_admin() -> None:
     """Raises ApiError: it stops everybody."""
     if not current_key().admin:
         raise ApiError(403, "only an admin's key may pause", type="permission_error", code="forbidden")
-
-
-def _configuration(services: Services) -> dict[str, Any]:
-    facts = services.facts
-    return {
-        "model_config": {
-            "model": facts.config.base,
-            "served_model_name": list(facts.names),
-            "dtype": f"torch.{facts.formats.dtype}",
-            "max_model_len": facts.max_model_len,
-        },
-        "lora_config": {
-            "max_lora_rank": MAX_RANK,
-            "max_loras": facts.config.engine.num_slots,
-            "lora_dtype": f"torch.{facts.formats.dtype}",
-        },
-        "parallel_config": {"world_size": 1, "tensor_parallel_size": 1, "data_parallel_size": 1},
-    }

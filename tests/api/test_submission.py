@@ -66,7 +66,7 @@ async def test_once_only(changing: FakeServer, client: httpx.AsyncClient) -> Non
 async def test_not_where_that_very_version_was_asked_for(changing: FakeServer, client: httpx.AsyncClient) -> None:
     (version,) = changing.adapters.registry.list()
     changing.adapters.registry.identify(version, "ab" * 32)
-    response = await client.post(COMPLETIONS, json=ask(model="sql@abab"))
+    response = await client.post(COMPLETIONS, json=ask(model="sql@abababababab"))
     assert (response.status_code, response.json()["error"]["code"]) == (400, "changed")
     assert len(changing.engine.requests) == 1
 

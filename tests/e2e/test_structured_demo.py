@@ -100,7 +100,7 @@ async def ask_all(url: str, schemas: list[Schema]) -> list[Answer]:
     """Through LoRAX's route, which tells the ids of tokens; every other one greedy, base and adapters in turn."""
     slots = asyncio.Semaphore(STREAMS)
     names = [None, *sorted(folder.name for folder in EXAMPLES.iterdir() if folder.is_dir())]
-    assert len(names) == 5
+    assert len(names) == 7
 
     async def ask(client: httpx.AsyncClient, number: int, drawn: Schema) -> Answer:
         closed = drawn if number % 4 < 2 else without(drawn, "minimum", "maximum")

@@ -72,7 +72,7 @@ def test_headers_with_too_much_in_them_are_not_parsed(
     ("header", "told"),
     [
         (tensor(f"[{','.join(['9' * 12] * 60_000)}]"), "a is not described by"),
-        (tensor("[4,4,4,4]"), "a shape of up to three sizes"),
+        (tensor("[4,4,4,4,4]"), "a shape of up to four sizes"),
         (tensor("[9999999999999999999,1]"), "not described"),
         (tensor("[16,1.0]"), "not described"),
         (tensor("[true,16]"), "not described"),
@@ -99,7 +99,7 @@ def test_headers_that_describe_no_tensors(
     """Nothing is computed of sizes that are none."""
 
     def prod(shape: tuple[int, ...]) -> Any:
-        assert len(shape) <= 3
+        assert len(shape) <= 4
         assert all(size <= MAX_DIMENSION for size in shape)
         return real(shape)
 
