@@ -178,10 +178,14 @@ class ReceiptBody(Wire):
     remark: str | None
 
 
+ProofStatus = Literal["made", "pending", "failed", "none"]
+"""Of a receipt; none: nobody has asked for it yet."""
+
+
 class ProofAnswer(Wire):
     """The receipt that is made after a load, or where `wait` was given."""
 
-    status: Literal["made", "pending", "failed", "none"]  # none: nobody has asked for it yet
+    status: ProofStatus
     error: str | None  # of the last try
     digest: str | None
     receipt: ReceiptBody | None

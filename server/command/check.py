@@ -19,12 +19,6 @@ from loraplex.server.proof.receipt import Receipt
 SECONDS = 3600.0
 """That a check may take: a large base is read whole."""
 
-WORSE = 4.0
-"""Times as far from the plain reference as the base that an adapter's answers may be: both sum in the same dtype."""
-
-CLOSE = 1e-2
-"""Log-probability within which no answer is doubted."""
-
 
 class Verdict(IntEnum):
     """Exit codes; 2 is the command's that cannot be run as it was given."""
@@ -96,22 +90,8 @@ async def _check(parts: EngineParts, source: str, names: tuple[str, ...]) -> Che
         prover.close()
     if receipt is None:
         raise AdapterError(prover.failure(version) or f"it took longer than {SECONDS:g} s")
-    doubt = doubt_of(receipt)
+    doubt = receipt.doubt
     return Checked(Verdict.doubtful if doubt else Verdict.sound, receipt, message=doubt)
-
-
-def doubt_of(receipt: Receipt) -> str | None:
-    """Say why answers of the adapter cannot be relied on; None: they can."""
-    probe = receipt.probe
-    if probe is None:
-        return f"it was not probed: {receipt.probe_error}"
-    most = WORSE * max(probe.base, CLOSE)
-    if not probe.adapter <= most:  # NaN too
-        return (
-            f"its answers differ from the plain reference by {probe.adapter:.3g} in log-probability and the base's by "
-            f"{probe.base:.3g}; at most {most:.3g} was expected"
-        )
-    return None
 
 
 def describe(receipt: Receipt) -> list[str]:

@@ -12,6 +12,12 @@ from typing import Any
 
 from loraplex.adapters.receipt import Measured
 
+WORSE = 4.0
+"""Times as far from the plain reference as the base that an adapter's answers may be: both sum in the same dtype."""
+
+CLOSE = 1e-2
+"""Log-probability within which no answer is doubted."""
+
 _SIGNIFICANT = 6
 """Digits of the numbers that are told."""
 
@@ -67,6 +73,19 @@ class Receipt:
         if self.base.is_named(named) is False:
             remarks.append(f"its config names the base {str(named)[:200]!r}, and this one is {self.base.names[0]!r}")
         return "; ".join(remarks)
+
+    @property
+    def doubt(self) -> str | None:
+        """Say why answers of the adapter cannot be relied on; None: they can."""
+        if self.probe is None:
+            return f"it was not probed: {self.probe_error}"
+        most = WORSE * max(self.probe.base, CLOSE)
+        if not self.probe.adapter <= most:  # NaN too
+            return (
+                f"its answers differ from the plain reference by {self.probe.adapter:.3g} in log-probability and the "
+                f"base's by {self.probe.base:.3g}; at most {most:.3g} was expected"
+            )
+        return None
 
     def as_json(self) -> dict[str, Any]:
         """Make the object that is shown, kept and digested."""

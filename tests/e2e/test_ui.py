@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import httpx
 import pytest
 
 from loraplex.server.config import AuthConfig
+from loraplex.server.proof.receipt import Receipt
 from loraplex.server.tenancy.keys_file import new_key
 from tests.support.browser import Browser, chromium
 from tests.support.live_server import TINY, LiveServer, live_server
@@ -162,6 +164,29 @@ def test_versions_and_aliases_are_shown(page: Browser, served: Served) -> None:
     served.ask("DELETE", "/v1/aliases/support")
     page.wait(lambda: not page.one("#aliases").is_displayed(), "its end")
     served.ask("POST", "/v1/unload_lora_adapter", json={"lora_name": "turn"})
+
+
+def test_what_receipts_came_to_is_shown(page: Browser, served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    proof = served.ask("GET", "/v1/adapters/shared?wait=60").json()["proof"]["receipt"]
+
+    def shown(name: str = "shared") -> tuple[str, str, bool]:
+        find = "const r = [...document.querySelectorAll('#rows tr')].find(r => r.dataset.name === arguments[0])"
+        take = "const s = r?.querySelector('.receipt'); return s ? [s.textContent, s.title, s.className] : ['', '', '']"
+        text, words, style = page.run(f"{find}; {take}", name)
+        return text, words, "wrong" in style
+
+    page.wait(lambda: shown()[0].startswith("effect"), "the receipt")
+    text, words, wrong = shown()
+    found = re.fullmatch(r"effect (\S+) % · rounding (\S+) % · probe (\S+)", text)
+    assert found is not None, text
+    expected = (100 * proof["effect"]["relative"], 100 * proof["dtype"]["rounding"], proof["probe"]["adapter"])
+    for told, value in zip(found.groups(), expected, strict=True):
+        assert float(told) == pytest.approx(value, rel=0.05)  # two digits of it
+    assert expected[0] > 0
+    assert ("Frobenius" in words, "doubt" in words, wrong) == (True, False, False)
+    monkeypatch.setattr(Receipt, "doubt", "its answers are off")
+    page.wait(lambda: shown()[0] == f"{text} · in doubt", "the doubt")
+    assert ("its answers are off" in shown()[1], shown()[2]) == (True, True)
 
 
 def test_the_playground_streams_what_each_adapter_says(page: Browser, served: Served) -> None:

@@ -53,6 +53,22 @@ def test_what_comes_to_nothing_is_remarked() -> None:
     assert noop.as_json()["adapter"]["noop"] is True
 
 
+@pytest.mark.parametrize(
+    ("probe", "doubted"),
+    [
+        (Probe(11, 0.2, 0.5), False),
+        (Probe(11, 1e-6, 0.03), False),
+        (Probe(11, 1e-6, 0.05), True),
+        (Probe(11, 0.2, 0.9), True),
+        (Probe(11, 0.2, float("nan")), True),
+        (None, True),
+    ],
+)
+def test_what_is_doubted(probe: Probe | None, doubted: bool) -> None:
+    receipt = replace(RECEIPT, probe=probe, probe_error=None if probe else "busy")
+    assert (receipt.doubt is not None) is doubted
+
+
 def test_the_digest_is_of_all_that_is_shown_and_of_nothing_else() -> None:
     text = json.dumps(RECEIPT.as_json(), sort_keys=True, separators=(",", ":"))
     assert RECEIPT.digest == hashlib.sha256(text.encode()).hexdigest()

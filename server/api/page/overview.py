@@ -8,6 +8,7 @@ them too; the pages of others are there, but nobody's by name.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from loraplex.adapters.tiers.stats import AdapterPlace, PageOwners
 from loraplex.server.api.catalog import visible_aliases
 from loraplex.server.api.errors import InvalidField
 from loraplex.server.api.page.page_map import json_of, page_runs
+from loraplex.server.api.proof import proof_status
 from loraplex.server.api.services import Services
 from loraplex.server.api.version_cards import version_cards
 from loraplex.server.catalog.aliases import Alias
@@ -160,7 +162,31 @@ def _row(services: Services, key: Key, each: AdapterVersion, level: str, place: 
         if card.state != "gone"
     ]
     versions.sort(key=lambda card: card["state"] != "serving")
-    return {"name": each.name, "uid": each.uid, "level": level, "pinned": pinned, "versions": versions, **row}
+    known = {"versions": versions, "proof": _proof(services, each)}
+    return {"name": each.name, "uid": each.uid, "level": level, "pinned": pinned, **known, **row}
+
+
+def _proof(services: Services, each: AdapterVersion) -> dict[str, Any]:
+    """What the receipt of a version comes to; none is begun for it."""
+    found = {"status": proof_status(services.prover, each)}
+    receipt = None if services.prover is None else services.prover.known(each)
+    if receipt is None:
+        return found
+    measured, probe = receipt.measured, receipt.probe
+    return {
+        **found,
+        "effect": measured.relative,
+        "rounding": measured.rounding,
+        "probe": None if probe is None else _finite(probe.adapter),
+        "probe_base": None if probe is None else _finite(probe.base),
+        "doubt": receipt.doubt,
+        "remark": receipt.remark or None,
+    }
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no other numbers; what is no number is in doubt()."""
+    return value if math.isfinite(value) else None
 
 
 def _alias(alias: Alias) -> dict[str, Any]:

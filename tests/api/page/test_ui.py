@@ -6,15 +6,19 @@ import re
 from collections.abc import AsyncIterator
 from html.parser import HTMLParser
 from typing import Any
+from unittest.mock import Mock
 
 import httpx
 import pytest
 
 from loraplex.adapters.info import AdapterInfo
+from loraplex.adapters.receipt import Measured
 from loraplex.adapters.tiers.stats import AdapterPlace, PageOwners
 from loraplex.server.api.page.page_map import KV, OTHER
 from loraplex.server.api.page.ui import FOLDER, page_files
 from loraplex.server.engine.stats import EngineStats
+from loraplex.server.proof.prover import Prover
+from loraplex.server.proof.receipt import BaseIdentity, Probe, Receipt
 from loraplex.server.telemetry.recent import Recent
 from loraplex.server.tenancy.tenants import Key
 from tests.support.clock import Clock
@@ -26,6 +30,11 @@ KEYS = {
     ROOT: Key("root", "ops", admin=True),
     SEER: Key("seer", "ops", (), base=False, metrics=True),
 }
+RECEIPT = Receipt(
+    Measured("ab" * 32, "lora", 8, 8, (), ("bfloat16",), "bfloat16", 4, 0, (), 0.01, 1e-3, 0.0, 1, None),
+    BaseIdentity(("base",), "cd" * 32, "bfloat16"),
+    Probe(11, 0.01, float("nan")),
+)
 
 
 def decode(runs: list[int]) -> list[int]:
@@ -164,6 +173,30 @@ async def test_a_tenant_sees_its_own_and_what_is_shared(guarded: httpx.AsyncClie
     assert decode(found["arena"]["runs"]) == [KV, OTHER + 1, OTHER + 1, OTHER, OTHER, OTHER, OTHER, 0]
     assert (found["server"]["may_use_base"], found["server"]["tenant"]) == (False, "acme")
     assert found["server"]["formats"] == "Q4_1 + Q8_0, inputs a8, float32"
+
+
+async def test_what_receipts_came_to_is_told_and_none_is_begun(server: FakeServer) -> None:
+    versions = [await server.adapters.register(name, f"/{name}") for name in ("made", "pending", "failed", "none")]
+    state = dict(zip((each.uid for each in versions), (RECEIPT, "pending", "failed", None), strict=True))
+    prover = Mock(spec=Prover)  # a call of begin, wait or offer would answer with no JSON
+    prover.known = lambda version: state[version.uid] if version.name == "made" else None
+    prover.is_under_way = lambda version: state[version.uid] == "pending"
+    prover.failure = lambda version: "the disk" if state[version.uid] == "failed" else None
+    server.given["prover"] = prover
+    proofs = {row["name"]: row["proof"] for row in (await overview(server.client()))["adapters"]["rows"]}
+    assert proofs.pop("made") == {
+        "status": "made",
+        "effect": 0.01,
+        "rounding": 1e-3,
+        "probe": None,
+        "probe_base": 0.01,
+        "doubt": RECEIPT.doubt,
+        "remark": RECEIPT.remark,
+    }
+    assert RECEIPT.doubt is not None
+    assert {name: proof.pop("status") for name, proof in proofs.items()} == {name: name for name in proofs}
+    assert not any(proofs.values())
+    assert not prover.method_calls
 
 
 @pytest.mark.parametrize("key", [ROOT, SEER])

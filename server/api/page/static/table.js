@@ -1,7 +1,7 @@
 // The table of adapters. The server filters, sorts and cuts it, so that a thousand adapters are as light as twelve.
 
 import { byId, bytes, count, element, paint, setText } from "./format.js";
-import { versionText } from "./versions.js";
+import { receiptText, versionText } from "./versions.js";
 
 const ROWS = 12; // of a page of the table
 const LEVELS = ["device", "host", "disk"];
@@ -104,7 +104,7 @@ export class AdapterTable {
     const row = element("tr");
     for (const [field, , number] of COLUMNS) row.append(element(field === "name" ? "th" : "td", { class: `${field}${number ? " number" : ""}` }));
     row.children[0].setAttribute("scope", "row");
-    row.children[0].append(element("i", { class: "swatch" }), element("span"), element("em", { hidden: true }, "pinned"), element("small", { class: "version muted" }));
+    row.children[0].append(element("i", { class: "swatch" }), element("span"), element("em", { hidden: true }, "pinned"), element("small", { class: "version muted" }), element("small", { class: "receipt muted" }));
     row.children[1].append(element("i", { class: "dot" }), element("span"));
     const button = element("button", { type: "button", class: "quiet small" }, "Try");
     button.addEventListener("click", () => this.onTry(row.dataset.name, Number(row.dataset.uid)));
@@ -125,6 +125,10 @@ export class AdapterTable {
     const [version, versions] = versionText(adapter.versions);
     setText(name.children[3], version);
     name.children[3].title = versions;
+    const [receipt, words, doubted] = receiptText(adapter.proof);
+    setText(name.children[4], receipt);
+    name.children[4].title = words;
+    name.children[4].classList.toggle("wrong", doubted);
     level.firstChild.className = `dot ${adapter.level}`;
     setText(level.lastChild, adapter.level);
     numbers.forEach((cell, i) => {

@@ -13,6 +13,26 @@ export function versionText(versions) {
   return [[first.digest.slice(0, DIGITS), ...first.labels, more].filter(Boolean).join(" "), words.join("\n")];
 }
 
+const percent = (part) => `${Number((100 * part).toPrecision(3))} %`;
+const difference = (value) => (value === null ? "none" : Number(value.toPrecision(2)).toString());
+
+/** [short text, all of it in words, whether it is in doubt] of what an adapter's receipt came to. */
+export function receiptText(proof) {
+  if (proof.status !== "made") {
+    const text = { pending: "receipt under way", failed: "receipt failed", none: "no receipt" }[proof.status];
+    return [text, "GET /v1/adapters/NAME?wait=30 has it made, and says what is wrong", proof.status === "failed"];
+  }
+  const words = [
+    `effect: adds ${percent(proof.effect)} of the base's weights, by Frobenius norm`,
+    `rounding: packing changes ${percent(proof.rounding)} of what it adds`,
+    `probe: log-probabilities are ${difference(proof.probe)} from a plain computation at most, the base's ${difference(proof.probe_base)}`,
+    proof.doubt && `in doubt: ${proof.doubt}`,
+    proof.remark,
+  ];
+  const short = `effect ${percent(proof.effect)} · rounding ${percent(proof.rounding)} · probe ${difference(proof.probe)}`;
+  return [proof.doubt ? `${short} · in doubt` : short, words.filter(Boolean).join("\n"), proof.doubt !== null];
+}
+
 function targetText({ kind, targets }) {
   const total = targets.reduce((sum, { weight }) => sum + weight, 0);
   const share = (weight) => (kind === "split" ? `${Number(((100 * weight) / total).toFixed(2))} %` : `× ${Number(weight.toPrecision(4))}`);
