@@ -22,6 +22,7 @@ from loraplex.server.api.services import Services
 from loraplex.server.catalog.aliases import Alias, AliasState, Target
 from loraplex.server.catalog.labels import drop_label, set_label
 from loraplex.server.catalog.on_demand import is_hidden
+from loraplex.server.catalog.promotion import Requirement
 from loraplex.server.catalog.quota import TooManyAdapters
 from loraplex.server.tenancy.tenants import current_key
 
@@ -41,6 +42,7 @@ class AliasRequest(Incoming):
 
     targets: Annotated[list[TargetFields], Field(min_length=1, max_length=64)]
     kind: Literal["split", "mix"] = "split"
+    requires: Requirement = ""  # of what is promoted
     expected: Annotated[int, Field(ge=0)] | None = None  # the revision that the alias has; 0: there is none
 
 
@@ -66,6 +68,7 @@ class AliasCard(Wire):
     revision: int
     kind: Literal["split", "mix"]
     targets: list[TargetFields]
+    requires: Requirement
     previous: list[TargetFields] | None  # before the last change: what rollback brings back
     previous_kind: Literal["split", "mix"] | None
     changed: int
@@ -74,6 +77,23 @@ class AliasCard(Wire):
 class AliasList(Wire):
     object: Literal["list"] = "list"
     data: list[AliasCard]
+
+
+class ScoreRequest(Incoming):
+    """PUT /v1/adapters/{name}/scores/{golden}."""
+
+    score: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+    version: Annotated[str, Field(max_length=400)] = "latest"  # what may stand after the @
+
+
+class ScoreCard(Wire):
+    """What a version of an adapter scored on a golden set."""
+
+    id: str
+    object: Literal["score"] = "score"
+    digest: str
+    golden: str
+    score: float
 
 
 class LabelCard(Wire):
@@ -104,7 +124,8 @@ def make_router(services: Services) -> APIRouter:
             _check_may_use(services, target.adapter)
         _check_number(services, name)
         targets = tuple(Target(each.adapter, each.weight) for each in record.targets)
-        alias = await services.aliases.put(name, AliasState(record.kind, targets), asking(), record.expected)
+        state = AliasState(record.kind, targets, record.requires)
+        alias = await services.aliases.put(name, state, asking(), record.expected)
         return _told(_card(alias))
 
     @router.post(
@@ -154,6 +175,18 @@ def make_router(services: Services) -> APIRouter:
         digest = await set_label(services.adapters, name, label, record.version, asking(), record.expected)
         return _told(LabelCard(id=f"{name}@{label}", digest=digest))
 
+    @router.put(
+        "/v1/adapters/{name:path}/scores/{golden}",
+        openapi_extra=body_schema(ScoreRequest),
+        **answers(ScoreCard, errors=MANAGED),
+    )
+    async def put_score(name: str, golden: str, request: Request) -> Response:
+        """Record what a version of an adapter scored on a golden set, which is told by its sha256."""
+        _check_may_change(services, name)
+        record = await services.bodies.read(request, ScoreRequest, NAMES_BODY)
+        kept = await services.aliases.scores.record(name, record.version, golden, record.score, asking())
+        return _told(ScoreCard(id=f"{name}@{kept.digest}", digest=kept.digest, golden=golden, score=kept.score))
+
     @router.delete("/v1/adapters/{name:path}/labels/{label}", **answers(LabelCard, errors=MANAGED))
     async def delete_label(name: str, label: str) -> Response:
         """Take a label away."""
@@ -175,6 +208,7 @@ def _card(alias: Alias) -> AliasCard:
         revision=alias.revision,
         kind=alias.state.kind,
         targets=_targets(alias.state),
+        requires=alias.state.requires,
         previous=None if previous is None else _targets(previous),
         previous_kind=None if previous is None else previous.kind,
         changed=int(alias.changed),

@@ -193,6 +193,7 @@ class VersionCard(Wire):
     digest: str
     state: Literal["serving", "kept", "draining", "gone"]
     labels: list[str]
+    scores: dict[str, float]  # that were recorded, by the sha256 of the golden set
     created: int
     source: str
     by: str | None  # the name of the key that brought it

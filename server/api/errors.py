@@ -30,6 +30,7 @@ from loraplex.adapters.errors import (
 )
 from loraplex.adapters.sources.spool import NoRoom
 from loraplex.server.catalog.aliases import AliasRefused
+from loraplex.server.catalog.promotion import PromotionRefused
 from loraplex.server.catalog.pushed import AdapterExpired, TooManyBytes
 from loraplex.server.catalog.state_store import StateNotKept
 from loraplex.server.engine.request import (
@@ -106,6 +107,8 @@ def to_api_error(error: Exception, prompt_param: str | None = None) -> ApiError:
             return ApiError(400, str(error), param="model", code="version_unclear")
         case AliasRefused():
             return ApiError(400, str(error), param="targets", code="alias_refused")
+        case PromotionRefused():
+            return ApiError(409, str(error), param="target", code="promotion_refused")
         case VersionMoved():
             present = {"present": error.present}
             return ApiError(409, str(error), param="expected", code="version_moved", details=present)

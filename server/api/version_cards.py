@@ -36,6 +36,7 @@ def version_cards(services: Services, name: str) -> list[VersionCard]:
                 digest=digest,
                 state=state,
                 labels=sorted(label for label, of in labels.items() if of == digest),
+                scores=services.aliases.scores.of(name, digest),
                 created=int(row.made) if row is not None else version.created if version is not None else 0,
                 source=shown(row.source) if row is not None else version.origin if version is not None else "",
                 by=row.key or None if row is not None and told else None,

@@ -21,7 +21,9 @@ from typing import Literal
 
 from loraplex.adapters.errors import AdapterError, AdapterExists, AdapterNotFound, VersionMoved
 from loraplex.adapters.names import check_name
+from loraplex.server.catalog.promotion import Requirement, check_promotion
 from loraplex.server.catalog.saved import Remembering
+from loraplex.server.catalog.scores import Scores
 from loraplex.server.catalog.version_records import Change, KeptAlias, KeptVersion, What, Who
 
 MAX_TARGETS = 8
@@ -51,9 +53,11 @@ class AliasState:
 
     kind: Kind
     targets: tuple[Target, ...]
+    requires: Requirement = ""  # of what is promoted (promotion.py)
 
     def __str__(self) -> str:
-        return f"{self.kind} " + ", ".join(f"{each.name} {each.weight:g}" for each in self.targets)
+        required = f", requires {self.requires}" if self.requires else ""
+        return f"{self.kind} " + ", ".join(f"{each.name} {each.weight:g}" for each in self.targets) + required
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,7 @@ class Aliases:
     def __init__(self, adapters: Remembering) -> None:
         """Read what the state has of them. Raises StateError."""
         self._adapters = adapters
+        self.scores = Scores(adapters)
         self._lock = threading.Lock()
         self._known = {row.name: _from_row(row) for row in adapters.writer.store.rows(KeptAlias)}
         adapters.versions.holders.append(self._holds)
@@ -109,10 +114,14 @@ class Aliases:
         return await self._adapters.writer.run(lambda: self._put(name, lambda _: state, who, expected, "alias"))
 
     async def promote(self, name: str, target: str, who: Who = Who(), expected: int | None = None) -> Alias:
-        """Give all requests to one of the targets; "": to the one with the least share. Raises as put()."""
+        """Give all requests to one of the targets; "": to the one with the least share.
+
+        Raises as put(), and PromotionRefused where the alias requires more than is recorded of that target.
+        """
 
         def promoted(old: Alias | None) -> AliasState:
-            targets = self._existing(name, old).state.targets
+            state = self._existing(name, old).state
+            targets = state.targets
             if target:
                 chosen = [each for each in targets if each.name == target or each.name.startswith(target)]
                 if len(chosen) != 1:
@@ -122,7 +131,10 @@ class Aliases:
                     )
             else:
                 chosen = [min(targets, key=lambda each: each.weight)]
-            return AliasState("split", (Target(chosen[0].name, 1.0),))
+            if state.requires:
+                in_place = max(targets, key=lambda each: each.weight)
+                check_promotion(name, chosen[0].name, in_place.name, self._scores_of)
+            return AliasState("split", (Target(chosen[0].name, 1.0),), state.requires)
 
         return await self._adapters.writer.run(lambda: self._put(name, promoted, who, expected, "promote"))
 
@@ -192,7 +204,19 @@ class Aliases:
         targets = tuple(replace(each, name=self._whole(name, each.name)) for each in state.targets)
         if len({each.name for each in targets}) != len(targets):
             raise AliasRefused(f"alias {name!r}: a target is given twice; give it once, with all of its weight")
-        return AliasState(state.kind, targets)
+        if state.requires and state.kind == "mix":
+            raise AliasRefused(
+                f"alias {name!r}: found a mix that requires {state.requires!r}, which is for splits alone"
+            )
+        return replace(state, targets=targets)
+
+    def _scores_of(self, target: str) -> dict[str, float]:
+        """Return what is recorded of the version that a target is; nothing of an alias."""
+        name, _, digest = target.partition("@")
+        current = self._adapters.registry.get(name)
+        if not digest and current is not None:
+            digest = current.digest or ""
+        return self.scores.of(name, digest)
 
     def _whole(self, alias: str, target: str) -> str:
         """Raises AliasRefused for what is no target, or leads back to the alias."""
@@ -246,7 +270,11 @@ def _state_from(text: str) -> AliasState | None:
     if not text:
         return None
     found = json.loads(text)
-    return AliasState(found["kind"], tuple(Target(each["name"], each["weight"]) for each in found["targets"]))
+    return AliasState(
+        found["kind"],
+        tuple(Target(each["name"], each["weight"]) for each in found["targets"]),
+        found.get("requires", ""),
+    )
 
 
 def _from_row(row: KeptAlias) -> Alias:

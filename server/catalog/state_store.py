@@ -22,7 +22,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
-from loraplex.server.catalog.version_records import KeptAlias, KeptLabel, KeptName, KeptVersion
+from loraplex.server.catalog.version_records import KeptAlias, KeptLabel, KeptName, KeptScore, KeptVersion
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class Row(Protocol):
 
 R = TypeVar("R", bound=Row)
 
-KINDS: tuple[type[Row], ...] = (KeptName, KeptVersion, KeptLabel, KeptAlias)
+KINDS: tuple[type[Row], ...] = (KeptName, KeptVersion, KeptLabel, KeptAlias, KeptScore)
 
 
 class Transaction:

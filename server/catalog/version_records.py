@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-What = Literal["load", "push", "unload", "pin", "label", "alias", "promote", "rollback", "expire"]
+What = Literal["load", "push", "unload", "pin", "label", "alias", "promote", "rollback", "expire", "score"]
 """What may happen to a name."""
 
 
@@ -73,6 +73,19 @@ class KeptAlias:
     state: str  # JSON
     previous: str  # JSON; "": it was never changed
     changed: float  # seconds since 1970
+
+
+@dataclass(frozen=True)
+class KeptScore:
+    """Say what one version of an adapter scored on one golden set (scores.py)."""
+
+    KEY: ClassVar[tuple[str, ...]] = ("name", "digest", "golden")
+
+    name: str
+    digest: str
+    golden: str  # sha256 of the set
+    score: float  # 0 to 1
+    made: float  # seconds since 1970
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,18 @@ import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from loraplex.server.command.option_groups import grouped
 from loraplex.server.config import EngineConfig, Quantize
+
+if TYPE_CHECKING:
+    from loraplex.server.command.remote import RemoteError
+
+REFUSED = 1
+"""Exit code: the server refuses what it was asked to change."""
 
 MISUSED = 2
 """Exit code: the command cannot be run as it was given."""
@@ -113,7 +119,7 @@ def evaluate(
             else own_server(options.base, Path(adapter))
         ) as remote:
             name = adapter if options.base is None else CANDIDATE
-            found = run_golden(remote, name, questions, golden, options.in_place)
+            found = run_golden(remote, name, questions, golden, options.in_place, _warn)
         for path, text in ((options.report, found.as_json), (options.page, found.as_html)):
             if path is not None:
                 path.write_text(text(), encoding="utf-8")
@@ -125,7 +131,7 @@ def evaluate(
         print(f"in place {found.previous:.4f}; mean KL from it {found.divergence:.6f}")
     unmet = Demands(options.fail_under, options.drift).unmet(found)
     for line in unmet:
-        print(f"loraplex: {line}", file=sys.stderr)
+        _warn(line)
     raise typer.Exit(1 if unmet else 0)
 
 
@@ -167,6 +173,95 @@ def diff(
 
 
 @app.command()
+@grouped
+def history(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="An adapter of a running server.")],
+    server: ServerOptions,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """List the versions that an adapter of a running server has and had, the latest first.
+
+    Exit codes: 0 listed, 1 refused, 2 cannot be run so.
+    """
+    from loraplex.server.command.placing import history_table
+    from loraplex.server.command.remote import Remote, RemoteError
+
+    try:
+        found = Remote(server.url, server.api_key).adapter(name)["versions"]
+    except RemoteError as error:
+        end_refused(error)
+    print(json.dumps(found, indent=2) if as_json else history_table(found))
+
+
+@app.command()
+@grouped
+def promote(
+    alias: Annotated[str, typer.Argument(metavar="ALIAS", help="An alias of a running server.")],
+    server: ServerOptions,
+    target: Annotated[
+        str, typer.Option(metavar="TARGET", show_default="the one with the least share", help="Who gets all requests.")
+    ] = "",
+    expected: Annotated[int | None, typer.Option(metavar="N", min=0, help="Only if this is its revision.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Give all requests for an alias to one of its targets. Exit codes: 0 done, 1 refused, 2 cannot be run so."""
+    _change(server, alias, "promote", target, expected, as_json)
+
+
+@app.command()
+@grouped
+def rollback(
+    alias: Annotated[str, typer.Argument(metavar="ALIAS", help="An alias of a running server.")],
+    server: ServerOptions,
+    expected: Annotated[int | None, typer.Option(metavar="N", min=0, help="Only if this is its revision.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Have an alias stand for what it stood for before. Exit codes: 0 done, 1 refused, 2 cannot be run so."""
+    _change(server, alias, "rollback", "", expected, as_json)
+
+
+def _change(server: ServerOptions, alias: str, what: str, target: str, expected: int | None, as_json: bool) -> None:
+    from loraplex.server.command.placing import alias_line, change_alias
+    from loraplex.server.command.remote import Remote, RemoteError
+
+    try:
+        found = change_alias(Remote(server.url, server.api_key), alias, what, target, expected)
+    except RemoteError as error:
+        end_refused(error)
+    print(json.dumps(found, indent=2) if as_json else alias_line(found))
+
+
+@app.command()
+@grouped
+def push(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="What it is to be called on the server.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="adapter_config.json, adapter_model.safetensors.")],
+    server: ServerOptions,
+    expected: Annotated[
+        str | None, typer.Option(metavar="DIGEST", help="Only if NAME has this version; '': only if nobody has it.")
+    ] = None,
+    retain: Annotated[int | None, typer.Option(metavar="N", min=0, help="Versions before it that stay.")] = None,
+    ttl: Annotated[float | None, typer.Option(metavar="SECONDS", help="After which it goes by itself.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Send an adapter to a running server, in place of the version that has its name.
+
+    Exit codes: 0 it is served, 1 refused (the name is served on as before), 2 cannot be run so.
+    """
+    from loraplex.server.command.placing import push_folder
+    from loraplex.server.command.remote import Remote, RemoteError
+
+    terms: dict[str, Any] = {"expected": expected, "retain": retain, "ttl": ttl}
+    try:
+        found = push_folder(Remote(server.url, server.api_key), name, folder, terms)
+    except RemoteError as error:
+        end_refused(error)
+    except OSError as error:
+        give_up(f"{folder} cannot be sent: {error}")
+    print(json.dumps(found, indent=2) if as_json else f"{found['id']}@{found['digest']}")
+
+
+@app.command()
 def convert(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What the library's save_adapter wrote.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder for what is served.")],
@@ -185,7 +280,19 @@ def convert(
     print(f"{out}: {config['peft_type']}, {config['non_linearity']} of {config['source']}")
 
 
+def _warn(line: str) -> None:
+    print(f"loraplex: {' '.join(line.split())}", file=sys.stderr)
+
+
 def give_up(reason: str) -> NoReturn:
     """End with one line."""
-    print(f"loraplex: {' '.join(reason.split())}", file=sys.stderr)
+    _warn(reason)
     sys.exit(MISUSED)
+
+
+def end_refused(error: RemoteError) -> NoReturn:
+    """End with the server's words: MISUSED where there is no server, no such name or no right to it, else REFUSED."""
+    if error.status in (0, 401, 404):
+        give_up(str(error))
+    _warn(str(error))
+    sys.exit(REFUSED)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,8 +36,12 @@ def list_adapters(remote: Remote) -> list[dict[str, Any]]:
 def table(adapters: list[dict[str, Any]]) -> str:
     """Write one line an adapter."""
     head = ("name", "kind", "rank", "pages", "digest", "effect", "source")
-    rows = [head, *(_row(each) for each in adapters)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+    return columns([head, *(_row(each) for each in adapters)])
+
+
+def columns(rows: Sequence[Sequence[str]]) -> str:
+    """Write rows of as many cells each below each other."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows)
     return "\n".join(line.rstrip() for line in lines)
 

@@ -6,12 +6,13 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from loraplex.server.command.remote import Remote, RemoteError
 from loraplex.server.proof.golden import GoldenQuestion
@@ -49,13 +50,27 @@ class Demands:
 
 
 def run_golden(
-    remote: Remote, adapter: str, questions: Sequence[GoldenQuestion], golden: Path, in_place: str | None = None
+    remote: Remote,
+    adapter: str,
+    questions: Sequence[GoldenQuestion],
+    golden: Path,
+    in_place: str | None = None,
+    warn: Callable[[str], None] = lambda _: None,
 ) -> GoldenReport:
     """Ask all questions of `adapter`, and compare with `in_place`, another name on the same server, if there is one.
 
-    The score of the version in place is the one recorded beside the golden set, or else it is asked as well. Raises
-    RemoteError where the server is not there or does not know a name; single questions may fail.
+    The score of the version in place is the one recorded beside the golden set, or else it is asked as well. What was
+    asked is recorded on the server, too; where that refuses, `warn` is told. Raises RemoteError where the server is not
+    there or does not know a name; single questions may fail.
     """
+
+    def record(name: str, version: str | None, score: float) -> None:
+        record_score(golden, version, set_digest, score)
+        try:
+            post_score(remote, name, version, set_digest, score)
+        except RemoteError as error:
+            warn(f"the score of {name!r} is not recorded on {remote.url}: {error}")
+
     set_digest = hashlib.sha256(golden.read_bytes()).hexdigest()
     digest = _read(remote, adapter)
     answers = ask_all(remote, adapter, questions)
@@ -65,10 +80,10 @@ def run_golden(
         previous = read_score(golden, placed, set_digest)
         if previous is None:
             previous = _mean([each.score for each in ask_all(remote, in_place, questions)])
-            record_score(golden, placed, set_digest, previous)
+            record(in_place, placed, previous)
         divergence = mean_divergence(remote, in_place, adapter, questions)
     report = GoldenReport(adapter, digest, set_digest, time.time(), tuple(answers), previous, divergence)
-    record_score(golden, digest, set_digest, report.score)
+    record(adapter, digest, report.score)
     return report
 
 
@@ -116,6 +131,17 @@ def record_score(golden: Path, digest: str | None, set_digest: str, score: float
     known = _scores(golden)
     known[f"{digest}/{set_digest}"] = {"score": score, "when": time.time()}
     replace_file(golden.with_name(SCORES), json.dumps(known, indent=2, sort_keys=True), 0o644)
+
+
+def post_score(remote: Remote, adapter: str, digest: str | None, set_digest: str, score: float) -> None:
+    """Record the score of a version on the server, for promotions that demand it; not of what has no name or digest.
+
+    Raises RemoteError.
+    """
+    name = adapter.partition("@")[0]
+    if name and digest is not None:
+        body = {"score": score, "version": digest}
+        remote.ask("PUT", f"/v1/adapters/{quote(name)}/scores/{set_digest}", body)
 
 
 def _scores(golden: Path) -> dict[str, dict[str, Any]]:

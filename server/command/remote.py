@@ -10,7 +10,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,11 +45,14 @@ class Remote:
     def ask(self, method: str, path: str, body: Any = None) -> Any:
         """Send `body` as JSON and return the answer's JSON, or its text where it is none. Raises RemoteError."""
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(f"{self.url.rstrip('/')}{path}", data, method=method)
-        request.add_header("Content-Type", "application/json")
-        if self.api_key:
-            request.add_header("Authorization", f"Bearer {self.api_key}")
+        return self.send(method, path, data, {"Content-Type": "application/json"})
+
+    def send(self, method: str, path: str, data: bytes | Iterable[bytes] | None, headers: Mapping[str, str]) -> Any:
+        """Send `data` as it is; otherwise as ask(). Raises RemoteError."""
         try:
+            request = urllib.request.Request(f"{self.url.rstrip('/')}{path}", data, dict(headers), method=method)
+            if self.api_key:
+                request.add_header("Authorization", f"Bearer {self.api_key}")
             with urllib.request.urlopen(request, timeout=SECONDS) as answer:
                 text = answer.read().decode()
         except urllib.error.HTTPError as error:

@@ -178,3 +178,68 @@ async def test_a_client_that_forgets_the_adapter(loaded: FakeServer, model: str)
     assert await ask(client, "b") == B
     base = await client.post(COMPLETIONS, json=body_of(COMPLETIONS, model="__base_model__"))
     assert base.status_code == 200
+
+
+SET, OTHER_SET = "5e7" + "0" * 61, "07e" + "0" * 61
+
+
+async def score(client: httpx.AsyncClient, name: str, score: float, golden: str = SET, **more: str) -> httpx.Response:
+    return await client.put(f"/v1/adapters/{name}/scores/{golden}", json={"score": score, **more})
+
+
+async def refusal(client: httpx.AsyncClient, **fields: Any) -> str | None:
+    """The code of what promoting "support" is answered with; None: it is done."""
+    answer = await client.post("/v1/aliases/support/promote", json=fields)
+    assert answer.status_code in (200, 409), answer.text
+    return answer.json()["error"]["code"] if answer.status_code == 409 else None
+
+
+DEMANDING = {"requires": "eval >= previous", **split(a=95, b=5)}
+
+
+async def test_a_promotion_needs_the_score_of_the_version_in_place(asking: httpx.AsyncClient) -> None:
+    assert (await put(asking, DEMANDING)).json()["requires"] == "eval >= previous"
+    assert await refusal(asking) == "promotion_refused"  # nobody was asked anything
+    assert (await score(asking, "b", 0.9)).json()["digest"] == digest_of_source("/b")
+    assert await refusal(asking) == "promotion_refused"  # nothing is known of a
+    await score(asking, "a", 0.8, OTHER_SET)
+    assert await refusal(asking) == "promotion_refused"  # other questions
+    await score(asking, "a", 0.9001)
+    assert await refusal(asking) == "promotion_refused"
+    assert (await asking.get("/v1/aliases/support")).json()["revision"] == 1
+    assert (await score(asking, "a", 0.9, version=digest_of_source("/a")[:12])).status_code == 200
+    await score(asking, "b", 0.7, OTHER_SET)
+    assert await refusal(asking) == "promotion_refused"  # each set that both were asked
+    await score(asking, "b", 0.8, OTHER_SET)
+    assert await refusal(asking) is None
+    promoted = (await asking.get("/v1/aliases/support")).json()
+    assert (promoted["requires"], promoted["targets"][0]["adapter"]) == ("eval >= previous", "b")
+    [card] = (await asking.get("/v1/adapters/b")).json()["versions"]
+    assert card["scores"] == {SET: 0.9, OTHER_SET: 0.8}
+
+
+async def test_what_needs_no_score(asking: httpx.AsyncClient) -> None:
+    await put(asking, DEMANDING)
+    assert await refusal(asking, target="a") is None  # it is in place
+    assert (await asking.post("/v1/aliases/support/rollback", json={})).status_code == 200
+    await put(asking, split(a=95, b=5))
+    assert await refusal(asking) is None
+
+
+async def test_scores_that_cannot_be(asking: httpx.AsyncClient) -> None:
+    for name, given, golden in (("a", 1.5, SET), ("a", -0.1, SET), ("a", 0.5, "abc"), ("a", 0.5, SET.upper())):
+        assert (await score(asking, name, given, golden)).status_code == 400, given
+    assert (await score(asking, "nobody", 0.5)).status_code == 404
+    assert (await score(asking, "a", 0.5, version="abcabcabcabc")).status_code == 404
+    mix = await put(asking, {**DEMANDING, "kind": "mix"})
+    assert (mix.status_code, mix.json()["error"]["code"]) == (400, "alias_refused")
+
+
+async def test_scores_are_recorded_by_who_manages_the_adapter(loaded: FakeServer) -> None:
+    loaded.given["access"] = access_of(KEYS)
+    root, acme, byte = loaded.clients("root", "acme", "byte")
+    assert (await score(acme, "acme/c", 0.5)).status_code == 200
+    assert (await score(acme, "a", 0.5)).status_code == 403
+    assert (await score(acme, "byte/d", 0.5)).status_code == 404
+    assert (await score(root, "a", 0.5)).status_code == 200
+    assert (await score(byte, "acme/c", 0.9)).status_code == 403

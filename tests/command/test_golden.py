@@ -6,12 +6,13 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from loraplex.server.command import cli
 from loraplex.server.command.golden import SCORES, divergence_at, mean_divergence, read_score
-from loraplex.server.command.remote import Remote
+from loraplex.server.command.remote import Remote, RemoteError
 from loraplex.server.proof.golden import read_golden
 from tests.support.served import Served, serve_tiny
 from tests.support.tiny import load_oracle, make_tiny_model, make_tiny_tokenizer
@@ -80,6 +81,47 @@ def test_the_recorded_score_of_the_version_in_place_counts(served: Served, golde
     scores.write_text(json.dumps({key: {**value, "score": 0.9} for key, value in known.items()}))
     assert run(served, "new", golden, "--in-place", "old", "--drift", "0.1") == 1
     assert run(served, "new", golden, "--in-place", "old", "--drift", "0.2") == 0
+
+
+def test_a_server_that_records_no_score_is_told_of(
+    served: Served, golden: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask = Remote.ask
+
+    def forbid(remote: Remote, method: str, path: str, body: Any = None) -> Any:
+        if "/scores/" in path:
+            raise RemoteError("this key may not manage the adapter", 403)
+        return ask(remote, method, path, body)
+
+    monkeypatch.setattr(Remote, "ask", forbid)
+    assert run(served, "new", golden) == 0
+    assert "the score of 'new' is not recorded" in capsys.readouterr().err
+
+
+ORDERS = (("new", "old"), ("old", "new"))
+
+
+def test_a_promotion_waits_for_what_was_scored(
+    served: Served, golden: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def promote() -> int:
+        given = ["adapters", "promote", "front", "--url", served.live.url]
+        try:
+            return int(cli.app(given, standalone_mode=False) or 0)
+        except SystemExit as ended:
+            return int(ended.code or 0)
+
+    targets, swapped = ([{"adapter": a, "weight": 9}, {"adapter": b, "weight": 1}] for a, b in ORDERS)
+    served.live.ask("PUT", "/v1/aliases/front", json={"targets": targets, "requires": "eval >= previous"})
+    golden.write_text(golden.read_text() + json.dumps({"prompt": "a", "regex": "(?s).*", "max_tokens": 1}) + "\n")
+    assert promote() == 1  # a set that nobody was asked
+    assert run(served, "old", golden, "--in-place", "new") == 0  # asks both; new passes more
+    capsys.readouterr()
+    assert promote() == 1
+    assert "scored less" in capsys.readouterr().err
+    served.live.ask("PUT", "/v1/aliases/front", json={"targets": swapped, "requires": "eval >= previous"})
+    assert promote() == 0
+    assert capsys.readouterr().out.strip() == "front (revision 3): split new 1, requires eval >= previous"
 
 
 def test_misuse(served: Served, golden: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
