@@ -48,7 +48,10 @@ FIRST_PAUSE = 0.1
 """Seconds before the second try, doubled from try to try: three in all, by which a dead replica is known to be dead."""
 
 EVERYWHERE = frozenset(
-    {"/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/load_lora_adapter", "/unload_lora_adapter", "/abort_request"}
+    {
+        *("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/load_lora_adapter", "/unload_lora_adapter"),
+        *("/load_lora_adapter_from_tensors", "/abort_request"),
+    }
 )
 """What is said to all replicas. One that starts later does not hear it, but follows --adapter-dir, --adapters-file."""
 

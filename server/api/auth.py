@@ -94,7 +94,7 @@ def dialect_of(path: str) -> Dialect:
     """Return the dialect of the API that `path` belongs to."""
     if path in LORAX:
         return Dialect.LORAX
-    return Dialect.VLLM if path.endswith("load_lora_adapter") else Dialect.OPENAI
+    return Dialect.VLLM if path.endswith(("load_lora_adapter", "_from_tensors")) else Dialect.OPENAI
 
 
 def is_open(access: Access, method: str, path: str) -> bool:

@@ -9,7 +9,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 from typing_extensions import TypedDict  # pydantic reads no other before Python 3.12
 
-from loraplex.server.api.answer_schemas import Usage
+from loraplex.server.api.answer_schemas import PromptLogprob, Usage
 from loraplex.server.api.schemas import MAX_LOGPROBS, GenerationFields, Incoming, Wire, kind_of
 
 # ---------------------------------------------------------------------------------------------------------- requests
@@ -90,6 +90,8 @@ class ChatRequest(GenerationFields):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None  # wins over max_tokens
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None  # this and the next one are vLLM's
+    return_token_ids: bool | None = None
     tools: list[Tool] | None = None
     tool_choice: Any = None  # see api/conversation.py
     parallel_tool_calls: bool | None = None
@@ -166,14 +168,27 @@ class ChatChoice(Wire):
     stop_reason: int | str | None = None  # vLLM's: the stop string or stop token that ended it
 
 
+class RolloutChatChoice(ChatChoice):
+    """A choice with what trainers ask for."""
+
+    token_ids: list[int]  # that were drawn, the one that stops among them
+
+
 class ChatCompletion(Wire):
     id: str
     object: Literal["chat.completion"] = "chat.completion"
     created: int
     model: str
-    choices: list[ChatChoice]
+    choices: list[RolloutChatChoice | ChatChoice]
     usage: Usage
     system_fingerprint: str | None = None  # the versions that answer: sql@3fa9c1d20b44; null: the base alone
+
+
+class RolloutChatCompletion(ChatCompletion):
+    """vLLM's, where trainers ask for either; there is one prompt, so it stands beside the choices. Null: not asked."""
+
+    prompt_token_ids: list[int] | None
+    prompt_logprobs: list[dict[str, PromptLogprob] | None] | None  # null: the first token has none
 
 
 class FunctionPart(TypedDict):
@@ -228,11 +243,23 @@ class ChatChunkChoice(Wire):
     stop_reason: int | str | None = None
 
 
+class RolloutChunkChoice(ChatChunkChoice):
+    """What a chunk adds to a choice, with its tokens' ids."""
+
+    token_ids: list[int]
+
+
 class ChatChunk(Wire):
     id: str
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
     created: int
     model: str
-    choices: list[ChatChunkChoice]
+    choices: list[RolloutChunkChoice | ChatChunkChoice]
     usage: Usage | None = None
     system_fingerprint: str | None = None  # the versions that answer: sql@3fa9c1d20b44; null: the base alone
+
+
+class RolloutChunk(ChatChunk):
+    """The first chunk of a stream, where ids are asked for."""
+
+    prompt_token_ids: list[int]

@@ -21,6 +21,7 @@ _ADAPTER = "name the adapter in 'model' instead; GET /v1/models lists the names"
 _TEXT_ONLY = "only text goes in and out"
 _SAMPLER = "this way of sampling is not supported"
 _PROMPT = "the prompt is taken as it is"
+_BOTH = "completions and chats have it"
 _REASONING = "the base has no such control"
 
 # field: (values that ask for nothing, beside null and empty ones; why it is refused otherwise)
@@ -70,9 +71,9 @@ UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "documents": ((), _PROMPT),
     "add_special_tokens": ((False,), "the chat template writes the special tokens"),  # completions have it
     # what comes out
-    "prompt_logprobs": ((False,), "only completions have it"),
+    "prompt_logprobs": ((False,), _BOTH),
+    "return_token_ids": ((False,), _BOTH),
     "return_tokens_as_token_ids": ((False,), "only completions have it"),
-    "return_token_ids": ((False,), "only completions have it"),
     "audio": ((), _TEXT_ONLY),
     "modalities": ((["text"],), _TEXT_ONLY),
     "mm_processor_kwargs": ((), _TEXT_ONLY),

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from loraplex.adapters.errors import AdapterNotFound, AdapterRefused
 from loraplex.adapters.sources.sources import is_hub_id, parse_source
-from loraplex.server.api.errors import ApiError
+from loraplex.server.api.errors import ApiError, InvalidField
 from loraplex.server.api.services import Services
 from loraplex.server.catalog.pushed import PushOwner
 from loraplex.server.catalog.quota import QuotaOwner, TooManyAdapters
@@ -36,6 +36,12 @@ def check_may_unload(name: str) -> None:
         if not key.may_use(name):
             raise AdapterNotFound(f"no adapter {name[:200]!r} is loaded")
         check_may_load(name)
+
+
+def check_may_pin(pinned: bool | None) -> None:
+    """Raises InvalidField where an adapter is to be pinned and the caller is not an admin."""
+    if pinned and not current_key().admin:
+        raise InvalidField("pinned", "pinned: it takes memory from everybody, so only an admin's key may pin")
 
 
 def asking() -> Who:

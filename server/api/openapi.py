@@ -111,6 +111,7 @@ class AdapterOutcome(Wire):
     success: bool
     error_message: str
     loaded_adapters: dict[str, LoadedAdapter]
+    code: str | int | None = None  # of a refusal, for programs
 
 
 ScoredId = Annotated[list[float | int | None], Field(min_length=3, max_length=3)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from loraplex.server.api.errors import InvalidField
 from loraplex.server.api.turns import Turn
 from loraplex.server.engine.request import (
     Pooling,
@@ -77,6 +78,13 @@ class GenerationOptions:
         """The likeliest tokens of each place of the prompt that are wanted, for an echo or beside the answer."""
         wanted = [self.logprobs if self.echo else None, self.prompt_logprobs]
         return max((k for k in wanted if k is not None), default=None)
+
+
+def prompt_logprobs_of(asked: int | None, stream: bool) -> int | None:
+    """Return `asked`, the likeliest tokens of each place of the prompt. Raises InvalidField in a stream, as vLLM."""
+    if asked is not None and stream:
+        raise InvalidField("prompt_logprobs", "prompt_logprobs: they come with the whole answer, not with stream: true")
+    return asked
 
 
 def _as_it_is(tokenizer: Tokenizer, options: GenerationOptions) -> GenerationOptions:

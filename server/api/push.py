@@ -19,7 +19,7 @@ from starlette.responses import JSONResponse, Response
 
 from loraplex.adapters.errors import AdapterNotFound, AdapterRefused, InvalidAdapterName
 from loraplex.adapters.registry import AdapterVersion
-from loraplex.adapters.sources.spool import CONFIG_KEY
+from loraplex.adapters.sources.spool import CONFIG_KEY, SpooledAdapter
 from loraplex.server.api.answer_schemas import AdapterReceipt
 from loraplex.server.api.catalog import receipt_of
 from loraplex.server.api.errors import ApiError, InvalidField
@@ -123,26 +123,47 @@ async def push(services: Services, request: Request, name: str | None) -> Adapte
 
     Raises ApiError, AdapterError, RateLimited, Overloaded, StateNotKept, ClientGone; nothing of it is left then.
     """
-    pushed, owner, ttl = services.pushed, push_owner(), _ttl(request)
+    pushed, owner, ttl, query = services.pushed, push_owner(), _ttl(request), request.query_params
     if name is None:
         if not owner.tenant and not current_key().admin:
             raise ApiError(403, "this key may not push adapters", type="permission_error", code="forbidden")
     else:
-        _check_name(services, name)
+        check_pushed_name(services, name)
     services.drain.check()
-    source = await _receive(pushed, request, owner)
-    with pushed.claimed(source, owner), _about_what_came(Path(source)), counting_adapters() as counted:
-        if name is None:
-            version = await pushed.add(source, owner, ttl or DEFAULT_TTL)
-            await _warm(services, version)
-            return version
-        with services.on_demand.quota.loading(counted, name):
-            terms = LoadTerms(request.query_params.get("expected"), _retain(request, owner), ttl)
-            version = await services.adapters.register(
-                name, source, replace=True, who=asking(), terms=terms, what="push"
-            )
-            if version.source != source:
-                pushed.drop(source)  # it has a copy of its own
+    with receiving(pushed, owner) as (spooled, most):
+        source = await receive(request, spooled, most, pushed.threads)
+    if name is not None:
+        return await enter(
+            services, source, owner, name, LoadTerms(query.get("expected"), _retain(request, owner), ttl)
+        )
+    with pushed.claimed(source, owner), _about_what_came(Path(source)), counting_adapters():
+        version = await pushed.add(source, owner, ttl or DEFAULT_TTL)
+    await _warm(services, version)
+    return version
+
+
+async def enter(
+    services: Services,
+    source: str,
+    owner: PushOwner,
+    name: str,
+    terms: LoadTerms,
+    *,
+    replace: bool = True,
+    pinned: bool = False,
+) -> AdapterVersion:
+    """Check all of what came whole at `source`, and give it `name`, as AdapterManager.register does.
+
+    Raises ApiError, AdapterError, RateLimited, StateNotKept; nothing of it is left then.
+    """
+    pushed, quota = services.pushed, services.on_demand.quota
+    about = _about_what_came(Path(source))
+    with pushed.claimed(source, owner), about, counting_adapters() as counted, quota.loading(counted, name):
+        version = await services.adapters.register(
+            name, source, replace=replace, pinned=pinned, who=asking(), terms=terms, what="push"
+        )
+        if version.source != source:
+            pushed.drop(source)  # it has a copy of its own
     await _warm(services, version)
     logger.info("adapter %s pushed: %s", version.name, version.info.size)
     return version
@@ -155,18 +176,19 @@ async def _warm(services: Services, version: AdapterVersion) -> None:
             await asyncio.wait_for(asyncio.wrap_future(services.engine.warm_adapter(version)), WARM_SECONDS)
 
 
-async def _receive(pushed: Pushed, request: Request, owner: PushOwner) -> str:
-    """Raises what receive() and Pushed.coming() raise."""
+@contextmanager
+def receiving(pushed: Pushed, owner: PushOwner) -> Iterator[tuple[SpooledAdapter, int]]:
+    """Have room for what comes, as Pushed.coming(). Raises what that and the block raise, about the body."""
     with pushed.coming(owner) as (spooled, most), _about_what_came(spooled.folder):
         try:
-            return await receive(request, spooled, most, pushed.threads)
+            yield spooled, most
         except ApiError as error:
             if error.status == 413 and most < pushed.most_bytes:
                 raise pushed.too_many(owner) from None
             raise
 
 
-def _check_name(services: Services, name: str) -> None:
+def check_pushed_name(services: Services, name: str) -> None:
     """Raises ApiError (400, 403) unless the caller may give an adapter this name."""
     try:
         if is_hidden(name):

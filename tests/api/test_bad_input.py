@@ -371,9 +371,11 @@ ASKING: dict[str, Any] = {
 async def test_fields_that_would_change_the_answer_are_refused(
     client: httpx.AsyncClient, server: FakeServer, name: str
 ) -> None:
-    neutral, _ = UNSUPPORTED[name]
+    neutral, why = UNSUPPORTED[name]
     only_completions = {"add_special_tokens", *(each for each, (_, why) in UNSUPPORTED.items() if "only compl" in why)}
     route, body = (CHAT, chat()) if name in only_completions else (COMPLETIONS, completion())
+    if "completions and chats" in why:
+        route, body = "/v1/responses", {"model": "base", "input": "hi"}
     error = await assert_refused(client, server, route, {**body, name: ASKING.get(name, 17)}, 400, name)
     assert error["code"] == "unsupported_parameter"
     assert "not supported" in error["message"]

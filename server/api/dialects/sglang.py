@@ -1,4 +1,4 @@
-"""SGLang's routes: POST /generate (shared with LoRAX), /load_lora_adapter, /unload_lora_adapter; llama.cpp's listing.
+"""SGLang's routes: POST /generate (shared with LoRAX), those that load and unload adapters; llama.cpp's listing.
 
 Both servers have a POST /generate. Who sends `inputs` means LoRAX's; who sends `text` or `input_ids`, SGLang's.
 """
@@ -12,14 +12,17 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from loraplex.adapters.registry import AdapterVersion
 from loraplex.server.api.body import NAMES_BODY, body_schema, parse_record
 from loraplex.server.api.catalog import visible_adapters
 from loraplex.server.api.dialects import lorax
 from loraplex.server.api.dialects.adapters import load, unload
 from loraplex.server.api.dialects.lorax_schemas import LoraxAnswer, LoraxRequest
 from loraplex.server.api.dialects.sglang_generate import answer
-from loraplex.server.api.dialects.sglang_schemas import SglangLoadRequest, SglangRequest
-from loraplex.server.api.errors import ApiError, ClientGone, InvalidField, to_adapter_route_error
+from loraplex.server.api.dialects.sglang_schemas import SglangLoadRequest, SglangRequest, SglangTensorsRequest
+from loraplex.server.api.dialects.sglang_tensors import load_tensors
+from loraplex.server.api.errors import ApiError, ClientGone, to_adapter_route_error, to_api_error
+from loraplex.server.api.manage import check_may_pin
 from loraplex.server.api.openapi import (
     GENERATE,
     LORAX,
@@ -40,10 +43,11 @@ from loraplex.server.api.schemas import (
 from loraplex.server.api.services import Services
 from loraplex.server.api.structure import check_structure
 from loraplex.server.config import RequestLimits
-from loraplex.server.tenancy.tenants import current_key
 
 logger = logging.getLogger(__name__)
 
+FROM_TENSORS = "__tensor__"
+"""SGLang's path of an adapter that has none."""
 
 GENERATED = answers(
     SglangAnswer | list[SglangAnswer] | LoraxAnswer,
@@ -71,10 +75,22 @@ def make_router(services: Services) -> APIRouter:
         """Load an adapter, with SGLang's answers."""
         try:
             record = await services.bodies.read(request, SglangLoadRequest, NAMES_BODY)
-            if record.pinned and not current_key().admin:
-                raise InvalidField("pinned", "pinned: it takes memory from everybody, so only an admin's key may pin")
-            options = LoadAdapterRequest(lora_name=record.lora_name, lora_path=record.lora_path)
+            check_may_pin(record.pinned)
+            options = LoadAdapterRequest(
+                lora_name=record.lora_name, lora_path=record.lora_path, load_inplace=record.load_inplace
+            )
             await load(services, options, pinned=bool(record.pinned))
+        except ClientGone:
+            raise
+        except Exception as error:
+            return _outcome(services, error)
+        return _outcome(services)
+
+    @router.post("/load_lora_adapter_from_tensors", openapi_extra=body_schema(SglangTensorsRequest), **MANAGED)
+    async def load_lora_adapter_from_tensors(request: Request) -> Response:
+        """Serve the adapter in the body: adapter_config.json as an object, and a safetensors file in base64."""
+        try:
+            await load_tensors(services, await services.bodies.read(request, SglangTensorsRequest))
         except ClientGone:
             raise
         except Exception as error:
@@ -123,14 +139,18 @@ def _is_lorax(body: bytes) -> bool:
 
 def _outcome(services: Services, error: Exception | None = None) -> Response:
     """SGLang's answer to loading and unloading: all adapters there are now."""
-    loaded = {
-        version.name: {"lora_id": str(version.uid), "lora_name": version.name, "lora_path": version.origin}
-        for version in visible_adapters(services)
-    }
+    loaded = {version.name: _entry(services, version) for version in visible_adapters(services)}
     if error is None:
         return JSONResponse({"success": True, "error_message": "", "loaded_adapters": loaded})
     known = to_adapter_route_error(error)
     if known.status == 500:
         logger.error("an adapter could not be loaded or unloaded", exc_info=error)
-    answer = {"success": False, "error_message": known.message, "loaded_adapters": loaded}
+    code = to_api_error(error).code
+    answer = {"success": False, "error_message": known.message, "loaded_adapters": loaded, "code": code}
     return JSONResponse(answer, status_code=known.status if known.status >= 500 else 400)
+
+
+def _entry(services: Services, version: AdapterVersion) -> dict[str, str]:
+    """One adapter in that answer; where something that came was written is nobody's business."""
+    path = FROM_TENSORS if services.pushed.spool.owns(version.source) else version.origin
+    return {"lora_id": str(version.uid), "lora_name": version.name, "lora_path": path}

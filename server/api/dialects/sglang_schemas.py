@@ -81,3 +81,18 @@ class SglangLoadRequest(Incoming):
     lora_name: str = ""
     lora_path: str = ""
     pinned: bool | None = None  # on the device from soon on, and never evicted
+    load_inplace: bool | None = None  # vLLM's: prime-rl asks for it here, by the same name each step
+
+
+class SglangTensorsRequest(Incoming):
+    """POST /load_lora_adapter_from_tensors."""
+
+    lora_name: str = ""
+    config_dict: dict[str, Any] = Field(default_factory=dict)  # what adapter_config.json holds
+    serialized_tensors: str = ""  # base64 of a safetensors file
+    serialized_named_tensors: list[str] | None = (
+        None  # the same since SGLang 0.5.18: one for each rank, and here is one
+    )
+    load_format: str | None = None
+    added_tokens_config: dict[str, Any] | None = None
+    pinned: bool | None = None

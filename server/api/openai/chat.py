@@ -20,6 +20,10 @@ from loraplex.server.api.chat_schemas import (
     ChatMessage,
     ChatRequest,
     FunctionCall,
+    RolloutChatChoice,
+    RolloutChatCompletion,
+    RolloutChunk,
+    RolloutChunkChoice,
     ToolCall,
     ToolCallDelta,
 )
@@ -30,7 +34,7 @@ from loraplex.server.api.fields import ignored_header
 from loraplex.server.api.generation import Generation
 from loraplex.server.api.logprobs import ChatScores
 from loraplex.server.api.openapi import answers
-from loraplex.server.api.prompts import GenerationOptions
+from loraplex.server.api.prompts import GenerationOptions, prompt_logprobs_of
 from loraplex.server.api.respond import Collected, Scores, respond
 from loraplex.server.api.services import Services
 from loraplex.server.api.structured import read_structured
@@ -42,9 +46,9 @@ def make_router(services: Services) -> APIRouter:
     """The route, working with `services`."""
     router = APIRouter()
 
-    @router.post(
-        "/v1/chat/completions", openapi_extra=body_schema(ChatRequest), **answers(ChatCompletion, streams=ChatChunk)
-    )
+    told = answers(RolloutChatCompletion | ChatCompletion, streams=RolloutChunk | ChatChunk)
+
+    @router.post("/v1/chat/completions", openapi_extra=body_schema(ChatRequest), **told)
     async def chat_completions(request: Request) -> Response:
         """Answer a conversation."""
         record = await services.bodies.read(request, ChatRequest)
@@ -62,6 +66,8 @@ def make_router(services: Services) -> APIRouter:
             num_choices=record.n or 1,
             logprobs=_logprobs(record),
             grammar=read_structured(record, services.limits),
+            every_token=bool(record.return_token_ids),
+            prompt_logprobs=prompt_logprobs_of(record.prompt_logprobs, bool(record.stream)),
         )
         generation = Generation(services, record, conversation.source(), options)
         rendering = _ChatRendering(services, record, generation, conversation)
@@ -92,6 +98,8 @@ class _ChatRendering:
     ) -> None:
         self._model = record.model or services.facts.names[0]
         self._wants_logprobs = bool(record.logprobs)
+        self._wants_ids = bool(record.return_token_ids)
+        self._wants_prompt = record.prompt_logprobs is not None
         self._generation = generation
         self._conversation = conversation
         self._id = f"chatcmpl-{generation.key}"
@@ -99,7 +107,10 @@ class _ChatRendering:
 
     def opening(self, num_choices: int) -> Iterator[ChatChunk]:
         for index in range(num_choices):
-            yield self._chunk(ChatChunkChoice(index=index, delta=ChatDelta(role="assistant", content="")), None)
+            chunk = self._chunk(ChatChunkChoice(index=index, delta=ChatDelta(role="assistant", content="")), None)
+            if self._wants_ids and index == 0:
+                chunk = RolloutChunk(**dict(chunk), prompt_token_ids=list(self._generation.prompt_ids_of(0)))
+            yield chunk
 
     def scores(self) -> ChatScores | None:
         return ChatScores(self._generation.tokenizer) if self._wants_logprobs else None
@@ -124,24 +135,35 @@ class _ChatRendering:
                 finish_reason=_finish(delta.finish_reason, answer.num_calls) if last else None,
                 stop_reason=delta.stop_reason if last else None,
             )
+            if self._wants_ids:
+                ids = [token.token_id for token in delta.tokens] if i == 0 else []
+                choice = RolloutChunkChoice(**dict(choice), token_ids=ids)
             yield self._chunk(choice, usage)
 
     def is_plain(self, delta: Delta) -> bool:
         answer = self._answers.get(delta.index)
         known = answer is not None and answer.parser.is_plain
-        return known and not delta.tokens and delta.finish_reason is None
+        return known and not self._wants_ids and not delta.tokens and delta.finish_reason is None
 
     def usage_chunk(self, usage: Usage) -> ChatChunk:
         return self._chunk(None, usage)
 
     def whole(self, choices: list[Collected], usage: Usage) -> ChatCompletion:
-        return ChatCompletion(
+        plain = ChatCompletion(
             id=self._id,
             created=self._generation.created,
             model=self._model,
             system_fingerprint=self._generation.worn() or None,
             choices=[self._choice(index, choice) for index, choice in enumerate(choices)],
             usage=usage,
+        )
+        if not self._wants_ids and not self._wants_prompt:
+            return plain
+        scores = choices[0].prompt_scores
+        return RolloutChatCompletion(
+            **dict(plain),
+            prompt_token_ids=list(self._generation.prompt_ids_of(0)) if self._wants_ids else None,
+            prompt_logprobs=scores.record if scores is not None else None,
         )
 
     @property
@@ -155,7 +177,7 @@ class _ChatRendering:
             ToolCall(id=call.id, function=FunctionCall(name=call.name, arguments=call.arguments))
             for call in message.calls
         ]
-        return ChatChoice(
+        plain = ChatChoice(
             index=index,
             message=ChatMessage(
                 content=message.text if message.text or not calls else None,
@@ -166,6 +188,7 @@ class _ChatRendering:
             finish_reason=_finish(choice.finish_reason, len(calls)),
             stop_reason=choice.stop_reason,
         )
+        return RolloutChatChoice(**dict(plain), token_ids=choice.token_ids) if self._wants_ids else plain
 
     def _delta(self, answer: _Answer, part: Part) -> ChatDelta:
         match part:

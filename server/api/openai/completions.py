@@ -16,7 +16,7 @@ from loraplex.server.api.fields import ignored_header
 from loraplex.server.api.generation import Generation
 from loraplex.server.api.logprobs import CompletionScores
 from loraplex.server.api.openapi import answers
-from loraplex.server.api.prompts import GenerationOptions, Prompt, PromptSource
+from loraplex.server.api.prompts import GenerationOptions, Prompt, PromptSource, prompt_logprobs_of
 from loraplex.server.api.respond import Collected, Scores, respond
 from loraplex.server.api.schemas import CompletionRequest
 from loraplex.server.api.services import Services
@@ -52,8 +52,6 @@ def _options(record: CompletionRequest, limits: RequestLimits) -> GenerationOpti
         raise InvalidField("best_of", "best_of: the best is known only at the end, so not with stream: true")
     if record.max_tokens == 0 and not record.echo:
         raise InvalidField("max_tokens", "max_tokens: found 0, which only makes sense with echo: true")
-    if record.prompt_logprobs is not None and record.stream:
-        raise InvalidField("prompt_logprobs", "prompt_logprobs: they come with the whole answer, not with stream: true")
     return GenerationOptions(
         max_tokens=_max_tokens(record),
         num_choices=best_of,
@@ -62,7 +60,7 @@ def _options(record: CompletionRequest, limits: RequestLimits) -> GenerationOpti
         echo=bool(record.echo),
         prompt_only=record.max_tokens == 0,
         every_token=bool(record.return_token_ids),
-        prompt_logprobs=record.prompt_logprobs,
+        prompt_logprobs=prompt_logprobs_of(record.prompt_logprobs, bool(record.stream)),
     )
 
 
