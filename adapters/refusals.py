@@ -25,7 +25,7 @@ REASONS = (
     "unsupported_kind",
     "unsupported_option",
 )
-"""AdapterRefused's codes, but for "changed" and "unread": those are a request's misfortune, and its
+"""AdapterRefused's codes, but for "changed", "unread" and "bad_golden": a request's misfortune, and its
 adapter is served on. Further "unavailable": the source could not be reached.
 """
 

@@ -530,7 +530,7 @@ _OWN_STD: dict[str, Callable[[Tensor], float]] = {
     "oft_R": lambda w: 0.2,
     "boft_R": lambda w: 0.3,
     "boft_s": lambda w: 1.0,
-    "randlora_lambda": lambda w: 1.0,
+    "randlora_lambda": lambda w: 0.4,  # at 1 PEFT in fp32 is 3e-4 from itself in fp64
     "randlora_gamma": lambda w: w.shape[1] ** -1.0,
 }
 """Of other kinds' parameters: standard deviations that move outputs by about their own size, at a strength of 1."""
