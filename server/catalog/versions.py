@@ -105,7 +105,7 @@ class Versions:
         self.accept(*rows)
 
     def accept(self, *rows: KeptVersion) -> None:
-        """Know rows that are on disk, and forget the oldest of those that cannot be asked for."""
+        """Know rows that are on disk."""
         with self._lock:
             for row in rows:
                 self._known.setdefault(row.name, {})[row.digest] = row
