@@ -50,6 +50,8 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "c3a": {"block_size": 64, **VALUE},
     "hira": {"r": 8, **VALUE},
     "randlora": {"r": 32, **VALUE},
+    "oft": {"r": 0, "oft_block_size": 16, "use_cayley_neumann": False, **VALUE},
+    "boft": {"boft_block_size": 16, "boft_block_num": 0, **VALUE},
 }
 """Configs by the adapter's name; the name is the kind, in lower case, where peft_type says no other."""
 
@@ -125,7 +127,7 @@ def _draw(name: str, shape: tuple[int, ...], generator: torch.Generator, integer
     if name.rpartition(".")[2] in integers:
         return torch.randint(0, 64, shape, generator=generator)
     drawn = torch.randn(shape, generator=generator)
-    if "magnitude" in name or "ia3" in name or "w_norm" in name:  # about what they begin with
+    if any(part in name for part in ("magnitude", "ia3", "w_norm", "boft_s")):  # about what they begin with
         return (1 + 0.3 * drawn).bfloat16()
     deviation = next((value for part, value in DEVIATIONS.items() if part in name.rpartition(".")[2]), 0.05)
     return (deviation * drawn).bfloat16()
