@@ -76,7 +76,8 @@ test-clients: install-dev $(CLIENTS:%=$(CLIENT_ENVS)/%/.installed)
 define client_env
 	rm -rf $(@D)
 	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip --disable-pip-version-check -qq install --no-compile --requirement $<
+	$(@D)/bin/python -m pip --disable-pip-version-check -qq install --no-compile \
+	    $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --requirement $<
 	@touch $@
 endef
 

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from fastapi import APIRouter
 from pydantic import Field
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -118,6 +119,7 @@ def make_router(services: Services) -> APIRouter:
     )
     async def put_alias(name: str, request: Request) -> Response:
         """Have a name stand for other names, from the next request on."""
+        _check_is_name(name)
         _check_may_change(services, name)
         record = await services.bodies.read(request, AliasRequest, NAMES_BODY)
         for target in record.targets:
@@ -149,6 +151,7 @@ def make_router(services: Services) -> APIRouter:
     @router.get("/v1/aliases/{name:path}", **answers(AliasCard, errors=(401, 404)))
     async def get_alias(name: str) -> Response:
         """Show one alias."""
+        _check_is_name(name)
         alias = services.aliases.get(name)
         if alias is None or not may_use_alias(services, current_key(), alias):
             raise ApiError(404, f"there is no alias '{name[:200]}'", param="name", code="alias_not_found")
@@ -157,6 +160,7 @@ def make_router(services: Services) -> APIRouter:
     @router.delete("/v1/aliases/{name:path}", **answers(AliasCard, errors=MANAGED))
     async def delete_alias(name: str) -> Response:
         """Take an alias away; what it stood for stays."""
+        _check_is_name(name)
         _check_may_change(services, name)
         alias = services.aliases.get(name)
         await services.aliases.delete(name, asking())
@@ -195,6 +199,12 @@ def make_router(services: Services) -> APIRouter:
         return _told(LabelCard(id=f"{name}@{label}", digest=digest))
 
     return router
+
+
+def _check_is_name(name: str) -> None:
+    """Raise HTTPException (405) for the path of a change: names may hold slashes, so the route of names has it too."""
+    if name.endswith(("/promote", "/rollback")):
+        raise HTTPException(405, headers={"Allow": "POST"})
 
 
 def _told(card: Wire) -> Response:

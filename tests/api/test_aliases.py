@@ -243,3 +243,10 @@ async def test_scores_are_recorded_by_who_manages_the_adapter(loaded: FakeServer
     assert (await score(acme, "byte/d", 0.5)).status_code == 404
     assert (await score(root, "a", 0.5)).status_code == 200
     assert (await score(byte, "acme/c", 0.9)).status_code == 403
+
+
+@pytest.mark.parametrize("method", ["GET", "PUT", "DELETE"])
+@pytest.mark.parametrize("change", ["promote", "rollback"])
+async def test_changes_are_only_posted(asking: httpx.AsyncClient, method: str, change: str) -> None:
+    found = await asking.request(method, f"/v1/aliases/acme/support/{change}", json=split(a=1, b=1))
+    assert (found.status_code, found.headers["allow"]) == (405, "POST")

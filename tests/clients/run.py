@@ -107,7 +107,7 @@ def demo_world(folder: Path) -> Iterator[World]:
         request = urllib.request.Request(f"{url}/v1/models", headers={"Authorization": f"Bearer {key}"})
         with urllib.request.urlopen(request, timeout=30) as response:
             names = {card["id"] for card in json.load(response)["data"]}
-        assert names == {"demo", "extract", "pirate", "sentiment", "sql"}, names
+        assert names == {"demo", "extract", "pirate", "sentiment", "sentiment-dora", "sentiment-prompt", "sql"}, names
         yield World(process, log, {"LORAPLEX_URL": url, "LORAPLEX_KEY": key, "LORAPLEX_SLOW_KEY": slow_key})
 
 
