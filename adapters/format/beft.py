@@ -11,7 +11,7 @@ from typing import Any
 
 from loraplex.adapters.files.patterns import Matcher
 from loraplex.adapters.format import targets
-from loraplex.adapters.format.config import COMMON_NO_BEARING, COMMON_UNSUPPORTED, Keys, read_base_model
+from loraplex.adapters.format.config import COMMON_NO_BEARING, Keys, read_base_model
 from loraplex.adapters.format.kind import AdapterConfig
 from loraplex.adapters.format.module_kind import Making, ModuleKind, Wanted
 from loraplex.adapters.format.modules import FoundModule
@@ -23,7 +23,6 @@ LEAF = "beft_bias"
 KEYS = Keys(
     used=frozenset({"peft_type", "base_model_name_or_path", *targets.TARGET_KEYS}),
     no_bearing=COMMON_NO_BEARING | {"init_weights"},
-    unsupported=COMMON_UNSUPPORTED,
 )
 
 

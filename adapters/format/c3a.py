@@ -16,7 +16,6 @@ from loraplex.adapters.files.patterns import Matcher
 from loraplex.adapters.format import targets
 from loraplex.adapters.format.config import (
     COMMON_NO_BEARING,
-    COMMON_UNSUPPORTED,
     Keys,
     bad_config,
     read_base_model,
@@ -41,7 +40,6 @@ KEYS = Keys(
         }
     ),
     no_bearing=COMMON_NO_BEARING | {"init_weights"},
-    unsupported=COMMON_UNSUPPORTED,
 )
 
 

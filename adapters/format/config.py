@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from loraplex.adapters.errors import AdapterRefused
@@ -28,9 +28,6 @@ COMMON_NO_BEARING = OWN_KEYS | {
 }
 """Keys of all kinds that are about the training run or the base's name, and OWN_KEYS."""
 
-COMMON_UNSUPPORTED: Mapping[str, str] = {}
-"""Of all kinds."""
-
 TASK = "task_id"
 """The key that says which of an adapter's tasks is asked for."""
 
@@ -46,7 +43,7 @@ class Keys:
 
     used: frozenset[str]
     no_bearing: frozenset[str]
-    unsupported: Mapping[str, str]  # key -> why it is refused once it is set
+    unsupported: Mapping[str, str] = field(default_factory=dict)  # key -> why it is refused once it is set
 
     def check(self, raw: Mapping[str, Any]) -> None:
         """Refuse options that are not served. Raises AdapterRefused("unsupported_option"), which names the option."""

@@ -17,7 +17,6 @@ from loraplex.adapters.files.patterns import Matcher
 from loraplex.adapters.format import targets
 from loraplex.adapters.format.config import (
     COMMON_NO_BEARING,
-    COMMON_UNSUPPORTED,
     Keys,
     read_base_model,
     read_biases,
@@ -46,7 +45,6 @@ KEYS = Keys(
         }
     ),
     no_bearing=COMMON_NO_BEARING | {"init_scale", "fan_in_fan_out", "deft_dropout", "init_weights"},
-    unsupported=COMMON_UNSUPPORTED,
 )
 
 

@@ -17,7 +17,6 @@ from loraplex.adapters.files.patterns import Matcher
 from loraplex.adapters.format import targets
 from loraplex.adapters.format.config import (
     COMMON_NO_BEARING,
-    COMMON_UNSUPPORTED,
     Keys,
     read_base_model,
     read_biases,
@@ -42,7 +41,6 @@ KEYS = Keys(
     ),
     no_bearing=COMMON_NO_BEARING
     | {"delora_lambda", "lambda_pattern", "module_dropout", "init_weights"},  # lambda is in the file as it was trained
-    unsupported=COMMON_UNSUPPORTED,
 )
 
 

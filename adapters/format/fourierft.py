@@ -22,7 +22,6 @@ from loraplex.adapters.files.patterns import Matcher
 from loraplex.adapters.format import targets
 from loraplex.adapters.format.config import (
     COMMON_NO_BEARING,
-    COMMON_UNSUPPORTED,
     MAX_RANK,
     Keys,
     bad_config,
@@ -54,7 +53,7 @@ def _keys(*own: str, **refused: str) -> Keys:
             }
         ),
         no_bearing=COMMON_NO_BEARING | {"fan_in_fan_out", "init_weights"},
-        unsupported={**COMMON_UNSUPPORTED, **refused},
+        unsupported=refused,
     )
 
 

@@ -22,7 +22,6 @@ from torch import Tensor
 from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.format.config import (
     COMMON_NO_BEARING,
-    COMMON_UNSUPPORTED,
     TASK,
     Keys,
     bad_config,
@@ -53,7 +52,7 @@ _TRAINING = frozenset({"num_attention_heads", "num_layers", "token_dim"})
 def front_keys(*no_bearing: str, used: Iterable[str] = ()) -> Keys:
     """Say what the keys of such a kind's config mean; no_bearing: its own that are about its training."""
     own = {"peft_type", "base_model_name_or_path", "num_virtual_tokens", "num_transformer_submodules", *_TRAINING}
-    return Keys(frozenset({*own, *used}), COMMON_NO_BEARING | set(no_bearing), COMMON_UNSUPPORTED)
+    return Keys(frozenset({*own, *used}), COMMON_NO_BEARING | set(no_bearing))
 
 
 @dataclass(frozen=True)

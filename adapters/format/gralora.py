@@ -17,7 +17,6 @@ from loraplex.adapters.files.patterns import Matcher
 from loraplex.adapters.format import targets
 from loraplex.adapters.format.config import (
     COMMON_NO_BEARING,
-    COMMON_UNSUPPORTED,
     Keys,
     bad_config,
     check_ranks,
@@ -45,7 +44,6 @@ KEYS = Keys(
         }
     ),
     no_bearing=COMMON_NO_BEARING | {"gralora_dropout", "fan_in_fan_out", "init_weights"},
-    unsupported=COMMON_UNSUPPORTED,
 )
 
 

@@ -15,7 +15,6 @@ from loraplex.adapters.files.patterns import Matcher
 from loraplex.adapters.format import targets
 from loraplex.adapters.format.config import (
     COMMON_NO_BEARING,
-    COMMON_UNSUPPORTED,
     Keys,
     read_base_model,
     read_rank,
@@ -41,7 +40,6 @@ KEYS = Keys(
         "rank_pattern",  # PEFT gives every module r ranks whatever it says (0.21)
         *("hira_dropout", "fan_in_fan_out", "init_weights"),
     },
-    unsupported=COMMON_UNSUPPORTED,
 )
 
 

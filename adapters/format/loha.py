@@ -17,7 +17,6 @@ from loraplex.adapters.files.patterns import Matcher
 from loraplex.adapters.format import targets
 from loraplex.adapters.format.config import (
     COMMON_NO_BEARING,
-    COMMON_UNSUPPORTED,
     Keys,
     check_ranks,
     read_alphas,
@@ -41,7 +40,6 @@ KEYS = Keys(
     ),
     no_bearing=COMMON_NO_BEARING
     | {"rank_dropout", "module_dropout", "init_weights", "use_effective_conv2d"},  # the last is about convolutions
-    unsupported=COMMON_UNSUPPORTED,
 )
 
 

@@ -28,7 +28,6 @@ from loraplex.adapters.files.patterns import Matcher
 from loraplex.adapters.format import targets
 from loraplex.adapters.format.config import (
     COMMON_NO_BEARING,
-    COMMON_UNSUPPORTED,
     MAX_RANK,
     Keys,
     bad_config,
@@ -59,7 +58,6 @@ KEYS = Keys(
     no_bearing=COMMON_NO_BEARING
     | {"rank_dropout", "rank_dropout_scale", "module_dropout", "init_weights"}
     | {"use_effective_conv2d"},  # about convolutions
-    unsupported=COMMON_UNSUPPORTED,
 )
 
 

@@ -18,7 +18,6 @@ from loraplex.adapters.files.patterns import Matcher
 from loraplex.adapters.format import targets
 from loraplex.adapters.format.config import (
     COMMON_NO_BEARING,
-    COMMON_UNSUPPORTED,
     Keys,
     bad_config,
     read_base_model,
@@ -45,7 +44,6 @@ KEYS = Keys(
         }
     ),
     no_bearing=COMMON_NO_BEARING | {"miss_dropout"},
-    unsupported=COMMON_UNSUPPORTED,
 )
 
 

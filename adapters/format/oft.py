@@ -25,7 +25,6 @@ from loraplex.adapters.files.patterns import Matcher
 from loraplex.adapters.format import targets
 from loraplex.adapters.format.config import (
     COMMON_NO_BEARING,
-    COMMON_UNSUPPORTED,
     Keys,
     bad_config,
     read_base_model,
@@ -52,12 +51,10 @@ KEYS = Keys(
     | {"r", "oft_block_size", "block_share", "coft", "eps", "use_cayley_neumann", "num_cayley_neumann_terms"}
     | {"peft_version"},
     no_bearing=(COMMON_NO_BEARING - {"peft_version"}) | {"module_dropout", "fan_in_fan_out", "init_weights"},
-    unsupported=COMMON_UNSUPPORTED,
 )
 BOFT_KEYS = Keys(
     used=_COMMON | {"boft_block_size", "boft_block_num", "boft_n_butterfly_factor"},
     no_bearing=COMMON_NO_BEARING | {"boft_dropout", "fan_in_fan_out", "init_weights"},
-    unsupported=COMMON_UNSUPPORTED,
 )
 
 

@@ -21,7 +21,6 @@ from loraplex.adapters.files.patterns import Matcher
 from loraplex.adapters.format import targets
 from loraplex.adapters.format.config import (
     COMMON_NO_BEARING,
-    COMMON_UNSUPPORTED,
     Keys,
     bad_config,
     check_ranks,
@@ -42,7 +41,6 @@ U, S, V = "osf_svd_params.U_low", "osf_svd_params.S_low", "osf_svd_params.V_low"
 KEYS = Keys(
     used=frozenset({"peft_type", "base_model_name_or_path", "effective_rank", "rank_pattern", "target_modules"}),
     no_bearing=COMMON_NO_BEARING | {"init_weights", "target_svd_config"},
-    unsupported=COMMON_UNSUPPORTED,
 )
 
 Share = int | float | None

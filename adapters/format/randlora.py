@@ -18,7 +18,6 @@ from loraplex.adapters.files.patterns import Matcher
 from loraplex.adapters.format import targets
 from loraplex.adapters.format.config import (
     COMMON_NO_BEARING,
-    COMMON_UNSUPPORTED,
     Keys,
     read_base_model,
     read_biases,
@@ -48,7 +47,6 @@ KEYS = Keys(
     ),
     no_bearing=COMMON_NO_BEARING
     | {"projection_prng_key", "sparse", "very_sparse", "randlora_dropout", "fan_in_fan_out", "init_weights"},
-    unsupported=COMMON_UNSUPPORTED,
 )
 
 

@@ -17,7 +17,6 @@ from loraplex.adapters.files.patterns import Matcher
 from loraplex.adapters.format import targets
 from loraplex.adapters.format.config import (
     COMMON_NO_BEARING,
-    COMMON_UNSUPPORTED,
     Keys,
     bad_config,
     read_base_model,
@@ -35,7 +34,6 @@ WEIGHT, INDICES = "shira_weight", "shira_indices"
 KEYS = Keys(
     used=frozenset({"peft_type", "base_model_name_or_path", "r", *targets.TARGET_KEYS}),
     no_bearing=COMMON_NO_BEARING | {"mask_type", "random_seed", "fan_in_fan_out", "init_weights"},
-    unsupported=COMMON_UNSUPPORTED,
 )
 
 

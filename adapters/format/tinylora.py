@@ -21,7 +21,6 @@ from loraplex.adapters.files.patterns import Matcher
 from loraplex.adapters.format import targets
 from loraplex.adapters.format.config import (
     COMMON_NO_BEARING,
-    COMMON_UNSUPPORTED,
     Keys,
     bad_config,
     read_base_model,
@@ -51,7 +50,6 @@ KEYS = Keys(
         }
     ),
     no_bearing=COMMON_NO_BEARING | {"init_v_bound", "tinylora_dropout", "fan_in_fan_out", "init_weights"},
-    unsupported=COMMON_UNSUPPORTED,
 )
 
 

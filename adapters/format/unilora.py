@@ -21,7 +21,6 @@ from loraplex.adapters.files.patterns import Matcher
 from loraplex.adapters.format import targets
 from loraplex.adapters.format.config import (
     COMMON_NO_BEARING,
-    COMMON_UNSUPPORTED,
     Keys,
     read_base_model,
     read_biases,
@@ -49,7 +48,6 @@ KEYS = Keys(
         }
     ),
     no_bearing=COMMON_NO_BEARING | {"unilora_dropout", "fan_in_fan_out", "init_theta_d_bound", "init_weights"},
-    unsupported=COMMON_UNSUPPORTED,
 )
 
 

@@ -22,7 +22,6 @@ from loraplex.adapters.files.patterns import Matcher
 from loraplex.adapters.format import targets
 from loraplex.adapters.format.config import (
     COMMON_NO_BEARING,
-    COMMON_UNSUPPORTED,
     Keys,
     bad_config,
     read_base_model,
@@ -48,7 +47,6 @@ KEYS = Keys(
         }
     ),
     no_bearing=COMMON_NO_BEARING | {"vblora_dropout", "fan_in_fan_out", "init_vector_bank_bound", "init_logits_std"},
-    unsupported=COMMON_UNSUPPORTED,
 )
 
 

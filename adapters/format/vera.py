@@ -24,7 +24,6 @@ from loraplex.adapters.files.patterns import Matcher
 from loraplex.adapters.format import targets
 from loraplex.adapters.format.config import (
     COMMON_NO_BEARING,
-    COMMON_UNSUPPORTED,
     Keys,
     read_base_model,
     read_biases,
@@ -56,7 +55,7 @@ def _keys(dropout: str, *no_bearing: str, **unsupported: str) -> Keys:
             }
         ),
         no_bearing=COMMON_NO_BEARING | {dropout, "d_initial", "fan_in_fan_out", "init_weights", *no_bearing},
-        unsupported={**COMMON_UNSUPPORTED, **unsupported},
+        unsupported=unsupported,
     )
 
 

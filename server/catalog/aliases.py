@@ -24,7 +24,7 @@ from loraplex.adapters.names import check_name
 from loraplex.server.catalog.promotion import Requirement, check_promotion
 from loraplex.server.catalog.saved import Remembering
 from loraplex.server.catalog.scores import Scores
-from loraplex.server.catalog.version_records import Change, KeptAlias, KeptVersion, What, Who
+from loraplex.server.catalog.version_records import KeptAlias, KeptVersion, StateChange, What, Who
 
 MAX_TARGETS = 8
 """As in a mix."""
@@ -155,7 +155,7 @@ class Aliases:
         def drop() -> None:
             old = self._existing(name, self.get(name))
             self._check_expected(name, old, expected)
-            with self._adapters.writer.changing(Change(who, time.time(), "alias", name, str(old.state))) as change:
+            with self._adapters.writer.changing(StateChange(who, time.time(), "alias", name, str(old.state))) as change:
                 change.drop(KeptAlias, name)
             with self._lock:
                 del self._known[name]
@@ -183,7 +183,9 @@ class Aliases:
         revision = 1 if old is None else old.revision + 1
         alias = Alias(name, revision, state, None if old is None else old.state, time.time())
         before = "" if old is None else str(old.state)
-        with self._adapters.writer.changing(Change(who, alias.changed, what, name, before, str(state))) as transaction:
+        with self._adapters.writer.changing(
+            StateChange(who, alias.changed, what, name, before, str(state))
+        ) as transaction:
             transaction.put(_to_row(alias))
         with self._lock:
             self._known[name] = alias

@@ -8,7 +8,7 @@ import threading
 
 from loraplex.server.catalog.saved import Remembering
 from loraplex.server.catalog.state_store import StateNotKept
-from loraplex.server.catalog.version_records import Change, KeptVersion, Who
+from loraplex.server.catalog.version_records import KeptVersion, StateChange, Who
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class Expiry:
             self._adapters.take_away(row.name, what="expire", why="expired")
             return
         gone = dataclasses.replace(row, gone="expired")
-        change = Change(Who(), self._adapters.clock(), "expire", row.name, row.digest)
+        change = StateChange(Who(), self._adapters.clock(), "expire", row.name, row.digest)
         with self._adapters.writer.changing(change) as transaction:
             transaction.put(gone)
         self._adapters.versions.accept(gone)

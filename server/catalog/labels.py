@@ -8,7 +8,7 @@ import time
 from loraplex.adapters.errors import AdapterNotFound, AdapterRefused, VersionMoved, VersionUnclear
 from loraplex.server.catalog.saved import Remembering
 from loraplex.server.catalog.version_lookup import HEX, LATEST, PREVIOUS
-from loraplex.server.catalog.version_records import Change, KeptLabel, Who
+from loraplex.server.catalog.version_records import KeptLabel, StateChange, Who
 
 _LABEL = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
@@ -42,7 +42,7 @@ async def set_label(
             digest = lease.version.digest
         if digest is None:
             raise AdapterRefused("unread", f"adapter {name!r} is not read yet; ask it something first")
-        change = Change(who, time.time(), "label", f"{name}@{label}", old, digest)
+        change = StateChange(who, time.time(), "label", f"{name}@{label}", old, digest)
         with adapters.writer.changing(change) as transaction:
             transaction.put(KeptLabel(name, label, digest))
         adapters.versions.set_label(name, label, digest)
@@ -58,7 +58,7 @@ async def drop_label(adapters: Remembering, name: str, label: str, who: Who = Wh
         old = adapters.versions.labels(name).get(label)
         if old is None:
             raise AdapterNotFound(f"adapter {name[:200]!r} has no label {label[:64]!r}")
-        with adapters.writer.changing(Change(who, time.time(), "label", f"{name}@{label}", old)) as transaction:
+        with adapters.writer.changing(StateChange(who, time.time(), "label", f"{name}@{label}", old)) as transaction:
             transaction.drop(KeptLabel, name, label)
         adapters.versions.set_label(name, label, "")
         return old

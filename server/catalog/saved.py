@@ -19,11 +19,11 @@ from loraplex.adapters.registry import AdapterVersion, Registry
 from loraplex.adapters.sources.sources import OPERATOR, SourceAccess
 from loraplex.server.catalog.copies import VersionCopies
 from loraplex.server.catalog.manager import AdapterManager, Point
-from loraplex.server.catalog.state_store import Row, Transaction
+from loraplex.server.catalog.state_store import KeptRow, Transaction
 from loraplex.server.catalog.state_writer import StateWriter
 from loraplex.server.catalog.version_lookup import MIN_DIGITS, VersionLookup
 from loraplex.server.catalog.version_plan import make_room, succeed
-from loraplex.server.catalog.version_records import Change, KeptName, KeptVersion, What, Who
+from loraplex.server.catalog.version_records import KeptName, KeptVersion, StateChange, What, Who
 from loraplex.server.catalog.versions import Versions
 
 logger = logging.getLogger(__name__)
@@ -156,7 +156,7 @@ class Remembering:
             others = [each for each in self.versions.all() if (each.name, each.digest) not in left]
             rows += make_room(others, nbytes, self._copies.max_bytes, self._may_go)
         before = current.digest or "" if current is not None else ""
-        change = Change(loading.who, now, loading.what, kept.name, before, row.digest, row.receipt)
+        change = StateChange(loading.who, now, loading.what, kept.name, before, row.digest, row.receipt)
         old = [self._known.get(kept.name), *(self.versions.find(each.name, each.digest) for each in rows)]
         with self.writer.changing(change) as transaction:
             transaction.put(kept)
@@ -209,7 +209,7 @@ class Remembering:
         rows = [dataclasses.replace(row, gone=why) for row in self.versions.history(name) if not row.gone]
         if name in self._known or rows:
             before = version.digest or "" if version is not None else ""
-            with self.writer.changing(Change(who, time.time(), what, name, before)) as transaction:
+            with self.writer.changing(StateChange(who, time.time(), what, name, before)) as transaction:
                 transaction.drop(KeptName, name)
                 for row in rows:
                     transaction.put(row)
@@ -301,7 +301,7 @@ class _Loading:
     replace: bool
 
 
-def _put_back(transaction: Transaction, new: tuple[Row, ...], old: list[KeptName | KeptVersion | None]) -> None:
+def _put_back(transaction: Transaction, new: tuple[KeptRow, ...], old: list[KeptName | KeptVersion | None]) -> None:
     """Have in the state what was there before a change that could not be made after all."""
     for row, before in zip(new, old, strict=True):
         if before is None:

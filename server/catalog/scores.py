@@ -7,7 +7,7 @@ import threading
 
 from loraplex.adapters.errors import AdapterRefused
 from loraplex.server.catalog.saved import Remembering
-from loraplex.server.catalog.version_records import Change, KeptScore, Who
+from loraplex.server.catalog.version_records import KeptScore, StateChange, Who
 
 MAX_SCORES = 256
 """Of all versions of one name together: the oldest go."""
@@ -59,7 +59,7 @@ class Scores:
         old = known.pop(key, None)
         excess = sorted(known.values(), key=lambda each: -each.made)[MAX_SCORES - 1 :]
         before = "" if old is None else _told(old)
-        change = Change(who, row.made, "score", f"{row.name}@{row.digest}", before, _told(row))
+        change = StateChange(who, row.made, "score", f"{row.name}@{row.digest}", before, _told(row))
         with self._adapters.writer.changing(change) as transaction:
             transaction.put(row)
             for each in excess:

@@ -40,16 +40,16 @@ class StateError(Exception):
     """The folder cannot be used; one line that says why."""
 
 
-class Row(Protocol):
+class KeptRow(Protocol):
     """A frozen dataclass of plain values."""
 
     KEY: ClassVar[tuple[str, ...]]
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
 
-R = TypeVar("R", bound=Row)
+R = TypeVar("R", bound=KeptRow)
 
-KINDS: tuple[type[Row], ...] = (KeptName, KeptVersion, KeptLabel, KeptAlias, KeptScore)
+KINDS: tuple[type[KeptRow], ...] = (KeptName, KeptVersion, KeptLabel, KeptAlias, KeptScore)
 
 
 class Transaction:
@@ -58,14 +58,14 @@ class Transaction:
     def __init__(self, database: sqlite3.Connection) -> None:
         self._database = database
 
-    def put(self, row: Row) -> None:
+    def put(self, row: KeptRow) -> None:
         """Write `row`, in place of the one with its key."""
         names = [field.name for field in fields(row)]
         marks = ", ".join("?" * len(names))
         values = [getattr(row, name) for name in names]
         self._database.execute(f"INSERT OR REPLACE INTO {_table(type(row))} VALUES ({marks})", values)
 
-    def drop(self, kind: type[Row], *key: str) -> None:
+    def drop(self, kind: type[KeptRow], *key: str) -> None:
         """Remove the row of this key; nothing where there is none."""
         where = " AND ".join(f"{name} = ?" for name in kind.KEY)
         self._database.execute(f"DELETE FROM {_table(kind)} WHERE {where}", key)
@@ -170,7 +170,7 @@ class StateStore:
         logger.info("%s: its %d adapters are in %s from now on", path, len(known), FILE)
 
 
-def _table(kind: type[Row]) -> str:
+def _table(kind: type[KeptRow]) -> str:
     return kind.__name__
 
 

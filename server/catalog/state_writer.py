@@ -13,13 +13,13 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from loraplex.server.catalog.state_store import StateNotKept, StateStore, Transaction
-from loraplex.server.catalog.version_records import Change
+from loraplex.server.catalog.version_records import StateChange
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-OnChange = Callable[[Change], None]
+OnChange = Callable[[StateChange], None]
 """Is told of a change before it is written, in the writer's thread. What it raises refuses the change."""
 
 
@@ -44,7 +44,7 @@ class StateWriter:
         return await asyncio.shield(asyncio.wrap_future(self.submit(work)))
 
     @contextmanager
-    def changing(self, *changes: Change) -> Iterator[Transaction]:
+    def changing(self, *changes: StateChange) -> Iterator[Transaction]:
         """Write what the block puts, once all listeners have taken the changes. Raises StateNotKept, and nothing has
         changed. In the writer's thread."""
         try:

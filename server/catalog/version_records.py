@@ -89,7 +89,7 @@ class KeptScore:
 
 
 @dataclass(frozen=True)
-class Change:
+class StateChange:
     """Tell of one change, once it is sure to be made."""
 
     who: Who

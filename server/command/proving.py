@@ -10,7 +10,7 @@ from pathlib import Path
 from loraplex.adapters.registry import AdapterVersion
 from loraplex.server.catalog.state_store import StateError, StateNotKept
 from loraplex.server.catalog.state_writer import StateWriter
-from loraplex.server.catalog.version_records import Change
+from loraplex.server.catalog.version_records import StateChange
 from loraplex.server.catalog.versions import Versions
 from loraplex.server.command.build import EngineParts
 from loraplex.server.proof.audit import AuditEvent, AuditLog, event_of
@@ -30,7 +30,7 @@ def open_audit(state_dir: Path, versions: Versions) -> AuditLog:
     except StateError as error:
         raise StartError(error) from error
 
-    def note(change: Change) -> None:
+    def note(change: StateChange) -> None:
         audit.append(event_of(change))
 
     versions.on_change(note)

@@ -41,7 +41,7 @@ class Site(IntEnum):
     DOWN = 3
 
 
-class Block(IntEnum):
+class BlockSite(IntEnum):
     """A place of a layer's stream where bottlenecks act: in front of a residual add and of any norm before it."""
 
     ATTENTION_OUT = 4  # what o_proj gives; the numbers go on where those of Site end
@@ -118,12 +118,12 @@ class ModelConfig:
     @property
     def num_sites(self) -> int:
         """Count the sites of a layer, blocks and all."""
-        return len(Site) + len(Block)
+        return len(Site) + len(BlockSite)
 
     def blocks(self) -> tuple[Projection, ...]:
         """List the blocks as adapters name them; each is as wide as the hidden state."""
         hidden = self.hidden_size
-        return tuple(Projection(block.name.lower(), block, hidden, 0, hidden, has_bias=False) for block in Block)
+        return tuple(Projection(block.name.lower(), block, hidden, 0, hidden, has_bias=False) for block in BlockSite)
 
     def projections(self) -> tuple[Projection, ...]:
         """List the linears of a layer as the checkpoint names them, by site and then by place in the site's output."""

@@ -11,7 +11,7 @@ from loraplex.kernels.constants import Own
 from loraplex.kernels.ops import Backend
 from loraplex.kernels.records import AdapterStep, AttentionMeta, KVLayer, OwnPlaces
 from loraplex.server.models.blocks import Attention, Mlp
-from loraplex.server.models.config import Block, ModelConfig
+from loraplex.server.models.config import BlockSite, ModelConfig
 from loraplex.server.models.inputs import ForwardBatch, HeadRows, Rotations
 from loraplex.server.models.rotary import RotaryTable
 from loraplex.server.models.weights import LayerWeights, ModelWeights
@@ -45,16 +45,16 @@ class DecoderLayer:
         """
         weights = self._weights
         x, residual = self._norm(x, weights.attention_norm, residual, 0, norms)
-        x = self._block(self._attention(x, rotations, meta, adapters), residual, Block.ATTENTION_OUT, adapters)
+        x = self._block(self._attention(x, rotations, meta, adapters), residual, BlockSite.ATTENTION_OUT, adapters)
         if weights.attention_out_norm is not None:
             x, _ = self._norm(x, weights.attention_out_norm, None, 1, norms)
         x, residual = self._norm(x, weights.mlp_norm, residual, 2, norms)
-        x = self._block(self._mlp(x, adapters), residual, Block.MLP_OUT, adapters)
+        x = self._block(self._mlp(x, adapters), residual, BlockSite.MLP_OUT, adapters)
         if weights.mlp_out_norm is not None:
             x, _ = self._norm(x, weights.mlp_out_norm, None, 3, norms)
         return x, residual
 
-    def _block(self, x: Tensor, residual: Tensor, block: Block, adapters: AdapterStep | None) -> Tensor:
+    def _block(self, x: Tensor, residual: Tensor, block: BlockSite, adapters: AdapterStep | None) -> Tensor:
         """Add bottlenecks to x [T, H], which is about to be added to residual; a step without any computes nothing."""
         if adapters is None:
             return x

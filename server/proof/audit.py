@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from loraplex.server.catalog.state_store import StateError, StateNotKept
-from loraplex.server.catalog.version_records import Change
+from loraplex.server.catalog.version_records import StateChange
 from loraplex.server.whole_file import replace_file
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ MAX_LINE = 1 << 20
 class AuditEvent:
     """One change, as the log has it."""
 
-    what: str  # a Change's, or "receipt": a version was measured
+    what: str  # a StateChange's, or "receipt": a version was measured
     name: str
     when: float  # seconds since 1970
     key: str = ""  # the key's name, never the key
@@ -61,7 +61,7 @@ class Head:
     hash: str = NOTHING_BEFORE
 
 
-def event_of(change: Change) -> AuditEvent:
+def event_of(change: StateChange) -> AuditEvent:
     """Make the event of a change; its receipt is told by digest."""
     receipt = hashlib.sha256(change.receipt.encode()).hexdigest() if change.receipt else ""
     who = change.who

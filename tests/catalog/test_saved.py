@@ -18,7 +18,7 @@ from loraplex.adapters.sources.sources import OPERATOR, SourceAccess
 from loraplex.server.catalog.saved import Remembering
 from loraplex.server.catalog.state_store import FILE, StateNotKept, StateStore, Transaction
 from loraplex.server.catalog.state_writer import StateWriter
-from loraplex.server.catalog.version_records import Change, KeptName, KeptVersion, Who
+from loraplex.server.catalog.version_records import KeptName, KeptVersion, StateChange, Who
 from loraplex.server.catalog.versions import Versions
 from tests.support.fake_serving import FakeAdapters
 from tests.support.full_disk import full_disk
@@ -259,7 +259,7 @@ async def test_a_disk_that_hangs_holds_up_no_loader(tmp_path: Path) -> None:
     """The name is given elsewhere than in the thread that has read the adapter: here the loop's."""
     go_on, hung = threading.Event(), threading.Event()
 
-    def hang(change: Change) -> None:
+    def hang(change: StateChange) -> None:
         hung.set()
         go_on.wait(LIMIT)
 
@@ -275,7 +275,7 @@ async def test_a_disk_that_hangs_holds_up_no_loader(tmp_path: Path) -> None:
 
 async def test_every_change_is_told_and_may_be_refused(tmp_path: Path) -> None:
     kept = Kept(tmp_path)
-    changes: list[Change] = []
+    changes: list[StateChange] = []
     kept.remembering.versions.on_change(changes.append)
     who = Who("ci", "acme")
     first = await kept.remembering.register("a", "/1", who=who)
@@ -288,7 +288,7 @@ async def test_every_change_is_told_and_may_be_refused(tmp_path: Path) -> None:
         (who, "unload", "a", second.digest, ""),
     ]
 
-    def full(change: Change) -> None:
+    def full(change: StateChange) -> None:
         raise StateNotKept("the log is full")
 
     kept.remembering.versions.on_change(full)

@@ -11,7 +11,7 @@ from loraplex.server.catalog.aliases import Aliases, AliasState, Target
 from loraplex.server.catalog.promotion import PromotionRefused
 from loraplex.server.catalog.scores import Scores
 from loraplex.server.catalog.state_store import StateNotKept, StateStore
-from loraplex.server.catalog.version_records import Change, Who
+from loraplex.server.catalog.version_records import StateChange, Who
 from tests.support.fake_serving import FakeAdapters, digest_of_source, remembering
 
 SETS = [f"{i:064x}" for i in range(8)]
@@ -22,7 +22,7 @@ async def test_scores_and_policies_survive_a_restart(tmp_path: Path) -> None:
     adapters = FakeAdapters()
     for name in ("a", "b"):
         await adapters.register(name, f"/{name}")
-    changes: list[Change] = []
+    changes: list[StateChange] = []
     kept = remembering(adapters, state)
     kept.versions.on_change(changes.append)
     aliases = Aliases(kept)
@@ -63,7 +63,7 @@ async def test_a_score_that_cannot_be_noted_is_none(tmp_path: Path) -> None:
     await adapters.register("a", "/a")
     kept = remembering(adapters, StateStore(tmp_path))
 
-    def refuse(change: Change) -> None:
+    def refuse(change: StateChange) -> None:
         raise StateNotKept(change.what)
 
     kept.versions.on_change(refuse)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from loraplex.server.catalog.state_store import StateError, StateNotKept
-from loraplex.server.catalog.version_records import Change, Who
+from loraplex.server.catalog.version_records import StateChange, Who
 from loraplex.server.command import cli
 from loraplex.server.proof import audit
 from loraplex.server.proof.audit import AuditEvent, AuditLog, Head, event_of, files_of
@@ -206,11 +206,11 @@ def test_a_full_disk_refuses_the_change_and_leaves_no_half_line(
 
 
 def test_an_event_tells_the_receipt_by_digest_and_no_more() -> None:
-    change = Change(Who("ci", "team"), 5.0, "promote", "team/sql", "a", "b", receipt='{"adapter":{}}')
+    change = StateChange(Who("ci", "team"), 5.0, "promote", "team/sql", "a", "b", receipt='{"adapter":{}}')
     event = event_of(change)
     assert (event.key, event.tenant, event.what, event.before, event.after) == ("ci", "team", "promote", "a", "b")
     assert len(event.receipt) == 64
-    assert event_of(Change(Who(), 5.0, "load", "sql")).receipt == ""
+    assert event_of(StateChange(Who(), 5.0, "load", "sql")).receipt == ""
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
