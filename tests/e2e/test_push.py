@@ -23,6 +23,7 @@ from loraplex.adapters.sources.remote import CONFIG_FILE, WEIGHTS_FILE
 from loraplex.adapters.sources.spool import CONFIG_KEY
 from loraplex.server.config_adapters import DownloadConfig
 from loraplex.server.tenancy.keys_file import new_key
+from tests.support.left_files import left
 from tests.support.live_server import LiveServer, live_server
 from tests.support.peft_adapters import ALL, make_peft_adapter
 from tests.support.pushing import SAFETENSORS, content_digest, form, one_body, with_metadata
@@ -57,11 +58,6 @@ def live(base: Path, spooled: Path) -> Iterator[LiveServer]:
 
 def put(live: LiveServer, name: str, body: bytes, headers: dict[str, str] = SAFETENSORS, **more: Any) -> httpx.Response:
     return live.ask("PUT", f"/v1/adapters/{name}", content=body, headers=headers, **more)
-
-
-def left(spooled: Path) -> list[str]:
-    """The files of what came that are there."""
-    return [path.name for path in spooled.rglob("*") if path.is_file()]
 
 
 def says(live: LiveServer, adapter: Any) -> str:

@@ -18,6 +18,7 @@ import torch
 from loraplex.adapters.sources.remote import CONFIG_FILE, WEIGHTS_FILE
 from loraplex.server.config_adapters import DownloadConfig
 from loraplex.server.tenancy.keys_file import new_key
+from tests.support.left_files import left
 from tests.support.live_server import LiveServer, live_server
 from tests.support.peft_adapters import ALL, make_peft_adapter
 from tests.support.served import greedy
@@ -58,11 +59,6 @@ def body(folder: Path, name: str = "sql", **fields: Any) -> dict[str, Any]:
 
 def send(live: LiveServer, fields: dict[str, Any], key: str | None = None) -> httpx.Response:
     return live.ask("POST", "/load_lora_adapter_from_tensors", key, json=fields)
-
-
-def left(spooled: Path) -> list[Path]:
-    """The files of what came that are there."""
-    return [path for path in spooled.rglob("*") if path.is_file()]
 
 
 @pytest.mark.parametrize("newer", [False, True])
