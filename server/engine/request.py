@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from loraplex.adapters.registry import AdapterLease
+from loraplex.adapters.version import AdapterLease
 
 
 class Constraint(Protocol):
