@@ -51,7 +51,7 @@ class BuildKernels(build_ext):
 
 
 PARTS = (
-    *("vec", "records", "linear", "packing", "numbers", "quant4", "quant8", "exact", "quantised", "rowwise"),
+    *("vec", "records", "linear", "packing", "inputs", "numbers", "quant4", "quant8", "exact", "quantised", "rowwise"),
     *("sampling", "tiles", "bgmv", "sgmv", "own", "kv_pages", "attention"),
 )
 LOADING = ("adapters/image/packing.cpp", "adapters/image/hashing.cpp")

@@ -44,16 +44,8 @@ from loraplex.adapters.format.pack_plan import PackPlan
 from loraplex.adapters.format.quiet_files import read_quietly
 from loraplex.adapters.image.front_pages import front_bytes, pack_front
 from loraplex.adapters.image.packing import OpenFile
-from loraplex.adapters.image.tiles import (
-    AdapterImage,
-    BiasDelta,
-    Part,
-    most_tiles,
-    pack,
-    pack_each,
-    plan_image,
-    shape_of,
-)
+from loraplex.adapters.image.tiles import AdapterImage, BiasDelta, Part, most_tiles, plan_image, shape_of
+from loraplex.adapters.image.writing import pack, pack_each
 from loraplex.adapters.info import AdapterInfo
 from loraplex.adapters.sources.sources import resolve
 from loraplex.adapters.throttle import Throttle
