@@ -178,7 +178,7 @@ class AdapterReader:
         return _Place(self._locate(source), roots_of(source))
 
     def _whole_bytes(self, place: _Place, throttle: Callable[[], None]) -> int:
-        """What the file, its image and the making of it take. Raises what refuses the header."""
+        """Bound what the file, its image and the making of it take. Raises what refuses the header."""
         if self._workspace is None:
             return 0
         head = read_head(place.folder, place.roots)
@@ -234,7 +234,7 @@ class AdapterReader:
         return _loaded(info, image, head.data_bytes)
 
     def _tokenizer(self, place: _Place, tokens: int) -> TokenizerFiles:
-        """Equal ones are one object: a folder of thousands has the same file in each. Raises AdapterRefused."""
+        """Read the tokenizer's files; equal ones are one object, as thousands have the same. Raises AdapterRefused."""
         found = read_tokenizer(place.folder, place.roots)
         if found == NOTHING:
             return NOTHING
