@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from loraplex.adapters.image.placement import PartPlace, RowPlacement, padded, place_rows
-from loraplex.kernels.constants import ALIGN, TILE_COLUMNS, TILE_RANKS, Function, Source, TileKind
+from loraplex.kernels.constants import ALIGN, TILE_COLUMNS, TILE_RANKS, BlockInput, Function, TileKind
 from loraplex.kernels.records import OwnPlaces, Projection, element_bytes
 
 IMAGE_COLUMNS = 2 + TILE_COLUMNS
@@ -113,7 +113,7 @@ class Bottleneck:
     projection: Projection  # of BaseLayout.blocks
     c: Tensor  # [r] fp32, kept in fp32
     function: Function
-    source: Source
+    source: BlockInput
 
 
 Part = LowRank | BiasDelta | OutputScale | DenseDelta | OwnRows | Bottleneck
@@ -128,7 +128,7 @@ class PartShape:
     rank: int  # rows of A: those of a DenseDelta's delta; 1 where there is no A
     kind: TileKind = TileKind.LOW_RANK
     function: Function = Function.IDENTITY  # of an ACTIVATION
-    source: Source = Source.BRANCH
+    source: BlockInput = BlockInput.BRANCH
 
 
 @dataclass(frozen=True)
