@@ -111,9 +111,9 @@ struct Words {
 struct WeightsAhead {
     const char* at;
     int64_t step, lines;
-    bool l1_alone;
+    bool once;
     inline __attribute__((always_inline)) void next() {
-        for (int64_t i = 0; i < lines; i++) l1_alone ? __builtin_prefetch(at + i * 64, 0, 0) : __builtin_prefetch(at + i * 64, 0, 2);
+        for (int64_t i = 0; i < lines; i++) once ? fetch_once(at + i * 64) : __builtin_prefetch(at + i * 64, 0, 2);
         at += step;
     }
 };
