@@ -45,7 +45,6 @@ class StepCost:
 
     fixed_seconds: float
     token_seconds: float
-    decode_seconds: float  # of a step with a single row
 
 
 def scoring_cost(vocab: int, hidden: int, weights: int) -> float:
