@@ -19,23 +19,10 @@ from torch import Tensor
 from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.files.patterns import Matcher
 from loraplex.adapters.format import targets
-from loraplex.adapters.format.config import (
-    COMMON_NO_BEARING,
-    Keys,
-    bad_config,
-    read_base_model,
-    read_names,
-    unsupported,
-)
+from loraplex.adapters.format.common import module_keys
+from loraplex.adapters.format.config import bad_config, read_base_model, read_names, unsupported
 from loraplex.adapters.format.header import TensorInfo
-from loraplex.adapters.format.kind import (
-    AdapterConfig,
-    AdapterKind,
-    AdapterModule,
-    ModuleMap,
-    ServedBase,
-    Throttle,
-)
+from loraplex.adapters.format.kind import AdapterConfig, AdapterKind, AdapterModule, ModuleMap, ServedBase, Throttle
 from loraplex.adapters.format.modules import (
     FoundModules,
     LeafNames,
@@ -51,14 +38,13 @@ from loraplex.kernels.records import Projection
 
 LEAF = "ia3_l"
 
-KEYS = Keys(
-    used=frozenset({"peft_type", "base_model_name_or_path", "feedforward_modules", *targets.TARGET_KEYS}),
-    no_bearing=COMMON_NO_BEARING
-    | {
+KEYS = module_keys(
+    "feedforward_modules",
+    no_bearing=(
         "fan_in_fan_out",  # how the base stores its weight; the vectors are the same either way
         "init_ia3_weights",
-    },
-    unsupported={},
+    ),
+    by_layer=False,
 )
 
 NAMES = LeafNames(

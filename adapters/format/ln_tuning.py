@@ -9,21 +9,19 @@ from torch import Tensor
 
 from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.format import targets
-from loraplex.adapters.format.config import COMMON_NO_BEARING, Keys, bad_config, read_base_model, shown, unsupported
+from loraplex.adapters.format.common import module_keys
+from loraplex.adapters.format.config import bad_config, read_base_model, shown, unsupported
 from loraplex.adapters.format.header import TensorInfo
 from loraplex.adapters.format.kind import AdapterConfig, AdapterKind, ModuleMap, ServedBase, Throttle
 from loraplex.adapters.format.outside import EMBED, OwnConfig, read_ids
 from loraplex.adapters.image.tiles import Part
 
-TUNING_KEYS = Keys(
-    used=frozenset({"peft_type", "base_model_name_or_path", *targets.TARGET_KEYS}),
-    no_bearing=COMMON_NO_BEARING,
-    unsupported={},
-)
-TOKEN_KEYS = Keys(
-    used=frozenset({"peft_type", "base_model_name_or_path", "token_indices", *targets.TARGET_KEYS}),
-    no_bearing=COMMON_NO_BEARING | {"init_weights"},
+TUNING_KEYS = module_keys(by_layer=False)
+TOKEN_KEYS = module_keys(
+    "token_indices",
+    no_bearing=("init_weights",),
     unsupported={"exclude_modules": "tokens are trained in embed_tokens; leave it out"},
+    by_layer=False,
 )
 
 

@@ -51,7 +51,7 @@ def _image(seed: int) -> AdapterImage:
 
 @pytest.fixture(scope="module", autouse=True)
 def clock() -> Iterator[None]:
-    with counted_clock("loraplex.adapters.tiers.device"):
+    with counted_clock("loraplex.adapters.tiers.copying"):
         yield
 
 
