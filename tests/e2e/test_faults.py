@@ -23,20 +23,11 @@ from loraplex.server.config_adapters import DownloadConfig
 from loraplex.server.config_engine import EngineConfig
 from tests.support.command import address, serving
 from tests.support.live_server import Api, LiveServer, live_server
-from tests.support.peft_adapters import make_peft_adapter
 from tests.support.version_world import register_all
 from tests.support.waiting import LIMIT, wait_for
 from tests.support.web_server import Page, WebServer, web_server
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
-
-
-@pytest.fixture(scope="module")
-def adapters(oracle: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("adapters")
-    for seed, name in enumerate(("one", "two", "three")):
-        make_peft_adapter(oracle, folder / name, seed=seed, r=2, target_modules=["q_proj", "v_proj"])
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -17,12 +17,6 @@ from tests.support.waiting import LIMIT, wait_for
 LENGTH = 100
 
 
-@pytest.fixture(scope="module")
-def live(base: Path) -> Iterator[LiveServer]:
-    with live_server(base) as server:
-        yield server
-
-
 class Steps:
     """Lets so many of the engine's steps through, and then no more until it is told."""
 
