@@ -27,24 +27,6 @@ from loraplex.adapters.image.tiles import Part
 _EPSILON = 1e-5
 """PEFT adds it to the rank that it divides by."""
 
-KEYS = module_keys(
-    *("init_r", "lora_alpha", "rank_pattern", "bias"),
-    no_bearing={
-        *LORA_KEYS.no_bearing,
-        *("target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step"),
-        *("r", "alpha_pattern", "use_rslora", "init_lora_weights"),  # of LoRA's, which AdaLoRA's layers do not look at
-    },
-    unsupported={
-        **LORA_KEYS.unsupported,
-        "use_dora": "AdaLoRA has no magnitudes",
-        "lora_bias": "AdaLoRA has no bias of its own",
-        "kasa_config": "AdaLoRA leaves the base's weights as they are",
-        "use_bdlora": "AdaLoRA has no blocks",
-        "alora_invocation_tokens": "AdaLoRA acts from the first token on",
-        "target_parameters": "AdaLoRA is of modules alone",
-    },
-)
-
 
 @dataclass(frozen=True)
 class AdaLoraConfig(AdapterConfig):
@@ -60,10 +42,32 @@ class AdaLora(ModuleKind[AdaLoraConfig]):
 
     name = "adalora"
     label = "AdaLoRA"
+    keys = module_keys(
+        *("init_r", "lora_alpha", "rank_pattern", "bias"),
+        no_bearing={
+            *LORA_KEYS.no_bearing,
+            *("target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step"),
+            *(
+                "r",
+                "alpha_pattern",
+                "use_rslora",
+                "init_lora_weights",
+            ),  # of LoRA's, which AdaLoRA's layers do not look at
+        },
+        unsupported={
+            **LORA_KEYS.unsupported,
+            "use_dora": "AdaLoRA has no magnitudes",
+            "lora_bias": "AdaLoRA has no bias of its own",
+            "kasa_config": "AdaLoRA leaves the base's weights as they are",
+            "use_bdlora": "AdaLoRA has no blocks",
+            "alora_invocation_tokens": "AdaLoRA acts from the first token on",
+            "target_parameters": "AdaLoRA is of modules alone",
+        },
+    )
     leaves = ("lora_A", "lora_E", "lora_B")
 
     def read(self, raw: Mapping[str, Any]) -> AdaLoraConfig:
-        common = read_common(self.name, KEYS, raw)
+        common = read_common(self, raw)
         rank = read_rank(raw.get("init_r", 12), "init_r")
         alpha = read_number(raw.get("lora_alpha", 8), "lora_alpha")
         return AdaLoraConfig(

@@ -20,18 +20,17 @@ from loraplex.kernels.constants import TileKind
 
 LEAF = "beft_bias"
 
-KEYS = module_keys(no_bearing=("init_weights",), by_layer=False)
-
 
 class Beft(ModuleKind[AdapterConfig]):
     """y += bias."""
 
     name = "beft"
     label = "BEFT"
+    keys = module_keys(no_bearing=("init_weights",), by_layer=False)
     leaves = (LEAF,)
 
     def read(self, raw: Mapping[str, Any]) -> AdapterConfig:
-        return AdapterConfig(**read_common(self.name, KEYS, raw))
+        return AdapterConfig(**read_common(self, raw))
 
     def wanted(self, config: AdapterConfig, module: FoundModule, match: Matcher) -> Wanted:
         return Wanted({LEAF: (1, module.projection.out_features)}, kind=TileKind.BIAS)

@@ -24,8 +24,6 @@ from loraplex.kernels.constants import TileKind
 
 LEAF = "c3a_kernel"
 
-KEYS = module_keys("block_size", "block_size_pattern", "bias", no_bearing=("init_weights",))
-
 
 @dataclass(frozen=True)
 class C3aConfig(AdapterConfig):
@@ -40,11 +38,12 @@ class C3a(ModuleKind[C3aConfig]):
 
     name = "c3a"
     label = "C3A"
+    keys = module_keys("block_size", "block_size_pattern", "bias", no_bearing=("init_weights",))
     leaves = (LEAF,)
 
     def read(self, raw: Mapping[str, Any]) -> C3aConfig:
         return C3aConfig(
-            **read_common(self.name, KEYS, raw),
+            **read_common(self, raw),
             block=read_count(raw.get("block_size", 256), "block_size"),
             block_pattern=read_counts(raw, "block_size_pattern"),
         )

@@ -27,11 +27,6 @@ P, R = "deft_P", "deft_R"
 _UNTRAINED = 2.0**-18
 """Of V^T W: what two libraries' sums differ by where R is still what makes the change zero."""
 
-KEYS = module_keys(
-    *("r", "alpha", "decomposition_method", "para", "bias"),
-    no_bearing=("init_scale", "fan_in_fan_out", "deft_dropout", "init_weights"),
-)
-
 
 @dataclass(frozen=True)
 class DeftConfig(AdapterConfig):
@@ -48,10 +43,14 @@ class Deft(ModuleKind[DeftConfig]):
 
     name = "deft"
     label = "DEFT"
+    keys = module_keys(
+        *("r", "alpha", "decomposition_method", "para", "bias"),
+        no_bearing=("init_scale", "fan_in_fan_out", "deft_dropout", "init_weights"),
+    )
     leaves = (P, R)
 
     def read(self, raw: Mapping[str, Any]) -> DeftConfig:
-        common = read_common(self.name, KEYS, raw)
+        common = read_common(self, raw)
         method = raw.get("decomposition_method", "relu")
         if method not in ("relu", "qr"):
             raise unsupported(f"decomposition_method is {shown(method)}; 'relu' and 'qr' are known")

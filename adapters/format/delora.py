@@ -25,14 +25,6 @@ from loraplex.adapters.image.tiles import Part
 _LEAST_NORM = 1e-4
 """PEFT divides by no less."""
 
-KEYS = module_keys(
-    *("r", "rank_pattern", "bias"),
-    no_bearing=(
-        *("delora_lambda", "lambda_pattern"),  # lambda is in the file as it was trained
-        *("module_dropout", "init_weights"),
-    ),
-)
-
 
 @dataclass(frozen=True)
 class DeloraConfig(AdapterConfig):
@@ -47,11 +39,18 @@ class Delora(ModuleKind[DeloraConfig]):
 
     name = "delora"
     label = "DeLoRA"
+    keys = module_keys(
+        *("r", "rank_pattern", "bias"),
+        no_bearing=(
+            *("delora_lambda", "lambda_pattern"),  # lambda is in the file as it was trained
+            *("module_dropout", "init_weights"),
+        ),
+    )
     leaves = ("delora_A", "delora_B", "delora_lambda", "delora_w_norm")
 
     def read(self, raw: Mapping[str, Any]) -> DeloraConfig:
         return DeloraConfig(
-            **read_common(self.name, KEYS, raw), rank=read_rank(raw.get("r", 8), "r"), rank_pattern=read_ranks(raw)
+            **read_common(self, raw), rank=read_rank(raw.get("r", 8), "r"), rank_pattern=read_ranks(raw)
         )
 
     def wanted(self, config: DeloraConfig, module: FoundModule, match: Matcher) -> Wanted:

@@ -71,7 +71,7 @@ class Fourierft(ModuleKind[SpectrumConfig]):
 
     def read(self, raw: Mapping[str, Any]) -> SpectrumConfig:
         return SpectrumConfig(
-            **read_common(self.name, self.keys, raw),
+            **read_common(self, raw),
             count=read_count(raw.get("n_frequency", self.count), "n_frequency"),
             count_pattern=read_counts(raw, "n_frequency_pattern"),
             scaling=read_number(raw.get("scaling", self.scaling), "scaling"),

@@ -26,10 +26,6 @@ from loraplex.adapters.image.tiles import Part
 A, B = "gralora_A", "gralora_B"
 WHOLE_A, WHOLE_B = "gralora_A_general.weight", "gralora_B_general.weight"
 
-KEYS = module_keys(
-    "r", "hybrid_r", "alpha", "gralora_k", "bias", no_bearing=("gralora_dropout", "fan_in_fan_out", "init_weights")
-)
-
 
 @dataclass(frozen=True)
 class GraloraConfig(AdapterConfig):
@@ -46,10 +42,13 @@ class Gralora(ModuleKind[GraloraConfig]):
 
     name = "gralora"
     label = "GraLoRA"
+    keys = module_keys(
+        "r", "hybrid_r", "alpha", "gralora_k", "bias", no_bearing=("gralora_dropout", "fan_in_fan_out", "init_weights")
+    )
     leaves = (A, B, WHOLE_A, WHOLE_B)
 
     def read(self, raw: Mapping[str, Any]) -> GraloraConfig:
-        common = read_common(self.name, KEYS, raw)
+        common = read_common(self, raw)
         rank, blocks = read_rank(raw.get("r", 32), "r"), read_count(raw.get("gralora_k", 2), "gralora_k")
         if rank % blocks:
             raise bad_config(f"gralora_k is {blocks}, which does not divide r, {rank}")

@@ -23,14 +23,6 @@ from loraplex.kernels.constants import TileKind
 
 A, B = "hira_A", "hira_B"
 
-KEYS = module_keys(
-    "r",
-    no_bearing=(
-        "rank_pattern",  # PEFT gives every module r ranks whatever it says (0.21)
-        *("hira_dropout", "fan_in_fan_out", "init_weights"),
-    ),
-)
-
 
 @dataclass(frozen=True)
 class HiraConfig(AdapterConfig):
@@ -44,10 +36,17 @@ class Hira(ModuleKind[HiraConfig]):
 
     name = "hira"
     label = "HiRA"
+    keys = module_keys(
+        "r",
+        no_bearing=(
+            "rank_pattern",  # PEFT gives every module r ranks whatever it says (0.21)
+            *("hira_dropout", "fan_in_fan_out", "init_weights"),
+        ),
+    )
     leaves = (A, B)
 
     def read(self, raw: Mapping[str, Any]) -> HiraConfig:
-        return HiraConfig(**read_common(self.name, KEYS, raw), rank=read_rank(raw.get("r", 32), "r"))
+        return HiraConfig(**read_common(self, raw), rank=read_rank(raw.get("r", 32), "r"))
 
     def wanted(self, config: HiraConfig, module: FoundModule, match: Matcher) -> Wanted:
         shapes = {A: (config.rank, module.projection.in_features), B: (module.projection.out_features, config.rank)}

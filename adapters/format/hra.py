@@ -35,8 +35,6 @@ _PARALLEL = 1e-6
 _NO_TURN = 2.0**-20
 """Beside 2, which a whole reflection comes to: what fp32 leaves of two that undo each other."""
 
-KEYS = module_keys("r", "apply_GS", "bias", no_bearing=("init_weights",))
-
 
 @dataclass(frozen=True)
 class HraConfig(AdapterConfig):
@@ -51,13 +49,12 @@ class Hra(ModuleKind[HraConfig]):
 
     name = "hra"
     label = "HRA"
+    keys = module_keys("r", "apply_GS", "bias", no_bearing=("init_weights",))
     leaves = (LEAF,)
 
     def read(self, raw: Mapping[str, Any]) -> HraConfig:
         return HraConfig(
-            **read_common(self.name, KEYS, raw),
-            rank=read_rank(raw.get("r", 8), "r"),
-            orthonormal=read_flag(raw, "apply_GS"),
+            **read_common(self, raw), rank=read_rank(raw.get("r", 8), "r"), orthonormal=read_flag(raw, "apply_GS")
         )
 
     def wanted(self, config: HraConfig, module: FoundModule, match: Matcher) -> Wanted:

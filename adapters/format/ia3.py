@@ -38,15 +38,6 @@ from loraplex.kernels.records import Projection
 
 LEAF = "ia3_l"
 
-KEYS = module_keys(
-    "feedforward_modules",
-    no_bearing=(
-        "fan_in_fan_out",  # how the base stores its weight; the vectors are the same either way
-        "init_ia3_weights",
-    ),
-    by_layer=False,
-)
-
 NAMES = LeafNames(
     role=lambda leaf: LEAF if leaf == LEAF or leaf.startswith(f"{LEAF}.") else None,  # a name may stand behind it
     expected=LEAF,
@@ -76,9 +67,17 @@ class Ia3(AdapterKind[Ia3Config]):
     """Element-wise scales of outputs and of the feed-forward input."""
 
     name = "ia3"
+    keys = module_keys(
+        "feedforward_modules",
+        no_bearing=(
+            "fan_in_fan_out",  # how the base stores its weight; the vectors are the same either way
+            "init_ia3_weights",
+        ),
+        by_layer=False,
+    )
 
     def read(self, raw: Mapping[str, Any]) -> Ia3Config:
-        KEYS.check(raw)
+        self.keys.check(raw)
         meant = targets.read_targets(raw, by_layer=False)
         if raw.get("feedforward_modules") is None:
             raise bad_config("feedforward_modules is not there; expected a pattern or a list of names, [] for none")

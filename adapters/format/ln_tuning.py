@@ -16,14 +16,6 @@ from loraplex.adapters.format.kind import AdapterConfig, AdapterKind, ModuleMap,
 from loraplex.adapters.format.outside import EMBED, OwnConfig, read_ids
 from loraplex.adapters.image.tiles import Part
 
-TUNING_KEYS = module_keys(by_layer=False)
-TOKEN_KEYS = module_keys(
-    "token_indices",
-    no_bearing=("init_weights",),
-    unsupported={"exclude_modules": "tokens are trained in embed_tokens; leave it out"},
-    by_layer=False,
-)
-
 
 class _Outside(AdapterKind[AdapterConfig]):
     """A kind that has nothing but rows in place of the base's."""
@@ -48,9 +40,10 @@ class LnTuning(_Outside):
 
     name = "ln_tuning"
     label = "LN tuning"
+    keys = module_keys(by_layer=False)
 
     def read(self, raw: Mapping[str, Any]) -> AdapterConfig:
-        TUNING_KEYS.check(raw)
+        self.keys.check(raw)
         chosen = targets.read_targets(raw, by_layer=False)
         return AdapterConfig(self.name, chosen, read_base_model(raw), own=OwnConfig(tuned=chosen))
 
@@ -60,9 +53,15 @@ class TrainableTokens(_Outside):
 
     name = "trainable_tokens"
     label = "trainable tokens"
+    keys = module_keys(
+        "token_indices",
+        no_bearing=("init_weights",),
+        unsupported={"exclude_modules": "tokens are trained in embed_tokens; leave it out"},
+        by_layer=False,
+    )
 
     def read(self, raw: Mapping[str, Any]) -> AdapterConfig:
-        TOKEN_KEYS.check(raw)
+        self.keys.check(raw)
         if not raw.get("token_indices"):
             raise bad_config("token_indices names no token; expected a list of ids")
         modules = raw.get("target_modules") or EMBED

@@ -22,14 +22,6 @@ from loraplex.adapters.format.modules import FoundModule
 from loraplex.adapters.format.wanted import Wanted
 from loraplex.adapters.image.tiles import Part
 
-KEYS = module_keys(
-    *("r", "alpha", "rank_pattern", "alpha_pattern"),
-    no_bearing=(
-        *("rank_dropout", "module_dropout", "init_weights"),
-        "use_effective_conv2d",  # about convolutions
-    ),
-)
-
 
 @dataclass(frozen=True)
 class LohaConfig(AdapterConfig):
@@ -46,11 +38,18 @@ class Loha(ModuleKind[LohaConfig]):
 
     name = "loha"
     label = "LoHa"
+    keys = module_keys(
+        *("r", "alpha", "rank_pattern", "alpha_pattern"),
+        no_bearing=(
+            *("rank_dropout", "module_dropout", "init_weights"),
+            "use_effective_conv2d",  # about convolutions
+        ),
+    )
     leaves = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 
     def read(self, raw: Mapping[str, Any]) -> LohaConfig:
         return LohaConfig(
-            **read_common(self.name, KEYS, raw),
+            **read_common(self, raw),
             rank=read_rank(raw.get("r", 8), "r"),
             alpha=read_number(raw.get("alpha", 8), "alpha"),
             rank_pattern=read_ranks(raw),

@@ -44,14 +44,6 @@ from loraplex.adapters.format.windows import Window, blocks_together
 from loraplex.adapters.image.tiles import Part
 from loraplex.kernels.constants import TileKind
 
-KEYS = module_keys(
-    *("r", "alpha", "rank_pattern", "alpha_pattern", "decompose_both", "decompose_factor"),
-    no_bearing=(
-        *("rank_dropout", "rank_dropout_scale", "module_dropout", "init_weights"),
-        "use_effective_conv2d",  # about convolutions
-    ),
-)
-
 
 @dataclass(frozen=True)
 class LokrConfig(AdapterConfig):
@@ -97,10 +89,17 @@ class Lokr(ModuleKind[LokrConfig]):
 
     name = "lokr"
     label = "LoKr"
+    keys = module_keys(
+        *("r", "alpha", "rank_pattern", "alpha_pattern", "decompose_both", "decompose_factor"),
+        no_bearing=(
+            *("rank_dropout", "rank_dropout_scale", "module_dropout", "init_weights"),
+            "use_effective_conv2d",  # about convolutions
+        ),
+    )
     leaves = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
 
     def read(self, raw: Mapping[str, Any]) -> LokrConfig:
-        common = read_common(self.name, KEYS, raw)
+        common = read_common(self, raw)
         factor = raw.get("decompose_factor", -1)
         if type(factor) is not int or (factor < 1 and factor != -1):
             raise bad_config(f"decompose_factor is {shown(factor)}; expected -1 or a whole number from 1")

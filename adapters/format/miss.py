@@ -26,8 +26,6 @@ from loraplex.kernels.constants import TileKind
 
 BLOCK = "miss_block"
 
-KEYS = module_keys("r", "mini_r", "init_weights", "bias", no_bearing=("miss_dropout",))
-
 
 @dataclass(frozen=True)
 class MissConfig(AdapterConfig):
@@ -43,10 +41,11 @@ class Miss(ModuleKind[MissConfig]):
 
     name = "miss"
     label = "MiSS"
+    keys = module_keys("r", "mini_r", "init_weights", "bias", no_bearing=("miss_dropout",))
     leaves = (BLOCK,)
 
     def read(self, raw: Mapping[str, Any]) -> MissConfig:
-        common = read_common(self.name, KEYS, raw)
+        common = read_common(self, raw)
         init = raw.get("init_weights", True)
         if init not in (True, False, None, "mini", "bat"):
             raise unsupported(f"init_weights is {shown(init)}, which is not known here")

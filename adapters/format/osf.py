@@ -31,11 +31,6 @@ from loraplex.kernels.constants import TileKind
 
 U, S, V = "osf_svd_params.U_low", "osf_svd_params.S_low", "osf_svd_params.V_low"
 
-KEYS = Keys(
-    used=frozenset({"peft_type", "base_model_name_or_path", "effective_rank", "rank_pattern", "target_modules"}),
-    no_bearing=COMMON_NO_BEARING | {"init_weights", "target_svd_config"},
-)
-
 Share = int | float | None
 """Of the singular parts, those that stay: so many, a part of them, or half."""
 
@@ -57,11 +52,15 @@ class Osf(ModuleKind[OsfConfig]):
 
     name = "osf"
     label = "OSF"
+    keys = Keys(
+        used=frozenset({"peft_type", "base_model_name_or_path", "effective_rank", "rank_pattern", "target_modules"}),
+        no_bearing=COMMON_NO_BEARING | {"init_weights", "target_svd_config"},
+    )
     leaves = (U, S, V)
 
     def read(self, raw: Mapping[str, Any]) -> OsfConfig:
         return OsfConfig(
-            **read_common(self.name, KEYS, raw),
+            **read_common(self, raw),
             kept=_read_share(raw.get("effective_rank"), "effective_rank"),
             kept_pattern=tuple(
                 (pattern, _read_share(kept, f"rank_pattern[{pattern!r}]"))

@@ -48,8 +48,6 @@ FUNCTIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 }
 """By transformers' names (ACT2FN)."""
 
-KEYS = module_keys("r", "depth", "act_fn", "scaling", no_bearing=("init_weights",))
-
 
 @dataclass(frozen=True)
 class PeanutConfig(AdapterConfig):
@@ -66,13 +64,14 @@ class Peanut(ModuleKind[PeanutConfig]):
 
     name = "peanut"
     label = "PEANuT"
+    keys = module_keys("r", "depth", "act_fn", "scaling", no_bearing=("init_weights",))
     leaves = (
         *(FIRST, LAST),
         *(f"peanut_{side}.{i}.weight" for side in ("encoders", "decoders") for i in range(MAX_DEPTH)),
     )
 
     def read(self, raw: Mapping[str, Any]) -> PeanutConfig:
-        common = read_common(self.name, KEYS, raw)
+        common = read_common(self, raw)
         depth, function = raw.get("depth", 0), raw.get("act_fn", "relu")
         if type(depth) is not int or not 0 <= depth <= MAX_DEPTH:
             raise bad_config(f"depth is {shown(depth)}; expected a whole number from 0 to {MAX_DEPTH}")

@@ -32,10 +32,6 @@ A, B, LOGITS = "poly_lora_A", "poly_lora_B", "poly_router.module_logits"
 _EPSILON = 1e-12
 """PEFT adds it to the sum that it divides by."""
 
-KEYS = module_keys(
-    *("r", "poly_type", "n_tasks", "n_skills", "n_splits", TASK), no_bearing=("init_weights",), by_layer=False
-)
-
 
 @dataclass(frozen=True)
 class PolyConfig(AdapterConfig):
@@ -53,10 +49,13 @@ class Poly(ModuleKind[PolyConfig]):
 
     name = "poly"
     label = "Poly"
+    keys = module_keys(
+        *("r", "poly_type", "n_tasks", "n_skills", "n_splits", TASK), no_bearing=("init_weights",), by_layer=False
+    )
     leaves = (A, B, LOGITS)
 
     def read(self, raw: Mapping[str, Any]) -> PolyConfig:
-        common = read_common(self.name, KEYS, raw)
+        common = read_common(self, raw)
         if (kind := raw.get("poly_type", "poly")) != "poly":
             raise unsupported(f"poly_type is {shown(kind)}; 'poly' is known")
         tasks = read_count(raw.get("n_tasks", 1), "n_tasks")

@@ -29,11 +29,6 @@ from loraplex.kernels.records import Projection
 LAMBDA, GAMMA = "randlora_lambda", "randlora_gamma"
 A, B = "randlora_A", "randlora_B"
 
-KEYS = module_keys(
-    *("r", "randlora_alpha", "save_projection", "bias"),
-    no_bearing=("projection_prng_key", "sparse", "very_sparse", "randlora_dropout", "fan_in_fan_out", "init_weights"),
-)
-
 
 @dataclass(frozen=True)
 class RandLoraConfig(AdapterConfig):
@@ -48,10 +43,21 @@ class Randlora(ModuleKind[RandLoraConfig]):
 
     name = "randlora"
     label = "RandLoRA"
+    keys = module_keys(
+        *("r", "randlora_alpha", "save_projection", "bias"),
+        no_bearing=(
+            "projection_prng_key",
+            "sparse",
+            "very_sparse",
+            "randlora_dropout",
+            "fan_in_fan_out",
+            "init_weights",
+        ),
+    )
     leaves = (LAMBDA, GAMMA)
 
     def read(self, raw: Mapping[str, Any]) -> RandLoraConfig:
-        common = read_common(self.name, KEYS, raw)
+        common = read_common(self, raw)
         if raw.get("save_projection") is not None and not read_flag(raw, "save_projection"):
             raise unsupported("save_projection is false, so the random products are not in the file; save it with true")
         rank = read_rank(raw.get("r", 32), "r")

@@ -26,8 +26,6 @@ from loraplex.kernels.constants import TileKind
 
 WEIGHT, INDICES = "shira_weight", "shira_indices"
 
-KEYS = module_keys("r", no_bearing=("mask_type", "random_seed", "fan_in_fan_out", "init_weights"), by_layer=False)
-
 
 @dataclass(frozen=True)
 class ShiraConfig(AdapterConfig):
@@ -41,12 +39,13 @@ class Shira(ModuleKind[ShiraConfig]):
 
     name = "shira"
     label = "SHiRA"
+    keys = module_keys("r", no_bearing=("mask_type", "random_seed", "fan_in_fan_out", "init_weights"), by_layer=False)
     leaves = (WEIGHT, INDICES)
     integer_leaves = frozenset({INDICES})
     integers = True
 
     def read(self, raw: Mapping[str, Any]) -> ShiraConfig:
-        return ShiraConfig(**read_common(self.name, KEYS, raw), per_side=read_count(raw.get("r", 32), "r"))
+        return ShiraConfig(**read_common(self, raw), per_side=read_count(raw.get("r", 32), "r"))
 
     def wanted(self, config: ShiraConfig, module: FoundModule, match: Matcher) -> Wanted:
         out, width = module.projection.out_features, module.projection.in_features

@@ -32,11 +32,6 @@ A, B, P = "tinylora_A", "tinylora_B", "tinylora_P"
 MAX_U = 1 << 16
 """Matrices of a module: of rank 2, as PEFT has them, 1 MB."""
 
-KEYS = module_keys(
-    *("r", "u", "weight_tying", "projection_seed", "save_projection", "bias"),
-    no_bearing=("init_v_bound", "tinylora_dropout", "fan_in_fan_out", "init_weights"),
-)
-
 
 @dataclass(frozen=True)
 class TinyloraConfig(AdapterConfig):
@@ -53,10 +48,14 @@ class Tinylora(ModuleKind[TinyloraConfig]):
 
     name = "tinylora"
     label = "TinyLoRA"
+    keys = module_keys(
+        *("r", "u", "weight_tying", "projection_seed", "save_projection", "bias"),
+        no_bearing=("init_v_bound", "tinylora_dropout", "fan_in_fan_out", "init_weights"),
+    )
     leaves = (A, B, P)
 
     def read(self, raw: Mapping[str, Any]) -> TinyloraConfig:
-        common = read_common(self.name, KEYS, raw)
+        common = read_common(self, raw)
         tying = read_number(raw.get("weight_tying", 0.0), "weight_tying")
         if not 0 <= tying <= 1:
             raise bad_config(f"weight_tying is {tying}; expected a number from 0 to 1")

@@ -31,11 +31,6 @@ THETA = "unilora_theta_d"
 _INDICES, _SCALES, _STARTS = "indices", "scales", "starts"
 """What is shared beside THETA where the indices are not in the file."""
 
-KEYS = module_keys(
-    *("r", "proj_seed", "theta_d_length", "save_indices", "bias"),
-    no_bearing=("unilora_dropout", "fan_in_fan_out", "init_theta_d_bound", "init_weights"),
-)
-
 
 @dataclass(frozen=True)
 class UniloraConfig(AdapterConfig):
@@ -51,12 +46,16 @@ class Unilora(ModuleKind[UniloraConfig]):
 
     name = "unilora"
     label = "UniLoRA"
+    keys = module_keys(
+        *("r", "proj_seed", "theta_d_length", "save_indices", "bias"),
+        no_bearing=("unilora_dropout", "fan_in_fan_out", "init_theta_d_bound", "init_weights"),
+    )
     integers = True
     leaves = ("unilora_indices_A", "unilora_indices_B", "unilora_scales_A", "unilora_scales_B")
     integer_leaves = frozenset(leaves[:2])
 
     def read(self, raw: Mapping[str, Any]) -> UniloraConfig:
-        common = read_common(self.name, KEYS, raw)
+        common = read_common(self, raw)
         seed = read_seed(raw.get("proj_seed", 42), "proj_seed")
         return UniloraConfig(
             **common,

@@ -31,11 +31,6 @@ from loraplex.adapters.image.tiles import Part
 BANK = "vblora_vector_bank"
 LOGITS = {"A": "vblora_logits_A", "B": "vblora_logits_B"}
 
-KEYS = module_keys(
-    *("r", "num_vectors", "vector_length", "topk", "save_only_topk_weights", "bias"),
-    no_bearing=("vblora_dropout", "fan_in_fan_out", "init_vector_bank_bound", "init_logits_std"),
-)
-
 
 @dataclass(frozen=True)
 class VbloraConfig(AdapterConfig):
@@ -53,12 +48,16 @@ class Vblora(ModuleKind[VbloraConfig]):
 
     name = "vblora"
     label = "VB-LoRA"
+    keys = module_keys(
+        *("r", "num_vectors", "vector_length", "topk", "save_only_topk_weights", "bias"),
+        no_bearing=("vblora_dropout", "fan_in_fan_out", "init_vector_bank_bound", "init_logits_std"),
+    )
     integers = True
     leaves = tuple(logits + end for logits in LOGITS.values() for end in ("", "_topk_indices", "_topk_weights"))
     integer_leaves = frozenset(f"{logits}_topk_indices" for logits in LOGITS.values())
 
     def read(self, raw: Mapping[str, Any]) -> VbloraConfig:
-        common = read_common(self.name, KEYS, raw)
+        common = read_common(self, raw)
         vectors = read_count(raw.get("num_vectors", 256), "num_vectors")
         topk = read_count(raw.get("topk", 2), "topk")
         if topk > vectors:

@@ -58,7 +58,7 @@ class Vera(ModuleKind[VeraConfig]):
     """Of A and lambda_d for each rank."""
 
     def read(self, raw: Mapping[str, Any]) -> VeraConfig:
-        common = read_common(self.name, self.keys, raw)
+        common = read_common(self, raw)
         seed = read_seed(raw.get("projection_prng_key", 0), "projection_prng_key")
         saved = raw.get("save_projection") is None or read_flag(raw, "save_projection")
         return VeraConfig(**common, rank=read_rank(raw.get("r", 256), "r"), seed=None if saved else seed)
