@@ -24,11 +24,12 @@ from loraplex.kernels.records import (
     AttentionMeta,
     AttentionParams,
     KVLayer,
+    OwnInput,
     QKNorm,
     TileTable,
     element_bytes,
 )
-from loraplex.kernels.reference_own import own_rows, slots_of
+from loraplex.kernels.reference_own import own_rows, slots_of, turned_input
 from loraplex.kernels.sampling import TorchSampling
 
 QUERY_BLOCK = 128
@@ -131,6 +132,18 @@ class ReferenceBackend(TorchSampling, Backend):
         if isinstance(weight, ReferenceParts):
             return weight.times(x).to(x.dtype)
         return F.linear(x, _weight(weight))
+
+    def adapter_linear(
+        self, x: Tensor, weight: PackedLinear, inputs: Sequence[OwnInput], adapters: AdapterStep
+    ) -> Tensor:
+        y, bounds = self.linear(x, weight), adapters.segments.bounds
+        for each in inputs:
+            for s, mix in enumerate(adapters.segments.mixes):
+                rows = slice(bounds[s], bounds[s + 1])
+                turned = turned_input(x[rows], mix, each.place, adapters)
+                if turned is not None:
+                    y[rows, each.start : each.stop] = self.linear(turned, weight)[:, each.start : each.stop]
+        return y
 
     def logits(self, x: Tensor, weight: PackedLinear, room: Tensor | None = None) -> Tensor:
         if isinstance(weight, ReferenceParts):

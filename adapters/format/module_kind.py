@@ -41,6 +41,7 @@ from loraplex.adapters.image.tiles import (
     BiasDelta,
     Bottleneck,
     DenseDelta,
+    InputTurn,
     LowRank,
     OutputScale,
     OwnRows,
@@ -337,4 +338,6 @@ def _is_idle(part: Part, name: str, layout: BaseLayout) -> bool:
             left = [bool((part.values != 1).any())]
         case OwnRows():
             left = [True]
+        case InputTurn():
+            left = [check_rounded(part.blocks, name, "the turn it comes to", layout)]
     return not all(left)

@@ -11,11 +11,13 @@ for each of its projections. Any sensible page is hundreds of rows; a smaller on
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F  # noqa: N812  its usual name
 
 from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.image.placement import PartPlace, RowPlacement, Strip, padded, place_rows
@@ -118,7 +120,19 @@ class Bottleneck:
     source: Source
 
 
-Part = LowRank | BiasDelta | OutputScale | DenseDelta | OwnRows | Bottleneck
+@dataclass(frozen=True)
+class InputTurn:
+    """x += x M in front of the base's linear of one projection of one layer, M of blocks along its diagonal.
+
+    In a mix of weight w it counts as w M. What other parts add to y is of x as it was.
+    """
+
+    layer: int
+    projection: Projection
+    blocks: Tensor  # [in / b, b, b] fp32, or [1, b, b]: one block for all inputs
+
+
+Part = LowRank | BiasDelta | OutputScale | DenseDelta | OwnRows | Bottleneck | InputTurn
 
 
 @dataclass(frozen=True)
@@ -127,10 +141,11 @@ class PartShape:
 
     layer: int
     projection: Projection
-    rank: int  # rows of A: those of a DenseDelta's delta; 1 where there is no A
+    rank: int  # rows of A: those of a DenseDelta's delta, of an InputTurn's blocks; 1 where there is no A
     kind: TileKind = TileKind.LOW_RANK
     function: Function = Function.IDENTITY  # of an ACTIVATION
     source: Source = Source.BRANCH
+    block: int = 0  # b of an InputTurn
 
 
 @dataclass(frozen=True)
@@ -194,8 +209,15 @@ def plan_image(shapes: Sequence[PartShape], layout: BaseLayout) -> ImagePlan:
 
     Fewer parts never take more pages.
     """
-    order = sorted(range(len(shapes)), key=lambda i: _order(shapes[i]))
+    order = sorted(range(len(shapes)), key=lambda i: _order(shapes[i], layout))
     placements = [_placement(shapes[i], element_bytes(layout.dtype)) for i in order]
+    for i, placement in zip(order, placements, strict=True):
+        if shapes[i].kind == TileKind.TURN and placement.a_row > layout.page_bytes:
+            raise AdapterRefused(
+                "too_large",
+                f"layer {shapes[i].layer} {shapes[i].projection.name}: rows of blocks of {shapes[i].block} inputs take "
+                f"{placement.a_row} bytes together and a page has {layout.page_bytes}; use another block size",
+            )
     extent, nbytes = place_rows(placements, layout.page_bytes)
     activations = {
         (shapes[i].layer, shapes[i].projection.site): (shapes[i], placement.a_strips[0][2] // ALIGN)
@@ -205,7 +227,7 @@ def plan_image(shapes: Sequence[PartShape], layout: BaseLayout) -> ImagePlan:
     rows = [
         (i, row)
         for i, placement in zip(order, placements, strict=True)
-        for row in _tiles(shapes[i], placement, activations.get((shapes[i].layer, shapes[i].projection.site)))
+        for row in _tiles(shapes[i], placement, layout, activations.get((shapes[i].layer, shapes[i].projection.site)))
     ]
     places = dict(zip(order, (placement.place() for placement in placements), strict=True))
     return ImagePlan(
@@ -244,6 +266,9 @@ def shape_of(part: Part) -> PartShape:
             return PartShape(part.layer, part.projection, ranks, TileKind.ACTIVATION, part.function, part.source)
         case OwnRows():
             return own_shape(part.layer, part.projection)
+        case InputTurn():
+            count, size, _ = part.blocks.shape
+            return turn_shape(part.layer, part.projection, count, size)
 
 
 def own_shape(num_layers: int, projection: Projection) -> PartShape:
@@ -251,8 +276,21 @@ def own_shape(num_layers: int, projection: Projection) -> PartShape:
     return PartShape(num_layers, projection, projection.out_features, TileKind.OWN)
 
 
-def _order(shape: PartShape) -> tuple[int, int, int, int]:
-    return shape.layer, shape.projection.site, shape.projection.out_start, shape.projection.in_start
+def turn_shape(layer: int, projection: Projection, count: int, size: int) -> PartShape:
+    """Return the shape of an InputTurn of `count` blocks [size, size]."""
+    return PartShape(layer, projection, count * size, TileKind.TURN, block=size)
+
+
+def _order(shape: PartShape, layout: BaseLayout) -> tuple[int, int, int, int]:
+    return *_place(shape, layout), shape.projection.out_start, shape.projection.in_start
+
+
+def _place(shape: PartShape, layout: BaseLayout) -> tuple[int, int]:
+    """Return layer and site as AdapterImage.tiles has them: rows of its own are behind all layers, by their places."""
+    if shape.kind != TileKind.TURN:
+        return shape.layer, int(shape.projection.site)
+    index = [projection.name for projection in layout.projections].index(shape.projection.name)
+    return layout.num_layers, OwnPlaces(layout.num_layers).input(shape.layer, index)
 
 
 def _check(parts: Sequence[Part], layout: BaseLayout) -> None:
@@ -269,6 +307,9 @@ def _check(parts: Sequence[Part], layout: BaseLayout) -> None:
             raise ValueError(f"{where}: the base has layers 0 to {layout.num_layers - 1}")
         if isinstance(part, Bottleneck):
             continue  # its A says how many there are
+        if isinstance(part, InputTurn):
+            _check_turn(part, where)
+            continue
         if isinstance(part, BiasDelta | OutputScale):
             what, row = ("bias", part.delta) if isinstance(part, BiasDelta) else ("scale", part.values)
             if row.shape != (projection.out_features,):
@@ -288,6 +329,18 @@ def _check(parts: Sequence[Part], layout: BaseLayout) -> None:
             )
 
 
+def _check_turn(part: InputTurn, where: str) -> None:
+    count, rows, size = part.blocks.shape
+    inputs = part.projection.in_features
+    if rows != size or count * size not in (size, inputs) or inputs % size:
+        raise ValueError(f"{where}: blocks of shape {list(part.blocks.shape)} for {inputs} inputs")
+
+
+def _packed_rows(size: int, item: int) -> int:
+    """Count the rows of `size` elements that fill whole units of ALIGN bytes: together they are one row of an A."""
+    return ALIGN // math.gcd(ALIGN, size * item)
+
+
 def _placement(shape: PartShape, item: int) -> RowPlacement:
     """Begin to place a part; item: bytes of an element of the compute dtype."""
     out = shape.projection.out_features
@@ -298,6 +351,10 @@ def _placement(shape: PartShape, item: int) -> RowPlacement:
     b_row = padded(out * item)
     if shape.kind in (TileKind.BIAS, TileKind.SCALE):
         return RowPlacement(1, out, 0, b_row, item, 1, 0)
+    if shape.kind == TileKind.TURN:
+        together = _packed_rows(shape.block, item)
+        rows, wide = -(-shape.rank // together), together * shape.block
+        return RowPlacement(rows, 0, wide * item, 0, item, rows, wide, rank=rows)
     a_bytes = shape.projection.in_features * item
     a_row = padded(a_bytes)
     # A tile's rows are contiguous and its start aligned. Where a row is no multiple of 64 bytes, only tiles of one
@@ -333,6 +390,11 @@ def _write(part: Part, place: PartPlace, image: Tensor, dtype: torch.dtype) -> N
             write(part.rows, place.a_row, place.a, "a row", exact)
         case DenseDelta():
             write(part.delta, place.a_row, place.a, "the change")
+        case InputTurn():
+            wide = place.a[0].end
+            flat = part.blocks.flatten()
+            rows = F.pad(flat, (0, -len(flat) % wide)).view(-1, wide)
+            write(rows, place.a_row, place.a, "the turn of its input")
         case Bottleneck():
             write(part.c.unsqueeze(0), place.a_row, place.a, "c", torch.float32)
 
@@ -353,14 +415,21 @@ def _check_finite(strip: Tensor, part: Part, what: str) -> None:
 
 
 def _tiles(
-    shape: PartShape, placement: RowPlacement, activation: tuple[PartShape, int] | None
+    shape: PartShape, placement: RowPlacement, layout: BaseLayout, activation: tuple[PartShape, int] | None
 ) -> list[tuple[int, ...]]:
     """Rows of AdapterImage.tiles: ranks are cut where A is, where B is, and every `step`.
 
     activation: of the same layer and site, and where its c is, in units of ALIGN: a row before each tile.
     """
     rows: list[tuple[int, ...]] = []
-    head, window = (shape.layer, int(shape.projection.site)), (shape.projection.in_start, shape.projection.in_features)
+    head, window = _place(shape, layout), (shape.projection.in_start, shape.projection.in_features)
+    if shape.kind == TileKind.TURN:
+        together = placement.wide // shape.block
+        times = shape.projection.in_features // shape.rank  # more than 1: all inputs share a block
+        for first, last, position in placement.a_strips:
+            begin, end = first * together, min(last * together, shape.rank)
+            rows.append((*head, position // ALIGN, -1, end - begin, begin, times, shape.kind, 0, shape.block))
+        return rows
     for first, last, begin, end, b_position in placement.b_strips:
         out = (shape.projection.out_start + begin, end - begin)
         if not placement.a_row:

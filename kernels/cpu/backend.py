@@ -13,7 +13,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from loraplex.kernels.constants import ACTIVATIONS, ALIGN, ALL_TOKENS, LOGIT_ROWS, OpCode
+from loraplex.kernels.constants import ACTIVATIONS, ALIGN, ALL_TOKENS, LOGIT_ROWS, OpCode, Turned
 from loraplex.kernels.cpu.abi import (
     ActMulArgs,
     AdapterArgs,
@@ -41,7 +41,15 @@ from loraplex.kernels.cpu.team import Team
 from loraplex.kernels.hugepages import HUGE_PAGE, huge_zeros
 from loraplex.kernels.ops import Backend, PackedLinear, Recorder
 from loraplex.kernels.quantized import Activations, PartShape, QuantizedWeight, dequantize
-from loraplex.kernels.records import AdapterStep, AttentionMeta, AttentionParams, KVLayer, QKNorm, TileTable
+from loraplex.kernels.records import (
+    AdapterStep,
+    AttentionMeta,
+    AttentionParams,
+    KVLayer,
+    OwnInput,
+    QKNorm,
+    TileTable,
+)
 
 REGION = 64 << 20
 """Bytes of huge pages taken at a time for weights; resident only as far as they are written."""
@@ -159,6 +167,29 @@ class CpuBackend(Backend):
 
     def linear(self, x: Tensor, weight: PackedLinear) -> Tensor:
         return self._linear(x, weight, self._sink.new(x.shape[0], weight.out_features, dtype=x.dtype))
+
+    def adapter_linear(
+        self, x: Tensor, weight: PackedLinear, inputs: Sequence[OwnInput], adapters: AdapterStep
+    ) -> Tensor:
+        y = self._sink.new(x.shape[0], weight.out_features, dtype=x.dtype)
+        step = Step()
+        fill_adapters(step, adapters)
+        for op in linear_ops(x, weight, y, Turned.NEVER):
+            self._sink.emit(op, x.dtype, step)
+        for each in reversed(inputs):  # what a window overwrites in front of it is computed after it
+            turned = self._sink.new(*x.shape, dtype=x.dtype)
+            turn = Op(
+                code=OpCode.OWN_INPUT,
+                rows=x.shape[0],
+                x=x.data_ptr(),
+                y=turned.data_ptr(),
+                columns_in=x.shape[1],
+                own=OwnArgs(each.place),
+            )
+            window = linear_ops(turned, weight, y, Turned.ALWAYS, slice(each.start, each.stop))
+            for op in (turn, *window):
+                self._sink.emit(op, x.dtype, step)
+        return y
 
     def logits(self, x: Tensor, weight: PackedLinear, room: Tensor | None = None) -> Tensor:
         rows = x.shape[0]

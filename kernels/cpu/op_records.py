@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loraplex.kernels.constants import OpCode
+from loraplex.kernels.constants import PANEL, OpCode, Turned
 from loraplex.kernels.cpu.abi import EmbedArgs, LinearArgs, Op, Step
 from loraplex.kernels.cpu.quantised import CpuQuantised
 from loraplex.kernels.ops import PackedLinear
@@ -30,6 +30,10 @@ class CpuLinear:
     def address(self) -> int:
         return self.packed.data_ptr()
 
+    def window(self, panel: int, count: int) -> int:
+        """Return the address of the weight of `count` outputs from that panel on."""
+        return self.address + panel * PANEL * self.in_features * self.packed.element_size()
+
 
 @dataclass(frozen=True)
 class CpuParts:
@@ -47,24 +51,33 @@ class CpuParts:
         return sum(part.out_features for part in self.parts)
 
 
-def linear_ops(x: Tensor, weight: PackedLinear, y: Tensor) -> list[Op]:
-    """Describe x [T, in] -> y [T, out], in x's dtype or in fp32: an op for each part of the weight."""
+def linear_ops(
+    x: Tensor, weight: PackedLinear, y: Tensor, turned: Turned = Turned.ANY, outputs: slice = slice(0, None)
+) -> list[Op]:
+    """Describe x [T, in] -> y [T, out], in x's dtype or in fp32: an op for each part of the weight.
+
+    outputs: what is wanted of y; up to 63 columns in front of them are overwritten too, for a panel is not cut.
+    """
     assert isinstance(weight, CpuLinear | CpuParts), f"{type(weight).__name__} was packed by another backend"
-    ops, start = [], y.data_ptr()
+    ops, start = [], 0
     for part in weight.parts if isinstance(weight, CpuParts) else [weight]:
-        dense = isinstance(part, CpuLinear)
+        panel = max(0, outputs.start - start) // PANEL
+        first, last = start + panel * PANEL, start + part.out_features
+        stop = last if outputs.stop is None else min(last, outputs.stop)
+        start = last
+        if first >= stop or last <= outputs.start:
+            continue
         op = Op(
-            code=OpCode.LINEAR if dense else OpCode.QUANTISED,
+            code=OpCode.LINEAR if isinstance(part, CpuLinear) else OpCode.QUANTISED,
             rows=x.shape[0],
             x=x.data_ptr(),
-            w=part.address,
-            y=start,
+            w=part.window(panel, stop - first),
+            y=y.data_ptr() + first * y.element_size(),
             columns_in=part.in_features,
-            columns_out=part.out_features,
-            linear=LinearArgs(to_float=y.dtype == torch.float32 != x.dtype, ldy=weight.out_features),
+            columns_out=stop - first,
+            linear=LinearArgs(to_float=y.dtype == torch.float32 != x.dtype, turned=turned, ldy=weight.out_features),
         )
         ops.append(op)
-        start += part.out_features * y.element_size()
     return ops
 
 

@@ -414,6 +414,10 @@ MODULE_KIND_CASES: dict[str, tuple[str, dict[str, Any]]] = {
                 "llama_biased",
                 {"target_modules": ALL, "boft_block_num": 4, "boft_block_size": 0},
             ),
+            "three factors": (
+                "llama",
+                {"target_modules": QV, "boft_block_size": 4, "boft_n_butterfly_factor": 3},
+            ),
         },
         "RANDLORA": {
             "all": ("llama", {**UNTRAINED, "r": 10, "randlora_alpha": 20}),
@@ -451,6 +455,14 @@ class PeftAdapter:
         return {name: module for name, module in named if isinstance(module, BaseTunerLayer)}
 
 
+class _BlockDiagonal:
+    """What PEFT's CUDA extension for BOFT does: blocks [n, d, b, b] along the diagonals of [n, d b, d b]."""
+
+    @staticmethod
+    def forward(blocks: Tensor) -> list[Tensor]:
+        return [torch.stack([torch.block_diag(*each) for each in blocks])]
+
+
 def make_peft_adapter(
     base: Any,
     folder: Path,
@@ -470,7 +482,10 @@ def make_peft_adapter(
     scaling; biases that the config trains get values of their own.
     """
     from peft import get_peft_config, get_peft_model
+    from peft.tuners.boft import layer as boft
 
+    if options.get("boft_n_butterfly_factor", 1) > 1:
+        boft._FBD_CUDA = _BlockDiagonal  # PEFT's own needs a GPU, and without one it takes one factor
     config = get_peft_config({"peft_type": kind, "task_type": "CAUSAL_LM", **options})
     model = get_peft_model(copy.deepcopy(base), config).eval()
     if strength is not None:

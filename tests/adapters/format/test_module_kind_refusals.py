@@ -334,7 +334,8 @@ def test_contradicting_configs(base: Any, tmp_path: Path, kind: str) -> None:
         ("OFT", {"block_share": True}, "shape_mismatch", "oft_R"),
         ("OFT", {"coft": True, "eps": "x"}, "bad_config", "eps"),
         ("OFT", {"num_cayley_neumann_terms": 0}, "bad_config", "num_cayley_neumann_terms"),
-        ("BOFT", {"boft_n_butterfly_factor": 2}, "unsupported_option", "boft_n_butterfly_factor is 2"),
+        ("BOFT", {"boft_n_butterfly_factor": 4}, "bad_config", "boft_n_butterfly_factor is 4"),
+        ("BOFT", {"boft_n_butterfly_factor": 2}, "shape_mismatch", "boft_R"),
         ("BOFT", {"boft_block_size": 24}, "bad_config", "boft_block_size is 24"),
         ("BOFT", {"boft_block_size": 0, "boft_block_num": 5}, "bad_config", "boft_block_num is 5"),
         ("RANDLORA", {"randlora_alpha": None}, "bad_config", "randlora_alpha"),
@@ -434,8 +435,6 @@ def test_what_has_not_left_the_base_has_no_effect(base: Any, tmp_path: Path, kin
     [
         ("DEFT", {}),
         ("HIRA", {}),
-        ("OFT", {}),
-        ("BOFT", {}),
         ("OSF", {}),
         ("PEANUT", {}),
         ("MISS", {"r": 8, "init_weights": "bat"}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from loraplex.adapters.image.tiles import BiasDelta, DenseDelta, LowRank, Part
+from loraplex.adapters.image.tiles import BiasDelta, DenseDelta, InputTurn, LowRank, OutputScale, Part
 from loraplex.adapters.tiers.host import most_bytes
 from loraplex.adapters.tiers.inbox import host_bytes
 from loraplex.adapters.tiers.reader import AdapterReader
@@ -58,6 +59,19 @@ def changes_of(base: Any, adapter: PeftAdapter) -> dict[str, tuple[Tensor, Tenso
     return found
 
 
+def turned_weight(parts: Sequence[Part], weight: Tensor) -> Tensor:
+    """How far s W R is from W: R the identity and the blocks of one part, s the scale of the other, if there is one."""
+    turn, *scales = parts
+    assert isinstance(turn, InputTurn)
+    count = weight.shape[1] // turn.blocks.shape[1]
+    rotation = torch.eye(weight.shape[1]) + torch.block_diag(*turn.blocks.expand(count, -1, -1))
+    whole = weight @ rotation.T
+    for scale in scales:
+        assert isinstance(scale, OutputScale)
+        whole = scale.values[:, None] * whole
+    return whole - weight
+
+
 def check_against_peft(base: Any, adapter: PeftAdapter) -> ParsedAdapter:
     """Every module PEFT adapts and no other, with the change of its weight or bias that PEFT computes with."""
     parsed = read(base, adapter.folder)
@@ -75,7 +89,13 @@ def check_against_peft(base: Any, adapter: PeftAdapter) -> ParsedAdapter:
             continue
         assert float(weight.abs().max()) > 0.01
         windows = [part for part in others if isinstance(part, LowRank)]
-        made = others[0].delta if isinstance(others[0], DenseDelta) else sum_of_windows(windows, layout)
+        match others[0]:
+            case DenseDelta():
+                made = others[0].delta
+            case InputTurn():
+                made = turned_weight(others, base.get_submodule(path).weight.detach())
+            case _:
+                made = sum_of_windows(windows, layout)
         torch.testing.assert_close(made, weight, atol=2e-6, rtol=1e-5)
     if len(found) == len(parsed.parts):  # no windows, whose ranks are not the module's
         assert parsed.rank == max(part.a.shape[0] if isinstance(part, LowRank) else 0 for part in parsed.parts)
