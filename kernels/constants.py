@@ -109,6 +109,7 @@ class OpCode(IntEnum):
     OWN_EMBED = 14
     OWN_HEAD = 15
     OWN_INPUT = 16
+    COLUMNS = 17
 
 
 class Turned(IntEnum):

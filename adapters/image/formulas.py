@@ -6,7 +6,7 @@ from torch import Tensor
 
 from loraplex.adapters.image.tiles import Bottleneck
 from loraplex.kernels.constants import Source
-from loraplex.kernels.reference import FUNCTIONS
+from loraplex.kernels.reference_tiles import FUNCTIONS
 
 
 def through(part: Bottleneck, a: Tensor, x: Tensor, residual: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from time import perf_counter
 
-from loraplex.adapters.registry import AdapterVersion, Registry
+from loraplex.adapters.registry import Registry
 from loraplex.adapters.tiers.device import DeviceTier
 from loraplex.adapters.tiers.entry import AdapterWatch, Entries, Entry
 from loraplex.adapters.tiers.host import HostTier
@@ -28,6 +28,7 @@ from loraplex.adapters.tiers.pinned import OperatorPins
 from loraplex.adapters.tiers.retention import Retention
 from loraplex.adapters.tiers.stats import AdapterStats, PageOwners, TierStats
 from loraplex.adapters.tiers.warming import Warming
+from loraplex.adapters.version import AdapterVersion
 
 COPY_BUDGET = 4 << 20
 """Bytes copied to the device in a step while streams decode.

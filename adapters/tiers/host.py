@@ -18,10 +18,10 @@ from time import perf_counter
 
 from loraplex.adapters.image.tiles import IMAGE_COLUMNS, AdapterImage, BaseLayout
 from loraplex.adapters.info import AdapterInfo
-from loraplex.adapters.registry import AdapterVersion
 from loraplex.adapters.tiers.entry import Entries, Entry, Fetch
 from loraplex.adapters.tiers.inbox import Inbox, host_bytes
 from loraplex.adapters.tiers.loader import LoadedContent, Loader, Priority
+from loraplex.adapters.version import AdapterVersion
 
 TILE_BYTES = IMAGE_COLUMNS * 4
 """Of a row of AdapterImage.tiles."""

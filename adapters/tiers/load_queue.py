@@ -13,7 +13,7 @@ from enum import IntEnum
 from typing import Any
 
 from loraplex.adapters.info import AdapterInfo
-from loraplex.adapters.registry import AdapterVersion
+from loraplex.adapters.version import AdapterVersion
 
 FAIRNESS = 8
 """Every so many readings begin with the longest waiting one, whatever its priority: none waits for ever."""

@@ -18,11 +18,12 @@ from typing import Any
 
 from loraplex.adapters.errors import AdapterError
 from loraplex.adapters.histogram import Histogram
-from loraplex.adapters.registry import AdapterVersion, Registry
+from loraplex.adapters.registry import Registry
 from loraplex.adapters.shared_work import tell
 from loraplex.adapters.throttle import Throttle
 from loraplex.adapters.tiers.load_queue import Job, LoadedContent, LoadQueue, Priority, Waiter
 from loraplex.adapters.tiers.settle import changed, renew, settle
+from loraplex.adapters.version import AdapterVersion
 
 __all__ = [
     "LoadCancelled",

@@ -43,9 +43,9 @@ from loraplex.adapters.format.header import parse_header, view_tensors
 from loraplex.adapters.format.kinds import parse_config
 from loraplex.adapters.format.lora_config import LoraConfig, plan_modules
 from loraplex.adapters.format.outside import OwnConfig
-from loraplex.adapters.registry import AdapterVersion
 from loraplex.adapters.sources.merge_plan import MergePlan
 from loraplex.adapters.sources.sources import find_folder
+from loraplex.adapters.version import AdapterVersion
 
 _FACTOR = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_(?P<factor>[AB])(?:\.[^.]+)?\.weight")
 

@@ -14,11 +14,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from loraplex.adapters.image.tiles import AdapterImage
-from loraplex.adapters.registry import AdapterVersion, Registry
+from loraplex.adapters.registry import Registry
 from loraplex.adapters.tiers.device import DeviceTier
 from loraplex.adapters.tiers.entry import Entries, Entry
 from loraplex.adapters.tiers.host import HostTier
 from loraplex.adapters.tiers.inbox import host_bytes
+from loraplex.adapters.version import AdapterVersion
 
 
 class Retention:

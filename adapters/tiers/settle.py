@@ -6,8 +6,9 @@ import logging
 from dataclasses import replace
 
 from loraplex.adapters.errors import AdapterRefused
-from loraplex.adapters.registry import AdapterVersion, Registry
+from loraplex.adapters.registry import Registry
 from loraplex.adapters.tiers.load_queue import LoadedContent
+from loraplex.adapters.version import AdapterVersion
 
 logger = logging.getLogger(__name__)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from loraplex.adapters.registry import AdapterVersion
 from loraplex.adapters.tiers.pinned import load_into_room
+from loraplex.adapters.version import AdapterVersion
 
 if TYPE_CHECKING:
     from loraplex.adapters.tiers.cache import AdapterCache

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -10,75 +10,67 @@ from torch import Tensor
 from loraplex.kernels.constants import PANEL, OpCode, Turned
 from loraplex.kernels.cpu.abi import EmbedArgs, LinearArgs, Op, Step
 from loraplex.kernels.cpu.quantised import CpuQuantised
+from loraplex.kernels.cpu.weights import CpuLinear, CpuParts
 from loraplex.kernels.ops import PackedLinear
 from loraplex.kernels.records import AdapterStep, AttentionMeta, TileTable
-
-
-@dataclass(frozen=True)
-class CpuLinear:
-    """A weight in panels of 64 output columns (linear.h): the only copy of it in memory."""
-
-    packed: Tensor  # [ceil(out / 16) * 16 * in] compute dtype
-    in_features: int
-    out_features: int
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.packed.dtype
-
-    @property
-    def address(self) -> int:
-        return self.packed.data_ptr()
-
-    def window(self, panel: int, count: int) -> int:
-        """Return the address of the weight of `count` outputs from that panel on."""
-        return self.address + panel * PANEL * self.in_features * self.packed.element_size()
-
-
-@dataclass(frozen=True)
-class CpuParts:
-    """A weight of one input whose parts' outputs lie one behind the other, some of them quantised."""
-
-    parts: tuple[CpuLinear | CpuQuantised, ...]
-    dtype: torch.dtype  # the compute dtype
-
-    @property
-    def in_features(self) -> int:
-        return self.parts[0].in_features
-
-    @property
-    def out_features(self) -> int:
-        return sum(part.out_features for part in self.parts)
 
 
 def linear_ops(
     x: Tensor, weight: PackedLinear, y: Tensor, turned: Turned = Turned.ANY, outputs: slice = slice(0, None)
 ) -> list[Op]:
-    """Describe x [T, in] -> y [T, out], in x's dtype or in fp32: an op for each part of the weight.
+    """Describe x [T, in] -> y [T, n], in x's dtype or in fp32: an op for each part of the weight.
 
-    outputs: what is wanted of y; up to 63 columns in front of them are overwritten too, for a panel is not cut.
+    outputs: those that y is of, as whole_panels() gives them. y may be a window of columns.
     """
-    assert isinstance(weight, CpuLinear | CpuParts), f"{type(weight).__name__} was packed by another backend"
-    ops, start = [], 0
-    for part in weight.parts if isinstance(weight, CpuParts) else [weight]:
-        panel = max(0, outputs.start - start) // PANEL
-        first, last = start + panel * PANEL, start + part.out_features
-        stop = last if outputs.stop is None else min(last, outputs.stop)
-        start = last
-        if first >= stop or last <= outputs.start:
-            continue
+    ops = []
+    for part, start, first, last in _parts(weight, outputs):
         op = Op(
             code=OpCode.LINEAR if isinstance(part, CpuLinear) else OpCode.QUANTISED,
             rows=x.shape[0],
             x=x.data_ptr(),
-            w=part.window(panel, stop - first),
-            y=y.data_ptr() + first * y.element_size(),
+            w=part.panels(first - start, last - first),
+            y=y.data_ptr() + (first - outputs.start) * y.element_size(),
             columns_in=part.in_features,
-            columns_out=stop - first,
-            linear=LinearArgs(to_float=y.dtype == torch.float32 != x.dtype, turned=turned, ldy=weight.out_features),
+            columns_out=last - first,
+            linear=LinearArgs(to_float=y.dtype == torch.float32 != x.dtype, turned=turned, ldy=y.stride(0)),
         )
         ops.append(op)
     return ops
+
+
+def whole_panels(weight: PackedLinear, outputs: slice) -> slice:
+    """Widen some outputs of a weight to those that its panels, which are not cut, hold beside them."""
+    found = list(_parts(weight, outputs))
+    (_, start, first, _), (part, last_start, _, last) = found[0], found[-1]
+    return slice(
+        first - (first - start) % PANEL,
+        min(last + -(last - last_start) % PANEL, last_start + part.out_features),
+    )
+
+
+def _parts(weight: PackedLinear, outputs: slice) -> Iterator[tuple[CpuLinear | CpuQuantised, int, int, int]]:
+    """Yield the parts that have some of the outputs: (part, its first output, the first and past the last of both)."""
+    assert isinstance(weight, CpuLinear | CpuParts), f"{type(weight).__name__} was packed by another backend"
+    start = 0
+    for part in weight.parts if isinstance(weight, CpuParts) else [weight]:
+        end = start + part.out_features
+        first, last = max(start, outputs.start), end if outputs.stop is None else min(end, outputs.stop)
+        if first < last:
+            yield part, start, first, last
+        start = end
+
+
+def columns_op(x: Tensor, y: Tensor) -> Op:
+    """Describe a copy of x [T, n] to y [T, n], windows of columns, in steps in which adapters turn inputs."""
+    return Op(
+        code=OpCode.COLUMNS,
+        rows=x.shape[0],
+        x=x.data_ptr(),
+        y=y.data_ptr(),
+        columns_in=x.stride(0),
+        columns_out=x.shape[1],
+        linear=LinearArgs(turned=Turned.ALWAYS, ldy=y.stride(0)),
+    )
 
 
 def embed_op(ids: Tensor, table: PackedLinear, scale: float, y: Tensor) -> Op:

@@ -35,14 +35,14 @@ class CpuQuantised:
     def address(self) -> int:
         return ctypes.addressof(self.record)
 
-    def window(self, panel: int, count: int) -> int:
-        """Return the address of a record of `count` outputs from that panel on."""
+    def panels(self, first: int, count: int) -> int:
+        """Return the address of a record of `count` outputs from `first` on, both of whole panels."""
         if count == self.out_features:
             return self.address
-        record = self.windows.get((panel, count))
+        record = self.windows.get((first, count))
         if record is None:
-            record = self.windows[panel, count] = Quantised.from_buffer_copy(self.record)
-            record.data += panel * record.panel_bytes
+            record = self.windows[first, count] = Quantised.from_buffer_copy(self.record)
+            record.data += first // PANEL * record.panel_bytes
             record.columns_out = count
         return ctypes.addressof(record)
 

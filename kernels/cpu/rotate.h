@@ -97,4 +97,11 @@ static void own_input(const Op& op, const Step& step, int64_t rows, int tid, int
     });
 }
 
+// A window of columns, copied.
+template <class T>
+static void columns(const Op& op, int64_t rows, int tid, int threads) {
+    Range range = share(rows, tid, threads);
+    for (int64_t t = range.first; t < range.last; t++) memcpy((void*)((T*)op.y + t * op.linear.ldy), (const T*)op.x + t * op.in, op.out * sizeof(T));
+}
+
 }  // namespace LORAPLEX_ISA

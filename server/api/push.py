@@ -18,8 +18,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from loraplex.adapters.errors import AdapterNotFound, AdapterRefused, InvalidAdapterName
-from loraplex.adapters.registry import AdapterVersion
 from loraplex.adapters.sources.spool import CONFIG_KEY, SpooledAdapter
+from loraplex.adapters.version import AdapterVersion
 from loraplex.server.api.answer_schemas import AdapterReceipt
 from loraplex.server.api.catalog import receipt_of
 from loraplex.server.api.errors import ApiError, InvalidField

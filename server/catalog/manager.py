@@ -12,12 +12,13 @@ from pathlib import Path
 from loraplex.adapters.errors import AdapterError, AdapterExists, AdapterNotFound, AdapterRefused
 from loraplex.adapters.files.beneath import below
 from loraplex.adapters.info import AdapterInfo
-from loraplex.adapters.registry import AdapterVersion, Registry
+from loraplex.adapters.registry import Registry
 from loraplex.adapters.shared_work import SharedWork, when_done
 from loraplex.adapters.sources.downloads import Downloads
 from loraplex.adapters.sources.sources import OPERATOR, SourceAccess, parse_source
 from loraplex.adapters.tiers.loader import LoadedContent, Loader
 from loraplex.adapters.tiers.settle import renew
+from loraplex.adapters.version import AdapterVersion
 
 logger = logging.getLogger(__name__)
 

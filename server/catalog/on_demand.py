@@ -25,11 +25,12 @@ from pathlib import Path
 from typing import Any
 
 from loraplex.adapters.errors import AdapterRefused, AdapterUnavailable
-from loraplex.adapters.registry import AdapterLease, AdapterVersion, Registry
+from loraplex.adapters.registry import Registry
 from loraplex.adapters.shared_work import SharedWork
 from loraplex.adapters.sources.merge_plan import MergePlan
 from loraplex.adapters.sources.process_folder import ProcessFolder, remove_stale
 from loraplex.adapters.sources.sources import OPERATOR, Source, SourceAccess, is_hub_id, parse_source
+from loraplex.adapters.version import AdapterLease, AdapterVersion
 from loraplex.server.catalog.manager import AdapterManager
 from loraplex.server.catalog.quota import RETRY_AFTER, Key, Quota, QuotaOwner
 from loraplex.server.engine.request import Overloaded

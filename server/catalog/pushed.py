@@ -22,8 +22,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from loraplex.adapters.errors import AdapterError, AdapterNotFound
-from loraplex.adapters.registry import AdapterLease, AdapterVersion
 from loraplex.adapters.sources.spool import Spool, SpooledAdapter
+from loraplex.adapters.version import AdapterLease, AdapterVersion
 from loraplex.server.catalog.manager import AdapterManager
 from loraplex.server.catalog.on_demand import PUSHED
 from loraplex.server.catalog.quota import Quota, QuotaOwner

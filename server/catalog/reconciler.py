@@ -22,9 +22,9 @@ from pathlib import Path
 
 from loraplex.adapters.errors import AdapterError, AdapterNotFound, AdapterRefused
 from loraplex.adapters.files.beneath import below
-from loraplex.adapters.registry import AdapterVersion
 from loraplex.adapters.sources.watch import Change, FileStamp, FolderWatch, What, file_stamp
 from loraplex.adapters.throttle import Throttle, lower_priority
+from loraplex.adapters.version import AdapterVersion
 from loraplex.server.catalog.adapter_list import AdapterList, AdapterListError, DesiredAdapter, read_list
 from loraplex.server.catalog.manager import AdapterManager
 

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 
 from loraplex.adapters.errors import AdapterError, AdapterExists, AdapterNotFound, AdapterRefused, VersionMoved
 from loraplex.adapters.info import AdapterInfo
-from loraplex.adapters.registry import AdapterVersion, Registry
+from loraplex.adapters.registry import Registry
 from loraplex.adapters.sources.sources import OPERATOR, SourceAccess
+from loraplex.adapters.version import AdapterVersion
 from loraplex.server.catalog.copies import VersionCopies
 from loraplex.server.catalog.manager import AdapterManager, Point
 from loraplex.server.catalog.state_store import KeptRow, Transaction

@@ -16,9 +16,9 @@ from dataclasses import replace
 from typing import Protocol
 
 from loraplex.adapters.errors import AdapterError
-from loraplex.adapters.registry import AdapterVersion
 from loraplex.adapters.throttle import Throttle
 from loraplex.adapters.tiers.loader import Loader, Priority
+from loraplex.adapters.version import AdapterVersion
 from loraplex.server.engine.request import EngineError
 from loraplex.server.proof.prober import FusedAnswers, ProbeFailed, Prober
 from loraplex.server.proof.receipt import Receipt

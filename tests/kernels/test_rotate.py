@@ -6,7 +6,6 @@ from dataclasses import replace
 from itertools import accumulate
 
 import numpy as np
-import pytest
 import torch
 from torch import Tensor
 

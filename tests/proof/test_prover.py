@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from loraplex.adapters.image.tiles import AdapterImage
-from loraplex.adapters.registry import AdapterVersion
+from loraplex.adapters.version import AdapterVersion
 from loraplex.server.command.build import EngineParts
 from loraplex.server.command.proving import make_prover
 from loraplex.server.config import Device, DType, EngineConfig

@@ -18,11 +18,12 @@ from fastapi import FastAPI
 
 from loraplex.adapters.errors import AdapterNotFound, AdapterRefused
 from loraplex.adapters.info import AdapterInfo
-from loraplex.adapters.registry import AdapterVersion, Registry
+from loraplex.adapters.registry import Registry
 from loraplex.adapters.sources.merge_plan import MergePlan
 from loraplex.adapters.sources.sources import OPERATOR, SourceAccess
 from loraplex.adapters.sources.spool import Spool
 from loraplex.adapters.tiers.stats import AdapterPlace, PageOwners
+from loraplex.adapters.version import AdapterVersion
 from loraplex.server.api.services import Services
 from loraplex.server.catalog.aliases import Aliases
 from loraplex.server.catalog.manager import AdapterManager, Around, Copy
