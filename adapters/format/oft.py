@@ -89,17 +89,6 @@ class BoftConfig(AdapterConfig):
         return width // (size * wide), size * wide
 
 
-@dataclass(frozen=True)
-class _WantedTurn(Wanted):
-    """What is wanted of a module whose input is turned."""
-
-    blocks: tuple[int, int] = (1, 1)  # how many come out, and their size
-
-    def part_shapes(self, module: FoundModule) -> list[PartShape]:
-        shapes = [PartShape(module.layer, module.projection, 1, TileKind.SCALE)] if S in self.shapes else []
-        return [turn_shape(module.layer, module.projection, *self.blocks), *shapes]
-
-
 class Oft(ModuleKind[OftConfig]):
     """y = W (R x) + b."""
 
@@ -133,7 +122,8 @@ class Oft(ModuleKind[OftConfig]):
 
     def wanted(self, config: OftConfig, module: FoundModule, match: Matcher) -> Wanted:
         kept, size = config.turns(module.projection.in_features)
-        return _WantedTurn({LEAF: (kept, size * (size - 1) // 2)}, blocks=(kept, size))
+        turn = turn_shape(module.layer, module.projection, kept, size)
+        return Wanted({LEAF: (kept, size * (size - 1) // 2)}, parts=(turn,))
 
     def making_bytes(self, config: OftConfig, modules: Sequence[AdapterModule]) -> int:
         return _making_bytes(config, modules)
@@ -186,7 +176,8 @@ class Boft(ModuleKind[BoftConfig]):
                 f"{wide} divides, and {module.path} has {blocks} blocks of {size}"
             )
         shapes = {R: (config.factors, blocks, size, size), S: (module.projection.out_features, 1)}
-        return _WantedTurn(shapes, blocks=config.turns(width))
+        turn = turn_shape(module.layer, module.projection, *config.turns(width))
+        return Wanted(shapes, parts=(turn, PartShape(module.layer, module.projection, 1, TileKind.SCALE)))
 
     def making_bytes(self, config: BoftConfig, modules: Sequence[AdapterModule]) -> int:
         return _making_bytes(config, modules)

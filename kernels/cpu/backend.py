@@ -134,28 +134,31 @@ class CpuBackend(Backend):
         for op in linear_ops(x, weight, y, Turned.NEVER):
             self._sink.emit(op, x.dtype, step)
         for each in inputs:
-            turned = self._sink.new(*x.shape, dtype=x.dtype)
-            turn = Op(
-                code=OpCode.OWN_INPUT,
-                rows=x.shape[0],
-                x=x.data_ptr(),
-                y=turned.data_ptr(),
-                columns_in=x.shape[1],
-                own=OwnArgs(each.place),
-            )
-            ops = [turn, *self._window_ops(turned, weight, y, slice(each.start, each.stop))]
-            for op in ops:
-                self._sink.emit(op, x.dtype, step)
+            self._turned_linear(x, weight, y, each, step)
         return y
 
-    def _window_ops(self, x: Tensor, weight: PackedLinear, y: Tensor, outputs: slice) -> list[Op]:
-        """Describe x [T, in] -> some columns of y [T, out]; whole panels go through a buffer where these cut one."""
-        whole = whole_panels(weight, outputs)
-        if whole == outputs:
-            return linear_ops(x, weight, y[:, outputs], Turned.ALWAYS, outputs)
-        wide = self._sink.new(x.shape[0], whole.stop - whole.start, dtype=y.dtype)
-        columns = wide[:, outputs.start - whole.start : outputs.stop - whole.start]
-        return [*linear_ops(x, weight, wide, Turned.ALWAYS, whole), columns_op(columns, y[:, outputs])]
+    def _turned_linear(self, x: Tensor, weight: PackedLinear, y: Tensor, outputs: OwnInput, step: Step) -> None:
+        """Compute some columns of y [T, out] of x [T, in], turned: by way of a buffer where these cut a panel."""
+        turned = self._sink.new(*x.shape, dtype=x.dtype)
+        turn = Op(
+            code=OpCode.OWN_INPUT,
+            rows=x.shape[0],
+            x=x.data_ptr(),
+            y=turned.data_ptr(),
+            columns_in=x.shape[1],
+            own=OwnArgs(outputs.place),
+        )
+        wanted = slice(outputs.start, outputs.stop)
+        whole, window = whole_panels(weight, wanted), y[:, wanted]
+        ops = [turn]
+        if whole == wanted:
+            ops += linear_ops(turned, weight, window, Turned.ALWAYS, wanted)
+        else:
+            wide = self._sink.new(x.shape[0], whole.stop - whole.start, dtype=y.dtype)
+            columns = wide[:, wanted.start - whole.start : wanted.stop - whole.start]
+            ops += [*linear_ops(turned, weight, wide, Turned.ALWAYS, whole), columns_op(columns, window)]
+        for op in ops:
+            self._sink.emit(op, x.dtype, step)
 
     def logits(self, x: Tensor, weight: PackedLinear, room: Tensor | None = None) -> Tensor:
         rows = x.shape[0]

@@ -424,6 +424,40 @@ MODULE_KIND_CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "sparse": ("qwen2", {**UNTRAINED, "r": 16, "target_modules": QV, "sparse": True}),
             "fused": ("phi3", {**UNTRAINED, "r": 24, "target_modules": "all-linear"}),
         },
+        "SUPERTUNING": {
+            "all": ("llama", {"target_modules": ALL, "sparsity": 0.9, "init_weights": False}),
+            "smallest, with a LoRA": (
+                "qwen2",
+                {"target_modules": QV, "sparsity": 0.97, "select_top": False, "r": 3, "lora_alpha": 5},
+            ),
+        },
+        "FROD": {
+            "all": ("llama", {"target_modules": ALL, "sparse_rate": 0.05, "init_weights": False}),
+            "base biases, one layer": (
+                "llama_biased",
+                {"target_modules": ["k_proj", "down_proj"], "bias": "frod_only", "layers_to_transform": [1]},
+            ),
+            "fused": ("phi3", {"target_modules": "all-linear", "sparse_rate": 0.0, "init_weights": False}),
+        },
+        "GLORA": {
+            "all": ("llama", {"target_modules": ALL, "r": 3, "init_weights": False}),
+            "base biases": ("llama_biased", {"target_modules": ALL, "r": 2, "config_D_E": "vector"}),
+            "by output": (
+                "qwen2",
+                {"target_modules": QV, "config_A_B": "vector", "config_C": "vector", "config_D_E": "constant"},
+            ),
+            "constants, trained biases": (
+                "llama_biased",
+                {
+                    "target_modules": QV,
+                    "config_A_B": "constant",
+                    "config_C": "none",
+                    "config_D_E": "none",
+                    "bias": "all",
+                },
+            ),
+            "biases alone": ("qwen2", {"target_modules": QV, "config_A_B": "none"}),
+        },
         "BEFT": {
             "value": ("llama", {"target_modules": ["v_proj"]}),
             "all, base biases": ("llama_biased", {"target_modules": ALL}),
@@ -547,6 +581,15 @@ _OWN_STD: dict[str, Callable[[Tensor], float]] = {
     "boft_s": lambda w: 1.0,
     "randlora_lambda": lambda w: 0.4,  # at 1 PEFT in fp32 is 3e-4 from itself in fp64
     "randlora_gamma": lambda w: w.shape[1] ** -1.0,
+    "supertuning_values": lambda w: 0.3,
+    "supertuning_lora_A": lambda w: w.shape[1] ** -0.5,
+    "supertuning_lora_B": lambda w: w.shape[1] ** -0.5,
+    "frod_lambda_s_values": lambda w: 0.3,
+    "glora_A": lambda w: 1.0,
+    "glora_B": lambda w: 0.3,
+    "glora_C": lambda w: 0.5,
+    "glora_D": lambda w: 0.5,
+    "glora_E": lambda w: 0.5,
 }
 """Of other kinds' parameters: standard deviations that move outputs by about their own size, at a strength of 1."""
 
@@ -578,6 +621,8 @@ def randomise_adapter(model: Any, seed: int, dtype: torch.dtype, strength: float
                 mean, std = weight, strength * weight  # the norms of the base's rows
             elif ".modules_to_save." in name or ".ln_tuning_layers." in name:
                 mean, std = weight, strength * float(weight.std() + 0.5 * weight.abs().mean())
+            elif ".frod_lambda_l." in name:
+                mean, std = weight, 0.5 * strength * weight
             elif ".trainable_tokens_delta." in name:
                 mean, std = weight, strength * float(weight.std())
             elif (own := next((own for part, own in _OWN_STD.items() if f"{part}." in name), None)) is not None:

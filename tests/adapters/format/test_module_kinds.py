@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from loraplex.adapters.image.tiles import BiasDelta, DenseDelta, InputTurn, LowRank, OutputScale, Part
+from loraplex.adapters.image.tiles import BaseLayout, BiasDelta, DenseDelta, InputTurn, LowRank, OutputScale, Part
 from loraplex.adapters.tiers.host import most_bytes
 from loraplex.adapters.tiers.inbox import host_bytes
 from loraplex.adapters.tiers.reader import AdapterReader
@@ -59,16 +59,22 @@ def changes_of(base: Any, adapter: PeftAdapter) -> dict[str, tuple[Tensor, Tenso
     return found
 
 
-def turned_weight(parts: Sequence[Part], weight: Tensor) -> Tensor:
-    """How far s W R is from W: R the identity and the blocks of one part, s the scale of the other, if there is one."""
-    turn, *scales = parts
-    assert isinstance(turn, InputTurn)
-    count = weight.shape[1] // turn.blocks.shape[1]
-    rotation = torch.eye(weight.shape[1]) + torch.block_diag(*turn.blocks.expand(count, -1, -1))
-    whole = weight @ rotation.T
-    for scale in scales:
-        assert isinstance(scale, OutputScale)
-        whole = scale.values[:, None] * whole
+def change_of(parts: Sequence[Part], weight: Tensor, layout: BaseLayout) -> Tensor:
+    """How far from W the weight is that parts of one module come to: s W R + D + B A, R the identity and its blocks."""
+    whole = weight
+    for part in sorted(parts, key=lambda part: (not isinstance(part, InputTurn), not isinstance(part, OutputScale))):
+        match part:
+            case InputTurn():
+                count = weight.shape[1] // part.blocks.shape[1]
+                whole = whole @ (torch.eye(weight.shape[1]) + torch.block_diag(*part.blocks.expand(count, -1, -1))).T
+            case OutputScale():
+                whole = part.values[:, None] * whole
+            case DenseDelta():
+                whole = whole + part.delta
+            case LowRank():
+                whole = whole + sum_of_windows([part], layout)
+            case _:
+                raise AssertionError(part)
     return whole - weight
 
 
@@ -88,14 +94,7 @@ def check_against_peft(base: Any, adapter: PeftAdapter) -> ParsedAdapter:
             assert float(weight.abs().max()) < 1e-6
             continue
         assert float(weight.abs().max()) > 0.01
-        windows = [part for part in others if isinstance(part, LowRank)]
-        match others[0]:
-            case DenseDelta():
-                made = others[0].delta
-            case InputTurn():
-                made = turned_weight(others, base.get_submodule(path).weight.detach())
-            case _:
-                made = sum_of_windows(windows, layout)
+        made = change_of(others, base.get_submodule(path).weight.detach(), layout)
         torch.testing.assert_close(made, weight, atol=2e-6, rtol=1e-5)
     if len(found) == len(parsed.parts):  # no windows, whose ranks are not the module's
         assert parsed.rank == max(part.a.shape[0] if isinstance(part, LowRank) else 0 for part in parsed.parts)
