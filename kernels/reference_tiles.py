@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812  its usual name
 
-from loraplex.kernels.constants import ALIGN, Function, Source, TileKind
+from loraplex.kernels.constants import ALIGN, BlockInput, Function, TileKind
 from loraplex.kernels.records import element_bytes
 
 FUNCTIONS: dict[Function, Callable[[Tensor], Tensor]] = {
@@ -49,7 +49,7 @@ def add_tiles_(y: Tensor, sources: Sequence[Tensor], elements: Tensor, tiles: li
             continue
         if u_of != (a_off, n):
             a = elements.as_strided((n, in_len), (in_len, 1), a_off * unit)
-            source, c, function = activation or (Source.BRANCH, None, Function.IDENTITY)
+            source, c, function = activation or (BlockInput.BRANCH, None, Function.IDENTITY)
             s = sources[source][:, in_start : in_start + in_len]
             if c is None:
                 u = F.linear(s, a).float()

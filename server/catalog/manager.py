@@ -98,7 +98,7 @@ class AdapterManager:
         copy: Copy | None = None,
         origin: str = "",
     ) -> Future[AdapterVersion]:
-        """register() without waiting: the future fails as it raises. Once cancelled, nothing is registered.
+        """Begin what register() does: the future fails as that raises. Once cancelled, nothing is registered.
 
         stale: where the source is out of reach, take what was fetched of it earlier.
         origin: what `source` is a copy of.
@@ -142,7 +142,7 @@ class AdapterManager:
         return outcome
 
     def expect(self, name: str, coming: Future[AdapterVersion]) -> None:
-        """Requests for `name` wait until `coming` is done (see arrival)."""
+        """Have requests for `name` wait until `coming` is done (see arrival)."""
         arrived: Future[None] = Future()
         coming.add_done_callback(lambda _: arrived.set_result(None))
         self._arrivals.share(name, arrived)
@@ -154,7 +154,7 @@ class AdapterManager:
             await asyncio.wrap_future(waiter)
 
     def coming(self) -> tuple[str, ...]:
-        """Names that requests wait for: they are not registered yet."""
+        """List the names that requests wait for: they are not registered yet."""
         return self._arrivals.keys()
 
     def examine(self, source: str) -> AdapterInfo:
@@ -206,7 +206,7 @@ class AdapterManager:
         return None
 
     def refresh(self, version: AdapterVersion) -> None:
-        """The local files of `version` have changed: what they hold now gets its name.
+        """Give the name of `version`, whose local files have changed, to what they hold now.
 
         One that nobody has used is only looked at; another is read again, in the background. Whatever is wrong with the
         new files, what is in memory of the old ones is served on.
@@ -224,7 +224,7 @@ class AdapterManager:
             logger.warning("adapter %r has changed and cannot be read: %s", version.name, error)
 
     def _renew(self, version: AdapterVersion, loading: Future[LoadedContent]) -> None:
-        """In a loader's thread."""
+        """Register what a loader read again, in its thread."""
         error = loading.exception()
         if isinstance(error, AdapterRefused):
             logger.warning("adapter %r has changed and is refused: %s", version.name, error)

@@ -81,7 +81,7 @@ class Prover:
         return self._failed.get(version.uid)
 
     def is_under_way(self, version: AdapterVersion) -> bool:
-        """Whether the receipt is being made, or waits for its turn."""
+        """Return whether the receipt is being made, or waits for its turn."""
         return version.uid in self._under_way
 
     def begin(self, version: AdapterVersion) -> asyncio.Task[Receipt]:
