@@ -86,7 +86,8 @@ class Glora(ModuleKind[GloraConfig]):
     def wanted(self, config: GloraConfig, module: FoundModule, match: Matcher) -> Wanted:
         out, width = module.projection.out_features, module.projection.in_features
         has_bias = module.projection.has_bias
-        kinds = dict.fromkeys("AB", (config.weight, (out, width), (out, 1)))
+        kinds: dict[str, tuple[str, tuple[int, ...], tuple[int, ...]]] = {}
+        kinds |= dict.fromkeys("AB", (config.weight, (out, width), (out, 1)))
         kinds["C"] = (config.product if has_bias else "none", (width, 1), (width, 1))
         kinds |= dict.fromkeys("DE", (config.shift if has_bias else "none", (out,), (out,)))
         shapes: dict[str, tuple[int, ...]] = {}

@@ -91,7 +91,7 @@ class Supertuning(ModuleKind[SupertuningConfig]):
     def wanted(self, config: SupertuningConfig, module: FoundModule, match: Matcher) -> Wanted:
         out, width = module.projection.out_features, module.projection.in_features
         count = int(out * width * (1 - config.sparsity))
-        shapes = {VALUES: (count,), INDICES: (count,)}
+        shapes: dict[str, tuple[int, ...]] = {VALUES: (count,), INDICES: (count,)}
         if config.rank:
             shapes |= {A: (config.rank, width), B: (out, config.rank)}
         return Wanted(shapes, kind=TileKind.DENSE)
