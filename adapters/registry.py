@@ -86,6 +86,13 @@ class AdapterLease:
         """
         return self._registry._share(self)
 
+    def renew(self) -> AdapterLease | None:
+        """Lease the version that the name of this one points at by now.
+
+        None where it is still this one, where this very one was asked for, and where the name is gone.
+        """
+        return None if self.exact else self._registry._renew(self)
+
     def __enter__(self) -> AdapterLease:
         return self
 
@@ -364,6 +371,14 @@ class Registry:
                 raise ValueError(f"{lease!r} is released and cannot be shared")
             self._leases[lease.version.uid] += 1
             return AdapterLease(self, lease.version, exact=lease.exact)
+
+    def _renew(self, lease: AdapterLease) -> AdapterLease | None:
+        with self._lock:
+            version = self._current.get(lease.version.name)
+            if version is None or version is lease.version or version.digest == lease.version.digest:
+                return None
+            self._leases[version.uid] += 1
+            return AdapterLease(self, version)
 
     def _notify(self, drained: AdapterVersion | None) -> None:
         if drained is None or self.on_drained is None:
