@@ -7,7 +7,7 @@ from dataclasses import replace
 from enum import Enum
 
 from loraplex.adapters.info import AdapterInfo
-from loraplex.adapters.registry import AdapterLease
+from loraplex.adapters.version import AdapterLease
 from loraplex.server.engine.request import GenerationRequest
 
 

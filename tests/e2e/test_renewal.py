@@ -14,7 +14,7 @@ import httpx
 import pytest
 import torch
 
-from loraplex.adapters.registry import AdapterVersion
+from loraplex.adapters.version import AdapterVersion
 from tests.support.held_steps import Steps
 from tests.support.live_server import LiveServer, live_server
 from tests.support.peft_adapters import ALL, make_peft_adapter

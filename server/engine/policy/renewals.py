@@ -11,7 +11,7 @@ renewed starts over, whatever was asked for.
 
 from __future__ import annotations
 
-from loraplex.adapters.registry import AdapterVersion
+from loraplex.adapters.version import AdapterVersion
 from loraplex.server.engine.policy.kv_cache import KVCache
 from loraplex.server.engine.policy.plan import Placement
 from loraplex.server.engine.policy.prefetch import Prefetch
