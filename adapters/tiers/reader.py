@@ -312,6 +312,7 @@ class AdapterReader:
                 alone=" and ".join(dict.fromkeys(tensor.short for tensor in module_map.own)),
                 invocation=config.invocation,
                 front=front,
+                positions=config.positions,
             )
             drawn = _Drawn(key, module_map, info)
             self._drawn.put(key, drawn)
