@@ -51,7 +51,7 @@ from loraplex.adapters.format.targets import Targets
 from loraplex.adapters.format.values import check_finite, check_rounded, make_bias, no_effect
 from loraplex.adapters.image.tiles import BaseLayout, Bottleneck, LowRank, Part, PartShape
 from loraplex.adapters.positions import MOST_POSITIONS, Positions, parse_positions
-from loraplex.kernels.constants import Function, Source, TileKind
+from loraplex.kernels.constants import BlockInput, Function, TileKind
 from loraplex.kernels.records import Projection
 
 PROJECTION, SOURCE, SOURCE_BIAS, PROJECTION_BIAS = LEAVES = ("projection", "source", "source_bias", "projection_bias")
@@ -225,7 +225,7 @@ def _check(
 def _shapes(module: AdapterModule, config: ReftConfig) -> Iterator[PartShape]:
     """Give the shapes of the parts that an edit can come to at most."""
     for projection, function in _terms(module, config):
-        yield PartShape(module.layer, projection, module.rank, TileKind.ACTIVATION, function, Source.SUM)
+        yield PartShape(module.layer, projection, module.rank, TileKind.ACTIVATION, function, BlockInput.SUM)
         yield PartShape(module.layer, projection, module.rank)
     if SOURCE not in module.tensors and not config.subtract:
         yield PartShape(module.layer, module.projection, 1, TileKind.BIAS)
@@ -264,5 +264,5 @@ def _module_parts(
         edits = [(a - projection, c - d, projection) if config.subtract else (a, c, projection)]
     for (where, function), (a, constant, b) in zip(terms, edits, strict=True):
         if check_rounded(a, name, "what it comes to with the source", layout) or constant.any():
-            yield Bottleneck(module.layer, where, constant, function, Source.SUM)
+            yield Bottleneck(module.layer, where, constant, function, BlockInput.SUM)
             yield LowRank(module.layer, where, a, b.T, 1.0)

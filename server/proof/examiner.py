@@ -9,8 +9,8 @@ from torch import Tensor
 
 from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.positions import Span
-from loraplex.adapters.registry import AdapterVersion
 from loraplex.adapters.tiers.measuring import Measurer, by_layer
+from loraplex.adapters.version import AdapterVersion
 from loraplex.server.proof.changes import PlainChange
 from loraplex.server.proof.prober import FusedAnswers
 from loraplex.server.proof.receipt import BaseIdentity, Probe, Receipt

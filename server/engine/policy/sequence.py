@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from loraplex.adapters.front import Front
 from loraplex.adapters.positions import Span
-from loraplex.adapters.registry import AdapterVersion
+from loraplex.adapters.version import AdapterVersion
 from loraplex.server.engine.policy.prefix_cache import Turns
 from loraplex.server.engine.policy.rows import Mix, Row, RowFront, RowResult, SamplingState, Want
 from loraplex.server.engine.policy.wearing import (

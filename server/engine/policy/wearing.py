@@ -20,7 +20,7 @@ from typing import NamedTuple, TypeVar
 
 from loraplex.adapters.front import Front
 from loraplex.adapters.positions import Span
-from loraplex.adapters.registry import AdapterVersion
+from loraplex.adapters.version import AdapterVersion
 from loraplex.server.engine.policy.prefix_cache import Turns
 
 NEVER = 1 << 62
