@@ -5,7 +5,7 @@ model.layers.N.output_adapters.adapters.NAME.adapter_up.{weight, bias}         -
 ...scaling                                           into up and up_bias: one number, or one for each output
 ...adapter_down.0.{W, W_left, W_right, phm_rule, b}  Compacter's sums of Kronecker products, made one matrix
 
-ReFT is read by reft_files.py; its LoRA, (IA)^3 and prefixes are other kinds and are not read here.
+ReFT is read by reft_files.py, its LoRA, (IA)^3 and prefixes by adapters_files.py.
 """
 
 from __future__ import annotations

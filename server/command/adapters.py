@@ -273,18 +273,22 @@ def convert(
     ] = 0,
     kind: Annotated[str | None, typer.Option(metavar="noreft|direft", help="Of a ReFT that is not orthogonal.")] = None,
     non_linearity: Annotated[str | None, typer.Option(metavar="NAME", help="Of a ReFT of pyreft: its act_fn.")] = None,
+    base: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Of a prefix: the base's folder.")] = None,
 ) -> None:
-    """Convert a bottleneck or ReFT of the [b]adapters[/b] library, or a ReFT of [b]pyreft[/b], to what is served.
+    """Convert an adapter of the [b]adapters[/b] library, or a ReFT of [b]pyreft[/b], to what is served.
+
+    Bottlenecks (Houlsby, Pfeiffer, parallel, Compacter), ReFT, LoRA, (IA)^3 and prefix tuning.
 
     Pickles are opened here, for tensors alone, and never by a server.
     """
     from loraplex.adapters.errors import AdapterRefused
     from loraplex.adapters.format.reft_files import Wishes
     from loraplex.server.command.convert import convert_folder
+    from loraplex.server.models.config import UnsupportedModel
 
     try:
-        config = convert_folder(folder, out, Wishes(positions, skip_last, kind, non_linearity))
-    except (AdapterRefused, OSError) as error:
+        config = convert_folder(folder, out, Wishes(positions, skip_last, kind, non_linearity), base)
+    except (AdapterRefused, UnsupportedModel, OSError) as error:
         give_up(str(error))
     print(f"{out}: {', '.join(f'{key} {value}' for key, value in config.items() if value is not None)}")
 

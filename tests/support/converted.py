@@ -31,6 +31,12 @@ def recorded(vectors: Path, case: str) -> tuple[dict[str, Any], dict[str, Tensor
         return json.loads(file.metadata()[case]), tensors
 
 
+def recorded_base(vectors: Path, family: str) -> Tensor:
+    """Return the base's logits."""
+    with safe_open(vectors, "pt") as file:
+        return file.get_tensor(f"{family}/base")
+
+
 def as_saved(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Those that the library wrote."""
     return {name: tensor for name, tensor in tensors.items() if name not in OUTCOME}

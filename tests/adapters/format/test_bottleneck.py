@@ -195,7 +195,7 @@ def test_a_pickle_of_tensors_is_converted_and_no_other(tmp_path: Path) -> None:
         ({"ln_before": True}, "unsupported_option", "layer norm"),
         ({"inv_adapter": "nice"}, "unsupported_option", "inv_adapter"),
         ({"non_linearity": "mish"}, "unsupported_option", "mish"),
-        ({"architecture": "lora"}, "unsupported_kind", "lora"),
+        ({"architecture": "union"}, "unsupported_kind", "union"),
         ({"phm_layer": True}, "missing_tensor", "adapter_down.0.W"),
         ({"scaling": "learned"}, "missing_tensor", "scaling"),
     ],

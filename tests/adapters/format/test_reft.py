@@ -23,7 +23,7 @@ from loraplex.server.engine.policy.wearing import worn_between
 from tests.adapters.format.record_bottlenecks import IDS
 from tests.adapters.format.record_reft import ADAPTERS_CASES, CASES, VECTORS
 from tests.support.adapter_folder import AdapterFolder
-from tests.support.converted import as_saved, harness_of, layout_of, place, recorded, served_base_of
+from tests.support.converted import as_saved, harness_of, layout_of, place, recorded, recorded_base, served_base_of
 from tests.support.harness import Harness
 from tests.support.harness_adapters import Mix, wearing
 from tests.support.refusals import refused
@@ -88,7 +88,7 @@ def test_logits_are_the_librarys(bases: dict[str, Path], tmp_path: Path, ops: Ba
     """Of a whole prompt beside one of the base, and of one in chunks; then what is drawn, token by token."""
     harness, folder = harness_of(bases[CASES[case]], ops), convert(case, tmp_path)
     tiles, wanted = place(harness, [folder]), recorded(VECTORS, case)[1]
-    base, where = recorded_base(case), positions_of(folder)
+    base, where = recorded_base(VECTORS, CASES[case]), positions_of(folder)
     assert float((wanted["logits"] - base).abs().max()) > 0.5
     whole, plain = harness.sequence(IDS), harness.sequence(IDS)
     segments = worn([(0, 0, len(IDS), where), (0, 0, len(IDS), None)], 1)
@@ -104,13 +104,6 @@ def test_logits_are_the_librarys(bases: dict[str, Path], tmp_path: Path, ops: Ba
         assert int(last[-1].argmax()) == token
         chunked.ids.append(token)
         [last] = harness.step([(chunked, 1)], wearing([(1, ())], num_decode=1), tiles)
-
-
-def recorded_base(case: str) -> Tensor:
-    from safetensors import safe_open
-
-    with safe_open(VECTORS, "pt") as file:
-        return file.get_tensor(f"{CASES[case]}/base")
 
 
 def test_one_batch_of_all(bases: dict[str, Path], tmp_path: Path, ops: Backend) -> None:
