@@ -59,7 +59,7 @@ class TileRows:
         if linears < num_rows:
             places = image_tiles[linears:, 1]
             _write_ranges(self._own.ranges_host.numpy()[slot], places, first + linears)
-            self._wearers[slot] = self._worn(int(places[0]), int(places[-1]), places)
+            self._wearers[slot] = self._worn(places)
         self._publish(slot, rows)
         return rows
 
@@ -109,11 +109,12 @@ class TileRows:
         assert self.table.own is not None, "it was made with one"
         return self.table.own
 
-    def _worn(self, first: int, last: int, places: NDArray[np.int32]) -> int:
-        """Return the bits of Own for ascending `places`, `first` to `last`."""
-        own = Own.NORM if first <= self._places.last_norm else 0
-        own |= Own.HEAD if last == self._places.head else 0
-        return int(own | (Own.EMBED if (places == self._places.embed).any() else 0))
+    def _worn(self, places: NDArray[np.int32]) -> int:
+        """Return the bits of Own for ascending `places`."""
+        embed, head = self._places.embed, self._places.head
+        own = Own.NORM if places[0] <= self._places.last_norm else 0
+        own |= Own.INPUT if places[-1] > head else 0
+        return int(own | sum(bit for bit, at in ((Own.EMBED, embed), (Own.HEAD, head)) if (places == at).any()))
 
     def _publish(self, slot: int, rows: slice) -> None:
         """Bring the device's copy up to date."""

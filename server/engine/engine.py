@@ -32,6 +32,7 @@ from loraplex.server.engine.policy.queue_limits import QueueLimits, Running
 from loraplex.server.engine.policy.rows import Worker
 from loraplex.server.engine.policy.scheduler import Scheduler
 from loraplex.server.engine.published import AdapterBooks, PublishedStats
+from loraplex.server.engine.renewing import Renewal, renewed
 from loraplex.server.engine.request import EngineDead, FinishReason, GenerationRequest, Mix, TokenEvent
 from loraplex.server.engine.stats import EngineStats
 from loraplex.server.engine.streams import EventStream, Mailbox, post
@@ -178,9 +179,13 @@ class Engine:
             tell(done, EngineDead(STOPPED))
         return done
 
-    def resume(self) -> None:
-        """Compute again. Whoever still waits for a pause need not wait any more."""
-        self._post(Resume())
+    def resume(self, renewal: Renewal | None = None) -> None:
+        """Compute again. Whoever still waits for a pause need not wait any more.
+
+        renewal: open requests go on under the versions that the names of their adapters point at by now, also where
+        nothing was paused; None: each ends on the versions that it began with.
+        """
+        self._post(Resume(renewal))
 
     @property
     def pace(self) -> Pace:
@@ -243,8 +248,10 @@ class Engine:
                     self._adapters.warm(version, partial(tell, done, None))
                 case Pause(keep, done):
                     self._pausing.stop(keep, done)
-                case Resume():
+                case Resume(renewal):
                     self._pausing.resume()
+                    if renewal is not None:
+                        self._renew(renewal)
                 case Stop():
                     return False
         if not self._pausing.holds_back:
@@ -259,6 +266,16 @@ class Engine:
             if self._coming and time.monotonic() > until:
                 self._halt.value = 1  # the others come in after the next step, which is one alone
                 break
+
+    def _renew(self, renewal: Renewal) -> None:
+        """Have open requests go on under what the names of their adapters point at by now."""
+        while self._coming:  # or some would be forgotten
+            self._scheduler.add(self._coming.pop(next(iter(self._coming))))
+        for request in self._scheduler.requests():
+            other = renewed(request)
+            if other is not None:
+                self._scheduler.renew(other, renewal is Renewal.KEEP)
+                self._requests.renew(other)
 
     def _ended(self, request_id: str) -> list[TokenEvent]:
         """The end of a request that nobody wants any more."""

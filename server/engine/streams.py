@@ -97,10 +97,10 @@ class EventStream:
         self._ended = event.finish is not None
         return event
 
-    def divert(self, shortcut: Shortcut) -> None:
+    def divert(self, shortcut: Shortcut | None) -> None:
         """From now on `shortcut` is asked first, on the loop's thread, whenever the consumer waits for an event.
 
-        It is not asked any more once the stream is closed.
+        None: nothing is. It is not asked any more once the stream is closed.
         """
         self._mailbox.shortcut = shortcut
 

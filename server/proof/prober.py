@@ -75,10 +75,7 @@ class Prober:
         """Answer greedily as the base and as `version`. Raises ProbeFailed, EngineError, AdapterError."""
         prompt = probe_ids(self._vocab_size, version.info.invocation)
         base = await self._answer(prompt, ())
-        lease = self._registry.lease(version.name)
-        if lease.version.uid != version.uid:
-            lease.release()
-            raise ProbeFailed("its name stands for another version by now")
+        lease = self._registry.lease_version(version.name, version.digest or "")  # this one, whatever it is named after
         return FusedAnswers(base, await self._answer(prompt, ((lease, 1.0),)), acts_of(version, prompt))
 
     async def _answer(self, prompt: tuple[int, ...], mix: Mix) -> FusedAnswer:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from loraplex.kernels.constants import ALIGN, BLOCK_SIZE
+from loraplex.kernels.constants import ALIGN, BLOCK_SIZE, PANEL
 from loraplex.kernels.hugepages import HUGE_PAGE
 from loraplex.kernels.records import element_bytes
 from loraplex.server.engine.policy.kv_groups import GroupSpec, group_layers, kv_groups, peak_pages
@@ -227,7 +227,10 @@ def scratch_bytes(
     hidden, inner, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
     if around.lean:
         # Workspace of the recorded step: results live until their last reader, six of the stream at once at most.
-        activations = tokens * (6 * hidden + 3 * q + 2 * kv + 3 * inner) * element
+        # Each width once more for an input that adapters turn, and projections whose outputs cut a panel.
+        cut = [p for p in config.projections() if p.out_start % PANEL or p.out_features % PANEL]
+        turned = hidden + q + inner + sum(p.out_features + 2 * PANEL for p in cut)
+        activations = tokens * (6 * hidden + 3 * q + 2 * kv + 3 * inner + turned) * element
         # A thread's own: attention's sums; rows widened to fp32 for the linears and for the adapters (kWidened, or a
         # block of rows where that is more, and half as much again: Scratch); sampling's candidates.
         activations += around.threads * ((5 << 19) + 1024 * max(hidden, inner, q) + 32 * vocab)

@@ -19,6 +19,8 @@ from loraplex.adapters.format import (
     c3a,
     deft,
     delora,
+    frod,
+    glora,
     gralora,
     hira,
     hra,
@@ -31,6 +33,7 @@ from loraplex.adapters.format import (
     poly,
     randlora,
     shira,
+    supertuning,
     tinylora,
     unilora,
     vblora,
@@ -75,6 +78,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "RANDLORA": OPTIONS,
     "OFT": {"oft_block_size": 16, "target_modules": QV, "init_weights": False},
     "BOFT": {"boft_block_size": 16, "target_modules": QV, "init_weights": False},
+    "SUPERTUNING": {"sparsity": 0.9, "r": 4, "target_modules": QV},
+    "FROD": {"target_modules": QV},
+    "GLORA": {"r": 4, "target_modules": QV},
 }
 CONFIGS: dict[str, tuple[str, Keys]] = {
     "ADALORA": ("AdaLoraConfig", adalora.KEYS),
@@ -102,8 +108,11 @@ CONFIGS: dict[str, tuple[str, Keys]] = {
     "RANDLORA": ("RandLoraConfig", randlora.KEYS),
     "OFT": ("OFTConfig", oft.KEYS),
     "BOFT": ("BOFTConfig", oft.BOFT_KEYS),
+    "SUPERTUNING": ("SupertuningConfig", supertuning.KEYS),
+    "FROD": ("FrodConfig", frod.KEYS),
+    "GLORA": ("GloraConfig", glora.KEYS),
 }
-WITHOUT_BIAS = ("LOHA", "LOKR", "BEFT", "OSF", "PEANUT", "POLY", "SHIRA", "HIRA")
+WITHOUT_BIAS = ("LOHA", "LOKR", "BEFT", "OSF", "PEANUT", "POLY", "SHIRA", "HIRA", "SUPERTUNING")
 """Kinds whose configs have no such option."""
 RANKS = {
     "OFT": "oft_block_size",
@@ -114,6 +123,7 @@ RANKS = {
     "C3A": "block_size",
     "BEFT": "",
     "OSF": "",
+    "FROD": "",
 }
 """What says the size of a module's tensors, where it is not r."""
 ANY_SIZE = ("SHIRA", "FOURIERFT", "WAVEFT", "C3A", "OFT", "BOFT")
@@ -330,11 +340,22 @@ def test_contradicting_configs(base: Any, tmp_path: Path, kind: str) -> None:
         ("OFT", {"peft_version": "0.17.1"}, "unsupported_option", "peft_version is \"0.17.1\""),
         ("OFT", {"peft_version": None}, "unsupported_option", "before 0.18"),
         ("OFT", {"r": 4}, "bad_config", "one of them 0"),
+        ("SUPERTUNING", {"sparsity": 1.0}, "bad_config", "sparsity is 1.0"),
+        ("SUPERTUNING", {"sparsity": 0.8}, "shape_mismatch", "supertuning_"),
+        ("SUPERTUNING", {"r": None}, "unmatched_tensor", "supertuning_lora_"),
+        ("SUPERTUNING", {"save_precomputed_indices": False}, "unsupported_option", "save_precomputed_indices"),
+        ("FROD", {"save_projection": False}, "unsupported_option", "save_projection"),
+        ("FROD", {"sparse_rate": 2.0}, "bad_config", "sparse_rate is 2.0"),
+        ("FROD", {"sparse_rate": 0.5}, "shape_mismatch", "frod_"),
+        ("GLORA", {"config_A_B": "full"}, "bad_config", "config_A_B"),
+        ("GLORA", {"config_A_B": "vector"}, "missing_tensor", "glora_A.X is missing"),
+        ("GLORA", {"bias": "all"}, "unsupported_option", "config_C and config_D_E"),
         ("OFT", {"oft_block_size": 0}, "bad_config", "one of them 0"),
         ("OFT", {"block_share": True}, "shape_mismatch", "oft_R"),
         ("OFT", {"coft": True, "eps": "x"}, "bad_config", "eps"),
         ("OFT", {"num_cayley_neumann_terms": 0}, "bad_config", "num_cayley_neumann_terms"),
-        ("BOFT", {"boft_n_butterfly_factor": 2}, "unsupported_option", "boft_n_butterfly_factor is 2"),
+        ("BOFT", {"boft_n_butterfly_factor": 4}, "bad_config", "boft_n_butterfly_factor is 4"),
+        ("BOFT", {"boft_n_butterfly_factor": 2}, "shape_mismatch", "boft_R"),
         ("BOFT", {"boft_block_size": 24}, "bad_config", "boft_block_size is 24"),
         ("BOFT", {"boft_block_size": 0, "boft_block_num": 5}, "bad_config", "boft_block_num is 5"),
         ("RANDLORA", {"randlora_alpha": None}, "bad_config", "randlora_alpha"),
@@ -434,8 +455,8 @@ def test_what_has_not_left_the_base_has_no_effect(base: Any, tmp_path: Path, kin
     [
         ("DEFT", {}),
         ("HIRA", {}),
-        ("OFT", {}),
-        ("BOFT", {}),
+        ("FROD", {}),
+        ("GLORA", {}),
         ("OSF", {}),
         ("PEANUT", {}),
         ("MISS", {"r": 8, "init_weights": "bat"}),
