@@ -21,13 +21,9 @@ from torch import Tensor
 
 from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.files.patterns import Matcher
-from loraplex.adapters.format import targets
+from loraplex.adapters.format.common import module_keys, read_common
 from loraplex.adapters.format.config import (
-    COMMON_NO_BEARING,
-    Keys,
     bad_config,
-    read_base_model,
-    read_biases,
     read_flag,
     read_number,
     unsupported,
@@ -47,19 +43,6 @@ V, INDICES, SIZE = "frod_V", "frod_s_indices", "frod_s_size"
 _LEAST = 1e-12
 """Of the length of a column of W V^-T; a shorter one is left zero."""
 
-KEYS = Keys(
-    used=frozenset(
-        {
-            *("peft_type", "base_model_name_or_path", "bias", "sparse_rate", "save_projection"),
-            *targets.TARGET_KEYS,
-            *targets.LAYER_KEYS,
-        }
-    ),
-    no_bearing=COMMON_NO_BEARING
-    | {"projection_prng_key", "frod_dropout", "fan_in_fan_out", "init_weights", "regularization_alpha"}
-    | {"progressbar", "runtime_offload_base_weight"},
-)
-
 
 @dataclass(frozen=True)
 class FrodConfig(AdapterConfig):
@@ -73,6 +56,13 @@ class Frod(ModuleKind[FrodConfig]):
 
     name = "frod"
     label = "FRoD"
+    keys = module_keys(
+        *("bias", "sparse_rate", "save_projection"),
+        no_bearing=(
+            *("projection_prng_key", "frod_dropout", "fan_in_fan_out", "init_weights", "regularization_alpha"),
+            *("progressbar", "runtime_offload_base_weight"),
+        ),
+    )
     leaves = (LAMBDA, VALUES)
     integer_leaves = frozenset(
         f"{kind}.{block}_{name}" for kind in (INDICES, SIZE) for block in ("self_attn", "mlp") for name in PEFT_ORDER
@@ -80,7 +70,7 @@ class Frod(ModuleKind[FrodConfig]):
     integers = True
 
     def read(self, raw: Mapping[str, Any]) -> FrodConfig:
-        KEYS.check(raw)
+        common = read_common(self, raw)
         if raw.get("save_projection") is not None and not read_flag(raw, "save_projection"):
             raise unsupported(
                 "save_projection is false: its basis hangs on the signs that its trainer's library gave to "
@@ -90,10 +80,7 @@ class Frod(ModuleKind[FrodConfig]):
         if not 0 <= rate <= 1:
             raise bad_config(f"sparse_rate is {rate}; expected from 0 to 1")
         return FrodConfig(
-            kind=self.name,
-            targets=targets.read_targets(raw, by_layer=True),
-            base_model=read_base_model(raw),
-            bias=read_biases(raw),
+            **common,
             rate=rate,
         )
 

@@ -20,13 +20,9 @@ from torch import Tensor
 
 from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.files.patterns import Matcher
-from loraplex.adapters.format import targets
+from loraplex.adapters.format.common import module_keys, read_common
 from loraplex.adapters.format.config import (
-    COMMON_NO_BEARING,
-    Keys,
     bad_config,
-    read_base_model,
-    read_biases,
     read_rank,
     shown,
     unsupported,
@@ -40,11 +36,6 @@ from loraplex.kernels.constants import TileKind
 
 PATHS = {"config_A_B": ("lora", "vector", "constant", "none"), "config_C": ("lora", "vector", "none")}
 PATHS["config_D_E"] = ("vector", "constant", "none")
-
-KEYS = Keys(
-    used=frozenset({"peft_type", "base_model_name_or_path", "bias", "r", *PATHS, *targets.TARGET_KEYS}),
-    no_bearing=COMMON_NO_BEARING | {"init_weights"},
-)
 
 
 @dataclass(frozen=True)
@@ -62,18 +53,16 @@ class Glora(ModuleKind[GloraConfig]):
 
     name = "glora"
     label = "GLoRA"
+    keys = module_keys("bias", "r", *PATHS, no_bearing=("init_weights",), by_layer=False)
     leaves = tuple(f"glora_{path}.{leaf}" for path in "ABCDE" for leaf in ("Xd", "Xu", "X", "zeros"))
 
     def read(self, raw: Mapping[str, Any]) -> GloraConfig:
-        KEYS.check(raw)
+        common = read_common(self, raw)
         for key, known in PATHS.items():
             if raw.get(key, known[0]) not in known:
                 raise bad_config(f"{key} is {shown(raw[key])}; expected {', '.join(known)}")
         config = GloraConfig(
-            kind=self.name,
-            targets=targets.read_targets(raw, by_layer=False),
-            base_model=read_base_model(raw),
-            bias=read_biases(raw),
+            **common,
             rank=read_rank(raw.get("r", 8), "r"),
             weight=raw.get("config_A_B", "lora"),
             product=raw.get("config_C", "lora"),

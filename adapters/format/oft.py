@@ -94,6 +94,7 @@ class Oft(ModuleKind[OftConfig]):
 
     name = "oft"
     label = "OFT"
+    keys = KEYS
     leaves = (LEAF,)
 
     def read(self, raw: Mapping[str, Any]) -> OftConfig:
@@ -147,6 +148,7 @@ class Boft(ModuleKind[BoftConfig]):
 
     name = "boft"
     label = "BOFT"
+    keys = BOFT_KEYS
     leaves = (R, S)
 
     def read(self, raw: Mapping[str, Any]) -> BoftConfig:

@@ -16,12 +16,9 @@ from typing import Any
 import torch
 
 from loraplex.adapters.files.patterns import Matcher
-from loraplex.adapters.format import targets
+from loraplex.adapters.format.common import module_keys, read_common
 from loraplex.adapters.format.config import (
-    COMMON_NO_BEARING,
-    Keys,
     bad_config,
-    read_base_model,
     read_flag,
     read_number,
     read_rank,
@@ -38,16 +35,6 @@ from loraplex.kernels.constants import TileKind
 VALUES, INDICES = "supertuning_values", "supertuning_indices"
 A, B = "supertuning_lora_A.weight", "supertuning_lora_B.weight"
 
-KEYS = Keys(
-    used=frozenset(
-        {
-            *("peft_type", "base_model_name_or_path", "sparsity", "r", "lora_alpha", "save_precomputed_indices"),
-            *targets.TARGET_KEYS,
-        }
-    ),
-    no_bearing=COMMON_NO_BEARING | {"select_top", "lora_dropout", "init_weights"},
-)
-
 
 @dataclass(frozen=True)
 class SupertuningConfig(AdapterConfig):
@@ -63,12 +50,17 @@ class Supertuning(ModuleKind[SupertuningConfig]):
 
     name = "supertuning"
     label = "Super-Tuning"
+    keys = module_keys(
+        *("sparsity", "r", "lora_alpha", "save_precomputed_indices"),
+        no_bearing=("select_top", "lora_dropout", "init_weights"),
+        by_layer=False,
+    )
     leaves = (VALUES, INDICES, A, B)
     integer_leaves = frozenset({INDICES})
     integers = True
 
     def read(self, raw: Mapping[str, Any]) -> SupertuningConfig:
-        KEYS.check(raw)
+        common = read_common(self, raw)
         if raw.get("save_precomputed_indices") is not None and not read_flag(raw, "save_precomputed_indices"):
             raise unsupported(
                 "save_precomputed_indices is false: which elements were trained hangs on how equal magnitudes were "
@@ -80,9 +72,7 @@ class Supertuning(ModuleKind[SupertuningConfig]):
         rank = read_rank(raw["r"], "r") if raw.get("r") is not None else 0
         alpha = raw.get("lora_alpha")
         return SupertuningConfig(
-            kind=self.name,
-            targets=targets.read_targets(raw, by_layer=False),
-            base_model=read_base_model(raw),
+            **common,
             sparsity=sparsity,
             rank=rank,
             scaling=0.0 if not rank else 2.0 if alpha is None else read_number(alpha, "lora_alpha") / rank,

@@ -95,41 +95,41 @@ class MemoryPlan:
 
     @property
     def total_bytes(self) -> int:
-        """Of the memory the plan is about: the process's whole on the CPU, the device's on a GPU."""
+        """Sum the memory the plan is about: the process's whole on the CPU, the device's on a GPU."""
         device = self.weights_bytes + self.arena_bytes + self.scratch_bytes
         return device + self.host_bytes if self.shared else device
 
     @property
     def host_bytes(self) -> int:
-        """Process and host store."""
+        """Sum process and host store."""
         return self.process_bytes + self.host_store_bytes
 
     @property
     def loading_bytes(self) -> int:
-        """Of the host store, for loads under way: files, and images that are being made."""
+        """Return the host store's bytes for loads under way: files, and images that are being made."""
         return self.host_store_bytes // 2
 
     @property
     def images_bytes(self) -> int:
-        """Of the host store, for images that are ready."""
+        """Return the host store's bytes for images that are ready."""
         return self.host_store_bytes - self.loading_bytes
 
     @property
     def kv_tokens(self) -> int:
-        """Tokens of KV that the arena holds without adapters, in sequences of full length."""
+        """Count the tokens of KV that the arena holds without adapters, in sequences of full length."""
         pages = peak_pages(self.groups, BLOCK_SIZE, self.max_model_len, BLOCK_SIZE)
         return self.num_pages * self.max_model_len // pages
 
     @property
     def typical_adapters(self) -> int:
-        """Adapters of TYPICAL_RANK on every linear that the arena holds without KV."""
+        """Count the adapters of TYPICAL_RANK on every linear that the arena holds without KV."""
         return self.num_pages // self.typical_pages
 
     def __str__(self) -> str:
         return ", ".join(f"{name} {size(nbytes)}" for name, nbytes, _ in self.parts()) + f": {size(self.total_bytes)}"
 
     def parts(self) -> list[tuple[str, int, str]]:
-        """(name, bytes, remark) of each part, in the order of the module's picture."""
+        """List (name, bytes, remark) of each part, in the order of the module's picture."""
         rank = f"adapters of rank {TYPICAL_RANK} on all linears"
         arena = (
             f"{self.num_pages:,} pages of {size(self.page_bytes)}: {self.kv_tokens:,} tokens of KV or "
@@ -206,7 +206,7 @@ def plan_memory(
 
 
 def page_bytes(config: ModelConfig, dtype: torch.dtype, groups: tuple[GroupSpec, ...]) -> int:
-    """One size for all pages: a KV page, or more where an adapter's rows are longer (tiny models, narrow caches)."""
+    """Choose one size for all pages: a KV page, or more where an adapter's rows are longer (tiny models)."""
     element = element_bytes(dtype)
     kv_page = group_layers(groups) * 2 * config.num_kv_heads * BLOCK_SIZE * config.head_dim * element
     # plan_image() keeps to one page beyond the bytes if a row of A and its share of B fit in a page.
@@ -221,7 +221,7 @@ def scratch_bytes(
     demand: Demand,
     around: Surroundings = Surroundings(),
 ) -> int:
-    """The most that a step holds beside weights and arena: activations, angles, tables, logits and their sampling."""
+    """Bound what a step holds beside weights and arena: activations, angles, tables, logits and their sampling."""
     tokens, element = demand.token_budget, element_bytes(dtype)
     q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     hidden, inner, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
@@ -254,12 +254,12 @@ def scratch_bytes(
 
 
 def logit_rows(vocab_size: int) -> int:
-    """Rows of logits computed at once."""
+    """Count the rows of logits computed at once."""
     return max(1, min(LOGIT_ROWS, LOGIT_BYTES // (vocab_size * 4)))
 
 
 def size(nbytes: int) -> str:
-    """Bytes for people."""
+    """Write bytes for people."""
     for unit, power in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
         if abs(nbytes) >= 1 << power:
             return f"{nbytes / (1 << power):.4g} {unit}"
@@ -289,13 +289,13 @@ def _too_little(budget: int, fixed: int, sequence: int, length: int, weights: in
 
 
 def _typical_pages(config: ModelConfig, dtype: torch.dtype, page: int) -> int:
-    """Pages of an adapter of TYPICAL_RANK on every linear."""
+    """Count the pages of an adapter of TYPICAL_RANK on every linear."""
     elements = sum(p.in_features + p.out_features for p in config.projections()) * TYPICAL_RANK * config.num_layers
     return -(-elements * element_bytes(dtype) // page) + 1
 
 
 def _largest(fits: Callable[[int], bool], limit: int) -> int:
-    """The largest length up to `limit` that fits; 0 for none."""
+    """Find the largest length up to `limit` that fits; 0 for none."""
     low, high = 0, limit
     while low < high:
         middle = (low + high + 1) // 2

@@ -374,20 +374,6 @@ def test_inits_that_leave_the_base_alone(bases: dict[str, Any], tmp_path: Path, 
         assert torch.equal(module.base_layer.weight, bases["llama"].get_submodule(name).weight)
 
 
-def test_every_option_of_this_peft_is_decided() -> None:
-    """A new option of LoraConfig must be looked at: is it used, without bearing on inference, or to be refused?"""
-    from dataclasses import fields
-
-    from peft import LoraConfig
-
-    from loraplex.adapters.format.lora_config import KEYS
-
-    known = KEYS.used | KEYS.no_bearing | KEYS.unsupported.keys()
-    assert {field.name for field in fields(LoraConfig)} <= known
-    assert not KEYS.used & KEYS.no_bearing
-    assert not KEYS.unsupported.keys() & (KEYS.used | KEYS.no_bearing)
-
-
 def test_recipes_of_training_are_ordinary_files(bases: dict[str, Any], tmp_path: Path) -> None:
     """LoRA+, LoRA-FA and LoRA-Pro are optimisers: at most their numbers are in the config, and the file is LoRA's."""
     base = bases["llama"]
