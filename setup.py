@@ -51,8 +51,8 @@ class BuildKernels(build_ext):
 
 
 PARTS = (
-    *("vec", "records", "linear", "packing", "numbers", "quant4", "quant8", "exact", "quantised", "rowwise"),
-    *("sampling", "tiles", "bgmv", "sgmv", "own", "kv_pages", "attention"),
+    *("vec", "records", "linear", "packing", "numbers", "quant4", "quant8", "exact", "quantised", "own_table"),
+    *("rowwise", "sampling", "tiles", "bgmv", "sgmv", "own", "kv_pages", "attention"),
 )
 LOADING = ("adapters/image/packing.cpp", "adapters/image/hashing.cpp")
 HEADERS = [*(f"{FOLDER}/{part}.h" for part in PARTS), "adapters/image/background.h", "kernels/constants.py"]

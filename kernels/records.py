@@ -16,7 +16,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from loraplex.kernels.constants import OWN_NORMS
+from loraplex.kernels.constants import OWN_NORMS, QUERY_NORM
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,10 @@ class OwnPlaces:
         """Return the place of the norm `index` of `layer`, below OWN_NORMS."""
         return layer * OWN_NORMS + index
 
+    def of_heads(self, place: int) -> bool:
+        """Tell whether the norm at `place` is of query or key heads."""
+        return place < self.last_norm and place % OWN_NORMS >= QUERY_NORM
+
     @property
     def last_norm(self) -> int:
         return self.num_layers * OWN_NORMS
@@ -70,7 +74,8 @@ class OwnTable:
 
     Their tiles have TileKind.OWN: rows out_start .. out_start + n - 1 are arena[a_off * 64 :] as [n, in_len], sorted by
     out_start. A norm is one row of fp32; rows of the embedding are in stream scale (Gemma's scale is in them), rows of
-    the head as they are, both in the compute dtype. Whoever has such rows is worn alone, with weight 1.
+    the head as they are, both in the compute dtype. Whoever has such rows is worn alone, with weight 1. `wearers` knows
+    those with low-rank changes of the tables too (TableSite), which mix as others do.
     """
 
     ranges: Tensor  # [num_slots, OwnPlaces.count, 2] int32: first and past-the-last row of TileTable.tiles
@@ -81,6 +86,8 @@ class OwnTable:
 @dataclass(frozen=True)
 class TileTable:
     """Where the tiles of every resident adapter lie: a CSR over (slot, layer, site).
+
+    Behind the base's layers one more stands for its tables, whose sites are TableSite's.
 
     A row of `tiles` is (a_off, b_off, n, out_start, out_len, kind, in_start, in_len), offsets in units of ALIGN bytes:
         LOW_RANK  A = arena[a_off * 64 :] as [n, in_len] of the compute dtype, row major, for x's columns [in_start,
@@ -96,11 +103,16 @@ class TileTable:
     A may be followed by its B on another page.
     """
 
-    ranges: Tensor  # [num_slots, num_layers, num_sites, 2] int32: first and past-the-last row of `tiles`
+    ranges: Tensor  # [num_slots, num_layers + 1, num_sites, 2] int32: first and past-the-last row of `tiles`
     tiles: Tensor  # [capacity, TILE_COLUMNS] int32
     ranges_host: Tensor  # the same on the host (the same object on CPU)
     tiles_host: Tensor
     own: OwnTable | None = None  # None: no adapter has rows of its own
+
+    @property
+    def num_layers(self) -> int:
+        """Of the base: the number, too, of the layer that stands for its tables."""
+        return self.ranges_host.shape[1] - 1
 
 
 @dataclass(frozen=True)
@@ -133,7 +145,7 @@ class AdapterStep:
 
     @cached_property
     def own(self) -> int:
-        """Return what its tokens have rows of their own for: bits of Own."""
+        """Return what its tokens' adapters act on outside the layers' linears: bits of Own."""
         own = self.table.own
         if own is None or not own.wearers:
             return 0
@@ -152,6 +164,7 @@ class QKNorm:
     k: Tensor  # [head_dim]
     eps: float
     offset: float  # as of Backend.rms_norm
+    place: int = -1  # of OwnPlaces, of q's norm; k's is the next. -1: adapters have none of their own
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.image.placement import PartPlace, RowPlacement, Strip, padded, place_rows
-from loraplex.kernels.constants import ALIGN, TILE_COLUMNS, TILE_RANKS, Function, Source, TileKind
+from loraplex.kernels.constants import ALIGN, TILE_COLUMNS, TILE_RANKS, Function, Source, TableSite, TileKind
 from loraplex.kernels.hugepages import huge_zeros
 from loraplex.kernels.records import OwnPlaces, Projection, element_bytes
 
@@ -43,7 +43,7 @@ class BaseLayout:
     @property
     def num_sites(self) -> int:
         """Of a layer."""
-        return max(projection.site for projection in (*self.projections, *self.blocks)) + 1
+        return max(len(TableSite), *(projection.site + 1 for projection in (*self.projections, *self.blocks)))
 
 
 @dataclass(frozen=True)
@@ -88,9 +88,24 @@ class OwnRows:
     `projection` says which, see own_projection().
     """
 
-    layer: int  # the base's num_layers: behind all of them
+    layer: int  # own_layer()
     projection: Projection
     rows: Tensor  # [n, width]; norms are kept in fp32, rows of tables in the compute dtype
+
+
+def table_layer(num_layers: int) -> int:
+    """Return the layer that parts of the base's tables have: LowRank at the sites of TableSite."""
+    return num_layers
+
+
+def own_layer(num_layers: int) -> int:
+    """Return the layer that OwnRows have."""
+    return num_layers + 1
+
+
+def table_projection(name: str, site: TableSite, hidden: int, rows: int) -> Projection:
+    """Describe a table of `rows` rows, as a linear from hidden state to tokens."""
+    return Projection(name, site, hidden, 0, rows, False)
 
 
 def own_projection(name: str, place: int, first: int, rows: int, width: int) -> Projection:
@@ -248,7 +263,7 @@ def shape_of(part: Part) -> PartShape:
 
 def own_shape(num_layers: int, projection: Projection) -> PartShape:
     """Return the shape of OwnRows."""
-    return PartShape(num_layers, projection, projection.out_features, TileKind.OWN)
+    return PartShape(own_layer(num_layers), projection, projection.out_features, TileKind.OWN)
 
 
 def _order(shape: PartShape) -> tuple[int, int, int, int]:
@@ -265,8 +280,8 @@ def _check(parts: Sequence[Part], layout: BaseLayout) -> None:
             if part.rows.shape != (projection.out_features, projection.in_features):
                 raise ValueError(f"{projection.name}: rows of shape {list(part.rows.shape)}")
             continue
-        if not 0 <= part.layer < layout.num_layers:
-            raise ValueError(f"{where}: the base has layers 0 to {layout.num_layers - 1}")
+        if not 0 <= part.layer <= table_layer(layout.num_layers):
+            raise ValueError(f"{where}: the base has layers 0 to {layout.num_layers - 1}, and tables behind them")
         if isinstance(part, Bottleneck):
             continue  # its A says how many there are
         if isinstance(part, BiasDelta | OutputScale):
@@ -382,4 +397,4 @@ def _tiles(
 
 
 def _is_norm(shape: PartShape) -> bool:
-    return shape.kind == TileKind.OWN and shape.projection.site <= OwnPlaces(shape.layer).last_norm
+    return shape.kind == TileKind.OWN and shape.projection.site <= OwnPlaces(shape.layer - own_layer(0)).last_norm

@@ -117,7 +117,7 @@ class OpenContent:
     card: Card
     module_map: ModuleMap
     names: frozenset[str]  # of all tensors in the file
-    parts: Callable[[], Iterable[Part]]  # made anew at each call
+    parts: Callable[[], Iterable[Part]]  # of the layers' linears, made anew at each call
 
 
 class AdapterReader:
@@ -206,8 +206,11 @@ class AdapterReader:
                 card=card,
                 module_map=module_map,
                 names=frozenset(self._parse_header(files.head, KINDS[module_map.config.kind].integers)),
-                parts=lambda: make_parts(module_map, (), tensors, self._base, throttle),
+                parts=lambda: self._of_linears(make_parts(module_map, (), tensors, self._base, throttle)),
             )
+
+    def _of_linears(self, parts: Iterable[Part]) -> Iterator[Part]:
+        return (part for part in parts if part.layer < self._base.layout.num_layers)
 
     def _place(self, source: str) -> _Place:
         return _Place(self._locate(source), roots_of(source))
@@ -309,7 +312,7 @@ class AdapterReader:
                 num_tiles=most_tiles(shapes, layout, plan.num_pages),
                 kind=module_map.kind,
                 tokens=added_tokens(module_map.own, self._base.outside),
-                alone=" and ".join(dict.fromkeys(tensor.short for tensor in module_map.own)),
+                alone=" and ".join(dict.fromkeys(tensor.short for tensor in module_map.own if not tensor.frozen)),
                 invocation=config.invocation,
                 front=front,
             )
@@ -322,7 +325,7 @@ class AdapterReader:
     def _pages(self, module_map: ModuleMap, most: int) -> int:
         """Bound an adapter's pages. A whole table may turn out to be the base's own but for a few rows: no more pages
         are planned for it than there can be, and if it needs them the image is refused."""
-        if most <= self._max_pages or all(tensor.ids is not None for tensor in module_map.own):
+        if most <= self._max_pages or all(tensor.ids is not None or tensor.frozen for tensor in module_map.own):
             return most
         return max(self._max_pages, plan_image(module_map.shapes, self._base.layout).num_pages)
 
