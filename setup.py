@@ -10,7 +10,13 @@ from setuptools.command.build_ext import build_ext
 
 FOLDER = "kernels/cpu"
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"]
-X86 = {"avx2": ["-mavx2", "-mfma", "-mf16c"], "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512bf16", "-mavx512vnni"]}
+AVX512_BF16 = [*AVX512, "-mavx512bf16", "-mavx512vnni"]
+X86 = {
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": AVX512,
+    "avx512bf16": AVX512_BF16,
+    "amx": [*AVX512_BF16, "-mamx-tile", "-mamx-bf16", "-mamx-int8"],
+}
 ARM = {"neonbf16": ["-march=armv8.2-a+bf16"]}
 ISAS = {"generic": [], **{"x86_64": X86, "aarch64": ARM}.get(platform.machine(), {})}
 # No standard-library templates cross instruction sets (vec.h says why), so no exceptions and no RTTI either.
@@ -51,8 +57,8 @@ class BuildKernels(build_ext):
 
 
 PARTS = (
-    *("vec", "records", "linear", "packing", "numbers", "quant4", "quant8", "exact", "quantised", "own_table"),
-    *("rowwise", "sampling", "tiles", "bgmv", "sgmv", "own", "kv_pages", "attention"),
+    *("vec", "amx", "records", "linear", "packing", "inputs", "numbers", "quant4", "quant8", "exact", "quantised"),
+    *("own_table", "rowwise", "sampling", "tiles", "bgmv", "sgmv", "own", "kv_pages", "attention"),
 )
 LOADING = ("adapters/image/packing.cpp", "adapters/image/hashing.cpp")
 HEADERS = [*(f"{FOLDER}/{part}.h" for part in PARTS), "adapters/image/background.h", "kernels/constants.py"]

@@ -13,87 +13,14 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
-from types import TracebackType
 
 from loraplex.adapters.errors import AdapterExists, AdapterNotFound, AdapterRefused, InvalidAdapterName, VersionUnclear
-from loraplex.adapters.files.beneath import shown
 from loraplex.adapters.info import AdapterInfo
 from loraplex.adapters.names import check_name
 from loraplex.adapters.refusals import Refusals
+from loraplex.adapters.version import AdapterLease, AdapterVersion, Known
 
 logger = logging.getLogger(__name__)
-
-
-class _Known:
-    """Hold a version's info, which gains the digest when the files are read first."""
-
-    __slots__ = ("info",)
-
-    def __init__(self, info: AdapterInfo) -> None:
-        self.info = info
-
-
-@dataclass(frozen=True)
-class AdapterVersion:
-    """Identify one immutable content of an adapter, as registered under a name."""
-
-    name: str
-    uid: int  # never reused, also when the name is
-    source: str  # as sources.parse_source() has it
-    created: int  # unix seconds
-    _known: _Known = field(repr=False, compare=False)
-    given: str = ""  # where it came from, if `source` is a copy
-
-    @property
-    def info(self) -> AdapterInfo:
-        """Return the facts the version was registered with, and the digest once the digest is known."""
-        return self._known.info
-
-    @property
-    def digest(self) -> str | None:
-        """Return the digest of the files' content: None until the first load (Registry.identify), then always the same.
-
-        Two names may share a digest. Device, host memory and prefix cache are keyed by the digest.
-        """
-        return self._known.info.digest
-
-    @property
-    def origin(self) -> str:
-        """Return where it came from, as messages and listings show it."""
-        return shown(self.given or self.source)
-
-
-class AdapterLease:
-    """Hold the right to run one version until `release()`. Registry.lease makes leases; a `with` block releases one."""
-
-    __slots__ = ("_registry", "_released", "exact", "version")
-
-    def __init__(self, registry: Registry, version: AdapterVersion, *, exact: bool = False) -> None:
-        self.version = version
-        self.exact = exact  # this very version was asked for, not whichever the name points at
-        self._registry = registry
-        self._released = False  # guarded by the registry's lock
-
-    def release(self) -> None:
-        """Give the lease back. Further calls do nothing. The call may run `on_drained` in its own thread."""
-        self._registry._release(self)
-
-    def share(self) -> AdapterLease:
-        """Make a further lease of the same version, also when the name points at another version by now.
-
-        Raises ValueError when this lease is released already.
-        """
-        return self._registry._share(self)
-
-    def __enter__(self) -> AdapterLease:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self.release()
-
-    def __repr__(self) -> str:
-        return f"AdapterLease({self.version.name!r}, uid={self.version.uid})"
 
 
 class Registry:
@@ -153,9 +80,7 @@ class Registry:
     def identify(self, version: AdapterVersion, digest: str) -> bool:
         """Settle the digest of `version`, unless it is settled. Return whether `version` stands for `digest` now."""
         with self._lock:
-            if version.digest is None:
-                version._known.info = replace(version.info, digest=digest)
-            return version.digest == digest
+            return version.settle(digest)
 
     def renew(self, old: AdapterVersion, info: AdapterInfo) -> AdapterVersion | None:
         """Point the name of `old`, whose source holds other content by now, at a new version; `old` drains.
@@ -201,6 +126,28 @@ class Registry:
             (version,) = found.values()
             self._leases[version.uid] += 1
             return AdapterLease(self, version, exact=True)
+
+    def share(self, lease: AdapterLease) -> AdapterLease:
+        """Make a further lease of the version of `lease`. Raises ValueError when `lease` is released."""
+        with self._lock:
+            if lease.is_released:
+                raise ValueError(f"{lease!r} is released and cannot be shared")
+            self._leases[lease.version.uid] += 1
+            return AdapterLease(self, lease.version, exact=lease.exact)
+
+    def end(self, lease: AdapterLease) -> None:
+        """Count `lease` as released, once. The call may run `on_drained`."""
+        drained = None
+        with self._lock:
+            if lease.is_released:
+                return
+            lease.is_released = True
+            uid = lease.version.uid
+            self._leases[uid] -= 1
+            self._used[uid] = time.monotonic()
+            if self._leases[uid] == 0 and uid in self._draining and uid not in self._kept:
+                drained = self._drain(uid)
+        self._notify(drained)
 
     def versions(self, name: str) -> tuple[AdapterVersion, ...]:
         """List the versions of `name` that can be leased, the one it points at first, then the latest first."""
@@ -329,7 +276,7 @@ class Registry:
         return version, self._retire(old) if old is not None else None
 
     def _new(self, name: str, source: str, info: AdapterInfo, origin: str) -> AdapterVersion:
-        version = AdapterVersion(name, self._next_uid, source, int(time.time()), _Known(info), origin)
+        version = AdapterVersion(name, self._next_uid, source, int(time.time()), Known(info), origin)
         self._next_uid += 1
         self._leases[version.uid] = 0
         self._used[version.uid] = time.monotonic()
@@ -344,26 +291,6 @@ class Registry:
         del self._leases[uid]
         self._used.pop(uid, None)
         return self._draining.pop(uid)
-
-    def _release(self, lease: AdapterLease) -> None:
-        drained = None
-        with self._lock:
-            if lease._released:
-                return
-            lease._released = True
-            uid = lease.version.uid
-            self._leases[uid] -= 1
-            self._used[uid] = time.monotonic()
-            if self._leases[uid] == 0 and uid in self._draining and uid not in self._kept:
-                drained = self._drain(uid)
-        self._notify(drained)
-
-    def _share(self, lease: AdapterLease) -> AdapterLease:
-        with self._lock:
-            if lease._released:
-                raise ValueError(f"{lease!r} is released and cannot be shared")
-            self._leases[lease.version.uid] += 1
-            return AdapterLease(self, lease.version, exact=lease.exact)
 
     def _notify(self, drained: AdapterVersion | None) -> None:
         if drained is None or self.on_drained is None:

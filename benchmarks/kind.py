@@ -11,7 +11,14 @@ from typing import Any
 
 from loraplex.benchmarks.provenance import cpu_lines
 
-SETS = {"avx512bf16": "AVX-512 BF16", "avx512": "AVX-512", "avx2": "AVX2", "neonbf16": "NEON BF16", "neon": "NEON"}
+SETS = {
+    "amx": "AMX",
+    "avx512bf16": "AVX-512 BF16",
+    "avx512": "AVX-512",
+    "avx2": "AVX2",
+    "neonbf16": "NEON BF16",
+    "neon": "NEON",
+}
 """The kernels' instruction sets as people call them; others as the kernels do."""
 
 _ZEN = {  # family and first model: AMD's order of models is not that of their ages

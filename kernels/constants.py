@@ -23,7 +23,7 @@ BLOCK_SIZE = 16
 """Tokens in a KV page."""
 
 
-class Source(IntEnum):
+class BlockInput(IntEnum):
     """What the A of an activated tile is multiplied by."""
 
     BRANCH = 0  # x

@@ -29,6 +29,10 @@ M_ARENA_MAX = -8
 """malloc.h's."""
 
 
+READING_THREADS = 3
+"""Of the tokenizers library: two short texts and a long one are read at a time (text/fair_pool.py)."""
+
+
 class StartError(Exception):
     """The server cannot start; the message is one line that says why and what to do."""
 
@@ -40,13 +44,14 @@ def prepare_environment(environ: MutableMapping[str, str]) -> None:
     """Settings that libraries read when they are loaded: call before torch is imported. The user's own are kept.
 
     Waiting OpenMP threads sleep: spinning, they would take the cores from the API's thread and, in containers, from
-    the quota. tokenizers gets no pool of its own beside torch's.
+    the quota. The threads of tokenizers are rayon's.
     """
     settings = {
         "OMP_NUM_THREADS": str(usable_cpus()),
         "OMP_WAIT_POLICY": "passive",
         "GOMP_SPINCOUNT": "0",
-        "TOKENIZERS_PARALLELISM": "false",
+        "TOKENIZERS_PARALLELISM": "true",
+        "RAYON_NUM_THREADS": str(READING_THREADS),
     }
     for name, value in settings.items():
         environ.setdefault(name, value)

@@ -21,8 +21,8 @@ ROOT = Path(__file__).parent.parent
 PARTS = ("server", "kernels", "adapters", "benchmarks")
 
 LEAVES = (
-    *("server.options", "server.config", "server.config_access", "server.config_adapters", "server.facts"),
-    *("server.version", "server.whole_file", "server.drain", "server.address_space"),
+    *("server.options", "server.config", "server.config_access", "server.config_adapters", "server.config_engine"),
+    *("server.facts", "server.version", "server.whole_file", "server.drain", "server.address_space"),
 )
 """Files of server/ itself that folders below it use."""
 

@@ -29,8 +29,9 @@ from loraplex.adapters.format.config import (
 )
 from loraplex.adapters.format.kind import AdapterConfig
 from loraplex.adapters.format.lora_config import KEYS as LORA_KEYS
-from loraplex.adapters.format.module_kind import Making, ModuleKind, Shapes, Wanted
+from loraplex.adapters.format.module_kind import Making, ModuleKind
 from loraplex.adapters.format.modules import FoundModule
+from loraplex.adapters.format.wanted import Shapes, Wanted
 from loraplex.adapters.image.tiles import Part
 
 _EPSILON = 1e-5

@@ -13,8 +13,9 @@ from loraplex.adapters.files.patterns import Matcher
 from loraplex.adapters.format import targets
 from loraplex.adapters.format.config import COMMON_NO_BEARING, Keys, read_base_model
 from loraplex.adapters.format.kind import AdapterConfig
-from loraplex.adapters.format.module_kind import Making, ModuleKind, Wanted
+from loraplex.adapters.format.module_kind import Making, ModuleKind
 from loraplex.adapters.format.modules import FoundModule
+from loraplex.adapters.format.wanted import Wanted
 from loraplex.adapters.image.tiles import BiasDelta, Part
 from loraplex.kernels.constants import TileKind
 

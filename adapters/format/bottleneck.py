@@ -26,12 +26,12 @@ from loraplex.adapters.format.modules import FoundModule, LeafNames, last_names,
 from loraplex.adapters.format.targets import Targets
 from loraplex.adapters.format.values import check_finite, check_rounded, make_bias, no_effect
 from loraplex.adapters.image.tiles import BaseLayout, Bottleneck, LowRank, Part, PartShape
-from loraplex.kernels.constants import Function, Source, TileKind
+from loraplex.kernels.constants import BlockInput, Function, TileKind
 
 DOWN, DOWN_BIAS, UP, UP_BIAS = LEAVES = ("down", "down_bias", "up", "up_bias")
 
 FUNCTIONS = {member.name.lower(): member for member in Function}
-SOURCES = {member.name.lower(): member for member in Source}
+SOURCES = {member.name.lower(): member for member in BlockInput}
 
 KEYS = Keys(
     used=frozenset({"peft_type", "base_model_name_or_path", "non_linearity", "source"}),
@@ -52,7 +52,7 @@ class BottleneckConfig(AdapterConfig):
     """What inference needs of a bottleneck adapter's config."""
 
     function: Function
-    source: Source
+    source: BlockInput
 
 
 class Bottlenecks(AdapterKind[BottleneckConfig]):

@@ -27,8 +27,9 @@ from loraplex.adapters.format.config import (
     unsupported,
 )
 from loraplex.adapters.format.kind import AdapterConfig, AdapterModule
-from loraplex.adapters.format.module_kind import Making, ModuleKind, Wanted
+from loraplex.adapters.format.module_kind import Making, ModuleKind
 from loraplex.adapters.format.modules import FoundModule
+from loraplex.adapters.format.wanted import Wanted
 from loraplex.adapters.image.tiles import Part
 
 P, R = "deft_P", "deft_R"

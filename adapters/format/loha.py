@@ -26,8 +26,9 @@ from loraplex.adapters.format.config import (
     read_ranks,
 )
 from loraplex.adapters.format.kind import AdapterConfig
-from loraplex.adapters.format.module_kind import Making, ModuleKind, Wanted
+from loraplex.adapters.format.module_kind import Making, ModuleKind
 from loraplex.adapters.format.modules import FoundModule
+from loraplex.adapters.format.wanted import Wanted
 from loraplex.adapters.image.tiles import Part
 
 KEYS = Keys(

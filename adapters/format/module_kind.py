@@ -15,19 +15,14 @@ from typing import ClassVar, Generic, TypeVar
 
 from torch import Tensor
 
-from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.files.patterns import Matcher
-from loraplex.adapters.format.adapter_files import WEIGHTS_FILE
 from loraplex.adapters.format.config import unsupported
 from loraplex.adapters.format.header import TensorInfo
 from loraplex.adapters.format.kind import AdapterConfig, AdapterKind, AdapterModule, ModuleMap, ServedBase, Throttle
 from loraplex.adapters.format.modules import (
-    SHARED_PREFIX,
     FoundModule,
-    FoundModules,
     LeafNames,
     last_names,
-    likely_base,
     match_tensors,
     wrong_shape,
 )
@@ -35,7 +30,7 @@ from loraplex.adapters.format.targets import PATTERN_SECONDS, find_targets
 from loraplex.adapters.format.trained_biases import BIAS, bias_parts, bias_shapes, take_biases
 from loraplex.adapters.format.trained_biases import LEAVES as BIAS_LEAVES
 from loraplex.adapters.format.values import cancels, check_finite, check_rounded, no_effect
-from loraplex.adapters.format.windows import Window
+from loraplex.adapters.format.wanted import Shapes, Wanted, check_complete, check_dense, check_shape, check_type
 from loraplex.adapters.image.tiles import (
     BaseLayout,
     BiasDelta,
@@ -45,42 +40,16 @@ from loraplex.adapters.image.tiles import (
     OutputScale,
     OwnRows,
     Part,
-    PartShape,
 )
-from loraplex.kernels.constants import TileKind
-from loraplex.kernels.records import Projection, element_bytes
+from loraplex.kernels.records import Projection
 
 C = TypeVar("C", bound=AdapterConfig)
-
-Shapes = Mapping[str, tuple[int, ...]]
-"""Of tensors, by the last part of their names."""
-
-MOST_DENSE_BYTES = 512 << 20
-"""Of an adapter's dense changes. A decoded token reads all of them, 10 ms at 50 GB/s; in bfloat16 it is q and v of a
-base of three billion weights, or all linears of one of two hundred million."""
 
 PEFT_ORDER = (
     *("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj"),
     *("gate_proj", "up_proj", "gate_up_proj", "down_proj"),
 )
 """Of a layer's linears as transformers' models declare them, which PEFT counts modules by."""
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What a kind wants of the file for one module, and what it makes of it."""
-
-    shapes: Shapes
-    rank: int = 0  # of the A and B that come out
-    scaling: float = 1.0  # for the kind's own use
-    kind: TileKind | None = TileKind.LOW_RANK  # of the part; None: none comes out. What is DENSE has no rank
-    windows: tuple[Window, ...] = ()  # where a part comes out for each of them; (): one for the whole module
-
-    def part_shapes(self, module: FoundModule) -> list[PartShape]:
-        """Say how the parts that come out are placed."""
-        if self.windows:
-            return [window.shape(module.layer, module.projection) for window in self.windows]
-        return [] if self.kind is None else [PartShape(module.layer, module.projection, _rows(module, self), self.kind)]
 
 
 @dataclass(frozen=True)
@@ -189,13 +158,13 @@ class ModuleKind(AdapterKind[C]):
         targeted = [found.by_path[path] for path in paths]
         biases = take_biases(found, header, config, wanted.keys(), base)
         shared = self.shared_shapes(config, targeted)
-        self._check_complete(found, wanted, shared)
+        check_complete(found, wanted, shared)
         for path, module in found.by_path.items():
             for leaf, name in module.tensors.items():
-                self._check_type(name, header[name], leaf)
-                _check_shape(name, header[name], wanted[path].shapes[leaf], module, config, base.layout)
+                check_type(name, header[name], is_integer=leaf in self.integer_leaves)
+                check_shape(name, header[name], wanted[path].shapes[leaf], module, config, base.layout)
         for role, name in found.shared.items():
-            self._check_type(name, header[name], role)
+            check_type(name, header[name], is_integer=role in self.integer_leaves)
             if header[name].shape != shared[role]:
                 hint = "; the config's numbers and the shapes of the targeted modules say so"
                 raise wrong_shape(name, header[name].shape, shared[role], base.layout, hint)
@@ -206,7 +175,7 @@ class ModuleKind(AdapterKind[C]):
         shapes = tuple(
             shape for module, want in zip(targeted, wanted.values(), strict=True) for shape in want.part_shapes(module)
         )
-        _check_dense(shapes, base.layout)
+        check_dense(shapes, base.layout)
         return ModuleMap(
             config=config,
             header=header,
@@ -248,77 +217,9 @@ class ModuleKind(AdapterKind[C]):
             why = f"{', '.join(self.leaves)} come to zero" if idle else "what they come to cancels out to zero"
             raise no_effect([why])
 
-    def _check_complete(self, found: FoundModules, wanted: Mapping[str, Wanted], shared: Shapes) -> None:
-        """Every tensor the config asks for is in the file, and no other."""
-        for path, module in found.by_path.items():
-            shapes = wanted[path].shapes if path in wanted else {}
-            for leaf in shapes:
-                if leaf not in module.tensors:
-                    raise found.missing(module, leaf)
-            for leaf, name in module.tensors.items():
-                if leaf not in shapes:
-                    what = "ask for it" if path in wanted else "target this module"
-                    raise AdapterRefused(
-                        "unmatched_tensor", f"{name} is in the file, but adapter_config.json does not {what}"
-                    )
-        for role in shared:
-            if role not in found.shared:
-                raise AdapterRefused(
-                    "missing_tensor", f"{SHARED_PREFIX}{role} is missing, which all modules of the adapter share"
-                )
-        for role, name in found.shared.items():
-            if role not in shared:
-                raise AdapterRefused(
-                    "unmatched_tensor", f"{name} is in the file, but adapter_config.json does not ask for it"
-                )
-
-    def _check_type(self, name: str, info: TensorInfo, leaf: str) -> None:
-        if info.dtype.is_floating_point == (leaf in self.integer_leaves):
-            expected = "whole numbers" if leaf in self.integer_leaves else "float32, float16 or bfloat16"
-            found = str(info.dtype).removeprefix("torch.")
-            raise AdapterRefused("bad_file", f"{WEIGHTS_FILE}: {name} is {found}; expected {expected}; convert it")
-
-
-def _rows(module: FoundModule, want: Wanted) -> int:
-    return module.projection.out_features if want.kind == TileKind.DENSE else want.rank or 1
-
-
-def _check_dense(shapes: Sequence[PartShape], layout: BaseLayout) -> None:
-    """Raise AdapterRefused("too_large") where dense changes take more than MOST_DENSE_BYTES."""
-    dense = [shape.projection for shape in shapes if shape.kind == TileKind.DENSE]
-    sizes = [p.in_features * p.out_features * element_bytes(layout.dtype) for p in dense]
-    if sum(sizes) > MOST_DENSE_BYTES:
-        raise AdapterRefused(
-            "too_large",
-            f"adapter_config.json: the change it makes has full rank; served exactly it takes {sum(sizes) >> 20} MB, "
-            f"{max(sizes) >> 20} MB for the largest of {len(sizes)} modules, and the limit is {MOST_DENSE_BYTES >> 20} "
-            "MB. Target fewer modules, or convert it to LoRA with PEFT and look at the error",
-        )
-
 
 def _peft_order(module: AdapterModule) -> tuple[int, int]:
     return module.layer, PEFT_ORDER.index(module.projection.name.rpartition(".")[2])
-
-
-def _check_shape(
-    name: str,
-    info: TensorInfo,
-    expected: tuple[int, ...],
-    module: FoundModule,
-    config: AdapterConfig,
-    layout: BaseLayout,
-) -> None:
-    if info.shape == expected:
-        return
-    projection, hint = module.projection, "; adapter_config.json says so"
-    if len(info.shape) != len(expected):
-        hint = "; the file may hold a shard of the weights: gather them before saving"
-    else:
-        for found, wanted in zip(info.shape, expected, strict=True):
-            if found != wanted and wanted in (projection.in_features, projection.out_features):
-                is_input = wanted == projection.in_features
-                hint = likely_base(projection, is_input=is_input, width=found, base_model=config.base_model)
-    raise wrong_shape(name, info.shape, expected, layout, hint)
 
 
 def _is_idle(part: Part, name: str, layout: BaseLayout) -> bool:

@@ -30,9 +30,10 @@ from loraplex.adapters.format.config import (
 )
 from loraplex.adapters.format.kind import AdapterConfig, AdapterModule
 from loraplex.adapters.format.lora_start import KASA, REMARK, UNTRAINED, factors_of
-from loraplex.adapters.format.module_kind import Making, ModuleKind, Wanted, is_dense
+from loraplex.adapters.format.module_kind import Making, ModuleKind, is_dense
 from loraplex.adapters.format.modules import FoundModule
 from loraplex.adapters.format.one_product import one_product
+from loraplex.adapters.format.wanted import Wanted
 from loraplex.adapters.image.tiles import Part
 from loraplex.kernels.constants import TileKind
 

@@ -32,8 +32,9 @@ from loraplex.adapters.format.config import (
     unsupported,
 )
 from loraplex.adapters.format.kind import AdapterConfig
-from loraplex.adapters.format.module_kind import Making, ModuleKind, Wanted
+from loraplex.adapters.format.module_kind import Making, ModuleKind
 from loraplex.adapters.format.modules import FoundModule
+from loraplex.adapters.format.wanted import Wanted
 from loraplex.adapters.image.tiles import Part
 
 A, B, LOGITS = "poly_lora_A", "poly_lora_B", "poly_router.module_logits"

@@ -28,8 +28,9 @@ from loraplex.adapters.format.config import (
 )
 from loraplex.adapters.format.header import TensorInfo
 from loraplex.adapters.format.kind import AdapterConfig, AdapterModule, ModuleMap, ServedBase, Throttle
-from loraplex.adapters.format.module_kind import Making, ModuleKind, Shapes, Wanted
+from loraplex.adapters.format.module_kind import Making, ModuleKind
 from loraplex.adapters.format.modules import FoundModule
+from loraplex.adapters.format.wanted import Shapes, Wanted
 from loraplex.adapters.image.tiles import Part
 from loraplex.kernels.constants import TileKind
 from loraplex.kernels.records import Projection

@@ -32,8 +32,9 @@ from loraplex.adapters.format.config import (
     read_seed,
 )
 from loraplex.adapters.format.kind import AdapterConfig, AdapterModule
-from loraplex.adapters.format.module_kind import Making, ModuleKind, Shapes, Wanted
+from loraplex.adapters.format.module_kind import Making, ModuleKind
 from loraplex.adapters.format.modules import FoundModule
+from loraplex.adapters.format.wanted import Shapes, Wanted
 from loraplex.adapters.image.tiles import Part
 
 GROUP = "tinylora_v."

@@ -30,9 +30,10 @@ from loraplex.adapters.format.config import (
     read_seed,
 )
 from loraplex.adapters.format.kind import AdapterConfig, AdapterModule, ServedBase
-from loraplex.adapters.format.module_kind import Making, ModuleKind, Shapes, Wanted
+from loraplex.adapters.format.module_kind import Making, ModuleKind
 from loraplex.adapters.format.modules import FoundModule
 from loraplex.adapters.format.values import check_indices
+from loraplex.adapters.format.wanted import Shapes, Wanted
 from loraplex.adapters.image.tiles import Part
 
 THETA = "unilora_theta_d"

@@ -31,9 +31,10 @@ from loraplex.adapters.format.config import (
     read_rank,
 )
 from loraplex.adapters.format.kind import AdapterConfig, AdapterModule
-from loraplex.adapters.format.module_kind import Making, ModuleKind, Shapes, Wanted
+from loraplex.adapters.format.module_kind import Making, ModuleKind
 from loraplex.adapters.format.modules import FoundModule
 from loraplex.adapters.format.values import check_indices
+from loraplex.adapters.format.wanted import Shapes, Wanted
 from loraplex.adapters.image.tiles import Part
 
 BANK = "vblora_vector_bank"

@@ -11,16 +11,14 @@ for each of its projections. Any sensible page is hundreds of rows; a smaller on
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from loraplex.adapters.errors import AdapterRefused
-from loraplex.adapters.image.placement import PartPlace, RowPlacement, Strip, padded, place_rows
-from loraplex.kernels.constants import ALIGN, TILE_COLUMNS, TILE_RANKS, Function, Source, TableSite, TileKind
-from loraplex.kernels.hugepages import huge_zeros
+from loraplex.adapters.image.placement import PartPlace, RowPlacement, padded, place_rows
+from loraplex.kernels.constants import ALIGN, TILE_COLUMNS, TILE_RANKS, BlockInput, Function, TableSite, TileKind
 from loraplex.kernels.records import OwnPlaces, Projection, element_bytes
 
 IMAGE_COLUMNS = 2 + TILE_COLUMNS
@@ -130,7 +128,7 @@ class Bottleneck:
     projection: Projection  # of BaseLayout.blocks
     c: Tensor  # [r] fp32, kept in fp32
     function: Function
-    source: Source
+    source: BlockInput
 
 
 Part = LowRank | BiasDelta | OutputScale | DenseDelta | OwnRows | Bottleneck
@@ -145,7 +143,7 @@ class PartShape:
     rank: int  # rows of A: those of a DenseDelta's delta; 1 where there is no A
     kind: TileKind = TileKind.LOW_RANK
     function: Function = Function.IDENTITY  # of an ACTIVATION
-    source: Source = Source.BRANCH
+    source: BlockInput = BlockInput.BRANCH
 
 
 @dataclass(frozen=True)
@@ -169,39 +167,6 @@ class AdapterImage:
     # a_off, b_off: in 64-byte units from the image's start, as if its pages were contiguous
     nbytes: int  # of all strips, each padded to 64
     extent: int  # bytes from the image's start to the end of its last tile; the last page holds nothing beyond
-
-
-def pack(parts: Sequence[Part], layout: BaseLayout) -> AdapterImage:
-    """Cut `parts` into tiles and lay them into pages, in layout.dtype but for an OutputScale's values.
-
-    `scaling` is folded into B in fp32.
-
-    Tiles within one (layer, site) are in order of output column, then rank. Raises ValueError for shapes that do not
-    fit the projection or the page, AdapterRefused("not_finite") for values that overflow layout.dtype.
-    """
-    _check(parts, layout)
-    plan = plan_image([shape_of(part) for part in parts], layout)
-    pages = huge_zeros(plan.num_pages * layout.page_bytes).view(plan.num_pages, layout.page_bytes)
-    for part, place in zip(parts, plan.places, strict=True):
-        _write(part, place, pages.view(-1), layout.dtype)
-    return AdapterImage(pages, plan.tiles, plan.nbytes, plan.extent)
-
-
-def pack_each(parts: Iterable[Part], shapes: Sequence[PartShape], layout: BaseLayout) -> AdapterImage:
-    """Pack as pack() does, but each part as it comes, so that no two need be in memory at once.
-
-    shapes: of all that may come, each once, in any order. What does not come has no tiles, and its room stays empty.
-    """
-    plan = plan_image(shapes, layout)
-    pages = huge_zeros(plan.num_pages * layout.page_bytes).view(plan.num_pages, layout.page_bytes)
-    numbers = {shape: i for i, shape in enumerate(shapes)}
-    found = torch.zeros(len(shapes), dtype=torch.bool)
-    for part in parts:
-        _check([part], layout)
-        number = numbers[shape_of(part)]
-        _write(part, plan.places[number], pages.view(-1), layout.dtype)
-        found[number] = True
-    return AdapterImage(pages, plan.tiles[found[plan.owners]], plan.nbytes, plan.extent)
 
 
 def plan_image(shapes: Sequence[PartShape], layout: BaseLayout) -> ImagePlan:
@@ -266,41 +231,13 @@ def own_shape(num_layers: int, projection: Projection) -> PartShape:
     return PartShape(own_layer(num_layers), projection, projection.out_features, TileKind.OWN)
 
 
+def is_norm(shape: PartShape) -> bool:
+    """Return whether these are OwnRows of a norm, which are kept in fp32."""
+    return shape.kind == TileKind.OWN and shape.projection.site <= OwnPlaces(shape.layer - own_layer(0)).last_norm
+
+
 def _order(shape: PartShape) -> tuple[int, int, int, int]:
     return shape.layer, shape.projection.site, shape.projection.out_start, shape.projection.in_start
-
-
-def _check(parts: Sequence[Part], layout: BaseLayout) -> None:
-    if layout.page_bytes <= 0 or layout.page_bytes % ALIGN:
-        raise ValueError(f"page_bytes is {layout.page_bytes}; expected a positive multiple of {ALIGN}")
-    for part in parts:
-        projection = part.projection
-        where = f"layer {part.layer} {projection.name}"
-        if isinstance(part, OwnRows):
-            if part.rows.shape != (projection.out_features, projection.in_features):
-                raise ValueError(f"{projection.name}: rows of shape {list(part.rows.shape)}")
-            continue
-        if not 0 <= part.layer <= table_layer(layout.num_layers):
-            raise ValueError(f"{where}: the base has layers 0 to {layout.num_layers - 1}, and tables behind them")
-        if isinstance(part, Bottleneck):
-            continue  # its A says how many there are
-        if isinstance(part, BiasDelta | OutputScale):
-            what, row = ("bias", part.delta) if isinstance(part, BiasDelta) else ("scale", part.values)
-            if row.shape != (projection.out_features,):
-                raise ValueError(f"{where}: {what} of shape {list(row.shape)}; expected [{projection.out_features}]")
-            continue
-        a = part.a if isinstance(part, LowRank) else part.delta
-        rank = a.shape[0] if isinstance(part, LowRank) else projection.out_features
-        if rank == 0 or a.shape != (rank, projection.in_features):
-            expected = f"[{'rank' if isinstance(part, LowRank) else rank}, {projection.in_features}]"
-            raise ValueError(f"{where}: A of shape {list(a.shape)}; expected {expected}")
-        if isinstance(part, LowRank) and part.b.shape != (projection.out_features, rank):
-            raise ValueError(f"{where}: B of shape {list(part.b.shape)}; expected [{projection.out_features}, {rank}]")
-        row_bytes = projection.in_features * element_bytes(layout.dtype)
-        if row_bytes > layout.page_bytes:
-            raise ValueError(
-                f"{where}: a row of A has {row_bytes} bytes and a page {layout.page_bytes}; use larger pages"
-            )
 
 
 def _placement(shape: PartShape, item: int) -> RowPlacement:
@@ -308,7 +245,7 @@ def _placement(shape: PartShape, item: int) -> RowPlacement:
     out = shape.projection.out_features
     if shape.kind == TileKind.ACTIVATION:  # one row that is never cut
         return RowPlacement(1, 0, padded(shape.rank * SCALE_BYTES), 0, SCALE_BYTES, 1, shape.rank, rank=1)
-    if shape.kind == TileKind.SCALE or _is_norm(shape):
+    if shape.kind == TileKind.SCALE or is_norm(shape):
         item = SCALE_BYTES
     b_row = padded(out * item)
     if shape.kind in (TileKind.BIAS, TileKind.SCALE):
@@ -322,49 +259,6 @@ def _placement(shape: PartShape, item: int) -> RowPlacement:
         return RowPlacement(shape.rank, out, a_row, 0, item, step, shape.projection.in_features, rank=shape.rank)
     even = a_row == a_bytes and b_row == out * item
     return RowPlacement(shape.rank, out, a_row, b_row, item, TILE_RANKS if even else 1, shape.projection.in_features)
-
-
-def _write(part: Part, place: PartPlace, image: Tensor, dtype: torch.dtype) -> None:
-    """Copy a part's values to their positions in `image`, [n] uint8; `dtype` is the compute dtype."""
-
-    def write(values: Tensor, row: int, strips: tuple[Strip, ...], what: str, dtype: torch.dtype = dtype) -> None:
-        elements, item = image.view(dtype), element_bytes(dtype)
-        for strip in strips:
-            found = values[strip.first : strip.last, strip.begin : strip.end]
-            target = elements.as_strided(found.shape, (row // item, 1), strip.position // item)
-            target.copy_(found)
-            _check_finite(target, part, what)
-
-    match part:
-        case LowRank():
-            write(part.a, place.a_row, place.a, "A")
-            write(_folded(part), place.b_row, place.b, "scaling * B")
-        case BiasDelta():
-            write(part.delta.unsqueeze(0), place.b_row, place.b, "bias")
-        case OutputScale():
-            write(part.values.unsqueeze(0), place.b_row, place.b, "scale", torch.float32)
-        case OwnRows():
-            exact = torch.float32 if _is_norm(shape_of(part)) else dtype
-            write(part.rows, place.a_row, place.a, "a row", exact)
-        case DenseDelta():
-            write(part.delta, place.a_row, place.a, "the change")
-        case Bottleneck():
-            write(part.c.unsqueeze(0), place.a_row, place.a, "c", torch.float32)
-
-
-def _folded(part: LowRank) -> Tensor:
-    """scaling * B transposed: [r, out] fp32."""
-    return part.b.float().mul(part.scaling).T
-
-
-def _check_finite(strip: Tensor, part: Part, what: str) -> None:
-    if not strip.isfinite().all():
-        whose = "of scales" if isinstance(part, OutputScale | Bottleneck) else "the base runs in"
-        raise AdapterRefused(
-            "not_finite",
-            f"layer {part.layer} {part.projection.name}: {what} has values that are not finite in "
-            f"{str(strip.dtype).removeprefix('torch.')}, the dtype {whose}; expected finite numbers",
-        )
 
 
 def _tiles(
@@ -394,7 +288,3 @@ def _tiles(
             a_pos, n = (position + (rank - first) * placement.a_row) // ALIGN, min(placement.step, last - rank)
             rows.append((*head, a_pos, -1, n, shape.projection.out_start + rank, n, shape.kind, *window))
     return rows
-
-
-def _is_norm(shape: PartShape) -> bool:
-    return shape.kind == TileKind.OWN and shape.projection.site <= OwnPlaces(shape.layer - own_layer(0)).last_norm

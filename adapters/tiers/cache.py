@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from time import perf_counter
 
-from loraplex.adapters.registry import AdapterVersion, Registry
+from loraplex.adapters.registry import Registry
 from loraplex.adapters.tiers.device import DeviceTier
 from loraplex.adapters.tiers.entry import AdapterWatch, Entries, Entry
 from loraplex.adapters.tiers.host import HostTier
@@ -28,6 +28,7 @@ from loraplex.adapters.tiers.pinned import OperatorPins
 from loraplex.adapters.tiers.retention import Retention
 from loraplex.adapters.tiers.stats import AdapterStats, PageOwners, TierStats
 from loraplex.adapters.tiers.warming import Warming
+from loraplex.adapters.version import AdapterVersion
 
 COPY_BUDGET = 4 << 20
 """Bytes copied to the device in a step while streams decode.
@@ -90,7 +91,7 @@ class AdapterCache:
     # -- requests come and go ------------------------------------------------------------------------------------------
 
     def request(self, version: AdapterVersion) -> None:
-        """An open request wants `version`; it starts on its way to host memory if the device does not have it."""
+        """Note that an open request wants `version`, and ask for it where the device does not have it."""
         self.host.receive()
         self._wanted[version.uid] = self._wanted.get(version.uid, 0) + 1
         fetch = self.host.fetch_of(version.uid)
@@ -141,7 +142,7 @@ class AdapterCache:
         return self.device.is_copying
 
     def missing_pages(self, versions: Sequence[AdapterVersion]) -> list[int] | None:
-        """Pages that each would take: 0 for what is on the device or being copied to it. None: one is still coming.
+        """Count the pages that each would take: 0 for what the device has or gets. None: one is still coming.
 
         Once it has answered with a list, all digests are known and load() has what it needs. Raises what kept one from
         being read.
@@ -175,11 +176,11 @@ class AdapterCache:
         return True
 
     def is_ready(self, version: AdapterVersion) -> bool:
-        """Whether it can be computed with."""
+        """Return whether the adapter can be computed with."""
         return version.digest is not None and self.device.is_ready(version.digest)
 
     def pin(self, digest: str) -> None:
-        """A sequence uses it: it stays on the device until as many unpin()s."""
+        """Keep an adapter that a sequence uses on the device, until as many unpin()s."""
         self.device.pin(digest)
         entry = self.entries.get(digest)
         if entry is not None:
@@ -201,7 +202,7 @@ class AdapterCache:
         return self.device.evict_one()
 
     def pin_forever(self, version: AdapterVersion, pinned: bool) -> None:
-        """The operator wants `version` on the device, from as soon as there is room until it has drained; or no more.
+        """Keep `version` on the device for the operator, once there is room, until it has drained; or no more.
 
         What cannot be had is logged, once, and left.
         """
@@ -215,12 +216,12 @@ class AdapterCache:
         self._warming.add(version, done)
 
     def drop_fetch(self, version: AdapterVersion) -> None:
-        """Nobody but requests wants `version` in host memory any more."""
+        """Forget that `version` was fetched ahead: requests alone want it in host memory now."""
         if version.uid not in self._wanted:
             self.host.forget(version.uid)
 
     def forget(self, version: AdapterVersion) -> None:
-        """A version has drained: drop its bytes from device and host unless another version has the same ones."""
+        """Drop the bytes of a drained version from device and host, unless another version has the same ones."""
         self.pin_forever(version, False)
         self._warming.remove(version)
         self.host.receive()  # what has been read of it, too
@@ -236,7 +237,7 @@ class AdapterCache:
             self.entries.prune(entry)
 
     def check_integrity(self) -> None:
-        """Raises AssertionError unless what is held, copied and kept agrees with who wants it."""
+        """Raise AssertionError unless what is held, copied and kept agrees with who wants it."""
         self._settle()
         self.device.check_integrity()
         reserved = self.host.check_integrity() + self._retention.check_integrity()
@@ -252,7 +253,7 @@ class AdapterCache:
     # -- parts ---------------------------------------------------------------------------------------------------------
 
     def _missing(self, version: AdapterVersion) -> int | None:
-        """Pages it would take; None: it is not in host memory yet."""
+        """Count the pages that `version` would take; None: it is not in host memory yet."""
         digest = version.digest
         if digest is not None and self.device.is_resident(digest):
             self._note(version, digest)
@@ -277,12 +278,12 @@ class AdapterCache:
         return self.device.pages_needed(image)
 
     def _note(self, version: AdapterVersion, digest: str) -> None:
-        """An open request has `version` in reach: what it now begins to use must be there for it to the end."""
+        """Note that an open request can use `version` now: what it begins to use must be there for it to the end."""
         if version.uid in self._wanted:
             self.entries.make(digest).users.add(version.uid)
 
     def _source_seconds(self) -> float:
-        """What the loader takes for an adapter, on average."""
+        """Return what the loader takes for an adapter, on average."""
         stats = self._loader.stats()
         return stats.durations.total / max(1, stats.loads + stats.failures)
 
@@ -315,7 +316,7 @@ class AdapterCache:
             self.entries.prune(entry)
 
     def _leaves(self, digest: str) -> None:
-        """An adapter is about to be evicted from the device."""
+        """Act on an adapter's being about to be evicted from the device."""
         entry = self.entries.make(digest)
         name, entry.name, entry.asked = entry.name, "", None
         if self.watch is not None and name:

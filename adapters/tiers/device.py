@@ -90,31 +90,31 @@ class DeviceTier:
 
     @property
     def table(self) -> TileTable:
-        """The tile table as it is now. Its tensors change in place between steps; growth replaces it."""
+        """Return the tile table as it is now. Its tensors change in place between steps; growth replaces it."""
         return self._tiles.table
 
     @property
     def layout(self) -> BaseLayout:
-        """What its adapters are for."""
+        """Return the layout that the adapters are for."""
         return self._layout
 
     @property
     def is_copying(self) -> bool:
-        """Whether any adapter still has bytes to be copied."""
+        """Return whether any adapter still has bytes to be copied."""
         return bool(self._copying)
 
     @property
     def seconds_per_byte(self) -> float:
-        """What loads have taken lately, from asking the source (or host memory) to the last byte on the device."""
+        """Return what loads have taken lately, from asking source or host memory to the last byte on the device."""
         seconds, nbytes = self._measured
         return seconds / nbytes
 
     def is_resident(self, digest: str) -> bool:
-        """Whether the adapter has its slot and pages; is_ready() says whether it can be used."""
+        """Return whether the adapter has its slot and pages; is_ready() says whether it can be used."""
         return digest in self._residents
 
     def is_ready(self, digest: str) -> bool:
-        """Whether the adapter is on the device with all its bytes."""
+        """Return whether the adapter is on the device with all its bytes."""
         resident = self._residents.get(digest)
         return resident is not None and resident.rows is not None
 
@@ -124,28 +124,28 @@ class DeviceTier:
         return None if resident is None else resident.slot
 
     def pins(self, digest: str) -> int:
-        """How often it is pinned. Raises KeyError when it is not there."""
+        """Count the adapter's pins. Raises KeyError when it is not there."""
         return self._residents[digest].pins
 
     def loaded(self) -> tuple[str, ...]:
-        """Digests of all adapters that have a slot."""
+        """List the digests of all adapters that have a slot."""
         return tuple(self._residents)
 
     def page_owners(self) -> tuple[str | None, ...]:
-        """Of the pool, others' pages included."""
+        """List the owner of each page of the pool, others' pages included."""
         return self._pool.owners()
 
     def held_pages(self) -> dict[str, list[int]]:
-        """Digest -> pages, of all adapters that have a slot."""
+        """Map the digest of each adapter that has a slot to its pages."""
         return {digest: resident.pages for digest, resident in self._residents.items()}
 
     @property
     def pinned_forever(self) -> frozenset[str]:
-        """Digests that the operator wants to stay."""
+        """Return the digests that the operator wants to stay."""
         return frozenset(self._forever)
 
     def pages_needed(self, image: AdapterImage) -> int:
-        """Pages begin() will take for `image`."""
+        """Count the pages that begin() will take for `image`."""
         return image.pages.shape[0]
 
     # -- coming --------------------------------------------------------------------------------------------------------
@@ -205,12 +205,12 @@ class DeviceTier:
         return True
 
     def host_bytes(self, digest: str) -> int:
-        """What read_back() takes of host memory. Raises KeyError."""
+        """Count the bytes of host memory that read_back() takes. Raises KeyError."""
         resident = self._residents[digest]
         return len(resident.pages) * self._layout.page_bytes + resident.image.tiles.nbytes
 
     def read_back(self, digest: str) -> AdapterImage:
-        """The adapter as it was given to begin(), with its pages in new host memory. Raises KeyError."""
+        """Return the adapter as it was given to begin(), with its pages in new host memory. Raises KeyError."""
         resident = self._residents[digest]
         image = resident.image
         if resident.rows is None:
@@ -219,7 +219,7 @@ class DeviceTier:
         return AdapterImage(pages=pages, tiles=image.tiles, nbytes=image.nbytes, extent=image.extent)
 
     def pages_of(self, slot: int) -> list[Tensor]:
-        """The pages [page_bytes] uint8 of the adapter in `slot`, views of the arena. Raises KeyError."""
+        """Return the pages [page_bytes] uint8 of the adapter in `slot`, views of the arena. Raises KeyError."""
         for resident in self._residents.values():
             if resident.slot == slot:
                 return self._memory.views(resident.pages)
@@ -249,7 +249,7 @@ class DeviceTier:
         self._idle.remove(digest)
 
     def may_pin_forever(self, digest: str, pages: int) -> bool:
-        """Whether one more of so many pages leaves half of the pages, and a slot, for what comes and goes."""
+        """Return whether one more of so many pages leaves half of the pages, and a slot, for what comes and goes."""
         pinned = self._forever - {digest}
         held = sum(len(self._residents[other].pages) for other in pinned if other in self._residents)
         return (
@@ -262,7 +262,7 @@ class DeviceTier:
         self._reprice(digest)
 
     def count_use(self, digest: str, uses: int = 1) -> None:
-        """The adapter is wanted, by so many requests; what is often wanted is kept longer. It need not be there."""
+        """Count so many requests for the adapter, there or not; what is often wanted is kept longer."""
         self._frequency.count(digest, uses)
         self._reprice(digest)
 
@@ -293,7 +293,7 @@ class DeviceTier:
             self._remove(digest)
 
     def check_integrity(self) -> None:
-        """Raises AssertionError unless slots, pages, rows and tiles have one owner each and all counts agree."""
+        """Raise AssertionError unless slots, pages, rows and tiles have one owner each and all counts agree."""
         residents = self._residents.values()
         pages = [page for resident in residents for page in resident.pages]
         assert len(set(pages)) == len(pages), "a page belongs to two adapters"
@@ -313,7 +313,7 @@ class DeviceTier:
     # -- parts ---------------------------------------------------------------------------------------------------------
 
     def _complete(self, digest: str, resident: _Resident) -> None:
-        """All bytes are there: its tiles enter the table, and the host's bytes are let go."""
+        """Enter the tiles of an adapter whose bytes are all there into the table, and let the host's bytes go."""
         image = resident.image
         resident.rows = self._tiles.write(resident.slot, image, resident.pages)
         resident.image = AdapterImage(image.pages.new_empty(0, 0), image.tiles, image.nbytes, image.extent)
@@ -333,7 +333,7 @@ class DeviceTier:
             self._idle.add(digest, len(resident.pages), cost, max(1.0, self._frequency.of(digest)))
 
     def _evict(self, digest: str) -> int:
-        """For the Reclaimer."""
+        """Evict one adapter, for the Reclaimer. Returns its pages."""
         self.on_evict(digest)
         self.evictions += 1
         return self._remove(digest)

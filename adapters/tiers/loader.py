@@ -18,11 +18,12 @@ from typing import Any
 
 from loraplex.adapters.errors import AdapterError
 from loraplex.adapters.histogram import Histogram
-from loraplex.adapters.registry import AdapterVersion, Registry
+from loraplex.adapters.registry import Registry
 from loraplex.adapters.shared_work import tell
 from loraplex.adapters.throttle import Throttle
 from loraplex.adapters.tiers.load_queue import Job, LoadedContent, LoadQueue, Priority, Waiter
 from loraplex.adapters.tiers.settle import changed, renew, settle
+from loraplex.adapters.version import AdapterVersion
 
 __all__ = [
     "LoadCancelled",
@@ -125,7 +126,7 @@ class Loader:
         return self._submit(version.source, version, priority)
 
     def pending(self) -> int:
-        """Sources queued or being read."""
+        """Count the sources queued or being read."""
         with self._changed:
             return len(self._queue)
 
@@ -176,7 +177,7 @@ class Loader:
             thread.start()
 
     def _next(self) -> Job | None:
-        """The next job, for an idle thread. None: it shall end."""
+        """Return the next job for an idle thread. None: it shall end."""
         with self._changed:
             while not self._closed and self._idle <= self._width + 1:
                 job = self._queue.begin()
@@ -212,7 +213,7 @@ class Loader:
             del job, outcome  # an idle thread holds no image
 
     def _check_wanted(self, job: Job) -> None:
-        """Raises LoadCancelled when nobody waits for `job`.
+        """Raise LoadCancelled when nobody waits for `job`.
 
         With the lock held: a caller joins, and only then cancels what it had before. Without it, a look at the waiters
         of before the joining may see them cancelled after it.
@@ -267,6 +268,6 @@ class Loader:
 
 
 def _bare(error: BaseException) -> BaseException:
-    """Without the frames it came through: they hold the file's bytes, and a failure may be kept for long."""
+    """Return the error without the frames it came through: they hold the file's bytes, and it may be kept for long."""
     error.__cause__ = error.__context__ = None
     return error.with_traceback(None)

@@ -82,7 +82,7 @@ class Measurer:
         )
 
     def _base_squares(self, throttle: Callable[[], None]) -> dict[tuple[int, int], float]:
-        """|W|^2 by layer and site. The rows' norms are kept by the base: the first call reads all of its weights."""
+        """Sum |W|^2 by layer and site. The base keeps its rows' norms: the first call reads all of its weights."""
         squares: dict[tuple[int, int], float] = defaultdict(float)
         for layer in range(self._base.layout.num_layers):
             for projection in self._base.layout.projections:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from loraplex.adapters.registry import AdapterVersion
 from loraplex.adapters.tiers.pinned import load_into_room
+from loraplex.adapters.version import AdapterVersion
 
 if TYPE_CHECKING:
     from loraplex.adapters.tiers.cache import AdapterCache
@@ -24,7 +24,7 @@ class Warming:
         self._coming[version.uid] = version, done
 
     def bring(self) -> None:
-        """Go on with what is not on its way to the device."""
+        """Bring what is not on its way to the device."""
         for version, _ in tuple(self._coming.values()):
             if not self._begin(version):
                 self.remove(version)

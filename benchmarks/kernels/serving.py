@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from loraplex.adapters.info import AdapterInfo
-from loraplex.adapters.registry import AdapterVersion, Registry
+from loraplex.adapters.registry import Registry
 from loraplex.adapters.tiers.device import DeviceTier
+from loraplex.adapters.version import AdapterVersion
 from loraplex.benchmarks.kernels.machine import Others, read_memory
 from loraplex.benchmarks.kernels.model import CONTEXT, MODEL_LEN, ROWS, Model, make_model
 from loraplex.server.engine.policy.plan import SchedulerLimits

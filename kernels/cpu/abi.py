@@ -175,7 +175,7 @@ class Op(ctypes.Structure):
 RECORDS = (Op, Step, Steps, Quantised)
 """Whose bytes both sides must agree on, in the order of loraplex_sizes of library.cpp."""
 
-ISAS = ("avx512bf16", "avx512", "avx2", "neonbf16", "generic")
+ISAS = ("amx", "avx512bf16", "avx512", "avx2", "neonbf16", "generic")
 
 
 class LibraryMissing(RuntimeError):

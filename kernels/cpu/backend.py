@@ -6,14 +6,13 @@ Python; program.py records a whole forward pass once and runs it by a single cal
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from copy import copy
-from itertools import groupby
 
 import torch
 from torch import Tensor
 
-from loraplex.kernels.constants import ACTIVATIONS, ALIGN, ALL_TOKENS, LOGIT_ROWS, OpCode, TableSite
+from loraplex.kernels.constants import ACTIVATIONS, ALL_TOKENS, LOGIT_ROWS, OpCode, TableSite
 from loraplex.kernels.cpu.abi import (
     ActMulArgs,
     AdapterArgs,
@@ -26,8 +25,6 @@ from loraplex.kernels.cpu.abi import (
     Step,
 )
 from loraplex.kernels.cpu.op_records import (
-    CpuLinear,
-    CpuParts,
     embed_op,
     fill_adapters,
     fill_attention,
@@ -35,15 +32,11 @@ from loraplex.kernels.cpu.op_records import (
     sample_op,
 )
 from loraplex.kernels.cpu.program import CpuRecorder, Notes
-from loraplex.kernels.cpu.quantised import CpuQuantised, pack_quantised, quantised_bytes
 from loraplex.kernels.cpu.team import Team
-from loraplex.kernels.hugepages import HUGE_PAGE, huge_zeros
+from loraplex.kernels.cpu.weights import CpuLinear, CpuParts, WeightPacker, packed_bytes
 from loraplex.kernels.ops import Backend, PackedLinear, Recorder
-from loraplex.kernels.quantized import Activations, PartShape, QuantizedWeight, dequantize
+from loraplex.kernels.quantized import Activations, PartShape, QuantizedWeight
 from loraplex.kernels.records import AdapterStep, AttentionMeta, AttentionParams, KVLayer, QKNorm
-
-REGION = 64 << 20
-"""Bytes of huge pages taken at a time for weights; resident only as far as they are written."""
 
 
 class CpuBackend(Backend):
@@ -69,7 +62,7 @@ class CpuBackend(Backend):
         self.batch_invariant = batch_invariant
         self.team = team or Team(isa, threads)
         self._sink: Team | Notes = self.team  # runs the ops now, or notes them
-        self._region = torch.empty(0, dtype=torch.uint8)  # what the next weights are packed into
+        self._packer = WeightPacker(self.team)
 
     def recorder(self, dtype: torch.dtype, cosines: Sequence[Tensor]) -> Recorder | None:
         twin, notes = copy(self), Notes(cosines)
@@ -81,54 +74,16 @@ class CpuBackend(Backend):
         twin.team = twin._sink = Team(self.team.isa, threads=1)
         return twin
 
-    def _take(self, nbytes: int) -> Tensor:
-        """[nbytes] uint8 for a weight, one behind the other: huge pages of their own would cost it 1 MiB on average."""
-        nbytes = -(-nbytes // ALIGN) * ALIGN
-        if nbytes > self._region.numel():
-            self._region = huge_zeros(max(nbytes, REGION))
-        taken, self._region = self._region[:nbytes], self._region[nbytes:]
-        return taken
-
     def packed_bytes(self, linears: Iterable[Sequence[PartShape]], dtype: torch.dtype) -> int:
-        total = used = room = 0
-        for nbytes in (nbytes for parts in linears for nbytes in _taken(parts, dtype)):
-            if nbytes > room:  # as _take: what is left of a region is never written
-                total += -(-used // HUGE_PAGE) * HUGE_PAGE
-                used, room = 0, max(nbytes, REGION)
-            used, room = used + nbytes, room - nbytes
-        return total + -(-used // HUGE_PAGE) * HUGE_PAGE
+        return packed_bytes(linears, dtype)
 
     def pack_linear(self, weight: Tensor) -> CpuLinear:
-        out, columns = weight.shape
-        if columns % 2:
-            raise ValueError(f"a weight of {columns} input features; the CPU backend packs them in pairs")
-        packed = self._take(-(-out // 16) * 16 * columns * weight.element_size()).view(weight.dtype)
-        op = Op(
-            code=OpCode.PACK,
-            x=weight.contiguous().data_ptr(),
-            y=packed.data_ptr(),
-            columns_in=columns,
-            columns_out=out,
-        )
-        self.team.emit(op, weight.dtype)
-        return CpuLinear(packed, columns, out)
+        return self._packer.dense(weight)
 
     def pack_parts(
         self, parts: Sequence[Tensor | QuantizedWeight], dtype: torch.dtype, activations: Activations
     ) -> PackedLinear:
-        packed: list[CpuLinear | CpuQuantised] = []
-        for dense, run in groupby(parts, _is_packed_dense):
-            if dense:
-                whole = [part if isinstance(part, Tensor) else dequantize(part) for part in run]
-                packed.append(self.pack_linear(torch.cat([part.to(dtype) for part in whole])))
-            else:
-                packed += (
-                    pack_quantised(part, activations, self.team, self._take)
-                    for part in run
-                    if isinstance(part, QuantizedWeight)
-                )
-        first = packed[0]
-        return first if len(packed) == 1 and isinstance(first, CpuLinear) else CpuParts(tuple(packed), dtype)
+        return self._packer.parts(parts, dtype, activations)
 
     def embed(self, ids: Tensor, table: PackedLinear, scale: float | None, own: Tensor | None = None) -> Tensor:
         assert isinstance(table, CpuLinear | CpuParts)
@@ -343,21 +298,6 @@ class CpuBackend(Backend):
         op.sample.logprobs = _pointer(logprobs)
         step = Step(draws=None if draws is None else draws.data_ptr(), drawn=ids.data_ptr())
         self._sink.emit(op, torch.float32, step)
-
-
-def _is_packed_dense(part: Tensor | QuantizedWeight) -> bool:
-    return isinstance(part, Tensor) or quantised_bytes((*part.codes.shape, part.format)) is None
-
-
-def _taken(parts: Sequence[PartShape], dtype: torch.dtype) -> Iterator[int]:
-    """List the bytes that pack_parts takes for each of its packed parts."""
-    for dense, run in groupby(parts, lambda part: quantised_bytes(part) is None):
-        if dense:
-            shapes = [(out, columns) for out, columns, _ in run]
-            out = sum(out for out, _ in shapes)
-            yield -(-(-(-out // 16) * 16 * shapes[0][1] * dtype.itemsize) // ALIGN) * ALIGN
-        else:
-            yield from (quantised_bytes(part) or 0 for part in run)
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

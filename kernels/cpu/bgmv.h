@@ -245,8 +245,8 @@ INLINE void each_row(const Op& op, const Step& step, TileList<T>& tiles, F visit
 template <class T>
 NOINLINE static void activate(Shrink<T>& shrink, const Tile<T>& tile, const T* residual) {
     shrink.c = tile.c, shrink.function = tile.function;
-    if (tile.source == Source::kSum) shrink.residual = residual;
-    if (tile.source == Source::kResidual) shrink.x = residual;
+    if (tile.source == BlockInput::kSum) shrink.residual = residual;
+    if (tile.source == BlockInput::kResidual) shrink.x = residual;
 }
 
 template <class T, class Y>

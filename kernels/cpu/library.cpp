@@ -3,7 +3,11 @@
 // The team is an OpenMP parallel region around the whole list, so a step costs one fork and one join. libgomp is the one torch
 // has loaded already (same SONAME), so there is one pool.
 #include <omp.h>
-#ifdef __aarch64__
+#ifdef __x86_64__
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#elif defined(__aarch64__)
 #include <sys/auxv.h>
 #ifndef HWCAP2_BF16
 #define HWCAP2_BF16 (1 << 14)  // of the kernel's headers since 5.6
@@ -25,6 +29,7 @@ DECLARE(generic)
 DECLARE(avx2)
 DECLARE(avx512)
 DECLARE(avx512bf16)
+DECLARE(amx)
 #elif defined(__aarch64__)
 DECLARE(neonbf16)
 #endif
@@ -36,9 +41,24 @@ struct Isa {
     bool (*here)();
 };
 
+#ifdef __x86_64__
+static bool has_avx512_bf16() {
+    return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
+}
+// AMX with bf16 and bytes, which a process has to ask Linux for, once for all its threads: their state takes 8 KB more then.
+static bool has_amx() {
+    constexpr unsigned kBf16 = 1 << 22, kTile = 1 << 24, kInt8 = 1 << 25, kAll = kBf16 | kTile | kInt8;
+    constexpr long kAskPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM of asm/prctl.h since 5.16
+    unsigned a, b, c, d;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kAll) != kAll) return false;
+    return !syscall(SYS_arch_prctl, kAskPermission, kTileData);
+}
+#endif
+
 static const Isa kIsas[] = {
 #ifdef __x86_64__
-    {"avx512bf16", avx512bf16::run, [] { return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq"); }},
+    {"amx", amx::run, [] { return has_avx512_bf16() && has_amx(); }},
+    {"avx512bf16", avx512bf16::run, has_avx512_bf16},
     {"avx512", avx512::run, [] { return __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq"); }},
     {"avx2", avx2::run, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }},
 #elif defined(__aarch64__)

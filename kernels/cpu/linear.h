@@ -9,6 +9,7 @@
 // Where the CPU does not multiply bf16, a pair's two weights are widened one after the other, through the same register, and x is
 // widened to fp32 once, before the panels.
 #pragma once
+#include "amx.h"
 #include "constants.h"
 #include "vec.h"
 
@@ -240,6 +241,9 @@ INLINE int64_t widened_rows(int64_t in) { return max2<int64_t>(kWidened / 4 / in
 // where pairs are multiplied, whose tiles are as wide as a panel, the tiles of rows of each panel.
 template <class T, class O>
 static void linear(int64_t rows, const T* x, int64_t in, const T* packed, int64_t out, O* y, int64_t ldy, int tid, int threads) {
+#if defined(__AMX_BF16__)
+    if constexpr (sizeof(T) == 2) return matrix_linear(rows, x, in, packed, out, y, ldy, tid, threads);
+#endif
     static thread_local Scratch<Operand<T>> scratch;
     constexpr int P = Pack<T>::P, R = kTileRows<Operand<T>>;
     bool narrow = (out + 63) / 64 < threads || (!kDots && rows > kFloatRows), by_rows = !narrow && rows > kRowBlock;

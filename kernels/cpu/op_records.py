@@ -2,49 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from loraplex.kernels.constants import OpCode
 from loraplex.kernels.cpu.abi import EmbedArgs, LinearArgs, Op, Step
-from loraplex.kernels.cpu.quantised import CpuQuantised
+from loraplex.kernels.cpu.weights import CpuLinear, CpuParts
 from loraplex.kernels.ops import PackedLinear
 from loraplex.kernels.records import AdapterStep, AttentionMeta
-
-
-@dataclass(frozen=True)
-class CpuLinear:
-    """A weight in panels of 64 output columns (linear.h): the only copy of it in memory."""
-
-    packed: Tensor  # [ceil(out / 16) * 16 * in] compute dtype
-    in_features: int
-    out_features: int
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.packed.dtype
-
-    @property
-    def address(self) -> int:
-        return self.packed.data_ptr()
-
-
-@dataclass(frozen=True)
-class CpuParts:
-    """A weight of one input whose parts' outputs lie one behind the other, some of them quantised."""
-
-    parts: tuple[CpuLinear | CpuQuantised, ...]
-    dtype: torch.dtype  # the compute dtype
-
-    @property
-    def in_features(self) -> int:
-        return self.parts[0].in_features
-
-    @property
-    def out_features(self) -> int:
-        return sum(part.out_features for part in self.parts)
 
 
 def linear_ops(x: Tensor, weight: PackedLinear, y: Tensor) -> list[Op]:

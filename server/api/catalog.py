@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from loraplex.adapters.files.tokenizer_files import NOTHING
-from loraplex.adapters.registry import AdapterVersion
+from loraplex.adapters.version import AdapterVersion
 from loraplex.server.api.alias_terms import may_use_alias
 from loraplex.server.api.answer_schemas import AdapterReceipt, ModelCard, ModelPermission, ProofAnswer, TokenizerReceipt
 from loraplex.server.api.manage import push_owner

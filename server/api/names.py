@@ -20,8 +20,8 @@ from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 
 from loraplex.adapters.errors import AdapterNotFound, VersionGone, VersionUnclear
-from loraplex.adapters.registry import AdapterLease, AdapterVersion
 from loraplex.adapters.sources.sources import SourceAccess
+from loraplex.adapters.version import AdapterLease, AdapterVersion
 from loraplex.server.api.alias_terms import expand, sticky_of
 from loraplex.server.api.errors import ApiError, InvalidField, UnsupportedField, to_api_error
 from loraplex.server.api.manage import counting_adapters, permitted_source, push_owner

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from loraplex.adapters.registry import AdapterVersion
+from loraplex.adapters.version import AdapterVersion
 from loraplex.server.api.answer_schemas import ProofAnswer, ProofStatus, ReceiptBody
 from loraplex.server.api.services import Services
 from loraplex.server.proof.prover import Prover

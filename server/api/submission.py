@@ -7,7 +7,8 @@ from contextlib import ExitStack
 from dataclasses import replace
 
 from loraplex.adapters.errors import AdapterRefused
-from loraplex.adapters.registry import AdapterLease, Registry
+from loraplex.adapters.registry import Registry
+from loraplex.adapters.version import AdapterLease
 from loraplex.server.engine.engine import Engine
 from loraplex.server.engine.request import GenerationRequest, TokenEvent
 from loraplex.server.engine.streams import Shortcut

@@ -6,7 +6,7 @@ import time
 from typing import Literal
 
 from loraplex.adapters.files.beneath import shown
-from loraplex.adapters.registry import AdapterVersion
+from loraplex.adapters.version import AdapterVersion
 from loraplex.server.api.answer_schemas import VersionCard
 from loraplex.server.api.services import Services
 from loraplex.server.tenancy.tenants import current_key

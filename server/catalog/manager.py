@@ -12,12 +12,13 @@ from pathlib import Path
 from loraplex.adapters.errors import AdapterError, AdapterExists, AdapterNotFound, AdapterRefused
 from loraplex.adapters.files.beneath import below
 from loraplex.adapters.info import AdapterInfo
-from loraplex.adapters.registry import AdapterVersion, Registry
+from loraplex.adapters.registry import Registry
 from loraplex.adapters.shared_work import SharedWork, when_done
 from loraplex.adapters.sources.downloads import Downloads
 from loraplex.adapters.sources.sources import OPERATOR, SourceAccess, parse_source
 from loraplex.adapters.tiers.loader import LoadedContent, Loader
 from loraplex.adapters.tiers.settle import renew
+from loraplex.adapters.version import AdapterVersion
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +98,7 @@ class AdapterManager:
         copy: Copy | None = None,
         origin: str = "",
     ) -> Future[AdapterVersion]:
-        """register() without waiting: the future fails as it raises. Once cancelled, nothing is registered.
+        """Begin what register() does: the future fails as that raises. Once cancelled, nothing is registered.
 
         stale: where the source is out of reach, take what was fetched of it earlier.
         origin: what `source` is a copy of.
@@ -141,7 +142,7 @@ class AdapterManager:
         return outcome
 
     def expect(self, name: str, coming: Future[AdapterVersion]) -> None:
-        """Requests for `name` wait until `coming` is done (see arrival)."""
+        """Have requests for `name` wait until `coming` is done (see arrival)."""
         arrived: Future[None] = Future()
         coming.add_done_callback(lambda _: arrived.set_result(None))
         self._arrivals.share(name, arrived)
@@ -153,7 +154,7 @@ class AdapterManager:
             await asyncio.wrap_future(waiter)
 
     def coming(self) -> tuple[str, ...]:
-        """Names that requests wait for: they are not registered yet."""
+        """List the names that requests wait for: they are not registered yet."""
         return self._arrivals.keys()
 
     def examine(self, source: str) -> AdapterInfo:
@@ -205,7 +206,7 @@ class AdapterManager:
         return None
 
     def refresh(self, version: AdapterVersion) -> None:
-        """The local files of `version` have changed: what they hold now gets its name.
+        """Give the name of `version`, whose local files have changed, to what they hold now.
 
         One that nobody has used is only looked at; another is read again, in the background. Whatever is wrong with the
         new files, what is in memory of the old ones is served on.
@@ -223,7 +224,7 @@ class AdapterManager:
             logger.warning("adapter %r has changed and cannot be read: %s", version.name, error)
 
     def _renew(self, version: AdapterVersion, loading: Future[LoadedContent]) -> None:
-        """In a loader's thread."""
+        """Register what a loader read again, in its thread."""
         error = loading.exception()
         if isinstance(error, AdapterRefused):
             logger.warning("adapter %r has changed and is refused: %s", version.name, error)

@@ -22,8 +22,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from loraplex.adapters.errors import AdapterError, AdapterNotFound
-from loraplex.adapters.registry import AdapterLease, AdapterVersion
 from loraplex.adapters.sources.spool import Spool, SpooledAdapter
+from loraplex.adapters.version import AdapterLease, AdapterVersion
 from loraplex.server.catalog.manager import AdapterManager
 from loraplex.server.catalog.on_demand import PUSHED
 from loraplex.server.catalog.quota import Quota, QuotaOwner
@@ -63,7 +63,7 @@ class PushOwner:
 
     @property
     def quota(self) -> QuotaOwner:
-        """Who brings it, for the number of adapters."""
+        """Return who brings it, for the number of adapters."""
         return QuotaOwner(self.tenant, self.most)
 
 
@@ -220,7 +220,7 @@ class Pushed:
     # -- what goes -----------------------------------------------------------------------------------------------------
 
     def _expire_after(self, ttl: float, version: AdapterVersion, expired: Callable[[], None]) -> None:
-        """Not before what was said of the same version earlier."""
+        """Let the version expire, but not before what was said of it earlier."""
         loop, (uid, before) = asyncio.get_running_loop(), self._timers.get(version.name, (0, None))
         when = loop.time() + ttl
         if before is not None:
@@ -244,7 +244,7 @@ class Pushed:
             logger.info("adapter @sha256:%s has expired", key[1][:12])
 
     def _drained(self, version: AdapterVersion) -> None:
-        """In whatever thread: nobody has the version any more."""
+        """Drop what is kept of a version that nobody has any more, in whatever thread."""
         if version.source in self._held and not self._is_used(version.source):
             self.threads.submit(self.drop, version.source)
 

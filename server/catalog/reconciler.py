@@ -22,9 +22,9 @@ from pathlib import Path
 
 from loraplex.adapters.errors import AdapterError, AdapterNotFound, AdapterRefused
 from loraplex.adapters.files.beneath import below
-from loraplex.adapters.registry import AdapterVersion
 from loraplex.adapters.sources.watch import Change, FileStamp, FolderWatch, What, file_stamp
 from loraplex.adapters.throttle import Throttle, lower_priority
+from loraplex.adapters.version import AdapterVersion
 from loraplex.server.catalog.adapter_list import AdapterList, AdapterListError, DesiredAdapter, read_list
 from loraplex.server.catalog.manager import AdapterManager
 
@@ -95,7 +95,7 @@ class Reconciler:
         self._thread.start()
 
     def stop(self) -> None:
-        """Idempotent."""
+        """Stop the thread. Idempotent."""
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join(5.0)
@@ -188,7 +188,7 @@ class Reconciler:
             self._fulfil(adapter)
 
     def _fulfil(self, desired: DesiredAdapter) -> None:
-        """One step nearer to `desired`."""
+        """Take one step towards `desired`."""
         entry = self._entries.get(desired.name)
         if entry is None or entry.desired.source != desired.source:
             if entry is not None and entry.coming is not None:
@@ -214,7 +214,7 @@ class Reconciler:
         entry.coming = coming
 
     def _mark(self, entry: _Entry, done: Future[AdapterVersion]) -> None:
-        """In whatever thread: requests are told why it is not there."""
+        """Mark why an entry is not there, for requests, in whatever thread."""
         name = entry.desired.name
         error = None if done.cancelled() else done.exception()
         if error is None and not done.cancelled() and entry.dropped:
@@ -251,7 +251,7 @@ class Reconciler:
         entry.pinned = version
 
     def _drop(self, entry: _Entry) -> None:
-        """Its wish is taken back."""
+        """Drop an entry whose wish is taken back."""
         entry.dropped = True
         if entry.coming is not None and entry.coming.done():
             self._take(entry, entry.coming)

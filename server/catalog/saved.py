@@ -15,8 +15,9 @@ from dataclasses import dataclass
 
 from loraplex.adapters.errors import AdapterError, AdapterExists, AdapterNotFound, AdapterRefused, VersionMoved
 from loraplex.adapters.info import AdapterInfo
-from loraplex.adapters.registry import AdapterVersion, Registry
+from loraplex.adapters.registry import Registry
 from loraplex.adapters.sources.sources import OPERATOR, SourceAccess
+from loraplex.adapters.version import AdapterVersion
 from loraplex.server.catalog.copies import VersionCopies
 from loraplex.server.catalog.manager import AdapterManager, Point
 from loraplex.server.catalog.state_store import KeptRow, Transaction
@@ -69,7 +70,7 @@ class Remembering:
 
     @property
     def registry(self) -> Registry:
-        """The names there are."""
+        """Return the registry: the names there are."""
         return self._adapters.registry
 
     async def register(
@@ -84,7 +85,7 @@ class Remembering:
         terms: LoadTerms = LoadTerms(),
         what: What = "load",
     ) -> AdapterVersion:
-        """As AdapterManager.register; on disk when it returns. A version that is expected is replaced.
+        """Register as AdapterManager does; on disk when it returns. A version that is expected is replaced.
 
         Raises StateNotKept, too, and VersionMoved where the name has another version than the one expected.
         """
@@ -122,7 +123,7 @@ class Remembering:
             raise
 
     def _check_expected(self, name: str, expected: str | None) -> None:
-        """Raises VersionMoved."""
+        """Raise VersionMoved unless the name points at the version expected."""
         if expected is None:
             return
         current = self.registry.get(name)
@@ -136,7 +137,7 @@ class Remembering:
         raise VersionMoved(f"adapter {name!r}: expected {wanted}, and {found}; nothing is changed", present)
 
     def _enter(self, loading: _Loading, info: AdapterInfo, place: str, point: Point) -> AdapterVersion:
-        """In the writer's thread."""
+        """Register what was loaded, and write it down, in the writer's thread."""
         kept, terms, now = loading.kept, loading.terms, self.clock()
         for check in self.check_free:
             check(kept.name)
@@ -178,7 +179,7 @@ class Remembering:
         return version
 
     def _may_go(self, row: KeptVersion) -> bool:
-        """Whether a copy may make room: no name stands for it, and nothing else does."""
+        """Return whether a copy may make room: no name stands for it, and nothing else does."""
         current = self.registry.get(row.name)
         return not self.versions.is_held(row) and (current is None or current.digest != row.digest)
 
@@ -193,11 +194,11 @@ class Remembering:
             copies.remove(copy)
 
     async def arrival(self, name: str) -> None:
-        """As AdapterManager.arrival."""
+        """Return what AdapterManager.arrival does."""
         await self._adapters.arrival(name)
 
     async def unregister(self, name: str, who: Who = Who()) -> AdapterVersion:
-        """As AdapterManager.unregister; on disk when it returns. One that could not be restored is forgotten, too.
+        """Unregister as AdapterManager does; on disk when it returns. What could not be restored is forgotten, too.
 
         Raises StateNotKept, too: nothing is unloaded then, as it would be there again after a restart.
         """
@@ -270,7 +271,7 @@ class Remembering:
                     logger.warning("%s@%s does not come back: %s", name, row.digest[:MIN_DIGITS], error)
 
     def _restored(self, name: str, done: Future[AdapterVersion]) -> None:
-        """In whatever thread."""
+        """Note whether a name came back, in whatever thread."""
         if done.cancelled():
             return
         error = done.exception()

@@ -6,7 +6,8 @@ import re
 from collections.abc import Sequence
 
 from loraplex.adapters.errors import AdapterNotFound, VersionGone, VersionUnclear
-from loraplex.adapters.registry import AdapterLease, Registry
+from loraplex.adapters.registry import Registry
+from loraplex.adapters.version import AdapterLease
 from loraplex.server.catalog.version_records import KeptVersion
 from loraplex.server.catalog.versions import Versions
 

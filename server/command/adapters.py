@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from loraplex.server.command.option_groups import grouped
-from loraplex.server.config import EngineConfig, Quantize
+from loraplex.server.config_engine import EngineConfig, Quantize
 
 if TYPE_CHECKING:
     from loraplex.server.command.remote import RemoteError

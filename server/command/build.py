@@ -35,8 +35,8 @@ from loraplex.kernels.quantized import Activations
 from loraplex.kernels.select import load_backend
 from loraplex.server.catalog.manager import AdapterManager
 from loraplex.server.command.sizing import MachineMemory, calibrated, compute_dtype
-from loraplex.server.config import EngineConfig, Quantize
 from loraplex.server.config_adapters import DownloadConfig
+from loraplex.server.config_engine import EngineConfig, Quantize
 from loraplex.server.engine.engine import Engine
 from loraplex.server.engine.policy.budget import (
     LEAST_BUDGET,

@@ -6,10 +6,10 @@ import time
 from collections.abc import Collection
 from functools import partial
 
-from loraplex.adapters.registry import AdapterVersion
 from loraplex.adapters.sources.sources import resolve
 from loraplex.adapters.sources.spool import Spool
 from loraplex.adapters.tiers.merging import merge_versions
+from loraplex.adapters.version import AdapterVersion
 from loraplex.kernels.constants import BLOCK_SIZE
 from loraplex.server.api.services import Services
 from loraplex.server.catalog.aliases import Aliases

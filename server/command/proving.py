@@ -7,7 +7,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from loraplex.adapters.registry import AdapterVersion
+from loraplex.adapters.version import AdapterVersion
 from loraplex.server.catalog.state_store import StateError, StateNotKept
 from loraplex.server.catalog.state_writer import StateWriter
 from loraplex.server.catalog.version_records import StateChange

@@ -22,8 +22,8 @@ from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
-from loraplex.adapters.registry import AdapterVersion
 from loraplex.adapters.shared_work import tell
+from loraplex.adapters.version import AdapterVersion
 from loraplex.server.engine.messages import Abort, Forget, Message, Pause, Pin, Resume, Stop, Submit, Wake, Warm
 from loraplex.server.engine.open_requests import CRASHED, STOPPED, OpenRequests, release
 from loraplex.server.engine.pausing import Pace, Pausing

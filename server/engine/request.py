@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from loraplex.adapters.registry import AdapterLease
+from loraplex.adapters.version import AdapterLease
 
 
 class Constraint(Protocol):
@@ -94,7 +94,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None  # the same for the prompt's tokens but the first; its cached prefix is not used
     stop_token_ids: frozenset[int] = frozenset()  # end-of-sequence ids and the caller's own
     min_tokens: int = 0  # stop tokens are forbidden before
-    watermark: bool = False  # tokens that show a detector where the text is from (see sampler)
+    watermark: bool = False  # tokens that show a detector where the text is from (logit_changes.py)
 
     def changes_logits(self, generated: int) -> bool:
         """Whether logits are adjusted before temperature, after `generated` tokens."""

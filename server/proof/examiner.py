@@ -8,8 +8,8 @@ from typing import Protocol
 from torch import Tensor
 
 from loraplex.adapters.errors import AdapterRefused
-from loraplex.adapters.registry import AdapterVersion
 from loraplex.adapters.tiers.measuring import Measurer, by_layer
+from loraplex.adapters.version import AdapterVersion
 from loraplex.server.proof.changes import PlainChange
 from loraplex.server.proof.prober import FusedAnswers
 from loraplex.server.proof.receipt import BaseIdentity, Probe, Receipt

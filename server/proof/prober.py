@@ -8,7 +8,8 @@ import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from loraplex.adapters.registry import AdapterVersion, Registry
+from loraplex.adapters.registry import Registry
+from loraplex.adapters.version import AdapterVersion
 from loraplex.server.engine.engine import Engine
 from loraplex.server.engine.request import FinishReason, GenerationRequest, Mix, SamplingParams
 

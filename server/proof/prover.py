@@ -16,9 +16,9 @@ from dataclasses import replace
 from typing import Protocol
 
 from loraplex.adapters.errors import AdapterError
-from loraplex.adapters.registry import AdapterVersion
 from loraplex.adapters.throttle import Throttle
 from loraplex.adapters.tiers.loader import Loader, Priority
+from loraplex.adapters.version import AdapterVersion
 from loraplex.server.engine.request import EngineError
 from loraplex.server.proof.prober import FusedAnswers, ProbeFailed, Prober
 from loraplex.server.proof.receipt import Receipt
@@ -81,7 +81,7 @@ class Prover:
         return self._failed.get(version.uid)
 
     def is_under_way(self, version: AdapterVersion) -> bool:
-        """Whether the receipt is being made, or waits for its turn."""
+        """Return whether the receipt is being made, or waits for its turn."""
         return version.uid in self._under_way
 
     def begin(self, version: AdapterVersion) -> asyncio.Task[Receipt]:

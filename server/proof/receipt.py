@@ -31,7 +31,7 @@ class BaseIdentity:
     formats: str  # of its weights in memory, as "nf4, inputs exact, bfloat16"
 
     def is_named(self, named: str | None) -> bool | None:
-        """Whether `named` is this base, as far as names tell; None: nothing is named.
+        """Return whether `named` is this base, as far as names tell; None: nothing is named.
 
         The last part counts, whoever publishes it, and a folder of the Hub's cache by the repository it is of.
         """
@@ -159,7 +159,7 @@ def _last(name: str) -> str:
 
 
 def _parts(name: str) -> Iterable[str]:
-    """What `name`, a path or a repository, may be called by."""
+    """List what `name`, a path or a repository, may be called by."""
     yield _last(name)
     yield _last(name).removesuffix(".gguf")
     for part in PurePosixPath(name).parts:

@@ -19,7 +19,8 @@ from loraplex.adapters.errors import (
 )
 from loraplex.adapters.info import AdapterInfo
 from loraplex.adapters.names import check_name
-from loraplex.adapters.registry import AdapterLease, AdapterVersion, Registry
+from loraplex.adapters.registry import Registry
+from loraplex.adapters.version import AdapterLease, AdapterVersion
 from tests.support.refusals import refused
 
 NAMES = ("sql", "pirate", "acme/tickets")

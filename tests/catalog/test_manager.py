@@ -17,9 +17,10 @@ from loraplex.adapters.errors import (
     AdapterRefused,
     InvalidAdapterName,
 )
-from loraplex.adapters.registry import AdapterVersion, Registry
+from loraplex.adapters.registry import Registry
 from loraplex.adapters.tiers.loader import LoadedContent, Loader, Reading
 from loraplex.adapters.tiers.reader import AdapterInfo
+from loraplex.adapters.version import AdapterVersion
 from loraplex.server.catalog.manager import AdapterManager
 from tests.support.refusals import refused
 

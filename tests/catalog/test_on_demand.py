@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from loraplex.adapters.errors import AdapterNotFound, AdapterRefused
-from loraplex.adapters.registry import AdapterVersion
 from loraplex.adapters.sources.merge_plan import MergePlan
 from loraplex.adapters.sources.sources import OPERATOR, SourceAccess, parse_source
+from loraplex.adapters.version import AdapterVersion
 from loraplex.server.catalog.on_demand import OnDemand, first_use_name, is_hidden, source_of
 from loraplex.server.catalog.quota import QuotaOwner, TooManyAdapters
 from loraplex.server.engine.request import Overloaded

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from loraplex.adapters.info import AdapterInfo
-from loraplex.adapters.registry import AdapterLease, Registry
+from loraplex.adapters.registry import Registry
+from loraplex.adapters.version import AdapterLease
 from loraplex.server.catalog.quota import Key, Quota, QuotaOwner, TooManyAdapters
 
 ACME, BYTE = QuotaOwner("acme", 2), QuotaOwner("byte", 2)

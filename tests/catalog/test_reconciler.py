@@ -16,11 +16,12 @@ import torch
 from loraplex.adapters.errors import AdapterNotFound, AdapterUnavailable, InvalidAdapterName
 from loraplex.adapters.image.tiles import BaseLayout
 from loraplex.adapters.info import AdapterInfo
-from loraplex.adapters.registry import AdapterVersion, Registry
+from loraplex.adapters.registry import Registry
 from loraplex.adapters.sources.downloads import Downloads
 from loraplex.adapters.sources.sources import Source
 from loraplex.adapters.tiers.loader import LoadedContent, Loader
 from loraplex.adapters.tiers.reader import AdapterReader
+from loraplex.adapters.version import AdapterVersion
 from loraplex.kernels.records import Projection
 from loraplex.server.catalog.adapter_list import AdapterListError, DesiredAdapter, parse_list
 from loraplex.server.catalog.manager import AdapterManager

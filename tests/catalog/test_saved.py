@@ -13,8 +13,8 @@ from unittest.mock import patch
 import pytest
 
 from loraplex.adapters.errors import AdapterExists, AdapterNotFound
-from loraplex.adapters.registry import AdapterVersion
 from loraplex.adapters.sources.sources import OPERATOR, SourceAccess
+from loraplex.adapters.version import AdapterVersion
 from loraplex.server.catalog.saved import Remembering
 from loraplex.server.catalog.state_store import FILE, StateNotKept, StateStore, Transaction
 from loraplex.server.catalog.state_writer import StateWriter

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from loraplex.kernels.ops import BackendUnavailable
 from loraplex.server.command import build, sizing
 from loraplex.server.command.build import build_engine
-from loraplex.server.config import EngineConfig, LinearInputs, Quantize
+from loraplex.server.config_engine import EngineConfig, LinearInputs, Quantize
 from loraplex.server.engine.policy import multi_step
 from loraplex.server.engine.policy.budget import StepCost
 from loraplex.server.engine.request import FinishReason, GenerationRequest, SamplingParams

@@ -12,7 +12,7 @@ import pytest
 from loraplex.server.command import cli
 from loraplex.server.command.check import Verdict, check_adapter, describe
 from loraplex.server.command.convert import convert_folder
-from loraplex.server.config import Device, DType, EngineConfig
+from loraplex.server.config_engine import Device, DType, EngineConfig
 from tests.adapters.format.test_bottleneck import save_as_the_library
 from tests.proof.test_receipt import RECEIPT
 from tests.support.peft_adapters import make_peft_adapter

@@ -15,7 +15,7 @@ import safetensors.torch
 from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.tiers.loader import LoadedContent
 from loraplex.server.command.build import EngineParts
-from loraplex.server.config import EngineConfig
+from loraplex.server.config_engine import EngineConfig
 from loraplex.server.engine.engine import EventStream
 from loraplex.server.engine.request import FinishReason, GenerationRequest, SamplingParams
 from tests.support.adapter_reading import put

@@ -21,7 +21,7 @@ from loraplex.adapters.tiers.loader import LoadedContent, Reading
 from loraplex.adapters.tiers.reader import AdapterReader
 from loraplex.server.command import build
 from loraplex.server.command.build import EngineParts, build_engine
-from loraplex.server.config import EngineConfig
+from loraplex.server.config_engine import EngineConfig
 from loraplex.server.engine.engine import EventStream
 from loraplex.server.engine.policy.rows import StepInput
 from loraplex.server.engine.policy.running import RunningSet

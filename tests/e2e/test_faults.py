@@ -20,8 +20,8 @@ import httpx
 import pytest
 from safetensors.torch import load_file, save_file
 
-from loraplex.server.config import EngineConfig
 from loraplex.server.config_adapters import DownloadConfig
+from loraplex.server.config_engine import EngineConfig
 from tests.support.command import address, serving
 from tests.support.live_server import Api, LiveServer, live_server
 from tests.support.peft_adapters import make_peft_adapter

@@ -16,7 +16,7 @@ import torch
 
 from loraplex.kernels.constants import BLOCK_SIZE
 from loraplex.server.command.build import EngineParts
-from loraplex.server.config import EngineConfig
+from loraplex.server.config_engine import EngineConfig
 from loraplex.server.engine.policy.running import RunningSet
 from loraplex.server.engine.request import GenerationRequest, SamplingParams, TokenEvent
 from tests.support.peft_adapters import ALL, PeftAdapter, make_peft_adapter

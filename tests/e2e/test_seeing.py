@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from safetensors.torch import load_file, save_file
 
 from loraplex.adapters.refusals import OTHER, REASONS
-from loraplex.server.config import EngineConfig
+from loraplex.server.config_engine import EngineConfig
 from tests.support.live_server import live_server
 from tests.support.peft_adapters import make_peft_adapter
 

@@ -22,7 +22,7 @@ import llguidance
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 
-from loraplex.server.config import EngineConfig
+from loraplex.server.config_engine import EngineConfig
 from loraplex.server.models import demo
 from tests.support.live_server import LiveServer, live_server
 from tests.support.schemas import Schema, bounded_schemas

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from loraplex.server.config import AuthConfig
+from loraplex.server.config_access import AuthConfig
 from loraplex.server.proof.receipt import Receipt
 from loraplex.server.tenancy.keys_file import new_key
 from tests.support.browser import Browser, chromium

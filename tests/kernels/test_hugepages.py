@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from loraplex.kernels.cpu.backend import CpuBackend
-from loraplex.kernels.cpu.op_records import CpuLinear
+from loraplex.kernels.cpu.weights import CpuLinear
 from loraplex.kernels.hugepages import HUGE_PAGE, Region, huge_zeros
 
 MODES = Path("/sys/kernel/mm/transparent_hugepage/enabled")

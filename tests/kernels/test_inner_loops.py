@@ -48,12 +48,14 @@ class Tile:
 
 
 TILES = {
+    "amx": Tile(6, 4, 1),  # of adapters and attention; linears: test_matrix_tiles
     "avx512bf16": Tile(6, 4, 1),
     "avx512": Tile(5, 4, 2),
     "avx2": Tile(6, 2, 2),
     "generic": Tile(3, 2, 2, each=3, mostly=0.2),
 }
 BYTES = {
+    "amx": Tile(6, 4, 1),
     "avx512bf16": Tile(6, 4, 1),
     "avx512": Tile(5, 4, 2, each=2),
     "avx2": Tile(5, 2, 2, each=2),
@@ -62,6 +64,7 @@ BYTES = {
 """The tile of most rows at a linear whose codes and inputs take 8 bits; halves: of a word's bytes."""
 
 NIBBLES = {
+    "amx": ("vpdpbusd", 6 * 4 * 8),
     "avx512bf16": ("vpdpbusd", 6 * 4 * 8),
     "avx512": ("vpmaddubsw", 6 * 4 * 8),
     "avx2": ("vpmaddubsw", 8 * 8),
@@ -69,6 +72,7 @@ NIBBLES = {
 """Of 4-bit codes and inputs in bytes: the instruction, and how often a unit has it in the largest tile."""
 
 EXACT = {
+    "amx": (("vdpbf16ps", 6 * 4 * 4), ("vfmadd231ps", 6 * 2 * 8)),
     "avx512bf16": (("vdpbf16ps", 6 * 4 * 4), ("vfmadd231ps", 6 * 2 * 8)),
     "avx512": (("vfmadd231ps", 6 * 2 * 8),),
     "avx2": (("vfmadd231ps", 4 * 2 * 8),),
@@ -78,6 +82,9 @@ test_sums_stay_in_registers; what comes once for 32 inputs, when sums are scaled
 
 WORDS = 8
 """Words of a unit, which are multiplied without a jump: lines are fetched in a loop of their own before them."""
+
+MATRIX = {(2, 2): 4, (2, 1): 3, (1, 4): 5, (1, 3): 4, (1, 2): 3, (1, 1): 2}
+"""By tiles of rows and of columns that AMX multiplies in one loop: how many tiles are loaded for it."""
 
 ARM_TILES = {"neonbf16": Tile(6, 4, 1), "generic": Tile(5, 4, 2)}
 
@@ -163,6 +170,26 @@ def _runs(isa: str, kernel: str, instruction: str) -> list[tuple[list[str], int]
         if f"{len(isa)}{isa}" in name and kernel in name
         for run in found
     ]
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the library has these on x86-64")
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="objdump is missing: apt install binutils")
+@pytest.mark.parametrize("shape", MATRIX, ids=str)
+def test_matrix_tiles_are_multiplied_in_registers(shape: tuple[int, int]) -> None:
+    """Each pass of the loop loads what its products need and no sums, and has few instructions beside."""
+    rows, columns = shape
+    runs = [
+        run
+        for name, found in straight_runs(Path(abi.library()._name)).items()
+        if f"3amxL14multiply_tilesILi{rows}ELi{columns}E" in name
+        for run in found
+        if any(line.startswith("tdpbf16ps") for line in run)
+    ]
+    assert len(runs) == 1, "one loop"
+    counts = {name: sum(line.startswith(name) for line in runs[0]) for name in ("tdpbf16ps", "tileloadd", "tilestored")}
+    assert counts == {"tdpbf16ps": rows * columns, "tileloadd": MATRIX[shape], "tilestored": 0}
+    assert not [line for line in runs[0] if STACK.search(line)], runs[0]
+    assert len(runs[0]) <= rows * columns + MATRIX[shape] + 14, runs[0]
 
 
 @pytest.mark.parametrize("isa", arm64_isas())

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from loraplex.adapters.image.tiles import BaseLayout, LowRank, OutputScale, Part, pack
+from loraplex.adapters.image.tiles import BaseLayout, LowRank, OutputScale, Part
+from loraplex.adapters.image.writing import pack
 from loraplex.adapters.tiers.device import DeviceTier
 from loraplex.adapters.tiers.pages import PagePool
 from loraplex.kernels.constants import BLOCK_SIZE
@@ -53,7 +54,7 @@ def test_linear(isa: str, dtype: torch.dtype, hidden: int) -> None:
     logits = torch.cat([single.logits(row, packed) for row in x.split(1)])
     assert len({tuple(row) for row in alone.tolist()}) == len(x)
     for ops in (single, *others):
-        for rows in (1, 2, 3, 5, 6, 7, 8, 16, 31, 32, 37, 80):
+        for rows in (1, 2, 3, 5, 6, 7, 8, 16, 17, 31, 32, 33, 37, 48, 64, 65, 80):
             assert torch.equal(ops.linear(x[:rows], packed), alone[:rows]), f"{rows} rows, {ops.team.threads} threads"
         assert torch.equal(ops.logits(x, packed), logits)
 

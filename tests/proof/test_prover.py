@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from loraplex.adapters.image.tiles import AdapterImage
-from loraplex.adapters.registry import AdapterVersion
+from loraplex.adapters.version import AdapterVersion
 from loraplex.server.command.build import EngineParts
 from loraplex.server.command.proving import make_prover
-from loraplex.server.config import Device, DType, EngineConfig
+from loraplex.server.config_engine import Device, DType, EngineConfig
 from loraplex.server.engine.request import Overloaded
 from loraplex.server.proof.prober import ProbeFailed, probe_ids
 from loraplex.server.proof.prover import MAX_OFFERED, Prover

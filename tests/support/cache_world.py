@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 
 from loraplex.adapters.errors import AdapterRefused
-from loraplex.adapters.image.tiles import AdapterImage, BaseLayout, LowRank, pack
+from loraplex.adapters.image.tiles import AdapterImage, BaseLayout, LowRank
+from loraplex.adapters.image.writing import pack
 from loraplex.adapters.info import AdapterInfo
-from loraplex.adapters.registry import AdapterLease, AdapterVersion, Registry
+from loraplex.adapters.registry import Registry
 from loraplex.adapters.tiers.cache import AdapterCache
 from loraplex.adapters.tiers.device import DeviceTier
 from loraplex.adapters.tiers.eviction import Reclaimer
@@ -19,6 +20,7 @@ from loraplex.adapters.tiers.inbox import Inbox, host_bytes
 from loraplex.adapters.tiers.loader import LoadedContent, Loader, Priority, Reading
 from loraplex.adapters.tiers.pages import PagePool
 from loraplex.adapters.tiers.settle import changed, renew, settle
+from loraplex.adapters.version import AdapterLease, AdapterVersion
 from loraplex.kernels.records import Projection
 from loraplex.server.models.config import Site
 

@@ -18,11 +18,12 @@ from fastapi import FastAPI
 
 from loraplex.adapters.errors import AdapterNotFound, AdapterRefused
 from loraplex.adapters.info import AdapterInfo
-from loraplex.adapters.registry import AdapterVersion, Registry
+from loraplex.adapters.registry import Registry
 from loraplex.adapters.sources.merge_plan import MergePlan
 from loraplex.adapters.sources.sources import OPERATOR, SourceAccess
 from loraplex.adapters.sources.spool import Spool
 from loraplex.adapters.tiers.stats import AdapterPlace, PageOwners
+from loraplex.adapters.version import AdapterVersion
 from loraplex.server.api.services import Services
 from loraplex.server.catalog.aliases import Aliases
 from loraplex.server.catalog.manager import AdapterManager, Around, Copy
@@ -33,7 +34,8 @@ from loraplex.server.catalog.state_store import StateStore
 from loraplex.server.catalog.state_writer import StateWriter
 from loraplex.server.catalog.versions import Versions
 from loraplex.server.command.app import create_app
-from loraplex.server.config import EngineConfig, RequestLimits, ServeConfig
+from loraplex.server.config import RequestLimits, ServeConfig
+from loraplex.server.config_engine import EngineConfig
 from loraplex.server.engine.engine import Engine
 from loraplex.server.engine.pausing import Pace
 from loraplex.server.engine.request import FinishReason, GenerationRequest, Mix, TokenEvent, TokenScores

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 STACK = re.compile(r"\(%rsp|-0x[0-9a-f]+\(%rbp\)|\[sp\b|\[x29\b")
@@ -25,6 +26,7 @@ def straight_runs(library: Path, objdump: str = "objdump") -> Mapping[str, list[
     return {name: _runs(body) for name, body in _functions(library, objdump).items()}
 
 
+@cache
 def _functions(library: Path, objdump: str) -> Mapping[str, str]:
     command = [objdump, "-d", "--no-show-raw-insn", str(library)]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout

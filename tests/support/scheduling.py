@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.front import Front
 from loraplex.adapters.info import AdapterInfo
-from loraplex.adapters.registry import AdapterLease, AdapterVersion, Registry
+from loraplex.adapters.registry import Registry
 from loraplex.adapters.tiers.eviction import IdleSet, Reclaimer
 from loraplex.adapters.tiers.pages import PagePool
 from loraplex.adapters.tiers.stats import AdapterStats, TierStats
+from loraplex.adapters.version import AdapterLease, AdapterVersion
 from loraplex.server.engine.policy.kv_cache import KVCache
 from loraplex.server.engine.policy.kv_groups import GroupSpec
 from loraplex.server.engine.policy.plan import SchedulerLimits

@@ -11,7 +11,7 @@ from typing import Any
 import openai
 import torch
 
-from loraplex.server.config import EngineConfig
+from loraplex.server.config_engine import EngineConfig
 from tests.support.live_server import TINY, LiveServer, live_server
 from tests.support.peft_adapters import make_peft_adapter
 

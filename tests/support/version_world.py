@@ -10,9 +10,10 @@ from typing import Any, cast
 
 from loraplex.adapters.errors import AdapterNotFound, AdapterRefused
 from loraplex.adapters.info import AdapterInfo
-from loraplex.adapters.registry import AdapterVersion, Registry
+from loraplex.adapters.registry import Registry
 from loraplex.adapters.sources.sources import find_folder
 from loraplex.adapters.tiers.loader import LoadedContent, Loader
+from loraplex.adapters.version import AdapterVersion
 from loraplex.server.catalog.aliases import Aliases
 from loraplex.server.catalog.copies import VersionCopies
 from loraplex.server.catalog.expiry import Expiry

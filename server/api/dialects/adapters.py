@@ -9,8 +9,8 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
 from loraplex.adapters.errors import AdapterExists, AdapterNotFound
-from loraplex.adapters.registry import AdapterVersion
 from loraplex.adapters.sources.sources import SourceAccess
+from loraplex.adapters.version import AdapterVersion
 from loraplex.server.api.body import NAMES_BODY, body_schema
 from loraplex.server.api.errors import ClientGone, InvalidField, error_response, to_adapter_route_error
 from loraplex.server.api.manage import asking, check_may_load, check_may_unload, counting_adapters, permitted_source

@@ -12,7 +12,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from loraplex.adapters.registry import AdapterVersion
+from loraplex.adapters.version import AdapterVersion
 from loraplex.server.api.body import NAMES_BODY, body_schema, parse_record
 from loraplex.server.api.catalog import visible_adapters
 from loraplex.server.api.dialects import lorax

@@ -12,9 +12,9 @@ import json
 from binascii import Error as NotBase64
 
 from loraplex.adapters.errors import AdapterExists
-from loraplex.adapters.registry import AdapterVersion
 from loraplex.adapters.sources.remote import CONFIG_FILE, WEIGHTS_FILE
 from loraplex.adapters.sources.spool import SpooledAdapter
+from loraplex.adapters.version import AdapterVersion
 from loraplex.server.api.dialects.sglang_schemas import SglangTensorsRequest
 from loraplex.server.api.encodings import too_large
 from loraplex.server.api.errors import InvalidField, UnsupportedField

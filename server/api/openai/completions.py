@@ -16,13 +16,12 @@ from loraplex.server.api.fields import ignored_header
 from loraplex.server.api.generation import Generation
 from loraplex.server.api.logprobs import CompletionScores
 from loraplex.server.api.openapi import answers
-from loraplex.server.api.prompts import GenerationOptions, Prompt, PromptSource, prompt_logprobs_of
+from loraplex.server.api.prompts import GenerationOptions, prompt_logprobs_of, source_of
 from loraplex.server.api.respond import Collected, Scores, respond
 from loraplex.server.api.schemas import CompletionRequest
 from loraplex.server.api.services import Services
 from loraplex.server.api.structured import read_structured
 from loraplex.server.config import RequestLimits
-from loraplex.server.text.tokenizer import Tokenizer
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
@@ -38,7 +37,8 @@ def make_router(services: Services) -> APIRouter:
         """Continue one or more texts."""
         record = await services.bodies.read(request, CompletionRequest)
         headers = ignored_header(ignored_fields(record))
-        generation = Generation(services, record, _prompt_source(record), _options(record, services.limits))
+        source = source_of("prompt", record.prompt, record.add_special_tokens)
+        generation = Generation(services, record, source, _options(record, services.limits))
         return await respond(request, record, generation, _CompletionRendering(services, record, generation), headers)
 
     return router
@@ -68,17 +68,6 @@ def _max_tokens(record: CompletionRequest) -> int:
     if record.max_tokens is None:
         return max(DEFAULT_MAX_TOKENS, record.min_tokens or 0)
     return max(1, record.max_tokens)  # the engine draws one where only the prompt is wanted
-
-
-def _prompt_source(record: CompletionRequest) -> PromptSource:
-    special = record.add_special_tokens is not False
-
-    def read(tokenizer: Tokenizer) -> list[Prompt]:
-        return [
-            Prompt(tokenizer.encode(p, special), text=p) if isinstance(p, str) else Prompt(p) for p in record.prompt
-        ]
-
-    return PromptSource("prompt", tuple(len(p) for p in record.prompt if isinstance(p, str)), read)
 
 
 class _CompletionRendering:

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from loraplex.adapters.registry import AdapterVersion
 from loraplex.adapters.tiers.stats import AdapterPlace, PageOwners
+from loraplex.adapters.version import AdapterVersion
 from loraplex.server.api.catalog import visible_aliases
 from loraplex.server.api.errors import InvalidField
 from loraplex.server.api.page.page_map import json_of, page_runs

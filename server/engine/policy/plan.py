@@ -6,7 +6,7 @@ from collections.abc import Sequence as ListLike
 from dataclasses import dataclass
 from typing import Protocol
 
-from loraplex.adapters.registry import AdapterVersion
+from loraplex.adapters.version import AdapterVersion
 from loraplex.server.engine.policy.rows import RowResult, StepInput
 from loraplex.server.engine.policy.sequence import Sequence
 from loraplex.server.engine.request import TokenEvent

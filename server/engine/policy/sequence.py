@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loraplex.adapters.front import Front
-from loraplex.adapters.registry import AdapterVersion
+from loraplex.adapters.version import AdapterVersion
 from loraplex.server.engine.policy.prefix_cache import Turns
 from loraplex.server.engine.policy.rows import Mix, Row, RowFront, RowResult, SamplingState, Want
 from loraplex.server.engine.policy.wearing import NEVER, front_of, invoked_at, turns_of, worn_at, worn_between

@@ -19,7 +19,7 @@ from itertools import pairwise
 from typing import TypeVar
 
 from loraplex.adapters.front import Front
-from loraplex.adapters.registry import AdapterVersion
+from loraplex.adapters.version import AdapterVersion
 from loraplex.server.engine.policy.prefix_cache import Turns
 
 NEVER = 1 << 62

@@ -209,7 +209,7 @@ def page_bytes(config: ModelConfig, dtype: torch.dtype, groups: tuple[GroupSpec,
     """One size for all pages: a KV page, or more where an adapter's rows are longer (tiny models, narrow caches)."""
     element = element_bytes(dtype)
     kv_page = group_layers(groups) * 2 * config.num_kv_heads * BLOCK_SIZE * config.head_dim * element
-    # tiles.pack() keeps to one page beyond the bytes if a row of A and its share of B fit in a page.
+    # plan_image() keeps to one page beyond the bytes if a row of A and its share of B fit in a page.
     rows = [p.in_features * element * (p.in_features + p.out_features) // p.out_features for p in config.projections()]
     return -(-max(kv_page, *rows) // ALIGN) * ALIGN
 

@@ -25,7 +25,6 @@ from loraplex.adapters.format import (
     loha,
     lokr,
     miss,
-    module_kind,
     oft,
     osf,
     peanut,
@@ -35,6 +34,7 @@ from loraplex.adapters.format import (
     tinylora,
     unilora,
     vblora,
+    wanted,
 )
 from loraplex.adapters.format.config import Keys
 from loraplex.adapters.format.fourierft import Fourierft, Waveft
@@ -452,9 +452,9 @@ def test_a_quantised_base_has_no_weights_to_take_from(
 def test_dense_changes_beyond_the_limit(base: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = Folder(base, tmp_path, "SHIRA")
     taken = LAYERS * (64 + 32) * 64 * 4
-    monkeypatch.setattr(module_kind, "MOST_DENSE_BYTES", taken)
+    monkeypatch.setattr(wanted, "MOST_DENSE_BYTES", taken)
     folder.read()
-    monkeypatch.setattr(module_kind, "MOST_DENSE_BYTES", taken - 1)
+    monkeypatch.setattr(wanted, "MOST_DENSE_BYTES", taken - 1)
     folder.refused("too_large", "full rank", "the largest of 4 modules")
 
 

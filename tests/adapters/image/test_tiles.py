@@ -20,11 +20,10 @@ from loraplex.adapters.image.tiles import (
     Part,
     PartShape,
     most_tiles,
-    pack,
-    pack_each,
     plan_image,
     shape_of,
 )
+from loraplex.adapters.image.writing import pack, pack_each
 from loraplex.kernels.constants import ALIGN, TILE_RANKS, TileKind
 from loraplex.kernels.records import Projection, element_bytes
 from loraplex.server.models.config import Site

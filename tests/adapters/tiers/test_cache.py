@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from loraplex.adapters.errors import AdapterRefused
-from loraplex.adapters.registry import AdapterVersion, Registry
+from loraplex.adapters.registry import Registry
 from loraplex.adapters.tiers.cache import AdapterCache
 from loraplex.adapters.tiers.device import DeviceTier
 from loraplex.adapters.tiers.eviction import Reclaimer
 from loraplex.adapters.tiers.inbox import Inbox
 from loraplex.adapters.tiers.loader import LoadedContent, Loader, Reading
 from loraplex.adapters.tiers.pages import PagePool
+from loraplex.adapters.version import AdapterVersion
 from tests.support.cache_world import IMAGE, LAYOUT, image_of, info_of, value_on_device
 from tests.support.refusals import refused
 from tests.support.waiting import LIMIT

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from loraplex.adapters.registry import AdapterVersion
+from loraplex.adapters.version import AdapterVersion
 from tests.adapters.tiers.test_cache import Rig
 
 

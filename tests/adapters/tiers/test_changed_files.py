@@ -16,9 +16,10 @@ import torch
 from loraplex.adapters.errors import AdapterNotFound, AdapterRefused
 from loraplex.adapters.format import quiet_files
 from loraplex.adapters.image.tiles import AdapterImage, BaseLayout
-from loraplex.adapters.registry import AdapterVersion, Registry
+from loraplex.adapters.registry import Registry
 from loraplex.adapters.tiers.loader import Loader, Priority
 from loraplex.adapters.tiers.reader import AdapterReader
+from loraplex.adapters.version import AdapterVersion
 from loraplex.kernels.records import Projection
 from loraplex.server.models.config import Site
 from tests.support.adapter_reading import put, read, same_image, without_weights, write_adapter

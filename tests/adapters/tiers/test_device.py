@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import Tensor
 
-from loraplex.adapters.image.tiles import AdapterImage, BaseLayout, BiasDelta, LowRank, Part, pack
+from loraplex.adapters.image.tiles import AdapterImage, BaseLayout, BiasDelta, LowRank, Part
+from loraplex.adapters.image.writing import pack
 from loraplex.adapters.tiers.device import DeviceTier
 from loraplex.adapters.tiers.pages import PagePool
 from loraplex.kernels.constants import ALIGN, TILE_COLUMNS

@@ -13,7 +13,7 @@ import pytest
 
 from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.info import AdapterInfo
-from loraplex.adapters.registry import AdapterVersion, Registry
+from loraplex.adapters.registry import Registry
 from loraplex.adapters.tiers.load_queue import FAIRNESS
 from loraplex.adapters.tiers.loader import (
     MAX_SLOW,
@@ -23,6 +23,7 @@ from loraplex.adapters.tiers.loader import (
     Priority,
     Reading,
 )
+from loraplex.adapters.version import AdapterVersion
 from tests.support.refusals import refused
 from tests.support.waiting import LIMIT, wait_for
 

@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 
 from loraplex.adapters.errors import AdapterUnavailable
 from loraplex.adapters.info import AdapterInfo
-from loraplex.adapters.registry import AdapterVersion, Registry
+from loraplex.adapters.registry import Registry
 from loraplex.adapters.sources.merge_plan import MergePlan
 from loraplex.adapters.tiers.merging import merge_tensors, merge_versions
+from loraplex.adapters.version import AdapterVersion
 from tests.support.full_disk import full_disk
 from tests.support.peft_adapters import make_peft_adapter
 from tests.support.refusals import refused

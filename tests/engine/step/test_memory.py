@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from loraplex.kernels import hugepages
 from loraplex.kernels.constants import BLOCK_SIZE
-from loraplex.kernels.cpu import backend as cpu_backend
+from loraplex.kernels.cpu import weights as cpu_weights
+from loraplex.kernels.cpu.backend import CpuBackend
 from loraplex.kernels.cpu.program import CpuProgram
 from loraplex.kernels.cpu.quantised import layout
 from loraplex.kernels.quantized import WeightFormat
@@ -188,16 +189,16 @@ class TestCounts:
         """What is taken for packed weights: neighbours of a format have whole panels here, so no padding is doubled."""
         shape = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64}
         path = make_tiny_model("llama", tmp_path / "model", intermediate_size=192, **shape)
-        config, ops = ModelConfig.from_hf(path), cpu_backend.CpuBackend()
+        config, ops = ModelConfig.from_hf(path), CpuBackend()
         regions: list[torch.Tensor] = []
 
         def noted(nbytes: int) -> torch.Tensor:
             regions.append(hugepages.huge_zeros(nbytes))
             return regions[-1]
 
-        monkeypatch.setattr(cpu_backend, "REGION", 1 << 14)
-        monkeypatch.setattr(cpu_backend, "HUGE_PAGE", 4096)
-        monkeypatch.setattr(cpu_backend, "huge_zeros", noted)
+        monkeypatch.setattr(cpu_weights, "REGION", 1 << 14)
+        monkeypatch.setattr(cpu_weights, "HUGE_PAGE", 4096)
+        monkeypatch.setattr(cpu_weights, "huge_zeros", noted)
         checkpoint = QuantizingCheckpoint(open_checkpoint(path), kind)
         weights = load_checkpoint(checkpoint, config, ops, BF16)
         touched = 4096 * sum(int((part != 0).any()) for region in regions for part in region.split(4096))
@@ -218,9 +219,9 @@ class TestCounts:
             return region
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(cpu_backend, "REGION", 8192)
-            patch.setattr(cpu_backend, "HUGE_PAGE", 4096)
-            patch.setattr(cpu_backend, "huge_zeros", noted)
+            patch.setattr(cpu_weights, "REGION", 8192)
+            patch.setattr(cpu_weights, "HUGE_PAGE", 4096)
+            patch.setattr(cpu_weights, "huge_zeros", noted)
             ops = load_backend("cpu", "cpu")
             packed = [ops.pack_linear(torch.ones(shape)) for shape in shapes]
             touched = set()

@@ -15,7 +15,8 @@ from loraplex.kernels.select import load_backend
 from loraplex.server.engine.policy.rows import Drawn, Row
 from loraplex.server.engine.request import SamplingParams
 from loraplex.server.engine.step import sampler
-from loraplex.server.engine.step.sampler import MaskBits, score
+from loraplex.server.engine.step.logit_changes import MaskBits
+from loraplex.server.engine.step.scores import score
 from tests.support.drawing import drawing_row
 
 VOCAB = 37  # not a multiple of 8

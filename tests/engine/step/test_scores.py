@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from loraplex.server.engine.request import SamplingParams
-from loraplex.server.engine.step.sampler import drawn_from
+from loraplex.server.engine.step.scores import drawn_from
 
 CASES = {
     "nothing": {},
