@@ -154,6 +154,15 @@ class Registry:
         with self._lock:
             return self._versions(name)
 
+    def renew_lease(self, lease: AdapterLease) -> AdapterLease | None:
+        """See AdapterLease.renew."""
+        with self._lock:
+            version = self._current.get(lease.version.name)
+            if version is None or version is lease.version or version.digest == lease.version.digest:
+                return None
+            self._leases[version.uid] += 1
+            return AdapterLease(self, version)
+
     def _versions(self, name: str) -> tuple[AdapterVersion, ...]:
         current = self._current.get(name)
         old = [self._draining[uid] for uid in sorted(self._draining, reverse=True) if self._draining[uid].name == name]

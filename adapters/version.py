@@ -80,6 +80,13 @@ class AdapterLease:
         """
         return self._registry.share(self)
 
+    def renew(self) -> AdapterLease | None:
+        """Lease the version that the name of this one points at by now.
+
+        None where it is still this one, where this very one was asked for, and where the name is gone.
+        """
+        return None if self.exact else self._registry.renew_lease(self)
+
     def __enter__(self) -> AdapterLease:
         return self
 

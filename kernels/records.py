@@ -16,7 +16,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from loraplex.kernels.constants import OWN_NORMS, QUERY_NORM
+from loraplex.kernels.constants import OWN_INPUTS, OWN_NORMS, QUERY_NORM
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Projection:
 
 @dataclass(frozen=True)
 class OwnPlaces:
-    """Number what adapters may have rows of their own for: the norms of each layer, the last norm, two tables."""
+    """Number what adapters may have of their own: each layer's norms, the last one, two tables, inputs of linears."""
 
     num_layers: int
 
@@ -63,9 +63,22 @@ class OwnPlaces:
     def head(self) -> int:
         return self.last_norm + 2
 
+    def input(self, layer: int, index: int) -> int:
+        """Return the place of the input of the linear `index` of `layer`, below OWN_INPUTS."""
+        return self.head + 1 + layer * OWN_INPUTS + index
+
     @property
     def count(self) -> int:
-        return self.last_norm + 3
+        return self.input(self.num_layers, 0)
+
+
+@dataclass(frozen=True)
+class OwnInput:
+    """Outputs start to stop - 1 of a fused linear, whose input an adapter may turn."""
+
+    place: int  # of OwnPlaces
+    start: int
+    stop: int
 
 
 @dataclass(frozen=True)
@@ -76,6 +89,10 @@ class OwnTable:
     out_start. A norm is one row of fp32; rows of the embedding are in stream scale (Gemma's scale is in them), rows of
     the head as they are, both in the compute dtype. Whoever has such rows is worn alone, with weight 1. `wearers` knows
     those with low-rank changes of the tables too (TableSite), which mix as others do.
+
+    At an input they have TileKind.TURN, and are worn in any mix: (a_off, -1, n, first, times, kind, 0, size) are rows
+    of a matrix of blocks [size, size] along its diagonal, arena[a_off * 64 :] as [n, size] of the compute dtype. Row i
+    is the matrix's row first + i and, where all inputs share a block, all rows behind it by less than `times` sizes.
     """
 
     ranges: Tensor  # [num_slots, OwnPlaces.count, 2] int32: first and past-the-last row of TileTable.tiles

@@ -18,6 +18,14 @@ DEMO = "demo"
 """The base that comes with the project."""
 
 
+class ResumeMode(StrEnum):
+    """Under which versions of their adapters open answers go on after a pause (docs/push.md)."""
+
+    stay = "stay"
+    recompute = "recompute"
+    keep = "keep"
+
+
 class LogprobsMode(StrEnum):
     """Which log-probabilities answers give: the model's own, or those of what was drawn from. vLLM's words."""
 
@@ -150,6 +158,14 @@ class RunConfig:
             help="Log-probabilities before or after bias, penalties, temperature and truncation.",
         ),
     ] = LogprobsMode.raw_logprobs
+    resume_mode: Annotated[
+        ResumeMode,
+        Option(
+            metavar="stay|recompute|keep",
+            help="What open answers do at POST /resume without ?mode=: end on the versions they began with, or go on "
+            "under new ones, with keys and values recomputed or kept.",
+        ),
+    ] = ResumeMode.stay
     log_format: Annotated[LogFormat, Option(metavar="text|json", help="How log lines are written.")] = LogFormat.text
     otlp_endpoint: Annotated[
         str | None, Option(metavar="URL", help=r"Send traces there, by OTLP over HTTP; needs loraplex\[otel].")

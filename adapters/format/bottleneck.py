@@ -40,10 +40,7 @@ KEYS = Keys(
 )
 
 NAMES = LeafNames(
-    role=lambda leaf: leaf if leaf in LEAVES else None,
-    expected=" or ".join(LEAVES),
-    label="bottleneck",
-    foreign={},
+    role=lambda leaf: leaf if leaf in LEAVES else None, expected=" or ".join(LEAVES), label="bottleneck", foreign={}
 )
 
 
@@ -59,6 +56,7 @@ class Bottlenecks(AdapterKind[BottleneckConfig]):
     """x += up f(down s + c) + b, of what a block is about to add to its residual; s as `source` says."""
 
     name = "bottleneck"
+    keys = KEYS
 
     def read(self, raw: Mapping[str, Any]) -> BottleneckConfig:
         KEYS.check(raw)

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from torch import Tensor
 
+from loraplex.adapters.format.config import Keys
 from loraplex.adapters.format.header import TensorInfo
 from loraplex.adapters.format.kept_starts import KeptStarts
 from loraplex.adapters.format.outside import BaseOutside, OwnConfig, OwnTensor
@@ -152,6 +153,9 @@ class AdapterKind(ABC, Generic[C]):
 
     name: ClassVar[str]
     """Lower case of PEFT's peft_type; what receipts say."""
+
+    keys: ClassVar[Keys]
+    """Of its config: what each means to inference."""
 
     integers: ClassVar[bool] = False
     """Whether some of its tensors may hold whole numbers."""

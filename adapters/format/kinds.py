@@ -18,7 +18,9 @@ from loraplex.adapters.format.config import bad_config, read_config, unsupported
 from loraplex.adapters.format.deft import Deft
 from loraplex.adapters.format.delora import Delora
 from loraplex.adapters.format.fourierft import Fourierft, Waveft
+from loraplex.adapters.format.frod import Frod
 from loraplex.adapters.format.fronts import Cartridge, Cpt, MultitaskPromptTuning, PrefixTuning, PromptTuning, PTuning
+from loraplex.adapters.format.glora import Glora
 from loraplex.adapters.format.gralora import Gralora
 from loraplex.adapters.format.header import TensorInfo
 from loraplex.adapters.format.hira import Hira
@@ -39,6 +41,7 @@ from loraplex.adapters.format.peanut import Peanut
 from loraplex.adapters.format.poly import Poly
 from loraplex.adapters.format.randlora import Randlora
 from loraplex.adapters.format.shira import Shira
+from loraplex.adapters.format.supertuning import Supertuning
 from loraplex.adapters.format.tinylora import Tinylora
 from loraplex.adapters.format.unilora import Unilora
 from loraplex.adapters.format.values import no_effect
@@ -51,7 +54,7 @@ _ALL: tuple[AdapterKind[Any], ...] = (
     *(AdaLora(), Loha(), Vera(), Pvera(), Miss(), Delora(), Vblora(), Hra(), Unilora(), Tinylora(), Beft(), Deft()),
     *(LnTuning(), TrainableTokens()),
     *(Lokr(), Gralora(), Osf(), Peanut(), Poly()),
-    *(Shira(), Fourierft(), Waveft(), C3a(), Hira(), Randlora()),
+    *(Shira(), Fourierft(), Waveft(), C3a(), Hira(), Randlora(), Supertuning(), Frod(), Glora()),
     *(PromptTuning(), PTuning(), MultitaskPromptTuning(), Cpt(), PrefixTuning(), Cartridge()),
     *(Bottlenecks(), Oft(), Boft()),
 )

@@ -102,6 +102,7 @@ class TileRows:
         """Return the bits of Own for rows at `places` and tiles at the sites `tables` of the tables."""
         worn = Own.NORM if (places <= self._places.last_norm).any() else 0
         worn |= Own.EMBED if (places == self._places.embed).any() or (tables == TableSite.EMBED).any() else 0
+        worn |= Own.INPUT if (places > self._places.head).any() else 0
         return int(worn | (Own.HEAD if (places == self._places.head).any() or (tables == TableSite.HEAD).any() else 0))
 
     def _publish(self, slot: int, rows: slice) -> None:

@@ -35,7 +35,7 @@ def norm_(
             r,
             y if rows is None else rows,
             adapters.arena,
-            *tables_of(adapters),
+            *tables(adapters),
             len(adapters.segments.mixes),
             *cell_of(adapters.table, place),
             columns,
@@ -58,7 +58,7 @@ def embed_(y: Tensor, ids: Tensor, place: int, adapters: AdapterStep) -> None:
             y,
             ids,
             adapters.arena,
-            *tables_of(adapters),
+            *tables(adapters),
             len(segments.mixes),
             *cell_of(table, place),
             segments.mix_weight,
@@ -80,7 +80,7 @@ def head_(logits: Tensor, x: Tensor, place: int, adapters: AdapterStep) -> None:
             logits,
             x,
             adapters.arena,
-            *tables_of(adapters),
+            *tables(adapters),
             len(adapters.segments.mixes),
             *cell_of(adapters.table, place),
             logits.stride(0),
@@ -95,7 +95,8 @@ def _own(table: TileTable) -> OwnTable:
     return table.own
 
 
-def tables_of(adapters: AdapterStep) -> tuple[Tensor, ...]:
+def tables(adapters: AdapterStep) -> tuple[Tensor, ...]:
+    """Return what every kernel looks rows up with: (ranges, tiles, indptr, mix_ptr, mix_slot)."""
     segments = adapters.segments
     own = _own(adapters.table)
     return own.ranges, adapters.table.tiles, segments.indptr, segments.mix_ptr, segments.mix_slot

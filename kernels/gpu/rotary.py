@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from loraplex.kernels.constants import ALIGN, BLOCK_SIZE, TILE_COLUMNS
-from loraplex.kernels.gpu.own import COUNTS, cell_of, own_range, tables_of
+from loraplex.kernels.gpu.own import COUNTS, cell_of, own_range, tables
 from loraplex.kernels.records import AdapterStep, AttentionParams, KVLayer, QKNorm
 
 _COLUMNS = tl.constexpr(TILE_COLUMNS)
@@ -36,7 +36,7 @@ def rope_store_kv(
     if norms is not None and norm is not None and has_own:
         worn = (
             norms.arena,
-            *tables_of(norms),
+            *tables(norms),
             len(norms.segments.mixes),
             *cell_of(norms.table, norm.place),
         )

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from loraplex.kernels.records import AttentionParams, Projection
+from loraplex.kernels.records import AttentionParams, OwnInput, OwnPlaces, Projection
 from loraplex.server.models.normalise import normalise
 from loraplex.server.models.rotary import RopeConfig
 
@@ -149,6 +149,15 @@ class ModelConfig:
             *("mlp.down_proj", Site.DOWN, inner, 0, hidden, self.mlp_bias), reads_hidden=False, gated_by=Site.GATE_UP
         )
         return (*qkv, o, *gate_up, down)
+
+    def inputs(self, layer: int, site: int) -> tuple[OwnInput, ...]:
+        """List the outputs of `site` of a layer by the projections whose input an adapter may turn."""
+        places = OwnPlaces(self.num_layers)
+        return tuple(
+            OwnInput(places.input(layer, index), each.out_start, each.out_start + each.out_features)
+            for index, each in enumerate(self.projections())
+            if each.site == site
+        )
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -31,11 +32,20 @@ MAX_TOKENS = BLOCK_SIZE
 PIECE = 1 << 18
 """Elements of a weight that are widened at a time: 1 MiB, and with a dozen tokens half a millisecond."""
 
-Change = Callable[[int, int, Tensor, Tensor, Tensor | None], None]
-"""(layer, site, y [n, out], x [n, in], residual): y, a base linear's output before its bias, becomes the adapted one's.
 
-At a block x is what y was, [n, H], and residual what y will be added to, [n, H]; elsewhere there is none.
-"""
+class Change(Protocol):
+    """What an adapter does to the base's linears, called in the order of the layers."""
+
+    def turned(self, layer: int, site: int, x: Tensor) -> Sequence[tuple[slice, Tensor]]:
+        """Return outputs of the site that the base computes of another input than x [n, in], and that input."""
+        ...
+
+    def __call__(self, layer: int, site: int, y: Tensor, x: Tensor, residual: Tensor | None = None) -> None:
+        """Make y [n, out], a base linear's output before its bias, the adapted one's, for the input x [n, in].
+
+        At a block x is what y was, [n, H], and residual what y will be added to, [n, H]; elsewhere there is none.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -66,7 +76,13 @@ class _PlainOps(ReferenceBackend):
 
     def linear(self, x: Tensor, weight: PackedLinear) -> Tensor:
         streamed = _streamed(weight)
-        y = torch.cat([F.linear(x, piece) for piece in self._pieces(streamed)], dim=1)
+        turned = [] if streamed.place is None else self._change.turned(*streamed.place, x[self._adapted])
+        inputs = torch.cat([x, *(other for _, other in turned)])
+        y, *others = torch.cat([F.linear(inputs, piece) for piece in self._pieces(streamed)], dim=1).split(
+            [len(x), *(len(other) for _, other in turned)]
+        )
+        for (outputs, _), other in zip(turned, others, strict=True):
+            y[self._adapted, outputs] = other[:, outputs]
         if streamed.place is not None:
             self._change(*streamed.place, y[self._adapted], x[self._adapted], None)
         return y

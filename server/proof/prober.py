@@ -75,10 +75,7 @@ class Prober:
         prompt = probe_ids(self._vocab_size, invocation)
         start = len(prompt) - len(invocation) if invocation else 0
         base = await self._answer(prompt, ())
-        lease = self._registry.lease(version.name)
-        if lease.version.uid != version.uid:
-            lease.release()
-            raise ProbeFailed("its name stands for another version by now")
+        lease = self._registry.lease_version(version.name, version.digest or "")  # this one, whatever it is named after
         return FusedAnswers(base, await self._answer(prompt, ((lease, 1.0),)), start)
 
     async def _answer(self, prompt: tuple[int, ...], mix: Mix) -> FusedAnswer:

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.served import Served, serve_tiny
-from tests.support.tiny import load_oracle, make_tiny_model, make_tiny_tokenizer
+from tests.support.served import Served, serve_new
 from tests.support.waiting import wait_for
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -18,9 +17,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    path = make_tiny_tokenizer(make_tiny_model("llama", tmp_path_factory.mktemp("base")))
     adapters = {name: {"r": 4, "target_modules": ["q_proj", "o_proj"]} for name in ("one", "other")}
-    with serve_tiny(path, load_oracle(path), tmp_path_factory.mktemp("made"), adapters, loaded=["one"]) as made:
+    with serve_new(tmp_path_factory.mktemp("served"), adapters, loaded=["one"]) as made:
         yield made
 
 

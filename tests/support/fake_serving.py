@@ -106,7 +106,7 @@ class FakeEvents(EventStream):
             self._end()
         return event
 
-    def divert(self, shortcut: Shortcut) -> None:
+    def divert(self, shortcut: Shortcut | None) -> None:
         self._shortcut = shortcut
 
     async def aclose(self) -> None:

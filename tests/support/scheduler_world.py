@@ -13,6 +13,7 @@ from loraplex.server.engine.policy.kv_cache import FREED
 from loraplex.server.engine.policy.kv_groups import GroupSpec
 from loraplex.server.engine.policy.plan import StepPlan
 from loraplex.server.engine.policy.sequence import Sequence
+from loraplex.server.engine.renewing import renewed
 from loraplex.server.engine.request import ContextTooLong, FinishReason, GenerationRequest, TokenEvent
 from tests.support.clock import Clock
 from tests.support.scheduling import Requests, draws, make_scheduler, next_token
@@ -45,6 +46,11 @@ class Setting:
     prefix_cache: bool = True
     decode_steps: int = 1
     clock: Clock = field(default_factory=Clock)
+
+
+def name_of(digest: str) -> str:
+    """The adapter, whichever version of it this is."""
+    return digest.removeprefix("digest-").partition(".")[0]
 
 
 class SchedulerWorld:
@@ -80,6 +86,10 @@ class SchedulerWorld:
         self.ended: dict[str, FinishReason] = {}
         self.steps = 0
         self.many = 0  # of them in which several decode steps followed one another
+        self.renewed: set[str] = set()  # requests whose next token has to tell of other versions
+        self.kept = 0  # renewals that left pages as they were
+        self._past: dict[Sequence, tuple[int, list[int]]] = {}
+        """Of a sequence that other versions began: its preemptions then, and the states that they left."""
         self.longest_wait = 0.0  # seconds that a client with something to run went without service
         self._unserved: dict[str, float] = {}
         self._memory: dict[tuple[int, int], int] = {}  # (page, offset) -> what is stored
@@ -104,6 +114,29 @@ class SchedulerWorld:
         event = self.scheduler.abort(request_id)
         assert event is not None
         self._note(event)
+
+    def renew(self, name: str, kept: bool) -> None:
+        """Adapter `name` gets another version, of another size, and all that is open goes on under it."""
+        old = self.requests.registry.get(name)
+        assert old is not None
+        number = old.uid + 1
+        info = replace(old.info, digest=f"digest-{name}.{number}", num_pages=1 + number % 4)
+        self.requests.registry.register(name, name, info, replace=True)
+        for request in self.scheduler.requests():
+            other = renewed(request)
+            if other is None:
+                continue
+            seq = self.scheduler._open[request.request_id]
+            states = self._states(seq, seq.tokens, seq.num_computed)
+            self.scheduler.renew(other, kept)
+            for lease, _ in request.mix:
+                lease.release()
+            self.sent[other.request_id] = other
+            self.renewed.add(other.request_id)
+            if seq.num_computed:
+                assert kept
+                self.kept += 1
+                self._past[seq] = (seq.preemptions, states)
 
     def step(self, *, out_of_memory: bool = False) -> bool:
         """False: nothing was planned and nobody ended."""
@@ -130,6 +163,10 @@ class SchedulerWorld:
         self.scheduler.took(plan, 0.001)
         for event in self.scheduler.commit(plan, sampled):
             assert event.token_id is not None
+            assert (event.renewed is not None) >= (event.request_id in self.renewed), "nobody is told of the version"
+            if event.renewed is not None:
+                assert event.renewed.mix == self.sent[event.request_id].mix
+                self.renewed.discard(event.request_id)
             self.tokens[event.request_id].append(event.token_id)
             self._note(event)
         self._watch(plan)
@@ -183,7 +220,7 @@ class SchedulerWorld:
                 tuple((self.placement.slots[digest], weight) for digest, weight in self._worn(seq, position))
                 for position in range(row.start, row.start + count)
             ]
-            names = [digest.removeprefix("digest-") for digest, _ in seq.mix]
+            names = [name_of(digest) for digest, _ in seq.mix]
             fronts = [FRONTS[name] for name in names if name in FRONTS]
             assert seq.num_front == sum(front.tokens for front in fronts)
             assert list(row.tokens[: max(0, seq.num_front - row.start)]) == [
@@ -207,15 +244,10 @@ class SchedulerWorld:
         drawn: in this plan's earlier steps.
         """
         start, end = seq.num_computed + len(drawn), seq.num_computed + len(drawn) + count
-        tokens = seq.tokens + drawn
-        is_long = self.setting.switch is not None and len(tokens) > self.setting.switch
-        request = seq.request
-        front = [digest for digest, _ in seq.mix if digest.removeprefix("digest-") in FRONTS]
-        state, own = hash((is_long, *front)), hash((request.tenant, request.cache_salt))
-        states = []
-        for at, token in enumerate(tokens[:end]):
-            state = hash((state, self._worn(seq, at), token, own if at >= seq.num_front else 0))
-            states.append(state)
+        past = self._past.get(seq)
+        if past is not None and (seq.preemptions > past[0] or start < len(past[1])):  # all is its own version's by now
+            del self._past[seq]
+        states = self._states(seq, seq.tokens + drawn, end)
         for group, table in zip(self.scheduler.kv.groups, self.scheduler.kv.tables(seq.number), strict=True):
             for position in range(*self._brought(seq), 1):
                 if table[position // 4] != FREED:
@@ -228,6 +260,19 @@ class SchedulerWorld:
                 stored = self._memory[table[position // 4], position % 4]
                 assert stored == states[position], f"{seq!r} reads another's keys and values at {position}"
 
+    def _states(self, seq: Sequence, tokens: list[int], end: int) -> list[int]:
+        """What is stored of each of the first `end` of its `tokens`: all that its keys and values depend on."""
+        long = self.setting.switch is not None and len(tokens) > self.setting.switch
+        request = seq.request
+        front = [digest for digest, _ in seq.mix if name_of(digest) in FRONTS]
+        own = hash((request.tenant, request.cache_salt))
+        states = list(self._past[seq][1]) if seq in self._past else []
+        state = states[-1] if states else hash((long, *front))
+        for at in range(len(states), end):
+            state = hash((state, self._worn(seq, at), tokens[at], own if at >= seq.num_front else 0))
+            states.append(state)
+        return states
+
     def _brought(self, seq: Sequence) -> tuple[int, int]:
         """Positions whose keys and values come with the sequence's next row."""
         row = seq.row(1, ())
@@ -239,9 +284,9 @@ class SchedulerWorld:
         prompt, worn = list(seq.request.prompt_ids), []
         position -= seq.num_front
         for digest, weight in seq.mix:
-            invocation = list(INVOCATIONS.get(digest.removeprefix("digest-"), ()))
+            invocation = list(INVOCATIONS.get(name_of(digest), ()))
             places = [i for i in range(len(prompt)) if invocation and prompt[i : i + len(invocation)] == invocation]
-            if digest.removeprefix("digest-") in FRONTS:
+            if name_of(digest) in FRONTS:
                 continue
             if not invocation or (places and places[-1] <= position):
                 worn.append((digest, weight))

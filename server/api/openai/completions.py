@@ -17,7 +17,7 @@ from loraplex.server.api.generation import Generation
 from loraplex.server.api.logprobs import CompletionScores
 from loraplex.server.api.openapi import answers
 from loraplex.server.api.prompts import GenerationOptions, prompt_logprobs_of, source_of
-from loraplex.server.api.respond import Collected, Scores, respond
+from loraplex.server.api.respond import Collected, Scores, respond, written_tokens
 from loraplex.server.api.schemas import CompletionRequest
 from loraplex.server.api.services import Services
 from loraplex.server.api.structured import read_structured
@@ -91,10 +91,14 @@ class _CompletionRendering:
         return CompletionScores(self._generation.tokenizer, self._as_ids) if self._wants_logprobs else None
 
     def chunks(self, delta: Delta, scores: Scores | None, usage: Usage | None) -> Iterable[Completion]:
-        if delta.text or delta.tokens or delta.prompt is not None or delta.finish_reason is not None:
-            ids = [token.token_id for token in delta.tokens]
+        if delta.text or delta.tokens or delta.prompt is not None or delta.finish_reason is not None or delta.stretches:
             choice = Collected(
-                scores, text=delta.text, finish_reason=delta.finish_reason, stop_reason=delta.stop_reason, token_ids=ids
+                scores,
+                text=delta.text,
+                finish_reason=delta.finish_reason,
+                stop_reason=delta.stop_reason,
+                token_ids=[token.token_id for token in delta.tokens],
+                versions=written_tokens(delta),
             )
             prompt = None if delta.index in self._opened else delta.index
             self._opened.add(delta.index)
@@ -131,6 +135,7 @@ class _CompletionRendering:
             logprobs=choice.scores.record if isinstance(choice.scores, CompletionScores) else None,
             finish_reason=choice.finish_reason,
             stop_reason=choice.stop_reason,
+            versions=choice.versions,
         )
         if not self._wants_ids and not self._wants_prompt:
             return plain

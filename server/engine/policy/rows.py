@@ -80,7 +80,7 @@ class StepInput:
 
     @property
     def num_tokens(self) -> int:
-        """Of one step."""
+        """Count the tokens of one step."""
         return sum(len(row.tokens) for row in self.rows)
 
 

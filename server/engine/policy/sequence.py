@@ -16,7 +16,14 @@ from loraplex.adapters.version import AdapterVersion
 from loraplex.server.engine.policy.prefix_cache import Turns
 from loraplex.server.engine.policy.rows import Mix, Row, RowFront, RowResult, SamplingState, Want
 from loraplex.server.engine.policy.wearing import NEVER, front_of, invoked_at, turns_of, worn_at, worn_between
-from loraplex.server.engine.request import FinishReason, GenerationRequest, Phases, TokenScores, virtual_tokens
+from loraplex.server.engine.request import (
+    FinishReason,
+    GenerationRequest,
+    Phases,
+    Renewed,
+    TokenScores,
+    virtual_tokens,
+)
 
 if TYPE_CHECKING:
     from loraplex.server.engine.policy.clients import Flow
@@ -38,6 +45,7 @@ class Sequence:
         "flow",
         "front",
         "is_bound",
+        "is_mixed",
         "is_ready",
         "load",
         "mix",
@@ -50,6 +58,7 @@ class Sequence:
         "preemptions",
         "prompt_scores",
         "ready",
+        "renewed",
         "request",
         "requested",
         "sampling",
@@ -102,10 +111,10 @@ class Sequence:
             None  # all that its keys and values depend on beside tokens and turns; None: not shared
         )
         self.turns: Turns = ()
-        self.wanted: tuple[AdapterVersion, ...] = tuple(
-            {lease.version.uid: lease.version for lease, _ in request.mix}.values()
-        )
+        self.wanted = _wanted(request)
         self.versions: tuple[AdapterVersion, ...] = ()  # by bind(): one for each digest of the mix, in its order
+        self.renewed: Renewed | None = None  # until its next token says so
+        self.is_mixed = False  # its keys and values are of several versions
 
     def bind(self) -> None:
         """Settle mix and versions by digest, now that all of these are known. Idempotent.
@@ -129,6 +138,24 @@ class Sequence:
         if any(starts):
             self.starts, self.turns = starts, turns_of(self.mix, starts)
         self.is_bound = True
+
+    def renew(self, request: GenerationRequest, kept: bool) -> None:
+        """Be `request` from the next token on: the same but for the versions in its mix. bind() has to follow.
+
+        kept: what is computed stays as it is, so that from here on its keys and values are nobody else's, by no key.
+        """
+        earlier = self.renewed.earlier if self.renewed is not None else self.request.mix
+        self.renewed, self.is_mixed = Renewed(earlier, request.mix, kept), kept
+        self.request, self.wanted = request, _wanted(request)
+        self.mix, self.versions, self.starts, self.slots = (), (), (), ()
+        self.cache_root, self.turns, self.front = None, (), None
+        self.is_bound = self.is_ready = False
+
+    def _unmix(self) -> None:
+        """All of its keys and values are going to be its own version's: the next token says so."""
+        if self.is_mixed:
+            earlier = self.renewed.earlier if self.renewed is not None else self.request.mix
+            self.renewed, self.is_mixed = Renewed(earlier, self.request.mix, kept=False), False
 
     def _start(self, version: AdapterVersion) -> int:
         """From which position on it acts: on virtual tokens, too, unless the prompt says where."""
@@ -162,6 +189,7 @@ class Sequence:
     def begin_at(self, found: int) -> None:
         """Let the first `found` tokens be those in the cache. What is stored of a front is never computed."""
         self.num_computed, self.filled = found, None
+        self._unmix()
         if self.front is not None and self.front[1].stored and found < self.num_front:
             self.num_computed, self.filled = self.num_front, found
 
@@ -299,5 +327,15 @@ class Sequence:
             return FinishReason.LENGTH
         return None
 
+    def take_renewed(self) -> Renewed | None:
+        """Since its last token; once."""
+        renewed, self.renewed = self.renewed, None
+        return renewed
+
     def __repr__(self) -> str:
         return f"Sequence({self.number}, {self.request.request_id!r}, {self.num_computed}/{self.num_tokens} tokens)"
+
+
+def _wanted(request: GenerationRequest) -> tuple[AdapterVersion, ...]:
+    """The versions in a request's mix, each once."""
+    return tuple({lease.version.uid: lease.version for lease, _ in request.mix}.values())

@@ -51,7 +51,7 @@ def _image(seed: int) -> AdapterImage:
 
 @pytest.fixture(scope="module", autouse=True)
 def clock() -> Iterator[None]:
-    with counted_clock("loraplex.adapters.tiers.device"):
+    with counted_clock("loraplex.adapters.tiers.copying"):
         yield
 
 
@@ -281,7 +281,7 @@ def test_only_the_used_part_of_the_last_page_is_copied() -> None:
     residency, arena = _residency()
     image = pack([LowRank(0, _PROJECTIONS[0], torch.ones(1, 64), torch.ones(64, 1), 1.0)], _LAYOUT)
     assert residency.load("a", image)
-    assert residency.bytes_loaded == image.extent == 512
+    assert residency.copies.bytes_loaded == image.extent == 512
     [page] = set((residency.table.tiles[0, :2] * ALIGN // _LAYOUT.page_bytes).tolist())
     assert bool((arena[page, 512:] == 0xFF).all())
     assert bool((arena[page, :512].view(torch.float32) == 1.0).all())
@@ -316,7 +316,7 @@ def test_the_tile_table_doubles_and_its_rows_are_used_again() -> None:
         assert residency.load(str(round_ % 4), image(round_))
         residency.check_integrity()
     assert residency.table.tiles.shape == (2048, TILE_COLUMNS)
-    assert residency.loads == 14
+    assert residency.copies.loads == 14
     assert residency.evictions == 0  # a drop is not an eviction
 
 
@@ -337,7 +337,7 @@ def test_a_dropped_adapter_stays_while_pinned_and_may_be_asked_for_again() -> No
     assert residency.load("a", image)  # wanted again before the last unpin
     residency.unpin("a")
     assert residency.is_resident("a")
-    assert residency.loads == 2
+    assert residency.copies.loads == 2
 
 
 def test_pins_protect_from_eviction() -> None:
@@ -397,7 +397,7 @@ def test_a_copy_under_way_can_be_dropped_but_not_evicted_while_pinned() -> None:
     residency.unpin("a")  # nobody wants it any more: gone, half copied
     residency.check_integrity()
     assert not residency.is_copying
-    assert residency.loads == 0
+    assert residency.copies.loads == 0
     assert residency.begin("a", image)
     assert residency.advance() == image.extent, "from the start again"
     assert residency.is_ready("a")
@@ -415,10 +415,10 @@ def test_a_load_costs_what_loads_have_taken() -> None:
         assert residency.begin("a", image, seconds=2.0)  # the source's share; the copy's own is measured, microseconds
         residency.advance()
         residency.drop("a")
-        assert residency.loads == number + 1
-    assert residency.seconds_per_byte == pytest.approx(2.0 / image.extent, rel=0.2)
-    assert residency.bytes_loaded == 60 * image.extent
-    assert 0 < residency.durations.total < 60
+        assert residency.copies.loads == number + 1
+    assert residency.copies.seconds_per_byte == pytest.approx(2.0 / image.extent, rel=0.2)
+    assert residency.copies.bytes_loaded == 60 * image.extent
+    assert 0 < residency.copies.durations.total < 60
 
 
 def test_misuse_is_refused() -> None:
@@ -459,6 +459,6 @@ def test_integrity_check_sees_damage() -> None:
         elif damage == "idle":
             residency._idle.remove("a")
         else:
-            residency._copying["a"] = None
+            residency.copies.waiting["a"] = residency._residents["a"]
         with pytest.raises(AssertionError):
             residency.check_integrity()
