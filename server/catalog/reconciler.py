@@ -26,7 +26,7 @@ from loraplex.adapters.sources.watch import Change, FileStamp, FolderWatch, What
 from loraplex.adapters.throttle import Throttle, lower_priority
 from loraplex.adapters.version import AdapterVersion
 from loraplex.server.catalog.adapter_list import AdapterList, AdapterListError, DesiredAdapter, read_list
-from loraplex.server.catalog.manager import AdapterManager
+from loraplex.server.catalog.manager import COMMAND, DIRECTORY, LIST, AdapterManager
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +140,7 @@ class Reconciler:
         if change.what is What.VANISHED:
             if own:
                 with suppress(AdapterNotFound):
-                    registry.unregister(folder.name)
+                    registry.unregister(folder.name, DIRECTORY)
                 logger.info("adapter %s is gone: its folder is", folder.name)
             elif version is None:
                 registry.clear_refused(folder.name)
@@ -207,7 +207,9 @@ class Reconciler:
 
     def _begin(self, entry: _Entry) -> None:
         name = entry.desired.name
-        coming = self._manager.begin(name, entry.desired.source, replace=True, stale=True)
+        coming = self._manager.begin(
+            name, entry.desired.source, replace=True, stale=True, by=LIST if entry.desired.enforced else COMMAND
+        )
         coming.add_done_callback(lambda done: self._mark(entry, done))
         if entry.failures == 0:  # later ones answer with the reason at once
             self._manager.expect(name, coming)
@@ -267,5 +269,5 @@ class Reconciler:
 
     def _unload(self, name: str) -> None:
         with suppress(AdapterNotFound):
-            self._manager.registry.unregister(name)
+            self._manager.registry.unregister(name, LIST)
             logger.info("adapter %s is unloaded, as the list asks", name)

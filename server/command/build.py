@@ -76,7 +76,7 @@ class ProofParts:
 
     measurer: Measurer
     plain: PlainModel
-    digest: Callable[[], str]  # of the base; takes a moment
+    digest: Callable[[Callable[[], None], Path | None], str]  # of the base: base_digest() but for its first arguments
 
 
 @dataclass(frozen=True)
