@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from loraplex.kernels.quantized import Activations, PartShape, QuantizedWeight, dequantize
-from loraplex.kernels.records import AdapterStep, AttentionMeta, AttentionParams, KVLayer, QKNorm, TileTable
+from loraplex.kernels.records import AdapterStep, AttentionMeta, AttentionParams, KVLayer, OwnInput, QKNorm, TileTable
 
 
 class BackendUnavailable(RuntimeError):
@@ -160,6 +160,19 @@ class Backend(Protocol):
         Semantics: y = x @ W.T, accumulated in fp32, rounded once. The bias is apart (add_bias_).
                    Of quantised parts W is dequantize(part) in fp32, and with Activations.A8 x is
                    round_activations(x[:, part.order], part.format.group) in fp32.
+        """
+        ...
+
+    def adapter_linear(
+        self, x: Tensor, weight: PackedLinear, inputs: Sequence[OwnInput], adapters: AdapterStep
+    ) -> Tensor:
+        """x [T, in] -> [T, out], as linear(), but that adapters turn the inputs of some outputs.
+
+        Semantics: y = linear(x, weight). For each token t, and each of `inputs` at whose place t's mix has tiles:
+                     z = 0 (fp32, [in])
+                     for (slot, w) in the mix, in order; for tile in tiles(slot, place); for each row r of its matrix:
+                       z[columns of r's block] += w * x[t, r] * row r
+                     y[t, start : stop] = linear(round(x[t] + z), weight)[start : stop]
         """
         ...
 

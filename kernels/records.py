@@ -16,7 +16,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from loraplex.kernels.constants import OWN_NORMS
+from loraplex.kernels.constants import OWN_INPUTS, OWN_NORMS
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Projection:
 
 @dataclass(frozen=True)
 class OwnPlaces:
-    """Number what adapters may have rows of their own for: the norms of each layer, the last norm, two tables."""
+    """Number what adapters may have of their own: each layer's norms, the last one, two tables, inputs of linears."""
 
     num_layers: int
 
@@ -59,9 +59,22 @@ class OwnPlaces:
     def head(self) -> int:
         return self.last_norm + 2
 
+    def input(self, layer: int, index: int) -> int:
+        """Return the place of the input of the linear `index` of `layer`, below OWN_INPUTS."""
+        return self.head + 1 + layer * OWN_INPUTS + index
+
     @property
     def count(self) -> int:
-        return self.last_norm + 3
+        return self.input(self.num_layers, 0)
+
+
+@dataclass(frozen=True)
+class OwnInput:
+    """Outputs start to stop - 1 of a fused linear, whose input an adapter may turn."""
+
+    place: int  # of OwnPlaces
+    start: int
+    stop: int
 
 
 @dataclass(frozen=True)
@@ -71,9 +84,13 @@ class OwnTable:
     Their tiles have TileKind.OWN: rows out_start .. out_start + n - 1 are arena[a_off * 64 :] as [n, in_len], sorted by
     out_start. A norm is one row of fp32; rows of the embedding are in stream scale (Gemma's scale is in them), rows of
     the head as they are, both in the compute dtype. Whoever has such rows is worn alone, with weight 1.
+
+    At an input they have TileKind.TURN, and are worn in any mix: (a_off, -1, n, first, times, kind, 0, size) are rows
+    of a matrix of blocks [size, size] along its diagonal, arena[a_off * 64 :] as [n, size] of the compute dtype. Row i
+    is the matrix's row first + i and, where all inputs share a block, all rows behind it by less than `times` sizes.
     """
 
-    ranges: Tensor  # [num_slots, OwnPlaces.count, 2] int32: first and past-the-last row of TileTable.tiles
+    ranges: Tensor  # [2 * num_slots, OwnPlaces.count, 2] int32: as TileTable.ranges, without second units
     ranges_host: Tensor
     wearers: Mapping[int, int]  # slot -> bits of Own; only slots that have any
 
@@ -96,7 +113,8 @@ class TileTable:
     A may be followed by its B on another page.
     """
 
-    ranges: Tensor  # [num_slots, num_layers, num_sites, 2] int32: first and past-the-last row of `tiles`
+    ranges: Tensor  # [2 * num_slots, num_layers, num_sites, 2] int32: first and past-the-last row of `tiles`
+    # row num_slots + s: the second unit of the adapter in slot s, tiles that other tokens than its first's wear
     tiles: Tensor  # [capacity, TILE_COLUMNS] int32
     ranges_host: Tensor  # the same on the host (the same object on CPU)
     tiles_host: Tensor

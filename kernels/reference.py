@@ -19,9 +19,17 @@ from torch.nn import functional as F  # noqa: N812  its usual name
 from loraplex.kernels.constants import Own
 from loraplex.kernels.ops import Backend, PackedLinear
 from loraplex.kernels.quantized import Activations, QuantizedWeight, dequantize, round_activations
-from loraplex.kernels.records import AdapterStep, AttentionMeta, AttentionParams, KVLayer, QKNorm, TileTable
+from loraplex.kernels.records import (
+    AdapterStep,
+    AttentionMeta,
+    AttentionParams,
+    KVLayer,
+    OwnInput,
+    QKNorm,
+    TileTable,
+)
 from loraplex.kernels.reference_attention import attend, rotate
-from loraplex.kernels.reference_own import own_rows, slots_of
+from loraplex.kernels.reference_own import own_rows, slots_of, turned_input
 from loraplex.kernels.reference_tiles import add_tiles_
 from loraplex.kernels.sampling import TorchSampling
 
@@ -122,6 +130,18 @@ class ReferenceBackend(TorchSampling, Backend):
         if isinstance(weight, ReferenceParts):
             return weight.times(x).to(x.dtype)
         return F.linear(x, _weight(weight))
+
+    def adapter_linear(
+        self, x: Tensor, weight: PackedLinear, inputs: Sequence[OwnInput], adapters: AdapterStep
+    ) -> Tensor:
+        y, bounds = self.linear(x, weight), adapters.segments.bounds
+        for each in inputs:
+            for s, mix in enumerate(adapters.segments.mixes):
+                rows = slice(bounds[s], bounds[s + 1])
+                turned = turned_input(x[rows], mix, each.place, adapters)
+                if turned is not None:
+                    y[rows, each.start : each.stop] = self.linear(turned, weight)[:, each.start : each.stop]
+        return y
 
     def logits(self, x: Tensor, weight: PackedLinear, room: Tensor | None = None) -> Tensor:
         if isinstance(weight, ReferenceParts):

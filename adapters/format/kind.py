@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from torch import Tensor
 
+from loraplex.adapters.format.config import Keys
 from loraplex.adapters.format.header import TensorInfo
 from loraplex.adapters.format.kept_starts import KeptStarts
 from loraplex.adapters.format.outside import BaseOutside, OwnConfig, OwnTensor
@@ -23,6 +24,7 @@ from loraplex.adapters.format.targets import Targets
 from loraplex.adapters.format.windows import Window
 from loraplex.adapters.front import Front
 from loraplex.adapters.image.tiles import BaseLayout, Part, PartShape
+from loraplex.adapters.positions import Positions
 from loraplex.kernels.records import Projection
 
 BaseBias = Callable[[int, str], Tensor | None]
@@ -74,6 +76,11 @@ class AdapterConfig:
     def invocation(self) -> tuple[int, ...]:
         """Return the tokens from whose last occurrence in a prompt on such an adapter acts; (): from the first on."""
         return ()
+
+    @property
+    def positions(self) -> Positions | None:
+        """Return which of a prompt's tokens such an adapter acts on; None: no position decides that."""
+        return None
 
     def same_shapes(self) -> AdapterConfig:
         """A config that plans parts of the same shapes: equal for adapters that differ in factors alone."""
@@ -142,6 +149,9 @@ class AdapterKind(ABC, Generic[C]):
 
     name: ClassVar[str]
     """Lower case of PEFT's peft_type; what receipts say."""
+
+    keys: ClassVar[Keys]
+    """Of its config: what each means to inference."""
 
     integers: ClassVar[bool] = False
     """Whether some of its tensors may hold whole numbers."""

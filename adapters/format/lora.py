@@ -24,7 +24,7 @@ from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.format.header import TensorInfo
 from loraplex.adapters.format.kind import AdapterKind, AdapterModule, ModuleMap, ServedBase, Throttle
 from loraplex.adapters.format.lora_blocks import by_windows
-from loraplex.adapters.format.lora_config import LoraConfig, ModulePlan, plan_modules, read_lora_config
+from loraplex.adapters.format.lora_config import KEYS, LoraConfig, ModulePlan, plan_modules, read_lora_config
 from loraplex.adapters.format.lora_start import KASA, check_start, start_bytes, take_out
 from loraplex.adapters.format.modules import (
     FoundModule,
@@ -53,11 +53,7 @@ _DIAGONAL = re.compile(rf"{DIAGONAL}(?:\.[^.]+)?")
 _MAGNITUDE = re.compile(rf"{MAGNITUDE}(?:\.[^.]+)?(?:\.weight)?")
 _AS_IT_IS = 2.0**-8
 """A scale nearer to 1 is what rounding a magnitude to bf16 leaves of the base's own norm."""
-_ROLES = {
-    ("lora_A", "weight"): "A",
-    ("lora_B", "weight"): "B",
-    ("lora_B", "bias"): "B bias",
-}
+_ROLES = {("lora_A", "weight"): "A", ("lora_B", "weight"): "B", ("lora_B", "bias"): "B bias"}
 
 
 def _role(leaf: str) -> str | None:
@@ -75,10 +71,7 @@ NAMES = LeafNames(
     role=_role,
     expected="lora_A.weight, lora_B.weight or a bias",
     label="LoRA",
-    foreign={
-        "lora_embedding_": "an adapted embed_tokens",
-        "modules_to_save": "modules_to_save",
-    },
+    foreign={"lora_embedding_": "an adapted embed_tokens", "modules_to_save": "modules_to_save"},
 )
 
 
@@ -86,6 +79,7 @@ class Lora(AdapterKind[LoraConfig]):
     """y += scaling * B (A x), and trained biases; DoRA: y = g (y + scaling * B (A x)), one g for each column."""
 
     name = "lora"
+    keys = KEYS
 
     def read(self, raw: Mapping[str, Any]) -> LoraConfig:
         return read_lora_config(raw)

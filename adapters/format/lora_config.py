@@ -9,9 +9,8 @@ from typing import Any
 
 from loraplex.adapters.files.patterns import Matcher
 from loraplex.adapters.format import targets
+from loraplex.adapters.format.common import module_keys
 from loraplex.adapters.format.config import (
-    COMMON_NO_BEARING,
-    Keys,
     bad_config,
     check_ranks,
     read_alphas,
@@ -29,23 +28,15 @@ from loraplex.adapters.format.kind import AdapterConfig
 from loraplex.adapters.format.lora_blocks import BlockDiagonal, Blocks, read_blocks
 from loraplex.adapters.format.lora_start import KASA, REMARK, STARTS
 
-KEYS = Keys(
-    used=frozenset(
-        {
-            *("peft_type", "base_model_name_or_path", "init_lora_weights"),
-            *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias", "lora_bias", "use_dora"),
-            *("kasa_config", "use_bdlora", "target_parameters", "alora_invocation_tokens"),
-            *targets.TARGET_KEYS,
-            *targets.LAYER_KEYS,
-        }
-    ),
-    no_bearing=COMMON_NO_BEARING
-    | {
+KEYS = module_keys(
+    *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias", "lora_bias", "use_dora"),
+    *("init_lora_weights", "kasa_config", "use_bdlora", "target_parameters", "alora_invocation_tokens"),
+    no_bearing=(
         *("lora_dropout", "merge_weights", "megatron_core", "lora_dtype", "lorap_lr_ratio", "lorap_emb_lr"),
         # details of an option that is itself used or refused
         *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size"),
         "fan_in_fan_out",  # how the base stores its weight; A and B are [r, in] and [out, r] either way
-    },
+    ),
     unsupported={
         "layer_replication": "the adapter is for a base with repeated layers",
         "use_qalora": "QA-LoRA pools the input before A",

@@ -11,12 +11,14 @@ for each of its projections. Any sensible page is hundreds of rows; a smaller on
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.image.placement import PartPlace, RowPlacement, padded, place_rows
 from loraplex.kernels.constants import ALIGN, TILE_COLUMNS, TILE_RANKS, BlockInput, Function, TileKind
 from loraplex.kernels.records import OwnPlaces, Projection, element_bytes
@@ -40,7 +42,7 @@ class BaseLayout:
 
     @property
     def num_sites(self) -> int:
-        """Of a layer."""
+        """Of a layer. In an image the site of a tile of the adapter's second unit is greater by as many."""
         return max(projection.site for projection in (*self.projections, *self.blocks)) + 1
 
 
@@ -107,16 +109,28 @@ class DenseDelta:
 
 @dataclass(frozen=True)
 class Bottleneck:
-    """Of the LowRank of the same layer and block: y += scaling * B f(A s + c), s its source."""
+    """Of the LowRank of the same layer and projection: y += scaling * B f(A s + c), s its source."""
 
     layer: int
-    projection: Projection  # of BaseLayout.blocks
+    projection: Projection  # of a block; several of one block differ in their names
     c: Tensor  # [r] fp32, kept in fp32
     function: Function
     source: BlockInput
 
 
-Part = LowRank | BiasDelta | OutputScale | DenseDelta | OwnRows | Bottleneck
+@dataclass(frozen=True)
+class InputTurn:
+    """x += x M in front of the base's linear of one projection of one layer, M of blocks along its diagonal.
+
+    In a mix of weight w it counts as w M. What other parts add to y is of x as it was.
+    """
+
+    layer: int
+    projection: Projection
+    blocks: Tensor  # [in / b, b, b] fp32, or [1, b, b]: one block for all inputs
+
+
+Part = LowRank | BiasDelta | OutputScale | DenseDelta | OwnRows | Bottleneck | InputTurn
 
 
 @dataclass(frozen=True)
@@ -125,10 +139,11 @@ class PartShape:
 
     layer: int
     projection: Projection
-    rank: int  # rows of A: those of a DenseDelta's delta; 1 where there is no A
+    rank: int  # rows of A: those of a DenseDelta's delta, of an InputTurn's blocks; 1 where there is no A
     kind: TileKind = TileKind.LOW_RANK
     function: Function = Function.IDENTITY  # of an ACTIVATION
     source: BlockInput = BlockInput.BRANCH
+    block: int = 0  # b of an InputTurn
 
 
 @dataclass(frozen=True)
@@ -157,20 +172,27 @@ class AdapterImage:
 def plan_image(shapes: Sequence[PartShape], layout: BaseLayout) -> ImagePlan:
     """Cut parts of these shapes into tiles and lay them into pages; shapes that fit the projection and the page.
 
-    Fewer parts never take more pages.
+    Fewer parts never take more pages. Raises AdapterRefused("too_large") for blocks whose rows fit no page.
     """
-    order = sorted(range(len(shapes)), key=lambda i: _order(shapes[i]))
+    order = sorted(range(len(shapes)), key=lambda i: _order(shapes[i], layout))
     placements = [_placement(shapes[i], element_bytes(layout.dtype)) for i in order]
+    for shape, placement in zip((shapes[i] for i in order), placements, strict=True):
+        if shape.kind == TileKind.TURN and placement.a_row > layout.page_bytes:
+            raise AdapterRefused(
+                "too_large",
+                f"layer {shape.layer} {shape.projection.name}: rows of blocks of {shape.block} inputs take "
+                f"{placement.a_row} bytes together and a page has {layout.page_bytes}; use another block size",
+            )
     extent, nbytes = place_rows(placements, layout.page_bytes)
     activations = {
-        (shapes[i].layer, shapes[i].projection.site): (shapes[i], placement.a_strips[0][2] // ALIGN)
+        (shapes[i].layer, shapes[i].projection): (shapes[i], placement.a_strips[0][2] // ALIGN)
         for i, placement in zip(order, placements, strict=True)
         if shapes[i].kind == TileKind.ACTIVATION
     }
     rows = [
         (i, row)
         for i, placement in zip(order, placements, strict=True)
-        for row in _tiles(shapes[i], placement, activations.get((shapes[i].layer, shapes[i].projection.site)))
+        for row in _tiles(shapes[i], placement, layout, activations.get((shapes[i].layer, shapes[i].projection)))
     ]
     places = dict(zip(order, (placement.place() for placement in placements), strict=True))
     return ImagePlan(
@@ -209,6 +231,9 @@ def shape_of(part: Part) -> PartShape:
             return PartShape(part.layer, part.projection, ranks, TileKind.ACTIVATION, part.function, part.source)
         case OwnRows():
             return own_shape(part.layer, part.projection)
+        case InputTurn():
+            count, size, _ = part.blocks.shape
+            return turn_shape(part.layer, part.projection, count, size)
 
 
 def own_shape(num_layers: int, projection: Projection) -> PartShape:
@@ -216,13 +241,26 @@ def own_shape(num_layers: int, projection: Projection) -> PartShape:
     return PartShape(num_layers, projection, projection.out_features, TileKind.OWN)
 
 
+def turn_shape(layer: int, projection: Projection, count: int, size: int) -> PartShape:
+    """Return the shape of an InputTurn of `count` blocks [size, size]."""
+    return PartShape(layer, projection, count * size, TileKind.TURN, block=size)
+
+
 def is_norm(shape: PartShape) -> bool:
     """Return whether these are OwnRows of a norm, which are kept in fp32."""
     return shape.kind == TileKind.OWN and shape.projection.site <= OwnPlaces(shape.layer).last_norm
 
 
-def _order(shape: PartShape) -> tuple[int, int, int, int]:
-    return shape.layer, shape.projection.site, shape.projection.out_start, shape.projection.in_start
+def _order(shape: PartShape, layout: BaseLayout) -> tuple[int, int, int, int]:
+    return *_place(shape, layout), shape.projection.out_start, shape.projection.in_start
+
+
+def _place(shape: PartShape, layout: BaseLayout) -> tuple[int, int]:
+    """Return layer and site as AdapterImage.tiles has them: what is in an OwnTable is behind all layers, by place."""
+    if shape.kind != TileKind.TURN:
+        return shape.layer, int(shape.projection.site)
+    index = [projection.name for projection in layout.projections].index(shape.projection.name)
+    return layout.num_layers, OwnPlaces(layout.num_layers).input(shape.layer, index)
 
 
 def _placement(shape: PartShape, item: int) -> RowPlacement:
@@ -235,6 +273,10 @@ def _placement(shape: PartShape, item: int) -> RowPlacement:
     b_row = padded(out * item)
     if shape.kind in (TileKind.BIAS, TileKind.SCALE):
         return RowPlacement(1, out, 0, b_row, item, 1, 0)
+    if shape.kind == TileKind.TURN:  # rows of blocks that fill whole units together are one row of A
+        together = ALIGN // math.gcd(ALIGN, shape.block * item)
+        rows, wide = -(-shape.rank // together), together * shape.block
+        return RowPlacement(rows, 0, wide * item, 0, item, rows, wide, rank=rows)
     a_bytes = shape.projection.in_features * item
     a_row = padded(a_bytes)
     # A tile's rows are contiguous and its start aligned. Where a row is no multiple of 64 bytes, only tiles of one
@@ -247,14 +289,21 @@ def _placement(shape: PartShape, item: int) -> RowPlacement:
 
 
 def _tiles(
-    shape: PartShape, placement: RowPlacement, activation: tuple[PartShape, int] | None
+    shape: PartShape, placement: RowPlacement, layout: BaseLayout, activation: tuple[PartShape, int] | None
 ) -> list[tuple[int, ...]]:
     """Rows of AdapterImage.tiles: ranks are cut where A is, where B is, and every `step`.
 
-    activation: of the same layer and site, and where its c is, in units of ALIGN: a row before each tile.
+    activation: of the same layer and projection, and where its c is, in units of ALIGN: a row before each tile.
     """
     rows: list[tuple[int, ...]] = []
-    head, window = (shape.layer, int(shape.projection.site)), (shape.projection.in_start, shape.projection.in_features)
+    head, window = _place(shape, layout), (shape.projection.in_start, shape.projection.in_features)
+    if shape.kind == TileKind.TURN:
+        together = placement.wide // shape.block
+        times = shape.projection.in_features // shape.rank  # more than 1: all inputs share a block
+        for first, last, position in placement.a_strips:
+            begin, end = first * together, min(last * together, shape.rank)
+            rows.append((*head, position // ALIGN, -1, end - begin, begin, times, shape.kind, 0, shape.block))
+        return rows
     for first, last, begin, end, b_position in placement.b_strips:
         out = (shape.projection.out_start + begin, end - begin)
         if not placement.a_row:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F  # noqa: N812  its usual name
 
 from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.image.placement import PartPlace, Strip
@@ -15,6 +16,7 @@ from loraplex.adapters.image.tiles import (
     BiasDelta,
     Bottleneck,
     DenseDelta,
+    InputTurn,
     LowRank,
     OutputScale,
     OwnRows,
@@ -76,6 +78,11 @@ def _check(parts: Sequence[Part], layout: BaseLayout) -> None:
             raise ValueError(f"{where}: the base has layers 0 to {layout.num_layers - 1}")
         if isinstance(part, Bottleneck):
             continue  # its A says how many there are
+        if isinstance(part, InputTurn):
+            count, rows, size = part.blocks.shape
+            if rows != size or projection.in_features % size or count * size not in (size, projection.in_features):
+                raise ValueError(f"{where}: blocks of {list(part.blocks.shape)} for {projection.in_features} inputs")
+            continue
         if isinstance(part, BiasDelta | OutputScale):
             what, row = ("bias", part.delta) if isinstance(part, BiasDelta) else ("scale", part.values)
             if row.shape != (projection.out_features,):
@@ -119,6 +126,10 @@ def _write(part: Part, place: PartPlace, image: Tensor, dtype: torch.dtype) -> N
             write(part.rows, place.a_row, place.a, "a row", exact)
         case DenseDelta():
             write(part.delta, place.a_row, place.a, "the change")
+        case InputTurn():
+            flat, wide = part.blocks.flatten(), place.a[0].end
+            rows = F.pad(flat, (0, -len(flat) % wide)).view(-1, wide)
+            write(rows, place.a_row, place.a, "the turn of its input")
         case Bottleneck():
             write(part.c.unsqueeze(0), place.a_row, place.a, "c", torch.float32)
 

@@ -73,16 +73,17 @@ class AdapterCache:
     def stats(self) -> AdapterStats:
         """Return where adapters are at the moment, and what has been counted."""
         host, source, device = self.host.counts, self._loader.stats(), self.device
+        copies = device.copies
         return AdapterStats(
             resident=device.loaded(),
             pinned=device.pinned_forever,
             host=frozenset(entry.digest for entry in self.entries.values() if entry.image is not None),
             pages=PageOwners(device.page_owners(), device.held_pages()),
-            loads=device.loads,
+            loads=copies.loads,
             evictions=device.evictions,
             stall_seconds=self.stall_seconds,
             tiers={
-                "device": TierStats(self.hits, self.misses, device.loads, device.evictions, device.durations.copy()),
+                "device": TierStats(self.hits, self.misses, copies.loads, device.evictions, copies.durations.copy()),
                 "host": TierStats(host.hits, host.misses, source.loads, host.evictions, source.durations),
                 "source": TierStats(loads=source.loads),
             },
@@ -193,9 +194,9 @@ class AdapterCache:
         if entry is not None:
             self._retention.idles(entry)
 
-    def slot_of(self, digest: str) -> int | None:
-        """Its slot on the device; None where it is not there."""
-        return self.device.slot_of(digest)
+    def slot_of(self, digest: str, unit: int = 0) -> int | None:
+        """The slot of one of its units on the device; None where it is not there."""
+        return self.device.slot_of(digest, unit)
 
     def evict_for_slot(self) -> bool:
         """Evict the cheapest idle adapter, for its slot. False when there is none."""

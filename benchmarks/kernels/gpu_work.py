@@ -19,6 +19,7 @@ from loraplex.kernels.records import (
     AttentionParams,
     KVGroup,
     KVLayer,
+    OwnInput,
     OwnPlaces,
     OwnTable,
     QKNorm,
@@ -261,6 +262,21 @@ def run_own(ops: Backend, work: Work) -> list[Tensor]:
     ]
 
 
+def run_turned(ops: Backend, work: Work) -> list[Tensor]:
+    """The base linear after attention, its input turned by blocks of 32: the first A of each adapter stands in."""
+    (n_in, (n_out,)), places, slots = work.shape.sites()[Site.O], OwnPlaces(1), len(work.segments.mixes)
+    ranges = torch.zeros(slots, places.count, 2, dtype=torch.int32)
+    ranges[:, places.input(0, 0)] = torch.tensor([0, 1])
+    tiles = work.table.tiles_host.clone()
+    tiles[0] = torch.tensor([int(tiles[0, 0]), -1, TILE_RANKS, 0, 1, TileKind.TURN, 0, 32])
+    own = OwnTable(ranges.to(ops.device), ranges, dict.fromkeys(range(slots), Own.INPUT))
+    table = replace(work.table, tiles=tiles.to(ops.device), tiles_host=tiles, own=own)
+    weight = ops.pack_linear(_randn(ops, work, n_out, n_in, seed=30))
+    inputs = (OwnInput(places.input(0, 0), 0, n_out),)
+    step = AdapterStep(work.arena, table, work.segments)
+    return [ops.adapter_linear(_randn(ops, work, work.tokens, n_in), weight, inputs, step)]
+
+
 def run_linears(ops: Backend, work: Work) -> list[Tensor]:
     """The base linears of the four sites, and logits."""
     outputs = []
@@ -318,7 +334,7 @@ def run_sampling(ops: Backend, work: Work) -> list[Tensor]:
 
 def run_all(ops: Backend, work: Work) -> list[Tensor]:
     """Every op but the base linears, which are a library's unless batch invariance is asked for."""
-    rows = [*run_attention(ops, work), *run_rowwise(ops, work), *run_own(ops, work)]
+    rows = [*run_attention(ops, work), *run_rowwise(ops, work), *run_own(ops, work), *run_turned(ops, work)]
     return [*run_adapters(ops, work), *run_blocks(ops, work), *rows]
 
 

@@ -76,7 +76,7 @@ class NormArgs(ctypes.Structure):
 
 
 class LinearArgs(ctypes.Structure):
-    _fields_ = [("to_float", _Int), ("ldy", ctypes.c_int64)]
+    _fields_ = [("to_float", _Int), ("turned", _Int), ("ldy", ctypes.c_int64)]
 
 
 class Quantised(ctypes.Structure):

@@ -12,7 +12,7 @@ from copy import copy
 import torch
 from torch import Tensor
 
-from loraplex.kernels.constants import ACTIVATIONS, ALL_TOKENS, LOGIT_ROWS, OpCode
+from loraplex.kernels.constants import ACTIVATIONS, ALL_TOKENS, LOGIT_ROWS, OpCode, Turned
 from loraplex.kernels.cpu.abi import (
     ActMulArgs,
     AdapterArgs,
@@ -25,19 +25,29 @@ from loraplex.kernels.cpu.abi import (
     Step,
 )
 from loraplex.kernels.cpu.op_records import (
+    columns_op,
     embed_op,
     fill_adapters,
     fill_attention,
     fill_table,
     linear_ops,
     sample_op,
+    whole_panels,
 )
 from loraplex.kernels.cpu.program import CpuRecorder, Notes
 from loraplex.kernels.cpu.team import Team
 from loraplex.kernels.cpu.weights import CpuLinear, CpuParts, WeightPacker, packed_bytes
 from loraplex.kernels.ops import Backend, PackedLinear, Recorder
 from loraplex.kernels.quantized import Activations, PartShape, QuantizedWeight
-from loraplex.kernels.records import AdapterStep, AttentionMeta, AttentionParams, KVLayer, QKNorm, TileTable
+from loraplex.kernels.records import (
+    AdapterStep,
+    AttentionMeta,
+    AttentionParams,
+    KVLayer,
+    OwnInput,
+    QKNorm,
+    TileTable,
+)
 
 
 class CpuBackend(Backend):
@@ -114,6 +124,41 @@ class CpuBackend(Backend):
 
     def linear(self, x: Tensor, weight: PackedLinear) -> Tensor:
         return self._linear(x, weight, self._sink.new(x.shape[0], weight.out_features, dtype=x.dtype))
+
+    def adapter_linear(
+        self, x: Tensor, weight: PackedLinear, inputs: Sequence[OwnInput], adapters: AdapterStep
+    ) -> Tensor:
+        y = self._sink.new(x.shape[0], weight.out_features, dtype=x.dtype)
+        step = Step()
+        fill_adapters(step, adapters)
+        for op in linear_ops(x, weight, y, Turned.NEVER):
+            self._sink.emit(op, x.dtype, step)
+        for each in inputs:
+            self._turned_linear(x, weight, y, each, step)
+        return y
+
+    def _turned_linear(self, x: Tensor, weight: PackedLinear, y: Tensor, outputs: OwnInput, step: Step) -> None:
+        """Compute some columns of y [T, out] of x [T, in], turned: by way of a buffer where these cut a panel."""
+        turned = self._sink.new(*x.shape, dtype=x.dtype)
+        turn = Op(
+            code=OpCode.OWN_INPUT,
+            rows=x.shape[0],
+            x=x.data_ptr(),
+            y=turned.data_ptr(),
+            columns_in=x.shape[1],
+            own=OwnArgs(outputs.place),
+        )
+        wanted = slice(outputs.start, outputs.stop)
+        whole, window = whole_panels(weight, wanted), y[:, wanted]
+        ops = [turn]
+        if whole == wanted:
+            ops += linear_ops(turned, weight, window, Turned.ALWAYS, wanted)
+        else:
+            wide = self._sink.new(x.shape[0], whole.stop - whole.start, dtype=y.dtype)
+            columns = wide[:, wanted.start - whole.start : wanted.stop - whole.start]
+            ops += [*linear_ops(turned, weight, wide, Turned.ALWAYS, whole), columns_op(columns, window)]
+        for op in ops:
+            self._sink.emit(op, x.dtype, step)
 
     def logits(self, x: Tensor, weight: PackedLinear, room: Tensor | None = None) -> Tensor:
         rows = x.shape[0]

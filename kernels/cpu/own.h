@@ -17,8 +17,8 @@ INLINE OwnTiles own_tiles(const Step& step, int64_t slot, int64_t place) {
     return {step.tiles + (int64_t)range[0] * kTileColumns, range[1] - range[0]};
 }
 
-// The slot of the one adapter that a token wears, or -1.
-INLINE int64_t slot_of(const Step& step, int64_t token) {
+// The segment that a token is in; step.segments: none.
+INLINE int segment_of(const Step& step, int64_t token) {
     int first = 0, last = step.segments;
     while (first < last) {
         int middle = (first + last) / 2;
@@ -27,8 +27,13 @@ INLINE int64_t slot_of(const Step& step, int64_t token) {
         else
             last = middle;
     }
-    if (first == step.segments || step.mix_ptr[first + 1] - step.mix_ptr[first] != 1) return -1;
-    return step.mix_slot[step.mix_ptr[first]];
+    return first;
+}
+// The slot of the one adapter that it wears, or -1.
+INLINE int64_t slot_of(const Step& step, int64_t token) {
+    int segment = segment_of(step, token);
+    if (segment == step.segments || step.mix_ptr[segment + 1] - step.mix_ptr[segment] != 1) return -1;
+    return step.mix_slot[step.mix_ptr[segment]];
 }
 
 // Row `id`, or null.

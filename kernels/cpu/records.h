@@ -84,13 +84,14 @@ struct NormArgs {
 };
 struct LinearArgs {  // of kLinear and kQuantised
     int32_t to_float;  // y is fp32 whatever x is: logits
+    Turned turned;
     int64_t ldy;       // elements from one row of y to the next: a part of a fused weight writes a window of columns
 };
 struct AdapterArgs {
     int32_t layer, site;
     const void* residual;  // at block sites, where y is x; null elsewhere
 };
-struct OwnArgs {  // of kOwnNorm, kOwnEmbed and kOwnHead
+struct OwnArgs {  // of kOwnNorm, kOwnEmbed, kOwnHead and kOwnInput
     int32_t place;
     float eps, offset;  // of kOwnNorm
     int64_t ldy;        // of kOwnHead: elements from one row of y to the next

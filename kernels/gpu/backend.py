@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812  its usual name
 
 from loraplex.kernels.constants import Own
-from loraplex.kernels.gpu import attention, bgmv, linear, own, quantized, rowwise, sgmv, tuning
+from loraplex.kernels.gpu import attention, bgmv, linear, own, quantized, rotate, rowwise, sgmv, tuning
 from loraplex.kernels.ops import Backend, PackedLinear
 from loraplex.kernels.quantized import Activations, PartShape, QuantizedWeight
 from loraplex.kernels.records import (
@@ -26,6 +26,7 @@ from loraplex.kernels.records import (
     AttentionMeta,
     AttentionParams,
     KVLayer,
+    OwnInput,
     QKNorm,
     TileTable,
 )
@@ -113,6 +114,16 @@ class TritonBackend(TorchSampling, Backend):
 
     def linear(self, x: Tensor, weight: PackedLinear) -> Tensor:
         return self._linear(x, weight, x.dtype)
+
+    def adapter_linear(
+        self, x: Tensor, weight: PackedLinear, inputs: Sequence[OwnInput], adapters: AdapterStep
+    ) -> Tensor:
+        y = torch.empty(x.shape[0], weight.out_features, dtype=x.dtype, device=x.device)
+        for each in inputs:
+            outputs = slice(each.start, each.stop)
+            turned = rotate.turned(x, each.place, adapters)
+            y[:, outputs] = self._linear(turned, _outputs(weight, outputs), x.dtype)
+        return y
 
     def logits(self, x: Tensor, weight: PackedLinear, room: Tensor | None = None) -> Tensor:
         return self._linear(x, weight, torch.float32)
@@ -214,6 +225,13 @@ def _most_tiles(ranges: Tensor, mixes: Sequence[tuple[tuple[int, float], ...]]) 
     for slots in {tuple(slot for slot, _ in mix) for mix in mixes if len(mix) > 1}:
         most = torch.maximum(most, counts[list(slots)].sum(0))
     return [[int(n) for n in layer] for layer in most.tolist()]
+
+
+def _outputs(packed: PackedLinear, outputs: slice) -> PackedLinear:
+    """View the weight of some outputs."""
+    if isinstance(packed, quantized.TritonParts):
+        return quantized.outputs_of(packed, outputs)
+    return TritonLinear(_weight(packed)[outputs])
 
 
 def _weight(packed: PackedLinear) -> Tensor:

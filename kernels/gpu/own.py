@@ -18,7 +18,7 @@ from loraplex.kernels.records import AdapterStep, OwnTable, TileTable
 _COLUMNS = tl.constexpr(TILE_COLUMNS)
 _UNIT = tl.constexpr(ALIGN)
 
-_COUNTS = ["num_segments", "slot_stride", "cell", "ld"]
+COUNTS = ["num_segments", "slot_stride", "cell", "ld"]
 """Arguments that vary between calls: no compilation may hang on their values."""
 
 
@@ -34,9 +34,9 @@ def norm_(
             r,
             y if rows is None else rows,
             adapters.arena,
-            *_tables(adapters),
+            *tables(adapters),
             len(adapters.segments.mixes),
-            *_cell(adapters.table, place),
+            *cell_of(adapters.table, place),
             columns,
             eps,
             offset,
@@ -55,9 +55,9 @@ def embed_(y: Tensor, ids: Tensor, place: int, adapters: AdapterStep) -> None:
             y,
             ids,
             adapters.arena,
-            *_tables(adapters),
+            *tables(adapters),
             len(adapters.segments.mixes),
-            *_cell(adapters.table, place),
+            *cell_of(adapters.table, place),
             columns,
             block=tuning.ELEMENTS,
         )
@@ -77,7 +77,7 @@ def head_(logits: Tensor, x: Tensor, slots: Tensor, place: int, arena: Tensor, t
             arena,
             own.ranges,
             table.tiles,
-            *_cell(table, place),
+            *cell_of(table, place),
             logits.stride(0),
             x.shape[1],
             ranks=TILE_RANKS,
@@ -90,13 +90,14 @@ def _own(table: TileTable) -> OwnTable:
     return table.own
 
 
-def _tables(adapters: AdapterStep) -> tuple[Tensor, ...]:
+def tables(adapters: AdapterStep) -> tuple[Tensor, ...]:
+    """Return what every kernel looks rows up with: (ranges, tiles, indptr, mix_ptr, mix_slot)."""
     segments = adapters.segments
     own = _own(adapters.table)
     return own.ranges, adapters.table.tiles, segments.indptr, segments.mix_ptr, segments.mix_slot
 
 
-def _cell(table: TileTable, place: int) -> tuple[int, int]:
+def cell_of(table: TileTable, place: int) -> tuple[int, int]:
     """Return the elements of OwnTable.ranges from slot to slot, and from a slot's to its range."""
     return _own(table).ranges.shape[1] * 2, place * 2
 
@@ -113,7 +114,7 @@ def _own_range(ranges, indptr, mix_ptr, mix_slot, num_segments, slot_stride, cel
     return tl.load(at, mask=alone, other=0), tl.load(at + 1, mask=alone, other=0)
 
 
-@triton.jit(do_not_specialize=_COUNTS)
+@triton.jit(do_not_specialize=COUNTS)
 def _norm(
     y,
     r,
@@ -154,7 +155,7 @@ def _norm(
         tl.store(y + row * columns + column, n.to(dtype), mask=inside)
 
 
-@triton.jit(do_not_specialize=_COUNTS)
+@triton.jit(do_not_specialize=COUNTS)
 def _embed(
     y,
     ids,
@@ -193,7 +194,7 @@ def _embed(
         tl.store(y + row * columns + column, values, mask=inside)
 
 
-@triton.jit(do_not_specialize=_COUNTS)
+@triton.jit(do_not_specialize=COUNTS)
 def _head(
     logits,
     x,

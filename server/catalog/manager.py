@@ -171,15 +171,6 @@ class AdapterManager:
         """Have `version` on the device from soon on and never evicted, or let it be evicted again."""
         self._pin(version, pinned)
 
-    async def register_folder(self, directory: Path) -> tuple[AdapterVersion, ...]:
-        """Register every sub-folder that holds an adapter_config.json under its folder's name.
-
-        Only config and header are looked at; what the weights hold is checked when they are first wanted. A refused one
-        is kept in registry.refused (its name then answers with the reason) and the others go on; a name that is taken
-        already, or cannot be one, is logged and left out. Raises OSError if `directory` cannot be listed.
-        """
-        return await asyncio.to_thread(self._register_folder, directory)
-
     async def unregister(self, name: str) -> AdapterVersion:
         """Take the name away at once; requests that hold a lease finish. Raises AdapterNotFound."""
         return self.registry.unregister(name)
@@ -190,12 +181,12 @@ class AdapterManager:
             self.downloads.close()
         self.loader.shutdown()
 
-    def _register_folder(self, directory: Path) -> tuple[AdapterVersion, ...]:
-        folders = sorted(path.parent for path in directory.glob("*/adapter_config.json"))
-        return tuple(version for folder in folders if (version := self.register_unread(folder)) is not None)
-
     def register_unread(self, folder: Path) -> AdapterVersion | None:
-        """Register one folder as register_folder() does; None when it is refused or left out.
+        """Register the adapter in `folder` under the folder's name; None when it is refused or left out.
+
+        Only config and header are looked at; what the weights hold is checked when they are first wanted. A refused one
+        is kept in registry.refused: its name then answers with the reason. One whose name is taken already, or cannot
+        be one, is logged and left out.
 
         No link in it is followed out of the folder that it is in.
         """

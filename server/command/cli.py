@@ -22,8 +22,8 @@ from loraplex.server.options import ConfigError
 from loraplex.server.telemetry.logs import set_up
 from loraplex.server.version import version as installed_version
 
-FAILED, MISUSED = 1, 2
-"""Exit codes: something went wrong while running; the command cannot be run as it was given."""
+MISUSED = 2
+"""Exit code: the command cannot be run as it was given."""
 
 app = typer.Typer(
     name="loraplex",

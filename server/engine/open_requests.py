@@ -47,7 +47,7 @@ class OpenRequests:
 
     @property
     def is_closed(self) -> bool:
-        """Whether nobody may come in."""
+        """Return whether nobody may come in."""
         return self._closed is not None
 
     def start(self) -> None:

@@ -23,7 +23,7 @@ class Mailbox:
         self._waiter: asyncio.Future[None] | None = None
 
     def put(self, events: Sequence[TokenEvent]) -> None:
-        """The next events; none of them come after the one with `finish`."""
+        """Put the next events; none of them come after the one with `finish`."""
         waiter = self._waiter
         if waiter is not None and not waiter.done():
             if self.shortcut is not None:
@@ -38,7 +38,7 @@ class Mailbox:
         self._events += events
 
     def take(self) -> TokenEvent | None:
-        """The oldest event; None where there is none."""
+        """Take the oldest event; None where there is none."""
         return self._events.popleft() if self._events else None
 
     async def arrival(self) -> None:
@@ -53,7 +53,7 @@ Mail = dict[asyncio.AbstractEventLoop, dict[Mailbox, list[TokenEvent]]]
 
 
 def put_all(mail: Iterable[tuple[Mailbox, Sequence[TokenEvent]]]) -> None:
-    """Events to their mailboxes, of one loop."""
+    """Put events into their mailboxes, of one loop."""
     for mailbox, events in mail:
         mailbox.put(events)
 
@@ -98,7 +98,7 @@ class EventStream:
         return event
 
     def divert(self, shortcut: Shortcut | None) -> None:
-        """From now on `shortcut` is asked first, on the loop's thread, whenever the consumer waits for an event.
+        """Ask `shortcut` first from now on, on the loop's thread, whenever the consumer waits for an event.
 
         None: nothing is. It is not asked any more once the stream is closed.
         """

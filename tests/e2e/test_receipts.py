@@ -12,7 +12,7 @@ import pytest
 from loraplex.server.proof.prober import Prober
 from tests.support.live_server import live_server
 from tests.support.peft_adapters import make_peft_adapter
-from tests.support.served import Served, serve_tiny
+from tests.support.served import Served, serve_new
 from tests.support.tiny import load_oracle, make_tiny_model, make_tiny_tokenizer
 from tests.support.waiting import wait_for
 
@@ -21,9 +21,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    path = make_tiny_tokenizer(make_tiny_model("llama", tmp_path_factory.mktemp("base")))
     adapters = {name: {"r": 4, "target_modules": ["q_proj", "o_proj"]} for name in ("one", "other")}
-    with serve_tiny(path, load_oracle(path), tmp_path_factory.mktemp("made"), adapters, loaded=["one"]) as made:
+    with serve_new(tmp_path_factory.mktemp("served"), adapters, loaded=["one"]) as made:
         yield made
 
 

@@ -17,12 +17,6 @@ from tests.support.waiting import LIMIT, wait_for
 LENGTH = 100
 
 
-@pytest.fixture(scope="module")
-def live(base: Path) -> Iterator[LiveServer]:
-    with live_server(base) as server:
-        yield server
-
-
 @pytest.fixture
 def steps(live: LiveServer) -> Iterator[Steps]:
     """Whatever a test leaves held or paused goes on for the next one."""

@@ -57,7 +57,6 @@ class Scheduler:
         self.waiting = FairQueue(limits.ageing, limits.max_num_seqs)
         self.budget = budget or TokenBudget(limits.token_budget, None, kv.token_seconds)
         self.generation_tokens = 0  # counters
-        self.finished = 0
         self.adapter_wait = 0.0  # seconds of closed requests, see Sequence.waited
         self._clock = clock
         self._prefetch = Prefetch(self.waiting, adapters, limits.max_num_seqs)
@@ -298,7 +297,6 @@ class Scheduler:
     def _close(self, seq: Sequence) -> None:
         """The request has ended, wherever it was."""
         del self._open[seq.request.request_id]
-        self.finished += 1
         seq.adapters_came(self._clock())
         self.adapter_wait += seq.adapter_wait
         if seq in self._running:
