@@ -46,7 +46,7 @@ class ProofParts:
 
     measurer: Measurer
     plain: PlainModel
-    digest: Callable[[Callable[[], None], Path | None], str]  # of the base: base_digest() but for its first arguments
+    digest: Callable[[Callable[[], None], dict[str, str]], str]  # base_digest() but for its first arguments
 
 
 @dataclass(frozen=True)

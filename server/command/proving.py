@@ -17,6 +17,7 @@ from loraplex.server.catalog.version_records import StateChange
 from loraplex.server.catalog.versions import Versions
 from loraplex.server.command.build import EngineParts
 from loraplex.server.proof.audit import AuditEvent, AuditLog, event_of
+from loraplex.server.proof.base_file import identified
 from loraplex.server.proof.examiner import Examiner
 from loraplex.server.proof.prober import Prober
 from loraplex.server.proof.prover import REST, Prover
@@ -24,9 +25,6 @@ from loraplex.server.proof.receipt import BaseIdentity, Receipt
 from loraplex.server.startup import StartError
 
 logger = logging.getLogger(__name__)
-
-BASE_FILE = "base.json"
-"""Below the state's folder: what the base's files hash to."""
 
 
 def open_audit(state_dir: Path, versions: Versions) -> AuditLog:
@@ -105,8 +103,8 @@ def make_prover(
     proof = parts.proof
 
     def identify(throttle: Callable[[], None]) -> BaseIdentity:
-        kept = None if state_dir is None else state_dir / BASE_FILE
-        return BaseIdentity(names, proof.digest(throttle, kept), str(parts.formats))
+        digest = identified(state_dir, lambda known: proof.digest(throttle, known))
+        return BaseIdentity(names, digest, str(parts.formats))
 
     examine = Examiner(proof.measurer, proof.plain.logprobs, identify)
     prober = Prober(parts.engine, parts.adapters.registry, parts.model_config.vocab_size)

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, MutableMapping
 from pathlib import Path
 
 from loraplex.server.models.checkpoint import Checkpoint, WeightsError
-from loraplex.server.whole_file import replace_file
 
 PIECE = 1 << 20
 """Bytes between two breaths of who computes it: some 0.6 ms with the CPU's own instructions for sha256, 2 without."""
 
 
 def base_digest(
-    folder: Path, checkpoint: Checkpoint, throttle: Callable[[], None] = lambda: None, kept: Path | None = None
+    folder: Path,
+    checkpoint: Checkpoint,
+    throttle: Callable[[], None] = lambda: None,
+    known: MutableMapping[str, str] | None = None,
 ) -> str:
     """Compute the sha256, in hex, of config.json in `folder`, where it is, and of the weights' files, all of them.
 
@@ -25,10 +25,10 @@ def base_digest(
     shards) have another. It is of config.json's bytes, then for each file, by name, "\\0name\\0size\\0" and the hex
     digits of the file's own sha256.
 
-    throttle: called between pieces. kept: where the files' digests are kept, by device, inode, size and time of change,
-    so that a file is read once. Raises WeightsError where a file cannot be read.
+    throttle: called between pieces. known: the files' digests as an earlier call has left them there, by device, inode,
+    size and time of change, so that a file is read once. Raises WeightsError where a file cannot be read.
     """
-    digest, known, fresh = hashlib.sha256(), _read_kept(kept), dict[str, str]()
+    digest, known, fresh = hashlib.sha256(), {} if known is None else known, dict[str, str]()
     try:
         config = folder / "config.json"
         digest.update(config.read_bytes() if config.is_file() else b"")
@@ -40,9 +40,8 @@ def base_digest(
             digest.update(f"\0{file.name}\0{found.st_size}\0{fresh[identity]}".encode())
     except OSError as error:
         raise WeightsError(f"the base's files cannot be read: {error}") from error
-    if kept is not None and fresh != known:
-        with suppress(OSError):  # a full disk: it is computed again the next time
-            replace_file(kept, json.dumps(fresh))
+    known.clear()
+    known.update(fresh)
     return digest.hexdigest()
 
 
@@ -52,14 +51,3 @@ def _of_file(read_into: Callable[[memoryview], int], throttle: Callable[[], None
         digest.update(room[:count])  # without the GIL
         throttle()
     return digest.hexdigest()
-
-
-def _read_kept(path: Path | None) -> dict[str, str]:
-    """Read the digests of files by their identity; none where there are none, or what is there is damaged."""
-    if path is None:
-        return {}
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return {str(key): str(value) for key, value in found.items()} if isinstance(found, dict) else {}
