@@ -90,7 +90,7 @@ class OwnTable:
     is the matrix's row first + i and, where all inputs share a block, all rows behind it by less than `times` sizes.
     """
 
-    ranges: Tensor  # [num_slots, OwnPlaces.count, 2] int32: first and past-the-last row of TileTable.tiles
+    ranges: Tensor  # [2 * num_slots, OwnPlaces.count, 2] int32: as TileTable.ranges, without second units
     ranges_host: Tensor
     wearers: Mapping[int, int]  # slot -> bits of Own; only slots that have any
 
@@ -113,7 +113,8 @@ class TileTable:
     A may be followed by its B on another page.
     """
 
-    ranges: Tensor  # [num_slots, num_layers, num_sites, 2] int32: first and past-the-last row of `tiles`
+    ranges: Tensor  # [2 * num_slots, num_layers, num_sites, 2] int32: first and past-the-last row of `tiles`
+    # row num_slots + s: the second unit of the adapter in slot s, tiles that other tokens than its first's wear
     tiles: Tensor  # [capacity, TILE_COLUMNS] int32
     ranges_host: Tensor  # the same on the host (the same object on CPU)
     tiles_host: Tensor

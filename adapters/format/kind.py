@@ -24,6 +24,7 @@ from loraplex.adapters.format.targets import Targets
 from loraplex.adapters.format.windows import Window
 from loraplex.adapters.front import Front
 from loraplex.adapters.image.tiles import BaseLayout, Part, PartShape
+from loraplex.adapters.positions import Positions
 from loraplex.kernels.records import Projection
 
 BaseBias = Callable[[int, str], Tensor | None]
@@ -75,6 +76,11 @@ class AdapterConfig:
     def invocation(self) -> tuple[int, ...]:
         """Return the tokens from whose last occurrence in a prompt on such an adapter acts; (): from the first on."""
         return ()
+
+    @property
+    def positions(self) -> Positions | None:
+        """Return which of a prompt's tokens such an adapter acts on; None: no position decides that."""
+        return None
 
     def same_shapes(self) -> AdapterConfig:
         """A config that plans parts of the same shapes: equal for adapters that differ in factors alone."""

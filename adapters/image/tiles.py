@@ -42,7 +42,7 @@ class BaseLayout:
 
     @property
     def num_sites(self) -> int:
-        """Of a layer."""
+        """Of a layer. In an image the site of a tile of the adapter's second unit is greater by as many."""
         return max(projection.site for projection in (*self.projections, *self.blocks)) + 1
 
 
@@ -109,10 +109,10 @@ class DenseDelta:
 
 @dataclass(frozen=True)
 class Bottleneck:
-    """Of the LowRank of the same layer and block: y += scaling * B f(A s + c), s its source."""
+    """Of the LowRank of the same layer and projection: y += scaling * B f(A s + c), s its source."""
 
     layer: int
-    projection: Projection  # of BaseLayout.blocks
+    projection: Projection  # of a block; several of one block differ in their names
     c: Tensor  # [r] fp32, kept in fp32
     function: Function
     source: BlockInput
@@ -185,14 +185,14 @@ def plan_image(shapes: Sequence[PartShape], layout: BaseLayout) -> ImagePlan:
             )
     extent, nbytes = place_rows(placements, layout.page_bytes)
     activations = {
-        (shapes[i].layer, shapes[i].projection.site): (shapes[i], placement.a_strips[0][2] // ALIGN)
+        (shapes[i].layer, shapes[i].projection): (shapes[i], placement.a_strips[0][2] // ALIGN)
         for i, placement in zip(order, placements, strict=True)
         if shapes[i].kind == TileKind.ACTIVATION
     }
     rows = [
         (i, row)
         for i, placement in zip(order, placements, strict=True)
-        for row in _tiles(shapes[i], placement, layout, activations.get((shapes[i].layer, shapes[i].projection.site)))
+        for row in _tiles(shapes[i], placement, layout, activations.get((shapes[i].layer, shapes[i].projection)))
     ]
     places = dict(zip(order, (placement.place() for placement in placements), strict=True))
     return ImagePlan(
@@ -293,7 +293,7 @@ def _tiles(
 ) -> list[tuple[int, ...]]:
     """List rows of AdapterImage.tiles: ranks are cut where A is, where B is, and every `step`.
 
-    activation: of the same layer and site, and where its c is, in units of ALIGN: a row before each tile.
+    activation: of the same layer and projection, and where its c is, in units of ALIGN: a row before each tile.
     """
     rows: list[tuple[int, ...]] = []
     head, window = _place(shape, layout), (shape.projection.in_start, shape.projection.in_features)

@@ -69,6 +69,7 @@ class Outlines:
                 alone=" and ".join(dict.fromkeys(tensor.short for tensor in module_map.own)),
                 invocation=config.invocation,
                 front=front,
+                positions=config.positions,
             )
             outline = Outline(key, module_map, info)
             self._known.put(key, outline)

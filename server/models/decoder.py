@@ -52,10 +52,10 @@ class DecoderLayer:
         x = self._block(self._mlp(x, adapters), residual, BlockSite.MLP_OUT, adapters)
         if weights.mlp_out_norm is not None:
             x, _ = self._norm(x, weights.mlp_out_norm, None, 3, norms)
-        return x, residual
+        return self._block(x, residual, BlockSite.LAYER_OUT, adapters), residual
 
     def _block(self, x: Tensor, residual: Tensor, block: BlockSite, adapters: AdapterStep | None) -> Tensor:
-        """Add bottlenecks to x [T, H], which is about to be added to residual; a step without any computes nothing."""
+        """Add what acts at `block` to x [T, H], about to be added to residual; a step without any does nothing."""
         if adapters is None:
             return x
         return self._ops.adapter_add_(x, x, self._index, block, adapters, residual)

@@ -8,14 +8,12 @@ from typing import Protocol
 from torch import Tensor
 
 from loraplex.adapters.errors import AdapterRefused
+from loraplex.adapters.positions import Span
 from loraplex.adapters.tiers.measuring import Measurer, by_layer
 from loraplex.adapters.version import AdapterVersion
 from loraplex.server.proof.changes import PlainChange
 from loraplex.server.proof.prober import FusedAnswers
 from loraplex.server.proof.receipt import BaseIdentity, Probe, Receipt
-
-OWN_ROWS = "it has rows of its own in place of the base's, which the plain reference does not compute"
-
 
 OWN_ROWS = "it stands in for rows of the base's norms, embedding or head, which the plain reference does not compute"
 """Why such an adapter is not probed."""
@@ -30,7 +28,7 @@ class Plain(Protocol):
         adapted: tuple[int, ...],
         change: PlainChange,
         throttle: Callable[[], None],
-        start: int,
+        acts: tuple[Span, ...],
     ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -63,6 +61,6 @@ class Examiner:
             if fused is None or adapter.module_map.own:
                 return Receipt(measured, self._base, None, error or OWN_ROWS)
             change = PlainChange(by_layer(adapter))
-            base, adapted = self._plain(fused.base.ids, fused.adapted.ids, change, throttle, fused.start)
+            base, adapted = self._plain(fused.base.ids, fused.adapted.ids, change, throttle, fused.acts)
         probe = Probe(len(fused.base.logprobs), fused.base.furthest(base), fused.adapted.furthest(adapted))
         return Receipt(measured, self._base, probe)
