@@ -22,7 +22,7 @@ from pathlib import Path
 
 from loraplex.adapters.errors import AdapterError, AdapterNotFound, AdapterRefused
 from loraplex.adapters.files.beneath import below
-from loraplex.adapters.sources.watch import Change, FileStamp, FolderWatch, What, file_stamp
+from loraplex.adapters.sources.watch import FileStamp, FolderChange, FolderWatch, What, file_stamp
 from loraplex.adapters.throttle import Throttle, lower_priority
 from loraplex.adapters.version import AdapterVersion
 from loraplex.server.catalog.adapter_list import AdapterList, AdapterListError, DesiredAdapter, read_list
@@ -133,7 +133,7 @@ class Reconciler:
             self._apply(change)
             self._throttle()
 
-    def _apply(self, change: Change) -> None:
+    def _apply(self, change: FolderChange) -> None:
         registry, folder = self._manager.registry, change.folder
         version = registry.get(folder.name)
         own = version is not None and version.source == below(folder.parent, folder.name)
