@@ -45,5 +45,5 @@ class Measured:
 
     @property
     def is_noop(self) -> bool:
-        """Whether it answers as the base does."""
+        """Return whether the adapter answers as the base does."""
         return not self.sites and self.bias == 0 and not self.own

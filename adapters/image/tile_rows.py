@@ -77,7 +77,7 @@ class TileRows:
         self._twofold.discard(slot)
 
     def check_integrity(self, residents: list[tuple[int, slice, list[int]]]) -> None:
-        """Against (slot, rows, pages) of every adapter there is."""
+        """Hold the table against (slot, rows, pages) of every adapter there is. Raises AssertionError."""
         table = self.table
         spans = sorted(self._free + [(rows.start, rows.stop) for _, rows, _ in residents if rows.start < rows.stop])
         starts = [first for first, _ in spans] + [table.tiles_host.shape[0]]
@@ -129,7 +129,7 @@ class TileRows:
             self._own.ranges[slot] = self._own.ranges_host[slot].to(table.ranges.device)
 
     def _take(self, n: int) -> int:
-        """First of `n` consecutive rows, from the first free span that is long enough; the table grows if none is."""
+        """Take `n` rows in a row from the first free span that is long enough; the table grows if none is."""
         if n == 0:
             return 0
         while True:
@@ -149,7 +149,7 @@ class TileRows:
         self._free = spans
 
     def _grow(self) -> None:
-        """Twice the rows, in new tensors: a step under way keeps the old ones."""
+        """Double the rows, in new tensors: a step under way keeps the old ones."""
         old = self.table
         capacity = old.tiles_host.shape[0]
         tiles_host = torch.cat((old.tiles_host, torch.zeros_like(old.tiles_host)))

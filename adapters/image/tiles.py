@@ -306,7 +306,7 @@ def _placement(shape: PartShape, item: int) -> RowPlacement:
 def _tiles(
     shape: PartShape, placement: RowPlacement, layout: BaseLayout, activation: tuple[PartShape, int] | None
 ) -> list[tuple[int, ...]]:
-    """Rows of AdapterImage.tiles: ranks are cut where A is, where B is, and every `step`.
+    """List rows of AdapterImage.tiles: ranks are cut where A is, where B is, and every `step`.
 
     activation: of the same layer and projection, and where its c is, in units of ALIGN: a row before each tile.
     """

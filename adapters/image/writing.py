@@ -136,7 +136,7 @@ def _write(part: Part, place: PartPlace, image: Tensor, dtype: torch.dtype) -> N
 
 
 def _folded(part: LowRank) -> Tensor:
-    """scaling * B transposed: [r, out] fp32."""
+    """Compute scaling * B transposed: [r, out] fp32."""
     return part.b.float().mul(part.scaling).T
 
 
