@@ -49,9 +49,9 @@ class Throttle:
             self._last = self._clock()
 
 
-def lower_priority() -> None:
-    """Of the calling thread; threads it starts inherit it."""
+def lower_priority(by: int = NICE) -> None:
+    """Lower the priority of the calling thread; threads it starts inherit it."""
     if sys.platform == "linux":  # where a thread has a priority of its own
         with suppress(OSError):
             own = os.getpriority(os.PRIO_PROCESS, 0)
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), min(19, own + NICE))
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), min(19, own + by))

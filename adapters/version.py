@@ -32,6 +32,7 @@ class AdapterVersion:
     created: int  # unix seconds
     _known: Known = field(repr=False, compare=False)
     given: str = ""  # where it came from, if `source` is a copy
+    by: str = ""  # what the operator had it loaded by: "--adapter-dir"; "": a request of somebody's
 
     @property
     def info(self) -> AdapterInfo:
@@ -79,6 +80,13 @@ class AdapterLease:
         Raises ValueError when this lease is released already.
         """
         return self._registry.share(self)
+
+    def renew(self) -> AdapterLease | None:
+        """Lease the version that the name of this one points at by now.
+
+        None where it is still this one, where this very one was asked for, and where the name is gone.
+        """
+        return None if self.exact else self._registry.renew_lease(self)
 
     def __enter__(self) -> AdapterLease:
         return self

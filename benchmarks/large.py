@@ -26,7 +26,7 @@ from loraplex.benchmarks.kernels.machine import limits
 from loraplex.benchmarks.random_adapters import adapter_bytes, make_adapters, modules_of
 from loraplex.kernels.quantized import GroupScales, QuantizedWeight, WeightFormat
 from loraplex.server.command.build import EngineParts, build_engine
-from loraplex.server.config import Device, EngineConfig
+from loraplex.server.config_engine import Device, EngineConfig
 from loraplex.server.engine.request import GenerationRequest, SamplingParams
 from loraplex.server.engine.step.memory import size
 from loraplex.server.engine.step.system_memory import resident_memory

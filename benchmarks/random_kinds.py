@@ -50,8 +50,10 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "c3a": {"block_size": 64, **VALUE},
     "hira": {"r": 8, **VALUE},
     "randlora": {"r": 32, **VALUE},
-    "oft": {"r": 0, "oft_block_size": 16, "use_cayley_neumann": False, **VALUE},
-    "boft": {"boft_block_size": 16, "boft_block_num": 0, **VALUE},
+    "supertuning": VALUE,
+    "glora": {"r": 8, **VALUE},
+    "oft": {"r": 0, "oft_block_size": 32, "use_cayley_neumann": False},
+    "boft": {"boft_block_size": 16, "boft_block_num": 0},
 }
 """Configs by the adapter's name; the name is the kind, in lower case, where peft_type says no other."""
 
@@ -126,6 +128,8 @@ def _by_hand(raw: Mapping[str, Any], modules: Sequence[FoundModule]) -> Iterator
 def _draw(name: str, shape: tuple[int, ...], generator: torch.Generator, integers: frozenset[str]) -> Tensor:
     if name.rpartition(".")[2] in integers:
         return torch.randint(0, 64, shape, generator=generator)
+    if name.endswith(".zeros"):
+        return torch.zeros(shape, dtype=torch.bfloat16)
     drawn = torch.randn(shape, generator=generator)
     if any(part in name for part in ("magnitude", "ia3", "w_norm", "boft_s")):  # about what they begin with
         return (1 + 0.3 * drawn).bfloat16()

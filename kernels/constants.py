@@ -23,7 +23,7 @@ BLOCK_SIZE = 16
 """Tokens in a KV page."""
 
 
-class Source(IntEnum):
+class BlockInput(IntEnum):
     """What the A of an activated tile is multiplied by."""
 
     BRANCH = 0  # x
@@ -51,19 +51,35 @@ class TileKind(IntEnum):
     SCALE = 2  # w * (v - 1) * y, v one row of fp32: y becomes (1 + sum of w * (v - 1)) * y
     DENSE = 3  # w * A x[in_start : in_start + in_len], A having a row for each column of the window, and no B
     ACTIVATION = 4  # nothing: of the tile behind it u is f(A source + c) instead of A x
+    TURN = 5  # nothing: of what the base's linear multiplies, see OwnTable
     OWN = 7  # nothing: it holds rows in place of the base's, see OwnTable
 
 
+class TableSite(IntEnum):
+    """A site of the layer behind the base's last: a table, to which low-rank changes are added."""
+
+    EMBED = 0  # the embedding: tiles of a linear from hidden state to ids, of which an id's column is added
+    HEAD = 1  # the head: tiles of a linear whose output are the logits
+
+
 class Own(IntEnum):
-    """What of the base an adapter has rows of its own for: bits of OwnTable.wearers."""
+    """What of the base, outside its layers' linears, an adapter acts on: bits of OwnTable.wearers."""
 
     NORM = 1
     EMBED = 2
     HEAD = 4
+    INPUT = 8
 
 
-OWN_NORMS = 4
-"""Norms of a layer that have places of their own, in the order of the pass; two of them with sandwich norms alone."""
+OWN_NORMS = 6
+"""Norms of a layer that have places of their own: those of the stream in the order of the pass, two of them with
+sandwich norms alone, then those of query and of key heads."""
+
+QUERY_NORM = 4
+"""The number among them of the norm of query heads; the next is that of key heads."""
+
+OWN_INPUTS = 7
+"""Linears of a layer whose inputs have places of their own, in the order of the base's projections."""
 
 
 # ---- the records of kernels/cpu ----
@@ -103,6 +119,16 @@ class OpCode(IntEnum):
     OWN_NORM = 13
     OWN_EMBED = 14
     OWN_HEAD = 15
+    OWN_INPUT = 16
+    COLUMNS = 17
+
+
+class Turned(IntEnum):
+    """In which steps a linear of a recorded program is computed."""
+
+    ANY = 0
+    NEVER = 1  # in those in which no adapter turns an input
+    ALWAYS = 2  # in all others
 
 
 class NumberKind(IntEnum):

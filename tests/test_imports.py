@@ -21,12 +21,12 @@ ROOT = Path(__file__).parent.parent
 PARTS = ("server", "kernels", "adapters", "benchmarks")
 
 LEAVES = (
-    *("server.options", "server.config", "server.config_access", "server.config_adapters", "server.facts"),
-    *("server.version", "server.whole_file", "server.drain", "server.address_space"),
+    *("server.options", "server.config", "server.config_access", "server.config_adapters", "server.config_engine"),
+    *("server.facts", "server.version", "server.whole_file", "server.drain", "server.address_space"),
 )
 """Files of server/ itself that folders below it use."""
 
-LOW = ("adapters.errors", "adapters.front", "adapters.throttle", "adapters.shared_work")
+LOW = ("adapters.errors", "adapters.front", "adapters.positions", "adapters.throttle", "adapters.shared_work")
 MIDDLE = ("server.text", "server.catalog", "server.tenancy", "server.telemetry")
 
 # What the files of a folder may import of ours; all below a name is meant. The longest name counts.

@@ -15,18 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from loraplex.adapters.files.patterns import Matcher
-from loraplex.adapters.format import targets
-from loraplex.adapters.format.config import (
-    COMMON_NO_BEARING,
-    Keys,
-    bad_config,
-    read_base_model,
-    read_biases,
-    read_map,
-    read_number,
-    read_rank,
-    shown,
-)
+from loraplex.adapters.format.common import module_keys, read_common
+from loraplex.adapters.format.config import bad_config, read_map, read_number, read_rank, shown
 from loraplex.adapters.format.kind import AdapterConfig
 from loraplex.adapters.format.lora_config import KEYS as LORA_KEYS
 from loraplex.adapters.format.module_kind import Making, ModuleKind
@@ -36,31 +26,6 @@ from loraplex.adapters.image.tiles import Part
 
 _EPSILON = 1e-5
 """PEFT adds it to the rank that it divides by."""
-
-KEYS = Keys(
-    used=frozenset(
-        {
-            *("peft_type", "base_model_name_or_path", "init_r", "lora_alpha", "rank_pattern", "bias"),
-            *targets.TARGET_KEYS,
-            *targets.LAYER_KEYS,
-        }
-    ),
-    no_bearing=COMMON_NO_BEARING
-    | LORA_KEYS.no_bearing
-    | {
-        *("target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step"),
-        *("r", "alpha_pattern", "use_rslora", "init_lora_weights"),  # of LoRA's, which AdaLoRA's layers do not look at
-    },
-    unsupported={
-        **LORA_KEYS.unsupported,
-        "use_dora": "AdaLoRA has no magnitudes",
-        "lora_bias": "AdaLoRA has no bias of its own",
-        "kasa_config": "AdaLoRA leaves the base's weights as they are",
-        "use_bdlora": "AdaLoRA has no blocks",
-        "alora_invocation_tokens": "AdaLoRA acts from the first token on",
-        "target_parameters": "AdaLoRA is of modules alone",
-    },
-)
 
 
 @dataclass(frozen=True)
@@ -77,17 +42,36 @@ class AdaLora(ModuleKind[AdaLoraConfig]):
 
     name = "adalora"
     label = "AdaLoRA"
+    keys = module_keys(
+        *("init_r", "lora_alpha", "rank_pattern", "bias"),
+        no_bearing={
+            *LORA_KEYS.no_bearing,
+            *("target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step"),
+            *(
+                "r",
+                "alpha_pattern",
+                "use_rslora",
+                "init_lora_weights",
+            ),  # of LoRA's, which AdaLoRA's layers do not look at
+        },
+        unsupported={
+            **LORA_KEYS.unsupported,
+            "use_dora": "AdaLoRA has no magnitudes",
+            "lora_bias": "AdaLoRA has no bias of its own",
+            "kasa_config": "AdaLoRA leaves the base's weights as they are",
+            "use_bdlora": "AdaLoRA has no blocks",
+            "alora_invocation_tokens": "AdaLoRA acts from the first token on",
+            "target_parameters": "AdaLoRA is of modules alone",
+        },
+    )
     leaves = ("lora_A", "lora_E", "lora_B")
 
     def read(self, raw: Mapping[str, Any]) -> AdaLoraConfig:
-        KEYS.check(raw)
+        common = read_common(self, raw)
         rank = read_rank(raw.get("init_r", 12), "init_r")
         alpha = read_number(raw.get("lora_alpha", 8), "lora_alpha")
         return AdaLoraConfig(
-            kind=self.name,
-            targets=targets.read_targets(raw, by_layer=True),
-            base_model=read_base_model(raw),
-            bias=read_biases(raw),
+            **common,
             rank=rank,
             alpha=alpha if alpha > 0 else float(rank),
             kept=tuple(sorted(_kept(name, kept, rank) for name, kept in read_map(raw, "rank_pattern"))),

@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from loraplex.adapters.files.patterns import Matcher
-from loraplex.adapters.format import targets
-from loraplex.adapters.format.config import COMMON_NO_BEARING, Keys, read_base_model
+from loraplex.adapters.format.common import module_keys, read_common
 from loraplex.adapters.format.kind import AdapterConfig
 from loraplex.adapters.format.module_kind import Making, ModuleKind
 from loraplex.adapters.format.modules import FoundModule
@@ -21,22 +20,17 @@ from loraplex.kernels.constants import TileKind
 
 LEAF = "beft_bias"
 
-KEYS = Keys(
-    used=frozenset({"peft_type", "base_model_name_or_path", *targets.TARGET_KEYS}),
-    no_bearing=COMMON_NO_BEARING | {"init_weights"},
-)
-
 
 class Beft(ModuleKind[AdapterConfig]):
     """y += bias."""
 
     name = "beft"
     label = "BEFT"
+    keys = module_keys(no_bearing=("init_weights",), by_layer=False)
     leaves = (LEAF,)
 
     def read(self, raw: Mapping[str, Any]) -> AdapterConfig:
-        KEYS.check(raw)
-        return AdapterConfig(self.name, targets.read_targets(raw, by_layer=False), read_base_model(raw))
+        return AdapterConfig(**read_common(self, raw))
 
     def wanted(self, config: AdapterConfig, module: FoundModule, match: Matcher) -> Wanted:
         return Wanted({LEAF: (1, module.projection.out_features)}, kind=TileKind.BIAS)

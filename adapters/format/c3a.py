@@ -13,16 +13,8 @@ from typing import Any
 import torch
 
 from loraplex.adapters.files.patterns import Matcher
-from loraplex.adapters.format import targets
-from loraplex.adapters.format.config import (
-    COMMON_NO_BEARING,
-    Keys,
-    bad_config,
-    read_base_model,
-    read_biases,
-    read_count,
-    read_counts,
-)
+from loraplex.adapters.format.common import module_keys, read_common
+from loraplex.adapters.format.config import bad_config, read_count, read_counts
 from loraplex.adapters.format.kind import AdapterConfig
 from loraplex.adapters.format.module_kind import Making, ModuleKind
 from loraplex.adapters.format.modules import FoundModule
@@ -31,17 +23,6 @@ from loraplex.adapters.image.tiles import Part
 from loraplex.kernels.constants import TileKind
 
 LEAF = "c3a_kernel"
-
-KEYS = Keys(
-    used=frozenset(
-        {
-            *("peft_type", "base_model_name_or_path", "block_size", "block_size_pattern", "bias"),
-            *targets.TARGET_KEYS,
-            *targets.LAYER_KEYS,
-        }
-    ),
-    no_bearing=COMMON_NO_BEARING | {"init_weights"},
-)
 
 
 @dataclass(frozen=True)
@@ -57,15 +38,12 @@ class C3a(ModuleKind[C3aConfig]):
 
     name = "c3a"
     label = "C3A"
+    keys = module_keys("block_size", "block_size_pattern", "bias", no_bearing=("init_weights",))
     leaves = (LEAF,)
 
     def read(self, raw: Mapping[str, Any]) -> C3aConfig:
-        KEYS.check(raw)
         return C3aConfig(
-            kind=self.name,
-            targets=targets.read_targets(raw, by_layer=True),
-            base_model=read_base_model(raw),
-            bias=read_biases(raw),
+            **read_common(self, raw),
             block=read_count(raw.get("block_size", 256), "block_size"),
             block_pattern=read_counts(raw, "block_size_pattern"),
         )

@@ -14,18 +14,8 @@ from typing import Any
 import torch
 
 from loraplex.adapters.files.patterns import Matcher
-from loraplex.adapters.format import targets
-from loraplex.adapters.format.config import (
-    COMMON_NO_BEARING,
-    Keys,
-    read_base_model,
-    read_biases,
-    read_flag,
-    read_number,
-    read_rank,
-    shown,
-    unsupported,
-)
+from loraplex.adapters.format.common import module_keys, read_common
+from loraplex.adapters.format.config import read_flag, read_number, read_rank, shown, unsupported
 from loraplex.adapters.format.kind import AdapterConfig, AdapterModule
 from loraplex.adapters.format.module_kind import Making, ModuleKind
 from loraplex.adapters.format.modules import FoundModule
@@ -36,17 +26,6 @@ P, R = "deft_P", "deft_R"
 
 _UNTRAINED = 2.0**-18
 """Of V^T W: what two libraries' sums differ by where R is still what makes the change zero."""
-
-KEYS = Keys(
-    used=frozenset(
-        {
-            *("peft_type", "base_model_name_or_path", "r", "alpha", "decomposition_method", "para", "bias"),
-            *targets.TARGET_KEYS,
-            *targets.LAYER_KEYS,
-        }
-    ),
-    no_bearing=COMMON_NO_BEARING | {"init_scale", "fan_in_fan_out", "deft_dropout", "init_weights"},
-)
 
 
 @dataclass(frozen=True)
@@ -64,19 +43,20 @@ class Deft(ModuleKind[DeftConfig]):
 
     name = "deft"
     label = "DEFT"
+    keys = module_keys(
+        *("r", "alpha", "decomposition_method", "para", "bias"),
+        no_bearing=("init_scale", "fan_in_fan_out", "deft_dropout", "init_weights"),
+    )
     leaves = (P, R)
 
     def read(self, raw: Mapping[str, Any]) -> DeftConfig:
-        KEYS.check(raw)
+        common = read_common(self, raw)
         method = raw.get("decomposition_method", "relu")
         if method not in ("relu", "qr"):
             raise unsupported(f"decomposition_method is {shown(method)}; 'relu' and 'qr' are known")
         alpha = raw.get("alpha")
         return DeftConfig(
-            kind=self.name,
-            targets=targets.read_targets(raw, by_layer=True),
-            base_model=read_base_model(raw),
-            bias=read_biases(raw),
+            **common,
             rank=read_rank(raw.get("r", 8), "r"),
             alpha=read_number(alpha, "alpha") if alpha else None,
             orthonormal=method == "qr",

@@ -14,15 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from loraplex.adapters.files.patterns import Matcher
-from loraplex.adapters.format import targets
-from loraplex.adapters.format.config import (
-    COMMON_NO_BEARING,
-    Keys,
-    read_base_model,
-    read_biases,
-    read_rank,
-    read_ranks,
-)
+from loraplex.adapters.format.common import module_keys, read_common
+from loraplex.adapters.format.config import read_rank, read_ranks
 from loraplex.adapters.format.kind import AdapterConfig
 from loraplex.adapters.format.module_kind import Making, ModuleKind
 from loraplex.adapters.format.modules import FoundModule
@@ -31,18 +24,6 @@ from loraplex.adapters.image.tiles import Part
 
 _LEAST_NORM = 1e-4
 """PEFT divides by no less."""
-
-KEYS = Keys(
-    used=frozenset(
-        {
-            *("peft_type", "base_model_name_or_path", "r", "rank_pattern", "bias"),
-            *targets.TARGET_KEYS,
-            *targets.LAYER_KEYS,
-        }
-    ),
-    no_bearing=COMMON_NO_BEARING
-    | {"delora_lambda", "lambda_pattern", "module_dropout", "init_weights"},  # lambda is in the file as it was trained
-)
 
 
 @dataclass(frozen=True)
@@ -58,17 +39,18 @@ class Delora(ModuleKind[DeloraConfig]):
 
     name = "delora"
     label = "DeLoRA"
+    keys = module_keys(
+        *("r", "rank_pattern", "bias"),
+        no_bearing=(
+            *("delora_lambda", "lambda_pattern"),  # lambda is in the file as it was trained
+            *("module_dropout", "init_weights"),
+        ),
+    )
     leaves = ("delora_A", "delora_B", "delora_lambda", "delora_w_norm")
 
     def read(self, raw: Mapping[str, Any]) -> DeloraConfig:
-        KEYS.check(raw)
         return DeloraConfig(
-            kind=self.name,
-            targets=targets.read_targets(raw, by_layer=True),
-            base_model=read_base_model(raw),
-            bias=read_biases(raw),
-            rank=read_rank(raw.get("r", 8), "r"),
-            rank_pattern=read_ranks(raw),
+            **read_common(self, raw), rank=read_rank(raw.get("r", 8), "r"), rank_pattern=read_ranks(raw)
         )
 
     def wanted(self, config: DeloraConfig, module: FoundModule, match: Matcher) -> Wanted:

@@ -3,7 +3,7 @@
 Nothing of the size of a weight is formed but what is one already: |B A|^2 is the trace of two r x r Gram matrices, and
 what an output scale changes is told by the norms of the base's rows.
 
-Semantics: delta W = (g - 1) W + sum of s B A + D, g = 1 where the module has no output scale
+Semantics: delta W = (g - 1) W + g W M^T + sum of s B A + D, g = 1 where the module has no output scale, M of its turn
            |s B A|^2 = sum of (s B)^T (s B) * (A A^T), factors of the same window side by side
            |(g - 1) W|^2 = sum over rows of (g - 1)^2 |w|^2
            (g - 1) W . s B A = sum over rows of (g - 1) (s b) . (A w)
@@ -21,8 +21,20 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812  its usual name
 
 from loraplex.adapters.format.kind import ServedBase
-from loraplex.adapters.image.tiles import BiasDelta, Bottleneck, DenseDelta, LowRank, OutputScale, OwnRows, Part
+from loraplex.adapters.image.tiles import (
+    BiasDelta,
+    Bottleneck,
+    DenseDelta,
+    InputTurn,
+    LowRank,
+    OutputScale,
+    OwnRows,
+    Part,
+)
 from loraplex.kernels.records import Projection
+
+_MEASURED_INPUTS = 256
+"""Of a turned input, at a time: a stripe of the weight."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +96,9 @@ def measure_module(parts: Sequence[Part], base: ServedBase) -> ModuleEffect:
                 bias += _square(part.delta)
             case Bottleneck():
                 pass
+            case InputTurn():
+                crossed, turned, lost = _turn_squares(part, scale, base)
+                weight, added, rounded = weight + crossed, added + turned, rounded + lost
             case OwnRows():
                 pass  # OpenContent.parts gives none: a receipt is about linears
             case _:
@@ -151,6 +166,32 @@ def _overlap(part: LowRank, scale: OutputScale, base: ServedBase) -> float:
     products = base.products(part.layer, part.projection.name, part.a.float())  # A W^T [r, out]
     rows = (part.b.float() * part.scaling * products.T).sum(1)
     return float(((scale.values - 1) * rows).sum(dtype=torch.float64))
+
+
+def _turn_squares(part: InputTurn, scale: OutputScale | None, base: ServedBase) -> tuple[float, float, float]:
+    """Measure g W M^T: twice its product with (g - 1) W, its square, and that of what rounding M takes off it."""
+    layer, projection = part.layer, part.projection
+    width, size = projection.in_features, part.blocks.shape[1]
+    blocks = part.blocks.expand(width // size, -1, -1)
+    g = torch.ones(projection.out_features) if scale is None else scale.values
+    weight = base.weight(layer, projection.name)
+    crossed = turned = lost = 0.0
+    for start in range(0, width // size, max(1, _MEASURED_INPUTS // size)):
+        some = blocks[start : start + max(1, _MEASURED_INPUTS // size)]
+        first, count = start * size, len(some) * size
+        if weight is None:
+            picked = torch.zeros(count, width)
+            picked[:, first : first + count].fill_diagonal_(1)
+            columns = base.products(layer, projection.name, picked).T
+        else:
+            columns = weight[:, first : first + count]
+        plain = (g[:, None] * columns).unflatten(1, (len(some), size)).transpose(0, 1)  # g W, [blocks, out, size]
+        moved = plain @ some.transpose(1, 2)
+        off = plain @ (some.to(base.layout.dtype).float() - some).transpose(1, 2)
+        less = ((g - 1)[:, None] * columns).unflatten(1, (len(some), size)).transpose(0, 1)
+        crossed += 2 * float((less * moved).sum(dtype=torch.float64))
+        turned, lost = turned + _square(moved), lost + _square(off)
+    return crossed, turned, lost
 
 
 def _whole(part: Projection, base: ServedBase) -> Projection:

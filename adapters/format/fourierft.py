@@ -19,14 +19,11 @@ import torch
 from torch import Tensor
 
 from loraplex.adapters.files.patterns import Matcher
-from loraplex.adapters.format import targets
+from loraplex.adapters.format.common import module_keys, read_common
 from loraplex.adapters.format.config import (
-    COMMON_NO_BEARING,
     MAX_RANK,
     Keys,
     bad_config,
-    read_base_model,
-    read_biases,
     read_count,
     read_counts,
     read_flag,
@@ -44,16 +41,9 @@ from loraplex.kernels.constants import TileKind
 
 
 def _keys(*own: str, **refused: str) -> Keys:
-    return Keys(
-        used=frozenset(
-            {
-                *("peft_type", "base_model_name_or_path", "n_frequency", "n_frequency_pattern", "scaling"),
-                *("random_loc_seed", "bias", *own),
-                *targets.TARGET_KEYS,
-                *targets.LAYER_KEYS,
-            }
-        ),
-        no_bearing=COMMON_NO_BEARING | {"fan_in_fan_out", "init_weights"},
+    return module_keys(
+        *("n_frequency", "n_frequency_pattern", "scaling", "random_loc_seed", "bias", *own),
+        no_bearing=("fan_in_fan_out", "init_weights"),
         unsupported=refused,
     )
 
@@ -80,12 +70,8 @@ class Fourierft(ModuleKind[SpectrumConfig]):
     """What an absent n_frequency and scaling are."""
 
     def read(self, raw: Mapping[str, Any]) -> SpectrumConfig:
-        self.keys.check(raw)
         return SpectrumConfig(
-            kind=self.name,
-            targets=targets.read_targets(raw, by_layer=True),
-            base_model=read_base_model(raw),
-            bias=read_biases(raw),
+            **read_common(self, raw),
             count=read_count(raw.get("n_frequency", self.count), "n_frequency"),
             count_pattern=read_counts(raw, "n_frequency_pattern"),
             scaling=read_number(raw.get("scaling", self.scaling), "scaling"),

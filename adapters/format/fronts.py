@@ -74,7 +74,6 @@ class FrontConfig(AdapterConfig):
 class FrontKind(AdapterKind[FrontConfig]):
     """Something in front of the prompt, and nothing in the linears."""
 
-    keys: Keys
     stored: bool = False
     """Keys and values, not embeddings."""
 

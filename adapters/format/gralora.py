@@ -14,18 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from loraplex.adapters.files.patterns import Matcher
-from loraplex.adapters.format import targets
-from loraplex.adapters.format.config import (
-    COMMON_NO_BEARING,
-    Keys,
-    bad_config,
-    check_ranks,
-    read_base_model,
-    read_biases,
-    read_count,
-    read_number,
-    read_rank,
-)
+from loraplex.adapters.format.common import module_keys, read_common
+from loraplex.adapters.format.config import bad_config, check_ranks, read_count, read_number, read_rank
 from loraplex.adapters.format.kind import AdapterConfig
 from loraplex.adapters.format.module_kind import Making, ModuleKind
 from loraplex.adapters.format.modules import FoundModule
@@ -35,17 +25,6 @@ from loraplex.adapters.image.tiles import Part
 
 A, B = "gralora_A", "gralora_B"
 WHOLE_A, WHOLE_B = "gralora_A_general.weight", "gralora_B_general.weight"
-
-KEYS = Keys(
-    used=frozenset(
-        {
-            *("peft_type", "base_model_name_or_path", "r", "hybrid_r", "alpha", "gralora_k", "bias"),
-            *targets.TARGET_KEYS,
-            *targets.LAYER_KEYS,
-        }
-    ),
-    no_bearing=COMMON_NO_BEARING | {"gralora_dropout", "fan_in_fan_out", "init_weights"},
-)
 
 
 @dataclass(frozen=True)
@@ -63,19 +42,19 @@ class Gralora(ModuleKind[GraloraConfig]):
 
     name = "gralora"
     label = "GraLoRA"
+    keys = module_keys(
+        "r", "hybrid_r", "alpha", "gralora_k", "bias", no_bearing=("gralora_dropout", "fan_in_fan_out", "init_weights")
+    )
     leaves = (A, B, WHOLE_A, WHOLE_B)
 
     def read(self, raw: Mapping[str, Any]) -> GraloraConfig:
-        KEYS.check(raw)
+        common = read_common(self, raw)
         rank, blocks = read_rank(raw.get("r", 32), "r"), read_count(raw.get("gralora_k", 2), "gralora_k")
         if rank % blocks:
             raise bad_config(f"gralora_k is {blocks}, which does not divide r, {rank}")
         whole = raw.get("hybrid_r", 0)
         return GraloraConfig(
-            kind=self.name,
-            targets=targets.read_targets(raw, by_layer=True),
-            base_model=read_base_model(raw),
-            bias=read_biases(raw),
+            **common,
             rank=rank,
             whole=0 if whole == 0 else read_rank(whole, "hybrid_r"),
             alpha=read_number(raw.get("alpha", 64), "alpha"),

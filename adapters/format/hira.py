@@ -12,13 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from loraplex.adapters.files.patterns import Matcher
-from loraplex.adapters.format import targets
-from loraplex.adapters.format.config import (
-    COMMON_NO_BEARING,
-    Keys,
-    read_base_model,
-    read_rank,
-)
+from loraplex.adapters.format.common import module_keys, read_common
+from loraplex.adapters.format.config import read_rank
 from loraplex.adapters.format.kind import AdapterConfig
 from loraplex.adapters.format.module_kind import Making, ModuleKind
 from loraplex.adapters.format.modules import FoundModule
@@ -27,21 +22,6 @@ from loraplex.adapters.image.tiles import Part
 from loraplex.kernels.constants import TileKind
 
 A, B = "hira_A", "hira_B"
-
-KEYS = Keys(
-    used=frozenset(
-        {
-            *("peft_type", "base_model_name_or_path", "r"),
-            *targets.TARGET_KEYS,
-            *targets.LAYER_KEYS,
-        }
-    ),
-    no_bearing=COMMON_NO_BEARING
-    | {
-        "rank_pattern",  # PEFT gives every module r ranks whatever it says (0.21)
-        *("hira_dropout", "fan_in_fan_out", "init_weights"),
-    },
-)
 
 
 @dataclass(frozen=True)
@@ -56,16 +36,17 @@ class Hira(ModuleKind[HiraConfig]):
 
     name = "hira"
     label = "HiRA"
+    keys = module_keys(
+        "r",
+        no_bearing=(
+            "rank_pattern",  # PEFT gives every module r ranks whatever it says (0.21)
+            *("hira_dropout", "fan_in_fan_out", "init_weights"),
+        ),
+    )
     leaves = (A, B)
 
     def read(self, raw: Mapping[str, Any]) -> HiraConfig:
-        KEYS.check(raw)
-        return HiraConfig(
-            kind=self.name,
-            targets=targets.read_targets(raw, by_layer=True),
-            base_model=read_base_model(raw),
-            rank=read_rank(raw.get("r", 32), "r"),
-        )
+        return HiraConfig(**read_common(self, raw), rank=read_rank(raw.get("r", 32), "r"))
 
     def wanted(self, config: HiraConfig, module: FoundModule, match: Matcher) -> Wanted:
         shapes = {A: (config.rank, module.projection.in_features), B: (module.projection.out_features, config.rank)}

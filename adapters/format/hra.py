@@ -19,16 +19,8 @@ from torch import Tensor
 
 from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.files.patterns import Matcher
-from loraplex.adapters.format import targets
-from loraplex.adapters.format.config import (
-    COMMON_NO_BEARING,
-    Keys,
-    bad_config,
-    read_base_model,
-    read_biases,
-    read_flag,
-    read_rank,
-)
+from loraplex.adapters.format.common import module_keys, read_common
+from loraplex.adapters.format.config import bad_config, read_flag, read_rank
 from loraplex.adapters.format.kind import AdapterConfig
 from loraplex.adapters.format.module_kind import Making, ModuleKind
 from loraplex.adapters.format.modules import FoundModule
@@ -42,17 +34,6 @@ _PARALLEL = 1e-6
 
 _NO_TURN = 2.0**-20
 """Beside 2, which a whole reflection comes to: what fp32 leaves of two that undo each other."""
-
-KEYS = Keys(
-    used=frozenset(
-        {
-            *("peft_type", "base_model_name_or_path", "r", "apply_GS", "bias"),
-            *targets.TARGET_KEYS,
-            *targets.LAYER_KEYS,
-        }
-    ),
-    no_bearing=COMMON_NO_BEARING | {"init_weights"},
-)
 
 
 @dataclass(frozen=True)
@@ -68,17 +49,12 @@ class Hra(ModuleKind[HraConfig]):
 
     name = "hra"
     label = "HRA"
+    keys = module_keys("r", "apply_GS", "bias", no_bearing=("init_weights",))
     leaves = (LEAF,)
 
     def read(self, raw: Mapping[str, Any]) -> HraConfig:
-        KEYS.check(raw)
         return HraConfig(
-            kind=self.name,
-            targets=targets.read_targets(raw, by_layer=True),
-            base_model=read_base_model(raw),
-            bias=read_biases(raw),
-            rank=read_rank(raw.get("r", 8), "r"),
-            orthonormal=read_flag(raw, "apply_GS"),
+            **read_common(self, raw), rank=read_rank(raw.get("r", 8), "r"), orthonormal=read_flag(raw, "apply_GS")
         )
 
     def wanted(self, config: HraConfig, module: FoundModule, match: Matcher) -> Wanted:

@@ -19,23 +19,10 @@ from torch import Tensor
 from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.files.patterns import Matcher
 from loraplex.adapters.format import targets
-from loraplex.adapters.format.config import (
-    COMMON_NO_BEARING,
-    Keys,
-    bad_config,
-    read_base_model,
-    read_names,
-    unsupported,
-)
+from loraplex.adapters.format.common import module_keys
+from loraplex.adapters.format.config import bad_config, read_base_model, read_names, unsupported
 from loraplex.adapters.format.header import TensorInfo
-from loraplex.adapters.format.kind import (
-    AdapterConfig,
-    AdapterKind,
-    AdapterModule,
-    ModuleMap,
-    ServedBase,
-    Throttle,
-)
+from loraplex.adapters.format.kind import AdapterConfig, AdapterKind, AdapterModule, ModuleMap, ServedBase, Throttle
 from loraplex.adapters.format.modules import (
     FoundModules,
     LeafNames,
@@ -50,16 +37,6 @@ from loraplex.kernels.constants import TileKind
 from loraplex.kernels.records import Projection
 
 LEAF = "ia3_l"
-
-KEYS = Keys(
-    used=frozenset({"peft_type", "base_model_name_or_path", "feedforward_modules", *targets.TARGET_KEYS}),
-    no_bearing=COMMON_NO_BEARING
-    | {
-        "fan_in_fan_out",  # how the base stores its weight; the vectors are the same either way
-        "init_ia3_weights",
-    },
-    unsupported={},
-)
 
 NAMES = LeafNames(
     role=lambda leaf: LEAF if leaf == LEAF or leaf.startswith(f"{LEAF}.") else None,  # a name may stand behind it
@@ -90,9 +67,17 @@ class Ia3(AdapterKind[Ia3Config]):
     """Element-wise scales of outputs and of the feed-forward input."""
 
     name = "ia3"
+    keys = module_keys(
+        "feedforward_modules",
+        no_bearing=(
+            "fan_in_fan_out",  # how the base stores its weight; the vectors are the same either way
+            "init_ia3_weights",
+        ),
+        by_layer=False,
+    )
 
     def read(self, raw: Mapping[str, Any]) -> Ia3Config:
-        KEYS.check(raw)
+        self.keys.check(raw)
         meant = targets.read_targets(raw, by_layer=False)
         if raw.get("feedforward_modules") is None:
             raise bad_config("feedforward_modules is not there; expected a pattern or a list of names, [] for none")

@@ -18,7 +18,9 @@ from loraplex.adapters.format.config import bad_config, read_config, unsupported
 from loraplex.adapters.format.deft import Deft
 from loraplex.adapters.format.delora import Delora
 from loraplex.adapters.format.fourierft import Fourierft, Waveft
+from loraplex.adapters.format.frod import Frod
 from loraplex.adapters.format.fronts import Cartridge, Cpt, MultitaskPromptTuning, PrefixTuning, PromptTuning, PTuning
+from loraplex.adapters.format.glora import Glora
 from loraplex.adapters.format.gralora import Gralora
 from loraplex.adapters.format.header import TensorInfo
 from loraplex.adapters.format.hira import Hira
@@ -29,6 +31,7 @@ from loraplex.adapters.format.ln_tuning import LnTuning, TrainableTokens
 from loraplex.adapters.format.loha import Loha
 from loraplex.adapters.format.lokr import Lokr
 from loraplex.adapters.format.lora import Lora
+from loraplex.adapters.format.lora_tables import check_resized
 from loraplex.adapters.format.miss import Miss
 from loraplex.adapters.format.oft import Boft, Oft
 from loraplex.adapters.format.osf import Osf
@@ -37,7 +40,9 @@ from loraplex.adapters.format.outside_modules import match_own
 from loraplex.adapters.format.peanut import Peanut
 from loraplex.adapters.format.poly import Poly
 from loraplex.adapters.format.randlora import Randlora
+from loraplex.adapters.format.reft import Reft
 from loraplex.adapters.format.shira import Shira
+from loraplex.adapters.format.supertuning import Supertuning
 from loraplex.adapters.format.tinylora import Tinylora
 from loraplex.adapters.format.unilora import Unilora
 from loraplex.adapters.format.values import no_effect
@@ -50,9 +55,9 @@ _ALL: tuple[AdapterKind[Any], ...] = (
     *(AdaLora(), Loha(), Vera(), Pvera(), Miss(), Delora(), Vblora(), Hra(), Unilora(), Tinylora(), Beft(), Deft()),
     *(LnTuning(), TrainableTokens()),
     *(Lokr(), Gralora(), Osf(), Peanut(), Poly()),
-    *(Shira(), Fourierft(), Waveft(), C3a(), Hira(), Randlora()),
+    *(Shira(), Fourierft(), Waveft(), C3a(), Hira(), Randlora(), Supertuning(), Frod(), Glora()),
     *(PromptTuning(), PTuning(), MultitaskPromptTuning(), Cpt(), PrefixTuning(), Cartridge()),
-    *(Bottlenecks(), Oft(), Boft()),
+    *(Bottlenecks(), Reft(), Oft(), Boft()),
 )
 
 KINDS: dict[str, AdapterKind[Any]] = {kind.name: kind for kind in _ALL}
@@ -101,15 +106,17 @@ def plan_adapter(
     Raises AdapterRefused as AdapterKind.plan and match_own do.
     """
     own, rest = match_own(config.own, header, base.layout, base.outside)
-    if own and config.invocation:
+    if own and (config.invocation or config.positions is not None):
+        key = "alora_invocation_tokens" if config.invocation else "positions"
         raise unsupported(
-            f"alora_invocation_tokens is set beside {own[0].name}; what stands in place of the base's rows acts on all "
-            "of a prompt, and an activated LoRA leaves what is before its invocation as it is"
+            f"{key} is set beside {own[0].name}; what stands in place of the base's rows acts on all of a prompt, and "
+            "such an adapter leaves some of it as it is"
         )
     plan: ModuleMap = KINDS[config.kind].plan(config, rest, base, throttle)
+    check_resized(plan.modules, own, base)
     if own and plan.front is not None:
         raise unsupported(f"{own[0].name} stands beside what is put in front of the prompt; expected one of them")
-    names = dict.fromkeys((*plan.targets, *(tensor.short for tensor in own)))
+    names = dict.fromkeys((*plan.targets, *(tensor.short for tensor in own if not tensor.frozen)))
     return replace(plan, header=header, own=own, targets=tuple(names))
 
 

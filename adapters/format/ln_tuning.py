@@ -9,22 +9,12 @@ from torch import Tensor
 
 from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.format import targets
-from loraplex.adapters.format.config import COMMON_NO_BEARING, Keys, bad_config, read_base_model, shown, unsupported
+from loraplex.adapters.format.common import module_keys
+from loraplex.adapters.format.config import bad_config, read_base_model, shown, unsupported
 from loraplex.adapters.format.header import TensorInfo
 from loraplex.adapters.format.kind import AdapterConfig, AdapterKind, ModuleMap, ServedBase, Throttle
 from loraplex.adapters.format.outside import EMBED, OwnConfig, read_ids
 from loraplex.adapters.image.tiles import Part
-
-TUNING_KEYS = Keys(
-    used=frozenset({"peft_type", "base_model_name_or_path", *targets.TARGET_KEYS}),
-    no_bearing=COMMON_NO_BEARING,
-    unsupported={},
-)
-TOKEN_KEYS = Keys(
-    used=frozenset({"peft_type", "base_model_name_or_path", "token_indices", *targets.TARGET_KEYS}),
-    no_bearing=COMMON_NO_BEARING | {"init_weights"},
-    unsupported={"exclude_modules": "tokens are trained in embed_tokens; leave it out"},
-)
 
 
 class _Outside(AdapterKind[AdapterConfig]):
@@ -50,9 +40,10 @@ class LnTuning(_Outside):
 
     name = "ln_tuning"
     label = "LN tuning"
+    keys = module_keys(by_layer=False)
 
     def read(self, raw: Mapping[str, Any]) -> AdapterConfig:
-        TUNING_KEYS.check(raw)
+        self.keys.check(raw)
         chosen = targets.read_targets(raw, by_layer=False)
         return AdapterConfig(self.name, chosen, read_base_model(raw), own=OwnConfig(tuned=chosen))
 
@@ -62,9 +53,15 @@ class TrainableTokens(_Outside):
 
     name = "trainable_tokens"
     label = "trainable tokens"
+    keys = module_keys(
+        "token_indices",
+        no_bearing=("init_weights",),
+        unsupported={"exclude_modules": "tokens are trained in embed_tokens; leave it out"},
+        by_layer=False,
+    )
 
     def read(self, raw: Mapping[str, Any]) -> AdapterConfig:
-        TOKEN_KEYS.check(raw)
+        self.keys.check(raw)
         if not raw.get("token_indices"):
             raise bad_config("token_indices names no token; expected a list of ids")
         modules = raw.get("target_modules") or EMBED

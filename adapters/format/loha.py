@@ -14,34 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from loraplex.adapters.files.patterns import Matcher
-from loraplex.adapters.format import targets
-from loraplex.adapters.format.config import (
-    COMMON_NO_BEARING,
-    Keys,
-    check_ranks,
-    read_alphas,
-    read_base_model,
-    read_number,
-    read_rank,
-    read_ranks,
-)
+from loraplex.adapters.format.common import module_keys, read_common
+from loraplex.adapters.format.config import check_ranks, read_alphas, read_number, read_rank, read_ranks
 from loraplex.adapters.format.kind import AdapterConfig
 from loraplex.adapters.format.module_kind import Making, ModuleKind
 from loraplex.adapters.format.modules import FoundModule
 from loraplex.adapters.format.wanted import Wanted
 from loraplex.adapters.image.tiles import Part
-
-KEYS = Keys(
-    used=frozenset(
-        {
-            *("peft_type", "base_model_name_or_path", "r", "alpha", "rank_pattern", "alpha_pattern"),
-            *targets.TARGET_KEYS,
-            *targets.LAYER_KEYS,
-        }
-    ),
-    no_bearing=COMMON_NO_BEARING
-    | {"rank_dropout", "module_dropout", "init_weights", "use_effective_conv2d"},  # the last is about convolutions
-)
 
 
 @dataclass(frozen=True)
@@ -59,14 +38,18 @@ class Loha(ModuleKind[LohaConfig]):
 
     name = "loha"
     label = "LoHa"
+    keys = module_keys(
+        *("r", "alpha", "rank_pattern", "alpha_pattern"),
+        no_bearing=(
+            *("rank_dropout", "module_dropout", "init_weights"),
+            "use_effective_conv2d",  # about convolutions
+        ),
+    )
     leaves = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 
     def read(self, raw: Mapping[str, Any]) -> LohaConfig:
-        KEYS.check(raw)
         return LohaConfig(
-            kind=self.name,
-            targets=targets.read_targets(raw, by_layer=True),
-            base_model=read_base_model(raw),
+            **read_common(self, raw),
             rank=read_rank(raw.get("r", 8), "r"),
             alpha=read_number(raw.get("alpha", 8), "alpha"),
             rank_pattern=read_ranks(raw),

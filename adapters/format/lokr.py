@@ -25,14 +25,11 @@ import torch
 from torch import Tensor
 
 from loraplex.adapters.files.patterns import Matcher
-from loraplex.adapters.format import targets
+from loraplex.adapters.format.common import module_keys, read_common
 from loraplex.adapters.format.config import (
-    COMMON_NO_BEARING,
     MAX_RANK,
-    Keys,
     bad_config,
     read_alphas,
-    read_base_model,
     read_flag,
     read_number,
     read_rank,
@@ -46,20 +43,6 @@ from loraplex.adapters.format.wanted import Wanted
 from loraplex.adapters.format.windows import Window, blocks_together
 from loraplex.adapters.image.tiles import Part
 from loraplex.kernels.constants import TileKind
-
-KEYS = Keys(
-    used=frozenset(
-        {
-            *("peft_type", "base_model_name_or_path", "r", "alpha", "rank_pattern", "alpha_pattern"),
-            *("decompose_both", "decompose_factor"),
-            *targets.TARGET_KEYS,
-            *targets.LAYER_KEYS,
-        }
-    ),
-    no_bearing=COMMON_NO_BEARING
-    | {"rank_dropout", "rank_dropout_scale", "module_dropout", "init_weights"}
-    | {"use_effective_conv2d"},  # about convolutions
-)
 
 
 @dataclass(frozen=True)
@@ -106,17 +89,22 @@ class Lokr(ModuleKind[LokrConfig]):
 
     name = "lokr"
     label = "LoKr"
+    keys = module_keys(
+        *("r", "alpha", "rank_pattern", "alpha_pattern", "decompose_both", "decompose_factor"),
+        no_bearing=(
+            *("rank_dropout", "rank_dropout_scale", "module_dropout", "init_weights"),
+            "use_effective_conv2d",  # about convolutions
+        ),
+    )
     leaves = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
 
     def read(self, raw: Mapping[str, Any]) -> LokrConfig:
-        KEYS.check(raw)
+        common = read_common(self, raw)
         factor = raw.get("decompose_factor", -1)
         if type(factor) is not int or (factor < 1 and factor != -1):
             raise bad_config(f"decompose_factor is {shown(factor)}; expected -1 or a whole number from 1")
         return LokrConfig(
-            kind=self.name,
-            targets=targets.read_targets(raw, by_layer=True),
-            base_model=read_base_model(raw),
+            **common,
             rank=read_rank(raw.get("r", 8), "r"),
             alpha=read_number(raw.get("alpha", 8), "alpha"),
             both=read_flag(raw, "decompose_both"),

@@ -9,9 +9,8 @@ from typing import Any
 
 from loraplex.adapters.files.patterns import Matcher
 from loraplex.adapters.format import targets
+from loraplex.adapters.format.common import module_keys
 from loraplex.adapters.format.config import (
-    COMMON_NO_BEARING,
-    Keys,
     bad_config,
     check_ranks,
     read_alphas,
@@ -29,23 +28,15 @@ from loraplex.adapters.format.kind import AdapterConfig
 from loraplex.adapters.format.lora_blocks import BlockDiagonal, Blocks, read_blocks
 from loraplex.adapters.format.lora_start import KASA, REMARK, STARTS
 
-KEYS = Keys(
-    used=frozenset(
-        {
-            *("peft_type", "base_model_name_or_path", "init_lora_weights"),
-            *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias", "lora_bias", "use_dora"),
-            *("kasa_config", "use_bdlora", "target_parameters", "alora_invocation_tokens"),
-            *targets.TARGET_KEYS,
-            *targets.LAYER_KEYS,
-        }
-    ),
-    no_bearing=COMMON_NO_BEARING
-    | {
+KEYS = module_keys(
+    *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias", "lora_bias", "use_dora"),
+    *("init_lora_weights", "kasa_config", "use_bdlora", "target_parameters", "alora_invocation_tokens"),
+    no_bearing=(
         *("lora_dropout", "merge_weights", "megatron_core", "lora_dtype", "lorap_lr_ratio", "lorap_emb_lr"),
         # details of an option that is itself used or refused
         *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size"),
         "fan_in_fan_out",  # how the base stores its weight; A and B are [r, in] and [out, r] either way
-    },
+    ),
     unsupported={
         "layer_replication": "the adapter is for a base with repeated layers",
         "use_qalora": "QA-LoRA pools the input before A",
@@ -166,14 +157,21 @@ def read_lora_config(raw: Mapping[str, Any]) -> LoraConfig:
 
 
 def plan_modules(
-    config: LoraConfig, paths: Iterable[str], others: Iterable[str], throttle: Callable[[], None] = lambda: None
+    config: LoraConfig,
+    paths: Iterable[str],
+    others: Iterable[str],
+    throttle: Callable[[], None] = lambda: None,
+    tied: bool = False,
 ) -> dict[str, ModulePlan]:
     """Plan rank and scaling of the modules of `paths` that the config targets; arguments and errors of find_targets().
 
-    `throttle` is called between pieces of work.
+    `throttle` is called between pieces of work. tied: who has one of the base's tables has both.
     """
-    match = Matcher(targets.PATTERN_SECONDS, throttle)
-    return {path: _plan(config, path, match) for path in targets.find_targets(config.targets, paths, others, match)}
+    paths, match = tuple(paths), Matcher(targets.PATTERN_SECONDS, throttle)
+    found = targets.find_targets(config.targets, paths, others, match)
+    if tied and any(path.endswith(targets.TABLES) for path in found):
+        found += [path for path in paths if path.endswith(targets.TABLES) and path not in found]
+    return {path: _plan(config, path, match) for path in found}
 
 
 def _plan(config: LoraConfig, path: str, match: Matcher) -> ModulePlan:

@@ -15,18 +15,8 @@ from typing import Any
 import torch
 
 from loraplex.adapters.files.patterns import Matcher
-from loraplex.adapters.format import targets
-from loraplex.adapters.format.config import (
-    COMMON_NO_BEARING,
-    Keys,
-    bad_config,
-    read_base_model,
-    read_biases,
-    read_count,
-    read_rank,
-    shown,
-    unsupported,
-)
+from loraplex.adapters.format.common import module_keys, read_common
+from loraplex.adapters.format.config import bad_config, read_count, read_rank, shown, unsupported
 from loraplex.adapters.format.kind import AdapterConfig
 from loraplex.adapters.format.module_kind import Making, ModuleKind
 from loraplex.adapters.format.modules import FoundModule
@@ -35,17 +25,6 @@ from loraplex.adapters.image.tiles import Part
 from loraplex.kernels.constants import TileKind
 
 BLOCK = "miss_block"
-
-KEYS = Keys(
-    used=frozenset(
-        {
-            *("peft_type", "base_model_name_or_path", "r", "mini_r", "init_weights", "bias"),
-            *targets.TARGET_KEYS,
-            *targets.LAYER_KEYS,
-        }
-    ),
-    no_bearing=COMMON_NO_BEARING | {"miss_dropout"},
-)
 
 
 @dataclass(frozen=True)
@@ -62,18 +41,16 @@ class Miss(ModuleKind[MissConfig]):
 
     name = "miss"
     label = "MiSS"
+    keys = module_keys("r", "mini_r", "init_weights", "bias", no_bearing=("miss_dropout",))
     leaves = (BLOCK,)
 
     def read(self, raw: Mapping[str, Any]) -> MissConfig:
-        KEYS.check(raw)
+        common = read_common(self, raw)
         init = raw.get("init_weights", True)
         if init not in (True, False, None, "mini", "bat"):
             raise unsupported(f"init_weights is {shown(init)}, which is not known here")
         return MissConfig(
-            kind=self.name,
-            targets=targets.read_targets(raw, by_layer=True),
-            base_model=read_base_model(raw),
-            bias=read_biases(raw),
+            **common,
             rank=read_rank(raw.get("r", 64), "r"),
             mini=read_count(raw.get("mini_r", 1), "mini_r") if init == "mini" else None,
             blocks=init == "bat",

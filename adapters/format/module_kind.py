@@ -36,6 +36,7 @@ from loraplex.adapters.image.tiles import (
     BiasDelta,
     Bottleneck,
     DenseDelta,
+    InputTurn,
     LowRank,
     OutputScale,
     OwnRows,
@@ -238,4 +239,6 @@ def _is_idle(part: Part, name: str, layout: BaseLayout) -> bool:
             left = [bool((part.values != 1).any())]
         case OwnRows():
             left = [True]
+        case InputTurn():
+            left = [check_rounded(part.blocks, name, "the turn it comes to", layout)]
     return not all(left)

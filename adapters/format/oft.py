@@ -1,10 +1,10 @@
 """OFT and BOFT as PEFT saves them: blocks of the input are turned before the base's linear takes them.
 
 adapter_model.safetensors                           what it becomes
-...<projection>.oft_R.weight [in / b, b (b - 1) / 2]   DenseDelta: W (R - I), R of blocks b x b along the diagonal
+...<projection>.oft_R.weight [in / b, b (b - 1) / 2]   InputTurn: R - I, R of blocks b x b along the diagonal
           or [1, ...], block_share                     the same, one block for all
-...<projection>.boft_R [1, in / b, b, b]               DenseDelta: s * W R - W
-...<projection>.boft_s [out, 1]                        a scale of each output
+...<projection>.boft_R [m, in / b, b, b]               InputTurn: the product of m such, in blocks of b 2^(m - 1)
+...<projection>.boft_s [out, 1]                        OutputScale
 
 R is Cayley's map of a skew matrix Q, (I - Q) (I + Q)^-1, or for OFT, by default, the first terms of its Neumann sum,
 which turns a little more or less than that and is taken as it is. Where b does not divide the inputs PEFT takes the
@@ -22,13 +22,9 @@ import torch
 from torch import Tensor
 
 from loraplex.adapters.files.patterns import Matcher
-from loraplex.adapters.format import targets
+from loraplex.adapters.format.common import module_keys, read_common
 from loraplex.adapters.format.config import (
-    COMMON_NO_BEARING,
-    Keys,
     bad_config,
-    read_base_model,
-    read_biases,
     read_count,
     read_flag,
     read_number,
@@ -39,24 +35,11 @@ from loraplex.adapters.format.kind import AdapterConfig, AdapterModule
 from loraplex.adapters.format.module_kind import Making, ModuleKind
 from loraplex.adapters.format.modules import FoundModule
 from loraplex.adapters.format.wanted import Wanted
-from loraplex.adapters.image.tiles import Part
+from loraplex.adapters.image.tiles import InputTurn, OutputScale, Part, PartShape, turn_shape
 from loraplex.kernels.constants import TileKind
 
 LEAF = "oft_R.weight"
 R, S = "boft_R", "boft_s"
-
-_COMMON = frozenset({"peft_type", "base_model_name_or_path", "bias", *targets.TARGET_KEYS, *targets.LAYER_KEYS})
-
-KEYS = Keys(
-    used=_COMMON
-    | {"r", "oft_block_size", "block_share", "coft", "eps", "use_cayley_neumann", "num_cayley_neumann_terms"}
-    | {"peft_version"},
-    no_bearing=(COMMON_NO_BEARING - {"peft_version"}) | {"module_dropout", "fan_in_fan_out", "init_weights"},
-)
-BOFT_KEYS = Keys(
-    used=_COMMON | {"boft_block_size", "boft_block_num", "boft_n_butterfly_factor"},
-    no_bearing=COMMON_NO_BEARING | {"boft_dropout", "fan_in_fan_out", "init_weights"},
-)
 
 
 @dataclass(frozen=True)
@@ -69,6 +52,11 @@ class OftConfig(AdapterConfig):
     terms: int  # of the Neumann sum; 0: Cayley's map itself
     least: float | None  # coft: the most that a block may be, over the root of their number
 
+    def turns(self, width: int) -> tuple[int, int]:
+        """Return how many blocks of so many inputs there are, of which one is kept if it is shared, and their size."""
+        blocks = _nearest(self.blocks, width) if self.blocks else width // _nearest(self.size, width)
+        return 1 if self.shared else blocks, width // blocks
+
 
 @dataclass(frozen=True)
 class BoftConfig(AdapterConfig):
@@ -76,6 +64,12 @@ class BoftConfig(AdapterConfig):
 
     blocks: int
     size: int
+    factors: int
+
+    def turns(self, width: int) -> tuple[int, int]:
+        """Return how many blocks the product of the factors has, and their size."""
+        size, wide = self.size or width // self.blocks, 1 << self.factors - 1
+        return width // (size * wide), size * wide
 
 
 class Oft(ModuleKind[OftConfig]):
@@ -83,10 +77,15 @@ class Oft(ModuleKind[OftConfig]):
 
     name = "oft"
     label = "OFT"
+    keys = module_keys(
+        *("r", "oft_block_size", "block_share", "coft", "eps", "use_cayley_neumann", "num_cayley_neumann_terms"),
+        *("peft_version", "bias"),
+        no_bearing=("module_dropout", "fan_in_fan_out", "init_weights"),
+    )
     leaves = (LEAF,)
 
     def read(self, raw: Mapping[str, Any]) -> OftConfig:
-        KEYS.check(raw)
+        common = read_common(self, raw)
         if "oft_block_size" not in raw:
             raise unsupported("oft_block_size is not there: PEFT before 0.14 computed another rotation; train it again")
         neumann = raw.get("use_cayley_neumann") is None or read_flag(raw, "use_cayley_neumann")
@@ -98,31 +97,25 @@ class Oft(ModuleKind[OftConfig]):
             )
         blocks, size = _read_sizes(raw, "r", "oft_block_size", 0, 32)
         return OftConfig(
-            kind=self.name,
-            targets=targets.read_targets(raw, by_layer=True),
-            base_model=read_base_model(raw),
+            **common,
             blocks=blocks,
             size=size,
             shared=read_flag(raw, "block_share"),
             terms=read_count(raw.get("num_cayley_neumann_terms", 5), "num_cayley_neumann_terms") if neumann else 0,
             least=read_number(raw.get("eps", 6e-5), "eps") if read_flag(raw, "coft") else None,
-            bias=read_biases(raw),
         )
 
     def wanted(self, config: OftConfig, module: FoundModule, match: Matcher) -> Wanted:
-        width = module.projection.in_features
-        blocks = _nearest(config.blocks, width) if config.blocks else width // _nearest(config.size, width)
-        size = width // blocks
-        shape = (1 if config.shared else blocks, size * (size - 1) // 2)
-        return Wanted({LEAF: shape}, kind=TileKind.DENSE)
+        kept, size = config.turns(module.projection.in_features)
+        turn = turn_shape(module.layer, module.projection, kept, size)
+        return Wanted({LEAF: (kept, size * (size - 1) // 2)}, parts=(turn,))
 
     def making_bytes(self, config: OftConfig, modules: Sequence[AdapterModule]) -> int:
-        return super().making_bytes(config, modules) + _turn_bytes(modules)
+        return _making_bytes(config, modules)
 
     def make(self, making: Making[OftConfig]) -> Part:
-        config, width = making.config, making.module.projection.in_features
-        size = width // (_nearest(config.blocks, width) if config.blocks else width // _nearest(config.size, width))
-        flat = making.floats(LEAF)
+        config, flat = making.config, making.floats(LEAF)
+        _, size = config.turns(making.module.projection.in_features)
         q = torch.zeros(len(flat), size, size)
         q[:, *torch.triu_indices(size, size, 1)] = flat
         q = q - q.transpose(1, 2)
@@ -131,29 +124,29 @@ class Oft(ModuleKind[OftConfig]):
             most = config.least / len(q) ** 0.5
             q = torch.where(lengths <= most, q, q * (most / lengths))
         turn = _neumann(q, config.terms) if config.terms else _cayley(q)
-        return making.dense(_turned(making.weight(), turn.expand(width // size, -1, -1)))
+        return InputTurn(making.module.layer, making.module.projection, turn)
 
 
 class Boft(ModuleKind[BoftConfig]):
-    """y = s * (W (R x)) + b, of one butterfly factor."""
+    """y = s * (W (R x)) + b, R the product of butterfly factors."""
 
     name = "boft"
     label = "BOFT"
+    keys = module_keys(
+        *("boft_block_size", "boft_block_num", "boft_n_butterfly_factor", "bias"),
+        no_bearing=("boft_dropout", "fan_in_fan_out", "init_weights"),
+    )
     leaves = (R, S)
 
     def read(self, raw: Mapping[str, Any]) -> BoftConfig:
-        BOFT_KEYS.check(raw)
+        common = read_common(self, raw)
         factors = read_count(raw.get("boft_n_butterfly_factor", 1), "boft_n_butterfly_factor")
-        if factors != 1:
-            raise unsupported(f"boft_n_butterfly_factor is {factors}; one factor is served")
         blocks, size = _read_sizes(raw, "boft_block_num", "boft_block_size", 0, 4)
         return BoftConfig(
-            kind=self.name,
-            targets=targets.read_targets(raw, by_layer=True),
-            base_model=read_base_model(raw),
+            **common,
             blocks=blocks,
             size=size,
-            bias=read_biases(raw),
+            factors=factors,
         )
 
     def wanted(self, config: BoftConfig, module: FoundModule, match: Matcher) -> Wanted:
@@ -162,16 +155,23 @@ class Boft(ModuleKind[BoftConfig]):
             found = f"boft_block_num is {config.blocks}" if config.blocks else f"boft_block_size is {config.size}"
             raise bad_config(f"{found}, which does not divide {module.path}'s {width} inputs")
         blocks = config.blocks or width // config.size
-        size = width // blocks
-        return Wanted({R: (1, blocks, size, size), S: (module.projection.out_features, 1)}, kind=TileKind.DENSE)
+        size, wide = width // blocks, 1 << config.factors - 1
+        if wide > 1 and (size % 2 or blocks % wide):
+            raise bad_config(
+                f"boft_n_butterfly_factor is {config.factors}; expected an even block size and a number of blocks that "
+                f"{wide} divides, and {module.path} has {blocks} blocks of {size}"
+            )
+        shapes = {R: (config.factors, blocks, size, size), S: (module.projection.out_features, 1)}
+        turn = turn_shape(module.layer, module.projection, *config.turns(width))
+        return Wanted(shapes, parts=(turn, PartShape(module.layer, module.projection, 1, TileKind.SCALE)))
 
     def making_bytes(self, config: BoftConfig, modules: Sequence[AdapterModule]) -> int:
-        return super().making_bytes(config, modules) + _turn_bytes(modules)
+        return _making_bytes(config, modules)
 
-    def make(self, making: Making[BoftConfig]) -> Part:
-        free, scale, weight = making.floats(R)[0], making.floats(S), making.weight()
-        turned = _turned(weight, _cayley((free - free.transpose(1, 2)) / 2))
-        return making.dense(turned.mul_(scale).add_(weight * (scale - 1)))
+    def make(self, making: Making[BoftConfig]) -> list[Part]:
+        free, where = making.floats(R), (making.module.layer, making.module.projection)
+        factors = [_cayley((factor - factor.transpose(1, 2)) / 2) for factor in free]
+        return [InputTurn(*where, _butterfly(factors)), OutputScale(*where, making.floats(S)[:, 0])]
 
 
 def _read_sizes(raw: Mapping[str, Any], blocks: str, size: str, no_blocks: int, usual: int) -> tuple[int, int]:
@@ -216,13 +216,30 @@ def _neumann(q: Tensor, terms: int) -> Tensor:
     return total
 
 
-def _turned(weight: Tensor, turn: Tensor) -> Tensor:
-    """Compute W (R - I)^T of W [out, in] and the blocks of R - I [in / b, b, b]: x R sums over R's rows."""
-    blocks, size, _ = turn.shape
-    parts = weight.view(len(weight), blocks, size).transpose(0, 1)  # [in / b, out, b]
-    return (parts @ turn.transpose(1, 2)).transpose(0, 1).reshape(weight.shape)
+def _butterfly(factors: Sequence[Tensor]) -> Tensor:
+    """Multiply factors of blocks R - I [n, b, b] to the blocks of their product less I.
+
+    Factor i turns, of every b 2^i neighbours, first those in even places and then the others, half a block to a place.
+    So nothing leaves the b 2^(m - 1) neighbours of the last of m factors.
+    """
+    count, size, _ = factors[0].shape
+    wide = size << len(factors) - 1
+    total = torch.zeros(count * size // wide, wide, wide)
+    for i, factor in enumerate(factors):
+        places = torch.arange(size << i).view(-1, size // 2) if i else torch.arange(size)[None]
+        order = torch.cat((places[::2], places[1::2])).flatten()
+        order = (torch.arange(0, wide, size << i)[:, None] + order).flatten()
+        spread = torch.zeros_like(total)
+        for block in range(wide // size):
+            at = slice(block * size, (block + 1) * size)
+            spread[:, at, at] = factor[block :: wide // size]
+        spread = spread[:, order][:, :, order]
+        total = total + spread + spread @ total  # (I + spread) (I + total) - I
+    return total
 
 
-def _turn_bytes(modules: Sequence[AdapterModule]) -> int:
-    """Bound what the blocks and their powers take, fp32: one block of all inputs at most."""
-    return 24 * max(module.projection.in_features for module in modules) ** 2
+def _making_bytes(config: OftConfig | BoftConfig, modules: Sequence[AdapterModule]) -> int:
+    """Bound what a module's blocks, their powers and its scales take beside each other, fp32."""
+    projections = [module.projection for module in modules]
+    blocks = [(*config.turns(projection.in_features), projection.out_features) for projection in projections]
+    return max(24 * count * size**2 + 8 * out for count, size, out in blocks)

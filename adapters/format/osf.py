@@ -18,16 +18,8 @@ from typing import Any
 import torch
 
 from loraplex.adapters.files.patterns import Matcher
-from loraplex.adapters.format import targets
-from loraplex.adapters.format.config import (
-    COMMON_NO_BEARING,
-    Keys,
-    bad_config,
-    check_ranks,
-    read_base_model,
-    read_map,
-    shown,
-)
+from loraplex.adapters.format.common import read_common
+from loraplex.adapters.format.config import COMMON_NO_BEARING, Keys, bad_config, check_ranks, read_map, shown
 from loraplex.adapters.format.kind import AdapterConfig, AdapterModule
 from loraplex.adapters.format.lora_start import KASA, REMARK, UNTRAINED, factors_of
 from loraplex.adapters.format.module_kind import Making, ModuleKind, is_dense
@@ -38,11 +30,6 @@ from loraplex.adapters.image.tiles import Part
 from loraplex.kernels.constants import TileKind
 
 U, S, V = "osf_svd_params.U_low", "osf_svd_params.S_low", "osf_svd_params.V_low"
-
-KEYS = Keys(
-    used=frozenset({"peft_type", "base_model_name_or_path", "effective_rank", "rank_pattern", "target_modules"}),
-    no_bearing=COMMON_NO_BEARING | {"init_weights", "target_svd_config"},
-)
 
 Share = int | float | None
 """Of the singular parts, those that stay: so many, a part of them, or half."""
@@ -65,14 +52,15 @@ class Osf(ModuleKind[OsfConfig]):
 
     name = "osf"
     label = "OSF"
+    keys = Keys(
+        used=frozenset({"peft_type", "base_model_name_or_path", "effective_rank", "rank_pattern", "target_modules"}),
+        no_bearing=COMMON_NO_BEARING | {"init_weights", "target_svd_config"},
+    )
     leaves = (U, S, V)
 
     def read(self, raw: Mapping[str, Any]) -> OsfConfig:
-        KEYS.check(raw)
         return OsfConfig(
-            kind=self.name,
-            targets=targets.read_targets(raw, by_layer=False),
-            base_model=read_base_model(raw),
+            **read_common(self, raw),
             kept=_read_share(raw.get("effective_rank"), "effective_rank"),
             kept_pattern=tuple(
                 (pattern, _read_share(kept, f"rank_pattern[{pattern!r}]"))

@@ -4,7 +4,7 @@ A file holds A as the image does but in another dtype, and B transposed and unsc
 the shapes (tiles.plan_image): a PackPlan is that, written down as strips for image/packing.py in the order of the file,
 which is then read from its start to its end.
 
-Only pairs of A and B are handled, which is nearly all adapters; others are packed part by part (tiles.pack).
+Only pairs of A and B are handled, which is nearly all adapters; others are packed part by part (writing.pack).
 """
 
 from __future__ import annotations

@@ -18,17 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812  its usual name
 
 from loraplex.adapters.files.patterns import Matcher
-from loraplex.adapters.format import targets
-from loraplex.adapters.format.config import (
-    COMMON_NO_BEARING,
-    Keys,
-    bad_config,
-    read_base_model,
-    read_number,
-    read_rank,
-    shown,
-    unsupported,
-)
+from loraplex.adapters.format.common import module_keys, read_common
+from loraplex.adapters.format.config import bad_config, read_number, read_rank, shown, unsupported
 from loraplex.adapters.format.kind import AdapterConfig, AdapterModule
 from loraplex.adapters.format.module_kind import Making, ModuleKind
 from loraplex.adapters.format.modules import FoundModule
@@ -57,17 +48,6 @@ FUNCTIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 }
 """By transformers' names (ACT2FN)."""
 
-KEYS = Keys(
-    used=frozenset(
-        {
-            *("peft_type", "base_model_name_or_path", "r", "depth", "act_fn", "scaling"),
-            *targets.TARGET_KEYS,
-            *targets.LAYER_KEYS,
-        }
-    ),
-    no_bearing=COMMON_NO_BEARING | {"init_weights"},
-)
-
 
 @dataclass(frozen=True)
 class PeanutConfig(AdapterConfig):
@@ -84,22 +64,21 @@ class Peanut(ModuleKind[PeanutConfig]):
 
     name = "peanut"
     label = "PEANuT"
+    keys = module_keys("r", "depth", "act_fn", "scaling", no_bearing=("init_weights",))
     leaves = (
         *(FIRST, LAST),
         *(f"peanut_{side}.{i}.weight" for side in ("encoders", "decoders") for i in range(MAX_DEPTH)),
     )
 
     def read(self, raw: Mapping[str, Any]) -> PeanutConfig:
-        KEYS.check(raw)
+        common = read_common(self, raw)
         depth, function = raw.get("depth", 0), raw.get("act_fn", "relu")
         if type(depth) is not int or not 0 <= depth <= MAX_DEPTH:
             raise bad_config(f"depth is {shown(depth)}; expected a whole number from 0 to {MAX_DEPTH}")
         if not isinstance(function, str) or function not in FUNCTIONS:
             raise unsupported(f"act_fn is {shown(function)}; known are {', '.join(FUNCTIONS)}")
         return PeanutConfig(
-            kind=self.name,
-            targets=targets.read_targets(raw, by_layer=True),
-            base_model=read_base_model(raw),
+            **common,
             rank=read_rank(raw.get("r", 32), "r"),
             depth=depth,
             function=function,

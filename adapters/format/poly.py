@@ -18,19 +18,8 @@ from typing import Any
 import torch
 
 from loraplex.adapters.files.patterns import Matcher
-from loraplex.adapters.format import targets
-from loraplex.adapters.format.config import (
-    COMMON_NO_BEARING,
-    TASK,
-    Keys,
-    bad_config,
-    read_base_model,
-    read_count,
-    read_rank,
-    read_task,
-    shown,
-    unsupported,
-)
+from loraplex.adapters.format.common import module_keys, read_common
+from loraplex.adapters.format.config import TASK, bad_config, read_count, read_rank, read_task, shown, unsupported
 from loraplex.adapters.format.kind import AdapterConfig
 from loraplex.adapters.format.module_kind import Making, ModuleKind
 from loraplex.adapters.format.modules import FoundModule
@@ -42,16 +31,6 @@ A, B, LOGITS = "poly_lora_A", "poly_lora_B", "poly_router.module_logits"
 
 _EPSILON = 1e-12
 """PEFT adds it to the sum that it divides by."""
-
-KEYS = Keys(
-    used=frozenset(
-        {
-            *("peft_type", "base_model_name_or_path", "r", "poly_type", "n_tasks", "n_skills", "n_splits", TASK),
-            *targets.TARGET_KEYS,
-        }
-    ),
-    no_bearing=COMMON_NO_BEARING | {"init_weights"},
-)
 
 
 @dataclass(frozen=True)
@@ -70,17 +49,18 @@ class Poly(ModuleKind[PolyConfig]):
 
     name = "poly"
     label = "Poly"
+    keys = module_keys(
+        *("r", "poly_type", "n_tasks", "n_skills", "n_splits", TASK), no_bearing=("init_weights",), by_layer=False
+    )
     leaves = (A, B, LOGITS)
 
     def read(self, raw: Mapping[str, Any]) -> PolyConfig:
-        KEYS.check(raw)
+        common = read_common(self, raw)
         if (kind := raw.get("poly_type", "poly")) != "poly":
             raise unsupported(f"poly_type is {shown(kind)}; 'poly' is known")
         tasks = read_count(raw.get("n_tasks", 1), "n_tasks")
         return PolyConfig(
-            kind=self.name,
-            targets=targets.read_targets(raw, by_layer=False),
-            base_model=read_base_model(raw),
+            **common,
             rank=read_rank(raw.get("r", 8), "r"),
             tasks=tasks,
             skills=read_count(raw.get("n_skills", 4), "n_skills"),

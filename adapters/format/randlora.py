@@ -15,17 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from loraplex.adapters.files.patterns import Matcher
-from loraplex.adapters.format import targets
-from loraplex.adapters.format.config import (
-    COMMON_NO_BEARING,
-    Keys,
-    read_base_model,
-    read_biases,
-    read_flag,
-    read_number,
-    read_rank,
-    unsupported,
-)
+from loraplex.adapters.format.common import module_keys, read_common
+from loraplex.adapters.format.config import read_flag, read_number, read_rank, unsupported
 from loraplex.adapters.format.header import TensorInfo
 from loraplex.adapters.format.kind import AdapterConfig, AdapterModule, ModuleMap, ServedBase, Throttle
 from loraplex.adapters.format.module_kind import Making, ModuleKind
@@ -37,18 +28,6 @@ from loraplex.kernels.records import Projection
 
 LAMBDA, GAMMA = "randlora_lambda", "randlora_gamma"
 A, B = "randlora_A", "randlora_B"
-
-KEYS = Keys(
-    used=frozenset(
-        {
-            *("peft_type", "base_model_name_or_path", "r", "randlora_alpha", "save_projection", "bias"),
-            *targets.TARGET_KEYS,
-            *targets.LAYER_KEYS,
-        }
-    ),
-    no_bearing=COMMON_NO_BEARING
-    | {"projection_prng_key", "sparse", "very_sparse", "randlora_dropout", "fan_in_fan_out", "init_weights"},
-)
 
 
 @dataclass(frozen=True)
@@ -64,20 +43,26 @@ class Randlora(ModuleKind[RandLoraConfig]):
 
     name = "randlora"
     label = "RandLoRA"
+    keys = module_keys(
+        *("r", "randlora_alpha", "save_projection", "bias"),
+        no_bearing=(
+            "projection_prng_key",
+            "sparse",
+            "very_sparse",
+            "randlora_dropout",
+            "fan_in_fan_out",
+            "init_weights",
+        ),
+    )
     leaves = (LAMBDA, GAMMA)
 
     def read(self, raw: Mapping[str, Any]) -> RandLoraConfig:
-        KEYS.check(raw)
+        common = read_common(self, raw)
         if raw.get("save_projection") is not None and not read_flag(raw, "save_projection"):
             raise unsupported("save_projection is false, so the random products are not in the file; save it with true")
         rank = read_rank(raw.get("r", 32), "r")
         return RandLoraConfig(
-            kind=self.name,
-            targets=targets.read_targets(raw, by_layer=True),
-            base_model=read_base_model(raw),
-            bias=read_biases(raw),
-            rank=rank,
-            scaling=read_number(raw.get("randlora_alpha", 640), "randlora_alpha") / rank,
+            **common, rank=rank, scaling=read_number(raw.get("randlora_alpha", 640), "randlora_alpha") / rank
         )
 
     def plan(

@@ -14,14 +14,8 @@ from typing import Any
 import torch
 
 from loraplex.adapters.files.patterns import Matcher
-from loraplex.adapters.format import targets
-from loraplex.adapters.format.config import (
-    COMMON_NO_BEARING,
-    Keys,
-    bad_config,
-    read_base_model,
-    read_count,
-)
+from loraplex.adapters.format.common import module_keys, read_common
+from loraplex.adapters.format.config import bad_config, read_count
 from loraplex.adapters.format.kind import AdapterConfig
 from loraplex.adapters.format.module_kind import Making, ModuleKind
 from loraplex.adapters.format.modules import FoundModule
@@ -31,11 +25,6 @@ from loraplex.adapters.image.tiles import Part
 from loraplex.kernels.constants import TileKind
 
 WEIGHT, INDICES = "shira_weight", "shira_indices"
-
-KEYS = Keys(
-    used=frozenset({"peft_type", "base_model_name_or_path", "r", *targets.TARGET_KEYS}),
-    no_bearing=COMMON_NO_BEARING | {"mask_type", "random_seed", "fan_in_fan_out", "init_weights"},
-)
 
 
 @dataclass(frozen=True)
@@ -50,18 +39,13 @@ class Shira(ModuleKind[ShiraConfig]):
 
     name = "shira"
     label = "SHiRA"
+    keys = module_keys("r", no_bearing=("mask_type", "random_seed", "fan_in_fan_out", "init_weights"), by_layer=False)
     leaves = (WEIGHT, INDICES)
     integer_leaves = frozenset({INDICES})
     integers = True
 
     def read(self, raw: Mapping[str, Any]) -> ShiraConfig:
-        KEYS.check(raw)
-        return ShiraConfig(
-            kind=self.name,
-            targets=targets.read_targets(raw, by_layer=False),
-            base_model=read_base_model(raw),
-            per_side=read_count(raw.get("r", 32), "r"),
-        )
+        return ShiraConfig(**read_common(self, raw), per_side=read_count(raw.get("r", 32), "r"))
 
     def wanted(self, config: ShiraConfig, module: FoundModule, match: Matcher) -> Wanted:
         out, width = module.projection.out_features, module.projection.in_features

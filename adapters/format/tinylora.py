@@ -18,19 +18,8 @@ from typing import Any
 import torch
 
 from loraplex.adapters.files.patterns import Matcher
-from loraplex.adapters.format import targets
-from loraplex.adapters.format.config import (
-    COMMON_NO_BEARING,
-    Keys,
-    bad_config,
-    read_base_model,
-    read_biases,
-    read_count,
-    read_flag,
-    read_number,
-    read_rank,
-    read_seed,
-)
+from loraplex.adapters.format.common import module_keys, read_common
+from loraplex.adapters.format.config import bad_config, read_count, read_flag, read_number, read_rank, read_seed
 from loraplex.adapters.format.kind import AdapterConfig, AdapterModule
 from loraplex.adapters.format.module_kind import Making, ModuleKind
 from loraplex.adapters.format.modules import FoundModule
@@ -42,16 +31,6 @@ A, B, P = "tinylora_A", "tinylora_B", "tinylora_P"
 
 MAX_U = 1 << 16
 """Matrices of a module: of rank 2, as PEFT has them, 1 MB."""
-
-KEYS = Keys(
-    used=frozenset(
-        {
-            *("peft_type", "base_model_name_or_path", "r", "u", "weight_tying", "bias"),
-            *("projection_seed", "save_projection", *targets.TARGET_KEYS, *targets.LAYER_KEYS),
-        }
-    ),
-    no_bearing=COMMON_NO_BEARING | {"init_v_bound", "tinylora_dropout", "fan_in_fan_out", "init_weights"},
-)
 
 
 @dataclass(frozen=True)
@@ -69,10 +48,14 @@ class Tinylora(ModuleKind[TinyloraConfig]):
 
     name = "tinylora"
     label = "TinyLoRA"
+    keys = module_keys(
+        *("r", "u", "weight_tying", "projection_seed", "save_projection", "bias"),
+        no_bearing=("init_v_bound", "tinylora_dropout", "fan_in_fan_out", "init_weights"),
+    )
     leaves = (A, B, P)
 
     def read(self, raw: Mapping[str, Any]) -> TinyloraConfig:
-        KEYS.check(raw)
+        common = read_common(self, raw)
         tying = read_number(raw.get("weight_tying", 0.0), "weight_tying")
         if not 0 <= tying <= 1:
             raise bad_config(f"weight_tying is {tying}; expected a number from 0 to 1")
@@ -82,14 +65,7 @@ class Tinylora(ModuleKind[TinyloraConfig]):
         seed = read_seed(raw.get("projection_seed", 42), "projection_seed")
         saved = raw.get("save_projection") is None or read_flag(raw, "save_projection")
         return TinyloraConfig(
-            kind=self.name,
-            targets=targets.read_targets(raw, by_layer=True),
-            base_model=read_base_model(raw),
-            bias=read_biases(raw),
-            rank=read_rank(raw.get("r", 2), "r"),
-            length=length,
-            tying=tying,
-            seed=None if saved else seed,
+            **common, rank=read_rank(raw.get("r", 2), "r"), length=length, tying=tying, seed=None if saved else seed
         )
 
     def wanted(self, config: TinyloraConfig, module: FoundModule, match: Matcher) -> Wanted:

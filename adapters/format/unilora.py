@@ -18,17 +18,8 @@ import torch
 from torch import Tensor
 
 from loraplex.adapters.files.patterns import Matcher
-from loraplex.adapters.format import targets
-from loraplex.adapters.format.config import (
-    COMMON_NO_BEARING,
-    Keys,
-    read_base_model,
-    read_biases,
-    read_count,
-    read_flag,
-    read_rank,
-    read_seed,
-)
+from loraplex.adapters.format.common import module_keys, read_common
+from loraplex.adapters.format.config import read_count, read_flag, read_rank, read_seed
 from loraplex.adapters.format.kind import AdapterConfig, AdapterModule, ServedBase
 from loraplex.adapters.format.module_kind import Making, ModuleKind
 from loraplex.adapters.format.modules import FoundModule
@@ -39,17 +30,6 @@ from loraplex.adapters.image.tiles import Part
 THETA = "unilora_theta_d"
 _INDICES, _SCALES, _STARTS = "indices", "scales", "starts"
 """What is shared beside THETA where the indices are not in the file."""
-
-KEYS = Keys(
-    used=frozenset(
-        {
-            *("peft_type", "base_model_name_or_path", "r", "proj_seed", "theta_d_length", "save_indices", "bias"),
-            *targets.TARGET_KEYS,
-            *targets.LAYER_KEYS,
-        }
-    ),
-    no_bearing=COMMON_NO_BEARING | {"unilora_dropout", "fan_in_fan_out", "init_theta_d_bound", "init_weights"},
-)
 
 
 @dataclass(frozen=True)
@@ -66,18 +46,19 @@ class Unilora(ModuleKind[UniloraConfig]):
 
     name = "unilora"
     label = "UniLoRA"
+    keys = module_keys(
+        *("r", "proj_seed", "theta_d_length", "save_indices", "bias"),
+        no_bearing=("unilora_dropout", "fan_in_fan_out", "init_theta_d_bound", "init_weights"),
+    )
     integers = True
     leaves = ("unilora_indices_A", "unilora_indices_B", "unilora_scales_A", "unilora_scales_B")
     integer_leaves = frozenset(leaves[:2])
 
     def read(self, raw: Mapping[str, Any]) -> UniloraConfig:
-        KEYS.check(raw)
+        common = read_common(self, raw)
         seed = read_seed(raw.get("proj_seed", 42), "proj_seed")
         return UniloraConfig(
-            kind=self.name,
-            targets=targets.read_targets(raw, by_layer=True),
-            base_model=read_base_model(raw),
-            bias=read_biases(raw),
+            **common,
             rank=read_rank(raw.get("r", 4), "r"),
             length=read_count(raw.get("theta_d_length", 256), "theta_d_length"),
             seed=None if read_flag(raw, "save_indices") else seed,

@@ -19,17 +19,8 @@ import torch
 from torch import Tensor
 
 from loraplex.adapters.files.patterns import Matcher
-from loraplex.adapters.format import targets
-from loraplex.adapters.format.config import (
-    COMMON_NO_BEARING,
-    Keys,
-    bad_config,
-    read_base_model,
-    read_biases,
-    read_count,
-    read_flag,
-    read_rank,
-)
+from loraplex.adapters.format.common import module_keys, read_common
+from loraplex.adapters.format.config import bad_config, read_count, read_flag, read_rank
 from loraplex.adapters.format.kind import AdapterConfig, AdapterModule
 from loraplex.adapters.format.module_kind import Making, ModuleKind
 from loraplex.adapters.format.modules import FoundModule
@@ -39,16 +30,6 @@ from loraplex.adapters.image.tiles import Part
 
 BANK = "vblora_vector_bank"
 LOGITS = {"A": "vblora_logits_A", "B": "vblora_logits_B"}
-
-KEYS = Keys(
-    used=frozenset(
-        {
-            *("peft_type", "base_model_name_or_path", "r", "num_vectors", "vector_length", "topk", "bias"),
-            *("save_only_topk_weights", *targets.TARGET_KEYS, *targets.LAYER_KEYS),
-        }
-    ),
-    no_bearing=COMMON_NO_BEARING | {"vblora_dropout", "fan_in_fan_out", "init_vector_bank_bound", "init_logits_std"},
-)
 
 
 @dataclass(frozen=True)
@@ -67,21 +48,22 @@ class Vblora(ModuleKind[VbloraConfig]):
 
     name = "vblora"
     label = "VB-LoRA"
+    keys = module_keys(
+        *("r", "num_vectors", "vector_length", "topk", "save_only_topk_weights", "bias"),
+        no_bearing=("vblora_dropout", "fan_in_fan_out", "init_vector_bank_bound", "init_logits_std"),
+    )
     integers = True
     leaves = tuple(logits + end for logits in LOGITS.values() for end in ("", "_topk_indices", "_topk_weights"))
     integer_leaves = frozenset(f"{logits}_topk_indices" for logits in LOGITS.values())
 
     def read(self, raw: Mapping[str, Any]) -> VbloraConfig:
-        KEYS.check(raw)
+        common = read_common(self, raw)
         vectors = read_count(raw.get("num_vectors", 256), "num_vectors")
         topk = read_count(raw.get("topk", 2), "topk")
         if topk > vectors:
             raise bad_config(f"topk is {topk}, and num_vectors {vectors}; expected no more than these")
         return VbloraConfig(
-            kind=self.name,
-            targets=targets.read_targets(raw, by_layer=True),
-            base_model=read_base_model(raw),
-            bias=read_biases(raw),
+            **common,
             rank=read_rank(raw.get("r", 4), "r"),
             vectors=vectors,
             length=read_count(raw.get("vector_length", 256), "vector_length"),

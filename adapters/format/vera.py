@@ -21,16 +21,8 @@ import torch
 from torch import Tensor
 
 from loraplex.adapters.files.patterns import Matcher
-from loraplex.adapters.format import targets
-from loraplex.adapters.format.config import (
-    COMMON_NO_BEARING,
-    Keys,
-    read_base_model,
-    read_biases,
-    read_flag,
-    read_rank,
-    read_seed,
-)
+from loraplex.adapters.format.common import module_keys, read_common
+from loraplex.adapters.format.config import Keys, read_flag, read_rank, read_seed
 from loraplex.adapters.format.kind import AdapterConfig, AdapterModule, ServedBase
 from loraplex.adapters.format.module_kind import Making, ModuleKind
 from loraplex.adapters.format.modules import FoundModule
@@ -47,15 +39,9 @@ class VeraConfig(AdapterConfig):
 
 
 def _keys(dropout: str, *no_bearing: str, **unsupported: str) -> Keys:
-    return Keys(
-        used=frozenset(
-            {
-                *("peft_type", "base_model_name_or_path", "r", "projection_prng_key", "save_projection", "bias"),
-                *targets.TARGET_KEYS,
-                *targets.LAYER_KEYS,
-            }
-        ),
-        no_bearing=COMMON_NO_BEARING | {dropout, "d_initial", "fan_in_fan_out", "init_weights", *no_bearing},
+    return module_keys(
+        *("r", "projection_prng_key", "save_projection", "bias"),
+        no_bearing=(dropout, "d_initial", "fan_in_fan_out", "init_weights", *no_bearing),
         unsupported=unsupported,
     )
 
@@ -72,17 +58,10 @@ class Vera(ModuleKind[VeraConfig]):
     """Of A and lambda_d for each rank."""
 
     def read(self, raw: Mapping[str, Any]) -> VeraConfig:
-        self.keys.check(raw)
+        common = read_common(self, raw)
         seed = read_seed(raw.get("projection_prng_key", 0), "projection_prng_key")
         saved = raw.get("save_projection") is None or read_flag(raw, "save_projection")
-        return VeraConfig(
-            kind=self.name,
-            targets=targets.read_targets(raw, by_layer=True),
-            base_model=read_base_model(raw),
-            bias=read_biases(raw),
-            rank=read_rank(raw.get("r", 256), "r"),
-            seed=None if saved else seed,
-        )
+        return VeraConfig(**common, rank=read_rank(raw.get("r", 256), "r"), seed=None if saved else seed)
 
     def wanted(self, config: VeraConfig, module: FoundModule, match: Matcher) -> Wanted:
         lambda_b, lambda_d = self.leaves

@@ -36,9 +36,12 @@ class Wanted:
     scaling: float = 1.0  # for the kind's own use
     kind: TileKind | None = TileKind.LOW_RANK  # of the part; None: none comes out. What is DENSE has no rank
     windows: tuple[Window, ...] = ()  # where a part comes out for each of them; (): one for the whole module
+    parts: tuple[PartShape, ...] | None = None  # where these come out whatever `kind` and `windows` say
 
-    def part_shapes(self, module: FoundModule) -> list[PartShape]:
+    def part_shapes(self, module: FoundModule) -> Sequence[PartShape]:
         """Say how the parts that come out are placed."""
+        if self.parts is not None:
+            return self.parts
         if self.windows:
             return [window.shape(module.layer, module.projection) for window in self.windows]
         return [] if self.kind is None else [PartShape(module.layer, module.projection, _rows(module, self), self.kind)]

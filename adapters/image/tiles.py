@@ -11,16 +11,16 @@ for each of its projections. Any sensible page is hundreds of rows; a smaller on
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from loraplex.adapters.errors import AdapterRefused
-from loraplex.adapters.image.placement import PartPlace, RowPlacement, Strip, padded, place_rows
-from loraplex.kernels.constants import ALIGN, TILE_COLUMNS, TILE_RANKS, Function, Source, TileKind
-from loraplex.kernels.hugepages import huge_zeros
+from loraplex.adapters.image.placement import PartPlace, RowPlacement, padded, place_rows
+from loraplex.kernels.constants import ALIGN, TILE_COLUMNS, TILE_RANKS, BlockInput, Function, TableSite, TileKind
 from loraplex.kernels.records import OwnPlaces, Projection, element_bytes
 
 IMAGE_COLUMNS = 2 + TILE_COLUMNS
@@ -42,8 +42,8 @@ class BaseLayout:
 
     @property
     def num_sites(self) -> int:
-        """Of a layer."""
-        return max(projection.site for projection in (*self.projections, *self.blocks)) + 1
+        """Of a layer. In an image the site of a tile of the adapter's second unit is greater by as many."""
+        return max(len(TableSite), *(projection.site + 1 for projection in (*self.projections, *self.blocks)))
 
 
 @dataclass(frozen=True)
@@ -88,9 +88,24 @@ class OwnRows:
     `projection` says which, see own_projection().
     """
 
-    layer: int  # the base's num_layers: behind all of them
+    layer: int  # own_layer()
     projection: Projection
     rows: Tensor  # [n, width]; norms are kept in fp32, rows of tables in the compute dtype
+
+
+def table_layer(num_layers: int) -> int:
+    """Return the layer that parts of the base's tables have: LowRank at the sites of TableSite."""
+    return num_layers
+
+
+def own_layer(num_layers: int) -> int:
+    """Return the layer that OwnRows have."""
+    return num_layers + 1
+
+
+def table_projection(name: str, site: TableSite, hidden: int, rows: int) -> Projection:
+    """Describe a table of `rows` rows, as a linear from hidden state to tokens."""
+    return Projection(name, site, hidden, 0, rows, False)
 
 
 def own_projection(name: str, place: int, first: int, rows: int, width: int) -> Projection:
@@ -109,16 +124,28 @@ class DenseDelta:
 
 @dataclass(frozen=True)
 class Bottleneck:
-    """Of the LowRank of the same layer and block: y += scaling * B f(A s + c), s its source."""
+    """Of the LowRank of the same layer and projection: y += scaling * B f(A s + c), s its source."""
 
     layer: int
-    projection: Projection  # of BaseLayout.blocks
+    projection: Projection  # of a block; several of one block differ in their names
     c: Tensor  # [r] fp32, kept in fp32
     function: Function
-    source: Source
+    source: BlockInput
 
 
-Part = LowRank | BiasDelta | OutputScale | DenseDelta | OwnRows | Bottleneck
+@dataclass(frozen=True)
+class InputTurn:
+    """x += x M in front of the base's linear of one projection of one layer, M of blocks along its diagonal.
+
+    In a mix of weight w it counts as w M. What other parts add to y is of x as it was.
+    """
+
+    layer: int
+    projection: Projection
+    blocks: Tensor  # [in / b, b, b] fp32, or [1, b, b]: one block for all inputs
+
+
+Part = LowRank | BiasDelta | OutputScale | DenseDelta | OwnRows | Bottleneck | InputTurn
 
 
 @dataclass(frozen=True)
@@ -127,10 +154,11 @@ class PartShape:
 
     layer: int
     projection: Projection
-    rank: int  # rows of A: those of a DenseDelta's delta; 1 where there is no A
+    rank: int  # rows of A: those of a DenseDelta's delta, of an InputTurn's blocks; 1 where there is no A
     kind: TileKind = TileKind.LOW_RANK
     function: Function = Function.IDENTITY  # of an ACTIVATION
-    source: Source = Source.BRANCH
+    source: BlockInput = BlockInput.BRANCH
+    block: int = 0  # b of an InputTurn
 
 
 @dataclass(frozen=True)
@@ -156,56 +184,30 @@ class AdapterImage:
     extent: int  # bytes from the image's start to the end of its last tile; the last page holds nothing beyond
 
 
-def pack(parts: Sequence[Part], layout: BaseLayout) -> AdapterImage:
-    """Cut `parts` into tiles and lay them into pages, in layout.dtype but for an OutputScale's values.
-
-    `scaling` is folded into B in fp32.
-
-    Tiles within one (layer, site) are in order of output column, then rank. Raises ValueError for shapes that do not
-    fit the projection or the page, AdapterRefused("not_finite") for values that overflow layout.dtype.
-    """
-    _check(parts, layout)
-    plan = plan_image([shape_of(part) for part in parts], layout)
-    pages = huge_zeros(plan.num_pages * layout.page_bytes).view(plan.num_pages, layout.page_bytes)
-    for part, place in zip(parts, plan.places, strict=True):
-        _write(part, place, pages.view(-1), layout.dtype)
-    return AdapterImage(pages, plan.tiles, plan.nbytes, plan.extent)
-
-
-def pack_each(parts: Iterable[Part], shapes: Sequence[PartShape], layout: BaseLayout) -> AdapterImage:
-    """Pack as pack() does, but each part as it comes, so that no two need be in memory at once.
-
-    shapes: of all that may come, each once, in any order. What does not come has no tiles, and its room stays empty.
-    """
-    plan = plan_image(shapes, layout)
-    pages = huge_zeros(plan.num_pages * layout.page_bytes).view(plan.num_pages, layout.page_bytes)
-    numbers = {shape: i for i, shape in enumerate(shapes)}
-    found = torch.zeros(len(shapes), dtype=torch.bool)
-    for part in parts:
-        _check([part], layout)
-        number = numbers[shape_of(part)]
-        _write(part, plan.places[number], pages.view(-1), layout.dtype)
-        found[number] = True
-    return AdapterImage(pages, plan.tiles[found[plan.owners]], plan.nbytes, plan.extent)
-
-
 def plan_image(shapes: Sequence[PartShape], layout: BaseLayout) -> ImagePlan:
     """Cut parts of these shapes into tiles and lay them into pages; shapes that fit the projection and the page.
 
-    Fewer parts never take more pages.
+    Fewer parts never take more pages. Raises AdapterRefused("too_large") for blocks whose rows fit no page.
     """
-    order = sorted(range(len(shapes)), key=lambda i: _order(shapes[i]))
+    order = sorted(range(len(shapes)), key=lambda i: _order(shapes[i], layout))
     placements = [_placement(shapes[i], element_bytes(layout.dtype)) for i in order]
+    for shape, placement in zip((shapes[i] for i in order), placements, strict=True):
+        if shape.kind == TileKind.TURN and placement.a_row > layout.page_bytes:
+            raise AdapterRefused(
+                "too_large",
+                f"layer {shape.layer} {shape.projection.name}: rows of blocks of {shape.block} inputs take "
+                f"{placement.a_row} bytes together and a page has {layout.page_bytes}; use another block size",
+            )
     extent, nbytes = place_rows(placements, layout.page_bytes)
     activations = {
-        (shapes[i].layer, shapes[i].projection.site): (shapes[i], placement.a_strips[0][2] // ALIGN)
+        (shapes[i].layer, shapes[i].projection): (shapes[i], placement.a_strips[0][2] // ALIGN)
         for i, placement in zip(order, placements, strict=True)
         if shapes[i].kind == TileKind.ACTIVATION
     }
     rows = [
         (i, row)
         for i, placement in zip(order, placements, strict=True)
-        for row in _tiles(shapes[i], placement, activations.get((shapes[i].layer, shapes[i].projection.site)))
+        for row in _tiles(shapes[i], placement, layout, activations.get((shapes[i].layer, shapes[i].projection)))
     ]
     places = dict(zip(order, (placement.place() for placement in placements), strict=True))
     return ImagePlan(
@@ -244,48 +246,36 @@ def shape_of(part: Part) -> PartShape:
             return PartShape(part.layer, part.projection, ranks, TileKind.ACTIVATION, part.function, part.source)
         case OwnRows():
             return own_shape(part.layer, part.projection)
+        case InputTurn():
+            count, size, _ = part.blocks.shape
+            return turn_shape(part.layer, part.projection, count, size)
 
 
 def own_shape(num_layers: int, projection: Projection) -> PartShape:
     """Return the shape of OwnRows."""
-    return PartShape(num_layers, projection, projection.out_features, TileKind.OWN)
+    return PartShape(own_layer(num_layers), projection, projection.out_features, TileKind.OWN)
 
 
-def _order(shape: PartShape) -> tuple[int, int, int, int]:
-    return shape.layer, shape.projection.site, shape.projection.out_start, shape.projection.in_start
+def turn_shape(layer: int, projection: Projection, count: int, size: int) -> PartShape:
+    """Return the shape of an InputTurn of `count` blocks [size, size]."""
+    return PartShape(layer, projection, count * size, TileKind.TURN, block=size)
 
 
-def _check(parts: Sequence[Part], layout: BaseLayout) -> None:
-    if layout.page_bytes <= 0 or layout.page_bytes % ALIGN:
-        raise ValueError(f"page_bytes is {layout.page_bytes}; expected a positive multiple of {ALIGN}")
-    for part in parts:
-        projection = part.projection
-        where = f"layer {part.layer} {projection.name}"
-        if isinstance(part, OwnRows):
-            if part.rows.shape != (projection.out_features, projection.in_features):
-                raise ValueError(f"{projection.name}: rows of shape {list(part.rows.shape)}")
-            continue
-        if not 0 <= part.layer < layout.num_layers:
-            raise ValueError(f"{where}: the base has layers 0 to {layout.num_layers - 1}")
-        if isinstance(part, Bottleneck):
-            continue  # its A says how many there are
-        if isinstance(part, BiasDelta | OutputScale):
-            what, row = ("bias", part.delta) if isinstance(part, BiasDelta) else ("scale", part.values)
-            if row.shape != (projection.out_features,):
-                raise ValueError(f"{where}: {what} of shape {list(row.shape)}; expected [{projection.out_features}]")
-            continue
-        a = part.a if isinstance(part, LowRank) else part.delta
-        rank = a.shape[0] if isinstance(part, LowRank) else projection.out_features
-        if rank == 0 or a.shape != (rank, projection.in_features):
-            expected = f"[{'rank' if isinstance(part, LowRank) else rank}, {projection.in_features}]"
-            raise ValueError(f"{where}: A of shape {list(a.shape)}; expected {expected}")
-        if isinstance(part, LowRank) and part.b.shape != (projection.out_features, rank):
-            raise ValueError(f"{where}: B of shape {list(part.b.shape)}; expected [{projection.out_features}, {rank}]")
-        row_bytes = projection.in_features * element_bytes(layout.dtype)
-        if row_bytes > layout.page_bytes:
-            raise ValueError(
-                f"{where}: a row of A has {row_bytes} bytes and a page {layout.page_bytes}; use larger pages"
-            )
+def is_norm(shape: PartShape) -> bool:
+    """Return whether these are OwnRows of a norm, which are kept in fp32."""
+    return shape.kind == TileKind.OWN and shape.projection.site <= OwnPlaces(shape.layer - own_layer(0)).last_norm
+
+
+def _order(shape: PartShape, layout: BaseLayout) -> tuple[int, int, int, int]:
+    return *_place(shape, layout), shape.projection.out_start, shape.projection.in_start
+
+
+def _place(shape: PartShape, layout: BaseLayout) -> tuple[int, int]:
+    """Return layer and site as AdapterImage.tiles has them: what is in an OwnTable is behind all layers, by place."""
+    if shape.kind != TileKind.TURN:
+        return shape.layer, int(shape.projection.site)
+    index = [projection.name for projection in layout.projections].index(shape.projection.name)
+    return own_layer(layout.num_layers), OwnPlaces(layout.num_layers).input(shape.layer, index)
 
 
 def _placement(shape: PartShape, item: int) -> RowPlacement:
@@ -293,11 +283,15 @@ def _placement(shape: PartShape, item: int) -> RowPlacement:
     out = shape.projection.out_features
     if shape.kind == TileKind.ACTIVATION:  # one row that is never cut
         return RowPlacement(1, 0, padded(shape.rank * SCALE_BYTES), 0, SCALE_BYTES, 1, shape.rank, rank=1)
-    if shape.kind == TileKind.SCALE or _is_norm(shape):
+    if shape.kind == TileKind.SCALE or is_norm(shape):
         item = SCALE_BYTES
     b_row = padded(out * item)
     if shape.kind in (TileKind.BIAS, TileKind.SCALE):
         return RowPlacement(1, out, 0, b_row, item, 1, 0)
+    if shape.kind == TileKind.TURN:  # rows of blocks that fill whole units together are one row of A
+        together = ALIGN // math.gcd(ALIGN, shape.block * item)
+        rows, wide = -(-shape.rank // together), together * shape.block
+        return RowPlacement(rows, 0, wide * item, 0, item, rows, wide, rank=rows)
     a_bytes = shape.projection.in_features * item
     a_row = padded(a_bytes)
     # A tile's rows are contiguous and its start aligned. Where a row is no multiple of 64 bytes, only tiles of one
@@ -309,58 +303,22 @@ def _placement(shape: PartShape, item: int) -> RowPlacement:
     return RowPlacement(shape.rank, out, a_row, b_row, item, TILE_RANKS if even else 1, shape.projection.in_features)
 
 
-def _write(part: Part, place: PartPlace, image: Tensor, dtype: torch.dtype) -> None:
-    """Copy a part's values to their positions in `image`, [n] uint8; `dtype` is the compute dtype."""
-
-    def write(values: Tensor, row: int, strips: tuple[Strip, ...], what: str, dtype: torch.dtype = dtype) -> None:
-        elements, item = image.view(dtype), element_bytes(dtype)
-        for strip in strips:
-            found = values[strip.first : strip.last, strip.begin : strip.end]
-            target = elements.as_strided(found.shape, (row // item, 1), strip.position // item)
-            target.copy_(found)
-            _check_finite(target, part, what)
-
-    match part:
-        case LowRank():
-            write(part.a, place.a_row, place.a, "A")
-            write(_folded(part), place.b_row, place.b, "scaling * B")
-        case BiasDelta():
-            write(part.delta.unsqueeze(0), place.b_row, place.b, "bias")
-        case OutputScale():
-            write(part.values.unsqueeze(0), place.b_row, place.b, "scale", torch.float32)
-        case OwnRows():
-            exact = torch.float32 if _is_norm(shape_of(part)) else dtype
-            write(part.rows, place.a_row, place.a, "a row", exact)
-        case DenseDelta():
-            write(part.delta, place.a_row, place.a, "the change")
-        case Bottleneck():
-            write(part.c.unsqueeze(0), place.a_row, place.a, "c", torch.float32)
-
-
-def _folded(part: LowRank) -> Tensor:
-    """scaling * B transposed: [r, out] fp32."""
-    return part.b.float().mul(part.scaling).T
-
-
-def _check_finite(strip: Tensor, part: Part, what: str) -> None:
-    if not strip.isfinite().all():
-        whose = "of scales" if isinstance(part, OutputScale | Bottleneck) else "the base runs in"
-        raise AdapterRefused(
-            "not_finite",
-            f"layer {part.layer} {part.projection.name}: {what} has values that are not finite in "
-            f"{str(strip.dtype).removeprefix('torch.')}, the dtype {whose}; expected finite numbers",
-        )
-
-
 def _tiles(
-    shape: PartShape, placement: RowPlacement, activation: tuple[PartShape, int] | None
+    shape: PartShape, placement: RowPlacement, layout: BaseLayout, activation: tuple[PartShape, int] | None
 ) -> list[tuple[int, ...]]:
-    """Rows of AdapterImage.tiles: ranks are cut where A is, where B is, and every `step`.
+    """List rows of AdapterImage.tiles: ranks are cut where A is, where B is, and every `step`.
 
-    activation: of the same layer and site, and where its c is, in units of ALIGN: a row before each tile.
+    activation: of the same layer and projection, and where its c is, in units of ALIGN: a row before each tile.
     """
     rows: list[tuple[int, ...]] = []
-    head, window = (shape.layer, int(shape.projection.site)), (shape.projection.in_start, shape.projection.in_features)
+    head, window = _place(shape, layout), (shape.projection.in_start, shape.projection.in_features)
+    if shape.kind == TileKind.TURN:
+        together = placement.wide // shape.block
+        times = shape.projection.in_features // shape.rank  # more than 1: all inputs share a block
+        for first, last, position in placement.a_strips:
+            begin, end = first * together, min(last * together, shape.rank)
+            rows.append((*head, position // ALIGN, -1, end - begin, begin, times, shape.kind, 0, shape.block))
+        return rows
     for first, last, begin, end, b_position in placement.b_strips:
         out = (shape.projection.out_start + begin, end - begin)
         if not placement.a_row:
@@ -379,7 +337,3 @@ def _tiles(
             a_pos, n = (position + (rank - first) * placement.a_row) // ALIGN, min(placement.step, last - rank)
             rows.append((*head, a_pos, -1, n, shape.projection.out_start + rank, n, shape.kind, *window))
     return rows
-
-
-def _is_norm(shape: PartShape) -> bool:
-    return shape.kind == TileKind.OWN and shape.projection.site <= OwnPlaces(shape.layer).last_norm

@@ -48,16 +48,6 @@ class DownloadLimits:
     stall_seconds: float = STALL_SECONDS  # without a byte
 
 
-@dataclass(frozen=True)
-class DownloadStats:
-    """Counts since the start; `active` is a count of now."""
-
-    fetched: int  # downloads that brought bytes
-    unchanged: int  # sources that were asked and hold what is here already
-    failed: int
-    active: int  # asked for and not over
-
-
 @dataclass(eq=False)
 class _Job:
     source: Source
@@ -89,7 +79,6 @@ class Downloads:
         self._secret: dict[str, Source] = {}  # what a text that hides something stands for, once it was fetched
         self._in_use = in_use
         self._closed = False
-        self._fetched = self._unchanged = self._failed = 0
         self._cache = DownloadCache(folder, self._limits.cache_bytes, self._keys_in_use)
 
     def fetch(self, source: Source, *, stale: bool = False) -> Future[Path]:
@@ -128,10 +117,6 @@ class Downloads:
         if not source.is_remote:
             return find_folder(source.place)
         return self._cache.find(key_of(source.text)) or self.fetch(source, stale=True).result()
-
-    def stats(self) -> DownloadStats:
-        with self._lock:
-            return DownloadStats(self._fetched, self._unchanged, self._failed, len(self._shared))
 
     def close(self) -> None:
         """Refuse further sources and fail those that wait; the next process goes on with what is under way."""
@@ -172,7 +157,6 @@ class Downloads:
             outcome = AdapterUnavailable(f"{job.source.text} could not be downloaded: {type(error).__name__}")
         with self._lock:
             self._active[job.source.host] -= 1
-            self._failed += not isinstance(outcome, Path)
             if isinstance(outcome, Path) and "#" in job.source.text:
                 self._secret[job.source.text] = job.source
             self._start()
@@ -200,15 +184,10 @@ class Downloads:
         with self._cache.writing(key, deadline) as folder:
             found = self._cache.find(key, listing.mark) if listing.mark else None
             if found is not None:
-                with self._lock:
-                    self._unchanged += 1
                 return found
             self._cache.make_room(sum(file.size or 0 for file in listing.files))
             ready = fetch(listing, folder, self._limits.max_bytes, deadline)
-            found = self._cache.publish(key, listing.mark or secrets.token_hex(16), ready)
-        with self._lock:
-            self._fetched += 1
-        return found
+            return self._cache.publish(key, listing.mark or secrets.token_hex(16), ready)
 
     def _list(self, source: Source, deadline: Deadline) -> Listing:
         if source.kind == "hub":

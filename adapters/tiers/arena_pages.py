@@ -47,7 +47,7 @@ class ArenaPages:
         return found
 
     def _spans(self, pages: Sequence[int], first: int, last: int) -> Iterator[tuple[int, int, int]]:
-        """Bytes `first` to `last` of an image, page by page: from, to, and where in the arena."""
+        """Split bytes `first` to `last` of an image at page ends: from, to, and where in the arena."""
         size = self._arena.shape[1]
         while first < last:
             index, start = divmod(first, size)

@@ -73,16 +73,17 @@ class AdapterCache:
     def stats(self) -> AdapterStats:
         """Return where adapters are at the moment, and what has been counted."""
         host, source, device = self.host.counts, self._loader.stats(), self.device
+        copies = device.copies
         return AdapterStats(
             resident=device.loaded(),
             pinned=device.pinned_forever,
             host=frozenset(entry.digest for entry in self.entries.values() if entry.image is not None),
             pages=PageOwners(device.page_owners(), device.held_pages()),
-            loads=device.loads,
+            loads=copies.loads,
             evictions=device.evictions,
             stall_seconds=self.stall_seconds,
             tiers={
-                "device": TierStats(self.hits, self.misses, device.loads, device.evictions, device.durations.copy()),
+                "device": TierStats(self.hits, self.misses, copies.loads, device.evictions, copies.durations.copy()),
                 "host": TierStats(host.hits, host.misses, source.loads, host.evictions, source.durations),
                 "source": TierStats(loads=source.loads),
             },
@@ -91,7 +92,7 @@ class AdapterCache:
     # -- requests come and go ------------------------------------------------------------------------------------------
 
     def request(self, version: AdapterVersion) -> None:
-        """An open request wants `version`; it starts on its way to host memory if the device does not have it."""
+        """Note that an open request wants `version`, and ask for it where the device does not have it."""
         self.host.receive()
         self._wanted[version.uid] = self._wanted.get(version.uid, 0) + 1
         fetch = self.host.fetch_of(version.uid)
@@ -142,7 +143,7 @@ class AdapterCache:
         return self.device.is_copying
 
     def missing_pages(self, versions: Sequence[AdapterVersion]) -> list[int] | None:
-        """Pages that each would take: 0 for what is on the device or being copied to it. None: one is still coming.
+        """Count the pages that each would take: 0 for what the device has or gets. None: one is still coming.
 
         Once it has answered with a list, all digests are known and load() has what it needs. Raises what kept one from
         being read.
@@ -176,11 +177,11 @@ class AdapterCache:
         return True
 
     def is_ready(self, version: AdapterVersion) -> bool:
-        """Whether it can be computed with."""
+        """Return whether the adapter can be computed with."""
         return version.digest is not None and self.device.is_ready(version.digest)
 
     def pin(self, digest: str) -> None:
-        """A sequence uses it: it stays on the device until as many unpin()s."""
+        """Keep an adapter that a sequence uses on the device, until as many unpin()s."""
         self.device.pin(digest)
         entry = self.entries.get(digest)
         if entry is not None:
@@ -193,16 +194,16 @@ class AdapterCache:
         if entry is not None:
             self._retention.idles(entry)
 
-    def slot_of(self, digest: str) -> int | None:
-        """Its slot on the device; None where it is not there."""
-        return self.device.slot_of(digest)
+    def slot_of(self, digest: str, unit: int = 0) -> int | None:
+        """The slot of one of its units on the device; None where it is not there."""
+        return self.device.slot_of(digest, unit)
 
     def evict_for_slot(self) -> bool:
         """Evict the cheapest idle adapter, for its slot. False when there is none."""
         return self.device.evict_one()
 
     def pin_forever(self, version: AdapterVersion, pinned: bool) -> None:
-        """The operator wants `version` on the device, from as soon as there is room until it has drained; or no more.
+        """Keep `version` on the device for the operator, once there is room, until it has drained; or no more.
 
         What cannot be had is logged, once, and left.
         """
@@ -216,12 +217,12 @@ class AdapterCache:
         self._warming.add(version, done)
 
     def drop_fetch(self, version: AdapterVersion) -> None:
-        """Nobody but requests wants `version` in host memory any more."""
+        """Forget that `version` was fetched ahead: requests alone want it in host memory now."""
         if version.uid not in self._wanted:
             self.host.forget(version.uid)
 
     def forget(self, version: AdapterVersion) -> None:
-        """A version has drained: drop its bytes from device and host unless another version has the same ones."""
+        """Drop the bytes of a drained version from device and host, unless another version has the same ones."""
         self.pin_forever(version, False)
         self._warming.remove(version)
         self.host.receive()  # what has been read of it, too
@@ -237,7 +238,7 @@ class AdapterCache:
             self.entries.prune(entry)
 
     def check_integrity(self) -> None:
-        """Raises AssertionError unless what is held, copied and kept agrees with who wants it."""
+        """Raise AssertionError unless what is held, copied and kept agrees with who wants it."""
         self._settle()
         self.device.check_integrity()
         reserved = self.host.check_integrity() + self._retention.check_integrity()
@@ -253,7 +254,7 @@ class AdapterCache:
     # -- parts ---------------------------------------------------------------------------------------------------------
 
     def _missing(self, version: AdapterVersion) -> int | None:
-        """Pages it would take; None: it is not in host memory yet."""
+        """Count the pages that `version` would take; None: it is not in host memory yet."""
         digest = version.digest
         if digest is not None and self.device.is_resident(digest):
             self._note(version, digest)
@@ -278,12 +279,12 @@ class AdapterCache:
         return self.device.pages_needed(image)
 
     def _note(self, version: AdapterVersion, digest: str) -> None:
-        """An open request has `version` in reach: what it now begins to use must be there for it to the end."""
+        """Note that an open request can use `version` now: what it begins to use must be there for it to the end."""
         if version.uid in self._wanted:
             self.entries.make(digest).users.add(version.uid)
 
     def _source_seconds(self) -> float:
-        """What the loader takes for an adapter, on average."""
+        """Return what the loader takes for an adapter, on average."""
         stats = self._loader.stats()
         return stats.durations.total / max(1, stats.loads + stats.failures)
 
@@ -316,7 +317,7 @@ class AdapterCache:
             self.entries.prune(entry)
 
     def _leaves(self, digest: str) -> None:
-        """An adapter is about to be evicted from the device."""
+        """Act on an adapter's being about to be evicted from the device."""
         entry = self.entries.make(digest)
         name, entry.name, entry.asked = entry.name, "", None
         if self.watch is not None and name:

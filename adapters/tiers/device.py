@@ -9,16 +9,14 @@ version.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from time import perf_counter
 
 import torch
 from torch import Tensor
 
-from loraplex.adapters.histogram import Histogram
 from loraplex.adapters.image.tile_rows import TileRows
 from loraplex.adapters.image.tiles import AdapterImage, BaseLayout
 from loraplex.adapters.tiers.arena_pages import ArenaPages
+from loraplex.adapters.tiers.copying import CopyQueue, Resident
 from loraplex.adapters.tiers.eviction import Frequency, Reclaimer
 from loraplex.adapters.tiers.pages import PagePool
 from loraplex.kernels.constants import ALIGN
@@ -26,24 +24,6 @@ from loraplex.kernels.records import TileTable
 
 OWNER = "adapter"
 """Our name in the page pool and at the Reclaimer."""
-
-_GUESSED_SECONDS = 2e-9
-"""Per byte that a load takes, until loads are measured: half a gigabyte a second."""
-
-
-@dataclass
-class _Resident:
-    """An adapter on the device, or on its way there."""
-
-    slot: int
-    pages: list[int]
-    image: AdapterImage  # without its pages once they are copied
-    seconds: float  # that bringing it took so far
-    copied: int = 0  # bytes
-    copying: float = 0.0  # seconds of copying alone
-    rows: slice | None = None  # of the tile table; None: still being copied
-    pins: int = 0
-    doomed: bool = False  # to be dropped at the last unpin
 
 
 class DeviceTier:
@@ -72,80 +52,71 @@ class DeviceTier:
         self.on_evict: Callable[[str], None] = lambda digest: None
         """Called with what is about to be evicted, while it can still be read back."""
         self.reclaimer = reclaimer or Reclaimer()
-        self.loads = 0  # copies that were completed
         self.evictions = 0
-        self.bytes_loaded = 0
-        self.durations = Histogram()  # of these copies, without what bringing them to host memory took
         self._memory = ArenaPages(arena)
+        self.copies = CopyQueue(self._memory, self._complete)
         self._pool = pool
         self._layout = layout
-        self._residents: dict[str, _Resident] = {}
-        self._copying: dict[str, None] = {}  # in the order of begin()
+        self._residents: dict[str, Resident] = {}
         self._forever: set[str] = set()
+        self._num_slots = num_slots
         self._free_slots = list(range(num_slots - 1, -1, -1))
         self._tiles = TileRows(num_slots, layout, arena.device)
         self._idle = self.reclaimer.owner(OWNER, self._evict)
         self._frequency = Frequency()
-        self._measured = (_GUESSED_SECONDS * 2**20, float(2**20))  # seconds and bytes of loads, older ones fading
 
     @property
     def table(self) -> TileTable:
-        """The tile table as it is now. Its tensors change in place between steps; growth replaces it."""
+        """Return the tile table as it is now. Its tensors change in place between steps; growth replaces it."""
         return self._tiles.table
 
     @property
     def layout(self) -> BaseLayout:
-        """What its adapters are for."""
+        """Return the layout that the adapters are for."""
         return self._layout
 
     @property
     def is_copying(self) -> bool:
-        """Whether any adapter still has bytes to be copied."""
-        return bool(self._copying)
-
-    @property
-    def seconds_per_byte(self) -> float:
-        """What loads have taken lately, from asking the source (or host memory) to the last byte on the device."""
-        seconds, nbytes = self._measured
-        return seconds / nbytes
+        """Return whether any adapter still has bytes to be copied."""
+        return bool(self.copies.waiting)
 
     def is_resident(self, digest: str) -> bool:
-        """Whether the adapter has its slot and pages; is_ready() says whether it can be used."""
+        """Return whether the adapter has its slot and pages; is_ready() says whether it can be used."""
         return digest in self._residents
 
     def is_ready(self, digest: str) -> bool:
-        """Whether the adapter is on the device with all its bytes."""
+        """Return whether the adapter is on the device with all its bytes."""
         resident = self._residents.get(digest)
         return resident is not None and resident.rows is not None
 
-    def slot_of(self, digest: str) -> int | None:
-        """The adapter's slot; None when it has none."""
+    def slot_of(self, digest: str, unit: int = 0) -> int | None:
+        """The adapter's slot, or the row of TileTable.ranges of its second unit (1); None when it has none."""
         resident = self._residents.get(digest)
-        return None if resident is None else resident.slot
+        return None if resident is None else resident.slot + unit * self._num_slots
 
     def pins(self, digest: str) -> int:
-        """How often it is pinned. Raises KeyError when it is not there."""
+        """Count the adapter's pins. Raises KeyError when it is not there."""
         return self._residents[digest].pins
 
     def loaded(self) -> tuple[str, ...]:
-        """Digests of all adapters that have a slot."""
+        """List the digests of all adapters that have a slot."""
         return tuple(self._residents)
 
     def page_owners(self) -> tuple[str | None, ...]:
-        """Of the pool, others' pages included."""
+        """List the owner of each page of the pool, others' pages included."""
         return self._pool.owners()
 
     def held_pages(self) -> dict[str, list[int]]:
-        """Digest -> pages, of all adapters that have a slot."""
+        """Map the digest of each adapter that has a slot to its pages."""
         return {digest: resident.pages for digest, resident in self._residents.items()}
 
     @property
     def pinned_forever(self) -> frozenset[str]:
-        """Digests that the operator wants to stay."""
+        """Return the digests that the operator wants to stay."""
         return frozenset(self._forever)
 
     def pages_needed(self, image: AdapterImage) -> int:
-        """Pages begin() will take for `image`."""
+        """Count the pages that begin() will take for `image`."""
         return image.pages.shape[0]
 
     # -- coming --------------------------------------------------------------------------------------------------------
@@ -166,36 +137,14 @@ class DeviceTier:
         pages = self._pool.alloc(self.pages_needed(image), OWNER)
         if pages is None:
             return False
-        self._residents[digest] = _Resident(self._free_slots.pop(), pages, image, seconds)
-        self._copying[digest] = None
+        resident = self._residents[digest] = Resident(self._free_slots.pop(), pages, image, seconds)
+        self.copies.waiting[digest] = resident
         self._reprice(digest)
         return True
 
     def advance(self, max_bytes: int | None = None) -> int:
-        """Copy up to `max_bytes` of what has begun, first come first served; None: all. Returns the bytes copied.
-
-        On a GPU the copies are queued before whatever is computed next on the current stream, and need no waiting.
-        """
-        done = 0
-        while self._copying and (max_bytes is None or done < max_bytes):
-            began = perf_counter()
-            digest = next(iter(self._copying))
-            resident = self._residents[digest]
-            left = resident.image.extent - resident.copied
-            nbytes = left if max_bytes is None else min(left, max_bytes - done)
-            self._memory.write(resident.pages, resident.image.pages, resident.copied, resident.copied + nbytes)
-            resident.copied += nbytes
-            self.bytes_loaded += nbytes
-            done += nbytes
-            if resident.copied == resident.image.extent:
-                self._complete(digest, resident)
-            seconds = perf_counter() - began
-            resident.seconds += seconds
-            resident.copying += seconds
-            if resident.rows is not None:
-                self.durations.observe(resident.copying)
-                self._measure(resident)
-        return done
+        """Copy up to `max_bytes` of what has begun; None: all. Returns the bytes copied."""
+        return self.copies.advance(max_bytes)
 
     def load(self, digest: str, image: AdapterImage) -> bool:
         """begin() and all the copying there is to do. False, and nothing changed: no slot, or too few pages."""
@@ -205,12 +154,12 @@ class DeviceTier:
         return True
 
     def host_bytes(self, digest: str) -> int:
-        """What read_back() takes of host memory. Raises KeyError."""
+        """Count the bytes of host memory that read_back() takes. Raises KeyError."""
         resident = self._residents[digest]
         return len(resident.pages) * self._layout.page_bytes + resident.image.tiles.nbytes
 
     def read_back(self, digest: str) -> AdapterImage:
-        """The adapter as it was given to begin(), with its pages in new host memory. Raises KeyError."""
+        """Return the adapter as it was given to begin(), with its pages in new host memory. Raises KeyError."""
         resident = self._residents[digest]
         image = resident.image
         if resident.rows is None:
@@ -219,7 +168,7 @@ class DeviceTier:
         return AdapterImage(pages=pages, tiles=image.tiles, nbytes=image.nbytes, extent=image.extent)
 
     def pages_of(self, slot: int) -> list[Tensor]:
-        """The pages [page_bytes] uint8 of the adapter in `slot`, views of the arena. Raises KeyError."""
+        """Return the pages [page_bytes] uint8 of the adapter in `slot`, views of the arena. Raises KeyError."""
         for resident in self._residents.values():
             if resident.slot == slot:
                 return self._memory.views(resident.pages)
@@ -249,7 +198,7 @@ class DeviceTier:
         self._idle.remove(digest)
 
     def may_pin_forever(self, digest: str, pages: int) -> bool:
-        """Whether one more of so many pages leaves half of the pages, and a slot, for what comes and goes."""
+        """Return whether one more of so many pages leaves half of the pages, and a slot, for what comes and goes."""
         pinned = self._forever - {digest}
         held = sum(len(self._residents[other].pages) for other in pinned if other in self._residents)
         return (
@@ -262,7 +211,7 @@ class DeviceTier:
         self._reprice(digest)
 
     def count_use(self, digest: str, uses: int = 1) -> None:
-        """The adapter is wanted, by so many requests; what is often wanted is kept longer. It need not be there."""
+        """Count so many requests for the adapter, there or not; what is often wanted is kept longer."""
         self._frequency.count(digest, uses)
         self._reprice(digest)
 
@@ -293,17 +242,17 @@ class DeviceTier:
             self._remove(digest)
 
     def check_integrity(self) -> None:
-        """Raises AssertionError unless slots, pages, rows and tiles have one owner each and all counts agree."""
+        """Raise AssertionError unless slots, pages, rows and tiles have one owner each and all counts agree."""
         residents = self._residents.values()
         pages = [page for resident in residents for page in resident.pages]
         assert len(set(pages)) == len(pages), "a page belongs to two adapters"
         assert len(pages) == self._pool.used_by(OWNER), f"{len(pages)} pages held, pool: {self._pool.used_by(OWNER)}"
         slots = [resident.slot for resident in residents] + self._free_slots
-        assert sorted(slots) == list(range(self.table.ranges_host.shape[0])), "a slot is lost or taken twice"
+        assert sorted(slots) == list(range(self._num_slots)), "a slot is lost or taken twice"
         ready = [(r.slot, r.rows, r.pages) for r in residents if r.rows is not None]
         self._tiles.check_integrity(ready)
         copying = {digest for digest, resident in self._residents.items() if resident.rows is None}
-        assert copying == set(self._copying), "an adapter is neither ready nor being copied"
+        assert copying == set(self.copies.waiting), "an adapter is neither ready nor being copied"
         for digest, resident in self._residents.items():
             idle = not resident.pins and digest not in self._forever
             assert (digest in self._idle) == idle, f"{digest} has {resident.pins} pins and its eviction is wrongly set"
@@ -312,28 +261,21 @@ class DeviceTier:
 
     # -- parts ---------------------------------------------------------------------------------------------------------
 
-    def _complete(self, digest: str, resident: _Resident) -> None:
-        """All bytes are there: its tiles enter the table, and the host's bytes are let go."""
+    def _complete(self, resident: Resident) -> None:
+        """Enter the tiles of an adapter whose bytes are all there into the table, and let the host's bytes go."""
         image = resident.image
         resident.rows = self._tiles.write(resident.slot, image, resident.pages)
         resident.image = AdapterImage(image.pages.new_empty(0, 0), image.tiles, image.nbytes, image.extent)
-        del self._copying[digest]
-        self.loads += 1
-
-    def _measure(self, resident: _Resident) -> None:
-        """Take a load into the mean; those before count a tenth less each time."""
-        seconds, nbytes = self._measured
-        self._measured = (0.9 * seconds + resident.seconds, 0.9 * nbytes + resident.image.extent)
 
     def _reprice(self, digest: str) -> None:
         """Tell the Reclaimer what the adapter is worth, if it is idle."""
         resident = self._residents.get(digest)
         if resident is not None and not resident.pins and digest not in self._forever:
-            cost = resident.image.extent * self.seconds_per_byte
+            cost = resident.image.extent * self.copies.seconds_per_byte
             self._idle.add(digest, len(resident.pages), cost, max(1.0, self._frequency.of(digest)))
 
     def _evict(self, digest: str) -> int:
-        """For the Reclaimer."""
+        """Evict one adapter, for the Reclaimer. Returns its pages."""
         self.on_evict(digest)
         self.evictions += 1
         return self._remove(digest)
@@ -341,7 +283,7 @@ class DeviceTier:
     def _remove(self, digest: str) -> int:
         resident = self._residents.pop(digest)
         self._idle.remove(digest)
-        self._copying.pop(digest, None)
+        self.copies.waiting.pop(digest, None)
         self._pool.free(resident.pages)
         self._free_slots.append(resident.slot)
         if resident.rows is not None:

@@ -45,7 +45,7 @@ class Entry:
 
     @property
     def is_idle(self) -> bool:
-        """Whether nothing but its source has the content and nobody wants it."""
+        """Return whether nothing but its source has the content and nobody wants it."""
         return not (self.image is not None or self.users or self.name)
 
 
@@ -78,7 +78,7 @@ class Fetch:
 
     @property
     def has_failed(self) -> bool:
-        """Whether the source could not be read."""
+        """Return whether the source could not be read."""
         return self.future is not None and self.future.done() and self.future.exception() is not None
 
 

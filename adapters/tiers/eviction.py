@@ -35,7 +35,7 @@ class Reclaimer:
         self._serial = 0  # ties go to what became idle first
 
     def owner(self, name: str, evict: Callable[[Key], int]) -> IdleSet[Key]:
-        """A set for the idle things of a new owner. `evict(key)` frees one's pages and returns how many these were.
+        """Make the set for the idle things of a new owner. `evict(key)` frees one's pages and returns how many.
 
         Raises ValueError when there is an owner of that name.
         """
@@ -47,12 +47,12 @@ class Reclaimer:
 
     @property
     def idle_pages(self) -> int:
-        """Pages that reclaim() could free now."""
+        """Count the pages that reclaim() could free now."""
         return sum(idle.pages for idle in self._sets.values())
 
     @property
     def evictions(self) -> dict[str, int]:
-        """By owner: things evicted so far."""
+        """Count the things evicted so far, by owner."""
         return {name: idle.evictions for name, idle in self._sets.items()}
 
     def reclaim(self, pages: int) -> int:
@@ -66,12 +66,12 @@ class Reclaimer:
         return freed
 
     def check_integrity(self) -> None:
-        """Raises AssertionError unless every set's heap and counts agree."""
+        """Raise AssertionError unless every set's heap and counts agree."""
         for idle in self._sets.values():
             idle.check_integrity()
 
     def _price(self, value: float) -> tuple[float, int]:
-        """Where a thing of that value per page stands from now on."""
+        """Price a thing of that value per page from now on."""
         self._serial += 1
         return self._clock + value, self._serial
 
@@ -97,7 +97,7 @@ class IdleSet(Generic[Key]):
         return key in self._entries
 
     def add(self, key: Key, pages: int, cost: float, uses: float) -> None:
-        """`key` is idle (or was, and is used again): priced at today's clock. `cost` in seconds, for all its pages."""
+        """Price idle `key` at today's clock, or once more where it was idle. `cost` in seconds, for all its pages."""
         self.remove(key)
         priority, serial = self._reclaimer._price(uses * cost / max(pages, 1))
         entry = self._entries[key] = (priority, serial, key, pages)
@@ -108,13 +108,13 @@ class IdleSet(Generic[Key]):
             heapify(self._heap)
 
     def remove(self, key: Key) -> None:
-        """`key` is in use or gone: not to be evicted. Nothing happens when it is not in the set."""
+        """Take `key` out, in use or gone by now. Nothing happens when it is not in the set."""
         entry = self._entries.pop(key, None)
         if entry is not None:
             self.pages -= entry[3]
 
     def first(self) -> tuple[float, int]:
-        """Priority and serial of what would be evicted first. Raises IndexError when nothing is idle."""
+        """Return priority and serial of what would be evicted first. Raises IndexError when nothing is idle."""
         heap = self._heap
         while self._entries.get(heap[0][2]) is not heap[0]:
             heappop(heap)
@@ -132,7 +132,7 @@ class IdleSet(Generic[Key]):
         return freed
 
     def check_integrity(self) -> None:
-        """Raises AssertionError unless heap, entries and the count of pages agree."""
+        """Raise AssertionError unless heap, entries and the count of pages agree."""
         assert self.pages == sum(entry[3] for entry in self._entries.values()), "idle pages are miscounted"
         in_heap = {id(entry) for entry in self._heap}
         assert all(id(entry) in in_heap for entry in self._entries.values()), "an idle thing is not in the heap"
@@ -152,7 +152,7 @@ class Frequency:
         self._counts: OrderedDict[str, tuple[float, int]] = OrderedDict()  # key -> count, and when it was right
 
     def count(self, key: str, uses: int = 1) -> None:
-        """`key` is used."""
+        """Count uses of `key`."""
         self._now += uses
         self._counts[key] = (self.of(key) + uses, self._now)
         self._counts.move_to_end(key)
@@ -160,6 +160,6 @@ class Frequency:
             self._counts.popitem(last=False)
 
     def of(self, key: str) -> float:
-        """Its uses, as they count today."""
+        """Return the uses of `key`, as they count today."""
         count, then = self._counts.get(key, (0.0, self._now))
         return count * 0.5 ** ((self._now - then) / self._half_life)

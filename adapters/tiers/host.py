@@ -147,7 +147,7 @@ class HostTier:
 
     @property
     def free_bytes(self) -> int:
-        """Bytes that reserve() could have: all but what is held or reserved."""
+        """Count the bytes that reserve() could have: all but what is held or reserved."""
         return self.capacity_bytes - self.held_bytes - self.reserved_bytes
 
     def digests(self) -> tuple[str, ...]:
@@ -199,7 +199,7 @@ class HostTier:
                 self._remove(entry)
 
     def taken(self, entry: Entry) -> None:
-        """The entry is on the device now: an exclusive tier drops its image."""
+        """Drop the image of an entry that is on the device now, where the tier is exclusive."""
         if self._exclusive:
             self.drop(entry)
 
@@ -211,7 +211,7 @@ class HostTier:
             self._remove(entry)
 
     def check_integrity(self) -> int:
-        """Raises AssertionError unless bytes agree. Returns those that are reserved for what has not come yet."""
+        """Raise AssertionError unless bytes agree. Returns those that are reserved for what has not come yet."""
         assert self.used_bytes == sum(host_bytes(entry.image) for entry in self._images if entry.image), "miscounted"
         assert set(self._images) == {entry for entry in self._entries.values() if entry.image is not None}
         assert 0 <= self.reserved_bytes <= self.capacity_bytes - self.used_bytes, (
@@ -225,7 +225,7 @@ class HostTier:
     # -- parts ---------------------------------------------------------------------------------------------------------
 
     def _room(self) -> tuple[int, int]:
-        """Bytes for what nobody has reserved room for, at most, and those of them that are empty.
+        """Count the bytes for what nobody has reserved room for, at most, and those of them that are empty.
 
         Where there are reservations nothing is pushed out for it.
         """
@@ -263,7 +263,7 @@ class HostTier:
         return future
 
     def _come(self, future: Future[LoadedContent]) -> None:
-        """In whatever thread: a version has come, or failed to."""
+        """Take in a version that has come, or failed to, in whatever thread."""
         if not future.cancelled():
             self.on_ready()
 

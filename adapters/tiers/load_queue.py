@@ -37,7 +37,7 @@ class LoadedContent:
 
     @property
     def digest(self) -> str:
-        """Of the files' content."""
+        """Return the digest of the files' content."""
         assert self.info.digest is not None, "the files have not been read"
         return self.info.digest
 
@@ -81,11 +81,11 @@ class LoadQueue:
         self._next_number = 0
 
     def __len__(self) -> int:
-        """Sources waiting or being read."""
+        """Count the sources waiting or being read."""
         return len(self._jobs)
 
     def join(self, source: str, waiter: Waiter, priority: Priority) -> None:
-        """One more waits for `source`: with others, or for a job of its own."""
+        """Have one more wait for `source`: with others, or for a job of its own."""
         fresh = waiter.version is None
         job = self._jobs.get(source)
         # A reading already begun may have seen the files before the caller wrote them: who wants them fresh needs a new
@@ -99,7 +99,7 @@ class LoadQueue:
         job.waiters.append(waiter)
 
     def begin(self) -> Job | None:
-        """The next job, from now on being read; None: none may be begun now."""
+        """Return the next job, from now on being read; None: none may be begun now."""
         job = self._choose()
         if job is not None:
             self.picks += 1
@@ -109,7 +109,7 @@ class LoadQueue:
         return job
 
     def until_slow(self) -> float | None:
-        """Seconds after which begin() may answer otherwise with nobody telling."""
+        """Return the seconds after which begin() may answer otherwise with nobody telling."""
         now = time.monotonic()
         ends = [(job.began or now) + self._slow_after - now for job in self._reading]
         left = [end for end in ends if end > 0]
@@ -121,7 +121,7 @@ class LoadQueue:
             del self._jobs[job.source]
 
     def end(self, job: Job) -> None:
-        """`job` is not being read any more."""
+        """Note that `job` is not being read any more."""
         self._reading.remove(job)
 
     def clear(self) -> list[Job]:

@@ -126,7 +126,7 @@ class Loader:
         return self._submit(version.source, version, priority)
 
     def pending(self) -> int:
-        """Sources queued or being read."""
+        """Count the sources queued or being read."""
         with self._changed:
             return len(self._queue)
 
@@ -177,7 +177,7 @@ class Loader:
             thread.start()
 
     def _next(self) -> Job | None:
-        """The next job, for an idle thread. None: it shall end."""
+        """Return the next job for an idle thread. None: it shall end."""
         with self._changed:
             while not self._closed and self._idle <= self._width + 1:
                 job = self._queue.begin()
@@ -213,7 +213,7 @@ class Loader:
             del job, outcome  # an idle thread holds no image
 
     def _check_wanted(self, job: Job) -> None:
-        """Raises LoadCancelled when nobody waits for `job`.
+        """Raise LoadCancelled when nobody waits for `job`.
 
         With the lock held: a caller joins, and only then cancels what it had before. Without it, a look at the waiters
         of before the joining may see them cancelled after it.
@@ -268,6 +268,6 @@ class Loader:
 
 
 def _bare(error: BaseException) -> BaseException:
-    """Without the frames it came through: they hold the file's bytes, and a failure may be kept for long."""
+    """Return the error without the frames it came through: they hold the file's bytes, and it may be kept for long."""
     error.__cause__ = error.__context__ = None
     return error.with_traceback(None)

@@ -92,7 +92,7 @@ def merge_versions(
 
 
 def merge_tensors(tensors: Sequence[Tensor], weights: Sequence[float], plan: MergePlan, rng: torch.Generator) -> Tensor:
-    """One factor of one module merged. `tensors` of one shape, fp32; `weights`, one each, are instead of the plan's."""
+    """Merge one factor of one module. `tensors` of one shape, fp32; `weights`, one each, are instead of the plan's."""
     if plan.strategy == "ties":
         sparse = [_largest(tensor, plan.density) for tensor in tensors]
     else:
@@ -147,7 +147,7 @@ def _read(version: AdapterVersion, folder: Path) -> AdapterBytes:
 
 
 def _factors(files: AdapterBytes, name: str) -> Factors:
-    """All of an adapter's A and B."""
+    """List all of an adapter's A and B."""
     config = parse_config(files.head.config)
     if not isinstance(config, LoraConfig):
         raise AdapterRefused(

@@ -36,7 +36,7 @@ class OperatorPins:
         return True
 
     def bring(self) -> list[AdapterVersion]:
-        """Go on with what is not on the device. Returns what cannot be had, which is logged, to be removed."""
+        """Bring what is not on the device. Returns what cannot be had, which is logged, to be removed."""
         return [version for version in tuple(self._missing.values()) if not self._bring(version)]
 
     def _bring(self, version: AdapterVersion) -> bool:

@@ -34,7 +34,7 @@ class Retention:
         self._answered: dict[int, str | None] = {}  # uid -> digest, of versions about to be loaded
 
     def answer(self, versions: Iterable[AdapterVersion]) -> None:
-        """`versions` are about to be loaded: what is in host memory of them stays until the next answer."""
+        """Keep what host memory has of `versions`, which are about to be loaded, until the next answer."""
         self._answered = {version.uid: version.digest for version in versions}
 
     def kept(self, entry: Entry) -> AdapterImage | None:
@@ -42,11 +42,11 @@ class Retention:
         return entry.image if entry in self._kept else None
 
     def begin(self, entry: Entry) -> None:
-        """An open request uses the entry."""
+        """Note that an open request uses the entry."""
         entry.is_begun |= bool(entry.users)
 
     def end(self, entry: Entry, uid: int) -> None:
-        """No open request wants the version `uid` any more."""
+        """Note that no open request wants the version `uid` any more."""
         if uid not in entry.users:
             return
         entry.users.remove(uid)
@@ -59,7 +59,7 @@ class Retention:
         self._entries.prune(entry)
 
     def leaves(self, entry: Entry) -> None:
-        """The entry is about to be evicted: its image is kept if an open request has begun to use it."""
+        """Keep the image of an entry that is about to be evicted, if an open request has begun to use it."""
         entry.leaves_host = False
         if not entry.is_begun or entry in self._kept:  # kept: it is evicted half way
             return
@@ -75,14 +75,14 @@ class Retention:
             self._kept[entry] = None
 
     def is_back(self, entry: Entry) -> None:
-        """The entry is on the device with all its bytes."""
+        """Note that the entry is on the device with all its bytes."""
         if entry in self._kept:
             self._unkeep(entry)
             if self._is_old(entry):
                 self._stay(entry)
 
     def start_step(self) -> None:
-        """From now on no old version that open requests have begun to use may be lost."""
+        """Begin a step: from now on no old version that open requests have begun to use may be lost."""
         self._answered = {}
         for version in self._registry.draining():
             entry = self._entries.get(version.digest or "")
@@ -92,12 +92,12 @@ class Retention:
                 self._secure(entry)
 
     def idles(self, entry: Entry) -> None:
-        """A sequence does not run with the entry any more."""
+        """Note that a sequence does not run with the entry any more."""
         if entry.stays:
             self._secure(entry)
 
     def check_integrity(self) -> int:
-        """Raises AssertionError unless what is kept agrees with who uses it. Returns the bytes reserved."""
+        """Raise AssertionError unless what is kept agrees with who uses it. Returns the bytes reserved."""
         for entry in self._entries.values():
             assert entry.users or not entry.is_begun, f"{entry.digest} is begun, and nobody uses it"
             secured = entry in self._kept or entry.promised or entry.stays
@@ -111,7 +111,7 @@ class Retention:
     # -- parts ---------------------------------------------------------------------------------------------------------
 
     def _is_old(self, entry: Entry) -> bool:
-        """Whether it may be that no source has it: some name that had it does not mean it any more, nor is it kept."""
+        """Return whether no source may have it: some name that had it does not mean it any more, nor is it kept."""
         old = [version for version in self._registry.draining() if version.digest == entry.digest]
         return bool(old) and not any(map(self._registry.is_kept, old))
 

@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 def settle(registry: Registry, version: AdapterVersion, found: LoadedContent) -> bool:
-    """Whether `found` is what `version` stands for; if that is open, it is from now on.
+    """Return whether `found` is what `version` stands for; if that is open, it is from now on.
 
     Not where its rank, targets, pages or tokenizer differ from what was registered: the files were exchanged before
     anybody read them, and requests were admitted by the old numbers and written by the old tokenizer.
@@ -42,7 +42,7 @@ def renew(registry: Registry, version: AdapterVersion, found: LoadedContent) -> 
 
 
 def changed(version: AdapterVersion, found: LoadedContent) -> AdapterRefused:
-    """What requests are told that wanted `version` and can have it no more."""
+    """Make the error for requests that wanted `version` and can have it no more."""
     expected = f"expected {version.digest[:12]}" if version.digest else "expected another rank or other targets"
     return AdapterRefused(
         "changed",

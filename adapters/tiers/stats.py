@@ -51,7 +51,7 @@ class AdapterStats:
     tiers: Mapping[str, TierStats] = field(default_factory=dict)  # by name of the tier
 
     def places(self, versions: Iterable[AdapterVersion]) -> list[AdapterPlace]:
-        """Those of `versions` whose bytes are in memory, those on the device first."""
+        """List those of `versions` whose bytes are in memory, those on the device first."""
         device = set(self.resident)
         found = [
             AdapterPlace(version.name, version.digest in device, version.digest in self.pinned)

@@ -24,7 +24,7 @@ class Warming:
         self._coming[version.uid] = version, done
 
     def bring(self) -> None:
-        """Go on with what is not on its way to the device."""
+        """Bring what is not on its way to the device."""
         for version, _ in tuple(self._coming.values()):
             if not self._begin(version):
                 self.remove(version)

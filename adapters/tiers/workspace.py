@@ -72,7 +72,7 @@ class Workspace(Generic[M]):
 
     @property
     def left_bytes(self) -> int:
-        """Bytes kept for loads to come."""
+        """Count the bytes kept for loads to come."""
         with self._changed:
             return sum(memory.nbytes for memory in self._left)
 
@@ -83,7 +83,7 @@ class Workspace(Generic[M]):
             self._trim()
 
     def find(self, nbytes: int) -> M | None:
-        """Memory of `nbytes`, or little more, that was left; None when there is none."""
+        """Find memory of `nbytes`, or little more, that was left; None when there is none."""
         with self._changed:
             fitting = [memory for memory in self._left if 0 <= memory.nbytes - nbytes <= SLACK]
             if not fitting:

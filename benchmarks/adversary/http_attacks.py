@@ -7,8 +7,9 @@ import resource
 import time
 from collections.abc import Awaitable
 from contextlib import suppress
+from typing import Any
 
-from loraplex.benchmarks.adversary.target import Target, body_of, repeat
+from loraplex.benchmarks.adversary.target import Attack, Target, body_of, repeat
 from loraplex.benchmarks.load import NOT_AN_ANSWER
 
 BODY = 16 << 20
@@ -70,6 +71,32 @@ async def tokenize(target: Target, seconds: float) -> None:
     text = '"' + "the quick brown fox " * (8 * 1024 * 1024 // 20) + '"'
     body = body_of({"model": target.model}, "prompt", text)
     await repeat(target, seconds, 8, lambda _: target.post("/tokenize", body))
+
+
+def _texts(path: str, field: str, characters: int, **fields: Any) -> Attack:
+    """Texts that are read to their end and have as many tokens as they can, 16 at once."""
+
+    async def run(target: Target, seconds: float) -> None:
+        text = ("日本語" * characters)[:characters]
+        body = body_of({"model": target.model, **fields}, field, f'"{text}"')
+        await repeat(target, seconds, 16, lambda _: target.post(path, body))
+
+    return run
+
+
+short_texts = _texts("/tokenize", "prompt", 4_000)
+texts = _texts("/tokenize", "prompt", 60_000)
+long_texts = _texts("/tokenize", "prompt", 160_000)
+token_strs = _texts("/tokenize", "prompt", 60_000, return_token_strs=True)
+lorax_texts = _texts("/tokenize", "inputs", 60_000)
+prompts = _texts("/v1/completions", "prompt", 60_000, max_tokens=1)
+
+
+async def questions(target: Target, seconds: float) -> None:
+    """64 clients that ask for the list of models, again and again."""
+    key = f"Authorization: Bearer {target.address.api_key}\r\n" if target.address.api_key else ""
+    head = f"GET /v1/models HTTP/1.1\r\nHost: x\r\n{key}\r\n".encode()
+    await repeat(target, seconds, 64, lambda _: target.exchange(head))
 
 
 async def refusals(target: Target, seconds: float) -> None:

@@ -91,7 +91,7 @@ def main() -> None:
     set_up(LogFormat.text)
     startup.end_on_sigterm()
     folder = startup.find_base(base)
-    from loraplex.server.config import EngineConfig
+    from loraplex.server.config_engine import EngineConfig
 
     def ready(config: ServeConfig, parts: EngineParts, tokenizer: Tokenizer, port: int) -> None:
         loop = asyncio.get_running_loop()

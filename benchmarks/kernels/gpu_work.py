@@ -19,6 +19,7 @@ from loraplex.kernels.records import (
     AttentionParams,
     KVGroup,
     KVLayer,
+    OwnInput,
     OwnPlaces,
     OwnTable,
     QKNorm,
@@ -242,23 +243,49 @@ def run_rowwise(ops: Backend, work: Work) -> list[Tensor]:
 
 
 def run_own(ops: Backend, work: Work) -> list[Tensor]:
-    """Norms, rows of the embedding and of the head that adapters have of their own: the first A of each stands in."""
+    """Norms, rows of the embedding and of the head that adapters have of their own: the first A of each stands in.
+
+    And low-rank changes of both tables: those of q, k and v stand in.
+    """
     shape, places, slots = work.shape, OwnPlaces(1), len(work.segments.mixes)
     ranges = torch.zeros(slots, places.count, 2, dtype=torch.int32)
     ranges[:, :, 0] = work.table.ranges_host[:, 0, Site.QKV, :1]
     ranges[:, :, 1] = ranges[:, :, 0] + 1
     own = OwnTable(ranges.to(ops.device), ranges, dict.fromkeys(range(slots), Own.NORM | Own.EMBED | Own.HEAD))
-    step = AdapterStep(work.arena, replace(work.table, own=own), work.segments)
+    linears = work.table.ranges_host[:, :1, Site.QKV : Site.QKV + 1].expand(-1, 2, len(Site), -1).contiguous()
+    table = replace(work.table, ranges=linears.to(ops.device), ranges_host=linears, own=own)
+    step = AdapterStep(work.arena, table, work.segments)
     x = _randn(ops, work, work.tokens, shape.hidden)
     rows = torch.arange(work.tokens - 1, -1, -1, device=ops.device)
-    heads = torch.arange(work.tokens, dtype=torch.int32) % slots
-    logits = torch.zeros(work.tokens, TILE_RANKS, device=ops.device)
+    rows_of_logits = replace(step, segments=replace(work.segments, num_decode_segments=slots))
+    logits = torch.zeros(work.tokens, shape.qkv, device=ops.device)
+    params = AttentionParams(shape.heads, shape.kv_heads, shape.head_dim, 1.0, None, None)
+    norm = QKNorm(x[0, : shape.head_dim], x[1, : shape.head_dim], 1e-6, shape.offset, 0)
+    qkv, cos = _randn(ops, work, work.tokens, shape.qkv), torch.ones(work.tokens, shape.head_dim, device=ops.device)
     return [
         ops.adapter_norm_(x.clone(), x, 1e-6, shape.offset, 0, step),
         ops.adapter_norm_(x.clone(), x, 1e-6, shape.offset, 0, step, rows),
         ops.adapter_embed_(x.clone(), rows % TILE_RANKS, places.embed, step),
-        ops.adapter_head_(logits, x, heads, places.head, step.arena, step.table),
+        ops.adapter_head_(logits, x, places.head, rows_of_logits),
+        ops.rope_store_kv(
+            qkv, cos, torch.zeros_like(cos), work.kv, work.meta.groups[0].store_index, params, norm, step
+        ),
     ]
+
+
+def run_turned(ops: Backend, work: Work) -> list[Tensor]:
+    """The base linear after attention, its input turned by blocks of 32: the first A of each adapter stands in."""
+    (n_in, (n_out,)), places, slots = work.shape.sites()[Site.O], OwnPlaces(1), len(work.segments.mixes)
+    ranges = torch.zeros(slots, places.count, 2, dtype=torch.int32)
+    ranges[:, places.input(0, 0)] = torch.tensor([0, 1])
+    tiles = work.table.tiles_host.clone()
+    tiles[0] = torch.tensor([int(tiles[0, 0]), -1, TILE_RANKS, 0, 1, TileKind.TURN, 0, 32])
+    own = OwnTable(ranges.to(ops.device), ranges, dict.fromkeys(range(slots), Own.INPUT))
+    table = replace(work.table, tiles=tiles.to(ops.device), tiles_host=tiles, own=own)
+    weight = ops.pack_linear(_randn(ops, work, n_out, n_in, seed=30))
+    inputs = (OwnInput(places.input(0, 0), 0, n_out),)
+    step = AdapterStep(work.arena, table, work.segments)
+    return [ops.adapter_linear(_randn(ops, work, work.tokens, n_in), weight, inputs, step)]
 
 
 def run_linears(ops: Backend, work: Work) -> list[Tensor]:
@@ -318,7 +345,7 @@ def run_sampling(ops: Backend, work: Work) -> list[Tensor]:
 
 def run_all(ops: Backend, work: Work) -> list[Tensor]:
     """Every op but the base linears, which are a library's unless batch invariance is asked for."""
-    rows = [*run_attention(ops, work), *run_rowwise(ops, work), *run_own(ops, work)]
+    rows = [*run_attention(ops, work), *run_rowwise(ops, work), *run_own(ops, work), *run_turned(ops, work)]
     return [*run_adapters(ops, work), *run_blocks(ops, work), *rows]
 
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from loraplex.adapters.image.tiles import BaseLayout, LowRank, pack
+from loraplex.adapters.image.tiles import BaseLayout, LowRank
+from loraplex.adapters.image.writing import pack
 from loraplex.adapters.tiers.device import DeviceTier
 from loraplex.adapters.tiers.eviction import Reclaimer
 from loraplex.adapters.tiers.pages import PagePool

@@ -19,7 +19,7 @@ import torch
 from loraplex.benchmarks.kernels.machine import Limits, Others, limits, measure
 from loraplex.benchmarks.kernels.model import CONTEXT, DTYPE, RANK, ROWS, SMOLLM2, Model, make_batch, make_model
 from loraplex.benchmarks.of_limit import times_least
-from loraplex.kernels.constants import OpCode
+from loraplex.kernels.constants import OpCode, Turned
 from loraplex.kernels.cpu.abi import Op, Step
 from loraplex.kernels.cpu.team import Team
 from loraplex.kernels.records import Projection
@@ -65,6 +65,13 @@ def kind(op: Op) -> str:
     return f"adapter {Site(op.adapter.site).name.lower()}" if op.code == OpCode.ADAPTER else name
 
 
+def _is_for_own_rows(op: Op) -> bool:
+    """Tell whether the op runs only where an adapter has rows or inputs of its own, which none here has."""
+    if op.code in (OpCode.LINEAR, OpCode.QUANTISED, OpCode.COLUMNS):
+        return bool(op.linear.turned == Turned.ALWAYS)
+    return op.code in (OpCode.OWN_NORM, OpCode.OWN_EMBED, OpCode.OWN_INPUT)
+
+
 # ---- measuring --------------------------------------------------------------------------------------------------
 
 
@@ -92,7 +99,7 @@ def recorded(model: Model, batch: ForwardBatch) -> tuple[list[Op], Step, Op]:
     ops, step = model.team.last
     model.decoder.logits(hidden)
     head = model.team.last[0][0]
-    return list(ops), step, head
+    return [op for op in ops if not _is_for_own_rows(op)], step, head
 
 
 @torch.inference_mode()

@@ -76,7 +76,7 @@ class NormArgs(ctypes.Structure):
 
 
 class LinearArgs(ctypes.Structure):
-    _fields_ = [("to_float", _Int), ("ldy", ctypes.c_int64)]
+    _fields_ = [("to_float", _Int), ("turned", _Int), ("ldy", ctypes.c_int64)]
 
 
 class Quantised(ctypes.Structure):
@@ -100,7 +100,7 @@ class QuantisedSource(ctypes.Structure):
 
 
 class AdapterArgs(ctypes.Structure):
-    _fields_ = [("layer", _Int), ("site", _Int), ("residual", _Pointer)]
+    _fields_ = [("layer", _Int), ("site", _Int), ("to_float", _Int), ("residual", _Pointer)]
 
 
 class OwnArgs(ctypes.Structure):
@@ -118,7 +118,7 @@ class RopeArgs(ctypes.Structure):
         ("k_norm", _Pointer),
         ("eps", _Float),
         ("offset", _Float),
-        *((name, _Int) for name in ("heads", "kv_heads", "dim", "rotary", "kind")),
+        *((name, _Int) for name in ("heads", "kv_heads", "dim", "rotary", "kind", "place")),
     ]
 
 

@@ -12,7 +12,7 @@ from copy import copy
 import torch
 from torch import Tensor
 
-from loraplex.kernels.constants import ACTIVATIONS, ALL_TOKENS, LOGIT_ROWS, OpCode
+from loraplex.kernels.constants import ACTIVATIONS, ALL_TOKENS, LOGIT_ROWS, OpCode, TableSite, Turned
 from loraplex.kernels.cpu.abi import (
     ActMulArgs,
     AdapterArgs,
@@ -25,19 +25,20 @@ from loraplex.kernels.cpu.abi import (
     Step,
 )
 from loraplex.kernels.cpu.op_records import (
+    columns_op,
     embed_op,
     fill_adapters,
     fill_attention,
-    fill_table,
     linear_ops,
     sample_op,
+    whole_panels,
 )
 from loraplex.kernels.cpu.program import CpuRecorder, Notes
 from loraplex.kernels.cpu.team import Team
 from loraplex.kernels.cpu.weights import CpuLinear, CpuParts, WeightPacker, packed_bytes
 from loraplex.kernels.ops import Backend, PackedLinear, Recorder
 from loraplex.kernels.quantized import Activations, PartShape, QuantizedWeight
-from loraplex.kernels.records import AdapterStep, AttentionMeta, AttentionParams, KVLayer, QKNorm, TileTable
+from loraplex.kernels.records import AdapterStep, AttentionMeta, AttentionParams, KVLayer, OwnInput, QKNorm
 
 
 class CpuBackend(Backend):
@@ -115,6 +116,41 @@ class CpuBackend(Backend):
     def linear(self, x: Tensor, weight: PackedLinear) -> Tensor:
         return self._linear(x, weight, self._sink.new(x.shape[0], weight.out_features, dtype=x.dtype))
 
+    def adapter_linear(
+        self, x: Tensor, weight: PackedLinear, inputs: Sequence[OwnInput], adapters: AdapterStep
+    ) -> Tensor:
+        y = self._sink.new(x.shape[0], weight.out_features, dtype=x.dtype)
+        step = Step()
+        fill_adapters(step, adapters)
+        for op in linear_ops(x, weight, y, Turned.NEVER):
+            self._sink.emit(op, x.dtype, step)
+        for each in inputs:
+            self._turned_linear(x, weight, y, each, step)
+        return y
+
+    def _turned_linear(self, x: Tensor, weight: PackedLinear, y: Tensor, outputs: OwnInput, step: Step) -> None:
+        """Compute some columns of y [T, out] of x [T, in], turned: by way of a buffer where these cut a panel."""
+        turned = self._sink.new(*x.shape, dtype=x.dtype)
+        turn = Op(
+            code=OpCode.OWN_INPUT,
+            rows=x.shape[0],
+            x=x.data_ptr(),
+            y=turned.data_ptr(),
+            columns_in=x.shape[1],
+            own=OwnArgs(outputs.place),
+        )
+        wanted = slice(outputs.start, outputs.stop)
+        whole, window = whole_panels(weight, wanted), y[:, wanted]
+        ops = [turn]
+        if whole == wanted:
+            ops += linear_ops(turned, weight, window, Turned.ALWAYS, wanted)
+        else:
+            wide = self._sink.new(x.shape[0], whole.stop - whole.start, dtype=y.dtype)
+            columns = wide[:, wanted.start - whole.start : wanted.stop - whole.start]
+            ops += [*linear_ops(turned, weight, wide, Turned.ALWAYS, whole), columns_op(columns, window)]
+        for op in ops:
+            self._sink.emit(op, x.dtype, step)
+
     def logits(self, x: Tensor, weight: PackedLinear, room: Tensor | None = None) -> Tensor:
         rows = x.shape[0]
         y = self._sink.new(rows, weight.out_features, dtype=torch.float32) if room is None else room[:rows]
@@ -146,7 +182,7 @@ class CpuBackend(Backend):
             y=y.data_ptr(),
             columns_in=x.shape[1],
             columns_out=y.shape[1],
-            adapter=AdapterArgs(layer, site, _pointer(residual)),
+            adapter=AdapterArgs(layer, site, False, _pointer(residual)),
         )
         step = Step()
         fill_adapters(step, adapters, self.batch_invariant)
@@ -183,21 +219,14 @@ class CpuBackend(Backend):
         self._sink.emit(op, y.dtype, step)
         return y
 
-    def adapter_head_(
-        self, logits: Tensor, x: Tensor, slots: Tensor, place: int, arena: Tensor, table: TileTable
-    ) -> Tensor:
-        op = Op(
-            code=OpCode.OWN_HEAD,
-            rows=x.shape[0],
-            x=x.data_ptr(),
-            w=slots.data_ptr(),
-            y=logits.data_ptr(),
-            columns_in=x.shape[1],
-            own=OwnArgs(place, ldy=logits.stride(0)),
-        )
+    def adapter_head_(self, logits: Tensor, x: Tensor, place: int, adapters: AdapterStep) -> Tensor:
+        rows, columns = logits.shape
+        where = {"rows": rows, "x": x.data_ptr(), "y": logits.data_ptr(), "columns_in": x.shape[1]}
         step = Step()
-        fill_table(step, table, arena)
-        self._sink.emit(op, x.dtype, step)
+        fill_adapters(step, adapters)
+        self._sink.emit(Op(code=OpCode.OWN_HEAD, **where, own=OwnArgs(place, ldy=columns)), x.dtype, step)
+        added = AdapterArgs(adapters.table.num_layers, TableSite.HEAD, to_float=True)
+        self._sink.emit(Op(code=OpCode.ADAPTER, **where, columns_out=columns, adapter=added), x.dtype, step)
         return logits
 
     def rope_store_kv(
@@ -209,6 +238,7 @@ class CpuBackend(Backend):
         store_index: Tensor,
         params: AttentionParams,
         norm: QKNorm | None,
+        adapters: AdapterStep | None = None,
     ) -> Tensor:
         if cos.shape[-1] > params.head_dim:
             raise ValueError(f"{cos.shape[-1]} elements of a head are to be rotated, but it has {params.head_dim}")
@@ -229,9 +259,12 @@ class CpuBackend(Backend):
                 dim=params.head_dim,
                 rotary=cos.shape[1],
                 kind=self._sink.rope_kind(cos),
+                place=-1 if norm is None else norm.place,
             ),
         )
         step = Step()
+        if adapters is not None:
+            fill_adapters(step, adapters)
         step.cos[0], step.sin[0] = cos.data_ptr(), sin.data_ptr()
         step.store_index[layer.group] = store_index.data_ptr()
         self._sink.emit(op, qkv.dtype, step)

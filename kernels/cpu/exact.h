@@ -7,6 +7,7 @@
 // One tile of rows makes values of codes on their way through a register (exact_tile). Where there are more, values are made once
 // for all rows, and tiles read them: the same products and sums in the same order, so that a row's bits do not depend on it.
 #pragma once
+#include "inputs.h"
 #include "numbers.h"
 #include "quant4.h"
 

@@ -1,8 +1,8 @@
 // Compiled once per instruction set with -DLORAPLEX_ISA=<name> (see setup.py); library.cpp picks one at run time.
 #include "attention.h"
-#include "own.h"
 #include "packing.h"
 #include "quantised.h"
+#include "rotate.h"
 #include "rowwise.h"
 #include "sampling.h"
 #include "sgmv.h"
@@ -22,7 +22,8 @@ static void dispatch(const Op& op, const Step& step, int phase, int tid, int thr
             return linear(rows, (const T*)op.x, op.in, (const T*)op.w, op.out, (T*)op.y, op.linear.ldy, tid, threads);
         case kBias: return add_bias<T>(op, rows, tid, threads);
         case kAdapter:
-            bgmv<T>(op, step, phase, tid, threads);
+            if (op.adapter.to_float) return bgmv<T, float>(op, step, phase, tid, threads);
+            bgmv<T, T>(op, step, phase, tid, threads);
             if (phase) sgmv<T>(op, step, tid, threads);
             return;
         case kRope: return rope_store<T>(op, step, rows, tid, threads);
@@ -36,6 +37,8 @@ static void dispatch(const Op& op, const Step& step, int phase, int tid, int thr
             return op.linear.to_float ? multiply<T, float>(op, step, rows, tid, threads) : multiply<T, T>(op, step, rows, tid, threads);
         case kOwnNorm: return own_norm<T>(op, step, rows, tid, threads);
         case kOwnEmbed: return own_embed<T>(op, step, rows, tid, threads);
+        case kColumns: return columns<T>(op, rows, tid, threads);
+        case kOwnInput: return own_input<T>(op, step, rows, tid, threads);
         case kOwnHead: return own_head<T>(op, step, rows, tid, threads);
         case kPackQuantised: return pack_quantised(op, tid, threads);
     }

@@ -210,6 +210,10 @@ static bool is_idle(const Op& op, const Step& step, uint64_t sites) {
         case OpCode::kAdapter: return !(sites >> op.adapter.site & 1);
         case OpCode::kOwnNorm: return !(step.own_worn & (int)Own::kNorm);
         case OpCode::kOwnEmbed: return !(step.own_worn & (int)Own::kEmbed);
+        case OpCode::kOwnInput: return !(step.own_worn & (int)Own::kInput);
+        case OpCode::kColumns:
+        case OpCode::kLinear:
+        case OpCode::kQuantised: return op.linear.turned == (step.own_worn & (int)Own::kInput ? Turned::kNever : Turned::kAlways);
         default: return false;
     }
 }

@@ -1,6 +1,7 @@
 // The kernel of 4-bit codes in units of 32 inputs (quantised.h has the layout) where x is rounded to bytes: 32 products of a unit are one
 // sum of integers, which the scales of both are multiplied to.
 #pragma once
+#include "inputs.h"
 #include "numbers.h"
 
 namespace LORAPLEX_ISA {

@@ -6,6 +6,7 @@
 // its even and its odd bytes are widened to 16 bits by a mask and a shift, and multiplied as pairs. x is rounded once for all panels, to
 // words likewise, those of up to kRowBlock rows side by side, so that a tile's addresses are a register and constants.
 #pragma once
+#include "inputs.h"
 #include "numbers.h"
 #if defined(__ARM_FEATURE_DOTPROD)
 #include <arm_neon.h>

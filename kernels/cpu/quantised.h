@@ -15,6 +15,7 @@
 // structs with its members (quant4.h, quant8.h, exact.h), picked by `with_kernel`.
 #pragma once
 #include "exact.h"
+#include "inputs.h"
 #include "numbers.h"
 #include "quant4.h"
 #include "quant8.h"

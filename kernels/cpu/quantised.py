@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import gcd
 
 import torch
@@ -29,10 +29,22 @@ class CpuQuantised:
     record: Quantised
     packed: Tensor  # [panels * panel_bytes] uint8
     kept: tuple[Tensor, ...]  # what the record points to beside `packed`
+    windows: dict[tuple[int, int], Quantised] = field(default_factory=dict)  # records of parts of its outputs
 
     @property
     def address(self) -> int:
         return ctypes.addressof(self.record)
+
+    def panels(self, first: int, count: int) -> int:
+        """Return the address of a record of `count` outputs from `first` on, both of whole panels."""
+        if count == self.out_features:
+            return self.address
+        record = self.windows.get((first, count))
+        if record is None:
+            record = self.windows[first, count] = Quantised.from_buffer_copy(self.record)
+            record.data += first // PANEL * record.panel_bytes
+            record.columns_out = count
+        return ctypes.addressof(record)
 
     @property
     def in_features(self) -> int:

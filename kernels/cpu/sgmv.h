@@ -45,14 +45,14 @@ static const Operand<T>* segment_shrink(SegmentScratch<T>& s, const T* x, const 
     constexpr int P = Pack<T>::P;
     int64_t ldu = (int64_t)s.tiles.count * kTileRanks;
     T *u = s.u.get(rows * ldu), *a = s.a.get(in * kTileRanks + 256);
-    const Operand<T>* xs[3] = {operands(x, rows * in, s.x), nullptr, nullptr};  // by Source; those of bottlenecks when they are wanted
+    const Operand<T>* xs[3] = {operands(x, rows * in, s.x), nullptr, nullptr};  // by BlockInput; those of bottlenecks when they are wanted
     const T* raw[3] = {x, nullptr, residual};
     float* sums = s.sums.get(rows * kTileRanks);
     for (int i = 0; i < s.tiles.count; i++) {
         const Tile<T>& t = s.tiles[i];
         int source = (int)t.source;
         if (!xs[source]) {
-            if (t.source == Source::kSum) raw[source] = summed(x, residual, rows * in, s.sum);
+            if (t.source == BlockInput::kSum) raw[source] = summed(x, residual, rows * in, s.sum);
             xs[source] = operands(raw[source], rows * in, s.other[source - 1]);
         }
         if (t.a && t.in % P) {  // no pairs at the end of a row: one row at a time

@@ -22,7 +22,7 @@ struct Tile {
     int n, start, len, in_start, in;
     float weight;
     const float* c = nullptr;  // of a bottleneck: u = function(A source + c)
-    Source source = Source::kBranch;
+    BlockInput source = BlockInput::kBranch;
     Function function = Function::kIdentity;
 };
 
@@ -76,7 +76,7 @@ static void mix_tiles(const Step& step, int segment, int layer, int site, TileLi
             if (activation) {
                 Tile<T>& tile = out[list.count - 1];
                 tile.c = (const float*)(step.arena + (int64_t)activation[1] * kAlign) + activation[7];
-                tile.source = (Source)activation[2], tile.function = (Function)activation[6];
+                tile.source = (BlockInput)activation[2], tile.function = (Function)activation[6];
                 activation = nullptr;
             }
         }

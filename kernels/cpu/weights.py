@@ -37,6 +37,10 @@ class CpuLinear:
     def address(self) -> int:
         return self.packed.data_ptr()
 
+    def panels(self, first: int, count: int) -> int:
+        """Return the address of the weight of `count` outputs from `first` on, both of whole panels."""
+        return self.address + first * self.in_features * self.packed.element_size()
+
 
 @dataclass(frozen=True)
 class CpuParts:

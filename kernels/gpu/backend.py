@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812  its usual name
 
-from loraplex.kernels.constants import Own
-from loraplex.kernels.gpu import attention, bgmv, linear, own, quantized, rowwise, sgmv, tuning
+from loraplex.kernels.constants import Own, TableSite
+from loraplex.kernels.gpu import attention, bgmv, linear, own, quantized, rotary, rotate, rowwise, sgmv, tuning
 from loraplex.kernels.ops import Backend, PackedLinear
 from loraplex.kernels.quantized import Activations, PartShape, QuantizedWeight
 from loraplex.kernels.records import (
@@ -26,6 +26,7 @@ from loraplex.kernels.records import (
     AttentionMeta,
     AttentionParams,
     KVLayer,
+    OwnInput,
     QKNorm,
     TileTable,
 )
@@ -114,6 +115,16 @@ class TritonBackend(TorchSampling, Backend):
     def linear(self, x: Tensor, weight: PackedLinear) -> Tensor:
         return self._linear(x, weight, x.dtype)
 
+    def adapter_linear(
+        self, x: Tensor, weight: PackedLinear, inputs: Sequence[OwnInput], adapters: AdapterStep
+    ) -> Tensor:
+        y = torch.empty(x.shape[0], weight.out_features, dtype=x.dtype, device=x.device)
+        for each in inputs:
+            outputs = slice(each.start, each.stop)
+            turned = rotate.turned(x, each.place, adapters)
+            y[:, outputs] = self._linear(turned, _outputs(weight, outputs), x.dtype)
+        return y
+
     def logits(self, x: Tensor, weight: PackedLinear, room: Tensor | None = None) -> Tensor:
         return self._linear(x, weight, torch.float32)
 
@@ -166,10 +177,14 @@ class TritonBackend(TorchSampling, Backend):
             own.embed_(y, ids, place, adapters)
         return y
 
-    def adapter_head_(
-        self, logits: Tensor, x: Tensor, slots: Tensor, place: int, arena: Tensor, table: TileTable
-    ) -> Tensor:
-        own.head_(logits, x, slots, place, arena, table)
+    def adapter_head_(self, logits: Tensor, x: Tensor, place: int, adapters: AdapterStep) -> Tensor:
+        table, segments = adapters.table, adapters.segments
+        own.head_(logits, x, place, adapters)
+        layer, site = table.num_layers, TableSite.HEAD
+        most = _most_tiles(table.ranges_host[:, layer:, site:][:, :, :1], segments.mixes)[0][0]
+        if most:
+            elements = adapters.arena.view(-1).view(x.dtype)
+            bgmv.add_(logits, x, None, elements, table, layer, site, segments, most)
         return logits
 
     def rope_store_kv(
@@ -181,8 +196,10 @@ class TritonBackend(TorchSampling, Backend):
         store_index: Tensor,
         params: AttentionParams,
         norm: QKNorm | None,
+        adapters: AdapterStep | None = None,
     ) -> Tensor:
-        return rowwise.rope_store_kv(qkv, cos, sin, layer, store_index, params, norm)
+        norms = adapters if adapters is not None and adapters.own & Own.NORM else None
+        return rotary.rope_store_kv(qkv, cos, sin, layer, store_index, params, norm, norms)
 
     def attention(self, q: Tensor, layer: KVLayer, meta: AttentionMeta, params: AttentionParams) -> Tensor:
         is_decode = (False,) * len(meta.is_decode) if self.batch_invariant else meta.is_decode
@@ -214,6 +231,13 @@ def _most_tiles(ranges: Tensor, mixes: Sequence[tuple[tuple[int, float], ...]]) 
     for slots in {tuple(slot for slot, _ in mix) for mix in mixes if len(mix) > 1}:
         most = torch.maximum(most, counts[list(slots)].sum(0))
     return [[int(n) for n in layer] for layer in most.tolist()]
+
+
+def _outputs(packed: PackedLinear, outputs: slice) -> PackedLinear:
+    """View the weight of some outputs."""
+    if isinstance(packed, quantized.TritonParts):
+        return quantized.outputs_of(packed, outputs)
+    return TritonLinear(_weight(packed)[outputs])
 
 
 def _weight(packed: PackedLinear) -> Tensor:

@@ -7,7 +7,7 @@ byte, wider ones take a byte each.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -115,6 +115,24 @@ def linear(x: Tensor, weight: TritonParts, dtype: torch.dtype, few: bool) -> Ten
             _multiply(_inputs(x, part, weight.activations), part, y[:, start:stop], few)
         start = stop
     return y
+
+
+def outputs_of(weight: TritonParts, outputs: slice) -> TritonParts:
+    """View the weight of some outputs."""
+    parts: list[Tensor | TritonQuantized] = []
+    start = 0
+    for part in weight.parts:
+        count = part.shape[0] if isinstance(part, Tensor) else part.out_features
+        mine = slice(max(0, outputs.start - start), min(count, outputs.stop - start))
+        start += count
+        if mine.start >= mine.stop:
+            continue
+        if isinstance(part, Tensor):
+            parts.append(part[mine])
+        else:
+            offset = None if part.offset is None else part.offset.rows(mine)
+            parts.append(replace(part, codes=part.codes[mine], scale=part.scale.rows(mine), offset=offset))
+    return replace(weight, parts=tuple(parts))
 
 
 def embed(ids: Tensor, table: TritonParts, scale: float | None) -> Tensor:

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from loraplex.kernels.constants import ALIGN, TILE_COLUMNS, TILE_RANKS, Function, Source, TileKind
+from loraplex.kernels.constants import ALIGN, TILE_COLUMNS, TILE_RANKS, BlockInput, Function, TileKind
 from loraplex.kernels.records import AdapterSegments, TileTable
 
 RANKS = TILE_RANKS
@@ -19,8 +19,8 @@ _COLUMNS = tl.constexpr(TILE_COLUMNS)
 _FLOATS = tl.constexpr(ALIGN // 4)
 DENSE = tl.constexpr(int(TileKind.DENSE))
 _ACTIVATION = tl.constexpr(int(TileKind.ACTIVATION))
-_SUM = tl.constexpr(int(Source.SUM))
-_RESIDUAL = tl.constexpr(int(Source.RESIDUAL))
+_SUM = tl.constexpr(int(BlockInput.SUM))
+_RESIDUAL = tl.constexpr(int(BlockInput.RESIDUAL))
 _RELU = tl.constexpr(int(Function.RELU))
 _GELU = tl.constexpr(int(Function.GELU))
 _GELU_TANH = tl.constexpr(int(Function.GELU_TANH))

@@ -42,6 +42,9 @@ KV_SPLIT = 256
 COMBINE_SPLITS = 16
 """Partial results of decode attention combined at once."""
 
+TURN_COLUMNS = 256
+"""Columns of a turned input that a program computes."""
+
 ELEMENTS = 1024
 """Columns of one program of the elementwise ops."""
 

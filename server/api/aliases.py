@@ -106,7 +106,7 @@ class LabelCard(Wire):
 
 
 def make_router(services: Services) -> APIRouter:
-    """The routes, working with `services`."""
+    """Make the routes, working with `services`."""
     router = APIRouter()
 
     @router.get("/v1/aliases", **answers(AliasList, errors=(401,)))
@@ -230,7 +230,7 @@ def _targets(state: AliasState) -> list[TargetFields]:
 
 
 def _check_may_change(services: Services, name: str) -> None:
-    """Raises ApiError, AdapterNotFound for names that the caller may not even know."""
+    """Check that the caller may change the name. Raises ApiError, AdapterNotFound for what it may not know."""
     if name in services.facts.names or is_hidden(name):
         raise InvalidField("name", f"the name '{name[:200]}' is the base's own, or the server's; choose another")
     if not current_key().may_manage(name) and not current_key().may_use(name):
@@ -239,7 +239,7 @@ def _check_may_change(services: Services, name: str) -> None:
 
 
 def _check_number(services: Services, name: str) -> None:
-    """A tenant may have as many aliases as adapters. Raises RateLimited."""
+    """Check that a tenant has no more aliases than it may have adapters. Raises RateLimited."""
     with counting_adapters() as owner:
         if owner is None or owner.most is None or services.aliases.get(name) is not None:
             return
@@ -250,7 +250,7 @@ def _check_number(services: Services, name: str) -> None:
 
 
 def _check_may_use(services: Services, target: str) -> None:
-    """Raises ApiError (404) for what the caller could not ask for itself."""
+    """Raise ApiError (404) for what the caller could not ask for itself."""
     name = target.partition("@")[0]
     alias = services.aliases.get(name)
     usable = may_use_alias(services, current_key(), alias) if alias is not None else current_key().may_use(name)

@@ -33,7 +33,21 @@ class CompletionLogprobs(Wire):
     text_offset: list[int] = Field(default_factory=list)
 
 
-class CompletionChoice(Wire):
+class WrittenTokens(Wire):
+    """From which token of an answer on, up to the next such record's, which versions have written it."""
+
+    version: str | None  # as system_fingerprint has it; null: the base alone
+    from_token: int  # counted from 0, in tokens that were drawn
+    cache: Literal["kept", "recomputed"] | None  # keys and values of the tokens before; null: the answer's first ones
+
+
+class ChangedChoice(Wire):
+    """What a choice has where its version changed while it was written (POST /resume), and elsewhere has not."""
+
+    versions: list[WrittenTokens] | None = Field(default=None, exclude_if=lambda value: value is None)
+
+
+class CompletionChoice(ChangedChoice):
     index: int
     text: str
     logprobs: CompletionLogprobs | None
@@ -125,7 +139,7 @@ class MatchedTensors(Wire):
     ignored: int
     why_ignored: str | None
     unmatched: Literal[0]
-    own_rows: int  # of those matched, that stand in for rows of the base's norms, embedding or head
+    own_rows: int  # tensors and modules that change rows of the base's norms, embedding or head
 
 
 class StoredTypes(Wire):

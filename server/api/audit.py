@@ -19,7 +19,7 @@ MAX_LINES = 1000
 
 
 def make_router(services: Services) -> APIRouter:
-    """The route, working with `services`."""
+    """Make the route, working with `services`."""
     router = APIRouter()
 
     @router.get("/v1/audit", responses=failures((400, 401, 403, 404, 500)))

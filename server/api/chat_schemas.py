@@ -9,7 +9,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 from typing_extensions import TypedDict  # pydantic reads no other before Python 3.12
 
-from loraplex.server.api.answer_schemas import PromptLogprob, Usage
+from loraplex.server.api.answer_schemas import ChangedChoice, PromptLogprob, Usage
 from loraplex.server.api.schemas import MAX_LOGPROBS, GenerationFields, Incoming, Wire, kind_of
 
 # ---------------------------------------------------------------------------------------------------------- requests
@@ -160,7 +160,7 @@ class ChatMessage(Selective):
         return fixed | {name: value for name, value in optional.items() if value is not None}
 
 
-class ChatChoice(Wire):
+class ChatChoice(ChangedChoice):
     index: int
     message: ChatMessage
     logprobs: ChatLogprobs | None
@@ -235,7 +235,7 @@ class ChatDelta(Selective):
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 
-class ChatChunkChoice(Wire):
+class ChatChunkChoice(ChangedChoice):
     index: int
     delta: ChatDelta
     logprobs: ChatLogprobs | None = None

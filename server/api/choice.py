@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,12 +15,20 @@ from loraplex.adapters.histogram import Histogram
 from loraplex.server.api.errors import InvalidField
 from loraplex.server.api.prompts import Echo, GenerationOptions, ScoredPrompt, ScoredToken
 from loraplex.server.api.submission import Submission
-from loraplex.server.engine.request import EngineError, FinishReason, Mix, Phases, ShuttingDown, TokenEvent
+from loraplex.server.engine.request import EngineError, FinishReason, Mix, Phases, Renewed, ShuttingDown, TokenEvent
 from loraplex.server.engine.streams import Shortcut
 from loraplex.server.telemetry.metrics import Metrics
 from loraplex.server.telemetry.request_context import ChoiceTimes
 from loraplex.server.telemetry.usage import GAPS
 from loraplex.server.text.detokenizer import Detokenizer
+
+
+class Stretch(NamedTuple):
+    """Which tokens of an answer are of which versions: those from `first` on, up to the next ones'."""
+
+    first: int  # counted from 0, in tokens that were drawn
+    mix: Mix
+    kept: bool | None  # whether the keys and values before are still those of others; None: there were none before
 
 
 @dataclass(frozen=True)
@@ -34,6 +43,7 @@ class Delta:
     finish_reason: str | None = None  # "stop" | "length"; set in the last delta of the choice
     stop_reason: int | str | None = None
     embedding: NDArray[np.float32] | None = None  # [H], where it was asked for
+    stretches: tuple[Stretch, ...] = ()  # where the version changes with it, and in the last delta where one has
 
 
 class Choice:
@@ -69,6 +79,7 @@ class Choice:
         self._gap = 0.0  # of the tokens coming in
         self._handful = 0  # of them still to come
         self._phases: Phases | None = None
+        self._stretches: list[Stretch] = []  # once a version has changed
         self._unreleased: deque[ScoredToken] = deque()  # tokens whose text is not out yet
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
@@ -111,7 +122,7 @@ class Choice:
         """The texts, some of them "", of the first `events` up to one that ends it, which is not taken. It is_plain."""
         texts = []
         for event in events:
-            if event.token_id is None or event.finish is not None:
+            if event.token_id is None or event.finish is not None or event.renewed is not None:
                 break
             self._count(event)
             texts.append(self._detokenizer.push(event.token_id))
@@ -145,11 +156,14 @@ class Choice:
             tokens=self.num_tokens,
             gaps=self._gaps,
             finish_reason=self.finish_reason,
+            kinds=tuple(dict.fromkeys(version.info.kind for version, _ in worn)),
         )
 
     def _take(self, event: TokenEvent) -> Delta:
         text = ""
         stop_reason: int | str | None = None
+        if event.renewed is not None and self.num_tokens:
+            self._renew(event.renewed)
         if event.token_id is not None:
             self._count(event)
             if event.finish is FinishReason.STOP:
@@ -181,7 +195,15 @@ class Choice:
         beside, self._beside = self._beside, None
         scored = ScoredPrompt(self.prompt_ids, range(len(self.prompt_ids)), event.prompt_logprobs, beside or 0)
         shown = scored if beside is not None else None
-        return Delta(self._index, text, tokens, prompt, shown, finish, stop_reason, event.embedding)
+        stretches = tuple(self._stretches) if event.renewed is not None or finish is not None else ()
+        return Delta(self._index, text, tokens, prompt, shown, finish, stop_reason, event.embedding, stretches)
+
+    def _renew(self, renewed: Renewed) -> None:
+        """From the token that comes now on it is of other versions: what was diverted says the old ones."""
+        self._submission.divert(None)
+        if not self._stretches:
+            self._stretches.append(Stretch(0, renewed.earlier, None))
+        self._stretches.append(Stretch(self.num_tokens, renewed.mix, renewed.kept))
 
     def _check_constraint(self) -> None:
         """Raises ApiError where the grammar gave up: the answer ends where it should not."""

@@ -103,6 +103,18 @@ class PromptSource:
     rest: int = 0  # characters, about, of what else the two look at
 
 
+def source_of(param: str, given: Sequence[str | Sequence[int]], special: bool | None) -> PromptSource:
+    """The source of prompts that are `given` as texts or as ids. special: whether texts get the tokenizer's own tokens;
+    None: they do."""
+    texts = [each for each in given if isinstance(each, str)]
+
+    def read(tokenizer: Tokenizer) -> list[Prompt]:
+        encoded = iter(tokenizer.encode_all(texts, special is not False))
+        return [Prompt(next(encoded), text=each) if isinstance(each, str) else Prompt(each) for each in given]
+
+    return PromptSource(param, tuple(map(len, texts)), read)
+
+
 @dataclass(frozen=True)
 class Echo:
     """A prompt as the beginning of an answer; `offsets` are empty where its tokens are not scored."""

@@ -63,7 +63,7 @@ BODY: dict[str, Any] = {
 
 
 def _query(**described: tuple[dict[str, Any], str]) -> dict[str, Any]:
-    """The `parameters` of a route."""
+    """Make the `parameters` of a route."""
     return {
         "parameters": [
             {"name": name, "in": "query", "required": False, "schema": schema, "description": text}
@@ -81,7 +81,7 @@ TERMS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 def make_router(services: Services) -> APIRouter:
-    """The routes, working with `services`."""
+    """Make the routes, working with `services`."""
     router = APIRouter()
 
     @router.put(
@@ -189,7 +189,7 @@ def receiving(pushed: Pushed, owner: PushOwner) -> Iterator[tuple[SpooledAdapter
 
 
 def check_pushed_name(services: Services, name: str) -> None:
-    """Raises ApiError (400, 403) unless the caller may give an adapter this name."""
+    """Raise ApiError (400, 403) unless the caller may give an adapter this name."""
     try:
         if is_hidden(name):
             raise InvalidAdapterName(f"the adapter name {name[:200]!r} is of the server's own kind; choose another")
@@ -200,7 +200,7 @@ def check_pushed_name(services: Services, name: str) -> None:
 
 
 def _retain(request: Request, owner: PushOwner) -> int | None:
-    """How many versions stay beside this one; None: as the server was told.
+    """Read how many versions stay beside this one; None: as the server was told.
 
     Raises InvalidField.
     """
@@ -213,7 +213,7 @@ def _retain(request: Request, owner: PushOwner) -> int | None:
 
 
 def _ttl(request: Request) -> float | None:
-    """Raises InvalidField."""
+    """Read after how long the adapter expires. Raises InvalidField."""
     given = request.query_params.get("ttl")
     if given is None:
         return None

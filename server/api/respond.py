@@ -7,16 +7,17 @@ from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from json.encoder import encode_basestring
-from typing import Protocol
+from typing import Literal, Protocol
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from loraplex.server.api.answer_schemas import Usage
+from loraplex.server.api.answer_schemas import Usage, WrittenTokens
 from loraplex.server.api.choice import Delta
 from loraplex.server.api.direct import DirectBody, direct_body
 from loraplex.server.api.generation import Generation
 from loraplex.server.api.logprobs import ChatScores, CompletionScores, PromptScores, fill_in, write_prompt
+from loraplex.server.api.names import shown_mix
 from loraplex.server.api.schemas import GenerationFields, StreamOptions, Wire
 from loraplex.server.api.sse import SseResponse, answer_or_disconnect, encode_event
 
@@ -35,6 +36,7 @@ class Collected:
     likelihood: float = 0.0  # the log-probabilities of its own tokens, added up
     tokens: int = 0  # these are of
     token_ids: list[int] = field(default_factory=list)
+    versions: list[WrittenTokens] | None = None  # where they changed
 
     async def add(self, delta: Delta) -> None:
         if self.scores is not None and delta.prompt is not None:
@@ -50,6 +52,16 @@ class Collected:
         self.text += delta.text
         self.finish_reason = delta.finish_reason
         self.stop_reason = delta.stop_reason
+        self.versions = written_tokens(delta) or self.versions
+
+
+def written_tokens(delta: Delta) -> list[WrittenTokens] | None:
+    """Say which of an answer's tokens are of which versions, where `delta` has it."""
+    cache: dict[bool | None, Literal["kept", "recomputed"] | None] = {None: None, True: "kept", False: "recomputed"}
+    return [
+        WrittenTokens(version=shown_mix(mix) or None, from_token=first, cache=cache[kept])
+        for first, mix, kept in delta.stretches
+    ] or None
 
 
 @dataclass(frozen=True)
@@ -140,9 +152,12 @@ async def _chunks(
         async for delta in deltas:
             if not opened:
                 opened = True
+                so_far = {"usage": generation.usage()} if always else {}
                 for chunk in rendering.opening(generation.num_choices):
-                    yield chunk.model_dump_json(exclude=hidden)
-            if delta.text and not always and rendering.is_plain(delta):
+                    yield chunk.model_copy(update=so_far).model_dump_json(exclude=hidden)
+            if delta.stretches:  # what comes from here on is of another version
+                frames.pop(delta.index, None)
+            elif delta.text and not always and rendering.is_plain(delta):
                 frame = frames.get(delta.index)
                 if frame is None:
                     frame = frames[delta.index] = TextFrame.of(rendering, delta.index, hidden)

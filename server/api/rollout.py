@@ -4,6 +4,10 @@
     /pause?mode=wait    once what is open has ended
     /pause?mode=abort   what is open ends here with what it has, finish_reason "abort"; vLLM's default
 
+    /resume?mode=stay       what is open ends on the versions that it began with
+    /resume?mode=recompute  it goes on under what the names of its adapters point at by now, which computes it anew
+    /resume?mode=keep       the same, with the keys and values that the old version has computed
+
 Whoever comes meanwhile waits. Caches are kept whatever `clear_cache` says: keys and values are found by the digest of
 the adapter that computed them, so none of another version is ever used. SGLang's and AReaL's names do the same.
 """
@@ -11,7 +15,7 @@ the adapter that computed them, so none of another version is ever used. SGLang'
 from __future__ import annotations
 
 import asyncio
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from fastapi import APIRouter
 from starlette.requests import Request
@@ -21,13 +25,19 @@ from loraplex.server.api.errors import ApiError, InvalidField
 from loraplex.server.api.openapi import Paused, PauseState, WorldSize, answers
 from loraplex.server.api.services import Services
 from loraplex.server.engine.pausing import Pace
+from loraplex.server.engine.renewing import Renewal
 from loraplex.server.tenancy.tenants import current_key
 
 Mode = Literal["abort", "wait", "keep"]
 
+_RESUME_MODES: dict[str, Renewal | None] = {"stay": None} | {renewal.value: renewal for renewal in Renewal}
+
 ADMIN = (400, 401, 403, 503)
 
 _MODE = {"name": "mode", "in": "query", "required": False, "schema": {"enum": list(get_args(Mode)), "default": "abort"}}
+
+
+_RESUME = {"name": "mode", "in": "query", "required": False, "schema": {"enum": list(_RESUME_MODES)}}
 
 
 def make_router(services: Services) -> APIRouter:
@@ -47,13 +57,15 @@ def make_router(services: Services) -> APIRouter:
         await stop(services, "abort")
         return JSONResponse({"status": "paused"})
 
-    @router.post("/resume", **answers(Paused, errors=ADMIN))
-    @router.post("/continue_generation", **answers(Paused, errors=ADMIN))
-    @router.post("/areal_continue_generation", **answers(Paused, errors=ADMIN))
-    async def resume() -> Response:
-        """Compute again; what was kept goes on."""
+    resumed: dict[str, Any] = {"openapi_extra": {"parameters": [_RESUME]}, **answers(Paused, errors=ADMIN)}
+
+    @router.post("/resume", **resumed)
+    @router.post("/continue_generation", **resumed)
+    @router.post("/areal_continue_generation", **resumed)
+    async def resume(request: Request) -> Response:
+        """Compute again; what was kept goes on, if asked to under new versions."""
         _check_admin()
-        services.engine.resume()
+        services.engine.resume(_renewal(request, services.facts.config.run.resume_mode))
         return JSONResponse({"status": "resumed"})
 
     @router.get("/is_paused", **answers(PauseState, errors=(401,)))
@@ -88,6 +100,14 @@ def _mode(request: Request) -> Mode:
         if asked == mode:
             return mode
     raise InvalidField("mode", f"mode: found {asked[:40]!r}, expected keep, wait or abort")
+
+
+def _renewal(request: Request, default: str) -> Renewal | None:
+    """Read ?mode= of a resume. Raises InvalidField."""
+    asked = request.query_params.get("mode", default)
+    if asked not in _RESUME_MODES:
+        raise InvalidField("mode", f"mode: found {asked[:40]!r}, expected {', '.join(_RESUME_MODES)}")
+    return _RESUME_MODES[asked]
 
 
 def _check_admin() -> None:

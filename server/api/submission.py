@@ -39,6 +39,8 @@ class Submission:
     async def __anext__(self) -> TokenEvent:
         """Wait for the next event. Raises AdapterError and what Engine.submit raises, where it is submitted anew."""
         event = await anext(self._events)
+        if event.renewed is not None:
+            self.request = replace(self.request, mix=event.renewed.mix)
         if not self._has_begun:
             self._has_begun = True
             if isinstance(event.error, AdapterRefused) and event.error.code == "changed" and not self._is_exact():
@@ -46,7 +48,7 @@ class Submission:
                 return await anext(self._events)
         return event
 
-    def divert(self, shortcut: Shortcut) -> None:
+    def divert(self, shortcut: Shortcut | None) -> None:
         """See EventStream.divert: what `shortcut` takes is not among the events. Once the first event is here."""
         self._events.divert(shortcut)
 

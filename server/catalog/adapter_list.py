@@ -40,7 +40,7 @@ class AdapterList:
 
 
 def read_list(path: Path) -> AdapterList:
-    """Raises AdapterListError."""
+    """Read the adapter list at `path`. Raises AdapterListError."""
     try:
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
@@ -55,7 +55,7 @@ def read_list(path: Path) -> AdapterList:
 
 
 def parse_list(text: str) -> AdapterList:
-    """Raises AdapterListError."""
+    """Parse an adapter list. Raises AdapterListError."""
     try:
         raw = parse_yaml(text.encode())
     except ValueError as error:

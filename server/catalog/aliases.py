@@ -172,7 +172,7 @@ class Aliases:
         expected: int | None,
         what: What,
     ) -> Alias:
-        """In the writer's thread."""
+        """Write an alias, in the writer's thread."""
         check_name(name)
         old = self.get(name)
         self._check_expected(name, old, expected)
@@ -221,7 +221,7 @@ class Aliases:
         return self.scores.of(name, digest)
 
     def _whole(self, alias: str, target: str) -> str:
-        """Raises AliasRefused for what is no target, or leads back to the alias."""
+        """Complete the target's terms. Raises AliasRefused for what is no target, or leads back to the alias."""
         name, at, wanted = target.partition("@")
         if (not at and self.get(name) is not None) or name == alias:
             self._check_circle(alias, name)
@@ -257,12 +257,12 @@ class Aliases:
             )
 
     def _check_free(self, name: str) -> None:
-        """Raises AdapterExists where an adapter would be called as an alias is."""
+        """Raise AdapterExists where an adapter would be called as an alias is."""
         if self.get(name) is not None:
             raise AdapterExists(f"{name!r} is an alias; delete it first (DELETE /v1/aliases/{name}), or choose another")
 
     def _holds(self, row: KeptVersion) -> bool:
-        """Whether an alias stands for the version, now or once it is rolled back."""
+        """Return whether an alias stands for the version, now or once it is rolled back."""
         target = f"{row.name}@{row.digest}"
         states = [state for alias in self.all() for state in (alias.state, alias.previous) if state is not None]
         return any(target == each.name for state in states for each in state.targets)

@@ -29,7 +29,7 @@ class Expiry:
         self._thread.start()
 
     def stop(self) -> None:
-        """Idempotent."""
+        """Stop the thread. Idempotent."""
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join(5.0)

@@ -22,6 +22,9 @@ from loraplex.adapters.version import AdapterVersion
 
 logger = logging.getLogger(__name__)
 
+DIRECTORY, LIST, COMMAND = "--adapter-dir", "--adapters-file", "--adapter"
+"""What operators have adapters loaded by (AdapterVersion.by)."""
+
 
 Point = Callable[[], AdapterVersion]
 """Changes what a name stands for. Raises AdapterError."""
@@ -69,18 +72,20 @@ class AdapterManager:
         access: SourceAccess = OPERATOR,
         around: Around | None = None,
         copy: Copy | None = None,
+        by: str = "",
     ) -> AdapterVersion:
         """Fetch and read all of `source` (see sources.py) in the background and give it `name`.
 
         pinned: on the device from soon on and never evicted, until it is unloaded.
         around: called in a background thread once all is read, to have the name given; its result is the result.
         copy: makes the copy that is read instead, from then on too.
+        by: see AdapterVersion.
 
         Raises InvalidAdapterName, AdapterExists (name taken and not `replace`), AdapterNotFound (no such folder or
         repository), AdapterRefused (damaged, for another base, unsupported, too large for this server's memory),
         AdapterUnavailable (its source cannot be reached). Nothing is registered when it raises.
         """
-        coming = self.begin(name, source, replace=replace, access=access, around=around, copy=copy)
+        coming = self.begin(name, source, replace=replace, access=access, around=around, copy=copy, by=by)
         version = await asyncio.wrap_future(coming)
         if pinned:
             self.pin(version, True)
@@ -97,11 +102,12 @@ class AdapterManager:
         around: Around | None = None,
         copy: Copy | None = None,
         origin: str = "",
+        by: str = "",
     ) -> Future[AdapterVersion]:
-        """register() without waiting: the future fails as it raises. Once cancelled, nothing is registered.
+        """Begin what register() does: the future fails as that raises. Once cancelled, nothing is registered.
 
         stale: where the source is out of reach, take what was fetched of it earlier.
-        origin: what `source` is a copy of.
+        origin: what `source` is a copy of. by: see AdapterVersion.
         """
         outcome: Future[AdapterVersion] = Future()
         try:
@@ -125,7 +131,7 @@ class AdapterManager:
         def enter(place: str, loaded: LoadedContent) -> None:
             if outcome.set_running_or_notify_cancel():
                 register, given = self.registry.register, origin if place == found.text else found.text
-                point = partial(register, name, place, loaded.info, replace=replace, origin=given)
+                point = partial(register, name, place, loaded.info, replace=replace, origin=given, by=by)
                 if around is None:
                     outcome.set_result(point())
                 else:
@@ -142,7 +148,7 @@ class AdapterManager:
         return outcome
 
     def expect(self, name: str, coming: Future[AdapterVersion]) -> None:
-        """Requests for `name` wait until `coming` is done (see arrival)."""
+        """Have requests for `name` wait until `coming` is done (see arrival)."""
         arrived: Future[None] = Future()
         coming.add_done_callback(lambda _: arrived.set_result(None))
         self._arrivals.share(name, arrived)
@@ -154,7 +160,7 @@ class AdapterManager:
             await asyncio.wrap_future(waiter)
 
     def coming(self) -> tuple[str, ...]:
-        """Names that requests wait for: they are not registered yet."""
+        """List the names that requests wait for: they are not registered yet."""
         return self._arrivals.keys()
 
     def examine(self, source: str) -> AdapterInfo:
@@ -164,15 +170,6 @@ class AdapterManager:
     def pin(self, version: AdapterVersion, pinned: bool) -> None:
         """Have `version` on the device from soon on and never evicted, or let it be evicted again."""
         self._pin(version, pinned)
-
-    async def register_folder(self, directory: Path) -> tuple[AdapterVersion, ...]:
-        """Register every sub-folder that holds an adapter_config.json under its folder's name.
-
-        Only config and header are looked at; what the weights hold is checked when they are first wanted. A refused one
-        is kept in registry.refused (its name then answers with the reason) and the others go on; a name that is taken
-        already, or cannot be one, is logged and left out. Raises OSError if `directory` cannot be listed.
-        """
-        return await asyncio.to_thread(self._register_folder, directory)
 
     async def unregister(self, name: str) -> AdapterVersion:
         """Take the name away at once; requests that hold a lease finish. Raises AdapterNotFound."""
@@ -184,12 +181,12 @@ class AdapterManager:
             self.downloads.close()
         self.loader.shutdown()
 
-    def _register_folder(self, directory: Path) -> tuple[AdapterVersion, ...]:
-        folders = sorted(path.parent for path in directory.glob("*/adapter_config.json"))
-        return tuple(version for folder in folders if (version := self.register_unread(folder)) is not None)
-
     def register_unread(self, folder: Path) -> AdapterVersion | None:
-        """Register one folder as register_folder() does; None when it is refused or left out.
+        """Register the adapter in `folder` under the folder's name; None when it is refused or left out.
+
+        Only config and header are looked at; what the weights hold is checked when they are first wanted. A refused one
+        is kept in registry.refused: its name then answers with the reason. One whose name is taken already, or cannot
+        be one, is logged and left out.
 
         No link in it is followed out of the folder that it is in.
         """
@@ -197,7 +194,7 @@ class AdapterManager:
         try:
             self.registry.check_name(name)
             self._check_free(name)
-            return self._enter_unread(name, below(folder.parent, name), replace=False)
+            return self._enter_unread(name, below(folder.parent, name), replace=False, by=DIRECTORY)
         except AdapterRefused as error:
             logger.warning("adapter %r is refused: %s", name, error)
             self.registry.mark_refused(name, error)
@@ -206,7 +203,7 @@ class AdapterManager:
         return None
 
     def refresh(self, version: AdapterVersion) -> None:
-        """The local files of `version` have changed: what they hold now gets its name.
+        """Give the name of `version`, whose local files have changed, to what they hold now.
 
         One that nobody has used is only looked at; another is read again, in the background. Whatever is wrong with the
         new files, what is in memory of the old ones is served on.
@@ -215,16 +212,16 @@ class AdapterManager:
             self.loader.load(version.source).add_done_callback(lambda loading: self._renew(version, loading))
             return
         try:
-            self._enter_unread(version.name, version.source, replace=True)
+            self._enter_unread(version.name, version.source, replace=True, by=version.by)
         except AdapterRefused as error:
             logger.warning("adapter %r has changed and is refused: %s", version.name, error)
-            self.registry.unregister(version.name)
+            self.registry.unregister(version.name, version.by)
             self.registry.mark_refused(version.name, error)
         except AdapterError as error:
             logger.warning("adapter %r has changed and cannot be read: %s", version.name, error)
 
     def _renew(self, version: AdapterVersion, loading: Future[LoadedContent]) -> None:
-        """In a loader's thread."""
+        """Register what a loader read again, in its thread."""
         error = loading.exception()
         if isinstance(error, AdapterRefused):
             logger.warning("adapter %r has changed and is refused: %s", version.name, error)
@@ -236,13 +233,13 @@ class AdapterManager:
         if not fetching.cancelled():
             self.registry.refusals.count(fetching.exception())
 
-    def _enter_unread(self, name: str, source: str, replace: bool) -> AdapterVersion:
+    def _enter_unread(self, name: str, source: str, replace: bool, by: str) -> AdapterVersion:
         try:
             info = self._examine(source)
         except AdapterRefused as error:
             self.registry.refusals.count(error)
             raise
-        return self.registry.register(name, source, info, replace=replace)
+        return self.registry.register(name, source, info, replace=replace, by=by)
 
     def _check_free(self, name: str) -> None:
         taken = self.registry.get(name)

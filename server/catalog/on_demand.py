@@ -74,7 +74,7 @@ class OnDemand:
     async def lease(
         self, source: str, access: SourceAccess = OPERATOR, owner: QuotaOwner | None = None
     ) -> AdapterLease:
-        """The adapter at `source`, loaded and registered unless it is. However many ask at once, it is fetched once.
+        """Lease the adapter at `source`, loaded and registered unless it is: once, however many ask at once.
 
         owner: who has it then; None: nobody whose number is bounded. Raises AdapterError, Overloaded (TooManyAdapters
         where the owner has as many as it may, all in use).
@@ -89,7 +89,7 @@ class OnDemand:
     async def merge(
         self, leases: Sequence[AdapterLease], plan: MergePlan, owner: QuotaOwner | None = None
     ) -> AdapterLease:
-        """The adapters of `leases` merged by `plan`, made unless it is there. The leases stay the caller's.
+        """Lease the merge of the adapters of `leases` by `plan`, made unless it is there. They stay the caller's.
 
         Raises AdapterRefused where they do not go together, Overloaded as lease() does.
         """
@@ -113,7 +113,7 @@ class OnDemand:
         return await asyncio.wrap_future(waiter)
 
     def _name_of(self, key: Key) -> str | None:
-        """A source's key is its name; a merge has one once it is made."""
+        """Return the name of what `key` stands for: a source's is its key; a merge has one once it is made."""
         return key if isinstance(key, str) else self._known.get(key)
 
     async def _load(self, name: str, source: str, access: SourceAccess) -> str:
@@ -166,7 +166,7 @@ class _Names:
         self._names.move_to_end(name)
 
     def make_room(self, coming: str | None = None) -> list[str]:
-        """For one more: unregister idle ones, which are returned. Raises Overloaded when all are in use.
+        """Unregister idle ones for one more, and return them. Raises Overloaded when all are in use.
 
         coming: its name, which takes its place from now on, so that many that come at once have room for all.
         """
@@ -196,19 +196,19 @@ class _Names:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether an adapter of this name is for those alone who asked for it in full."""
+    """Return whether an adapter of this name is for those alone who asked for it in full."""
     return name.startswith((MERGED, PRIVATE, PUSHED))
 
 
 def first_use_name(source: Source) -> str:
-    """The name an adapter gets that nobody gave one: readable, and one for each place and rights."""
+    """Make the name of an adapter that nobody gave one: readable, and one for each place and rights."""
     last = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(source.text).name)[:64].strip(".") or "adapter"
     kind = PRIVATE if source.access.token is not None and source.is_remote else f"{source.kind}/"
     return f"{kind}{last}-{hashlib.sha256(source.text.encode()).hexdigest()[:12]}"
 
 
 def source_of(origin: str, adapter_id: str) -> str:
-    """LoRAX's adapter_source ("hub", "local", "s3") and adapter_id as one source, the same for the same files.
+    """Make one source of LoRAX's adapter_source ("hub", "local", "s3") and adapter_id.
 
     Raises AdapterRefused("unsupported_kind") for an id that cannot be of that origin.
     """

@@ -63,7 +63,7 @@ class PushOwner:
 
     @property
     def quota(self) -> QuotaOwner:
-        """Who brings it, for the number of adapters."""
+        """Return who brings it, for the number of adapters."""
         return QuotaOwner(self.tenant, self.most)
 
 
@@ -77,8 +77,13 @@ class Pushed:
         spool: Spool,
         most_bytes: int,
         kept: Mapping[str, str] | None = None,
+        copied: Callable[[str], int] = lambda tenant: 0,
     ) -> None:
-        """most_bytes: of one adapter. kept: sources that an earlier process left in the spool -> their tenants."""
+        """most_bytes: of one adapter. kept: sources that an earlier process left in the spool -> their tenants.
+
+        copied: bytes of the copies that are kept of a tenant's versions (Versions.copied_bytes).
+        """
+        self._copied = copied
         self.most_bytes = most_bytes
         self.spool = spool
         self.threads = ThreadPoolExecutor(THREADS, "pushed")
@@ -148,9 +153,10 @@ class Pushed:
             self._bytes[tenant] += self._held[source][1]
 
     def bytes_of(self, tenant: str) -> int:
-        """Return what the tenant's adapters take on disk. Any thread."""
+        """Return what the tenant's adapters take on disk, and the copies of their versions. Any thread."""
+        copied = self._copied(tenant)
         with self._lock:
-            return self._bytes[tenant]
+            return self._bytes[tenant] + copied
 
     def too_many(self, owner: PushOwner) -> TooManyBytes:
         """Make the refusal of what takes more than `owner` may have."""
@@ -220,7 +226,7 @@ class Pushed:
     # -- what goes -----------------------------------------------------------------------------------------------------
 
     def _expire_after(self, ttl: float, version: AdapterVersion, expired: Callable[[], None]) -> None:
-        """Not before what was said of the same version earlier."""
+        """Let the version expire, but not before what was said of it earlier."""
         loop, (uid, before) = asyncio.get_running_loop(), self._timers.get(version.name, (0, None))
         when = loop.time() + ttl
         if before is not None:
@@ -244,7 +250,7 @@ class Pushed:
             logger.info("adapter @sha256:%s has expired", key[1][:12])
 
     def _drained(self, version: AdapterVersion) -> None:
-        """In whatever thread: nobody has the version any more."""
+        """Drop what is kept of a version that nobody has any more, in whatever thread."""
         if version.source in self._held and not self._is_used(version.source):
             self.threads.submit(self.drop, version.source)
 

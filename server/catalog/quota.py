@@ -59,7 +59,7 @@ class Quota:
 
     @contextmanager
     def loading(self, owner: QuotaOwner | None, name: str) -> Iterator[None]:
-        """`name` is loaded for `owner` (None: whoever has no bound) in the block. Raises TooManyAdapters.
+        """Count `name` as loaded for `owner` (None: whoever has no bound) in the block. Raises TooManyAdapters.
 
         Replacing a name of the owner's own, and loading it twice at once, take no room.
         """
@@ -73,7 +73,7 @@ class Quota:
 
     @contextmanager
     def bringing(self, owner: QuotaOwner | None, key: Key) -> Iterator[None]:
-        """A request of `owner` brings `key`: it is theirs from here on, and nobody's room during the block.
+        """Count `key`, which a request of `owner` brings, as theirs; during the block it is nobody's room.
 
         Raises TooManyAdapters.
         """
@@ -91,16 +91,16 @@ class Quota:
             self.work_ended(key)
 
     def work_began(self, key: Key) -> None:
-        """`key` is loaded or made, also when whoever brought it leaves."""
+        """Note that `key` is loaded or made, also when whoever brought it leaves."""
         self._wanted[key] += 1
 
     def work_ended(self, key: Key) -> None:
-        """The work is done, or has failed: what is not there then is nobody's."""
+        """Note that the work is done, or has failed: what is not there then is nobody's."""
         _decrement(self._wanted, key)
         self._forget_unless_there(key)
 
     def wanted_names(self) -> set[str | None]:
-        """Names that requests are about to wear: no lease shows it yet."""
+        """List the names that requests are about to wear: no lease shows it yet."""
         return {self._name_of(key) for key in self._wanted}
 
     def _own(self, tenant: str) -> set[str]:
@@ -109,7 +109,7 @@ class Quota:
         return {name for name in names.union(self._loading, self._coming()) if name.startswith(prefix)}
 
     def _live(self, tenant: str) -> list[tuple[Key, bool]]:
-        """What it brought and is here or comes, least recently used first: whether it can go. Forgets the rest."""
+        """List what the tenant brought and is here or comes, least recently used first: whether it can go."""
         live: list[tuple[Key, bool]] = []
         names: set[str] = set()
         wanted = self.wanted_names()
@@ -126,7 +126,7 @@ class Quota:
         return live[::-1]
 
     def _make_room(self, owner: QuotaOwner) -> None:
-        """For one more; all that is needed goes, or nothing. Raises TooManyAdapters."""
+        """Make room for one more: all that is needed goes, or nothing. Raises TooManyAdapters."""
         live = self._live(owner.tenant)
         if owner.most is None:
             return
@@ -150,7 +150,7 @@ class Quota:
                     self._forget(tenant, key)
 
     def _forget(self, tenant: str, key: Key) -> None:
-        """`key` is not the tenant's any more."""
+        """Forget that `key` is the tenant's."""
         mine = self._brought.get(tenant)
         if mine is None or key not in mine:
             return

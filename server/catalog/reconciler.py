@@ -22,11 +22,11 @@ from pathlib import Path
 
 from loraplex.adapters.errors import AdapterError, AdapterNotFound, AdapterRefused
 from loraplex.adapters.files.beneath import below
-from loraplex.adapters.sources.watch import Change, FileStamp, FolderWatch, What, file_stamp
+from loraplex.adapters.sources.watch import FileStamp, FolderChange, FolderWatch, What, file_stamp
 from loraplex.adapters.throttle import Throttle, lower_priority
 from loraplex.adapters.version import AdapterVersion
 from loraplex.server.catalog.adapter_list import AdapterList, AdapterListError, DesiredAdapter, read_list
-from loraplex.server.catalog.manager import AdapterManager
+from loraplex.server.catalog.manager import COMMAND, DIRECTORY, LIST, AdapterManager
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ class Reconciler:
         self._thread.start()
 
     def stop(self) -> None:
-        """Idempotent."""
+        """Stop the thread. Idempotent."""
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join(5.0)
@@ -133,14 +133,14 @@ class Reconciler:
             self._apply(change)
             self._throttle()
 
-    def _apply(self, change: Change) -> None:
+    def _apply(self, change: FolderChange) -> None:
         registry, folder = self._manager.registry, change.folder
         version = registry.get(folder.name)
         own = version is not None and version.source == below(folder.parent, folder.name)
         if change.what is What.VANISHED:
             if own:
                 with suppress(AdapterNotFound):
-                    registry.unregister(folder.name)
+                    registry.unregister(folder.name, DIRECTORY)
                 logger.info("adapter %s is gone: its folder is", folder.name)
             elif version is None:
                 registry.clear_refused(folder.name)
@@ -188,7 +188,7 @@ class Reconciler:
             self._fulfil(adapter)
 
     def _fulfil(self, desired: DesiredAdapter) -> None:
-        """One step nearer to `desired`."""
+        """Take one step towards `desired`."""
         entry = self._entries.get(desired.name)
         if entry is None or entry.desired.source != desired.source:
             if entry is not None and entry.coming is not None:
@@ -207,14 +207,16 @@ class Reconciler:
 
     def _begin(self, entry: _Entry) -> None:
         name = entry.desired.name
-        coming = self._manager.begin(name, entry.desired.source, replace=True, stale=True)
+        coming = self._manager.begin(
+            name, entry.desired.source, replace=True, stale=True, by=LIST if entry.desired.enforced else COMMAND
+        )
         coming.add_done_callback(lambda done: self._mark(entry, done))
         if entry.failures == 0:  # later ones answer with the reason at once
             self._manager.expect(name, coming)
         entry.coming = coming
 
     def _mark(self, entry: _Entry, done: Future[AdapterVersion]) -> None:
-        """In whatever thread: requests are told why it is not there."""
+        """Mark why an entry is not there, for requests, in whatever thread."""
         name = entry.desired.name
         error = None if done.cancelled() else done.exception()
         if error is None and not done.cancelled() and entry.dropped:
@@ -251,7 +253,7 @@ class Reconciler:
         entry.pinned = version
 
     def _drop(self, entry: _Entry) -> None:
-        """Its wish is taken back."""
+        """Drop an entry whose wish is taken back."""
         entry.dropped = True
         if entry.coming is not None and entry.coming.done():
             self._take(entry, entry.coming)
@@ -267,5 +269,5 @@ class Reconciler:
 
     def _unload(self, name: str) -> None:
         with suppress(AdapterNotFound):
-            self._manager.registry.unregister(name)
+            self._manager.registry.unregister(name, LIST)
             logger.info("adapter %s is unloaded, as the list asks", name)

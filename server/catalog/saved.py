@@ -70,7 +70,7 @@ class Remembering:
 
     @property
     def registry(self) -> Registry:
-        """The names there are."""
+        """Return the registry: the names there are."""
         return self._adapters.registry
 
     async def register(
@@ -85,7 +85,7 @@ class Remembering:
         terms: LoadTerms = LoadTerms(),
         what: What = "load",
     ) -> AdapterVersion:
-        """As AdapterManager.register; on disk when it returns. A version that is expected is replaced.
+        """Register as AdapterManager does; on disk when it returns. A version that is expected is replaced.
 
         Raises StateNotKept, too, and VersionMoved where the name has another version than the one expected.
         """
@@ -123,7 +123,7 @@ class Remembering:
             raise
 
     def _check_expected(self, name: str, expected: str | None) -> None:
-        """Raises VersionMoved."""
+        """Raise VersionMoved unless the name points at the version expected."""
         if expected is None:
             return
         current = self.registry.get(name)
@@ -137,7 +137,7 @@ class Remembering:
         raise VersionMoved(f"adapter {name!r}: expected {wanted}, and {found}; nothing is changed", present)
 
     def _enter(self, loading: _Loading, info: AdapterInfo, place: str, point: Point) -> AdapterVersion:
-        """In the writer's thread."""
+        """Register what was loaded, and write it down, in the writer's thread."""
         kept, terms, now = loading.kept, loading.terms, self.clock()
         for check in self.check_free:
             check(kept.name)
@@ -179,7 +179,7 @@ class Remembering:
         return version
 
     def _may_go(self, row: KeptVersion) -> bool:
-        """Whether a copy may make room: no name stands for it, and nothing else does."""
+        """Return whether a copy may make room: no name stands for it, and nothing else does."""
         current = self.registry.get(row.name)
         return not self.versions.is_held(row) and (current is None or current.digest != row.digest)
 
@@ -193,12 +193,16 @@ class Remembering:
         if copies is not None and copy and not any(version.source == place for version in registry.all()):
             copies.remove(copy)
 
+    def coming(self) -> tuple[str, ...]:
+        """List the names that are on their way."""
+        return self._adapters.coming()
+
     async def arrival(self, name: str) -> None:
-        """As AdapterManager.arrival."""
+        """Return what AdapterManager.arrival does."""
         await self._adapters.arrival(name)
 
     async def unregister(self, name: str, who: Who = Who()) -> AdapterVersion:
-        """As AdapterManager.unregister; on disk when it returns. One that could not be restored is forgotten, too.
+        """Unregister as AdapterManager does; on disk when it returns. What could not be restored is forgotten, too.
 
         Raises StateNotKept, too: nothing is unloaded then, as it would be there again after a restart.
         """
@@ -271,7 +275,7 @@ class Remembering:
                     logger.warning("%s@%s does not come back: %s", name, row.digest[:MIN_DIGITS], error)
 
     def _restored(self, name: str, done: Future[AdapterVersion]) -> None:
-        """In whatever thread."""
+        """Note whether a name came back, in whatever thread."""
         if done.cancelled():
             return
         error = done.exception()

@@ -52,7 +52,7 @@ class Scores:
         return await self._adapters.writer.run(put)
 
     def _write(self, row: KeptScore, who: Who) -> KeptScore:
-        """In the writer's thread."""
+        """Write a score, in the writer's thread."""
         key = (row.digest, row.golden)
         with self._lock:
             known = dict(self._known.get(row.name, {}))

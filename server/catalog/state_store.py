@@ -179,7 +179,7 @@ def _connect(place: str) -> sqlite3.Connection:
 
 
 def _open(path: Path) -> sqlite3.Connection:
-    """Raises OSError, sqlite3.Error, StateError."""
+    """Open the database. Raises OSError, sqlite3.Error, StateError."""
     os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # for the owner alone: a source may hold a login
     database = _connect(str(path))
     try:
@@ -258,7 +258,7 @@ def _aside(path: Path) -> Path:
 
 
 def _parse_old(text: bytes) -> list[KeptName]:
-    """Raises ValueError."""
+    """Parse the state of earlier releases, a JSON file. Raises ValueError."""
     found = json.loads(text)
     if not isinstance(found, dict) or found.get("version") != 1 or not isinstance(found.get("adapters"), list):
         raise ValueError("expected an object of version 1 with a list of adapters")

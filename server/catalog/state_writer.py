@@ -67,7 +67,7 @@ class StateWriter:
         self.look()
 
     def look(self) -> None:
-        """See whether the state can be written. In the writer's thread, or before there is one."""
+        """Look whether the state can be written. In the writer's thread, or before there is one."""
         try:
             self.store.touch()
             with self.store.changing() as transaction:
@@ -83,12 +83,12 @@ class StateWriter:
             self.is_written = True
 
     def try_again(self) -> None:
-        """In the background, where nothing could be written: there may be room by now."""
+        """Try again in the background, where nothing could be written: there may be room by now."""
         if not self.is_written and (self._trying is None or self._trying.done()):
             self._trying = self.submit(self.look)
 
     def collector(self) -> Collector:
-        """For the server's metrics."""
+        """Make the collector for the server's metrics."""
         return _StateCollector(self)
 
     def close(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from loraplex.adapters.errors import AdapterRefused
@@ -55,8 +55,3 @@ def make_room(rows: Iterable[KeptVersion], new_bytes: int, max_bytes: int, may_g
             f"may have {max_bytes} (--retained-bytes)",
         )
     return tuple(gone)
-
-
-def without_copies(rows: Iterable[KeptVersion], names: Collection[str]) -> tuple[KeptVersion, ...]:
-    """Say which rows are gone since their copies, called otherwise than `names`, are."""
-    return tuple(replace(row, gone="dropped") for row in rows if row.copy and not row.gone and row.copy not in names)

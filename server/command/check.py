@@ -13,7 +13,7 @@ from loraplex.adapters.errors import AdapterError, AdapterRefused
 from loraplex.server.command.build import EngineParts, build_engine
 from loraplex.server.command.load import read_config, read_defaults, read_tokenizers
 from loraplex.server.command.proving import make_prover
-from loraplex.server.config import EngineConfig
+from loraplex.server.config_engine import EngineConfig
 from loraplex.server.proof.receipt import Receipt
 
 SECONDS = 3600.0

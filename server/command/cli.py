@@ -16,13 +16,14 @@ from loraplex.server.command.adapters import app as adapters  # typer groups tha
 from loraplex.server.command.audit import app as audit
 from loraplex.server.command.greeting import greet
 from loraplex.server.command.option_groups import grouped
-from loraplex.server.config import Device, Quantize, ServeConfig
+from loraplex.server.config import ServeConfig
+from loraplex.server.config_engine import Device, Quantize
 from loraplex.server.options import ConfigError
 from loraplex.server.telemetry.logs import set_up
 from loraplex.server.version import version as installed_version
 
-FAILED, MISUSED = 1, 2
-"""Exit codes: something went wrong while running; the command cannot be run as it was given."""
+MISUSED = 2
+"""Exit code: the command cannot be run as it was given."""
 
 app = typer.Typer(
     name="loraplex",

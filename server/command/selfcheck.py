@@ -40,7 +40,7 @@ from loraplex.kernels.quantized import Activations
 from loraplex.kernels.reference import ReferenceBackend
 from loraplex.kernels.select import load_backend
 from loraplex.server.command.build import build_engine
-from loraplex.server.config import Device, DType, EngineConfig
+from loraplex.server.config_engine import Device, DType, EngineConfig
 from loraplex.server.engine.request import GenerationRequest, SamplingParams
 from loraplex.server.models.quantizing import SCHEMES
 

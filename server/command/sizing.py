@@ -11,7 +11,7 @@ import torch
 
 from loraplex.kernels.ops import Backend, BackendUnavailable
 from loraplex.server.address_space import address_space_left
-from loraplex.server.config import DType, EngineConfig
+from loraplex.server.config_engine import DType, EngineConfig
 from loraplex.server.engine.policy.budget import LEAST_BUDGET, MOST_BUDGET, StepCost, TokenBudget, default_budget
 from loraplex.server.engine.policy.kv_groups import kv_groups
 from loraplex.server.engine.step.arena import kv_layers

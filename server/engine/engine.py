@@ -32,6 +32,7 @@ from loraplex.server.engine.policy.queue_limits import QueueLimits, Running
 from loraplex.server.engine.policy.rows import Worker
 from loraplex.server.engine.policy.scheduler import Scheduler
 from loraplex.server.engine.published import AdapterBooks, PublishedStats
+from loraplex.server.engine.renewing import Renewal, renewed
 from loraplex.server.engine.request import EngineDead, FinishReason, GenerationRequest, Mix, TokenEvent
 from loraplex.server.engine.stats import EngineStats
 from loraplex.server.engine.streams import EventStream, Mailbox, post
@@ -56,7 +57,7 @@ class DeviceAdapters(Placement, AdapterBooks, Protocol):
     def warm(self, version: AdapterVersion, done: Callable[[], None]) -> None: ...
 
     def check_integrity(self) -> None:
-        """Raises AssertionError unless its books agree."""
+        """Raise AssertionError unless the adapters' books agree."""
         ...
 
 
@@ -92,22 +93,22 @@ class Engine:
 
     @property
     def max_model_len(self) -> int:
-        """Most tokens of a sequence, prompt and generated."""
+        """Return the most tokens of a sequence, prompt and generated."""
         return self._scheduler.limits.max_model_len
 
     @property
     def num_pages(self) -> int:
-        """Of the arena."""
+        """Count the arena's pages."""
         return self._scheduler.kv.pool.num_pages
 
     @property
     def alive(self) -> bool:
-        """Started, and neither stopped nor crashed."""
+        """Return whether the engine was started, and neither stopped nor crashed."""
         return not self._requests.is_closed
 
     @property
     def failure(self) -> BaseException | None:
-        """What the engine thread died of."""
+        """Return what the engine thread died of."""
         return self._failure
 
     def stats(self) -> EngineStats:
@@ -154,7 +155,7 @@ class Engine:
         self._post(Abort(request_id))  # takes no lock: finalisers call it
 
     def forget_adapter(self, version: AdapterVersion) -> None:
-        """The registry's `on_drained`: its bytes leave device and host unless another version has the same ones."""
+        """Drop the bytes of a drained version (`on_drained`), unless another version has the same ones."""
         self._post(Forget(version))
 
     def pin_adapter(self, version: AdapterVersion, pinned: bool) -> None:
@@ -178,9 +179,13 @@ class Engine:
             tell(done, EngineDead(STOPPED))
         return done
 
-    def resume(self) -> None:
-        """Compute again. Whoever still waits for a pause need not wait any more."""
-        self._post(Resume())
+    def resume(self, renewal: Renewal | None = None) -> None:
+        """Compute again. Whoever still waits for a pause need not wait any more.
+
+        renewal: open requests go on under the versions that the names of their adapters point at by now, also where
+        nothing was paused; None: each ends on the versions that it began with.
+        """
+        self._post(Resume(renewal))
 
     @property
     def pace(self) -> Pace:
@@ -188,7 +193,7 @@ class Engine:
         return self._pausing.pace
 
     def wake(self) -> None:
-        """An adapter has come to host memory, or failed to, or a mask that somebody waits for is there."""
+        """Have the engine look: an adapter came to host memory or failed to, or a mask that is waited for is there."""
         self._post(Wake())
 
     def _post(self, message: Message) -> None:
@@ -243,8 +248,10 @@ class Engine:
                     self._adapters.warm(version, partial(tell, done, None))
                 case Pause(keep, done):
                     self._pausing.stop(keep, done)
-                case Resume():
+                case Resume(renewal):
                     self._pausing.resume()
+                    if renewal is not None:
+                        self._renew(renewal)
                 case Stop():
                     return False
         if not self._pausing.holds_back:
@@ -252,7 +259,7 @@ class Engine:
         return True
 
     def _take_in(self) -> None:
-        """Requests that have come, the oldest first, but no longer than COMING_SECONDS."""
+        """Take in requests that have come, the oldest first, but no longer than COMING_SECONDS."""
         until = time.monotonic() + COMING_SECONDS
         while self._coming:
             self._scheduler.add(self._coming.pop(next(iter(self._coming))))
@@ -260,15 +267,25 @@ class Engine:
                 self._halt.value = 1  # the others come in after the next step, which is one alone
                 break
 
+    def _renew(self, renewal: Renewal) -> None:
+        """Have open requests go on under what the names of their adapters point at by now."""
+        while self._coming:  # or some would be forgotten
+            self._scheduler.add(self._coming.pop(next(iter(self._coming))))
+        for request in self._scheduler.requests():
+            other = renewed(request)
+            if other is not None:
+                self._scheduler.renew(other, renewal is Renewal.KEEP)
+                self._requests.renew(other)
+
     def _ended(self, request_id: str) -> list[TokenEvent]:
-        """The end of a request that nobody wants any more."""
+        """End a request that nobody wants any more."""
         if self._coming.pop(request_id, None) is not None:
             return [TokenEvent(request_id, None, finish=FinishReason.ABORT)]
         event = self._scheduler.abort(request_id)
         return [event] if event else []
 
     def _check_integrity(self) -> None:
-        """Every page has one owner and all counts agree, or the engine stops: wrong pages would be wrong answers."""
+        """Stop the engine unless every page has one owner and all counts agree: wrong pages would be wrong answers."""
         self._scheduler.check_integrity()
         self._adapters.check_integrity()
         self._unchecked = False
@@ -321,6 +338,6 @@ class Engine:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """Whether it is Python's, a device allocator's of torch, or torch's on the CPU, which has no type of its own."""
+    """Return whether the error is Python's, a device allocator's, or torch's on the CPU, which has no own type."""
     names = {kind.__name__ for kind in type(error).__mro__}
     return bool(names & {"MemoryError", "OutOfMemoryError"}) or "can't allocate memory" in str(error)

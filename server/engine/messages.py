@@ -6,6 +6,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 from loraplex.adapters.version import AdapterVersion
+from loraplex.server.engine.renewing import Renewal
 from loraplex.server.engine.request import GenerationRequest
 
 
@@ -61,7 +62,9 @@ class Pause:
 
 @dataclass(frozen=True)
 class Resume:
-    """Compute again."""
+    """Compute again; open requests go on under what their adapters' names point at by now, or as they began."""
+
+    renewal: Renewal | None
 
 
 @dataclass(frozen=True)

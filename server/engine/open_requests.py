@@ -47,7 +47,7 @@ class OpenRequests:
 
     @property
     def is_closed(self) -> bool:
-        """Whether nobody may come in."""
+        """Return whether nobody may come in."""
         return self._closed is not None
 
     def start(self) -> None:
@@ -85,6 +85,13 @@ class OpenRequests:
             except Overloaded:
                 self.refused += 1
                 raise
+
+    def renew(self, request: GenerationRequest) -> None:
+        """Have `request` in place of the open one of its id, whose leases are given back."""
+        with self._lock:
+            opened = self._open[request.request_id]
+            old, opened.request = opened.request, request
+        release(old)
 
     def account(self, events: Sequence[TokenEvent], running: Running) -> Mail:
         """Count `events`, those with `finish` ending their requests, and what runs by now; sort them by stream."""

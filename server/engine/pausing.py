@@ -33,12 +33,12 @@ class Pausing:
 
     @property
     def pace(self) -> Pace:
-        """Whether steps run. Any thread."""
+        """Return whether steps run. Any thread."""
         return self._pace
 
     @property
     def holds_back(self) -> bool:
-        """Whether requests that come have to wait."""
+        """Return whether requests that come have to wait."""
         return self._pace is not Pace.RUNNING
 
     def stop(self, keep: bool, waiter: Future[None]) -> None:

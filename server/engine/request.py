@@ -170,6 +170,15 @@ class Phases:
 
 
 @dataclass(frozen=True)
+class Renewed:
+    """From one token on a request goes on under other versions of its adapters than it had until then."""
+
+    earlier: Mix  # what wrote the tokens before
+    mix: Mix
+    kept: bool  # keys and values of those tokens stay as `earlier` made them; else `mix` has made them anew
+
+
+@dataclass(frozen=True)
 class TokenEvent:
     """One token, or the end of a request, or both. The last event of every request has `finish` set."""
 
@@ -182,6 +191,7 @@ class TokenEvent:
     prompt_logprobs: TokenScores | None = field(default=None, compare=False)  # with the first token, see SamplingParams
     embedding: NDArray[np.float32] | None = field(default=None, compare=False)  # [H], with the first token
     phases: Phases | None = field(default=None, compare=False)  # with the first token
+    renewed: Renewed | None = field(default=None, compare=False)  # it is the first token of other versions
     handful: int = field(default=1, compare=False)  # tokens of this request that are delivered with it, itself included
 
 

@@ -23,7 +23,7 @@ class Mailbox:
         self._waiter: asyncio.Future[None] | None = None
 
     def put(self, events: Sequence[TokenEvent]) -> None:
-        """The next events; none of them come after the one with `finish`."""
+        """Put the next events; none of them come after the one with `finish`."""
         waiter = self._waiter
         if waiter is not None and not waiter.done():
             if self.shortcut is not None:
@@ -38,7 +38,7 @@ class Mailbox:
         self._events += events
 
     def take(self) -> TokenEvent | None:
-        """The oldest event; None where there is none."""
+        """Take the oldest event; None where there is none."""
         return self._events.popleft() if self._events else None
 
     async def arrival(self) -> None:
@@ -53,7 +53,7 @@ Mail = dict[asyncio.AbstractEventLoop, dict[Mailbox, list[TokenEvent]]]
 
 
 def put_all(mail: Iterable[tuple[Mailbox, Sequence[TokenEvent]]]) -> None:
-    """Events to their mailboxes, of one loop."""
+    """Put events into their mailboxes, of one loop."""
     for mailbox, events in mail:
         mailbox.put(events)
 
@@ -97,10 +97,10 @@ class EventStream:
         self._ended = event.finish is not None
         return event
 
-    def divert(self, shortcut: Shortcut) -> None:
-        """From now on `shortcut` is asked first, on the loop's thread, whenever the consumer waits for an event.
+    def divert(self, shortcut: Shortcut | None) -> None:
+        """Ask `shortcut` first from now on, on the loop's thread, whenever the consumer waits for an event.
 
-        It is not asked any more once the stream is closed.
+        None: nothing is. It is not asked any more once the stream is closed.
         """
         self._mailbox.shortcut = shortcut
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from loraplex.kernels.records import AttentionParams, Projection
+from loraplex.kernels.records import AttentionParams, OwnInput, OwnPlaces, Projection
 from loraplex.server.models.normalise import normalise
 from loraplex.server.models.rotary import RopeConfig
 
@@ -42,10 +42,11 @@ class Site(IntEnum):
 
 
 class BlockSite(IntEnum):
-    """A place of a layer's stream where bottlenecks act: in front of a residual add and of any norm before it."""
+    """A place of a layer's stream where bottlenecks act, in front of a residual add."""
 
-    ATTENTION_OUT = 4  # what o_proj gives; the numbers go on where those of Site end
-    MLP_OUT = 5  # what down_proj gives
+    ATTENTION_OUT = 4  # what o_proj gives, before any norm; the numbers go on where those of Site end
+    MLP_OUT = 5  # what down_proj gives, before any norm
+    LAYER_OUT = 6  # what the layer is about to add last: with the residual the layer's output, which ReFT edits
 
 
 class UnsupportedModel(Exception):
@@ -149,6 +150,15 @@ class ModelConfig:
             *("mlp.down_proj", Site.DOWN, inner, 0, hidden, self.mlp_bias), reads_hidden=False, gated_by=Site.GATE_UP
         )
         return (*qkv, o, *gate_up, down)
+
+    def inputs(self, layer: int, site: int) -> tuple[OwnInput, ...]:
+        """List the outputs of `site` of a layer by the projections whose input an adapter may turn."""
+        places = OwnPlaces(self.num_layers)
+        return tuple(
+            OwnInput(places.input(layer, index), each.out_start, each.out_start + each.out_features)
+            for index, each in enumerate(self.projections())
+            if each.site == site
+        )
 
 
 def _read_json(path: Path) -> dict[str, Any]:

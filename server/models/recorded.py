@@ -25,7 +25,7 @@ def record(decoder: Decoder, max_tokens: int, max_rows: int) -> Decoder | Record
     tiles = no_tiles(decoder.config)
     own = torch.zeros(1, OwnPlaces(decoder.config.num_layers).count, 2, dtype=torch.int32)
     stand_in = ForwardBatch.blank(
-        replace(tiles, own=OwnTable(own, own, {0: Own.NORM | Own.EMBED})),
+        replace(tiles, own=OwnTable(own, own, {0: Own.NORM | Own.EMBED | Own.INPUT})),
         decoder.num_kv_groups,
         tokens=max_tokens,
         logit_rows=max_rows,

@@ -11,7 +11,6 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -21,7 +20,6 @@ from loraplex.kernels.quantized import Activations, QuantizedWeight, WeightForma
 from loraplex.kernels.records import Projection
 from loraplex.server.models.checkpoint import Checkpoint
 from loraplex.server.models.config import ModelConfig, Site
-from loraplex.server.models.opening import open_checkpoint
 from loraplex.server.models.weight_sizes import EMBED, HEAD, NORM, check_shape, check_tensors, layer_norms, linear_names
 
 logger = logging.getLogger(__name__)
@@ -60,18 +58,6 @@ class ModelWeights:
     norm: Tensor  # [hidden]
     head: PackedLinear  # [vocab, hidden]; tied: the embedding itself
     dtype: torch.dtype
-
-
-def load_weights(
-    path: str | Path,
-    config: ModelConfig,
-    ops: Backend,
-    dtype: torch.dtype,
-    device: torch.device | None = None,
-    activations: Activations | None = None,
-) -> ModelWeights:
-    """Load the weights at `path` as load_checkpoint does. Raises WeightsError."""
-    return load_checkpoint(open_checkpoint(path), config, ops, dtype, device, activations)
 
 
 def load_checkpoint(

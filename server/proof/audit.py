@@ -126,7 +126,7 @@ class AuditLog:
             return head
 
     def _file(self, number: int) -> Path:
-        """The file that line `number` goes to."""
+        """Return the file that line `number` goes to."""
         found = files_of(self.folder)
         if found and found[-1].stat().st_size < self._file_bytes:
             return found[-1]

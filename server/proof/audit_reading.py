@@ -93,7 +93,7 @@ def _parse(data: bytes, where: str) -> dict[str, Any]:
 
 
 def _follows(folder: Path, head: Head, last: Head) -> bool:
-    """Whether `last` is the one line that a killed server had written and not noted."""
+    """Return whether `last` is the one line that a killed server had written and not noted."""
     if last.number != head.number + 1:
         return False
     previous = page(folder, last.number - 1, 1)[0]["previous"]

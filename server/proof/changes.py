@@ -8,7 +8,16 @@ from typing import assert_never
 from torch import Tensor
 
 from loraplex.adapters.image.formulas import through
-from loraplex.adapters.image.tiles import BiasDelta, Bottleneck, DenseDelta, LowRank, OutputScale, OwnRows, Part
+from loraplex.adapters.image.tiles import (
+    BiasDelta,
+    Bottleneck,
+    DenseDelta,
+    InputTurn,
+    LowRank,
+    OutputScale,
+    OwnRows,
+    Part,
+)
 
 
 class PlainChange:
@@ -20,6 +29,22 @@ class PlainChange:
         self._at = -1  # the layer of self._parts
         self._parts: Sequence[Part] = ()
 
+    def turned(self, layer: int, site: int, x: Tensor) -> list[tuple[slice, Tensor]]:
+        """Return, by outputs of the site, x [n, in] as the adapter turns it: x + x M of the blocks of M."""
+        return [
+            (
+                slice(part.projection.out_start, part.projection.out_start + part.projection.out_features),
+                x + (x.unflatten(1, (-1, 1, part.blocks.shape[1])) @ part.blocks).flatten(1),
+            )
+            for part in self._of(layer, site)
+            if isinstance(part, InputTurn)
+        ]
+
+    def _of(self, layer: int, site: int) -> list[Part]:
+        while self._at < layer:
+            self._at, self._parts = next(self._layers, (1 << 30, []))
+        return [part for part in self._parts if self._at == layer and part.projection.site == site]
+
     def __call__(self, layer: int, site: int, y: Tensor, x: Tensor, residual: Tensor | None = None) -> None:
         """Change y [n, out], the base's output at the site before its bias, for the input x [n, in], in place.
 
@@ -28,16 +53,13 @@ class PlainChange:
         Semantics: y = g * y + s B (A x) + D x + delta, each part on its own outputs, and A on its own inputs; of a
                    bottleneck s B f(A z + c) for s B (A x), z being x, x + residual or residual.
         """
-        while self._at < layer:
-            self._at, self._parts = next(self._layers, (1 << 30, []))
-        if self._at != layer:
-            return
-        parts = [part for part in self._parts if part.projection.site == site]
-        bottleneck = next((part for part in parts if isinstance(part, Bottleneck)), None)
+        parts = self._of(layer, site)
+        bottlenecks = {part.projection: part for part in parts if isinstance(part, Bottleneck)}
         for part in sorted(parts, key=lambda part: not isinstance(part, OutputScale)):
             projection = part.projection
             own = y[:, projection.out_start : projection.out_start + projection.out_features]
             inputs = x[:, projection.in_start : projection.in_start + projection.in_features]
+            bottleneck = bottlenecks.get(projection)
             match part:
                 case OutputScale():
                     own.mul_(part.values)
@@ -51,6 +73,8 @@ class PlainChange:
                     own.add_(inputs @ part.a.float().T @ part.b.float().T, alpha=part.scaling)
                 case Bottleneck():
                     pass  # its LowRank heeds it
+                case InputTurn():
+                    pass  # y is what the base made of the turned input
                 case OwnRows():
                     pass  # OpenContent.parts gives none: a receipt is about linears
                 case _:

@@ -69,7 +69,7 @@ def read_golden(path: Path) -> tuple[GoldenQuestion, ...]:
 
 
 def _question(number: int, line: bytes) -> GoldenQuestion:
-    """Raises ValueError, re.error."""
+    """Parse one question. Raises ValueError, re.error."""
     try:
         raw = json.loads(line)
     except (ValueError, RecursionError) as error:

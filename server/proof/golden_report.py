@@ -38,12 +38,12 @@ class GoldenReport:
 
     @property
     def score(self) -> float:
-        """Mean of all scores."""
+        """Return the mean of all scores."""
         return sum(each.score for each in self.answers) / len(self.answers)
 
     @property
     def failures(self) -> tuple[Answered, ...]:
-        """What did not pass, in the file's order."""
+        """List what did not pass, in the file's order."""
         return tuple(each for each in self.answers if not each.passed)
 
     def as_json(self) -> str:

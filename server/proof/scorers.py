@@ -24,7 +24,7 @@ class Expectation:
 
 
 def words(answer: str, reference: str) -> float:
-    """F1 of the words, whatever their case and order."""
+    """Return the F1 of the words, whatever their case and order."""
     found, wanted = (Counter(re.findall(r"\w+", text.lower())) for text in (answer, reference))
     common = sum((found & wanted).values())
     return 2 * common / (sum(found.values()) + sum(wanted.values())) if common else float(found == wanted)

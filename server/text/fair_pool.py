@@ -12,8 +12,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from loraplex.adapters.throttle import lower_priority
 from loraplex.server.engine.request import Overloaded
+from loraplex.server.text.reading_threads import begin
 
 T = TypeVar("T")
 
@@ -26,9 +26,9 @@ RETRY_AFTER = 1.0
 class FairPool:
     """So many threads, whose time goes round the tenants that have work."""
 
-    def __init__(self, threads: int, name: str, begin: Callable[[], None] | None = None) -> None:
-        """`name` begins the threads' names; each thread calls `begin` first."""
-        self._threads = ThreadPoolExecutor(threads, name, begin)
+    def __init__(self, threads: int, name: str) -> None:
+        """`name` begins the threads' names."""
+        self._threads = ThreadPoolExecutor(threads, name)
         self._name = name
         self._free = threads
         self._waiting: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()  # the next one's turn is first
@@ -92,11 +92,8 @@ class TextPools:
     """Characters, 50 ms of work. Those in work take up to 200 bytes a character: one at a time."""
 
     def __init__(self) -> None:
-        self._short, self._long, self._slow = (
-            FairPool(2, "texts"),
-            FairPool(1, "long-texts", lower_priority),
-            FairPool(2, "templates"),
-        )
+        begin()
+        self._short, self._long, self._slow = FairPool(2, "texts"), FairPool(1, "long-texts"), FairPool(2, "templates")
 
     async def run(self, tenant: str, size: int, slow: bool, work: Callable[[], T]) -> T:
         """See FairPool.run; `size` in characters, `slow` where a template is rendered in a process of its own."""

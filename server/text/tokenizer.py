@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Encoding
 from tokenizers import Tokenizer as FastTokenizer
 
 from loraplex.adapters.files.tokenizer_files import CONFIG_FILE
@@ -34,7 +34,9 @@ Template = ChatTemplate | AdapterTemplate | ChatTemplateError
 class Tokenizer:
     """The tokenizer of a base, or as an adapter changed it. Thread-safe.
 
-    While it encodes `LONG_TEXT` characters or more, other threads run.
+    `LONG_TEXT` characters or more are encoded, and tokens decoded, on threads of the tokenizers library
+    (reading_threads.py), and who asked waits for these without the interpreter's lock. The library uses them for two
+    texts or more, so an empty one is always beside it.
     """
 
     LONG_TEXT = 4096
@@ -89,14 +91,25 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`. A text that spells the beginning-of-sequence token itself does not get a second one."""
-        # encode() would keep the interpreter lock for all of a long text, encode_batch() does not
-        encoding = (
-            self.fast.encode(text, add_special_tokens=add_special_tokens)
-            if len(text) < self.LONG_TEXT
-            else self.fast.encode_batch_fast([text], add_special_tokens=add_special_tokens)[
-                0
-            ]  # no offsets: less memory
-        )
+        (ids,) = self.encode_all([text], add_special_tokens)
+        return ids
+
+    def encode_all(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
+        """`encode` of each."""
+        return [self._ids_of(found, add_special_tokens) for found in self._encodings(texts, add_special_tokens)]
+
+    def _encodings(self, texts: Sequence[str], add_special_tokens: bool) -> Iterator[Encoding]:
+        """What the library makes of each text."""
+        if sum(map(len, texts)) < self.LONG_TEXT:
+            for text in texts:
+                yield self.fast.encode(text, add_special_tokens=add_special_tokens)
+            return
+        for group in _groups(texts, self.LONG_TEXT):
+            # without offsets: less memory
+            *found, _ = self.fast.encode_batch_fast([*group, ""], add_special_tokens=add_special_tokens)
+            yield from found
+
+    def _ids_of(self, encoding: Encoding, add_special_tokens: bool) -> list[int]:
         ids: list[int] = encoding.ids
         if self._shown:
             ids = [self._shown.get(i, i) for i in ids]
@@ -110,8 +123,8 @@ class Tokenizer:
             ids = [self._own.get(i, i) for i in ids]
         if len(ids) < self.LONG_TEXT:
             text: str = self.fast.decode(ids, skip_special_tokens=skip_special_tokens)
-        else:  # as above
-            (text,) = self.fast.decode_batch([ids], skip_special_tokens=skip_special_tokens)
+        else:
+            text, _ = self.fast.decode_batch([ids, []], skip_special_tokens=skip_special_tokens)
         return text
 
     def render_chat(
@@ -176,11 +189,15 @@ class Tokenizer:
         found = {self.token_id(text): text for text in texts}
         return {i: text for i, text in found.items() if i is not None and self.is_special(i)}
 
-    def encode_offsets(self, text: str, add_special_tokens: bool = True) -> list[tuple[int, str, int, int]]:
-        """Of each token its id, how the vocabulary writes it, and where in `text` it begins and ends, in characters."""
-        (found,) = self.fast.encode_batch([text], add_special_tokens=add_special_tokens)
-        ids = [self._shown.get(i, i) for i in found.ids]
-        return [(i, token, *span) for i, token, span in zip(ids, found.tokens, found.offsets, strict=True)]
+    def encode_offsets(self, text: str, add_special_tokens: bool = True) -> Iterator[tuple[int, str, int, int]]:
+        """Of each token its id, how the vocabulary writes it, and where in `text` it begins and ends, in characters.
+
+        One by one: of a million tokens the library's own lists keep the interpreter's lock for 150 ms each.
+        """
+        found, _ = self.fast.encode_batch([text, ""], add_special_tokens=add_special_tokens)
+        for place, token_id in enumerate(found.ids):
+            start, stop = found.token_to_chars(place) or (0, 0)  # added ones stand nowhere in the text
+            yield self._shown.get(token_id, token_id), self.fast.id_to_token(token_id) or "", start, stop
 
     def to_json(self) -> str:
         """What a tokenizer.json would hold."""
@@ -246,6 +263,20 @@ class Tokenizer:
     @property
     def _is_only_byte_level(self) -> bool:
         return self._decoder_steps == ["ByteLevel"]
+
+
+def _groups(texts: Iterable[str], characters: int) -> Iterator[list[str]]:
+    """Neighbours that have so many characters together; encodings take 200 bytes a character."""
+    group: list[str] = []
+    size = 0
+    for text in texts:
+        group.append(text)
+        size += len(text)
+        if size >= characters:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
 
 
 def _longest(fast: FastTokenizer) -> int:

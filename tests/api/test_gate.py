@@ -13,7 +13,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Message, Receive, Scope, Send
 
 from loraplex.server.api.gate import Gate, gate_of
-from loraplex.server.config import AuthConfig
+from loraplex.server.config_access import AuthConfig
 from loraplex.server.tenancy.access import Access
 from loraplex.server.tenancy.keys_file import CHECK_SECONDS, KeysFile, new_key
 from loraplex.server.tenancy.tenants import owners_keyring

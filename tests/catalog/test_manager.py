@@ -23,6 +23,7 @@ from loraplex.adapters.tiers.reader import AdapterInfo
 from loraplex.adapters.version import AdapterVersion
 from loraplex.server.catalog.manager import AdapterManager
 from tests.support.refusals import refused
+from tests.support.version_world import register_all
 
 
 class Reader:
@@ -129,7 +130,7 @@ async def test_a_folder_of_adapters(manager: AdapterManager, reader: Reader, tmp
         adapter(tmp_path, name, text)
     (tmp_path / "notes").mkdir()
     (tmp_path / "file.txt").write_text("hello")
-    versions = await manager.register_folder(tmp_path)
+    versions = await asyncio.to_thread(register_all, manager, tmp_path)
     assert [version.name for version in versions] == ["a", "b", "nan"]
     assert [version.digest for version in versions] == [None, None, None]
     assert reader.read_whole == [], "a folder of thousands is not read"
@@ -139,7 +140,7 @@ async def test_a_folder_of_adapters(manager: AdapterManager, reader: Reader, tmp
     }
     with refused("bad_config", "is no number"):
         manager.registry.lease("bad")
-    assert await manager.register_folder(tmp_path) == (), "those there are stay as they are"
+    assert await asyncio.to_thread(register_all, manager, tmp_path) == [], "those there are stay as they are"
     assert [version.name for version in manager.registry.list()] == ["a", "b", "nan"]
 
 
@@ -147,7 +148,7 @@ async def test_what_is_wrong_with_the_values_fails_who_wants_them(
     manager: AdapterManager, reader: Reader, tmp_path: Path
 ) -> None:
     source = adapter(tmp_path, "nan", "7")
-    (version,) = await manager.register_folder(tmp_path)
+    (version,) = await asyncio.to_thread(register_all, manager, tmp_path)
     with refused("not_finite"):
         await asyncio.wrap_future(manager.loader.ensure(version))
     with refused("not_finite"):
@@ -158,7 +159,7 @@ async def test_what_is_wrong_with_the_values_fails_who_wants_them(
 async def test_each_refusal_is_counted_once_by_its_reason(manager: AdapterManager, tmp_path: Path) -> None:
     adapter(tmp_path, "a", "7")
     adapter(tmp_path, "b", "12")
-    (version,) = await manager.register_folder(tmp_path)  # "a" by its header alone; "b" is refused
+    (version,) = await asyncio.to_thread(register_all, manager, tmp_path)  # "a" by its header alone; "b" is refused
     with refused("not_finite"):
         await asyncio.wrap_future(manager.loader.ensure(version))
     counts = {reason: count for reason, count in manager.registry.refusals.counts().items() if count}

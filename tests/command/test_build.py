@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from loraplex.kernels.ops import BackendUnavailable
 from loraplex.server.command import build, sizing
 from loraplex.server.command.build import build_engine
-from loraplex.server.config import EngineConfig, LinearInputs, Quantize
+from loraplex.server.config_engine import EngineConfig, LinearInputs, Quantize
 from loraplex.server.engine.policy import multi_step
 from loraplex.server.engine.policy.budget import StepCost
 from loraplex.server.engine.request import FinishReason, GenerationRequest, SamplingParams
@@ -116,7 +116,7 @@ def test_a_head_of_its_own_is_counted(base: Path, tmp_path: Path) -> None:
 
 def test_the_token_budget_is_calibrated_or_as_given(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One left open is what takes 100 ms here, and may grow; where its scratch does not fit, the least there is."""
-    slow = StepCost(fixed_seconds=0.02, token_seconds=0.0005, decode_seconds=0.02)
+    slow = StepCost(fixed_seconds=0.02, token_seconds=0.0005)
     monkeypatch.setattr(sizing, "calibrate", lambda decoder: slow)
     given, left_open = EngineConfig(**SMALL), EngineConfig(**{**SMALL, "token_budget": None})
     for config, expected in ((given, 32), (left_open, 160)):
@@ -139,7 +139,7 @@ def test_the_token_budget_is_calibrated_or_as_given(base: Path, monkeypatch: pyt
 
 def test_room_for_a_larger_budget_costs_little(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No context, and a sixteenth of the arena at most: with less memory the budget may grow less."""
-    monkeypatch.setattr(sizing, "calibrate", lambda decoder: StepCost(0.0, 0.1 / 64, 0.02))
+    monkeypatch.setattr(sizing, "calibrate", lambda decoder: StepCost(0.0, 0.1 / 64))
     most = []
     for nbytes in (16 << 20, 64 << 20, 256 << 20):
         config = EngineConfig(**{**SMALL, "memory": nbytes, "token_budget": None})

@@ -10,25 +10,16 @@ from pathlib import Path
 import pytest
 
 from loraplex.server.command import cli
-from tests.support.served import Served, serve_tiny
-from tests.support.tiny import load_oracle, make_tiny_model, make_tiny_tokenizer
+from tests.support.served import Served, run, serve_new
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    path = make_tiny_tokenizer(make_tiny_model("llama", tmp_path_factory.mktemp("base")))
     adapters = {"one": {"r": 4, "target_modules": ["q_proj"]}, "other": {"r": 2, "target_modules": ["q_proj"]}}
-    with serve_tiny(path, load_oracle(path), tmp_path_factory.mktemp("made"), adapters) as made:
+    with serve_new(tmp_path_factory.mktemp("served"), adapters) as made:
         yield made
-
-
-def run(served: Served, *given: str) -> int:
-    try:
-        return int(cli.app(["adapters", *given, "--url", served.live.url], standalone_mode=False) or 0)
-    except SystemExit as ended:
-        return int(ended.code or 0)
 
 
 def test_list(served: Served, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,17 +14,15 @@ from loraplex.server.command import cli
 from loraplex.server.command.golden import SCORES, divergence_at, mean_divergence, read_score
 from loraplex.server.command.remote import Remote, RemoteError
 from loraplex.server.proof.golden import read_golden
-from tests.support.served import Served, serve_tiny
-from tests.support.tiny import load_oracle, make_tiny_model, make_tiny_tokenizer
+from tests.support.served import Served, serve_new
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    path = make_tiny_tokenizer(make_tiny_model("llama", tmp_path_factory.mktemp("base")))
     adapters = {name: {"r": 4, "target_modules": ["q_proj", "o_proj"]} for name in ("new", "old")}
-    with serve_tiny(path, load_oracle(path), tmp_path_factory.mktemp("made"), adapters) as made:
+    with serve_new(tmp_path_factory.mktemp("served"), adapters) as made:
         yield made
 
 

@@ -13,25 +13,16 @@ import pytest
 from loraplex.adapters.sources.remote import CONFIG_FILE, WEIGHTS_FILE
 from loraplex.server.command import cli
 from loraplex.server.command.placing import FormBody
-from tests.support.served import Served, serve_tiny
-from tests.support.tiny import load_oracle, make_tiny_model, make_tiny_tokenizer
+from tests.support.served import Served, run, serve_new
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    path = make_tiny_tokenizer(make_tiny_model("llama", tmp_path_factory.mktemp("base")))
     adapters = {name: {"r": 4, "target_modules": ["q_proj"]} for name in ("one", "other")}
-    with serve_tiny(path, load_oracle(path), tmp_path_factory.mktemp("made"), adapters) as made:
+    with serve_new(tmp_path_factory.mktemp("served"), adapters) as made:
         yield made
-
-
-def run(served: Served, *given: str) -> int:
-    try:
-        return int(cli.app(["adapters", *given, "--url", served.live.url], standalone_mode=False) or 0)
-    except SystemExit as ended:
-        return int(ended.code or 0)
 
 
 def digest_of(folder: Path) -> str:

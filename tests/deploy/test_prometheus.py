@@ -15,8 +15,8 @@ import httpx
 import pytest
 import yaml
 
-from loraplex.server.config import EngineConfig
 from loraplex.server.config_access import AuthConfig
+from loraplex.server.config_engine import EngineConfig
 from loraplex.server.tenancy.keys_file import new_key
 from tests.support.deployment import DEPLOY
 from tests.support.live_server import live_server

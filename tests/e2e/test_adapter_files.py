@@ -15,13 +15,14 @@ import safetensors.torch
 from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.tiers.loader import LoadedContent
 from loraplex.server.command.build import EngineParts
-from loraplex.server.config import EngineConfig
+from loraplex.server.config_engine import EngineConfig
 from loraplex.server.engine.engine import EventStream
 from loraplex.server.engine.request import FinishReason, GenerationRequest, SamplingParams
 from tests.support.adapter_reading import put
 from tests.support.peft_adapters import ALL, make_peft_adapter
 from tests.support.refusals import refused
 from tests.support.tiny import load_oracle, make_tiny_model
+from tests.support.version_world import register_all
 from tests.support.whole_engine import whole_engine
 
 WEIGHTS = "adapter_model.safetensors"
@@ -105,7 +106,7 @@ async def server(base: Path, folder: Path) -> AsyncIterator[Server]:
         num_slots=1,
     )  # fmt: skip
     async with whole_engine(base, config) as parts:
-        await parts.adapters.register_folder(folder)
+        register_all(parts.adapters, folder)
         yield Server(parts)
 
 

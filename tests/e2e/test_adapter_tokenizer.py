@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.support.live_server import LiveServer, live_server
+from tests.support.live_server import LiveServer
 from tests.support.peft_adapters import PeftAdapter, make_peft_adapter
 from tests.support.served import greedy
 from tests.support.tiny import VOCAB_SIZE, load_oracle, make_tiny_model, make_tiny_tokenizer
@@ -21,12 +20,6 @@ MESSAGES = [{"role": "user", "content": "the fox <turn> rests"}]
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = make_tiny_model("llama", tmp_path_factory.mktemp("base"), vocab_size=VOCAB_SIZE + 1)
     return make_tiny_tokenizer(folder)
-
-
-@pytest.fixture(scope="module")
-def live(base: Path) -> Iterator[LiveServer]:
-    with live_server(base) as server:
-        yield server
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from loraplex.server.command.build import EngineParts
-from loraplex.server.config import EngineConfig, Quantize
+from loraplex.server.config_engine import EngineConfig, Quantize
 from loraplex.server.engine.policy.running import RunningSet
 from loraplex.server.engine.request import GenerationRequest, SamplingParams, TokenEvent
 from tests.support.peft_adapters import make_peft_adapter

@@ -19,9 +19,9 @@ import pytest
 
 from loraplex.adapters.tiers.loader import LoadedContent, Reading
 from loraplex.adapters.tiers.reader import AdapterReader
-from loraplex.server.command import build
+from loraplex.server.command import assemble
 from loraplex.server.command.build import EngineParts, build_engine
-from loraplex.server.config import EngineConfig
+from loraplex.server.config_engine import EngineConfig
 from loraplex.server.engine.engine import EventStream
 from loraplex.server.engine.policy.rows import StepInput
 from loraplex.server.engine.policy.running import RunningSet
@@ -286,7 +286,7 @@ async def test_with_few_slots_and_little_host_memory(
             read.append(reading.source)
             return super().read(reading)
 
-    monkeypatch.setattr(build, "AdapterReader", Counting)
+    monkeypatch.setattr(assemble, "AdapterReader", Counting)
     config = replace(config, num_slots=3, host_store_bytes=1_200_000)  # half of it is for reading
     async with serving(base, adapters, config) as server:
         for _ in range(2):  # what a request has begun to use is kept for it: only later ones find it gone

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import json
 import os
@@ -20,23 +19,15 @@ import httpx
 import pytest
 from safetensors.torch import load_file, save_file
 
-from loraplex.server.config import EngineConfig
 from loraplex.server.config_adapters import DownloadConfig
+from loraplex.server.config_engine import EngineConfig
 from tests.support.command import address, serving
 from tests.support.live_server import Api, LiveServer, live_server
-from tests.support.peft_adapters import make_peft_adapter
+from tests.support.version_world import register_all
 from tests.support.waiting import LIMIT, wait_for
 from tests.support.web_server import Page, WebServer, web_server
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
-
-
-@pytest.fixture(scope="module")
-def adapters(oracle: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("adapters")
-    for seed, name in enumerate(("one", "two", "three")):
-        make_peft_adapter(oracle, folder / name, seed=seed, r=2, target_modules=["q_proj", "v_proj"])
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +104,7 @@ def test_a_source_that_vanishes_before_it_was_read(live: LiveServer, adapters: P
     """Registered by its config and header alone; its bytes are wanted only now, and gone."""
     for name in ("here", "gone"):
         shutil.copytree(adapters / "one", tmp_path / name)
-    found = asyncio.run(live.parts.adapters.register_folder(tmp_path))
+    found = register_all(live.parts.adapters, tmp_path)
     assert [version.name for version in found] == ["gone", "here"]
     shutil.rmtree(tmp_path / "gone")
     answer = live.complete("gone")

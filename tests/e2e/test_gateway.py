@@ -20,7 +20,7 @@ from typing import Any
 import httpx
 import pytest
 
-from loraplex.server.config import EngineConfig
+from loraplex.server.config_engine import EngineConfig
 from tests.support.live_server import LiveServer, live_server
 from tests.support.peft_adapters import make_peft_adapter
 from tests.support.waiting import LIMIT

@@ -19,7 +19,7 @@ from gguf import GGUFWriter
 
 from loraplex.server import startup
 from loraplex.server.command import cli
-from loraplex.server.config import LinearInputs
+from loraplex.server.config_engine import LinearInputs
 from loraplex.server.models.gguf.folder import folder_for
 from loraplex.server.text.tokenizer import Tokenizer
 from tests.support.command import address, serving

@@ -11,7 +11,7 @@ import httpx
 import openai
 import pytest
 
-from loraplex.server.config import AuthConfig
+from loraplex.server.config_access import AuthConfig
 from loraplex.server.tenancy.keys_file import new_key
 from tests.support.exchanging import exchanging
 from tests.support.live_server import LiveServer, live_server

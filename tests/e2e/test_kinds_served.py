@@ -45,6 +45,8 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "shira": {"kind": "SHIRA", "r": 4, "target_modules": ALL, "random_seed": 1, "init_weights": False},
     "hira": {**UNTRAINED, "kind": "HIRA"},
     "oft": {"kind": "OFT", "oft_block_size": 16, "target_modules": ALL, "init_weights": False},
+    "boft": {"kind": "BOFT", "boft_block_size": 8, "target_modules": ["k_proj", "down_proj"], "init_weights": False},
+    "glora": {"kind": "GLORA", "r": 2, "target_modules": ALL},
 }
 
 

@@ -13,6 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from loraplex.kernels.ops import Backend
+from loraplex.kernels.quantized import Activations, QuantizedWeight, dequantize
+from loraplex.kernels.select import load_backend
+from loraplex.server.models.opening import open_checkpoint
+from loraplex.server.models.quantizing import QuantizingCheckpoint
 from tests.support.adapter_server import LENGTH, Request, Server, tokens
 from tests.support.peft_adapters import (
     ALL,
@@ -259,3 +264,63 @@ def test_ia3_mixed_with_lora_scales_the_base_alone(
     assert float((wanted - lora.logits(tokens(9))).abs().max()) > VISIBLE
     for request in (mixed, swapped):
         assert_same(request, wanted, "mix")
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def ops(request: pytest.FixtureRequest) -> Backend:
+    return load_backend(request.param, "cpu")
+
+
+def test_a_turn_mixed_with_lora_turns_the_base_alone(bases: dict[str, Base], tmp_path: Path, ops: Backend) -> None:
+    """W (x + w (R - I) x) + b + w' * scaling * B A x, beside the two alone and rows of the base."""
+    base = bases["llama_biased"]
+    server = Server(base.path, ops=ops)
+    oft = make_peft_adapter(base.hf, tmp_path / "oft", kind="OFT", target_modules=ALL, oft_block_size=16)
+    lora = make_peft_adapter(base.hf, tmp_path / "lora", seed=2, r=4, target_modules=ALL)
+    turned = oft.modules()
+    w_oft, w_lora = WEIGHTS
+    hf = load_oracle(base.path)
+    for path, module in lora.modules().items():
+        delta = module.get_delta_weight("default").detach()
+
+        def mix(_: Any, inputs: Any, y: Tensor, path: str = path, delta: Tensor = delta) -> Tensor:
+            return y + w_oft * (turned[path](inputs[0]) - y) + w_lora * inputs[0] @ delta.T
+
+        hf.get_submodule(path).register_forward_hook(mix)
+    digests = [server.load(adapter.folder) for adapter in (oft, lora)]
+    mixed = Request(tokens(9), tuple(zip(digests, WEIGHTS, strict=True)), chunk=6)
+    swapped = Request(tokens(9), ((digests[1], w_lora), (digests[0], w_oft)), start=2)
+    alone = [Request(tokens(8), ((digest, 1.0),), chunk=7) for digest in digests]
+    nobody = Request(tokens(7))
+    server.run([mixed, swapped, *alone, nobody])
+    with torch.no_grad():
+        wanted = hf(torch.tensor([tokens(9)])).logits[0].float()
+    assert float((wanted - lora.logits(tokens(9))).abs().max()) > VISIBLE
+    for request in (mixed, swapped):
+        assert_same(request, wanted, "mix")
+    for adapter, request in zip((oft, lora), alone, strict=True):
+        assert_same(request, adapter.logits(request.ids), "alone")
+    assert_same(nobody, base.logits(nobody.ids), "base")
+
+
+@pytest.mark.parametrize("kind", ["OFT", "BOFT"])
+def test_a_quantised_base_is_turned_as_it_computes(
+    bases: dict[str, Base], tmp_path: Path, ops: Backend, kind: str
+) -> None:
+    """The oracle has the weights that the codes stand for."""
+    path = bases["llama"].path
+    checkpoint = QuantizingCheckpoint(open_checkpoint(path), "int8")
+    hf = load_oracle(path)
+    with torch.no_grad():
+        for name, weight in hf.named_parameters():
+            stored = checkpoint.read(name)
+            weight.copy_(dequantize(stored) if isinstance(stored, QuantizedWeight) else stored)
+    sizes = {"OFT": {"oft_block_size": 8}, "BOFT": {"boft_block_size": 8}}[kind]
+    adapter = make_peft_adapter(hf, tmp_path, kind=kind, target_modules=ALL, **sizes)
+    server = Server(path, ops=ops, checkpoint=checkpoint, activations=Activations.EXACT)
+    request = Request(tokens(3), ((server.load(adapter.folder), 1.0),), chunk=5)
+    nobody = Request(tokens(4))
+    server.run([request, nobody])
+    assert_same(request, adapter.logits(request.ids), kind)
+    with torch.no_grad():
+        assert_same(nobody, hf(torch.tensor([nobody.ids])).logits[0].float(), "base")

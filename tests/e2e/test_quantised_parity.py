@@ -17,7 +17,7 @@ from torch import Tensor
 
 from loraplex.kernels.quantized import Activations, dequantize
 from loraplex.kernels.select import load_backend
-from loraplex.server.config import LinearInputs, Quantize
+from loraplex.server.config_engine import LinearInputs, Quantize
 from loraplex.server.models.opening import open_checkpoint
 from loraplex.server.models.quantizing import SCHEMES, QuantizingCheckpoint
 from tests.support.adapter_server import LENGTH, Request, Server, tokens

@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.support.live_server import LiveServer, live_server
+from tests.support.live_server import LiveServer
 
 MESSAGES = [{"role": "user", "content": "the fox"}]
 CLOSE = 2e-4
 """Of log-probabilities in float32."""
-
-
-@pytest.fixture(scope="module")
-def live(base: Path) -> Iterator[LiveServer]:
-    with live_server(base) as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.support.live_server import LiveServer, live_server
+from tests.support.live_server import LiveServer
 
 PROMPT = [5, 9, 40, 17, 8]
 CLOSE = 2e-4
 """Of log-probabilities in float32."""
-
-
-@pytest.fixture(scope="module")
-def live(base: Path) -> Iterator[LiveServer]:
-    with live_server(base) as server:
-        yield server
 
 
 def logits(oracle: Any, ids: list[int]) -> Tensor:

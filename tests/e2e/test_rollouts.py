@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,40 +10,11 @@ from typing import Any
 import pytest
 
 from loraplex.server.tenancy.keys_file import new_key
+from tests.support.held_steps import Steps
 from tests.support.live_server import LiveServer, live_server
 from tests.support.waiting import LIMIT, wait_for
 
 LENGTH = 100
-
-
-@pytest.fixture(scope="module")
-def live(base: Path) -> Iterator[LiveServer]:
-    with live_server(base) as server:
-        yield server
-
-
-class Steps:
-    """Lets so many of the engine's steps through, and then no more until it is told."""
-
-    def __init__(self, live: LiveServer) -> None:
-        self._permits = threading.Semaphore(0)
-        self._worker = live.parts.engine._worker
-        self._run = self._worker.run
-
-    def hold(self, first: int) -> None:
-        def held(prepared: Any) -> Any:
-            assert self._permits.acquire(timeout=LIMIT)
-            return self._run(prepared)
-
-        self._worker.run = held  # type: ignore[method-assign]
-        self.allow(first)
-
-    def allow(self, number: int) -> None:
-        self._permits.release(number)
-
-    def free(self) -> None:
-        self._worker.run = self._run  # type: ignore[method-assign]
-        self.allow(10 * LENGTH)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections import Counter
 from pathlib import Path
@@ -13,9 +12,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from safetensors.torch import load_file, save_file
 
 from loraplex.adapters.refusals import OTHER, REASONS
-from loraplex.server.config import EngineConfig
+from loraplex.server.config_engine import EngineConfig
 from tests.support.live_server import live_server
 from tests.support.peft_adapters import make_peft_adapter
+from tests.support.version_world import register_all
 
 
 def test_adapters_that_take_turns(base: Path, oracle: Any, tmp_path: Path) -> None:
@@ -23,7 +23,7 @@ def test_adapters_that_take_turns(base: Path, oracle: Any, tmp_path: Path) -> No
         make_peft_adapter(oracle, tmp_path / "adapters" / name, seed=seed, r=2, target_modules=["q_proj"])
     config = EngineConfig(device="cpu", memory=32 << 20, num_slots=1)
     with live_server(base, "tiny", config) as server:
-        asyncio.run(server.parts.adapters.register_folder(tmp_path / "adapters"))
+        register_all(server.parts.adapters, tmp_path / "adapters")
         for name in ("one", "two", "one", "two", "two"):
             assert server.complete(name, 3).status_code == 200
         text = server.ask("GET", "/metrics").text
@@ -56,7 +56,7 @@ def test_refused_adapters_are_counted_by_reason(base: Path, oracle: Any, tmp_pat
     weights = tmp_path / "values/adapter_model.safetensors"
     save_file({name: torch.full_like(tensor, torch.nan) for name, tensor in load_file(weights).items()}, weights)
     with live_server(base, "tiny", EngineConfig(device="cpu", memory=32 << 20)) as server:
-        asyncio.run(server.parts.adapters.register_folder(tmp_path / "folder"))
+        register_all(server.parts.adapters, tmp_path / "folder")
         for source in (str(tmp_path / "values"), "ftp://nowhere"):
             assert server.load("x", source).status_code >= 400
         text = server.ask("GET", "/metrics").text

@@ -13,8 +13,8 @@ import pytest
 
 from loraplex.adapters.tiers.stats import AdapterPlace
 from loraplex.server.catalog.reconciler import Reconciler
-from loraplex.server.config import EngineConfig
 from loraplex.server.config_adapters import DownloadConfig
+from loraplex.server.config_engine import EngineConfig
 from tests.support.fake_hub import FakeHub, Repo, fake_hub
 from tests.support.live_server import LiveServer, live_server
 from tests.support.peft_adapters import ALL, make_peft_adapter

@@ -22,10 +22,11 @@ import llguidance
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 
-from loraplex.server.config import EngineConfig
+from loraplex.server.config_engine import EngineConfig
 from loraplex.server.models import demo
 from tests.support.live_server import LiveServer, live_server
 from tests.support.schemas import Schema, bounded_schemas
+from tests.support.version_world import register_all
 
 COUNT, STREAMS, LIMIT = 200, 16, 400
 EXAMPLES = Path(__file__).parents[2] / "examples" / "adapters"
@@ -55,7 +56,7 @@ def folder() -> Path:
 def live(folder: Path) -> Iterator[LiveServer]:
     config = EngineConfig(device="cpu", max_num_seqs=STREAMS, memory=1 << 30, max_model_len=1024)
     with live_server(folder, "demo", config) as started:
-        asyncio.run(started.parts.adapters.register_folder(EXAMPLES))
+        register_all(started.parts.adapters, EXAMPLES)
         yield started
 
 

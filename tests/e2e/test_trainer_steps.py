@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.support.live_server import LiveServer, live_server
+from tests.support.live_server import LiveServer
 from tests.support.peft_adapters import ALL, make_peft_adapter
 from tests.support.served import greedy
-
-
-@pytest.fixture(scope="module")
-def live(base: Path) -> Iterator[LiveServer]:
-    with live_server(base) as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

@@ -4,24 +4,12 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
-
-import pytest
 
 from tests.support.command import address, serving
 from tests.support.live_server import Api
-from tests.support.peft_adapters import make_peft_adapter
 from tests.support.waiting import wait_for
 
 HEADER = "x-loraplex-adapter"
-
-
-@pytest.fixture(scope="module")
-def adapters(oracle: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("adapters")
-    for seed, name in enumerate(("one", "two", "three")):
-        make_peft_adapter(oracle, folder / name, seed=seed, r=2, target_modules=["q_proj", "v_proj"])
-    return folder
 
 
 def test_versions_outlive_their_files_and_the_process(base: Path, adapters: Path, tmp_path: Path) -> None:

@@ -343,6 +343,17 @@ async def test_a_declared_body_beyond_the_limit_ends_the_connection(served: Serv
     assert transport.aborted
 
 
+@pytest.mark.parametrize(("more", "is_read"), [(LINGER_BYTES, True), (LINGER_BYTES + 1, False)])
+async def test_what_would_not_be_dropped_to_its_end_is_not_read(served: Served, more: int, is_read: bool) -> None:
+    served.reads = False
+    _, transport = await served.send(POST + b"Content-Length: %d\r\n\r\nabc" % (3 + more))
+    assert statuses(transport) == [200]
+    assert transport.ended
+    assert transport.paused is not is_read
+    served.at(LINGER_SECONDS)
+    assert transport.aborted
+
+
 async def test_a_body_goes_on_behind_its_answer_within_the_limit(served: Served) -> None:
     served.reads = False
     protocol, transport = await served.send(POST + b"Content-Length: 1000\r\n\r\nabc")

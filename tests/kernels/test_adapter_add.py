@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from loraplex.kernels.constants import ALIGN, Function, Source, TileKind
+from loraplex.kernels.constants import ALIGN, BlockInput, Function, TileKind
 from loraplex.kernels.ops import Backend
 from loraplex.kernels.records import AdapterSegments, AdapterStep, TileTable
 from tests.support.rounding import assert_near, exact, rounded
@@ -54,7 +54,7 @@ class _Bottleneck:
     low_rank: _LowRank
     c: Tensor  # [r] fp32
     function: Function
-    source: Source
+    source: BlockInput
 
 
 _Part = _LowRank | _Bias | _Scale | _Dense | _Bottleneck
@@ -422,15 +422,15 @@ def test_bottlenecks(backend: Backend, dtype: torch.dtype, width: int, function:
     """Of each source, beside a bias and tiles of other kinds, in mixes, in place; of columns cut and of ranks."""
     rng = np.random.default_rng(width)
 
-    def bottleneck(rank: int, source: Source) -> _Bottleneck:
+    def bottleneck(rank: int, source: BlockInput) -> _Bottleneck:
         c = torch.from_numpy(rng.standard_normal(rank)).float()
         return _Bottleneck(_low_rank(rng, rank, width, width), c, function, source)
 
     bias = _Bias(torch.from_numpy(rng.standard_normal(width)), 0)
     adapters: dict[int, _Adapter] = {
-        0: [bottleneck(12, Source.BRANCH), bias],
-        1: [bottleneck(33, Source.SUM)],
-        2: [bottleneck(16, Source.RESIDUAL), _low_rank(rng, 3, width, width)],
+        0: [bottleneck(12, BlockInput.BRANCH), bias],
+        1: [bottleneck(33, BlockInput.SUM)],
+        2: [bottleneck(16, BlockInput.RESIDUAL), _low_rank(rng, 3, width, width)],
         3: [_low_rank(rng, 8, width, width)],
     }
     world = _world(backend, dtype, adapters, 4, seed=width)

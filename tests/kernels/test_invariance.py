@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from loraplex.adapters.image.tiles import BaseLayout, LowRank, OutputScale, Part, pack
+from loraplex.adapters.image.tiles import BaseLayout, LowRank, OutputScale, Part
+from loraplex.adapters.image.writing import pack
 from loraplex.adapters.tiers.device import DeviceTier
 from loraplex.adapters.tiers.pages import PagePool
 from loraplex.kernels.constants import BLOCK_SIZE

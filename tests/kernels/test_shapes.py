@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from loraplex.adapters.image.tiles import BaseLayout, LowRank, pack
+from loraplex.adapters.image.tiles import BaseLayout, LowRank
+from loraplex.adapters.image.writing import pack
 from loraplex.adapters.tiers.device import DeviceTier
 from loraplex.adapters.tiers.pages import PagePool
 from loraplex.kernels.ops import Backend

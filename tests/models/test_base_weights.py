@@ -16,7 +16,7 @@ from loraplex.server.models.base_weights import BaseWeights
 from loraplex.server.models.checkpoint import WeightsError
 from loraplex.server.models.config import ModelConfig
 from loraplex.server.models.opening import open_checkpoint
-from loraplex.server.models.weights import load_weights
+from loraplex.server.models.weights import load_checkpoint
 from tests.support.tiny import make_tiny_model
 
 Made = tuple[BaseWeights, ModelConfig, dict[str, Tensor]]
@@ -32,7 +32,7 @@ def make(tmp_path: Path, ops: Backend) -> Callable[..., Made]:
     def make(family: str, dtype: torch.dtype = torch.float32) -> Made:
         path = make_tiny_model(family, tmp_path)
         config = ModelConfig.from_hf(path)
-        weights = load_weights(path, config, ops, dtype)
+        weights = load_checkpoint(open_checkpoint(path), config, ops, dtype)
         return (
             BaseWeights(config, weights, open_checkpoint(path), ops.beside()),
             config,

@@ -36,12 +36,12 @@ ADAPTED = {
     "ia3, biases": IA3_CASES["ia3, base biases"],
     "loha": MODULE_KIND_CASES["loha, fused"],
     "lokr": MODULE_KIND_CASES["lokr, both decomposed"],
-    **{kind: MODULE_KIND_CASES[f"{kind}, all"] for kind in ("osf", "shira")},
+    **{kind: MODULE_KIND_CASES[f"{kind}, all"] for kind in ("osf", "shira", "oft", "boft")},
 }
 
 
-def unchanged(layer: int, site: int, y: torch.Tensor, x: torch.Tensor, residual: torch.Tensor | None) -> None:
-    """No adapter."""
+unchanged = PlainChange(iter(()))
+"""No adapter."""
 
 
 def scores(model: Any, ids: tuple[int, ...]) -> torch.Tensor:

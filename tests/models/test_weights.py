@@ -21,13 +21,13 @@ from loraplex.kernels.quantized import Activations, GroupScales, QuantizedWeight
 from loraplex.kernels.select import load_backend
 from loraplex.server.models.checkpoint import WeightsError
 from loraplex.server.models.config import ModelConfig, Site
+from loraplex.server.models.opening import open_checkpoint
 from loraplex.server.models.weight_sizes import expected_shapes, weights_bytes
 from loraplex.server.models.weights import (
     ModelWeights,
     activations_name,
     default_activations,
     load_checkpoint,
-    load_weights,
 )
 from tests.support.checkpoints import HeldCheckpoint
 from tests.support.quantized import FORMATS, random_weight
@@ -40,7 +40,7 @@ def ops() -> Backend:
 
 
 def load(path: Path, ops: Backend, dtype: torch.dtype = torch.float32) -> ModelWeights:
-    return load_weights(path, ModelConfig.from_hf(path), ops, dtype)
+    return load_checkpoint(open_checkpoint(path), ModelConfig.from_hf(path), ops, dtype)
 
 
 def edit(path: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
@@ -244,7 +244,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from loraplex.kernels.select import load_backend
-from loraplex.server.models.weights import load_weights
+from loraplex.server.models.opening import open_checkpoint
+from loraplex.server.models.weights import load_checkpoint
 
 def status(field):
     lines = open("/proc/self/status").read().splitlines()
@@ -256,7 +257,7 @@ ops = load_backend("reference", "cpu")
 def load(path):
     if how == "stream":
         config = pickle.loads(Path(path, "config.pickle").read_bytes())
-        return load_weights(path, config, ops, torch.bfloat16)
+        return load_checkpoint(open_checkpoint(path), config, ops, torch.bfloat16)
     mapped = [tensor for file in Path(path).glob("*.safetensors") for tensor in load_file(file).values()]
     return mapped, [tensor.clone() for tensor in mapped]
 

@@ -15,7 +15,7 @@ from loraplex.adapters.image.tiles import AdapterImage
 from loraplex.adapters.version import AdapterVersion
 from loraplex.server.command.build import EngineParts
 from loraplex.server.command.proving import make_prover
-from loraplex.server.config import Device, DType, EngineConfig
+from loraplex.server.config_engine import Device, DType, EngineConfig
 from loraplex.server.engine.request import Overloaded
 from loraplex.server.proof.prober import ProbeFailed, probe_ids
 from loraplex.server.proof.prover import MAX_OFFERED, Prover
@@ -158,7 +158,7 @@ async def test_an_activated_adapter_is_called_by_its_invocation(base: Path, tmp_
     folder = make_peft_adapter(load_oracle(base), tmp_path / "activated", **options).folder
     async with proving(base, folder) as (parts, prover):
         fused = await prover._prober.ask(version_of(parts))
-        assert (fused.start, fused.base.ids[6:8]) == (6, (9, 4))
+        assert (fused.acts[0].first, fused.base.ids[6:8]) == (6, (9, 4))
         assert fused.base.logprobs[:5] == pytest.approx(fused.adapted.logprobs[:5], abs=1e-5)  # of what is before it
         receipt = await prover.wait(version_of(parts), LIMIT)
         assert receipt is not None

@@ -17,7 +17,8 @@ from loraplex.adapters.format.adapter_files import read_bytes
 from loraplex.adapters.format.header import parse_header, view_tensors
 from loraplex.adapters.format.kind import ServedBase
 from loraplex.adapters.format.kinds import KINDS, parse_config
-from loraplex.adapters.image.tiles import AdapterImage, BaseLayout, Part, pack, pack_each
+from loraplex.adapters.image.tiles import AdapterImage, BaseLayout, Part
+from loraplex.adapters.image.writing import pack, pack_each
 from loraplex.adapters.tiers.loader import LoadedContent, Reading
 from loraplex.adapters.tiers.reader import AdapterReader
 

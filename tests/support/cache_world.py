@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from loraplex.adapters.errors import AdapterRefused
-from loraplex.adapters.image.tiles import AdapterImage, BaseLayout, LowRank, pack
+from loraplex.adapters.image.tiles import AdapterImage, BaseLayout, LowRank
+from loraplex.adapters.image.writing import pack
 from loraplex.adapters.info import AdapterInfo
 from loraplex.adapters.registry import Registry
 from loraplex.adapters.tiers.cache import AdapterCache

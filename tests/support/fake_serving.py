@@ -34,7 +34,8 @@ from loraplex.server.catalog.state_store import StateStore
 from loraplex.server.catalog.state_writer import StateWriter
 from loraplex.server.catalog.versions import Versions
 from loraplex.server.command.app import create_app
-from loraplex.server.config import EngineConfig, RequestLimits, ServeConfig
+from loraplex.server.config import RequestLimits, ServeConfig
+from loraplex.server.config_engine import EngineConfig
 from loraplex.server.engine.engine import Engine
 from loraplex.server.engine.pausing import Pace
 from loraplex.server.engine.request import FinishReason, GenerationRequest, Mix, TokenEvent, TokenScores
@@ -105,7 +106,7 @@ class FakeEvents(EventStream):
             self._end()
         return event
 
-    def divert(self, shortcut: Shortcut) -> None:
+    def divert(self, shortcut: Shortcut | None) -> None:
         self._shortcut = shortcut
 
     async def aclose(self) -> None:

@@ -20,9 +20,10 @@ from loraplex.server.command.app import create_app
 from loraplex.server.command.build import EngineParts, build_engine
 from loraplex.server.command.compose import make_services
 from loraplex.server.command.load import read_defaults, read_tokenizers
-from loraplex.server.config import EngineConfig, RunConfig, ServeConfig
+from loraplex.server.config import RunConfig, ServeConfig
 from loraplex.server.config_access import AuthConfig
 from loraplex.server.config_adapters import AdaptersConfig, DownloadConfig
+from loraplex.server.config_engine import EngineConfig
 from loraplex.server.http.listening import bind, make_server
 from loraplex.server.models.config import ModelConfig
 from loraplex.server.text.grammar import Grammars

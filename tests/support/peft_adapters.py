@@ -414,11 +414,49 @@ MODULE_KIND_CASES: dict[str, tuple[str, dict[str, Any]]] = {
                 "llama_biased",
                 {"target_modules": ALL, "boft_block_num": 4, "boft_block_size": 0},
             ),
+            "three factors": (
+                "llama",
+                {"target_modules": QV, "boft_block_size": 4, "boft_n_butterfly_factor": 3},
+            ),
         },
         "RANDLORA": {
             "all": ("llama", {**UNTRAINED, "r": 10, "randlora_alpha": 20}),
             "sparse": ("qwen2", {**UNTRAINED, "r": 16, "target_modules": QV, "sparse": True}),
             "fused": ("phi3", {**UNTRAINED, "r": 24, "target_modules": "all-linear"}),
+        },
+        "SUPERTUNING": {
+            "all": ("llama", {"target_modules": ALL, "sparsity": 0.9, "init_weights": False}),
+            "smallest, with a LoRA": (
+                "qwen2",
+                {"target_modules": QV, "sparsity": 0.97, "select_top": False, "r": 3, "lora_alpha": 5},
+            ),
+        },
+        "FROD": {
+            "all": ("llama", {"target_modules": ALL, "sparse_rate": 0.05, "init_weights": False}),
+            "base biases, one layer": (
+                "llama_biased",
+                {"target_modules": ["k_proj", "down_proj"], "bias": "frod_only", "layers_to_transform": [1]},
+            ),
+            "fused": ("phi3", {"target_modules": "all-linear", "sparse_rate": 0.0, "init_weights": False}),
+        },
+        "GLORA": {
+            "all": ("llama", {"target_modules": ALL, "r": 3, "init_weights": False}),
+            "base biases": ("llama_biased", {"target_modules": ALL, "r": 2, "config_D_E": "vector"}),
+            "by output": (
+                "qwen2",
+                {"target_modules": QV, "config_A_B": "vector", "config_C": "vector", "config_D_E": "constant"},
+            ),
+            "constants, trained biases": (
+                "llama_biased",
+                {
+                    "target_modules": QV,
+                    "config_A_B": "constant",
+                    "config_C": "none",
+                    "config_D_E": "none",
+                    "bias": "all",
+                },
+            ),
+            "biases alone": ("qwen2", {"target_modules": QV, "config_A_B": "none"}),
         },
         "BEFT": {
             "value": ("llama", {"target_modules": ["v_proj"]}),
@@ -451,6 +489,14 @@ class PeftAdapter:
         return {name: module for name, module in named if isinstance(module, BaseTunerLayer)}
 
 
+class _BlockDiagonal:
+    """What PEFT's CUDA extension for BOFT does: blocks [n, d, b, b] along the diagonals of [n, d b, d b]."""
+
+    @staticmethod
+    def forward(blocks: Tensor) -> list[Tensor]:
+        return [torch.stack([torch.block_diag(*each) for each in blocks])]
+
+
 def make_peft_adapter(
     base: Any,
     folder: Path,
@@ -470,7 +516,10 @@ def make_peft_adapter(
     scaling; biases that the config trains get values of their own.
     """
     from peft import get_peft_config, get_peft_model
+    from peft.tuners.boft import layer as boft
 
+    if options.get("boft_n_butterfly_factor", 1) > 1:
+        boft._FBD_CUDA = _BlockDiagonal  # PEFT's own needs a GPU, and without one it takes one factor
     config = get_peft_config({"peft_type": kind, "task_type": "CAUSAL_LM", **options})
     model = get_peft_model(copy.deepcopy(base), config).eval()
     if strength is not None:
@@ -485,6 +534,8 @@ def make_peft_adapter(
 
 _OWN_STD: dict[str, Callable[[Tensor], float]] = {
     "lora_E": lambda w: 2.0,
+    "lora_embedding_A": lambda w: 2.0,
+    "lora_embedding_B": lambda w: 2.0 * w.numel() ** -0.5,
     "hada_w1_a": lambda w: w.shape[1] ** -0.5,
     "hada_w1_b": lambda w: 2.0,
     "hada_w2_a": lambda w: 2.0 * w.shape[1] ** -0.5,
@@ -532,6 +583,15 @@ _OWN_STD: dict[str, Callable[[Tensor], float]] = {
     "boft_s": lambda w: 1.0,
     "randlora_lambda": lambda w: 0.4,  # at 1 PEFT in fp32 is 3e-4 from itself in fp64
     "randlora_gamma": lambda w: w.shape[1] ** -1.0,
+    "supertuning_values": lambda w: 0.3,
+    "supertuning_lora_A": lambda w: w.shape[1] ** -0.5,
+    "supertuning_lora_B": lambda w: w.shape[1] ** -0.5,
+    "frod_lambda_s_values": lambda w: 0.3,
+    "glora_A": lambda w: 1.0,
+    "glora_B": lambda w: 0.3,
+    "glora_C": lambda w: 0.5,
+    "glora_D": lambda w: 0.5,
+    "glora_E": lambda w: 0.5,
 }
 """Of other kinds' parameters: standard deviations that move outputs by about their own size, at a strength of 1."""
 
@@ -563,6 +623,8 @@ def randomise_adapter(model: Any, seed: int, dtype: torch.dtype, strength: float
                 mean, std = weight, strength * weight  # the norms of the base's rows
             elif ".modules_to_save." in name or ".ln_tuning_layers." in name:
                 mean, std = weight, strength * float(weight.std() + 0.5 * weight.abs().mean())
+            elif ".frod_lambda_l." in name:
+                mean, std = weight, 0.5 * strength * weight
             elif ".trainable_tokens_delta." in name:
                 mean, std = weight, strength * float(weight.std())
             elif (own := next((own for part, own in _OWN_STD.items() if f"{part}." in name), None)) is not None:

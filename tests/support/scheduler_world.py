@@ -9,21 +9,27 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from loraplex.adapters.front import Front
+from loraplex.adapters.positions import Positions
 from loraplex.server.engine.policy.kv_cache import FREED
 from loraplex.server.engine.policy.kv_groups import GroupSpec
 from loraplex.server.engine.policy.plan import StepPlan
 from loraplex.server.engine.policy.sequence import Sequence
+from loraplex.server.engine.renewing import renewed
 from loraplex.server.engine.request import ContextTooLong, FinishReason, GenerationRequest, TokenEvent
 from tests.support.clock import Clock
 from tests.support.scheduling import Requests, draws, make_scheduler, next_token
 
 STEP_SECONDS = 0.1
-ADAPTERS = ("a", "b", "c", "d", "e", "f")
+ADAPTERS = ("a", "b", "c", "d", "e", "f", "g")
 INVOCATIONS = {"c": (5,), "d": (8, 8)}
 """Of those that act from their last occurrence in a prompt on; the others act from the first token on."""
 
 FRONTS = {"e": Front(5, stored=False, width=1), "f": Front(6, stored=True, width=1)}
 """Of those that put virtual tokens in front of the prompt: computed ones, and ones whose keys and values they bring."""
+
+POSITIONS = {"g": Positions(3, 2, skipped=1, units=2)}
+"""Of those that act on a prompt's first and last tokens alone."""
+
 GROUPS = {
     "full": (GroupSpec((0,), None),),
     "two windows": (GroupSpec((0,), None), GroupSpec((1,), 5)),
@@ -45,6 +51,11 @@ class Setting:
     prefix_cache: bool = True
     decode_steps: int = 1
     clock: Clock = field(default_factory=Clock)
+
+
+def name_of(digest: str) -> str:
+    """The adapter, whichever version of it this is."""
+    return digest.removeprefix("digest-").partition(".")[0]
 
 
 class SchedulerWorld:
@@ -72,7 +83,12 @@ class SchedulerWorld:
         for count, name in enumerate(ADAPTERS, start=1):
             front = FRONTS.get(name)
             self.requests.adapter(
-                name, front=front, pages=count, is_read=count % 2 == 0, invocation=INVOCATIONS.get(name, ())
+                name,
+                front=front,
+                pages=count,
+                is_read=count % 2 == 0,
+                invocation=INVOCATIONS.get(name, ()),
+                positions=POSITIONS.get(name),
             )
         self.sent: dict[str, GenerationRequest] = {}
         self.open: dict[str, float] = {}  # request -> when it was sent
@@ -80,6 +96,10 @@ class SchedulerWorld:
         self.ended: dict[str, FinishReason] = {}
         self.steps = 0
         self.many = 0  # of them in which several decode steps followed one another
+        self.renewed: set[str] = set()  # requests whose next token has to tell of other versions
+        self.kept = 0  # renewals that left pages as they were
+        self._past: dict[Sequence, tuple[int, list[int]]] = {}
+        """Of a sequence that other versions began: its preemptions then, and the states that they left."""
         self.longest_wait = 0.0  # seconds that a client with something to run went without service
         self._unserved: dict[str, float] = {}
         self._memory: dict[tuple[int, int], int] = {}  # (page, offset) -> what is stored
@@ -104,6 +124,29 @@ class SchedulerWorld:
         event = self.scheduler.abort(request_id)
         assert event is not None
         self._note(event)
+
+    def renew(self, name: str, kept: bool) -> None:
+        """Adapter `name` gets another version, of another size, and all that is open goes on under it."""
+        old = self.requests.registry.get(name)
+        assert old is not None
+        number = old.uid + 1
+        info = replace(old.info, digest=f"digest-{name}.{number}", num_pages=1 + number % 4)
+        self.requests.registry.register(name, name, info, replace=True)
+        for request in self.scheduler.requests():
+            other = renewed(request)
+            if other is None:
+                continue
+            seq = self.scheduler._open[request.request_id]
+            states = self._states(seq, seq.tokens, seq.num_computed)
+            self.scheduler.renew(other, kept)
+            for lease, _ in request.mix:
+                lease.release()
+            self.sent[other.request_id] = other
+            self.renewed.add(other.request_id)
+            if seq.num_computed:
+                assert kept
+                self.kept += 1
+                self._past[seq] = (seq.preemptions, states)
 
     def step(self, *, out_of_memory: bool = False) -> bool:
         """False: nothing was planned and nobody ended."""
@@ -130,6 +173,10 @@ class SchedulerWorld:
         self.scheduler.took(plan, 0.001)
         for event in self.scheduler.commit(plan, sampled):
             assert event.token_id is not None
+            assert (event.renewed is not None) >= (event.request_id in self.renewed), "nobody is told of the version"
+            if event.renewed is not None:
+                assert event.renewed.mix == self.sent[event.request_id].mix
+                self.renewed.discard(event.request_id)
             self.tokens[event.request_id].append(event.token_id)
             self._note(event)
         self._watch(plan)
@@ -180,10 +227,12 @@ class SchedulerWorld:
             assert row.draws == (count == seq.num_missing) == (row.sampling is not None)
             assert not row.is_decode or count == 1
             wants = [
-                tuple((self.placement.slots[digest], weight) for digest, weight in self._worn(seq, position))
+                tuple(
+                    (self.placement.slot_of(digest, unit), weight) for digest, weight, unit in self._worn(seq, position)
+                )
                 for position in range(row.start, row.start + count)
             ]
-            names = [digest.removeprefix("digest-") for digest, _ in seq.mix]
+            names = [name_of(digest) for digest, _ in seq.mix]
             fronts = [FRONTS[name] for name in names if name in FRONTS]
             assert seq.num_front == sum(front.tokens for front in fronts)
             assert list(row.tokens[: max(0, seq.num_front - row.start)]) == [
@@ -207,15 +256,10 @@ class SchedulerWorld:
         drawn: in this plan's earlier steps.
         """
         start, end = seq.num_computed + len(drawn), seq.num_computed + len(drawn) + count
-        tokens = seq.tokens + drawn
-        is_long = self.setting.switch is not None and len(tokens) > self.setting.switch
-        request = seq.request
-        front = [digest for digest, _ in seq.mix if digest.removeprefix("digest-") in FRONTS]
-        state, own = hash((is_long, *front)), hash((request.tenant, request.cache_salt))
-        states = []
-        for at, token in enumerate(tokens[:end]):
-            state = hash((state, self._worn(seq, at), token, own if at >= seq.num_front else 0))
-            states.append(state)
+        past = self._past.get(seq)
+        if past is not None and (seq.preemptions > past[0] or start < len(past[1])):  # all is its own version's by now
+            del self._past[seq]
+        states = self._states(seq, seq.tokens + drawn, end)
         for group, table in zip(self.scheduler.kv.groups, self.scheduler.kv.tables(seq.number), strict=True):
             for position in range(*self._brought(seq), 1):
                 if table[position // 4] != FREED:
@@ -228,23 +272,43 @@ class SchedulerWorld:
                 stored = self._memory[table[position // 4], position % 4]
                 assert stored == states[position], f"{seq!r} reads another's keys and values at {position}"
 
+    def _states(self, seq: Sequence, tokens: list[int], end: int) -> list[int]:
+        """What is stored of each of the first `end` of its `tokens`: all that its keys and values depend on."""
+        long = self.setting.switch is not None and len(tokens) > self.setting.switch
+        request = seq.request
+        front = [digest for digest, _ in seq.mix if name_of(digest) in FRONTS]
+        own = hash((request.tenant, request.cache_salt))
+        states = list(self._past[seq][1]) if seq in self._past else []
+        state = states[-1] if states else hash((long, *front))
+        for at in range(len(states), end):
+            state = hash((state, self._worn(seq, at), tokens[at], own if at >= seq.num_front else 0))
+            states.append(state)
+        return states
+
     def _brought(self, seq: Sequence) -> tuple[int, int]:
         """Positions whose keys and values come with the sequence's next row."""
         row = seq.row(1, ())
         front = None if row.front is None or not row.front.front.stored else row.front
         return (0, 0) if front is None else (front.first, front.end)
 
-    def _worn(self, seq: Sequence, position: int) -> tuple[tuple[str, float], ...]:
-        """What of its mix acts at a position."""
+    def _worn(self, seq: Sequence, position: int) -> tuple[tuple[str, float, int], ...]:
+        """What of its mix acts at a position, and with the tiles of which unit."""
         prompt, worn = list(seq.request.prompt_ids), []
         position -= seq.num_front
         for digest, weight in seq.mix:
-            invocation = list(INVOCATIONS.get(digest.removeprefix("digest-"), ()))
+            invocation = list(INVOCATIONS.get(name_of(digest), ()))
             places = [i for i in range(len(prompt)) if invocation and prompt[i : i + len(invocation)] == invocation]
-            if digest.removeprefix("digest-") in FRONTS:
+            name = name_of(digest)
+            if name in FRONTS:
                 continue
-            if not invocation or (places and places[-1] <= position):
-                worn.append((digest, weight))
+            if name in POSITIONS:
+                end = max(0, len(prompt) - 1)
+                if max(0, end - 2) <= position < end:
+                    worn.append((digest, weight, 1))
+                elif 0 <= position < min(3, end):
+                    worn.append((digest, weight, 0))
+            elif not invocation or (places and places[-1] <= position):
+                worn.append((digest, weight, 0))
         return tuple(worn)
 
     def _watch(self, plan: StepPlan) -> None:

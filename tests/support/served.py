@@ -11,9 +11,11 @@ from typing import Any
 import openai
 import torch
 
-from loraplex.server.config import EngineConfig
+from loraplex.server.command import cli
+from loraplex.server.config_engine import EngineConfig
 from tests.support.live_server import TINY, LiveServer, live_server
 from tests.support.peft_adapters import make_peft_adapter
+from tests.support.tiny import load_oracle, make_tiny_model, make_tiny_tokenizer
 
 
 def greedy(model: Any, prompt: list[int], tokens: int) -> tuple[list[int], list[float]]:
@@ -68,3 +70,19 @@ def serve_tiny(
             assert answer.status_code == 200, answer.text
         with live.openai() as client:
             yield Served(live, client, {"tiny": oracle} | {n: a.model for n, a in made.items()}, folders)
+
+
+@contextmanager
+def serve_new(folder: Path, adapters: Mapping[str, Mapping[str, Any]], **options: Any) -> Iterator[Served]:
+    """Serve a llama made in `folder` with adapters, as serve_tiny does."""
+    base = make_tiny_tokenizer(make_tiny_model("llama", folder / "base"))
+    with serve_tiny(base, load_oracle(base), folder / "made", adapters, **options) as served:
+        yield served
+
+
+def run(served: Served, *given: str) -> int:
+    """Run `loraplex adapters ...` against the server, in this process. Returns its exit code."""
+    try:
+        return int(cli.app(["adapters", *given, "--url", served.live.url], standalone_mode=False) or 0)
+    except SystemExit as ended:
+        return int(ended.code or 0)

@@ -38,6 +38,12 @@ def write_adapter(folder: Path, text: str) -> Path:
     return folder
 
 
+def register_all(manager: AdapterManager, directory: Path) -> list[AdapterVersion]:
+    """Register every folder of `directory` that has a config, as the reconciler does."""
+    folders = sorted(path.parent for path in directory.glob("*/adapter_config.json"))
+    return [version for folder in folders if (version := manager.register_unread(folder)) is not None]
+
+
 class TextLoader:
     """Reads such adapters."""
 

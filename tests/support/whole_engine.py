@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from loraplex.server.command.build import EngineParts, build_engine
-from loraplex.server.config import EngineConfig
+from loraplex.server.config_engine import EngineConfig
 
 
 @asynccontextmanager

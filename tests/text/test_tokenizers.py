@@ -75,7 +75,9 @@ def test_added_tokens_are_encoded_and_decoded_as_transformers_does(
     ours = tokenizers.of([files])
     ids = oracle(text)["input_ids"]
     assert ours.encode(text) == ids
-    assert [token for token, *_ in ours.encode_offsets(text)] == ids
+    spans = oracle(text, return_offsets_mapping=True)["offset_mapping"]
+    expected = list(zip(ids, oracle.convert_ids_to_tokens(ids), spans, strict=True))
+    assert [(token, written, (start, stop)) for token, written, start, stop in ours.encode_offsets(text)] == expected
     for skip in (True, False):
         assert ours.decode(ids, skip) == oracle.decode(ids, skip_special_tokens=skip)
 

@@ -13,6 +13,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
+from loraplex.server.api.answer_schemas import WrittenTokens
 from loraplex.server.api.body import parse_record
 from loraplex.server.api.choice import Delta
 from loraplex.server.api.dialects.sglang_schemas import OTHER_NAMES, SglangRequest, SglangSampling
@@ -23,6 +24,7 @@ from loraplex.server.api.limits import check_sequences
 from loraplex.server.api.logprobs import Written, fill_in, number, write_prompt
 from loraplex.server.api.merge import merge
 from loraplex.server.api.prompts import GenerationOptions, Prompt, PromptSource, ScoredToken
+from loraplex.server.api.respond import written_tokens
 from loraplex.server.api.schemas import (
     GenerationFields,
     PromptText,
@@ -125,6 +127,7 @@ class _SoFar:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     events: int = 0
+    versions: list[WrittenTokens] | None = None  # where they changed
 
 
 class _Prompt:
@@ -165,6 +168,7 @@ class _Prompt:
         so_far.text += delta.text
         so_far.finish_reason, so_far.stop_reason = delta.finish_reason, delta.stop_reason
         so_far.events += 1
+        so_far.versions = written_tokens(delta) or so_far.versions
 
     def render(self, index: int, so_far: _SoFar, place: int | None = None) -> str:
         """The answer of choice `index` so far, as JSON; with its `place` among all, if given.
@@ -179,6 +183,8 @@ class _Prompt:
             "completion_tokens": self.generation.tokens_of(index),
             "cached_tokens": self.generation.cached_of(index),
         }
+        if so_far.versions is not None:
+            meta["versions"] = [span.model_dump() for span in so_far.versions]
         shown = []
         if self._echo and (so_far.events == 1 or so_far.finish_reason is not None):
             shown.append(("input", so_far.input))

@@ -35,7 +35,7 @@ from loraplex.server.api.generation import Generation
 from loraplex.server.api.logprobs import ChatScores
 from loraplex.server.api.openapi import answers
 from loraplex.server.api.prompts import GenerationOptions, prompt_logprobs_of
-from loraplex.server.api.respond import Collected, Scores, respond
+from loraplex.server.api.respond import Collected, Scores, respond, written_tokens
 from loraplex.server.api.services import Services
 from loraplex.server.api.structured import read_structured
 from loraplex.server.api.tools.call_objects import CallArguments, CallStart, Text
@@ -124,7 +124,7 @@ class _ChatRendering:
         if ended:
             parts += answer.parser.end()
         deltas = [self._delta(answer, part) for part in joined(parts)]
-        if not deltas and (delta.tokens or ended):
+        if not deltas and (delta.tokens or ended or delta.stretches):
             deltas = [ChatDelta()]
         for i, message in enumerate(deltas):
             last = i == len(deltas) - 1
@@ -134,6 +134,7 @@ class _ChatRendering:
                 logprobs=_record(scores) if delta.tokens and i == 0 else None,
                 finish_reason=_finish(delta.finish_reason, answer.num_calls) if last else None,
                 stop_reason=delta.stop_reason if last else None,
+                versions=written_tokens(delta) if i == 0 else None,
             )
             if self._wants_ids:
                 ids = [token.token_id for token in delta.tokens] if i == 0 else []
@@ -187,6 +188,7 @@ class _ChatRendering:
             logprobs=_record(choice.scores),
             finish_reason=_finish(choice.finish_reason, len(calls)),
             stop_reason=choice.stop_reason,
+            versions=choice.versions,
         )
         return RolloutChatChoice(**dict(plain), token_ids=choice.token_ids) if self._wants_ids else plain
 

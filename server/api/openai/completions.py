@@ -16,13 +16,12 @@ from loraplex.server.api.fields import ignored_header
 from loraplex.server.api.generation import Generation
 from loraplex.server.api.logprobs import CompletionScores
 from loraplex.server.api.openapi import answers
-from loraplex.server.api.prompts import GenerationOptions, Prompt, PromptSource, prompt_logprobs_of
-from loraplex.server.api.respond import Collected, Scores, respond
+from loraplex.server.api.prompts import GenerationOptions, prompt_logprobs_of, source_of
+from loraplex.server.api.respond import Collected, Scores, respond, written_tokens
 from loraplex.server.api.schemas import CompletionRequest
 from loraplex.server.api.services import Services
 from loraplex.server.api.structured import read_structured
 from loraplex.server.config import RequestLimits
-from loraplex.server.text.tokenizer import Tokenizer
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
@@ -38,7 +37,8 @@ def make_router(services: Services) -> APIRouter:
         """Continue one or more texts."""
         record = await services.bodies.read(request, CompletionRequest)
         headers = ignored_header(ignored_fields(record))
-        generation = Generation(services, record, _prompt_source(record), _options(record, services.limits))
+        source = source_of("prompt", record.prompt, record.add_special_tokens)
+        generation = Generation(services, record, source, _options(record, services.limits))
         return await respond(request, record, generation, _CompletionRendering(services, record, generation), headers)
 
     return router
@@ -70,17 +70,6 @@ def _max_tokens(record: CompletionRequest) -> int:
     return max(1, record.max_tokens)  # the engine draws one where only the prompt is wanted
 
 
-def _prompt_source(record: CompletionRequest) -> PromptSource:
-    special = record.add_special_tokens is not False
-
-    def read(tokenizer: Tokenizer) -> list[Prompt]:
-        return [
-            Prompt(tokenizer.encode(p, special), text=p) if isinstance(p, str) else Prompt(p) for p in record.prompt
-        ]
-
-    return PromptSource("prompt", tuple(len(p) for p in record.prompt if isinstance(p, str)), read)
-
-
 class _CompletionRendering:
     def __init__(self, services: Services, record: CompletionRequest, generation: Generation) -> None:
         self._generation = generation
@@ -102,10 +91,14 @@ class _CompletionRendering:
         return CompletionScores(self._generation.tokenizer, self._as_ids) if self._wants_logprobs else None
 
     def chunks(self, delta: Delta, scores: Scores | None, usage: Usage | None) -> Iterable[Completion]:
-        if delta.text or delta.tokens or delta.prompt is not None or delta.finish_reason is not None:
-            ids = [token.token_id for token in delta.tokens]
+        if delta.text or delta.tokens or delta.prompt is not None or delta.finish_reason is not None or delta.stretches:
             choice = Collected(
-                scores, text=delta.text, finish_reason=delta.finish_reason, stop_reason=delta.stop_reason, token_ids=ids
+                scores,
+                text=delta.text,
+                finish_reason=delta.finish_reason,
+                stop_reason=delta.stop_reason,
+                token_ids=[token.token_id for token in delta.tokens],
+                versions=written_tokens(delta),
             )
             prompt = None if delta.index in self._opened else delta.index
             self._opened.add(delta.index)
@@ -142,6 +135,7 @@ class _CompletionRendering:
             logprobs=choice.scores.record if isinstance(choice.scores, CompletionScores) else None,
             finish_reason=choice.finish_reason,
             stop_reason=choice.stop_reason,
+            versions=choice.versions,
         )
         if not self._wants_ids and not self._wants_prompt:
             return plain

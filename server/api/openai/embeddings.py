@@ -18,11 +18,10 @@ from loraplex.server.api.errors import InvalidField
 from loraplex.server.api.fields import check_unknown, ignored_header
 from loraplex.server.api.generation import Generation
 from loraplex.server.api.openapi import answers
-from loraplex.server.api.prompts import GenerationOptions, Prompt, PromptSource
+from loraplex.server.api.prompts import GenerationOptions, source_of
 from loraplex.server.api.schemas import AdapterFields, GenerationFields, PromptInput, PromptTexts, Wire, read_prompts
 from loraplex.server.api.services import Services
 from loraplex.server.api.sse import answer_or_disconnect
-from loraplex.server.text.tokenizer import Tokenizer
 
 
 def _read_input(value: object) -> PromptTexts:
@@ -71,7 +70,8 @@ def make_router(services: Services) -> APIRouter:
         options = GenerationOptions(max_tokens=1, num_choices=1, prompt_only=True, pooling=record.pooling or "last")
         worn = {name: getattr(record, name) for name in AdapterFields.model_fields}
         fields = GenerationFields(**worn, temperature=0.0)
-        generation = Generation(services, fields, _prompt_source(record), options)
+        source = source_of("input", record.input, record.add_special_tokens)
+        generation = Generation(services, fields, source, options)
         vectors = await answer_or_disconnect(request, collect_vectors(generation))
         tokens = generation.prompt_tokens
         answer = EmbeddingList(
@@ -82,15 +82,6 @@ def make_router(services: Services) -> APIRouter:
         return Response(answer.model_dump_json(), media_type="application/json", headers=headers)
 
     return router
-
-
-def _prompt_source(record: EmbeddingRequest) -> PromptSource:
-    special = record.add_special_tokens is not False
-
-    def read(tokenizer: Tokenizer) -> list[Prompt]:
-        return [Prompt(tokenizer.encode(p, special) if isinstance(p, str) else p) for p in record.input]
-
-    return PromptSource("input", tuple(len(p) for p in record.input if isinstance(p, str)), read)
 
 
 async def collect_vectors(generation: Generation) -> list[NDArray[np.float32]]:

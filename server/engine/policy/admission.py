@@ -61,7 +61,7 @@ class _Round:
 
     @property
     def is_spent(self) -> bool:
-        """Every token has somebody who wants it."""
+        """Return whether every token of the step has somebody who wants it."""
         return sum(self.prefills.values()) >= self.opening.tokens
 
 
@@ -99,7 +99,7 @@ class Admission:
         return Admitted(tuple(step.failed), tuple(step.preempted))
 
     def _pass(self, step: _Round) -> bool:
-        """Once through the queue. True when it is to be gone through again, for fewer clients."""
+        """Go through the queue once. True when it is to be gone through again, for fewer clients."""
         running = self._running
         takers, spent = step.opening.takers_only or running.is_full, step.is_spent
         if takers and not running.any_above:
@@ -127,13 +127,13 @@ class Admission:
         return False
 
     def _filter(self, takers: bool, served: dict[Client, int]) -> Filter | None:
-        """takers: clients below their share only. served: not these, who have the step's tokens already."""
+        """Choose clients. takers: those below their share only. served: not these, who have tokens of the step."""
         if not takers and not served:
             return None
         return lambda client: (not takers or self._queue.is_below(client)) and client not in served
 
     def _missing(self, seq: Sequence, step: _Round) -> tuple[int, ...] | None:
-        """Pages each of its adapters takes; None when it cannot be admitted now, or has failed."""
+        """Count the pages each adapter of `seq` takes; None when `seq` cannot be admitted now, or has failed."""
         if not seq.wanted:
             self._bind(seq)
             return ()
@@ -194,7 +194,7 @@ class Admission:
         return lacks
 
     def _is_stuck(self, seq: Sequence, headroom: int) -> bool:
-        """Whether it would lack pages as it did the last time: looking up a long cached prefix is dear."""
+        """Return whether `seq` would lack pages as it did the last time: looking up a long cached prefix is dear."""
         if self._stuck is None or self._stuck[0] is not seq or headroom > self._stuck[1]:
             return False
         return len(self._running) > 0 and not self._running.any_above
@@ -249,12 +249,12 @@ class Admission:
     # -- arithmetic ----------------------------------------------------------------------------------------------------
 
     def _need(self, seq: Sequence, pages: tuple[int, ...]) -> int:
-        """Pages for its adapters and all its known tokens, beside those it has adopted."""
+        """Count the pages for the adapters and all known tokens of `seq`, beside those it has adopted."""
         known = self._running.peak_pages(seq.num_tokens) - self._kv.held(seq.number)
         return sum(pages) + max(0, known)
 
     def _gain(self, preemption: FairPreemption, own: set[str]) -> int:
-        """Pages that come of it if what the chosen hold is theirs alone."""
+        """Count the pages that come of a preemption if what the chosen hold is theirs alone."""
         freed = preemption.frees() - own
         worn = [(d, v) for seq in preemption.victims for (d, _), v in zip(seq.mix, seq.versions, strict=True)]
         sizes = {digest: version.info.num_pages for digest, version in worn}

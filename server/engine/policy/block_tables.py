@@ -23,7 +23,7 @@ class BlockTables:
         self.key = b""  # of the last published block, or the root
 
     def check(self, seq: int, lanes: Iterable[tuple[int | None, tuple[int, ...]]]) -> None:
-        """Raises AssertionError unless the tables of `seq` agree with each other. lanes: (window, its groups)."""
+        """Raise AssertionError unless the tables of `seq` agree with each other. lanes: (window, its groups)."""
         count = sum(page != FREED for table in self.tables for page in table)
         assert count == self.pages, f"sequence {seq} holds {count} pages, counted {self.pages}"
         assert len({len(table) for table in self.tables}) == 1, f"sequence {seq}: its groups' tables differ in length"

@@ -45,11 +45,10 @@ class StepCost:
 
     fixed_seconds: float
     token_seconds: float
-    decode_seconds: float  # of a step with a single row
 
 
 def scoring_cost(vocab: int, hidden: int, weights: int) -> float:
-    """What the log-probability of a prompt's token costs, in tokens computed: a row of logits and what is made of it.
+    """Price the log-probability of a prompt's token in tokens computed: a row of logits and what is made of it.
 
     weights: of the linears that a token goes through. 0.39 for SmolLM2-135M, 0.08 for Llama-3.1-8B.
     """
@@ -57,7 +56,7 @@ def scoring_cost(vocab: int, hidden: int, weights: int) -> float:
 
 
 def default_budget(cost: StepCost) -> int:
-    """Tokens of a step of STEP_SECONDS."""
+    """Count the tokens of a step of STEP_SECONDS."""
     return _bounded((STEP_SECONDS - cost.fixed_seconds) / cost.token_seconds, MOST_BUDGET)
 
 
@@ -72,7 +71,7 @@ class TokenBudget:
         self._most = most
 
     def observe(self, prompt_tokens: int, decode_rows: int, seconds: float) -> None:
-        """A step of this many computed tokens took `seconds`; those of prompts that are scored count for more."""
+        """Learn from a step that took `seconds`; tokens of prompts that are scored count for more."""
         count = prompt_tokens + decode_rows
         if self._most is None or prompt_tokens <= decode_rows:
             return

@@ -49,7 +49,7 @@ def share_out(
 
 
 def _ordered(seqs: ListLike[Sequence]) -> list[Sequence]:
-    """By what the client's counter would be after it; a client's own by age."""
+    """Order prompts by what the client's counter would be after each; a client's own by age."""
     after: dict[Sequence, float] = {}
     counters: dict[Client, float] = {}
     for seq in sorted(seqs, key=by_age):
@@ -60,7 +60,7 @@ def _ordered(seqs: ListLike[Sequence]) -> list[Sequence]:
 
 
 def _shares(seqs: ListLike[Sequence], decoding: Iterable[Sequence], room: int) -> dict[Client, int]:
-    """Tokens that each client of `seqs` has a right to; none or less where its decode rows are more than that."""
+    """Count the tokens each client of `seqs` has a right to; none or less where its decode rows are more than that."""
     clients = {seq.flow.client for seq in seqs}
     rows = dict.fromkeys(clients, 0)
     for seq in decoding:

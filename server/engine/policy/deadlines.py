@@ -25,7 +25,7 @@ class Deadlines:
             heappush(self._heap, (seq.request.deadline, seq.number, seq))
 
     def next(self) -> float | None:
-        """The earliest one; None: nobody has one."""
+        """Return the earliest deadline; None: nobody has one."""
         while self._heap and self._is_closed(self._heap[0][2]):
             heappop(self._heap)
         return self._heap[0][0] if self._heap else None

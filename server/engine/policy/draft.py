@@ -26,7 +26,7 @@ class StepDraft:
 
     @property
     def seqs(self) -> tuple[Sequence, ...]:
-        """Those that have a part in it, in the order of its rows."""
+        """List the sequences that have a part in the step, in the order of its rows."""
         return tuple(self.counts)
 
     def add_decodes(self) -> None:
@@ -53,7 +53,7 @@ class StepDraft:
                 self._give(seq, min(count, seq.affordable(self.left)))
 
     def prefills(self) -> dict[Client, int]:
-        """By client, what the tokens cost that running sequences miss, but for those that have a part already."""
+        """Sum by client what the tokens cost that running sequences miss, but for those that have a part already."""
         costs: dict[Client, int] = {}
         for seq in self._running.seqs:
             if seq.is_ready and seq not in self.counts:
@@ -61,18 +61,18 @@ class StepDraft:
         return costs
 
     def drop(self, seq: Sequence) -> None:
-        """It has given way."""
+        """Take out a sequence that has given way."""
         count = self.counts.pop(seq, None)
         if count is not None:
             self.left += seq.cost(count)
 
     def take_failed(self) -> list[tuple[Sequence, Exception]]:
-        """Those that cannot go on, once: they run until somebody ends them."""
+        """Return the sequences that cannot go on, once: they run until somebody ends them."""
         failed, self._failed = self._failed, []
         return failed
 
     def step(self, limits: SchedulerLimits, step_seconds: float | None) -> StepInput:
-        """The rows; several steps of them, where nothing is to be decided in between and there are pages to be had.
+        """Make the rows; several steps of them, where nothing is to be decided in between and pages can be had.
 
         step_seconds: what a step like this one takes; None: there is something to be decided after it.
         """
@@ -81,7 +81,7 @@ class StepDraft:
         return StepInput(tuple(rows), steps)
 
     def _ready(self) -> list[Sequence]:
-        """Running ones that can be computed and have no part yet."""
+        """List the running sequences that can be computed and have no part yet."""
         return [seq for seq in self._running.seqs if seq.is_ready and not seq.is_held and seq not in self.counts]
 
     def _give(self, seq: Sequence, count: int) -> None:
@@ -108,7 +108,7 @@ class StepDraft:
         self.left = max(0, self.left - seq.cost(count))
 
     def _steps_ahead(self, limits: SchedulerLimits, step_seconds: float) -> int:
-        """How many steps like this one may follow one another from it on. Takes their pages, but from nobody."""
+        """Count the steps like this one that may follow one another. Takes their pages, but from nobody."""
         seqs = self.seqs
         if limits.decode_steps == 1 or not seqs or not all(seq.is_decode for seq in seqs):
             return 1

@@ -37,7 +37,7 @@ class FairPreemption:
         return True
 
     def pages(self, held: dict[Client, int], share: float) -> bool:
-        """As place(), but for its pages: also the only sequence of a client that holds more than `share` of them.
+        """Choose as place() does, but for pages: also the only sequence of a client that holds more than `share`.
 
         held: pages by client. share: pages of a client of weight 1.
         """
@@ -71,14 +71,14 @@ class FairPreemption:
         return True
 
     def frees(self) -> set[str]:
-        """Digests that nobody would wear any more."""
+        """Return the digests that nobody would wear any more."""
         if not self.victims:
             return set()
         less = Counter(digest for seq in self.victims for digest, _ in seq.mix)
         return {digest for digest, count in less.items() if count == self._running.worn[digest]}
 
     def _next(self) -> Sequence | None:
-        """The youngest of the client with the most places over its weight that keeps its share without it."""
+        """Find the youngest of the client with the most places over its weight that keeps its share without it."""
         best: tuple[float, Sequence] | None = None
         if self._allowed:
             for seq in reversed(self._running.seqs):
@@ -96,7 +96,7 @@ class FairPreemption:
         self._left[client] = self._left.get(client, client.num_running) - 1
 
     def _may_choose(self, seq: Sequence) -> bool:
-        """Neither its own client's, nor more urgent, nor chosen already."""
+        """Return whether `seq` is neither of the taker's client, nor more urgent, nor chosen already."""
         return seq.flow.client is not self._seq.flow.client and seq.urgency >= self._urgency and seq not in self.victims
 
     def _may_take_all(self, group: list[Sequence]) -> bool:
@@ -110,7 +110,7 @@ class FairPreemption:
         return True
 
     def _may_empty(self, client: Client) -> bool:
-        """Whether it may be left with less than its share: it had more service, and its due since the last time."""
+        """Return whether `client` may be left with less than its share: it had more service, and its due since."""
         taker = self._seq.flow.client
         ahead = client.counter - taker.counter
         return client.counter >= client.protected_until and (ahead >= QUANTUM or (ahead >= 0 and taker.is_new))

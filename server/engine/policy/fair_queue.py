@@ -57,7 +57,7 @@ class FairQueue:
     # -- a request's life ----------------------------------------------------------------------------------------------
 
     def open(self, seq: Sequence, now: float) -> None:
-        """A new request: it waits, and its client is active from now on."""
+        """Have a new request wait; its client is active from now on."""
         key = client_of(seq.request.tenant, seq.request.mix)
         client = self._clients.get(key)
         if client is None:
@@ -75,7 +75,7 @@ class FairQueue:
         self.add(seq, now)
 
     def close(self, seq: Sequence) -> None:
-        """The request has ended; it does not wait any more."""
+        """Forget a request that has ended and does not wait any more."""
         client = seq.flow.client
         client.num_open -= 1
         if client.num_open == 0:
@@ -88,7 +88,7 @@ class FairQueue:
                 self._forget()
 
     def add(self, seq: Sequence, now: float) -> None:
-        """It waits, for the first time or again."""
+        """Have `seq` wait, for the first time or again."""
         flow = seq.flow
         client = flow.client
         if not flow.waiting:
@@ -100,7 +100,7 @@ class FairQueue:
         self._size += 1
 
     def remove(self, seq: Sequence) -> None:
-        """It waits no longer: admitted, or ended."""
+        """Take out `seq`, which was admitted or has ended."""
         waiting = seq.flow.waiting
         index = bisect_left(waiting, seq.number, key=by_age)
         assert waiting[index] is seq
@@ -109,7 +109,7 @@ class FairQueue:
         self._size -= 1
 
     def admitted(self, seq: Sequence, now: float) -> None:
-        """It runs now; removed before."""
+        """Note that `seq`, removed before, runs now."""
         client = seq.flow.client
         client.served = seq.flow.served = now
         client.is_new = False
@@ -119,46 +119,46 @@ class FairQueue:
     # -- the accounts --------------------------------------------------------------------------------------------------
 
     def charge(self, seq: Sequence, tokens: float, now: float) -> None:
-        """`seq` was served: `tokens` at PROMPT_TOKEN and OUTPUT_TOKEN each."""
+        """Charge the client of `seq` for `tokens` at PROMPT_TOKEN and OUTPUT_TOKEN each."""
         flow = seq.flow
         client = flow.client
         client.counter += tokens / client.weight
         client.served = flow.served = now
 
     def promise(self, client: Client, tokens: float) -> None:
-        """It was given these in the step being planned; they count in the order until the next step is planned."""
+        """Count tokens given to `client` in the step being planned in its order, until the next step is planned."""
         self.promised[client.key] = self.promised.get(client.key, 0.0) + tokens / client.weight
 
     def lift(self, clients: set[Client]) -> None:
-        """These could not be served, with their adapters still on their way: they save up nothing by waiting for it."""
+        """Lift clients that could not be served, as their adapters are still coming: they save up nothing by that."""
         lowest = min((c.counter for c in self._active.values() if c.num_running), default=NEVER)
         for client in clients:
             if not client.num_running:
                 client.counter = max(client.counter, lowest)
 
     def share(self, client: Client) -> int:
-        """Places that are an active client's by right: at least one, since a place cannot be divided."""
+        """Count the places that are an active client's by right: at least one, since a place cannot be divided."""
         return max(1, int(self._max_num_seqs * client.weight / self.total_weight))
 
     def is_below(self, client: Client) -> bool:
-        """Whether it has fewer places than that."""
+        """Return whether `client` has fewer places than its share."""
         return client.num_running < self.share(client)
 
     @property
     def num_clients(self) -> int:
-        """Active ones."""
+        """Count the active clients."""
         return len(self._active)
 
     @property
     def spread(self) -> float:
-        """Virtual tokens between the active client served most and the one served least."""
+        """Return the virtual tokens between the active client served most and the one served least."""
         counters = [client.counter for client in self._active.values()]
         return max(counters) - min(counters) if counters else 0.0
 
     # -- the order -----------------------------------------------------------------------------------------------------
 
     def order(self, now: float, wanted: Filter | None = None) -> Iterator[tuple[Sequence, float]]:
-        """Waiting sequences, the next to be admitted first, and the urgency each comes with; of `wanted` clients only.
+        """Yield waiting sequences of `wanted` clients, the next to be admitted first, with the urgency each comes with.
 
         Each may be remove()d when it is yielded; the places and promises that come of it count in what follows.
         """
@@ -183,11 +183,11 @@ class FairQueue:
                 heapreplace(heap, (self._key(client, *following), *following, own))
 
     def is_overdue(self, seq: Sequence, now: float) -> bool:
-        """Whether its client has gone without service for too long."""
+        """Return whether the client of `seq` has gone without service for too long."""
         return now - seq.flow.client.served >= self._ageing
 
     def __iter__(self) -> Iterator[Sequence]:
-        """All that wait, oldest first."""
+        """Yield all that wait, oldest first."""
         flows = [flow for client in self._active.values() for flow in client.flows.values()]
         return iter(sorted((seq for flow in flows for seq in flow.waiting), key=by_age))
 
@@ -195,7 +195,7 @@ class FairQueue:
         return self._size
 
     def check_integrity(self) -> None:
-        """Raises AssertionError unless the counts agree."""
+        """Raise AssertionError unless the counts agree."""
         for client in self._clients.values():
             waiting = [seq for flow in client.flows.values() for seq in flow.waiting]
             assert len(waiting) == client.num_waiting, (
@@ -209,7 +209,7 @@ class FairQueue:
         assert self._size == sum(client.num_waiting for client in self._clients.values()), "the queue is miscounted"
 
     def _own_order(self, client: Client, now: float) -> Iterator[tuple[Sequence, float]]:
-        """A client's waiting sequences in its own order. Tolerates the removal of what was yielded last."""
+        """Yield a client's waiting sequences in its own order. Tolerates the removal of what was yielded last."""
         flows = [client.flows[p] for p in sorted(client.flows) if client.flows[p].waiting]
         first = float(flows[0].priority)
         passed_over = [flow for flow in flows[1:] if now - flow.served >= self._ageing]

@@ -48,7 +48,7 @@ class KVCache:
 
     @property
     def token_seconds(self) -> float:
-        """What a token's prefill takes: the cost of losing a cached block is block_size times as much."""
+        """Return what a token's prefill takes: losing a cached block costs block_size times as much."""
         return self._prefixes.token_seconds
 
     @token_seconds.setter
@@ -109,7 +109,7 @@ class KVCache:
     # -- what a sequence has -------------------------------------------------------------------------------------------
 
     def missing(self, seq: int, num_computed: int, num_tokens: int) -> int:
-        """Pages that grow() would take."""
+        """Count the pages that grow() would take."""
         held = self._held.get(seq)
         last = -(-num_tokens // self.block_size)
         if held is None:
@@ -175,29 +175,29 @@ class KVCache:
 
     @property
     def available(self) -> int:
-        """Pages that can be had without taking them from anybody: free ones, and those of what is idle."""
+        """Count the pages that can be had without taking them from anybody: free ones, and those of what is idle."""
         return self.pool.num_free + self.reclaimer.idle_pages
 
     def make_room(self, pages: int) -> bool:
-        """Whether `pages` are free, if need be after something idle was evicted."""
+        """Have `pages` free, if need be by evicting what is idle. Returns whether they are."""
         short = pages - self.pool.num_free
         return short <= 0 or self.reclaimer.reclaim(short) >= short
 
     def tables(self, seq: int) -> tuple[array[int], ...]:
-        """Per group, the page of each block (int32, FREED where it is past the window). Read only; do not keep."""
+        """List the page of each block per group (int32, FREED where it is past the window). Read only; do not keep."""
         return self._held[seq].tables
 
     def held(self, seq: int) -> int:
-        """Pages in the tables of `seq`, those it shares with others included."""
+        """Count the pages in the tables of `seq`, those it shares with others included."""
         held = self._held.get(seq)
         return 0 if held is None else held.pages
 
     def peak_pages(self, num_tokens: int, chunk: int) -> int:
-        """See peak_pages()."""
+        """Return what peak_pages() does for the groups here."""
         return peak_pages(self.groups, self.block_size, num_tokens, chunk)
 
     def check_integrity(self) -> None:
-        """Raises AssertionError unless each page of a table is either its sequence's own or that of a block it shares.
+        """Raise AssertionError unless each page of a table is either its sequence's own or that of a block it shares.
 
         And unless the pool, the cached blocks' reference counts and the Reclaimer agree with that.
         """
@@ -227,7 +227,7 @@ class KVCache:
     # -- parts ---------------------------------------------------------------------------------------------------------
 
     def _longest(self, root: bytes, tokens: ListLike[int], turns: Turns) -> list[bytes]:
-        """The keys of the longest usable cached prefix; one token is always left to compute.
+        """List the keys of the longest usable cached prefix; one token is always left to compute.
 
         A prefix is usable if each lane has the blocks that its window sees from there on.
         """
@@ -246,7 +246,7 @@ class KVCache:
         return keys[:usable]
 
     def _share(self, held: BlockTables, lane: int, members: tuple[int, ...], index: int) -> Block | None:
-        """The block of one lane as the cache has it from now on; None where the window has left it."""
+        """Share the block of one lane with the cache from now on; None where the window has left it."""
         pages = tuple(held.tables[group][index] for group in members)
         if pages[0] == FREED:
             return None
@@ -274,7 +274,7 @@ class KVCache:
             self._prefixes.release(block)
 
     def _count_adopted(self, asked: int, held: BlockTables | None) -> None:
-        """A sequence goes on with what it adopted: only now is that a use, since a failed admission is tried again."""
+        """Count what a sequence goes on with as used: only now, since a failed admission is tried again."""
         self.queries += asked
         if held is not None:
             self.hits += held.published * self.block_size
@@ -284,7 +284,7 @@ class KVCache:
                         block.uses += 1
 
     def _new(self, num_computed: int) -> BlockTables:
-        """For a sequence that starts at `num_computed`: its tables reach to what its windows see from there."""
+        """Make the tables of a sequence that starts at `num_computed`: they reach to what its windows see there."""
         tables = tuple(array("i", [FREED] * self._first_visible(group.window, num_computed)) for group in self.groups)
         return BlockTables(tables, len(self._lanes))
 
@@ -293,7 +293,7 @@ class KVCache:
         return block_key(before, tokens[start:stop], turned_in(turns, start, stop) if turns else b"")
 
     def _first_visible(self, window: int | None, position: int) -> int:
-        """The first block that a query at `position` or later can see."""
+        """Find the first block that a query at `position` or later can see."""
         if window is None:
             return 0
         return max(0, position - window + 1) // self.block_size

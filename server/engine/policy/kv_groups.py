@@ -40,12 +40,12 @@ def kv_groups(windows: ListLike[int | None]) -> tuple[GroupSpec, ...]:
 
 
 def group_layers(groups: ListLike[GroupSpec]) -> int:
-    """Layer places in every KV page."""
+    """Count the layer places in every KV page."""
     return max(len(group.layers) for group in groups)
 
 
 def peak_pages(groups: ListLike[GroupSpec], block_size: int, num_tokens: int, chunk: int) -> int:
-    """The most pages a sequence of `num_tokens` ever holds when at most `chunk` tokens are computed in a step."""
+    """Bound the pages a sequence of `num_tokens` ever holds when at most `chunk` tokens are computed in a step."""
     blocks = -(-num_tokens // block_size)
     total = 0
     for group in groups:

@@ -18,7 +18,7 @@ HANDFUL_SECONDS = 0.08
 
 
 def steps_in_a_row(seqs: Iterable[Sequence], limits: SchedulerLimits, step_seconds: float) -> int:
-    """For these sequences, which have a decode row each; a step takes about `step_seconds`."""
+    """Count the steps these sequences, with a decode row each, may take in a row; one takes about `step_seconds`."""
     most = min(limits.decode_steps, int(HANDFUL_SECONDS / max(step_seconds, 1e-6)))
     for seq in seqs:
         if most <= 1:
@@ -28,7 +28,7 @@ def steps_in_a_row(seqs: Iterable[Sequence], limits: SchedulerLimits, step_secon
 
 
 def _steps_of(seq: Sequence, limits: SchedulerLimits) -> int:
-    """Until something about `seq` is to be decided that the kernels know nothing of."""
+    """Count the steps until something about `seq` is to be decided that the kernels know nothing of."""
     request, generated = seq.request, len(seq.output)
     params = request.params
     if request.constraint is not None or params.logprobs is not None or params.changes_logits(generated):

@@ -31,7 +31,7 @@ class Prefetch:
         self._looked = 0.0
 
     def waits(self, seq: Sequence, now: float) -> None:
-        """`seq` waits, for the first time or again."""
+        """Note that `seq` waits, for the first time or again."""
         if not seq.wanted:
             return
         if seq.requested is not None:
@@ -42,12 +42,12 @@ class Prefetch:
             self._changed = True
 
     def admitted(self, seq: Sequence) -> None:
-        """`seq` runs. What it was asked for stays asked for."""
+        """Note that `seq` runs. What it was asked for stays asked for."""
         self._remove(seq)
         self._changed = True
 
     def closed(self, seq: Sequence) -> None:
-        """The request has ended."""
+        """Note that the request has ended."""
         if seq.requested is not None:
             self._drop(seq)
             self._changed = True

@@ -31,7 +31,7 @@ Turns = tuple[tuple[int, bytes], ...]
 
 
 def block_key(before: bytes, tokens: ListLike[int], turned: bytes = b"") -> bytes:
-    """The key [16 bytes] of the block with `tokens` after the block with key `before` (or the root).
+    """Make the key [16 bytes] of the block with `tokens` after the block with key `before` (or the root).
 
     turned: the turns in the block.
     """
@@ -39,7 +39,7 @@ def block_key(before: bytes, tokens: ListLike[int], turned: bytes = b"") -> byte
 
 
 def turned_in(turns: Turns, start: int, stop: int) -> bytes:
-    """What turns at the positions [start, stop)."""
+    """List what turns at the positions [start, stop)."""
     return b"".join(what for position, what in turns if start <= position < stop)
 
 
@@ -71,7 +71,7 @@ class PrefixCache:
         self._blocks: tuple[dict[bytes, Block], ...] = tuple({} for _ in range(num_lanes))
 
     def find(self, lane: int, key: bytes) -> Block | None:
-        """The block, if it is cached."""
+        """Find the block, if it is cached."""
         return self._blocks[lane].get(key)
 
     def insert(self, lane: int, key: bytes, pages: tuple[int, ...]) -> Block:
@@ -80,14 +80,14 @@ class PrefixCache:
         return block
 
     def take(self, block: Block) -> None:
-        """One more sequence refers to it."""
+        """Count one more sequence that refers to the block."""
         if block.refs == 0:
             self._idle.remove(block)
             self._pool.assign(block.pages, USED)
         block.refs += 1
 
     def release(self, block: Block) -> None:
-        """One sequence less refers to it; after the last it is idle.
+        """Count one sequence less that refers to the block; after the last it is idle.
 
         Release a sequence's blocks from the last to the first: a block is used no less than those after it, so none
         goes while one that can only be found through it stays.
@@ -98,7 +98,7 @@ class PrefixCache:
             self._idle.add(block, len(block.pages), self._block_size * self.token_seconds, block.uses)
 
     def check_integrity(self, refs: dict[Block, int]) -> int:
-        """Raises AssertionError unless every cached block is referred to as `refs` counts, and idle where it is not.
+        """Raise AssertionError unless every cached block is referred to as `refs` counts, and idle where it is not.
 
         Returns the pages of the blocks that are referred to.
         """

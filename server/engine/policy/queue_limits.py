@@ -25,7 +25,7 @@ FADING = 0.98
 
 
 def check_fits(request: GenerationRequest, limits: SchedulerLimits, kv: KVCache) -> None:
-    """Raises ContextTooLong unless `request` could be served by a server with nothing else to do. Thread-safe.
+    """Raise ContextTooLong unless `request` could be served by a server with nothing else to do. Thread-safe.
 
     Raises ValueError for one without tokens, with tokens that are none, or with a weight that is none.
     """
@@ -101,7 +101,7 @@ class QueueLimits:
         self._tokens[key] += new
 
     def leave(self, key: ClientKey, request: GenerationRequest, output: int) -> None:
-        """It has ended, after `output` generated tokens."""
+        """Forget a request that has ended, after `output` generated tokens."""
         self.requests -= 1
         self.tokens -= len(request.prompt_ids)
         self._requests[key] -= 1
@@ -111,12 +111,12 @@ class QueueLimits:
         self._output += (1 - FADING) * (output - self._output) if self._output else output
 
     def drained(self, tokens: int, seconds: float) -> None:
-        """A step computed `tokens` in `seconds`."""
+        """Learn the rate of a step that computed `tokens` in `seconds`."""
         before, took = self._drained
         self._drained = FADING * before + tokens, FADING * took + seconds
 
     def drain_seconds(self, waiting: int, tokens: int) -> float:
-        """In how long `waiting` requests with `tokens` of prompts get done at the latest rate, within RETRY_AFTER."""
+        """Estimate how long `waiting` requests with `tokens` of prompts take at the latest rate, within RETRY_AFTER."""
         done, took = self._drained
         least, most = RETRY_AFTER
         work = tokens + waiting * self._output

@@ -20,6 +20,8 @@ from loraplex.server.engine.policy.plan import Placement
 from loraplex.server.engine.policy.prefetch import Prefetch
 from loraplex.server.engine.policy.queue_limits import Running
 from loraplex.server.engine.policy.sequence import Sequence
+from loraplex.server.engine.policy.wearing import Entry
+from loraplex.server.engine.request import GenerationRequest
 
 
 class RunningSet:
@@ -85,10 +87,14 @@ class RunningSet:
             self.prompt_tokens += seq.num_prompt - seq.num_front
 
     def preempt(self, seq: Sequence) -> None:
+        """Back to the queue, since others need its pages or its place."""
+        self.preemptions += 1
+        self.put_back(seq)
+
+    def put_back(self, seq: Sequence) -> None:
         """Back to the queue: tokens are kept, keys and values are computed anew."""
         self.leave(seq)
         seq.start_over()
-        self.preemptions += 1
         now = self._clock()
         self._queue.add(seq, now)
         self._prefetch.waits(seq, now)
@@ -99,8 +105,21 @@ class RunningSet:
         seq.is_ready = False
         seq.adapters_came(self._clock())
         self._kv.free(seq.number)
-        for digest, _ in seq.mix:
-            self._adapters.unpin(digest)
+        self._unpin(seq)
+
+    def take_off(self, seq: Sequence, request: GenerationRequest) -> None:
+        """It lets go of its adapters, keeps its place and its pages, and is `request` from here on: see Sequence.renew.
+
+        It is not computed before it wears others.
+        """
+        self._unpin(seq)
+        self._count_worn(seq, -1)
+        seq.renew(request, kept=True)
+
+    def put_on(self, seq: Sequence) -> None:
+        """It wears what its request says, which is pinned."""
+        seq.bind()
+        self._count_worn(seq, 1)
 
     def look(self) -> None:
         """See whose adapters have come to the device."""
@@ -111,14 +130,14 @@ class RunningSet:
 
     def _is_ready(self, seq: Sequence) -> bool:
         """Whether all bytes of its adapters are on the device, where they stay while it runs."""
-        if all(map(self._adapters.is_ready, seq.versions)):
+        if seq.is_bound and all(map(self._adapters.is_ready, seq.versions)):
             seq.is_ready = True
-            seq.slots = tuple((self._slot(digest), weight) for digest, weight in seq.mix)
+            seq.slots = tuple((self._slot(entry), entry.weight) for entry in seq.entries)
         return seq.is_ready
 
-    def _slot(self, digest: str) -> int:
-        slot = self._adapters.slot_of(digest)
-        assert slot is not None, f"adapter {digest[:12]} is ready, but not on the device"
+    def _slot(self, entry: Entry) -> int:
+        slot = self._adapters.slot_of(entry.digest, entry.unit)
+        assert slot is not None, f"adapter {entry.digest[:12]} is ready, but not on the device"
         return slot
 
     def _add(self, seq: Sequence) -> None:
@@ -127,8 +146,7 @@ class RunningSet:
         seq.flow.client.num_running += 1
         seq.flow.client.running_tokens += seq.num_prompt
         self.tokens += seq.num_prompt
-        for digest, _ in seq.mix:
-            self.worn[digest] += 1
+        self._count_worn(seq, 1)
 
     def _remove(self, seq: Sequence) -> None:
         self._counts = None
@@ -138,10 +156,17 @@ class RunningSet:
         seq.flow.client.num_running -= 1
         seq.flow.client.running_tokens -= seq.num_prompt
         self.tokens -= seq.num_prompt
+        self._count_worn(seq, -1)
+
+    def _count_worn(self, seq: Sequence, sign: int) -> None:
         for digest, _ in seq.mix:
-            self.worn[digest] -= 1
+            self.worn[digest] += sign
             if not self.worn[digest]:
                 del self.worn[digest]
+
+    def _unpin(self, seq: Sequence) -> None:
+        for digest, _ in seq.mix:
+            self._adapters.unpin(digest)
 
     # -- pages ---------------------------------------------------------------------------------------------------------
 

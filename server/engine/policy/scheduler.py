@@ -6,6 +6,7 @@ whole, one after the other, so that half of those that come together need not wa
 
     queue_limits.py  who may queue at all     fair_queue.py  whose turn it is     admission.py  waiting -> running
     prefetch.py      what is fetched early    running.py     all that runs        draft.py      a step's tokens, pages
+    renewals.py      who goes on as another version
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from loraplex.server.engine.policy.plan import Placement, SchedulerLimits, StepP
 from loraplex.server.engine.policy.prefetch import Prefetch
 from loraplex.server.engine.policy.queue_limits import Running, check_fits
 from loraplex.server.engine.policy.reasons import not_a_number, out_of_memory, out_of_time
+from loraplex.server.engine.policy.renewals import Renewals
 from loraplex.server.engine.policy.rows import Drawn, RowResult
 from loraplex.server.engine.policy.running import RunningSet
 from loraplex.server.engine.policy.sequence import Sequence
@@ -55,12 +57,12 @@ class Scheduler:
         self.waiting = FairQueue(limits.ageing, limits.max_num_seqs)
         self.budget = budget or TokenBudget(limits.token_budget, None, kv.token_seconds)
         self.generation_tokens = 0  # counters
-        self.finished = 0
         self.adapter_wait = 0.0  # seconds of closed requests, see Sequence.waited
         self._clock = clock
         self._prefetch = Prefetch(self.waiting, adapters, limits.max_num_seqs)
         self._running = RunningSet(kv, adapters, self.waiting, self._prefetch, self.budget, limits.max_num_seqs, clock)
         self._admission = Admission(kv, adapters, self.waiting, self._running, self._prefetch, limits)
+        self._renewals = Renewals(kv, adapters, self._running, self._prefetch)
         self._open: dict[str, Sequence] = {}
         self._deadlines = Deadlines(self._open)
         self._next_number = 0
@@ -95,6 +97,17 @@ class Scheduler:
             return None
         self._close(seq)
         return TokenEvent(request_id, None, finish=FinishReason.ABORT)
+
+    def renew(self, request: GenerationRequest, kept: bool) -> None:
+        """Have the open request of this id go on as `request`, whose mix has other versions of the same adapters.
+
+        kept: see Renewals.begin.
+        """
+        self._renewals.begin(self._open[request.request_id], request, kept, self._clock())
+
+    def requests(self) -> list[GenerationRequest]:
+        """All that are open."""
+        return [seq.request for seq in self._open.values()]
 
     @property
     def running(self) -> list[Sequence]:
@@ -141,7 +154,7 @@ class Scheduler:
         now = self._clock()
         draft = StepDraft(self.kv, self._running, self.token_budget)
         preemptions = self.preemptions
-        failed = self._expire(now)
+        failed = self._expire(now) + self._end(self._renewals.look())
         self._copy(busy=any(seq.is_ready and seq.is_decode for seq in self._running.seqs))
         draft.add_decodes()
         failed += self._end(draft.take_failed())
@@ -268,6 +281,7 @@ class Scheduler:
             prompt_logprobs=TokenScores.join(seq.prompt_scores) if first else None,
             embedding=seq.embedding if first else None,
             phases=seq.phases() if first else None,
+            renewed=seq.take_renewed(),
             handful=handful,
         )
 
@@ -283,7 +297,6 @@ class Scheduler:
     def _close(self, seq: Sequence) -> None:
         """The request has ended, wherever it was."""
         del self._open[seq.request.request_id]
-        self.finished += 1
         seq.adapters_came(self._clock())
         self.adapter_wait += seq.adapter_wait
         if seq in self._running:

@@ -28,7 +28,7 @@ MEASURING_SECONDS = 0.35
 REPEATS = 3
 
 
-DEVICE_COST = StepCost(0.02, 1e-4, 0.02)
+DEVICE_COST = StepCost(0.02, 1e-4)
 """On a GPU, unmeasured: its first steps compile kernels. Only the ratio of prices of evicted things depends on it."""
 
 
@@ -64,7 +64,7 @@ def _fitted(found: dict[int, float]) -> StepCost:
     fixed = found[small] - small * token
     if token <= 0.0 or fixed < 0.0:  # noise, or tokens that cost more the more there are
         token, fixed = found[large] / large, 0.0
-    return StepCost(fixed, max(token, 1e-9), found[min(found)])
+    return StepCost(fixed, max(token, 1e-9))
 
 
 def calibrate(decoder: Decoder, clock: Callable[[], float] = time.perf_counter) -> StepCost:

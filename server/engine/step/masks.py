@@ -45,7 +45,7 @@ class Mask:
         self._bits: NDArray[np.uint8] | None = None
 
     def compute(self, output: Sequence[int], wake: Callable[[], None]) -> float:
-        """What the constraint allows after `output`. Returns seconds of a core; `wake` is called if it was left."""
+        """Compute what is allowed after `output`. Returns seconds of a core; `wake` is called if the mask was left."""
         began = time.thread_time()
         if self._seconds > MOST_SECONDS:
             self._constraint.give_up(f"its masks took more than {MOST_SECONDS:.0f} s; make it simpler")
@@ -60,7 +60,7 @@ class Mask:
         return took
 
     def take(self, until: float) -> NDArray[np.uint8] | None:
-        """The mask, waited for until then (time.monotonic()) unless it is a slow one; None: it is not there.
+        """Take the mask, waited for until then (time.monotonic()) unless it is a slow one; None: it is not there.
 
         The constraint is `busy` from then on until it is.
         """

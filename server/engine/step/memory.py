@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from loraplex.kernels.constants import ALIGN, BLOCK_SIZE
+from loraplex.kernels.constants import ALIGN, BLOCK_SIZE, PANEL
 from loraplex.kernels.hugepages import HUGE_PAGE
 from loraplex.kernels.records import element_bytes
 from loraplex.server.engine.policy.kv_groups import GroupSpec, group_layers, kv_groups, peak_pages
@@ -95,41 +95,41 @@ class MemoryPlan:
 
     @property
     def total_bytes(self) -> int:
-        """Of the memory the plan is about: the process's whole on the CPU, the device's on a GPU."""
+        """Sum the memory the plan is about: the process's whole on the CPU, the device's on a GPU."""
         device = self.weights_bytes + self.arena_bytes + self.scratch_bytes
         return device + self.host_bytes if self.shared else device
 
     @property
     def host_bytes(self) -> int:
-        """Process and host store."""
+        """Sum process and host store."""
         return self.process_bytes + self.host_store_bytes
 
     @property
     def loading_bytes(self) -> int:
-        """Of the host store, for loads under way: files, and images that are being made."""
+        """Return the host store's bytes for loads under way: files, and images that are being made."""
         return self.host_store_bytes // 2
 
     @property
     def images_bytes(self) -> int:
-        """Of the host store, for images that are ready."""
+        """Return the host store's bytes for images that are ready."""
         return self.host_store_bytes - self.loading_bytes
 
     @property
     def kv_tokens(self) -> int:
-        """Tokens of KV that the arena holds without adapters, in sequences of full length."""
+        """Count the tokens of KV that the arena holds without adapters, in sequences of full length."""
         pages = peak_pages(self.groups, BLOCK_SIZE, self.max_model_len, BLOCK_SIZE)
         return self.num_pages * self.max_model_len // pages
 
     @property
     def typical_adapters(self) -> int:
-        """Adapters of TYPICAL_RANK on every linear that the arena holds without KV."""
+        """Count the adapters of TYPICAL_RANK on every linear that the arena holds without KV."""
         return self.num_pages // self.typical_pages
 
     def __str__(self) -> str:
         return ", ".join(f"{name} {size(nbytes)}" for name, nbytes, _ in self.parts()) + f": {size(self.total_bytes)}"
 
     def parts(self) -> list[tuple[str, int, str]]:
-        """(name, bytes, remark) of each part, in the order of the module's picture."""
+        """List (name, bytes, remark) of each part, in the order of the module's picture."""
         rank = f"adapters of rank {TYPICAL_RANK} on all linears"
         arena = (
             f"{self.num_pages:,} pages of {size(self.page_bytes)}: {self.kv_tokens:,} tokens of KV or "
@@ -206,10 +206,10 @@ def plan_memory(
 
 
 def page_bytes(config: ModelConfig, dtype: torch.dtype, groups: tuple[GroupSpec, ...]) -> int:
-    """One size for all pages: a KV page, or more where an adapter's rows are longer (tiny models, narrow caches)."""
+    """Choose one size for all pages: a KV page, or more where an adapter's rows are longer (tiny models)."""
     element = element_bytes(dtype)
     kv_page = group_layers(groups) * 2 * config.num_kv_heads * BLOCK_SIZE * config.head_dim * element
-    # tiles.pack() keeps to one page beyond the bytes if a row of A and its share of B fit in a page.
+    # plan_image() keeps to one page beyond the bytes if a row of A and its share of B fit in a page.
     rows = [p.in_features * element * (p.in_features + p.out_features) // p.out_features for p in config.projections()]
     return -(-max(kv_page, *rows) // ALIGN) * ALIGN
 
@@ -221,13 +221,16 @@ def scratch_bytes(
     demand: Demand,
     around: Surroundings = Surroundings(),
 ) -> int:
-    """The most that a step holds beside weights and arena: activations, angles, tables, logits and their sampling."""
+    """Bound what a step holds beside weights and arena: activations, angles, tables, logits and their sampling."""
     tokens, element = demand.token_budget, element_bytes(dtype)
     q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     hidden, inner, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
     if around.lean:
         # Workspace of the recorded step: results live until their last reader, six of the stream at once at most.
-        activations = tokens * (6 * hidden + 3 * q + 2 * kv + 3 * inner) * element
+        # Each width once more for an input that adapters turn, and projections whose outputs cut a panel.
+        cut = [p for p in config.projections() if p.out_start % PANEL or p.out_features % PANEL]
+        turned = hidden + q + inner + sum(p.out_features + 2 * PANEL for p in cut)
+        activations = tokens * (6 * hidden + 3 * q + 2 * kv + 3 * inner + turned) * element
         # A thread's own: attention's sums; rows widened to fp32 for the linears and for the adapters (kWidened, or a
         # block of rows where that is more, and half as much again: Scratch); sampling's candidates.
         activations += around.threads * ((5 << 19) + 1024 * max(hidden, inner, q) + 32 * vocab)
@@ -251,12 +254,12 @@ def scratch_bytes(
 
 
 def logit_rows(vocab_size: int) -> int:
-    """Rows of logits computed at once."""
+    """Count the rows of logits computed at once."""
     return max(1, min(LOGIT_ROWS, LOGIT_BYTES // (vocab_size * 4)))
 
 
 def size(nbytes: int) -> str:
-    """Bytes for people."""
+    """Write bytes for people."""
     for unit, power in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
         if abs(nbytes) >= 1 << power:
             return f"{nbytes / (1 << power):.4g} {unit}"
@@ -286,13 +289,13 @@ def _too_little(budget: int, fixed: int, sequence: int, length: int, weights: in
 
 
 def _typical_pages(config: ModelConfig, dtype: torch.dtype, page: int) -> int:
-    """Pages of an adapter of TYPICAL_RANK on every linear."""
+    """Count the pages of an adapter of TYPICAL_RANK on every linear."""
     elements = sum(p.in_features + p.out_features for p in config.projections()) * TYPICAL_RANK * config.num_layers
     return -(-elements * element_bytes(dtype) // page) + 1
 
 
 def _largest(fits: Callable[[int], bool], limit: int) -> int:
-    """The largest length up to `limit` that fits; 0 for none."""
+    """Find the largest length up to `limit` that fits; 0 for none."""
     low, high = 0, limit
     while low < high:
         middle = (low + high + 1) // 2

@@ -16,9 +16,6 @@ from loraplex.server.models.checkpoint import WeightsError
 IGNORED = ("rotary_emb.inv_freq",)
 """Ends of names that old checkpoints carry and nobody needs: buffers that are computed."""
 
-BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1, "F8_E4M3": 1, "F8_E8M0": 1}
-"""safetensors' names of the types that are read here: bytes of an element."""
-
 
 @dataclass(frozen=True)
 class Header:

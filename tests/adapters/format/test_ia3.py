@@ -13,7 +13,6 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from loraplex.adapters.format.ia3 import KEYS
 from loraplex.adapters.image.tiles import BiasDelta, OutputScale
 from loraplex.adapters.tiers.host import most_bytes
 from loraplex.adapters.tiers.inbox import host_bytes
@@ -117,17 +116,6 @@ def test_an_ia3_adapter_takes_exactly_its_bytes(bases: dict[str, Any], tmp_path:
     assert parsed.image.pages.shape[0] == math.ceil(nbytes / 1024) == 3
     info = AdapterReader(served_base_of(bases["llama"], layout), 100).examine(str(tmp_path))
     assert (info.num_pages, info.nbytes, info.rank, info.kind) == (3, nbytes, 0, "ia3")
-
-
-def test_every_option_of_this_peft_is_decided() -> None:
-    from dataclasses import fields
-
-    from peft import IA3Config
-
-    known = KEYS.used | KEYS.no_bearing | KEYS.unsupported.keys()
-    assert {field.name for field in fields(IA3Config)} <= known
-    assert not KEYS.used & KEYS.no_bearing
-    assert not KEYS.unsupported.keys() & (KEYS.used | KEYS.no_bearing)
 
 
 class Folder(AdapterFolder):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from loraplex.adapters.image.tiles import BiasDelta, DenseDelta, LowRank, Part
+from loraplex.adapters.image.tiles import BaseLayout, BiasDelta, DenseDelta, InputTurn, LowRank, OutputScale, Part
 from loraplex.adapters.tiers.host import most_bytes
 from loraplex.adapters.tiers.inbox import host_bytes
 from loraplex.adapters.tiers.reader import AdapterReader
@@ -58,6 +59,25 @@ def changes_of(base: Any, adapter: PeftAdapter) -> dict[str, tuple[Tensor, Tenso
     return found
 
 
+def change_of(parts: Sequence[Part], weight: Tensor, layout: BaseLayout) -> Tensor:
+    """How far from W the weight is that parts of one module come to: s W R + D + B A, R the identity and its blocks."""
+    whole = weight
+    for part in sorted(parts, key=lambda part: (not isinstance(part, InputTurn), not isinstance(part, OutputScale))):
+        match part:
+            case InputTurn():
+                count = weight.shape[1] // part.blocks.shape[1]
+                whole = whole @ (torch.eye(weight.shape[1]) + torch.block_diag(*part.blocks.expand(count, -1, -1))).T
+            case OutputScale():
+                whole = part.values[:, None] * whole
+            case DenseDelta():
+                whole = whole + part.delta
+            case LowRank():
+                whole = whole + sum_of_windows([part], layout)
+            case _:
+                raise AssertionError(part)
+    return whole - weight
+
+
 def check_against_peft(base: Any, adapter: PeftAdapter) -> ParsedAdapter:
     """Every module PEFT adapts and no other, with the change of its weight or bias that PEFT computes with."""
     parsed = read(base, adapter.folder)
@@ -74,8 +94,7 @@ def check_against_peft(base: Any, adapter: PeftAdapter) -> ParsedAdapter:
             assert float(weight.abs().max()) < 1e-6
             continue
         assert float(weight.abs().max()) > 0.01
-        windows = [part for part in others if isinstance(part, LowRank)]
-        made = others[0].delta if isinstance(others[0], DenseDelta) else sum_of_windows(windows, layout)
+        made = change_of(others, base.get_submodule(path).weight.detach(), layout)
         torch.testing.assert_close(made, weight, atol=2e-6, rtol=1e-5)
     if len(found) == len(parsed.parts):  # no windows, whose ranks are not the module's
         assert parsed.rank == max(part.a.shape[0] if isinstance(part, LowRank) else 0 for part in parsed.parts)

@@ -45,7 +45,7 @@ def map_of(folder: Path, layout: BaseLayout) -> ModuleMap:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("rank", [1, 8, 17])
 def test_dtypes_and_ranks(tmp_path: Path, stored: torch.dtype, dtype: torch.dtype, rank: int) -> None:
-    """read_adapter compares with tiles.pack."""
+    """read_adapter compares with writing.pack."""
     for alpha in (rank, 3 * rank):  # with and without a scale
         folder = write_adapter(tmp_path / f"a{alpha}", LAYOUT, rank=rank, dtype=stored, alpha=alpha)
         assert len(read_adapter(folder, without_weights(replace(LAYOUT, dtype=dtype))).parts) == 3 * 23

@@ -150,7 +150,7 @@ def test_from_source_to_device(rig: Rig) -> None:
     rig.cache.unpin(version.digest)
     rig.cache.cancel(version)
     assert rig.reclaimer.reclaim(1) == 2
-    assert (rig.residency.loads, rig.residency.evictions) == (1, 1)
+    assert (rig.residency.copies.loads, rig.residency.evictions) == (1, 1)
     assert rig.cache.missing_pages([version]) == [2], "still in host memory"
     assert rig.read == ["2"]
 
@@ -164,15 +164,15 @@ def test_a_busy_step_copies_no_more_than_its_bytes(rig: Rig) -> None:
     assert rig.cache.missing_pages([large, small]) == [3, 1]
     assert not rig.cache.start_step(busy=True)
     assert rig.cache.load(large)
-    assert rig.residency.bytes_loaded == 300
+    assert rig.residency.copies.bytes_loaded == 300
     assert rig.cache.load(small), "slot and pages are taken, its bytes come later"
-    assert rig.residency.bytes_loaded == 300
+    assert rig.residency.copies.bytes_loaded == 300
     assert rig.cache.missing_pages([large, small]) == [0, 0], "to be waited for, not to be loaded again"
     assert rig.cache.start_step(busy=True)
-    assert rig.residency.bytes_loaded == 600
+    assert rig.residency.copies.bytes_loaded == 600
     assert not rig.cache.is_ready(large)
     assert rig.cache.start_step(busy=True)
-    assert rig.residency.bytes_loaded == 900
+    assert rig.residency.copies.bytes_loaded == 900
     assert (rig.cache.is_ready(large), rig.cache.is_ready(small)) == (True, False)
     stalled = rig.cache.stall_seconds
     assert stalled > 0

@@ -18,7 +18,7 @@ from tests.support.counted_clock import counted_clock
 
 @pytest.fixture(scope="module", autouse=True)
 def clock() -> Iterator[None]:
-    with counted_clock(*(f"loraplex.adapters.tiers.{module}" for module in ("device", "cache", "host"))):
+    with counted_clock(*(f"loraplex.adapters.tiers.{module}" for module in ("copying", "cache", "host"))):
         yield
 
 

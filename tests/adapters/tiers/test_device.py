@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import Tensor
 
-from loraplex.adapters.image.tiles import AdapterImage, BaseLayout, BiasDelta, LowRank, Part, pack
+from loraplex.adapters.image.tiles import AdapterImage, BaseLayout, BiasDelta, LowRank, Part
+from loraplex.adapters.image.writing import pack
 from loraplex.adapters.tiers.device import DeviceTier
 from loraplex.adapters.tiers.pages import PagePool
 from loraplex.kernels.constants import ALIGN, TILE_COLUMNS
@@ -50,11 +52,20 @@ def _image(seed: int) -> AdapterImage:
 
 @pytest.fixture(scope="module", autouse=True)
 def clock() -> Iterator[None]:
-    with counted_clock("loraplex.adapters.tiers.device"):
+    with counted_clock("loraplex.adapters.tiers.copying"):
         yield
 
 
-_IMAGES = {f"digest-{seed}": _image(seed) for seed in range(9)}
+def _with_second_unit(image: AdapterImage) -> AdapterImage:
+    """The same with all tiles again, for the second unit: at sites that are greater by as many as there are."""
+    again = image.tiles.clone()
+    again[:, 1] += _LAYOUT.num_sites
+    tiles = torch.cat((image.tiles, again))
+    order = sorted(range(len(tiles)), key=lambda at: tiles[at, :2].tolist())
+    return replace(image, tiles=tiles[order])
+
+
+_IMAGES = {f"digest-{seed}": _with_second_unit(_image(seed)) if seed % 4 == 2 else _image(seed) for seed in range(9)}
 
 
 def _in_features(site: int) -> int:
@@ -68,16 +79,16 @@ def _read(units: Tensor, offset: int, elements: int) -> Tensor:
 
 def _check_on_device(residency: DeviceTier, arena: Tensor, digest: str) -> None:
     """What a kernel finds through the table is, byte for byte, what the image holds."""
-    image, slot = _IMAGES[digest], residency.slot_of(digest)
-    assert slot is not None
-    table = residency.table
+    image, table = _IMAGES[digest], residency.table
     want: dict[tuple[int, int], list[list[int]]] = {}
     for row in image.tiles.tolist():
         want.setdefault((row[0], row[1]), []).append(row[2:])
     for layer in range(_LAYOUT.num_layers):
-        for site in range(7):
+        for unit, site in product(range(2), range(7)):
+            slot = residency.slot_of(digest, unit)
+            assert slot is not None
             first, last = table.ranges[slot, layer, site].tolist()
-            expected = want.get((layer, site), [])
+            expected = want.get((layer, site + 7 * unit), [])
             assert last - first == len(expected)
             if not expected:
                 assert (first, last) == (0, 0)
@@ -280,7 +291,7 @@ def test_only_the_used_part_of_the_last_page_is_copied() -> None:
     residency, arena = _residency()
     image = pack([LowRank(0, _PROJECTIONS[0], torch.ones(1, 64), torch.ones(64, 1), 1.0)], _LAYOUT)
     assert residency.load("a", image)
-    assert residency.bytes_loaded == image.extent == 512
+    assert residency.copies.bytes_loaded == image.extent == 512
     [page] = set((residency.table.tiles[0, :2] * ALIGN // _LAYOUT.page_bytes).tolist())
     assert bool((arena[page, 512:] == 0xFF).all())
     assert bool((arena[page, :512].view(torch.float32) == 1.0).all())
@@ -315,7 +326,7 @@ def test_the_tile_table_doubles_and_its_rows_are_used_again() -> None:
         assert residency.load(str(round_ % 4), image(round_))
         residency.check_integrity()
     assert residency.table.tiles.shape == (2048, TILE_COLUMNS)
-    assert residency.loads == 14
+    assert residency.copies.loads == 14
     assert residency.evictions == 0  # a drop is not an eviction
 
 
@@ -336,7 +347,7 @@ def test_a_dropped_adapter_stays_while_pinned_and_may_be_asked_for_again() -> No
     assert residency.load("a", image)  # wanted again before the last unpin
     residency.unpin("a")
     assert residency.is_resident("a")
-    assert residency.loads == 2
+    assert residency.copies.loads == 2
 
 
 def test_pins_protect_from_eviction() -> None:
@@ -396,7 +407,7 @@ def test_a_copy_under_way_can_be_dropped_but_not_evicted_while_pinned() -> None:
     residency.unpin("a")  # nobody wants it any more: gone, half copied
     residency.check_integrity()
     assert not residency.is_copying
-    assert residency.loads == 0
+    assert residency.copies.loads == 0
     assert residency.begin("a", image)
     assert residency.advance() == image.extent, "from the start again"
     assert residency.is_ready("a")
@@ -414,10 +425,10 @@ def test_a_load_costs_what_loads_have_taken() -> None:
         assert residency.begin("a", image, seconds=2.0)  # the source's share; the copy's own is measured, microseconds
         residency.advance()
         residency.drop("a")
-        assert residency.loads == number + 1
-    assert residency.seconds_per_byte == pytest.approx(2.0 / image.extent, rel=0.2)
-    assert residency.bytes_loaded == 60 * image.extent
-    assert 0 < residency.durations.total < 60
+        assert residency.copies.loads == number + 1
+    assert residency.copies.seconds_per_byte == pytest.approx(2.0 / image.extent, rel=0.2)
+    assert residency.copies.bytes_loaded == 60 * image.extent
+    assert 0 < residency.copies.durations.total < 60
 
 
 def test_misuse_is_refused() -> None:
@@ -458,6 +469,6 @@ def test_integrity_check_sees_damage() -> None:
         elif damage == "idle":
             residency._idle.remove("a")
         else:
-            residency._copying["a"] = None
+            residency.copies.waiting["a"] = residency._residents["a"]
         with pytest.raises(AssertionError):
             residency.check_integrity()

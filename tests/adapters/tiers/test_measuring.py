@@ -33,7 +33,11 @@ MERGED = {
     **{
         name: IA3_CASES[name] for name in ("ia3 on k_proj", "ia3, biases and outputs alone")
     },  # on outputs, as PEFT merges them
-    **{name: case for name, case in MODULE_KIND_CASES.items() if name.endswith(", all") or name.startswith("lokr")},
+    **{
+        name: case
+        for name, case in MODULE_KIND_CASES.items()
+        if name.endswith(", all") or name.startswith(("lokr", "boft", "glora, by"))
+    },
 }
 
 

@@ -45,7 +45,7 @@ def run(budget: TokenBudget, steps: int, seconds: Callable[[int], float], noise:
 
 
 def test_a_budget_measured_right_stays() -> None:
-    budget = started(StepCost(FIXED, TOKEN, FIXED))
+    budget = started(StepCost(FIXED, TOKEN))
     assert set(run(budget, 200, quiet)) == {QUIET}
     assert budget.token_seconds == pytest.approx(quiet(QUIET) / QUIET, rel=1e-3)
 
@@ -54,7 +54,7 @@ def test_a_budget_measured_right_stays() -> None:
 @pytest.mark.parametrize("fixed", [0.0, FIXED])
 def test_what_disturbed_the_start_is_forgotten(times: float, fixed: float) -> None:
     """However it was read: as a dearer token, or as a dearer step."""
-    for cost in (StepCost(FIXED * times, TOKEN * times, 0.0), StepCost(0.09, TOKEN, 0.0), StepCost(0.0, 0.1, 0.0)):
+    for cost in (StepCost(FIXED * times, TOKEN * times), StepCost(0.09, TOKEN), StepCost(0.0, 0.1)):
         budget = started(cost)
         seen = run(budget, 400, lambda tokens: fixed + TOKEN * tokens)
         right = (0.1 - fixed) / TOKEN
@@ -63,7 +63,7 @@ def test_what_disturbed_the_start_is_forgotten(times: float, fixed: float) -> No
 
 
 def test_off_by_three_takes_thirty_full_steps() -> None:
-    budget = started(StepCost(3 * FIXED, 3 * TOKEN, 0.0))
+    budget = started(StepCost(3 * FIXED, 3 * TOKEN))
     assert budget.tokens < QUIET / 3
     run(budget, 30, quiet)
     assert budget.tokens > 0.8 * QUIET
@@ -72,7 +72,7 @@ def test_off_by_three_takes_thirty_full_steps() -> None:
 
 
 def test_a_machine_that_is_three_times_slower_for_a_while() -> None:
-    budget = started(StepCost(FIXED, TOKEN, FIXED))
+    budget = started(StepCost(FIXED, TOKEN))
     slow = (0.1 - 3 * FIXED) / (3 * TOKEN)
     seen = run(budget, 60, lambda tokens: 3 * quiet(tokens))
     assert slow - 16 <= budget.tokens <= slow + 16
@@ -84,13 +84,13 @@ def test_a_machine_that_is_three_times_slower_for_a_while() -> None:
 
 @pytest.mark.parametrize("noise", [0.05, 0.3])
 def test_noise_hardly_moves_it(noise: float) -> None:
-    budget = started(StepCost(FIXED, TOKEN, FIXED))
+    budget = started(StepCost(FIXED, TOKEN))
     seen = run(budget, 1000, quiet, noise)
     assert max(abs(tokens - QUIET) for tokens in seen) <= max(16, 0.6 * noise * QUIET)
 
 
 def test_one_step_that_is_held_up_is_not_believed() -> None:
-    budget = started(StepCost(FIXED, TOKEN, FIXED))
+    budget = started(StepCost(FIXED, TOKEN))
     budget.observe(budget.tokens, 0, 30.0)
     assert budget.tokens >= 0.92 * QUIET
     for _ in range(10):  # one in ten
@@ -117,14 +117,14 @@ def test_it_stays_within_its_bounds_whatever_comes(steps: list[tuple[int, int, f
 class TestStepsThatTellNothing:
     @pytest.mark.parametrize(("prompt", "rows"), [(0, 448), (0, 1), (200, 248), (0, 0)])
     def test_those_that_decode(self, prompt: int, rows: int) -> None:
-        budget = started(StepCost(FIXED, TOKEN, FIXED))
+        budget = started(StepCost(FIXED, TOKEN))
         before = budget.token_seconds
         for seconds in (1e-6, 0.05, 7.0):
             budget.observe(prompt, rows, seconds)
         assert (budget.tokens, budget.token_seconds) == (QUIET, before)
 
     def test_short_ones_whose_price_is_the_steps_own(self) -> None:
-        budget = started(StepCost(FIXED, TOKEN, FIXED))
+        budget = started(StepCost(FIXED, TOKEN))
         for tokens in (1, 16, 100, 300):
             for _ in range(50):
                 budget.observe(tokens, 0, quiet(tokens))

@@ -27,8 +27,9 @@ from loraplex.server.engine.step.memory import Demand, plan_memory
 from loraplex.server.models.config import ModelConfig
 from loraplex.server.models.decoder import Decoder
 from loraplex.server.models.inputs import no_tiles
+from loraplex.server.models.opening import open_checkpoint
 from loraplex.server.models.recorded import RecordedDecoder, record
-from loraplex.server.models.weights import load_weights
+from loraplex.server.models.weights import load_checkpoint
 from tests.support.scheduling import FakePlacement, Requests, draws, make_scheduler
 from tests.support.tiny import make_tiny_model
 
@@ -205,7 +206,7 @@ def decode(tmp_path: Path) -> Decode:
         arena = allocate_arena(plan, ops.device)
         kv = KVCache(PagePool(16), plan.groups, BLOCK_SIZE)
         layers = kv_layers(arena, config, torch.float32, plan.groups)
-        weights = load_weights(path, config, ops, torch.float32)
+        weights = load_checkpoint(open_checkpoint(path), config, ops, torch.float32)
         decoder = record(Decoder(config, weights, ops, layers, arena), 64, 64)
         assert isinstance(decoder, RecordedDecoder)
         limits = SchedulerLimits(64, 8, 64, 1, config.vocab_size, decode_steps=6)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tests.support.scheduler_world import ADAPTERS, GROUPS, STEP_SECONDS, SchedulerWorld, Setting
+from tests.support.scheduling import digest_of
 
 PREFIXES = ((), (5,) * 4, (6,) * 9, (5, 5, 5, 5, 8, 8, 8, 8))
 TENANTS = ("", "", "red", "blue")
@@ -56,13 +57,19 @@ class Serving(RuleBasedStateMachine):
 
     @rule(name=st.sampled_from(ADAPTERS), state=st.sampled_from(["slow", "there", "broken", "whole"]))
     def source_changes(self, name: str, state: str) -> None:
-        placement, digest = self.world.placement, f"digest-{name}"
+        placement, version = self.world.placement, self.world.requests.registry.get(name)
+        assert version is not None
+        digest = digest_of(version)
         {
             "slow": placement.away.add,
             "there": placement.away.discard,
             "broken": placement.broken.add,
             "whole": placement.broken.discard,
         }[state](digest)
+
+    @rule(name=st.sampled_from(ADAPTERS), kept=st.booleans())
+    def goes_on_as_another_version(self, name: str, kept: bool) -> None:
+        self.world.renew(name, kept)
 
     @precondition(lambda self: self.world.open)
     @rule(data=st.data())
@@ -130,13 +137,15 @@ def test_two_thousand_steps_under_load(seed: int) -> None:
     """
     rng = random.Random(seed)
     world = SchedulerWorld(replace(_setting(rng), decode_steps=(1, 4)[seed % 2]))
-    aborts, others = 0, 0
+    aborts, others, renewals = 0, 0, (0.0, 0.02)[seed // 2 % 2]
     while world.steps < 2000:
         while len(world.open) < 25:
             _arrive(rng, world)
         if world.open and rng.random() < 0.02:
             world.abort(rng.choice(sorted(world.open)))
             aborts += 1
+        if rng.random() < renewals:
+            world.renew(rng.choice(ADAPTERS), kept=rng.random() < 0.7)
         world.step(out_of_memory=rng.random() < 0.002)
         others = max(others, world.scheduler.waiting.num_clients)
         if world.steps % 50 == 0:
@@ -144,6 +153,7 @@ def test_two_thousand_steps_under_load(seed: int) -> None:
     longest = (35 - (-23 // world.setting.budget)) * STEP_SECONDS
     assert world.longest_wait <= world.setting.ageing + others * longest
     assert aborts > 10
+    assert (world.kept > 0) == (renewals > 0)
     world.finish()
     assert (world.many > 0) == (world.setting.decode_steps > 1)
 

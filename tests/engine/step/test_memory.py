@@ -37,7 +37,7 @@ from loraplex.server.models.opening import open_checkpoint
 from loraplex.server.models.quantizing import SCHEMES, QuantizingCheckpoint
 from loraplex.server.models.recorded import RecordedDecoder, record
 from loraplex.server.models.weight_sizes import packed_parts, resident_bytes
-from loraplex.server.models.weights import load_checkpoint, load_weights
+from loraplex.server.models.weights import load_checkpoint
 from tests.support.checkpoints import HeldCheckpoint
 from tests.support.configs import SMOLLM2, TINY
 from tests.support.tiny import make_tiny_model
@@ -180,7 +180,7 @@ class TestCounts:
         shapes: list[tuple[int, int]] = []
         pack = ops.pack_linear
         monkeypatch.setattr(ops, "pack_linear", lambda w: shapes.append(tuple(w.shape)) or pack(w))  # type: ignore[func-returns-value]
-        weights = load_weights(path, config, ops, dtype)
+        weights = load_checkpoint(open_checkpoint(path), config, ops, dtype)
         parts = packed_parts(open_checkpoint(path), config, weights.head is not weights.embedding)
         assert parts == [[(*shape, None)] for shape in shapes]
 
@@ -283,7 +283,7 @@ def test_share_of_smollm2s_weights_that_quantised_ones_take(kind: str, most: flo
 
 def _decoder(path: Path, config: ModelConfig) -> Decoder:
     ops = load_backend("cpu", "cpu")
-    weights = load_weights(path, config, ops, torch.float32)
+    weights = load_checkpoint(open_checkpoint(path), config, ops, torch.float32)
     plan = plan_memory(config, torch.float32, 64 * MIB, 0, Demand(64, 1, 16, MIB), 0)
     arena = allocate_arena(plan, torch.device("cpu"))
     return Decoder(config, weights, ops, kv_layers(arena, config, torch.float32, plan.groups), arena)

@@ -30,8 +30,9 @@ from loraplex.server.engine.step.memory import Demand, plan_memory
 from loraplex.server.models.config import ModelConfig
 from loraplex.server.models.decoder import Decoder
 from loraplex.server.models.inputs import ForwardBatch
+from loraplex.server.models.opening import open_checkpoint
 from loraplex.server.models.recorded import RecordedDecoder, record
-from loraplex.server.models.weights import load_weights
+from loraplex.server.models.weights import load_checkpoint
 from tests.support.scheduling import FakePlacement
 from tests.support.tiny import load_oracle, make_tiny_model
 from tests.support.waiting import wait_for
@@ -83,7 +84,7 @@ def generate(
     arena.fill_(0xFF)
     kv = KVCache(pool, memory.groups, BLOCK_SIZE)
     layers = kv_layers(arena, config, torch.float32, memory.groups)
-    decoder = Decoder(config, load_weights(path, config, ops, torch.float32), ops, layers, arena)
+    decoder = Decoder(config, load_checkpoint(open_checkpoint(path), config, ops, torch.float32), ops, layers, arena)
     model = decoder if decode_steps == 1 else record(decoder, budget, 8 + budget)
     local = worker.LocalWorker(model, NoAdapters(), BLOCK_SIZE, CPU)  # type: ignore[arg-type]
     limits = SchedulerLimits(256, 8, budget, 1, config.vocab_size, config.rope_switch, decode_steps=decode_steps)
