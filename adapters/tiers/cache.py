@@ -34,8 +34,8 @@ COPY_BUDGET = 10 << 20
 """Bytes copied to the device in a step while streams decode.
 
 On the CPU 0.7 ms at 14 GB/s, and 0.07 ms for slot, pages and tiles: under 4% of a decode step of 20 ms. An adapter of
-rank 16 on all linears of a 135M base (9.8 MB) comes in one step: one that is pushed is served two steps sooner than with
-4 MiB a step.
+rank 16 on all linears of a 135M base (9.8 MB) comes in one step: one that is pushed is served two steps sooner than
+with 4 MiB a step.
 """
 
 LOOKAHEAD = 0.5
