@@ -22,7 +22,8 @@ static void dispatch(const Op& op, const Step& step, int phase, int tid, int thr
             return linear(rows, (const T*)op.x, op.in, (const T*)op.w, op.out, (T*)op.y, op.linear.ldy, tid, threads);
         case kBias: return add_bias<T>(op, rows, tid, threads);
         case kAdapter:
-            bgmv<T>(op, step, phase, tid, threads);
+            if (op.adapter.to_float) return bgmv<T, float>(op, step, phase, tid, threads);
+            bgmv<T, T>(op, step, phase, tid, threads);
             if (phase) sgmv<T>(op, step, tid, threads);
             return;
         case kRope: return rope_store<T>(op, step, rows, tid, threads);
