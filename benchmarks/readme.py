@@ -3,8 +3,8 @@
     python -m loraplex.benchmarks.readme [--check]
 
 They stand in README.md and docs/benchmarks.md between <!-- figures: NAME --> and <!-- /figures -->, each kind of CPU
-apart and with its commit. NAME is machine, serve, quantised, adapters or slora (with its plots, docs/slora-<kind>.svg), which
-`make bench` measures, or one of those that stay as they are until what takes longer has run:
+apart and with its commit. NAME is machine, serve, quantised, adapters or slora (with its plots, docs/slora-<kind>.svg),
+which `make bench` measures, or one of those that stay as they are until what takes longer has run:
 
     peers     peers --out
     settings  slora --settings S2,S3,S4 --disk 9 --out

@@ -2,9 +2,9 @@
 
     python -m loraplex.benchmarks.short [--out FOLDER]
 
-Served tokens per second (a minute and a half), the same in int4 beside bf16 (as long), then S-LoRA's S1 at 5 to 2000 adapters (five minutes; the first time it
-makes 1.8 GB of them). They are kept in FOLDER/<kind of this CPU>.json, of which python -m loraplex.benchmarks.readme
-then writes README's tables.
+Served tokens per second (a minute and a half), the same in int4 beside bf16 (as long), then S-LoRA's S1 at 5 to 2000
+adapters (five minutes; the first time it makes 1.8 GB of them). They are kept in FOLDER/<kind of this CPU>.json, of
+which python -m loraplex.benchmarks.readme then writes README's tables.
 """
 
 from __future__ import annotations
