@@ -119,10 +119,10 @@ INLINE void store_sums(const fvec (&acc)[M][V], float* sums, int64_t ld) {
 struct Fetch {
     const char* at = nullptr;
     int64_t every = INT64_MAX, steps = 0, stride = 0, width = 0;
-    bool once = false;
+    bool l1_alone = false;
     inline __attribute__((always_inline)) void next() {
         for (int64_t i = 0; i < steps; i++, at += stride)
-            for (int64_t c = 0; c < width; c += 64) once ? fetch_once(at + c) : __builtin_prefetch(at + c, 0, 2);
+            for (int64_t c = 0; c < width; c += 64) l1_alone ? __builtin_prefetch(at + c, 0, 0) : __builtin_prefetch(at + c, 0, 2);
     }
 };
 

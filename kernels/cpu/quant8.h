@@ -111,9 +111,9 @@ struct Words {
 struct WeightsAhead {
     const char* at;
     int64_t step, lines;
-    bool once;
+    bool l1_alone;
     inline __attribute__((always_inline)) void next() {
-        for (int64_t i = 0; i < lines; i++) once ? fetch_once(at + i * 64) : __builtin_prefetch(at + i * 64, 0, 2);
+        for (int64_t i = 0; i < lines; i++) l1_alone ? __builtin_prefetch(at + i * 64, 0, 0) : __builtin_prefetch(at + i * 64, 0, 2);
         at += step;
     }
 };
@@ -225,7 +225,6 @@ template <int W, bool Offset>
 struct Bytes {
     static constexpr Form form = Form::kWords;
     static constexpr int stretch = kStretchUnits, rows = kRowBlock;
-    static int64_t tile_inputs(const Quantised&) { return 0; }
     static float bias(const Quantised&) { return 0.f; }
     static void add(const Quantised& w, const Stretch& units, const Inputs& x, int64_t row, int64_t, int64_t unit, float* sums, int columns) {
         Words here = words_of(x, row);

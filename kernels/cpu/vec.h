@@ -18,9 +18,6 @@
 #define INLINE static inline __attribute__((always_inline))
 #define NOINLINE __attribute__((noinline))  // a tile's registers are given out without regard to what is around it
 
-// Whether a line that is read once is best fetched for L1 alone (prefetchnta); library.cpp knows the CPU.
-extern "C" __attribute__((visibility("hidden"))) bool loraplex_past_l2;
-
 namespace LORAPLEX_ISA {
 
 // kLanes fp32 lanes fill a register; tests set LORAPLEX_LANES to run what AVX-512 runs where there is none. kDots: the CPU
@@ -40,17 +37,6 @@ constexpr bool kDots = true;
 #else
 constexpr bool kDots = false;
 #endif
-
-// Fetches `Lines` lines that are read soon and once.
-template <int Lines = 1>
-INLINE void fetch_once(const void* at) {
-    if (loraplex_past_l2)
-#pragma GCC unroll 8
-        for (int i = 0; i < Lines; i++) __builtin_prefetch((const char*)at + i * 64, 0, 0);
-    else
-#pragma GCC unroll 8
-        for (int i = 0; i < Lines; i++) __builtin_prefetch((const char*)at + i * 64, 0, 2);
-}
 
 typedef float fvec __attribute__((vector_size(4 * kLanes)));
 typedef int32_t ivec __attribute__((vector_size(4 * kLanes)));
