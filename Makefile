@@ -31,7 +31,7 @@ help:
 	@echo 'make test     lint, then the tests of the product, JOBS=2 at a time (PYTEST_FLAGS=)'
 	@echo 'make test-benchmarks  the tests of benchmarks/'
 	@echo 'make test-routers  two servers behind the routers of SGLang and vLLM, and under Ray Serve'
-	@echo 'make test-clients  LangChain, LiteLLM, lm-eval, lorax-client, schemathesis and TRL against a server (CLIENTS=)'
+	@echo 'make test-clients  LangChain, LiteLLM, the AI SDK, lm-eval, lorax-client, schemathesis and TRL against a server (CLIENTS=)'
 	@echo 'make test-aiperf   the load harness beside aiperf'
 	@echo 'make bench    the figures of README, measured here in under ten minutes'
 	@echo 'make lint     ruff and mypy'
@@ -78,11 +78,19 @@ define client_env
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip --disable-pip-version-check -qq install --no-compile \
 	    $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --requirement $<
+	$(if $(wildcard $(<D)/package.json),$(client_packages))
 	@touch $@
 endef
 
+# What a client in JavaScript needs, with the Node of its requirements. Without it its tests are skipped, with the reason.
+client_packages = cp $(<D)/package.json $(<D)/package-lock.json $(@D) && \
+    PATH="$(CURDIR)/$(@D)/bin:$$PATH" npm ci --prefix $(@D) --ignore-scripts --no-audit --no-fund --fetch-timeout 60000 --silent || \
+    { rm -rf $(@D)/node_modules; echo "the packages of $(<D) are not installed, and its tests are skipped" >&2; }
+
 $(CLIENT_ENVS)/%/.installed: tests/clients/%/requirements.txt
 	$(client_env)
+
+$(CLIENT_ENVS)/ai-sdk/.installed: tests/clients/ai-sdk/package-lock.json
 
 # The load harness beside aiperf, on the same workload against the same server.
 test-aiperf: install-dev $(CLIENT_ENVS)/aiperf/.installed

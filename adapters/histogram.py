@@ -23,7 +23,7 @@ class Histogram:
 
     @property
     def count(self) -> int:
-        """The number of values."""
+        """Count the values."""
         return sum(self.counts)
 
     def observe(self, value: float) -> None:

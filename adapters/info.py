@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from loraplex.adapters.files.tokenizer_files import NOTHING, TokenizerFiles
 from loraplex.adapters.front import Front
+from loraplex.adapters.positions import Positions
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class AdapterInfo:
     alone: str = ""  # what it has in place of the base's and is worn alone for: "norm and embed_tokens"; "": nothing
     invocation: tuple[int, ...] = ()  # tokens from whose last occurrence in a prompt on it acts; (): from the first on
     front: Front | None = None
+    positions: Positions | None = None  # the prompt's tokens that it acts on; None: all, or as `invocation` says
 
     @property
     def size(self) -> str:

@@ -41,7 +41,7 @@ class Refusals:
         self._counts: Counter[str] = Counter()
 
     def count(self, error: object) -> None:
-        """`error` is why an adapter could not be had, if it is one of these reasons; anything else is not counted."""
+        """Count why an adapter could not be had, where `error` is one of these reasons."""
         if isinstance(error, AdapterUnavailable):
             reason = "unavailable"
         elif isinstance(error, AdapterRefused) and error.code != "changed":
@@ -52,11 +52,11 @@ class Refusals:
             self._counts[reason] += 1
 
     def counts(self) -> dict[str, int]:
-        """By reason: all of REASONS and OTHER."""
+        """Return the counts by reason: all of REASONS and OTHER."""
         with self._lock:
             return {reason: self._counts[reason] for reason in (*REASONS, OTHER)}
 
 
 def reason_of(error: AdapterRefused) -> str:
-    """Its code, where that is one of REASONS."""
+    """Return the error's code, where that is one of REASONS."""
     return error.code if error.code in REASONS else OTHER

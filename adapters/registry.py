@@ -13,6 +13,8 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Literal
 
 from loraplex.adapters.errors import AdapterExists, AdapterNotFound, AdapterRefused, InvalidAdapterName, VersionUnclear
 from loraplex.adapters.info import AdapterInfo
@@ -21,6 +23,12 @@ from loraplex.adapters.refusals import Refusals
 from loraplex.adapters.version import AdapterLease, AdapterVersion, Known
 
 logger = logging.getLogger(__name__)
+
+
+OnOperator = Callable[[Literal["load", "unload"], AdapterVersion, str], None]
+"""Told that a name got a version (once its digest is known) or lost it as the operator said, with the digest before.
+
+Called in whatever thread, which it must not hold up."""
 
 
 class Registry:
@@ -34,6 +42,7 @@ class Registry:
     def __init__(self, on_drained: Callable[[AdapterVersion], None] | None = None, taken: Iterable[str] = ()) -> None:
         """taken: names that no adapter may have, as they are the base's."""
         self.on_drained = on_drained
+        self.on_operator: OnOperator = lambda what, version, before: None
         self._taken = frozenset(taken)
         self.refusals = Refusals()
         self._lock = threading.Lock()
@@ -53,10 +62,11 @@ class Registry:
         *,
         replace: bool = False,
         origin: str = "",
+        by: str = "",
     ) -> AdapterVersion:
         """Point `name` at a new version. With `replace`, a version the name pointed at drains.
 
-        origin: where the content came from, if `source` is a copy.
+        origin: where the content came from, if `source` is a copy. by: see AdapterVersion.
 
         Raises InvalidAdapterName, and AdapterExists when the name is taken and `replace` is false.
         """
@@ -67,8 +77,9 @@ class Registry:
                 raise AdapterExists(
                     f"adapter {name!r} is already loaded, from {old.origin!r}; unload it first, or ask to replace it"
                 )
-            version, drained = self._point(name, source, info, origin)
+            version, drained = self._point(name, source, info, origin, by)
         self._notify(drained)
+        self._tell_loaded(version, old)
         return version
 
     def check_name(self, name: str) -> None:
@@ -80,7 +91,12 @@ class Registry:
     def identify(self, version: AdapterVersion, digest: str) -> bool:
         """Settle the digest of `version`, unless it is settled. Return whether `version` stands for `digest` now."""
         with self._lock:
-            return version.settle(digest)
+            is_first = version.digest is None
+            is_it = version.settle(digest)
+            is_named = self._current.get(version.name) is version
+        if is_first and is_named:
+            self._tell_loaded(version, None)
+        return is_it
 
     def renew(self, old: AdapterVersion, info: AdapterInfo) -> AdapterVersion | None:
         """Point the name of `old`, whose source holds other content by now, at a new version; `old` drains.
@@ -90,8 +106,9 @@ class Registry:
         with self._lock:
             if self._current.get(old.name) is not old:
                 return None
-            version, drained = self._point(old.name, old.source, info)
+            version, drained = self._point(old.name, old.source, info, by=old.by)
         self._notify(drained)
+        self._tell_loaded(version, old)
         return version
 
     def lease(self, name: str) -> AdapterLease:
@@ -212,8 +229,10 @@ class Registry:
         with self._lock:
             return self._current.get(name)
 
-    def unregister(self, name: str) -> AdapterVersion:
+    def unregister(self, name: str, by: str = "") -> AdapterVersion:
         """Take `name` away: no new lease from now on, requests in flight finish. A refusal of `name` is forgotten too.
+
+        by: what the operator has it taken away by; "": somebody's request.
 
         Raises AdapterNotFound.
         """
@@ -225,6 +244,8 @@ class Registry:
                 raise AdapterNotFound(f"no adapter {name!r} is loaded; {why}")
             drained = self._retire(version)
         self._notify(drained)
+        if by:
+            self.on_operator("unload", replace(version, by=by), version.digest or "")
         return version
 
     def mark_refused(self, name: str, error: AdapterRefused) -> None:
@@ -276,16 +297,16 @@ class Registry:
         return AdapterNotFound(f"no adapter {name!r} is loaded; GET /v1/models lists the names there are")
 
     def _point(
-        self, name: str, source: str, info: AdapterInfo, origin: str = ""
+        self, name: str, source: str, info: AdapterInfo, origin: str = "", by: str = ""
     ) -> tuple[AdapterVersion, AdapterVersion | None]:
         """Give `name` to a new version (lock held). Returns the new version and the one that drained by it."""
         old = self._current.get(name)
-        version = self._current[name] = self._new(name, source, info, origin)
+        version = self._current[name] = self._new(name, source, info, origin, by)
         self._refused.pop(name, None)
         return version, self._retire(old) if old is not None else None
 
-    def _new(self, name: str, source: str, info: AdapterInfo, origin: str) -> AdapterVersion:
-        version = AdapterVersion(name, self._next_uid, source, int(time.time()), Known(info), origin)
+    def _new(self, name: str, source: str, info: AdapterInfo, origin: str, by: str = "") -> AdapterVersion:
+        version = AdapterVersion(name, self._next_uid, source, int(time.time()), Known(info), origin, by)
         self._next_uid += 1
         self._leases[version.uid] = 0
         self._used[version.uid] = time.monotonic()
@@ -300,6 +321,10 @@ class Registry:
         del self._leases[uid]
         self._used.pop(uid, None)
         return self._draining.pop(uid)
+
+    def _tell_loaded(self, version: AdapterVersion, old: AdapterVersion | None) -> None:
+        if version.by and version.digest is not None:
+            self.on_operator("load", version, old.digest or "" if old is not None else "")
 
     def _notify(self, drained: AdapterVersion | None) -> None:
         if drained is None or self.on_drained is None:

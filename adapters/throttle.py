@@ -50,7 +50,7 @@ class Throttle:
 
 
 def lower_priority(by: int = NICE) -> None:
-    """Of the calling thread; threads it starts inherit it."""
+    """Lower the priority of the calling thread; threads it starts inherit it."""
     if sys.platform == "linux":  # where a thread has a priority of its own
         with suppress(OSError):
             own = os.getpriority(os.PRIO_PROCESS, 0)

@@ -32,6 +32,7 @@ class AdapterVersion:
     created: int  # unix seconds
     _known: Known = field(repr=False, compare=False)
     given: str = ""  # where it came from, if `source` is a copy
+    by: str = ""  # what the operator had it loaded by: "--adapter-dir"; "": a request of somebody's
 
     @property
     def info(self) -> AdapterInfo:

@@ -44,12 +44,12 @@ class Drain:
 
     @property
     def is_draining(self) -> bool:
-        """New work is refused."""
+        """Return whether new work is refused."""
         return self._end is not None
 
     @property
     def seconds_left(self) -> float:
-        """Of the grace time; 0 before it begins and after it ends."""
+        """Return the seconds left of the grace time; 0 before it begins and after it ends."""
         return max(0.0, self._end - self._clock()) if self._end is not None else 0.0
 
     def begin(self, grace_seconds: float) -> None:
@@ -57,14 +57,14 @@ class Drain:
         self._end = self._clock() + grace_seconds
 
     def check(self) -> None:
-        """Raises ShuttingDown while draining: another replica, or the next process here, may take it."""
+        """Raise ShuttingDown while draining: another replica, or the next process here, may take it."""
         if self.is_draining:
             wait = max(1.0, math.ceil(self.seconds_left))
             raise ShuttingDown("the server is shutting down and takes no new requests; try again", wait)
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
-        """An answer is being generated; the drain waits for it."""
+        """Have the drain wait for an answer that is being generated in the block."""
         self.num_open += 1
         self._idle.clear()
         try:
@@ -75,7 +75,7 @@ class Drain:
                 self._idle.set()
 
     async def wait_idle(self, seconds: float) -> bool:
-        """Until nothing is open, at most `seconds`. Returns whether that was reached."""
+        """Wait until nothing is open, at most `seconds`. Returns whether that was reached."""
         try:
             await asyncio.wait_for(self._idle.wait(), seconds)
         except TimeoutError:
@@ -107,18 +107,18 @@ class Shutdown:
         self._asked = 0
 
     def ask(self, number: int = signal.SIGTERM) -> None:
-        """A signal has come: the first begins the drain, a second one ends the process where it stands. Loop thread."""
+        """Act on a signal: the first begins the drain, a second one ends the process where it stands. Loop thread."""
         self._asked += 1
         if self._asked > 1:
             os._exit(128 + number)
         self._wanted.set()
 
     def crash(self) -> None:
-        """The engine has died. From any thread."""
+        """Note that the engine has died. From any thread."""
         self._loop.call_soon_threadsafe(self._crashed.set)
 
     def handle_signals(self) -> None:
-        """From here on. Main thread only."""
+        """Handle signals from here on. Main thread only."""
         for number in SIGNALS:
             self._loop.add_signal_handler(number, self.ask, number)
 
@@ -156,7 +156,7 @@ def end_process_after(seconds: float, code: int) -> None:
 
 
 async def _first(*waits: Awaitable[object]) -> None:
-    """Until one of them is done; the others are cancelled."""
+    """Wait until one of them is done; the others are cancelled."""
     tasks = [asyncio.ensure_future(wait) for wait in waits]
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)

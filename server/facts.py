@@ -36,20 +36,20 @@ class Facts:
 
     @property
     def dtype(self) -> str:
-        """What is computed in."""
+        """Return the dtype that is computed in."""
         return self.formats.dtype
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What requests call the base; the first is the parent in adapter cards, and the metrics' model_name."""
+        """List what requests call the base; the first is the parent in adapter cards, and the metrics' model_name."""
         return self.config.base_names
 
     @property
     def max_requests(self) -> int:
-        """Running and queued."""
+        """Count the most requests, running and queued."""
         return self.config.engine.max_num_seqs + self.config.engine.max_waiting
 
     @property
     def cache_tokens(self) -> int:
-        """That have room in the KV cache together."""
+        """Count the tokens that have room in the KV cache together."""
         return self.num_pages * self.block_size

@@ -41,7 +41,7 @@ class StartError(Exception):
 
 
 def prepare_environment(environ: MutableMapping[str, str]) -> None:
-    """Settings that libraries read when they are loaded: call before torch is imported. The user's own are kept.
+    """Set what libraries read when they are loaded: call before torch is imported. The user's own are kept.
 
     Waiting OpenMP threads sleep: spinning, they would take the cores from the API's thread and, in containers, from
     the quota. The threads of tokenizers are rayon's.
@@ -81,7 +81,7 @@ def hide_arguments(secrets: Iterable[str]) -> None:
 
 
 def check_address_space() -> None:
-    """Raises StartError where libraries could not even be loaded: they end the process in ways that tell nothing."""
+    """Raise StartError where libraries could not even be loaded: they end the process in ways that tell nothing."""
     limit = address_limit()
     if 0 <= limit < LEAST_ADDRESSES:
         raise StartError(
@@ -100,13 +100,13 @@ def raise_descriptors() -> None:
 
 
 def descriptors() -> int:
-    """Files and connections that this process may have open."""
+    """Count the files and connections that this process may have open."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return soft if soft != resource.RLIM_INFINITY else 1 << 20
 
 
 def usable_cpus() -> int:
-    """Cores this process may use: its affinity, less where a container's quota is smaller."""
+    """Count the cores this process may use: its affinity, less where a container's quota is smaller."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
@@ -116,12 +116,12 @@ def usable_cpus() -> int:
 
 
 def end_on_sigterm() -> None:
-    """Until the server handles signals itself: the first process of a container would otherwise not hear of it."""
+    """End on SIGTERM until the server handles signals itself: a container's first process would not hear of it."""
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
 
 
 def find_base(base: str, native: bool = False) -> Path:
-    """The folder of the base `base`: made ("demo", a GGUF file), local, or downloaded. Raises StartError.
+    """Find the folder of the base `base`: made ("demo", a GGUF file), local, or downloaded. Raises StartError.
 
     native: the demo base is served out of its GGUF, without being converted.
     """
@@ -152,7 +152,7 @@ def find_base(base: str, native: bool = False) -> Path:
 
 
 def _folder_of_gguf(file: Path) -> Path:
-    """The folder that stands for the GGUF `file`. Raises StartError."""
+    """Make the folder that stands for the GGUF `file`. Raises StartError."""
     from loraplex.server.models.demo import default_cache_dir
     from loraplex.server.models.gguf.folder import folder_for
     from loraplex.server.models.gguf.header import GgufError

@@ -6,7 +6,7 @@ from importlib import metadata
 
 
 def version() -> str:
-    """As the installed distribution has it; "unknown" when run from files that were never installed."""
+    """Return the installed distribution's version; "unknown" when run from files that were never installed."""
     try:
         return metadata.version("loraplex")
     except metadata.PackageNotFoundError:

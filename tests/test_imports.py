@@ -26,7 +26,7 @@ LEAVES = (
 )
 """Files of server/ itself that folders below it use."""
 
-LOW = ("adapters.errors", "adapters.front", "adapters.throttle", "adapters.shared_work")
+LOW = ("adapters.errors", "adapters.front", "adapters.positions", "adapters.throttle", "adapters.shared_work")
 MIDDLE = ("server.text", "server.catalog", "server.tenancy", "server.telemetry")
 
 # What the files of a folder may import of ours; all below a name is meant. The longest name counts.

@@ -54,18 +54,18 @@ class _How(ctypes.Structure):
 
 
 def below(root: object, *inner: object) -> str:
-    """The source of what is at `inner` below `root` and must stay there; each of `inner` below the one before."""
+    """Make the source of what is at `inner` below `root` and must stay there, each of `inner` below the one before."""
     return MARK.join(str(part) for part in (root, *inner))
 
 
 def roots_of(source: str) -> tuple[Path, ...]:
-    """The folders that a local adapter's source must not be led out of, from the outermost on; () for none."""
+    """List the folders that a local adapter's source must not be led out of, from the outermost on; () for none."""
     parts = source.split(MARK)
     return () if "://" in source else tuple(Path(MARK.join(parts[:n])).expanduser() for n in range(1, len(parts)))
 
 
 def shown(source: str) -> str:
-    """`source` as its caller wrote it."""
+    """Return `source` as its caller wrote it."""
     return source if "://" in source else source.replace(MARK, "/")
 
 
@@ -79,11 +79,11 @@ class Folder:
         self._inner = inner
 
     def link(self, name: str) -> os.stat_result:
-        """Of what stands at `name` right here, be it a link."""
+        """Return the stat of what stands at `name` right here, be it a link."""
         return os.stat(f"{self._inner}/{name}", dir_fd=self._handle, follow_symlinks=False)
 
     def stat(self, name: str) -> os.stat_result:
-        """Of the file that `name` leads to."""
+        """Return the stat of the file that `name` leads to."""
         if not self._roots:
             return os.stat(name, dir_fd=self._handle)
         handle = self._hold(name, _PATH_ONLY | os.O_CLOEXEC)
@@ -93,7 +93,7 @@ class Folder:
             os.close(handle)
 
     def has(self, name: str) -> bool:
-        """Whether `name` leads to a regular file."""
+        """Return whether `name` leads to a regular file."""
         with suppress(OSError):
             return stat.S_ISREG(self.stat(name).st_mode)
         return False
@@ -104,7 +104,7 @@ class Folder:
 
     @contextmanager
     def open(self, name: str) -> Iterator[tuple[int, os.stat_result]]:
-        """The regular file that `name` leads to, for reading. Raises FileNotFoundError for what is none.
+        """Open the regular file that `name` leads to, for reading. Raises FileNotFoundError for what is none.
 
         With as few calls as can be: each lets go of the GIL, and may wait for it beside an engine at work.
         """
@@ -120,7 +120,7 @@ class Folder:
             os.close(handle)
 
     def names(self, inner: str = ".") -> list[str]:
-        """Some of what is in the folder, or in `inner` of it, sorted: all, unless there are more than MAX_NAMES."""
+        """List what is in the folder, or in `inner` of it, sorted: all, unless there are more than MAX_NAMES."""
         handle = self._hold(inner, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             with os.scandir(handle) as entries:
@@ -136,7 +136,7 @@ class Folder:
 
 @contextmanager
 def opened(folder: Path, roots: Sequence[Path] = ()) -> Iterator[Folder]:
-    """`folder`, which must not be led out of the last of `roots` (see roots_of), and below which it need not exist.
+    """Open `folder`, which must not be led out of the last of `roots` (see roots_of), below which it may be missing.
 
     Raises OSError.
     """
@@ -158,7 +158,7 @@ def opened(folder: Path, roots: Sequence[Path] = ()) -> Iterator[Folder]:
 
 
 def open_below(root: int, path: str, flags: int, named: Path | None) -> int:
-    """A handle of `path` below the open folder `root`; `named`: how absolute links call that. None: no link at all.
+    """Open `path` below the open folder `root`; `named`: how absolute links call that. None: no link at all.
 
     Raises OSError: EXDEV where it leads out of `root`, ELOOP for a link where there may be none.
     """
@@ -176,7 +176,7 @@ def open_below(root: int, path: str, flags: int, named: Path | None) -> int:
 
 
 def walk_below(root: int, path: str, flags: int, named: Path | None) -> int:
-    """The same, part by part."""
+    """Open `path` as open_below() does, part by part."""
     stack = [root]  # the folders walked through
     left = path.split("/")[::-1]
     links = 0
@@ -211,7 +211,7 @@ def walk_below(root: int, path: str, flags: int, named: Path | None) -> int:
 
 
 def _link(name: str, folder: int) -> str | None:
-    """Where the link `name` leads; None for what is none."""
+    """Read where the link `name` leads; None for what is none."""
     try:
         return os.readlink(name, dir_fd=folder)
     except OSError as error:
@@ -221,7 +221,7 @@ def _link(name: str, folder: int) -> str | None:
 
 
 def _inside(target: str, root: Path) -> str:
-    """An absolute link's target as a path below `root`. Raises OSError (EXDEV)."""
+    """Return an absolute link's target as a path below `root`. Raises OSError (EXDEV)."""
     for name in (os.path.abspath(root), os.path.realpath(root)):
         with suppress(ValueError):
             return str(Path(target).relative_to(name))
@@ -246,7 +246,7 @@ def _openat2(folder: int, path: str, flags: int, resolve: int) -> int:
 
 @cache
 def _has_openat2() -> bool:
-    """Old kernels, other systems and some sandboxes have none."""
+    """Return whether there is openat2: old kernels, other systems and some sandboxes have none."""
     if os.uname().sysname != "Linux":
         return False
     try:

@@ -16,7 +16,7 @@ MAX_DIGITS = 40
 
 
 def parse_json(data: bytes, max_bytes: int, max_values: int) -> Any:
-    """What `data` says. Raises ValueError, whose message holds nothing of the data.
+    """Parse `data`. Raises ValueError, whose message holds nothing of the data.
 
     max_values: brackets, colons and commas, those inside of strings among them.
     """

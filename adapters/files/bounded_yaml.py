@@ -58,7 +58,7 @@ if yaml.__with_libyaml__:
 
 
 def parse_yaml(data: bytes) -> Any:
-    """What a file says; of a large one it must be a mapping. Raises ValueError, which shows nothing of the file."""
+    """Parse a file; a large one must be a mapping. Raises ValueError, which shows nothing of the file."""
     if len(data) > MAX_BYTES:
         raise ValueError(f"it has more than {MAX_BYTES} bytes")
     if len(data) <= SMALL_BYTES:
@@ -75,7 +75,7 @@ def parse_yaml(data: bytes) -> Any:
 
 
 def main() -> None:
-    """parse_yaml() of stdin, in lines of JSON: [key, value], of a list [key, [entry]] for each; or what is wrong."""
+    """Write parse_yaml() of stdin as lines of JSON: [key, value], of a list [key, [entry]] each; or what is wrong."""
     os.nice(5)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     try:
@@ -135,7 +135,7 @@ def _load(data: bytes, kind: Any, max_nodes: int) -> Any:
 
 
 def _count(node: yaml.Node, most: int, known: dict[int, int | None]) -> int:
-    """Nodes, with what aliases stand for. Raises ValueError for more than `most`, or without an end."""
+    """Count nodes, with what aliases stand for. Raises ValueError for more than `most`, or without an end."""
     if id(node) in known:
         count = known[id(node)]
         if count is None:

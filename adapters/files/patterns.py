@@ -48,19 +48,19 @@ class Matcher:
         self._compiled: dict[str, Any] = {}
 
     def full(self, key: str, pattern: str, path: str) -> bool:
-        """Whether `pattern`, the value or part of the value of `key`, matches all of `path`."""
+        """Return whether `pattern`, the value or part of the value of `key`, matches all of `path`."""
         return self._run("fullmatch", key, pattern, path) is not None
 
     def end(self, key: str, pattern: str, path: str) -> bool:
-        """Whether `pattern` matches the end of `path`, from some dot (or its start) on."""
+        """Return whether `pattern` matches the end of `path`, from some dot (or its start) on."""
         return self._run("match", key, rf"(.*\.)?({pattern})$", path) is not None
 
     def first(self, key: str, patterns: Iterable[tuple[str, T]], path: str, default: T) -> T:
-        """The value of the first of `patterns`, entries of `key`, that matches the end of `path`; or `default`."""
+        """Find the value of the first of `patterns`, entries of `key`, that matches the end of `path`; or `default`."""
         return next((value for pattern, value in patterns if self.end(key, pattern, path)), default)
 
     def index(self, key: str, pattern: str, path: str) -> int | None:
-        """The group `idx` of `pattern` at the start of `path`, as a number."""
+        """Read the group `idx` of `pattern` at the start of `path`, as a number."""
         found = self._run("match", key, pattern, path)
         return None if found is None or found["idx"] is None else int(found["idx"])
 
@@ -99,7 +99,7 @@ class Matcher:
 
 
 def _copies(key: str, pattern: str) -> int:
-    """How often counted repeats can have part of `pattern` written out, were each inside of all others."""
+    """Count how often counted repeats can have part of `pattern` written out, were each inside of all others."""
     counts = []
     for inside in _BRACES.findall(pattern):
         repeat = _REPEAT.fullmatch(inside)

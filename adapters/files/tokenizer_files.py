@@ -71,7 +71,7 @@ class TokenizerFiles:
     eos_ids: tuple[int, ...] = ()  # of generation_config.json
 
     def mark(self, digest: str) -> str:
-        """The digest of an adapter whose two own files have `digest`: the same one where these files say nothing."""
+        """Make the digest of an adapter whose own files have `digest`: the same one where these files say nothing."""
         if self == NOTHING:
             return digest
         return hashlib.sha256(f"{digest}\n{json.dumps(astuple(self))}".encode()).hexdigest()
@@ -102,7 +102,7 @@ def read_tokenizer_files(place: Folder) -> TokenizerFiles:
 
 
 def _read_all(place: Folder, there: Collection[str]) -> TokenizerFiles:
-    """Of the files that are `there`. Raises as json does, and what a file of another form leads to."""
+    """Read the files that are `there`. Raises as json does, and what a file of another form leads to."""
     config, older, generation, texts = (
         _object(_read(place, name), name) if name in there else {}
         for name in (CONFIG_FILE, SPECIAL_FILE, GENERATION_FILE, ADDED_FILE)
@@ -122,7 +122,7 @@ def _read_all(place: Folder, there: Collection[str]) -> TokenizerFiles:
 
 
 def stamps(place: Folder, inner: str = ".") -> tuple[tuple[int, ...], ...]:
-    """Of each of FILES in the folder `inner` of `place` what tells of a change: () of one that is not there.
+    """Stamp each of FILES in the folder `inner` of `place` by what tells of a change: () of one that is not there.
 
     Else device, inode, bytes, modified ns and changed ns.
     """
@@ -138,14 +138,14 @@ def stamps(place: Folder, inner: str = ".") -> tuple[tuple[int, ...], ...]:
 
 
 def special_tokens(config: Mapping[str, Any], older: Mapping[str, Any]) -> dict[str, str]:
-    """bos_token, eos_token, ... of tokenizer_config.json, or of the older special_tokens_map.json: name -> text."""
+    """Map bos_token, eos_token, ... of tokenizer_config.json, or of the older special_tokens_map.json, to texts."""
     merged = {**older, **{k: v for k, v in config.items() if v is not None}}
     found = {name: merged[name] for name in SPECIAL_NAMES if merged.get(name) is not None}
     return {name: token["content"] if isinstance(token, dict) else str(token) for name, token in found.items()}
 
 
 def default_template(config: Mapping[str, Any]) -> str | None:
-    """tokenizer_config.json's chat template: a string, or the one called "default" of several."""
+    """Read tokenizer_config.json's chat template: a string, or the one called "default" of several."""
     found = config.get("chat_template")
     if isinstance(found, list):  # [{"name": ..., "template": ...}, ...]
         found = {entry["name"]: entry["template"] for entry in found}
@@ -157,12 +157,12 @@ def default_template(config: Mapping[str, Any]) -> str | None:
 
 
 def _declared(decoder: Mapping[str, Any]) -> Iterable[AddedToken]:
-    """tokenizer_config.json's added_tokens_decoder: id -> token."""
+    """Read tokenizer_config.json's added_tokens_decoder: id -> token."""
     return (_token(_id(int(i)), entry) for i, entry in decoder.items())
 
 
 def _head_of(data: bytes) -> Iterable[AddedToken]:
-    """tokenizer.json's added_tokens, which stand before the model in every file that tokenizers writes."""
+    """Read tokenizer.json's added_tokens, which stand before the model in every file that tokenizers writes."""
     model = _MODEL.search(data)
     if model is None:
         raise ValueError(f"{FAST_FILE} has no model within its first {MAX_BYTES} bytes")

@@ -12,14 +12,14 @@ base_model.model.model.layers.N.<block>.down [r, hidden]        LowRank.a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
 from loraplex.adapters.errors import AdapterRefused
-from loraplex.adapters.format.config import COMMON_NO_BEARING, MAX_RANK, Keys, bad_config, read_base_model, shown
+from loraplex.adapters.format.config import COMMON_NO_BEARING, MAX_RANK, Keys, read_base_model, read_word
 from loraplex.adapters.format.header import TensorInfo
 from loraplex.adapters.format.kind import AdapterConfig, AdapterKind, AdapterModule, ModuleMap, ServedBase, Throttle
 from loraplex.adapters.format.modules import FoundModule, LeafNames, last_names, match_tensors, wrong_shape
@@ -29,6 +29,9 @@ from loraplex.adapters.image.tiles import BaseLayout, Bottleneck, LowRank, Part,
 from loraplex.kernels.constants import BlockInput, Function, TileKind
 
 DOWN, DOWN_BIAS, UP, UP_BIAS = LEAVES = ("down", "down_bias", "up", "up_bias")
+
+PLACES = ("attention_out", "mlp_out")
+"""The blocks that have bottlenecks."""
 
 FUNCTIONS = {member.name.lower(): member for member in Function}
 SOURCES = {member.name.lower(): member for member in BlockInput}
@@ -60,14 +63,16 @@ class Bottlenecks(AdapterKind[BottleneckConfig]):
 
     def read(self, raw: Mapping[str, Any]) -> BottleneckConfig:
         KEYS.check(raw)
-        function = FUNCTIONS[_read_word(raw, "non_linearity", FUNCTIONS)]
-        source = SOURCES[_read_word(raw, "source", SOURCES)]
+        function = FUNCTIONS[read_word(raw, "non_linearity", FUNCTIONS)]
+        source = SOURCES[read_word(raw, "source", SOURCES)]
         return BottleneckConfig(self.name, Targets((), ()), read_base_model(raw), function, source)
 
     def plan(
         self, config: BottleneckConfig, header: Mapping[str, TensorInfo], base: ServedBase, throttle: Throttle
     ) -> ModuleMap:
-        found = match_tensors(header, replace(base.layout, projections=base.layout.blocks), NAMES)
+        places = tuple(block for block in base.layout.blocks if block.name in PLACES)
+        layout = replace(base.layout, projections=places)
+        found = match_tensors(header, layout, NAMES)
         modules, shapes = [], []
         for module in found.present:
             for leaf in LEAVES:
@@ -89,7 +94,7 @@ class Bottlenecks(AdapterKind[BottleneckConfig]):
             modules=tuple(modules),
             shapes=tuple(shapes),
             rank=max(module.rank for module in modules),
-            targets=last_names(found.present, replace(base.layout, projections=base.layout.blocks)),
+            targets=last_names(found.present, layout),
         )
 
     def parts(
@@ -105,13 +110,6 @@ class Bottlenecks(AdapterKind[BottleneckConfig]):
         if not parts:
             raise no_effect([f"every {UP} and {UP_BIAS} is zero"])
         return parts
-
-
-def _read_word(raw: Mapping[str, Any], key: str, known: Iterable[str]) -> str:
-    value = raw.get(key)
-    if not isinstance(value, str) or value not in known:
-        raise bad_config(f"{key} is {shown(value)}; expected one of {', '.join(known)}")
-    return value
 
 
 def _module_parts(

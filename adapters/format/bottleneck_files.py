@@ -5,7 +5,7 @@ model.layers.N.output_adapters.adapters.NAME.adapter_up.{weight, bias}         -
 ...scaling                                           into up and up_bias: one number, or one for each output
 ...adapter_down.0.{W, W_left, W_right, phm_rule, b}  Compacter's sums of Kronecker products, made one matrix
 
-Its LoRA, (IA)^3, prefixes and ReFT are other kinds and are not read here.
+ReFT is read by reft_files.py, its LoRA, (IA)^3 and prefixes by adapters_files.py.
 """
 
 from __future__ import annotations
@@ -28,13 +28,15 @@ _FUNCTIONS = {
     "gelu": "gelu",
     "gelu_orig": "gelu",
     "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
     "swish": "silu",
     "silu": "silu",
     "tanh": "tanh",
     "leakyrelu": "leaky_relu",
+    "leaky_relu": "leaky_relu",
     "linear": "identity",
 }
-"""By the library's names."""
+"""By the names of `adapters` and of transformers."""
 
 _REFUSED = {
     "use_gating": "its gate averages over the whole text",
@@ -63,13 +65,7 @@ def convert_bottlenecks(saved: Mapping[str, Any], tensors: Mapping[str, Tensor])
     for key, why in _REFUSED.items():
         if config.get(key):
             raise AdapterRefused("unsupported_option", f"adapter_config.json: {key} is {shown(config[key])}; {why}")
-    function = _FUNCTIONS.get(str(config["non_linearity"]).lower())
-    if function is None:
-        known = ", ".join(_FUNCTIONS)
-        raise AdapterRefused(
-            "unsupported_option",
-            f"adapter_config.json: non_linearity is {shown(config['non_linearity'])}; known: {known}",
-        )
+    function = function_named(config["non_linearity"], "adapter_config.json: non_linearity")
     found: dict[str, Tensor] = {}
     for path, own in _by_module(tensors, str(saved.get("name"))).items():
         for leaf, tensor in _leaves(path, own, config, tensors).items():
@@ -82,6 +78,14 @@ def convert_bottlenecks(saved: Mapping[str, Any], tensors: Mapping[str, Tensor])
         "non_linearity": function,
         "source": source,
     }, found
+
+
+def function_named(value: object, where: str) -> str:
+    """Name a library's non-linearity as a config that is served does. Raises AdapterRefused("unsupported_option")."""
+    function = _FUNCTIONS.get(str(value).lower())
+    if function is None:
+        raise AdapterRefused("unsupported_option", f"{where} is {shown(value)}; known: {', '.join(_FUNCTIONS)}")
+    return function
 
 
 def _by_module(tensors: Mapping[str, Tensor], name: str) -> dict[str, dict[str, Tensor]]:

@@ -25,7 +25,8 @@ def module_keys(
     """Make the keys of a kind: what all have, and its own. by_layer: its config may choose layers."""
     common = {"peft_type", "base_model_name_or_path", *TARGET_KEYS, *(LAYER_KEYS if by_layer else ())}
     refused = unsupported or {}
-    return Keys(frozenset(common | set(used)) - refused.keys(), COMMON_NO_BEARING | set(no_bearing), refused)
+    own = set(used)
+    return Keys(frozenset(common | own) - refused.keys(), (COMMON_NO_BEARING | set(no_bearing)) - own, refused)
 
 
 def read_common(kind: AdapterKind[Any], raw: Mapping[str, Any]) -> CommonConfig:

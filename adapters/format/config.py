@@ -7,7 +7,7 @@ answer. Which key is which is for each kind of adapter to say (Keys).
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -95,6 +95,14 @@ def read_flag(raw: Mapping[str, Any], key: str) -> bool:
     if not isinstance(value, bool | None):
         raise bad_config(f"{key} is {shown(value)}; expected true or false")
     return bool(value)
+
+
+def read_word(raw: Mapping[str, Any], key: str, known: Iterable[str]) -> str:
+    """Read one of the words `known`. Raises AdapterRefused("bad_config")."""
+    value = raw.get(key)
+    if not isinstance(value, str) or value not in known:
+        raise bad_config(f"{key} is {shown(value)}; expected one of {', '.join(known)}")
+    return value
 
 
 def read_number(value: Any, key: str) -> float:

@@ -20,10 +20,11 @@ from loraplex.adapters.format.config import Keys
 from loraplex.adapters.format.header import TensorInfo
 from loraplex.adapters.format.kept_starts import KeptStarts
 from loraplex.adapters.format.outside import BaseOutside, OwnConfig, OwnTensor
-from loraplex.adapters.format.targets import Targets
+from loraplex.adapters.format.targets import TABLES, Targets
 from loraplex.adapters.format.windows import Window
 from loraplex.adapters.front import Front
 from loraplex.adapters.image.tiles import BaseLayout, Part, PartShape
+from loraplex.adapters.positions import Positions
 from loraplex.kernels.records import Projection
 
 BaseBias = Callable[[int, str], Tensor | None]
@@ -76,6 +77,11 @@ class AdapterConfig:
         """Return the tokens from whose last occurrence in a prompt on such an adapter acts; (): from the first on."""
         return ()
 
+    @property
+    def positions(self) -> Positions | None:
+        """Return which of a prompt's tokens such an adapter acts on; None: no position decides that."""
+        return None
+
     def same_shapes(self) -> AdapterConfig:
         """A config that plans parts of the same shapes: equal for adapters that differ in factors alone."""
         return self
@@ -91,6 +97,11 @@ class AdapterModule:
     rank: int = 0  # 0: no low-rank factors
     scaling: float = 1.0  # of the low-rank factors' product
     windows: tuple[Window, ...] = ()  # that its parts have; (): one part has all inputs and outputs
+
+    @property
+    def is_table(self) -> bool:
+        """Whether it is the embedding or the head, and so of no layer."""
+        return self.projection.name in TABLES
 
 
 @dataclass(frozen=True)
@@ -122,6 +133,11 @@ class ModuleMap:
     def kind(self) -> str:
         """AdapterKind.name."""
         return self.config.kind
+
+    @property
+    def outside(self) -> int:
+        """Count what it has outside the layers' linears: rows in place of the base's, changes of its tables."""
+        return sum(not tensor.frozen for tensor in self.own) + sum(module.is_table for module in self.modules)
 
     @cached_property
     def pairs(self) -> tuple[FactorPair, ...]:

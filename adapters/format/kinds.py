@@ -31,6 +31,7 @@ from loraplex.adapters.format.ln_tuning import LnTuning, TrainableTokens
 from loraplex.adapters.format.loha import Loha
 from loraplex.adapters.format.lokr import Lokr
 from loraplex.adapters.format.lora import Lora
+from loraplex.adapters.format.lora_tables import check_resized
 from loraplex.adapters.format.miss import Miss
 from loraplex.adapters.format.oft import Boft, Oft
 from loraplex.adapters.format.osf import Osf
@@ -39,6 +40,7 @@ from loraplex.adapters.format.outside_modules import match_own
 from loraplex.adapters.format.peanut import Peanut
 from loraplex.adapters.format.poly import Poly
 from loraplex.adapters.format.randlora import Randlora
+from loraplex.adapters.format.reft import Reft
 from loraplex.adapters.format.shira import Shira
 from loraplex.adapters.format.supertuning import Supertuning
 from loraplex.adapters.format.tinylora import Tinylora
@@ -55,7 +57,7 @@ _ALL: tuple[AdapterKind[Any], ...] = (
     *(Lokr(), Gralora(), Osf(), Peanut(), Poly()),
     *(Shira(), Fourierft(), Waveft(), C3a(), Hira(), Randlora(), Supertuning(), Frod(), Glora()),
     *(PromptTuning(), PTuning(), MultitaskPromptTuning(), Cpt(), PrefixTuning(), Cartridge()),
-    *(Bottlenecks(), Oft(), Boft()),
+    *(Bottlenecks(), Reft(), Oft(), Boft()),
 )
 
 KINDS: dict[str, AdapterKind[Any]] = {kind.name: kind for kind in _ALL}
@@ -104,15 +106,17 @@ def plan_adapter(
     Raises AdapterRefused as AdapterKind.plan and match_own do.
     """
     own, rest = match_own(config.own, header, base.layout, base.outside)
-    if own and config.invocation:
+    if own and (config.invocation or config.positions is not None):
+        key = "alora_invocation_tokens" if config.invocation else "positions"
         raise unsupported(
-            f"alora_invocation_tokens is set beside {own[0].name}; what stands in place of the base's rows acts on all "
-            "of a prompt, and an activated LoRA leaves what is before its invocation as it is"
+            f"{key} is set beside {own[0].name}; what stands in place of the base's rows acts on all of a prompt, and "
+            "such an adapter leaves some of it as it is"
         )
     plan: ModuleMap = KINDS[config.kind].plan(config, rest, base, throttle)
+    check_resized(plan.modules, own, base)
     if own and plan.front is not None:
         raise unsupported(f"{own[0].name} stands beside what is put in front of the prompt; expected one of them")
-    names = dict.fromkeys((*plan.targets, *(tensor.short for tensor in own)))
+    names = dict.fromkeys((*plan.targets, *(tensor.short for tensor in own if not tensor.frozen)))
     return replace(plan, header=header, own=own, targets=tuple(names))
 
 

@@ -22,13 +22,9 @@ import torch
 from torch import Tensor
 
 from loraplex.adapters.files.patterns import Matcher
-from loraplex.adapters.format import targets
+from loraplex.adapters.format.common import module_keys, read_common
 from loraplex.adapters.format.config import (
-    COMMON_NO_BEARING,
-    Keys,
     bad_config,
-    read_base_model,
-    read_biases,
     read_count,
     read_flag,
     read_number,
@@ -44,19 +40,6 @@ from loraplex.kernels.constants import TileKind
 
 LEAF = "oft_R.weight"
 R, S = "boft_R", "boft_s"
-
-_COMMON = frozenset({"peft_type", "base_model_name_or_path", "bias", *targets.TARGET_KEYS, *targets.LAYER_KEYS})
-
-KEYS = Keys(
-    used=_COMMON
-    | {"r", "oft_block_size", "block_share", "coft", "eps", "use_cayley_neumann", "num_cayley_neumann_terms"}
-    | {"peft_version"},
-    no_bearing=(COMMON_NO_BEARING - {"peft_version"}) | {"module_dropout", "fan_in_fan_out", "init_weights"},
-)
-BOFT_KEYS = Keys(
-    used=_COMMON | {"boft_block_size", "boft_block_num", "boft_n_butterfly_factor"},
-    no_bearing=COMMON_NO_BEARING | {"boft_dropout", "fan_in_fan_out", "init_weights"},
-)
 
 
 @dataclass(frozen=True)
@@ -94,11 +77,15 @@ class Oft(ModuleKind[OftConfig]):
 
     name = "oft"
     label = "OFT"
-    keys = KEYS
+    keys = module_keys(
+        *("r", "oft_block_size", "block_share", "coft", "eps", "use_cayley_neumann", "num_cayley_neumann_terms"),
+        *("peft_version", "bias"),
+        no_bearing=("module_dropout", "fan_in_fan_out", "init_weights"),
+    )
     leaves = (LEAF,)
 
     def read(self, raw: Mapping[str, Any]) -> OftConfig:
-        KEYS.check(raw)
+        common = read_common(self, raw)
         if "oft_block_size" not in raw:
             raise unsupported("oft_block_size is not there: PEFT before 0.14 computed another rotation; train it again")
         neumann = raw.get("use_cayley_neumann") is None or read_flag(raw, "use_cayley_neumann")
@@ -110,15 +97,12 @@ class Oft(ModuleKind[OftConfig]):
             )
         blocks, size = _read_sizes(raw, "r", "oft_block_size", 0, 32)
         return OftConfig(
-            kind=self.name,
-            targets=targets.read_targets(raw, by_layer=True),
-            base_model=read_base_model(raw),
+            **common,
             blocks=blocks,
             size=size,
             shared=read_flag(raw, "block_share"),
             terms=read_count(raw.get("num_cayley_neumann_terms", 5), "num_cayley_neumann_terms") if neumann else 0,
             least=read_number(raw.get("eps", 6e-5), "eps") if read_flag(raw, "coft") else None,
-            bias=read_biases(raw),
         )
 
     def wanted(self, config: OftConfig, module: FoundModule, match: Matcher) -> Wanted:
@@ -148,21 +132,21 @@ class Boft(ModuleKind[BoftConfig]):
 
     name = "boft"
     label = "BOFT"
-    keys = BOFT_KEYS
+    keys = module_keys(
+        *("boft_block_size", "boft_block_num", "boft_n_butterfly_factor", "bias"),
+        no_bearing=("boft_dropout", "fan_in_fan_out", "init_weights"),
+    )
     leaves = (R, S)
 
     def read(self, raw: Mapping[str, Any]) -> BoftConfig:
-        BOFT_KEYS.check(raw)
+        common = read_common(self, raw)
         factors = read_count(raw.get("boft_n_butterfly_factor", 1), "boft_n_butterfly_factor")
         blocks, size = _read_sizes(raw, "boft_block_num", "boft_block_size", 0, 4)
         return BoftConfig(
-            kind=self.name,
-            targets=targets.read_targets(raw, by_layer=True),
-            base_model=read_base_model(raw),
+            **common,
             blocks=blocks,
             size=size,
             factors=factors,
-            bias=read_biases(raw),
         )
 
     def wanted(self, config: BoftConfig, module: FoundModule, match: Matcher) -> Wanted:

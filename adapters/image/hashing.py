@@ -39,7 +39,7 @@ class Hash:
         check(_library().loraplex_hash_read(self._state, file.descriptor, file.start, size, memory.data_ptr(), nice))
 
     def hexdigest(self) -> str:
-        """Of what was taken so far."""
+        """Return the digest of what was taken so far."""
         copy = ctypes.create_string_buffer(self._state.raw, len(self._state))
         digest = ctypes.create_string_buffer(32)
         _library().loraplex_hash_end(copy, digest)

@@ -85,7 +85,7 @@ def pack(
 
 
 def check(error: int) -> None:
-    """What reading a file came to in compiled code. Raises OSError, and EOFError where it ended early."""
+    """Check what reading a file came to in compiled code. Raises OSError, and EOFError where it ended early."""
     if error < 0:
         raise EOFError("the file ends before its data does")
     if error:

@@ -53,7 +53,7 @@ class RowPlacement:
     column: int = 0  # the first column of that B still to be placed
 
     def place(self) -> PartPlace:
-        """Once all is placed."""
+        """Return where the rows went, once all are placed."""
         a = tuple(Strip(first, last, 0, self.wide, at) for first, last, at in self.a_strips)
         return PartPlace(self.a_row, self.b_row, a, tuple(Strip(*strip) for strip in self.b_strips))
 
@@ -68,7 +68,7 @@ class _Cursor:
 
     @property
     def rest(self) -> int:
-        """Bytes left on this page; a whole page when it has just been filled."""
+        """Count the bytes left on this page; a whole page when it has just been filled."""
         return self._page_bytes - self.position % self._page_bytes
 
     @property

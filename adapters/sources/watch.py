@@ -35,7 +35,7 @@ class What(StrEnum):
 
 
 @dataclass(frozen=True)
-class Change:
+class FolderChange:
     """One folder that is not as it was."""
 
     what: What
@@ -55,7 +55,7 @@ class FolderWatch:
         self._told: dict[str, tuple[FileStamp, ...]] = {}  # as the caller knows them
         self._seen: dict[str, tuple[FileStamp, ...]] | None = None  # at the last look
 
-    def look(self) -> list[Change]:
+    def look(self) -> list[FolderChange]:
         """Return the changes since the last look, by name. Raises OSError if the directory cannot be listed."""
         with os.scandir(self.directory) as entries:
             found = sorted((entry.name, entry.is_symlink()) for entry in entries if not entry.name.startswith("."))
@@ -72,7 +72,7 @@ class FolderWatch:
         gone = [name for name in self._told if name not in now and name not in (before or {})]  # at two looks
         for name in gone:
             del self._told[name]
-        return changes + [Change(What.VANISHED, self.directory / name) for name in gone]
+        return changes + [FolderChange(What.VANISHED, self.directory / name) for name in gone]
 
     def _is_ripe(
         self,
@@ -87,10 +87,10 @@ class FolderWatch:
         newest = max(max(stamp[3:], default=0) for stamp in stamps)
         return time.time() - newest / 1e9 > SETTLED_SECONDS
 
-    def _change(self, name: str, stamps: tuple[FileStamp, ...]) -> Change:
+    def _change(self, name: str, stamps: tuple[FileStamp, ...]) -> FolderChange:
         what = What.CHANGED if name in self._told else What.APPEARED
         self._told[name] = stamps
-        return Change(what, self.directory / name)
+        return FolderChange(what, self.directory / name)
 
 
 def file_stamp(path: str | Path) -> FileStamp:

@@ -194,9 +194,9 @@ class AdapterCache:
         if entry is not None:
             self._retention.idles(entry)
 
-    def slot_of(self, digest: str) -> int | None:
-        """Its slot on the device; None where it is not there."""
-        return self.device.slot_of(digest)
+    def slot_of(self, digest: str, unit: int = 0) -> int | None:
+        """The slot of one of its units on the device; None where it is not there."""
+        return self.device.slot_of(digest, unit)
 
     def evict_for_slot(self) -> bool:
         """Evict the cheapest idle adapter, for its slot. False when there is none."""

@@ -59,6 +59,7 @@ class DeviceTier:
         self._layout = layout
         self._residents: dict[str, Resident] = {}
         self._forever: set[str] = set()
+        self._num_slots = num_slots
         self._free_slots = list(range(num_slots - 1, -1, -1))
         self._tiles = TileRows(num_slots, layout, arena.device)
         self._idle = self.reclaimer.owner(OWNER, self._evict)
@@ -88,10 +89,10 @@ class DeviceTier:
         resident = self._residents.get(digest)
         return resident is not None and resident.rows is not None
 
-    def slot_of(self, digest: str) -> int | None:
-        """The adapter's slot; None when it has none."""
+    def slot_of(self, digest: str, unit: int = 0) -> int | None:
+        """The adapter's slot, or the row of TileTable.ranges of its second unit (1); None when it has none."""
         resident = self._residents.get(digest)
-        return None if resident is None else resident.slot
+        return None if resident is None else resident.slot + unit * self._num_slots
 
     def pins(self, digest: str) -> int:
         """Count the adapter's pins. Raises KeyError when it is not there."""
@@ -247,7 +248,7 @@ class DeviceTier:
         assert len(set(pages)) == len(pages), "a page belongs to two adapters"
         assert len(pages) == self._pool.used_by(OWNER), f"{len(pages)} pages held, pool: {self._pool.used_by(OWNER)}"
         slots = [resident.slot for resident in residents] + self._free_slots
-        assert sorted(slots) == list(range(self.table.ranges_host.shape[0])), "a slot is lost or taken twice"
+        assert sorted(slots) == list(range(self._num_slots)), "a slot is lost or taken twice"
         ready = [(r.slot, r.rows, r.pages) for r in residents if r.rows is not None]
         self._tiles.check_integrity(ready)
         copying = {digest for digest, resident in self._residents.items() if resident.rows is None}

@@ -24,8 +24,9 @@ static void dispatch(const Op& op, const Step& step, int phase, int tid, int thr
             return linear(rows, (const T*)op.x, op.in, (const T*)op.w, op.out, (T*)op.y, op.linear.ldy, tid, threads);
         case kBias: return add_bias<T>(op, rows, tid, threads);
         case kAdapter:
-            if (phase) scale_rows<T>(op, step, tid, threads);
-            bgmv<T>(op, step, phase, tid, threads);
+            if (phase) op.adapter.to_float ? scale_rows<T, float>(op, step, tid, threads) : scale_rows<T, T>(op, step, tid, threads);
+            if (op.adapter.to_float) return bgmv<T, float>(op, step, phase, tid, threads);
+            bgmv<T, T>(op, step, phase, tid, threads);
             if (phase) sgmv<T>(op, step, tid, threads);
             return;
         case kRope: return rope_store<T>(op, step, rows, tid, threads);

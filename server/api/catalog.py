@@ -24,7 +24,7 @@ def list_cards(services: Services) -> list[ModelCard]:
     names = services.facts.names if current_key().may_use_base else ()
     return [
         *(_base_card(services.facts, name) for name in names),
-        *(_adapter_card(services.facts, version) for version in visible_adapters(services)),
+        *(_adapter_card(services, version) for version in visible_adapters(services)),
         *(_alias_card(services.facts, alias) for alias in visible_aliases(services)),
     ]
 
@@ -41,6 +41,11 @@ def visible_adapters(services: Services) -> list[AdapterVersion]:
     return [v for v in services.adapters.registry.list() if not is_hidden(v.name) and key.may_use(v.name)]
 
 
+def shown_source(services: Services, version: AdapterVersion) -> str:
+    """Where `version` came from; of what a client pushed its name, as where it was written is nobody's business."""
+    return version.name if services.pushed.spool.owns(version.source) else version.origin
+
+
 def find_card(services: Services, model: str) -> ModelCard:
     """The card of one name. Raises ApiError (404), also for what the caller may not use."""
     key = current_key()
@@ -52,7 +57,7 @@ def find_card(services: Services, model: str) -> ModelCard:
     alias = services.aliases.get(name)
     if alias is not None and may_use_alias(services, key, alias):
         return _alias_card(services.facts, alias)
-    return _adapter_card(services.facts, _find(services, name, model))
+    return _adapter_card(services, _find(services, name, model))
 
 
 async def find_receipt(services: Services, name: str, wait: float) -> AdapterReceipt:
@@ -72,7 +77,7 @@ def receipt_of(services: Services, version: AdapterVersion, proof: ProofAnswer) 
     return AdapterReceipt(
         id=shown_name(version),
         created=version.created,
-        source=version.origin,
+        source=shown_source(services, version),
         digest=version.digest,
         kind=version.info.kind,
         rank=version.info.rank,
@@ -127,12 +132,12 @@ def _alias_card(facts: Facts, alias: Alias) -> ModelCard:
     )
 
 
-def _adapter_card(facts: Facts, version: AdapterVersion) -> ModelCard:
+def _adapter_card(services: Services, version: AdapterVersion) -> ModelCard:
     return ModelCard(
         id=version.name,
         created=version.created,
-        root=version.origin,
-        parent=facts.names[0],
+        root=shown_source(services, version),
+        parent=services.facts.names[0],
         max_model_len=None,
         permission=[ModelPermission(id=f"modelperm-{version.name}-{version.uid}", created=version.created)],
     )

@@ -80,7 +80,7 @@ UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     # reasoning models
     "verbosity": (("medium",), _REASONING),
     "thinking_token_budget": ((), _REASONING),
-    # other servers' ways to name an adapter
+    # what other routes have
     "best_of": ((1,), "only completions have it"),
     "echo": ((False,), "only completions have it"),
     "tools": ((), "only chats have them"),
@@ -114,7 +114,11 @@ UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "n_probs": ((0,), "use logprobs"),
     "return_k_alternatives": ((0,), "use logprobs"),
     "details": ((False,), "use logprobs"),
+    # other servers' and gateways' ways to name an adapter
+    "adapter": ((), _ADAPTER),
+    "adapter_name": ((), _ADAPTER),
     "lora": ((), _ADAPTER),
+    "lora_adapter": ((), _ADAPTER),
     "lora_name": ((), _ADAPTER),
     "lora_request": ((), _ADAPTER),
 }

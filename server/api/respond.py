@@ -152,8 +152,9 @@ async def _chunks(
         async for delta in deltas:
             if not opened:
                 opened = True
+                so_far = {"usage": generation.usage()} if always else {}
                 for chunk in rendering.opening(generation.num_choices):
-                    yield chunk.model_dump_json(exclude=hidden)
+                    yield chunk.model_copy(update=so_far).model_dump_json(exclude=hidden)
             if delta.stretches:  # what comes from here on is of another version
                 frames.pop(delta.index, None)
             elif delta.text and not always and rendering.is_plain(delta):

@@ -9,6 +9,7 @@ from loraplex.adapters.files.beneath import shown
 from loraplex.adapters.version import AdapterVersion
 from loraplex.server.api.answer_schemas import VersionCard
 from loraplex.server.api.services import Services
+from loraplex.server.catalog.version_records import KeptVersion
 from loraplex.server.tenancy.tenants import current_key
 
 
@@ -38,10 +39,17 @@ def version_cards(services: Services, name: str) -> list[VersionCard]:
                 labels=sorted(label for label, of in labels.items() if of == digest),
                 scores=services.aliases.scores.of(name, digest),
                 created=int(row.made) if row is not None else version.created if version is not None else 0,
-                source=shown(row.source) if row is not None else version.origin if version is not None else "",
+                source=_source(services, name, row, version),
                 by=row.key or None if row is not None and told else None,
                 expires=None if row is None or row.expires is None else int(row.expires),
                 gone=None if version is not None or row is None else row.gone or None,
             )
         )
     return cards
+
+
+def _source(services: Services, name: str, row: KeptVersion | None, version: AdapterVersion | None) -> str:
+    """Where a version came from; of what a client pushed its name."""
+    if row is not None:
+        return name if services.pushed.spool.owns(row.source) else shown(row.source)
+    return version.origin if version is not None else ""

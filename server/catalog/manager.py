@@ -22,6 +22,9 @@ from loraplex.adapters.version import AdapterVersion
 
 logger = logging.getLogger(__name__)
 
+DIRECTORY, LIST, COMMAND = "--adapter-dir", "--adapters-file", "--adapter"
+"""What operators have adapters loaded by (AdapterVersion.by)."""
+
 
 Point = Callable[[], AdapterVersion]
 """Changes what a name stands for. Raises AdapterError."""
@@ -69,18 +72,20 @@ class AdapterManager:
         access: SourceAccess = OPERATOR,
         around: Around | None = None,
         copy: Copy | None = None,
+        by: str = "",
     ) -> AdapterVersion:
         """Fetch and read all of `source` (see sources.py) in the background and give it `name`.
 
         pinned: on the device from soon on and never evicted, until it is unloaded.
         around: called in a background thread once all is read, to have the name given; its result is the result.
         copy: makes the copy that is read instead, from then on too.
+        by: see AdapterVersion.
 
         Raises InvalidAdapterName, AdapterExists (name taken and not `replace`), AdapterNotFound (no such folder or
         repository), AdapterRefused (damaged, for another base, unsupported, too large for this server's memory),
         AdapterUnavailable (its source cannot be reached). Nothing is registered when it raises.
         """
-        coming = self.begin(name, source, replace=replace, access=access, around=around, copy=copy)
+        coming = self.begin(name, source, replace=replace, access=access, around=around, copy=copy, by=by)
         version = await asyncio.wrap_future(coming)
         if pinned:
             self.pin(version, True)
@@ -97,11 +102,12 @@ class AdapterManager:
         around: Around | None = None,
         copy: Copy | None = None,
         origin: str = "",
+        by: str = "",
     ) -> Future[AdapterVersion]:
         """Begin what register() does: the future fails as that raises. Once cancelled, nothing is registered.
 
         stale: where the source is out of reach, take what was fetched of it earlier.
-        origin: what `source` is a copy of.
+        origin: what `source` is a copy of. by: see AdapterVersion.
         """
         outcome: Future[AdapterVersion] = Future()
         try:
@@ -125,7 +131,7 @@ class AdapterManager:
         def enter(place: str, loaded: LoadedContent) -> None:
             if outcome.set_running_or_notify_cancel():
                 register, given = self.registry.register, origin if place == found.text else found.text
-                point = partial(register, name, place, loaded.info, replace=replace, origin=given)
+                point = partial(register, name, place, loaded.info, replace=replace, origin=given, by=by)
                 if around is None:
                     outcome.set_result(point())
                 else:
@@ -188,7 +194,7 @@ class AdapterManager:
         try:
             self.registry.check_name(name)
             self._check_free(name)
-            return self._enter_unread(name, below(folder.parent, name), replace=False)
+            return self._enter_unread(name, below(folder.parent, name), replace=False, by=DIRECTORY)
         except AdapterRefused as error:
             logger.warning("adapter %r is refused: %s", name, error)
             self.registry.mark_refused(name, error)
@@ -206,10 +212,10 @@ class AdapterManager:
             self.loader.load(version.source).add_done_callback(lambda loading: self._renew(version, loading))
             return
         try:
-            self._enter_unread(version.name, version.source, replace=True)
+            self._enter_unread(version.name, version.source, replace=True, by=version.by)
         except AdapterRefused as error:
             logger.warning("adapter %r has changed and is refused: %s", version.name, error)
-            self.registry.unregister(version.name)
+            self.registry.unregister(version.name, version.by)
             self.registry.mark_refused(version.name, error)
         except AdapterError as error:
             logger.warning("adapter %r has changed and cannot be read: %s", version.name, error)
@@ -227,13 +233,13 @@ class AdapterManager:
         if not fetching.cancelled():
             self.registry.refusals.count(fetching.exception())
 
-    def _enter_unread(self, name: str, source: str, replace: bool) -> AdapterVersion:
+    def _enter_unread(self, name: str, source: str, replace: bool, by: str) -> AdapterVersion:
         try:
             info = self._examine(source)
         except AdapterRefused as error:
             self.registry.refusals.count(error)
             raise
-        return self.registry.register(name, source, info, replace=replace)
+        return self.registry.register(name, source, info, replace=replace, by=by)
 
     def _check_free(self, name: str) -> None:
         taken = self.registry.get(name)

@@ -77,8 +77,13 @@ class Pushed:
         spool: Spool,
         most_bytes: int,
         kept: Mapping[str, str] | None = None,
+        copied: Callable[[str], int] = lambda tenant: 0,
     ) -> None:
-        """most_bytes: of one adapter. kept: sources that an earlier process left in the spool -> their tenants."""
+        """most_bytes: of one adapter. kept: sources that an earlier process left in the spool -> their tenants.
+
+        copied: bytes of the copies that are kept of a tenant's versions (Versions.copied_bytes).
+        """
+        self._copied = copied
         self.most_bytes = most_bytes
         self.spool = spool
         self.threads = ThreadPoolExecutor(THREADS, "pushed")
@@ -148,9 +153,10 @@ class Pushed:
             self._bytes[tenant] += self._held[source][1]
 
     def bytes_of(self, tenant: str) -> int:
-        """Return what the tenant's adapters take on disk. Any thread."""
+        """Return what the tenant's adapters take on disk, and the copies of their versions. Any thread."""
+        copied = self._copied(tenant)
         with self._lock:
-            return self._bytes[tenant]
+            return self._bytes[tenant] + copied
 
     def too_many(self, owner: PushOwner) -> TooManyBytes:
         """Make the refusal of what takes more than `owner` may have."""

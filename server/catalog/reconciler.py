@@ -22,11 +22,11 @@ from pathlib import Path
 
 from loraplex.adapters.errors import AdapterError, AdapterNotFound, AdapterRefused
 from loraplex.adapters.files.beneath import below
-from loraplex.adapters.sources.watch import Change, FileStamp, FolderWatch, What, file_stamp
+from loraplex.adapters.sources.watch import FileStamp, FolderChange, FolderWatch, What, file_stamp
 from loraplex.adapters.throttle import Throttle, lower_priority
 from loraplex.adapters.version import AdapterVersion
 from loraplex.server.catalog.adapter_list import AdapterList, AdapterListError, DesiredAdapter, read_list
-from loraplex.server.catalog.manager import AdapterManager
+from loraplex.server.catalog.manager import COMMAND, DIRECTORY, LIST, AdapterManager
 
 logger = logging.getLogger(__name__)
 
@@ -133,14 +133,14 @@ class Reconciler:
             self._apply(change)
             self._throttle()
 
-    def _apply(self, change: Change) -> None:
+    def _apply(self, change: FolderChange) -> None:
         registry, folder = self._manager.registry, change.folder
         version = registry.get(folder.name)
         own = version is not None and version.source == below(folder.parent, folder.name)
         if change.what is What.VANISHED:
             if own:
                 with suppress(AdapterNotFound):
-                    registry.unregister(folder.name)
+                    registry.unregister(folder.name, DIRECTORY)
                 logger.info("adapter %s is gone: its folder is", folder.name)
             elif version is None:
                 registry.clear_refused(folder.name)
@@ -207,7 +207,9 @@ class Reconciler:
 
     def _begin(self, entry: _Entry) -> None:
         name = entry.desired.name
-        coming = self._manager.begin(name, entry.desired.source, replace=True, stale=True)
+        coming = self._manager.begin(
+            name, entry.desired.source, replace=True, stale=True, by=LIST if entry.desired.enforced else COMMAND
+        )
         coming.add_done_callback(lambda done: self._mark(entry, done))
         if entry.failures == 0:  # later ones answer with the reason at once
             self._manager.expect(name, coming)
@@ -267,5 +269,5 @@ class Reconciler:
 
     def _unload(self, name: str) -> None:
         with suppress(AdapterNotFound):
-            self._manager.registry.unregister(name)
+            self._manager.registry.unregister(name, LIST)
             logger.info("adapter %s is unloaded, as the list asks", name)

@@ -193,6 +193,10 @@ class Remembering:
         if copies is not None and copy and not any(version.source == place for version in registry.all()):
             copies.remove(copy)
 
+    def coming(self) -> tuple[str, ...]:
+        """List the names that are on their way."""
+        return self._adapters.coming()
+
     async def arrival(self, name: str) -> None:
         """Return what AdapterManager.arrival does."""
         await self._adapters.arrival(name)

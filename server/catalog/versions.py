@@ -47,6 +47,10 @@ class Versions:
         with self._lock:
             return tuple(row for known in self._known.values() for row in known.values())
 
+    def copied_bytes(self, tenant: str) -> int:
+        """Return what the copies take that are kept of versions which a tenant has brought."""
+        return sum(row.nbytes for row in self.all() if row.copy and not row.gone and row.tenant == tenant)
+
     def is_held(self, row: KeptVersion) -> bool:
         """Return whether a label or an alias stands for the version, which has to stay then."""
         return row.digest in self.labels(row.name).values() or any(held(row) for held in self.holders)

@@ -263,21 +263,34 @@ def push(
 
 @app.command()
 def convert(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What the library's save_adapter wrote.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What the library's save_adapter or save wrote.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder for what is served.")],
+    positions: Annotated[
+        str | None, typer.Option(metavar="f3+l2|all", help="Of a ReFT: which of a prompt's tokens it was trained on.")
+    ] = None,
+    skip_last: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Of a ReFT: tokens at a prompt's end behind the last positions.")
+    ] = 0,
+    kind: Annotated[str | None, typer.Option(metavar="noreft|direft", help="Of a ReFT that is not orthogonal.")] = None,
+    non_linearity: Annotated[str | None, typer.Option(metavar="NAME", help="Of a ReFT of pyreft: its act_fn.")] = None,
+    base: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Of a prefix: the base's folder.")] = None,
 ) -> None:
-    """Convert a bottleneck of the [b]adapters[/b] library (Houlsby, Pfeiffer, parallel, Compacter) to what is served.
+    """Convert an adapter of the [b]adapters[/b] library, or a ReFT of [b]pyreft[/b], to what is served.
+
+    Bottlenecks (Houlsby, Pfeiffer, parallel, Compacter), ReFT, LoRA, (IA)^3 and prefix tuning.
 
     Pickles are opened here, for tensors alone, and never by a server.
     """
     from loraplex.adapters.errors import AdapterRefused
+    from loraplex.adapters.format.reft_files import Wishes
     from loraplex.server.command.convert import convert_folder
+    from loraplex.server.models.config import UnsupportedModel
 
     try:
-        config = convert_folder(folder, out)
-    except (AdapterRefused, OSError) as error:
+        config = convert_folder(folder, out, Wishes(positions, skip_last, kind, non_linearity), base)
+    except (AdapterRefused, UnsupportedModel, OSError) as error:
         give_up(str(error))
-    print(f"{out}: {config['peft_type']}, {config['non_linearity']} of {config['source']}")
+    print(f"{out}: {', '.join(f'{key} {value}' for key, value in config.items() if value is not None)}")
 
 
 def _warn(line: str) -> None:

@@ -46,7 +46,7 @@ class ProofParts:
 
     measurer: Measurer
     plain: PlainModel
-    digest: Callable[[], str]  # of the base; takes a moment
+    digest: Callable[[Callable[[], None], dict[str, str]], str]  # base_digest() but for its first arguments
 
 
 @dataclass(frozen=True)

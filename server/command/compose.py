@@ -25,7 +25,7 @@ from loraplex.server.catalog.version_records import KeptName
 from loraplex.server.catalog.versions import Versions
 from loraplex.server.command.build import EngineParts
 from loraplex.server.command.keys import open_access
-from loraplex.server.command.proving import keep_receipt, make_prover, open_audit
+from loraplex.server.command.proving import keep_receipt, kept_receipt, make_prover, note_operator, open_audit
 from loraplex.server.config import ServeConfig
 from loraplex.server.facts import Facts
 from loraplex.server.models.demo import default_cache_dir
@@ -61,10 +61,12 @@ def make_services(
         aliases = Aliases(adapters)
     except (TracingUnavailable, StateError) as error:
         raise StartError(error) from error
-    prover, audit = make_prover(parts, (*config.base_names, config.base)), None
+    prover, audit = make_prover(parts, (*config.base_names, config.base), state_dir=state.folder), None
     if state.folder is not None:
         metrics.add(writer.collector())
         audit = open_audit(state.folder, adapters.versions)
+        note_operator(writer, manager.registry, audit)
+    prover.remember(partial(kept_receipt, adapters.versions))
     prover.on_made = partial(keep_receipt, writer, adapters.versions, audit)
     downloads = manager.downloads
     merge = merge_versions if downloads is None else partial(merge_versions, locate=downloads.locate)
@@ -78,7 +80,9 @@ def make_services(
         adapters=adapters,
         aliases=aliases,
         on_demand=on_demand,
-        pushed=Pushed(manager, on_demand.quota, spool, config.adapters.downloads.max_bytes, kept),
+        pushed=Pushed(
+            manager, on_demand.quota, spool, config.adapters.downloads.max_bytes, kept, adapters.versions.copied_bytes
+        ),
         tokenizers=tokenizers,
         texts=TextPools(),
         grammars=grammars,

@@ -102,9 +102,11 @@ async def _serve(
     ready: Ready,
 ) -> None:
     from loraplex.server.command.app import create_app
+    from loraplex.server.command.defaults import check_default
 
     reconciler = await _load_adapters(config, parts)
     services = make_services()
+    check_default(services, config.adapters.default_adapter)
     app = create_app(services)
     app.openapi()  # 0.2 s, which the first who asks for it would take from everybody
     gc.collect()
@@ -143,6 +145,7 @@ async def _load_adapters(config: ServeConfig, parts: EngineParts) -> Reconciler:
     from loraplex.adapters.names import check_name
     from loraplex.adapters.sources.sources import parse_source
     from loraplex.server.catalog.adapter_list import AdapterListError, DesiredAdapter
+    from loraplex.server.catalog.manager import COMMAND
     from loraplex.server.catalog.reconciler import Reconciler
 
     distant = []
@@ -155,7 +158,7 @@ async def _load_adapters(config: ServeConfig, parts: EngineParts) -> Reconciler:
         except AdapterError as error:
             raise StartError(f"--adapter {adapter.name}: {error}") from error
         try:
-            version = await parts.adapters.register(adapter.name, adapter.source)
+            version = await parts.adapters.register(adapter.name, adapter.source, by=COMMAND)
         except AdapterError as error:
             raise StartError(f"--adapter {adapter.name}={adapter.source}: {error}") from error
         logger.info("adapter %s: %s", version.name, version.info.size)

@@ -42,10 +42,11 @@ class Site(IntEnum):
 
 
 class BlockSite(IntEnum):
-    """A place of a layer's stream where bottlenecks act: in front of a residual add and of any norm before it."""
+    """A place of a layer's stream where bottlenecks act, in front of a residual add."""
 
-    ATTENTION_OUT = 4  # what o_proj gives; the numbers go on where those of Site end
-    MLP_OUT = 5  # what down_proj gives
+    ATTENTION_OUT = 4  # what o_proj gives, before any norm; the numbers go on where those of Site end
+    MLP_OUT = 5  # what down_proj gives, before any norm
+    LAYER_OUT = 6  # what the layer is about to add last: with the residual the layer's output, which ReFT edits
 
 
 class UnsupportedModel(Exception):

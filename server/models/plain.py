@@ -48,6 +48,10 @@ class Change(Protocol):
         ...
 
 
+Adapted = Sequence[tuple[slice, int]]
+"""Rows of a pass that an adapter acts on, and what to add to a site for what acts there: 0 but for second units."""
+
+
 @dataclass(frozen=True)
 class _Streamed:
     """A linear that stays in its file."""
@@ -61,8 +65,8 @@ class _Streamed:
 class _PlainOps(ReferenceBackend):
     """The reference's ops on linears that are read as they are used."""
 
-    def __init__(self, checkpoint: Checkpoint, throttle: Callable[[], None], change: Change, adapted: slice) -> None:
-        """adapted: the rows that `change` is for."""
+    def __init__(self, checkpoint: Checkpoint, throttle: Callable[[], None], change: Change, adapted: Adapted) -> None:
+        """adapted: the rows that `change` is for, and what is added to its sites there."""
         super().__init__(torch.device("cpu"))
         self._checkpoint = checkpoint
         self._throttle = throttle
@@ -76,15 +80,21 @@ class _PlainOps(ReferenceBackend):
 
     def linear(self, x: Tensor, weight: PackedLinear) -> Tensor:
         streamed = _streamed(weight)
-        turned = [] if streamed.place is None else self._change.turned(*streamed.place, x[self._adapted])
-        inputs = torch.cat([x, *(other for _, other in turned)])
+        layer, site = streamed.place or (-1, -1)
+        turned = [
+            (rows, outputs, other)
+            for rows, more in (self._adapted if streamed.place is not None else ())
+            for outputs, other in self._change.turned(layer, site + more, x[rows])
+        ]
+        inputs = torch.cat([x, *(other for _, _, other in turned)])
         y, *others = torch.cat([F.linear(inputs, piece) for piece in self._pieces(streamed)], dim=1).split(
-            [len(x), *(len(other) for _, other in turned)]
+            [len(x), *(len(other) for _, _, other in turned)]
         )
-        for (outputs, _), other in zip(turned, others, strict=True):
-            y[self._adapted, outputs] = other[:, outputs]
+        for (rows, outputs, _), other in zip(turned, others, strict=True):
+            y[rows, outputs] = other[:, outputs]
         if streamed.place is not None:
-            self._change(*streamed.place, y[self._adapted], x[self._adapted], None)
+            for rows, more in self._adapted:
+                self._change(layer, site + more, y[rows], x[rows], None)
         return y
 
     def adapter_add_(
@@ -92,7 +102,8 @@ class _PlainOps(ReferenceBackend):
     ) -> Tensor:
         """Change what is at a block: at linears that is done already."""
         if residual is not None:
-            self._change(layer, site, y[self._adapted], x[self._adapted].clone(), residual[self._adapted])
+            for rows, more in self._adapted:
+                self._change(layer, site + more, y[rows], x[rows].clone(), residual[rows])
         return y
 
     def logits(self, x: Tensor, weight: PackedLinear, room: Tensor | None = None) -> Tensor:
@@ -122,12 +133,13 @@ class PlainModel:
         adapted: Sequence[int],
         change: Change,
         throttle: Callable[[], None],
-        start: int = 0,
+        acts: Sequence[tuple[int, int, int]] = ((0, MAX_TOKENS, 0),),
     ) -> tuple[Tensor, Tensor]:
         """Compute those of all tokens but the first, [n - 1] fp32 each, of the base's and of the adapter's sequence.
 
         base, adapted: token ids, as many of each and MAX_TOKENS at most. change: called for each layer and site once,
-        in the order of the layers. start: the position that it acts from.
+        in the order of the layers, and for each of `acts`: (first, end, unit), positions that it acts on. Sites of its
+        second unit (1) are greater by ModelConfig.num_sites.
 
         Raises ValueError for other counts, and WeightsError where the base's files are gone or others.
         """
@@ -135,7 +147,10 @@ class PlainModel:
         if len(adapted) != count or not 2 <= count <= MAX_TOKENS:
             raise ValueError(f"{count} and {len(adapted)} tokens; expected as many of each, from 2 to {MAX_TOKENS}")
         config = self._config
-        ops = _PlainOps(self._checkpoint, throttle, change, slice(count + start, 2 * count))
+        wears: Adapted = [
+            (slice(count + first, count + min(end, count)), unit * config.num_sites) for first, end, unit in acts
+        ]
+        ops = _PlainOps(self._checkpoint, throttle, change, wears)
         heads, dim = config.num_kv_heads, config.head_dim
         kv = KVLayer(torch.zeros(2, heads, BLOCK_SIZE, dim), torch.zeros(2, heads, BLOCK_SIZE, dim), 0)
         layers = (kv,) * config.num_layers  # each is done with it before the next writes

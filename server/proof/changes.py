@@ -54,11 +54,12 @@ class PlainChange:
                    bottleneck s B f(A z + c) for s B (A x), z being x, x + residual or residual.
         """
         parts = self._of(layer, site)
-        bottleneck = next((part for part in parts if isinstance(part, Bottleneck)), None)
+        bottlenecks = {part.projection: part for part in parts if isinstance(part, Bottleneck)}
         for part in sorted(parts, key=lambda part: not isinstance(part, OutputScale)):
             projection = part.projection
             own = y[:, projection.out_start : projection.out_start + projection.out_features]
             inputs = x[:, projection.in_start : projection.in_start + projection.in_features]
+            bottleneck = bottlenecks.get(projection)
             match part:
                 case OutputScale():
                     own.mul_(part.values)

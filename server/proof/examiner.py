@@ -8,16 +8,14 @@ from typing import Protocol
 from torch import Tensor
 
 from loraplex.adapters.errors import AdapterRefused
+from loraplex.adapters.positions import Span
 from loraplex.adapters.tiers.measuring import Measurer, by_layer
 from loraplex.adapters.version import AdapterVersion
 from loraplex.server.proof.changes import PlainChange
 from loraplex.server.proof.prober import FusedAnswers
 from loraplex.server.proof.receipt import BaseIdentity, Probe, Receipt
 
-OWN_ROWS = "it has rows of its own in place of the base's, which the plain reference does not compute"
-
-
-OWN_ROWS = "it stands in for rows of the base's norms, embedding or head, which the plain reference does not compute"
+OWN_ROWS = "it changes rows of the base's norms, embedding or head, which the plain reference does not compute"
 """Why such an adapter is not probed."""
 
 
@@ -30,19 +28,27 @@ class Plain(Protocol):
         adapted: tuple[int, ...],
         change: PlainChange,
         throttle: Callable[[], None],
-        start: int,
+        acts: tuple[Span, ...],
     ) -> tuple[Tensor, Tensor]: ...
 
 
 class Examiner:
     """For one thread."""
 
-    def __init__(self, measurer: Measurer, plain: Plain, identify_base: Callable[[], BaseIdentity]) -> None:
-        """identify_base: called once."""
+    def __init__(
+        self, measurer: Measurer, plain: Plain, identify_base: Callable[[Callable[[], None]], BaseIdentity]
+    ) -> None:
+        """identify_base: called once, with a throttle."""
         self._measurer = measurer
         self._plain = plain
         self._identify_base = identify_base
         self._base: BaseIdentity | None = None
+
+    def identify(self, throttle: Callable[[], None]) -> BaseIdentity:
+        """Say which base this is; that takes a while, once."""
+        if self._base is None:
+            self._base = self._identify_base(throttle)
+        return self._base
 
     def __call__(
         self, version: AdapterVersion, fused: FusedAnswers | None, error: str | None, throttle: Callable[[], None]
@@ -52,17 +58,16 @@ class Examiner:
         fused: what the engine has answered; None: it has not, because of `error`. Raises AdapterError ("changed" where
         the files are others by now), WeightsError, and what `throttle` raises.
         """
-        if self._base is None:
-            self._base = self._identify_base()
+        identity = self.identify(throttle)
         with self._measurer.opened(version.source, throttle) as adapter:
             if adapter.digest != version.digest:
                 raise AdapterRefused(
                     "changed", f"its source holds {adapter.digest[:12]} by now, and it is {str(version.digest)[:12]}"
                 )
             measured = self._measurer.measure(adapter, throttle)
-            if fused is None or adapter.module_map.own:
-                return Receipt(measured, self._base, None, error or OWN_ROWS)
+            if fused is None or adapter.module_map.outside:
+                return Receipt(measured, identity, None, error or OWN_ROWS)
             change = PlainChange(by_layer(adapter))
-            base, adapted = self._plain(fused.base.ids, fused.adapted.ids, change, throttle, fused.start)
+            base, adapted = self._plain(fused.base.ids, fused.adapted.ids, change, throttle, fused.acts)
         probe = Probe(len(fused.base.logprobs), fused.base.furthest(base), fused.adapted.furthest(adapted))
-        return Receipt(measured, self._base, probe)
+        return Receipt(measured, identity, probe)

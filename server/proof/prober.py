@@ -8,9 +8,11 @@ import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from loraplex.adapters.positions import Span
 from loraplex.adapters.registry import Registry
 from loraplex.adapters.version import AdapterVersion
 from loraplex.server.engine.engine import Engine
+from loraplex.server.engine.policy.wearing import ALWAYS, acts_of
 from loraplex.server.engine.request import FinishReason, GenerationRequest, Mix, SamplingParams
 
 PROMPT_TOKENS, ANSWER_TOKENS = 8, 4
@@ -47,7 +49,7 @@ class FusedAnswers:
 
     base: FusedAnswer
     adapted: FusedAnswer
-    start: int = 0  # the position that the adapter acts from
+    acts: tuple[Span, ...] = ALWAYS  # where the adapter does
 
 
 def probe_ids(vocab_size: int, invocation: Sequence[int] = ()) -> tuple[int, ...]:
@@ -71,12 +73,10 @@ class Prober:
 
     async def ask(self, version: AdapterVersion) -> FusedAnswers:
         """Answer greedily as the base and as `version`. Raises ProbeFailed, EngineError, AdapterError."""
-        invocation = version.info.invocation
-        prompt = probe_ids(self._vocab_size, invocation)
-        start = len(prompt) - len(invocation) if invocation else 0
+        prompt = probe_ids(self._vocab_size, version.info.invocation)
         base = await self._answer(prompt, ())
         lease = self._registry.lease_version(version.name, version.digest or "")  # this one, whatever it is named after
-        return FusedAnswers(base, await self._answer(prompt, ((lease, 1.0),)), start)
+        return FusedAnswers(base, await self._answer(prompt, ((lease, 1.0),)), acts_of(version, prompt))
 
     async def _answer(self, prompt: tuple[int, ...], mix: Mix) -> FusedAnswer:
         request = GenerationRequest(

@@ -21,7 +21,7 @@ from loraplex.adapters.tiers.loader import Loader, Priority
 from loraplex.adapters.version import AdapterVersion
 from loraplex.server.engine.request import EngineError
 from loraplex.server.proof.prober import FusedAnswers, ProbeFailed, Prober
-from loraplex.server.proof.receipt import Receipt
+from loraplex.server.proof.receipt import BaseIdentity, Receipt
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +42,8 @@ class Examine(Protocol):
     def __call__(
         self, version: AdapterVersion, fused: FusedAnswers | None, error: str | None, throttle: Callable[[], None]
     ) -> Receipt: ...
+
+    def identify(self, throttle: Callable[[], None]) -> BaseIdentity: ...
 
 
 class NoReceipt(Exception):
@@ -71,10 +73,31 @@ class Prover:
         self._turn = asyncio.Lock()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="receipts")
         self._is_closed = False
+        self._base: BaseIdentity | None = None  # once the thread knows
+        self._recall: Callable[[AdapterVersion], str] = lambda version: ""
+        self._unfit: set[str] = set()  # digests whose kept receipts are of another base, or another server's
+
+    def remember(self, recall: Callable[[AdapterVersion], str]) -> None:
+        """Take receipts of this base that were made earlier. recall: finds Receipt.text of a version, or "".
+
+        Which base this is is found out in the background, from now on.
+        """
+        self._recall = recall
+        self._thread.submit(self._identify)
 
     def known(self, version: AdapterVersion) -> Receipt | None:
         """Return the receipt of what `version` stands for, if it is made."""
-        return None if version.digest is None else self._made.get(version.digest)
+        if version.digest is None:
+            return None
+        found = self._made.get(version.digest)
+        if found is None and self._base is not None and version.digest not in self._unfit:
+            text = self._recall(version)
+            found = Receipt.read(text, self._base) if text else None
+            if found is not None and found.measured.digest == version.digest:
+                self._keep(found)
+            elif text:
+                self._unfit.add(version.digest)
+        return found
 
     def failure(self, version: AdapterVersion) -> str | None:
         """Return why the last try came to nothing."""
@@ -109,6 +132,7 @@ class Prover:
 
     async def _receipt(self, version: AdapterVersion) -> Receipt:
         async with self._turn:
+            await asyncio.get_running_loop().run_in_executor(self._thread, self._identify)
             known = self.known(version)
             if known is not None and (known.probe is not None or known.measured.own):
                 return known
@@ -120,11 +144,19 @@ class Prover:
                 self._thread, self._examine, version, fused, error, Throttle(self._check_open, self._rest)
             )
             made = replace(made, seconds=time.monotonic() - began)
-            self._made[made.measured.digest] = made
-            if len(self._made) > MAX_RECEIPTS:
-                self._made.popitem(last=False)
+            self._keep(made)
             self.on_made(version, made)
             return made
+
+    def _keep(self, receipt: Receipt) -> None:
+        self._made[receipt.measured.digest] = receipt
+        if len(self._made) > MAX_RECEIPTS:
+            self._made.popitem(last=False)
+
+    def _identify(self) -> None:
+        """Find out which base this is, once; in the thread."""
+        if self._base is None:
+            self._base = self._examine.identify(Throttle(self._check_open, self._rest))
 
     async def _ask(self, version: AdapterVersion) -> tuple[FusedAnswers | None, str | None]:
         """Have the engine answer; where it does not, the receipt has no probe and says why."""

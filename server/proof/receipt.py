@@ -10,13 +10,16 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
-from loraplex.adapters.receipt import Measured
+from loraplex.adapters.receipt import Measured, SiteEffect
 
 WORSE = 4.0
 """Times as far from the plain reference as the base that an adapter's answers may be: both sum in the same dtype."""
 
 CLOSE = 1e-2
 """Log-probability within which no answer is doubted."""
+
+_REPEATS = ("they repeat others, as ", " does")
+"""Around one of them."""
 
 _SIGNIFICANT = 6
 """Digits of the numbers that are told."""
@@ -67,7 +70,8 @@ class Receipt:
         if found.is_noop:
             remarks.append("it changes nothing and answers as the base does")
         elif found.own:
-            remarks.append(f"{found.own} of its tensors stand in for rows of the base, whose effect is not measured")
+            what = "tensors or modules change rows of the base's norms, embedding or head"
+            remarks.append(f"{found.own} of its {what}, which is not measured")
         elif found.idle:
             remarks.append(f"{found.idle} of its {found.modules} modules come to nothing")
         if self.base.is_named(named) is False:
@@ -102,7 +106,7 @@ class Receipt:
             "tensors": {
                 "matched": found.tensors,
                 "ignored": len(found.ignored),
-                "why_ignored": f"they repeat others, as {found.ignored[0]} does" if found.ignored else None,
+                "why_ignored": f"{_REPEATS[0]}{found.ignored[0]}{_REPEATS[1]}" if found.ignored else None,
                 "unmatched": 0,
                 "own_rows": found.own,
             },
@@ -137,6 +141,49 @@ class Receipt:
             "card": dict(found.card),
             "remark": self.remark or None,
         }
+
+    @classmethod
+    def read(cls, text: str, base: BaseIdentity) -> Receipt | None:
+        """Read what `text` has written; None: it is of another base than `base`, or not as this server writes it."""
+        try:
+            receipt = cls._of(json.loads(text), base)
+        except (KeyError, TypeError, ValueError, IndexError):
+            return None
+        return receipt if receipt.text == text else None
+
+    @classmethod
+    def _of(cls, found: Any, base: BaseIdentity) -> Receipt:
+        adapter, tensors, dtype, effect, probe = (
+            found[part] for part in ("adapter", "tensors", "dtype", "effect", "probe")
+        )
+        sites = tuple(
+            SiteEffect(
+                tuple(site["projections"]),
+                *(site[name] for name in ("modules", "relative", "largest", "layer", "rounding")),
+            )
+            for site in effect["sites"]
+        )
+        why = str(tensors["why_ignored"] or "").removeprefix(_REPEATS[0]).removesuffix(_REPEATS[1])
+        measured = Measured(
+            digest=adapter["digest"],
+            kind=adapter["kind"],
+            rank=adapter["rank"],
+            tensors=tensors["matched"],
+            ignored=(why,) * tensors["ignored"],
+            dtypes=tuple(dtype["file"]),
+            dtype=dtype["packed"],
+            modules=adapter["modules"],
+            idle=adapter["idle_modules"],
+            sites=sites,
+            relative=effect["relative"],
+            rounding=dtype["rounding"],
+            bias=effect["bias"],
+            own=tensors["own_rows"],
+            base_named=found["base"]["named"],
+            card=found["card"],
+        )
+        made = Probe(probe["tokens"], probe["base"], probe["adapter"]) if probe["error"] is None else None
+        return cls(measured, base, made, probe["error"])
 
     @property
     def text(self) -> str:

@@ -39,6 +39,7 @@ WORLDS = {
     "lorax-client": "demo",
     "langchain-openai": "demo",
     "litellm": "demo",
+    "ai-sdk": "demo",
     "lm-eval": "tiny",
     "schemathesis": "tiny",
     "trl": "tiny",

@@ -14,6 +14,7 @@ from loraplex.server.command.check import Verdict, check_adapter, describe
 from loraplex.server.command.convert import convert_folder
 from loraplex.server.config_engine import Device, DType, EngineConfig
 from tests.adapters.format.test_bottleneck import save_as_the_library
+from tests.adapters.format.test_reft import convert as convert_reft
 from tests.proof.test_receipt import RECEIPT
 from tests.support.peft_adapters import make_peft_adapter
 from tests.support.tiny import load_oracle, make_tiny_model, make_tiny_tokenizer
@@ -63,6 +64,15 @@ def test_a_bottleneck_answers_as_the_plain_base_with_it(base: Path, tmp_path: Pa
     assert (found.outcome, found.message) == (Verdict.sound, None)
     assert found.receipt is not None
     assert found.receipt.probe is not None
+
+
+@pytest.mark.parametrize("case", ["LoReFT, both ends", "LoReFT, relu", "pyreft LobiReFT"])
+def test_a_reft_answers_as_the_plain_base_edited_where_it_says(base: Path, tmp_path: Path, case: str) -> None:
+    found = check_adapter(convert_reft(case, tmp_path), "tiny", base, CONFIG, allow_noop=False)
+    assert (found.outcome, found.message) == (Verdict.sound, None)
+    assert found.receipt is not None
+    assert found.receipt.probe is not None
+    assert found.receipt.probe.adapter < 1e-4
 
 
 @pytest.mark.parametrize(("spoil", "code"), [(cut_short, "bad_file"), (widen_targets, "missing_tensor")])

@@ -7,12 +7,14 @@ were evicted. The oracle computes the whole text at every token, without a cache
 from __future__ import annotations
 
 import asyncio
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from loraplex.kernels.constants import BLOCK_SIZE
 from loraplex.server.command.build import EngineParts
@@ -72,6 +74,11 @@ FRONTS: dict[str, dict[str, Any]] = {
 }
 ADAPTERS |= FRONTS
 
+REFT = {"peft_type": "REFT", "non_linearity": "identity", "subtract": True, "positions": "f3+l2", "shared": False}
+"""Its oracle is transformers with the formula written down again at the layers' outputs: PEFT has none."""
+
+ADAPTERS["reft"] = REFT
+
 PROMPTS = (
     (*text(1, 40), *ASK, *text(2, 9)),
     (*ASK, *text(3, 37), *ASK[:2], 5, *ASK, *ASK),  # the last occurrence counts, and parts of it do not
@@ -86,10 +93,10 @@ class Ask:
     adapter: str | None
 
 
-PAIR = "lora+alora"
+PAIR, EDITED_PAIR = "lora+alora", "lora+reft"
 """Both at once, each with weight 1."""
 
-ASKS = tuple(Ask(prompt, adapter) for adapter in (*ADAPTERS, PAIR, None) for prompt in PROMPTS)
+ASKS = tuple(Ask(prompt, adapter) for adapter in (*ADAPTERS, PAIR, EDITED_PAIR, None) for prompt in PROMPTS)
 
 Answer = list[tuple[int, float]]
 """Ids of tokens and their log-probabilities."""
@@ -103,6 +110,8 @@ def expected(model: Any, adapter: str | None, prompt: tuple[int, ...]) -> Answer
     places = [i for i in range(len(prompt)) if invocation and list(prompt[i : i + len(invocation)]) == invocation]
     for _ in range(TOKENS):
         more: dict[str, Any] = {"alora_offsets": [len(ids) - places[-1] if places else None]} if invocation else {}
+        if adapter in ("reft", EDITED_PAIR):
+            more = {"prompt": len(prompt)}
         if adapter in FRONTS:
             more = {**tasks, "use_cache": ADAPTERS[adapter]["kind"] in ("PREFIX_TUNING", "CARTRIDGE")}
         with torch.no_grad():
@@ -132,12 +141,64 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         if name in FRONTS
         else make_peft_adapter(oracle, folder / str(seed), seed=seed, **options)
         for seed, (name, options) in enumerate(ADAPTERS.items())
+        if name != "reft"
     }
+    edited = make_edited(oracle, folder / "reft")
+    adapters["reft"] = PeftAdapter(edited, folder / "reft")
     models = {None: oracle, **{name: adapter.model for name, adapter in adapters.items()}}
     models[PAIR] = both = make_peft_adapter(oracle, folder / "again", seed=0, **ADAPTERS["lora"]).model
     both.load_adapter(str(adapters["alora"].folder), "alora")
     both.base_model.set_adapter(["default", "alora"])
+    models[EDITED_PAIR] = replace(edited, model=adapters["lora"].model)
     return World(base, adapters, {ask: expected(models[ask.adapter], ask.adapter, ask.prompt) for ask in ASKS})
+
+
+@dataclass(frozen=True)
+class Edited:
+    """A transformers model whose layers' outputs are edited at a prompt's first three and last two tokens."""
+
+    model: Any
+    edits: tuple[tuple[tuple[torch.Tensor, ...], ...], ...]  # by layer and unit: P and W [r, H], c [r]
+
+    def __call__(self, ids: torch.Tensor, prompt: int) -> Any:
+        units = [(0 if at < prompt - 2 else 1) if at < 3 or at >= prompt - 2 else None for at in range(prompt)]
+
+        def edit(layer: int, output: Any) -> Any:
+            h = output if isinstance(output, torch.Tensor) else output[0]
+            h = h.clone()
+            for at, unit in enumerate(units):
+                if unit is not None:
+                    p, w, c = self.edits[layer][unit]
+                    h[:, at] += (h[:, at] @ w.T + c - h[:, at] @ p.T) @ p
+            return h if isinstance(output, torch.Tensor) else (h, *output[1:])
+
+        layers = next(module for name, module in self.model.named_modules() if name.endswith("model.layers"))
+        hooks = [
+            layer.register_forward_hook(lambda _, __, output, at=at: edit(at, output))
+            for at, layer in enumerate(layers)
+        ]
+        try:
+            return self.model(ids)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def make_edited(oracle: Any, folder: Path) -> Edited:
+    """A LoReFT of rank 3, random but for its projections' rows of length 1."""
+    generator, tensors, edits = torch.Generator().manual_seed(11), dict[str, torch.Tensor](), list[Any]()
+    for layer in range(oracle.config.num_hidden_layers):
+        units = []
+        for place in ("layer_out", "layer_out_last"):
+            p, w = torch.randn(2, 3, oracle.config.hidden_size, generator=generator)
+            own = {"projection": p / p.norm(dim=1, keepdim=True), "source": 0.3 * w, "source_bias": torch.ones(3)}
+            tensors |= {f"base_model.model.model.layers.{layer}.{place}.{leaf}": each for leaf, each in own.items()}
+            units.append(tuple(own.values()))
+        edits.append(tuple(units))
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(REFT))
+    return Edited(oracle, tuple(edits))
 
 
 def make_front(oracle: Any, folder: Path, seed: int, options: dict[str, Any]) -> PeftAdapter:
@@ -236,3 +297,15 @@ async def test_the_bases_keys_before_an_invocation_are_used(world: World, config
         for adapter, cached in (("alora", len(known)), ("lora", 0)):  # about what the base has said
             found = (await answer(parts, Ask((*known, *ASK), adapter)))[1]
             assert found == (cached - 1) // BLOCK_SIZE * BLOCK_SIZE if cached else found == 0
+
+
+async def test_the_bases_keys_before_the_last_positions_are_not_those_of_an_edit(
+    world: World, config: EngineConfig
+) -> None:
+    """A prompt that goes on where another ended finds what was edited alike alone: its last tokens are others."""
+    first = PROMPTS[0][: 2 * BLOCK_SIZE + 1]
+    async with whole_engine(world.base, config, world.folders) as parts:
+        for prompt, cached in ((first, 0), ((*first, *text(9, BLOCK_SIZE)), 1), (first, 2)):
+            found, hit = await answer(parts, Ask(prompt, "reft"))
+            assert_same(found, expected(world.adapters["reft"].model, "reft", prompt), prompt)
+            assert hit == cached * BLOCK_SIZE

@@ -9,7 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from loraplex.server.proof.prober import Prober
+from tests.support.live_server import live_server
+from tests.support.peft_adapters import make_peft_adapter
 from tests.support.served import Served, serve_new
+from tests.support.tiny import load_oracle, make_tiny_model, make_tiny_tokenizer
 from tests.support.waiting import wait_for
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -61,3 +65,26 @@ def test_files_that_are_gone_are_told(served: Served, tmp_path: Path) -> None:
     proof = served.live.ask("GET", "/v1/adapters/unread?wait=60").json()["proof"]
     assert (proof["status"], proof["receipt"]) == ("failed", None)
     assert "adapter_model.safetensors" in proof["error"]
+
+
+def test_a_restarted_server_has_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is read or probed again, unless the base is another."""
+    base = make_tiny_tokenizer(make_tiny_model("llama", tmp_path / "base"))
+    folder = make_peft_adapter(load_oracle(base), tmp_path / "one", r=4, target_modules=["q_proj"]).folder
+    with live_server(base, state=tmp_path / "state") as live:
+        assert live.load("one", folder).status_code == 200
+        made = live.ask("GET", "/v1/adapters/one?wait=60").json()["proof"]
+        assert made["status"] == "made"
+    asked: list[str] = []
+    ask = Prober.ask
+    monkeypatch.setattr(Prober, "ask", lambda self, version: asked.append(version.name) or ask(self, version))
+    with live_server(base, state=tmp_path / "state") as live:
+        wait_for(lambda: live.ask("GET", "/v1/adapters/one").json().get("proof") == made)
+        assert live.ask("GET", "/v1/adapters/one?wait=60").json()["proof"] == made
+        assert asked == []
+    (base / "config.json").write_text((base / "config.json").read_text() + " ")
+    with live_server(base, state=tmp_path / "state") as live:
+        wait_for(lambda: live.ask("GET", "/v1/adapters/one").status_code == 200)
+        again = live.ask("GET", "/v1/adapters/one?wait=60").json()["proof"]
+        assert again["receipt"]["base"]["digest"] != made["receipt"]["base"]["digest"]
+        assert asked == ["one"]

@@ -149,7 +149,7 @@ def test_versions_and_aliases_are_shown(page: Browser, served: Served) -> None:
     assert versions[2]["digest"] == old
     served.ask("PUT", "/v1/adapters/turn/labels/prod", json={"version": "previous"})
     targets = [{"adapter": "turn@prod", "weight": 95}, {"adapter": "turn", "weight": 5}]
-    served.ask("PUT", "/v1/aliases/support", json={"targets": targets})
+    served.ask("PUT", "/v1/aliases/support", json={"targets": targets, "requires": "eval >= previous"})
     row = "return [...document.querySelectorAll('#rows tr')].find(r => r.dataset.name === 'turn')"
     new, kept = (each["digest"][:12] for each in versions[:2])
 
@@ -160,7 +160,11 @@ def test_versions_and_aliases_are_shown(page: Browser, served: Served) -> None:
 
     page.wait(lambda: shown() == [f"{new} +1", f"{new} serving\n{kept} prod kept"], "the versions")
     page.wait(lambda: page.texts("#alias-rows th") == ["support"], "the alias")
-    assert page.texts("#alias-rows td") == ["split", f"turn@{kept} 95 %, turn 5 %", "1"]
+    assert page.texts("#alias-rows td") == [
+        "split, requires eval >= previous",
+        f"turn@{kept} 95 %, turn 5 %",
+        "1",
+    ]
     served.ask("DELETE", "/v1/aliases/support")
     page.wait(lambda: not page.one("#aliases").is_displayed(), "its end")
     served.ask("POST", "/v1/unload_lora_adapter", json={"lora_name": "turn"})

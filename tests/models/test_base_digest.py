@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -52,6 +53,43 @@ def test_all_shards_count(tmp_path: Path) -> None:
         shard.write_bytes(data)
         seen.add(digest(path))
     assert len(seen) == len(shards) + 1
+
+
+def test_every_byte_counts(tmp_path: Path) -> None:
+    """Also between the first MiB and what samples would have seen, of files that are changed in place."""
+    path = make_tiny_model("llama", tmp_path, vocab_size=16384, hidden_size=64)
+    file = path / "model.safetensors"
+    size, before = file.stat().st_size, digest(path)
+    assert size > 4 << 20
+    with file.open("r+b") as handle:
+        handle.seek(size // 2 + 4097)
+        byte = handle.read(1)[0]
+        handle.seek(size // 2 + 4097)
+        handle.write(bytes([byte ^ 1]))
+    assert digest(path) != before
+
+
+def test_it_is_what_sha256sum_says_put_together(tmp_path: Path) -> None:
+    path = make_tiny_model("llama", tmp_path)
+    data = (path / "model.safetensors").read_bytes()
+    told = f"\0model.safetensors\0{len(data)}\0{hashlib.sha256(data).hexdigest()}".encode()
+    assert digest(path) == hashlib.sha256((path / "config.json").read_bytes() + told).hexdigest()
+
+
+def test_files_are_read_once_until_they_change(tmp_path: Path) -> None:
+    path, known = make_tiny_model("llama", tmp_path / "base"), dict[str, str]()
+    checkpoint, breaths = open_checkpoint(path), list[int]()
+
+    def taken() -> tuple[str, int]:
+        breaths.clear()
+        return base_digest(path, checkpoint, lambda: breaths.append(1), known), len(breaths)
+
+    first, reads = taken()
+    assert reads > 0
+    assert taken() == (first, 0)
+    nudge(path)
+    assert taken() == (digest(path), reads)
+    assert len(known) == 1  # the old one is forgotten
 
 
 def test_files_that_are_gone_are_told(tmp_path: Path) -> None:

@@ -158,7 +158,7 @@ async def test_an_activated_adapter_is_called_by_its_invocation(base: Path, tmp_
     folder = make_peft_adapter(load_oracle(base), tmp_path / "activated", **options).folder
     async with proving(base, folder) as (parts, prover):
         fused = await prover._prober.ask(version_of(parts))
-        assert (fused.start, fused.base.ids[6:8]) == (6, (9, 4))
+        assert (fused.acts[0].first, fused.base.ids[6:8]) == (6, (9, 4))
         assert fused.base.logprobs[:5] == pytest.approx(fused.adapted.logprobs[:5], abs=1e-5)  # of what is before it
         receipt = await prover.wait(version_of(parts), LIMIT)
         assert receipt is not None

@@ -45,6 +45,41 @@ def test_whether_the_named_base_is_this_one(loaded_from: str, named: str | None,
     assert ("names the base" in receipt.remark) is (is_named is False)
 
 
+@pytest.mark.parametrize(
+    "receipt",
+    [
+        RECEIPT,
+        replace(RECEIPT, probe=None, probe_error="busy"),
+        replace(RECEIPT, probe=Probe(11, 0.2, float("nan"))),
+        replace(
+            RECEIPT,
+            measured=replace(
+                MEASURED, ignored=("a", "b"), own=2, base_named=None, card={"tags": ["x"], "license": "mit"}
+            ),
+        ),
+    ],
+)
+def test_what_was_kept_is_read_again(receipt: Receipt) -> None:
+    found = Receipt.read(receipt.text, BASE)
+    assert found is not None
+    assert (found.text, found.digest, found.remark, found.doubt) == (
+        receipt.text,
+        receipt.digest,
+        receipt.remark,
+        receipt.doubt,
+    )
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", "null", RECEIPT.text[:-1], RECEIPT.text.replace(",", ", ")])
+def test_what_is_no_receipt_is_none(text: str) -> None:
+    assert Receipt.read(text, BASE) is None
+
+
+def test_a_receipt_of_another_base_is_none_of_this_one() -> None:
+    assert Receipt.read(RECEIPT.text, replace(BASE, digest="ef" * 32)) is None
+    assert Receipt.read(RECEIPT.text, replace(BASE, formats="nf4")) is None
+
+
 def test_what_comes_to_nothing_is_remarked() -> None:
     assert RECEIPT.remark == ""
     assert "1 of its 4 modules" in replace(RECEIPT, measured=replace(MEASURED, idle=1)).remark

@@ -24,7 +24,7 @@ def write_adapters(harness: Harness, slots: int) -> TileTable:
     """Tiles on the whole of every qkv and down site: one in slot 0, two in slot 1, and so on."""
     config, dtype = harness.config, harness.weights.dtype
     generator = torch.Generator().manual_seed(5)
-    ranges = torch.zeros(slots, config.num_layers, config.num_sites, 2, dtype=torch.int32)
+    ranges = torch.zeros(slots, config.num_layers + 1, config.num_sites, 2, dtype=torch.int32)
     rows: list[list[int]] = []
     for slot in range(slots):
         for layer in range(config.num_layers):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from loraplex.adapters.front import Front
+from loraplex.adapters.positions import Positions
 from loraplex.server.engine.policy.kv_cache import FREED
 from loraplex.server.engine.policy.kv_groups import GroupSpec
 from loraplex.server.engine.policy.plan import StepPlan
@@ -19,12 +20,16 @@ from tests.support.clock import Clock
 from tests.support.scheduling import Requests, draws, make_scheduler, next_token
 
 STEP_SECONDS = 0.1
-ADAPTERS = ("a", "b", "c", "d", "e", "f")
+ADAPTERS = ("a", "b", "c", "d", "e", "f", "g")
 INVOCATIONS = {"c": (5,), "d": (8, 8)}
 """Of those that act from their last occurrence in a prompt on; the others act from the first token on."""
 
 FRONTS = {"e": Front(5, stored=False, width=1), "f": Front(6, stored=True, width=1)}
 """Of those that put virtual tokens in front of the prompt: computed ones, and ones whose keys and values they bring."""
+
+POSITIONS = {"g": Positions(3, 2, skipped=1, units=2)}
+"""Of those that act on a prompt's first and last tokens alone."""
+
 GROUPS = {
     "full": (GroupSpec((0,), None),),
     "two windows": (GroupSpec((0,), None), GroupSpec((1,), 5)),
@@ -78,7 +83,12 @@ class SchedulerWorld:
         for count, name in enumerate(ADAPTERS, start=1):
             front = FRONTS.get(name)
             self.requests.adapter(
-                name, front=front, pages=count, is_read=count % 2 == 0, invocation=INVOCATIONS.get(name, ())
+                name,
+                front=front,
+                pages=count,
+                is_read=count % 2 == 0,
+                invocation=INVOCATIONS.get(name, ()),
+                positions=POSITIONS.get(name),
             )
         self.sent: dict[str, GenerationRequest] = {}
         self.open: dict[str, float] = {}  # request -> when it was sent
@@ -217,7 +227,9 @@ class SchedulerWorld:
             assert row.draws == (count == seq.num_missing) == (row.sampling is not None)
             assert not row.is_decode or count == 1
             wants = [
-                tuple((self.placement.slots[digest], weight) for digest, weight in self._worn(seq, position))
+                tuple(
+                    (self.placement.slot_of(digest, unit), weight) for digest, weight, unit in self._worn(seq, position)
+                )
                 for position in range(row.start, row.start + count)
             ]
             names = [name_of(digest) for digest, _ in seq.mix]
@@ -279,17 +291,24 @@ class SchedulerWorld:
         front = None if row.front is None or not row.front.front.stored else row.front
         return (0, 0) if front is None else (front.first, front.end)
 
-    def _worn(self, seq: Sequence, position: int) -> tuple[tuple[str, float], ...]:
-        """What of its mix acts at a position."""
+    def _worn(self, seq: Sequence, position: int) -> tuple[tuple[str, float, int], ...]:
+        """What of its mix acts at a position, and with the tiles of which unit."""
         prompt, worn = list(seq.request.prompt_ids), []
         position -= seq.num_front
         for digest, weight in seq.mix:
             invocation = list(INVOCATIONS.get(name_of(digest), ()))
             places = [i for i in range(len(prompt)) if invocation and prompt[i : i + len(invocation)] == invocation]
-            if name_of(digest) in FRONTS:
+            name = name_of(digest)
+            if name in FRONTS:
                 continue
-            if not invocation or (places and places[-1] <= position):
-                worn.append((digest, weight))
+            if name in POSITIONS:
+                end = max(0, len(prompt) - 1)
+                if max(0, end - 2) <= position < end:
+                    worn.append((digest, weight, 1))
+                elif 0 <= position < min(3, end):
+                    worn.append((digest, weight, 0))
+            elif not invocation or (places and places[-1] <= position):
+                worn.append((digest, weight, 0))
         return tuple(worn)
 
     def _watch(self, plan: StepPlan) -> None:

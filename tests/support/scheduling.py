@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.front import Front
 from loraplex.adapters.info import AdapterInfo
+from loraplex.adapters.positions import Positions
 from loraplex.adapters.registry import Registry
 from loraplex.adapters.tiers.eviction import IdleSet, Reclaimer
 from loraplex.adapters.tiers.pages import PagePool
@@ -120,8 +121,9 @@ class FakePlacement:
             del self.pins[digest]
             self._set_idle(digest)
 
-    def slot_of(self, digest: str) -> int | None:
-        return self.slots.get(digest)
+    def slot_of(self, digest: str, unit: int = 0) -> int | None:
+        slot = self.slots.get(digest)
+        return None if slot is None else slot + unit * self.num_slots
 
     def evict_for_slot(self) -> bool:
         if not len(self._idle):
@@ -174,9 +176,11 @@ class Requests:
         is_read: bool = True,
         invocation: tuple[int, ...] = (),
         front: Front | None = None,
+        positions: Positions | None = None,
     ) -> str:
         digest = f"digest-{name}" if is_read else None
-        info = AdapterInfo(1, ("q_proj",), pages, pages * 100, digest, invocation=invocation, front=front)
+        of_prompt = {"invocation": invocation, "positions": positions}
+        info = AdapterInfo(1, ("q_proj",), pages, pages * 100, digest, front=front, **of_prompt)  # type: ignore[arg-type]
         self.registry.register(name, name, info)
         return name
 

@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 
 from loraplex.adapters.version import AdapterVersion
 from loraplex.server.api.body import NAMES_BODY, body_schema, parse_record
-from loraplex.server.api.catalog import visible_adapters
+from loraplex.server.api.catalog import shown_source, visible_adapters
 from loraplex.server.api.dialects import lorax
 from loraplex.server.api.dialects.adapters import load, unload
 from loraplex.server.api.dialects.lorax_schemas import LoraxAnswer, LoraxRequest
@@ -111,8 +111,10 @@ def make_router(services: Services) -> APIRouter:
     @router.get("/lora-adapters", **answers(list[ListedAdapter], errors=READ))
     async def list_lora_adapters() -> Response:
         """The adapters as llama.cpp lists its own; which one a request wears is the request's to say."""
-        listed = enumerate(visible_adapters(services))
-        return JSONResponse([{"id": i, "name": v.name, "path": v.origin, "scale": 0.0} for i, v in listed])
+        named = [(version.name, shown_source(services, version)) for version in visible_adapters(services)]
+        return JSONResponse(
+            [{"id": i, "name": name, "path": path, "scale": 0.0} for i, (name, path) in enumerate(named)]
+        )
 
     return router
 

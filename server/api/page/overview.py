@@ -191,7 +191,9 @@ def _finite(value: float) -> float | None:
 
 def _alias(alias: Alias) -> dict[str, Any]:
     targets = [{"adapter": each.name, "weight": each.weight} for each in alias.state.targets]
-    return {"name": alias.name, "kind": alias.state.kind, "targets": targets, "revision": alias.revision}
+    return {"name": alias.name, "kind": alias.state.kind, "targets": targets, "revision": alias.revision} | (
+        {"requires": alias.state.requires} if alias.state.requires else {}
+    )
 
 
 def _value(services: Services, key: Key, each: AdapterVersion, level: str, column: str) -> int | None:

@@ -58,8 +58,8 @@ class Placement(Protocol):
 
     def unpin(self, digest: str) -> None: ...
 
-    def slot_of(self, digest: str) -> int | None:
-        """The slot of an adapter on the device; None where it is not there. A pinned one keeps its slot."""
+    def slot_of(self, digest: str, unit: int = 0) -> int | None:
+        """The slot of a unit of an adapter on the device; None where it is not there. A pinned one keeps its slot."""
         ...
 
     def evict_for_slot(self) -> bool:

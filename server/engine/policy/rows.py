@@ -65,7 +65,7 @@ class Row(NamedTuple):
     sampling: SamplingState | None  # None: nothing is drawn
     want: Want | None
     earlier: tuple[tuple[int, Mix], ...] = ()
-    """(count, mix) of the row's first tokens, where these wear less than `mix`, which the others wear."""
+    """(count, mix) of the row's first tokens, where these wear other than `mix`, which the others wear."""
     front: RowFront | None = None
     """Embeddings of the row's first tokens, whose ids are below 0; or keys and values to be stored before the row's."""
 

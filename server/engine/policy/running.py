@@ -20,6 +20,7 @@ from loraplex.server.engine.policy.plan import Placement
 from loraplex.server.engine.policy.prefetch import Prefetch
 from loraplex.server.engine.policy.queue_limits import Running
 from loraplex.server.engine.policy.sequence import Sequence
+from loraplex.server.engine.policy.wearing import Entry
 from loraplex.server.engine.request import GenerationRequest
 
 
@@ -131,12 +132,12 @@ class RunningSet:
         """Whether all bytes of its adapters are on the device, where they stay while it runs."""
         if seq.is_bound and all(map(self._adapters.is_ready, seq.versions)):
             seq.is_ready = True
-            seq.slots = tuple((self._slot(digest), weight) for digest, weight in seq.mix)
+            seq.slots = tuple((self._slot(entry), entry.weight) for entry in seq.entries)
         return seq.is_ready
 
-    def _slot(self, digest: str) -> int:
-        slot = self._adapters.slot_of(digest)
-        assert slot is not None, f"adapter {digest[:12]} is ready, but not on the device"
+    def _slot(self, entry: Entry) -> int:
+        slot = self._adapters.slot_of(entry.digest, entry.unit)
+        assert slot is not None, f"adapter {entry.digest[:12]} is ready, but not on the device"
         return slot
 
     def _add(self, seq: Sequence) -> None:

@@ -12,10 +12,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loraplex.adapters.front import Front
+from loraplex.adapters.positions import Span
 from loraplex.adapters.version import AdapterVersion
 from loraplex.server.engine.policy.prefix_cache import Turns
 from loraplex.server.engine.policy.rows import Mix, Row, RowFront, RowResult, SamplingState, Want
-from loraplex.server.engine.policy.wearing import NEVER, front_of, invoked_at, turns_of, worn_at, worn_between
+from loraplex.server.engine.policy.wearing import (
+    ALWAYS,
+    Acts,
+    Entry,
+    acts_of,
+    front_of,
+    turns_of,
+    worn_at,
+    worn_between,
+)
 from loraplex.server.engine.request import (
     FinishReason,
     GenerationRequest,
@@ -36,11 +46,13 @@ class Sequence:
     """
 
     __slots__ = (
+        "acts",
         "adapter_wait",
         "admitted",
         "cache_root",
         "cached_tokens",
         "charged",
+        "entries",
         "filled",
         "flow",
         "front",
@@ -65,7 +77,6 @@ class Sequence:
         "scoring",
         "slots",
         "stalled",
-        "starts",
         "tokens",
         "turns",
         "urgency",
@@ -84,12 +95,12 @@ class Sequence:
         self.tokens: list[int] = [*range(-1, -1 - self.num_front, -1), *request.prompt_ids]
         self.output: list[int] = []  # the generated tail of `tokens`
         self.num_prompt = len(self.tokens)  # known ones that were not generated
-        self.front: tuple[int, Front] | None = None  # whose of the mix they are, and what, by bind()
+        self.front: tuple[int, Front] | None = None  # which of the entries' they are, and what, by bind()
         self.filled: int | None = None  # stored ones are in the cache up to here; None: they are computed, or all there
         penalised = request.params.repetition_penalty != 1.0
         prompt = request.prompt_array if penalised else request.prompt_ids
         self.sampling = SamplingState(request.params, prompt, self.output, request.constraint)
-        self.slots: Mix = ()  # of its adapters and their weights, while it is_ready
+        self.slots: Mix = ()  # of the entries, and their weights, while it is_ready
         self.num_computed = 0
         self.charged = 0  # prompt tokens that its client has paid for
         self.preemptions = 0
@@ -106,7 +117,8 @@ class Sequence:
         self.is_ready = False  # running, and all bytes of its adapters are on the device
         self.is_bound = False
         self.mix: tuple[tuple[str, float], ...] = ()  # (digest, weight): the order in which the ops add them up
-        self.starts: tuple[int, ...] = ()  # from which position each of the mix acts; (): all from the first token on
+        self.entries: tuple[Entry, ...] = ()  # the mix by units of tiles: one for each, or two
+        self.acts: Acts = ()  # where each of the entries does; (): all from the first token on
         self.cache_root: bytes | None = (
             None  # all that its keys and values depend on beside tokens and turns; None: not shared
         )
@@ -133,10 +145,16 @@ class Sequence:
             versions.setdefault(digest, lease.version)
         self.mix = tuple(sorted(weights.items()))
         self.versions = tuple(versions[digest] for digest, _ in self.mix)
-        self.front = front_of(self.versions)
-        starts = tuple(map(self._start, self.versions))
-        if any(starts):
-            self.starts, self.turns = starts, turns_of(self.mix, starts)
+        found, acts, owners = list[Entry](), list[tuple[Span, ...]](), list[AdapterVersion]()
+        for (digest, weight), version in zip(self.mix, self.versions, strict=True):
+            spans = acts_of(version, self.request.prompt_ids, self.num_front)
+            for unit in range(version.info.positions.units if version.info.positions is not None else 1):
+                found.append(Entry(digest, weight, unit))
+                acts.append(tuple(span for span in spans if span.unit == unit))
+                owners.append(version)
+        self.entries, self.front = tuple(found), front_of(owners)
+        if any(spans != ALWAYS for spans in acts):
+            self.acts, self.turns = acts, turns_of(found, acts)
         self.is_bound = True
 
     def renew(self, request: GenerationRequest, kept: bool) -> None:
@@ -147,7 +165,7 @@ class Sequence:
         earlier = self.renewed.earlier if self.renewed is not None else self.request.mix
         self.renewed, self.is_mixed = Renewed(earlier, request.mix, kept), kept
         self.request, self.wanted = request, _wanted(request)
-        self.mix, self.versions, self.starts, self.slots = (), (), (), ()
+        self.mix, self.versions, self.entries, self.acts, self.slots = (), (), (), (), ()
         self.cache_root, self.turns, self.front = None, (), None
         self.is_bound = self.is_ready = False
 
@@ -156,13 +174,6 @@ class Sequence:
         if self.is_mixed:
             earlier = self.renewed.earlier if self.renewed is not None else self.request.mix
             self.renewed, self.is_mixed = Renewed(earlier, self.request.mix, kept=False), False
-
-    def _start(self, version: AdapterVersion) -> int:
-        """From which position on it acts: on virtual tokens, too, unless the prompt says where."""
-        if version.info.front is not None:
-            return NEVER
-        start = invoked_at(self.request.prompt_ids, version.info.invocation)
-        return start + self.num_front if version.info.invocation and start != NEVER else start
 
     def share_prefix(self, rope_switch: int | None) -> None:
         """Set cache_root, once bound: the first token's mix by content, the tenant and its salt, and the angles in use.
@@ -174,15 +185,15 @@ class Sequence:
         if self.cache_root is not None and rope_switch is None:
             return
         angles = "long" if rope_switch is not None and self.num_tokens > rope_switch else "short"
-        worn = worn_at(self.mix, self.starts, 0) if self.starts else self.mix
+        worn = worn_at(self.entries, self.acts, 0) if self.acts else self.entries
         own = [self.request.tenant, self.request.cache_salt]
         if self.front is None:
             salted: list[object] = [*own, angles, worn]
         else:
-            salted = ["front", self.mix[self.front[0]][0], angles, worn]
+            salted = ["front", self.entries[self.front[0]].digest, angles, worn]
             self.turns = (
                 (self.num_front, json.dumps(own).encode()),
-                *turns_of(self.mix, self.starts),
+                *turns_of(self.entries, self.acts),
             )
         self.cache_root = hashlib.sha256(json.dumps(salted).encode()).digest()
 
@@ -223,7 +234,7 @@ class Sequence:
         """The next `count` of its missing tokens, as a row of a step."""
         start, known = self.num_computed, len(self.tokens)
         draws = start + count == known
-        mix, earlier = worn_between(self.slots, self.starts, start, start + count) if self.starts else (self.slots, ())
+        mix, earlier = worn_between(self.slots, self.acts, start, start + count) if self.acts else (self.slots, ())
         return Row(
             self.number,
             start,

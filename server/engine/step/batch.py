@@ -117,7 +117,12 @@ def build_batch(
 
 def _place(row: Row) -> tuple[bool, bool, Mix]:
     """What rows are sorted by."""
-    return not row.mix, not row.is_decode, row.mix
+    return not _wears(row), not row.is_decode, row.mix
+
+
+def _wears(row: Row) -> bool:
+    """Whether some of its tokens wear an adapter."""
+    return bool(row.mix) or any(mix for _, mix in row.earlier)
 
 
 class _Packer:
@@ -153,11 +158,11 @@ class _Packer:
 
 
 class _Segments:
-    """Neighbours of equal mix and role; base rows come last and have none, but tokens before an invocation may."""
+    """Neighbours of equal mix and role; base rows come last and have none. Some tokens of others wear nothing, too."""
 
     def __init__(self, rows: ListLike[Row]) -> None:
         bounds, mixes, decode = [0], [], 0
-        spans = (span for row in rows if row.mix for span in _spans(row))
+        spans = (span for row in rows if _wears(row) for span in _spans(row))
         for (is_decode, mix), members in groupby(spans, key=lambda span: span[:2]):
             bounds.append(bounds[-1] + sum(count for _, _, count in members))
             mixes.append(mix)

@@ -10,17 +10,21 @@ forward over the whole text.
 from __future__ import annotations
 
 import json
+import os
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from tests.support.tiny import tiny_hf_model
 
-VECTORS = Path(__file__).parent / "vectors" / "bottlenecks.safetensors"
+RECORDED = Path(os.environ.get("LORAPLEX_VECTORS", Path(__file__).parent / "vectors"))
+"""Where what libraries compute is written and read."""
+
+VECTORS = RECORDED / "bottlenecks.safetensors"
 IDS = [1, 17, 42, 99, 5, 63, 120, 7, 33, 150, 8, 21]
 TOKENS = 12
 NAME, LIBRARY = "tuned", "adapters"
@@ -48,14 +52,20 @@ def main() -> None:
     found: dict[str, torch.Tensor] = {}
     configs = {}
     for case, (family, kind, fields) in CASES.items():
-        config, tensors, logits = _record(family, kind, {"reduction_factor": 8, **fields})
+        config, tensors, logits = record_adapter(family, kind, {"reduction_factor": 8, **fields})
         configs[case] = json.dumps(config)
         found |= {f"{case}/{name}": tensor for name, tensor in (tensors | logits).items()}
-    VECTORS.parent.mkdir(exist_ok=True)
+    RECORDED.mkdir(exist_ok=True)
     save_file(found, VECTORS, configs)
 
 
-def _record(family: str, kind: str, fields: dict[str, Any]) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+def record_adapter(
+    family: str, kind: str, fields: dict[str, Any], *, of_prompt: bool = False
+) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """Record what is saved of a random adapter, its config and tensors, and what the library computes with it.
+
+    of_prompt: it acts on the prompt alone, and what is generated is the base's behind the prompt's cache.
+    """
     adapters = import_module(LIBRARY)
     model = tiny_hf_model(family)
     ids = torch.tensor([IDS])
@@ -69,18 +79,38 @@ def _record(family: str, kind: str, fields: dict[str, Any]) -> tuple[Any, dict[s
         for name, weight in model.named_parameters():
             if f".{NAME}." in name or "shared_parameters" in name:
                 drawn = torch.randn(weight.shape, generator=generator)
+                if name.endswith("original"):  # a rotation's: only what is below the diagonal is trained
+                    drawn = drawn.T.tril(diagonal=-1).T
                 weight.copy_(1 + 0.3 * drawn if "scaling" in name else weight + 0.15 * drawn)
         model.eval()
         logits = model(ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0]
-        text = ids
-        for _ in range(TOKENS):
-            last = model(text, attention_mask=torch.ones_like(text), use_cache=False).logits[:, -1:]
-            text = torch.cat((text, last.argmax(-1)), 1)
+        text = _behind_prompt(model, ids) if of_prompt else _behind_text(model, ids)
     with TemporaryDirectory() as folder:
-        model.save_adapter(folder, NAME, use_safetensors=True)
+        model.save_adapter(folder, NAME)  # a pickle: of what layers share safetensors takes no second copy
         config = json.loads((Path(folder) / "adapter_config.json").read_text())
-        tensors = load_file(Path(folder) / "adapter.safetensors")
+        tensors = torch.load(Path(folder) / "pytorch_adapter.bin", weights_only=True)
+        tensors = {name: tensor.clone() for name, tensor in tensors.items()}
     return config, tensors, {"logits": logits.clone(), "base": base, "greedy": text[0, len(IDS) :].clone()}
+
+
+def _behind_text(model: Any, text: torch.Tensor) -> torch.Tensor:
+    """Extend greedily, each token by one forward over the whole text."""
+    for _ in range(TOKENS):
+        last = model(text, attention_mask=torch.ones_like(text), use_cache=False).logits[:, -1:]
+        text = torch.cat((text, last.argmax(-1)), 1)
+    return text
+
+
+def _behind_prompt(model: Any, text: torch.Tensor) -> torch.Tensor:
+    """Extend greedily by the base, behind the cache that the adapter has left of the prompt."""
+    found = model(text, attention_mask=torch.ones_like(text), use_cache=True)
+    model.set_active_adapters(None)
+    for _ in range(TOKENS):
+        token = found.logits[:, -1:].argmax(-1)
+        text = torch.cat((text, token), 1)
+        found = model(token, attention_mask=torch.ones_like(text), past_key_values=found.past_key_values)
+    model.set_active_adapters(NAME)
+    return text
 
 
 if __name__ == "__main__":

@@ -12,17 +12,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from loraplex.adapters.format.kind import ServedBase
-from loraplex.adapters.image.tile_rows import TileRows
-from loraplex.adapters.image.tiles import BaseLayout
 from loraplex.kernels.ops import Backend
-from loraplex.kernels.records import TileTable
 from loraplex.kernels.select import load_backend
 from loraplex.server.command.convert import convert_folder
-from loraplex.server.models.recorded import record
 from tests.adapters.format.record_bottlenecks import CASES, IDS, VECTORS
 from tests.support.adapter_folder import AdapterFolder
-from tests.support.adapter_reading import read_adapter
+from tests.support.converted import as_saved, harness_of, layout_of, place, recorded, served_base_of
 from tests.support.harness import Harness
 from tests.support.harness_adapters import Mix, wearing
 from tests.support.refusals import refused
@@ -44,16 +39,12 @@ def ops(request: pytest.FixtureRequest) -> Backend:
 
 
 def saved(case: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The config and the tensors of a case, and beside these `logits`, `base` and `greedy`."""
-    with safe_open(VECTORS, "pt") as file:
-        own = [name for name in file.keys() if name.startswith(f"{case}/")]  # noqa: SIM118  no mapping
-        tensors = {name.removeprefix(f"{case}/"): file.get_tensor(name) for name in own}
-        return json.loads(file.metadata()[case]), tensors
+    return recorded(VECTORS, case)
 
 
 def save_as_the_library(case: str, folder: Path, *, pickled: bool = False) -> Path:
     config, tensors = saved(case)
-    own = {name: tensor for name, tensor in tensors.items() if name not in ("logits", "base", "greedy")}
+    own = as_saved(tensors)
     folder.mkdir(parents=True)
     (folder / "adapter_config.json").write_text(json.dumps(config))
     if pickled:
@@ -63,44 +54,18 @@ def save_as_the_library(case: str, folder: Path, *, pickled: bool = False) -> Pa
     return folder
 
 
-def layout_of(harness: Harness) -> BaseLayout:
-    config = harness.config
-    blocks, dtype = config.blocks(), harness.weights.dtype
-    return BaseLayout("tiny", config.num_layers, config.projections(), harness.page_bytes, dtype, blocks)
-
-
-def served_base_of(layout: BaseLayout) -> ServedBase:
-    def none(*_: object) -> Any:
-        raise AssertionError("a bottleneck asks nothing of the base's weights")
-
-    return ServedBase(layout, bias=none, squared_norms=none, products=none, weight=none)
-
-
-def place(harness: Harness, cases: list[str], folder: Path) -> TileTable:
-    """Convert, read and pack what the library saved, one slot for each."""
-    layout = layout_of(harness)
-    rows = TileRows(len(cases), layout, torch.device("cpu"))
-    for slot, case in enumerate(cases):
-        out = folder / f"served {slot}"
-        convert_folder(save_as_the_library(case, folder / f"saved {slot}"), out)
-        image = read_adapter(out, served_base_of(layout)).image
-        pages = harness.take_pages(len(image.pages))
-        harness.arena[pages] = image.pages
-        rows.write(slot, image, pages)
-    return rows.table
-
-
-def harness_of(base: Path, ops: Backend) -> Harness:
-    harness = Harness(base, ops=ops, num_pages=160)
-    harness.decoder = record(harness.decoder, 96, 96)  # type: ignore[arg-type]  # as it was made
-    return harness
+def convert(cases: list[str], folder: Path) -> list[Path]:
+    """Convert what the library saved, into a folder each."""
+    for case in cases:
+        convert_folder(save_as_the_library(case, folder / f"saved {case}"), folder / case)
+    return [folder / case for case in cases]
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_logits_are_the_librarys(bases: dict[str, Path], tmp_path: Path, ops: Backend, case: str) -> None:
     """Of a whole prompt, of one in chunks, and of tokens one by one; beside rows of the base."""
     harness = harness_of(bases[CASES[case][0]], ops)
-    tiles, wanted = place(harness, [case], tmp_path), saved(case)[1]
+    tiles, wanted = place(harness, convert([case], tmp_path)), saved(case)[1]
     assert float((wanted["logits"] - wanted["base"]).abs().max()) > 0.5
     own: Mix = ((0, 1.0),)
     whole, plain = harness.sequence(IDS), harness.sequence(IDS)
@@ -124,7 +89,7 @@ def test_one_batch_of_all(bases: dict[str, Path], tmp_path: Path, ops: Backend) 
     """Each answers as alone, and halves of one adapter are the adapter."""
     cases = [case for case, (family, *_) in CASES.items() if family == "llama"]
     harness = harness_of(bases["llama"], ops)
-    tiles = place(harness, cases, tmp_path)
+    tiles = place(harness, convert(cases, tmp_path))
     mixes: list[Mix] = [((slot, 1.0),) for slot in range(len(cases))] + [((0, 0.5), (0, 0.5)), ((1, 0.0),)]
     wanted = [saved(case)[1]["logits"] for case in [*cases, cases[0]]] + [saved(cases[0])[1]["base"]]
     prompts = [harness.sequence(IDS) for _ in mixes]
@@ -230,7 +195,7 @@ def test_a_pickle_of_tensors_is_converted_and_no_other(tmp_path: Path) -> None:
         ({"ln_before": True}, "unsupported_option", "layer norm"),
         ({"inv_adapter": "nice"}, "unsupported_option", "inv_adapter"),
         ({"non_linearity": "mish"}, "unsupported_option", "mish"),
-        ({"architecture": "lora"}, "unsupported_kind", "lora"),
+        ({"architecture": "union"}, "unsupported_kind", "union"),
         ({"phm_layer": True}, "missing_tensor", "adapter_down.0.W"),
         ({"scaling": "learned"}, "missing_tensor", "scaling"),
     ],

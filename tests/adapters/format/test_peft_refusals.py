@@ -678,9 +678,6 @@ def test_a_bias_is_an_effect(folder: Folder) -> None:
     assert part.delta[5] == 1.5 * 8 / RANK
 
 
-# biases that are missing or too many
-
-
 # anything at all
 
 
@@ -755,25 +752,19 @@ def test_scales_of_one_are_left_out(dora: Folder) -> None:
     torch.testing.assert_close(scales[0].values, torch.full((32,), 1.5))
 
 
-def test_a_dora_adapter_without_its_magnitude(dora: Folder) -> None:
-    del dora.tensors[MAGNITUDE]
-    dora.refused("missing_tensor", re.escape(MAGNITUDE))
+NO_DORA: dict[str, tuple[Callable[[Folder], object], str]] = {
+    "no magnitude": (lambda f: f.tensors.pop(MAGNITUDE), "missing_tensor"),
+    "another shape": (lambda f: f.tensors.update({MAGNITUDE: torch.ones(31)}), "shape_mismatch"),
+    "of a row that is zero": (lambda f: f.tensors[f"{Q0}.lora_B.weight"][3].zero_(), "not_finite"),
+    "nan": (lambda f: f.tensors[MAGNITUDE][3].fill_(math.nan), "not_finite"),
+    "inf": (lambda f: f.tensors[MAGNITUDE][3].fill_(math.inf), "not_finite"),
+}
 
 
-def test_a_magnitude_of_another_shape(dora: Folder) -> None:
-    dora.tensors[MAGNITUDE] = torch.ones(31)
-    dora.refused("shape_mismatch", re.escape(MAGNITUDE))
-
-
-def test_a_magnitude_of_a_row_that_is_zero(dora: Folder) -> None:
-    dora.tensors[f"{Q0}.lora_B.weight"][3] = 0
-    dora.refused("not_finite", re.escape(MAGNITUDE))
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_magnitude_that_is_no_number(dora: Folder, value: float) -> None:
-    dora.tensors[MAGNITUDE][3] = value
-    dora.refused("not_finite", re.escape(MAGNITUDE))
+@pytest.mark.parametrize(("change", "code"), NO_DORA.values(), ids=NO_DORA)
+def test_magnitudes_that_are_refused(dora: Folder, change: Callable[[Folder], object], code: str) -> None:
+    change(dora)
+    dora.refused(code, re.escape(MAGNITUDE))
 
 
 def test_dora_with_biases_of_b(dora: Folder) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 
 import pytest
 import torch
@@ -55,7 +56,16 @@ def clock() -> Iterator[None]:
         yield
 
 
-_IMAGES = {f"digest-{seed}": _image(seed) for seed in range(9)}
+def _with_second_unit(image: AdapterImage) -> AdapterImage:
+    """The same with all tiles again, for the second unit: at sites that are greater by as many as there are."""
+    again = image.tiles.clone()
+    again[:, 1] += _LAYOUT.num_sites
+    tiles = torch.cat((image.tiles, again))
+    order = sorted(range(len(tiles)), key=lambda at: tiles[at, :2].tolist())
+    return replace(image, tiles=tiles[order])
+
+
+_IMAGES = {f"digest-{seed}": _with_second_unit(_image(seed)) if seed % 4 == 2 else _image(seed) for seed in range(9)}
 
 
 def _in_features(site: int) -> int:
@@ -69,16 +79,16 @@ def _read(units: Tensor, offset: int, elements: int) -> Tensor:
 
 def _check_on_device(residency: DeviceTier, arena: Tensor, digest: str) -> None:
     """What a kernel finds through the table is, byte for byte, what the image holds."""
-    image, slot = _IMAGES[digest], residency.slot_of(digest)
-    assert slot is not None
-    table = residency.table
+    image, table = _IMAGES[digest], residency.table
     want: dict[tuple[int, int], list[list[int]]] = {}
     for row in image.tiles.tolist():
         want.setdefault((row[0], row[1]), []).append(row[2:])
     for layer in range(_LAYOUT.num_layers):
-        for site in range(7):
+        for unit, site in product(range(2), range(7)):
+            slot = residency.slot_of(digest, unit)
+            assert slot is not None
             first, last = table.ranges[slot, layer, site].tolist()
-            expected = want.get((layer, site), [])
+            expected = want.get((layer, site + 7 * unit), [])
             assert last - first == len(expected)
             if not expected:
                 assert (first, last) == (0, 0)

@@ -7,6 +7,10 @@ from dataclasses import replace
 import numpy as np
 
 from loraplex.adapters.front import Front
+from loraplex.adapters.positions import Positions
+from loraplex.adapters.tiers.pages import PagePool
+from loraplex.server.engine.policy.kv_cache import KVCache
+from loraplex.server.engine.policy.kv_groups import GroupSpec
 from loraplex.server.engine.policy.rows import RowFront, Want
 from loraplex.server.engine.policy.sequence import Sequence
 from loraplex.server.engine.request import FinishReason
@@ -75,6 +79,48 @@ def test_what_is_cached_before_an_invocation_is_what_the_others_wear() -> None:
     assert base == asked != plain == both
     assert [position for position, _ in turns] == [position for position, _ in more] == [2]
     assert none == () != turns != more
+
+
+def test_first_and_last_positions_are_the_prompts_and_chunks_do_not_move_them() -> None:
+    requests = Requests()
+    requests.adapter("edit", positions=Positions(2, 1, units=2))
+    requests.adapter("plain")
+    seq = Sequence(0, requests.make(6, 9, "edit", "plain"))
+    seq.bind()
+    assert [(entry.digest, entry.unit) for entry in seq.entries] == [
+        *(("digest-edit", 0), ("digest-edit", 1)),
+        ("digest-plain", 0),
+    ]
+    first, last, plain = seq.slots = ((0, 1.0), (7, 1.0), (1, 1.0))
+    for token in (9, 9):
+        seq.append(token)
+    wanted = [(first, plain)] * 2 + [(plain,)] * 3 + [(last, plain)] + [(plain,)] * 2
+    for start in range(8):
+        for count in range(1, 9 - start):
+            seq.num_computed = start
+            row = seq.row(count, ())
+            worn = [mix for times, mix in row.earlier for _ in range(times)]
+            assert [*worn, *[row.mix] * (count - len(worn))] == wanted[start : start + count]
+
+
+def test_what_is_cached_of_a_prompt_depends_on_its_length_from_the_last_positions_on() -> None:
+    requests = Requests()
+    requests.adapter("edit", positions=Positions(0, 2))
+    kv = KVCache(PagePool(40), (GroupSpec((0,), None),), 4)
+    found = []
+    for number, (length, adapters) in enumerate(((16, ()), (16, ("edit",)), (17, ("edit",)), (16, ("edit",)))):
+        seq = Sequence(number, requests.make(length, 9, *adapters))
+        seq.append(9)  # as after a preemption: all of the prompt may be found
+        seq.bind()
+        seq.share_prefix(None)
+        found.append(kv.adopt(number, seq.cache_root, seq.tokens, seq.turns))
+        assert kv.grow(number, found[-1], length)
+        kv.publish(number, seq.cache_root, seq.tokens, length, seq.turns)
+    assert found == [0, 12, 12, 16], "of the fourth block the last two tokens wear it, the last one, or none"
+    longer = Sequence(9, requests.make(20, 9, "edit"))
+    longer.bind()
+    longer.share_prefix(None)
+    assert kv.adopt(9, longer.cache_root, longer.tokens, longer.turns) == 16, "the base's, which it wears there"
 
 
 COMPUTED, STORED = Front(5, stored=False, width=64), Front(5, stored=True, width=64)

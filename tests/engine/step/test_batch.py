@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loraplex.adapters.front import Front
+from loraplex.adapters.positions import Positions
 from loraplex.kernels.records import TileTable
 from loraplex.server.engine.policy.kv_cache import KVCache
 from loraplex.server.engine.policy.kv_groups import GroupSpec
@@ -23,7 +24,7 @@ from tests.support.scheduling import Requests, draws, make_scheduler
 
 CPU = torch.device("cpu")
 GROUPS = (GroupSpec((0, 1), None), GroupSpec((2,), 6))
-ADAPTERS = ("a", "b", "c")
+ADAPTERS = ("a", "b", "c", "d")
 EMPTY = torch.zeros(0, dtype=torch.int32)
 TILES = TileTable(EMPTY, EMPTY, EMPTY, EMPTY)
 
@@ -36,12 +37,22 @@ INVOCATION = (7, 8)
 
 BEFORE = INVOCATION[0] - 1
 
+FIRST = Positions(3, 0)
+"""Of the adapter "d"."""
+
 
 def worn(seq: Sequence, position: int) -> list[tuple[str, float]]:
     """What of its mix acts at a position."""
     called = seq.num_prompt > INVOCATION[1] - 1
     late = position < BEFORE or not called
-    return [(digest, weight) for digest, weight in seq.mix if digest != "digest-c" or not late]
+    idle = {"digest-c"} if late else set()
+    idle |= {"digest-d"} if position >= min(FIRST.first, seq.num_prompt) else set()
+    return [(digest, weight) for digest, weight in seq.mix if digest not in idle]
+
+
+def wears(seq: Sequence, count: int) -> bool:
+    """Whether some of its next tokens wear an adapter."""
+    return any(worn(seq, seq.num_computed + at) for at in range(count))
 
 
 def rows_by_hand(plan: StepPlan, slot_of: dict[str, int]) -> Rows:
@@ -54,9 +65,9 @@ def rows_by_hand(plan: StepPlan, slot_of: dict[str, int]) -> Rows:
 
     planned = [(seq, len(row.tokens)) for seq, row in zip(plan.seqs, plan.step.rows, strict=True)]
     rows: Rows = []
-    for wears in (True, False):
+    for wearing in (True, False):
         for decode in (True, False):
-            bucket = [row for row in planned if bool(mix(row)) == wears and row[0].is_decode == decode]
+            bucket = [row for row in planned if wears(*row) == wearing and row[0].is_decode == decode]
             rows += sorted(bucket, key=mix)
     return rows
 
@@ -105,7 +116,7 @@ def check(batch: ForwardBatch, plan: StepPlan, kv: KVCache, slot_of: dict[str, i
 
 
 def check_segments(batch: ForwardBatch, rows: Rows, slot_of: dict[str, int], owners: list[int]) -> None:
-    wearing = sum(count for seq, count in rows if worn(seq, seq.num_computed + count - 1))
+    wearing = sum(count for seq, count in rows if wears(seq, count))
     if not wearing:
         assert batch.adapters is None
         return
@@ -128,7 +139,7 @@ def check_segments(batch: ForwardBatch, rows: Rows, slot_of: dict[str, int], own
         on_device = zip(segments.mix_slot[first:last].tolist(), segments.mix_weight[first:last].tolist(), strict=True)
         assert tuple(on_device) == mix
     assert all(kind != after for kind, after in pairwise(kinds)), "neighbours of equal mix and role are one segment"
-    if not any("digest-c" in dict(seq.mix) for seq, _ in rows):
+    if not any({"digest-c", "digest-d"} & dict(seq.mix).keys() for seq, _ in rows):
         assert len(set(kinds)) == len(kinds), "equal mixes of equal role are one segment"
     assert segments.mix_ptr[-1].item() == len(segments.mix_slot)
     assert segments.indptr.dtype == segments.mix_ptr.dtype == segments.mix_slot.dtype == torch.int32
@@ -146,7 +157,8 @@ def test_every_step_of_random_histories(wanted: list[tuple[int, int, list[str]]]
     scheduler, placement = make_scheduler(60, groups=GROUPS, token_budget=budget, max_num_seqs=6)
     requests = Requests()
     for name in ADAPTERS:
-        requests.adapter(name, invocation=INVOCATION if name == "c" else ())
+        positions = FIRST if name == "d" else None
+        requests.adapter(name, invocation=INVOCATION if name == "c" else (), positions=positions)
     for index, (prompt, max_tokens, adapters) in enumerate(wanted):
         request = requests.make(prompt, max_tokens, *adapters)
         weighted = tuple((lease, 0.25 * (place + index % 2 + 1)) for place, (lease, _) in enumerate(request.mix))

@@ -53,7 +53,7 @@ export function showAliases(aliases) {
   aliases.forEach((alias, i) => {
     const [name, kind, targets, revision] = body.children[i].children;
     setText(name, alias.name);
-    setText(kind, alias.kind);
+    setText(kind, alias.requires ? `${alias.kind}, requires ${alias.requires}` : alias.kind);
     setText(targets, targetText(alias).join(", "));
     setText(revision, count(alias.revision));
   });
