@@ -39,7 +39,7 @@ class Measured:
     relative: float  # |delta W| / |W|, over all of the base's linears
     rounding: float  # as SiteEffect.rounding, over all sites
     bias: float  # Euclidean norm of all that is added to biases
-    own: int  # of the tensors, that stand in for rows of the base's norms, embedding or head; not measured
+    own: int  # tensors and modules that change rows of the base's norms, embedding or head; not measured
     base_named: str | None  # the base that its config names
     card: Card = field(default_factory=dict, hash=False)  # what its README.md says of it
 

@@ -55,8 +55,15 @@ class TileKind(IntEnum):
     OWN = 7  # nothing: it holds rows in place of the base's, see OwnTable
 
 
+class TableSite(IntEnum):
+    """A site of the layer behind the base's last: a table, to which low-rank changes are added."""
+
+    EMBED = 0  # the embedding: tiles of a linear from hidden state to ids, of which an id's column is added
+    HEAD = 1  # the head: tiles of a linear whose output are the logits
+
+
 class Own(IntEnum):
-    """What of the base an adapter has rows of its own for: bits of OwnTable.wearers."""
+    """What of the base, outside its layers' linears, an adapter acts on: bits of OwnTable.wearers."""
 
     NORM = 1
     EMBED = 2
@@ -64,8 +71,12 @@ class Own(IntEnum):
     INPUT = 8
 
 
-OWN_NORMS = 4
-"""Norms of a layer that have places of their own, in the order of the pass; two of them with sandwich norms alone."""
+OWN_NORMS = 6
+"""Norms of a layer that have places of their own: those of the stream in the order of the pass, two of them with
+sandwich norms alone, then those of query and of key heads."""
+
+QUERY_NORM = 4
+"""The number among them of the norm of query heads; the next is that of key heads."""
 
 OWN_INPUTS = 7
 """Linears of a layer whose inputs have places of their own, in the order of the base's projections."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from loraplex.kernels.quantized import Activations, PartShape, QuantizedWeight, dequantize
-from loraplex.kernels.records import AdapterStep, AttentionMeta, AttentionParams, KVLayer, OwnInput, QKNorm, TileTable
+from loraplex.kernels.records import AdapterStep, AttentionMeta, AttentionParams, KVLayer, OwnInput, QKNorm
 
 
 class BackendUnavailable(RuntimeError):
@@ -230,17 +230,20 @@ class Backend(Protocol):
     def adapter_embed_(self, y: Tensor, ids: Tensor, place: int, adapters: AdapterStep) -> Tensor:
         """y [T, H] as embed() of ids [T] int64 returns it.
 
-        Semantics: for each token t whose mix is one slot with a row for ids[t] at `place`: y[t] = that row.
+        Semantics: for each token t whose mix is one slot with a row for ids[t] at `place`: y[t] = that row; then
+                   for (slot, w) in the mix, for LOW_RANK tiles of slot at TableSite.EMBED whose columns are ids, ids[t]
+                   among them:
+                     acc += w * B[:, ids[t] - out_start] A, in fp32
+                   y[t] = round(y[t] + acc)
         """
         ...
 
-    def adapter_head_(
-        self, logits: Tensor, x: Tensor, slots: Tensor, place: int, arena: Tensor, table: TileTable
-    ) -> Tensor:
-        """logits [L, at least the vocabulary] fp32, x [L, H], slots [L] int32 on the host, -1: the base's rows alone.
+    def adapter_head_(self, logits: Tensor, x: Tensor, place: int, adapters: AdapterStep) -> Tensor:
+        """logits [L, at least the vocabulary] fp32, x [L, H]; the step's tokens are the rows of logits, all of decode.
 
-        Semantics: for each row i and each row w that the tiles of slots[i] at `place` hold for a token c:
-                   logits[i, c] = x[i] . w, accumulated in fp32; rounded to the compute dtype at most.
+        Semantics: for each row i whose mix is one slot, and each row w that its tiles at `place` hold for a token c:
+                   logits[i, c] = x[i] . w, accumulated in fp32; rounded to the compute dtype at most. Then as
+                   adapter_add_ to logits at TableSite.HEAD, whose sums are not rounded.
         """
         ...
 
@@ -253,12 +256,14 @@ class Backend(Protocol):
         store_index: Tensor,
         params: AttentionParams,
         norm: QKNorm | None,
+        adapters: AdapterStep | None = None,
     ) -> Tensor:
         """qkv [T, (num_heads + 2 * num_kv_heads) * head_dim] -> q [T, num_heads, head_dim]; K and V go to the cache.
 
         cos, sin [T, rotary_dim] in fp32, already gathered by position; rotary_dim <= head_dim (partial rotary: the
         first rotary_dim elements are rotated, the rest pass).
-        Semantics: q, k, v = split(qkv); q, k = rms_norm over head_dim with norm.q, norm.k if given;
+        Semantics: q, k, v = split(qkv); q, k = rms_norm over head_dim with norm.q, norm.k if given, and where a token's
+                   mix is one slot with a tile at norm.place (q) or the next (k), with its row in place of that;
                    rotate_half(x) = [-x[d/2:], x[:d/2]]; q = q * cos + rotate_half(q) * sin, k alike;
                    layer.k[p, :, o] = k[t], layer.v[p, :, o] = v[t] with (p, o) = divmod(store_index[t], block_size).
         """

@@ -16,7 +16,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from loraplex.kernels.constants import OWN_INPUTS, OWN_NORMS
+from loraplex.kernels.constants import OWN_INPUTS, OWN_NORMS, QUERY_NORM
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,10 @@ class OwnPlaces:
     def norm(self, layer: int, index: int) -> int:
         """Return the place of the norm `index` of `layer`, below OWN_NORMS."""
         return layer * OWN_NORMS + index
+
+    def of_heads(self, place: int) -> bool:
+        """Tell whether the norm at `place` is of query or key heads."""
+        return place < self.last_norm and place % OWN_NORMS >= QUERY_NORM
 
     @property
     def last_norm(self) -> int:
@@ -83,7 +87,8 @@ class OwnTable:
 
     Their tiles have TileKind.OWN: rows out_start .. out_start + n - 1 are arena[a_off * 64 :] as [n, in_len], sorted by
     out_start. A norm is one row of fp32; rows of the embedding are in stream scale (Gemma's scale is in them), rows of
-    the head as they are, both in the compute dtype. Whoever has such rows is worn alone, with weight 1.
+    the head as they are, both in the compute dtype. Whoever has such rows is worn alone, with weight 1. `wearers` knows
+    those with low-rank changes of the tables too (TableSite), which mix as others do.
 
     At an input they have TileKind.TURN, and are worn in any mix: (a_off, -1, n, first, times, kind, 0, size) are rows
     of a matrix of blocks [size, size] along its diagonal, arena[a_off * 64 :] as [n, size] of the compute dtype. Row i
@@ -99,6 +104,8 @@ class OwnTable:
 class TileTable:
     """Where the tiles of every resident adapter lie: a CSR over (slot, layer, site).
 
+    Behind the base's layers one more stands for its tables, whose sites are TableSite's.
+
     A row of `tiles` is (a_off, b_off, n, out_start, out_len, kind, in_start, in_len), offsets in units of ALIGN bytes:
         LOW_RANK  A = arena[a_off * 64 :] as [n, in_len] of the compute dtype, row major, for x's columns [in_start,
                       in_start + in_len)
@@ -113,12 +120,17 @@ class TileTable:
     A may be followed by its B on another page.
     """
 
-    ranges: Tensor  # [2 * num_slots, num_layers, num_sites, 2] int32: first and past-the-last row of `tiles`
+    ranges: Tensor  # [2 * num_slots, num_layers + 1, num_sites, 2] int32: first and past-the-last row of `tiles`
     # row num_slots + s: the second unit of the adapter in slot s, tiles that other tokens than its first's wear
     tiles: Tensor  # [capacity, TILE_COLUMNS] int32
     ranges_host: Tensor  # the same on the host (the same object on CPU)
     tiles_host: Tensor
     own: OwnTable | None = None  # None: no adapter has rows of its own
+
+    @property
+    def num_layers(self) -> int:
+        """Of the base: the number, too, of the layer that stands for its tables."""
+        return self.ranges_host.shape[1] - 1
 
 
 @dataclass(frozen=True)
@@ -151,7 +163,7 @@ class AdapterStep:
 
     @cached_property
     def own(self) -> int:
-        """Return what its tokens have rows of their own for: bits of Own."""
+        """Return what its tokens' adapters act on outside the layers' linears: bits of Own."""
         own = self.table.own
         if own is None or not own.wearers:
             return 0
@@ -170,6 +182,7 @@ class QKNorm:
     k: Tensor  # [head_dim]
     eps: float
     offset: float  # as of Backend.rms_norm
+    place: int = -1  # of OwnPlaces, of q's norm; k's is the next. -1: adapters have none of their own
 
 
 @dataclass(frozen=True)

@@ -16,20 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812  its usual name
 
-from loraplex.kernels.constants import Own
+from loraplex.kernels.constants import Own, TableSite
 from loraplex.kernels.ops import Backend, PackedLinear
 from loraplex.kernels.quantized import Activations, QuantizedWeight, dequantize, round_activations
-from loraplex.kernels.records import (
-    AdapterStep,
-    AttentionMeta,
-    AttentionParams,
-    KVLayer,
-    OwnInput,
-    QKNorm,
-    TileTable,
-)
+from loraplex.kernels.records import AdapterStep, AttentionMeta, AttentionParams, KVLayer, OwnInput, QKNorm
 from loraplex.kernels.reference_attention import attend, rotate
-from loraplex.kernels.reference_own import own_rows, slots_of, turned_input
+from loraplex.kernels.reference_own import add_gathered_, own_rows, slots_of, turned_input
 from loraplex.kernels.reference_tiles import add_tiles_
 from loraplex.kernels.sampling import TorchSampling
 
@@ -155,7 +147,7 @@ class ReferenceBackend(TorchSampling, Backend):
         self, y: Tensor, x: Tensor, layer: int, site: int, adapters: AdapterStep, residual: Tensor | None = None
     ) -> Tensor:
         table, segments = adapters.table, adapters.segments
-        elements = adapters.arena.view(-1).view(y.dtype)
+        elements = adapters.arena.view(-1).view(x.dtype)
         ranges = table.ranges_host[:, layer, site]  # [num_slots, 2]
         for s, mix in enumerate(segments.mixes):
             start, stop = segments.bounds[s], segments.bounds[s + 1]
@@ -197,15 +189,15 @@ class ReferenceBackend(TorchSampling, Backend):
                 for first, own in own_rows(adapters.table, adapters.arena, slot, place, y.dtype):
                     at = ((slots == slot) & (ids >= first) & (ids < first + len(own))).nonzero().squeeze(1)
                     y[at] = own[ids[at] - first]
+            add_gathered_(y, ids, adapters)
         return y
 
-    def adapter_head_(
-        self, logits: Tensor, x: Tensor, slots: Tensor, place: int, arena: Tensor, table: TileTable
-    ) -> Tensor:
-        for i, slot in enumerate(slots.tolist()):
-            for first, own in own_rows(table, arena, slot, place, x.dtype) if slot >= 0 else ():
+    def adapter_head_(self, logits: Tensor, x: Tensor, place: int, adapters: AdapterStep) -> Tensor:
+        table = adapters.table
+        for i, slot in enumerate(slots_of(adapters.segments, range(len(x)))):
+            for first, own in own_rows(table, adapters.arena, slot, place, x.dtype) if slot >= 0 else ():
                 logits[i, first : first + len(own)] = F.linear(x[i], own).float()
-        return logits
+        return self.adapter_add_(logits, x, table.num_layers, TableSite.HEAD, adapters)
 
     def rope_store_kv(
         self,
@@ -216,12 +208,17 @@ class ReferenceBackend(TorchSampling, Backend):
         store_index: Tensor,
         params: AttentionParams,
         norm: QKNorm | None,
+        adapters: AdapterStep | None = None,
     ) -> Tensor:
         heads, kv_heads = params.num_heads, params.num_kv_heads
         q, k, v = qkv.view(qkv.shape[0], heads + 2 * kv_heads, params.head_dim).split([heads, kv_heads, kv_heads], 1)
         if norm is not None:
+            x = q, k
             q, _ = self.rms_norm(q, norm.q, norm.eps, None, norm.offset)
             k, _ = self.rms_norm(k, norm.k, norm.eps, None, norm.offset)
+            if adapters is not None and norm.place >= 0:
+                q = self.adapter_norm_(q, x[0], norm.eps, norm.offset, norm.place, adapters)
+                k = self.adapter_norm_(k, x[1], norm.eps, norm.offset, norm.place + 1, adapters)
         page = store_index // layer.k.shape[2]
         offset = store_index % layer.k.shape[2]
         layer.k[page, :, offset] = rotate(k, cos, sin).to(layer.k.dtype)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from loraplex.kernels.constants import ALIGN
+from loraplex.kernels.constants import ALIGN, TableSite
 from loraplex.kernels.records import AdapterSegments, AdapterStep, TileTable, element_bytes
 
 
@@ -29,6 +29,23 @@ def own_rows(
     elements, unit = arena.view(-1).view(dtype), ALIGN // element_bytes(dtype)
     for a_off, _, n, start, _, _, _, width in table.tiles_host[first:last].tolist():
         yield start, elements.as_strided((n, width), (width, 1), a_off * unit)
+
+
+def add_gathered_(y: Tensor, ids: Tensor, adapters: AdapterStep) -> None:
+    """Add what the tiles at TableSite.EMBED give for ids [T] to y [T, H]; see Backend.adapter_embed_."""
+    table, segments = adapters.table, adapters.segments
+    elements, unit = adapters.arena.view(-1).view(y.dtype), ALIGN // element_bytes(y.dtype)
+    for s, mix in enumerate(segments.mixes):
+        rows = slice(segments.bounds[s], segments.bounds[s + 1])
+        acc = torch.zeros_like(y[rows], dtype=torch.float32)
+        for slot, w in mix:
+            first, last = table.ranges_host[slot, table.num_layers, TableSite.EMBED].tolist()
+            for a_off, b_off, n, start, count, _, _, width in table.tiles_host[first:last].tolist():
+                a = elements.as_strided((n, width), (width, 1), a_off * unit).float()
+                b = elements.as_strided((n, count), (count, 1), b_off * unit).float()
+                here = (ids[rows] >= start) & (ids[rows] < start + count)
+                acc[here] += w * (b[:, ids[rows][here] - start].T @ a)
+        y[rows] = (y[rows] + acc).to(y.dtype)
 
 
 def turned_input(x: Tensor, mix: Sequence[tuple[int, float]], place: int, adapters: AdapterStep) -> Tensor | None:

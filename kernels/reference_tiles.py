@@ -23,11 +23,12 @@ FUNCTIONS: dict[Function, Callable[[Tensor], Tensor]] = {
 
 
 def add_tiles_(y: Tensor, sources: Sequence[Tensor], elements: Tensor, tiles: list[tuple[float, list[int]]]) -> None:
-    """Apply the weighted tiles of x [n, in] to y [n, out]. `elements` is the arena in y's dtype, flat.
+    """Apply the weighted tiles of x [n, in] to y [n, out]. `elements` is the arena in x's dtype, flat.
 
     sources: x, and at block sites x + residual and residual. Touches only the hull of the tiles' columns.
     """
-    unit = ALIGN // element_bytes(y.dtype)
+    dtype = elements.dtype
+    unit = ALIGN // element_bytes(dtype)
     lo = min(tile[3] for _, tile in tiles if tile[4])
     hi = max(tile[3] + tile[4] for _, tile in tiles)
     acc = torch.zeros(y.shape[0], hi - lo, dtype=torch.float32, device=y.device)
@@ -54,7 +55,7 @@ def add_tiles_(y: Tensor, sources: Sequence[Tensor], elements: Tensor, tiles: li
             if c is None:
                 u = F.linear(s, a).float()
             else:
-                u = FUNCTIONS[Function(function)](F.linear(s.float(), a.float()) + c[:n]).to(y.dtype).float()
+                u = FUNCTIONS[Function(function)](F.linear(s.float(), a.float()) + c[:n]).to(dtype).float()
             u_of, activation = (a_off, n), None
         if kind == TileKind.DENSE:
             columns.add_(u, alpha=w)

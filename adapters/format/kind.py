@@ -20,7 +20,7 @@ from loraplex.adapters.format.config import Keys
 from loraplex.adapters.format.header import TensorInfo
 from loraplex.adapters.format.kept_starts import KeptStarts
 from loraplex.adapters.format.outside import BaseOutside, OwnConfig, OwnTensor
-from loraplex.adapters.format.targets import Targets
+from loraplex.adapters.format.targets import TABLES, Targets
 from loraplex.adapters.format.windows import Window
 from loraplex.adapters.front import Front
 from loraplex.adapters.image.tiles import BaseLayout, Part, PartShape
@@ -98,6 +98,11 @@ class AdapterModule:
     scaling: float = 1.0  # of the low-rank factors' product
     windows: tuple[Window, ...] = ()  # that its parts have; (): one part has all inputs and outputs
 
+    @property
+    def is_table(self) -> bool:
+        """Whether it is the embedding or the head, and so of no layer."""
+        return self.projection.name in TABLES
+
 
 @dataclass(frozen=True)
 class FactorPair:
@@ -128,6 +133,11 @@ class ModuleMap:
     def kind(self) -> str:
         """AdapterKind.name."""
         return self.config.kind
+
+    @property
+    def outside(self) -> int:
+        """Count what it has outside the layers' linears: rows in place of the base's, changes of its tables."""
+        return sum(not tensor.frozen for tensor in self.own) + sum(module.is_table for module in self.modules)
 
     @cached_property
     def pairs(self) -> tuple[FactorPair, ...]:

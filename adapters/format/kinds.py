@@ -31,6 +31,7 @@ from loraplex.adapters.format.ln_tuning import LnTuning, TrainableTokens
 from loraplex.adapters.format.loha import Loha
 from loraplex.adapters.format.lokr import Lokr
 from loraplex.adapters.format.lora import Lora
+from loraplex.adapters.format.lora_tables import check_resized
 from loraplex.adapters.format.miss import Miss
 from loraplex.adapters.format.oft import Boft, Oft
 from loraplex.adapters.format.osf import Osf
@@ -112,9 +113,10 @@ def plan_adapter(
             "such an adapter leaves some of it as it is"
         )
     plan: ModuleMap = KINDS[config.kind].plan(config, rest, base, throttle)
+    check_resized(plan.modules, own, base)
     if own and plan.front is not None:
         raise unsupported(f"{own[0].name} stands beside what is put in front of the prompt; expected one of them")
-    names = dict.fromkeys((*plan.targets, *(tensor.short for tensor in own)))
+    names = dict.fromkeys((*plan.targets, *(tensor.short for tensor in own if not tensor.frozen)))
     return replace(plan, header=header, own=own, targets=tuple(names))
 
 

@@ -9,6 +9,7 @@ base_model.model.<layers>.N.<projection>.lora_magnitude_vector   OutputScale g =
 base_model.model.<layers>.N.<projection>.lora_diag [r]           KaSA's diagonal, B times it (kasa_config)
 base_model.model.<layers>.N.<projection>.base_layer.bias [out]   BiasDelta, less the base's own: the file holds the
                                    or, not targeted, .bias       trained bias itself (bias "lora_only" or "all")
+of embed_tokens and lm_head                                      LowRank of a table (lora_tables.py)
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from loraplex.adapters.format.kind import AdapterKind, AdapterModule, ModuleMap,
 from loraplex.adapters.format.lora_blocks import by_windows
 from loraplex.adapters.format.lora_config import KEYS, LoraConfig, ModulePlan, plan_modules, read_lora_config
 from loraplex.adapters.format.lora_start import KASA, check_start, start_bytes, take_out
+from loraplex.adapters.format.lora_tables import TURNED_A, TURNED_B, check_tables, find_tables, table_part
 from loraplex.adapters.format.modules import (
     FoundModule,
     FoundModules,
@@ -35,6 +37,8 @@ from loraplex.adapters.format.modules import (
     match_tensors,
     wrong_shape,
 )
+from loraplex.adapters.format.outside import EMBED
+from loraplex.adapters.format.targets import TABLES
 from loraplex.adapters.format.values import cancels, check_finite, check_rounded, make_bias, no_effect
 from loraplex.adapters.image.tiles import BaseLayout, BiasDelta, LowRank, OutputScale, Part, PartShape
 from loraplex.kernels.constants import TileKind
@@ -47,7 +51,10 @@ _LEAVES = {  # by role; "bias" has two names
     "B bias": "lora_B.bias",
     MAGNITUDE: MAGNITUDE,
     DIAGONAL: DIAGONAL,
+    TURNED_A: TURNED_A,
+    TURNED_B: TURNED_B,
 }
+_TURNED = re.compile(rf"({TURNED_A}|{TURNED_B})(?:\.[^.]+)?")
 _FACTOR = re.compile(r"(lora_[AB])(?:\.[^.]+)?\.(weight|bias)")  # a name of the adapter may stand behind lora_A
 _DIAGONAL = re.compile(rf"{DIAGONAL}(?:\.[^.]+)?")
 _MAGNITUDE = re.compile(rf"{MAGNITUDE}(?:\.[^.]+)?(?:\.weight)?")
@@ -63,6 +70,8 @@ def _role(leaf: str) -> str | None:
         return MAGNITUDE
     if _DIAGONAL.fullmatch(leaf):
         return DIAGONAL
+    if turned := _TURNED.fullmatch(leaf):
+        return turned[1]
     factor = _FACTOR.fullmatch(leaf)
     return None if factor is None else _ROLES.get((factor[1], factor[2]))
 
@@ -71,7 +80,7 @@ NAMES = LeafNames(
     role=_role,
     expected="lora_A.weight, lora_B.weight or a bias",
     label="LoRA",
-    foreign={"lora_embedding_": "an adapted embed_tokens", "modules_to_save": "modules_to_save"},
+    foreign={"modules_to_save": "modules_to_save"},
 )
 
 
@@ -87,8 +96,10 @@ class Lora(AdapterKind[LoraConfig]):
     def plan(
         self, config: LoraConfig, header: Mapping[str, TensorInfo], base: ServedBase, throttle: Throttle
     ) -> ModuleMap:
-        found = match_tensors(header, base.layout, NAMES)
-        plans = plan_modules(config, found.by_path, found.outside, throttle)
+        found = match_tensors(header, base.layout, NAMES, lambda path: find_tables(header, base, path))
+        tied = config.own.ties and base.outside is not None and base.outside.tied
+        plans = plan_modules(config, found.by_path, found.outside, throttle, tied)
+        check_tables(config, [found.by_path[path] for path in plans if path.endswith(TABLES)])
         _check_complete(found, plans, config, base)
         _check_shapes(header, found, plans, config, base.layout)
         modules = tuple(_module(module, plans.get(module.path), config) for module in found.present)
@@ -99,7 +110,10 @@ class Lora(AdapterKind[LoraConfig]):
             modules=modules,
             shapes=tuple(shape for module in modules for shape in _shapes(module)),
             rank=max(module.rank for module in modules),
-            targets=last_names(found.present, base.layout),
+            targets=(
+                *last_names(found.present, base.layout),
+                *(module.projection.name for module in modules if module.is_table),
+            ),
             making_bytes=max(start_bytes(module) for module in modules) if config.start else 0,
         )
 
@@ -118,6 +132,14 @@ class Lora(AdapterKind[LoraConfig]):
                 yield bias
                 effective = True
             if not module.rank:
+                continue
+            if TURNED_A in module.tensors:
+                part = table_part(module, tensors, base)
+                reason = _why_idle(part, module, base.layout)
+                reasons += [] if reason is None else [reason]
+                effective = effective or reason is None
+                if reason is None:
+                    yield part
                 continue
             a, b = tensors[module.tensors["A"]], tensors[module.tensors["B"]]
             if DIAGONAL in module.tensors:
@@ -143,7 +165,7 @@ class Lora(AdapterKind[LoraConfig]):
 
 
 def _module(module: FoundModule, plan: ModulePlan | None, config: LoraConfig) -> AdapterModule:
-    if plan is None or "A" not in module.tensors:
+    if plan is None or not module.tensors.keys() & {"A", TURNED_A}:
         return AdapterModule(module.layer, module.projection, module.tensors)
     rank = plan.rank * config.rank_factor
     windows = plan.blocks.windows(rank, module.projection, module.path) if plan.blocks else ()
@@ -164,10 +186,12 @@ def _check_complete(found: FoundModules, plans: Mapping[str, ModulePlan], config
     for path, module in found.by_path.items():
         more = (*(("B bias",) if config.lora_bias else ()), *((MAGNITUDE,) if config.dora else ()))
         more += (DIAGONAL,) if config.start == KASA else ()
-        roles = ("A", "B", *more) if path in plans else ()
+        factors = (TURNED_A, TURNED_B) if module.projection.name == EMBED else ("A", "B")
+        roles = (*factors, *more) if path in plans else ()
         wanted = {role: _LEAVES[role] for role in roles}
         trained = config.bias == "all" or (config.bias == "only" and path in plans)
-        if trained and base.bias(module.layer, module.projection.name) is not None:
+        is_table = module.projection.name in TABLES
+        if trained and not is_table and base.bias(module.layer, module.projection.name) is not None:
             wanted["bias"] = "base_layer.bias" if path in plans else "bias"
         for role, leaf in wanted.items():
             if role not in module.tensors:
@@ -204,6 +228,7 @@ def _check_shapes(
         rank = plans[path].rank if path in plans else 0
         projection = module.projection
         fits = {"A": (rank, projection.in_features), "B": (projection.out_features, rank), DIAGONAL: (rank,)}
+        fits |= {TURNED_A: fits["B"][::-1], TURNED_B: fits["A"][::-1]}
         if path in plans and (blocks := plans[path].blocks):
             blocks.windows(rank, projection, path)  # or the blocks are uneven
             fits |= blocks.shapes(rank, projection)
@@ -217,7 +242,7 @@ def _likely_base(
     role: str, module: FoundModule, found: tuple[int, ...], expected: tuple[int, ...], config: LoraConfig
 ) -> str:
     """What a wrong shape says about the base the adapter was made for."""
-    axis = 1 if role == "A" else 0  # the one that is the base's; the other is the rank
+    axis = 1 if role in ("A", TURNED_A) else 0  # the one that is the base's; the other is the rank
     if len(found) != len(expected):
         return "; the file may hold a shard of the weights: gather them before saving"
     if role == DIAGONAL:
@@ -232,10 +257,11 @@ def _why_idle(part: LowRank, module: AdapterModule, layout: BaseLayout) -> str |
     if part.scaling == 0:
         return "lora_alpha is 0"
     folded = part.b.float() * part.scaling
-    for role, exact, what in (("A", part.a, "it"), ("B", folded, f"it times {part.scaling:.4g}")):
+    a, b = (TURNED_B, TURNED_A) if TURNED_A in module.tensors else ("A", "B")
+    for role, exact, what in ((a, part.a, "it"), (b, folded, f"it times {part.scaling:.4g}")):
         if not check_rounded(exact, module.tensors[role], what, layout):
-            dtype = str(layout.dtype).removeprefix("torch.")
-            return f"lora_{role} vanishes in {dtype}" if exact.any() else f"lora_{role} is zero"
+            dtype, leaf = str(layout.dtype).removeprefix("torch."), _LEAVES[role].removesuffix(".weight")
+            return f"{leaf} vanishes in {dtype}" if exact.any() else f"{leaf} is zero"
     return None
 
 

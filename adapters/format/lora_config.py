@@ -157,14 +157,21 @@ def read_lora_config(raw: Mapping[str, Any]) -> LoraConfig:
 
 
 def plan_modules(
-    config: LoraConfig, paths: Iterable[str], others: Iterable[str], throttle: Callable[[], None] = lambda: None
+    config: LoraConfig,
+    paths: Iterable[str],
+    others: Iterable[str],
+    throttle: Callable[[], None] = lambda: None,
+    tied: bool = False,
 ) -> dict[str, ModulePlan]:
     """Plan rank and scaling of the modules of `paths` that the config targets; arguments and errors of find_targets().
 
-    `throttle` is called between pieces of work.
+    `throttle` is called between pieces of work. tied: who has one of the base's tables has both.
     """
-    match = Matcher(targets.PATTERN_SECONDS, throttle)
-    return {path: _plan(config, path, match) for path in targets.find_targets(config.targets, paths, others, match)}
+    paths, match = tuple(paths), Matcher(targets.PATTERN_SECONDS, throttle)
+    found = targets.find_targets(config.targets, paths, others, match)
+    if tied and any(path.endswith(targets.TABLES) for path in found):
+        found += [path for path in paths if path.endswith(targets.TABLES) and path not in found]
+    return {path: _plan(config, path, match) for path in found}
 
 
 def _plan(config: LoraConfig, path: str, match: Matcher) -> ModulePlan:

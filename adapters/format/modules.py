@@ -65,9 +65,9 @@ class FoundModules:
     shared: Mapping[str, str] = field(default_factory=dict)  # role -> name in the file
 
     @property
-    def outside(self) -> tuple[str, str]:
-        """The paths of the embedding table and the head."""
-        return f"{self.prefix.removesuffix('layers.')}embed_tokens", "lm_head"
+    def outside(self) -> tuple[str, ...]:
+        """The paths of the embedding table and the head, where they are not among the modules."""
+        return tuple(path for path in (embed_path(self.prefix), "lm_head") if path not in self.by_path)
 
     @property
     def present(self) -> list[FoundModule]:
@@ -91,8 +91,21 @@ def last_names(modules: Iterable[FoundModule], layout: BaseLayout) -> tuple[str,
     return tuple(p.name.rpartition(".")[2] for p in layout.projections if p.name in names)
 
 
-def match_tensors(names: Iterable[str], layout: BaseLayout, leaves: LeafNames) -> FoundModules:
-    """Give each tensor of the file to its module. Raises AdapterRefused: "unmatched_tensor", "unsupported_option"."""
+def embed_path(prefix: str) -> str:
+    """Return the path of the embedding where `prefix` is that of the layers."""
+    return f"{prefix.removesuffix('layers.')}embed_tokens"
+
+
+def match_tensors(
+    names: Iterable[str],
+    layout: BaseLayout,
+    leaves: LeafNames,
+    tables: Callable[[str], Iterable[FoundModule]] = lambda embed_path: (),
+) -> FoundModules:
+    """Give each tensor of the file to its module. Raises AdapterRefused: "unmatched_tensor", "unsupported_option".
+
+    tables: makes the modules behind the layers', given the embedding's path.
+    """
     plain = {name: name.replace(_COMPILED, "") for name in sorted(names)}
     prefix = next((p for p in _LAYERS if any(name.startswith(PREFIX + p) for name in plain.values())), _LAYERS[0])
     modules = {
@@ -101,6 +114,7 @@ def match_tensors(names: Iterable[str], layout: BaseLayout, leaves: LeafNames) -
         for projection in layout.projections
         for module in [FoundModule(layer, projection, f"{prefix}{layer}.{projection.name}")]
     }
+    modules |= {module.path: module for module in tables(embed_path(prefix))}
     shared: dict[str, str] = {}
     for name, known in plain.items():
         role = leaves.shared(known.removeprefix(SHARED_PREFIX)) if known.startswith(SHARED_PREFIX) else None

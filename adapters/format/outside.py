@@ -4,7 +4,8 @@ adapter_model.safetensors                                         what it become
 ....layers.N.<norm>.weight, ...norm.weight [H]                    OwnRows, from modules_to_save
 ....layers.N.<norm>.ln_tuning_layers.weight [H]                   the same, from LN_TUNING
 ....embed_tokens.weight, lm_head.weight [rows, H]                 OwnRows of what differs from the base's rows
-....embed_tokens.base_layer.weight, lm_head.base_layer.weight     the same: PEFT saves it beside a LoRA on the table
+....embed_tokens.base_layer.weight, lm_head.base_layer.weight     the same: PEFT saves it beside a LoRA on the table;
+                                                                  of the base's own vocabulary it is the base's table
 ....embed_tokens.token_adapter.trainable_tokens_delta [k, H]      OwnRows (trainable_token_indices)
 ....embed_tokens.trainable_tokens_delta [k, H]                    the same, from TRAINABLE_TOKENS
 
@@ -23,14 +24,14 @@ from torch import Tensor
 
 from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.format.config import bad_config, read_flag, read_names, shown
-from loraplex.adapters.format.targets import Targets
+from loraplex.adapters.format.targets import TABLES, Targets
 from loraplex.adapters.image.tiles import BaseLayout, OwnRows, PartShape, own_projection, own_shape
 from loraplex.kernels.records import OwnPlaces
 
 ROWS = 4096
 """Of a table, compared with the base's at a time: 32 MB of bfloat16 at 4,096 columns."""
 
-EMBED, HEAD = "embed_tokens", "lm_head"
+EMBED, HEAD = TABLES
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,10 @@ class BaseOutside:
     norms: tuple[str, ...]  # a layer's, by the index of OwnPlaces.norm; "" where it has none
     vocab: int  # rows of its tables
     hidden: int
+    head_dim: int  # of the norms of query and key heads
     tied: bool  # the head is the embedding
     embed_scale: float | None  # of rows of the embedding, in the compute dtype
+    quantised: bool  # whether any weights of the checkpoint are
     read: Callable[[str], Tensor]
     """Name in the checkpoint -> the tensor; a quantised one in the compute dtype."""
 
@@ -65,6 +68,7 @@ class OwnTensor:
     place: int  # of OwnPlaces
     shape: tuple[int, ...]
     ids: tuple[int, ...] | None  # of its rows; None: all there are
+    frozen: bool = False  # the base's own, which PEFT saves beside a LoRA on it
 
     @property
     def short(self) -> str:
@@ -97,6 +101,8 @@ def own_shapes(own: Sequence[OwnTensor], layout: BaseLayout) -> list[PartShape]:
     """List the shapes that the tensors come to at most."""
     shapes = []
     for tensor in own:
+        if tensor.frozen:
+            continue
         width, rows = tensor.shape[-1], tensor.shape[0] if len(tensor.shape) > 1 else 1
         counts = [(0, rows)] if tensor.ids is None else [(token, 1) for token in tensor.ids]
         shapes += [_shape(tensor, first, count, width, layout) for first, count in counts]
@@ -123,6 +129,9 @@ def own_parts(
         assert base is not None, "match_own() finds nothing without it"
         throttle()
         values = tensors[tensor.name]
+        if tensor.frozen:
+            _check_frozen(tensor, values, base, throttle)
+            continue
         if not values.isfinite().all():
             raise AdapterRefused("not_finite", f"{tensor.name} has values that are NaN or infinite; expected none")
         if tensor.place <= places.last_norm:
@@ -133,6 +142,24 @@ def own_parts(
             if tensor.place == places.embed and base.embed_scale is not None:
                 rows = rows * torch.tensor(base.embed_scale, dtype=layout.dtype)
             yield from (_rows(tensor, ids[a], rows[a:b], layout) for a, b in _runs(ids))
+
+
+def _check_frozen(tensor: OwnTensor, values: Tensor, base: BaseOutside, throttle: Callable[[], None]) -> None:
+    """Raise AdapterRefused where the table that a LoRA was trained on is not the base's, as either's dtype has it."""
+    if base.quantised:
+        return  # it is the unquantised base's, as all weights that such an adapter was trained beside
+    table = base.read(tensor.base_name)
+    for start in range(0, len(values), ROWS):
+        throttle()
+        ours, theirs = table[start : start + ROWS], values[start : start + ROWS]
+        least = min((ours.dtype, theirs.dtype), key=lambda dtype: dtype.itemsize)
+        same = (ours.to(theirs.dtype).to(least) == theirs.to(ours.dtype).to(least)).all(1)
+        if not same.all():
+            raise AdapterRefused(
+                "shape_mismatch",
+                f"{tensor.name}, which a LoRA of the file was trained on, is not the base's: {int((~same).sum())} of "
+                f"{len(same)} rows from {start} on differ; the adapter looks made for another base",
+            )
 
 
 def _changed(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 
 from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.files.patterns import Matcher
@@ -44,12 +45,15 @@ def match_own(
     wanted = modules.wanted(config)
     found: dict[str, OwnTensor] = {}
     rest = dict(header)
+    trained_beside = {f"{name.partition('.lora_')[0]}.base_layer.weight" for name in header if ".lora_" in name}
     for name in sorted(header):
         match = _NAME.fullmatch(name.replace("_orig_mod.", ""))
         path = None if match is None else modules.path_of(match)
         if match is None or path is None:
             continue
         tensor = modules.tensor(name, match["leaf"], path, header[name], config, wanted)
+        if tensor is not None and name in trained_beside:
+            tensor = replace(tensor, frozen=tensor.shape[0] == base.vocab)
         if tensor is None:
             continue
         if path in found:
@@ -135,7 +139,7 @@ class _Modules:
                 return None
             if path not in wanted:
                 raise AdapterRefused("unmatched_tensor", f"{name} is in the file, but the config does not target it")
-            expected: tuple[int, ...] = (base.hidden,)
+            expected: tuple[int, ...] = (base.head_dim if self._places.of_heads(place) else base.hidden,)
         elif leaf in _WHOLE:
             expected = (max(base.vocab, info.shape[0] if info.shape else 0), base.hidden)
             if expected[0] > base.vocab + MAX_ADDED:
@@ -162,14 +166,13 @@ class _Modules:
             return
         for path, other in ((self.embed, self.head), (self.head, self.embed)):
             tensor = found.get(path)
-            if tensor is None or other in found:
+            if tensor is None or tensor.frozen or other in found:
                 continue
             saved = any(path.endswith(name) for name in config.saved)
             if config.ties or not saved:
                 found[other] = OwnTensor(tensor.name, self._table(), self._known[other], tensor.shape, tensor.ids)
         for path in {self.head} & found.keys():
-            tensor = found[path]
-            found[path] = OwnTensor(tensor.name, self._table(), tensor.place, tensor.shape, tensor.ids)
+            found[path] = replace(found[path], base_name=self._table())
 
     def check_added(self, found: Mapping[str, OwnTensor]) -> None:
         """Raise AdapterRefused where tokens beyond the base's have a row in one table and none in the other."""

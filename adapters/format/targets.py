@@ -16,6 +16,9 @@ from loraplex.adapters.format.config import bad_config, read_names, shown, unsup
 PATTERN_SECONDS = 1.0
 """Of a core, for all patterns of one adapter over all modules of the base; sane ones take a few milliseconds."""
 
+TABLES = ("embed_tokens", "lm_head")
+"""The last names of modules outside the layers. PEFT's "all-linear" leaves the head out, and a table is not linear."""
+
 TARGET_KEYS = frozenset({"target_modules", "exclude_modules"})
 LAYER_KEYS = frozenset({"layers_to_transform", "layers_pattern"})
 
@@ -62,16 +65,17 @@ def read_targets(raw: Mapping[str, Any], *, by_layer: bool, parameters: tuple[st
 def find_targets(targets: Targets, paths: Iterable[str], others: Iterable[str], match: Matcher) -> list[str]:
     """Find which of the modules `paths` (as PEFT sees them: "model.layers.0.self_attn.q_proj") are targeted, in order.
 
-    `others` are modules the base has outside its layers, which cannot be targeted yet. Raises AdapterRefused:
+    `others` are modules the base has outside its layers, which the kind cannot target. Raises AdapterRefused:
     "unsupported_option" for a target among `others`; "bad_config" for a pattern that is not valid or takes too long,
     for a name in target_modules that the base does not have, and when nothing is targeted.
     """
     paths, others = tuple(paths), tuple(others)
     chosen = _Chosen(targets, match)
-    for path in others:  # PEFT's "all-linear" leaves the head out, and a table is not linear
-        if not chosen.all_linear and chosen.has(path):
+    for path in others:
+        if chosen.has(path):
             raise unsupported(f"target_modules takes in {path}, which is not supported; train without it")
-        if targets.has_parameter(path):
+    for path in paths + others:
+        if path.endswith(TABLES) and targets.has_parameter(path):
             raise unsupported(f"target_parameters takes in {path}, which is not supported; train without it")
     if not isinstance(targets.modules, str):
         known = {tail for path in paths + others for tail in _tails(path)}
@@ -111,7 +115,7 @@ class _Chosen:
         elif not self._unnamed.isdisjoint(_tails(path)):
             return False
         if isinstance(modules, str):
-            return self.all_linear or self._match.full("target_modules", modules, path)
+            return (self.all_linear and not path.endswith(TABLES)) or self._match.full("target_modules", modules, path)
         if path in self._named:
             return True  # a whole path is meant as it stands: PEFT does not look at layers_to_transform then
         if self._named.isdisjoint(_tails(path)):

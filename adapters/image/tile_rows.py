@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from loraplex.adapters.image.tiles import AdapterImage, BaseLayout
-from loraplex.kernels.constants import ALIGN, TILE_COLUMNS, Own
+from loraplex.adapters.image.tiles import AdapterImage, BaseLayout, table_layer
+from loraplex.kernels.constants import ALIGN, TILE_COLUMNS, Own, TableSite
 from loraplex.kernels.records import OwnPlaces, OwnTable, TileTable
 
 FIRST_ROWS = 1024
@@ -18,7 +18,7 @@ class TileRows:
     """The tile table and which of its rows are free."""
 
     def __init__(self, num_slots: int, layout: BaseLayout, device: torch.device) -> None:
-        self._shape = (layout.num_layers, layout.num_sites, 2)  # of one slot's ranges
+        self._shape = (table_layer(layout.num_layers) + 1, layout.num_sites, 2)  # of one slot's ranges
         self._page_units = layout.page_bytes // ALIGN
         self._free = [(0, FIRST_ROWS)]  # spans (first, past the last), ascending, never touching
         self._num_slots = num_slots
@@ -56,10 +56,12 @@ class TileRows:
             ranges[slot], ranges[slot + self._num_slots] = units[:, 0], units[:, 1]
         else:
             _write_ranges(ranges[slot], layers * num_sites + sites, first)
+        places = image_tiles[linears:, 1]
         if linears < num_rows:
-            places = image_tiles[linears:, 1]
             _write_ranges(self._own.ranges_host.numpy()[slot], places, first + linears)
-            self._wearers[slot] = self._worn(places)
+        tables = image_tiles[:linears, 1][image_tiles[:linears, 0] == num_layers - 1]
+        if places.size or tables.size:
+            self._wearers[slot] = self._worn(places, tables)
         self._publish(slot, rows)
         return rows
 
@@ -91,7 +93,8 @@ class TileRows:
         for slot, rows, pages in residents:
             row = rows.start
             own = self._own.ranges_host[slot]
-            assert bool(own.any()) == (slot in self._wearers), f"slot {slot}: what it has of its own is not known"
+            outside = bool(own.any() or table.ranges_host[slot, -1].any())
+            assert outside == (slot in self._wearers), f"slot {slot}: what it has outside the linears is not known"
             units = torch.stack((table.ranges_host[slot], table.ranges_host[slot + self._num_slots]), 1)
             ranges = torch.cat((units.view(-1, 2), own))
             for first, last in ranges[ranges[:, 1] > 0].tolist():  # by layer and site: one after the other
@@ -109,12 +112,12 @@ class TileRows:
         assert self.table.own is not None, "it was made with one"
         return self.table.own
 
-    def _worn(self, places: NDArray[np.int32]) -> int:
-        """Return the bits of Own for ascending `places`."""
-        embed, head = self._places.embed, self._places.head
-        own = Own.NORM if places[0] <= self._places.last_norm else 0
-        own |= Own.INPUT if places[-1] > head else 0
-        return int(own | sum(bit for bit, at in ((Own.EMBED, embed), (Own.HEAD, head)) if (places == at).any()))
+    def _worn(self, places: NDArray[np.int32], tables: NDArray[np.int32]) -> int:
+        """Return the bits of Own for rows at `places` and tiles at the sites `tables` of the tables."""
+        worn = Own.NORM if (places <= self._places.last_norm).any() else 0
+        worn |= Own.EMBED if (places == self._places.embed).any() or (tables == TableSite.EMBED).any() else 0
+        worn |= Own.INPUT if (places > self._places.head).any() else 0
+        return int(worn | (Own.HEAD if (places == self._places.head).any() or (tables == TableSite.HEAD).any() else 0))
 
     def _publish(self, slot: int, rows: slice) -> None:
         """Bring the device's copy up to date."""

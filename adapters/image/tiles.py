@@ -20,7 +20,7 @@ from torch import Tensor
 
 from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.image.placement import PartPlace, RowPlacement, padded, place_rows
-from loraplex.kernels.constants import ALIGN, TILE_COLUMNS, TILE_RANKS, BlockInput, Function, TileKind
+from loraplex.kernels.constants import ALIGN, TILE_COLUMNS, TILE_RANKS, BlockInput, Function, TableSite, TileKind
 from loraplex.kernels.records import OwnPlaces, Projection, element_bytes
 
 IMAGE_COLUMNS = 2 + TILE_COLUMNS
@@ -43,7 +43,7 @@ class BaseLayout:
     @property
     def num_sites(self) -> int:
         """Of a layer. In an image the site of a tile of the adapter's second unit is greater by as many."""
-        return max(projection.site for projection in (*self.projections, *self.blocks)) + 1
+        return max(len(TableSite), *(projection.site + 1 for projection in (*self.projections, *self.blocks)))
 
 
 @dataclass(frozen=True)
@@ -88,9 +88,24 @@ class OwnRows:
     `projection` says which, see own_projection().
     """
 
-    layer: int  # the base's num_layers: behind all of them
+    layer: int  # own_layer()
     projection: Projection
     rows: Tensor  # [n, width]; norms are kept in fp32, rows of tables in the compute dtype
+
+
+def table_layer(num_layers: int) -> int:
+    """Return the layer that parts of the base's tables have: LowRank at the sites of TableSite."""
+    return num_layers
+
+
+def own_layer(num_layers: int) -> int:
+    """Return the layer that OwnRows have."""
+    return num_layers + 1
+
+
+def table_projection(name: str, site: TableSite, hidden: int, rows: int) -> Projection:
+    """Describe a table of `rows` rows, as a linear from hidden state to tokens."""
+    return Projection(name, site, hidden, 0, rows, False)
 
 
 def own_projection(name: str, place: int, first: int, rows: int, width: int) -> Projection:
@@ -238,7 +253,7 @@ def shape_of(part: Part) -> PartShape:
 
 def own_shape(num_layers: int, projection: Projection) -> PartShape:
     """Return the shape of OwnRows."""
-    return PartShape(num_layers, projection, projection.out_features, TileKind.OWN)
+    return PartShape(own_layer(num_layers), projection, projection.out_features, TileKind.OWN)
 
 
 def turn_shape(layer: int, projection: Projection, count: int, size: int) -> PartShape:
@@ -248,7 +263,7 @@ def turn_shape(layer: int, projection: Projection, count: int, size: int) -> Par
 
 def is_norm(shape: PartShape) -> bool:
     """Return whether these are OwnRows of a norm, which are kept in fp32."""
-    return shape.kind == TileKind.OWN and shape.projection.site <= OwnPlaces(shape.layer).last_norm
+    return shape.kind == TileKind.OWN and shape.projection.site <= OwnPlaces(shape.layer - own_layer(0)).last_norm
 
 
 def _order(shape: PartShape, layout: BaseLayout) -> tuple[int, int, int, int]:
@@ -260,7 +275,7 @@ def _place(shape: PartShape, layout: BaseLayout) -> tuple[int, int]:
     if shape.kind != TileKind.TURN:
         return shape.layer, int(shape.projection.site)
     index = [projection.name for projection in layout.projections].index(shape.projection.name)
-    return layout.num_layers, OwnPlaces(layout.num_layers).input(shape.layer, index)
+    return own_layer(layout.num_layers), OwnPlaces(layout.num_layers).input(shape.layer, index)
 
 
 def _placement(shape: PartShape, item: int) -> RowPlacement:

@@ -25,6 +25,7 @@ from loraplex.adapters.image.tiles import (
     is_norm,
     plan_image,
     shape_of,
+    table_layer,
 )
 from loraplex.kernels.constants import ALIGN
 from loraplex.kernels.hugepages import huge_zeros
@@ -74,8 +75,8 @@ def _check(parts: Sequence[Part], layout: BaseLayout) -> None:
             if part.rows.shape != (projection.out_features, projection.in_features):
                 raise ValueError(f"{projection.name}: rows of shape {list(part.rows.shape)}")
             continue
-        if not 0 <= part.layer < layout.num_layers:
-            raise ValueError(f"{where}: the base has layers 0 to {layout.num_layers - 1}")
+        if not 0 <= part.layer <= table_layer(layout.num_layers):
+            raise ValueError(f"{where}: the base has layers 0 to {layout.num_layers - 1}, and tables behind them")
         if isinstance(part, Bottleneck):
             continue  # its A says how many there are
         if isinstance(part, InputTurn):

@@ -55,6 +55,7 @@ class Measurer:
             known = effects[site].get(layer)
             effects[site][layer] = effect if known is None else _sum((known, effect))
         header = adapter.module_map.header.values()
+        linears = sum(not module.is_table for module in adapter.module_map.modules)
         total = _sum(effect for layers in effects.values() for effect in layers.values())
         squares = self._base_squares(throttle)
         return Measured(
@@ -65,8 +66,8 @@ class Measurer:
             ignored=tuple(sorted(adapter.names - adapter.module_map.header.keys())),
             dtypes=tuple(sorted({str(info.dtype).removeprefix("torch.") for info in header})),
             dtype=str(self._base.layout.dtype).removeprefix("torch."),
-            modules=len(adapter.module_map.modules),
-            idle=max(0, len(adapter.module_map.modules) - sum(modules.values())),
+            modules=linears,
+            idle=max(0, linears - sum(modules.values())),
             sites=tuple(
                 self._site(site, modules[site], effects[site], squares)
                 for site in sorted(effects)
@@ -75,7 +76,7 @@ class Measurer:
             relative=ratio(total.weight, sum(squares.values())),
             rounding=ratio(total.rounded, total.added),
             bias=total.bias**0.5,
-            own=len(adapter.module_map.own),
+            own=adapter.module_map.outside,
             base_named=adapter.module_map.config.base_model,
             card=adapter.card,
         )

@@ -66,7 +66,7 @@ class Outlines:
                 num_tiles=most_tiles(shapes, layout, plan.num_pages),
                 kind=module_map.kind,
                 tokens=added_tokens(module_map.own, self._base.outside),
-                alone=" and ".join(dict.fromkeys(tensor.short for tensor in module_map.own)),
+                alone=" and ".join(dict.fromkeys(tensor.short for tensor in module_map.own if not tensor.frozen)),
                 invocation=config.invocation,
                 front=front,
                 positions=config.positions,
@@ -83,7 +83,7 @@ class Outlines:
         A whole table may turn out to be the base's own but for a few rows: no more pages are planned for it than there
         can be, and if it needs them the image is refused.
         """
-        if most <= self._max_pages or all(tensor.ids is not None for tensor in module_map.own):
+        if most <= self._max_pages or all(tensor.ids is not None or tensor.frozen for tensor in module_map.own):
             return most
         return max(self._max_pages, plan_image(module_map.shapes, self._base.layout).num_pages)
 

@@ -83,7 +83,7 @@ class OpenContent:
     card: Card
     module_map: ModuleMap
     names: frozenset[str]  # of all tensors in the file
-    parts: Callable[[], Iterable[Part]]  # made anew at each call
+    parts: Callable[[], Iterable[Part]]  # of the layers' linears, made anew at each call
 
 
 class AdapterReader:
@@ -171,8 +171,11 @@ class AdapterReader:
                 card=card,
                 module_map=module_map,
                 names=frozenset(self._outlines.parse_header(files.head, KINDS[module_map.config.kind].integers)),
-                parts=lambda: make_parts(module_map, (), tensors, self._base, throttle),
+                parts=lambda: self._of_linears(make_parts(module_map, (), tensors, self._base, throttle)),
             )
+
+    def _of_linears(self, parts: Iterable[Part]) -> Iterator[Part]:
+        return (part for part in parts if part.layer < self._base.layout.num_layers)
 
     def _place(self, source: str) -> _Place:
         return _Place(self._locate(source), roots_of(source))

@@ -243,22 +243,33 @@ def run_rowwise(ops: Backend, work: Work) -> list[Tensor]:
 
 
 def run_own(ops: Backend, work: Work) -> list[Tensor]:
-    """Norms, rows of the embedding and of the head that adapters have of their own: the first A of each stands in."""
+    """Norms, rows of the embedding and of the head that adapters have of their own: the first A of each stands in.
+
+    And low-rank changes of both tables: those of q, k and v stand in.
+    """
     shape, places, slots = work.shape, OwnPlaces(1), len(work.segments.mixes)
     ranges = torch.zeros(slots, places.count, 2, dtype=torch.int32)
     ranges[:, :, 0] = work.table.ranges_host[:, 0, Site.QKV, :1]
     ranges[:, :, 1] = ranges[:, :, 0] + 1
     own = OwnTable(ranges.to(ops.device), ranges, dict.fromkeys(range(slots), Own.NORM | Own.EMBED | Own.HEAD))
-    step = AdapterStep(work.arena, replace(work.table, own=own), work.segments)
+    linears = work.table.ranges_host[:, :1, Site.QKV : Site.QKV + 1].expand(-1, 2, len(Site), -1).contiguous()
+    table = replace(work.table, ranges=linears.to(ops.device), ranges_host=linears, own=own)
+    step = AdapterStep(work.arena, table, work.segments)
     x = _randn(ops, work, work.tokens, shape.hidden)
     rows = torch.arange(work.tokens - 1, -1, -1, device=ops.device)
-    heads = torch.arange(work.tokens, dtype=torch.int32) % slots
-    logits = torch.zeros(work.tokens, TILE_RANKS, device=ops.device)
+    rows_of_logits = replace(step, segments=replace(work.segments, num_decode_segments=slots))
+    logits = torch.zeros(work.tokens, shape.qkv, device=ops.device)
+    params = AttentionParams(shape.heads, shape.kv_heads, shape.head_dim, 1.0, None, None)
+    norm = QKNorm(x[0, : shape.head_dim], x[1, : shape.head_dim], 1e-6, shape.offset, 0)
+    qkv, cos = _randn(ops, work, work.tokens, shape.qkv), torch.ones(work.tokens, shape.head_dim, device=ops.device)
     return [
         ops.adapter_norm_(x.clone(), x, 1e-6, shape.offset, 0, step),
         ops.adapter_norm_(x.clone(), x, 1e-6, shape.offset, 0, step, rows),
         ops.adapter_embed_(x.clone(), rows % TILE_RANKS, places.embed, step),
-        ops.adapter_head_(logits, x, heads, places.head, step.arena, step.table),
+        ops.adapter_head_(logits, x, places.head, rows_of_logits),
+        ops.rope_store_kv(
+            qkv, cos, torch.zeros_like(cos), work.kv, work.meta.groups[0].store_index, params, norm, step
+        ),
     ]
 
 

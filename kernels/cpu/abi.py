@@ -100,7 +100,7 @@ class QuantisedSource(ctypes.Structure):
 
 
 class AdapterArgs(ctypes.Structure):
-    _fields_ = [("layer", _Int), ("site", _Int), ("residual", _Pointer)]
+    _fields_ = [("layer", _Int), ("site", _Int), ("to_float", _Int), ("residual", _Pointer)]
 
 
 class OwnArgs(ctypes.Structure):
@@ -118,7 +118,7 @@ class RopeArgs(ctypes.Structure):
         ("k_norm", _Pointer),
         ("eps", _Float),
         ("offset", _Float),
-        *((name, _Int) for name in ("heads", "kv_heads", "dim", "rotary", "kind")),
+        *((name, _Int) for name in ("heads", "kv_heads", "dim", "rotary", "kind", "place")),
     ]
 
 

@@ -12,7 +12,7 @@ from copy import copy
 import torch
 from torch import Tensor
 
-from loraplex.kernels.constants import ACTIVATIONS, ALL_TOKENS, LOGIT_ROWS, OpCode, Turned
+from loraplex.kernels.constants import ACTIVATIONS, ALL_TOKENS, LOGIT_ROWS, OpCode, TableSite, Turned
 from loraplex.kernels.cpu.abi import (
     ActMulArgs,
     AdapterArgs,
@@ -29,7 +29,6 @@ from loraplex.kernels.cpu.op_records import (
     embed_op,
     fill_adapters,
     fill_attention,
-    fill_table,
     linear_ops,
     sample_op,
     whole_panels,
@@ -39,15 +38,7 @@ from loraplex.kernels.cpu.team import Team
 from loraplex.kernels.cpu.weights import CpuLinear, CpuParts, WeightPacker, packed_bytes
 from loraplex.kernels.ops import Backend, PackedLinear, Recorder
 from loraplex.kernels.quantized import Activations, PartShape, QuantizedWeight
-from loraplex.kernels.records import (
-    AdapterStep,
-    AttentionMeta,
-    AttentionParams,
-    KVLayer,
-    OwnInput,
-    QKNorm,
-    TileTable,
-)
+from loraplex.kernels.records import AdapterStep, AttentionMeta, AttentionParams, KVLayer, OwnInput, QKNorm
 
 
 class CpuBackend(Backend):
@@ -191,7 +182,7 @@ class CpuBackend(Backend):
             y=y.data_ptr(),
             columns_in=x.shape[1],
             columns_out=y.shape[1],
-            adapter=AdapterArgs(layer, site, _pointer(residual)),
+            adapter=AdapterArgs(layer, site, False, _pointer(residual)),
         )
         step = Step()
         fill_adapters(step, adapters, self.batch_invariant)
@@ -228,21 +219,14 @@ class CpuBackend(Backend):
         self._sink.emit(op, y.dtype, step)
         return y
 
-    def adapter_head_(
-        self, logits: Tensor, x: Tensor, slots: Tensor, place: int, arena: Tensor, table: TileTable
-    ) -> Tensor:
-        op = Op(
-            code=OpCode.OWN_HEAD,
-            rows=x.shape[0],
-            x=x.data_ptr(),
-            w=slots.data_ptr(),
-            y=logits.data_ptr(),
-            columns_in=x.shape[1],
-            own=OwnArgs(place, ldy=logits.stride(0)),
-        )
+    def adapter_head_(self, logits: Tensor, x: Tensor, place: int, adapters: AdapterStep) -> Tensor:
+        rows, columns = logits.shape
+        where = {"rows": rows, "x": x.data_ptr(), "y": logits.data_ptr(), "columns_in": x.shape[1]}
         step = Step()
-        fill_table(step, table, arena)
-        self._sink.emit(op, x.dtype, step)
+        fill_adapters(step, adapters)
+        self._sink.emit(Op(code=OpCode.OWN_HEAD, **where, own=OwnArgs(place, ldy=columns)), x.dtype, step)
+        added = AdapterArgs(adapters.table.num_layers, TableSite.HEAD, to_float=True)
+        self._sink.emit(Op(code=OpCode.ADAPTER, **where, columns_out=columns, adapter=added), x.dtype, step)
         return logits
 
     def rope_store_kv(
@@ -254,6 +238,7 @@ class CpuBackend(Backend):
         store_index: Tensor,
         params: AttentionParams,
         norm: QKNorm | None,
+        adapters: AdapterStep | None = None,
     ) -> Tensor:
         if cos.shape[-1] > params.head_dim:
             raise ValueError(f"{cos.shape[-1]} elements of a head are to be rotated, but it has {params.head_dim}")
@@ -274,9 +259,12 @@ class CpuBackend(Backend):
                 dim=params.head_dim,
                 rotary=cos.shape[1],
                 kind=self._sink.rope_kind(cos),
+                place=-1 if norm is None else norm.place,
             ),
         )
         step = Step()
+        if adapters is not None:
+            fill_adapters(step, adapters)
         step.cos[0], step.sin[0] = cos.data_ptr(), sin.data_ptr()
         step.store_index[layer.group] = store_index.data_ptr()
         self._sink.emit(op, qkv.dtype, step)

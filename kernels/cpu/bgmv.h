@@ -133,10 +133,11 @@ struct Part {
     const float* u;  // of the first rank; dense: of the unit's first column
     int64_t len;  // elements from rank to rank
     int n;
+    float weight;  // u of what has no A, whose phase may be left out
 };
-template <class T>
+template <class Y>
 struct Expand {
-    T* y;
+    Y* y;
     int columns, first_part, parts;
 };
 
@@ -166,15 +167,15 @@ INLINE void add_ranks(const T* b, int64_t len, const float* u, float* acc, int n
 }
 
 // acc[0, n) += weight (v - 1) y; v is fp32 in order, acc in the order of load_pair.
-template <class T>
-NOINLINE static void add_scaled(const float* v, float weight, const T* y, float* acc, int n, Fetcher& fetch) {
+template <class T, class Y>
+NOINLINE static void add_scaled(const float* v, float weight, const Y* y, float* acc, int n, Fetcher& fetch) {
     int c = 0;
     for (; c + 32 <= n; c += 32) {
         fetch.lines<2>();
 #pragma GCC unroll 4
         for (int i = c; i < c + 32; i += 2 * kLanes) {
             fvec first, second, one, two;
-            load_pair(y + i, first, second);
+            load_split<T>(y + i, first, second);
             load_split<T>(v + i, one, two);
             store(acc + i, load(acc + i) + (one - 1.f) * weight * first);
             store(acc + i + kLanes, load(acc + i + kLanes) + (two - 1.f) * weight * second);
@@ -183,15 +184,16 @@ NOINLINE static void add_scaled(const float* v, float weight, const T* y, float*
     for (; c < n; c++) acc[c] += (v[c] - 1.f) * weight * to_float(y[c]);
 }
 
-template <class T>
-INLINE void take_sums(const float* acc, int n, T* y) {
+// y += acc, in the order in which load_pair gives elements of T.
+template <class T, class Y>
+INLINE void take_sums(const float* acc, int n, Y* y) {
     int c = 0;
     for (; c + 32 <= n; c += 32)
 #pragma GCC unroll 4
         for (int i = c; i < c + 32; i += 2 * kLanes) {
             fvec first, second;
-            load_pair(y + i, first, second);
-            store_pair(y + i, first + load(acc + i), second + load(acc + i + kLanes));
+            load_split<T>(y + i, first, second);
+            store_split<T>(y + i, first + load(acc + i), second + load(acc + i + kLanes));
         }
     for (; c < n; c++) from_float(to_float(y[c]) + acc[c], y + c);
 }
@@ -199,13 +201,13 @@ INLINE void take_sums(const float* acc, int n, T* y) {
 constexpr int kColumns = 4096;  // most of a unit: its fp32 sums stay in L1
 constexpr int kFewTiles = 64;   // of a row: fewer are not counted by interval, which takes as long as reading them twice
 
-template <class T>
-static void expand(const Expand<T>& e, const Part<T>* parts, Fetcher& fetch) {
+template <class T, class Y>
+static void expand(const Expand<Y>& e, const Part<T>* parts, Fetcher& fetch) {
     alignas(64) float acc[kColumns];
     memset(acc, 0, sizeof(float) * e.columns);
     for (const Part<T>* p = parts; p < parts + e.parts; p++) {
         if (p->v) {
-            add_scaled(p->v, p->u[0], e.y, acc, e.columns, fetch);
+            add_scaled<T>(p->v, p->u[0], e.y, acc, e.columns, fetch);
             continue;
         }
         if (!p->b) {  // of kTileRanks columns at most, which no register takes in pairs: acc is in their order
@@ -216,16 +218,16 @@ static void expand(const Expand<T>& e, const Part<T>* parts, Fetcher& fetch) {
         for (; k + 2 <= p->n; k += 2) add_ranks<2>(p->b + k * p->len, p->len, p->u + k, acc, e.columns, fetch);
         for (; k < p->n; k++) add_ranks<1>(p->b + k * p->len, p->len, p->u + k, acc, e.columns, fetch);
     }
-    take_sums(acc, e.columns, e.y);
+    take_sums<T>(acc, e.columns, e.y);
 }
 
 // ---- the units of a step ----
 
-template <class T>
+template <class T, class Y>
 struct Units {
     TileList<T> tiles;
     Scratch<Shrink<T>> shrinks;
-    Scratch<Expand<T>> expands;
+    Scratch<Expand<Y>> expands;
     Scratch<Part<T>> parts;
     Scratch<Run> runs;
 };
@@ -236,7 +238,7 @@ INLINE void each_row(const Op& op, const Step& step, TileList<T>& tiles, F visit
     float* u = step.ranks;
     for (int s = 0; s < step.decode_segments; s++) {
         mix_tiles(step, s, op.adapter.layer, op.adapter.site, tiles);
-        if (!tiles.count) continue;
+        if (!tiles.count || tiles.scales) continue;
         for (int64_t row = step.indptr[s]; row < step.indptr[s + 1]; row++, u += tiles.count * kTileRanks) visit(row, u);
     }
 }
@@ -248,8 +250,8 @@ NOINLINE static void activate(Shrink<T>& shrink, const Tile<T>& tile, const T* r
     if (tile.source == BlockInput::kResidual) shrink.x = residual;
 }
 
-template <class T>
-static void bgmv_shrink(const Op& op, const Step& step, Units<T>& units, int tid, int threads) {
+template <class T, class Y>
+static void bgmv_shrink(const Op& op, const Step& step, Units<T, Y>& units, int tid, int threads) {
     int64_t total = 0, at = 0, count = 0;
     each_row(op, step, units.tiles, [&](int64_t, float*) { total += units.tiles.count; });
     int64_t first = total * tid / threads, last = total * (tid + 1) / threads;
@@ -274,8 +276,8 @@ static void bgmv_shrink(const Op& op, const Step& step, Units<T>& units, int tid
 
 // Units of at most kColumns columns of one interval. An interval weighs its columns times its tiles; a thread's share starts
 // and ends at multiples of 64 columns.
-template <class T>
-static void bgmv_expand(const Op& op, const Step& step, Units<T>& units, int tid, int threads) {
+template <class T, class Y>
+static void bgmv_expand(const Op& op, const Step& step, Units<T, Y>& units, int tid, int threads) {
     TileList<T>& tiles = units.tiles;
     int64_t total = 0, at = 0, count = 0, num_parts = 0, most_units = 0, most_parts = 0;
     each_row(op, step, tiles, [&](int64_t, float*) {
@@ -285,7 +287,7 @@ static void bgmv_expand(const Op& op, const Step& step, Units<T>& units, int tid
         most_parts += tiles.count < kFewTiles ? pieces * tiles.count : column_cuts(tiles) + more * tiles.count;
     });
     int64_t first = total * tid / threads, last = total * (tid + 1) / threads;
-    Expand<T>* list = units.expands.get(most_units);
+    Expand<Y>* list = units.expands.get(most_units);
     Part<T>* parts = units.parts.get(most_parts);
     each_row(op, step, tiles, [&](int64_t row, float* u) {
         column_cuts(tiles);
@@ -301,12 +303,13 @@ static void bgmv_expand(const Op& op, const Step& step, Units<T>& units, int tid
             at += columns * covers;
             for (int64_t col = from + begin; col < from + end; col += kColumns) {
                 int n = (int)min2<int64_t>(kColumns, from + end - col);
-                list[count++] = {(T*)op.y + row * op.out + col, n, (int)num_parts, (int)covers};
+                list[count++] = {(Y*)op.y + row * op.out + col, n, (int)num_parts, (int)covers};
                 for (const int* i = cover; i < end_cover; i++) {
                     const Tile<T>& t = tiles[*i];
                     int64_t skip = col - t.start;
                     const float* own = u + *i * kTileRanks + (t.a && !t.b ? skip : 0);
-                    parts[num_parts++] = {t.b ? t.b + skip : nullptr, t.v ? t.v + skip : nullptr, own, t.len, t.n};
+                    Part<T>& part = parts[num_parts++] = {t.b ? t.b + skip : nullptr, t.v ? t.v + skip : nullptr, own, t.len, t.n, t.weight};
+                    if (!t.a) part.u = &part.weight;
                 }
             }
         }
@@ -326,9 +329,10 @@ static void bgmv_expand(const Op& op, const Step& step, Units<T>& units, int tid
     for (int64_t i = 0; i < count; i++) expand(list[i], parts + list[i].first_part, fetch);
 }
 
-template <class T>
+// Y: of op.y, fp32 where that are logits.
+template <class T, class Y>
 static void bgmv(const Op& op, const Step& step, int phase, int tid, int threads) {
-    static thread_local Units<T> units;
+    static thread_local Units<T, Y> units;
     phase ? bgmv_expand(op, step, units, tid, threads) : bgmv_shrink(op, step, units, tid, threads);
 }
 

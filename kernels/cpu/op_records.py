@@ -12,7 +12,7 @@ from loraplex.kernels.cpu.abi import EmbedArgs, LinearArgs, Op, Step
 from loraplex.kernels.cpu.quantised import CpuQuantised
 from loraplex.kernels.cpu.weights import CpuLinear, CpuParts
 from loraplex.kernels.ops import PackedLinear
-from loraplex.kernels.records import AdapterStep, AttentionMeta, TileTable
+from loraplex.kernels.records import AdapterStep, AttentionMeta
 
 
 def linear_ops(
@@ -115,11 +115,6 @@ def fill_adapters(step: Step, adapters: AdapterStep, batch_invariant: bool = Fal
     step.mix_slot, step.mix_weight = segments.mix_slot.data_ptr(), segments.mix_weight.data_ptr()
     step.ranges = table.ranges.data_ptr()
     step.own_worn = adapters.own
-    fill_table(step, table, adapters.arena)
-
-
-def fill_table(step: Step, table: TileTable, arena: Tensor) -> None:
-    """Write where tiles and adapters' own rows lie into `step`."""
-    step.tiles, step.arena = table.tiles.data_ptr(), arena.data_ptr()
+    step.tiles, step.arena = table.tiles.data_ptr(), adapters.arena.data_ptr()
     if table.own is not None:
         step.own_ranges, step.own_places = table.own.ranges.data_ptr(), table.own.ranges.shape[1]

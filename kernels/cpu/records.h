@@ -26,7 +26,7 @@ struct Step {
     const int32_t* mix_ptr;    // [segments + 1]
     const int32_t* mix_slot;   // [mixes]
     const float* mix_weight;   // [mixes]
-    const int32_t* ranges;     // [slots, num_layers, num_sites, 2]
+    const int32_t* ranges;     // [slots, num_layers, num_sites, 2]; num_layers: with the last, which stands for the tables
     const int32_t* tiles;      // [capacity, kTileColumns]: a_off, b_off, n, out_start, out_len, TileKind, in_start, in_len
     uint8_t* arena;
     const int32_t* own_ranges;  // [slots, own_places, 2]
@@ -89,6 +89,7 @@ struct LinearArgs {  // of kLinear and kQuantised
 };
 struct AdapterArgs {
     int32_t layer, site;
+    int32_t to_float;      // y is fp32 whatever x is: logits
     const void* residual;  // at block sites, where y is x; null elsewhere
 };
 struct OwnArgs {  // of kOwnNorm, kOwnEmbed, kOwnHead and kOwnInput
@@ -106,6 +107,7 @@ struct RopeArgs {
     const void *q_norm, *k_norm;  // null: not normed
     float eps, offset;
     int32_t heads, kv_heads, dim, rotary, kind;  // kind: of Step's cosines
+    int32_t place;  // where adapters may have a norm of their own of queries, behind it of keys; -1: nowhere
 };
 struct AttentionArgs {
     CachedLayer cache;

@@ -1,7 +1,7 @@
 // Ops that work row by row: embedding, norms, rotary with KV store, activation, bias, gather.
 #pragma once
 #include "linear.h"
-#include "records.h"
+#include "own_table.h"
 
 namespace LORAPLEX_ISA {
 
@@ -123,8 +123,8 @@ static void act_mul(const Op& op, int64_t rows, int tid, int threads) {
 }
 
 // One head: optional norm, rotation of the first `rotary` elements, written to dst.
-template <class T>
-INLINE void rotate_head(const T* x, const T* norm, float eps, float offset, const float* cos, const float* sin, int dim, int rotary,
+template <class T, class W>
+INLINE void rotate_head(const T* x, const W* norm, float eps, float offset, const float* cos, const float* sin, int dim, int rotary,
                         T* dst) {
     alignas(64) T normed[kMaxDim];
     if (norm) {
@@ -165,12 +165,19 @@ static void rope_store(const Op& op, const Step& step, int64_t rows, int tid, in
         const T* x = (const T*)op.x + t * width;
         const float *cos = step.cos[a.kind] + t * rotary, *sin = step.sin[a.kind] + t * rotary;
         int64_t at = step.store_index[a.cache.group][t], page = at / kBlockSize, slot = at % kBlockSize;
-        for (int h = 0; h < heads; h++)
-            rotate_head(x + h * dim, (const T*)a.q_norm, a.eps, a.offset, cos, sin, dim, rotary, (T*)op.y + (t * heads + h) * dim);
+        int64_t slot_worn = a.place >= 0 && step.own_worn & (int)Own::kNorm ? slot_of(step, t) : -1;
+        const float *own_q = norm_of(step, slot_worn, a.place), *own_k = norm_of(step, slot_worn, a.place + 1);
+        auto rotate = [&](int h, const float* own, const void* norm, T* to) {
+            if (own)
+                rotate_head(x + h * dim, own, a.eps, a.offset, cos, sin, dim, rotary, to);
+            else
+                rotate_head(x + h * dim, (const T*)norm, a.eps, a.offset, cos, sin, dim, rotary, to);
+        };
+        for (int h = 0; h < heads; h++) rotate(h, own_q, a.q_norm, (T*)op.y + (t * heads + h) * dim);
         for (int h = 0; h < kv; h++) {
             T key[kMaxDim];
             int64_t to = page * a.cache.page + (int64_t)h * kBlockSize * dim;
-            rotate_head(x + (heads + h) * dim, (const T*)a.k_norm, a.eps, a.offset, cos, sin, dim, rotary, key);
+            rotate(heads + h, own_k, a.k_norm, key);
             store_key(key, dim, slot, (T*)a.cache.k + to);
             store_value(x + (heads + kv + h) * dim, dim, slot, (T*)a.cache.v + to);
         }

@@ -221,6 +221,21 @@ INLINE void load_split(const float* p, fvec& first, fvec& second) {
 }
 INLINE void store_pair(bf16* p, fvec even, fvec odd) { *(uvec_u*)p = (round_bf16(even) >> 16) | (round_bf16(odd) & 0xffff0000u); }
 INLINE void store_pair(float* p, fvec first, fvec second) { store(p, first), store(p + kLanes, second); }
+template <class T>
+INLINE void load_split(const bf16* p, fvec& even, fvec& odd) { load_pair(p, even, odd); }
+// What load_split loads.
+template <class T>
+INLINE void store_split(bf16* p, fvec even, fvec odd) { store_pair(p, even, odd); }
+template <class T>
+INLINE void store_split(float* p, fvec first, fvec second) {
+    if constexpr (sizeof(T) == 2) {
+        constexpr ivec low = (kIota & 1) * kLanes + kIota / 2, high = low + kLanes / 2;
+        fvec start = __builtin_shuffle(first, second, low);
+        second = __builtin_shuffle(first, second, high);
+        first = start;
+    }
+    store_pair(p, first, second);
+}
 
 template <class A>
 constexpr INLINE A min2(A a, A b) { return a < b ? a : b; }

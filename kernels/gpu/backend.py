@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812  its usual name
 
-from loraplex.kernels.constants import Own
-from loraplex.kernels.gpu import attention, bgmv, linear, own, quantized, rotate, rowwise, sgmv, tuning
+from loraplex.kernels.constants import Own, TableSite
+from loraplex.kernels.gpu import attention, bgmv, linear, own, quantized, rotary, rotate, rowwise, sgmv, tuning
 from loraplex.kernels.ops import Backend, PackedLinear
 from loraplex.kernels.quantized import Activations, PartShape, QuantizedWeight
 from loraplex.kernels.records import (
@@ -177,10 +177,14 @@ class TritonBackend(TorchSampling, Backend):
             own.embed_(y, ids, place, adapters)
         return y
 
-    def adapter_head_(
-        self, logits: Tensor, x: Tensor, slots: Tensor, place: int, arena: Tensor, table: TileTable
-    ) -> Tensor:
-        own.head_(logits, x, slots, place, arena, table)
+    def adapter_head_(self, logits: Tensor, x: Tensor, place: int, adapters: AdapterStep) -> Tensor:
+        table, segments = adapters.table, adapters.segments
+        own.head_(logits, x, place, adapters)
+        layer, site = table.num_layers, TableSite.HEAD
+        most = _most_tiles(table.ranges_host[:, layer:, site:][:, :, :1], segments.mixes)[0][0]
+        if most:
+            elements = adapters.arena.view(-1).view(x.dtype)
+            bgmv.add_(logits, x, None, elements, table, layer, site, segments, most)
         return logits
 
     def rope_store_kv(
@@ -192,8 +196,10 @@ class TritonBackend(TorchSampling, Backend):
         store_index: Tensor,
         params: AttentionParams,
         norm: QKNorm | None,
+        adapters: AdapterStep | None = None,
     ) -> Tensor:
-        return rowwise.rope_store_kv(qkv, cos, sin, layer, store_index, params, norm)
+        norms = adapters if adapters is not None and adapters.own & Own.NORM else None
+        return rotary.rope_store_kv(qkv, cos, sin, layer, store_index, params, norm, norms)
 
     def attention(self, q: Tensor, layer: KVLayer, meta: AttentionMeta, params: AttentionParams) -> Tensor:
         is_decode = (False,) * len(meta.is_decode) if self.batch_invariant else meta.is_decode

@@ -49,7 +49,8 @@ def add_(
     segments: AdapterSegments,
     most_tiles: int,
 ) -> None:
-    """adapter_add_ for the decode segments. y [T, out], x [T, in], elements: the arena, flat, in their dtype.
+    """adapter_add_ for the decode segments. y [T, out], in fp32 where that are logits, x [T, in], elements: the arena,
+    flat, in its dtype.
 
     most_tiles: at least the tiles of any decode segment's mix at this layer and site.
     """
@@ -58,7 +59,7 @@ def add_(
     splits = triton.cdiv(n_in, tuning.SHRINK_SPLIT)
     partial = torch.empty(rows, most_tiles, splits, RANKS, dtype=torch.float32, device=y.device)
     tables, slot_stride, cell = lookup(table, segments, layer, site)
-    unit = ALIGN // y.element_size()
+    unit = ALIGN // x.element_size()
     _shrink[(rows, most_tiles, splits)](
         x,
         x if residual is None else residual,
@@ -245,7 +246,7 @@ def _expand(
                         found, _, function, c = activation_of(tiles, tile, start)
                         if found:
                             u = activated(u, elements, c, function, rank, rank < n)
-                    u = u.to(y.dtype.element_ty).to(tl.float32)
+                    u = u.to(elements.dtype.element_ty).to(tl.float32)
                     u = tl.where(rank < tl.where(a_off >= 0, 0, 1), 1.0, u)
                     if kind == DENSE:
                         b = selected(n, out_start, columns, rank)

@@ -1,4 +1,5 @@
-"""Rows that adapters have of their own in place of the base's (records.py: OwnTable): norms, embedding, head.
+"""Rows that adapters have of their own in place of the base's (records.py: OwnTable): norms, embedding, head; and what
+low-rank changes add to the embedding (those of the head are bgmv's).
 
 Each kernel goes over rows that the base's op has computed, and over those alone whose token wears one adapter that has
 such rows. What it looks up is on the device, so that it can be captured in a graph.
@@ -10,15 +11,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from loraplex.kernels.constants import ALIGN, TILE_COLUMNS, TILE_RANKS
+from loraplex.kernels.constants import ALIGN, TILE_COLUMNS, TILE_RANKS, TableSite
 from loraplex.kernels.gpu import tuning
-from loraplex.kernels.gpu.tiles import segment_of
+from loraplex.kernels.gpu.tiles import lookup, segment_of, tile_range
 from loraplex.kernels.records import AdapterStep, OwnTable, TileTable
 
 _COLUMNS = tl.constexpr(TILE_COLUMNS)
 _UNIT = tl.constexpr(ALIGN)
 
-COUNTS = ["num_segments", "slot_stride", "cell", "ld"]
+COUNTS = ["num_segments", "slot_stride", "cell", "added_stride", "added_cell", "ld"]
 """Arguments that vary between calls: no compilation may hang on their values."""
 
 
@@ -51,33 +52,37 @@ def embed_(y: Tensor, ids: Tensor, place: int, adapters: AdapterStep) -> None:
     """As Backend.adapter_embed_, of a step in which some adapter has rows of the embedding."""
     columns = y.shape[1]
     if y.numel():
+        table, segments = adapters.table, adapters.segments
+        (added, *_), stride, cell = lookup(table, segments, table.num_layers, TableSite.EMBED)
         _embed[(ids.shape[0], triton.cdiv(columns, tuning.ELEMENTS))](
             y,
             ids,
             adapters.arena,
             *tables(adapters),
-            len(adapters.segments.mixes),
-            *cell_of(adapters.table, place),
+            len(segments.mixes),
+            *cell_of(table, place),
+            segments.mix_weight,
+            added,
+            stride,
+            cell,
             columns,
             block=tuning.ELEMENTS,
         )
 
 
-def head_(logits: Tensor, x: Tensor, slots: Tensor, place: int, arena: Tensor, table: TileTable) -> None:
-    """As Backend.adapter_head_; slots are on the host."""
-    own = _own(table)
-    worn = sorted(set(slots.tolist()) - {-1})
-    ranges = own.ranges_host[worn, place]
+def head_(logits: Tensor, x: Tensor, place: int, adapters: AdapterStep) -> None:
+    """As Backend.adapter_head_, of rows in place of the base's."""
+    worn = sorted({mix[0][0] for mix in adapters.segments.mixes if len(mix) == 1})
+    ranges = _own(adapters.table).ranges_host[worn, place]
     most = int((ranges[:, 1] - ranges[:, 0]).max()) if worn else 0
     if most:
-        _head[(x.shape[0], most)](
+        _head[(adapters.segments.bounds[-1], most)](
             logits,
             x,
-            slots.to(x.device),
-            arena,
-            own.ranges,
-            table.tiles,
-            *cell_of(table, place),
+            adapters.arena,
+            *tables(adapters),
+            len(adapters.segments.mixes),
+            *cell_of(adapters.table, place),
             logits.stride(0),
             x.shape[1],
             ranks=TILE_RANKS,
@@ -103,7 +108,7 @@ def cell_of(table: TileTable, place: int) -> tuple[int, int]:
 
 
 @triton.jit
-def _own_range(ranges, indptr, mix_ptr, mix_slot, num_segments, slot_stride, cell, token):
+def own_range(ranges, indptr, mix_ptr, mix_slot, num_segments, slot_stride, cell, token):
     """Semantics: first and past-the-last tile at a place of the one adapter that `token` wears; 0, 0 for none."""
     segment = segment_of(indptr, 0, num_segments, token)
     inside = segment < num_segments
@@ -140,7 +145,7 @@ def _norm(
     token = row
     if taken:
         token = tl.load(rows + row)
-    first, last = _own_range(ranges, indptr, mix_ptr, mix_slot, num_segments, slot_stride, cell, token)
+    first, last = own_range(ranges, indptr, mix_ptr, mix_slot, num_segments, slot_stride, cell, token)
     if first < last:
         weight = (arena + tl.load(tiles + first.to(tl.int64) * _COLUMNS).to(tl.int64) * _UNIT).to(
             tl.pointer_type(tl.float32)
@@ -168,14 +173,25 @@ def _embed(
     num_segments,
     slot_stride,
     cell,
+    mix_weight,
+    added,
+    added_stride,
+    added_cell,
     columns,
     block: tl.constexpr,
 ):
     """Grid (row, block of columns). Semantics: see Backend.adapter_embed_."""
     row = tl.program_id(0).to(tl.int64)
-    first, last = _own_range(ranges, indptr, mix_ptr, mix_slot, num_segments, slot_stride, cell, row)
+    segment = segment_of(indptr, 0, num_segments, row)
+    if segment >= num_segments:
+        return
+    token = tl.load(ids + row)
+    column = tl.program_id(1) * block + tl.arange(0, block)
+    elements = arena.to(tl.pointer_type(y.dtype.element_ty))
+    unit: tl.constexpr = _UNIT // (y.dtype.element_ty.primitive_bitwidth // 8)
+    values = tl.load(y + row * columns + column, mask=column < columns, other=0.0)
+    first, last = own_range(ranges, indptr, mix_ptr, mix_slot, num_segments, slot_stride, cell, row)
     if first < last:
-        token = tl.load(ids + row)
         low = first
         high = last  # the tile that begins last at or before the token is at low - 1
         while low < high:
@@ -187,21 +203,36 @@ def _embed(
         found = low > first
         start = tl.load(tile + 3, mask=found, other=0).to(tl.int64)
         found = found & (token < start + tl.load(tile + 2, mask=found, other=0))
-        own = (arena + tl.load(tile, mask=found, other=0).to(tl.int64) * _UNIT).to(tl.pointer_type(y.dtype.element_ty))
-        column = tl.program_id(1) * block + tl.arange(0, block)
-        inside = (column < columns) & found
-        values = tl.load(own + (token - start) * columns + column, mask=inside, other=0.0)
-        tl.store(y + row * columns + column, values, mask=inside)
+        own = elements + tl.load(tile, mask=found, other=0).to(tl.int64) * unit
+        row_of_own = tl.load(own + (token - start) * columns + column, mask=(column < columns) & found, other=0.0)
+        values = tl.where(found, row_of_own, values)
+    acc = tl.zeros((block,), dtype=tl.float32)
+    for m in range(tl.load(mix_ptr + segment), tl.load(mix_ptr + segment + 1)):
+        begin, end = tile_range(added, mix_slot, m, added_stride, added_cell)
+        for at in range(begin, end):
+            entry = tiles + at * _COLUMNS
+            place = token - tl.load(entry + 3)
+            count = tl.load(entry + 4)
+            if (place >= 0) & (place < count):
+                a = elements + tl.load(entry).to(tl.int64) * unit + column
+                b = elements + tl.load(entry + 1).to(tl.int64) * unit + place
+                for k in range(0, tl.load(entry + 2)):
+                    u = tl.load(mix_weight + m) * tl.load(b + k * count).to(tl.float32)
+                    acc += u * tl.load(a + k * columns, mask=column < columns, other=0.0).to(tl.float32)
+    tl.store(y + row * columns + column, (values.to(tl.float32) + acc).to(y.dtype.element_ty), mask=column < columns)
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def _head(
     logits,
     x,
-    slots,
     arena,
     ranges,
     tiles,
+    indptr,
+    mix_ptr,
+    mix_slot,
+    num_segments,
     slot_stride,
     cell,
     ld,
@@ -211,10 +242,9 @@ def _head(
 ):
     """Grid (row, tile). Semantics: see Backend.adapter_head_."""
     row = tl.program_id(0).to(tl.int64)
-    slot = tl.load(slots + row)
-    at = ranges + slot.to(tl.int64) * slot_stride + cell
-    tile = tl.load(at, mask=slot >= 0, other=0) + tl.program_id(1)
-    if tile < tl.load(at + 1, mask=slot >= 0, other=0):
+    first, last = own_range(ranges, indptr, mix_ptr, mix_slot, num_segments, slot_stride, cell, row)
+    tile = first + tl.program_id(1)
+    if tile < last:
         entry = tiles + tile.to(tl.int64) * _COLUMNS
         weight = (arena + tl.load(entry).to(tl.int64) * _UNIT).to(tl.pointer_type(x.dtype.element_ty))
         rank = tl.arange(0, ranks)

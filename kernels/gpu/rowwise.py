@@ -1,4 +1,4 @@
-"""Ops that look at one row at a time: norm, rotation with the KV store, activation, bias, gathering of rows.
+"""Ops that look at one row at a time: norm, activation, bias, gathering of rows. (Rotation: rotary.py.)
 
 Every load is widened to fp32 before anything is computed, and every result rounded where the Semantics say so.
 """
@@ -10,9 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from loraplex.kernels.constants import ACTIVATIONS, BLOCK_SIZE, Activation
+from loraplex.kernels.constants import ACTIVATIONS, Activation
 from loraplex.kernels.gpu import tuning
-from loraplex.kernels.records import AttentionParams, KVLayer, QKNorm
 
 GELU_TANH = tl.constexpr(int(Activation.GELU_TANH))
 
@@ -79,45 +78,6 @@ def act_mul(gate_up: Tensor, activation: str) -> Tensor:
             gate_up, y, columns, activation=int(ACTIVATIONS[activation]), block=tuning.ELEMENTS
         )
     return y
-
-
-def rope_store_kv(
-    qkv: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    layer: KVLayer,
-    store_index: Tensor,
-    params: AttentionParams,
-    norm: QKNorm | None,
-) -> Tensor:
-    """As Backend.rope_store_kv. A token whose store_index is negative is not stored (rows that fill up a graph)."""
-    heads, kv_heads, dim = params.num_heads, params.num_kv_heads, params.head_dim
-    q = torch.empty(qkv.shape[0], heads, dim, dtype=qkv.dtype, device=qkv.device)
-    if q.numel():
-        _rope_store_kv[(qkv.shape[0], heads + 2 * kv_heads)](
-            qkv,
-            cos,
-            sin,
-            q,
-            layer.k,
-            layer.v,
-            store_index,
-            qkv if norm is None else norm.q,
-            qkv if norm is None else norm.k,
-            layer.k.stride(0),
-            0.0 if norm is None else norm.eps,
-            0.0 if norm is None else norm.offset,
-            normed=norm is not None,
-            round_first=norm is None or norm.offset == 0.0,
-            num_heads=heads,
-            kv_heads=kv_heads,
-            head_dim=dim,
-            dim_pad=triton.next_power_of_2(dim),
-            rotary_dim=cos.shape[1],
-            page_tokens=BLOCK_SIZE,
-            num_warps=1,
-        )
-    return q
 
 
 @triton.jit
@@ -204,79 +164,3 @@ def _act_mul(gate_up, y, columns, activation: tl.constexpr, block: tl.constexpr)
         z = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
     result = gate / (1.0 + tl.exp(-z)) * up
     tl.store(y + row * columns + column, result.to(y.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _normed(x, weight, scale, offset, round_first: tl.constexpr, dtype: tl.constexpr):
-    """Semantics: as _rms_norm, with scale = 1 / sqrt(mean(x^2) + eps); the result widened again."""
-    n = x * scale
-    n = weight * n.to(dtype).to(tl.float32) if round_first else n * (offset + weight)
-    return n.to(dtype).to(tl.float32)
-
-
-@triton.jit
-def _rope_store_kv(
-    qkv,
-    cos,
-    sin,
-    q,
-    k_cache,
-    v_cache,
-    store_index,
-    q_norm,
-    k_norm,
-    page_stride,
-    eps,
-    offset,
-    normed: tl.constexpr,
-    round_first: tl.constexpr,
-    num_heads: tl.constexpr,
-    kv_heads: tl.constexpr,
-    head_dim: tl.constexpr,
-    dim_pad: tl.constexpr,
-    rotary_dim: tl.constexpr,
-    page_tokens: tl.constexpr,
-):
-    """Grid (token, head of qkv).
-
-    Semantics: x = rms_norm(head) where it has one; x[j] = x[j] * cos[j] -+ x[partner of j] * sin[j] for j < rotary_dim,
-               the partner half a rotation away; q goes to `q`, k and v to their place in the cache, v as it is.
-    """
-    token = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
-    dims = tl.arange(0, dim_pad)
-    inside = dims < head_dim
-    source = qkv + (token * (num_heads + 2 * kv_heads) + head) * head_dim
-    dtype = qkv.dtype.element_ty
-    x = tl.load(source + dims, mask=inside, other=0.0)
-    index = tl.load(store_index + token)
-    stored = dims < tl.where(index >= 0, head_dim, 0)
-    place = (index // page_tokens) * page_stride + (index % page_tokens) * head_dim + dims
-    if head >= num_heads + kv_heads:
-        tl.store(v_cache + place + (head - num_heads - kv_heads) * page_tokens * head_dim, x, mask=stored)
-        return
-    half: tl.constexpr = rotary_dim // 2
-    turned = dims < rotary_dim
-    partner = tl.where(dims < half, dims + half, dims - half)
-    x = x.to(tl.float32)
-    other = tl.load(source + partner, mask=turned, other=0.0).to(tl.float32)
-    scale = tl.rsqrt(tl.sum(x * x, axis=0) / head_dim + eps)
-    if head < num_heads:
-        if normed:
-            weight = tl.load(q_norm + dims, mask=inside, other=0.0).to(tl.float32)
-            x = _normed(x, weight, scale, offset, round_first, dtype)
-            weight = tl.load(q_norm + partner, mask=turned, other=0.0).to(tl.float32)
-            other = _normed(other, weight, scale, offset, round_first, dtype)
-    else:
-        if normed:
-            weight = tl.load(k_norm + dims, mask=inside, other=0.0).to(tl.float32)
-            x = _normed(x, weight, scale, offset, round_first, dtype)
-            weight = tl.load(k_norm + partner, mask=turned, other=0.0).to(tl.float32)
-            other = _normed(other, weight, scale, offset, round_first, dtype)
-    c = tl.load(cos + token * rotary_dim + dims, mask=turned, other=1.0)
-    s = tl.load(sin + token * rotary_dim + dims, mask=turned, other=0.0)
-    result = (x * c + tl.where(dims < half, -other, other) * s).to(dtype)
-    if head < num_heads:
-        tl.store(q + (token * num_heads + head) * head_dim + dims, result, mask=inside)
-    else:
-        tl.store(k_cache + place + (head - num_heads) * page_tokens * head_dim, result, mask=stored)

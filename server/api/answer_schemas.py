@@ -139,7 +139,7 @@ class MatchedTensors(Wire):
     ignored: int
     why_ignored: str | None
     unmatched: Literal[0]
-    own_rows: int  # of those matched, that stand in for rows of the base's norms, embedding or head
+    own_rows: int  # tensors and modules that change rows of the base's norms, embedding or head
 
 
 class StoredTypes(Wire):

@@ -156,6 +156,7 @@ class Choice:
             tokens=self.num_tokens,
             gaps=self._gaps,
             finish_reason=self.finish_reason,
+            kinds=tuple(dict.fromkeys(version.info.kind for version, _ in worn)),
         )
 
     def _take(self, event: TokenEvent) -> Delta:

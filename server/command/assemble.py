@@ -122,8 +122,10 @@ def _served_base(
         norms=norms_in_order(model_config),
         vocab=model_config.vocab_size,
         hidden=model_config.hidden_size,
+        head_dim=model_config.head_dim,
         tied=base.is_tied,
         embed_scale=model_config.embed_scale,
+        quantised=bool(base.formats),
         read=base.tensor,
     )
     starts = KeptStarts(default_cache_dir() / "starts")

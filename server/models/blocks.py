@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from loraplex.kernels.constants import Own
+from loraplex.kernels.constants import QUERY_NORM, Own
 from loraplex.kernels.ops import Backend
-from loraplex.kernels.records import AdapterStep, AttentionMeta, KVLayer, OwnInput, QKNorm
+from loraplex.kernels.records import AdapterStep, AttentionMeta, KVLayer, OwnInput, OwnPlaces, QKNorm
 from loraplex.server.models.config import ModelConfig, Site
 from loraplex.server.models.inputs import Rotations
 from loraplex.server.models.weights import LayerWeights, Linear
@@ -50,17 +50,28 @@ class Attention:
         self._params = config.attention_params(index)
         self._norm: QKNorm | None = None
         if weights.q_norm is not None and weights.k_norm is not None:
-            self._norm = QKNorm(weights.q_norm, weights.k_norm, config.rms_norm_eps, config.norm_offset)
+            place = OwnPlaces(config.num_layers).norm(index, QUERY_NORM)
+            self._norm = QKNorm(weights.q_norm, weights.k_norm, config.rms_norm_eps, config.norm_offset, place)
         self._qkv = AdaptedLinear(ops, weights.qkv, index, Site.QKV, config.inputs(index, Site.QKV))
         self._o = AdaptedLinear(ops, weights.o, index, Site.O, config.inputs(index, Site.O))
         self._rope = config.rope_of_layer[index]
 
-    def __call__(self, x: Tensor, rotations: Rotations, meta: AttentionMeta, adapters: AdapterStep | None) -> Tensor:
-        """Compute [T, H] of x [T, H]; store the step's keys and values in their pages."""
+    def __call__(
+        self,
+        x: Tensor,
+        rotations: Rotations,
+        meta: AttentionMeta,
+        adapters: AdapterStep | None,
+        norms: AdapterStep | None,
+    ) -> Tensor:
+        """Compute [T, H] of x [T, H]; store the step's keys and values in their pages.
+
+        norms: the adapters, where some have norms of their own.
+        """
         cos, sin = rotations[self._rope]
         store_index = meta.groups[self._kv.group].store_index
         qkv = self._qkv(x, adapters)
-        q = self._ops.rope_store_kv(qkv, cos, sin, self._kv, store_index, self._params, self._norm)
+        q = self._ops.rope_store_kv(qkv, cos, sin, self._kv, store_index, self._params, self._norm, norms)
         return self._o(self._ops.attention(q, self._kv, meta, self._params), adapters)
 
 

@@ -45,7 +45,8 @@ class DecoderLayer:
         """
         weights = self._weights
         x, residual = self._norm(x, weights.attention_norm, residual, 0, norms)
-        x = self._block(self._attention(x, rotations, meta, adapters), residual, BlockSite.ATTENTION_OUT, adapters)
+        attended = self._attention(x, rotations, meta, adapters, norms)
+        x = self._block(attended, residual, BlockSite.ATTENTION_OUT, adapters)
         if weights.attention_out_norm is not None:
             x, _ = self._norm(x, weights.attention_out_norm, None, 1, norms)
         x, residual = self._norm(x, weights.mlp_norm, residual, 2, norms)
@@ -158,8 +159,8 @@ class Decoder:
     def logits(self, hidden: Tensor, room: Tensor | None = None, own: HeadRows | None = None) -> Tensor:
         """Compute the logits [L, vocab] fp32, soft-capped where the base does so, of forward()'s hidden [L, H].
 
-        room: see Backend.logits. own: of rows with a head of their own; it adds columns for tokens beyond the base's
-        vocabulary, which are -inf for all who have none.
+        room: see Backend.logits. own: of rows whose adapters act on the head; it adds columns for tokens beyond the
+        base's vocabulary, which are -inf for all who have none.
         """
         logits = self.ops.logits(hidden, self.weights.head, room)
         if own is not None:
@@ -167,7 +168,7 @@ class Decoder:
                 wide = logits.new_full((logits.shape[0], logits.shape[1] + own.added), -torch.inf)
                 wide[:, : logits.shape[1]] = logits
                 logits = wide
-            self.ops.adapter_head_(logits, hidden, own.slots, self._places.head, self.arena, own.tiles)
+            self.ops.adapter_head_(logits, hidden, self._places.head, AdapterStep(self.arena, own.tiles, own.segments))
         cap = self.config.final_softcap
         if cap is None:
             return logits

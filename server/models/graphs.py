@@ -43,7 +43,7 @@ class Size:
         rows = _power_of_two(batch.input_ids.shape[0])
         if batch.adapters is None:
             return cls(rows, keys, 0, 0)
-        ranges = batch.tiles.ranges_host
+        ranges = batch.tiles.ranges_host[:, : batch.tiles.num_layers]
         most = (ranges[..., 1] - ranges[..., 0]).amax((1, 2)).tolist()  # per slot
         mixes = batch.adapters.mixes
         tiles = max(sum(most[slot] for slot, _ in mix) for mix in mixes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, groupby
 
 import torch
 from torch import Tensor
@@ -11,6 +12,9 @@ from torch import Tensor
 from loraplex.kernels.constants import BLOCK_SIZE, TILE_COLUMNS, Own
 from loraplex.kernels.records import AdapterSegments, AttentionMeta, KVGroup, OwnPlaces, TileTable
 from loraplex.server.models.config import ModelConfig
+
+SlotMix = tuple[tuple[int, float], ...]
+"""((slot, weight), ...) that a row wears."""
 
 Rotations = Sequence[tuple[Tensor, Tensor]]
 """cos and sin [T, rotary_dim] fp32 of a step's tokens, per rotary kind of the config."""
@@ -85,28 +89,45 @@ class ForwardBatch:
 
 @dataclass(frozen=True)
 class HeadRows:
-    """Rows of logits of which some have a head of their own."""
+    """Rows of logits of which some have adapters that act on the head."""
 
-    slots: Tensor  # [L] int32 on the host: whose head; -1: the base's
+    segments: AdapterSegments  # of the rows in place of tokens
     added: int  # columns beyond the base's vocabulary, the most that any of them has
     tiles: TileTable
 
     @classmethod
-    def of(cls, slots: Sequence[int], tiles: TileTable, vocab: int) -> HeadRows | None:
-        """Make those of rows that wear the adapters in `slots` (-1: none, or several); None: no row has a head."""
+    def of(
+        cls, mixes: Sequence[SlotMix], tiles: TileTable, vocab: int, device: torch.device | None = None
+    ) -> HeadRows | None:
+        """Make those of rows that wear `mixes`; None: none of them acts on the head."""
         own = tiles.own
-        if own is None or not any(own.wearers.get(slot, 0) & Own.HEAD for slot in slots):
+        if own is None or not own.wearers:
             return None
-        place = OwnPlaces(tiles.ranges_host.shape[1]).head
-        worn = [slot if own.wearers.get(slot, 0) & Own.HEAD else -1 for slot in slots]
-        ends = (own.ranges_host[slot, place, 1] for slot in set(worn) - {-1})
-        last = tiles.tiles_host[[int(end) - 1 for end in ends]]
-        added = max(0, int((last[:, 2] + last[:, 3]).max()) - vocab)
-        return cls(torch.tensor(worn, dtype=torch.int32), added, tiles)
+        heads = {slot for slot, bits in own.wearers.items() if bits & Own.HEAD}
+        worn = [mix if any(slot in heads for slot, _ in mix) else () for mix in mixes]
+        if not any(worn):
+            return None
+        runs = [(mix, len(list(same))) for mix, same in groupby(worn)]
+        alone = {mix[0][0] for mix, _ in runs if len(mix) == 1}
+        ends = [int(end) for end in own.ranges_host[list(alone), OwnPlaces(tiles.num_layers).head, 1] if end]
+        last = tiles.tiles_host[[end - 1 for end in ends]]
+        added = max(0, int((last[:, 2] + last[:, 3]).max()) - vocab) if ends else 0
+        members = [member for mix, _ in runs for member in mix]
+        bounds = tuple(accumulate((count for _, count in runs), initial=0))
+        segments = AdapterSegments(
+            indptr=torch.tensor(bounds, dtype=torch.int32, device=device),
+            mix_ptr=torch.tensor([*accumulate((len(m) for m, _ in runs), initial=0)], dtype=torch.int32, device=device),
+            mix_slot=torch.tensor([slot for slot, _ in members], dtype=torch.int32, device=device),
+            mix_weight=torch.tensor([weight for _, weight in members], dtype=torch.float32, device=device),
+            bounds=bounds,
+            mixes=tuple(mix for mix, _ in runs),
+            num_decode_segments=len(runs),
+        )
+        return cls(segments, added, tiles)
 
 
 def no_tiles(config: ModelConfig, device: torch.device | None = None) -> TileTable:
     """Build the tile table of a server without adapters."""
-    ranges = torch.zeros(1, config.num_layers, config.num_sites, 2, dtype=torch.int32)
+    ranges = torch.zeros(1, config.num_layers + 1, config.num_sites, 2, dtype=torch.int32)
     tiles = torch.zeros(0, TILE_COLUMNS, dtype=torch.int32)
     return TileTable(ranges.to(device), tiles.to(device), ranges, tiles)

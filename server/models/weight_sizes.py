@@ -54,10 +54,11 @@ def layer_norms(config: ModelConfig) -> dict[str, str]:
 
 
 def norms_in_order(config: ModelConfig) -> tuple[str, ...]:
-    """List the names of a layer's norms in the order of the pass, with "" where a base without a sandwich has none."""
+    """List the names of a layer's norms in the order of OwnPlaces.norm, with "" for those that the base has not."""
     names = layer_norms(config)
     fields = ("attention_norm", "attention_out_norm", "mlp_norm", "mlp_out_norm")
-    return tuple(names.get(field, "").removesuffix(".weight") for field in fields)
+    of_heads = ("self_attn.q_norm", "self_attn.k_norm") if config.qk_norm else ("", "")
+    return (*(names.get(field, "").removesuffix(".weight") for field in fields), *of_heads)
 
 
 def linear_names(config: ModelConfig) -> Iterator[tuple[str, ...]]:

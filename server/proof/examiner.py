@@ -15,7 +15,7 @@ from loraplex.server.proof.changes import PlainChange
 from loraplex.server.proof.prober import FusedAnswers
 from loraplex.server.proof.receipt import BaseIdentity, Probe, Receipt
 
-OWN_ROWS = "it stands in for rows of the base's norms, embedding or head, which the plain reference does not compute"
+OWN_ROWS = "it changes rows of the base's norms, embedding or head, which the plain reference does not compute"
 """Why such an adapter is not probed."""
 
 
@@ -65,7 +65,7 @@ class Examiner:
                     "changed", f"its source holds {adapter.digest[:12]} by now, and it is {str(version.digest)[:12]}"
                 )
             measured = self._measurer.measure(adapter, throttle)
-            if fused is None or adapter.module_map.own:
+            if fused is None or adapter.module_map.outside:
                 return Receipt(measured, identity, None, error or OWN_ROWS)
             change = PlainChange(by_layer(adapter))
             base, adapted = self._plain(fused.base.ids, fused.adapted.ids, change, throttle, fused.acts)

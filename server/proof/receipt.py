@@ -70,7 +70,8 @@ class Receipt:
         if found.is_noop:
             remarks.append("it changes nothing and answers as the base does")
         elif found.own:
-            remarks.append(f"{found.own} of its tensors stand in for rows of the base, whose effect is not measured")
+            what = "tensors or modules change rows of the base's norms, embedding or head"
+            remarks.append(f"{found.own} of its {what}, which is not measured")
         elif found.idle:
             remarks.append(f"{found.idle} of its {found.modules} modules come to nothing")
         if self.base.is_named(named) is False:

@@ -131,6 +131,7 @@ class EngineCollector(Collector):
             level = "gpu" if place.on_device else "cpu"  # the two words that routers know, whatever the device is
             loaded.add_metric((place.name, level, str(place.pinned).lower()), 1)
         yield loaded
+        yield self._by_kind(stats)
         on_device = len(stats.adapters.resident)
         yield self._gauge("vllm:num_gpu_loaded_lora_adapters", "Adapters on the device.", on_device)
         yield self._gauge(
@@ -145,6 +146,21 @@ class EngineCollector(Collector):
             "loraplex:adapter_wait_seconds", "That requests have waited for nothing but an adapter.", stats.adapter_wait
         )
         yield from self._tiers(stats.adapters.tiers)
+
+    def _by_kind(self, stats: EngineStats) -> Metric:
+        """Count the registered adapters of each kind by where they are; a kind of which there is none has no series."""
+        versions = self._registry.list()
+        levels = {place.name: "gpu" if place.on_device else "cpu" for place in stats.adapters.places(versions)}
+        found = Counter((version.info.kind, levels.get(version.name, "source")) for version in versions)
+        family = GaugeMetricFamily(
+            "loraplex:adapters",
+            "Registered adapters by kind, on the device (gpu), in host memory (cpu) or at their source.",
+            labels=(*LABELS, "kind", "level"),
+        )
+        for kind in sorted({kind for kind, _ in found}):
+            for level in ("gpu", "cpu", "source"):
+                family.add_metric((self._facts.names[0], "0", kind, level), found[kind, level])
+        return family
 
     def _refusals(self) -> Iterator[Metric]:
         """Yield counts of refused adapters, all reasons from the start: a reason that is absent has no rate."""

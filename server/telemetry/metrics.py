@@ -21,6 +21,9 @@ from loraplex.server.telemetry.usage import UsageCounts, UsageTable
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
+BASE_KIND = "base"
+"""Of a choice without an adapter, where kinds of adapters are counted."""
+
 _FIRST_TOKEN = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
 _NEXT_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 10)
 _WHOLE = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
@@ -57,6 +60,7 @@ class Metrics:
         )
         self.adapters = UsageTable("adapter", facts.names[0], facts.config.run.max_series)
         self._tenants = UsageTable("tenant", facts.names[0], facts.config.run.max_series)
+        self._kinds = UsageTable("kind", facts.names[0], facts.config.run.max_series)
         self._ended = Counter(
             "vllm:request_success",
             "Choices ended, by reason (stop, length, abort, error).",
@@ -97,6 +101,7 @@ class Metrics:
             self._inference.observe(choice.ended - phases.admitted)
         names = dict.fromkeys(name for name, _, _ in choice.adapters)
         self.adapters.ended(names or (self._facts.names[0],), used)
+        self._kinds.ended(choice.kinds or (BASE_KIND,), used)
         if tenant:
             self._tenants.ended((tenant,), used)
 
@@ -106,7 +111,8 @@ class Metrics:
 
     def render(self) -> bytes:
         """Write the exposition text, of content type CONTENT_TYPE."""
-        return generate_latest(self._registry) + (self.adapters.render() + self._tenants.render()).encode()
+        tables = (self.adapters, self._tenants, self._kinds)
+        return generate_latest(self._registry) + "".join(table.render() for table in tables).encode()
 
     def _histogram(self, name: str, text: str, buckets: Iterable[float]) -> Histogram:
         histogram = Histogram(f"vllm:{name}", text, LABELS, buckets=tuple(buckets), registry=self._registry)

@@ -40,6 +40,7 @@ class ChoiceTimes:
     tokens: int
     gaps: Histogram  # between tokens, seconds
     finish_reason: str
+    kinds: tuple[str, ...] = ()  # of the adapters, each once
 
 
 @dataclass

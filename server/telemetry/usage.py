@@ -1,4 +1,4 @@
-"""Count what each adapter and each tenant used: the busiest by name, and the others as one.
+"""Count what each adapter, each tenant and each kind of adapter used: the busiest by name, and the others as one.
 
 A name has series of its own once it is among the busiest. What it did before stays counted as "other", and when a
 busier name takes its place, its series are added to "other". So sums over all names only grow. The text is written
@@ -87,11 +87,11 @@ class Totals:
 
 
 class UsageTable:
-    """Count the names of one kind, adapters or tenants. Any thread may call any method."""
+    """Count names: of adapters, of tenants or of kinds of adapters. Any thread may call any method."""
 
-    def __init__(self, kind: str, model_name: str, limit: int) -> None:
-        """kind: "adapter" or "tenant"; limit: most names with series of their own."""
-        self._kind = kind
+    def __init__(self, of: str, model_name: str, limit: int) -> None:
+        """of: "adapter", "tenant" or "kind"; limit: most names with series of their own."""
+        self._of = of
         self._model_name = model_name
         self._limit = limit
         self._lock = threading.Lock()
@@ -171,9 +171,9 @@ class UsageTable:
             self._total = sum(self._counts.values())
 
     def _lines(self, rows: list[tuple[str, UsageCounts]]) -> Iterator[str]:
-        adapters = self._kind == "adapter"
-        prefix = f"loraplex:by_{self._kind}_"
-        label = "adapter_name" if adapters else "tenant"
+        adapters = self._of == "adapter"
+        prefix = f"loraplex:by_{self._of}_"
+        label = "adapter_name" if adapters else self._of
         own = [(f'model_name="{_escape(self._model_name)}",engine="0",{label}="{_escape(n)}"', u) for n, u in rows]
         for name, text in ADAPTER_COUNTERS if adapters else COUNTERS:
             yield f"# HELP {prefix}{name}_total {text}\n# TYPE {prefix}{name}_total counter"

@@ -11,6 +11,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from loraplex.adapters.histogram import Histogram
+from loraplex.adapters.tiers.stats import AdapterPlace
 from loraplex.server.api import choice, generation, submission
 from loraplex.server.engine.request import GenerationRequest, Phases, TokenEvent
 from loraplex.server.engine.stats import STEP_BOUNDS, EngineStats
@@ -110,6 +111,26 @@ async def test_by_adapter(client: httpx.AsyncClient, server: FakeServer) -> None
     assert found["loraplex:by_adapter_time_to_first_token_seconds_count"]["sql"] == 4
     assert found["loraplex:by_adapter_inter_token_latency_seconds_count"]["sql"] == 4
     assert found["loraplex:by_tenant_requests_total"] == {"other": 0}  # without keys there are none
+
+
+async def test_by_kind(client: httpx.AsyncClient, server: FakeServer) -> None:
+    for name, kind in (("sql", "lora"), ("poet", "ia3"), ("other-lora", "lora")):
+        await server.adapters.register(name, f"/adapters/{name}")
+        version = server.adapters.registry.get(name)
+        assert version is not None
+        server.adapters.registry.renew(version, replace(version.info, kind=kind))
+    for model in ("sql", "poet", "base", "sql*0.5+poet*0.5", "sql*0.5+other-lora*0.5"):
+        answer = await client.post("/v1/completions", json={"model": model, "prompt": "hi", "max_tokens": 2})
+        assert answer.status_code == 200, answer.text
+    found = await samples(client)
+    assert found["loraplex:by_kind_requests_total"] == {"lora": 3, "ia3": 2, "base": 1, "other": 0}
+    assert found["loraplex:by_kind_generation_tokens_total"] == {"lora": 6, "ia3": 4, "base": 2, "other": 0}
+    assert found["loraplex:by_kind_time_to_first_token_seconds_count"]["ia3"] == 2
+    server.hold(AdapterPlace("sql", on_device=True, pinned=False), AdapterPlace("poet", on_device=False, pinned=False))
+    assert (await samples(client))["loraplex:adapters"] == {
+        **{"ia3,gpu": 0, "ia3,cpu": 1, "ia3,source": 0},
+        **{"lora,gpu": 1, "lora,cpu": 0, "lora,source": 1},
+    }
 
 
 async def test_what_waits_for_what(client: httpx.AsyncClient, server: FakeServer) -> None:

@@ -1,7 +1,11 @@
-"""Norms, tokens and tables of an adapter's own, saved by PEFT and run by our decoder: the logits are PEFT's own."""
+"""Norms, tokens and tables of an adapter's own, and LoRA on tables, saved by PEFT and run by our decoder.
+
+The logits are PEFT's own.
+"""
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +30,8 @@ GEMMA_NORMS = (
     *("input_layernorm", "post_attention_layernorm"),
     *("pre_feedforward_layernorm", "post_feedforward_layernorm"),
 )
+TABLES = ("embed_tokens", "lm_head")
+HEAD: dict[str, Any] = {"modules_to_save": ["lm_head"]}
 TRAINED = [*range(1, 310, 3), 310, 311, 312]
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "ln": ("llama", {"kind": "LN_TUNING", "target_modules": ["input_layernorm", "post_attention_layernorm", "norm"]}),
@@ -56,7 +62,41 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "the head of a tied base": ("smollm2", {**LORA, "modules_to_save": ["lm_head"]}),
     "the embedding of a tied base": ("gemma2", {**LORA, "modules_to_save": ["embed_tokens"]}),
     "tied tables": ("qwen2", {**LORA, "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}),
+    "ln of heads": ("qwen3", {"kind": "LN_TUNING", "target_modules": ["q_norm", "k_norm", "input_layernorm"]}),
+    "LoRA and a norm of heads": ("qwen3", {**LORA, "modules_to_save": ["layers.1.self_attn.k_norm"]}),
+    "ln of heads of Gemma": ("gemma3", {"kind": "LN_TUNING", "target_modules": ["q_norm", "k_norm"]}),
+    **{
+        f"LoRA on {name}, {family}": (family, options)
+        for name, families, options in (
+            ("both tables", ("llama", "gemma2"), {"r": 4, "target_modules": [*ALL, *TABLES], "lora_alpha": 6}),
+            ("the head of many ranks", ("llama", "qwen3"), {"r": 19, "target_modules": ["lm_head"]}),
+            ("the embedding", ("smollm2", "gemma3"), {"r": 18, "target_modules": ["embed_tokens"], "use_rslora": True}),
+            (
+                *("tied tables", ("smollm2", "gemma3")),
+                {"r": 3, "target_modules": ["v_proj", "embed_tokens"], "ensure_weight_tying": True},
+            ),
+            (
+                *("tables by a pattern", ("qwen2",)),
+                {
+                    **{"r": 4, "target_modules": ".*(k_proj|embed_tokens|lm_head)", "lora_alpha": 5},
+                    **{"rank_pattern": {"embed_tokens": 7}, "alpha_pattern": {"lm_head": 3}},
+                },
+            ),
+            (
+                "the embedding beside a saved head",
+                ("llama",),
+                {**LORA, "target_modules": [*ALL, "embed_tokens"], **HEAD},
+            ),
+        )
+        for family in families
+    },
 }
+MIXED = {
+    "llama": ("LoRA on both tables, llama", "LoRA on the head of many ranks, llama"),
+    "smollm2": ("LoRA on tied tables, smollm2", "LoRA on the embedding, smollm2"),
+    "gemma3": ("LoRA on tied tables, gemma3", "LoRA on the embedding, gemma3"),
+}
+"""Cases of which PEFT computes the sum of weighted ones too."""
 FAMILIES = tuple(dict.fromkeys(family for family, _ in CASES.values()))
 
 
@@ -133,3 +173,28 @@ def test_alone_in_pieces_and_mixed(bases: dict[str, Base], family: str, ops: str
         for (case, _), request in requests.items():
             wanted = base.adapters[case].logits(request.ids) if case in CASES else logits_of(base, request.ids)
             assert_near(request, wanted, case)
+
+
+@pytest.mark.parametrize("ops", ["reference", "cpu"])
+@pytest.mark.parametrize("family", MIXED)
+def test_a_weighted_pair_of_changes_of_tables(bases: dict[str, Base], family: str, ops: str) -> None:
+    """The weighted sum, as PEFT computes it of two adapters whose scalings are multiplied with the weights."""
+    from peft import PeftModel
+
+    base, server = bases[family], serve(bases[family].path, ops)
+    pair = [base.adapters[case] for case in MIXED[family]]
+    model = PeftModel.from_pretrained(copy.deepcopy(base.hf), str(pair[0].folder)).eval()
+    model.load_adapter(str(pair[1].folder), "second")
+    model.base_model.set_adapter(["default", "second"])
+    weights = {"default": 0.7, "second": -0.4}
+    for module in model.modules():
+        scaling = getattr(module, "scaling", None)
+        for name in weights.keys() & scaling.keys() if isinstance(scaling, dict) else ():
+            scaling[name] *= weights[name]
+    with torch.no_grad():
+        wanted = model(torch.tensor([tokens(9)])).logits[0].float()
+    mix = tuple((server.load(adapter.folder), weight) for adapter, weight in zip(pair, weights.values(), strict=True))
+    beside = [Request(tokens(i), part, LENGTH - 4, chunk=7) for i, part in enumerate(((mix[0],), (), (mix[1],)))]
+    request = Request(tokens(9), mix, LENGTH - 6, chunk=5)
+    server.run([request, *beside])
+    assert_near(request, wanted, family)

@@ -1,4 +1,4 @@
-"""Norms, tokens and tables of adapters' own below a server, in one batch with LoRA and the base: PEFT's answers."""
+"""Norms, tokens and tables of adapters' own, LoRA on tables, in one batch with LoRA and the base: PEFT's answers."""
 
 from __future__ import annotations
 
@@ -31,6 +31,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "ln": {"kind": "LN_TUNING", "target_modules": ["input_layernorm", "post_attention_layernorm", "norm"]},
     "tokens": {**LORA, "trainable_token_indices": list(range(1, 310, 2))},
     "tables": {**LORA, "modules_to_save": ["embed_tokens", "lm_head"]},
+    "changed": {"r": 5, "target_modules": ["q_proj", "embed_tokens", "lm_head"], "lora_alpha": 8},
+    "embedded": {"r": 3, "target_modules": ["embed_tokens"], "ensure_weight_tying": True},
 }
 PROMPTS = ([5, 9, 200, 31, 7, 8, 301], [77, 4, 4, 19], list(range(20, 90)))
 
@@ -116,8 +118,26 @@ async def test_greedy_tokens_are_pefts_in_one_batch(world: _World) -> None:
 
 def test_tables_that_are_the_bases_own_take_no_pages(world: _World) -> None:
     """Beside the LoRA, "added" has three rows of each table and "tables" all of both."""
-    pages = {name: world.live.ask("GET", f"/v1/adapters/{name}").json()["pages"] for name in ("lora", "added")}
+    names = ("lora", "added", "changed", "tables")
+    pages = {name: world.live.ask("GET", f"/v1/adapters/{name}").json()["pages"] for name in names}
     assert pages["added"] <= pages["lora"] + 1
+    assert pages["changed"] < pages["tables"]  # PEFT saves the tables beside the factors
+
+
+def test_changes_of_tables_mix(world: _World) -> None:
+    """A whole weight and none are the adapter alone; others are others."""
+    body = {"prompt": PROMPTS[2], "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True, "logprobs": 0}
+
+    def ask(model: str) -> list[float]:
+        answer = world.live.ask("POST", "/v1/completions", json={**body, "model": model})
+        assert answer.status_code == 200, answer.text
+        return list(answer.json()["choices"][0]["logprobs"]["token_logprobs"])
+
+    alone = [ask(name) for name in ("changed", "embedded")]
+    assert ask("changed*1.0+embedded*0.0") == pytest.approx(alone[0], abs=1e-5)
+    assert ask("changed*0.0+embedded*1.0") == pytest.approx(alone[1], abs=1e-5)
+    assert ask("changed*0.5+changed*0.5") == pytest.approx(alone[0], abs=1e-5)
+    assert ask("changed*0.5+embedded*0.5") != pytest.approx(alone[0], abs=1e-2)
 
 
 def test_texts_know_the_added_tokens(world: _World) -> None:

@@ -101,8 +101,10 @@ class Server:
                 norms_in_order(config),
                 config.vocab_size,
                 config.hidden_size,
+                config.head_dim,
                 weights.is_tied,
                 config.embed_scale,
+                bool(weights.formats),
                 weights.tensor,
             ),
         )

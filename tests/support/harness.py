@@ -15,6 +15,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -24,7 +25,6 @@ from loraplex.kernels.constants import BLOCK_SIZE
 from loraplex.kernels.ops import Backend
 from loraplex.kernels.quantized import Activations
 from loraplex.kernels.records import AdapterSegments, AttentionMeta, KVGroup, KVLayer, TileTable, element_bytes
-from loraplex.kernels.reference_own import slots_of
 from loraplex.kernels.select import load_backend
 from loraplex.server.models.checkpoint import Checkpoint
 from loraplex.server.models.config import ModelConfig
@@ -200,8 +200,12 @@ class Harness:
     ) -> list[Tensor]:
         """Run the next tokens of each sequence; their logits, [n, vocab] fp32 per sequence."""
         batch = self.build(work, adapters, tiles)
-        slots = [] if adapters is None else slots_of(adapters, range(len(batch.input_ids)))
-        own = HeadRows.of(slots, batch.tiles, self.config.vocab_size)
+        own = None
+        if adapters is not None:
+            lengths = [end - start for start, end in pairwise(adapters.bounds)]
+            mixes = [mix for mix, length in zip(adapters.mixes, lengths, strict=True) for _ in range(length)]
+            mixes += [()] * (len(batch.input_ids) - len(mixes))
+            own = HeadRows.of(mixes, batch.tiles, self.config.vocab_size, self.ops.device)
         logits = self.decoder.logits(self.decoder.forward(batch), None, own)
         for sequence, n in work:
             sequence.computed += n

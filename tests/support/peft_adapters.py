@@ -534,6 +534,8 @@ def make_peft_adapter(
 
 _OWN_STD: dict[str, Callable[[Tensor], float]] = {
     "lora_E": lambda w: 2.0,
+    "lora_embedding_A": lambda w: 2.0,
+    "lora_embedding_B": lambda w: 2.0 * w.numel() ** -0.5,
     "hada_w1_a": lambda w: w.shape[1] ** -0.5,
     "hada_w1_b": lambda w: 2.0,
     "hada_w2_a": lambda w: 2.0 * w.shape[1] ** -0.5,

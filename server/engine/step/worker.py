@@ -122,12 +122,11 @@ class LocalWorker:
         return results
 
     def _head(self, rows: Sequence[Row]) -> HeadRows | None:
-        """Find the heads that adapters of these rows have of their own."""
+        """Find what adapters of these rows do to the head."""
         if not any(row.mix for row in rows):
             return None
-        tiles = self._residency.table
-        slots = [row.mix[0][0] if len(row.mix) == 1 else -1 for row in rows]
-        return HeadRows.of(slots, tiles, self._decoder.config.vocab_size)
+        mixes = [row.mix for row in rows]
+        return HeadRows.of(mixes, self._residency.table, self._decoder.config.vocab_size, self._device)
 
     def _read(self, row: Row, want: Want, hidden: Tensor, result: RowResult) -> RowResult:
         """`result` with what is wanted of hidden [n, H], of prompt tokens: their sum, or scores of the next ones."""

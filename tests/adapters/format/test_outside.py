@@ -35,7 +35,8 @@ def _base(*, tied: bool = False, known: bool = True) -> ServedBase:
     def read(name: str) -> Tensor:
         return TABLE if name in ("model.embed_tokens.weight", "lm_head.weight") else ONES
 
-    outside = BaseOutside(("input_layernorm", "", "post_attention_layernorm", ""), VOCAB, HIDDEN, tied, 2.0, read)
+    norms = ("input_layernorm", "", "post_attention_layernorm", "", "self_attn.q_norm", "")
+    outside = BaseOutside(norms, VOCAB, HIDDEN, 4, tied, 2.0, False, read)
 
     def asked(*_: Any) -> Any:
         return None
@@ -55,12 +56,25 @@ def _plan(config: dict[str, Any], tensors: dict[str, Tensor], base: ServedBase) 
     return make_rows(plan, tensors, base, lambda: None)
 
 
+def _low_rank(*, tokens: int = VOCAB) -> dict[str, Tensor]:
+    """Factors of a LoRA on both tables, of rank 1."""
+    return {
+        f"{EMBED}.lora_embedding_A": torch.ones(1, tokens),
+        f"{EMBED}.lora_embedding_B": torch.ones(HIDDEN, 1),
+        f"{HEAD}.lora_A.weight": torch.ones(1, HIDDEN),
+        f"{HEAD}.lora_B.weight": torch.ones(tokens, 1),
+    }
+
+
+BLOCKS = {"target_modules_bd_a": ["q_proj"], "nblocks": 2, "match_strict": False}
+TABLES = {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}
 LN = {"peft_type": "LN_TUNING", "target_modules": ["norm"]}
 TOKENS = {"peft_type": "TRAINABLE_TOKENS", "token_indices": [3, 4]}
 REFUSED: list[tuple[dict[str, Any], dict[str, Tensor], str, str]] = [
     ({"modules_to_save": ["q_proj"]}, {}, "unsupported_option", "q_proj"),
     ({"modules_to_save": ["score"]}, {}, "unsupported_option", "score"),
-    ({"modules_to_save": ["q_norm"]}, {}, "unsupported_option", "q_norm"),
+    ({"modules_to_save": ["k_norm"]}, {}, "unsupported_option", "k_norm"),
+    ({"modules_to_save": ["q_norm"]}, {}, "missing_tensor", "q_norm"),
     ({"modules_to_save": 3}, {}, "bad_config", "modules_to_save"),
     ({"modules_to_save": ["model.norm"]}, {}, "missing_tensor", "model.norm"),
     ({}, {f"{NORM}.weight": ONES}, "unmatched_tensor", "model.norm.weight"),
@@ -102,6 +116,34 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Tensor], str, str]] = [
 ]
 
 
+REFUSED += [
+    (TABLES, {}, "missing_tensor", "embed_tokens.lora_embedding_A"),
+    ({}, _low_rank(), "unmatched_tensor", "does not target this module"),
+    (TABLES, {**_low_rank(), f"{HEAD}.lora_B.weight": torch.ones(VOCAB, 2)}, "shape_mismatch", "lora_B"),
+    (TABLES, {**_low_rank(), f"{EMBED}.lora_embedding_B": torch.ones(9, 1)}, "shape_mismatch", "lora_embedding_B"),
+    (TABLES, _low_rank(tokens=VOCAB - 1), "shape_mismatch", r"lora_embedding_A.*\[1, 19\]"),
+    (TABLES, _low_rank(tokens=VOCAB + 2), "missing_tensor", "22 tokens and the base has 20"),
+    (
+        TABLES,
+        {**_low_rank(), f"{EMBED}.base_layer.weight": TABLE + 1},
+        "shape_mismatch",
+        "not the base's: 20 of 20 rows",
+    ),
+    (
+        {**TABLES, "trainable_token_indices": [3]},
+        {**_low_rank(), f"{EMBED}.token_adapter.trainable_tokens_delta": torch.ones(1, HIDDEN)},
+        *("unsupported_option", "trainable_token_indices"),
+    ),
+    *(
+        ({**TABLES, key: value}, _low_rank(), "unsupported_option", key)
+        for key, value in (
+            *(("use_dora", True), ("lora_bias", True), ("init_lora_weights", "pissa")),
+            *(("alora_invocation_tokens", [1]), ("use_bdlora", BLOCKS)),
+        )
+    ),
+]
+
+
 @pytest.mark.parametrize(("config", "tensors", "code", "words"), REFUSED)
 def test_what_is_refused(config: dict[str, Any], tensors: dict[str, Tensor], code: str, words: str) -> None:
     with refused(code, words):
@@ -125,6 +167,13 @@ def test_rows_that_are_the_bases_own_are_left_out() -> None:
         (PLACES.embed, 2, (2 * changed[2:5]).tolist()),
         (PLACES.embed, 17, (2 * changed[17:19]).tolist()),
     ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_table_beside_a_low_rank_change_of_it_is_the_bases_own(dtype: torch.dtype) -> None:
+    """As PEFT saves it, in whatever dtype: it takes nothing."""
+    tensors = {**_low_rank(), f"{EMBED}.base_layer.weight": TABLE.to(dtype), f"{HEAD}.base_layer.weight": TABLE}
+    assert _plan(TABLES, tensors, _base()) == []
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -349,8 +349,8 @@ def test_values_that_overflow_the_compute_dtype_are_refused(factor: str, what: s
 
 def test_what_does_not_fit_is_named() -> None:
     good = _low_rank(0, _K, 4)
-    with pytest.raises(ValueError, match=r"layer 30 .*layers 0 to 29"):
-        pack([replace(good, layer=30)], _SMOLLM2)
+    with pytest.raises(ValueError, match=r"layer 31 .*layers 0 to 29"):
+        pack([replace(good, layer=31)], _SMOLLM2)
     with pytest.raises(ValueError, match=r"A of shape \[4, 575\]; expected \[rank, 576\]"):
         pack([replace(good, a=good.a[:, 1:])], _SMOLLM2)
     with pytest.raises(ValueError, match=r"B of shape \[192, 3\]; expected \[192, 4\]"):

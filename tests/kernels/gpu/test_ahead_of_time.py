@@ -35,12 +35,12 @@ KERNELS = {
     "prefill_attention._tile",
     "quantized._rows",
     "quantized._tile",
+    "rotary._rope_store_kv",
     "rowwise._act_mul",
     "rowwise._add_bias",
     "rowwise._gather",
     "rowwise._place_own",
     "rowwise._rms_norm",
-    "rowwise._rope_store_kv",
     "sgmv._expand",
     "sgmv._shrink",
 }
