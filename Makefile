@@ -14,6 +14,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ROUTERS := .venv-routers
 CLIENT_ENVS := .venv-clients
+LIBRARIES := .venv-kinds
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
 
 PARTS := server kernels adapters $(if $(wildcard benchmarks/*.py),benchmarks)
@@ -23,7 +24,7 @@ ELSEWHERE := $(addprefix tests/,support routers clients benchmarks __pycache__) 
 TESTS := $(TEST_ORDER) $(filter-out $(TEST_ORDER) $(ELSEWHERE),$(patsubst %/,%,$(wildcard tests/*/)))
 PYTEST := $(BIN)/pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_FLAGS)
 
-.PHONY: help serve bench test test-benchmarks test-routers test-clients test-aiperf lint format install install-dev clean
+.PHONY: help serve bench test test-benchmarks test-routers test-clients test-kinds test-aiperf lint format install install-dev clean
 
 help:
 	@echo 'make serve    talk to the demo base and the example adapters on http://$(HOST):$(PORT) (HOST=, PORT=, SERVE_FLAGS=)'
@@ -32,6 +33,7 @@ help:
 	@echo 'make test-benchmarks  the tests of benchmarks/'
 	@echo 'make test-routers  two servers behind the routers of SGLang and vLLM, and under Ray Serve'
 	@echo 'make test-clients  LangChain, LiteLLM, the AI SDK, lm-eval, lorax-client, schemathesis and TRL against a server (CLIENTS=)'
+	@echo 'make test-kinds  what the libraries adapters and pyreft compute themselves, against what we answer'
 	@echo 'make test-aiperf   the load harness beside aiperf'
 	@echo 'make bench    the figures of README, measured here in under ten minutes'
 	@echo 'make lint     ruff and mypy'
@@ -92,6 +94,26 @@ $(CLIENT_ENVS)/%/.installed: tests/clients/%/requirements.txt
 
 $(CLIENT_ENVS)/ai-sdk/.installed: tests/clients/ai-sdk/package-lock.json
 
+# What `loraplex adapters convert` is for: the libraries save and compute once more, as they did for what is recorded in
+# tests/adapters/format/vectors, and the tests that read it read that. Their transformers is older than ours.
+KINDS := $(patsubst tests/adapters/format/record_%.py,%,$(wildcard tests/adapters/format/record_*.py))
+
+test-kinds: export LORAPLEX_VECTORS := $(CURDIR)/$(LIBRARIES)/vectors
+test-kinds: install-dev $(LIBRARIES)/.installed
+	rm -rf $(LORAPLEX_VECTORS)
+	for kind in $(KINDS); do \
+	    OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH=$(LIBRARIES)/packages \
+	        $(BIN)/python -W ignore -m tests.adapters.format.record_$$kind >$(LIBRARIES)/record.log 2>&1 || \
+	        { tail -n 40 $(LIBRARIES)/record.log; exit 1; }; \
+	done
+	$(PYTEST) -k librarys tests/adapters/format/test_bottleneck.py tests/adapters/format/test_reft.py \
+	    tests/e2e/test_adapters_kinds.py
+
+$(LIBRARIES)/.installed: tests/adapters/format/libraries.txt
+	rm -rf $(@D)
+	$(BIN)/python -m pip --disable-pip-version-check -qq install --no-deps --no-compile --target $(@D)/packages --requirement $<
+	@touch $@
+
 # The load harness beside aiperf, on the same workload against the same server.
 test-aiperf: install-dev $(CLIENT_ENVS)/aiperf/.installed
 	LORAPLEX_AIPERF=$(CURDIR)/$(CLIENT_ENVS)/aiperf/bin/aiperf $(BIN)/pytest $(PYTEST_FLAGS) tests/benchmarks/test_export.py
@@ -139,5 +161,5 @@ $(VENV)/.installed-dev: $(VENV)/.created pyproject.toml constraints.txt
 	@touch $(VENV)/.installed $@
 
 clean:
-	rm -rf $(VENV) $(ROUTERS) $(CLIENT_ENVS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(ROUTERS) $(CLIENT_ENVS) $(LIBRARIES) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

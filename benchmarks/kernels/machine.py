@@ -82,7 +82,7 @@ def limits(seconds: float = 1.0) -> Limits:
     """Measure this machine with torch's number of threads. Raises probes.NotBuilt.
 
     A limit is the larger of the loop in registers and torch's own product, which may have instructions that the loop
-    has not (AMX, bfmmla): a limit below what a library reaches is none. Arithmetic counts by its best sample, which no
+    has not (bfmmla): a limit below what a library reaches is none. Arithmetic counts by its best sample, which no
     luck makes faster than the CPU is; memory's by its decile, since a neighbour's idle moment is one.
     """
     fp32, product = torch.ones(PRODUCT, PRODUCT), 2 * PRODUCT**3

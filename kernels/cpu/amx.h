@@ -59,46 +59,39 @@ INLINE void tile_store(void* to, int64_t stride) { asm volatile("tilestored %%tm
 template <int Sums, int X, int W>
 INLINE void tile_multiply() { asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(Sums), "i"(X), "i"(W)); }
 
-// What is read next from memory: `share` bytes with every tile of inputs.
-struct TileFetch {
-    const char* at = nullptr;
-    int64_t share = 0;
-    const char* due = at;
-    inline __attribute__((always_inline)) void next() {
-        for (due += share; at < due; at += 64) __builtin_prefetch(at, 0, 2);
-    }
-};
+constexpr int64_t kNextTile = 4096;  // bytes from a tile of a panel's inputs to the next: a page, where the hardware stops fetching
+
+// How weights are read: in the order of memory, or by halves of a panel, and the one read first fetches the other's lines, too.
+enum class Reading { kInOrder, kHalves };
 
 // Tiles of sums [M][V] of M tiles of rows, `down` elements apart, and V of columns, through `count` tiles of inputs. step: w's elements
 // from one k step to the next. sums: where tile (m, v) rests, at (m * 4 + v) * kSums; fresh: they begin with zero.
 template <int M, int V>
-NOINLINE static void multiply_tiles(const bf16* x, int64_t down, int64_t ldx, const bf16* w, int64_t step, int64_t count, float* sums, bool fresh, TileFetch& fetch) {
+NOINLINE static void multiply_tiles(const bf16* x, int64_t down, int64_t ldx, const bf16* w, int64_t step, int64_t count, float* sums, bool fresh, Reading reading) {
     static_assert(M * V <= 4 && M <= 2);
     auto each = [&](auto run) {
-        if constexpr (M == 1) {
-            run.template operator()<0>(0);
-            if constexpr (V > 1) run.template operator()<1>(1);
-            if constexpr (V > 2) run.template operator()<2>(2);
-            if constexpr (V > 3) run.template operator()<3>(3);
-        } else {
-            run.template operator()<0>(0);
-            if constexpr (V > 1) run.template operator()<1>(1);
-            run.template operator()<2>(4);
-            if constexpr (V > 1) run.template operator()<3>(5);
-        }
+        run.template operator()<0>(0);
+        if constexpr (V > 1) run.template operator()<1>(1);
+        if constexpr (V > 2) run.template operator()<2>(2);
+        if constexpr (V > 3) run.template operator()<3>(3);
+        if constexpr (M > 1) run.template operator()<2>(4);
+        if constexpr (M > 1 && V > 1) run.template operator()<3>(5);
     };
     if (fresh)
         each([&]<int R>(int) { tile_zero<R>(); });
     else
         each([&]<int R>(int at) { tile_load<R>(sums + at * kSums, 64); });
-    TileFetch own = fetch;
     for (int64_t i = 0; i < count; i++, x += kSideInputs, w += kSideInputs / 2 * step) {
-        own.next();
-        tile_load<4>(x, ldx * 2);
-        if constexpr (M == 2) tile_load<5>(x + down, ldx * 2);
+        if (reading == Reading::kHalves)
+            for (int k = 0; k < kSide; k++) __builtin_prefetch(w + k * step + 4 * kSide, 0, 3), __builtin_prefetch(w + k * step + 6 * kSide, 0, 3);
+        __builtin_prefetch((const char*)w + kNextTile, 0, 3), __builtin_prefetch((const char*)w + kNextTile + 64, 0, 3);
         tile_load<6>(w, step * 2);
+        tile_load<4>(x, ldx * 2);
         tile_multiply<0, 4, 6>();
-        if constexpr (M == 2) tile_multiply<2, 5, 6>();
+        if constexpr (M == 2) {
+            tile_load<5>(x + down, ldx * 2);
+            tile_multiply<2, 5, 6>();
+        }
         if constexpr (V > 1) {
             tile_load<7>(w + 2 * kSide, step * 2);
             tile_multiply<1, 4, 7>();
@@ -113,7 +106,6 @@ NOINLINE static void multiply_tiles(const bf16* x, int64_t down, int64_t ldx, co
             tile_multiply<3, 4, 7>();
         }
     }
-    fetch = own;
     each([&]<int R>(int at) { tile_store<R>(sums + at * kSums, 64); });
 }
 
@@ -123,54 +115,54 @@ struct RowTiles {
     int64_t first(int64_t tile) const { return min2(tile * height, rows - height); }
 };
 
-// sums of tiles [first, first + n) of rows and of `columns` (at most 64, whole tiles) += x w, through `count` tiles of inputs, in n
-// passes over them.
-static void add_tiles(const RowTiles& tiles, int64_t first, int64_t n, const bf16* x, int64_t ldx, const bf16* w, int64_t step, int64_t count, int columns, float* sums, bool fresh, TileFetch& fetch) {
-    for (int64_t i = 0; i < n; i += 2) {
-        int64_t row = tiles.first(first + i);
-        const bf16* xs = x + row * ldx;
-        float* to = sums + i * 4 * kSums;
-        if (i + 1 < n) {
-            int64_t down = (tiles.first(first + i + 1) - row) * ldx;
-            for (int c = 0; c < columns; c += 32)
-                (columns - c >= 32 ? multiply_tiles<2, 2> : multiply_tiles<2, 1>)(xs, down, ldx, w + c * 2, step, count, to + c / kSide * kSums, fresh, fetch);
-            continue;
-        }
+// sums of one or two tiles of rows from the first on, of `columns` (at most 64, whole tiles), += x w, through `count` tiles of inputs.
+// read: no rows have met w before.
+static void add_tiles(const RowTiles& tiles, int64_t first, int64_t n, const bf16* x, int64_t ldx, const bf16* w, int64_t step, int64_t count, int columns, float* sums, bool fresh, bool read = false) {
+    int64_t row = tiles.first(first);
+    x += row * ldx;
+    if (n == 1) {
         auto run = columns >= 64 ? multiply_tiles<1, 4> : columns >= 48 ? multiply_tiles<1, 3> : columns >= 32 ? multiply_tiles<1, 2> : multiply_tiles<1, 1>;
-        run(xs, 0, ldx, w, step, count, to, fresh, fetch);
+        return run(x, 0, ldx, w, step, count, sums, fresh, Reading::kInOrder);
+    }
+    int64_t down = (tiles.first(first + 1) - row) * ldx;
+    for (int c = 0; c < columns; c += 32) {
+        auto run = columns - c >= 32 ? multiply_tiles<2, 2> : multiply_tiles<2, 1>;
+        run(x, down, ldx, w + c * 2, step, count, sums + c / kSide * kSums, fresh, read && c == 0 && columns == 64 ? Reading::kHalves : Reading::kInOrder);
     }
 }
 
 // ---- linears ----
 
-constexpr int kTurnTiles = 4;      // of rows whose sums rest in L1 while they take turns
-constexpr int64_t kTurnStretch = 4;  // tiles of inputs of a turn: 16 KB of a panel
-constexpr int64_t kTileAhead = 16384;
-constexpr int64_t kNextPanel = 512 << 10;  // bytes of a panel that is fetched whole before its turn comes
+constexpr int64_t kFewRowTiles = 4;  // up to which reading weights takes longer than multiplying, so that threads share panels whole
 
-// Tiles [first, last) of rows against `columns` of one panel.
+INLINE void store_two(bf16* y, fvec a, fvec b) { _mm512_storeu_si512(y, (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a)); }
+INLINE void store_two(float* y, fvec a, fvec b) { store(y, a), store(y + kSide, b); }
+
+// A tile of rows' sums to y.
+template <class O>
+INLINE void store_rows(const float* sums, int64_t height, O* y, int64_t ldy, int columns) {
+    int c = 0;
+    for (; c + 32 <= columns; c += 32, sums += 2 * kSums)
+        for (int64_t m = 0; m < height; m++) store_two(y + m * ldy + c, load(sums + m * kSide), load(sums + kSums + m * kSide));
+    for (; c < columns; c += kSide, sums += kSums)
+        for (int64_t m = 0; m < height; m++) store_n(y + m * ldy + c, load(sums + m * kSide), min2(kSide, columns - c));
+}
+
+// Tiles [first, last) of rows, two at a time, against `columns` of one panel.
 template <class O>
 static void matrix_panel(const MatrixUnit& unit, const RowTiles& tiles, int64_t first, int64_t last, const bf16* x, int64_t in, const bf16* w, int64_t step, O* y, int64_t ldy, int columns) {
-    alignas(64) float sums[kTurnTiles * 4 * kSums];
+    alignas(64) float sums[2 * 4 * kSums];
     int padded = (int)round_up(columns, kSide);
-    int64_t whole = in / kSideInputs, rest = in % kSideInputs, passes = last - first, bytes = kSideInputs * step;
-    bool turns = tiles.count <= kTurnTiles, next = !turns && in * step <= kNextPanel;
-    int64_t group = turns ? passes : 2, stretch = turns && passes > 1 ? kTurnStretch : max2<int64_t>(whole, 1);
-    TileFetch fetch{(const char*)w + (next ? in * step : kTileAhead), turns || next ? (bytes + passes - 1) / passes : bytes / 2};
-    for (int64_t tile = first; tile < last; tile += group) {
-        int64_t n = min2(group, last - tile);
-        for (int64_t k = 0; k < whole; k += stretch)
-            add_tiles(tiles, tile, n, x + k * kSideInputs, in, w + k * kSideInputs / 2 * step, step, min2(stretch, whole - k), padded, sums, k == 0, fetch);
+    int64_t whole = in / kSideInputs, rest = in % kSideInputs;
+    for (int64_t tile = first; tile < last; tile += 2) {
+        int64_t n = min2<int64_t>(2, last - tile);
+        if (whole) add_tiles(tiles, tile, n, x, in, w, step, whole, padded, sums, true, tile == first);
         if (rest) {
             unit.only(rest);
-            add_tiles(tiles, tile, n, x + whole * kSideInputs, in, w + whole * kSideInputs / 2 * step, step, 1, padded, sums, !whole, fetch);
+            add_tiles(tiles, tile, n, x + whole * kSideInputs, in, w + whole * kSideInputs / 2 * step, step, 1, padded, sums, !whole);
             unit.whole();
         }
-        if (!turns && !next) fetch.share = 0;
-        for (int64_t i = 0; i < n; i++)
-            for (int64_t m = 0; m < tiles.height; m++)
-                for (int c = 0; c < columns; c += kSide)
-                    store_n(y + (tiles.first(tile + i) + m) * ldy + c, load(sums + ((i * 4 + c / kSide) * kSide + m) * kSide), min2(kSide, columns - c));
+        for (int64_t i = 0; i < n; i++) store_rows(sums + i * 4 * kSums, tiles.height, y + tiles.first(tile + i) * ldy, ldy, columns);
     }
 }
 
@@ -179,7 +171,7 @@ template <class O>
 static void matrix_linear(int64_t rows, const bf16* x, int64_t in, const bf16* packed, int64_t out, O* y, int64_t ldy, int tid, int threads) {
     RowTiles tiles{rows};
     bool narrow = (out + kPanel - 1) / kPanel < threads;
-    int64_t unit = narrow ? kSide : kPanel, group = narrow || tiles.count <= kTurnTiles ? tiles.count : 2;
+    int64_t unit = narrow ? kSide : kPanel, group = narrow || tiles.count <= kFewRowTiles ? tiles.count : 2;
     int64_t groups = (tiles.count + group - 1) / group, units = (out + unit - 1) / unit * groups;
     int64_t first = units * tid / threads, last = units * (tid + 1) / threads;
     if (first >= last) return;

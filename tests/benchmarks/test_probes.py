@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from loraplex.benchmarks import bench_limits
 from loraplex.benchmarks.commands import MISUSED, app
-from loraplex.benchmarks.kernels import probes
+from loraplex.benchmarks.kernels import machine, probes
 from tests.support.inner_loops import STACK, inner_loops
 
 X86, ARM = ("g++", "objdump"), ("aarch64-linux-gnu-g++", "aarch64-linux-gnu-objdump")
@@ -29,6 +29,7 @@ CASES = {  # compiler and flags; the instruction of fp32 and of bf16 and the reg
     "avx2": (X86, ("-mavx2", "-mfma"), "vfmadd", "vfmadd", "ymm", 10),
     "avx512": (X86, AVX512, "vfmadd", "vfmadd", "zmm", 20),
     "avx512bf16": (X86, (*AVX512, "-mavx512bf16"), "vfmadd", "vdpbf16ps", "zmm", 20),
+    "amx": (X86, (*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"), "vfmadd", "vdpbf16ps", "zmm", 20),
     "neon": (ARM, (), "fmla", "fmla", r"v\d+\.4s", 20),
     "neonbf16": (ARM, ("-march=armv8.2-a+bf16",), "fmla", "bfdot", r"v\d+\.4s", 20),
 }
@@ -44,7 +45,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     probes.build(library, flags, compiler)
     found = {}
     for function, loops in inner_loops(library, objdump).items():
-        if name := re.fullmatch(r"(read_all|multiply_fp32|multiply_bf16)\._omp_fn\.0", function):
+        if name := re.fullmatch(r"(read_all|multiply_fp32|multiply_bf16|multiply_tiles)\._omp_fn\.0", function):
             found[name[1]] = max(loops, key=len)
     return request.param, found
 
@@ -52,6 +53,11 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def test_loops_stay_in_registers(case: tuple[str, dict[str, list[str]]]) -> None:
     name, loops = case
     *_, fp32, bf16, register, chains = CASES[name]
+    if tiles := loops.pop("multiply_tiles", []):
+        assert [each.split()[0] for each in tiles[:6]] == ["tdpbf16ps"] * 6
+        assert len({each[-4:] for each in tiles[:6]}) == 6, "sums of their own"
+        assert len(tiles) <= 10
+    assert bool(tiles) == (name == "amx")
     assert loops.keys() == {"read_all", "multiply_fp32"} | ({"multiply_bf16"} if bf16 != fp32 else set())
     for probe, instruction in (("multiply_fp32", fp32), ("multiply_bf16", bf16)):
         loop = loops.get(probe, loops["multiply_fp32"])
@@ -74,21 +80,25 @@ def test_a_spilling_loop_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert [each for each in loop if STACK.search(each)]
 
 
-def test_a_limit_is_what_a_library_nearly_reaches() -> None:
-    """torch's fp32 product of 1024 x 1024, on one thread each, in turns, the best of each side.
+@pytest.mark.parametrize(("dtype", "least_share"), [(torch.float32, 1 / 3), (torch.bfloat16, 1 / 6)], ids=str)
+def test_a_limit_is_what_a_library_nearly_reaches(dtype: torch.dtype, least_share: float) -> None:
+    """torch's product of 1024 x 1024, on one thread each, in turns, the best of each side.
 
     Others' load slows single samples of either side and leaves the best ones; both last about as long. The product has
     edges and packing, so it stays below the probe. More than 1.1 times the probe, and the probe is no limit; less than
-    a third, and it counts what it does not do.
+    a third (of AMX's tiles a sixth: oneDNN reaches 0.4 of 4.0 TFLOP/s), and it counts what it does not do.
     """
+    if dtype == torch.bfloat16 and not machine.multiplies_bf16():
+        pytest.skip("this library has no products of bf16 for this CPU")
     found, threads, n = probes.probes(), torch.get_num_threads(), 1024
-    a = torch.ones(n, n)
+    a = torch.ones(n, n, dtype=dtype)
+    probe = found.multiply_bf16 if dtype == torch.bfloat16 else found.multiply_fp32
     flops = 2 * n**3
     torch.set_num_threads(1)
     try:
-        rounds = max(1, flops // found.multiply_fp32(1, 1))
+        rounds = max(1, flops // probe(1, 1))
         sides: dict[str, Callable[[], object]] = {
-            "probe": lambda: found.multiply_fp32(rounds, 1),
+            "probe": lambda: probe(rounds, 1),
             "library": lambda: a @ a,
         }
         best = {name: float("inf") for name in sides}
@@ -98,21 +108,28 @@ def test_a_limit_is_what_a_library_nearly_reaches() -> None:
                 run()
                 best[name] = min(best[name], time.perf_counter() - start)
             ratio = best["library"] / best["probe"]
-            if turn >= 10 and 0.95 < ratio < 2.5:
+            if turn >= 10 and 0.95 < ratio < 0.85 / least_share:
                 break
     finally:
         torch.set_num_threads(threads)
     rates = {name: f"{flops / taken / 1e9:.0f} GFLOP/s" for name, taken in best.items()}
-    assert 0.9 < ratio < 3, rates
+    assert 0.9 < ratio < 1 / least_share, rates
 
 
 def test_the_loops_say_what_they_are() -> None:
     found = probes.probes()
     flags = set(re.findall(r"^(?:flags|Features)\s*:(.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[0].split())
-    names = {"avx512_bf16": "AVX-512 BF16", "avx512f": "AVX-512", "avx2": "AVX2", "bf16": "NEON BF16", "asimd": "NEON"}
+    names = {
+        "amx_bf16": "AMX",
+        "avx512_bf16": "AVX-512 BF16",
+        "avx512f": "AVX-512",
+        "avx2": "AVX2",
+        "bf16": "NEON BF16",
+        "asimd": "NEON",
+    }
     expected = next((name for flag, name in names.items() if flag in flags), found.instructions)
     assert found.instructions == expected
-    assert found.bf16_by in {"vdpbf16ps", "bfdot", "fp32"}
+    assert found.bf16_by in {"tdpbf16ps", "vdpbf16ps", "bfdot", "fp32"}
 
 
 def test_a_compiler_that_is_not_there_is_named(tmp_path: Path) -> None:

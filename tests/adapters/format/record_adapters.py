@@ -1,7 +1,4 @@
-"""Record what `adapters` saves and computes of its LoRA, (IA)^3 and prefix tuning: it wants an older transformers.
-
-The environment is record_bottlenecks.py's.
-"""
+"""Record what `adapters` saves and computes of its LoRA, (IA)^3 and prefixes, with the packages of libraries.txt."""
 
 from __future__ import annotations
 

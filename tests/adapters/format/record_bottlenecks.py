@@ -1,7 +1,4 @@
-"""Record what the `adapters` library saves and computes, for test_bottleneck.py: it wants an older transformers.
-
-    python -m venv FOLDER; FOLDER/bin/pip install adapters==1.3.0 transformers==4.57.6 torch safetensors
-    FOLDER/bin/python -m tests.adapters.format.record_bottlenecks
+"""Record what the `adapters` library saves and computes, for test_bottleneck.py, with the packages of libraries.txt.
 
 Bases are tests/support/tiny.py's, fp32. Its own Llama never fills a cache with this transformers, so logits are of one
 forward over the whole text.
@@ -67,6 +64,7 @@ def record_adapter(
     of_prompt: it acts on the prompt alone, and what is generated is the base's behind the prompt's cache.
     """
     adapters = import_module(LIBRARY)
+    torch.manual_seed(3)
     model = tiny_hf_model(family)
     ids = torch.tensor([IDS])
     with torch.no_grad():

@@ -1,8 +1,4 @@
-"""Record what `adapters` and pyreft save and compute of ReFT, for test_reft.py: they want an older transformers.
-
-    python -m venv FOLDER; FOLDER/bin/pip install adapters==1.3.0 transformers==4.57.6 torch safetensors
-    FOLDER/bin/pip install --no-deps pyreft==0.1.0 pyvene==0.1.8
-    FOLDER/bin/python -m tests.adapters.format.record_reft
+"""Record what `adapters` and pyreft save and compute of ReFT, for test_reft.py, with the packages of libraries.txt.
 
 Both count last positions in the text that they are given, so answers begin behind the prompt's cache. pyreft's
 `generate` intervenes on the prompt alone. The Llama of `adapters` fills no cache with this transformers, so one with
