@@ -41,7 +41,7 @@ DEFAULT_TTL = 3600.0
 """Seconds that an adapter without a name stays where nothing else was asked for."""
 
 WARM_SECONDS = 1.0
-"""Copies of 4 MiB a step, while streams decode: 64 MiB at 60 ms a step."""
+"""Copies of 10 MiB a step, while streams decode: 160 MiB at 60 ms a step."""
 
 MAX_TTL = 30 * 86_400.0
 

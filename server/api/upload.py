@@ -89,12 +89,18 @@ async def receive(request: Request, spooled: SpooledAdapter, most: int, threads:
         )
     upload, loop = Upload(request.headers, spooled, most), asyncio.get_running_loop()
     held = bytearray()
+    writing: asyncio.Future[None] | None = None  # the piece before, while this one comes
     try:
         async for chunk in request.stream():
             held += chunk
             if len(held) >= PIECE:
-                await loop.run_in_executor(threads, upload.take, bytes(held))
+                if writing is not None:
+                    await writing
+                writing = loop.run_in_executor(threads, upload.take, bytes(held))
+                writing.add_done_callback(_seen)
                 held.clear()
+        if writing is not None:
+            await writing
     except ClientDisconnect:
         raise ClientGone from None
 
@@ -103,6 +109,12 @@ async def receive(request: Request, spooled: SpooledAdapter, most: int, threads:
         return upload.end()
 
     return await loop.run_in_executor(threads, end)
+
+
+def _seen(writing: asyncio.Future[None]) -> None:
+    """Who has left is told nothing of what became of it."""
+    if not writing.cancelled():
+        writing.exception()
 
 
 def _media_type(header: str) -> str:
