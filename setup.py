@@ -58,7 +58,7 @@ class BuildKernels(build_ext):
 
 PARTS = (
     *("vec", "amx", "records", "linear", "packing", "inputs", "numbers", "quant4", "quant8", "exact", "quantised"),
-    *("own_table", "rowwise", "sampling", "tiles", "bgmv", "sgmv", "own", "rotate", "kv_pages", "attention"),
+    *("own_table", "rowwise", "sampling", "tiles", "bgmv", "scales", "sgmv", "own", "rotate", "kv_pages", "attention"),
 )
 LOADING = ("adapters/image/packing.cpp", "adapters/image/hashing.cpp")
 HEADERS = [*(f"{FOLDER}/{part}.h" for part in PARTS), "adapters/image/background.h", "kernels/constants.py"]

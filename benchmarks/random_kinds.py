@@ -15,18 +15,42 @@ from loraplex.adapters.files.patterns import Matcher
 from loraplex.adapters.format.kinds import KINDS
 from loraplex.adapters.format.module_kind import ModuleKind
 from loraplex.adapters.format.modules import PREFIX, SHARED_PREFIX, FoundModule
+from loraplex.adapters.format.targets import TABLES
 from loraplex.benchmarks.random_adapters import ATTENTION, CONFIG, WEIGHTS
+from loraplex.kernels.constants import BLOCK_SIZE
 from loraplex.server.models.config import ModelConfig
 
 TARGETS: Mapping[str, Any] = {"target_modules": list(ATTENTION)}
 VALUE = {"target_modules": ["v_proj"]}
 """Of what is made of the base's singular parts, a tenth of a second each, or is dense, twice the weight's bytes."""
 
+NOWHERE = {"target_modules": None}
+"""Of what is in front of the prompt or at blocks."""
+
+INVOCATION = 100
+"""The token that calls an activated LoRA; trained tokens begin with it."""
+
+RANK_OF_BOTTLENECK = 16
+
 OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "lora": {"r": 16, "lora_alpha": 16},
     "rslora": {"peft_type": "LORA", "r": 16, "lora_alpha": 16, "use_rslora": True},
     "dora": {"peft_type": "LORA", "r": 16, "lora_alpha": 16, "use_dora": True},
+    "alora": {"peft_type": "LORA", "r": 16, "lora_alpha": 16, "alora_invocation_tokens": [INVOCATION]},
+    "tables": {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": ["v_proj", *TABLES]},
     "ia3": {"target_modules": ["k_proj", "v_proj"], "feedforward_modules": []},
+    "trainable_tokens": {"token_indices": list(range(INVOCATION, INVOCATION + 64)), "target_modules": [TABLES[0]]},
+    "prompt_tuning": {"num_virtual_tokens": BLOCK_SIZE, **NOWHERE},
+    "prefix_tuning": {"num_virtual_tokens": BLOCK_SIZE, **NOWHERE},
+    "loreft": {
+        "peft_type": "REFT",
+        "non_linearity": "identity",
+        "subtract": True,
+        "shared": True,
+        "positions": "f2+l2",
+        **NOWHERE,
+    },
+    "houlsby": {"peft_type": "BOTTLENECK", "non_linearity": "silu", "source": "branch", **NOWHERE},
     "adalora": {"init_r": 12, "lora_alpha": 12},
     "loha": {"r": 4, "alpha": 4},
     "vera": {"r": 64},
@@ -75,6 +99,7 @@ def write_kinds(base: Path, folder: Path) -> RandomKinds:
     made = []
     for number, (name, options) in enumerate(OPTIONS.items()):
         raw = {"peft_type": name.upper(), **TARGETS, **options}
+        raw = {key: value for key, value in raw.items() if value is not None}
         write_kind(folder / name, raw, config, seed=number)
         made.append(name)
     kinds = {str({"peft_type": name, **OPTIONS[name]}["peft_type"]).lower() for name in made}
@@ -90,10 +115,10 @@ def write_kind(path: Path, raw: Mapping[str, Any], base: ModelConfig, seed: int)
         FoundModule(layer, projection, f"model.layers.{layer}.{projection.name}")
         for layer in range(base.num_layers)
         for projection in base.projections()
-        if projection.name.rpartition(".")[2] in raw["target_modules"]
+        if projection.name.rpartition(".")[2] in raw.get("target_modules", ())
     ]
     kind = KINDS[str(raw["peft_type"]).lower()]
-    shapes = _of_modules(kind, raw, modules) if isinstance(kind, ModuleKind) else _by_hand(raw, modules)
+    shapes = _of_modules(kind, raw, modules) if isinstance(kind, ModuleKind) else _by_hand(raw, modules, base)
     integers = kind.integer_leaves if isinstance(kind, ModuleKind) else frozenset()
     tensors = {name: _draw(name, shape, generator, integers) for name, shape in shapes}
     path.mkdir(parents=True, exist_ok=True)
@@ -112,8 +137,11 @@ def _of_modules(
         yield f"{SHARED_PREFIX}{role}", shape
 
 
-def _by_hand(raw: Mapping[str, Any], modules: Sequence[FoundModule]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """LoRA, DoRA and IA3, whose kinds keep the shapes to themselves."""
+def _by_hand(
+    raw: Mapping[str, Any], modules: Sequence[FoundModule], base: ModelConfig
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """LoRA, DoRA, IA3 and what is no linear's, whose kinds keep the shapes to themselves."""
+    yield from _no_linears(raw, base)
     for module in modules:
         name, projection = f"{PREFIX}{module.path}", module.projection
         if raw["peft_type"] == "IA3":
@@ -123,6 +151,34 @@ def _by_hand(raw: Mapping[str, Any], modules: Sequence[FoundModule]) -> Iterator
         yield f"{name}.lora_B.weight", (projection.out_features, raw["r"])
         if raw.get("use_dora"):
             yield f"{name}.lora_magnitude_vector", (projection.out_features,)
+
+
+def _no_linears(raw: Mapping[str, Any], base: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    hidden, embed = base.hidden_size, f"{PREFIX}model.{TABLES[0]}"
+    match raw["peft_type"]:
+        case "TRAINABLE_TOKENS":
+            yield f"{embed}.trainable_tokens_delta", (len(raw["token_indices"]), hidden)
+        case "PROMPT_TUNING":
+            yield "prompt_embeddings", (raw["num_virtual_tokens"], hidden)
+        case "PREFIX_TUNING":
+            width = base.num_layers * 2 * base.num_kv_heads * base.head_dim
+            yield "prompt_embeddings", (raw["num_virtual_tokens"], width)
+        case "BOTTLENECK":
+            for layer in range(base.num_layers):
+                for block in base.blocks()[:2]:
+                    name, rank = f"{PREFIX}model.layers.{layer}.{block.name}", RANK_OF_BOTTLENECK
+                    yield from ((f"{name}.down", (rank, hidden)), (f"{name}.down_bias", (rank,)))
+                    yield from ((f"{name}.up", (hidden, rank)), (f"{name}.up_bias", (hidden,)))
+        case "REFT":
+            for layer in range(0, base.num_layers, 2):
+                name, rank = f"{PREFIX}model.layers.{layer}.layer_out", RANK_OF_BOTTLENECK
+                yield from ((f"{name}.projection", (rank, hidden)), (f"{name}.source", (rank, hidden)))
+                yield f"{name}.source_bias", (rank,)
+        case "LORA" if TABLES[0] in raw["target_modules"]:
+            yield f"{embed}.lora_embedding_A", (raw["r"], base.vocab_size)
+            yield f"{embed}.lora_embedding_B", (hidden, raw["r"])
+            yield f"{PREFIX}{TABLES[1]}.lora_A.weight", (raw["r"], hidden)
+            yield f"{PREFIX}{TABLES[1]}.lora_B.weight", (base.vocab_size, raw["r"])
 
 
 def _draw(name: str, shape: tuple[int, ...], generator: torch.Generator, integers: frozenset[str]) -> Tensor:

@@ -20,7 +20,7 @@ from loraplex.benchmarks.load import Request, call, keep_streaming
 from loraplex.benchmarks.many.figures import Report, Target
 from loraplex.benchmarks.many.served import Server, serve
 from loraplex.benchmarks.random_adapters import ATTENTION, adapter_bytes, modules_of
-from loraplex.benchmarks.random_kinds import RandomKinds, write_kind, write_kinds
+from loraplex.benchmarks.random_kinds import INVOCATION, RandomKinds, write_kind, write_kinds
 from loraplex.kernels.constants import BLOCK_SIZE
 from loraplex.server.models.config import ModelConfig
 
@@ -140,5 +140,8 @@ async def rate(server: Server, names: Sequence[str], vocab: int, seconds: float,
 
 
 def _prompt(rng: random.Random, vocab: int) -> list[int]:
-    low = min(100, vocab // 2)  # above what is special
-    return [rng.randrange(low, vocab) for _ in range(PROMPT_TOKENS)]
+    """Draw a prompt above what is special, that calls an activated LoRA before its last quarter."""
+    low = min(INVOCATION, vocab // 2)
+    prompt = [rng.randrange(low, vocab) for _ in range(PROMPT_TOKENS)]
+    prompt[PROMPT_TOKENS * 3 // 4] = INVOCATION
+    return prompt

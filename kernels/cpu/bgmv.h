@@ -133,6 +133,7 @@ struct Part {
     const float* u;  // of the first rank; dense: of the unit's first column
     int64_t len;  // elements from rank to rank
     int n;
+    float weight;  // u of what has no A, whose phase may be left out
 };
 template <class Y>
 struct Expand {
@@ -237,7 +238,7 @@ INLINE void each_row(const Op& op, const Step& step, TileList<T>& tiles, F visit
     float* u = step.ranks;
     for (int s = 0; s < step.decode_segments; s++) {
         mix_tiles(step, s, op.adapter.layer, op.adapter.site, tiles);
-        if (!tiles.count) continue;
+        if (!tiles.count || tiles.scales) continue;
         for (int64_t row = step.indptr[s]; row < step.indptr[s + 1]; row++, u += tiles.count * kTileRanks) visit(row, u);
     }
 }
@@ -307,7 +308,8 @@ static void bgmv_expand(const Op& op, const Step& step, Units<T, Y>& units, int 
                     const Tile<T>& t = tiles[*i];
                     int64_t skip = col - t.start;
                     const float* own = u + *i * kTileRanks + (t.a && !t.b ? skip : 0);
-                    parts[num_parts++] = {t.b ? t.b + skip : nullptr, t.v ? t.v + skip : nullptr, own, t.len, t.n};
+                    Part<T>& part = parts[num_parts++] = {t.b ? t.b + skip : nullptr, t.v ? t.v + skip : nullptr, own, t.len, t.n, t.weight};
+                    if (!t.a) part.u = &part.weight;
                 }
             }
         }

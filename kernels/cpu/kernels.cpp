@@ -5,6 +5,7 @@
 #include "rotate.h"
 #include "rowwise.h"
 #include "sampling.h"
+#include "scales.h"
 #include "sgmv.h"
 
 namespace LORAPLEX_ISA {
@@ -17,11 +18,13 @@ static void dispatch(const Op& op, const Step& step, int phase, int tid, int thr
         case kEmbed: return op.embed.quantised ? embed_quantised<T>(op, step, rows, tid, threads) : embed<T>(op, step, rows, tid, threads);
         case kRmsNorm: return rms_norm<T>(op, rows, tid, threads);
         case kLinear:
+            if (!rows) return;  // tiles of rows are of even heights, which none have
             if (op.linear.to_float)
                 return linear(rows, (const T*)op.x, op.in, (const T*)op.w, op.out, (float*)op.y, op.linear.ldy, tid, threads);
             return linear(rows, (const T*)op.x, op.in, (const T*)op.w, op.out, (T*)op.y, op.linear.ldy, tid, threads);
         case kBias: return add_bias<T>(op, rows, tid, threads);
         case kAdapter:
+            if (phase) op.adapter.to_float ? scale_rows<T, float>(op, step, tid, threads) : scale_rows<T, T>(op, step, tid, threads);
             if (op.adapter.to_float) return bgmv<T, float>(op, step, phase, tid, threads);
             bgmv<T, T>(op, step, phase, tid, threads);
             if (phase) sgmv<T>(op, step, tid, threads);

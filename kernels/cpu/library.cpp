@@ -204,6 +204,18 @@ static uint64_t sites_in_use(const Step& step) {
     return sites;
 }
 
+// Whether decode rows have any A, which the first phase of their adapters is for.
+static bool any_shrinks(const Step& step) {
+    for (int m = 0; step.decode_segments && m < step.mix_ptr[step.decode_segments]; m++) {
+        int64_t places = (int64_t)step.num_layers * step.num_sites;
+        const int32_t* range = step.ranges + step.mix_slot[m] * places * 2;
+        for (int64_t i = 0; i < places; i++)
+            for (int tile = range[i * 2]; tile < range[i * 2 + 1]; tile++)
+                if (step.tiles[(int64_t)tile * kTileColumns] >= 0) return true;
+    }
+    return false;
+}
+
 // Whether nobody in the step has what the op is for.
 static bool is_idle(const Op& op, const Step& step, uint64_t sites) {
     switch (op.code) {
@@ -230,13 +242,13 @@ static bool for_one(const Op& op, const Step& step) {
     return by_rows && rows_of(op, step) == 1;
 }
 
-static void run_ops(Run run, const Op* ops, int count, const Step& step, uint64_t sites, ComputeType type, const Member& me, Phases& phases, int64_t first) {
+static void run_ops(Run run, const Op* ops, int count, const Step& step, uint64_t sites, bool shrinks, ComputeType type, const Member& me, Phases& phases, int64_t first) {
     for (int i = 0; i < count; i++) {
         bool adapter = ops[i].code == OpCode::kAdapter, two = adapter || prepared_apart(ops[i], step) || (ops[i].code == OpCode::kAttention && step.partials);
         if (is_idle(ops[i], step, sites)) continue;
         bool one = for_one(ops[i], step) || me.threads == 1;
         int each = one ? 1 : kChunks, owners = one ? 1 : me.threads;
-        for (int phase = adapter && !step.decode_segments; phase < 1 + two; phase++)
+        for (int phase = adapter && !shrinks; phase < 1 + two; phase++)
             phases.at(first + i * 2 + phase, each, owners).work(
                 me, [&](int chunk) { run(ops[i], step, type, phase, chunk, each * owners); },
                 [&] {
@@ -288,6 +300,7 @@ int loraplex_run(int isa, const Op* ops, int count, const Step* given, ComputeTy
     Step own = *given, *step = &own;
     int most = steps ? steps->most : 1, each = count * 2 + 1, done = 1;
     uint64_t sites = sites_in_use(own);
+    bool shrinks = any_shrinks(own);
     own.ranks = rank_scratch(own);
     own.prepared = prepared_scratch(own, ops, count);
     own.partials = threads > 1 ? partial_scratch(own, ops, count, threads, most) : nullptr;
@@ -298,7 +311,7 @@ int loraplex_run(int isa, const Op* ops, int count, const Step* given, ComputeTy
         Member me{omp_get_thread_num(), omp_get_num_threads()};
         for (int s = 0;; s++) {
             int64_t first = (int64_t)s * each;
-            run_ops(run, ops, count, *step, sites, type, me, phases, first);
+            run_ops(run, ops, count, *step, sites, shrinks, type, me, phases, first);
             if (s + 1 == most) break;
             phases.at(first + count * 2, 1, 1).work(me, [&](int) { done += goes_on[s] = go_on(own, *steps); }, [] {});
             if (!goes_on[s]) break;

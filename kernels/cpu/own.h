@@ -67,7 +67,6 @@ struct HeadRows {
     Scratch<int32_t> rows, first;  // of logits whose adapters have heads, those of one side by side; where each adapter's begin
     Scratch<int64_t> slots;
     Scratch<T> x, panel;
-    Scratch<Operand<T>> wide;
 };
 
 // Writes a tile's tokens to `count` rows of logits, from the panel's columns from `at` on.
@@ -77,7 +76,7 @@ INLINE void take_tokens(const float* sums, const int32_t* rows, int64_t count, i
 
 // A unit's tiles against `count` rows of one adapter: the tiles are read once, however many rows there are.
 template <class T>
-static void head_unit(const Op& op, const Step& step, OwnTiles tiles, int64_t first, const int32_t* rows, int64_t count, const T* x, const Operand<T>* xs, T* panel) {
+static void head_unit(const Op& op, const Step& step, OwnTiles tiles, int64_t first, const int32_t* rows, int64_t count, const T* x, T* panel) {
     constexpr int P = Pack<T>::P;
     int64_t last = min2<int64_t>(first + kHeadTiles, tiles.count), in = op.in;
     bool any = false;
@@ -97,9 +96,7 @@ static void head_unit(const Op& op, const Step& step, OwnTiles tiles, int64_t fi
     alignas(64) float sums[kHeadRows * kPanel];
     for (int64_t r = 0; r < count; r += kHeadRows) {
         int64_t n = min2<int64_t>(kHeadRows, count - r);
-        memset(sums, 0, sizeof(float) * n * kPanel);
-        Fetch none;
-        add_rows(n, sums, kPanel, xs + r * in, in, panel, kPanel * P, in / P, (int)(last - first) * 16, none);
+        linear(n, x + r * in, in, panel, kPanel, sums, kPanel, 0, 1);
         for (int64_t i = first; i < last; i++)
             if (const int32_t* tile = tiles.at + i * kTileColumns; tile[2] >= kFewTokens) take_tokens(sums, rows + r, n, (int)(i - first) * 16, tile, op);
     }
@@ -129,13 +126,12 @@ static void own_head(const Op& op, const Step& step, int64_t rows, int tid, int 
     if (range.first == range.last) return;
     T *x = s.x.get(worn * in), *panel = s.panel.get(in * kPanel);
     for (int64_t i = 0; i < worn; i++) memcpy((void*)(x + i * in), (const T*)op.x + order[i] * in, in * sizeof(T));
-    const Operand<T>* xs = operands(x, worn * in, s.wide);
     int64_t unit = 0;
     for (int64_t i = 0; i < adapters; i++) {
         OwnTiles tiles = tiles_of(i);
         int64_t first = begin[i], count = begin[i + 1] - first;
         for (int64_t tile = 0; tile < tiles.count; tile += kHeadTiles, unit++)
-            if (unit >= range.first && unit < range.last) head_unit(op, step, tiles, tile, order + first, count, x + first * in, xs + first * in, panel);
+            if (unit >= range.first && unit < range.last) head_unit(op, step, tiles, tile, order + first, count, x + first * in, panel);
     }
 }
 

@@ -45,6 +45,7 @@ struct TileList {
     Scratch<Tile<T>> tiles;
     Scratch<int> cuts, first, covers;  // interval c: columns [cuts[c], cuts[c + 1]), tiles covers[first[c], first[c + 1]) in order
     int count = 0, num_cuts = 0;
+    bool scales = false;  // nothing but scales, of columns that do not overlap: scales.h has such rows
     Tile<T>& operator[](int i) { return tiles.data[i]; }
 };
 
@@ -61,7 +62,8 @@ static void mix_tiles(const Step& step, int segment, int layer, int site, TileLi
         most += range[1] - range[0];
     }
     Tile<T>* out = list.tiles.get(most);
-    list.count = 0;
+    list.count = 0, list.scales = true;
+    int end = 0;
     for (int m = step.mix_ptr[segment]; m < step.mix_ptr[segment + 1]; m++) {
         const int32_t *range = tile_range(step, m, layer, site), *activation = nullptr;
         for (int i = range[0]; i < range[1]; i++) {
@@ -71,6 +73,7 @@ static void mix_tiles(const Step& step, int segment, int layer, int site, TileLi
                 continue;
             }
             bool scale = (TileKind)r[5] == TileKind::kScale;
+            list.scales &= scale && r[3] >= end, end = r[3] + r[4];
             const uint8_t *a = r[0] < 0 ? nullptr : step.arena + (int64_t)r[0] * kAlign, *b = r[1] < 0 ? nullptr : step.arena + (int64_t)r[1] * kAlign;
             out[list.count++] = {(const T*)a, scale ? nullptr : (const T*)b, scale ? (const float*)b : nullptr, r[2], r[3], r[4], r[6], r[7], step.mix_weight[m]};
             if (activation) {

@@ -101,6 +101,18 @@ def test_a_stream_ends_on_the_version_it_began_with(live: LiveServer, made: dict
     wait_for(lambda: left(spooled) == [])
 
 
+def test_nobody_is_told_where_it_was_written(live: LiveServer, made: dict[str, Any], spooled: Path) -> None:
+    assert put(live, "hidden", one_body(made["one"].folder)).status_code == 200
+    for path in ("/lora-adapters", "/v1/models", "/v1/models/hidden", "/v1/adapters/hidden", "/ui/overview"):
+        answer = live.ask("GET", path)
+        assert answer.status_code == 200
+        assert "hidden" in answer.text
+        assert str(spooled) not in answer.text, path
+    [listed] = [each for each in live.ask("GET", "/lora-adapters").json() if each["name"] == "hidden"]
+    assert listed["path"] == "hidden"
+    assert live.ask("DELETE", "/v1/adapters/hidden").status_code == 200
+
+
 def test_only_where_it_is_what_is_expected(live: LiveServer, made: dict[str, Any], spooled: Path) -> None:
     before = len(left(spooled))
     bodies = [one_body(made[name].folder) for name in ("one", "two", "three")]

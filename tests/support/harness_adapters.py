@@ -47,7 +47,10 @@ def write_adapters(harness: Harness, slots: int) -> TileTable:
 
 
 def write_own_rows(harness: Harness, table: TileTable, slot: int, ids: Sequence[int]) -> TileTable:
-    """`table`, in which `slot` has a norm of layer 0, the last norm, and rows of both tables for `ids` of its own."""
+    """`table`, in which `slot` has a norm of layer 0, the last norm, and rows of both tables for `ids` of its own.
+
+    It turns the input of the second linear of layer 0, k_proj, by one block of 8 for all inputs.
+    """
     config, generator = harness.config, torch.Generator().manual_seed(6)
     places = OwnPlaces(config.num_layers)
     ranges = torch.zeros(table.ranges_host.shape[0], places.count, 2, dtype=torch.int32)
@@ -63,8 +66,13 @@ def write_own_rows(harness: Harness, table: TileTable, slot: int, ids: Sequence[
             at = page * harness.page_bytes // 64
             rows.append([at, -1, 1, number, 1, TileKind.OWN, 0, config.hidden_size])
         ranges[slot, place] = torch.tensor([first, len(rows)])
+    block = torch.randn(8, 8, generator=generator).mul_(0.3).to(harness.weights.dtype)
+    page, raw = harness.take_pages(1)[0], block.view(torch.uint8).flatten()
+    harness.arena[page, : raw.numel()] = raw
+    ranges[slot, places.input(0, 1)] = torch.tensor([len(rows), len(rows) + 1])
+    rows.append([page * harness.page_bytes // 64, -1, 8, 0, config.hidden_size // 8, TileKind.TURN, 0, 8])
     tiles = torch.tensor(rows, dtype=torch.int32)
-    own = OwnTable(ranges, ranges, {slot: Own.NORM | Own.EMBED | Own.HEAD})
+    own = OwnTable(ranges, ranges, {slot: Own.NORM | Own.EMBED | Own.HEAD | Own.INPUT})
     return replace(table, tiles=tiles, tiles_host=tiles, own=own)
 
 
