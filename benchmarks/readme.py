@@ -3,8 +3,8 @@
     python -m loraplex.benchmarks.readme [--check]
 
 They stand in README.md and docs/benchmarks.md between <!-- figures: NAME --> and <!-- /figures -->, each kind of CPU
-apart and with its commit. NAME is machine, serve, adapters or slora (with its plots, docs/slora-<kind>.svg), which
-`make bench` measures, or one of those that stay as they are until what takes longer has run:
+apart and with its commit. NAME is machine, serve, quantised, adapters or slora (with its plots, docs/slora-<kind>.svg),
+which `make bench` measures, or one of those that stay as they are until what takes longer has run:
 
     peers     peers --out
     settings  slora --settings S2,S3,S4 --disk 9 --out
@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from loraplex.benchmarks import kept, serve, slora
+from loraplex.benchmarks import kept, quantised, serve, slora
 from loraplex.benchmarks.kept import Results, Section
 from loraplex.benchmarks.kind import Kind
 from loraplex.benchmarks.peers import report
@@ -48,10 +48,15 @@ class Table:
     of: Callable[[Section, Results], list[str]]  # lines
     rounds: Callable[[Section], int]
     inline: bool = False  # a sentence, in a list of kinds; else a table below its kind
+    wants: str = "measured"  # of the section, which those of older commits may lack
 
 
 def _serve(found: Section, of: Results) -> list[str]:
     return serve.format_rows([serve.Row(**row) for row in found["serve"]])
+
+
+def _quantised(found: Section, of: Results) -> list[str]:
+    return quantised.format_rows([quantised.Row(**row) for row in found["quantised"]])
 
 
 def _slora(found: Section, of: Results) -> list[str]:
@@ -131,6 +136,7 @@ def _thousand(found: Section, of: Results) -> list[str]:
 
 TABLES: Mapping[str, Table] = {
     "serve": Table("bench", _serve, _rounds("rounds")),
+    "quantised": Table("bench", _quantised, _rounds("rounds"), wants="quantised"),
     "adapters": Table("bench", _adapters, _rounds("slora_rounds"), inline=True),
     "machine": Table("bench", _machine, _rounds("rounds"), inline=True),
     "slora": Table("bench", _slora, _rounds("slora_rounds")),
@@ -145,7 +151,8 @@ def tables(results: Sequence[Results]) -> dict[str, str]:
     newest = max((kept.committed(section) for each in results for section in each.sections.values()), default="")
     found = {}
     for name, table in TABLES.items():
-        parts = [_part(table, each, newest) for each in results if table.section in each.sections]
+        having = (each for each in results if table.wants in each.sections.get(table.section, ()))
+        parts = [_part(table, each, newest) for each in having]
         if parts:
             found[name] = ("\n" if table.inline else "\n\n").join(parts) + "\n"
     return found

@@ -2,9 +2,9 @@
 
     python -m loraplex.benchmarks.short [--out FOLDER]
 
-Served tokens per second (a minute and a half), then S-LoRA's S1 at 5 to 2000 adapters (five minutes; the first time it
-makes 1.8 GB of them). They are kept in FOLDER/<kind of this CPU>.json, of which python -m loraplex.benchmarks.readme
-then writes README's tables.
+Served tokens per second (a minute and a half), the same in int4 beside bf16 (as long), then S-LoRA's S1 at 5 to 2000
+adapters (five minutes; the first time it makes 1.8 GB of them). They are kept in FOLDER/<kind of this CPU>.json, of
+which python -m loraplex.benchmarks.readme then writes README's tables.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from loraplex.benchmarks import kept, serve, slora
+from loraplex.benchmarks import kept, quantised, serve, slora
 from loraplex.benchmarks.kernels.machine import limits
 from loraplex.benchmarks.of_limit import exceeds
 
@@ -38,6 +38,7 @@ def run(rounds: int, slora_rounds: int, seconds: float, counts: Sequence[int]) -
     machine = limits()
     print(machine, flush=True)
     served = serve.run(rounds)
+    fewer_bits = quantised.run(rounds)
     over = slora.run("S1", counts, seconds=seconds, rounds=slora_rounds)
     shares = {row.name: row.of_limit for row in served} | {f"S1, {row.adapters}": row.of_limit for row in over}
     return {
@@ -45,6 +46,7 @@ def run(rounds: int, slora_rounds: int, seconds: float, counts: Sequence[int]) -
         "limit_is_wrong": [name for name, share in shares.items() if exceeds(share)],
         "rounds": rounds,
         "serve": [asdict(row) for row in served],
+        "quantised": [asdict(row) for row in fewer_bits],
         "slora_rounds": slora_rounds,
         "slora_seconds": seconds,
         "slora": [asdict(row) for row in over],

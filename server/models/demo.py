@@ -77,12 +77,19 @@ def find_source() -> Path | None:
 
 
 def find_verified_source() -> Path:
-    """Find the GGUF and compare it with the checksum that pip recorded. Raises DemoError."""
+    """Find the GGUF, of the package or beside $LORAPLEX_DEMO, and compare it with the checksum recorded for it.
+
+    Raises DemoError.
+    """
     source = find_source()
-    if source is None:
+    if source is not None:
+        _check_source(source)
+        return source
+    built_in = os.environ.get("LORAPLEX_DEMO")
+    kept = _source_beside(Path(built_in)) if built_in else None
+    if kept is None:
         raise DemoError(f"the demo base needs the package {PACKAGE}, which is not installed; {INSTALL}")
-    _check_source(source)
-    return source
+    return kept
 
 
 def ensure_converted(source: Path | None, target: Path) -> Path:
@@ -185,6 +192,19 @@ def _check_source(source: Path) -> None:
             if file.hash.value != _base64_of_hex(_sha256(source)):
                 raise DemoError(f"{source} is damaged: its sha256 is not the recorded one; {INSTALL} --force-reinstall")
             return
+
+
+def _source_beside(folder: Path) -> Path | None:
+    """Find the GGUF that `folder` was made from beside it, where an image keeps it. Raises DemoError."""
+    try:
+        made_from = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["source"]
+        source, expected = folder.with_name(Path(made_from["name"]).name), made_from["sha256"]
+        found = _sha256(source)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if found != expected:
+        raise DemoError(f"{source} is damaged: its sha256 is {found}, {folder / MANIFEST} says {expected}")
+    return source
 
 
 def _base64_of_hex(digest: str) -> str:

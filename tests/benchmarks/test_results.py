@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from loraplex.benchmarks import kept, readme, serve, short, slora
+from loraplex.benchmarks import kept, quantised, readme, serve, short, slora
 from loraplex.benchmarks.kept import Results
 from loraplex.benchmarks.kernels.gpu_work import Shape
 from loraplex.benchmarks.kernels.machine import Limits
@@ -41,6 +41,7 @@ BENCH: dict[str, Any] = {
     "slora_rounds": 1,
     "limits": asdict(Limits(2, 47.6e9, 849e9, 467e9, "AVX2", "fp32", 400e9)),
     "serve": [asdict(serve.Row("base, 1 stream", 123.4, 0.0444, 0.00751, 0.0099, 0.687, 0.034))],
+    "quantised": [asdict(quantised.Row("base, 1 stream", 123.0, 284.6, 2.312, 0.914))],
     "slora": [
         asdict(slora.Row("S1", 5, 20.0, 700.0, 0.1, 0.09, 0.2, 0, 1.0, 0.5, 1.0, 1.0, 1.0, 1.0)),
         asdict(slora.Row("S1", 2000, 19.0, 670.0, 0.15, 0.12, 0.4, 0, 0.13, 0.48, 0.95, 1.5, 0.945, 3.37)),
@@ -92,7 +93,8 @@ def test_every_figure_has_a_place_and_stands_under_its_kind() -> None:
     results = kept.read_all()
     for name, shown in places:
         for each in results:
-            if (section := each.sections.get(readme.TABLES[name].section)) is not None:
+            section = each.sections.get(readme.TABLES[name].section, {})
+            if readme.TABLES[name].wants in section:
                 assert f"**{each.kind}**, commit {section['measured']['commit']}" in shown
 
 
@@ -111,6 +113,19 @@ def test_kinds_stand_apart_and_the_older_one_says_so() -> None:
     assert "commit abc, 2026" in found["peers"]
     marked = readme.tables([Results(KIND, {"bench": {**BENCH, "outdated": True}})])
     assert "commit abc (older than the code here), " in marked["serve"]
+
+
+def test_a_file_from_before_a_table_was_measured_leaves_it_out() -> None:
+    before = Results(OTHER, {"bench": {name: content for name, content in BENCH.items() if name != "quantised"}})
+    assert "quantised" not in readme.tables([before])
+    assert str(OTHER) not in readme.tables([before, RESULTS])["quantised"]
+
+
+def test_int4_stands_beside_bf16_of_the_same_round() -> None:
+    """A machine that others use slows both of a round, and the ratio of medians would mix rounds."""
+    rates = ((100.0, 210.0), (50.0, 110.0), (80.0, 160.0))
+    rounds = [(peer.Figures(dense, 0.2), peer.Figures(fewer, 0.1)) for dense, fewer in rates]
+    assert quantised.Row.of("x", rounds) == quantised.Row("x", 80.0, 160.0, 2.1, 0.5)
 
 
 def test_a_share_above_the_limit_is_not_shown_without_saying_so() -> None:
@@ -359,6 +374,7 @@ def test_what_make_bench_runs_fills_every_file(tmp_path: Path, monkeypatch: pyte
     served = [replace(serve.Row(**row), of_limit=1.25) for row in BENCH["serve"]]
     monkeypatch.setattr(short, "limits", lambda: Limits(**BENCH["limits"]))
     monkeypatch.setattr(serve, "run", lambda rounds: served)
+    monkeypatch.setattr(quantised, "run", lambda rounds: [quantised.Row(**row) for row in BENCH["quantised"]])
     monkeypatch.setattr(slora, "run", lambda setting, counts, seconds, rounds: rows)
     results, texts = tmp_path / "results", (tmp_path / "README.md", tmp_path / "benchmarks.md")
     for place, source in zip(texts, readme.TEXTS, strict=True):
@@ -382,6 +398,7 @@ def test_what_make_bench_runs_fills_every_file(tmp_path: Path, monkeypatch: pyte
     readme.main()
     first, second = (place.read_text(encoding="utf-8") for place in texts)
     assert "| base, 1 stream | 123 | 125% (the limit is wrong) |" in first
+    assert "| base, 1 stream | 123 | 285 | 2.31 | 0.91 |" in first
     assert "Over 2,000 adapters it answers" in first
     assert f"{measured['cpus']} CPUs of {measured['cpu']}" in first
     assert f"**{kind}**, commit {measured['commit']}, " in first

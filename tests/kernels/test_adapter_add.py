@@ -419,17 +419,20 @@ _FUNCTIONS = {
 @pytest.mark.parametrize("function", Function)
 @pytest.mark.parametrize("width", [48, 130, 600])
 def test_bottlenecks(backend: Backend, dtype: torch.dtype, width: int, function: Function) -> None:
-    """Of each source, beside a bias and tiles of other kinds, in mixes, in place; of columns cut and of ranks."""
+    """Of each source, two of one site, beside a bias and other tiles, in mixes; of columns cut and of ranks."""
     rng = np.random.default_rng(width)
 
-    def bottleneck(rank: int, source: BlockInput) -> _Bottleneck:
+    def bottleneck(rank: int, source: BlockInput, function: Function = function) -> _Bottleneck:
         c = torch.from_numpy(rng.standard_normal(rank)).float()
         return _Bottleneck(_low_rank(rng, rank, width, width), c, function, source)
 
     bias = _Bias(torch.from_numpy(rng.standard_normal(width)), 0)
     adapters: dict[int, _Adapter] = {
         0: [bottleneck(12, BlockInput.BRANCH), bias],
-        1: [bottleneck(33, BlockInput.SUM)],
+        1: [
+            bottleneck(33, BlockInput.SUM),
+            bottleneck(33, BlockInput.SUM, Function.IDENTITY),
+        ],  # as a ReFT with a function
         2: [bottleneck(16, BlockInput.RESIDUAL), _low_rank(rng, 3, width, width)],
         3: [_low_rank(rng, 8, width, width)],
     }

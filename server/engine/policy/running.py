@@ -20,7 +20,7 @@ from loraplex.server.engine.policy.plan import Placement
 from loraplex.server.engine.policy.prefetch import Prefetch
 from loraplex.server.engine.policy.queue_limits import Running
 from loraplex.server.engine.policy.sequence import Sequence
-from loraplex.server.engine.policy.wearing import Entry
+from loraplex.server.engine.policy.wearing import MixEntry
 from loraplex.server.engine.request import GenerationRequest
 
 
@@ -135,7 +135,7 @@ class RunningSet:
             seq.slots = tuple((self._slot(entry), entry.weight) for entry in seq.entries)
         return seq.is_ready
 
-    def _slot(self, entry: Entry) -> int:
+    def _slot(self, entry: MixEntry) -> int:
         slot = self._adapters.slot_of(entry.digest, entry.unit)
         assert slot is not None, f"adapter {entry.digest[:12]} is ready, but not on the device"
         return slot

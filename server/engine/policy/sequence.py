@@ -19,7 +19,7 @@ from loraplex.server.engine.policy.rows import Mix, Row, RowFront, RowResult, Sa
 from loraplex.server.engine.policy.wearing import (
     ALWAYS,
     Acts,
-    Entry,
+    MixEntry,
     acts_of,
     front_of,
     turns_of,
@@ -117,7 +117,7 @@ class Sequence:
         self.is_ready = False  # running, and all bytes of its adapters are on the device
         self.is_bound = False
         self.mix: tuple[tuple[str, float], ...] = ()  # (digest, weight): the order in which the ops add them up
-        self.entries: tuple[Entry, ...] = ()  # the mix by units of tiles: one for each, or two
+        self.entries: tuple[MixEntry, ...] = ()  # the mix by units of tiles: one for each, or two
         self.acts: Acts = ()  # where each of the entries does; (): all from the first token on
         self.cache_root: bytes | None = (
             None  # all that its keys and values depend on beside tokens and turns; None: not shared
@@ -145,11 +145,11 @@ class Sequence:
             versions.setdefault(digest, lease.version)
         self.mix = tuple(sorted(weights.items()))
         self.versions = tuple(versions[digest] for digest, _ in self.mix)
-        found, acts, owners = list[Entry](), list[tuple[Span, ...]](), list[AdapterVersion]()
+        found, acts, owners = list[MixEntry](), list[tuple[Span, ...]](), list[AdapterVersion]()
         for (digest, weight), version in zip(self.mix, self.versions, strict=True):
             spans = acts_of(version, self.request.prompt_ids, self.num_front)
             for unit in range(version.info.positions.units if version.info.positions is not None else 1):
-                found.append(Entry(digest, weight, unit))
+                found.append(MixEntry(digest, weight, unit))
                 acts.append(tuple(span for span in spans if span.unit == unit))
                 owners.append(version)
         self.entries, self.front = tuple(found), front_of(owners)

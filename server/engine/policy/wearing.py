@@ -34,7 +34,7 @@ Acts = Sequence[Sequence[Span]]
 """Where each entry of a mix acts: ascending, and apart."""
 
 
-class Entry(NamedTuple):
+class MixEntry(NamedTuple):
     """An adapter of a mix with the tiles of one of its units, and the weight that they count with."""
 
     digest: str
@@ -100,7 +100,7 @@ def front_of(versions: Iterable[AdapterVersion]) -> tuple[int, Front] | None:
     return next(((index, front) for index, front in found if front is not None), None)
 
 
-def turns_of(mix: Sequence[Entry], acts: Acts) -> Turns:
+def turns_of(mix: Sequence[MixEntry], acts: Acts) -> Turns:
     """Say for the prefix cache where another of the entries acts than before, and what acts from there on."""
     cuts = (cut for cut in _cuts(acts) if 0 < cut < NEVER)
     return tuple((cut, json.dumps([cut, worn_at(mix, acts, cut)]).encode()) for cut in cuts)

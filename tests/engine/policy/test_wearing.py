@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loraplex.adapters.positions import Span
-from loraplex.server.engine.policy.wearing import NEVER, Entry, invoked_at, turns_of, worn_at, worn_between
+from loraplex.server.engine.policy.wearing import NEVER, MixEntry, invoked_at, turns_of, worn_at, worn_between
 
 TOKENS = st.lists(st.integers(0, 2), max_size=14)
 
@@ -45,7 +45,7 @@ def test_what_a_rows_tokens_wear(cuts: list[list[int]], first: int, count: int) 
 
 
 def test_turns_tell_where_and_what() -> None:
-    mix = (Entry("one", 1.0), Entry("two", 0.5), Entry("three", 1.0))
+    mix = (MixEntry("one", 1.0), MixEntry("two", 0.5), MixEntry("three", 1.0))
     acts = [spans_of([0]), spans_of([7]), spans_of([])]
     turns = turns_of(mix, acts)
     assert [position for position, _ in turns] == [7]

@@ -36,6 +36,7 @@ KERNELS = {
     "quantized._rows",
     "quantized._tile",
     "rotary._rope_store_kv",
+    "rotate._turn",
     "rowwise._act_mul",
     "rowwise._add_bias",
     "rowwise._gather",
