@@ -76,6 +76,7 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "randlora": {"r": 32, **VALUE},
     "supertuning": VALUE,
     "glora": {"r": 8, **VALUE},
+    "frod": {"sparse_rate": 0.001, **VALUE},
     "oft": {"r": 0, "oft_block_size": 32, "use_cayley_neumann": False},
     "boft": {"boft_block_size": 16, "boft_block_num": 0},
 }
@@ -121,6 +122,9 @@ def write_kind(path: Path, raw: Mapping[str, Any], base: ModelConfig, seed: int)
     shapes = _of_modules(kind, raw, modules) if isinstance(kind, ModuleKind) else _by_hand(raw, modules, base)
     integers = kind.integer_leaves if isinstance(kind, ModuleKind) else frozenset()
     tensors = {name: _draw(name, shape, generator, integers) for name, shape in shapes}
+    for name in tensors:
+        if ".frod_s_size." in name:  # what its basis is wide
+            tensors[name] = torch.full((2,), tensors[name.replace("frod_s_size", "frod_V")].shape[0])
     path.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path / WEIGHTS)
     (path / CONFIG).write_text(json.dumps(raw))
@@ -182,7 +186,7 @@ def _no_linears(raw: Mapping[str, Any], base: ModelConfig) -> Iterator[tuple[str
 
 
 def _draw(name: str, shape: tuple[int, ...], generator: torch.Generator, integers: frozenset[str]) -> Tensor:
-    if name.rpartition(".")[2] in integers:
+    if any(name.endswith(f".{leaf}") for leaf in integers):
         return torch.randint(0, 64, shape, generator=generator)
     if name.endswith(".zeros"):
         return torch.zeros(shape, dtype=torch.bfloat16)
