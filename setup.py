@@ -57,8 +57,9 @@ class BuildKernels(build_ext):
 
 
 PARTS = (
-    *("vec", "amx", "records", "linear", "packing", "inputs", "numbers", "quant4", "quant8", "exact", "quantised"),
-    *("own_table", "rowwise", "sampling", "tiles", "bgmv", "scales", "sgmv", "own", "rotate", "kv_pages", "attention"),
+    *("vec", "amx", "records", "linear", "packing", "inputs", "numbers", "matrix_units", "quant4", "quant8", "exact"),
+    *("quantised", "own_table", "rowwise", "sampling", "tiles", "bgmv", "sgmv", "own", "rotate", "kv_pages"),
+    "attention",
 )
 LOADING = ("adapters/image/packing.cpp", "adapters/image/hashing.cpp")
 HEADERS = [*(f"{FOLDER}/{part}.h" for part in PARTS), "adapters/image/background.h", "kernels/constants.py"]

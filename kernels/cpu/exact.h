@@ -8,6 +8,7 @@
 // for all rows, and tiles read them: the same products and sums in the same order, so that a row's bits do not depend on it.
 #pragma once
 #include "inputs.h"
+#include "matrix_units.h"
 #include "numbers.h"
 #include "quant4.h"
 
@@ -193,26 +194,50 @@ static void add_made(const X* values, const Stretch& units, int64_t u, int64_t u
     });
 }
 
+#if defined(__AMX_BF16__)
+// sums += a stretch by the matrix unit. make(u): the values of units [u, u + T).
+template <bool Offset, int T, class Make>
+static void add_made_units(const Stretch& units, int64_t unit, const ExactRows<bf16>& all, int64_t count, int columns, Make make) {
+    with_tiles_of(columns, [&](auto width) {
+        constexpr int V = width.count;
+        RowTiles tiles{count};
+        each_unit(
+            tiles.count, units.count, T, make,
+            [&](int64_t u, const bf16* values, int64_t t, float* dots) { dot_units<V>(all.x + tiles.first(t) * all.ldx + u * unit, all.ldx, values, T, unit, dots); },
+            [&](int64_t u, int64_t t, const float* dots) {
+                for (int64_t m = t * tiles.height - tiles.first(t); m < tiles.height; m++) {
+                    fvec acc[1][V];
+#pragma GCC unroll 4
+                    for (int v = 0; v < V; v++) acc[0][v] = load(dots + v * kSums + m * kSide);
+                    add_scaled<Offset, T>(acc, units, u, 0, all.from(tiles.first(t) + m, 0));
+                }
+            });
+    });
+}
+#endif
+
 // T: units of a sum, which share their scale.
 template <class X, int Bits, Codes C, bool Offset, int T = 1>
 struct Exact {
     using W = CodeValues<X, Bits, C>;
     static constexpr Form form = sizeof(X) == 2 ? Form::kPairs : Form::kFloats;
     static constexpr int stretch = kStretchUnits, rows = kExactRows;
+    static constexpr bool by_matrix = kMatrixUnit && sizeof(X) == 2;
+    static int64_t tile_inputs(const Quantised& w) { return by_matrix ? w.unit : 0; }
     static float bias(const Quantised& w) { return W::bias(w); }
     static void add(const Quantised& w, const Stretch& units, const Inputs& x, int64_t row, int64_t count, int64_t unit, float* sums, int columns) {
         ExactRows<X> all{(const X*)x.x + row * x.in + unit * w.unit, x.in, x.sums + row * x.units + unit, x.units, sums};
-        if constexpr (W::direct)
+        if constexpr (W::direct && !by_matrix)
             if (count <= W::most && w.unit == 32)
                 return add_tiles<W::rows, W::vecs, W::row_vecs>(w, units, count, columns, [&](auto tile, auto vecs, int c, int64_t first, const Ahead& ahead) {
                     exact_tile<tile.count, vecs.count, Offset, T, X, W>(w, units, c, all.from(first, c), ahead);
                 });
-        alignas(64) X made[T * 32 * kPanel];
+        alignas(64) X made[by_matrix ? 2 : 1][T * 32 * kPanel];
         W values(w);
         const uint8_t* at = units.codes;
         int64_t words = T * w.unit * Bits / 32;
-        for (int64_t u = 0; u < units.count; u += T) {
-            uint8_t* to = (uint8_t*)made;
+        auto make = [&](int64_t u) {
+            uint8_t *begin = (uint8_t*)made[by_matrix ? u / T % 2 : 0], *to = begin;
             for (int64_t j = 0; j < words; j++, at += kPanel * 4, to += W::count * kPanel * 4)
                 for (int c = 0; c < columns; c += kLanes) {
                     uvec codes = load_pairs(at + c * 4);
@@ -220,8 +245,12 @@ struct Exact {
 #pragma GCC unroll 8
                     for (int n = 0; n < W::count; n++) *(uvec_u*)(to + (n * kPanel + c) * 4) = (uvec)values.value(codes, n);
                 }
-            add_made<Offset, T>(made, units, u, w.unit, all, count, columns);
-        }
+            return (const X*)begin;
+        };
+#if defined(__AMX_BF16__)
+        if constexpr (by_matrix) return add_made_units<Offset, T>(units, w.unit, all, count, columns, make);
+#endif
+        for (int64_t u = 0; u < units.count; u += T) add_made<Offset, T>(make(u), units, u, w.unit, all, count, columns);
     }
 };
 

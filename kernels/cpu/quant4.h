@@ -130,6 +130,7 @@ template <bool Offset>
 struct Nibbles {
     static constexpr Form form = Form::kNibbleBytes;
     static constexpr int stretch = kStretchUnits, rows = 128;
+    static int64_t tile_inputs(const Quantised&) { return 0; }
     static float bias(const Quantised& w) { return Offset ? (float)w.zero : 0.f; }
     static void add(const Quantised& w, const Stretch& units, const Inputs& x, int64_t row, int64_t rows, int64_t unit, float* sums, int columns) {
         add_tiles<kByteRows, kByteVecs, kByteRowVecs>(w, units, rows, columns, [&](auto tile, auto vecs, int c, int64_t first, const Ahead& ahead) {

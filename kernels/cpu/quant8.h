@@ -225,6 +225,7 @@ template <int W, bool Offset>
 struct Bytes {
     static constexpr Form form = Form::kWords;
     static constexpr int stretch = kStretchUnits, rows = kRowBlock;
+    static int64_t tile_inputs(const Quantised&) { return 0; }
     static float bias(const Quantised&) { return 0.f; }
     static void add(const Quantised& w, const Stretch& units, const Inputs& x, int64_t row, int64_t, int64_t unit, float* sums, int columns) {
         Words here = words_of(x, row);

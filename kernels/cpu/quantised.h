@@ -29,6 +29,7 @@ struct Wide {
     static constexpr Form form = Form::kFloats;
     static constexpr int stretch = 2;  // units: 16 KB when they are widened
     static constexpr int rows = 128;   // that share what is widened; their sums take 32 KB
+    static int64_t tile_inputs(const Quantised&) { return 0; }  // of the matrix unit, if it is used (matrix_units.h)
     static float bias(const Quantised&) { return 0.f; }
     static void add(const Quantised& w, const Stretch& units, const Inputs& x, int64_t row, int64_t rows, int64_t unit, float* sums, int columns) {
         alignas(64) float wide[stretch * 32 * kPanel];
@@ -102,6 +103,7 @@ INLINE void multiply_panel(const Quantised& w, const Inputs& x, int64_t rows, in
     const uint8_t* panel = w.data + n / kPanel * w.panel_bytes;
     for (int64_t row = 0; row < rows; row += K::rows) {
         int64_t here = min2<int64_t>(K::rows, rows - row);
+        [[maybe_unused]] UnitTiles unit(here, K::tile_inputs(w));
         float* sums = scratch.get(here * kPanel);
         memset(sums, 0, here * kPanel * sizeof(float));
         each_stretch(w, block_parts(w), panel, K::stretch, (int)(n % kPanel), padded, K::bias(w), [&](int64_t unit, const Stretch& stretch) {

@@ -72,7 +72,7 @@ NIBBLES = {
 """Of 4-bit codes and inputs in bytes: the instruction, and how often a unit has it in the largest tile."""
 
 EXACT = {
-    "amx": (("vdpbf16ps", 6 * 4 * 4), ("vfmadd231ps", 6 * 2 * 8)),
+    "amx": (("vfmadd231ps", 6 * 2 * 8),),  # of bf16 by tiles: matrix_units.h
     "avx512bf16": (("vdpbf16ps", 6 * 4 * 4), ("vfmadd231ps", 6 * 2 * 8)),
     "avx512": (("vfmadd231ps", 6 * 2 * 8),),
     "avx2": (("vfmadd231ps", 4 * 2 * 8),),
