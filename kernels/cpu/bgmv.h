@@ -17,7 +17,7 @@ struct Run {
     int64_t width, stride, rows;
 };
 
-// Fetches runs, line by line, for L1 alone: they are read once.
+// Fetches runs, line by line: they are read once.
 struct Fetcher {
     const Run *run = nullptr, *end = nullptr;
     const char* at = nullptr;
@@ -35,7 +35,7 @@ struct Fetcher {
             return;
         }
 #pragma GCC unroll 4
-        for (int i = 0; i < Lines; i++) __builtin_prefetch(at + i * 64, 0, 0);
+        for (int i = 0; i < Lines; i++) __builtin_prefetch(at + i * 64, 0, kOnce);
         at += Lines * 64, left -= Lines * 64;
     }
     void line() {
@@ -49,7 +49,7 @@ struct Fetcher {
                 return;
             }
         }
-        __builtin_prefetch(at, 0, 0);
+        __builtin_prefetch(at, 0, kOnce);
         at += 64, left -= 64;
     }
 };

@@ -122,7 +122,7 @@ struct Fetch {
     bool l1_alone = false;
     inline __attribute__((always_inline)) void next() {
         for (int64_t i = 0; i < steps; i++, at += stride)
-            for (int64_t c = 0; c < width; c += 64) l1_alone ? __builtin_prefetch(at + c, 0, 0) : __builtin_prefetch(at + c, 0, 2);
+            for (int64_t c = 0; c < width; c += 64) l1_alone ? __builtin_prefetch(at + c, 0, kOnce) : __builtin_prefetch(at + c, 0, 2);
     }
 };
 

@@ -51,7 +51,7 @@ struct Ahead {
     const char* at;
     int64_t step, lines;
     inline __attribute__((always_inline)) void next() {
-        for (int64_t i = 0; i < lines; i++) __builtin_prefetch(at + i * 64, 0, 0);
+        for (int64_t i = 0; i < lines; i++) __builtin_prefetch(at + i * 64, 0, kOnce);
         at += step;
     }
 };

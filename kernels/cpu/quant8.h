@@ -113,7 +113,7 @@ struct WeightsAhead {
     int64_t step, lines;
     bool l1_alone;
     inline __attribute__((always_inline)) void next() {
-        for (int64_t i = 0; i < lines; i++) l1_alone ? __builtin_prefetch(at + i * 64, 0, 0) : __builtin_prefetch(at + i * 64, 0, 2);
+        for (int64_t i = 0; i < lines; i++) l1_alone ? __builtin_prefetch(at + i * 64, 0, kOnce) : __builtin_prefetch(at + i * 64, 0, 2);
         at += step;
     }
 };
