@@ -15,9 +15,11 @@ X86 = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": AVX512,
     "avx512bf16": AVX512_BF16,
-    "amx": [*AVX512_BF16, "-mamx-tile", "-mamx-bf16", "-mamx-int8"],
+    "amx": [*AVX512_BF16, "-mamx-tile", "-mamx-bf16", "-mamx-int8", "-DFETCH_ONCE_FOR_L2"],
 }
 ARM = {"neonbf16": ["-march=armv8.2-a+bf16"]}
+# The same again with lines that are read once fetched for L2: on Intel's CPUs those are what runs (vec.h: kOnce).
+X86 |= {f"{isa}_l2": [*flags, "-DFETCH_ONCE_FOR_L2"] for isa, flags in X86.items() if isa != "amx"}
 ISAS = {"generic": [], **{"x86_64": X86, "aarch64": ARM}.get(platform.machine(), {})}
 # No standard-library templates cross instruction sets (vec.h says why), so no exceptions and no RTTI either.
 FLAGS = ["-std=c++20", "-fPIC", "-Wall", "-Wno-psabi"]

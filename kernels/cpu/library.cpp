@@ -27,8 +27,11 @@
 DECLARE(generic)
 #ifdef __x86_64__
 DECLARE(avx2)
+DECLARE(avx2_l2)
 DECLARE(avx512)
+DECLARE(avx512_l2)
 DECLARE(avx512bf16)
+DECLARE(avx512bf16_l2)
 DECLARE(amx)
 #elif defined(__aarch64__)
 DECLARE(neonbf16)
@@ -53,14 +56,19 @@ static bool has_amx() {
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kAll) != kAll) return false;
     return !syscall(SYS_arch_prctl, kAskPermission, kTileData);
 }
+// Of the two builds of a set, which differ in kOnce of vec.h, the one for this CPU's vendor.
+static Run by_vendor(Run others, Run intel) {
+    __builtin_cpu_init();
+    return __builtin_cpu_is("intel") ? intel : others;
+}
 #endif
 
 static const Isa kIsas[] = {
 #ifdef __x86_64__
     {"amx", amx::run, [] { return has_avx512_bf16() && has_amx(); }},
-    {"avx512bf16", avx512bf16::run, has_avx512_bf16},
-    {"avx512", avx512::run, [] { return __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq"); }},
-    {"avx2", avx2::run, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }},
+    {"avx512bf16", by_vendor(avx512bf16::run, avx512bf16_l2::run), has_avx512_bf16},
+    {"avx512", by_vendor(avx512::run, avx512_l2::run), [] { return __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq"); }},
+    {"avx2", by_vendor(avx2::run, avx2_l2::run), [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }},
 #elif defined(__aarch64__)
     {"neonbf16", neonbf16::run, [] { return (getauxval(AT_HWCAP2) & HWCAP2_BF16) != 0; }},
 #endif

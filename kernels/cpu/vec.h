@@ -37,9 +37,10 @@ constexpr bool kDots = true;
 #else
 constexpr bool kDots = false;
 #endif
-// How a line that is read soon and once is fetched: for L1 alone, but where there is AMX for L2: Intel's cores have few lines under way
-// that go past it, and a step of one row took 2 to 3 times as long.
-#if defined(__AMX_TILE__)
+// How a line that is read soon and once is fetched: for L1 alone, but on Intel's CPUs for L2: their cores have few lines under way
+// that go past it, and a step of one row took 2 to 3 times as long. Built twice and chosen by the vendor (library.cpp): a jump in
+// the loops that fetch cost them registers.
+#if defined(FETCH_ONCE_FOR_L2)
 constexpr int kOnce = 2;
 #else
 constexpr int kOnce = 0;

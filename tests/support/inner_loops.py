@@ -16,11 +16,13 @@ _INSTRUCTION = re.compile(r"^ *([0-9a-f]+):\s+(\S.*)$", re.MULTILINE)
 _JUMP = re.compile(r"^(?:j\w+|b\.?\w*|cbn?z|tbn?z)\s.*?\b([0-9a-f]+) <")
 
 
+@cache
 def inner_loops(library: Path, objdump: str = "objdump") -> Mapping[str, list[list[str]]]:
     """By function, the instructions of each of its loops that has no other inside."""
     return {name: _loops(body) for name, body in _functions(library, objdump).items()}
 
 
+@cache
 def straight_runs(library: Path, objdump: str = "objdump") -> Mapping[str, list[list[str]]]:
     """By function, its instructions from one jump to the next."""
     return {name: _runs(body) for name, body in _functions(library, objdump).items()}
