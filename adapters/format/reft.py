@@ -105,9 +105,10 @@ class Reft(AdapterKind[ReftConfig]):
     """h += P^T (f(W h + c) - P h), of a layer's output h at the positions that the config says."""
 
     name = "reft"
+    keys = KEYS
 
     def read(self, raw: Mapping[str, Any]) -> ReftConfig:
-        KEYS.check(raw)
+        self.keys.check(raw)
         function = FUNCTIONS[read_word(raw, "non_linearity", FUNCTIONS)]
         if not isinstance(raw.get("subtract"), bool):
             raise bad_config(f"subtract is {shown(raw.get('subtract'))}; expected true or false")

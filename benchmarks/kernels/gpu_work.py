@@ -257,10 +257,18 @@ def run_own(ops: Backend, work: Work) -> list[Tensor]:
     step = AdapterStep(work.arena, table, work.segments)
     x = _randn(ops, work, work.tokens, shape.hidden)
     rows = torch.arange(work.tokens - 1, -1, -1, device=ops.device)
+    first = table.tiles_host.clone()
+    first[0] = torch.tensor([int(first[0, 0]), -1, 1, 0, 1, TileKind.OWN, 0, shape.head_dim])
+    own = replace(
+        own, ranges=torch.tensor([0, 1], dtype=torch.int32, device=ops.device).expand(ranges.shape).contiguous()
+    )
+    own = replace(own, ranges_host=own.ranges.cpu())
+    of_heads = replace(step, table=replace(table, tiles=first.to(ops.device), tiles_host=first, own=own))
     rows_of_logits = replace(step, segments=replace(work.segments, num_decode_segments=slots))
     logits = torch.zeros(work.tokens, shape.qkv, device=ops.device)
     params = AttentionParams(shape.heads, shape.kv_heads, shape.head_dim, 1.0, None, None)
-    norm = QKNorm(x[0, : shape.head_dim], x[1, : shape.head_dim], 1e-6, shape.offset, 0)
+    q, k = _randn(ops, work, 2, shape.head_dim)
+    norm = QKNorm(q, k, 1e-6, shape.offset, 0)
     qkv, cos = _randn(ops, work, work.tokens, shape.qkv), torch.ones(work.tokens, shape.head_dim, device=ops.device)
     return [
         ops.adapter_norm_(x.clone(), x, 1e-6, shape.offset, 0, step),
@@ -268,7 +276,7 @@ def run_own(ops: Backend, work: Work) -> list[Tensor]:
         ops.adapter_embed_(x.clone(), rows % TILE_RANKS, places.embed, step),
         ops.adapter_head_(logits, x, places.head, rows_of_logits),
         ops.rope_store_kv(
-            qkv, cos, torch.zeros_like(cos), work.kv, work.meta.groups[0].store_index, params, norm, step
+            qkv, cos, torch.zeros_like(cos), work.kv, work.meta.groups[0].store_index, params, norm, of_heads
         ),
     ]
 

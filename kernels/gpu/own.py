@@ -54,7 +54,7 @@ def embed_(y: Tensor, ids: Tensor, place: int, adapters: AdapterStep) -> None:
     if y.numel():
         table, segments = adapters.table, adapters.segments
         (added, *_), stride, cell = lookup(table, segments, table.num_layers, TableSite.EMBED)
-        _embed[(ids.shape[0], triton.cdiv(columns, tuning.ELEMENTS))](
+        _embed[(ids.shape[0], triton.cdiv(columns, tuning.EMBED_COLUMNS))](
             y,
             ids,
             adapters.arena,
@@ -66,7 +66,7 @@ def embed_(y: Tensor, ids: Tensor, place: int, adapters: AdapterStep) -> None:
             stride,
             cell,
             columns,
-            block=tuning.ELEMENTS,
+            block=tuning.EMBED_COLUMNS,
         )
 
 

@@ -141,7 +141,7 @@ def test_room_for_a_larger_budget_costs_little(base: Path, monkeypatch: pytest.M
     """No context, and a sixteenth of the arena at most: with less memory the budget may grow less."""
     monkeypatch.setattr(sizing, "calibrate", lambda decoder: StepCost(0.0, 0.1 / 64))
     most = []
-    for nbytes in (16 << 20, 64 << 20, 256 << 20):
+    for nbytes in (16 << 20, 64 << 20, 512 << 20):
         config = EngineConfig(**{**SMALL, "memory": nbytes, "token_budget": None})
         given, left_open = (build_engine(c, base, "tiny") for c in (replace(config, token_budget=64), config))
         for parts in (given, left_open):

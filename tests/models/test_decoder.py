@@ -130,7 +130,7 @@ def test_calls_of_a_step(tmp_path: Path) -> None:
     adapter = write_adapter(harness, seed=1)
     ops.calls.clear()
     harness.step([(sequence, 5)], adapters=one_segment(5), tiles=adapter.table)
-    assert ops.calls == {**wanted, "adapter_add_": 3 * 6}
+    assert ops.calls == {**wanted, "adapter_add_": 3 * 7}
 
 
 @pytest.mark.parametrize(("family", "kinds"), [("llama", 1), ("gemma3", 2)])
