@@ -208,7 +208,7 @@ def _retain(request: Request, owner: PushOwner) -> int | None:
     if given is not None and not (given.isascii() and given.isdigit() and int(given[:9]) <= 1000):
         raise InvalidField("retain", f"retain: found {given[:40]!r}, expected a number from 0 to 1000")
     if given is not None and owner.most_bytes is not None:
-        raise InvalidField("retain", "retain: not for keys with max_pushed_bytes, which counts no copies")
+        raise InvalidField("retain", "retain: not for keys with max_pushed_bytes; --retain of the server decides")
     return None if given is None else int(given)
 
 

@@ -158,6 +158,7 @@ class Scheduler:
         self._copy(busy=any(seq.is_ready and seq.is_decode for seq in self._running.seqs))
         draft.add_decodes()
         failed += self._end(draft.take_failed())
+        self._full = self._full and bool(self._running.seqs)  # who is renewed, or preempted, leaves as well
         if len(self.waiting) and not self._full:
             self._prefetch.look(now)
             # What was preempted a moment ago would only be preempted again.

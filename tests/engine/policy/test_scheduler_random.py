@@ -96,6 +96,16 @@ class Serving(RuleBasedStateMachine):
             self.world.finish()
 
 
+def test_who_is_renewed_when_memory_ran_out_lets_others_in() -> None:
+    """One of two was put back for want of memory, and the other because its adapter has a new version."""
+    world = SchedulerWorld(Setting(pages=6, budget=2, seqs=2, slots=1, prefix_cache=False))
+    world.submit((1,), 1, ("a",))
+    world.submit((1,), 1, ())
+    world.step(out_of_memory=True)
+    world.renew("a", kept=False)
+    world.finish()
+
+
 TestServing = Serving.TestCase
 TestServing.settings = settings(max_examples=80, stateful_step_count=40, suppress_health_check=list(HealthCheck))
 
