@@ -1,4 +1,4 @@
-"""Builds the CPU kernels: one shared library, kernels.cpp in it once per instruction set."""
+"""Builds the CPU kernels: one shared library, kernels.cpp in it for each instruction set."""
 
 import platform
 import runpy
