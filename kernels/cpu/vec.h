@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
-#if defined(__AVX2__) || defined(__AVX512F__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
 #include <arm_neon.h>
@@ -227,7 +227,27 @@ INLINE void load_split(const float* p, fvec& first, fvec& second) {
         first = even;
     }
 }
-INLINE void store_pair(bf16* p, fvec even, fvec odd) { *(uvec_u*)p = (round_bf16(even) >> 16) | (round_bf16(odd) & 0xffff0000u); }
+// Whether a lane of a or of b is no number, in one comparison; true where the instruction set has none for it.
+INLINE bool maybe_nan(fvec a, fvec b) {
+#if defined(__AVX512F__) && LORAPLEX_LANES == 16
+    return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_UNORD_Q) != 0;
+#elif defined(__AVX2__) && LORAPLEX_LANES == 8
+    return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_UNORD_Q)) != 0;
+#elif defined(__SSE2__) && LORAPLEX_LANES == 4
+    return _mm_movemask_ps(_mm_cmpunord_ps((__m128)a, (__m128)b)) != 0;
+#else
+    return true;
+#endif
+}
+// A test for both takes 2 instructions, and a NaN's own bits would take 8 of the 20 that are left.
+INLINE void store_pair(bf16* p, fvec even, fvec odd) {
+    uvec e = (uvec)even, o = (uvec)odd;
+    if (__builtin_expect(maybe_nan(even, odd), false))
+        e = round_bf16(even), o = round_bf16(odd);
+    else
+        e += (e >> 16 & 1) + 0x7fff, o += (o >> 16 & 1) + 0x7fff;
+    *(uvec_u*)p = (e >> 16) | (o & 0xffff0000u);
+}
 INLINE void store_pair(float* p, fvec first, fvec second) { store(p, first), store(p + kLanes, second); }
 template <class T>
 INLINE void load_split(const bf16* p, fvec& even, fvec& odd) { load_pair(p, even, odd); }
