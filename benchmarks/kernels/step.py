@@ -65,8 +65,10 @@ def kind(op: Op) -> str:
     return f"adapter {Site(op.adapter.site).name.lower()}" if op.code == OpCode.ADAPTER else name
 
 
-def _is_for_own_rows(op: Op) -> bool:
-    """Tell whether the op runs only where an adapter has rows or inputs of its own, which none here has."""
+def _is_unworn(op: Op) -> bool:
+    """Tell whether the op runs only for what no adapter here has: rows or inputs of its own, or blocks."""
+    if op.code == OpCode.ADAPTER:
+        return op.adapter.site not in list(Site)
     if op.code in (OpCode.LINEAR, OpCode.QUANTISED, OpCode.COLUMNS):
         return bool(op.linear.turned == Turned.ALWAYS)
     return op.code in (OpCode.OWN_NORM, OpCode.OWN_EMBED, OpCode.OWN_INPUT)
@@ -93,13 +95,13 @@ def take_step(model: Model, batch: ForwardBatch) -> None:
 
 
 def recorded(model: Model, batch: ForwardBatch) -> tuple[list[Op], Step, Op]:
-    """The pass' ops, its Step record, and the op of the logits."""
+    """Record the pass: its ops without those that stay idle here, its Step record, and the op of the logits."""
     hidden = model.decoder.forward(batch)
     assert model.team.last is not None
     ops, step = model.team.last
     model.decoder.logits(hidden)
     head = model.team.last[0][0]
-    return [op for op in ops if not _is_for_own_rows(op)], step, head
+    return [op for op in ops if not _is_unworn(op)], step, head
 
 
 @torch.inference_mode()

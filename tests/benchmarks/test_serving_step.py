@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from loraplex.benchmarks.kernels import serving
+from loraplex.benchmarks.kernels import serving, step
+from loraplex.benchmarks.kernels.machine import Limits
 from loraplex.benchmarks.kernels.model import CONTEXT, MODEL_LEN, Model, make_batch, make_model
 from loraplex.kernels.constants import BLOCK_SIZE
 from loraplex.server.models.rotary import RopeConfig
@@ -45,3 +46,21 @@ def test_rows_of_the_kernels_step(model: Model) -> None:
     assert slots == [model.residency.slot_of("ad0"), model.residency.slot_of("ad1")]
     assert len(set(slots)) == 2
     assert make_batch(model, 2, adapters=False).adapters is None
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_a_profile_has_each_op_that_runs(model: Model, adapters: bool) -> None:
+    """Every linear of a layer has its adapter there; the places for blocks, which no adapter has, are left out."""
+    machine = Limits(threads=1, read=1e9, bf16=1e9, fp32=1e9, instructions="", bf16_by="fp32", library=1e9)
+    kinds = step.profile(model, rows=2, adapters=adapters, machine=machine, seconds=0.01)
+    counts = {kind.name: kind.count for kind in kinds}
+    sites = {name: count for name, count in counts.items() if name.startswith("adapter")}
+    layers = SMALL.num_layers
+    linears = sum(count for name, count in counts.items() if name.startswith("linear"))
+    assert linears == 4 * layers + 1, counts  # and the head
+    assert sites == (
+        dict.fromkeys([f"adapter {site}" for site in ("qkv", "o", "gate_up", "down")], layers) if adapters else {}
+    )
+    assert all(kind.least > 0 for kind in kinds)
+    result = step.StepResult(2, adapters, 1.0, 0.5, machine)
+    assert all(name in step.format_profile(2, adapters, result, kinds) for name in counts)
