@@ -174,7 +174,7 @@ NOINLINE static void add_dense_rows(const Operand<T>* u, int64_t ldu, float weig
     for (int64_t m = 0; m < rows; m++)
         for (int c = 0; c < n; c++) {
             int from = c % (2 * kLanes), at = kWide<T> && sizeof(T) == 2 ? from % 2 * kLanes + from / 2 : from;
-            sums[m * width + c - from + at] += kWide<T> ? u[m * ldu + c] : weight * to_float(u[m * ldu + c]);
+            sums[m * width + c - from + at] += (kWide<T> ? 1.f : weight) * to_float(u[m * ldu + c]);
         }
 }
 

@@ -562,3 +562,22 @@ def test_u_is_rounded_to_the_compute_dtype(backend: Backend) -> None:
     y = torch.full((1, 4), -256.0, dtype=torch.bfloat16, device=backend.device)
     backend.adapter_add_(y, x, LAYER, SITE, world.step(_segments(backend, [(1, _one(0))], 1)))
     assert np.array_equal(exact(y), np.zeros((1, 4)))
+
+
+@pytest.mark.parametrize("num_decode", [0, 40])
+def test_what_is_no_number_stays_so_and_alone(backend: Backend, dtype: torch.dtype, num_decode: int) -> None:
+    """Its neighbours, which share registers with it, have the bits that they have without it."""
+    rng = np.random.default_rng(11)
+    world = _world(backend, dtype, {0: [_low_rank(rng, 5, 16, 71)]}, 1, seed=11)
+    x = torch.from_numpy(rng.standard_normal((40, 16))).to(backend.device, dtype)
+    clean = torch.from_numpy(rng.standard_normal((40, 71))).to(dtype)
+    lost = torch.zeros(40, 71, dtype=torch.bool)
+    lost[3, 7] = lost[20, 0] = lost[20, 1] = lost[39, 70] = True
+    dirty = clean.masked_fill(lost, torch.nan)
+    segments = _segments(backend, [(1, _one(0))] * num_decode or [(40, _one(0))], num_decode)
+    outs = [
+        backend.adapter_add_(y.clone().to(backend.device), x, LAYER, SITE, world.step(segments)).cpu()
+        for y in (clean, dirty)
+    ]
+    assert torch.equal(outs[1].isnan(), lost)
+    assert torch.equal(outs[0][~lost], outs[1][~lost])
