@@ -120,15 +120,20 @@ def read_imports(path: str, source: str, modules: frozenset[str]) -> list[Import
     return list(walk(ast.parse(source), "module"))
 
 
-def loads_torch(module: str, imports: Mapping[str, list[Import]], seen: frozenset[str] = frozenset()) -> list[str]:
-    """The road from `module` to torch through what runs on import: [module, ..., "torch"]; empty when there is none."""
+def loads_torch(module: str, imports: Mapping[str, list[Import]], seen: set[str] | None = None) -> list[str]:
+    """The road from `module` to torch through what runs on import: [module, ..., "torch"]; empty when there is none.
+
+    seen: modules that no road leads on from, or that are on this one; each is looked at once, as roads are very many.
+    """
+    seen = set() if seen is None else seen
+    seen.add(module)
     for entry in imports.get(module, []):
         if entry.scope != "module" or entry.module in seen:
             continue
         if not entry.ours:
             if is_under(entry.module, "torch"):
                 return [module, "torch"]
-        elif road := loads_torch(entry.module, imports, seen | {module}):
+        elif road := loads_torch(entry.module, imports, seen):
             return [module, *road]
     return []
 
