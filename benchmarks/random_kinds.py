@@ -89,7 +89,15 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
 }
 """Configs by the adapter's name; the name is the kind, in lower case, where peft_type says no other."""
 
-DEVIATIONS: Mapping[str, float] = {"hada_": 0.3, "lokr_": 0.3, "lambda": 0.5, "logits": 1.0, "spectrum": 1.0, "_v": 1.0, "prefix_task": 1.0}
+DEVIATIONS: Mapping[str, float] = {
+    "hada_": 0.3,
+    "lokr_": 0.3,
+    "lambda": 0.5,
+    "logits": 1.0,
+    "spectrum": 1.0,
+    "_v": 1.0,
+    "prefix_task": 1.0,
+}
 """Of tensors by a part of their names; else it is 0.05."""
 
 
