@@ -29,7 +29,7 @@ from loraplex.adapters.errors import (
     VersionUnclear,
 )
 from loraplex.adapters.sources.spool import NoRoom
-from loraplex.server.catalog.aliases import AliasRefused
+from loraplex.server.catalog.alias_reach import AliasRefused
 from loraplex.server.catalog.promotion import PromotionRefused
 from loraplex.server.catalog.pushed import AdapterExpired, TooManyBytes
 from loraplex.server.catalog.state_store import StateNotKept
