@@ -44,7 +44,7 @@ R, S = "boft_R", "boft_s"
 TERMS, FACTORS = "num_cayley_neumann_terms", "boft_n_butterfly_factor"
 
 MAX_TERMS = 64
-"""Of a sum that PEFT cuts after five: each is a product of all blocks, and what is small enough to converge has by then."""
+"""Of a sum that PEFT cuts after five: each is a product of all blocks, and what converges has done so by then."""
 
 MAX_FACTORS = 32
 """Each doubles what a block takes of the inputs."""

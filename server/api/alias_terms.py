@@ -33,7 +33,7 @@ def expand(services: Services, terms: Sequence[Term], sticky: str) -> tuple[Term
     found = tuple(islice(every, MAX_TERMS + 1))
     if len(found) > MAX_TERMS:
         param = found[0].param
-        raise InvalidField(param, f"{param}: found a mix of more than {MAX_TERMS} adapters, at most so many are possible")
+        raise InvalidField(param, f"{param}: found a mix of more than {MAX_TERMS} adapters, the most possible")
     return found
 
 

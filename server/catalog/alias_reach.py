@@ -46,7 +46,7 @@ def _check_levels(links: Links, start: str, changed: str) -> None:
             raise AliasRefused(f"alias {changed!r} would stand for itself, by {links[changed][0][:200]!r}")
         found |= level
         if len(found) > MAX_REACHED:
-            raise AliasRefused(f"alias {changed!r}: {start!r} would come to more than {MAX_REACHED} names; give it fewer")
+            raise AliasRefused(f"alias {changed!r}: {start!r} comes to more than {MAX_REACHED} names; give it fewer")
         level = {target for name in level for target in links.get(name, ())}
         if not level:
             return

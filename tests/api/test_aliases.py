@@ -259,14 +259,12 @@ def level(depth: int) -> list[str]:
 
 
 async def test_aliases_of_aliases_cost_nobody_anything(asking: httpx.AsyncClient) -> None:
-    """Eight levels of eight aliases, each of all eight below: 16 million ways, at each of which the loop stood still."""
+    """Eight levels of eight aliases, each of all eight below: 16 million ways, and the loop stood still for all."""
     begun = time.thread_time()
-    statuses = []
     for depth in range(8):
         below = level(depth - 1) if depth else ["a"]
         for name in level(depth):
-            statuses.append((await put(asking, split(**dict.fromkeys(below, 1.0)), name)).status_code)
-    assert set(statuses) == {200}
+            assert (await put(asking, split(**dict.fromkeys(below, 1.0)), name)).status_code == 200
     assert (await put(asking, {"kind": "mix", **split(**dict.fromkeys(level(7), 1.0))}, "top")).status_code == 400
     assert (await asking.get("/v1/models")).status_code == 200
     assert (await asking.get("/v1/aliases")).status_code == 200
