@@ -28,6 +28,7 @@ class AdapterInfo:
     kind: str = "lora"  # lower case of PEFT's peft_type (format/kinds.py)
     tokens: int = 0  # the ids below it are tokens of its requests, where it has added some to the base's; else 0
     alone: str = ""  # what it has in place of the base's and is worn alone for: "norm and embed_tokens"; "": nothing
+    own_ids: tuple[int, ...] = ()  # a few tokens whose rows it has in place of the base's
     invocation: tuple[int, ...] = ()  # tokens from whose last occurrence in a prompt on it acts; (): from the first on
     front: Front | None = None
     positions: Positions | None = None  # the prompt's tokens that it acts on; None: all, or as `invocation` says

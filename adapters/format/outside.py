@@ -31,6 +31,9 @@ from loraplex.kernels.records import OwnPlaces
 ROWS = 4096
 """Of a table, compared with the base's at a time: 32 MB of bfloat16 at 4,096 columns."""
 
+OWN_IDS = 4
+"""Of own_ids()."""
+
 EMBED, HEAD = TABLES
 
 
@@ -114,6 +117,18 @@ def added_tokens(own: Sequence[OwnTensor], base: BaseOutside | None) -> int:
     ends = [tensor.shape[0] if tensor.ids is None else max(tensor.ids) + 1 for tensor in own if len(tensor.shape) > 1]
     last = max(ends, default=0)
     return last if base is not None and last > base.vocab else 0
+
+
+def own_ids(own: Sequence[OwnTensor], base: BaseOutside | None) -> tuple[int, ...]:
+    """List a few tokens, spread over all, that have rows in place of the base's: trained ones, and added ones."""
+    found = set[int]()
+    for tensor in own:
+        if tensor.ids is not None:
+            found.update(tensor.ids)
+        elif len(tensor.shape) > 1 and base is not None:
+            found.update(range(base.vocab, tensor.shape[0]))
+    ids, last = sorted(found), min(len(found), OWN_IDS) - 1
+    return tuple(ids[i * (len(ids) - 1) // max(last, 1)] for i in range(last + 1))
 
 
 def own_parts(

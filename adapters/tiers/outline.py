@@ -11,7 +11,7 @@ from loraplex.adapters.format.adapter_files import AdapterHead
 from loraplex.adapters.format.header import TensorInfo, parse_header
 from loraplex.adapters.format.kind import AdapterConfig, ModuleMap, ServedBase
 from loraplex.adapters.format.kinds import KINDS, plan_adapter
-from loraplex.adapters.format.outside import added_tokens, own_shapes
+from loraplex.adapters.format.outside import added_tokens, own_ids, own_shapes
 from loraplex.adapters.image.front_pages import front_bytes
 from loraplex.adapters.image.tiles import most_tiles, plan_image
 from loraplex.adapters.info import AdapterInfo
@@ -66,6 +66,7 @@ class Outlines:
                 num_tiles=most_tiles(shapes, layout, plan.num_pages),
                 kind=module_map.kind,
                 tokens=added_tokens(module_map.own, self._base.outside),
+                own_ids=own_ids(module_map.own, self._base.outside),
                 alone=" and ".join(dict.fromkeys(tensor.short for tensor in module_map.own if not tensor.frozen)),
                 invocation=config.invocation,
                 front=front,

@@ -33,6 +33,7 @@ from loraplex.adapters.format.header import view_tensors
 from loraplex.adapters.format.kind import AdapterConfig, ModuleMap, ServedBase
 from loraplex.adapters.format.kinds import KINDS, make_parts, parse_config
 from loraplex.adapters.format.other_base import remark_on_base
+from loraplex.adapters.format.plain_outside import PlainOutside, read_outside
 from loraplex.adapters.format.quiet_files import read_quietly
 from loraplex.adapters.image.packing import OpenFile
 from loraplex.adapters.image.tiles import AdapterImage, Part
@@ -84,6 +85,7 @@ class OpenContent:
     module_map: ModuleMap
     names: frozenset[str]  # of all tensors in the file
     parts: Callable[[], Iterable[Part]]  # of the layers' linears, made anew at each call
+    outside: Callable[[], PlainOutside]  # what it has outside them
 
 
 class AdapterReader:
@@ -172,6 +174,7 @@ class AdapterReader:
                 module_map=module_map,
                 names=frozenset(self._outlines.parse_header(files.head, KINDS[module_map.config.kind].integers)),
                 parts=lambda: self._of_linears(make_parts(module_map, (), tensors, self._base, throttle)),
+                outside=lambda: read_outside(module_map, tensors, self._base, throttle),
             )
 
     def _of_linears(self, parts: Iterable[Part]) -> Iterator[Part]:

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812  its usual name
 
-from loraplex.kernels.constants import BLOCK_SIZE
+from loraplex.kernels.constants import BLOCK_SIZE, Own, TableSite
 from loraplex.kernels.ops import PackedLinear
 from loraplex.kernels.quantized import QuantizedWeight, dequantize
-from loraplex.kernels.records import AdapterSegments, AdapterStep, KVLayer
+from loraplex.kernels.records import AdapterSegments, AdapterStep, KVLayer, OwnPlaces, OwnTable, TileTable
 from loraplex.kernels.reference import ReferenceBackend
 from loraplex.server.models.checkpoint import Checkpoint
 from loraplex.server.models.config import ModelConfig, Site
 from loraplex.server.models.decoder import Decoder
-from loraplex.server.models.inputs import ForwardBatch, no_tiles
+from loraplex.server.models.inputs import ForwardBatch, HeadRows, no_tiles
 from loraplex.server.models.weight_sizes import EMBED, HEAD, NORM, layer_norms
 from loraplex.server.models.weights import LayerWeights, Linear, ModelWeights
 
@@ -45,6 +45,19 @@ class Change(Protocol):
 
         At a block x is what y was, [n, H], and residual what y will be added to, [n, H]; elsewhere there is none.
         """
+        ...
+
+    @property
+    def tokens(self) -> int:
+        """Return where the ids of tokens end that have rows below; 0: there are none."""
+        ...
+
+    def rows(self, place: int) -> Sequence[tuple[Tensor, Tensor]]:
+        """Return (numbers [k], rows [k, n]) in place of the base's at `place` (OwnPlaces); a norm is one row."""
+        ...
+
+    def factors(self, site: int) -> Sequence[tuple[Tensor, Tensor, float]]:
+        """Return (A [r, H], B [V, r], s): s B A is added to the table at `site` (TableSite), in stream scale."""
         ...
 
 
@@ -72,11 +85,60 @@ class _PlainOps(ReferenceBackend):
         self._throttle = throttle
         self._change = change
         self._adapted = adapted
+        self._embed_scale = 1.0
 
     def embed(self, ids: Tensor, table: PackedLinear, scale: float | None, own: Tensor | None = None) -> Tensor:
-        weight = self._checkpoint.read(_streamed(table).names[0])
-        rows = [_rows(weight, slice(i, i + 1)) for i in ids.tolist()]
-        return torch.cat(rows) * (1.0 if scale is None else scale)
+        streamed = _streamed(table)
+        weight = self._checkpoint.read(streamed.names[0])
+        nothing = torch.zeros(1, streamed.in_features)  # of a token that an adapter has added
+        rows = [_rows(weight, slice(i, i + 1)) if i < streamed.out_features else nothing for i in ids.tolist()]
+        self._embed_scale = 1.0 if scale is None else scale
+        return torch.cat(rows) * self._embed_scale
+
+    def adapter_embed_(self, y: Tensor, ids: Tensor, place: int, adapters: AdapterStep) -> Tensor:
+        for worn, _ in self._adapted:
+            mine, tokens = y[worn], ids[worn]
+            for numbers, rows in self._change.rows(place):
+                at, which = (tokens[:, None] == numbers).nonzero(as_tuple=True)
+                mine[at] = rows[which].float() * self._embed_scale
+            for a, b, scaling in self._change.factors(TableSite.EMBED):
+                known = tokens < len(b)
+                mine[known] += scaling * (b[tokens[known]].float() @ a.float())
+        return y
+
+    def adapter_norm_(
+        self,
+        y: Tensor,
+        r: Tensor,
+        eps: float,
+        offset: float,
+        place: int,
+        adapters: AdapterStep,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """Norm again what wears another weight; `rows` are all there are."""
+        for _, weight in self._change.rows(place):
+            for worn, _ in self._adapted:
+                y[worn] = self.rms_norm(r[worn], weight[0].float(), eps, None, offset)[0]
+        return y
+
+    def adapter_head_(self, logits: Tensor, x: Tensor, place: int, adapters: AdapterStep) -> Tensor:
+        for worn, _ in self._adapted:
+            for numbers, rows in self._change.rows(place):
+                for some in self._some(rows):
+                    logits[worn, numbers[some]] = F.linear(x[worn], rows[some].float())
+            for a, b, scaling in self._change.factors(TableSite.HEAD):
+                u = scaling * F.linear(x[worn], a.float())
+                for some in self._some(b):
+                    logits[worn, some] += F.linear(u, b[some].float())
+        return logits
+
+    def _some(self, rows: Tensor) -> Iterator[slice]:
+        """Give ranges of `rows` with PIECE elements at most."""
+        step = max(1, PIECE // rows.shape[1])
+        for start in range(0, len(rows), step):
+            self._throttle()
+            yield slice(start, min(start + step, len(rows)))
 
     def linear(self, x: Tensor, weight: PackedLinear) -> Tensor:
         streamed = _streamed(weight)
@@ -156,12 +218,12 @@ class PlainModel:
         layers = (kv,) * config.num_layers  # each is done with it before the next writes
         decoder = Decoder(config, self._weights(throttle), ops, layers, torch.zeros(2, 0, dtype=torch.uint8))
         ids = torch.tensor([*base, *adapted])
-        none = torch.zeros(1, dtype=torch.int32)  # that there are segments makes the decoder ask at its blocks
-        segments = AdapterSegments(none, none, none, torch.zeros(1), (0,), (), 0)
-        batch = ForwardBatch.blank(no_tiles(config), 1, sequences=2, tokens=count, adapters=segments)
+        segments, tiles = _worn_somewhere(config)
+        batch = ForwardBatch.blank(tiles, 1, sequences=2, tokens=count, adapters=segments)
         batch = replace(batch, input_ids=ids, logit_rows=torch.arange(2 * count))
         with torch.inference_mode():
-            scores = decoder.logits(decoder.forward(batch)).log_softmax(-1)
+            head = HeadRows(segments, max(0, change.tokens - config.vocab_size), tiles)
+            scores = decoder.logits(decoder.forward(batch), own=head).log_softmax(-1)
         base_scores, adapted_scores = scores.split(count)
         return _of(base_scores, ids[:count]), _of(adapted_scores, ids[count:])
 
@@ -207,6 +269,14 @@ class PlainModel:
         vector = self._checkpoint.read(name)
         assert isinstance(vector, Tensor), f"{name} is a vector, which no format quantises"
         return vector.float()
+
+
+def _worn_somewhere(config: ModelConfig) -> tuple[AdapterSegments, TileTable]:
+    """Make segments and tiles which say that something acts everywhere, so that the decoder asks at each place."""
+    none, ranges = torch.zeros(1, dtype=torch.int32), torch.zeros(1, OwnPlaces(config.num_layers).count, 2)
+    segments = AdapterSegments(none, none, none, torch.zeros(1), (0, 0), (((0, 1.0),),), 0)
+    own = OwnTable(ranges, ranges, {0: Own.NORM | Own.EMBED | Own.HEAD})
+    return segments, replace(no_tiles(config), own=own)
 
 
 def _streamed(linear: PackedLinear) -> _Streamed:

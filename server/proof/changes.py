@@ -7,6 +7,7 @@ from typing import assert_never
 
 from torch import Tensor
 
+from loraplex.adapters.format.plain_outside import PlainOutside
 from loraplex.adapters.image.formulas import through
 from loraplex.adapters.image.tiles import (
     BiasDelta,
@@ -23,11 +24,26 @@ from loraplex.adapters.image.tiles import (
 class PlainChange:
     """Applies parts as they are made, layer after layer: of no two layers are there parts at a time."""
 
-    def __init__(self, layers: Iterator[tuple[int, list[Part]]]) -> None:
-        """layers: (layer, its parts), ascending."""
+    def __init__(self, layers: Iterator[tuple[int, list[Part]]], outside: PlainOutside = PlainOutside()) -> None:
+        """layers: (layer, its parts), ascending. outside: what is not at the layers' linears."""
         self._layers = layers
+        self._outside = outside
         self._at = -1  # the layer of self._parts
         self._parts: Sequence[Part] = ()
+
+    @property
+    def tokens(self) -> int:
+        """Return where the ids of tokens end that it has rows for; 0: it has none."""
+        return self._outside.tokens
+
+    def rows(self, place: int) -> Sequence[tuple[Tensor, Tensor]]:
+        """Return (numbers [k], rows [k, n]) in place of the base's at `place`, none or one."""
+        found = self._outside.rows.get(place)
+        return () if found is None else (found,)
+
+    def factors(self, site: int) -> Sequence[tuple[Tensor, Tensor, float]]:
+        """Return (A [r, H], B [V, r], s) of what is added to the table at `site`."""
+        return [(p.a, p.b, p.scaling) for p in self._outside.factors if p.projection.site == site]
 
     def turned(self, layer: int, site: int, x: Tensor) -> list[tuple[slice, Tensor]]:
         """Return, by outputs of the site, x [n, in] as the adapter turns it: x + x M of the blocks of M."""
@@ -76,6 +92,6 @@ class PlainChange:
                 case InputTurn():
                     pass  # y is what the base made of the turned input
                 case OwnRows():
-                    pass  # OpenContent.parts gives none: a receipt is about linears
+                    pass  # OpenContent.parts gives none: they are in rows()
                 case _:
                     assert_never(part)

@@ -15,9 +15,6 @@ from loraplex.server.proof.changes import PlainChange
 from loraplex.server.proof.prober import FusedAnswers
 from loraplex.server.proof.receipt import BaseIdentity, Probe, Receipt
 
-OWN_ROWS = "it changes rows of the base's norms, embedding or head, which the plain reference does not compute"
-"""Why such an adapter is not probed."""
-
 
 class Plain(Protocol):
     """PlainModel.logprobs."""
@@ -65,9 +62,11 @@ class Examiner:
                     "changed", f"its source holds {adapter.digest[:12]} by now, and it is {str(version.digest)[:12]}"
                 )
             measured = self._measurer.measure(adapter, throttle)
-            if fused is None or adapter.module_map.outside:
-                return Receipt(measured, identity, None, error or OWN_ROWS)
-            change = PlainChange(by_layer(adapter))
+            if fused is None:
+                return Receipt(measured, identity, None, error)
+            outside = adapter.outside()
+            change = PlainChange(by_layer(adapter), outside)
             base, adapted = self._plain(fused.base.ids, fused.adapted.ids, change, throttle, fused.acts)
-        probe = Probe(len(fused.base.logprobs), fused.base.furthest(base), fused.adapted.furthest(adapted))
+            worn = outside.worn(fused.adapted.ids)
+        probe = Probe(len(fused.base.logprobs), fused.base.furthest(base), fused.adapted.furthest(adapted), worn)
         return Receipt(measured, identity, probe)

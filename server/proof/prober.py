@@ -52,15 +52,18 @@ class FusedAnswers:
     acts: tuple[Span, ...] = ALWAYS  # where the adapter does
 
 
-def probe_ids(vocab_size: int, invocation: Sequence[int] = ()) -> tuple[int, ...]:
+def probe_ids(vocab_size: int, invocation: Sequence[int] = (), own: Sequence[int] = ()) -> tuple[int, ...]:
     """List the fixed token ids, spread over the vocabulary by a prime, and at their end what calls the adapter.
 
+    own: tokens whose rows the adapter has of its own, PROMPT_TOKENS / 2 at most: every other one is one of them.
     Raises ProbeFailed where that is longer than the plain reference takes.
     """
     if len(invocation) > MAX_INVOCATION:
         raise ProbeFailed(f"its invocation has {len(invocation)} tokens, and at most {MAX_INVOCATION} are probed")
     count = max(1, PROMPT_TOKENS - len(invocation))
-    return (*(7919 * (place + 1) % vocab_size for place in range(count)), *invocation)
+    ids = [7919 * (place + 1) % vocab_size for place in range(count)]
+    ids[1 : 2 * len(own) : 2] = own
+    return (*ids, *invocation)
 
 
 class Prober:
@@ -73,8 +76,9 @@ class Prober:
 
     async def ask(self, version: AdapterVersion) -> FusedAnswers:
         """Answer greedily as the base and as `version`. Raises ProbeFailed, EngineError, AdapterError."""
-        prompt = probe_ids(self._vocab_size, version.info.invocation)
-        base = await self._answer(prompt, ())
+        info = version.info
+        base = await self._answer(probe_ids(self._vocab_size, info.invocation), ())
+        prompt = probe_ids(self._vocab_size, info.invocation, info.own_ids)
         lease = self._registry.lease_version(version.name, version.digest or "")  # this one, whatever it is named after
         return FusedAnswers(base, await self._answer(prompt, ((lease, 1.0),)), acts_of(version, prompt))
 

@@ -134,7 +134,7 @@ class Prover:
         async with self._turn:
             await asyncio.get_running_loop().run_in_executor(self._thread, self._identify)
             known = self.known(version)
-            if known is not None and (known.probe is not None or known.measured.own):
+            if known is not None and known.probe is not None:
                 return known
             began = time.monotonic()
             if version.digest is None:

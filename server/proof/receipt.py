@@ -50,6 +50,7 @@ class Probe:
     tokens: int  # compared, of prompt and answer, of the base and of the adapter each
     base: float
     adapter: float
+    own_tokens: int = 0  # of the adapter's: those whose rows of embedding or head are its own, or changed by it
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Receipt:
             remarks.append("it changes nothing and answers as the base does")
         elif found.own:
             what = "tensors or modules change rows of the base's norms, embedding or head"
-            remarks.append(f"{found.own} of its {what}, which is not measured")
+            remarks.append(f"{found.own} of its {what}, which is probed and whose norm is not measured")
         elif found.idle:
             remarks.append(f"{found.idle} of its {found.modules} modules come to nothing")
         if self.base.is_named(named) is False:
@@ -136,6 +137,7 @@ class Receipt:
                 "tokens": self.probe.tokens if self.probe else 0,
                 "base": _short(self.probe.base) if self.probe else None,
                 "adapter": _short(self.probe.adapter) if self.probe else None,
+                "own_tokens": self.probe.own_tokens if self.probe else 0,
                 "error": self.probe_error,
             },
             "card": dict(found.card),
@@ -182,7 +184,8 @@ class Receipt:
             base_named=found["base"]["named"],
             card=found["card"],
         )
-        made = Probe(probe["tokens"], probe["base"], probe["adapter"]) if probe["error"] is None else None
+        numbers = (probe[name] for name in ("tokens", "base", "adapter", "own_tokens"))
+        made = Probe(*numbers) if probe["error"] is None else None
         return cls(measured, base, made, probe["error"])
 
     @property

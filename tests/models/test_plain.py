@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from loraplex.adapters.format.outside import BaseOutside
 from loraplex.adapters.tiers.measuring import Measurer, by_layer
 from loraplex.adapters.tiers.reader import AdapterReader
 from loraplex.server.models.config import ModelConfig
 from loraplex.server.models.opening import open_checkpoint
 from loraplex.server.models.plain import MAX_TOKENS, PlainModel
 from loraplex.server.models.quantizing import QuantizingCheckpoint
+from loraplex.server.models.weight_sizes import EMBED, HEAD, norms_in_order
 from loraplex.server.proof.changes import PlainChange
 from tests.support.adapter_reading import no_breath
 from tests.support.peft_adapters import (
@@ -37,6 +40,20 @@ ADAPTED = {
     "loha": MODULE_KIND_CASES["loha, fused"],
     "lokr": MODULE_KIND_CASES["lokr, both decomposed"],
     **{kind: MODULE_KIND_CASES[f"{kind}, all"] for kind in ("osf", "shira", "oft", "boft")},
+}
+
+
+OUTSIDE: dict[str, tuple[str, dict[str, Any]]] = {
+    "trained tokens, tied": ("smollm2", {"r": 3, "target_modules": ["q_proj"], "trainable_token_indices": [9, 5, 6]}),
+    "trained tokens, scaled": ("gemma3", {"r": 3, "target_modules": ["q_proj"], "trainable_token_indices": [9, 5]}),
+    "norms, heads' too": (
+        "qwen3",
+        {"kind": "LN_TUNING", "target_modules": ["input_layernorm", "q_norm", "k_norm", "norm"]},
+    ),
+    "norms with an offset": ("gemma2", {"kind": "LN_TUNING", "target_modules": ["post_feedforward_layernorm", "norm"]}),
+    "tables": ("llama", {"r": 3, "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}),
+    "lora on tables": ("llama", {"r": 3, "target_modules": ["q_proj", "embed_tokens", "lm_head"]}),
+    "lora on a scaled table": ("gemma2", {"r": 3, "target_modules": ["embed_tokens"]}),
 }
 
 
@@ -73,6 +90,28 @@ def test_an_adapter_is_what_peft_computes_and_leaves_the_base_alone(case: str, t
     torch.testing.assert_close(base, scores(oracle, ONE), atol=1e-4, rtol=0)
     torch.testing.assert_close(adapted, scores(adapter.model, ONE), atol=1e-3, rtol=0)
     assert (adapted - base).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("case", OUTSIDE)
+def test_what_is_outside_the_linears_is_what_peft_computes(case: str, tmp_path: Path) -> None:
+    family, options = OUTSIDE[case]
+    path = make_tiny_model(family, tmp_path / "base")
+    oracle = load_oracle(path)
+    adapter = make_peft_adapter(oracle, tmp_path / "adapter", **options)
+    config, checkpoint = ModelConfig.from_hf(path), open_checkpoint(path)
+    tied = oracle.config.tie_word_embeddings
+    outside = BaseOutside(
+        norms_in_order(config),
+        *(config.vocab_size, config.hidden_size, config.head_dim, tied, config.embed_scale, False),
+        lambda name: checkpoint.read(EMBED if tied and name == HEAD else name),  # type: ignore[arg-type,return-value]
+    )
+    served = replace(served_base_of(oracle, layout_of(oracle)), outside=outside)
+    plain = PlainModel(config, checkpoint)
+    with Measurer(AdapterReader(served, 1 << 30), served).opened(str(adapter.folder), no_breath) as content:
+        base, adapted = plain.logprobs(OTHER, ONE, PlainChange(by_layer(content), content.outside()), no_breath)
+    torch.testing.assert_close(base, scores(oracle, OTHER), atol=1e-4, rtol=0)
+    torch.testing.assert_close(adapted, scores(adapter.model, ONE), atol=1e-3, rtol=0)
+    assert (adapted - scores(oracle, ONE)).abs().max() > 0.01
 
 
 def test_of_a_quantised_base_it_is_the_base_that_the_codes_stand_for(tmp_path: Path) -> None:

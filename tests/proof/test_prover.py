@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from loraplex.adapters.image.tiles import AdapterImage
+from loraplex.adapters.image.tiles import AdapterImage, LowRank
 from loraplex.adapters.version import AdapterVersion
 from loraplex.server.command.build import EngineParts
 from loraplex.server.command.proving import make_prover
@@ -20,7 +21,7 @@ from loraplex.server.engine.request import Overloaded
 from loraplex.server.proof.prober import ProbeFailed, probe_ids
 from loraplex.server.proof.prover import MAX_OFFERED, Prover
 from tests.support.peft_adapters import make_peft_adapter
-from tests.support.tiny import load_oracle, make_tiny_model
+from tests.support.tiny import VOCAB_SIZE, load_oracle, make_tiny_model
 from tests.support.waiting import LIMIT
 from tests.support.whole_engine import whole_engine
 
@@ -173,12 +174,70 @@ def test_an_invocation_too_long_is_not_probed() -> None:
         probe_ids(320, range(12))
 
 
-async def test_rows_in_place_of_the_bases_are_told_and_not_probed(base: Path, tmp_path: Path) -> None:
-    options = {**OPTIONS, "trainable_token_indices": {"embed_tokens": [3, 5]}}
-    folder = make_peft_adapter(load_oracle(base), tmp_path / "own", **options).folder
+OWN: dict[str, dict[str, Any]] = {
+    "trained tokens": {**OPTIONS, "trainable_token_indices": {"embed_tokens": [3, 5, 7, 9, 311]}},
+    "norms": {"kind": "LN_TUNING", "target_modules": ["input_layernorm", "norm"]},
+    "tables": {**OPTIONS, "modules_to_save": ["embed_tokens", "lm_head"]},
+    "lora on tables": {"r": 4, "target_modules": ["q_proj", "embed_tokens", "lm_head"]},
+    "added tokens": OPTIONS,
+}
+
+
+def make_own(base: Path, folder: Path, case: str) -> Path:
+    """Have PEFT write the adapter; added tokens are rows of both tables beyond the base's."""
+    oracle = load_oracle(base)
+    if case == "added tokens":
+        oracle.resize_token_embeddings(oracle.config.vocab_size + 3)
+    adapter = make_peft_adapter(oracle, folder, **OWN[case])
+    if case == "added tokens":
+        adapter.model.save_pretrained(folder, save_embedding_layers=True)
+    return adapter.folder
+
+
+@pytest.mark.parametrize("case", OWN)
+async def test_what_it_has_outside_the_linears_is_probed_on_its_own_tokens(
+    base: Path, tmp_path: Path, case: str
+) -> None:
+    folder = make_own(base, tmp_path / "own", case)
     async with proving(base, folder) as (parts, prover):
         receipt = await prover.wait(version_of(parts), LIMIT)
         assert receipt is not None, prover.failure(version_of(parts))
-        assert (receipt.measured.own > 0, receipt.measured.is_noop, receipt.probe) == (True, False, None)
-        assert "rows of the base" in str(receipt.probe_error)
-        assert "rows of the base" in receipt.remark
+        assert receipt.probe is not None, receipt.probe_error
+        assert receipt.probe.base < 1e-4
+        assert 0 < receipt.probe.adapter < 1e-4
+        assert receipt.doubt is None
+        asked = receipt.probe.own_tokens
+        least = {"norms": 0, "tables": 12, "lora on tables": 12, "added tokens": 12}.get(case, 4)
+        assert (asked == 0) if case == "norms" else least <= asked <= 12
+        added = [token for token in (await prover._prober.ask(version_of(parts))).adapted.ids if token >= VOCAB_SIZE]
+        assert len(added) >= 3 if case == "added tokens" else not added
+        assert "whose norm is not measured" in receipt.remark
+        assert receipt.as_json()["probe"]["own_tokens"] == asked
+
+
+@pytest.mark.parametrize("case", OWN)
+async def test_the_probe_sees_what_is_packed_wrong_outside_the_linears(
+    base: Path, tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By 5 %: of the rows and the changes of tables alone."""
+    from loraplex.adapters.tiers import making
+
+    make_rows, make_parts = making.make_rows, making.make_parts
+
+    def wrong_rows(*given: Any) -> Any:
+        return [replace(row, rows=row.rows * 1.05) for row in make_rows(*given)]
+
+    def wrong_parts(*given: Any) -> Any:
+        for part in make_parts(*given):
+            is_table = isinstance(part, LowRank) and part.projection.name in ("embed_tokens", "lm_head")
+            yield replace(part, scaling=part.scaling * 1.05) if is_table else part
+
+    monkeypatch.setattr(making, "make_rows", wrong_rows)
+    monkeypatch.setattr(making, "make_parts", wrong_parts)
+    folder = make_own(base, tmp_path / "own", case)
+    async with proving(base, folder) as (parts, prover):
+        receipt = await prover.wait(version_of(parts), LIMIT)
+        assert receipt is not None, prover.failure(version_of(parts))
+        assert receipt.probe is not None, receipt.probe_error
+        assert receipt.probe.base < 1e-4
+        assert receipt.probe.adapter > 1e-3
