@@ -94,6 +94,7 @@ class Backend(Protocol):
 
     name: str
     device: torch.device
+    isa: str = ""  # the instruction set of a CPU's kernels, by which formats are computed with other inputs
 
     def recorder(self, dtype: torch.dtype, cosines: Sequence[Tensor]) -> Recorder | None:
         """For recording a forward pass in `dtype`. None: this backend runs its ops one by one.

@@ -152,7 +152,7 @@ def _random_weights(config: ModelConfig, ops: CpuBackend, quantize: str | None) 
     def packed(weight: Tensor, quantizer: Quantizer | None) -> PackedLinear:
         if quantizer is None:
             return ops.pack_linear(weight)
-        activations = default_activations([quantizer.format(weight.shape[1])], ops.device)
+        activations = default_activations([quantizer.format(weight.shape[1])], ops.device, ops.isa)
         return ops.pack_parts([quantizer.quantize(weight)], DTYPE, activations)
 
     def linear(site: Site) -> Linear:

@@ -63,6 +63,7 @@ class CpuBackend(Backend):
         self.device = torch.device("cpu")
         self.batch_invariant = batch_invariant
         self.team = team or Team(isa, threads)
+        self.isa = self.team.isa
         self._sink: Team | Notes = self.team  # runs the ops now, or notes them
         self._packer = WeightPacker(self.team)
 

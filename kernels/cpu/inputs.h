@@ -4,9 +4,9 @@
 
 namespace LORAPLEX_ISA {
 
-// What a kernel multiplies, [rows][in]: fp32; bf16; bytes, in each 8 in the order of the nibbles of a word: 0 4 1 5, 2 6 3 7; or
-// bytes word by word (quant8.h).
-enum class Form { kFloats, kPairs, kNibbleBytes, kWords };
+// What a kernel multiplies, [rows][in]: fp32; bf16; fp32, in each 8 in the order of pairs of nibbles: 0 1 4 5, 2 3 6 7; bytes, in each 8
+// in the order of the nibbles of a word: 0 4 1 5, 2 6 3 7; or bytes word by word (quant8.h).
+enum class Form { kFloats, kPairs, kNibblePairs, kNibbleBytes, kWords };
 constexpr int kRounded = 32;  // inputs that share a scale (A8_GROUP of kernels/quantized.py)
 
 struct Inputs {
@@ -15,7 +15,7 @@ struct Inputs {
     float *scale, *sums;      // [rows][units]: of each unit's bytes, see prepare_row
 };
 INLINE Inputs inputs(const Quantised& w, Form form, int64_t rows, uint8_t* at) {
-    int64_t in = (int64_t)w.units * w.unit, bytes = form == Form::kFloats ? 4 : form == Form::kPairs || form == Form::kWords ? 2 : 1;
+    int64_t in = (int64_t)w.units * w.unit, bytes = form == Form::kFloats || form == Form::kNibblePairs ? 4 : form == Form::kPairs || form == Form::kWords ? 2 : 1;
     float* scale = (float*)(at + round_up(rows * in * bytes, kAlign));
     return {at, rows, in, w.units, scale, scale + rows * w.units};
 }
@@ -132,10 +132,11 @@ INLINE void prepare_row(const Quantised& w, float* wide, const Inputs& x, int64_
         sum_units(w, wide, x, t);
         return;
     }
+    constexpr bool kWide = form == Form::kFloats || form == Form::kNibblePairs;
     RoundBy by = w.rounded == 2 ? round_by(wide, x.in) : RoundBy{};
     for (int64_t k = 0; k < x.in && w.rounded; k += kRounded) {
         if (w.rounded == 1) by = round_by(wide + k, kRounded);
-        if constexpr (form == Form::kFloats) {
+        if constexpr (kWide) {
             ivec codes[kRoundVecs];
             round_inputs(wide + k, by, codes);
             for (int v = 0; v < kRoundVecs; v++) store(wide + k + v * kLanes, __builtin_convertvector(codes[v], fvec) * by.scale);
@@ -143,8 +144,10 @@ INLINE void prepare_row(const Quantised& w, float* wide, const Inputs& x, int64_
             prepare_bytes(w, wide, k, by, x, t);
         }
     }
-    if constexpr (form == Form::kFloats) {
-        memcpy(x.x + t * x.in * 4, wide, x.in * 4);
+    if constexpr (kWide) {
+        float* to = (float*)x.x + t * x.in;
+        memcpy(to, wide, x.in * 4);
+        for (int64_t k = 2; form == Form::kNibblePairs && k < x.in; k += 8) memcpy(to + k, wide + k + 2, 8), memcpy(to + k + 2, wide + k, 8);
         sum_units(w, wide, x, t);
     }
 }

@@ -45,8 +45,8 @@ INLINE bool run_exact(bool offset, F& run) {
     offset ? run(Exact<X, Bits, C, true, T>{}) : run(Exact<X, Bits, C, false, T>{});
     return true;
 }
-// Calls run(kernel) with the kernel of w for inputs as X, if there is one.
-template <class X, class F>
+// Calls run(kernel) with the kernel of w for inputs of T as X, if there is one.
+template <class T, class X, class F>
 INLINE bool with_exact(const Quantised& w, F& run) {
     using enum Codes;
     bool offset = w.offset != NumberKind::kNone;
@@ -54,6 +54,7 @@ INLINE bool with_exact(const Quantised& w, F& run) {
     if (w.bits == 8 && !w.codebook) return run_exact<X, 8, kIntegers>(offset || (w.zero && sizeof(X) == 4), run);
     if (w.bits == 8 || w.unit != 32) return false;
     if (!w.codebook) return run_exact<X, 4, kIntegers>(offset || w.zero || sizeof(X) == 2, run);
+    if constexpr (sizeof(T) < sizeof(X) && kLookUpBytes) return w.group_units % 2 ? run_exact<X, 4, kBytesOfCodebook>(offset, run) : run_exact<X, 4, kBytesOfCodebook, 2>(offset, run);
     if constexpr (CodeValues<X, 4, kCodebook>::direct) return w.group_units % 2 ? run_exact<X, 4, kCodebook>(offset, run) : run_exact<X, 4, kCodebook, 2>(offset, run);
     return false;
 }
@@ -67,9 +68,9 @@ INLINE void with_kernel(const Quantised& w, F run) {
     if constexpr (kByteDots)
         if (w.rounded && w.bits == 4 && whole && !w.codebook) return offset ? run(Nibbles<true>{}) : run(Nibbles<false>{});
     if constexpr (kDots && sizeof(T) == 2)
-        if (!w.rounded && with_exact<bf16>(w, run)) return;
+        if (!w.rounded && with_exact<T, bf16>(w, run)) return;
     if constexpr (kFloatCodes)
-        if (with_exact<float>(w, run)) return;
+        if (with_exact<T, float>(w, run)) return;
     run(Wide<T>{});
 }
 

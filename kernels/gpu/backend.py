@@ -17,7 +17,19 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812  its usual name
 
 from loraplex.kernels.constants import Own, TableSite
-from loraplex.kernels.gpu import attention, bgmv, linear, own, quantized, rotary, rotate, rowwise, sgmv, tuning
+from loraplex.kernels.gpu import (
+    attention,
+    bgmv,
+    linear,
+    own,
+    quantized,
+    quantized_parts,
+    rotary,
+    rotate,
+    rowwise,
+    sgmv,
+    tuning,
+)
 from loraplex.kernels.ops import Backend, PackedLinear
 from loraplex.kernels.quantized import Activations, PartShape, QuantizedWeight
 from loraplex.kernels.records import (
@@ -82,21 +94,21 @@ class TritonBackend(TorchSampling, Backend):
     def pack_parts(
         self, parts: Sequence[Tensor | QuantizedWeight], dtype: torch.dtype, activations: Activations
     ) -> PackedLinear:
-        packed = [part.to(dtype) if isinstance(part, Tensor) else quantized.pack(part, dtype) for part in parts]
+        packed = [part.to(dtype) if isinstance(part, Tensor) else quantized_parts.pack(part, dtype) for part in parts]
         dense = [part for part in packed if isinstance(part, Tensor)]
         if len(dense) == len(packed):
             return self.pack_linear(torch.cat(dense))
-        return quantized.TritonParts(tuple(packed), dtype, activations)
+        return quantized_parts.TritonParts(tuple(packed), dtype, activations)
 
     def packed_bytes(self, linears: Iterable[Sequence[PartShape]], dtype: torch.dtype) -> int:
-        return sum(quantized.packed_bytes(*part, dtype) for parts in linears for part in parts)
+        return sum(quantized_parts.packed_bytes(*part, dtype) for parts in linears for part in parts)
 
     def embed(self, ids: Tensor, table: PackedLinear, scale: float | None, own: Tensor | None = None) -> Tensor:
-        dtype = table.dtype if isinstance(table, quantized.TritonParts) else _weight(table).dtype
+        dtype = table.dtype if isinstance(table, quantized_parts.TritonParts) else _weight(table).dtype
         if scale is not None:
             scale = torch.tensor(scale, dtype=dtype).item()
         known = ids if own is None else ids.clamp(0, table.out_features - 1)
-        if isinstance(table, quantized.TritonParts):
+        if isinstance(table, quantized_parts.TritonParts):
             y = quantized.embed(known, table, scale)
         else:
             y = rowwise.gather(_weight(table), known, scale)
@@ -129,7 +141,7 @@ class TritonBackend(TorchSampling, Backend):
         return self._linear(x, weight, torch.float32)
 
     def _linear(self, x: Tensor, weight: PackedLinear, dtype: torch.dtype) -> Tensor:
-        if isinstance(weight, quantized.TritonParts):
+        if isinstance(weight, quantized_parts.TritonParts):
             few = x.shape[0] <= tuning.QUANTIZED_FEW.rows and not self.batch_invariant
             return quantized.linear(x, weight, dtype, few)
         if self.batch_invariant:
@@ -235,8 +247,8 @@ def _most_tiles(ranges: Tensor, mixes: Sequence[tuple[tuple[int, float], ...]]) 
 
 def _outputs(packed: PackedLinear, outputs: slice) -> PackedLinear:
     """View the weight of some outputs."""
-    if isinstance(packed, quantized.TritonParts):
-        return quantized.outputs_of(packed, outputs)
+    if isinstance(packed, quantized_parts.TritonParts):
+        return quantized_parts.outputs_of(packed, outputs)
     return TritonLinear(_weight(packed)[outputs])
 
 

@@ -1,13 +1,10 @@
 """Base linears whose weights stay quantised on the device: codes are dequantised inside the product, tile by tile.
 
 A weight is dequantised in fp32 and meets x as the sum of two numbers of the compute dtype, so that the product is that
-of fp32 weights on every device, at twice the matrix work: a decode step waits for memory. Codes of 4 bits lie two to a
-byte, wider ones take a byte each.
+of fp32 weights on every device, at twice the matrix work: a decode step waits for memory.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -15,88 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from loraplex.kernels.gpu import tuning
-from loraplex.kernels.quantized import (
-    Activations,
-    GroupScales,
-    QuantizedWeight,
-    WeightFormat,
-    dequantize,
-    round_activations,
-)
-
-
-@dataclass(frozen=True)
-class TritonQuantized:
-    """A quantised weight as the kernels read it."""
-
-    format: WeightFormat
-    in_features: int
-    codes: Tensor  # [out, ceil(in / 2)] uint8, the first of two in the low bits; or [out, in] uint8 or int8
-    scale: GroupScales
-    offset: GroupScales | None
-    codebook: Tensor | None  # [2^bits] fp32
-    order: Tensor | None  # [in] int64
-
-    @property
-    def out_features(self) -> int:
-        return self.codes.shape[0]
-
-
-@dataclass(frozen=True)
-class TritonParts:
-    """The parts of a fused weight of which some are quantised."""
-
-    parts: tuple[Tensor | TritonQuantized, ...]
-    dtype: torch.dtype  # the compute dtype
-    activations: Activations
-
-    @property
-    def in_features(self) -> int:
-        return self.parts[0].shape[1] if isinstance(self.parts[0], Tensor) else self.parts[0].in_features
-
-    @property
-    def out_features(self) -> int:
-        return sum(part.shape[0] if isinstance(part, Tensor) else part.out_features for part in self.parts)
-
-
-def keeps_codes(form: WeightFormat) -> bool:
-    """Tell whether the kernels take this format: its groups are powers of two from 16 on, or of whole outputs."""
-    return form.group is None or (form.group >= 16 and form.group & (form.group - 1) == 0)
-
-
-def pack(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor | TritonQuantized:
-    """Lay out a weight for the kernels; where they do not take its format, as the weights it stands for, in `dtype`."""
-    form, codes = weight.format, weight.codes
-    if not keeps_codes(form):
-        return dequantize(weight).to(dtype)
-    if form.bits == 4:
-        if codes.shape[1] % 2:
-            codes = torch.nn.functional.pad(codes, (0, 1))
-        codes = codes[:, ::2] | codes[:, 1::2] << 4
-    codebook = None
-    if form.codebook is not None:
-        codebook = torch.tensor(form.codebook, dtype=torch.float32, device=codes.device)
-    return TritonQuantized(
-        form,
-        weight.in_features,
-        codes.contiguous(),
-        _contiguous(weight.scale),
-        None if weight.offset is None else _contiguous(weight.offset),
-        codebook,
-        weight.order,
-    )
-
-
-def packed_bytes(out: int, columns: int, form: WeightFormat | None, dtype: torch.dtype) -> int:
-    """Count the bytes of a packed weight [out, columns], dense ones in `dtype`."""
-    if form is None or not keeps_codes(form):
-        return out * columns * dtype.itemsize
-    groups = form.groups(columns)
-    numbers = groups * (1 + form.has_offset) * form.scale_bits // 8
-    shared = groups // 8 * 4 * (1 + form.has_offset) if form.scale_bits == 8 else 0  # 8 groups or more share a number
-    codebook = 4 << form.bits if form.codebook is not None else 0
-    order = columns * 8
-    return out * (-(-columns * (4 if form.bits == 4 else 8) // 8) + numbers + shared) + codebook + order
+from loraplex.kernels.gpu.quantized_parts import TritonParts, TritonQuantized, sizes, tensors
+from loraplex.kernels.quantized import Activations, round_activations
 
 
 def linear(x: Tensor, weight: TritonParts, dtype: torch.dtype, few: bool) -> Tensor:
@@ -117,24 +34,6 @@ def linear(x: Tensor, weight: TritonParts, dtype: torch.dtype, few: bool) -> Ten
     return y
 
 
-def outputs_of(weight: TritonParts, outputs: slice) -> TritonParts:
-    """View the weight of some outputs."""
-    parts: list[Tensor | TritonQuantized] = []
-    start = 0
-    for part in weight.parts:
-        count = part.shape[0] if isinstance(part, Tensor) else part.out_features
-        mine = slice(max(0, outputs.start - start), min(count, outputs.stop - start))
-        start += count
-        if mine.start >= mine.stop:
-            continue
-        if isinstance(part, Tensor):
-            parts.append(part[mine])
-        else:
-            offset = None if part.offset is None else part.offset.rows(mine)
-            parts.append(replace(part, codes=part.codes[mine], scale=part.scale.rows(mine), offset=offset))
-    return replace(weight, parts=tuple(parts))
-
-
 def embed(ids: Tensor, table: TritonParts, scale: float | None) -> Tensor:
     """ids [T] int64 -> rows [T, in] of the table, rounded to the compute dtype; `scale` is already rounded to it."""
     part = table.parts[0]
@@ -145,12 +44,12 @@ def embed(ids: Tensor, table: TritonParts, scale: float | None) -> Tensor:
     if y.numel():
         _rows[(triton.cdiv(rows, tuning.QUANTIZED_IDS), triton.cdiv(n_in, tuning.QUANTIZED_DEPTH))](
             ids,
-            *_tensors(part),
+            *tensors(part),
             y,
             rows,
             0.0 if scale is None else scale,
             n_in,
-            *_sizes(part),
+            *sizes(part),
             **_constants(part),
             has_scale=scale is not None,
             block=tuning.QUANTIZED_IDS,
@@ -174,13 +73,13 @@ def _multiply(x: Tensor, part: TritonQuantized, y: Tensor, few: bool) -> None:
     if y.numel():
         _tile[(triton.cdiv(rows, tile.rows), triton.cdiv(part.out_features, tile.columns))](
             x,
-            *_tensors(part),
+            *tensors(part),
             y,
             rows,
             x.shape[1],
             part.out_features,
             y.stride(0),
-            *_sizes(part),
+            *sizes(part),
             **_constants(part),
             split=x.dtype != torch.float32,
             block_rows=tile.rows,
@@ -188,29 +87,6 @@ def _multiply(x: Tensor, part: TritonQuantized, y: Tensor, few: bool) -> None:
             depth=tuning.QUANTIZED_DEPTH,
             num_warps=tile.warps,
         )
-
-
-def _contiguous(numbers: GroupScales) -> GroupScales:
-    codes = None if numbers.codes is None else numbers.codes.contiguous()
-    return GroupScales(numbers.shared.contiguous(), codes, numbers.span)
-
-
-def _tensors(part: TritonQuantized) -> tuple[Tensor, ...]:
-    """What _weights reads; what a format lacks is stood for by its scale."""
-    scale, offset = part.scale, part.offset or part.scale
-    return (
-        part.codes,
-        scale.shared,
-        scale.shared if scale.codes is None else scale.codes,
-        offset.shared,
-        offset.shared if offset.codes is None else offset.codes,
-        scale.shared if part.codebook is None else part.codebook,
-    )
-
-
-def _sizes(part: TritonQuantized) -> tuple[int, int]:
-    """Inputs of a group, and groups of an output."""
-    return part.format.group or part.in_features, part.format.groups(part.in_features)
 
 
 def _constants(part: TritonQuantized) -> dict[str, object]:

@@ -106,7 +106,7 @@ def build_engine(
     formats = BaseFormats(
         str(dtype).removeprefix("torch."),
         format_names(checkpoint),
-        activations_name(checkpoint, model_config, ops.device, activations),
+        activations_name(checkpoint, model_config, ops, activations),
     )
     logger.info("%s on %s in %s, steps of %d tokens", base_names[0], ops.device, formats, budget.tokens)
     if plan.max_model_len < (config.max_model_len or model_config.max_position):

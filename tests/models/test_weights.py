@@ -338,7 +338,7 @@ def test_a_quantised_table_is_the_tied_head(
 @pytest.mark.parametrize(
     ("form", "chosen", "expected"),
     [
-        ("Q4_1", None, Activations.A8),
+        ("Q8_0", None, Activations.A8),
         ("nf4", None, Activations.EXACT),
         ("int8", None, Activations.EXACT),  # one scale for all inputs
         ("Q4_1", Activations.EXACT, Activations.EXACT),
@@ -353,14 +353,22 @@ def test_activations_are_the_formats_unless_they_are_chosen(
     config = ModelConfig.from_hf(path)
     weights = load_checkpoint(checkpoint, config, ops, torch.float32, activations=chosen)
     assert weights.layers[0].gate_up.weight.activations is expected
-    assert activations_name(checkpoint, config, ops.device, chosen) == expected.value
+    assert activations_name(checkpoint, config, ops, chosen) == expected.value
 
 
 def test_activations_of_several_formats() -> None:
     cpu, made_for_8_bits = torch.device("cpu"), replace(FORMATS["int8"], activations=Activations.A8)
-    assert default_activations([made_for_8_bits, FORMATS["Q8_0"]], cpu) is Activations.A8
-    assert default_activations([FORMATS["Q4_K"], FORMATS["fp8"]], cpu) is Activations.EXACT
-    assert default_activations([FORMATS["Q4_K"]], torch.device("cuda")) is Activations.EXACT
+    assert default_activations([made_for_8_bits, FORMATS["Q8_0"]], cpu, "avx2") is Activations.A8
+    assert default_activations([FORMATS["Q4_K"], FORMATS["fp8"]], cpu, "avx2") is Activations.EXACT
+    assert default_activations([FORMATS["Q4_K"]], torch.device("cuda"), "") is Activations.EXACT
+
+
+def test_activations_of_4_bits_are_exact_where_a_matrix_unit_multiplies_them() -> None:
+    cpu, made_for_8_bits = torch.device("cpu"), replace(FORMATS["Q4_1"], activations=Activations.A8)
+    assert default_activations([FORMATS["Q4_1"]], cpu, "avx512bf16") is Activations.A8
+    assert default_activations([FORMATS["Q4_1"]], cpu, "amx") is Activations.EXACT
+    assert default_activations([FORMATS["Q8_0"]], cpu, "amx") is Activations.A8
+    assert default_activations([made_for_8_bits], cpu, "amx") is Activations.A8
 
 
 def test_a_quantised_vector_is_refused(tmp_path: Path, ops: Backend) -> None:
