@@ -8,6 +8,7 @@ reference.py is those blocks as code.
 from __future__ import annotations
 
 import ctypes
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -44,9 +45,12 @@ class DecodeSteps:
     most: int
     hidden: Tensor  # [L or more, H]: where the program leaves its result
     head: PackedLinear
+    logits: Tensor  # [L or more, vocab] fp32: where the last step's are left
+    drawn: array[int]  # [most, L], of type "q": tokens in the order of logit_rows; -1 of logits that are not finite
     draws: Tensor | None  # [most, L, 5] float64, of sample(): temperature, top_k, top_p, min_p, uniform; None: argmax
     stops: Tensor  # [n] int64
     halt: ctypes.c_int32
+    followed: ctypes.c_int32 | None  # steps that another one has followed, while others run; -1 after the last
 
 
 @dataclass(frozen=True)
@@ -66,13 +70,17 @@ class Program(Protocol):
 
     def run(self, inputs: StepInputs) -> None: ...
 
-    def decode(self, inputs: StepInputs, steps: DecodeSteps) -> tuple[Tensor, Tensor]:
+    def decode(self, inputs: StepInputs, steps: DecodeSteps) -> int:
         """As run() of steps.most steps, whose rows lie one step behind the other: T = steps.most * L.
 
         Of inputs.ids the first L are given, and the others are filled in. Block tables, logit_rows and adapters are one
-        step's. Returns the tokens [steps done, L] int64 in the order of logit_rows, and the last step's logits
-        [L, vocab] fp32.
+        step's. Returns how many steps were done.
         """
+        ...
+
+    def await_step(self, followed: ctypes.c_int32, seen: int) -> int:
+        """Wait, without the interpreter's lock, until a decode() in another thread has set DecodeSteps.followed other
+        than `seen`. Returns it."""
         ...
 
 

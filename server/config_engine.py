@@ -125,7 +125,7 @@ class EngineConfig:
             metavar="N",
             min=1,
             rich_help_panel=_LOAD,
-            help="Tokens of each stream that may be delivered together, on the CPU (up to 80 ms).",
+            help="Decode steps that may be one call of the kernels, on the CPU (up to 80 ms).",
         ),
     ] = 4
     max_waiting: Annotated[

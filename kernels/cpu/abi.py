@@ -63,6 +63,7 @@ class Steps(ctypes.Structure):
         ("logits", _Pointer),
         ("vocab", ctypes.c_int64),
         ("halt", _Pointer),
+        ("followed", _Pointer),
         ("turns", ctypes.c_int64 * MAX_ROPES),
     ]
 
@@ -198,6 +199,8 @@ def library() -> ctypes.CDLL:
     lib.loraplex_run.argtypes = [number, _Pointer, number, _Pointer, number, number, _Pointer]
     lib.loraplex_run.restype = number
     _check_version(lib, path.name)
+    lib.loraplex_await.argtypes = [_Pointer, number]
+    lib.loraplex_await.restype = number
     return lib
 
 

@@ -265,14 +265,21 @@ static void run_ops(Run run, const Op* ops, int count, const Step& step, uint64_
     }
 }
 
+// Whether row i of the step was drawn from logits that are numbers.
+static bool is_finite(const Step& step, const Steps& steps, int i) { return steps.logits[i * steps.vocab + step.drawn[i]] < INFINITY; }
+
+static void tell(const Steps& steps, int32_t followed) {
+    std::atomic_ref<int32_t> count(*steps.followed);
+    count.store(followed, std::memory_order_release);
+    count.notify_all();  // no system call where nobody waits
+}
+
 // Makes `step` the one after it, unless the last has been.
 static bool go_on(Step& step, const Steps& steps) {
     if (*steps.halt) return false;
-    for (int i = 0; i < step.logit_rows; i++) {
-        int64_t id = step.drawn[i];
-        if (!(steps.logits[i * steps.vocab + id] < INFINITY) || std::find(steps.stops, steps.stops + steps.num_stops, id) != steps.stops + steps.num_stops)
+    for (int i = 0; i < step.logit_rows; i++)
+        if (!is_finite(step, steps, i) || std::find(steps.stops, steps.stops + steps.num_stops, step.drawn[i]) != steps.stops + steps.num_stops)
             return false;
-    }
     int64_t* next = const_cast<int64_t*>(step.ids) + step.tokens;
     for (int i = 0; i < step.logit_rows; i++) next[step.rows[i]] = step.drawn[i];
     step.ids = next;
@@ -283,6 +290,7 @@ static bool go_on(Step& step, const Steps& steps) {
         if (store) store += step.tokens;
     for (int i = 0; i < kMaxRopes; i++)
         if (step.cos[i]) step.cos[i] += step.tokens * steps.turns[i], step.sin[i] += step.tokens * steps.turns[i];
+    if (steps.followed) tell(steps, *steps.followed + 1);
     return true;
 }
 
@@ -325,6 +333,15 @@ int loraplex_run(int isa, const Op* ops, int count, const Step* given, ComputeTy
             if (!goes_on[s]) break;
         }
     }
+    for (int i = 0; steps && i < own.logit_rows; i++)
+        if (!is_finite(own, *steps, i)) own.drawn[i] = -1;
+    if (steps && steps->followed) tell(*steps, -1);
     return done;
+}
+// Waits until Steps.followed is other than `seen`, and returns it.
+int loraplex_await(int32_t* followed, int seen) {
+    std::atomic_ref<int32_t> count(*followed);
+    count.wait(seen, std::memory_order_acquire);
+    return count.load(std::memory_order_acquire);
 }
 }

@@ -85,36 +85,43 @@ class CpuProgram:
         self._team = team
         self._workspace = notes.workspace
         self._ops = (Op * len(notes.noted))(*notes.noted)
-        self._decode_ops = self._ops  # with those of the head and the draw behind them, set by decode()
+        self._decode_ops = self._ops  # see _with_draw()
+        self._drawn_from: tuple[int, int, int] | None = None
         self._dtype = dtype
         self._batch_invariant = batch_invariant
 
     def run(self, inputs: StepInputs) -> None:
         self._team.run(self._ops, self._step(inputs), self._dtype)
 
-    def decode(self, inputs: StepInputs, steps: DecodeSteps) -> tuple[Tensor, Tensor]:
+    def decode(self, inputs: StepInputs, steps: DecodeSteps) -> int:
         step, rows = self._step(inputs), inputs.logit_rows.shape[0]
         step.tokens = step.seqs = rows
-        hidden = steps.hidden[:rows]
-        logits = torch.empty(rows, steps.head.out_features, dtype=torch.float32)
-        drawn = torch.empty(steps.most, rows, dtype=torch.int64)
-        step.draws, step.drawn = None if steps.draws is None else steps.draws.data_ptr(), drawn.data_ptr()
-        last = [*linear_ops(hidden, steps.head, logits), sample_op(logits)]
-        if len(self._decode_ops) != len(self._ops) + len(last):
-            self._decode_ops = (Op * (len(self._ops) + len(last)))(*self._ops)
-        self._decode_ops[-len(last) :] = last
+        step.draws, step.drawn = None if steps.draws is None else steps.draws.data_ptr(), steps.drawn.buffer_info()[0]
         following = Steps(
             most=steps.most,
             num_stops=steps.stops.shape[0],
             stops=steps.stops.data_ptr(),
-            logits=logits.data_ptr(),
-            vocab=logits.shape[1],
+            logits=steps.logits.data_ptr(),
+            vocab=steps.logits.shape[1],
             halt=ctypes.addressof(steps.halt),
+            followed=None if steps.followed is None else ctypes.addressof(steps.followed),
         )
         for index, (cos, _) in enumerate(inputs.rotations):
             following.turns[index] = cos.shape[1]
-        done = self._team.run(self._decode_ops, step, self._dtype, following)
-        return drawn[:done], logits
+        return self._team.run(self._with_draw(steps, rows), step, self._dtype, following)
+
+    def await_step(self, followed: ctypes.c_int32, seen: int) -> int:
+        return self._team.await_step(followed, seen)
+
+    def _with_draw(self, steps: DecodeSteps, rows: int) -> ctypes.Array[Op]:
+        """Take the ops with those of the head and the draw behind them: the last ones, where these are the same."""
+        drawn_from = (rows, steps.logits.data_ptr(), id(steps.head))
+        if self._drawn_from != drawn_from:
+            logits = steps.logits[:rows]
+            last = [*linear_ops(steps.hidden[:rows], steps.head, logits), sample_op(logits)]
+            self._decode_ops = (Op * (len(self._ops) + len(last)))(*self._ops, *last)
+            self._drawn_from = drawn_from
+        return self._decode_ops
 
     def _step(self, inputs: StepInputs) -> Step:
         ids, rows, attention = inputs.ids, inputs.logit_rows, inputs.attention

@@ -54,7 +54,8 @@ INLINE bool with_exact(const Quantised& w, F& run) {
     if (w.bits == 8 && !w.codebook) return run_exact<X, 8, kIntegers>(offset || (w.zero && sizeof(X) == 4), run);
     if (w.bits == 8 || w.unit != 32) return false;
     if (!w.codebook) return run_exact<X, 4, kIntegers>(offset || w.zero || sizeof(X) == 2, run);
-    if constexpr (sizeof(T) < sizeof(X) && kLookUpBytes) return w.group_units % 2 ? run_exact<X, 4, kBytesOfCodebook>(offset, run) : run_exact<X, 4, kBytesOfCodebook, 2>(offset, run);
+    if constexpr (sizeof(T) < sizeof(X) && kLookUpBytes)
+        if (!w.rounded) return w.group_units % 2 ? run_exact<X, 4, kBytesOfCodebook>(offset, run) : run_exact<X, 4, kBytesOfCodebook, 2>(offset, run);
     if constexpr (CodeValues<X, 4, kCodebook>::direct) return w.group_units % 2 ? run_exact<X, 4, kCodebook>(offset, run) : run_exact<X, 4, kCodebook, 2>(offset, run);
     return false;
 }

@@ -44,9 +44,12 @@ struct Steps {
     int32_t most;                  // at least 1
     int32_t num_stops;
     const int64_t* stops;          // [num_stops]: tokens after which nothing more is computed
-    const float* logits;           // [logit_rows, vocab]: what the last op drew from; no step follows one that is not finite
+    const float* logits;           // [logit_rows, vocab]: what the last op drew from; no step follows one that is not finite,
+                                   // and -1 is drawn there
     int64_t vocab;
     const volatile int32_t* halt;  // not 0: somebody wants to come in, and no further step begins
+    int32_t* followed;             // counts steps that another one follows, as they end, for loraplex_await; -1: the last has
+                                   // ended, whatever it drew. Null: nobody looks
     int64_t turns[kMaxRopes];      // rotary_dim of cos and sin
 };
 

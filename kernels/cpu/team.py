@@ -28,7 +28,7 @@ class Team:
         except (abi.LibraryMissing, ValueError) as error:
             raise BackendUnavailable(str(error)) from None
         self.threads = threads or torch.get_num_threads()
-        self._run = abi.library().loraplex_run
+        self._run, self._await = abi.library().loraplex_run, abi.library().loraplex_await
 
     def run(self, ops: ctypes.Array[Op], step: Step, dtype: torch.dtype, steps: Steps | None = None) -> int:
         """Run the ops in order on all threads, once or for as many of `steps` as come about.
@@ -40,6 +40,11 @@ class Team:
         following = None if steps is None else ctypes.byref(steps)
         done: int = self._run(self._isa, ops, len(ops), ctypes.byref(step), _TYPES[dtype], self.threads, following)
         return done
+
+    def await_step(self, followed: ctypes.c_int32, seen: int) -> int:
+        """Wait until a run of steps in another thread has set `followed` other than `seen`. Returns it."""
+        now: int = self._await(ctypes.byref(followed), seen)
+        return now
 
     def emit(self, op: Op, dtype: torch.dtype, step: Step | None = None) -> None:
         """Run one op now."""

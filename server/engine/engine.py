@@ -15,7 +15,7 @@ import ctypes
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
@@ -27,9 +27,9 @@ from loraplex.adapters.version import AdapterVersion
 from loraplex.server.engine.messages import Abort, Forget, Message, Pause, Pin, Resume, Stop, Submit, Wake, Warm
 from loraplex.server.engine.open_requests import CRASHED, STOPPED, OpenRequests, release
 from loraplex.server.engine.pausing import Pace, Pausing
-from loraplex.server.engine.policy.plan import Placement
+from loraplex.server.engine.policy.plan import Placement, StepPlan
 from loraplex.server.engine.policy.queue_limits import QueueLimits, Running
-from loraplex.server.engine.policy.rows import Worker
+from loraplex.server.engine.policy.rows import RowResult, Worker
 from loraplex.server.engine.policy.scheduler import Scheduler
 from loraplex.server.engine.published import AdapterBooks, PublishedStats
 from loraplex.server.engine.renewing import Renewal, renewed
@@ -85,7 +85,8 @@ class Engine:
         self._halt = halt if halt is not None else ctypes.c_int32()  # one of 0 is false
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._pausing = Pausing()
-        self._outbox: list[TokenEvent] = []  # the engine thread's own
+        self._outbox: list[TokenEvent] = []  # the engine thread's own, or _commit_early's
+        self._committed = 0  # steps of the plan at hand
         self._failure: BaseException | None = None
         self._unchecked = False  # whether steps have run since the books were checked
         self.on_crash: Callable[[], None] = lambda: None
@@ -306,6 +307,7 @@ class Engine:
         try:
             prepared = self._worker.prepare(plan.step)
             self._deliver()
+            self._committed, self._worker.early = 0, partial(self._commit_early, plan)
             results = self._worker.run(prepared)
         except Exception as error:
             if not _is_out_of_memory(error):
@@ -313,12 +315,27 @@ class Engine:
             logger.warning("a step of %d tokens ran out of memory: %s", num_tokens, error)
             self._outbox += self._scheduler.shed(plan)
             return True
-        steps = plan.steps_of(results)
-        self._scheduler.took(plan, (time.monotonic() - planned) / steps)
-        self._published.count(num_tokens, steps)
-        self._outbox += self._scheduler.commit(plan, results)
+        took = time.monotonic() - planned
+        self._outbox += self._commit(plan, results)
+        steps = self._committed
+        self._scheduler.took(plan, took / steps)
         self._queue_limits.drained(num_tokens * steps, time.monotonic() - began)
         return True
+
+    def _commit(self, plan: StepPlan, results: Sequence[RowResult]) -> list[TokenEvent]:
+        """Take in steps of `plan`."""
+        steps = plan.steps_of(results)
+        self._committed += steps
+        self._published.count(plan.step.num_tokens, steps)
+        return self._scheduler.commit(plan, results)
+
+    def _commit_early(self, plan: StepPlan, results: Sequence[RowResult]) -> None:
+        """Take in steps of `plan` that others follow, and deliver them.
+
+        In the worker's other thread: the engine's own is in run(), and does nothing until this is over.
+        """
+        self._outbox += self._commit(plan, results)
+        self._deliver()
 
     def _stand_still(self) -> bool:
         """Do what is done between steps, where none may run."""

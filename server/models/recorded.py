@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from array import array
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -64,15 +65,26 @@ class RecordedDecoder:
         return self.config.final_softcap is None
 
     def decode(
-        self, batch: ForwardBatch, draws: Tensor | None, stops: Tensor, halt: ctypes.c_int32
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        batch: ForwardBatch,
+        room: Tensor,
+        drawn: array[int],
+        draws: Tensor | None,
+        stops: Tensor,
+        halt: ctypes.c_int32,
+        followed: ctypes.c_int32 | None = None,
+    ) -> int:
         """Run up to batch.steps steps of decode rows, each of the tokens that the step before drew (see DecodeSteps).
 
-        Returns the tokens drawn [steps done, L] int64 in the order of logit_rows, and the last step's logits
-        [L, vocab] fp32.
+        room [L or more, vocab] fp32 and drawn [batch.steps * L] are filled in. Returns how many steps were done.
         """
-        steps = DecodeSteps(batch.steps, self._hidden, self._decoder.weights.head, draws, stops, halt)
+        head = self._decoder.weights.head
+        steps = DecodeSteps(batch.steps, self._hidden, head, room, drawn, draws, stops, halt, followed)
         return self._program.decode(self._inputs(batch), steps)
+
+    def await_step(self, followed: ctypes.c_int32, seen: int) -> int:
+        """Wait until a decode() in another thread has set `followed` other than `seen`. Returns it."""
+        return self._program.await_step(followed, seen)
 
     def store(self, rows: Tensor, places: Sequence[Tensor]) -> None:
         """Write keys and values as Decoder.store does."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
@@ -22,6 +24,7 @@ from loraplex.server.engine.step.memory import NotEnoughMemory
 from loraplex.server.facts import BaseFormats
 from loraplex.server.models.checkpoint import WeightsError
 from loraplex.server.models.config import UnsupportedModel
+from loraplex.server.models.inputs import ForwardBatch
 from loraplex.server.models.recorded import RecordedDecoder
 from tests.support.tiny import make_tiny_model
 
@@ -50,25 +53,69 @@ async def test_a_folder_becomes_an_engine(base: Path) -> None:
 
 
 async def test_a_message_halts_steps_that_follow_one_another(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(multi_step, "HANDFUL_SECONDS", 1e9)
+    monkeypatch.setattr(multi_step, "CALL_SECONDS", 1e9)
     parts = build_engine(EngineConfig(**SMALL, decode_steps=8), base, "tiny")
     parts.engine.start()
-    decode = RecordedDecoder.decode
+    decode, made = RecordedDecoder.decode, list[int]()
 
-    def called_for(model: RecordedDecoder, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def counted(model: RecordedDecoder, *rest: Any) -> int:
+        made.append(decode(model, *rest))
+        return made[-1]
+
+    def woken(model: RecordedDecoder, *rest: Any) -> int:
         parts.engine.wake()  # while the kernels are about to begin
-        return decode(model, *rest)
+        return counted(model, *rest)
 
-    handfuls = []
-    for number in range(2):
-        request = GenerationRequest(f"r{number}", (5, 6, 7), SamplingParams(40, temperature=0.0))
-        handfuls.append([event.handful async for event in parts.engine.submit(request)])
-        monkeypatch.setattr(RecordedDecoder, "decode", called_for)
-    assert max(handfuls[0]) == 8
-    assert set(handfuls[1]) == {1}
-    assert all(map(len, handfuls))
+    for run, most in ((counted, 8), (woken, 1)):
+        monkeypatch.setattr(RecordedDecoder, "decode", run)
+        request = GenerationRequest(f"r{most}", (5, 6, 7), SamplingParams(40, temperature=0.0))
+        assert len([event async for event in parts.engine.submit(request)]) == sum(made) + 1, "one came with the prompt"
+        assert max(made) == most
+        made.clear()
     parts.engine.stop()
     parts.adapters.close()
+
+
+async def test_tokens_reach_their_reader_while_the_steps_after_theirs_run(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(multi_step, "CALL_SECONDS", 1e9)
+    parts = build_engine(EngineConfig(**SMALL, decode_steps=8), base, "tiny")
+    decode, ends, read, early = RecordedDecoder.decode, SimpleQueue[int](), list[int](), list[int]()
+
+    def slow(model: RecordedDecoder, batch: ForwardBatch, *rest: Any) -> int:
+        """As if each step ended once the tokens of the one before it are read."""
+        before = 1 + sum(early)
+        done = decode(model, batch, *rest[:-1], None)
+        until = time.monotonic() + 60
+        for step in range(1, done):
+            ends.put(step)
+            while len(read) < before + step:
+                assert time.monotonic() < until, f"{len(read)} tokens read of {before + step}"
+                time.sleep(0.001)
+        assert len(read) < before + done, "the last is the engine's own"
+        if batch.steps > 1:  # else nobody waits
+            ends.put(-1)
+        early.append(done)
+        return done
+
+    monkeypatch.setattr(RecordedDecoder, "decode", slow)
+    monkeypatch.setattr(RecordedDecoder, "await_step", lambda *_: ends.get(timeout=60))
+    parts.engine.start()
+    request = GenerationRequest("r", (5, 6, 7), SamplingParams(40, temperature=0.0))
+    async for event in parts.engine.submit(request):
+        assert event.token_id is not None
+        read.append(event.token_id)
+    parts.engine.stop()
+    parts.adapters.close()
+    monkeypatch.undo()
+    alone = build_engine(EngineConfig(**SMALL, decode_steps=1), base, "tiny")
+    alone.engine.start()
+    again = GenerationRequest("r", (5, 6, 7), SamplingParams(40, temperature=0.0))
+    assert read == [event.token_id async for event in alone.engine.submit(again)]
+    alone.engine.stop()
+    alone.adapters.close()
+    assert max(early) == 8
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,9 @@
 """How many decode steps may follow one another before the scheduler is asked again.
 
-Planning a step, building its batch and taking in what it drew keeps a core from the kernels for a millisecond, and so
-does every delivery of tokens. Where a step would only be followed by the like of it, several are computed in one call.
-It ends early with a request that has its last token, and with the step in which anybody comes in or leaves (the halt of
-Engine), so nobody waits longer than before; but tokens come by the handful.
+Planning a step, building its batch and beginning it keeps all cores but one from the kernels. Where a step would only
+be followed by the like of it, several are computed in one call. It ends early with a request that has its last token,
+and with the step in which anybody comes in or leaves (the halt of Engine), so nobody waits longer than for one step;
+and what each step drew is delivered while the next one runs (step/following.py).
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from collections.abc import Iterable
 from loraplex.server.engine.policy.plan import SchedulerLimits
 from loraplex.server.engine.policy.sequence import Sequence
 
-HANDFUL_SECONDS = 0.08
-"""From one delivery of tokens to the next, at most: a reader sees twelve a second as a flow."""
+CALL_SECONDS = 0.08
+"""Of one call at most: deadlines are looked at between two. It is also the longest that tokens wait for each other,
+where the thread that delivers them comes to no core: a reader sees twelve a second as a flow."""
 
 
 def steps_in_a_row(seqs: Iterable[Sequence], limits: SchedulerLimits, step_seconds: float) -> int:
     """Count the steps these sequences, with a decode row each, may take in a row; one takes about `step_seconds`."""
-    most = min(limits.decode_steps, int(HANDFUL_SECONDS / max(step_seconds, 1e-6)))
+    most = min(limits.decode_steps, int(CALL_SECONDS / max(step_seconds, 1e-6)))
     for seq in seqs:
         if most <= 1:
             return 1

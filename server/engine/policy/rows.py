@@ -7,7 +7,7 @@ changes them between steps only, and a worker reads them until its step is over.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -104,9 +104,15 @@ class RowResult(NamedTuple):
 
 Prepared = TypeVar("Prepared")
 
+Early = Callable[[Sequence[RowResult]], None]
+"""Takes what one step or several of those that follow one another drew, in the rows' order, while others run."""
+
 
 class Worker(Protocol[Prepared]):
     """What computes steps, one after the other."""
+
+    early: Early | None
+    """Called in another thread while run() runs, and never after it; None: run() returns everything."""
 
     def prepare(self, step: StepInput) -> Prepared:
         """Lay out a step, which has rows, and start on its grammars' masks; the device computes nothing yet."""
@@ -115,6 +121,7 @@ class Worker(Protocol[Prepared]):
     def run(self, prepared: Prepared) -> Sequence[RowResult]:
         """Compute what prepare() laid out last: a result for each row, in the rows' order.
 
-        Where several steps were allowed, of as many as came about, the same for all rows.
+        Where several steps were allowed, of as many as came about, the same for all rows, but for those of which
+        `early` has been told: at least of the last. Raises RuntimeError where `early` raised.
         """
         ...

@@ -71,13 +71,6 @@ def draws_ahead(rows: Sequence[Row], steps: int) -> Tensor | None:
     return torch.frombuffer(draws, dtype=torch.float64).view(steps, len(rows), -1)
 
 
-def drawn_ahead(ids: Tensor, logits: Tensor) -> list[tuple[Drawn, ...]]:
-    """List each row's tokens, step after step, of ids [steps, N] drawn; the last step's are from logits [N, vocab]."""
-    *known, last = ids
-    steps = [*(step.tolist() for step in known), _numbers(logits, last)]
-    return [tuple(map(Drawn, tokens)) for tokens in zip(*steps, strict=True)]
-
-
 def _states(rows: Sequence[Row]) -> list[SamplingState]:
     """Return the sampling states of `rows`, which draw and so have one each."""
     return [row.sampling for row in rows if row.sampling is not None]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,14 +14,15 @@ import torch
 from torch import Tensor
 
 from loraplex.adapters.tiers.device import DeviceTier
-from loraplex.server.engine.policy.rows import Row, RowResult, StepInput, Want
+from loraplex.server.engine.policy.rows import Early, Row, RowResult, SamplingState, StepInput, Want
 from loraplex.server.engine.request import TokenScores
 from loraplex.server.engine.step.batch import Kept, build_batch
+from loraplex.server.engine.step.following import FollowedSteps
 from loraplex.server.engine.step.fronts import Fill, embeddings, fills
 from loraplex.server.engine.step.logit_changes import MaskBits
 from loraplex.server.engine.step.masks import WAIT_SECONDS, Mask, MaskPool
 from loraplex.server.engine.step.memory import logit_rows
-from loraplex.server.engine.step.sampler import drawn_ahead, draws_ahead, sample
+from loraplex.server.engine.step.sampler import draws_ahead, sample
 from loraplex.server.engine.step.scores import score
 from loraplex.server.models.decoder import Decoder
 from loraplex.server.models.graphs import GraphedDecoder
@@ -39,7 +41,7 @@ class PreparedStep:
     batch: ForwardBatch
     drawing: list[Row]  # the step's rows that draw, in its order
     masks: list[Mask | None]  # of these
-    stops: Tensor | None = None  # where several steps follow one another: what ends them
+    stops: Tensor | None = None  # where it is one call with the draw in it, or several steps: what ends them
     draws: Tensor | None = None  # and DecodeSteps.draws
     fills: tuple[Fill, ...] = ()  # what is stored before it
 
@@ -64,6 +66,8 @@ class LocalWorker:
         self._device = device
         self._slice = logit_rows(decoder.config.vocab_size)
         self.masks = MaskPool()
+        self.early: Early | None = None
+        self._watching = ThreadPoolExecutor(1, "steps")
         self._kept = Kept()
         # For a slice's logits on the CPU: memory that is taken anew costs as much as the product, 15 ms for 64 rows
         self._room = torch.empty(self._slice, decoder.config.vocab_size) if device.type == "cpu" else None
@@ -71,13 +75,14 @@ class LocalWorker:
     @torch.inference_mode()
     def prepare(self, step: StepInput) -> PreparedStep:
         """Lay out the tensors of `step` and begin its masks. What was prepared before holds no longer."""
-        steps = step.steps if len(step.rows) <= self._slice and self._head(step.rows) is None else 1
+        draws_too = self._draws_too(step.rows)
+        steps = step.steps if draws_too else 1
         own = partial(embeddings, residency=self._residency)
         batch = build_batch(step, self._residency.table, self._block_size, self._device, self._kept, steps, own)
         drawing = [row for row in step.rows if row.draws]
         states = [row.sampling for row in drawing if row.sampling is not None]
         masks = self.masks.begin([(state.constraint, state.output) for state in states])
-        if steps == 1:
+        if not draws_too:
             stored = fills(step.rows, self._block_size, self._residency)
             return PreparedStep(step, batch, drawing, masks, fills=stored)
         stops = torch.from_numpy(np.unique(np.concatenate([state.params.stops for state in states])))
@@ -87,9 +92,7 @@ class LocalWorker:
     def run(self, prepared: PreparedStep) -> list[RowResult]:
         """A result for each row; see Worker.run."""
         if prepared.stops is not None:
-            assert isinstance(self._decoder, RecordedDecoder), "steps follow one another where the pass is recorded"
-            ids, logits = self._decoder.decode(prepared.batch, prepared.draws, prepared.stops, self._halt)
-            return [RowResult(tokens) for tokens in drawn_ahead(ids, logits)]
+            return self._decode(prepared.batch, prepared.draws, prepared.stops)
         for fill in prepared.fills:
             self._decoder.store(fill.rows, fill.places)
         hidden = self._decoder.forward(prepared.batch)  # [L, H]
@@ -107,6 +110,26 @@ class LocalWorker:
         if len(drawn) == len(prepared.step.rows) == hidden.shape[0]:
             return drawn
         return self._with_prompts(prepared.step.rows, drawn, hidden[len(rows) :])
+
+    def _draws_too(self, rows: Sequence[Row]) -> bool:
+        """Tell whether all are decode rows that the recorded pass can draw for: one call instead of three."""
+        return (
+            isinstance(self._decoder, RecordedDecoder)
+            and self._decoder.follows_up
+            and len(rows) <= self._slice
+            and all(row.is_decode and row.draws and _is_plain(row.sampling) for row in rows)
+            and self._head(rows) is None
+        )
+
+    def _decode(self, batch: ForwardBatch, draws: Tensor | None, stops: Tensor) -> list[RowResult]:
+        """Run steps of decode rows in one call; `early` is told of those that others follow."""
+        decoder, room = self._decoder, self._room
+        assert isinstance(decoder, RecordedDecoder), "see _draws_too()"
+        assert room is not None, "passes are recorded on the CPU"
+        steps = FollowedSteps(batch.logit_rows.shape[0], batch.steps)
+        if batch.steps > 1 and self.early is not None:
+            steps.watch(self._watching, decoder.await_step, self.early)
+        return steps.end(decoder.decode(batch, room, steps.drawn, draws, stops, self._halt, steps.followed))
 
     def _with_prompts(self, rows: Sequence[Row], drawn: Sequence[RowResult], hidden: Tensor) -> list[RowResult]:
         """The results of all rows. drawn: of those that draw; hidden [sum of wanted tokens, H]: of those that want."""
@@ -139,6 +162,13 @@ class LocalWorker:
             following = want.following[start : start + logits.shape[0]]
             scores.append(score(logits, following, want.top, self._decoder.ops))
         return result._replace(scores=TokenScores.join(scores))
+
+
+def _is_plain(state: SamplingState | None) -> bool:
+    """Tell whether a row draws from the logits as they are, and only the token is wanted."""
+    if state is None or state.constraint is not None:
+        return False
+    return state.params.logprobs is None and not state.params.changes_logits(len(state.output))
 
 
 def _taken(begun: Sequence[Mask | None]) -> tuple[list[MaskBits | None], list[int]]:

@@ -17,6 +17,7 @@ import torch
 from loraplex.adapters.tiers.pages import PagePool
 from loraplex.kernels.constants import BLOCK_SIZE
 from loraplex.kernels.select import load_backend
+from loraplex.server.engine.policy import multi_step
 from loraplex.server.engine.policy.kv_cache import KVCache
 from loraplex.server.engine.policy.kv_groups import peak_pages
 from loraplex.server.engine.policy.plan import SchedulerLimits
@@ -29,7 +30,6 @@ from loraplex.server.engine.step.arena import allocate_arena, kv_layers
 from loraplex.server.engine.step.memory import Demand, plan_memory
 from loraplex.server.models.config import ModelConfig
 from loraplex.server.models.decoder import Decoder
-from loraplex.server.models.inputs import ForwardBatch
 from loraplex.server.models.opening import open_checkpoint
 from loraplex.server.models.recorded import RecordedDecoder, record
 from loraplex.server.models.weights import load_checkpoint
@@ -167,10 +167,9 @@ def test_several_steps_at_a_time_are_as_transformers_generates(
     calls: list[int] = []
     decode = RecordedDecoder.decode
 
-    def counting(model: RecordedDecoder, batch: ForwardBatch, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        drawn, logits = decode(model, batch, *rest)
-        calls.append(drawn.shape[0])
-        return drawn, logits
+    def counting(model: RecordedDecoder, *rest: Any) -> int:
+        calls.append(decode(model, *rest))
+        return calls[-1]
 
     monkeypatch.setattr(RecordedDecoder, "decode", counting)
     found, scheduler, _ = generate(path, prompts, answers, 300, 512, decode_steps=4)
@@ -180,13 +179,19 @@ def test_several_steps_at_a_time_are_as_transformers_generates(
     assert max(calls) == 4
 
 
-def test_several_steps_at_a_time_draw_as_single_ones_do(case: tuple[Any, ...]) -> None:
+def test_steps_draw_the_same_several_at_a_time_and_alone_in_one_call_and_in_three(
+    case: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, path, prompts, answers, _ = case
     params = SamplingParams(1, temperature=0.9, top_k=40, top_p=0.9, seed=11)
-    single, several, most = (
+    two, several, most = (
         generate(path, prompts, answers, 300, 512, decode_steps=n, params=params)[0] for n in (2, 3, 8)
     )
-    assert single == several == most
+    assert two == several == most
+    monkeypatch.setattr(multi_step, "CALL_SECONDS", 0.0)
+    assert generate(path, prompts, answers, 300, 512, decode_steps=2, params=params)[0] == two, "single steps"
+    monkeypatch.setattr(worker.LocalWorker, "_draws_too", lambda *_: False)
+    assert generate(path, prompts, answers, 300, 512, decode_steps=2, params=params)[0] == two, "head and draw apart"
 
 
 def test_logits_come_in_slices(case: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> None:
