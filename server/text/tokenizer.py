@@ -190,7 +190,7 @@ class Tokenizer:
         return {i: text for i, text in found.items() if i is not None and self.is_special(i)}
 
     def encode_offsets(self, text: str, add_special_tokens: bool = True) -> Iterator[tuple[int, str, int, int]]:
-        """Yield of each token its id, how the vocabulary writes it, and where in `text` it begins and ends (characters).
+        """Yield each token: id, how the vocabulary writes it, and where in `text` it begins and ends, in characters.
 
         One by one: of a million tokens the library's own lists keep the interpreter's lock for 150 ms each.
         """
