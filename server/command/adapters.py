@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 
+from loraplex.server.command.endings import end_refused, give_up, warn
 from loraplex.server.command.option_groups import grouped
 from loraplex.server.config_engine import EngineConfig, Quantize
 
@@ -20,12 +20,6 @@ if TYPE_CHECKING:
     from loraplex.server.command.remote import Remote, RemoteError
 
 T = TypeVar("T")
-
-REFUSED = 1
-"""Exit code: the server refuses what it was asked to change."""
-
-MISUSED = 2
-"""Exit code: the command cannot be run as it was given."""
 
 app = typer.Typer(no_args_is_help=True, help="Adapters: check, convert, compare, promote.", rich_markup_mode="rich")
 
@@ -122,7 +116,7 @@ def evaluate(
             else own_server(options.base, Path(adapter))
         ) as remote:
             name = adapter if options.base is None else CANDIDATE
-            found = run_golden(remote, name, questions, golden, options.in_place, _warn)
+            found = run_golden(remote, name, questions, golden, options.in_place, warn)
         for path, text in ((options.report, found.as_json), (options.page, found.as_html)):
             if path is not None:
                 path.write_text(text(), encoding="utf-8")
@@ -134,7 +128,7 @@ def evaluate(
         print(f"in place {found.previous:.4f}; mean KL from it {found.divergence:.6f}")
     unmet = Demands(options.fail_under, options.drift).unmet(found)
     for line in unmet:
-        _warn(line)
+        warn(line)
     raise typer.Exit(1 if unmet else 0)
 
 
@@ -285,21 +279,3 @@ def _asked(server: ServerOptions, ask: Callable[[Remote], T], end: Callable[[Rem
         return ask(Remote(server.url, server.api_key))
     except RemoteError as error:
         end(error)
-
-
-def _warn(line: str) -> None:
-    print(f"loraplex: {' '.join(line.split())}", file=sys.stderr)
-
-
-def give_up(reason: object) -> NoReturn:
-    """End with one line."""
-    _warn(str(reason))
-    sys.exit(MISUSED)
-
-
-def end_refused(error: RemoteError) -> NoReturn:
-    """End with the server's words: MISUSED where there is no server, no such name or no right to it, else REFUSED."""
-    if error.status in (0, 401, 404):
-        give_up(error)
-    _warn(str(error))
-    sys.exit(REFUSED)

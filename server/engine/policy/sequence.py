@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from array import array
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,17 +14,8 @@ from loraplex.adapters.front import Front
 from loraplex.adapters.positions import Span
 from loraplex.adapters.version import AdapterVersion
 from loraplex.server.engine.policy.prefix_cache import Turns
-from loraplex.server.engine.policy.rows import Mix, Row, RowFront, RowResult, SamplingState, Want
-from loraplex.server.engine.policy.wearing import (
-    ALWAYS,
-    Acts,
-    MixEntry,
-    acts_of,
-    front_of,
-    turns_of,
-    worn_at,
-    worn_between,
-)
+from loraplex.server.engine.policy.rows import Mix, RowResult, SamplingState
+from loraplex.server.engine.policy.wearing import ALWAYS, Acts, MixEntry, acts_of, front_of, turns_of, worn_at
 from loraplex.server.engine.request import (
     FinishReason,
     GenerationRequest,
@@ -119,9 +109,8 @@ class Sequence:
         self.mix: tuple[tuple[str, float], ...] = ()  # (digest, weight): the order in which the ops add them up
         self.entries: tuple[MixEntry, ...] = ()  # the mix by units of tiles: one for each, or two
         self.acts: Acts = ()  # where each of the entries does; (): all from the first token on
-        self.cache_root: bytes | None = (
-            None  # all that its keys and values depend on beside tokens and turns; None: not shared
-        )
+        # All that its keys and values depend on beside tokens and turns; None: not shared.
+        self.cache_root: bytes | None = None
         self.turns: Turns = ()
         self.wanted = _wanted(request)
         self.versions: tuple[AdapterVersion, ...] = ()  # by bind(): one for each digest of the mix, in its order
@@ -191,10 +180,7 @@ class Sequence:
             salted: list[object] = [*own, angles, worn]
         else:
             salted = ["front", self.entries[self.front[0]].digest, angles, worn]
-            self.turns = (
-                (self.num_front, json.dumps(own).encode()),
-                *turns_of(self.entries, self.acts),
-            )
+            self.turns = ((self.num_front, json.dumps(own).encode()), *turns_of(self.entries, self.acts))
         self.cache_root = hashlib.sha256(json.dumps(salted).encode()).digest()
 
     def begin_at(self, found: int) -> None:
@@ -229,48 +215,6 @@ class Sequence:
     def reads_prompt(self) -> bool:
         """Tell whether something is wanted of every prompt token, so that none may come from the prefix cache."""
         return self.request.params.prompt_logprobs is not None or self.request.pooling == "mean"
-
-    def row(self, count: int, tables: tuple[array[int], ...]) -> Row:
-        """Make the next `count` missing tokens a row of a step."""
-        start, known = self.num_computed, len(self.tokens)
-        draws = start + count == known
-        mix, earlier = worn_between(self.slots, self.acts, start, start + count) if self.acts else (self.slots, ())
-        return Row(
-            self.number,
-            start,
-            self.tokens[start : start + count],
-            known,
-            tables,
-            mix,
-            known - 1 == start >= self.num_prompt,
-            int(draws),
-            self.sampling if draws else None,
-            None if self.output else self._want(start, count, draws),
-            earlier,
-            None if self.front is None else self._front_of_row(start, count),
-        )
-
-    def _front_of_row(self, start: int, count: int) -> RowFront | None:
-        """Return what the row of `count` tokens from `start` on needs of the front."""
-        assert self.front is not None
-        index, front = self.front
-        slot, end = self.slots[index][0], self.num_front
-        if front.stored:
-            return RowFront(slot, front, self.filled, end) if self.filled is not None and start == end else None
-        return RowFront(slot, front, start, min(start + count, end)) if start < end else None
-
-    def _want(self, start: int, count: int, draws: bool) -> Want | None:
-        """Return what is wanted of the hidden states of `count` prompt tokens from `start` on."""
-        pooling, top = self.request.pooling, self.request.params.prompt_logprobs
-        virtual = min(count, max(0, self.num_front - start))
-        if pooling == "mean":
-            return Want(range(virtual, count), None) if virtual < count else None
-        if pooling == "last":
-            return Want(range(count - 1, count), None) if draws else None
-        scored = min(count, self.num_prompt - 1 - start) if top is not None else 0  # the last one's next is drawn
-        if scored <= virtual or top is None:
-            return None
-        return Want(range(virtual, scored), self.tokens[start + 1 + virtual : start + 1 + scored], top)
 
     def read(self, result: RowResult) -> None:
         """Keep what a step found out about prompt tokens."""
