@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from loraplex.adapters.files.patterns import Matcher
+from loraplex.adapters.format.fronts import COLUMNS_OF_TASK, ROWS, ROWS_OF_TASK
 from loraplex.adapters.format.kinds import KINDS
 from loraplex.adapters.format.module_kind import ModuleKind
 from loraplex.adapters.format.modules import PREFIX, SHARED_PREFIX, FoundModule
+from loraplex.adapters.format.outside_modules import TUNED
 from loraplex.adapters.format.targets import TABLES
 from loraplex.benchmarks.random_adapters import ATTENTION, CONFIG, WEIGHTS
 from loraplex.kernels.constants import BLOCK_SIZE
@@ -41,7 +43,12 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "ia3": {"target_modules": ["k_proj", "v_proj"], "feedforward_modules": []},
     "trainable_tokens": {"token_indices": list(range(INVOCATION, INVOCATION + 64)), "target_modules": [TABLES[0]]},
     "prompt_tuning": {"num_virtual_tokens": BLOCK_SIZE, **NOWHERE},
+    "p_tuning": {"num_virtual_tokens": BLOCK_SIZE, **NOWHERE},
+    "multitask_prompt_tuning": {"num_virtual_tokens": BLOCK_SIZE, "num_tasks": 2, "task_id": 1, **NOWHERE},
+    "cpt": {"cpt_token_ids": list(range(INVOCATION, INVOCATION + BLOCK_SIZE)), **NOWHERE},
     "prefix_tuning": {"num_virtual_tokens": BLOCK_SIZE, **NOWHERE},
+    "cartridge": {"num_virtual_tokens": BLOCK_SIZE, "num_frozen_tokens": 1, **NOWHERE},
+    "ln_tuning": {"target_modules": ["input_layernorm", "norm"]},
     "loreft": {
         "peft_type": "REFT",
         "non_linearity": "identity",
@@ -82,7 +89,15 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
 }
 """Configs by the adapter's name; the name is the kind, in lower case, where peft_type says no other."""
 
-DEVIATIONS: Mapping[str, float] = {"hada_": 0.3, "lokr_": 0.3, "lambda": 0.5, "logits": 1.0, "spectrum": 1.0, "_v": 1.0}
+DEVIATIONS: Mapping[str, float] = {
+    "hada_": 0.3,
+    "lokr_": 0.3,
+    "lambda": 0.5,
+    "logits": 1.0,
+    "spectrum": 1.0,
+    "_v": 1.0,
+    "prefix_task": 1.0,
+}
 """Of tensors by a part of their names; else it is 0.05."""
 
 
@@ -144,7 +159,7 @@ def _of_modules(
 def _by_hand(
     raw: Mapping[str, Any], modules: Sequence[FoundModule], base: ModelConfig
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """LoRA, DoRA, IA3 and what is no linear's, whose kinds keep the shapes to themselves."""
+    """Yield names and shapes of LoRA, DoRA, IA3 and what is no linear's, whose kinds keep the shapes to themselves."""
     yield from _no_linears(raw, base)
     for module in modules:
         name, projection = f"{PREFIX}{module.path}", module.projection
@@ -162,11 +177,21 @@ def _no_linears(raw: Mapping[str, Any], base: ModelConfig) -> Iterator[tuple[str
     match raw["peft_type"]:
         case "TRAINABLE_TOKENS":
             yield f"{embed}.trainable_tokens_delta", (len(raw["token_indices"]), hidden)
-        case "PROMPT_TUNING":
-            yield "prompt_embeddings", (raw["num_virtual_tokens"], hidden)
-        case "PREFIX_TUNING":
+        case "LN_TUNING":
+            for layer in range(base.num_layers):
+                yield f"{PREFIX}model.layers.{layer}.input_layernorm.{TUNED}", (hidden,)
+            yield f"{PREFIX}model.norm.{TUNED}", (hidden,)
+        case "PROMPT_TUNING" | "P_TUNING":
+            yield ROWS, (raw["num_virtual_tokens"], hidden)
+        case "CPT":
+            yield ROWS, (len(raw["cpt_token_ids"]), hidden)
+        case "MULTITASK_PROMPT_TUNING":
+            tokens, tasks = raw["num_virtual_tokens"], raw["num_tasks"]
+            yield from ((ROWS, (tokens, hidden)), (COLUMNS_OF_TASK, (tasks, tokens, 1)))
+            yield ROWS_OF_TASK, (tasks, 1, hidden)
+        case "PREFIX_TUNING" | "CARTRIDGE":
             width = base.num_layers * 2 * base.num_kv_heads * base.head_dim
-            yield "prompt_embeddings", (raw["num_virtual_tokens"], width)
+            yield ROWS, (raw["num_virtual_tokens"], width)
         case "BOTTLENECK":
             for layer in range(base.num_layers):
                 for block in base.blocks()[:2]:
@@ -191,7 +216,7 @@ def _draw(name: str, shape: tuple[int, ...], generator: torch.Generator, integer
     if name.endswith(".zeros"):
         return torch.zeros(shape, dtype=torch.bfloat16)
     drawn = torch.randn(shape, generator=generator)
-    if any(part in name for part in ("magnitude", "ia3", "w_norm", "boft_s")):  # about what they begin with
+    if any(part in name for part in ("magnitude", "ia3", "w_norm", "boft_s", TUNED)):  # about what they begin with
         return (1 + 0.3 * drawn).bfloat16()
     deviation = next((value for part, value in DEVIATIONS.items() if part in name.rpartition(".")[2]), 0.05)
     return (deviation * drawn).bfloat16()

@@ -144,6 +144,13 @@ class AdaptersConfig:
     require_adapter: Annotated[
         bool, Option("--require-adapter", help="Refuse requests that name no adapter, or only the base.")
     ] = False
+    load_inplace: Annotated[
+        bool,
+        Option(
+            "--load-inplace",
+            help="A load of a name that is taken replaces it, unless it says load_inplace or expected_version itself.",
+        ),
+    ] = False
     retain: Annotated[
         int,
         Option(

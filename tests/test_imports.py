@@ -120,23 +120,27 @@ def read_imports(path: str, source: str, modules: frozenset[str]) -> list[Import
     return list(walk(ast.parse(source), "module"))
 
 
-def loads_torch(module: str, imports: Mapping[str, list[Import]], seen: frozenset[str] = frozenset()) -> list[str]:
-    """The road from `module` to torch through what runs on import: [module, ..., "torch"]; empty when there is none."""
-    for entry in imports.get(module, []):
-        if entry.scope != "module" or entry.module in seen:
-            continue
-        if not entry.ours:
-            if is_under(entry.module, "torch"):
-                return [module, "torch"]
-        elif road := loads_torch(entry.module, imports, seen | {module}):
-            return [module, *road]
-    return []
+def roads_to_torch(imports: Mapping[str, list[Import]]) -> dict[str, list[str]]:
+    """Find for each module that loads torch when it is imported one of its shortest roads: [module, ..., "torch"]."""
+    importers: dict[str, list[str]] = {}
+    for module, entries in imports.items():
+        for entry in entries:
+            if entry.scope == "module":
+                importers.setdefault(entry.module if entry.ours else entry.module.split(".")[0], []).append(module)
+    roads, reached = {}, [["torch"]]
+    for road in reached:
+        for module in importers.get(road[0], []):
+            if module not in roads:
+                roads[module] = [module, *road]
+                reached.append(roads[module])
+    return roads
 
 
 def violations(files: Mapping[str, str]) -> list[str]:
     """What in `files` (path -> source) breaks the law, a line each."""
     modules = frozenset(map(module_of, files))
     imports = {module_of(path): read_imports(path, source, modules) for path, source in files.items()}
+    roads = roads_to_torch(imports)
     broken = []
     for path in files:
         module = module_of(path)
@@ -145,10 +149,10 @@ def violations(files: Mapping[str, str]) -> list[str]:
             broken.append(f"{path}: its folder is not in LAW")
             continue
         for entry in imports[module]:
-            reasons = [*breaks_folders(module, entry, LAW[folder]), *breaks_libraries(module, entry, imports)]
+            reasons = [*breaks_folders(module, entry, LAW[folder]), *breaks_libraries(module, entry, roads)]
             broken += [f"{path}:{entry.line}: {reason}" for reason in reasons]
-        if is_torch_free(module) and (road := loads_torch(module, imports)):
-            broken.append(f"{path}: loads torch: {' -> '.join(road)}")
+        if is_torch_free(module) and module in roads:
+            broken.append(f"{path}: loads torch: {' -> '.join(roads[module])}")
     return broken
 
 
@@ -160,9 +164,9 @@ def breaks_folders(module: str, entry: Import, allowed: tuple[str, ...]) -> Iter
         yield f"imports loraplex.{entry.module}, which is not below it"
 
 
-def breaks_libraries(module: str, entry: Import, imports: Mapping[str, list[Import]]) -> Iterator[str]:
+def breaks_libraries(module: str, entry: Import, roads: Mapping[str, list[str]]) -> Iterator[str]:
     if entry.ours:
-        if is_torch_free(module) and entry.scope == "function" and loads_torch(entry.module, imports):
+        if is_torch_free(module) and entry.scope == "function" and entry.module in roads:
             yield f"imports loraplex.{entry.module} in a function, which loads torch"
     elif is_under(entry.module, "triton"):
         if not (is_under(module, "kernels.gpu") or is_under(module, "benchmarks.kernels")):

@@ -99,7 +99,7 @@ def _list_cached(source: Source) -> Listing:
         if source.access.token is not None or not source.access.ambient:
             raise FileNotFoundError
         folder = Path(snapshot_download(source.place, revision=source.revision, local_files_only=True))
-    except Exception:
+    except (OSError, ValueError):  # not there, or no name of a repository
         raise AdapterUnavailable(f"{source.text} is not in the Hub's cache, and HF_HUB_OFFLINE is set") from None
     missing = [name for name in FILES if not (folder / name).is_file()]
     if missing:

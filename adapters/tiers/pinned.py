@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+from loraplex.adapters.errors import AdapterError
 from loraplex.adapters.version import AdapterVersion
 
 if TYPE_CHECKING:
@@ -43,8 +44,11 @@ class OperatorPins:
         device = self._cache.device
         try:
             missing = self._cache.missing_pages((version,))
-        except Exception as error:
+        except AdapterError as error:
             logger.warning("adapter %r is not pinned: %s", version.name, error)
+            return False
+        except Exception:  # a fault of ours, which must not take the engine with it
+            logger.exception("adapter %r is not pinned", version.name)
             return False
         if missing is None:
             return True

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from loraplex.adapters.errors import AdapterError
 from loraplex.adapters.tiers.pinned import load_into_room
 from loraplex.adapters.version import AdapterVersion
 
 if TYPE_CHECKING:
     from loraplex.adapters.tiers.cache import AdapterCache
+
+logger = logging.getLogger(__name__)
 
 
 class Warming:
@@ -46,6 +50,9 @@ class Warming:
         """Have it on its way. False: it cannot be had now; whoever asks for it is told why."""
         try:
             missing = self._cache.missing_pages((version,))
-        except Exception:
+        except AdapterError:
+            return False
+        except Exception:  # a fault of ours, which must not take the engine with it
+            logger.exception("adapter %r is not brought ahead of its requests", version.name)
             return False
         return missing is None or not missing[0] or load_into_room(self._cache, version, missing[0])

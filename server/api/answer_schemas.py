@@ -42,7 +42,7 @@ class WrittenTokens(Wire):
 
 
 class ChangedChoice(Wire):
-    """What a choice has where its version changed while it was written (POST /resume), and elsewhere has not."""
+    """What an answer has where its version changed while it was written (POST /resume), and elsewhere has not."""
 
     versions: list[WrittenTokens] | None = Field(default=None, exclude_if=lambda value: value is None)
 

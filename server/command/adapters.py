@@ -125,7 +125,8 @@ def evaluate(
     passed = len(found.answers) - len(found.failures)
     print(f"score {found.score:.4f}: {passed} of {len(found.answers)} passed, of version {found.digest or 'unknown'}")
     if found.previous is not None:
-        print(f"in place {found.previous:.4f}; mean KL from it {found.divergence:.6f}")
+        nats = f"{found.answer_divergence:.6f} over answers, {found.prompt_divergence:.6f} over prompts"
+        print(f"in place {found.previous:.4f}; mean KL from it {nats}")
     unmet = Demands(options.fail_under, options.drift).unmet(found)
     for line in unmet:
         warn(line)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -14,16 +13,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from loraplex.server.command.divergence import AT_ONCE, mean_divergence
 from loraplex.server.command.remote import Remote, RemoteError
 from loraplex.server.proof.golden import GoldenQuestion
 from loraplex.server.proof.golden_report import Answered, GoldenReport
 from loraplex.server.whole_file import replace_file
-
-AT_ONCE = 8
-"""Questions under way."""
-
-LIKELIEST = 20
-"""Tokens of a place whose log-probabilities are compared; all others are one more."""
 
 SCORES = "golden.scores.json"
 """Beside a golden set: the score of each version that was asked, by digest and set."""
@@ -82,7 +76,8 @@ def run_golden(
             previous = _mean([each.score for each in ask_all(remote, in_place, questions)])
             record(in_place, placed, previous)
         divergence = mean_divergence(remote, in_place, adapter, questions)
-    report = GoldenReport(adapter, digest, set_digest, time.time(), tuple(answers), previous, divergence)
+    nats = (None, None) if divergence is None else (divergence.prompts, divergence.answers)
+    report = GoldenReport(adapter, digest, set_digest, time.time(), tuple(answers), previous, *nats)
     record(adapter, digest, report.score)
     return report
 
@@ -91,31 +86,6 @@ def ask_all(remote: Remote, model: str, questions: Sequence[GoldenQuestion]) -> 
     """Ask each question, greedily, and score its answer."""
     with ThreadPoolExecutor(AT_ONCE) as pool:
         return list(pool.map(partial(_ask, remote, model), questions))
-
-
-def mean_divergence(remote: Remote, placed: str, candidate: str, questions: Sequence[GoldenQuestion]) -> float:
-    """Compute the mean KL, in nats, of `placed` from `candidate` over all tokens of all prompts but the first.
-
-    Semantics: mean over places of sum over t of p(t) log(p(t) / q(t)), p being the version in place; t are its
-    LIKELIEST tokens that the candidate tells of as well, and all others as one more. Never more than the KL itself.
-    """
-    total, count = 0.0, 0
-    for question in questions:
-        ids = _prompt_ids(remote, candidate, question)
-        pairs = zip(_places(remote, placed, ids), _places(remote, candidate, ids), strict=True)
-        for p, q in pairs:
-            if p is not None and q is not None:
-                total += divergence_at(p, q)
-                count += 1
-    return total / count if count else 0.0
-
-
-def divergence_at(p: Mapping[str, float], q: Mapping[str, float]) -> float:
-    """Compute the KL of one place from the log-probabilities of its likeliest tokens; the rest is one token more."""
-    both = p.keys() & q.keys()
-    pairs = [(math.exp(p[token]), math.exp(q[token])) for token in both]
-    pairs.append((max(0.0, 1 - sum(one for one, _ in pairs)), max(0.0, 1 - sum(other for _, other in pairs))))
-    return max(0.0, sum(one * math.log(one / max(other, 1e-12)) for one, other in pairs if one > 0))
 
 
 def read_score(golden: Path, digest: str | None, set_digest: str) -> float | None:
@@ -180,19 +150,6 @@ def _ask(remote: Remote, model: str, question: GoldenQuestion) -> Answered:
         error = str(failure) or type(failure).__name__
     passed = error is None and score >= expected.at_least
     return Answered(question.id, question.line, asked, expected.kind, expected.told, answer, score, passed, error)
-
-
-def _prompt_ids(remote: Remote, model: str, question: GoldenQuestion) -> list[int]:
-    body = {"prompt": question.prompt} if question.prompt is not None else {"messages": list(question.messages)}
-    found: list[int] = remote.ask("POST", "/tokenize", {"model": model, **body})["tokens"]
-    return found
-
-
-def _places(remote: Remote, model: str, ids: list[int]) -> list[dict[str, float] | None]:
-    """The likeliest tokens of each place of a prompt; None of the first."""
-    body = {"model": model, "prompt": ids, "max_tokens": 1, "temperature": 0, "echo": True, "logprobs": LIKELIEST}
-    found = remote.ask("POST", "/v1/completions", body)["choices"][0]["logprobs"]["top_logprobs"]
-    return list(found[: len(ids)])
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -34,7 +34,8 @@ class GoldenReport:
     when: float  # seconds since 1970
     answers: tuple[Answered, ...]
     previous: float | None = None  # score of the version in place
-    divergence: float | None = None  # mean KL of the version in place from this one, in nats
+    prompt_divergence: float | None = None  # mean KL of the version in place from this one, in nats a token
+    answer_divergence: float | None = None
 
     @property
     def score(self) -> float:
@@ -59,7 +60,8 @@ class GoldenReport:
             "version": self.digest or "not known",
             "golden set": self.golden,
             "version in place": "not known" if self.previous is None else f"{self.previous:.4f}",
-            "mean KL from it": "not measured" if self.divergence is None else f"{self.divergence:.6f}",
+            "mean KL from it, prompts": _nats(self.prompt_divergence),
+            "mean KL from it, answers": _nats(self.answer_divergence),
         }
         rows = "".join(f"<dt>{name}</dt><dd>{html.escape(value)}</dd>" for name, value in facts.items())
         passed = [each for each in self.answers if each.passed]
@@ -69,6 +71,10 @@ class GoldenReport:
             failed=_table(self.failures) if self.failures else "<p>None.</p>",
             passed=_table(passed) if passed else "<p>None.</p>",
         )
+
+
+def _nats(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.6f}"
 
 
 def _table(answers: Sequence[Answered]) -> str:

@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from loraplex.server.command import cli
-from loraplex.server.command.golden import SCORES, divergence_at, mean_divergence, read_score
+from loraplex.server.command.divergence import LIKELIEST, divergence_at, mean_divergence
+from loraplex.server.command.golden import SCORES, read_score
 from loraplex.server.command.remote import Remote, RemoteError
 from loraplex.server.proof.golden import read_golden
 from tests.support.served import Served, serve_new
+from tests.support.tiny import EOS
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -149,18 +153,37 @@ def test_without_a_server_one_is_started(served: Served, golden: Path, tmp_path:
     assert ended.value.code == 2
 
 
+def merged(p: torch.Tensor, q: torch.Tensor) -> float:
+    """The KL of one place, [vocab] log-probabilities each, with all but the tokens that are likely in both as one."""
+    both = sorted(set(p.topk(LIKELIEST).indices.tolist()) & set(q.topk(LIKELIEST).indices.tolist()))
+    one, other = (torch.cat([x[both].exp(), 1 - x[both].exp().sum(0, keepdim=True)]) for x in (p, q))
+    return float(torch.nn.functional.kl_div(other.log(), one, reduction="sum"))
+
+
 def test_divergence_is_that_of_the_models(served: Served, golden: Path) -> None:
-    remote = Remote(served.live.url)
-    questions = [question for question in read_golden(golden) if question.prompt is not None]
-    found = mean_divergence(remote, "old", "new", questions)
-    exact = []
+    """transformers' and PEFT's: over prompts, and over what the version in place answers, each after all before it."""
+    questions = [*read_golden(golden), *read_golden(golden)[:1]]
+    questions[-1] = replace(questions[0], max_tokens=30)  # an answer that is longer than its prompt
+    found = mean_divergence(Remote(served.live.url), "old", "new", questions)
+    prompts: list[tuple[float, float]] = []  # KL as it is measured, and as it is
+    answers: list[tuple[float, float]] = []
     for question in questions:
         ids = served.live.tokenizer.encode(question.prompt or "")
-        p, q = (served.logprobs(name, ids).double()[:-1] for name in ("old", "new"))
-        exact += (p.exp() * (p - q)).sum(-1).tolist()
-    whole = sum(exact) / len(exact)
-    assert 0.02 * whole < found <= whole * 1.0001
-    assert mean_divergence(remote, "new", "new", questions) < 1e-9
+        if question.messages:
+            ids = served.live.tokenizer.chat(list(question.messages))
+        said = served.greedy("old", ids, question.max_tokens)
+        said = said[: said.index(EOS) + 1] if EOS in said else said
+        p, q = (served.logprobs(name, ids + said[:-1]).double() for name in ("old", "new"))
+        exact = (p.exp() * (p - q)).sum(-1).tolist()
+        nats = [(merged(*each), exact[place]) for place, each in enumerate(zip(p, q, strict=True))]
+        prompts, answers = prompts + nats[: len(ids) - 1], answers + nats[len(ids) - 1 :]
+    for told, places in ((found.prompts, prompts), (found.answers, answers)):
+        measured, whole = (sum(each) / len(places) for each in zip(*places, strict=True))
+        assert told == pytest.approx(measured, rel=1e-3)
+        assert 0 < told <= whole * 1.0001
+    assert found.answers != pytest.approx(found.prompts, rel=0.01)
+    same = mean_divergence(Remote(served.live.url), "new", "new", questions)
+    assert max(same.prompts, same.answers) < 1e-9
 
 
 def test_divergence_of_one_place() -> None:

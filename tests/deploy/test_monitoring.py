@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import yaml
+from prometheus_client import Metric
 
-from tests.support.deployment import DEPLOY, exported, grouped_by, series_in
+from tests.support.deployment import DEPLOY, ROOT, exported, families, grouped_by, series_in
 from tests.support.fake_serving import FakeServer
 from tests.support.waiting import LIMIT
 
@@ -103,6 +104,22 @@ def test_the_alerts_read_what_is_exported(there_are: dict[str, set[str]]) -> Non
 def test_the_scaling_rules_read_what_is_exported(there_are: dict[str, set[str]]) -> None:
     for rule in adapter_rules():
         check_series(rule["seriesQuery"], there_are)
+
+
+def test_the_documented_list_is_what_is_exported(server: FakeServer) -> None:
+    """docs/metrics.md, written from what is exported: on a difference, the message has the row that is right."""
+    rows = set(re.findall(r"^\| `.*\|$", (ROOT / "docs/metrics.md").read_text(encoding="utf-8"), re.MULTILINE))
+    wanted = {_row(family) for family in families(server) if not family.name.endswith("_created")}
+    assert len(wanted) > 60
+    assert rows == wanted
+
+
+def _row(family: Metric) -> str:
+    """A row of docs/metrics.md; labels that all of a server's series have are said once, above the table."""
+    name = f"{family.name}_total" if family.type == "counter" else family.name
+    labels = {label for sample in family.samples for label in sample.labels} - {"model_name", "engine", "le"}
+    text = family.documentation.replace("|", "\\|")
+    return f"| `{name}` | {family.type} | {', '.join(f'`{label}`' for label in sorted(labels))} | {text} |"
 
 
 def test_panels_do_not_overlap() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import openai
 import pytest
 import torch
 
@@ -93,6 +94,14 @@ def rollout(live: LiveServer, trained: list[Any]) -> Iterator[Rollout]:
     found.steps.free()
     live.parts.engine.resume()
     live.idle()
+
+
+def named(live: LiveServer) -> str:
+    """Who answers, as answers say it."""
+    version = live.parts.adapters.registry.get(NAME)
+    assert version is not None
+    assert version.digest is not None
+    return f"{NAME}@{version.digest[:12]}"
 
 
 def mixed(old: Any, new: Any, prompt: list[int], first: int, tokens: int) -> list[int]:
@@ -247,6 +256,95 @@ def test_an_answer_in_one_piece_says_so_too(rollout: Rollout) -> None:
         assert [span["cache"] for span in spans] == [None, "kept"]
         assert spans[1]["version"] == name
         assert spans[1]["from_token"] > 0
+
+
+def begun(rollout: Rollout, count: int = 1) -> None:
+    """Let `count` answers, asked for by now, have their prompts read and a token or two, and no more."""
+    engine = rollout.live.parts.engine
+    wait_for(lambda: len(engine._requests._open) == count)
+    drawn = engine._scheduler.generation_tokens
+    rollout.steps.allow(count + 1)
+    wait_for(lambda: engine._scheduler.generation_tokens >= drawn + count)
+
+
+def check_spans(spans: list[dict[str, Any]], before: str, after: str) -> int:
+    """That `before` wrote the first tokens and `after` the others; from which one on."""
+    count: int = spans[1]["from_token"]
+    assert spans == [
+        {"version": before, "from_token": 0, "cache": None},
+        {"version": after, "from_token": count, "cache": "kept"},
+    ]
+    assert 0 < count < LENGTH
+    return count
+
+
+@pytest.mark.parametrize("path", ["/generate", "/generate_stream"])
+def test_lorax_says_so_in_its_details(rollout: Rollout, path: str) -> None:
+    live, (old, new) = rollout.live, [adapter.model for adapter in rollout.trained]
+    parameters = {"adapter_id": NAME, "max_new_tokens": LENGTH, "ignore_eos_token": True, "details": True}
+    before = named(live)
+    rollout.settle()
+    rollout.steps.hold(0)
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(live.ask, "POST", path, json={"inputs": "the", "parameters": parameters})
+        begun(rollout)
+        rollout.exchange("?mode=keep")
+        answer = coming.result(LIMIT)
+    if path == "/generate":
+        details = answer.json()["details"]
+        tokens = details["tokens"]
+    else:
+        lines = [line for line in answer.text.splitlines() if line.startswith("data:")]
+        events = [json.loads(line.removeprefix("data:")) for line in lines]
+        tokens, details = [event["token"] for event in events], events[-1]["details"]
+    count = check_spans(details["versions"], before, named(live))
+    prompt = live.tokenizer.encode("the")
+    assert [token["id"] for token in tokens] == mixed(old, new, prompt, count, LENGTH)
+
+
+@pytest.mark.parametrize("way", ["whole", "stream", "background"])
+def test_responses_say_so_to_the_official_client(rollout: Rollout, way: str) -> None:
+    live, before = rollout.live, named(rollout.live)
+    client = openai.OpenAI(base_url=f"{live.url}/v1", api_key="none", max_retries=0)
+    fields: Any = {"model": NAME, "input": "the", "max_output_tokens": LENGTH, "extra_body": {"ignore_eos": True}}
+    rollout.settle()
+    rollout.steps.hold(0)
+
+    def ask() -> tuple[Any, list[Any]]:
+        if way == "stream":
+            with client.responses.stream(**fields) as stream:
+                events = [event.to_dict() for event in stream]  # as they are when they come
+                return events[-1]["response"], events
+        return client.responses.create(**fields, background=way == "background").to_dict(), []
+
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(ask)
+        begun(rollout)
+        if way == "background":
+            shown = client.responses.retrieve(coming.result(LIMIT)[0]["id"]).to_dict()
+            assert (shown["status"], shown["system_fingerprint"]) == ("in_progress", before)
+            assert "versions" not in shown
+        rollout.exchange("?mode=keep")
+        answer, events = coming.result(LIMIT)
+    if way == "background":
+        live.idle()
+        answer = client.responses.retrieve(answer["id"]).to_dict()
+    assert answer["status"] == "incomplete"  # by its length
+    assert answer["system_fingerprint"] == named(live)
+    check_spans(answer["versions"], before, named(live))
+    if way == "stream":
+        told = [event["response"] for event in events if event["type"] in ("response.created", "response.in_progress")]
+        assert [each["system_fingerprint"] for each in told] == [before, before, named(live)]
+        assert ["versions" in each for each in told] == [False, False, True]
+
+
+def test_what_one_version_wrote_has_no_spans(rollout: Rollout) -> None:
+    live = rollout.live
+    asked = {"inputs": "the", "parameters": {"adapter_id": NAME, "max_new_tokens": 2, "details": True}}
+    assert "versions" not in live.ask("POST", "/generate", json=asked).json()["details"]
+    response = live.ask("POST", "/v1/responses", json={"model": NAME, "input": "the", "max_output_tokens": 2}).json()
+    assert "versions" not in response
+    assert response["system_fingerprint"] == named(live)
 
 
 def test_a_mode_nobody_knows(live: LiveServer) -> None:

@@ -13,7 +13,7 @@ EVIL = "</td><script>alert(1)</script>{x}"
 GOOD = Answered("1", 1, "2 + 2 =", "exact", "4", "4", 1.0, True)
 BAD = Answered("evil", 2, EVIL, "contains", EVIL, EVIL, 0.0, False)
 GONE = replace(BAD, id="gone", line=3, asked="?", expected="5", answer="", error="the queue is full")
-REPORT = GoldenReport("team/sql", "ab" * 32, "cd" * 32, 1.7e9, (GOOD, BAD, GONE), 0.5, 0.25)
+REPORT = GoldenReport("team/sql", "ab" * 32, "cd" * 32, 1.7e9, (GOOD, BAD, GONE), 0.5, 0.25, 0.125)
 
 
 class _Cells(HTMLParser):
@@ -36,7 +36,8 @@ def test_json() -> None:
     told = json.loads(REPORT.as_json())
     assert (told["score"], told["passed"], told["failed"]) == (1 / 3, 1, 2)
     assert [answer["answer"] for answer in told["answers"]] == ["4", EVIL, ""]
-    assert (told["previous"], told["divergence"], told["digest"]) == (0.5, 0.25, "ab" * 32)
+    assert (told["previous"], told["digest"]) == (0.5, "ab" * 32)
+    assert (told["prompt_divergence"], told["answer_divergence"]) == (0.25, 0.125)
 
 
 def test_the_page_shows_failures_first_and_runs_nothing() -> None:
@@ -53,6 +54,6 @@ def test_the_page_shows_failures_first_and_runs_nothing() -> None:
 
 
 def test_a_page_without_failures() -> None:
-    page = replace(REPORT, answers=(GOOD,), previous=None, divergence=None).as_html()
+    page = replace(REPORT, answers=(GOOD,), previous=None, prompt_divergence=None, answer_divergence=None).as_html()
     assert "<p>None.</p>" in page
     assert "not measured" in page

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import typer.main
+from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from loraplex.adapters.histogram import Histogram
@@ -54,8 +55,8 @@ def routes(server: FakeServer) -> set[str]:
     return {path for path, methods in paths.items() if "get" in methods}
 
 
-def exported(server: FakeServer) -> dict[str, set[str]]:
-    """The labels of every series that a server with keys and something in every tier exports, by the series' name."""
+def families(server: FakeServer) -> list[Metric]:
+    """All that a server with keys and something in every tier exports."""
     durations = Histogram()
     durations.observe(0.01)
     tier = TierStats(hits=1, misses=1, loads=1, evictions=1, durations=durations)
@@ -65,13 +66,18 @@ def exported(server: FakeServer) -> dict[str, set[str]]:
         adapters=AdapterStats(tiers={"device": tier, "host": tier, "source": tier}),
     )
     server.hold(AdapterPlace("sql", on_device=True, pinned=False))
-    found: dict[str, set[str]] = {}
     metrics = server.services.metrics
     metrics.add(_keys_in_use().collector())
     metrics.add(Gate().collector())
     with tempfile.TemporaryDirectory() as folder:
         metrics.add(StateWriter(StateStore(Path(folder))).collector())
-    for family in text_string_to_metric_families(metrics.render().decode()):
+    return list(text_string_to_metric_families(metrics.render().decode()))
+
+
+def exported(server: FakeServer) -> dict[str, set[str]]:
+    """The labels of every series of families(), by the series' name."""
+    found: dict[str, set[str]] = {}
+    for family in families(server):
         for sample in family.samples:
             found.setdefault(sample.name, set()).update(sample.labels)
     return found

@@ -99,6 +99,7 @@ def live_server(
     auth: AuthConfig | None = None,
     downloads: DownloadConfig = DownloadConfig(),
     state: Path | None = None,
+    load_inplace: bool = False,
 ) -> Iterator[LiveServer]:
     """Serve the checkpoint in `base` as `name` while the block runs. keys: what new_key() made; state: --state-dir."""
     with tempfile.TemporaryDirectory() as folder:
@@ -108,7 +109,10 @@ def live_server(
         if made:
             (Path(folder) / "keys.yaml").write_text("keys:\n" + "".join(entry for _, entry in made))
             auth = replace(auth, keys_file=Path(folder) / "keys.yaml")
-        adapters, run = AdaptersConfig(downloads=downloads), RunConfig(grace_seconds=1, state_dir=state)
+        adapters, run = (
+            AdaptersConfig(downloads=downloads, load_inplace=load_inplace),
+            RunConfig(grace_seconds=1, state_dir=state),
+        )
         with _listening(ServeConfig(str(base), (name,), None, adapters, auth=auth, engine=engine, run=run)) as live:
             yield replace(live, keys=secrets)
 

@@ -77,7 +77,7 @@ async def load(services: Services, record: LoadAdapterRequest, *, pinned: bool =
             version = await services.adapters.register(
                 name,
                 source,
-                replace=bool(record.load_inplace),
+                replace=_replaces(services, record),
                 pinned=pinned,
                 access=access,
                 who=asking(),
@@ -94,6 +94,13 @@ async def load(services: Services, record: LoadAdapterRequest, *, pinned: bool =
     if services.prover is not None:
         services.prover.offer(version)
     return version
+
+
+def _replaces(services: Services, record: LoadAdapterRequest) -> bool:
+    """Say whether a name that is taken is replaced; by default never where a version is expected."""
+    if record.load_inplace is not None:
+        return record.load_inplace
+    return services.facts.config.adapters.load_inplace and record.expected_version is None
 
 
 async def unload(services: Services, record: UnloadAdapterRequest) -> None:

@@ -233,7 +233,9 @@ class _LoraxWork:
             raise
         except Exception as error:
             status, fields = _explain(error)
-            if status in (424, 500):
+            if to_api_error(error).status == 500:
+                logger.error("a stream failed", exc_info=error)
+            elif status == 424:
                 logger.warning("a stream failed: %s", fields["error"])
             yield json.dumps(fields)
 

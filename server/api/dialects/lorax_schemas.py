@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from loraplex.server.api.answer_schemas import ChangedChoice
 from loraplex.server.api.schemas import MAX_LOGPROBS, Incoming, MergedAdapters, SharedFields, Token, Wire, by_own_names
 
 Penalty = Annotated[float, Field(ge=-2, le=2)]
@@ -95,7 +96,7 @@ class LoraxToken(Wire):
 LoraxFinish = Literal["length", "eos_token", "stop_sequence"]
 
 
-class BestOfSequence(Wire):
+class BestOfSequence(ChangedChoice):
     generated_text: str
     finish_reason: LoraxFinish
     generated_tokens: int
@@ -104,7 +105,7 @@ class BestOfSequence(Wire):
     tokens: list[LoraxToken]
 
 
-class LoraxDetails(Wire):
+class LoraxDetails(ChangedChoice):
     finish_reason: LoraxFinish
     prompt_tokens: int
     generated_tokens: int
@@ -120,7 +121,7 @@ class LoraxAnswer(Wire):
     details: LoraxDetails | None = None
 
 
-class StreamDetails(Wire):
+class StreamDetails(ChangedChoice):
     finish_reason: LoraxFinish
     prompt_tokens: int
     generated_tokens: int

@@ -7,6 +7,7 @@ import secrets
 from dataclasses import dataclass, field
 from typing import Any
 
+from loraplex.server.api.answer_schemas import WrittenTokens
 from loraplex.server.api.choice import Delta
 from loraplex.server.api.dialects.lorax_schemas import (
     AlternativeToken,
@@ -23,6 +24,7 @@ from loraplex.server.api.errors import ApiError
 from loraplex.server.api.generation import Generation
 from loraplex.server.api.logprobs import LOWEST, Written, fill_in, write_prompt
 from loraplex.server.api.prompts import ScoredToken
+from loraplex.server.api.respond import written_tokens
 from loraplex.server.text.tokenizer import Tokenizer
 
 
@@ -80,6 +82,7 @@ class LoraxChoice:
     text: str = ""
     count: int = 0  # of its own tokens
     finish: LoraxFinish | None = None
+    versions: list[WrittenTokens] | None = None  # where they changed
     prefill: Prefill = field(init=False)
     tokens: Tokens = field(init=False)
     _logprobs: float = 0.0  # added up
@@ -91,6 +94,7 @@ class LoraxChoice:
     async def add(self, delta: Delta, prompt_tokens: int) -> list[LoraxToken]:
         """The tokens that are complete by it. Raises ApiError for a choice that was ended from outside."""
         self.text += delta.text
+        self.versions = written_tokens(delta) or self.versions
         if self.style.prefill and delta.prompt is not None:
             await write_prompt(self.prefill, delta.prompt)
         self.prompt_tokens = prompt_tokens
@@ -126,6 +130,7 @@ class LoraxChoice:
             prompt_tokens=self.prompt_tokens,
             generated_tokens=self.count,
             seed=self.style.seed,
+            versions=self.versions,
         )
         shown = details if self.style.details else None
         return StreamToken(token=token, generated_text=self.generated_text, details=shown)
@@ -160,6 +165,7 @@ def whole_answer(sequences: list[LoraxChoice]) -> str:
         prefill=[best.prefill.record],
         tokens=[best.tokens.record],
         best_of_sequences=others or None,
+        versions=best.versions,
     )
     content = dump(LoraxAnswer(generated_text=best.generated_text, details=details))
     written: list[Written] = [part for sequence in sequences for part in (sequence.prefill, sequence.tokens)]
@@ -198,6 +204,7 @@ def _best_of(sequence: LoraxChoice) -> BestOfSequence:
         seed=sequence.style.seed,
         prefill=[sequence.prefill.record],
         tokens=[sequence.tokens.record],
+        versions=sequence.versions,
     )
 
 

@@ -26,6 +26,7 @@ from loraplex.server.api.openai.responses_schemas import (
     ResponseObject,
     ResponseUsage,
 )
+from loraplex.server.api.respond import written_tokens
 from loraplex.server.api.schemas import Wire
 from loraplex.server.api.tools.call_objects import CallArguments, CallStart, Text
 from loraplex.server.api.tools.message_parser import MessageParser, Part, Thinking, joined
@@ -56,6 +57,7 @@ class ResponseWriter:
 
     def start(self) -> Iterator[Event]:
         self.response.status = "in_progress"
+        self._name_versions()
         yield self._about_all("response.created")
         yield self._about_all("response.in_progress")
 
@@ -63,6 +65,12 @@ class ResponseWriter:
         """What one delta adds."""
         if self._parser is None:
             self._parser = self._dialogue.parser(self._generation.thought)
+            self._name_versions()
+        if delta.stretches:
+            self.response.versions = written_tokens(delta)
+            self._name_versions()
+            if delta.finish_reason is None:
+                yield self._about_all("response.in_progress")  # OpenAI has no event for it; clients know this one
         parts = self._parser.feed(delta.text)
         if delta.finish_reason is not None:
             parts += self._parser.end()
@@ -120,6 +128,10 @@ class ResponseWriter:
         return Message(
             role="assistant", content=text, reasoning_content=self._thought or None, tool_calls=calls or None
         )
+
+    def _name_versions(self) -> None:
+        """Write down who answers by now."""
+        self.response.system_fingerprint = self._generation.worn() or None
 
     def _take_part(self, part: Part, scores: list[TokenLogprob]) -> Iterator[Event]:
         match part:

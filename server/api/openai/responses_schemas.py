@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError
 
+from loraplex.server.api.answer_schemas import ChangedChoice
 from loraplex.server.api.chat_schemas import CalledFunction, Message, PastCall, TokenLogprob, Tool
 from loraplex.server.api.errors import ApiError, InvalidField
 from loraplex.server.api.schemas import MAX_LOGPROBS, GenerationFields, Incoming, Wire, kind_of
@@ -193,7 +194,7 @@ class ResponseFailure(Wire):
     message: str
 
 
-class ResponseObject(Wire):
+class ResponseObject(ChangedChoice):
     """An answer, whole or on its way; `status` says which."""
 
     id: str
@@ -213,6 +214,7 @@ class ResponseObject(Wire):
     previous_response_id: str | None
     reasoning: dict[str, str | None]
     store: bool
+    system_fingerprint: str | None = None  # as of completions; null: the base alone, or nobody answers yet
     temperature: float | None
     text: dict[str, Any]
     tool_choice: str | dict[str, Any]

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from loraplex.adapters.errors import AdapterUnavailable
 from loraplex.adapters.version import AdapterVersion
 from tests.adapters.tiers.test_cache import Rig
 
@@ -119,3 +120,26 @@ def test_two_names_of_one_content(rig: Rig) -> None:
         bring(rig, rig.version(f"3-{i}"))
     assert rig.cache.is_ready(other)
     rig.cache.check_integrity()
+
+
+@pytest.mark.parametrize("pinned", [True, False])
+@pytest.mark.parametrize("error", [AdapterUnavailable("out of reach"), ZeroDivisionError("ours")])
+def test_what_cannot_be_brought_is_let_go_and_faults_are_logged_whole(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, pinned: bool, error: Exception
+) -> None:
+    def fail(versions: object) -> None:
+        raise error
+
+    version, told = rig.version("2-p"), list[str]()
+    with monkeypatch.context() as patched:
+        patched.setattr(rig.cache, "missing_pages", fail)
+        if pinned:
+            rig.cache.pin_forever(version, True)
+        else:
+            rig.cache.warm(version, lambda: told.append("done"))
+        rig.cache.start_step(busy=False)
+    assert told == ([] if pinned else ["done"])
+    traces = [record.exc_info[1] for record in caplog.records if record.exc_info]
+    assert traces == ([error] if isinstance(error, ZeroDivisionError) else [])
+    assert not rig.cache.start_step(busy=False)
+    assert not rig.cache.is_ready(version)
