@@ -31,6 +31,9 @@ COMMON_NO_BEARING = OWN_KEYS | {
 TASK = "task_id"
 """The key that says which of an adapter's tasks is asked for."""
 
+MAX_COUNT = 1 << 40
+"""Of anything, as of a tensor's sizes (header.MAX_DIMENSION); what is computed that often has a bound of its own."""
+
 MAX_RANK = 1024
 """Ranks above are no low-rank adapters any more, and one module of them would fill an arena."""
 
@@ -113,10 +116,10 @@ def read_number(value: Any, key: str) -> float:
     return float(value)
 
 
-def read_count(value: Any, key: str) -> int:
-    """Read a whole number from 1. Raises AdapterRefused("bad_config")."""
-    if type(value) is not int or value < 1:
-        raise bad_config(f"{key} is {shown(value)}; expected a whole number from 1")
+def read_count(value: Any, key: str, most: int = MAX_COUNT) -> int:
+    """Read a whole number from 1 to `most`. Raises AdapterRefused("bad_config")."""
+    if type(value) is not int or not 1 <= value <= most:
+        raise bad_config(f"{key} is {shown(value)}; expected a whole number from 1 to {most}")
     return value
 
 

@@ -41,6 +41,14 @@ from loraplex.kernels.constants import TileKind
 LEAF = "oft_R.weight"
 R, S = "boft_R", "boft_s"
 
+TERMS, FACTORS = "num_cayley_neumann_terms", "boft_n_butterfly_factor"
+
+MAX_TERMS = 64
+"""Of a sum that PEFT cuts after five: each is a product of all blocks, and what converges has done so by then."""
+
+MAX_FACTORS = 32
+"""Each doubles what a block takes of the inputs."""
+
 
 @dataclass(frozen=True)
 class OftConfig(AdapterConfig):
@@ -78,7 +86,7 @@ class Oft(ModuleKind[OftConfig]):
     name = "oft"
     label = "OFT"
     keys = module_keys(
-        *("r", "oft_block_size", "block_share", "coft", "eps", "use_cayley_neumann", "num_cayley_neumann_terms"),
+        *("r", "oft_block_size", "block_share", "coft", "eps", "use_cayley_neumann", TERMS),
         *("peft_version", "bias"),
         no_bearing=("module_dropout", "fan_in_fan_out", "init_weights"),
     )
@@ -101,7 +109,7 @@ class Oft(ModuleKind[OftConfig]):
             blocks=blocks,
             size=size,
             shared=read_flag(raw, "block_share"),
-            terms=read_count(raw.get("num_cayley_neumann_terms", 5), "num_cayley_neumann_terms") if neumann else 0,
+            terms=read_count(raw.get(TERMS, 5), TERMS, MAX_TERMS) if neumann else 0,
             least=read_number(raw.get("eps", 6e-5), "eps") if read_flag(raw, "coft") else None,
         )
 
@@ -133,14 +141,14 @@ class Boft(ModuleKind[BoftConfig]):
     name = "boft"
     label = "BOFT"
     keys = module_keys(
-        *("boft_block_size", "boft_block_num", "boft_n_butterfly_factor", "bias"),
+        *("boft_block_size", "boft_block_num", FACTORS, "bias"),
         no_bearing=("boft_dropout", "fan_in_fan_out", "init_weights"),
     )
     leaves = (R, S)
 
     def read(self, raw: Mapping[str, Any]) -> BoftConfig:
         common = read_common(self, raw)
-        factors = read_count(raw.get("boft_n_butterfly_factor", 1), "boft_n_butterfly_factor")
+        factors = read_count(raw.get(FACTORS, 1), FACTORS, MAX_FACTORS)
         blocks, size = _read_sizes(raw, "boft_block_num", "boft_block_size", 0, 4)
         return BoftConfig(
             **common,

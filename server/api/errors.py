@@ -30,7 +30,7 @@ from loraplex.adapters.errors import (
     VersionUnclear,
 )
 from loraplex.adapters.sources.spool import NoRoom
-from loraplex.server.catalog.aliases import AliasRefused
+from loraplex.server.catalog.alias_reach import AliasRefused
 from loraplex.server.catalog.promotion import PromotionRefused
 from loraplex.server.catalog.pushed import AdapterExpired, TooManyBytes
 from loraplex.server.catalog.state_store import StateNotKept
@@ -39,6 +39,7 @@ from loraplex.server.engine.request import (
     DeadlineExceeded,
     EngineDead,
     EngineError,
+    NotANumber,
     OutOfMemory,
     Overloaded,
     ShuttingDown,
@@ -147,6 +148,8 @@ def to_api_error(error: Exception, prompt_param: str | None = None) -> ApiError:
             return ApiError(503, str(error), type=SERVER, code="engine_dead")
         case StateNotKept():
             return ApiError(507, str(error), type=SERVER, code="state_not_kept")
+        case NotANumber() if error.with_adapter:  # no fault of the server's: nothing to alert of, or to ask again
+            return ApiError(400, str(error), param="model", code="not_finite")
         case EngineError():
             return ApiError(500, str(error), type=SERVER)
         case RequestValidationError():

@@ -123,6 +123,9 @@ UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "lora_request": ((), _ADAPTER),
 }
 
+ASKING_WHEN_EMPTY = frozenset({"web_search_options"})
+"""Of these {} asks for something: OpenAI's reference has it search with all its defaults."""
+
 MAX_NAMED = 32
 """Ignored fields named in the header; and characters of each: a header has to stay small and clean."""
 
@@ -136,7 +139,7 @@ def check_unknown(
         neutral, reason = table.get(name, (None, ""))
         if neutral is None:
             ignored.append(name)
-        elif not _asks_for_nothing(value, neutral):
+        elif not _asks_for_nothing(value, neutral) or (name in ASKING_WHEN_EMPTY and value is not None):
             raise UnsupportedField(name, f"{name!r} is not supported: {reason}. Leave it out to go on without.")
     return ignored
 

@@ -19,8 +19,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
-from loraplex.adapters.errors import AdapterError, AdapterExists, AdapterNotFound, VersionMoved
+from loraplex.adapters.errors import AdapterExists, AdapterNotFound, VersionMoved
 from loraplex.adapters.names import check_name
+from loraplex.server.catalog.alias_reach import AliasRefused, check_reach, reached
 from loraplex.server.catalog.promotion import Requirement, check_promotion
 from loraplex.server.catalog.saved import Remembering
 from loraplex.server.catalog.scores import Scores
@@ -29,14 +30,7 @@ from loraplex.server.catalog.version_records import KeptAlias, KeptVersion, Stat
 MAX_TARGETS = 8
 """As in a mix."""
 
-MAX_DEPTH = 8
-"""Aliases that stand for aliases."""
-
 Kind = Literal["split", "mix"]
-
-
-class AliasRefused(AdapterError):
-    """An alias that cannot be: to nothing, to itself, or with weights that come to nothing."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +74,7 @@ class Aliases:
         self.scores = Scores(adapters)
         self._lock = threading.Lock()
         self._known = {row.name: _from_row(row) for row in adapters.writer.store.rows(KeptAlias)}
+        self._links = {name: _names(alias.state) for name, alias in self._known.items()}
         adapters.versions.holders.append(self._holds)
         adapters.check_free.append(self._check_free)
 
@@ -92,6 +87,11 @@ class Aliases:
         """List the aliases by name."""
         with self._lock:
             return tuple(self._known[name] for name in sorted(self._known))
+
+    def reached(self, alias: Alias) -> list[str]:
+        """List what the alias comes to, aliases among it, each once."""
+        with self._lock:
+            return list(reached(self._links, alias.name))
 
     def choose(self, alias: Alias, sticky: str) -> tuple[Target, ...]:
         """Say which targets a request gets: of a split one, by `sticky`; of a mix all, with their weights."""
@@ -158,7 +158,7 @@ class Aliases:
             with self._adapters.writer.changing(StateChange(who, time.time(), "alias", name, str(old.state))) as change:
                 change.drop(KeptAlias, name)
             with self._lock:
-                del self._known[name]
+                del self._known[name], self._links[name]
 
         await self._adapters.writer.run(drop)
 
@@ -180,6 +180,9 @@ class Aliases:
             raise AdapterExists(f"{name!r} is an adapter; an alias needs a name of its own")
         self._adapters.registry.check_name(name)
         state = self._checked(name, state_of(old))
+        with self._lock:
+            links = {**self._links, name: _names(state)}
+        check_reach(links, name)
         revision = 1 if old is None else old.revision + 1
         alias = Alias(name, revision, state, None if old is None else old.state, time.time())
         before = "" if old is None else str(old.state)
@@ -189,6 +192,7 @@ class Aliases:
             transaction.put(_to_row(alias))
         with self._lock:
             self._known[name] = alias
+            self._links[name] = _names(state)
         return alias
 
     def _checked(self, name: str, state: AliasState) -> AliasState:
@@ -224,25 +228,12 @@ class Aliases:
         """Complete the target's terms. Raises AliasRefused for what is no target, or leads back to the alias."""
         name, at, wanted = target.partition("@")
         if (not at and self.get(name) is not None) or name == alias:
-            self._check_circle(alias, name)
-            return name
+            return name  # to itself: check_reach
         try:
             with self._adapters.lookup.lease(name, wanted) as lease:
                 return f"{name}@{lease.version.digest}" if at and lease.version.digest else name
         except AdapterNotFound as error:
             raise AliasRefused(f"alias {alias!r}: {target[:200]!r} is nothing that could answer: {error}") from None
-
-    def _check_circle(self, alias: str, target: str) -> None:
-        reached, level = {alias}, [target]
-        for _ in range(MAX_DEPTH):
-            if alias in level:
-                raise AliasRefused(f"alias {alias!r} would stand for itself, by {target!r}")
-            reached.update(level)
-            found = [known for name in level if (known := self.get(name)) is not None]
-            level = [each.name for known in found for each in known.state.targets]
-            if not level:
-                return
-        raise AliasRefused(f"alias {alias!r}: more than {MAX_DEPTH} aliases one behind the other, by {target!r}")
 
     def _existing(self, name: str, alias: Alias | None) -> Alias:
         if alias is None:
@@ -266,6 +257,10 @@ class Aliases:
         target = f"{row.name}@{row.digest}"
         states = [state for alias in self.all() for state in (alias.state, alias.previous) if state is not None]
         return any(target == each.name for state in states for each in state.targets)
+
+
+def _names(state: AliasState) -> tuple[str, ...]:
+    return tuple(each.name for each in state.targets)
 
 
 def _state_from(text: str) -> AliasState | None:

@@ -230,6 +230,11 @@ class OutOfMemory(EngineError):
 class NotANumber(EngineError):
     """What the model computed of this request is NaN or infinite."""
 
+    def __init__(self, message: str, with_adapter: bool) -> None:
+        """with_adapter: it wore one, whose values are its owner's business."""
+        super().__init__(message)
+        self.with_adapter = with_adapter
+
 
 class EngineDead(EngineError):
     """The engine thread has stopped; the server is unhealthy."""

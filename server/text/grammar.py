@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from weakref import WeakSet, WeakValueDictionary
@@ -22,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loraplex.server.engine.request import Overloaded
-from loraplex.server.text.grammar_spec import GrammarRefused, GrammarSpec, one_line, sources_of
+from loraplex.server.text.grammar_spec import GrammarRefused, GrammarSpec, in_words, sources_of
 from loraplex.server.text.tokenizer import Tokenizer
 
 KEPT = 64
@@ -35,8 +36,25 @@ Those kept for nobody make room."""
 MAX_STATES = 50_000
 """Of a grammar's lexer, about 2 kB each; llguidance's own limit of 250,000 would be half a gigabyte for one request."""
 
+MAX_START_FUEL = 200_000
+"""Of the lexer before its first token; llguidance's own limit of a million is 2 s of a core and 170 MB for the 15
+characters of `(a{1000}){1000}`, with this it is 0.24 s and 12 MB."""
+
 MAX_ITEMS = 5_000
 """Of the parser in one mask, which takes 40 ms then; up to llguidance's own limit of 50,000 it takes half a second."""
+
+SLOW_MASK, MAX_SLOW = 0.003, 1.0
+"""Seconds of a core: what a mask takes that makes states anew, and such masks of a grammar (its compiling among them)
+after which the next request gets it anew."""
+
+QUICK_START = 0.05
+"""Seconds of a core that are not counted of compiling: mostly it takes 1 ms, and the first is slower."""
+
+SLOW_CHARS = 1 << 19
+"""Of a text, for the memory of a second of those: `(a{1000}){1000}` took 80 MB in one, `(a{300}){300}` 15."""
+
+MAX_OWNERS_SLOW = 10.0
+"""Seconds of the same in all grammars of a tenant that are in memory; beyond it the answer with the next one fails."""
 
 MAX_FUEL = 100_000
 """Of the lexer in one mask, about 7 ms; llguidance's own limit is 200,000."""
@@ -48,16 +66,33 @@ class Grammar:
     Places in it share what its lexer has come to know, up to MAX_STATES: where one place fails, all may from then on.
     """
 
-    def __init__(self, spec: GrammarSpec, matcher: Any, vocab_size: int, eos_ids: Sequence[int]) -> None:
-        """`matcher`: an LLMatcher at its start, never moved on. Raises GrammarRefused if it allows no beginning."""
+    def __init__(
+        self,
+        spec: GrammarSpec,
+        matcher: Any,
+        vocab_size: int,
+        eos_ids: Sequence[int],
+        owners_slow: Callable[[str], float] = lambda owner: 0.0,
+    ) -> None:
+        """`matcher`: an LLMatcher at its start, never moved on. Raises GrammarRefused if it allows no beginning.
+
+        owners_slow: the seconds of slow masks in all grammars of an owner.
+        """
         self.owner = spec.owner
-        self.chars = len(spec.text)
+        self.slow_seconds = 0.0
         self.is_spent = False
+        self.owners_slow = owners_slow
         self.vocab_size = vocab_size
         self.eos_ids = tuple(eos_ids)
+        self._chars = len(spec.text)
         self._matcher = matcher
         self.first = mask_of(matcher.deep_copy(), vocab_size)
         """The mask at its start."""
+
+    @property
+    def chars(self) -> int:
+        """Weigh it, in characters of a text."""
+        return self._chars + int(SLOW_CHARS * self.slow_seconds)
 
     def start(self, more_eos_ids: Sequence[int] = ()) -> TokenMask:
         """A place at the grammar's start, for one request, which may end with `more_eos_ids` as well."""
@@ -85,12 +120,24 @@ class TokenMask:
     def allowed(self, output: Sequence[int]) -> NDArray[np.uint8]:
         """See Constraint; of `output` only what is new is read."""
         if self.failure is None:
+            began = time.thread_time()
             try:
                 return self._next(output)
             except BaseException as error:  # a panic of the Rust side is no Exception; it must cost this request only
                 self._grammar.is_spent = True
-                self.give_up(one_line(str(error)) or type(error).__name__)
+                self.give_up(in_words(str(error)) or type(error).__name__)
+            finally:
+                if (took := time.thread_time() - began) > SLOW_MASK:
+                    self._weigh(took)
         return self._ends
+
+    def _weigh(self, seconds: float) -> None:
+        """Count a slow mask: what made it slow stays in memory for as long as the grammar is there."""
+        grammar = self._grammar
+        grammar.slow_seconds += seconds
+        grammar.is_spent = grammar.is_spent or grammar.slow_seconds > MAX_SLOW
+        if grammar.owners_slow(grammar.owner) > MAX_OWNERS_SLOW:
+            self.give_up(f"the slow masks of the grammars in use took more than {MAX_OWNERS_SLOW:g} s; make it simpler")
 
     def give_up(self, reason: str) -> None:
         """Fail for this reason, unless it has already."""
@@ -102,7 +149,7 @@ class TokenMask:
         fresh = list(output[self._taken :])
         self._taken += len(fresh)
         if not self._matcher.consume_tokens(fresh):
-            raise GrammarRefused(self._matcher.get_error() or f"it does not allow the tokens {fresh}")
+            raise GrammarRefused(in_words(self._matcher.get_error() or "") or f"it does not allow the tokens {fresh}")
         return self._with_ends(mask_of(self._matcher, self._grammar.vocab_size))
 
     def _with_ends(self, mask: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -115,7 +162,7 @@ def mask_of(matcher: Any, vocab_size: int) -> NDArray[np.uint8]:
     if not matcher.is_error():
         bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
     if matcher.is_error():
-        raise GrammarRefused(one_line(matcher.get_error()))
+        raise GrammarRefused(in_words(matcher.get_error()))
     return bits[: -(-vocab_size // 8)]
 
 
@@ -172,28 +219,40 @@ class Grammars:
             return found
         with self._lock:
             tokenizer = self._load()
+            for kept in [kept for kept, grammar in self._kept.items() if grammar.is_spent]:
+                del self._kept[kept]  # nobody is given it again, and it may be 100 MB
             self._make_room(spec)
         import llguidance
 
+        began = time.thread_time()
         limits = llguidance.LLParserLimits(
-            max_lexer_states=MAX_STATES, step_max_items=MAX_ITEMS, step_lexer_fuel=MAX_FUEL, verbose_errors=False
+            max_lexer_states=MAX_STATES,
+            initial_lexer_fuel=MAX_START_FUEL,
+            step_max_items=MAX_ITEMS,
+            step_lexer_fuel=MAX_FUEL,
+            verbose_errors=False,
         )
         refusal: GrammarRefused | None = None
         for source in sources_of(spec):
             try:
                 matcher = llguidance.LLMatcher(tokenizer, source, log_level=0, limits=limits)
-                grammar = Grammar(spec, matcher, self._vocab_size, self._eos_ids)
+                grammar = Grammar(spec, matcher, self._vocab_size, self._eos_ids, self._slow_seconds)
                 break
             except GrammarRefused as error:
                 refusal = error
         else:
             raise refusal or GrammarRefused("it has no rules")
+        grammar.slow_seconds = max(0.0, time.thread_time() - began - QUICK_START)
         with self._lock:
             self._alive.add(grammar)
             self._kept[spec] = grammar
             while len(self._kept) > KEPT:
                 self._kept.popitem(last=False)
         return grammar
+
+    def _slow_seconds(self, owner: str) -> float:
+        with self._lock:
+            return sum(grammar.slow_seconds for grammar in self._alive if grammar.owner == owner)
 
     def _make_room(self, spec: GrammarSpec) -> None:
         """For one more, first of what is kept for the same owner (lock held). Raises Overloaded."""
@@ -220,5 +279,5 @@ class Grammars:
                     self._source.to_json(), n_vocab=self._vocab_size, eos_token=list(self._eos_ids)
                 )
             except Exception as error:  # it raises whatever its Rust side does
-                raise GrammarRefused(f"this base's tokenizer does not allow it: {one_line(str(error))}") from error
+                raise GrammarRefused(f"this base's tokenizer does not allow it: {in_words(str(error))}") from error
         return self._tokenizer

@@ -51,7 +51,7 @@ def sources_of(spec: GrammarSpec) -> list[str]:
     try:
         answers = _answers(spec)
     except Exception as error:  # the converter of GBNF raises its own kinds
-        raise GrammarRefused(one_line(str(error))) from error
+        raise GrammarRefused(in_words(str(error))) from error
     return [_around(answer, spec) for answer in answers]
 
 
@@ -95,6 +95,19 @@ def _answers(spec: GrammarSpec) -> list[dict[str, Any]]:
             return [{"lark_grammar": _INLINED.sub(r"\1", text)}]
 
 
-def one_line(text: str) -> str:
-    """Put `text` on a line of 300 characters at most, for a message."""
-    return " ".join(text.split())[:300]
+ENDLESS = "no text can hold to it: a rule refers to itself, and what it needs has no end"
+
+_WORDS = (
+    ("NoExtensionBias", ENDLESS),
+    ("maximum recursion depth exceeded", "it is nested too deeply; use fewer levels"),
+    ("too many expressions", "its expressions are too many for one answer; make repetitions and alternatives fewer"),
+    ("initial lexer configuration", "its expressions are too many to begin with; make repetitions smaller"),
+    ("Current row has", "too many of its rules may go on at one place; give it fewer alternatives"),
+)
+"""What llguidance's own words have in them -> what they come to, for who has not seen its source."""
+
+
+def in_words(text: str) -> str:
+    """Put an error of llguidance's on a line of 300 characters at most, for a message."""
+    known = next((words for found, words in _WORDS if found in text), text.replace("<non-verbose/>", ""))
+    return " ".join(known.split())[:300]

@@ -9,6 +9,7 @@ import pytest
 
 from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.info import AdapterInfo
+from loraplex.server.engine.request import DeadlineExceeded, NotANumber
 from tests.support.asking import CHAT, COMPLETIONS, body_of, events_of
 from tests.support.fake_serving import FakeServer
 
@@ -58,3 +59,39 @@ async def test_after_the_first_byte_it_is_an_event(failing: FakeServer, client: 
     assert response.status_code == 200
     assert events_of(response)[-1]["error"]["code"] == "changed"
     assert len(failing.engine.requests) == 1
+
+
+ROUTES = {
+    COMPLETIONS: (body(COMPLETIONS), 400),
+    CHAT: (body(CHAT), 400),
+    "/v1/responses": ({"model": "bad", "input": "hi"}, 400),
+    "/generate": ({"inputs": "hi", "parameters": {"adapter_id": "bad"}}, 424),  # LoRAX's status for any bad adapter
+}
+
+
+@pytest.mark.parametrize("route", ROUTES)
+async def test_an_adapter_that_overflows(
+    failing: FakeServer, client: httpx.AsyncClient, caplog: pytest.LogCaptureFixture, route: str
+) -> None:
+    """It was a 500, which clients repeat and operators are called for, and a traceback of each request."""
+    failing.engine.break_off(NotANumber("the logits with adapter 'bad' are NaN", with_adapter=True))
+    asked, status = ROUTES[route]
+    response = await client.post(route, json=asked)
+    assert response.status_code == status, response.text
+    assert "with adapter 'bad'" in response.text
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+async def test_a_base_that_overflows_is_the_servers_fault(failing: FakeServer, client: httpx.AsyncClient) -> None:
+    failing.engine.break_off(NotANumber("the logits of the base are NaN", with_adapter=False))
+    assert (await client.post(COMPLETIONS, json={**body(COMPLETIONS), "model": "base"})).status_code == 500
+
+
+async def test_faults_that_are_known_leave_no_traceback(
+    failing: FakeServer, client: httpx.AsyncClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A deadline that the client sets, on LoRAX's route: thirty lines of the log for each request."""
+    failing.engine.break_off(DeadlineExceeded("it took too long"))
+    asked, status = ROUTES["/generate"]
+    assert (await client.post("/generate", json=asked)).status_code == status
+    assert not [record for record in caplog.records if record.exc_info]

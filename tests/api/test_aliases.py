@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -250,3 +251,45 @@ async def test_scores_are_recorded_by_who_manages_the_adapter(loaded: FakeServer
 async def test_changes_are_only_posted(asking: httpx.AsyncClient, method: str, change: str) -> None:
     found = await asking.request(method, f"/v1/aliases/acme/support/{change}", json=split(a=1, b=1))
     assert (found.status_code, found.headers["allow"]) == (405, "POST")
+
+
+def level(depth: int) -> list[str]:
+    """Eight names."""
+    return [f"l{depth}-{number}" for number in range(8)]
+
+
+async def test_aliases_of_aliases_cost_nobody_anything(asking: httpx.AsyncClient) -> None:
+    """Eight levels of eight aliases, each of all eight below: 16 million ways, and the loop stood still for all."""
+    begun = time.thread_time()
+    for depth in range(8):
+        below = level(depth - 1) if depth else ["a"]
+        for name in level(depth):
+            assert (await put(asking, split(**dict.fromkeys(below, 1.0)), name)).status_code == 200
+    assert (await put(asking, {"kind": "mix", **split(**dict.fromkeys(level(7), 1.0))}, "top")).status_code == 400
+    assert (await asking.get("/v1/models")).status_code == 200
+    assert (await asking.get("/v1/aliases")).status_code == 200
+    assert await ask(asking, level(7)[0]) == A
+    assert time.thread_time() - begun < 5  # 2 s would be 15 ms a request
+
+
+async def test_a_mix_of_mixes_is_not_written_out(asking: httpx.AsyncClient) -> None:
+    """Seven levels of mixes of eight: two million adapters, of which eight are possible."""
+    for depth in range(7):
+        for name in level(depth):
+            body = {"kind": "mix", **split(**dict.fromkeys(level(depth - 1) if depth else ["a"], 1.0))}
+            assert (await put(asking, body, name)).status_code == 200
+    begun = time.thread_time()
+    answer = await asking.post(COMPLETIONS, json=body_of(COMPLETIONS, model=level(6)[0]))
+    assert (answer.status_code, "more than 8 adapters" in answer.text) == (400, True)
+    assert time.thread_time() - begun < 0.5
+
+
+async def test_aliases_do_not_grow_below_others(asking: httpx.AsyncClient) -> None:
+    """Chains are bounded from their beginning, also where their end is what changes."""
+    for chain in range(2):
+        for depth in range(8):
+            below = f"c{chain}-{depth - 1}" if depth else "a"
+            assert (await put(asking, split(**{below: 1.0}), f"c{chain}-{depth}")).status_code == 200
+    longer = await put(asking, split(**{"c1-7": 1.0}), "c0-0")
+    assert (longer.status_code, "one behind the other" in longer.text) == (400, True)
+    assert await ask(asking, "c0-7") == A

@@ -480,3 +480,8 @@ async def test_wrong_routes(client: httpx.AsyncClient, method: str, path: str, s
     response = await client.request(method, path)
     assert response.status_code == status
     assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+
+
+async def test_an_empty_search_is_a_search(client: httpx.AsyncClient, server: FakeServer) -> None:
+    """OpenAI's own example of it: {} searches with all defaults, and was answered without a word."""
+    await assert_refused(client, server, CHAT, {**chat(), "web_search_options": {}}, 400, "web_search_options")

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from loraplex.adapters.errors import AdapterError, AdapterNotFound, AdapterRefused, VersionGone, VersionMoved
-from loraplex.server.catalog.aliases import AliasRefused, AliasState, Target
+from loraplex.server.catalog.alias_reach import AliasRefused
+from loraplex.server.catalog.aliases import AliasState, Target
 from loraplex.server.catalog.labels import set_label
 from tests.support.version_world import VersionWorld, digest_of, write_adapter
 

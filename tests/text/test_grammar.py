@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import random
 import re
 import threading
@@ -340,3 +341,53 @@ def test_vocabularies_of_other_kinds(tmp_path: Path) -> None:
     assert b"".join(map(tokenizer.token_bytes, output)).decode() == "hello €"
     with pytest.raises(GrammarRefused, match="end-of-sequence"):
         Grammars(tokenizer, 300, ()).compile(GrammarSpec("regex", "a"))
+
+
+def test_short_texts_of_large_grammars_are_not_all_kept(tokenizer: Tokenizer) -> None:
+    """Fifteen characters were 170 MB and 2 s of a core, and 64 such were kept: 10 GB of what nobody had counted."""
+    grammars = Grammars(tokenizer, VOCAB_SIZE, (EOS_ID,))
+    begun, before = time.thread_time(), resident()
+    for more in range(24):
+        allowed_by(grammars.compile(GrammarSpec("regex", "(a{1000}){1000}" + "z" * more)).start(), [])
+    assert (time.thread_time() - begun) / 24 < 1
+    assert resident() - before < 500 << 20
+
+
+def test_a_grammar_whose_masks_are_slow_is_counted_by_them(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grammar_module, "SLOW_MASK", 0.0)
+    monkeypatch.setattr(grammar_module, "MAX_SLOW", 1e-9)
+    grammars = Grammars(tokenizer, VOCAB_SIZE, (EOS_ID,))
+    spec, other = GrammarSpec("regex", NASTY, owner="a"), GrammarSpec("regex", NASTY, owner="b")
+    slow, light = grammars.compile(spec), grammars.compile(other)
+    weight = slow.chars
+    allowed_by(slow.start(), [tokenizer.encode("a", add_special_tokens=False)[0]])
+    assert slow.chars >= weight
+    assert grammars.compile(spec) is not slow  # the next request has one that is small again
+    assert grammars.compile(other) is light
+    monkeypatch.setattr(grammar_module, "MAX_OWNERS_SLOW", 0.0)
+    place = slow.start()
+    allowed_by(place, [])
+    assert "make it simpler" in (place.failure or "")
+
+
+def resident() -> int:
+    """Bytes."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("root ::= root", "has no end"),
+        ('root ::= root root "a"', "has no end"),
+        ("start: start", "has no end"),
+        ("root ::= " + "(" * 5000 + '"a"' + ")" * 5000, "nested too deeply"),
+    ],
+)
+def test_what_is_wrong_is_told_in_words(grammars: Grammars, text: str, words: str) -> None:
+    """It said "NoExtensionBias <non-verbose/>"."""
+    with pytest.raises(GrammarRefused, match=words) as caught:
+        grammars.compile(GrammarSpec("lark", text))
+    assert "<" not in str(caught.value)

@@ -145,7 +145,7 @@ def error_response(error: Exception) -> Response:
     """LoRAX's body and status: 422 for what the caller can mend, 429, and 424 for what failed under way."""
     known = to_api_error(error)
     status, fields = _explain(error)
-    if known.status >= 500:
+    if known.status == 500:  # others of the server's faults are known, and told in full
         logger.error("a request failed", exc_info=error)
     return JSONResponse(fields, status_code=status, headers=known.headers)
 
@@ -160,7 +160,7 @@ def _explain(error: Exception) -> tuple[int, dict[str, str]]:
         return 503, {"error": known.message, "error_type": "overloaded"}
     if known.code == "aborted":
         return 500, {"error": "Incomplete generation", "error_type": "incomplete_generation"}
-    adapters = isinstance(error, AdapterError) or known.code == "model_not_found"
+    adapters = isinstance(error, AdapterError) or known.code in ("model_not_found", "not_finite")
     if known.status >= 500 or adapters:  # LoRAX finds out about adapters only when it generates
         return 424, {"error": f"Request failed during generation: {known.message}", "error_type": "generation"}
     return 422, {"error": f"Input validation error: {known.message}", "error_type": "validation"}

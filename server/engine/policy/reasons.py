@@ -26,5 +26,6 @@ def not_a_number(seq: Sequence) -> NotANumber:
     advice = "ask for the base, or load a working adapter" if names else "the checkpoint is damaged"
     return NotANumber(
         f"the logits {worn} are NaN or infinite after {seq.num_tokens} tokens, and no token was drawn: some value in "
-        f"the model overflows; {advice}"
+        f"the model overflows; {advice}",
+        with_adapter=bool(names),
     )

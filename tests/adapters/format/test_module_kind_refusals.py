@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -460,3 +462,22 @@ def test_what_is_drawn_again_stays_what_it_was() -> None:
     wanted = [-0.01059, 0.75865, -1.16396, -1.04077, -0.54469, 0.37923]
     assert [round(value, 5) for value in drawn.flatten().tolist()] == wanted
     assert _shuffled(11, 4, 42).tolist() == [3, 3, 2, 2, 0, 1, 0, 3, 0, 2, 1]
+
+
+@pytest.mark.timeout(60)  # a sum of a trillion products took a loading thread for ever
+@pytest.mark.parametrize("kind", KINDS)
+def test_counts_that_no_adapter_has(base: Any, tmp_path: Path, kind: str) -> None:
+    """Every whole number of the config, far too large: the adapter is refused or read, and at once."""
+    folder = Folder(base, tmp_path, kind)
+    sound = dict(folder.config)
+    counts = [key for key, value in sound.items() if type(value) is int or "butterfly" in key]
+    if kind == "OFT":
+        counts.append("num_cayley_neumann_terms")
+    for key in counts:
+        for huge in (1 << 30, 10**18, 10**30):
+            folder.config = {**sound, key: huge}
+            folder.write()
+            begun = time.thread_time()
+            with suppress(AdapterRefused):
+                read_adapter(folder.path, folder.served(torch.float32))
+            assert time.thread_time() - begun < 5, f"{key} is {huge}"
