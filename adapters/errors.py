@@ -71,3 +71,9 @@ def about_folder(folder: Path) -> Iterator[None]:
         raise AdapterRefused(error.code, f"{folder}: {message[:MAX_MESSAGE]}") from error
     except OSError as error:
         raise AdapterRefused("missing_file", f"{folder} cannot be read: {error.strerror}") from error
+
+
+def without_frames(error: BaseException) -> BaseException:
+    """Strip `error` of the frames it came through: they hold secrets and files' bytes, and it may be kept for long."""
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)

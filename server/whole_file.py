@@ -25,11 +25,12 @@ def replace_file(path: Path, text: str, mode: int = 0o600) -> None:
         with suppress(OSError):
             new.unlink()
         raise
-    _flush_folder(path.parent)
+    flush(path.parent)
 
 
-def _flush_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def flush(path: Path) -> None:
+    """Have the file or folder at `path` on disk. Raises OSError."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as error:

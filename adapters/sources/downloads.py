@@ -16,7 +16,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from loraplex.adapters.errors import AdapterError, AdapterNotFound, AdapterUnavailable
+from loraplex.adapters.errors import AdapterError, AdapterNotFound, AdapterUnavailable, without_frames
 from loraplex.adapters.shared_work import SharedWork, tell
 from loraplex.adapters.sources.addresses import Reach
 from loraplex.adapters.sources.download_cache import DownloadCache, key_of
@@ -146,7 +146,7 @@ class Downloads:
             outcome = self._fetch(job.source)
             logger.info("adapter source %s is here after %.1f s", job.source.text, time.monotonic() - began)
         except AdapterError as error:
-            outcome = _bare(error)
+            outcome = without_frames(error)
         except OSError as error:  # of the folder: what goes wrong on the way is told as such
             outcome = AdapterUnavailable(
                 f"{job.source.text} is not downloaded: {self._folder} cannot be written: {error.strerror}; "
@@ -198,9 +198,3 @@ class Downloads:
 
     def _keys_in_use(self) -> set[str]:
         return {key_of(text) for text in self._in_use().union(self._shared.keys())}
-
-
-def _bare(error: BaseException) -> BaseException:
-    """Strip `error` of the frames it came through, which hold secrets."""
-    error.__cause__ = error.__context__ = None
-    return error.with_traceback(None)

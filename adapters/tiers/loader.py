@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from loraplex.adapters.errors import AdapterError
+from loraplex.adapters.errors import AdapterError, without_frames
 from loraplex.adapters.histogram import Histogram
 from loraplex.adapters.registry import Registry
 from loraplex.adapters.shared_work import tell
@@ -125,11 +125,6 @@ class Loader:
         """
         return self._submit(version.source, version, priority)
 
-    def pending(self) -> int:
-        """Count the sources queued or being read."""
-        with self._changed:
-            return len(self._queue)
-
     def stats(self) -> LoaderStats:
         with self._changed:
             return LoaderStats(
@@ -198,10 +193,10 @@ class Loader:
             try:
                 outcome = self._read(Reading(job.source, job.fresh, Throttle(partial(self._check_wanted, job))))
             except AdapterError as error:
-                outcome = _bare(error)
+                outcome = without_frames(error)
             except BaseException as error:  # nothing a file holds may end this thread
                 logger.exception("loading adapter %r failed unexpectedly", job.source)
-                outcome = _bare(error)
+                outcome = without_frames(error)
             with self._changed:  # its waiters are final from here on
                 self._queue.forget(job)
                 self._count(job, outcome)
@@ -265,9 +260,3 @@ class Loader:
         if wanted:
             self._keep(found.digest, found.image)
         return answers
-
-
-def _bare(error: BaseException) -> BaseException:
-    """Return the error without the frames it came through: they hold the file's bytes, and it may be kept for long."""
-    error.__cause__ = error.__context__ = None
-    return error.with_traceback(None)

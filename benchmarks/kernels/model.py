@@ -25,7 +25,8 @@ from loraplex.kernels.ops import PackedLinear
 from loraplex.kernels.records import AdapterSegments, KVGroup
 from loraplex.server.engine.policy.kv_cache import KVCache
 from loraplex.server.engine.step.arena import allocate_arena, kv_layers
-from loraplex.server.engine.step.memory import Demand, plan_memory
+from loraplex.server.engine.step.memory import plan_memory
+from loraplex.server.engine.step.scratch import Demand
 from loraplex.server.models.config import ModelConfig, Site
 from loraplex.server.models.decoder import Decoder
 from loraplex.server.models.inputs import ForwardBatch

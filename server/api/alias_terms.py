@@ -18,14 +18,14 @@ from loraplex.server.tenancy.tenants import Key, current_key
 
 
 def sticky_of(record: AdapterFields) -> str:
-    """What keeps a user's requests together: the header x-loraplex-sticky, else the field `user`, else nothing does."""
+    """Return what keeps a user's requests together: the header x-loraplex-sticky, else `user`, else a random text."""
     context = current_request_context()
     given = (context.sticky if context is not None else "") or getattr(record, "user", None)
     return f"{current_key().tenant}\0{given}" if given else secrets.token_hex(16)
 
 
 def expand(services: Services, terms: Sequence[Term], sticky: str) -> tuple[Term, ...]:
-    """`terms` with what aliases stand for in place of these. Raises InvalidField for a mix of too many.
+    """Put what aliases stand for in place of aliases in `terms`. Raises InvalidField for a mix of too many.
 
     What the caller may not use stays as it is: it is told as a name that nobody has.
     """
@@ -38,7 +38,7 @@ def expand(services: Services, terms: Sequence[Term], sticky: str) -> tuple[Term
 
 
 def may_use_alias(services: Services, key: Key, alias: Alias) -> bool:
-    """Whether the key may use the alias and all that it stands for."""
+    """Tell whether the key may use the alias and all that it stands for."""
     return key.may_use(alias.name) and all(
         key.may_use(name.partition("@")[0]) for name in services.aliases.reached(alias)
     )

@@ -108,11 +108,14 @@ class LabelCard(Wire):
 def make_router(services: Services) -> APIRouter:
     """Make the routes, working with `services`."""
     router = APIRouter()
+    _route_changes(router, services)
+    _route_reads(router, services)
+    _route_labels(router, services)
+    return router
 
-    @router.get("/v1/aliases", **answers(AliasList, errors=(401,)))
-    async def list_aliases() -> Response:
-        """List the aliases that the caller may use."""
-        return _told(AliasList(data=[_card(alias) for alias in visible_aliases(services)]))
+
+def _route_changes(router: APIRouter, services: Services) -> None:
+    """Add the routes that change aliases to `router`."""
 
     @router.put(
         "/v1/aliases/{name:path}", openapi_extra=body_schema(AliasRequest), **answers(AliasCard, errors=MANAGED)
@@ -148,15 +151,6 @@ def make_router(services: Services) -> APIRouter:
         record = await services.bodies.read(request, AliasChange, NAMES_BODY)
         return _told(_card(await services.aliases.roll_back(name, asking(), record.expected)))
 
-    @router.get("/v1/aliases/{name:path}", **answers(AliasCard, errors=(401, 404)))
-    async def get_alias(name: str) -> Response:
-        """Show one alias."""
-        _check_is_name(name)
-        alias = services.aliases.get(name)
-        if alias is None or not may_use_alias(services, current_key(), alias):
-            raise ApiError(404, f"there is no alias '{name[:200]}'", param="name", code="alias_not_found")
-        return _told(_card(alias))
-
     @router.delete("/v1/aliases/{name:path}", **answers(AliasCard, errors=MANAGED))
     async def delete_alias(name: str) -> Response:
         """Take an alias away; what it stood for stays."""
@@ -166,6 +160,28 @@ def make_router(services: Services) -> APIRouter:
         await services.aliases.delete(name, asking())
         assert alias is not None
         return _told(_card(alias))
+
+
+def _route_reads(router: APIRouter, services: Services) -> None:
+    """Add the routes that show aliases to `router`."""
+
+    @router.get("/v1/aliases", **answers(AliasList, errors=(401,)))
+    async def list_aliases() -> Response:
+        """List the aliases that the caller may use."""
+        return _told(AliasList(data=[_card(alias) for alias in visible_aliases(services)]))
+
+    @router.get("/v1/aliases/{name:path}", **answers(AliasCard, errors=(401, 404)))
+    async def get_alias(name: str) -> Response:
+        """Show one alias."""
+        _check_is_name(name)
+        alias = services.aliases.get(name)
+        if alias is None or not may_use_alias(services, current_key(), alias):
+            raise ApiError(404, f"there is no alias '{name[:200]}'", param="name", code="alias_not_found")
+        return _told(_card(alias))
+
+
+def _route_labels(router: APIRouter, services: Services) -> None:
+    """Add the routes that label and score versions to `router`."""
 
     @router.put(
         "/v1/adapters/{name:path}/labels/{label}",
@@ -197,8 +213,6 @@ def make_router(services: Services) -> APIRouter:
         _check_may_change(services, name)
         digest = await drop_label(services.adapters, name, label, asking())
         return _told(LabelCard(id=f"{name}@{label}", digest=digest))
-
-    return router
 
 
 def _check_is_name(name: str) -> None:

@@ -24,7 +24,7 @@ from loraplex.server.text.detokenizer import Detokenizer
 
 
 class Stretch(NamedTuple):
-    """Which tokens of an answer are of which versions: those from `first` on, up to the next ones'."""
+    """Say which versions an answer's tokens are of: those from `first` on, up to the next stretch."""
 
     first: int  # counted from 0, in tokens that were drawn
     mix: Mix
@@ -47,7 +47,7 @@ class Delta:
 
 
 class Choice:
-    """One choice: the events of its submission becoming text."""
+    """Turn the events of one choice's submission into text."""
 
     def __init__(
         self,
@@ -94,22 +94,22 @@ class Choice:
 
     @property
     def cached_tokens(self) -> int:
-        """Of the prompt, found in the prefix cache; known with the first delta."""
+        """Count the prompt tokens found in the prefix cache; known with the first delta."""
         return self._phases.cached_tokens if self._phases is not None else 0
 
     @property
     def prompt_ids(self) -> Sequence[int]:
-        """What it goes on from."""
+        """Return the token ids that the choice goes on from."""
         return self._submission.request.prompt_ids
 
     @property
     def mix(self) -> Mix:
-        """What it wears."""
+        """Return the adapters that the choice wears, with their weights."""
         return self._submission.request.mix
 
     @property
     def is_plain(self) -> bool:
-        """Whether its tokens after the first are text and nothing else, but for the one that ends it."""
+        """Tell whether the tokens after the first are text and nothing else, but for the one that ends the choice."""
         options = self._options
         scored = options.logprobs is not None or options.every_token
         return not self._detokenizer.has_stops and not scored and not options.prompt_only
@@ -119,7 +119,7 @@ class Choice:
         self._submission.divert(shortcut)
 
     def take_plain(self, events: Sequence[TokenEvent]) -> list[str]:
-        """The texts, some of them "", of the first `events` up to one that ends it, which is not taken. It is_plain."""
+        """Take the texts, some of them "", of the first `events`, up to one that ends the choice. It is_plain."""
         texts = []
         for event in events:
             if event.token_id is None or event.finish is not None or event.renewed is not None:
@@ -129,12 +129,12 @@ class Choice:
         return texts
 
     def take_unpaid(self) -> int:
-        """Tokens since the last time."""
+        """Count the tokens since the last call."""
         unpaid, self._paid = self.num_tokens - self._paid, self.num_tokens
         return unpaid
 
     def abort(self) -> None:
-        """End it here, with what there is."""
+        """End the choice here, with what there is."""
         self._aborted = True
         self._submission.abort()
 
@@ -143,7 +143,7 @@ class Choice:
         await self._submission.aclose()
 
     def times(self) -> ChoiceTimes:
-        """What there is to tell of it once it is closed."""
+        """Return the times of the choice, once it is closed."""
         request = self._submission.request
         worn = [(lease.version, weight) for lease, weight in request.mix]
         return ChoiceTimes(
@@ -199,14 +199,14 @@ class Choice:
         return Delta(self._index, text, tokens, prompt, shown, finish, stop_reason, event.embedding, stretches)
 
     def _renew(self, renewed: Renewed) -> None:
-        """From the token that comes now on it is of other versions: what was diverted says the old ones."""
+        """Begin a stretch of other versions with the token that comes now: diverted text names the old ones."""
         self._submission.divert(None)
         if not self._stretches:
             self._stretches.append(Stretch(0, renewed.earlier, None))
         self._stretches.append(Stretch(self.num_tokens, renewed.mix, renewed.kept))
 
     def _check_constraint(self) -> None:
-        """Raises ApiError where the grammar gave up: the answer ends where it should not."""
+        """Raise ApiError where the grammar gave up: the answer ends where it should not."""
         constraint = self._submission.request.constraint
         if constraint is not None and constraint.failure is not None and self._options.grammar is not None:
             self.finish_reason = "error"
@@ -227,7 +227,7 @@ class Choice:
             self._unreleased.append(ScoredToken(token_id, event.logprob, event.top_logprobs, offset))
 
     def _release(self, ended: bool) -> tuple[ScoredToken, ...]:
-        """Scored tokens whose text is out. At the end all, but for those that a stop string cut off."""
+        """Return the scored tokens whose text is out; at the end all, but for those that a stop string cut off."""
         out = []
         everything = self._options.every_token or (ended and self._detokenizer.stopped_by is None)
         while self._unreleased and (everything or self._is_out(ended)):
@@ -235,7 +235,7 @@ class Choice:
         return tuple(out)
 
     def _is_out(self, ended: bool) -> bool:
-        """Whether the text of the oldest unreleased token is out, or the beginning of it."""
+        """Tell whether the text of the oldest unreleased token is out, or the beginning of it."""
         tokens, released = self._unreleased, self._shift + self._detokenizer.released
         if ended or not self._options.whole_tokens:
             return tokens[0].offset < released

@@ -7,6 +7,7 @@ that were written for older vLLM look for them.
 
 from __future__ import annotations
 
+import logging
 import math
 from http import HTTPStatus
 from typing import Any
@@ -44,6 +45,8 @@ from loraplex.server.engine.request import (
     ShuttingDown,
 )
 from loraplex.server.tenancy.rate_limits import RateLimited
+
+logger = logging.getLogger(__name__)
 
 INVALID = "invalid_request_error"
 SERVER = "server_error"
@@ -155,6 +158,14 @@ def to_api_error(error: Exception, prompt_param: str | None = None) -> ApiError:
         case HTTPException():
             return ApiError(error.status_code, _http_message(error), headers=dict(error.headers or {}))
     return ApiError(500, "the server failed on this request; its log says why", type=SERVER)
+
+
+def logged(error: Exception, what: str) -> ApiError:
+    """Translate what ended `what`, which has begun to be sent; log an error that nobody foresaw."""
+    known = to_api_error(error)
+    if known.status == 500:
+        logger.error("%s failed", what, exc_info=error)
+    return known
 
 
 def to_adapter_route_error(error: Exception) -> ApiError:

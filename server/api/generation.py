@@ -36,7 +36,7 @@ from loraplex.server.text.tokenizer import Tokenizer
 
 
 class Generation:
-    """All choices of one request."""
+    """Generate all choices of one request."""
 
     def __init__(
         self, services: Services, record: GenerationFields, source: PromptSource, options: GenerationOptions
@@ -71,28 +71,28 @@ class Generation:
 
     @property
     def keep_alive(self) -> float:
-        """Seconds of silence in a stream after which it says that it is alive."""
+        """Return the seconds of silence after which a stream says that it is alive."""
         return self._services.facts.config.http.sse_keep_alive
 
     @property
     def num_choices(self) -> int:
-        """Prompts times choices of each; known with the first delta."""
+        """Count prompts times choices of each; known with the first delta."""
         return len(self._choices)
 
     def tokens_of(self, index: int) -> int:
-        """Generated so far by choice `index`."""
+        """Count the tokens that choice `index` has generated so far."""
         return self._choices[index].num_tokens
 
     def prompt_ids_of(self, index: int) -> Sequence[int]:
-        """Token ids of the prompt of choice `index`."""
+        """Return the token ids of the prompt of choice `index`."""
         return self._choices[index].prompt_ids
 
     def prompt_scores(self) -> PromptScores | None:
-        """What writes a prompt's log-probabilities beside an answer; None where nobody asked."""
+        """Make the writer of a prompt's log-probabilities beside an answer; None where nobody asked."""
         return PromptScores(self.tokenizer) if self._options.prompt_logprobs is not None else None
 
     def cached_of(self, index: int) -> int:
-        """Prompt tokens that choice `index` found in the prefix cache."""
+        """Count the prompt tokens that choice `index` found in the prefix cache."""
         return self._choices[index].cached_tokens
 
     def worn(self) -> str:
@@ -103,7 +103,7 @@ class Generation:
         return shown_mix(self._choices[0].mix if self._choices else self._mix)
 
     def usage(self) -> Usage:
-        """Counted so far: final once the deltas have ended."""
+        """Return the token counts so far: final once the deltas have ended."""
         answered = 0 if self._options.prompt_only else sum(choice.num_tokens for choice in self._choices)
         total = self.prompt_tokens + answered
         return Usage(
@@ -114,13 +114,13 @@ class Generation:
         )
 
     def cached_tokens(self) -> int:
-        """Of the prompts, found in the prefix cache by all of a prompt's choices: what nobody computed for this."""
+        """Count the prompt tokens that all choices of a prompt found in the prefix cache: nobody computed these."""
         n = self._options.num_choices
         groups = (self._choices[start : start + n] for start in range(0, len(self._choices), n))
         return sum(min(choice.cached_tokens for choice in group) for group in groups)
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
-        """Deltas of all choices as they come. Raises ApiError, AdapterError, EngineError."""
+        """Yield the deltas of all choices as they come. Raises ApiError, AdapterError, EngineError."""
         choices = self._choices
         with self._services.drain.at_work(), self._noted():
             try:
@@ -190,7 +190,7 @@ class Generation:
                 context.prompt_tokens += self.prompt_tokens
 
     def _note_model(self) -> None:
-        """Only now: what is no name that is served may be anything, also a prompt, and is not logged."""
+        """Note the model, only now: a name that is not served may be anything, also a prompt, and is not logged."""
         context = current_request_context()
         if context is not None:
             context.model = self._record.model or self._services.facts.names[0]
@@ -263,7 +263,7 @@ class Generation:
                 await turn.take()
 
     def _request(self, ids: tuple[int, ...], choice: int, grammar: Grammar | None, mix: Mix) -> GenerationRequest:
-        """Choice number `choice` of a prompt, with leases of its own."""
+        """Make the request of choice number `choice` of a prompt, with leases of its own."""
         room = self._services.facts.max_model_len - len(ids) - virtual_tokens(mix)
         return GenerationRequest(
             request_id=f"{self.key}-{len(self._choices)}",

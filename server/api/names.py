@@ -40,7 +40,7 @@ HOW_TO_LIST = "GET /v1/models lists the names served here"
 
 @dataclass(frozen=True)
 class AdapterUse:
-    """What one request wears, and how its texts are written then."""
+    """Hold what one request wears, and how its texts are written then."""
 
     mix: Mix
     tokenizer: Tokenizer
@@ -53,7 +53,7 @@ class AdapterUse:
 
 @asynccontextmanager
 async def leased(services: Services, record: AdapterFields) -> AsyncIterator[AdapterUse]:
-    """The adapters `record` asks for, leased for the block; what they were loaded or merged for first is done by then.
+    """Lease the adapters `record` asks for until the block ends; loading or merging them is done before it begins.
 
     Raises ApiError (400; 404 for a name nobody has), AdapterError for one that cannot be loaded or merged, Overloaded
     where there is no room for it, or no more for this caller.
@@ -75,7 +75,7 @@ async def leased(services: Services, record: AdapterFields) -> AsyncIterator[Ada
 
 
 def _check_alone(choice: AdapterChoice, leases: Sequence[AdapterLease]) -> None:
-    """Raises InvalidField where an adapter that has rows in place of the base's is in a mix, or weighted."""
+    """Refuse (InvalidField) an adapter that has rows in place of the base's in a mix, or weighted."""
     for term, lease in zip(choice.terms, leases, strict=True):
         if lease.version.info.alone and (len(leases) > 1 or term.weight != 1.0):
             param = term.param.partition(".")[0].partition("[")[0]
@@ -99,7 +99,7 @@ def _shown_version(version: AdapterVersion) -> str:
 
 
 def _chosen(services: Services, record: AdapterFields) -> AdapterChoice:
-    """What `record` asks for, with aliases told apart, and the default where it names no adapter. Raises ApiError."""
+    """Read what `record` asks for: aliases told apart, the default where no adapter is named. Raises ApiError."""
     names, told = services.facts.names, services.facts.config.adapters
     choice = read_wish(names, record)
     if not choice.terms and not asks_for_base(record):
@@ -117,7 +117,7 @@ def _chosen(services: Services, record: AdapterFields) -> AdapterChoice:
 
 
 def tokenizer_of(services: Services, model: str) -> Tokenizer:
-    """How texts for `model` are written. Raises ApiError (404) unless it could be worn now."""
+    """Return the tokenizer of `model`. Raises ApiError (404) unless that could be worn now."""
     choice = AdapterChoice(read_text(services.facts.names, "model", model, None))
     choice = replace(choice, terms=expand(services, choice.terms, ""))
     if not choice.terms and not current_key().may_use_base:
@@ -127,7 +127,7 @@ def tokenizer_of(services: Services, model: str) -> Tokenizer:
 
 
 def _check_fronts(choice: AdapterChoice, leases: Sequence[AdapterLease], weights: Sequence[float]) -> None:
-    """Raises InvalidField where what stands in front of a prompt is weighted, or would be there twice."""
+    """Refuse (InvalidField) what stands in front of a prompt where it is weighted, or would be there twice."""
     fronts = [i for i, lease in enumerate(leases) if lease.version.info.front is not None]
     if not fronts or (len(fronts) == 1 and weights[fronts[0]] == 1.0):
         return
@@ -142,7 +142,7 @@ def _check_fronts(choice: AdapterChoice, leases: Sequence[AdapterLease], weights
 
 
 def _tokenizer(services: Services, choice: AdapterChoice, leases: Sequence[AdapterLease]) -> Tokenizer:
-    """Raises InvalidField where the adapters of a mix write texts differently."""
+    """Return the mix's one tokenizer. Raises InvalidField where its adapters write texts differently."""
     try:
         return services.tokenizers.of([lease.version.info.tokenizer for lease in leases])
     except TokenizersDiffer as error:
@@ -151,13 +151,13 @@ def _tokenizer(services: Services, choice: AdapterChoice, leases: Sequence[Adapt
 
 
 def not_found(model: str, param: str = "model") -> ApiError:
-    """The answer for a name that is not there, or not for this caller: they cannot be told apart."""
+    """Make the answer for a name that is not there, or not for this caller: they cannot be told apart."""
     message = f"The model `{show(model)}` does not exist; {HOW_TO_LIST}."
     return ApiError(404, message, param=param, code="model_not_found")
 
 
 async def _lease(services: Services, term: Term, token: str | None) -> AdapterLease:
-    """What is registered wins, or is on its way; then a source, where there is one. Raises ApiError, AdapterError."""
+    """Lease what is registered or on its way, else what a source has. Raises ApiError, AdapterError."""
     name = term.text.partition("@")[0]
     if current_key().may_use(name):
         await services.adapters.arrival(name)
@@ -179,7 +179,7 @@ async def _lease(services: Services, term: Term, token: str | None) -> AdapterLe
 
 
 def _find(services: Services, term: Term) -> AdapterLease:
-    """A lease of what is registered. Raises ApiError (404, 410), AdapterRefused, AdapterExpired."""
+    """Lease what is registered. Raises ApiError (404, 410), AdapterRefused, AdapterExpired."""
     if term.text.startswith("@"):
         return _find_pushed(services, term)
     name, at, wanted = term.text.partition("@")
@@ -198,7 +198,7 @@ def _find(services: Services, term: Term) -> AdapterLease:
 
 
 def _find_pushed(services: Services, term: Term) -> AdapterLease:
-    """A lease of what the caller pushed without a name. Raises ApiError (404), AdapterExpired, RateLimited."""
+    """Lease what the caller pushed without a name. Raises ApiError (404), AdapterExpired, RateLimited."""
     owner = push_owner()
     try:
         version = services.pushed.find(term.text, owner)

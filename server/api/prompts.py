@@ -18,7 +18,7 @@ from loraplex.server.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class ScoredToken:
-    """One token and how likely it was."""
+    """Hold one token and how likely it was."""
 
     token_id: int
     logprob: float | None  # None: the first one of a prompt
@@ -28,7 +28,7 @@ class ScoredToken:
 
 @dataclass(frozen=True, eq=False)
 class ScoredPrompt:
-    """The tokens of an echoed prompt. Each is made when it is looked at, as there may be very many."""
+    """Make the tokens of an echoed prompt, each when it is looked at, as there may be very many."""
 
     ids: Sequence[int]
     offsets: Sequence[int]
@@ -36,7 +36,7 @@ class ScoredPrompt:
     top: int  # likeliest ones of each place that are shown
 
     def tokens(self, start: int = 0) -> Iterator[ScoredToken]:
-        """From number `start` on."""
+        """Yield the tokens from number `start` on."""
         for place in range(start, len(self.ids)):
             known = self.scores if place else None
             logprob = None if known is None else float(known.logprobs[place - 1])
@@ -55,7 +55,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class GenerationOptions:
-    """What a route asks for beyond the fields that all of them have."""
+    """Hold what a route asks for beyond the fields that all routes have."""
 
     max_tokens: int | None  # None: up to the context's end
     num_choices: int  # of each prompt
@@ -75,7 +75,7 @@ class GenerationOptions:
 
     @property
     def prompt_scores(self) -> int | None:
-        """The likeliest tokens of each place of the prompt that are wanted, for an echo or beside the answer."""
+        """Count the likeliest tokens of each place of the prompt that are wanted, for an echo or beside the answer."""
         wanted = [self.logprobs if self.echo else None, self.prompt_logprobs]
         return max((k for k in wanted if k is not None), default=None)
 
@@ -93,7 +93,7 @@ def _as_it_is(tokenizer: Tokenizer, options: GenerationOptions) -> GenerationOpt
 
 @dataclass(frozen=True)
 class PromptSource:
-    """Where the prompts come from, once the tokenizer is known: that of the adapters which the request wears."""
+    """Make the prompts, once the tokenizer is known: that of the adapters which the request wears."""
 
     param: str  # the field they come in
     sizes: tuple[int, ...]  # of each of its texts, in characters
@@ -104,7 +104,7 @@ class PromptSource:
 
 
 def source_of(param: str, given: Sequence[str | Sequence[int]], special: bool | None) -> PromptSource:
-    """The source of prompts that are `given` as texts or as ids. special: whether texts get the tokenizer's own tokens;
+    """Make the source of prompts `given` as texts or as ids. special: whether texts get the tokenizer's own tokens;
     None: they do."""
     texts = [each for each in given if isinstance(each, str)]
 
@@ -117,14 +117,14 @@ def source_of(param: str, given: Sequence[str | Sequence[int]], special: bool | 
 
 @dataclass(frozen=True)
 class Echo:
-    """A prompt as the beginning of an answer; `offsets` are empty where its tokens are not scored."""
+    """Hold a prompt as the beginning of an answer; `offsets` are empty where its tokens are not scored."""
 
     text: str
     offsets: tuple[int, ...]
 
     @classmethod
     async def build(cls, tokenizer: Tokenizer, prompt: Prompt, scored: bool) -> Echo:
-        """Others have their turn meanwhile: it takes 2 ms for 1,000 tokens."""
+        """Build the echo; others have their turn meanwhile: 1,000 tokens take 2 ms."""
         text = prompt.text if prompt.text is not None else tokenizer.decode(prompt.ids)
         if not scored:
             return cls(text, ())
@@ -136,5 +136,5 @@ class Echo:
         return cls(text, tuple(offsets))
 
     def prompt(self, ids: Sequence[int], scores: TokenScores | None, top: int | None) -> ScoredPrompt | None:
-        """Its tokens; None where they are not scored."""
+        """Return the prompt's tokens; None where they are not scored."""
         return ScoredPrompt(ids, self.offsets, scores, top or 0) if self.offsets else None

@@ -26,7 +26,7 @@ Scores = CompletionScores | ChatScores
 
 @dataclass
 class Collected:
-    """All deltas of one choice."""
+    """Collect all deltas of one choice."""
 
     scores: Scores | None = None  # where they are asked for
     prompt_scores: PromptScores | None = None  # likewise
@@ -73,53 +73,55 @@ class TextFrame:
 
     @classmethod
     def of(cls, rendering: Rendering, index: int, hidden: set[str] | None) -> TextFrame:
-        """Cut out of a chunk with a text that stands nowhere else."""
+        """Cut the frame out of a chunk with a text that stands nowhere else."""
         mark = secrets.token_hex(16)
         (chunk,) = rendering.chunks(Delta(index, mark), None, None)
         return cls(*chunk.model_dump_json(exclude=hidden).split(f'"{mark}"'))
 
     def around(self, text: str) -> str:
-        """As pydantic writes it: no more is escaped than has to be."""
+        """Put `text` into the frame as pydantic writes it: no more is escaped than has to be."""
         return f"{self.before}{encode_basestring(text)}{self.after}"
 
     def event(self, text: str) -> bytes:
-        """The chunk as SseResponse sends it."""
+        """Encode the chunk as SseResponse sends it."""
         return encode_event(self.around(text))
 
 
 class Rendering(Protocol):
-    """How one route writes its answers."""
+    """Write the answers of one route."""
 
     def opening(self, num_choices: int) -> Iterable[Wire]:
-        """Chunks before the first delta's."""
+        """Make the chunks before the first delta's."""
         ...
 
     def scores(self) -> Scores | None:
-        """What writes a choice's log-probabilities, for a delta or all of them; None where nobody asked."""
+        """Make the writer of a choice's log-probabilities, of a delta or of all; None where nobody asked."""
         ...
 
     def chunks(self, delta: Delta, scores: Scores | None, usage: Usage | None) -> Iterable[Wire]:
-        """The chunks of one delta, often none; `usage` is the counts so far where they are wanted in every chunk."""
+        """Make the chunks of one delta, often none; `usage`: the counts so far where every chunk has them."""
         ...
 
     def is_plain(self, delta: Delta) -> bool:
-        """Whether chunks() of `delta` is one that adds its text, differs from others of the choice in nothing else,
-        and leaves no trace here."""
+        """Tell whether chunks() of `delta` is one that adds its text and leaves no trace here.
+
+        It differs from others of the choice in nothing else.
+        """
         ...
 
     def usage_chunk(self, usage: Usage) -> Wire:
-        """The chunk after all others, where it was asked for."""
+        """Make the chunk after all others, where it was asked for."""
         ...
 
     def whole(self, choices: list[Collected], usage: Usage) -> Wire:
-        """The answer in one piece; choices in the order of their index."""
+        """Write the answer in one piece; choices in the order of their index."""
         ...
 
 
 async def respond(
     request: Request, record: GenerationFields, generation: Generation, rendering: Rendering, headers: dict[str, str]
 ) -> Response:
-    """The response to `request`. Raises what Generation.deltas raises, and ClientGone."""
+    """Make the response to `request`. Raises what Generation.deltas raises, and ClientGone."""
     generation.client_id = request.headers.get("x-request-id")
     if record.stream:
         chunks = _chunks(generation, rendering, record.stream_options or StreamOptions(), direct_body(request.scope))
@@ -129,7 +131,7 @@ async def respond(
 
 
 async def collect(generation: Generation, rendering: Rendering) -> str:
-    """The answer in one piece."""
+    """Collect the answer in one piece."""
     choices: dict[int, Collected] = {}
     async with aclosing(generation.deltas()) as deltas:
         async for delta in deltas:

@@ -29,7 +29,7 @@ from loraplex.server.text.tokenizers import Tokenizers
 
 @dataclass(frozen=True)
 class Services:
-    """What runs in one server."""
+    """Hold what runs in one server."""
 
     facts: Facts
     engine: Engine
@@ -52,10 +52,10 @@ class Services:
 
     @property
     def limits(self) -> RequestLimits:
-        """What one request may ask for."""
+        """Return the limits of what one request may ask for."""
         return self.facts.config.limits
 
     @cached_property
     def bodies(self) -> Bodies:
-        """Reads what is sent."""
+        """Return the reader of requests' bodies."""
         return Bodies(self.limits)

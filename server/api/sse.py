@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import suppress
 from typing import Any, TypeVar
@@ -13,9 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from loraplex.server.api.errors import ApiError, ClientGone, to_api_error
-
-logger = logging.getLogger(__name__)
+from loraplex.server.api.errors import ApiError, ClientGone, logged
 
 T = TypeVar("T")
 
@@ -74,7 +71,7 @@ class SseResponse(Response):
             except Exception as error:
                 if not self._is_started:
                     raise
-                await self._send_event(send, json.dumps(self._failure(_explain(error))))
+                await self._send_event(send, json.dumps(self._failure(logged(error, "a stream"))))
             await self._start(send)
             silence.cancel()
             end = encode_event(DONE) if self._done else b""
@@ -153,10 +150,3 @@ async def answer_or_disconnect(request: Request, work: Coroutine[Any, Any, T]) -
 async def _disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-def _explain(error: Exception) -> ApiError:
-    known = to_api_error(error)
-    if known.status == 500:
-        logger.error("a stream failed", exc_info=error)
-    return known

@@ -15,7 +15,7 @@ from loraplex.server.engine.streams import Shortcut
 
 
 class Submission:
-    """One request's events: an async iterator, as EventStream.
+    """Iterate over the events of one request, as EventStream does.
 
     The engine refuses a request whose adapter it finds to have other files by now, and points the adapter's name at
     the new ones. The request is then submitted once more, for these, unless it asked for that very version.

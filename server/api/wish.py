@@ -19,7 +19,7 @@ _TERM = re.compile(r"(?P<name>[^*]+)(?:\*\s*(?P<weight>-?(?:\d+\.?\d*|\.\d+)(?:[
 
 @dataclass(frozen=True)
 class Term:
-    """One adapter as the caller names it."""
+    """Hold one adapter as the caller names it."""
 
     param: str  # the field that names it
     text: str
@@ -29,20 +29,20 @@ class Term:
 
     @property
     def asked(self) -> str:
-        """What the caller wrote."""
+        """Return what the caller wrote."""
         return self.text if self.alias is None else self.alias
 
 
 @dataclass(frozen=True)
 class AdapterChoice:
-    """All that a request wants to wear, read but not looked up."""
+    """Hold all that a request wants to wear, read but not looked up."""
 
     terms: tuple[Term, ...]
     merge: MergePlan | None = None  # the terms become one adapter by it
 
 
 def strip_base(base_names: tuple[str, ...], text: str) -> str | None:
-    """`text` without "base:"; None where it names the base itself."""
+    """Return `text` without "base:"; None where it names the base itself."""
     if text in base_names or text == LORAX_BASE:
         return None
     for name in base_names:
@@ -52,12 +52,12 @@ def strip_base(base_names: tuple[str, ...], text: str) -> str | None:
 
 
 def asks_for_base(record: AdapterFields) -> bool:
-    """Whether `record` asks for the base by LoRAX's name of it, and not only for no adapter."""
+    """Tell whether `record` asks for the base by LoRAX's name of it, and not only for no adapter."""
     return LORAX_BASE in (record.model, record.adapter_id)
 
 
 def read_wish(base_names: tuple[str, ...], record: AdapterFields) -> AdapterChoice:
-    """What `record` asks for. Raises InvalidField where two fields ask for different things."""
+    """Read what `record` asks for. Raises InvalidField where two fields ask for different things."""
     choices = [AdapterChoice(read_text(base_names, "model", record.model, record.adapter_source))]
     if record.adapters:
         choices.append(AdapterChoice(_read_terms(base_names, record)))
@@ -87,7 +87,7 @@ def _same(choice: AdapterChoice) -> object:
 
 
 def read_text(base_names: tuple[str, ...], param: str, text: str, origin: str | None) -> tuple[Term, ...]:
-    """A name, "base:name", "name@version" or a mix of them; () for the base."""
+    """Read a name, "base:name", "name@version" or a mix of them; () for the base."""
     if (
         origin is not None
         and text
@@ -149,7 +149,7 @@ def _read_merged(base_names: tuple[str, ...], merged: MergedAdapters, origin: st
 
 
 def _one(base_names: tuple[str, ...], term: Term) -> Term:
-    """A term of several. Raises InvalidField for the base, which is there anyhow."""
+    """Read one term of several. Raises InvalidField for the base, which is there anyhow."""
     rest = strip_base(base_names, term.text)
     if rest is None:
         raise InvalidField(

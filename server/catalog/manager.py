@@ -171,10 +171,6 @@ class AdapterManager:
         """Have `version` on the device from soon on and never evicted, or let it be evicted again."""
         self._pin(version, pinned)
 
-    async def unregister(self, name: str) -> AdapterVersion:
-        """Take the name away at once; requests that hold a lease finish. Raises AdapterNotFound."""
-        return self.registry.unregister(name)
-
     def close(self) -> None:
         """Stop the loader's threads and take no more downloads."""
         if self.downloads is not None:

@@ -67,12 +67,6 @@ class Versions:
             if digest:
                 self._labels[name, label] = digest
 
-    def record(self, name: str, digest: str, source: str, who: Who = Who(), receipt: str = "") -> KeptVersion:
-        """Write down that `name` has the content `digest` from now on. Raises StateNotKept. In the writer's thread."""
-        row = self.draft(name, digest, source, who, receipt)
-        self.write(row)
-        return row
-
     def draft(self, name: str, digest: str, source: str, who: Who = Who(), receipt: str = "") -> KeptVersion:
         """Make the row of a version that comes now: the latest of its name, also where it was there before."""
         known = self.history(name)

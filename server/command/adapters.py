@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import json
 import os
-import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 
+from loraplex.server.command.endings import end_refused, give_up, warn
 from loraplex.server.command.option_groups import grouped
 from loraplex.server.config_engine import EngineConfig, Quantize
 
 if TYPE_CHECKING:
-    from loraplex.server.command.remote import RemoteError
+    from loraplex.server.command.remote import Remote, RemoteError
 
-REFUSED = 1
-"""Exit code: the server refuses what it was asked to change."""
-
-MISUSED = 2
-"""Exit code: the command cannot be run as it was given."""
+T = TypeVar("T")
 
 app = typer.Typer(no_args_is_help=True, help="Adapters: check, convert, compare, promote.", rich_markup_mode="rich")
 
@@ -119,12 +116,12 @@ def evaluate(
             else own_server(options.base, Path(adapter))
         ) as remote:
             name = adapter if options.base is None else CANDIDATE
-            found = run_golden(remote, name, questions, golden, options.in_place, _warn)
+            found = run_golden(remote, name, questions, golden, options.in_place, warn)
         for path, text in ((options.report, found.as_json), (options.page, found.as_html)):
             if path is not None:
                 path.write_text(text(), encoding="utf-8")
     except (GoldenError, RemoteError, OSError) as error:
-        give_up(str(error))
+        give_up(error)
     passed = len(found.answers) - len(found.failures)
     print(f"score {found.score:.4f}: {passed} of {len(found.answers)} passed, of version {found.digest or 'unknown'}")
     if found.previous is not None:
@@ -132,7 +129,7 @@ def evaluate(
         print(f"in place {found.previous:.4f}; mean KL from it {nats}")
     unmet = Demands(options.fail_under, options.drift).unmet(found)
     for line in unmet:
-        _warn(line)
+        warn(line)
     raise typer.Exit(1 if unmet else 0)
 
 
@@ -144,12 +141,8 @@ def list_all(
 ) -> None:
     """List the adapters of a running server."""
     from loraplex.server.command.compare import list_adapters, table
-    from loraplex.server.command.remote import Remote, RemoteError
 
-    try:
-        found = list_adapters(Remote(server.url, server.api_key))
-    except RemoteError as error:
-        give_up(str(error))
+    found = _asked(server, list_adapters, give_up)
     print(json.dumps(found, indent=2) if as_json else table(found))
 
 
@@ -162,12 +155,8 @@ def diff(
 ) -> None:
     """Compare the receipts of two adapters of a running server. Exit codes: 0 the same content, 1 not, 2 misused."""
     from loraplex.server.command.compare import find_differences
-    from loraplex.server.command.remote import Remote, RemoteError
 
-    try:
-        found = find_differences(Remote(server.url, server.api_key), one, other)
-    except RemoteError as error:
-        give_up(str(error))
+    found = _asked(server, lambda remote: find_differences(remote, one, other), give_up)
     for each in found:
         print(f"{each.path}: {json.dumps(each.one)} -> {json.dumps(each.other)}")
     raise typer.Exit(1 if found else 0)
@@ -185,12 +174,8 @@ def history(
     Exit codes: 0 listed, 1 refused, 2 cannot be run so.
     """
     from loraplex.server.command.placing import history_table
-    from loraplex.server.command.remote import Remote, RemoteError
 
-    try:
-        found = Remote(server.url, server.api_key).adapter(name)["versions"]
-    except RemoteError as error:
-        end_refused(error)
+    found = _asked(server, lambda remote: remote.adapter(name)["versions"], end_refused)
     print(json.dumps(found, indent=2) if as_json else history_table(found))
 
 
@@ -223,12 +208,8 @@ def rollback(
 
 def _change(server: ServerOptions, alias: str, what: str, target: str, expected: int | None, as_json: bool) -> None:
     from loraplex.server.command.placing import alias_line, change_alias
-    from loraplex.server.command.remote import Remote, RemoteError
 
-    try:
-        found = change_alias(Remote(server.url, server.api_key), alias, what, target, expected)
-    except RemoteError as error:
-        end_refused(error)
+    found = _asked(server, lambda remote: change_alias(remote, alias, what, target, expected), end_refused)
     print(json.dumps(found, indent=2) if as_json else alias_line(found))
 
 
@@ -250,13 +231,10 @@ def push(
     Exit codes: 0 it is served, 1 refused (the name is served on as before), 2 cannot be run so.
     """
     from loraplex.server.command.placing import push_folder
-    from loraplex.server.command.remote import Remote, RemoteError
 
     terms: dict[str, Any] = {"expected": expected, "retain": retain, "ttl": ttl}
     try:
-        found = push_folder(Remote(server.url, server.api_key), name, folder, terms)
-    except RemoteError as error:
-        end_refused(error)
+        found = _asked(server, lambda remote: push_folder(remote, name, folder, terms), end_refused)
     except OSError as error:
         give_up(f"{folder} cannot be sent: {error}")
     print(json.dumps(found, indent=2) if as_json else f"{found['id']}@{found['digest']}")
@@ -290,23 +268,15 @@ def convert(
     try:
         config = convert_folder(folder, out, Wishes(positions, skip_last, kind, non_linearity), base)
     except (AdapterRefused, UnsupportedModel, OSError) as error:
-        give_up(str(error))
+        give_up(error)
     print(f"{out}: {', '.join(f'{key} {value}' for key, value in config.items() if value is not None)}")
 
 
-def _warn(line: str) -> None:
-    print(f"loraplex: {' '.join(line.split())}", file=sys.stderr)
+def _asked(server: ServerOptions, ask: Callable[[Remote], T], end: Callable[[RemoteError], NoReturn]) -> T:
+    """Return what `ask` has from the running server; `end` the command where it answers with an error."""
+    from loraplex.server.command.remote import Remote, RemoteError
 
-
-def give_up(reason: str) -> NoReturn:
-    """End with one line."""
-    _warn(reason)
-    sys.exit(MISUSED)
-
-
-def end_refused(error: RemoteError) -> NoReturn:
-    """End with the server's words: MISUSED where there is no server, no such name or no right to it, else REFUSED."""
-    if error.status in (0, 401, 404):
-        give_up(str(error))
-    _warn(str(error))
-    sys.exit(REFUSED)
+    try:
+        return ask(Remote(server.url, server.api_key))
+    except RemoteError as error:
+        end(error)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 
-import torch
+from torch import Tensor
 
 from loraplex.adapters.files.tokenizer_files import TokenizerFiles
 from loraplex.adapters.format.kept_starts import KeptStarts
@@ -25,47 +25,40 @@ from loraplex.adapters.tiers.pages import PagePool
 from loraplex.adapters.tiers.reader import AdapterReader
 from loraplex.adapters.tiers.workspace import Workspace
 from loraplex.kernels.constants import BLOCK_SIZE
-from loraplex.kernels.ops import Backend
 from loraplex.server.catalog.manager import AdapterManager
+from loraplex.server.command.loaded_base import LoadedBase
 from loraplex.server.config_adapters import DownloadConfig
 from loraplex.server.config_engine import EngineConfig
 from loraplex.server.engine.engine import Engine
-from loraplex.server.engine.policy.budget import TokenBudget, scoring_cost
+from loraplex.server.engine.policy.budget import scoring_cost
 from loraplex.server.engine.policy.kv_cache import KVCache
 from loraplex.server.engine.policy.plan import SchedulerLimits
 from loraplex.server.engine.policy.scheduler import Scheduler
 from loraplex.server.engine.step.arena import allocate_arena, kv_layers
-from loraplex.server.engine.step.memory import MemoryPlan
 from loraplex.server.engine.step.prefault import Prefault
 from loraplex.server.engine.step.worker import LocalWorker
 from loraplex.server.models.base_weights import BaseWeights
-from loraplex.server.models.config import ModelConfig
 from loraplex.server.models.decoder import Decoder
 from loraplex.server.models.demo import default_cache_dir
 from loraplex.server.models.graphs import GraphedDecoder
 from loraplex.server.models.recorded import RecordedDecoder, record
 from loraplex.server.models.weight_sizes import norms_in_order
-from loraplex.server.models.weights import ModelWeights
+
+Model = Decoder | RecordedDecoder | GraphedDecoder
 
 
 def assemble(
     config: EngineConfig,
-    model_config: ModelConfig,
-    weights: ModelWeights,
-    base: BaseWeights,
-    ops: Backend,
-    plan: MemoryPlan,
-    budget: TokenBudget,
-    most: int,
+    base: LoadedBase,
     base_names: tuple[str, ...],
     check_tokenizer: Callable[[TokenizerFiles, int], str],
     download_config: DownloadConfig,
     allow_noop: bool,
 ) -> tuple[Engine, AdapterManager, AdapterCache, Prefault | None, Measurer]:
-    """Allocate the arena and put everything around it together. most: tokens of a step."""
-    device, dtype = ops.device, weights.dtype
-    arena = allocate_arena(plan, device)
-    served = _served_base(base_names[0], model_config, base, plan, dtype)
+    """Allocate the arena and put everything around it together."""
+    plan = base.plan
+    arena = allocate_arena(plan, base.ops.device)
+    served = _served_base(base_names[0], base)
     pool = PagePool(plan.num_pages)
     reclaimer = Reclaimer()
     residency = DeviceTier(arena, pool, served.layout, config.num_slots, reclaimer)
@@ -84,21 +77,12 @@ def assemble(
     cache = AdapterCache(residency, inbox, loader, registry, exclusive=plan.shared)
 
     kv = KVCache(pool, plan.groups, BLOCK_SIZE, reclaimer)
-    kv.token_seconds = budget.token_seconds
-    decoder = Decoder(model_config, weights, ops, kv_layers(arena, model_config, dtype, plan.groups), arena)
-    model = _fastest(decoder, most, config.max_num_seqs)
-    follows_up = isinstance(model, RecordedDecoder) and model.follows_up
-    limits = _limits(config, model_config, plan, most, follows_up)
+    kv.token_seconds = base.budget.token_seconds
+    model = _fastest(base, arena, config.max_num_seqs)
     halt = ctypes.c_int32()
-    worker = LocalWorker(model, residency, BLOCK_SIZE, device, halt)
-    engine = Engine(
-        Scheduler(kv, cache, limits, budget=budget),
-        worker,
-        cache,
-        config.max_waiting,
-        config.max_waiting_tokens,
-        halt,
-    )
+    worker = LocalWorker(model, residency, BLOCK_SIZE, base.ops.device, halt)
+    scheduler = Scheduler(kv, cache, _limits(config, base, model), budget=base.budget)
+    engine = Engine(scheduler, worker, cache, config.max_waiting, config.max_waiting_tokens, halt)
     cache.host.on_ready = inbox.on_arrival = worker.masks.wake = engine.wake
     registry.on_drained = engine.forget_adapter
     prefault = Prefault(arena, pool) if plan.shared else None
@@ -106,50 +90,53 @@ def assemble(
     return engine, manager, cache, prefault, Measurer(reader, served)
 
 
-def _served_base(
-    name: str, model_config: ModelConfig, base: BaseWeights, plan: MemoryPlan, dtype: torch.dtype
-) -> ServedBase:
+def _served_base(name: str, base: LoadedBase) -> ServedBase:
     """Say what adapters are held against: the base's layout, its weights, and what is outside its linears."""
+    config = base.config
+    weights = BaseWeights(config, base.weights, base.checkpoint, base.ops.beside())
     layout = BaseLayout(
-        name,
-        model_config.num_layers,
-        model_config.projections(),
-        plan.page_bytes,
-        dtype,
-        model_config.blocks(),
+        name, config.num_layers, config.projections(), base.plan.page_bytes, base.weights.dtype, config.blocks()
     )
     outside = BaseOutside(
-        norms=norms_in_order(model_config),
-        vocab=model_config.vocab_size,
-        hidden=model_config.hidden_size,
-        head_dim=model_config.head_dim,
-        tied=base.is_tied,
-        embed_scale=model_config.embed_scale,
-        quantised=bool(base.formats),
-        read=base.tensor,
+        norms=norms_in_order(config),
+        vocab=config.vocab_size,
+        hidden=config.hidden_size,
+        head_dim=config.head_dim,
+        tied=weights.is_tied,
+        embed_scale=config.embed_scale,
+        quantised=bool(weights.formats),
+        read=weights.tensor,
     )
-    starts = KeptStarts(default_cache_dir() / "starts")
-    return ServedBase(layout, base.bias, base.squared_norms, base.products, base.weight, base.formats, starts, outside)
+    return ServedBase(
+        layout,
+        weights.bias,
+        weights.squared_norms,
+        weights.products,
+        weights.weight,
+        weights.formats,
+        KeptStarts(default_cache_dir() / "starts"),
+        outside,
+    )
 
 
-def _limits(
-    config: EngineConfig, model_config: ModelConfig, plan: MemoryPlan, most: int, follows_up: bool
-) -> SchedulerLimits:
-    """Bound the scheduler. most: tokens of a step; follows_up: several decode steps may be one call."""
+def _limits(config: EngineConfig, base: LoadedBase, model: Model) -> SchedulerLimits:
+    """Bound the scheduler of what `model` runs."""
+    follows_up = isinstance(model, RecordedDecoder) and model.follows_up  # several decode steps may be one call
+    found = base.config
     return SchedulerLimits(
-        max_model_len=plan.max_model_len,
+        max_model_len=base.plan.max_model_len,
         max_num_seqs=config.max_num_seqs,
-        token_budget=most,
+        token_budget=base.most,
         num_slots=config.num_slots,
-        vocab_size=model_config.vocab_size,
+        vocab_size=found.vocab_size,
         decode_steps=config.decode_steps if follows_up else 1,
         scoring=scoring_cost(
-            model_config.vocab_size,
-            model_config.hidden_size,
-            model_config.num_layers * sum(p.in_features * p.out_features for p in model_config.projections()),
+            found.vocab_size,
+            found.hidden_size,
+            found.num_layers * sum(p.in_features * p.out_features for p in found.projections()),
         ),
-        rope_switch=model_config.rope_switch,
-        prefix_cache=all(rope.kind != "dynamic" for rope in model_config.ropes),  # its keys depend on the length
+        rope_switch=found.rope_switch,
+        prefix_cache=all(rope.kind != "dynamic" for rope in found.ropes),  # its keys depend on the length
     )
 
 
@@ -163,8 +150,10 @@ def _downloads(config: DownloadConfig, registry: Registry) -> Downloads:
     return Downloads(folder, config.limits, Reach(config.allowed_hosts), in_use)
 
 
-def _fastest(decoder: Decoder, most: int, max_num_seqs: int) -> Decoder | RecordedDecoder | GraphedDecoder:
+def _fastest(base: LoadedBase, arena: Tensor, max_num_seqs: int) -> Model:
     """Return the decoder as the backend runs it best: recorded on the CPU, decode steps as CUDA graphs on a GPU."""
-    if decoder.ops.name == "triton" and decoder.ops.device.type == "cuda":
+    views = kv_layers(arena, base.config, base.weights.dtype, base.plan.groups)
+    decoder = Decoder(base.config, base.weights, base.ops, views, arena)
+    if base.ops.name == "triton" and base.ops.device.type == "cuda":
         return GraphedDecoder(decoder)
-    return record(decoder, most, max_num_seqs + most)  # rows: all of a prompt's may be wanted
+    return record(decoder, base.most, max_num_seqs + base.most)  # rows: all of a prompt's may be wanted

@@ -19,14 +19,13 @@ from loraplex.server.engine.step.calibrate import DEVICE_COST, SCRATCH_PAGES, ca
 from loraplex.server.engine.step.memory import (
     GROWTH_BYTES,
     WAITING_TOKEN_BYTES,
-    Demand,
     MemoryPlan,
     NotEnoughMemory,
-    Surroundings,
     page_bytes,
     plan_memory,
     size,
 )
+from loraplex.server.engine.step.scratch import Demand, Surroundings
 from loraplex.server.engine.step.system_memory import available_memory, resident_memory
 from loraplex.server.models.checkpoint import Checkpoint
 from loraplex.server.models.config import ModelConfig

@@ -93,16 +93,6 @@ class Engine:
         """Called in the engine's thread when it has died and everybody has been told."""
 
     @property
-    def max_model_len(self) -> int:
-        """Return the most tokens of a sequence, prompt and generated."""
-        return self._scheduler.limits.max_model_len
-
-    @property
-    def num_pages(self) -> int:
-        """Count the arena's pages."""
-        return self._scheduler.kv.pool.num_pages
-
-    @property
     def alive(self) -> bool:
         """Return whether the engine was started, and neither stopped nor crashed."""
         return not self._requests.is_closed

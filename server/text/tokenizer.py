@@ -32,7 +32,7 @@ Template = ChatTemplate | AdapterTemplate | ChatTemplateError
 
 
 class Tokenizer:
-    """The tokenizer of a base, or as an adapter changed it. Thread-safe.
+    """Write and read texts as a base does, or as an adapter changed that. Thread-safe.
 
     `LONG_TEXT` characters or more are encoded, and tokens decoded, on threads of the tokenizers library
     (reading_threads.py), and who asked waits for these without the interpreter's lock. The library uses them for two
@@ -90,16 +90,16 @@ class Tokenizer:
         return cls(fast, special, template)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`. A text that spells the beginning-of-sequence token itself does not get a second one."""
+        """Return the token ids of `text`. One that spells the beginning-of-sequence token itself gets no second one."""
         (ids,) = self.encode_all([text], add_special_tokens)
         return ids
 
     def encode_all(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
-        """`encode` of each."""
+        """Encode each of the texts as `encode` does."""
         return [self._ids_of(found, add_special_tokens) for found in self._encodings(texts, add_special_tokens)]
 
     def _encodings(self, texts: Sequence[str], add_special_tokens: bool) -> Iterator[Encoding]:
-        """What the library makes of each text."""
+        """Return what the library makes of each text."""
         if sum(map(len, texts)) < self.LONG_TEXT:
             for text in texts:
                 yield self.fast.encode(text, add_special_tokens=add_special_tokens)
@@ -118,7 +118,7 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Text of `ids`; bytes that are no UTF-8 become U+FFFD, ids outside of the vocabulary nothing."""
+        """Return the text of `ids`; bytes that are no UTF-8 become U+FFFD, ids outside of the vocabulary nothing."""
         if self._own:
             ids = [self._own.get(i, i) for i in ids]
         if len(ids) < self.LONG_TEXT:
@@ -134,7 +134,7 @@ class Tokenizer:
         extra: Mapping[str, Any] | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
-        """The prompt text of a conversation: [{"role": ..., "content": ...}, ...]. Raises ChatTemplateError."""
+        """Write the prompt text of a conversation [{"role": ..., "content": ...}, ...]. Raises ChatTemplateError."""
         if isinstance(self.template, ChatTemplateError):
             raise ChatTemplateError(str(self.template))
         return self.template.render(messages, add_generation_prompt, extra, tools)
@@ -152,7 +152,7 @@ class Tokenizer:
         return self.encode(self.render_chat(messages, add_generation_prompt, extra), add_special_tokens=False)
 
     def lone_text(self, token_id: int) -> str | None:
-        """What a token adds to a text wherever it stands in it.
+        """Return what a token adds to a text wherever it stands in it.
 
         None where that depends on its neighbours (parts of characters, other kinds of vocabularies), and for tokens
         that were added to the vocabulary, which may not show at all.
@@ -164,11 +164,11 @@ class Tokenizer:
         return self._lone_texts[token_id]
 
     def token_text(self, token_id: int) -> str:
-        """One token as text, special ones included: U+FFFD where it is a part of a character."""
+        """Return one token as text, special ones included: U+FFFD where it is a part of a character."""
         return self.token_bytes(token_id).decode("utf-8", errors="replace")
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes one token stands for in the middle of a text; several tokens may make up one character."""
+        """Return the bytes one token stands for in the middle of a text; several tokens may make up one character."""
         token = self._token(token_id)
         if token is None:  # models have rows beyond the vocabulary
             return b""
@@ -181,16 +181,16 @@ class Tokenizer:
         return token.replace("▁", " ").encode()
 
     def is_special(self, token_id: int) -> bool:
-        """Whether it is one of the tokens that structure a prompt and are no text."""
+        """Tell whether a token is one of those that structure a prompt and are no text."""
         return token_id in self._special_ids
 
     def special_ids(self, texts: Iterable[str]) -> dict[int, str]:
-        """Of the texts that are a special token each, by its id."""
+        """Return those of `texts` that are a special token each, by id."""
         found = {self.token_id(text): text for text in texts}
         return {i: text for i, text in found.items() if i is not None and self.is_special(i)}
 
     def encode_offsets(self, text: str, add_special_tokens: bool = True) -> Iterator[tuple[int, str, int, int]]:
-        """Of each token its id, how the vocabulary writes it, and where in `text` it begins and ends, in characters.
+        """Yield each token: id, how the vocabulary writes it, and where in `text` it begins and ends, in characters.
 
         One by one: of a million tokens the library's own lists keep the interpreter's lock for 150 ms each.
         """
@@ -200,35 +200,35 @@ class Tokenizer:
             yield self._shown.get(token_id, token_id), self.fast.id_to_token(token_id) or "", start, stop
 
     def to_json(self) -> str:
-        """What a tokenizer.json would hold."""
+        """Return what a tokenizer.json would hold."""
         return str(self.fast.to_str())
 
     def max_characters(self, tokens: int) -> int:
-        """Characters that no text of so many tokens is longer than."""
+        """Bound the characters of a text of so many tokens."""
         return tokens * self._longest
 
     def token_id(self, token: str) -> int | None:
-        """The id of the one token that reads `token`; None when there is none."""
+        """Return the id of the one token that reads `token`; None when there is none."""
         found: int | None = self.fast.token_to_id(token)
         return found if found is None else self._shown.get(found, found)
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether `chat` can work at all."""
+        """Tell whether `chat` can work at all."""
         return not isinstance(self.template, ChatTemplateError)
 
     @property
     def template_source(self) -> str | None:
-        """The chat template's own text; None without one."""
+        """Return the chat template's own text; None without one."""
         return None if isinstance(self.template, ChatTemplateError) else self.template.source
 
     @property
     def renders_slowly(self) -> bool:
-        """Whether an event loop should hand even a short conversation to a thread."""
+        """Tell whether an event loop should hand even a short conversation to a thread."""
         return isinstance(self.template, AdapterTemplate)
 
     def _token(self, token_id: int) -> str | None:
-        """How the vocabulary writes a token."""
+        """Return how the vocabulary writes a token."""
         token: str | None = self.fast.id_to_token(self._own.get(token_id, token_id))
         return token
 
@@ -266,7 +266,7 @@ class Tokenizer:
 
 
 def _groups(texts: Iterable[str], characters: int) -> Iterator[list[str]]:
-    """Neighbours that have so many characters together; encodings take 200 bytes a character."""
+    """Group neighbours that have so many characters together; encodings take 200 bytes a character."""
     group: list[str] = []
     size = 0
     for text in texts:
@@ -280,13 +280,13 @@ def _groups(texts: Iterable[str], characters: int) -> Iterator[list[str]]:
 
 
 def _longest(fast: FastTokenizer) -> int:
-    """Characters of the longest token, as the text it comes from has them."""
+    """Count the characters of the longest token, as the text it comes from has them."""
     composed = 1 if fast.normalizer is None else 4  # NFC makes one character of up to four
     return composed * max(map(len, fast.get_vocab()), default=1)
 
 
 def _byte_characters() -> dict[str, int]:
-    """Byte-level BPE writes each byte as a printable character (GPT-2's table): character -> byte."""
+    """Make GPT-2's table, by which byte-level BPE writes each byte as a printable character: character -> byte."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}

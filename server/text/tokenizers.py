@@ -23,12 +23,12 @@ MAX_CHANGED = 1024
 
 
 class TokenizersDiffer(ValueError):
-    """Adapters that are to be worn together write a text differently; the message says how."""
+    """Say how adapters that are to be worn together write a text differently."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """What an adapter's tokenizer files change."""
+    """Hold what an adapter's tokenizer files change."""
 
     template: bool = False
     eos: tuple[str, ...] = ()  # tokens that end its answers beside the base's
@@ -36,7 +36,7 @@ class Difference:
     added: tuple[AddedToken, ...] = ()  # those the base has not, or under another id
 
     def __str__(self) -> str:
-        """In words, for logs; "" where nothing differs."""
+        """Tell the difference in words, for logs; "" where nothing differs."""
         added = f"{len(self.added)} added tokens ({', '.join(token.text for token in self.added[:4])})"
         told = [
             *(["a chat template of its own"] if self.template else []),
@@ -48,7 +48,7 @@ class Difference:
 
 
 class Tokenizers:
-    """The tokenizers of one base and its adapters. `of` is the event loop's; the rest is safe from any thread."""
+    """Keep the tokenizers of one base and its adapters. `of` is the event loop's; the rest is safe from any thread."""
 
     def __init__(self, base: Tokenizer, rows: int, eos_ids: Sequence[int]) -> None:
         """rows: of the base's embedding, each a token it knows. eos_ids: of the base."""
@@ -96,7 +96,7 @@ class Tokenizers:
         return str(difference)
 
     def difference(self, files: TokenizerFiles) -> Difference:
-        """What `files` change."""
+        """Return what `files` change."""
         base, own = self.base, dict(files.special)
         special = {name: text for name, text in own.items() if base.special_tokens.get(name) != text}
         special.pop("pad_token", None)
@@ -113,7 +113,7 @@ class Tokenizers:
         )
 
     def of(self, worn: Sequence[TokenizerFiles]) -> Tokenizer:
-        """The tokenizer of a request that wears adapters with these files: the base's own where nothing differs.
+        """Return the tokenizer of a request that wears adapters with these files: the base's own where nothing differs.
 
         Of several whose chat templates differ, the tokenizer has none. Raises TokenizersDiffer where one text is a
         token of two ids.
@@ -153,7 +153,7 @@ class Tokenizers:
         )
 
     def _template(self, changes: Sequence[tuple[TokenizerFiles, Difference]]) -> Template:
-        """The one template of all, with the special tokens it may name."""
+        """Return the one template of all, with the special tokens it may name."""
         base = self.base
         wanted = {
             (files.template if difference.template else None, tuple(sorted(difference.special)))
@@ -170,13 +170,13 @@ class Tokenizers:
         return AdapterTemplate(source, base.special_tokens | dict(own), self._processes)
 
     def _id_of(self, token: AddedToken) -> int:
-        """Of an adapter's token: a text that the base's own vocabulary has keeps the vocabulary's id."""
+        """Return the id of an adapter's token: a text that the base's own vocabulary has keeps the vocabulary's id."""
         known = self._vocabulary.token_to_id(token.text)
         return token.id if known is None else int(known)
 
 
 def _with_tokens(base: FastTokenizer, tokens: Sequence[AddedToken]) -> tuple[FastTokenizer, dict[int, int]]:
-    """`base` with added tokens; which ids it gives them -> theirs, where these differ. The vocabulary is shared."""
+    """Copy `base` with tokens added; the ids it gives these -> theirs, where they differ. The vocabulary is shared."""
     if not tokens:
         return base, {}
     fast = FastTokenizer(base.model)
@@ -196,5 +196,5 @@ def _fast_token(token: AddedToken) -> FastToken:
 
 
 def _same_text(template: str, other: str | None) -> bool:
-    """Jinja drops a newline at a template's end."""
+    """Tell whether two templates are the same: Jinja drops a newline at a template's end."""
     return other is not None and template.removesuffix("\n") == other.removesuffix("\n")

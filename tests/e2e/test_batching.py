@@ -262,7 +262,7 @@ async def test_under_page_pressure(
         monkeypatch.setattr(RunningSet, "reserve", lambda self: 0)
     config = replace(config, memory=memory_of(base, pages, config))
     async with serving(base, adapters, config) as server:
-        assert server.parts.engine.num_pages == pages
+        assert server.parts.memory.num_pages == pages
         answers, _ = await server.together(ASKS)
         assert answers == alone
         stats = server.parts.engine.stats()

@@ -84,7 +84,7 @@ def test_all_requests_share_its_blocks(world: World, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["prompt", "prefix"])
 def test_the_context_counts_them(world: World, name: str) -> None:
-    most = world.live.parts.engine.max_model_len
+    most = world.live.parts.memory.max_model_len
     room = most - VIRTUAL - len(PROMPT)
     for tokens in (room, room + 1):
         answer = world.live.complete(name, tokens, prompt=PROMPT)

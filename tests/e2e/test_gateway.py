@@ -102,7 +102,7 @@ def test_all_that_is_read_is_there_before_the_first_request(live: LiveServer) ->
     assert found.adapters() == ((), ())
     [(layout, value)] = found.series("vllm:cache_config_info")
     assert int(layout["block_size"]) > 0
-    assert int(layout["num_gpu_blocks"]) == live.parts.engine.num_pages
+    assert int(layout["num_gpu_blocks"]) == live.parts.memory.num_pages
     assert value == 1
 
 

@@ -374,7 +374,7 @@ def test_full_disk_is_one_line_and_leaves_nothing(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(demo, "_fsync", full)
+    monkeypatch.setattr(demo, "flush", full)
     with pytest.raises(DemoError, match=r"No space left on device.*LORAPLEX_CACHE"):
         ensure_converted(source, tmp_path / "base")
     assert [path.name for path in tmp_path.iterdir()] == ["base.lock"]

@@ -13,6 +13,7 @@ from loraplex.adapters.positions import Positions
 from loraplex.server.engine.policy.kv_cache import FREED
 from loraplex.server.engine.policy.kv_groups import GroupSpec
 from loraplex.server.engine.policy.plan import StepPlan
+from loraplex.server.engine.policy.row_of import row_of
 from loraplex.server.engine.policy.sequence import Sequence
 from loraplex.server.engine.renewing import renewed
 from loraplex.server.engine.request import ContextTooLong, FinishReason, GenerationRequest, TokenEvent
@@ -287,7 +288,7 @@ class SchedulerWorld:
 
     def _brought(self, seq: Sequence) -> tuple[int, int]:
         """Positions whose keys and values come with the sequence's next row."""
-        row = seq.row(1, ())
+        row = row_of(seq, 1, ())
         front = None if row.front is None or not row.front.front.stored else row.front
         return (0, 0) if front is None else (front.first, front.end)
 

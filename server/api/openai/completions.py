@@ -27,7 +27,7 @@ DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
 
 def make_router(services: Services) -> APIRouter:
-    """The route, working with `services`."""
+    """Make the route, working with `services`."""
     router = APIRouter()
 
     told = answers(Completion, streams=Completion)

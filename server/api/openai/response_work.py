@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator
@@ -14,7 +13,7 @@ from typing import Any
 
 from loraplex.server.api.chat_schemas import Message
 from loraplex.server.api.conversation import Conversation, read_toolbox
-from loraplex.server.api.errors import ApiError, InvalidField, to_api_error
+from loraplex.server.api.errors import ApiError, InvalidField, logged
 from loraplex.server.api.generation import Generation
 from loraplex.server.api.openai.response_store import ResponseStore, StoredResponse
 from loraplex.server.api.openai.response_writer import ResponseWriter
@@ -30,8 +29,6 @@ from loraplex.server.api.prompts import GenerationOptions
 from loraplex.server.api.services import Services
 from loraplex.server.api.structured import read_format, read_structured
 from loraplex.server.config import RequestLimits
-
-logger = logging.getLogger(__name__)
 
 MAX_BACKGROUND = 256
 """Responses at work in the background; nobody waits for them, so nothing else bounds them."""
@@ -107,7 +104,7 @@ class ResponseWork:
         except Exception as error:
             if not started:
                 raise
-            for event in self.writer.fail(_told(error)):
+            for event in self.writer.fail(logged(error, "a response")):
                 yield json.dumps(event, ensure_ascii=False)
 
     def in_background(self) -> dict[str, Any]:
@@ -126,7 +123,7 @@ class ResponseWork:
             self.response.status = "cancelled"
             self.writer.count()
         except Exception as error:
-            list(self.writer.fail(_told(error)))
+            list(self.writer.fail(logged(error, "a response")))
         finally:
             self.stored.task = None
 
@@ -136,13 +133,6 @@ class ResponseWork:
         self.stored.messages = [*self.stored.messages, self.writer.message()]
         if self.stored.task is None or self.store.get(self.response.id) is not None:
             self.store.put(self.stored)
-
-
-def _told(error: Exception) -> ApiError:
-    known = to_api_error(error)
-    if known.status == 500:
-        logger.error("a response failed", exc_info=error)
-    return known
 
 
 def _check(record: ResponsesRequest, store: ResponseStore) -> None:

@@ -7,6 +7,7 @@ from loraplex.server.engine.policy.clients import Client
 from loraplex.server.engine.policy.kv_cache import KVCache
 from loraplex.server.engine.policy.multi_step import steps_in_a_row
 from loraplex.server.engine.policy.plan import SchedulerLimits
+from loraplex.server.engine.policy.row_of import row_of
 from loraplex.server.engine.policy.rows import StepInput
 from loraplex.server.engine.policy.running import RunningSet
 from loraplex.server.engine.policy.sequence import Sequence
@@ -77,7 +78,7 @@ class StepDraft:
         step_seconds: what a step like this one takes; None: there is something to be decided after it.
         """
         steps = 1 if step_seconds is None else self._steps_ahead(limits, step_seconds)
-        rows = (seq.row(count, self._kv.tables(seq.number)) for seq, count in self.counts.items())
+        rows = (row_of(seq, count, self._kv.tables(seq.number)) for seq, count in self.counts.items())
         return StepInput(tuple(rows), steps)
 
     def _ready(self) -> list[Sequence]:

@@ -64,7 +64,7 @@ class RunningSet:
         return len(self.seqs) >= self._max_num_seqs
 
     def counts(self) -> Running:
-        """How many run by now, for who wants to come in."""
+        """Count how many run by now, for who wants to come in."""
         if self._counts is None:
             clients = {seq.flow.client for seq in self.seqs}
             by_client = {client.key: (client.num_running, client.running_tokens) for client in clients}
@@ -74,7 +74,7 @@ class RunningSet:
     # -- changes of state ----------------------------------------------------------------------------------------------
 
     def enter(self, seq: Sequence, urgency: float, now: float) -> None:
-        """A waiting sequence that has adopted what it could and whose adapters are pinned: it runs."""
+        """Have a waiting sequence run that has adopted what it could and whose adapters are pinned."""
         self._queue.remove(seq)
         self._queue.admitted(seq, now)
         self._add(seq)
@@ -87,12 +87,12 @@ class RunningSet:
             self.prompt_tokens += seq.num_prompt - seq.num_front
 
     def preempt(self, seq: Sequence) -> None:
-        """Back to the queue, since others need its pages or its place."""
+        """Put `seq` back into the queue, since others need its pages or its place."""
         self.preemptions += 1
         self.put_back(seq)
 
     def put_back(self, seq: Sequence) -> None:
-        """Back to the queue: tokens are kept, keys and values are computed anew."""
+        """Put `seq` back into the queue: tokens are kept, keys and values are computed anew."""
         self.leave(seq)
         seq.start_over()
         now = self._clock()
@@ -100,7 +100,7 @@ class RunningSet:
         self._prefetch.waits(seq, now)
 
     def leave(self, seq: Sequence) -> None:
-        """It runs no longer, and holds nothing."""
+        """Have `seq` run no longer, and hold nothing."""
         self._remove(seq)
         seq.is_ready = False
         seq.adapters_came(self._clock())
@@ -108,7 +108,7 @@ class RunningSet:
         self._unpin(seq)
 
     def take_off(self, seq: Sequence, request: GenerationRequest) -> None:
-        """It lets go of its adapters, keeps its place and its pages, and is `request` from here on: see Sequence.renew.
+        """Let go of the adapters of `seq`, which keeps its place and pages and becomes `request`: see Sequence.renew.
 
         It is not computed before it wears others.
         """
@@ -117,7 +117,7 @@ class RunningSet:
         seq.renew(request, kept=True)
 
     def put_on(self, seq: Sequence) -> None:
-        """It wears what its request says, which is pinned."""
+        """Have `seq` wear what its request says, which is pinned."""
         seq.bind()
         self._count_worn(seq, 1)
 
@@ -129,7 +129,7 @@ class RunningSet:
                 seq.adapters_came(seq.ready)
 
     def _is_ready(self, seq: Sequence) -> bool:
-        """Whether all bytes of its adapters are on the device, where they stay while it runs."""
+        """Tell whether all bytes of the adapters of `seq` are on the device, where they stay while `seq` runs."""
         if seq.is_bound and all(map(self._adapters.is_ready, seq.versions)):
             seq.is_ready = True
             seq.slots = tuple((self._slot(entry), entry.weight) for entry in seq.entries)
@@ -171,22 +171,22 @@ class RunningSet:
     # -- pages ---------------------------------------------------------------------------------------------------------
 
     def peak_pages(self, num_tokens: int) -> int:
-        """The most pages that a sequence of `num_tokens` ever holds at today's budget of a step."""
+        """Return the most pages that a sequence of `num_tokens` ever holds at today's budget of a step."""
         return self._kv.peak_pages(num_tokens, self._budget.tokens)
 
     def wanted_soon(self, seq: Sequence) -> int:
-        """Pages that a running sequence is sure to want: for its known tokens and one block more."""
+        """Count the pages that a running sequence is sure to want: for its known tokens and one block more."""
         return max(0, self.peak_pages(seq.num_tokens + self._kv.block_size) - self._kv.held(seq.number))
 
     def reserve(self) -> int:
-        """Pages all of them are sure to want soon."""
+        """Count the pages that all running sequences are sure to want soon."""
         return sum(map(self.wanted_soon, self.seqs))
 
     # -- who gives way -------------------------------------------------------------------------------------------------
 
     @property
     def any_above(self) -> bool:
-        """Whether some client has more than its share, so that others may take from it."""
+        """Tell whether some client has more than its share, so that others may take from it."""
         seen = set()
         for seq in self.seqs:
             client = seq.flow.client
@@ -197,14 +197,14 @@ class RunningSet:
         return False
 
     def growth_victim(self) -> Sequence:
-        """Who makes room when a running sequence grows. There are two at least."""
+        """Choose who makes room when a running sequence grows. There are two at least."""
         return max(
             self.seqs[1:],
             key=lambda seq: (seq.urgency, seq.flow.client.num_running / seq.flow.client.weight, seq.number),
         )
 
     def check_integrity(self) -> None:
-        """Raises AssertionError unless the counts agree."""
+        """Raise AssertionError unless the counts agree."""
         ages = [seq.number for seq in self.seqs]
         assert ages == sorted(set(ages)), f"not in the order of arrival: {ages}"
         assert len(self.seqs) <= self._max_num_seqs, f"{len(self.seqs)} run, {self._max_num_seqs} may"

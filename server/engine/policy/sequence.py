@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from array import array
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,17 +14,8 @@ from loraplex.adapters.front import Front
 from loraplex.adapters.positions import Span
 from loraplex.adapters.version import AdapterVersion
 from loraplex.server.engine.policy.prefix_cache import Turns
-from loraplex.server.engine.policy.rows import Mix, Row, RowFront, RowResult, SamplingState, Want
-from loraplex.server.engine.policy.wearing import (
-    ALWAYS,
-    Acts,
-    MixEntry,
-    acts_of,
-    front_of,
-    turns_of,
-    worn_at,
-    worn_between,
-)
+from loraplex.server.engine.policy.rows import Mix, RowResult, SamplingState
+from loraplex.server.engine.policy.wearing import ALWAYS, Acts, MixEntry, acts_of, front_of, turns_of, worn_at
 from loraplex.server.engine.request import (
     FinishReason,
     GenerationRequest,
@@ -40,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class Sequence:
-    """Known tokens (prompt, then generated), and how many of them have keys and values in the cache.
+    """Hold the known tokens (prompt, then generated), and how many of them have keys and values in the cache.
 
     There is no prefill state and no decode state: `num_computed` chases `num_tokens`.
     """
@@ -119,9 +109,8 @@ class Sequence:
         self.mix: tuple[tuple[str, float], ...] = ()  # (digest, weight): the order in which the ops add them up
         self.entries: tuple[MixEntry, ...] = ()  # the mix by units of tiles: one for each, or two
         self.acts: Acts = ()  # where each of the entries does; (): all from the first token on
-        self.cache_root: bytes | None = (
-            None  # all that its keys and values depend on beside tokens and turns; None: not shared
-        )
+        # All that its keys and values depend on beside tokens and turns; None: not shared.
+        self.cache_root: bytes | None = None
         self.turns: Turns = ()
         self.wanted = _wanted(request)
         self.versions: tuple[AdapterVersion, ...] = ()  # by bind(): one for each digest of the mix, in its order
@@ -170,7 +159,7 @@ class Sequence:
         self.is_bound = self.is_ready = False
 
     def _unmix(self) -> None:
-        """All of its keys and values are going to be its own version's: the next token says so."""
+        """Note that all keys and values are going to be the sequence's own version's: the next token says so."""
         if self.is_mixed:
             earlier = self.renewed.earlier if self.renewed is not None else self.request.mix
             self.renewed, self.is_mixed = Renewed(earlier, self.request.mix, kept=False), False
@@ -191,10 +180,7 @@ class Sequence:
             salted: list[object] = [*own, angles, worn]
         else:
             salted = ["front", self.entries[self.front[0]].digest, angles, worn]
-            self.turns = (
-                (self.num_front, json.dumps(own).encode()),
-                *turns_of(self.entries, self.acts),
-            )
+            self.turns = ((self.num_front, json.dumps(own).encode()), *turns_of(self.entries, self.acts))
         self.cache_root = hashlib.sha256(json.dumps(salted).encode()).digest()
 
     def begin_at(self, found: int) -> None:
@@ -205,72 +191,30 @@ class Sequence:
             self.num_computed, self.filled = self.num_front, found
 
     def wait_for_adapters(self, now: float) -> None:
-        """It could go on if its adapters were there."""
+        """Note that the sequence waits for nothing but its adapters. Idempotent."""
         if self.stalled is None:
             self.stalled = now
 
     def adapters_came(self, now: float) -> None:
-        """They are there, or it has to wait for something else. Idempotent."""
+        """Note that the adapters are there, or that the sequence has to wait for something else. Idempotent."""
         if self.stalled is not None:
             self.adapter_wait += now - self.stalled
             self.load = (self.load[0] if self.load is not None else self.stalled, now)
             self.stalled = None
 
     def waited(self, now: float) -> float:
-        """Seconds in which nothing but its adapters was missing."""
+        """Return the seconds in which nothing but the adapters was missing."""
         return self.adapter_wait + (now - self.stalled if self.stalled is not None else 0.0)
 
     def phases(self) -> Phases:
-        """Known with the first token."""
+        """Return the times of the request's phases, known with the first token."""
         admitted = self.admitted or 0.0
         return Phases(admitted, max(self.ready, admitted), self.load, self.cached_tokens)
 
     @property
     def reads_prompt(self) -> bool:
-        """Whether something is wanted of every prompt token, so that none may come from the prefix cache."""
+        """Tell whether something is wanted of every prompt token, so that none may come from the prefix cache."""
         return self.request.params.prompt_logprobs is not None or self.request.pooling == "mean"
-
-    def row(self, count: int, tables: tuple[array[int], ...]) -> Row:
-        """The next `count` of its missing tokens, as a row of a step."""
-        start, known = self.num_computed, len(self.tokens)
-        draws = start + count == known
-        mix, earlier = worn_between(self.slots, self.acts, start, start + count) if self.acts else (self.slots, ())
-        return Row(
-            self.number,
-            start,
-            self.tokens[start : start + count],
-            known,
-            tables,
-            mix,
-            known - 1 == start >= self.num_prompt,
-            int(draws),
-            self.sampling if draws else None,
-            None if self.output else self._want(start, count, draws),
-            earlier,
-            None if self.front is None else self._front_of_row(start, count),
-        )
-
-    def _front_of_row(self, start: int, count: int) -> RowFront | None:
-        """What the row of `count` tokens from `start` on needs of the front."""
-        assert self.front is not None
-        index, front = self.front
-        slot, end = self.slots[index][0], self.num_front
-        if front.stored:
-            return RowFront(slot, front, self.filled, end) if self.filled is not None and start == end else None
-        return RowFront(slot, front, start, min(start + count, end)) if start < end else None
-
-    def _want(self, start: int, count: int, draws: bool) -> Want | None:
-        """What is wanted of the hidden states of `count` prompt tokens from `start` on."""
-        pooling, top = self.request.pooling, self.request.params.prompt_logprobs
-        virtual = min(count, max(0, self.num_front - start))
-        if pooling == "mean":
-            return Want(range(virtual, count), None) if virtual < count else None
-        if pooling == "last":
-            return Want(range(count - 1, count), None) if draws else None
-        scored = min(count, self.num_prompt - 1 - start) if top is not None else 0  # the last one's next is drawn
-        if scored <= virtual or top is None:
-            return None
-        return Want(range(virtual, scored), self.tokens[start + 1 + virtual : start + 1 + scored], top)
 
     def read(self, result: RowResult) -> None:
         """Keep what a step found out about prompt tokens."""
@@ -281,44 +225,44 @@ class Sequence:
 
     @property
     def embedding(self) -> NDArray[np.float32] | None:
-        """The prompt as one vector [H], once all of it is computed; None where it is not asked for."""
+        """Return the prompt as one vector [H], once all of it is computed; None where it is not asked for."""
         if self.pooled is None or self.request.pooling == "last":
             return self.pooled
         return self.pooled / np.float32(self.num_prompt - self.num_front)
 
     @property
     def is_held(self) -> bool:
-        """Whether its grammar's mask is still missing: there is nothing to compute for it before that is there."""
+        """Tell whether the grammar's mask is still missing: before it is there, there is nothing to compute."""
         constraint = self.request.constraint
         return constraint is not None and constraint.busy
 
     @property
     def num_tokens(self) -> int:
-        """Known tokens."""
+        """Count the known tokens."""
         return len(self.tokens)
 
     @property
     def num_missing(self) -> int:
-        """Known tokens that are still to be computed; at least 1 until the request has ended."""
+        """Count the known tokens that are still to be computed; at least 1 until the request has ended."""
         return len(self.tokens) - self.num_computed
 
     def cost(self, tokens: int) -> int:
-        """What computing this many of its next tokens takes of a step's budget: more where they are scored, too."""
+        """Return what computing the next `tokens` takes of a step's budget: more where they are scored, too."""
         return tokens if not self.scoring or self.output else math.ceil(tokens * (1.0 + self.scoring))
 
     def affordable(self, room: int) -> int:
-        """Of its missing tokens those that cost no more than `room`; at least one, unless that is 0."""
+        """Count the missing tokens that cost no more than `room`; at least one, unless `room` is 0."""
         if not self.scoring or self.output:
             return min(self.num_missing, room)
         return min(self.num_missing, max(int(room / (1.0 + self.scoring)), min(room, 1)))
 
     @property
     def is_decode(self) -> bool:
-        """Whether the next row is a decode row: just one token is missing, and it is a generated one."""
+        """Tell whether the next row is a decode row: just one token is missing, and it is a generated one."""
         return self.num_computed == len(self.tokens) - 1 >= self.num_prompt
 
     def start_over(self) -> None:
-        """Nothing of it is computed any more; its tokens are kept."""
+        """Forget all that is computed; the tokens are kept."""
         self.num_computed = 0
         self.prompt_scores.clear()
         self.pooled = None
@@ -330,7 +274,7 @@ class Sequence:
         self.output.append(token_id)
 
     def finish_after(self, token_id: int) -> FinishReason | None:
-        """Why the request ends with `token_id`, the last token appended; None when it goes on."""
+        """Return why the request ends with `token_id`, the last token appended; None when it goes on."""
         params = self.request.params
         if token_id in params.stop_token_ids:
             return FinishReason.STOP
@@ -339,7 +283,7 @@ class Sequence:
         return None
 
     def take_renewed(self) -> Renewed | None:
-        """Since its last token; once."""
+        """Take the renewal since the last token; once."""
         renewed, self.renewed = self.renewed, None
         return renewed
 
@@ -348,5 +292,5 @@ class Sequence:
 
 
 def _wanted(request: GenerationRequest) -> tuple[AdapterVersion, ...]:
-    """The versions in a request's mix, each once."""
+    """List the versions in a request's mix, each once."""
     return tuple({lease.version.uid: lease.version for lease, _ in request.mix}.values())

@@ -21,9 +21,9 @@ from loraplex.server.engine.step.following import FollowedSteps
 from loraplex.server.engine.step.fronts import Fill, embeddings, fills
 from loraplex.server.engine.step.logit_changes import MaskBits
 from loraplex.server.engine.step.masks import WAIT_SECONDS, Mask, MaskPool
-from loraplex.server.engine.step.memory import logit_rows
 from loraplex.server.engine.step.sampler import draws_ahead, sample
 from loraplex.server.engine.step.scores import score
+from loraplex.server.engine.step.scratch import logit_rows
 from loraplex.server.models.decoder import Decoder
 from loraplex.server.models.graphs import GraphedDecoder
 from loraplex.server.models.inputs import ForwardBatch, HeadRows

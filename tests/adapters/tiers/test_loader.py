@@ -110,13 +110,13 @@ def test_load_puts_the_image_into_the_store(loader: Loader, store: Store) -> Non
     loaded = loader.load("a").result(LIMIT)
     assert loaded == LoadedContent(AdapterInfo(8, ("q_proj",), 3, 1000, "digest of a"))
     assert store == {"digest of a": "image of a"}
-    assert loader.pending() == 0
+    assert loader.stats().pending == 0
 
 
 def test_callers_of_one_source_share_a_reading(loader: Loader, sources: Sources) -> None:
     begin(sources, loader, "other")
     futures = [loader.load("a") for _ in range(5)]
-    assert loader.pending() == 2
+    assert loader.stats().pending == 2
     sources.gate.set()
     assert len({future.result(LIMIT) for future in futures}) == 1
     assert sources.read == ["other", "a"]
@@ -327,7 +327,7 @@ def test_what_nobody_waits_for_any_more_is_not_read(loader: Loader, sources: Sou
     sources.gate.set()
     last.result(LIMIT)
     assert sources.read == ["other", "b"]
-    assert loader.pending() == 0
+    assert loader.stats().pending == 0
     assert loader.stats().cancelled == 1
 
 
@@ -430,7 +430,7 @@ def test_many_callers_from_many_threads(loader: Loader, sources: Sources, store:
     with ThreadPoolExecutor(6) as pool:
         list(pool.map(call, range(6)))
     assert len(store) == 10
-    assert loader.pending() == 0
+    assert loader.stats().pending == 0
 
 
 def test_who_joins_while_the_first_one_leaves(sources: Sources, loader: Loader) -> None:

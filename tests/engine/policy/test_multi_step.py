@@ -26,7 +26,8 @@ from loraplex.server.engine.policy.scheduler import Scheduler
 from loraplex.server.engine.request import FinishReason, SamplingParams, TokenEvent
 from loraplex.server.engine.step.arena import allocate_arena, kv_layers
 from loraplex.server.engine.step.batch import build_batch
-from loraplex.server.engine.step.memory import Demand, plan_memory
+from loraplex.server.engine.step.memory import plan_memory
+from loraplex.server.engine.step.scratch import Demand
 from loraplex.server.models.config import ModelConfig
 from loraplex.server.models.decoder import Decoder
 from loraplex.server.models.inputs import no_tiles

@@ -11,6 +11,7 @@ from loraplex.adapters.positions import Positions
 from loraplex.adapters.tiers.pages import PagePool
 from loraplex.server.engine.policy.kv_cache import KVCache
 from loraplex.server.engine.policy.kv_groups import GroupSpec
+from loraplex.server.engine.policy.row_of import row_of
 from loraplex.server.engine.policy.rows import RowFront, Want
 from loraplex.server.engine.policy.sequence import Sequence
 from loraplex.server.engine.request import FinishReason
@@ -56,13 +57,13 @@ def test_an_invocation_is_looked_for_in_the_prompt_alone_and_chunks_do_not_move_
     for token in (9, 4, 3, 4, 3, 4):
         seq.append(token)
     plain, both = ((2, 1.0),), ((1, 1.0), (2, 1.0))
-    assert (seq.row(6, ()).mix, seq.row(6, ()).earlier) == (both, ((2, plain),))
-    assert (seq.row(2, ()).mix, seq.row(2, ()).earlier) == (plain, ())
+    assert (row_of(seq, 6, ()).mix, row_of(seq, 6, ()).earlier) == (both, ((2, plain),))
+    assert (row_of(seq, 2, ()).mix, row_of(seq, 2, ()).earlier) == (plain, ())
     for done in range(2, 12):
         seq.num_computed = done
-        assert (seq.row(1, ()).mix, seq.row(1, ()).earlier) == (both, ())
+        assert (row_of(seq, 1, ()).mix, row_of(seq, 1, ()).earlier) == (both, ())
     seq.start_over()
-    assert (seq.row(12, ()).mix, seq.row(12, ()).earlier) == (both, ((2, plain),))
+    assert (row_of(seq, 12, ()).mix, row_of(seq, 12, ()).earlier) == (both, ((2, plain),))
 
 
 def test_what_is_cached_before_an_invocation_is_what_the_others_wear() -> None:
@@ -98,7 +99,7 @@ def test_first_and_last_positions_are_the_prompts_and_chunks_do_not_move_them() 
     for start in range(8):
         for count in range(1, 9 - start):
             seq.num_computed = start
-            row = seq.row(count, ())
+            row = row_of(seq, count, ())
             worn = [mix for times, mix in row.earlier for _ in range(times)]
             assert [*worn, *[row.mix] * (count - len(worn))] == wanted[start : start + count]
 
@@ -142,35 +143,35 @@ def test_virtual_tokens_are_tokens_of_the_sequence() -> None:
     seq = fronted(COMPUTED)
     assert seq.tokens == [-1, -2, -3, -4, -5, 1, 2, 3, 4, 5, 6]
     assert (seq.num_front, seq.num_prompt, seq.num_tokens) == (5, 11, 11)
-    first, last = seq.row(3, ()), seq.row(11, ())
+    first, last = row_of(seq, 3, ()), row_of(seq, 11, ())
     assert (first.front, first.mix, list(first.tokens)) == (RowFront(3, COMPUTED, 0, 3), (), [-1, -2, -3])
     assert last.front == RowFront(3, COMPUTED, 0, 5)
     seq.begin_at(4)
-    assert seq.row(2, ()).front == RowFront(3, COMPUTED, 4, 5)
+    assert row_of(seq, 2, ()).front == RowFront(3, COMPUTED, 4, 5)
     seq.begin_at(5)
-    assert seq.row(2, ()).front is None
+    assert row_of(seq, 2, ()).front is None
 
 
 def test_stored_ones_come_with_the_first_row_and_are_never_computed() -> None:
     seq = fronted(STORED)
     seq.begin_at(4)
     assert (seq.num_computed, seq.num_missing) == (5, 6)
-    row = seq.row(2, ())
+    row = row_of(seq, 2, ())
     assert (row.start, list(row.tokens), row.front) == (5, [1, 2], RowFront(3, STORED, 4, 5))
     seq.num_computed = 7
-    assert seq.row(2, ()).front is None
+    assert row_of(seq, 2, ()).front is None
     seq.start_over()
     seq.begin_at(0)
-    assert seq.row(1, ()).front == RowFront(3, STORED, 0, 5)
+    assert row_of(seq, 1, ()).front == RowFront(3, STORED, 0, 5)
     seq.begin_at(8)
-    assert (seq.num_computed, seq.row(1, ()).front) == (8, None)
+    assert (seq.num_computed, row_of(seq, 1, ()).front) == (8, None)
     seq.begin_at(5)
-    assert seq.row(1, ()).front is None, "all of it was found"
+    assert row_of(seq, 1, ()).front is None, "all of it was found"
 
 
 def test_others_of_the_mix_act_on_virtual_tokens_and_an_invocation_is_behind_them() -> None:
     seq = fronted(COMPUTED, "plain", "asked")  # the invocation is at 2 of the prompt
-    row = seq.row(11, ())
+    row = row_of(seq, 11, ())
     assert [count for count, _ in row.earlier] == [7]
     assert len(row.earlier[0][1]) == 1
     assert len(row.mix) == 2
@@ -179,13 +180,13 @@ def test_others_of_the_mix_act_on_virtual_tokens_and_an_invocation_is_behind_the
 
 def test_what_is_wanted_of_a_prompt_is_not_of_virtual_tokens() -> None:
     scored = fronted(COMPUTED, prompt_logprobs=0)
-    assert scored.row(3, ()).want is None
-    assert scored.row(6, ()).want == Want(range(5, 6), [2], 0)
-    assert scored.row(11, ()).want == Want(range(5, 10), [2, 3, 4, 5, 6], 0)
+    assert row_of(scored, 3, ()).want is None
+    assert row_of(scored, 6, ()).want == Want(range(5, 6), [2], 0)
+    assert row_of(scored, 11, ()).want == Want(range(5, 10), [2, 3, 4, 5, 6], 0)
     pooled = fronted(COMPUTED)
     pooled.request = replace(pooled.request, pooling="mean")
-    assert pooled.row(4, ()).want is None
-    assert pooled.row(7, ()).want == Want(range(5, 7), None)
+    assert row_of(pooled, 4, ()).want is None
+    assert row_of(pooled, 7, ()).want == Want(range(5, 7), None)
     pooled.pooled = np.full(2, 12.0, np.float32)
     assert pooled.embedding is not None
     assert pooled.embedding.tolist() == [2.0, 2.0]

@@ -9,7 +9,8 @@ import torch
 from loraplex.kernels.constants import BLOCK_SIZE
 from loraplex.server.engine.policy.kv_groups import kv_groups
 from loraplex.server.engine.step.arena import allocate_arena, kv_layers
-from loraplex.server.engine.step.memory import Demand, plan_memory
+from loraplex.server.engine.step.memory import plan_memory
+from loraplex.server.engine.step.scratch import Demand
 from tests.support.configs import TINY
 
 GIB = 1 << 30

@@ -20,16 +20,8 @@ from loraplex.kernels.quantized import WeightFormat
 from loraplex.kernels.select import load_backend
 from loraplex.server.engine.policy.kv_groups import kv_groups, peak_pages
 from loraplex.server.engine.step.arena import allocate_arena, kv_layers
-from loraplex.server.engine.step.memory import (
-    STAGING_BYTES,
-    Demand,
-    NotEnoughMemory,
-    Surroundings,
-    logit_rows,
-    page_bytes,
-    plan_memory,
-    scratch_bytes,
-)
+from loraplex.server.engine.step.memory import STAGING_BYTES, NotEnoughMemory, page_bytes, plan_memory
+from loraplex.server.engine.step.scratch import Demand, Surroundings, logit_rows, scratch_bytes
 from loraplex.server.engine.step.system_memory import resident_memory
 from loraplex.server.models.config import ModelConfig
 from loraplex.server.models.decoder import Decoder

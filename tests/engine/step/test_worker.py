@@ -27,7 +27,8 @@ from loraplex.server.engine.policy.sequence import Sequence
 from loraplex.server.engine.request import Constraint, GenerationRequest, SamplingParams
 from loraplex.server.engine.step import worker
 from loraplex.server.engine.step.arena import allocate_arena, kv_layers
-from loraplex.server.engine.step.memory import Demand, plan_memory
+from loraplex.server.engine.step.memory import plan_memory
+from loraplex.server.engine.step.scratch import Demand
 from loraplex.server.models.config import ModelConfig
 from loraplex.server.models.decoder import Decoder
 from loraplex.server.models.opening import open_checkpoint
