@@ -112,7 +112,7 @@ template <>
 struct CodeValues<float, 4, Codes::kBytesOfCodebook> {
     using Made = bf16;
     static constexpr bool direct = true;
-    static constexpr int count = 4, rows = kFloatTileRows, most = rows;
+    static constexpr int count = 4, rows = 3, most = rows;  // 4 rows of 2 registers left one on the stack
     static constexpr int vecs(int rows) { return rows == 1 ? 4 : 2; }
     static float bias(const Quantised&) { return 0.f; }
     uvec low, high;
