@@ -154,8 +154,9 @@ def test_products_of_nibbles_stay_in_registers(isa: str) -> None:
     runs = _runs(isa, "nibble_tile", instruction)
     assert max(count for _, count in runs) == most, f"no tile of {most} {instruction}"
     for run, count in runs:
-        if count:
-            assert not [line for line in run if STACK.search(line) and VECTOR.search(line)], "\n".join(run)
+        if count:  # behind the last product a group's sums are scaled, once in 32 inputs
+            last = max(place for place, line in enumerate(run) if instruction in line)
+            assert not [line for line in run[:last] if STACK.search(line) and VECTOR.search(line)], "\n".join(run)
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the library has these on x86-64")
