@@ -38,7 +38,7 @@ LAW: dict[str, tuple[str, ...]] = {
     "adapters.format": ("adapters.format", "adapters.image", "adapters.files", *LOW, "kernels"),
     "adapters.sources": ("adapters.sources", "adapters.format", "adapters.files", *LOW),
     "server": (*LEAVES, "server.engine.request", "server.models.demo", "server.models.gguf", "adapters.sources"),
-    "server.models": ("server.models", "kernels"),
+    "server.models": ("server.models", "server.whole_file", "kernels"),
     "server.engine": ("server.engine", "adapters"),
     "server.engine.policy": ("server.engine.policy", "server.engine.request", "adapters"),
     "server.engine.step": ("server.engine", "server.models", "adapters", "kernels"),
