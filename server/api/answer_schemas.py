@@ -176,6 +176,7 @@ class ProbeResult(Wire):
     tokens: int
     base: float | None
     adapter: float | None
+    own_tokens: int  # of the tokens, those whose rows of embedding or head are the adapter's own, or changed by it
     error: str | None  # why there are none
 
 

@@ -6,6 +6,7 @@ import ast
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ LOADING = SETUP.parent / "adapters" / "image"
 COMPILER = "aarch64-linux-gnu-g++"
 
 
+@cache
 def setting(name: str) -> Any:
     """What is assigned to `name` in setup.py, which builds as soon as it is imported."""
     for node in ast.parse(SETUP.read_text(encoding="utf-8")).body:
@@ -59,6 +61,8 @@ def compile_arm64_kernels(folder: Path) -> dict[str, Path]:
 
     def compile_one(name: str) -> Path:
         return compile_arm64(folder, KERNELS / "kernels.cpp", name, [*setting("KERNELS"), *builds[name]])
+
+    setting("FLAGS"), setting("KERNELS")  # kept before threads ask: Python 3.11's parser fails in several at once
 
     with ThreadPoolExecutor() as pool:
         return dict(zip(builds, pool.map(compile_one, builds), strict=True))
