@@ -50,7 +50,7 @@ class DecodeSteps:
     draws: Tensor | None  # [most, L, 5] float64, of sample(): temperature, top_k, top_p, min_p, uniform; None: argmax
     stops: Tensor  # [n] int64
     halt: ctypes.c_int32
-    followed: ctypes.c_int32 | None  # steps that another one has followed, while others run; -1 after the last
+    followed: ctypes.c_int32 | None  # steps that another one has followed, while others run
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,11 @@ class Program(Protocol):
 
     def await_step(self, followed: ctypes.c_int32, seen: int) -> int:
         """Wait, without the interpreter's lock, until a decode() in another thread has set DecodeSteps.followed other
-        than `seen`. Returns it."""
+        than `seen`, or end_waits() has set it to -1. Returns it."""
+        ...
+
+    def end_waits(self, followed: ctypes.c_int32) -> None:
+        """Set `followed` to -1 and wake whoever awaits a step: no more come of decode(), or it has failed."""
         ...
 
 

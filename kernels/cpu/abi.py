@@ -201,6 +201,8 @@ def library() -> ctypes.CDLL:
     _check_version(lib, path.name)
     lib.loraplex_await.argtypes = [_Pointer, number]
     lib.loraplex_await.restype = number
+    lib.loraplex_end.argtypes = [_Pointer]
+    lib.loraplex_end.restype = None
     return lib
 
 

@@ -268,9 +268,9 @@ static void run_ops(Run run, const Op* ops, int count, const Step& step, uint64_
 // Whether row i of the step was drawn from logits that are numbers.
 static bool is_finite(const Step& step, const Steps& steps, int i) { return steps.logits[i * steps.vocab + step.drawn[i]] < INFINITY; }
 
-static void tell(const Steps& steps, int32_t followed) {
-    std::atomic_ref<int32_t> count(*steps.followed);
-    count.store(followed, std::memory_order_release);
+static void tell(int32_t* followed, int32_t now) {
+    std::atomic_ref<int32_t> count(*followed);
+    count.store(now, std::memory_order_release);
     count.notify_all();  // no system call where nobody waits
 }
 
@@ -290,7 +290,7 @@ static bool go_on(Step& step, const Steps& steps) {
         if (store) store += step.tokens;
     for (int i = 0; i < kMaxRopes; i++)
         if (step.cos[i]) step.cos[i] += step.tokens * steps.turns[i], step.sin[i] += step.tokens * steps.turns[i];
-    if (steps.followed) tell(steps, *steps.followed + 1);
+    if (steps.followed) tell(steps.followed, *steps.followed + 1);
     return true;
 }
 
@@ -335,9 +335,10 @@ int loraplex_run(int isa, const Op* ops, int count, const Step* given, ComputeTy
     }
     for (int i = 0; steps && i < own.logit_rows; i++)
         if (!is_finite(own, *steps, i)) own.drawn[i] = -1;
-    if (steps && steps->followed) tell(*steps, -1);
     return done;
 }
+// Ends all waits for Steps.followed: no more comes of the run, or it has not come about.
+void loraplex_end(int32_t* followed) { tell(followed, -1); }
 // Waits until Steps.followed is other than `seen`, and returns it.
 int loraplex_await(int32_t* followed, int seen) {
     std::atomic_ref<int32_t> count(*followed);

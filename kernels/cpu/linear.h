@@ -185,7 +185,9 @@ static void add_rows(int64_t rows, float* sums, int64_t ld, const X* x, int64_t 
 // linears of SmolLM2-135M took 1.55 times the larger of both needs on Zen 5, 32 rows 1.4; in stretches they take 1.15 and 1.1.
 
 constexpr int kRowBlock = 36;  // rows whose sums rest in L1 between stretches
-constexpr int kStretch = 64;   // k steps of 256 bytes: 16 and 32 rows took 5% longer with 24 (Zen 4, 16 lanes), 3% to 5% with 32 (Zen 3, 8 lanes)
+// K steps of 256 bytes. 16 and 32 rows took 5% longer with 24 (Zen 4, 16 lanes), 3% to 5% with 32 (Zen 3, 8 lanes), 6% to 9% with 16 (Zen 3,
+// the portable 4 lanes).
+constexpr int kStretch = 64;
 constexpr int kBatch = 2;      // k steps fetched at a time, least: with 8 three rows took 12% longer on Zen 4 with AVX2
 // Bytes from a weight to the one fetched meanwhile. A tile alone uses it at once, and fetches for L1; where tiles take turns it
 // would be pushed out of L1 again, and is fetched for L2 (8 and 16 rows on Zen 4, AVX-512 BF16: 15% and 11% less, with kStretch).

@@ -113,6 +113,9 @@ class CpuProgram:
     def await_step(self, followed: ctypes.c_int32, seen: int) -> int:
         return self._team.await_step(followed, seen)
 
+    def end_waits(self, followed: ctypes.c_int32) -> None:
+        self._team.end_waits(followed)
+
     def _with_draw(self, steps: DecodeSteps, rows: int) -> ctypes.Array[Op]:
         """Take the ops with those of the head and the draw behind them: the last ones, where these are the same."""
         drawn_from = (rows, steps.logits.data_ptr(), id(steps.head))

@@ -48,8 +48,7 @@ struct Steps {
                                    // and -1 is drawn there
     int64_t vocab;
     const volatile int32_t* halt;  // not 0: somebody wants to come in, and no further step begins
-    int32_t* followed;             // counts steps that another one follows, as they end, for loraplex_await; -1: the last has
-                                   // ended, whatever it drew. Null: nobody looks
+    int32_t* followed;             // counts steps that another one follows, as they end, for loraplex_await. Null: nobody looks
     int64_t turns[kMaxRopes];      // rotary_dim of cos and sin
 };
 

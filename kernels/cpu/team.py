@@ -28,7 +28,8 @@ class Team:
         except (abi.LibraryMissing, ValueError) as error:
             raise BackendUnavailable(str(error)) from None
         self.threads = threads or torch.get_num_threads()
-        self._run, self._await = abi.library().loraplex_run, abi.library().loraplex_await
+        lib = abi.library()
+        self._run, self._await, self._end = lib.loraplex_run, lib.loraplex_await, lib.loraplex_end
 
     def run(self, ops: ctypes.Array[Op], step: Step, dtype: torch.dtype, steps: Steps | None = None) -> int:
         """Run the ops in order on all threads, once or for as many of `steps` as come about.
@@ -45,6 +46,10 @@ class Team:
         """Wait until a run of steps in another thread has set `followed` other than `seen`. Returns it."""
         now: int = self._await(ctypes.byref(followed), seen)
         return now
+
+    def end_waits(self, followed: ctypes.c_int32) -> None:
+        """Set `followed` to -1 and wake whoever awaits it."""
+        self._end(ctypes.byref(followed))
 
     def emit(self, op: Op, dtype: torch.dtype, step: Step | None = None) -> None:
         """Run one op now."""

@@ -86,6 +86,10 @@ class RecordedDecoder:
         """Wait until a decode() in another thread has set `followed` other than `seen`. Returns it."""
         return self._program.await_step(followed, seen)
 
+    def end_waits(self, followed: ctypes.c_int32) -> None:
+        """Set `followed` to -1 and wake whoever awaits a step of a decode() that is over, or has failed."""
+        self._program.end_waits(followed)
+
     def store(self, rows: Tensor, places: Sequence[Tensor]) -> None:
         """Write keys and values as Decoder.store does."""
         self._decoder.store(rows, places)

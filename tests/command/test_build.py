@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import time
 from dataclasses import replace
@@ -116,6 +117,34 @@ async def test_tokens_reach_their_reader_while_the_steps_after_theirs_run(
     alone.engine.stop()
     alone.adapters.close()
     assert max(early) == 8
+
+
+async def test_a_call_that_fails_leaves_no_thread_waiting_for_its_steps(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(multi_step, "CALL_SECONDS", 1e9)
+    parts = build_engine(EngineConfig(**SMALL, decode_steps=8), base, "tiny")
+    inputs, wait, seen_before = RecordedDecoder._inputs, RecordedDecoder.await_step, list[int]()
+
+    def short_of_memory(model: RecordedDecoder, batch: ForwardBatch) -> Any:
+        if batch.steps > 1:
+            monkeypatch.setattr(RecordedDecoder, "_inputs", inputs)
+            raise MemoryError
+        return inputs(model, batch)
+
+    def watched(model: RecordedDecoder, followed: ctypes.c_int32, seen: int) -> int:
+        seen_before.append(seen)
+        return wait(model, followed, seen)
+
+    monkeypatch.setattr(RecordedDecoder, "_inputs", short_of_memory)
+    monkeypatch.setattr(RecordedDecoder, "await_step", watched)
+    parts.engine.start()
+    for name, finish in (("first", FinishReason.ERROR), ("second", FinishReason.LENGTH)):
+        request = GenerationRequest(name, (5, 6, 7), SamplingParams(40, temperature=0.0))
+        assert [event async for event in parts.engine.submit(request)][-1].finish is finish
+    parts.engine.stop()
+    parts.adapters.close()
+    assert seen_before.count(0) > 1, "the one thread that waits is with the first request's steps still"
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,11 @@ class LocalWorker:
         steps = FollowedSteps(batch.logit_rows.shape[0], batch.steps)
         if batch.steps > 1 and self.early is not None:
             steps.watch(self._watching, decoder.await_step, self.early)
-        return steps.end(decoder.decode(batch, room, steps.drawn, draws, stops, self._halt, steps.followed))
+        try:
+            done = decoder.decode(batch, room, steps.drawn, draws, stops, self._halt, steps.followed)
+        finally:  # also where it came to nothing: the thread that watches would wait for ever, and the process for it
+            decoder.end_waits(steps.followed)
+        return steps.end(done)
 
     def _with_prompts(self, rows: Sequence[Row], drawn: Sequence[RowResult], hidden: Tensor) -> list[RowResult]:
         """The results of all rows. drawn: of those that draw; hidden [sum of wanted tokens, H]: of those that want."""

@@ -237,7 +237,10 @@ def decode(tmp_path: Path) -> Decode:
         with ThreadPoolExecutor(1) as pool:
             seen = pool.submit(lambda: [*iter(partial(_next, decoder, followed, [0]), -1)])
             ends = torch.tensor(stops, dtype=torch.int64)
-            done = decoder.decode(batch, room, drawn, None, ends, ctypes.c_int32(halt), followed)
+            try:
+                done = decoder.decode(batch, room, drawn, None, ends, ctypes.c_int32(halt), followed)
+            finally:
+                decoder.end_waits(followed)
             assert seen.result(60) == sorted(set(seen.result()) & set(range(1, done))), "each once, and not the last"
         return [list(drawn[3 * step : 3 * step + 3]) for step in range(done)], room[:3]
 
