@@ -92,5 +92,12 @@ def _cpu() -> str:
 def _instructions() -> str:
     lines = cpu_lines()
     flags = lines.get("flags", lines.get("Features", "")).split()
-    names = {"avx512_bf16": "AVX-512 BF16", "avx512f": "AVX-512", "avx2": "AVX2", "bf16": "NEON BF16", "asimd": "NEON"}
+    names = {
+        "amx_bf16": "AMX",
+        "avx512_bf16": "AVX-512 BF16",
+        "avx512f": "AVX-512",
+        "avx2": "AVX2",
+        "bf16": "NEON BF16",
+        "asimd": "NEON",
+    }
     return next((name for flag, name in names.items() if flag in flags), "portable")
